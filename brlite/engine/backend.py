@@ -1,0 +1,115 @@
+"""The seam between deciding and computing: plain data down, plain data up. No tensors cross it, and no logits.
+
+A `Batch` can be given to an in-process model, sent as msgpack to tensor-parallel ranks, or written into a test.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from brlite.outputs import TokenLogprob
+from brlite.sampling_params import SamplingParams
+
+
+class SamplingInput(msgspec.Struct, frozen=True, array_like=True):
+    """What the sampler must know to draw the next token of one sequence, and nothing about its company.
+
+    The random number of a draw depends on `seed` and `position` alone. `counted_token_ids` (int32) are the distinct
+    tokens of prompt and output, `output_counts` (int32) how often each was generated; both are empty without penalties.
+    `banned_token_ids` may not be drawn: the tokens that would end a sequence shorter than `min_tokens`.
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    counted_token_ids: bytes = b""
+    output_counts: bytes = b""
+    banned_token_ids: tuple[int, ...] = ()
+
+
+class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
+    """A run of one sequence's tokens to compute: positions `start` to `start + len(token_ids) - 1`.
+
+    Keys and values go to `block_table[position // block_size]`, where those of all earlier positions already are.
+    With `sampling` the token after the last one is drawn. `prompt_targets`, if asked for, holds the token that follows
+    each of `token_ids` in the prompt: their logprobs are wanted, with `num_prompt_logprobs` alternatives.
+    """
+
+    seq_id: int
+    start: int
+    token_ids: list[int]
+    block_table: list[int]
+    sampling: SamplingInput | None = None
+    prompt_targets: list[int] = []
+    num_prompt_logprobs: int = 0
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True):
+    """One step's work: prompt chunks and single tokens mixed, each sequence at most once."""
+
+    seqs: list[ScheduledSeq]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(seq.token_ids) for seq in self.seqs)
+
+
+class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+    """A drawn token; `logprob` is there if `SamplingParams.logprobs` asked for it."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+class SeqResult(msgspec.Struct, frozen=True, array_like=True):
+    """What a step found for one sequence: the tokens drawn (none for a prompt chunk with more to come).
+
+    `error` says why this sequence cannot go on, for example logits that are not finite; others are untouched.
+    """
+
+    seq_id: int
+    tokens: list[SampledToken] = []
+    prompt_logprobs: list[TokenLogprob] = []
+    error: str | None = None
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """One `SeqResult` for each `ScheduledSeq`, in the batch's order."""
+
+    seqs: list[SeqResult]
+
+
+class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a backend is and what it can hold. Sizes are bytes; `notes` are fallbacks that an operator should know of."""
+
+    name: str
+    device: str
+    dtype: str
+    precision: str
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    block_size: int
+    num_blocks: int
+    kv_dtype: str
+    weight_bytes: int
+    kv_bytes: int
+    sliding_window: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Backend(Protocol):
+    """Computes steps. All calls come from one thread, one at a time; a row never depends on its neighbours."""
+
+    @property
+    def info(self) -> BackendInfo: ...
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Compute one step. An exception fails the sequences of this batch and no others."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory, threads and processes. Nothing is called afterwards."""
+        ...

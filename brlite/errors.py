@@ -1,0 +1,104 @@
+"""The one exception tree. Errors say what was wrong, what is allowed and which field; they know nothing of HTTP.
+
+BrliteError
+├── ConfigError            a config file or a command line is wrong
+├── ModelError             a model folder, file or download is missing, broken or unsupported
+├── EngineError            a step failed; the requests that were in it end with this
+└── RequestError           a request is refused; `param` names the field
+    ├── InvalidRequest         a field is missing, ill-typed or out of range
+    │   └── PromptTooLong      the prompt does not fit `build_seq`
+    ├── Unauthorized           no key, or a wrong one
+    ├── NotFound               unknown path
+    │   └── ModelNotFound      the model is not served here
+    ├── MethodNotAllowed
+    ├── RequestTimeout         the client was too slow to send its request
+    ├── BodyTooLarge
+    ├── UnsupportedMediaType
+    ├── QueueFull              too many requests wait already
+    ├── QueueTimeout           the request waited longer than allowed
+    └── NotReady               the model is loading, or the server is stopping
+
+The HTTP status of each stands in one table, `brlite/http/envelope.py`.
+"""
+
+from __future__ import annotations
+
+
+class BrliteError(Exception):
+    """Root of everything brlite raises on purpose. `str(error)` is one line fit for a user."""
+
+
+class ConfigError(BrliteError):
+    """A config file or a command line is wrong."""
+
+
+class ModelError(BrliteError):
+    """A model folder, file or download is missing, broken or unsupported."""
+
+
+class EngineError(BrliteError):
+    """A step of the engine failed."""
+
+
+class RequestError(BrliteError):
+    """A request is refused. `param` is the field at fault; `retry_after_seconds` is set where waiting helps."""
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, retry_after_seconds: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+        self.retry_after_seconds = retry_after_seconds
+
+
+class InvalidRequest(RequestError, ValueError):
+    """A field is missing, ill-typed or out of range."""
+
+
+class PromptTooLong(InvalidRequest):
+    """The prompt does not fit the context that the server was started with."""
+
+
+class Unauthorized(RequestError):
+    """No API key, or a wrong one."""
+
+
+class NotFound(RequestError):
+    """There is nothing at this path."""
+
+
+class ModelNotFound(NotFound):
+    """The model is not served here."""
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, the method does not; `allowed` lists those that do."""
+
+    def __init__(self, message: str, *, allowed: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.allowed = allowed
+
+
+class RequestTimeout(RequestError):
+    """The client was too slow to send its request."""
+
+
+class BodyTooLarge(RequestError):
+    """The request body is larger than the server allows."""
+
+
+class UnsupportedMediaType(RequestError):
+    """The request body is not JSON."""
+
+
+class QueueFull(RequestError):
+    """Too many requests wait already."""
+
+
+class QueueTimeout(RequestError):
+    """The request waited in the queue for longer than allowed."""
+
+
+class NotReady(RequestError):
+    """The model is still loading, or the server is stopping."""

@@ -1,0 +1,72 @@
+"""What the engine hands out. Plain data: no text is rendered here and nothing is computed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """One token with the logarithm of its probability, and its most probable alternatives, best first.
+
+    Probabilities are the model's own: before temperature, penalties and truncation. `top` holds (token id, logprob).
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class CompletionOutput(msgspec.Struct, kw_only=True):
+    """One of a request's `n` completions. `stop_reason` is the stop string or token id that ended it, if one did."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+    def merge(self, later: CompletionOutput) -> None:
+        """Append a later delta of the same completion."""
+        self.text += later.text
+        self.token_ids.extend(later.token_ids)
+        if later.logprobs is not None:
+            self.logprobs = [*(self.logprobs or ()), *later.logprobs]
+        self.finish_reason = later.finish_reason
+        self.stop_reason = later.stop_reason
+        self.error = later.error
+
+
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """What is new in a request since its last output; `LLM.generate` returns one that holds it all.
+
+    `prompt_logprobs` has one entry for each prompt token, the first of them None; it comes with the first output.
+    `warnings` says every clamp and fallback that touched the request.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    prompt: str | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    num_cached_tokens: int = 0
+    warnings: tuple[str, ...] = ()
+
+    def merge(self, later: RequestOutput) -> None:
+        """Append a later delta of the same request."""
+        by_index = {output.index: output for output in self.outputs}
+        for output in later.outputs:
+            if output.index in by_index:
+                by_index[output.index].merge(output)
+            else:
+                self.outputs.append(output)
+        self.finished = later.finished
+        self.num_cached_tokens = later.num_cached_tokens
+        if later.prompt_logprobs is not None:
+            self.prompt_logprobs = later.prompt_logprobs
