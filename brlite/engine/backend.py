@@ -82,7 +82,7 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend is and what it can hold. Sizes are bytes; `notes` are fallbacks that an operator should know of."""
+    """What a backend is and what it can hold. Sizes are bytes; `notes` are fallbacks an operator should know of."""
 
     name: str
     device: str
