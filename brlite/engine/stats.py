@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass, field
 
 TTFT_BOUNDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -45,47 +44,35 @@ class Histogram:
         self.total += value
 
 
-def _histogram(bounds: tuple[float, ...]) -> Histogram:
-    return field(default_factory=lambda: Histogram(bounds))  # type: ignore[return-value]
-
-
-@dataclass
 class EngineStats:
     """Gauges are set at each step, counters only grow, histograms take one value per event."""
 
-    max_model_len: int
+    def __init__(self, max_model_len: int) -> None:
+        self.num_running = 0
+        self.num_waiting = 0
+        self.num_used_blocks = 0
+        self.num_blocks = 0
 
-    num_running: int = 0
-    num_waiting: int = 0
-    num_free_blocks: int = 0
-    num_used_blocks: int = 0
+        self.prompt_tokens = 0
+        self.cached_prompt_tokens = 0
+        self.generation_tokens = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
+        self.preemptions = 0
+        self.step_failures = 0
+        self.finished: Counter[str] = Counter()
 
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    preemptions: int = 0
-    step_failures: int = 0
-    finished: Counter[str] = field(default_factory=Counter)
-
-    time_to_first_token: Histogram = _histogram(TTFT_BOUNDS)
-    inter_token_latency: Histogram = _histogram(TOKEN_BOUNDS)
-    time_per_output_token: Histogram = _histogram(TOKEN_BOUNDS)
-    e2e_latency: Histogram = _histogram(REQUEST_BOUNDS)
-    queue_time: Histogram = _histogram(REQUEST_BOUNDS)
-    prefill_time: Histogram = _histogram(REQUEST_BOUNDS)
-    decode_time: Histogram = _histogram(REQUEST_BOUNDS)
-    inference_time: Histogram = _histogram(REQUEST_BOUNDS)
-    step_tokens: Histogram = _histogram(STEP_TOKENS_BOUNDS)
-    step_time: Histogram = _histogram(TOKEN_BOUNDS)
-    params_n: Histogram = _histogram(NUM_BOUNDS)
-    prompt_length: Histogram = field(init=False)
-    generation_length: Histogram = field(init=False)
-    max_tokens: Histogram = field(init=False)
-
-    def __post_init__(self) -> None:
-        bounds = length_bounds(self.max_model_len)
-        self.prompt_length = Histogram(bounds)
-        self.generation_length = Histogram(bounds)
-        self.max_tokens = Histogram(bounds)
+        self.time_to_first_token = Histogram(TTFT_BOUNDS)
+        self.inter_token_latency = Histogram(TOKEN_BOUNDS)
+        self.time_per_output_token = Histogram(TOKEN_BOUNDS)
+        self.e2e_latency = Histogram(REQUEST_BOUNDS)
+        self.queue_time = Histogram(REQUEST_BOUNDS)
+        self.prefill_time = Histogram(REQUEST_BOUNDS)
+        self.decode_time = Histogram(REQUEST_BOUNDS)
+        self.inference_time = Histogram(REQUEST_BOUNDS)
+        self.step_tokens = Histogram(STEP_TOKENS_BOUNDS)
+        self.step_time = Histogram(TOKEN_BOUNDS)
+        self.params_n = Histogram(NUM_BOUNDS)
+        self.prompt_length = Histogram(length_bounds(max_model_len))
+        self.generation_length = Histogram(length_bounds(max_model_len))
+        self.max_tokens = Histogram(length_bounds(max_model_len))
