@@ -1,28 +1,49 @@
-"""The configuration: frozen structs that are the list of every option, its type and its default.
+"""The configuration: frozen structs that are the list of every option, its type, its range and its default.
 
 `load_config` reads TOML (documented in `brlite.toml`) or the manual's 13-field JSON (`seed_config.py`). Nothing here
-touches a model folder, a device or the network: limits that depend on the model are checked where the model is opened.
+reads a model, a device or the network: limits that depend on the model are checked where the model is opened.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
+from brlite.errors import ConfigError
+from brlite.field_errors import convert, show
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Count = Annotated[int, Meta(ge=1, le=10**9)]
+CountOrZero = Annotated[int, Meta(ge=0, le=10**9)]
+Port = Annotated[int, Meta(ge=0, le=65535)]
+Seconds = Annotated[float, Meta(gt=0, le=10**6)]
+SecondsOrZero = Annotated[float, Meta(ge=0, le=10**6)]
+Text = Annotated[str, Meta(min_length=1, description="a non-empty string")]
+Word = Annotated[str, Meta(pattern=r"^\S+\Z", description="a non-empty string without spaces")]
+DeviceIndex = Annotated[int, Meta(ge=0, le=1023)]
+BlockSize = Literal[8, 16, 32, 64, 128, 256]
 Precision = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where and how the HTTP server listens."""
+    """Where and how the HTTP server listens. Port 0 takes a free one; `drain_seconds` is the grace time of SIGTERM."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    cors_origins: tuple[str, ...] = ()
+    host: Word = "127.0.0.1"
+    port: Port = 8000
+    cors_origins: tuple[Word, ...] = ()
     metrics_need_key: bool = False
-    drain_seconds: float = 30.0
+    drain_seconds: SecondsOrZero = 30.0
     access_log: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -30,31 +51,32 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How steps are computed. `threads = 0` means one for each physical core."""
 
-    device: str = "auto"
+    device: Word = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: int = 0
-    block_size: int = 16
-    max_num_batched_tokens: int = 256
+    threads: Annotated[int, Meta(ge=0, le=1024)] = 0
+    block_size: BlockSize = 16
+    max_num_batched_tokens: Count = 256
     prefix_caching: bool = True
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model to serve. Without `path` it is fetched by `name`; `num_blocks = 0` means build_batch full contexts.
 
-    `input_name`, `output_name` and `serialize_file` belong to the manual's engine: they are kept for the engines that
-    use them and reported by `brlite check`.
+    `model_file`, `serialize_file`, `input_name` and `output_name` belong to the manual's engine: they are kept for the
+    engines that use them and reported by `brlite check`.
     """
 
-    name: str = DEFAULT_MODEL
-    path: str | None = None
+    name: Text = DEFAULT_MODEL
+    path: Text | None = None
     precision: Precision = "bf16"
-    build_seq: int = 2048
-    build_batch: int = 16
-    num_blocks: int = 0
-    tensor_parallel: int = 1
-    devices: tuple[int, ...] = (0,)
-    chat_template: str | None = None
-    vocab_size: int | None = None
+    build_seq: Count = 2048
+    build_batch: Annotated[int, Meta(ge=1, le=4096)] = 16
+    num_blocks: CountOrZero = 0
+    tensor_parallel: Annotated[int, Meta(ge=1, le=1024)] = 1
+    devices: tuple[DeviceIndex, ...] = (0,)
+    chat_template: Text | None = None
+    vocab_size: Count | None = None
+    model_file: str = ""
     serialize_file: str = ""
     input_name: str = "input_ids.1"
     output_name: str = ""
@@ -63,32 +85,32 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every bound on what a client can ask for. `README.md` has the table with the error that each one gives."""
 
-    max_body_bytes: int = 4 * 1024 * 1024
-    max_header_bytes: int = 16 * 1024
-    header_seconds: float = 30.0
-    body_seconds: float = 30.0
-    keepalive_seconds: float = 75.0
-    slow_client_seconds: float = 60.0
-    sse_comment_seconds: float = 15.0
-    max_connections: int = 2048
-    max_prompts: int = 64
-    max_n: int = 128
-    max_sequences: int = 256
-    max_logprobs: int = 20
-    max_stop_strings: int = 16
-    max_stop_length: int = 256
-    max_logit_bias: int = 1024
-    max_messages: int = 4096
-    max_waiting: int = 256
-    max_wait_seconds: float = 120.0
+    max_body_bytes: Count = 4 * 1024 * 1024
+    max_header_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = 16 * 1024
+    header_seconds: Seconds = 30.0
+    body_seconds: Seconds = 30.0
+    keepalive_seconds: Seconds = 75.0
+    slow_client_seconds: Seconds = 60.0
+    sse_comment_seconds: Seconds = 15.0
+    max_connections: Count = 2048
+    max_prompts: Count = 64
+    max_n: Count = 128
+    max_sequences: Count = 256
+    max_logprobs: CountOrZero = 20
+    max_stop_strings: CountOrZero = 16
+    max_stop_length: Count = 256
+    max_logit_bias: CountOrZero = 1024
+    max_messages: Count = 4096
+    max_waiting: Count = 256
+    max_wait_seconds: Seconds = 120.0
 
 
 class KeysConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """API keys. With none, everybody may ask. `file` holds one key a line; `env` names a variable with one key."""
 
-    keys: tuple[str, ...] = ()
-    file: str | None = None
-    env: str = "BRLITE_API_KEY"
+    keys: tuple[Word, ...] = ()
+    file: Text | None = None
+    env: Word = "BRLITE_API_KEY"
 
     def __repr__(self) -> str:
         return f"KeysConfig({len(self.keys)} keys, file={self.file!r}, env={self.env!r})"
@@ -109,3 +131,75 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     limits: LimitsConfig = LimitsConfig()
     keys: KeysConfig = KeysConfig()
     proxy: ProxyConfig = ProxyConfig()
+
+
+def load_config(path: Path) -> Config:
+    """Read a `.toml` or the manual's `.json`. Raises a one-line `ConfigError` naming file, field, value and allowed."""
+    if path.suffix == ".toml":
+        return make_config(_parse_toml(path), source=str(path))
+    if path.suffix == ".json":
+        from brlite.seed_config import load_seed_config  # it builds on the structs above
+
+        return load_seed_config(path)
+    raise ConfigError(f"{path}: a config file ends in .toml or .json")
+
+
+def make_config(data: Mapping[str, object], *, source: str) -> Config:
+    """Check plain data against the structs and their fields against each other; `source` begins every error."""
+    config = convert(data, Config, source=source)
+    for contradiction in (*_nameless(data), *_contradictions(config)):
+        raise ConfigError(f"{source}: {contradiction}")
+    return config
+
+
+def override(config: Config, values: Mapping[str, object], *, source: str = "command line") -> Config:
+    """`config` with fields replaced by their path, such as `server.port` or `model[0].name`, and checked again."""
+    data = msgspec.to_builtins(config)
+    for path, value in values.items():
+        section, _, field = path.partition(".")
+        table = data["model"][0] if section == "model[0]" else data[section]
+        table[field] = value
+    return make_config(data, source=source)
+
+
+def read_text(path: Path) -> str:
+    """The text of a config file. Raises `ConfigError` where there is none or it is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+
+
+def _parse_toml(path: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
+    return data
+
+
+def _nameless(data: Mapping[str, Any]) -> Iterator[str]:
+    """Models that would go by the default model's name although their weights are somebody else's."""
+    for index, spec in enumerate(data.get("model", ())):
+        if "path" in spec and "name" not in spec:
+            yield f"model[{index}].name is missing: beside path it is needed, requests call the model by it"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """What no single field shows."""
+    if not config.model:
+        yield "model = []: needed is at least one [[model]]"
+    names = [spec.name for spec in config.model]
+    for index, spec in enumerate(config.model):
+        at = f"model[{index}]"
+        if spec.name in names[:index]:
+            yield f"{at}.name = {show(spec.name)}: allowed is a name that no other model has"
+        if len(set(spec.devices)) < len(spec.devices):
+            yield f"{at}.devices = {show(spec.devices)}: allowed is each device once"
+        if spec.tensor_parallel != len(spec.devices):
+            count = len(spec.devices)
+            yield f"{at}.tensor_parallel = {spec.tensor_parallel}: allowed is the number of devices, here {count}"

@@ -1,0 +1,78 @@
+"""What is doubtful in a config that is valid, and what this version cannot do yet. Both `serve` and `check` ask here.
+
+Reads the config and the environment variable of the key; no model, no device, no network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+from brlite.config import Config, ModelSpec
+from brlite.errors import ConfigError
+
+LOOPBACK = ("localhost", "::1")
+
+Warnings = Iterator[str]
+
+
+def check_supported(config: Config) -> None:
+    """Raise a `ConfigError` for a valid config that this version cannot serve."""
+    for index, spec in enumerate(config.model):
+        if spec.tensor_parallel > 1:
+            raise ConfigError(
+                f"model[{index}].tensor_parallel = {spec.tensor_parallel}: this version runs on one device; "
+                "tensor parallelism is not built yet"
+            )
+
+
+def config_warnings(config: Config) -> list[str]:
+    """One line for everything an operator should know before starting with this config."""
+    warnings = [*_keys(config), *_forwarding(config)]
+    for index, spec in enumerate(config.model):
+        warnings += (f"model[{index}]: {text}" for rule in _MODEL_RULES for text in rule(spec))
+    return warnings
+
+
+def _keys(config: Config) -> Warnings:
+    keys = config.keys
+    has_key = keys.keys or keys.file or os.environ.get(keys.env)
+    is_local = config.server.host in LOOPBACK or config.server.host.startswith("127.")
+    if not has_key and not is_local:
+        yield f"server.host = {config.server.host}: whoever reaches this address may ask, since no API key is set"
+
+
+def _forwarding(config: Config) -> Warnings:
+    here = {spec.name for spec in config.model}
+    listed = set(config.proxy.all_models.values())
+    for name in sorted(listed - here):
+        yield f"all_models: {name} runs elsewhere and requests are not forwarded yet: asking for it here gives 404"
+    for name in sorted(here - listed if listed else ()):
+        yield f"all_models: {name} is served here but not listed; the manual asks for the same name as in model"
+
+
+def _weights(spec: ModelSpec) -> Warnings:
+    if spec.model_file and spec.path is None:
+        yield f"model_file {spec.model_file} is not read by this version; {spec.name} is looked for by its name"
+    elif spec.model_file and spec.path != spec.model_file:
+        yield f"model_file {spec.model_file} is not read; the weights come from {spec.path}"
+
+
+def _serialize_file(spec: ModelSpec) -> Warnings:
+    if spec.serialize_file:
+        yield f"serialize_file {spec.serialize_file} is neither read nor written by this version"
+
+
+def _manual_limits(spec: ModelSpec) -> Warnings:
+    """Limits of the manual's engine that brlite lifts: said where a config may be taken back to that engine."""
+    if not (spec.model_file or spec.serialize_file or spec.output_name):
+        return
+    if len(spec.devices) == 1 and spec.devices[0] != 0:
+        yield f"devices [{spec.devices[0]}]: fine here, but on a single card the manual's engine allows only card 0"
+    if spec.build_seq > 8192:
+        yield f"build_seq {spec.build_seq}: fine here, but the manual's engine allows at most 8192"
+    if spec.build_batch > 64:
+        yield f"build_batch {spec.build_batch}: fine here, but the manual's engine fails above 64"
+
+
+_MODEL_RULES: tuple[Callable[[ModelSpec], Warnings], ...] = (_weights, _serialize_file, _manual_limits)
