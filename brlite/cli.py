@@ -1,0 +1,229 @@
+"""The commands: parse, load the config, hand over, turn errors into an exit status. Knows nothing of how they work.
+
+Only this file configures logging and exits. Everything heavy is imported inside the functions: `brlite --help` must
+not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import brlite
+from brlite.errors import BrliteError
+
+if TYPE_CHECKING:
+    from brlite.config import Config
+    from brlite.sampling_params import SamplingParams
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+DEFAULT_CONFIG = Path("brlite.toml")
+
+# Overrides of one config field each; their values are checked with the field.
+_OVERRIDES = {
+    "host": "server.host",
+    "port": "server.port",
+    "log_level": "server.log_level",
+    "device": "engine.device",
+    "threads": "engine.threads",
+}
+_SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "n", "stop")
+
+Command = Callable[[argparse.Namespace], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `brlite …`. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
+    return _run(_parser(), argv)
+
+
+def br_api_server(argv: list[str] | None = None) -> int:
+    """Run the manual's command, `br_api_server --config FILE --port N`. It listens to the whole network, as there."""
+    return _run(_seed_parser(), argv)
+
+
+def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    args = parser.parse_args(argv)
+    command: Command = args.command
+    try:
+        return command(args)
+    except BrliteError as error:
+        print(f"brlite: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does; Python would complain once more when it flushes.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from brlite.config_check import check_supported, config_warnings
+    from brlite.serve import run
+
+    config = _config(args)
+    check_supported(config)
+    _configure_logging(config.server.log_level)
+    return run(config, config_warnings(config))
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from brlite.config_check import check_supported
+    from brlite.generate import run
+
+    config = _config(args)
+    check_supported(config)
+    _configure_logging("warning")
+    return run(config, args.input, args.output, _sampling_params(args))
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from brlite.chat import run
+    from brlite.config_check import check_supported
+
+    _configure_logging("warning")
+    target: Config | str = args.url or _config(args)
+    if not isinstance(target, str):
+        check_supported(target)
+    return run(
+        target,
+        model=args.model,
+        api_key=os.environ.get(args.api_key_env),
+        system=args.system,
+        params=_sampling_params(args),
+    )
+
+
+def _check(args: argparse.Namespace) -> int:
+    from brlite.check import run
+
+    return run(args.config)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from brlite.doctor import run
+
+    return run(as_json=args.json)
+
+
+def _config(args: argparse.Namespace) -> Config:
+    """The config named on the command line, else `./brlite.toml`, else the defaults; then the overrides."""
+    from brlite.config import Config, load_config, override
+
+    path = args.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    config = load_config(path) if path else Config()
+    given = {field: getattr(args, name, None) for name, field in _OVERRIDES.items()}
+    values = {field: value for field, value in given.items() if value is not None}
+    return override(config, {**values, **_model_override(args.model)})
+
+
+def _model_override(model: str | None) -> dict[str, object]:
+    """`--model` names a model to fetch, or a folder or `.gguf` file that is there."""
+    if model is None:
+        return {}
+    is_here = Path(model).exists()
+    return {"model[0].name": Path(model).stem if is_here else model, "model[0].path": model if is_here else None}
+
+
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+    from brlite.sampling_params import SamplingParams
+
+    given = {name: getattr(args, name, None) for name in _SAMPLING}
+    return SamplingParams(**{"max_tokens": None} | {name: value for name, value in given.items() if value is not None})
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="brlite", description="A compact asyncio server for large language models.")
+    parser.add_argument("--version", action="version", version=f"brlite {brlite.__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_serve, _add_generate, _add_chat, _add_check, _add_doctor):
+        add(commands)
+    return parser
+
+
+def _seed_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="br_api_server", description="Serve the model of the manual's JSON config.")
+    parser.add_argument("--config", "--config_path", type=Path, required=True, metavar="FILE", help="the config")
+    parser.add_argument("--host", default="0.0.0.0", help="address to listen to (default: all)")
+    parser.add_argument("--port", type=int, metavar="N", help="port to listen to")
+    parser.set_defaults(command=_serve, model=None)
+    return parser
+
+
+def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, _serve, "serve a model over the OpenAI API")
+    _add_config(parser)
+    parser.add_argument("--host", help="address to listen to (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, metavar="N", help="port to listen to (default 8000)")
+    parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, _generate, "complete the prompts of a file")
+    _add_config(parser)
+    source = 'prompts, one a line, or JSON lines {"prompt": …} that may set any sampling field; - is standard input'
+    parser.add_argument("--input", default="-", metavar="FILE", help=source)
+    parser.add_argument("--output", default="-", metavar="FILE", help="JSON lines; - is standard output")
+    _add_sampling(parser, max_tokens=256)
+    parser.add_argument("--top-p", type=float, metavar="P", help="keep the most probable tokens up to this sum")
+    parser.add_argument("--top-k", type=int, metavar="K", help="keep the K most probable tokens")
+    parser.add_argument("--seed", type=int, metavar="N", help="makes the answers repeatable")
+    parser.add_argument("--n", type=int, metavar="N", help="answers for each prompt")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; may be given several times")
+
+
+def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, _chat, "talk to a model in the terminal")
+    _add_config(parser)
+    parser.add_argument("--url", help="talk to a server, such as http://127.0.0.1:8000, in place of a model of our own")
+    parser.add_argument(
+        "--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help="variable with the server's key"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    _add_sampling(parser, max_tokens=None)
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, _check, "validate a config and say what it will take")
+    parser.add_argument("config", type=Path, metavar="FILE", help="a .toml, or the manual's .json")
+
+
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, _doctor, "say what was found on this machine")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], command: Command, purpose: str
+) -> argparse.ArgumentParser:
+    name = command.__name__.removeprefix("_")
+    parser = commands.add_parser(name, help=purpose, description=f"{purpose.capitalize()}.")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    about = "a .toml, or the manual's .json (default: ./brlite.toml, else a small English model)"
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help=about)
+    parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
+    parser.add_argument("--device", help="auto, cpu or another torch device")
+    parser.add_argument("--threads", type=int, metavar="N", help="0: one for each physical core")
+
+
+def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    length = f"length of an answer at most (default {max_tokens or 'what the context allows'})"
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=length)
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most probable token")
