@@ -1,0 +1,100 @@
+"""Turns one sequence's tokens into text, a token at a time: joins characters split over tokens, looks for stop strings.
+
+Nothing is decoded twice. Knows no end-of-text tokens and no limits: whoever pushes tokens decides when the text ends.
+"""
+
+from __future__ import annotations
+
+import codecs
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from brlite.tokenizer import Tokenizer
+
+
+class Detokenizer:
+    """The text of one sequence. What `push` and `finish` return joins to the same text however the tokens are split.
+
+    * Half a character is never handed out: its bytes wait for the rest, and `finish` drops them. Bytes that no
+      character can have become U+FFFD.
+    * The stop string that is complete first ends the text, and of several complete at the same character the longest:
+      so no token is waited for in vain. The text is cut before it, or after it with `include_stop`. What may be the
+      beginning of a stop string is held back until it is decided.
+    * A stop string counts only if it ends in the text of a token after the first `min_tokens`; it may begin before.
+    * Special tokens are left out, or stand as their literal text without `skip_special_tokens`. Spaces are kept.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...] = (),
+        *,
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+    ) -> None:
+        self.stop_string: str | None = None
+        self._token_bytes = tokenizer.token_bytes
+        self._skipped_token_ids = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        self._partial = b""  # the beginning of a character
+        self._held = ""  # decoded, and perhaps the beginning of a stop string
+        self._stop = tuple(sorted(set(stop), key=len, reverse=True))
+        self._stop_starts = frozenset(text[0] for text in self._stop)
+        self._include_stop = include_stop
+        self._tokens_before_stop = min_tokens
+
+    def push(self, token_id: int) -> str:
+        """The text that is now certain. After a stop string was found it is always empty."""
+        if self.stop_string is not None:
+            return ""
+        text = "" if token_id in self._skipped_token_ids else self._decode(self._token_bytes(token_id))
+        if not self._stop:
+            return text
+        may_stop = self._tokens_before_stop <= 0
+        self._tokens_before_stop -= 1
+        if not self._held and self._stop_starts.isdisjoint(text):
+            return text
+        return self._release(text, may_stop=may_stop)
+
+    def finish(self) -> str:
+        """The text held back so far, for a sequence that ends here. Bytes of an unfinished character are dropped."""
+        text, self._held, self._partial = self._held, "", b""
+        return text
+
+    def _decode(self, data: bytes) -> str:
+        # The C function below codecs' incremental decoder, which is Python and costs twice as much a token.
+        data = self._partial + data
+        text, num_used = codecs.utf_8_decode(data, "replace", False)
+        self._partial = data[num_used:]
+        return text
+
+    def _release(self, text: str, *, may_stop: bool) -> str:
+        buffer = self._held + text
+        end = self._find_stop(buffer, len(self._held)) if may_stop else None
+        if end is None:
+            end = self._hold_from(buffer)
+            self._held = buffer[end:]
+        else:
+            self._held = ""
+        return buffer[:end]
+
+    def _find_stop(self, buffer: str, num_searched: int) -> int | None:
+        """Where to cut for the stop string whose end comes first after `num_searched` characters; remembers it."""
+        first_end = len(buffer) + 1
+        for stop in self._stop:  # longest first, which decides between equal ends
+            start = buffer.find(stop, max(0, num_searched - len(stop) + 1))
+            if start >= 0 and start + len(stop) < first_end:
+                first_end, self.stop_string = start + len(stop), stop
+        if self.stop_string is None:
+            return None
+        return first_end if self._include_stop else first_end - len(self.stop_string)
+
+    def _hold_from(self, buffer: str) -> int:
+        """Where the longest ending of `buffer` begins that is a stop string's beginning, but not the whole of one."""
+        longest = len(self._stop[0])
+        for start in range(max(0, len(buffer) - longest + 1), len(buffer)):
+            if buffer[start] in self._stop_starts:
+                ending = buffer[start:]
+                if any(stop.startswith(ending) and stop != ending for stop in self._stop):
+                    return start
+        return len(buffer)

@@ -1,0 +1,10 @@
+"""Text to token ids and back, and chats to text, for the model that is served.
+
+Reads tokenizers of Hugging Face folders, bare sentencepiece models and GGUF vocabularies. Knows no weights, no sampling
+and no HTTP. May import: errors; tokenizers, sentencepiece and jinja2, inside the loaders only.
+"""
+
+from brlite.tokenizer.loader import load_tokenizer
+from brlite.tokenizer.tokenizer import Tokenizer
+
+__all__ = ["Tokenizer", "load_tokenizer"]

@@ -1,0 +1,175 @@
+"""The tokenizer inside a GGUF file: byte-level BPE with merges (`gpt2`) or sentencepiece's pieces (`llama`).
+
+It is rebuilt from the file's own lists, because loaders that go by the architecture's name lose details such as
+SmolLM2's digits, each of which is a token. Knows no weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, normalizers
+
+from brlite.errors import ModelError
+from brlite.tokenizer.chat_template import ChatTemplate, read_template
+from brlite.tokenizer.gguf_metadata import read_gguf_metadata
+from brlite.tokenizer.pieces import Piece, PieceKind, add_typed_tokens, build_backend
+from brlite.tokenizer.post_processor import add_bos_eos
+from brlite.tokenizer.pre_tokenizers import SPLITTINGS, Splitting, build_pre_tokenizer
+from brlite.tokenizer.token_bytes import read_token_bytes
+from brlite.tokenizer.tokenizer import Tokenizer
+
+# A GGUF file names one end token or a few. Chat templates end a turn with one of these, named by the file or not.
+_END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # what a `llama` vocabulary means when it names none
+
+
+def load_gguf(path: Path, *, chat_template: Path | None = None) -> Tokenizer:
+    """The tokenizer of a GGUF file; `chat_template` replaces the file's own. Raises `ModelError`, naming the key."""
+    vocabulary = _Vocabulary(path, read_gguf_metadata(path))
+    backend = _build(vocabulary)
+    _add_bos_eos(backend, vocabulary)
+    template = read_template(chat_template) if chat_template else vocabulary.get("tokenizer.chat_template", str)
+    special = [token_id for token_id, added in backend.get_added_tokens_decoder().items() if added.special]
+    return Tokenizer(
+        backend,
+        read_token_bytes(backend, source=str(path)),
+        bos_token_id=vocabulary.token_id("bos"),
+        eos_token_ids=_eos_token_ids(vocabulary, special, template or ""),
+        special_token_ids=special,
+        chat_template=_chat_template(vocabulary, template, chat_template or path),
+    )
+
+
+class _Vocabulary:
+    """The header's tokenizer keys, with their types checked when they are read."""
+
+    def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
+        self.path = path
+        self._metadata = metadata
+        self.kind: str = self.require("tokenizer.ggml.model", str)
+        self.tokens: list[str] = self._strings("tokenizer.ggml.tokens")
+        self.token_types: list[int] = self.get("tokenizer.ggml.token_type", list) or [1] * len(self.tokens)
+        if len(self.token_types) != len(self.tokens):
+            raise self.error(
+                "tokenizer.ggml.token_type", f"has {len(self.token_types)} entries, not {len(self.tokens)}"
+            )
+
+    def error(self, key: str, what: str) -> ModelError:
+        return ModelError(f"{self.path}: {key} {what}")
+
+    def get(self, key: str, kind: type) -> Any:
+        """The value of a key, None if the file has no such key."""
+        value = self._metadata.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise self.error(key, f"must be of type {kind.__name__}, got {type(value).__name__}")
+        return value
+
+    def require(self, key: str, kind: type) -> Any:
+        value = self.get(key, kind)
+        if value is None:
+            raise self.error(key, "is missing")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self.get(f"tokenizer.ggml.{name}", bool)
+        return default if value is None else bool(value)
+
+    def token_id(self, name: str) -> int | None:
+        """The id of a named token such as `bos`, if the file has one."""
+        key = f"tokenizer.ggml.{name}_token_id"
+        token_id: int | None = self.get(key, int)
+        if token_id is None and self.kind == "llama":
+            token_id = _SENTENCEPIECE_IDS.get(name)
+        if token_id is not None and not 0 <= token_id < len(self.tokens):
+            raise self.error(key, f"is {token_id}; the vocabulary has the ids 0 to {len(self.tokens) - 1}")
+        return token_id
+
+    def merges(self) -> list[tuple[str, str]]:
+        key = "tokenizer.ggml.merges"
+        pairs = [tuple(merge.split(" ")) for merge in self._strings(key)]
+        if any(len(pair) != 2 for pair in pairs):
+            raise self.error(key, "must hold pairs of tokens with one space between them")
+        return [(pair[0], pair[1]) for pair in pairs]
+
+    def pieces(self) -> list[Piece]:
+        key = "tokenizer.ggml.scores"
+        scores = self.require(key, list)
+        if len(scores) != len(self.tokens):
+            raise self.error(key, f"has {len(scores)} entries, not {len(self.tokens)}")
+        try:
+            kinds = [PieceKind(number) for number in self.token_types]
+        except ValueError as error:
+            raise self.error("tokenizer.ggml.token_type", f"holds an unknown type: {error}") from None
+        return [Piece(*entry) for entry in zip(self.tokens, scores, kinds, strict=True)]
+
+    def splitting(self) -> Splitting:
+        key = "tokenizer.ggml.pre"
+        name = self.get(key, str) or "default"
+        if name not in SPLITTINGS:
+            raise self.error(key, f"is {name!r}; known are {', '.join(sorted(SPLITTINGS))}")
+        return SPLITTINGS[name]
+
+    def _strings(self, key: str) -> list[str]:
+        values = self.require(key, list)
+        if not values or not isinstance(values[0], str):  # a GGUF list has one type for all its entries
+            raise self.error(key, "must be a list of strings")
+        return list(values)
+
+
+def _build(vocabulary: _Vocabulary) -> Backend:
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if vocabulary.kind not in builders:
+        raise vocabulary.error("tokenizer.ggml.model", f"is {vocabulary.kind!r}; known are {', '.join(builders)}")
+    try:
+        return builders[vocabulary.kind](vocabulary)
+    except ModelError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception, for example for a merge of unknown tokens
+        raise vocabulary.error("tokenizer.ggml", f"is inconsistent: {error}") from None
+
+
+def _byte_level(vocabulary: _Vocabulary) -> Backend:
+    splitting = vocabulary.splitting()
+    ids = {token: token_id for token_id, token in enumerate(vocabulary.tokens)}
+    model = models.BPE(vocab=ids, merges=vocabulary.merges(), ignore_merges=splitting.ignores_merges)
+    backend = Backend(model)
+    if splitting.composes_unicode:
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = build_pre_tokenizer(splitting)
+    backend.decoder = decoders.ByteLevel()
+    add_typed_tokens(backend, zip(vocabulary.tokens, vocabulary.token_types, strict=True))
+    return backend
+
+
+def _sentencepiece(vocabulary: _Vocabulary) -> Backend:
+    return build_backend(vocabulary.pieces(), add_space_prefix=vocabulary.flag("add_space_prefix", True))
+
+
+def _add_bos_eos(backend: Backend, vocabulary: _Vocabulary) -> None:
+    """Add BOS and EOS where the file asks for them, or where files of its kind mean them without a word."""
+    is_llama = vocabulary.kind == "llama"
+    adds_bos = vocabulary.flag("add_bos_token", is_llama or vocabulary.splitting().adds_bos)
+    adds_eos = vocabulary.flag("add_eos_token", False)
+    add_bos_eos(
+        backend,
+        bos_token_id=vocabulary.token_id("bos") if adds_bos else None,
+        eos_token_id=vocabulary.token_id("eos") if adds_eos else None,
+    )
+
+
+def _eos_token_ids(vocabulary: _Vocabulary, special: list[int], template: str) -> list[int]:
+    named = [vocabulary.token_id(name) for name in ("eos", "eot", "eom")]
+    by_text = {vocabulary.tokens[token_id]: token_id for token_id in special}
+    turns = [by_text[text] for text in _END_OF_TURN if text in by_text and text in template]
+    return [token_id for token_id in named if token_id is not None] + turns
+
+
+def _chat_template(vocabulary: _Vocabulary, template: str | None, source: Path) -> ChatTemplate | None:
+    if template is None:
+        return None
+    ids = {f"{name}_token": vocabulary.token_id(name) for name in ("bos", "eos")}
+    texts = {name: vocabulary.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
+    return ChatTemplate(template, source=str(source), special_tokens=texts)

@@ -1,0 +1,188 @@
+"""The tokenizer of a Hugging Face folder: `tokenizer.json`, or a bare sentencepiece `tokenizer.model` in older ones.
+
+Around it stand small JSON files that name the special tokens, the end tokens and the chat template. No code of the
+folder is run and transformers is not needed. Knows no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from brlite.errors import ModelError
+from brlite.tokenizer.chat_template import ChatTemplate, read_template
+from brlite.tokenizer.pieces import read_sentencepiece
+from brlite.tokenizer.post_processor import add_bos_eos
+from brlite.tokenizer.token_bytes import read_token_bytes
+from brlite.tokenizer.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
+# What a bare sentencepiece model of the Llama family means where tokenizer_config.json is silent.
+_SENTENCEPIECE_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": False}
+
+
+def load_folder(folder: Path, *, chat_template: Path | None = None) -> Tokenizer:
+    """The tokenizer of a folder; `chat_template` replaces its template. Raises `ModelError`, naming the file.
+
+    With a `tokenizer.json`, that file alone decides whether BOS and EOS are added, as in transformers 5; without one,
+    `add_bos_token` and `add_eos_token` of `tokenizer_config.json` do.
+    """
+    has_json = (folder / "tokenizer.json").is_file()
+    config = {
+        **({} if has_json else _SENTENCEPIECE_DEFAULTS),
+        **_read_json(folder / "special_tokens_map.json"),
+        **_read_json(folder / "tokenizer_config.json"),
+    }
+    backend = (
+        _read_tokenizer_json(folder / "tokenizer.json") if has_json else read_sentencepiece(folder / "tokenizer.model")
+    )
+    _add_listed_tokens(backend, folder, config)
+    named = _named_tokens(config, folder)
+    special = _add_special_tokens(backend, [*named.values(), *_listed_special_tokens(config, folder)])
+    ids = {name: backend.token_to_id(text) for name, text in named.items()}
+    _settle_bos_eos(backend, folder, config, ids, has_json=has_json)
+    return Tokenizer(
+        backend,
+        read_token_bytes(backend, source=str(folder)),
+        bos_token_id=ids.get("bos_token"),
+        eos_token_ids=_eos_token_ids(folder, ids.get("eos_token")),
+        special_token_ids=special,
+        chat_template=_chat_template(folder, config, named, chat_template),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_tokenizer_json(path: Path) -> Backend:
+    try:
+        backend = Backend.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
+        raise ModelError(f"{path}: {error}") from None
+    backend.no_truncation()  # training leaves these two in the file
+    backend.no_padding()
+    return backend
+
+
+def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -> None:
+    """Add the tokens that tokenizer_config.json or added_tokens.json knows of and the tokenizer does not."""
+    known = backend.get_added_tokens_decoder()
+    listed = _listed_tokens(folder, config)
+    for token_id in sorted(listed.keys() - known.keys()):
+        backend.add_tokens([listed[token_id]])
+        if backend.token_to_id(listed[token_id].content) != token_id:
+            raise ModelError(f"{folder}: added token {listed[token_id].content!r} cannot get the id {token_id}")
+
+
+def _listed_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
+    listed = {
+        token_id: AddedToken(text, normalized=False)
+        for text, token_id in _read_json(folder / "added_tokens.json").items()
+    }
+    try:
+        for token_id, token in config.get("added_tokens_decoder", {}).items():
+            listed[int(token_id)] = AddedToken(token["content"], **{key: bool(token.get(key)) for key in _TOKEN_FLAGS})
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ModelError(f"{folder}: added_tokens_decoder must map ids to objects with a string `content`") from None
+    return listed
+
+
+def _named_tokens(config: dict[str, Any], folder: Path) -> dict[str, str]:
+    return {name: _token_text(config[name], name, folder) for name in _NAMED_TOKENS if config.get(name) is not None}
+
+
+def _listed_special_tokens(config: dict[str, Any], folder: Path) -> list[str]:
+    texts = []
+    for name in _TOKEN_LISTS:
+        tokens = config.get(name) or []
+        texts += [
+            _token_text(token, name, folder) for token in (tokens.values() if isinstance(tokens, dict) else tokens)
+        ]
+    return texts
+
+
+def _token_text(token: object, name: str, folder: Path) -> str:
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise ModelError(f"{folder}: {name} must be a string or an object with a string `content`, got {token!r}")
+    return text
+
+
+def _add_special_tokens(backend: Backend, texts: list[str]) -> set[int]:
+    """Make tokens special that the small files call so; returns every special id.
+
+    A text without a row in the vocabulary stays text: a new id would be one that the model has no embedding for.
+    """
+    known = [text for text in texts if backend.token_to_id(text) is not None]
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in known])
+    flagged = {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
+    return flagged.union(token_id for text in known if (token_id := backend.token_to_id(text)) is not None)
+
+
+def _settle_bos_eos(
+    backend: Backend, folder: Path, config: dict[str, Any], ids: dict[str, int | None], *, has_json: bool
+) -> None:
+    wanted = {name: ids.get(name) if config.get(f"add_{name}") else None for name in ("bos_token", "eos_token")}
+    if not has_json:
+        add_bos_eos(backend, bos_token_id=wanted["bos_token"], eos_token_id=wanted["eos_token"])
+        return
+    added = backend.encode("").ids
+    for name, token_id in wanted.items():
+        is_added = ids.get(name) is not None and ids[name] in added
+        if f"add_{name}" in config and is_added != (token_id is not None):
+            logger.warning(
+                "%s: add_%s is %s, but tokenizer.json decides otherwise", folder, name, config[f"add_{name}"]
+            )
+
+
+def _eos_token_ids(folder: Path, tokenizer_eos: int | None) -> list[int]:
+    """Every id that ends a completion, as the generation config, the model's config and the tokenizer name them."""
+    token_ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token_id) is int and token_id >= 0 for token_id in values):
+            raise ModelError(f"{folder / name}: eos_token_id must be a token id or a list of them, got {value!r}")
+        token_ids += values
+    return token_ids if tokenizer_eos is None else [*token_ids, tokenizer_eos]
+
+
+def _chat_template(
+    folder: Path, config: dict[str, Any], named: dict[str, str], operators: Path | None
+) -> ChatTemplate | None:
+    """The operator's template, or else that of the folder: a file of its own goes before tokenizer_config.json."""
+    jinja_file = folder / "chat_template.jinja"
+    source = operators or (jinja_file if jinja_file.is_file() else None)
+    template = read_template(source) if source else _configured_template(folder, config)
+    if template is None:
+        return None
+    return ChatTemplate(template, source=str(source or folder), special_tokens=named)
+
+
+def _configured_template(folder: Path, config: dict[str, Any]) -> str | None:
+    template = _read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default", named)
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"{folder}: chat_template must be a string, or a list of named ones with a `default`")
+    return template

@@ -1,0 +1,40 @@
+"""Finds out what kind of tokenizer a path holds and hands it to the loader of that kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from brlite.errors import ModelError
+from brlite.tokenizer.tokenizer import Tokenizer
+
+
+def load_tokenizer(path: Path, *, chat_template: Path | None = None) -> Tokenizer:
+    """The tokenizer of a model: a Hugging Face folder, a `.gguf` file, or a folder that holds one `.gguf` file.
+
+    `chat_template` names a file with a Jinja template that replaces the model's own. No code from the model is run.
+    """
+    gguf_file = _gguf_file(path)
+    if gguf_file is not None:
+        from brlite.tokenizer.gguf_vocabulary import load_gguf
+
+        return load_gguf(gguf_file, chat_template=chat_template)
+    from brlite.tokenizer.hf import load_folder
+
+    return load_folder(path, chat_template=chat_template)
+
+
+def _gguf_file(path: Path) -> Path | None:
+    """The GGUF file to read the vocabulary from; None for a folder with a tokenizer of its own."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path}: a tokenizer is read from a model folder or a .gguf file")
+        return path
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such model folder or .gguf file")
+    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    found = sorted(path.glob("*.gguf"))
+    if len(found) != 1:
+        what = "several .gguf files; name one of them" if found else "no tokenizer.json, tokenizer.model or .gguf file"
+        raise ModelError(f"{path}: {what}")
+    return found[0]

@@ -1,0 +1,120 @@
+"""Vocabularies of sentencepiece's BPE kind: pieces with scores, and bytes for what no piece covers.
+
+Both a bare `tokenizer.model` and a GGUF file of kind `llama` hold these. Knows no BOS, no EOS and no chats.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from brlite.errors import ModelError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+# What a reading of a tokenizer.model must agree on with sentencepiece itself before it is trusted.
+_SAMPLES = (
+    "Hello world",
+    "a  b\n\tc ",
+    "In 2024: 3.14159",
+    "Füße ½ ﬁ Ａ e\u0301",
+    "你好，世界 🙂",
+    "for(i=0;i<n;i++){x[i]+=1;}",
+)
+
+
+class PieceKind(enum.IntEnum):
+    """What a token is for. The numbers are sentencepiece's and GGUF's."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class Piece(NamedTuple):
+    """One token; its id is its place in the list. A pair of pieces joins earlier the higher the score of the result."""
+
+    text: str
+    score: float
+    kind: PieceKind
+
+
+def build_backend(pieces: Sequence[Piece], *, add_space_prefix: bool) -> Tokenizer:
+    """A tokenizer that cuts text as sentencepiece does with these pieces. Every stretch between special tokens counts
+    as a text of its own, and gets its own space in front with `add_space_prefix`."""
+    unknown = next((piece.text for piece in pieces if piece.kind is PieceKind.UNKNOWN), None)
+    vocabulary = {piece.text: token_id for token_id, piece in enumerate(pieces)}
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=_merges(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = [normalizers.Prepend("▁")] if add_space_prefix else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if add_space_prefix else []
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    add_typed_tokens(backend, ((piece.text, piece.kind) for piece in pieces))
+    return backend
+
+
+def add_typed_tokens(backend: Tokenizer, tokens: Iterable[tuple[str, int]]) -> None:
+    """Make control tokens special, and those that the model's makers added findable whole in a text."""
+    special, added = [], []
+    for text, kind in tokens:
+        if kind in (PieceKind.CONTROL, PieceKind.UNKNOWN):
+            special.append(AddedToken(text, normalized=False, special=True))
+        elif kind == PieceKind.USER_DEFINED:
+            added.append(AddedToken(text, normalized=False))
+    backend.add_special_tokens(special)
+    backend.add_tokens(added)
+
+
+def read_sentencepiece(path: Path) -> Tokenizer:
+    """The tokenizer of a bare `tokenizer.model`. Raises `ModelError` for one that is not BPE or rewrites its text."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"{path}: not a sentencepiece model: {' '.join(str(error).split())}") from None
+    pieces = [
+        Piece(processor.id_to_piece(token_id), processor.get_score(token_id), _kind(processor, token_id))
+        for token_id in range(processor.get_piece_size())
+    ]
+    add_space_prefix = str(processor.encode("a", out_type=str)[0]).startswith("▁")
+    backend = build_backend(pieces, add_space_prefix=add_space_prefix)
+    for sample in _SAMPLES:
+        if backend.encode(sample, add_special_tokens=False).ids != processor.encode(sample):
+            raise ModelError(
+                f"{path}: not a BPE model that keeps its text as it is; convert the tokenizer to a tokenizer.json"
+            )
+    return backend
+
+
+def _kind(processor: SentencePieceProcessor, token_id: int) -> PieceKind:
+    tests = {
+        PieceKind.UNKNOWN: processor.is_unknown,
+        PieceKind.CONTROL: processor.is_control,
+        PieceKind.BYTE: processor.is_byte,
+        PieceKind.UNUSED: processor.is_unused,
+    }
+    return next((kind for kind, is_kind in tests.items() if is_kind(token_id)), PieceKind.NORMAL)
+
+
+def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+    """Every way to join two pieces into a third, in the order in which sentencepiece would: best score first."""
+    ids = {piece.text: token_id for token_id, piece in enumerate(pieces) if piece.kind is PieceKind.NORMAL}
+    ranked = []
+    for text, token_id in ids.items():
+        for cut in range(1, len(text)):
+            left, right = ids.get(text[:cut]), ids.get(text[cut:])
+            if left is not None and right is not None:
+                ranked.append((-pieces[token_id].score, token_id, left, right))
+    ranked.sort()
+    return [(pieces[left].text, pieces[right].text) for _, _, left, right in ranked]

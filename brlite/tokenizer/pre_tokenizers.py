@@ -1,0 +1,45 @@
+"""How byte-level vocabularies cut a text before merging, by the name that GGUF files give it.
+
+A name stands for regular expressions, applied one inside the pieces of the other. A file with a name that is not here
+is refused: cutting wrongly would give wrong token ids without a word.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tokenizers import Regex, pre_tokenizers
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class Splitting(NamedTuple):
+    """How to cut, and what else goes with the name: Unicode NFC first, whole words that are tokens never merged
+    from parts, a BOS unless the file says otherwise."""
+
+    patterns: tuple[str, ...]
+    composes_unicode: bool = False
+    ignores_merges: bool = False
+    adds_bos: bool = False
+
+
+_LLAMA3 = Splitting((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), ignores_merges=True, adds_bos=True)
+
+SPLITTINGS = {
+    "default": Splitting((r"[\p{P}$+<=>^~|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": Splitting((_GPT2,)),
+    "smollm": Splitting((r"\p{N}", _GPT2)),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": Splitting((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",), composes_unicode=True),
+}
+
+
+def build_pre_tokenizer(splitting: Splitting) -> pre_tokenizers.PreTokenizer:
+    """The cuts, and then GPT-2's alphabet for the bytes of each piece."""
+    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitting.patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -1,0 +1,98 @@
+"""The tokenizer of one model, whatever file it came from: ids, bytes and chats. Knows no files; the loaders make it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from brlite.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from brlite.tokenizer.chat_template import ChatTemplate
+    from brlite.tokenizer.token_bytes import TokenBytes
+
+
+class Tokenizer:
+    """Text to token ids and back. Never changes after loading; any thread may use it, and `encode` drops the GIL.
+
+    Ids 0 to `vocab_size` - 1 exist. Each of `eos_token_ids` ends a completion. `special_token_ids` are the control
+    tokens, which `decode` leaves out unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        token_bytes: TokenBytes,
+        *,
+        bos_token_id: int | None,
+        eos_token_ids: Iterable[int],
+        special_token_ids: Iterable[int],
+        chat_template: ChatTemplate | None,
+    ) -> None:
+        self.vocab_size = len(token_bytes.table)
+        self.bos_token_id = bos_token_id
+        self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
+        self.special_token_ids = frozenset(special_token_ids)
+        self._backend = backend
+        self._bytes = token_bytes.table
+        self._strips_first_space = token_bytes.strips_first_space
+        self._chat_template = chat_template
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
+        """Token ids of a text, with the BOS and EOS that the model's tokenizer adds if `add_special_tokens`.
+
+        The literal text of a special token, `<|im_start|>` say, becomes that token, as in Hugging Face's tokenizers:
+        whoever puts untrusted text into a prompt must know. A text with lone surrogates is refused, naming `param`.
+        """
+        if not _is_encodable(text):
+            raise InvalidRequest("text holds a lone surrogate, which UTF-8 cannot encode", param=param)
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of whole tokens; bytes that are no UTF-8 become U+FFFD.
+
+        The space that some vocabularies put before a text's first word is removed again. `Detokenizer` keeps it.
+        """
+        skipped = self.special_token_ids if skip_special_tokens else frozenset[int]()
+        data = b"".join(self.token_bytes(token_id) for token_id in token_ids if token_id not in skipped)
+        text = data.decode("utf-8", "replace")
+        return text.removeprefix(" ") if self._strips_first_space else text
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for: a special token's are its literal text, those of an unknown id are empty."""
+        return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def token_text(self, token_id: int) -> str:
+        """A single token for people to read; part of a character shows as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        """The chat as the text that the model was trained on. Raises `InvalidRequest` if its template cannot say it."""
+        if self._chat_template is None:
+            raise InvalidRequest(
+                "Error in applying chat template from request: the model has no chat template; use /v1/completions",
+                param="messages",
+            )
+        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a rendered chat. The template brings its own BOS, so none is added."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return self.encode(text, add_special_tokens=False, param="messages")
+
+
+def _is_encodable(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
