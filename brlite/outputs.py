@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort"]
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -29,7 +29,6 @@ class CompletionOutput(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
-    error: str | None = None
 
     def merge(self, later: CompletionOutput) -> None:
         """Append a later delta of the same completion."""
@@ -39,7 +38,6 @@ class CompletionOutput(msgspec.Struct, kw_only=True):
             self.logprobs = [*(self.logprobs or ()), *later.logprobs]
         self.finish_reason = later.finish_reason
         self.stop_reason = later.stop_reason
-        self.error = later.error
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):

@@ -9,6 +9,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 
+from brlite.engine.request import RequestState, Sequence
+
 TTFT_BOUNDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
     *(20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
@@ -76,3 +78,39 @@ class EngineStats:
         self.prompt_length = Histogram(length_bounds(max_model_len))
         self.generation_length = Histogram(length_bounds(max_model_len))
         self.max_tokens = Histogram(length_bounds(max_model_len))
+
+    def note_scheduled(self, state: RequestState, now: float) -> None:
+        """A request's first sequence enters its first step."""
+        self.queue_time.observe(now - state.arrival_time)
+        self.prefix_cache_queries += len(state.request.prompt_token_ids)
+        self.prefix_cache_hits += state.num_cached_tokens
+
+    def note_prompt_done(self, state: RequestState, now: float) -> None:
+        """A request's prompt is computed and its first token drawn."""
+        self.prompt_tokens += len(state.request.prompt_token_ids)
+        self.cached_prompt_tokens += state.num_cached_tokens
+        self.time_to_first_token.observe(now - state.arrival_time)
+        self.prefill_time.observe(now - (state.scheduled_time or now))
+
+    def note_token(self, seq: Sequence, now: float) -> None:
+        """A token was drawn, and is about to be appended."""
+        self.generation_tokens += 1
+        if seq.num_output_tokens:
+            self.inter_token_latency.observe(now - seq.last_token_time)
+
+    def note_finished(self, state: RequestState, now: float, reason: str) -> None:
+        """A request ended. Latencies are kept for those that ran to their end; aborts and errors are only counted."""
+        self.finished[reason] += 1
+        if reason not in ("stop", "length"):
+            return
+        for seq in state.sequences:
+            self.generation_length.observe(seq.num_output_tokens)
+            if seq.num_output_tokens > 1:
+                mean = (seq.last_token_time - seq.first_token_time) / (seq.num_output_tokens - 1)
+                self.time_per_output_token.observe(mean)
+        self.e2e_latency.observe(now - state.arrival_time)
+        self.decode_time.observe(now - (state.prompt_done_time or now))
+        self.inference_time.observe(now - (state.scheduled_time or now))
+        self.prompt_length.observe(len(state.request.prompt_token_ids))
+        self.params_n.observe(state.request.params.n)
+        self.max_tokens.observe(state.max_tokens)

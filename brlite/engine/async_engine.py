@@ -1,0 +1,206 @@
+"""The engine in an event loop: one task decides and delivers, one thread computes, and nobody shares anything else.
+
+Lives in whatever loop it is started in: no signal handlers, no logging set-up, no globals. Everything but
+`Backend.execute` and `Backend.close` runs on the loop's thread, so there are no locks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+
+from brlite.engine.backend import Backend, BackendInfo
+from brlite.engine.engine import Engine
+from brlite.engine.request import Request, Sink
+from brlite.engine.stats import EngineStats
+from brlite.errors import BrliteError, EngineError, NotReady
+from brlite.outputs import RequestOutput
+from brlite.sampling_params import SamplingParams
+from brlite.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
+
+
+class AsyncEngine:
+    """Serves requests from the event loop it is used in: `async with AsyncEngine(engine, backend) as engine`.
+
+    Owns the engine, the backend and the step thread; `close` ends every open request with `NotReady` and leaves no
+    task and no thread behind. Cancelling a reader of `generate` aborts its request.
+    """
+
+    def __init__(self, engine: Engine, backend: Backend) -> None:
+        self._engine = engine
+        self._backend = backend
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
+        self._wake = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._engine.info
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._engine.stats
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the loop that steps the engine is alive."""
+        return self._task is not None and not self._task.done()
+
+    async def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="brlite-engine")
+        self._task.add_done_callback(self._on_stopped)
+
+    async def close(self) -> None:
+        """Stop stepping, end what is open, and give back the backend and its thread. May be called twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._engine.end_all(NotReady("the server is stopping"))
+        self._idle.set()
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.close)
+        self._thread.shutdown(wait=True)
+
+    async def __aenter__(self) -> AsyncEngine:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queue a request; `sink` gets its deltas on this thread. Raises `RequestError` where it cannot be served."""
+        if not self.is_running:
+            raise NotReady("the engine is not running", retry_after_seconds=1)
+        self._engine.add_request(request, sink)
+        self._idle.clear()
+        self._wake.set()
+
+    def abort(self, request_id: str) -> None:
+        """End a request within one step. Its sink gets a last output with finish reason "abort"."""
+        self._engine.abort(request_id)
+        self._wake.set()
+
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; a long one is encoded on another thread, so that streams do not stall meanwhile."""
+        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        if len(text) <= LONG_TEXT:
+            return encode()
+        return await asyncio.get_running_loop().run_in_executor(None, encode)
+
+    async def generate(
+        self,
+        prompt: str | list[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield what is new in the request's completions until it is finished; what is not read in time is merged.
+
+        Raises `RequestError` for a request that cannot be served and `EngineError` where its step failed. Leaving the
+        iterator, or cancelling its task, aborts the request.
+        """
+        request = Request(
+            request_id=request_id or uuid.uuid4().hex,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=await self.encode(prompt) if isinstance(prompt, str) else prompt,
+            params=params or SamplingParams(),
+            cache_salt=cache_salt,
+        )
+        stream = OutputStream()
+        self.submit(request, stream.put)
+        try:
+            while True:
+                output = await stream.get()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self.abort(request.request_id)
+
+    async def wait_idle(self) -> None:
+        """Return when no request is left."""
+        await self._idle.wait()
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            batch = self._engine.schedule()
+            if batch is None:
+                await self._rest()
+                continue
+            try:
+                result = await loop.run_in_executor(self._thread, self._backend.execute, batch)
+            except Exception as error:  # a failed step ends its own requests, never the loop
+                self._engine.fail(error)
+            else:
+                self._engine.update(result)
+
+    def _on_stopped(self, task: asyncio.Task[None]) -> None:
+        """The loop ended. Unless it was told to, nobody will compute any more, and whoever waits must know."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.critical("the engine loop died", exc_info=error)
+            self._engine.end_all(EngineError("the engine stopped unexpectedly; the request was not completed"))
+            self._idle.set()
+
+    async def _rest(self) -> None:
+        """Nothing to compute: prove that nothing was lost, and sleep until a request comes."""
+        if not self._engine.has_work:
+            try:
+                self._engine.check_integrity()
+            except EngineError as error:
+                logger.error("the engine lost track of its blocks: %s", error)
+            self._idle.set()
+        self._wake.clear()
+        await self._wake.wait()
+
+
+class OutputStream:
+    """One request's outputs between the engine and a reader that may be slower: unread deltas merge into one."""
+
+    def __init__(self) -> None:
+        self._output: RequestOutput | None = None
+        self._error: BrliteError | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, output: RequestOutput | BrliteError) -> None:
+        if isinstance(output, BrliteError):
+            self._error = output
+        elif self._output is None:
+            self._output = output
+        else:
+            self._output.merge(output)
+        self._ready.set()
+
+    async def get(self) -> RequestOutput:
+        """The merged deltas since the last call. Raises the error that ended the request, after what came before."""
+        await self._ready.wait()
+        self._ready.clear()
+        output, self._output = self._output, None
+        if output is None:
+            assert self._error is not None, "the event is set with one of the two"
+            raise self._error
+        if self._error is not None:
+            self._ready.set()
+        return output

@@ -1,0 +1,160 @@
+"""Who owns which block of the KV cache, and which blocks can be found again by the tokens they hold.
+
+A cached block is a free block that still remembers its hash: there is no second pool and nothing to flush. Hashes are
+chained (a block's digest covers all tokens before it), 128 bits of BLAKE2b, and tokens are compared on every hit, so a
+collision cannot hand one prompt the keys and values of another.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from hashlib import blake2b
+
+from brlite.engine.request import Sequence
+from brlite.errors import EngineError
+
+DIGEST_BYTES = 16
+
+
+def cache_root(salt: bytes) -> bytes:
+    """The digest that stands before a prompt's first block: prompts with different salts never share one."""
+    return blake2b(salt, digest_size=DIGEST_BYTES).digest()
+
+
+class Block:
+    """One block: how many sequences use it and, once it is full and computed, what it holds."""
+
+    __slots__ = ("digest", "parent_digest", "ref_count", "token_ids")
+
+    def __init__(self) -> None:
+        self.ref_count = 0
+        self.digest: bytes | None = None
+        self.parent_digest = b""
+        self.token_ids: list[int] = []
+
+
+class BlockManager:
+    """Hands out blocks 0 to `num_blocks` - 1: first those that hold nothing, then the least recently freed."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._blocks = [Block() for _ in range(num_blocks)]
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._sealed: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def match_prefix(self, seq: Sequence) -> list[int]:
+        """The longest chain of sealed blocks that holds the beginning of the sequence. Takes no reference.
+
+        At least one token is left out, since a step must compute something to have logits.
+        """
+        matched: list[int] = []
+        parent_digest = b""
+        for index in range((seq.num_tokens - 1) // self.block_size):
+            digest = self._digest(seq, index)
+            block_id = self._sealed.get(digest)
+            if block_id is None or not self._holds(block_id, parent_digest, self._tokens(seq, index)):
+                break
+            matched.append(block_id)
+            parent_digest = digest
+        return matched
+
+    def num_missing(self, matched: list[int], num_tokens: int) -> int:
+        """How many free blocks a new sequence of `num_tokens` would take, given the blocks it can share."""
+        num_revived = sum(self._blocks[block_id].ref_count == 0 for block_id in matched)
+        return self.num_blocks_for(num_tokens) - len(matched) + num_revived
+
+    def share(self, seq: Sequence, matched: list[int]) -> None:
+        """Give a sequence that owns nothing the blocks that `match_prefix` found."""
+        for block_id in matched:
+            self._blocks[block_id].ref_count += 1
+            self._free.pop(block_id, None)
+        seq.block_table = list(matched)
+        seq.num_sealed_blocks = len(matched)
+        seq.num_computed_tokens = len(matched) * self.block_size
+
+    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+        """Make room for the first `num_tokens` of the sequence: all of it or, where blocks are lacking, none."""
+        num_new = self.num_blocks_for(num_tokens) - len(seq.block_table)
+        if num_new > len(self._free):
+            return False
+        seq.block_table.extend(self._take() for _ in range(num_new))
+        return True
+
+    def seal(self, seq: Sequence) -> None:
+        """Make the sequence's full, computed blocks findable. Of equal blocks only the first is findable."""
+        for index in range(seq.num_sealed_blocks, seq.num_computed_tokens // self.block_size):
+            digest = self._digest(seq, index)
+            if digest not in self._sealed:
+                block = self._blocks[seq.block_table[index]]
+                block.digest = digest
+                block.parent_digest = seq.block_digests[index - 1] if index else b""
+                block.token_ids = self._tokens(seq, index)
+                self._sealed[digest] = seq.block_table[index]
+            seq.num_sealed_blocks = index + 1
+
+    def release(self, seq: Sequence) -> None:
+        """Give the sequence's blocks back. Sealed ones stay findable until reused, the last blocks before the first."""
+        for block_id in reversed(seq.block_table):
+            block = self._blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self._free[block_id] = None
+                if block.digest is None:
+                    self._free.move_to_end(block_id, last=False)
+        seq.block_table = []
+        seq.num_sealed_blocks = 0
+        seq.num_computed_tokens = 0
+
+    def check_integrity(self, seqs: Iterable[Sequence]) -> None:
+        """Raise `EngineError` unless every block is owned exactly by the given sequences, or else free."""
+        owners = Counter(block_id for seq in seqs for block_id in seq.block_table)
+        for block_id, block in enumerate(self._blocks):
+            if block.ref_count != owners[block_id]:
+                raise EngineError(f"block {block_id} counts {block.ref_count} owners, but has {owners[block_id]}")
+            if (block_id in self._free) != (block.ref_count == 0):
+                raise EngineError(
+                    f"block {block_id} with {block.ref_count} owners is on the wrong side of the free list"
+                )
+            if block.digest is not None and self._sealed.get(block.digest) != block_id:
+                raise EngineError(f"block {block_id} is sealed but cannot be found")
+        if len(self._sealed) != sum(block.digest is not None for block in self._blocks):
+            raise EngineError("a digest leads to a block that is not sealed")
+
+    def _take(self) -> int:
+        block_id, _ = self._free.popitem(last=False)
+        block = self._blocks[block_id]
+        block.ref_count = 1
+        if block.digest is not None:
+            del self._sealed[block.digest]
+            block.digest = None
+        return block_id
+
+    def _holds(self, block_id: int, parent_digest: bytes, token_ids: list[int]) -> bool:
+        block = self._blocks[block_id]
+        return block.parent_digest == parent_digest and block.token_ids == token_ids
+
+    def _tokens(self, seq: Sequence, index: int) -> list[int]:
+        return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
+
+    def _digest(self, seq: Sequence, index: int) -> bytes:
+        """The digest of block `index`, kept on the sequence: its tokens never change once the block is full."""
+        digests = seq.block_digests
+        while len(digests) <= index:
+            parent = digests[-1] if digests else seq.state.cache_root
+            tokens = array("i", self._tokens(seq, len(digests))).tobytes()
+            digests.append(blake2b(tokens, digest_size=DIGEST_BYTES, key=parent).digest())
+        return digests[index]

@@ -1,0 +1,281 @@
+"""The synchronous engine: requests in, a `Batch` out, a `StepResult` in, deltas out to each request's sink.
+
+Owns all state of requests and blocks and must be touched by one thread only. It never computes: whoever calls
+`schedule` runs the batch on a backend, anywhere, and comes back with `update` or `fail`. Times come from its clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import secrets
+import time
+from collections.abc import Callable
+
+from brlite.config import EngineConfig, LimitsConfig
+from brlite.engine.admission import admit
+from brlite.engine.backend import BackendInfo, Batch, SampledToken, SeqResult, StepResult
+from brlite.engine.block_manager import BlockManager, cache_root
+from brlite.engine.detokenizer import Detokenizer
+from brlite.engine.request import Request, RequestState, Sequence, SequenceStatus, Sink, TokenCounts, sibling_seed
+from brlite.engine.scheduler import Scheduler, make_batch
+from brlite.engine.stats import EngineStats
+from brlite.engine.stopping import interpret
+from brlite.errors import BrliteError, EngineError, InvalidRequest, QueueFull, QueueTimeout
+from brlite.outputs import CompletionOutput, RequestOutput
+from brlite.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+MAX_RETRY_AFTER_SECONDS = 60
+
+
+class Engine:
+    """Decides the next step and interprets the last one."""
+
+    def __init__(
+        self,
+        info: BackendInfo,
+        tokenizer: Tokenizer,
+        config: EngineConfig,
+        limits: LimitsConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.info = info
+        self.tokenizer = tokenizer
+        self.config = config
+        self.limits = limits
+        self.stats = EngineStats(info.max_model_len)
+        self._clock = clock
+        self._blocks = BlockManager(info.num_blocks, info.block_size)
+        self._scheduler = Scheduler(
+            self._blocks, max_num_seqs=info.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+        )
+        self._requests: dict[str, RequestState] = {}
+        self._in_flight: list[tuple[Sequence, int]] = []
+        self._step_start = 0.0
+        self._seq_ids = itertools.count()
+        self._private_salt = secrets.token_bytes(16)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_queued(self) -> int:
+        """How many requests wait for their first step."""
+        return sum(state.scheduled_time is None for state in self._requests.values())
+
+    def add_request(self, request: Request, sink: Sink) -> None:
+        """Queue a request. Raises `RequestError` at once for one that is wrong, can never fit or finds a full queue."""
+        if request.request_id in self._requests:
+            raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
+        max_tokens, warnings = admit(request, self.info, self.limits)
+        num_queued = self.num_queued
+        if num_queued >= self.limits.max_waiting:
+            raise QueueFull(
+                f"{num_queued} requests are waiting; this server queues at most {self.limits.max_waiting}",
+                retry_after_seconds=self._retry_after_seconds(),
+            )
+        state = RequestState(
+            request=request,
+            max_tokens=max_tokens,
+            warnings=warnings,
+            sink=sink,
+            arrival_time=self._clock(),
+            cache_root=cache_root(self._cache_salt(request)),
+        )
+        state.sequences = self._make_sequences(state)
+        self._requests[request.request_id] = state
+        # Siblings wait until the first prompt is cached: n=8 then costs one prefill, not eight.
+        self._scheduler.add(state.sequences[0])
+
+    def abort(self, request_id: str) -> None:
+        """End a request as "abort" at the next step boundary, whatever it is doing. Unknown ids are ignored."""
+        state = self._requests.get(request_id)
+        if state is not None:
+            state.is_aborted = True
+
+    def schedule(self) -> Batch | None:
+        """Decide the next step; None if there is nothing to compute. Aborted and overdue requests end here."""
+        assert not self._in_flight, "one step at a time"
+        self._end_aborted()
+        self._end_overdue()
+        self._in_flight = self._scheduler.schedule()
+        self._step_start = self._clock()
+        for seq, _ in self._in_flight:
+            self._note_scheduled(seq)
+        self._set_gauges()
+        return make_batch(self._in_flight, self.tokenizer.eos_token_ids) if self._in_flight else None
+
+    def update(self, result: StepResult) -> None:
+        """Take in what the step found and give every touched request its delta."""
+        now = self._clock()
+        in_flight, self._in_flight = self._in_flight, []
+        self.stats.step_time.observe(now - self._step_start)
+        self.stats.step_tokens.observe(sum(num_tokens for _, num_tokens in in_flight))
+        for (seq, num_tokens), seq_result in zip(in_flight, result.seqs, strict=True):
+            if seq.status is SequenceStatus.RUNNING:
+                self._take_in(seq, num_tokens, seq_result, now)
+        for state in dict.fromkeys(seq.state for seq, _ in in_flight):
+            self._deliver(state)
+        self._end_aborted()
+        self._set_gauges()
+
+    def fail(self, error: Exception) -> None:
+        """The step raised: the requests that were in it end with an `EngineError`, the others go on."""
+        in_flight, self._in_flight = self._in_flight, []
+        self.stats.step_failures += 1
+        logger.error("a step of %d sequences failed", len(in_flight), exc_info=error)
+        for state in dict.fromkeys(seq.state for seq, _ in in_flight):
+            self._end_with_error(state, EngineError("the model step failed; the request was not completed"))
+        self._set_gauges()
+
+    def end_all(self, error: BrliteError) -> None:
+        """End every request with an error: nothing will be computed any more."""
+        self._in_flight = []
+        for state in list(self._requests.values()):
+            self._end_with_error(state, error)
+        self._set_gauges()
+
+    def check_integrity(self) -> None:
+        """Raise `EngineError` if a block is lost, owned twice, or owned by nobody who runs."""
+        self._blocks.check_integrity(self._scheduler.running)
+        if not self._requests and (self._scheduler.running or self._scheduler.waiting):
+            raise EngineError("sequences are left over without a request")
+
+    def _cache_salt(self, request: Request) -> bytes:
+        salt = request.cache_salt.encode("utf-8", "surrogatepass")
+        if self.config.prefix_caching:
+            return salt
+        return self._private_salt + request.request_id.encode("utf-8", "surrogatepass") + salt
+
+    def _make_sequences(self, state: RequestState) -> list[Sequence]:
+        params = state.request.params
+        seed = secrets.randbits(64) if params.seed is None else params.seed
+        return [self._make_sequence(state, index, sibling_seed(seed, index)) for index in range(params.n)]
+
+    def _make_sequence(self, state: RequestState, index: int, seed: int) -> Sequence:
+        params, prompt_token_ids = state.request.params, state.request.prompt_token_ids
+        detokenizer = Detokenizer(
+            self.tokenizer,
+            params.stop,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
+        )
+        counts = TokenCounts(prompt_token_ids) if params.has_penalties else None
+        return Sequence(next(self._seq_ids), index, state, list(prompt_token_ids), seed, detokenizer, counts)
+
+    def _note_scheduled(self, seq: Sequence) -> None:
+        state = seq.state
+        if state.scheduled_time is None:
+            state.scheduled_time = self._step_start
+            state.num_cached_tokens = seq.num_computed_tokens
+            self.stats.note_scheduled(state, self._step_start)
+
+    def _take_in(self, seq: Sequence, num_tokens: int, result: SeqResult, now: float) -> None:
+        state = seq.state
+        if result.error is not None:
+            self._end_with_error(state, EngineError(result.error))
+            return
+        if seq.wants_prompt_logprobs:
+            state.add_prompt_logprobs(result.prompt_logprobs, is_first=seq.num_computed_tokens == 0)
+        seq.num_computed_tokens += num_tokens
+        self._blocks.seal(seq)
+        if result.tokens and state.prompt_done_time is None:
+            self._finish_prompt(state, now)
+        for token in result.tokens:
+            self._append(seq, token, now)
+            if seq.status is SequenceStatus.FINISHED:
+                break
+
+    def _finish_prompt(self, state: RequestState, now: float) -> None:
+        """The prompt is computed and cached: let the siblings in, in order."""
+        state.prompt_done_time = now
+        state.finish_prompt_logprobs()
+        for sibling in reversed(state.sequences[1:]):
+            self._scheduler.add_sibling(sibling)
+        self.stats.note_prompt_done(state, now)
+
+    def _append(self, seq: Sequence, token: SampledToken, now: float) -> None:
+        """Append one drawn token to its sequence and to its request's delta, and see whether that ends it."""
+        self.stats.note_token(seq, now)
+        seq.append(token.token_id, now)
+        text, finish_reason, stop_reason = interpret(seq, token.token_id, self.tokenizer.eos_token_ids)
+        seq.state.add_delta(
+            CompletionOutput(
+                index=seq.index,
+                text=text,
+                token_ids=[token.token_id],
+                logprobs=None if token.logprob is None else [token.logprob],
+                finish_reason=finish_reason,
+                stop_reason=stop_reason,
+            )
+        )
+        if finish_reason is not None:
+            seq.finish_reason = finish_reason
+            self._scheduler.finish(seq)
+
+    def _deliver(self, state: RequestState) -> None:
+        """Give the request's sink what is new; a request that is finished is forgotten."""
+        if state.request.request_id not in self._requests or not state.delta:
+            return
+        if state.is_finished:
+            del self._requests[state.request.request_id]
+            self.stats.note_finished(state, self._clock(), state.sequences[0].finish_reason or "abort")
+        self._send(state, state.take_output())
+
+    def _send(self, state: RequestState, output: RequestOutput | BrliteError) -> None:
+        try:
+            state.sink(output)
+        except Exception:  # one request's reader must not take down the others'
+            logger.exception("the reader of request %s failed", state.request.request_id)
+            state.sink = _nobody
+            state.is_aborted = True
+
+    def _end_aborted(self) -> None:
+        for state in [state for state in self._requests.values() if state.is_aborted]:
+            for seq in state.sequences:
+                if seq.status is not SequenceStatus.FINISHED:
+                    seq.finish_reason = "abort"
+                    state.add_delta(CompletionOutput(index=seq.index, finish_reason="abort"))
+                    self._scheduler.finish(seq)
+            self._deliver(state)
+
+    def _end_overdue(self) -> None:
+        limit = self.limits.max_wait_seconds
+        deadline = self._clock() - limit
+        for state in list(self._requests.values()):
+            if state.scheduled_time is None and state.arrival_time < deadline:
+                message = f"the request waited in the queue for more than {limit:g} seconds"
+                error = QueueTimeout(message, retry_after_seconds=self._retry_after_seconds())
+                self._end_with_error(state, error)
+
+    def _end_with_error(self, state: RequestState, error: BrliteError) -> None:
+        if self._requests.pop(state.request.request_id, None) is None:
+            return
+        for seq in state.sequences:
+            self._scheduler.finish(seq)
+        self.stats.note_finished(state, self._clock(), "error")
+        self._send(state, error)
+
+    def _retry_after_seconds(self) -> int:
+        """How long until the queue has moved by one batch, by the mean time of the requests that ended."""
+        num_ended = sum(self.stats.e2e_latency.counts)
+        mean = self.stats.e2e_latency.total / num_ended if num_ended else 1.0
+        num_rounds = 1 + self.num_queued / self.info.max_num_seqs
+        return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(mean * num_rounds)))
+
+    def _set_gauges(self) -> None:
+        self.stats.num_running = len(self._scheduler.running)
+        self.stats.num_waiting = len(self._scheduler.waiting)
+        self.stats.num_used_blocks = self._blocks.num_used
+        self.stats.num_blocks = self._blocks.num_blocks
+        self.stats.preemptions = self._scheduler.num_preemptions
+
+
+def _nobody(output: RequestOutput | BrliteError) -> None:
+    """The sink of a request that nobody reads."""

@@ -1,0 +1,173 @@
+"""A request and its sequences: the tokens they have, how many of those are computed, and where they are in life.
+
+Knows nothing of queues, blocks or batches; whoever owns those keeps the numbers here up to date.
+"""
+
+from __future__ import annotations
+
+import enum
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from brlite.engine.detokenizer import Detokenizer
+from brlite.errors import BrliteError
+from brlite.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
+from brlite.sampling_params import SamplingParams
+
+# Receives a request's deltas on the event-loop thread. The last one is finished, or it is the error that ended it.
+Sink = Callable[[RequestOutput | BrliteError], None]
+
+_GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked of the engine. Requests share cached prefixes only if their `cache_salt` is the same."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    prompt: str | None = None
+    cache_salt: str = ""
+
+
+class SequenceStatus(enum.Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class TokenCounts:
+    """The distinct tokens of a prompt and its output, with how often each was generated; kept up to date in O(1)."""
+
+    def __init__(self, prompt_token_ids: list[int]) -> None:
+        self._ids = array("i", dict.fromkeys(prompt_token_ids))
+        self._counts = array("i", bytes(self._ids.itemsize * len(self._ids)))
+        self._index = {token_id: index for index, token_id in enumerate(self._ids)}
+
+    def add(self, token_id: int) -> None:
+        index = self._index.setdefault(token_id, len(self._ids))
+        if index == len(self._ids):
+            self._ids.append(token_id)
+            self._counts.append(0)
+        self._counts[index] += 1
+
+    @property
+    def token_ids(self) -> bytes:
+        return self._ids.tobytes()
+
+    @property
+    def output_counts(self) -> bytes:
+        return self._counts.tobytes()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One of a request's `n` completions in the making. `token_ids` is the prompt followed by the output."""
+
+    seq_id: int
+    index: int
+    state: RequestState
+    token_ids: list[int]
+    seed: int
+    detokenizer: Detokenizer
+    counts: TokenCounts | None
+    status: SequenceStatus = SequenceStatus.WAITING
+    finish_reason: FinishReason | None = None
+    num_computed_tokens: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(default_factory=list)
+    num_sealed_blocks: int = 0
+    first_token_time: float = 0.0
+    last_token_time: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.state.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether its prompt must be computed in full to report it: true for one sequence of a request, once."""
+        params = self.state.request.params
+        return self.index == 0 and params.prompt_logprobs is not None and self.state.prompt_logprobs is None
+
+    def append(self, token_id: int, now: float) -> None:
+        if not self.num_output_tokens:
+            self.first_token_time = now
+        self.last_token_time = now
+        self.token_ids.append(token_id)
+        if self.counts is not None:
+            self.counts.add(token_id)
+
+
+@dataclass(eq=False)
+class RequestState:
+    """A request on its way through the engine. `delta` collects what its sink has not been given yet."""
+
+    request: Request
+    max_tokens: int
+    warnings: tuple[str, ...]
+    sink: Sink
+    arrival_time: float
+    cache_root: bytes
+    sequences: list[Sequence] = field(default_factory=list)
+    scheduled_time: float | None = None
+    prompt_done_time: float | None = None
+    num_cached_tokens: int = 0
+    partial_prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    delta: dict[int, CompletionOutput] = field(default_factory=dict)
+    has_output: bool = False
+    is_aborted: bool = False
+
+    @property
+    def is_finished(self) -> bool:
+        return all(seq.status is SequenceStatus.FINISHED for seq in self.sequences)
+
+    def add_prompt_logprobs(self, logprobs: list[TokenLogprob], *, is_first: bool) -> None:
+        """Collect those of one prompt chunk; a prompt that is computed again starts over with its first chunk."""
+        if is_first:
+            self.partial_prompt_logprobs = []
+        self.partial_prompt_logprobs.extend(logprobs)
+
+    def finish_prompt_logprobs(self) -> None:
+        """The prompt is done. Its first token has no logprob, since nothing came before it."""
+        if self.request.params.prompt_logprobs is not None:
+            self.prompt_logprobs = [None, *self.partial_prompt_logprobs]
+
+    def add_delta(self, delta: CompletionOutput) -> None:
+        if delta.index in self.delta:
+            self.delta[delta.index].merge(delta)
+        else:
+            self.delta[delta.index] = delta
+
+    def take_output(self) -> RequestOutput:
+        """What the sink has not been given yet. Prompt logprobs go out once, with the first output."""
+        output = RequestOutput(
+            request_id=self.request.request_id,
+            prompt=self.request.prompt,
+            prompt_token_ids=self.request.prompt_token_ids,
+            prompt_logprobs=None if self.has_output else self.prompt_logprobs,
+            outputs=list(self.delta.values()),
+            finished=self.is_finished,
+            num_cached_tokens=self.num_cached_tokens,
+            warnings=self.warnings,
+        )
+        self.delta = {}
+        self.has_output = True
+        return output
+
+
+def sibling_seed(seed: int, index: int) -> int:
+    """The seed of the completion at `index`: the request's own for the first, spread over 64 bits for the others."""
+    return (seed + index * _GOLDEN_RATIO_64) % 2**64

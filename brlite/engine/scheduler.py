@@ -1,0 +1,135 @@
+"""Which tokens are computed in the next step. Pure decisions over sequences and blocks: no tensors, no clocks, no text.
+
+A sequence has no phase: it has tokens, and a number of them that are computed. A prompt chunk, a prefix-cache hit, a
+decode and a preemption are all changes of that one number.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
+from brlite.engine.block_manager import BlockManager
+from brlite.engine.request import Sequence, SequenceStatus
+
+
+class Scheduler:
+    """First come, first served, under a budget of sequences, of tokens a step and of blocks.
+
+    Sequences with one token to go come first, then the prompts that have begun, then new ones. Where blocks run out,
+    the latest sequence gives its own back and waits at the head of the queue to be computed again.
+    """
+
+    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+        self._blocks = blocks
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def add_sibling(self, seq: Sequence) -> None:
+        """Queue a completion whose prompt is cached by now, before those who came later."""
+        self.waiting.appendleft(seq)
+
+    def finish(self, seq: Sequence) -> None:
+        """Take a sequence out, wherever it is, and its blocks back."""
+        if seq.status is SequenceStatus.RUNNING:
+            self.running.remove(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        seq.status = SequenceStatus.FINISHED
+        self._blocks.release(seq)
+
+    def schedule(self) -> list[tuple[Sequence, int]]:
+        """The sequences of the next step, each with the number of its tokens to compute; their blocks are theirs."""
+        scheduled: dict[Sequence, int] = {}
+        budget = self._max_num_batched_tokens
+        num_preemptions = self.num_preemptions
+        for seq in sorted(self.running, key=_has_prompt_left):
+            budget -= self._schedule_running(seq, budget, scheduled)
+        # Blocks are short after a preemption: whoever was admitted now would be the next to lose them.
+        while budget > 0 and num_preemptions == self.num_preemptions and self._can_admit():
+            budget -= self._admit(budget, scheduled)
+        return list(scheduled.items())
+
+    def _schedule_running(self, seq: Sequence, budget: int, scheduled: dict[Sequence, int]) -> int:
+        """Schedule what fits the budget, taking blocks from the latest sequences if need be. Returns the tokens."""
+        num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        if num_tokens == 0 or seq.status is not SequenceStatus.RUNNING:
+            return 0
+        returned = 0
+        while not self._blocks.grow(seq, seq.num_computed_tokens + num_tokens):
+            victim = self.running[-1]
+            returned += scheduled.pop(victim, 0)
+            self._preempt(victim)
+            if victim is seq:
+                return -returned
+        scheduled[seq] = num_tokens
+        return num_tokens - returned
+
+    def _can_admit(self) -> bool:
+        """Whether there is a waiting sequence, a place for it, and blocks for all the tokens it has."""
+        if not self.waiting or len(self.running) >= self._max_num_seqs:
+            return False
+        seq = self.waiting[0]
+        return self._blocks.num_missing(self._match(seq), seq.num_tokens) <= self._blocks.num_free
+
+    def _admit(self, budget: int, scheduled: dict[Sequence, int]) -> int:
+        """Start the first waiting sequence with all the blocks it needs so far. Returns the tokens scheduled."""
+        seq = self.waiting.popleft()
+        self._blocks.share(seq, self._match(seq))
+        self._blocks.grow(seq, seq.num_tokens)
+        self.running.append(seq)
+        seq.status = SequenceStatus.RUNNING
+        scheduled[seq] = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        return scheduled[seq]
+
+    def _match(self, seq: Sequence) -> list[int]:
+        return [] if seq.wants_prompt_logprobs else self._blocks.match_prefix(seq)
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._blocks.release(seq)
+        seq.status = SequenceStatus.WAITING
+        self.waiting.appendleft(seq)
+        self.num_preemptions += 1
+
+
+def make_batch(scheduled: list[tuple[Sequence, int]], eos_token_ids: tuple[int, ...]) -> Batch:
+    """The decision as plain data for a backend."""
+    return Batch([_scheduled_seq(seq, num_tokens, eos_token_ids) for seq, num_tokens in scheduled])
+
+
+def _has_prompt_left(seq: Sequence) -> bool:
+    return seq.num_tokens - seq.num_computed_tokens > 1
+
+
+def _scheduled_seq(seq: Sequence, num_tokens: int, eos_token_ids: tuple[int, ...]) -> ScheduledSeq:
+    start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
+    targets = seq.token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)] if seq.wants_prompt_logprobs else []
+    return ScheduledSeq(
+        seq_id=seq.seq_id,
+        start=start,
+        token_ids=seq.token_ids[start:end],
+        block_table=list(seq.block_table),
+        sampling=_sampling_input(seq, eos_token_ids) if end == seq.num_tokens else None,
+        prompt_targets=targets,
+        num_prompt_logprobs=seq.state.request.params.prompt_logprobs or 0,
+    )
+
+
+def _sampling_input(seq: Sequence, eos_token_ids: tuple[int, ...]) -> SamplingInput:
+    params = seq.state.request.params
+    is_too_short = seq.num_output_tokens < params.min_tokens
+    return SamplingInput(
+        params=params,
+        seed=seq.seed,
+        position=seq.num_output_tokens,
+        counted_token_ids=seq.counts.token_ids if seq.counts else b"",
+        output_counts=seq.counts.output_counts if seq.counts else b"",
+        banned_token_ids=(*eos_token_ids, *params.stop_token_ids) if is_too_short else (),
+    )

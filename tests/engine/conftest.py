@@ -1,0 +1,86 @@
+"""A driver that steps an engine by hand and reads what its requests were given."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from brlite.config import EngineConfig, LimitsConfig
+from brlite.engine.backend import Batch
+from brlite.engine.engine import Engine
+from brlite.engine.request import Request
+from brlite.errors import BrliteError
+from brlite.outputs import RequestOutput
+from brlite.sampling_params import SamplingParams
+from tests.fakes import ByteTokenizer, FakeBackend
+
+
+class Driver:
+    """An engine on a fake backend with a clock that moves one second a step."""
+
+    def __init__(self, *, budget: int = 16, prefix_caching: bool = True, limits: LimitsConfig | None = None, **kw: Any):
+        self.backend = FakeBackend(**kw)
+        self.now = 0.0
+        config = EngineConfig(max_num_batched_tokens=budget, prefix_caching=prefix_caching)
+        self.engine = Engine(
+            self.backend.info, ByteTokenizer(), config, limits or LimitsConfig(), clock=lambda: self.now
+        )
+        self.outputs: dict[str, RequestOutput] = {}
+        self.errors: dict[str, BrliteError] = {}
+        self._ids = (f"request-{number}" for number in itertools.count())
+
+    def submit(
+        self, prompt: list[int] | str, *, request_id: str | None = None, cache_salt: str = "", **params: Any
+    ) -> str:
+        token_ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
+        sampling = SamplingParams(**{"temperature": 0, "max_tokens": 8, **params})
+        request = Request(
+            request_id=request_id or next(self._ids),
+            prompt_token_ids=token_ids,
+            params=sampling,
+            cache_salt=cache_salt,
+        )
+        self.engine.add_request(request, lambda output: self._receive(request.request_id, output))
+        return request.request_id
+
+    def step(self) -> Batch | None:
+        batch = self.engine.schedule()
+        self.now += 1.0
+        if batch is not None:
+            try:
+                result = self.backend.execute(batch)
+            except RuntimeError as error:
+                self.engine.fail(error)
+            else:
+                self.engine.update(result)
+        self.engine.check_integrity()
+        return batch
+
+    def finish(self) -> list[Batch]:
+        batches = list(itertools.takewhile(lambda batch: batch is not None, (self.step() for _ in range(10_000))))
+        assert not self.engine.has_work
+        return [batch for batch in batches if batch is not None]
+
+    def text(self, request_id: str, index: int = 0) -> str:
+        return next(output.text for output in self.outputs[request_id].outputs if output.index == index)
+
+    def token_ids(self, request_id: str, index: int = 0) -> list[int]:
+        return next(output.token_ids for output in self.outputs[request_id].outputs if output.index == index)
+
+    def _receive(self, request_id: str, output: RequestOutput | BrliteError) -> None:
+        assert request_id not in self.errors, "an error is the last thing a request hears"
+        if isinstance(output, BrliteError):
+            self.errors[request_id] = output
+        elif request_id in self.outputs:
+            assert not self.outputs[request_id].finished, "a finished request hears nothing more"
+            self.outputs[request_id].merge(output)
+        else:
+            self.outputs[request_id] = output
+
+
+@pytest.fixture
+def make_driver() -> Callable[..., Driver]:
+    return Driver

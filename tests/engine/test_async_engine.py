@@ -1,0 +1,147 @@
+"""The engine in an event loop: streams, slow readers, aborts, faults and a clean close."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from brlite.config import EngineConfig, LimitsConfig
+from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.engine import Engine
+from brlite.errors import EngineError, InvalidRequest, NotReady
+from brlite.outputs import RequestOutput
+from brlite.sampling_params import SamplingParams
+from tests.fakes import ByteTokenizer, FakeBackend, reference_tokens
+
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+
+
+@asynccontextmanager
+async def running(**kw: Any) -> AsyncIterator[tuple[AsyncEngine, FakeBackend]]:
+    backend = FakeBackend(**kw)
+    engine = Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig())
+    async with AsyncEngine(engine, backend) as async_engine:
+        yield async_engine, backend
+
+
+async def collect(engine: AsyncEngine, prompt: str, params: SamplingParams = GREEDY) -> list[RequestOutput]:
+    return [output async for output in engine.generate(prompt, params)]
+
+
+async def test_many_requests_at_once_each_get_their_own_text() -> None:
+    prompts = [f"prompt {number}" for number in range(20)]
+
+    async with running() as (engine, _):
+        answers = await asyncio.gather(*(collect(engine, prompt) for prompt in prompts))
+
+    for prompt, outputs in zip(prompts, answers, strict=True):
+        token_ids = [token for output in outputs for token in output.outputs[0].token_ids]
+        assert token_ids == reference_tokens(prompt.encode(), 8)
+
+
+async def test_what_a_slow_reader_did_not_fetch_comes_merged() -> None:
+    async with running() as (engine, _):
+        stream = engine.generate("hello", GREEDY)
+        first = await anext(stream)
+        await engine.wait_idle()
+        rest = [output async for output in stream]
+
+    assert len(rest) == 1
+    assert [*first.outputs[0].token_ids, *rest[0].outputs[0].token_ids] == reference_tokens(b"hello", 8)
+
+
+async def test_cancelling_the_reader_aborts_the_request() -> None:
+    async with running() as (engine, backend):
+        backend.gate = threading.Event()
+        task = asyncio.create_task(collect(engine, "hello", SamplingParams(max_tokens=30)))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        backend.gate.set()
+        await engine.wait_idle()
+
+        assert engine.stats.num_used_blocks == 0
+        assert len(backend.batches) <= 1
+
+
+async def test_leaving_the_iterator_aborts_the_request() -> None:
+    async with running() as (engine, backend):
+        stream = engine.generate("hello", SamplingParams(temperature=0, max_tokens=30))
+        await anext(stream)
+        await stream.aclose()
+        await engine.wait_idle()
+
+        assert engine.stats.finished["abort"] == 1
+        assert len(backend.batches) < 30
+
+
+async def test_a_failed_step_raises_at_its_reader_and_the_engine_serves_on() -> None:
+    def fault(seq: Any) -> None:
+        if seq.token_ids[0] == ord("x"):
+            raise RuntimeError("broken kernel")
+
+    async with running(fault=fault) as (engine, _):
+        with pytest.raises(EngineError):
+            await collect(engine, "x")
+        outputs = await collect(engine, "hello")
+
+    assert outputs[-1].finished
+
+
+async def test_a_wrong_request_raises_before_anything_runs() -> None:
+    async with running() as (engine, backend):
+        with pytest.raises(InvalidRequest):
+            await collect(engine, "")
+
+    assert backend.batches == []
+
+
+async def test_a_backend_that_answers_nonsense_ends_every_request_and_says_so() -> None:
+    class Liar(FakeBackend):
+        def execute(self, batch: Any) -> Any:
+            return type(super().execute(batch))([])
+
+    backend = Liar()
+    engine = AsyncEngine(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
+    await engine.start()
+
+    with pytest.raises(EngineError, match="stopped unexpectedly"):
+        await collect(engine, "hello")
+
+    assert not engine.is_running
+    await engine.close()
+
+
+async def test_closing_ends_open_streams_and_leaves_no_task_and_no_thread() -> None:
+    tasks_before, threads_before = asyncio.all_tasks(), set(threading.enumerate())
+    async with running() as (engine, backend):
+        stream = engine.generate("hello", SamplingParams(temperature=0, max_tokens=30))
+        await anext(stream)
+        await engine.close()
+        with pytest.raises(NotReady):
+            while True:
+                await anext(stream)
+
+    assert backend.is_closed
+    assert asyncio.all_tasks() == tasks_before
+    assert set(threading.enumerate()) == threads_before
+
+
+async def test_two_engines_live_in_one_loop() -> None:
+    async with running() as (one, _), running() as (two, _):
+        answers = await asyncio.gather(collect(one, "hello"), collect(two, "hello"))
+
+    assert [output.outputs[0].text for output in answers[0]] == [output.outputs[0].text for output in answers[1]]
+
+
+async def test_a_closed_engine_refuses_work() -> None:
+    async with running() as (engine, _):
+        pass
+
+    with pytest.raises(NotReady):
+        await collect(engine, "hello")

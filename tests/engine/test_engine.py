@@ -1,0 +1,346 @@
+"""The engine's decisions and their consequences, stepped by hand on a fake model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from brlite.config import LimitsConfig
+from brlite.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, QueueTimeout
+from tests.engine.conftest import Driver
+from tests.fakes import BLOCK_SIZE, EOS, reference_tokens
+
+MakeDriver = Callable[..., Driver]
+
+
+def test_a_completion_is_what_the_model_says_token_by_token(make_driver: MakeDriver) -> None:
+    driver = make_driver()
+
+    request_id = driver.submit("hello", max_tokens=8)
+    driver.finish()
+
+    assert driver.token_ids(request_id) == reference_tokens(b"hello", 8)
+    assert driver.outputs[request_id].outputs[0].finish_reason == "length"
+
+
+def test_prompt_chunks_and_decodes_share_a_step_within_the_token_budget(make_driver: MakeDriver) -> None:
+    driver = make_driver(budget=8)
+    driver.submit("ab", max_tokens=16)
+    driver.step()
+
+    driver.submit("a long prompt of 27 letters", max_tokens=4)
+    batches = driver.finish()
+
+    assert [len(seq.token_ids) for seq in batches[0].seqs] == [1, 7]
+    assert max(batch.num_tokens for batch in batches) <= 8
+
+
+def test_a_shared_prefix_is_computed_once(make_driver: MakeDriver) -> None:
+    driver = make_driver(budget=64)
+    system = [7] * (2 * BLOCK_SIZE)
+    driver.submit([*system, 1], max_tokens=1)
+    driver.finish()
+
+    second = driver.submit([*system, 2], max_tokens=1)
+    batch = driver.step()
+
+    assert batch is not None
+    assert batch.seqs[0].start == len(system)
+    assert driver.outputs[second].num_cached_tokens == len(system)
+
+
+def test_prompts_with_different_salts_share_nothing(make_driver: MakeDriver) -> None:
+    driver = make_driver(budget=64)
+    prompt = [7] * (3 * BLOCK_SIZE)
+    driver.submit(prompt, max_tokens=1, cache_salt="one")
+    driver.finish()
+
+    driver.submit(prompt, max_tokens=1, cache_salt="two")
+    batch = driver.step()
+
+    assert batch is not None
+    assert batch.seqs[0].start == 0
+
+
+def test_without_prefix_caching_requests_share_nothing_but_siblings_do(make_driver: MakeDriver) -> None:
+    driver = make_driver(budget=64, prefix_caching=False)
+    prompt = [7] * (3 * BLOCK_SIZE)
+    driver.submit(prompt, max_tokens=1)
+    driver.finish()
+
+    driver.submit(prompt, n=2, max_tokens=1)
+    batches = driver.finish()
+
+    assert batches[0].seqs[0].start == 0
+    assert batches[1].seqs[0].start == 2 * BLOCK_SIZE
+
+
+@pytest.mark.parametrize("n", [2, 8])
+def test_n_completions_cost_one_prefill_and_differ_by_their_seeds(make_driver: MakeDriver, n: int) -> None:
+    driver = make_driver(budget=64, max_num_seqs=4)
+    prompt = list(range(8 * BLOCK_SIZE))
+
+    request_id = driver.submit(prompt, n=n, seed=5, temperature=1.0, max_tokens=6)
+    batches = driver.finish()
+
+    computed = sum(len(seq.token_ids) for batch in batches for seq in batch.seqs if seq.start < len(prompt))
+    assert computed == len(prompt) + (n - 1) * BLOCK_SIZE
+    assert len({tuple(driver.token_ids(request_id, index)) for index in range(n)}) == n
+    assert driver.token_ids(request_id) == reference_tokens(prompt, 6, seed=5)
+
+
+def test_a_preempted_sequence_is_computed_again_and_says_the_same(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=9, max_num_seqs=3, max_model_len=32)
+
+    request_ids = [driver.submit(prompt, max_tokens=16) for prompt in ("first!", "second", "third.")]
+    driver.finish()
+
+    assert driver.engine.stats.preemptions > 0
+    for request_id, prompt in zip(request_ids, (b"first!", b"second", b"third."), strict=True):
+        assert driver.token_ids(request_id) == reference_tokens(prompt, 16)
+
+
+def test_at_most_max_num_seqs_sequences_run_at_once(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=2)
+
+    for _ in range(6):
+        driver.submit("hello", max_tokens=5)
+    batches = driver.finish()
+
+    assert max(len(batch.seqs) for batch in batches) == 2
+    assert len(driver.outputs) == 6
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
+def test_an_abort_at_any_moment_frees_everything_at_the_next_step(make_driver: MakeDriver, num_steps: int) -> None:
+    driver = make_driver(budget=8)
+    request_id = driver.submit("a prompt that takes several chunks", n=3, max_tokens=30)
+    for _ in range(num_steps):
+        driver.step()
+
+    driver.engine.abort(request_id)
+    batch = driver.step()
+
+    assert batch is None
+    assert driver.engine.stats.num_used_blocks == 0
+    assert {output.finish_reason for output in driver.outputs[request_id].outputs} == {"abort"}
+
+
+def test_an_abort_during_a_step_takes_effect_when_the_step_returns(make_driver: MakeDriver) -> None:
+    driver = make_driver()
+    request_id = driver.submit("hello", max_tokens=8)
+    batch = driver.engine.schedule()
+    assert batch is not None
+
+    driver.engine.abort(request_id)
+    driver.engine.update(driver.backend.execute(batch))
+
+    assert not driver.engine.has_work
+    assert driver.engine.stats.num_used_blocks == 0
+
+
+def test_a_sequence_that_fails_ends_its_own_request_only(make_driver: MakeDriver) -> None:
+    driver = make_driver(fault=lambda seq: "logits are not finite" if seq.token_ids[0] == ord("X") else None)
+
+    bad, good = driver.submit("XYZ", n=2), driver.submit("abc")
+    driver.finish()
+
+    assert isinstance(driver.errors[bad], EngineError)
+    assert driver.token_ids(good) == reference_tokens(b"abc", 8)
+
+
+def test_a_step_that_raises_ends_the_requests_in_it_and_the_engine_goes_on(make_driver: MakeDriver) -> None:
+    def fault(seq: object) -> None:
+        if len(driver.backend.batches) == 2:
+            raise RuntimeError("out of memory")
+
+    driver = make_driver(fault=fault)
+    first = driver.submit("abc")
+    driver.step()
+    driver.step()
+
+    later = driver.submit("abc")
+    driver.finish()
+
+    assert isinstance(driver.errors[first], EngineError)
+    assert driver.token_ids(later) == reference_tokens(b"abc", 8)
+    assert driver.engine.stats.step_failures == 1
+
+
+def test_a_reader_that_fails_does_not_harm_the_others(make_driver: MakeDriver) -> None:
+    driver = make_driver()
+    good = driver.submit("abc")
+    request = driver.engine._requests[driver.submit("def")].request
+    driver.engine.abort(request.request_id)
+    driver.step()
+
+    def broken(output: object) -> None:
+        raise ValueError("the reader broke")
+
+    driver.engine.add_request(request, broken)
+    driver.finish()
+
+    assert driver.token_ids(good) == reference_tokens(b"abc", 8)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param"),
+    [
+        ([], {}, "prompt"),
+        ([260], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ([1], {"n": 10**9}, "n"),
+        ([1], {"logprobs": 21}, "logprobs"),
+        ([1], {"top_k": 261}, "top_k"),
+        ([1], {"stop": ["x"] * 17}, "stop"),
+        ([1], {"stop": ["x" * 257]}, "stop"),
+        ([1], {"stop_token_ids": [260]}, "stop_token_ids"),
+        ([1], {"logit_bias": {260: 1.0}}, "logit_bias"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_the_door(
+    make_driver: MakeDriver, prompt: list[int], params: dict[str, object], param: str
+) -> None:
+    driver = make_driver()
+
+    with pytest.raises(InvalidRequest) as caught:
+        driver.submit(prompt, **params)
+
+    assert caught.value.param == param
+    assert not driver.engine.has_work
+
+
+def test_a_prompt_of_the_whole_context_is_refused_and_one_token_less_is_served(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_model_len=64)
+
+    with pytest.raises(PromptTooLong, match="maximum context length is 64 tokens"):
+        driver.submit([1] * 64)
+    request_id = driver.submit([1] * 63)
+    driver.finish()
+
+    assert len(driver.token_ids(request_id)) == 1
+
+
+def test_a_request_larger_than_the_whole_cache_is_refused(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=4, max_model_len=64)
+
+    with pytest.raises(InvalidRequest, match="this server has 4"):
+        driver.submit([1] * 10, max_tokens=20)
+
+
+@pytest.mark.parametrize(("prompt_length", "asked", "allowed"), [(4, 40, 32), (50, 20, 14), (4, 32, 32)])
+def test_max_tokens_is_cut_to_what_is_allowed_and_the_answer_says_so(
+    make_driver: MakeDriver, prompt_length: int, asked: int, allowed: int
+) -> None:
+    driver = make_driver(max_model_len=64)
+
+    request_id = driver.submit([1] * prompt_length, max_tokens=asked)
+    driver.finish()
+
+    assert len(driver.token_ids(request_id)) == allowed
+    assert bool(driver.outputs[request_id].warnings) == (asked != allowed)
+
+
+def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_waiting=2))
+    driver.submit("running")
+    driver.step()
+    driver.submit("waiting")
+    driver.submit("waiting")
+
+    with pytest.raises(QueueFull) as caught:
+        driver.submit("too many")
+
+    assert caught.value.retry_after_seconds is not None
+    assert caught.value.retry_after_seconds >= 1
+
+
+def test_a_request_that_waited_too_long_ends_with_an_error(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_wait_seconds=5.0))
+    served = driver.submit("running", max_tokens=20)
+    driver.step()
+
+    overdue = driver.submit("waiting")
+    driver.finish()
+
+    assert isinstance(driver.errors[overdue], QueueTimeout)
+    assert len(driver.token_ids(served)) == 20
+
+
+def test_eos_ends_a_completion_unless_it_is_ignored(make_driver: MakeDriver) -> None:
+    driver = make_driver(next_token=lambda context, seed: EOS if len(context) == 6 else ord("a"))
+
+    stopped, ignored = driver.submit("abc"), driver.submit("abc", ignore_eos=True)
+    driver.finish()
+
+    assert driver.text(stopped) == "aaa"
+    assert driver.outputs[stopped].outputs[0].finish_reason == "stop"
+    assert len(driver.token_ids(ignored)) == 8
+
+
+def test_a_stop_string_across_tokens_ends_the_text_before_it(make_driver: MakeDriver) -> None:
+    letters = b"one two three"
+    driver = make_driver(next_token=lambda context, seed: letters[len(context) - 3])
+
+    cut = driver.submit("abc", stop="two", max_tokens=13)
+    kept = driver.submit("abc", stop=["two"], include_stop_str_in_output=True, max_tokens=13)
+    driver.finish()
+
+    assert driver.text(cut) == "one "
+    assert driver.text(kept) == "one two"
+    assert driver.outputs[cut].outputs[0].stop_reason == "two"
+
+
+def test_a_stop_token_ends_the_text_and_is_named(make_driver: MakeDriver) -> None:
+    letters = b"one two three"
+    driver = make_driver(next_token=lambda context, seed: letters[len(context) - 3])
+
+    request_id = driver.submit("abc", stop_tokens_ids=[ord(" ")], max_tokens=13)
+    driver.finish()
+
+    assert driver.text(request_id) == "one"
+    assert driver.outputs[request_id].outputs[0].stop_reason == ord(" ")
+
+
+def test_tokens_that_would_end_the_text_are_banned_until_min_tokens(make_driver: MakeDriver) -> None:
+    driver = make_driver()
+
+    driver.submit("abc", min_tokens=2, stop_token_ids=[5], max_tokens=4)
+    batches = driver.finish()
+
+    inputs = [batch.seqs[0].sampling for batch in batches]
+    assert [sampling and sampling.banned_token_ids for sampling in inputs] == [(EOS, 5), (EOS, 5), (), ()]
+
+
+def test_penalties_send_the_tokens_seen_with_their_counts(make_driver: MakeDriver) -> None:
+    driver = make_driver(next_token=lambda context, seed: ord("a"))
+
+    driver.submit("ab", presence_penalty=0.5, max_tokens=3)
+    sampling = driver.finish()[2].seqs[0].sampling
+
+    assert sampling is not None
+    assert sampling.counted_token_ids == b"".join(letter.to_bytes(4, "little") for letter in b"ab")
+    assert sampling.output_counts == (2).to_bytes(4, "little") + (0).to_bytes(4, "little")
+
+
+def test_prompt_logprobs_cover_every_prompt_token_whatever_the_chunks(make_driver: MakeDriver) -> None:
+    driver = make_driver(budget=4)
+    driver.submit("a prompt of some length", max_tokens=1)
+    driver.finish()
+
+    request_id = driver.submit("a prompt of some length", prompt_logprobs=2, max_tokens=2)
+    driver.finish()
+
+    logprobs = driver.outputs[request_id].prompt_logprobs
+    assert logprobs is not None
+    assert logprobs[0] is None
+    assert [entry and entry.token_id for entry in logprobs[1:]] == list(b" prompt of some length")
+
+
+def test_a_request_id_in_use_is_refused(make_driver: MakeDriver) -> None:
+    driver = make_driver()
+    driver.submit("abc", request_id="same")
+
+    with pytest.raises(InvalidRequest, match="in use"):
+        driver.submit("abc", request_id="same")

@@ -1,0 +1,137 @@
+"""Stand-ins for a model and a tokenizer: deterministic, instant, and strict about what the engine tells them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
+
+from brlite.engine.backend import BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.errors import InvalidRequest
+from brlite.outputs import TokenLogprob
+
+VOCAB_SIZE = 260
+EOS = 256
+BLOCK_SIZE = 4
+
+
+class ByteTokenizer:
+    """One token a byte; 256 is the end of sequence. Chat messages become `role:content` lines."""
+
+    vocab_size = VOCAB_SIZE
+    bos_token_id = None
+    eos_token_ids = (EOS,)
+    special_token_ids = frozenset(range(256, VOCAB_SIZE))
+
+    def __init__(self, *, has_chat_template: bool = True) -> None:
+        self.has_chat_template = has_chat_template
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id]) if token_id < 256 else f"<{token_id}>".encode()
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode(errors="replace")
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+        if not self.has_chat_template:
+            raise InvalidRequest(
+                "Error in applying chat template from request: the model has none; use /v1/completions",
+                param="messages",
+            )
+        return "".join(f"{message['role']}:{message['content']}\n" for message in messages)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
+        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt))
+
+
+def printable_token(context: Sequence[int], seed: int) -> int:
+    """A letter that depends on every token of the context and, as a seeded sampler's would, on the seed."""
+    digest = blake2b(repr((list(context), seed)).encode(), digest_size=2).digest()
+    return 97 + int.from_bytes(digest, "little") % 26
+
+
+class FakeBackend:
+    """A model whose next token is a function of its whole context, which it reads back through the block table.
+
+    Keeps the tokens themselves where a model keeps keys and values: any slip in paging, prefix caching or preemption
+    changes the text. `fault` may raise for a batch, or return an error for a sequence.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 64,
+        max_num_seqs: int = 4,
+        max_model_len: int = 64,
+        block_size: int = BLOCK_SIZE,
+        next_token: Callable[[Sequence[int], int], int] = printable_token,
+        fault: Callable[[ScheduledSeq], str | None] = lambda seq: None,
+    ) -> None:
+        self.info = BackendInfo(
+            name="fake",
+            device="none",
+            dtype="none",
+            precision="bf16",
+            vocab_size=VOCAB_SIZE,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_dtype="none",
+            weight_bytes=0,
+            kv_bytes=0,
+        )
+        self.batches: list[Batch] = []
+        self.is_closed = False
+        self.gate: threading.Event | None = None
+        self._next_token = next_token
+        self._fault = fault
+        self._cache = [[-1] * block_size for _ in range(num_blocks)]
+
+    def execute(self, batch: Batch) -> StepResult:
+        if self.gate is not None:
+            self.gate.wait(timeout=30)
+        self.batches.append(batch)
+        assert len({seq.seq_id for seq in batch.seqs}) == len(batch.seqs) <= self.info.max_num_seqs
+        errors = {seq.seq_id: self._fault(seq) for seq in batch.seqs}
+        return StepResult([self._compute(seq, errors[seq.seq_id]) for seq in batch.seqs])
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def _compute(self, seq: ScheduledSeq, error: str | None) -> SeqResult:
+        if error is not None:
+            return SeqResult(seq.seq_id, error=error)
+        size = self.info.block_size
+        for position, token_id in enumerate(seq.token_ids, seq.start):
+            self._cache[seq.block_table[position // size]][position % size] = token_id
+        end = seq.start + len(seq.token_ids)
+        context = [self._cache[seq.block_table[position // size]][position % size] for position in range(end)]
+        prompt_logprobs = [self._logprob(target, seq.num_prompt_logprobs) for target in seq.prompt_targets]
+        if seq.sampling is None:
+            return SeqResult(seq.seq_id, prompt_logprobs=prompt_logprobs)
+        seed = 0 if seq.sampling.params.is_greedy else seq.sampling.seed
+        token_id = self._next_token(context, seed)
+        num_top = seq.sampling.params.logprobs
+        logprob = None if num_top is None else self._logprob(token_id, num_top)
+        return SeqResult(seq.seq_id, [SampledToken(token_id, logprob)], prompt_logprobs)
+
+    @staticmethod
+    def _logprob(token_id: int, num_top: int) -> TokenLogprob:
+        top = tuple(((token_id + offset) % 256, -0.5 - offset) for offset in range(num_top))
+        return TokenLogprob(token_id, -0.5, top)
+
+
+def reference_tokens(prompt: Sequence[int], num_tokens: int, *, seed: int = 0) -> list[int]:
+    """What `FakeBackend` must answer, computed alone, from the whole context each time."""
+    context = list(prompt)
+    for _ in range(num_tokens):
+        context.append(printable_token(context, seed))
+    return context[len(prompt) :]
