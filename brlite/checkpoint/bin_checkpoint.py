@@ -1,0 +1,75 @@
+"""A folder of PyTorch's `.bin` files, in one or in shards. They are mapped and read with `weights_only`.
+
+Runs no code from a file: whatever is more than tensors in a dict is refused.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brlite.checkpoint.checkpoint import ALLOWED_DTYPES, excerpt, reason
+from brlite.checkpoint.folder import read_config
+from brlite.errors import ModelError
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class BinCheckpoint:
+    """Implements `Checkpoint`. The table of every shard is read when it is opened, its tensors only when asked for."""
+
+    def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
+        self.path = path
+        self.config: dict[str, Any] = read_config(path)
+        self._files = files
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in files:
+            self._add_shapes(file)
+        self.num_bytes = sum(file.stat().st_size for file in files)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for file in self._files:
+            shard = load_shard(file)
+            while shard:
+                # Popped, so that a tensor ends with its caller's interest in it and not with the shard.
+                name = next(iter(shard))
+                yield name, shard.pop(name)
+
+    def close(self) -> None:
+        """Nothing is kept open between two shards."""
+
+    def _add_shapes(self, file: Path) -> None:
+        for name, tensor in load_shard(file).items():
+            if name in self._shapes:
+                raise ModelError(f"{file}: holds {excerpt(name)}, which an earlier shard holds too")
+            self._shapes[name] = tuple(tensor.shape)
+
+
+def load_shard(file: Path) -> dict[str, torch.Tensor]:
+    """Map one `.bin` file. Raises `ModelError` if it is broken or holds anything else than tensors."""
+    if not zipfile.is_zipfile(file):
+        raise ModelError(f"{file}: truncated, or not a zip file as torch.save has written them since PyTorch 1.6")
+    try:
+        content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    # A broken pickle can make torch's restricted reader raise nearly any type; each of them means the same here.
+    except Exception as error:
+        raise ModelError(f"{file}: torch refuses it: {reason(error)}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: must hold a dict of tensors, got {excerpt(type(content).__name__)}")
+    return {name: _checked(file, name, tensor) for name, tensor in content.items()}
+
+
+def _checked(file: Path, name: object, tensor: object) -> torch.Tensor:
+    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+        raise ModelError(f"{file}: must map names to tensors, got {excerpt(name)}: {excerpt(type(tensor).__name__)}")
+    if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
+        found = f"{tensor.layout}, {tensor.dtype}, {tensor.device}"
+        raise ModelError(f"{file}: {excerpt(name)} is {found}; allowed are dense {ALLOWED_DTYPES}")
+    return tensor.detach()

@@ -1,0 +1,57 @@
+"""What every format looks like from outside: a config and named tensors, in Hugging Face's names and layout.
+
+Knows no format and imports no torch. `excerpt` and `reason` keep what a file or a library said to one short line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+ALLOWED_DTYPES = "F32, F16 and BF16"
+MAX_REASON = 300
+
+
+class Checkpoint(Protocol):
+    """An opened model folder or file. Its headers have been checked against the sizes of its files."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of `config.json`; for GGUF the metadata in the same keys."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data on disk."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor's shape by name. Reads no tensor data."""
+        ...
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every tensor once, on the CPU. Keeps none of them: memory is what the caller holds plus one tensor."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and mappings. Nothing is called afterwards."""
+        ...
+
+
+def excerpt(value: object) -> str:
+    """A value that came out of a file, quoted, on one line and cut to a length fit for a message."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def reason(error: BaseException) -> str:
+    """What another library's exception said, on one line and cut to a length fit for a message."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."

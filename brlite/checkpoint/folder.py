@@ -1,0 +1,105 @@
+"""What a model folder holds: its `config.json`, and the files its weights are in. Reads JSON, never a tensor."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from brlite.checkpoint.checkpoint import excerpt, reason
+from brlite.errors import ModelError
+
+WeightsKind = Literal["safetensors", "bin", "gguf"]
+
+# In order of preference: the file that holds everything, and the index that names the shards.
+WEIGHT_FILES: tuple[tuple[WeightsKind, str, str], ...] = (
+    ("safetensors", "model.safetensors", "model.safetensors.index.json"),
+    ("bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
+
+
+class Weights(NamedTuple):
+    """Which format a model's weights have, and the files that hold them; all of them exist."""
+
+    kind: WeightsKind
+    files: tuple[Path, ...]
+
+
+def find_weights(path: Path) -> Weights:
+    """Say what is at `path`, a model folder or a `.gguf` file. Raises `ModelError` if anything is missing."""
+    if path.is_file():
+        return Weights("gguf", (_whole_gguf(path),))
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such model folder or file")
+    for kind, single, index in WEIGHT_FILES:
+        if (path / single).is_file():
+            return Weights(kind, (path / single,))
+        if (path / index).is_file():
+            return Weights(kind, _shards(path / index))
+    return Weights("gguf", (_only_gguf(path),))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read `config.json`."""
+    return read_json_object(folder / "config.json")
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Read a file that holds one JSON object. Raises `ModelError` naming the file."""
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(f"{file}: the file is missing") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not readable as JSON: {reason(error)}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{file}: must hold a JSON object, got {excerpt(content)}")
+    return content
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: weight_map must map tensor names to file names, got {excerpt(weight_map)}")
+    names = dict.fromkeys(weight_map.values()) if all(isinstance(name, str) for name in weight_map.values()) else {}
+    if not names:
+        raise ModelError(f"{index}: weight_map must map tensor names to file names")
+    return tuple(_shard(index, name) for name in sorted(names))
+
+
+def _shard(index: Path, name: str) -> Path:
+    # A name with a folder in it could point anywhere on the machine.
+    if Path(name).name != name or "\\" in name:
+        raise ModelError(f"{index}: {excerpt(name)} must be the name of a file beside the index")
+    if not (index.parent / name).is_file():
+        raise ModelError(f"{index}: names the shard {excerpt(name)}, which is missing")
+    return index.parent / name
+
+
+def _only_gguf(folder: Path) -> Path:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
+    if len(files) == 1:
+        return _whole_gguf(files[0])
+    if files and not SPLIT_GGUF.search(files[0].name):
+        raise ModelError(f"{folder}: holds {len(files)} .gguf files; give the path of one of them")
+    if files:
+        return _whole_gguf(files[0])
+    looked_for = ", ".join(name for _, single, index in WEIGHT_FILES for name in (single, index))
+    raise ModelError(f"{folder}: no weights: looked for {looked_for} or one .gguf file; found {_listing(folder)}")
+
+
+def _whole_gguf(file: Path) -> Path:
+    if file.suffix.lower() != ".gguf":
+        raise ModelError(f"{file}: a model must be a folder or a .gguf file")
+    if SPLIT_GGUF.search(file.name):
+        raise ModelError(f"{file}: one part of a split GGUF; merge the parts into one file first")
+    return file
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(file.name for file in folder.iterdir())
+    if not names:
+        return "an empty folder"
+    return ", ".join(map(excerpt, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

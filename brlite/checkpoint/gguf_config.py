@@ -1,0 +1,209 @@
+"""Translates GGUF's words into Hugging Face's: metadata into a `config.json`, tensor names into parameter names.
+
+Pure: knows no files, no tensor data and no quantisation. What cannot be said in those words is refused, not dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from brlite.checkpoint.checkpoint import excerpt
+from brlite.errors import ModelError
+
+# GGUF architecture → the family's words. Mistral's files are of the architecture llama too.
+ARCHITECTURES = {
+    "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+    "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+
+TENSOR_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TENSOR_PATTERN = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
+ROPE_FREQS = "rope_freqs.weight"
+
+SCALING_KEYS = ("type", "factor", "original_context_length", "finetuned", "yarn_beta_fast", "yarn_beta_slow")
+# llama.cpp keeps the result of Llama 3's rope scaling, not its parameters; every published Llama 3 uses these.
+LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+class GgufMetadata:
+    """Typed access to the metadata of one architecture. Errors name the key."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self.architecture = self.text("general.architecture")
+        if self.architecture not in ARCHITECTURES:
+            allowed = " and ".join(ARCHITECTURES)
+            raise ModelError(f"general.architecture is {excerpt(self.architecture)}; allowed are {allowed}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self.values.get(key, default)
+        if not isinstance(value, str):
+            raise ModelError(f"{key} must be a string, got {excerpt(value)}")
+        return value
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A whole number above zero; `key` is relative to the architecture."""
+        value = self.values.get(f"{self.architecture}.{key}", default)
+        if type(value) is not int or value < 1:
+            raise ModelError(f"{self.architecture}.{key} must be a whole number above 0, got {excerpt(value)}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above zero; `key` is relative to the architecture."""
+        value = self.values.get(f"{self.architecture}.{key}", default)
+        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise ModelError(f"{self.architecture}.{key} must be a number above 0, got {excerpt(value)}")
+        return float(value)
+
+    def has(self, key: str) -> bool:
+        return f"{self.architecture}.{key}" in self.values
+
+
+def hugging_face_name(name: str) -> str:
+    """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`."""
+    match = TENSOR_PATTERN.fullmatch(name)
+    layer, part = (match["layer"], match["part"]) if match else (None, name)
+    known = TENSOR_NAMES if layer is None else LAYER_NAMES
+    if match is None or part not in known:
+        raise ModelError(f"tensor {excerpt(name)} is not one of a Llama-shaped model")
+    prefix = "" if layer is None else f"model.layers.{int(layer)}."
+    return f"{prefix}{known[part]}.{match['kind']}"
+
+
+def hugging_face_config(
+    metadata: GgufMetadata, shapes: dict[str, tuple[int, ...]], rope_freqs: Sequence[float] | None
+) -> dict[str, Any]:
+    """The `config.json` of a model with these tensors (by Hugging Face's names) and Llama 3's frequency divisors."""
+    if metadata.has("expert_count"):
+        raise ModelError(f"{metadata.architecture}.expert_count: mixtures of experts are not supported")
+    num_heads = metadata.count("attention.head_count")
+    hidden_size = metadata.count("embedding_length")
+    config: dict[str, Any] = {
+        **ARCHITECTURES[metadata.architecture],
+        "hidden_act": "silu",
+        "hidden_size": hidden_size,
+        "intermediate_size": metadata.count("feed_forward_length"),
+        "num_hidden_layers": metadata.count("block_count"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": metadata.count("attention.head_count_kv", num_heads),
+        "head_dim": _head_dim(metadata, hidden_size // num_heads),
+        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": metadata.number("rope.freq_base", 10000.0),
+        "max_position_embeddings": metadata.count("context_length"),
+        "vocab_size": _vocab_size(shapes),
+        "tie_word_embeddings": "lm_head.weight" not in shapes,
+        "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
+        "mlp_bias": "model.layers.0.mlp.up_proj.bias" in shapes,
+        **_special_tokens(metadata.values),
+        **_sliding_window(metadata),
+    }
+    scaling = _rope_scaling(metadata, config, rope_freqs)
+    return config if scaling is None else {**config, "rope_scaling": scaling}
+
+
+def llama3_divisors(factor: float, head_dim: int, rope_theta: float) -> list[float]:
+    """What Llama 3 divides each rope frequency by: nothing for short waves, `factor` for long ones, smooth between."""
+    low, high = LLAMA3_SCALING["low_freq_factor"], LLAMA3_SCALING["high_freq_factor"]
+    divisors = []
+    for i in range(0, head_dim, 2):
+        wave_length = 2 * math.pi * rope_theta ** (i / head_dim)
+        turns = LLAMA3_SCALING["original_max_position_embeddings"] / wave_length
+        smooth = min(1.0, max(0.0, (turns - low) / (high - low)))
+        divisors.append(1 / ((1 - smooth) / factor + smooth))
+    return divisors
+
+
+def _head_dim(metadata: GgufMetadata, default: int) -> int:
+    head_dim = metadata.count("attention.key_length", default)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if metadata.count(key, head_dim) != head_dim:
+            raise ModelError(f"{metadata.architecture}.{key} must equal the head size {head_dim}")
+    return head_dim
+
+
+def _vocab_size(shapes: dict[str, tuple[int, ...]]) -> int:
+    # The metadata's vocab_size is optional, and smaller than the embedding in padded models.
+    if len(shapes.get("model.embed_tokens.weight", ())) != 2:
+        raise ModelError("tensor 'token_embd.weight' is missing or not a matrix")
+    return shapes["model.embed_tokens.weight"][0]
+
+
+def _special_tokens(values: dict[str, Any]) -> dict[str, Any]:
+    eos = [values[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in values]
+    tokens: dict[str, Any] = {"eos_token_id": eos[0] if len(set(eos)) == 1 else eos} if eos else {}
+    if "tokenizer.ggml.bos_token_id" in values:
+        tokens["bos_token_id"] = values["tokenizer.ggml.bos_token_id"]
+    return tokens
+
+
+def _sliding_window(metadata: GgufMetadata) -> dict[str, Any]:
+    if not metadata.has("attention.sliding_window"):
+        return {}
+    window = {"sliding_window": metadata.count("attention.sliding_window")}
+    if metadata.architecture == "llama":
+        return {**MISTRAL, **window}
+    return {**window, "use_sliding_window": True, "max_window_layers": 0}
+
+
+def _rope_scaling(
+    metadata: GgufMetadata, config: dict[str, Any], rope_freqs: Sequence[float] | None
+) -> dict[str, Any] | None:
+    kind = _scaling_type(metadata)
+    if rope_freqs is not None and max(rope_freqs, default=1.0) != 1.0:
+        if kind != "none":
+            raise ModelError(f"{ROPE_FREQS} and rope scaling of type {excerpt(kind)} cannot be combined")
+        return _llama3_scaling(config, rope_freqs)
+    if kind == "none":
+        return None
+    factor = metadata.number("rope.scaling.factor", metadata.values.get(f"{metadata.architecture}.rope.scale_linear"))
+    scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        scaling |= _yarn_parameters(metadata)
+    return scaling
+
+
+def _scaling_type(metadata: GgufMetadata) -> str:
+    prefix = f"{metadata.architecture}.rope.scaling."
+    unknown = [key for key in metadata.values if key.startswith(prefix) and key[len(prefix) :] not in SCALING_KEYS]
+    if unknown:
+        raise ModelError(f"{excerpt(unknown[0])}: this kind of rope scaling is not supported")
+    default = "linear" if metadata.has("rope.scale_linear") else "none"
+    kind = metadata.text(prefix + "type", default)
+    if kind not in ("none", "linear", "yarn"):
+        raise ModelError(f"{prefix}type is {excerpt(kind)}; allowed are none, linear and yarn")
+    return kind
+
+
+def _yarn_parameters(metadata: GgufMetadata) -> dict[str, Any]:
+    original = metadata.count("rope.scaling.original_context_length", metadata.count("context_length"))
+    parameters: dict[str, Any] = {"original_max_position_embeddings": original}
+    for name in ("beta_fast", "beta_slow"):
+        if metadata.has(f"rope.scaling.yarn_{name}"):
+            parameters[name] = metadata.number(f"rope.scaling.yarn_{name}")
+    return parameters
+
+
+def _llama3_scaling(config: dict[str, Any], rope_freqs: Sequence[float]) -> dict[str, Any]:
+    factor = round(max(rope_freqs), 3)
+    expected = llama3_divisors(factor, config["head_dim"], config["rope_theta"])
+    same = len(expected) == len(rope_freqs) and all(
+        math.isclose(a, b, rel_tol=1e-3) for a, b in zip(expected, rope_freqs, strict=True)
+    )
+    if not same:
+        raise ModelError(f"{ROPE_FREQS} does not hold Llama 3's rope scaling with factor {factor:g}; no other is known")
+    return {"rope_type": "llama3", "factor": factor, **LLAMA3_SCALING}

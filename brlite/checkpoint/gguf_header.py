@@ -1,0 +1,149 @@
+"""The header of a GGUF file: metadata and the table of tensors. Standard library only; reads no tensor data.
+
+The `gguf` package's own reader makes numpy arrays of every string and number: 3 s for a vocabulary of 49k tokens,
+where this takes 0.1 s. It also trusts the file's counts; this one never reads or allocates beyond the file's size.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from brlite.checkpoint.checkpoint import excerpt
+from brlite.errors import ModelError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+MAX_DIMENSIONS = 4
+
+NUMBER_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING_TYPE = 8
+ARRAY_TYPE = 9
+
+
+class GgufTensor(NamedTuple):
+    """One row of the table of tensors. `shape` is in torch's order; `offset` counts from the end of the header."""
+
+    name: str
+    type_id: int
+    shape: tuple[int, ...]
+    offset: int
+
+
+class GgufHeader(NamedTuple):
+    """Everything before the tensor data, which starts at byte `data_start` of a file of `num_file_bytes`."""
+
+    metadata: dict[str, Any]
+    tensors: list[GgufTensor]
+    data_start: int
+    num_file_bytes: int
+
+
+def read_gguf_header(file: Path) -> GgufHeader:
+    """Read the header of a GGUF file. Raises `ModelError`, naming the file, if it is truncated or no GGUF."""
+    try:
+        with file.open("rb") as stream:
+            if stream.read(len(MAGIC)) != MAGIC:
+                raise ModelError(f"{file}: not a GGUF file: it does not begin with {MAGIC.decode()}")
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _parse(_Cursor(data, len(MAGIC)))
+    except (_Broken, OSError, UnicodeDecodeError) as error:
+        raise ModelError(f"{file}: broken GGUF header: {error}") from error
+
+
+class _Broken(ValueError):
+    """What is wrong with the header; `read_gguf_header` adds the file's name."""
+
+
+class _Cursor:
+    """A place in the header. Every read is checked against the file's size first."""
+
+    def __init__(self, data: mmap.mmap, position: int) -> None:
+        self.data = data
+        self.position = position
+
+    def take(self, num_bytes: int) -> int:
+        """Step over `num_bytes` and return where they begin."""
+        begin = self.position
+        if num_bytes > len(self.data) - begin:
+            raise _Broken(
+                f"truncated: {num_bytes} bytes are due at byte {begin}, but the file ends at {len(self.data)}"
+            )
+        self.position = begin + num_bytes
+        return begin
+
+    def numbers(self, code: str, count: int) -> tuple[Any, ...]:
+        begin = self.take(struct.calcsize("<" + code) * count)
+        return struct.unpack_from(f"<{count}{code}", self.data, begin)
+
+    def number(self, code: str) -> Any:
+        return self.numbers(code, 1)[0]
+
+    def string(self) -> str:
+        num_bytes = self.number("Q")
+        begin = self.take(num_bytes)
+        return self.data[begin : begin + num_bytes].decode()
+
+    def strings(self, count: int) -> list[str]:
+        """As `string`, `count` times. Written out because a vocabulary has hundreds of thousands: 4 times as fast."""
+        data, position, size = self.data, self.position, len(self.data)
+        read_length = struct.Struct("<Q").unpack_from
+        texts = []
+        for _ in range(count):
+            begin = position + 8
+            end = begin + read_length(data, position)[0] if begin <= size else size + 1
+            if end > size:
+                raise _Broken(f"truncated: the string at byte {position} ends beyond the file's {size} bytes")
+            texts.append(data[begin:end].decode())
+            position = end
+        self.position = position
+        return texts
+
+
+def _parse(cursor: _Cursor) -> GgufHeader:
+    version = cursor.number("I")
+    if version not in VERSIONS:
+        raise _Broken(f"version {version} (allowed are {VERSIONS[0]} and {VERSIONS[1]}, little-endian)")
+    num_tensors, num_metadata = cursor.numbers("Q", 2)
+    metadata: dict[str, Any] = {}
+    for _ in range(num_metadata):
+        key = cursor.string()
+        metadata[key] = _value(cursor, cursor.number("I"))
+    tensors = [_tensor(cursor) for _ in range(num_tensors)]
+    alignment = _alignment(metadata)
+    data_start = -(-cursor.position // alignment) * alignment
+    return GgufHeader(metadata, tensors, data_start, len(cursor.data))
+
+
+def _value(cursor: _Cursor, type_id: int) -> Any:
+    if type_id in NUMBER_FORMATS:
+        return cursor.number(NUMBER_FORMATS[type_id])
+    if type_id == STRING_TYPE:
+        return cursor.string()
+    if type_id != ARRAY_TYPE:
+        raise _Broken(f"unknown value type {type_id} at byte {cursor.position}")
+    item_type, count = cursor.number("I"), cursor.number("Q")
+    if item_type == STRING_TYPE:
+        return cursor.strings(count)
+    if item_type not in NUMBER_FORMATS:
+        raise _Broken(f"array of unknown type {item_type} at byte {cursor.position}")
+    return list(cursor.numbers(NUMBER_FORMATS[item_type], count))
+
+
+def _tensor(cursor: _Cursor) -> GgufTensor:
+    name = cursor.string()
+    num_dimensions = cursor.number("I")
+    if not 1 <= num_dimensions <= MAX_DIMENSIONS:
+        raise _Broken(f"tensor {excerpt(name)} has {num_dimensions} dimensions; allowed are 1 to {MAX_DIMENSIONS}")
+    shape = cursor.numbers("Q", num_dimensions)[::-1]  # GGUF counts from the innermost dimension
+    return GgufTensor(name, cursor.number("I"), shape, cursor.number("Q"))
+
+
+def _alignment(metadata: dict[str, Any]) -> int:
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise _Broken(f"general.alignment must be a power of two, got {excerpt(alignment)}")
+    return alignment

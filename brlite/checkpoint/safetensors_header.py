@@ -1,0 +1,84 @@
+"""The header of a safetensors file, checked against the file before anything is mapped.
+
+The library checks too, but says neither which file nor how many bytes are missing. Knows no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from brlite.checkpoint.checkpoint import ALLOWED_DTYPES, excerpt, reason
+from brlite.errors import ModelError
+
+ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+LENGTH_BYTES = 8
+
+
+class TensorEntry(NamedTuple):
+    """One tensor's place, `begin` to `end` in bytes, counted from the end of the header."""
+
+    name: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_safetensors_header(file: Path) -> list[TensorEntry]:
+    """Every tensor in the order of the data, which fills the file to its last byte. Raises `ModelError` otherwise."""
+    file_bytes = file.stat().st_size
+    raw = _read_raw(file, file_bytes)
+    entries = sorted((_entry(file, name, value) for name, value in _parse(file, raw)), key=_place)
+    position = 0
+    for entry in entries:
+        if entry.begin != position:
+            raise ModelError(f"{file}: {excerpt(entry.name)} starts at byte {entry.begin} of the data, not {position}")
+        position = entry.end
+    expected = LENGTH_BYTES + len(raw) + position
+    if expected != file_bytes:
+        raise ModelError(f"{file}: must be {expected} bytes long by its header, but has {file_bytes}")
+    return entries
+
+
+def _read_raw(file: Path, file_bytes: int) -> bytes:
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+        present = file_bytes - LENGTH_BYTES
+        if present < 0 or length > min(present, MAX_HEADER_BYTES):
+            raise ModelError(
+                f"{file}: truncated or not safetensors: a header of {length} bytes, a file of {file_bytes}"
+            )
+        return stream.read(length)
+
+
+def _parse(file: Path, raw: bytes) -> list[tuple[str, object]]:
+    try:
+        header = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: the header is not JSON: {reason(error)}") from error
+    if not isinstance(header, dict):
+        raise ModelError(f"{file}: the header must be a JSON object, got {excerpt(header)}")
+    return [(name, value) for name, value in header.items() if name != "__metadata__"]
+
+
+def _place(entry: TensorEntry) -> tuple[int, int]:
+    return entry.begin, entry.end  # an empty tensor begins where the next one does
+
+
+def _entry(file: Path, name: str, value: object) -> TensorEntry:
+    match value:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
+            pass
+        case _:
+            raise ModelError(f"{file}: {excerpt(name)} must have dtype, shape and data_offsets, got {excerpt(value)}")
+    if dtype not in ITEM_BYTES:
+        raise ModelError(f"{file}: {excerpt(name)} has dtype {excerpt(dtype)}; allowed are {ALLOWED_DTYPES}")
+    if not all(type(length) is int and length >= 0 for length in shape) or begin < 0:
+        raise ModelError(f"{file}: {excerpt(name)} has the impossible shape {excerpt(shape)} at byte {begin}")
+    num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if end - begin != num_bytes:
+        raise ModelError(f"{file}: {excerpt(name)} takes {num_bytes} bytes by its shape, {end - begin} by its offsets")
+    return TensorEntry(name, tuple(shape), begin, end)

