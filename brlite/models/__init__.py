@@ -1,4 +1,32 @@
 """The mathematics of a decoder in torch, and the families that translate their config and weight names onto it.
 
 Knows no requests, no files and no devices by name. May import: config, errors; torch.
+Importing this package or a family does not import torch: a config can be judged without it.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from brlite.errors import ModelError
+from brlite.models.family import Family
+from brlite.models.llama import LLAMA
+from brlite.models.mistral import MISTRAL
+from brlite.models.qwen2 import QWEN2
+
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2)
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family of a Hugging Face config: by its architecture, or by `model_type` where it names none.
+
+    Names are compared whole. Raises `ModelError` with the known ones.
+    """
+    architectures = config.get("architectures") or ()
+    name = architectures[0] if architectures else config.get("model_type")
+    for family in FAMILIES:
+        if name == (family.architecture if architectures else family.model_type):
+            return family
+    known = ", ".join(family.architecture for family in FAMILIES)
+    raise ModelError(f"model config: architecture {name!r} is not supported; known are {known}")

@@ -1,0 +1,182 @@
+"""What a decoder of the Llama-shaped family is made of, in numbers. Knows no tensors and imports no torch.
+
+`parameter_shapes` is the one list of a decoder's parameters: the loader allocates by it, and memory is counted by it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from brlite.errors import ModelError
+
+KVDtype = Literal["float32", "bfloat16", "int8"]
+
+SCALE_BYTES = 4
+NORM_BYTES = 4
+KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
+QUANTIZATION_GROUP = 32  # int8 weights share one scale for each so many inputs of an output row
+INT8_BYTES_PER_WEIGHT = 1 + SCALE_BYTES / QUANTIZATION_GROUP
+
+
+class LinearScaling(msgspec.Struct, frozen=True):
+    """Positions are divided by `factor`."""
+
+    factor: float
+
+
+class DynamicScaling(msgspec.Struct, frozen=True):
+    """The base grows with the context beyond `original_positions` (NTK-aware)."""
+
+    factor: float
+    original_positions: int
+
+
+class Llama3Scaling(msgspec.Struct, frozen=True):
+    """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+class YarnScaling(msgspec.Struct, frozen=True):
+    """Stretched like `Llama3Scaling` along a ramp over dimensions; cosines and sines are multiplied by
+    `attention_factor`."""
+
+    factor: float
+    original_positions: int
+    attention_factor: float
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+
+
+RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+
+
+class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary positions. The first `rotary_dim` of each head turn: halves against each other, or neighbours where
+    `interleaved`."""
+
+    rotary_dim: int
+    theta: float = 10_000.0
+    interleaved: bool = False
+    scaling: RopeScaling | None = None
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers of one decoder. The activation is SiLU, norms are RMS norms: the family has no others.
+
+    `sliding_layers` are the layers that look back `sliding_window` tokens only, the current one included.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope: RopeConfig
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads != 0:
+            raise ModelError(
+                f"model config: num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_kv_heads})"
+            )
+        if self.rope.rotary_dim % 2 != 0 or not 0 < self.rope.rotary_dim <= self.head_dim:
+            raise ModelError(
+                f"model config: the rotary dimension must be even and at most head_dim ({self.head_dim}), "
+                f"got {self.rope.rotary_dim}"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """How many query heads share one key and value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def max_context(self) -> int:
+        """The longest context the model is made for: dynamic and yarn scaling stretch the positions it names."""
+        scaling = self.rope.scaling
+        if isinstance(scaling, DynamicScaling | YarnScaling):
+            return max(self.max_position_embeddings, int(scaling.original_positions * scaling.factor))
+        return self.max_position_embeddings
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens `layer` looks back; None for all of them."""
+        return self.sliding_window if layer in self.sliding_layers else None
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the decoder by name. q, k and v are one matrix, and so are gate and up.
+
+    With tied embeddings there is no `head.weight`: `embedding` serves as both.
+    """
+    shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, config.hidden_size)}
+    for layer in range(config.num_layers):
+        shapes.update({f"layers.{layer}.{name}": shape for name, shape in _layer_shapes(config).items()})
+    shapes["norm"] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes["head.weight"] = (config.vocab_size, config.hidden_size)
+    return shapes
+
+
+def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    linears = (
+        ("qkv", config.q_size + 2 * config.kv_size, hidden, config.qkv_bias),
+        ("o", hidden, config.q_size, config.o_bias),
+        ("gate_up", 2 * intermediate, hidden, config.mlp_bias),
+        ("down", hidden, intermediate, config.mlp_bias),
+    )
+    shapes: dict[str, tuple[int, ...]] = {"attention_norm": (hidden,), "mlp_norm": (hidden,)}
+    for name, num_outputs, num_inputs, has_bias in linears:
+        shapes[f"{name}.weight"] = (num_outputs, num_inputs)
+        if has_bias:
+            shapes[f"{name}.bias"] = (num_outputs,)
+    return shapes
+
+
+def num_parameters(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
+def weight_bytes(config: ModelConfig, bytes_per_weight: float) -> int:
+    """Bytes of all parameters: matrices at `bytes_per_weight`, norms and biases in float32.
+
+    An embedding that is not also the head is never quantised: it counts at least two bytes a weight.
+    """
+    total = 0.0
+    for name, shape in parameter_shapes(config).items():
+        is_lookup = name == "embedding" and not config.tie_word_embeddings
+        per_weight = max(bytes_per_weight, 2.0) if is_lookup else bytes_per_weight
+        total += math.prod(shape) * (per_weight if len(shape) == 2 else NORM_BYTES)
+    return math.ceil(total)
+
+
+def kv_bytes_per_token(config: ModelConfig, kv_dtype: KVDtype) -> int:
+    """Bytes that one token's keys and values take in all layers; int8 adds a scale for each head."""
+    per_head = config.head_dim * KV_BYTES[kv_dtype] + (SCALE_BYTES if kv_dtype == "int8" else 0)
+    return 2 * config.num_layers * config.num_kv_heads * per_head

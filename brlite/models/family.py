@@ -1,0 +1,31 @@
+"""What a model family is: a translation of a config and of weight names onto the one decoder. No network code here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import msgspec
+
+from brlite.models.config import ModelConfig
+
+
+class Place(msgspec.Struct, frozen=True):
+    """Where a checkpoint's tensor goes: rows `start` onwards of the decoder's `parameter`. `shape` is the tensor's."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    start: int = 0
+
+
+class Family(msgspec.Struct, frozen=True):
+    """How the models of one `model_type` are read.
+
+    `weight_places` names every tensor a checkpoint must hold; `ignored_suffixes` end the names it may hold besides.
+    """
+
+    model_type: str
+    architecture: str
+    read_config: Callable[[Mapping[str, Any]], ModelConfig]
+    weight_places: Callable[[ModelConfig], dict[str, Place]]
+    ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)

@@ -1,0 +1,124 @@
+"""The paged KV cache: keys and values of every layer in blocks, allocated once. Knows no sequences, only block numbers.
+
+One block more than asked for is kept, always zero: tables are padded with it. What a masked slot holds is multiplied
+by zero, which is no protection from a NaN: that is why the padding and the unwritten rest of a block must be finite.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from brlite.models.config import KVDtype, ModelConfig
+
+
+class Pages(Protocol):
+    """Heads of many positions, addressed by slot (block · block_size + offset) or by block."""
+
+    def write(self, slots: Tensor, heads: Tensor) -> None:
+        """Store `heads` [T, Hk, D] at `slots` [T]."""
+        ...
+
+    def read(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of `blocks` [N]: [N, block_size, Hk, D] in `dtype`."""
+        ...
+
+    def clear(self, blocks: Tensor) -> None:
+        """Make `blocks` [N] zero."""
+        ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+
+class FloatPages:
+    """Pages in a floating-point type: `values` [blocks, block_size, Hk, D]."""
+
+    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._slots = self.values.flatten(0, 1)
+
+    def write(self, slots: Tensor, heads: Tensor) -> None:
+        self._slots.index_copy_(0, slots, heads.to(self.values.dtype))
+
+    def read(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.values.index_select(0, blocks).to(dtype)
+
+    def clear(self, blocks: Tensor) -> None:
+        self.values.index_fill_(0, blocks, 0)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes
+
+
+class Int8Pages:
+    """Pages in int8: `values` as in `FloatPages`, and `scales` [blocks, block_size, Hk, 1] for each token and head."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
+        self.values = torch.zeros(shape, dtype=torch.int8, device=device)
+        self.scales = torch.zeros((*shape[:3], 1), dtype=torch.float32, device=device)
+        self._slots = self.values.flatten(0, 1)
+        self._slot_scales = self.scales.flatten(0, 1)
+
+    def write(self, slots: Tensor, heads: Tensor) -> None:
+        heads = heads.float()
+        scales = heads.abs().amax(dim=-1, keepdim=True) / 127
+        quantized = (heads / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_().clamp_(-127, 127)
+        # A NaN has no int8: its head's scale, NaN too, carries it.
+        self._slots.index_copy_(0, slots, quantized.nan_to_num_().to(torch.int8))
+        self._slot_scales.index_copy_(0, slots, scales)
+
+    def read(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
+        return (self.values.index_select(0, blocks) * self.scales.index_select(0, blocks)).to(dtype)
+
+    def clear(self, blocks: Tensor) -> None:
+        self.values.index_fill_(0, blocks, 0)
+        self.scales.index_fill_(0, blocks, 0)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values.nbytes + self.scales.nbytes
+
+
+TORCH_DTYPES: dict[KVDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    keys: Pages
+    values: Pages
+
+
+class KVCache:
+    """The blocks of all layers. `null_block` is the spare one that stays zero."""
+
+    def __init__(
+        self, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: KVDtype, device: torch.device
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.dtype = dtype
+        self.null_block = num_blocks
+        shape = (num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
+        self.layers = [
+            LayerCache(_allocate(shape, dtype, device), _allocate(shape, dtype, device))
+            for _ in range(config.num_layers)
+        ]
+
+    def clear(self, blocks: Tensor) -> None:
+        """Make `blocks` [N] zero in every layer, before they are written for a new sequence."""
+        for layer in self.layers:
+            layer.keys.clear(blocks)
+            layer.values.clear(blocks)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(layer.keys.num_bytes + layer.values.num_bytes for layer in self.layers)
+
+
+def _allocate(shape: tuple[int, int, int, int], dtype: KVDtype, device: torch.device) -> Pages:
+    return Int8Pages(shape, device) if dtype == "int8" else FloatPages(shape, TORCH_DTYPES[dtype], device)

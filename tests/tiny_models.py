@@ -1,0 +1,130 @@
+"""Tiny checkpoints with random weights, one for each architecture and for each twist that a config can have.
+
+Configs are written as they stand on the hub. Weights are exact in bfloat16, so that a decoder that rounds to it and a
+reference in float32 compute with the same numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from brlite.models import find_family
+
+VOCAB_SIZE = 300
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+MISTRAL = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": None}
+QWEN2 = {
+    **LLAMA,
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA,
+    "llama-tied": {**LLAMA, "tie_word_embeddings": True},
+    "llama-biases": {**LLAMA, "attention_bias": True, "mlp_bias": True},
+    "llama-head-dim": {**LLAMA, "head_dim": 24},
+    "llama-linear-rope": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama-dynamic-rope": {
+        **LLAMA,
+        "max_position_embeddings": 24,
+        "rope_scaling": {"type": "dynamic", "factor": 4.0},
+    },
+    "llama3-rope": {**LLAMA, "rope_scaling": LLAMA3},
+    "qwen2-yarn-rope": {**QWEN2, "rope_scaling": YARN},
+    "rope-parameters": {**LLAMA, "rope_theta": None, "rope_parameters": {**LLAMA3, "rope_theta": 5000.0}},
+    "mistral": MISTRAL,
+    "mistral-window": {**MISTRAL, "sliding_window": 11},
+    "qwen2": QWEN2,
+    "qwen2-window": {**QWEN2, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+    "qwen2-layer-types": {
+        **QWEN2,
+        "use_sliding_window": True,
+        "sliding_window": 11,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+
+
+def tiny_tensors(name: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Every tensor of the tiny model, by its name in a checkpoint."""
+    generator = torch.Generator().manual_seed(seed)
+    family = find_family(TINY_CONFIGS[name])
+    places = family.weight_places(family.read_config(TINY_CONFIGS[name]))
+    return {tensor: _random(tensor, place.shape, generator) for tensor, place in places.items()}
+
+
+def write_tiny_model(path: Path, name: str = "llama", *, seed: int = 0) -> Path:
+    """Write `config.json` and `model.safetensors` into the folder `path` and return it."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(TINY_CONFIGS[name]))
+    save_file(tiny_tensors(name, seed=seed), path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+class TensorCheckpoint:
+    """A checkpoint in memory: what `open_checkpoint` would have read from a folder."""
+
+    def __init__(self, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        self.path = Path("tiny")
+        self.config = config
+        self._tensors = tensors
+
+    @classmethod
+    def tiny(cls, name: str = "llama", *, seed: int = 0) -> TensorCheckpoint:
+        return cls(TINY_CONFIGS[name], tiny_tensors(name, seed=seed))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors.values())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._tensors.items()
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    values = torch.randn(shape, generator=generator)
+    # Large enough that a slip in attention or rope shows in the logits, small enough that nothing saturates.
+    scaled = 1 + 0.1 * values if name.endswith("norm.weight") else 0.15 * values
+    return scaled.to(torch.bfloat16).float()
