@@ -1,0 +1,73 @@
+"""The access log: one line for each request, with whatever its handler notes about it. Never queries, bodies or keys.
+
+It knows no handlers: they fill `log_extras(request)`, a dict whose items are appended as `name=value`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from brlite.http.boundary import CLIENT_LEFT, has_left
+from brlite.http.request_id import request_id
+
+logger = logging.getLogger("brlite.access")
+
+MAX_TEXT_LENGTH = 200
+
+# As in request_id.py: 3.13 has no RequestKey.
+_KEY = web.RequestKey("log_extras", dict) if hasattr(web, "RequestKey") else "brlite.log_extras"
+
+
+def log_extras(request: web.BaseRequest) -> dict[str, object]:
+    """What the request's log line will say besides, for handlers to fill."""
+    extras: dict[str, object] = request.setdefault(_KEY, {})
+    return extras
+
+
+def access_log_middleware(quiet_paths: frozenset[str]) -> Middleware:
+    """Log each request when its handler ends, but those at `quiet_paths`, which monitors ask all the time."""
+
+    @web.middleware
+    async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started, status = time.perf_counter(), 500
+        try:
+            response = await handler(request)
+            status = CLIENT_LEFT if has_left(request) else response.status
+            return response
+        except web.HTTPException as error:
+            status = error.status
+            raise
+        except asyncio.CancelledError:
+            status = CLIENT_LEFT
+            raise
+        finally:
+            if request.path not in quiet_paths and logger.isEnabledFor(logging.INFO):
+                _write(request, status, (time.perf_counter() - started) * 1000)
+
+    return log_request
+
+
+def _write(request: web.Request, status: int, milliseconds: float) -> None:
+    extras = "".join(f" {name}={printable(str(value))}" for name, value in log_extras(request).items())
+    path = printable(request.raw_path.partition("?")[0])
+    logger.info(
+        "%s %s %s %d %.1f ms id=%s%s",
+        request.remote,
+        request.method,
+        path,
+        status,
+        milliseconds,
+        request_id(request),
+        extras,
+    )
+
+
+def printable(text: str) -> str:
+    """The text on one line, control characters escaped and cut where nobody reads on."""
+    cut = text[:MAX_TEXT_LENGTH]
+    return repr(cut)[1:-1]

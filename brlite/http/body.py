@@ -1,0 +1,69 @@
+"""Reads a request's body under our own limits of size and time, after its headers have shown that it can be JSON.
+
+aiohttp as it comes waits for ever for the rest of a cut body and inflates compressed ones. It knows nothing of what the
+JSON means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import HttpVersion11, StreamReader, hdrs, web
+
+from brlite.errors import BodyTooLarge, InvalidRequest, RequestTimeout, UnsupportedMediaType
+
+
+async def read_body(request: web.BaseRequest, max_bytes: int, seconds: float) -> bytes:
+    """The whole body, or `BodyTooLarge`, `RequestTimeout`, `UnsupportedMediaType`, or `InvalidRequest` if it is cut."""
+    _check_type(request)
+    if (request.content_length or 0) > max_bytes:
+        raise _too_large(max_bytes)
+    if request.content.is_eof():  # all of it came with the headers: no task, no timer
+        body = request.content.read_nowait()
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+        return body
+    await _invite(request)
+    try:
+        return await asyncio.wait_for(_collect(request.content, max_bytes), seconds)
+    except asyncio.TimeoutError:
+        raise RequestTimeout(f"The request body did not arrive within {seconds:g} s.") from None
+    except web.RequestPayloadError:
+        raise InvalidRequest("The request body is not framed as its headers say.", code="invalid_body") from None
+
+
+async def leave_body(request: web.Request) -> None:
+    """An `expect_handler` for routes: leaves `Expect: 100-continue` unanswered until `read_body` wants the body.
+
+    So a body that is too large, or comes without a key, is refused before it is sent.
+    """
+
+
+async def _invite(request: web.BaseRequest) -> None:
+    """Ask a client that waits for `100 Continue` to send its body."""
+    if request.version >= HttpVersion11 and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer proper has not begun
+
+
+async def _collect(content: StreamReader, max_bytes: int) -> bytes:
+    body = bytearray()
+    while block := await content.readany():
+        body += block
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+    return bytes(body)
+
+
+def _check_type(request: web.BaseRequest) -> None:
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity")
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType("Compressed bodies are not accepted; send it without Content-Encoding.")
+    # text/plain and form types are refused also because a foreign web page may send them without asking (CORS).
+    kind = request.content_type
+    if hdrs.CONTENT_TYPE in request.headers and kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedMediaType("The body must be JSON; send the header 'Content-Type: application/json'.")
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The request body is larger than the {max_bytes} bytes that this server allows.")

@@ -1,0 +1,51 @@
+"""CORS: which web pages may ask. Preflights are answered before the key check, since browsers send them without keys.
+
+It knows no routes: a page that may ask at all may ask everywhere.
+"""
+
+from __future__ import annotations
+
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler
+
+PREFLIGHT_SECONDS = 600
+METHODS = "GET, POST, DELETE, OPTIONS"
+EXPOSED_HEADERS = "X-Request-Id, Retry-After"
+
+
+class Cors:
+    """The allowed origins, as a middleware (`answer_preflight`) and an `on_response_prepare` signal (`mark`)."""
+
+    def __init__(self, origins: tuple[str, ...]) -> None:
+        self._origins = frozenset(origins)
+
+    @web.middleware
+    async def answer_preflight(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """204 for the preflight of an allowed origin; anything else goes its way."""
+        asks = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+        if not asks or self._allowed_origin(request) is None:
+            return await handler(request)
+        headers = {
+            hdrs.ACCESS_CONTROL_ALLOW_METHODS: METHODS,
+            hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_SECONDS),
+        }
+        # OpenAI's browser client adds headers of its own (x-stainless-*), so what is asked for is granted.
+        if wanted := request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS):
+            headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = wanted
+        return web.Response(status=204, headers=headers)
+
+    async def mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
+        """Tell the browser whether the page may read this answer; caches, that the answer depends on the page."""
+        if "*" not in self._origins:
+            response.headers.add(hdrs.VARY, hdrs.ORIGIN)
+        if (origin := self._allowed_origin(request)) is not None:
+            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
+            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED_HEADERS
+
+    def _allowed_origin(self, request: web.BaseRequest) -> str | None:
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin is None:
+            return None
+        if "*" in self._origins:
+            return "*"
+        return origin if origin in self._origins else None

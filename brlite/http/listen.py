@@ -1,0 +1,134 @@
+"""Listens on a port and serves an aiohttp application there, and ends it in good order.
+
+It sets no signal handlers and knows no routes: who starts it decides when to close.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from types import TracebackType
+
+from aiohttp import web
+
+from brlite.config import LimitsConfig
+from brlite.errors import ConfigError
+from brlite.http.connection import Connection
+from brlite.http.connections import Connections
+from brlite.http.envelope import error_response
+
+BACKLOG = 1024
+LAST_WORDS_SECONDS = 1.0  # what handlers get, after the application's on_shutdown, to end their streams themselves
+
+
+class HttpServer:
+    """`async with HttpServer(app, host, port, limits) as server:` listens while inside; port 0 takes a free one.
+
+    `close()` stops accepting, closes idle connections, waits `grace_seconds` for requests in progress, then runs the
+    application's `on_shutdown`, and at last cancels the handlers that are left. No task survives it.
+    """
+
+    def __init__(
+        self, app: web.Application, host: str, port: int, limits: LimitsConfig, grace_seconds: float = 30.0
+    ) -> None:
+        self._host, self._port = host, port
+        self._limits = limits
+        self._grace_seconds = grace_seconds
+        self._runner = web.AppRunner(
+            app,
+            handler_cancellation=True,  # a client that leaves must free its work
+            access_log=None,
+            shutdown_timeout=LAST_WORDS_SECONDS,
+        )
+        self._connections = Connections(limits.max_connections)
+        self._listener: asyncio.Server | None = None
+
+    async def __aenter__(self) -> HttpServer:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Run the application's start-up and listen, or `ConfigError` if the address cannot be had."""
+        await self._runner.setup()
+        try:
+            self._listener = await self._listen()
+        except BaseException:
+            await self._runner.cleanup()
+            raise
+
+    async def close(self) -> None:
+        """Stop, as the class says. May be called twice."""
+        if self._listener is None:
+            return
+        listener, self._listener = self._listener, None
+        listener.close()
+        self._connections.retire()
+        await self._connections.wait_gone(self._grace_seconds)
+        await self._runner.cleanup()
+        await self._connections.wait_gone(LAST_WORDS_SECONDS)
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return self._address[1]
+
+    @property
+    def url(self) -> str:
+        """Where to find it, such as `http://127.0.0.1:8000`."""
+        host, port = self._address
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    @property
+    def num_connections(self) -> int:
+        """How many connections are open."""
+        return len(self._connections)
+
+    @property
+    def _address(self) -> tuple[str, int]:
+        if self._listener is None:
+            return self._host, self._port
+        host, port = self._listener.sockets[0].getsockname()[:2]
+        return str(host), int(port)
+
+    async def _listen(self) -> asyncio.Server:
+        loop = asyncio.get_running_loop()
+        server = self._runner.server
+        assert server is not None  # set-up is done
+        self._handle_request, server.request_handler = server.request_handler, self._begin_request
+
+        def connect() -> Connection:
+            return Connection(server, loop, self._limits, self._connections)
+
+        try:
+            return await loop.create_server(connect, self._host, self._port, backlog=BACKLOG)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"cannot listen on {self._host}:{self._port}: {_reason(error)}") from None
+
+    async def _begin_request(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Tell the connection, then pass the request on; a refused Expect header never reaches the middlewares."""
+        assert isinstance(request.protocol, Connection)
+        request.protocol.request_began()
+        if _header_bytes(request) > self._limits.max_header_bytes:
+            return error_response(web.HTTPRequestHeaderFieldsTooLarge())
+        try:
+            return await self._handle_request(request)
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            return error_response(error)
+
+
+def _header_bytes(request: web.BaseRequest) -> int:
+    """About as many bytes as the request's head had."""
+    return len(request.raw_path) + sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
+
+
+def _reason(error: OSError | OverflowError) -> str:
+    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+        return os.strerror(error.errno)
+    return getattr(error, "strerror", None) or str(error)

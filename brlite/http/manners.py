@@ -1,0 +1,32 @@
+"""Gives an application the manners of this room, in the one order that works. It knows no routes and no models."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from brlite.http.access_log import access_log_middleware
+from brlite.http.boundary import errors_middleware
+from brlite.http.cors import Cors
+from brlite.http.keys import ApiKeys, keys_middleware
+from brlite.http.request_id import stamp_request_id
+
+
+def add_manners(
+    app: web.Application,
+    *,
+    keys: ApiKeys,
+    open_paths: frozenset[str],
+    cors_origins: tuple[str, ...] = (),
+    access_log: bool = True,
+    quiet_paths: frozenset[str] = frozenset(),
+) -> None:
+    """Outermost first: the log sees every status, preflights need no key, refused keys are answered like any error."""
+    app.on_response_prepare.append(stamp_request_id)
+    if access_log:
+        app.middlewares.append(access_log_middleware(quiet_paths))
+    if cors_origins:
+        cors = Cors(cors_origins)
+        app.on_response_prepare.append(cors.mark)
+        app.middlewares.append(cors.answer_preflight)
+    app.middlewares.append(errors_middleware)
+    app.middlewares.append(keys_middleware(keys, open_paths))

@@ -1,0 +1,36 @@
+"""The name of a request in logs and answers: the client's `X-Request-Id` if it is harmless, else one of our own.
+
+It knows nothing of what is asked.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+
+from aiohttp import web
+
+HEADER = "X-Request-Id"
+
+_SAFE = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# aiohttp 3.14 warns about any other kind of key; 3.13 does not have this one.
+_KEY = web.RequestKey("request_id", str) if hasattr(web, "RequestKey") else "brlite.request_id"
+
+
+def new_request_id() -> str:
+    """An id that nobody guesses and no other request has."""
+    return secrets.token_hex(16)
+
+
+def request_id(request: web.BaseRequest) -> str:
+    """The request's id, the same at every call."""
+    known = request.get(_KEY)
+    if known is None:
+        sent = request.headers.get(HEADER, "")
+        known = request[_KEY] = sent if _SAFE.fullmatch(sent) else new_request_id()
+    return str(known)
+
+
+async def stamp_request_id(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """An `on_response_prepare` signal: every answer, streams and errors too, carries the id."""
+    response.headers[HEADER] = request_id(request)

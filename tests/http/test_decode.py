@@ -1,0 +1,173 @@
+"""JSON to struct: whatever the bytes are, the outcome is the struct or a 400 that names the field."""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, Literal
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brlite.errors import InvalidRequest, PromptTooLong
+from brlite.http.decode import decode_json, unknown_fields
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Function(msgspec.Struct):
+    name: str
+
+
+class Tool(msgspec.Struct):
+    function: Function
+
+
+class Message(msgspec.Struct):
+    role: Literal["system", "user"]
+    content: str | None = None
+
+
+class TextPart(msgspec.Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class ImagePart(msgspec.Struct, tag_field="type", tag="image_url"):
+    image_url: str
+
+
+class Ask(msgspec.Struct):
+    messages: list[Message]
+    n: int = 1
+    temperature: float = 1.0
+    logit_bias: dict[int, float] = {}
+    tools: list[Tool] = []
+    parts: list[TextPart | ImagePart] = []
+    colour: Colour | None = None
+    extra: Any = None
+
+    def __post_init__(self) -> None:
+        if self.n > 128:
+            raise PromptTooLong("n must be at most 128", param="n")
+
+
+DECODER = msgspec.json.Decoder(Ask)
+
+
+def refusal(body: bytes) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        decode_json(body, DECODER)
+    return caught.value
+
+
+def test_a_good_body_becomes_the_struct() -> None:
+    ask = decode_json(b'{"messages":[{"role":"user","content":"hi"}]}', DECODER)
+
+    assert ask.messages[0].content == "hi"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code", "message"),
+    [
+        (b"{}", "messages", "missing_required_parameter", "Missing required parameter: 'messages'."),
+        (
+            b'{"messages":[],"tools":[{"function":{}}]}',
+            "tools[0].function.name",
+            "missing_required_parameter",
+            "Missing required parameter: 'tools[0].function.name'.",
+        ),
+        (
+            b'{"messages":[{"role":"user","content":5}]}',
+            "messages[0].content",
+            None,
+            "Invalid value for 'messages[0].content': Expected `str | null`, got `int`.",
+        ),
+        (
+            b'{"messages":[{"role":"robot"}]}',
+            "messages[0].role",
+            None,
+            "Invalid value for 'messages[0].role': Invalid enum value 'robot'; allowed: system, user.",
+        ),
+        (
+            b'{"messages":[],"parts":[{"type":"video"}]}',
+            "parts[0].type",
+            None,
+            "Invalid value for 'parts[0].type': Invalid value 'video'; allowed: text, image_url.",
+        ),
+        (
+            b'{"messages":[],"colour":"pink"}',
+            "colour",
+            None,
+            "Invalid value for 'colour': Invalid enum value 'pink'; allowed: red, blue.",
+        ),
+        (b'{"messages":[],"logit_bias":{"a":1}}', "logit_bias", None, "Expected `int`, got `str`"),
+        (b"[]", None, None, "Invalid value for 'body': Expected `object`, got `array`."),
+        (b'{"messages":[],"temperature":1e999}', "temperature", None, "Number out of range"),
+        (b'{"messages":[],"n":' + b"1" * 10**6 + b"}", "n", None, "Integer value out of range"),
+        (b'{"messages":[],"n":200}', "n", None, "n must be at most 128"),
+    ],
+)
+def test_a_bad_field_is_named(body: bytes, param: str | None, code: str | None, message: str) -> None:
+    error = refusal(body)
+
+    assert (error.param, error.code) == (param, code)
+    assert message in str(error)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"{", id="cut"),
+        pytest.param(b'{"messages":[]} x', id="trailing"),
+        pytest.param(b'\xef\xbb\xbf{"messages":[]}', id="byte order mark"),
+        pytest.param('{"messages":[]}'.encode("utf-16"), id="utf-16"),
+        pytest.param(b'{"messages":[],"temperature":NaN}', id="NaN"),
+        pytest.param(b'{"messages":[],"temperature":-Infinity}', id="Infinity"),
+        pytest.param(b'{"messages":[{"role":"user","content":"\\ud800"}]}', id="half surrogate"),
+        pytest.param(b'{"messages":[{"role":"user","content":"\xed\xa0\x80"}]}', id="encoded surrogate"),
+        pytest.param(b'{"messages":[{"role":"user","content":"\xff"}]}', id="not UTF-8"),
+        pytest.param(b'{"messages":[],"extra":' + b"[" * 10**5 + b"]" * 10**5 + b"}", id="deep"),
+        pytest.param(b'{"messages":[],"unknown":' + b'{"a":' * 10**5, id="deep and unknown"),
+    ],
+)
+def test_what_is_not_json_is_refused_as_a_whole(body: bytes) -> None:
+    error = refusal(body)
+
+    assert str(error).startswith("We could not parse the JSON body of your request: ")
+    assert (error.param, error.code) == (None, "invalid_json")
+
+
+def test_text_that_looks_like_a_path_does_not_become_one() -> None:
+    error = refusal(b'{"messages":[{"role":"x - at `$.secret`"}]}')
+
+    assert error.param == "messages[0].role"
+
+
+@given(st.binary() | st.text().map(str.encode) | st.recursive(st.none() | st.text(), st.lists).map(msgspec.json.encode))
+def test_no_bytes_raise_anything_else(body: bytes) -> None:
+    try:
+        outcome: object = decode_json(body, DECODER)
+    except InvalidRequest as error:
+        outcome = error
+
+    assert isinstance(outcome, (Ask, InvalidRequest))
+
+
+def test_unknown_fields_are_the_top_level_keys_that_the_struct_lacks() -> None:
+    body = b'{"messages":[{"role":"user","name":"ann"}],"best_of":1,"user":"u"}'
+
+    assert unknown_fields(body, Ask) == ["best_of", "user"]
+
+
+def test_a_flood_of_unknown_fields_is_cut() -> None:
+    body = msgspec.json.encode({f"{number:05}" + "x" * 1000: 1 for number in range(1000)})
+
+    fields = unknown_fields(body, Ask)
+
+    assert len(fields) == 16
+    assert max(map(len, fields)) == 64

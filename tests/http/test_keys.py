@@ -1,0 +1,158 @@
+"""Who may ask: every path but the open ones needs a key, however it is spelt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from brlite.config import KeysConfig
+from brlite.errors import ConfigError
+from brlite.http.keys import ApiKeys
+
+ODD_PATHS = [
+    "/v1/models",
+    "//v1/models",
+    "/v1//models",
+    "/v1/models/",
+    "/v1/models//",
+    "/v1/./models",
+    "/v1/x/../models",
+    "/v1/%6dodels",
+    "/%761/models",
+    "/v1/models?x=1",
+    "/v1/models#x",
+    "/v1/models;x",
+    "/v1/models%00",
+    "/v1/models%20",
+    "/v1%2fmodels",
+    "/V1/MODELS",
+    "/health/../v1/models",
+    "/health/..%2fv1/models",
+    "/health%2f..%2fv1/models",
+    "/health/",
+    "//health",
+    "/health;/v1/models",
+    "/health%00",
+    "/HEALTH",
+    "/%68ealth",
+    "/health#/v1/models",
+    "/",
+    "/unknown",
+    "http://127.0.0.1/v1/models",
+    "http://127.0.0.1/health",
+    "http://x@y/health?/v1/models",
+    "/\xff/v1/models",
+]
+SECRET = "sk-secret-1"
+
+
+@pytest.mark.parametrize("path", ODD_PATHS)
+async def test_no_spelling_of_a_path_gets_round_the_key(path, http_server, connect, hello) -> None:
+    server = await http_server({"GET /v1/models": hello, "GET /health": hello}, keys=(SECRET,))
+    client = await connect(server)
+
+    client.send(f"GET {path} HTTP/1.1\r\nHost: /health\r\nConnection: close\r\n\r\n".encode("latin-1"))
+    answer = await client.rest()
+
+    assert answer[8:13] in (b" 401 ", b" 400 ")
+    assert b"hello" not in answer
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "HEAD", "OPTIONS", "TRACE", "PATCH", "DELETE"])
+async def test_no_method_gets_round_the_key(method, http_server, connect, hello) -> None:
+    server = await http_server({"GET /v1/models": hello}, keys=(SECRET,))
+    client = await connect(server)
+
+    client.send(f"{method} /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+    answer = await client.rest()
+
+    assert answer.startswith(b"HTTP/1.1 401 ")
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        (f"Authorization: Bearer {SECRET}", 200),
+        (f"authorization: bEARER {SECRET}", 200),
+        (f"X-Api-Key: {SECRET}", 200),
+        (f"Authorization: Basic abc\r\nX-Api-Key: {SECRET}", 200),
+        ("Authorization: Bearer sk-secret-2", 200),
+        ("X-Unrelated: 1", 401),
+        ("Authorization:", 401),
+        ("Authorization: Bearer", 401),
+        ("Authorization: Bearer ", 401),
+        (f"Authorization: {SECRET}", 401),
+        (f"Authorization: Bearer {SECRET}x", 401),
+        (f"Authorization: Bearer {SECRET[:-1]}", 401),
+        (f"Authorization: Bearer {SECRET.upper()}", 401),
+        ("Authorization: Bearer \xff\xfe", 401),
+        (f"Authorization: Basic {SECRET}", 401),
+        (f"Cookie: Authorization=Bearer {SECRET}", 401),
+        ("X-Api-Key: wrong", 401),
+    ],
+)
+async def test_a_key_is_taken_from_the_two_headers_only(headers, status, http_server, connect, hello) -> None:
+    server = await http_server({"GET /v1/models": hello}, keys=(SECRET, "sk-secret-2"))
+    client = await connect(server)
+
+    client.send(f"GET /v1/models HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}\r\n\r\n".encode("latin-1"))
+    answer = await client.rest()
+
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+
+
+async def test_a_refusal_tells_how_to_send_a_key_and_does_not_repeat_the_wrong_one(http_server, connect, hello, caplog):
+    caplog.set_level("DEBUG")
+    server = await http_server({"GET /v1/models": hello}, keys=(SECRET,))
+    client = await connect(server)
+
+    client.send(b"GET /v1/models HTTP/1.1\r\nHost: x\r\nX-Api-Key: nearly-secret\r\nConnection: close\r\n\r\n")
+    head, _, body = (await client.rest()).partition(b"\r\n\r\n")
+
+    assert b"WWW-Authenticate: Bearer" in head
+    assert json.loads(body)["error"]["code"] == "invalid_api_key"
+    assert "nearly-secret" not in body.decode() + caplog.text
+
+
+async def test_the_open_path_needs_no_key_even_with_a_query(http_server, connect, hello) -> None:
+    server = await http_server({"GET /health": hello}, keys=(SECRET,))
+    client = await connect(server)
+
+    client.send(b"GET /health?x=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+    assert (await client.rest()).endswith(b"hello")
+
+
+def test_keys_come_from_config_file_and_environment_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# staff\nfrom-file\n\n")
+    monkeypatch.setenv("SOME_KEY", "from-env")
+
+    keys = ApiKeys.from_config(KeysConfig(keys=("from-config",), file=str(file), env="SOME_KEY"))
+
+    assert all(keys.accepts(key) for key in ("from-config", "from-file", "from-env"))
+    assert not keys.accepts("# staff")
+    assert repr(keys) == "ApiKeys(3 keys)"
+
+
+def test_without_keys_everybody_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BRLITE_API_KEY", raising=False)
+
+    assert ApiKeys.from_config(KeysConfig()).is_open
+
+
+@pytest.mark.parametrize("content", [None, b"", b"# nothing\n", b"\xff\xfe"])
+def test_a_key_file_that_gives_no_key_stops_the_server(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+
+    with pytest.raises(ConfigError, match=r"keys\.file: .*keys"):
+        ApiKeys.from_config(KeysConfig(file=str(file)))
+
+
+def test_an_empty_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match="must not be empty"):
+        ApiKeys(("good", " "))
