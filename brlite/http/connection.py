@@ -102,6 +102,11 @@ class Connection(web.RequestHandler):
         if not self._is_serving:
             self.force_close()
 
+    def abort(self) -> None:
+        """Cut the connection, which cancels the handler."""
+        if self._wire is not None:
+            self._wire.abort()
+
     # A request: its first byte, its handler, its end
 
     def data_received(self, data: bytes) -> None:

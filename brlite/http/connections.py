@@ -50,6 +50,11 @@ class Connections:
         for connection in list(self._members):
             connection.retire()
 
+    def abort(self) -> None:
+        """Cut them all, which cancels their handlers."""
+        for connection in list(self._members):
+            connection.abort()
+
     async def wait_gone(self, seconds: float) -> bool:
         """Wait until there are none; False if that takes longer."""
         try:

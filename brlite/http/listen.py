@@ -25,7 +25,7 @@ class HttpServer:
     """`async with HttpServer(app, host, port, limits) as server:` listens while inside; port 0 takes a free one.
 
     `close()` stops accepting, closes idle connections, waits `grace_seconds` for requests in progress, then runs the
-    application's `on_shutdown`, and at last cancels the handlers that are left. No task survives it.
+    application's `on_shutdown`, and a second later cancels the handlers that are left. No task survives it.
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class HttpServer:
         self._host, self._port = host, port
         self._limits = limits
         self._grace_seconds = grace_seconds
+        self._app = app
         self._runner = web.AppRunner(
             app,
             handler_cancellation=True,  # a client that leaves must free its work
@@ -54,6 +55,7 @@ class HttpServer:
 
     async def start(self) -> None:
         """Run the application's start-up and listen, or `ConfigError` if the address cannot be had."""
+        self._app.on_shutdown.append(self._end_what_is_left)  # after the application's own
         await self._runner.setup()
         try:
             self._listener = await self._listen()
@@ -70,7 +72,12 @@ class HttpServer:
         self._connections.retire()
         await self._connections.wait_gone(self._grace_seconds)
         await self._runner.cleanup()
-        await self._connections.wait_gone(LAST_WORDS_SECONDS)
+
+    async def _end_what_is_left(self, app: web.Application) -> None:
+        # aiohttp would cancel each handler twice, and the second time interrupts its cleaning up.
+        if not await self._connections.wait_gone(LAST_WORDS_SECONDS):
+            self._connections.abort()
+            await self._connections.wait_gone(LAST_WORDS_SECONDS)
 
     @property
     def port(self) -> int:

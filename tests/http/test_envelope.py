@@ -56,7 +56,9 @@ def test_status_and_code(error: Exception, status: int, code: str | None) -> Non
     assert (row.http, row.code) == (status, code)
 
 
-@pytest.mark.parametrize("error", [errors.EngineError("cuda at 0x7f"), errors.ModelError("/secret"), KeyError("secret")])
+@pytest.mark.parametrize(
+    "error", [errors.EngineError("cuda at 0x7f"), errors.ModelError("/secret"), KeyError("secret")]
+)
 def test_the_servers_own_faults_tell_nothing(error: Exception) -> None:
     response = error_response(error)
 

@@ -1,0 +1,290 @@
+"""Clients that are slow, greedy or malformed, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+
+import pytest
+from aiohttp import web
+
+GET = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"
+GET_AND_CLOSE = b"GET /hello HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def status(answer: bytes) -> int:
+    return int(answer[9:12])
+
+
+def error_of(answer: bytes) -> dict[str, object]:
+    return json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+
+
+async def test_headers_that_stay_unfinished_get_408(http_server, connect, hello) -> None:
+    server = await http_server({"GET /hello": hello}, header_seconds=0.2)
+    client = await connect(server)
+
+    client.send(b"GET /hello HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+    answer = await client.rest()
+
+    assert status(answer) == 408
+    assert error_of(answer)["code"] == "request_timeout"
+
+
+async def test_dripping_headers_do_not_extend_the_deadline(http_server, connect, hello) -> None:
+    server = await http_server({"GET /hello": hello}, header_seconds=0.3)
+    client = await connect(server)
+
+    async def drip() -> None:
+        client.send(b"GET /hello HTTP/1.1\r\nHost: x\r\n")
+        while True:
+            await asyncio.sleep(0.02)
+            client.send(b"X: y\r\n")
+
+    dripping = asyncio.create_task(drip())
+    answer = await client.rest()
+    dripping.cancel()
+
+    assert status(answer) == 408
+
+
+async def test_a_silent_connection_is_closed_without_a_word(http_server, connect, hello) -> None:
+    server = await http_server({"GET /hello": hello}, header_seconds=0.2)
+    client = await connect(server)
+
+    assert await client.rest() == b""
+
+
+async def test_an_idle_keep_alive_connection_is_closed(http_server, connect, hello) -> None:
+    server = await http_server({"GET /hello": hello}, keepalive_seconds=0.2)
+    client = await connect(server)
+
+    client.send(GET)
+    head, body = await client.answer()
+    rest = await client.rest()
+
+    assert (status(head), body, rest) == (200, b"hello", b"")
+
+
+async def test_the_deadline_holds_for_the_second_request_too(http_server, connect, hello) -> None:
+    server = await http_server({"GET /hello": hello}, header_seconds=0.2)
+    client = await connect(server)
+
+    client.send(GET)
+    await client.answer()
+    client.send(b"GET /hel")
+
+    assert status(await client.rest()) == 408
+
+
+async def test_a_handler_may_take_longer_than_the_header_deadline(http_server, connect) -> None:
+    async def slow(request: web.Request) -> web.Response:
+        await asyncio.sleep(0.3)
+        return web.Response(text="slow")
+
+    server = await http_server({"GET /hello": slow}, header_seconds=0.1)
+    client = await connect(server)
+
+    client.send(GET + GET_AND_CLOSE)  # pipelined: the second one's headers are there before the first one's answer
+    answer = await client.rest()
+
+    assert answer.count(b"HTTP/1.1 200 OK") == 2
+    assert answer.endswith(b"slow")
+
+
+async def test_connections_above_the_limit_get_503_at_once_and_a_closed_one_makes_room(
+    http_server, connect, hello, caplog
+) -> None:
+    server = await http_server({"GET /hello": hello}, max_connections=2)
+    clients = [await connect(server), await connect(server)]
+    for client in clients:
+        client.send(GET)
+        await client.answer()
+
+    refused = await (await connect(server)).rest()
+    clients[0].send(GET_AND_CLOSE)
+    await clients[0].rest()
+    welcome = await connect(server)
+    welcome.send(GET_AND_CLOSE)
+
+    assert status(refused) == 503
+    assert b"Retry-After: 1" in refused
+    assert status(await welcome.rest()) == 200
+    assert "max_connections (2) reached" in caplog.text
+
+
+async def test_a_client_that_reads_nothing_is_cut_off(http_server) -> None:
+    ended = asyncio.Event()
+
+    async def flood(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b"x" * 2**20)
+        finally:
+            ended.set()
+
+    server = await http_server({"GET /hello": flood}, slow_client_seconds=0.2)
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(GET)
+        await asyncio.wait_for(ended.wait(), 10)
+
+    assert ended.is_set()
+
+
+async def test_a_client_that_does_not_read_its_plain_answer_is_cut_off(http_server, eventually) -> None:
+    async def big(request: web.Request) -> web.Response:
+        return web.Response(body=b"x" * 2**25)
+
+    server = await http_server({"GET /hello": big}, slow_client_seconds=0.2)
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(GET_AND_CLOSE)
+        await eventually(lambda: server.num_connections == 1)
+        await eventually(lambda: server.num_connections == 0)
+        received = client.recv(2**26, socket.MSG_WAITALL)
+
+    assert 0 < len(received) < 2**25
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        pytest.param(b"X-Big: " + b"x" * 9000, 431, id="long field"),
+        pytest.param(b"X-Big: " + b"x" * 4 * 2**20, 431, id="4 MB field"),
+        pytest.param(b"x" * 9000 + b": y", 431, id="long name"),
+        pytest.param(b"\r\n".join(b"X-%d: y" % number for number in range(20_000)), 400, id="20k fields"),
+        pytest.param(b"\r\n".join(b"X-%d: " % number + b"y" * 1000 for number in range(20)), 431, id="20 kB in all"),
+    ],
+)
+async def test_header_bombs_are_refused(head: bytes, expected: int, http_server, connect, hello) -> None:
+    server = await http_server({"GET /hello": hello})
+    client = await connect(server)
+
+    client.send(b"GET /hello HTTP/1.1\r\nHost: x\r\nConnection: close\r\n" + head + b"\r\n\r\n")
+    answer = await client.until(b"\r\n")
+
+    assert status(answer) == expected
+
+
+async def test_a_two_megabyte_path_is_refused(http_server, connect, hello) -> None:
+    server = await http_server({"GET /hello": hello})
+    client = await connect(server)
+
+    client.send(b"GET /" + b"a" * 2 * 2**20 + b" HTTP/1.1\r\nHost: x\r\n\r\n")
+
+    assert status(await client.until(b"\r\n")) == 431
+
+
+MALFORMED = [
+    pytest.param(b"GET /hello?key=SECRET HTTP/1.1 SECRET\r\nAuthorization: Bearer SECRET\r\n\r\n", id="request line"),
+    pytest.param(b"GET /hello HTTP/1.1\r\nAuthorization: Bearer SECRET\r\n\r\n", id="no host"),
+    pytest.param(b"GET /hello HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer SECRET\r\nbad header\r\n\r\n", id="header"),
+    pytest.param(b"SECRET\r\n\r\n", id="no method"),
+    pytest.param(b"\x16\x03\x01SECRET\r\n\r\n", id="TLS"),
+    pytest.param(b"GET SECRET HTTP/1.1\r\nHost: x\r\n\r\n", id="relative path"),
+    pytest.param(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\nSECRET", id="HTTP/2"),
+    pytest.param(b"GET /hello HTTP/1.1\r\nHost: x\r\nX: " + b"SECRET" * 2000 + b"\r\n\r\n", id="long field"),
+    pytest.param(b"GET /hello HTTP/1.1\r\nHost: x\r\nHost: y\r\nX: SECRET\r\n\r\n", id="two hosts"),
+    pytest.param(b"GET /hello HTTP/1.1\r\nHost: x\r\nX: SECRET\0\r\n\r\n", id="null byte"),
+]
+
+
+@pytest.mark.parametrize("request_bytes", MALFORMED)
+async def test_a_malformed_request_is_answered_and_logged_without_its_content(
+    request_bytes, http_server, connect, hello, caplog
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server = await http_server({"GET /hello": hello})
+    client = await connect(server)
+
+    client.send(request_bytes)
+    answer = await client.rest()
+
+    assert status(answer) in (400, 431)
+    assert error_of(answer)["type"] == "invalid_request_error"
+    assert b"X-Request-Id: " in answer
+    lines = [record for record in caplog.records if record.name.startswith(("brlite", "aiohttp"))]
+    assert [record.levelname for record in lines] == ["INFO"]
+    assert lines[0].getMessage().startswith("malformed request from 127.0.0.1: ")
+    assert "SECRET" not in caplog.text + answer.decode()
+    assert "Traceback" not in caplog.text
+
+
+SMUGGLED = b"GET /hello HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+SMUGGLING = [
+    pytest.param(b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", id="CL+TE"),
+    pytest.param(b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", id="TE+CL"),
+    pytest.param(b"Content-Length: 0\r\nContent-Length: 5\r\n", id="two lengths"),
+    pytest.param(b"Content-Length: 5\r\nContent-Length: 5\r\n", id="two equal lengths"),
+    pytest.param(b"Content-Length: 0, 5\r\n", id="length list"),
+    pytest.param(b"Content-Length: +5\r\n", id="plus length"),
+    pytest.param(b"Content-Length: -5\r\n", id="negative length"),
+    pytest.param(b"Content-Length: 0x5\r\n", id="hex length"),
+    pytest.param(b"Content-Length: 1_0\r\n", id="underscore length"),
+    pytest.param(b"Content-Length: 99999999999999999999999\r\n", id="huge length"),
+    pytest.param(b"Content-Length : 5\r\n", id="space before colon"),
+    pytest.param(b"Transfer-Encoding: identity\r\n", id="TE identity"),
+    pytest.param(b"Transfer-Encoding: xchunked\r\n", id="TE xchunked"),
+    pytest.param(b"Transfer-Encoding: chunked, identity\r\n", id="TE not last"),
+    pytest.param(b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n", id="two TE"),
+    pytest.param(b"Transfer-Encoding:\x0bchunked\r\n", id="TE vertical tab"),
+    pytest.param(b"Transfer-Encoding: \r\n chunked\r\nContent-Length: 5\r\n", id="obs-fold TE"),
+    pytest.param(b"X: y\r\n Content-Length: 5\r\n", id="obs-fold"),
+    pytest.param(b"X: y\rContent-Length: 5\r\n", id="bare CR"),
+    pytest.param(b"X: y\nContent-Length: 5\r\n", id="bare LF"),
+]
+
+
+@pytest.mark.parametrize("headers", SMUGGLING)
+async def test_ambiguous_framing_is_refused_and_nothing_behind_it_is_answered(headers, http_server, connect) -> None:
+    served = []
+
+    async def count(request: web.Request) -> web.Response:
+        served.append(request.path)
+        return web.Response(text="hello")
+
+    server = await http_server({"GET /hello": count, "POST /hello": count})
+    client = await connect(server)
+
+    client.send(b"POST /hello HTTP/1.1\r\nHost: x\r\n" + headers + b"\r\n0\r\n\r\n" + SMUGGLED)
+    answer = await client.rest()
+
+    assert status(answer) == 400
+    assert answer.count(b"X-Request-Id: ") == 1
+    assert served == []
+
+
+async def test_a_refused_expect_header_is_answered_in_the_envelope(http_server, connect, hello) -> None:
+    server = await http_server({"GET /hello": hello})
+    client = await connect(server)
+
+    client.send(b"GET /hello HTTP/1.1\r\nHost: x\r\nExpect: miracles\r\nConnection: close\r\n\r\n")
+    answer = await client.rest()
+
+    assert status(answer) == 417
+    assert error_of(answer)["type"] == "invalid_request_error"
+
+
+async def test_connect_and_upgrade_are_ordinary_requests(http_server, connect, hello) -> None:
+    server = await http_server({"GET /hello": hello})
+    tunnel, upgrade = await connect(server), await connect(server)
+
+    tunnel.send(b"CONNECT x:80 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    upgrade.send(b"GET /hello HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: upgrade, close\r\n\r\n" + GET)
+
+    assert status(await tunnel.rest()) in (400, 404, 405)
+    assert status(await upgrade.until(b"\r\n")) == 200
+
+
+async def test_many_slow_connections_harm_nobody(http_server, connect, hello) -> None:
+    server = await http_server({"GET /hello": hello})
+    for _ in range(200):
+        (await connect(server)).send(b"GET /hello HTTP/1.1\r\nX: ")
+
+    client = await connect(server)
+    client.send(GET_AND_CLOSE)
+
+    assert status(await client.rest()) == 200

@@ -1,0 +1,177 @@
+"""Event streams over real sockets, with aiohttp's client, http.client and raw bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from brlite.http.events import BACKLOG_BYTES, EventStream
+
+
+async def count_to_three(request: web.Request) -> web.StreamResponse:
+    async with EventStream(request, comment_seconds=60) as events:
+        events.send(b"1")
+        await asyncio.sleep(0)
+        events.send(b"2", b"3")
+        return await events.finish()
+
+
+EVENTS = b"data: 1\n\ndata: 2\n\ndata: 3\n\ndata: [DONE]\n\n"
+
+
+async def test_events_arrive_and_the_connection_takes_its_next_request(http_server) -> None:
+    server = await http_server({"GET /x": count_to_three})
+    connector = aiohttp.TCPConnector(limit=1)
+
+    async with aiohttp.ClientSession(connector=connector) as session:
+        texts = []
+        for _ in range(3):
+            async with session.get(server.url + "/x") as response:
+                texts.append(await response.read())
+        num_connections = server.num_connections
+
+    assert texts == [EVENTS] * 3
+    assert num_connections == 1
+    assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["Cache-Control"] == "no-cache"
+    assert response.headers["X-Accel-Buffering"] == "no"
+
+
+async def test_http_client_of_the_standard_library_agrees(http_server) -> None:
+    server = await http_server({"GET /x": count_to_three})
+
+    def ask_twice() -> list[bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        texts = []
+        for _ in range(2):
+            connection.request("GET", "/x")
+            texts.append(connection.getresponse().read())
+        connection.close()
+        return texts
+
+    assert await asyncio.to_thread(ask_twice) == [EVENTS] * 2
+
+
+async def test_http_1_0_gets_plain_bytes_and_a_close(http_server, connect) -> None:
+    client = await connect(await http_server({"GET /x": count_to_three}))
+
+    client.send(b"GET /x HTTP/1.0\r\n\r\n")
+    head, _, body = (await client.rest()).partition(b"\r\n\r\n")
+
+    assert b"chunked" not in head
+    assert body == EVENTS
+
+
+async def test_one_send_is_one_chunk(http_server, connect) -> None:
+    client = await connect(await http_server({"GET /x": count_to_three}))
+
+    client.send(b"GET /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    _, _, body = (await client.rest()).partition(b"\r\n\r\n")
+
+    assert body == (b"9\r\ndata: 1\n\n\r\n12\r\ndata: 2\n\ndata: 3\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+async def test_silence_is_filled_with_comments_until_the_end(http_server, connect) -> None:
+    go_on = asyncio.Event()
+
+    async def silent(request: web.Request) -> web.StreamResponse:
+        async with EventStream(request, comment_seconds=0.05) as events:
+            await go_on.wait()
+            events.send(b"1")
+            return await events.finish()
+
+    client = await connect(await http_server({"GET /x": silent}))
+    client.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
+    for _ in range(2):
+        await client.until(b": keep-alive\n\n")
+    go_on.set()
+    end = await client.until(b"0\r\n\r\n")
+
+    assert end.endswith(b"9\r\ndata: 1\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+async def test_after_the_client_left_sends_do_nothing_and_say_so(http_server, connect, caplog) -> None:
+    sent: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        async with EventStream(request, comment_seconds=60) as events:
+            events.send(b"1")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                sent.set_result([events.send(b"2"), events.comment(), await events.drained(1)])
+        raise AssertionError
+
+    client = await connect(await http_server({"GET /x": stream}))
+    client.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
+    await client.until(b"data: 1\n\n")
+    client.writer.close()
+
+    assert await asyncio.wait_for(sent, 5) == [False, False, False]
+    assert caplog.records == []
+
+
+async def test_a_client_that_lags_is_seen_and_waited_for(http_server, connect) -> None:
+    block = b"x" * 2**20
+    waited: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        async with EventStream(request, comment_seconds=60) as events:
+            num_blocks = 0
+            while not events.is_backlogged:
+                events.send(block)
+                num_blocks += 1
+            waited.set_result(await events.drained(10))
+            events.send(b"%d" % num_blocks)
+            return await events.finish()
+
+    client = await connect(await http_server({"GET /x": stream}))
+    client.send(b"GET /x HTTP/1.0\r\n\r\n")
+    _, _, body = (await client.rest()).partition(b"\r\n\r\n")
+
+    assert waited.result()
+    num_blocks = body.count(block)
+    assert body.endswith(b"data: %d\n\ndata: [DONE]\n\n" % num_blocks)
+
+
+async def test_a_client_that_never_catches_up_is_cut(http_server, connect) -> None:
+    outcome: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        async with EventStream(request, comment_seconds=60) as events:
+            while not events.is_backlogged:
+                events.send(b"x" * BACKLOG_BYTES)
+            try:
+                outcome.set_result(await events.drained(0.1))
+            finally:
+                if not outcome.done():
+                    outcome.set_result(False)
+        raise ConnectionResetError
+
+    client = await connect(await http_server({"GET /x": stream}))
+    client.writer.transport.pause_reading()
+    client.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
+
+    assert await asyncio.wait_for(outcome, 10) is False
+
+
+@pytest.mark.parametrize("num_clients", [20])
+async def test_streams_side_by_side_do_not_mix(num_clients: int, http_server, connect) -> None:
+    async def stream(request: web.Request) -> web.StreamResponse:
+        async with EventStream(request, comment_seconds=60) as events:
+            for _ in range(20):
+                events.send(request.query_string.encode())
+                await asyncio.sleep(0)
+            return await events.finish()
+
+    server = await http_server({"GET /x": stream})
+    clients = [await connect(server) for _ in range(num_clients)]
+    for number, client in enumerate(clients):
+        client.send(f"GET /x?{number} HTTP/1.0\r\n\r\n".encode())
+    bodies = [(await client.rest()).partition(b"\r\n\r\n")[2] for client in clients]
+
+    assert bodies == [b"data: %d\n\n" % number * 20 + b"data: [DONE]\n\n" for number in range(num_clients)]
