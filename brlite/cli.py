@@ -52,7 +52,9 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     command: Command = args.command
     try:
-        return command(args)
+        status = command(args)
+        sys.stdout.flush()
+        return status
     except BrliteError as error:
         print(f"brlite: error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -1,0 +1,202 @@
+"""The command line: overrides, exit statuses, and how quickly it comes up."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+import brlite
+from brlite.cli import br_api_server, main
+from brlite.config import Config, ModelSpec, load_config
+from brlite.sampling_params import SamplingParams
+from tests.test_seed_config import FIXTURES
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Start in an empty folder, where there is no brlite.toml."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def handed_over(monkeypatch) -> SimpleNamespace:
+    """Stands in for what `serve`, `generate` and `chat` start; keeps what they were called with."""
+    seen = SimpleNamespace()
+
+    def stand_in(name: str, run: Callable[..., int]) -> None:
+        module = ModuleType(f"brlite.{name}")
+        module.__dict__["run"] = run
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def serve(config: Config, warnings: list[str]) -> int:
+        seen.config, seen.warnings = config, warnings
+        return 0
+
+    def generate(config: Config, source: str, target: str, params: SamplingParams) -> int:
+        seen.config, seen.files, seen.params = config, (source, target), params
+        return 0
+
+    def chat(target: Config | str, **options: object) -> int:
+        seen.target, seen.options = target, options
+        return 0
+
+    stand_in("serve", serve)
+    stand_in("generate", generate)
+    stand_in("chat", chat)
+    return seen
+
+
+def test_serve_without_a_file_takes_the_defaults(handed_over):
+    assert main(["serve"]) == 0
+
+    assert handed_over.config == Config()
+    assert handed_over.warnings == []
+
+
+def test_serve_takes_the_file_of_the_folder_it_is_started_in(handed_over, tmp_path):
+    (tmp_path / "brlite.toml").write_text("[server]\nport = 9000\n")
+
+    main(["serve"])
+
+    assert handed_over.config.server.port == 9000
+
+
+def test_a_named_file_wins_over_the_folders_own(handed_over, tmp_path):
+    (tmp_path / "brlite.toml").write_text("[server]\nport = 9000\n")
+    (tmp_path / "other.toml").write_text("[server]\nport = 9001\n")
+
+    main(["serve", "other.toml"])
+
+    assert handed_over.config.server.port == 9001
+
+
+def test_the_command_line_wins_over_the_file(handed_over, tmp_path):
+    (tmp_path / "brlite.toml").write_text('[server]\nport = 9000\nhost = "::1"\n')
+
+    main(["serve", "--port", "0", "--log-level", "debug", "--device", "cpu", "--threads", "1"])
+
+    config = handed_over.config
+    assert (config.server.host, config.server.port, config.server.log_level) == ("::1", 0, "debug")
+    assert (config.engine.device, config.engine.threads) == ("cpu", 1)
+
+
+def test_a_model_is_named_or_given_as_a_file(handed_over, tmp_path):
+    (tmp_path / "tiny.gguf").touch()
+
+    main(["serve", "--model", "org/name"])
+    named = handed_over.config.model[0]
+    main(["serve", "--model", "tiny.gguf"])
+    given = handed_over.config.model[0]
+
+    assert named == ModelSpec(name="org/name")
+    assert given == ModelSpec(name="tiny", path="tiny.gguf")
+
+
+def test_generate_hands_over_files_and_sampling(handed_over):
+    main(["generate", "--input", "a.txt", "--temperature", "0", "--stop", "x", "--stop", "y", "--n", "2"])
+
+    assert handed_over.files == ("a.txt", "-")
+    assert handed_over.params == SamplingParams(max_tokens=256, temperature=0, stop=("x", "y"), n=2)
+
+
+def test_chat_talks_to_a_server_with_the_key_of_its_variable(handed_over, monkeypatch):
+    monkeypatch.setenv("SOME_KEY", "secret")
+
+    main(["chat", "--url", "http://127.0.0.1:8000", "--model", "m", "--api-key-env", "SOME_KEY", "--system", "Hi"])
+
+    assert handed_over.target == "http://127.0.0.1:8000"
+    params = SamplingParams(max_tokens=None)
+    assert handed_over.options == {"model": "m", "api_key": "secret", "system": "Hi", "params": params}
+
+
+def test_chat_without_a_server_brings_its_own_model(handed_over):
+    main(["chat"])
+
+    assert handed_over.target == Config()
+
+
+@pytest.mark.parametrize("option", ["--config", "--config_path"])
+def test_the_manuals_command_listens_to_the_network(handed_over, option):
+    path = str(FIXTURES / "mistral_7b.json")
+
+    assert br_api_server([option, path, "--port", "9000"]) == 0
+
+    assert (handed_over.config.server.host, handed_over.config.server.port) == ("0.0.0.0", 9000)
+    assert handed_over.config.model == load_config(FIXTURES / "mistral_7b.json").model
+    assert any("0.0.0.0" in warning for warning in handed_over.warnings)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["serve", "absent.toml"], "absent.toml: cannot be read: No such file or directory"),
+        (["serve", "--port", "70000"], "command line: server.port = 70000: allowed is a whole number from 0 to 65535"),
+        (["serve", "--log-level", "loud"], 'command line: server.log_level = "loud": allowed are debug, '),
+        (
+            ["serve", str(FIXTURES / "qwen2_72b_instruct.json")],
+            "model[0].tensor_parallel = 8: this version runs on one",
+        ),
+        (["generate", "--top-p", "2"], "top_p must be "),
+        (["check", "absent.json"], "absent.json: cannot be read: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(handed_over, capsys, argv, message):
+    status = main(argv)
+
+    captured = capsys.readouterr()
+    assert status == 2
+    assert captured.out == ""
+    assert captured.err.startswith(f"brlite: error: {message}")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["serve", "--port", "x"], ["check"]])
+def test_a_command_that_cannot_be_parsed_is_status_2(argv):
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+
+    assert caught.value.code == 2
+
+
+def test_an_interrupt_is_status_130(handed_over, monkeypatch):
+    def interrupted(config: Config, warnings: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["brlite.serve"], "run", interrupted)
+
+    assert main(["serve"]) == 130
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"brlite {brlite.__version__}\n"
+
+
+def test_help_imports_nothing_that_takes_time():
+    code = "import sys, brlite.cli\ntry: brlite.cli.main(['--help'])\nexcept SystemExit: print(*sys.modules)"
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert "serve a model over the OpenAI API" in result.stdout
+    loaded = result.stdout.splitlines()[-1].split()
+    assert {"torch", "aiohttp", "transformers", "asyncio", "msgspec"}.isdisjoint(loaded)
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback():
+    code = "import sys, brlite.cli, brlite.doctor as d; d.run = lambda as_json: print('x') or 0\n"
+    code += "sys.exit(brlite.cli.main(['doctor']))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+
+    process.stdout.close()
+    _, errors = process.communicate()
+
+    assert errors == ""
+    assert process.returncode == 0
