@@ -133,7 +133,7 @@ def _measure(spec: ModelSpec, engine: EngineConfig, hf_config: Mapping[str, Any]
     check_spec(spec, config)
     is_bfloat16 = compute_dtype(engine.dtype, select_device(engine.device)).itemsize == KV_BYTES["bfloat16"]
     dtype: KVDtype = "bfloat16" if is_bfloat16 else "float32"
-    kv_dtype: KVDtype = "int8" if spec.precision.endswith("kv_int8") else dtype
+    kv_dtype: KVDtype = "int8" if spec.precision == "a_bf16_w_int8_kv_int8" else "bfloat16"
     return Sizes(
         num_parameters=num_parameters(config),
         max_context=config.max_context,

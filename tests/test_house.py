@@ -7,6 +7,7 @@ a line in `ALLOWED`; the README's table says the same in words.
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "config_check": ("config errors", ""),
     "config_text": ("config", "msgspec"),
     "machine": ("", "msgspec"),
-    "tokenizer": ("errors", "transformers tokenizers sentencepiece gguf jinja2"),
+    "tokenizer": ("errors", "tokenizers sentencepiece jinja2"),
     "constraint": ("errors", "llguidance"),
     "engine": ("constraint tokenizer sampling_params outputs config errors", "msgspec"),
     "models": ("errors config", "torch msgspec"),
@@ -59,6 +60,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
 MAY_IMPORT_ANYTHING = ("cli",)
 MAY_BE_ASYNC = ("http", "server", "proxy", "engine.async_engine", "app", "llm", "serve", "chat")
 ONLY_IN = {"prometheus_client": ("server.metrics", "proxy.metrics")}
+DEVICE_KINDS = re.compile(r"\b(cuda|supa|nccl|gloo|bccl|sccl)\b")
+DEVICE_MODULE = "worker.device"
 DRAWERS = ("utils", "common", "core", "helpers", "misc")
 
 FORBIDDEN_IMPORTS = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve")
@@ -152,6 +155,11 @@ def test_only_the_edges_are_async(path):
     is_async = any(isinstance(node, ast.AsyncFunctionDef) for node in ast.walk(parse(path)))
 
     assert not is_async or is_within(module_name(path), MAY_BE_ASYNC)
+
+
+@each_file(but=(DEVICE_MODULE,))
+def test_only_the_device_module_names_accelerators(path):
+    assert DEVICE_KINDS.search(path.read_text(encoding="utf-8")) is None
 
 
 @pytest.mark.parametrize(
