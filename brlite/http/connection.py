@@ -16,7 +16,7 @@ import logging
 from typing import cast
 
 from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
+from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from brlite.config import LimitsConfig
 from brlite.errors import InvalidRequest, NotReady, RequestTimeout
@@ -110,7 +110,9 @@ class Connection(web.RequestHandler):
     # A request: its first byte, its handler, its end
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_serving and not self._bytes_came:
+        if (
+            data and not self._is_serving and not self._bytes_came
+        ):  # aiohttp calls it without data too, to go on parsing
             self._bytes_came = True
             self._set_deadline()
         super().data_received(data)
@@ -153,6 +155,14 @@ class Connection(web.RequestHandler):
         response.headers[HEADER] = new_request_id()
         response.force_close()
         return response
+
+    def log_exception(self, *args: object, **kw: object) -> None:
+        """aiohttp's own reports of what it did not foresee; a parser's error holds the request, so it is only named."""
+        error = kw.get("exc_info")
+        if isinstance(error, HttpProcessingError):
+            logger.info("malformed request from %s: %s", self.peername, type(error).__name__)
+        else:
+            super().log_exception(*args, **kw)
 
     # Slow clients
 

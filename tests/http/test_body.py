@@ -115,6 +115,18 @@ async def test_a_badly_framed_chunk_is_never_a_body(chunk: bytes, client) -> Non
     assert head[9:12] in (b"400", b"408")
 
 
+async def test_after_a_body_the_idle_connection_has_its_keep_alive_time(http_server, connect) -> None:
+    client = await connect(await http_server({"POST /echo": echo}, header_seconds=0.1))
+
+    client.send(post(JSON + b"Content-Length: 2\r\n", b"{}"))
+    await client.answer()
+    await asyncio.sleep(0.2)  # longer than headers may take
+    client.send(post(JSON + b"Content-Length: 2\r\n", b"{}"))
+    head, _ = await client.answer()
+
+    assert head[9:12] == b"200"
+
+
 async def test_a_client_that_cuts_its_body_short_leaves_no_trace(http_server, connect, caplog) -> None:
     ended = asyncio.Event()
 
