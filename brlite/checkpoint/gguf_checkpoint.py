@@ -93,7 +93,7 @@ def _num_bytes(tensor: GgufTensor) -> int:
 
 def _checked_tensors(header: GgufHeader) -> dict[str, GgufTensor]:
     """The table of tensors in the order of the data, once each lies within the file and is of a type we can read."""
-    if header.metadata.get("split.count", 1) > 1:
+    if header.metadata.get("split.count", 1) not in (0, 1):
         raise ModelError("one part of a split GGUF; merge the parts into one file first")
     for type_id in sorted({tensor.type_id for tensor in header.tensors}):
         _check_type(type_id, next(tensor.name for tensor in header.tensors if tensor.type_id == type_id))

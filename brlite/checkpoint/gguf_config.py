@@ -70,6 +70,13 @@ class GgufMetadata:
             raise ModelError(f"{self.architecture}.{key} must be a number above 0, got {excerpt(value)}")
         return float(value)
 
+    def token_id(self, name: str) -> int | None:
+        """The id of a special token, such as eos; None if the file does not name it."""
+        value = self.values.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and (type(value) is not int or value < 0):
+            raise ModelError(f"tokenizer.ggml.{name}_token_id must be a token id, got {excerpt(value)}")
+        return value
+
     def has(self, key: str) -> bool:
         return f"{self.architecture}.{key}" in self.values
 
@@ -109,7 +116,7 @@ def hugging_face_config(
         "tie_word_embeddings": "lm_head.weight" not in shapes,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "mlp_bias": "model.layers.0.mlp.up_proj.bias" in shapes,
-        **_special_tokens(metadata.values),
+        **_special_tokens(metadata),
         **_sliding_window(metadata),
     }
     scaling = _rope_scaling(metadata, config, rope_freqs)
@@ -143,12 +150,11 @@ def _vocab_size(shapes: dict[str, tuple[int, ...]]) -> int:
     return shapes["model.embed_tokens.weight"][0]
 
 
-def _special_tokens(values: dict[str, Any]) -> dict[str, Any]:
-    eos = [values[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in values]
-    tokens: dict[str, Any] = {"eos_token_id": eos[0] if len(set(eos)) == 1 else eos} if eos else {}
-    if "tokenizer.ggml.bos_token_id" in values:
-        tokens["bos_token_id"] = values["tokenizer.ggml.bos_token_id"]
-    return tokens
+def _special_tokens(metadata: GgufMetadata) -> dict[str, Any]:
+    eos, eot, bos = (metadata.token_id(name) for name in ("eos", "eot", "bos"))
+    ends = [token_id for token_id in dict.fromkeys((eos, eot)) if token_id is not None]
+    tokens: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends} if ends else {}
+    return tokens if bos is None else {**tokens, "bos_token_id": bos}
 
 
 def _sliding_window(metadata: GgufMetadata) -> dict[str, Any]:
@@ -199,6 +205,8 @@ def _yarn_parameters(metadata: GgufMetadata) -> dict[str, Any]:
 
 
 def _llama3_scaling(config: dict[str, Any], rope_freqs: Sequence[float]) -> dict[str, Any]:
+    if not all(0 < divisor < math.inf for divisor in rope_freqs):
+        raise ModelError(f"{ROPE_FREQS} must hold finite divisors above 0")
     factor = round(max(rope_freqs), 3)
     expected = llama3_divisors(factor, config["head_dim"], config["rope_theta"])
     same = len(expected) == len(rope_freqs) and all(

@@ -1,0 +1,312 @@
+"""Everything that can be wrong with a model on disk: one line that names the file, before any tensor is read."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+
+from brlite.checkpoint import open_checkpoint
+from brlite.errors import ModelError
+from tests.checkpoint.model_files import (
+    random_gguf_tensors,
+    random_tensors,
+    write_bin,
+    write_config,
+    write_gguf,
+    write_safetensors,
+    write_sharded_bin,
+    write_sharded_safetensors,
+)
+
+Break = Callable[[Path], Path]  # spoils a model in a folder; returns the path to open
+
+
+class TouchesAFile:
+    """Unpickled, it would create `marker`."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def cut(file: Path, num_bytes: int) -> Path:
+    file.write_bytes(file.read_bytes()[:num_bytes])
+    return file
+
+
+def safetensors_with(folder: Path, header: object, data: bytes = b"") -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (write_config(folder) / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return folder
+
+
+def one_tensor(folder: Path, **changes: Any) -> Path:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes
+    return safetensors_with(folder, {"w": entry}, bytes(8))
+
+
+def index_with(folder: Path, content: object) -> Path:
+    (write_config(folder) / "model.safetensors.index.json").write_text(json.dumps(content))
+    return folder
+
+
+def without_shard(folder: Path) -> Path:
+    (write_sharded_safetensors(folder, random_tensors()) / "model-00002-of-00003.safetensors").unlink()
+    return folder
+
+
+def without_bin_shard(folder: Path) -> Path:
+    (write_sharded_bin(folder, random_tensors()) / "pytorch_model-00003-of-00003.bin").unlink()
+    return folder
+
+
+def truncated_safetensors(folder: Path) -> Path:
+    cut(write_safetensors(folder, random_tensors()) / "model.safetensors", -5)
+    return folder
+
+
+def safetensors_with_a_tail(folder: Path) -> Path:
+    with (write_safetensors(folder, random_tensors()) / "model.safetensors").open("ab") as stream:
+        stream.write(b"tail")
+    return folder
+
+
+def doubled_tensor(folder: Path) -> Path:
+    write_sharded_safetensors(folder, random_tensors())
+    shards = sorted(folder.glob("*.safetensors"))
+    shards[1].write_bytes(shards[0].read_bytes())
+    return folder
+
+
+def config_with(folder: Path, content: str) -> Path:
+    (write_safetensors(folder, random_tensors()) / "config.json").write_text(content)
+    return folder
+
+
+def without_config(folder: Path) -> Path:
+    (write_safetensors(folder, random_tensors()) / "config.json").unlink()
+    return folder
+
+
+def truncated_bin(folder: Path) -> Path:
+    cut(write_bin(folder, random_tensors()) / "pytorch_model.bin", 400)
+    return folder
+
+
+def bin_with(folder: Path, content: object) -> Path:
+    torch.save(content, write_config(folder) / "pytorch_model.bin")
+    return folder
+
+
+def zip_garbage(folder: Path) -> Path:
+    file = write_bin(folder, random_tensors()) / "pytorch_model.bin"
+    raw = bytearray(file.read_bytes())
+    raw[100:160] = bytes(range(60))  # inside the pickle
+    file.write_bytes(raw)
+    return folder
+
+
+def garbage(folder: Path, name: str, content: bytes) -> Path:
+    (write_config(folder) / name).write_bytes(content)
+    return folder
+
+
+def cut_gguf(folder: Path, num_bytes: int) -> Path:
+    return cut(write_gguf(folder / "m.gguf"), num_bytes)
+
+
+def gguf_bytes(folder: Path, content: bytes) -> Path:
+    (folder / "m.gguf").write_bytes(content)
+    return folder / "m.gguf"
+
+
+def gguf_meta(folder: Path, **metadata: Any) -> Path:
+    return write_gguf(folder / "m.gguf", metadata={"." + key.replace("__", "."): metadata[key] for key in metadata})
+
+
+def gguf_extra(folder: Path, name: str, data: np.ndarray) -> Path:
+    kind = GGMLQuantizationType.F32 if data.dtype == np.float32 else GGMLQuantizationType.I32
+    return write_gguf(folder / "m.gguf", random_gguf_tensors() | {name: (data, kind)})
+
+
+def gguf_without(folder: Path, name: str) -> Path:
+    tensors = random_gguf_tensors()
+    del tensors[name]
+    return write_gguf(folder / "m.gguf", tensors)
+
+
+def two_ggufs(folder: Path) -> Path:
+    write_gguf(folder / "a.gguf")
+    write_gguf(folder / "b.gguf")
+    return folder
+
+
+def gguf_header(*, version: int = 3, num_tensors: int = 0, num_metadata: int = 0, rest: bytes = b"") -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", version, num_tensors, num_metadata) + rest
+
+
+def gguf_string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+HUGE = 2**62
+BROKEN: dict[str, tuple[Break, str]] = {
+    "nothing there": (lambda folder: folder / "absent", "no such model folder"),
+    "empty folder": (lambda folder: folder, "looked for model.safetensors"),
+    "other file": (lambda folder: garbage(folder, "notes.txt", b"hello") / "notes.txt", "a folder or a .gguf file"),
+    "no config": (without_config, "config.json: the file is missing"),
+    "config is a list": (lambda folder: config_with(folder, "[1]"), "config.json: must hold a JSON object"),
+    "config is not JSON": (lambda folder: config_with(folder, "{'a': 1}"), "config.json: not readable as JSON"),
+    "config is too deep": (lambda folder: config_with(folder, "[" * 100_000), "config.json: not readable as JSON"),
+    "config is not UTF-8": (lambda folder: garbage(config_with(folder, ""), "config.json", b"\xff{}"), "config.json"),
+    "config is a folder": (lambda folder: (without_config(folder) / "config.json").mkdir() or folder, "config.json"),
+    "missing shard": (without_shard, "model-00002-of-00003.safetensors"),
+    "missing bin shard": (without_bin_shard, "pytorch_model-00003-of-00003.bin"),
+    "index without map": (lambda folder: index_with(folder, {}), "weight_map must map"),
+    "index of numbers": (
+        lambda folder: index_with(folder, {"weight_map": {"w": 1}}),
+        "the shard '1', which is missing",
+    ),
+    "index leads away": (lambda folder: index_with(folder, {"weight_map": {"w": "../w"}}), "beside the index"),
+    "tensor in two shards": (doubled_tensor, "an earlier shard"),
+    "safetensors: truncated": (truncated_safetensors, "bytes long by its header"),
+    "safetensors: bytes left": (safetensors_with_a_tail, "bytes long by its header"),
+    "safetensors: empty file": (lambda folder: garbage(folder, "model.safetensors", b""), "truncated"),
+    "safetensors: a page of HTML": (
+        lambda folder: garbage(folder, "model.safetensors", b"<html>Sign in to continue</html>"),
+        "truncated or not safetensors",
+    ),
+    "safetensors: header beyond the file": (
+        lambda folder: garbage(folder, "model.safetensors", struct.pack("<Q", 99) + b"{}"),
+        "a header of 99 bytes, a file of 10",
+    ),
+    "safetensors: bad JSON": (lambda folder: safetensors_with(folder, b"{'w'"), "not JSON"),
+    "safetensors: deep JSON": (lambda folder: safetensors_with(folder, b"[" * 100_000), "not JSON"),
+    "safetensors: header is a list": (lambda folder: safetensors_with(folder, []), "JSON object"),
+    "safetensors: entry is a number": (lambda folder: safetensors_with(folder, {"w": 1}), "must have dtype"),
+    "safetensors: unknown dtype": (lambda folder: one_tensor(folder, dtype="I64"), "'I64'; allowed are F32"),
+    "safetensors: negative shape": (lambda folder: one_tensor(folder, shape=[-2]), "impossible shape"),
+    "safetensors: wrong offsets": (lambda folder: one_tensor(folder, data_offsets=[0, 4]), "takes 8 bytes"),
+    "safetensors: gap": (lambda folder: one_tensor(folder, data_offsets=[4, 12]), "starts at byte 4"),
+    "safetensors: huge shape": (lambda folder: one_tensor(folder, shape=[HUGE]), "bytes by its shape"),
+    "bin: truncated": (truncated_bin, "truncated"),
+    "bin: garbage": (lambda folder: garbage(folder, "pytorch_model.bin", b"\x80\x02}q\x00."), "not a zip file"),
+    "bin: garbage in a zip": (zip_garbage, "torch refuses it"),
+    "bin: a list": (lambda folder: bin_with(folder, [torch.zeros(1)]), "dict of tensors"),
+    "bin: a nested dict": (lambda folder: bin_with(folder, {"model": {"w": torch.zeros(1)}}), "names to tensors"),
+    "bin: whole numbers": (lambda folder: bin_with(folder, {"w": torch.zeros(1, dtype=torch.int8)}), "torch.int8"),
+    "bin: sparse": (lambda folder: bin_with(folder, {"w": torch.zeros(1).to_sparse()}), "torch.sparse"),
+    "gguf: empty file": (lambda folder: gguf_bytes(folder, b""), "not a GGUF"),
+    "gguf: wrong magic": (lambda folder: gguf_bytes(folder, b"GGML" + bytes(60)), "not a GGUF"),
+    "gguf: magic only": (lambda folder: gguf_bytes(folder, b"GGUF"), "truncated"),
+    "gguf: version 1": (lambda folder: gguf_bytes(folder, gguf_header(version=1)), "version 1"),
+    "gguf: big-endian": (lambda folder: gguf_bytes(folder, gguf_header(version=3 << 24)), "version 50331648"),
+    "gguf: cut in the header": (lambda folder: cut_gguf(folder, 300), "truncated"),
+    "gguf: cut in the data": (lambda folder: cut_gguf(folder, -1), "ends at byte"),
+    "gguf: endless metadata": (lambda folder: gguf_bytes(folder, gguf_header(num_metadata=HUGE)), "truncated"),
+    "gguf: endless tensors": (lambda folder: gguf_bytes(folder, gguf_header(num_tensors=HUGE)), "truncated"),
+    "gguf: endless string": (
+        lambda folder: gguf_bytes(folder, gguf_header(num_metadata=1, rest=struct.pack("<Q", HUGE))),
+        "truncated",
+    ),
+    "gguf: endless array": (
+        lambda folder: gguf_bytes(
+            folder, gguf_header(num_metadata=1, rest=gguf_string(b"k") + struct.pack("<IIQ", 9, 8, HUGE))
+        ),
+        "truncated",
+    ),
+    "gguf: array of arrays": (
+        lambda folder: gguf_bytes(
+            folder, gguf_header(num_metadata=1, rest=gguf_string(b"k") + struct.pack("<IIQ", 9, 9, 1))
+        ),
+        "array of unknown type 9",
+    ),
+    "gguf: not UTF-8": (
+        lambda folder: gguf_bytes(folder, gguf_header(num_metadata=1, rest=gguf_string(b"\xff"))),
+        "broken GGUF header",
+    ),
+    "gguf: unknown architecture": (lambda folder: write_gguf(folder / "m.gguf", architecture="mamba"), "'mamba'"),
+    "gguf: key missing": (lambda folder: gguf_meta(folder, embedding_length=None), "llama.embedding_length"),
+    "gguf: ill-typed key": (lambda folder: gguf_meta(folder, block_count="one"), "llama.block_count"),
+    "gguf: experts": (lambda folder: gguf_meta(folder, expert_count=8), "llama.expert_count"),
+    "gguf: part of rope": (lambda folder: gguf_meta(folder, rope__dimension_count=8), "rope.dimension_count"),
+    "gguf: unknown scaling": (lambda folder: gguf_meta(folder, rope__scaling__type="longrope"), "'longrope'"),
+    "gguf: unknown scaling key": (lambda folder: gguf_meta(folder, rope__scaling__alpha=2.0), "rope.scaling.alpha"),
+    "gguf: no factor": (lambda folder: gguf_meta(folder, rope__scaling__type="linear"), "rope.scaling.factor"),
+    "gguf: heads do not fit": (lambda folder: gguf_meta(folder, attention__head_count_kv=1), "must have 16 rows"),
+    "gguf: no embedding": (lambda folder: gguf_without(folder, "token_embd.weight"), "token_embd.weight"),
+    "gguf: unknown tensor": (
+        lambda folder: gguf_extra(folder, "blk.0.ssm.weight", np.zeros(4, np.float32)),
+        "'blk.0.ssm.weight'",
+    ),
+    "gguf: unknown rope": (
+        lambda folder: gguf_extra(folder, "rope_freqs.weight", np.full(8, 3, np.float32)),
+        "rope_freqs.weight",
+    ),
+    "gguf: infinite rope": (
+        lambda folder: gguf_extra(folder, "rope_freqs.weight", np.full(8, np.inf, np.float32)),
+        "finite divisors",
+    ),
+    "gguf: end token is a list": (
+        lambda folder: write_gguf(folder / "m.gguf", metadata={"tokenizer.ggml.eos_token_id": [1, 2]}),
+        "eos_token_id",
+    ),
+    "gguf: whole numbers": (lambda folder: gguf_extra(folder, "w.weight", np.zeros(4, np.int32)), "type I32"),
+    "gguf: one part": (lambda folder: write_gguf(folder / "m-00001-of-00002.gguf"), "split GGUF"),
+    "gguf: folder of parts": (lambda folder: write_gguf(folder / "m-00001-of-00002.gguf").parent, "split GGUF"),
+    "gguf: one part, renamed": (lambda folder: write_gguf(folder / "m.gguf", metadata={"split.count": 2}), "split"),
+    "gguf: two in a folder": (two_ggufs, "holds 2 .gguf files"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_model_is_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    spoil, expected = BROKEN[case]
+    path = spoil(tmp_path)
+
+    with pytest.raises(ModelError) as refusal:
+        open_checkpoint(path)
+
+    message = str(refusal.value)
+    assert expected in message
+    assert "\n" not in message
+    assert str(tmp_path) in message
+    assert len(message) < 600
+
+
+@pytest.mark.parametrize("inside_a_dict", [True, False])
+def test_a_malicious_pickle_is_refused_and_not_run(inside_a_dict: bool, tmp_path: Path) -> None:
+    marker = tmp_path / "was here"
+    payload = TouchesAFile(marker)
+    bin_with(tmp_path, {"w": payload} if inside_a_dict else payload)
+
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin: torch refuses it") as refusal:
+        open_checkpoint(tmp_path)
+
+    assert not marker.exists()
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("position", range(0, 1200, 13))
+def test_a_gguf_with_a_flipped_byte_opens_or_is_refused(position: int, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m.gguf", metadata={"tokenizer.ggml.tokens": ["a", "b"]})
+    raw = bytearray(file.read_bytes())
+    raw[position] ^= 0xFF
+    file.write_bytes(raw)
+
+    try:
+        outcome = open_checkpoint(file).path
+    except ModelError as error:
+        outcome = str(error)
+
+    assert str(file) in str(outcome)

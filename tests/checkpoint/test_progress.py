@@ -1,0 +1,54 @@
+"""Progress is told from nothing to all, and drawn on a terminal only."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from brlite.checkpoint.progress import folder_bytes, growth_reported, progress_bar
+
+
+def test_growth_is_seen_while_it_happens(tmp_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    half_was_seen = threading.Event()
+
+    def note(stage: str, fraction: float) -> None:
+        seen.append((stage, fraction))
+        if fraction == 0.5:
+            half_was_seen.set()
+
+    with growth_reported(tmp_path, 1000, "copying", note):
+        (tmp_path / "file").write_bytes(bytes(500))
+        assert half_was_seen.wait(timeout=30)
+
+    assert seen[0] == ("copying", 0.0)
+    assert seen[-1] == ("copying", 1.0)
+    assert ("copying", 0.5) in seen
+
+
+def test_what_failed_is_never_reported_as_done(tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    with pytest.raises(OSError, match="cut off"), growth_reported(tmp_path, 10, "x", lambda _, f: seen.append(f)):
+        raise OSError("cut off")
+
+    assert 1.0 not in seen
+
+
+def test_links_and_vanished_folders_have_no_size(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(7))
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+
+    sizes = folder_bytes(tmp_path), folder_bytes(tmp_path / "absent")
+
+    assert sizes == (7, 0)
+
+
+def test_without_a_terminal_no_bar_is_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bar() as show:
+        show("downloading", 0.5)
+        show("downloading", 1.0)
+
+    assert capsys.readouterr() == ("", "")
