@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from brlite.checkpoint.fetch import Source, default_cache, default_sources, locate_model
+from brlite.checkpoint.fetch import Source, default_cache, default_sources, local_sources, locate_model
 from brlite.checkpoint.hub import HubFile
 from brlite.checkpoint.progress import OnProgress
 from brlite.config import DEFAULT_MODEL
@@ -111,6 +111,11 @@ def test_a_complete_folder_in_the_cache_is_used(tmp_path: Path) -> None:
     found = locate_model("some/model", None, cache=tmp_path, sources=default_sources(UnreachableHub()))
 
     assert found == folder
+
+
+def test_local_sources_look_at_the_caches_only(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="Hugging Face cache: no snapshot$"):
+        locate_model(DEFAULT_MODEL, None, cache=tmp_path, sources=local_sources(UnreachableHub()))
 
 
 def test_a_gguf_file_in_the_cache_is_used_and_its_precision_said(
