@@ -94,15 +94,19 @@ def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -
 
 
 def _listed_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
-    listed = {
-        token_id: AddedToken(text, normalized=False)
-        for text, token_id in _read_json(folder / "added_tokens.json").items()
-    }
+    listed = {}
     try:
+        for text, token_id in _read_json(folder / "added_tokens.json").items():
+            listed[int(token_id)] = AddedToken(text, normalized=False)
         for token_id, token in config.get("added_tokens_decoder", {}).items():
-            listed[int(token_id)] = AddedToken(token["content"], **{key: bool(token.get(key)) for key in _TOKEN_FLAGS})
+            listed[int(token_id)] = AddedToken(
+                token["content"], **{flag: bool(token.get(flag)) for flag in _TOKEN_FLAGS}
+            )
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ModelError(f"{folder}: added_tokens_decoder must map ids to objects with a string `content`") from None
+        raise ModelError(
+            f"{folder}: added_tokens.json must map texts to ids, and added_tokens_decoder of tokenizer_config.json "
+            "ids to objects with a string `content`"
+        ) from None
     return listed
 
 
@@ -114,9 +118,10 @@ def _listed_special_tokens(config: dict[str, Any], folder: Path) -> list[str]:
     texts = []
     for name in _TOKEN_LISTS:
         tokens = config.get(name) or []
-        texts += [
-            _token_text(token, name, folder) for token in (tokens.values() if isinstance(tokens, dict) else tokens)
-        ]
+        if not isinstance(tokens, list | dict):
+            raise ModelError(f"{folder}: {name} must be a list or an object, got {tokens!r}")
+        values = tokens.values() if isinstance(tokens, dict) else tokens
+        texts += [_token_text(token, name, folder) for token in values]
     return texts
 
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from brlite.tokenizer.chat_template import ChatTemplate
     from brlite.tokenizer.token_bytes import TokenBytes
 
+_MAX_COMPOSED = 4  # so many characters at most become one where Unicode is normalised
+
 
 class Tokenizer:
     """Text to token ids and back. Never changes after loading; any thread may use it, and `encode` drops the GIL.
@@ -39,6 +41,7 @@ class Tokenizer:
         self._bytes = token_bytes.table
         self._strips_first_space = token_bytes.strips_first_space
         self._chat_template = chat_template
+        self._max_characters = _max_characters(backend, token_bytes.table)
 
     @property
     def has_chat_template(self) -> bool:
@@ -54,6 +57,13 @@ class Tokenizer:
             raise InvalidRequest("text holds a lone surrogate, which UTF-8 cannot encode", param=param)
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
+
+    def fewest_tokens(self, text: str) -> int:
+        """How many tokens the text has at the very least, from its length alone.
+
+        Encoding takes seconds for megabytes; a text that is far too long can be refused without. 0 says nothing.
+        """
+        return len(text) // self._max_characters if self._max_characters else 0
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of whole tokens; bytes that are no UTF-8 become U+FFFD.
@@ -86,6 +96,13 @@ class Tokenizer:
         """Token ids of a rendered chat. The template brings its own BOS, so none is added."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False, param="messages")
+
+
+def _max_characters(backend: tokenizers.Tokenizer, table: tuple[bytes, ...]) -> int:
+    """The most characters of a text that one token can stand for; 0 if there is no limit."""
+    if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
+        return 0  # such a token swallows all the white space beside it
+    return max(map(len, table), default=0) * (1 if backend.normalizer is None else _MAX_COMPOSED)
 
 
 def _is_encodable(text: str) -> bool:

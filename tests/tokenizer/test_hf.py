@@ -1,0 +1,234 @@
+"""Tokenizers of Hugging Face folders, against transformers and sentencepiece themselves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders
+
+from brlite.errors import ModelError
+from brlite.tokenizer import load_tokenizer
+from tests.tokenizer.conftest import train_sentencepiece, write_folder
+from tests.tokenizer.texts import TEXTS
+
+CHAT = [{"role": "user", "content": "Hello 你好 <|im_end|>"}, {"role": "assistant", "content": "the  fox\n"}]
+
+
+@pytest.fixture(scope="module", params=["qwen2_folder", "llama_folder"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.getfixturevalue(request.param)
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def llama_copy(llama_folder: Path, tmp_path: Path) -> Path:
+    """A folder that a test may spoil."""
+    return Path(shutil.copytree(llama_folder, tmp_path / "model"))
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_ids_are_those_of_transformers(folder: Path, reference: Any) -> None:
+    tokenizer = load_tokenizer(folder)
+
+    ids = [(tokenizer.encode(text), tokenizer.encode(text, add_special_tokens=False)) for text in TEXTS]
+
+    assert ids == [(reference.encode(text), reference.encode(text, add_special_tokens=False)) for text in TEXTS]
+
+
+def test_named_tokens_are_those_of_transformers(folder: Path, reference: Any) -> None:
+    tokenizer = load_tokenizer(folder)
+
+    assert tokenizer.bos_token_id == reference.bos_token_id
+    assert tokenizer.eos_token_ids[0] == reference.eos_token_id
+    assert tokenizer.special_token_ids == frozenset(reference.all_special_ids)
+    assert tokenizer.vocab_size == len(reference)
+
+
+def test_a_rendered_chat_is_that_of_transformers(folder: Path, reference: Any) -> None:
+    tokenizer = load_tokenizer(folder)
+
+    for add_generation_prompt in (True, False):
+        text = tokenizer.render_chat(CHAT, add_generation_prompt=add_generation_prompt)
+
+        assert text == reference.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def test_a_chat_has_one_bos(llama_folder: Path) -> None:
+    tokenizer = load_tokenizer(llama_folder)
+
+    ids = tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
+
+    assert ids.count(1) == 1
+    assert ids[0] == 1
+
+
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+def test_decoded_text_is_that_of_transformers(folder: Path, reference: Any, skip_special_tokens: bool) -> None:
+    tokenizer = load_tokenizer(folder)
+    encoded = [tokenizer.encode(text) for text in TEXTS]
+
+    texts = [tokenizer.decode(ids, skip_special_tokens=skip_special_tokens) for ids in encoded]
+
+    assert texts == [reference.decode(ids, skip_special_tokens=skip_special_tokens) for ids in encoded]
+
+
+def test_decoding_skips_special_tokens_or_shows_them(qwen2_folder: Path) -> None:
+    tokenizer = load_tokenizer(qwen2_folder)
+
+    ids = tokenizer.encode("<|im_start|>hi<tool_call>")
+
+    assert tokenizer.decode(ids) == "hi<tool_call>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|im_start|>hi<tool_call>"
+
+
+def test_every_file_may_name_end_tokens(qwen2_folder: Path) -> None:
+    tokenizer = load_tokenizer(qwen2_folder)
+
+    texts = [tokenizer.token_text(token_id) for token_id in tokenizer.eos_token_ids]
+
+    assert texts == ["<|im_end|>", "<|endoftext|>"]
+
+
+def test_truncation_left_by_training_is_ignored(llama_copy: Path) -> None:
+    backend = Backend.from_file(str(llama_copy / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    backend.save(str(llama_copy / "tokenizer.json"))
+
+    tokenizer = load_tokenizer(llama_copy)
+
+    assert 4 < len(tokenizer.encode("The quick brown fox jumps")) < 64
+
+
+def test_tokens_that_only_the_config_lists_are_added(llama_copy: Path) -> None:
+    size = load_tokenizer(llama_copy).vocab_size
+    edit(llama_copy / "tokenizer_config.json", added_tokens_decoder={str(size): {"content": "<tool>", "special": True}})
+
+    tokenizer = load_tokenizer(llama_copy)
+
+    assert tokenizer.encode("<tool>", add_special_tokens=False) == [size]
+    assert size in tokenizer.special_token_ids
+
+
+def test_added_tokens_of_another_vocabulary_are_refused(llama_copy: Path) -> None:
+    write_folder(llama_copy, added_tokens={"<pad>": 32000})
+
+    with pytest.raises(ModelError, match="added token '<pad>' cannot get the id 32000"):
+        load_tokenizer(llama_copy)
+
+
+def test_tokenizer_json_decides_about_bos_and_a_contradiction_is_logged(
+    llama_copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(llama_copy / "tokenizer_config.json", add_bos_token=False)
+
+    with caplog.at_level(logging.WARNING):
+        tokenizer = load_tokenizer(llama_copy)
+
+    assert tokenizer.encode("hi")[0] == 1
+    assert "add_bos_token is False, but tokenizer.json decides otherwise" in caplog.text
+
+
+def test_a_bare_sentencepiece_model_is_read_as_sentencepiece_does(sentencepiece_folder: Path) -> None:
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_folder / "tokenizer.model"))
+    texts = [text for text in TEXTS if not any(name in text for name in ("<s>", "</s>", "<unk>"))]
+
+    tokenizer = load_tokenizer(sentencepiece_folder)
+
+    for text in texts:
+        assert tokenizer.encode(text) == [1, *processor.encode(text)]
+    assert tokenizer.bos_token_id == 1
+    assert tokenizer.eos_token_ids == (2,)
+    assert not tokenizer.has_chat_template
+
+
+def test_the_config_of_a_bare_sentencepiece_model_decides_about_bos_and_eos(
+    sentencepiece_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(sentencepiece_folder, tmp_path / "model"))
+    write_folder(folder, tokenizer_config={"add_bos_token": False, "add_eos_token": True})
+
+    ids = load_tokenizer(folder).encode("Hello")
+
+    assert ids[0] != 1
+    assert ids[-1] == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"model_type": "unigram", "vocab_size": 340}, {"model_type": "bpe", "normalization_rule_name": "nmt_nfkc"}],
+    ids=["unigram", "nfkc"],
+)
+def test_a_sentencepiece_model_of_another_kind_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    train_sentencepiece(tmp_path, **options)
+
+    with pytest.raises(ModelError, match=r"convert the tokenizer to a tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+BROKEN_FILES = {
+    "tokenizer.json": ["", "{", "{}", '{"model": {"type": "BPE"}}'],
+    "tokenizer.model": ["", "not a sentencepiece model"],
+    "tokenizer_config.json": ["{", "[1]", '{"bos_token": 1}', '{"added_tokens_decoder": {"x": 1}}'],
+    "special_tokens_map.json": ["[" * 100_000, "null", '{"additional_special_tokens": 5}'],
+    "added_tokens.json": ['{"<x>": "<y>"}', '{"<x>": null}'],
+    "generation_config.json": ['{"eos_token_id": "x"}', '{"eos_token_id": [true]}', '{"eos_token_id": -1}'],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BROKEN_FILES.items() for text in texts])
+def test_a_broken_file_is_one_clear_line(llama_copy: Path, name: str, text: str) -> None:
+    if name == "tokenizer.model":
+        (llama_copy / "tokenizer.json").unlink()
+    (llama_copy / name).write_text(text)
+
+    with pytest.raises(ModelError) as caught:
+        load_tokenizer(llama_copy)
+
+    assert str(llama_copy) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_decoder_is_refused(llama_copy: Path) -> None:
+    backend = Backend.from_file(str(llama_copy / "tokenizer.json"))
+    backend.decoder = decoders.WordPiece()
+    backend.save(str(llama_copy / "tokenizer.json"))
+
+    with pytest.raises(ModelError, match=r"its decoder \(WordPiece\) is not supported"):
+        load_tokenizer(llama_copy)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"no tokenizer\.json, tokenizer\.model or \.gguf file"):
+        load_tokenizer(tmp_path)
+
+
+def test_loading_needs_neither_torch_nor_transformers(folder: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from brlite.tokenizer import load_tokenizer;"
+        f"load_tokenizer(Path({str(folder)!r})).encode('hi');"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+
+    assert result.stdout.strip() == "[]"
