@@ -114,7 +114,7 @@ def test_a_complete_folder_in_the_cache_is_used(tmp_path: Path) -> None:
 
 
 def test_local_sources_look_at_the_caches_only(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="Hugging Face cache: no snapshot$"):
+    with pytest.raises(ModelError, match=r"Hugging Face cache: no snapshot$"):
         locate_model(DEFAULT_MODEL, None, cache=tmp_path, sources=local_sources(UnreachableHub()))
 
 
