@@ -25,7 +25,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "outputs": ("", "msgspec"),
     "sampling_params": ("errors", "msgspec"),
     "field_errors": ("errors", "msgspec"),
-    "config": ("errors field_errors seed_config", "msgspec tomli"),
+    "config": ("errors field_errors seed_config", "msgspec tomli tomllib"),
     "seed_config": ("config errors field_errors", "msgspec"),
     "config_check": ("config errors", ""),
     "config_text": ("config", "msgspec"),
@@ -46,11 +46,11 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "aiohttp msgspec prometheus_client",
     ),
     "proxy": ("http config errors", "aiohttp msgspec prometheus_client"),
-    "llm": ("engine worker checkpoint tokenizer models sampling_params outputs config config_check errors", "torch"),
+    "llm": ("engine worker checkpoint tokenizer sampling_params outputs config config_check errors", ""),
     "app": ("server proxy http llm engine config errors", "aiohttp"),
-    "serve": ("app llm engine server http config errors", "aiohttp uvloop"),
+    "serve": ("app llm checkpoint.fetch server http config errors", ""),
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),
-    "chat": ("llm engine tokenizer sampling_params outputs config errors", "aiohttp msgspec"),
+    "chat": ("llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
     "check": (
         "config config_check config_text machine checkpoint models worker.device worker.loading errors",
         "msgspec",
@@ -207,7 +207,9 @@ LIGHT = [
     ("brlite", ("torch", "aiohttp", "transformers", "msgspec", "asyncio")),
     ("brlite.cli", ("torch", "aiohttp", "transformers", "msgspec", "asyncio")),
     ("brlite.config", ("torch", "aiohttp", "transformers", "asyncio")),
-    ("brlite.engine.engine", ("torch", "aiohttp", "transformers", "tokenizers")),
+    ("brlite.engine.async_engine", ("torch", "aiohttp", "transformers", "tokenizers")),
+    ("brlite.serve", ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy")),
+    ("brlite.llm", ("torch", "aiohttp", "transformers", "tokenizers")),
 ]
 
 
