@@ -127,11 +127,14 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _model_override(model: str | None) -> dict[str, object]:
-    """`--model` names a model to fetch, or a folder or `.gguf` file that is there."""
+    """`--model` is a name to fetch by, or the path of a folder or `.gguf` file, which then gives the name."""
     if model is None:
         return {}
-    is_here = Path(model).exists()
-    return {"model[0].name": Path(model).stem if is_here else model, "model[0].path": model if is_here else None}
+    path = Path(model).expanduser()
+    is_file = path.suffix == ".gguf"
+    if not (is_file or path.exists() or model.startswith(("/", ".", "~"))):
+        return {"model[0].name": model, "model[0].path": None}
+    return {"model[0].name": path.stem if is_file else path.resolve().name, "model[0].path": str(path)}
 
 
 def _sampling_params(args: argparse.Namespace) -> SamplingParams:

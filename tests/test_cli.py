@@ -84,16 +84,21 @@ def test_the_command_line_wins_over_the_file(handed_over, tmp_path):
     assert (config.engine.device, config.engine.threads) == ("cpu", 1)
 
 
-def test_a_model_is_named_or_given_as_a_file(handed_over, tmp_path):
-    (tmp_path / "tiny.gguf").touch()
+@pytest.mark.parametrize(
+    ("model", "spec"),
+    [
+        ("org/name-1.5", ModelSpec(name="org/name-1.5")),
+        ("tiny-1.5", ModelSpec(name="tiny-1.5", path="tiny-1.5")),
+        ("absent/tiny.Q4_1.gguf", ModelSpec(name="tiny.Q4_1", path="absent/tiny.Q4_1.gguf")),
+        ("/absent/tiny-1.5/", ModelSpec(name="tiny-1.5", path="/absent/tiny-1.5")),
+    ],
+)
+def test_a_model_is_named_or_given_as_a_path(handed_over, tmp_path, model, spec):
+    (tmp_path / "tiny-1.5").mkdir()
 
-    main(["serve", "--model", "org/name"])
-    named = handed_over.config.model[0]
-    main(["serve", "--model", "tiny.gguf"])
-    given = handed_over.config.model[0]
+    main(["serve", "--model", model])
 
-    assert named == ModelSpec(name="org/name")
-    assert given == ModelSpec(name="tiny", path="tiny.gguf")
+    assert handed_over.config.model == (spec,)
 
 
 def test_generate_hands_over_files_and_sampling(handed_over):
