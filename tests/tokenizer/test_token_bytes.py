@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as Backend
@@ -46,6 +46,7 @@ def test_every_byte_is_a_token(tokenizer: Tokenizer) -> None:
     assert found >= {bytes([byte]) for byte in range(256)}
 
 
+@settings(deadline=None)
 @given(text=st.text().filter(lambda text: "▁" not in text))
 def test_joined_bytes_are_the_text_and_the_space_before_it(pieces: Tokenizer, text: str) -> None:
     ids = pieces.encode(f"x{text}", add_special_tokens=False)
@@ -53,6 +54,7 @@ def test_joined_bytes_are_the_text_and_the_space_before_it(pieces: Tokenizer, te
     assert b"".join(map(pieces.token_bytes, ids)) == f" x{text}".encode()
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(max_codepoint=0x2FF, exclude_categories=["Cs"])))
 def test_joined_bytes_of_a_byte_level_vocabulary_are_the_text(byte_level: Tokenizer, text: str) -> None:
     ids = byte_level.encode(text)
@@ -113,6 +115,7 @@ def test_a_decoder_that_is_not_bytes_a_token_is_refused(decoder: decoders.Decode
         table(decoder, "a")
 
 
+@settings(deadline=None)
 @given(
     text=st.text(max_size=200) | st.text("▁ aoe\u0301\u0328", max_size=400) | st.just("\u03b1\u0313\u0300\u0345" * 50)
 )
