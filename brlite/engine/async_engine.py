@@ -10,10 +10,12 @@ import asyncio
 import functools
 import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
+from typing import Any
 
+from brlite.config import EngineConfig
 from brlite.engine.backend import Backend, BackendInfo
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request, Sink
@@ -48,6 +50,10 @@ class AsyncEngine:
     @property
     def info(self) -> BackendInfo:
         return self._engine.info
+
+    @property
+    def config(self) -> EngineConfig:
+        return self._engine.config
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -101,12 +107,17 @@ class AsyncEngine:
         self._engine.abort(request_id)
         self._wake.set()
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+    async def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
         """Token ids of a text; a long one is encoded on another thread, so that streams do not stall meanwhile."""
-        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
-        if len(text) <= LONG_TEXT:
-            return encode()
-        return await asyncio.get_running_loop().run_in_executor(None, encode)
+        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
+        return await _off_loop_if(len(text) > LONG_TEXT, encode)
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a rendered chat; a long one is rendered and encoded on another thread."""
+        encode = functools.partial(self.tokenizer.encode_chat, messages, add_generation_prompt=add_generation_prompt)
+        return await _off_loop_if(sum(len(message["content"]) for message in messages) > LONG_TEXT, encode)
 
     async def generate(
         self,
@@ -174,6 +185,10 @@ class AsyncEngine:
             self._idle.set()
         self._wake.clear()
         await self._wake.wait()
+
+
+async def _off_loop_if(is_long: bool, encode: Callable[[], list[int]]) -> list[int]:
+    return await asyncio.get_running_loop().run_in_executor(None, encode) if is_long else encode()
 
 
 class OutputStream:

@@ -47,7 +47,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.config = config
         self.limits = limits
-        self.stats = EngineStats(info.max_model_len)
+        self.stats = EngineStats(info.max_model_len, clock)
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
         self._scheduler = Scheduler(

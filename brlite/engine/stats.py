@@ -6,8 +6,10 @@ All times are seconds.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Callable
 
 from brlite.engine.request import RequestState, Sequence
 
@@ -25,6 +27,7 @@ REQUEST_BOUNDS = (
 )
 STEP_TOKENS_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 NUM_BOUNDS = (1, 2, 5, 10, 20)
+RATE_SECONDS = 5.0
 
 
 def length_bounds(max_model_len: int) -> tuple[float, ...]:
@@ -46,10 +49,36 @@ class Histogram:
         self.total += value
 
 
+class Rate:
+    """Events per second over the last `RATE_SECONDS` that are complete; falls to 0 when nothing happens."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._count = 0
+        self._rate = 0.0
+
+    def add(self, count: int) -> None:
+        self._advance()
+        self._count += count
+
+    @property
+    def value(self) -> float:
+        self._advance()
+        return self._rate
+
+    def _advance(self) -> None:
+        elapsed = self._clock() - self._start
+        if elapsed >= RATE_SECONDS:
+            self._rate = self._count / elapsed
+            self._start += elapsed
+            self._count = 0
+
+
 class EngineStats:
     """Gauges are set at each step, counters only grow, histograms take one value per event."""
 
-    def __init__(self, max_model_len: int) -> None:
+    def __init__(self, max_model_len: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.num_running = 0
         self.num_waiting = 0
         self.num_used_blocks = 0
@@ -63,6 +92,8 @@ class EngineStats:
         self.preemptions = 0
         self.step_failures = 0
         self.finished: Counter[str] = Counter()
+        self.prompt_rate = Rate(clock)
+        self.generation_rate = Rate(clock)
 
         self.time_to_first_token = Histogram(TTFT_BOUNDS)
         self.inter_token_latency = Histogram(TOKEN_BOUNDS)
@@ -88,6 +119,7 @@ class EngineStats:
     def note_prompt_done(self, state: RequestState, now: float) -> None:
         """A request's prompt is computed and its first token drawn."""
         self.prompt_tokens += len(state.request.prompt_token_ids)
+        self.prompt_rate.add(len(state.request.prompt_token_ids))
         self.cached_prompt_tokens += state.num_cached_tokens
         self.time_to_first_token.observe(now - state.arrival_time)
         self.prefill_time.observe(now - (state.scheduled_time or now))
@@ -95,6 +127,7 @@ class EngineStats:
     def note_token(self, seq: Sequence, now: float) -> None:
         """A token was drawn, and is about to be appended."""
         self.generation_tokens += 1
+        self.generation_rate.add(1)
         if seq.num_output_tokens:
             self.inter_token_latency.observe(now - seq.last_token_time)
 

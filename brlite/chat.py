@@ -1,0 +1,123 @@
+"""`brlite chat`: a conversation in the terminal, with a model of our own or with any OpenAI server."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack, aclosing
+
+import aiohttp
+import msgspec
+
+from brlite.config import Config
+from brlite.engine.async_engine import AsyncEngine
+from brlite.errors import BrliteError, ConfigError
+from brlite.sampling_params import SamplingParams
+
+Messages = list[dict[str, str]]
+Ask = Callable[[Messages], AsyncGenerator[str, None]]
+
+PROMPT = "> "
+
+
+def run(
+    target: Config | str, *, model: str | None, api_key: str | None, system: str | None, params: SamplingParams
+) -> int:
+    """Chat with the config's model, or with the server at a URL, until end of input. Returns the exit status."""
+    if isinstance(target, str):
+        asyncio.run(_chat_with_server(target, model, api_key, system, params))
+    else:
+        asyncio.run(_chat_with_model(target, system, params))
+    return 0
+
+
+async def _chat_with_model(config: Config, system: str | None, params: SamplingParams) -> None:
+    from brlite.checkpoint.fetch import progress_bar
+    from brlite.llm import AsyncEngine
+
+    with ExitStack() as bar:
+        show = bar.enter_context(progress_bar())
+        async with AsyncEngine.from_config(config, on_progress=show) as engine:
+            bar.close()
+            await _converse(lambda messages: _ask_engine(engine, messages, params), system)
+
+
+async def _chat_with_server(
+    url: str, model: str | None, api_key: str | None, system: str | None, params: SamplingParams
+) -> None:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    async with aiohttp.ClientSession(headers=headers) as session:
+        server = url.rstrip("/").removesuffix("/v1")
+        name = model or await _first_model(session, server)
+        await _converse(lambda messages: _ask_server(session, server, name, messages, params), system)
+
+
+async def _converse(ask: Ask, system: str | None) -> None:
+    messages: Messages = [{"role": "system", "content": system}] if system else []
+    while (line := await asyncio.to_thread(_read_line)) is not None:
+        messages.append({"role": "user", "content": line})
+        answer = ""
+        try:
+            async with aclosing(ask(messages)) as pieces:
+                async for piece in pieces:
+                    print(piece, end="", flush=True)
+                    answer += piece
+        except BrliteError as error:
+            print(f"brlite: error: {error}", file=sys.stderr)
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _read_line() -> str | None:
+    try:
+        return input(PROMPT if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+
+
+async def _ask_engine(engine: AsyncEngine, messages: Messages, params: SamplingParams) -> AsyncGenerator[str, None]:
+    token_ids = await engine.encode_chat(messages)
+    async for output in engine.generate(token_ids, params):
+        yield output.outputs[0].text
+
+
+async def _ask_server(
+    session: aiohttp.ClientSession, server: str, model: str, messages: Messages, params: SamplingParams
+) -> AsyncGenerator[str, None]:
+    body = {"model": model, "messages": messages, "stream": True, "temperature": params.temperature}
+    if params.max_tokens is not None:
+        body["max_tokens"] = params.max_tokens
+    try:
+        async with session.post(f"{server}/v1/chat/completions", json=body) as response:
+            if response.status != 200:
+                raise ConfigError(_error_message(await response.read()))
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    yield _piece(line.removeprefix(b"data: "))
+    except aiohttp.ClientError as error:
+        raise ConfigError(f"{server}: {error}") from None
+
+
+def _piece(event: bytes) -> str:
+    chunk = msgspec.json.decode(event)
+    if "error" in chunk:
+        raise ConfigError(_error_message(event))
+    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
+async def _first_model(session: aiohttp.ClientSession, server: str) -> str:
+    try:
+        async with session.get(f"{server}/v1/models") as response:
+            if response.status != 200:
+                raise ConfigError(_error_message(await response.read()))
+            return str((await response.json())["data"][0]["id"])
+    except (aiohttp.ClientError, LookupError) as error:
+        raise ConfigError(f"{server}: no model could be found there: {error}") from None
+
+
+def _error_message(body: bytes) -> str:
+    try:
+        return str(msgspec.json.decode(body)["error"]["message"])
+    except (msgspec.DecodeError, LookupError, TypeError):
+        return "the server answered with an error"

@@ -1,0 +1,82 @@
+"""`brlite generate`: a file of prompts in, JSON lines out, in the order of the file. No server and no event loop."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import msgspec
+from tqdm import tqdm
+
+from brlite.config import Config
+from brlite.errors import ConfigError, InvalidRequest
+from brlite.llm import LLM
+from brlite.outputs import RequestOutput
+from brlite.sampling_params import SamplingParams
+
+
+def run(config: Config, source: str, target: str, params: SamplingParams) -> int:
+    """Complete every prompt of `source` into `target`; "-" is standard input or output. Returns the exit status.
+
+    A line is a prompt, or a JSON object with `prompt` and any sampling field; what it does not say comes from `params`.
+    """
+    jobs = [_job(line, number, params) for number, line in _lines(source)]
+    with LLM(config=config) as llm, _opened(target) as out, tqdm(total=len(jobs), disable=None, unit="prompt") as bar:
+        prompts, each = [prompt for prompt, _ in jobs], [job_params for _, job_params in jobs]
+        for output in llm.generate(prompts, each, on_finished=lambda _: bar.update()):
+            out.write(_answer(output) + "\n")
+    return 0
+
+
+def _lines(source: str) -> Iterator[tuple[int, str]]:
+    text = sys.stdin.read() if source == "-" else _read(Path(source))
+    return ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
+def _job(line: str, number: int, params: SamplingParams) -> tuple[str, SamplingParams]:
+    """The prompt of a line and its parameters. Raises `ConfigError`, naming the line."""
+    if not line.lstrip().startswith("{"):
+        return line, params
+    try:
+        fields: dict[str, Any] = json.loads(line)
+        prompt = fields.pop("prompt")
+        if not isinstance(prompt, str):
+            raise InvalidRequest("prompt must be a string")
+        return prompt, msgspec.structs.replace(params, **fields)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"line {number} is not JSON: {error}") from None
+    except KeyError:
+        raise ConfigError(f"line {number} has no prompt") from None
+    except (TypeError, InvalidRequest) as error:
+        raise ConfigError(f"line {number}: {error}") from None
+
+
+@contextmanager
+def _opened(target: str) -> Iterator[TextIO]:
+    if target == "-":
+        yield sys.stdout
+        return
+    try:
+        with Path(target).open("w", encoding="utf-8") as file:
+            yield file
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
+
+
+def _answer(output: RequestOutput) -> str:
+    outputs = [{"text": each.text, "finish_reason": each.finish_reason} for each in output.outputs]
+    answer: dict[str, object] = {"prompt": output.prompt, "outputs": outputs}
+    if output.warnings:
+        answer["warnings"] = output.warnings
+    return json.dumps(answer, ensure_ascii=False)

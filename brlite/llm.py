@@ -1,0 +1,231 @@
+"""Puts a model together: files, tokenizer, backend, engine. The only place where engine and worker meet.
+
+`LLM` is offline inference without an event loop; `AsyncEngine` serves from whatever loop it is in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+from brlite.config import Config, ModelSpec, load_config
+from brlite.config_check import check_supported, config_warnings
+from brlite.engine import async_engine
+from brlite.engine.backend import Backend
+from brlite.engine.engine import Engine
+from brlite.engine.request import Request
+from brlite.errors import BrliteError, EngineError, InvalidRequest, ModelError
+from brlite.outputs import RequestOutput
+from brlite.sampling_params import SamplingParams
+from brlite.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+OnProgress = Callable[[str, float], None]
+
+
+class Assembly(NamedTuple):
+    """What serves a model: who decides and who computes."""
+
+    engine: Engine
+    backend: Backend
+
+
+def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None) -> Assembly:
+    """Load a model of the config (its first by default). Takes as long as the weights do; any thread may call it.
+
+    `on_progress` gets a stage in words and the fraction of that stage. Raises `ModelError` or `ConfigError`.
+    """
+    from brlite.checkpoint.fetch import locate_model
+
+    spec = spec or config.model[0]
+    report = on_progress or _ignore
+    path = locate_model(spec.name, spec.path, report)
+    report("reading the tokenizer", 0.0)
+    tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
+    report("starting torch", 0.0)
+    from brlite.worker.torch_backend import TorchBackend
+
+    backend = TorchBackend.load(path, spec, config.engine, lambda fraction: report("reading the weights", fraction))
+    _check_vocabulary(tokenizer, backend, path)
+    for note in backend.info.notes:
+        logger.warning("model %s: %s", spec.name, note)
+    return Assembly(Engine(backend.info, tokenizer, config.engine, config.limits), backend)
+
+
+class AsyncEngine(async_engine.AsyncEngine):
+    """An engine for asyncio programs: `async with AsyncEngine.from_config(config) as engine: …`."""
+
+    @classmethod
+    @asynccontextmanager
+    async def from_config(
+        cls, config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None
+    ) -> AsyncIterator[AsyncEngine]:
+        """Load a model of the config on another thread, serve while inside, and close at the end."""
+        check_supported(config)
+        assembly = await _on_a_thread(lambda: build_engine(config, spec, on_progress))
+        engine = cls(assembly.engine, assembly.backend)
+        async with engine:
+            yield engine
+
+
+class LLM:
+    """Offline inference: `LLM(config_path="qwen2.json").generate(prompts, SamplingParams(max_tokens=70))`.
+
+    `config_path` is a TOML file or the manual's JSON; a `Config` will do as well, and neither means the default model.
+    Code from model folders is never run, whatever `trust_remote_code` says.
+    """
+
+    def __init__(
+        self, config_path: str | Path | None = None, *, config: Config | None = None, trust_remote_code: bool = False
+    ) -> None:
+        if config is None:
+            config = load_config(Path(config_path)) if config_path is not None else Config()
+        check_supported(config)
+        for line in config_warnings(config):
+            logger.warning("%s", line)
+        if trust_remote_code:
+            logger.warning("trust_remote_code has no effect: brlite never runs code from a model folder")
+        self._engine, self._backend = build_engine(config)
+        self._ids = itertools.count()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._engine.tokenizer
+
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        on_finished: Callable[[RequestOutput], object] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts, given as texts or token ids, with one set of parameters for all or one for each.
+
+        Returns one finished output a prompt, in order; `.prompt` and `.outputs[i].text` are what most need.
+        `on_finished` hears of each as it is done. Raises `InvalidRequest` for the first prompt that is wrong.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        params = _one_for_each(sampling_params, len(prompts))
+        requests = [self._request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        return _Run(self._engine, self._backend, requests, on_finished).finish()
+
+    def close(self) -> None:
+        """Give weights and cache back."""
+        self._backend.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        return Request(
+            request_id=str(next(self._ids)),
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_token_ids=self.tokenizer.encode(prompt, param="prompt") if isinstance(prompt, str) else list(prompt),
+            params=params,
+        )
+
+
+class _Run:
+    """One call of `generate`: feeds requests as the engine has room, and keeps what comes back."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        backend: Backend,
+        requests: list[Request],
+        on_finished: Callable[[RequestOutput], object] | None,
+    ) -> None:
+        self._engine = engine
+        self._backend = backend
+        self._requests = requests
+        self._on_finished = on_finished
+        self._outputs: dict[str, RequestOutput] = {}
+        self._error: BrliteError | None = None
+
+    def finish(self) -> list[RequestOutput]:
+        waiting = iter(self._requests)
+        try:
+            while self._error is None:
+                self._feed(waiting)
+                batch = self._engine.schedule()
+                if batch is None:
+                    return [self._outputs[request.request_id] for request in self._requests]
+                self._engine.update(self._backend.execute(batch))
+            raise self._error
+        except BaseException as error:
+            # Whatever went wrong, Ctrl-C included, the next call finds an empty engine.
+            self._engine.end_all(error if isinstance(error, BrliteError) else EngineError("generation was interrupted"))
+            raise
+
+    def _feed(self, waiting: Iterator[Request]) -> None:
+        while self._engine.num_queued < self._engine.info.max_num_seqs:
+            request = next(waiting, None)
+            if request is None:
+                return
+            self._engine.add_request(request, self._receive)
+
+    def _receive(self, output: RequestOutput | BrliteError) -> None:
+        if isinstance(output, BrliteError):
+            self._error = output
+            return
+        whole = self._outputs.setdefault(output.request_id, output)
+        if whole is not output:
+            whole.merge(output)
+        if output.finished:
+            whole.outputs.sort(key=lambda completion: completion.index)
+            if self._on_finished is not None:
+                self._on_finished(whole)
+
+
+def _one_for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * num_prompts
+    if len(params) != num_prompts:
+        raise InvalidRequest(
+            f"sampling_params has {len(params)} entries for {num_prompts} prompts; give one, or one for each",
+            param="sampling_params",
+        )
+    return params
+
+
+def _check_vocabulary(tokenizer: Tokenizer, backend: Backend, path: Path) -> None:
+    if tokenizer.vocab_size > backend.info.vocab_size:
+        backend.close()
+        raise ModelError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {backend.info.vocab_size}"
+        )
+
+
+async def _on_a_thread(load: Callable[[], Assembly]) -> Assembly:
+    """Load beside the loop, on a thread that does not keep a process alive which was told to stop meanwhile."""
+    loaded: Future[Assembly] = Future()
+
+    def work() -> None:
+        try:
+            loaded.set_result(load())
+        except BaseException as error:
+            loaded.set_exception(error)
+
+    threading.Thread(target=work, name="brlite-load", daemon=True).start()
+    return await asyncio.wrap_future(loaded)
+
+
+def _ignore(stage: str, fraction: float) -> None:
+    """Nobody asked for progress."""

@@ -1,0 +1,216 @@
+"""One coroutine for each endpoint: read, find the model, translate, hand to the engine, answer. `ROUTES` lists them.
+
+No field is interpreted here and no byte is framed: `translate.py`, `answers.py` and `delivery.py` do that.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+import brlite
+from brlite.config import Config, LimitsConfig
+from brlite.engine.async_engine import AsyncEngine
+from brlite.errors import InvalidRequest
+from brlite.http.access_log import log_extras
+from brlite.http.body import leave_body, read_body
+from brlite.http.decode import decode_json, unknown_fields
+from brlite.sampling_params import SamplingParams, check_token_ids
+from brlite.server import metrics
+from brlite.server.answers import ChatAnswer, CompletionAnswer
+from brlite.server.delivery import answer_stream, answer_whole
+from brlite.server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    ModelCard,
+    ModelList,
+    SamplingFields,
+    TokenizeAnswer,
+    TokenizeRequest,
+    encode,
+)
+from brlite.server.served_model import ModelTable, ServedModel
+from brlite.server.translate import (
+    Prompt,
+    chat_params,
+    check_chat,
+    check_completion,
+    completion_params,
+    make_request,
+    plain_messages,
+)
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+CONFIG = web.AppKey("config", Config)
+MODELS = web.AppKey("models", ModelTable)
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    body, warnings = await _read(request, _CHAT)
+    engine = request.app[MODELS].engine(body.model)
+    messages = check_chat(body, _limits(request))
+    params = chat_params(body)
+    token_ids = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
+    answer = ChatAnswer(
+        body.model, engine.tokenizer, n=params.n, include_usage=_includes_usage(body), warnings=warnings
+    )
+    return await _answer(request, engine, body, [Prompt(None, token_ids)], params, answer)
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    body, warnings = await _read(request, _COMPLETION)
+    engine = request.app[MODELS].engine(body.model)
+    prompts = check_completion(body, _limits(request))
+    params = completion_params(body)
+    answer = CompletionAnswer(
+        body.model,
+        engine.tokenizer,
+        n=params.n,
+        num_prompts=len(prompts),
+        echo=bool(body.echo),
+        is_echo_only=bool(body.echo) and body.max_tokens == 0,
+        include_usage=_includes_usage(body),
+        warnings=warnings,
+    )
+    return await _answer(request, engine, body, await _encode_all(engine, prompts), params, answer)
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    body, _ = await _read(request, _TOKENIZE)
+    engine = request.app[MODELS].engine(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give either prompt or messages", param="prompt")
+    if body.messages is not None:
+        messages = plain_messages(body.messages, _limits(request))
+        tokens = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
+    else:
+        tokens = await engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+    return _json(TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens))
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    body, _ = await _read(request, _DETOKENIZE)
+    engine = request.app[MODELS].engine(body.model)
+    check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
+    return _json(DetokenizeAnswer(engine.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+
+
+async def list_models(request: web.Request) -> web.Response:
+    return _json(ModelList(data=[_card(model) for model in request.app[MODELS]]))
+
+
+async def get_model(request: web.Request) -> web.Response:
+    return _json(_card(request.app[MODELS].find(request.match_info["name"])))
+
+
+async def version(request: web.Request) -> web.Response:
+    return web.json_response({"version": brlite.__version__})
+
+
+async def health(request: web.Request) -> web.Response:
+    """Alive: 200 unless an engine's loop has died, which only a restart mends."""
+    is_alive = all(model.is_alive for model in request.app[MODELS])
+    return web.json_response({"status": "alive" if is_alive else "failed"}, status=200 if is_alive else 500)
+
+
+async def ready(request: web.Request) -> web.Response:
+    """Serving: 200 if new work is taken for every model, else 503 with how far each of them is."""
+    models = request.app[MODELS]
+    is_ready = not models.is_draining and all(model.status == "ready" for model in models)
+    progress = [
+        {"model": model.name, "status": model.status, "stage": model.stage, "progress": round(model.fraction, 3)}
+        for model in models
+    ]
+    status = "ready" if is_ready else "stopping" if models.is_draining else "loading"
+    return web.json_response(
+        {"status": status, "models": progress},
+        status=200 if is_ready else 503,
+        headers={} if is_ready else {"Retry-After": "1"},
+    )
+
+
+async def get_metrics(request: web.Request) -> web.Response:
+    body, content_type = metrics.render(request.app[MODELS], request.headers.get("Accept", ""))
+    return web.Response(body=body, headers={"Content-Type": content_type})
+
+
+ROUTES = [
+    web.post("/v1/chat/completions", chat_completions, expect_handler=leave_body),
+    web.post("/v1/completions", completions, expect_handler=leave_body),
+    web.get("/v1/models", list_models, allow_head=False),
+    web.get("/v1/models/{name:.+}", get_model, allow_head=False),
+    web.post("/tokenize", tokenize, expect_handler=leave_body),
+    web.post("/detokenize", detokenize, expect_handler=leave_body),
+    web.get("/version", version, allow_head=False),
+    web.get("/health", health),
+    web.get("/ready", ready),
+    web.get("/metrics", get_metrics),
+    web.get("/metrics/", get_metrics),
+]
+OPEN_PATHS = frozenset({"/health", "/ready"})
+METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
+
+_CHAT = msgspec.json.Decoder(ChatCompletionRequest)
+_COMPLETION = msgspec.json.Decoder(CompletionRequest)
+_TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
+_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
+
+
+async def _read(request: web.Request, decoder: msgspec.json.Decoder[T]) -> tuple[T, list[str]]:
+    """The decoded body, and a warning for each field that is not known here."""
+    limits = _limits(request)
+    data = await read_body(request, limits.max_body_bytes, limits.body_seconds)
+    body = decode_json(data, decoder)
+    return body, [f"the field {name!r} is not known and was ignored" for name in unknown_fields(data, type(body))]
+
+
+async def _encode_all(engine: AsyncEngine, prompts: list[Prompt]) -> list[Prompt]:
+    return [
+        Prompt(prompt.text, await engine.encode(prompt.text)) if prompt.text is not None else prompt
+        for prompt in prompts
+    ]
+
+
+async def _answer(
+    request: web.Request,
+    engine: AsyncEngine,
+    body: SamplingFields,
+    prompts: list[Prompt],
+    params: SamplingParams,
+    answer: ChatAnswer | CompletionAnswer,
+) -> web.StreamResponse:
+    """Hand the prompts to the engine and answer in the form that was asked for."""
+    requests = [
+        make_request(f"{answer.id}-{index}", prompt, params, body.cache_salt) for index, prompt in enumerate(prompts)
+    ]
+    try:
+        if body.stream:
+            return await answer_stream(request, engine, requests, answer, _limits(request))
+        return await answer_whole(engine, requests, answer)
+    finally:
+        log_extras(request).update(
+            model=body.model, prompt_tokens=answer.count.prompt, completion_tokens=answer.count.completion
+        )
+
+
+def _includes_usage(body: SamplingFields) -> bool:
+    return body.stream_options is not None and body.stream_options.include_usage
+
+
+def _limits(request: web.Request) -> LimitsConfig:
+    return request.app[CONFIG].limits
+
+
+def _card(model: ServedModel) -> ModelCard:
+    return ModelCard(
+        id=model.name, created=model.created, root=model.name, max_model_len=model.max_model_len, status=model.status
+    )
+
+
+def _json(answer: msgspec.Struct) -> web.Response:
+    return web.Response(body=encode(answer), content_type="application/json")
