@@ -30,6 +30,9 @@ class ByteTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
         return list(text.encode())
 
+    def fewest_tokens(self, text: str) -> int:
+        return len(text)
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return b"".join(map(self.token_bytes, token_ids)).decode(errors="replace")
 
@@ -91,11 +94,13 @@ class FakeBackend:
         self.batches: list[Batch] = []
         self.is_closed = False
         self.gate: threading.Event | None = None
+        self.has_begun = threading.Event()
         self._next_token = next_token
         self._fault = fault
         self._cache = [[-1] * block_size for _ in range(num_blocks)]
 
     def execute(self, batch: Batch) -> StepResult:
+        self.has_begun.set()
         if self.gate is not None:
             self.gate.wait(timeout=30)
         self.batches.append(batch)

@@ -35,13 +35,18 @@ def check_prompt(token_ids: list[int], info: BackendInfo) -> None:
     """Raise `InvalidRequest` for a prompt that is empty, too long, or holds ids outside the vocabulary."""
     if not token_ids:
         raise InvalidRequest("the prompt must hold at least one token", param="prompt")
-    if len(token_ids) >= info.max_model_len:
+    check_length(len(token_ids), info)
+    check_token_ids(token_ids, info.vocab_size, param="prompt")
+
+
+def check_length(num_tokens: int, info: BackendInfo, *, param: str = "prompt", at_least: str = "") -> None:
+    """Raise `PromptTooLong` for a prompt that leaves no room for a completion."""
+    if num_tokens >= info.max_model_len:
         raise PromptTooLong(
             f"This model's maximum context length is {info.max_model_len} tokens, prompt and completion together; "
-            f"the prompt has {len(token_ids)} tokens",
-            param="prompt",
+            f"the prompt has {at_least}{num_tokens} tokens",
+            param=param,
         )
-    check_token_ids(token_ids, info.vocab_size, param="prompt")
 
 
 def _check_limits(params: SamplingParams, limits: LimitsConfig) -> None:

@@ -13,9 +13,10 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from brlite.config import EngineConfig
+from brlite.engine.admission import check_length
 from brlite.engine.backend import Backend, BackendInfo
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request, Sink
@@ -24,6 +25,8 @@ from brlite.errors import BrliteError, EngineError, NotReady
 from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -108,16 +111,21 @@ class AsyncEngine:
         self._wake.set()
 
     async def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
-        """Token ids of a text; a long one is encoded on another thread, so that streams do not stall meanwhile."""
+        """Token ids of a text. A long one is encoded on another thread, so that streams do not stall meanwhile.
+
+        Raises `PromptTooLong` before that for a text that is too long however it is encoded.
+        """
+        check_length(self.tokenizer.fewest_tokens(text), self.info, param=param, at_least="at least ")
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
         return await _off_loop_if(len(text) > LONG_TEXT, encode)
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Token ids of a rendered chat; a long one is rendered and encoded on another thread."""
-        encode = functools.partial(self.tokenizer.encode_chat, messages, add_generation_prompt=add_generation_prompt)
-        return await _off_loop_if(sum(len(message["content"]) for message in messages) > LONG_TEXT, encode)
+        """Token ids of a rendered chat, which brings its own special tokens; otherwise as `encode`."""
+        render = functools.partial(self.tokenizer.render_chat, messages, add_generation_prompt=add_generation_prompt)
+        text = await _off_loop_if(sum(len(message["content"]) for message in messages) > LONG_TEXT, render)
+        return await self.encode(text, add_special_tokens=False, param="messages")
 
     async def generate(
         self,
@@ -187,8 +195,8 @@ class AsyncEngine:
         await self._wake.wait()
 
 
-async def _off_loop_if(is_long: bool, encode: Callable[[], list[int]]) -> list[int]:
-    return await asyncio.get_running_loop().run_in_executor(None, encode) if is_long else encode()
+async def _off_loop_if(is_long: bool, work: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(None, work) if is_long else work()
 
 
 class OutputStream:

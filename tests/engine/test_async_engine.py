@@ -124,8 +124,7 @@ async def test_closing_ends_open_streams_and_leaves_no_task_and_no_thread() -> N
         await anext(stream)
         await engine.close()
         with pytest.raises(NotReady):
-            while True:
-                await anext(stream)
+            [output async for output in stream]
 
     assert backend.is_closed
     assert asyncio.all_tasks() == tasks_before

@@ -1,0 +1,102 @@
+"""Text completions as a client sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from tests.fakes import reference_tokens
+from tests.server.conftest import Client, completion_body
+
+PATH = "/v1/completions"
+
+MakeClient = Callable[..., Awaitable[Client]]
+
+
+def expected(prompt: bytes, num_tokens: int = 8) -> str:
+    return bytes(reference_tokens(prompt, num_tokens)).decode()
+
+
+def streamed_text(events: list[dict[str, Any]], index: int = 0) -> str:
+    return "".join(choice["text"] for event in events for choice in event["choices"] if choice["index"] == index)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["ab", ["ab"], [97, 98], [[97, 98]]], ids=["text", "list of texts", "token ids", "list of token ids"]
+)
+async def test_a_prompt_may_have_four_forms(client: Client, prompt: Any) -> None:
+    answer = await client.complete(prompt)
+
+    assert answer["object"] == "text_completion"
+    assert answer["choices"][0]["text"] == expected(b"ab")
+
+
+async def test_several_prompts_times_n_are_numbered_prompt_by_prompt(client: Client) -> None:
+    fields: dict[str, Any] = {"n": 2, "temperature": 1.0, "seed": 3}
+
+    answer = await client.complete(["ab", "cd"], **fields)
+    events = await client.stream(PATH, completion_body(["ab", "cd"], **fields))
+
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert [streamed_text(events, index) for index in range(4)] == [choice["text"] for choice in answer["choices"]]
+    assert answer["usage"]["prompt_tokens"] == 4
+    assert answer["usage"]["completion_tokens"] == 32
+
+
+async def test_sixteen_tokens_are_the_default(client: Client) -> None:
+    body = completion_body()
+    del body["max_tokens"]
+
+    _, answer = await client.post(PATH, body)
+
+    assert answer["usage"]["completion_tokens"] == 16
+
+
+@pytest.mark.parametrize("prompt", ["ab", [97, 98]])
+async def test_echo_puts_the_prompt_first_whole_and_streamed(client: Client, prompt: Any) -> None:
+    answer = await client.complete(prompt, echo=True, n=2)
+    events = await client.stream(PATH, completion_body(prompt, echo=True, n=2))
+
+    for index in range(2):
+        assert answer["choices"][index]["text"] == "ab" + expected(b"ab")
+        assert streamed_text(events, index) == "ab" + expected(b"ab")
+
+
+async def test_echo_with_logprobs_scores_the_prompt(client: Client) -> None:
+    answer = await client.complete("abc", echo=True, logprobs=1, max_tokens=2)
+
+    logprobs = answer["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["a", "b", "c", *expected(b"abc", 2)]
+    assert logprobs["token_logprobs"] == [None, -0.5, -0.5, -0.5, -0.5]
+    assert logprobs["text_offset"] == [0, 1, 2, 3, 4]
+    assert logprobs["top_logprobs"][:2] == [None, {"b": -0.5}]
+
+
+async def test_echo_alone_generates_nothing_that_is_seen_or_counted(client: Client) -> None:
+    answer = await client.complete("abc", echo=True, logprobs=0, max_tokens=0)
+    events = await client.stream(PATH, completion_body("abc", echo=True, logprobs=0, max_tokens=0))
+
+    assert answer["choices"][0]["text"] == "abc"
+    assert answer["choices"][0]["logprobs"]["tokens"] == ["a", "b", "c"]
+    assert answer["usage"]["completion_tokens"] == 0
+    assert streamed_text(events) == "abc"
+
+
+async def test_offsets_go_on_through_a_stream(client: Client) -> None:
+    events = await client.stream(PATH, completion_body("abc", echo=True, logprobs=0, max_tokens=3))
+
+    offsets = [
+        offset for event in events for choice in event["choices"] for offset in choice["logprobs"]["text_offset"]
+    ]
+    assert offsets == [0, 1, 2, 3, 4, 5]
+
+
+async def test_chinese_passes_unharmed(make_client: MakeClient) -> None:
+    text = "描述一下夏天".encode()
+    client = await make_client(next_token=lambda context, seed: text[(len(context) - len(text)) % len(text)])
+
+    answer = await client.complete("描述一下夏天", echo=True, max_tokens=len(text))
+
+    assert answer["choices"][0]["text"] == "描述一下夏天描述一下夏天"

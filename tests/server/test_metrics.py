@@ -1,0 +1,136 @@
+"""`/metrics`: both generations of vLLM's names, there from the start, fed by the same numbers."""
+
+from __future__ import annotations
+
+import aiohttp
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from brlite.app import create_app
+from brlite.config import Config, LimitsConfig, ModelSpec
+from brlite.engine.stats import RATE_SECONDS, Rate
+from brlite.http.listen import HttpServer
+from brlite.server.served_model import ModelTable, ServedModel
+from tests.server.conftest import Client
+
+# vLLM 0.4.0.post1, as it was seen on the wire: name, type, and the bounds its buckets must have.
+SEED_FAMILIES = {
+    "vllm:cache_config_info": ("gauge", ()),
+    "vllm:num_requests_running": ("gauge", ()),
+    "vllm:num_requests_swapped": ("gauge", ()),
+    "vllm:num_requests_waiting": ("gauge", ()),
+    "vllm:gpu_cache_usage_perc": ("gauge", ()),
+    "vllm:cpu_cache_usage_perc": ("gauge", ()),
+    "vllm:prompt_tokens": ("counter", ()),
+    "vllm:generation_tokens": ("counter", ()),
+    "vllm:time_to_first_token_seconds": (
+        "histogram",
+        (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
+    ),
+    "vllm:time_per_output_token_seconds": (
+        "histogram",
+        (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5),
+    ),
+    "vllm:e2e_request_latency_seconds": ("histogram", (1.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0)),
+    "vllm:avg_prompt_throughput_toks_per_s": ("gauge", ()),
+    "vllm:avg_generation_throughput_toks_per_s": ("gauge", ()),
+}
+V1_FAMILIES = [
+    "vllm:kv_cache_usage_perc",
+    "vllm:prefix_cache_queries",
+    "vllm:prefix_cache_hits",
+    "vllm:num_preemptions",
+    "vllm:request_success",
+    "vllm:inter_token_latency_seconds",
+    "vllm:request_time_per_output_token_seconds",
+    "vllm:request_queue_time_seconds",
+    "vllm:request_prefill_time_seconds",
+    "vllm:request_decode_time_seconds",
+    "vllm:request_inference_time_seconds",
+    "vllm:request_prompt_tokens",
+    "vllm:request_generation_tokens",
+    "vllm:request_params_max_tokens",
+    "vllm:request_params_n",
+    "vllm:iteration_tokens_total",
+]
+
+
+async def scrape(client: Client, path: str = "/metrics") -> dict[str, Metric]:
+    async with client.session.get(client.url + path, allow_redirects=False) as response:
+        assert response.status == 200
+        assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        text = await response.text()
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def value(family: Metric, suffix: str = "", **labels: str) -> float:
+    matching = [s for s in family.samples if s.name == family.name + suffix and labels.items() <= s.labels.items()]
+    assert len(matching) == 1
+    return matching[0].value
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/"])
+async def test_the_seed_families_have_their_names_types_labels_and_buckets(client: Client, path: str) -> None:
+    families = await scrape(client, path)
+
+    for name, (kind, bounds) in SEED_FAMILIES.items():
+        family = families[name]
+        assert family.type == kind, name
+        found = {float(sample.labels["le"]) for sample in family.samples if "le" in sample.labels}
+        assert set(bounds) <= found, name
+        if name != "vllm:cache_config_info":
+            assert {frozenset(sample.labels) - {"le"} for sample in family.samples} == {frozenset({"model_name"})}, name
+
+
+async def test_the_cache_config_has_the_labels_of_the_seed(client: Client) -> None:
+    (sample,) = (await scrape(client))["vllm:cache_config_info"].samples
+
+    assert sample.value == 1
+    assert set(sample.labels) == {
+        *("block_size", "cache_dtype", "enable_prefix_caching", "forced_num_gpu_blocks", "gpu_memory_utilization"),
+        *("num_cpu_blocks", "num_gpu_blocks", "sliding_window", "swap_space_bytes"),
+    }
+
+
+@pytest.mark.parametrize("name", V1_FAMILIES)
+async def test_the_names_of_the_v1_engine_are_there_too(client: Client, name: str) -> None:
+    family = (await scrape(client))[name]
+
+    assert all({"model_name", "engine"} <= set(sample.labels) for sample in family.samples)
+
+
+async def test_a_request_moves_the_numbers(client: Client) -> None:
+    await client.chat("hello", max_tokens=8)
+
+    families = await scrape(client)
+
+    assert value(families["vllm:prompt_tokens"], "_total") == 11
+    assert value(families["vllm:generation_tokens"], "_total") == 8
+    assert value(families["vllm:time_to_first_token_seconds"], "_count") == 1
+    assert value(families["vllm:time_per_output_token_seconds"], "_count") == 7
+    assert value(families["vllm:inter_token_latency_seconds"], "_count") == 7
+    assert value(families["vllm:e2e_request_latency_seconds"], "_count") == 1
+    assert value(families["vllm:request_success"], "_total", finished_reason="length") == 1
+    assert value(families["vllm:num_requests_running"]) == 0
+
+
+async def test_series_are_there_at_zero_while_the_model_loads() -> None:
+    app = create_app(ModelTable([ServedModel(ModelSpec(name="slow"))]), Config())
+
+    async with HttpServer(app, "127.0.0.1", 0, LimitsConfig()) as server, aiohttp.ClientSession(server.url) as session:
+        text = await (await session.get("/metrics")).text()
+
+    assert 'vllm:num_requests_running{model_name="slow"} 0.0' in text
+    assert 'vllm:request_success_total{engine="0",finished_reason="stop",model_name="slow"} 0.0' in text
+
+
+def test_the_average_rate_is_a_rate_over_the_last_interval() -> None:
+    now = 0.0
+    rate = Rate(lambda: now)
+    rate.add(100)
+    now = 2 * RATE_SECONDS
+
+    assert rate.value == 100 / now
+    now *= 2
+    assert rate.value == 0

@@ -1,0 +1,188 @@
+"""What is refused, with which status and which field, and that nobody else notices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from tests.fakes import reference_tokens
+from tests.server.conftest import Client, chat_body, completion_body
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+
+MakeClient = Callable[..., Awaitable[Client]]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 10**6}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": -1}, "repetition_penalty"),
+        ({"n": 0}, "n"),
+        ({"n": 10**9}, "n"),
+        ({"n": 2**70}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 4, "max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"min_tokens": 9}, "min_tokens"),
+        ({"seed": 2**65}, "seed"),
+        ({"stop": ["x"] * 100}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stop_tokens_ids": [10**6]}, "stop_token_ids"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"logprobs": True, "top_logprobs": 100}, "logprobs"),
+        ({"top_logprobs": 1}, "top_logprobs"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream_options": {"frob": True}, "stream": True}, "stream_options"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_regex": "a+"}, "guided_regex"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"best_of": 3}, "best_of"),
+        ({"chat_template": "{{ x }}"}, "chat_template"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": "x" * 100}]}, "messages"),
+        ({"model": None}, "model"),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
+)
+async def test_a_bad_field_of_a_chat_is_a_400_that_names_it(client: Client, fields: dict[str, Any], param: str) -> None:
+    status, answer = await client.post(CHAT, chat_body(**fields))
+
+    assert status == 400, answer
+    assert answer["error"]["param"].startswith(param)
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert answer["message"] == answer["error"]["message"]
+    assert client.backend.batches == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", 5]}, "prompt"),
+        ({"prompt": {"a": 1}}, "prompt"),
+        ({"prompt": [260]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": ["a"] * 65}, "prompt"),
+        ({"prompt": ["a"] * 64, "n": 5}, "n"),
+        ({"suffix": "x"}, "suffix"),
+        ({"logprobs": 100}, "logprobs"),
+    ],
+    ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
+)
+async def test_a_bad_field_of_a_completion_is_a_400_that_names_it(
+    client: Client, fields: dict[str, Any], param: str
+) -> None:
+    status, answer = await client.post(COMPLETION, completion_body(**fields))
+
+    assert status == 400, answer
+    assert answer["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"model": "fake", "prompt": "\xff"}',
+        b'{"model": "fake", "prompt": "\\ud800"}',
+        b'{"model": "fake", "prompt": "a", "temperature": NaN}',
+        b'{"model": "fake", "prompt": "a", "temperature": 1e999}',
+        b'{"model": "fake", "prompt": "a", "seed": ' + b"9" * 100_000 + b"}",
+        b'{"model": "fake", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"model": "fake", "prompt": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+    ids=range(11),
+)
+async def test_a_body_that_is_no_request_is_a_400(client: Client, body: bytes) -> None:
+    status, answer = await client.post(COMPLETION, body)
+
+    assert status == 400
+    assert answer["error"]["type"] == "invalid_request_error"
+
+
+async def test_an_unknown_model_is_a_404_that_names_those_served(client: Client) -> None:
+    status, answer = await client.post(CHAT, chat_body(model="other"))
+
+    assert status == 404
+    assert answer["error"]["code"] == "model_not_found"
+    assert "fake" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/nowhere", 404),
+        ("GET", "/v1", 404),
+        ("POST", "/v1/embeddings", 404),
+        ("GET", CHAT, 405),
+        ("DELETE", "/v1/models", 405),
+    ],
+)
+async def test_unknown_paths_and_methods_answer_in_the_same_shape(
+    client: Client, method: str, path: str, status: int
+) -> None:
+    async with client.session.request(method, client.url + path) as response:
+        answer = await response.json()
+
+    assert response.status == status
+    assert answer["code"] == status
+    assert answer["error"]["message"]
+
+
+async def test_a_body_over_the_limit_is_a_413(make_client: MakeClient) -> None:
+    client = await make_client(limits={"max_body_bytes": 1000})
+
+    status, answer = await client.post(COMPLETION, completion_body("x" * 1000))
+
+    assert status == 413
+    assert "1000" in answer["error"]["message"]
+
+
+async def test_a_form_is_a_415(client: Client) -> None:
+    status, _ = await client.post(CHAT, chat_body(), **{"Content-Type": "application/x-www-form-urlencoded"})
+
+    assert status == 415
+
+
+async def test_one_refused_prompt_takes_its_whole_request_back(client: Client) -> None:
+    status, _ = await client.post(COMPLETION, completion_body([[97, 98], [999]]))
+    await client.engine.wait_idle()
+
+    assert status == 400
+    assert client.engine.stats.num_used_blocks == 0
+
+
+async def test_refusals_leave_a_running_stream_alone(client: Client) -> None:
+    async def refuse() -> None:
+        for fields in ({"n": -1}, {"prompt": ""}, {"top_k": 0}):
+            await client.post(COMPLETION, completion_body(**fields))
+
+    body = completion_body("hello", max_tokens=30)
+    async with client.session.post(client.url + COMPLETION, json={**body, "stream": True}) as response:
+        await refuse()
+        events = [json.loads(line[6:]) async for line in response.content if line.startswith(b"data: {")]
+
+    text = "".join(event["choices"][0]["text"] for event in events)
+    assert text == bytes(reference_tokens(b"hello", 30)).decode()

@@ -1,0 +1,182 @@
+"""Everything around completions: probes, models, tokens, keys, queues, clients that leave, the application embedded."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+import brlite
+from brlite.app import create_app
+from brlite.config import Config, KeysConfig, LimitsConfig, ModelSpec, ProxyConfig, ServerConfig
+from brlite.http.listen import HttpServer
+from brlite.server.served_model import ModelTable, ServedModel
+from tests.server.conftest import Client, chat_body, completion_body
+
+CHAT = "/v1/chat/completions"
+
+MakeClient = Callable[..., Awaitable[Client]]
+
+
+async def test_models_are_listed_and_shown_one_by_one(client: Client) -> None:
+    _, listed = await client.get("/v1/models")
+    _, one = await client.get("/v1/models/fake")
+    status, _ = await client.get("/v1/models/other")
+
+    assert listed["data"] == [one]
+    assert (one["id"], one["max_model_len"], one["status"]) == ("fake", 64, "ready")
+    assert status == 404
+
+
+async def test_text_becomes_tokens_and_text_again(client: Client) -> None:
+    _, tokens = await client.post("/tokenize", {"prompt": "né"})
+    _, text = await client.post("/detokenize", {"tokens": tokens["tokens"]})
+    _, chat = await client.post("/tokenize", {"messages": [{"role": "user", "content": "x"}]})
+
+    assert tokens == {"count": 3, "max_model_len": 64, "tokens": [110, 195, 169]}
+    assert text == {"prompt": "né"}
+    assert bytes(chat["tokens"]) == b"user:x\n"
+
+
+async def test_tokens_outside_the_vocabulary_are_refused(client: Client) -> None:
+    status, answer = await client.post("/detokenize", {"tokens": [260]})
+
+    assert (status, answer["error"]["param"]) == (400, "tokens")
+
+
+async def test_the_version_is_told(client: Client) -> None:
+    assert await client.get("/version") == (200, {"version": brlite.__version__})
+
+
+async def test_a_server_is_alive_but_not_ready_while_it_loads() -> None:
+    model = ServedModel(ModelSpec(name="slow"))
+    model.report("reading the weights", 0.25)
+    config = Config(model=(ModelSpec(name="slow"),))
+    app = create_app(ModelTable([model]), config)
+
+    async with HttpServer(app, "127.0.0.1", 0, LimitsConfig()) as server, aiohttp.ClientSession(server.url) as session:
+        alive = await session.get("/health")
+        ready = await session.get("/ready")
+        refused = await session.post(CHAT, json=chat_body(model="slow"))
+        progress, error = await ready.json(), (await refused.json())["error"]
+
+    assert (alive.status, ready.status, refused.status) == (200, 503, 503)
+    assert progress["models"][0]["progress"] == 0.25
+    assert "reading the weights, 25%" in error["message"]
+    assert int(refused.headers["Retry-After"]) > 0
+
+
+async def test_a_draining_server_takes_no_new_work(client: Client) -> None:
+    model = ServedModel(ModelSpec(name="fake"), client.engine)
+    models = ModelTable([model])
+    models.is_draining = True
+    app = create_app(models)
+
+    async with HttpServer(app, "127.0.0.1", 0, LimitsConfig()) as server, aiohttp.ClientSession(server.url) as session:
+        ready, refused = await session.get("/ready"), await session.post(CHAT, json=chat_body())
+
+    assert (ready.status, refused.status) == (503, 503)
+
+
+async def test_health_fails_when_the_engine_has_died(client: Client) -> None:
+    await client.engine.close()
+
+    status, answer = await client.get("/health")
+
+    assert (status, answer) == (500, {"status": "failed"})
+
+
+async def test_a_model_of_another_server_is_a_404_that_says_where_it_is(client: Client) -> None:
+    elsewhere = ProxyConfig(all_models={"http://10.0.0.9:8000": "far"})
+    app = create_app(ModelTable([ServedModel(ModelSpec(name="fake"), client.engine)], elsewhere))
+
+    async with HttpServer(app, "127.0.0.1", 0, LimitsConfig()) as server, aiohttp.ClientSession(server.url) as session:
+        refused = await session.post(CHAT, json=chat_body(model="far"))
+        message = (await refused.json())["error"]["message"]
+
+    assert refused.status == 404
+    assert "http://10.0.0.9:8000" in message
+
+
+@pytest.mark.parametrize(("metrics_need_key", "metrics_status"), [(False, 200), (True, 401)])
+async def test_everything_but_the_probes_needs_a_key(
+    make_client: MakeClient, metrics_need_key: bool, metrics_status: int
+) -> None:
+    server = ServerConfig(metrics_need_key=metrics_need_key)
+    client = await make_client(config={"keys": KeysConfig(keys=("secret", "other")), "server": server})
+
+    async def status(path: str, **headers: str) -> int:
+        async with client.session.get(client.url + path, headers=headers) as response:
+            return response.status
+
+    assert [await status(path) for path in ("/health", "/ready", "/metrics")] == [200, 200, metrics_status]
+    assert [await status(path) for path in ("/v1/models", "/version", "/nowhere")] == [401, 401, 401]
+    assert await status("/v1/models", Authorization="Bearer other") == 200
+    assert await status("/v1/models", Authorization="Bearer wrong") == 401
+
+
+async def test_a_full_queue_answers_429_at_once(make_client: MakeClient) -> None:
+    client = await make_client(limits={"max_waiting": 1}, max_num_seqs=1)
+    client.backend.gate = threading.Event()
+    running = asyncio.create_task(client.chat())
+    await asyncio.to_thread(client.backend.has_begun.wait, 10)
+
+    both = [asyncio.create_task(client.post(CHAT, chat_body(text))) for text in ("second", "third")]
+    done, waiting = await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+    client.backend.gate.set()
+    await asyncio.gather(running, *waiting)
+
+    (refused,) = done
+    status, answer = refused.result()
+    assert status == 429
+    assert answer["error"]["code"] == "queue_full"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_client_that_leaves_frees_its_work(client: Client, is_streamed: bool) -> None:
+    client.backend.gate = threading.Event()
+    body = chat_body(max_tokens=30, n=3, stream=is_streamed)
+    request = asyncio.create_task(client.post(CHAT, body))
+    await asyncio.to_thread(client.backend.has_begun.wait, 10)
+
+    request.cancel()
+    await asyncio.wait([request])
+    client.backend.gate.set()
+    await asyncio.wait_for(client.engine.wait_idle(), 10)
+
+    assert client.engine.stats.num_used_blocks == 0
+    assert client.engine.stats.finished["abort"] == 1
+
+
+async def test_many_clients_leaving_at_all_moments_leave_nothing_behind(client: Client) -> None:
+    async def leave_after(number: int) -> None:
+        body = completion_body(f"prompt {number}", max_tokens=24, stream=bool(number % 2))
+        request = asyncio.create_task(client.post("/v1/completions", body))
+        await asyncio.sleep(number * 0.001)
+        request.cancel()
+        await asyncio.wait([request])
+
+    await asyncio.gather(*(leave_after(number) for number in range(60)))
+    await asyncio.wait_for(client.engine.wait_idle(), 20)
+
+    assert client.engine.stats.num_used_blocks == 0
+    assert client.engine.is_running
+
+
+async def test_the_application_can_be_mounted_in_another(client: Client) -> None:
+    config = Config(model=(ModelSpec(name="fake"),))
+    outer = web.Application()
+    outer.add_subapp("/llm/", create_app(client.engine, config))
+
+    async with HttpServer(outer, "127.0.0.1", 0, LimitsConfig()) as server, aiohttp.ClientSession() as session:
+        async with session.post(f"{server.url}/llm{CHAT}", json=chat_body()) as response:
+            answer = await response.json()
+        async with session.get(f"{server.url}/llm/ready") as response:
+            ready = response.status
+
+    assert answer["usage"]["completion_tokens"] == 8
+    assert ready == 200
