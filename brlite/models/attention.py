@@ -60,10 +60,12 @@ class SpanGroup:
 class StepPlan:
     """A step's tokens in the order they are computed: spans as `order` numbers them, group after group.
 
-    `begun_blocks` are those whose first slot is written in this step; they are cleared before.
+    `first_rows` tells where each span begins, in the order they were given. `begun_blocks` are those whose first slot
+    is written in this step; they are cleared before.
     """
 
     order: list[int]
+    first_rows: list[int]
     positions: Tensor
     slots: Tensor
     begun_blocks: Tensor
@@ -88,6 +90,7 @@ class StepPlanner:
         positions = [position for span in ordered for position in range(span.start, span.end)]
         return StepPlan(
             order=order,
+            first_rows=_first_rows(spans, order),
             positions=self._indices(positions),
             slots=self._indices([slot for span in ordered for slot in self._slots(span)]),
             begun_blocks=self._indices([block for span in ordered for block in self._begun_blocks(span)]),
@@ -140,6 +143,13 @@ class StepPlanner:
 
     def _arange(self, length: int) -> Tensor:
         return torch.arange(length, device=self._device)
+
+
+def _first_rows(spans: Sequence[Span], order: list[int]) -> list[int]:
+    rows, start = [0] * len(spans), 0
+    for index in order:
+        rows[index], start = start, start + spans[index].length
+    return rows
 
 
 def attend(query: Tensor, cache: LayerCache, plan: StepPlan, window: int | None) -> Tensor:

@@ -26,19 +26,18 @@ CPU_INFO = Path("/proc/cpuinfo")
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
-def select_device(name: str) -> torch.device:
-    """The device called `name`: "auto", or a kind with or without a number. Raises `ConfigError` if it is not there.
+def select_device(name: str, index: int = 0) -> torch.device:
+    """The device called `name`, card `index` unless the name has a number. Raises `ConfigError` if it is not there.
 
     "auto" takes a Biren card if there is one, else a CUDA card, else the CPU.
     """
-    if name == "auto":
-        return _best_device()
-    kind, _, number = name.partition(":")
-    if kind not in KINDS or (":" in name and not number.isdecimal()):
-        raise ConfigError(f"engine.device is {name!r}; allowed are auto, {', '.join(KINDS)}, and a kind with a number")
+    kind, _, number = (_best_kind() if name == "auto" else name).partition(":")
+    is_numbered = kind != "cpu" and number.isdecimal()
+    if kind not in KINDS or (":" in name and not is_numbered):
+        raise ConfigError(f"engine.device is {name!r}; allowed are auto, {', '.join(KINDS)}, cuda:1, supa:1 and so on")
     if kind == "cpu":
         return torch.device(kind)
-    return torch.device(kind, _checked_index(kind, int(number or 0)))
+    return torch.device(kind, _checked_index(kind, int(number) if is_numbered else index))
 
 
 def describe_device(device: torch.device) -> str:
@@ -64,18 +63,18 @@ def physical_cores() -> int:
     return max(1, min(len(cores), _cpu_quota() or len(cores)))
 
 
-def _best_device() -> torch.device:
+def _best_kind() -> str:
     for kind in ("supa", "cuda"):
         if _num_devices(kind, may_load_plugin=_has_biren_node()) > 0:
-            return torch.device(kind, 0)
-    return torch.device("cpu")
+            return kind
+    return "cpu"
 
 
 def _checked_index(kind: str, index: int) -> int:
     count = _num_devices(kind, may_load_plugin=True)
     if index >= count:
         found = f"{count} found" if count else "none found"
-        raise ConfigError(f"engine.device is '{kind}:{index}'; {found}{_plugin_hint(kind)}")
+        raise ConfigError(f"device {kind}:{index} is not there: {found}{_plugin_hint(kind)}")
     return index
 
 

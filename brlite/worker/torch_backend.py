@@ -1,0 +1,159 @@
+"""The backend in torch: one decoder, one paged cache, one device. Runs anywhere torch does, CPUs included.
+
+Knows no text and no requests; what to compute is decided in `engine`. A row's result is its own: other rows, chunk
+borders and cache hits change it by rounding at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from brlite.checkpoint import open_checkpoint
+from brlite.config import EngineConfig, ModelSpec
+from brlite.engine.backend import BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.errors import ConfigError
+from brlite.models.attention import Span, StepPlan, StepPlanner
+from brlite.models.config import KVDtype, ModelConfig, kv_bytes_per_token
+from brlite.models.decoder import Decoder
+from brlite.models.kv_cache import KVCache
+from brlite.outputs import TokenLogprob
+from brlite.worker.device import compute_dtype, describe_device, physical_cores, select_device
+from brlite.worker.loading import load_model
+from brlite.worker.sampler import sample, token_logprobs
+
+NOT_FINITE = "the model produced logits that are not finite"
+MAX_LOGITS = 2**22  # of a prompt at a time: 16 MiB in float32
+
+QUANTIZED_NOTE = "int8 weights are held dequantised: the numbers of int8, the memory of {dtype}"
+FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but held and multiplied in float32"
+
+
+class TorchBackend:
+    """A `Backend`. All memory is taken by `load`."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, info: BackendInfo) -> None:
+        self._decoder = decoder
+        self._cache = cache
+        self._planner = StepPlanner(decoder.config, cache, decoder.dtype, decoder.device)
+        self._info = info
+
+    @classmethod
+    def load(
+        cls, path: Path, spec: ModelSpec, engine: EngineConfig, on_progress: Callable[[float], None]
+    ) -> TorchBackend:
+        """Open the model at `path` and make room for its cache. `on_progress` gets the fraction that is loaded."""
+        if spec.tensor_parallel != 1:
+            raise ConfigError(f"tensor_parallel is {spec.tensor_parallel}; the torch backend computes on 1 device")
+        device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
+        torch.set_num_threads(engine.threads or physical_cores())
+        checkpoint = open_checkpoint(path)
+        try:
+            decoder = load_model(checkpoint, spec, compute_dtype(engine.dtype, device), device, on_progress)
+        finally:
+            checkpoint.close()
+        cache = _allocate_cache(decoder, spec, engine.block_size)
+        return cls(decoder, cache, _describe(decoder, cache, spec, engine))
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._info
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Compute one step. Its exceptions leave the cache of other sequences as it was."""
+        with torch.inference_mode():
+            plan = self._planner.plan([Span(seq.start, len(seq.token_ids), seq.block_table) for seq in batch.seqs])
+            token_ids = [token_id for index in plan.order for token_id in batch.seqs[index].token_ids]
+            hidden = self._decoder.forward(self._indices(token_ids), plan, self._cache)
+            tokens = self._draw(batch.seqs, plan, hidden)
+            results = [
+                _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, hidden[first:]))
+                for seq, first in zip(batch.seqs, plan.first_rows, strict=True)
+            ]
+        return StepResult(results)
+
+    def close(self) -> None:
+        """Let go of weights and cache."""
+        del self._decoder, self._cache, self._planner
+
+    def _draw(self, seqs: Sequence[ScheduledSeq], plan: StepPlan, hidden: Tensor) -> dict[int, SampledToken | None]:
+        """The next token of each sequence that wants one, by `seq_id`. The head is computed for these rows only."""
+        seq_ids, rows, inputs = [], [], []
+        for seq, first in zip(seqs, plan.first_rows, strict=True):
+            if seq.sampling is not None:
+                seq_ids.append(seq.seq_id)
+                rows.append(first + len(seq.token_ids) - 1)
+                inputs.append(seq.sampling)
+        if not rows:
+            return {}
+        logits = self._decoder.logits(hidden.index_select(0, self._indices(rows)))
+        return dict(zip(seq_ids, sample(logits, inputs), strict=True))
+
+    def _prompt_logprobs(self, seq: ScheduledSeq, hidden: Tensor) -> list[TokenLogprob]:
+        """The logprobs of `prompt_targets`, whose hidden states are the first of `hidden`, some rows at a time."""
+        step = max(1, MAX_LOGITS // self._info.vocab_size)
+        found: list[TokenLogprob] = []
+        for start in range(0, len(seq.prompt_targets), step):
+            targets = seq.prompt_targets[start : start + step]
+            logits = self._decoder.logits(hidden[start : start + len(targets)])
+            found += token_logprobs(logits, targets, seq.num_prompt_logprobs)
+        return found
+
+    def _indices(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._decoder.device)
+
+
+def _result(seq: ScheduledSeq, token: SampledToken | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
+    is_lost = seq.sampling is not None and token is None
+    if is_lost or not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
+        return SeqResult(seq.seq_id, error=NOT_FINITE)
+    return SeqResult(seq.seq_id, [] if token is None else [token], prompt_logprobs)
+
+
+def _allocate_cache(decoder: Decoder, spec: ModelSpec, block_size: int) -> KVCache:
+    kv_dtype: KVDtype = "int8" if spec.precision == "a_bf16_w_int8_kv_int8" else "bfloat16"
+    num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
+    try:
+        return KVCache(
+            decoder.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype, device=decoder.device
+        )
+    except RuntimeError as error:  # torch has no narrower class for memory that a CPU cannot give
+        size = num_blocks * block_size * kv_bytes_per_token(decoder.config, kv_dtype) / 2**30
+        raise ConfigError(
+            f"the KV cache of {num_blocks} blocks takes {size:.1f} GiB, which is not there; "
+            "lower build_batch, build_seq or num_blocks"
+        ) from error
+
+
+def _describe(decoder: Decoder, cache: KVCache, spec: ModelSpec, engine: EngineConfig) -> BackendInfo:
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    notes = []
+    if spec.precision != "bf16":
+        notes.append(QUANTIZED_NOTE.format(dtype=dtype))
+    if engine.dtype == "auto" and dtype == "float32":
+        notes.append(FLOAT32_NOTE)
+    return BackendInfo(
+        name="torch",
+        device=describe_device(decoder.device),
+        dtype=dtype,
+        precision=spec.precision,
+        vocab_size=decoder.config.vocab_size,
+        max_model_len=spec.build_seq,
+        max_num_seqs=spec.build_batch,
+        block_size=cache.block_size,
+        num_blocks=cache.num_blocks,
+        kv_dtype=cache.dtype,
+        weight_bytes=decoder.parameters.num_bytes,
+        kv_bytes=cache.num_bytes,
+        sliding_window=_common_window(decoder.config),
+        notes=tuple(notes),
+    )
+
+
+def _common_window(config: ModelConfig) -> int | None:
+    """The window beyond which no layer looks back, if there is one."""
+    return config.sliding_window if len(config.sliding_layers) == config.num_layers else None

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from brlite.errors import ModelError
+from brlite.models import FAMILIES, find_family
+from brlite.models.config import (
+    INT8_BYTES_PER_WEIGHT,
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    ModelConfig,
+    YarnScaling,
+    kv_bytes_per_token,
+    num_parameters,
+    weight_bytes,
+)
+from tests.tiny_models import LLAMA, LLAMA3, MISTRAL, QWEN2, TINY_CONFIGS, YARN, tiny_tensors
+
+
+def read(config: dict[str, Any]) -> ModelConfig:
+    return find_family(config).read_config(config)
+
+
+def test_family_is_found_by_the_whole_name_of_the_architecture() -> None:
+    families = [find_family(config).model_type for config in (LLAMA, MISTRAL, QWEN2)]
+
+    assert families == ["llama", "mistral", "qwen2"]
+
+
+def test_family_is_found_by_model_type_where_no_architecture_is_named() -> None:
+    assert find_family({"model_type": "qwen2"}).architecture == "Qwen2ForCausalLM"
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForSequenceClassification", "Qwen2MoeForCausalLM"])
+def test_unknown_architecture_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(ModelError) as refusal:
+        find_family({"architectures": [name], "model_type": "llama"})
+
+    assert name in str(refusal.value)
+    assert all(family.architecture in str(refusal.value) for family in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", None),
+        ("hidden_size", "64"),
+        ("hidden_size", True),
+        ("hidden_size", 0),
+        ("num_attention_heads", 4.5),
+        ("num_attention_heads", 3),
+        ("num_key_value_heads", 3),
+        ("vocab_size", -1),
+        ("rms_norm_eps", "small"),
+        ("rope_theta", float("nan")),
+        ("hidden_act", "gelu"),
+        ("tie_word_embeddings", "yes"),
+        ("rope_scaling", [1]),
+        ("rope_scaling", {"type": "longrope", "factor": 2.0}),
+        ("rope_scaling", {"type": "linear"}),
+        ("rope_scaling", {"type": "linear", "factor": 0}),
+        ("quantization_config", {"quant_method": "gptq"}),
+    ],
+)
+def test_bad_value_is_refused_by_the_name_of_its_key(key: str, value: object) -> None:
+    with pytest.raises(ModelError) as refusal:
+        read({**LLAMA, key: value})
+
+    assert key in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_head_dim_comes_from_the_config_or_from_the_division() -> None:
+    assert read(LLAMA).head_dim == 16
+    assert read({**LLAMA, "head_dim": 24}).head_dim == 24
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [
+        (None, None),
+        ({"type": "default"}, None),
+        ({"type": "linear", "factor": 4.0}, LinearScaling(4.0)),
+        ({"rope_type": "linear", "factor": 4}, LinearScaling(4.0)),
+        ({"type": "dynamic", "factor": 2.0}, DynamicScaling(2.0, 128)),
+        (LLAMA3, Llama3Scaling(8.0, 1.0, 4.0, 32)),
+        (YARN, YarnScaling(4.0, 32, 1.1386294361119891, 32.0, 1.0, True)),
+        ({**YARN, "attention_factor": 1.5, "truncate": False}, YarnScaling(4.0, 32, 1.5, 32.0, 1.0, False)),
+    ],
+)
+def test_rope_scaling_is_read_from_old_configs_and_new_ones(scaling: dict[str, Any] | None, expected: object) -> None:
+    old = read({**LLAMA, "rope_scaling": scaling, "rope_theta": 5000.0}).rope
+    new = read({**LLAMA, "rope_theta": None, "rope_parameters": {**(scaling or {}), "rope_theta": 5000.0}}).rope
+
+    assert old == new
+    assert (old.theta, old.scaling) == (5000.0, expected)
+
+
+def test_stretched_rope_allows_a_longer_context() -> None:
+    stretched = read({**QWEN2, "max_position_embeddings": 32, "rope_scaling": YARN})
+
+    assert read(QWEN2).max_context == 128
+    assert stretched.max_context == 128
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LLAMA, [None, None, None]),
+        (MISTRAL, [None, None, None]),
+        ({**MISTRAL, "sliding_window": 11}, [11, 11, 11]),
+        ({key: value for key, value in MISTRAL.items() if key != "sliding_window"}, [4096, 4096, 4096]),
+        (QWEN2, [None, None, None]),
+        (TINY_CONFIGS["qwen2-window"], [None, 11, 11]),
+        ({**TINY_CONFIGS["qwen2-window"], "max_window_layers": 0}, [11, 11, 11]),
+        (TINY_CONFIGS["qwen2-layer-types"], [11, None, 11]),
+    ],
+)
+def test_sliding_window_is_in_the_layers_that_the_config_says(
+    config: dict[str, Any], expected: list[int | None]
+) -> None:
+    read_config = read(config)
+
+    assert [read_config.window(layer) for layer in range(3)] == expected
+
+
+@pytest.mark.parametrize("layer_types", [["full_attention"], ["chunked_attention"] * 3, "sliding_attention"])
+def test_layer_types_that_cannot_be_meant_are_refused(layer_types: object) -> None:
+    with pytest.raises(ModelError, match="layer_types"):
+        read({**TINY_CONFIGS["qwen2-window"], "layer_types": layer_types})
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_parameters_are_counted_as_the_checkpoint_holds_them(name: str) -> None:
+    tensors = tiny_tensors(name)
+
+    assert num_parameters(read(TINY_CONFIGS[name])) == sum(tensor.numel() for tensor in tensors.values())
+
+
+def test_weight_bytes_count_norms_in_float32_and_a_lookup_embedding_in_two_bytes() -> None:
+    config = read(LLAMA)
+    norms = 7 * config.hidden_size
+    embedding = config.vocab_size * config.hidden_size
+    matrices = num_parameters(config) - norms
+
+    assert weight_bytes(config, 2) == 2 * matrices + 4 * norms
+    assert weight_bytes(config, INT8_BYTES_PER_WEIGHT) == int(
+        INT8_BYTES_PER_WEIGHT * (matrices - embedding) + 2 * embedding + 4 * norms
+    )
+
+
+def test_kv_bytes_of_a_token_are_known_by_arithmetic() -> None:
+    config = read(LLAMA)
+
+    sizes = [kv_bytes_per_token(config, dtype) for dtype in ("float32", "bfloat16", "int8")]
+
+    assert sizes == [3 * 2 * 2 * 16 * 4, 3 * 2 * 2 * 16 * 2, 3 * 2 * 2 * (16 + 4)]
+
+
+def test_a_config_is_judged_without_importing_torch() -> None:
+    code = "import sys, brlite.models, brlite.models.config; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
