@@ -30,7 +30,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "config_check": ("config errors", ""),
     "config_text": ("config", "msgspec"),
     "machine": ("", "msgspec"),
-    "tokenizer": ("errors", "tokenizers sentencepiece jinja2"),
+    "tokenizer": ("checkpoint.gguf_header errors", "tokenizers sentencepiece jinja2"),
     "constraint": ("errors", "llguidance"),
     "engine": ("constraint tokenizer sampling_params outputs config errors", "msgspec"),
     "models": ("errors config", "torch msgspec"),

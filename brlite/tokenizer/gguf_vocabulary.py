@@ -12,9 +12,9 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
+from brlite.checkpoint.gguf_header import read_gguf_header
 from brlite.errors import ModelError
 from brlite.tokenizer.chat_template import ChatTemplate, read_template
-from brlite.tokenizer.gguf_metadata import read_gguf_metadata
 from brlite.tokenizer.pieces import Piece, PieceKind, add_typed_tokens, build_backend
 from brlite.tokenizer.post_processor import add_bos_eos
 from brlite.tokenizer.pre_tokenizers import SPLITTINGS, Splitting, build_pre_tokenizer
@@ -28,7 +28,7 @@ _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # what a `llama` vocabulary means whe
 
 def load_gguf(path: Path, *, chat_template: Path | None = None) -> Tokenizer:
     """The tokenizer of a GGUF file; `chat_template` replaces the file's own. Raises `ModelError`, naming the key."""
-    vocabulary = _Vocabulary(path, read_gguf_metadata(path))
+    vocabulary = _Vocabulary(path, read_gguf_header(path).metadata)
     backend = _build(vocabulary)
     _add_bos_eos(backend, vocabulary)
     template = read_template(chat_template) if chat_template else vocabulary.get("tokenizer.chat_template", str)
