@@ -7,7 +7,11 @@ which the engine calls at its door. The mathematics is in `brlite/worker/sampler
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import operator
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -15,7 +19,6 @@ from brlite.errors import InvalidRequest
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it would overflow fp32
 MAX_LOGIT_BIAS = 100.0
-SEED_RANGE = (-(2**63), 2**64 - 1)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,11 +51,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        self._normalise()
-        self._check_numbers()
-        self._check_counts()
-        if any(text == "" for text in self.stop):
-            raise InvalidRequest("stop must not hold an empty string", param="stop")
+        for name, rule in _RULES.items():
+            msgspec.structs.force_setattr(self, name, rule.apply(name, getattr(self, name)))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            allowed = f"at most max_tokens, which is {self.max_tokens}"
+            raise InvalidRequest(f"min_tokens must be {allowed}, got {self.min_tokens}", param="min_tokens")
+        stop_token_ids = tuple(dict.fromkeys(self.stop_token_ids + self.stop_tokens_ids))
+        msgspec.structs.force_setattr(self, "stop_token_ids", stop_token_ids)
+        msgspec.structs.force_setattr(self, "stop_tokens_ids", ())
 
     @property
     def is_greedy(self) -> bool:
@@ -69,41 +75,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         check_token_ids(self.stop_token_ids, vocab_size, param="stop_token_ids")
         check_token_ids(self.logit_bias, vocab_size, param="logit_bias")
 
-    def _normalise(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        ids = tuple(dict.fromkeys((*self.stop_token_ids, *self.stop_tokens_ids)))
-        for name, value in (("stop", stop), ("stop_token_ids", ids), ("stop_tokens_ids", ())):
-            msgspec.structs.force_setattr(self, name, value)
-
-    def _check_numbers(self) -> None:
-        for name in ("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "min_p"):
-            if not math.isfinite(getattr(self, name)):
-                raise InvalidRequest(f"{name} must be a finite number, got {getattr(self, name)}", param=name)
-        _require(self.repetition_penalty > 0, "repetition_penalty", "above 0", self.repetition_penalty)
-        _require(self.temperature >= 0, "temperature", "at least 0", self.temperature)
-        _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
-        _require(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
-        for bias in self.logit_bias.values():
-            _require(abs(bias) <= MAX_LOGIT_BIAS, "logit_bias", f"in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]", bias)
-
-    def _check_counts(self) -> None:
-        _require(self.n >= 1, "n", "at least 1", self.n)
-        _require(self.top_k == -1 or self.top_k >= 1, "top_k", "-1 or at least 1", self.top_k)
-        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "at least 1", self.max_tokens)
-        _require(self.min_tokens >= 0, "min_tokens", "at least 0", self.min_tokens)
-        if self.max_tokens is not None:
-            _require(self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens", self.min_tokens)
-        _require(self.logprobs is None or self.logprobs >= 0, "logprobs", "at least 0", self.logprobs)
-        _require(
-            self.prompt_logprobs is None or self.prompt_logprobs >= 0,
-            "prompt_logprobs",
-            "at least 0",
-            self.prompt_logprobs,
-        )
-        if self.seed is not None:
-            low, high = SEED_RANGE
-            _require(low <= self.seed <= high, "seed", "a 64-bit integer", self.seed)
-
 
 def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) -> None:
     """Raise `InvalidRequest` at the first id outside 0 to `vocab_size` - 1."""
@@ -112,6 +83,110 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) ->
             raise InvalidRequest(f"{param} holds token id {token_id}; allowed are 0 to {vocab_size - 1}", param=param)
 
 
-def _require(is_allowed: bool, param: str, allowed: str, got: object) -> None:
-    if not is_allowed:
-        raise InvalidRequest(f"{param} must be {allowed}, got {got}", param=param)
+class _Rule(NamedTuple):
+    """How a field is read (to the type it is declared with) and which of the values read are allowed."""
+
+    read: Callable[[Any], Any]
+    is_allowed: Callable[[Any], object]
+    allowed: str
+
+    def apply(self, name: str, value: object) -> object:
+        try:
+            read = self.read(value)
+            is_allowed = self.is_allowed(read)
+        except (TypeError, ValueError, OverflowError):
+            is_allowed = False
+        if not is_allowed:
+            raise InvalidRequest(f"{name} must be {self.allowed}, got {reprlib.repr(value)}", param=name)
+        return read
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a truth value is no number")
+    integer = operator.index(value)
+    if not -(2**63) <= integer < 2**64:
+        raise OverflowError("more than 64 bits")
+    return integer
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError("not a number")
+    return float(value)
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError("not a truth value")
+    return value
+
+
+def _optional_integer(value: Any) -> int | None:
+    return None if value is None else _integer(value)
+
+
+def _items(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, (str, bytes, Mapping)):
+        raise TypeError("not a list")
+    return () if value is None else tuple(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError("not a string that can be found")
+    value.encode()  # raises for a lone surrogate, which no output can hold
+    return value
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    return tuple(_text(item) for item in ((value,) if isinstance(value, str) else _items(value)))
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    return tuple(_integer(item) for item in _items(value))
+
+
+def _biases(value: Any) -> dict[int, float]:
+    """Token ids may be spelt as strings, as JSON must spell them."""
+    biases = {} if value is None else dict(value)
+    return {int(key) if isinstance(key, str) else _integer(key): _number(bias) for key, bias in biases.items()}
+
+
+def _any(value: object) -> bool:
+    return True
+
+
+def _at_least(low: int, read: Callable[[Any], Any] = _integer) -> _Rule:
+    return _Rule(read, lambda count: count is None or count >= low, f"a 64-bit integer, at least {low}")
+
+
+_PENALTY = _Rule(_number, math.isfinite, "a finite number")
+_TRUTH = _Rule(_truth, _any, "true or false")
+_TOKEN_IDS = _Rule(_token_ids, _any, "a list of token ids")
+_RULES = {
+    "n": _at_least(1),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "repetition_penalty": _Rule(_number, lambda x: 0 < x < math.inf, "a finite number above 0"),
+    "temperature": _Rule(_number, lambda x: 0 <= x < math.inf, "a finite number, at least 0"),
+    "top_p": _Rule(_number, lambda x: 0 < x <= 1, "a number in (0, 1]"),
+    "top_k": _Rule(_integer, lambda k: k == -1 or k >= 1, "-1 or a 64-bit integer, at least 1"),
+    "min_p": _Rule(_number, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+    "seed": _Rule(_optional_integer, _any, "a 64-bit integer"),
+    "stop": _Rule(_texts, _any, "a string or a list of strings, none of them empty"),
+    "stop_token_ids": _TOKEN_IDS,
+    "stop_tokens_ids": _TOKEN_IDS,
+    "include_stop_str_in_output": _TRUTH,
+    "ignore_eos": _TRUTH,
+    "max_tokens": _at_least(1, _optional_integer),
+    "min_tokens": _at_least(0),
+    "logit_bias": _Rule(
+        _biases,
+        lambda biases: all(abs(bias) <= MAX_LOGIT_BIAS for bias in biases.values()),
+        f"token ids with numbers in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]",
+    ),
+    "logprobs": _at_least(0, _optional_integer),
+    "prompt_logprobs": _at_least(0, _optional_integer),
+    "skip_special_tokens": _TRUTH,
+}

@@ -1,0 +1,36 @@
+"""The random numbers of sampling: a pure function of seed and position, and how one of them picks a token.
+
+Knows no generator state and no torch, so a draw cannot depend on what was drawn before it or beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+
+_MANTISSA_BITS = 53
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on `seed` and `position` alone, the same on every machine and version."""
+    key = seed.to_bytes(16, "little", signed=True) + position.to_bytes(8, "little")
+    digest = hashlib.blake2b(key, digest_size=8, person=b"brlite").digest()
+    return float((int.from_bytes(digest, "little") >> (64 - _MANTISSA_BITS)) * 2.0**-_MANTISSA_BITS)
+
+
+def invert_cdf(weights: Floats, targets: Floats) -> tuple[Integers, Floats]:
+    """For each row the first index whose cumulative weight exceeds the row's target, and the target's rest within it.
+
+    `weights` [R, N] need not be normalised: targets run from 0 to the row's sum. An index of weight 0 is never
+    returned, not even for a target that rounding has pushed to the end.
+    """
+    cumulative = weights.cumsum(axis=1)
+    targets = np.minimum(targets, np.nextafter(cumulative[:, -1], 0.0))
+    indices = (cumulative <= targets[:, None]).sum(axis=1)
+    before = np.where(indices > 0, np.take_along_axis(cumulative, np.maximum(indices - 1, 0)[:, None], 1)[:, 0], 0.0)
+    return indices, targets - before

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
+from brlite.errors import InvalidRequest
+from brlite.sampling_params import SamplingParams
+
+INF, NAN = float("inf"), float("nan")
+PENALTIES = ("presence_penalty", "frequency_penalty")
+NUMBERS = (*PENALTIES, "repetition_penalty", "temperature", "top_p", "min_p")
+TRUTHS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed")
+
+ACCEPTED: dict[str, list[Any]] = {
+    "n": [1, 10**9, 2**64 - 1],
+    "presence_penalty": [0, -1e30, 1e308],
+    "frequency_penalty": [0, -1e30, 1e308],
+    "repetition_penalty": [1, 5e-324, 1e308],
+    "temperature": [0, 0.0, 1e-4, 1e30],
+    "top_p": [1, 1.0, 5e-324],
+    "top_k": [-1, 1, 2**63],
+    "min_p": [0, 0.0, 1],
+    "seed": [None, 0, -(2**63), 2**64 - 1],
+    "stop": ["end", ["end"], ("a", "b"), [], (), None, "\N{SNOWMAN}"],
+    "stop_token_ids": [[], [0], (1, 2), {3}, None],
+    "stop_tokens_ids": [[], [0], (1, 2), None],
+    "include_stop_str_in_output": [True, False],
+    "ignore_eos": [True, False],
+    "max_tokens": [None, 1, 2**63],
+    "min_tokens": [0, 16],
+    "logit_bias": [{}, None, {0: 100, 1: -100.0}, {"7": 1}],
+    "logprobs": [None, 0, 20],
+    "prompt_logprobs": [None, 0, 20],
+    "skip_special_tokens": [True, False],
+}
+
+REFUSED: dict[str, list[Any]] = {
+    "n": [0, -1, None],
+    "presence_penalty": [],
+    "frequency_penalty": [],
+    "repetition_penalty": [0, -1e-9],
+    "temperature": [-1e-9],
+    "top_p": [0, -0.1, 1.0000001],
+    "top_k": [0, -2, None],
+    "min_p": [-1e-9, 1.0000001],
+    "seed": [-(2**63) - 1, 2**64],
+    "stop": ["", ["a", ""], ["a", 1], 7, b"end", {"a": 1}, "\ud800"],
+    "stop_token_ids": ["12", ["12"], [1.0], [True], 5, [2**64]],
+    "stop_tokens_ids": ["12", ["12"], [1.0], [True], 5],
+    "include_stop_str_in_output": [],
+    "ignore_eos": [],
+    "max_tokens": [0, -1],
+    "min_tokens": [-1, 17, None],
+    "logit_bias": [{1: 100.5}, {1: NAN}, {1: INF}, {"x": 1}, {1.5: 1}, {True: 1}, {1: "1"}, [1], 5],
+    "logprobs": [-1],
+    "prompt_logprobs": [-1],
+    "skip_special_tokens": [],
+}
+REFUSED_BY_KIND: dict[tuple[str, ...], list[Any]] = {
+    NUMBERS: [NAN, INF, -INF, None, "1", True, 10**400, 1j, [1]],
+    COUNTS: [1.0, "1", True, NAN, 10**30, [1]],
+    TRUTHS: [0, 1, None, "true"],
+}
+
+
+def cases(table: dict[str, list[Any]]) -> list[tuple[str, Any]]:
+    return [(name, value) for name, values in table.items() for value in values]
+
+
+def cases_by_kind() -> list[tuple[str, Any]]:
+    return [(name, value) for names, values in REFUSED_BY_KIND.items() for name in names for value in values]
+
+
+def test_the_tables_of_this_test_know_every_field() -> None:
+    fields = {field.name for field in msgspec.structs.fields(SamplingParams)}
+
+    assert set(ACCEPTED) == set(REFUSED) == fields
+
+
+@pytest.mark.parametrize(("name", "value"), cases(ACCEPTED))
+def test_a_value_at_the_edge_of_its_range_is_accepted(name: str, value: Any) -> None:
+    params = SamplingParams(**{name: value})
+
+    assert isinstance(params, SamplingParams)
+
+
+@pytest.mark.parametrize(("name", "value"), cases(REFUSED) + cases_by_kind())
+def test_a_value_out_of_range_or_of_another_type_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        SamplingParams(**{name: value})
+
+    assert refusal.value.param == name
+    assert str(refusal.value).startswith(f"{name} must be ")
+    assert len(str(refusal.value)) < 200
+    assert str(refusal.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("temperature", 1, 1.0),
+        ("temperature", np.float32(0.5), 0.5),
+        ("n", np.int64(3), 3),
+        ("stop", "end", ("end",)),
+        ("stop", ["a", "b"], ("a", "b")),
+        ("stop", None, ()),
+        ("stop_token_ids", [5, 6, 5], (5, 6)),
+        ("logit_bias", {"50256": -100}, {50256: -100.0}),
+    ],
+)
+def test_a_value_is_read_to_the_type_of_its_field(name: str, value: Any, read: Any) -> None:
+    params = SamplingParams(**{name: value})
+
+    assert getattr(params, name) == read
+    assert type(getattr(params, name)) is type(read)
+
+
+def test_both_spellings_of_stop_token_ids_add_up() -> None:
+    params = SamplingParams(stop_token_ids=(1, 2), stop_tokens_ids=(2, 3))
+
+    assert params.stop_token_ids == (1, 2, 3)
+    assert params.stop_tokens_ids == ()
+
+
+def test_min_tokens_is_free_where_max_tokens_is_open() -> None:
+    params = SamplingParams(min_tokens=100, max_tokens=None)
+
+    assert params.min_tokens == 100
+
+
+def test_a_bias_given_does_not_change_with_the_callers_dictionary() -> None:
+    biases = {1: 2.0}
+    params = SamplingParams(logit_bias=biases)
+
+    biases[1] = 1e9
+
+    assert params.logit_bias == {1: 2.0}
+
+
+@pytest.mark.parametrize(("temperature", "is_greedy"), [(0.0, True), (9e-6, True), (1e-5, False), (1.0, False)])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature: float, is_greedy: bool) -> None:
+    params = SamplingParams(temperature=temperature)
+
+    assert params.is_greedy is is_greedy
+
+
+@pytest.mark.parametrize("name", [*PENALTIES, "repetition_penalty"])
+def test_each_penalty_alone_counts_as_penalties(name: str) -> None:
+    params = SamplingParams(**{name: 1.5})
+
+    assert params.has_penalties
+    assert not SamplingParams().has_penalties
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("top_k", 10, 11),
+        ("stop_token_ids", (0, 9), (10,)),
+        ("stop_token_ids", (0,), (-1,)),
+        ("logit_bias", {0: 1.0, 9: 1.0}, {10: 1.0}),
+    ],
+)
+def test_the_vocabulary_bounds_top_k_and_token_ids(name: str, inside: Any, outside: Any) -> None:
+    SamplingParams(**{name: inside}).check_vocabulary(10)
+
+    with pytest.raises(InvalidRequest) as refusal:
+        SamplingParams(**{name: outside}).check_vocabulary(10)
+
+    assert refusal.value.param == name
+
+
+def test_parameters_and_batches_survive_msgpack() -> None:
+    params = SamplingParams(
+        n=3, temperature=0.7, top_k=5, seed=2**64 - 1, stop=("a", "é"), stop_tokens_ids=(4,), logit_bias={7: -1.5}
+    )
+    sampling = SamplingInput(
+        params=params, seed=-5, position=9, counted_token_ids=b"\x01\0\0\0", output_counts=b"\0\0\0\0"
+    )
+    batch = Batch(seqs=[ScheduledSeq(seq_id=1, start=0, token_ids=[1, 2], block_table=[0], sampling=sampling)])
+
+    decoded_params = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
+    decoded_batch = msgspec.msgpack.decode(msgspec.msgpack.encode(batch), type=Batch)
+
+    assert decoded_params == params
+    assert decoded_batch == batch
+
+
+def test_parameters_out_of_range_are_refused_in_decoding_too() -> None:
+    encoded = msgspec.json.encode({"top_p": 2})
+
+    with pytest.raises(msgspec.ValidationError, match=r"top_p must be a number in \(0, 1\]"):
+        msgspec.json.decode(encoded, type=SamplingParams)
