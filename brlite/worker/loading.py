@@ -15,7 +15,7 @@ from brlite.checkpoint import Checkpoint
 from brlite.config import ModelSpec
 from brlite.errors import ConfigError, ModelError
 from brlite.models import find_family
-from brlite.models.config import ModelConfig
+from brlite.models.config import ModelConfig, weight_bytes
 from brlite.models.decoder import Decoder
 from brlite.models.family import Family, Place
 from brlite.models.parameters import Parameters, allocate_parameters
@@ -40,9 +40,9 @@ def load_model(
     config = family.read_config(checkpoint.config)
     check_spec(spec, config)
     places = family.weight_places(config)
-    ignored = _check_shapes(checkpoint.shapes(), places, family, config)
+    ignored = _check_tensors(checkpoint, places, family, config)
 
-    parameters = allocate_parameters(config, dtype, device)
+    parameters = _allocate(config, dtype, device)
     _fill(parameters, checkpoint, places, ignored, on_progress)
     if spec.precision != "bf16":
         quantize_linears_(parameters)
@@ -57,20 +57,21 @@ def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
         raise ConfigError(f"vocab_size is {spec.vocab_size}; {spec.name} has {config.vocab_size} embedding rows")
 
 
-def _check_shapes(
-    shapes: Mapping[str, tuple[int, ...]], places: Mapping[str, Place], family: Family, config: ModelConfig
+def _check_tensors(
+    checkpoint: Checkpoint, places: Mapping[str, Place], family: Family, config: ModelConfig
 ) -> set[str]:
     """The names of the checkpoint's tensors that the decoder has no use for, all else being as it must be."""
+    path, shapes = checkpoint.path, checkpoint.shapes()
     missing = [name for name in places if name not in shapes]
     if missing:
-        raise ModelError(f"checkpoint: {_listed(missing)} missing")
+        raise ModelError(f"{path}: {_listed(missing)} missing")
     for name, place in places.items():
         if tuple(shapes[name]) != place.shape:
-            raise ModelError(f"checkpoint: {name} has shape {list(shapes[name])}; the config wants {list(place.shape)}")
+            raise ModelError(f"{path}: {name} has shape {list(shapes[name])}; the config wants {list(place.shape)}")
     extra = {name for name in shapes if name not in places}
     unexpected = sorted(name for name in extra if not _is_ignorable(name, family, config))
     if unexpected:
-        raise ModelError(f"checkpoint: {_listed(unexpected)} not expected in a {family.model_type} model")
+        raise ModelError(f"{path}: {_listed(unexpected)} not expected in a {family.model_type} model")
     return extra
 
 
@@ -85,6 +86,14 @@ def _listed(names: list[str]) -> str:
     return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"
 
 
+def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Parameters:
+    try:
+        return allocate_parameters(config, dtype, device)
+    except RuntimeError as error:  # torch has no narrower class for memory that a CPU cannot give
+        size = weight_bytes(config, dtype.itemsize) / 2**30
+        raise ConfigError(f"the weights take {size:.1f} GiB, which is not there") from error
+
+
 def _fill(
     parameters: Parameters,
     checkpoint: Checkpoint,
@@ -97,15 +106,15 @@ def _fill(
     for name, tensor in checkpoint.tensors():
         if name in ignored:
             continue
+        if not tensor.is_floating_point():
+            raise ModelError(f"{checkpoint.path}: {name} holds {tensor.dtype}; floating-point weights are wanted")
         place = places[name]
-        _copy(parameters.named[place.parameter], place, tensor, name)
+        _copy(parameters.named[place.parameter], place, tensor)
         num_loaded += tensor.numel()
         on_progress(num_loaded / total)
 
 
-def _copy(parameter: Tensor, place: Place, tensor: Tensor, name: str) -> None:
-    if not tensor.is_floating_point():
-        raise ModelError(f"checkpoint: {name} holds {tensor.dtype}; floating-point weights are wanted")
+def _copy(parameter: Tensor, place: Place, tensor: Tensor) -> None:
     # Every precision starts from bfloat16 weights, held in float32 or not; norms keep all their digits.
     rounded = tensor if place.parameter.endswith("norm") else tensor.to(torch.bfloat16)
     parameter[place.start : place.start + place.shape[0]].copy_(rounded)
