@@ -35,6 +35,10 @@ _OVERRIDES = {
 }
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "n", "stop")
 
+# Read when torch loads: how long its threads spin before they sleep. Unbounded spinning makes a step 1.25 times faster
+# on idle cores and 3 to 20 times slower on cores that others use too (`bench/README.md`).
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
+
 Command = Callable[[argparse.Namespace], int]
 
 
@@ -51,6 +55,8 @@ def br_api_server(argv: list[str] | None = None) -> int:
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     args = parser.parse_args(argv)
     command: Command = args.command
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         status = command(args)
         sys.stdout.flush()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
 
 
 @pytest.fixture(scope="session")
