@@ -1,0 +1,225 @@
+"""A model put together from real files: offline, embedded in an event loop, and under every kind of pressure."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from brlite.config import Config, EngineConfig, ModelSpec
+from brlite.errors import ConfigError, InvalidRequest, ModelError
+from brlite.generate import run as run_generate
+from brlite.llm import LLM, AsyncEngine, build_engine
+from brlite.sampling_params import SamplingParams
+from tests.tiny_models import write_tiny_model
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+PROMPTS = ["The first prompt", "a second", "The first prompt, and more of it", "x", "The first pr"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with a tokenizer of one token a byte."""
+    path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{letter: 3 + index for index, letter in enumerate(alphabet)}}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def make_config(folder: Path, *, engine: dict[str, Any] | None = None, **model: Any) -> Config:
+    spec = ModelSpec(**{"name": "tiny", "path": str(folder), "build_seq": 128, "build_batch": 4, **model})
+    return Config(model=(spec,), engine=EngineConfig(**{"dtype": "float32", "device": "cpu", **(engine or {})}))
+
+
+def texts(config: Config, prompts: list[str], params: SamplingParams = GREEDY) -> list[str]:
+    with LLM(config=config) as llm:
+        return [output.outputs[0].text for output in llm.generate(prompts, params)]
+
+
+def test_the_manuals_json_and_its_offline_script_work(folder: Path, tmp_path: Path) -> None:
+    config = {
+        "model": "tiny",
+        "cached_dir": str(folder),
+        "input_name": "input_ids.1",
+        "output_name": "9",
+        "vocab_size": 300,
+        "model_file": "/models/tiny.pt",
+        "serialize_file": "",
+        "model_precision": "a_bf16_w_int8_kv_int8",
+        "build_seq": 128,
+        "build_batch": 4,
+        "distribute_param": [1, 1, 1],
+        "devices": [0],
+        "all_models": {"http://host_ip:port": "tiny"},
+    }
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps(config))
+
+    with LLM(config_path=str(path), trust_remote_code=True) as llm:
+        outputs = llm.generate(PROMPTS, [SamplingParams(max_tokens=number + 1, n=2) for number in range(5)])
+
+    assert [output.prompt for output in outputs] == PROMPTS
+    assert [len(output.outputs) for output in outputs] == [2] * 5
+    assert all(output.finished and isinstance(output.outputs[0].text, str) for output in outputs)
+
+
+@pytest.mark.parametrize(
+    "pressure",
+    [
+        {"engine": {"max_num_batched_tokens": 4}},
+        {"engine": {"prefix_caching": False}},
+        {"engine": {"block_size": 8}, "num_blocks": 8, "build_batch": 3},
+        {"build_batch": 1},
+    ],
+    ids=["small chunks", "no prefix cache", "preemption", "one at a time"],
+)
+def test_a_text_does_not_depend_on_chunks_caches_company_or_preemption(folder: Path, pressure: dict[str, Any]) -> None:
+    expected = texts(make_config(folder), PROMPTS)
+
+    assert texts(make_config(folder, **pressure), PROMPTS) == expected
+
+
+def test_a_seeded_text_does_not_depend_on_its_company(folder: Path) -> None:
+    params = [SamplingParams(seed=seed, temperature=1.5, top_k=50, max_tokens=10, ignore_eos=True) for seed in range(5)]
+    with LLM(config=make_config(folder)) as llm:
+        together = [output.outputs[0].text for output in llm.generate(PROMPTS, params)]
+        alone = [llm.generate(prompt, each)[0].outputs[0].text for prompt, each in zip(PROMPTS, params, strict=True)]
+
+    assert together == alone
+    assert len(set(together)) == len(PROMPTS)
+
+
+def test_n_beyond_the_batch_runs_in_turns(folder: Path) -> None:
+    with LLM(config=make_config(folder, build_batch=2)) as llm:
+        (output,) = llm.generate("several", SamplingParams(n=7, seed=1, max_tokens=6, ignore_eos=True))
+
+    assert [completion.index for completion in output.outputs] == list(range(7))
+    assert len({completion.text for completion in output.outputs}) == 7
+
+
+def test_a_wrong_prompt_raises_and_the_next_call_works(folder: Path) -> None:
+    with LLM(config=make_config(folder)) as llm:
+        with pytest.raises(InvalidRequest):
+            llm.generate(["good", "x" * 500], GREEDY)
+        outputs = llm.generate(["good"], GREEDY)
+
+    assert outputs[0].finished
+
+
+def test_one_set_of_parameters_or_one_for_each_prompt(folder: Path) -> None:
+    with LLM(config=make_config(folder)) as llm, pytest.raises(InvalidRequest, match="2 entries for 3 prompts"):
+        llm.generate(["a", "b", "c"], [GREEDY, GREEDY])
+
+
+def test_online_and_offline_say_the_same(folder: Path) -> None:
+    config = make_config(folder)
+
+    async def ask(engine: AsyncEngine, prompt: str) -> str:
+        return "".join([output.outputs[0].text async for output in engine.generate(prompt, GREEDY)])
+
+    async def online() -> list[str]:
+        async with AsyncEngine.from_config(config) as engine:
+            return list(await asyncio.gather(*(ask(engine, prompt) for prompt in PROMPTS)))
+
+    assert asyncio.run(online()) == texts(config, PROMPTS)
+
+
+def test_embedding_leaves_no_task_and_no_thread_and_two_engines_do_not_meet(folder: Path) -> None:
+    async def embed() -> tuple[list[str], set[str]]:
+        config = make_config(folder)
+        async with AsyncEngine.from_config(config) as one, AsyncEngine.from_config(config) as two:
+            found = []
+            for engine in (one, two):
+                async for output in engine.generate("hello", GREEDY):
+                    if output.finished:
+                        found.append(engine.info.name)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        return found, {task.get_name() for task in tasks if task is not None}
+
+    threads = set(threading.enumerate())
+    found, tasks = asyncio.run(embed())
+
+    assert found == ["torch", "torch"]
+    assert tasks == set()
+    assert {thread.name for thread in set(threading.enumerate()) - threads} == set()
+
+
+def test_progress_is_told_by_stage(folder: Path) -> None:
+    told: list[tuple[str, float]] = []
+
+    _, backend = build_engine(make_config(folder), on_progress=lambda stage, fraction: told.append((stage, fraction)))
+    backend.close()
+
+    assert list(dict.fromkeys(stage for stage, _ in told)) == [
+        "reading the tokenizer",
+        "starting torch",
+        "reading the weights",
+    ]
+    assert told[-1][1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        ({"build_seq": 4096}, ConfigError, "build_seq"),
+        ({"vocab_size": 301}, (ConfigError, ModelError), "vocab_size"),
+        ({"path": "/nowhere"}, ModelError, "/nowhere"),
+        ({"tensor_parallel": 2, "devices": (0, 1)}, ConfigError, "tensor_parallel"),
+    ],
+)
+def test_what_the_model_cannot_do_is_said_in_one_line(
+    folder: Path, model: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words) as caught:
+        LLM(config=make_config(folder, **model))
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([f"word{number}" for number in range(100)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+    with pytest.raises(ModelError, match="the model only 300"):
+        LLM(config=make_config(tmp_path))
+
+
+def test_the_generate_command_answers_each_line_in_order(folder: Path, tmp_path: Path) -> None:
+    source, target = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    source.write_text('plain line\n\n{"prompt": "as JSON", "max_tokens": 3, "n": 2}\n')
+
+    status = run_generate(make_config(folder), str(source), str(target), GREEDY)
+
+    answers = [json.loads(line) for line in target.read_text().splitlines()]
+    assert status == 0
+    assert [answer["prompt"] for answer in answers] == ["plain line", "as JSON"]
+    assert [len(answer["outputs"]) for answer in answers] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"prompt": "a", "top_p": 7}', "line 2: top_p"),
+        ('{"prompt": "a", "frob": 7}', "line 2"),
+        ('{"top_p": 1}', "line 2 has no prompt"),
+        ('{"prompt": ', "line 2 is not JSON"),
+    ],
+)
+def test_a_wrong_line_of_the_generate_command_is_named(folder: Path, tmp_path: Path, line: str, words: str) -> None:
+    source = tmp_path / "prompts.txt"
+    source.write_text(f"good\n{line}\n")
+
+    with pytest.raises(ConfigError, match=words):
+        run_generate(make_config(folder), str(source), str(tmp_path / "out"), GREEDY)
