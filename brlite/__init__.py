@@ -1,3 +1,35 @@
-"""brlite: a compact asyncio server for large language models."""
+"""brlite: a compact asyncio server for large language models.
+
+The names below are imported when they are first used, so that `import brlite` costs nothing and loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from brlite.app import create_app
+    from brlite.config import Config, load_config
+    from brlite.llm import LLM, AsyncEngine
+    from brlite.outputs import RequestOutput
+    from brlite.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
+__all__ = ["LLM", "AsyncEngine", "Config", "RequestOutput", "SamplingParams", "create_app", "load_config"]
+
+_HOMES = {
+    "LLM": "brlite.llm",
+    "AsyncEngine": "brlite.llm",
+    "Config": "brlite.config",
+    "load_config": "brlite.config",
+    "RequestOutput": "brlite.outputs",
+    "SamplingParams": "brlite.sampling_params",
+    "create_app": "brlite.app",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'brlite' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

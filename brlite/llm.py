@@ -206,10 +206,11 @@ def _one_for_each(
 
 
 def _check_vocabulary(tokenizer: Tokenizer, backend: Backend, path: Path) -> None:
-    if tokenizer.vocab_size > backend.info.vocab_size:
+    highest = max(tokenizer.vocab_size - 1, *tokenizer.eos_token_ids)
+    if highest >= backend.info.vocab_size:
         backend.close()
         raise ModelError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {backend.info.vocab_size}"
+            f"{path}: the tokenizer has token ids up to {highest}, the model only up to {backend.info.vocab_size - 1}"
         )
 
 

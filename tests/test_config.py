@@ -50,9 +50,7 @@ def test_an_empty_file_is_the_default_config(tmp_path):
 
 
 def test_options_of_a_file_replace_the_defaults(tmp_path):
-    config = load_text(
-        tmp_path, '[server]\nport = 9\n[[model]]\nname = "a"\n[[model]]\nname = "b"\nbuild_seq = 64\n'
-    )
+    config = load_text(tmp_path, '[server]\nport = 9\n[[model]]\nname = "a"\n[[model]]\nname = "b"\nbuild_seq = 64\n')
 
     assert config.server == ServerConfig(port=9)
     assert config.model == (ModelSpec(name="a"), ModelSpec(name="b", build_seq=64))

@@ -192,7 +192,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(folder: Path, tmp_path: Pa
     tokenizer.add_tokens([f"word{number}" for number in range(100)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
 
-    with pytest.raises(ModelError, match="the model only 300"):
+    with pytest.raises(ModelError, match="the model only up to 299"):
         LLM(config=make_config(tmp_path))
 
 

@@ -119,6 +119,11 @@ class BlockManager:
         seq.num_sealed_blocks = 0
         seq.num_computed_tokens = 0
 
+    def unseal(self, seq: Sequence) -> None:
+        """Make the sequence's blocks unfindable: what they hold is not to be trusted."""
+        for block_id in seq.block_table:
+            self._forget(self._blocks[block_id])
+
     def check_integrity(self, seqs: Iterable[Sequence]) -> None:
         """Raise `EngineError` unless every block is owned exactly by the given sequences, or else free."""
         owners = Counter(block_id for seq in seqs for block_id in seq.block_table)
@@ -138,10 +143,13 @@ class BlockManager:
         block_id, _ = self._free.popitem(last=False)
         block = self._blocks[block_id]
         block.ref_count = 1
+        self._forget(block)
+        return block_id
+
+    def _forget(self, block: Block) -> None:
         if block.digest is not None:
             del self._sealed[block.digest]
             block.digest = None
-        return block_id
 
     def _holds(self, block_id: int, parent_digest: bytes, token_ids: list[int]) -> bool:
         block = self._blocks[block_id]

@@ -179,6 +179,7 @@ class Engine:
     def _take_in(self, seq: Sequence, num_tokens: int, result: SeqResult, now: float) -> None:
         state = seq.state
         if result.error is not None:
+            self._blocks.unseal(seq)  # the fault may lie in a chunk that was sealed before it showed
             self._end_with_error(state, EngineError(result.error))
             return
         if seq.wants_prompt_logprobs:

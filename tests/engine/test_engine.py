@@ -150,6 +150,18 @@ def test_a_sequence_that_fails_ends_its_own_request_only(make_driver: MakeDriver
     assert driver.token_ids(good) == reference_tokens(b"abc", 8)
 
 
+def test_the_blocks_of_a_sequence_that_failed_are_not_found_again(make_driver: MakeDriver) -> None:
+    driver = make_driver(budget=8, fault=lambda seq: "not finite" if seq.start == 16 and seq.sampling else None)
+    driver.submit([7] * 20)
+    driver.finish()
+
+    driver.submit([7] * 20)
+    batch = driver.step()
+
+    assert batch is not None
+    assert batch.seqs[0].start == 0
+
+
 def test_a_step_that_raises_ends_the_requests_in_it_and_the_engine_goes_on(make_driver: MakeDriver) -> None:
     def fault(seq: object) -> None:
         if len(driver.backend.batches) == 2:

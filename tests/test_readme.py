@@ -1,0 +1,66 @@
+"""The README cannot go stale: its examples run, and its tables are the code's."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from brlite.config import DEFAULT_MODEL, LimitsConfig
+from brlite.sampling_params import SamplingParams
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def table(heading: str) -> dict[str, list[str]]:
+    """The rows of the first table under a heading: the name in the first cell, then the other cells."""
+    section = re.split(r"\n##+ ", README.split(heading, 1)[1], maxsplit=1)[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    return {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in rows}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("example", EXAMPLES, ids=["offline", "event loop", "application"])
+def test_the_examples_run(example: str, smollm2_path: Path) -> None:
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=100)
+
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_limits_are_those_of_the_code() -> None:
+    documented = {name: cells[0] for name, cells in table("### Limits").items()}
+
+    assert documented == {name: str(value) for name, value in msgspec.structs.asdict(LimitsConfig()).items()}
+
+
+def test_the_sampling_parameters_are_those_of_the_code() -> None:
+    fields = set(SamplingParams.__struct_fields__) - {"stop_tokens_ids"}
+
+    assert set(table("### Sampling parameters")) == fields
+
+
+def test_the_file_tree_shows_what_is_there() -> None:
+    tree = README.split("## The house", 1)[1].split("```")[1]
+    named = {name.rstrip("/") for name in re.findall(r"[\w.]+\.py|\b[a-z]+/", tree)} - {"brlite", "tests", "bench"}
+    there = {path.name for path in (ROOT / "brlite").iterdir() if not path.name.startswith(("_", "."))} - {"py.typed"}
+
+    assert there <= named
+    assert named - there <= {"fakes.py", "tiny_models.py"}
+
+
+def test_the_curl_line_asks_for_the_default_model() -> None:
+    assert f'"model": "{DEFAULT_MODEL}"' in README
+
+
+def test_the_test_command_is_the_one_of_ci() -> None:
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+    assert "pip install -e '.[test]' && .venv/bin/pytest" in README
+    assert "'.[test]'" in ci
+    assert "pytest" in ci
