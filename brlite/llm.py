@@ -206,7 +206,7 @@ def _one_for_each(
 
 
 def _check_vocabulary(tokenizer: Tokenizer, backend: Backend, path: Path) -> None:
-    highest = max(tokenizer.vocab_size - 1, *tokenizer.eos_token_ids)
+    highest = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids))
     if highest >= backend.info.vocab_size:
         backend.close()
         raise ModelError(
