@@ -127,7 +127,7 @@ def _measure(spec: ModelSpec, engine: EngineConfig, hf_config: Mapping[str, Any]
     from brlite.models import find_family
     from brlite.models.config import KV_BYTES, kv_bytes_per_token, num_parameters, weight_bytes
     from brlite.worker.device import compute_dtype, select_device
-    from brlite.worker.loading import check_spec
+    from brlite.worker.fit import check_spec
 
     config = find_family(hf_config).read_config(hf_config)
     check_spec(spec, config)

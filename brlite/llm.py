@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -44,11 +44,15 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
 
     `on_progress` gets a stage in words and the fraction of that stage. Raises `ModelError` or `ConfigError`.
     """
+    from brlite.checkpoint import open_checkpoint
     from brlite.checkpoint.fetch import locate_model
+    from brlite.worker.fit import check_fit
 
     spec = spec or config.model[0]
     report = on_progress or _ignore
     path = locate_model(spec.name, spec.path, report)
+    with closing(open_checkpoint(path)) as checkpoint:
+        check_fit(checkpoint, spec)
     report("reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
     report("starting torch", 0.0)
