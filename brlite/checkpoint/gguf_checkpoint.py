@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
-import torch
 
 from brlite.checkpoint.checkpoint import excerpt
 from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
 from brlite.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from brlite.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 CHUNK_ELEMENTS = 1 << 20  # dequantised at once: the package needs several times its result, here some 20 MB
 
@@ -58,6 +60,8 @@ class GgufCheckpoint:
 
     def _dequantise(self, tensor: GgufTensor) -> torch.Tensor:
         """The tensor in float32, a few rows at a time: memory is the result and little else."""
+        import torch
+
         rows = self._data[tensor.offset : tensor.offset + _num_bytes(tensor)].reshape(math.prod(tensor.shape[:-1]), -1)
         out = np.empty((len(rows), tensor.shape[-1]), np.float32)
         step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from brlite.checkpoint.checkpoint import excerpt, reason
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.safetensors_header import TensorEntry, read_safetensors_header
 from brlite.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class SafetensorsCheckpoint:
