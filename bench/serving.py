@@ -50,7 +50,7 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0, 1 if a request failed or time ran out, 2 if a server could not be started."""
+    """Exit status: 0, 1 if a request failed or time ran out, 2 if a server did not start, 130 if interrupted."""
     args = _arguments(argv)
     signal.signal(signal.SIGTERM, _interrupt)  # so that servers are ended as after Ctrl-C
     machine = _machine()
@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (servers.ServerError, BrliteError) as error:
         print(f"serving: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     _print_report(found, machine, cells, args)
     if args.json is not None:
         args.json.write_text(json.dumps(_as_json(found, machine, cells, args), indent=1) + "\n")
@@ -69,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _servers(args: argparse.Namespace, stack: ExitStack) -> list[servers.Server]:
-    """Those to start, ready and warm, then those that run already."""
+    """Those to start, which are ready then, and those that run already."""
     running = [_running(spec, args) for spec in args.url]
     names = args.servers if args.servers is not None else [] if running else ["brlite"]
     if not names:
