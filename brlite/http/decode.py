@@ -27,6 +27,7 @@ _TOP_LEVEL = msgspec.json.Decoder(dict[str, msgspec.Raw])
 def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Decode, or raise `InvalidRequest` with `param` and `code` filled as OpenAI does."""
     try:
+        body.decode()  # msgspec does not look into what no field takes
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _invalid_field(error, decoder.type) from None
@@ -39,8 +40,11 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
 
 
 def unknown_fields(body: bytes, struct_type: type[msgspec.Struct]) -> list[str]:
-    """The top-level keys of a decodable body that the struct lacks: the first few, none longer than a line bears."""
-    fields = _TOP_LEVEL.decode(body).keys() - set(struct_type.__struct_encode_fields__)
+    """The top-level keys that the struct lacks: the first few, none longer than a line bears.
+
+    Raises `InvalidRequest` as `decode_json` does: a key that no field has is not decoded there.
+    """
+    fields = decode_json(body, _TOP_LEVEL).keys() - set(struct_type.__struct_encode_fields__)
     return [field[:MAX_FIELD_LENGTH] for field in sorted(fields)[:MAX_REPORTED_FIELDS]]
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from brlite.errors import InvalidRequest, PromptTooLong
@@ -131,6 +131,8 @@ def test_a_bad_field_is_named(body: bytes, param: str | None, code: str | None, 
         pytest.param(b'{"messages":[{"role":"user","content":"\\ud800"}]}', id="half surrogate"),
         pytest.param(b'{"messages":[{"role":"user","content":"\xed\xa0\x80"}]}', id="encoded surrogate"),
         pytest.param(b'{"messages":[{"role":"user","content":"\xff"}]}', id="not UTF-8"),
+        pytest.param(b'{"messages":[],"unknown":"\xff"}', id="unknown value not UTF-8"),
+        pytest.param(b'{"messages":[],"\xff":1}', id="unknown key not UTF-8"),
         pytest.param(b'{"messages":[],"extra":' + b"[" * 10**5 + b"]" * 10**5 + b"}", id="deep"),
         pytest.param(b'{"messages":[],"unknown":' + b'{"a":' * 10**5, id="deep and unknown"),
     ],
@@ -148,14 +150,30 @@ def test_text_that_looks_like_a_path_does_not_become_one() -> None:
     assert error.param == "messages[0].role"
 
 
+def outcome_of(body: bytes) -> object:
+    """The struct and the unknown fields, or the refusal."""
+    try:
+        return decode_json(body, DECODER), unknown_fields(body, Ask)
+    except InvalidRequest as error:
+        return error
+
+
 @given(st.binary() | st.text().map(str.encode) | st.recursive(st.none() | st.text(), st.lists).map(msgspec.json.encode))
 def test_no_bytes_raise_anything_else(body: bytes) -> None:
-    try:
-        outcome: object = decode_json(body, DECODER)
-    except InvalidRequest as error:
-        outcome = error
+    assert isinstance(outcome_of(body), (tuple, InvalidRequest))
 
-    assert isinstance(outcome, (Ask, InvalidRequest))
+
+@given(key=st.binary(), value=st.binary())
+@example(key=b"\xff", value=b"")
+@example(key=b"\\ud800", value=b"")
+@example(key=b"x", value=b"\xff")
+@example(key=b"x", value=b"\\ud800")
+def test_an_unknown_field_of_any_bytes_is_warned_of_or_refused(key: bytes, value: bytes) -> None:
+    body = b'{"messages":[],"%b":"%b"}' % (key, value)
+
+    outcome = outcome_of(body)
+
+    assert isinstance(outcome, InvalidRequest) or body.decode("utf-8")
 
 
 def test_unknown_fields_are_the_top_level_keys_that_the_struct_lacks() -> None:
