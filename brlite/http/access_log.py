@@ -19,8 +19,7 @@ logger = logging.getLogger("brlite.access")
 
 MAX_TEXT_LENGTH = 200
 
-# As in request_id.py: 3.13 has no RequestKey.
-_KEY = web.RequestKey("log_extras", dict) if hasattr(web, "RequestKey") else "brlite.log_extras"
+_KEY = web.RequestKey("log_extras", dict)
 
 
 def log_extras(request: web.BaseRequest) -> dict[str, object]:

@@ -13,8 +13,7 @@ from aiohttp import web
 HEADER = "X-Request-Id"
 
 _SAFE = re.compile(r"[A-Za-z0-9._-]{1,128}")
-# aiohttp 3.14 warns about any other kind of key; 3.13 does not have this one.
-_KEY = web.RequestKey("request_id", str) if hasattr(web, "RequestKey") else "brlite.request_id"
+_KEY = web.RequestKey("request_id", str)
 
 
 def new_request_id() -> str:
@@ -28,7 +27,7 @@ def request_id(request: web.BaseRequest) -> str:
     if known is None:
         sent = request.headers.get(HEADER, "")
         known = request[_KEY] = sent if _SAFE.fullmatch(sent) else new_request_id()
-    return str(known)
+    return known
 
 
 async def stamp_request_id(request: web.BaseRequest, response: web.StreamResponse) -> None:
