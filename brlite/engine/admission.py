@@ -5,6 +5,9 @@ Checks need only the request, the backend's real capacity and the configured lim
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Iterable
+
 from brlite.config import LimitsConfig
 from brlite.engine.backend import BackendInfo
 from brlite.engine.request import Request
@@ -15,35 +18,35 @@ from brlite.sampling_params import SamplingParams, check_token_ids
 def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[int, tuple[str, ...]]:
     """How many tokens each completion may have, and a line for each clamp. Raises `InvalidRequest`.
 
-    As in the manual, `max_tokens` beyond half the context is cut to half the context; here the answer says so.
+    As in the manual, `max_tokens` beyond half of `build_seq` is cut to that; here the answer says so.
     """
-    check_prompt(request.prompt_token_ids, info)
+    if not request.prompt_token_ids:
+        raise InvalidRequest("the prompt must hold at least one token", param="prompt")
+    check_length(len(request.prompt_token_ids), info)
+    check_token_ids(request.prompt_token_ids, info.vocab_size, param="prompt")
     _check_limits(request.params, limits)
     request.params.check_vocabulary(info.vocab_size)
-    max_tokens, warnings = _clamp_max_tokens(request, info)
-    num_blocks = -(-(len(request.prompt_token_ids) + max_tokens) // info.block_size)
-    if num_blocks > info.num_blocks:
-        raise InvalidRequest(
-            f"prompt and max_tokens need {num_blocks} cache blocks of {info.block_size} tokens; this server has "
-            f"{info.num_blocks}",
-            param="max_tokens",
-        )
-    return max_tokens, warnings
+    return _clamp_max_tokens(request, info)
 
 
-def check_prompt(token_ids: list[int], info: BackendInfo) -> None:
-    """Raise `InvalidRequest` for a prompt that is empty, too long, or holds ids outside the vocabulary."""
-    if not token_ids:
-        raise InvalidRequest("the prompt must hold at least one token", param="prompt")
-    check_length(len(token_ids), info)
-    check_token_ids(token_ids, info.vocab_size, param="prompt")
+def read_token_ids(token_ids: Iterable[object]) -> list[int]:
+    """A copy, as plain integers, of what a caller gave as token ids. Raises `InvalidRequest` for anything else."""
+    try:
+        return [operator.index(token_id) for token_id in token_ids]  # type: ignore[arg-type]  # that is what is tested
+    except TypeError:
+        raise InvalidRequest("the prompt must be a list of integer token ids", param="prompt") from None
+
+
+def context_length(info: BackendInfo) -> int:
+    """How many tokens a sequence can have: `build_seq`, or what the whole cache holds if that is less."""
+    return min(info.max_model_len, info.num_blocks * info.block_size)
 
 
 def check_length(num_tokens: int, info: BackendInfo, *, param: str = "prompt", at_least: str = "") -> None:
     """Raise `PromptTooLong` for a prompt that leaves no room for a completion."""
-    if num_tokens >= info.max_model_len:
+    if num_tokens >= context_length(info):
         raise PromptTooLong(
-            f"This model's maximum context length is {info.max_model_len} tokens, prompt and completion together; "
+            f"This model's maximum context length is {context_length(info)} tokens, prompt and completion together; "
             f"the prompt has {at_least}{num_tokens} tokens",
             param=param,
         )
@@ -75,9 +78,9 @@ def _check_limits(params: SamplingParams, limits: LimitsConfig) -> None:
 def _clamp_max_tokens(request: Request, info: BackendInfo) -> tuple[int, tuple[str, ...]]:
     asked = request.params.max_tokens
     half = max(1, info.max_model_len // 2)
-    left = info.max_model_len - len(request.prompt_token_ids)
-    max_tokens = min(half, left) if asked is None else min(asked, half, left)
-    if asked is None or asked == max_tokens:
-        return max_tokens, ()
-    reason = f"half of build_seq {info.max_model_len}" if max_tokens == half else "what the context has left"
-    return max_tokens, (f"max_tokens {asked} was cut to {max_tokens}, {reason}",)
+    left = context_length(info) - len(request.prompt_token_ids)
+    allowed = min(half, left)
+    if asked is None or asked <= allowed:
+        return asked or allowed, ()
+    reason = f"half of build_seq {info.max_model_len}" if allowed == half else "what the context has left"
+    return allowed, (f"max_tokens {asked} was cut to {allowed}, {reason}",)

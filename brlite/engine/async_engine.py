@@ -44,11 +44,12 @@ class AsyncEngine:
         self._engine = engine
         self._backend = backend
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
+        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="brlite-encode")  # starts with the first long text
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
-        self._is_closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     @property
     def info(self) -> BackendInfo:
@@ -76,17 +77,13 @@ class AsyncEngine:
         self._task.add_done_callback(self._on_stopped)
 
     async def close(self) -> None:
-        """Stop stepping, end what is open, and give back the backend and its thread. May be called twice."""
-        if self._is_closed:
-            return
-        self._is_closed = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
-        self._engine.end_all(NotReady("the server is stopping"))
-        self._idle.set()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.close)
-        self._thread.shutdown(wait=True)
+        """Stop stepping, end what is open, and give back the backend and the threads.
+
+        May be called twice. Cancelling whoever waits here does not stop the closing; another call waits for its end.
+        """
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name="brlite-close")
+        await asyncio.shield(self._closing)
 
     async def __aenter__(self) -> AsyncEngine:
         await self.start()
@@ -117,14 +114,14 @@ class AsyncEngine:
         """
         check_length(self.tokenizer.fewest_tokens(text), self.info, param=param, at_least="at least ")
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
-        return await _off_loop_if(len(text) > LONG_TEXT, encode)
+        return await self._off_loop_if(len(text) > LONG_TEXT, encode)
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
     ) -> list[int]:
         """Token ids of a rendered chat, which brings its own special tokens; otherwise as `encode`."""
         render = functools.partial(self.tokenizer.render_chat, messages, add_generation_prompt=add_generation_prompt)
-        text = await _off_loop_if(sum(len(message["content"]) for message in messages) > LONG_TEXT, render)
+        text = await self._off_loop_if(sum(len(message["content"]) for message in messages) > LONG_TEXT, render)
         return await self.encode(text, add_special_tokens=False, param="messages")
 
     async def generate(
@@ -149,32 +146,54 @@ class AsyncEngine:
         )
         stream = OutputStream()
         self.submit(request, stream.put)
+        is_finished = False
         try:
-            while True:
+            while not is_finished:
                 output = await stream.get()
+                is_finished = output.finished
                 yield output
-                if output.finished:
-                    return
         finally:
-            self.abort(request.request_id)
+            if not is_finished:
+                self.abort(request.request_id)
 
     async def wait_idle(self) -> None:
         """Return when no request is left."""
         await self._idle.wait()
 
+    async def _close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self._engine.end_all(NotReady("the server is stopping"))
+        self._idle.set()
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.close)
+        self._thread.shutdown(wait=True)
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    async def _off_loop_if(self, is_long: bool, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, work) if is_long else work()
+
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            batch = self._engine.schedule()
-            if batch is None:
-                await self._rest()
-                continue
             try:
-                result = await loop.run_in_executor(self._thread, self._backend.execute, batch)
-            except Exception as error:  # a failed step ends its own requests, never the loop
-                self._engine.fail(error)
-            else:
-                self._engine.update(result)
+                await self._step()
+            except Exception as error:  # a request that breaks the engine's own code must not end it for all time
+                logger.critical("the engine failed between two steps", exc_info=error)
+                self._engine.end_all(EngineError("the engine failed; the request was not completed"))
+                self._engine.check_integrity()
+
+    async def _step(self) -> None:
+        """Decide, compute on the other thread, deliver; or sleep if there is nothing to do."""
+        batch = self._engine.schedule()
+        if batch is None:
+            await self._rest()
+            return
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.execute, batch)
+        except Exception as error:  # a failed step ends its own requests, never the loop
+            self._engine.fail(error)
+        else:
+            self._engine.update(result)
 
     def _on_stopped(self, task: asyncio.Task[None]) -> None:
         """The loop ended. Unless it was told to, nobody will compute any more, and whoever waits must know."""
@@ -187,16 +206,12 @@ class AsyncEngine:
         """Nothing to compute: prove that nothing was lost, and sleep until a request comes."""
         if not self._engine.has_work:
             try:
-                self._engine.check_integrity()
+                self._engine.check_idle()
             except EngineError as error:
                 logger.error("the engine lost track of its blocks: %s", error)
             self._idle.set()
         self._wake.clear()
         await self._wake.wait()
-
-
-async def _off_loop_if(is_long: bool, work: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(None, work) if is_long else work()
 
 
 class OutputStream:

@@ -13,8 +13,10 @@ import secrets
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from brlite.config import EngineConfig, LimitsConfig
-from brlite.engine.admission import admit
+from brlite.engine.admission import admit, read_token_ids
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SeqResult, StepResult
 from brlite.engine.block_manager import BlockManager, cache_root
 from brlite.engine.detokenizer import Detokenizer
@@ -66,12 +68,17 @@ class Engine:
     @property
     def num_queued(self) -> int:
         """How many requests wait for their first step."""
-        return sum(state.scheduled_time is None for state in self._requests.values())
+        return sum(not state.is_started and not state.is_aborted for state in self._requests.values())
+
+    def check(self, request: Request) -> None:
+        """Raise `InvalidRequest` for a request that could not be served even by an idle engine."""
+        admit(_copied(request), self.info, self.limits)
 
     def add_request(self, request: Request, sink: Sink) -> None:
         """Queue a request. Raises `RequestError` at once for one that is wrong, can never fit or finds a full queue."""
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
+        request = _copied(request)
         max_tokens, warnings = admit(request, self.info, self.limits)
         num_queued = self.num_queued
         if num_queued >= self.limits.max_waiting:
@@ -79,18 +86,19 @@ class Engine:
                 f"{num_queued} requests are waiting; this server queues at most {self.limits.max_waiting}",
                 retry_after_seconds=self._retry_after_seconds(),
             )
+        seed = request.params.seed
         state = RequestState(
             request=request,
             max_tokens=max_tokens,
             warnings=warnings,
             sink=sink,
+            seed=secrets.randbits(64) if seed is None else seed,
             arrival_time=self._clock(),
             cache_root=cache_root(self._cache_salt(request)),
         )
-        state.sequences = self._make_sequences(state)
         self._requests[request.request_id] = state
         # Siblings wait until the first prompt is cached: n=8 then costs one prefill, not eight.
-        self._scheduler.add(state.sequences[0])
+        self._scheduler.add(self._add_sequence(state))
 
     def abort(self, request_id: str) -> None:
         """End a request as "abort" at the next step boundary, whatever it is doing. Unknown ids are ignored."""
@@ -140,11 +148,18 @@ class Engine:
             self._end_with_error(state, error)
         self._set_gauges()
 
+    def check_idle(self) -> None:
+        """Raise `EngineError` if an engine without requests still holds something. Costs nothing."""
+        scheduler = self._scheduler
+        if not self._requests and (
+            scheduler.running or scheduler.waiting or scheduler.siblings or self._blocks.num_used
+        ):
+            raise EngineError(f"{self._blocks.num_used} blocks are held, but no request is left")
+
     def check_integrity(self) -> None:
-        """Raise `EngineError` if a block is lost, owned twice, or owned by nobody who runs."""
+        """Raise `EngineError` if a block is lost, owned twice, or owned by nobody who runs. Looks at every block."""
         self._blocks.check_integrity(self._scheduler.running)
-        if not self._requests and (self._scheduler.running or self._scheduler.waiting):
-            raise EngineError("sequences are left over without a request")
+        self.check_idle()
 
     def _cache_salt(self, request: Request) -> bytes:
         salt = request.cache_salt.encode("utf-8", "surrogatepass")
@@ -152,13 +167,9 @@ class Engine:
             return salt
         return self._private_salt + request.request_id.encode("utf-8", "surrogatepass") + salt
 
-    def _make_sequences(self, state: RequestState) -> list[Sequence]:
-        params = state.request.params
-        seed = secrets.randbits(64) if params.seed is None else params.seed
-        return [self._make_sequence(state, index, sibling_seed(seed, index)) for index in range(params.n)]
-
-    def _make_sequence(self, state: RequestState, index: int, seed: int) -> Sequence:
+    def _add_sequence(self, state: RequestState) -> Sequence:
         params, prompt_token_ids = state.request.params, state.request.prompt_token_ids
+        index = len(state.sequences)
         detokenizer = Detokenizer(
             self.tokenizer,
             params.stop,
@@ -166,12 +177,22 @@ class Engine:
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
         )
-        counts = TokenCounts(prompt_token_ids) if params.has_penalties else None
-        return Sequence(next(self._seq_ids), index, state, list(prompt_token_ids), seed, detokenizer, counts)
+        seq = Sequence(
+            seq_id=next(self._seq_ids),
+            index=index,
+            state=state,
+            token_ids=list(prompt_token_ids),
+            num_prompt_tokens=len(prompt_token_ids),
+            seed=sibling_seed(state.seed, index),
+            detokenizer=detokenizer,
+            counts=TokenCounts(prompt_token_ids) if params.has_penalties else None,
+        )
+        state.sequences.append(seq)
+        return seq
 
     def _note_scheduled(self, seq: Sequence) -> None:
         state = seq.state
-        if state.scheduled_time is None:
+        if not state.is_started:
             state.scheduled_time = self._step_start
             state.num_cached_tokens = seq.num_computed_tokens
             self.stats.note_scheduled(state, self._step_start)
@@ -194,11 +215,11 @@ class Engine:
                 break
 
     def _finish_prompt(self, state: RequestState, now: float) -> None:
-        """The prompt is computed and cached: let the siblings in, in order."""
+        """The prompt is computed and cached: let the siblings queue."""
         state.prompt_done_time = now
         state.finish_prompt_logprobs()
-        for sibling in reversed(state.sequences[1:]):
-            self._scheduler.add_sibling(sibling)
+        for _ in range(state.request.params.n - 1):
+            self._scheduler.add(self._add_sequence(state))
         self.stats.note_prompt_done(state, now)
 
     def _append(self, seq: Sequence, token: SampledToken, now: float) -> None:
@@ -226,7 +247,8 @@ class Engine:
             return
         if state.is_finished:
             del self._requests[state.request.request_id]
-            self.stats.note_finished(state, self._clock(), state.sequences[0].finish_reason or "abort")
+            reason = "abort" if state.is_aborted else state.sequences[0].finish_reason or "stop"
+            self.stats.note_finished(state, self._clock(), reason)
         self._send(state, state.take_output())
 
     def _send(self, state: RequestState, output: RequestOutput | BrliteError) -> None:
@@ -239,18 +261,19 @@ class Engine:
 
     def _end_aborted(self) -> None:
         for state in [state for state in self._requests.values() if state.is_aborted]:
-            for seq in state.sequences:
-                if seq.status is not SequenceStatus.FINISHED:
-                    seq.finish_reason = "abort"
-                    state.add_delta(CompletionOutput(index=seq.index, finish_reason="abort"))
-                    self._scheduler.finish(seq)
+            running = [seq for seq in state.sequences if seq.status is not SequenceStatus.FINISHED]
+            for seq in running:
+                self._scheduler.finish(seq)
+            not_made = range(len(state.sequences), state.request.params.n)
+            for index in (*(seq.index for seq in running), *not_made):
+                state.add_delta(CompletionOutput(index=index, finish_reason="abort"))
             self._deliver(state)
 
     def _end_overdue(self) -> None:
         limit = self.limits.max_wait_seconds
         deadline = self._clock() - limit
         for state in list(self._requests.values()):
-            if state.scheduled_time is None and state.arrival_time < deadline:
+            if not state.is_started and not state.request.is_patient and state.arrival_time < deadline:
                 message = f"the request waited in the queue for more than {limit:g} seconds"
                 error = QueueTimeout(message, retry_after_seconds=self._retry_after_seconds())
                 self._end_with_error(state, error)
@@ -271,11 +294,16 @@ class Engine:
         return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(mean * num_rounds)))
 
     def _set_gauges(self) -> None:
-        self.stats.num_running = len(self._scheduler.running)
-        self.stats.num_waiting = len(self._scheduler.waiting)
+        self.stats.num_running = len({seq.state for seq in self._scheduler.running})
+        self.stats.num_waiting = len(self._requests) - self.stats.num_running
         self.stats.num_used_blocks = self._blocks.num_used
         self.stats.num_blocks = self._blocks.num_blocks
         self.stats.preemptions = self._scheduler.num_preemptions
+
+
+def _copied(request: Request) -> Request:
+    """The request with token ids of its own, whatever its caller does to theirs."""
+    return msgspec.structs.replace(request, prompt_token_ids=read_token_ids(request.prompt_token_ids))
 
 
 def _nobody(output: RequestOutput | BrliteError) -> None:

@@ -24,13 +24,17 @@ _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked of the engine. Requests share cached prefixes only if their `cache_salt` is the same."""
+    """What is asked of the engine. Requests share cached prefixes only if their `cache_salt` is the same.
+
+    A patient one is not ended for waiting too long: it belongs with another that is not.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
     params: SamplingParams
     prompt: str | None = None
     cache_salt: str = ""
+    is_patient: bool = False
 
 
 class SequenceStatus(enum.Enum):
@@ -71,6 +75,7 @@ class Sequence:
     index: int
     state: RequestState
     token_ids: list[int]
+    num_prompt_tokens: int
     seed: int
     detokenizer: Detokenizer
     counts: TokenCounts | None
@@ -86,10 +91,6 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.state.request.prompt_token_ids)
 
     @property
     def num_output_tokens(self) -> int:
@@ -112,12 +113,16 @@ class Sequence:
 
 @dataclass(eq=False)
 class RequestState:
-    """A request on its way through the engine. `delta` collects what its sink has not been given yet."""
+    """A request on its way through the engine. `delta` collects what its sink has not been given yet.
+
+    It has one sequence until its prompt is cached, and `n` from then on.
+    """
 
     request: Request
     max_tokens: int
     warnings: tuple[str, ...]
     sink: Sink
+    seed: int
     arrival_time: float
     cache_root: bytes
     sequences: list[Sequence] = field(default_factory=list)
@@ -131,8 +136,13 @@ class RequestState:
     is_aborted: bool = False
 
     @property
+    def is_started(self) -> bool:
+        return self.scheduled_time is not None
+
+    @property
     def is_finished(self) -> bool:
-        return all(seq.status is SequenceStatus.FINISHED for seq in self.sequences)
+        is_complete = self.is_aborted or len(self.sequences) == self.request.params.n
+        return is_complete and all(seq.status is SequenceStatus.FINISHED for seq in self.sequences)
 
     def add_prompt_logprobs(self, logprobs: list[TokenLogprob], *, is_first: bool) -> None:
         """Collect those of one prompt chunk; a prompt that is computed again starts over with its first chunk."""

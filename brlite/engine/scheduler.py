@@ -18,29 +18,30 @@ class Scheduler:
 
     Sequences with one token to go come first, then the prompts that have begun, then new ones. Where blocks run out,
     the latest sequence gives its own back and waits at the head of the queue to be computed again.
+    Further completions of a prompt queue apart, and get every second place: `n=100` does not close the door.
     """
 
     def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
         self.waiting: deque[Sequence] = deque()
+        self.siblings: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
+        self._is_turn_of_siblings = True
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
 
     def add(self, seq: Sequence) -> None:
-        self.waiting.append(seq)
-
-    def add_sibling(self, seq: Sequence) -> None:
-        """Queue a completion whose prompt is cached by now, before those who came later."""
-        self.waiting.appendleft(seq)
+        """Queue a sequence. Only the first of a request is new; the prompt of the others is cached."""
+        (self.siblings if seq.index else self.waiting).append(seq)
 
     def finish(self, seq: Sequence) -> None:
         """Take a sequence out, wherever it is, and its blocks back."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
-        elif seq in self.waiting:
-            self.waiting.remove(seq)
+        for queue in (self.waiting, self.siblings):
+            if seq in queue:
+                queue.remove(seq)
         seq.status = SequenceStatus.FINISHED
         self._blocks.release(seq)
 
@@ -71,16 +72,22 @@ class Scheduler:
         scheduled[seq] = num_tokens
         return num_tokens - returned
 
+    def _next_queue(self) -> deque[Sequence]:
+        is_for_siblings = self.siblings and (self._is_turn_of_siblings or not self.waiting)
+        return self.siblings if is_for_siblings else self.waiting
+
     def _can_admit(self) -> bool:
         """Whether there is a waiting sequence, a place for it, and blocks for all the tokens it has."""
-        if not self.waiting or len(self.running) >= self._max_num_seqs:
+        queue = self._next_queue()
+        if not queue or len(self.running) >= self._max_num_seqs:
             return False
-        seq = self.waiting[0]
-        return self._blocks.num_missing(self._match(seq), seq.num_tokens) <= self._blocks.num_free
+        return self._blocks.num_missing(self._match(queue[0]), queue[0].num_tokens) <= self._blocks.num_free
 
     def _admit(self, budget: int, scheduled: dict[Sequence, int]) -> int:
-        """Start the first waiting sequence with all the blocks it needs so far. Returns the tokens scheduled."""
-        seq = self.waiting.popleft()
+        """Start the next waiting sequence with all the blocks it needs so far. Returns the tokens scheduled."""
+        queue = self._next_queue()
+        self._is_turn_of_siblings = queue is self.waiting
+        seq = queue.popleft()
         self._blocks.share(seq, self._match(seq))
         self._blocks.grow(seq, seq.num_tokens)
         self.running.append(seq)
@@ -125,11 +132,12 @@ def _scheduled_seq(seq: Sequence, num_tokens: int, eos_token_ids: tuple[int, ...
 def _sampling_input(seq: Sequence, eos_token_ids: tuple[int, ...]) -> SamplingInput:
     params = seq.state.request.params
     is_too_short = seq.num_output_tokens < params.min_tokens
+    endings = params.stop_token_ids if params.ignore_eos else (*eos_token_ids, *params.stop_token_ids)
     return SamplingInput(
         params=params,
         seed=seq.seed,
         position=seq.num_output_tokens,
         counted_token_ids=seq.counts.token_ids if seq.counts else b"",
         output_counts=seq.counts.output_counts if seq.counts else b"",
-        banned_token_ids=(*eos_token_ids, *params.stop_token_ids) if is_too_short else (),
+        banned_token_ids=endings if is_too_short else (),
     )

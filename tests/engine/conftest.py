@@ -30,10 +30,17 @@ class Driver:
         )
         self.outputs: dict[str, RequestOutput] = {}
         self.errors: dict[str, BrliteError] = {}
+        self.finished: list[str] = []
         self._ids = (f"request-{number}" for number in itertools.count())
 
     def submit(
-        self, prompt: list[int] | str, *, request_id: str | None = None, cache_salt: str = "", **params: Any
+        self,
+        prompt: list[int] | str,
+        *,
+        request_id: str | None = None,
+        cache_salt: str = "",
+        is_patient: bool = False,
+        **params: Any,
     ) -> str:
         token_ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
         sampling = SamplingParams(**{"temperature": 0, "max_tokens": 8, **params})
@@ -42,6 +49,7 @@ class Driver:
             prompt_token_ids=token_ids,
             params=sampling,
             cache_salt=cache_salt,
+            is_patient=is_patient,
         )
         self.engine.add_request(request, lambda output: self._receive(request.request_id, output))
         return request.request_id
@@ -71,6 +79,8 @@ class Driver:
         return next(output.token_ids for output in self.outputs[request_id].outputs if output.index == index)
 
     def _receive(self, request_id: str, output: RequestOutput | BrliteError) -> None:
+        if isinstance(output, BrliteError) or output.finished:
+            self.finished.append(request_id)
         assert request_id not in self.errors, "an error is the last thing a request hears"
         if isinstance(output, BrliteError):
             self.errors[request_id] = output

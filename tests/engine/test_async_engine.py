@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from brlite.config import EngineConfig, LimitsConfig
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import LONG_TEXT, AsyncEngine
 from brlite.engine.engine import Engine
 from brlite.errors import EngineError, InvalidRequest, NotReady
 from brlite.outputs import RequestOutput
@@ -101,20 +101,48 @@ async def test_a_wrong_request_raises_before_anything_runs() -> None:
     assert backend.batches == []
 
 
-async def test_a_backend_that_answers_nonsense_ends_every_request_and_says_so() -> None:
+async def test_a_backend_that_answers_nonsense_ends_its_requests_and_the_engine_goes_on() -> None:
     class Liar(FakeBackend):
         def execute(self, batch: Any) -> Any:
-            return type(super().execute(batch))([])
+            result = super().execute(batch)
+            return type(result)([]) if len(self.batches) == 1 else result
 
     backend = Liar()
-    engine = AsyncEngine(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
-    await engine.start()
+    async with AsyncEngine(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend) as engine:
+        with pytest.raises(EngineError, match="the engine failed"):
+            await collect(engine, "hello")
+        outputs = await collect(engine, "hello")
 
-    with pytest.raises(EngineError, match="stopped unexpectedly"):
-        await collect(engine, "hello")
+    assert outputs[-1].finished
 
-    assert not engine.is_running
-    await engine.close()
+
+async def test_a_long_text_is_encoded_on_a_thread_that_ends_with_the_engine() -> None:
+    threads_before = set(threading.enumerate())
+
+    async with running(max_model_len=2 * LONG_TEXT, num_blocks=4 * LONG_TEXT) as (engine, _):
+        token_ids = await engine.encode("x" * (LONG_TEXT + 1))
+
+    assert len(token_ids) == LONG_TEXT + 1
+    for thread in set(threading.enumerate()) - threads_before:
+        await asyncio.to_thread(thread.join, 10)
+        assert not thread.is_alive() or thread.name.startswith("asyncio")
+
+
+async def test_a_cancelled_close_still_closes() -> None:
+    async with running() as (engine, backend):
+        backend.gate = threading.Event()
+        stream = engine.generate("hello", GREEDY)
+        reader = asyncio.create_task(anext(stream))  # type: ignore[arg-type]  # it is a coroutine
+        await asyncio.to_thread(backend.has_begun.wait, 10)
+        closing = asyncio.create_task(engine.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        backend.gate.set()
+        await engine.close()
+
+    with pytest.raises(NotReady):
+        await reader
+    assert backend.is_closed
 
 
 async def test_closing_ends_open_streams_and_leaves_no_task_and_no_thread() -> None:

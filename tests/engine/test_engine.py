@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from brlite.config import LimitsConfig
+from brlite.engine.request import Request
 from brlite.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, QueueTimeout
+from brlite.sampling_params import SamplingParams
 from tests.engine.conftest import Driver
 from tests.fakes import BLOCK_SIZE, EOS, reference_tokens
 
@@ -234,11 +237,97 @@ def test_a_prompt_of_the_whole_context_is_refused_and_one_token_less_is_served(m
     assert len(driver.token_ids(request_id)) == 1
 
 
-def test_a_request_larger_than_the_whole_cache_is_refused(make_driver: MakeDriver) -> None:
+def test_a_cache_smaller_than_the_context_is_the_limit_that_counts(make_driver: MakeDriver) -> None:
     driver = make_driver(num_blocks=4, max_model_len=64)
 
-    with pytest.raises(InvalidRequest, match="this server has 4"):
-        driver.submit([1] * 10, max_tokens=20)
+    with pytest.raises(PromptTooLong, match="maximum context length is 16 tokens"):
+        driver.submit([1] * 16)
+    asked, unasked = driver.submit([1] * 10, max_tokens=20), driver.submit([1] * 10, max_tokens=None)
+    driver.finish()
+
+    assert len(driver.token_ids(asked)) == len(driver.token_ids(unasked)) == 6
+    assert driver.outputs[asked].warnings == ("max_tokens 20 was cut to 6, what the context has left",)
+    assert driver.outputs[unasked].warnings == ()
+
+
+@pytest.mark.parametrize("prompt", [[1.5], ["1"], [None], 5])
+def test_token_ids_that_are_no_integers_are_refused(make_driver: MakeDriver, prompt: Any) -> None:
+    driver = make_driver()
+
+    with pytest.raises(InvalidRequest, match="integer token ids"):
+        driver.engine.add_request(Request(request_id="x", prompt_token_ids=prompt, params=SamplingParams()), print)
+
+
+def test_a_prompt_that_its_caller_changes_later_stays_what_it_was(make_driver: MakeDriver) -> None:
+    driver = make_driver()
+    prompt = list(b"hello")
+
+    request_id = driver.submit(prompt, max_tokens=4)
+    prompt.extend(b"more")
+    driver.finish()
+
+    assert driver.token_ids(request_id) == reference_tokens(b"hello", 4)
+
+
+def test_many_completions_of_one_request_do_not_hold_up_those_who_wait(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=2, num_blocks=200)
+    many = driver.submit("many", n=40, max_tokens=8)
+    driver.step()
+
+    small = [driver.submit(f"small {number}", max_tokens=1) for number in range(3)]
+    driver.finish()
+
+    assert [name for name in driver.finished if name != many] == small
+    assert driver.finished[-1] == many
+
+
+def test_requests_that_were_aborted_do_not_fill_the_queue(make_driver: MakeDriver) -> None:
+    driver = make_driver(limits=LimitsConfig(max_waiting=1))
+    driver.engine.abort(driver.submit("first"))
+
+    second = driver.submit("second")
+    driver.finish()
+
+    assert driver.outputs[second].finished
+
+
+def test_a_patient_request_outlasts_the_time_limit_of_the_queue(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_wait_seconds=5.0))
+    driver.submit("running", max_tokens=20)
+    driver.step()
+
+    request_id = driver.submit("waiting", is_patient=True)
+    driver.finish()
+
+    assert driver.outputs[request_id].finished
+
+
+def test_prompt_logprobs_are_right_after_a_preemption(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=10, max_num_seqs=3, max_model_len=32, budget=4)
+    first = driver.submit("first!", max_tokens=16)
+    driver.step()
+
+    request_id = driver.submit("a second prompt", prompt_logprobs=0, max_tokens=12)
+    third = driver.submit("third.", max_tokens=16)
+    driver.finish()
+
+    assert driver.engine.stats.preemptions > 0
+    logprobs = driver.outputs[request_id].prompt_logprobs or []
+    assert [entry and entry.token_id for entry in logprobs[1:]] == list(b" second prompt")
+    assert driver.token_ids(first) == reference_tokens(b"first!", 16)
+    assert driver.token_ids(third) == reference_tokens(b"third.", 16)
+
+
+def test_an_aborted_request_counts_as_aborted_whatever_its_first_completion_did(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=1)
+    request_id = driver.submit("abc", n=2, max_tokens=2)
+    for _ in range(3):
+        driver.step()
+
+    driver.engine.abort(request_id)
+    driver.finish()
+
+    assert dict(driver.engine.stats.finished) == {"abort": 1}
 
 
 @pytest.mark.parametrize(("prompt_length", "asked", "allowed"), [(4, 40, 32), (50, 20, 14), (4, 32, 32)])

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from brlite.config import LimitsConfig
+from brlite.engine.request import sibling_seed
 from tests.engine.conftest import Driver
 from tests.fakes import reference_tokens
 
@@ -65,15 +66,11 @@ class EngineMachine(RuleBasedStateMachine):
             self.check_texts(request_id, prompt, max_tokens, n, seed)
 
     def check_texts(self, request_id: str, prompt: bytes, max_tokens: int, n: int, seed: int) -> None:
-        expected = reference_tokens(prompt, max_tokens, seed=seed)
-        outputs = {output.index: output for output in self.driver.outputs[request_id].outputs}
+        outputs = {output.index: output.token_ids for output in self.driver.outputs[request_id].outputs}
         assert set(outputs) == set(range(n))
-        if request_id in self.aborted:
-            got = outputs[0].token_ids
-            assert got == expected[: len(got)]
-        else:
-            assert outputs[0].token_ids == expected
-            assert all(len(output.token_ids) == max_tokens for output in outputs.values())
+        for index, token_ids in outputs.items():
+            expected = reference_tokens(prompt, max_tokens, seed=sibling_seed(seed, index))
+            assert token_ids == (expected[: len(token_ids)] if request_id in self.aborted else expected)
 
 
 TestEngineMachine = EngineMachine.TestCase
