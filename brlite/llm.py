@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -15,6 +17,8 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
+
+import msgspec
 
 from brlite.config import Config, ModelSpec, load_config
 from brlite.config_check import check_supported, config_warnings
@@ -98,8 +102,9 @@ class LLM:
             logger.warning("%s", line)
         if trust_remote_code:
             logger.warning("trust_remote_code has no effect: brlite never runs code from a model folder")
-        self._engine, self._backend = build_engine(config)
+        self._engine, self._backend = build_engine(_without_queue_limits(config))
         self._ids = itertools.count()
+        self._is_closed = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -115,17 +120,21 @@ class LLM:
         """Complete prompts, given as texts or token ids, with one set of parameters for all or one for each.
 
         Returns one finished output a prompt, in order; `.prompt` and `.outputs[i].text` are what most need.
-        `on_finished` hears of each as it is done. Raises `InvalidRequest` for the first prompt that is wrong.
+        `on_finished` hears of each as it is done. Raises `InvalidRequest` for a wrong prompt before anything runs.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
         params = _one_for_each(sampling_params, len(prompts))
         requests = [self._request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+        for request in requests:
+            self._engine.check(request)
         return _Run(self._engine, self._backend, requests, on_finished).finish()
 
     def close(self) -> None:
-        """Give weights and cache back."""
-        self._backend.close()
+        """Give weights and cache back. May be called twice."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._backend.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -218,9 +227,16 @@ def _check_vocabulary(tokenizer: Tokenizer, backend: Backend, path: Path) -> Non
         )
 
 
+def _without_queue_limits(config: Config) -> Config:
+    """Offline there is nobody else: a prompt may wait for as long as those before it take."""
+    limits = msgspec.structs.replace(config.limits, max_waiting=sys.maxsize, max_wait_seconds=math.inf)
+    return msgspec.structs.replace(config, limits=limits)
+
+
 async def _on_a_thread(load: Callable[[], Assembly]) -> Assembly:
     """Load beside the loop, on a thread that does not keep a process alive which was told to stop meanwhile."""
     loaded: Future[Assembly] = Future()
+    loaded.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
@@ -229,7 +245,16 @@ async def _on_a_thread(load: Callable[[], Assembly]) -> Assembly:
             loaded.set_exception(error)
 
     threading.Thread(target=work, name="brlite-load", daemon=True).start()
-    return await asyncio.wrap_future(loaded)
+    try:
+        return await asyncio.wrap_future(loaded)
+    except asyncio.CancelledError:
+        loaded.add_done_callback(_close_unused)
+        raise
+
+
+def _close_unused(loaded: Future[Assembly]) -> None:
+    if loaded.exception() is None:
+        loaded.result().backend.close()
 
 
 def _ignore(stage: str, fraction: float) -> None:

@@ -46,7 +46,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "aiohttp msgspec prometheus_client",
     ),
     "proxy": ("http config errors", "aiohttp msgspec prometheus_client"),
-    "llm": ("engine worker checkpoint tokenizer sampling_params outputs config config_check errors", ""),
+    "llm": ("engine worker checkpoint tokenizer sampling_params outputs config config_check errors", "msgspec"),
     "app": ("server proxy http llm engine config errors", "aiohttp"),
     "serve": ("app llm checkpoint.fetch server http config errors", ""),
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),

@@ -8,13 +8,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from brlite.config import Config, EngineConfig, ModelSpec
+from brlite.config import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.errors import ConfigError, InvalidRequest, ModelError
 from brlite.generate import run as run_generate
 from brlite.llm import LLM, AsyncEngine, build_engine
+from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 from tests.tiny_models import write_tiny_model
 
@@ -106,13 +108,43 @@ def test_n_beyond_the_batch_runs_in_turns(folder: Path) -> None:
     assert len({completion.text for completion in output.outputs}) == 7
 
 
-def test_a_wrong_prompt_raises_and_the_next_call_works(folder: Path) -> None:
+def test_a_wrong_prompt_raises_before_anything_runs_and_the_next_call_works(folder: Path) -> None:
+    finished: list[RequestOutput] = []
     with LLM(config=make_config(folder)) as llm:
         with pytest.raises(InvalidRequest):
-            llm.generate(["good", "x" * 500], GREEDY)
+            llm.generate(["good"] * 9 + ["x" * 500], GREEDY, on_finished=finished.append)
         outputs = llm.generate(["good"], GREEDY)
 
+    assert finished == []
     assert outputs[0].finished
+
+
+def test_the_queue_limits_of_a_server_do_not_bind_offline(folder: Path) -> None:
+    limits = LimitsConfig(max_waiting=1, max_wait_seconds=1e-6)
+    config = msgspec.structs.replace(make_config(folder), limits=limits)
+
+    assert len(texts(config, PROMPTS * 3)) == 15
+
+
+def test_a_load_that_is_cancelled_is_closed_when_it_is_done(folder: Path) -> None:
+    async def cancel() -> None:
+        loading = AsyncEngine.from_config(make_config(folder))
+        task = asyncio.ensure_future(loading.__aenter__())
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        for thread in threading.enumerate():
+            if thread.name == "brlite-load":
+                await asyncio.to_thread(thread.join, 60)
+
+    asyncio.run(cancel())
+
+    assert not any(thread.name == "brlite-load" for thread in threading.enumerate())
+
+
+def test_closing_twice_is_closing_once(folder: Path) -> None:
+    with LLM(config=make_config(folder)) as llm:
+        llm.close()
 
 
 def test_one_set_of_parameters_or_one_for_each_prompt(folder: Path) -> None:
