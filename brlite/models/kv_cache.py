@@ -26,20 +26,13 @@ class Pages(Protocol):
         """A copy of `blocks` [N]: [N, block_size, Hk, D] in `dtype`."""
         ...
 
-    def clear(self, blocks: Tensor) -> None:
-        """Make `blocks` [N] zero."""
-        ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
 
 class FloatPages:
     """Pages in a floating-point type: `values` [blocks, block_size, Hk, D]."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self._slots = self.values.flatten(0, 1)
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._slots = values.flatten(0, 1)
 
     def write(self, slots: Tensor, heads: Tensor) -> None:
         self._slots.index_copy_(0, slots, heads.to(self.values.dtype))
@@ -47,22 +40,15 @@ class FloatPages:
     def read(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         return self.values.index_select(0, blocks).to(dtype)
 
-    def clear(self, blocks: Tensor) -> None:
-        self.values.index_fill_(0, blocks, 0)
-
-    @property
-    def num_bytes(self) -> int:
-        return self.values.nbytes
-
 
 class Int8Pages:
     """Pages in int8: `values` as in `FloatPages`, and `scales` [blocks, block_size, Hk, 1] for each token and head."""
 
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device) -> None:
-        self.values = torch.zeros(shape, dtype=torch.int8, device=device)
-        self.scales = torch.zeros((*shape[:3], 1), dtype=torch.float32, device=device)
-        self._slots = self.values.flatten(0, 1)
-        self._slot_scales = self.scales.flatten(0, 1)
+    def __init__(self, values: Tensor, scales: Tensor) -> None:
+        self.values = values
+        self.scales = scales
+        self._slots = values.flatten(0, 1)
+        self._slot_scales = scales.flatten(0, 1)
 
     def write(self, slots: Tensor, heads: Tensor) -> None:
         heads = heads.float()
@@ -75,16 +61,8 @@ class Int8Pages:
     def read(self, blocks: Tensor, dtype: torch.dtype) -> Tensor:
         return (self.values.index_select(0, blocks) * self.scales.index_select(0, blocks)).to(dtype)
 
-    def clear(self, blocks: Tensor) -> None:
-        self.values.index_fill_(0, blocks, 0)
-        self.scales.index_fill_(0, blocks, 0)
 
-    @property
-    def num_bytes(self) -> int:
-        return self.values.nbytes + self.scales.nbytes
-
-
-TORCH_DTYPES: dict[KVDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TORCH_DTYPES: dict[KVDtype, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -103,22 +81,22 @@ class KVCache:
         self.block_size = block_size
         self.dtype = dtype
         self.null_block = num_blocks
-        shape = (num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
-        self.layers = [
-            LayerCache(_allocate(shape, dtype, device), _allocate(shape, dtype, device))
-            for _ in range(config.num_layers)
-        ]
+        # One tensor holds all layers' keys and values: clearing a block is one call, not one for each.
+        shape = (config.num_layers, 2, num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
+        self._values = torch.zeros(shape, dtype=TORCH_DTYPES[dtype], device=device)
+        self._scales = torch.zeros((*shape[:-1], 1), device=device) if dtype == "int8" else None
+        self.layers = [LayerCache(self._pages(layer, 0), self._pages(layer, 1)) for layer in range(config.num_layers)]
 
     def clear(self, blocks: Tensor) -> None:
         """Make `blocks` [N] zero in every layer, before they are written for a new sequence."""
-        for layer in self.layers:
-            layer.keys.clear(blocks)
-            layer.values.clear(blocks)
+        self._values.index_fill_(2, blocks, 0)
+        if self._scales is not None:
+            self._scales.index_fill_(2, blocks, 0)
 
     @property
     def num_bytes(self) -> int:
-        return sum(layer.keys.num_bytes + layer.values.num_bytes for layer in self.layers)
+        return self._values.nbytes + (0 if self._scales is None else self._scales.nbytes)
 
-
-def _allocate(shape: tuple[int, int, int, int], dtype: KVDtype, device: torch.device) -> Pages:
-    return Int8Pages(shape, device) if dtype == "int8" else FloatPages(shape, TORCH_DTYPES[dtype], device)
+    def _pages(self, layer: int, kind: int) -> Pages:
+        values = self._values[layer, kind]
+        return FloatPages(values) if self._scales is None else Int8Pages(values, self._scales[layer, kind])
