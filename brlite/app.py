@@ -19,8 +19,8 @@ from brlite.server.served_model import ModelTable, ServedModel
 def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -> web.Application:
     """An application that serves an engine under the config's model name, or all models of a table.
 
-    Whoever made the engines closes them. Run it with `handler_cancellation=True` (as `HttpServer` does), or clients
-    that leave keep their requests running until the next write to them.
+    Whoever made the engines closes them. Run it with `handler_cancellation=True` (as `HttpServer` does), or a client
+    that leaves keeps its request running: a stream until the next write to it, any other to its end.
     """
     config = config or Config()
     if isinstance(models, AsyncEngine):

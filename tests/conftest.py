@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,17 @@ def smollm2_path() -> Path:
     from brlite.config import DEFAULT_MODEL
 
     return locate_model(DEFAULT_MODEL, None)
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], bool]], Awaitable[None]]:
+    """`await eventually(lambda: …)` waits until it is so."""
+
+    async def wait(is_so: Callable[[], bool]) -> None:
+        for _ in range(1000):
+            if is_so():
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError("it never came")
+
+    return wait

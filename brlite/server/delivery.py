@@ -15,7 +15,7 @@ from aiohttp import web
 from brlite.config import LimitsConfig
 from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.request import Request, Sink
-from brlite.errors import BrliteError
+from brlite.errors import BrliteError, EngineError
 from brlite.http.envelope import error_body
 from brlite.http.events import EventStream
 from brlite.outputs import RequestOutput
@@ -59,13 +59,18 @@ class Collector:
         return functools.partial(self._receive, index)
 
     def _receive(self, index: int, output: RequestOutput | BrliteError) -> None:
-        if isinstance(output, BrliteError):
-            self._error = output
-        else:
-            self._num_open -= output.finished
-            self._take(index, output)
-        if not self._num_open or self._error is not None:
-            self._changed.set()
+        try:
+            if isinstance(output, BrliteError):
+                self._error = output
+            else:
+                self._num_open -= output.finished
+                self._take(index, output)
+        except Exception:  # the engine reports it; whoever waits here would wait for ever
+            self._error = EngineError("the answer could not be made")
+            raise
+        finally:
+            if not self._num_open or self._error is not None:
+                self._changed.set()
 
     def _take(self, index: int, output: RequestOutput) -> None:
         if index in self.outputs:
@@ -81,13 +86,14 @@ class StreamCollector(Collector):
         super().__init__(engine, requests)
         self._answer = answer
         self._stream: EventStream | None = None
+        self._has_left = False
 
     async def send_to(self, stream: EventStream, slow_client_seconds: float) -> None:
-        """Send the stream to its end, or to its error. Returns early if the client was cut off for being too slow."""
-        self._send(stream, self._answer.opening())
+        """Send the stream to its end, or to its error. Returns early if the client left, or was cut for being slow."""
         self._stream = stream
+        self._send(self._answer.opening())
         self._flush()
-        while self._num_open and self._error is None:
+        while self._num_open and self._error is None and not self._has_left:
             await self._changed.wait()
             self._changed.clear()
             if self.outputs and not await stream.drained(slow_client_seconds):
@@ -96,7 +102,7 @@ class StreamCollector(Collector):
         if self._error is not None:
             stream.send(error_body(self._error))
         else:
-            self._send(stream, self._answer.closing())
+            self._send(self._answer.closing())
 
     def _take(self, index: int, output: RequestOutput) -> None:
         super()._take(index, output)
@@ -106,15 +112,15 @@ class StreamCollector(Collector):
             self._flush()
 
     def _flush(self) -> None:
-        assert self._stream is not None
         outputs, self.outputs = self.outputs, {}
         for index, output in outputs.items():
-            self._send(self._stream, self._answer.chunks(index, output))
+            self._send(self._answer.chunks(index, output))
 
-    @staticmethod
-    def _send(stream: EventStream, chunks: list[bytes]) -> None:
-        if chunks:
-            stream.send(*chunks)
+    def _send(self, chunks: list[bytes]) -> None:
+        assert self._stream is not None
+        if chunks and not self._stream.send(*chunks):
+            self._has_left = True  # not every server cancels the handler then
+            self._changed.set()
 
 
 async def answer_whole(engine: AsyncEngine, requests: Sequence[Request], answer: Answer) -> web.Response:

@@ -93,17 +93,3 @@ async def hello(request: web.Request) -> web.Response:
 def hello_handler() -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
     """A handler that answers `hello`."""
     return hello
-
-
-@pytest.fixture
-def eventually() -> Callable[[Callable[[], bool]], Awaitable[None]]:
-    """`await eventually(lambda: …)` waits until it is so."""
-
-    async def wait(is_so: Callable[[], bool]) -> None:
-        for _ in range(1000):
-            if is_so():
-                return
-            await asyncio.sleep(0.01)
-        raise AssertionError("it never came")
-
-    return wait

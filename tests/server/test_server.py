@@ -13,8 +13,10 @@ from aiohttp import web
 import brlite
 from brlite.app import create_app
 from brlite.config import Config, KeysConfig, LimitsConfig, ModelSpec, ProxyConfig, ServerConfig
+from brlite.http.boundary import has_left
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel
+from tests.fakes import ByteTokenizer
 from tests.server.conftest import Client, chat_body, completion_body
 
 CHAT = "/v1/chat/completions"
@@ -150,6 +152,54 @@ async def test_a_client_that_leaves_frees_its_work(client: Client, is_streamed: 
 
     assert client.engine.stats.num_used_blocks == 0
     assert client.engine.stats.finished["abort"] == 1
+
+
+async def test_a_stream_ends_at_the_first_write_to_a_client_that_left(
+    make_client: MakeClient, eventually: Callable[[Callable[[], bool]], Awaitable[None]]
+) -> None:
+    client = await make_client(max_model_len=512, num_blocks=256)
+    client.backend.gate = threading.Event()
+    requests: list[web.BaseRequest] = []
+
+    async def keep(request: web.BaseRequest, response: web.StreamResponse) -> None:
+        requests.append(request)
+
+    app = create_app(client.engine, Config(model=(ModelSpec(name="fake"),)))
+    app.on_response_prepare.append(keep)
+    runner = web.AppRunner(app)  # which cancels no handlers
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0][:2]
+
+    body = chat_body(max_tokens=200, stream=True)
+    async with client.session.post(f"http://{host}:{port}{CHAT}", json=body) as response:
+        response.close()
+    await eventually(lambda: has_left(requests[0]))
+    client.backend.gate.set()
+    await asyncio.wait_for(client.engine.wait_idle(), 10)
+    await runner.cleanup()
+
+    assert client.engine.stats.finished["abort"] == 1
+    assert len(client.backend.batches) < 10
+
+
+async def test_a_delta_that_cannot_be_told_ends_its_stream_with_an_error(make_client: MakeClient) -> None:
+    class Mute(ByteTokenizer):
+        def token_text(self, token_id: int) -> str:
+            raise ZeroDivisionError
+
+    client = await make_client(tokenizer=Mute())
+    client.backend.gate = threading.Event()
+
+    body = chat_body(logprobs=True, stream=True)
+    async with client.session.post(client.url + CHAT, json=body) as response:
+        await response.content.readuntil(b"\n\n")
+        client.backend.gate.set()
+        rest = await asyncio.wait_for(response.text(), 10)
+
+    assert '"type":"server_error"' in rest
+    assert rest.endswith("data: [DONE]\n\n")
+    assert client.engine.is_running
 
 
 async def test_many_clients_leaving_at_all_moments_leave_nothing_behind(client: Client) -> None:
