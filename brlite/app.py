@@ -28,6 +28,7 @@ def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -
     app = web.Application()
     app[CONFIG] = config
     app[MODELS] = models
+    app.add_routes(ROUTES)
     add_manners(
         app,
         keys=ApiKeys.from_config(config.keys),
@@ -36,5 +37,4 @@ def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -
         access_log=config.server.access_log,
         quiet_paths=OPEN_PATHS | METRICS_PATHS,
     )
-    app.add_routes(ROUTES)
     return app

@@ -14,6 +14,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from brlite.http.boundary import CLIENT_LEFT, has_left
 from brlite.http.request_id import request_id
+from brlite.http.resources import Resources
 
 logger = logging.getLogger("brlite.access")
 
@@ -28,8 +29,8 @@ def log_extras(request: web.BaseRequest) -> dict[str, object]:
     return extras
 
 
-def access_log_middleware(quiet_paths: frozenset[str]) -> Middleware:
-    """Log each request when its handler ends, but those at `quiet_paths`, which monitors ask all the time."""
+def access_log_middleware(quiet_resources: Resources) -> Middleware:
+    """Log each request when its handler ends, but those for `quiet_resources`, which monitors ask all the time."""
 
     @web.middleware
     async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -45,7 +46,7 @@ def access_log_middleware(quiet_paths: frozenset[str]) -> Middleware:
             status = CLIENT_LEFT
             raise
         finally:
-            if request.path not in quiet_paths and logger.isEnabledFor(logging.INFO):
+            if request not in quiet_resources and logger.isEnabledFor(logging.INFO):
                 _write(request, status, (time.perf_counter() - started) * 1000)
 
     return log_request

@@ -1,6 +1,6 @@
 """API keys: who may ask. Only digests are kept, all of them are compared every time, and no key is ever logged.
 
-It knows no users and no quotas; which paths are open is the caller's list, everything else is closed.
+It knows no users and no quotas; which resources are open is the caller's list, everything else is closed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from brlite.config import KeysConfig
 from brlite.errors import ConfigError, Unauthorized
+from brlite.http.resources import Resources
 
 
 class ApiKeys:
@@ -48,12 +49,12 @@ class ApiKeys:
         return any(matches)
 
 
-def keys_middleware(keys: ApiKeys, open_paths: frozenset[str]) -> Middleware:
-    """Refuse whoever shows no accepted key, but at `open_paths`, which are compared with the path as it was sent."""
+def keys_middleware(keys: ApiKeys, open_resources: Resources) -> Middleware:
+    """Refuse whoever shows no accepted key, but at `open_resources`."""
 
     @web.middleware
     async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not keys.is_open and request.raw_path.partition("?")[0] not in open_paths:
+        if not keys.is_open and request not in open_resources:
             _require_key(request.headers, keys)
         return await handler(request)
 

@@ -9,6 +9,7 @@ from brlite.http.boundary import errors_middleware
 from brlite.http.cors import Cors
 from brlite.http.keys import ApiKeys, keys_middleware
 from brlite.http.request_id import stamp_request_id
+from brlite.http.resources import Resources
 
 
 def add_manners(
@@ -20,13 +21,16 @@ def add_manners(
     access_log: bool = True,
     quiet_paths: frozenset[str] = frozenset(),
 ) -> None:
-    """Outermost first: the log sees every status, preflights need no key, refused keys are answered like any error."""
+    """Outermost first: the log sees every status, preflights need no key, refused keys are answered like any error.
+
+    The application has its routes by then: the open and the quiet ones are looked up among them.
+    """
     app.on_response_prepare.append(stamp_request_id)
     if access_log:
-        app.middlewares.append(access_log_middleware(quiet_paths))
+        app.middlewares.append(access_log_middleware(Resources(app, quiet_paths)))
     if cors_origins:
         cors = Cors(cors_origins)
         app.on_response_prepare.append(cors.mark)
         app.middlewares.append(cors.answer_preflight)
     app.middlewares.append(errors_middleware)
-    app.middlewares.append(keys_middleware(keys, open_paths))
+    app.middlewares.append(keys_middleware(keys, Resources(app, open_paths)))

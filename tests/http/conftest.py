@@ -27,14 +27,15 @@ async def http_server() -> AsyncIterator[HttpServerFactory]:
         keys: tuple[str, ...] = (),
         cors_origins: tuple[str, ...] = (),
         grace_seconds: float = 0.2,
+        prefix: str = "",
         **limits: float,
     ) -> HttpServer:
         app = web.Application()
-        open_paths = frozenset({"/health"})
-        add_manners(app, keys=ApiKeys(keys), open_paths=open_paths, cors_origins=cors_origins, quiet_paths=open_paths)
         for route, handler in routes.items():
             app.router.add_route(*route.split(), handler)
-        server = HttpServer(app, "127.0.0.1", 0, LimitsConfig(**limits), grace_seconds)
+        open_paths = frozenset({"/health"})
+        add_manners(app, keys=ApiKeys(keys), open_paths=open_paths, cors_origins=cors_origins, quiet_paths=open_paths)
+        server = HttpServer(mounted(app, prefix), "127.0.0.1", 0, LimitsConfig(**limits), grace_seconds)
         servers.append(server)
         await server.start()
         return server
@@ -43,6 +44,15 @@ async def http_server() -> AsyncIterator[HttpServerFactory]:
     for server in servers:
         await server.close()
         assert server.num_connections == 0
+
+
+def mounted(app: web.Application, prefix: str) -> web.Application:
+    """The application inside another one, if there is a prefix."""
+    if not prefix:
+        return app
+    outer = web.Application()
+    outer.add_subapp(prefix, app)
+    return outer
 
 
 class RawClient:

@@ -60,6 +60,18 @@ async def test_no_spelling_of_a_path_gets_round_the_key(path, http_server, conne
     assert b"hello" not in answer
 
 
+@pytest.mark.parametrize("path", [f"/llm{path}" for path in ODD_PATHS if path.startswith("/")])
+async def test_no_spelling_gets_round_the_key_where_the_application_is_mounted(
+    path, http_server, connect, hello
+) -> None:
+    server = await http_server({"GET /v1/models": hello, "GET /health": hello}, keys=(SECRET,), prefix="/llm")
+    client = await connect(server)
+
+    client.send(f"GET {path} HTTP/1.1\r\nHost: /llm/health\r\nConnection: close\r\n\r\n".encode("latin-1"))
+
+    assert b"hello" not in await client.rest()
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "HEAD", "OPTIONS", "TRACE", "PATCH", "DELETE"])
 async def test_no_method_gets_round_the_key(method, http_server, connect, hello) -> None:
     server = await http_server({"GET /v1/models": hello}, keys=(SECRET,))
@@ -116,11 +128,12 @@ async def test_a_refusal_tells_how_to_send_a_key_and_does_not_repeat_the_wrong_o
     assert "nearly-secret" not in body.decode() + caplog.text
 
 
-async def test_the_open_path_needs_no_key_even_with_a_query(http_server, connect, hello) -> None:
-    server = await http_server({"GET /health": hello}, keys=(SECRET,))
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+async def test_the_open_path_needs_no_key_even_with_a_query(prefix, http_server, connect, hello) -> None:
+    server = await http_server({"GET /health": hello}, keys=(SECRET,), prefix=prefix)
     client = await connect(server)
 
-    client.send(b"GET /health?x=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    client.send(f"GET {prefix}/health?x=1 HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
 
     assert (await client.rest()).endswith(b"hello")
 

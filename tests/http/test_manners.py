@@ -138,11 +138,12 @@ async def test_a_path_cannot_forge_a_line(http_server, connect, caplog) -> None:
     assert all(len(record.getMessage()) < 400 for record in caplog.records)
 
 
-async def test_probes_are_not_logged(http_server, connect, hello, caplog) -> None:
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+async def test_probes_are_not_logged(prefix, http_server, connect, hello, caplog) -> None:
     caplog.set_level(logging.INFO, "brlite.access")
-    client = await connect(await http_server({"GET /health": hello}))
+    client = await connect(await http_server({"GET /health": hello}, prefix=prefix))
 
-    client.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    client.send(f"GET {prefix}/health HTTP/1.1\r\nHost: x\r\n\r\n".encode())
     await client.answer()
 
     assert caplog.records == []
