@@ -55,15 +55,16 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
     spec = spec or config.model[0]
     report = on_progress or _ignore
     path = locate_model(spec.name, spec.path, report)
+    # All that can be wrong with the files is found before torch is imported, which takes seconds.
     with closing(open_checkpoint(path)) as checkpoint:
-        check_fit(checkpoint, spec)
+        fit = check_fit(checkpoint, spec)
     report("reading the tokenizer", 0.0)
     tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
+    _check_vocabulary(tokenizer, fit.config.vocab_size, path)
     report("starting torch", 0.0)
     from brlite.worker.torch_backend import TorchBackend
 
     backend = TorchBackend.load(path, spec, config.engine, lambda fraction: report("reading the weights", fraction))
-    _check_vocabulary(tokenizer, backend, path)
     for note in backend.info.notes:
         logger.warning("model %s: %s", spec.name, note)
     return Assembly(Engine(backend.info, tokenizer, config.engine, config.limits), backend)
@@ -218,13 +219,10 @@ def _one_for_each(
     return params
 
 
-def _check_vocabulary(tokenizer: Tokenizer, backend: Backend, path: Path) -> None:
+def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
     highest = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids))
-    if highest >= backend.info.vocab_size:
-        backend.close()
-        raise ModelError(
-            f"{path}: the tokenizer has token ids up to {highest}, the model only up to {backend.info.vocab_size - 1}"
-        )
+    if highest >= vocab_size:
+        raise ModelError(f"{path}: the tokenizer has token ids up to {highest}, the model only up to {vocab_size - 1}")
 
 
 def _without_queue_limits(config: Config) -> Config:

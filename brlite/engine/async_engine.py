@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+RETRY_SECONDS = 5  # when to come back to an engine that is stopping
 LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
 
 
@@ -97,7 +98,7 @@ class AsyncEngine:
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; `sink` gets its deltas on this thread. Raises `RequestError` where it cannot be served."""
         if not self.is_running:
-            raise NotReady("the engine is not running", retry_after_seconds=1)
+            raise NotReady("the engine is not running", retry_after_seconds=RETRY_SECONDS)
         self._engine.add_request(request, sink)
         self._idle.clear()
         self._wake.set()
@@ -164,7 +165,7 @@ class AsyncEngine:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        self._engine.end_all(NotReady("the server is stopping"))
+        self._engine.end_all(NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS))
         self._idle.set()
         await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.close)
         self._thread.shutdown(wait=True)

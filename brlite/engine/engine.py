@@ -67,8 +67,10 @@ class Engine:
 
     @property
     def num_queued(self) -> int:
-        """How many requests wait for their first step."""
-        return sum(not state.is_started and not state.is_aborted for state in self._requests.values())
+        """How many requests wait for their first step; those that belong with another are counted as one with it."""
+        return sum(
+            not (state.is_started or state.is_aborted or state.request.is_patient) for state in self._requests.values()
+        )
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` for a request that could not be served even by an idle engine."""
@@ -81,7 +83,7 @@ class Engine:
         request = _copied(request)
         max_tokens, warnings = admit(request, self.info, self.limits)
         num_queued = self.num_queued
-        if num_queued >= self.limits.max_waiting:
+        if num_queued >= self.limits.max_waiting and not request.is_patient:
             raise QueueFull(
                 f"{num_queued} requests are waiting; this server queues at most {self.limits.max_waiting}",
                 retry_after_seconds=self._retry_after_seconds(),

@@ -24,6 +24,8 @@ def find_family(config: Mapping[str, Any]) -> Family:
     Names are compared whole. Raises `ModelError` with the known ones.
     """
     architectures = config.get("architectures") or ()
+    if not isinstance(architectures, list | tuple):
+        raise ModelError(f"model config: architectures must be a list of strings, got {architectures!r}")
     name = architectures[0] if architectures else config.get("model_type")
     for family in FAMILIES:
         if name == (family.architecture if architectures else family.model_type):

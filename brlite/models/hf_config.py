@@ -14,6 +14,8 @@ from brlite.errors import ModelError
 from brlite.models.config import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
 
 DEFAULT_THETA = 10_000.0
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 4096  # every layer's tensors are named before they are looked for
 
 
 class ConfigReader:
@@ -26,10 +28,10 @@ class ConfigReader:
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
 
-    def positive_int(self, key: str, default: int | None = None) -> int:
+    def positive_int(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
         value = self._get(key, default)
-        if not isinstance(value, Integral) or isinstance(value, bool) or value <= 0:
-            raise self.error(key, "a positive integer", value)
+        if not isinstance(value, Integral) or isinstance(value, bool) or not 0 < int(value) <= most:
+            raise self.error(key, f"an integer from 1 to {most}", value)
         return int(value)
 
     def positive_number(self, key: str, default: float | None = None) -> float:
@@ -94,7 +96,7 @@ def read_sizes(reader: ConfigReader) -> dict[str, Any]:
         "vocab_size": reader.positive_int("vocab_size"),
         "hidden_size": reader.positive_int("hidden_size"),
         "intermediate_size": reader.positive_int("intermediate_size"),
-        "num_layers": reader.positive_int("num_hidden_layers"),
+        "num_layers": reader.positive_int("num_hidden_layers", most=MAX_LAYERS),
         "num_heads": num_heads,
         "num_kv_heads": reader.positive_int("num_key_value_heads", num_heads),
         "head_dim": read_head_dim(reader),
@@ -116,7 +118,7 @@ def read_head_dim(reader: ConfigReader) -> int:
 
 def read_sliding_layers(reader: ConfigReader, *, first: int = 0) -> tuple[int, ...]:
     """The layers with a sliding window: those `layer_types` names, or else all from `first` on."""
-    num_layers = reader.positive_int("num_hidden_layers")
+    num_layers = reader.positive_int("num_hidden_layers", most=MAX_LAYERS)
     if "layer_types" not in reader:
         return tuple(range(first, num_layers))
     kinds = reader.texts("layer_types")

@@ -357,6 +357,17 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make_driver: Ma
     assert caught.value.retry_after_seconds >= 1
 
 
+def test_patient_parts_do_not_fill_the_queue(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_waiting=2))
+
+    driver.submit("first part")
+    parts = [driver.submit(f"part {number}", is_patient=True) for number in range(5)]
+    driver.submit("somebody else")
+    driver.finish()
+
+    assert all(driver.outputs[part].finished for part in parts)
+
+
 def test_a_request_that_waited_too_long_ends_with_an_error(make_driver: MakeDriver) -> None:
     driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_wait_seconds=5.0))
     served = driver.submit("running", max_tokens=20)
