@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from brlite.config import DEFAULT_MODEL, LimitsConfig
+from brlite.http.connection import MAX_HEADERS
 from brlite.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +38,10 @@ def test_the_limits_are_those_of_the_code() -> None:
     documented = {name: cells[0] for name, cells in table("### Limits").items()}
 
     assert documented == {name: str(value) for name, value in msgspec.structs.asdict(LimitsConfig()).items()}
+
+
+def test_the_limit_that_has_no_key_is_that_of_the_code() -> None:
+    assert f"| header lines (fixed) | {MAX_HEADERS} | 400 |" in README
 
 
 def test_the_sampling_parameters_are_those_of_the_code() -> None:

@@ -2,7 +2,7 @@
 
 It knows when a request begins and ends, and nothing of what is in it.
 
-What aiohttp (read: 3.14.5 and 3.13.4) does, and this class relies on: llhttp's strict mode refuses smuggling shapes;
+What aiohttp (read: 3.14.5) does, and this class relies on: llhttp's strict mode refuses smuggling shapes;
 `start()` lives as long as the connection is served, its handler included; `finish_response()` ends every request;
 `handle_error()` answers malformed ones; `force_close()` closes at once; a handler is cancelled when the connection is
 lost. What it does not do: end a connection whose headers stay unfinished or whose client stops reading, bound the
@@ -24,11 +24,11 @@ from brlite.http.boundary import has_begun
 from brlite.http.connections import Connections
 from brlite.http.envelope import error_bytes, error_response
 from brlite.http.request_id import HEADER, new_request_id
+from brlite.http.stall import StallTimer
 
 logger = logging.getLogger(__name__)
 
 MAX_HEADERS = 100
-MAX_FIELD_BYTES = 8190
 MALFORMED = "The request is not valid HTTP/1.1."
 HEADERS_TOO_LARGE = web.HTTPRequestHeaderFieldsTooLarge
 LINGERING_SECONDS = 5.0  # how long the rest of a refused body is read, so that the client can see the refusal
@@ -45,7 +45,7 @@ class Connection(web.RequestHandler):
         "_is_serving",
         "_limits",
         "_siblings",
-        "_stall_timer",
+        "_stall",
         "_wire",
     )
 
@@ -58,8 +58,8 @@ class Connection(web.RequestHandler):
             keepalive_timeout=limits.keepalive_seconds,
             access_log=None,  # type: ignore[arg-type]  # aiohttp's own way to have none, left out of its annotation
             logger=logger,
-            max_line_size=min(MAX_FIELD_BYTES, limits.max_header_bytes),
-            max_field_size=min(MAX_FIELD_BYTES, limits.max_header_bytes),
+            max_line_size=limits.max_header_bytes,
+            max_field_size=limits.max_header_bytes,
             max_headers=MAX_HEADERS,
             lingering_time=LINGERING_SECONDS,
             auto_decompress=False,
@@ -69,7 +69,7 @@ class Connection(web.RequestHandler):
         self._siblings = siblings
         self._wire: asyncio.Transport | None = None
         self._deadline: asyncio.TimerHandle | None = None
-        self._stall_timer: asyncio.TimerHandle | None = None
+        self._stall: StallTimer | None = None
         self._bytes_came = False
         self._is_serving = False
         self._is_retiring = False
@@ -81,6 +81,7 @@ class Connection(web.RequestHandler):
             wire.close()
             return
         wire.set_write_buffer_limits(high=0)  # so pause_writing() means: the client does not take what we send
+        self._stall = StallTimer(wire, self._limits.slow_client_seconds)
         self._set_deadline()
         super().connection_made(transport)
 
@@ -93,7 +94,8 @@ class Connection(web.RequestHandler):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._clear_deadline()
-        self._clear_stall()
+        if self._stall is not None:
+            self._stall.stop()
         super().connection_lost(exc)
 
     def retire(self) -> None:
@@ -182,17 +184,13 @@ class Connection(web.RequestHandler):
         self.force_close()
 
     def pause_writing(self) -> None:
-        """The client does not take what we send: from now on it has `slow_client_seconds` to catch up."""
+        """The client does not take all that we send: from now on it must take some every `slow_client_seconds`."""
         super().pause_writing()
-        if self._wire is not None:
-            self._stall_timer = self._event_loop.call_later(self._limits.slow_client_seconds, self._wire.abort)
+        if self._stall is not None:
+            self._stall.start()
 
     def resume_writing(self) -> None:
         """It has caught up."""
-        self._clear_stall()
+        if self._stall is not None:
+            self._stall.stop()
         super().resume_writing()
-
-    def _clear_stall(self) -> None:
-        if self._stall_timer is not None:
-            self._stall_timer.cancel()
-            self._stall_timer = None

@@ -15,6 +15,8 @@ from types import TracebackType
 
 from aiohttp import HttpVersion11, web
 
+from brlite.http.stall import StallTimer
+
 BACKLOG_BYTES = 64 * 1024
 
 _HEADERS = {
@@ -74,14 +76,15 @@ class EventStream:
         return self._transport.get_write_buffer_size() > BACKLOG_BYTES
 
     async def drained(self, seconds: float) -> bool:
-        """Wait until the client has caught up. If that takes longer than `seconds` the connection is cut: False."""
-        timer = self._loop.call_later(seconds, self._transport.abort)
+        """Wait until the client has caught up. If it reads nothing for `seconds` the connection is cut: False."""
+        stall = StallTimer(self._transport, seconds)
+        stall.start()
         try:
             await self._request.writer.drain()
         except ConnectionError:
             return False
         finally:
-            timer.cancel()
+            stall.stop()
         return not self._transport.is_closing()
 
     async def finish(self) -> web.StreamResponse:
