@@ -147,7 +147,9 @@ class EngineCollector(Collector):
             yield family
 
     def _cache_config(self) -> Metric:
+        # The seed's labels do not name the model: models that are set up alike share a line.
         family = InfoMetricFamily("vllm:cache_config", "How the KV cache is set up.")
+        setups = []
         for _, engine in self._engines():
             info = engine.info
             values = {
@@ -161,7 +163,10 @@ class EngineCollector(Collector):
                 "sliding_window": info.sliding_window,
                 "swap_space_bytes": 0,
             }
-            family.add_metric([], {name: str(value) for name, value in values.items()})
+            setup = {name: str(value) for name, value in values.items()}
+            if setup not in setups:
+                setups.append(setup)
+                family.add_metric([], setup)
         return family
 
     def _endings(self) -> Metric:

@@ -93,6 +93,16 @@ async def test_the_cache_config_has_the_labels_of_the_seed(client: Client) -> No
     }
 
 
+async def test_models_that_are_set_up_alike_share_one_line(client: Client) -> None:
+    app = create_app(ModelTable(ServedModel(ModelSpec(name=name), client.engine) for name in ("one", "two")))
+
+    async with HttpServer(app, "127.0.0.1", 0, LimitsConfig()) as server, aiohttp.ClientSession(server.url) as session:
+        text = await (await session.get("/metrics")).text()
+
+    assert text.count("vllm:cache_config_info{") == 1
+    assert text.count("brlite:backend_info{") == 2
+
+
 @pytest.mark.parametrize("name", V1_FAMILIES)
 async def test_the_names_of_the_v1_engine_are_there_too(client: Client, name: str) -> None:
     family = (await scrape(client))[name]
