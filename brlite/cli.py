@@ -235,6 +235,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
-    length = f"length of an answer at most (default {max_tokens or 'what the context allows'})"
+    length = f"length of an answer at most (default {max_tokens or 'half of the context'})"
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=length)
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most probable token")

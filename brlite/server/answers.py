@@ -52,12 +52,13 @@ class Answer(Protocol):
 
 
 class TokenCount:
-    """Tokens used by one HTTP request, counted from its deltas."""
+    """Tokens used by one HTTP request, counted from its deltas; those of completions only if they are shown."""
 
-    def __init__(self, num_hidden_tokens: int = 0) -> None:
+    def __init__(self, *, shows_completions: bool = True) -> None:
         self.prompt = 0
         self.cached = 0
-        self.completion = -num_hidden_tokens
+        self.completion = 0
+        self._shows_completions = shows_completions
         self._seen: set[int] = set()
 
     def add(self, prompt_index: int, output: RequestOutput) -> None:
@@ -65,7 +66,8 @@ class TokenCount:
             self._seen.add(prompt_index)
             self.prompt += len(output.prompt_token_ids)
             self.cached += output.num_cached_tokens
-        self.completion += sum(len(completion.token_ids) for completion in output.outputs)
+        if self._shows_completions:
+            self.completion += sum(len(completion.token_ids) for completion in output.outputs)
 
     def usage(self) -> Usage:
         total = self.prompt + self.completion
@@ -160,14 +162,13 @@ class CompletionAnswer:
         tokenizer: Tokenizer,
         *,
         n: int,
-        num_prompts: int = 1,
         echo: bool = False,
         is_echo_only: bool = False,
         include_usage: bool = False,
         warnings: Sequence[str] = (),
     ) -> None:
         self.id = f"cmpl-{uuid.uuid4().hex}"
-        self.count = TokenCount(num_prompts * n if is_echo_only else 0)
+        self.count = TokenCount(shows_completions=not is_echo_only)
         self._created = int(time.time())
         self._model = model
         self._tokenizer = tokenizer

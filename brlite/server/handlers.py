@@ -9,17 +9,18 @@ from typing import TypeVar
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET
 
 import brlite
 from brlite.config import Config, LimitsConfig
 from brlite.engine.async_engine import AsyncEngine
-from brlite.errors import InvalidRequest
 from brlite.http.access_log import log_extras
 from brlite.http.body import leave_body, read_body
 from brlite.http.decode import decode_json, unknown_fields
 from brlite.sampling_params import SamplingParams, check_token_ids
 from brlite.server import metrics
 from brlite.server.answers import ChatAnswer, CompletionAnswer
+from brlite.server.checks import check_num_tokens, check_tokenize
 from brlite.server.delivery import answer_stream, answer_whole
 from brlite.server.protocol import (
     ChatCompletionRequest,
@@ -40,6 +41,7 @@ from brlite.server.translate import (
     check_chat,
     check_completion,
     completion_params,
+    in_the_words_of,
     make_request,
     plain_messages,
 )
@@ -53,51 +55,53 @@ MODELS = web.AppKey("models", ModelTable)
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _CHAT)
     engine = request.app[MODELS].engine(body.model)
-    messages = check_chat(body, _limits(request))
-    params = chat_params(body)
-    token_ids = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
-    answer = ChatAnswer(
-        body.model, engine.tokenizer, n=params.n, include_usage=_includes_usage(body), warnings=warnings
-    )
-    return await _answer(request, engine, body, [Prompt(None, token_ids)], params, answer)
+    with in_the_words_of(body):
+        messages = check_chat(body, _limits(request))
+        params = chat_params(body)
+        token_ids = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
+        answer = ChatAnswer(
+            body.model, engine.tokenizer, n=params.n, include_usage=_includes_usage(body), warnings=warnings
+        )
+        return await _answer(request, engine, body, [Prompt(None, token_ids)], params, answer)
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _COMPLETION)
     engine = request.app[MODELS].engine(body.model)
-    prompts = check_completion(body, _limits(request))
-    params = completion_params(body)
-    answer = CompletionAnswer(
-        body.model,
-        engine.tokenizer,
-        n=params.n,
-        num_prompts=len(prompts),
-        echo=bool(body.echo),
-        is_echo_only=bool(body.echo) and body.max_tokens == 0,
-        include_usage=_includes_usage(body),
-        warnings=warnings,
-    )
-    return await _answer(request, engine, body, await _encode_all(engine, prompts), params, answer)
+    with in_the_words_of(body):
+        prompts = check_completion(body, _limits(request))
+        params = completion_params(body)
+        answer = CompletionAnswer(
+            body.model,
+            engine.tokenizer,
+            n=params.n,
+            echo=bool(body.echo),
+            is_echo_only=bool(body.echo) and body.max_tokens == 0,
+            include_usage=_includes_usage(body),
+            warnings=warnings,
+        )
+        return await _answer(request, engine, body, await _encode_all(engine, prompts), params, answer)
 
 
 async def tokenize(request: web.Request) -> web.Response:
-    body, _ = await _read(request, _TOKENIZE)
+    body, warnings = await _read(request, _TOKENIZE)
     engine = request.app[MODELS].engine(body.model)
-    if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequest("give either prompt or messages", param="prompt")
+    check_tokenize(body)
     if body.messages is not None:
         messages = plain_messages(body.messages, _limits(request))
-        tokens = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
+        tokens = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt is not False)
     else:
-        tokens = await engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-    return _json(TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens))
+        tokens = await engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+    return _json(TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens, warnings or UNSET))
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    body, _ = await _read(request, _DETOKENIZE)
+    body, warnings = await _read(request, _DETOKENIZE)
     engine = request.app[MODELS].engine(body.model)
+    check_num_tokens(len(body.tokens), engine.info.max_model_len)
     check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
-    return _json(DetokenizeAnswer(engine.tokenizer.decode(body.tokens, skip_special_tokens=False)))
+    text = engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    return _json(DetokenizeAnswer(text, warnings or UNSET))
 
 
 async def list_models(request: web.Request) -> web.Response:

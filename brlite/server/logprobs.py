@@ -1,4 +1,7 @@
-"""Logprobs in OpenAI's two shapes: a list of objects for chats, parallel lists for completions."""
+"""Logprobs in OpenAI's two shapes: a list of objects for chats, parallel lists for completions.
+
+The logarithm of 0, which JSON cannot hold, is told as -9999.0 in both, as by vLLM.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from collections.abc import Sequence
 from brlite.outputs import TokenLogprob
 from brlite.server.protocol import ChatLogprobs, ChatTokenLogprob, ChatTopLogprob, CompletionLogprobs
 from brlite.tokenizer import Tokenizer
+
+LOWEST = -9999.0
 
 
 def chat_logprobs(logprobs: Sequence[TokenLogprob] | None, tokenizer: Tokenizer) -> ChatLogprobs | None:
@@ -17,10 +22,12 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob] | None, tokenizer: Tokenizer)
         [
             ChatTokenLogprob(
                 token=tokenizer.token_text(entry.token_id),
-                logprob=entry.logprob,
+                logprob=max(entry.logprob, LOWEST),
                 bytes=list(tokenizer.token_bytes(entry.token_id)),
                 top_logprobs=[
-                    ChatTopLogprob(tokenizer.token_text(token_id), logprob, list(tokenizer.token_bytes(token_id)))
+                    ChatTopLogprob(
+                        tokenizer.token_text(token_id), max(logprob, LOWEST), list(tokenizer.token_bytes(token_id))
+                    )
                     for token_id, logprob in entry.top
                 ],
             )
@@ -51,7 +58,7 @@ def completion_logprobs(
         offsets.append(offsets[-1] + len(token))
     return CompletionLogprobs(
         text_offset=offsets if tokens else [],
-        token_logprobs=[None if entry is None else entry.logprob for entry in entries],
+        token_logprobs=[None if entry is None else max(entry.logprob, LOWEST) for entry in entries],
         tokens=tokens,
         top_logprobs=[_alternatives(entry, tokenizer) for entry in entries],
     )
@@ -61,5 +68,5 @@ def _alternatives(entry: TokenLogprob | None, tokenizer: Tokenizer) -> dict[str,
     """The best tokens by text, and the one that stands there even if it is not among them."""
     if entry is None:
         return None
-    best = {tokenizer.token_text(token_id): logprob for token_id, logprob in reversed(entry.top)}
-    return {tokenizer.token_text(entry.token_id): entry.logprob, **best}
+    best = {tokenizer.token_text(token_id): max(logprob, LOWEST) for token_id, logprob in reversed(entry.top)}
+    return {tokenizer.token_text(entry.token_id): max(entry.logprob, LOWEST), **best}

@@ -17,6 +17,10 @@ from brlite.outputs import FinishReason
 class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool = False
 
+    # Not built: refused unless false.
+    include_obfuscation: bool | None = None
+    continuous_usage_stats: bool | None = None
+
 
 class ContentPart(Struct, forbid_unknown_fields=True):
     """A part of a message's content; only text can be served."""
@@ -26,9 +30,21 @@ class ContentPart(Struct, forbid_unknown_fields=True):
 
 
 class ChatMessage(Struct, forbid_unknown_fields=True):
+    """A turn of a chat. What other servers' answers hold besides may come back here as history, if it is empty."""
+
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
+
+    # Not built: refused unless null or empty.
+    refusal: str | None = None
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
+    function_call: Any = None
+    audio: Any = None
+    annotations: list[Any] | None = None
+    reasoning: Any = None
+    reasoning_content: Any = None
 
 
 class SamplingFields(Struct, kw_only=True):
@@ -96,8 +112,8 @@ class TokenizeRequest(Struct, kw_only=True):
     model: str | None = None
     prompt: str | None = None
     messages: list[ChatMessage] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):
@@ -226,10 +242,12 @@ class TokenizeAnswer(Struct):
     count: int
     max_model_len: int
     tokens: list[int]
+    warnings: list[str] | UnsetType = UNSET
 
 
 class DetokenizeAnswer(Struct):
     prompt: str
+    warnings: list[str] | UnsetType = UNSET
 
 
 encode = msgspec.json.Encoder().encode

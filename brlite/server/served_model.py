@@ -58,7 +58,7 @@ class ModelTable:
 
     def __init__(self, models: Iterable[ServedModel], elsewhere: ProxyConfig | None = None) -> None:
         self._models = {model.name: model for model in models}
-        self._elsewhere = {name: url for url, name in (elsewhere or ProxyConfig()).all_models.items()}
+        self._elsewhere = frozenset((elsewhere or ProxyConfig()).all_models.values())
         self.is_draining = False
 
     def __iter__(self) -> Iterator[ServedModel]:
@@ -83,5 +83,7 @@ class ModelTable:
     def _unknown(self, name: str | None) -> str:
         if name is None:
             return "say which model: several are served here"
-        text = f"The model `{name[:200]}` does not exist. Served here: {', '.join(self._models)}"
-        return f"{text}. all_models has it at {self._elsewhere[name]}" if name in self._elsewhere else text
+        where = (
+            "runs on another server; requests are not forwarded yet" if name in self._elsewhere else "does not exist"
+        )
+        return f"The model `{name[:200]}` {where}. Served here: {', '.join(self._models)}"

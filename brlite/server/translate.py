@@ -1,11 +1,12 @@
 """OpenAI's requests to the engine's: messages and prompts to plain data, fields to `SamplingParams`.
 
-What goes beyond types is checked here, or at the engine's door. Pure; answers go the other way in `answers.py`.
+Beyond types it is `checks.py` and the engine's door that check. Pure; answers go the other way in `answers.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -14,30 +15,18 @@ from brlite.config import LimitsConfig
 from brlite.engine.request import Request
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams
-from brlite.server.protocol import ChatCompletionRequest, ChatMessage, CompletionRequest, SamplingFields
+from brlite.server.checks import check_fields, check_message, check_sequences
+from brlite.server.protocol import (
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    ContentPart,
+    SamplingFields,
+)
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may use what the context has
 
 _SAMPLING_NAMES = [field for field in SamplingFields.__struct_fields__ if field in SamplingParams.__struct_fields__]
-_NOT_BUILT = "is not supported by this version of brlite"
-
-# Field → whether a value asks for nothing beyond what is built. Any other value is refused, never ignored.
-_HARMLESS: dict[str, Callable[[Any], bool]] = {
-    "use_beam_search": lambda value: value is False,
-    "response_format": lambda value: value == {"type": "text"},
-    "tools": lambda value: value == [],
-    "tool_choice": lambda value: value in ("none", "auto"),
-    "functions": lambda value: value == [],
-    "function_call": lambda value: value in ("none", "auto"),
-    "modalities": lambda value: value == ["text"],
-    "suffix": lambda value: value == "",
-    "chat_template_kwargs": lambda value: value == {},
-}
-_UNBUILT_FIELDS = (
-    *("use_beam_search", "response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-    *("structured_outputs", "tools", "tool_choice", "functions", "function_call", "modalities", "audio"),
-    *("chat_template", "chat_template_kwargs", "suffix"),
-)
 
 
 class Prompt(msgspec.Struct, frozen=True):
@@ -49,7 +38,8 @@ class Prompt(msgspec.Struct, frozen=True):
 
 def check_chat(body: ChatCompletionRequest, limits: LimitsConfig) -> list[dict[str, Any]]:
     """The messages as plain data for the template. Raises `InvalidRequest`."""
-    _refuse_unbuilt(body)
+    check_fields(body, limits)
+    check_sequences(1, body, limits)
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     return plain_messages(body.messages, limits)
@@ -87,18 +77,25 @@ def completion_params(body: CompletionRequest) -> SamplingParams:
 
 def check_completion(body: CompletionRequest, limits: LimitsConfig) -> list[Prompt]:
     """The prompts of a completion, in order. Raises `InvalidRequest`."""
-    _refuse_unbuilt(body)
-    prompts = _prompts(body.prompt)
-    if len(prompts) > limits.max_prompts:
-        raise InvalidRequest(
-            f"prompt must hold at most {limits.max_prompts} prompts on this server, got {len(prompts)}", param="prompt"
-        )
-    num_sequences = len(prompts) * (body.n or 1)
-    if num_sequences > limits.max_sequences:
-        raise InvalidRequest(
-            f"prompts times n must be at most {limits.max_sequences} on this server, got {num_sequences}", param="n"
-        )
+    check_fields(body, limits)
+    prompts = _prompts(body.prompt, limits)
+    check_sequences(len(prompts), body, limits)
     return prompts
+
+
+@contextmanager
+def in_the_words_of(body: SamplingFields) -> Iterator[None]:
+    """Refusals raised inside, of the engine's names, name the client's fields instead."""
+    try:
+        yield
+    except InvalidRequest as error:
+        name = _client_names(body).get(error.param or "")
+        if name is None:
+            raise
+        message = str(error)
+        if message.startswith(f"{error.param} "):
+            message = name + message.removeprefix(str(error.param))
+        raise type(error)(message, param=name, code=error.code) from None
 
 
 def make_request(request_id: str, prompt: Prompt, params: SamplingParams, cache_salt: str | None) -> Request:
@@ -113,15 +110,28 @@ def make_request(request_id: str, prompt: Prompt, params: SamplingParams, cache_
     )
 
 
-def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
+def _client_names(body: SamplingFields) -> dict[str, str]:
+    """The engine's names of fields → the client's, where they differ."""
+    if not isinstance(body, ChatCompletionRequest):
+        return {"prompt_logprobs": "logprobs"}
+    names = {"prompt": "messages", "logprobs": "top_logprobs"}
+    return names if body.max_completion_tokens is None else {**names, "max_tokens": "max_completion_tokens"}
+
+
+def _prompts(prompt: str | list[str | int | list[int]], limits: LimitsConfig) -> list[Prompt]:
     """A text, a list of texts, token ids, or a list of token ids."""
     if isinstance(prompt, str):
         return [Prompt(prompt, None)]
-    if prompt and all(isinstance(item, int) for item in prompt):
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
         return [Prompt(None, prompt)]  # type: ignore[arg-type]  # proved by the line above
-    if prompt and all(isinstance(item, str) for item in prompt):
+    if len(prompt) > limits.max_prompts:
+        raise InvalidRequest(
+            f"prompt must hold at most {limits.max_prompts} prompts on this server, got {len(prompt)}", param="prompt"
+        )
+    if kinds == {str}:
         return [Prompt(item, None) for item in prompt if isinstance(item, str)]
-    if prompt and all(isinstance(item, list) for item in prompt):
+    if kinds == {list}:
         return [Prompt(None, item) for item in prompt if isinstance(item, list)]
     raise InvalidRequest(
         "prompt must be a string, a list of strings, a list of token ids or a list of those; it must not be empty",
@@ -130,34 +140,23 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> list[Prompt]:
 
 
 def _plain_message(message: ChatMessage, param: str) -> dict[str, Any]:
+    check_message(message, param)
     content = message.content
     if content is None:
         raise InvalidRequest(f"{param}.content must be a string or a list of text parts", param=f"{param}.content")
     if isinstance(content, list):
-        content = "".join(_part_text(part, f"{param}.content[{index}]") for index, part in enumerate(content))
+        content = _joined(content, f"{param}.content")
     plain = {"role": message.role, "content": content}
     return plain if message.name is None else {**plain, "name": message.name}
 
 
-def _part_text(part: Any, param: str) -> str:
-    if part.type != "text" or part.text is None:
-        raise InvalidRequest(f'{param} must be {{"type": "text", "text": …}}: this server takes text only', param=param)
-    return str(part.text)
-
-
-def _refuse_unbuilt(body: SamplingFields) -> None:
-    for name in _UNBUILT_FIELDS:
-        value = getattr(body, name, None)
-        if value is not None and not _HARMLESS.get(name, _never)(value):
-            raise InvalidRequest(f"{name} {_NOT_BUILT}", param=name, code="unsupported_parameter")
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise InvalidRequest(f"best_of other than n {_NOT_BUILT}", param="best_of", code="unsupported_parameter")
-    if body.stream_options is not None and not body.stream:
-        raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
-
-
-def _never(value: object) -> bool:
-    return False
+def _joined(parts: list[ContentPart], param: str) -> str:
+    texts = [part.text for part in parts if part.type == "text" and part.text is not None]
+    if len(texts) < len(parts):
+        index = next(index for index, part in enumerate(parts) if part.type != "text" or part.text is None)
+        at = f"{param}[{index}]"
+        raise InvalidRequest(f'{at} must be {{"type": "text", "text": …}}: this server takes text only', param=at)
+    return "".join(texts)
 
 
 def _sampling_params(body: SamplingFields, **more: Any) -> SamplingParams:

@@ -118,6 +118,23 @@ async def test_text_parts_are_joined(client: Client) -> None:
     assert answer["choices"][0]["message"]["content"] == expected()
 
 
+async def test_a_turn_of_another_servers_answer_may_come_back_as_history(client: Client) -> None:
+    turn = {"role": "assistant", "content": "y", "refusal": None, "tool_calls": None, "annotations": [], "audio": None}
+
+    status, answer = await client.post(PATH, chat_body(messages=[turn]))
+
+    assert status == 200
+    assert answer["choices"][0]["message"]["content"] == expected(prompt=b"assistant:y\n")
+
+
+async def test_obfuscation_that_is_not_wanted_is_not_there(client: Client) -> None:
+    options = {"include_usage": True, "include_obfuscation": False}
+
+    events = await client.stream(PATH, chat_body(stream_options=options))
+
+    assert events[-1]["usage"]["completion_tokens"] == 8
+
+
 async def test_max_completion_tokens_is_max_tokens(client: Client) -> None:
     body = chat_body(max_completion_tokens=3)
     del body["max_tokens"]

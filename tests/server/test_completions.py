@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from tests.fakes import reference_tokens
+from brlite.outputs import TokenLogprob
+from brlite.server.logprobs import chat_logprobs, completion_logprobs
+from tests.fakes import ByteTokenizer, reference_tokens
 from tests.server.conftest import Client, completion_body
 
 PATH = "/v1/completions"
@@ -82,6 +85,31 @@ async def test_echo_alone_generates_nothing_that_is_seen_or_counted(client: Clie
     assert answer["choices"][0]["logprobs"]["tokens"] == ["a", "b", "c"]
     assert answer["usage"]["completion_tokens"] == 0
     assert streamed_text(events) == "abc"
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_failed_echo_counts_no_tokens(
+    make_client: MakeClient, is_streamed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "brlite.access")
+    client = await make_client(fault=lambda seq: "logits are not finite")
+    body = completion_body("abc", echo=True, max_tokens=0)
+
+    await (client.stream(PATH, body) if is_streamed else client.post(PATH, body))
+
+    assert "completion_tokens=0" in caplog.text
+
+
+def test_an_impossible_token_has_a_logprob_that_json_can_hold() -> None:
+    entry = TokenLogprob(97, -math.inf, ((98, -math.inf),))
+
+    chat = chat_logprobs([entry], ByteTokenizer())  # type: ignore[arg-type]
+    completion = completion_logprobs((), None, [entry], ByteTokenizer(), 0)  # type: ignore[arg-type]
+
+    assert chat is not None
+    assert (chat.content[0].logprob, chat.content[0].top_logprobs[0].logprob) == (-9999.0, -9999.0)
+    assert completion is not None
+    assert (completion.token_logprobs, completion.top_logprobs) == ([-9999.0], [{"a": -9999.0, "b": -9999.0}])
 
 
 async def test_offsets_go_on_through_a_stream(client: Client) -> None:

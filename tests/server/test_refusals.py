@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
 
-from tests.fakes import reference_tokens
+from brlite.config import LimitsConfig
+from brlite.errors import InvalidRequest
+from brlite.server.protocol import CompletionRequest
+from brlite.server.translate import check_completion
+from tests.fakes import ByteTokenizer, reference_tokens
 from tests.server.conftest import Client, chat_body, completion_body
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -37,14 +41,18 @@ MakeClient = Callable[..., Awaitable[Client]]
         ({"min_tokens": 9}, "min_tokens"),
         ({"seed": 2**65}, "seed"),
         ({"stop": ["x"] * 100}, "stop"),
+        ({"stop_token_ids": [1] * 100}, "stop_token_ids"),
+        ({"stop_tokens_ids": [1] * 100}, "stop_tokens_ids"),
+        ({"logit_bias": dict.fromkeys(map(str, range(2000)), 1)}, "logit_bias"),
         ({"stop": [""]}, "stop"),
         ({"stop_tokens_ids": [10**6]}, "stop_token_ids"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
-        ({"logprobs": True, "top_logprobs": 100}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 100}, "top_logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream_options": {"frob": True}, "stream": True}, "stream_options"),
+        ({"stream_options": {"include_obfuscation": True}, "stream": True}, "stream_options.include_obfuscation"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"guided_regex": "a+"}, "guided_regex"),
@@ -57,6 +65,9 @@ MakeClient = Callable[..., Awaitable[Client]]
         ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "refusal": "no"}]}, "messages[0].refusal"),
+        ({"messages": [{"role": "user", "content": "x", "frobnicate": None}]}, "messages[0]"),
         ({"messages": [{"role": "user", "content": "x" * 100}]}, "messages"),
         ({"model": None}, "model"),
     ],
@@ -70,6 +81,63 @@ async def test_a_bad_field_of_a_chat_is_a_400_that_names_it(client: Client, fiel
     assert answer["error"]["type"] == "invalid_request_error"
     assert answer["message"] == answer["error"]["message"]
     assert client.backend.batches == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "fields", "param", "message"),
+    [
+        ({"max_sequences": 4}, {"n": 5}, "n", "prompts times n must be at most 4"),
+        ({}, {"logprobs": True, "top_logprobs": 25}, "top_logprobs", "top_logprobs must be at most 20"),
+        (
+            {},
+            {"max_tokens": None, "max_completion_tokens": 0},
+            "max_completion_tokens",
+            "max_completion_tokens must be",
+        ),
+        ({}, {"stop": ["x"] * 17}, "stop", "stop must have at most 16 entries on this server, got 17"),
+    ],
+    ids=["sequences", "top_logprobs", "max_completion_tokens", "stop"],
+)
+async def test_a_refusal_speaks_of_the_clients_own_field(
+    make_client: MakeClient, limits: dict[str, int], fields: dict[str, Any], param: str, message: str
+) -> None:
+    client = await make_client(limits=limits)
+
+    status, answer = await client.post(CHAT, chat_body(**fields))
+
+    assert status == 400
+    assert answer["error"]["param"] == param
+    assert answer["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize("field", ["stop", "stop_token_ids", "stop_tokens_ids", "logit_bias"])
+def test_a_long_list_is_refused_before_anything_walks_it(field: str) -> None:
+    class Endless(dict[int, float]):
+        def __len__(self) -> int:
+            return 10**6
+
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("nobody looks at its entries")
+
+    body = CompletionRequest(model="fake", prompt="x", **{field: Endless()})
+
+    with pytest.raises(InvalidRequest) as caught:
+        check_completion(body, LimitsConfig())
+
+    assert caught.value.param == field
+
+
+async def test_a_chat_found_too_long_at_the_engines_door_is_the_messages_fault(make_client: MakeClient) -> None:
+    class Optimist(ByteTokenizer):
+        def fewest_tokens(self, text: str) -> int:
+            return 0
+
+    client = await make_client(tokenizer=Optimist())
+
+    status, answer = await client.post(CHAT, chat_body("x" * 100))
+
+    assert status == 400
+    assert (answer["error"]["param"], answer["error"]["code"]) == ("messages", "context_length_exceeded")
 
 
 @pytest.mark.parametrize(
