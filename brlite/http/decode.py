@@ -7,6 +7,7 @@ the struct or `InvalidRequest`. It knows no endpoint: the struct behind the deco
 from __future__ import annotations
 
 import re
+from itertools import islice
 from typing import TypeVar
 
 import msgspec
@@ -44,8 +45,9 @@ def unknown_fields(body: bytes, struct_type: type[msgspec.Struct]) -> list[str]:
 
     Raises `InvalidRequest` as `decode_json` does: a key that no field has is not decoded there.
     """
-    fields = decode_json(body, _TOP_LEVEL).keys() - set(struct_type.__struct_encode_fields__)
-    return [field[:MAX_FIELD_LENGTH] for field in sorted(fields)[:MAX_REPORTED_FIELDS]]
+    known = frozenset(struct_type.__struct_encode_fields__)
+    unknown = (field for field in decode_json(body, _TOP_LEVEL) if field not in known)
+    return [field[:MAX_FIELD_LENGTH] for field in islice(unknown, MAX_REPORTED_FIELDS)]
 
 
 def _not_json(reason: str) -> InvalidRequest:
