@@ -43,17 +43,21 @@ class LayerParameters:
 
 @dataclass(frozen=True)
 class Parameters:
-    """All of a decoder. `named` holds every tensor once; with tied embeddings `head.weight` is `embedding`."""
+    """All of a decoder. `named` holds every tensor once; with tied embeddings `head.weight` is `embedding`.
+
+    Matrices that were packed (`packing.py`) are no longer in `named`, but counted.
+    """
 
     named: dict[str, Tensor]
     embedding: Tensor
     layers: list[LayerParameters]
     norm: Tensor
     head: Linear
+    num_packed_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.named.values())
+        return sum(tensor.nbytes for tensor in self.named.values()) + self.num_packed_bytes
 
 
 def allocate_parameters(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Parameters:

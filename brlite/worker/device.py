@@ -56,6 +56,11 @@ def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: tor
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
 
 
+def multiplies_with_onednn(device: torch.device) -> bool:
+    """Whether matrices may be packed for oneDNN, which serves CPUs only."""
+    return device.type == "cpu"
+
+
 def physical_cores() -> int:
     """How many cores this process may use: hyper-threads count once, a container's quota is kept."""
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

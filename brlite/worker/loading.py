@@ -17,6 +17,7 @@ from brlite.errors import ConfigError, ModelError
 from brlite.models.config import ModelConfig, weight_bytes
 from brlite.models.decoder import Decoder
 from brlite.models.family import Place
+from brlite.models.packing import can_pack, pack_linears
 from brlite.models.parameters import Parameters, allocate_parameters
 from brlite.models.quantize import quantize_linears_
 from brlite.worker.fit import Fit, check_fit
@@ -28,17 +29,21 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device,
     on_progress: Callable[[float], None],
+    *,
+    packs: bool = False,
 ) -> Decoder:
     """The decoder that `checkpoint` holds, in `spec`'s precision, computing in `dtype` on `device`.
 
-    `on_progress` gets the fraction that is loaded. Raises `ModelError` or `ConfigError` before any weight is read if
-    checkpoint and spec do not fit together.
+    `packs` allows matrices in oneDNN's layout; `on_progress` gets the fraction that is loaded. Raises `ModelError` or
+    `ConfigError` before any weight is read if checkpoint and spec do not fit together.
     """
     fit = check_fit(checkpoint, spec)
     parameters = _allocate(fit.config, dtype, device)
     _fill(parameters, checkpoint, fit, on_progress)
     if spec.precision != "bf16":
         quantize_linears_(parameters)
+    if packs and can_pack(parameters):
+        parameters = pack_linears(parameters)
     return Decoder(fit.config, parameters, max_length=spec.build_seq)
 
 

@@ -22,7 +22,13 @@ from brlite.models.config import KVDtype, ModelConfig, kv_bytes_per_token
 from brlite.models.decoder import Decoder
 from brlite.models.kv_cache import KVCache
 from brlite.outputs import TokenLogprob
-from brlite.worker.device import compute_dtype, describe_device, physical_cores, select_device
+from brlite.worker.device import (
+    compute_dtype,
+    describe_device,
+    multiplies_with_onednn,
+    physical_cores,
+    select_device,
+)
 from brlite.worker.loading import load_model
 from brlite.worker.sampler import sample, token_logprobs
 
@@ -46,14 +52,18 @@ class TorchBackend:
     def load(
         cls, path: Path, spec: ModelSpec, engine: EngineConfig, on_progress: Callable[[float], None]
     ) -> TorchBackend:
-        """Open the model at `path` and make room for its cache. `on_progress` gets the fraction that is loaded."""
+        """Open the model at `path` and make room for its cache. `on_progress` gets the fraction that is loaded.
+
+        The number of threads is torch's own, and so the whole process's.
+        """
         if spec.tensor_parallel != 1:
             raise ConfigError(f"tensor_parallel is {spec.tensor_parallel}; the torch backend computes on 1 device")
         device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
         torch.set_num_threads(engine.threads or physical_cores())
         checkpoint = open_checkpoint(path)
         try:
-            decoder = load_model(checkpoint, spec, compute_dtype(engine.dtype, device), device, on_progress)
+            dtype, packs = compute_dtype(engine.dtype, device), multiplies_with_onednn(device)
+            decoder = load_model(checkpoint, spec, dtype, device, on_progress, packs=packs)
         finally:
             checkpoint.close()
         cache = _allocate_cache(decoder, spec, engine.block_size)
