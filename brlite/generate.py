@@ -1,12 +1,13 @@
-"""`brlite generate`: a file of prompts in, JSON lines out, in the order of the file. No server and no event loop."""
+"""`brlite generate`: a file of prompts in, JSON lines out, in the order of the file and as they are done. No server."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 import msgspec
@@ -25,16 +26,47 @@ def run(config: Config, source: str, target: str, params: SamplingParams) -> int
     A line is a prompt, or a JSON object with `prompt` and any sampling field; what it does not say comes from `params`.
     """
     jobs = [_job(line, number, params) for number, line in _lines(source)]
-    with LLM(config=config) as llm, _opened(target) as out, tqdm(total=len(jobs), disable=None, unit="prompt") as bar:
-        prompts, each = [prompt for prompt, _ in jobs], [job_params for _, job_params in jobs]
-        for output in llm.generate(prompts, each, on_finished=lambda _: bar.update()):
-            out.write(_answer(output) + "\n")
+    prompts, each = [prompt for prompt, _ in jobs], [job_params for _, job_params in jobs]
+    bar = tqdm(total=len(jobs), disable=None, unit="prompt")
+    with LLM(config=config) as llm, _opened(target) as file, bar, Answers(file, bar.update) as answers:
+        llm.generate(prompts, each, on_finished=answers.add)
     return 0
+
+
+class Answers:
+    """Writes each answer once those before it are written. What is held back when it ends, in any way, comes then."""
+
+    def __init__(self, file: TextIO, on_written: Callable[[], object]) -> None:
+        self._file = file
+        self._on_written = on_written
+        self._held: dict[int, str] = {}
+        self._next = 0
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number in sorted(self._held):
+            self._write(number)
+
+    def add(self, output: RequestOutput) -> None:
+        self._held[int(output.request_id)] = _answer(output)  # `LLM` numbers its requests
+        while self._next in self._held:
+            self._write(self._next)
+            self._next += 1
+
+    def _write(self, number: int) -> None:
+        self._file.write(self._held.pop(number) + "\n")
+        self._file.flush()
+        self._on_written()
 
 
 def _lines(source: str) -> Iterator[tuple[int, str]]:
     text = sys.stdin.read() if source == "-" else _read(Path(source))
-    return ((number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip())
+    # Not splitlines(), which would also cut a prompt at U+2028 and the like.
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def _read(path: Path) -> str:
