@@ -40,7 +40,7 @@ async def _chat_with_model(config: Config, system: str | None, params: SamplingP
         show = bar.enter_context(progress_bar())
         async with AsyncEngine.from_config(config, on_progress=show) as engine:
             bar.close()
-            await _converse(lambda messages: _ask_engine(engine, messages, params), system)
+            await converse(lambda messages: _ask_engine(engine, messages, params), system)
 
 
 async def _chat_with_server(
@@ -50,23 +50,25 @@ async def _chat_with_server(
     async with aiohttp.ClientSession(headers=headers) as session:
         server = url.rstrip("/").removesuffix("/v1")
         name = model or await _first_model(session, server)
-        await _converse(lambda messages: _ask_server(session, server, name, messages, params), system)
+        await converse(lambda messages: _ask_server(session, server, name, messages, params), system)
 
 
-async def _converse(ask: Ask, system: str | None) -> None:
+async def converse(ask: Ask, system: str | None) -> None:
+    """Ask each line of standard input with what was said before it; a question that failed is forgotten."""
     messages: Messages = [{"role": "system", "content": system}] if system else []
     while (line := await asyncio.to_thread(_read_line)) is not None:
-        messages.append({"role": "user", "content": line})
+        question = {"role": "user", "content": line}
         answer = ""
         try:
-            async with aclosing(ask(messages)) as pieces:
+            async with aclosing(ask([*messages, question])) as pieces:
                 async for piece in pieces:
                     print(piece, end="", flush=True)
                     answer += piece
         except BrliteError as error:
             print(f"brlite: error: {error}", file=sys.stderr)
+        else:
+            messages += question, {"role": "assistant", "content": answer}
         print()
-        messages.append({"role": "assistant", "content": answer})
 
 
 def _read_line() -> str | None:
