@@ -8,7 +8,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import importlib
+import json
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -17,6 +19,7 @@ from typing import Any
 
 from brlite.app import create_app
 from brlite.config import Config
+from brlite.http.keys import ApiKeys
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel
 
@@ -56,7 +59,7 @@ async def _serve(config: Config) -> int:
             await _first_of(loading, stop)
             if loading.done():
                 loading.result()
-                _announce(server.url, config)
+                _announce(server.url, config, models)
                 await stop
             logger.info("stopping: running requests have %g seconds to finish", config.server.drain_seconds)
             models.is_draining = True
@@ -117,12 +120,22 @@ async def _stop_signal() -> AsyncIterator[asyncio.Future[None]]:
             loop.remove_signal_handler(number)
 
 
-def _announce(url: str, config: Config) -> None:
+def _announce(url: str, config: Config, models: ModelTable) -> None:
     """A line to paste. Printed, not logged: it is what a newcomer waits for."""
-    body = (
-        f'{{"model": "{config.model[0].name}", "stream": true, "max_tokens": 100, "temperature": 0, '
-        '"messages": [{"role": "user", "content": "Why is the sky blue?"}]}'
-    )
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if config.keys.keys or config.keys.file else ""
-    print(f"\nbrlite is ready. Try:\n\ncurl -N {url}/v1/chat/completions{key} \\", file=sys.stderr)
-    print(f"  -H 'Content-Type: application/json' -d '{body}'\n", file=sys.stderr, flush=True)
+    name = config.model[0].name
+    engine = models.engine(name)
+    needs_key = not ApiKeys.from_config(config.keys).is_open
+    line = curl_line(url, name, is_chat=engine.tokenizer.has_chat_template, needs_key=needs_key)
+    print(f"\nbrlite is ready. Try:\n\n{line}\n", file=sys.stderr, flush=True)
+
+
+def curl_line(url: str, model: str, *, is_chat: bool, needs_key: bool) -> str:
+    """A shell command that asks the model something and shows its answer as it comes."""
+    body: dict[str, object] = {"model": model, "stream": True, "max_tokens": 100, "temperature": 0}
+    if is_chat:
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Why is the sky blue?"}]
+    else:
+        path, body["prompt"] = "/v1/completions", "The sky is blue because"
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    return f"curl -N {url}{path}{key} \\\n  -H 'Content-Type: application/json' -d {data}"
