@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 DEFAULT_CONFIG = Path("brlite.toml")
+ALL_ADDRESSES = "0.0.0.0"
 
 # Overrides of one config field each; their values are checked with the field.
 _OVERRIDES = {
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def br_api_server(argv: list[str] | None = None) -> int:
-    """Run the manual's command, `br_api_server --config FILE --port N`. It listens to the whole network, as there."""
+    """Run the manual's command, `br_api_server --config FILE --port N`. For the manual's JSON it listens as there."""
     return _run(_seed_parser(), argv)
 
 
@@ -72,14 +73,22 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         return 0
 
 
-def _serve(args: argparse.Namespace) -> int:
+def _serve(args: argparse.Namespace, *notes: str) -> int:
     from brlite.config_check import check_supported, config_warnings
     from brlite.serve import run
 
     config = _config(args)
     check_supported(config)
     _configure_logging(config.server.log_level)
-    return run(config, config_warnings(config))
+    return run(config, [*notes, *config_warnings(config)])
+
+
+def _serve_as_in_the_manual(args: argparse.Namespace) -> int:
+    """The manual's JSON cannot name a host, and its server listens to the whole network; a TOML's host is its own."""
+    if args.host is not None or args.config.suffix != ".json":
+        return _serve(args)
+    args.host = ALL_ADDRESSES
+    return _serve(args, f"listening on all addresses ({ALL_ADDRESSES}), as the manual's server does; --host changes it")
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -168,9 +177,9 @@ def _parser() -> argparse.ArgumentParser:
 def _seed_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="br_api_server", description="Serve the model of the manual's JSON config.")
     parser.add_argument("--config", "--config_path", type=Path, required=True, metavar="FILE", help="the config")
-    parser.add_argument("--host", default="0.0.0.0", help="address to listen to (default: all)")
+    parser.add_argument("--host", help="address to listen to (default: the TOML's; for a JSON, all)")
     parser.add_argument("--port", type=int, metavar="N", help="port to listen to")
-    parser.set_defaults(command=_serve, model=None)
+    parser.set_defaults(command=_serve_as_in_the_manual, model=None)
     return parser
 
 

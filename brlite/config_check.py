@@ -28,7 +28,7 @@ def check_supported(config: Config) -> None:
 
 def config_warnings(config: Config) -> list[str]:
     """One line for everything an operator should know before starting with this config."""
-    warnings = [*_keys(config), *_forwarding(config)]
+    warnings = [*_keys(config), *_forwarding(config), *_step_budget(config)]
     for index, spec in enumerate(config.model):
         warnings += (f"model[{index}]: {text}" for rule in _MODEL_RULES for text in rule(spec))
     return warnings
@@ -49,6 +49,16 @@ def _forwarding(config: Config) -> Warnings:
         yield f"all_models: {name} runs elsewhere and requests are not forwarded yet: asking for it here gives 404"
     for name in sorted(here - listed if listed else ()):
         yield f"all_models: {name} is served here but not listed; the manual asks for the same name as in model"
+
+
+def _step_budget(config: Config) -> Warnings:
+    budget = config.engine.max_num_batched_tokens
+    for index, spec in enumerate(config.model):
+        if budget < spec.build_batch:
+            text = (
+                f"steps compute up to {spec.build_batch} tokens, one for each of model[{index}].build_batch sequences"
+            )
+            yield f"engine.max_num_batched_tokens = {budget}: {text}"
 
 
 def _weights(spec: ModelSpec) -> Warnings:

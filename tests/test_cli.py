@@ -132,7 +132,26 @@ def test_the_manuals_command_listens_to_the_network(handed_over, option):
 
     assert (handed_over.config.server.host, handed_over.config.server.port) == ("0.0.0.0", 9000)
     assert handed_over.config.model == load_config(FIXTURES / "mistral_7b.json").model
-    assert any("0.0.0.0" in warning for warning in handed_over.warnings)
+    assert handed_over.warnings[0].startswith("listening on all addresses (0.0.0.0), as the manual's server does")
+
+
+@pytest.mark.parametrize(
+    ("argv", "host"),
+    [
+        ([str(FIXTURES / "mistral_7b.json"), "--host", "127.0.0.1"], "127.0.0.1"),
+        (["own.toml"], "127.0.0.7"),
+        (["own.toml", "--host", "0.0.0.0"], "0.0.0.0"),
+        (["bare.toml"], "127.0.0.1"),
+    ],
+)
+def test_the_manuals_command_keeps_to_a_host_that_is_named(handed_over, tmp_path, argv, host):
+    (tmp_path / "own.toml").write_text('[server]\nhost = "127.0.0.7"\n')
+    (tmp_path / "bare.toml").write_text("")
+
+    br_api_server(["--config", *argv])
+
+    assert handed_over.config.server.host == host
+    assert not any("all addresses" in warning for warning in handed_over.warnings)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from brlite.config import Config, KeysConfig, ModelSpec, ServerConfig, load_config, make_config, override
+from brlite.config import Config, EngineConfig, KeysConfig, ModelSpec, ServerConfig, load_config, make_config, override
 from brlite.config_check import check_supported, config_warnings
 from brlite.errors import ConfigError
 
@@ -178,6 +178,10 @@ def test_the_default_config_gives_no_warning():
         (Config(model=(ModelSpec(path="/a", model_file="/b.pt"),)), "model[0]: model_file /b.pt is not read"),
         (Config(model=(ModelSpec(model_file="/b.pt"),)), "model[0]: model_file /b.pt is not read by this version"),
         (Config(model=(ModelSpec(serialize_file="/c"),)), "model[0]: serialize_file /c is neither read nor written"),
+        (
+            Config(engine=EngineConfig(max_num_batched_tokens=8)),
+            "engine.max_num_batched_tokens = 8: steps compute up to 16",
+        ),
     ],
 )
 def test_a_doubtful_config_is_warned_about(config, message, monkeypatch):
