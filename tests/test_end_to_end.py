@@ -98,23 +98,6 @@ def test_chinese_passes_through_unharmed(client: openai.OpenAI) -> None:
     assert answer.choices[0].text.startswith("描述一下夏天🌞")
 
 
-def test_seeded_answers_do_not_depend_on_their_company(server: Server) -> None:
-    async def ask(client: openai.AsyncOpenAI, seed: int) -> str:
-        answer = await client.chat.completions.create(
-            model=DEFAULT_MODEL, messages=CAPITAL, seed=seed, temperature=0.7, max_tokens=4
-        )
-        return answer.choices[0].message.content or ""
-
-    async def run() -> tuple[list[str], list[str]]:
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-            alone = [await ask(client, seed) for seed in range(4)]
-            return alone, list(await asyncio.gather(*(ask(client, seed) for seed in range(4))))
-
-    alone, together = asyncio.run(run())
-
-    assert together == alone
-
-
 def test_errors_reach_the_official_client_with_their_field(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=DEFAULT_MODEL, messages=CAPITAL, top_p=2)
