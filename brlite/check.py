@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,26 +62,31 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
 
 def run(path: Path) -> int:
     """Print the effective config, what its models will take, and the warnings. Raises what makes it unusable."""
+    from brlite.http.keys import ApiKeys
+
     config = load_config(path)
     check_supported(config)
+    ApiKeys.from_config(config.keys)
     reports = [inspect_model(spec, config.engine) for spec in config.model]
     print("\n".join([render(config), "", *describe(config, reports, find_memory().available)]))
     return 0
 
 
 def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
-    """Find out about a model without fetching it. Raises where the spec and the model do not fit together."""
+    """Find out about a model without fetching it. Raises where `serve` would: all files are opened, none is read."""
     from brlite.checkpoint import open_checkpoint
+    from brlite.tokenizer import load_tokenizer
+    from brlite.worker.fit import check_fit
 
     path = _find(spec)
     if path is None:
         sizes = _measure(spec, engine, DEFAULT_MODEL_CONFIG) if spec.name == DEFAULT_MODEL else None
         return ModelReport(spec=spec, origin="not here yet, fetched by its name at the first start", sizes=sizes)
-    checkpoint = open_checkpoint(path)
-    try:
-        return ModelReport(spec=spec, origin=str(path), sizes=_measure(spec, engine, checkpoint.config))
-    finally:
-        checkpoint.close()
+    with closing(open_checkpoint(path)) as checkpoint:
+        check_fit(checkpoint, spec)
+        sizes = _measure(spec, engine, checkpoint.config)
+    load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
+    return ModelReport(spec=spec, origin=str(path), sizes=sizes)
 
 
 def describe(config: Config, reports: Sequence[ModelReport], available_bytes: int) -> Iterator[str]:

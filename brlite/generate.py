@@ -51,8 +51,8 @@ class Answers:
         for number in sorted(self._held):
             self._write(number)
 
-    def add(self, output: RequestOutput) -> None:
-        self._held[int(output.request_id)] = _answer(output)  # `LLM` numbers its requests
+    def add(self, number: int, output: RequestOutput) -> None:
+        self._held[number] = _answer(output)
         while self._next in self._held:
             self._write(self._next)
             self._next += 1
@@ -96,12 +96,14 @@ def _job(line: str, number: int, params: SamplingParams) -> tuple[str, SamplingP
 
 @contextmanager
 def _opened(target: str) -> Iterator[TextIO]:
-    if target == "-":
-        yield sys.stdout
-        return
     try:
-        with Path(target).open("w", encoding="utf-8") as file:
-            yield file
+        if target == "-":
+            yield sys.stdout
+        else:
+            with Path(target).open("w", encoding="utf-8") as file:
+                yield file
+    except BrokenPipeError:
+        raise  # the reader left, which is no fault
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
 

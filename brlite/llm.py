@@ -116,19 +116,21 @@ class LLM:
         prompts: str | Sequence[str | Sequence[int]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        on_finished: Callable[[RequestOutput], object] | None = None,
+        on_finished: Callable[[int, RequestOutput], object] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts, given as texts or token ids, with one set of parameters for all or one for each.
 
         Returns one finished output a prompt, in order; `.prompt` and `.outputs[i].text` are what most need.
-        `on_finished` hears of each as it is done. Raises `InvalidRequest` for a wrong prompt before anything runs.
+        `on_finished` is given each output as it is done, with the number of its prompt from 0. Raises
+        `InvalidRequest`, naming the prompt by that number, for one that is wrong, before anything runs.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
         params = _one_for_each(sampling_params, len(prompts))
-        requests = [self._request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
-        for request in requests:
-            self._engine.check(request)
+        requests = [
+            self._checked(number, prompt, each)
+            for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+        ]
         return _Run(self._engine, self._backend, requests, on_finished).finish()
 
     def close(self) -> None:
@@ -144,6 +146,14 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _checked(self, number: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        try:
+            request = self._request(prompt, params)
+            self._engine.check(request)
+        except InvalidRequest as error:
+            raise type(error)(f"prompts[{number}]: {error}", param=error.param, code=error.code) from None
+        return request
 
     def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         return Request(
@@ -162,13 +172,15 @@ class _Run:
         engine: Engine,
         backend: Backend,
         requests: list[Request],
-        on_finished: Callable[[RequestOutput], object] | None,
+        on_finished: Callable[[int, RequestOutput], object] | None,
     ) -> None:
         self._engine = engine
         self._backend = backend
         self._requests = requests
         self._on_finished = on_finished
+        self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self._outputs: dict[str, RequestOutput] = {}
+        self._finished: list[RequestOutput] = []
         self._error: BrliteError | None = None
 
     def finish(self) -> list[RequestOutput]:
@@ -180,6 +192,7 @@ class _Run:
                 if batch is None:
                     return [self._outputs[request.request_id] for request in self._requests]
                 self._engine.update(self._backend.execute(batch))
+                self._report_finished()
             raise self._error
         except BaseException as error:
             # Whatever went wrong, Ctrl-C included, the next call finds an empty engine.
@@ -202,8 +215,14 @@ class _Run:
             whole.merge(output)
         if output.finished:
             whole.outputs.sort(key=lambda completion: completion.index)
-            if self._on_finished is not None:
-                self._on_finished(whole)
+            self._finished.append(whole)
+
+    def _report_finished(self) -> None:
+        """Not from `_receive`: the engine guards itself against its sinks, and what goes wrong here must get out."""
+        finished, self._finished = self._finished, []
+        if self._on_finished is not None:
+            for output in finished:
+                self._on_finished(self._numbers[output.request_id], output)
 
 
 def _one_for_each(

@@ -25,8 +25,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How to choose the tokens of a completion. Raises `InvalidRequest`, naming the field, when out of range.
 
     `stop` takes a string or a list; `stop_tokens_ids` is the manual's spelling of `stop_token_ids`, and both add up.
-    `max_tokens=None` means as many as the context allows. `logprobs` and `prompt_logprobs` count the alternatives
-    reported beside each token (0: only the token itself).
+    `max_tokens=None` means half of `build_seq`, or what the context has left if that is less. `logprobs` and
+    `prompt_logprobs` count the alternatives reported beside each token (0: only the token itself).
     """
 
     n: int = 1

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 # While a step runs Python (sampling, planning) the event loop waits this long at most for its turn, not 5 ms.
 SWITCH_INTERVAL_SECONDS = 0.0005
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REPEATED_SIGNAL_SECONDS = 1.0
 
 
 def run(config: Config, warnings: list[str]) -> int:
@@ -53,7 +55,7 @@ async def _serve(config: Config) -> int:
         # By then the grace time is over: closing an engine gives its streams their error event.
         app.on_shutdown.append(lambda _: engines.aclose())
         server = HttpServer(app, config.server.host, config.server.port, config.limits, config.server.drain_seconds)
-        async with server, _stop_signal() as stop:
+        async with _stop_signal() as stop, server:
             logger.info("listening on %s; loading %s", server.url, ", ".join(spec.name for spec in config.model))
             loading = asyncio.create_task(_load_all(config, models, engines), name="brlite-load")
             await _first_of(loading, stop)
@@ -101,23 +103,28 @@ async def _first_of(*awaitables: asyncio.Future[Any]) -> None:
 
 @asynccontextmanager
 async def _stop_signal() -> AsyncIterator[asyncio.Future[None]]:
-    """A future that SIGTERM or SIGINT resolves. A second signal has its usual effect."""
+    """A future that SIGTERM or SIGINT resolves.
+
+    A second signal has its usual effect, but not within a second: wrappers signal their child and its group too.
+    """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
-    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def restore() -> None:
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
 
     def on_signal() -> None:
-        for number in signals:
-            loop.remove_signal_handler(number)
-        stop.set_result(None)
+        if not stop.done():
+            stop.set_result(None)
+            loop.call_later(REPEATED_SIGNAL_SECONDS, restore)
 
-    for number in signals:
+    for number in STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal)
     try:
         yield stop
     finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
+        restore()
 
 
 def _announce(url: str, config: Config, models: ModelTable) -> None:

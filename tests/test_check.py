@@ -10,7 +10,7 @@ from brlite.check import ModelReport, Sizes, describe, inspect_model, run
 from brlite.config import Config, EngineConfig, KeysConfig, ModelSpec, ProxyConfig, load_config
 from brlite.config_text import render
 from brlite.errors import ConfigError, ModelError
-from tests.tiny_models import VOCAB_SIZE, write_tiny_model
+from tests.tiny_models import VOCAB_SIZE, write_byte_tokenizer, write_tiny_model
 
 FLOAT32 = EngineConfig(device="cpu", dtype="float32")
 
@@ -24,7 +24,9 @@ def empty_caches(tmp_path, monkeypatch):
 
 @pytest.fixture
 def model(tmp_path) -> Path:
-    return write_tiny_model(tmp_path / "model")
+    path = write_tiny_model(tmp_path / "model")
+    write_byte_tokenizer(path)
+    return path
 
 
 def test_the_default_models_sizes_are_known_before_it_is_fetched():
@@ -134,4 +136,25 @@ def test_a_config_for_several_devices_is_refused_in_this_version(tmp_path):
     path.write_text("[[model]]\ntensor_parallel = 2\ndevices = [0, 1]\n")
 
     with pytest.raises(ConfigError, match="tensor parallelism is not built yet"):
+        run(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('[keys]\nfile = "/nowhere/keys"', "/nowhere/keys"),
+        (
+            '[[model]]\nname = "tiny"\npath = "MODEL"\nchat_template = "/nowhere/chat.jinja"\nbuild_seq = 64',
+            "chat.jinja",
+        ),
+        ('[[model]]\nname = "tiny"\npath = "BROKEN"\nbuild_seq = 64', "model.safetensors"),
+    ],
+)
+def test_what_would_stop_serve_stops_check(tmp_path: Path, model: Path, config: str, words: str) -> None:
+    broken = write_tiny_model(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-10])
+    path = tmp_path / "brlite.toml"
+    path.write_text(config.replace("MODEL", str(model)).replace("BROKEN", str(broken)))
+
+    with pytest.raises((ConfigError, ModelError), match=words):
         run(path)

@@ -47,7 +47,7 @@ class FakeLLM:
         for step in self.order:
             if isinstance(step, BaseException):
                 raise step
-            on_finished(finished(step))
+            on_finished(step, finished(step))
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_an_answer_is_written_when_those_before_it_are() -> None:
 
     with Answers(file, lambda: None) as answers:
         for number in (1, 0, 3, 2):
-            answers.add(finished(number))
+            answers.add(number, finished(number))
             seen.append(len(prompts_of(file.getvalue())))
 
     assert seen == [0, 2, 2, 4]

@@ -52,7 +52,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),
     "chat": ("llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
     "check": (
-        "config config_check config_text machine checkpoint models worker.device worker.fit errors",
+        "config config_check config_text machine checkpoint tokenizer models worker.device worker.fit http.keys errors",
         "msgspec",
     ),
     "doctor": ("config machine checkpoint.fetch worker.device errors", ""),

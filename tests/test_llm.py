@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 
 from brlite.config import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.errors import ConfigError, InvalidRequest, ModelError
@@ -18,7 +18,7 @@ from brlite.generate import run as run_generate
 from brlite.llm import LLM, AsyncEngine, build_engine
 from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["The first prompt", "a second", "The first prompt, and more of it", "x", "The first pr"]
@@ -28,12 +28,7 @@ PROMPTS = ["The first prompt", "a second", "The first prompt, and more of it", "
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with a tokenizer of one token a byte."""
     path = write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, **{letter: 3 + index for index, letter in enumerate(alphabet)}}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(path / "tokenizer.json"))
+    write_byte_tokenizer(path)
     return path
 
 
@@ -109,14 +104,29 @@ def test_n_beyond_the_batch_runs_in_turns(folder: Path) -> None:
 
 
 def test_a_wrong_prompt_raises_before_anything_runs_and_the_next_call_works(folder: Path) -> None:
-    finished: list[RequestOutput] = []
+    finished: list[int] = []
     with LLM(config=make_config(folder)) as llm:
-        with pytest.raises(InvalidRequest):
-            llm.generate(["good"] * 9 + ["x" * 500], GREEDY, on_finished=finished.append)
+        with pytest.raises(InvalidRequest, match=r"prompts\[9\]: "):
+            llm.generate(["good"] * 9 + ["x" * 500], GREEDY, on_finished=lambda number, output: finished.append(number))
         outputs = llm.generate(["good"], GREEDY)
 
     assert finished == []
     assert outputs[0].finished
+
+
+def test_each_output_is_reported_as_it_is_done_and_what_goes_wrong_there_gets_out(folder: Path) -> None:
+    reported: list[tuple[int, str | None]] = []
+    params = [SamplingParams(temperature=0, max_tokens=length, ignore_eos=True) for length in (9, 3, 6)]
+
+    def full_disk(number: int, output: RequestOutput) -> None:
+        raise OSError("no space left")
+
+    with LLM(config=make_config(folder)) as llm:
+        llm.generate(PROMPTS[:3], params, on_finished=lambda number, output: reported.append((number, output.prompt)))
+        with pytest.raises(OSError, match="no space left"):
+            llm.generate("x", GREEDY, on_finished=full_disk)
+
+    assert reported == [(1, PROMPTS[1]), (2, PROMPTS[2]), (0, PROMPTS[0])]
 
 
 def test_the_queue_limits_of_a_server_do_not_bind_offline(folder: Path) -> None:

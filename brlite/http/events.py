@@ -54,6 +54,8 @@ class EventStream:
 
     async def prepare(self) -> None:
         """Send the headers. From here on errors travel in the stream."""
+        if not self._is_chunked:
+            self._response.force_close()  # HTTP/1.0 knows the end of a stream by the end of its connection
         await self._response.prepare(self._request)
         transport = self._request.transport
         if transport is None:

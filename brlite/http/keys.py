@@ -30,7 +30,7 @@ class ApiKeys:
     @classmethod
     def from_config(cls, config: KeysConfig) -> ApiKeys:
         """The keys of the config, its file and its environment variable together."""
-        from_env = os.environ.get(config.env, "") if config.env else ""
+        from_env = os.environ.get(config.env, "").strip()
         from_file = _read_file(config.file) if config.file is not None else ()
         return cls((*config.keys, *from_file, *((from_env,) if from_env else ())))
 

@@ -7,6 +7,7 @@ not the plain one, keeps the plain matrices. The head stays plain, since a tied 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class PackedLinear(Linear):
 def can_pack(parameters: Parameters) -> bool:
     """Whether this torch can pack the matrices, and multiplies by a layer's as by the plain ones."""
     operators = ("_reorder_linear_weight", "_linear_pointwise")
-    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in operators):
+    if not torch._C._has_mkldnn or not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
     try:
         return all(_is_same(linear, _pack(linear)) for linear in parameters.layers[0].linears)
@@ -51,7 +52,8 @@ def pack_linears(parameters: Parameters) -> Parameters:
 
 def _pack_layer(layer: LayerParameters, prefix: str, named: dict[str, Tensor]) -> LayerParameters:
     for name in NAMES:
-        layer = replace(layer, **{name: _pack(getattr(layer, name))})
+        packed: Any = {name: _pack(getattr(layer, name))}
+        layer = replace(layer, **packed)
         del named[f"{prefix}{name}.weight"]
     return layer
 

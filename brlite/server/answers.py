@@ -223,18 +223,19 @@ class CompletionAnswer:
             self._prompt_logprobs[prompt_index] = output.prompt_logprobs
         index = prompt_index * self._n + completion.index
         is_first = index not in self._offsets
+        if self._is_echo_only:
+            completion = _hidden(completion)
         logprobs = completion_logprobs(
             output.prompt_token_ids if self._echo and is_first else (),
             self._prompt_logprobs.get(prompt_index),
-            () if self._is_echo_only else completion.logprobs,
+            completion.logprobs,
             self._tokenizer,
             self._offsets.get(index, 0),
         )
         self._offsets[index] = self._offsets.get(index, 0) + (sum(map(len, logprobs.tokens)) if logprobs else 0)
-        text = "" if self._is_echo_only else completion.text
         return CompletionChoice(
             index=index,
-            text=self._prompt_text(output) + text if self._echo and is_first else text,
+            text=self._prompt_text(output) + completion.text if self._echo and is_first else completion.text,
             logprobs=logprobs,
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
@@ -244,6 +245,12 @@ class CompletionAnswer:
         if output.prompt is not None:
             return output.prompt
         return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+
+
+def _hidden(completion: CompletionOutput) -> CompletionOutput:
+    """A completion of which nothing is to be seen, but that it ended for length."""
+    logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
+    return CompletionOutput(index=completion.index, logprobs=logprobs, finish_reason="length")
 
 
 def _has_news(completion: CompletionOutput) -> bool:

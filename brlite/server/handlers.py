@@ -42,7 +42,7 @@ from brlite.server.translate import (
     check_completion,
     completion_params,
     in_the_words_of,
-    make_request,
+    make_requests,
     plain_messages,
 )
 
@@ -189,9 +189,7 @@ async def _answer(
     answer: ChatAnswer | CompletionAnswer,
 ) -> web.StreamResponse:
     """Hand the prompts to the engine and answer in the form that was asked for."""
-    requests = [
-        make_request(f"{answer.id}-{index}", prompt, params, body.cache_salt) for index, prompt in enumerate(prompts)
-    ]
+    requests = make_requests(answer.id, prompts, params, body.cache_salt)
     try:
         if body.stream:
             return await answer_stream(request, engine, requests, answer, _limits(request))

@@ -98,16 +98,21 @@ def in_the_words_of(body: SamplingFields) -> Iterator[None]:
         raise type(error)(message, param=name, code=error.code) from None
 
 
-def make_request(request_id: str, prompt: Prompt, params: SamplingParams, cache_salt: str | None) -> Request:
-    """The engine's request for a prompt whose token ids are made."""
-    assert prompt.token_ids is not None
-    return Request(
-        request_id=request_id,
-        prompt=prompt.text,
-        prompt_token_ids=prompt.token_ids,
-        params=params,
-        cache_salt=cache_salt or "",
-    )
+def make_requests(
+    answer_id: str, prompts: list[Prompt], params: SamplingParams, cache_salt: str | None
+) -> list[Request]:
+    """The engine's requests for prompts whose token ids are made. Only the first may be ended for waiting too long."""
+    return [
+        Request(
+            request_id=f"{answer_id}-{index}",
+            prompt=prompt.text,
+            prompt_token_ids=prompt.token_ids or [],
+            params=params,
+            cache_salt=cache_salt or "",
+            is_patient=index > 0,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
 
 
 def _client_names(body: SamplingFields) -> dict[str, str]:

@@ -56,10 +56,11 @@ async def test_http_client_of_the_standard_library_agrees(http_server) -> None:
     assert await asyncio.to_thread(ask_twice) == [EVENTS] * 2
 
 
-async def test_http_1_0_gets_plain_bytes_and_a_close(http_server, connect) -> None:
+@pytest.mark.parametrize("wish", [b"", b"Connection: keep-alive\r\n"])
+async def test_http_1_0_gets_plain_bytes_and_a_close(wish: bytes, http_server, connect) -> None:
     client = await connect(await http_server({"GET /x": count_to_three}))
 
-    client.send(b"GET /x HTTP/1.0\r\n\r\n")
+    client.send(b"GET /x HTTP/1.0\r\n" + wish + b"\r\n")
     head, _, body = (await client.rest()).partition(b"\r\n\r\n")
 
     assert b"chunked" not in head

@@ -112,6 +112,17 @@ def test_an_impossible_token_has_a_logprob_that_json_can_hold() -> None:
     assert (completion.token_logprobs, completion.top_logprobs) == ([-9999.0], [{"a": -9999.0, "b": -9999.0}])
 
 
+@pytest.mark.parametrize("ending", [{"logit_bias": {"256": 100}}, {"stop_token_ids": [97]}])
+async def test_echo_alone_does_not_tell_how_the_hidden_token_ended(
+    make_client: MakeClient, ending: dict[str, Any]
+) -> None:
+    client = await make_client(next_token=lambda context, seed: 256 if "logit_bias" in ending else 97)
+
+    choice = (await client.complete("abc", echo=True, max_tokens=0, **ending))["choices"][0]
+
+    assert choice == {"index": 0, "text": "abc", "logprobs": None, "finish_reason": "length", "stop_reason": None}
+
+
 async def test_offsets_go_on_through_a_stream(client: Client) -> None:
     events = await client.stream(PATH, completion_body("abc", echo=True, logprobs=0, max_tokens=3))
 
