@@ -71,7 +71,8 @@ async def run_load(
     """Complete every prompt once, greedily, with `concurrency` requests open at a time. Failures are in the answers."""
     answers: list[Answer] = []
     waiting = iter(prompts)
-    connector = aiohttp.TCPConnector(limit=0)
+    # A connection for each request: llama.cpp's server closes those it keeps without a word.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=timeout_seconds)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=target.headers) as session:
         start = time.perf_counter()

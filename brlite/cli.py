@@ -36,8 +36,8 @@ _OVERRIDES = {
 }
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "n", "stop")
 
-# Read when torch loads: how long its threads spin before they sleep. Unbounded spinning makes a step 1.25 times faster
-# on idle cores and 3 to 20 times slower on cores that others use too (`bench/README.md`).
+# Read when torch loads: how long its threads spin before they sleep. Without a bound a step takes several times as long
+# on cores that others use too, and hardly less on idle ones (`bench/README.md`, "Threads that wait").
 _ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
 
 Command = Callable[[argparse.Namespace], int]
