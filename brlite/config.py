@@ -55,7 +55,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
     block_size: BlockSize = 16
-    max_num_batched_tokens: Count = 256
+    max_num_batched_tokens: Count = 128
     prefix_caching: bool = True
 
 
