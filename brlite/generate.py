@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import msgspec
 from tqdm import tqdm
@@ -26,11 +26,21 @@ def run(config: Config, source: str, target: str, params: SamplingParams) -> int
     A line is a prompt, or a JSON object with `prompt` and any sampling field; what it does not say comes from `params`.
     """
     jobs = [_job(line, number, params) for number, line in _lines(source)]
-    prompts, each = [prompt for prompt, _ in jobs], [job_params for _, job_params in jobs]
-    bar = tqdm(total=len(jobs), disable=None, unit="prompt")
-    with LLM(config=config) as llm, _opened(target) as file, bar, Answers(file, bar.update) as answers:
-        llm.generate(prompts, each, on_finished=answers.add)
+    with LLM(config=config) as llm:
+        for job in jobs:
+            _check(llm, job)
+        bar = tqdm(total=len(jobs), disable=None, unit="prompt")
+        with _opened(target) as file, bar, Answers(file, bar.update) as answers:
+            llm.generate([job.prompt for job in jobs], [job.params for job in jobs], on_finished=answers.add)
     return 0
+
+
+class Job(NamedTuple):
+    """A line of the source: its number from 1, its prompt and its parameters."""
+
+    line: int
+    prompt: str
+    params: SamplingParams
 
 
 class Answers:
@@ -71,21 +81,29 @@ def _lines(source: str) -> Iterator[tuple[int, str]]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
-def _job(line: str, number: int, params: SamplingParams) -> tuple[str, SamplingParams]:
-    """The prompt of a line and its parameters. Raises `ConfigError`, naming the line."""
+def _check(llm: LLM, job: Job) -> None:
+    """Before the target is opened: a prompt that is refused must not cost what stands there."""
+    try:
+        llm.check(job.prompt, job.params)
+    except InvalidRequest as error:
+        raise ConfigError(f"line {job.line}: {error}") from None
+
+
+def _job(line: str, number: int, params: SamplingParams) -> Job:
+    """What a line asks for. Raises `ConfigError`, naming the line."""
     if not line.lstrip().startswith("{"):
-        return line, params
+        return Job(number, line, params)
     try:
         fields: dict[str, Any] = json.loads(line)
         prompt = fields.pop("prompt")
         if not isinstance(prompt, str):
             raise InvalidRequest("prompt must be a string")
-        return prompt, msgspec.structs.replace(params, **fields)
+        return Job(number, prompt, msgspec.structs.replace(params, **fields))
     except json.JSONDecodeError as error:
         raise ConfigError(f"line {number} is not JSON: {error}") from None
     except KeyError:

@@ -23,6 +23,7 @@ import msgspec
 from brlite.config import Config, ModelSpec, load_config
 from brlite.config_check import check_supported, config_warnings
 from brlite.engine import async_engine
+from brlite.engine.admission import read_token_ids
 from brlite.engine.backend import Backend
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request
@@ -133,6 +134,10 @@ class LLM:
         ]
         return _Run(self._engine, self._backend, requests, on_finished).finish()
 
+    def check(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
+        """Raise `InvalidRequest` for a prompt that `generate` would refuse."""
+        self._engine.check(self._request(prompt, params))
+
     def close(self) -> None:
         """Give weights and cache back. May be called twice."""
         if not self._is_closed:
@@ -159,7 +164,9 @@ class LLM:
         return Request(
             request_id=str(next(self._ids)),
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=self.tokenizer.encode(prompt, param="prompt") if isinstance(prompt, str) else list(prompt),
+            prompt_token_ids=self.tokenizer.encode(prompt, param="prompt")
+            if isinstance(prompt, str)
+            else read_token_ids(prompt),
             params=params,
         )
 

@@ -95,7 +95,7 @@ class FakeBackend:
         self.is_closed = False
         self.gate: threading.Event | None = None
         self.has_begun = threading.Event()
-        self._next_token = next_token
+        self.next_token = next_token
         self._fault = fault
         self._cache = [[-1] * block_size for _ in range(num_blocks)]
 
@@ -123,7 +123,7 @@ class FakeBackend:
         if seq.sampling is None:
             return SeqResult(seq.seq_id, prompt_logprobs=prompt_logprobs)
         seed = 0 if seq.sampling.params.is_greedy else seq.sampling.seed
-        token_id = self._next_token(context, seed)
+        token_id = self.next_token(context, seed)
         num_top = seq.sampling.params.logprobs
         logprob = None if num_top is None else self._logprob(token_id, num_top)
         return SeqResult(seq.seq_id, [SampledToken(token_id, logprob)], prompt_logprobs)

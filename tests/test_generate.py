@@ -10,7 +10,7 @@ import pytest
 
 from brlite import generate
 from brlite.config import Config
-from brlite.errors import EngineError
+from brlite.errors import ConfigError, EngineError, InvalidRequest
 from brlite.generate import Answers
 from brlite.outputs import CompletionOutput, RequestOutput
 from brlite.sampling_params import SamplingParams
@@ -41,6 +41,10 @@ class FakeLLM:
 
     def __exit__(self, *exception: object) -> None:
         pass
+
+    def check(self, prompt, params):
+        if prompt == "refused":
+            raise InvalidRequest("the prompt is not liked")
 
     def generate(self, prompts, params, *, on_finished):
         type(self).prompts = tuple(prompts)
@@ -91,3 +95,16 @@ def test_only_a_line_feed_ends_a_prompt(fake_llm, tmp_path: Path) -> None:
     generate.run(Config(), str(source), str(tmp_path / "out"), SamplingParams())
 
     assert fake_llm.prompts == ("one\u2028line", "next\u0085too")
+
+
+def test_a_refused_prompt_is_named_by_its_line_and_costs_no_earlier_answers(
+    fake_llm: type[FakeLLM], tmp_path: Path
+) -> None:
+    source, target = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    source.write_bytes(b"\xef\xbb\xbffine\n\nrefused\n")
+    target.write_text("earlier answers")
+
+    with pytest.raises(ConfigError, match=r"line 3: the prompt is not liked"):
+        generate.run(Config(), str(source), str(target), SamplingParams())
+
+    assert target.read_text() == "earlier answers"

@@ -157,6 +157,12 @@ def test_closing_twice_is_closing_once(folder: Path) -> None:
         llm.close()
 
 
+@pytest.mark.parametrize("prompts", [[1, 2, 3], [None], ["a", 3], [["a"]]])
+def test_prompts_that_are_neither_text_nor_token_ids_are_refused(folder: Path, prompts: Any) -> None:
+    with LLM(config=make_config(folder)) as llm, pytest.raises(InvalidRequest, match="integer token ids"):
+        llm.generate(prompts, GREEDY)
+
+
 def test_one_set_of_parameters_or_one_for_each_prompt(folder: Path) -> None:
     with LLM(config=make_config(folder)) as llm, pytest.raises(InvalidRequest, match="2 entries for 3 prompts"):
         llm.generate(["a", "b", "c"], [GREEDY, GREEDY])

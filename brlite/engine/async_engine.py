@@ -167,12 +167,18 @@ class AsyncEngine:
             await asyncio.wait([self._task])
         self._engine.end_all(NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS))
         self._idle.set()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.close)
-        self._thread.shutdown(wait=True)
-        self._encoder.shutdown(wait=False, cancel_futures=True)
+        try:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.close)
+        finally:
+            self._thread.shutdown(wait=True)
+            self._encoder.shutdown(wait=False)
 
     async def _off_loop_if(self, is_long: bool, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, work) if is_long else work()
+        if not is_long:
+            return work()
+        if self._closing is not None:
+            raise NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS)
+        return await asyncio.get_running_loop().run_in_executor(self._encoder, work)
 
     async def _run(self) -> None:
         while True:

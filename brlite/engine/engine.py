@@ -67,9 +67,9 @@ class Engine:
 
     @property
     def num_queued(self) -> int:
-        """How many requests wait for their first step; those that belong with another are counted as one with it."""
+        """How many requests have completions that wait; those that belong with another are counted as one with it."""
         return sum(
-            not (state.is_started or state.is_aborted or state.request.is_patient) for state in self._requests.values()
+            state.is_queued and not (state.is_aborted or state.request.is_patient) for state in self._requests.values()
         )
 
     def check(self, request: Request) -> None:
@@ -152,10 +152,7 @@ class Engine:
 
     def check_idle(self) -> None:
         """Raise `EngineError` if an engine without requests still holds something. Costs nothing."""
-        scheduler = self._scheduler
-        if not self._requests and (
-            scheduler.running or scheduler.waiting or scheduler.siblings or self._blocks.num_used
-        ):
+        if not self._requests and not (self._scheduler.is_empty and self._blocks.num_used == 0):
             raise EngineError(f"{self._blocks.num_used} blocks are held, but no request is left")
 
     def check_integrity(self) -> None:
@@ -194,7 +191,9 @@ class Engine:
 
     def _note_scheduled(self, seq: Sequence) -> None:
         state = seq.state
-        if not state.is_started:
+        state.num_started += not seq.is_started
+        seq.is_started = True
+        if state.scheduled_time is None:
             state.scheduled_time = self._step_start
             state.num_cached_tokens = seq.num_computed_tokens
             self.stats.note_scheduled(state, self._step_start)

@@ -85,6 +85,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)
     num_sealed_blocks: int = 0
+    is_started: bool = False
     first_token_time: float = 0.0
     last_token_time: float = 0.0
 
@@ -126,6 +127,7 @@ class RequestState:
     arrival_time: float
     cache_root: bytes
     sequences: list[Sequence] = field(default_factory=list)
+    num_started: int = 0
     scheduled_time: float | None = None
     prompt_done_time: float | None = None
     num_cached_tokens: int = 0
@@ -138,6 +140,11 @@ class RequestState:
     @property
     def is_started(self) -> bool:
         return self.scheduled_time is not None
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether one of its completions has not begun yet."""
+        return self.num_started < self.request.params.n
 
     @property
     def is_finished(self) -> bool:

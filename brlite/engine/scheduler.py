@@ -6,6 +6,7 @@ decode and a preemption are all changes of that one number.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
@@ -31,17 +32,20 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nobody runs and nobody waits."""
+        waiting = itertools.chain(self.waiting, self.siblings)
+        return not self.running and all(seq.status is SequenceStatus.FINISHED for seq in waiting)
+
     def add(self, seq: Sequence) -> None:
         """Queue a sequence. Only the first of a request is new; the prompt of the others is cached."""
         (self.siblings if seq.index else self.waiting).append(seq)
 
     def finish(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it is, and its blocks back."""
+        """Take a sequence out and its blocks back. One that waits is passed over when its turn comes."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
-        for queue in (self.waiting, self.siblings):
-            if seq in queue:
-                queue.remove(seq)
         seq.status = SequenceStatus.FINISHED
         self._blocks.release(seq)
 
@@ -73,6 +77,9 @@ class Scheduler:
         return num_tokens - returned
 
     def _next_queue(self) -> deque[Sequence]:
+        for queue in (self.waiting, self.siblings):
+            while queue and queue[0].status is SequenceStatus.FINISHED:
+                queue.popleft()
         is_for_siblings = self.siblings and (self._is_turn_of_siblings or not self.waiting)
         return self.siblings if is_for_siblings else self.waiting
 

@@ -91,18 +91,21 @@ class StreamCollector(Collector):
     async def send_to(self, stream: EventStream, slow_client_seconds: float) -> None:
         """Send the stream to its end, or to its error. Returns early if the client left, or was cut for being slow."""
         self._stream = stream
-        self._send(self._answer.opening())
-        self._flush()
-        while self._num_open and self._error is None and not self._has_left:
-            await self._changed.wait()
-            self._changed.clear()
-            if self.outputs and not await stream.drained(slow_client_seconds):
-                return
+        try:
+            self._send(self._answer.opening())
             self._flush()
-        if self._error is not None:
-            stream.send(error_body(self._error))
-        else:
-            self._send(self._answer.closing())
+            while self._num_open and self._error is None and not self._has_left:
+                await self._changed.wait()
+                self._changed.clear()
+                if self.outputs and not await stream.drained(slow_client_seconds):
+                    return
+                self._flush()
+            if self._error is not None:
+                stream.send(error_body(self._error))
+            else:
+                self._send(self._answer.closing())
+        finally:
+            self._stream = None  # what the other prompts still say must not follow the end of the response
 
     def _take(self, index: int, output: RequestOutput) -> None:
         super()._take(index, output)

@@ -128,6 +128,30 @@ async def test_a_long_text_is_encoded_on_a_thread_that_ends_with_the_engine() ->
         assert not thread.is_alive() or thread.name.startswith("asyncio")
 
 
+async def test_a_backend_that_cannot_close_leaves_no_thread() -> None:
+    class Stuck(FakeBackend):
+        def close(self) -> None:
+            raise RuntimeError("the device is lost")
+
+    threads_before = set(threading.enumerate())
+    backend = Stuck()
+    engine = AsyncEngine(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
+    await engine.start()
+    await collect(engine, "hello")
+
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        await engine.close()
+
+    assert set(threading.enumerate()) == threads_before
+
+
+async def test_a_closed_engine_encodes_no_long_text() -> None:
+    async with running(max_model_len=2 * LONG_TEXT, num_blocks=4 * LONG_TEXT) as (engine, _):
+        await engine.close()
+        with pytest.raises(NotReady):
+            await engine.encode("x" * (LONG_TEXT + 1))
+
+
 async def test_a_cancelled_close_still_closes() -> None:
     async with running() as (engine, backend):
         backend.gate = threading.Event()

@@ -291,6 +291,18 @@ def test_requests_that_were_aborted_do_not_fill_the_queue(make_driver: MakeDrive
     assert driver.outputs[second].finished
 
 
+def test_a_request_whose_completions_wait_is_still_in_the_queue(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_waiting=1))
+    driver.submit("many", n=9, max_tokens=4)
+    driver.step()
+
+    with pytest.raises(QueueFull):
+        driver.submit("another")
+
+    driver.finish()
+    driver.submit("another")
+
+
 def test_a_patient_request_outlasts_the_time_limit_of_the_queue(make_driver: MakeDriver) -> None:
     driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_wait_seconds=5.0))
     driver.submit("running", max_tokens=20)

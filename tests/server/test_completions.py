@@ -6,6 +6,7 @@ import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import aiohttp
 import pytest
 
 from brlite.outputs import TokenLogprob
@@ -139,3 +140,20 @@ async def test_chinese_passes_unharmed(make_client: MakeClient) -> None:
     answer = await client.complete("描述一下夏天", echo=True, max_tokens=len(text))
 
     assert answer["choices"][0]["text"] == "描述一下夏天描述一下夏天"
+
+
+async def test_nothing_follows_the_end_of_a_stream_that_one_prompt_failed(make_client: MakeClient) -> None:
+    client = await make_client(fault=lambda seq: "not finite" if seq.start == 3 and seq.token_ids[0] == 120 else None)
+    client.backend.next_token = lambda context, seed: 120 if context[0] == ord("X") else 97
+    one_connection = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1))
+
+    async with one_connection as session:
+        for _ in range(3):
+            body = completion_body(["XYZ", "abc"], max_tokens=30, stream=True)
+            async with session.post(client.url + PATH, json=body) as response:
+                events = (await response.text()).split("\n\n")
+            async with session.get(client.url + "/version") as response:
+                assert (await response.json()).keys() == {"version"}
+
+    assert events[-2] == "data: [DONE]"
+    assert '"error"' in events[-3]
