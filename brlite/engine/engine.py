@@ -73,8 +73,8 @@ class Engine:
         )
 
     def check(self, request: Request) -> None:
-        """Raise `InvalidRequest` for a request that could not be served even by an idle engine."""
-        admit(_copied(request), self.info, self.limits)
+        """Raise `InvalidRequest` for a request of plain integer ids that even an idle engine could not serve."""
+        admit(request, self.info, self.limits)
 
     def add_request(self, request: Request, sink: Sink) -> None:
         """Queue a request. Raises `RequestError` at once for one that is wrong, can never fit or finds a full queue."""

@@ -112,9 +112,8 @@ class Connection(web.RequestHandler):
     # A request: its first byte, its handler, its end
 
     def data_received(self, data: bytes) -> None:
-        if (
-            data and not self._is_serving and not self._bytes_came
-        ):  # aiohttp calls it without data too, to go on parsing
+        # aiohttp calls this without data too, to go on parsing.
+        if data and not self._is_serving and not self._bytes_came:
             self._bytes_came = True
             self._set_deadline()
         super().data_received(data)

@@ -18,7 +18,6 @@ SCALE_BYTES = 4
 NORM_BYTES = 4
 KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 QUANTIZATION_GROUP = 32  # int8 weights share one scale for each so many inputs of an output row
-INT8_BYTES_PER_WEIGHT = 1 + SCALE_BYTES / QUANTIZATION_GROUP
 
 
 class LinearScaling(msgspec.Struct, frozen=True):
@@ -163,17 +162,12 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
-def weight_bytes(config: ModelConfig, bytes_per_weight: float) -> int:
-    """Bytes of all parameters: matrices at `bytes_per_weight`, norms and biases in float32.
-
-    An embedding that is not also the head is never quantised: it counts at least two bytes a weight.
-    """
-    total = 0.0
-    for name, shape in parameter_shapes(config).items():
-        is_lookup = name == "embedding" and not config.tie_word_embeddings
-        per_weight = max(bytes_per_weight, 2.0) if is_lookup else bytes_per_weight
-        total += math.prod(shape) * (per_weight if len(shape) == 2 else NORM_BYTES)
-    return math.ceil(total)
+def weight_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
+    """Bytes of all parameters as they are held: norms in float32, the rest at `bytes_per_weight`."""
+    return sum(
+        math.prod(shape) * (NORM_BYTES if name.endswith("norm") else bytes_per_weight)
+        for name, shape in parameter_shapes(config).items()
+    )
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: KVDtype) -> int:

@@ -31,7 +31,7 @@ class PackedLinear(Linear):
 def can_pack(parameters: Parameters) -> bool:
     """Whether this torch can pack the matrices, and multiplies by a layer's as by the plain ones."""
     operators = ("_reorder_linear_weight", "_linear_pointwise")
-    if not torch._C._has_mkldnn or not all(hasattr(torch.ops.mkldnn, name) for name in operators):
+    if not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
     try:
         return all(_is_same(linear, _pack(linear)) for linear in parameters.layers[0].linears)

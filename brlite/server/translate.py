@@ -24,7 +24,7 @@ from brlite.server.protocol import (
     SamplingFields,
 )
 
-COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat may use what the context has
+COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat has what the engine allows
 
 _SAMPLING_NAMES = [field for field in SamplingFields.__struct_fields__ if field in SamplingParams.__struct_fields__]
 

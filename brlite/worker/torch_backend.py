@@ -40,7 +40,7 @@ FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but hel
 
 
 class TorchBackend:
-    """A `Backend`. All memory is taken by `load`."""
+    """A `Backend`. `load` takes the memory of weights and cache; what a step takes besides, it gives back."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, info: BackendInfo) -> None:
         self._decoder = decoder

@@ -5,11 +5,11 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 
 from brlite.errors import ModelError
 from brlite.models import FAMILIES, find_family
 from brlite.models.config import (
-    INT8_BYTES_PER_WEIGHT,
     DynamicScaling,
     LinearScaling,
     Llama3Scaling,
@@ -19,6 +19,7 @@ from brlite.models.config import (
     num_parameters,
     weight_bytes,
 )
+from brlite.models.parameters import allocate_parameters
 from tests.tiny_models import LLAMA, LLAMA3, MISTRAL, QWEN2, TINY_CONFIGS, YARN, tiny_tensors
 
 
@@ -145,16 +146,12 @@ def test_parameters_are_counted_as_the_checkpoint_holds_them(name: str) -> None:
     assert num_parameters(read(TINY_CONFIGS[name])) == sum(tensor.numel() for tensor in tensors.values())
 
 
-def test_weight_bytes_count_norms_in_float32_and_a_lookup_embedding_in_two_bytes() -> None:
-    config = read(LLAMA)
-    norms = 7 * config.hidden_size
-    embedding = config.vocab_size * config.hidden_size
-    matrices = num_parameters(config) - norms
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weight_bytes_are_those_that_are_allocated(name: str, dtype: torch.dtype) -> None:
+    config = read(TINY_CONFIGS[name])
 
-    assert weight_bytes(config, 2) == 2 * matrices + 4 * norms
-    assert weight_bytes(config, INT8_BYTES_PER_WEIGHT) == int(
-        INT8_BYTES_PER_WEIGHT * (matrices - embedding) + 2 * embedding + 4 * norms
-    )
+    assert weight_bytes(config, dtype.itemsize) == allocate_parameters(config, dtype, torch.device("cpu")).num_bytes
 
 
 def test_kv_bytes_of_a_token_are_known_by_arithmetic() -> None:
