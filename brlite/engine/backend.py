@@ -35,6 +35,11 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
     Keys and values go to `block_table[position // block_size]`, where those of all earlier positions already are.
     With `sampling` the token after the last one is drawn. `prompt_targets`, if asked for, holds the token that follows
     each of `token_ids` in the prompt: their logprobs are wanted, with `num_prompt_logprobs` alternatives.
+
+    The last `num_draft_tokens` of `token_ids` are guesses at what will be drawn. All are computed, and a token is drawn
+    after the last real one and after each guess that was right, the i-th at position `sampling.position + i`; the first
+    that differs from its guess is the last one drawn. Guesses come only with `sampling`, never with penalties, banned
+    tokens or prompt targets, and only as many as `BackendInfo.max_draft_tokens`.
     """
 
     seq_id: int
@@ -44,6 +49,7 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
     sampling: SamplingInput | None = None
     prompt_targets: list[int] = []
     num_prompt_logprobs: int = 0
+    num_draft_tokens: int = 0
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
@@ -66,6 +72,7 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
 class SeqResult(msgspec.Struct, frozen=True, array_like=True):
     """What a step found for one sequence: the tokens drawn (none for a prompt chunk with more to come).
 
+    They are the guesses that were right and one token more: what steps of one token each would have drawn.
     `error` says why this sequence cannot go on, for example logits that are not finite; others are untouched.
     """
 
@@ -82,7 +89,11 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend is and what it can hold. Sizes are bytes; `notes` are fallbacks an operator should know of."""
+    """What a backend is and what it can hold. Sizes are bytes; `notes` are fallbacks an operator should know of.
+
+    `fingerprint` identifies weights, precision and kernels: equal ones give equal bits. A batch-invariant backend gives
+    a row the same bits in any batch; only such a one can verify guesses, `max_draft_tokens` of a sequence in one step.
+    """
 
     name: str
     device: str
@@ -98,6 +109,9 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int
     sliding_window: int | None = None
     notes: tuple[str, ...] = ()
+    max_draft_tokens: int = 0
+    fingerprint: str = ""
+    is_batch_invariant: bool = False
 
 
 class Backend(Protocol):
