@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -103,6 +105,7 @@ class TensorCheckpoint:
 
     def __init__(self, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         self.path = Path("tiny")
+        self.identity = "tiny"
         self.config = config
         self._tensors = tensors
 
@@ -117,8 +120,9 @@ class TensorCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._tensors.items()
+    def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        for name, tensor in self._tensors.items():
+            yield name, tensor.float().numpy()
 
     def close(self) -> None:
         self._tensors = {}

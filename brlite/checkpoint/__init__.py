@@ -1,7 +1,8 @@
 """Reads model folders and files: safetensors, `.bin`, GGUF; fetches them by name. One tensor in memory at a time.
 
-Knows no network layers and no requests. May import: models (its config), config, errors; torch, safetensors, gguf.
-Importing this package imports no torch: `open_checkpoint` loads the reader that a path turns out to need.
+Knows no network layers and no requests. May import: models (its config), config, errors; numpy, gguf, torch.
+Importing this package imports none of the three: `open_checkpoint` loads the reader that a path turns out to need, and
+only the one for `.bin` needs torch.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """A folder of PyTorch's `.bin` files, in one or in shards. They are mapped and read with `weights_only`.
 
-Runs no code from a file: whatever is more than tensors in a dict is refused.
+The only reader that needs torch, since the format is torch's own. Runs no code from a file: whatever is more than
+tensors in a dict is refused.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 
 from brlite.checkpoint.checkpoint import ALLOWED_DTYPES, excerpt, reason
 from brlite.checkpoint.folder import read_config
+from brlite.checkpoint.identity import weights_identity
+from brlite.checkpoint.stored_numbers import Float32
 from brlite.errors import ModelError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -27,29 +30,32 @@ class BinCheckpoint:
         self.config: dict[str, Any] = read_config(path)
         self._files = files
         self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in files:
-            self._add_shapes(file)
+        self.identity = weights_identity(self.config, {file: self._read_table(file) for file in files})
         self.num_bytes = sum(file.stat().st_size for file in files)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, Float32]]:
         for file in self._files:
             shard = load_shard(file)
             while shard:
                 # Popped, so that a tensor ends with its caller's interest in it and not with the shard.
                 name = next(iter(shard))
-                yield name, shard.pop(name)
+                yield name, shard.pop(name).float().contiguous().numpy()
 
     def close(self) -> None:
         """Nothing is kept open between two shards."""
 
-    def _add_shapes(self, file: Path) -> None:
+    def _read_table(self, file: Path) -> bytes:
+        """What a shard holds, in the place of the header that this format lacks. Adds its shapes to the others'."""
+        rows = []
         for name, tensor in load_shard(file).items():
             if name in self._shapes:
                 raise ModelError(f"{file}: holds {excerpt(name)}, which an earlier shard holds too")
             self._shapes[name] = tuple(tensor.shape)
+            rows.append((name, str(tensor.dtype), tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
+        return repr(rows).encode()
 
 
 def load_shard(file: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
-"""What every format looks like from outside: a config and named tensors, in Hugging Face's names and layout.
+"""What every format looks like from outside: a config and named arrays, in Hugging Face's names and layout.
 
-Knows no format and imports no torch. `excerpt` and `reason` keep what a file or a library said to one short line.
+Knows no format and no torch. `excerpt` and `reason` keep what a file or a library said to one short line.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    import numpy.typing as npt
 
 ALLOWED_DTYPES = "F32, F16 and BF16"
 MAX_REASON = 300
@@ -32,12 +33,20 @@ class Checkpoint(Protocol):
         """Bytes of tensor data on disk."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """Names these weights: as long as the files and the config are the same, and no longer. Reads no data."""
+        ...
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor's shape by name. Reads no tensor data."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor once, on the CPU. Keeps none of them: memory is what the caller holds plus one tensor."""
+    def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+        """Every tensor once, widened to float32, contiguous and writable.
+
+        None of them is kept: memory is what the caller holds plus one tensor.
+        """
         ...
 
     def close(self) -> None:

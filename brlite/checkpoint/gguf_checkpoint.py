@@ -4,52 +4,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import numpy as np
 
-from brlite.checkpoint.checkpoint import excerpt
+from brlite.checkpoint.checkpoint import excerpt, reason
 from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
 from brlite.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
+from brlite.checkpoint.identity import read_header, weights_identity
+from brlite.checkpoint.stored_numbers import Float32, read_bytes
 from brlite.errors import ModelError
-
-if TYPE_CHECKING:
-    import torch
 
 CHUNK_ELEMENTS = 1 << 20  # dequantised at once: the package needs several times its result, here some 20 MB
 
 
 class GgufCheckpoint:
-    """Implements `Checkpoint`. The file is mapped; a tensor is dequantised when it is asked for."""
+    """Implements `Checkpoint`. A tensor is read and dequantised when it is asked for."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         header = read_gguf_header(path)
+        self._data_start = header.data_start
         try:
-            stored = _checked_tensors(header)
-            self._data = np.memmap(path, dtype=np.uint8, mode="r")[header.data_start :]
-            self._take_config(header, stored)
+            self._take_config(header, _checked_tensors(header))
         except ModelError as error:
             raise ModelError(f"{path}: {error}") from error
         self.num_bytes = sum(map(_num_bytes, self._tensors.values()))
+        self.identity = weights_identity(self.config, {path: read_header(path, header.data_start)})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._tensors.items():
-            yield name, self._restore_rows(name, self._dequantise(tensor))
+    def tensors(self) -> Iterator[tuple[str, Float32]]:
+        try:
+            with self.path.open("rb") as stream:
+                for name, tensor in self._tensors.items():
+                    yield name, self._restore_rows(name, self._dequantise(stream, tensor))
+        except OSError as error:
+            raise ModelError(f"{self.path}: {reason(error)}") from error
 
     def close(self) -> None:
-        """Let go of the mapping."""
-        del self._data
+        """Nothing is kept open but while tensors are read."""
 
     def _take_config(self, header: GgufHeader, stored: dict[str, GgufTensor]) -> None:
         metadata = GgufMetadata(header.metadata)
         freqs = stored.pop(ROPE_FREQS, None)
-        divisors = None if freqs is None else self._dequantise(freqs).flatten().tolist()
+        divisors = None if freqs is None else self._read_divisors(freqs)
         self._tensors = {hugging_face_name(name): tensor for name, tensor in stored.items()}
         self.config: dict[str, Any] = hugging_face_config(metadata, self.shapes(), divisors)
         self._interleaved = _interleaved_heads(metadata.architecture, self.config)
@@ -58,26 +61,31 @@ class GgufCheckpoint:
             if num_heads is not None and tensor.shape[0] != num_heads * self.config["head_dim"]:
                 raise ModelError(f"{tensor.name} must have {num_heads * self.config['head_dim']} rows: {tensor.shape}")
 
-    def _dequantise(self, tensor: GgufTensor) -> torch.Tensor:
-        """The tensor in float32, a few rows at a time: memory is the result and little else."""
-        import torch
+    def _read_divisors(self, tensor: GgufTensor) -> list[float]:
+        with self.path.open("rb") as stream:
+            return [float(divisor) for divisor in self._dequantise(stream, tensor).flat]
 
-        rows = self._data[tensor.offset : tensor.offset + _num_bytes(tensor)].reshape(math.prod(tensor.shape[:-1]), -1)
-        out = np.empty((len(rows), tensor.shape[-1]), np.float32)
+    def _dequantise(self, stream: BufferedReader, tensor: GgufTensor) -> Float32:
+        """The tensor in float32, a few rows at a time: memory is the result and little else."""
+        num_rows = math.prod(tensor.shape[:-1])
+        row_bytes = _num_bytes(tensor) // num_rows
+        out = np.empty((num_rows, tensor.shape[-1]), np.float32)
         step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
         kind = gguf.GGMLQuantizationType(tensor.type_id)
-        for begin in range(0, len(rows), step):
-            # Copied by numpy, not torch: torch wakes its threads for each chunk, which takes 3 times as long when busy.
-            out[begin : begin + step] = gguf.quants.dequantize(rows[begin : begin + step], kind)
-        return torch.from_numpy(out.reshape(tensor.shape))
+        for start in range(0, num_rows, step):
+            rows = out[start : start + step]
+            begin = self._data_start + tensor.offset + start * row_bytes
+            stored = read_bytes(stream, begin, len(rows) * row_bytes).reshape(len(rows), row_bytes)
+            rows[:] = gguf.quants.dequantize(stored, kind)
+        return out.reshape(tensor.shape)
 
-    def _restore_rows(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    def _restore_rows(self, name: str, tensor: Float32) -> Float32:
         """Undo llama.cpp's order of a head's rows: it pairs neighbours for rope, Hugging Face pairs the two halves."""
         num_heads = self._interleaved.get(_module(name))
         if num_heads is None:
             return tensor
-        pairs = tensor.reshape(num_heads, -1, 2, *tensor.shape[1:])  # [H, D/2, 2, ...]
-        return pairs.transpose(1, 2).reshape(tensor.shape)  # [H*D, ...]
+        pairs: Float32 = tensor.reshape(num_heads, -1, 2, *tensor.shape[1:])  # [H, D/2, 2, ...]
+        return np.swapaxes(pairs, 1, 2).reshape(tensor.shape)  # [H*D, ...]
 
 
 def _module(name: str) -> str:

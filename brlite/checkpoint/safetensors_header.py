@@ -1,6 +1,6 @@
-"""The header of a safetensors file, checked against the file before anything is mapped.
+"""The header of a safetensors file, checked against the file before any data is read.
 
-The library checks too, but says neither which file nor how many bytes are missing. Knows no torch.
+The format's own library checks too, but says neither which file nor how many bytes are missing. Knows no arrays.
 """
 
 from __future__ import annotations
@@ -22,13 +22,21 @@ class TensorEntry(NamedTuple):
     """One tensor's place, `begin` to `end` in bytes, counted from the end of the header."""
 
     name: str
+    dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
 
 
-def read_safetensors_header(file: Path) -> list[TensorEntry]:
-    """Every tensor in the order of the data, which fills the file to its last byte. Raises `ModelError` otherwise."""
+class SafetensorsHeader(NamedTuple):
+    """Every tensor in the order of the data, which starts at byte `data_start`."""
+
+    entries: list[TensorEntry]
+    data_start: int
+
+
+def read_safetensors_header(file: Path) -> SafetensorsHeader:
+    """Read a header whose tensors fill the file to its last byte. Raises `ModelError` otherwise."""
     file_bytes = file.stat().st_size
     raw = _read_raw(file, file_bytes)
     entries = sorted((_entry(file, name, value) for name, value in _parse(file, raw)), key=_place)
@@ -37,10 +45,11 @@ def read_safetensors_header(file: Path) -> list[TensorEntry]:
         if entry.begin != position:
             raise ModelError(f"{file}: {excerpt(entry.name)} starts at byte {entry.begin} of the data, not {position}")
         position = entry.end
-    expected = LENGTH_BYTES + len(raw) + position
+    data_start = LENGTH_BYTES + len(raw)
+    expected = data_start + position
     if expected != file_bytes:
         raise ModelError(f"{file}: must be {expected} bytes long by its header, but has {file_bytes}")
-    return entries
+    return SafetensorsHeader(entries, data_start)
 
 
 def _read_raw(file: Path, file_bytes: int) -> bytes:
@@ -81,4 +90,4 @@ def _entry(file: Path, name: str, value: object) -> TensorEntry:
     num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != num_bytes:
         raise ModelError(f"{file}: {excerpt(name)} takes {num_bytes} bytes by its shape, {end - begin} by its offsets")
-    return TensorEntry(name, tuple(shape), begin, end)
+    return TensorEntry(name, dtype, tuple(shape), begin, end)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from brlite.checkpoint import Checkpoint
 from brlite.config import ModelSpec
-from brlite.errors import ConfigError, ModelError
+from brlite.errors import ConfigError
 from brlite.models.config import ModelConfig, weight_bytes
 from brlite.models.decoder import Decoder
 from brlite.models.family import Place
@@ -61,11 +61,10 @@ def _fill(parameters: Parameters, checkpoint: Checkpoint, fit: Fit, on_progress:
     for name, tensor in checkpoint.tensors():
         if name in fit.ignored:
             continue
-        if not tensor.is_floating_point():
-            raise ModelError(f"{checkpoint.path}: {name} holds {tensor.dtype}; floating-point weights are wanted")
         place = fit.places[name]
-        _copy(parameters.named[place.parameter], place, tensor)
-        num_loaded += tensor.numel()
+        _copy(parameters.named[place.parameter], place, torch.from_numpy(tensor))
+        num_loaded += tensor.size
+        del tensor  # before the next one is read
         on_progress(num_loaded / total)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 class UnreadableCheckpoint(TensorCheckpoint):
     """A checkpoint whose data must not be asked for."""
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
         raise AssertionError("data was read before the shapes were checked")
 
 
@@ -100,14 +102,6 @@ def test_many_missing_tensors_are_counted_not_listed() -> None:
 
     with pytest.raises(ModelError, match="and 24 more are missing"):
         load(UnreadableCheckpoint(TINY_CONFIGS["llama"], tensors))
-
-
-def test_weights_that_are_not_numbers_of_the_float_kind_are_refused() -> None:
-    tensors = tiny_tensors("llama")
-    tensors[Q_PROJ] = tensors[Q_PROJ].to(torch.int8)
-
-    with pytest.raises(ModelError, match=f"{Q_PROJ} holds torch.int8"):
-        load(TensorCheckpoint(TINY_CONFIGS["llama"], tensors))
 
 
 @pytest.mark.parametrize(
