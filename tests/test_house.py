@@ -33,7 +33,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "tokenizer": ("checkpoint.gguf_header errors", "tokenizers sentencepiece jinja2"),
     "constraint": ("errors", "llguidance"),
     "engine": ("constraint tokenizer sampling_params outputs config errors", "msgspec"),
-    "models": ("errors config", "torch msgspec"),
+    "models": ("errors config", "torch numpy msgspec"),
     "kernels": ("models errors config", "torch numpy"),
     "checkpoint": ("models errors config", "torch safetensors numpy gguf huggingface_hub tqdm"),
     "worker": (

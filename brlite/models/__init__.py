@@ -1,6 +1,6 @@
 """The mathematics of a decoder in torch, and the families that translate their config and weight names onto it.
 
-Knows no requests, no files and no devices by name. May import: config, errors; torch.
+Knows no requests, no files and no devices by name. May import: config, errors; torch, numpy.
 Importing this package or a family does not import torch: a config can be judged without it.
 """
 

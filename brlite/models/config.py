@@ -14,10 +14,12 @@ from brlite.errors import ModelError
 
 KVDtype = Literal["float32", "bfloat16", "int8"]
 
-SCALE_BYTES = 4
-NORM_BYTES = 4
+FLOAT32_BYTES = 4
+BFLOAT16_BYTES = 2
+KV_SCALE_BYTES = FLOAT32_BYTES
 KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
-QUANTIZATION_GROUP = 32  # int8 weights share one scale for each so many inputs of an output row
+QUANTIZATION_GROUP = 32  # int8 weights share one bfloat16 scale for each so many inputs of an output row
+GROUP_BYTES = QUANTIZATION_GROUP + BFLOAT16_BYTES  # 1.0625 a weight
 
 
 class LinearScaling(msgspec.Struct, frozen=True):
@@ -165,12 +167,32 @@ def num_parameters(config: ModelConfig) -> int:
 def weight_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
     """Bytes of all parameters as they are held: norms in float32, the rest at `bytes_per_weight`."""
     return sum(
-        math.prod(shape) * (NORM_BYTES if name.endswith("norm") else bytes_per_weight)
+        math.prod(shape) * (FLOAT32_BYTES if name.endswith("norm") else bytes_per_weight)
         for name, shape in parameter_shapes(config).items()
     )
 
 
+def native_weight_bytes(config: ModelConfig, *, is_int8: bool) -> int:
+    """Bytes of all parameters as native code holds them: norms and biases in float32, matrices in bfloat16 or int8.
+
+    An embedding that is only looked up stays bfloat16; a tied one is the head's matrix, held once.
+    """
+    return sum(
+        _native_bytes(shape, is_int8=is_int8 and (name != "embedding" or config.tie_word_embeddings))
+        for name, shape in parameter_shapes(config).items()
+    )
+
+
+def _native_bytes(shape: tuple[int, ...], *, is_int8: bool) -> int:
+    if len(shape) == 1:
+        return shape[0] * FLOAT32_BYTES
+    num_outputs, num_inputs = shape
+    if is_int8:
+        return num_outputs * math.ceil(num_inputs / QUANTIZATION_GROUP) * GROUP_BYTES
+    return num_outputs * num_inputs * BFLOAT16_BYTES
+
+
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: KVDtype) -> int:
     """Bytes that one token's keys and values take in all layers; int8 adds a scale for each head."""
-    per_head = config.head_dim * KV_BYTES[kv_dtype] + (SCALE_BYTES if kv_dtype == "int8" else 0)
+    per_head = config.head_dim * KV_BYTES[kv_dtype] + (KV_SCALE_BYTES if kv_dtype == "int8" else 0)
     return 2 * config.num_layers * config.num_kv_heads * per_head

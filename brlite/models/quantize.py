@@ -2,6 +2,15 @@
 
 Every linear layer is quantised, the head included, and with it a tied embedding. Norms, biases and an embedding that
 is only looked up are not. In torch the weights are then held dequantised: the numbers of int8, not its memory.
+
+Native code quantises by the same rules to the same bytes:
+
+    weight   rounded to bfloat16 first
+    scale    bfloat16: the group's largest magnitude / 127 in float32, rounded up to the next bfloat16, so that no
+             value exceeds 127
+    value    int8: weight / scale in float32, rounded to the nearest, halves to the even one
+
+A group of zeros has the scale 0. 32 values and a scale take 34 bytes: 1.0625 a weight.
 """
 
 from __future__ import annotations
@@ -16,27 +25,28 @@ from brlite.models.config import QUANTIZATION_GROUP
 from brlite.models.parameters import Parameters
 
 ROWS_AT_A_TIME = 4096  # bounds the float32 copies that quantising makes
+LOWER_HALF = 0xFFFF  # the bits of a float32 that bfloat16 does not have
 
 
 class QuantizedWeight(NamedTuple):
-    """`values` int8 [outputs, inputs] and `scales` float32 [outputs, groups]; the last group may be shorter."""
+    """`values` int8 [outputs, inputs] and `scales` bfloat16 [outputs, groups]; the last group may be shorter."""
 
     values: Tensor
     scales: Tensor
 
 
 def quantize_weight(weight: Tensor) -> QuantizedWeight:
-    """Round to the nearest of 255 levels, the largest of a group being ±127. A group of zeros stays zero."""
-    groups = _grouped(weight.float())  # [outputs, groups, 32]
-    scales = groups.abs().amax(dim=-1) / 127
-    safe = torch.where(scales == 0, 1.0, scales)
-    values = (groups / safe.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8)
-    return QuantizedWeight(values.flatten(1)[:, : weight.shape[1]].contiguous(), scales)
+    """Round each weight to its group's nearest level. What is not finite makes the group's scale not finite too."""
+    groups = _grouped(weight.to(torch.bfloat16).float())  # [outputs, groups, 32]
+    scales = _round_up(groups.abs().amax(dim=-1) / 127)
+    divisors = torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
+    values = (groups / divisors).round_().to(torch.int8)
+    return QuantizedWeight(values.flatten(1)[:, : weight.shape[1]].contiguous(), scales.to(torch.bfloat16))
 
 
 def dequantize_weight(weight: QuantizedWeight) -> Tensor:
-    """The float32 matrix that `weight` stands for."""
-    products = _grouped(weight.values.float()) * weight.scales.unsqueeze(-1)
+    """The float32 matrix that `weight` stands for, exactly."""
+    products = _grouped(weight.values.float()) * weight.scales.float().unsqueeze(-1)
     return products.flatten(1)[:, : weight.values.shape[1]]
 
 
@@ -45,6 +55,12 @@ def quantize_linears_(parameters: Parameters) -> None:
     for linear in (*(linear for layer in parameters.layers for linear in layer.linears), parameters.head):
         for rows in _row_blocks(linear.weight):
             rows.copy_(dequantize_weight(quantize_weight(rows)))
+
+
+def _round_up(scales: Tensor) -> Tensor:
+    """The least bfloat16 that is not below each number of `scales`, which are float32 and not negative."""
+    bits = scales.view(torch.int32)
+    return ((bits + LOWER_HALF) & ~LOWER_HALF).view(torch.float32)
 
 
 def _row_blocks(matrix: Tensor) -> list[Tensor]:

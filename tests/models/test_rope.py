@@ -1,4 +1,4 @@
-"""The rotary turn against pairs turned one by one. The scaling variants are checked against transformers, by logits."""
+"""The rotary turn against pairs turned one by one. What the turns do to logits is in `test_families.py`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from brlite.models.config import DynamicScaling, RopeConfig
-from brlite.models.rope import inverse_frequencies, rope_tables, rotate_
+from brlite.models.config import RopeConfig
+from brlite.models.rope import rope_tables, rotate_
 
 DEVICE = torch.device("cpu")
 
@@ -32,11 +32,3 @@ def test_heads_turn_pair_by_pair_and_keep_what_is_not_rotary(interleaved: bool, 
     rotate_(heads, rope_tables(rope, 6, DEVICE).at(torch.tensor(positions)))
 
     assert torch.allclose(heads, expected, atol=1e-6)
-
-
-def test_dynamic_scaling_leaves_a_context_within_the_original_positions_alone() -> None:
-    plain = RopeConfig(rotary_dim=8)
-    dynamic = RopeConfig(rotary_dim=8, scaling=DynamicScaling(factor=4.0, original_positions=32))
-
-    assert torch.equal(inverse_frequencies(dynamic, 32), inverse_frequencies(plain, 32))
-    assert not torch.equal(inverse_frequencies(dynamic, 33), inverse_frequencies(plain, 33))

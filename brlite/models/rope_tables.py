@@ -1,0 +1,108 @@
+"""The angles of rotary positions as cosines and sines, for torch and native code alike. Needs numpy only.
+
+Powers, cosines and sines are rounded from float64, so that they are the same on every machine; all else is float32,
+step by step as in transformers. What turns by these angles, and in which layout, is the business of others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from brlite.models.config import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, YarnScaling
+
+Float32 = npt.NDArray[np.float32]
+
+
+class PairTables(NamedTuple):
+    """Cosines and sines, each [positions, rotary_dim / 2]: a column for each pair that turns. Magnitude included."""
+
+    cos: Float32
+    sin: Float32
+
+
+def pair_tables(rope: RopeConfig, length: int) -> PairTables:
+    """The tables for positions 0 to `length` - 1.
+
+    Dynamic scaling is evaluated at `length`, once: a token's keys never depend on how long its sequence has grown.
+    """
+    angles = np.outer(np.arange(length, dtype=np.float32), inverse_frequencies(rope, length))
+    magnitude = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
+    return PairTables(_rounded(np.cos, angles) * magnitude, _rounded(np.sin, angles) * magnitude)
+
+
+def inverse_frequencies(rope: RopeConfig, length: int) -> Float32:
+    """Radians per position of each pair [rotary_dim / 2], scaled for a context of `length` as the model wants."""
+    if isinstance(rope.scaling, DynamicScaling):
+        return _frequencies(_dynamic_theta(rope, rope.scaling, length), rope.rotary_dim)
+    frequencies = _frequencies(rope.theta, rope.rotary_dim)
+    return SCALINGS[type(rope.scaling)](frequencies, rope)
+
+
+def _rounded(function: np.ufunc, angles: Float32) -> Float32:
+    """`function` in float64 and back, a buffer at a time: numpy's float32 cosines differ between processors."""
+    out = np.empty_like(angles)
+    function(angles, out=out, dtype=np.float64, casting="same_kind")
+    return out
+
+
+def _frequencies(theta: float, rotary_dim: int) -> Float32:
+    exponents = np.arange(0, rotary_dim, 2, dtype=np.float32) / rotary_dim
+    powers = np.power(np.float64(np.float32(theta)), exponents.astype(np.float64))
+    frequencies: Float32 = 1 / powers.astype(np.float32)
+    return frequencies
+
+
+def _dynamic_theta(rope: RopeConfig, scaling: DynamicScaling, length: int) -> float:
+    stretch = scaling.factor * max(length, scaling.original_positions) / scaling.original_positions
+    return rope.theta * math.pow(stretch - (scaling.factor - 1), rope.rotary_dim / (rope.rotary_dim - 2))
+
+
+def _unscaled(frequencies: Float32, rope: RopeConfig) -> Float32:
+    return frequencies
+
+
+def _linear(frequencies: Float32, rope: RopeConfig) -> Float32:
+    assert isinstance(rope.scaling, LinearScaling)
+    return frequencies / rope.scaling.factor
+
+
+def _llama3(frequencies: Float32, rope: RopeConfig) -> Float32:
+    scaling = rope.scaling
+    assert isinstance(scaling, Llama3Scaling)
+    turns = scaling.original_positions * frequencies / (2 * math.pi)  # within the original context
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    return _blend(frequencies / scaling.factor, frequencies, blend)
+
+
+def _yarn(frequencies: Float32, rope: RopeConfig) -> Float32:
+    scaling = rope.scaling
+    assert isinstance(scaling, YarnScaling)
+    low, high = (_yarn_dimension(rope, scaling, turns) for turns in (scaling.beta_fast, scaling.beta_slow))
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
+    ramp = (np.arange(rope.rotary_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001)
+    return _blend(frequencies, frequencies / scaling.factor, ramp)
+
+
+def _yarn_dimension(rope: RopeConfig, scaling: YarnScaling, turns: float) -> float:
+    """The pair, as a real number, that turns `turns` times within the original context."""
+    return rope.rotary_dim * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+
+def _blend(at_zero: Float32, at_one: Float32, position: Float32) -> Float32:
+    weight: Float32 = position.clip(0, 1)
+    return at_zero * (1 - weight) + at_one * weight
+
+
+SCALINGS: dict[type[Any], Callable[[Float32, RopeConfig], Float32]] = {
+    type(None): _unscaled,
+    LinearScaling: _linear,
+    Llama3Scaling: _llama3,
+    YarnScaling: _yarn,
+}
