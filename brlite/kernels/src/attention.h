@@ -1,0 +1,391 @@
+// Attention over the paged cache: ROPE stores keys and values, ATTEND reads them.
+//
+// A sequence is attended to in chunks of 256 positions, counted from its beginning. Each chunk gives a partial result
+// (largest score, sum of weights, weighted sum of values); partial results are merged in order. So what a row gets is a
+// function of its position and of what it sees alone: how many rows attend together, and on how many threads, changes
+// nothing. (Online softmax: Milakov & Gimelshein 2018; chunks as in FlashDecoding, Dao et al. 2023.)
+#pragma once
+
+#include "rows.h"
+
+namespace brlite {
+namespace BRLITE_ISA {
+
+// ---- ROPE --------------------------------------------------------------------------------------------------------
+
+struct Angles {
+    const float* cos;
+    const float* sin;
+};
+
+// (a, b) -> (a cos - b sin, b cos + a sin), for halves or for neighbours (Su et al. 2021).
+INLINE void rotate(const brlite_attention& a, Angles angles, const float* in, float* out) {
+    const int half = a.rotary_dim / 2, distance = a.is_interleaved ? 1 : half, stride = a.is_interleaved ? 2 : 1;
+    for (int i = 0; i < half; i++) {
+        const float x = in[i * stride], y = in[i * stride + distance];
+        out[i * stride] = x * angles.cos[i] - y * angles.sin[i];
+        out[i * stride + distance] = y * angles.cos[i] + x * angles.sin[i];
+    }
+    for (int i = a.rotary_dim; i < a.head_dim; i++) out[i] = in[i];
+    for (int i = a.head_dim; i < head_size(a); i++) out[i] = 0.0f;
+}
+
+// int8 with one scale for the head; NaN there if it is not finite.
+INLINE float quantize_head(const float* from, int size, int8_t* to) {
+    Ints best = Ints{};
+    for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));
+    const float peak = largest_magnitude(best), scale = peak / 127.0f;
+    const bool is_usable = is_finite(peak) && scale > 0;
+    typedef int8_t Bytes __attribute__((vector_size(16), aligned(1)));
+    for (int i = 0; i < size; i += LANES)
+        *(Bytes*)(to + i) = is_usable ? __builtin_convertvector(rounded(load(from + i) / scale), Bytes) : Bytes{};
+    return is_finite(peak) ? scale : __builtin_nanf("");
+}
+
+INLINE void store_int8(uint8_t* page, int slot, int size, const float* key, const float* value) {
+    int8_t head[BRLITE_MAX_HEAD_DIM];
+    float* scales = (float*)(page + 2 * page_part_bytes(BRLITE_INT8, size));
+    scales[slot] = quantize_head(key, size, head);
+    for (int i = 0; i < size; i += 2) memcpy(page + i * LANES + 2 * slot, head + i, 2);
+    scales[LANES + slot] = quantize_head(value, size, head);
+    uint8_t* values = page + page_part_bytes(BRLITE_INT8, size) + slot / 2 * 2 * size + slot % 2;
+    for (int i = 0; i < size; i++) values[2 * i] = (uint8_t)head[i];
+}
+
+INLINE void store_bf16(uint8_t* page, int slot, int size, const float* key, const float* value) {
+    uint16_t head[BRLITE_MAX_HEAD_DIM];
+    for (int i = 0; i < size; i += LANES) store_halves(head + i, to_bf16(load(key + i)));
+    for (int i = 0; i < size; i += 2) memcpy(page + 2 * (i * LANES + 2 * slot), head + i, 4);
+    uint16_t* values = (uint16_t*)(page + page_part_bytes(BRLITE_BF16, size)) + slot / 2 * 2 * size + slot % 2;
+    for (int i = 0; i < size; i += LANES) store_halves(head + i, to_bf16(load(value + i)));
+    for (int i = 0; i < size; i++) values[2 * i] = head[i];
+}
+
+// A page may come from another sequence. What it left behind is multiplied by zero, which does not do away with a NaN:
+// the first token of a page clears the values that no token of this step writes.
+INLINE void clear_values(uint8_t* page, int size, int first_slot) {
+    uint16_t* values = (uint16_t*)(page + page_part_bytes(BRLITE_BF16, size));
+    for (int slot = first_slot; slot < LANES; slot++)
+        for (int i = 0; i < size; i++) values[slot / 2 * 2 * size + 2 * i + slot % 2] = 0;
+}
+
+INLINE void store_head(const Step& step, const brlite_operation& op, int row, int kv_head, const float* key,
+                       const float* value) {
+    const brlite_attention& a = step.plan->attention;
+    const brlite_span& span = step.batch->spans[step.row_spans[row]];
+    const int position = step.positions[row], slot = position % LANES, size = head_size(a);
+    uint8_t* page = page_of(a, span, op.pages, position / LANES, kv_head);
+    if (a.kv_format == BRLITE_INT8) return store_int8(page, slot, size, key, value);
+    if (slot == 0) clear_values(page, size, smaller(LANES, span.start + span.num_rows - position));
+    store_bf16(page, slot, size, key, value);
+}
+
+// Turn and store one key/value head of one row with its queries.
+INLINE void rope_head(const Step& step, const brlite_operation& op, int row, int kv_head) {
+    const brlite_attention& a = step.plan->attention;
+    const int group = a.num_heads / a.num_kv_heads, size = head_size(a);
+    const long first_angle = (long)step.positions[row] * (a.rotary_dim / 2);
+    const Angles angles = {a.cos + first_angle, a.sin + first_angle};
+    const float* heads = op.input + (long)row * op.row_size;
+    float turned[BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float value[BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));
+    for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        rotate(a, angles, heads + head * a.head_dim, turned);
+        write_row(step.queries, a.kv_format, row * a.num_heads + head, turned, size);
+    }
+    rotate(a, angles, heads + (a.num_heads + kv_head) * a.head_dim, turned);
+    for (int i = 0; i < size; i++)
+        value[i] = i < a.head_dim ? heads[(a.num_heads + a.num_kv_heads + kv_head) * a.head_dim + i] : 0.0f;
+    store_head(step, op, row, kv_head, turned, value);
+}
+
+static void rope(const Step& step, const brlite_operation& op, Counter& next, int num_rows) {
+    const int num_kv_heads = step.plan->attention.num_kv_heads;
+    for (int unit = next.take(1); unit < num_rows * num_kv_heads; unit = next.take(1))
+        rope_head(step, op, unit / num_kv_heads, unit % num_kv_heads);
+}
+
+// ---- ATTEND ------------------------------------------------------------------------------------------------------
+
+// What rows of queries (tokens times the heads that share a key head) work on; a thread's own.
+struct AttentionScratch {
+    float scores[TILE_ROWS][CHUNK] __attribute__((aligned(64)));
+    float sums[TILE_ROWS][BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));    // of one chunk
+    float totals[TILE_ROWS][BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));  // of all chunks so far
+    union {
+        int16_t ints[TILE_ROWS][CHUNK];
+        Bf16::Row bf16[TILE_ROWS][CHUNK];
+    } weights __attribute__((aligned(64)));
+    union {
+        int16_t ints[TILE_ROWS][BRLITE_MAX_HEAD_DIM];
+        Bf16::Row bf16[TILE_ROWS][BRLITE_MAX_HEAD_DIM];
+    } queries __attribute__((aligned(64)));
+    float query_scales[TILE_ROWS];
+    float weight_scales[TILE_ROWS];
+    float peaks[TILE_ROWS], total_peaks[TILE_ROWS];
+    float weight_sums[TILE_ROWS], total_weights[TILE_ROWS];
+    const uint8_t* pages[BRLITE_CHUNK_PAGES];
+};
+
+// The rows of one tile, the chunk they are at, and what of it each may see.
+struct Looking {
+    const brlite_attention& a;
+    AttentionScratch& s;
+    int num_rows;
+    int group;           // query heads of a token
+    int first_position;  // of the first token
+    int window;
+    int chunk_start;
+    int num_pages;       // of the chunk, up to the last that any row sees
+
+    int position(int row) const { return first_position + row / group; }
+    int end(int row) const { return smaller(CHUNK, position(row) + 1 - chunk_start); }
+    int begin(int row) const { return window ? larger(0, position(row) + 1 - window - chunk_start) : 0; }
+};
+
+INLINE int16_t* query_rows(AttentionScratch& s, Int8) { return s.queries.ints[0]; }
+INLINE Bf16::Row* query_rows(AttentionScratch& s, Bf16) { return s.queries.bf16[0]; }
+INLINE int16_t* weight_rows(AttentionScratch& s, Int8) { return s.weights.ints[0]; }
+INLINE Bf16::Row* weight_rows(AttentionScratch& s, Bf16) { return s.weights.bf16[0]; }
+
+// scores[rows][pages * 16] = queries times keys.
+template <class Kind, int ROWS, int PAGES>
+static void score_tile(const Looking& at, int first_row, int first_page) {
+    typename Kind::Sum sums[ROWS][PAGES];
+    const uint8_t* keys[PAGES];
+    UNROLLED for (int p = 0; p < PAGES; p++) keys[p] = at.s.pages[first_page + p];
+    clear<Kind>(sums);
+    add_pairs<Kind>(sums, keys, Kind::PAIR_BYTES, query_rows(at.s, Kind()) + first_row * BRLITE_MAX_HEAD_DIM,
+                    BRLITE_MAX_HEAD_DIM, head_size(at.a) / 2);
+    store_sums<Kind>(sums, &at.s.scores[first_row][first_page * LANES], CHUNK);
+}
+
+// sums[rows][columns * 16] = weights times values, over all pages of the chunk.
+template <class Kind, int ROWS, int COLUMNS>
+static void value_tile(const Looking& at, int first_row, int first_column) {
+    const int size = head_size(at.a);
+    const long skipped = page_part_bytes(at.a.kv_format, size) + first_column * Kind::PAIR_BYTES;
+    const typename Kind::Row* weights = weight_rows(at.s, Kind()) + first_row * CHUNK;
+    typename Kind::Sum sums[ROWS][COLUMNS];
+    clear<Kind>(sums);
+    for (int page = 0; page < at.num_pages; page++) {
+        const uint8_t* values[COLUMNS];
+        UNROLLED for (int c = 0; c < COLUMNS; c++) values[c] = at.s.pages[page] + skipped + c * Kind::PAIR_BYTES;
+        add_pairs<Kind>(sums, values, size / LANES * Kind::PAIR_BYTES, weights + page * LANES, CHUNK, LANES / 2);
+    }
+    store_sums<Kind>(sums, &at.s.sums[first_row][first_column * LANES], BRLITE_MAX_HEAD_DIM);
+}
+
+template <class Kind, int ROWS>
+INLINE void score_rows(const Looking& at, int first_row) {
+    constexpr int PAGES = panels_at_once<Kind>(ROWS);
+    int page = 0;
+    for (; page + PAGES <= at.num_pages; page += PAGES) score_tile<Kind, ROWS, PAGES>(at, first_row, page);
+    for (; page < at.num_pages; page++) score_tile<Kind, ROWS, 1>(at, first_row, page);
+}
+
+template <class Kind, int ROWS>
+INLINE void value_rows(const Looking& at, int first_row) {
+    constexpr int COLUMNS = panels_at_once<Kind>(ROWS);
+    const int num_columns = head_size(at.a) / LANES;
+    int column = 0;
+    for (; column + COLUMNS <= num_columns; column += COLUMNS) value_tile<Kind, ROWS, COLUMNS>(at, first_row, column);
+    for (; column < num_columns; column++) value_tile<Kind, ROWS, 1>(at, first_row, column);
+}
+
+enum class Part { SCORES, VALUES };
+
+template <class Kind, int ROWS>
+static void some_rows(const Looking& at, Part part, int first_row) {
+    part == Part::SCORES ? score_rows<Kind, ROWS>(at, first_row) : value_rows<Kind, ROWS>(at, first_row);
+}
+
+// All rows, a few at a time.
+template <class Kind>
+INLINE void all_rows(const Looking& at, Part part) {
+    typedef void (*Rows)(const Looking&, Part, int);
+    static const Rows rows[6] = {some_rows<Kind, 1>, some_rows<Kind, 2>, some_rows<Kind, 3>,
+                                 some_rows<Kind, 4>, some_rows<Kind, 5>, some_rows<Kind, 6>};
+    const int num_tiles = (at.num_rows + MAX_ROWS - 1) / MAX_ROWS;
+    for (int t = 0; t < num_tiles; t++) {
+        const int first = at.num_rows * t / num_tiles;
+        rows[at.num_rows * (t + 1) / num_tiles - first - 1](at, part, first);
+    }
+}
+
+INLINE const float* page_scales(const Looking& at, int page) {
+    return (const float*)(at.s.pages[page] + 2 * page_part_bytes(BRLITE_INT8, head_size(at.a)));
+}
+
+INLINE Ints sees(const Looking& at, int row, int token) {
+    const Ints tokens = lane_numbers() + token;
+    return (tokens < at.end(row)) & (tokens >= at.begin(row));
+}
+
+constexpr float NOTHING = -1e30f;  // a score below any other
+
+// Scores as they are meant: scaled, and nothing where the row may not look. Returns the largest.
+INLINE float scale_scores(const Looking& at, int row) {
+    float* scores = at.s.scores[row];
+    const bool is_int8 = at.a.kv_format == BRLITE_INT8;
+    const Floats scale = splat(at.a.softmax_scale * (is_int8 ? at.s.query_scales[row] : 1.0f));
+    Floats best = splat(NOTHING);
+    for (int page = 0; page < at.num_pages; page++) {
+        Floats score = load(scores + page * LANES) * scale;
+        if (is_int8) score = score * load(page_scales(at, page));
+        score = sees(at, row, page * LANES) ? score : splat(NOTHING);
+        best = score > best ? score : best;
+        store(scores + page * LANES, score);
+    }
+    return max_of(best);
+}
+
+// Weights e^(score - peak) in the form that multiplies values, and their sum.
+INLINE void weigh(const Looking& at, int row) {
+    AttentionScratch& s = at.s;
+    const Floats peak = splat(s.peaks[row]);
+    Floats sum = Floats{};
+    for (int page = 0; page < at.num_pages; page++) {
+        float* scores = s.scores[row] + page * LANES;
+        const Ints is_seen = sees(at, row, page * LANES);
+        Floats weight = is_seen ? exp_of(load(scores) - peak) : Floats{};
+        if (at.a.kv_format == BRLITE_INT8) {
+            sum = sum + weight;
+            store(scores, is_seen ? weight * load(page_scales(at, page) + LANES) : Floats{});
+        } else {
+            weight = to_bf16(weight);
+            sum = sum + weight;
+            store_row(s.weights.bf16[row] + page * LANES, weight);
+        }
+    }
+    s.weight_sums[row] = sum_of(sum);
+    if (at.a.kv_format == BRLITE_INT8)
+        s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, s.weights.ints[row]);
+}
+
+// One chunk of the rows: peaks, weight_sums and sums.
+INLINE void attend_chunk(const Looking& at) {
+    AttentionScratch& s = at.s;
+    const bool is_int8 = at.a.kv_format == BRLITE_INT8;
+    is_int8 ? all_rows<Int8>(at, Part::SCORES) : all_rows<Bf16>(at, Part::SCORES);
+    for (int row = 0; row < at.num_rows; row++) {
+        s.peaks[row] = scale_scores(at, row);
+        weigh(at, row);
+    }
+    is_int8 ? all_rows<Int8>(at, Part::VALUES) : all_rows<Bf16>(at, Part::VALUES);
+    if (!is_int8) return;
+    for (int row = 0; row < at.num_rows; row++)
+        for (int i = 0; i < head_size(at.a); i += LANES)
+            store(s.sums[row] + i, load(s.sums[row] + i) * s.weight_scales[row]);
+}
+
+// One more chunk's partial result merged into a row's.
+INLINE void merge(float* total, float& total_peak, float& total_weight, const float* sums, float peak, float weight,
+                  int size) {
+    const float best = peak > total_peak ? peak : total_peak;
+    const float old_factor = exp_of(splat(total_peak - best))[0], new_factor = exp_of(splat(peak - best))[0];
+    total_weight = total_weight * old_factor + weight * new_factor;
+    for (int i = 0; i < size; i += LANES) store(total + i, load(total + i) * old_factor + load(sums + i) * new_factor);
+    total_peak = best;
+}
+
+INLINE void begin_total(float* total, float& total_peak, float& total_weight, int size) {
+    total_peak = NOTHING;
+    total_weight = 0.0f;
+    memset(total, 0, size * sizeof *total);
+}
+
+INLINE void write_total(const Step& step, const brlite_operation& op, int row, int head, const float* total,
+                        float weight) {
+    const brlite_attention& a = step.plan->attention;
+    float* out = op.output + (long)row * op.row_size + head * a.head_dim;
+    const float inverse = 1.0f / weight;
+    for (int i = 0; i < a.head_dim; i++) out[i] = total[i] * inverse;
+}
+
+INLINE void load_queries(const Step& step, const Looking& at, int first_row, int first_head) {
+    const brlite_attention& a = at.a;
+    const long element = a.kv_format == BRLITE_INT8 ? sizeof(Int8::Row) : sizeof(Bf16::Row);
+    for (int row = 0; row < at.num_rows; row++) {
+        const long from = (long)(first_row + row / at.group) * a.num_heads + first_head + row % at.group;
+        void* to = a.kv_format == BRLITE_INT8 ? (void*)at.s.queries.ints[row] : (void*)at.s.queries.bf16[row];
+        memcpy(to, (const uint8_t*)step.queries.rows + from * step.queries.row_size * element, head_size(a) * element);
+        at.s.query_scales[row] = step.queries.scales[from];
+    }
+}
+
+INLINE void find_pages(const Step& step, const brlite_operation& op, const Attending& item, Looking& at, int kv_head) {
+    const brlite_span& span = step.batch->spans[item.span];
+    const int last = at.first_position + item.num_tokens - 1;
+    at.num_pages = smaller(BRLITE_CHUNK_PAGES, (last - at.chunk_start) / LANES + 1);
+    for (int page = 0; page < at.num_pages; page++)
+        at.s.pages[page] = page_of(at.a, span, op.pages, at.chunk_start / LANES + page, kv_head);
+}
+
+// Some query heads that share a key/value head, for some tokens.
+INLINE void attend_heads(const Step& step, const brlite_operation& op, const Attending& item, AttentionScratch& s,
+                         int kv_head, int first_head, int num_heads) {
+    const brlite_attention& a = step.plan->attention;
+    const brlite_span& span = step.batch->spans[item.span];
+    const int first_row = span.first_row + item.first_token, size = head_size(a);
+    Looking at = {a, s, item.num_tokens * num_heads, num_heads, span.start + item.first_token, op.window, 0, 0};
+    load_queries(step, at, first_row, first_head);
+    for (int row = 0; row < at.num_rows; row++)
+        begin_total(s.totals[row], s.total_peaks[row], s.total_weights[row], size);
+    const int last = at.first_position + item.num_tokens - 1;
+    const int first_seen = op.window ? larger(0, at.first_position + 1 - op.window) : 0;
+    const int first_chunk = item.chunk >= 0 ? item.chunk : first_seen / CHUNK;
+    const int last_chunk = item.chunk >= 0 ? item.chunk : last / CHUNK;
+    for (int chunk = first_chunk; chunk <= last_chunk; chunk++) {
+        at.chunk_start = chunk * CHUNK;
+        find_pages(step, op, item, at, kv_head);
+        attend_chunk(at);
+        for (int row = 0; row < at.num_rows; row++)
+            if (at.begin(row) < at.end(row))
+                merge(s.totals[row], s.total_peaks[row], s.total_weights[row], s.sums[row], s.peaks[row],
+                      s.weight_sums[row], size);
+    }
+    for (int row = 0; row < at.num_rows; row++) {
+        const int to_row = first_row + row / num_heads, head = first_head + row % num_heads;
+        if (item.chunk < 0) {
+            write_total(step, op, to_row, head, s.totals[row], s.total_weights[row]);
+            continue;
+        }
+        const long index = ((long)to_row * a.num_heads + head) * step.partial.max_chunks + item.chunk;
+        memcpy(step.partial.sums + index * size, s.sums[row], size * sizeof(float));
+        step.partial.peaks[index] = s.peaks[row];
+        step.partial.weights[index] = s.weight_sums[row];
+    }
+}
+
+static void attend(const Step& step, const brlite_operation& op, AttentionScratch& s, Counter& next) {
+    const brlite_attention& a = step.plan->attention;
+    const int group = a.num_heads / a.num_kv_heads, num_units = step.num_attending * a.num_kv_heads;
+    for (int unit = next.take(1); unit < num_units; unit = next.take(1)) {
+        const int kv_head = unit % a.num_kv_heads;
+        for (int first = 0; first < group; first += TILE_ROWS)
+            attend_heads(step, op, step.attending[unit / a.num_kv_heads], s, kv_head, kv_head * group + first,
+                         smaller(TILE_ROWS, group - first));
+    }
+}
+
+// The partial results of a row's chunks in order, where ATTEND left them apart.
+INLINE void merge_row(const Step& step, const brlite_operation& attend_op, int row) {
+    const brlite_attention& a = step.plan->attention;
+    const int size = head_size(a), position = step.positions[row], window = attend_op.window;
+    const int first_chunk = window ? larger(0, position + 1 - window) / CHUNK : 0;
+    float total[BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));
+    for (int head = 0; head < a.num_heads; head++) {
+        float peak, weight;
+        begin_total(total, peak, weight, size);
+        for (int chunk = first_chunk; chunk <= position / CHUNK; chunk++) {
+            const long index = ((long)row * a.num_heads + head) * step.partial.max_chunks + chunk;
+            merge(total, peak, weight, step.partial.sums + index * size, step.partial.peaks[index],
+                  step.partial.weights[index], size);
+        }
+        write_total(step, attend_op, row, head, total, weight);
+    }
+}
+
+}  // namespace BRLITE_ISA
+}  // namespace brlite

@@ -1,0 +1,14 @@
+// The kernels for processors with avx512_vnni.
+#define BRLITE_ISA avx512_vnni
+#define BRLITE_HAS_AVX512
+#define BRLITE_HAS_VNNI
+#include "isa.h"
+
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
+#include "isa_end.h"
+#pragma GCC pop_options
+#else
+const brlite::Kernels* brlite::avx512_vnni_kernels() { return nullptr; }
+#endif

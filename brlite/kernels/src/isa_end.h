@@ -1,0 +1,15 @@
+// The end of an isa_*.cpp: its kernels by name.
+#include "run.h"
+
+#define BRLITE_JOIN(a, b) a##b
+#define BRLITE_KERNELS(isa) BRLITE_JOIN(isa, _kernels)
+
+namespace brlite {
+
+const Kernels* BRLITE_KERNELS(BRLITE_ISA)() {
+    static const Kernels kernels = {BRLITE_ISA::run, BRLITE_ISA::unpack_row, sizeof(BRLITE_ISA::AttentionScratch),
+                                    sizeof(BRLITE_ISA::Bf16::Row)};
+    return &kernels;
+}
+
+}  // namespace brlite

@@ -1,0 +1,104 @@
+// Matrices into panels. int8: groups of 32 inputs share a scale, the bfloat16 number next above their largest / 127, so
+// that no value exceeds 127 and scales take 2 bytes: 1.0625 bytes a weight. Weights are rounded to bfloat16 first.
+#include <math.h>
+#include <string.h>
+
+#include <algorithm>
+
+#include "brlite.h"
+#include "kernels.h"
+#include "step.h"
+
+namespace brlite {
+
+namespace {
+
+uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+float from_half(uint16_t half) {
+    const uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// As lanes.h's to_bf16: ties to even, numbers below a float32's exponent are 0, NaN stays.
+uint16_t to_half(float x) {
+    const uint32_t bits = bits_of(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits | 0x400000) >> 16);
+    if ((bits & 0x7f800000) == 0) return (uint16_t)(bits >> 16 & 0x8000);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The smallest bfloat16 number that is not below x > 0.
+uint16_t half_above(float x) { return (uint16_t)((bits_of(x) + 0xffff) >> 16); }
+
+struct Place {
+    uint8_t* panel;
+    int column;
+};
+
+Place place_of(int format, int row, int num_inputs, void* panels) {
+    return {(uint8_t*)panels + row / BRLITE_LANES * panel_bytes(format, num_inputs), row % BRLITE_LANES};
+}
+
+void pack_group(const float* weights, int size, uint8_t* group, int column) {
+    float rounded_weights[BRLITE_GROUP] = {};
+    float peak = 0;
+    for (int i = 0; i < size; i++) {
+        rounded_weights[i] = from_half(to_half(weights[i]));
+        peak = std::max(peak, fabsf(rounded_weights[i]));
+    }
+    const uint16_t half = half_above(peak / 127.0f);
+    const float scale = from_half(half);
+    memcpy(group + BRLITE_GROUP * BRLITE_LANES + 2 * column, &half, sizeof half);
+    for (int i = 0; i < BRLITE_GROUP; i++) {
+        const float value = scale > 0 ? nearbyintf(rounded_weights[i] / scale) : 0.0f;
+        group[i / 2 * 2 * BRLITE_LANES + 2 * column + i % 2] = (uint8_t)(int8_t)value;
+    }
+}
+
+void pack_row_int8(const float* weights, int num_inputs, Place to) {
+    for (int first = 0; first < num_inputs; first += BRLITE_GROUP) {
+        pack_group(weights + first, std::min(BRLITE_GROUP, num_inputs - first), to.panel, to.column);
+        to.panel += BRLITE_GROUP * BRLITE_LANES + 2 * BRLITE_LANES;
+    }
+}
+
+void pack_row_bf16(const float* weights, int num_inputs, Place to) {
+    uint16_t* panel = (uint16_t*)to.panel;
+    for (int i = 0; i < num_inputs; i++) panel[i / 2 * 2 * BRLITE_LANES + 2 * to.column + i % 2] = to_half(weights[i]);
+}
+
+}  // namespace
+
+}  // namespace brlite
+
+extern "C" {
+
+size_t brlite_packed_bytes(int32_t format, int32_t num_outputs, int32_t num_inputs) {
+    return (size_t)(brlite::rounded(num_outputs, BRLITE_LANES) / BRLITE_LANES) * brlite::panel_bytes(format, num_inputs);
+}
+
+void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_rows, int32_t num_inputs, void* panels) {
+    for (int32_t row = 0; row < num_rows; row++) {
+        const brlite::Place to = brlite::place_of(format, first + row, num_inputs, panels);
+        const float* weights = rows + (size_t)row * num_inputs;
+        if (format == BRLITE_INT8)
+            brlite::pack_row_int8(weights, num_inputs, to);
+        else
+            brlite::pack_row_bf16(weights, num_inputs, to);
+    }
+}
+
+void brlite_unpack_row(int32_t format, const void* panels, int32_t row, int32_t num_inputs, float* out) {
+    brlite::generic_kernels()->unpack_row(format, panels, row, num_inputs, out);
+}
+
+size_t brlite_page_bytes(int32_t kv_format, int32_t head_dim) { return brlite::page_bytes(kv_format, head_dim); }
+
+}  // extern "C"

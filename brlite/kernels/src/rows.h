@@ -1,0 +1,121 @@
+// What is done to each row by itself: EMBED, NORM, SILU, QUANTIZE. Rows are shared out among the threads.
+#pragma once
+
+#include "multiply.h"
+
+namespace brlite {
+namespace BRLITE_ISA {
+
+constexpr float MAX_ACTIVATION = 32767.0f;
+
+// int16 with one scale for the row. A row that is not finite gets a NaN scale, which carries on what the integers cannot.
+INLINE float quantize_row(const float* from, int size, int16_t* to) {
+    Ints best = Ints{};
+    for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));
+    const float peak = largest_magnitude(best);
+    if (!is_finite(peak)) {
+        memset(to, 0, size * sizeof *to);
+        return __builtin_nanf("");
+    }
+    const float inverse = peak > 0 ? MAX_ACTIVATION / peak : 0.0f;
+    // A peak so small that its inverse overflows is nothing.
+    const Floats factor = splat(is_finite(inverse) ? inverse : 0.0f);
+    for (int i = 0; i < size; i += LANES)
+        *(Shorts*)(to + i) = __builtin_convertvector(rounded(load(from + i) * factor), Shorts);
+    return peak / MAX_ACTIVATION;
+}
+
+INLINE void store_row(uint16_t* to, Floats bf16) { store_halves(to, bf16); }
+INLINE void store_row(float* to, Floats bf16) { store(to, bf16); }
+
+INLINE void round_row(const float* from, int size, Bf16::Row* to) {
+    for (int i = 0; i < size; i += LANES) store_row(to + i, to_bf16(load(from + i)));
+}
+
+// `values` [size, a multiple of 16] as row `row` of what a matrix multiplies.
+INLINE void write_row(const Activations& to, int format, int row, const float* values, int size) {
+    if (format == BRLITE_INT8)
+        to.scales[row] = quantize_row(values, size, (int16_t*)to.rows + row * to.row_size);
+    else
+        round_row(values, size, (Bf16::Row*)to.rows + row * to.row_size);
+}
+
+// ---- EMBED -------------------------------------------------------------------------------------------------------
+
+static void unpack_int8(const uint8_t* panels, int row, int num_inputs, float* out) {
+    const uint8_t* panel = panels + row / LANES * panel_bytes(BRLITE_INT8, num_inputs);
+    const int column = row % LANES;
+    for (int first = 0; first < num_inputs; first += BRLITE_GROUP, panel += BRLITE_GROUP * LANES + 2 * LANES) {
+        uint16_t half;
+        memcpy(&half, panel + BRLITE_GROUP * LANES + 2 * column, sizeof half);
+        const uint32_t bits = (uint32_t)half << 16;
+        float scale;
+        memcpy(&scale, &bits, sizeof scale);
+        for (int i = 0; i < smaller(BRLITE_GROUP, num_inputs - first); i++)
+            out[first + i] = (int8_t)panel[i / 2 * 2 * LANES + 2 * column + i % 2] * scale;
+    }
+}
+
+static void unpack_bf16(const uint8_t* panels, int row, int num_inputs, float* out) {
+    const uint16_t* panel = (const uint16_t*)(panels + row / LANES * panel_bytes(BRLITE_BF16, num_inputs));
+    for (int i = 0; i < num_inputs; i++) {
+        const uint32_t bits = (uint32_t)panel[i / 2 * 2 * LANES + 2 * (row % LANES) + i % 2] << 16;
+        memcpy(out + i, &bits, sizeof bits);
+    }
+}
+
+static void unpack_row(int format, const void* panels, int row, int num_inputs, float* out) {
+    (format == BRLITE_INT8 ? unpack_int8 : unpack_bf16)((const uint8_t*)panels, row, num_inputs, out);
+}
+
+INLINE void embed_row(const Step& step, const brlite_operation& op, int row) {
+    float* out = op.output + (long)row * op.row_size;
+    const int token = step.batch->token_ids[row];
+    if (!op.is_table) return unpack_row(op.format, op.weight, token, op.num_outputs, out);
+    const uint16_t* from = (const uint16_t*)op.weight + (long)token * op.num_outputs;
+    for (int i = 0; i < op.num_outputs; i++) {
+        const uint32_t bits = (uint32_t)from[i] << 16;
+        memcpy(out + i, &bits, sizeof bits);
+    }
+}
+
+// ---- NORM, SILU --------------------------------------------------------------------------------------------------
+
+// Root mean square norm (Zhang & Sennrich 2019) of `in` into `out`.
+INLINE void norm_row(const brlite_operation& op, const float* in, float* out) {
+    const int size = padded_inputs(op.num_inputs);
+    const float* weight = (const float*)op.weight;
+    Floats squares = Floats{};
+    for (int i = 0; i < size; i += LANES) squares = squares + load(in + i) * load(in + i);
+    const float mean = sum_of(squares) / (float)op.num_inputs;
+    const Floats scale = splat(1.0f / __builtin_sqrtf(mean + op.epsilon));
+    for (int i = 0; i < size; i += LANES) store(out + i, load(in + i) * scale * load(weight + i));
+}
+
+// gate * sigmoid(gate) * up.
+INLINE void silu_row(const brlite_operation& op, const float* in, float* out) {
+    const int size = op.num_inputs;
+    for (int i = 0; i < padded_inputs(size); i += LANES) {
+        const Floats gate = load(in + i), up = load(in + size + i);
+        const Floats value = gate / (exp_of(-gate) + 1.0f) * up;
+        store(out + i, lane_numbers() < size - i ? value : Floats{});
+    }
+}
+
+// One row operation on this thread's rows.
+static void row_operation(const Step& step, const brlite_operation& op, Scratch& scratch, Counter& next, int num_rows) {
+    const int size = padded_inputs(op.num_inputs);
+    for (int row = next.take(1); row < num_rows; row = next.take(1)) {
+        const float* in = op.input + (long)row * op.row_size;
+        if (op.kind == BRLITE_EMBED) {
+            embed_row(step, op, row);
+            continue;
+        }
+        if (op.kind == BRLITE_NORM) norm_row(op, in, scratch.row);
+        if (op.kind == BRLITE_SILU) silu_row(op, in, scratch.row);
+        write_row(step.activations, op.format, row, op.kind == BRLITE_QUANTIZE ? in : scratch.row, size);
+    }
+}
+
+}  // namespace BRLITE_ISA
+}  // namespace brlite
