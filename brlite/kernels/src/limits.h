@@ -179,17 +179,18 @@ typedef int32_t Ints4 __attribute__((vector_size(16)));
 #define BRLITE_TWELVE(DO) DO(s0) DO(s1) DO(s2) DO(s3) DO(s4) DO(s5) DO(s6) DO(s7) DO(s8) DO(s9) DO(s10) DO(s11)
 
 // A function that does ADD to each of twelve sums in turn; ADD(sum) is an expression of `sum`, `a` and `b`.
-#define BRLITE_MULTIPLIER(NAME, TARGET, SUM, A, B, ADD)                             \
-    TARGET inline double NAME() {                                                   \
-        auto a = A, b = B;                                                          \
-        SUM s0{}, s1{}, s2{}, s3{}, s4{}, s5{}, s6{}, s7{}, s8{}, s9{}, s10{}, s11{}; \
-        BRLITE_TWELVE(BRLITE_CHANGED)                                               \
-        for (long loop = 0; loop < LOOPS; loop++) {                                 \
-            BRLITE_CHANGED(b)                                                       \
-            BRLITE_TWELVE(ADD)                                                      \
-        }                                                                           \
-        BRLITE_TWELVE(BRLITE_CHANGED)                                               \
-        return (double)LOOPS * 12 * sizeof(SUM) / 4;                                \
+#define BRLITE_MULTIPLIER(NAME, TARGET, SUM, A, B, ADD)                  \
+    TARGET inline double NAME() {                                        \
+        auto a = A, b = B;                                               \
+        SUM s0{}, s1{}, s2{}, s3{}, s4{}, s5{};                          \
+        SUM s6{}, s7{}, s8{}, s9{}, s10{}, s11{};                        \
+        BRLITE_TWELVE(BRLITE_CHANGED)                                    \
+        for (long loop = 0; loop < LOOPS; loop++) {                      \
+            BRLITE_CHANGED(b)                                            \
+            BRLITE_TWELVE(ADD)                                           \
+        }                                                                \
+        BRLITE_TWELVE(BRLITE_CHANGED)                                    \
+        return (double)LOOPS * 12 * sizeof(SUM) / 4;                     \
     }
 
 #define BRLITE_ADD(sum) sum = sum + a * b;
@@ -211,16 +212,17 @@ BRLITE_MULTIPLIER(
     multiply_fp32_avx512, BRLITE_TARGET("avx512f"), __m512, _mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f), BRLITE_ADD)
 #undef BRLITE_ADD
 
-// The instructions below multiply pairs: two multiply-adds for each sum of 32 bits.
+// The instructions below multiply pairs: two multiply-adds for each sum of 32 bits. Where adding takes a second one, each
+// sum is asked for at once: else GCC multiplies ahead, for which there are not enough registers.
 #define BRLITE_PAIRS(SINGLE, PAIRS) \
     inline double PAIRS() { return 2 * SINGLE(); }
 
-#define BRLITE_ADD(sum) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); BRLITE_CHANGED(b)
+#define BRLITE_ADD(sum) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); BRLITE_CHANGED(sum) BRLITE_CHANGED(b)
 BRLITE_MULTIPLIER(
     pairs_int16_avx2, BRLITE_TARGET("avx2"), __m256i, _mm256_set1_epi16(3), _mm256_set1_epi16(5), BRLITE_ADD)
 #undef BRLITE_ADD
 
-#define BRLITE_ADD(sum) sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); BRLITE_CHANGED(b)
+#define BRLITE_ADD(sum) sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); BRLITE_CHANGED(sum) BRLITE_CHANGED(b)
 BRLITE_MULTIPLIER(
     pairs_int16_avx512, BRLITE_TARGET("avx512f,avx512bw"), __m512i, _mm512_set1_epi16(3), _mm512_set1_epi16(5),
     BRLITE_ADD)
