@@ -40,9 +40,12 @@ INLINE float sum_of(Floats x) {
 }
 
 INLINE float max_of(Floats x) {
-    float best = x[0];
-    for (int i = 1; i < LANES; i++) best = x[i] > best ? x[i] : best;
-    return best;
+    Floats8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    a = a > b ? a : b;
+    Floats4 c = __builtin_shufflevector(a, a, 0, 1, 2, 3), d = __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    c = c > d ? c : d;
+    const float even = c[0] > c[2] ? c[0] : c[2], odd = c[1] > c[3] ? c[1] : c[3];
+    return even > odd ? even : odd;
 }
 
 // The largest magnitude so far, compared as integers: a NaN is larger than everything and is not lost.
@@ -52,8 +55,14 @@ INLINE Ints larger_magnitude(Ints best, Floats x) {
 }
 
 INLINE float largest_magnitude(Ints best) {
-    int32_t top = best[0];
-    for (int i = 1; i < LANES; i++) top = best[i] > top ? best[i] : top;
+    typedef int32_t Ints8 __attribute__((vector_size(32)));
+    typedef int32_t Ints4 __attribute__((vector_size(16)));
+    Ints8 a = __builtin_shufflevector(best, best, 0, 1, 2, 3, 4, 5, 6, 7), b = __builtin_shufflevector(best, best, 8, 9, 10, 11, 12, 13, 14, 15);
+    a = a > b ? a : b;
+    Ints4 c = __builtin_shufflevector(a, a, 0, 1, 2, 3), d = __builtin_shufflevector(a, a, 4, 5, 6, 7);
+    c = c > d ? c : d;
+    const int32_t even = c[0] > c[2] ? c[0] : c[2], odd = c[1] > c[3] ? c[1] : c[3];
+    const int32_t top = even > odd ? even : odd;
     float value;
     memcpy(&value, &top, sizeof value);
     return value;

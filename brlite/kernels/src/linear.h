@@ -20,7 +20,15 @@ struct Tile {
     long row_size;
     int num_inputs;
     float* out;  // [rows][panels * 16]
+    long ahead;  // how far ahead weights are fetched; 0: not at all
 };
+
+constexpr long FETCH_DISTANCE = 4 * GROUP_BYTES;
+
+// Into the second cache: the first is full of what is used now, and fetching there made a step slower.
+INLINE void fetch(const uint8_t* from, int num_bytes) {
+    UNROLLED for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
 
 template <int ROWS, int PANELS>
 static void multiply_int8(const Tile& tile) {
@@ -32,6 +40,9 @@ static void multiply_int8(const Tile& tile) {
     for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP) {
         Int8::Sum sums[ROWS][PANELS];
         clear<Int8>(sums);
+        if (tile.ahead) {
+            UNROLLED for (int p = 0; p < PANELS; p++) fetch(at[p] + tile.ahead, GROUP_BYTES);
+        }
         add_pairs<Int8>(sums, at, Int8::PAIR_BYTES, rows + first, tile.row_size, BRLITE_GROUP / 2);
         UNROLLED for (int p = 0; p < PANELS; p++) {
             Floats scales = from_halves((const uint16_t*)(at[p] + BRLITE_GROUP * LANES));
@@ -46,11 +57,19 @@ static void multiply_int8(const Tile& tile) {
 
 template <int ROWS, int PANELS>
 static void multiply_bf16(const Tile& tile) {
+    constexpr int BLOCK_BYTES = BRLITE_GROUP / 2 * Bf16::PAIR_BYTES;
+    const Bf16::Row* rows = (const Bf16::Row*)tile.rows;
     const uint8_t* at[PANELS];
     Bf16::Sum sums[ROWS][PANELS];
     UNROLLED for (int p = 0; p < PANELS; p++) at[p] = tile.panels + p * tile.panel_bytes;
     clear<Bf16>(sums);
-    add_pairs<Bf16>(sums, at, Bf16::PAIR_BYTES, (const Bf16::Row*)tile.rows, tile.row_size, tile.num_inputs / 2);
+    for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP) {
+        if (tile.ahead) {
+            UNROLLED for (int p = 0; p < PANELS; p++) fetch(at[p] + tile.ahead, BLOCK_BYTES);
+        }
+        add_pairs<Bf16>(sums, at, Bf16::PAIR_BYTES, rows + first, tile.row_size, BRLITE_GROUP / 2);
+        UNROLLED for (int p = 0; p < PANELS; p++) at[p] += BLOCK_BYTES;
+    }
     store_sums<Bf16>(sums, tile.out, PANELS * LANES);
 }
 
@@ -93,15 +112,17 @@ INLINE void finish_tile(const Product& product, const float* sums, int first_row
 INLINE void multiply_panels(const Product& product, int first_panel, int num_panels) {
     const brlite_operation& op = product.op;
     const long element = op.format == BRLITE_INT8 ? sizeof(Int8::Row) : sizeof(Bf16::Row);
+    const long bytes = panel_bytes(op.format, op.num_inputs);
     float sums[MAX_ROWS * MAX_PANELS_AT_ONCE * LANES] __attribute__((aligned(64)));
     const int num_tiles = (product.num_rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (int t = 0; t < num_tiles; t++) {  // tiles as even as they can be: 8 rows are 4 + 4, not 6 + 2
+    // The first tile reads weights from memory. With more tiles to come it fetches the next panels meanwhile.
+    long ahead = num_tiles == 1 ? FETCH_DISTANCE : num_panels * bytes;
+    for (int t = 0; t < num_tiles; t++, ahead = 0) {  // tiles as even as they can be: 8 rows are 4 + 4, not 6 + 2
         const int first = product.num_rows * t / num_tiles;
         const int rows = product.num_rows * (t + 1) / num_tiles - first;
-        Tile tile = {(const uint8_t*)op.weight, panel_bytes(op.format, op.num_inputs), nullptr, product.input.row_size,
-                     op.num_inputs, sums};
-        tile.panels += first_panel * tile.panel_bytes;
-        tile.rows = (const uint8_t*)product.input.rows + first * product.input.row_size * element;
+        const uint8_t* from = (const uint8_t*)product.input.rows + first * product.input.row_size * element;
+        const Tile tile = {(const uint8_t*)op.weight + first_panel * bytes, bytes, from, product.input.row_size,
+                           padded_inputs(op.num_inputs), sums, ahead};
         TILE_KERNELS[op.format][rows - 1][num_panels - 1](tile);
         finish_tile(product, sums, first, rows, first_panel, num_panels);
     }
@@ -110,7 +131,8 @@ INLINE void multiply_panels(const Product& product, int first_panel, int num_pan
 // This thread's share: blocks of panels, taken by whoever is free.
 static void linear(const Product& product, Counter& next, int num_threads) {
     const int num_panels = rounded_up(product.op.num_outputs, LANES) / LANES;
-    const int at_once = panels_at_once<Int8>(smaller(product.num_rows, MAX_ROWS));
+    const int tiles = (product.num_rows + MAX_ROWS - 1) / MAX_ROWS;
+    const int at_once = panels_at_once<Int8>((product.num_rows + tiles - 1) / tiles);
     const int block = larger(at_once, rounded_up(num_panels / (num_threads * 8), at_once));
     for (int first = next.take(block); first < num_panels; first = next.take(block)) {
         const int end = smaller(first + block, num_panels);

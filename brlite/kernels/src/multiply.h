@@ -39,7 +39,7 @@ struct Int8 {
         return _mm512_add_epi32(sum, _mm512_madd_epi16(weights, row));
 #endif
     }
-    INLINE Floats floats(Sum sum) { return (Floats)_mm512_cvtepi32_ps(sum); }
+    INLINE Floats floats(Sum sum) { return __builtin_convertvector((Ints)sum, Floats); }
 };
 
 struct Bf16 {
@@ -209,7 +209,7 @@ constexpr int panels_at_once(int) {
 template <class Kind, int ROWS, int PANELS>
 INLINE void add_pairs(typename Kind::Sum (&sums)[ROWS][PANELS], const uint8_t* const (&panels)[PANELS], long pair_stride,
                       const typename Kind::Row* rows, long row_stride, int num_pairs) {
-    for (int pair = 0; pair < num_pairs; pair++) {
+    _Pragma("GCC unroll 4") for (int pair = 0; pair < num_pairs; pair++) {
         typename Kind::Pair weights[PANELS];
         UNROLLED for (int p = 0; p < PANELS; p++) weights[p] = Kind::load(panels[p] + pair * pair_stride);
         UNROLLED for (int r = 0; r < ROWS; r++) {
