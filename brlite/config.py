@@ -49,7 +49,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How steps are computed. `threads = 0` means one for each physical core."""
+    """How steps are computed. `threads = 0` means one for each physical core.
+
+    Speculation is on where the backend can verify guesses, while at most `max_draft_seqs` sequences run.
+    """
 
     device: Word = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -57,6 +60,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_size: BlockSize = 16
     max_num_batched_tokens: Count = 128
     prefix_caching: bool = True
+    speculation: Literal["auto", "off"] = "auto"
+    max_draft_tokens: Annotated[int, Meta(ge=1, le=16)] = 7
+    max_draft_seqs: Annotated[int, Meta(ge=1, le=4096)] = 4
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
-from brlite.engine.backend import BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import BackendInfo, Batch, SampledToken, SamplingInput, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import InvalidRequest
 from brlite.outputs import TokenLogprob
 
@@ -60,11 +60,20 @@ def printable_token(context: Sequence[int], seed: int) -> int:
     return 97 + int.from_bytes(digest, "little") % 26
 
 
+def repeating_token(context: Sequence[int], seed: int) -> int:
+    """One of three letters: most often a function of the last two, so that the text goes round for a while."""
+    digest = blake2b(repr((list(context), seed)).encode(), digest_size=2).digest()
+    if digest[0] < 32:
+        return 97 + digest[1] % 3
+    return 97 + (2 * context[-1] + sum(context[-2:-1]) + seed) % 3
+
+
 class FakeBackend:
     """A model whose next token is a function of its whole context, which it reads back through the block table.
 
     Keeps the tokens themselves where a model keeps keys and values: any slip in paging, prefix caching or preemption
-    changes the text. `fault` may raise for a batch, or return an error for a sequence.
+    changes the text. `fault` may raise for a batch, or return an error for a sequence. With `max_draft_tokens` it
+    verifies guesses; what wrong ones wrote into its cache stays there.
     """
 
     def __init__(
@@ -74,6 +83,7 @@ class FakeBackend:
         max_num_seqs: int = 4,
         max_model_len: int = 64,
         block_size: int = BLOCK_SIZE,
+        max_draft_tokens: int = 0,
         next_token: Callable[[Sequence[int], int], int] = printable_token,
         fault: Callable[[ScheduledSeq], str | None] = lambda seq: None,
     ) -> None:
@@ -90,6 +100,9 @@ class FakeBackend:
             kv_dtype="none",
             weight_bytes=0,
             kv_bytes=0,
+            max_draft_tokens=max_draft_tokens,
+            fingerprint="fake",
+            is_batch_invariant=True,
         )
         self.batches: list[Batch] = []
         self.is_closed = False
@@ -122,11 +135,20 @@ class FakeBackend:
         prompt_logprobs = [self._logprob(target, seq.num_prompt_logprobs) for target in seq.prompt_targets]
         if seq.sampling is None:
             return SeqResult(seq.seq_id, prompt_logprobs=prompt_logprobs)
-        seed = 0 if seq.sampling.params.is_greedy else seq.sampling.seed
-        token_id = self.next_token(context, seed)
-        num_top = seq.sampling.params.logprobs
-        logprob = None if num_top is None else self._logprob(token_id, num_top)
-        return SeqResult(seq.seq_id, [SampledToken(token_id, logprob)], prompt_logprobs)
+        return SeqResult(seq.seq_id, list(self._draw(seq, seq.sampling, context)), prompt_logprobs)
+
+    def _draw(self, seq: ScheduledSeq, sampling: SamplingInput, context: list[int]) -> Iterator[SampledToken]:
+        """The token after the last real one and, as long as the guesses are right, those after each of them."""
+        assert seq.num_draft_tokens <= self.info.max_draft_tokens
+        assert not seq.num_draft_tokens or not (sampling.output_counts or sampling.banned_token_ids)
+        num_real = len(context) - seq.num_draft_tokens
+        for length in range(num_real, len(context) + 1):
+            token_id = self.next_token(context[:length], 0 if sampling.params.is_greedy else sampling.seed)
+            token_id = ord("a") if token_id in sampling.banned_token_ids else token_id
+            num_top = sampling.params.logprobs
+            yield SampledToken(token_id, None if num_top is None else self._logprob(token_id, num_top))
+            if context[length : length + 1] != [token_id]:
+                return
 
     @staticmethod
     def _logprob(token_id: int, num_top: int) -> TokenLogprob:
@@ -134,9 +156,15 @@ class FakeBackend:
         return TokenLogprob(token_id, -0.5, top)
 
 
-def reference_tokens(prompt: Sequence[int], num_tokens: int, *, seed: int = 0) -> list[int]:
+def reference_tokens(
+    prompt: Sequence[int],
+    num_tokens: int,
+    *,
+    seed: int = 0,
+    next_token: Callable[[Sequence[int], int], int] = printable_token,
+) -> list[int]:
     """What `FakeBackend` must answer, computed alone, from the whole context each time."""
     context = list(prompt)
     for _ in range(num_tokens):
-        context.append(printable_token(context, seed))
+        context.append(next_token(context, seed))
     return context[len(prompt) :]

@@ -94,6 +94,11 @@ class BlockManager:
         seq.block_table.extend(self._take() for _ in range(num_new))
         return True
 
+    def num_spare_slots(self, seq: Sequence, num_reserved: int) -> int:
+        """How many more tokens the sequence has room for if it leaves `num_reserved` free blocks to others."""
+        num_spare = max(0, len(self._free) - num_reserved)
+        return (len(seq.block_table) + num_spare) * self.block_size - seq.num_tokens
+
     def seal(self, seq: Sequence) -> None:
         """Make the sequence's full, computed blocks findable. Of equal blocks only the first is findable."""
         for index in range(seq.num_sealed_blocks, seq.num_computed_tokens // self.block_size):

@@ -53,7 +53,11 @@ class Engine:
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
         self._scheduler = Scheduler(
-            self._blocks, max_num_seqs=info.max_num_seqs, max_num_batched_tokens=config.max_num_batched_tokens
+            self._blocks,
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_draft_tokens=min(config.max_draft_tokens, info.max_draft_tokens) if config.speculation == "auto" else 0,
+            max_draft_seqs=config.max_draft_seqs,
         )
         self._requests: dict[str, RequestState] = {}
         self._in_flight: list[tuple[Sequence, int]] = []
@@ -125,10 +129,12 @@ class Engine:
         now = self._clock()
         in_flight, self._in_flight = self._in_flight, []
         self.stats.step_time.observe(now - self._step_start)
-        self.stats.step_tokens.observe(sum(num_tokens for _, num_tokens in in_flight))
+        self.stats.step_tokens.observe(sum(num_tokens + len(seq.draft_token_ids) for seq, num_tokens in in_flight))
+        num_generated = self.stats.generation_tokens
         for (seq, num_tokens), seq_result in zip(in_flight, result.seqs, strict=True):
             if seq.status is SequenceStatus.RUNNING:
                 self._take_in(seq, num_tokens, seq_result, now)
+        self.stats.generation_rate.add(self.stats.generation_tokens - num_generated)
         for state in dict.fromkeys(seq.state for seq, _ in in_flight):
             self._deliver(state)
         self._end_aborted()
@@ -210,10 +216,11 @@ class Engine:
         self._blocks.seal(seq)
         if result.tokens and state.prompt_done_time is None:
             self._finish_prompt(state, now)
-        for token in result.tokens:
-            self._append(seq, token, now)
-            if seq.status is SequenceStatus.FINISHED:
-                break
+        if seq.draft_token_ids:
+            self.stats.note_draft(len(seq.draft_token_ids), num_accepted=len(result.tokens) - 1)
+            seq.draft_token_ids = []
+        if result.tokens:
+            self._append_all(seq, result.tokens, now)
 
     def _finish_prompt(self, state: RequestState, now: float) -> None:
         """The prompt is computed and cached: let the siblings queue."""
@@ -223,9 +230,20 @@ class Engine:
             self._scheduler.add(self._add_sequence(state))
         self.stats.note_prompt_done(state, now)
 
+    def _append_all(self, seq: Sequence, tokens: list[SampledToken], now: float) -> None:
+        """Append the tokens that one step drew, up to the one that ends the sequence."""
+        num_before, last_token_time = seq.num_output_tokens, seq.last_token_time
+        for token in tokens:
+            if seq.num_computed_tokens < seq.num_tokens:  # the token before was guessed, so it is computed already
+                seq.num_computed_tokens += 1
+                self._blocks.seal(seq)
+            self._append(seq, token, now)
+            if seq.status is SequenceStatus.FINISHED:
+                break
+        self.stats.note_tokens(seq.num_output_tokens - num_before, now - last_token_time if num_before else None)
+
     def _append(self, seq: Sequence, token: SampledToken, now: float) -> None:
         """Append one drawn token to its sequence and to its request's delta, and see whether that ends it."""
-        self.stats.note_token(seq, now)
         seq.append(token.token_id, now)
         text, finish_reason, stop_reason = interpret(seq, token.token_id, self.tokenizer.eos_token_ids)
         seq.state.add_delta(

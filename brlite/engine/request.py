@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from brlite.engine.detokenizer import Detokenizer
+from brlite.engine.drafting import Drafter
 from brlite.errors import BrliteError
 from brlite.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
 from brlite.sampling_params import SamplingParams
@@ -69,7 +70,10 @@ class TokenCounts:
 
 @dataclass(eq=False)
 class Sequence:
-    """One of a request's `n` completions in the making. `token_ids` is the prompt followed by the output."""
+    """One of a request's `n` completions in the making. `token_ids` is the prompt followed by the output.
+
+    `draft_token_ids` are the guesses that the step under way carries; they are not tokens of the sequence yet.
+    """
 
     seq_id: int
     index: int
@@ -86,6 +90,8 @@ class Sequence:
     block_digests: list[bytes] = field(default_factory=list)
     num_sealed_blocks: int = 0
     is_started: bool = False
+    drafter: Drafter | None = None
+    draft_token_ids: list[int] = field(default_factory=list)
     first_token_time: float = 0.0
     last_token_time: float = 0.0
 

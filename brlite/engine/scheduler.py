@@ -11,6 +11,7 @@ from collections import deque
 
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.engine.block_manager import BlockManager
+from brlite.engine.drafting import Drafter, StepForecast
 from brlite.engine.request import Sequence, SequenceStatus
 
 
@@ -20,9 +21,18 @@ class Scheduler:
     Sequences with one token to go come first, then the prompts that have begun, then new ones. Where blocks run out,
     the latest sequence gives its own back and waits at the head of the queue to be computed again.
     Further completions of a prompt queue apart, and get every second place: `n=100` does not close the door.
+    While at most `max_draft_seqs` run, they may guess ahead with what the others left of the budgets.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_draft_tokens: int = 0,
+        max_draft_seqs: int = 0,
+    ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.siblings: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -31,6 +41,8 @@ class Scheduler:
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
+        self._max_draft_tokens = max_draft_tokens
+        self._max_draft_seqs = max_draft_seqs if max_draft_tokens else 0
 
     @property
     def is_empty(self) -> bool:
@@ -59,6 +71,8 @@ class Scheduler:
         # Blocks are short after a preemption: whoever was admitted now would be the next to lose them.
         while budget > 0 and num_preemptions == self.num_preemptions and self._can_admit():
             budget -= self._admit(budget, scheduled)
+        if len(self.running) <= self._max_draft_seqs:
+            self._draft(list(scheduled), budget)
         return list(scheduled.items())
 
     def _schedule_running(self, seq: Sequence, budget: int, scheduled: dict[Sequence, int]) -> int:
@@ -75,6 +89,19 @@ class Scheduler:
                 return -returned
         scheduled[seq] = num_tokens
         return num_tokens - returned
+
+    def _draft(self, seqs: list[Sequence], budget: int) -> None:
+        """Let sequences guess ahead as far as that pays. A guess takes no token and no block that another could use."""
+        forecast = StepForecast(self._max_num_batched_tokens - budget)
+        for seq in seqs:
+            limit = min(_max_guesses(seq), self._max_draft_tokens, budget)
+            drafter = _drafter(seq) if limit > 0 else None
+            if drafter is not None and drafter.follow(seq.token_ids):
+                # Each sequence may need a block in the next step, and none must be preempted for what another guesses.
+                limit = min(limit, self._blocks.num_spare_slots(seq, num_reserved=len(self.running)))
+                seq.draft_token_ids = drafter.guess(seq.token_ids, forecast.add_guesses(drafter.acceptance, limit))
+                self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
+                budget -= len(seq.draft_token_ids)
 
     def _next_queue(self) -> deque[Sequence]:
         for queue in (self.waiting, self.siblings):
@@ -122,17 +149,35 @@ def _has_prompt_left(seq: Sequence) -> bool:
     return seq.num_tokens - seq.num_computed_tokens > 1
 
 
+def _max_guesses(seq: Sequence) -> int:
+    """How far a sequence may guess ahead: not at all unless its next draw depends on nothing but its tokens.
+
+    What a penalty or `min_tokens` allows changes with each token drawn. The last token is never a guess.
+    """
+    is_decode = seq.num_output_tokens > 0 and seq.num_tokens - seq.num_computed_tokens == 1
+    if not is_decode or seq.counts is not None or seq.num_output_tokens < seq.state.request.params.min_tokens:
+        return 0
+    return seq.state.max_tokens - seq.num_output_tokens - 1
+
+
+def _drafter(seq: Sequence) -> Drafter:
+    if seq.drafter is None:
+        seq.drafter = Drafter(seq.num_prompt_tokens)
+    return seq.drafter
+
+
 def _scheduled_seq(seq: Sequence, num_tokens: int, eos_token_ids: tuple[int, ...]) -> ScheduledSeq:
     start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
     targets = seq.token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)] if seq.wants_prompt_logprobs else []
     return ScheduledSeq(
         seq_id=seq.seq_id,
         start=start,
-        token_ids=seq.token_ids[start:end],
+        token_ids=seq.token_ids[start:end] + seq.draft_token_ids,
         block_table=list(seq.block_table),
         sampling=_sampling_input(seq, eos_token_ids) if end == seq.num_tokens else None,
         prompt_targets=targets,
         num_prompt_logprobs=seq.state.request.params.prompt_logprobs or 0,
+        num_draft_tokens=len(seq.draft_token_ids),
     )
 
 

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
 
-from brlite.engine.request import RequestState, Sequence
+from brlite.engine.request import RequestState
 
 TTFT_BOUNDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -44,9 +44,9 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
 
-    def observe(self, value: float) -> None:
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
 
 
 class Rate:
@@ -90,6 +90,9 @@ class EngineStats:
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self.preemptions = 0
+        self.drafts = 0
+        self.draft_tokens = 0
+        self.accepted_tokens = 0
         self.step_failures = 0
         self.finished: Counter[str] = Counter()
         self.prompt_rate = Rate(clock)
@@ -124,12 +127,17 @@ class EngineStats:
         self.time_to_first_token.observe(now - state.arrival_time)
         self.prefill_time.observe(now - (state.scheduled_time or now))
 
-    def note_token(self, seq: Sequence, now: float) -> None:
-        """A token was drawn, and is about to be appended."""
-        self.generation_tokens += 1
-        self.generation_rate.add(1)
-        if seq.num_output_tokens:
-            self.inter_token_latency.observe(now - seq.last_token_time)
+    def note_tokens(self, num_tokens: int, seconds: float | None) -> None:
+        """A step gave a sequence tokens, `seconds` after the one before them if it had one: each took its share."""
+        self.generation_tokens += num_tokens
+        if seconds is not None:
+            self.inter_token_latency.observe(seconds / num_tokens, num_tokens)
+
+    def note_draft(self, num_tokens: int, num_accepted: int) -> None:
+        """A step verified the guesses of a sequence."""
+        self.drafts += 1
+        self.draft_tokens += num_tokens
+        self.accepted_tokens += num_accepted
 
     def note_finished(self, state: RequestState, now: float, reason: str) -> None:
         """A request ended. Latencies are kept for those that ran to their end; aborts and errors are only counted."""

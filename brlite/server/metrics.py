@@ -79,6 +79,9 @@ V1_COUNTERS = [
     Series("vllm:prefix_cache_hits", "Prompt tokens found.", lambda s: s.prefix_cache_hits),
     Series("vllm:prompt_tokens_cached", "Prompt tokens not computed.", lambda s: s.cached_prompt_tokens),
     Series("vllm:num_preemptions", "Sequences put back to be computed again.", lambda s: s.preemptions),
+    Series("vllm:spec_decode_num_drafts", "Times that a sequence guessed ahead.", lambda s: s.drafts),
+    Series("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", lambda s: s.draft_tokens),
+    Series("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right.", lambda s: s.accepted_tokens),
 ]
 V1_HISTOGRAMS = [
     Distribution("vllm:inter_token_latency_seconds", "Token to token.", lambda s: s.inter_token_latency),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -21,10 +21,17 @@ from tests.fakes import ByteTokenizer, FakeBackend
 class Driver:
     """An engine on a fake backend with a clock that moves one second a step."""
 
-    def __init__(self, *, budget: int = 16, prefix_caching: bool = True, limits: LimitsConfig | None = None, **kw: Any):
-        self.backend = FakeBackend(**kw)
+    def __init__(
+        self,
+        *,
+        budget: int = 16,
+        engine: Mapping[str, Any] | None = None,
+        limits: LimitsConfig | None = None,
+        **backend_options: Any,
+    ):
+        self.backend = FakeBackend(**backend_options)
         self.now = 0.0
-        config = EngineConfig(max_num_batched_tokens=budget, prefix_caching=prefix_caching)
+        config = EngineConfig(**{"max_num_batched_tokens": budget, **(engine or {})})
         self.engine = Engine(
             self.backend.info, ByteTokenizer(), config, limits or LimitsConfig(), clock=lambda: self.now
         )

@@ -67,7 +67,7 @@ def test_prompts_with_different_salts_share_nothing(make_driver: MakeDriver) -> 
 
 
 def test_without_prefix_caching_requests_share_nothing_but_siblings_do(make_driver: MakeDriver) -> None:
-    driver = make_driver(budget=64, prefix_caching=False)
+    driver = make_driver(budget=64, engine={"prefix_caching": False})
     prompt = [7] * (3 * BLOCK_SIZE)
     driver.submit(prompt, max_tokens=1)
     driver.finish()

@@ -1,15 +1,17 @@
-"""Any order of submitting, stepping and aborting, on a cache too small for it: texts and blocks stay right."""
+"""Any order of submitting, stepping and aborting, with guesses or without, on a cache too small: texts stay right."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from brlite.config import LimitsConfig
 from brlite.engine.request import sibling_seed
 from tests.engine.conftest import Driver
-from tests.fakes import reference_tokens
+from tests.fakes import printable_token, reference_tokens, repeating_token
 
 # Few letters and few shapes, so that prompts share prefixes, evict each other and come back.
 prompts = st.builds(
@@ -20,10 +22,20 @@ prompts = st.builds(
 
 
 class EngineMachine(RuleBasedStateMachine):
-    def __init__(self) -> None:
-        super().__init__()
-        patient = LimitsConfig(max_waiting=1000, max_wait_seconds=1e6)
-        self.driver = Driver(budget=7, num_blocks=12, max_num_seqs=3, max_model_len=40, limits=patient)
+    @initialize(
+        next_token=st.sampled_from([printable_token, repeating_token]),
+        max_draft_tokens=st.sampled_from([0, 7]),
+    )
+    def start(self, next_token: Callable[[Sequence[int], int], int], max_draft_tokens: int) -> None:
+        self.driver = Driver(
+            budget=7,
+            num_blocks=12,
+            max_num_seqs=3,
+            max_model_len=40,
+            limits=LimitsConfig(max_waiting=1000, max_wait_seconds=1e6),
+            next_token=next_token,
+            max_draft_tokens=max_draft_tokens,
+        )
         self.asked: dict[str, tuple[bytes, int, int, int]] = {}
         self.aborted: set[str] = set()
 
@@ -69,7 +81,9 @@ class EngineMachine(RuleBasedStateMachine):
         outputs = {output.index: output.token_ids for output in self.driver.outputs[request_id].outputs}
         assert set(outputs) == set(range(n))
         for index, token_ids in outputs.items():
-            expected = reference_tokens(prompt, max_tokens, seed=sibling_seed(seed, index))
+            expected = reference_tokens(
+                prompt, max_tokens, seed=sibling_seed(seed, index), next_token=self.driver.backend.next_token
+            )
             assert token_ids == (expected[: len(token_ids)] if request_id in self.aborted else expected)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import aiohttp
 import pytest
 from prometheus_client import Metric
@@ -41,6 +43,9 @@ V1_FAMILIES = [
     "vllm:prefix_cache_queries",
     "vllm:prefix_cache_hits",
     "vllm:num_preemptions",
+    "vllm:spec_decode_num_drafts",
+    "vllm:spec_decode_num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens",
     "vllm:request_success",
     "vllm:inter_token_latency_seconds",
     "vllm:request_time_per_output_token_seconds",
@@ -123,6 +128,22 @@ async def test_a_request_moves_the_numbers(client: Client) -> None:
     assert value(families["vllm:e2e_request_latency_seconds"], "_count") == 1
     assert value(families["vllm:request_success"], "_total", finished_reason="length") == 1
     assert value(families["vllm:num_requests_running"]) == 0
+
+
+async def test_guesses_are_counted_under_the_names_of_the_v1_engine(
+    make_client: Callable[..., Awaitable[Client]],
+) -> None:
+    client = await make_client(max_draft_tokens=7, next_token=lambda context, seed: ord("a"))
+    await client.chat("hello", max_tokens=24)
+
+    families = await scrape(client)
+
+    num_drafts, num_guessed, num_accepted = (
+        value(families[f"vllm:spec_decode_num_{name}"], "_total")
+        for name in ("drafts", "draft_tokens", "accepted_tokens")
+    )
+    assert 0 < num_drafts < num_accepted == num_guessed
+    assert value(families["vllm:time_per_output_token_seconds"], "_count") == 23
 
 
 async def test_series_are_there_at_zero_while_the_model_loads() -> None:

@@ -1,0 +1,111 @@
+"""Guesses from a sequence's own words, and when they pay."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from brlite.engine.drafting import INITIAL_ACCEPTANCE, MAX_NEW_TOKENS, Drafter, StepForecast
+
+
+def guess(text: str, num_tokens: int = 4) -> str | None:
+    token_ids = list(text.encode())
+    drafter = Drafter(num_prompt_tokens=len(token_ids))
+    return bytes(drafter.guess(token_ids, num_tokens)).decode() if drafter.follow(token_ids) else None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one two three, one t", "wo t"),
+        ("abcd..bcX..abc", "d..b"),  # three tokens that agree say more than two
+        ("abX abY ab", "Y ab"),  # of equal places the latest
+        ("abcdef", None),
+        ("ab", None),
+        ("", None),
+    ],
+)
+def test_what_followed_the_last_words_before_is_guessed(text: str, expected: str | None) -> None:
+    assert guess(text) == expected
+
+
+def test_a_guess_that_reaches_the_end_goes_round() -> None:
+    assert guess("xyxyx", 7) == "yxyxyxy"
+
+
+def test_a_copy_stays_with_its_source_where_the_words_are_ambiguous() -> None:
+    source = "the red cat sat by the red dog and the red fox;"
+
+    token_ids = list((source + "the red cat sat by the red ").encode())
+    drafter = Drafter(num_prompt_tokens=len(source))
+
+    assert drafter.follow(token_ids)
+    assert bytes(drafter.guess(token_ids, 3)) == b"dog"
+
+
+@given(chunks=st.lists(st.text("ab", max_size=5), max_size=12))
+def test_tokens_taken_in_one_by_one_or_together_give_the_same_guesses(chunks: list[str]) -> None:
+    whole = list("".join(chunks).encode())
+    together, apart, token_ids = Drafter(3), Drafter(3), list[int]()
+
+    for chunk in chunks:
+        token_ids += chunk.encode()
+        apart.follow(token_ids)
+
+    assert together.follow(whole) == apart.follow(whole)
+    assert together.acceptance == apart.acceptance
+    if together.follow(whole):
+        assert together.guess(whole, 5) == apart.guess(whole, 5)
+
+
+def test_a_long_prompt_is_taken_in_a_part_at_a_time() -> None:
+    token_ids = [1, 2, 3, 4] * MAX_NEW_TOKENS
+    drafter = Drafter(num_prompt_tokens=len(token_ids))
+
+    answers = [drafter.follow(token_ids) for _ in range(4)]
+
+    assert answers == [False, False, False, True]
+
+
+def test_acceptance_is_learnt_from_what_was_drawn_without_guessing_aloud() -> None:
+    prompt = list(range(30))
+    copying, drafter = Drafter(len(prompt)), Drafter(len(prompt))
+
+    copying.follow(prompt + prompt)
+    drafter.follow([*prompt, 0, 1, 99, 0, 1, 98, 0, 1, 97])
+
+    assert copying.acceptance > 0.95
+    assert drafter.acceptance < INITIAL_ACCEPTANCE
+
+
+def test_a_prompt_that_repeats_itself_promises_nothing_of_the_answer() -> None:
+    prompt = [1, 2] * 50
+    drafter = Drafter(len(prompt))
+
+    drafter.follow([*prompt, 7])
+
+    assert drafter.acceptance < INITIAL_ACCEPTANCE
+
+
+def test_more_certain_guesses_are_longer_and_hopeless_ones_are_not_made() -> None:
+    lengths = [StepForecast(1).add_guesses(acceptance, 7) for acceptance in (0.0, 0.05, 0.2, 0.6, 0.9, 1.0)]
+
+    assert lengths == sorted(lengths)
+    assert lengths[:2] == [0, 0]
+    assert 1 <= lengths[2] < lengths[4] < lengths[5] == 7
+
+
+def test_fewer_guesses_pay_the_more_rows_a_step_has() -> None:
+    lengths = [StepForecast(num_rows).add_guesses(0.8, 16) for num_rows in (1, 2, 4, 8, 128)]
+
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[-1] == 0
+
+
+def test_guesses_of_one_sequence_leave_less_to_those_of_the_next() -> None:
+    forecast = StepForecast(2)
+
+    lengths = [forecast.add_guesses(0.6, 7) for _ in range(2)]
+
+    assert lengths[0] > lengths[1]
