@@ -212,8 +212,8 @@ BRLITE_MULTIPLIER(
     multiply_fp32_avx512, BRLITE_TARGET("avx512f"), __m512, _mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f), BRLITE_ADD)
 #undef BRLITE_ADD
 
-// The instructions below multiply pairs: two multiply-adds for each sum of 32 bits. Where adding takes a second one, each
-// sum is asked for at once: else GCC multiplies ahead, for which there are not enough registers.
+// The instructions below multiply pairs: two multiply-adds for each sum of 32 bits. Where adding takes a second one,
+// each sum is asked for at once: else GCC multiplies ahead, for which there are not enough registers.
 #define BRLITE_PAIRS(SINGLE, PAIRS) \
     inline double PAIRS() { return 2 * SINGLE(); }
 

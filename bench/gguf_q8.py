@@ -1,0 +1,93 @@
+"""Writes models as Q8_0 GGUF files for llama.cpp: the very weights that brlite loads, rounded to bfloat16 first.
+
+All matrices become Q8_0, a tied head included; norms stay float32. One tensor is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import gguf
+import numpy as np
+from venvs import cache_folder
+
+Q8_0 = gguf.GGMLQuantizationType.Q8_0
+F32 = gguf.GGMLQuantizationType.F32
+# What the writer states itself, and what would be untrue of the new file.
+SKIPPED_KEYS = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
+ROWS_AT_A_TIME = 1024
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def find_q8_file(path: Path) -> Path:
+    """The Q8_0 form of a GGUF file, from the bench's cache or written there."""
+    target = cache_folder() / "models" / f"{path.stem}-{path.stat().st_size}.Q8_0.gguf"
+    if not target.exists():
+        print(f"writing {path.name} as {target} …", file=sys.stderr)
+        _convert(path, target)
+    return target
+
+
+def write_gguf(
+    target: Path,
+    architecture: str,
+    add_metadata: Callable[[gguf.GGUFWriter], None],
+    shapes: Shapes,
+    tensors: Iterator[tuple[str, np.ndarray]],
+) -> None:
+    """Write `tensors` (float32, by llama.cpp's names) to `target`, whole or not at all. They must come as in `shapes`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
+    writer = gguf.GGUFWriter(unfinished, architecture)
+    add_metadata(writer)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    for name, shape in shapes.items():
+        kind = Q8_0 if len(shape) == 2 else F32
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), _num_bytes(shape, kind), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for expected, (name, tensor) in zip(shapes, tensors, strict=True):
+        assert name == expected, f"{name} came where {expected} was announced"
+        writer.write_tensor_data(_encode(tensor))
+    writer.close()
+    shutil.move(unfinished, target)
+
+
+def _convert(source: Path, target: Path) -> None:
+    reader = gguf.GGUFReader(source)
+    shapes = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in reader.tensors}
+    tensors = ((each.name, gguf.quants.dequantize(each.data, each.tensor_type)) for each in reader.tensors)
+    architecture = str(reader.get_field("general.architecture").contents())
+    write_gguf(target, architecture, lambda writer: _copy_metadata(reader, writer), shapes, tensors)
+
+
+def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
+    for name, field in reader.fields.items():
+        if not name.startswith(SKIPPED_KEYS):
+            kind, *element = field.types
+            writer.add_key_value(name, field.contents(), kind, sub_type=element[0] if element else None)
+
+
+def _encode(tensor: np.ndarray) -> np.ndarray:
+    if tensor.ndim != 2:
+        return np.ascontiguousarray(tensor, dtype=np.float32)
+    blocks = [tensor[row : row + ROWS_AT_A_TIME] for row in range(0, len(tensor), ROWS_AT_A_TIME)]
+    return np.concatenate([gguf.quants.quantize(round_to_bfloat16(block), Q8_0) for block in blocks])
+
+
+def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """The nearest bfloat16 of each, ties to even, as float32."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+
+
+def _num_bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:
+    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // int(block_elements) * int(block_bytes)

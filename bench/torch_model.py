@@ -1,0 +1,48 @@
+"""The torch decoder with its logits in reach: the float32 reference, and the torch backend's numbers.
+
+`TorchBackend` gives tokens and their logprobs; comparing distributions takes all of the logits.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import closing
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from brlite.checkpoint import open_checkpoint
+from brlite.config import ModelSpec
+from brlite.models.attention import Span, StepPlanner
+from brlite.models.config import KVDtype
+from brlite.models.kv_cache import KVCache
+from brlite.worker.device import compute_dtype, multiplies_with_onednn, select_device
+from brlite.worker.loading import load_model
+
+BLOCK_SIZE = 16
+
+
+class TorchModel:
+    """A model and a cache for one text of `spec.build_seq` tokens at most."""
+
+    def __init__(self, path: Path, spec: ModelSpec, dtype: Literal["auto", "float32"], kv_dtype: KVDtype) -> None:
+        device = select_device("cpu")
+        packs = dtype == "auto" and multiplies_with_onednn(device)
+        with closing(open_checkpoint(path)) as checkpoint:
+            self._decoder = load_model(
+                checkpoint, spec, compute_dtype(dtype, device), device, lambda fraction: None, packs=packs
+            )
+        num_blocks = math.ceil(spec.build_seq / BLOCK_SIZE)
+        self._cache = KVCache(
+            self._decoder.config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device
+        )
+        self._planner = StepPlanner(self._decoder.config, self._cache, self._decoder.dtype, device)
+
+    def logits(self, token_ids: list[int]) -> np.ndarray:
+        """[tokens, vocabulary] float32: what follows each token."""
+        with torch.inference_mode():
+            plan = self._planner.plan([Span(0, len(token_ids), range(self._cache.num_blocks))])
+            hidden = self._decoder.forward(torch.tensor(token_ids), plan, self._cache)
+            return self._decoder.logits(hidden).numpy()
