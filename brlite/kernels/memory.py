@@ -1,0 +1,35 @@
+"""Memory that the native library allocates, in large pages where the system has them, seen from Python as bytes."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import numpy.typing as npt
+
+from brlite.errors import ConfigError
+
+
+class NativeMemory:
+    """`num_bytes` zeros at `address`, until `close`. Raises `ConfigError` where the system does not give them."""
+
+    def __init__(self, library: ctypes.CDLL, num_bytes: int, purpose: str) -> None:
+        self._library = library
+        self.num_bytes = num_bytes
+        self.address: int = library.brlite_allocate(max(1, num_bytes)) or 0
+        if not self.address:
+            raise ConfigError(f"{purpose} takes {num_bytes / 2**30:.1f} GiB, which is not there")
+
+    def bytes(self, offset: int = 0, num_bytes: int | None = None) -> npt.NDArray[np.uint8]:
+        """A view of some of the memory; not to be used after `close`."""
+        size = self.num_bytes - offset if num_bytes is None else num_bytes
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(self.address + offset), np.uint8)
+
+    def floats(self, offset: int, count: int) -> npt.NDArray[np.float32]:
+        return self.bytes(offset, 4 * count).view(np.float32)
+
+    def close(self) -> None:
+        """Give the memory back. May be called twice."""
+        if self.address:
+            self._library.brlite_release(self.address, max(1, self.num_bytes))
+            self.address = 0

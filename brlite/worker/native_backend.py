@@ -1,0 +1,105 @@
+"""The backend in native code: packed weights, paged cache and one call a step. CPUs only; torch is never imported.
+
+A row's result is its own, bit for bit: other rows, chunk borders, cache hits and the number of threads change nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from brlite.engine.backend import BackendInfo, Batch, ScheduledSeq, SeqResult, StepResult
+from brlite.errors import EngineError
+from brlite.kernels import abi
+from brlite.kernels.plan import NativePlan, PagedCache
+from brlite.kernels.weights import PackedWeights
+from brlite.models.config import ModelConfig
+
+NOT_FINITE = "the model produced logits that are not finite"
+SPAN = np.dtype([("start", "i4"), ("first_row", "i4"), ("num_rows", "i4"), ("reserved", "i4"), ("block_table", "u8")])
+
+
+class NativeBackend:
+    """A `Backend`. Owns weights, cache, plan and threads from its making to `close`."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        isa: int,
+        config: ModelConfig,
+        weights: PackedWeights,
+        cache: PagedCache,
+        info: BackendInfo,
+        *,
+        max_rows: int,
+        num_threads: int,
+    ) -> None:
+        self.info = info
+        self._library = library
+        self._vocab_size = config.vocab_size
+        self._open = ExitStack()
+        self._open.callback(weights.close)
+        self._open.callback(cache.close)
+        plan = NativePlan(library, config, weights, cache, max_rows=max_rows, max_positions=info.max_model_len)
+        self._open.callback(plan.close)
+        engine = library.brlite_create(ctypes.addressof(plan.struct), isa, num_threads)
+        if not engine:
+            self._open.close()
+            raise EngineError(f"the native step could not start {num_threads} threads")
+        self._open.callback(library.brlite_destroy, engine)
+        self._engine: int = engine
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The logits [T, V] at every position of one prompt. For measuring: takes the cache's first blocks."""
+        num_blocks = math.ceil(len(token_ids) / self.info.block_size)
+        rows = _Rows([ScheduledSeq(0, 0, list(token_ids), list(range(num_blocks)))])
+        out = np.empty((len(token_ids), self._vocab_size), np.float32)
+        draws = (abi.Draw * len(token_ids))()
+        for row, draw in enumerate(draws):
+            draw.row, draw.target, draw.num_logprobs = row, 0, -1
+        drawn = (abi.Drawn * len(token_ids))()
+        self._run(rows, len(draws), ctypes.addressof(draws), ctypes.addressof(drawn), out.ctypes.data)
+        return out
+
+    def close(self) -> None:
+        """Give back threads and memory. May be called twice."""
+        self._open.close()
+
+    def _run(self, rows: _Rows, num_draws: int, draws: int, drawn: int, logits: int | None = None) -> None:
+        batch = abi.Batch(
+            num_rows=rows.num_rows,
+            num_spans=len(rows.spans),
+            num_draws=num_draws,
+            token_ids=rows.token_ids.ctypes.data,
+            spans=rows.spans.ctypes.data,
+            draws=draws,
+            drawn=drawn,
+            logits=logits,
+        )
+        error = self._library.brlite_run(self._engine, ctypes.addressof(batch))
+        if error:
+            raise EngineError(f"the native step refused its batch: error {error}")
+
+
+class _Rows:
+    """A batch laid out by rows, in the arrays that the library reads."""
+
+    def __init__(self, seqs: Sequence[ScheduledSeq]) -> None:
+        token_ids: list[int] = []
+        tables: list[int] = []
+        spans = []
+        for seq in seqs:
+            spans.append((seq.start, len(token_ids), len(seq.token_ids), 0, 4 * len(tables)))
+            token_ids += seq.token_ids
+            tables += seq.block_table
+        self.num_rows = len(token_ids)
+        self.token_ids = np.array(token_ids, np.int32)
+        self._tables = np.array(tables, np.int32)
+        self.spans = np.array(spans, SPAN)
+        self.spans["block_table"] += np.uint64(self._tables.ctypes.data)
