@@ -3,6 +3,7 @@
 BrliteError
 ├── ConfigError            a config file or a command line is wrong
 ├── ModelError             a model folder, file or download is missing, broken or unsupported
+├── NativeUnavailable      the native kernels cannot be used on this machine; torch computes instead
 ├── EngineError            a step failed; the requests that were in it end with this
 └── RequestError           a request is refused; `param` names the field
     ├── InvalidRequest         a field is missing, ill-typed or out of range
@@ -34,6 +35,10 @@ class ConfigError(BrliteError):
 
 class ModelError(BrliteError):
     """A model folder, file or download is missing, broken or unsupported."""
+
+
+class NativeUnavailable(BrliteError):
+    """The native kernels cannot be built, loaded or trusted on this machine."""
 
 
 class EngineError(BrliteError):

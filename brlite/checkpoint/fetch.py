@@ -6,11 +6,11 @@ Knows no formats: `open_checkpoint` reads what is found here. Whatever a source 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from brlite.cache import default_cache
 from brlite.checkpoint.checkpoint import reason
 from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.hub import Hub, HuggingFaceHub, check_name, download, find_cached
@@ -56,13 +56,6 @@ def locate_model(
             logger.info("model %s: weights from %s: %s%s", name, source.title, found, _remark(name, found))
             return found
     raise ModelError(f"model {name} could not be found; set its `path` to a model folder. Tried {'; '.join(failures)}")
-
-
-def default_cache() -> Path:
-    """brlite's cache folder: BRLITE_CACHE, else brlite in XDG_CACHE_HOME, else ~/.cache/brlite."""
-    if own := os.environ.get("BRLITE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "brlite"
 
 
 def local_sources(hub: Hub | None = None) -> tuple[Source, ...]:

@@ -1,0 +1,193 @@
+// Whether an instruction set has the generic kernels' bits: both compute the same batches of a toy model, in every
+// precision. A server does this when it starts, so it must be quick.
+#include <string.h>
+
+#include <new>
+#include <vector>
+
+#include "brlite.h"
+#include "isas.h"
+#include "toy.h"
+
+namespace brlite {
+
+namespace {
+
+constexpr int NUM_LOGPROBS = 5;
+
+struct Case {
+    int weight_format;
+    int kv_format;
+    int num_threads;
+};
+constexpr Case CASES[] = {{BRLITE_INT8, BRLITE_INT8, 1}, {BRLITE_INT8, BRLITE_BF16, 2}, {BRLITE_BF16, BRLITE_BF16, 1}};
+
+struct SomeTokens {
+    int sequence;
+    int start;
+    int num_rows;
+};
+struct Tokens {
+    int num_spans;
+    SomeTokens spans[Toy::NUM_SEQUENCES];
+};
+constexpr Tokens BATCHES[] = {
+    {4, {{0, 0, 13}, {1, 253, 5}, {2, 300, 1}, {3, 255, 1}}},  // prompts, one over two chunks, and decodes: 20 rows
+    {2, {{1, 258, 3}, {2, 301, 1}}},                           // so few that two threads share out chunks
+    {1, {{2, 302, 1}}},
+    {1, {{0, 13, 5}}},
+    {2, {{3, 256, 1}, {1, 261, 1}}},
+    {1, {{0, 18, 3}}},
+};
+
+// What an engine gave, to be compared bit for bit.
+struct Outcome {
+    bool is_computed = true;
+    std::vector<float> logits;
+    std::vector<uint8_t> cache;
+    std::vector<int32_t> drawn;
+    std::vector<float> logprobs;
+};
+
+constexpr int NUM_PARTS = 5;
+
+template <class T>
+bool is_same(const std::vector<T>& a, const std::vector<T>& b) {
+    return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+// The first part in which they differ; NUM_PARTS if there is none.
+int first_difference(const Outcome& a, const Outcome& b) {
+    const bool are_same[NUM_PARTS] = {a.is_computed && b.is_computed, is_same(a.logits, b.logits),
+                                      is_same(a.cache, b.cache), is_same(a.drawn, b.drawn),
+                                      is_same(a.logprobs, b.logprobs)};
+    int part = 0;
+    while (part < NUM_PARTS && are_same[part]) part++;
+    return part;
+}
+
+// Greedy, sampled in every way there is, and reported.
+std::vector<brlite_draw> ways_to_draw() {
+    static const int32_t ids[] = {2, 30, 31, 149}, counts[] = {0, 1, 3, 2};
+    static const float biases[] = {1.5f, -2.0f, 30.0f, -100.0f};
+    brlite_draw greedy{};
+    greedy.target = -1;
+    greedy.top_k = Toy::VOCABULARY;
+    greedy.top_p = 1.0;
+    greedy.repetition_penalty = 1.0f;
+    greedy.num_logprobs = NUM_LOGPROBS;
+    brlite_draw sampled = greedy;
+    sampled.temperature = 0.8f;
+    brlite_draw truncated = sampled;
+    truncated.top_k = 20;
+    truncated.top_p = 0.9;
+    truncated.num_logprobs = -1;
+    brlite_draw likely = sampled;
+    likely.min_p = 0.05;
+    brlite_draw penalised = sampled;
+    penalised.num_biases = penalised.num_counted = 4;
+    penalised.num_banned = 2;
+    penalised.bias_ids = penalised.counted_ids = penalised.banned_ids = ids;
+    penalised.biases = biases;
+    penalised.output_counts = counts;
+    penalised.repetition_penalty = 1.3f;
+    penalised.presence_penalty = 0.5f;
+    penalised.frequency_penalty = 0.25f;
+    brlite_draw reported = greedy;
+    reported.target = 7;
+    return {greedy, sampled, truncated, likely, penalised, reported};
+}
+
+// A batch, every row of which draws, and room for what comes of it.
+class Batch {
+   public:
+    explicit Batch(const Tokens& tokens) {
+        for (int i = 0; i < tokens.num_spans; i++) add_span(tokens.spans[i], block_tables_[i]);
+        add_draws();
+    }
+
+    void run(brlite_engine* engine, Outcome& outcome) {
+        const int32_t num_rows = (int32_t)token_ids_.size();
+        const brlite_batch batch = {num_rows,      (int32_t)spans_.size(), num_rows,      0,             token_ids_.data(),
+                                    spans_.data(), draws_.data(),          drawn_.data(), logits_.data()};
+        outcome.is_computed &= brlite_run(engine, &batch) == 0;
+        for (const brlite_drawn& drawn : drawn_) {
+            outcome.drawn.push_back(drawn.token);
+            outcome.logprobs.push_back(drawn.logprob);
+        }
+        outcome.drawn.insert(outcome.drawn.end(), top_ids_.begin(), top_ids_.end());
+        outcome.logprobs.insert(outcome.logprobs.end(), top_logprobs_.begin(), top_logprobs_.end());
+        outcome.logits.insert(outcome.logits.end(), logits_.begin(), logits_.end());
+    }
+
+   private:
+    void add_span(const SomeTokens& tokens, std::vector<int32_t>& block_table) {
+        for (int block = 0; block < Toy::BLOCKS_OF_SEQUENCE; block++)  // none stands beside its sequence's next
+            block_table.push_back(block * Toy::NUM_SEQUENCES + tokens.sequence);
+        spans_.push_back({tokens.start, (int32_t)token_ids_.size(), tokens.num_rows, 0, block_table.data()});
+        for (int i = 0; i < tokens.num_rows; i++) token_ids_.push_back((tokens.start + 7 * i) % Toy::VOCABULARY);
+    }
+
+    void add_draws() {
+        const std::vector<brlite_draw> ways = ways_to_draw();
+        const size_t num_rows = token_ids_.size();
+        top_ids_.resize(num_rows * NUM_LOGPROBS);
+        top_logprobs_.resize(num_rows * NUM_LOGPROBS);
+        logits_.resize(num_rows * Toy::VOCABULARY);
+        for (size_t row = 0; row < num_rows; row++) {
+            draws_.push_back(ways[row % ways.size()]);
+            draws_[row].row = (int32_t)row;
+            draws_[row].uniform = (row + 0.5) / Toy::MAX_ROWS;
+            drawn_.push_back({0, 0.0f, &top_ids_[row * NUM_LOGPROBS], &top_logprobs_[row * NUM_LOGPROBS]});
+        }
+    }
+
+    std::vector<int32_t> block_tables_[Toy::NUM_SEQUENCES], token_ids_, top_ids_;
+    std::vector<float> top_logprobs_, logits_;
+    std::vector<brlite_span> spans_;
+    std::vector<brlite_draw> draws_;
+    std::vector<brlite_drawn> drawn_;
+};
+
+Outcome compute(Toy& toy, int isa, int num_threads) {
+    toy.reset();
+    brlite_engine* engine = brlite_create(&toy.plan(), isa, num_threads);
+    if (!engine) throw std::bad_alloc();
+    Outcome outcome;
+    for (const Tokens& tokens : BATCHES) Batch(tokens).run(engine, outcome);
+    brlite_destroy(engine);
+    outcome.cache = toy.cache();
+    return outcome;
+}
+
+constexpr int32_t NOT_THERE = 1, NO_MEMORY = 2, FIRST_CHECK = 3;
+
+// Checks count up from FIRST_CHECK, those of a case by the parts of its outcome.
+int32_t first_failed_check(int isa) {
+    int32_t check = FIRST_CHECK;
+    for (const Case& one : CASES) {
+        Toy toy(one.weight_format, one.kv_format);
+        const Outcome expected = compute(toy, BRLITE_GENERIC, 1), outcome = compute(toy, isa, one.num_threads);
+        const int part = first_difference(outcome, expected);
+        if (part < NUM_PARTS) return check + part;
+        check += NUM_PARTS;
+    }
+    return 0;
+}
+
+}  // namespace
+
+}  // namespace brlite
+
+extern "C" {
+
+int32_t brlite_self_test(int32_t isa) {
+    if (!brlite::kernels_of(isa)) return brlite::NOT_THERE;
+    try {
+        return brlite::first_failed_check(isa);
+    } catch (const std::bad_alloc&) {
+        return brlite::NO_MEMORY;
+    }
+}
+
+}  // extern "C"

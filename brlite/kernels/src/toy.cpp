@@ -1,0 +1,155 @@
+#include "toy.h"
+
+#include <string.h>
+
+#include "step.h"
+
+namespace brlite {
+
+namespace {
+
+constexpr int WINDOWS[] = {0, 37};  // of each layer
+constexpr int NUM_LAYERS = 2;
+
+}  // namespace
+
+uint32_t Random::word() {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 17;
+    state_ ^= state_ << 5;
+    return state_;
+}
+
+float Random::around_zero(float limit) { return ((float)(word() >> 8) / 8388608.0f - 1.0f) * limit; }
+
+float Random::weight() {
+    const int kind = below(64);
+    if (kind == 0) return 0.0f;
+    return around_zero(kind == 1 ? 5.0f : kind == 2 ? 1e-39f : 0.2f);
+}
+
+Toy::Rows::Rows(int size) : row_size(rounded(size, 2 * BRLITE_GROUP)) { data.resize((MAX_ROWS + 1) * row_size); }
+
+Toy::Toy(int weight_format, int kv_format) : weight_format_(weight_format), kv_format_(kv_format) {
+    make_noise();
+    reset();
+    body_.push_back(embed());
+    for (int layer = 0; layer < NUM_LAYERS; layer++)
+        add_layer(cache_.data() + layer * (cache_.size() / NUM_LAYERS), WINDOWS[layer]);
+    plan_.body = body_.data();
+    plan_.num_operations = (int32_t)body_.size();
+    plan_.max_rows = MAX_ROWS;
+    plan_.vocab_size = VOCABULARY;
+    plan_.max_blocks = NUM_BLOCKS;
+    plan_.norm = norm();
+    plan_.head = linear(BRLITE_LINEAR, logits_, VOCABULARY, HIDDEN);
+    const float* cos = vector(MAX_POSITIONS * ROTARY_DIM / 2, 0.0f, 1.0f);
+    const float* sin = vector(MAX_POSITIONS * ROTARY_DIM / 2, 0.0f, 1.0f);
+    const int is_interleaved = weight_format == BRLITE_BF16;
+    plan_.attention = {HEADS,           KV_HEADS,      HEAD_DIM, ROTARY_DIM, is_interleaved, kv_format,
+                       PAGES_PER_BLOCK, MAX_POSITIONS, 0.2f,     0,          cos,            sin};
+}
+
+const float* Toy::vector(int size, float base, float spread) {
+    std::vector<float>& numbers = vectors_.emplace_back(rounded(size, BRLITE_GROUP));
+    for (int i = 0; i < size; i++) numbers[i] = base + random_.around_zero(spread);
+    return numbers.data();
+}
+
+const void* Toy::matrix(int num_outputs, int num_inputs) {
+    std::vector<float> weights((size_t)num_outputs * num_inputs);
+    for (float& weight : weights) weight = random_.weight();
+    memset(weights.data() + 3 * num_inputs, 0, num_inputs * sizeof(float));  // as padded vocabularies have
+    auto& panels = matrices_.emplace_back(brlite_packed_bytes(weight_format_, num_outputs, num_inputs));
+    brlite_pack(weight_format_, weights.data(), 0, num_outputs, num_inputs, panels.data());
+    return panels.data();
+}
+
+// The upper halves of floats: bfloat16.
+const void* Toy::table(int num_rows, int size) {
+    auto& halves = matrices_.emplace_back((size_t)num_rows * size * 2);
+    for (size_t i = 0; i < halves.size(); i += 2) {
+        const float number = random_.weight();
+        uint32_t bits;
+        memcpy(&bits, &number, sizeof bits);
+        const uint16_t half = (uint16_t)(bits >> 16);
+        memcpy(halves.data() + i, &half, sizeof half);
+    }
+    return halves.data();
+}
+
+brlite_operation Toy::reading(int kind, Rows& input, int num_inputs) {
+    brlite_operation operation{};
+    operation.kind = kind;
+    operation.format = weight_format_;
+    operation.num_inputs = num_inputs;
+    operation.row_size = input.row_size;
+    operation.input = input.data.data();
+    return operation;
+}
+
+brlite_operation Toy::writing(int kind, Rows& output, int num_outputs) {
+    brlite_operation operation{};
+    operation.kind = kind;
+    operation.format = weight_format_;
+    operation.num_outputs = num_outputs;
+    operation.row_size = output.row_size;
+    operation.output = output.data.data();
+    return operation;
+}
+
+brlite_operation Toy::linear(int kind, Rows& output, int num_outputs, int num_inputs) {
+    brlite_operation operation = writing(kind, output, num_outputs);
+    operation.num_inputs = num_inputs;
+    operation.weight = matrix(num_outputs, num_inputs);
+    return operation;
+}
+
+brlite_operation Toy::embed() {
+    brlite_operation operation = writing(BRLITE_EMBED, hidden_, HIDDEN);
+    operation.is_table = weight_format_ == BRLITE_BF16;
+    operation.weight = operation.is_table ? table(VOCABULARY, HIDDEN) : matrix(VOCABULARY, HIDDEN);
+    return operation;
+}
+
+brlite_operation Toy::norm() {
+    brlite_operation operation = reading(BRLITE_NORM, hidden_, HIDDEN);
+    operation.weight = vector(HIDDEN, 1.0f, 0.5f);
+    operation.epsilon = 1e-5f;
+    return operation;
+}
+
+void Toy::add_layer(uint8_t* pages, int window) {
+    brlite_operation qkv = linear(BRLITE_LINEAR, qkv_, QKV, HIDDEN);
+    qkv.bias = vector(QKV, 0.0f, 0.5f);
+    brlite_operation rope = reading(BRLITE_ROPE, qkv_, QKV);
+    rope.pages = pages;
+    brlite_operation attend = writing(BRLITE_ATTEND, attended_, ATTENDED);
+    attend.pages = pages;
+    attend.window = window;
+    body_.insert(body_.end(), {norm(), qkv, rope, attend});
+    body_.push_back(reading(BRLITE_QUANTIZE, attended_, ATTENDED));
+    body_.push_back(linear(BRLITE_ADD, hidden_, HIDDEN, ATTENDED));
+    body_.push_back(norm());
+    body_.push_back(linear(BRLITE_LINEAR, gate_up_, 2 * INNER, HIDDEN));
+    body_.push_back(reading(BRLITE_SILU, gate_up_, INNER));
+    body_.push_back(linear(BRLITE_ADD, hidden_, HIDDEN, INNER));
+}
+
+// What a cache could hold: for int8 any byte, and small scales; else bfloat16 numbers from 2^-15 to 4.
+void Toy::make_noise() {
+    const size_t page = brlite_page_bytes(kv_format_, HEAD_DIM);
+    const size_t first_scale = 2 * page_part_bytes(kv_format_, rounded(HEAD_DIM, BRLITE_LANES));
+    noise_.resize(NUM_LAYERS * NUM_BLOCKS * PAGES_PER_BLOCK * KV_HEADS * page);
+    for (size_t i = 0; i < noise_.size(); i += 4) {
+        const uint32_t word = kv_format_ == BRLITE_INT8 ? random_.word() : (random_.word() & 0x87ff87ff) | 0x38003800;
+        memcpy(noise_.data() + i, &word, sizeof word);
+    }
+    for (size_t start = first_scale; start < noise_.size(); start += page)
+        for (size_t i = start; i < start + page - first_scale; i += sizeof(float)) {
+            const float scale = 0.015f + random_.around_zero(0.014f);
+            memcpy(noise_.data() + i, &scale, sizeof scale);
+        }
+}
+
+}  // namespace brlite

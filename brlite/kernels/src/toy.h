@@ -1,0 +1,70 @@
+// A toy model for the self-test: two layers with every operation, whose weights and cache are noise.
+#pragma once
+
+#include <list>
+#include <vector>
+
+#include "brlite.h"
+
+namespace brlite {
+
+class Random {  // xorshift32 (Marsaglia 2003): the same numbers on every machine
+   public:
+    uint32_t word();
+    int below(int limit) { return (int)(word() % (uint32_t)limit); }
+    float around_zero(float limit);
+    // Mostly small; some zero, some large, some too small for a float's exponent.
+    float weight();
+
+   private:
+    uint32_t state_ = 2463534242u;
+};
+
+class Toy {
+   public:
+    // No size is a whole number of panels or groups where it need not be one.
+    static constexpr int HIDDEN = 24, INNER = 40, VOCABULARY = 150, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 24, ROTARY_DIM = 16;
+    static constexpr int ATTENDED = HEADS * HEAD_DIM, QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
+    static constexpr int MAX_ROWS = 32, MAX_POSITIONS = 320, NUM_SEQUENCES = 4, PAGES_PER_BLOCK = 2;
+    static constexpr int BLOCKS_OF_SEQUENCE = MAX_POSITIONS / BRLITE_LANES / PAGES_PER_BLOCK;
+    static constexpr int NUM_BLOCKS = NUM_SEQUENCES * BLOCKS_OF_SEQUENCE;
+
+    Toy(int weight_format, int kv_format);
+    Toy(const Toy&) = delete;
+    Toy& operator=(const Toy&) = delete;
+
+    const brlite_plan& plan() const { return plan_; }
+    const std::vector<uint8_t>& cache() const { return cache_; }
+    // The cache as it was made, full of noise: a token at position 300 needs none before it to be computed.
+    void reset() { cache_.assign(noise_.begin(), noise_.end()); }
+
+   private:
+    // A row is read in whole groups, SILU's second half too.
+    struct Rows {
+        std::vector<float> data;
+        int row_size;
+        explicit Rows(int size);
+    };
+
+    const float* vector(int size, float base, float spread);
+    const void* matrix(int num_outputs, int num_inputs);
+    const void* table(int num_rows, int size);
+    brlite_operation reading(int kind, Rows& input, int num_inputs);
+    brlite_operation writing(int kind, Rows& output, int num_outputs);
+    brlite_operation linear(int kind, Rows& output, int num_outputs, int num_inputs);
+    brlite_operation embed();
+    brlite_operation norm();
+    void add_layer(uint8_t* pages, int window);
+    void make_noise();
+
+    const int weight_format_, kv_format_;
+    Random random_;
+    std::list<std::vector<float>> vectors_;
+    std::list<std::vector<uint8_t>> matrices_;
+    Rows hidden_{HIDDEN}, qkv_{QKV}, attended_{ATTENDED}, gate_up_{3 * INNER}, logits_{VOCABULARY};
+    std::vector<uint8_t> noise_, cache_;
+    std::vector<brlite_operation> body_;
+    brlite_plan plan_{};
+};
+
+}  // namespace brlite
