@@ -84,6 +84,7 @@ class FakeBackend:
         max_model_len: int = 64,
         block_size: int = BLOCK_SIZE,
         max_draft_tokens: int = 0,
+        fingerprint: str = "fake",
         next_token: Callable[[Sequence[int], int], int] = printable_token,
         fault: Callable[[ScheduledSeq], str | None] = lambda seq: None,
     ) -> None:
@@ -101,7 +102,7 @@ class FakeBackend:
             weight_bytes=0,
             kv_bytes=0,
             max_draft_tokens=max_draft_tokens,
-            fingerprint="fake",
+            fingerprint=fingerprint,
             is_batch_invariant=True,
         )
         self.batches: list[Batch] = []

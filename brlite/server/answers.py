@@ -75,10 +75,17 @@ class TokenCount:
 
 
 class ChatAnswer:
-    """Chat completions: one prompt, `n` choices."""
+    """Chat completions: one prompt, `n` choices. `fingerprint` is the backend's, empty if it has none."""
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, *, n: int, include_usage: bool = False, warnings: Sequence[str] = ()
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        n: int,
+        fingerprint: str = "",
+        include_usage: bool = False,
+        warnings: Sequence[str] = (),
     ) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.count = TokenCount()
@@ -86,28 +93,28 @@ class ChatAnswer:
         self._model = model
         self._tokenizer = tokenizer
         self._n = n
+        self._system_fingerprint = _system_fingerprint(fingerprint)
         self._include_usage = include_usage
         self._warnings = warnings
 
     def opening(self) -> list[bytes]:
         first = Delta(role="assistant", content="")
-        return [self._chunk([ChatChunkChoice(index, first)]) for index in range(self._n)]
+        return [self._chunk([ChatChunkChoice(index, first)], self._no_usage) for index in range(self._n)]
 
     def chunks(self, prompt_index: int, output: RequestOutput) -> list[bytes]:
         self.count.add(prompt_index, output)
         shown = [completion for completion in output.outputs if _has_news(completion)]
         return [
             self._chunk(
-                [self._chunk_choice(completion)], _last_warnings(output, self._warnings, completion is shown[-1])
+                [self._chunk_choice(completion)],
+                self._no_usage,
+                _last_warnings(output, self._warnings, completion is shown[-1]),
             )
             for completion in shown
         ]
 
     def closing(self) -> list[bytes]:
-        if not self._include_usage:
-            return []
-        usage = self.count.usage()
-        return [encode(ChatChunk(id=self.id, created=self._created, model=self._model, choices=[], usage=usage))]
+        return [self._chunk([], self.count.usage())] if self._include_usage else []
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         (output,) = outputs
@@ -119,15 +126,30 @@ class ChatAnswer:
                 model=self._model,
                 choices=[self._choice(completion) for completion in _in_order(output)],
                 usage=self.count.usage(),
+                system_fingerprint=self._system_fingerprint,
                 warnings=[*self._warnings, *output.warnings] or UNSET,
             )
         )
 
-    def _chunk(self, choices: list[ChatChunkChoice], warnings: list[str] | UnsetType = UNSET) -> bytes:
-        usage = None if self._include_usage else UNSET
+    @property
+    def _no_usage(self) -> UnsetType | None:
+        return None if self._include_usage else UNSET
+
+    def _chunk(
+        self,
+        choices: list[ChatChunkChoice],
+        usage: Usage | UnsetType | None,
+        warnings: list[str] | UnsetType = UNSET,
+    ) -> bytes:
         return encode(
             ChatChunk(
-                id=self.id, created=self._created, model=self._model, choices=choices, usage=usage, warnings=warnings
+                id=self.id,
+                created=self._created,
+                model=self._model,
+                choices=choices,
+                usage=usage,
+                system_fingerprint=self._system_fingerprint,
+                warnings=warnings,
             )
         )
 
@@ -162,6 +184,7 @@ class CompletionAnswer:
         tokenizer: Tokenizer,
         *,
         n: int,
+        fingerprint: str = "",
         echo: bool = False,
         is_echo_only: bool = False,
         include_usage: bool = False,
@@ -173,6 +196,7 @@ class CompletionAnswer:
         self._model = model
         self._tokenizer = tokenizer
         self._n = n
+        self._system_fingerprint = _system_fingerprint(fingerprint)
         self._echo = echo
         self._is_echo_only = is_echo_only
         self._include_usage = include_usage
@@ -214,7 +238,13 @@ class CompletionAnswer:
     ) -> bytes:
         return encode(
             Completion(
-                id=self.id, created=self._created, model=self._model, choices=choices, usage=usage, warnings=warnings
+                id=self.id,
+                created=self._created,
+                model=self._model,
+                choices=choices,
+                usage=usage,
+                system_fingerprint=self._system_fingerprint,
+                warnings=warnings,
             )
         )
 
@@ -245,6 +275,10 @@ class CompletionAnswer:
         if output.prompt is not None:
             return output.prompt
         return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
+
+
+def _system_fingerprint(fingerprint: str) -> str | UnsetType:
+    return f"fp_{fingerprint}" if fingerprint else UNSET
 
 
 def _hidden(completion: CompletionOutput) -> CompletionOutput:

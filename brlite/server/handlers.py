@@ -60,7 +60,12 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         params = chat_params(body)
         token_ids = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
         answer = ChatAnswer(
-            body.model, engine.tokenizer, n=params.n, include_usage=_includes_usage(body), warnings=warnings
+            body.model,
+            engine.tokenizer,
+            n=params.n,
+            fingerprint=engine.info.fingerprint,
+            include_usage=_includes_usage(body),
+            warnings=warnings,
         )
         return await _answer(request, engine, body, [Prompt(None, token_ids)], params, answer)
 
@@ -75,6 +80,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
             body.model,
             engine.tokenizer,
             n=params.n,
+            fingerprint=engine.info.fingerprint,
             echo=bool(body.echo),
             is_echo_only=bool(body.echo) and body.max_tokens == 0,
             include_usage=_includes_usage(body),

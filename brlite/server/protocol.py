@@ -176,6 +176,7 @@ class ChatCompletion(Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    system_fingerprint: str | UnsetType = UNSET
     warnings: list[str] | UnsetType = UNSET
 
 
@@ -199,6 +200,7 @@ class ChatChunk(Struct, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | UnsetType | None = UNSET
+    system_fingerprint: str | UnsetType = UNSET
     warnings: list[str] | UnsetType = UNSET
 
 
@@ -219,6 +221,7 @@ class Completion(Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: Usage | UnsetType | None = UNSET
+    system_fingerprint: str | UnsetType = UNSET
     warnings: list[str] | UnsetType = UNSET
 
 

@@ -35,6 +35,21 @@ async def test_models_are_listed_and_shown_one_by_one(client: Client) -> None:
     assert status == 404
 
 
+@pytest.mark.parametrize(("fingerprint", "expected"), [("0a1b", "fp_0a1b"), ("", None)])
+async def test_every_answer_and_chunk_tells_the_fingerprint_of_a_backend_that_has_one(
+    make_client: MakeClient, fingerprint: str, expected: str | None
+) -> None:
+    client = await make_client(fingerprint=fingerprint)
+    usage = {"stream_options": {"include_usage": True}}
+
+    answers = [await client.chat(), await client.complete()]
+    answers += await client.stream(CHAT, chat_body(**usage))
+    answers += await client.stream("/v1/completions", completion_body(**usage))
+
+    assert {answer.get("system_fingerprint") for answer in answers} == {expected}
+    assert all(("system_fingerprint" in answer) == bool(fingerprint) for answer in answers)
+
+
 async def test_text_becomes_tokens_and_text_again(client: Client) -> None:
     _, tokens = await client.post("/tokenize", {"prompt": "né"})
     _, text = await client.post("/detokenize", {"tokens": tokens["tokens"]})
