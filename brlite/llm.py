@@ -51,21 +51,19 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
     """
     from brlite.checkpoint import open_checkpoint
     from brlite.checkpoint.fetch import locate_model
+    from brlite.worker.choosing import load_backend
     from brlite.worker.fit import check_fit
 
     spec = spec or config.model[0]
     report = on_progress or _ignore
     path = locate_model(spec.name, spec.path, report)
-    # All that can be wrong with the files is found before torch is imported, which takes seconds.
     with closing(open_checkpoint(path)) as checkpoint:
+        # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
         fit = check_fit(checkpoint, spec)
-    report("reading the tokenizer", 0.0)
-    tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
-    _check_vocabulary(tokenizer, fit.config.vocab_size, path)
-    report("starting torch", 0.0)
-    from brlite.worker.torch_backend import TorchBackend
-
-    backend = TorchBackend.load(path, spec, config.engine, lambda fraction: report("reading the weights", fraction))
+        report("reading the tokenizer", 0.0)
+        tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
+        _check_vocabulary(tokenizer, fit.config.vocab_size, path)
+        backend = load_backend(checkpoint, fit, spec, config.engine, report)
     for note in backend.info.notes:
         logger.warning("model %s: %s", spec.name, note)
     return Assembly(Engine(backend.info, tokenizer, config.engine, config.limits), backend)

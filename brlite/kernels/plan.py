@@ -150,40 +150,31 @@ class NativePlan:
 
 
 class _Buffer:
-    """Rows of floats at an address."""
+    """Rows of floats, each padded with zeros to whole groups.
 
-    def __init__(self, address: int, row_size: int) -> None:
-        self.as_input = {"input": address, "row_size": row_size}
-        self.as_output = {"output": address, "row_size": row_size}
+    One vector more lies behind the last row: SILU reads so far where the intermediate size is no multiple of 16.
+    """
+
+    def __init__(self, library: ctypes.CDLL, num_rows: int, size: int) -> None:
+        row_size = padded(size)
+        self._memory = NativeMemory(library, 4 * (num_rows * row_size + abi.LANES), "memory for a step")
+        self.as_input = {"input": self._memory.address, "row_size": row_size}
+        self.as_output = {"output": self._memory.address, "row_size": row_size}
+
+    def close(self) -> None:
+        self._memory.close()
 
 
 class _Buffers:
-    """What operations hand to each other: rows padded with zeros to whole groups, and one vector more.
-
-    SILU reads up to a vector beyond a row's end where the intermediate size is no multiple of 16.
-    """
+    """What operations hand to each other."""
 
     def __init__(self, library: ctypes.CDLL, config: ModelConfig, max_rows: int) -> None:
-        sizes = {
-            "hidden": (max_rows, config.hidden_size),
-            "qkv": (max_rows, config.q_size + 2 * config.kv_size),
-            "attended": (max_rows, config.q_size),
-            "gate_up": (max_rows, 2 * config.intermediate_size),
-            "logits": (abi.HEAD_ROWS, config.vocab_size),
-        }
-        self._memories = []
-        for name, (num_rows, size) in sizes.items():
-            row_size = padded(size)
-            memory = NativeMemory(library, 4 * (num_rows * row_size + abi.LANES), "memory for a step")
-            self._memories.append(memory)
-            setattr(self, name, _Buffer(memory.address, row_size))
-
-    hidden: _Buffer
-    qkv: _Buffer
-    attended: _Buffer
-    gate_up: _Buffer
-    logits: _Buffer
+        self.hidden = _Buffer(library, max_rows, config.hidden_size)
+        self.qkv = _Buffer(library, max_rows, config.q_size + 2 * config.kv_size)
+        self.attended = _Buffer(library, max_rows, config.q_size)
+        self.gate_up = _Buffer(library, max_rows, 2 * config.intermediate_size)
+        self.logits = _Buffer(library, abi.HEAD_ROWS, config.vocab_size)
 
     def close(self) -> None:
-        for memory in self._memories:
-            memory.close()
+        for buffer in (self.hidden, self.qkv, self.attended, self.gate_up, self.logits):
+            buffer.close()

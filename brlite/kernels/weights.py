@@ -1,4 +1,4 @@
-"""The packed weights of a decoder in native memory: filled tensor by tensor, or whole from an image."""
+"""The packed weights of a decoder: in memory that is filled tensor by tensor, or in an image that is mapped."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from brlite.kernels.layout import Layout, PackedTensor, packed_layout
+from brlite.kernels.image import MappedImage
+from brlite.kernels.layout import Layout, PackedTensor
 from brlite.kernels.memory import NativeMemory
-from brlite.models.config import ModelConfig
 
 Float32 = npt.NDArray[np.float32]
 
@@ -18,37 +18,47 @@ ROWS_AT_A_TIME = 1024  # packed by one thread in one call
 
 
 class PackedWeights:
-    """Weights as the kernels read them. `close` gives the memory back."""
+    """Weights as the kernels read them. Owns the memory they lie in from its making to `close`."""
 
-    def __init__(self, library: ctypes.CDLL, config: ModelConfig, *, is_int8: bool) -> None:
-        self.layout: Layout = packed_layout(library, config, is_int8=is_int8)
-        self.memory = NativeMemory(library, self.layout.num_bytes, "the weights")
-        self._library = library
+    def __init__(self, layout: Layout, memory: NativeMemory | MappedImage) -> None:
+        self.layout = layout
+        self._memory = memory
 
     def address(self, name: str) -> int:
-        return self.memory.address + self.layout.tensors[name].offset
+        return self._memory.address + self.layout.tensors[name].offset
 
     def tensor(self, name: str) -> PackedTensor | None:
         return self.layout.tensors.get(name)
 
-    def put(self, name: str, start: int, values: Float32, pool: ThreadPoolExecutor, *, keeps_digits: bool) -> None:
+    def close(self) -> None:
+        """Give the memory back. May be called twice."""
+        self._memory.close()
+
+
+class Packer:
+    """Fills memory with a decoder's weights, tensor by tensor, on the threads of `pool`."""
+
+    def __init__(self, library: ctypes.CDLL, layout: Layout, memory: NativeMemory, pool: ThreadPoolExecutor) -> None:
+        self._library = library
+        self._layout = layout
+        self._memory = memory
+        self._pool = pool
+
+    def put(self, name: str, start: int, values: Float32, *, keeps_digits: bool) -> None:
         """Pack `values` as rows `start` onwards of a parameter, rounded to bfloat16 unless it keeps its digits."""
-        tensor = self.layout.tensors[name]
+        tensor = self._layout.tensors[name]
         if tensor.form == "panels":
-            self._pack(tensor, start, values, pool)
+            self._pack(tensor, start, values)
         elif tensor.form == "table":
-            rows = self.memory.bytes(tensor.offset, tensor.num_bytes).view(np.uint16).reshape(-1, tensor.num_inputs)
+            rows = self._memory.bytes(tensor.offset, tensor.num_bytes).view(np.uint16).reshape(-1, tensor.num_inputs)
             rows[start : start + len(values)] = to_bfloat16(values)
         else:
-            vector = self.memory.floats(tensor.offset, tensor.num_inputs)
+            vector = self._memory.floats(tensor.offset, tensor.num_inputs)
             vector[start : start + len(values)] = values if keeps_digits else from_bfloat16(to_bfloat16(values))
 
-    def close(self) -> None:
-        self.memory.close()
-
-    def _pack(self, tensor: PackedTensor, start: int, values: Float32, pool: ThreadPoolExecutor) -> None:
+    def _pack(self, tensor: PackedTensor, start: int, values: Float32) -> None:
         values = np.ascontiguousarray(values, np.float32)
-        panels = self.memory.address + tensor.offset
+        panels = self._memory.address + tensor.offset
 
         def pack(first: int) -> None:
             rows = values[first : first + ROWS_AT_A_TIME]
@@ -56,7 +66,7 @@ class PackedWeights:
                 tensor.format, rows.ctypes.data, start + first, len(rows), tensor.num_inputs, panels
             )
 
-        for done in [pool.submit(pack, first) for first in range(0, len(values), ROWS_AT_A_TIME)]:
+        for done in [self._pool.submit(pack, first) for first in range(0, len(values), ROWS_AT_A_TIME)]:
             done.result()
 
 

@@ -125,6 +125,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             return max(self.max_position_embeddings, int(scaling.original_positions * scaling.factor))
         return self.max_position_embeddings
 
+    @property
+    def common_window(self) -> int | None:
+        """The window beyond which no layer looks back, if there is one."""
+        return self.sliding_window if len(self.sliding_layers) == self.num_layers else None
+
     def window(self, layer: int) -> int | None:
         """How many tokens `layer` looks back; None for all of them."""
         return self.sliding_window if layer in self.sliding_layers else None

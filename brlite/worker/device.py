@@ -8,22 +8,30 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from brlite.errors import ConfigError
+from brlite.worker.cpu import describe_cpu, has_fast_bfloat16
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("cpu", "cuda", "supa")
 BIREN_PLUGINS = ("torch_supa", "torch_br")  # second generation cards, first generation cards
-FAST_BFLOAT16_FLAGS = frozenset({"avx512_bf16", "amx_bf16"})
-CPU_INFO = Path("/proc/cpuinfo")
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+CARD_NODES = ("biren*", "nvidia[0-9]*", "dxg", "kfd")  # in /dev, where there is any card
+
+
+def computes_on_cpu(name: str) -> bool:
+    """Whether `select_device` would take the CPU. Where no card can be, torch is not imported to find out."""
+    if name == "cpu":
+        return True
+    if name == "auto" and not any(any(Path("/dev").glob(node)) for node in CARD_NODES):
+        return True
+    return select_device(name).type == "cpu"
 
 
 def select_device(name: str, index: int = 0) -> torch.device:
@@ -35,6 +43,8 @@ def select_device(name: str, index: int = 0) -> torch.device:
     is_numbered = kind != "cpu" and number.isdecimal()
     if kind not in KINDS or (":" in name and not is_numbered):
         raise ConfigError(f"engine.device is {name!r}; allowed are auto, {', '.join(KINDS)}, cuda:1, supa:1 and so on")
+    import torch
+
     if kind == "cpu":
         return torch.device(kind)
     return torch.device(kind, _checked_index(kind, int(number) if is_numbered else index))
@@ -43,15 +53,17 @@ def select_device(name: str, index: int = 0) -> torch.device:
 def describe_device(device: torch.device) -> str:
     """A line for the log: the device and, where it has one, its product name."""
     if device.type == "cpu":
-        return f"{device.type} ({physical_cores()} cores, {_cpu_model()})"
+        return f"{device.type} ({describe_cpu()})"
     get_name = getattr(_runtime(device.type), "get_device_name", None)
     return f"{device} ({get_name(device)})" if get_name is not None else str(device)
 
 
 def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
     """The type to multiply in. "auto" is bfloat16 but for CPUs that only emulate it, which is ten times slower."""
+    import torch
+
     if requested == "auto":
-        is_fast = device.type != "cpu" or bool(_cpu_flags() & FAST_BFLOAT16_FLAGS)
+        is_fast = device.type != "cpu" or has_fast_bfloat16()
         return torch.bfloat16 if is_fast else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
 
@@ -59,13 +71,6 @@ def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: tor
 def multiplies_with_onednn(device: torch.device) -> bool:
     """Whether matrices may be packed for oneDNN, which serves CPUs only."""
     return device.type == "cpu"
-
-
-def physical_cores() -> int:
-    """How many cores this process may use: hyper-threads count once, a container's quota is kept."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = {_core_of(cpu) for cpu in allowed}
-    return max(1, min(len(cores), _cpu_quota() or len(cores)))
 
 
 def _best_kind() -> str:
@@ -84,7 +89,7 @@ def _checked_index(kind: str, index: int) -> int:
 
 
 def _num_devices(kind: str, *, may_load_plugin: bool) -> int:
-    if kind == "supa" and may_load_plugin and not hasattr(torch, "supa"):
+    if kind == "supa" and may_load_plugin and _runtime(kind) is None:
         _load_biren_plugin()
     runtime = _runtime(kind)
     if runtime is None or not runtime.is_available():
@@ -94,6 +99,8 @@ def _num_devices(kind: str, *, may_load_plugin: bool) -> int:
 
 def _runtime(kind: str) -> ModuleType | None:
     """`torch.cuda`, or the module of the same shape that a plugin adds to torch."""
+    import torch
+
     return getattr(torch, kind, None)
 
 
@@ -120,39 +127,6 @@ def _set_biren_environment() -> None:
 
 
 def _plugin_hint(kind: str) -> str:
-    if kind != "supa" or hasattr(torch, "supa"):
+    if kind != "supa" or _runtime(kind) is not None:
         return ""
     return f"; neither {' nor '.join(BIREN_PLUGINS)} could be imported"
-
-
-def _core_of(cpu: int) -> tuple[str, str]:
-    """Package and core of a logical CPU; on systems that do not say, each is a core of its own."""
-    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-    try:
-        return (topology / "physical_package_id").read_text(), (topology / "core_id").read_text()
-    except OSError:
-        return "", str(cpu)
-
-
-def _cpu_quota() -> int | None:
-    try:
-        quota, period = CPU_QUOTA.read_text().split()
-        return max(1, round(int(quota) / int(period)))
-    except (OSError, ValueError):  # no such file, or no limit ("max")
-        return None
-
-
-def _cpu_flags() -> frozenset[str]:
-    return frozenset(" ".join(_cpu_info("flags")).split())
-
-
-def _cpu_model() -> str:
-    return next(iter(_cpu_info("model name")), "unknown model")
-
-
-def _cpu_info(key: str) -> Iterable[str]:
-    try:
-        lines = CPU_INFO.read_text().splitlines()
-    except OSError:
-        return []
-    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == key][:1]

@@ -7,21 +7,30 @@ from __future__ import annotations
 
 import ctypes
 import math
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from brlite.checkpoint import Checkpoint
+from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendInfo, Batch, ScheduledSeq, SeqResult, StepResult
-from brlite.errors import EngineError
+from brlite.errors import ConfigError, EngineError
 from brlite.kernels import abi
+from brlite.kernels.abi import LANES
+from brlite.kernels.library import NativeLibrary
 from brlite.kernels.plan import NativePlan, PagedCache
 from brlite.kernels.weights import PackedWeights
 from brlite.models.config import ModelConfig
+from brlite.worker.cpu import describe_cpu, physical_cores
+from brlite.worker.fit import Fit
+from brlite.worker.native_loading import load_weights
 
 NOT_FINITE = "the model produced logits that are not finite"
+MAX_DRAFT_TOKENS = 16
 SPAN = np.dtype([("start", "i4"), ("first_row", "i4"), ("num_rows", "i4"), ("reserved", "i4"), ("block_table", "u8")])
 
 
@@ -54,6 +63,70 @@ class NativeBackend:
             raise EngineError(f"the native step could not start {num_threads} threads")
         self._open.callback(library.brlite_destroy, engine)
         self._engine: int = engine
+
+    @classmethod
+    def load(
+        cls,
+        native: NativeLibrary,
+        checkpoint: Checkpoint,
+        fit: Fit,
+        spec: ModelSpec,
+        engine: EngineConfig,
+        image: Path | None,
+        on_progress: Callable[[float], None],
+    ) -> NativeBackend:
+        """Read the weights, from their `image` if there is one, and make room for the cache."""
+        num_threads = engine.threads or physical_cores()
+        library, block_size = native.functions, math.ceil(engine.block_size / LANES) * LANES
+        loaded = load_weights(library, checkpoint, fit, spec, image, num_threads, on_progress)
+        is_int8 = spec.precision == "a_bf16_w_int8_kv_int8"
+        num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
+        try:
+            cache = PagedCache(library, fit.config, num_blocks=num_blocks, block_size=block_size, is_int8=is_int8)
+        except ConfigError as error:
+            loaded.weights.close()
+            raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
+        notes = []
+        if block_size != engine.block_size:
+            notes.append(f"engine.block_size {engine.block_size} is raised to {block_size}: pages hold {LANES} tokens")
+        info = BackendInfo(
+            name="native",
+            device=f"cpu ({describe_cpu()}, {native.isa_name})",
+            dtype="bfloat16",
+            precision=spec.precision,
+            vocab_size=fit.config.vocab_size,
+            max_model_len=spec.build_seq,
+            max_num_seqs=spec.build_batch,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_dtype="int8" if is_int8 else "bfloat16",
+            weight_bytes=loaded.weights.layout.num_bytes,
+            kv_bytes=cache.memory.num_bytes,
+            sliding_window=fit.config.common_window,
+            max_draft_tokens=MAX_DRAFT_TOKENS,
+            is_batch_invariant=True,
+            fingerprint=_fingerprint(loaded.content_hash, spec.precision, library.brlite_kernel_version()),
+            notes=tuple(notes),
+        )
+        return cls(
+            library,
+            native.isa,
+            fit.config,
+            loaded.weights,
+            cache,
+            info,
+            max_rows=max(engine.max_num_batched_tokens, spec.build_batch),
+            num_threads=num_threads,
+        )
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Compute one step. Its exceptions leave the cache of other sequences as it was."""
+        rows = _Rows(batch.seqs)
+        draws = DrawList(self._vocab_size)
+        for seq, span in zip(batch.seqs, rows.first_rows, strict=True):
+            draws.add(seq, span)
+        self._run(rows, len(draws), draws.address, draws.drawn_address)
+        return StepResult(draws.results(batch.seqs))
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """The logits [T, V] at every position of one prompt. For measuring: takes the cache's first blocks."""
@@ -103,3 +176,9 @@ class _Rows:
         self._tables = np.array(tables, np.int32)
         self.spans = np.array(spans, SPAN)
         self.spans["block_table"] += np.uint64(self._tables.ctypes.data)
+
+
+def _fingerprint(content_hash: str, precision: str, kernel_version: int) -> str:
+    """Equal ones give equal bits, on any machine: the kernels of all instruction sets agree."""
+    text = f"{content_hash} {precision} {kernel_version}"
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

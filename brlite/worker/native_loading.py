@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 from brlite.checkpoint import Checkpoint
 from brlite.config import ModelSpec
-from brlite.kernels.image import ImageError, ImageKey, checksums, read_image, write_image
-from brlite.kernels.weights import PackedWeights
+from brlite.kernels.image import ImageError, ImageKey, MappedImage, checksums, write_image
+from brlite.kernels.layout import packed_layout
+from brlite.kernels.memory import NativeMemory
+from brlite.kernels.weights import PackedWeights, Packer
 from brlite.worker.fit import Fit
 
 logger = logging.getLogger(__name__)
@@ -39,63 +41,49 @@ def load_weights(
     on_progress: Callable[[float], None],
 ) -> LoadedWeights:
     """The weights of `checkpoint` in `spec`'s precision. `image` is where their image is, or shall be."""
-    weights = PackedWeights(library, fit.config, is_int8=spec.precision != "bf16")
-    key = ImageKey(LAYOUT_VERSION, spec.precision.removesuffix("_kv_int8"), checkpoint.identity, weights.layout.num_bytes)
-    try:
-        with ThreadPoolExecutor(num_threads, thread_name_prefix="brlite-load") as pool:
-            sums = _load(library, checkpoint, fit, weights, key, image, pool, on_progress)
-    except BaseException:
-        weights.close()
-        raise
-    return LoadedWeights(weights, hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest())
-
-
-def _load(
-    library: ctypes.CDLL,
-    checkpoint: Checkpoint,
-    fit: Fit,
-    weights: PackedWeights,
-    key: ImageKey,
-    image: Path | None,
-    pool: ThreadPoolExecutor,
-    on_progress: Callable[[float], None],
-) -> list[int]:
-    may_write = image is not None
-    if image is not None and image.exists():
+    layout = packed_layout(library, fit.config, is_int8=spec.precision != "bf16")
+    key = ImageKey(LAYOUT_VERSION, spec.precision.removesuffix("_kv_int8"), checkpoint.identity, layout.num_bytes)
+    with ThreadPoolExecutor(num_threads, thread_name_prefix="brlite-load") as pool:
+        if image is not None and image.exists():
+            try:
+                mapped = MappedImage(image, key, library, pool, on_progress)
+            except ImageError as error:
+                logger.warning("%s is not used: %s%s", image, error, "; it is made anew" if error.is_ours else "")
+                image = image if error.is_ours else None
+            else:
+                return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
+        memory = NativeMemory(library, layout.num_bytes, "the weights")
         try:
-            return read_image(image, key, library, weights.memory, pool, on_progress)
-        except ImageError as error:
-            may_write = error.is_ours
-            logger.warning("%s is not used: %s%s", image, error, "; made anew" if may_write else "")
-    _pack(checkpoint, fit, weights, pool, on_progress)
-    sums = checksums(library, weights.memory, pool)
-    if may_write and image is not None:
-        _write(image, key, weights, sums)
-    return sums
+            _pack(checkpoint, fit, Packer(library, layout, memory, pool), on_progress)
+            sums = checksums(library, memory.address, memory.num_bytes, pool, on_progress=lambda fraction: None)
+            if image is not None:
+                _write(image, key, memory, sums)
+        except BaseException:
+            memory.close()
+            raise
+    return LoadedWeights(PackedWeights(layout, memory), _content_hash(sums))
 
 
-def _pack(
-    checkpoint: Checkpoint,
-    fit: Fit,
-    weights: PackedWeights,
-    pool: ThreadPoolExecutor,
-    on_progress: Callable[[float], None],
-) -> None:
+def _pack(checkpoint: Checkpoint, fit: Fit, packer: Packer, on_progress: Callable[[float], None]) -> None:
     total = sum(math.prod(place.shape) for place in fit.places.values())
     num_loaded = 0
     for name, values in checkpoint.tensors():
         if name in fit.ignored:
             continue
         place = fit.places[name]
-        weights.put(place.parameter, place.start, values, pool, keeps_digits=place.parameter.endswith("norm"))
+        packer.put(place.parameter, place.start, values, keeps_digits=place.parameter.endswith("norm"))
         num_loaded += values.size
         on_progress(num_loaded / total)
 
 
-def _write(image: Path, key: ImageKey, weights: PackedWeights, sums: list[int]) -> None:
+def _write(image: Path, key: ImageKey, memory: NativeMemory, sums: list[int]) -> None:
     try:
-        write_image(image, key, weights.memory, sums)
+        write_image(image, key, memory, sums)
     except OSError as error:
         logger.warning("%s: the packed weights cannot be kept: %s", image, error.strerror)
     else:
-        logger.info("packed weights are kept in %s (%d MB)", image, weights.layout.num_bytes // 10**6)
+        logger.info("packed weights are kept in %s (%d MB)", image, memory.num_bytes // 10**6)
+
+
+def _content_hash(sums: list[int]) -> str:
+    return hashlib.blake2b(repr(sums).encode(), digest_size=8).hexdigest()

@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint import Checkpoint
 from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import ConfigError
 from brlite.models.attention import Span, StepPlan, StepPlanner
-from brlite.models.config import KVDtype, ModelConfig, kv_bytes_per_token
+from brlite.models.config import KVDtype, kv_bytes_per_token
 from brlite.models.decoder import Decoder
 from brlite.models.kv_cache import KVCache
 from brlite.outputs import TokenLogprob
-from brlite.worker.device import (
-    compute_dtype,
-    describe_device,
-    multiplies_with_onednn,
-    physical_cores,
-    select_device,
-)
+from brlite.worker.cpu import physical_cores
+from brlite.worker.device import compute_dtype, describe_device, multiplies_with_onednn, select_device
 from brlite.worker.loading import load_model
 from brlite.worker.sampler import sample, token_logprobs
 
@@ -50,9 +44,14 @@ class TorchBackend:
 
     @classmethod
     def load(
-        cls, path: Path, spec: ModelSpec, engine: EngineConfig, on_progress: Callable[[float], None]
+        cls,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        engine: EngineConfig,
+        on_progress: Callable[[float], None],
+        notes: tuple[str, ...] = (),
     ) -> TorchBackend:
-        """Open the model at `path` and make room for its cache. `on_progress` gets the fraction that is loaded.
+        """Read the weights and make room for the cache. `on_progress` gets the fraction that is loaded.
 
         The number of threads is torch's own, and so the whole process's.
         """
@@ -60,14 +59,10 @@ class TorchBackend:
             raise ConfigError(f"tensor_parallel is {spec.tensor_parallel}; the torch backend computes on 1 device")
         device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
         torch.set_num_threads(engine.threads or physical_cores())
-        checkpoint = open_checkpoint(path)
-        try:
-            dtype, packs = compute_dtype(engine.dtype, device), multiplies_with_onednn(device)
-            decoder = load_model(checkpoint, spec, dtype, device, on_progress, packs=packs)
-        finally:
-            checkpoint.close()
+        dtype, packs = compute_dtype(engine.dtype, device), multiplies_with_onednn(device)
+        decoder = load_model(checkpoint, spec, dtype, device, on_progress, packs=packs)
         cache = _allocate_cache(decoder, spec, engine.block_size)
-        return cls(decoder, cache, _describe(decoder, cache, spec, engine))
+        return cls(decoder, cache, _describe(decoder, cache, spec, engine, notes))
 
     @property
     def info(self) -> BackendInfo:
@@ -139,9 +134,11 @@ def _allocate_cache(decoder: Decoder, spec: ModelSpec, block_size: int) -> KVCac
         ) from error
 
 
-def _describe(decoder: Decoder, cache: KVCache, spec: ModelSpec, engine: EngineConfig) -> BackendInfo:
+def _describe(
+    decoder: Decoder, cache: KVCache, spec: ModelSpec, engine: EngineConfig, fallback_notes: tuple[str, ...]
+) -> BackendInfo:
     dtype = str(decoder.dtype).removeprefix("torch.")
-    notes = []
+    notes = list(fallback_notes)
     if spec.precision != "bf16":
         notes.append(QUANTIZED_NOTE.format(dtype=dtype))
     if engine.dtype == "auto" and dtype == "float32":
@@ -159,11 +156,6 @@ def _describe(decoder: Decoder, cache: KVCache, spec: ModelSpec, engine: EngineC
         kv_dtype=cache.dtype,
         weight_bytes=decoder.parameters.num_bytes,
         kv_bytes=cache.num_bytes,
-        sliding_window=_common_window(decoder.config),
+        sliding_window=decoder.config.common_window,
         notes=tuple(notes),
     )
-
-
-def _common_window(config: ModelConfig) -> int | None:
-    """The window beyond which no layer looks back, if there is one."""
-    return config.sliding_window if len(config.sliding_layers) == config.num_layers else None

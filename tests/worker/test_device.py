@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from brlite.errors import ConfigError
-from brlite.worker.device import compute_dtype, describe_device, physical_cores, select_device
+from brlite.worker.cpu import physical_cores
+from brlite.worker.device import compute_dtype, computes_on_cpu, describe_device, select_device
 
 BRLITE = Path(__file__).parents[2] / "brlite"
 ENGINE_ROOMS = [path for room in ("models", "worker") for path in sorted((BRLITE / room).rglob("*.py"))]
@@ -51,6 +52,11 @@ def test_compute_dtype_is_the_one_asked_for_and_never_half_precision() -> None:
     assert compute_dtype("float32", device) is torch.float32
     assert compute_dtype("bfloat16", device) is torch.bfloat16
     assert compute_dtype("auto", device) in (torch.float32, torch.bfloat16)
+
+
+def test_where_the_cpu_computes_is_known_without_asking_torch() -> None:
+    assert computes_on_cpu("cpu")
+    assert computes_on_cpu("auto") == (select_device("auto").type == "cpu")
 
 
 def test_cores_are_no_more_than_the_processors_this_process_may_use() -> None:

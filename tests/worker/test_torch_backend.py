@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from brlite.checkpoint import open_checkpoint
 from brlite.config import EngineConfig, ModelSpec, Precision
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult
 from brlite.errors import ConfigError
@@ -25,7 +27,8 @@ PROMPTS = [[5, 17, 200, 3, 3, 90, 41], [250, 2], [9] * 13]
 
 
 def load(path: Path, spec: ModelSpec = SPEC) -> TorchBackend:
-    return TorchBackend.load(path, spec, ENGINE, lambda fraction: None)
+    with closing(open_checkpoint(path)) as checkpoint:
+        return TorchBackend.load(checkpoint, spec, ENGINE, lambda fraction: None)
 
 
 def table(seq_id: int) -> list[int]:
