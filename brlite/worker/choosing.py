@@ -1,0 +1,111 @@
+"""Which backend computes a model: native kernels where they can be used, else torch, which says why."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from brlite.cache import default_cache
+from brlite.checkpoint import Checkpoint
+from brlite.config import EngineConfig, ModelSpec
+from brlite.engine.backend import Backend
+from brlite.errors import ConfigError, NativeUnavailable
+from brlite.worker.device import computes_on_cpu
+from brlite.worker.fit import Fit
+
+if TYPE_CHECKING:
+    from brlite.kernels.library import NativeLibrary
+
+OnProgress = Callable[[str, float], None]
+
+FALLBACK_NOTE = "the native kernels cannot be used: {reason}; torch computes, which is several times slower"
+
+
+def load_backend(
+    checkpoint: Checkpoint, fit: Fit, spec: ModelSpec, engine: EngineConfig, on_progress: OnProgress
+) -> Backend:
+    """Read the weights into the backend that the config wants, or the fastest that there is.
+
+    Raises `ConfigError` for what it cannot compute, and where `backend = "native"` cannot be had.
+    """
+    if engine.backend == "torch":
+        return _load_torch(checkpoint, spec, engine, on_progress)
+    obstacle = find_obstacle(fit, spec, engine)
+    if obstacle is None:
+        try:
+            library = _load_library(on_progress)
+        except NativeUnavailable as error:
+            obstacle = FALLBACK_NOTE.format(reason=error)
+        else:
+            return _load_native(library, checkpoint, fit, spec, engine, on_progress)
+    if engine.backend == "native":
+        raise ConfigError(f'engine.backend is "native", but {obstacle}')
+    return _load_torch(
+        checkpoint, spec, engine, on_progress, notes=(obstacle,) if computes_on_cpu(engine.device) else ()
+    )
+
+
+def find_obstacle(fit: Fit, spec: ModelSpec, engine: EngineConfig) -> str | None:
+    """Why the native kernels cannot compute what is asked for on any machine; None if they can."""
+    if not computes_on_cpu(engine.device):
+        return f"native kernels compute on CPUs only, and engine.device is {engine.device!r}"
+    if engine.dtype == "float32":
+        return 'native kernels compute in bfloat16, and engine.dtype is "float32": torch computes'
+    if spec.tensor_parallel != 1:
+        return f"native kernels compute on 1 device, and tensor_parallel is {spec.tensor_parallel}"
+    if fit.config.head_dim > 256 or fit.config.head_dim % 2:
+        return f"native kernels want an even head_dim of at most 256, and it is {fit.config.head_dim}: torch computes"
+    return None
+
+
+def _load_library(on_progress: OnProgress) -> NativeLibrary:
+    from brlite.kernels.library import load_library
+
+    on_progress("preparing the native kernels", 0.0)
+    return load_library()
+
+
+def _load_native(
+    library: NativeLibrary,
+    checkpoint: Checkpoint,
+    fit: Fit,
+    spec: ModelSpec,
+    engine: EngineConfig,
+    on_progress: OnProgress,
+) -> Backend:
+    from brlite.worker.native_backend import NativeBackend
+
+    backend = NativeBackend.load(
+        library,
+        checkpoint,
+        fit,
+        spec,
+        engine,
+        _image_path(spec),
+        lambda fraction: on_progress("reading the weights", fraction),
+    )
+    if "torch" in sys.modules:  # whoever imported it: its threads would take the cores from ours
+        sys.modules["torch"].set_num_threads(1)
+    return backend
+
+
+def _load_torch(
+    checkpoint: Checkpoint, spec: ModelSpec, engine: EngineConfig, on_progress: OnProgress, notes: tuple[str, ...] = ()
+) -> Backend:
+    on_progress("starting torch", 0.0)
+    from brlite.worker.torch_backend import TorchBackend
+
+    return TorchBackend.load(
+        checkpoint, spec, engine, lambda fraction: on_progress("reading the weights", fraction), notes
+    )
+
+
+def _image_path(spec: ModelSpec) -> Path | None:
+    """Where the packed weights are kept: where the config says, or in the cache for a model that was fetched."""
+    if spec.serialize_file:
+        return Path(spec.serialize_file).expanduser()
+    if spec.path is None:
+        return default_cache() / "packed" / f"{spec.name.replace('/', '--')}.{spec.precision}.brlite"
+    return None
