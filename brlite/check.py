@@ -111,8 +111,8 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
         return
     yield f"  context   {spec.build_seq} tokens of the {sizes.max_context} that the model allows"
     yield f"  weights   {show_bytes(sizes.weight_bytes)}: {sizes.num_parameters / 1e6:.4g} million as {sizes.dtype}"
-    if spec.precision != "bf16":
-        yield f"            ({spec.precision}: rounded to int8, but held as {sizes.dtype} by this version)"
+    if spec.precision != "bf16" and sizes.dtype != "int8":
+        yield f"            ({spec.precision}: rounded to int8, but held as {sizes.dtype} by torch)"
     blocks = f"{sizes.num_blocks} blocks of {sizes.block_size} tokens as {sizes.kv_dtype}"
     yield f"  KV cache  {show_bytes(sizes.kv_bytes)}: {blocks}, {show_bytes(sizes.kv_bytes_per_token)} a token"
 
@@ -131,22 +131,32 @@ def _find(spec: ModelSpec) -> Path | None:
 
 def _measure(spec: ModelSpec, engine: EngineConfig, hf_config: Mapping[str, Any]) -> Sizes:
     from brlite.models import find_family
-    from brlite.models.config import KV_BYTES, kv_bytes_per_token, num_parameters, weight_bytes
-    from brlite.worker.device import compute_dtype, select_device
+    from brlite.models.config import KV_BYTES, kv_bytes_per_token, native_weight_bytes, num_parameters, weight_bytes
+    from brlite.worker.choosing import find_obstacle
     from brlite.worker.fit import check_spec
 
     config = find_family(hf_config).read_config(hf_config)
     check_spec(spec, config)
-    is_bfloat16 = compute_dtype(engine.dtype, select_device(engine.device)).itemsize == KV_BYTES["bfloat16"]
-    dtype: KVDtype = "bfloat16" if is_bfloat16 else "float32"
+    is_native = engine.backend != "torch" and find_obstacle(config, spec, engine) is None
+    dtype: KVDtype = "bfloat16" if is_native else _torch_dtype(engine)
     kv_dtype: KVDtype = "int8" if spec.precision == "a_bf16_w_int8_kv_int8" else "bfloat16"
+    is_int8 = spec.precision != "bf16"
     return Sizes(
         num_parameters=num_parameters(config),
         max_context=config.max_context,
-        dtype=dtype,
-        weight_bytes=weight_bytes(config, KV_BYTES[dtype]),
+        dtype="int8" if is_native and is_int8 else dtype,
+        weight_bytes=native_weight_bytes(config, is_int8=is_int8)
+        if is_native
+        else weight_bytes(config, KV_BYTES[dtype]),
         kv_dtype=kv_dtype,
         kv_bytes_per_token=kv_bytes_per_token(config, kv_dtype),
         num_blocks=spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / engine.block_size),
         block_size=engine.block_size,
     )
+
+
+def _torch_dtype(engine: EngineConfig) -> KVDtype:
+    from brlite.worker.device import compute_dtype, select_device
+
+    is_bfloat16 = compute_dtype(engine.dtype, select_device(engine.device)).itemsize == 2
+    return "bfloat16" if is_bfloat16 else "float32"

@@ -54,6 +54,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     Speculation is on where the backend can verify guesses, while at most `max_draft_seqs` sequences run.
     """
 
+    backend: Literal["auto", "native", "torch"] = "auto"
     device: Word = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0

@@ -12,6 +12,8 @@ from brlite.checkpoint import Checkpoint
 from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.errors import ConfigError, NativeUnavailable
+from brlite.kernels.abi import MAX_HEAD_DIM
+from brlite.models.config import ModelConfig
 from brlite.worker.device import computes_on_cpu
 from brlite.worker.fit import Fit
 
@@ -32,7 +34,7 @@ def load_backend(
     """
     if engine.backend == "torch":
         return _load_torch(checkpoint, spec, engine, on_progress)
-    obstacle = find_obstacle(fit, spec, engine)
+    obstacle = find_obstacle(fit.config, spec, engine)
     if obstacle is None:
         try:
             library = _load_library(on_progress)
@@ -47,7 +49,7 @@ def load_backend(
     )
 
 
-def find_obstacle(fit: Fit, spec: ModelSpec, engine: EngineConfig) -> str | None:
+def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) -> str | None:
     """Why the native kernels cannot compute what is asked for on any machine; None if they can."""
     if not computes_on_cpu(engine.device):
         return f"native kernels compute on CPUs only, and engine.device is {engine.device!r}"
@@ -55,8 +57,8 @@ def find_obstacle(fit: Fit, spec: ModelSpec, engine: EngineConfig) -> str | None
         return 'native kernels compute in bfloat16, and engine.dtype is "float32": torch computes'
     if spec.tensor_parallel != 1:
         return f"native kernels compute on 1 device, and tensor_parallel is {spec.tensor_parallel}"
-    if fit.config.head_dim > 256 or fit.config.head_dim % 2:
-        return f"native kernels want an even head_dim of at most 256, and it is {fit.config.head_dim}: torch computes"
+    if config.head_dim > MAX_HEAD_DIM or config.head_dim % 2:
+        return f"native kernels want an even head_dim of at most {MAX_HEAD_DIM}, not {config.head_dim}: torch computes"
     return None
 
 
