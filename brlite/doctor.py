@@ -8,11 +8,16 @@ import platform
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import brlite
+from brlite.cache import default_cache
 from brlite.config import DEFAULT_MODEL
-from brlite.errors import ModelError
+from brlite.errors import ModelError, NativeUnavailable
 from brlite.machine import find_instruction_sets, find_memory, show_bytes
+
+if TYPE_CHECKING:
+    from brlite.kernels.library import NativeLibrary
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "aiohttp", "msgspec", "uvloop")
 BIREN_NODES = "biren*"
@@ -33,6 +38,7 @@ def examine() -> dict[str, Findings]:
         "versions": _versions,
         "machine": _machine,
         "device": _device,
+        "native kernels": _native,
         "model": _model,
     }
     return {name: find() for name, find in sections.items()}
@@ -70,21 +76,48 @@ def _machine() -> Findings:
 
 
 def _device() -> Findings:
+    from brlite.worker.cpu import physical_cores
+    from brlite.worker.device import compute_dtype, describe_device, select_device
+
     try:
-        from brlite.worker.device import compute_dtype, describe_device, physical_cores, select_device
+        device = select_device("auto")
+        dtype = compute_dtype("auto", device)
     except (ImportError, OSError) as error:  # a torch build that does not fit the machine fails to load with either
         return {"error": f"torch cannot be used: {' '.join(str(error).split())}"}
-    device = select_device("auto")
     return {
         "chosen": describe_device(device),
-        "computes in": str(compute_dtype("auto", device)).removeprefix("torch."),
+        "torch computes in": str(dtype).removeprefix("torch."),
         "threads": f"{physical_cores()}, one for each physical core",
-        "path": "torch; native kernels are not built in this version",
     }
 
 
+def _native() -> Findings:
+    from brlite.kernels.library import find_library
+
+    return describe_native(find_library)
+
+
+def describe_native(find_library: Callable[[], NativeLibrary | None]) -> Findings:
+    """Where the native library was found, or why torch computes in its place."""
+    from brlite.kernels.build import find_compiler
+    from brlite.kernels.library import run_self_tests
+
+    try:
+        library = find_library()
+        if library is None:
+            return {"library": f"not built yet, compiled with {find_compiler()[0]} at the first start"}
+    except NativeUnavailable as error:
+        return {"library": f"none, so torch computes: {error}"}
+    tests = (f"{name} {_verdict(check)}" for name, check in run_self_tests(library.functions).items())
+    return {"library": str(library.path), "instruction set": library.isa_name, "self-tests": ", ".join(tests)}
+
+
+def _verdict(check: int) -> str:
+    return f"fails check {check} and is not used" if check else "passed"
+
+
 def _model() -> Findings:
-    from brlite.checkpoint.fetch import default_cache, local_sources, locate_model
+    from brlite.checkpoint.fetch import local_sources, locate_model
 
     try:
         place = str(locate_model(DEFAULT_MODEL, None, sources=local_sources()))

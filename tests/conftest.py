@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from brlite.kernels.library import NativeLibrary, load_library
+
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
 
 
@@ -19,6 +21,12 @@ def smollm2_path() -> Path:
     from brlite.config import DEFAULT_MODEL
 
     return locate_model(DEFAULT_MODEL, None)
+
+
+@pytest.fixture(scope="session")
+def native_library() -> NativeLibrary:
+    """The native kernels: those that were installed, or compiled once and kept in brlite's cache folder."""
+    return load_library()
 
 
 @pytest.fixture

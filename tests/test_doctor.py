@@ -6,7 +6,8 @@ import json
 import sys
 
 import brlite
-from brlite.doctor import examine, render, run
+from brlite.doctor import describe_native, examine, render, run
+from brlite.errors import NativeUnavailable
 
 
 def test_every_section_has_findings():
@@ -15,7 +16,7 @@ def test_every_section_has_findings():
     assert report["versions"]["brlite"] == brlite.__version__
     assert report["versions"]["torch"][0].isdigit()
     assert "free" in report["machine"]["memory"]
-    assert report["device"]["path"].startswith("torch;")
+    assert report["native kernels"]["library"]
     assert report["model"]["default model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -29,7 +30,22 @@ def test_the_report_is_printed_as_json_on_request(capsys):
     status = run(as_json=True)
 
     assert status == 0
-    assert json.loads(capsys.readouterr().out).keys() == {"versions", "machine", "device", "model"}
+    assert json.loads(capsys.readouterr().out).keys() == {"versions", "machine", "device", "native kernels", "model"}
+
+
+def test_the_native_library_is_described_with_its_self_tests(native_library):
+    findings = describe_native(lambda: native_library)
+
+    assert findings["library"] == str(native_library.path)
+    assert findings["instruction set"] == native_library.isa_name
+    assert findings["self-tests"].startswith("generic passed")
+
+
+def test_a_native_library_that_is_missing_is_explained():
+    def find() -> None:
+        raise NativeUnavailable("there is no compiler")
+
+    assert describe_native(find) == {"library": "none, so torch computes: there is no compiler"}
 
 
 def test_a_torch_that_cannot_be_imported_is_reported(monkeypatch, capsys):

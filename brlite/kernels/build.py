@@ -7,6 +7,7 @@ the library is for nor how it is loaded, and imports nothing but errors: it runs
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import shlex
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brlite.errors import NativeUnavailable
+
+logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
 SLOWEST = "isa_generic.cpp"  # half of all the time: it goes first
@@ -63,14 +66,16 @@ def build_library(
 
     Writes nothing outside the target's folder. Raises `NativeUnavailable` with what stood in the way.
     """
-    compiler = find_compiler() if compiler is None else compiler
+    compiler, started = find_compiler() if compiler is None else compiler, time.monotonic()
+    logger.info("compiling the native kernels with %s, once", compiler[0])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as staging:
-            library = _compile_and_link(compiler, sources, Path(staging), time.monotonic() + seconds)
+            library = _compile_and_link(compiler, sources, Path(staging), started + seconds)
             library.replace(target)
     except OSError as error:
         raise NativeUnavailable(f"the native library cannot be built: {error}") from error
+    logger.info("the native kernels were compiled in %.0f s", time.monotonic() - started)
 
 
 def _compile_and_link(compiler: Sequence[str], sources: Path, staging: Path, deadline: float) -> Path:

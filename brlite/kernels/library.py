@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from brlite.cache import default_cache
 from brlite.errors import NativeUnavailable
 from brlite.kernels import abi
-from brlite.kernels.build import build_library, find_compiler, fingerprint
+from brlite.kernels.build import build_library, fingerprint
 
 logger = logging.getLogger(__name__)
 
-INSTALLED = "_native*.so"  # beside this file; extension.py puts it there
+HERE = Path(__file__).parent  # where extension.py puts a library
+INSTALLED = "_native*.so"
 PASSED = 0
 
 
@@ -36,22 +36,34 @@ class NativeLibrary(NamedTuple):
         return abi.ISAS[self.isa]
 
 
-def load_library(cache: Path | None = None) -> NativeLibrary:
+def load_library(
+    cache: Path | None = None, *, installed: Path = HERE, build: Callable[[Path], None] = build_library
+) -> NativeLibrary:
     """The native library, compiled if need be, which takes half a minute once. `cache` is brlite's unless given.
 
     Raises `NativeUnavailable` with the reason if there is none, and no compiler that makes one.
     """
-    cache = default_cache() if cache is None else cache
-    path, functions = _find(cache) or _build(cache)
-    library = NativeLibrary(functions, path, best_isa(functions))
-    logger.info("native kernels: %s, %s", path, library.isa_name)
+    library = find_library(cache, installed=installed)
+    if library is None:
+        path = _kept(cache)
+        build(path)
+        try:
+            library = _checked(path)
+        except OSError as error:
+            raise NativeUnavailable(f"the native library was compiled, but cannot be loaded: {error}") from error
+    logger.info("native kernels: %s, %s", library.path, library.isa_name)
     return library
 
 
-def find_library(cache: Path | None = None) -> NativeLibrary | None:
-    """The same, but nothing is compiled: None if that would have to be done first."""
-    found = _find(default_cache() if cache is None else cache)
-    return None if found is None else NativeLibrary(found[1], found[0], best_isa(found[1]))
+def find_library(cache: Path | None = None, *, installed: Path = HERE) -> NativeLibrary | None:
+    """The same, but None where one would have to be compiled."""
+    for path in (*sorted(installed.glob(INSTALLED)), _kept(cache)):
+        if path.exists():
+            try:
+                return _checked(path)
+            except OSError as error:
+                logger.info("native library %s is not used: %s", path, error)
+    return None
 
 
 def best_isa(functions: ctypes.CDLL) -> int:
@@ -69,44 +81,23 @@ def available_isas(functions: ctypes.CDLL) -> list[int]:
     return [isa for isa in range(len(abi.ISAS)) if functions.brlite_isa_available(isa)]
 
 
-def _find(cache: Path) -> tuple[Path, ctypes.CDLL] | None:
-    for path in _candidates(cache):
-        try:
-            return path, _open(path)
-        except OSError as error:
-            logger.info("native library %s is not used: %s", path, error)
-    return None
+def run_self_tests(functions: ctypes.CDLL) -> dict[str, int]:
+    """Each instruction set that is there → 0, or the number of the first check that it fails."""
+    return {abi.ISAS[isa]: functions.brlite_self_test(isa) for isa in available_isas(functions)}
 
 
-def _candidates(cache: Path) -> Iterator[Path]:
-    yield from sorted(Path(__file__).parent.glob(INSTALLED))
-    if (kept := _kept(cache)).exists():
-        yield kept
+def _kept(cache: Path | None) -> Path:
+    return (default_cache() if cache is None else cache) / "native" / f"brlite-{fingerprint()}.so"
 
 
-def _kept(cache: Path) -> Path:
-    return cache / "native" / f"brlite-{fingerprint()}.so"
-
-
-def _build(cache: Path) -> tuple[Path, ctypes.CDLL]:
-    compiler, path, started = find_compiler(), _kept(cache), time.monotonic()
-    logger.info("compiling the native kernels with %s; this is done once", compiler[0])
-    build_library(path, compiler)
-    logger.info("the native kernels were compiled in %.0f s", time.monotonic() - started)
-    try:
-        return path, _open(path)
-    except OSError as error:
-        raise NativeUnavailable(f"the native library was built, but cannot be loaded: {error}") from error
-
-
-def _open(path: Path) -> ctypes.CDLL:
-    """Load and check. Raises OSError for a library that is broken or was built from other sources."""
+def _checked(path: Path) -> NativeLibrary:
+    """Raises OSError for a library that is broken or was built from other sources."""
     functions = ctypes.CDLL(str(path))
     if _fingerprint_of(functions) != fingerprint():
         raise OSError("it was built from other sources")
     abi.declare(functions)
     abi.check(functions)
-    return functions
+    return NativeLibrary(functions, path, best_isa(functions))
 
 
 def _fingerprint_of(functions: ctypes.CDLL) -> str | None:

@@ -23,7 +23,8 @@ class Random {  // xorshift32 (Marsaglia 2003): the same numbers on every machin
 class Toy {
    public:
     // No size is a whole number of panels or groups where it need not be one.
-    static constexpr int HIDDEN = 24, INNER = 40, VOCABULARY = 150, HEADS = 4, KV_HEADS = 2, HEAD_DIM = 24, ROTARY_DIM = 16;
+    static constexpr int HIDDEN = 24, INNER = 40, VOCABULARY = 150;
+    static constexpr int HEADS = 4, KV_HEADS = 2, HEAD_DIM = 24, ROTARY_DIM = 16;
     static constexpr int ATTENDED = HEADS * HEAD_DIM, QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
     static constexpr int MAX_ROWS = 32, MAX_POSITIONS = 320, NUM_SEQUENCES = 4, PAGES_PER_BLOCK = 2;
     static constexpr int BLOCKS_OF_SEQUENCE = MAX_POSITIONS / BRLITE_LANES / PAGES_PER_BLOCK;
