@@ -53,7 +53,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),
     "chat": ("llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
     "check": (
-        "config config_check config_text machine checkpoint tokenizer models worker.device worker.fit http.keys errors",
+        "config config_check config_text machine checkpoint tokenizer models worker http.keys errors",
         "msgspec",
     ),
     "verify": ("llm engine tokenizer sampling_params outputs config config_check errors", "msgspec"),
