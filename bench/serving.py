@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import signal
 import sys
 import tempfile
@@ -23,17 +22,22 @@ from types import FrameType
 import load
 import msgspec
 import peers
+import prompts
 import report
 import servers
+import subject
+import this_machine
+from venvs import ToolError
 
-from brlite.checkpoint.fetch import locate_model, progress_bar
-from brlite.config import DEFAULT_MODEL
 from brlite.errors import BrliteError
+from brlite.tokenizer import load_tokenizer
 
-PROMPTS = Path(__file__).with_name("prompts.txt")
 WARM_UP_TOKENS = 8
 MIN_REQUESTS = 4
-BUSY_LOAD = 0.5  # of a core, before anything is started
+CONTEXT = 512
+CONTEXT_STEP = 256
+TASKS = ("complete", "rewrite")
+NAMES = f"brlite, brlite-WORDS with words of {', '.join(subject.WORDS)}, {', '.join(peers.LAUNCHERS)}"
 SHORT = {"concurrency": [1, 4], "rounds": 1, "requests": 2, "max_tokens": 16, "servers": ["brlite"]}
 
 
@@ -47,19 +51,21 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int
     request_timeout: float
     deadline: float
+    probes: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0, 1 if a request failed or time ran out, 2 if a server did not start, 130 if interrupted."""
     args = _arguments(argv)
     signal.signal(signal.SIGTERM, _interrupt)  # so that servers are ended as after Ctrl-C
-    machine = _machine()
-    _warn_if_busy(machine)
+    machine = this_machine.describe()
+    this_machine.warn_if_busy(machine)
     try:
         with ExitStack() as stack:
+            plan = _plan(args)
             found = _servers(args, stack)
-            cells = list(_measure(found, _plan(args)))
-    except (servers.ServerError, BrliteError) as error:
+            cells = list(_measure(found, plan))
+    except (servers.ServerError, ToolError, BrliteError) as error:
         print(f"serving: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -78,7 +84,7 @@ def _servers(args: argparse.Namespace, stack: ExitStack) -> list[servers.Server]
         return running
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="brlite-bench-")))
     settings = _settings(args, folder)
-    launches = [peers.LAUNCHERS[name](settings) for name in names]
+    launches = [launcher(settings) for name in names if (launcher := peers.find_launcher(name)) is not None]
     started = []
     for launch in launches:
         print(f"starting {launch.name} {launch.version} …", file=sys.stderr)
@@ -101,31 +107,39 @@ def _running(spec: str, args: argparse.Namespace) -> servers.Server:
 
 
 def _settings(args: argparse.Namespace, folder: Path) -> servers.Settings:
-    path = Path(args.model).expanduser()
-    is_path = path.exists()
-    with progress_bar() as show:
-        located = path.resolve() if is_path else locate_model(args.model, None, show)
+    model = subject.find_model(args.model)
     return servers.Settings(
-        model=path.stem if is_path else args.model,
-        path=located,
+        model=model.name,
+        path=model.path,
         streams=max(args.concurrency),
         context=args.context,
         threads=args.threads,
         prefix_cache=args.prefix_cache,
         folder=folder,
+        tables=subject.chosen(args),
     )
 
 
 def _plan(args: argparse.Namespace) -> Plan:
     return Plan(
-        prompts=read_prompts(args.prompts),
+        prompts=_prompts(args),
         concurrency=args.concurrency,
         rounds=args.rounds,
         requests=args.requests,
         max_tokens=args.max_tokens,
         request_timeout=args.request_timeout,
         deadline=time.monotonic() + args.time_limit,
+        probes=args.lag,
     )
+
+
+def _prompts(args: argparse.Namespace) -> Sequence[str]:
+    texts = prompts.read_prompts(args.prompts)
+    if args.task == "rewrite":
+        return prompts.rewrite_prompts(texts)
+    if args.prompt_tokens:
+        return prompts.long_prompts(texts, args.prompt_tokens, load_tokenizer(subject.find_model(args.model).path))
+    return texts
 
 
 def _measure(found: Sequence[servers.Server], plan: Plan) -> Iterator[report.Cell]:
@@ -150,7 +164,7 @@ def _warm_up(server: servers.Server, plan: Plan) -> None:
 
 
 def _cell(server: servers.Server, plan: Plan, prompts: Sequence[str], concurrency: int, round_: int) -> report.Cell:
-    measured = _run(server, prompts, concurrency, plan.max_tokens, plan.request_timeout)
+    measured = _run(server, prompts, concurrency, plan.max_tokens, plan.request_timeout, plan.probes)
     cell = report.make_cell(server.name, concurrency, round_, measured, plan.max_tokens, server.memory())
     rate = f"{cell.output_tokens_per_second:.1f} tokens/s"
     print(f"round {round_ + 1}, {concurrency} streams, {server.name}: {rate}", file=sys.stderr)
@@ -160,13 +174,23 @@ def _cell(server: servers.Server, plan: Plan, prompts: Sequence[str], concurrenc
 
 
 def _run(
-    server: servers.Server, prompts: Sequence[str], concurrency: int, max_tokens: int, timeout: float
+    server: servers.Server,
+    prompts: Sequence[str],
+    concurrency: int,
+    max_tokens: int,
+    timeout: float,
+    probes: bool = False,
 ) -> load.Load:
     server.resume()
     try:
         return asyncio.run(
             load.run_load(
-                server.target, prompts, concurrency=concurrency, max_tokens=max_tokens, timeout_seconds=timeout
+                server.target,
+                prompts,
+                concurrency=concurrency,
+                max_tokens=max_tokens,
+                timeout_seconds=timeout,
+                probes=probes,
             )
         )
     finally:
@@ -177,12 +201,6 @@ def _choose_prompts(plan: Plan, concurrency: int, round_: int) -> list[str]:
     """As many as the streams ask for, the same for all servers, beginning elsewhere in each round."""
     count = max(plan.requests * concurrency, MIN_REQUESTS)
     return [plan.prompts[(round_ * count + index) % len(plan.prompts)] for index in range(count)]
-
-
-def read_prompts(path: Path) -> list[str]:
-    """Prompts are paragraphs: an empty line ends one, a line break within one is a space."""
-    paragraphs = path.read_text(encoding="utf-8").split("\n\n")
-    return [" ".join(paragraph.split()) for paragraph in paragraphs if paragraph.strip()]
 
 
 def _print_report(
@@ -204,7 +222,8 @@ def _as_json(
     cells: Sequence[report.Cell],
     args: argparse.Namespace,
 ) -> dict[str, object]:
-    kept = ("model", "concurrency", "rounds", "requests", "max_tokens", "context", "threads", "prefix_cache")
+    kept = ("model", "precision", "backend", "speculation", "threads", "context", "prefix_cache")
+    kept += ("concurrency", "rounds", "requests", "max_tokens", "task", "prompt_tokens")
     return {
         "machine": dict(machine),
         "servers": {server.name: server.version for server in found},
@@ -216,29 +235,6 @@ def _as_json(
 
 def _num_cells(found: Sequence[servers.Server], args: argparse.Namespace) -> int:
     return len(found) * len(args.concurrency) * int(args.rounds)
-
-
-def _machine() -> dict[str, object]:
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load before": round(os.getloadavg()[0], 2),
-        "Python": platform.python_version(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _warn_if_busy(machine: Mapping[str, object]) -> None:
-    if float(str(machine["load before"])) > BUSY_LOAD:
-        print("this machine is busy: ratios may hold, absolute numbers do not", file=sys.stderr)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -254,25 +250,32 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.short:
         vars(args).update(SHORT)
-    if unknown := set(args.servers or ()) - set(peers.LAUNCHERS):
-        parser.error(f"--servers: {', '.join(sorted(unknown))} unknown; allowed are {', '.join(peers.LAUNCHERS)}")
+    if unknown := [name for name in args.servers or () if peers.find_launcher(name) is None]:
+        parser.error(f"--servers: {', '.join(unknown)} unknown; allowed are {NAMES}")
+    if args.prompts is None:
+        args.prompts = prompts.QUALITY_TEXT if args.task == "rewrite" or args.prompt_tokens else prompts.PROMPTS
+    if not args.context:
+        args.context = max(CONTEXT, _rounded_up(args.prompt_tokens + args.max_tokens + 2))
     if args.context < 2 * args.max_tokens:
         parser.error(f"--context {args.context}: needed is twice --max-tokens at least, brlite cuts longer answers")
     return args
 
 
+def _rounded_up(num_tokens: int) -> int:
+    return -(-num_tokens // CONTEXT_STEP) * CONTEXT_STEP
+
+
 def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    names = f"servers to start, separated by commas: {', '.join(peers.LAUNCHERS)} (default: brlite, unless --url)"
+    names = f"servers to start, separated by commas: {NAMES} (default: brlite, unless --url)"
     parser.add_argument("--servers", type=_words, metavar="NAMES", help=names)
     parser.add_argument(
         "--url", action="append", default=[], metavar="[NAME=]URL", help="a server that runs already; repeatable"
     )
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME|PATH", help="peers need a .gguf model")
+    subject.add_arguments(parser)
     parser.add_argument("--fields", type=json.loads, default={"ignore_eos": True}, metavar="JSON", help="for --url")
     parser.add_argument("--api-key-env", default="OPENAI_API_KEY", metavar="NAME", help="for --url")
     parser.add_argument("--pid", type=int, metavar="N", help="process whose memory is measured, for --url")
-    parser.add_argument("--context", type=int, default=512, metavar="N", help="tokens a sequence may have (512)")
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: each server's own default")
+    parser.add_argument("--context", type=int, default=0, metavar="N", help="tokens a sequence may have (512 or more)")
     parser.add_argument("--prefix-cache", action="store_true", help="let servers reuse what prompts share")
     parser.add_argument("--start-timeout", type=float, default=300, metavar="SECONDS", help="(300)")
 
@@ -282,7 +285,10 @@ def _add_load_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="(3)")
     parser.add_argument("--requests", type=int, default=2, metavar="N", help="requests of each stream in a round (2)")
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="tokens of each answer (128)")
-    parser.add_argument("--prompts", type=Path, default=PROMPTS, metavar="FILE", help="paragraphs, one a prompt")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="paragraphs, one a prompt")
+    parser.add_argument("--prompt-tokens", type=int, default=0, metavar="N", help="of each prompt (0: as they are)")
+    parser.add_argument("--task", choices=TASKS, default="complete", help="rewrite: answers repeat the prompts")
+    parser.add_argument("--lag", action="store_true", help="ask for /health all the while: how far does the loop lag")
     parser.add_argument("--request-timeout", type=float, default=600, metavar="SECONDS", help="(600)")
     parser.add_argument("--time-limit", type=float, default=3600, metavar="SECONDS", help="no load begins later (3600)")
 

@@ -37,7 +37,7 @@ ROWS_AT_A_TIME = 4096
 
 # Name → hidden size, intermediate size, layers, heads, key/value heads, vocabulary.
 SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
-    "tiny": (64, 96, 2, 4, 2, 6000),
+    "tiny": (128, 256, 2, 4, 2, 6000),
     "1.1b": (2048, 5632, 22, 32, 4, 32000),
     "7b": (4096, 11008, 32, 32, 32, 32000),
 }
@@ -100,8 +100,8 @@ def _config(shape: str) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
-        "bos_token_id": SPECIAL_TOKENS.index("<s>"),
-        "eos_token_id": SPECIAL_TOKENS.index("</s>"),
+        "bos_token_id": None,
+        "eos_token_id": None,  # no token ends an answer
         "torch_dtype": "bfloat16",
     }
 
