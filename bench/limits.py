@@ -27,7 +27,7 @@ from msgspec import Struct
 from venvs import ToolError
 
 from brlite.checkpoint import open_checkpoint
-from brlite.config import ModelSpec
+from brlite.config import Config, EngineConfig, ModelSpec
 from brlite.errors import BrliteError
 from brlite.llm import build_engine
 from brlite.models.config import ModelConfig
@@ -118,12 +118,12 @@ def _measure_steps(args: argparse.Namespace, limits: Limits, measure: machine_li
     return timed
 
 
-def _engine_config(args: argparse.Namespace, model: subject.Model, wanted: Sequence[steps.Step]) -> subject.Config:
+def _engine_config(args: argparse.Namespace, model: subject.Model, wanted: Sequence[steps.Step]) -> Config:
     tables = subject.chosen(args)
     tables["model"].setdefault("precision", "a_bf16_w_int8")
     tables["engine"]["max_num_batched_tokens"] = max(step.rows * step.num_tokens for step in wanted)
     tables["engine"]["speculation"] = "off"
-    block_size = subject.Config().engine.block_size
+    block_size = EngineConfig().block_size
     return subject.engine_config(
         model,
         tables,

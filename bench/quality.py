@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol, cast, get_args
 
 import gguf_q8
 import llama_cpp
@@ -28,7 +29,7 @@ from msgspec import Struct
 from torch_model import TorchModel
 from venvs import ToolError
 
-from brlite.config import ModelSpec
+from brlite.config import ModelSpec, Precision
 from brlite.engine.backend import Backend, Batch, ScheduledSeq
 from brlite.errors import BrliteError
 from brlite.llm import build_engine
@@ -42,6 +43,12 @@ PEERS = ("q8_0", "q4_1")
 SHORT = {"tokens": 256, "window": 256, "peers": []}
 
 Logits = Callable[[list[int]], np.ndarray]
+
+
+class _HasLogits(Protocol):
+    """What the native backend has beyond `Backend`."""
+
+    def logits(self, token_ids: list[int]) -> np.ndarray: ...
 
 
 class Scores(Struct, kw_only=True):
@@ -122,14 +129,13 @@ def _open(args: argparse.Namespace, model: subject.Model, precision: str, stack:
 
 
 def _native_logits(backend: Backend, path: Path) -> Logits:
-    logits: Logits = backend.logits  # type: ignore[attr-defined]  # the native backend's own, beyond `Backend`
-    return logits
+    return cast(_HasLogits, backend).logits
 
 
 def _torch_logits(backend: Backend, path: Path) -> Logits:
     """The same numbers from the parts that the backend is made of."""
     info = backend.info
-    spec = ModelSpec(build_seq=info.max_model_len, precision=msgspec.convert(info.precision, subject.Precision))
+    spec = ModelSpec(build_seq=info.max_model_len, precision=msgspec.convert(info.precision, Precision))
     return TorchModel(path, spec, "auto", KV_DTYPES.get(info.precision, "bfloat16")).logits
 
 
@@ -203,7 +209,7 @@ def _render(rows: Sequence[Row]) -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subject.add_arguments(parser)
-    names = subject.get_args(subject.Precision)
+    names = get_args(Precision)
     parser.add_argument("--precisions", type=_words, default=list(names), metavar="LIST", help=f"of {', '.join(names)}")
     parser.add_argument("--peers", type=_words, default=list(PEERS), metavar="LIST", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--text", type=Path, default=TEXT, metavar="FILE")

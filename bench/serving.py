@@ -222,8 +222,8 @@ def _as_json(
     cells: Sequence[report.Cell],
     args: argparse.Namespace,
 ) -> dict[str, object]:
-    kept = ("model", "precision", "backend", "speculation", "threads", "context", "prefix_cache")
-    kept += ("concurrency", "rounds", "requests", "max_tokens", "task", "prompt_tokens")
+    given = ("model", "precision", "backend", "speculation", "threads", "context", "prefix_cache")
+    kept = (*given, "concurrency", "rounds", "requests", "max_tokens", "task", "prompt_tokens")
     return {
         "machine": dict(machine),
         "servers": {server.name: server.version for server in found},

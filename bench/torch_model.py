@@ -45,4 +45,5 @@ class TorchModel:
         with torch.inference_mode():
             plan = self._planner.plan([Span(0, len(token_ids), range(self._cache.num_blocks))])
             hidden = self._decoder.forward(torch.tensor(token_ids), plan, self._cache)
-            return self._decoder.logits(hidden).numpy()
+            logits: np.ndarray = self._decoder.logits(hidden).numpy()
+            return logits
