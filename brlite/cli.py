@@ -124,6 +124,13 @@ def _check(args: argparse.Namespace) -> int:
     return run(args.config)
 
 
+def _verify(args: argparse.Namespace) -> int:
+    from brlite.verify import run
+
+    _configure_logging("warning")
+    return run(_config(args), args.prompts, args.max_tokens, as_json=args.json)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from brlite.doctor import run
 
@@ -169,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="brlite", description="A compact asyncio server for large language models.")
     parser.add_argument("--version", action="version", version=f"brlite {brlite.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_generate, _add_chat, _add_check, _add_doctor):
+    for add in (_add_serve, _add_generate, _add_chat, _add_check, _add_verify, _add_doctor):
         add(commands)
     return parser
 
@@ -219,6 +226,16 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _check, "validate a config and say what it will take")
     parser.add_argument("config", type=Path, metavar="FILE", help="a .toml, or the manual's .json")
+
+
+def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, _verify, "compare what a model says alone and in company, bit for bit")
+    _add_config(parser)
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: a dozen of our own)"
+    )
+    parser.add_argument("--max-tokens", type=int, default=24, metavar="N", help="length of an answer (default 24)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -44,6 +45,11 @@ def handed_over(monkeypatch) -> SimpleNamespace:
         seen.target, seen.options = target, options
         return 0
 
+    def verify(config: Config, prompts: Path | None, max_tokens: int, *, as_json: bool) -> int:
+        seen.config, seen.prompts, seen.max_tokens, seen.as_json = config, prompts, max_tokens, as_json
+        return 1
+
+    stand_in("verify", verify)
     stand_in("serve", serve)
     stand_in("generate", generate)
     stand_in("chat", chat)
@@ -122,6 +128,13 @@ def test_chat_without_a_server_brings_its_own_model(handed_over):
     main(["chat"])
 
     assert handed_over.target == Config()
+
+
+def test_verify_hands_over_its_prompts_and_returns_what_was_found(handed_over):
+    assert main(["verify", "--prompts", "a.txt", "--max-tokens", "8", "--threads", "1", "--json"]) == 1
+
+    assert handed_over.config.engine.threads == 1
+    assert (handed_over.prompts, handed_over.max_tokens, handed_over.as_json) == (Path("a.txt"), 8, True)
 
 
 @pytest.mark.parametrize("option", ["--config", "--config_path"])
