@@ -10,7 +10,7 @@ import numpy as np
 from brlite.engine.backend import SamplingInput
 from brlite.worker.random_numbers import Floats, Integers, uniform
 
-MAX_TEMPERATURE = 1e38  # beyond it fp32 has only infinity; every distribution is flat long before
+MAX_TEMPERATURE = 1e37  # near the largest float; every distribution is flat long before
 
 
 class RowSettings(NamedTuple):

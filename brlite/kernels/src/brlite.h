@@ -103,10 +103,9 @@ typedef struct brlite_draw {
     int32_t num_biases;
     int32_t num_banned;
     int32_t num_counted;
-    float repetition_penalty;
-    float presence_penalty;
-    float frequency_penalty;
-    int32_t reserved;
+    double repetition_penalty;
+    double presence_penalty;
+    double frequency_penalty;
     const int32_t* bias_ids;
     const float* biases;
     const int32_t* banned_ids;
@@ -176,6 +175,10 @@ brlite_engine* brlite_create(const brlite_plan* plan, int32_t isa, int32_t num_t
 void brlite_destroy(brlite_engine* engine);
 // 0, or the number of what is wrong with the batch: nothing was computed then.
 int32_t brlite_run(brlite_engine* engine, const brlite_batch* batch);
+// The drawing alone, on this thread: from logits [num_rows][vocab_size], one draw for each row.
+// 0, or -1 where there is no such instruction set or no memory.
+int32_t brlite_draw_rows(int32_t isa, const brlite_draw* draws, brlite_drawn* drawn, int32_t num_rows,
+                         int32_t vocab_size, const float* logits);
 
 #ifdef __cplusplus
 }

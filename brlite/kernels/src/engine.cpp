@@ -39,6 +39,18 @@ BatchError check_span(const brlite_plan& plan, const brlite_span& span, int firs
     return NONE;
 }
 
+bool are_tokens(const brlite_plan& plan, const int32_t* token_ids, int num_ids) {
+    return std::all_of(token_ids, token_ids + num_ids, [&plan](int32_t id) { return id >= 0 && id < plan.vocab_size; });
+}
+
+BatchError check_draw(const brlite_plan& plan, const brlite_draw& draw, int num_rows) {
+    if (draw.row < 0 || draw.row >= num_rows || draw.target >= plan.vocab_size) return WRONG_DRAW;
+    const bool is_sound = are_tokens(plan, draw.bias_ids, draw.num_biases) &&
+                          are_tokens(plan, draw.banned_ids, draw.num_banned) &&
+                          are_tokens(plan, draw.counted_ids, draw.num_counted);
+    return is_sound ? NONE : WRONG_TOKEN;
+}
+
 BatchError check(const brlite_plan& plan, const brlite_batch& batch) {
     if (batch.num_rows < 1 || batch.num_rows > plan.max_rows) return TOO_MANY_ROWS;
     int num_rows = 0;
@@ -49,10 +61,8 @@ BatchError check(const brlite_plan& plan, const brlite_batch& batch) {
     if (num_rows != batch.num_rows) return WRONG_SPAN;
     for (int row = 0; row < num_rows; row++)
         if (batch.token_ids[row] < 0 || batch.token_ids[row] >= plan.vocab_size) return WRONG_TOKEN;
-    for (int i = 0; i < batch.num_draws; i++) {
-        const brlite_draw& draw = batch.draws[i];
-        if (draw.row < 0 || draw.row >= num_rows || draw.target >= plan.vocab_size) return WRONG_DRAW;
-    }
+    for (int i = 0; i < batch.num_draws; i++)
+        if (const BatchError error = check_draw(plan, batch.draws[i], num_rows)) return error;
     return NONE;
 }
 
@@ -115,7 +125,8 @@ void Engine::allocate(int num_threads) {
     step_.partial = {(float*)take(num_partials * head_size(a) * sizeof(float)), (float*)take(num_partials * sizeof(float)),
                      (float*)take(num_partials * sizeof(float)), max_chunks, false};
     for (int thread = 0; thread < num_threads; thread++)
-        scratch_.push_back({(float*)take(width * sizeof(float)), take(kernels_.attention_scratch_bytes)});
+        scratch_.push_back({(float*)take(width * sizeof(float)), take(kernels_.attention_scratch_bytes),
+                            take(kernels_.sample_scratch_bytes), (float*)take(plan_.vocab_size * sizeof(float))});
     positions_.resize(max_rows);
     row_spans_.resize(max_rows);
     grow_counters(1);

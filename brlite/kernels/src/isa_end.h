@@ -7,7 +7,11 @@
 namespace brlite {
 
 const Kernels* BRLITE_KERNELS(BRLITE_ISA)() {
-    static const Kernels kernels = {BRLITE_ISA::run, BRLITE_ISA::unpack_row, sizeof(BRLITE_ISA::AttentionScratch),
+    static const Kernels kernels = {BRLITE_ISA::run,
+                                    BRLITE_ISA::unpack_row,
+                                    BRLITE_ISA::draw_token,
+                                    sizeof(BRLITE_ISA::AttentionScratch),
+                                    sizeof(BRLITE_ISA::SampleScratch),
                                     sizeof(BRLITE_ISA::Bf16::Row)};
     return &kernels;
 }

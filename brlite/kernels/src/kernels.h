@@ -12,7 +12,9 @@ class Barrier;
 struct Kernels {
     void (*run)(const Step& step, Scratch scratch, Counter* counters, Barrier& barrier);
     void (*unpack_row)(int format, const void* panels, int row, int num_inputs, float* out);
+    void (*draw_token)(const brlite_draw&, float* logits, int vocab_size, brlite_drawn&, const Scratch&);
     size_t attention_scratch_bytes;
+    size_t sample_scratch_bytes;
     size_t row_bytes;  // of a bfloat16 activation: 2, or 4 where kernels take floats
 };
 

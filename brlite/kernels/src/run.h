@@ -57,7 +57,7 @@ struct Worker {
             float* logits = plan.head.output + (long)i * plan.head.row_size;
             if (batch.logits)
                 memcpy(batch.logits + (long)(first + i) * plan.vocab_size, logits, plan.vocab_size * sizeof(float));
-            draw_token(batch.draws[first + i], logits, plan.vocab_size, batch.drawn[first + i]);
+            draw_token(batch.draws[first + i], logits, plan.vocab_size, batch.drawn[first + i], scratch);
         }
         barrier.wait();
     }

@@ -1,16 +1,202 @@
-// How a token is drawn from a row of logits.
+// How a token is drawn from a row of logits, and what is reported of it:
+//
+// 1. logprobs are the model's own, taken before anything below;
+// 2. biases, bans and penalties (sample_edit.h);
+// 3. a greedy row takes its best token, the lowest id among equals;
+// 4. other rows truncate (sample_best.h): top-k, within it top-p, within that min-p, ties by lower id;
+// 5. one uniform number picks among the survivors in the order of their ids.
+//
+// Weights are exp((logit - best) / temperature): the best token weighs 1, and nothing overflows at any temperature.
 #pragma once
 
-#include "rows.h"
+#include "sample_best.h"
+#include "sample_edit.h"
 
 namespace brlite {
 namespace BRLITE_ISA {
 
-static void draw_token(const brlite_draw&, float* logits, int vocab_size, brlite_drawn& drawn) {
-    int best = 0;
-    for (int i = 1; i < vocab_size; i++)
-        if (logits[i] > logits[best]) best = i;
-    drawn.token = is_finite(logits[best]) ? best : -1;
+constexpr float MAX_TEMPERATURE = 1e37f;  // its inverse is still a normal float; everything is flat long before
+
+// ---- Drawing -----------------------------------------------------------------------------------------------------
+
+INLINE int first_best(const Values& row) {
+    int found = -1;
+    const int32_t best = key_of(row.best);
+    visit_from(row, best, [&](int first, Floats x) INLINED {
+        const Ints hits = is_equal(keys_of(x), splat_int(best));
+        for (int i = LANES - 1; i >= 0; i--) found = hits[i] ? first + i : found;
+        return found >= 0;
+    });
+    return found;
+}
+
+// Which tokens may be drawn, and how much each weighs.
+struct Odds {
+    Measure measure;
+    Bound bound;
+    float min_p;
+    bool is_cut;  // whether `bound` or `min_p` keep anything out
+};
+
+template <bool IS_CUT>
+INLINE Floats weights_of(const Odds& odds, int first, Floats x) {
+    const Floats weights = weights_of(odds.measure, x);
+    if (!IS_CUT) return weights;
+    const Ints is_kept = survivors(odds.bound, keys_of(x), first) & ~is_less(weights, splat(odds.min_p));
+    return from_bits(bits_of(weights) & is_kept);
+}
+
+template <bool IS_CUT>
+static float sum_block(const Values& row, const Odds& odds, int block) {
+    Running sum(splat(0.0f));
+    for (int i = block * row.block_size; i < row.block_end(block); i += LANES)
+        sum.add(weights_of<IS_CUT>(odds, i, load(row.values + i)));
+    return sum_of(sum.value());
+}
+
+// The weights by block into `sums`, and their sum.
+static double sum_weights(const Values& row, const Odds& odds, double* sums) {
+    double total = 0;
+    for (int block = 0; block < row.num_blocks(); block++) {
+        const bool is_empty = key_of(row.maxima[block]) < odds.bound.key;
+        const auto sum = odds.is_cut ? sum_block<true> : sum_block<false>;
+        sums[block] = is_empty ? 0 : sum(row, odds, block);
+        total += sums[block];
+    }
+    return total;
+}
+
+// The token of a block, in the order of ids, whose share of the weights holds `rest`.
+static int pick_in_block(const Values& row, const Odds& odds, int block, double rest) {
+    Walk walk;
+    for (int i = block * row.block_size; i < row.block_end(block); i += LANES) {
+        const Floats weights = weights_of<true>(odds, i, load(row.values + i));
+        for (int lane = 0; lane < LANES; lane++)
+            if (walk.add(i + lane, weights[lane]) && walk.sum > rest) return walk.last;
+    }
+    return walk.last;
+}
+
+static Odds odds_of(const Values& row, const brlite_draw& draw, SampleScratch& scratch) {
+    const float rate = 1 / (draw.temperature < MAX_TEMPERATURE ? draw.temperature : MAX_TEMPERATURE);
+    Odds odds = {{row.best, rate}, everything(row), 0, false};
+    if (draw.top_k < row.size) {
+        odds.bound = keep_best(row, {row.best, 0}, draw.top_k, odds.bound, scratch);
+        odds.is_cut = true;
+    }
+    if (draw.top_p < 1) {
+        const double mass = sum_weights(row, odds, scratch.sums);
+        odds.bound = keep_best(row, odds.measure, draw.top_p * mass, odds.bound, scratch);
+        odds.is_cut = true;
+    }
+    odds.min_p = (float)draw.min_p;
+    odds.is_cut |= draw.min_p > 0;
+    return odds;
+}
+
+static int draw_random(const Values& row, const brlite_draw& draw, SampleScratch& scratch) {
+    const Odds odds = odds_of(row, draw, scratch);
+    const double target = draw.uniform * sum_weights(row, odds, scratch.sums);
+    Walk walk;
+    for (int block = 0; block < row.num_blocks() && walk.sum <= target; block++) walk.add(block, scratch.sums[block]);
+    return pick_in_block(row, odds, walk.last, target - walk.before);
+}
+
+// ---- Logprobs ----------------------------------------------------------------------------------------------------
+
+// The natural logarithm of a number of 1 or more: 2 artanh((m - 1) / (m + 1)) for the mantissa m around 1.
+INLINE double log_of(double x) {
+    int64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    const int64_t exponent = (bits - 0x3fe6a09e667f3bcdLL) >> 52;  // beyond sqrt(1/2)
+    bits -= exponent << 52;
+    memcpy(&x, &bits, sizeof x);
+    const double ratio = (x - 1) / (x + 1), square = ratio * ratio;
+    double series = 0;
+    for (int odd = 19; odd > 0; odd -= 2) series = series * square + 1.0 / odd;
+    return 2 * ratio * series + (double)exponent * 0.6931471805599453;
+}
+
+struct Logprobs {
+    double best;
+    double log_sum;  // of the weights
+
+    float of(float logit) const { return (float)((logit - best) - log_sum); }
+};
+
+INLINE Logprobs logprobs_of(const Values& row, SampleScratch& scratch) {
+    return {row.best, log_of(sum_weights(row, {{row.best, 1}, everything(row), 0, false}, scratch.sums))};
+}
+
+INLINE bool is_better(float a, int a_id, float b, int b_id) { return a > b || (a == b && a_id < b_id); }
+
+// Shell's sort, best first.
+static void sort_best_first(float* values, int* ids, int size) {
+    for (int gap = size / 2; gap > 0; gap /= 2)
+        for (int i = gap; i < size; i++) {
+            const float value = values[i];
+            const int id = ids[i];
+            int at = i;
+            for (; at >= gap && is_better(value, id, values[at - gap], ids[at - gap]); at -= gap) {
+                values[at] = values[at - gap];
+                ids[at] = ids[at - gap];
+            }
+            values[at] = value;
+            ids[at] = id;
+        }
+}
+
+// The `num_top` best tokens with their logprobs, best first.
+static void report_top(const Values& row, const Logprobs& logprobs, int num_top, brlite_drawn& drawn,
+                       SampleScratch& scratch) {
+    const Bound bound = keep_best(row, {row.best, 0}, num_top, everything(row), scratch);
+    int num_found = 0;
+    visit_from(row, bound.key, [&](int first, Floats x) INLINED {
+        const Ints hits = survivors(bound, keys_of(x), first);
+        if (!any_of(hits)) return false;
+        for (int i = 0; i < LANES; i++)
+            if (hits[i]) {
+                drawn.top_ids[num_found] = first + i;
+                drawn.top_logprobs[num_found++] = x[i];
+            }
+        return false;
+    });
+    sort_best_first(drawn.top_logprobs, drawn.top_ids, num_found);
+    for (int i = 0; i < num_found; i++) drawn.top_logprobs[i] = logprobs.of(drawn.top_logprobs[i]);
+}
+
+// ---- A row -------------------------------------------------------------------------------------------------------
+
+// `row` after the edits of its logits, which are kept in `own_logits` as they were if they are wanted after.
+static void edit_row(const brlite_draw& draw, float* logits, Values& row, float* own_logits, SampleScratch& scratch) {
+    if (draw.num_logprobs >= 0) memcpy(own_logits, logits, row.size * sizeof *logits);
+    edit_logits(draw, logits);
+    row = survey(logits, row.size, scratch);
+}
+
+INLINE int token_of(const Values& row, const brlite_draw& draw, SampleScratch& scratch) {
+    if (!row.is_usable()) return -1;
+    return draw.temperature > 0 ? draw_random(row, draw, scratch) : first_best(row);
+}
+
+// Draws a token from `logits`, or reports on the token that `draw` names. They are overwritten, to a multiple of 16.
+// A row with NaN or +inf, or with nothing above -inf, gives token -1.
+static void draw_token(const brlite_draw& draw, float* logits, int vocab_size, brlite_drawn& drawn,
+                       const Scratch& memory) {
+    SampleScratch& scratch = *(SampleScratch*)memory.sample;
+    Values row = survey(logits, vocab_size, scratch);
+    drawn.token = -1;
+    drawn.logprob = __builtin_nanf("");
+    if (!row.is_usable()) return;
+
+    const bool is_reported = draw.num_logprobs >= 0 || draw.target >= 0;
+    const Logprobs logprobs = is_reported ? logprobs_of(row, scratch) : Logprobs{};
+    if (draw.num_logprobs > 0) report_top(row, logprobs, smaller(draw.num_logprobs, vocab_size), drawn, scratch);
+    const bool is_edited = draw.target < 0 && has_edits(draw);
+    if (is_edited) edit_row(draw, logits, row, memory.own_logits, scratch);
+    drawn.token = draw.target >= 0 ? draw.target : token_of(row, draw, scratch);
+    const float* own_logits = is_edited ? memory.own_logits : logits;
+    if (is_reported && drawn.token >= 0) drawn.logprob = logprobs.of(own_logits[drawn.token]);
 }
 
 }  // namespace BRLITE_ISA

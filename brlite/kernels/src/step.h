@@ -57,7 +57,9 @@ struct Step {
 // A thread's own memory.
 struct Scratch {
     float* row;                // the widest row
-    uint8_t* attention;        // ATTENTION_SCRATCH bytes
+    uint8_t* attention;
+    uint8_t* sample;
+    float* own_logits;         // [vocabulary]: a row as it was before edits
 };
 
 inline int rounded(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }

@@ -1,0 +1,34 @@
+// The drawing of tokens without a step: for tests, and for logits that came from elsewhere.
+#include <string.h>
+
+#include <new>
+
+#include "brlite.h"
+#include "isas.h"
+#include "kernels.h"
+#include "memory.h"
+#include "pause.h"
+
+extern "C" {
+
+int32_t brlite_draw_rows(int32_t isa, const brlite_draw* draws, brlite_drawn* drawn, int32_t num_rows,
+                         int32_t vocab_size, const float* logits) {
+    const brlite::Kernels* kernels = brlite::kernels_of(isa);
+    if (!kernels) return -1;
+    try {
+        brlite::FlushToZero mode;
+        const size_t row_bytes = vocab_size * sizeof(float);
+        brlite::Memory sample(kernels->sample_scratch_bytes), own_logits(row_bytes), row_of_lanes(row_bytes + 64);
+        const brlite::Scratch scratch = {nullptr, nullptr, sample.data(), (float*)own_logits.data()};
+        float* const edited = (float*)row_of_lanes.data();
+        for (int row = 0; row < num_rows; row++) {
+            memcpy(edited, logits + (size_t)row * vocab_size, row_bytes);
+            kernels->draw_token(draws[row], edited, vocab_size, drawn[row], scratch);
+        }
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return -1;
+    }
+}
+
+}  // extern "C"

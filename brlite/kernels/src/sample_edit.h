@@ -1,0 +1,46 @@
+// What a request changes in its row of logits before a token is drawn: biases, bans, then penalties.
+#pragma once
+
+#include "lanes.h"
+
+namespace brlite {
+namespace BRLITE_ISA {
+
+constexpr double MAX_LOGIT = 3.4028234663852886e38;  // the largest float
+constexpr double MAX_PENALTY = 1e30;  // a penalty beyond this, either way, acts as this
+
+INLINE double clamped(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
+
+INLINE bool has_penalties(const brlite_draw& draw) {
+    return draw.repetition_penalty != 1 || draw.presence_penalty != 0 || draw.frequency_penalty != 0;
+}
+
+INLINE bool has_edits(const brlite_draw& draw) {
+    return draw.num_biases > 0 || draw.num_banned > 0 || (draw.num_counted > 0 && has_penalties(draw));
+}
+
+// `logit` by the penalties of a token that was generated `count` times. What overflows stops at the largest float.
+INLINE float penalized(float logit, float factor, double presence, double frequency, int count) {
+    const float cost = (float)clamped((count > 0 ? presence : 0) + frequency * count, -MAX_LOGIT, MAX_LOGIT);
+    const float value = (logit > 0 ? logit / factor : logit * factor) - cost;
+    return (float)clamped(value, -MAX_LOGIT, MAX_LOGIT);
+}
+
+static void penalize(const brlite_draw& draw, float* logits) {
+    const float factor = (float)clamped(draw.repetition_penalty, 1 / MAX_PENALTY, MAX_PENALTY);
+    const double presence = clamped(draw.presence_penalty, -MAX_PENALTY, MAX_PENALTY);
+    const double frequency = clamped(draw.frequency_penalty, -MAX_PENALTY, MAX_PENALTY);
+    for (int i = 0; i < draw.num_counted; i++) {
+        float& logit = logits[draw.counted_ids[i]];
+        if (logit != -__builtin_inff()) logit = penalized(logit, factor, presence, frequency, draw.output_counts[i]);
+    }
+}
+
+static void edit_logits(const brlite_draw& draw, float* logits) {
+    for (int i = 0; i < draw.num_biases; i++) logits[draw.bias_ids[i]] += draw.biases[i];
+    for (int i = 0; i < draw.num_banned; i++) logits[draw.banned_ids[i]] = -__builtin_inff();
+    if (has_penalties(draw)) penalize(draw, logits);
+}
+
+}  // namespace BRLITE_ISA
+}  // namespace brlite
