@@ -23,7 +23,7 @@ class NativeMemory:
     def bytes(self, offset: int = 0, num_bytes: int | None = None) -> npt.NDArray[np.uint8]:
         """A view of some of the memory; not to be used after `close`."""
         size = self.num_bytes - offset if num_bytes is None else num_bytes
-        return np.frombuffer((ctypes.c_uint8 * size).from_address(self.address + offset), np.uint8)
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self.address + offset))
 
     def floats(self, offset: int, count: int) -> npt.NDArray[np.float32]:
         return self.bytes(offset, 4 * count).view(np.float32)

@@ -130,7 +130,7 @@ class NativePlan:
     @property
     def _format(self) -> int:
         """Of activations: that of the matrices, which are all alike."""
-        return self._weights.layout.tensors["layers.0.qkv.weight"].format
+        return int(self._weights.layout.tensors["layers.0.qkv.weight"].format)
 
     def _attention(self, max_positions: int) -> abi.Attention:
         config = self.config

@@ -6,10 +6,11 @@ A row's result is its own, bit for bit: other rows, chunk borders, cache hits an
 from __future__ import annotations
 
 import ctypes
-import math
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from brlite.checkpoint import Checkpoint
 from brlite.config import EngineConfig, ModelSpec
-from brlite.engine.backend import BackendInfo, Batch, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import ConfigError, EngineError
 from brlite.kernels import abi
 from brlite.kernels.abi import LANES
@@ -25,8 +26,10 @@ from brlite.kernels.library import NativeLibrary
 from brlite.kernels.plan import NativePlan, PagedCache
 from brlite.kernels.weights import PackedWeights
 from brlite.models.config import ModelConfig
+from brlite.outputs import TokenLogprob
 from brlite.worker.cpu import describe_cpu, physical_cores
 from brlite.worker.fit import Fit
+from brlite.worker.native_draws import Drawing, NativeDraws, Target
 from brlite.worker.native_loading import load_weights
 
 NOT_FINITE = "the model produced logits that are not finite"
@@ -52,6 +55,7 @@ class NativeBackend:
         self.info = info
         self._library = library
         self._vocab_size = config.vocab_size
+        self._draws = NativeDraws(config.vocab_size)
         self._open = ExitStack()
         self._open.callback(weights.close)
         self._open.callback(cache.close)
@@ -122,11 +126,17 @@ class NativeBackend:
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. Its exceptions leave the cache of other sequences as it was."""
         rows = _Rows(batch.seqs)
-        draws = DrawList(self._vocab_size)
-        for seq, span in zip(batch.seqs, rows.first_rows, strict=True):
-            draws.add(seq, span)
-        self._run(rows, len(draws), draws.address, draws.drawn_address)
-        return StepResult(draws.results(batch.seqs))
+        drawings: list[Drawing] = []
+        targets: list[Target] = []
+        for seq, first in zip(batch.seqs, rows.first_rows, strict=True):
+            drawings += _drawings(seq, first)
+            targets += [
+                Target(first + i, target, seq.num_prompt_logprobs) for i, target in enumerate(seq.prompt_targets)
+            ]
+        draws = self._draws.lay_out(drawings, targets)
+        self._run(rows, draws.num_draws, draws.draws_address, draws.drawn_address)
+        tokens, logprobs = iter(draws.tokens()), iter(draws.target_logprobs())
+        return StepResult([_result(seq, tokens, logprobs) for seq in batch.seqs])
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """The logits [T, V] at every position of one prompt. For measuring: takes the cache's first blocks."""
@@ -167,7 +177,9 @@ class _Rows:
         token_ids: list[int] = []
         tables: list[int] = []
         spans = []
+        self.first_rows: list[int] = []
         for seq in seqs:
+            self.first_rows.append(len(token_ids))
             spans.append((seq.start, len(token_ids), len(seq.token_ids), 0, 4 * len(tables)))
             token_ids += seq.token_ids
             tables += seq.block_table
@@ -176,6 +188,32 @@ class _Rows:
         self._tables = np.array(tables, np.int32)
         self.spans = np.array(spans, SPAN)
         self.spans["block_table"] += np.uint64(self._tables.ctypes.data)
+
+
+def _drawings(seq: ScheduledSeq, first_row: int) -> list[Drawing]:
+    """What to draw for a sequence: after its last real token, and after each guess in case all before were right."""
+    if seq.sampling is None:
+        return []
+    row, position = first_row + len(seq.token_ids) - 1 - seq.num_draft_tokens, seq.sampling.position
+    return [Drawing(row + i, seq.sampling, position + i) for i in range(seq.num_draft_tokens + 1)]
+
+
+def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | None], reported: Iterator[TokenLogprob]) -> SeqResult:
+    """Take a sequence's draws from those of the step."""
+    logprobs = list(islice(reported, len(seq.prompt_targets)))
+    tokens: list[SampledToken] = []
+    if seq.sampling is not None:
+        guesses = [*seq.token_ids[len(seq.token_ids) - seq.num_draft_tokens :], None]
+        found = list(islice(drawn, len(guesses)))
+        for token, guess in zip(found, guesses, strict=True):
+            if token is None:
+                return SeqResult(seq.seq_id, error=NOT_FINITE)
+            tokens.append(token)
+            if token.token_id != guess:
+                break
+    if not all(math.isfinite(entry.logprob) for entry in logprobs):
+        return SeqResult(seq.seq_id, error=NOT_FINITE)
+    return SeqResult(seq.seq_id, tokens, logprobs)
 
 
 def _fingerprint(content_hash: str, precision: str, kernel_version: int) -> str:
