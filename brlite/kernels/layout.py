@@ -53,9 +53,11 @@ def _packed(
 ) -> PackedTensor:
     if len(shape) == 1:
         return PackedTensor("vector", BF16, 1, shape[0], offset, 4 * padded(shape[0]))
+    num_outputs, num_inputs = shape
     if name == "embedding" and not config.tie_word_embeddings:
-        return PackedTensor("table", BF16, *shape, offset, 2 * shape[0] * shape[1])
-    return PackedTensor("panels", number_format, *shape, offset, library.brlite_packed_bytes(number_format, *shape))
+        return PackedTensor("table", BF16, num_outputs, num_inputs, offset, 2 * num_outputs * num_inputs)
+    num_bytes = library.brlite_packed_bytes(number_format, num_outputs, num_inputs)
+    return PackedTensor("panels", number_format, num_outputs, num_inputs, offset, num_bytes)
 
 
 def padded(size: int) -> int:

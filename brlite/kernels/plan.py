@@ -26,8 +26,8 @@ class PagedCache:
         self.format = abi.INT8 if is_int8 else abi.BF16
         self.num_blocks = num_blocks
         self.pages_per_block = block_size // abi.LANES
-        page_bytes = library.brlite_page_bytes(self.format, config.head_dim)
-        self._layer_bytes = num_blocks * self.pages_per_block * config.num_kv_heads * page_bytes
+        page_bytes: int = library.brlite_page_bytes(self.format, config.head_dim)
+        self._layer_bytes: int = num_blocks * self.pages_per_block * config.num_kv_heads * page_bytes
         self.memory = NativeMemory(library, self._layer_bytes * config.num_layers, "the KV cache")
 
     def layer(self, index: int) -> int:
