@@ -88,7 +88,7 @@ def _truncate(weights: torch.Tensor, logits: torch.Tensor, settings: RowSettings
 
 def _keep_best(weights: torch.Tensor, logits: torch.Tensor, amounts: torch.Tensor, enough: Integers) -> None:
     """Zero the weights of all but the fewest best tokens (ties by lower id) whose `amounts` add up to `enough`."""
-    distances = logits.amax(dim=1, keepdim=True) - logits
+    distances = (logits.amax(dim=1, keepdim=True) - logits).abs()  # -0.0 - 0.0 is -0.0, whose bits are no bin
     bins = distances.view(torch.int32) >> _BIN_SHIFT  # grows with the distance; equals share one
     last_bins, better = _find_last_bins(bins, amounts, torch.from_numpy(enough).to(logits.device))
     weights *= bins <= last_bins[:, None]

@@ -143,6 +143,14 @@ def test_of_equal_logits_the_lower_ids_survive(params: dict[str, Any]) -> None:
     assert_draws_like_the_slow_sampler(coarse, params)
 
 
+@pytest.mark.parametrize("params", LARGE_TRUNCATIONS)
+def test_zeros_of_either_sign_are_equal(params: dict[str, Any]) -> None:
+    zeros = torch.zeros(48, LARGE)
+    zeros[:, ::2] = -0.0
+
+    assert_draws_like_the_slow_sampler(zeros, params)
+
+
 @pytest.mark.parametrize("params", TRUNCATIONS + LARGE_TRUNCATIONS)
 def test_rows_of_one_value_are_truncated_by_id(params: dict[str, Any]) -> None:
     assert_draws_like_the_slow_sampler(torch.full((48, LARGE), -3.0), params)
