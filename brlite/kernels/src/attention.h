@@ -136,7 +136,7 @@ struct Looking {
     int first_position;  // of the first token
     int window;
     int chunk_start;
-    int num_pages;       // of the chunk, up to the last that any row sees
+    int num_pages;  // of the chunk, up to the last that any row sees
 
     int position(int row) const { return first_position + row / group; }
     int end(int row) const { return smaller(CHUNK, position(row) + 1 - chunk_start); }
@@ -219,7 +219,7 @@ INLINE const float* page_scales(const Looking& at, int page) {
 
 INLINE Ints sees(const Looking& at, int row, int token) {
     const Ints tokens = lane_numbers() + token;
-    return (tokens < at.end(row)) & (tokens >= at.begin(row));
+    return is_less(tokens, splat_int(at.end(row))) & ~is_less(tokens, splat_int(at.begin(row)));
 }
 
 constexpr float NOTHING = -1e30f;  // a score below any other
@@ -229,36 +229,36 @@ INLINE float scale_scores(const Looking& at, int row) {
     float* scores = at.s.scores[row];
     const bool is_int8 = at.a.kv_format == BRLITE_INT8;
     const Floats scale = splat(at.a.softmax_scale * (is_int8 ? at.s.query_scales[row] : 1.0f));
-    Floats best = splat(NOTHING);
+    Running best(splat(NOTHING));
     for (int page = 0; page < at.num_pages; page++) {
         Floats score = load(scores + page * LANES) * scale;
         if (is_int8) score = score * load(page_scales(at, page));
-        score = sees(at, row, page * LANES) ? score : splat(NOTHING);
-        best = score > best ? score : best;
+        score = choose(sees(at, row, page * LANES), score, splat(NOTHING));
+        best.raise(score);
         store(scores + page * LANES, score);
     }
-    return max_of(best);
+    return max_of(best.value());
 }
 
 // Weights e^(score - peak) in the form that multiplies values, and their sum.
 INLINE void weigh(const Looking& at, int row) {
     AttentionScratch& s = at.s;
     const Floats peak = splat(s.peaks[row]);
-    Floats sum = Floats{};
+    Running sum(Floats{});
     for (int page = 0; page < at.num_pages; page++) {
         float* scores = s.scores[row] + page * LANES;
         const Ints is_seen = sees(at, row, page * LANES);
-        Floats weight = is_seen ? exp_of(load(scores) - peak) : Floats{};
+        Floats weight = choose(is_seen, exp_of(load(scores) - peak), Floats{});
         if (at.a.kv_format == BRLITE_INT8) {
-            sum = sum + weight;
-            store(scores, is_seen ? weight * load(page_scales(at, page) + LANES) : Floats{});
+            sum.add(weight);
+            store(scores, choose(is_seen, weight * load(page_scales(at, page) + LANES), Floats{}));
         } else {
             weight = to_bf16(weight);
-            sum = sum + weight;
+            sum.add(weight);
             store_row(s.weights.bf16[row] + page * LANES, weight);
         }
     }
-    s.weight_sums[row] = sum_of(sum);
+    s.weight_sums[row] = sum_of(sum.value());
     if (at.a.kv_format == BRLITE_INT8)
         s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, s.weights.ints[row]);
 }

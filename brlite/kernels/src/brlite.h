@@ -17,7 +17,7 @@
 #define BRLITE_GROUP 32        // inputs that share one scale in an int8 matrix
 #define BRLITE_CHUNK_PAGES 16  // attention works on 256 tokens at a time
 #define BRLITE_MAX_HEAD_DIM 256
-#define BRLITE_HEAD_ROWS 32    // rows whose logits are held at once
+#define BRLITE_HEAD_ROWS 32  // rows whose logits are held at once
 
 #pragma GCC visibility push(default)
 #ifdef __cplusplus
@@ -27,7 +27,7 @@ extern "C" {
 enum brlite_isa {
     BRLITE_GENERIC,
     BRLITE_AVX2,
-    BRLITE_AVX512,       // f, bw, vl, dq
+    BRLITE_AVX512,  // f, bw, vl, dq
     BRLITE_AVX512_VNNI,
     BRLITE_AVX512_BF16,  // with VNNI
     BRLITE_NUM_ISAS,
@@ -51,27 +51,27 @@ enum brlite_kind {
 // Rows of float buffers start at multiples of 16 elements, and what lies between a row's end and the next is zero.
 typedef struct brlite_operation {
     int32_t kind;
-    int32_t format;       // of the matrix, or of the activations to write
+    int32_t format;  // of the matrix, or of the activations to write
     int32_t num_outputs;
     int32_t num_inputs;
     int32_t row_size;
-    int32_t is_table;     // EMBED: a plain bfloat16 table in place of panels
-    int32_t window;       // ATTEND: tokens to look back, 0 for all
-    float epsilon;        // NORM
+    int32_t is_table;  // EMBED: a plain bfloat16 table in place of panels
+    int32_t window;    // ATTEND: tokens to look back, 0 for all
+    float epsilon;     // NORM
     const void* weight;
     const float* bias;
     const float* input;
     float* output;
-    uint8_t* pages;       // ROPE, ATTEND: the layer's part of the cache
+    uint8_t* pages;  // ROPE, ATTEND: the layer's part of the cache
 } brlite_operation;
 
 // What all layers' attention has in common. `cos` and `sin` are [max_positions][rotary_dim / 2].
 typedef struct brlite_attention {
     int32_t num_heads;
     int32_t num_kv_heads;
-    int32_t head_dim;         // even
+    int32_t head_dim;  // even
     int32_t rotary_dim;
-    int32_t is_interleaved;   // neighbours turn against each other, not halves
+    int32_t is_interleaved;  // neighbours turn against each other, not halves
     int32_t kv_format;
     int32_t pages_per_block;
     int32_t max_positions;
@@ -93,13 +93,13 @@ typedef struct brlite_span {
 // How one token is drawn, or with `target` >= 0 reported; see sample.h. Arrays may be null where their count is 0.
 typedef struct brlite_draw {
     int32_t row;
-    int32_t target;          // a token whose logprob is wanted; -1: draw one
-    float temperature;       // 0: greedy
-    int32_t top_k;           // vocabulary size: off
+    int32_t target;     // a token whose logprob is wanted; -1: draw one
+    float temperature;  // 0: greedy
+    int32_t top_k;      // vocabulary size: off
     double top_p;
     double min_p;
     double uniform;
-    int32_t num_logprobs;    // -1: none wanted; else so many alternatives beside the token's own
+    int32_t num_logprobs;  // -1: none wanted; else so many alternatives beside the token's own
     int32_t num_biases;
     int32_t num_banned;
     int32_t num_counted;
@@ -121,14 +121,14 @@ typedef struct brlite_drawn {
     float* top_logprobs;
 } brlite_drawn;
 
-// A plan. `body` runs for all rows; then, for up to 32 of the drawing rows at a time, `norm` (a NORM that reads `hidden`)
-// and `head` (a LINEAR) give logits [32][row_size], from which the tokens are drawn.
+// A plan. `body` runs for all rows; then, for up to 32 of the drawing rows at a time, `norm` (a NORM that reads
+// `hidden`) and `head` (a LINEAR) give logits [32][row_size], from which the tokens are drawn.
 typedef struct brlite_plan {
     const brlite_operation* body;
     int32_t num_operations;
     int32_t max_rows;
     int32_t vocab_size;
-    int32_t max_blocks;        // of the cache: for checks only
+    int32_t max_blocks;  // of the cache: for checks only
     brlite_attention attention;
     brlite_operation norm;
     brlite_operation head;
@@ -143,16 +143,17 @@ typedef struct brlite_batch {
     const brlite_span* spans;
     const brlite_draw* draws;
     brlite_drawn* drawn;
-    float* logits;             // null, or [num_draws][vocab_size] to be filled
+    float* logits;  // null, or [num_draws][vocab_size] to be filled
 } brlite_batch;
 
 typedef struct brlite_engine brlite_engine;
 
 int32_t brlite_abi_version(void);
 int32_t brlite_kernel_version(void);
-size_t brlite_struct_size(int32_t which);        // operation, attention, span, draw, drawn, plan, batch: for abi.py's check
-int32_t brlite_isa_available(int32_t isa);       // whether this processor, and this build, has it
-int32_t brlite_self_test(int32_t isa);           // 0: the same bits as the generic kernels; else the number of the check that failed
+size_t brlite_struct_size(int32_t which);   // operation, attention, span, draw, drawn, plan, batch: for abi.py's check
+int32_t brlite_isa_available(int32_t isa);  // whether this processor, and this build, has it
+int32_t brlite_self_test(
+    int32_t isa);  // 0: the same bits as the generic kernels; else the number of the check that failed
 
 // Memory in large pages where the system has them, zero. Null if it cannot be had.
 void* brlite_allocate(size_t num_bytes);
@@ -160,8 +161,8 @@ void brlite_release(void* memory, size_t num_bytes);
 
 // Bytes of a packed matrix; inputs and outputs are padded with zeros to whole groups and panels.
 size_t brlite_packed_bytes(int32_t format, int32_t num_outputs, int32_t num_inputs);
-// Pack rows `first` .. `first + num_rows - 1` of a float32 matrix, rounded to bfloat16 first. `first` and, but for the last
-// ones, `num_rows` are multiples of 16.
+// Pack rows `first` .. `first + num_rows - 1` of a float32 matrix, rounded to bfloat16 first. `first` and, but for the
+// last ones, `num_rows` are multiples of 16.
 void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
 // One packed row back as float32 [num_inputs].
 void brlite_unpack_row(int32_t format, const void* panels, int32_t row, int32_t num_inputs, float* out);

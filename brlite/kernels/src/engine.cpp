@@ -69,7 +69,7 @@ BatchError check(const brlite_plan& plan, const brlite_batch& batch) {
 }  // namespace
 
 class Engine {
-   public:
+ public:
     Engine(const brlite_plan& plan, const Kernels& kernels, int num_threads)
         : plan_(plan), body_(plan.body, plan.body + plan.num_operations), kernels_(kernels), pool_(num_threads) {
         plan_.body = body_.data();
@@ -89,7 +89,7 @@ class Engine {
         return NONE;
     }
 
-   private:
+ private:
     void allocate(int num_threads);
     void grow_counters(int num_slices);
     void lay_out(const brlite_batch& batch);
@@ -119,11 +119,13 @@ void Engine::allocate(int num_threads) {
     step_.plan = &plan_;
     step_.num_threads = num_threads;
     step_.activations = {take(max_rows * width * element), (float*)take(max_rows * sizeof(float)), (long)width};
-    step_.queries = {take(num_queries * head_size(a) * element), (float*)take(num_queries * sizeof(float)), head_size(a)};
+    step_.queries = {take(num_queries * head_size(a) * element), (float*)take(num_queries * sizeof(float)),
+                     head_size(a)};
     const int max_chunks = (a.max_positions + CHUNK - 1) / CHUNK;
     const size_t num_partials = (size_t)MAX_SPLIT_ROWS * a.num_heads * max_chunks;
-    step_.partial = {(float*)take(num_partials * head_size(a) * sizeof(float)), (float*)take(num_partials * sizeof(float)),
-                     (float*)take(num_partials * sizeof(float)), max_chunks, false};
+    step_.partial = {(float*)take(num_partials * head_size(a) * sizeof(float)),
+                     (float*)take(num_partials * sizeof(float)), (float*)take(num_partials * sizeof(float)), max_chunks,
+                     false};
     for (int thread = 0; thread < num_threads; thread++)
         scratch_.push_back({(float*)take(width * sizeof(float)), take(kernels_.attention_scratch_bytes),
                             take(kernels_.sample_scratch_bytes), (float*)take(plan_.vocab_size * sizeof(float))});

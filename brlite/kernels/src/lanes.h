@@ -103,13 +103,15 @@ INLINE Ints lane_numbers() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 1
 
 // The sum of the lanes: halves onto halves, always in this order.
 INLINE float sum_of(Floats x) {
-    Floats8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    Floats8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+                __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
     Floats4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
     return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
 INLINE float max_of(Floats x) {
-    Floats8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    Floats8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
+            b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
     a = a > b ? a : b;
     Floats4 c = __builtin_shufflevector(a, a, 0, 1, 2, 3), d = __builtin_shufflevector(a, a, 4, 5, 6, 7);
     c = c > d ? c : d;
@@ -126,7 +128,8 @@ INLINE Ints larger_magnitude(Ints best, Floats x) {
 INLINE float largest_magnitude(Ints best) {
     typedef int32_t Ints8 __attribute__((vector_size(32)));
     typedef int32_t Ints4 __attribute__((vector_size(16)));
-    Ints8 a = __builtin_shufflevector(best, best, 0, 1, 2, 3, 4, 5, 6, 7), b = __builtin_shufflevector(best, best, 8, 9, 10, 11, 12, 13, 14, 15);
+    Ints8 a = __builtin_shufflevector(best, best, 0, 1, 2, 3, 4, 5, 6, 7),
+          b = __builtin_shufflevector(best, best, 8, 9, 10, 11, 12, 13, 14, 15);
     a = a > b ? a : b;
     Ints4 c = __builtin_shufflevector(a, a, 0, 1, 2, 3), d = __builtin_shufflevector(a, a, 4, 5, 6, 7);
     c = c > d ? c : d;

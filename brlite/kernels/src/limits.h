@@ -34,11 +34,11 @@ enum MeasuredKind {
 namespace limits {
 
 constexpr int MAX_THREADS = 1024;
-constexpr double ROUND_SECONDS = 0.05;        // the best round counts: what else runs here only ever slows one down
-constexpr size_t READ_BYTES = 512u << 20;     // of all threads together: far more than caches hold
+constexpr double ROUND_SECONDS = 0.05;     // the best round counts: what else runs here only ever slows one down
+constexpr size_t READ_BYTES = 512u << 20;  // of all threads together: far more than caches hold
 constexpr size_t PIECE_BYTES = 4u << 20;
 constexpr size_t PAGE_BYTES = 2u << 20;
-constexpr long LOOPS = 4000;                  // between two looks at the clock
+constexpr long LOOPS = 4000;  // between two looks at the clock
 
 using Clock = std::chrono::steady_clock;
 
@@ -137,7 +137,7 @@ inline Reader best_reader() {
 
 // A thread's part of the memory to read, in large pages where the system has them, first touched by that thread.
 class ReadBuffer {
-public:
+ public:
     explicit ReadBuffer(size_t size) : size_(size), bytes_((uint8_t*)aligned_alloc(PAGE_BYTES, size)) {
         if (bytes_ == nullptr) return;
 #if defined(__linux__)
@@ -153,7 +153,7 @@ public:
         return bytes_ + at_;
     }
 
-private:
+ private:
     size_t size_, at_ = 0;
     uint8_t* bytes_;
 };
@@ -179,18 +179,18 @@ typedef int32_t Ints4 __attribute__((vector_size(16)));
 #define BRLITE_TWELVE(DO) DO(s0) DO(s1) DO(s2) DO(s3) DO(s4) DO(s5) DO(s6) DO(s7) DO(s8) DO(s9) DO(s10) DO(s11)
 
 // A function that does ADD to each of twelve sums in turn; ADD(sum) is an expression of `sum`, `a` and `b`.
-#define BRLITE_MULTIPLIER(NAME, TARGET, SUM, A, B, ADD)                  \
-    TARGET inline double NAME() {                                        \
-        auto a = A, b = B;                                               \
-        SUM s0{}, s1{}, s2{}, s3{}, s4{}, s5{};                          \
-        SUM s6{}, s7{}, s8{}, s9{}, s10{}, s11{};                        \
-        BRLITE_TWELVE(BRLITE_CHANGED)                                    \
-        for (long loop = 0; loop < LOOPS; loop++) {                      \
-            BRLITE_CHANGED(b)                                            \
-            BRLITE_TWELVE(ADD)                                           \
-        }                                                                \
-        BRLITE_TWELVE(BRLITE_CHANGED)                                    \
-        return (double)LOOPS * 12 * sizeof(SUM) / 4;                     \
+#define BRLITE_MULTIPLIER(NAME, TARGET, SUM, A, B, ADD) \
+    TARGET inline double NAME() {                       \
+        auto a = A, b = B;                              \
+        SUM s0{}, s1{}, s2{}, s3{}, s4{}, s5{};         \
+        SUM s6{}, s7{}, s8{}, s9{}, s10{}, s11{};       \
+        BRLITE_TWELVE(BRLITE_CHANGED)                   \
+        for (long loop = 0; loop < LOOPS; loop++) {     \
+            BRLITE_CHANGED(b)                           \
+            BRLITE_TWELVE(ADD)                          \
+        }                                               \
+        BRLITE_TWELVE(BRLITE_CHANGED)                   \
+        return (double)LOOPS * 12 * sizeof(SUM) / 4;    \
     }
 
 #define BRLITE_ADD(sum) sum = sum + a * b;
@@ -203,13 +203,13 @@ BRLITE_MULTIPLIER(multiply_int16_generic, , Ints4, (Ints4{} + 3), (Ints4{} + 5),
 #define BRLITE_TARGET(NAMES) __attribute__((target(NAMES)))
 
 #define BRLITE_ADD(sum) sum = _mm256_fmadd_ps(a, b, sum);
-BRLITE_MULTIPLIER(
-    multiply_fp32_avx2, BRLITE_TARGET("avx2,fma"), __m256, _mm256_set1_ps(0.5f), _mm256_set1_ps(0.25f), BRLITE_ADD)
+BRLITE_MULTIPLIER(multiply_fp32_avx2, BRLITE_TARGET("avx2,fma"), __m256, _mm256_set1_ps(0.5f), _mm256_set1_ps(0.25f),
+                  BRLITE_ADD)
 #undef BRLITE_ADD
 
 #define BRLITE_ADD(sum) sum = _mm512_fmadd_ps(a, b, sum);
-BRLITE_MULTIPLIER(
-    multiply_fp32_avx512, BRLITE_TARGET("avx512f"), __m512, _mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f), BRLITE_ADD)
+BRLITE_MULTIPLIER(multiply_fp32_avx512, BRLITE_TARGET("avx512f"), __m512, _mm512_set1_ps(0.5f), _mm512_set1_ps(0.25f),
+                  BRLITE_ADD)
 #undef BRLITE_ADD
 
 // The instructions below multiply pairs: two multiply-adds for each sum of 32 bits. Where adding takes a second one,
@@ -217,27 +217,28 @@ BRLITE_MULTIPLIER(
 #define BRLITE_PAIRS(SINGLE, PAIRS) \
     inline double PAIRS() { return 2 * SINGLE(); }
 
-#define BRLITE_ADD(sum) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); BRLITE_CHANGED(sum) BRLITE_CHANGED(b)
-BRLITE_MULTIPLIER(
-    pairs_int16_avx2, BRLITE_TARGET("avx2"), __m256i, _mm256_set1_epi16(3), _mm256_set1_epi16(5), BRLITE_ADD)
+#define BRLITE_ADD(sum)                                   \
+    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); \
+    BRLITE_CHANGED(sum) BRLITE_CHANGED(b)
+BRLITE_MULTIPLIER(pairs_int16_avx2, BRLITE_TARGET("avx2"), __m256i, _mm256_set1_epi16(3), _mm256_set1_epi16(5),
+                  BRLITE_ADD)
 #undef BRLITE_ADD
 
-#define BRLITE_ADD(sum) sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); BRLITE_CHANGED(sum) BRLITE_CHANGED(b)
-BRLITE_MULTIPLIER(
-    pairs_int16_avx512, BRLITE_TARGET("avx512f,avx512bw"), __m512i, _mm512_set1_epi16(3), _mm512_set1_epi16(5),
-    BRLITE_ADD)
+#define BRLITE_ADD(sum)                                   \
+    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); \
+    BRLITE_CHANGED(sum) BRLITE_CHANGED(b)
+BRLITE_MULTIPLIER(pairs_int16_avx512, BRLITE_TARGET("avx512f,avx512bw"), __m512i, _mm512_set1_epi16(3),
+                  _mm512_set1_epi16(5), BRLITE_ADD)
 #undef BRLITE_ADD
 
 #define BRLITE_ADD(sum) sum = _mm512_dpwssd_epi32(sum, a, b);
-BRLITE_MULTIPLIER(
-    pairs_int16_vnni, BRLITE_TARGET("avx512f,avx512bw,avx512vnni"), __m512i, _mm512_set1_epi16(3),
-    _mm512_set1_epi16(5), BRLITE_ADD)
+BRLITE_MULTIPLIER(pairs_int16_vnni, BRLITE_TARGET("avx512f,avx512bw,avx512vnni"), __m512i, _mm512_set1_epi16(3),
+                  _mm512_set1_epi16(5), BRLITE_ADD)
 #undef BRLITE_ADD
 
 #define BRLITE_ADD(sum) sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-BRLITE_MULTIPLIER(
-    pairs_bf16_avx512, BRLITE_TARGET("avx512f,avx512bw,avx512bf16"), __m512, _mm512_set1_epi16(0x3f00),
-    _mm512_set1_epi16(0x3e80), BRLITE_ADD)
+BRLITE_MULTIPLIER(pairs_bf16_avx512, BRLITE_TARGET("avx512f,avx512bw,avx512bf16"), __m512, _mm512_set1_epi16(0x3f00),
+                  _mm512_set1_epi16(0x3e80), BRLITE_ADD)
 #undef BRLITE_ADD
 
 BRLITE_PAIRS(pairs_int16_avx2, multiply_int16_avx2)

@@ -30,13 +30,18 @@ INLINE void fetch(const uint8_t* from, int num_bytes) {
     UNROLLED for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
+// Not fused: processors without FMA get the same bits.
+INLINE void add_scaled(FloatParts& total, FloatParts sum, FloatParts scale) {
+    UNROLLED for (int i = 0; i < 64 / PART_BYTES; i++) total.at[i] += sum.at[i] * scale.at[i];
+}
+
 template <int ROWS, int PANELS>
 static void multiply_int8(const Tile& tile) {
     const int16_t* rows = (const int16_t*)tile.rows;
     const uint8_t* at[PANELS];
-    Floats totals[ROWS][PANELS];
+    FloatParts totals[ROWS][PANELS];
     UNROLLED for (int p = 0; p < PANELS; p++) at[p] = tile.panels + p * tile.panel_bytes;
-    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) totals[r][p] = Floats{};
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) totals[r][p] = FloatParts{};
     for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP) {
         Int8::Sum sums[ROWS][PANELS];
         clear<Int8>(sums);
@@ -45,14 +50,14 @@ static void multiply_int8(const Tile& tile) {
         }
         add_pairs<Int8>(sums, at, Int8::PAIR_BYTES, rows + first, tile.row_size, BRLITE_GROUP / 2);
         UNROLLED for (int p = 0; p < PANELS; p++) {
-            Floats scales = from_halves((const uint16_t*)(at[p] + BRLITE_GROUP * LANES));
-            // Not fused: processors without FMA get the same bits.
-            UNROLLED for (int r = 0; r < ROWS; r++) totals[r][p] = totals[r][p] + Int8::floats(sums[r][p]) * scales;
+            const FloatParts scales =
+                same_bits<FloatParts>(from_halves((const uint16_t*)(at[p] + BRLITE_GROUP * LANES)));
+            UNROLLED for (int r = 0; r < ROWS; r++) add_scaled(totals[r][p], Int8::floats(sums[r][p]), scales);
             at[p] += GROUP_BYTES;
         }
     }
-    UNROLLED for (int r = 0; r < ROWS; r++)
-        UNROLLED for (int p = 0; p < PANELS; p++) store(tile.out + (r * PANELS + p) * LANES, totals[r][p]);
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++)
+        store(tile.out + (r * PANELS + p) * LANES, same_bits<Floats>(totals[r][p]));
 }
 
 template <int ROWS, int PANELS>
@@ -121,8 +126,13 @@ INLINE void multiply_panels(const Product& product, int first_panel, int num_pan
         const int first = product.num_rows * t / num_tiles;
         const int rows = product.num_rows * (t + 1) / num_tiles - first;
         const uint8_t* from = (const uint8_t*)product.input.rows + first * product.input.row_size * element;
-        const Tile tile = {(const uint8_t*)op.weight + first_panel * bytes, bytes, from, product.input.row_size,
-                           padded_inputs(op.num_inputs), sums, ahead};
+        const Tile tile = {(const uint8_t*)op.weight + first_panel * bytes,
+                           bytes,
+                           from,
+                           product.input.row_size,
+                           padded_inputs(op.num_inputs),
+                           sums,
+                           ahead};
         TILE_KERNELS[op.format][rows - 1][num_panels - 1](tile);
         finish_tile(product, sums, first, rows, first_panel, num_panels);
     }

@@ -1,4 +1,5 @@
-// Memory in large pages where the system has them: a matrix is read end to end, and small pages cost a look-up every 4 KB.
+// Memory in large pages where the system has them: a matrix is read end to end, and small pages cost a look-up every 4
+// KB.
 #pragma once
 
 #include <stddef.h>
@@ -8,7 +9,7 @@ namespace brlite {
 
 // Zeroed memory that is given back at the end. Throws std::bad_alloc.
 class Memory {
-   public:
+ public:
     explicit Memory(size_t num_bytes);
     ~Memory();
     Memory(Memory&& other) noexcept : data_(other.data_), num_bytes_(other.num_bytes_) { other.data_ = nullptr; }
@@ -17,7 +18,7 @@ class Memory {
 
     uint8_t* data() { return data_; }
 
-   private:
+ private:
     uint8_t* data_;
     size_t num_bytes_;
 };

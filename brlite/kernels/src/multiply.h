@@ -1,11 +1,12 @@
 // The products that everything is made of: a few rows of activations against panels of sixteen columns.
 //
-//   panel, one pair of inputs (k, k+1):    | n0:k n0:k+1 | n1:k n1:k+1 | … | n15:k n15:k+1 |    int8: 32 bytes, bf16: 64
-//   row of activations:                    … | a[k] a[k+1] | …             broadcast to all sixteen columns
+//   panel, one pair of inputs (k, k+1):    | n0:k n0:k+1 | n1:k n1:k+1 | … | n15:k n15:k+1 |    int8: 32 bytes, bf16:
+//   64 row of activations:                    … | a[k] a[k+1] | …             broadcast to all sixteen columns
 //
 // A pair takes one multiplication per row and panel where the processor multiplies pairs. Weights of a matrix, keys and
 // values of the cache all have this form, so there is one kernel for each number format. bfloat16 products add up one
-// after the other, the odd input first: that is the order in which vdpbf16ps adds, so every instruction set has its bits.
+// after the other, the odd input first: that is the order in which vdpbf16ps adds, so every instruction set has its
+// bits.
 #pragma once
 
 #include "lanes.h"
@@ -39,7 +40,7 @@ struct Int8 {
         return _mm512_add_epi32(sum, _mm512_madd_epi16(weights, row));
 #endif
     }
-    INLINE Floats floats(Sum sum) { return __builtin_convertvector((Ints)sum, Floats); }
+    INLINE FloatParts floats(Sum sum) { return {{__builtin_convertvector((Ints)sum, Floats)}}; }
 };
 
 struct Bf16 {
@@ -48,7 +49,7 @@ struct Bf16 {
     static constexpr int PAIR_BYTES = 64;
     INLINE Sum zero() { return _mm512_setzero_ps(); }
     INLINE Pair load(const uint8_t* at) { return _mm512_loadu_si512(at); }
-    INLINE Floats floats(Sum sum) { return (Floats)sum; }
+    INLINE FloatParts floats(Sum sum) { return {{(Floats)sum}}; }
 #if defined(BRLITE_HAS_BF16)
     typedef uint16_t Row;
     typedef __m512i Broadcast;
@@ -97,19 +98,15 @@ struct Int8 {
     }
     INLINE Broadcast broadcast(const Row* row) {
         Broadcast pair;  // GCC would load all rows' pairs first and then has no registers left for the sums
-        asm volatile("vpbroadcastd %1, %0" : "=x"(pair) : "m"(*(const int32_t(*)[1])row));
+        asm volatile("vpbroadcastd %1, %0" : "=x"(pair) : "m"(*(const int32_t (*)[1])row));
         return pair;
     }
     INLINE Sum add(Sum sum, Pair weights, Broadcast row) {
         return {_mm256_add_epi32(sum.low, _mm256_madd_epi16(weights.low, row)),
                 _mm256_add_epi32(sum.high, _mm256_madd_epi16(weights.high, row))};
     }
-    INLINE Floats floats(Sum sum) {
-        Floats both;
-        __m256 low = _mm256_cvtepi32_ps(sum.low), high = _mm256_cvtepi32_ps(sum.high);
-        memcpy(&both, &low, 32);
-        memcpy((char*)&both + 32, &high, 32);
-        return both;
+    INLINE FloatParts floats(Sum sum) {
+        return {{(FloatPart)_mm256_cvtepi32_ps(sum.low), (FloatPart)_mm256_cvtepi32_ps(sum.high)}};
     }
 };
 
@@ -137,18 +134,13 @@ struct Bf16 {
         sum.high = _mm256_fmadd_ps(_mm256_castsi256_ps(_mm256_slli_epi32(weights.high, 16)), even, sum.high);
         return sum;
     }
-    INLINE Floats floats(Sum sum) {
-        Floats both;
-        memcpy(&both, &sum.low, 32);
-        memcpy((char*)&both + 32, &sum.high, 32);
-        return both;
-    }
+    INLINE FloatParts floats(Sum sum) { return {{(FloatPart)sum.low, (FloatPart)sum.high}}; }
 };
 
-constexpr int MAX_ROWS = 6;  // of a tile; with one panel 12 of the 16 registers
+constexpr int MAX_ROWS = 5;  // of a tile; with one panel 10 of the 16 registers, the totals in memory
 template <class Kind>
 constexpr int panels_at_once(int num_rows) {
-    return num_rows == 1 ? 4 : num_rows <= 3 ? 2 : 1;
+    return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1;
 }
 
 #else
@@ -173,8 +165,10 @@ struct Int8 {
         return pair;
     }
     INLINE Broadcast broadcast(const Row* row) { return {row[0], row[1]}; }
-    INLINE Sum add(Sum sum, Pair weights, Broadcast row) { return sum + weights.even * row.even + weights.odd * row.odd; }
-    INLINE Floats floats(Sum sum) { return __builtin_convertvector(sum, Floats); }
+    INLINE Sum add(Sum sum, Pair weights, Broadcast row) {
+        return sum + weights.even * row.even + weights.odd * row.odd;
+    }
+    INLINE FloatParts floats(Sum sum) { return same_bits<FloatParts>(__builtin_convertvector(sum, Floats)); }
 };
 
 struct Bf16 {
@@ -192,7 +186,7 @@ struct Bf16 {
         sum = sum + from_bits(weights & (int32_t)0xffff0000) * row.odd;
         return sum + from_bits(weights << 16) * row.even;
     }
-    INLINE Floats floats(Sum sum) { return sum; }
+    INLINE FloatParts floats(Sum sum) { return same_bits<FloatParts>(sum); }
 };
 
 constexpr int MAX_ROWS = 4;
@@ -207,8 +201,8 @@ constexpr int panels_at_once(int) {
 
 // sums[row][panel] += `num_pairs` pairs of `rows` with those of `panels`.
 template <class Kind, int ROWS, int PANELS>
-INLINE void add_pairs(typename Kind::Sum (&sums)[ROWS][PANELS], const uint8_t* const (&panels)[PANELS], long pair_stride,
-                      const typename Kind::Row* rows, long row_stride, int num_pairs) {
+INLINE void add_pairs(typename Kind::Sum (&sums)[ROWS][PANELS], const uint8_t* const (&panels)[PANELS],
+                      long pair_stride, const typename Kind::Row* rows, long row_stride, int num_pairs) {
     _Pragma("GCC unroll 4") for (int pair = 0; pair < num_pairs; pair++) {
         typename Kind::Pair weights[PANELS];
         UNROLLED for (int p = 0; p < PANELS; p++) weights[p] = Kind::load(panels[p] + pair * pair_stride);
@@ -227,8 +221,8 @@ INLINE void clear(typename Kind::Sum (&sums)[ROWS][PANELS]) {
 // out[row][panel * 16 ..] = the sums as floats.
 template <class Kind, int ROWS, int PANELS>
 INLINE void store_sums(typename Kind::Sum (&sums)[ROWS][PANELS], float* out, long out_stride) {
-    UNROLLED for (int r = 0; r < ROWS; r++)
-        UNROLLED for (int p = 0; p < PANELS; p++) store(out + r * out_stride + p * LANES, Kind::floats(sums[r][p]));
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++)
+        store(out + r * out_stride + p * LANES, same_bits<Floats>(Kind::floats(sums[r][p])));
 }
 
 }  // namespace BRLITE_ISA

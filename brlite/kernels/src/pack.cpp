@@ -81,7 +81,8 @@ void pack_row_bf16(const float* weights, int num_inputs, Place to) {
 extern "C" {
 
 size_t brlite_packed_bytes(int32_t format, int32_t num_outputs, int32_t num_inputs) {
-    return (size_t)(brlite::rounded(num_outputs, BRLITE_LANES) / BRLITE_LANES) * brlite::panel_bytes(format, num_inputs);
+    return (size_t)(brlite::rounded(num_outputs, BRLITE_LANES) / BRLITE_LANES) *
+           brlite::panel_bytes(format, num_inputs);
 }
 
 void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_rows, int32_t num_inputs, void* panels) {

@@ -17,12 +17,12 @@ inline void pause() {
 
 // Numbers too small for a float's exponent are zero while this lives: vdpbf16ps knows no others, so no kernel may.
 class FlushToZero {
-   public:
+ public:
 #if defined(__x86_64__)
     FlushToZero() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
     ~FlushToZero() { _mm_setcsr(saved_); }
 
-   private:
+ private:
     unsigned saved_;
 #else
     FlushToZero() {}

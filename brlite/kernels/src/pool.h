@@ -14,18 +14,18 @@
 namespace brlite {
 
 class Barrier {
-   public:
+ public:
     void reset(int num_threads) { num_threads_ = num_threads; }
     void wait();
 
-   private:
+ private:
     int num_threads_ = 1;
     alignas(64) std::atomic<int32_t> num_waiting_{0};
     alignas(64) std::atomic<int32_t> generation_{0};
 };
 
 class Pool {
-   public:
+ public:
     explicit Pool(int num_threads);
     ~Pool();
     Pool(const Pool&) = delete;
@@ -36,7 +36,7 @@ class Pool {
     // Call `work(thread)` on every thread, this one as thread 0; return when all are done. Not reentrant.
     void run(const std::function<void(int)>& work);
 
-   private:
+ private:
     void serve(int thread);
     bool wait_for_work(int32_t seen);
 

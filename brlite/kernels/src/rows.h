@@ -8,7 +8,8 @@ namespace BRLITE_ISA {
 
 constexpr float MAX_ACTIVATION = 32767.0f;
 
-// int16 with one scale for the row. A row that is not finite gets a NaN scale, which carries on what the integers cannot.
+// int16 with one scale for the row. A row that is not finite gets a NaN scale, which carries on what the integers
+// cannot.
 INLINE float quantize_row(const float* from, int size, int16_t* to) {
     Ints best = Ints{};
     for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));
@@ -85,9 +86,9 @@ INLINE void embed_row(const Step& step, const brlite_operation& op, int row) {
 INLINE void norm_row(const brlite_operation& op, const float* in, float* out) {
     const int size = padded_inputs(op.num_inputs);
     const float* weight = (const float*)op.weight;
-    Floats squares = Floats{};
-    for (int i = 0; i < size; i += LANES) squares = squares + load(in + i) * load(in + i);
-    const float mean = sum_of(squares) / (float)op.num_inputs;
+    Running squares(Floats{});
+    for (int i = 0; i < size; i += LANES) squares.add(load(in + i) * load(in + i));
+    const float mean = sum_of(squares.value()) / (float)op.num_inputs;
     const Floats scale = splat(1.0f / __builtin_sqrtf(mean + op.epsilon));
     for (int i = 0; i < size; i += LANES) store(out + i, load(in + i) * scale * load(weight + i));
 }
@@ -98,7 +99,7 @@ INLINE void silu_row(const brlite_operation& op, const float* in, float* out) {
     for (int i = 0; i < padded_inputs(size); i += LANES) {
         const Floats gate = load(in + i), up = load(in + size + i);
         const Floats value = gate / (exp_of(-gate) + 1.0f) * up;
-        store(out + i, lane_numbers() < size - i ? value : Floats{});
+        store(out + i, choose(is_less(lane_numbers(), splat_int(size - i)), value, Floats{}));
     }
 }
 

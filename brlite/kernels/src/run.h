@@ -22,10 +22,17 @@ struct Worker {
         const int num_rows = step.batch->num_rows;
         switch (op.kind) {
             case BRLITE_LINEAR:
-            case BRLITE_ADD: linear({op, step.activations, op.output, num_rows}, next(), step.num_threads); break;
-            case BRLITE_ROPE: rope(step, op, next(), num_rows); break;
-            case BRLITE_ATTEND: operate_attend(op); break;
-            default: row_operation(step, op, scratch, next(), num_rows);
+            case BRLITE_ADD:
+                linear({op, step.activations, op.output, num_rows}, next(), step.num_threads);
+                break;
+            case BRLITE_ROPE:
+                rope(step, op, next(), num_rows);
+                break;
+            case BRLITE_ATTEND:
+                operate_attend(op);
+                break;
+            default:
+                row_operation(step, op, scratch, next(), num_rows);
         }
         barrier.wait();
     }

@@ -7,7 +7,7 @@ namespace brlite {
 namespace BRLITE_ISA {
 
 constexpr double MAX_LOGIT = 3.4028234663852886e38;  // the largest float
-constexpr double MAX_PENALTY = 1e30;  // a penalty beyond this, either way, acts as this
+constexpr double MAX_PENALTY = 1e30;                 // a penalty beyond this, either way, acts as this
 
 INLINE double clamped(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 

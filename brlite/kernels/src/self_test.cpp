@@ -100,7 +100,7 @@ std::vector<brlite_draw> ways_to_draw() {
 
 // A batch, every row of which draws, and room for what comes of it.
 class Batch {
-   public:
+ public:
     explicit Batch(const Tokens& tokens) {
         for (int i = 0; i < tokens.num_spans; i++) add_span(tokens.spans[i], block_tables_[i]);
         add_draws();
@@ -108,8 +108,8 @@ class Batch {
 
     void run(brlite_engine* engine, Outcome& outcome) {
         const int32_t num_rows = (int32_t)token_ids_.size(), num_spans = (int32_t)spans_.size();
-        const brlite_batch batch = {num_rows,      num_spans,     num_rows,      0,             token_ids_.data(),
-                                    spans_.data(), draws_.data(), drawn_.data(), logits_.data()};
+        const brlite_batch batch = {num_rows,      num_spans,     num_rows,      0, token_ids_.data(), spans_.data(),
+                                    draws_.data(), drawn_.data(), logits_.data()};
         outcome.is_computed &= brlite_run(engine, &batch) == 0;
         for (const brlite_drawn& drawn : drawn_) {
             outcome.drawn.push_back(drawn.token);
@@ -120,7 +120,7 @@ class Batch {
         outcome.logits.insert(outcome.logits.end(), logits_.begin(), logits_.end());
     }
 
-   private:
+ private:
     void add_span(const SomeTokens& tokens, std::vector<int32_t>& block_table) {
         for (int block = 0; block < Toy::BLOCKS_OF_SEQUENCE; block++)  // none stands beside its sequence's next
             block_table.push_back(block * Toy::NUM_SEQUENCES + tokens.sequence);

@@ -29,12 +29,12 @@ struct Attending {
     int span;
     int first_token;  // of the span
     int num_tokens;
-    int chunk;        // -1: all
+    int chunk;  // -1: all
 };
 
 // A partial result of attention: head_dim sums, the largest score, and the weights' sum.
 struct Partial {
-    float* sums;  // [rows][heads][chunks][head_size]
+    float* sums;   // [rows][heads][chunks][head_size]
     float* peaks;  // [rows][heads][chunks]
     float* weights;
     int max_chunks;
@@ -56,10 +56,10 @@ struct Step {
 
 // A thread's own memory.
 struct Scratch {
-    float* row;                // the widest row
+    float* row;  // the widest row
     uint8_t* attention;
     uint8_t* sample;
-    float* own_logits;         // [vocabulary]: a row as it was before edits
+    float* own_logits;  // [vocabulary]: a row as it was before edits
 };
 
 inline int rounded(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
@@ -75,7 +75,9 @@ inline long panel_bytes(int format, int num_inputs) {
 // A page: keys as a panel of 16 tokens, values as pairs of tokens by columns, and for int8 the scales of both.
 //
 //   keys    [head_size / 2][16 tokens][2]      values  [8 pairs of tokens][head_size][2]      scales  [2][16] floats
-inline long page_part_bytes(int kv_format, int size) { return (long)size * BRLITE_LANES * (kv_format == BRLITE_INT8 ? 1 : 2); }
+inline long page_part_bytes(int kv_format, int size) {
+    return (long)size * BRLITE_LANES * (kv_format == BRLITE_INT8 ? 1 : 2);
+}
 inline long page_bytes(int kv_format, int head_dim) {
     const long part = page_part_bytes(kv_format, rounded(head_dim, BRLITE_LANES));
     return 2 * part + (kv_format == BRLITE_INT8 ? 2 * BRLITE_LANES * (long)sizeof(float) : 0);

@@ -46,8 +46,8 @@ Toy::Toy(int weight_format, int kv_format) : weight_format_(weight_format), kv_f
     const float* cos = vector(MAX_POSITIONS * ROTARY_DIM / 2, 0.0f, 1.0f);
     const float* sin = vector(MAX_POSITIONS * ROTARY_DIM / 2, 0.0f, 1.0f);
     const int is_interleaved = weight_format == BRLITE_BF16;
-    plan_.attention = {HEADS,           KV_HEADS,      HEAD_DIM, ROTARY_DIM, is_interleaved, kv_format,
-                       PAGES_PER_BLOCK, MAX_POSITIONS, 0.2f,     0,          cos,            sin};
+    plan_.attention = {HEADS, KV_HEADS, HEAD_DIM, ROTARY_DIM, is_interleaved, kv_format, PAGES_PER_BLOCK, MAX_POSITIONS,
+                       0.2f,  0,        cos,      sin};
 }
 
 const float* Toy::vector(int size, float base, float spread) {

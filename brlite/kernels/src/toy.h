@@ -9,19 +9,19 @@
 namespace brlite {
 
 class Random {  // xorshift32 (Marsaglia 2003): the same numbers on every machine
-   public:
+ public:
     uint32_t word();
     int below(int limit) { return (int)(word() % (uint32_t)limit); }
     float around_zero(float limit);
     // Mostly small; some zero, some large, some too small for a float's exponent.
     float weight();
 
-   private:
+ private:
     uint32_t state_ = 2463534242u;
 };
 
 class Toy {
-   public:
+ public:
     // No size is a whole number of panels or groups where it need not be one.
     static constexpr int HIDDEN = 24, INNER = 40, VOCABULARY = 150;
     static constexpr int HEADS = 4, KV_HEADS = 2, HEAD_DIM = 24, ROTARY_DIM = 16;
@@ -39,7 +39,7 @@ class Toy {
     // The cache as it was made, full of noise: a token at position 300 needs none before it to be computed.
     void reset() { cache_.assign(noise_.begin(), noise_.end()); }
 
-   private:
+ private:
     // A row is read in whole groups, SILU's second half too.
     struct Rows {
         std::vector<float> data;
