@@ -72,6 +72,8 @@ static void unpack_row(int format, const void* panels, int row, int num_inputs, 
 INLINE void embed_row(const Step& step, const brlite_operation& op, int row) {
     float* out = op.output + (long)row * op.row_size;
     const int token = step.batch->token_ids[row];
+    // The last panel of a matrix adds 0 times its inputs here: a NaN of the step before would stay.
+    for (int i = op.num_outputs; i < op.row_size; i++) out[i] = 0.0f;
     if (!op.is_table) return unpack_row(op.format, op.weight, token, op.num_outputs, out);
     const uint16_t* from = (const uint16_t*)op.weight + (long)token * op.num_outputs;
     for (int i = 0; i < op.num_outputs; i++) {
