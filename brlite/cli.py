@@ -234,7 +234,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: a dozen of our own)"
     )
-    parser.add_argument("--max-tokens", type=int, default=24, metavar="N", help="length of an answer (default 24)")
+    parser.add_argument("--max-tokens", type=int, default=16, metavar="N", help="length of an answer (default 16)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -69,8 +69,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model to serve. Without `path` it is fetched by `name`; `num_blocks = 0` means build_batch full contexts.
 
-    `model_file`, `serialize_file`, `input_name` and `output_name` belong to the manual's engine: they are kept for the
-    engines that use them and reported by `brlite check`.
+    `serialize_file` is where the packed weights are kept. `model_file`, `input_name` and `output_name` belong to the
+    manual's engine: they are kept for the engines that use them and reported by `brlite check`.
     """
 
     name: Text = DEFAULT_MODEL

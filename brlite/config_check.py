@@ -68,11 +68,6 @@ def _weights(spec: ModelSpec) -> Warnings:
         yield f"model_file {spec.model_file} is not read; the weights come from {spec.path}"
 
 
-def _serialize_file(spec: ModelSpec) -> Warnings:
-    if spec.serialize_file:
-        yield f"serialize_file {spec.serialize_file} is neither read nor written by this version"
-
-
 def _manual_limits(spec: ModelSpec) -> Warnings:
     """Limits of the manual's engine that brlite lifts: said where a config may be taken back to that engine."""
     if not (spec.model_file or spec.serialize_file or spec.output_name):
@@ -85,4 +80,4 @@ def _manual_limits(spec: ModelSpec) -> Warnings:
         yield f"build_batch {spec.build_batch}: fine here, but the manual's engine fails above 64"
 
 
-_MODEL_RULES: tuple[Callable[[ModelSpec], Warnings], ...] = (_weights, _serialize_file, _manual_limits)
+_MODEL_RULES: tuple[Callable[[ModelSpec], Warnings], ...] = (_weights, _manual_limits)

@@ -38,7 +38,7 @@ _HOUSE_RULES = (
     "room in which the thing stands, and where you do not know something, say so and point to the desk at the door.\n\n"
 )
 _WINDS = ("north", "east", "south", "west")
-_LOG = " ".join(f"Day {day}: wind from the {_WINDS[day % 4]}, {day * 7 % 12} ships passed." for day in range(1, 33))
+_LOG = " ".join(f"Day {day}: wind from the {_WINDS[day % 4]}, {day * 7 % 12} ships passed." for day in range(1, 19))
 PROMPTS = (
     "The sea is",
     "x",

@@ -120,7 +120,7 @@ def test_keys_are_masked_where_a_config_is_printed():
 
 def test_the_report_holds_config_model_and_warnings(tmp_path, model, capsys):
     path = tmp_path / "some.toml"
-    path.write_text(f'[[model]]\nname = "tiny"\npath = "{model}"\nbuild_seq = 64\nserialize_file = "/b"\n')
+    path.write_text(f'[[model]]\nname = "tiny"\npath = "{model}"\nbuild_seq = 64\nmodel_file = "/b"\n')
 
     status = run(path)
 
@@ -128,7 +128,7 @@ def test_the_report_holds_config_model_and_warnings(tmp_path, model, capsys):
     assert status == 0
     assert "build_seq = 64\n" in printed
     assert f"model tiny\n  from      {model}\n  context   64 tokens of the 128" in printed
-    assert "warning: model[0]: serialize_file /b is neither read nor written" in printed
+    assert "warning: model[0]: model_file /b is not read" in printed
 
 
 def test_a_config_for_several_devices_is_refused_in_this_version(tmp_path):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OnProgress = Callable[[str, float], None]
 
+UNPACKED_NOTE = "serialize_file {path} is not used: torch does not pack weights"
 FALLBACK_NOTE = "the native kernels cannot be used: {reason}; torch computes, which is several times slower"
 
 
@@ -96,6 +97,8 @@ def _load_native(
 def _load_torch(
     checkpoint: Checkpoint, spec: ModelSpec, engine: EngineConfig, on_progress: OnProgress, notes: tuple[str, ...] = ()
 ) -> Backend:
+    if spec.serialize_file:
+        notes = (*notes, UNPACKED_NOTE.format(path=spec.serialize_file))
     on_progress("starting torch", 0.0)
     from brlite.worker.torch_backend import TorchBackend
 
