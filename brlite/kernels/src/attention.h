@@ -18,16 +18,33 @@ struct Angles {
     const float* sin;
 };
 
-// (a, b) -> (a cos - b sin, b cos + a sin), for halves or for neighbours (Su et al. 2021).
-INLINE void rotate(const brlite_attention& a, Angles angles, const float* in, float* out) {
-    const int half = a.rotary_dim / 2, distance = a.is_interleaved ? 1 : half, stride = a.is_interleaved ? 2 : 1;
-    for (int i = 0; i < half; i++) {
-        const float x = in[i * stride], y = in[i * stride + distance];
-        out[i * stride] = x * angles.cos[i] - y * angles.sin[i];
-        out[i * stride + distance] = y * angles.cos[i] + x * angles.sin[i];
+// (a, b) -> (a cos - b sin, b cos + a sin), for neighbours or for halves (Su et al. 2021).
+INLINE void rotate_neighbours(const brlite_attention& a, Angles angles, const float* in, float* out) {
+    for (int i = 0; i < a.rotary_dim / 2; i++) {
+        const float x = in[2 * i], y = in[2 * i + 1];
+        out[2 * i] = x * angles.cos[i] - y * angles.sin[i];
+        out[2 * i + 1] = y * angles.cos[i] + x * angles.sin[i];
     }
-    for (int i = a.rotary_dim; i < a.head_dim; i++) out[i] = in[i];
-    for (int i = a.head_dim; i < head_size(a); i++) out[i] = 0.0f;
+}
+
+INLINE void rotate_halves(const brlite_attention& a, Angles angles, const float* in, float* out) {
+    const int half = a.rotary_dim / 2, whole = half / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES) {
+        const Floats x = load(in + i), y = load(in + half + i), cos = load(angles.cos + i), sin = load(angles.sin + i);
+        store(out + i, x * cos - y * sin);
+        store(out + half + i, y * cos + x * sin);
+    }
+    for (int i = whole; i < half; i++) {
+        const float x = in[i], y = in[half + i];
+        out[i] = x * angles.cos[i] - y * angles.sin[i];
+        out[half + i] = y * angles.cos[i] + x * angles.sin[i];
+    }
+}
+
+INLINE void rotate(const brlite_attention& a, Angles angles, const float* in, float* out) {
+    a.is_interleaved ? rotate_neighbours(a, angles, in, out) : rotate_halves(a, angles, in, out);
+    memcpy(out + a.rotary_dim, in + a.rotary_dim, (a.head_dim - a.rotary_dim) * sizeof *out);
+    memset(out + a.head_dim, 0, (head_size(a) - a.head_dim) * sizeof *out);
 }
 
 // int8 with one scale for the head; NaN there if it is not finite.
@@ -94,8 +111,8 @@ INLINE void rope_head(const Step& step, const brlite_operation& op, int row, int
         write_row(step.queries, a.kv_format, row * a.num_heads + head, turned, size);
     }
     rotate(a, angles, heads + (a.num_heads + kv_head) * a.head_dim, turned);
-    for (int i = 0; i < size; i++)
-        value[i] = i < a.head_dim ? heads[(a.num_heads + a.num_kv_heads + kv_head) * a.head_dim + i] : 0.0f;
+    memcpy(value, heads + (a.num_heads + a.num_kv_heads + kv_head) * a.head_dim, a.head_dim * sizeof *value);
+    memset(value + a.head_dim, 0, (size - a.head_dim) * sizeof *value);
     store_head(step, op, row, kv_head, turned, value);
 }
 

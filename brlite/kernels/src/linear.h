@@ -114,6 +114,13 @@ INLINE void finish_tile(const Product& product, const float* sums, int first_row
     }
 }
 
+// Where a tile will be written, fetched while it is computed: rows lie far apart, and each is another page.
+INLINE void fetch_output(const Product& product, int first_row, int num_rows, int first_panel, int num_panels) {
+    const float* out = product.output + (long)first_row * product.op.row_size + first_panel * LANES;
+    for (int r = 0; r < num_rows; r++, out += product.op.row_size)
+        for (int p = 0; p < num_panels; p++) __builtin_prefetch(out + p * LANES, 1);
+}
+
 INLINE void multiply_panels(const Product& product, int first_panel, int num_panels) {
     const brlite_operation& op = product.op;
     const long element = op.format == BRLITE_INT8 ? sizeof(Int8::Row) : sizeof(Bf16::Row);
@@ -133,6 +140,7 @@ INLINE void multiply_panels(const Product& product, int first_panel, int num_pan
                            padded_inputs(op.num_inputs),
                            sums,
                            ahead};
+        fetch_output(product, first, rows, first_panel, num_panels);
         TILE_KERNELS[op.format][rows - 1][num_panels - 1](tile);
         finish_tile(product, sums, first, rows, first_panel, num_panels);
     }
