@@ -11,10 +11,10 @@ NEWEST_WEIGHT = 0.2  # of the last guess in the estimate: one right guess is tri
 MARGIN = 1.2  # what a guess is to bring for its cost, since estimates that came out too high are the ones acted upon
 MAX_NEW_TOKENS = 512  # taken in at a time, under a millisecond: a long prompt does not hold up the event loop
 
-# What one more row adds to a step, in steps of one row. Measured on native int8 steps on two AVX2 cores: up to four
-# rows a step waits for memory, and a row is nearly free; beyond that it computes.
+# What one more row adds to a step, in steps of one row. Measured on native int8 steps on two cores: up to four rows a
+# step waits for memory, and a row is nearly free; beyond that it computes.
 CHEAP_ROWS = 4
-CHEAP_ROW_COST = 0.065
+CHEAP_ROW_COST = 0.09
 ROW_COST = 0.2
 
 

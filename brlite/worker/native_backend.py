@@ -56,17 +56,16 @@ class NativeBackend:
         self._library = library
         self._vocab_size = config.vocab_size
         self._draws = NativeDraws(config.vocab_size)
-        self._open = ExitStack()
-        self._open.callback(weights.close)
-        self._open.callback(cache.close)
-        plan = NativePlan(library, config, weights, cache, max_rows=max_rows, max_positions=info.max_model_len)
-        self._open.callback(plan.close)
-        engine = library.brlite_create(ctypes.addressof(plan.struct), isa, num_threads)
-        if not engine:
-            self._open.close()
-            raise EngineError(f"the native step could not start {num_threads} threads")
-        self._open.callback(library.brlite_destroy, engine)
-        self._engine: int = engine
+        with ExitStack() as opened:
+            opened.callback(weights.close)
+            opened.callback(cache.close)
+            plan = NativePlan(library, config, weights, cache, max_rows=max_rows, max_positions=info.max_model_len)
+            opened.callback(plan.close)
+            self._engine: int = library.brlite_create(ctypes.addressof(plan.struct), isa, num_threads)
+            if not self._engine:
+                raise EngineError(f"the native step could not start {num_threads} threads")
+            opened.callback(library.brlite_destroy, self._engine)
+            self._open = opened.pop_all()
 
     @classmethod
     def load(

@@ -161,8 +161,8 @@ void brlite_release(void* memory, size_t num_bytes);
 
 // Bytes of a packed matrix; inputs and outputs are padded with zeros to whole groups and panels.
 size_t brlite_packed_bytes(int32_t format, int32_t num_outputs, int32_t num_inputs);
-// Pack rows `first` .. `first + num_rows - 1` of a float32 matrix, rounded to bfloat16 first. `first` and, but for the
-// last ones, `num_rows` are multiples of 16.
+// Pack rows `first` .. `first + num_rows - 1` of a float32 matrix, rounded to bfloat16 first. Several threads may pack
+// different rows.
 void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
 // One packed row back as float32 [num_inputs].
 void brlite_unpack_row(int32_t format, const void* panels, int32_t row, int32_t num_inputs, float* out);
