@@ -28,6 +28,7 @@ from brlite.llm import Assembly, build_engine
 from brlite.outputs import RequestOutput, TokenLogprob
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
+from brlite.worker.cpu import physical_cores
 
 NUM_SIBLINGS = 2  # completions of one seeded request
 NUM_ALTERNATIVES = 5
@@ -158,7 +159,7 @@ def verify(load: Load, config: Config, texts: Sequence[str] | None, max_tokens: 
         replay = _Replay(prompts, max_tokens, config.engine)
         expected = replay.alone(engine, backend)
         runs = [replay.compare(engine, backend, way, expected, say) for way in CROWDS]
-    num_threads = 2 if config.engine.threads == 1 else 1
+    num_threads = 2 if (config.engine.threads or physical_cores()) == 1 else 1
     other = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, threads=num_threads))
     with _loaded(load, other) as (engine, backend):
         way = Way(name=f"threads = {num_threads}")

@@ -56,7 +56,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "config config_check config_text machine checkpoint tokenizer models worker http.keys errors",
         "msgspec",
     ),
-    "verify": ("llm engine tokenizer sampling_params outputs config config_check errors", "msgspec"),
+    "verify": ("llm engine worker.cpu tokenizer sampling_params outputs config config_check errors", "msgspec"),
     "doctor": ("config machine cache checkpoint.fetch kernels worker errors", ""),
 }
 MAY_IMPORT_ANYTHING = ("cli",)

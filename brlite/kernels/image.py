@@ -16,6 +16,7 @@ import ctypes
 import hashlib
 import mmap
 import os
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,7 +73,7 @@ def checksums(
 class MappedImage:
     """The weights of an image: `num_bytes` at `address`, until `close`, and their `checksums`.
 
-    Raises `ImageError` unless the file at `path` is whole and `key`'s.
+    Raises `FileNotFoundError` where there is none, `ImageError` unless the file is whole and `key`'s.
     """
 
     def __init__(
@@ -87,8 +88,10 @@ class MappedImage:
         try:
             with path.open("rb") as file:
                 manifest, start = _read_manifest(file.read(MAX_MANIFEST_BYTES))
-                _check(manifest, key, path.stat().st_size - start)
+                _check(manifest, key, os.fstat(file.fileno()).st_size - start)
                 self._mapping = mmap.mmap(file.fileno(), key.num_bytes, access=mmap.ACCESS_READ, offset=start)
+        except FileNotFoundError:
+            raise
         except OSError as error:
             raise ImageError(f"cannot be read: {error.strerror}", is_ours=False) from error
         self.address = int(np.frombuffer(self._mapping, np.uint8).ctypes.data)
@@ -104,10 +107,12 @@ class MappedImage:
 
 def write_image(path: Path, key: ImageKey, memory: NativeMemory, sums: list[int]) -> None:
     """Write `memory` to a temporary file beside `path` and give it that name. Raises `OSError`."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = Path(name)
     try:
-        with temporary.open("xb") as file:
+        with open(handle, "wb") as file:
+            os.fchmod(handle, 0o644)
             file.write(_header(Manifest(key, sums)))
             file.write(memory.bytes().data)
             file.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -58,7 +59,7 @@ def load_library(
 def find_library(cache: Path | None = None, *, installed: Path = HERE) -> NativeLibrary | None:
     """The same, but None where one would have to be compiled."""
     for path in (*sorted(installed.glob(INSTALLED)), _kept(cache)):
-        if path.exists():
+        if os.path.exists(path):  # False, too, where the folder may not be read
             try:
                 return _checked(path)
             except OSError as error:

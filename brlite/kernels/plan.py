@@ -152,7 +152,7 @@ class NativePlan:
 class _Buffer:
     """Rows of floats, each padded with zeros to whole groups.
 
-    One vector more lies behind the last row: SILU reads so far where the intermediate size is no multiple of 16.
+    One vector more lies behind the last row: SILU reads so far where the intermediate size is no multiple of 32.
     """
 
     def __init__(self, library: ctypes.CDLL, num_rows: int, size: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,10 +22,12 @@ from brlite.worker.fit import Fit
 if TYPE_CHECKING:
     from brlite.kernels.library import NativeLibrary
 
+logger = logging.getLogger(__name__)
+
 OnProgress = Callable[[str, float], None]
 
 UNPACKED_NOTE = "serialize_file {path} is not used: torch does not pack weights"
-FALLBACK_NOTE = "the native kernels cannot be used: {reason}; torch computes, which is several times slower"
+FALLBACK_NOTE = "torch computes, which is several times slower than native kernels: {reason}"
 
 
 def load_backend(
@@ -40,14 +44,13 @@ def load_backend(
         try:
             library = _load_library(on_progress)
         except NativeUnavailable as error:
-            obstacle = FALLBACK_NOTE.format(reason=error)
+            obstacle = str(error)
         else:
             return _load_native(library, checkpoint, fit, spec, engine, on_progress)
     if engine.backend == "native":
         raise ConfigError(f'engine.backend is "native", but {obstacle}')
-    return _load_torch(
-        checkpoint, spec, engine, on_progress, notes=(obstacle,) if computes_on_cpu(engine.device) else ()
-    )
+    notes = (FALLBACK_NOTE.format(reason=obstacle),) if computes_on_cpu(engine.device) else ()
+    return _load_torch(checkpoint, spec, engine, on_progress, notes)
 
 
 def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) -> str | None:
@@ -55,11 +58,11 @@ def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) ->
     if not computes_on_cpu(engine.device):
         return f"native kernels compute on CPUs only, and engine.device is {engine.device!r}"
     if engine.dtype == "float32":
-        return 'native kernels compute in bfloat16, and engine.dtype is "float32": torch computes'
+        return 'native kernels compute in bfloat16, and engine.dtype is "float32"'
     if spec.tensor_parallel != 1:
         return f"native kernels compute on 1 device, and tensor_parallel is {spec.tensor_parallel}"
     if config.head_dim > MAX_HEAD_DIM or config.head_dim % 2:
-        return f"native kernels want an even head_dim of at most {MAX_HEAD_DIM}, not {config.head_dim}: torch computes"
+        return f"native kernels want an even head_dim of at most {MAX_HEAD_DIM}, not {config.head_dim}"
     return None
 
 
@@ -80,7 +83,7 @@ def _load_native(
 ) -> Backend:
     from brlite.worker.native_backend import NativeBackend
 
-    backend = NativeBackend.load(
+    return NativeBackend.load(
         library,
         checkpoint,
         fit,
@@ -88,10 +91,18 @@ def _load_native(
         engine,
         _image_path(spec),
         lambda fraction: on_progress("reading the weights", fraction),
+        opened=_quiet_torch(),
     )
-    if "torch" in sys.modules:  # whoever imported it: its threads would take the cores from ours
-        sys.modules["torch"].set_num_threads(1)
-    return backend
+
+
+def _quiet_torch() -> ExitStack:
+    """Keep torch, whoever imported it, to 1 thread until this is closed: its threads take the cores from the step's."""
+    torch, stack = sys.modules.get("torch"), ExitStack()
+    if torch is not None and "brlite.worker.torch_backend" not in sys.modules and torch.get_num_threads() > 1:
+        logger.info("torch computes on 1 thread, not %d, while native kernels are in use", torch.get_num_threads())
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+    return stack
 
 
 def _load_torch(

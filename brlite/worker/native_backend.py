@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -26,6 +27,7 @@ from brlite.kernels.library import NativeLibrary
 from brlite.kernels.plan import NativePlan, PagedCache
 from brlite.kernels.weights import PackedWeights
 from brlite.models.config import ModelConfig
+from brlite.models.rope_tables import inverse_frequencies
 from brlite.outputs import TokenLogprob
 from brlite.worker.cpu import describe_cpu, physical_cores
 from brlite.worker.fit import Fit
@@ -51,19 +53,20 @@ class NativeBackend:
         *,
         max_rows: int,
         num_threads: int,
+        opened: ExitStack | None = None,
     ) -> None:
         self.info = info
         self._library = library
         self._vocab_size = config.vocab_size
         self._draws = NativeDraws(config.vocab_size)
-        with ExitStack() as opened:
+        with opened or ExitStack() as opened:
             opened.callback(weights.close)
             opened.callback(cache.close)
             plan = NativePlan(library, config, weights, cache, max_rows=max_rows, max_positions=info.max_model_len)
             opened.callback(plan.close)
-            self._engine: int = library.brlite_create(ctypes.addressof(plan.struct), isa, num_threads)
+            self._engine: int = library.brlite_create(ctypes.addressof(plan.struct), isa, num_threads) or 0
             if not self._engine:
-                raise EngineError(f"the native step could not start {num_threads} threads")
+                raise EngineError(f"the native step could not have {num_threads} threads and their memory")
             opened.callback(library.brlite_destroy, self._engine)
             self._open = opened.pop_all()
 
@@ -77,8 +80,12 @@ class NativeBackend:
         engine: EngineConfig,
         image: Path | None,
         on_progress: Callable[[float], None],
+        opened: ExitStack | None = None,
     ) -> NativeBackend:
-        """Read the weights, from their `image` if there is one, and make room for the cache."""
+        """Read the weights, from their `image` if there is one, and make room for the cache.
+
+        What is `opened` is the backend's from then on, to be closed last.
+        """
         num_threads = engine.threads or physical_cores()
         library, block_size = native.functions, math.ceil(engine.block_size / LANES) * LANES
         loaded = load_weights(library, checkpoint, fit, spec, image, num_threads, on_progress)
@@ -108,7 +115,7 @@ class NativeBackend:
             sliding_window=fit.config.common_window,
             max_draft_tokens=MAX_DRAFT_TOKENS,
             is_batch_invariant=True,
-            fingerprint=_fingerprint(loaded.content_hash, spec.precision, library.brlite_kernel_version()),
+            fingerprint=_fingerprint(loaded.content_hash, fit.config, spec, library.brlite_kernel_version()),
             notes=tuple(notes),
         )
         return cls(
@@ -120,6 +127,7 @@ class NativeBackend:
             info,
             max_rows=max(engine.max_num_batched_tokens, spec.build_batch),
             num_threads=num_threads,
+            opened=opened,
         )
 
     def execute(self, batch: Batch) -> StepResult:
@@ -151,6 +159,7 @@ class NativeBackend:
 
     def close(self) -> None:
         """Give back threads and memory. May be called twice."""
+        self._engine = 0
         self._open.close()
 
     def _run(self, rows: _Rows, num_draws: int, draws: int, drawn: int, logits: int | None = None) -> None:
@@ -164,6 +173,8 @@ class NativeBackend:
             drawn=drawn,
             logits=logits,
         )
+        if not self._engine:
+            raise EngineError("the backend is closed")
         error = self._library.brlite_run(self._engine, ctypes.addressof(batch))
         if error:
             raise EngineError(f"the native step refused its batch: error {error}")
@@ -215,7 +226,12 @@ def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | None], reported: I
     return SeqResult(seq.seq_id, tokens, logprobs)
 
 
-def _fingerprint(content_hash: str, precision: str, kernel_version: int) -> str:
-    """Equal ones give equal bits, on any machine: the kernels of all instruction sets agree."""
-    text = f"{content_hash} {precision} {kernel_version}"
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+def _fingerprint(content_hash: str, config: ModelConfig, spec: ModelSpec, kernel_version: int) -> str:
+    """Equal ones give equal bits, on any machine: the kernels of all instruction sets agree.
+
+    Beside the weights it takes in what else the mathematics depend on; dynamic rope scaling depends on the context too.
+    """
+    digest = hashlib.blake2b(f"{content_hash} {spec.precision} {kernel_version}".encode(), digest_size=8)
+    digest.update(msgspec.json.encode(config))
+    digest.update(inverse_frequencies(config.rope, spec.build_seq).tobytes())
+    return digest.hexdigest()

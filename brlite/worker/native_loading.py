@@ -44,9 +44,11 @@ def load_weights(
     layout = packed_layout(library, fit.config, is_int8=spec.precision != "bf16")
     key = ImageKey(LAYOUT_VERSION, spec.precision.removesuffix("_kv_int8"), checkpoint.identity, layout.num_bytes)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="brlite-load") as pool:
-        if image is not None and image.exists():
+        if image is not None:
             try:
                 mapped = MappedImage(image, key, library, pool, on_progress)
+            except FileNotFoundError:
+                logger.debug("%s: there is no image yet", image)
             except ImageError as error:
                 logger.warning("%s is not used: %s%s", image, error, "; it is made anew" if error.is_ours else "")
                 image = image if error.is_ours else None

@@ -1,4 +1,4 @@
-"""Packed weights and their image: what is packed is what int8 and bfloat16 make of it, and a file is used only if whole."""
+"""Packed weights and their image: what is packed is what int8 makes of it, and a file is used only if it is whole."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_an_image_of_other_weights_is_not_used(image: Path, library: ctypes.CDLL
         ImageKey(1, "bf16", "other", KEY.num_bytes),
         ImageKey(1, "bf16", "abc", KEY.num_bytes + 1),
     ):
-        with pytest.raises(ImageError, match="its .* is .*, not "):
+        with pytest.raises(ImageError, match=r"its .* is .*, not "):
             open_image(image, library, pool, key)
 
 
@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_written_is_no_obstacle(
 
     load(folder, library, "bf16", tmp_path / "file" / "packed.brlite").weights.close()
 
-    assert "cannot be kept" in caplog.text
+    assert "is not used: cannot be read: Not a directory" in caplog.text
 
 
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(16, 32), (17, 33), (5, 576), (48, 70)])
@@ -165,6 +165,18 @@ def test_packed_int8_is_what_the_torch_pass_makes_of_a_matrix(
     expected = dequantize_weight(quantize_weight(torch.from_numpy(weight).bfloat16())).numpy()
 
     assert np.array_equal(pack_and_unpack(library, abi.INT8, weight), expected)
+
+
+@pytest.mark.parametrize("lost", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_makes_its_group_not_finite(library: ctypes.CDLL, lost: float) -> None:
+    weight = np.ones((2, 64), np.float32)
+    weight[1, 3] = lost
+
+    found = pack_and_unpack(library, abi.INT8, weight)
+
+    assert not np.isfinite(found[1, :32]).any()
+    assert np.allclose(found[1, 32:], 1, rtol=0.01)
+    assert np.allclose(found[0], 1, rtol=0.01)
 
 
 def test_packed_bfloat16_is_the_nearest_number(library: ctypes.CDLL) -> None:

@@ -193,6 +193,14 @@ def test_two_backends_side_by_side_do_not_disturb_each_other(native_library: Nat
     assert [found_by_one, found_by_two] == expected
 
 
+def test_a_closed_backend_refuses_steps(native_library: NativeLibrary) -> None:
+    backend = load_native(native_library, "llama")
+    backend.close()
+
+    with pytest.raises(EngineError, match="closed"):
+        backend.execute(Batch([ScheduledSeq(1, 0, [5], [0])]))
+
+
 def test_closing_twice_is_closing_once(native_library: NativeLibrary) -> None:
     backend = load_native(native_library, "llama")
 

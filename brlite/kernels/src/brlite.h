@@ -152,8 +152,8 @@ int32_t brlite_abi_version(void);
 int32_t brlite_kernel_version(void);
 size_t brlite_struct_size(int32_t which);   // operation, attention, span, draw, drawn, plan, batch: for abi.py's check
 int32_t brlite_isa_available(int32_t isa);  // whether this processor, and this build, has it
-int32_t brlite_self_test(
-    int32_t isa);  // 0: the same bits as the generic kernels; else the number of the check that failed
+// 0: the same bits as the generic kernels; else the number of the check that failed.
+int32_t brlite_self_test(int32_t isa);
 
 // Memory in large pages where the system has them, zero. Null if it cannot be had.
 void* brlite_allocate(size_t num_bytes);

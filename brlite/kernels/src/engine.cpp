@@ -27,7 +27,7 @@ int widest(const brlite_plan& plan) {
     return width;
 }
 
-enum BatchError { NONE, TOO_MANY_ROWS, WRONG_SPAN, WRONG_POSITION, WRONG_BLOCK, WRONG_TOKEN, WRONG_DRAW };
+enum BatchError { NONE, TOO_MANY_ROWS, WRONG_SPAN, WRONG_POSITION, WRONG_BLOCK, WRONG_TOKEN, WRONG_DRAW, NO_MEMORY };
 
 BatchError check_span(const brlite_plan& plan, const brlite_span& span, int first_row) {
     const brlite_attention& a = plan.attention;
@@ -135,8 +135,9 @@ void Engine::allocate(int num_threads) {
 }
 
 void Engine::grow_counters(int num_slices) {
-    num_counters_ = 2 * body_.size() + 3 * num_slices;
-    counters_.reset(new Counter[num_counters_]);
+    const size_t num_counters = 2 * body_.size() + 3 * num_slices;
+    counters_.reset(new Counter[num_counters]);
+    num_counters_ = num_counters;
 }
 
 void Engine::lay_out(const brlite_batch& batch) {
@@ -162,8 +163,8 @@ void Engine::share_out(const brlite_batch& batch) {
     for (int i = 0; i < batch.num_spans; i++) {
         const int num_rows = batch.spans[i].num_rows, num_tiles = (num_rows + max_tokens - 1) / max_tokens;
         for (int t = num_tiles - 1; t >= 0; t--) {  // the last, which see most, first
-            const int first = num_rows * t / num_tiles;
-            attending_.push_back({i, first, num_rows * (t + 1) / num_tiles - first, -1});
+            const int first = (int)((long)num_rows * t / num_tiles);
+            attending_.push_back({i, first, (int)((long)num_rows * (t + 1) / num_tiles) - first, -1});
         }
         longest = std::max(longest, last_chunk(batch.spans[i]));
     }
@@ -202,6 +203,12 @@ brlite_engine* brlite_create(const brlite_plan* plan, int32_t isa, int32_t num_t
 
 void brlite_destroy(brlite_engine* engine) { delete engine; }
 
-int32_t brlite_run(brlite_engine* engine, const brlite_batch* batch) { return engine->run(*batch); }
+int32_t brlite_run(brlite_engine* engine, const brlite_batch* batch) {
+    try {
+        return engine->run(*batch);
+    } catch (const std::bad_alloc&) {
+        return brlite::NO_MEMORY;
+    }
+}
 
 }  // extern "C"

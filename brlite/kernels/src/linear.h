@@ -130,8 +130,8 @@ INLINE void multiply_panels(const Product& product, int first_panel, int num_pan
     // The first tile reads weights from memory. With more tiles to come it fetches the next panels meanwhile.
     long ahead = num_tiles == 1 ? FETCH_DISTANCE : num_panels * bytes;
     for (int t = 0; t < num_tiles; t++, ahead = 0) {  // tiles as even as they can be: 8 rows are 4 + 4, not 6 + 2
-        const int first = product.num_rows * t / num_tiles;
-        const int rows = product.num_rows * (t + 1) / num_tiles - first;
+        const int first = (int)((long)product.num_rows * t / num_tiles);
+        const int rows = (int)((long)product.num_rows * (t + 1) / num_tiles) - first;
         const uint8_t* from = (const uint8_t*)product.input.rows + first * product.input.row_size * element;
         const Tile tile = {(const uint8_t*)op.weight + first_panel * bytes,
                            bytes,
@@ -150,7 +150,7 @@ INLINE void multiply_panels(const Product& product, int first_panel, int num_pan
 static void linear(const Product& product, Counter& next, int num_threads) {
     const int num_panels = rounded_up(product.op.num_outputs, LANES) / LANES;
     const int tiles = (product.num_rows + MAX_ROWS - 1) / MAX_ROWS;
-    const int at_once = panels_at_once<Int8>((product.num_rows + tiles - 1) / tiles);
+    const int at_once = panels_at_once((product.num_rows + tiles - 1) / tiles);
     const int block = larger(at_once, rounded_up(num_panels / (num_threads * 8), at_once));
     for (int first = next.take(block); first < num_panels; first = next.take(block)) {
         const int end = smaller(first + block, num_panels);

@@ -34,8 +34,7 @@ extern "C" {
 void* brlite_allocate(size_t num_bytes) {
     const size_t size = brlite::rounded_size(num_bytes);
     const size_t slack = size >= brlite::LARGE_PAGE ? brlite::LARGE_PAGE : 0;  // to begin at a large page's border
-    void* memory =
-        mmap(nullptr, size + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* memory = mmap(nullptr, size + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return nullptr;
     if (!slack) return memory;
     uint8_t* first = (uint8_t*)(((uintptr_t)memory + slack - 1) / slack * slack);

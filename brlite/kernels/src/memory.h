@@ -1,5 +1,4 @@
-// Memory in large pages where the system has them: a matrix is read end to end, and small pages cost a look-up every 4
-// KB.
+// Memory in large pages where the system has them: a matrix is read end to end, and a look-up every 4 KB takes time.
 #pragma once
 
 #include <stddef.h>

@@ -1,8 +1,9 @@
 // The products that everything is made of: a few rows of activations against panels of sixteen columns.
 //
-//   panel, one pair of inputs (k, k+1):    | n0:k n0:k+1 | n1:k n1:k+1 | … | n15:k n15:k+1 |    int8: 32 bytes, bf16:
-//   64 row of activations:                    … | a[k] a[k+1] | …             broadcast to all sixteen columns
+//   panel, one pair of inputs (k, k+1):    | n0:k n0:k+1 | n1:k n1:k+1 | … | n15:k n15:k+1 |
+//   row of activations:                    … | a[k] a[k+1] | …             broadcast to all sixteen columns
 //
+// A pair of a panel takes 32 bytes in int8, 64 in bfloat16.
 // A pair takes one multiplication per row and panel where the processor multiplies pairs. Weights of a matrix, keys and
 // values of the cache all have this form, so there is one kernel for each number format. bfloat16 products add up one
 // after the other, the odd input first: that is the order in which vdpbf16ps adds, so every instruction set has its
@@ -76,10 +77,7 @@ struct Bf16 {
 };
 
 constexpr int MAX_ROWS = 6;  // of a tile; with two panels and int8's second set of sums 24 of the 32 registers
-template <class Kind>
-constexpr int panels_at_once(int num_rows) {
-    return num_rows <= 3 ? 4 : 2;
-}
+constexpr int panels_at_once(int num_rows) { return num_rows <= 3 ? 4 : 2; }
 
 #elif defined(BRLITE_HAS_AVX2)
 
@@ -138,10 +136,7 @@ struct Bf16 {
 };
 
 constexpr int MAX_ROWS = 5;  // of a tile; with one panel 10 of the 16 registers, the totals in memory
-template <class Kind>
-constexpr int panels_at_once(int num_rows) {
-    return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1;
-}
+constexpr int panels_at_once(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
 #else
 
@@ -190,10 +185,7 @@ struct Bf16 {
 };
 
 constexpr int MAX_ROWS = 4;
-template <class Kind>
-constexpr int panels_at_once(int) {
-    return 1;
-}
+constexpr int panels_at_once(int) { return 1; }
 
 #endif
 

@@ -19,12 +19,13 @@ uint32_t bits_of(float x) {
     return bits;
 }
 
-float from_half(uint16_t half) {
-    const uint32_t bits = (uint32_t)half << 16;
+float from_bits(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
 }
+
+float from_half(uint16_t half) { return from_bits((uint32_t)half << 16); }
 
 // As lanes.h's to_bf16: ties to even, numbers below a float32's exponent are 0, NaN stays.
 uint16_t to_half(float x) {
@@ -48,16 +49,17 @@ Place place_of(int format, int row, int num_inputs, void* panels) {
 
 void pack_group(const float* weights, int size, uint8_t* group, int column) {
     float rounded_weights[BRLITE_GROUP] = {};
-    float peak = 0;
+    uint32_t peak_bits = 0;  // magnitudes compared as integers: a NaN is larger than everything and is not lost
     for (int i = 0; i < size; i++) {
         rounded_weights[i] = from_half(to_half(weights[i]));
-        peak = std::max(peak, fabsf(rounded_weights[i]));
+        peak_bits = std::max(peak_bits, bits_of(rounded_weights[i]) & 0x7fffffff);
     }
-    const uint16_t half = half_above(peak / 127.0f);
+    const bool is_finite = peak_bits < 0x7f800000;
+    const uint16_t half = is_finite ? half_above(from_bits(peak_bits) / 127.0f) : (uint16_t)(peak_bits >> 16);
     const float scale = from_half(half);
     memcpy(group + BRLITE_GROUP * BRLITE_LANES + 2 * column, &half, sizeof half);
     for (int i = 0; i < BRLITE_GROUP; i++) {
-        const float value = scale > 0 ? nearbyintf(rounded_weights[i] / scale) : 0.0f;
+        const float value = is_finite && scale > 0 ? nearbyintf(rounded_weights[i] / scale) : 0.0f;
         group[i / 2 * 2 * BRLITE_LANES + 2 * column + i % 2] = (uint8_t)(int8_t)value;
     }
 }

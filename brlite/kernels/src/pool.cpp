@@ -37,10 +37,17 @@ void Barrier::wait() {
 
 Pool::Pool(int num_threads) : num_threads_(num_threads) {
     barrier_.reset(num_threads);
-    for (int thread = 1; thread < num_threads; thread++) threads_.emplace_back([this, thread] { serve(thread); });
+    try {
+        for (int thread = 1; thread < num_threads; thread++) threads_.emplace_back([this, thread] { serve(thread); });
+    } catch (...) {  // the system has no more: those that run must end before they are forgotten
+        stop();
+        throw;
+    }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { stop(); }
+
+void Pool::stop() {
     {
         std::lock_guard<std::mutex> lock(mutex_);
         job_.store(-1, std::memory_order_release);

@@ -38,6 +38,7 @@ class Pool {
 
  private:
     void serve(int thread);
+    void stop();
     bool wait_for_work(int32_t seen);
 
     const int num_threads_;

@@ -83,7 +83,7 @@ inline long page_bytes(int kv_format, int head_dim) {
     return 2 * part + (kv_format == BRLITE_INT8 ? 2 * BRLITE_LANES * (long)sizeof(float) : 0);
 }
 
-// The page that holds `position` of a sequence, for one key/value head.
+// A page of a sequence, counted from its beginning, for one key/value head.
 inline uint8_t* page_of(const brlite_attention& a, const brlite_span& span, uint8_t* layer, int page, int kv_head) {
     const long block = span.block_table[page / a.pages_per_block];
     const long number = block * a.pages_per_block + page % a.pages_per_block;

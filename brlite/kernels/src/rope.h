@@ -1,0 +1,119 @@
+// ROPE: queries and keys are turned by their positions; keys and values go to the paged cache.
+#pragma once
+
+#include "rows.h"
+
+namespace brlite {
+namespace BRLITE_ISA {
+
+struct Angles {
+    const float* cos;
+    const float* sin;
+};
+
+// (a, b) -> (a cos - b sin, b cos + a sin), for neighbours or for halves (Su et al. 2021).
+INLINE void rotate_neighbours(const brlite_attention& a, Angles angles, const float* in, float* out) {
+    for (int i = 0; i < a.rotary_dim / 2; i++) {
+        const float x = in[2 * i], y = in[2 * i + 1];
+        out[2 * i] = x * angles.cos[i] - y * angles.sin[i];
+        out[2 * i + 1] = y * angles.cos[i] + x * angles.sin[i];
+    }
+}
+
+INLINE void rotate_halves(const brlite_attention& a, Angles angles, const float* in, float* out) {
+    const int half = a.rotary_dim / 2, whole = half / LANES * LANES;
+    for (int i = 0; i < whole; i += LANES) {
+        const Floats x = load(in + i), y = load(in + half + i), cos = load(angles.cos + i), sin = load(angles.sin + i);
+        store(out + i, x * cos - y * sin);
+        store(out + half + i, y * cos + x * sin);
+    }
+    for (int i = whole; i < half; i++) {
+        const float x = in[i], y = in[half + i];
+        out[i] = x * angles.cos[i] - y * angles.sin[i];
+        out[half + i] = y * angles.cos[i] + x * angles.sin[i];
+    }
+}
+
+INLINE void rotate(const brlite_attention& a, Angles angles, const float* in, float* out) {
+    a.is_interleaved ? rotate_neighbours(a, angles, in, out) : rotate_halves(a, angles, in, out);
+    memcpy(out + a.rotary_dim, in + a.rotary_dim, (a.head_dim - a.rotary_dim) * sizeof *out);
+    memset(out + a.head_dim, 0, (head_size(a) - a.head_dim) * sizeof *out);
+}
+
+// int8 with one scale for the head; NaN there if it is not finite.
+INLINE float quantize_head(const float* from, int size, int8_t* to) {
+    Ints best = Ints{};
+    for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));
+    const float peak = largest_magnitude(best), scale = peak / 127.0f;
+    const bool is_usable = is_finite(peak) && scale > 0;
+    typedef int8_t Bytes __attribute__((vector_size(16), aligned(1)));
+    for (int i = 0; i < size; i += LANES)
+        *(Bytes*)(to + i) = is_usable ? __builtin_convertvector(rounded(load(from + i) / scale), Bytes) : Bytes{};
+    return is_finite(peak) ? scale : __builtin_nanf("");
+}
+
+INLINE void store_int8(uint8_t* page, int slot, int size, const float* key, const float* value) {
+    int8_t head[BRLITE_MAX_HEAD_DIM];
+    float* scales = (float*)(page + 2 * page_part_bytes(BRLITE_INT8, size));
+    scales[slot] = quantize_head(key, size, head);
+    for (int i = 0; i < size; i += 2) memcpy(page + i * LANES + 2 * slot, head + i, 2);
+    scales[LANES + slot] = quantize_head(value, size, head);
+    uint8_t* values = page + page_part_bytes(BRLITE_INT8, size) + slot / 2 * 2 * size + slot % 2;
+    for (int i = 0; i < size; i++) values[2 * i] = (uint8_t)head[i];
+}
+
+INLINE void store_bf16(uint8_t* page, int slot, int size, const float* key, const float* value) {
+    uint16_t head[BRLITE_MAX_HEAD_DIM];
+    for (int i = 0; i < size; i += LANES) store_halves(head + i, to_bf16(load(key + i)));
+    for (int i = 0; i < size; i += 2) memcpy(page + 2 * (i * LANES + 2 * slot), head + i, 4);
+    uint16_t* values = (uint16_t*)(page + page_part_bytes(BRLITE_BF16, size)) + slot / 2 * 2 * size + slot % 2;
+    for (int i = 0; i < size; i += LANES) store_halves(head + i, to_bf16(load(value + i)));
+    for (int i = 0; i < size; i++) values[2 * i] = head[i];
+}
+
+// A page may come from another sequence. What it left behind is multiplied by zero, which does not do away with a NaN:
+// the first token of a page clears the values that no token of this step writes.
+INLINE void clear_values(uint8_t* page, int size, int first_slot) {
+    uint16_t* values = (uint16_t*)(page + page_part_bytes(BRLITE_BF16, size));
+    for (int slot = first_slot; slot < LANES; slot++)
+        for (int i = 0; i < size; i++) values[slot / 2 * 2 * size + 2 * i + slot % 2] = 0;
+}
+
+INLINE void store_head(const Step& step, const brlite_operation& op, int row, int kv_head, const float* key,
+                       const float* value) {
+    const brlite_attention& a = step.plan->attention;
+    const brlite_span& span = step.batch->spans[step.row_spans[row]];
+    const int position = step.positions[row], slot = position % LANES, size = head_size(a);
+    uint8_t* page = page_of(a, span, op.pages, position / LANES, kv_head);
+    if (a.kv_format == BRLITE_INT8) return store_int8(page, slot, size, key, value);
+    if (slot == 0) clear_values(page, size, smaller(LANES, span.start + span.num_rows - position));
+    store_bf16(page, slot, size, key, value);
+}
+
+// Turn and store one key/value head of one row with its queries.
+INLINE void rope_head(const Step& step, const brlite_operation& op, int row, int kv_head) {
+    const brlite_attention& a = step.plan->attention;
+    const int group = a.num_heads / a.num_kv_heads, size = head_size(a);
+    const long first_angle = (long)step.positions[row] * (a.rotary_dim / 2);
+    const Angles angles = {a.cos + first_angle, a.sin + first_angle};
+    const float* heads = op.input + (long)row * op.row_size;
+    float turned[BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));
+    float value[BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));
+    for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
+        rotate(a, angles, heads + head * a.head_dim, turned);
+        write_row(step.queries, a.kv_format, row * a.num_heads + head, turned, size);
+    }
+    rotate(a, angles, heads + (a.num_heads + kv_head) * a.head_dim, turned);
+    memcpy(value, heads + (a.num_heads + a.num_kv_heads + kv_head) * a.head_dim, a.head_dim * sizeof *value);
+    memset(value + a.head_dim, 0, (size - a.head_dim) * sizeof *value);
+    store_head(step, op, row, kv_head, turned, value);
+}
+
+static void rope(const Step& step, const brlite_operation& op, Counter& next, int num_rows) {
+    const int num_kv_heads = step.plan->attention.num_kv_heads;
+    for (int unit = next.take(1); unit < num_rows * num_kv_heads; unit = next.take(1))
+        rope_head(step, op, unit / num_kv_heads, unit % num_kv_heads);
+}
+
+}  // namespace BRLITE_ISA
+}  // namespace brlite
