@@ -1,6 +1,14 @@
 #include "pool.h"
 
+#include <limits.h>
 #include <sched.h>
+#include <unistd.h>
+
+#include <chrono>
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#endif
 
 #include "pause.h"
 
@@ -8,35 +16,73 @@ namespace brlite {
 
 namespace {
 
-constexpr int SPINS_AT_BARRIER = 4000;  // some 40 us
-constexpr int SPINS_FOR_WORK = 2000;    // then it yields, and after so many yields it sleeps
-constexpr int YIELDS_FOR_WORK = 200;
+constexpr int SPINS = 2000;   // some 20 us
+constexpr int YIELDS = 2000;  // some 500 us where nobody else wants the core
+constexpr int WAITS_APART = 256;
+constexpr std::chrono::microseconds LONG_YIELD(100);
+constexpr int32_t END = -1;
 
-template <class Done>
-bool spin_until(Done done, int num_spins) {
-    for (int i = 0; i < num_spins; i++) {
-        if (done()) return true;
-        pause();
+// Gives the core away until `is_over`, as long as nobody takes it: polling so is quicker than being woken. A core that
+// somebody took does not come back for milliseconds, so for the next waits its thread sleeps at once, and the system
+// puts it before the others when it is woken.
+template <class IsOver>
+bool yield_until(IsOver is_over) {
+    thread_local int num_apart = 0;
+    if (num_apart > 0) return num_apart--, false;
+    for (int i = 0; i < YIELDS; i++) {
+        const auto start = std::chrono::steady_clock::now();
+        sched_yield();
+        if (std::chrono::steady_clock::now() - start > LONG_YIELD) num_apart = WAITS_APART;
+        if (is_over()) return true;
+        if (num_apart > 0) return false;
     }
-    return done();
+    return false;
+}
+
+// Sleep unless the number has changed already.
+void sleep_while(std::atomic<int32_t>& number, int32_t old) {
+#if defined(__linux__)
+    syscall(SYS_futex, &number, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+#else
+    if (number.load() == old) usleep(50);
+#endif
+}
+
+void wake_all(std::atomic<int32_t>& number) {
+#if defined(__linux__)
+    syscall(SYS_futex, &number, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+#else
+    (void)number;
+#endif
 }
 
 }  // namespace
 
-void Barrier::wait() {
-    const int32_t generation = generation_.load(std::memory_order_relaxed);
-    if (num_waiting_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
-        num_waiting_.store(0, std::memory_order_relaxed);
-        generation_.store(generation + 1, std::memory_order_release);
-        return;
-    }
-    const auto is_open = [&] { return generation_.load(std::memory_order_acquire) != generation; };
-    if (spin_until(is_open, SPINS_AT_BARRIER)) return;
-    while (!is_open()) sched_yield();
+void Signal::set(int32_t value) {
+    value_.store(value);  // in one order with num_sleeping_: either this sees who sleeps, or they see the new number
+    if (num_sleeping_.load() > 0) wake_all(value_);
 }
 
-Pool::Pool(int num_threads) : num_threads_(num_threads) {
-    barrier_.reset(num_threads);
+void Signal::wait_from(int32_t old) {
+    for (int i = 0; i < SPINS; i++) {
+        if (get() != old) return;
+        pause();
+    }
+    if (yield_until([&] { return get() != old; })) return;
+    num_sleeping_.fetch_add(1);
+    while (value_.load() == old) sleep_while(value_, old);
+    num_sleeping_.fetch_sub(1);
+}
+
+void Barrier::wait() {
+    const int32_t generation = generation_.get();
+    if (num_waiting_.fetch_add(1, std::memory_order_acq_rel) < num_threads_ - 1)
+        return generation_.wait_from(generation);
+    num_waiting_.store(0, std::memory_order_relaxed);
+    generation_.set((generation + 1) & INT_MAX);
+}
+
+Pool::Pool(int num_threads) : num_threads_(num_threads), barrier_(num_threads) {
     try {
         for (int thread = 1; thread < num_threads; thread++) threads_.emplace_back([this, thread] { serve(thread); });
     } catch (...) {  // the system has no more: those that run must end before they are forgotten
@@ -48,50 +94,28 @@ Pool::Pool(int num_threads) : num_threads_(num_threads) {
 Pool::~Pool() { stop(); }
 
 void Pool::stop() {
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        job_.store(-1, std::memory_order_release);
-    }
-    wake_.notify_all();
+    job_.set(END);
     for (std::thread& thread : threads_) thread.join();
 }
 
 void Pool::run(const std::function<void(int)>& work) {
+    const int32_t done = last_done_.get(), job = (job_.get() + 1) & INT_MAX;
     work_ = &work;
-    num_busy_.store(num_threads_ - 1, std::memory_order_relaxed);
-    {
-        std::lock_guard<std::mutex> lock(mutex_);
-        job_.store((job_.load(std::memory_order_relaxed) + 1) & 0x7fffffff, std::memory_order_release);
-    }
-    wake_.notify_all();
+    num_busy_.store(num_threads_, std::memory_order_relaxed);
+    job_.set(job);
     work(0);
-    const auto is_done = [&] { return num_busy_.load(std::memory_order_acquire) == 0; };
-    if (spin_until(is_done, SPINS_AT_BARRIER)) return;
-    while (!is_done()) sched_yield();
+    if (num_busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) return last_done_.set(job);
+    last_done_.wait_from(done);
 }
 
 void Pool::serve(int thread) {
-    int32_t seen = 0;
-    while (wait_for_work(seen)) {
-        seen = job_.load(std::memory_order_acquire);
+    for (int32_t seen = 0;;) {
+        job_.wait_from(seen);
+        seen = job_.get();
+        if (seen == END) return;
         (*work_)(thread);
-        num_busy_.fetch_sub(1, std::memory_order_release);
+        if (num_busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) last_done_.set(seen);
     }
-}
-
-// True when there is a job newer than `seen`; false when there will be none.
-bool Pool::wait_for_work(int32_t seen) {
-    const auto has_changed = [&] { return job_.load(std::memory_order_acquire) != seen; };
-    bool is_there = spin_until(has_changed, SPINS_FOR_WORK);
-    for (int i = 0; i < YIELDS_FOR_WORK && !is_there; i++) {
-        sched_yield();
-        is_there = has_changed();
-    }
-    if (!is_there) {
-        std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, has_changed);
-    }
-    return job_.load(std::memory_order_acquire) >= 0;
 }
 
 }  // namespace brlite

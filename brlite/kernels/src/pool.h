@@ -1,27 +1,41 @@
 // Threads that compute one step together: the caller and some others, which wait for work in between.
 //
-// Between two operations all meet at a barrier, some 300 times a step. Waiting spins first, then gives the processor
-// away: on cores that others use too, barriers that only spin cost ten times as much.
+// Between two operations all meet at a barrier, some 300 times a step. Whoever waits spins for a moment and then
+// sleeps: on cores that others use too, threads that spin or yield for long keep the very thread from running that they
+// wait for.
 #pragma once
 
+#include <stdint.h>
+
 #include <atomic>
-#include <condition_variable>
 #include <functional>
-#include <mutex>
 #include <thread>
 #include <vector>
 
 namespace brlite {
 
+// A number that threads wait for to change.
+class Signal {
+ public:
+    int32_t get() const { return value_.load(std::memory_order_acquire); }
+    void set(int32_t value);
+    // Returns when the number is no longer `old`.
+    void wait_from(int32_t old);
+
+ private:
+    alignas(64) std::atomic<int32_t> value_{0};
+    std::atomic<int32_t> num_sleeping_{0};
+};
+
 class Barrier {
  public:
-    void reset(int num_threads) { num_threads_ = num_threads; }
+    explicit Barrier(int num_threads) : num_threads_(num_threads) {}
     void wait();
 
  private:
-    int num_threads_ = 1;
+    const int num_threads_;
     alignas(64) std::atomic<int32_t> num_waiting_{0};
-    alignas(64) std::atomic<int32_t> generation_{0};
+    Signal generation_;
 };
 
 class Pool {
@@ -39,15 +53,13 @@ class Pool {
  private:
     void serve(int thread);
     void stop();
-    bool wait_for_work(int32_t seen);
 
     const int num_threads_;
     Barrier barrier_;
     const std::function<void(int)>* work_ = nullptr;
-    alignas(64) std::atomic<int32_t> job_{0};  // counts the jobs; -1 ends the threads
+    Signal job_;        // counts the jobs; -1 ends the threads
+    Signal last_done_;  // the last job that all have done
     alignas(64) std::atomic<int32_t> num_busy_{0};
-    std::mutex mutex_;
-    std::condition_variable wake_;
     std::vector<std::thread> threads_;
 };
 
