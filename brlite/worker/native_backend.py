@@ -32,7 +32,7 @@ from brlite.outputs import TokenLogprob
 from brlite.worker.cpu import describe_cpu, physical_cores
 from brlite.worker.fit import Fit
 from brlite.worker.native_draws import Drawing, NativeDraws, Target
-from brlite.worker.native_loading import load_weights
+from brlite.worker.native_loading import LoadedWeights, load_weights
 
 NOT_FINITE = "the model produced logits that are not finite"
 MAX_DRAFT_TOKENS = 16
@@ -96,28 +96,7 @@ class NativeBackend:
         except ConfigError as error:
             loaded.weights.close()
             raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
-        notes = []
-        if block_size != engine.block_size:
-            notes.append(f"engine.block_size {engine.block_size} is raised to {block_size}: pages hold {LANES} tokens")
-        info = BackendInfo(
-            name="native",
-            device=f"cpu ({describe_cpu()}, {native.isa_name})",
-            dtype="bfloat16",
-            precision=spec.precision,
-            vocab_size=fit.config.vocab_size,
-            max_model_len=spec.build_seq,
-            max_num_seqs=spec.build_batch,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            kv_dtype="int8" if is_int8 else "bfloat16",
-            weight_bytes=loaded.weights.layout.num_bytes,
-            kv_bytes=cache.memory.num_bytes,
-            sliding_window=fit.config.common_window,
-            max_draft_tokens=MAX_DRAFT_TOKENS,
-            is_batch_invariant=True,
-            fingerprint=_fingerprint(loaded.content_hash, fit.config, spec, library.brlite_kernel_version()),
-            notes=tuple(notes),
-        )
+        info = _describe(native, fit.config, loaded, cache, spec, engine)
         return cls(
             library,
             native.isa,
@@ -224,6 +203,39 @@ def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | None], reported: I
     if not all(math.isfinite(entry.logprob) for entry in logprobs):
         return SeqResult(seq.seq_id, error=NOT_FINITE)
     return SeqResult(seq.seq_id, tokens, logprobs)
+
+
+def _describe(
+    native: NativeLibrary,
+    config: ModelConfig,
+    loaded: LoadedWeights,
+    cache: PagedCache,
+    spec: ModelSpec,
+    engine: EngineConfig,
+) -> BackendInfo:
+    block_size = cache.pages_per_block * LANES
+    is_raised = block_size != engine.block_size
+    note = f"engine.block_size {engine.block_size} is raised to {block_size}: pages hold {LANES} tokens"
+    kernel_version = native.functions.brlite_kernel_version()
+    return BackendInfo(
+        name="native",
+        device=f"cpu ({describe_cpu()}, {native.isa_name})",
+        dtype="bfloat16",
+        precision=spec.precision,
+        vocab_size=config.vocab_size,
+        max_model_len=spec.build_seq,
+        max_num_seqs=spec.build_batch,
+        block_size=block_size,
+        num_blocks=cache.num_blocks,
+        kv_dtype="int8" if cache.format == abi.INT8 else "bfloat16",
+        weight_bytes=loaded.weights.layout.num_bytes,
+        kv_bytes=cache.memory.num_bytes,
+        sliding_window=config.common_window,
+        max_draft_tokens=MAX_DRAFT_TOKENS,
+        is_batch_invariant=True,
+        fingerprint=_fingerprint(loaded.content_hash, config, spec, kernel_version),
+        notes=(note,) if is_raised else (),
+    )
 
 
 def _fingerprint(content_hash: str, config: ModelConfig, spec: ModelSpec, kernel_version: int) -> str:
