@@ -83,16 +83,17 @@ def _load_native(
 ) -> Backend:
     from brlite.worker.native_backend import NativeBackend
 
-    return NativeBackend.load(
-        library,
-        checkpoint,
-        fit,
-        spec,
-        engine,
-        _image_path(spec),
-        lambda fraction: on_progress("reading the weights", fraction),
-        opened=_quiet_torch(),
-    )
+    with _quiet_torch() as opened:  # what the backend takes over is not closed here
+        return NativeBackend.load(
+            library,
+            checkpoint,
+            fit,
+            spec,
+            engine,
+            _image_path(spec),
+            lambda fraction: on_progress("reading the weights", fraction),
+            opened=opened,
+        )
 
 
 def _quiet_torch() -> ExitStack:
@@ -123,5 +124,6 @@ def _image_path(spec: ModelSpec) -> Path | None:
     if spec.serialize_file:
         return Path(spec.serialize_file).expanduser()
     if spec.path is None:
-        return default_cache() / "packed" / f"{spec.name.replace('/', '--')}.{spec.precision}.brlite"
+        precision = spec.precision.removesuffix("_kv_int8")  # the weights are the same
+        return default_cache() / "packed" / f"{spec.name.replace('/', '--')}.{precision}.brlite"
     return None
