@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from brlite.address import parse_address
 from brlite.errors import ConfigError
 from brlite.field_errors import convert, show
 
@@ -32,6 +33,7 @@ Word = Annotated[str, Meta(pattern=r"^\S+\Z", description="a non-empty string wi
 DeviceIndex = Annotated[int, Meta(ge=0, le=1023)]
 BlockSize = Literal[8, 16, 32, 64, 128, 256]
 Precision = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
+Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -51,7 +53,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How steps are computed. `threads = 0` means one for each physical core.
 
-    Speculation is on where the backend can verify guesses, while at most `max_draft_seqs` sequences run.
+    Speculation is on where the backend can verify guesses, while at most `max_draft_seqs` sequences run. `memory_gib`
+    is what the weights and caches of all loaded models may take together; 0 sets no bound.
     """
 
     backend: Literal["auto", "native", "torch"] = "auto"
@@ -64,13 +67,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     speculation: Literal["auto", "off"] = "auto"
     max_draft_tokens: Annotated[int, Meta(ge=1, le=16)] = 7
     max_draft_seqs: Annotated[int, Meta(ge=1, le=4096)] = 4
+    memory_gib: Annotated[float, Meta(ge=0, le=10**6)] = 0.0
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model to serve. Without `path` it is fetched by `name`; `num_blocks = 0` means build_batch full contexts.
 
-    `serialize_file` is where the packed weights are kept. `model_file`, `input_name` and `output_name` belong to the
-    manual's engine: they are kept for the engines that use them and reported by `brlite check`.
+    `load = "on_demand"` loads the model for the first request that asks for it, and `idle_unload_seconds` (0: never)
+    gives its memory back when nobody has asked for so long. `serialize_file` is where the packed weights are kept.
+    `model_file`, `input_name` and `output_name` belong to the manual's engine: they are kept for the engines that use
+    them and reported by `brlite check`.
     """
 
     name: Text = DEFAULT_MODEL
@@ -83,10 +89,33 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     devices: tuple[DeviceIndex, ...] = (0,)
     chat_template: Text | None = None
     vocab_size: Count | None = None
+    load: Literal["start", "on_demand"] = "start"
+    idle_unload_seconds: SecondsOrZero = 0.0
     model_file: str = ""
     serialize_file: str = ""
     input_name: str = "input_ids.1"
     output_name: str = ""
+
+
+class UpstreamConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One server behind this one, and the models that it serves. Any server with OpenAI's API will do.
+
+    `url` is `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`. `rename` says what the upstream calls a model,
+    where that is another name. Its key comes from `api_key`, or from the environment variable `api_key_env`.
+    """
+
+    url: Word
+    models: Annotated[tuple[Text, ...], Meta(min_length=1, description="a list of at least one model name")]
+    name: Word | None = None
+    weight: Annotated[int, Meta(ge=1, le=1000)] = 1
+    rename: dict[str, Text] = {}
+    api_key: Word | None = None
+    api_key_env: Word | None = None
+    ca_file: Text | None = None
+    health_path: str = "/health"
+
+    def __repr__(self) -> str:
+        return f"UpstreamConfig({self.url!r}, models={self.models!r})"
 
 
 class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -123,10 +152,53 @@ class KeysConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return f"KeysConfig({len(self.keys)} keys, file={self.file!r}, env={self.env!r})"
 
 
+class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One API key with rules of its own. `name` is how logs and metrics call it; the key comes from `key` or `env`.
+
+    No `models` means all of them; 0 sets no limit.
+    """
+
+    name: Word
+    key: Word | None = None
+    env: Word | None = None
+    models: tuple[Text, ...] = ()
+    requests_per_minute: CountOrZero = 0
+    tokens_per_minute: CountOrZero = 0
+    max_concurrent: CountOrZero = 0
+
+    def __repr__(self) -> str:
+        return f"KeyConfig({self.name!r})"
+
+
 class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which server serves which model: URL → model name. URLs are opaque here and may be the manual's placeholders."""
+    """How requests for the models of other servers are passed on.
+
+    `all_models` is the manual's table, URL → model; its URLs may be placeholders. `aliases` maps a name that requests
+    use to a model, `fallbacks` a model to those that may answer in its stead. Bounds: `max_in_flight` requests of one
+    model at once, `max_queued` more wait for `max_queue_seconds` at most; `held_bytes` of an answer that is no stream,
+    or of one event, are kept until they are whole.
+    """
 
     all_models: dict[str, str] = {}
+    aliases: dict[str, Text] = {}
+    fallbacks: dict[str, tuple[Text, ...]] = {}
+    choice: Choice = "least_loaded"
+    sticky_header: Word = "x-session-id"
+    prefix_bytes: Count = 2048
+    max_in_flight: Count = 256
+    max_queued: CountOrZero = 256
+    max_queue_seconds: Seconds = 30.0
+    max_retries: Annotated[int, Meta(ge=0, le=2)] = 2
+    connect_seconds: Seconds = 2.0
+    first_byte_seconds: Seconds = 600.0
+    idle_seconds: Seconds = 120.0
+    held_bytes: Annotated[int, Meta(ge=4096, le=10**9)] = 1024 * 1024
+    max_idle_connections: CountOrZero = 256
+    idle_connection_seconds: Seconds = 60.0
+    health_seconds: Seconds = 5.0
+    health_timeout_seconds: Seconds = 2.0
+    eject_failures: Count = 5
+    eject_seconds: Seconds = 10.0
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -135,8 +207,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
     model: tuple[ModelSpec, ...] = (ModelSpec(),)
+    upstream: tuple[UpstreamConfig, ...] = ()
     limits: LimitsConfig = LimitsConfig()
     keys: KeysConfig = KeysConfig()
+    key: tuple[KeyConfig, ...] = ()
     proxy: ProxyConfig = ProxyConfig()
 
 
@@ -152,7 +226,12 @@ def load_config(path: Path) -> Config:
 
 
 def make_config(data: Mapping[str, object], *, source: str) -> Config:
-    """Check plain data against the structs and their fields against each other; `source` begins every error."""
+    """Check plain data against the structs and their fields against each other; `source` begins every error.
+
+    With upstreams and no model it is a proxy's: no default model is served beside them.
+    """
+    if data.get("upstream") and "model" not in data:
+        data = {**data, "model": []}
     config = convert(data, Config, source=source)
     for contradiction in (*_nameless(data), *_contradictions(config)):
         raise ConfigError(f"{source}: {contradiction}")
@@ -198,8 +277,8 @@ def _nameless(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """What no single field shows."""
-    if not config.model:
-        yield "model = []: needed is at least one [[model]]"
+    if not config.model and not config.upstream:
+        yield "model = []: needed is at least one [[model]] or [[upstream]]"
     names = [spec.name for spec in config.model]
     for index, spec in enumerate(config.model):
         at = f"model[{index}]"
@@ -210,3 +289,42 @@ def _contradictions(config: Config) -> Iterator[str]:
         if spec.tensor_parallel != len(spec.devices):
             count = len(spec.devices)
             yield f"{at}.tensor_parallel = {spec.tensor_parallel}: allowed is the number of devices, here {count}"
+    yield from _upstream_contradictions(config)
+    yield from _key_contradictions(config)
+
+
+def _upstream_contradictions(config: Config) -> Iterator[str]:
+    seen: set[str] = set()
+    for index, upstream in enumerate(config.upstream):
+        at, name = f"upstream[{index}]", upstream.name or upstream.url
+        if parse_address(upstream.url) is None:
+            yield f"{at}.url = {show(upstream.url)}: allowed is http://HOST[:PORT], https://HOST[:PORT] or unix:/PATH"
+        if name in seen:
+            yield f"{at} = {show(name)}: allowed is a name, or else a url, that no other upstream has"
+        seen.add(name)
+        if upstream.api_key and upstream.api_key_env:
+            yield f"{at}.api_key_env stands beside api_key: one of them is enough"
+        if upstream.health_path and not upstream.health_path.startswith("/"):
+            yield f'{at}.health_path = {show(upstream.health_path)}: allowed is a path that begins with /, or ""'
+        for model in upstream.rename.keys() - set(upstream.models):
+            yield f"{at}.rename.{model}: allowed are the names in {at}.models"
+    known = {name for upstream in config.upstream for name in upstream.models} | {spec.name for spec in config.model}
+    known |= set(config.proxy.all_models.values())
+    for alias, model in config.proxy.aliases.items():
+        if model not in known:
+            yield f"proxy.aliases.{alias} = {show(model)}: allowed is a model of a [[model]] or an [[upstream]]"
+        if alias in known:
+            yield f"proxy.aliases.{alias}: allowed is a name that no model has"
+    for model, others in config.proxy.fallbacks.items():
+        for name in (model, *others):
+            if name not in known:
+                yield f"proxy.fallbacks.{model}: {show(name)}: allowed is a model of a [[model]] or an [[upstream]]"
+
+
+def _key_contradictions(config: Config) -> Iterator[str]:
+    names = [key.name for key in config.key]
+    for index, key in enumerate(config.key):
+        if key.name in names[:index]:
+            yield f"key[{index}].name = {show(key.name)}: allowed is a name that no other key has"
+        if (key.key is None) == (key.env is None):
+            yield f"key[{index}]: needed is one of key and env"

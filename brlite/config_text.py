@@ -25,6 +25,7 @@ def _section(heading: str, table: msgspec.Struct) -> str:
     options = {name: getattr(table, name) for name in table.__struct_fields__}
     if "keys" in options:
         options["keys"] = [MASK] * len(options["keys"])
+    options |= {name: MASK for name in ("key", "api_key") if options.get(name) is not None}
     return "\n".join([heading, *(_option(name, value) for name, value in options.items())])
 
 

@@ -9,6 +9,7 @@ BrliteError
     ├── InvalidRequest         a field is missing, ill-typed or out of range
     │   └── PromptTooLong      the prompt does not fit `build_seq`
     ├── Unauthorized           no key, or a wrong one
+    ├── Forbidden              the key may not use this model
     ├── NotFound               unknown path
     │   └── ModelNotFound      the model is not served here
     ├── MethodNotAllowed
@@ -17,7 +18,12 @@ BrliteError
     ├── UnsupportedMediaType
     ├── QueueFull              too many requests wait already
     ├── QueueTimeout           the request waited longer than allowed
-    └── NotReady               the model is loading, or the server is stopping
+    ├── RateLimited            the key has used up what it may use for now
+    ├── NotReady               the model is loading, or the server is stopping
+    ├── LoopDetected           the request has come back to a server that forwarded it
+    └── UpstreamError          the server that the request was forwarded to failed
+        ├── UpstreamUnavailable    none that serves the model can be reached
+        └── UpstreamTimeout        it did not answer in time
 
 The HTTP status of each stands in one table, `brlite/http/envelope.py`.
 """
@@ -69,6 +75,10 @@ class Unauthorized(RequestError):
     """No API key, or a wrong one."""
 
 
+class Forbidden(RequestError):
+    """The API key may not be used for this model."""
+
+
 class NotFound(RequestError):
     """There is nothing at this path."""
 
@@ -107,3 +117,23 @@ class QueueTimeout(RequestError):
 
 class NotReady(RequestError):
     """The model is still loading, or the server is stopping."""
+
+
+class RateLimited(RequestError):
+    """The API key has used up its requests or tokens of this minute, or runs as many requests as it may."""
+
+
+class LoopDetected(RequestError):
+    """The request was forwarded by this server before, or by too many others."""
+
+
+class UpstreamError(RequestError):
+    """The server that the request was forwarded to broke off, or answered what is no answer."""
+
+
+class UpstreamUnavailable(UpstreamError):
+    """No server that has the model can be reached."""
+
+
+class UpstreamTimeout(UpstreamError):
+    """The server that the request was forwarded to did not answer, or stopped answering, within the limit."""

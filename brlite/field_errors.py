@@ -18,8 +18,7 @@ from brlite.errors import ConfigError
 T = TypeVar("T")
 
 MAX_SHOWN = 80
-SECRET_FIELDS = ("keys.keys",)  # their values never appear in a message
-
+SECRET_FIELDS = re.compile(r"keys\.keys.*|key\[\d+\]\.key|upstream\[\d+\]\.api_key", re.DOTALL)  # never shown
 # msgspec names the field and the problem, not the value, and calls any value of a mapping `[...]`.
 _COMPLAINT = re.compile(r"(?P<problem>.*?)(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
@@ -51,7 +50,7 @@ def _explain(complaint: str, data: object, kind: inspect.Type) -> str:
     if missing := _MISSING.fullmatch(problem):
         field = _join(path, missing[1])
         return f"{field} is missing: {_allowed(_child(at[1], missing[1]))}"
-    shown = "…" if path.startswith(SECRET_FIELDS) else show(at[0])
+    shown = "…" if SECRET_FIELDS.fullmatch(path) else show(at[0])
     return f"{path or 'the file'} = {shown}: {_allowed(at[1])}"
 
 

@@ -8,7 +8,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from brlite.config import Config, EngineConfig, KeysConfig, ModelSpec, ServerConfig, load_config, make_config, override
+from brlite.config import (
+    Config,
+    EngineConfig,
+    KeyConfig,
+    KeysConfig,
+    ModelSpec,
+    ServerConfig,
+    UpstreamConfig,
+    load_config,
+    make_config,
+    override,
+)
 from brlite.config_check import check_supported, config_warnings
 from brlite.errors import ConfigError
 
@@ -36,11 +47,10 @@ def test_the_example_file_is_the_default_config():
 
 @pytest.mark.parametrize("section", Config.__struct_fields__)
 def test_the_example_file_names_every_option(section):
-    default = getattr(Config(), section)
-    struct = default[0] if section == "model" else default
+    struct = {"model": ModelSpec, "upstream": UpstreamConfig, "key": KeyConfig}.get(section, getattr(Config(), section))
 
-    text = re.split(rf"^\[+{section}\]+", EXAMPLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
-    options = re.findall(r"^(?:# )?(\w+) = ", re.split(r"^\[", text, flags=re.MULTILINE)[0], flags=re.MULTILINE)
+    text = re.split(rf"^(?:# )?\[+{section}\]+", EXAMPLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
+    options = re.findall(r"^(?:# )?(\w+) = ", re.split(r"^(?:# )?\[", text, flags=re.MULTILINE)[0], flags=re.MULTILINE)
 
     assert sorted(options) == sorted(struct.__struct_fields__)
 
@@ -86,7 +96,10 @@ BAD_FIELDS = [
     ('model = [{ path = "/models/a" }]', "model[0].name is missing: "),
     ("proxy.all_models = { a = 1 }", 'proxy.all_models = {"a": 1}: allowed is a table, each value a string'),
     ("server.prot = 1", "server.prot = 1: no such field; allowed are host, port, cors_origins, "),
-    ('servers = "x"', 'servers = "x": no such field; allowed are server, engine, model, limits, keys, proxy'),
+    (
+        'servers = "x"',
+        'servers = "x": no such field; allowed are server, engine, model, upstream, limits, keys, key, proxy',
+    ),
 ]
 
 

@@ -30,6 +30,7 @@ STATUSES: dict[type[BaseException], Status] = {
     errors.RequestError: Status(400, "invalid_request_error", "invalid_value"),
     errors.PromptTooLong: Status(400, "invalid_request_error", "context_length_exceeded"),
     errors.Unauthorized: Status(401, "authentication_error", "invalid_api_key"),
+    errors.Forbidden: Status(403, "permission_error", "model_not_allowed"),
     errors.NotFound: Status(404, "not_found_error", "unknown_url"),
     errors.ModelNotFound: Status(404, "not_found_error", "model_not_found"),
     errors.MethodNotAllowed: Status(405, "invalid_request_error", "method_not_allowed"),
@@ -37,8 +38,13 @@ STATUSES: dict[type[BaseException], Status] = {
     errors.BodyTooLarge: Status(413, "invalid_request_error", "request_too_large"),
     errors.UnsupportedMediaType: Status(415, "invalid_request_error", "unsupported_media_type"),
     errors.QueueFull: Status(429, "rate_limit_error", "queue_full"),
+    errors.RateLimited: Status(429, "rate_limit_error", "rate_limit_exceeded"),
     errors.QueueTimeout: Status(503, "server_error", "queue_timeout"),
     errors.NotReady: Status(503, "server_error", "not_ready"),
+    errors.LoopDetected: Status(508, "server_error", "loop_detected"),
+    errors.UpstreamError: Status(502, "server_error", "upstream_error"),
+    errors.UpstreamUnavailable: Status(503, "server_error", "upstream_unavailable"),
+    errors.UpstreamTimeout: Status(504, "server_error", "upstream_timeout"),
     BaseException: Status(500, "server_error", "internal_error"),
 }
 
