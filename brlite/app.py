@@ -31,7 +31,7 @@ def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -
     app.add_routes(ROUTES)
     add_manners(
         app,
-        keys=ApiKeys.from_config(config.keys),
+        keys=ApiKeys.from_config(config),
         open_paths=OPEN_PATHS if config.server.metrics_need_key else OPEN_PATHS | METRICS_PATHS,
         cors_origins=config.server.cors_origins,
         access_log=config.server.access_log,

@@ -66,7 +66,7 @@ def run(path: Path) -> int:
 
     config = load_config(path)
     check_supported(config)
-    ApiKeys.from_config(config.keys)
+    ApiKeys.from_config(config)
     reports = [inspect_model(spec, config.engine) for spec in config.model]
     print("\n".join([render(config), "", *describe(config, reports, find_memory().available)]))
     return 0

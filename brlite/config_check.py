@@ -36,7 +36,7 @@ def config_warnings(config: Config) -> list[str]:
 
 def _keys(config: Config) -> Warnings:
     keys = config.keys
-    has_key = keys.keys or keys.file or os.environ.get(keys.env)
+    has_key = keys.keys or keys.file or config.key or os.environ.get(keys.env)
     is_local = config.server.host in LOOPBACK or config.server.host.startswith("127.")
     if not has_key and not is_local:
         yield f"server.host = {config.server.host}: whoever reaches this address may ask, since no API key is set"

@@ -131,7 +131,7 @@ def _announce(url: str, config: Config, models: ModelTable) -> None:
     """A line to paste. Printed, not logged: it is what a newcomer waits for."""
     name = config.model[0].name
     engine = models.engine(name)
-    needs_key = not ApiKeys.from_config(config.keys).is_open
+    needs_key = not ApiKeys.from_config(config).is_open
     line = curl_line(url, name, is_chat=engine.tokenizer.has_chat_template, needs_key=needs_key)
     print(f"\nbrlite is ready. Try:\n\n{line}\n", file=sys.stderr, flush=True)
 

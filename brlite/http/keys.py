@@ -1,6 +1,7 @@
 """API keys: who may ask. Only digests are kept, all of them are compared every time, and no key is ever logged.
 
-It knows no users and no quotas; which resources are open is the caller's list, everything else is closed.
+What a key may do is its own affair (`api_key.py`); which resources are open is the caller's list, everything else is
+closed. `ApiKeys` and `shown_key` are plain, for servers without middlewares; the rest is for aiohttp's.
 """
 
 from __future__ import annotations
@@ -8,72 +9,155 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from brlite.config import KeysConfig
+from brlite.config import Config, KeyConfig, KeysConfig
 from brlite.errors import ConfigError, Unauthorized
+from brlite.http.access_log import log_extras
+from brlite.http.api_key import ApiKey
 from brlite.http.resources import Resources
 
 
 class ApiKeys:
-    """The keys that are accepted; with none, everybody is."""
+    """The keys that are accepted; with none, everybody is.
 
-    def __init__(self, keys: tuple[str, ...] = ()) -> None:
-        if any(not key.strip() for key in keys):
-            raise ConfigError("keys.keys: an API key must not be empty")
-        self._digests = tuple({_digest(key) for key in keys})
+    `plain` keys have neither name nor rules, `named` ones are pairs of the secret and what it may do.
+    """
+
+    def __init__(self, plain: Sequence[str] = (), named: Sequence[tuple[str, ApiKey]] = ()) -> None:
+        if not all(secret.strip() for secret in (*plain, *(secret for secret, _ in named))):
+            raise ConfigError("keys.keys, [[key]]: an API key must not be empty")
+        self._anybody = ApiKey()
+        self._named = tuple(key for _, key in named)
+        known = {_digest(secret): self._anybody for secret in plain}
+        for secret, key in named:
+            other = known.setdefault(_digest(secret), key)
+            if other is not key:
+                whose = f"of the key {other.name}" if other.name else "in [keys]"
+                raise ConfigError(f"key {key.name}: its secret is also that {whose}; each key needs its own")
+        self._known = tuple(known.items())
 
     @classmethod
-    def from_config(cls, config: KeysConfig) -> ApiKeys:
-        """The keys of the config, its file and its environment variable together."""
-        from_env = os.environ.get(config.env, "").strip()
-        from_file = _read_file(config.file) if config.file is not None else ()
-        return cls((*config.keys, *from_file, *((from_env,) if from_env else ())))
+    def from_config(cls, config: Config) -> ApiKeys:
+        """The keys of `[keys]`, its file and its environment variable, and those of `[[key]]`."""
+        named = [(_secret(index, key), ApiKey.from_config(key)) for index, key in enumerate(config.key)]
+        return cls(_plain(config.keys), named)
 
     def __repr__(self) -> str:
-        return f"ApiKeys({len(self._digests)} keys)"
+        return f"ApiKeys({len(self._known)} keys)"
+
+    def __iter__(self) -> Iterator[ApiKey]:
+        """Those that have a name."""
+        return iter(self._named)
 
     @property
     def is_open(self) -> bool:
         """Whether no key is needed."""
-        return not self._digests
+        return not self._known
 
-    def accepts(self, key: str) -> bool:
-        """Whether it is one of ours, in a time that does not tell how near it came."""
-        digest = _digest(key)
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return any(matches)
+    @property
+    def has_limits(self) -> bool:
+        """Whether any of them is limited by time or number."""
+        return any(key.has_limits for key in self._named)
+
+    def find(self, shown: str | None) -> ApiKey | None:
+        """Which key was shown, if it is one of ours, in a time that does not tell how near it came."""
+        if self.is_open:
+            return self._anybody
+        if shown is None:
+            return None
+        digest, found = _digest(shown), None
+        for known, key in self._known:
+            if hmac.compare_digest(digest, known):
+                found = key
+        return found
+
+    def require(self, shown: str | None) -> ApiKey:
+        """The key that was shown. Raises `Unauthorized`."""
+        key = self.find(shown)
+        if key is not None:
+            return key
+        if shown is None:
+            raise Unauthorized("You didn't provide an API key; send it in the header 'Authorization: Bearer KEY'.")
+        raise Unauthorized("Incorrect API key provided.")
+
+
+KEYS = web.AppKey("keys", ApiKeys)
+_KEY = web.RequestKey("api_key", ApiKey)
+
+
+def shown_key(authorization: str | None, x_api_key: str | None) -> str | None:
+    """The key that a request's two headers show. Their bytes are decoded as UTF-8 with `surrogateescape`."""
+    if authorization is not None:
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() == "bearer":
+            return key.strip()
+    return x_api_key
 
 
 def keys_middleware(keys: ApiKeys, open_resources: Resources) -> Middleware:
-    """Refuse whoever shows no accepted key, but at `open_resources`."""
+    """Refuse whoever shows no accepted key, but at `open_resources`, which do not ask for one."""
 
     @web.middleware
     async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if not keys.is_open and request not in open_resources:
-            _require_key(request.headers, keys)
+        if request not in open_resources:
+            headers = request.headers
+            key = request[_KEY] = keys.require(shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key")))
+            if key.name:
+                log_extras(request)["key"] = key.name
         return await handler(request)
 
     return check_key
 
 
-def _require_key(headers: Mapping[str, str], keys: ApiKeys) -> None:
-    key = _shown_key(headers)
-    if key is None:
-        raise Unauthorized("You didn't provide an API key; send it in the header 'Authorization: Bearer KEY'.")
-    if not keys.accepts(key):
-        raise Unauthorized("Incorrect API key provided.")
+def api_key(request: web.BaseRequest) -> ApiKey:
+    """The key that the request was let in with. Only for handlers of resources that are not open."""
+    return request[_KEY]
 
 
-def _shown_key(headers: Mapping[str, str]) -> str | None:
-    scheme, _, key = headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-    if scheme.lower() == "bearer":
-        return key.strip()
-    return headers.get("X-Api-Key")
+@contextmanager
+def admitted(request: web.BaseRequest, model: str) -> Iterator[None]:
+    """Hold a place under the request's key while the model works for it. Raises `Forbidden` or `RateLimited`."""
+    key = api_key(request)
+    key.check_model(model)
+    key.begin(time.monotonic())
+    try:
+        yield
+    finally:
+        key.end()
+
+
+def spend_tokens(request: web.BaseRequest, prompt_tokens: int, completion_tokens: int) -> None:
+    """Count what the request has used under its key."""
+    api_key(request).spend(time.monotonic(), prompt_tokens, completion_tokens)
+
+
+async def stamp_limits(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """An `on_response_prepare` signal: every answer to a limited key, refusals too, says what is left of its limits."""
+    key = request.get(_KEY)
+    if key is not None:
+        response.headers.update(key.headers(time.monotonic()))
+
+
+def _plain(config: KeysConfig) -> tuple[str, ...]:
+    from_env = os.environ.get(config.env, "").strip()
+    from_file = _read_file(config.file) if config.file is not None else ()
+    return (*config.keys, *from_file, *((from_env,) if from_env else ()))
+
+
+def _secret(index: int, config: KeyConfig) -> str:
+    if config.env is None:
+        return config.key or ""
+    secret = os.environ.get(config.env, "").strip()
+    if not secret:
+        raise ConfigError(f"key[{index}].env: the environment variable {config.env} is not set, or empty")
+    return secret
 
 
 def _read_file(path: str) -> tuple[str, ...]:

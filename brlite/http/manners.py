@@ -7,7 +7,7 @@ from aiohttp import web
 from brlite.http.access_log import access_log_middleware
 from brlite.http.boundary import errors_middleware
 from brlite.http.cors import Cors
-from brlite.http.keys import ApiKeys, keys_middleware
+from brlite.http.keys import KEYS, ApiKeys, keys_middleware, stamp_limits
 from brlite.http.request_id import stamp_request_id
 from brlite.http.resources import Resources
 
@@ -25,7 +25,10 @@ def add_manners(
 
     The application has its routes by then: the open and the quiet ones are looked up among them.
     """
+    app[KEYS] = keys
     app.on_response_prepare.append(stamp_request_id)
+    if keys.has_limits:
+        app.on_response_prepare.append(stamp_limits)
     if access_log:
         app.middlewares.append(access_log_middleware(Resources(app, quiet_paths)))
     if cors_origins:

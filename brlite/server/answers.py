@@ -34,6 +34,8 @@ from brlite.tokenizer import Tokenizer
 class Answer(Protocol):
     """What the handlers need of either kind of answer."""
 
+    count: TokenCount
+
     def opening(self) -> list[bytes]:
         """The chunks that a stream begins with."""
         ...

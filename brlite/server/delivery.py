@@ -53,7 +53,13 @@ class Collector:
             self._changed.clear()
         if self._error is not None:
             raise self._error
-        return [self.outputs[index] for index in range(len(self._requests))]
+        outputs, self.outputs = self.outputs, {}
+        return [outputs[index] for index in range(len(self._requests))]
+
+    def count_unsent(self, answer: Answer) -> None:
+        """Note in the answer's count what was computed for it, but for a client that did not wait."""
+        for index, output in self.outputs.items():
+            answer.count.add(index, output)
 
     def _sink(self, index: int) -> Sink:
         return functools.partial(self._receive, index)
@@ -134,6 +140,7 @@ async def answer_whole(engine: AsyncEngine, requests: Sequence[Request], answer:
         body = answer.whole(await collector.wait())
     finally:
         collector.abort()
+        collector.count_unsent(answer)
     return web.Response(body=body, content_type="application/json")
 
 
@@ -153,3 +160,4 @@ async def answer_stream(
             return await stream.finish()
     finally:
         collector.abort()
+        collector.count_unsent(answer)

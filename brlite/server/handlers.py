@@ -5,6 +5,7 @@ No field is interpreted here and no byte is framed: `translate.py`, `answers.py`
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import msgspec
@@ -17,6 +18,7 @@ from brlite.engine.async_engine import AsyncEngine
 from brlite.http.access_log import log_extras
 from brlite.http.body import leave_body, read_body
 from brlite.http.decode import decode_json, unknown_fields
+from brlite.http.keys import KEYS, admitted, api_key, spend_tokens
 from brlite.sampling_params import SamplingParams, check_token_ids
 from brlite.server import metrics
 from brlite.server.answers import ChatAnswer, CompletionAnswer
@@ -54,8 +56,8 @@ MODELS = web.AppKey("models", ModelTable)
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _CHAT)
-    engine = request.app[MODELS].engine(body.model)
-    with in_the_words_of(body):
+    with _admitted(request, body.model), in_the_words_of(body):
+        engine = request.app[MODELS].engine(body.model)
         messages = check_chat(body, _limits(request))
         params = chat_params(body)
         token_ids = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
@@ -72,8 +74,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 async def completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _COMPLETION)
-    engine = request.app[MODELS].engine(body.model)
-    with in_the_words_of(body):
+    with _admitted(request, body.model), in_the_words_of(body):
+        engine = request.app[MODELS].engine(body.model)
         prompts = check_completion(body, _limits(request))
         params = completion_params(body)
         answer = CompletionAnswer(
@@ -91,31 +93,36 @@ async def completions(request: web.Request) -> web.StreamResponse:
 
 async def tokenize(request: web.Request) -> web.Response:
     body, warnings = await _read(request, _TOKENIZE)
-    engine = request.app[MODELS].engine(body.model)
-    check_tokenize(body)
-    if body.messages is not None:
-        messages = plain_messages(body.messages, _limits(request))
-        tokens = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt is not False)
-    else:
-        tokens = await engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+    with _admitted(request, body.model):
+        engine = request.app[MODELS].engine(body.model)
+        check_tokenize(body)
+        if body.messages is not None:
+            messages = plain_messages(body.messages, _limits(request))
+            tokens = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt is not False)
+        else:
+            tokens = await engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
     return _json(TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens, warnings or UNSET))
 
 
 async def detokenize(request: web.Request) -> web.Response:
     body, warnings = await _read(request, _DETOKENIZE)
-    engine = request.app[MODELS].engine(body.model)
-    check_num_tokens(len(body.tokens), engine.info.max_model_len)
-    check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
-    text = engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
+    with _admitted(request, body.model):
+        engine = request.app[MODELS].engine(body.model)
+        check_num_tokens(len(body.tokens), engine.info.max_model_len)
+        check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
+        text = engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
     return _json(DetokenizeAnswer(text, warnings or UNSET))
 
 
 async def list_models(request: web.Request) -> web.Response:
-    return _json(ModelList(data=[_card(model) for model in request.app[MODELS]]))
+    may_use = api_key(request).may_use
+    return _json(ModelList(data=[_card(model) for model in request.app[MODELS] if may_use(model.name)]))
 
 
 async def get_model(request: web.Request) -> web.Response:
-    return _json(_card(request.app[MODELS].find(request.match_info["name"])))
+    name = request.match_info["name"]
+    api_key(request).check_model(name)
+    return _json(_card(request.app[MODELS].find(name)))
 
 
 async def version(request: web.Request) -> web.Response:
@@ -145,7 +152,8 @@ async def ready(request: web.Request) -> web.Response:
 
 
 async def get_metrics(request: web.Request) -> web.Response:
-    body, content_type = metrics.render(request.app[MODELS], request.headers.get("Accept", ""))
+    app = request.app
+    body, content_type = metrics.render(app[MODELS], app[KEYS], request.headers.get("Accept", ""))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
@@ -179,6 +187,11 @@ async def _read(request: web.Request, decoder: msgspec.json.Decoder[T]) -> tuple
     return body, [f"the field {name!r} is not known and was ignored" for name in unknown_fields(data, type(body))]
 
 
+def _admitted(request: web.Request, name: str | None) -> AbstractContextManager[None]:
+    """The request's place under its key. A key is asked first: it does not tell which other models there are."""
+    return admitted(request, request.app[MODELS].find(None).name if name is None else name)
+
+
 async def _encode_all(engine: AsyncEngine, prompts: list[Prompt]) -> list[Prompt]:
     return [
         Prompt(prompt.text, await engine.encode(prompt.text)) if prompt.text is not None else prompt
@@ -201,6 +214,7 @@ async def _answer(
             return await answer_stream(request, engine, requests, answer, _limits(request))
         return await answer_whole(engine, requests, answer)
     finally:
+        spend_tokens(request, answer.count.prompt, answer.count.completion)
         log_extras(request).update(
             model=body.model, prompt_tokens=answer.count.prompt, completion_tokens=answer.count.completion
         )

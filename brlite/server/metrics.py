@@ -23,6 +23,8 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.stats import EngineStats, Histogram
+from brlite.http.api_key import KeyUsage
+from brlite.http.keys import ApiKeys
 from brlite.server.served_model import ModelTable
 
 ENDINGS = ("stop", "length", "abort", "error")
@@ -42,6 +44,13 @@ class Distribution(NamedTuple):
     name: str
     about: str
     value: Callable[[EngineStats], Histogram]
+
+
+class Share(NamedTuple):
+    """One line of a key's counters: its second label's value, and where the number is."""
+
+    label: str
+    value: Callable[[KeyUsage], int]
 
 
 def _kv_usage(stats: EngineStats) -> float:
@@ -99,6 +108,16 @@ V1_HISTOGRAMS = [
 
 OWN_COUNTERS = [Series("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures)]
 OWN_HISTOGRAMS = [Distribution("brlite:step_time_seconds", "Duration of a step.", lambda s: s.step_time)]
+
+KEY_OUTCOMES = [
+    Share("admitted", lambda u: u.num_admitted),
+    Share("rate_limited", lambda u: u.num_rate_limited),
+    Share("forbidden", lambda u: u.num_forbidden),
+]
+KEY_TOKENS = [
+    Share("prompt", lambda u: u.prompt_tokens),
+    Share("completion", lambda u: u.completion_tokens),
+]
 
 SEED_LABELS = ("model_name",)
 V1_LABELS = ("model_name", "engine")
@@ -190,10 +209,29 @@ class EngineCollector(Collector):
         return family
 
 
-def render(models: ModelTable, accept: str) -> tuple[bytes, str]:
+class KeyCollector(Collector):
+    """Renders what was done with each key that has a name, by that name."""
+
+    def __init__(self, keys: ApiKeys) -> None:
+        self._keys = keys
+
+    def collect(self) -> Iterable[Metric]:
+        yield self._family("brlite:key_requests", "Requests of a key, by what became of them.", "outcome", KEY_OUTCOMES)
+        yield self._family("brlite:key_tokens", "Tokens that a key has used.", "kind", KEY_TOKENS)
+
+    def _family(self, name: str, about: str, label: str, rows: list[Share]) -> Metric:
+        family = CounterMetricFamily(name, about, labels=("key", label))
+        for key in self._keys:
+            for row in rows:
+                family.add_metric([key.name, row.label], row.value(key.usage))
+        return family
+
+
+def render(models: ModelTable, keys: ApiKeys, accept: str) -> tuple[bytes, str]:
     """The exposition and its content type: Prometheus text, or OpenMetrics if `accept` asks for it."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(EngineCollector(models))
+    registry.register(KeyCollector(keys))
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
     encoder, content_type = choose_encoder(accept)

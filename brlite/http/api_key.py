@@ -1,0 +1,147 @@
+"""What one API key may do, and what it has done: its models, its limits, its usage. Pure: `now` is given.
+
+It does not know the key itself (`keys.py` does) nor any HTTP but the names of OpenAI's rate limit headers. A request
+goes through it in this order: `check_model`, `begin`, `spend` as often as tokens become known, `end`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from brlite.config import KeyConfig
+from brlite.errors import Forbidden, RateLimited
+from brlite.http.bucket import Bucket
+
+PLACE_RETRY_SECONDS = 1
+MAX_SHOWN_NAME = 200
+
+
+@dataclass
+class KeyUsage:
+    """What was done with a key since the start."""
+
+    num_admitted: int = 0
+    num_forbidden: int = 0
+    num_rate_limited: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class ApiKey:
+    """One key's rules; without any, it may do everything. `name` is for logs and metrics, empty if it has none.
+
+    A request that was let in counts however it ends. Its tokens are known only afterwards: they may take the key into
+    debt, and until that is paid its next requests are refused.
+    """
+
+    def __init__(
+        self,
+        name: str = "",
+        *,
+        models: tuple[str, ...] = (),
+        requests_per_minute: int = 0,
+        tokens_per_minute: int = 0,
+        max_concurrent: int = 0,
+    ) -> None:
+        self.name = name
+        self.usage = KeyUsage()
+        self.num_running = 0
+        self._models = models
+        self._max_concurrent = max_concurrent
+        per_minute = {"requests": requests_per_minute, "tokens": tokens_per_minute}
+        self._buckets = {noun: Bucket(limit) for noun, limit in per_minute.items() if limit}
+        self.has_limits = bool(max_concurrent or self._buckets)
+
+    @classmethod
+    def from_config(cls, config: KeyConfig) -> ApiKey:
+        return cls(
+            config.name,
+            models=config.models,
+            requests_per_minute=config.requests_per_minute,
+            tokens_per_minute=config.tokens_per_minute,
+            max_concurrent=config.max_concurrent,
+        )
+
+    def __repr__(self) -> str:
+        return f"ApiKey({self.name!r})"
+
+    def may_use(self, model: str) -> bool:
+        """Whether the model is one of its own."""
+        return not self._models or model in self._models
+
+    def check_model(self, model: str) -> None:
+        """Raise `Forbidden` for a model that is not its own, whether there is such a model or not."""
+        if not self.may_use(model):
+            self.usage.num_forbidden += 1
+            allowed = ", ".join(self._models)
+            raise Forbidden(
+                f"This API key may not use the model `{model[:MAX_SHOWN_NAME]}`. It may use: {allowed}", param="model"
+            )
+
+    def begin(self, now: float) -> None:
+        """Take one of the minute's requests and one place, or raise `RateLimited` and take nothing.
+
+        Whoever was let in calls `end`, once.
+        """
+        if self.has_limits:
+            self._check_limits(now)
+            self._take("requests", now, 1)
+        self.num_running += 1
+        self.usage.num_admitted += 1
+
+    def spend(self, now: float, prompt_tokens: int, completion_tokens: int) -> None:
+        """Count tokens that a request has used."""
+        self.usage.prompt_tokens += prompt_tokens
+        self.usage.completion_tokens += completion_tokens
+        self._take("tokens", now, prompt_tokens + completion_tokens)
+
+    def end(self) -> None:
+        """Give the place back."""
+        assert self.num_running > 0
+        self.num_running -= 1
+
+    def headers(self, now: float) -> dict[str, str]:
+        """OpenAI's `x-ratelimit-*` headers for what is limited by the minute."""
+        headers = {}
+        for noun, bucket in self._buckets.items():
+            headers[f"x-ratelimit-limit-{noun}"] = str(bucket.per_minute)
+            headers[f"x-ratelimit-remaining-{noun}"] = str(bucket.remaining(now))
+            headers[f"x-ratelimit-reset-{noun}"] = show_duration(bucket.seconds_until_full(now))
+        return headers
+
+    def _check_limits(self, now: float) -> None:
+        for refusal in self._refusals(now):
+            self.usage.num_rate_limited += 1
+            raise refusal
+
+    def _refusals(self, now: float) -> Iterator[RateLimited]:
+        if self._max_concurrent and self.num_running >= self._max_concurrent:
+            yield RateLimited(
+                f"This API key allows {self._max_concurrent} requests at once (max_concurrent); "
+                "try again when one has ended",
+                retry_after_seconds=PLACE_RETRY_SECONDS,
+            )
+        for noun, bucket in self._buckets.items():
+            seconds = math.ceil(bucket.seconds_until(now, 1))
+            if seconds:
+                yield RateLimited(
+                    f"This API key allows {bucket.per_minute} {noun} a minute ({noun}_per_minute); "
+                    f"try again in {seconds} s",
+                    retry_after_seconds=seconds,
+                )
+
+    def _take(self, noun: str, now: float, count: int) -> None:
+        bucket = self._buckets.get(noun)
+        if bucket is not None:
+            bucket.take(now, count)
+
+
+def show_duration(seconds: float) -> str:
+    """A duration as OpenAI's headers write it: `12ms`, `8.64s`, `6m0s`. Rounded up to a millisecond."""
+    milliseconds = math.ceil(seconds * 1000)
+    if 0 < milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, milliseconds = divmod(milliseconds, 60_000)
+    return f"{minutes}m{milliseconds / 1000:g}s" if minutes else f"{milliseconds / 1000:g}s"
