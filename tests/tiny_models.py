@@ -48,6 +48,42 @@ QWEN2 = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+BAICHUAN = {
+    **{key: value for key, value in LLAMA.items() if key not in ("num_key_value_heads", "rope_theta")},
+    "architectures": ["BaichuanForCausalLM"],
+    "model_type": "baichuan",
+    "model_max_length": 128,
+    "pad_token_id": 0,
+    "z_loss_weight": 0,
+}
+CHATGLM = {
+    "architectures": ["ChatGLMModel"],
+    "model_type": "chatglm",
+    "add_bias_linear": False,
+    "add_qkv_bias": True,
+    "apply_query_key_layer_scaling": True,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_softmax_in_fp32": True,
+    "bias_dropout_fusion": True,
+    "ffn_hidden_size": 96,
+    "fp32_residual_connection": False,
+    "hidden_size": 64,
+    "kv_channels": 16,
+    "layernorm_epsilon": 1e-05,
+    "multi_query_attention": True,
+    "multi_query_group_num": 2,
+    "num_attention_heads": 4,
+    "num_layers": 3,
+    "original_rope": True,
+    "padded_vocab_size": VOCAB_SIZE,
+    "post_layer_norm": True,
+    "rmsnorm": True,
+    "seq_length": 128,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -81,6 +117,9 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 11,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "baichuan": BAICHUAN,
+    "chatglm": CHATGLM,
+    "chatglm-rope-ratio": {**CHATGLM, "rope_ratio": 50},
 }
 
 

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from brlite.errors import ModelError
+from brlite.models.baichuan import BAICHUAN
+from brlite.models.chatglm import CHATGLM
 from brlite.models.family import Family
 from brlite.models.llama import LLAMA
 from brlite.models.mistral import MISTRAL
 from brlite.models.qwen2 import QWEN2
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, BAICHUAN, CHATGLM)
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
@@ -28,7 +30,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
         raise ModelError(f"model config: architectures must be a list of strings, got {architectures!r}")
     name = architectures[0] if architectures else config.get("model_type")
     for family in FAMILIES:
-        if name == (family.architecture if architectures else family.model_type):
+        if name in ((family.architecture, *family.aliases) if architectures else (family.model_type,)):
             return family
     known = ", ".join(family.architecture for family in FAMILIES)
     raise ModelError(f"model config: architecture {name!r} is not supported; known are {known}")

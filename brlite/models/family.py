@@ -11,17 +11,22 @@ from brlite.models.config import ModelConfig
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where a checkpoint's tensor goes: rows `start` onwards of the decoder's `parameter`. `shape` is the tensor's."""
+    """Where a checkpoint's tensor goes: rows `start` onwards of the decoder's `parameter`. `shape` is the tensor's.
+
+    With `has_unit_rows` each row is scaled to length 1 on its way there.
+    """
 
     parameter: str
     shape: tuple[int, ...]
     start: int = 0
+    has_unit_rows: bool = False
 
 
 class Family(msgspec.Struct, frozen=True):
     """How the models of one `model_type` are read.
 
     `weight_places` names every tensor a checkpoint must hold; `ignored_suffixes` end the names it may hold besides.
+    `aliases` are other architectures by which configs call the same.
     """
 
     model_type: str
@@ -29,3 +34,4 @@ class Family(msgspec.Struct, frozen=True):
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
     weight_places: Callable[[ModelConfig], dict[str, Place]]
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    aliases: tuple[str, ...] = ()

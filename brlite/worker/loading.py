@@ -5,7 +5,6 @@ All names and shapes are checked before any data is read (`fit.py`); memory is t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -21,6 +20,7 @@ from brlite.models.packing import can_pack, pack_linears
 from brlite.models.parameters import Parameters, allocate_parameters
 from brlite.models.quantize import quantize_linears_
 from brlite.worker.fit import Fit, check_fit
+from brlite.worker.placing import placed_tensors
 
 
 def load_model(
@@ -56,16 +56,9 @@ def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> 
 
 
 def _fill(parameters: Parameters, checkpoint: Checkpoint, fit: Fit, on_progress: Callable[[float], None]) -> None:
-    total = sum(math.prod(place.shape) for place in fit.places.values())
-    num_loaded = 0
-    for name, tensor in checkpoint.tensors():
-        if name in fit.ignored:
-            continue
-        place = fit.places[name]
-        _copy(parameters.named[place.parameter], place, torch.from_numpy(tensor))
-        num_loaded += tensor.size
-        del tensor  # before the next one is read
-        on_progress(num_loaded / total)
+    for place, values in placed_tensors(checkpoint, fit, on_progress):
+        _copy(parameters.named[place.parameter], place, torch.from_numpy(values))
+        del values  # before the next one is read
 
 
 def _copy(parameter: Tensor, place: Place, tensor: Tensor) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +17,7 @@ from brlite.kernels.layout import packed_layout
 from brlite.kernels.memory import NativeMemory
 from brlite.kernels.weights import PackedWeights, Packer
 from brlite.worker.fit import Fit
+from brlite.worker.placing import placed_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -67,15 +67,9 @@ def load_weights(
 
 
 def _pack(checkpoint: Checkpoint, fit: Fit, packer: Packer, on_progress: Callable[[float], None]) -> None:
-    total = sum(math.prod(place.shape) for place in fit.places.values())
-    num_loaded = 0
-    for name, values in checkpoint.tensors():
-        if name in fit.ignored:
-            continue
-        place = fit.places[name]
+    for place, values in placed_tensors(checkpoint, fit, on_progress):
         packer.put(place.parameter, place.start, values, keeps_digits=place.parameter.endswith("norm"))
-        num_loaded += values.size
-        on_progress(num_loaded / total)
+        del values  # before the next one is read
 
 
 def _write(image: Path, key: ImageKey, memory: NativeMemory, sums: list[int]) -> None:

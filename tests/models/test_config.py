@@ -20,7 +20,9 @@ from brlite.models.config import (
     weight_bytes,
 )
 from brlite.models.parameters import allocate_parameters
-from tests.tiny_models import LLAMA, LLAMA3, MISTRAL, QWEN2, TINY_CONFIGS, YARN, tiny_tensors
+from tests.tiny_models import BAICHUAN, CHATGLM, LLAMA, LLAMA3, MISTRAL, QWEN2, TINY_CONFIGS, YARN, tiny_tensors
+
+CHATGLM_ALIAS = "ChatGLMForConditionalGeneration"
 
 
 def read(config: dict[str, Any]) -> ModelConfig:
@@ -35,6 +37,12 @@ def test_family_is_found_by_the_whole_name_of_the_architecture() -> None:
 
 def test_family_is_found_by_model_type_where_no_architecture_is_named() -> None:
     assert find_family({"model_type": "qwen2"}).architecture == "Qwen2ForCausalLM"
+
+
+def test_a_family_may_have_several_architectures() -> None:
+    families = [find_family({**CHATGLM, "architectures": [name]}) for name in (CHATGLM_ALIAS, "ChatGLMModel")]
+
+    assert families[0] is families[1]
 
 
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForSequenceClassification", "Qwen2MoeForCausalLM"])
@@ -77,6 +85,47 @@ def test_bad_value_is_refused_by_the_name_of_its_key(key: str, value: object) ->
 
     assert key in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": 5120, "num_attention_heads": 40}, {"max_position_embeddings": None}]
+)
+def test_baichuan_13b_is_refused_by_name_for_its_alibi(change: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"Baichuan 13B has ALiBi .* not supported; Baichuan2 7B is"):
+        read({**BAICHUAN, **change})
+
+
+def test_a_scaled_head_is_never_the_embedding() -> None:
+    with pytest.raises(ModelError, match="tie_word_embeddings must be false"):
+        read({**BAICHUAN, "tie_word_embeddings": True})
+
+
+def test_chatglm_sizes_are_read_by_its_own_words() -> None:
+    config = read({**CHATGLM, "rope_ratio": 50})
+
+    assert (config.num_layers, config.intermediate_size, config.vocab_size, config.max_context) == (3, 96, 300, 128)
+    assert (config.num_kv_heads, config.head_dim, config.rms_norm_eps, config.qkv_bias) == (2, 16, 1e-5, True)
+    assert (config.rope.rotary_dim, config.rope.theta, config.rope.interleaved) == (8, 500_000.0, True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kv_channels", None),
+        ("multi_query_group_num", 3),
+        ("multi_query_attention", False),
+        ("rmsnorm", False),
+        ("add_bias_linear", True),
+        ("apply_residual_connection_post_layernorm", True),
+        ("quantization_bit", 4),
+        ("pre_seq_len", 128),
+    ],
+)
+def test_chatglm_of_another_make_is_refused_by_the_name_of_its_key(key: str, value: object) -> None:
+    with pytest.raises(ModelError) as refusal:
+        read({**CHATGLM, key: value})
+
+    assert key in str(refusal.value)
 
 
 def test_head_dim_comes_from_the_config_or_from_the_division() -> None:

@@ -1,4 +1,5 @@
-"""Every family against transformers, and every family against itself: chunked, cached, batched, quantised."""
+"""Every family against transformers, or a reference beside this file where that has none; and every family against
+itself: chunked, cached, batched, quantised."""
 
 from __future__ import annotations
 
@@ -12,15 +13,21 @@ from transformers import AutoModelForCausalLM
 from brlite.config import Precision
 from brlite.models.config import KVDtype
 from brlite.models.decoder import Decoder
+from tests.models import reference_baichuan, reference_chatglm
 from tests.models.steps import BLOCK_SIZE, LENGTH, Runner, load_tiny, random_ids
-from tests.tiny_models import TINY_CONFIGS, write_tiny_model
+from tests.tiny_models import TINY_CONFIGS, tiny_tensors, write_tiny_model
 
 NUM_BLOCKS = LENGTH // BLOCK_SIZE
 SCATTERED = list(range(2 * NUM_BLOCKS, 0, -2))
-FAMILIES = ["llama", "mistral-window", "qwen2", "qwen2-window"]
+FAMILIES = ["llama", "mistral-window", "qwen2", "qwen2-window", "baichuan", "chatglm"]
+REFERENCES = {"baichuan": reference_baichuan.logits, "chatglm": reference_chatglm.logits}
 
 
-def reference_logits(path: Path, token_ids: list[int]) -> Tensor:
+def reference_logits(path: Path, name: str, token_ids: list[int]) -> Tensor:
+    config = TINY_CONFIGS[name]
+    if config["model_type"] in REFERENCES:
+        return REFERENCES[config["model_type"]](config, tiny_tensors(name), token_ids)
+    write_tiny_model(path, name)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.inference_mode():
         return model(torch.tensor([token_ids])).logits[0]
@@ -40,20 +47,22 @@ def decoder(request: pytest.FixtureRequest) -> Decoder:
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
-def test_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_reference(name: str, tmp_path: Path) -> None:
     token_ids = random_ids()
-    expected = reference_logits(write_tiny_model(tmp_path, name), token_ids)
+    expected = reference_logits(tmp_path, name, token_ids)
 
     logits = Runner(load_tiny(name)).whole(token_ids, SCATTERED)
 
     assert max_difference(logits, expected) <= 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama-linear-rope", "llama-dynamic-rope", "llama3-rope"])
+@pytest.mark.parametrize("name", ["llama-linear-rope", "llama-dynamic-rope", "llama3-rope", "chatglm-rope-ratio"])
 def test_rope_scaling_changes_what_the_plain_model_says(name: str) -> None:
     token_ids = random_ids()
 
-    scaled, plain = (Runner(load_tiny(model)).whole(token_ids, SCATTERED) for model in (name, "llama"))
+    scaled, plain = (
+        Runner(load_tiny(model)).whole(token_ids, SCATTERED) for model in (name, TINY_CONFIGS[name]["model_type"])
+    )
 
     assert max_difference(scaled, plain) > 0.1
 
@@ -109,9 +118,10 @@ def test_an_unwritten_slot_of_a_reused_block_never_shows_even_if_a_nan_was_there
     token_ids = random_ids(6)
     expected = Runner(decoder).whole(token_ids, [5, 6])
     runner = Runner(decoder)
+    poison = torch.full((8, decoder.config.num_kv_heads, decoder.config.head_dim), torch.nan)
     for layer in runner.cache.layers:
-        layer.keys.write(torch.arange(20, 28), torch.full((8, 2, decoder.config.head_dim), torch.nan))
-        layer.values.write(torch.arange(20, 28), torch.full((8, 2, decoder.config.head_dim), torch.nan))
+        layer.keys.write(torch.arange(20, 28), poison)
+        layer.values.write(torch.arange(20, 28), poison)
 
     logits = runner.whole(token_ids, [5, 6])
 

@@ -5,20 +5,17 @@ Between them they have every head size, grouping, window, bias, rope and tie tha
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 
 from brlite.config import EngineConfig, ModelSpec, Precision
 from brlite.kernels.library import NativeLibrary
 from brlite.models import find_family
-from brlite.models.config import ModelConfig, RopeConfig
-from brlite.worker.fit import Fit, check_fit
+from brlite.worker.fit import check_fit
 from brlite.worker.native_backend import NativeBackend
-from tests.tiny_models import LLAMA, MISTRAL, QWEN2, VOCAB_SIZE, TensorCheckpoint
+from tests.tiny_models import BAICHUAN, CHATGLM, LLAMA, MISTRAL, QWEN2, VOCAB_SIZE, TensorCheckpoint
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8")
 MAX_CONTEXT = 640  # attention works on 256 tokens at a time: this takes three such chunks
@@ -30,7 +27,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-tied": LLAMA
     | {"hidden_size": 50, "intermediate_size": 67, "num_attention_heads": 2, "head_dim": 64}
     | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
-    "llama-neighbours": LLAMA | {"hidden_size": 40, "intermediate_size": 50, "num_attention_heads": 4, "head_dim": 24},
+    "baichuan": BAICHUAN | {"hidden_size": 60, "intermediate_size": 70, "num_attention_heads": 6},
+    "chatglm": CHATGLM
+    | {"hidden_size": 40, "ffn_hidden_size": 50, "num_attention_heads": 4, "kv_channels": 24, "rope_ratio": 2},
     "mistral": MISTRAL
     | {"hidden_size": 48, "intermediate_size": 100, "num_attention_heads": 4, "head_dim": 32}
     | {"num_key_value_heads": 1, "sliding_window": 43},
@@ -40,11 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 for _config in MODELS.values():
     _config.update(num_hidden_layers=2, max_position_embeddings=MAX_CONTEXT)
-
-# What no family reads from its files: half of each head turns, neighbour against neighbour.
-_ROPES: dict[str, Callable[[ModelConfig], RopeConfig]] = {
-    "llama-neighbours": lambda config: RopeConfig(rotary_dim=config.head_dim // 2, interleaved=True)
-}
+MODELS["chatglm"].update(num_layers=2, seq_length=MAX_CONTEXT)
 
 
 def make_tensors(name: str) -> dict[str, torch.Tensor]:
@@ -57,12 +52,6 @@ def make_tensors(name: str) -> dict[str, torch.Tensor]:
 
 def make_checkpoint(name: str, **changes: torch.Tensor) -> TensorCheckpoint:
     return TensorCheckpoint(MODELS[name], {**make_tensors(name), **changes})
-
-
-def fit_of(name: str, checkpoint: TensorCheckpoint, spec: ModelSpec) -> Fit:
-    fit = check_fit(checkpoint, spec)
-    rope = _ROPES.get(name, lambda config: config.rope)(fit.config)
-    return fit._replace(config=msgspec.structs.replace(fit.config, rope=rope))
 
 
 def load_native(
@@ -81,7 +70,7 @@ def load_native(
     return NativeBackend.load(
         library if isa is None else library._replace(isa=isa),
         checkpoint,
-        fit_of(name, checkpoint, spec),
+        check_fit(checkpoint, spec),
         spec,
         EngineConfig(threads=threads, max_num_batched_tokens=MAX_ROWS, block_size=block_size),
         None,

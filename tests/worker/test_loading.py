@@ -52,6 +52,18 @@ def test_weights_are_rounded_to_bfloat16_and_norms_are_not() -> None:
     assert torch.equal(parameters.norm, tensors["model.norm.weight"])
 
 
+def test_rows_of_a_normalised_head_have_length_one_and_a_row_of_zeros_stays() -> None:
+    tensors = tiny_tensors("baichuan")
+    tensors["lm_head.weight"][7] = 0
+    expected = torch.nn.functional.normalize(tensors["lm_head.weight"], dim=1)
+
+    parameters = load(TensorCheckpoint(TINY_CONFIGS["baichuan"], tensors)).parameters
+
+    assert torch.equal(parameters.head.weight, expected.bfloat16().float())
+    assert not parameters.head.weight[7].any()
+    assert torch.equal(parameters.embedding, tensors["model.embed_tokens.weight"])
+
+
 def test_progress_grows_to_one() -> None:
     seen: list[float] = []
 

@@ -18,7 +18,6 @@ from brlite.errors import EngineError
 from brlite.kernels.library import NativeLibrary
 from brlite.llm import build_engine
 from brlite.models.config import KVDtype
-from brlite.models.decoder import Decoder
 from brlite.sampling_params import SamplingParams
 from brlite.verify import verify
 from brlite.worker.loading import load_model
@@ -31,7 +30,6 @@ from tests.worker.native_models import (
     MAX_ROWS,
     MODELS,
     PRECISIONS,
-    fit_of,
     load_native,
     make_checkpoint,
     make_tensors,
@@ -58,9 +56,7 @@ def reference(name: str, precision: Precision) -> Runner:
     """The same weights on the torch path, computing in float32."""
     spec = ModelSpec(name=name, precision=precision, build_seq=MAX_CONTEXT)
     checkpoint = make_checkpoint(name)
-    config = fit_of(name, checkpoint, spec).config
-    loaded = load_model(checkpoint, spec, torch.float32, torch.device("cpu"), lambda fraction: None)
-    decoder = Decoder(config, loaded.parameters, max_length=MAX_CONTEXT)
+    decoder = load_model(checkpoint, spec, torch.float32, torch.device("cpu"), lambda fraction: None)
     return Runner(decoder, num_blocks=160, kv_dtype=KV_DTYPES[precision])
 
 
