@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from brlite.check import ModelReport, Sizes, describe, inspect_model, run
-from brlite.config import Config, EngineConfig, KeysConfig, ModelSpec, ProxyConfig, load_config
+from brlite.config import Config, EngineConfig, KeyConfig, KeysConfig, ModelSpec, ProxyConfig, load_config
 from brlite.config_text import render
 from brlite.errors import ConfigError, ModelError
 from tests.tiny_models import VOCAB_SIZE, write_byte_tokenizer, write_tiny_model
@@ -112,7 +112,7 @@ def test_what_is_printed_can_be_loaded_again(tmp_path):
 
 
 def test_keys_are_masked_where_a_config_is_printed():
-    text = render(Config(keys=KeysConfig(keys=("open-sesame", "two"))))
+    text = render(Config(keys=KeysConfig(keys=("open-sesame", "two")), key=(KeyConfig(name="a", key="sesame-2"),)))
 
     assert "sesame" not in text
     assert 'keys = ["***", "***"]' in text
@@ -143,6 +143,8 @@ def test_a_config_for_several_devices_is_refused_in_this_version(tmp_path):
     ("config", "words"),
     [
         ('[keys]\nfile = "/nowhere/keys"', "/nowhere/keys"),
+        ('[[key]]\nname = "a"\nenv = "NO_SUCH_KEY"', "NO_SUCH_KEY"),
+        ('[keys]\nkeys = ["sk"]\n[[key]]\nname = "a"\nkey = "sk"', "each key needs its own"),
         (
             '[[model]]\nname = "tiny"\npath = "MODEL"\nchat_template = "/nowhere/chat.jinja"\nbuild_seq = 64',
             "chat.jinja",

@@ -204,8 +204,17 @@ def test_a_doubtful_config_is_warned_about(config, message, monkeypatch):
     assert warnings[0].startswith(message)
 
 
-@pytest.mark.parametrize("keys", [KeysConfig(keys=("k",)), KeysConfig(file="keys"), KeysConfig(env="ONE_KEY")])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"keys": KeysConfig(keys=("k",))},
+        {"keys": KeysConfig(file="keys")},
+        {"keys": KeysConfig(env="ONE_KEY")},
+        {"key": (KeyConfig(name="a", key="k"),)},
+    ],
+)
 def test_a_key_quiets_the_warning_about_a_public_address(keys, monkeypatch):
+    monkeypatch.delenv("BRLITE_API_KEY", raising=False)
     monkeypatch.setenv("ONE_KEY", "k")
 
-    assert config_warnings(Config(server=ServerConfig(host="0.0.0.0"), keys=keys)) == []
+    assert config_warnings(Config(server=ServerConfig(host="0.0.0.0"), **keys)) == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from brlite.config import DEFAULT_MODEL, LimitsConfig
+from brlite.config import DEFAULT_MODEL, LimitsConfig, load_config
 from brlite.http.connection import MAX_HEADERS
 from brlite.sampling_params import SamplingParams
 
@@ -57,6 +57,15 @@ def test_the_file_tree_shows_what_is_there() -> None:
 
     assert there <= named
     assert named - there <= {"fakes.py", "tiny_models.py"}
+
+
+def test_the_example_of_a_key_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(README.split("### Keys", 1)[1].split("```toml")[1].split("```")[0])
+
+    (key,) = load_config(path).key
+
+    assert key.requests_per_minute > 0
 
 
 def test_the_curl_line_asks_for_the_default_model() -> None:

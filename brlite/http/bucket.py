@@ -10,7 +10,7 @@ import math
 
 MINUTE = 60.0
 
-# Far above what adding floats loses, far below what anybody could use.
+# Seconds: far above what adding floats loses, far below what anybody could use.
 TOLERANCE = 1e-6
 
 
@@ -34,8 +34,8 @@ class Bucket:
 
     def remaining(self, now: float) -> int:
         """How many are there, none while in debt."""
-        seconds = MINUTE - self.seconds_until_full(now)
-        return max(0, math.floor(seconds / self._seconds_each + TOLERANCE))
+        seconds = MINUTE - self.seconds_until_full(now) + TOLERANCE
+        return min(self.per_minute, max(0, math.floor(seconds / self._seconds_each)))
 
     def take(self, now: float, count: int) -> None:
         """Take so many, into debt if need be."""

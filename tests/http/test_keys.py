@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from brlite.config import Config, KeysConfig
-from brlite.errors import ConfigError
-from brlite.http.keys import ApiKeys
+from brlite.config import Config, KeyConfig, KeysConfig
+from brlite.errors import ConfigError, Unauthorized
+from brlite.http.api_key import ApiKey
+from brlite.http.keys import ApiKeys, shown_key
 
 ODD_PATHS = [
     "/v1/models",
@@ -169,3 +170,85 @@ def test_a_key_file_that_gives_no_key_stops_the_server(content: bytes | None, tm
 def test_an_empty_key_is_refused() -> None:
     with pytest.raises(ConfigError, match="must not be empty"):
         ApiKeys(("good", " "))
+    with pytest.raises(ConfigError, match="must not be empty"):
+        ApiKeys(named=[("", ApiKey("team-a"))])
+
+
+@pytest.mark.parametrize(
+    ("authorization", "x_api_key", "shown"),
+    [
+        (None, None, None),
+        ("Bearer one", None, "one"),
+        ("bEARER  one ", "two", "one"),
+        ("Basic one", "two", "two"),
+        ("Basic one", None, None),
+        ("Bearer", "two", ""),
+        (None, "two", "two"),
+    ],
+)
+def test_the_bearer_token_goes_before_the_other_header(authorization, x_api_key, shown) -> None:
+    assert shown_key(authorization, x_api_key) == shown
+
+
+def test_each_key_is_found_with_its_own_rules() -> None:
+    team_a, team_b = ApiKey("team-a"), ApiKey("team-b")
+    keys = ApiKeys(["plain-1", "plain-2"], [("sk-a", team_a), ("sk-b", team_b)])
+
+    found = [keys.find(secret) for secret in ("sk-a", "sk-b", "sk-c", "", None)]
+
+    assert found == [team_a, team_b, None, None, None]
+    assert keys.find("plain-1") is keys.find("plain-2") is not None
+    assert list(keys) == [team_a, team_b]
+    assert repr(keys) == "ApiKeys(4 keys)"
+
+
+def test_a_key_with_rules_alone_closes_the_server() -> None:
+    keys = ApiKeys(named=[("sk-a", ApiKey("team-a"))])
+
+    assert not keys.is_open
+    with pytest.raises(Unauthorized, match="didn't provide"):
+        keys.require(None)
+    with pytest.raises(Unauthorized, match="Incorrect"):
+        keys.require("sk-b")
+
+
+def test_on_an_open_server_every_key_is_as_good_as_none() -> None:
+    keys = ApiKeys()
+
+    assert keys.require(None) is keys.require("any")
+    assert not keys.require(None).has_limits
+
+
+def test_the_secret_of_a_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEAM_A_KEY", " sk-a\n")
+
+    keys = ApiKeys.from_config(Config(key=(KeyConfig(name="team-a", env="TEAM_A_KEY"),)))
+
+    found = keys.find("sk-a")
+    assert found is not None
+    assert found.name == "team-a"
+
+
+@pytest.mark.parametrize("content", [None, "", "  "])
+def test_a_variable_that_holds_no_key_is_named(content: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TEAM_A_KEY", raising=False)
+    if content is not None:
+        monkeypatch.setenv("TEAM_A_KEY", content)
+
+    with pytest.raises(ConfigError, match=r"key\[1\]\.env: .* TEAM_A_KEY is not set, or empty"):
+        ApiKeys.from_config(Config(key=(KeyConfig(name="b", key="b"), KeyConfig(name="a", env="TEAM_A_KEY"))))
+
+
+@pytest.mark.parametrize(
+    ("plain", "message"),
+    [((), "key two: its secret is also that of the key one"), ((SECRET,), "key one: its secret is also that in")],
+)
+def test_a_secret_belongs_to_one_key_only_and_is_not_shown(plain: tuple[str, ...], message: str) -> None:
+    config = Config(
+        keys=KeysConfig(keys=plain), key=(KeyConfig(name="one", key=SECRET), KeyConfig(name="two", key=SECRET))
+    )
+
+    with pytest.raises(ConfigError, match=message) as caught:
+        ApiKeys.from_config(config)
+
+    assert SECRET not in str(caught.value)

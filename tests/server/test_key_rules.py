@@ -1,0 +1,243 @@
+"""Keys with rules of their own, seen from outside: what is refused, what is counted, what is told."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import aiohttp
+import pytest
+
+from brlite.app import create_app
+from brlite.config import Config, KeyConfig, LimitsConfig, ModelSpec
+from brlite.engine.backend import ScheduledSeq
+from brlite.http.listen import HttpServer
+from brlite.server.served_model import ModelTable, ServedModel
+from tests.fakes import printable_token
+from tests.server.conftest import MODEL, Client, chat_body, completion_body
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+SECRET = "sk-team-a"
+PROMPT_TOKENS = 11  # of chat_body() in bytes
+
+MakeClient = Callable[..., Awaitable[Client]]
+LimitedClient = Callable[..., Awaitable[Client]]
+
+
+@pytest.fixture
+def limited(make_client: MakeClient) -> LimitedClient:
+    """`await limited(max_concurrent=1)` starts a server whose one key has these rules; its client shows the key."""
+
+    async def start(*, backend: dict[str, Any] | None = None, **rules: Any) -> Client:
+        key = KeyConfig(name="team-a", key=SECRET, **rules)
+        client = await make_client(config={"key": (key,)}, **(backend or {}))
+        client.session.headers["Authorization"] = f"Bearer {SECRET}"
+        return client
+
+    return start
+
+
+async def counts(client: Client) -> dict[str, int]:
+    """The key's counters in `/metrics`, by their second label."""
+    async with client.session.get(client.url + "/metrics") as response:
+        text = await response.text()
+    assert SECRET not in text
+    lines = re.findall(r'^brlite:key_\w+_total\{key="team-a",\w+="(\w+)"\} (\S+)$', text, re.MULTILINE)
+    return {label: int(float(value)) for label, value in lines}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, chat_body()),
+        (CHAT, chat_body(stream=True)),
+        (COMPLETION, completion_body()),
+        (CHAT, chat_body(model="no-such-model")),
+        ("/tokenize", {"model": MODEL, "prompt": "hello"}),
+        ("/tokenize", {"prompt": "hello"}),
+        ("/detokenize", {"model": MODEL, "tokens": [104]}),
+    ],
+)
+async def test_a_model_that_is_not_the_keys_is_a_403_whether_it_exists_or_not(
+    limited: LimitedClient, path: str, body: dict[str, Any]
+) -> None:
+    client = await limited(models=("another",))
+
+    status, answer = await client.post(path, body)
+
+    assert status == 403
+    assert answer["error"]["code"] == "model_not_allowed"
+    assert answer["error"]["param"] == "model"
+    assert answer["error"]["message"].endswith("It may use: another")
+    assert (await counts(client))["forbidden"] == 1
+    assert client.backend.batches == []
+
+
+async def test_only_the_keys_models_are_listed() -> None:
+    config = Config(key=(KeyConfig(name="team-a", key=SECRET, models=("one",)), KeyConfig(name="all", key="sk-all")))
+    table = ModelTable(ServedModel(ModelSpec(name=name)) for name in ("one", "two"))
+
+    async def get(path: str, key: str) -> tuple[int, Any]:
+        async with session.get(path, headers={"X-Api-Key": key}) as response:
+            return response.status, await response.json()
+
+    app = create_app(table, config)
+    async with HttpServer(app, "127.0.0.1", 0, LimitsConfig()) as server, aiohttp.ClientSession(server.url) as session:
+        lists = {key: (await get("/v1/models", key))[1]["data"] for key in (SECRET, "sk-all")}
+        statuses = [(await get(path, SECRET))[0] for path in ("/v1/models/one", "/v1/models/two", "/v1/models/three")]
+
+    assert {key: [card["id"] for card in cards] for key, cards in lists.items()} == {
+        SECRET: ["one"],
+        "sk-all": ["one", "two"],
+    }
+    assert statuses == [200, 403, 403]
+
+
+async def test_requests_of_all_kinds_share_one_budget_and_a_refusal_says_when(limited: LimitedClient) -> None:
+    client = await limited(requests_per_minute=4)
+    await client.chat()
+    await client.complete()
+    await client.post("/tokenize", {"prompt": "x"})
+    await client.post("/detokenize", {"tokens": [104]})
+
+    async with client.session.post(client.url + CHAT, json=chat_body()) as response:
+        answer, headers = await response.json(), response.headers
+
+    assert response.status == 429
+    assert answer["error"]["code"] == "rate_limit_exceeded"
+    assert "4 requests a minute (requests_per_minute)" in answer["error"]["message"]
+    assert 0 < int(headers["Retry-After"]) <= 15
+    assert headers["x-ratelimit-limit-requests"] == "4"
+    assert headers["x-ratelimit-remaining-requests"] == "0"
+    found = await counts(client)
+    assert (found["admitted"], found["rate_limited"]) == (4, 1)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_an_answer_tells_what_is_left(limited: LimitedClient, is_streamed: bool) -> None:
+    client = await limited(requests_per_minute=1000, tokens_per_minute=10**6)
+
+    async with client.session.post(client.url + CHAT, json=chat_body(stream=is_streamed)) as response:
+        headers = response.headers
+        await response.read()
+
+    assert headers["x-ratelimit-limit-requests"] == "1000"
+    assert headers["x-ratelimit-remaining-requests"] == "999"
+    assert re.fullmatch(r"\d+ms", headers["x-ratelimit-reset-requests"])
+    assert headers["x-ratelimit-limit-tokens"] == "1000000"
+
+
+async def test_a_key_without_limits_gets_no_such_headers(limited: LimitedClient) -> None:
+    client = await limited()
+
+    async with client.session.post(client.url + CHAT, json=chat_body()) as response:
+        assert response.status == 200
+
+    assert not [name for name in response.headers if name.lower().startswith("x-ratelimit")]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(CHAT, chat_body(n=2, max_tokens=8)), (COMPLETION, completion_body(["a", "b"], max_tokens=8))]
+)
+async def test_prompts_and_answers_are_charged_whole_or_streamed(
+    limited: LimitedClient, path: str, body: dict[str, Any]
+) -> None:
+    client = await limited(tokens_per_minute=10**6)
+
+    _, answer = await client.post(path, body)
+    once = await counts(client)
+    await client.stream(path, body)
+    twice = await counts(client)
+
+    assert once["prompt"] == answer["usage"]["prompt_tokens"]
+    assert once["completion"] == answer["usage"]["completion_tokens"] == 16
+    assert (twice["prompt"], twice["completion"]) == (2 * once["prompt"], 2 * once["completion"])
+
+
+async def test_who_is_in_debt_for_tokens_waits(limited: LimitedClient) -> None:
+    client = await limited(tokens_per_minute=PROMPT_TOKENS + 2)
+    await client.chat(max_tokens=8)
+
+    status, answer = await client.post(CHAT, chat_body())
+
+    assert status == 429
+    assert "(tokens_per_minute)" in answer["error"]["message"]
+    assert (await counts(client))["completion"] == 8
+
+
+class Stall:
+    """A model that stops before its sixth token, until it is let go on."""
+
+    def __init__(self) -> None:
+        self.is_reached, self.may_go_on = threading.Event(), threading.Event()
+
+    def next_token(self, context: Sequence[int], seed: int) -> int:
+        if len(context) == PROMPT_TOKENS + 5:
+            self.is_reached.set()
+            self.may_go_on.wait(30)
+        return printable_token(context, seed)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_client_that_leaves_gives_its_place_back_and_has_used_what_was_computed(
+    limited: LimitedClient, is_streamed: bool
+) -> None:
+    stall = Stall()
+    client = await limited(max_concurrent=1, backend={"next_token": stall.next_token})
+    running = asyncio.create_task(client.post(CHAT, chat_body(max_tokens=40, stream=is_streamed)))
+    await asyncio.to_thread(stall.is_reached.wait, 10)
+    status, answer = await client.post(CHAT, chat_body())
+
+    running.cancel()
+    await asyncio.wait_for(until_charged(client), 10)
+    stall.may_go_on.set()
+
+    assert status == 429
+    assert "1 requests at once (max_concurrent)" in answer["error"]["message"]
+    found = await counts(client)
+    assert (found["prompt"], found["completion"]) == (PROMPT_TOKENS, 5)
+    await client.chat()
+
+
+async def until_charged(client: Client) -> None:
+    while not (await counts(client))["prompt"]:
+        pass
+
+
+async def test_a_request_that_fails_counts_with_its_tokens_and_gives_its_place_back(limited: LimitedClient) -> None:
+    def fault(seq: ScheduledSeq) -> str | None:
+        return "logits are not finite" if seq.start > PROMPT_TOKENS else None
+
+    client = await limited(max_concurrent=1, backend={"fault": fault})
+
+    statuses = [(await client.post(CHAT, chat_body()))[0] for _ in range(2)]
+    bad, _ = await client.post(CHAT, chat_body(temperature=-1))
+
+    assert [*statuses, bad] == [500, 500, 400]
+    found = await counts(client)
+    assert (found["admitted"], found["rate_limited"]) == (3, 0)
+    assert (found["prompt"], found["completion"]) == (2 * PROMPT_TOKENS, 4)
+
+
+async def test_the_log_names_the_key_and_does_not_show_it(
+    limited: LimitedClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    client = await limited(models=(MODEL,))
+
+    await client.chat()
+    await client.post(CHAT, chat_body(model="another"))
+
+    lines = [record.getMessage() for record in caplog.records if record.name == "brlite.access"]
+    assert [" key=team-a" in line for line in lines] == [True, True]
+    assert SECRET not in caplog.text
+
+
+async def test_plain_keys_and_open_servers_have_no_counters(make_client: MakeClient) -> None:
+    client = await make_client()
+    await client.chat()
+
+    assert await counts(client) == {}
