@@ -57,11 +57,15 @@ class ChatTemplate:
             )
             return _join(pieces, _MAX_GROWTH * len(encoded) + _MAX_MARKUP)
         except _RENDER_ERRORS as error:
-            raise InvalidRequest(
-                f"Error in applying chat template from request: {_one_line(error)}; "
-                "/v1/completions takes a prompt without a template",
-                param="messages",
-            ) from None
+            raise template_refusal(_one_line(error)) from None
+
+
+def template_refusal(reason: str) -> InvalidRequest:
+    """The error for a chat that a model's format cannot say."""
+    return InvalidRequest(
+        f"Error in applying chat template from request: {reason}; /v1/completions takes a prompt without a template",
+        param="messages",
+    )
 
 
 def read_template(path: Path) -> str:

@@ -15,6 +15,7 @@ from tokenizers import decoders, models, normalizers
 from brlite.checkpoint.gguf_header import read_gguf_header
 from brlite.errors import ModelError
 from brlite.tokenizer.chat_template import ChatTemplate, read_template
+from brlite.tokenizer.encoder import BackendEncoder
 from brlite.tokenizer.pieces import Piece, PieceKind, add_typed_tokens, build_backend
 from brlite.tokenizer.post_processor import add_bos_eos
 from brlite.tokenizer.pre_tokenizers import SPLITTINGS, Splitting, build_pre_tokenizer
@@ -34,7 +35,7 @@ def load_gguf(path: Path, *, chat_template: Path | None = None) -> Tokenizer:
     template = read_template(chat_template) if chat_template else vocabulary.get("tokenizer.chat_template", str)
     special = [token_id for token_id, added in backend.get_added_tokens_decoder().items() if added.special]
     return Tokenizer(
-        backend,
+        BackendEncoder(backend),
         read_token_bytes(backend, source=str(path)),
         bos_token_id=vocabulary.token_id("bos"),
         eos_token_ids=_eos_token_ids(vocabulary, special, template or ""),

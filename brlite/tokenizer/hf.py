@@ -6,7 +6,6 @@ folder is run and transformers is not needed. Knows no weights.
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from tokenizers import Tokenizer as Backend
 
 from brlite.errors import ModelError
 from brlite.tokenizer.chat_template import ChatTemplate, read_template
+from brlite.tokenizer.encoder import BackendEncoder
+from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
 from brlite.tokenizer.pieces import read_sentencepiece
 from brlite.tokenizer.post_processor import add_bos_eos
 from brlite.tokenizer.token_bytes import read_token_bytes
@@ -39,8 +40,8 @@ def load_folder(folder: Path, *, chat_template: Path | None = None) -> Tokenizer
     has_json = (folder / "tokenizer.json").is_file()
     config = {
         **({} if has_json else _SENTENCEPIECE_DEFAULTS),
-        **_read_json(folder / "special_tokens_map.json"),
-        **_read_json(folder / "tokenizer_config.json"),
+        **read_json(folder / "special_tokens_map.json"),
+        **read_json(folder / "tokenizer_config.json"),
     }
     backend = (
         _read_tokenizer_json(folder / "tokenizer.json") if has_json else read_sentencepiece(folder / "tokenizer.model")
@@ -51,26 +52,13 @@ def load_folder(folder: Path, *, chat_template: Path | None = None) -> Tokenizer
     ids = {name: backend.token_to_id(text) for name, text in named.items()}
     _settle_bos_eos(backend, folder, config, ids, has_json=has_json)
     return Tokenizer(
-        backend,
+        BackendEncoder(backend),
         read_token_bytes(backend, source=str(folder)),
         bos_token_id=ids.get("bos_token"),
-        eos_token_ids=_eos_token_ids(folder, ids.get("eos_token")),
+        eos_token_ids=read_eos_token_ids(folder, ids.get("eos_token")),
         special_token_ids=special,
         chat_template=_chat_template(folder, config, named, chat_template),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
 
 
 def _read_tokenizer_json(path: Path) -> Backend:
@@ -96,7 +84,7 @@ def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -
 def _listed_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
     listed = {}
     try:
-        for text, token_id in _read_json(folder / "added_tokens.json").items():
+        for text, token_id in read_json(folder / "added_tokens.json").items():
             listed[int(token_id)] = AddedToken(text, normalized=False)
         for token_id, token in config.get("added_tokens_decoder", {}).items():
             listed[int(token_id)] = AddedToken(
@@ -159,18 +147,6 @@ def _settle_bos_eos(
             )
 
 
-def _eos_token_ids(folder: Path, tokenizer_eos: int | None) -> list[int]:
-    """Every id that ends a completion, as the generation config, the model's config and the tokenizer name them."""
-    token_ids: list[int] = []
-    for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
-        values = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token_id) is int and token_id >= 0 for token_id in values):
-            raise ModelError(f"{folder / name}: eos_token_id must be a token id or a list of them, got {value!r}")
-        token_ids += values
-    return token_ids if tokenizer_eos is None else [*token_ids, tokenizer_eos]
-
-
 def _chat_template(
     folder: Path, config: dict[str, Any], named: dict[str, str], operators: Path | None
 ) -> ChatTemplate | None:
@@ -184,7 +160,7 @@ def _chat_template(
 
 
 def _configured_template(folder: Path, config: dict[str, Any]) -> str | None:
-    template = _read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+    template = read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default", named)

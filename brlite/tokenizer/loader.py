@@ -18,7 +18,12 @@ def load_tokenizer(path: Path, *, chat_template: Path | None = None) -> Tokenize
         from brlite.tokenizer.gguf_vocabulary import load_gguf
 
         return load_gguf(gguf_file, chat_template=chat_template)
+    from brlite.tokenizer.coded_folders import find_loader
     from brlite.tokenizer.hf import load_folder
+
+    load_coded = find_loader(path)
+    if load_coded is not None:
+        return load_coded(path, chat_template)
 
     return load_folder(path, chat_template=chat_template)
 

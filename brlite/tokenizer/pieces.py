@@ -77,24 +77,37 @@ def add_typed_tokens(backend: Tokenizer, tokens: Iterable[tuple[str, int]]) -> N
 
 def read_sentencepiece(path: Path) -> Tokenizer:
     """The tokenizer of a bare `tokenizer.model`. Raises `ModelError` for one that is not BPE or rewrites its text."""
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        processor = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ModelError(f"{path}: not a sentencepiece model: {' '.join(str(error).split())}") from None
-    pieces = [
-        Piece(processor.id_to_piece(token_id), processor.get_score(token_id), _kind(processor, token_id))
-        for token_id in range(processor.get_piece_size())
-    ]
-    add_space_prefix = str(processor.encode("a", out_type=str)[0]).startswith("▁")
-    backend = build_backend(pieces, add_space_prefix=add_space_prefix)
+    processor = open_sentencepiece(path)
+    backend = build_backend(read_pieces(processor), add_space_prefix=starts_with_space(processor))
     for sample in _SAMPLES:
         if backend.encode(sample, add_special_tokens=False).ids != processor.encode(sample):
             raise ModelError(
                 f"{path}: not a BPE model that keeps its text as it is; convert the tokenizer to a tokenizer.json"
             )
     return backend
+
+
+def open_sentencepiece(path: Path) -> SentencePieceProcessor:
+    """Raises `ModelError` for a file that is no sentencepiece model."""
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        return SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"{path}: not a sentencepiece model: {' '.join(str(error).split())}") from None
+
+
+def read_pieces(processor: SentencePieceProcessor) -> list[Piece]:
+    """Every piece in the order of the ids. Those that users defined count as normal: the package does not tell."""
+    return [
+        Piece(processor.id_to_piece(token_id), processor.get_score(token_id), _kind(processor, token_id))
+        for token_id in range(processor.get_piece_size())
+    ]
+
+
+def starts_with_space(processor: SentencePieceProcessor) -> bool:
+    """Whether a text gets a space in front before it is cut."""
+    return str(processor.encode("a", out_type=str)[0]).startswith("▁")
 
 
 def _kind(processor: SentencePieceProcessor, token_id: int) -> PieceKind:

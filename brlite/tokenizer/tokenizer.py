@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from brlite.errors import InvalidRequest
+from brlite.tokenizer.marked_text import MarkedText
 
 if TYPE_CHECKING:
-    import tokenizers
-
-    from brlite.tokenizer.chat_template import ChatTemplate
+    from brlite.tokenizer.chat_formats import ChatFormat
+    from brlite.tokenizer.encoder import Encoder
     from brlite.tokenizer.token_bytes import TokenBytes
-
-_MAX_COMPOSED = 4  # so many characters at most become one where Unicode is normalised
 
 
 class Tokenizer:
@@ -25,23 +24,24 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        encoder: Encoder,
         token_bytes: TokenBytes,
         *,
         bos_token_id: int | None,
         eos_token_ids: Iterable[int],
         special_token_ids: Iterable[int],
-        chat_template: ChatTemplate | None,
+        chat_template: ChatFormat | None,
     ) -> None:
         self.vocab_size = len(token_bytes.table)
         self.bos_token_id = bos_token_id
         self.eos_token_ids = tuple(dict.fromkeys(eos_token_ids))
         self.special_token_ids = frozenset(special_token_ids)
-        self._backend = backend
+        self._encoder = encoder
         self._bytes = token_bytes.table
         self._strips_first_space = token_bytes.strips_first_space
         self._chat_template = chat_template
-        self._max_characters = _max_characters(backend, token_bytes.table)
+        # The most characters of a text that one token can stand for; 0 if there is no limit.
+        self._max_characters = max(map(len, self._bytes), default=0) * encoder.max_composed
 
     @property
     def has_chat_template(self) -> bool:
@@ -51,12 +51,18 @@ class Tokenizer:
         """Token ids of a text, with the BOS and EOS that the model's tokenizer adds if `add_special_tokens`.
 
         The literal text of a special token, `<|im_start|>` say, becomes that token, as in Hugging Face's tokenizers:
-        whoever puts untrusted text into a prompt must know. A text with lone surrogates is refused, naming `param`.
+        whoever puts untrusted text into a prompt must know. Of a rendered chat that marks its tokens (`MarkedText`)
+        those do. A text with lone surrogates is refused, naming `param`.
         """
         if not _is_encodable(text):
             raise InvalidRequest("text holds a lone surrogate, which UTF-8 cannot encode", param=param)
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        if not isinstance(text, MarkedText):
+            return self._encoder.encode(text, add_special_tokens=add_special_tokens)
+        encoded = (
+            [part] if isinstance(part, int) else self._encoder.encode(part, add_special_tokens=False)
+            for part in text.parts
+        )
+        return list(chain.from_iterable(encoded))
 
     def fewest_tokens(self, text: str) -> int:
         """How many tokens the text has at the very least, from its length alone.
@@ -96,13 +102,6 @@ class Tokenizer:
         """Token ids of a rendered chat. The template brings its own BOS, so none is added."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False, param="messages")
-
-
-def _max_characters(backend: tokenizers.Tokenizer, table: tuple[bytes, ...]) -> int:
-    """The most characters of a text that one token can stand for; 0 if there is no limit."""
-    if any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values()):
-        return 0  # such a token swallows all the white space beside it
-    return max(map(len, table), default=0) * (1 if backend.normalizer is None else _MAX_COMPOSED)
 
 
 def _is_encodable(text: str) -> bool:

@@ -1,0 +1,124 @@
+"""The chats of models that have no template but code of their own: which control tokens stand where, as published.
+
+Control tokens are marked, not written: a message that spells one out does not become it, unless the model's own
+vocabulary cuts it so.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from brlite.tokenizer.chat_template import ChatTemplate, template_refusal
+from brlite.tokenizer.marked_text import MarkedText
+
+Messages = Sequence[Mapping[str, Any]]
+
+# ChatGLM3's control tokens, in the order of their ids, which follow those of its pieces.
+CHATGLM3_TOKENS = (
+    *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+)
+CHATGLM3_PREFIX = ("[gMASK]", "sop")
+CHATGLM3_ENDS = ("<|user|>", "<|observation|>")
+CHATGLM3_ROLES = {
+    "system": "<|system|>",
+    "user": "<|user|>",
+    "assistant": "<|assistant|>",
+    "observation": "<|observation|>",
+    "tool": "<|observation|>",  # OpenAI's word for it
+}
+
+
+class ChatFormat(Protocol):
+    """Whatever turns a chat into text. Raises `InvalidRequest` for a chat that it cannot say."""
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> str: ...
+
+
+class Baichuan2Format:
+    """A system message as it stands; then before each message a token that says whose it is, and nothing behind."""
+
+    def __init__(self, *, user_token_id: int, assistant_token_id: int, names: Mapping[int, str]) -> None:
+        self._tokens = {"user": user_token_id, "assistant": assistant_token_id}
+        self._names = names
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
+        parts: list[str | int] = []
+        for index, message in enumerate(messages):
+            role = message.get("role")
+            if role == "system" and index > 0:
+                raise template_refusal("a system message must be the first")
+            parts += [] if role == "system" else [_token(self._tokens, role)]
+            parts.append(_text(message, "content"))
+        if add_generation_prompt and messages and messages[-1].get("role") != "assistant":
+            parts.append(self._tokens["assistant"])
+        return MarkedText(parts, self._names)
+
+
+class ChatGLM3Format:
+    """`[gMASK]sop`, then for each message its role's token, metadata (a tool's name), a new line and the content."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._names = {token_id: text for text, token_id in ids.items()}
+        self._prefix = [ids[text] for text in CHATGLM3_PREFIX]
+        self._tokens = {role: ids[text] for role, text in CHATGLM3_ROLES.items()}
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
+        parts: list[str | int] = [*self._prefix]
+        for message in messages:
+            parts += [
+                _token(self._tokens, message.get("role")),
+                _text(message, "metadata") + "\n",
+                _with_tools(message),
+            ]
+        if add_generation_prompt:
+            parts.append(self._tokens["assistant"])
+        return MarkedText(parts, self._names)
+
+
+class MarkingTemplate:
+    """An operator's template for a model whose vocabulary does not find control tokens in text: what it writes of
+    `ids` becomes them, in messages too."""
+
+    def __init__(self, template: ChatTemplate, ids: Mapping[str, int]) -> None:
+        self._template = template
+        self._ids = ids
+        self._names = {token_id: text for text, token_id in ids.items()}
+        self._pattern = re.compile("|".join(f"({re.escape(text)})" for text in ids))
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        return MarkedText(self._parts(text), self._names)
+
+    def _parts(self, text: str) -> Iterator[str | int]:
+        end = 0
+        for match in self._pattern.finditer(text):
+            yield text[end : match.start()]
+            yield self._ids[match[0]]
+            end = match.end()
+        yield text[end:]
+
+
+def _token(tokens: Mapping[str, int], role: object) -> int:
+    if role not in tokens:
+        raise template_refusal(f"role {role!r} has no token; {', '.join(tokens)} have")
+    return tokens[str(role)]
+
+
+def _text(message: Mapping[str, Any], key: str) -> str:
+    """The string under `key`, empty where there is none."""
+    value = message.get(key)
+    if value is not None and not isinstance(value, str):
+        raise template_refusal(f"{key} must be a string")
+    return value or ""
+
+
+def _with_tools(message: Mapping[str, Any]) -> str:
+    """The content, and behind a system message's the tools that it offers."""
+    content = _text(message, "content")
+    if message.get("role") != "system" or not message.get("tools"):
+        return content
+    return f"{content}\n{json.dumps(message['tools'], indent=4, ensure_ascii=False)}"

@@ -1,0 +1,107 @@
+"""Folders that bring code for their tokenizer beside a sentencepiece model: Baichuan2 and ChatGLM3.
+
+That code is never run. What it does is published, and done here: which control tokens there are, and how a chat is put.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from brlite.errors import ModelError
+from brlite.tokenizer.chat_formats import (
+    CHATGLM3_ENDS,
+    CHATGLM3_PREFIX,
+    CHATGLM3_TOKENS,
+    Baichuan2Format,
+    ChatFormat,
+    ChatGLM3Format,
+    MarkingTemplate,
+)
+from brlite.tokenizer.chat_template import ChatTemplate, read_template
+from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
+from brlite.tokenizer.sentencepiece_model import SentencePieceModel
+from brlite.tokenizer.tokenizer import Tokenizer
+
+MODEL_FILE = "tokenizer.model"
+# Baichuan2's two, by the key of the generation config that may name another, and the pieces that they are else.
+BAICHUAN2_ROLES = {"user_token_id": "<reserved_106>", "assistant_token_id": "<reserved_107>"}
+
+Loader = Callable[[Path, "Path | None"], Tokenizer]
+
+
+def find_loader(folder: Path) -> Loader | None:
+    """Who reads this folder's tokenizer; None if it is one of the usual kind."""
+    if (folder / "tokenizer.json").is_file() or not (folder / MODEL_FILE).is_file():
+        return None
+    return LOADERS.get(str(read_json(folder / "config.json").get("model_type")))
+
+
+def load_baichuan2(folder: Path, chat_template: Path | None = None) -> Tokenizer:
+    """No BOS, no EOS; who speaks is told by two pieces of the vocabulary."""
+    model = SentencePieceModel(folder / MODEL_FILE)
+    roles = _baichuan2_roles(folder, model)
+    names = {token_id: model.pieces[token_id].text for token_id in roles.values()}
+    chat_format: ChatFormat | None = _operators(chat_template)
+    if chat_format is None and roles.keys() == BAICHUAN2_ROLES.keys():
+        chat_format = Baichuan2Format(**roles, names=names)
+    return _tokenizer(folder, model, chat_format, special=list(roles.values()))
+
+
+def load_chatglm3(folder: Path, chat_template: Path | None = None) -> Tokenizer:
+    """`[gMASK]sop` before every text; its control tokens follow the vocabulary, and no text contains them."""
+    model = SentencePieceModel(folder / MODEL_FILE, CHATGLM3_TOKENS)
+    template = _operators(chat_template)
+    return _tokenizer(
+        folder,
+        model,
+        MarkingTemplate(template, model.ids) if template else ChatGLM3Format(model.ids),
+        prefix=[model.ids[text] for text in CHATGLM3_PREFIX],
+        ends=[model.ids[text] for text in CHATGLM3_ENDS],
+    )
+
+
+LOADERS: Mapping[str, Loader] = {"baichuan": load_baichuan2, "chatglm": load_chatglm3}
+
+
+def _tokenizer(
+    folder: Path,
+    model: SentencePieceModel,
+    chat_format: ChatFormat | None,
+    *,
+    prefix: Sequence[int] = (),
+    ends: Sequence[int] = (),
+    special: Sequence[int] = (),
+) -> Tokenizer:
+    return Tokenizer(
+        model.encoder(prefix),
+        model.token_bytes(),
+        bos_token_id=None,
+        eos_token_ids=read_eos_token_ids(folder, model.eos_token_id, *ends),
+        special_token_ids=[*model.special_token_ids, *special],
+        chat_template=chat_format,
+    )
+
+
+def _operators(chat_template: Path | None) -> ChatTemplate | None:
+    if chat_template is None:
+        return None
+    return ChatTemplate(read_template(chat_template), source=str(chat_template), special_tokens={})
+
+
+def _baichuan2_roles(folder: Path, model: SentencePieceModel) -> dict[str, int]:
+    """The ids of both roles' tokens, those that are known."""
+    named: dict[str, Any] = read_json(folder / "generation_config.json")
+    roles: dict[str, int] = {}
+    for key, piece in BAICHUAN2_ROLES.items():
+        token_id = named.get(key, model.piece_id(piece))
+        if token_id is None:
+            continue
+        if type(token_id) is not int or not 0 <= token_id < len(model.pieces):
+            raise ModelError(
+                f"{folder / 'generation_config.json'}: {key} must be a token id below {len(model.pieces)}, "
+                f"got {token_id!r}"
+            )
+        roles[key] = token_id
+    return roles
