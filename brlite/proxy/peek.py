@@ -1,0 +1,213 @@
+"""What the proxy reads of a request's body, and the one thing that it may change there: the model's name.
+
+The whole body must be JSON, but of its fields only these are looked at: what else they may hold is the upstream's
+affair. It knows no models, no upstreams and no endpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from brlite.errors import InvalidRequest
+from brlite.http.decode import decode_json
+
+T = TypeVar("T")
+
+_NULL = msgspec.Raw(b"null")
+_REFUSALS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec raises for any bytes
+
+# A field `model` with a string or null, wherever it stands. In JSON a quote before a colon ends a key.
+_MODEL_FIELD = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*"|null)')
+_PUNCTUATION = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")
+_WHOLE_JSON = json.JSONDecoder(parse_int=str, parse_float=str)  # numbers of any length
+
+
+class Peek(msgspec.Struct, frozen=True, gc=False):
+    """`None` is a field that is absent, null, or (not `model`) of a type that we do not know."""
+
+    model: str | None = None
+    stream: bool | None = None
+    user: str | None = None
+
+
+def peek(body: bytes) -> Peek:
+    """Read the fields, or raise `InvalidRequest` for what is no JSON object or names no model clearly.
+
+    A `model` that stands twice is refused, and so is one in other letters (`Model`), which some servers take for it:
+    the model that keys and routes were checked for must be the one that the upstream answers with.
+    """
+    model = _Model()
+    try:
+        body.decode()  # msgspec does not look into what no field takes
+        fields = msgspec.json.decode(body, type=_FIELDS, dec_hook=model.take)
+    except _REFUSALS:
+        return _peek_oddly(body)
+    return Peek(model.name, fields.stream, fields.user)
+
+
+def replace_model(body: bytes, new: str) -> bytes:
+    """`body` with another model's name, every other byte as it was. Raises as `peek` does, or if there is no model."""
+    if peek(body).model == new:
+        return body
+    value = msgspec.json.encode(new)
+    # Most often the first one is the right one, which is cheaper to check than to find out.
+    if likely := _MODEL_FIELD.search(body):
+        replaced = body[: likely.start(1)] + value + body[likely.end(1) :]
+        if peek(replaced).model == new:
+            return replaced
+    start, end = _find_model(body)
+    return body[:start] + value + body[end:]
+
+
+def beginning(body: bytes, num_bytes: int) -> bytes:
+    """The first bytes of what prompts with the same beginning share, from a body that `peek` has read.
+
+    Of a chat: roles and texts up to its first user message. Of a completion: its (first) prompt. Without either, or if
+    they are not what they should be, nothing.
+    """
+    try:
+        prompts = _PROMPTS.decode(body)
+        if prompts.messages:
+            return _beginning_of_chat(prompts.messages, num_bytes)
+        return _beginning_of_prompt(msgspec.json.decode(prompts.prompt), num_bytes)
+    except _REFUSALS:
+        return b""
+
+
+class _Model:
+    """The type of the field `model`. msgspec calls `take` for each that it meets, the only trace of a second one."""
+
+    __slots__ = ("is_taken", "name")
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.is_taken = False
+
+    def take(self, kind: type[object], value: Any) -> _Model:
+        if kind is not _Model:
+            raise ValueError("this field must be written 'model'")
+        if self.is_taken:
+            raise ValueError("it must not stand there twice")
+        if value is not None and not isinstance(value, str):
+            raise ValueError("it must be a string")
+        self.name = value
+        self.is_taken = True
+        return self
+
+
+class _OtherSpelling:
+    """The type of `Model`, `MODEL` and so on, which no value has."""
+
+
+class _Fields(msgspec.Struct, gc=False):
+    model: _Model | msgspec.UnsetType = msgspec.UNSET
+    stream: bool | None = None
+    user: str | None = None
+
+
+class _OddFields(msgspec.Struct, gc=False):
+    """The same for any values: msgspec would refuse a number that is too large even where anything may stand."""
+
+    model: _Model | msgspec.UnsetType = msgspec.UNSET
+    stream: msgspec.Raw = _NULL
+    user: msgspec.Raw = _NULL
+
+
+class _Message(msgspec.Struct):
+    role: Any = None
+    content: Any = None
+
+
+class _Prompts(msgspec.Struct):
+    messages: list[msgspec.Raw] | None = None
+    prompt: msgspec.Raw = _NULL
+
+
+def _with_other_spellings(fields: type[T]) -> type[T]:
+    spellings = {"".join(letters) for letters in product(*zip("model", "MODEL", strict=True))} - {"model"}
+    members = [(spelling, _OtherSpelling, None) for spelling in sorted(spellings)]
+    return cast(type[T], msgspec.defstruct(fields.__name__, members, bases=(fields,), gc=False))
+
+
+_FIELDS = _with_other_spellings(_Fields)
+_ODD_FIELDS = _with_other_spellings(_OddFields)
+_PROMPTS = msgspec.json.Decoder(_Prompts)
+_MESSAGE = msgspec.json.Decoder(_Message)
+
+
+def _peek_oddly(body: bytes) -> Peek:
+    """Find out what is wrong with the body; nothing is, if only `stream` or `user` are of other types than ours."""
+    model = _Model()
+    fields = decode_json(body, msgspec.json.Decoder(_ODD_FIELDS, dec_hook=model.take))
+    return Peek(model.name, _read(fields.stream, bool), _read(fields.user, str))
+
+
+def _read(value: msgspec.Raw, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except _REFUSALS:
+        return None
+
+
+def _find_model(body: bytes) -> tuple[int, int]:
+    """Where the value of the top-level `model` begins and ends."""
+    try:
+        for name, start, end in _members(body):
+            if name == "model":
+                return start, end
+    except RecursionError:
+        raise InvalidRequest("The JSON body is nested too deeply to replace its model.", code="invalid_json") from None
+    raise InvalidRequest("Missing required parameter: 'model'.", param="model", code="missing_required_parameter")
+
+
+def _members(body: bytes) -> Iterator[tuple[str, int, int]]:
+    """The top-level fields of a JSON object: each name, and where its value begins and ends."""
+    text = body.decode("latin-1")  # one character a byte, so that places in one are places in the other
+    at = _after_punctuation(text, 0)
+    while text[at] == '"':
+        name, at = _WHOLE_JSON.raw_decode(text, at)
+        start = _after_punctuation(text, at)
+        _, end = _WHOLE_JSON.raw_decode(text, start)
+        yield name, start, end
+        at = _after_punctuation(text, end)
+
+
+def _after_punctuation(text: str, at: int) -> int:
+    match = _PUNCTUATION.match(text, at)
+    assert match is not None  # it matches nothing at all, too
+    return match.end()
+
+
+def _beginning_of_chat(messages: list[msgspec.Raw], num_bytes: int) -> bytes:
+    found = bytearray()
+    for raw in messages:
+        message = _MESSAGE.decode(raw)
+        # Zero bytes keep apart what is said and who says it.
+        found += f"{message.role}\0{_text(message.content)[:num_bytes]}\0".encode()
+        if message.role == "user" or len(found) >= num_bytes:
+            break
+    return bytes(found[:num_bytes])
+
+
+def _text(content: object) -> str:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else ()
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _beginning_of_prompt(prompt: object, num_bytes: int) -> bytes:
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+        prompt = prompt[0]  # several prompts
+    if isinstance(prompt, str):
+        return prompt[:num_bytes].encode()[:num_bytes]
+    if isinstance(prompt, list) and prompt:
+        return msgspec.json.encode(prompt[:num_bytes])[:num_bytes]
+    return b""
