@@ -1,26 +1,35 @@
-"""The front door: an aiohttp application over a table of models. `serve`, embedding and tests all use this one.
+"""The front door: an aiohttp application over a table of models. `serve`, `proxy`, embedding and tests use this one.
 
-A request's model name leads to a local engine through `ModelTable`; other servers' models will be the same table's
-other door. No signal handlers and no logging set-up: the application can be mounted in another one as a sub-app.
+A request's model name leads to a local engine through `ModelTable`, or to an upstream through a `Forwarder`. No signal
+handlers and no logging set-up: the application can be mounted in another one as a sub-app.
 """
 
 from __future__ import annotations
+
+from collections.abc import AsyncIterator
 
 from aiohttp import web
 
 from brlite.config import Config
 from brlite.engine.async_engine import AsyncEngine
-from brlite.http.keys import ApiKeys
+from brlite.http.cors import Cors
+from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.manners import add_manners
+from brlite.proxy.forwarder import Forwarder
+from brlite.proxy.handler import forward_middleware
+from brlite.proxy.lane import Lanes
 from brlite.server.handlers import CONFIG, METRICS_PATHS, MODELS, OPEN_PATHS, ROUTES
 from brlite.server.served_model import ModelTable, ServedModel
+
+FORWARDER = web.AppKey("forwarder", Forwarder)
 
 
 def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -> web.Application:
     """An application that serves an engine under the config's model name, or all models of a table.
 
-    Whoever made the engines closes them. Run it with `handler_cancellation=True` (as `HttpServer` does), or a client
-    that leaves keeps its request running: a stream until the next write to it, any other to its end.
+    Requests for the models of the config's upstreams are forwarded. Whoever made the engines closes them. Run it with
+    `handler_cancellation=True` (as `HttpServer` does), or a client that leaves keeps its request running: a stream
+    until the next write to it, any other to its end.
     """
     config = config or Config()
     if isinstance(models, AsyncEngine):
@@ -37,4 +46,32 @@ def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -
         access_log=config.server.access_log,
         quiet_paths=OPEN_PATHS | METRICS_PATHS,
     )
+    forwarder = Forwarder(config)
+    if forwarder.table.upstreams:
+        _add_forwarding(app, forwarder, config)
     return app
+
+
+def lanes(app: web.Application) -> Lanes | None:
+    """What gives the connections of a `HttpServer` their lanes, on which requests are forwarded without aiohttp."""
+    if FORWARDER not in app:
+        return None
+    config = app[CONFIG]
+    origins = config.server.cors_origins
+    cors = Cors(origins) if origins else None
+    return Lanes(app[FORWARDER], app[KEYS], config.limits, cors=cors, access_log=config.server.access_log)
+
+
+def _add_forwarding(app: web.Application, forwarder: Forwarder, config: Config) -> None:
+    app[FORWARDER] = forwarder
+
+    async def run(app: web.Application) -> AsyncIterator[None]:
+        async with forwarder:
+            yield
+
+    async def stop(app: web.Application) -> None:
+        forwarder.stop()
+
+    app.cleanup_ctx.append(run)
+    app.on_shutdown.append(stop)
+    app.middlewares.append(forward_middleware(forwarder, config.limits, is_only_proxy=not config.model))

@@ -13,15 +13,19 @@ import logging
 import shlex
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any
 
-from brlite.app import create_app
-from brlite.config import Config
+from brlite.app import create_app, lanes
+from brlite.config import Config, ModelSpec
 from brlite.http.keys import ApiKeys
 from brlite.http.listen import HttpServer
+from brlite.server.residency import OnProgress, Residency
 from brlite.server.served_model import ModelTable, ServedModel
+
+if TYPE_CHECKING:
+    from brlite.llm import AsyncEngine
 
 logger = logging.getLogger(__name__)
 
@@ -51,13 +55,14 @@ def _event_loop_run() -> Callable[[Coroutine[Any, Any, int]], int]:
 async def _serve(config: Config) -> int:
     models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
     app = create_app(models, config)
-    async with AsyncExitStack() as engines:
+    async with Residency(models, ModelLoader(config), config.engine) as residency:
         # By then the grace time is over: closing an engine gives its streams their error event.
-        app.on_shutdown.append(lambda _: engines.aclose())
-        server = HttpServer(app, config.server.host, config.server.port, config.limits, config.server.drain_seconds)
+        app.on_shutdown.append(lambda _: residency.close())
+        address = (config.server.host, config.server.port)
+        server = HttpServer(app, *address, config.limits, config.server.drain_seconds, lanes(app))
         async with _stop_signal() as stop, server:
-            logger.info("listening on %s; loading %s", server.url, ", ".join(spec.name for spec in config.model))
-            loading = asyncio.create_task(_load_all(config, models, engines), name="brlite-load")
+            logger.info("listening on %s; loading %s", server.url, _named_first(config))
+            loading = asyncio.create_task(_load_first(residency), name="brlite-load")
             await _first_of(loading, stop)
             if loading.done():
                 loading.result()
@@ -66,35 +71,67 @@ async def _serve(config: Config) -> int:
             logger.info("stopping: running requests have %g seconds to finish", config.server.drain_seconds)
             models.is_draining = True
             loading.cancel()
+            residency.drain()
         await asyncio.wait([loading])
     return 0
 
 
-async def _load_all(config: Config, models: ModelTable, engines: AsyncExitStack) -> None:
-    """Load one model after the other, so that memory peaks once."""
-    from brlite.checkpoint.fetch import progress_bar
-    from brlite.llm import AsyncEngine
+def _named_first(config: Config) -> str:
+    names = [spec.name for spec in config.model if spec.load == "start"]
+    return ", ".join(names) or "models when they are asked for"
 
-    for spec in config.model:
-        with progress_bar() as show:
-            report = _reporter(models.find(spec.name), show)
-            engine = await engines.enter_async_context(AsyncEngine.from_config(config, spec, report))
-        models.find(spec.name).engine = engine
-        logger.info("model %s is ready on %s", spec.name, engine.info.device)
+
+async def _load_first(residency: Residency) -> None:
+    await residency.start()
     # What is alive now stays alive: the collector need not walk it again.
     gc.collect()
     gc.freeze()
 
 
-def _reporter(model: ServedModel, show: Callable[[str, float], None]) -> Callable[[str, float], None]:
-    """Takes progress from the loading thread to `/ready`, on the loop, and to the terminal."""
+class ModelLoader:
+    """Gets models into memory for `Residency`, and shows on the terminal how far they are."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    async def known_bytes(self, spec: ModelSpec) -> int | None:
+        from brlite.worker.sizes import known_sizes
+
+        sizes = await asyncio.to_thread(known_sizes, spec, self._config.engine)
+        return None if sizes is None else sizes.num_bytes
+
+    async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
+        from brlite.llm import model_bytes
+
+        with _shown(report) as show:
+            return await model_bytes(self._config, spec, show)
+
+    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+        from brlite.llm import AsyncEngine
+
+        with _shown(report) as show:
+            return await AsyncEngine.load(self._config, spec, show)
+
+    def settle(self) -> None:
+        # What was alive at the start may be garbage now.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+
+
+@contextmanager
+def _shown(report: OnProgress) -> Iterator[OnProgress]:
+    """Takes progress from the loading thread to `report`, on the loop, and to the terminal."""
+    from brlite.checkpoint.fetch import progress_bar
+
     loop = asyncio.get_running_loop()
+    with progress_bar() as draw:
 
-    def report(stage: str, fraction: float) -> None:
-        loop.call_soon_threadsafe(model.report, stage, fraction)
-        show(stage, fraction)
+        def show(stage: str, fraction: float) -> None:
+            loop.call_soon_threadsafe(report, stage, fraction)
+            draw(stage, fraction)
 
-    return report
+        yield show
 
 
 async def _first_of(*awaitables: asyncio.Future[Any]) -> None:
@@ -129,10 +166,10 @@ async def _stop_signal() -> AsyncIterator[asyncio.Future[None]]:
 
 def _announce(url: str, config: Config, models: ModelTable) -> None:
     """A line to paste. Printed, not logged: it is what a newcomer waits for."""
-    name = config.model[0].name
-    engine = models.engine(name)
+    model = next((model for model in models if model.engine is not None), models.find(config.model[0].name))
+    is_chat = model.engine is not None and model.engine.tokenizer.has_chat_template
     needs_key = not ApiKeys.from_config(config).is_open
-    line = curl_line(url, name, is_chat=engine.tokenizer.has_chat_template, needs_key=needs_key)
+    line = curl_line(url, model.name, is_chat=is_chat, needs_key=needs_key)
     print(f"\nbrlite is ready. Try:\n\n{line}\n", file=sys.stderr, flush=True)
 
 

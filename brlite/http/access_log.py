@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
@@ -53,18 +54,23 @@ def access_log_middleware(quiet_resources: Resources) -> Middleware:
 
 
 def _write(request: web.Request, status: int, milliseconds: float) -> None:
-    extras = "".join(f" {name}={printable(str(value))}" for name, value in log_extras(request).items())
-    path = printable(request.raw_path.partition("?")[0])
-    logger.info(
-        "%s %s %s %d %.1f ms id=%s%s",
-        request.remote,
-        request.method,
-        path,
-        status,
-        milliseconds,
-        request_id(request),
-        extras,
-    )
+    extras = log_extras(request)
+    log_line(request.remote, request.method, request.raw_path, status, milliseconds, request_id(request), extras)
+
+
+def log_line(
+    remote: str | None,
+    method: str,
+    path: str,
+    status: int,
+    milliseconds: float,
+    request_id: str,
+    extras: Mapping[str, object],
+) -> None:
+    """Write the line of one request; what follows a `?` in its path is left out."""
+    noted = "".join(f" {name}={printable(str(value))}" for name, value in extras.items())
+    path = printable(path.partition("?")[0])
+    logger.info("%s %s %s %d %.1f ms id=%s%s", remote, method, path, status, milliseconds, request_id, noted)
 
 
 def printable(text: str) -> str:

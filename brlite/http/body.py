@@ -12,9 +12,14 @@ from aiohttp import HttpVersion11, StreamReader, hdrs, web
 
 from brlite.errors import BodyTooLarge, InvalidRequest, RequestTimeout, UnsupportedMediaType
 
+_KEPT = web.RequestKey("body", bytes)
+
 
 async def read_body(request: web.BaseRequest, max_bytes: int, seconds: float) -> bytes:
     """The whole body, or `BodyTooLarge`, `RequestTimeout`, `UnsupportedMediaType`, or `InvalidRequest` if it is cut."""
+    kept: bytes | None = request.get(_KEPT)
+    if kept is not None:
+        return kept
     _check_type(request)
     if (request.content_length or 0) > max_bytes:
         raise _too_large(max_bytes)
@@ -30,6 +35,11 @@ async def read_body(request: web.BaseRequest, max_bytes: int, seconds: float) ->
         raise RequestTimeout(f"The request body did not arrive within {seconds:g} s.") from None
     except web.RequestPayloadError:
         raise InvalidRequest("The request body is not framed as its headers say.", code="invalid_body") from None
+
+
+def keep_body(request: web.BaseRequest, body: bytes) -> None:
+    """Keep a body that was read, for whoever reads it next."""
+    request[_KEPT] = body
 
 
 async def leave_body(request: web.Request) -> None:

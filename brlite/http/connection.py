@@ -1,6 +1,7 @@
 """One client's connection: aiohttp's protocol with deadlines for slow clients and our own answer to malformed requests.
 
-It knows when a request begins and ends, and nothing of what is in it.
+It knows when a request begins and ends, and nothing of what is in it. A lane may see the bytes first and answer some
+requests itself; all others it passes on to aiohttp.
 
 What aiohttp (read: 3.14.5) does, and this class relies on: llhttp's strict mode refuses smuggling shapes;
 `start()` lives as long as the connection is served, its handler included; `finish_response()` ends every request;
@@ -13,7 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import cast
+import math
+from collections.abc import Callable
+from typing import Protocol, cast
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
@@ -32,6 +35,31 @@ MAX_HEADERS = 100
 MALFORMED = "The request is not valid HTTP/1.1."
 HEADERS_TOO_LARGE = web.HTTPRequestHeaderFieldsTooLarge
 LINGERING_SECONDS = 5.0  # how long the rest of a refused body is read, so that the client can see the refusal
+NEVER_SECONDS = 10.0**8  # for aiohttp's own idle timer, which does not know of a lane's requests
+
+SLOW_HEADERS = "The request headers did not arrive in time."
+SLOW_BODY = "The request body did not arrive in time."
+
+
+class Lane(Protocol):
+    """Answers some of a connection's requests itself. Of the bytes it is given it passes on what it does not take.
+
+    For each request of its own it tells the connection `request_began` and `request_ended`.
+    """
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def request_ended(self) -> None:
+        """aiohttp has answered a request that was passed on, and the connection stays open."""
+
+    def pause_writing(self) -> None: ...
+
+    def resume_writing(self) -> None: ...
+
+    def connection_lost(self) -> None: ...
+
+
+MakeLane = Callable[["Connection", asyncio.Transport], Lane]
 
 
 class Connection(web.RequestHandler):
@@ -41,21 +69,30 @@ class Connection(web.RequestHandler):
         "_bytes_came",
         "_deadline",
         "_event_loop",
-        "_is_retiring",
         "_is_serving",
+        "_lane",
         "_limits",
+        "_make_lane",
         "_siblings",
         "_stall",
+        "_tardy",
+        "_timer",
         "_wire",
+        "is_retiring",
     )
 
     def __init__(
-        self, server: web.Server, loop: asyncio.AbstractEventLoop, limits: LimitsConfig, siblings: Connections
+        self,
+        server: web.Server,
+        loop: asyncio.AbstractEventLoop,
+        limits: LimitsConfig,
+        siblings: Connections,
+        make_lane: MakeLane | None = None,
     ) -> None:
         super().__init__(
             server,
             loop=loop,
-            keepalive_timeout=limits.keepalive_seconds,
+            keepalive_timeout=NEVER_SECONDS,
             access_log=None,  # type: ignore[arg-type]  # aiohttp's own way to have none, left out of its annotation
             logger=logger,
             max_line_size=limits.max_header_bytes,
@@ -68,11 +105,15 @@ class Connection(web.RequestHandler):
         self._limits = limits
         self._siblings = siblings
         self._wire: asyncio.Transport | None = None
-        self._deadline: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = math.inf
+        self._tardy: str | None = None  # what the client is told if the deadline passes; None: nothing
         self._stall: StallTimer | None = None
         self._bytes_came = False
         self._is_serving = False
-        self._is_retiring = False
+        self._make_lane = make_lane
+        self._lane: Lane | None = None
+        self.is_retiring = False  # to be closed after the response in progress
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         wire = self._wire = cast(asyncio.Transport, transport)
@@ -82,7 +123,9 @@ class Connection(web.RequestHandler):
             return
         wire.set_write_buffer_limits(high=0)  # so pause_writing() means: the client does not take what we send
         self._stall = StallTimer(wire, self._limits.slow_client_seconds)
-        self._set_deadline()
+        self._set_deadline(self._limits.header_seconds)
+        if self._make_lane is not None:
+            self._lane = self._make_lane(self, wire)
         super().connection_made(transport)
 
     async def start(self) -> None:
@@ -93,14 +136,18 @@ class Connection(web.RequestHandler):
             self._siblings.discard(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        self._clear_deadline()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if self._stall is not None:
             self._stall.stop()
+        if self._lane is not None:
+            self._lane.connection_lost()
         super().connection_lost(exc)
 
     def retire(self) -> None:
         """Close now if no request is in progress, else after its response."""
-        self._is_retiring = True
+        self.is_retiring = True
         if not self._is_serving:
             self.force_close()
 
@@ -113,26 +160,49 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         # aiohttp calls this without data too, to go on parsing.
-        if data and not self._is_serving and not self._bytes_came:
-            self._bytes_came = True
-            self._set_deadline()
+        if self._lane is not None and data:
+            self._lane.data_received(data)
+        else:
+            self.pass_on(data)
+
+    def pass_on(self, data: bytes) -> None:
+        """Give the bytes to aiohttp."""
+        if data:
+            self.bytes_came()
         super().data_received(data)
 
+    def bytes_came(self) -> None:
+        """A request is on its way; its headers have so much time from its first byte on."""
+        if not self._is_serving and not self._bytes_came:
+            self._bytes_came = True
+            self._set_deadline(self._limits.header_seconds, SLOW_HEADERS)
+
+    def body_began(self) -> None:
+        """The headers are complete, and a lane waits for the body."""
+        self._set_deadline(self._limits.body_seconds, SLOW_BODY)
+
     def request_began(self) -> None:
-        """The headers are complete and a handler takes over."""
+        """The headers are complete, and somebody takes care of the request."""
         self._is_serving = True
-        self._clear_deadline()
+        self._deadline = math.inf
+
+    def request_ended(self) -> None:
+        """Its response has been sent. The next one may take its time."""
+        self._is_serving = self._bytes_came = False
+        self._set_deadline(self._limits.keepalive_seconds)
 
     async def finish_response(
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
-        """Send the response's end. The idle time that follows is bounded by `keepalive_timeout`."""
-        if self._is_retiring:
+        """Send the response's end."""
+        if self.is_retiring:
             resp.force_close()
         try:
             return await super().finish_response(request, resp, start_time)
         finally:
-            self._is_serving = self._bytes_came = False
+            self.request_ended()
+            if self._lane is not None and resp.keep_alive:
+                self._lane.request_ended()
 
     def handle_error(
         self,
@@ -167,19 +237,27 @@ class Connection(web.RequestHandler):
 
     # Slow clients
 
-    def _set_deadline(self) -> None:
-        self._clear_deadline()
-        self._deadline = self._event_loop.call_later(self._limits.header_seconds, self._header_time_is_up)
+    def _set_deadline(self, seconds: float, tardy: str | None = None) -> None:
+        """Most deadlines are met, so the timer is left alone where it goes off before."""
+        self._tardy = tardy
+        self._deadline = self._event_loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._deadline:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._event_loop.call_at(self._deadline, self._look_at_deadline)
 
-    def _clear_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+    def _look_at_deadline(self) -> None:
+        self._timer = None
+        if self._deadline > self._event_loop.time():
+            if self._deadline < math.inf:
+                self._timer = self._event_loop.call_at(self._deadline, self._look_at_deadline)
+        else:
+            self._time_is_up()
 
-    def _header_time_is_up(self) -> None:
-        if self._wire is not None and self._bytes_came and not self._wire.is_closing():
-            logger.info("slow request headers from %s", self.peername)
-            self._wire.write(error_bytes(RequestTimeout("The request headers did not arrive in time.")))
+    def _time_is_up(self) -> None:
+        if self._wire is not None and self._tardy is not None and not self._wire.is_closing():
+            logger.info("slow request from %s", self.peername)
+            self._wire.write(error_bytes(RequestTimeout(self._tardy)))
         self.force_close()
 
     def pause_writing(self) -> None:
@@ -187,9 +265,13 @@ class Connection(web.RequestHandler):
         super().pause_writing()
         if self._stall is not None:
             self._stall.start()
+        if self._lane is not None:
+            self._lane.pause_writing()
 
     def resume_writing(self) -> None:
         """It has caught up."""
         if self._stall is not None:
             self._stall.stop()
         super().resume_writing()
+        if self._lane is not None:
+            self._lane.resume_writing()

@@ -23,7 +23,7 @@ class Cors:
     async def answer_preflight(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """204 for the preflight of an allowed origin; anything else goes its way."""
         asks = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
-        if not asks or self._allowed_origin(request) is None:
+        if not asks or self._allowed(request.headers.get(hdrs.ORIGIN)) is None:
             return await handler(request)
         headers = {
             hdrs.ACCESS_CONTROL_ALLOW_METHODS: METHODS,
@@ -36,14 +36,18 @@ class Cors:
 
     async def mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
         """Tell the browser whether the page may read this answer; caches, that the answer depends on the page."""
-        if "*" not in self._origins:
-            response.headers.add(hdrs.VARY, hdrs.ORIGIN)
-        if (origin := self._allowed_origin(request)) is not None:
-            response.headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = origin
-            response.headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED_HEADERS
+        for name, value in self.headers(request.headers.get(hdrs.ORIGIN)).items():
+            response.headers.add(name, value)
 
-    def _allowed_origin(self, request: web.BaseRequest) -> str | None:
-        origin = request.headers.get(hdrs.ORIGIN)
+    def headers(self, origin: str | None) -> dict[str, str]:
+        """What an answer to a page of that origin says."""
+        headers: dict[str, str] = {} if "*" in self._origins else {hdrs.VARY: hdrs.ORIGIN}
+        if (allowed := self._allowed(origin)) is not None:
+            headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = allowed
+            headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED_HEADERS
+        return headers
+
+    def _allowed(self, origin: str | None) -> str | None:
         if origin is None:
             return None
         if "*" in self._origins:

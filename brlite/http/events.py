@@ -10,7 +10,8 @@ follows them; `write_eof()` ends the chunked encoding, after which the connectio
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 
 from aiohttp import HttpVersion11, web
@@ -39,6 +40,7 @@ class EventStream:
         self._response = web.StreamResponse(headers=_HEADERS)
         self._is_chunked = request.version >= HttpVersion11
         self._comment_seconds = comment_seconds
+        self._comment_text: Callable[[], str] = _keep_alive
         self._loop = asyncio.get_running_loop()
         self._last_write = 0.0
         self._comment_timer: asyncio.TimerHandle | None = None
@@ -62,7 +64,7 @@ class EventStream:
             raise ConnectionResetError("the client left before the first event")
         self._transport = transport
         self._last_write = self._loop.time()
-        self._comment_timer = self._loop.call_later(self._comment_seconds, self._comment_if_silent)
+        self._start_comments()
 
     def send(self, *events: bytes) -> bool:
         """Write the events, each `data: …`, in one go. False, and nothing written, if the client has left."""
@@ -70,7 +72,20 @@ class EventStream:
 
     def comment(self) -> bool:
         """Write a line that clients skip."""
-        return self._write(b": keep-alive\n\n")
+        return self._write(b": %b\n\n" % self._comment_text().encode())
+
+    @contextmanager
+    def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
+        """Inside, comments say `what()`, a line: now, and again every `seconds`, or as often as they came before."""
+        usual = self._comment_text, self._comment_seconds
+        self._comment_text, self._comment_seconds = what, min(seconds, self._comment_seconds)
+        self.comment()
+        self._start_comments()
+        try:
+            yield
+        finally:
+            self._comment_text, self._comment_seconds = usual
+            self._start_comments()
 
     @property
     def is_backlogged(self) -> bool:
@@ -113,7 +128,15 @@ class EventStream:
             wait = max(self._comment_seconds - silence, 0.01)
             self._comment_timer = self._loop.call_later(wait, self._comment_if_silent)
 
+    def _start_comments(self) -> None:
+        self._stop_comments()
+        self._comment_timer = self._loop.call_later(self._comment_seconds, self._comment_if_silent)
+
     def _stop_comments(self) -> None:
         if self._comment_timer is not None:
             self._comment_timer.cancel()
             self._comment_timer = None
+
+
+def _keep_alive() -> str:
+    return "keep-alive"

@@ -13,7 +13,7 @@ from aiohttp import web
 
 from brlite.config import LimitsConfig
 from brlite.errors import ConfigError
-from brlite.http.connection import Connection
+from brlite.http.connection import Connection, MakeLane
 from brlite.http.connections import Connections
 from brlite.http.envelope import error_response
 
@@ -25,15 +25,23 @@ class HttpServer:
     """`async with HttpServer(app, host, port, limits) as server:` listens while inside; port 0 takes a free one.
 
     `close()` stops accepting, closes idle connections, waits `grace_seconds` for requests in progress, then runs the
-    application's `on_shutdown`, and a second later cancels the handlers that are left. No task survives it.
+    application's `on_shutdown`, and a second later cancels the handlers that are left. No task survives it. `make_lane`
+    gives each connection a lane, which answers some requests without the application.
     """
 
     def __init__(
-        self, app: web.Application, host: str, port: int, limits: LimitsConfig, grace_seconds: float = 30.0
+        self,
+        app: web.Application,
+        host: str,
+        port: int,
+        limits: LimitsConfig,
+        grace_seconds: float = 30.0,
+        make_lane: MakeLane | None = None,
     ) -> None:
         self._host, self._port = host, port
         self._limits = limits
         self._grace_seconds = grace_seconds
+        self._make_lane = make_lane
         self._app = app
         self._runner = web.AppRunner(
             app,
@@ -109,7 +117,7 @@ class HttpServer:
         self._handle_request, server.request_handler = server.request_handler, self._begin_request
 
         def connect() -> Connection:
-            return Connection(server, loop, self._limits, self._connections)
+            return Connection(server, loop, self._limits, self._connections, self._make_lane)
 
         try:
             return await loop.create_server(connect, self._host, self._port, backlog=BACKLOG)

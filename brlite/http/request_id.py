@@ -21,12 +21,16 @@ def new_request_id() -> str:
     return secrets.token_hex(16)
 
 
+def choose_request_id(sent: str | None) -> str:
+    """The id that a client sent, if it is harmless, else a new one."""
+    return sent if sent is not None and _SAFE.fullmatch(sent) else new_request_id()
+
+
 def request_id(request: web.BaseRequest) -> str:
     """The request's id, the same at every call."""
     known = request.get(_KEY)
     if known is None:
-        sent = request.headers.get(HEADER, "")
-        known = request[_KEY] = sent if _SAFE.fullmatch(sent) else new_request_id()
+        known = request[_KEY] = choose_request_id(request.headers.get(HEADER))
     return known
 
 

@@ -1,0 +1,345 @@
+"""One try to have a request answered by one upstream: sends it, reads what comes, passes it on to the client.
+
+Callbacks, no task: what an upstream sends goes out in the same turn of the loop. What an answer must be, stands in
+`answer.py` and `splice.py`; what follows from a failure is decided by the owner, the exchange.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Protocol
+
+from brlite.config import ProxyConfig
+from brlite.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
+from brlite.proxy.answer import HeldAnswer, body_of_answer
+from brlite.proxy.connections import UpstreamConnection
+from brlite.proxy.framing import Misframed
+from brlite.proxy.front import Front
+from brlite.proxy.heads import END_OF_HEAD, MAX_ANSWER_HEAD_BYTES, AnswerHead, lines_for_clients, read_answer
+from brlite.proxy.splice import LAST_CHUNK, EventSplice
+from brlite.proxy.upstream import Outcome, Upstream
+
+# A kept connection that is lost so soon after a request was sent had been closed before the request came.
+STALE_SECONDS = 0.5
+ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is cheaper than a second write
+REFUSALS = (429, 503)
+EVENT_STREAM = b"text/event-stream"
+OPENAI_STREAMS = (b"/v1/chat/completions", b"/v1/completions")
+
+
+class Owner(Protocol):
+    """Whose attempt it is. Each attempt ends with one of these calls, or with `Attempt.leave`."""
+
+    def attempt_completed(self) -> None:
+        """The client has the whole answer."""
+
+    def attempt_refused(self, head: AnswerHead) -> bool:
+        """The upstream says 429 or 503. True if the owner has left the attempt for another one."""
+
+    def attempt_failed(self, error: UpstreamError, *, is_safe: bool = False, is_stale: bool = False) -> None:
+        """It came to nothing. `is_safe`: the upstream has not seen the request; `is_stale`: nor on this connection."""
+
+
+class Attempt:
+    """`deadline` is the loop's time from which `time_is_up` is due; `has_begun` whether the client got any of it."""
+
+    __slots__ = (
+        "_body",
+        "_config",
+        "_connection",
+        "_dialing",
+        "_front",
+        "_head",
+        "_held",
+        "_loop",
+        "_owner",
+        "_path",
+        "_sent_at",
+        "_splice",
+        "_unread",
+        "_whole",
+        "_wire_head",
+        "deadline",
+        "first_byte_at",
+        "has_begun",
+        "upstream",
+    )
+
+    def __init__(
+        self,
+        owner: Owner,
+        upstream: Upstream,
+        front: Front,
+        config: ProxyConfig,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        self._owner = owner
+        self._front = front
+        self._config = config
+        self._loop = loop
+        self._dialing: asyncio.Task[UpstreamConnection] | None = None
+        self._connection: UpstreamConnection | None = None
+        self._path = self._wire_head = self._body = b""
+        self._sent_at = 0.0
+        self._unread = b""  # of a head that is not whole yet
+        self._head: AnswerHead | None = None
+        self._splice: EventSplice | None = None
+        self._held: HeldAnswer | None = None
+        self._whole: bytes | None = None
+        self.upstream = upstream
+        self.deadline = math.inf
+        self.first_byte_at: float | None = None
+        self.has_begun = False
+
+    @property
+    def status(self) -> int:
+        """The answer's status; 0 before there is one."""
+        return self._head.status if self._head is not None else 0
+
+    @property
+    def num_events(self) -> int:
+        """How many events of a stream have come."""
+        return self._splice.num_events if self._splice is not None else 0
+
+    @property
+    def is_stream(self) -> bool:
+        return self._splice is not None
+
+    @property
+    def usage(self) -> bytes | None:
+        """The JSON that says how many tokens were used, if any did."""
+        return self._splice.usage_event if self._splice is not None else self._whole
+
+    # The request
+
+    def start(self, path: bytes, lines: bytes, body: bytes, *, is_fresh: bool) -> None:
+        """Send `POST path` with these header lines and this body; `is_fresh` on no connection that was used before."""
+        upstream = self.upstream
+        upstream.begin(self._loop.time())
+        self._path, self._body = path, body
+        self._wire_head = b"POST %b%b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n" % (
+            upstream.base_path,
+            path,
+            upstream.own_headers,
+            lines,
+            len(body),
+        )
+        connection = None if is_fresh else upstream.pool.take()
+        if connection is not None:
+            self._send(connection)
+            return
+        self.deadline = self._loop.time() + self._config.connect_seconds
+        self._dialing = self._loop.create_task(upstream.pool.dial())
+        self._dialing.add_done_callback(self._dialed)
+
+    def _dialed(self, dialing: asyncio.Task[UpstreamConnection]) -> None:
+        if dialing is not self._dialing:  # the attempt was left meanwhile
+            self.upstream.pool.adopt(dialing)
+            return
+        self._dialing = None
+        error = dialing.exception()
+        if error is None:
+            self._send(dialing.result())
+        else:
+            self._owner.attempt_failed(UpstreamUnavailable("The upstream cannot be reached."), is_safe=True)
+
+    def _send(self, connection: UpstreamConnection) -> None:
+        self._connection = connection
+        connection.holder = self
+        self._sent_at = self._loop.time()
+        self.deadline = self._sent_at + self._config.first_byte_seconds
+        if len(self._body) <= ONE_WRITE_BYTES:
+            connection.transport.write(self._wire_head + self._body)
+        else:
+            connection.transport.write(self._wire_head)
+            connection.transport.write(self._body)
+
+    # What comes back
+
+    def data_received(self, data: bytes) -> None:
+        self.deadline = self._loop.time() + self._config.idle_seconds
+        if self._splice is not None:
+            self._feed_stream(self._splice, data)
+            return
+        try:
+            if self._held is None:
+                self._read_head(self._unread + data)
+            else:
+                self._feed_held(self._held, data)
+        except Misframed as error:
+            self._fail(f"The upstream's answer is broken: {error}.")
+        except UpstreamError as error:
+            self._owner.attempt_failed(error)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        connection, self._connection = self._connection, None
+        assert connection is not None
+        if self._splice is not None:
+            self._feed_stream_eof(self._splice)
+        elif self._held is not None:
+            self._feed_held_eof(self._held)
+        else:
+            is_early = self._loop.time() - self._sent_at < STALE_SECONDS and self.first_byte_at is None
+            text = "The upstream ended the connection without an answer."
+            self._owner.attempt_failed(UpstreamError(text), is_stale=is_early and connection.is_used)
+
+    def _read_head(self, data: bytes) -> None:
+        if self.first_byte_at is None:
+            self.first_byte_at = self._loop.time()
+        if END_OF_HEAD not in data[:MAX_ANSWER_HEAD_BYTES]:
+            self._keep_unread(data)
+            return
+        head = read_answer(data)
+        rest = data[head.num_bytes :]
+        self._unread = b""
+        if head.status < 200:
+            self._skip_interim(head, rest)
+            return
+        self._head = head
+        if head.status in REFUSALS and self._owner.attempt_refused(head):
+            return
+        if head.status == 200 and head.content_type == EVENT_STREAM:
+            self._begin_stream(head, rest)
+        else:
+            self._held = HeldAnswer(head, body_of_answer(head))
+            self._feed_held(self._held, rest)
+
+    def _keep_unread(self, data: bytes) -> None:
+        if len(data) >= MAX_ANSWER_HEAD_BYTES:
+            raise UpstreamError("The upstream's answer has too many headers.")
+        if not data.startswith(b"HTTP/1."[: len(data)]):
+            raise UpstreamError("The upstream's answer is not HTTP.")
+        self._unread = data
+
+    def _skip_interim(self, head: AnswerHead, rest: bytes) -> None:
+        if head.status == 101:
+            raise UpstreamError("The upstream wants another protocol.")
+        if rest:
+            self._read_head(rest)
+
+    # A stream of events
+
+    def _begin_stream(self, head: AnswerHead, rest: bytes) -> None:
+        splice = self._splice = EventSplice(
+            body_of_answer(head),
+            is_chunked=self._front.takes_chunks,
+            max_event_bytes=self._config.held_bytes,
+            needs_finish=self._path.partition(b"?")[0] in OPENAI_STREAMS,
+        )
+        self.has_begun = True
+        self._front.begin(head.status, lines_for_clients(head), None)
+        if rest:
+            self._feed_stream(splice, rest)
+
+    def _feed_stream(self, splice: EventSplice, data: bytes) -> None:
+        if out := splice.feed(data):
+            self._front.write(out)
+        if splice.is_done:
+            self._complete(keep=not splice.has_excess)
+        elif splice.error is not None:
+            self._fail(f"The upstream's stream is broken: {splice.error}.")
+
+    def _feed_stream_eof(self, splice: EventSplice) -> None:
+        if out := splice.feed_eof():
+            self._front.write(out)
+        if splice.is_done:
+            self._complete(keep=False)
+        else:
+            self._fail(f"The upstream's stream is broken: {splice.error}.")
+
+    # Any other answer
+
+    def _feed_held(self, held: HeldAnswer, data: bytes) -> None:
+        held.feed(data)
+        if self.has_begun:
+            self._write_part(held)
+        elif held.is_done:
+            self._answer(held)
+        elif held.num_bytes > self._config.held_bytes:
+            self._begin_long(held)
+
+    def _feed_held_eof(self, held: HeldAnswer) -> None:
+        try:
+            held.feed_eof()
+            if self.has_begun:
+                self._write_part(held)
+            else:
+                self._answer(held)
+        except Misframed as error:
+            self._fail(f"The upstream's answer is broken: {error}.")
+        except UpstreamError as error:
+            self._owner.attempt_failed(error)
+
+    def _answer(self, held: HeldAnswer) -> None:
+        assert self._head is not None
+        self._whole = body = held.whole()
+        self.has_begun = True
+        self._front.answer(self._head.status, lines_for_clients(self._head), body)
+        self._complete(keep=not held.has_excess)
+
+    def _begin_long(self, held: HeldAnswer) -> None:
+        """The answer is too long to be kept: it goes out as it comes."""
+        assert self._head is not None
+        self.has_begun = True
+        self._front.begin(self._head.status, lines_for_clients(self._head), self._head.content_length)
+        self._write_part(held)
+
+    def _write_part(self, held: HeldAnswer) -> None:
+        assert self._head is not None
+        is_chunked = self._head.content_length is None and self._front.takes_chunks
+        if part := held.take():
+            self._front.write(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
+        if held.is_done:
+            if is_chunked:
+                self._front.write(LAST_CHUNK)
+            self._complete(keep=not held.has_excess)
+
+    # The client takes its time
+
+    def pause(self) -> None:
+        """Read no more from the upstream, whose time stands still meanwhile."""
+        if self._connection is not None:
+            self._connection.transport.pause_reading()
+            self.deadline = math.inf
+
+    def resume(self) -> None:
+        if self._connection is not None:
+            self._connection.transport.resume_reading()
+            self.deadline = self._loop.time() + self._config.idle_seconds
+
+    # Ends
+
+    def time_is_up(self) -> None:
+        """The deadline has passed."""
+        if self._connection is None:
+            self._owner.attempt_failed(UpstreamTimeout("The upstream did not accept a connection."), is_safe=True)
+        elif self.first_byte_at is None:
+            self._owner.attempt_failed(UpstreamTimeout("The upstream did not begin to answer in time."))
+        else:
+            self._owner.attempt_failed(UpstreamTimeout("The upstream stopped answering."))
+
+    def leave(self, outcome: Outcome) -> None:
+        """Be done with the upstream, which learns by the end of the connection if it was not done."""
+        self.upstream.end(outcome, self._loop.time())
+        self.deadline = math.inf
+        if self._dialing is not None:
+            dialing, self._dialing = self._dialing, None
+            dialing.cancel()
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+
+    def _fail(self, text: str) -> None:
+        self._owner.attempt_failed(UpstreamError(text))
+
+    def _complete(self, *, keep: bool) -> None:
+        assert self._head is not None
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            if keep and self._head.keeps_alive:
+                self.upstream.pool.put_back(connection)
+            else:
+                connection.abort()
+        self.upstream.end("failed" if self._head.status >= 500 else "answered", self._loop.time())
+        self._owner.attempt_completed()

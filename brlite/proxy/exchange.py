@@ -1,0 +1,289 @@
+"""One request passed on and its answer back, over as many upstreams as it may take.
+
+Until the first byte of an answer has gone to the client another upstream may be tried, but only where nothing can have
+been done yet: no connection could be made, a kept one turned out to be dead at once, or the upstream itself refused
+(429, 503). After it, a stream that breaks ends with an error event, any other answer with the connection.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from brlite.errors import NotReady, QueueTimeout, RequestError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
+from brlite.http.api_key import ApiKey
+from brlite.http.envelope import error_body, status_of
+from brlite.proxy.attempt import Attempt
+from brlite.proxy.front import Front
+from brlite.proxy.heads import AnswerHead
+from brlite.proxy.peek import replace_model
+from brlite.proxy.places import Waiting
+from brlite.proxy.splice import LAST_CHUNK
+from brlite.proxy.table import Target
+from brlite.proxy.upstream import Outcome, Upstream
+
+if TYPE_CHECKING:
+    from brlite.proxy.forwarder import Forwarder
+
+MAX_PAUSE_SECONDS = 60.0  # the longest Retry-After that is believed
+RETRY_AFTER_SECONDS = 1
+CLIENT_LEFT = 499
+
+
+class ForwardedRequest(msgspec.Struct, frozen=True):
+    """What is passed on. `lines` are the header lines that any upstream may see, `model` is the name asked for.
+
+    `affinity` is what chooses the upstream, where the config says that something does.
+    """
+
+    path: bytes
+    lines: bytes
+    body: bytes
+    model: str | None
+    key: ApiKey
+    affinity: bytes | None = None
+
+
+class Exchange:
+    """One request on its way. The front hears of its end once, whatever happens."""
+
+    __slots__ = (
+        "_attempt",
+        "_forwarder",
+        "_front",
+        "_is_over",
+        "_num_tries",
+        "_queue_deadline",
+        "_tried",
+        "_waiting",
+        "first_byte_at",
+        "request",
+        "started_at",
+        "status",
+        "target",
+        "upstream",
+        "usage",
+    )
+
+    def __init__(self, forwarder: Forwarder, request: ForwardedRequest, target: Target, front: Front) -> None:
+        self._forwarder = forwarder
+        self.request = request
+        self._front = front
+        self._attempt: Attempt | None = None
+        self._waiting: Waiting | None = None
+        self._queue_deadline = math.inf
+        self._num_tries = 0
+        self._tried: tuple[Upstream, ...] = ()
+        self._is_over = False
+        self.target = target
+        self.upstream: Upstream | None = None
+        self.started_at = forwarder.loop.time()
+        self.first_byte_at: float | None = None
+        self.status = 0
+        self.usage: bytes | None = None  # JSON that holds the answer's `usage`
+
+    @property
+    def deadline(self) -> float:
+        """The loop's time from which `time_is_up` is due."""
+        return self._attempt.deadline if self._attempt is not None else self._queue_deadline
+
+    def log_fields(self) -> dict[str, object]:
+        """What the access log says of it."""
+        fields: dict[str, object] = {"model": self.target.model}
+        if self.upstream is not None:
+            fields["upstream"] = self.upstream.name
+        if self._num_tries > 1:
+            fields["tries"] = self._num_tries
+        return fields
+
+    # A place, an upstream
+
+    def start(self) -> None:
+        self._enter(self.target)
+
+    def _enter(self, target: Target) -> None:
+        """Take one of the model's places, or wait for one."""
+        self.target = target
+        if target.places.take():
+            self._try_next()
+            return
+        try:
+            self._waiting = target.places.wait(self._turn_came)
+        except RequestError as error:
+            self._front.refuse(error)
+            self._end(status_of(error).http)
+            return
+        self._queue_deadline = self._forwarder.loop.time() + self._forwarder.config.max_queue_seconds
+
+    def _turn_came(self) -> None:
+        self._waiting = None
+        self._queue_deadline = math.inf
+        self._try_next()
+
+    def _try_next(self) -> None:
+        now = self._forwarder.loop.time()
+        target = self.target
+        if target.stand_ins and not target.is_available(now, self._tried):
+            stand_in = self._stand_in(now)
+            if stand_in is not None:
+                target.places.give_back()
+                self._enter(stand_in)
+                return
+        upstream = target.chooser.choose(now, self.request.affinity, self._tried)
+        if upstream is None:
+            self._give_up(UpstreamUnavailable("No upstream of the model can be reached."))
+        else:
+            self._try(upstream)
+
+    def _stand_in(self, now: float) -> Target | None:
+        """The first model that may answer in place of this one, and can."""
+        may_use = self.request.key.may_use
+        for stand_in in self.target.stand_ins:
+            if may_use(stand_in.model) and stand_in.is_available(now, self._tried):
+                return stand_in
+        return None
+
+    def _try(self, upstream: Upstream, *, is_fresh: bool = False) -> None:
+        request, forwarder = self.request, self._forwarder
+        self._num_tries += 1
+        self._tried += (upstream,)
+        self.upstream = upstream
+        name = self.target.name_at(upstream)
+        body = request.body if name == request.model or request.model is None else replace_model(request.body, name)
+        self._attempt = Attempt(self, upstream, self._front, forwarder.config, forwarder.loop)
+        self._attempt.start(request.path, request.lines, body, is_fresh=is_fresh)
+
+    # How an attempt ends
+
+    def attempt_completed(self) -> None:
+        attempt, self._attempt = self._attempt, None
+        assert attempt is not None
+        self._note(attempt)
+        self.target.places.give_back()
+        self._end(attempt.status)
+
+    def attempt_refused(self, head: AnswerHead) -> bool:
+        """Note for how long the upstream wants to be left alone, and ask another. False if there is none."""
+        assert self._attempt is not None
+        now = self._forwarder.loop.time()
+        self._attempt.upstream.refuses_until = now + _pause(head)
+        if not self._may_try_again(self._attempt) or not self._has_another(now):
+            return False
+        self._leave("refused")
+        self._try_next()
+        return True
+
+    def attempt_failed(self, error: UpstreamError, *, is_safe: bool = False, is_stale: bool = False) -> None:
+        attempt = self._attempt
+        assert attempt is not None
+        upstream = attempt.upstream
+        self._forwarder.report_failure(upstream, error)
+        may_try_again = self._may_try_again(attempt)
+        if is_stale and may_try_again:
+            self._leave("unknown")
+            upstream.num_retries += 1
+            self._try(upstream, is_fresh=True)
+            return
+        outcome: Outcome = "timeout" if isinstance(error, UpstreamTimeout) else "failed"
+        if is_safe and may_try_again and self._has_another(self._forwarder.loop.time()):
+            self._leave(outcome)
+            upstream.num_retries += 1
+            self._try_next()
+            return
+        self._leave(outcome)
+        self._give_up(error, attempt)
+
+    def _may_try_again(self, attempt: Attempt) -> bool:
+        return not attempt.has_begun and self._num_tries <= self._forwarder.config.max_retries
+
+    def _has_another(self, now: float) -> bool:
+        untried = any(upstream not in self._tried for upstream in self.target.upstreams)
+        return untried or self._stand_in(now) is not None
+
+    def _leave(self, outcome: Outcome) -> None:
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            self._note(attempt)
+            attempt.leave(outcome)
+
+    def _note(self, attempt: Attempt) -> None:
+        """What is worth knowing of an attempt that is over."""
+        self.first_byte_at = attempt.first_byte_at
+        self.usage = attempt.usage
+        attempt.upstream.num_events += attempt.num_events
+
+    def _give_up(self, error: RequestError, attempt: Attempt | None = None) -> None:
+        """Tell the client, as far as an answer has not begun, or has begun as a stream."""
+        if attempt is None or not attempt.has_begun:
+            self._front.refuse(error)
+        elif attempt.is_stream:
+            self._write_error(error)
+        else:
+            self._front.cut()
+        self.target.places.give_back()
+        self._end(status_of(error).http)
+
+    def _write_error(self, error: RequestError) -> None:
+        event = b"data: %b\n\ndata: [DONE]\n\n" % error_body(error)
+        if self._front.takes_chunks:
+            event = b"%x\r\n%b\r\n%b" % (len(event), event, LAST_CHUNK)
+        self._front.write(event)
+
+    # The client and the clock
+
+    def pause(self) -> None:
+        """The client does not take what it is sent: the upstream has to wait."""
+        if self._attempt is not None:
+            self._attempt.pause()
+
+    def resume(self) -> None:
+        if self._attempt is not None:
+            self._attempt.resume()
+
+    def client_left(self) -> None:
+        """Nobody waits for the answer any more. The upstream is told at once."""
+        if self._is_over:
+            return
+        if self._waiting is not None:
+            self._waiting.leave()
+        else:
+            self._leave("unknown")
+            self.target.places.give_back()
+        self._end(CLIENT_LEFT)
+
+    def stop(self) -> None:
+        """The server stops, and the grace time is over: end with an error."""
+        self._end_with(NotReady("the server is stopping", retry_after_seconds=RETRY_AFTER_SECONDS))
+
+    def time_is_up(self) -> None:
+        """The deadline has passed."""
+        if self._attempt is not None:
+            self._attempt.time_is_up()
+            return
+        seconds = self._forwarder.config.max_queue_seconds
+        text = f"The request waited {seconds:g} s for its turn."
+        self._end_with(QueueTimeout(text, retry_after_seconds=RETRY_AFTER_SECONDS))
+
+    def _end_with(self, error: RequestError) -> None:
+        if self._waiting is not None:
+            self._waiting.leave()
+            self._front.refuse(error)
+            self._end(status_of(error).http)
+        elif not self._is_over:
+            attempt = self._attempt
+            self._leave("unknown")
+            self._give_up(error, attempt)
+
+    def _end(self, status: int) -> None:
+        self._is_over = True
+        self.status = status
+        self._forwarder.over(self)
+        self._front.ended()
+
+
+def _pause(head: AnswerHead) -> float:
+    """For how many seconds an upstream that refused wants to be left alone."""
+    seconds = head.fields.get(b"retry-after", b"")
+    return min(float(seconds), MAX_PAUSE_SECONDS) if seconds.isdigit() else RETRY_AFTER_SECONDS

@@ -1,0 +1,163 @@
+"""What all exchanges share: the table of upstreams, the clock over their deadlines, and the count of what they did.
+
+It begins exchanges and hears of their end; how one goes is its own affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+
+import msgspec
+
+from brlite.config import Config, ProxyConfig
+from brlite.errors import LoopDetected, NotReady, UpstreamError
+from brlite.proxy.exchange import Exchange, ForwardedRequest
+from brlite.proxy.front import Front
+from brlite.proxy.heads import MAX_HOPS
+from brlite.proxy.peek import Peek, beginning
+from brlite.proxy.table import Target, UpstreamTable
+from brlite.proxy.upstream import Upstream
+
+logger = logging.getLogger(__name__)
+
+MAX_TICK_SECONDS = 1.0
+RETRY_AFTER_SECONDS = 5
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Answer(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+_ANSWER = msgspec.json.Decoder(_Answer)
+
+
+class Forwarder:
+    """Passes requests on. `async with` it while requests may come; then no connection of its own is left open.
+
+    `answers` counts finished requests by model and status, `seconds` and `first_byte_seconds` add up what they took.
+    """
+
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, config: Config) -> None:
+        self.config: ProxyConfig = config.proxy
+        self.table = UpstreamTable(config)
+        self.is_draining = False
+        self.answers: Counter[tuple[str, int]] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.first_byte_seconds: defaultdict[str, float] = defaultdict(float)
+        self._via_name = f"brlite-{secrets.token_hex(4)}".encode()
+        self.via = b"1.1 " + self._via_name
+        self._active: set[Exchange] = set()
+        self._tick: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Forwarder:
+        self.loop = asyncio.get_running_loop()
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        self.stop()
+        for upstream in self.table.upstreams:
+            upstream.pool.close()
+
+    @property
+    def num_active(self) -> int:
+        """How many requests are on their way."""
+        return len(self._active)
+
+    def replace(self, config: Config) -> None:
+        """Forward by another config from now on; what is under way stays on its way, and so do kept connections."""
+        table = UpstreamTable(config, self.table.upstreams)
+        gone = set(self.table.upstreams) - set(table.upstreams)
+        self.config, self.table = config.proxy, table
+        for upstream in gone:
+            upstream.pool.retire()
+
+    def check_hops(self, via: bytes | None) -> None:
+        """Raise `LoopDetected` for a request that was here before, or has come too far, by its `Via` header."""
+        if via is None:
+            return
+        if self._via_name in via:
+            raise LoopDetected("The request came back to a server that had forwarded it: look at who serves the model.")
+        if via.count(b",") + 1 >= MAX_HOPS:
+            raise LoopDetected(f"The request was forwarded {MAX_HOPS} times: look at who serves the model.")
+
+    def affinity(self, body: bytes, seen: Peek, fields: Mapping[bytes, bytes]) -> bytes | None:
+        """What chooses the upstream of a request, if the config says that something does."""
+        if self.config.choice == "prefix":
+            return beginning(body, self.config.prefix_bytes) or None
+        if self.config.choice == "sticky":
+            session = fields.get(self.config.sticky_header.lower().encode())
+            return session or (seen.user.encode() if seen.user else None)
+        return None
+
+    def forward(self, request: ForwardedRequest, target: Target, front: Front) -> Exchange:
+        """Begin to pass a request on. Raises `RateLimited`, or `NotReady` while the server stops."""
+        if self.is_draining:
+            raise NotReady("the server is stopping", retry_after_seconds=RETRY_AFTER_SECONDS)
+        request.key.begin(time.monotonic())
+        exchange = Exchange(self, request, target, front)
+        self._active.add(exchange)
+        if self._tick is None:
+            self._set_tick()
+        return exchange
+
+    def over(self, exchange: Exchange) -> None:
+        """The exchange has ended."""
+        self._active.discard(exchange)
+        now, model = self.loop.time(), exchange.target.model
+        self.answers[model, exchange.status] += 1
+        self.seconds[model] += now - exchange.started_at
+        if exchange.first_byte_at is not None:
+            self.first_byte_seconds[model] += exchange.first_byte_at - exchange.started_at
+        key = exchange.request.key
+        key.end()
+        if key.name and exchange.usage is not None:
+            usage = _usage(exchange.usage)
+            key.spend(time.monotonic(), usage.prompt_tokens, usage.completion_tokens)
+
+    def report_failure(self, upstream: Upstream, error: UpstreamError) -> None:
+        """Log that an upstream failed a request."""
+        logger.warning("upstream %s: %s", upstream.name, error)
+
+    def stop(self) -> None:
+        """End what is still on its way, each with an error."""
+        if self._tick is not None:
+            self._tick.cancel()
+            self._tick = None
+        for exchange in list(self._active):
+            exchange.stop()
+
+    # One clock for all: a timer for each of a thousand streams would be set anew with each of their events.
+
+    def _set_tick(self) -> None:
+        config = self.config
+        limits = (config.connect_seconds, config.first_byte_seconds, config.idle_seconds, config.max_queue_seconds)
+        self._tick = self.loop.call_later(min(MAX_TICK_SECONDS, min(limits) / 4), self._look)
+
+    def _look(self) -> None:
+        self._tick = None
+        now = self.loop.time()
+        for exchange in list(self._active):
+            if exchange.deadline <= now:
+                exchange.time_is_up()
+        if self._active and self._tick is None:
+            self._set_tick()
+
+
+def _usage(answer: bytes) -> _Usage:
+    """What an upstream's answer says of its tokens; nothing where it says it oddly."""
+    try:
+        return _ANSWER.decode(answer).usage or _Usage()
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return _Usage()

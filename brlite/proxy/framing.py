@@ -1,0 +1,162 @@
+"""Where a body ends: by its length, by chunks, or with its connection. Takes bytes, gives the payload in them.
+
+RFC 9112 §6 and §7. Strict: a chunk size is hexadecimal digits and nothing else, lines end with CR LF. Trailers are read
+and dropped. Knows no sockets and nothing of what the payload means.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Protocol
+
+MAX_CHUNK_LINE = 1024
+MAX_TRAILER_BYTES = 8192
+
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+_LENGTH = re.compile(rb"[0-9]{1,15}")
+
+
+class Misframed(Exception):
+    """The bytes are not framed as they have to be."""
+
+
+class Body(Protocol):
+    """A body as it comes. `excess` is what came behind its end."""
+
+    is_done: bool
+    excess: bytes
+
+    def feed(self, data: bytes) -> bytes:
+        """The payload in the next bytes. Raises `Misframed`."""
+
+    def feed_eof(self) -> None:
+        """The connection has ended. Raises `Misframed` if the body has not."""
+
+
+class LengthBody:
+    """A body of so many bytes."""
+
+    __slots__ = ("_missing", "excess", "is_done")
+
+    def __init__(self, num_bytes: int) -> None:
+        self._missing = num_bytes
+        self.is_done = num_bytes == 0
+        self.excess = b""
+
+    def feed(self, data: bytes) -> bytes:
+        if len(data) > self._missing:
+            self.excess += data[self._missing :]
+            data = data[: self._missing]
+        self._missing -= len(data)
+        self.is_done = self._missing == 0
+        return data
+
+    def feed_eof(self) -> None:
+        if not self.is_done:
+            raise Misframed("it ends before its Content-Length")
+
+
+class CloseBody:
+    """A body that lasts as long as its connection."""
+
+    __slots__ = ("excess", "is_done")
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self.excess = b""
+
+    def feed(self, data: bytes) -> bytes:
+        return data
+
+    def feed_eof(self) -> None:
+        self.is_done = True
+
+
+class ChunkedBody:
+    """A body in chunks. `is_at_boundary` is true between two chunks, with nothing half read."""
+
+    __slots__ = ("_data", "_in_chunk", "_in_trailer", "_trailer_bytes", "excess", "is_done")
+
+    def __init__(self) -> None:
+        self._data = b""  # the beginning of a line that has not ended
+        self._in_chunk = 0  # how much of the chunk is missing, its line end included
+        self._in_trailer = False
+        self._trailer_bytes = 0
+        self.is_done = False
+        self.excess = b""
+
+    @property
+    def is_at_boundary(self) -> bool:
+        return not (self._in_chunk or self._data or self._in_trailer or self.is_done)
+
+    def feed(self, data: bytes) -> bytes:
+        if self._data:
+            data, self._data = self._data + data, b""
+        payload: list[bytes] = []
+        position = 0
+        while position < len(data) and not self.is_done:
+            if self._in_trailer:
+                position = self._read_trailer(data, position)
+            elif self._in_chunk:
+                position = self._read_chunk(data, position, payload)
+            else:
+                position = self._read_size(data, position)
+        if self.is_done:
+            self.excess += data[position:]
+        return payload[0] if len(payload) == 1 else b"".join(payload)
+
+    def feed_eof(self) -> None:
+        if not self.is_done:
+            raise Misframed("it ends in the middle of its chunks")
+
+    def _read_size(self, data: bytes, position: int) -> int:
+        match = CHUNK_SIZE.match(data, position)
+        if match is None:
+            line = data[position:]
+            if b"\n" in line or len(line) > MAX_CHUNK_LINE:
+                raise Misframed("a chunk begins with what is no size")
+            self._data = line
+            return len(data)
+        size = int(match[1], 16)
+        if size:
+            self._in_chunk = size + 2
+        else:
+            self._in_trailer = True
+        return match.end()
+
+    def _read_chunk(self, data: bytes, position: int, payload: list[bytes]) -> int:
+        piece = data[position : position + self._in_chunk]
+        missing = self._in_chunk = self._in_chunk - len(piece)
+        num_end = min(len(piece), max(0, 2 - missing))  # how much of the chunk's line end is in the piece
+        if piece[len(piece) - num_end :] != b"\r\n"[2 - missing - num_end : 2 - missing]:
+            raise Misframed("a chunk is longer than its size")
+        if len(piece) > num_end:
+            payload.append(piece[: len(piece) - num_end])
+        return position + len(piece)
+
+    def _read_trailer(self, data: bytes, position: int) -> int:
+        end = data.find(b"\r\n", position)
+        line_end = len(data) if end < 0 else end + 2
+        if self._trailer_bytes + line_end - position > MAX_TRAILER_BYTES:
+            raise Misframed("its trailer is too long")
+        if end < 0:
+            self._data = data[position:]
+        else:
+            self._trailer_bytes += line_end - position
+            self.is_done = end == position
+        return line_end
+
+
+def body_of(fields: Mapping[bytes, bytes], *, without: Body) -> Body:
+    """The body that header fields announce, or `without` where they announce none. Raises `Misframed`."""
+    coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
+    if coding is not None:
+        if length is not None or coding.lower() != b"chunked":
+            raise Misframed("its Transfer-Encoding is not chunked alone")
+        return ChunkedBody()
+    if length is None:
+        return without
+    if not _LENGTH.fullmatch(length):
+        raise Misframed("its Content-Length is no number")
+    return LengthBody(int(length))

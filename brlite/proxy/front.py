@@ -1,0 +1,31 @@
+"""What an answer is given to: the client's side of an exchange. `lane.py` and `handler.py` have one each."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from brlite.errors import RequestError
+
+
+class Front(Protocol):
+    """One client that waits for one answer. Chunked bodies come framed, but only where `takes_chunks`."""
+
+    takes_chunks: bool
+
+    def begin(self, status: int, lines: bytes, length: int | None) -> None:
+        """Send the head of an answer whose body has `length` bytes; None is as chunks, or until the connection ends."""
+
+    def write(self, data: bytes) -> None:
+        """Send a part of the body."""
+
+    def answer(self, status: int, lines: bytes, body: bytes) -> None:
+        """Send a whole answer."""
+
+    def refuse(self, error: RequestError) -> None:
+        """Send an error as the whole answer."""
+
+    def cut(self) -> None:
+        """End the connection: what was begun cannot be brought to its end."""
+
+    def ended(self) -> None:
+        """Nothing more comes: all has been sent, refused or cut."""

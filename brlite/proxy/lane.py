@@ -1,0 +1,374 @@
+"""The proxy's lane of a client's connection: requests for other servers' models are read, forwarded and answered here.
+
+aiohttp sees none of their bytes, which is what makes them cheap. Everything else is passed on to it: requests for
+anything but a model of an upstream, and all that is odd or to be refused: the words for that stand in one place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import time
+from collections.abc import Mapping
+
+from brlite.config import LimitsConfig
+from brlite.errors import InvalidRequest, RequestError
+from brlite.http.access_log import log_line
+from brlite.http.access_log import logger as access_logger
+from brlite.http.api_key import ApiKey
+from brlite.http.connection import Connection
+from brlite.http.cors import Cors
+from brlite.http.envelope import error_body, error_headers, status_of
+from brlite.http.keys import ApiKeys, shown_key
+from brlite.http.request_id import choose_request_id
+from brlite.proxy.exchange import Exchange, ForwardedRequest
+from brlite.proxy.forwarder import Forwarder
+from brlite.proxy.framing import Body, LengthBody, Misframed, body_of
+from brlite.proxy.heads import END_OF_HEAD, RequestHead, lines_for_upstreams, read_request, status_line
+from brlite.proxy.peek import Peek, peek
+from brlite.proxy.table import Target
+
+PIPELINED_BYTES = 64 * 1024  # how much of the requests behind the one in progress is read
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+OTHER_PATHS = (b"/tokenize", b"/detokenize")
+
+
+def is_forwardable(path: bytes) -> bool:
+    """Whether a POST to this path names a model in a JSON body."""
+    return path.startswith(b"/v1/") or path.partition(b"?")[0] in OTHER_PATHS
+
+
+class Lanes:
+    """What the lanes of a server's connections share. Calling it makes one."""
+
+    def __init__(
+        self, forwarder: Forwarder, keys: ApiKeys, limits: LimitsConfig, *, cors: Cors | None, access_log: bool
+    ) -> None:
+        self.forwarder = forwarder
+        self.keys = keys
+        self.limits = limits
+        self.cors = cors
+        self.access_log = access_log
+
+    def __call__(self, connection: Connection, transport: asyncio.Transport) -> Lane:
+        return Lane(self, connection, transport)
+
+
+class _Where(enum.Enum):
+    HERE = enum.auto()
+    ELSEWHERE = enum.auto()  # aiohttp has one request, of which it was given all
+    ELSEWHERE_FOR_GOOD = enum.auto()  # where its request ends is aiohttp's to find out
+
+
+class Lane:
+    """One connection's lane, and the front of its exchanges, of which there is one at a time."""
+
+    __slots__ = (
+        "_body",
+        "_connection",
+        "_exchange",
+        "_head",
+        "_is_paused",
+        "_is_reading",
+        "_keeps_alive",
+        "_key",
+        "_num_payload_bytes",
+        "_payload",
+        "_raw",
+        "_request_id",
+        "_shared",
+        "_started_at",
+        "_status",
+        "_transport",
+        "_unread",
+        "_where",
+        "takes_chunks",
+    )
+
+    def __init__(self, shared: Lanes, connection: Connection, transport: asyncio.Transport) -> None:
+        self._shared = shared
+        self._connection = connection
+        self._transport = transport
+        self._where = _Where.HERE
+        self._unread = b""  # what came and belongs to no request yet
+        self._is_reading = True
+        self._is_paused = False  # the client does not take what it is sent
+        self._head: RequestHead | None = None
+        self._body: Body | None = None
+        self._raw: list[bytes] = []  # the request as it came, as long as its body is not complete
+        self._payload: list[bytes] = []
+        self._num_payload_bytes = 0
+        self._key: ApiKey | None = None
+        self._exchange: Exchange | None = None
+        self._keeps_alive = True
+        self._request_id = ""
+        self._started_at = 0.0
+        self._status = 0
+        self.takes_chunks = True
+
+    # The request
+
+    def data_received(self, data: bytes) -> None:
+        if self._where is _Where.ELSEWHERE_FOR_GOOD:
+            self._connection.pass_on(data)
+        elif self._exchange is not None or self._where is _Where.ELSEWHERE or self._is_paused:
+            self._unread += data
+            if len(self._unread) > PIPELINED_BYTES and self._is_reading:
+                self._is_reading = False
+                self._transport.pause_reading()
+        elif self._body is not None:
+            self._read_body(self._body, data)
+        else:
+            self._read_head(self._unread + data if self._unread else data)
+
+    def request_ended(self) -> None:
+        self._where = _Where.HERE if self._where is _Where.ELSEWHERE else self._where
+        self._go_on_soon()
+
+    def _read_head(self, data: bytes) -> None:
+        self._connection.bytes_came()
+        self._unread = b""
+        if END_OF_HEAD not in data:
+            if len(data) > self._shared.limits.max_header_bytes or not _may_become_head(data):
+                self._pass_on_for_good(data)
+            else:
+                self._unread = data
+            return
+        head = read_request(data)
+        if head is None or head.num_bytes > self._shared.limits.max_header_bytes or b"upgrade" in head.fields:
+            self._pass_on_for_good(data)
+        elif head.method == b"POST" and is_forwardable(head.target) and self._may_be_ours(head):
+            self._head, self._body = head, self._body_of(head)
+            if self._body is None:
+                self._pass_on_for_good(data)
+            else:
+                self._begin_body(head, self._body, data)
+        elif b"content-length" in head.fields or b"transfer-encoding" in head.fields:
+            self._pass_on_for_good(data)
+        else:
+            self._pass_on(data, head.num_bytes)
+
+    def _may_be_ours(self, head: RequestHead) -> bool:
+        """Whether its key is accepted and its body can be JSON. What is refused is refused by aiohttp's middlewares."""
+        fields = head.fields
+        kind = fields.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+        if not (kind == b"application/json" or kind.endswith(b"+json")):
+            return False
+        if fields.get(b"content-encoding", b"identity").lower() != b"identity":
+            return False
+        if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
+            return False
+        self._key = self._shared.keys.find(
+            shown_key(_text(fields.get(b"authorization")), _text(fields.get(b"x-api-key")))
+        )
+        return self._key is not None
+
+    def _body_of(self, head: RequestHead) -> Body | None:
+        """The body that is to come, if it is not too long; None where aiohttp should have a word."""
+        if head.is_http_1_0 and b"transfer-encoding" in head.fields:
+            return None
+        try:
+            body = body_of(head.fields, without=LengthBody(0))
+        except Misframed:
+            return None
+        length = head.fields.get(b"content-length")
+        return None if length is not None and int(length) > self._shared.limits.max_body_bytes else body
+
+    def _begin_body(self, head: RequestHead, body: Body, data: bytes) -> None:
+        end = head.num_bytes + int(head.fields.get(b"content-length", b"0"))
+        if isinstance(body, LengthBody) and len(data) >= end:  # as it mostly is: all in one piece
+            self._body = None
+            self._unread = data[end:]
+            self._take(head, data[head.num_bytes : end], data[:end] if self._unread else data)
+            return
+        if b"expect" in head.fields and len(data) == head.num_bytes and not head.is_http_1_0:
+            self._transport.write(CONTINUE)
+        self._connection.body_began()
+        self._raw = [data[: head.num_bytes]]
+        self._read_body(body, data[head.num_bytes :])
+
+    def _read_body(self, body: Body, data: bytes) -> None:
+        self._raw.append(data)
+        try:
+            payload = body.feed(data)
+        except Misframed:
+            self._pass_on_for_good(b"".join(self._raw))
+            return
+        self._payload.append(payload)
+        self._num_payload_bytes += len(payload)
+        if self._num_payload_bytes > self._shared.limits.max_body_bytes:
+            self._pass_on_for_good(b"".join(self._raw))
+        elif body.is_done:
+            assert self._head is not None
+            raw = b"".join(self._raw)
+            self._unread = body.excess
+            self._take(self._head, b"".join(self._payload), raw[: len(raw) - len(body.excess)])
+
+    def _take(self, head: RequestHead, body: bytes, raw: bytes) -> None:
+        """The request is all there: forward it if its model is an upstream's, else pass it on."""
+        self._forget_request()
+        try:
+            seen = peek(body)
+        except InvalidRequest:
+            self._pass_on(raw, len(raw))
+            return
+        target = self._shared.forwarder.table.find(seen.model)
+        assert self._key is not None
+        if target is None or not self._key.may_use(target.model):
+            self._pass_on(raw, len(raw))
+        else:
+            self._forward(head, body, seen, target, self._key)
+
+    def _forward(self, head: RequestHead, body: bytes, seen: Peek, target: Target, key: ApiKey) -> None:
+        forwarder = self._shared.forwarder
+        self._connection.request_began()
+        self._head, self._started_at, self._status = head, time.perf_counter(), 0
+        self._request_id = choose_request_id(_text(head.fields.get(b"x-request-id")))
+        self._keeps_alive = head.keeps_alive
+        self.takes_chunks = not head.is_http_1_0
+        try:
+            forwarder.check_hops(head.fields.get(b"via"))
+            lines = lines_for_upstreams(head, self._request_id, forwarder.via)
+            affinity = forwarder.affinity(body, seen, head.fields)
+            request = ForwardedRequest(head.target, lines, body, seen.model, key, affinity)
+            self._exchange = forwarder.forward(request, target, self)
+        except RequestError as error:
+            self.refuse(error)
+            self.ended()
+            return
+        self._exchange.start()
+
+    # aiohttp's requests
+
+    def _pass_on(self, data: bytes, num_bytes: int) -> None:
+        """Give aiohttp one whole request; what follows waits until it is answered."""
+        self._forget_request()
+        self._where = _Where.ELSEWHERE
+        self._unread = data[num_bytes:] + self._unread
+        self._connection.pass_on(data[:num_bytes] if len(data) > num_bytes else data)
+
+    def _pass_on_for_good(self, data: bytes) -> None:
+        self._forget_request()
+        self._where = _Where.ELSEWHERE_FOR_GOOD
+        self._connection.pass_on(data)
+
+    def _forget_request(self) -> None:
+        self._head = self._body = None
+        self._raw, self._payload, self._num_payload_bytes = [], [], 0
+
+    # The answer
+
+    def begin(self, status: int, lines: bytes, length: int | None) -> None:
+        if length is not None:
+            framing = b"Content-Length: %d\r\n" % length
+        elif self.takes_chunks:
+            framing = b"Transfer-Encoding: chunked\r\n"
+        else:
+            framing, self._keeps_alive = b"", False
+        self._write_head(status, lines + framing, b"")
+
+    def write(self, data: bytes) -> None:
+        # uvloop raises, and asyncio warns, on a write after close.
+        if not self._transport.is_closing():
+            self._transport.write(data)
+
+    def answer(self, status: int, lines: bytes, body: bytes) -> None:
+        self._write_head(status, b"%bContent-Length: %d\r\n" % (lines, len(body)), body)
+
+    def refuse(self, error: RequestError) -> None:
+        body = error_body(error)
+        headers = {"Content-Type": "application/json; charset=utf-8", **error_headers(error)}
+        self.answer(status_of(error).http, _lines(headers), body)
+
+    def cut(self) -> None:
+        self._transport.abort()
+
+    def ended(self) -> None:
+        self._log()
+        self._exchange = self._head = self._key = None
+        if not self._keeps_alive or self._connection.is_retiring:
+            self._transport.close()
+            return
+        self._connection.request_ended()
+        self._go_on_soon()
+
+    def _write_head(self, status: int, lines: bytes, body: bytes) -> None:
+        self._status = status
+        if self._connection.is_retiring:
+            self._keeps_alive = False
+        own = b"X-Request-Id: %b\r\n" % self._request_id.encode()
+        if not self._keeps_alive:
+            own += b"Connection: close\r\n"
+        elif not self.takes_chunks:
+            own += b"Connection: keep-alive\r\n"  # HTTP/1.0 clients want to be told
+        if self._key is not None and self._key.has_limits:
+            own += _lines(self._key.headers(time.monotonic()))
+        if self._shared.cors is not None and self._head is not None:
+            own += _lines(self._shared.cors.headers(_text(self._head.fields.get(b"origin"))))
+        self.write(b"%b%b%b\r\n%b" % (status_line(status), lines, own, body))
+
+    def _go_on_soon(self) -> None:
+        """Take the next request, if it came already, when whoever ended the last one is done."""
+        if self._unread or not self._is_reading:
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        if self._exchange is not None or self._where is _Where.ELSEWHERE or self._is_paused or self._body is not None:
+            return
+        if self._transport.is_closing():
+            return
+        if not self._is_reading:
+            self._is_reading = True
+            self._transport.resume_reading()
+        if self._unread:
+            data, self._unread = self._unread, b""
+            self.data_received(data)
+
+    # The connection
+
+    def pause_writing(self) -> None:
+        self._is_paused = True
+        if self._exchange is not None:
+            self._exchange.pause()
+
+    def resume_writing(self) -> None:
+        self._is_paused = False
+        if self._exchange is not None:
+            self._exchange.resume()
+        else:
+            self._go_on_soon()
+
+    def connection_lost(self) -> None:
+        if self._exchange is not None:
+            self._exchange.client_left()
+
+    def _log(self) -> None:
+        exchange, head = self._exchange, self._head
+        if head is None or not self._shared.access_log or not access_logger.isEnabledFor(logging.INFO):
+            return
+        extras: dict[str, object] = {}
+        if exchange is not None:
+            extras.update(exchange.log_fields())
+        if self._key is not None and self._key.name:
+            extras["key"] = self._key.name
+        status = exchange.status if exchange is not None else self._status
+        peer = self._transport.get_extra_info("peername")
+        remote = peer[0] if isinstance(peer, tuple) else None
+        milliseconds = (time.perf_counter() - self._started_at) * 1000
+        path = head.target.decode("latin-1")
+        log_line(remote, head.method.decode(), path, status, milliseconds, self._request_id, extras)
+
+
+def _may_become_head(data: bytes) -> bool:
+    """Whether bytes without the end of a head may be the beginning of one; aiohttp answers what may not."""
+    return b"\n\n" not in data and not data.startswith((b"\r", b"\n"))
+
+
+def _lines(headers: Mapping[str, str]) -> bytes:
+    return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
+
+
+def _text(value: bytes | None) -> str | None:
+    """A header's value as aiohttp gives it."""
+    return None if value is None else value.decode("utf-8", "surrogateescape")

@@ -1,0 +1,169 @@
+"""Splices a stream of server-sent events: whole events go on at once as they came, byte for byte; half ones wait.
+
+So what a client has seen is always whole, and after a failure an error event can follow. Chunks that hold whole events
+keep their framing; only where an event is spread over chunks are new ones made. Knows no sockets, and of an event only
+whether it is one: its data is JSON or `[DONE]`.
+"""
+
+from __future__ import annotations
+
+import re
+
+import msgspec
+
+from brlite.proxy.framing import CHUNK_SIZE, Body, ChunkedBody, Misframed
+
+LAST_CHUNK = b"0\r\n\r\n"
+DONE = b"[DONE]"
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_FIELD = re.compile(rb"(?:event|id|retry)(?::|\Z)")
+_FINISH = re.compile(rb'"finish_reason":\s*(?!null)\S')
+_ERROR = re.compile(rb'\A\s*\{\s*"error"\s*:')
+_USAGE = re.compile(rb'"usage":\s*\{')
+_JSON = msgspec.json.Decoder(msgspec.Raw)
+
+
+class BrokenStream(Exception):
+    """The stream is not, or no longer, one of whole events."""
+
+
+class EventSplice:
+    """Takes what an upstream sends, gives what the client gets: `feed` and `feed_eof`.
+
+    `error` is set once the stream is broken; what `feed` gave until then is whole. `is_done` is its good end, with
+    `needs_finish` only after an event with a `finish_reason`, or an error, where the stream's events have that field.
+    """
+
+    __slots__ = (
+        "_body",
+        "_chunks",
+        "_has_finish_field",
+        "_held",
+        "_is_chunked",
+        "_is_finished",
+        "_max_event_bytes",
+        "_needs_finish",
+        "_saw_done",
+        "error",
+        "is_done",
+        "num_events",
+        "usage_event",
+    )
+
+    def __init__(self, body: Body, *, is_chunked: bool, max_event_bytes: int, needs_finish: bool) -> None:
+        self._body = body
+        self._chunks = body if is_chunked and isinstance(body, ChunkedBody) else None  # whose framing may be kept
+        self._is_chunked = is_chunked  # how the client gets it; else as bare events
+        self._max_event_bytes = max_event_bytes
+        self._needs_finish = needs_finish
+        self._has_finish_field = False
+        self._is_finished = False
+        self._saw_done = False
+        self._held = b""
+        self.num_events = 0
+        self.usage_event: bytes | None = None
+        self.error: str | None = None
+        self.is_done = False
+
+    @property
+    def has_excess(self) -> bool:
+        """Whether more came than the stream."""
+        return bool(self._body.excess)
+
+    def feed(self, data: bytes) -> bytes:
+        """What the client gets of the next bytes; b"" is nothing yet."""
+        whole = 0
+        try:
+            if (
+                self._is_chunked
+                and not self._held
+                and isinstance(self._body, ChunkedBody)
+                and self._body.is_at_boundary
+            ):
+                while end := self._whole_chunk(data, whole):
+                    whole = end
+                if whole == len(data):
+                    return data
+            return data[:whole] + self._feed_pieces(data[whole:])
+        except (Misframed, BrokenStream) as error:
+            self.error = str(error)
+            return data[:whole]
+
+    def feed_eof(self) -> bytes:
+        """What the client gets when the upstream's connection has ended."""
+        try:
+            self._body.feed_eof()
+            return self._finish()
+        except (Misframed, BrokenStream) as error:
+            self.error = str(error)
+            return b""
+
+    def _whole_chunk(self, data: bytes, position: int) -> int:
+        """Where the chunk at `position` ends, if it is all there and holds whole events, else 0."""
+        size = CHUNK_SIZE.match(data, position)
+        if size is None:
+            return 0
+        begin = size.end()
+        end = begin + int(size[1], 16)
+        line_end = data[end : end + 2]
+        if end == begin or line_end != b"\r\n" or not data.endswith((b"\n\n", b"\r\n\r\n"), begin, end):
+            return 0
+        self._check(data[begin:end])
+        return end + 2
+
+    def _feed_pieces(self, data: bytes) -> bytes:
+        held = self._held + self._body.feed(data)
+        end = max((held.rfind(mark) + len(mark) for mark in EVENT_ENDS if mark in held), default=0)
+        events, self._held = held[:end], held[end:]
+        if len(self._held) > self._max_event_bytes:
+            raise BrokenStream("one of its events is too long")
+        if events:
+            self._check(events)
+        out = self._framed(events)
+        return out + self._finish() if self._body.is_done else out
+
+    def _framed(self, events: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(events), events) if events and self._is_chunked else events
+
+    def _finish(self) -> bytes:
+        if self._held.strip():
+            raise BrokenStream("it ends in the middle of an event")
+        if self._needs_finish and not self._saw_done and not self._is_finished:
+            raise BrokenStream("it ends early")
+        self.is_done = True
+        return LAST_CHUNK if self._is_chunked else b""
+
+    def _check(self, events: bytes) -> None:
+        """Note what the events say. Raises `BrokenStream` if one of them is none."""
+        if events.startswith(b"data: {") and events.find(b"\n\n") == len(events) - 2:
+            self._check_data(events[6:-2])
+            return
+        for event in _EVENT_END.split(events):
+            data = [line for line in _LINE_END.split(event) if line and not line.startswith(b":")]
+            for line in data:
+                if not line.startswith(b"data:") and not _FIELD.match(line):
+                    raise BrokenStream("it holds what is no event")
+            if text := b"\n".join(line[5:].lstrip(b" ") for line in data if line.startswith(b"data:")):
+                self._check_data(text)
+
+    def _check_data(self, text: bytes) -> None:
+        if text.strip() == DONE:
+            if self._needs_finish and self._has_finish_field and not self._is_finished:
+                raise BrokenStream("it ends early")
+            self._saw_done = True
+            return
+        try:
+            _JSON.decode(text)
+            text.isascii() or text.decode()
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise BrokenStream("an event of it is not JSON") from None
+        self.num_events += 1
+        if b'"finish_reason":null' in text:
+            self._has_finish_field = True
+        elif not self._is_finished:
+            self._is_finished = bool(_FINISH.search(text) or _ERROR.match(text))
+        if b'"usage"' in text and _USAGE.search(text):
+            self.usage_event = text

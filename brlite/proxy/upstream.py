@@ -1,0 +1,111 @@
+"""One upstream: where it is, what it serves, and how it does. Others choose it, ask it and check it."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+from brlite.address import parse_address
+from brlite.config import ProxyConfig, UpstreamConfig
+from brlite.errors import ConfigError
+from brlite.proxy.breaker import Breaker
+from brlite.proxy.connections import Pool
+
+# What a try to have a request answered came to. "refused" is a 429 or 503 after which another upstream was tried;
+# "unknown" is one that says nothing about the upstream: the client left, or a kept connection had been closed.
+Outcome = Literal["answered", "refused", "failed", "timeout", "unknown"]
+
+
+class Upstream:
+    """A server behind this one. `num_in_flight` is how many requests it has now; `is_healthy` what its checks say."""
+
+    __slots__ = (
+        "_limits",
+        "base_path",
+        "breaker",
+        "config",
+        "is_healthy",
+        "name",
+        "num_events",
+        "num_in_flight",
+        "num_retries",
+        "outcomes",
+        "own_headers",
+        "pool",
+        "refuses_until",
+        "weight",
+    )
+
+    def __init__(self, config: UpstreamConfig, proxy: ProxyConfig, environ: Mapping[str, str] = os.environ) -> None:
+        address = parse_address(config.url)
+        assert address is not None  # the config was checked
+        self.config = config
+        self._limits = _limits(proxy)
+        self.name = config.name or config.url
+        self.weight = config.weight
+        self.base_path = address.base_path.encode()
+        self.own_headers = _own_headers(address.host_header, _key(config, environ))
+        self.breaker = Breaker(proxy.eject_failures, proxy.eject_seconds)
+        self.pool = Pool(
+            address,
+            ca_file=config.ca_file,
+            max_idle=proxy.max_idle_connections,
+            idle_seconds=proxy.idle_connection_seconds,
+        )
+        self.is_healthy = True
+        self.num_in_flight = 0
+        self.refuses_until = 0.0  # the loop's time until which it has asked not to be asked (Retry-After)
+        self.outcomes: Counter[Outcome] = Counter(dict.fromkeys(get_args(Outcome), 0))
+        self.num_events = 0
+        self.num_retries = 0
+
+    def __repr__(self) -> str:
+        return f"Upstream({self.name})"
+
+    def is_made_from(self, config: UpstreamConfig, proxy: ProxyConfig) -> bool:
+        """Whether these configs would make the same upstream."""
+        return self.config == config and self._limits == _limits(proxy)
+
+    def is_available(self, now: float) -> bool:
+        """Whether it is worth asking: its checks pass, it is not ejected, and it has not asked for a pause."""
+        return self.is_healthy and self.refuses_until <= now and self.breaker.allows(now)
+
+    def begin(self, now: float) -> None:
+        """A request is given to it."""
+        self.num_in_flight += 1
+        self.breaker.begin(now)
+
+    def end(self, outcome: Outcome, now: float) -> None:
+        """The request is done with."""
+        self.num_in_flight -= 1
+        self.outcomes[outcome] += 1
+        if outcome == "answered":
+            self.breaker.succeeded()
+        elif outcome == "unknown":
+            self.breaker.abandoned()
+        else:
+            self.breaker.failed(now)
+
+
+def _limits(proxy: ProxyConfig) -> tuple[float, ...]:
+    """What an upstream takes from the proxy's own config."""
+    return (proxy.eject_failures, proxy.eject_seconds, proxy.max_idle_connections, proxy.idle_connection_seconds)
+
+
+def _own_headers(host: str, key: str | None) -> bytes:
+    """The header lines that every request to an upstream has."""
+    lines = f"Host: {host}\r\n"
+    if key is not None:
+        lines += f"Authorization: Bearer {key}\r\n"
+    return lines.encode("latin-1")
+
+
+def _key(config: UpstreamConfig, environ: Mapping[str, str]) -> str | None:
+    if config.api_key_env is None:
+        return config.api_key
+    key = environ.get(config.api_key_env, "").strip()
+    if not key:
+        raise ConfigError(f"upstream {config.name or config.url}: the variable {config.api_key_env} is empty")
+    return key
