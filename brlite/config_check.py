@@ -6,12 +6,14 @@ Reads the config and the environment variable of the key; no model, no device, n
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from brlite.config import Config, ModelSpec
+from brlite.config import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError
 
 LOOPBACK = ("localhost", "::1")
+GIB = 2**30
+_TOGETHER = 'the models of load = "start" need together'
 
 Warnings = Iterator[str]
 
@@ -23,6 +25,21 @@ def check_supported(config: Config) -> None:
             raise ConfigError(
                 f"model[{index}].tensor_parallel = {spec.tensor_parallel}: this version runs on one device; "
                 "tensor parallelism is not built yet"
+            )
+
+
+def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: Mapping[str, int]) -> None:
+    """Raise a `ConfigError` for models that `engine.memory_gib` can never hold. `num_bytes` has the sizes known so far.
+
+    One at a time must fit, and all of `load = "start"` together.
+    """
+    first = [spec for spec in models if spec.load == "start"]
+    for specs, who in (*(([spec], f"the model {spec.name} needs") for spec in models), (first, _TOGETHER)):
+        total = sum(num_bytes.get(spec.name, 0) for spec in specs)
+        if 0 < engine.memory_gib * GIB < total:
+            raise ConfigError(
+                f"engine.memory_gib = {engine.memory_gib:g}: {who} {total / GIB:.3g} for weights and KV cache; "
+                "allow more, or lower build_batch, build_seq or num_blocks"
             )
 
 

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -34,6 +34,7 @@ from brlite.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 OnProgress = Callable[[str, float], None]
 
 
@@ -73,16 +74,27 @@ class AsyncEngine(async_engine.AsyncEngine):
     """An engine for asyncio programs: `async with AsyncEngine.from_config(config) as engine: …`."""
 
     @classmethod
+    async def load(
+        cls, config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None
+    ) -> AsyncEngine:
+        """Load a model of the config on another thread and start its engine, which the caller closes."""
+        check_supported(config)
+        assembly = await _on_a_thread(lambda: build_engine(config, spec, on_progress), _close)
+        engine = cls(assembly.engine, assembly.backend)
+        await engine.start()
+        return engine
+
+    @classmethod
     @asynccontextmanager
     async def from_config(
         cls, config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None
     ) -> AsyncIterator[AsyncEngine]:
         """Load a model of the config on another thread, serve while inside, and close at the end."""
-        check_supported(config)
-        assembly = await _on_a_thread(lambda: build_engine(config, spec, on_progress))
-        engine = cls(assembly.engine, assembly.backend)
-        async with engine:
+        engine = await cls.load(config, spec, on_progress)
+        try:
             yield engine
+        finally:
+            await engine.close()
 
 
 class LLM:
@@ -255,28 +267,46 @@ def _without_queue_limits(config: Config) -> Config:
     return msgspec.structs.replace(config, limits=limits)
 
 
-async def _on_a_thread(load: Callable[[], Assembly]) -> Assembly:
-    """Load beside the loop, on a thread that does not keep a process alive which was told to stop meanwhile."""
-    loaded: Future[Assembly] = Future()
-    loaded.set_running_or_notify_cancel()
+async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress | None = None) -> int:
+    """What weights and KV cache of a model will take. Fetches it, on another thread, if it is not here."""
+    from brlite.checkpoint.fetch import locate_model
+    from brlite.worker.sizes import sizes_at
 
-    def work() -> None:
+    def measure() -> int:
+        path = locate_model(spec.name, spec.path, on_progress or _ignore)
+        return sizes_at(path, spec, config.engine).num_bytes
+
+    return await _on_a_thread(measure, lambda _: None)
+
+
+async def _on_a_thread(work: Callable[[], T], drop: Callable[[T], None]) -> T:
+    """Work beside the loop, on a thread that does not keep a process alive which was told to stop meanwhile.
+
+    What comes out after whoever waits was cancelled is dropped.
+    """
+    done: Future[T] = Future()
+    done.set_running_or_notify_cancel()
+
+    def run() -> None:
         try:
-            loaded.set_result(load())
+            done.set_result(work())
         except BaseException as error:
-            loaded.set_exception(error)
+            done.set_exception(error)
 
-    threading.Thread(target=work, name="brlite-load", daemon=True).start()
+    def drop_result(done: Future[T]) -> None:
+        if done.exception() is None:
+            drop(done.result())
+
+    threading.Thread(target=run, name="brlite-load", daemon=True).start()
     try:
-        return await asyncio.wrap_future(loaded)
+        return await asyncio.wrap_future(done)
     except asyncio.CancelledError:
-        loaded.add_done_callback(_close_unused)
+        done.add_done_callback(drop_result)
         raise
 
 
-def _close_unused(loaded: Future[Assembly]) -> None:
-    if loaded.exception() is None:
-        loaded.result().backend.close()
+def _close(assembly: Assembly) -> None:
+    assembly.backend.close()
 
 
 def _ignore(stage: str, fraction: float) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from brlite.check import ModelReport, Sizes, describe, inspect_model, run
+from brlite.check import ModelReport, describe, inspect_model, run
 from brlite.config import Config, EngineConfig, KeyConfig, KeysConfig, ModelSpec, ProxyConfig, load_config
 from brlite.config_text import render
 from brlite.errors import ConfigError, ModelError
+from brlite.worker.sizes import Sizes
 from tests.tiny_models import VOCAB_SIZE, write_byte_tokenizer, write_tiny_model
 
 FLOAT32 = EngineConfig(device="cpu", dtype="float32")

@@ -44,13 +44,13 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "http": ("config errors", "aiohttp msgspec"),
     "server": (
-        "http engine tokenizer sampling_params outputs config errors",
+        "http engine tokenizer sampling_params outputs config config_check errors",
         "aiohttp msgspec prometheus_client",
     ),
     "proxy": ("http address config errors", "aiohttp msgspec prometheus_client"),
     "llm": ("engine worker checkpoint tokenizer sampling_params outputs config config_check errors", "msgspec"),
     "app": ("server proxy http llm engine config errors", "aiohttp"),
-    "serve": ("app llm checkpoint.fetch server http config errors", ""),
+    "serve": ("app llm checkpoint.fetch worker.sizes server http config errors", ""),
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),
     "chat": ("llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
     "check": (

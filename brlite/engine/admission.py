@@ -24,7 +24,7 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
         raise InvalidRequest("the prompt must hold at least one token", param="prompt")
     check_length(len(request.prompt_token_ids), info)
     check_token_ids(request.prompt_token_ids, info.vocab_size, param="prompt")
-    _check_limits(request.params, limits)
+    check_limits(request.params, limits)
     request.params.check_vocabulary(info.vocab_size)
     return _clamp_max_tokens(request, info)
 
@@ -52,7 +52,8 @@ def check_length(num_tokens: int, info: BackendInfo, *, param: str = "prompt", a
         )
 
 
-def _check_limits(params: SamplingParams, limits: LimitsConfig) -> None:
+def check_limits(params: SamplingParams, limits: LimitsConfig) -> None:
+    """Raise `InvalidRequest` for what this server allows nobody, whatever the model."""
     for name, value, limit in (
         ("n", params.n, limits.max_n),
         ("logprobs", params.logprobs or 0, limits.max_logprobs),

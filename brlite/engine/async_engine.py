@@ -73,6 +73,10 @@ class AsyncEngine:
         """Whether the loop that steps the engine is alive."""
         return self._task is not None and not self._task.done()
 
+    def continue_stats(self, stats: EngineStats) -> None:
+        """Count on from an engine that served the same model before. To be called before the first request."""
+        self._engine.continue_stats(stats)
+
     async def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="brlite-engine")
         self._task.add_done_callback(self._on_stopped)

@@ -50,6 +50,7 @@ class Engine:
         self.config = config
         self.limits = limits
         self.stats = EngineStats(info.max_model_len, clock)
+        self._preemptions_before = 0
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
         self._scheduler = Scheduler(
@@ -75,6 +76,10 @@ class Engine:
         return sum(
             state.is_queued and not (state.is_aborted or state.request.is_patient) for state in self._requests.values()
         )
+
+    def continue_stats(self, stats: EngineStats) -> None:
+        """Count on from an engine that served the same model before. To be called before the first request."""
+        self.stats, self._preemptions_before = stats, stats.preemptions
 
     def check(self, request: Request) -> None:
         """Raise `InvalidRequest` for a request of plain integer ids that even an idle engine could not serve."""
@@ -317,7 +322,7 @@ class Engine:
         self.stats.num_waiting = len(self._requests) - self.stats.num_running
         self.stats.num_used_blocks = self._blocks.num_used
         self.stats.num_blocks = self._blocks.num_blocks
-        self.stats.preemptions = self._scheduler.num_preemptions
+        self.stats.preemptions = self._preemptions_before + self._scheduler.num_preemptions
 
 
 def _copied(request: Request) -> Request:

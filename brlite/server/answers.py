@@ -32,9 +32,17 @@ from brlite.tokenizer import Tokenizer
 
 
 class Answer(Protocol):
-    """What the handlers need of either kind of answer."""
+    """What the handlers need of either kind of answer. It can be made before its model is there, but says nothing yet.
 
+    Its id and count are there from the beginning; `set_source` comes before everything else.
+    """
+
+    id: str
     count: TokenCount
+
+    def set_source(self, tokenizer: Tokenizer, fingerprint: str) -> None:
+        """Whose words these are. `fingerprint` is the backend's, empty if it has none."""
+        ...
 
     def opening(self) -> list[bytes]:
         """The chunks that a stream begins with."""
@@ -77,27 +85,22 @@ class TokenCount:
 
 
 class ChatAnswer:
-    """Chat completions: one prompt, `n` choices. `fingerprint` is the backend's, empty if it has none."""
+    """Chat completions: one prompt, `n` choices."""
 
-    def __init__(
-        self,
-        model: str,
-        tokenizer: Tokenizer,
-        *,
-        n: int,
-        fingerprint: str = "",
-        include_usage: bool = False,
-        warnings: Sequence[str] = (),
-    ) -> None:
+    _tokenizer: Tokenizer
+    _system_fingerprint: str | UnsetType
+
+    def __init__(self, model: str, *, n: int, include_usage: bool = False, warnings: Sequence[str] = ()) -> None:
         self.id = f"chatcmpl-{uuid.uuid4().hex}"
         self.count = TokenCount()
         self._created = int(time.time())
         self._model = model
-        self._tokenizer = tokenizer
         self._n = n
-        self._system_fingerprint = _system_fingerprint(fingerprint)
         self._include_usage = include_usage
         self._warnings = warnings
+
+    def set_source(self, tokenizer: Tokenizer, fingerprint: str) -> None:
+        self._tokenizer, self._system_fingerprint = tokenizer, _system_fingerprint(fingerprint)
 
     def opening(self) -> list[bytes]:
         first = Delta(role="assistant", content="")
@@ -180,13 +183,14 @@ class CompletionAnswer:
     With `echo` and 0 tokens asked for, the one token that the engine drew is neither shown nor counted.
     """
 
+    _tokenizer: Tokenizer
+    _system_fingerprint: str | UnsetType
+
     def __init__(
         self,
         model: str,
-        tokenizer: Tokenizer,
         *,
         n: int,
-        fingerprint: str = "",
         echo: bool = False,
         is_echo_only: bool = False,
         include_usage: bool = False,
@@ -196,15 +200,16 @@ class CompletionAnswer:
         self.count = TokenCount(shows_completions=not is_echo_only)
         self._created = int(time.time())
         self._model = model
-        self._tokenizer = tokenizer
         self._n = n
-        self._system_fingerprint = _system_fingerprint(fingerprint)
         self._echo = echo
         self._is_echo_only = is_echo_only
         self._include_usage = include_usage
         self._warnings = warnings
         self._offsets: dict[int, int] = {}
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
+
+    def set_source(self, tokenizer: Tokenizer, fingerprint: str) -> None:
+        self._tokenizer, self._system_fingerprint = tokenizer, _system_fingerprint(fingerprint)
 
     def opening(self) -> list[bytes]:
         return []

@@ -1,50 +1,71 @@
 """Carries outputs from the engine to one HTTP response: chunk by chunk, or all at once.
 
-The engine's sinks write to the client's socket themselves, so a token costs one write and wakes no task. A client that
-is slower than its model gets merged deltas; one that leaves, in any way, has its requests aborted.
+A model that has to be loaded first is waited for; a stream begins before that, and tells how far it is. The engine's
+sinks write to the client's socket themselves, so a token costs one write and wakes no task. A client that is slower
+than its model gets merged deltas; one that leaves, in any way, has its requests aborted.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TypeVar
 
 from aiohttp import web
 
 from brlite.config import LimitsConfig
 from brlite.engine.async_engine import AsyncEngine
-from brlite.engine.request import Request, Sink
+from brlite.engine.request import Request
 from brlite.errors import BrliteError, EngineError
 from brlite.http.envelope import error_body
 from brlite.http.events import EventStream
 from brlite.outputs import RequestOutput
 from brlite.server.answers import Answer
+from brlite.server.served_model import ServedModel
+
+LOADING_COMMENT_SECONDS = 1.0
+
+C = TypeVar("C", bound="Collector")
+
+# Asks the engine, once it is there: submits to the collector, which may take a while where prompts are encoded.
+Ask = Callable[[AsyncEngine, "Collector"], Awaitable[None]]
 
 
 class Collector:
-    """The outputs of several requests, merged per request until all are finished."""
+    """The outputs of several requests, merged per request until all are finished.
 
-    def __init__(self, engine: AsyncEngine, requests: Sequence[Request]) -> None:
+    `with Collector(answer) as collector:` aborts at the end what is not finished by then, however the end comes, and
+    counts what was computed and never sent.
+    """
+
+    def __init__(self, answer: Answer) -> None:
         self.outputs: dict[int, RequestOutput] = {}
-        self._engine = engine
-        self._requests = requests
-        self._num_open = len(requests)
+        self._answer = answer
+        self._num_requests = 0
+        self._num_open = 0
+        self._aborts = ExitStack()
         self._error: BrliteError | None = None
         self._changed = asyncio.Event()
 
-    def submit(self) -> None:
-        """Queue all of them, or none: the first refusal takes the others back and is raised."""
-        try:
-            for index, request in enumerate(self._requests):
-                self._engine.submit(request, self._sink(index))
-        except BaseException:
-            self.abort()
-            raise
+    def __enter__(self: C) -> C:
+        return self
 
-    def abort(self) -> None:
-        for request in self._requests:
-            self._engine.abort(request.request_id)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._aborts.close()
+        for index, output in self.outputs.items():
+            self._answer.count.add(index, output)
+
+    def submit(self, engine: AsyncEngine, requests: Sequence[Request]) -> None:
+        """Queue all of them. The first refusal is raised; those before it end with the collector."""
+        self._num_requests = self._num_open = len(requests)
+        for index, request in enumerate(requests):
+            engine.submit(request, functools.partial(self._receive, index))
+            self._aborts.callback(engine.abort, request.request_id)
 
     async def wait(self) -> list[RequestOutput]:
         """All outputs, whole. Raises the error that ended one of the requests."""
@@ -54,15 +75,7 @@ class Collector:
         if self._error is not None:
             raise self._error
         outputs, self.outputs = self.outputs, {}
-        return [outputs[index] for index in range(len(self._requests))]
-
-    def count_unsent(self, answer: Answer) -> None:
-        """Note in the answer's count what was computed for it, but for a client that did not wait."""
-        for index, output in self.outputs.items():
-            answer.count.add(index, output)
-
-    def _sink(self, index: int) -> Sink:
-        return functools.partial(self._receive, index)
+        return [outputs[index] for index in range(self._num_requests)]
 
     def _receive(self, index: int, output: RequestOutput | BrliteError) -> None:
         try:
@@ -88,9 +101,8 @@ class Collector:
 class StreamCollector(Collector):
     """Sends each delta as it comes; `outputs` holds only what the client is not ready for."""
 
-    def __init__(self, engine: AsyncEngine, requests: Sequence[Request], answer: Answer) -> None:
-        super().__init__(engine, requests)
-        self._answer = answer
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer)
         self._stream: EventStream | None = None
         self._has_left = False
 
@@ -132,32 +144,37 @@ class StreamCollector(Collector):
             self._changed.set()
 
 
-async def answer_whole(engine: AsyncEngine, requests: Sequence[Request], answer: Answer) -> web.Response:
-    """Wait for all completions and answer with one body."""
-    collector = Collector(engine, requests)
-    collector.submit()
-    try:
+async def answer_whole(model: ServedModel, ask: Ask, answer: Answer, limits: LimitsConfig) -> web.Response:
+    """Wait for the model and for all completions, and answer with one body."""
+    with Collector(answer) as collector:
+        await ask(await model.loaded(limits.max_wait_seconds), collector)
         body = answer.whole(await collector.wait())
-    finally:
-        collector.abort()
-        collector.count_unsent(answer)
     return web.Response(body=body, content_type="application/json")
 
 
 async def answer_stream(
-    http_request: web.Request,
-    engine: AsyncEngine,
-    requests: Sequence[Request],
-    answer: Answer,
-    limits: LimitsConfig,
+    http_request: web.Request, model: ServedModel, ask: Ask, answer: Answer, limits: LimitsConfig
 ) -> web.StreamResponse:
-    """Answer with server-sent events. Refusals are raised before the headers; later errors travel in the stream."""
-    collector = StreamCollector(engine, requests, answer)
-    collector.submit()
-    try:
+    """Answer with server-sent events. Refusals are raised before the headers; later errors travel in the stream.
+
+    Before a model is loaded most cannot be known: then the headers go first.
+    """
+    with StreamCollector(answer) as collector:
+        if model.engine is not None:
+            await ask(model.engine, collector)
+            async with EventStream(http_request, limits.sse_comment_seconds) as stream:
+                return await _send(collector, stream, limits)
         async with EventStream(http_request, limits.sse_comment_seconds) as stream:
-            await collector.send_to(stream, limits.slow_client_seconds)
-            return await stream.finish()
-    finally:
-        collector.abort()
-        collector.count_unsent(answer)
+            try:
+                with stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
+                    engine = await model.loaded(limits.max_wait_seconds)
+                await ask(engine, collector)
+            except BrliteError as error:
+                stream.send(error_body(error))
+                return await stream.finish()
+            return await _send(collector, stream, limits)
+
+
+async def _send(collector: StreamCollector, stream: EventStream, limits: LimitsConfig) -> web.StreamResponse:
+    await collector.send_to(stream, limits.slow_client_seconds)
+    return await stream.finish()

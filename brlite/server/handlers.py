@@ -5,7 +5,9 @@ No field is interpreted here and no byte is framed: `translate.py`, `answers.py`
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -23,7 +25,7 @@ from brlite.sampling_params import SamplingParams, check_token_ids
 from brlite.server import metrics
 from brlite.server.answers import ChatAnswer, CompletionAnswer
 from brlite.server.checks import check_num_tokens, check_tokenize
-from brlite.server.delivery import answer_stream, answer_whole
+from brlite.server.delivery import Collector, answer_stream, answer_whole
 from brlite.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -56,48 +58,42 @@ MODELS = web.AppKey("models", ModelTable)
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _CHAT)
-    with _admitted(request, body.model), in_the_words_of(body):
-        engine = request.app[MODELS].engine(body.model)
-        messages = check_chat(body, _limits(request))
-        params = chat_params(body)
-        token_ids = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt)
-        answer = ChatAnswer(
-            body.model,
-            engine.tokenizer,
-            n=params.n,
-            fingerprint=engine.info.fingerprint,
-            include_usage=_includes_usage(body),
-            warnings=warnings,
-        )
-        return await _answer(request, engine, body, [Prompt(None, token_ids)], params, answer)
+    with _using(request, body.model) as model:
+        with in_the_words_of(body):
+            messages = check_chat(body, _limits(request))
+            params = chat_params(body, _limits(request))
+        answer = ChatAnswer(body.model, n=params.n, include_usage=_includes_usage(body), warnings=warnings)
+
+        async def encode(engine: AsyncEngine) -> list[Prompt]:
+            return [Prompt(None, await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt))]
+
+        return await _answer(request, model, body, encode, params, answer)
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _COMPLETION)
-    with _admitted(request, body.model), in_the_words_of(body):
-        engine = request.app[MODELS].engine(body.model)
-        prompts = check_completion(body, _limits(request))
-        params = completion_params(body)
+    with _using(request, body.model) as model:
+        with in_the_words_of(body):
+            prompts = check_completion(body, _limits(request))
+            params = completion_params(body, _limits(request))
         answer = CompletionAnswer(
             body.model,
-            engine.tokenizer,
             n=params.n,
-            fingerprint=engine.info.fingerprint,
             echo=bool(body.echo),
             is_echo_only=bool(body.echo) and body.max_tokens == 0,
             include_usage=_includes_usage(body),
             warnings=warnings,
         )
-        return await _answer(request, engine, body, await _encode_all(engine, prompts), params, answer)
+        return await _answer(request, model, body, partial(_encode_all, prompts), params, answer)
 
 
 async def tokenize(request: web.Request) -> web.Response:
     body, warnings = await _read(request, _TOKENIZE)
-    with _admitted(request, body.model):
-        engine = request.app[MODELS].engine(body.model)
+    with _using(request, body.model) as model:
         check_tokenize(body)
-        if body.messages is not None:
-            messages = plain_messages(body.messages, _limits(request))
+        messages = None if body.messages is None else plain_messages(body.messages, _limits(request))
+        engine = await model.loaded(_limits(request).max_wait_seconds)
+        if messages is not None:
             tokens = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt is not False)
         else:
             tokens = await engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
@@ -106,9 +102,9 @@ async def tokenize(request: web.Request) -> web.Response:
 
 async def detokenize(request: web.Request) -> web.Response:
     body, warnings = await _read(request, _DETOKENIZE)
-    with _admitted(request, body.model):
-        engine = request.app[MODELS].engine(body.model)
-        check_num_tokens(len(body.tokens), engine.info.max_model_len)
+    with _using(request, body.model) as model:
+        check_num_tokens(len(body.tokens), model.max_model_len)
+        engine = await model.loaded(_limits(request).max_wait_seconds)
         check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
         text = engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
     return _json(DetokenizeAnswer(text, warnings or UNSET))
@@ -138,9 +134,14 @@ async def health(request: web.Request) -> web.Response:
 async def ready(request: web.Request) -> web.Response:
     """Serving: 200 if new work is taken for every model, else 503 with how far each of them is."""
     models = request.app[MODELS]
-    is_ready = not models.is_draining and all(model.status == "ready" for model in models)
+    is_ready = not models.is_draining and all(model.takes_requests for model in models)
     progress = [
-        {"model": model.name, "status": model.status, "stage": model.stage, "progress": round(model.fraction, 3)}
+        {
+            "model": model.name,
+            "status": model.status,
+            "stage": model.loading.stage,
+            "progress": round(model.loading.fraction, 3),
+        }
         for model in models
     ]
     status = "ready" if is_ready else "stopping" if models.is_draining else "loading"
@@ -187,12 +188,19 @@ async def _read(request: web.Request, decoder: msgspec.json.Decoder[T]) -> tuple
     return body, [f"the field {name!r} is not known and was ignored" for name in unknown_fields(data, type(body))]
 
 
-def _admitted(request: web.Request, name: str | None) -> AbstractContextManager[None]:
-    """The request's place under its key. A key is asked first: it does not tell which other models there are."""
-    return admitted(request, request.app[MODELS].find(None).name if name is None else name)
+@contextmanager
+def _using(request: web.Request, name: str | None) -> Iterator[ServedModel]:
+    """The request's place under its key, and its model, which is not unloaded meanwhile.
+
+    The key is asked first: it does not tell which other models there are.
+    """
+    models = request.app[MODELS]
+    whole_name = models.find(None).name if name is None else name
+    with admitted(request, whole_name), models.use(whole_name, _limits(request).max_waiting) as model:
+        yield model
 
 
-async def _encode_all(engine: AsyncEngine, prompts: list[Prompt]) -> list[Prompt]:
+async def _encode_all(prompts: list[Prompt], engine: AsyncEngine) -> list[Prompt]:
     return [
         Prompt(prompt.text, await engine.encode(prompt.text)) if prompt.text is not None else prompt
         for prompt in prompts
@@ -201,18 +209,24 @@ async def _encode_all(engine: AsyncEngine, prompts: list[Prompt]) -> list[Prompt
 
 async def _answer(
     request: web.Request,
-    engine: AsyncEngine,
+    model: ServedModel,
     body: SamplingFields,
-    prompts: list[Prompt],
+    encode: Callable[[AsyncEngine], Awaitable[list[Prompt]]],
     params: SamplingParams,
     answer: ChatAnswer | CompletionAnswer,
 ) -> web.StreamResponse:
-    """Hand the prompts to the engine and answer in the form that was asked for."""
-    requests = make_requests(answer.id, prompts, params, body.cache_salt)
+    """Hand the prompts to the model's engine, once it is loaded, and answer in the form that was asked for."""
+
+    async def ask(engine: AsyncEngine, collector: Collector) -> None:
+        answer.set_source(engine.tokenizer, engine.info.fingerprint)
+        with in_the_words_of(body):
+            prompts = await encode(engine)
+            collector.submit(engine, make_requests(answer.id, prompts, params, body.cache_salt))
+
     try:
         if body.stream:
-            return await answer_stream(request, engine, requests, answer, _limits(request))
-        return await answer_whole(engine, requests, answer)
+            return await answer_stream(request, model, ask, answer, _limits(request))
+        return await answer_whole(model, ask, answer, _limits(request))
     finally:
         spend_tokens(request, answer.count.prompt, answer.count.completion)
         log_extras(request).update(

@@ -1,38 +1,42 @@
-"""The models of this server by name, each loading, ready or failed. Knows nothing of how a model is loaded."""
+"""The models of this server by name, each with its engine while it is loaded. Knows nothing of how a model is loaded.
+
+Which models are loaded is decided in `residency.py`; a request says here which one it uses.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from brlite.config import ModelSpec, ProxyConfig
 from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.stats import EngineStats
-from brlite.errors import ModelNotFound, NotReady
-
-LOADING_RETRY_SECONDS = 5
+from brlite.errors import ModelNotFound
+from brlite.server.loading import Loading, ignore_change, stopping
 
 
 class ServedModel:
-    """One model under its name. `stage` and `fraction` (0 to 1) say how far its loading has come."""
+    """One model under its name.
+
+    Where it `is_on_demand` and not loaded, requests wait for it; else they are refused until it is there.
+    """
 
     def __init__(self, spec: ModelSpec, engine: AsyncEngine | None = None) -> None:
+        self.spec = spec
         self.name = spec.name
         self.max_model_len = engine.info.max_model_len if engine else spec.build_seq
         self.created = int(time.time())
         self.engine = engine
-        self.stage = "waiting"
-        self.fraction = 0.0
-        self._no_stats = EngineStats(self.max_model_len)
-
-    @property
-    def stats(self) -> EngineStats:
-        """The engine's numbers, all zero while there is no engine."""
-        return self.engine.stats if self.engine else self._no_stats
-
-    def report(self, stage: str, fraction: float) -> None:
-        """Note how far loading is."""
-        self.stage, self.fraction = stage, fraction
+        # Those of all its engines, one after the other: counters never go back.
+        self.stats = engine.stats if engine else EngineStats(self.max_model_len)
+        self.loading = Loading(spec.name)
+        self.is_on_demand = spec.load == "on_demand"
+        self.num_requests = 0
+        self.last_used = 0.0
+        self.num_loads = int(engine is not None)
+        self.num_unloads = 0
+        self._on_change: Callable[[], None] = ignore_change
 
     @property
     def is_alive(self) -> bool:
@@ -40,17 +44,59 @@ class ServedModel:
         return self.engine is None or self.engine.is_running
 
     @property
-    def status(self) -> str:
-        if self.engine is None:
-            return "loading"
-        return "ready" if self.engine.is_running else "failed"
+    def takes_requests(self) -> bool:
+        """Whether a request that comes now is worked for, be it after a load."""
+        return self.is_on_demand if self.engine is None else self.engine.is_running
 
-    def ready_engine(self) -> AsyncEngine:
-        """The engine, or `NotReady` with how far it is."""
+    @property
+    def status(self) -> str:
+        if self.engine is not None:
+            return "ready" if self.engine.is_running else "failed"
+        if self.loading.is_running or not self.is_on_demand:
+            return "loading"
+        return "failed" if self.loading.has_failed else "unloaded"
+
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """Have `on_change` called when a request begins or stops to wait for it, and when the last one has ended."""
+        self._on_change = on_change
+        self.loading.watch(on_change)
+
+    @contextmanager
+    def in_use(self, max_waiting: int) -> Iterator[None]:
+        """Keep it from being unloaded. Raises `NotReady` or `QueueFull` where it would be waited for in vain."""
         if self.engine is None:
-            progress = f"{self.stage}, {self.fraction:.0%}"
-            raise NotReady(f"the model {self.name} is loading: {progress}", retry_after_seconds=LOADING_RETRY_SECONDS)
+            if not self.is_on_demand:
+                raise self.loading.not_ready("is loading")
+            self.loading.check(max_waiting)
+        self.num_requests += 1
+        try:
+            yield
+        finally:
+            self.num_requests -= 1
+            self.last_used = time.monotonic()
+            if not self.num_requests:
+                self._on_change()
+
+    async def loaded(self, max_wait_seconds: float) -> AsyncEngine:
+        """Its engine, once it is there; only while `in_use`. Raises `NotReady` if it does not come, or not in time."""
+        if self.engine is None:
+            await self.loading.wait(max_wait_seconds)
+        assert self.engine is not None, "a model that is in use is not unloaded"
         return self.engine
+
+    def take(self, engine: AsyncEngine) -> None:
+        """Serve by this engine, and whoever waited for it."""
+        engine.continue_stats(self.stats)
+        self.engine = engine
+        self.is_on_demand = True  # should it be unloaded again
+        self.last_used = time.monotonic()
+        self.num_loads += 1
+        self.loading.succeed()
+
+    def give_up(self) -> None:
+        """Let go of the engine, which somebody else closes."""
+        self.engine = None
+        self.num_unloads += 1
 
 
 class ModelTable:
@@ -73,12 +119,15 @@ class ModelTable:
             raise ModelNotFound(self._unknown(name), param="model", code="model_not_found")
         return model
 
-    def engine(self, name: str | None) -> AsyncEngine:
-        """The engine to give new work to. Raises `ModelNotFound`, or `NotReady` while loading or draining."""
+    @contextmanager
+    def use(self, name: str | None, max_waiting: int) -> Iterator[ServedModel]:
+        """The model to give new work to, which is not unloaded inside. Raises `ModelNotFound`, or `NotReady` where it
+        does not take work or the server is draining."""
         model = self.find(name)
         if self.is_draining:
-            raise NotReady("the server is stopping", retry_after_seconds=LOADING_RETRY_SECONDS)
-        return model.ready_engine()
+            raise stopping()
+        with model.in_use(max_waiting):
+            yield model
 
     def _unknown(self, name: str | None) -> str:
         if name is None:

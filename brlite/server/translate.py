@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from brlite.config import LimitsConfig
+from brlite.engine.admission import check_limits
 from brlite.engine.request import Request
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams
@@ -57,22 +58,24 @@ def plain_messages(messages: list[ChatMessage], limits: LimitsConfig) -> list[di
     return [_plain_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
 
 
-def chat_params(body: ChatCompletionRequest) -> SamplingParams:
+def chat_params(body: ChatCompletionRequest, limits: LimitsConfig) -> SamplingParams:
     """The sampling parameters of a chat. `max_completion_tokens` is OpenAI's newer name of `max_tokens`."""
     if body.max_completion_tokens is not None and body.max_tokens is not None:
         raise InvalidRequest("give max_tokens or max_completion_tokens, not both", param="max_completion_tokens")
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return _sampling_params(body, max_tokens=max_tokens, logprobs=logprobs)
+    return _sampling_params(body, limits, max_tokens=max_tokens, logprobs=logprobs)
 
 
-def completion_params(body: CompletionRequest) -> SamplingParams:
+def completion_params(body: CompletionRequest, limits: LimitsConfig) -> SamplingParams:
     """The sampling parameters of a completion. With `echo`, `logprobs` covers the prompt, and 0 tokens may be asked."""
     max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if body.echo and max_tokens == 0:
         max_tokens = 1  # a step must draw something; `answers.py` leaves it out
     prompt_logprobs = body.logprobs if body.echo else None
-    return _sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
+    return _sampling_params(
+        body, limits, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
+    )
 
 
 def check_completion(body: CompletionRequest, limits: LimitsConfig) -> list[Prompt]:
@@ -164,6 +167,8 @@ def _joined(parts: list[ContentPart], param: str) -> str:
     return "".join(texts)
 
 
-def _sampling_params(body: SamplingFields, **more: Any) -> SamplingParams:
+def _sampling_params(body: SamplingFields, limits: LimitsConfig, **more: Any) -> SamplingParams:
     given = {name: getattr(body, name) for name in _SAMPLING_NAMES}
-    return SamplingParams(**{**{name: value for name, value in given.items() if value is not None}, **more})
+    params = SamplingParams(**{**{name: value for name, value in given.items() if value is not None}, **more})
+    check_limits(params, limits)  # the engine does so too, but it may not be loaded yet
+    return params

@@ -97,7 +97,7 @@ async def test_the_version_is_told(client: Client) -> None:
 
 async def test_a_server_is_alive_but_not_ready_while_it_loads() -> None:
     model = ServedModel(ModelSpec(name="slow"))
-    model.report("reading the weights", 0.25)
+    model.loading.report("reading the weights", 0.25)
     config = Config(model=(ModelSpec(name="slow"),))
     app = create_app(ModelTable([model]), config)
 

@@ -1,0 +1,248 @@
+"""Which models are in memory: loaded for the requests that wait for them, unloaded when idle or when room is needed.
+
+`decide` is the whole policy, without effects; `Residency` does what it says, one thing after the other, in one task.
+How a model is loaded is the `Loader`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+from brlite.config import EngineConfig, ModelSpec
+from brlite.config_check import GIB, check_memory
+from brlite.engine.async_engine import AsyncEngine
+from brlite.errors import BrliteError
+from brlite.server.served_model import ServedModel
+
+logger = logging.getLogger(__name__)
+
+BLOCKED = "waiting for memory that busy models hold"
+
+OnProgress = Callable[[str, float], None]
+
+
+class Loader(Protocol):
+    """How models get into memory. `report` may be called from any thread."""
+
+    async def known_bytes(self, spec: ModelSpec) -> int | None:
+        """What weights and KV cache will take; None if the model has to be fetched to know."""
+        ...
+
+    async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
+        """What they will take. Fetches the model if it is not here."""
+        ...
+
+    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+        """A started engine, which the caller closes."""
+        ...
+
+    def settle(self) -> None:
+        """Called after a model was unloaded: give the system back what is left of it."""
+        ...
+
+
+class Resident(NamedTuple):
+    """One model as the policy sees it. `num_bytes` is None until the model is measured."""
+
+    name: str
+    num_bytes: int | None
+    is_loaded: bool
+    is_busy: bool = False
+    wanted_since: float = math.inf
+    last_used: float = 0.0
+    idle_unload_seconds: float = 0.0
+
+    @property
+    def expires(self) -> float:
+        """When it is to be unloaded if nobody asks for it until then."""
+        can_expire = self.is_loaded and not self.is_busy and self.idle_unload_seconds > 0
+        return self.last_used + self.idle_unload_seconds if can_expire else math.inf
+
+
+class Load(NamedTuple):
+    """Load it: there is room. Or measure it, if its size is not known."""
+
+    name: str
+
+
+class Unload(NamedTuple):
+    name: str
+    reason: str
+
+
+class Rest(NamedTuple):
+    """Nothing to do until then, or until something changes. `blocked` waits for a busy model's memory."""
+
+    until: float
+    blocked: str | None = None
+
+
+def decide(models: Sequence[Resident], budget_bytes: float, now: float) -> Load | Unload | Rest:
+    """What to do next. Whoever was wanted first is loaded first, so that small models cannot starve a large one."""
+    expired = [model for model in models if model.expires <= now]
+    if expired:
+        return Unload(expired[0].name, f"not asked for in {expired[0].idle_unload_seconds:g} seconds")
+    wake = min((model.expires for model in models), default=math.inf)
+    wanted = min(models, key=lambda model: model.wanted_since, default=None)
+    if wanted is None or wanted.wanted_since == math.inf:
+        return Rest(wake)
+    if wanted.num_bytes is None:
+        return Load(wanted.name)
+    loaded = [model for model in models if model.is_loaded]
+    missing = wanted.num_bytes + sum(model.num_bytes or 0 for model in loaded) - budget_bytes
+    idle = [model for model in loaded if not model.is_busy]
+    if missing <= 0:
+        return Load(wanted.name)
+    if missing > sum(model.num_bytes or 0 for model in idle):
+        return Rest(wake, wanted.name)  # nobody is unloaded in vain
+    oldest = min(idle, key=lambda model: model.last_used)
+    return Unload(oldest.name, f"making room for {wanted.name}")
+
+
+class Residency:
+    """Keeps models in memory, or out of it. `async with Residency(…)` closes at the end all engines that it loaded."""
+
+    def __init__(self, models: Iterable[ServedModel], loader: Loader, config: EngineConfig) -> None:
+        self._models = {model.name: model for model in models}
+        self._loader = loader
+        self._config = config
+        self._budget_bytes = config.memory_gib * GIB or math.inf
+        self._sizes: dict[str, int] = {}
+        self._engines: dict[str, AsyncEngine] = {}  # all that are not closed
+        self._changed = asyncio.Event()
+        self._keeping: asyncio.Task[None] | None = None
+        for model in self._models.values():
+            model.watch(self._changed.set)
+
+    async def start(self) -> None:
+        """Load what is to be there from the start, one after the other, so that memory peaks once; the rest may come.
+
+        Raises `ConfigError`, before anything is loaded where that is known, if the memory is not enough, and what is
+        wrong with one of these models.
+        """
+        await self._measure_known()
+        for model in [model for model in self._models.values() if model.spec.load == "start"]:
+            with model.loading.running():
+                await self._measure(model)
+                await self._load(model)
+        if any(model.spec.load == "on_demand" or model.spec.idle_unload_seconds for model in self._models.values()):
+            self._keeping = asyncio.create_task(self._keep(), name="brlite-residency")
+
+    def drain(self) -> None:
+        """Load nothing more: whoever waits for a model is refused. Those that are loaded go on."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+        for model in self._models.values():
+            model.loading.refuse()
+
+    async def close(self) -> None:
+        """Close all engines; what still runs ends with an error. May be called twice."""
+        self.drain()
+        if self._keeping is not None:
+            await asyncio.wait([self._keeping])
+        for engine in list(self._engines.values()):
+            await engine.close()
+
+    async def __aenter__(self) -> Residency:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _keep(self) -> None:
+        while True:
+            self._changed.clear()
+            action = decide([self._resident(model) for model in self._models.values()], self._budget_bytes, _now())
+            if isinstance(action, Load):
+                await self._try_load(self._models[action.name])
+            elif isinstance(action, Unload):
+                await self._unload(self._models[action.name], action.reason)
+            else:
+                await self._rest(action)
+
+    def _resident(self, model: ServedModel) -> Resident:
+        return Resident(
+            model.name,
+            self._sizes.get(model.name),
+            is_loaded=model.name in self._engines,
+            is_busy=model.num_requests > 0,
+            wanted_since=model.loading.wanted_since,
+            last_used=model.last_used,
+            idle_unload_seconds=model.spec.idle_unload_seconds,
+        )
+
+    async def _rest(self, rest: Rest) -> None:
+        if rest.blocked is not None:
+            self._models[rest.blocked].loading.report(BLOCKED, 0.0)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), None if rest.until == math.inf else rest.until - _now())
+
+    async def _try_load(self, model: ServedModel) -> None:
+        """Load a model that requests wait for, or measure it first: then it is decided anew."""
+        try:
+            with model.loading.running():
+                await (self._load(model) if model.name in self._sizes else self._measure(model))
+        except Exception as error:  # whatever is wrong with one model, the others are served
+            is_foreseen = isinstance(error, BrliteError)
+            logger.error("model %s could not be loaded: %s", model.name, error, exc_info=not is_foreseen)
+            model.loading.fail()
+
+    async def _load(self, model: ServedModel) -> None:
+        started = _now()
+        engine = await self._loader.load(model.spec, model.loading.report)
+        self._engines[model.name] = engine
+        model.take(engine)
+        logger.info("model %s is ready on %s after %.1f s", model.name, engine.info.device, _now() - started)
+
+    async def _unload(self, model: ServedModel, reason: str) -> None:
+        """Its memory counts until it is given back. If this is cancelled the closing goes on, and `close` waits."""
+        model.give_up()
+        try:
+            await self._engines[model.name].close()
+        except Exception:  # an engine that does not close in good order is still not there any more
+            logger.exception("model %s was not closed in good order", model.name)
+        del self._engines[model.name]
+        self._loader.settle()
+        logger.info("model %s is unloaded: %s", model.name, reason)
+
+    async def _measure_known(self) -> None:
+        """Measure what is here already, so that most of what cannot work is known before anything is loaded."""
+        if self._budget_bytes == math.inf:
+            self._sizes = dict.fromkeys(self._models, 0)
+        for model in self._models.values():
+            if model.name not in self._sizes:
+                await self._note_known(model)
+
+    async def _note_known(self, model: ServedModel) -> None:
+        try:
+            num_bytes = await self._loader.known_bytes(model.spec)
+        except BrliteError as error:
+            if model.spec.load == "start":
+                raise
+            logger.warning("model %s cannot be loaded as it is: %s", model.name, error)
+        else:
+            if num_bytes is not None:
+                self._note_size(model, num_bytes)
+
+    async def _measure(self, model: ServedModel) -> None:
+        if model.name not in self._sizes:
+            self._note_size(model, await self._loader.measure(model.spec, model.loading.report))
+
+    def _note_size(self, model: ServedModel, num_bytes: int) -> None:
+        """Raise `ConfigError` for what can never fit."""
+        sizes = {**self._sizes, model.name: num_bytes}
+        check_memory(self._config, [each.spec for each in self._models.values()], sizes)
+        self._sizes = sizes
+
+
+def _now() -> float:
+    return time.monotonic()

@@ -1,0 +1,119 @@
+"""What a model will hold in memory, by arithmetic: before it is loaded, and mostly before it is read.
+
+`brlite check` prints it, and a memory budget is kept by it. Allocates nothing and reads headers only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint.fetch import local_sources, locate_model
+from brlite.config import DEFAULT_MODEL, EngineConfig, ModelSpec
+from brlite.errors import ModelError
+from brlite.models import find_family
+from brlite.models.config import (
+    KV_BYTES,
+    KVDtype,
+    kv_bytes_per_token,
+    native_weight_bytes,
+    num_parameters,
+    weight_bytes,
+)
+from brlite.worker.choosing import find_obstacle
+from brlite.worker.device import compute_dtype, select_device
+from brlite.worker.fit import check_spec
+
+# The default model's config.json, so that its sizes can be told before it is fetched.
+DEFAULT_MODEL_CONFIG: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+}
+
+
+class Sizes(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model will hold in memory, in bytes, and in which form."""
+
+    num_parameters: int
+    max_context: int
+    dtype: str
+    weight_bytes: int
+    kv_dtype: str
+    kv_bytes_per_token: int
+    num_blocks: int
+    block_size: int
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+
+    @property
+    def num_bytes(self) -> int:
+        """Weights and KV cache together."""
+        return self.weight_bytes + self.kv_bytes
+
+
+def find_model(spec: ModelSpec) -> Path | None:
+    """The model's folder or file if it is on this machine already. A `path` that leads nowhere is an error."""
+    try:
+        return locate_model(spec.name, spec.path, sources=local_sources())
+    except ModelError:
+        if spec.path is not None:
+            raise
+        return None
+
+
+def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
+    """The sizes of a model that is here, or is the default one; None where it has to be fetched to know."""
+    path = find_model(spec)
+    if path is not None:
+        return sizes_at(path, spec, engine)
+    return measure(DEFAULT_MODEL_CONFIG, spec, engine) if spec.name == DEFAULT_MODEL else None
+
+
+def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
+    """The sizes of the model in a folder or file. Raises `ModelError` and `ConfigError`."""
+    with closing(open_checkpoint(path)) as checkpoint:
+        return measure(checkpoint.config, spec, engine)
+
+
+def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig) -> Sizes:
+    """The sizes of a model with that config, on the backend that would compute it here."""
+    config = find_family(hf_config).read_config(hf_config)
+    check_spec(spec, config)
+    is_native = engine.backend != "torch" and find_obstacle(config, spec, engine) is None
+    dtype: KVDtype = "bfloat16" if is_native else _torch_dtype(engine)
+    kv_dtype: KVDtype = "int8" if spec.precision == "a_bf16_w_int8_kv_int8" else "bfloat16"
+    is_int8 = spec.precision != "bf16"
+    return Sizes(
+        num_parameters=num_parameters(config),
+        max_context=config.max_context,
+        dtype="int8" if is_native and is_int8 else dtype,
+        weight_bytes=native_weight_bytes(config, is_int8=is_int8)
+        if is_native
+        else weight_bytes(config, KV_BYTES[dtype]),
+        kv_dtype=kv_dtype,
+        kv_bytes_per_token=kv_bytes_per_token(config, kv_dtype),
+        num_blocks=spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / engine.block_size),
+        block_size=engine.block_size,
+    )
+
+
+def _torch_dtype(engine: EngineConfig) -> KVDtype:
+    is_bfloat16 = compute_dtype(engine.dtype, select_device(engine.device)).itemsize == 2
+    return "bfloat16" if is_bfloat16 else "float32"
