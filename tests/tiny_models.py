@@ -84,6 +84,30 @@ CHATGLM = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+QWEN3 = {
+    **QWEN2,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 24,
+    "attention_bias": False,
+}
+SMOLLM3 = {
+    **LLAMA,
+    "architectures": ["SmolLM3ForCausalLM"],
+    "model_type": "smollm3",
+    "no_rope_layers": [1, 0, 1],
+    "no_rope_layer_interval": 2,
+    "use_sliding_window": False,
+    "pad_token_id": 0,
+}
+PHI3 = {
+    **LLAMA,
+    "architectures": ["Phi3ForCausalLM"],
+    "model_type": "phi3",
+    "sliding_window": 11,
+    "original_max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -117,6 +141,12 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "sliding_window": 11,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "qwen3": QWEN3,
+    "qwen3-biases": {**QWEN3, "attention_bias": True, "tie_word_embeddings": True},
+    "smollm3": SMOLLM3,
+    "smollm3-interval": {**SMOLLM3, "no_rope_layers": None, "num_hidden_layers": 4},
+    "phi3": PHI3,
+    "phi3-partial-rope": {**PHI3, "partial_rotary_factor": 0.75, "sliding_window": None},
     "baichuan": BAICHUAN,
     "chatglm": CHATGLM,
     "chatglm-rope-ratio": {**CHATGLM, "rope_ratio": 50},

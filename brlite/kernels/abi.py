@@ -10,7 +10,7 @@ import ctypes
 from ctypes import c_double, c_float, c_int32, c_size_t, c_uint64, c_void_p
 from typing import Any
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 LANES = 16
 GROUP = 32

@@ -79,7 +79,7 @@ class NativePlan:
             prefix = f"layers.{index}."
             yield self._norm(f"{prefix}attention_norm")
             yield self._linear(f"{prefix}qkv", buffers.qkv)
-            yield abi.Operation(kind=abi.ROPE, **buffers.qkv.as_input, pages=self._cache.layer(index))
+            yield self._rotate(index)
             yield abi.Operation(
                 kind=abi.ATTEND,
                 **buffers.attended.as_output,
@@ -92,6 +92,19 @@ class NativePlan:
             yield self._linear(f"{prefix}gate_up", buffers.gate_up)
             yield self._activate(abi.SILU, buffers.gate_up, self.config.intermediate_size)
             yield self._linear(f"{prefix}down", buffers.hidden, adds=True)
+
+    def _rotate(self, layer: int) -> abi.Operation:
+        norms = (f"layers.{layer}.q_norm", f"layers.{layer}.k_norm")
+        query_norm, key_norm = map(self._weights.address, norms) if self.config.qk_norm else (None, None)
+        return abi.Operation(
+            kind=abi.ROPE,
+            num_inputs=self.config.rotary_dim(layer),
+            epsilon=self.config.rms_norm_eps,
+            weight=query_norm,
+            bias=key_norm,
+            **self._buffers.qkv.as_input,
+            pages=self._cache.layer(layer),
+        )
 
     def _embed(self) -> abi.Operation:
         tensor = self._weights.layout.tensors["embedding"]

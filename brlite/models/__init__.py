@@ -15,9 +15,12 @@ from brlite.models.chatglm import CHATGLM
 from brlite.models.family import Family
 from brlite.models.llama import LLAMA
 from brlite.models.mistral import MISTRAL
+from brlite.models.phi3 import PHI3
 from brlite.models.qwen2 import QWEN2
+from brlite.models.qwen3 import QWEN3
+from brlite.models.smollm3 import SMOLLM3
 
-FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, BAICHUAN, CHATGLM)
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, BAICHUAN, CHATGLM, SMOLLM3, PHI3)
 
 
 def find_family(config: Mapping[str, Any]) -> Family:

@@ -72,7 +72,8 @@ class RopeConfig(msgspec.Struct, frozen=True, kw_only=True):
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The numbers of one decoder. The activation is SiLU, norms are RMS norms: the family has no others.
 
-    `sliding_layers` are the layers that look back `sliding_window` tokens only, the current one included.
+    With `qk_norm` each head of queries and keys is normalised before it turns. `sliding_layers` are the layers that
+    look back `sliding_window` tokens only, the current one included; in `nope_layers` no head turns.
     """
 
     vocab_size: int
@@ -89,8 +90,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     o_bias: bool = False
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
+    qk_norm: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] = ()
+    nope_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads != 0:
@@ -134,6 +137,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """How many tokens `layer` looks back; None for all of them."""
         return self.sliding_window if layer in self.sliding_layers else None
 
+    def rotary_dim(self, layer: int) -> int:
+        """How many dimensions of each head turn in `layer`."""
+        return 0 if layer in self.nope_layers else self.rope.rotary_dim
+
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of the decoder by name. q, k and v are one matrix, and so are gate and up.
@@ -158,6 +165,8 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         ("down", hidden, intermediate, config.mlp_bias),
     )
     shapes: dict[str, tuple[int, ...]] = {"attention_norm": (hidden,), "mlp_norm": (hidden,)}
+    if config.qk_norm:
+        shapes.update(q_norm=(config.head_dim,), k_norm=(config.head_dim,))
     for name, num_outputs, num_inputs, has_bias in linears:
         shapes[f"{name}.weight"] = (num_outputs, num_inputs)
         if has_bias:

@@ -34,7 +34,8 @@ class Decoder:
         rope = self._rope.at(plan.positions)
         hidden = functional.embedding(token_ids, self.parameters.embedding).float()
         for index, layer in enumerate(self.parameters.layers):
-            hidden += self._attention(hidden, layer, cache.layers[index], plan, rope, self.config.window(index))
+            turn = rope if self.config.rotary_dim(index) else None
+            hidden += self._attention(hidden, layer, cache.layers[index], plan, turn, self.config.window(index))
             hidden += self._mlp(hidden, layer)
         return hidden
 
@@ -48,14 +49,18 @@ class Decoder:
         layer: LayerParameters,
         cache: LayerCache,
         plan: StepPlan,
-        rope: RopeTables,
+        rope: RopeTables | None,
         window: int | None,
     ) -> Tensor:
         config = self.config
         heads = layer.qkv(self._norm(hidden, layer.attention_norm)).view(len(hidden), -1, config.head_dim)
-        rotate_(heads[:, : config.num_heads + config.num_kv_heads], rope)
         query = heads[:, : config.num_heads]
         key, value = heads[:, config.num_heads :].chunk(2, dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            query.copy_(self._norm(query.float(), layer.q_norm))
+            key.copy_(self._norm(key.float(), layer.k_norm))
+        if rope is not None:
+            rotate_(heads[:, : config.num_heads + config.num_kv_heads], rope)
         cache.keys.write(plan.slots, key)
         cache.values.write(plan.slots, value)
         return layer.o(attend(query, cache, plan, window))

@@ -40,6 +40,9 @@ def _layer_places(config: ModelConfig, source: str, target: str) -> Iterator[tup
     hidden, q, kv, mlp = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
     yield f"{source}input_layernorm.weight", Place(f"{target}attention_norm", (hidden,))
     yield f"{source}post_attention_layernorm.weight", Place(f"{target}mlp_norm", (hidden,))
+    if config.qk_norm:
+        yield f"{source}self_attn.q_norm.weight", Place(f"{target}q_norm", (config.head_dim,))
+        yield f"{source}self_attn.k_norm.weight", Place(f"{target}k_norm", (config.head_dim,))
 
     linears = (
         ("self_attn.q_proj", "qkv", 0, q, hidden, config.qkv_bias),

@@ -27,7 +27,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class LayerParameters:
-    """One layer. `qkv` stacks the rows of q, k and v, `gate_up` those of gate and up. Norms are float32."""
+    """One layer. `qkv` stacks the rows of q, k and v, `gate_up` those of gate and up. Norms are float32.
+
+    `q_norm` and `k_norm` [D] are of one head each, for models that have them.
+    """
 
     attention_norm: Tensor
     qkv: Linear
@@ -35,6 +38,8 @@ class LayerParameters:
     mlp_norm: Tensor
     gate_up: Linear
     down: Linear
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -86,4 +91,6 @@ def _layer(named: dict[str, Tensor], prefix: str) -> LayerParameters:
         mlp_norm=named[f"{prefix}mlp_norm"],
         gate_up=linear("gate_up"),
         down=linear("down"),
+        q_norm=named.get(f"{prefix}q_norm"),
+        k_norm=named.get(f"{prefix}k_norm"),
     )

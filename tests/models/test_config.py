@@ -20,7 +20,20 @@ from brlite.models.config import (
     weight_bytes,
 )
 from brlite.models.parameters import allocate_parameters
-from tests.tiny_models import BAICHUAN, CHATGLM, LLAMA, LLAMA3, MISTRAL, QWEN2, TINY_CONFIGS, YARN, tiny_tensors
+from tests.tiny_models import (
+    BAICHUAN,
+    CHATGLM,
+    LLAMA,
+    LLAMA3,
+    MISTRAL,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    TINY_CONFIGS,
+    YARN,
+    tiny_tensors,
+)
 
 CHATGLM_ALIAS = "ChatGLMForConditionalGeneration"
 
@@ -126,6 +139,40 @@ def test_chatglm_of_another_make_is_refused_by_the_name_of_its_key(key: str, val
         read({**CHATGLM, key: value})
 
     assert key in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"no_rope_layers": [1, 0, 1]}, (1,)),
+        ({"no_rope_layers": None, "no_rope_layer_interval": 2}, (1,)),
+        ({"no_rope_layers": None, "no_rope_layer_interval": None}, ()),
+        ({"no_rope_layers": None, "no_rope_layer_interval": None, "num_hidden_layers": 9}, (3, 7)),
+    ],
+)
+def test_layers_without_positions_are_those_that_the_config_says(
+    change: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    assert read({**SMOLLM3, **change}).nope_layers == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (SMOLLM3, "no_rope_layers", [1, 0]),
+        (SMOLLM3, "no_rope_layers", [1, 0, 2]),
+        (SMOLLM3, "no_rope_layers", 4),
+        (SMOLLM3, "use_sliding_window", True),
+        (QWEN3, "attention_bias", "yes"),
+        (PHI3, "sliding_window", 0),
+        (PHI3, "rope_scaling", {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+    ],
+)
+def test_what_a_newer_family_cannot_do_is_refused_by_the_name_of_its_key(
+    config: dict[str, Any], key: str, value: object
+) -> None:
+    with pytest.raises(ModelError, match=key):
+        read({**config, key: value})
 
 
 def test_head_dim_comes_from_the_config_or_from_the_division() -> None:

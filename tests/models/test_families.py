@@ -19,7 +19,7 @@ from tests.tiny_models import TINY_CONFIGS, tiny_tensors, write_tiny_model
 
 NUM_BLOCKS = LENGTH // BLOCK_SIZE
 SCATTERED = list(range(2 * NUM_BLOCKS, 0, -2))
-FAMILIES = ["llama", "mistral-window", "qwen2", "qwen2-window", "baichuan", "chatglm"]
+FAMILIES = ["llama", "mistral-window", "qwen2", "qwen2-window", "qwen3", "smollm3", "phi3", "baichuan", "chatglm"]
 REFERENCES = {"baichuan": reference_baichuan.logits, "chatglm": reference_chatglm.logits}
 
 

@@ -15,7 +15,18 @@ from brlite.kernels.library import NativeLibrary
 from brlite.models import find_family
 from brlite.worker.fit import check_fit
 from brlite.worker.native_backend import NativeBackend
-from tests.tiny_models import BAICHUAN, CHATGLM, LLAMA, MISTRAL, QWEN2, VOCAB_SIZE, TensorCheckpoint
+from tests.tiny_models import (
+    BAICHUAN,
+    CHATGLM,
+    LLAMA,
+    MISTRAL,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    VOCAB_SIZE,
+    TensorCheckpoint,
+)
 
 PRECISIONS: tuple[Precision, ...] = ("bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8")
 MAX_CONTEXT = 640  # attention works on 256 tokens at a time: this takes three such chunks
@@ -27,6 +38,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-tied": LLAMA
     | {"hidden_size": 50, "intermediate_size": 67, "num_attention_heads": 2, "head_dim": 64}
     | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    "qwen3": QWEN3 | {"hidden_size": 48, "intermediate_size": 50, "num_attention_heads": 4, "head_dim": 40},
+    "smollm3": SMOLLM3
+    | {"hidden_size": 64, "intermediate_size": 80, "no_rope_layers": [0, 1], "tie_word_embeddings": True},
+    "phi3": PHI3 | {"hidden_size": 64, "intermediate_size": 60, "sliding_window": 60, "partial_rotary_factor": 0.75},
     "baichuan": BAICHUAN | {"hidden_size": 60, "intermediate_size": 70, "num_attention_heads": 6},
     "chatglm": CHATGLM
     | {"hidden_size": 40, "ffn_hidden_size": 50, "num_attention_heads": 4, "kv_channels": 24, "rope_ratio": 2},

@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 1
+#define BRLITE_ABI_VERSION 2
 #define BRLITE_KERNEL_VERSION 1  // counts up whenever a change of the kernels changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
@@ -41,7 +41,8 @@ enum brlite_kind {
     BRLITE_NORM,      // input [rows][num_inputs], weight [num_inputs]      ->  activations
     BRLITE_LINEAR,    // activations, weight: panels, bias or null          ->  output [rows][num_outputs]
     BRLITE_ADD,       // the same, added to what output holds
-    BRLITE_ROPE,      // input: q, k and v of each row  ->  turned queries, and keys and values in the cache
+    BRLITE_ROPE,      // input: q, k and v of each row; weight and bias: null, or the norms of a query and of a key head
+                      //   ->  queries turned in their first num_inputs dimensions, keys so and values in the cache
     BRLITE_ATTEND,    // queries and cache              ->  output [rows][num_heads * head_dim]
     BRLITE_QUANTIZE,  // input [rows][num_inputs]       ->  activations
     BRLITE_SILU,      // input [rows][2 * num_inputs]: gate, up  ->  activations silu(gate) * up
@@ -57,7 +58,7 @@ typedef struct brlite_operation {
     int32_t row_size;
     int32_t is_table;  // EMBED: a plain bfloat16 table in place of panels
     int32_t window;    // ATTEND: tokens to look back, 0 for all
-    float epsilon;     // NORM
+    float epsilon;     // NORM, ROPE
     const void* weight;
     const float* bias;
     const float* input;

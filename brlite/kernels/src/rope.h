@@ -1,4 +1,5 @@
-// ROPE: queries and keys are turned by their positions; keys and values go to the paged cache.
+// ROPE: queries and keys are normalised, where a model does so, and turned by their positions; keys and values go to
+// the paged cache.
 #pragma once
 
 #include "rows.h"
@@ -12,16 +13,16 @@ struct Angles {
 };
 
 // (a, b) -> (a cos - b sin, b cos + a sin), for neighbours or for halves (Su et al. 2021).
-INLINE void rotate_neighbours(const brlite_attention& a, Angles angles, const float* in, float* out) {
-    for (int i = 0; i < a.rotary_dim / 2; i++) {
+INLINE void rotate_neighbours(int rotary_dim, Angles angles, const float* in, float* out) {
+    for (int i = 0; i < rotary_dim / 2; i++) {
         const float x = in[2 * i], y = in[2 * i + 1];
         out[2 * i] = x * angles.cos[i] - y * angles.sin[i];
         out[2 * i + 1] = y * angles.cos[i] + x * angles.sin[i];
     }
 }
 
-INLINE void rotate_halves(const brlite_attention& a, Angles angles, const float* in, float* out) {
-    const int half = a.rotary_dim / 2, whole = half / LANES * LANES;
+INLINE void rotate_halves(int rotary_dim, Angles angles, const float* in, float* out) {
+    const int half = rotary_dim / 2, whole = half / LANES * LANES;
     for (int i = 0; i < whole; i += LANES) {
         const Floats x = load(in + i), y = load(in + half + i), cos = load(angles.cos + i), sin = load(angles.sin + i);
         store(out + i, x * cos - y * sin);
@@ -34,9 +35,9 @@ INLINE void rotate_halves(const brlite_attention& a, Angles angles, const float*
     }
 }
 
-INLINE void rotate(const brlite_attention& a, Angles angles, const float* in, float* out) {
-    a.is_interleaved ? rotate_neighbours(a, angles, in, out) : rotate_halves(a, angles, in, out);
-    memcpy(out + a.rotary_dim, in + a.rotary_dim, (a.head_dim - a.rotary_dim) * sizeof *out);
+INLINE void rotate(const brlite_attention& a, int rotary_dim, Angles angles, const float* in, float* out) {
+    a.is_interleaved ? rotate_neighbours(rotary_dim, angles, in, out) : rotate_halves(rotary_dim, angles, in, out);
+    memcpy(out + rotary_dim, in + rotary_dim, (a.head_dim - rotary_dim) * sizeof *out);
     memset(out + a.head_dim, 0, (head_size(a) - a.head_dim) * sizeof *out);
 }
 
@@ -90,20 +91,35 @@ INLINE void store_head(const Step& step, const brlite_operation& op, int row, in
     store_bf16(page, slot, size, key, value);
 }
 
-// Turn and store one key/value head of one row with its queries.
+// A head normalised in `buffer`, or as it is where there is no norm.
+INLINE const float* norm_head(const brlite_attention& a, const float* weight, float epsilon, const float* in,
+                              float* buffer) {
+    if (!weight) return in;
+    const int size = head_size(a);
+    memcpy(buffer, in, a.head_dim * sizeof *buffer);
+    memset(buffer + a.head_dim, 0, (size - a.head_dim) * sizeof *buffer);
+    normalize(buffer, a.head_dim, size, weight, epsilon, buffer);
+    return buffer;
+}
+
+// Normalise, turn and store one key/value head of one row with its queries.
 INLINE void rope_head(const Step& step, const brlite_operation& op, int row, int kv_head) {
     const brlite_attention& a = step.plan->attention;
     const int group = a.num_heads / a.num_kv_heads, size = head_size(a);
     const long first_angle = (long)step.positions[row] * (a.rotary_dim / 2);
     const Angles angles = {a.cos + first_angle, a.sin + first_angle};
     const float* heads = op.input + (long)row * op.row_size;
+    const float *query_norm = (const float*)op.weight, *key_norm = op.bias;
+    float normed[BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));
     float turned[BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));
     float value[BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
-        rotate(a, angles, heads + head * a.head_dim, turned);
+        const float* query = norm_head(a, query_norm, op.epsilon, heads + head * a.head_dim, normed);
+        rotate(a, op.num_inputs, angles, query, turned);
         write_row(step.queries, a.kv_format, row * a.num_heads + head, turned, size);
     }
-    rotate(a, angles, heads + (a.num_heads + kv_head) * a.head_dim, turned);
+    const float* key = norm_head(a, key_norm, op.epsilon, heads + (a.num_heads + kv_head) * a.head_dim, normed);
+    rotate(a, op.num_inputs, angles, key, turned);
     memcpy(value, heads + (a.num_heads + a.num_kv_heads + kv_head) * a.head_dim, a.head_dim * sizeof *value);
     memset(value + a.head_dim, 0, (size - a.head_dim) * sizeof *value);
     store_head(step, op, row, kv_head, turned, value);

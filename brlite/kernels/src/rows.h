@@ -84,15 +84,17 @@ INLINE void embed_row(const Step& step, const brlite_operation& op, int row) {
 
 // ---- NORM, SILU --------------------------------------------------------------------------------------------------
 
-// Root mean square norm (Zhang & Sennrich 2019) of `in` into `out`.
-INLINE void norm_row(const brlite_operation& op, const float* in, float* out) {
-    const int size = padded_inputs(op.num_inputs);
-    const float* weight = (const float*)op.weight;
+// Root mean square norm (Zhang & Sennrich 2019) of `num_inputs` numbers, filled up with zeros to `size`.
+INLINE void normalize(const float* in, int num_inputs, int size, const float* weight, float epsilon, float* out) {
     Running squares(Floats{});
     for (int i = 0; i < size; i += LANES) squares.add(load(in + i) * load(in + i));
-    const float mean = sum_of(squares.value()) / (float)op.num_inputs;
-    const Floats scale = splat(1.0f / __builtin_sqrtf(mean + op.epsilon));
+    const float mean = sum_of(squares.value()) / (float)num_inputs;
+    const Floats scale = splat(1.0f / __builtin_sqrtf(mean + epsilon));
     for (int i = 0; i < size; i += LANES) store(out + i, load(in + i) * scale * load(weight + i));
+}
+
+INLINE void norm_row(const brlite_operation& op, const float* in, float* out) {
+    normalize(in, op.num_inputs, padded_inputs(op.num_inputs), (const float*)op.weight, op.epsilon, out);
 }
 
 // gate * sigmoid(gate) * up.

@@ -122,7 +122,10 @@ brlite_operation Toy::norm() {
 void Toy::add_layer(uint8_t* pages, int window) {
     brlite_operation qkv = linear(BRLITE_LINEAR, qkv_, QKV, HIDDEN);
     qkv.bias = vector(QKV, 0.0f, 0.5f);
-    brlite_operation rope = reading(BRLITE_ROPE, qkv_, QKV);
+    brlite_operation rope = reading(BRLITE_ROPE, qkv_, window ? 0 : ROTARY_DIM);
+    rope.weight = window ? vector(HEAD_DIM, 1.0f, 0.5f) : nullptr;
+    rope.bias = window ? vector(HEAD_DIM, 1.0f, 0.5f) : nullptr;
+    rope.epsilon = 1e-5f;
     rope.pages = pages;
     brlite_operation attend = writing(BRLITE_ATTEND, attended_, ATTENDED);
     attend.pages = pages;
