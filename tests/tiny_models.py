@@ -155,17 +155,25 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 
 def tiny_tensors(name: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
     """Every tensor of the tiny model, by its name in a checkpoint."""
+    return random_tensors(TINY_CONFIGS[name], seed=seed)
+
+
+def random_tensors(config: dict[str, Any], *, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    family = find_family(TINY_CONFIGS[name])
-    places = family.weight_places(family.read_config(TINY_CONFIGS[name]))
+    family = find_family(config)
+    places = family.weight_places(family.read_config(config))
     return {tensor: _random(tensor, place.shape, generator) for tensor, place in places.items()}
 
 
 def write_tiny_model(path: Path, name: str = "llama", *, seed: int = 0) -> Path:
     """Write `config.json` and `model.safetensors` into the folder `path` and return it."""
+    return write_model(path, TINY_CONFIGS[name], seed=seed)
+
+
+def write_model(path: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    (path / "config.json").write_text(json.dumps(TINY_CONFIGS[name]))
-    save_file(tiny_tensors(name, seed=seed), path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(config))
+    save_file(random_tensors(config, seed=seed), path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 

@@ -17,6 +17,7 @@ from brlite.errors import ModelError
 ARCHITECTURES = {
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]},
 }
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 
@@ -27,6 +28,8 @@ LAYER_NAMES = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -47,7 +50,7 @@ class GgufMetadata:
         self.values = values
         self.architecture = self.text("general.architecture")
         if self.architecture not in ARCHITECTURES:
-            allowed = " and ".join(ARCHITECTURES)
+            allowed = ", ".join(ARCHITECTURES)
             raise ModelError(f"general.architecture is {excerpt(self.architecture)}; allowed are {allowed}")
 
     def text(self, key: str, default: str | None = None) -> str:

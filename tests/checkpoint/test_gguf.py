@@ -16,6 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.gguf_header import read_gguf_header
+from brlite.models import find_family
 from tests.checkpoint.model_files import (
     HEAD_DIM,
     HEADS,
@@ -94,6 +95,22 @@ def test_qwen2_rows_are_in_order_already(tmp_path: Path) -> None:
     expected = tensors["blk.0.attn_k.weight"][0]
     assert np.array_equal(found["model.layers.0.self_attn.k_proj.weight"], expected)
     assert np.array_equal(found["model.layers.0.self_attn.k_proj.bias"], bias)
+
+
+def test_qwen3_has_norms_of_heads(tmp_path: Path) -> None:
+    tensors = random_gguf_tensors()
+    norms = {name: np.arange(HEAD_DIM, dtype=np.float32) + start for name, start in (("q_norm", 1), ("k_norm", 2))}
+    tensors |= {f"blk.0.attn_{name}.weight": (norm, F32) for name, norm in norms.items()}
+
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, architecture="qwen3"))
+
+    found = dict(checkpoint.tensors())
+    family = find_family(checkpoint.config)
+    assert family.model_type == "qwen3"
+    assert {
+        name: place.shape for name, place in family.weight_places(family.read_config(checkpoint.config)).items()
+    } == (checkpoint.shapes())
+    assert all(np.array_equal(found[f"model.layers.0.self_attn.{name}.weight"], norms[name]) for name in norms)
 
 
 @pytest.mark.parametrize("type_name", QUANTISED_BY_THE_PACKAGE)

@@ -36,6 +36,38 @@ from tests.tiny_models import (
 )
 
 CHATGLM_ALIAS = "ChatGLMForConditionalGeneration"
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "Baichuan2-7B": (
+        BAICHUAN
+        | {"vocab_size": 125696, "hidden_size": 4096, "intermediate_size": 11008}
+        | {"num_hidden_layers": 32, "num_attention_heads": 32, "max_position_embeddings": 4096},
+        7_505_973_248,
+    ),
+    "ChatGLM3-6B": (
+        CHATGLM
+        | {"padded_vocab_size": 65024, "hidden_size": 4096, "ffn_hidden_size": 13696, "num_layers": 28}
+        | {"num_attention_heads": 32, "kv_channels": 128, "seq_length": 8192},
+        6_243_584_000,
+    ),
+    "Qwen3-0.6B": (
+        QWEN3
+        | {"vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+        | {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True},
+        596_049_920,
+    ),
+    "SmolLM3-3B": (
+        SMOLLM3
+        | {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36}
+        | {"num_attention_heads": 16, "num_key_value_heads": 4, "no_rope_layers": None, "tie_word_embeddings": True},
+        3_075_098_624,
+    ),
+    "Phi-3-mini-4k": (
+        PHI3
+        | {"vocab_size": 32064, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32}
+        | {"num_attention_heads": 32, "num_key_value_heads": 32, "sliding_window": 2047},
+        3_821_079_552,
+    ),
+}
 
 
 def read(config: dict[str, Any]) -> ModelConfig:
@@ -242,7 +274,14 @@ def test_parameters_are_counted_as_the_checkpoint_holds_them(name: str) -> None:
     assert num_parameters(read(TINY_CONFIGS[name])) == sum(tensor.numel() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen2"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_the_published_number_of_parameters(name: str) -> None:
+    config, expected = PUBLISHED[name]
+
+    assert num_parameters(read(config)) == expected
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_weight_bytes_are_those_that_are_allocated(name: str, dtype: torch.dtype) -> None:
     config = read(TINY_CONFIGS[name])
