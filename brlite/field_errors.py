@@ -26,10 +26,13 @@ _MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
 _STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
 
 
-def convert(data: object, kind: type[T], *, source: str) -> T:
-    """Return `data` as a `kind`, or raise a `ConfigError` that begins with `source`, the file or command at fault."""
+def convert(data: object, kind: type[T], *, source: str, is_text: bool = False) -> T:
+    """Return `data` as a `kind`, or raise a `ConfigError` that begins with `source`, the file or command at fault.
+
+    With `is_text` values may be strings that say what is meant, as on a command line.
+    """
     try:
-        return msgspec.convert(data, kind)
+        return msgspec.convert(data, kind, strict=not is_text)
     except msgspec.ValidationError as error:
         raise ConfigError(f"{source}: {_explain(str(error), data, inspect.type_info(kind))}") from None
 

@@ -51,6 +51,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "llm": ("engine worker checkpoint tokenizer sampling_params outputs config config_check errors", "msgspec"),
     "app": ("server proxy http llm engine config errors", "aiohttp"),
     "serve": ("app llm checkpoint.fetch worker.sizes server http config errors", ""),
+    "ray_serve": ("app llm http config config_check field_errors errors", "aiohttp msgspec ray starlette yarl"),
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),
     "chat": ("llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
     "check": (
@@ -61,7 +62,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "doctor": ("config machine cache checkpoint.fetch kernels worker errors", ""),
 }
 MAY_IMPORT_ANYTHING = ("cli",)
-MAY_BE_ASYNC = ("http", "server", "proxy", "engine.async_engine", "app", "llm", "serve", "chat")
+MAY_BE_ASYNC = ("http", "server", "proxy", "engine.async_engine", "app", "llm", "serve", "ray_serve", "chat")
 ONLY_IN = {
     "prometheus_client": ("server.metrics", "proxy.metrics"),
     "setuptools": ("kernels.extension",),

@@ -1,0 +1,163 @@
+"""brlite on Ray Serve, several machines together: `serve run brlite.ray_serve:build config=brlite.toml`.
+
+Ray places replicas, counts their requests, scales them and replaces dead ones. Each of them is brlite's whole server on
+a loopback port of its machine, so API, errors, keys and limits are those of `brlite serve`. Here requests are only
+carried to it and answers back, unread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import msgspec
+from ray import serve
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from yarl import URL
+
+from brlite.app import create_app
+from brlite.config import Config, Count, CountOrZero, Text, load_config, make_config
+from brlite.config_check import check_supported, config_warnings
+from brlite.errors import ConfigError, EngineError
+from brlite.field_errors import convert
+from brlite.http.listen import HttpServer
+from brlite.llm import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+NAME = "brlite"  # of the deployment, by which a Serve config overrides its options
+LOOPBACK = "127.0.0.1"
+# Headers of one connection, not of the message; what Serve's door has answered; and what it adds to answers itself.
+NOT_ASKED = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect"})
+NOT_ANSWERED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server", b"x-request-id"})
+
+
+class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What `build` is told. `config` is a file on the machine that builds, or what such a file says, as a table."""
+
+    config: Text | dict[str, Any] = {}
+    min_replicas: CountOrZero = 1
+    max_replicas: Count = 1
+
+
+def build(arguments: Mapping[str, object]) -> serve.Application:
+    """The application that `serve run` and Serve configs start. Raises `ConfigError` before anything is started.
+
+    One more replica is started for each full batch that runs or waits. What a Serve config says of the deployment
+    `brlite` goes before all that is set here; where Serve listens is its own business, `[server]`'s host and port are
+    not used.
+    """
+    given = _read_arguments(arguments)
+    config = _read_config(given.config)
+    for line in config_warnings(config):
+        logger.warning("%s", line)
+    deployment = serve.deployment(Replica).options(
+        name=NAME,
+        autoscaling_config={
+            "min_replicas": given.min_replicas,
+            "max_replicas": given.max_replicas,
+            "target_ongoing_requests": config.model[0].build_batch,
+        },
+        # A replica refuses what is too much for it itself, and says when to come back; Serve queues while none is up.
+        max_ongoing_requests=config.limits.max_connections,
+        max_queued_requests=config.limits.max_waiting,
+        graceful_shutdown_timeout_s=config.server.drain_seconds,
+        ray_actor_options={"num_cpus": config.engine.threads or 1},
+        # threads = 0 takes all cores: one replica is enough for a machine.
+        max_replicas_per_node=None if config.engine.threads else 1,
+    )
+    return deployment.bind(msgspec.to_builtins(config))
+
+
+class Replica:
+    """One copy of the server. It lives in a process of Ray's and ends with it, after its last request."""
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        self._config = make_config(config, source="config")
+        self._opened = AsyncExitStack()
+        # Serve calls this on the event loop that serves, and sends requests once a health check has passed.
+        self._started = asyncio.ensure_future(self._start())
+
+    async def check_health(self) -> None:
+        """Serve asks first of all, which waits until the model is loaded, then every few seconds.
+
+        What it raises makes Serve start another replica in place of this one.
+        """
+        await asyncio.shield(self._started)
+        async with self._session.get(self._url / "health") as answer:
+            if answer.status != 200:
+                raise EngineError("the engine has died")
+
+    async def __call__(self, request: Request) -> StreamingResponse:
+        """Carry a request to the server, and its answer back as it comes."""
+        headers = request.headers
+        answer = await self._session.request(
+            request.method,
+            self._target(request),
+            headers=[(name, value) for name, value in headers.items() if name not in NOT_ASKED],
+            data=request.stream() if "content-length" in headers or "transfer-encoding" in headers else None,
+            allow_redirects=False,
+        )
+        response = StreamingResponse(_parts(answer), answer.status)
+        response.raw_headers = [header for header in answer.raw_headers if header[0].lower() not in NOT_ANSWERED]
+        return response
+
+    def _target(self, request: Request) -> URL:
+        """Where the server has what is asked for; the application's route prefix is left out."""
+        path = request.scope["path"].removeprefix(request.scope["root_path"])
+        query = request.url.query
+        return URL(f"{self._url.with_path(path)}{query and '?'}{query}", encoded=True)
+
+    async def _start(self) -> None:
+        config = self._config
+        async with AsyncExitStack() as opened:
+            engine = await opened.enter_async_context(AsyncEngine.from_config(config))
+            server = HttpServer(create_app(engine, config), LOOPBACK, 0, config.limits, config.server.drain_seconds)
+            await opened.enter_async_context(server)
+            self._url = URL(server.url)
+            self._session = await opened.enter_async_context(_session(config))
+            self._opened = opened.pop_all()
+
+
+def _session(config: Config) -> aiohttp.ClientSession:
+    """A client that adds nothing, asks as much at once as there is, and has no limits of time beside the server's."""
+    return aiohttp.ClientSession(
+        # It is the client that closes an idle connection: a request must not meet one that the server is closing.
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=config.limits.keepalive_seconds / 2),
+        timeout=aiohttp.ClientTimeout(total=None),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+    )
+
+
+async def _parts(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """The body as it comes. When the client is gone, this is left early: the connection closes and the work ends."""
+    async with answer:
+        async for part in answer.content.iter_any():
+            yield part
+
+
+def _read_arguments(arguments: Mapping[str, object]) -> Arguments:
+    given = convert(arguments, Arguments, source="arguments", is_text=True)
+    if given.min_replicas > given.max_replicas:
+        raise ConfigError(f"arguments: min_replicas = {given.min_replicas}: allowed is max_replicas at most")
+    return given
+
+
+def _read_config(source: str | dict[str, Any]) -> Config:
+    config = load_config(Path(source)) if isinstance(source, str) else make_config(source, source="config")
+    check_supported(config)
+    if len(config.model) != 1 or config.upstream:
+        raise ConfigError(
+            "a Ray Serve application serves one model: start one for each, and `brlite proxy` in front of them"
+        )
+    if config.model[0].load != "start":
+        raise ConfigError('model[0].load = "on_demand": allowed is start; min_replicas = 0 has the same effect')
+    return config
