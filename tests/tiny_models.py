@@ -133,6 +133,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "rope-parameters": {**LLAMA, "rope_theta": None, "rope_parameters": {**LLAMA3, "rope_theta": 5000.0}},
     "mistral": MISTRAL,
     "mistral-window": {**MISTRAL, "sliding_window": 11},
+    "mistral-head-dim": {**MISTRAL, "head_dim": 24},
     "qwen2": QWEN2,
     "qwen2-window": {**QWEN2, "use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
     "qwen2-layer-types": {
