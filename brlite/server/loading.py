@@ -20,12 +20,13 @@ RETRY_SECONDS = 5
 class Loading:
     """`stage` and `fraction` (0 to 1) say how far it has come. `has_failed` is about the last time it was tried."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.stage = "waiting"
         self.fraction = 0.0
         self.is_running = False
         self.has_failed = False
         self._name = name
+        self._clock = clock
         self._is_over = False
         self._retry_time = 0.0
         self._queue = _Queue()
@@ -51,7 +52,7 @@ class Loading:
         """Raise `NotReady` or `QueueFull` for a request that would wait in vain."""
         if self._is_over:
             raise stopping()
-        if time.monotonic() < self._retry_time:
+        if self._clock() < self._retry_time:
             raise self._failure()
         if self._queue.num_waiting >= max_waiting:
             raise QueueFull(
@@ -67,7 +68,7 @@ class Loading:
         """
         self.check(sys.maxsize)
         queue = self._queue
-        queue.join()
+        queue.join(self._clock())
         self._on_change()
         try:
             await asyncio.wait_for(queue.ended.wait(), seconds)
@@ -95,7 +96,7 @@ class Loading:
     def fail(self) -> None:
         """It failed: all who wait are refused, and so is whoever comes before it may be tried again."""
         self.has_failed = True
-        self._retry_time = time.monotonic() + RETRY_SECONDS
+        self._retry_time = self._clock() + RETRY_SECONDS
         self._end(self._failure)
 
     def refuse(self) -> None:
@@ -108,7 +109,7 @@ class Loading:
         return NotReady(message, retry_after_seconds=RETRY_SECONDS)
 
     def _failure(self) -> NotReady:
-        seconds = max(1, math.ceil(self._retry_time - time.monotonic()))
+        seconds = max(1, math.ceil(self._retry_time - self._clock()))
         return NotReady(
             f"the model {self._name} could not be loaded; the server's log says why. "
             f"It is tried again for a request that comes in {seconds} seconds or later",
@@ -132,9 +133,9 @@ class _Queue:
         self.ended = asyncio.Event()
         self.refusal: Callable[[], NotReady] | None = None
 
-    def join(self) -> None:
+    def join(self, now: float) -> None:
         if self.num_waiting == 0:
-            self.since = time.monotonic()
+            self.since = now
         self.num_waiting += 1
 
 

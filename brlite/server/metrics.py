@@ -25,7 +25,7 @@ from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.stats import EngineStats, Histogram
 from brlite.http.api_key import KeyUsage
 from brlite.http.keys import ApiKeys
-from brlite.server.served_model import ModelTable
+from brlite.server.served_model import ModelTable, ServedModel
 
 ENDINGS = ("stop", "length", "abort", "error")
 
@@ -44,6 +44,14 @@ class Distribution(NamedTuple):
     name: str
     about: str
     value: Callable[[EngineStats], Histogram]
+
+
+class Trait(NamedTuple):
+    """One family about the models themselves."""
+
+    name: str
+    about: str
+    value: Callable[[ServedModel], float]
 
 
 class Share(NamedTuple):
@@ -109,6 +117,12 @@ V1_HISTOGRAMS = [
 OWN_COUNTERS = [Series("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures)]
 OWN_HISTOGRAMS = [Distribution("brlite:step_time_seconds", "Duration of a step.", lambda s: s.step_time)]
 
+MODEL_COUNTERS = [
+    Trait("brlite:model_loads", "Times that the model was loaded.", lambda m: m.num_loads),
+    Trait("brlite:model_unloads", "Times that its memory was given back.", lambda m: m.num_unloads),
+]
+MODEL_GAUGES = [Trait("brlite:model_loaded", "1 while the model is loaded, else 0.", lambda m: m.engine is not None)]
+
 KEY_OUTCOMES = [
     Share("admitted", lambda u: u.num_admitted),
     Share("rate_limited", lambda u: u.num_rate_limited),
@@ -124,7 +138,10 @@ V1_LABELS = ("model_name", "engine")
 
 
 class EngineCollector(Collector):
-    """Renders the models of a table. While one is loading its numbers are there, and 0: no alert fires on absence."""
+    """Renders the models of a table. Before one is loaded its numbers are there, and 0: no alert fires on absence.
+
+    Those of a model that was unloaded stay: what it did is done, and nothing runs or waits.
+    """
 
     def __init__(self, models: ModelTable) -> None:
         self._models = models
@@ -140,6 +157,8 @@ class EngineCollector(Collector):
         yield self._endings()
         yield from self._families(CounterMetricFamily, OWN_COUNTERS, SEED_LABELS)
         yield from self._histograms(OWN_HISTOGRAMS, SEED_LABELS)
+        yield from self._traits(CounterMetricFamily, MODEL_COUNTERS)
+        yield from self._traits(GaugeMetricFamily, MODEL_GAUGES)
         yield self._backends()
 
     def _each(self, labels: tuple[str, ...]) -> Iterator[tuple[list[str], EngineStats]]:
@@ -158,6 +177,13 @@ class EngineCollector(Collector):
             family = kind(row.name, row.about, labels=labels)
             for values, stats in self._each(labels):
                 family.add_metric(values, row.value(stats))
+            yield family
+
+    def _traits(self, kind: type[GaugeMetricFamily | CounterMetricFamily], rows: list[Trait]) -> Iterator[Metric]:
+        for row in rows:
+            family = kind(row.name, row.about, labels=SEED_LABELS)
+            for model in self._models:
+                family.add_metric([model.name], row.value(model))
             yield family
 
     def _histograms(self, rows: list[Distribution], labels: tuple[str, ...]) -> Iterator[Metric]:

@@ -109,10 +109,18 @@ def decide(models: Sequence[Resident], budget_bytes: float, now: float) -> Load 
 class Residency:
     """Keeps models in memory, or out of it. `async with Residency(…)` closes at the end all engines that it loaded."""
 
-    def __init__(self, models: Iterable[ServedModel], loader: Loader, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        models: Iterable[ServedModel],
+        loader: Loader,
+        config: EngineConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._models = {model.name: model for model in models}
         self._loader = loader
         self._config = config
+        self._clock = clock
         self._budget_bytes = config.memory_gib * GIB or math.inf
         self._sizes: dict[str, int] = {}
         self._engines: dict[str, AsyncEngine] = {}  # all that are not closed
@@ -161,7 +169,9 @@ class Residency:
     async def _keep(self) -> None:
         while True:
             self._changed.clear()
-            action = decide([self._resident(model) for model in self._models.values()], self._budget_bytes, _now())
+            action = decide(
+                [self._resident(model) for model in self._models.values()], self._budget_bytes, self._clock()
+            )
             if isinstance(action, Load):
                 await self._try_load(self._models[action.name])
             elif isinstance(action, Unload):
@@ -184,7 +194,7 @@ class Residency:
         if rest.blocked is not None:
             self._models[rest.blocked].loading.report(BLOCKED, 0.0)
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), None if rest.until == math.inf else rest.until - _now())
+            await asyncio.wait_for(self._changed.wait(), None if rest.until == math.inf else rest.until - self._clock())
 
     async def _try_load(self, model: ServedModel) -> None:
         """Load a model that requests wait for, or measure it first: then it is decided anew."""
@@ -197,11 +207,11 @@ class Residency:
             model.loading.fail()
 
     async def _load(self, model: ServedModel) -> None:
-        started = _now()
+        started = self._clock()
         engine = await self._loader.load(model.spec, model.loading.report)
         self._engines[model.name] = engine
         model.take(engine)
-        logger.info("model %s is ready on %s after %.1f s", model.name, engine.info.device, _now() - started)
+        logger.info("model %s is ready on %s after %.1f s", model.name, engine.info.device, self._clock() - started)
 
     async def _unload(self, model: ServedModel, reason: str) -> None:
         """Its memory counts until it is given back. If this is cancelled the closing goes on, and `close` waits."""
@@ -242,7 +252,3 @@ class Residency:
         sizes = {**self._sizes, model.name: num_bytes}
         check_memory(self._config, [each.spec for each in self._models.values()], sizes)
         self._sizes = sizes
-
-
-def _now() -> float:
-    return time.monotonic()

@@ -22,7 +22,9 @@ class ServedModel:
     Where it `is_on_demand` and not loaded, requests wait for it; else they are refused until it is there.
     """
 
-    def __init__(self, spec: ModelSpec, engine: AsyncEngine | None = None) -> None:
+    def __init__(
+        self, spec: ModelSpec, engine: AsyncEngine | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.spec = spec
         self.name = spec.name
         self.max_model_len = engine.info.max_model_len if engine else spec.build_seq
@@ -30,12 +32,13 @@ class ServedModel:
         self.engine = engine
         # Those of all its engines, one after the other: counters never go back.
         self.stats = engine.stats if engine else EngineStats(self.max_model_len)
-        self.loading = Loading(spec.name)
+        self.loading = Loading(spec.name, clock)
         self.is_on_demand = spec.load == "on_demand"
         self.num_requests = 0
         self.last_used = 0.0
         self.num_loads = int(engine is not None)
         self.num_unloads = 0
+        self._clock = clock
         self._on_change: Callable[[], None] = ignore_change
 
     @property
@@ -73,7 +76,7 @@ class ServedModel:
             yield
         finally:
             self.num_requests -= 1
-            self.last_used = time.monotonic()
+            self.last_used = self._clock()
             if not self.num_requests:
                 self._on_change()
 
@@ -89,7 +92,7 @@ class ServedModel:
         engine.continue_stats(self.stats)
         self.engine = engine
         self.is_on_demand = True  # should it be unloaded again
-        self.last_used = time.monotonic()
+        self.last_used = self._clock()
         self.num_loads += 1
         self.loading.succeed()
 
