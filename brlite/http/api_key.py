@@ -67,6 +67,15 @@ class ApiKey:
     def __repr__(self) -> str:
         return f"ApiKey({self.name!r})"
 
+    def take_rules(self, other: ApiKey) -> None:
+        """Live by the other's rules from now on. What was used of a limit that stays as it was stays used."""
+        self._models, self._max_concurrent = other._models, other._max_concurrent
+        self._buckets = {
+            noun: mine if (mine := self._buckets.get(noun)) and mine.per_minute == bucket.per_minute else bucket
+            for noun, bucket in other._buckets.items()
+        }
+        self.has_limits = other.has_limits
+
     def may_use(self, model: str) -> bool:
         """Whether the model is one of its own."""
         return not self._models or model in self._models

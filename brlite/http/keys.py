@@ -56,15 +56,25 @@ class ApiKeys:
         """Those that have a name."""
         return iter(self._named)
 
+    def replace(self, other: ApiKeys) -> bool:
+        """Accept the others' keys from now on, and those only. False if they are the same ones.
+
+        A key that keeps its name keeps what it has done, what it does now and what it has used of limits that stay.
+        """
+        before = self._secrets()
+        known_by_name = {key.name: key for key in self._named}
+        self._named = tuple(_continued(known_by_name.get(key.name), key) for key in other._named)
+        by_name = {key.name: key for key in self._named}
+        self._known = tuple((digest, by_name.get(key.name, self._anybody)) for digest, key in other._known)
+        return self._secrets() != before
+
     @property
     def is_open(self) -> bool:
         """Whether no key is needed."""
         return not self._known
 
-    @property
-    def has_limits(self) -> bool:
-        """Whether any of them is limited by time or number."""
-        return any(key.has_limits for key in self._named)
+    def _secrets(self) -> frozenset[tuple[bytes, str]]:
+        return frozenset((digest, key.name) for digest, key in self._known)
 
     def find(self, shown: str | None) -> ApiKey | None:
         """Which key was shown, if it is one of ours, in a time that does not tell how near it came."""
@@ -141,8 +151,15 @@ def spend_tokens(request: web.BaseRequest, prompt_tokens: int, completion_tokens
 async def stamp_limits(request: web.BaseRequest, response: web.StreamResponse) -> None:
     """An `on_response_prepare` signal: every answer to a limited key, refusals too, says what is left of its limits."""
     key = request.get(_KEY)
-    if key is not None:
+    if key is not None and key.has_limits:
         response.headers.update(key.headers(time.monotonic()))
+
+
+def _continued(known: ApiKey | None, key: ApiKey) -> ApiKey:
+    if known is None:
+        return key
+    known.take_rules(key)
+    return known
 
 
 def _plain(config: KeysConfig) -> tuple[str, ...]:

@@ -27,8 +27,7 @@ def add_manners(
     """
     app[KEYS] = keys
     app.on_response_prepare.append(stamp_request_id)
-    if keys.has_limits:
-        app.on_response_prepare.append(stamp_limits)
+    app.on_response_prepare.append(stamp_limits)  # always: a key may be given limits while the server runs
     if access_log:
         app.middlewares.append(access_log_middleware(Resources(app, quiet_paths)))
     if cors_origins:

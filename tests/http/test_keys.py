@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from brlite.config import Config, KeyConfig, KeysConfig
-from brlite.errors import ConfigError, Unauthorized
+from brlite.errors import ConfigError, RateLimited, Unauthorized
 from brlite.http.api_key import ApiKey
 from brlite.http.keys import ApiKeys, shown_key
 
@@ -252,3 +252,40 @@ def test_a_secret_belongs_to_one_key_only_and_is_not_shown(plain: tuple[str, ...
         ApiKeys.from_config(config)
 
     assert SECRET not in str(caught.value)
+
+
+def test_replaced_keys_are_those_of_the_others_and_what_a_name_has_used_stays_used() -> None:
+    keys = ApiKeys(["plain-1"], [("sk-a", ApiKey("team-a", requests_per_minute=1)), ("sk-b", ApiKey("team-b"))])
+    key = keys.require("sk-a")
+    key.begin(now=0.0)
+
+    is_changed = keys.replace(ApiKeys(["plain-2"], [("sk-new", ApiKey("team-a", requests_per_minute=1))]))
+
+    assert is_changed
+    assert [keys.find(secret) for secret in ("plain-1", "sk-a", "sk-b")] == [None, None, None]
+    assert keys.find("plain-2") is not None
+    assert keys.find("sk-new") is key
+    assert list(keys) == [key]
+    assert key.num_running == 1
+    with pytest.raises(RateLimited):
+        key.begin(now=1.0)
+
+
+def test_a_key_whose_limit_changes_begins_a_new_minute_and_keeps_its_count() -> None:
+    key = ApiKey("team-a", requests_per_minute=1)
+    key.begin(now=0.0)
+
+    key.take_rules(ApiKey("team-a", requests_per_minute=2, models=("m",)))
+
+    key.begin(now=1.0)
+    assert key.usage.num_admitted == 2
+    assert not key.may_use("other")
+
+
+def test_keys_that_stay_the_same_are_no_change() -> None:
+    keys = ApiKeys(["plain"], [("sk-a", ApiKey("team-a"))])
+
+    is_changed = keys.replace(ApiKeys(["plain"], [("sk-a", ApiKey("team-a", requests_per_minute=5))]))
+
+    assert not is_changed
+    assert keys.require("sk-a").has_limits
