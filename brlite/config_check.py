@@ -38,7 +38,7 @@ def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: M
         total = sum(num_bytes.get(spec.name, 0) for spec in specs)
         if 0 < engine.memory_gib * GIB < total:
             raise ConfigError(
-                f"engine.memory_gib = {engine.memory_gib:g}: {who} {total / GIB:.3g} for weights and KV cache; "
+                f"engine.memory_gib = {engine.memory_gib:g}: {who} {total / GIB:.3g} GiB for weights and KV cache; "
                 "allow more, or lower build_batch, build_seq or num_blocks"
             )
 
