@@ -102,6 +102,30 @@ def test_more_memory_than_is_free_is_a_warning():
     assert too_little[-1].startswith("warning: this is more than is free")
 
 
+def test_a_budget_bounds_what_is_needed_at_once(tmp_path, model, capsys):
+    models = "".join(f'[[model]]\nname = "{n}"\npath = "{model}"\nbuild_seq = 64\nload = "on_demand"\n' for n in "ab")
+    path = tmp_path / "some.toml"
+    path.write_text(f"[engine]\nmemory_gib = 0.001\n{models}")
+
+    status = run(path)
+
+    assert status == 0
+    assert "for weights and KV cache, at most 1.07 MB at once;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("load", "memory_gib", "who"),
+    [("on_demand", 0.0001, "the model a needs"), ("start", 0.001, 'the models of load = "start" need together')],
+)
+def test_models_beyond_the_budget_are_refused_with_both_numbers(tmp_path, model, load, memory_gib, who):
+    models = "".join(f'[[model]]\nname = "{n}"\npath = "{model}"\nbuild_seq = 64\nload = "{load}"\n' for n in "ab")
+    path = tmp_path / "some.toml"
+    path.write_text(f"[engine]\nmemory_gib = {memory_gib}\n{models}")
+
+    with pytest.raises(ConfigError, match=rf"engine\.memory_gib = {memory_gib}: {who} 0\.00\d+ GiB"):
+        run(path)
+
+
 def test_what_is_printed_can_be_loaded_again(tmp_path):
     all_models = {'http://{主机IP}:"1"': "a\nb\x7f"}
     config = Config(model=(ModelSpec(name="a"), ModelSpec(name="b")), proxy=ProxyConfig(all_models=all_models))

@@ -314,6 +314,21 @@ def test_a_patient_request_outlasts_the_time_limit_of_the_queue(make_driver: Mak
     assert driver.outputs[request_id].finished
 
 
+def test_an_engine_counts_on_from_the_one_before_it(make_driver: MakeDriver) -> None:
+    first, second = (make_driver(num_blocks=9, max_num_seqs=3, max_model_len=32) for _ in range(2))
+    counted = []
+
+    for driver in (first, second):
+        driver.engine.continue_stats(first.engine.stats)
+        for prompt in ("first!", "second", "third."):
+            driver.submit(prompt, max_tokens=16)
+        driver.finish()
+        counted.append((driver.engine.stats.preemptions, driver.engine.stats.generation_tokens))
+
+    assert counted[0][0] > 0
+    assert counted[1] == (2 * counted[0][0], 2 * counted[0][1])
+
+
 def test_prompt_logprobs_are_right_after_a_preemption(make_driver: MakeDriver) -> None:
     driver = make_driver(num_blocks=10, max_num_seqs=3, max_model_len=32, budget=4)
     first = driver.submit("first!", max_tokens=16)

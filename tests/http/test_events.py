@@ -95,6 +95,29 @@ async def test_silence_is_filled_with_comments_until_the_end(http_server, connec
     assert end.endswith(b"9\r\ndata: 1\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
 
 
+async def test_comments_can_tell_what_goes_on_for_a_while(http_server, connect) -> None:
+    go_on = asyncio.Event()
+
+    async def busy(request: web.Request) -> web.StreamResponse:
+        async with EventStream(request, comment_seconds=0.05) as events:
+            with events.telling(lambda: "halfway", seconds=0.01):
+                await go_on.wait()
+            go_on.clear()
+            await go_on.wait()
+            return await events.finish()
+
+    client = await connect(await http_server({"GET /x": busy}))
+    client.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
+    for _ in range(3):
+        told = await client.until(b"\n\n\r\n")
+        assert told.endswith(b": halfway\n\n\r\n")
+    go_on.set()
+    await client.until(b": keep-alive\n\n")
+    go_on.set()
+
+    assert (await client.until(b"0\r\n\r\n")).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
 async def test_after_the_client_left_sends_do_nothing_and_say_so(http_server, connect, caplog) -> None:
     sent: asyncio.Future[list[bool]] = asyncio.get_running_loop().create_future()
 
