@@ -19,15 +19,18 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+import yaml
 
 from brlite.errors import ConfigError
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 pytest.importorskip("ray.serve", reason="Ray is not installed: the extra brlite[ray] has it")
 ray_serve = importlib.import_module("brlite.ray_serve")
+serve_schema = importlib.import_module("ray.serve.schema")
 pytestmark = pytest.mark.ray
 
 SCRIPT = Path(__file__).with_name("ray_cluster.py")
+SHIPPED = Path(__file__).parent.parent / "deploy" / "ray" / "serve.yaml"
 STOP_SECONDS = 60
 CONFIG = """
 [server]
@@ -238,3 +241,11 @@ def test_an_application_needs_no_more_than_a_config() -> None:
 def test_what_cannot_be_served_is_refused_before_anything_starts(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         ray_serve.build(arguments)
+
+
+def test_the_shipped_config_of_ray_serve_starts_what_it_says() -> None:
+    config = yaml.safe_load(SHIPPED.read_text(encoding="utf-8"))
+    (application,) = serve_schema.ServeDeploySchema(**config).applications
+
+    assert application.import_path == f"{ray_serve.__name__}:{ray_serve.build.__name__}"
+    assert isinstance(ray_serve.build(application.args), ray_serve.serve.Application)

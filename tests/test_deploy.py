@@ -1,0 +1,229 @@
+"""The manifests in `deploy/` are what Kubernetes takes, and agree with each other and with brlite. No cluster runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from brlite import cli
+from brlite.config import Config, load_config
+from brlite.server.handlers import ROUTES
+from brlite.server.metrics import SEED_GAUGES
+
+DEPLOY = Path(__file__).parent.parent / "deploy"
+BASE, BIREN = DEPLOY / "kubernetes", DEPLOY / "kubernetes-biren"
+NOT_FOR_KUBERNETES = {BASE / "prometheus-adapter.yaml", DEPLOY / "ray" / "serve.yaml"}
+VERSIONS = ("1.30", kubernetes_validate.latest_version())
+CLOSING_SECONDS = 5  # what brlite may take after server.drain_seconds
+KEY = {"secretKeyRef": {"name": "brlite", "key": "api-key"}}
+
+Document = dict[str, Any]
+
+
+def documents(path: Path) -> Iterator[Document]:
+    yield from yaml.safe_load_all(path.read_text(encoding="utf-8"))
+
+
+def load(path: Path) -> Document:
+    return next(documents(path))
+
+
+BASE_PARTS = load(BASE / "kustomization.yaml")
+BIREN_PARTS = load(BIREN / "kustomization.yaml")
+RESOURCES = [document for name in BASE_PARTS["resources"] for document in documents(BASE / name)]
+DEPLOYMENTS = {document["metadata"]["name"]: document for document in RESOURCES if document["kind"] == "Deployment"}
+CONFIG_FILES = {generator["name"]: generator["files"] for generator in BASE_PARTS["configMapGenerator"]}
+
+
+def of_kind(kind: str) -> list[Document]:
+    return [document for document in RESOURCES if document["kind"] == kind]
+
+
+def pod(deployment: Document) -> Document:
+    spec: Document = deployment["spec"]["template"]["spec"]
+    return spec
+
+
+def container(deployment: Document) -> Document:
+    (only,) = pod(deployment)["containers"]
+    return only
+
+
+def config(deployment: Document) -> Config:
+    """What the pods of a deployment are told, found as they find it: by the path on their command line."""
+    path = Path(container(deployment)["args"][1])
+    mount = next(mount for mount in container(deployment)["volumeMounts"] if mount["mountPath"] == str(path.parent))
+    volume = next(volume for volume in pod(deployment)["volumes"] if volume["name"] == mount["name"])
+    assert path.name in CONFIG_FILES[volume["configMap"]["name"]]
+    return load_config(BASE / path.name)
+
+
+def patched(patch: Document) -> Document:
+    """The deployment that a patch of `add` operations is meant for, with them."""
+    deployment = copy.deepcopy(DEPLOYMENTS[patch["target"]["name"]])
+    for operation in yaml.safe_load(patch["patch"]):
+        assert operation["op"] == "add"
+        *way, last = (part.replace("~1", "/") for part in operation["path"].split("/")[1:])
+        place: Any = deployment
+        for part in way:
+            place = place[int(part) if part.isdigit() else part]
+        place[last] = operation["value"]
+    return deployment
+
+
+each_deployment = pytest.mark.parametrize("deployment", DEPLOYMENTS.values(), ids=DEPLOYMENTS)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    "document",
+    [*RESOURCES, *map(patched, BIREN_PARTS["patches"])],
+    ids=lambda document: f"{document['kind']}-{document['metadata']['name']}",
+)
+def test_a_resource_is_one_that_kubernetes_takes(document: Document, version: str) -> None:
+    kubernetes_validate.validate(document, version, strict=True)
+
+
+def test_the_schema_checker_finds_a_slip() -> None:
+    document = copy.deepcopy(DEPLOYMENTS["brlite"])
+    pod(document)["terminationGracePeriod"] = 45
+
+    with pytest.raises(kubernetes_validate.ValidationError, match="terminationGracePeriod"):
+        kubernetes_validate.validate(document, VERSIONS[-1], strict=True)
+
+
+def test_every_file_has_its_place() -> None:
+    listed = {BASE / name for name in BASE_PARTS["resources"]}
+    kustomizations = {BASE / "kustomization.yaml", BIREN / "kustomization.yaml"}
+
+    assert set(DEPLOY.rglob("*.yaml")) == listed | kustomizations | NOT_FOR_KUBERNETES
+    assert {name for names in CONFIG_FILES.values() for name in names} == {path.name for path in BASE.glob("*.toml")}
+    assert [(BIREN / name).resolve() for name in BIREN_PARTS["resources"]] == [BASE]
+
+
+@each_deployment
+def test_a_pod_runs_a_command_that_there_is(deployment: Document) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([container(deployment)["args"][0], "--help"])
+
+    assert container(deployment)["command"] == ["brlite"]
+    assert ended.value.code == 0
+
+
+@each_deployment
+def test_a_pod_listens_to_the_network_on_the_port_it_names(deployment: Document) -> None:
+    server = config(deployment).server
+
+    assert server.host == "0.0.0.0"
+    assert [port["containerPort"] for port in container(deployment)["ports"]] == [server.port]
+
+
+@each_deployment
+def test_a_pods_image_is_named_in_one_place(deployment: Document) -> None:
+    assert container(deployment)["image"] in [image["name"] for image in BASE_PARTS["images"]]
+
+
+@each_deployment
+def test_probes_ask_what_is_answered_without_a_key(deployment: Document) -> None:
+    probes = {name: probe["httpGet"] for name, probe in container(deployment).items() if name.endswith("Probe")}
+
+    assert probes["readinessProbe"] == {"path": "/ready", "port": "http"}
+    assert probes["livenessProbe"] == {"path": "/health", "port": "http"}
+    assert {probe["path"] for probe in probes.values()} <= {route.path for route in ROUTES}
+    assert {port["name"] for port in container(deployment)["ports"]} == {"http"}
+
+
+@each_deployment
+def test_a_pod_is_scraped_where_its_metrics_are(deployment: Document) -> None:
+    annotations = deployment["spec"]["template"]["metadata"]["annotations"]
+
+    assert annotations["prometheus.io/port"] == str(config(deployment).server.port)
+    assert annotations["prometheus.io/path"] in {route.path for route in ROUTES}
+    assert not config(deployment).server.metrics_need_key
+
+
+@each_deployment
+def test_running_streams_get_their_grace_before_a_pod_is_killed(deployment: Document) -> None:
+    hook = container(deployment)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    needed = hook + config(deployment).server.drain_seconds + CLOSING_SECONDS
+
+    assert pod(deployment)["terminationGracePeriodSeconds"] >= needed
+
+
+@each_deployment
+def test_a_pod_asks_for_no_privileges_and_writes_only_where_it_may(deployment: Document) -> None:
+    security = container(deployment)["securityContext"]
+
+    assert pod(deployment)["securityContext"]["runAsNonRoot"] is True
+    assert pod(deployment)["automountServiceAccountToken"] is False
+    assert security["readOnlyRootFilesystem"] is True
+    assert security["allowPrivilegeEscalation"] is False
+    assert security["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_the_cache_is_on_a_volume_that_can_be_written() -> None:
+    brlite = DEPLOYMENTS["brlite"]
+    cache = next(entry["value"] for entry in container(brlite)["env"] if entry["name"] == "BRLITE_CACHE")
+    mount = next(mount for mount in container(brlite)["volumeMounts"] if mount["mountPath"] == cache)
+
+    assert "readOnly" not in mount
+    assert mount["name"] in [volume["name"] for volume in pod(brlite)["volumes"] if "emptyDir" in volume]
+
+
+def test_the_engine_takes_the_cores_that_the_pod_may_use() -> None:
+    limits = container(DEPLOYMENTS["brlite"])["resources"]["limits"]
+
+    assert limits["cpu"] == str(config(DEPLOYMENTS["brlite"]).engine.threads)
+
+
+@each_deployment
+def test_the_key_comes_from_the_secret_and_stands_in_no_file(deployment: Document) -> None:
+    variables = {entry["name"]: entry.get("valueFrom") for entry in container(deployment)["env"]}
+
+    assert variables[config(deployment).keys.env] == KEY
+    assert not config(deployment).keys.keys
+
+
+@each_deployment
+def test_a_deployment_has_a_service_and_a_disruption_budget_that_find_its_pods(deployment: Document) -> None:
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
+    services = [document for document in of_kind("Service") if document["spec"]["selector"] == labels]
+    budgets = [document["spec"]["selector"]["matchLabels"] for document in of_kind("PodDisruptionBudget")]
+
+    assert deployment["spec"]["selector"]["matchLabels"] == labels
+    assert [port["targetPort"] for service in services for port in service["spec"]["ports"]] == ["http"]
+    assert labels in budgets
+
+
+def test_the_proxys_upstream_is_the_service_and_serves_its_model() -> None:
+    (upstream,) = config(DEPLOYMENTS["brlite-proxy"]).upstream
+    names = [f"http://{s['metadata']['name']}:{p['port']}" for s in of_kind("Service") for p in s["spec"]["ports"]]
+    variables = {entry["name"]: entry["valueFrom"] for entry in container(DEPLOYMENTS["brlite-proxy"])["env"]}
+
+    assert upstream.url in names
+    assert list(upstream.models) == [spec.name for spec in config(DEPLOYMENTS["brlite"]).model]
+    assert variables[upstream.api_key_env or ""] == KEY
+
+
+def test_pods_are_scaled_by_a_metric_that_there_is() -> None:
+    (scaler,) = of_kind("HorizontalPodAutoscaler")
+    (rule,) = load(BASE / "prometheus-adapter.yaml")["rules"]["custom"]
+    series = rule["seriesQuery"].split("{")[0]
+
+    assert scaler["spec"]["scaleTargetRef"]["name"] in DEPLOYMENTS
+    assert "replicas" not in DEPLOYMENTS[scaler["spec"]["scaleTargetRef"]["name"]]["spec"]
+    assert [metric["pods"]["metric"]["name"] for metric in scaler["spec"]["metrics"]] == [rule["name"]["as"]]
+    assert series in {gauge.name for gauge in SEED_GAUGES}
+    assert rule["name"]["matches"] == f"^{series}$"
+
+
+def test_a_biren_card_is_asked_for() -> None:
+    (deployment,) = map(patched, BIREN_PARTS["patches"])
+
+    assert container(deployment)["resources"]["limits"]["birentech.com/gpu"] == "1"
