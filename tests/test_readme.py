@@ -52,7 +52,12 @@ def test_the_sampling_parameters_are_those_of_the_code() -> None:
 
 def test_the_file_tree_shows_what_is_there() -> None:
     tree = README.split("## The house", 1)[1].split("```")[1]
-    named = {name.rstrip("/") for name in re.findall(r"[\w.]+\.py|\b[a-z]+/", tree)} - {"brlite", "tests", "bench", "deploy"}
+    named = {name.rstrip("/") for name in re.findall(r"[\w.]+\.py|\b[a-z]+/", tree)} - {
+        "brlite",
+        "tests",
+        "bench",
+        "deploy",
+    }
     there = {path.name for path in (ROOT / "brlite").iterdir() if not path.name.startswith(("_", "."))} - {"py.typed"}
 
     assert there <= named
