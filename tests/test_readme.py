@@ -59,6 +59,25 @@ def test_the_file_tree_shows_what_is_there() -> None:
     assert named - there <= {"brlite", "tests", "bench", "deploy", "fakes.py", "tiny_models.py"}
 
 
+def test_the_example_of_a_key_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(README.split("### Keys", 1)[1].split("```toml")[1].split("```")[0])
+
+    (key,) = load_config(path).key
+
+    assert key.requests_per_minute > 0
+
+
+def test_the_example_of_several_models_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "models.toml"
+    path.write_text(README.split("### Several models", 1)[1].split("```toml")[1].split("```")[0])
+
+    config = load_config(path)
+
+    assert config.engine.memory_gib > 0
+    assert [spec.load for spec in config.model] == ["start", "on_demand"]
+
+
 def test_the_curl_line_asks_for_the_default_model() -> None:
     assert f'"model": "{DEFAULT_MODEL}"' in README
 
