@@ -25,6 +25,7 @@ STALE_SECONDS = 0.5
 ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is cheaper than a second write
 REFUSALS = (429, 503)
 EVENT_STREAM = b"text/event-stream"
+UNBUFFERED = b"X-Accel-Buffering: no\r\n"  # an nginx before us would collect the events
 OPENAI_STREAMS = (b"/v1/chat/completions", b"/v1/completions")
 
 
@@ -142,7 +143,9 @@ class Attempt:
         if error is None:
             self._send(dialing.result())
         else:
-            self._owner.attempt_failed(UpstreamUnavailable("The upstream cannot be reached."), is_safe=True)
+            unreachable = UpstreamUnavailable("The upstream cannot be reached.")
+            unreachable.__cause__ = error  # for the log: addresses and certificates are not the client's affair
+            self._owner.attempt_failed(unreachable, is_safe=True)
 
     def _send(self, connection: UpstreamConnection) -> None:
         self._connection = connection
@@ -228,7 +231,10 @@ class Attempt:
             needs_finish=self._path.partition(b"?")[0] in OPENAI_STREAMS,
         )
         self.has_begun = True
-        self._front.begin(head.status, lines_for_clients(head), None)
+        lines = lines_for_clients(head)
+        if b"x-accel-buffering" not in head.fields:
+            lines += UNBUFFERED
+        self._front.begin(head.status, lines, None)
         if rest:
             self._feed_stream(splice, rest)
 

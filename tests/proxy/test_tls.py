@@ -1,0 +1,104 @@
+"""Upstreams behind TLS: one whose certificate a configured authority has signed is asked, any other is not."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import subprocess
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import openai
+import pytest
+
+from brlite.app import create_app, lanes
+from brlite.config import Config, UpstreamConfig
+from brlite.errors import ConfigError
+from brlite.http.listen import HttpServer
+from brlite.proxy.forwarder import Forwarder
+from brlite.server.served_model import ModelTable
+from tests.proxy.services import Gated, ask
+
+Connect = Callable[..., openai.AsyncOpenAI]
+
+# fmt: off
+MAKE_CERTIFICATE = [
+    "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", "key.pem", "-out", "cert.pem",
+]
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `cert.pem` is, a certificate for the name `localhost` that has signed itself, and its `key.pem`."""
+    folder = tmp_path_factory.mktemp("tls")
+    subprocess.run(MAKE_CERTIFICATE, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+async def port(folder: Path) -> AsyncIterator[int]:
+    """Where the upstream listens, under any name of this machine. Its model is `far`."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    far = Gated("far")
+    for _ in range(100):
+        far.gate.release()
+    async with far.listening(context) as address:
+        yield int(address.rpartition(":")[2])
+
+
+@asynccontextmanager
+async def proxy(url: str, ca_file: Path | None) -> AsyncIterator[str]:
+    """The address of a proxy for this upstream, while inside."""
+    upstream = UpstreamConfig(url=url, models=("far",), ca_file=str(ca_file) if ca_file else None, health_path="")
+    config = Config(model=(), upstream=(upstream,))
+    app = create_app(ModelTable([]), config)
+    async with HttpServer(app, "127.0.0.1", 0, config.limits, 0.2, lanes(app)) as server:
+        yield server.url
+
+
+async def test_an_upstream_with_a_trusted_certificate_is_asked(folder: Path, port: int, connect: Connect) -> None:
+    async with proxy(f"https://localhost:{port}", folder / "cert.pem") as url:
+        said = await ask(connect(url), "far", is_stream=True)
+
+    assert said == "0 1 2 3 4 5 6 7 "
+
+
+@pytest.mark.parametrize(
+    ("host", "is_trusted", "why"),
+    [("localhost", False, "self-signed certificate"), ("127.0.0.1", True, "IP address mismatch")],
+    ids=["a stranger's certificate", "another's certificate"],
+)
+async def test_an_upstream_whose_certificate_is_not_good_is_not_asked(
+    folder: Path,
+    port: int,
+    connect: Connect,
+    caplog: pytest.LogCaptureFixture,
+    host: str,
+    is_trusted: bool,
+    why: str,
+) -> None:
+    caplog.set_level(logging.WARNING)
+
+    async with proxy(f"https://{host}:{port}", folder / "cert.pem" if is_trusted else None) as url:
+        with pytest.raises(openai.InternalServerError) as caught:
+            await ask(connect(url), "far")
+
+    assert (caught.value.status_code, caught.value.code) == (503, "upstream_unavailable")
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert line.startswith(f"upstream https://{host}:{port}: ")
+    assert why in line
+    assert why not in caught.value.message
+
+
+@pytest.mark.parametrize("text", [None, "no certificate"], ids=["absent", "no certificate"])
+def test_an_authority_that_cannot_be_read_is_an_error_of_the_config(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "ca.pem").write_text(text)
+    upstream = UpstreamConfig(url="https://localhost", models=("far",), ca_file=str(tmp_path / "ca.pem"))
+
+    with pytest.raises(ConfigError, match=r"ca_file .*ca\.pem: "):
+        Forwarder(Config(model=(), upstream=(upstream,)))
