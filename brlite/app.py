@@ -15,10 +15,14 @@ from brlite.engine.async_engine import AsyncEngine
 from brlite.http.cors import Cors
 from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.manners import add_manners
+from brlite.proxy.catalog import Catalog
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.handler import forward_middleware
 from brlite.proxy.lane import Lanes
-from brlite.server.handlers import CONFIG, METRICS_PATHS, MODELS, OPEN_PATHS, ROUTES
+from brlite.proxy.metrics import ForwardingCollector
+from brlite.proxy.scrape import Scraper
+from brlite.server.handlers import ADD_METRICS, CONFIG, METRICS_PATHS, MODELS, OPEN_PATHS, ROUTES
+from brlite.server.metrics import COLLECTORS
 from brlite.server.served_model import ModelTable, ServedModel
 
 FORWARDER = web.AppKey("forwarder", Forwarder)
@@ -46,16 +50,12 @@ def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -
         access_log=config.server.access_log,
         quiet_paths=OPEN_PATHS | METRICS_PATHS,
     )
-    forwarder = Forwarder(config)
-    if forwarder.table.upstreams:
-        _add_forwarding(app, forwarder, config)
+    _add_forwarding(app, Forwarder(config), config)
     return app
 
 
-def lanes(app: web.Application) -> Lanes | None:
+def lanes(app: web.Application) -> Lanes:
     """What gives the connections of a `HttpServer` their lanes, on which requests are forwarded without aiohttp."""
-    if FORWARDER not in app:
-        return None
     config = app[CONFIG]
     origins = config.server.cors_origins
     cors = Cors(origins) if origins else None
@@ -63,10 +63,15 @@ def lanes(app: web.Application) -> Lanes | None:
 
 
 def _add_forwarding(app: web.Application, forwarder: Forwarder, config: Config) -> None:
+    """Without upstreams too: they may come while the server runs."""
+    scraper = Scraper(forwarder)
     app[FORWARDER] = forwarder
+    app[MODELS].forwarded = Catalog(forwarder)
+    app[COLLECTORS] = [ForwardingCollector(forwarder)]
+    app[ADD_METRICS] = scraper.add_to
 
     async def run(app: web.Application) -> AsyncIterator[None]:
-        async with forwarder:
+        async with forwarder, scraper:
             yield
 
     async def stop(app: web.Application) -> None:

@@ -10,6 +10,7 @@ import ssl
 from typing import Protocol, cast
 
 from brlite.address import Address
+from brlite.errors import ConfigError
 
 
 class Holder(Protocol):
@@ -59,8 +60,8 @@ class Pool:
     """The connections to one upstream; the one used last is used next, so that those too many grow old."""
 
     def __init__(self, address: Address, *, ca_file: str | None, max_idle: int, idle_seconds: float) -> None:
-        self._address = address
-        self._tls = ssl.create_default_context(cafile=ca_file) if address.is_tls else None
+        self.address = address
+        self.tls = _tls_context(ca_file) if address.is_tls else None
         self._max_idle = max_idle
         self._idle_seconds = idle_seconds
         self._idle: list[UpstreamConnection] = []
@@ -78,11 +79,11 @@ class Pool:
     async def dial(self) -> UpstreamConnection:
         """A new one. Raises `OSError`, of which a TLS failure is one too."""
         loop = asyncio.get_running_loop()
-        if self._address.unix_path is not None:
-            _, connection = await loop.create_unix_connection(self._make, self._address.unix_path)
+        if self.address.unix_path is not None:
+            _, connection = await loop.create_unix_connection(self._make, self.address.unix_path)
         else:
-            address = self._address
-            _, connection = await loop.create_connection(self._make, address.host, address.port, ssl=self._tls)
+            address = self.address
+            _, connection = await loop.create_connection(self._make, address.host, address.port, ssl=self.tls)
         return connection
 
     def adopt(self, dialing: asyncio.Task[UpstreamConnection]) -> None:
@@ -134,3 +135,10 @@ class Pool:
 
     def _make(self) -> UpstreamConnection:
         return UpstreamConnection(self)
+
+
+def _tls_context(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # an ssl.SSLError is one too
+        raise ConfigError(f"ca_file {ca_file}: cannot be used: {error.strerror}") from None

@@ -19,6 +19,7 @@ from brlite.errors import LoopDetected, NotReady, UpstreamError
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.front import Front
 from brlite.proxy.heads import MAX_HOPS
+from brlite.proxy.health import HealthChecks
 from brlite.proxy.peek import Peek, beginning
 from brlite.proxy.table import Target, UpstreamTable
 from brlite.proxy.upstream import Upstream
@@ -44,7 +45,8 @@ _ANSWER = msgspec.json.Decoder(_Answer)
 class Forwarder:
     """Passes requests on. `async with` it while requests may come; then no connection of its own is left open.
 
-    `answers` counts finished requests by model and status, `seconds` and `first_byte_seconds` add up what they took.
+    While inside, its upstreams are checked. `answers` counts finished requests by model and status, `num_first_bytes`
+    those that got a byte from an upstream; `seconds` and `first_byte_seconds` add up what they took.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -55,7 +57,9 @@ class Forwarder:
         self.is_draining = False
         self.answers: Counter[tuple[str, int]] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.num_first_bytes: Counter[str] = Counter()
         self.first_byte_seconds: defaultdict[str, float] = defaultdict(float)
+        self._health = HealthChecks()
         self._via_name = f"brlite-{secrets.token_hex(4)}".encode()
         self.via = b"1.1 " + self._via_name
         self._active: set[Exchange] = set()
@@ -63,10 +67,12 @@ class Forwarder:
 
     async def __aenter__(self) -> Forwarder:
         self.loop = asyncio.get_running_loop()
+        self._health.watch(self.table.upstreams, self.config)
         return self
 
     async def __aexit__(self, *error: object) -> None:
         self.stop()
+        await self._health.close()
         for upstream in self.table.upstreams:
             upstream.pool.close()
 
@@ -78,9 +84,13 @@ class Forwarder:
     def replace(self, config: Config) -> None:
         """Forward by another config from now on; what is under way stays on its way, and so do kept connections."""
         table = UpstreamTable(config, self.table.upstreams)
-        gone = set(self.table.upstreams) - set(table.upstreams)
+        gone = {upstream.name: upstream for upstream in self.table.upstreams if upstream not in table.upstreams}
+        for upstream in table.upstreams:
+            if upstream.name in gone:
+                upstream.continue_counts(gone[upstream.name])
         self.config, self.table = config.proxy, table
-        for upstream in gone:
+        self._health.watch(table.upstreams, config.proxy)
+        for upstream in gone.values():
             upstream.pool.retire()
 
     def check_hops(self, via: bytes | None) -> None:
@@ -119,6 +129,7 @@ class Forwarder:
         self.answers[model, exchange.status] += 1
         self.seconds[model] += now - exchange.started_at
         if exchange.first_byte_at is not None:
+            self.num_first_bytes[model] += 1
             self.first_byte_seconds[model] += exchange.first_byte_at - exchange.started_at
         key = exchange.request.key
         key.end()
@@ -127,8 +138,8 @@ class Forwarder:
             key.spend(time.monotonic(), usage.prompt_tokens, usage.completion_tokens)
 
     def report_failure(self, upstream: Upstream, error: UpstreamError) -> None:
-        """Log that an upstream failed a request."""
-        logger.warning("upstream %s: %s", upstream.name, error)
+        """Log that an upstream failed a request, and why."""
+        logger.warning("upstream %s: %s", upstream.name, error.__cause__ or error)
 
     def stop(self) -> None:
         """End what is still on its way, each with an error."""

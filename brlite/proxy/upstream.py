@@ -12,6 +12,7 @@ from brlite.config import ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError
 from brlite.proxy.breaker import Breaker
 from brlite.proxy.connections import Pool
+from brlite.proxy.listing import ListedModel
 
 # What a try to have a request answered came to. "refused" is a 429 or 503 after which another upstream was tried;
 # "unknown" is one that says nothing about the upstream: the client left, or a kept connection had been closed.
@@ -19,7 +20,10 @@ Outcome = Literal["answered", "refused", "failed", "timeout", "unknown"]
 
 
 class Upstream:
-    """A server behind this one. `num_in_flight` is how many requests it has now; `is_healthy` what its checks say."""
+    """A server behind this one. `num_in_flight` is how many requests it has now; `is_healthy` what its checks say.
+
+    `listed` is what it says itself of the models that it serves, by its own names for them, as far as that is known.
+    """
 
     __slots__ = (
         "_limits",
@@ -27,6 +31,7 @@ class Upstream:
         "breaker",
         "config",
         "is_healthy",
+        "listed",
         "name",
         "num_events",
         "num_in_flight",
@@ -55,6 +60,7 @@ class Upstream:
             idle_seconds=proxy.idle_connection_seconds,
         )
         self.is_healthy = True
+        self.listed: Mapping[str, ListedModel] = {}
         self.num_in_flight = 0
         self.refuses_until = 0.0  # the loop's time until which it has asked not to be asked (Retry-After)
         self.outcomes: Counter[Outcome] = Counter(dict.fromkeys(get_args(Outcome), 0))
@@ -67,6 +73,14 @@ class Upstream:
     def is_made_from(self, config: UpstreamConfig, proxy: ProxyConfig) -> bool:
         """Whether these configs would make the same upstream."""
         return self.config == config and self._limits == _limits(proxy)
+
+    def continue_counts(self, before: Upstream) -> None:
+        """Count on from where the upstream that had this name before was: counters never go back."""
+        self.outcomes, self.num_events, self.num_retries = before.outcomes, before.num_events, before.num_retries
+
+    def is_up(self, now: float) -> bool:
+        """Whether it can be reached, as far as its checks and its last requests show."""
+        return self.is_healthy and self.breaker.state(now) != "open"
 
     def is_available(self, now: float) -> bool:
         """Whether it is worth asking: its checks pass, it is not ejected, and it has not asked for a pause."""

@@ -26,6 +26,7 @@ from brlite.server import metrics
 from brlite.server.answers import ChatAnswer, CompletionAnswer
 from brlite.server.checks import check_num_tokens, check_tokenize
 from brlite.server.delivery import Collector, answer_stream, answer_whole
+from brlite.server.elsewhere import forwarded_card, forwarded_progress
 from brlite.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -54,6 +55,8 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 CONFIG = web.AppKey("config", Config)
 MODELS = web.AppKey("models", ModelTable)
+# Adds the metrics of the upstreams, of one by its name or of `all`, to a text of ours.
+ADD_METRICS: web.AppKey[Callable[[bytes, str], Awaitable[bytes]]] = web.AppKey("add_metrics")
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -111,14 +114,18 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 async def list_models(request: web.Request) -> web.Response:
-    may_use = api_key(request).may_use
-    return _json(ModelList(data=[_card(model) for model in request.app[MODELS] if may_use(model.name)]))
+    """Those that the key may use and, of those that other servers have, that can be reached."""
+    models, may_use = request.app[MODELS], api_key(request).may_use
+    here = [_card(model) for model in models if may_use(model.name)]
+    elsewhere = [forwarded_card(model) for model in models.forwarded if model.num_available and may_use(model.model)]
+    return _json(ModelList(data=here + elsewhere))
 
 
 async def get_model(request: web.Request) -> web.Response:
-    name = request.match_info["name"]
-    api_key(request).check_model(name)
-    return _json(_card(request.app[MODELS].find(name)))
+    name, models = request.match_info["name"], request.app[MODELS]
+    forwarded = models.find_forwarded(name)
+    api_key(request).check_model(name if forwarded is None else forwarded.model)
+    return _json(_card(models.find(name)) if forwarded is None else forwarded_card(forwarded))
 
 
 async def version(request: web.Request) -> web.Response:
@@ -132,10 +139,10 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """Serving: 200 if new work is taken for every model, else 503 with how far each of them is."""
+    """Serving: 200 if new work is taken, else 503; with how far each model is, and who else can be reached."""
     models = request.app[MODELS]
-    is_ready = not models.is_draining and all(model.takes_requests for model in models)
-    progress = [
+    is_ready = models.takes_requests
+    progress: list[dict[str, object]] = [
         {
             "model": model.name,
             "status": model.status,
@@ -144,17 +151,21 @@ async def ready(request: web.Request) -> web.Response:
         }
         for model in models
     ]
-    status = "ready" if is_ready else "stopping" if models.is_draining else "loading"
+    forwarded = [forwarded_progress(model) for model in models.forwarded if model.name == model.model]
     return web.json_response(
-        {"status": status, "models": progress},
+        {"status": models.status, "models": progress, **({"forwarded": forwarded} if forwarded else {})},
         status=200 if is_ready else 503,
         headers={} if is_ready else {"Retry-After": "1"},
     )
 
 
 async def get_metrics(request: web.Request) -> web.Response:
-    app = request.app
-    body, content_type = metrics.render(app[MODELS], app[KEYS], request.headers.get("Accept", ""))
+    """Our own numbers and, with `?upstream=NAME` or `all`, those of upstreams; then always in the text format."""
+    app, which = request.app, request.query.get("upstream")
+    accept = request.headers.get("Accept", "") if which is None else ""
+    body, content_type = metrics.render(app[MODELS], app[KEYS], app[metrics.COLLECTORS], accept)
+    if which is not None:
+        body = await app[ADD_METRICS](body, which)
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
+from aiohttp import web
 from prometheus_client import GCCollector, PlatformCollector, ProcessCollector
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -26,6 +27,9 @@ from brlite.engine.stats import EngineStats, Histogram
 from brlite.http.api_key import KeyUsage
 from brlite.http.keys import ApiKeys
 from brlite.server.served_model import ModelTable, ServedModel
+
+# What is rendered besides: the numbers of another room.
+COLLECTORS: web.AppKey[Iterable[Collector]] = web.AppKey("collectors")
 
 ENDINGS = ("stop", "length", "abort", "error")
 
@@ -253,13 +257,13 @@ class KeyCollector(Collector):
         return family
 
 
-def render(models: ModelTable, keys: ApiKeys, accept: str) -> tuple[bytes, str]:
+def render(models: ModelTable, keys: ApiKeys, more: Iterable[Collector], accept: str) -> tuple[bytes, str]:
     """The exposition and its content type: Prometheus text, or OpenMetrics if `accept` asks for it."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(EngineCollector(models))
-    registry.register(KeyCollector(keys))
-    for collector in (ProcessCollector, PlatformCollector, GCCollector):
-        collector(registry=registry)
+    for collector in (EngineCollector(models), KeyCollector(keys), *more):
+        registry.register(collector)
+    for of_process in (ProcessCollector, PlatformCollector, GCCollector):
+        of_process(registry=registry)
     encoder, content_type = choose_encoder(accept)
     return encoder(registry), content_type
 

@@ -232,7 +232,7 @@ class ModelCard(Struct, kw_only=True):
     owned_by: str = "brlite"
     root: str
     parent: str | None = None
-    max_model_len: int
+    max_model_len: int | UnsetType = UNSET
     status: str
 
 

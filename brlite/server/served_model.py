@@ -13,6 +13,7 @@ from brlite.config import ModelSpec, ProxyConfig
 from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.stats import EngineStats
 from brlite.errors import ModelNotFound
+from brlite.server.elsewhere import ForwardedModel
 from brlite.server.loading import Loading, ignore_change, stopping
 
 
@@ -103,15 +104,40 @@ class ServedModel:
 
 
 class ModelTable:
-    """Which names lead to a model here. `is_draining` closes the door to new work."""
+    """Which names lead to a model here. `is_draining` closes the door to new work.
+
+    `forwarded` gives, whenever it is iterated, the names that other servers answer to.
+    """
 
     def __init__(self, models: Iterable[ServedModel], elsewhere: ProxyConfig | None = None) -> None:
         self._models = {model.name: model for model in models}
         self._elsewhere = frozenset((elsewhere or ProxyConfig()).all_models.values())
+        self.forwarded: Iterable[ForwardedModel] = ()
         self.is_draining = False
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether new work is taken for all models or, where none is served here, for any that is served elsewhere."""
+        if self.is_draining:
+            return False
+        if self._models:
+            return all(model.takes_requests for model in self)
+        return any(model.num_available for model in self.forwarded)
+
+    @property
+    def status(self) -> str:
+        if self.is_draining:
+            return "stopping"
+        if self.takes_requests:
+            return "ready"
+        return "loading" if self._models else "unreachable"
+
+    def find_forwarded(self, name: str) -> ForwardedModel | None:
+        """The model of another server that the name leads to, if there is one."""
+        return next((model for model in self.forwarded if model.name == name), None)
 
     def find(self, name: str | None) -> ServedModel:
         """The model of that name; no name is enough where one model is served. Raises `ModelNotFound`."""
@@ -135,7 +161,7 @@ class ModelTable:
     def _unknown(self, name: str | None) -> str:
         if name is None:
             return "say which model: several are served here"
-        where = (
-            "runs on another server; requests are not forwarded yet" if name in self._elsewhere else "does not exist"
-        )
-        return f"The model `{name[:200]}` {where}. Served here: {', '.join(self._models)}"
+        is_elsewhere = name in self._elsewhere
+        where = "runs on another server, whose address is not known here" if is_elsewhere else "does not exist"
+        names = ", ".join([*self._models, *(model.name for model in self.forwarded)])
+        return f"The model `{name[:200]}` {where}. Served here: {names}"

@@ -142,7 +142,7 @@ async def test_a_model_of_another_server_is_a_404_that_says_so_without_its_addre
         message = (await refused.json())["error"]["message"]
 
     assert refused.status == 404
-    assert "runs on another server; requests are not forwarded yet" in message
+    assert "runs on another server, whose address is not known here" in message
     assert "10.0.0.9" not in message
 
 

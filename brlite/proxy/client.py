@@ -1,0 +1,94 @@
+"""Asks an upstream for small things of its own: how it is, what it lists, its numbers. Passes no client's request on.
+
+Each question has a connection of its own, so it also says whether the upstream takes new ones. Redirects are not
+followed, and nothing that is sent back, or not, keeps an answer for longer than the time that was given for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import aiohttp
+
+from brlite.errors import UpstreamError, UpstreamTimeout
+from brlite.http.access_log import printable
+from brlite.proxy.upstream import Upstream
+
+T = TypeVar("T")
+
+
+class UpstreamClient:
+    """`async with UpstreamClient(upstream, seconds) as client:`, where each answer comes within `seconds` or fails."""
+
+    _session: aiohttp.ClientSession
+
+    def __init__(self, upstream: Upstream, seconds: float) -> None:
+        address = upstream.pool.address
+        scheme = "https" if address.is_tls else "http"
+        self._upstream = upstream
+        self._seconds = seconds
+        self._url = f"{scheme}://{address.host_header}{address.base_path}"
+
+    async def __aenter__(self) -> UpstreamClient:
+        self._session = aiohttp.ClientSession(
+            connector=self._connector(),
+            headers={**_fields(self._upstream.own_headers), "Accept-Encoding": "identity", "User-Agent": "brlite"},
+            timeout=aiohttp.ClientTimeout(total=None),  # `_ask` has one that nothing escapes
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._session.close()
+
+    async def status(self, path: str) -> int:
+        """The status of `GET path`. Raises `UpstreamError`."""
+
+        async def read(response: aiohttp.ClientResponse) -> int:
+            return response.status
+
+        return await self._ask(path, read)
+
+    async def read(self, path: str, max_bytes: int) -> bytes:
+        """What `GET path` brings. Raises `UpstreamError` if that is not a 200, or longer."""
+
+        async def read(response: aiohttp.ClientResponse) -> bytes:
+            if response.status != 200:
+                raise UpstreamError(f"answered {response.status} to GET {path}")
+            parts, num_bytes = [], 0
+            async for part in response.content.iter_any():
+                parts.append(part)
+                num_bytes += len(part)
+                if num_bytes > max_bytes:
+                    raise UpstreamError(f"answered more than {max_bytes} bytes to GET {path}")
+            return b"".join(parts)
+
+        return await self._ask(path, read)
+
+    def _connector(self) -> aiohttp.BaseConnector:
+        address, tls = self._upstream.pool.address, self._upstream.pool.tls
+        if address.unix_path is not None:
+            return aiohttp.UnixConnector(address.unix_path, force_close=True)
+        return aiohttp.TCPConnector(ssl=tls if tls is not None else True, force_close=True, use_dns_cache=False)
+
+    async def _ask(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
+        # aiohttp's own time limits do not see a body that it cannot parse: it is waited for without end.
+        try:
+            return await asyncio.wait_for(self._get(path, read), self._seconds)
+        except asyncio.TimeoutError:
+            raise UpstreamTimeout(f"did not answer GET {path} within {self._seconds:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            reason = printable(str(error) or type(error).__name__)
+            raise UpstreamError(f"GET {path} failed: {reason}") from None
+
+    async def _get(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
+        async with self._session.get(self._url + path, allow_redirects=False) as response:
+            return await read(response)
+
+
+def _fields(lines: bytes) -> dict[str, str]:
+    """Header lines as aiohttp wants them."""
+    return dict(line.split(": ", 1) for line in lines.decode("latin-1").splitlines())

@@ -1,0 +1,123 @@
+"""The forwarder's numbers in Prometheus's words. The only file of this room that knows prometheus_client.
+
+Labels are names of the config and statuses, never what a client sent. What upstreams say of themselves is elsewhere:
+`exposition.py` and `scrape.py`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, get_args
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
+from prometheus_client.registry import Collector
+
+from brlite.proxy.breaker import State
+from brlite.proxy.forwarder import Forwarder
+from brlite.proxy.table import Target
+from brlite.proxy.upstream import Upstream
+
+
+class UpstreamRow(NamedTuple):
+    """One family about upstreams: its name, what it means, and where its value is."""
+
+    name: str
+    about: str
+    value: Callable[[Upstream], float]
+
+
+class ModelRow(NamedTuple):
+    """One family about models."""
+
+    name: str
+    about: str
+    value: Callable[[Target], float]
+
+
+MODEL_GAUGES = [
+    ModelRow("brlite:proxy_in_flight", "Requests that are with an upstream.", lambda t: t.places.num_in_flight),
+    ModelRow("brlite:proxy_queued", "Requests that wait for a place.", lambda t: t.places.num_waiting),
+]
+UPSTREAM_COUNTERS = [
+    UpstreamRow("brlite:upstream_retries", "Tries that were followed by another.", lambda u: u.num_retries),
+    UpstreamRow("brlite:upstream_events", "Events of streams that came.", lambda u: u.num_events),
+]
+UPSTREAM_GAUGES = [
+    UpstreamRow("brlite:upstream_in_flight", "Requests that it has now.", lambda u: u.num_in_flight),
+    UpstreamRow(
+        "brlite:upstream_connections", "Open connections to it, idle ones too.", lambda u: len(u.pool.connections)
+    ),
+]
+
+
+class ForwardingCollector(Collector):
+    """Renders a forwarder as it is when it is scraped; nothing where it never had an upstream."""
+
+    def __init__(self, forwarder: Forwarder) -> None:
+        self._forwarder = forwarder
+
+    def collect(self) -> Iterable[Metric]:
+        if not self._forwarder.table.upstreams and not self._forwarder.answers:
+            return
+        yield self._answers()
+        yield from self._times()
+        for row in MODEL_GAUGES:
+            family = GaugeMetricFamily(row.name, row.about, labels=["model"])
+            for target in self._forwarder.table:
+                family.add_metric([target.model], row.value(target))
+            yield family
+        yield self._outcomes()
+        yield from self._upstreams(CounterMetricFamily, UPSTREAM_COUNTERS)
+        yield from self._upstreams(GaugeMetricFamily, UPSTREAM_GAUGES)
+        now = self._forwarder.loop.time()
+        up = UpstreamRow("brlite:upstream_up", "1 if it is healthy and not ejected, else 0.", lambda u: u.is_up(now))
+        yield from self._upstreams(GaugeMetricFamily, [up])
+        yield self._breakers(now)
+
+    def _answers(self) -> Metric:
+        about = "Requests that ended, by the status of their answer; 499 is a client that left."
+        family = CounterMetricFamily("brlite:proxy_requests", about, labels=["model", "status"])
+        for (model, status), count in self._forwarder.answers.items():
+            family.add_metric([model, str(status)], count)
+        return family
+
+    def _times(self) -> Iterable[Metric]:
+        forwarder = self._forwarder
+        num_answers: Counter[str] = Counter()
+        for (model, _), count in forwarder.answers.items():
+            num_answers[model] += count
+        yield self._summary("brlite:proxy_request_seconds", "Arrival to end.", num_answers, forwarder.seconds)
+        name, about = "brlite:proxy_first_byte_seconds", "Arrival to the first byte from an upstream."
+        yield self._summary(name, about, forwarder.num_first_bytes, forwarder.first_byte_seconds)
+
+    def _summary(self, name: str, about: str, counts: Mapping[str, int], sums: Mapping[str, float]) -> Metric:
+        family = SummaryMetricFamily(name, about, labels=["model"])
+        for model in dict.fromkeys([*(target.model for target in self._forwarder.table), *counts]):
+            family.add_metric([model], count_value=counts.get(model, 0), sum_value=sums.get(model, 0.0))
+        return family
+
+    def _outcomes(self) -> Metric:
+        about = "Tries to have a request answered, by what they came to."
+        family = CounterMetricFamily("brlite:upstream_requests", about, labels=["upstream", "outcome"])
+        for upstream in self._forwarder.table.upstreams:
+            for outcome, count in upstream.outcomes.items():
+                family.add_metric([upstream.name, outcome], count)
+        return family
+
+    def _upstreams(
+        self, kind: type[GaugeMetricFamily | CounterMetricFamily], rows: list[UpstreamRow]
+    ) -> Iterable[Metric]:
+        for row in rows:
+            family = kind(row.name, row.about, labels=["upstream"])
+            for upstream in self._forwarder.table.upstreams:
+                family.add_metric([upstream.name], row.value(upstream))
+            yield family
+
+    def _breakers(self, now: float) -> Metric:
+        about = "1 for the state that its breaker is in, 0 for the others; an open one keeps requests away."
+        family = GaugeMetricFamily("brlite:upstream_breaker_state", about, labels=["upstream", "state"])
+        for upstream in self._forwarder.table.upstreams:
+            for state in get_args(State):
+                family.add_metric([upstream.name, state], upstream.breaker.state(now) == state)
+        return family

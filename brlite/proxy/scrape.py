@@ -1,0 +1,101 @@
+"""The upstreams' own metrics beside ours, on demand: each upstream's samples get a label that says whose they are.
+
+However many ask at once, each upstream is asked once at a time: whoever may scrape us must not become many who scrape
+them. An upstream that cannot be read is said so, and the others' numbers come all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from brlite.errors import InvalidRequest, UpstreamError
+from brlite.http.access_log import printable
+from brlite.proxy.client import UpstreamClient
+from brlite.proxy.exposition import BadExposition, Families, Family, Label, join, read_exposition, sample, write
+from brlite.proxy.forwarder import Forwarder
+from brlite.proxy.upstream import Upstream
+
+ALL = "all"
+PATH = "/metrics"
+LABEL = "upstream"
+MAX_BYTES = 4 * 1024 * 1024
+OK_NAME = "brlite:upstream_scrape_ok"
+
+
+class Scrape(NamedTuple):
+    """What came of reading one upstream's metrics: its families, or why there are none."""
+
+    name: str
+    families: Families
+    error: str | None = None
+
+
+class Scraper:
+    """Reads the metrics of a forwarder's upstreams, inside `async with`: nothing of it goes on after."""
+
+    def __init__(self, forwarder: Forwarder) -> None:
+        self._forwarder = forwarder
+        self._tasks: dict[Upstream, asyncio.Task[Scrape]] = {}
+
+    async def __aenter__(self) -> Scraper:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks.values())
+
+    async def add_to(self, own: bytes, which: str) -> bytes:
+        """`own` metrics in the text format, with those of one upstream by its name, or of `all`.
+
+        Raises `InvalidRequest` for a name that no upstream has.
+        """
+        tasks = [self._scraping(upstream) for upstream in self._find(which)]
+        await asyncio.wait(tasks)  # cancelled, it leaves them to the others who wait
+        return await asyncio.to_thread(joined, own, [task.result() for task in tasks])
+
+    def _find(self, which: str) -> list[Upstream]:
+        upstreams = {upstream.name: upstream for upstream in self._forwarder.table.upstreams}
+        if not upstreams:
+            raise InvalidRequest("This server has no upstreams.", param="upstream")
+        if which == ALL:
+            return list(upstreams.values())
+        if which not in upstreams:
+            allowed = ", ".join([ALL, *upstreams])
+            raise InvalidRequest(f"No upstream is called `{which[:200]}`; allowed: {allowed}", param="upstream")
+        return [upstreams[which]]
+
+    def _scraping(self, upstream: Upstream) -> asyncio.Task[Scrape]:
+        task = self._tasks.get(upstream)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._scrape(upstream), name=f"brlite-scrape-{upstream.name}")
+            self._tasks[upstream] = task
+            task.add_done_callback(lambda _: self._tasks.pop(upstream))
+        return task
+
+    async def _scrape(self, upstream: Upstream) -> Scrape:
+        try:
+            async with UpstreamClient(upstream, self._forwarder.config.health_timeout_seconds) as client:
+                body = await client.read(PATH, MAX_BYTES)
+            families = await asyncio.to_thread(read_exposition, body.decode(), Label.of(LABEL, upstream.name))
+        except (UpstreamError, BadExposition, UnicodeDecodeError) as error:
+            return Scrape(upstream.name, {}, printable(str(error)))
+        return Scrape(upstream.name, families)
+
+
+def joined(own: bytes, scrapes: Iterable[Scrape]) -> bytes:
+    """One text of all, each family once; what had to be left out stands in comments."""
+    families = read_exposition(own.decode())
+    readable = families[OK_NAME] = Family(OK_NAME, "gauge", "1 if the upstream's metrics could be read, else 0.")
+    comments = []
+    for scrape in scrapes:
+        name = printable(scrape.name)
+        readable.samples.append(sample(OK_NAME, [Label.of(LABEL, scrape.name)], "0" if scrape.error else "1"))
+        if scrape.error:
+            comments.append(f"upstream {name}: {scrape.error}")
+        for family in join(families, scrape.families):
+            comments.append(f"upstream {name}: {family} has another type than elsewhere and was left out")
+    return write(families, comments).encode()
