@@ -217,7 +217,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 def load_config(path: Path) -> Config:
     """Read a `.toml` or the manual's `.json`. Raises a one-line `ConfigError` naming file, field, value and allowed."""
     if path.suffix == ".toml":
-        return make_config(_parse_toml(path), source=str(path))
+        return make_config(read_toml(path), source=str(path))
     if path.suffix == ".json":
         from brlite.seed_config import load_seed_config  # it builds on the structs above
 
@@ -258,7 +258,8 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
 
 
-def _parse_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says, not yet checked. Raises `ConfigError` where it is no TOML."""
     try:
         data: dict[str, Any] = tomllib.loads(read_text(path))
     except tomllib.TOMLDecodeError as error:

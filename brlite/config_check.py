@@ -6,8 +6,10 @@ Reads the config and the environment variable of the key; no model, no device, n
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from brlite.address import parse_address
 from brlite.config import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError
 
@@ -45,7 +47,7 @@ def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: M
 
 def config_warnings(config: Config) -> list[str]:
     """One line for everything an operator should know before starting with this config."""
-    warnings = [*_keys(config), *_forwarding(config), *_step_budget(config)]
+    warnings = [text for rule in _RULES for text in rule(config)]
     for index, spec in enumerate(config.model):
         warnings += (f"model[{index}]: {text}" for rule in _MODEL_RULES for text in rule(spec))
     return warnings
@@ -54,18 +56,88 @@ def config_warnings(config: Config) -> list[str]:
 def _keys(config: Config) -> Warnings:
     keys = config.keys
     has_key = keys.keys or keys.file or config.key or os.environ.get(keys.env)
-    is_local = config.server.host in LOOPBACK or config.server.host.startswith("127.")
-    if not has_key and not is_local:
+    if not has_key and not _is_loopback(config.server.host):
         yield f"server.host = {config.server.host}: whoever reaches this address may ask, since no API key is set"
 
 
-def _forwarding(config: Config) -> Warnings:
-    here = {spec.name for spec in config.model}
-    listed = set(config.proxy.all_models.values())
-    for name in sorted(listed - here):
-        yield f"all_models: {name} runs elsewhere and requests are not forwarded yet: asking for it here gives 404"
-    for name in sorted(here - listed if listed else ()):
+def _manual_table(config: Config) -> Warnings:
+    """What of the manual's `all_models` leads nowhere."""
+    here, table = _local_models(config), config.proxy.all_models
+    upstream_models = {upstream.url: upstream.models for upstream in config.upstream}
+    for url, model in table.items():
+        if model in here:
+            continue
+        if parse_address(url) is None:
+            yield f"all_models: {url} is no address and is never asked for {model}; allowed is http://HOST[:PORT]"
+        elif model not in upstream_models.get(url, (model,)):
+            yield f"all_models: {url} is an [[upstream]] too, which counts: it is not asked for {model}"
+    for name in sorted(here - set(table.values()) if table else ()):
         yield f"all_models: {name} is served here but not listed; the manual asks for the same name as in model"
+    for name in sorted(name for name, count in Counter(table.values()).items() if count > 1 and name in here):
+        yield f"all_models: {name} is served here, not forwarded: the other servers that have it are not asked"
+
+
+def _upstreams(config: Config) -> Warnings:
+    here = _local_models(config)
+    for upstream in config.upstream:
+        name, address = upstream.name or upstream.url, parse_address(upstream.url)
+        for model in upstream.models:
+            if model in here:
+                yield f"upstream {name}: {model} is served here, not forwarded"
+        has_key = upstream.api_key is not None or upstream.api_key_env is not None
+        if has_key and address is not None and not (address.is_tls or address.unix_path or _is_loopback(address.host)):
+            yield f"upstream {name}: its API key travels over plain http, for all on the way to read; allowed is https"
+        if not upstream.health_path:
+            yield f'upstream {name}: health_path = "": it is not asked for its health; only failed requests tell'
+
+
+def _aliases(config: Config) -> Warnings:
+    here, elsewhere = _local_models(config), _forwarded_models(config)
+    for alias, model in config.proxy.aliases.items():
+        if model not in elsewhere:
+            why = "which is served here, and aliases lead to upstreams" if model in here else "which has no upstream"
+            yield f"proxy.aliases.{alias}: leads to {model}, {why}: asking for it gives 404"
+
+
+def _fallbacks(config: Config) -> Warnings:
+    elsewhere = _forwarded_models(config)
+    for model, others in config.proxy.fallbacks.items():
+        if model not in elsewhere:
+            yield f"proxy.fallbacks.{model}: has no effect: only requests that are forwarded fall back"
+        for other in others:
+            if other == model:
+                yield f"proxy.fallbacks.{model}: names itself"
+            elif other not in elsewhere:
+                yield f"proxy.fallbacks.{model}: {other} has no upstream, and only those stand in"
+
+
+def _key_models(config: Config) -> Warnings:
+    known, aliases = _local_models(config) | _forwarded_models(config), config.proxy.aliases
+    for key in config.key:
+        for name in key.models:
+            if name in aliases:
+                yield f"key {key.name}: models: {name} is an alias; rules go by the model's own name, {aliases[name]}"
+            elif name not in known:
+                yield f"key {key.name}: models: {name} is neither served here nor forwarded"
+
+
+def _engine_of_a_proxy(config: Config) -> Warnings:
+    if not config.model and config.engine != EngineConfig():
+        yield "engine: has no effect: no model is served here"
+
+
+def _local_models(config: Config) -> set[str]:
+    return {spec.name for spec in config.model}
+
+
+def _forwarded_models(config: Config) -> set[str]:
+    """The models that requests are forwarded for."""
+    listed = {model for url, model in config.proxy.all_models.items() if parse_address(url) is not None}
+    return listed.union(*(upstream.models for upstream in config.upstream)) - _local_models(config)
+
+
+def _is_loopback(host: str) -> bool:
+    return host in LOOPBACK or host.startswith("127.")
 
 
 def _step_budget(config: Config) -> Warnings:
@@ -97,4 +169,14 @@ def _manual_limits(spec: ModelSpec) -> Warnings:
         yield f"build_batch {spec.build_batch}: fine here, but the manual's engine fails above 64"
 
 
+_RULES: tuple[Callable[[Config], Warnings], ...] = (
+    _keys,
+    _key_models,
+    _manual_table,
+    _upstreams,
+    _aliases,
+    _fallbacks,
+    _engine_of_a_proxy,
+    _step_budget,
+)
 _MODEL_RULES: tuple[Callable[[ModelSpec], Warnings], ...] = (_weights, _manual_limits)

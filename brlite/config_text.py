@@ -21,12 +21,16 @@ def render(config: Config) -> str:
     return "\n\n".join(sections)
 
 
-def _section(heading: str, table: msgspec.Struct) -> str:
-    options = {name: getattr(table, name) for name in table.__struct_fields__}
+def masked_options(table: msgspec.Struct) -> dict[str, object]:
+    """A table's options by name, with a mask where a key stands."""
+    options = msgspec.structs.asdict(table)
     if "keys" in options:
         options["keys"] = [MASK] * len(options["keys"])
-    options |= {name: MASK for name in ("key", "api_key") if options.get(name) is not None}
-    return "\n".join([heading, *(_option(name, value) for name, value in options.items())])
+    return options | {name: MASK for name in ("key", "api_key") if options.get(name) is not None}
+
+
+def _section(heading: str, table: msgspec.Struct) -> str:
+    return "\n".join([heading, *(_option(name, value) for name, value in masked_options(table).items())])
 
 
 def _option(name: str, value: object) -> str:

@@ -30,6 +30,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "seed_config": ("config errors field_errors", "msgspec"),
     "config_check": ("address config errors", ""),
     "config_text": ("config", "msgspec"),
+    "config_diff": ("config config_text field_errors", "msgspec"),
+    "proxy_config": ("address config field_errors errors", "msgspec"),
     "machine": ("", "msgspec"),
     "cache": ("", ""),
     "tokenizer": ("checkpoint.gguf_header errors", "tokenizers sentencepiece jinja2"),
@@ -50,19 +52,20 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "proxy": ("http address config errors", "aiohttp msgspec prometheus_client"),
     "llm": ("engine worker checkpoint tokenizer sampling_params outputs config config_check errors", "msgspec"),
     "app": ("server proxy http llm engine config errors", "aiohttp"),
-    "serve": ("app llm checkpoint.fetch worker.sizes server http config errors", ""),
+    "reload": ("proxy http config config_check config_diff errors", "msgspec"),
+    "serve": ("app reload llm checkpoint.fetch worker.sizes server http config errors", ""),
     "ray_serve": ("app llm http config config_check field_errors errors", "aiohttp msgspec ray starlette yarl"),
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),
     "chat": ("llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
     "check": (
-        "config config_check config_text machine checkpoint tokenizer models worker http.keys errors",
+        "config config_check config_text machine checkpoint tokenizer models worker proxy http.keys errors",
         "msgspec",
     ),
     "verify": ("llm engine worker.cpu tokenizer sampling_params outputs config config_check errors", "msgspec"),
     "doctor": ("config machine cache checkpoint.fetch kernels worker errors", ""),
 }
 MAY_IMPORT_ANYTHING = ("cli",)
-MAY_BE_ASYNC = ("http", "server", "proxy", "engine.async_engine", "app", "llm", "serve", "ray_serve", "chat")
+MAY_BE_ASYNC = ("http", "server", "proxy", "engine.async_engine", "app", "llm", "reload", "serve", "ray_serve", "chat")
 ONLY_IN = {
     "prometheus_client": ("server.metrics", "proxy.metrics"),
     "setuptools": ("kernels.extension",),

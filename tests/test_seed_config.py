@@ -168,7 +168,7 @@ def test_addresses_may_be_the_manuals_placeholders(tmp_path, seed):
         ({"build_seq": 8193}, "build_seq 8193: fine here"),
         ({"build_batch": 65}, "build_batch 65: fine here"),
         ({"cached_dir": ""}, "model_file /models/mistral_7b.pt is not read by this version; "),
-        ({"all_models": {"http://a:1": "other/model"}}, "other/model runs elsewhere and requests are not forwarded"),
+        ({"all_models": {"http://ip:port": "other/model"}}, "http://ip:port is no address and is never asked for "),
     ],
 )
 def test_a_limit_of_the_manuals_engine_or_of_this_version_is_a_warning(tmp_path, seed, changes, message):

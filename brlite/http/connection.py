@@ -59,7 +59,7 @@ class Lane(Protocol):
     def connection_lost(self) -> None: ...
 
 
-MakeLane = Callable[["Connection", asyncio.Transport], Lane]
+MakeLane = Callable[["Connection", asyncio.Transport], "Lane | None"]
 
 
 class Connection(web.RequestHandler):

@@ -19,7 +19,8 @@ from brlite.http.keys import api_key
 from brlite.http.request_id import request_id
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.heads import RequestHead, lines_for_upstreams
+from brlite.proxy.front import reset
+from brlite.proxy.heads import RequestHead
 from brlite.proxy.peek import peek
 
 _PATH = re.compile(r".*?(/v1/.+|/tokenize|/detokenize)", re.DOTALL)
@@ -31,8 +32,10 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
 
     @web.middleware
     async def forward(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method != "POST" or not forwarder.table.upstreams:
+            return await handler(request)
         path = _PATH.fullmatch(request.path)
-        if request.method != "POST" or path is None:
+        if path is None:
             return await handler(request)
         body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
         seen = peek(body)
@@ -45,8 +48,8 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         key = api_key(request)
         key.check_model(target.model)
         head = _head_of(request)
-        forwarder.check_hops(head.fields.get(b"via"))
-        lines = lines_for_upstreams(head, request_id(request), forwarder.via)
+        forwarder.check_hops(head.via)
+        lines = head.lines_for_upstreams(request_id(request), forwarder.via)
         affinity = forwarder.affinity(body, seen, head.fields)
         query = request.rel_url.raw_query_string
         wire_path = (path[1] + (f"?{query}" if query else "")).encode()
@@ -137,7 +140,7 @@ class ResponseFront:
         if self._is_cut:
             response.force_close()
             if self._request.transport is not None:
-                self._request.transport.abort()
+                reset(self._request.transport)
             return response
         await response.write_eof()
         return response
@@ -158,7 +161,7 @@ def _head_of(request: web.Request) -> RequestHead:
         fields[key] = fields[key] + b", " + value if key in fields else value
     lines = b"".join(b"%b: %b\r\n" % header for header in request.raw_headers)
     is_http_1_0 = request.version < HttpVersion11
-    return RequestHead(request.method.encode(), request.raw_path.encode(), is_http_1_0, fields, lines, 0)
+    return RequestHead(request.method.encode(), request.raw_path.encode(), fields, lines, is_http_1_0=is_http_1_0)
 
 
 def _headers(lines: bytes) -> list[tuple[str, str]]:

@@ -20,27 +20,22 @@ from brlite.http.api_key import ApiKey
 from brlite.http.connection import Connection
 from brlite.http.cors import Cors
 from brlite.http.envelope import error_body, error_headers, status_of
-from brlite.http.keys import ApiKeys, shown_key
+from brlite.http.keys import ApiKeys
 from brlite.http.request_id import choose_request_id
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.framing import Body, LengthBody, Misframed, body_of
-from brlite.proxy.heads import END_OF_HEAD, RequestHead, lines_for_upstreams, read_request, status_line
+from brlite.proxy.front import reset
+from brlite.proxy.heads import END_OF_HEAD, Heads, RequestHead, read_request, status_line, text
 from brlite.proxy.peek import Peek, peek
 from brlite.proxy.table import Target
 
 PIPELINED_BYTES = 64 * 1024  # how much of the requests behind the one in progress is read
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-OTHER_PATHS = (b"/tokenize", b"/detokenize")
-
-
-def is_forwardable(path: bytes) -> bool:
-    """Whether a POST to this path names a model in a JSON body."""
-    return path.startswith(b"/v1/") or path.partition(b"?")[0] in OTHER_PATHS
 
 
 class Lanes:
-    """What the lanes of a server's connections share. Calling it makes one."""
+    """What the lanes of a server's connections share. Calling it makes one, as long as there are upstreams."""
 
     def __init__(
         self, forwarder: Forwarder, keys: ApiKeys, limits: LimitsConfig, *, cors: Cors | None, access_log: bool
@@ -48,11 +43,12 @@ class Lanes:
         self.forwarder = forwarder
         self.keys = keys
         self.limits = limits
+        self.heads = Heads(read_request)
         self.cors = cors
         self.access_log = access_log
 
-    def __call__(self, connection: Connection, transport: asyncio.Transport) -> Lane:
-        return Lane(self, connection, transport)
+    def __call__(self, connection: Connection, transport: asyncio.Transport) -> Lane | None:
+        return Lane(self, connection, transport) if self.forwarder.table.upstreams else None
 
 
 class _Where(enum.Enum):
@@ -127,66 +123,61 @@ class Lane:
         self._go_on_soon()
 
     def _read_head(self, data: bytes) -> None:
-        self._connection.bytes_came()
         self._unread = b""
-        if END_OF_HEAD not in data:
-            if len(data) > self._shared.limits.max_header_bytes or not _may_become_head(data):
+        end = data.find(END_OF_HEAD) + len(END_OF_HEAD)
+        max_bytes = self._shared.limits.max_header_bytes
+        if end < len(END_OF_HEAD):
+            if len(data) > max_bytes or not _may_become_head(data):
                 self._pass_on_for_good(data)
             else:
+                self._connection.bytes_came()
                 self._unread = data
             return
-        head = read_request(data)
-        if head is None or head.num_bytes > self._shared.limits.max_header_bytes or b"upgrade" in head.fields:
+        if end > max_bytes:
             self._pass_on_for_good(data)
-        elif head.method == b"POST" and is_forwardable(head.target) and self._may_be_ours(head):
-            self._head, self._body = head, self._body_of(head)
-            if self._body is None:
-                self._pass_on_for_good(data)
-            else:
-                self._begin_body(head, self._body, data)
-        elif b"content-length" in head.fields or b"transfer-encoding" in head.fields:
+            return
+        head, length = self._shared.heads.read(data[:end])
+        if head is None or b"upgrade" in head.fields:
+            self._pass_on_for_good(data)
+        elif head.is_for_json and self._is_key_known(head):
+            self._read_first_of_body(head, length, data, end)
+        elif length is not None or b"transfer-encoding" in head.fields:
             self._pass_on_for_good(data)
         else:
-            self._pass_on(data, head.num_bytes)
+            self._pass_on(data, end)
 
-    def _may_be_ours(self, head: RequestHead) -> bool:
-        """Whether its key is accepted and its body can be JSON. What is refused is refused by aiohttp's middlewares."""
-        fields = head.fields
-        kind = fields.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-        if not (kind == b"application/json" or kind.endswith(b"+json")):
-            return False
-        if fields.get(b"content-encoding", b"identity").lower() != b"identity":
-            return False
-        if fields.get(b"expect", b"100-continue").lower() != b"100-continue":
-            return False
-        self._key = self._shared.keys.find(
-            shown_key(_text(fields.get(b"authorization")), _text(fields.get(b"x-api-key")))
-        )
+    def _is_key_known(self, head: RequestHead) -> bool:
+        """Whether it is; who shows none that is accepted is refused by aiohttp's middlewares."""
+        self._key = self._shared.keys.find(head.shown_key)
         return self._key is not None
 
-    def _body_of(self, head: RequestHead) -> Body | None:
+    def _read_first_of_body(self, head: RequestHead, length: int | None, data: bytes, begin: int) -> None:
+        if length is not None and b"transfer-encoding" not in head.fields:
+            end = begin + length
+            if len(data) == end and length <= self._shared.limits.max_body_bytes:  # as it mostly is: all in one piece
+                self._take(head, data[begin:], data)
+                return
+        body = self._body_of(head, length)
+        if body is None:
+            self._pass_on_for_good(data)
+            return
+        if b"expect" in head.fields and len(data) == begin and not head.is_http_1_0:
+            self._transport.write(CONTINUE)
+        self._connection.bytes_came()
+        self._connection.body_began()
+        self._head, self._body, self._raw = head, body, [data[:begin]]
+        self._read_body(body, data[begin:])
+
+    def _body_of(self, head: RequestHead, length: int | None) -> Body | None:
         """The body that is to come, if it is not too long; None where aiohttp should have a word."""
         if head.is_http_1_0 and b"transfer-encoding" in head.fields:
             return None
+        if length is not None and length > self._shared.limits.max_body_bytes:
+            return None
         try:
-            body = body_of(head.fields, without=LengthBody(0))
+            return body_of(head.fields, length, without=LengthBody(0))
         except Misframed:
             return None
-        length = head.fields.get(b"content-length")
-        return None if length is not None and int(length) > self._shared.limits.max_body_bytes else body
-
-    def _begin_body(self, head: RequestHead, body: Body, data: bytes) -> None:
-        end = head.num_bytes + int(head.fields.get(b"content-length", b"0"))
-        if isinstance(body, LengthBody) and len(data) >= end:  # as it mostly is: all in one piece
-            self._body = None
-            self._unread = data[end:]
-            self._take(head, data[head.num_bytes : end], data[:end] if self._unread else data)
-            return
-        if b"expect" in head.fields and len(data) == head.num_bytes and not head.is_http_1_0:
-            self._transport.write(CONTINUE)
-        self._connection.body_began()
-        self._raw = [data[: head.num_bytes]]
-        self._read_body(body, data[head.num_bytes :])
 
     def _read_body(self, body: Body, data: bytes) -> None:
         self._raw.append(data)
@@ -224,12 +215,12 @@ class Lane:
         forwarder = self._shared.forwarder
         self._connection.request_began()
         self._head, self._started_at, self._status = head, time.perf_counter(), 0
-        self._request_id = choose_request_id(_text(head.fields.get(b"x-request-id")))
+        self._request_id = choose_request_id(text(head.fields.get(b"x-request-id")))
         self._keeps_alive = head.keeps_alive
         self.takes_chunks = not head.is_http_1_0
         try:
-            forwarder.check_hops(head.fields.get(b"via"))
-            lines = lines_for_upstreams(head, self._request_id, forwarder.via)
+            forwarder.check_hops(head.via)
+            lines = head.lines_for_upstreams(self._request_id, forwarder.via)
             affinity = forwarder.affinity(body, seen, head.fields)
             request = ForwardedRequest(head.target, lines, body, seen.model, key, affinity)
             self._exchange = forwarder.forward(request, target, self)
@@ -282,7 +273,7 @@ class Lane:
         self.answer(status_of(error).http, _lines(headers), body)
 
     def cut(self) -> None:
-        self._transport.abort()
+        reset(self._transport)
 
     def ended(self) -> None:
         self._log()
@@ -305,7 +296,7 @@ class Lane:
         if self._key is not None and self._key.has_limits:
             own += _lines(self._key.headers(time.monotonic()))
         if self._shared.cors is not None and self._head is not None:
-            own += _lines(self._shared.cors.headers(_text(self._head.fields.get(b"origin"))))
+            own += _lines(self._shared.cors.headers(text(self._head.fields.get(b"origin"))))
         self.write(b"%b%b%b\r\n%b" % (status_line(status), lines, own, body))
 
     def _go_on_soon(self) -> None:
@@ -367,8 +358,3 @@ def _may_become_head(data: bytes) -> bool:
 
 def _lines(headers: Mapping[str, str]) -> bytes:
     return "".join(f"{name}: {value}\r\n" for name, value in headers.items()).encode("latin-1")
-
-
-def _text(value: bytes | None) -> str | None:
-    """A header's value as aiohttp gives it."""
-    return None if value is None else value.decode("utf-8", "surrogateescape")

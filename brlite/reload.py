@@ -1,0 +1,150 @@
+"""Keeps a running server as its config files say: read again on SIGHUP or when one has changed, all or nothing.
+
+Upstreams, `[proxy]` and the keys change while requests run, and those that run stay; what else differs is named in the
+log and waits for a restart. How a config is read is the source's affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from brlite.config import Config
+from brlite.config_check import config_warnings
+from brlite.config_diff import Change, diff
+from brlite.errors import BrliteError, ConfigError
+from brlite.http.keys import ApiKeys
+from brlite.proxy.forwarder import Forwarder
+from brlite.proxy.table import upstream_configs
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+FORWARDING = ("upstream", "proxy")
+LIVE_SECTIONS = (*FORWARDING, "keys", "key")
+
+_Stamp = tuple[int, int, int] | None
+
+
+class ConfigSource(NamedTuple):
+    """Where a config comes from: the files to watch, and what reads them again or raises `ConfigError`."""
+
+    files: tuple[Path, ...]
+    load: Callable[[], Config]
+
+
+class Reloader:
+    """`async with Reloader(…):` follows the source while inside; `reload` does so at once."""
+
+    _task: asyncio.Task[None]
+
+    def __init__(
+        self,
+        source: ConfigSource,
+        config: Config,
+        keys: ApiKeys,
+        forwarder: Forwarder,
+        *,
+        poll_seconds: float = POLL_SECONDS,
+    ) -> None:
+        """`config` is what the server runs by now, with these keys and this forwarder."""
+        self.config = config
+        self._source = source
+        self._keys = keys
+        self._forwarder = forwarder
+        self._poll_seconds = poll_seconds
+        self._is_asked = asyncio.Event()
+        self._terminal = next((number for number in range(3) if os.isatty(number)), None)
+
+    async def __aenter__(self) -> Reloader:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGHUP, self._hangup)
+        self._task = loop.create_task(self._follow(self._stamps()), name="brlite-reload")
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    def reload(self) -> None:
+        """Read the config again and run by it. Where there is anything wrong with it, the old one stays, whole."""
+        try:
+            new = self._source.load()
+            running = _runnable(self.config, new)
+            keys = ApiKeys.from_config(running)
+            changes = diff(self.config, new)
+            if any(change.section in FORWARDING for change in changes):
+                self._forwarder.replace(running)
+        except BrliteError as error:
+            logger.error("the config stays as it was: %s", error)
+            return
+        has_other_keys = self._keys.replace(keys)
+        warnings = set(config_warnings(self.config))
+        self.config = running
+        _report(changes, has_other_keys)
+        for line in config_warnings(running):
+            if line not in warnings:
+                logger.warning("%s", line)
+
+    def _hangup(self) -> None:
+        if self._terminal is not None and not os.isatty(self._terminal):
+            signal.raise_signal(signal.SIGTERM)  # nobody asks for a reload: the terminal was closed
+        else:
+            self._is_asked.set()
+
+    async def _follow(self, loaded: dict[Path, _Stamp]) -> None:
+        seen = loaded
+        while True:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._is_asked.wait(), self._poll_seconds)
+            now = self._stamps()
+            # A file that changes is looked at twice: it may not be written to its end yet.
+            if self._is_asked.is_set() or (now != loaded and now == seen):
+                self._is_asked.clear()
+                self.reload()
+                now = loaded = {path: now.get(path, stamp) for path, stamp in self._stamps().items()}
+            seen = now
+
+    def _stamps(self) -> dict[Path, _Stamp]:
+        """What tells that a file has changed, for each that the config was read from."""
+        keys_file = self.config.keys.file
+        return {path: _stamp(path) for path in (*self._source.files, *((Path(keys_file),) if keys_file else ()))}
+
+
+def _stamp(path: Path) -> _Stamp:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _runnable(old: Config, new: Config) -> Config:
+    """As much of the new config as can be had without a restart. Raises `ConfigError` if that leaves nothing to do."""
+    running = msgspec.structs.replace(old, **{section: getattr(new, section) for section in LIVE_SECTIONS})
+    if not running.model and not upstream_configs(running):
+        raise ConfigError("no upstream would be left; serving models of its own in their place needs a restart")
+    return running
+
+
+def _report(changes: Sequence[Change], has_other_keys: bool) -> None:
+    """The diff, a line for each change."""
+    for change in changes:
+        if change.section in LIVE_SECTIONS:
+            logger.info("config: %s", change.text)
+        else:
+            logger.warning("config: %s (needs a restart)", change.text)
+    if has_other_keys:
+        logger.info("config: other API keys are accepted now")
+    if not changes and not has_other_keys:
+        logger.info("config: nothing has changed")
