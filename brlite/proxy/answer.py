@@ -18,11 +18,11 @@ PAGES = (b"text/html", b"text/plain")
 _JSON = msgspec.json.Decoder(msgspec.Raw)
 
 
-def body_of_answer(head: AnswerHead) -> Body:
+def body_of_answer(head: AnswerHead, length: int | None) -> Body:
     """How the answer's body is framed. Raises `Misframed`."""
     if head.status in BODYLESS:
         return LengthBody(0)
-    return body_of(head.fields, without=CloseBody())
+    return body_of(head.fields, length, without=CloseBody())
 
 
 class HeldAnswer:

@@ -16,7 +16,7 @@ from brlite.proxy.answer import HeldAnswer, body_of_answer
 from brlite.proxy.connections import UpstreamConnection
 from brlite.proxy.framing import Misframed
 from brlite.proxy.front import Front
-from brlite.proxy.heads import END_OF_HEAD, MAX_ANSWER_HEAD_BYTES, AnswerHead, lines_for_clients, read_answer
+from brlite.proxy.heads import END_OF_HEAD, MAX_ANSWER_HEAD_BYTES, AnswerHead
 from brlite.proxy.splice import LAST_CHUNK, EventSplice
 from brlite.proxy.upstream import Outcome, Upstream
 
@@ -24,6 +24,7 @@ from brlite.proxy.upstream import Outcome, Upstream
 STALE_SECONDS = 0.5
 ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is cheaper than a second write
 REFUSALS = (429, 503)
+MAX_INTERIM_ANSWERS = 100
 EVENT_STREAM = b"text/event-stream"
 UNBUFFERED = b"X-Accel-Buffering: no\r\n"  # an nginx before us would collect the events
 OPENAI_STREAMS = (b"/v1/chat/completions", b"/v1/completions")
@@ -53,7 +54,9 @@ class Attempt:
         "_front",
         "_head",
         "_held",
+        "_length",
         "_loop",
+        "_num_interim",
         "_owner",
         "_path",
         "_sent_at",
@@ -83,8 +86,10 @@ class Attempt:
         self._connection: UpstreamConnection | None = None
         self._path = self._wire_head = self._body = b""
         self._sent_at = 0.0
+        self._num_interim = 0
         self._unread = b""  # of a head that is not whole yet
         self._head: AnswerHead | None = None
+        self._length: int | None = None
         self._splice: EventSplice | None = None
         self._held: HeldAnswer | None = None
         self._whole: bytes | None = None
@@ -140,7 +145,7 @@ class Attempt:
             return
         self._dialing = None
         error = dialing.exception()
-        if error is None:
+        if error is None and not dialing.result().transport.is_closing():
             self._send(dialing.result())
         else:
             unreachable = UpstreamUnavailable("The upstream cannot be reached.")
@@ -188,16 +193,11 @@ class Attempt:
             self._owner.attempt_failed(UpstreamError(text), is_stale=is_early and connection.is_used)
 
     def _read_head(self, data: bytes) -> None:
-        if self.first_byte_at is None:
-            self.first_byte_at = self._loop.time()
-        if END_OF_HEAD not in data[:MAX_ANSWER_HEAD_BYTES]:
-            self._keep_unread(data)
-            return
-        head = read_answer(data)
-        rest = data[head.num_bytes :]
-        self._unread = b""
-        if head.status < 200:
-            self._skip_interim(head, rest)
+        head, rest = self._next_head(data)
+        while head is not None and head.status < 200:
+            self._skip_interim(head)
+            head, rest = self._next_head(rest)
+        if head is None:
             return
         self._head = head
         if head.status in REFUSALS and self._owner.attempt_refused(head):
@@ -205,8 +205,35 @@ class Attempt:
         if head.status == 200 and head.content_type == EVENT_STREAM:
             self._begin_stream(head, rest)
         else:
-            self._held = HeldAnswer(head, body_of_answer(head))
+            self._held = HeldAnswer(head, body_of_answer(head, self._length))
             self._feed_held(self._held, rest)
+
+    def _next_head(self, data: bytes) -> tuple[AnswerHead | None, bytes]:
+        """The head at the beginning of `data`, and what follows it; None as long as it is not whole."""
+        self._unread = b""
+        if not data:
+            return None, data
+        if self.first_byte_at is None:
+            self.first_byte_at = self._loop.time()
+        end = data.find(END_OF_HEAD, 0, MAX_ANSWER_HEAD_BYTES) + len(END_OF_HEAD)
+        if end < len(END_OF_HEAD):
+            self._keep_unread(data)
+            return None, b""
+        head, self._length = self.upstream.heads.read(data[:end])
+        return head, data[end:]
+
+    def _next_head(self, data: bytes) -> tuple[AnswerHead | None, bytes]:
+        """The head at the beginning of `data`, and what follows it; None as long as it is not whole."""
+        self._unread = b""
+        if not data:
+            return None, data
+        if self.first_byte_at is None:
+            self.first_byte_at = self._loop.time()
+        if END_OF_HEAD not in data[:MAX_ANSWER_HEAD_BYTES]:
+            self._keep_unread(data)
+            return None, b""
+        head = read_answer(data)
+        return head, data[head.num_bytes :]
 
     def _keep_unread(self, data: bytes) -> None:
         if len(data) >= MAX_ANSWER_HEAD_BYTES:
@@ -215,23 +242,29 @@ class Attempt:
             raise UpstreamError("The upstream's answer is not HTTP.")
         self._unread = data
 
-    def _skip_interim(self, head: AnswerHead, rest: bytes) -> None:
+    def _skip_interim(self, head: AnswerHead) -> None:
+        self._num_interim += 1
         if head.status == 101:
             raise UpstreamError("The upstream wants another protocol.")
-        if rest:
-            self._read_head(rest)
+        if self._num_interim > MAX_INTERIM_ANSWERS:
+            raise UpstreamError("The upstream sends interim answers and no other.")
+        # It says nothing of when the answer itself begins.
+        self.first_byte_at = None
+        self.deadline = self._sent_at + self._config.first_byte_seconds
 
     # A stream of events
 
     def _begin_stream(self, head: AnswerHead, rest: bytes) -> None:
+        if head.fields.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise UpstreamError("The upstream's stream is encoded, which it was not asked for.")
         splice = self._splice = EventSplice(
-            body_of_answer(head),
+            body_of_answer(head, self._length),
             is_chunked=self._front.takes_chunks,
             max_event_bytes=self._config.held_bytes,
             needs_finish=self._path.partition(b"?")[0] in OPENAI_STREAMS,
         )
         self.has_begun = True
-        lines = lines_for_clients(head)
+        lines = head.lines
         if b"x-accel-buffering" not in head.fields:
             lines += UNBUFFERED
         self._front.begin(head.status, lines, None)
@@ -281,19 +314,19 @@ class Attempt:
         assert self._head is not None
         self._whole = body = held.whole()
         self.has_begun = True
-        self._front.answer(self._head.status, lines_for_clients(self._head), body)
+        self._front.answer(self._head.status, self._head.lines, body)
         self._complete(keep=not held.has_excess)
 
     def _begin_long(self, held: HeldAnswer) -> None:
         """The answer is too long to be kept: it goes out as it comes."""
         assert self._head is not None
         self.has_begun = True
-        self._front.begin(self._head.status, lines_for_clients(self._head), self._head.content_length)
+        self._front.begin(self._head.status, self._head.lines, self._length)
         self._write_part(held)
 
     def _write_part(self, held: HeldAnswer) -> None:
         assert self._head is not None
-        is_chunked = self._head.content_length is None and self._front.takes_chunks
+        is_chunked = self._length is None and self._front.takes_chunks
         if part := held.take():
             self._front.write(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
         if held.is_done:
@@ -343,7 +376,7 @@ class Attempt:
         assert self._head is not None
         connection, self._connection = self._connection, None
         if connection is not None:
-            if keep and self._head.keeps_alive:
+            if keep and self._head.keeps_alive and connection.has_sent_all:
                 self.upstream.pool.put_back(connection)
             else:
                 connection.abort()

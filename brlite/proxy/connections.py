@@ -50,6 +50,11 @@ class UpstreamConnection(asyncio.Protocol):
             holder, self.holder = self.holder, None
             holder.connection_lost(exc)
 
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether the upstream has taken all that was written, as one that answers early has not."""
+        return self.transport.get_write_buffer_size() == 0
+
     def abort(self) -> None:
         """Cut it now, without a word to its holder."""
         self.holder = None
@@ -97,6 +102,7 @@ class Pool:
         if connection.transport.is_closing() or len(self._idle) >= self._max_idle:
             connection.transport.close()
             return
+        connection.transport.resume_reading()  # its last client may have been slow, to the very end
         loop = asyncio.get_running_loop()
         connection.is_used = True
         connection.idle_since = loop.time()

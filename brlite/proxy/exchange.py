@@ -147,11 +147,14 @@ class Exchange:
 
     def _try(self, upstream: Upstream, *, is_fresh: bool = False) -> None:
         request, forwarder = self.request, self._forwarder
+        try:
+            body = _body_for(request, self.target.name_at(upstream))
+        except RequestError as error:
+            self._give_up(error)
+            return
         self._num_tries += 1
         self._tried += (upstream,)
         self.upstream = upstream
-        name = self.target.name_at(upstream)
-        body = request.body if name == request.model or request.model is None else replace_model(request.body, name)
         self._attempt = Attempt(self, upstream, self._front, forwarder.config, forwarder.loop)
         self._attempt.start(request.path, request.lines, body, is_fresh=is_fresh)
 
@@ -281,6 +284,13 @@ class Exchange:
         self.status = status
         self._forwarder.over(self)
         self._front.ended()
+
+
+def _body_for(request: ForwardedRequest, name: str) -> bytes:
+    """The request's body, where the upstream calls the model so. One that names no model stays as it is."""
+    if request.model is None or request.model == name:
+        return request.body
+    return replace_model(request.body, name)
 
 
 def _pause(head: AnswerHead) -> float:

@@ -14,7 +14,6 @@ MAX_CHUNK_LINE = 1024
 MAX_TRAILER_BYTES = 8192
 
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-_LENGTH = re.compile(rb"[0-9]{1,15}")
 
 
 class Misframed(Exception):
@@ -148,15 +147,11 @@ class ChunkedBody:
         return line_end
 
 
-def body_of(fields: Mapping[bytes, bytes], *, without: Body) -> Body:
-    """The body that header fields announce, or `without` where they announce none. Raises `Misframed`."""
-    coding, length = fields.get(b"transfer-encoding"), fields.get(b"content-length")
+def body_of(fields: Mapping[bytes, bytes], length: int | None, *, without: Body) -> Body:
+    """The body that header fields and a Content-Length announce, else `without`. Raises `Misframed`."""
+    coding = fields.get(b"transfer-encoding")
     if coding is not None:
         if length is not None or coding.lower() != b"chunked":
             raise Misframed("its Transfer-Encoding is not chunked alone")
         return ChunkedBody()
-    if length is None:
-        return without
-    if not _LENGTH.fullmatch(length):
-        raise Misframed("its Content-Length is no number")
-    return LengthBody(int(length))
+    return without if length is None else LengthBody(length)

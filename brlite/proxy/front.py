@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import struct
 from typing import Protocol
 
 from brlite.errors import RequestError
+
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time
 
 
 class Front(Protocol):
@@ -29,3 +34,12 @@ class Front(Protocol):
 
     def ended(self) -> None:
         """Nothing more comes: all has been sent, refused or cut."""
+
+
+def reset(transport: asyncio.BaseTransport) -> None:
+    """Cut a connection so that its client can tell that from an answer's end, even if it was told no length."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    if isinstance(transport, asyncio.WriteTransport):
+        transport.abort()

@@ -1,30 +1,38 @@
 """Heads of HTTP/1.1 messages: reads those of requests and answers, strictly, and makes those that are passed on.
 
 RFC 9112. What is doubtful in a request is not repaired but left to aiohttp, which refuses it in our words; a doubtful
-answer is an error of the upstream. Knows no sockets and no bodies.
+answer is an error of the upstream. One head is mostly like another but for its length, so those that came lately are
+remembered. Knows no sockets and no bodies.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from http import HTTPStatus
-from typing import NamedTuple
+from typing import Generic, TypeVar
 
 from brlite.errors import UpstreamError
+from brlite.http.keys import shown_key
+
+H = TypeVar("H")
 
 MAX_HEADERS = 100
 MAX_ANSWER_HEAD_BYTES = 64 * 1024
 MAX_HOPS = 8
+MAX_REMEMBERED = 256
+MAX_REMEMBERED_BYTES = 2048  # of one head
 
 END_OF_HEAD = b"\r\n\r\n"
+OTHER_PATHS = (b"/tokenize", b"/detokenize")
 
 _FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)*)\r\n"
 _REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?\r\n" + _FIELDS)
 _FIELD = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
+_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength:[ \t]*([0-9]{1,15})(?=\r\n)")
 
-# A request that has one of them twice can mean two things.
+# A message that has one of them twice can mean two things.
 _ONCE_ONLY = frozenset(
     b"host content-length transfer-encoding content-type content-encoding authorization x-api-key expect".split()
 )
@@ -44,84 +52,116 @@ _NOT_FOR_CLIENTS = _lines(_HOP_BY_HOP + rb"|set-cookie|alt-svc|x-request-id|acce
 _REASONS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
-class RequestHead(NamedTuple):
-    """A request's head. `fields` has lower-case names; what may stand twice is joined by commas."""
+class RequestHead:
+    """A request's head but for its length. `fields` has lower-case names; what may stand twice is joined by commas.
 
-    method: bytes
-    target: bytes
-    is_http_1_0: bool
-    fields: Mapping[bytes, bytes]
-    lines: bytes
-    num_bytes: int
+    `lines` are those that an upstream may see; `is_for_json` says whether it may have a JSON body for a model.
+    """
 
-    @property
-    def keeps_alive(self) -> bool:
-        """Whether the connection may take another request after this one."""
-        wish = self.fields.get(b"connection", b"").lower()
-        return b"keep-alive" in wish if self.is_http_1_0 else b"close" not in wish
+    __slots__ = ("fields", "is_for_json", "is_http_1_0", "keeps_alive", "lines", "method", "shown_key", "target", "via")
 
+    def __init__(
+        self, method: bytes, target: bytes, fields: Mapping[bytes, bytes], lines: bytes, *, is_http_1_0: bool
+    ) -> None:
+        self.method = method
+        self.target = target
+        self.fields = fields
+        self.is_http_1_0 = is_http_1_0
+        self.keeps_alive = _keeps_alive(fields, is_http_1_0=is_http_1_0)
+        self.lines = _NOT_FOR_UPSTREAMS.sub(b"", _without_named(lines, fields))
+        self.via = fields.get(b"via")
+        self.shown_key = shown_key(text(fields.get(b"authorization")), text(fields.get(b"x-api-key")))
+        self.is_for_json = method == b"POST" and is_forwardable(target) and _may_be_json(fields)
 
-class AnswerHead(NamedTuple):
-    """An answer's head, `fields` as in a request's."""
-
-    status: int
-    is_http_1_0: bool
-    fields: Mapping[bytes, bytes]
-    lines: bytes
-    num_bytes: int
-
-    @property
-    def content_type(self) -> bytes:
-        """Such as `application/json`, without parameters."""
-        return self.fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
-
-    @property
-    def content_length(self) -> int | None:
-        """The length that it announces, once that is known to be a number."""
-        length = self.fields.get(b"content-length")
-        return None if length is None else int(length)
-
-    @property
-    def keeps_alive(self) -> bool:
-        wish = self.fields.get(b"connection", b"").lower()
-        return b"keep-alive" in wish if self.is_http_1_0 else b"close" not in wish
+    def lines_for_upstreams(self, request_id: str, own_via: bytes) -> bytes:
+        """The header lines that any upstream may see, with our id and `Via`."""
+        via = own_via if self.via is None else self.via + b", " + own_via
+        return b"%bX-Request-Id: %b\r\nVia: %b\r\n" % (self.lines, request_id.encode(), via)
 
 
-def read_request(data: bytes) -> RequestHead | None:
-    """The head at the beginning of `data`, which holds a whole one; None if there is anything odd about it."""
-    match = _REQUEST.match(data)
+class AnswerHead:
+    """An answer's head but for its length, `fields` as in a request's; `lines` are those that a client may see."""
+
+    __slots__ = ("content_type", "fields", "keeps_alive", "lines", "status")
+
+    def __init__(self, status: int, fields: Mapping[bytes, bytes], lines: bytes, *, is_http_1_0: bool) -> None:
+        self.status = status
+        self.fields = fields
+        self.keeps_alive = _keeps_alive(fields, is_http_1_0=is_http_1_0)
+        self.content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        self.lines = _NOT_FOR_CLIENTS.sub(b"", _without_named(lines, fields))
+
+
+class Heads(Generic[H]):
+    """Reads heads of one kind, with `read_request` or `read_answer`."""
+
+    __slots__ = ("_known", "_read")
+
+    def __init__(self, read: Callable[[bytes], H]) -> None:
+        self._read = read
+        self._known: dict[bytes, H] = {}
+
+    def read(self, head: bytes) -> tuple[H, int | None]:
+        """What a head says, with its end, and the length of the body that it announces."""
+        match = _LENGTH.search(head)
+        if match is None:
+            length = None
+        else:
+            length = int(match[1])
+            head = head[: match.start()] + head[match.end() :]
+        known = self._known.get(head)
+        if known is None:
+            known = self._read(head)
+            if len(head) <= MAX_REMEMBERED_BYTES:
+                if len(self._known) >= MAX_REMEMBERED:
+                    self._known.clear()
+                self._known[head] = known
+        return known, length
+
+
+def read_request(head: bytes) -> RequestHead | None:
+    """A request's head without its length; None if there is anything odd about it."""
+    match = _REQUEST.fullmatch(head)
     if match is None:
         return None
     method, target, minor, lines = match.groups()
-    fields = _read_fields(lines)
-    if fields is None or (b"host" not in fields and minor == b"1"):
+    fields = read_fields(_FIELD.findall(lines))
+    if fields is None or b"content-length" in fields or (b"host" not in fields and minor == b"1"):
         return None
-    return RequestHead(method, target, minor == b"0", fields, lines, match.end())
+    return RequestHead(method, target, fields, lines, is_http_1_0=minor == b"0")
 
 
-def read_answer(data: bytes) -> AnswerHead:
-    """The head at the beginning of `data`, which holds a whole one. Raises `UpstreamError`."""
-    match = _ANSWER.match(data)
+def read_answer(head: bytes) -> AnswerHead:
+    """An answer's head without its length. Raises `UpstreamError`."""
+    match = _ANSWER.fullmatch(head)
     if match is None:
         raise UpstreamError("The upstream's answer is not HTTP.")
     minor, status, lines = match.groups()
-    fields = _read_fields(lines)
-    if fields is None:
+    fields = read_fields(_FIELD.findall(lines))
+    if fields is None or b"content-length" in fields:
         raise UpstreamError("The upstream's answer has headers that contradict each other, or too many.")
-    return AnswerHead(int(status), minor == b"0", fields, lines, match.end())
+    return AnswerHead(int(status), fields, lines, is_http_1_0=minor == b"0")
 
 
-def lines_for_upstreams(head: RequestHead, request_id: str, via: bytes) -> bytes:
-    """The header lines that any upstream may see: the client's, less what is not for it, with our id and `Via`."""
-    lines = _NOT_FOR_UPSTREAMS.sub(b"", _without_named(head.lines, head.fields))
-    hops = head.fields.get(b"via")
-    via = via if hops is None else hops + b", " + via
-    return lines + b"X-Request-Id: " + request_id.encode() + b"\r\nVia: " + via + b"\r\n"
+def read_fields(found: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes] | None:
+    """The fields by name, or None if there are too many, or twice one that may stand there once."""
+    fields: dict[bytes, bytes] = {}
+    num_fields = 0
+    for name, value in found:
+        name = name.lower()
+        num_fields += 1
+        if name not in fields:
+            fields[name] = value
+        elif name in _ONCE_ONLY:
+            return None
+        else:
+            fields[name] += b", " + value
+    return fields if num_fields <= MAX_HEADERS else None
 
 
-def lines_for_clients(head: AnswerHead) -> bytes:
-    """The header lines of the answer that a client may see; how the body is framed is to be added."""
-    return _NOT_FOR_CLIENTS.sub(b"", _without_named(head.lines, head.fields))
+def is_forwardable(path: bytes) -> bool:
+    """Whether a POST to this path names a model in a JSON body."""
+    return path.startswith(b"/v1/") or path.partition(b"?")[0] in OTHER_PATHS
 
 
 def status_line(status: int) -> bytes:
@@ -129,21 +169,24 @@ def status_line(status: int) -> bytes:
     return _REASONS.get(status) or b"HTTP/1.1 %d \r\n" % status
 
 
-def _read_fields(lines: bytes) -> dict[bytes, bytes] | None:
-    """The fields by name, or None if there are too many, or twice one that may stand there once."""
-    found = _FIELD.findall(lines)
-    if len(found) > MAX_HEADERS:
-        return None
-    fields: dict[bytes, bytes] = {}
-    for name, value in found:
-        name = name.lower()
-        if name not in fields:
-            fields[name] = value
-        elif name in _ONCE_ONLY:
-            return None
-        else:
-            fields[name] += b", " + value
-    return fields
+def text(value: bytes | None) -> str | None:
+    """A header's value as aiohttp gives it."""
+    return None if value is None else value.decode("utf-8", "surrogateescape")
+
+
+def _keeps_alive(fields: Mapping[bytes, bytes], *, is_http_1_0: bool) -> bool:
+    """Whether the connection may be used again after this message."""
+    wish = fields.get(b"connection", b"").lower()
+    return b"keep-alive" in wish if is_http_1_0 else b"close" not in wish
+
+
+def _may_be_json(fields: Mapping[bytes, bytes]) -> bool:
+    kind = fields.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+    if not (kind == b"application/json" or kind.endswith(b"+json")):
+        return False
+    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
+        return False
+    return fields.get(b"expect", b"100-continue").lower() == b"100-continue" and b"upgrade" not in fields
 
 
 def _without_named(lines: bytes, fields: Mapping[bytes, bytes]) -> bytes:

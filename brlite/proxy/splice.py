@@ -20,10 +20,23 @@ EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _FIELD = re.compile(rb"(?:event|id|retry)(?::|\Z)")
-_FINISH = re.compile(rb'"finish_reason":\s*(?!null)\S')
-_ERROR = re.compile(rb'\A\s*\{\s*"error"\s*:')
 _USAGE = re.compile(rb'"usage":\s*\{')
 _JSON = msgspec.json.Decoder(msgspec.Raw)
+
+
+class _Choice(msgspec.Struct, gc=False):
+    index: int = 0
+    finish_reason: str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class _Event(msgspec.Struct, gc=False):
+    """What tells a stream that is at its end from one that was cut. Decoding it costs no more than checking the JSON."""
+
+    choices: list[_Choice] | None = None
+    error: object = None
+
+
+_EVENT = msgspec.json.Decoder(_Event)
 
 
 class BrokenStream(Exception):
@@ -34,16 +47,16 @@ class EventSplice:
     """Takes what an upstream sends, gives what the client gets: `feed` and `feed_eof`.
 
     `error` is set once the stream is broken; what `feed` gave until then is whole. `is_done` is its good end, with
-    `needs_finish` only after an event with a `finish_reason`, or an error, where the stream's events have that field.
+    `needs_finish` only after a `finish_reason` of every choice that has that field, or after an error.
     """
 
     __slots__ = (
         "_body",
         "_chunks",
-        "_has_finish_field",
+        "_has_error",
+        "_has_finished",
         "_held",
         "_is_chunked",
-        "_is_finished",
         "_max_event_bytes",
         "_needs_finish",
         "_saw_done",
@@ -59,8 +72,8 @@ class EventSplice:
         self._is_chunked = is_chunked  # how the client gets it; else as bare events
         self._max_event_bytes = max_event_bytes
         self._needs_finish = needs_finish
-        self._has_finish_field = False
-        self._is_finished = False
+        self._has_finished: dict[int, bool] = {}  # the choices whose events have a finish_reason
+        self._has_error = False
         self._saw_done = False
         self._held = b""
         self.num_events = 0
@@ -131,14 +144,19 @@ class EventSplice:
     def _finish(self) -> bytes:
         if self._held.strip():
             raise BrokenStream("it ends in the middle of an event")
-        if self._needs_finish and not self._saw_done and not self._is_finished:
-            raise BrokenStream("it ends early")
+        if self._needs_finish and not self._saw_done:
+            self._check_end(is_sure=bool(self._has_finished))
         self.is_done = True
         return LAST_CHUNK if self._is_chunked else b""
 
+    def _check_end(self, *, is_sure: bool) -> None:
+        """Raise `BrokenStream` if a choice has not come to its end, or nothing shows that any has."""
+        if not self._has_error and not (is_sure and all(self._has_finished.values())):
+            raise BrokenStream("it ends early")
+
     def _check(self, events: bytes) -> None:
         """Note what the events say. Raises `BrokenStream` if one of them is none."""
-        if events.startswith(b"data: {") and events.find(b"\n\n") == len(events) - 2:
+        if events.startswith(b"data: {") and events.find(b"\n") == len(events) - 2:
             self._check_data(events[6:-2])
             return
         for event in _EVENT_END.split(events):
@@ -151,19 +169,33 @@ class EventSplice:
 
     def _check_data(self, text: bytes) -> None:
         if text.strip() == DONE:
-            if self._needs_finish and self._has_finish_field and not self._is_finished:
-                raise BrokenStream("it ends early")
+            if self._needs_finish:
+                self._check_end(is_sure=self.num_events > 0)
             self._saw_done = True
             return
         try:
-            _JSON.decode(text)
             text.isascii() or text.decode()
+            self._note(_EVENT.decode(text))
+        except msgspec.ValidationError:
+            self._check_json(text)  # no completion's event, but one all the same
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise BrokenStream("an event of it is not JSON") from None
         self.num_events += 1
-        if b'"finish_reason":null' in text:
-            self._has_finish_field = True
-        elif not self._is_finished:
-            self._is_finished = bool(_FINISH.search(text) or _ERROR.match(text))
         if b'"usage"' in text and _USAGE.search(text):
             self.usage_event = text
+
+    def _note(self, event: _Event) -> None:
+        if event.error is not None:
+            self._has_error = True
+        for choice in event.choices or ():
+            reason = choice.finish_reason
+            if reason is None:
+                self._has_finished.setdefault(choice.index, False)
+            elif reason is not msgspec.UNSET:
+                self._has_finished[choice.index] = True
+
+    def _check_json(self, text: bytes) -> None:
+        try:
+            _JSON.decode(text)
+        except (msgspec.DecodeError, RecursionError):
+            raise BrokenStream("an event of it is not JSON") from None

@@ -12,6 +12,7 @@ from brlite.config import ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError
 from brlite.proxy.breaker import Breaker
 from brlite.proxy.connections import Pool
+from brlite.proxy.heads import Heads, read_answer
 from brlite.proxy.listing import ListedModel
 
 # What a try to have a request answered came to. "refused" is a 429 or 503 after which another upstream was tried;
@@ -30,6 +31,7 @@ class Upstream:
         "base_path",
         "breaker",
         "config",
+        "heads",
         "is_healthy",
         "listed",
         "name",
@@ -59,6 +61,7 @@ class Upstream:
             max_idle=proxy.max_idle_connections,
             idle_seconds=proxy.idle_connection_seconds,
         )
+        self.heads = Heads(read_answer)
         self.is_healthy = True
         self.listed: Mapping[str, ListedModel] = {}
         self.num_in_flight = 0
