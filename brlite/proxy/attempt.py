@@ -222,19 +222,6 @@ class Attempt:
         head, self._length = self.upstream.heads.read(data[:end])
         return head, data[end:]
 
-    def _next_head(self, data: bytes) -> tuple[AnswerHead | None, bytes]:
-        """The head at the beginning of `data`, and what follows it; None as long as it is not whole."""
-        self._unread = b""
-        if not data:
-            return None, data
-        if self.first_byte_at is None:
-            self.first_byte_at = self._loop.time()
-        if END_OF_HEAD not in data[:MAX_ANSWER_HEAD_BYTES]:
-            self._keep_unread(data)
-            return None, b""
-        head = read_answer(data)
-        return head, data[head.num_bytes :]
-
     def _keep_unread(self, data: bytes) -> None:
         if len(data) >= MAX_ANSWER_HEAD_BYTES:
             raise UpstreamError("The upstream's answer has too many headers.")

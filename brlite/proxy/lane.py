@@ -31,6 +31,7 @@ from brlite.proxy.peek import Peek, peek
 from brlite.proxy.table import Target
 
 PIPELINED_BYTES = 64 * 1024  # how much of the requests behind the one in progress is read
+NO_CONTENT = 204  # its answers must not say a length
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -265,7 +266,8 @@ class Lane:
             self._transport.write(data)
 
     def answer(self, status: int, lines: bytes, body: bytes) -> None:
-        self._write_head(status, b"%bContent-Length: %d\r\n" % (lines, len(body)), body)
+        framing = b"Content-Length: %d\r\n" % len(body) if status != NO_CONTENT else b""
+        self._write_head(status, lines + framing, body)
 
     def refuse(self, error: RequestError) -> None:
         body = error_body(error)
