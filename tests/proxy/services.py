@@ -12,8 +12,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,13 @@ from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 START_SECONDS = 60
 CONTEXT = 8192  # long enough that an answer takes seconds: it does not end by itself before a test has looked
+LONG: dict[str, Any] = {
+    "prompt": "Hi",
+    "max_tokens": CONTEXT // 2,
+    "temperature": 0,
+    "extra_body": {"ignore_eos": True},
+}
+GATED = [f"{index} " for index in range(8)]  # what a `Gated` says
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
 
 
@@ -69,6 +76,19 @@ class Service:
         if self.process.poll() is None:
             self.process.terminate()
             assert self.process.wait(timeout=60) == 0, self.log
+
+
+@contextmanager
+def served(folder: Path, name: str, toml: str, **values: object) -> Iterator[Service]:
+    """`brlite serve` with a config that has these values in it and the `{port}`, while inside."""
+    port, config = free_port(), folder / f"{name}.toml"
+    config.write_text(toml.format(port=port, **values))
+    service = Service(f"http://127.0.0.1:{port}", folder / f"{name}.log", "brlite", "serve", str(config))
+    try:
+        service.wait_ready()
+        yield service
+    finally:
+        service.stop()
 
 
 def free_port() -> int:
@@ -134,28 +154,30 @@ def _text(choice: Any) -> str:
 
 
 class Gated:
-    """A server of another make: each event of its streams waits until the test says that it has the one before.
+    """A server of another make. Each event of a stream waits until the test says that it has the one before.
 
-    `heads` are the requests it got, by their headers.
+    `gate.release()` says so; one that `is_open` waits for nobody. `requests` are those that it got.
     """
 
-    def __init__(self, model: str) -> None:
-        self.model = model
-        self.gate = asyncio.Semaphore(1)
-        self.heads: list[Mapping[str, str]] = []
+    def __init__(self, model: str, *, is_open: bool = False) -> None:
+        self._model = model
+        self.gate = asyncio.Semaphore(len(GATED) if is_open else 1)
+        self.requests: list[web.Request] = []
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        self.heads.append(request.headers)
+        self.requests.append(request)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
-        for index in range(8):
+        for text in GATED:
             await self.gate.acquire()
-            reason = "stop" if index == 7 else None
-            choice = {"index": 0, "text": f"{index} ", "finish_reason": reason, "logprobs": None}
-            event = {"id": "1", "object": "text_completion", "created": 1, "model": self.model, "choices": [choice]}
-            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            await response.write(b"data: %b\n\n" % self._event(text))
         await response.write(b"data: [DONE]\n\n")
         return response
+
+    def _event(self, text: str) -> bytes:
+        choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": "stop" if text == GATED[-1] else None}
+        event = {"id": "1", "object": "text_completion", "created": 1, "model": self._model, "choices": [choice]}
+        return json.dumps(event).encode()
 
     @asynccontextmanager
     async def listening(self, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:

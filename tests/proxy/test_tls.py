@@ -18,7 +18,7 @@ from brlite.errors import ConfigError
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
 from brlite.server.served_model import ModelTable
-from tests.proxy.services import Gated, ask
+from tests.proxy.services import GATED, Gated, ask
 
 Connect = Callable[..., openai.AsyncOpenAI]
 
@@ -43,10 +43,7 @@ async def port(folder: Path) -> AsyncIterator[int]:
     """Where the upstream listens, under any name of this machine. Its model is `far`."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(folder / "cert.pem", folder / "key.pem")
-    far = Gated("far")
-    for _ in range(100):
-        far.gate.release()
-    async with far.listening(context) as address:
+    async with Gated("far", is_open=True).listening(context) as address:
         yield int(address.rpartition(":")[2])
 
 
@@ -64,7 +61,7 @@ async def test_an_upstream_with_a_trusted_certificate_is_asked(folder: Path, por
     async with proxy(f"https://localhost:{port}", folder / "cert.pem") as url:
         said = await ask(connect(url), "far", is_stream=True)
 
-    assert said == "0 1 2 3 4 5 6 7 "
+    assert said == "".join(GATED)
 
 
 @pytest.mark.parametrize(
