@@ -1,18 +1,27 @@
-"""`brlite check`: what a config means and what it will take, by arithmetic. Starts, fetches and allocates nothing."""
+"""`brlite check`: what a config means and what it will take, by arithmetic. Starts, fetches and allocates nothing.
+
+Nor does it connect to anything, unless it is told to dial the upstreams.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from itertools import chain, repeat
 from pathlib import Path
 
 import msgspec
 
 from brlite.checkpoint import open_checkpoint
-from brlite.config import Config, EngineConfig, ModelSpec, load_config
+from brlite.config import Config, EngineConfig, ModelSpec, ProxyConfig, load_config
 from brlite.config_check import GIB, check_memory, check_supported, config_warnings
 from brlite.config_text import render
+from brlite.http.keys import ApiKeys
 from brlite.machine import find_memory, show_bytes
+from brlite.proxy.dialing import dial_all
+from brlite.proxy.table import Target, UpstreamTable
+from brlite.proxy_config import load_proxy_config
 from brlite.worker.fit import check_fit
 from brlite.worker.sizes import Sizes, find_model, known_sizes, measure
 
@@ -25,18 +34,21 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     sizes: Sizes | None
 
 
-def run(path: Path) -> int:
-    """Print the effective config, what its models will take, and the warnings. Raises what makes it unusable."""
-    from brlite.http.keys import ApiKeys
+def run(path: Path, *others: Path, dial: bool = False) -> int:
+    """Print the effective config, what its models will take, where requests go, and the warnings.
 
-    config = load_config(path)
+    Several files are a proxy's. Raises what makes them unusable. Returns 1 if an upstream was dialled in vain, else 0.
+    """
+    config = load_proxy_config([path, *others]) if others else load_config(path)
     check_supported(config)
     ApiKeys.from_config(config)
+    table = UpstreamTable(config)
     reports = [inspect_model(spec, config.engine) for spec in config.model]
     sizes = {report.spec.name: report.sizes.num_bytes for report in reports if report.sizes is not None}
     check_memory(config.engine, config.model, sizes)
-    print("\n".join([render(config), "", *describe(config, reports, find_memory().available)]))
-    return 0
+    routes = [line for target in table for line in _describe_route(target, config.proxy)]
+    print("\n".join([render(config), "", *routes, *describe(config, reports, find_memory().available)]), flush=True)
+    return _dial(table, config.proxy) if dial else 0
 
 
 def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
@@ -67,6 +79,27 @@ def describe(config: Config, reports: Sequence[ModelReport], available_bytes: in
     if at_once > available_bytes:
         yield "warning: this is more than is free; lower build_batch, build_seq or num_blocks"
     yield from (f"warning: {warning}" for warning in config_warnings(config))
+
+
+def _describe_route(target: Target, proxy: ProxyConfig) -> Iterator[str]:
+    """Where requests for a forwarded model go, and by which other names it is asked for."""
+    yield f"forwarded {target.model}"
+    for word, upstream in zip(chain(["to"], repeat("")), target.upstreams, strict=False):
+        name, config = target.name_at(upstream), upstream.config
+        where = "" if upstream.name == config.url else f" at {config.url}"
+        renamed = "" if name == target.model else f", as {name}"
+        yield f"  {word:<9} {upstream.name}{where}, weight {upstream.weight}{renamed}"
+    aliases = [alias for alias, model in proxy.aliases.items() if model == target.model]
+    if aliases:
+        yield f"  also as   {', '.join(aliases)}"
+    if target.stand_ins:
+        yield f"  or else   {', '.join(stand_in.model for stand_in in target.stand_ins)}"
+
+
+def _dial(table: UpstreamTable, proxy: ProxyConfig) -> int:
+    results = asyncio.run(dial_all(table.upstreams, proxy))
+    print("\n".join(["", *(result.line for result in results)] if results else ["", "there is no upstream to dial"]))
+    return 0 if all(result.is_good for result in results) else 1
 
 
 def _describe_model(report: ModelReport) -> Iterator[str]:

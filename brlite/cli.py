@@ -10,7 +10,8 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ _OVERRIDES = {
     "host": "server.host",
     "port": "server.port",
     "log_level": "server.log_level",
+    "choice": "proxy.choice",
     "device": "engine.device",
     "threads": "engine.threads",
 }
@@ -74,13 +76,16 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
 
 
 def _serve(args: argparse.Namespace, *notes: str) -> int:
-    from brlite.config_check import check_supported, config_warnings
-    from brlite.serve import run
+    args.config = args.config or _folders_own()
+    return _listen(partial(_served_config, args), [args.config] if args.config else [], notes)
+
+
+def _served_config(args: argparse.Namespace) -> Config:
+    from brlite.config_check import check_supported
 
     config = _config(args)
     check_supported(config)
-    _configure_logging(config.server.log_level)
-    return run(config, [*notes, *config_warnings(config)])
+    return config
 
 
 def _serve_as_in_the_manual(args: argparse.Namespace) -> int:
@@ -89,6 +94,28 @@ def _serve_as_in_the_manual(args: argparse.Namespace) -> int:
         return _serve(args)
     args.host = ALL_ADDRESSES
     return _serve(args, f"listening on all addresses ({ALL_ADDRESSES}), as the manual's server does; --host changes it")
+
+
+def _proxy(args: argparse.Namespace) -> int:
+    return _listen(partial(_proxy_config, args), args.config)
+
+
+def _proxy_config(args: argparse.Namespace) -> Config:
+    from brlite.config import override
+    from brlite.proxy_config import load_proxy_config
+
+    return override(load_proxy_config(args.config, args.upstream), _overrides(args))
+
+
+def _listen(load: Callable[[], Config], files: Sequence[Path], notes: Sequence[str] = ()) -> int:
+    """Serve what is loaded, and again when the files change."""
+    from brlite.config_check import config_warnings
+    from brlite.reload import ConfigSource
+    from brlite.serve import run
+
+    config = load()
+    _configure_logging(config.server.log_level)
+    return run(config, [*notes, *config_warnings(config)], ConfigSource(tuple(files), load))
 
 
 def _generate(args: argparse.Namespace) -> int:
@@ -121,7 +148,7 @@ def _chat(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from brlite.check import run
 
-    return run(args.config)
+    return run(*args.config, dial=args.dial)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -141,11 +168,20 @@ def _config(args: argparse.Namespace) -> Config:
     """The config named on the command line, else `./brlite.toml`, else the defaults; then the overrides."""
     from brlite.config import Config, load_config, override
 
-    path = args.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    path = args.config or _folders_own()
     config = load_config(path) if path else Config()
+    return override(config, {**_overrides(args), **_model_override(args.model)})
+
+
+def _folders_own() -> Path | None:
+    """The config of the folder that the command was started in."""
+    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+
+
+def _overrides(args: argparse.Namespace) -> Mapping[str, object]:
+    """The fields that were given on the command line."""
     given = {field: getattr(args, name, None) for name, field in _OVERRIDES.items()}
-    values = {field: value for field, value in given.items() if value is not None}
-    return override(config, {**values, **_model_override(args.model)})
+    return {field: value for field, value in given.items() if value is not None}
 
 
 def _model_override(model: str | None) -> dict[str, object]:
@@ -176,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="brlite", description="A compact asyncio server for large language models.")
     parser.add_argument("--version", action="version", version=f"brlite {brlite.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_generate, _add_chat, _add_check, _add_verify, _add_doctor):
+    for add in (_add_serve, _add_proxy, _add_generate, _add_chat, _add_check, _add_verify, _add_doctor):
         add(commands)
     return parser
 
@@ -193,9 +229,17 @@ def _seed_parser() -> argparse.ArgumentParser:
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _serve, "serve a model over the OpenAI API")
     _add_config(parser)
-    parser.add_argument("--host", help="address to listen to (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, metavar="N", help="port to listen to (default 8000)")
-    parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    _add_listening(parser)
+
+
+def _add_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, _proxy, "forward requests to the servers that have their models")
+    about = "a .toml with [[upstream]] tables, and the manual's .json files, whose all_models are put together"
+    parser.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=about)
+    upstream = "a server, such as http://127.0.0.1:8001, and the model it has; the same name again is a replica"
+    parser.add_argument("--upstream", action="append", default=[], metavar="NAME=URL", help=upstream)
+    parser.add_argument("--choice", metavar="HOW", help="among replicas: least_loaded, round_robin, prefix or sticky")
+    _add_listening(parser)
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -225,7 +269,10 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _check, "validate a config and say what it will take")
-    parser.add_argument("config", type=Path, metavar="FILE", help="a .toml, or the manual's .json")
+    about = "a .toml, or the manual's .json; several: as `brlite proxy` takes them"
+    parser.add_argument("config", type=Path, nargs="+", metavar="FILE", help=about)
+    dial = "ask every upstream whether it is there, well, and has its models; status 1 if one is not"
+    parser.add_argument("--dial", action="store_true", help=dial)
 
 
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -258,6 +305,12 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
     parser.add_argument("--device", help="auto, cpu or another torch device")
     parser.add_argument("--threads", type=int, metavar="N", help="0: one for each physical core")
+
+
+def _add_listening(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", help="address to listen to (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, metavar="N", help="port to listen to (default 8000)")
+    parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:

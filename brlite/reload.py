@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ POLL_SECONDS = 1.0
 FORWARDING = ("upstream", "proxy")
 LIVE_SECTIONS = (*FORWARDING, "keys", "key")
 
-_Stamp = tuple[int, int, int] | None
+Stamps = Mapping[Path, "tuple[int, int, int] | None"]
 
 
 class ConfigSource(NamedTuple):
@@ -41,8 +41,28 @@ class ConfigSource(NamedTuple):
     load: Callable[[], Config]
 
 
+class FileWatch:
+    """Tells when files have changed and stay as they are: one that changes may not be written to its end yet."""
+
+    def __init__(self, stamps: Stamps) -> None:
+        self._loaded = self._seen = stamps
+
+    def has_settled(self, now: Stamps) -> bool:
+        """Whether the files are not those that were loaded, but those of the look before."""
+        is_settled = now != self._loaded and now == self._seen
+        self._seen = now
+        return is_settled
+
+    def loaded(self, stamps: Stamps) -> None:
+        """This is what was loaded, or could not be."""
+        self._loaded = self._seen = stamps
+
+
 class Reloader:
-    """`async with Reloader(…):` follows the source while inside; `reload` does so at once."""
+    """`async with Reloader(…):` follows the source while inside; `reload` does so at once.
+
+    A SIGHUP that comes because the `terminal` was closed, if one is given, is a SIGTERM, as it is for other commands.
+    """
 
     _task: asyncio.Task[None]
 
@@ -53,6 +73,7 @@ class Reloader:
         keys: ApiKeys,
         forwarder: Forwarder,
         *,
+        terminal: int | None = None,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
         """`config` is what the server runs by now, with these keys and this forwarder."""
@@ -62,12 +83,13 @@ class Reloader:
         self._forwarder = forwarder
         self._poll_seconds = poll_seconds
         self._is_asked = asyncio.Event()
-        self._terminal = next((number for number in range(3) if os.isatty(number)), None)
+        self._terminal = terminal
+        self._watch = FileWatch(self._stamps())
 
     async def __aenter__(self) -> Reloader:
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGHUP, self._hangup)
-        self._task = loop.create_task(self._follow(self._stamps()), name="brlite-reload")
+        self._task = loop.create_task(self._follow(), name="brlite-reload")
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -102,26 +124,31 @@ class Reloader:
         else:
             self._is_asked.set()
 
-    async def _follow(self, loaded: dict[Path, _Stamp]) -> None:
-        seen = loaded
+    async def _follow(self) -> None:
+        watch = self._watch
         while True:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._is_asked.wait(), self._poll_seconds)
-            now = self._stamps()
-            # A file that changes is looked at twice: it may not be written to its end yet.
-            if self._is_asked.is_set() or (now != loaded and now == seen):
+            before = self._stamps()
+            if watch.has_settled(before) or self._is_asked.is_set():
                 self._is_asked.clear()
                 self.reload()
-                now = loaded = {path: now.get(path, stamp) for path, stamp in self._stamps().items()}
-            seen = now
+                # What changed while it was read is seen by the next look; another keys file may have been named.
+                watch.loaded({path: before.get(path, stamp) for path, stamp in self._stamps().items()})
 
-    def _stamps(self) -> dict[Path, _Stamp]:
+    def _stamps(self) -> Stamps:
         """What tells that a file has changed, for each that the config was read from."""
         keys_file = self.config.keys.file
-        return {path: _stamp(path) for path in (*self._source.files, *((Path(keys_file),) if keys_file else ()))}
+        files = (*self._source.files, *((Path(keys_file),) if keys_file is not None else ()))
+        return {path: _stamp(path) for path in files}
 
 
-def _stamp(path: Path) -> _Stamp:
+def find_terminal() -> int | None:
+    """The descriptor of the terminal that the process was started in, if it was."""
+    return next((number for number in range(3) if os.isatty(number)), None)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
     try:
         found = path.stat()
     except OSError:

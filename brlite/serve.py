@@ -18,10 +18,12 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from brlite.app import create_app, lanes
+from brlite.app import FORWARDER, create_app, lanes
 from brlite.config import Config, ModelSpec
-from brlite.http.keys import ApiKeys
+from brlite.http.keys import KEYS
 from brlite.http.listen import HttpServer
+from brlite.proxy.table import UpstreamTable
+from brlite.reload import ConfigSource, Reloader, find_terminal
 from brlite.server.residency import OnProgress, Residency
 from brlite.server.served_model import ModelTable, ServedModel
 
@@ -34,14 +36,18 @@ logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_SECONDS = 0.0005
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEATED_SIGNAL_SECONDS = 1.0
+MAX_SHOWN_MODELS = 8
 
 
-def run(config: Config, warnings: list[str]) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit status; raises `ConfigError` or `ModelError`."""
+def run(config: Config, warnings: list[str], source: ConfigSource) -> int:
+    """Serve until SIGTERM or SIGINT, and follow the config's source. Returns the exit status.
+
+    Raises `ConfigError` or `ModelError`.
+    """
     for line in warnings:
         logger.warning("%s", line)
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-    return _event_loop_run()(_serve(config))
+    return _event_loop_run()(_serve(config, source))
 
 
 def _event_loop_run() -> Callable[[Coroutine[Any, Any, int]], int]:
@@ -53,33 +59,44 @@ def _event_loop_run() -> Callable[[Coroutine[Any, Any, int]], int]:
     return run
 
 
-async def _serve(config: Config) -> int:
+async def _serve(config: Config, source: ConfigSource) -> int:
     models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
     app = create_app(models, config)
+    forwarder, keys = app[FORWARDER], app[KEYS]
+    reloader = Reloader(source, config, keys, forwarder, terminal=find_terminal())
     async with Residency(models, ModelLoader(config), config.engine) as residency:
         # By then the grace time is over: closing an engine gives its streams their error event.
         app.on_shutdown.append(lambda _: residency.close())
         address = (config.server.host, config.server.port)
         server = HttpServer(app, *address, config.limits, config.server.drain_seconds, lanes(app))
-        async with _stop_signal() as stop, server:
-            logger.info("listening on %s; loading %s", server.url, _named_first(config))
+        async with _stop_signal() as stop, reloader, server:
+            logger.info("listening on %s; %s", server.url, _intentions(config, forwarder.table))
             loading = asyncio.create_task(_load_first(residency), name="brlite-load")
             await _first_of(loading, stop)
             if loading.done():
                 loading.result()
-                _announce(server.url, config, models)
+                _announce(server.url, models, forwarder.table, needs_key=not keys.is_open)
                 await stop
             logger.info("stopping: running requests have %g seconds to finish", config.server.drain_seconds)
-            models.is_draining = True
+            models.is_draining = forwarder.is_draining = True
             loading.cancel()
             residency.drain()
         await asyncio.wait([loading])
     return 0
 
 
-def _named_first(config: Config) -> str:
+def _intentions(config: Config, table: UpstreamTable) -> str:
+    """What the server will do now, for the log."""
     names = [spec.name for spec in config.model if spec.load == "start"]
-    return ", ".join(names) or "models when they are asked for"
+    loading = [f"loading {', '.join(names) or 'models when they are asked for'}"] if config.model else []
+    return "; ".join([*loading, *([f"forwarding: {show_routes(table)}"] if table.upstreams else [])])
+
+
+def show_routes(table: UpstreamTable) -> str:
+    """Which models go to which upstreams; of many models, the first few."""
+    routes = [f"{target.model} → {', '.join(upstream.name for upstream in target.upstreams)}" for target in table]
+    more = [f"{len(routes) - MAX_SHOWN_MODELS} more models"] if len(routes) > MAX_SHOWN_MODELS else []
+    return "; ".join([*routes[:MAX_SHOWN_MODELS], *more])
 
 
 async def _load_first(residency: Residency) -> None:
@@ -169,14 +186,14 @@ async def _stop_signal() -> AsyncIterator[asyncio.Future[None]]:
         restore()
 
 
-def _announce(url: str, config: Config, models: ModelTable) -> None:
+def _announce(url: str, models: ModelTable, table: UpstreamTable, *, needs_key: bool) -> None:
     """A line to paste. Printed, not logged: it is what a newcomer waits for."""
     model = next((model for model in models if model.engine is not None), next(iter(models), None))
     if model is None:
-        return
-    is_chat = model.engine is not None and model.engine.tokenizer.has_chat_template
-    needs_key = not ApiKeys.from_config(config).is_open
-    line = curl_line(url, model.name, is_chat=is_chat, needs_key=needs_key)
+        name, is_chat = next(iter(table)).model, True
+    else:
+        name, is_chat = model.name, model.engine is not None and model.engine.tokenizer.has_chat_template
+    line = curl_line(url, name, is_chat=is_chat, needs_key=needs_key)
     print(f"\nbrlite is ready. Try:\n\n{line}\n", file=sys.stderr, flush=True)
 
 

@@ -13,6 +13,7 @@ import pytest
 import brlite
 from brlite.cli import br_api_server, main
 from brlite.config import Config, ModelSpec, load_config
+from brlite.reload import ConfigSource
 from brlite.sampling_params import SamplingParams
 from tests.test_seed_config import FIXTURES
 
@@ -33,8 +34,8 @@ def handed_over(monkeypatch) -> SimpleNamespace:
         module.__dict__["run"] = run
         monkeypatch.setitem(sys.modules, module.__name__, module)
 
-    def serve(config: Config, warnings: list[str]) -> int:
-        seen.config, seen.warnings = config, warnings
+    def serve(config: Config, warnings: list[str], source: ConfigSource) -> int:
+        seen.config, seen.warnings, seen.source = config, warnings, source
         return 0
 
     def generate(config: Config, source: str, target: str, params: SamplingParams) -> int:
@@ -107,6 +108,62 @@ def test_a_model_is_named_or_given_as_a_path(handed_over, tmp_path, model, spec)
     assert handed_over.config.model == (spec,)
 
 
+def test_what_serve_was_started_with_is_read_again_with_its_overrides(handed_over, tmp_path):
+    own = tmp_path / "brlite.toml"
+    own.write_text("[server]\nport = 9000\n")
+    main(["serve", "--host", "::1"])
+
+    own.write_text("[limits]\nmax_n = 2\n")
+    config = handed_over.source.load()
+
+    assert [path.name for path in handed_over.source.files] == ["brlite.toml"]
+    assert (config.server.host, config.server.port, config.limits.max_n) == ("::1", 8000, 2)
+
+
+def test_serve_without_a_file_follows_none(handed_over, tmp_path):
+    main(["serve"])
+
+    (tmp_path / "brlite.toml").write_text("[server]\nport = 9000\n")
+
+    assert handed_over.source.files == ()
+
+
+def test_a_proxy_has_no_model_of_its_own(handed_over):
+    upstreams = ["--upstream", "org/a=http://h:1", "--upstream", "org/a=http://h:2", "--upstream", "b=unix:/run/b"]
+
+    assert main(["proxy", *upstreams, "--port", "9000", "--choice", "prefix"]) == 0
+
+    config = handed_over.config
+    assert config.model == ()
+    assert [(upstream.url, upstream.models) for upstream in config.upstream] == [
+        ("http://h:1", ("org/a",)),
+        ("http://h:2", ("org/a",)),
+        ("unix:/run/b", ("b",)),
+    ]
+    assert (config.server.port, config.proxy.choice) == (9000, "prefix")
+
+
+def test_a_proxy_takes_files_and_the_command_line_together_and_again(handed_over, tmp_path):
+    toml = tmp_path / "own.toml"
+    toml.write_text('[[upstream]]\nurl = "http://h:1"\nmodels = ["a"]\n')
+    main(["proxy", "own.toml", "--upstream", "b=http://h:2"])
+
+    toml.write_text('[[upstream]]\nurl = "http://h:3"\nmodels = ["c"]\n')
+    again = handed_over.source.load()
+
+    assert [upstream.url for upstream in handed_over.config.upstream] == ["http://h:1", "http://h:2"]
+    assert [upstream.url for upstream in again.upstream] == ["http://h:3", "http://h:2"]
+    assert handed_over.source.files == (Path("own.toml"),)
+
+
+def test_a_proxy_does_not_take_the_folders_own_file(handed_over, tmp_path, capsys):
+    (tmp_path / "brlite.toml").write_text('[[upstream]]\nurl = "http://h:1"\nmodels = ["a"]\n')
+
+    assert main(["proxy"]) == 2
+
+    assert "there is nothing to forward to" in capsys.readouterr().err
+
+
 def test_generate_hands_over_files_and_sampling(handed_over):
     main(["generate", "--input", "a.txt", "--temperature", "0", "--stop", "x", "--stop", "y", "--n", "2"])
 
@@ -177,6 +234,10 @@ def test_the_manuals_command_keeps_to_a_host_that_is_named(handed_over, tmp_path
             ["serve", str(FIXTURES / "qwen2_72b_instruct.json")],
             "model[0].tensor_parallel = 8: this version runs on one",
         ),
+        (["proxy"], "proxy: there is nothing to forward to; name a config "),
+        (["proxy", "--upstream", "a"], 'command line: --upstream "a": allowed is NAME=URL'),
+        (["proxy", "--upstream", "a=http://h", "--choice", "x"], 'command line: proxy.choice = "x": allowed are '),
+        (["proxy", "absent.toml"], "absent.toml: cannot be read: No such file or directory"),
         (["generate", "--top-p", "2"], "top_p must be "),
         (["check", "absent.json"], "absent.json: cannot be read: No such file or directory"),
     ],
@@ -200,7 +261,7 @@ def test_a_command_that_cannot_be_parsed_is_status_2(argv):
 
 
 def test_an_interrupt_is_status_130(handed_over, monkeypatch):
-    def interrupted(config: Config, warnings: list[str]) -> int:
+    def interrupted(config: Config, warnings: list[str], source: ConfigSource) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["brlite.serve"], "run", interrupted)
