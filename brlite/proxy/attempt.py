@@ -167,8 +167,9 @@ class Attempt:
 
     def data_received(self, data: bytes) -> None:
         self.deadline = self._loop.time() + self._config.idle_seconds
-        if self._splice is not None:
-            self._feed_stream(self._splice, data)
+        splice = self._splice
+        if splice is not None:
+            self._feed_stream(splice, data)
             return
         try:
             if self._held is None:

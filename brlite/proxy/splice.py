@@ -17,10 +17,10 @@ LAST_CHUNK = b"0\r\n\r\n"
 DONE = b"[DONE]"
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
+_PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\ndata: (?=\{)")
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _FIELD = re.compile(rb"(?:event|id|retry)(?::|\Z)")
-_USAGE = re.compile(rb'"usage":\s*\{')
 _JSON = msgspec.json.Decoder(msgspec.Raw)
 
 
@@ -30,10 +30,11 @@ class _Choice(msgspec.Struct, gc=False):
 
 
 class _Event(msgspec.Struct, gc=False):
-    """What tells a stream that is at its end from one that was cut. Decoding it costs no more than checking the JSON."""
+    """What tells a stream that is at its end from one that was cut. Decoding it costs little more than checking it."""
 
     choices: list[_Choice] | None = None
     error: object = None
+    usage: object = None
 
 
 _EVENT = msgspec.json.Decoder(_Event)
@@ -90,12 +91,11 @@ class EventSplice:
         """What the client gets of the next bytes; b"" is nothing yet."""
         whole = 0
         try:
-            if (
-                self._is_chunked
-                and not self._held
-                and isinstance(self._body, ChunkedBody)
-                and self._body.is_at_boundary
-            ):
+            chunks = self._chunks
+            if chunks is not None and not self._held and chunks.is_at_boundary:
+                if text := _only_data(data):
+                    self._check_data(text)
+                    return data
                 while end := self._whole_chunk(data, whole):
                     whole = end
                 if whole == len(data):
@@ -168,29 +168,30 @@ class EventSplice:
                 self._check_data(text)
 
     def _check_data(self, text: bytes) -> None:
-        if text.strip() == DONE:
+        if text[:1] != b"{" and text.strip() == DONE:
             if self._needs_finish:
                 self._check_end(is_sure=self.num_events > 0)
             self._saw_done = True
             return
         try:
             text.isascii() or text.decode()
-            self._note(_EVENT.decode(text))
+            self._note(_EVENT.decode(text), text)
         except msgspec.ValidationError:
             self._check_json(text)  # no completion's event, but one all the same
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise BrokenStream("an event of it is not JSON") from None
         self.num_events += 1
-        if b'"usage"' in text and _USAGE.search(text):
-            self.usage_event = text
 
-    def _note(self, event: _Event) -> None:
+    def _note(self, event: _Event, text: bytes) -> None:
         if event.error is not None:
             self._has_error = True
+        if event.usage is not None:
+            self.usage_event = text
         for choice in event.choices or ():
             reason = choice.finish_reason
             if reason is None:
-                self._has_finished.setdefault(choice.index, False)
+                if choice.index not in self._has_finished:
+                    self._has_finished[choice.index] = False
             elif reason is not msgspec.UNSET:
                 self._has_finished[choice.index] = True
 
@@ -199,3 +200,14 @@ class EventSplice:
             _JSON.decode(text)
         except (msgspec.DecodeError, RecursionError):
             raise BrokenStream("an event of it is not JSON") from None
+
+
+def _only_data(data: bytes) -> bytes | None:
+    """The data of a chunk that holds one event with one line of it, as nearly all of them do; else None."""
+    plain = _PLAIN_CHUNK.match(data)
+    if plain is None:
+        return None
+    begin = plain.end()
+    end = plain.end(1) + int(plain[1], 16)  # of the event, without the empty line behind it
+    is_plain = data.find(b"\n", begin) == end and data.find(b"\r", begin) == end + 2 and data[end:] == b"\n\n\r\n"
+    return data[begin:end] if is_plain else None
