@@ -9,11 +9,11 @@ import asyncio
 import os
 from types import TracebackType
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, web
 
 from brlite.config import LimitsConfig
-from brlite.errors import ConfigError
-from brlite.http.connection import Connection, MakeLane
+from brlite.errors import ConfigError, InvalidRequest
+from brlite.http.connection import MALFORMED, Connection, MakeLane
 from brlite.http.connections import Connections
 from brlite.http.envelope import error_response
 
@@ -128,6 +128,8 @@ class HttpServer:
         """Tell the connection, then pass the request on; a refused Expect header never reaches the middlewares."""
         assert isinstance(request.protocol, Connection)
         request.protocol.request_began()
+        if not _is_clear(request):
+            return _refusal()
         if _header_bytes(request) > self._limits.max_header_bytes:
             return error_response(web.HTTPRequestHeaderFieldsTooLarge())
         try:
@@ -141,6 +143,20 @@ class HttpServer:
 def _header_bytes(request: web.BaseRequest) -> int:
     """About as many bytes as the request's head had."""
     return len(request.raw_path) + sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
+
+
+def _is_clear(request: web.BaseRequest) -> bool:
+    """Whether it can mean one thing only, which aiohttp's parser does not make sure of beside an `Upgrade` header."""
+    codings = request.headers.getall("Transfer-Encoding", ())
+    if request.version == HttpVersion11:
+        return all(coding.lower() == "chunked" for coding in codings) and len(codings) <= 1
+    return request.version == HttpVersion10 and not codings
+
+
+def _refusal() -> web.Response:
+    response = error_response(InvalidRequest(MALFORMED, code="bad_request"))
+    response.force_close()
+    return response
 
 
 def _reason(error: OSError | OverflowError) -> str:

@@ -20,10 +20,11 @@ from brlite.http.request_id import request_id
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.front import reset
-from brlite.proxy.heads import RequestHead
+from brlite.proxy.heads import RequestHead, is_forwardable
 from brlite.proxy.peek import peek
 
-_PATH = re.compile(r".*?(/v1/.+|/tokenize|/detokenize)", re.DOTALL)
+# As it was sent, still encoded, behind the path of the application that this one is mounted in.
+_TARGET = re.compile(r"[!->@-~]*?(/v1/[!-~]+|/(?:de)?tokenize(?:\?[!-~]*)?)")
 BACKLOG_BYTES = 64 * 1024
 
 
@@ -34,8 +35,9 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
     async def forward(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method != "POST" or not forwarder.table.upstreams:
             return await handler(request)
-        path = _PATH.fullmatch(request.path)
-        if path is None:
+        target_sent = _TARGET.fullmatch(request.rel_url.raw_path_qs)
+        wire_path = target_sent[1].encode() if target_sent is not None else b""
+        if not is_forwardable(wire_path):
             return await handler(request)
         body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
         seen = peek(body)
@@ -51,8 +53,6 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         forwarder.check_hops(head.via)
         lines = head.lines_for_upstreams(request_id(request), forwarder.via)
         affinity = forwarder.affinity(body, seen, head.fields)
-        query = request.rel_url.raw_query_string
-        wire_path = (path[1] + (f"?{query}" if query else "")).encode()
         front = ResponseFront(request)
         exchange = forwarder.forward(ForwardedRequest(wire_path, lines, body, seen.model, key, affinity), target, front)
         try:

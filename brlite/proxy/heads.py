@@ -25,6 +25,7 @@ MAX_REMEMBERED_BYTES = 2048  # of one head
 
 END_OF_HEAD = b"\r\n\r\n"
 OTHER_PATHS = (b"/tokenize", b"/detokenize")
+_DOTS = re.compile(rb"[/\\](?:\.|%2e){1,2}(?:[/\\]|%2f|%5c|\Z)", re.IGNORECASE)
 
 _FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)*)\r\n"
 _REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)
@@ -160,8 +161,9 @@ def read_fields(found: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes] | No
 
 
 def is_forwardable(path: bytes) -> bool:
-    """Whether a POST to this path names a model in a JSON body."""
-    return path.startswith(b"/v1/") or path.partition(b"?")[0] in OTHER_PATHS
+    """Whether a POST to this path names a model in a JSON body. One that leads out of `/v1` (`..`) is not ours."""
+    path = path.partition(b"?")[0]
+    return path in OTHER_PATHS or (path.startswith(b"/v1/") and not _DOTS.search(path))
 
 
 def status_line(status: int) -> bytes:
@@ -194,5 +196,5 @@ def _without_named(lines: bytes, fields: Mapping[bytes, bytes]) -> bytes:
     wish = fields.get(b"connection")
     if wish is None or wish.lower() in (b"keep-alive", b"close"):
         return lines
-    names = b"|".join(re.escape(name.strip()) for name in wish.split(b",") if name.strip())
-    return _lines(names).sub(b"", lines) if names else lines
+    names = {name.strip() for name in wish.lower().split(b",")}
+    return b"".join(line for line in lines.splitlines(keepends=True) if line.partition(b":")[0].lower() not in names)

@@ -71,6 +71,7 @@ class Lane:
         "_keeps_alive",
         "_key",
         "_num_payload_bytes",
+        "_num_raw_bytes",
         "_payload",
         "_raw",
         "_request_id",
@@ -95,7 +96,7 @@ class Lane:
         self._body: Body | None = None
         self._raw: list[bytes] = []  # the request as it came, as long as its body is not complete
         self._payload: list[bytes] = []
-        self._num_payload_bytes = 0
+        self._num_payload_bytes = self._num_raw_bytes = 0
         self._key: ApiKey | None = None
         self._exchange: Exchange | None = None
         self._keeps_alive = True
@@ -182,6 +183,7 @@ class Lane:
 
     def _read_body(self, body: Body, data: bytes) -> None:
         self._raw.append(data)
+        self._num_raw_bytes += len(data)
         try:
             payload = body.feed(data)
         except Misframed:
@@ -189,7 +191,8 @@ class Lane:
             return
         self._payload.append(payload)
         self._num_payload_bytes += len(payload)
-        if self._num_payload_bytes > self._shared.limits.max_body_bytes:
+        max_bytes = self._shared.limits.max_body_bytes
+        if self._num_payload_bytes > max_bytes or self._num_raw_bytes > 2 * max_bytes + PIPELINED_BYTES:
             self._pass_on_for_good(b"".join(self._raw))
         elif body.is_done:
             assert self._head is not None
@@ -247,7 +250,8 @@ class Lane:
 
     def _forget_request(self) -> None:
         self._head = self._body = None
-        self._raw, self._payload, self._num_payload_bytes = [], [], 0
+        self._raw, self._payload = [], []
+        self._num_payload_bytes = self._num_raw_bytes = 0
 
     # The answer
 
@@ -307,7 +311,7 @@ class Lane:
             asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
-        if self._exchange is not None or self._where is _Where.ELSEWHERE or self._is_paused or self._body is not None:
+        if self._exchange is not None or self._where is _Where.ELSEWHERE or self._is_paused:
             return
         if self._transport.is_closing():
             return

@@ -87,6 +87,11 @@ class Client:
         except ConnectionError:
             return True
 
+    async def is_closed_after(self, body: bytes) -> bool:
+        """Whether the server ends the connection, with an answer that has this body or without any."""
+        rest = await self.reader.read()
+        return rest == b"" or rest.endswith(body)
+
     async def answer(self) -> Answer:
         """The next final answer."""
         num_interim = 0
@@ -96,7 +101,7 @@ class Client:
             except asyncio.IncompleteReadError as error:
                 raise BadAnswer(f"silence, after {error.partial[:200]!r}") from None
             line, *lines = head[:-4].split(b"\r\n")
-            check(line.startswith(b"HTTP/1.1 "), f"no status line: {line!r}")
+            check(line.startswith(b"HTTP/"), f"no status line: {line!r}")
             status = int(line[9:12])
             if status >= 200:
                 break

@@ -76,6 +76,7 @@ class ScriptedUpstream:
         self.act = act
         self.port = 0
         self.num_connections = 0
+        self.num_sent = 0  # bytes, for whoever counts them
         self.requests: list[Request] = []
         self.begun: Counter[str] = Counter()
         self.done: Counter[str] = Counter()

@@ -10,11 +10,8 @@ from typing import Literal, NamedTuple
 
 import pytest
 
-from brlite.app import FORWARDER, create_app, lanes
-from brlite.config import Config, LimitsConfig, ProxyConfig, UpstreamConfig
-from brlite.http.listen import HttpServer
-from brlite.proxy.forwarder import Forwarder
-from brlite.server.served_model import ModelTable
+from brlite.config import LimitsConfig, ProxyConfig, UpstreamConfig
+from tests.proxy.proxies import Proxy, run_proxy
 from tests.proxy.raw_client import Answer, BadAnswer, Client, post
 from tests.proxy.scripted import ScriptedUpstream, Step
 from tests.proxy.scripts import GOOD, GOOD_PLAIN, GOOD_STREAM, HELD_BYTES, PLAIN, SCRIPTS, Script, redirect
@@ -48,40 +45,27 @@ class Case(NamedTuple):
 CASES = [Case(*case) for case in product(WAYS, (False, True), (False, True))]
 
 
-class Proxy(NamedTuple):
-    server: HttpServer
-    forwarder: Forwarder
+class Scene(NamedTuple):
+    proxy: Proxy
     bad: ScriptedUpstream
     good: ScriptedUpstream
 
 
 @asynccontextmanager
-async def proxy_before(script: Script) -> AsyncIterator[Proxy]:
-    """A proxy before an upstream with this script and a good one. Afterwards nothing may be left of anything."""
+async def proxy_before(script: Script) -> AsyncIterator[Scene]:
+    """A proxy before an upstream with this script and a good one."""
     bad = ScriptedUpstream(script.plain or Step(GOOD_PLAIN), script.stream or script.plain or Step(GOOD_STREAM))
     good = ScriptedUpstream(Step(GOOD_PLAIN), Step(GOOD_STREAM))
     async with bad, good:
-        config = Config(
-            model=(),
-            upstream=(
-                UpstreamConfig(url=bad.url, models=tuple(case.model for case in CASES), health_path=""),
-                UpstreamConfig(
-                    url=good.url, models=("good", *(case.model for case in CASES if case.is_beside)), health_path=""
-                ),
-            ),
-            proxy=HASTY if script.is_slow else PATIENT,
-            limits=LimitsConfig(max_body_bytes=2**24),
+        models = tuple(case.model for case in CASES)
+        beside = tuple(case.model for case in CASES if case.is_beside)
+        upstreams = (
+            UpstreamConfig(url=bad.url, models=models, health_path=""),
+            UpstreamConfig(url=good.url, models=("good", *beside), health_path=""),
         )
-        app = create_app(ModelTable([]), config)
-        forwarder = app[FORWARDER]
-        async with HttpServer(app, "127.0.0.1", 0, config.limits, 1, lanes(app)) as server:
-            yield Proxy(server, forwarder, bad, good)
-            assert forwarder.num_active == 0
-            for upstream in forwarder.table.upstreams:
-                assert upstream.num_in_flight == 0
-            assert all(target.places.num_in_flight == 0 for target in forwarder.table)
-        await asyncio.sleep(0)  # what is cut is gone with the loop's next turn
-        assert not any(upstream.pool.connections for upstream in forwarder.table.upstreams)
+        limits = LimitsConfig(max_body_bytes=2**24)
+        async with run_proxy(*upstreams, proxy=HASTY if script.is_slow else PATIENT, limits=limits) as proxy:
+            yield Scene(proxy, bad, good)
 
 
 def request_of(case: Case, model: str, text: str = "hello") -> bytes:
@@ -92,9 +76,9 @@ def request_of(case: Case, model: str, text: str = "hello") -> bytes:
     return post(body, b"X-Request-Id: " + case.model.encode(), version=version)
 
 
-async def ask(server: HttpServer, case: Case, script: Script) -> Answer:
+async def ask(port: int, case: Case, script: Script) -> Answer:
     """The answer to the case's request. On a connection that stays open the next request must be answered well."""
-    client = await Client.connect(server.port)
+    client = await Client.connect(port)
     try:
         client.send(request_of(case, case.model, "x" * 700_000 if script.big_request else "hello"))
         answer = await client.answer()
@@ -108,10 +92,10 @@ async def ask(server: HttpServer, case: Case, script: Script) -> Answer:
         client.leave()
 
 
-async def try_case(proxy: Proxy, case: Case, script: Script) -> str | None:
+async def try_case(scene: Scene, case: Case, script: Script) -> str | None:
     """What was wrong, if anything was."""
     try:
-        answer = await asyncio.wait_for(ask(proxy.server, case, script), 8)
+        answer = await asyncio.wait_for(ask(scene.proxy.port, case, script), 8)
     except asyncio.TimeoutError:
         return f"{case.model}: hangs"
     except (BadAnswer, AssertionError) as error:
@@ -124,7 +108,7 @@ async def try_case(proxy: Proxy, case: Case, script: Script) -> str | None:
         verdict = answer.verdict(payload, 200 if "whole" in allowed and script.status == 200 else script.status)
     except (BadAnswer, ValueError, KeyError) as error:
         return f"{case.model}: {error!r}"
-    num_done = proxy.bad.done[case.model] + proxy.good.done[case.model]
+    num_done = scene.bad.done[case.model] + scene.good.done[case.model]
     if num_done > 1:
         return f"{case.model}: done {num_done} times"
     return None if verdict in allowed else f"{case.model}: {verdict}, not {'/'.join(allowed)}; {answer.body[:300]!r}"
@@ -133,15 +117,12 @@ async def try_case(proxy: Proxy, case: Case, script: Script) -> str | None:
 async def check_script(script: Script, caplog: pytest.LogCaptureFixture) -> None:
     cases = [case for case in CASES if script.plain is not None or case.is_stream]
     cases = [case for case in cases if script.stream is not None or not case.is_stream]
-    shouts: list[object] = []
-    asyncio.get_running_loop().set_exception_handler(lambda loop, context: shouts.append(context))
 
-    async with proxy_before(script) as proxy:
-        wrong = [text for text in await asyncio.gather(*(try_case(proxy, case, script) for case in cases)) if text]
+    async with proxy_before(script) as scene:
+        wrong = [text for text in await asyncio.gather(*(try_case(scene, case, script) for case in cases)) if text]
         assert wrong == []
-        assert proxy.bad.faults == proxy.good.faults == []
+        assert scene.bad.faults == scene.good.faults == []
 
-    assert shouts == []
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
 
 
@@ -159,8 +140,8 @@ async def test_redirects_are_not_followed(status, caplog) -> None:
 
 
 async def test_a_good_upstream_is_sent_each_request_once(caplog) -> None:
-    async with proxy_before(GOOD) as proxy:
+    async with proxy_before(GOOD) as scene:
         for case in CASES:
-            assert await try_case(proxy, case, GOOD) is None
+            assert await try_case(scene, case, GOOD) is None
 
-        assert all(count == 1 for count in proxy.bad.begun.values())
+        assert all(count == 1 for count in scene.bad.begun.values())

@@ -1,0 +1,61 @@
+"""A proxy in this process, with its lane and its handler, before whatever upstreams a test has."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+from brlite.app import FORWARDER, create_app, lanes
+from brlite.config import Config, LimitsConfig, ProxyConfig, UpstreamConfig
+from brlite.http.listen import HttpServer
+from brlite.proxy.forwarder import Forwarder
+from brlite.server.served_model import ModelTable
+
+
+class Proxy(NamedTuple):
+    server: HttpServer
+    forwarder: Forwarder
+
+    @property
+    def port(self) -> int:
+        return self.server.port
+
+
+@asynccontextmanager
+async def run_proxy(
+    *upstreams: UpstreamConfig,
+    proxy: ProxyConfig | None = None,
+    limits: LimitsConfig | None = None,
+    grace_seconds: float = 1.0,
+    **options: object,
+) -> AsyncIterator[Proxy]:
+    """Afterwards nothing is left of any request, and during it nothing goes wrong that only the loop would hear of."""
+    loop = asyncio.get_running_loop()
+    shouts: list[object] = []
+    loop.set_exception_handler(lambda loop, context: shouts.append(context))
+    config = Config(
+        model=(), upstream=upstreams, proxy=proxy or ProxyConfig(), limits=limits or LimitsConfig(), **options
+    )  # type: ignore[arg-type]  # any other field of Config
+    app = create_app(ModelTable([]), config)
+    forwarder = app[FORWARDER]
+    async with HttpServer(app, "127.0.0.1", 0, config.limits, grace_seconds, lanes(app)) as server:
+        yield Proxy(server, forwarder)
+        await wait_until(lambda: forwarder.num_active == 0)
+        assert [upstream.num_in_flight for upstream in forwarder.table.upstreams if upstream.num_in_flight] == []
+        assert [target for target in forwarder.table if target.places.num_in_flight or target.places.num_waiting] == []
+    await asyncio.sleep(0)  # what is cut is gone with the loop's next turn
+    assert [upstream for upstream in forwarder.table.upstreams if upstream.pool.connections] == []
+    assert server.num_connections == 0
+    assert shouts == []
+
+
+async def wait_until(is_so: object, seconds: float = 5.0) -> None:
+    """Wait until it is so. Raises `AssertionError` if that takes longer."""
+    assert callable(is_so)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
+    while not is_so():
+        assert loop.time() < deadline, "it never was so"
+        await asyncio.sleep(0.01)

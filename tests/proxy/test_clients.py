@@ -1,0 +1,604 @@
+"""Clients of the proxy that are malformed, greedy, slow or gone: refused or dropped, and the upstream never harmed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import pytest
+
+from brlite.config import KeyConfig, LimitsConfig, ProxyConfig, UpstreamConfig
+from tests.proxy.proxies import Proxy, run_proxy, wait_until
+from tests.proxy.raw_client import Answer, Client, post
+from tests.proxy.scripted import Act, Call, ScriptedUpstream, Step, Then
+from tests.proxy.scripts import EVENTS, GOOD_PLAIN, GOOD_STREAM, JSON_HEAD, PLAIN, TOKENS, chunks, event, length, sse
+
+BODY = b'{"model":"m","stream":false}'
+CHAT = b"POST /v1/chat/completions HTTP/1.1\r\n"
+HEAD = CHAT + b"Host: x\r\nContent-Type: application/json\r\n"
+HIDDEN = b'POST /v1/hidden HTTP/1.1\r\nHost: x\r\nContent-Length: 13\r\n\r\n{"model":"m"}'
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+UPGRADE = b"Connection: upgrade\r\nUpgrade: nothing\r\n"
+PLAIN_BODY = {"model": "m"}
+STREAM_BODY = {"model": "m", "stream": True}
+
+
+class Served:
+    """A proxy, the one upstream behind it, and clients that are gone after the test."""
+
+    def __init__(self, proxy: Proxy, upstream: ScriptedUpstream, stack: AsyncExitStack) -> None:
+        self.proxy, self.upstream, self._stack = proxy, upstream, stack
+
+    async def connect(self) -> Client:
+        client = await Client.connect(self.proxy.port)
+        self._stack.callback(client.leave)
+        return client
+
+    async def ask(self, data: bytes) -> Answer:
+        client = await self.connect()
+        client.send(data)
+        return await asyncio.wait_for(client.answer(), 5)
+
+
+Serve = Callable[..., Awaitable[Served]]
+
+
+@pytest.fixture
+async def serve() -> AsyncIterator[Serve]:
+    """`await serve(act)` is a proxy before an upstream that acts so, or answers well. It must have had no complaint."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            act: Act | None = None,
+            *,
+            proxy: ProxyConfig | None = None,
+            limits: LimitsConfig | None = None,
+            models: tuple[str, ...] = ("m",),
+            **options: object,
+        ) -> Served:
+            upstream = ScriptedUpstream(Step(GOOD_PLAIN), Step(GOOD_STREAM), act)
+            await stack.enter_async_context(upstream)
+            config = UpstreamConfig(url=upstream.url, models=models, health_path="")
+            running = await stack.enter_async_context(run_proxy(config, proxy=proxy, limits=limits, **options))
+            clients = await stack.enter_async_context(AsyncExitStack())
+            served.append(Served(running, upstream, clients))
+            return served[-1]
+
+        served: list[Served] = []
+        yield start
+    for each in served:
+        assert each.upstream.faults == []
+
+
+# What is no request
+
+MALFORMED = {
+    "a length and chunks": HEAD
+    + b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n1c\r\n%b\r\n0\r\n\r\n" % BODY
+    + HIDDEN,
+    "chunks and a length": HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "two lengths": HEAD + b"Content-Length: 28\r\nContent-Length: 5\r\n\r\n" + BODY + HIDDEN,
+    "the same length twice": HEAD + b"Content-Length: 28\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    **{
+        f"length {value!r}": HEAD + b"Content-Length: %b\r\n\r\n" % value + BODY + HIDDEN
+        for value in (b"-28", b"+28", b"28, 28", b"28,5", b"0x1c", b"2_8", b"1e1", b"", b"9" * 40, b"2 8", b"\xd9\xa3")
+    },
+    **{
+        f"coding {value!r}": HEAD + b"Transfer-Encoding: %b\r\n\r\n1c\r\n%b\r\n0\r\n\r\n" % (value, BODY) + HIDDEN
+        for value in (
+            *(b"chunked, identity", b"identity", b"xchunked", b"chunkedx", b"chunked, chunked", b"gzip, chunked"),
+            *(b"chunked;a=b", b'"chunked"', b"chunked\x0b", b"\x0bchunked", b",chunked,", b"cow"),
+        )
+    },
+    "two codings": HEAD
+    + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n1c\r\n%b\r\n0\r\n\r\n" % BODY
+    + HIDDEN,
+    "a coding in HTTP/1.0": HEAD.replace(b"1.1", b"1.0")
+    + b"Transfer-Encoding: chunked\r\n\r\n1c\r\n%b\r\n0\r\n\r\n" % BODY
+    + HIDDEN,
+    **{
+        f"chunk size {line!r}": HEAD + b"Transfer-Encoding: chunked\r\n\r\n%b%b\r\n0\r\n\r\n" % (line, BODY) + HIDDEN
+        for line in (
+            *(b"-1c\r\n", b"+1c\r\n", b"0x1c\r\n", b"1_c\r\n", b" 1c\r\n", b"1c\n", b"\r\n", b"zz\r\n", b"1b\r\n"),
+            *(b"1c\r\r\n", b"1c;\0\r\n", b"f" * 17 + b"\r\n", "١\r\n".encode()),
+        )
+    },
+    "a folded header": HEAD + b"X-A: b\r\n c\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "a folded length": HEAD + b"Content-Length:\r\n 28\r\n\r\n" + BODY + HIDDEN,
+    "a space before the colon": HEAD + b"Content-Length : 28\r\n\r\n" + BODY + HIDDEN,
+    "a space before the name": CHAT + b" Host: x\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "a header without a colon": HEAD + b"X-A\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "a header without a name": HEAD + b": b\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "bare line feeds": HEAD.replace(b"\r\n", b"\n") + b"Content-Length: 28\n\n" + BODY + HIDDEN,
+    "one bare line feed": HEAD + b"X-A: b\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "a bare carriage return": HEAD + b"X-A: b\rContent-Length: 5\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "NUL in a value": HEAD + b"X-A: \0\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "NUL in a name": HEAD + b"X-\0: b\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "a control character in a value": HEAD + b"X-A: \x01\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "DEL in a name": HEAD + b"X\x7f: b\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "no Host": CHAT + b"Content-Type: application/json\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "two Hosts": HEAD + b"Host: y\r\nContent-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "NUL in the path": HEAD.replace(b"chat", b"ch\0at") + b"Content-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "a space in the path": HEAD.replace(b"chat", b"ch at") + b"Content-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "a control character in the path": HEAD.replace(b"chat", b"ch\x01at")
+    + b"Content-Length: 28\r\n\r\n"
+    + BODY
+    + HIDDEN,
+    "a tab": HEAD.replace(b"POST ", b"POST\t") + b"Content-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "HTTP/1.2": HEAD.replace(b"1.1", b"1.2") + b"Content-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "HTTP/2.0": HEAD.replace(b"1.1", b"2.0") + b"Content-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "a version of two digits": HEAD.replace(b"1.1", b"1.11") + b"Content-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "HTTP/0.9": b"GET /v1/models\r\n\r\n" + HIDDEN,
+    "an HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(300),
+    "a method that nobody knows": HEAD.replace(b"POST", b"PO(ST") + b"Content-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "CONNECT": b"CONNECT 127.0.0.1:1 HTTP/1.1\r\nHost: 127.0.0.1:1\r\nConnection: close\r\n\r\n",
+    "a target with an authority only": HEAD.replace(b"/v1/chat/completions", b"127.0.0.1:1")
+    + b"Content-Length: 28\r\n\r\n"
+    + BODY,
+    "OPTIONS *": b"OPTIONS * HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
+    "POST *": HEAD.replace(b"/v1/chat/completions", b"*") + b"Content-Length: 28\r\n\r\n" + BODY,
+    "a header of 64 KB": HEAD + b"X-A: %b\r\nContent-Length: 28\r\n\r\n" % (b"a" * 65_536) + BODY + HIDDEN,
+    "a header of 4 MB": HEAD + b"X-A: %b\r\nContent-Length: 28\r\n\r\n" % (b"a" * 4_194_304) + BODY + HIDDEN,
+    "a header that never ends": HEAD + b"X-A: " + b"a" * 200_000,
+    "20,000 headers": HEAD + b"X-A: b\r\n" * 20_000 + b"Content-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "200 headers": HEAD + b"X-A: b\r\n" * 200 + b"Content-Length: 28\r\n\r\n" + BODY + HIDDEN,
+    "a path of 2 MB": HEAD.replace(b"chat", b"a" * 2**21) + b"Content-Length: 28\r\n\r\n" + BODY,
+    "no JSON": post(b"{", b"Connection: close"),
+    "JSON, but no object": post(b"[]", b"Connection: close"),
+    "two models": post(b'{"model":"m","model":"other"}', b"Connection: close"),
+    "no model that is known": post({"model": "other"}, b"Connection: close"),
+    "a Content-Encoding": post(BODY, b"Content-Encoding: gzip", b"Connection: close"),
+    "another Content-Type": post(BODY, b"Connection: close").replace(b"application/json", b"text/plain"),
+    **{
+        f"the path {path!r}": post(BODY, b"Connection: close", path=path)
+        for path in (
+            *(b"/v1/../admin", b"/v1/..", b"/v1/./../admin", b"/v1/%2e%2e/admin", b"/v1/.%2E/admin", b"/v1/..%2fadmin"),
+            *(b"/v1/chat/..\\..\\admin", b"/v2/chat", b"/admin", b"/v1", b"//v1/../chat"),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+@pytest.mark.parametrize("way", ["lane", "aiohttp"])
+async def test_what_is_no_request_is_refused_and_no_upstream_sees_it(serve, name, way) -> None:
+    served = await serve(limits=LimitsConfig(header_seconds=2, body_seconds=2))
+    data = MALFORMED[name]
+    if way == "aiohttp":
+        data = data.replace(b"\r\n", b"\r\n" + UPGRADE, 1) if b"Connection: close" not in data else data
+    client = await served.connect()
+
+    client.send(data)
+    answer = await asyncio.wait_for(client.answer(), 5)
+
+    assert 400 <= answer.status < 500 or answer.status in (501, 505)
+    assert isinstance(answer.error["message"], str)
+    assert await asyncio.wait_for(client.is_closed(), 5)
+    assert served.upstream.num_connections == 0
+
+
+@pytest.mark.parametrize("way", ["lane", "aiohttp"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(b"/v1/a%0d%0aX-Evil:%20yes", b"/v1/a%20HTTP/1.1%0d%0aX-Evil:b", b"/v1/a%00", b"/v1/%E6%B0%B4?x=%0d%0a"),
+        *(b"/v1/a?b=../c", b"/v1/a;b=c", b'/v1/a"b<c>', b"/v1/a..b/...", b"/v1/a//b"),
+    ],
+)
+async def test_odd_paths_reach_the_upstream_as_they_were_sent(serve, path, way) -> None:
+    served = await serve()
+
+    answer = await served.ask(post(BODY, *(UPGRADE.split(b"\r\n")[:2] if way == "aiohttp" else ()), path=path))
+
+    assert answer.body == PLAIN
+    assert [request.path for request in served.upstream.requests] == [
+        path.partition(b"#")[0] if way == "aiohttp" else path
+    ]
+
+
+@pytest.mark.parametrize("path", [b"/v1/\xff", b"/v1/a?\xff\xfe", "/v1/水".encode()])
+async def test_bytes_that_no_path_has_are_refused(serve, path) -> None:
+    served = await serve()
+
+    answer = await served.ask(post(BODY, path=path))
+
+    assert 400 <= answer.status < 500
+    assert served.upstream.num_connections == 0
+
+
+# What chooses a host, and what an upstream is not told
+
+WISHES = [
+    b"X-Forwarded-Host: 127.0.0.1:%d",
+    b"X-Forwarded-For: 127.0.0.1:%d",
+    b"Forwarded: host=127.0.0.1:%d",
+    b"X-Original-URL: http://127.0.0.1:%d/",
+    b"X-Rewrite-URL: http://127.0.0.1:%d/",
+    b"X-Upstream: http://127.0.0.1:%d",
+    b"Proxy: http://127.0.0.1:%d",
+    b"Referer: http://127.0.0.1:%d/",
+]
+FIELDS = ["api_base", "base_url", "url", "host", "upstream", "api_key", "proxy", "endpoint", "custom_llm_provider"]
+
+
+async def test_no_header_and_no_field_chooses_a_host(serve) -> None:
+    served = await serve()
+    async with ScriptedUpstream(Step(GOOD_PLAIN)) as canary:
+        at = f"127.0.0.1:{canary.port}"
+        headers = [wish % canary.port for wish in WISHES]
+        body = {"model": "m", **dict.fromkeys(FIELDS, f"http://{at}/v1")}
+        absolute = post(body, *headers, path=f"http://{at}/v1/chat/completions".encode())
+        with_its_host = post(body, *headers).replace(b"Host: proxy", b"Host: " + at.encode())
+
+        answers = [await served.ask(data) for data in (post(body, *headers), absolute, with_its_host)]
+
+        assert canary.num_connections == 0
+    assert [answer.body for answer in answers] == [PLAIN] * 3
+
+
+SECRETS = [
+    b"Cookie: session=secret",
+    b"Proxy-Authorization: Basic secret",
+    b"TE: trailers",
+    b"Trailer: X",
+    b"Keep-Alive: timeout=secret",
+    b"Accept-Encoding: gzip",
+    b"Connection: X-Secret",
+    b"X-Secret: secret",
+]
+
+
+@pytest.mark.parametrize("shown", [b"Authorization: Bearer sk-secret", b"X-Api-Key: sk-secret"])
+async def test_the_clients_key_and_hop_by_hop_headers_are_not_passed_on(serve, shown) -> None:
+    served = await serve(key=(KeyConfig(name="k", key="sk-secret"),))
+
+    answer = await served.ask(post(PLAIN_BODY, shown, *SECRETS, b"X-Kept: yes"))
+
+    assert answer.body == PLAIN
+    fields = served.upstream.requests[0].fields
+    assert b"secret" not in b"\n".join([*fields, *fields.values()])
+    assert b"accept-encoding" not in fields
+    assert fields[b"x-kept"] == b"yes"
+
+
+async def test_a_wrong_key_reaches_no_upstream(serve) -> None:
+    served = await serve(key=(KeyConfig(name="k", key="sk-secret"),))
+
+    answers = [await served.ask(post(PLAIN_BODY, *headers)) for headers in ((), (b"Authorization: Bearer sk-no",))]
+
+    assert [answer.status for answer in answers] == [401, 401]
+    assert served.upstream.num_connections == 0
+
+
+async def test_a_connection_header_of_many_names_takes_no_time(serve) -> None:
+    served = await serve()
+    names = b",".join(b"n%d" % n for n in range(2000))
+
+    async def ask_at_once() -> Answer:
+        return await served.ask(post(PLAIN_BODY, b"Connection: " + names))
+
+    answers = await asyncio.wait_for(asyncio.gather(*(ask_at_once() for _ in range(50))), 5)
+
+    assert [answer.body for answer in answers] == [PLAIN] * 50
+
+
+# Requests in pieces, behind each other, and half of them
+
+
+def one_of_each() -> list[tuple[bytes, bytes]]:
+    """Requests, and how their answers begin: the proxy's own and aiohttp's, with and without bodies."""
+    chunked = b"Transfer-Encoding: chunked\r\n\r\n" + chunks(BODY[:9], BODY[9:])
+    return [
+        (post(PLAIN_BODY), PLAIN),
+        (HEALTH, b'{"status"'),
+        (post(STREAM_BODY), EVENTS),
+        (post({"model": "unknown"}), b'{"error"'),
+        (HEAD + chunked, PLAIN),
+        (b"GET /nowhere HTTP/1.1\r\nHost: x\r\n\r\n", b'{"error"'),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks(BODY, end=b"0\r\nX-T: 1\r\n\r\n"), PLAIN),
+        (b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n", b'{"object":"list"'),
+        (post(b"{"), b'{"error"'),
+        (post(STREAM_BODY), EVENTS),
+    ]
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 1000, 10**6])
+async def test_pipelined_requests_are_answered_in_order_however_they_come(serve, size) -> None:
+    served = await serve()
+    requests = one_of_each()
+    data = b"".join(request for request, _ in requests)
+    client = await served.connect()
+
+    async def write() -> None:
+        for at in range(0, len(data), size):
+            client.send(data[at : at + size])
+            await asyncio.sleep(0)
+
+    writing = asyncio.create_task(write())
+    answers = [await asyncio.wait_for(client.answer(), 5) for _ in requests]
+    await writing
+
+    assert [answer.body[: len(begin)] for answer, (_, begin) in zip(answers, requests, strict=True)] == [
+        begin for _, begin in requests
+    ]
+
+
+@pytest.mark.parametrize("first", range(len(one_of_each())))
+async def test_any_two_requests_follow_each_other_on_one_connection(serve, first) -> None:
+    served = await serve()
+    requests = one_of_each()
+
+    for second in requests:
+        client = await served.connect()
+        for request, begin in (requests[first], second, requests[first]):
+            client.send(request)
+            assert (await asyncio.wait_for(client.answer(), 5)).body.startswith(begin)
+
+
+@pytest.mark.parametrize("body", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /health HTTP/1.1"])
+async def test_garbage_behind_a_request_does_not_harm_its_answer(serve, body) -> None:
+    served = await serve(limits=LimitsConfig(header_seconds=0.3))
+    client = await served.connect()
+
+    client.send(post(PLAIN_BODY) + b"\0\1garbage\r\n\r\n" + body)
+    answers = [await client.answer(), await client.answer()]
+
+    assert [answer.status for answer in answers] == [200, 400]
+    assert await client.is_closed()
+
+
+async def test_expect_100_continue_is_answered_before_the_body_is_sent(serve) -> None:
+    served = await serve()
+    client = await served.connect()
+    data = post(PLAIN_BODY, b"Expect: 100-continue")
+    head, _, body = data.partition(b"\r\n\r\n")
+
+    client.send(head + b"\r\n\r\n")
+    interim = await client.reader.readuntil(b"\r\n\r\n")
+    client.send(body)
+    answer = await client.answer()
+
+    assert interim == b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert answer.body == PLAIN
+
+
+@pytest.mark.parametrize("form", ["length", "chunks", "small chunks"])
+async def test_a_body_may_be_as_long_as_allowed_and_no_longer(serve, form) -> None:
+    limit = 5000
+    served = await serve(limits=LimitsConfig(max_body_bytes=limit))
+    answers = []
+
+    for num_bytes in (limit, limit + 1):
+        body = b'{"model":"m","x":"%b"}' % (b"x" * (num_bytes - 20))
+        if form == "length":
+            data = post(body)
+        else:
+            size = 1 if form == "small chunks" else 999
+            parts = (body[at : at + size] for at in range(0, len(body), size))
+            data = HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunks(*parts)
+        answers.append(await served.ask(data))
+
+    assert [answer.status for answer in answers] == [200, 413]
+    assert len(served.upstream.requests) == 1
+
+
+async def test_chunk_extensions_take_no_memory(serve) -> None:
+    served = await serve(limits=LimitsConfig(max_body_bytes=20_000, body_seconds=5))
+    client = await served.connect()
+
+    client.send(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    for _ in range(100):
+        client.send(b"1;%b\r\nx\r\n" % (b"e" * 10_000))
+        await asyncio.sleep(0)
+    await asyncio.sleep(0.1)
+    held = [len(b"".join(lane._raw)) for lane in _lanes_of(served)]
+
+    assert max(held) <= 2 * 20_000 + 2**18 + 2**16
+
+
+def _lanes_of(served: Served) -> list[object]:
+    return [connection._lane for connection in served.proxy.server._connections._members]
+
+
+async def test_slow_headers_and_slow_bodies_get_408(serve) -> None:
+    served = await serve(limits=LimitsConfig(header_seconds=0.2, body_seconds=0.2))
+
+    answers = await asyncio.gather(
+        served.ask(HEAD),
+        served.ask(HEAD + b"Content-Length: 28\r\n\r\n" + BODY[:5]),
+        served.ask(HEAD + b"Transfer-Encoding: chunked\r\n\r\n1c\r\n" + BODY[:5]),
+    )
+
+    assert [answer.status for answer in answers] == [408] * 3
+    assert served.upstream.num_connections == 0
+
+
+async def test_a_client_that_has_said_all_and_closes_its_side_is_not_left_hanging(serve) -> None:
+    served = await serve()
+    client = await served.connect()
+
+    client.send(post(PLAIN_BODY))
+    client.writer.write_eof()
+
+    assert await asyncio.wait_for(client.is_closed_after(PLAIN), 5)
+
+
+# Clients that leave
+
+
+async def never(call: Call) -> Then:
+    await call.wait_left()
+    return "close"
+
+
+async def half(call: Call) -> Then:
+    await call.send(sse(chunks(*TOKENS[:2], end=b"")) if call.request.is_stream else GOOD_PLAIN[:-5])
+    await call.wait_left()
+    return "close"
+
+
+@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["lane", "aiohttp"])
+@pytest.mark.parametrize("body", [PLAIN_BODY, STREAM_BODY], ids=["plain", "stream"])
+@pytest.mark.parametrize("act", [never, half])
+@pytest.mark.parametrize("how", ["reset", "close", "half close"])
+async def test_the_upstream_is_told_at_once_when_a_client_leaves(serve, way, body, act, how) -> None:
+    served = await serve(act)
+    client = await served.connect()
+    client.send(post(body, b"X-Request-Id: a", *way))
+    await wait_until(lambda: served.upstream.begun["a"])
+
+    if how == "reset":
+        client.leave()
+    elif how == "close":
+        client.writer.close()
+    else:
+        client.writer.write_eof()
+
+    await wait_until(lambda: served.upstream.left["a"], 1)
+    await wait_until(lambda: served.proxy.forwarder.num_active == 0, 1)
+    assert served.upstream.done["a"] == 0
+
+
+@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["lane", "aiohttp"])
+async def test_a_client_that_leaves_the_queue_is_never_asked_for(serve, way) -> None:
+    served = await serve(never, proxy=ProxyConfig(max_in_flight=1))
+    first, second = await served.connect(), await served.connect()
+    first.send(post(PLAIN_BODY, b"X-Request-Id: first"))
+    await wait_until(lambda: served.upstream.begun["first"])
+    second.send(post(PLAIN_BODY, b"X-Request-Id: second", *way))
+    await wait_until(lambda: served.proxy.forwarder.num_active == 2)
+
+    second.leave()
+    await wait_until(lambda: served.proxy.forwarder.num_active == 1)
+    first.leave()
+
+    await wait_until(lambda: served.proxy.forwarder.num_active == 0)
+    assert served.upstream.begun == {"first": 1}
+
+
+async def test_a_client_that_leaves_while_its_upstream_is_dialled_leaves_nothing() -> None:
+    listener = socket.create_server(("127.0.0.1", 0), backlog=0)
+    port = listener.getsockname()[1]
+    full = [socket.socket() for _ in range(8)]  # which nobody accepts: the next one waits for ever
+    for each in full:
+        each.setblocking(False)
+        each.connect_ex(("127.0.0.1", port))
+    upstream = UpstreamConfig(url=f"http://127.0.0.1:{port}", models=("m",), health_path="")
+
+    async with run_proxy(upstream, proxy=ProxyConfig(connect_seconds=60)) as proxy:
+        client = await Client.connect(proxy.port)
+        client.send(post(PLAIN_BODY))
+        await wait_until(lambda: proxy.forwarder.num_active == 1)
+        await asyncio.sleep(0.05)
+
+        client.leave()
+
+        await wait_until(lambda: proxy.forwarder.num_active == 0, 1)
+    for each in (listener, *full):
+        each.close()
+
+
+# Slow clients
+
+LONG_TOKENS = [event("x" * 16_000) for _ in range(64)]
+NUM_ROUNDS = 50
+
+
+async def stream_long(call: Call) -> Then:
+    """50 MB of events."""
+    await call.send(sse(b""))
+    for _ in range(NUM_ROUNDS):
+        for token in LONG_TOKENS:
+            await call.send(chunks(token, end=b""))
+            call.upstream.num_sent += len(token)
+    await call.send(chunks(TOKENS[-1], b"data: [DONE]\n\n"))
+    call.is_done()
+    return "keep"
+
+
+@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["lane", "aiohttp"])
+async def test_a_slow_client_holds_its_upstream_back_and_loses_nothing(serve, way) -> None:
+    served = await serve(stream_long)
+    client = await served.connect()
+    client.writer.transport.pause_reading()
+
+    client.send(post(STREAM_BODY, b"X-Request-Id: a", *way))
+    await wait_until(lambda: served.upstream.begun["a"])
+    num_sent = -1
+    while num_sent != served.upstream.num_sent:  # until nothing moves any more
+        num_sent = served.upstream.num_sent
+        await asyncio.sleep(0.2)
+    client.writer.transport.resume_reading()
+    answer = await client.answer()
+
+    assert num_sent < 24 * 2**20  # the sockets' buffers, and little more
+    assert len(answer.body) == NUM_ROUNDS * sum(map(len, LONG_TOKENS)) + len(TOKENS[-1]) + len(b"data: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["lane", "aiohttp"])
+@pytest.mark.parametrize("is_stream", [False, True], ids=["plain", "stream"])
+async def test_the_connection_that_a_slow_client_had_serves_the_next_one(serve, way, is_stream) -> None:
+    long = b'{"x":"%b"}' % (b"x" * 12_000_000)
+
+    async def act(call: Call) -> Then:
+        if len(call.upstream.requests) > 1:
+            await call.send(GOOD_PLAIN)
+        elif is_stream:
+            await call.send(sse(chunks(*LONG_TOKENS * 12, TOKENS[-1], b"data: [DONE]\n\n")))
+        else:
+            await call.send(JSON_HEAD + length(long))
+        return "keep"
+
+    served = await serve(act, proxy=ProxyConfig(held_bytes=10**8))
+    slow = await served.connect()
+    slow.writer.transport.pause_reading()
+    slow.send(post(STREAM_BODY if is_stream else PLAIN_BODY, *way))
+    await wait_until(lambda: served.upstream.requests)
+    await asyncio.sleep(0.3)
+    slow.writer.transport.resume_reading()
+    await slow.answer()
+
+    answer = await served.ask(post(PLAIN_BODY))
+
+    assert answer.body == PLAIN
+    assert served.upstream.num_connections == 1
+
+
+async def test_a_client_that_takes_nothing_is_cut_and_its_upstream_freed(serve) -> None:
+    served = await serve(stream_long, limits=LimitsConfig(slow_client_seconds=0.3))
+    client = await served.connect()
+    client.writer.transport.pause_reading()
+
+    client.send(post(STREAM_BODY, b"X-Request-Id: a"))
+
+    await wait_until(lambda: served.upstream.left["a"])
+    await wait_until(lambda: served.proxy.forwarder.num_active == 0)
+
+
+async def test_a_client_that_sends_for_ever_behind_its_request_is_not_read_for_ever(serve) -> None:
+    may_answer = asyncio.Event()
+
+    async def wait(call: Call) -> Then:
+        await may_answer.wait()
+        await call.send(GOOD_PLAIN)
+        return "keep"
+
+    served = await serve(wait)
+    client = await served.connect()
+    client.send(post(PLAIN_BODY, b"X-Request-Id: a"))
+    await wait_until(lambda: served.upstream.begun["a"])
+
+    num_sent = 0
+    while client.writer.transport.get_write_buffer_size() < 2**20 and num_sent < 64 * 2**20:
+        client.send(b"x" * 2**16)
+        num_sent += 2**16
+        await asyncio.sleep(0)
+    held = max(len(lane._unread) for lane in _lanes_of(served))
+    may_answer.set()
+
+    assert (await client.answer()).body == PLAIN
+    assert num_sent < 64 * 2**20
+    assert held < 2**19
