@@ -11,7 +11,9 @@ import msgspec
 import pytest
 
 from brlite.config import DEFAULT_MODEL, LimitsConfig, load_config
+from brlite.config_check import config_warnings
 from brlite.http.connection import MAX_HEADERS
+from brlite.proxy_config import load_proxy_config
 from brlite.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +68,16 @@ def test_the_example_of_a_key_is_one(tmp_path: Path) -> None:
     (key,) = load_config(path).key
 
     assert key.requests_per_minute > 0
+
+
+def test_the_example_of_a_proxy_is_one_without_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "proxy.toml"
+    path.write_text(README.split("## A proxy", 1)[1].split("```toml")[1].split("```")[0])
+
+    config = load_proxy_config([path])
+
+    assert config_warnings(config) == []
+    assert len(config.upstream) == 3
 
 
 def test_the_example_of_several_models_is_one(tmp_path: Path) -> None:
