@@ -8,7 +8,7 @@ remembered. Knows no sockets and no bodies.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Generic, TypeVar
 
@@ -101,6 +101,13 @@ class Heads(Generic[H]):
     def __init__(self, read: Callable[[bytes], H]) -> None:
         self._read = read
         self._known: dict[bytes, H] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """What is remembered."""
+        return iter(self._known)
 
     def read(self, head: bytes) -> tuple[H, int | None]:
         """What a head says, with its end, and the length of the body that it announces."""

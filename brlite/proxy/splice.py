@@ -156,7 +156,7 @@ class EventSplice:
 
     def _check(self, events: bytes) -> None:
         """Note what the events say. Raises `BrokenStream` if one of them is none."""
-        if events.startswith(b"data: {") and events.find(b"\n") == len(events) - 2:
+        if events.startswith(b"data: {") and events.find(b"\n") == len(events) - 2 and b"\r" not in events:
             self._check_data(events[6:-2])
             return
         for event in _EVENT_END.split(events):
