@@ -92,11 +92,10 @@ def _upstreams(config: Config) -> Warnings:
 
 
 def _aliases(config: Config) -> Warnings:
-    here, elsewhere = _local_models(config), _forwarded_models(config)
+    known = _local_models(config) | _forwarded_models(config)
     for alias, model in config.proxy.aliases.items():
-        if model not in elsewhere:
-            why = "which is served here, and aliases lead to upstreams" if model in here else "which has no upstream"
-            yield f"proxy.aliases.{alias}: leads to {model}, {why}: asking for it gives 404"
+        if model not in known:
+            yield f"proxy.aliases.{alias}: leads to {model}, which has no upstream: asking for it gives 404"
 
 
 def _fallbacks(config: Config) -> Warnings:

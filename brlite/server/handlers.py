@@ -116,7 +116,7 @@ async def detokenize(request: web.Request) -> web.Response:
 async def list_models(request: web.Request) -> web.Response:
     """Those that the key may use and, of those that other servers have, that can be reached."""
     models, may_use = request.app[MODELS], api_key(request).may_use
-    here = [_card(model) for model in models if may_use(model.name)]
+    here = [_card(name, model) for name, model in models.names() if may_use(model.name)]
     elsewhere = [forwarded_card(model) for model in models.forwarded if model.num_available and may_use(model.model)]
     return _json(ModelList(data=here + elsewhere))
 
@@ -124,8 +124,8 @@ async def list_models(request: web.Request) -> web.Response:
 async def get_model(request: web.Request) -> web.Response:
     name, models = request.match_info["name"], request.app[MODELS]
     forwarded = models.find_forwarded(name)
-    api_key(request).check_model(name if forwarded is None else forwarded.model)
-    return _json(_card(models.find(name)) if forwarded is None else forwarded_card(forwarded))
+    api_key(request).check_model(models.resolve(name) if forwarded is None else forwarded.model)
+    return _json(_card(name, models.find(name)) if forwarded is None else forwarded_card(forwarded))
 
 
 async def version(request: web.Request) -> web.Response:
@@ -206,7 +206,7 @@ def _using(request: web.Request, name: str | None) -> Iterator[ServedModel]:
     The key is asked first: it does not tell which other models there are.
     """
     models = request.app[MODELS]
-    whole_name = models.find(None).name if name is None else name
+    whole_name = models.find(None).name if name is None else models.resolve(name)
     with admitted(request, whole_name), models.use(whole_name, _limits(request).max_waiting) as model:
         yield model
 
@@ -253,9 +253,9 @@ def _limits(request: web.Request) -> LimitsConfig:
     return request.app[CONFIG].limits
 
 
-def _card(model: ServedModel) -> ModelCard:
+def _card(name: str, model: ServedModel) -> ModelCard:
     return ModelCard(
-        id=model.name, created=model.created, root=model.name, max_model_len=model.max_model_len, status=model.status
+        id=name, created=model.created, root=model.name, max_model_len=model.max_model_len, status=model.status
     )
 
 

@@ -104,14 +104,16 @@ class ServedModel:
 
 
 class ModelTable:
-    """Which names lead to a model here. `is_draining` closes the door to new work.
+    """Which names, aliases among them, lead to a model here. `is_draining` closes the door to new work.
 
     `forwarded` gives, whenever it is iterated, the names that other servers answer to.
     """
 
     def __init__(self, models: Iterable[ServedModel], elsewhere: ProxyConfig | None = None) -> None:
+        elsewhere = elsewhere or ProxyConfig()
         self._models = {model.name: model for model in models}
-        self._elsewhere = frozenset((elsewhere or ProxyConfig()).all_models.values())
+        self._elsewhere = frozenset(elsewhere.all_models.values())
+        self._aliases = {alias: name for alias, name in elsewhere.aliases.items() if name in self._models}
         self.forwarded: Iterable[ForwardedModel] = ()
         self.is_draining = False
 
@@ -139,11 +141,20 @@ class ModelTable:
         """The model of another server that the name leads to, if there is one."""
         return next((model for model in self.forwarded if model.name == name), None)
 
+    def names(self) -> Iterator[tuple[str, ServedModel]]:
+        """Every name that leads to a model here, with that model."""
+        yield from self._models.items()
+        yield from ((alias, self._models[name]) for alias, name in self._aliases.items())
+
+    def resolve(self, name: str) -> str:
+        """The model's own name, where `name` is an alias of it."""
+        return self._aliases.get(name, name)
+
     def find(self, name: str | None) -> ServedModel:
         """The model of that name; no name is enough where one model is served. Raises `ModelNotFound`."""
         if name is None and len(self._models) == 1:
             return next(iter(self._models.values()))
-        model = self._models.get(name or "")
+        model = self._models.get(self.resolve(name or ""))
         if model is None:
             raise ModelNotFound(self._unknown(name), param="model", code="model_not_found")
         return model
@@ -163,5 +174,5 @@ class ModelTable:
             return "say which model: several are served here"
         is_elsewhere = name in self._elsewhere
         where = "runs on another server, whose address is not known here" if is_elsewhere else "does not exist"
-        names = ", ".join([*self._models, *(model.name for model in self.forwarded)])
+        names = ", ".join([*self._models, *self._aliases, *(model.name for model in self.forwarded)])
         return f"The model `{name[:200]}` {where}. Served here: {names}"

@@ -146,6 +146,18 @@ async def test_a_model_of_another_server_is_a_404_that_says_so_without_its_addre
     assert "10.0.0.9" not in message
 
 
+async def test_an_alias_is_another_name_of_a_model_here(client: Client) -> None:
+    names = ProxyConfig(aliases={"gpt-4o": "fake"})
+    app = create_app(ModelTable([ServedModel(ModelSpec(name="fake"), client.engine)], names))
+
+    async with HttpServer(app, "127.0.0.1", 0, LimitsConfig()) as server, aiohttp.ClientSession(server.url) as session:
+        answer = await (await session.post(CHAT, json=chat_body(model="gpt-4o"))).json()
+        listed = await (await session.get("/v1/models")).json()
+
+    assert answer["model"] == "gpt-4o"
+    assert [(card["id"], card["root"]) for card in listed["data"]] == [("fake", "fake"), ("gpt-4o", "fake")]
+
+
 @pytest.mark.parametrize(("metrics_need_key", "metrics_status"), [(False, 200), (True, 401)])
 async def test_everything_but_the_probes_needs_a_key(
     make_client: MakeClient, metrics_need_key: bool, metrics_status: int
