@@ -13,10 +13,12 @@ import openai
 import pytest
 
 from brlite.app import create_app, lanes
-from brlite.config import Config, UpstreamConfig
-from brlite.errors import ConfigError
+from brlite.config import Config, ProxyConfig, UpstreamConfig
+from brlite.errors import ConfigError, UpstreamError
 from brlite.http.listen import HttpServer
+from brlite.proxy.client import UpstreamClient
 from brlite.proxy.forwarder import Forwarder
+from brlite.proxy.upstream import Upstream
 from brlite.server.served_model import ModelTable
 from tests.proxy.services import GATED, Gated, ask
 
@@ -89,6 +91,21 @@ async def test_an_upstream_whose_certificate_is_not_good_is_not_asked(
     assert line.startswith(f"upstream https://{host}:{port}: ")
     assert why in line
     assert why not in caught.value.message
+
+
+async def test_it_is_asked_how_it_is_with_the_same_trust(folder: Path, port: int) -> None:
+    trusted, stranger = (
+        Upstream(UpstreamConfig(url=f"https://localhost:{port}", models=("far",), ca_file=ca_file), ProxyConfig())
+        for ca_file in (str(folder / "cert.pem"), None)
+    )
+
+    async with UpstreamClient(trusted, 5) as client:
+        status = await client.status("/health")
+    async with UpstreamClient(stranger, 5) as client:
+        with pytest.raises(UpstreamError, match="self-signed certificate"):
+            await client.status("/health")
+
+    assert status == 404
 
 
 @pytest.mark.parametrize("text", [None, "no certificate"], ids=["absent", "no certificate"])
