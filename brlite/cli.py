@@ -7,6 +7,7 @@ not wait for torch.
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -109,10 +110,12 @@ def _proxy_config(args: argparse.Namespace) -> Config:
 
 def _listen(load: Callable[[], Config], files: Sequence[Path], notes: Sequence[str] = ()) -> int:
     """Serve what is loaded, and again when the files change."""
+    gc.disable()  # nothing that is imported is garbage, and looking for some takes a twentieth of a proxy's start
     from brlite.config_check import config_warnings
     from brlite.reload import ConfigSource
     from brlite.serve import run
 
+    gc.enable()
     config = load()
     _configure_logging(config.server.log_level)
     return run(config, [*notes, *config_warnings(config)], ConfigSource(tuple(files), load))
