@@ -59,8 +59,9 @@ class GetServer:
         await web.SockSite(self._runner, self._sock).start()
 
     async def kill(self) -> None:
+        """Be gone; what hangs is cut. May be called twice."""
         self._is_over.set()
-        if self._unix_path is None:
+        if self._unix_path is None and self._sock.fileno() >= 0:
             # asyncio loses a connection whose listener is closed between accepting it and making its transport.
             asyncio.get_running_loop().remove_reader(self._sock)
             for _ in range(3):
