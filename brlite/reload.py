@@ -24,6 +24,7 @@ from brlite.errors import BrliteError, ConfigError
 from brlite.http.keys import ApiKeys
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.table import upstream_configs
+from brlite.server.served_model import ModelTable
 
 logger = logging.getLogger(__name__)
 
@@ -72,15 +73,17 @@ class Reloader:
         config: Config,
         keys: ApiKeys,
         forwarder: Forwarder,
+        models: ModelTable,
         *,
         terminal: int | None = None,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
-        """`config` is what the server runs by now, with these keys and this forwarder."""
+        """`config` is what the server runs by now, with these keys, this forwarder and these models."""
         self.config = config
         self._source = source
         self._keys = keys
         self._forwarder = forwarder
+        self._models = models
         self._poll_seconds = poll_seconds
         self._is_asked = asyncio.Event()
         self._terminal = terminal
@@ -111,6 +114,7 @@ class Reloader:
             logger.error("the config stays as it was: %s", error)
             return
         has_other_keys = self._keys.replace(keys)
+        self._models.take_names(running.proxy)
         warnings = set(config_warnings(self.config))
         self.config = running
         _report(changes, has_other_keys)

@@ -63,7 +63,7 @@ async def _serve(config: Config, source: ConfigSource) -> int:
     models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
     app = create_app(models, config)
     forwarder, keys = app[FORWARDER], app[KEYS]
-    reloader = Reloader(source, config, keys, forwarder, terminal=find_terminal())
+    reloader = Reloader(source, config, keys, forwarder, models, terminal=find_terminal())
     async with Residency(models, ModelLoader(config), config.engine) as residency:
         # By then the grace time is over: closing an engine gives its streams their error event.
         app.on_shutdown.append(lambda _: residency.close())

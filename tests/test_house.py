@@ -52,7 +52,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "proxy": ("http address config errors", "aiohttp msgspec prometheus_client"),
     "llm": ("engine worker checkpoint tokenizer sampling_params outputs config config_check errors", "msgspec"),
     "app": ("server proxy http llm engine config errors", "aiohttp"),
-    "reload": ("proxy http config config_check config_diff errors", "msgspec"),
+    "reload": ("server proxy http config config_check config_diff errors", "msgspec"),
     "serve": ("app reload proxy llm checkpoint.fetch worker.sizes server http config errors", ""),
     "ray_serve": ("app llm http config config_check field_errors errors", "aiohttp msgspec ray starlette yarl"),
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from brlite.config import Config, load_config
-from brlite.errors import Unauthorized
+from brlite.errors import ModelNotFound, Unauthorized
 from brlite.http.keys import ApiKeys
 from brlite.proxy.forwarder import Forwarder
 from brlite.reload import ConfigSource, FileWatch, Reloader
+from brlite.server.served_model import ModelTable, ServedModel
 
 Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
@@ -35,8 +36,10 @@ class Running:
         config = load_config(path)
         self.keys = ApiKeys.from_config(config)
         self.forwarder = Forwarder(config)
+        self.table = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
         source = ConfigSource((path,), lambda: load_config(path))
-        self.reloader = Reloader(source, config, self.keys, self.forwarder, poll_seconds=poll_seconds)
+        parts = (self.keys, self.forwarder, self.table)
+        self.reloader = Reloader(source, config, *parts, poll_seconds=poll_seconds)
 
     @property
     def config(self) -> Config:
@@ -163,6 +166,18 @@ async def test_a_model_of_its_own_is_still_served_here_until_the_restart(start) 
     assert [spec.name for spec in running.config.model] == ["here"]
 
 
+async def test_an_alias_of_a_model_of_its_own_comes_and_goes(start) -> None:
+    running = start('[[model]]\nname = "here"\n')
+
+    running.reload('[[model]]\nname = "here"\n[proxy.aliases]\nshort = "here"\n')
+    found = running.table.find("short").name
+    running.reload('[[model]]\nname = "here"\n')
+
+    assert found == "here"
+    with pytest.raises(ModelNotFound):
+        running.table.find("short")
+
+
 async def test_upstreams_may_come_to_a_server_that_had_none_and_go_again(start) -> None:
     running = start("")
 
@@ -250,7 +265,12 @@ async def test_a_closed_terminal_ends_the_server_in_place_of_a_reload(start, log
 
     try:
         async with Reloader(
-            ConfigSource((), Config), running.config, running.keys, running.forwarder, terminal=terminal
+            ConfigSource((), Config),
+            running.config,
+            running.keys,
+            running.forwarder,
+            running.table,
+            terminal=terminal,
         ):
             os.close(main)
             os.kill(os.getpid(), signal.SIGHUP)

@@ -110,10 +110,8 @@ class ModelTable:
     """
 
     def __init__(self, models: Iterable[ServedModel], elsewhere: ProxyConfig | None = None) -> None:
-        elsewhere = elsewhere or ProxyConfig()
         self._models = {model.name: model for model in models}
-        self._elsewhere = frozenset(elsewhere.all_models.values())
-        self._aliases = {alias: name for alias, name in elsewhere.aliases.items() if name in self._models}
+        self.take_names(elsewhere or ProxyConfig())
         self.forwarded: Iterable[ForwardedModel] = ()
         self.is_draining = False
 
@@ -140,6 +138,11 @@ class ModelTable:
     def find_forwarded(self, name: str) -> ForwardedModel | None:
         """The model of another server that the name leads to, if there is one."""
         return next((model for model in self.forwarded if model.name == name), None)
+
+    def take_names(self, config: ProxyConfig) -> None:
+        """From now on know this config's aliases, and which models are said to be elsewhere."""
+        self._elsewhere = frozenset(config.all_models.values())
+        self._aliases = {alias: name for alias, name in config.aliases.items() if name in self._models}
 
     def names(self) -> Iterator[tuple[str, ServedModel]]:
         """Every name that leads to a model here, with that model."""
