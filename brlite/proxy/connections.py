@@ -133,8 +133,8 @@ class Pool:
     def _close_old(self) -> None:
         self._timer = None
         loop = asyncio.get_running_loop()
-        oldest = loop.time() - self._idle_seconds
-        while self._idle and self._idle[0].idle_since <= oldest:
+        now = loop.time()
+        while self._idle and self._idle[0].idle_since + self._idle_seconds <= now:
             self._idle.pop(0).transport.close()
         if self._idle:
             self._timer = loop.call_at(self._idle[0].idle_since + self._idle_seconds, self._close_old)

@@ -109,12 +109,12 @@ class Client:
         fields = _fields(lines)
         check(status != 204 or not fields.keys() & {b"content-length", b"transfer-encoding"}, "204 has no body")
         try:
-            body = b"" if status == 204 else await self._body(fields)
+            body = b"" if status == 204 else await self._body(fields, line.startswith(b"HTTP/1.0"))
         except _Cut as cut:
             return Answer(status, fields, cut.body, is_cut=True, num_interim=num_interim)
         return Answer(status, fields, body, num_interim=num_interim)
 
-    async def _body(self, fields: dict[bytes, bytes]) -> bytes:
+    async def _body(self, fields: dict[bytes, bytes], is_1_0: bool) -> bytes:
         if b"transfer-encoding" in fields:
             check(
                 fields[b"transfer-encoding"] == b"chunked" and b"content-length" not in fields, "contradicting fields"
@@ -123,7 +123,7 @@ class Client:
         try:
             if b"content-length" in fields:
                 return await self.reader.readexactly(int(fields[b"content-length"]))
-            check(fields.get(b"connection") == b"close", "a body without an end")
+            check(fields.get(b"connection") == b"close" or is_1_0, "a body without an end")
             return await self._until_close()
         except asyncio.IncompleteReadError as error:
             raise _Cut(error.partial) from None

@@ -76,6 +76,7 @@ class ScriptedUpstream:
         self.act = act
         self.port = 0
         self.num_connections = 0
+        self.num_busy = 0  # requests under way
         self.num_sent = 0  # bytes, for whoever counts them
         self.requests: list[Request] = []
         self.begun: Counter[str] = Counter()
@@ -157,6 +158,7 @@ class Call:
             return await self._do(upstream.plain)
         await self._read_body()
         upstream.begun[self.request.id] += 1
+        upstream.num_busy += 1
         try:
             if upstream.act is not None:
                 return await upstream.act(self)
@@ -164,6 +166,8 @@ class Call:
         except ConnectionError:
             upstream.left[self.request.id] += 1
             raise
+        finally:
+            upstream.num_busy -= 1
 
     def is_done(self) -> None:
         """The job has been done to its end."""
