@@ -18,7 +18,7 @@ from brlite.config import ModelSpec
 from brlite.models.attention import Span, StepPlanner
 from brlite.models.config import KVDtype
 from brlite.models.kv_cache import KVCache
-from brlite.worker.device import compute_dtype, multiplies_with_onednn, select_device
+from brlite.worker.device import compute_dtype, rules_for, select_device
 from brlite.worker.loading import load_model
 
 BLOCK_SIZE = 16
@@ -29,7 +29,7 @@ class TorchModel:
 
     def __init__(self, path: Path, spec: ModelSpec, dtype: Literal["auto", "float32"], kv_dtype: KVDtype) -> None:
         device = select_device("cpu")
-        packs = dtype == "auto" and multiplies_with_onednn(device)
+        packs = dtype == "auto" and rules_for(device).packs_matrices
         with closing(open_checkpoint(path)) as checkpoint:
             self._decoder = load_model(
                 checkpoint, spec, compute_dtype(dtype, device), device, lambda fraction: None, packs=packs

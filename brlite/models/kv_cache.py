@@ -1,7 +1,8 @@
 """The paged KV cache: keys and values of every layer in blocks, allocated once. Knows no sequences, only block numbers.
 
-One block more than asked for is kept, always zero: tables are padded with it. What a masked slot holds is multiplied
-by zero, which is no protection from a NaN: that is why the padding and the unwritten rest of a block must be finite.
+Two blocks more than asked for are kept. One is always zero: tables are padded with it. What a masked slot holds is
+multiplied by zero, which is no protection from a NaN: that is why the padding and the unwritten rest of a block must be
+finite. The other is for rows that only fill a step up: it is written and never read.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The blocks of all layers. `null_block` is the spare one that stays zero."""
+    """The blocks of all layers. `null_block` stays zero; `scratch_block` may be written by anybody."""
 
     def __init__(
         self, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: KVDtype, device: torch.device
@@ -81,8 +82,9 @@ class KVCache:
         self.block_size = block_size
         self.dtype = dtype
         self.null_block = num_blocks
+        self.scratch_block = num_blocks + 1
         # One tensor holds all layers' keys and values: clearing a block is one call, not one for each.
-        shape = (config.num_layers, 2, num_blocks + 1, block_size, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, 2, num_blocks + 2, block_size, config.num_kv_heads, config.head_dim)
         self._values = torch.zeros(shape, dtype=TORCH_DTYPES[dtype], device=device)
         self._scales = torch.zeros((*shape[:-1], 1), device=device) if dtype == "int8" else None
         self.layers = [LayerCache(self._pages(layer, 0), self._pages(layer, 1)) for layer in range(config.num_layers)]

@@ -5,12 +5,16 @@ Biren cards come first: their torch plugin can pass itself off as CUDA, so CUDA 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import os
+import sys
+from collections.abc import MutableMapping
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from brlite.errors import ConfigError
 from brlite.worker.cpu import describe_cpu, has_fast_bfloat16
@@ -22,14 +26,57 @@ logger = logging.getLogger(__name__)
 
 KINDS = ("cpu", "cuda", "supa")
 BIREN_PLUGINS = ("torch_supa", "torch_br")  # second generation cards, first generation cards
-CARD_NODES = ("biren*", "nvidia[0-9]*", "dxg", "kfd")  # in /dev, where there is any card
+NODES = Path("/dev")
+BIREN_NODES = "biren*"
+CARD_NODES = (BIREN_NODES, "nvidia[0-9]*", "dxg", "kfd")  # where there is any card
+BIREN_ENVIRONMENT = "BR_UMD_DEBUG_P2P_ACCESS_CHECK"  # the manual wants 0: its cards reach each other over PCIe
+
+
+class DeviceRules(NamedTuple):
+    """How a kind of device wants to be used.
+
+    `packs_matrices` in oneDNN's layout. `keeps_int8` holds int8 weights as they are, to be dequantised in the product:
+    memory is what cards are short of. `has_few_shapes` rounds the shapes of a step up, since each one may cost a
+    kernel. `samples` on the device, rather than on the host. `is_probed` before it is trusted.
+    """
+
+    packs_matrices: bool = False
+    keeps_int8: bool = False
+    has_few_shapes: bool = False
+    samples: bool = True
+    is_probed: bool = False
+
+
+RULES = {
+    "cpu": DeviceRules(packs_matrices=True),
+    "cuda": DeviceRules(keeps_int8=True, has_few_shapes=True, is_probed=True),
+    # Sorting, masks and what waits for the device are the weak side of young plugins.
+    "supa": DeviceRules(keeps_int8=True, has_few_shapes=True, samples=False, is_probed=True),
+}
+
+
+def prepare_environment(environment: MutableMapping[str, str] = os.environ, nodes: Path = NODES) -> None:
+    """Set, where there are Biren cards, what their driver reads when torch or its plugin loads it.
+
+    A value that the user has set stays. Needs no torch: call it before torch is imported.
+    """
+    if not any(nodes.glob(BIREN_NODES)):
+        return
+    wanted = {BIREN_ENVIRONMENT: "0"}
+    if "BIREN_VISIBLE_DEVICES" in environment:
+        wanted["SUPA_VISIBLE_DEVICES"] = environment["BIREN_VISIBLE_DEVICES"]
+    for name, value in wanted.items():
+        if name not in environment:
+            environment[name] = value
+            is_late = "torch" in sys.modules
+            logger.info("%s=%s is set for Biren cards%s", name, value, ", but torch was loaded before" * is_late)
 
 
 def computes_on_cpu(name: str) -> bool:
     """Whether `select_device` would take the CPU. Where no card can be, torch is not imported to find out."""
     if name == "cpu":
         return True
-    if name == "auto" and not any(any(Path("/dev").glob(node)) for node in CARD_NODES):
+    if name == "auto" and not any(any(NODES.glob(node)) for node in CARD_NODES):
         return True
     return select_device(name).type == "cpu"
 
@@ -43,6 +90,7 @@ def select_device(name: str, index: int = 0) -> torch.device:
     is_numbered = kind != "cpu" and number.isdecimal()
     if kind not in KINDS or (":" in name and not is_numbered):
         raise ConfigError(f"engine.device is {name!r}; allowed are auto, {', '.join(KINDS)}, cuda:1, supa:1 and so on")
+    prepare_environment()
     import torch
 
     if kind == "cpu":
@@ -51,11 +99,14 @@ def select_device(name: str, index: int = 0) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """A line for the log: the device and, where it has one, its product name."""
+    """A line for the log: the device and, where they can be told, its product name and torch's plugin for it."""
     if device.type == "cpu":
         return f"{device.type} ({describe_cpu()})"
     get_name = getattr(_runtime(device.type), "get_device_name", None)
-    return f"{device} ({get_name(device)})" if get_name is not None else str(device)
+    facts = [str(get_name(device))] if get_name is not None else []
+    if device.type == "supa":
+        facts += [f"{name} {_version(name)}" for name in BIREN_PLUGINS if name in sys.modules]
+    return f"{device} ({', '.join(facts)})" if facts else str(device)
 
 
 def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: torch.device) -> torch.dtype:
@@ -68,28 +119,29 @@ def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: tor
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
 
 
-def multiplies_with_onednn(device: torch.device) -> bool:
-    """Whether matrices may be packed for oneDNN, which serves CPUs only."""
-    return device.type == "cpu"
+def rules_for(device: torch.device) -> DeviceRules:
+    """How `device` wants to be used."""
+    return RULES[device.type]
 
 
 def _best_kind() -> str:
-    for kind in ("supa", "cuda"):
-        if _num_devices(kind, may_load_plugin=_has_biren_node()) > 0:
-            return kind
-    return "cpu"
+    """The first kind that is there. Cards that are there but cannot be used are told of."""
+    if any(NODES.glob(BIREN_NODES)) and not _num_devices("supa"):
+        logger.warning("Biren cards cannot be used: %s", _obstacles("supa") or "their plugin finds none")
+    return next((kind for kind in ("supa", "cuda") if _num_devices(kind)), "cpu")
 
 
 def _checked_index(kind: str, index: int) -> int:
-    count = _num_devices(kind, may_load_plugin=True)
+    count = _num_devices(kind, is_wanted=True)
     if index >= count:
-        found = f"{count} found" if count else "none found"
-        raise ConfigError(f"device {kind}:{index} is not there: {found}{_plugin_hint(kind)}")
+        found, obstacles = f"{count} found" if count else "none found", _obstacles(kind)
+        raise ConfigError(f"device {kind}:{index} is not there: {found}{'; ' * bool(obstacles)}{obstacles}")
     return index
 
 
-def _num_devices(kind: str, *, may_load_plugin: bool) -> int:
-    if kind == "supa" and may_load_plugin and _runtime(kind) is None:
+def _num_devices(kind: str, *, is_wanted: bool = False) -> int:
+    """How many there are. The plugin of Biren cards is loaded where one is wanted or seems to be there."""
+    if kind == "supa" and _runtime(kind) is None and (is_wanted or any(NODES.glob(BIREN_NODES))):
         _load_biren_plugin()
     runtime = _runtime(kind)
     if runtime is None or not runtime.is_available():
@@ -104,29 +156,31 @@ def _runtime(kind: str) -> ModuleType | None:
     return getattr(torch, kind, None)
 
 
-def _has_biren_node() -> bool:
-    return any(Path("/dev").glob("biren*"))
+def _obstacles(kind: str) -> str:
+    """Why no plugin makes this kind known to torch; empty where one does, or none is needed."""
+    return "; ".join(_load_biren_plugin()) if kind == "supa" and _runtime(kind) is None else ""
 
 
-def _load_biren_plugin() -> None:
-    _set_biren_environment()
+@functools.cache  # a plugin that fails half-way is not tried again
+def _load_biren_plugin() -> tuple[str, ...]:
+    """Import the first plugin that can be; else why each cannot."""
+    obstacles: list[str] = []
     for plugin in BIREN_PLUGINS:
         try:
             importlib.import_module(plugin)
-        except ImportError as error:
-            logger.info("%s cannot be used: %s", plugin, error)
+        except (ImportError, OSError, RuntimeError) as error:  # no driver, or one that does not fit, is any of them
+            obstacles.append(f"{plugin} cannot be imported ({_first_line(error)})")
         else:
-            return
+            return ()
+    return tuple(obstacles)
 
 
-def _set_biren_environment() -> None:
-    """What the driver reads when it is loaded. A value that the user has set stays."""
-    os.environ.setdefault("BR_UMD_DEBUG_P2P_ACCESS_CHECK", "0")
-    if "BIREN_VISIBLE_DEVICES" in os.environ:
-        os.environ.setdefault("SUPA_VISIBLE_DEVICES", os.environ["BIREN_VISIBLE_DEVICES"])
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _plugin_hint(kind: str) -> str:
-    if kind != "supa" or _runtime(kind) is not None:
-        return ""
-    return f"; neither {' nor '.join(BIREN_PLUGINS)} could be imported"
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "of unknown version"

@@ -22,7 +22,7 @@ from brlite.models.decoder import Decoder
 from brlite.models.kv_cache import KVCache
 from brlite.outputs import TokenLogprob
 from brlite.worker.cpu import physical_cores
-from brlite.worker.device import compute_dtype, describe_device, multiplies_with_onednn, select_device
+from brlite.worker.device import compute_dtype, describe_device, rules_for, select_device
 from brlite.worker.loading import load_model
 from brlite.worker.sampler import sample, token_logprobs
 
@@ -39,7 +39,10 @@ class TorchBackend:
     def __init__(self, decoder: Decoder, cache: KVCache, info: BackendInfo) -> None:
         self._decoder = decoder
         self._cache = cache
-        self._planner = StepPlanner(decoder.config, cache, decoder.dtype, decoder.device)
+        self._rules = rules_for(decoder.device)
+        self._planner = StepPlanner(
+            decoder.config, cache, decoder.dtype, decoder.device, has_few_shapes=self._rules.has_few_shapes
+        )
         self._info = info
 
     @classmethod
@@ -59,8 +62,8 @@ class TorchBackend:
             raise ConfigError(f"tensor_parallel is {spec.tensor_parallel}; the torch backend computes on 1 device")
         device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
         torch.set_num_threads(engine.threads or physical_cores())
-        dtype, packs = compute_dtype(engine.dtype, device), multiplies_with_onednn(device)
-        decoder = load_model(checkpoint, spec, dtype, device, on_progress, packs=packs)
+        dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
+        decoder = load_model(checkpoint, spec, dtype, device, on_progress, packs=rules.packs_matrices)
         cache = _allocate_cache(decoder, spec, engine.block_size)
         return cls(decoder, cache, _describe(decoder, cache, spec, engine, notes))
 
@@ -72,11 +75,11 @@ class TorchBackend:
         """Compute one step. Its exceptions leave the cache of other sequences as it was."""
         with torch.inference_mode():
             plan = self._planner.plan([Span(seq.start, len(seq.token_ids), seq.block_table) for seq in batch.seqs])
-            token_ids = [token_id for index in plan.order for token_id in batch.seqs[index].token_ids]
+            token_ids = plan.in_rows([seq.token_ids for seq in batch.seqs])
             hidden = self._decoder.forward(self._indices(token_ids), plan, self._cache)
             tokens = self._draw(batch.seqs, plan, hidden)
             results = [
-                _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, hidden[first:]))
+                _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, hidden, first))
                 for seq, first in zip(batch.seqs, plan.first_rows, strict=True)
             ]
         return StepResult(results)
@@ -95,18 +98,23 @@ class TorchBackend:
                 inputs.append(seq.sampling)
         if not rows:
             return {}
-        logits = self._decoder.logits(hidden.index_select(0, self._indices(rows)))
-        return dict(zip(seq_ids, sample(logits, inputs), strict=True))
+        return dict(zip(seq_ids, sample(self._logits(hidden, rows), inputs), strict=True))
 
-    def _prompt_logprobs(self, seq: ScheduledSeq, hidden: Tensor) -> list[TokenLogprob]:
-        """The logprobs of `prompt_targets`, whose hidden states are the first of `hidden`, some rows at a time."""
+    def _prompt_logprobs(self, seq: ScheduledSeq, hidden: Tensor, first: int) -> list[TokenLogprob]:
+        """The logprobs of `prompt_targets`, whose hidden states begin at row `first`, some rows at a time."""
         step = max(1, MAX_LOGITS // self._info.vocab_size)
         found: list[TokenLogprob] = []
         for start in range(0, len(seq.prompt_targets), step):
             targets = seq.prompt_targets[start : start + step]
-            logits = self._decoder.logits(hidden[start : start + len(targets)])
-            found += token_logprobs(logits, targets, seq.num_prompt_logprobs)
+            rows = list(range(first + start, first + start + len(targets)))
+            found += token_logprobs(self._logits(hidden, rows), targets, seq.num_prompt_logprobs)
         return found
+
+    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """The logits of some rows, on the device where tokens are drawn from them."""
+        index = self._indices(self._planner.filled(rows, rows[0]))
+        logits = self._decoder.logits(hidden.index_select(0, index))[: len(rows)]
+        return logits if self._rules.samples else logits.cpu()
 
     def _indices(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64).to(self._decoder.device)

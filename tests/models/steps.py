@@ -32,18 +32,25 @@ def random_ids(length: int = LENGTH, *, seed: int = 1) -> list[int]:
 class Runner:
     """A decoder with its cache; a sequence's blocks are the caller's choice."""
 
-    def __init__(self, decoder: Decoder, *, num_blocks: int = 48, kv_dtype: KVDtype = "float32") -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        *,
+        num_blocks: int = 48,
+        kv_dtype: KVDtype = "float32",
+        has_few_shapes: bool = False,
+    ) -> None:
         self.cache = KVCache(
             decoder.config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=DEVICE
         )
         self._decoder = decoder
-        self._planner = StepPlanner(decoder.config, self.cache, decoder.dtype, DEVICE)
+        self._planner = StepPlanner(decoder.config, self.cache, decoder.dtype, DEVICE, has_few_shapes=has_few_shapes)
 
     @torch.inference_mode()
     def step(self, pieces: Sequence[tuple[int, list[int], Sequence[int]]]) -> list[Tensor]:
         """Compute (start, token ids, block table) of several sequences in one step: logits of each piece's tokens."""
         plan = self._planner.plan([Span(start, len(ids), table) for start, ids, table in pieces])
-        token_ids = torch.tensor([token_id for index in plan.order for token_id in pieces[index][1]])
+        token_ids = torch.tensor(plan.in_rows([ids for _, ids, _ in pieces]))
         logits = self._decoder.logits(self._decoder.forward(token_ids, plan, self.cache))
         return [logits[first : first + len(ids)] for first, (_, ids, _) in zip(plan.first_rows, pieces, strict=True)]
 
