@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from msgspec import Struct
-
-PROC = Path("/proc")
+from process_tree import PROC, process_tree
 
 
 class Memory(Struct, frozen=True, kw_only=True):
@@ -18,29 +15,13 @@ class Memory(Struct, frozen=True, kw_only=True):
 
 def tree_memory(pid: int) -> Memory | None:
     """What the tree below `pid` holds; `None` where there is no /proc, or no such process any more."""
-    statuses = [status for each in _tree(pid) if (status := _status(each))]
+    statuses = [status for each in process_tree(pid) if (status := _status(each))]
     if not statuses:
         return None
     return Memory(
         resident=sum(_bytes(status, "VmRSS") for status in statuses),
         peak=sum(_bytes(status, "VmHWM") for status in statuses),
     )
-
-
-def _tree(pid: int) -> list[int]:
-    parents = {int(folder.name): _parent(folder) for folder in PROC.glob("[0-9]*")}
-    tree = [pid]
-    for each in tree:  # grows while it is walked
-        tree += [child for child, parent in parents.items() if parent == each]
-    return tree
-
-
-def _parent(folder: Path) -> int | None:
-    try:
-        # The name in brackets may hold anything; state and parent follow the last bracket.
-        return int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:  # it ended meanwhile
-        return None
 
 
 def _status(pid: int) -> dict[str, str]:

@@ -1,0 +1,247 @@
+"""What the loads on the proxies show: the medians of each, ratios between them, and whether the bars are met.
+
+Renders Markdown. Knows how nothing was started or sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import median
+from typing import Literal
+
+from msgspec import Struct
+from window import Findings, Used
+from works import LARGE, SHORT, SINGLE, STREAMS, Work
+
+MISSING = "–"
+
+
+class Cell(Struct, frozen=True, kw_only=True):
+    """One load on one proxy. `cpu_us` is its processor time for each event of a stream, else for each request."""
+
+    proxy: str
+    work: str
+    round: int
+    requests_per_second: float
+    events_per_second: float
+    events_per_read: float | None
+    cpu_us: float | None
+    core_share: float
+    latency_p50_us: float
+    latency_p99_us: float
+    gap_p99_us: float
+    memory: int
+    errors: int
+    altered: int
+    reconnects: int
+    first_error: str
+
+
+class Idle(Struct, frozen=True, kw_only=True):
+    """The memory that one idle connection took in a proxy that had just been started."""
+
+    proxy: str
+    bytes: float
+
+
+How = Literal["ratio", "difference", "value"]
+
+
+class Bar(Struct, frozen=True, kw_only=True):
+    """A number of brlite's that must reach `limit`: by itself, less a peer's, or divided by it."""
+
+    title: str
+    work: str
+    field: str
+    how: How
+    limit: float
+    is_most: bool = True
+    peer: str = ""
+    unit: str = "x"
+    scale: float = 1.0
+
+
+class Verdict(Struct, frozen=True, kw_only=True):
+    """A bar and what was found: the median over the rounds; None if it was not measured."""
+
+    bar: Bar
+    found: float | None
+
+    @property
+    def holds(self) -> bool | None:
+        if self.found is None:
+            return None
+        return self.found <= self.bar.limit if self.bar.is_most else self.found >= self.bar.limit
+
+
+IDLE = "idle connections"
+_CPU, _RATE, _LATENCY = "cpu_us", "requests_per_second", "latency_p50_us"
+
+
+def _at_most(title: str, work: str, field: str, peer: str, limit: float) -> Bar:
+    return Bar(title=title, work=work, field=field, how="ratio", peer=peer, limit=limit)
+
+
+def _at_least(title: str, work: str, field: str, peer: str, limit: float) -> Bar:
+    return Bar(title=title, work=work, field=field, how="ratio", peer=peer, limit=limit, is_most=False)
+
+
+BARS = (
+    _at_most("SSE, CPU per event", STREAMS, _CPU, "nginx-tuned", 1.5),
+    _at_most("SSE, CPU per event", STREAMS, _CPU, "vllm-router", 0.8),
+    _at_most("SSE, CPU per event", STREAMS, _CPU, "sglang-router", 0.8),
+    _at_least("short requests/s", SHORT, _RATE, "nginx", 1.5),
+    _at_least("short requests/s", SHORT, _RATE, "nginx-tuned", 0.4),
+    _at_least("short requests/s", SHORT, _RATE, "vllm-router", 2.5),
+    _at_least("short requests/s", SHORT, _RATE, "sglang-router", 2.5),
+    Bar(
+        title="added latency p50",
+        work=SINGLE,
+        field=_LATENCY,
+        how="difference",
+        peer="nginx-tuned",
+        limit=60,
+        unit=" µs",
+    ),
+    _at_least("large bodies, requests/s", LARGE, _RATE, "vllm-router", 3),
+    Bar(title="memory at the streams", work=STREAMS, field="memory", how="value", limit=50, unit=" MB", scale=1e6),
+    Bar(title="idle connection", work=IDLE, field="bytes", how="value", limit=20, unit=" KiB", scale=1024),
+)
+
+
+def make_cell(proxy: str, work: Work, round_: int, findings: Findings, used: Used) -> Cell:
+    units = findings.events if work.events else findings.requests
+    return Cell(
+        proxy=proxy,
+        work=work.name,
+        round=round_,
+        requests_per_second=findings.requests / max(findings.seconds, 1e-9),
+        events_per_second=findings.events / max(findings.seconds, 1e-9),
+        events_per_read=findings.events / findings.reads if findings.reads else None,
+        cpu_us=used.cpu_seconds / units * 1e6 if units else None,
+        core_share=used.cpu_seconds / max(findings.seconds, 1e-9),
+        latency_p50_us=findings.latency_p50_us,
+        latency_p99_us=findings.latency_p99_us,
+        gap_p99_us=findings.gap_p99_us,
+        memory=used.memory,
+        errors=findings.errors,
+        altered=findings.altered,
+        reconnects=findings.reconnects,
+        first_error=findings.first_error,
+    )
+
+
+def judge(cells: Sequence[Cell], idles: Sequence[Idle], subject: str) -> list[Verdict]:
+    """Every bar for `subject`. Quotients and differences are of the same round, and the median is taken of them."""
+    return [Verdict(bar=bar, found=_find(bar, cells, idles, subject)) for bar in BARS]
+
+
+def _find(bar: Bar, cells: Sequence[Cell], idles: Sequence[Idle], subject: str) -> float | None:
+    if bar.work == IDLE:
+        values = [idle.bytes / bar.scale for idle in idles if idle.proxy == subject]
+        return median(values) if values else None
+    own = _by_round(cells, subject, bar.work, bar.field)
+    if bar.how == "value":
+        return median(own.values()) / bar.scale if own else None
+    peer = _by_round(cells, bar.peer, bar.work, bar.field)
+    pairs = [(own[each], peer[each]) for each in own.keys() & peer.keys()]
+    if not pairs:
+        return None
+    if bar.how == "difference":
+        return median(mine - theirs for mine, theirs in pairs)
+    return median(mine / theirs for mine, theirs in pairs)
+
+
+def _by_round(cells: Sequence[Cell], proxy: str, work: str, field: str) -> dict[int, float]:
+    """The rounds that brought a number other than nothing."""
+    return {
+        cell.round: value
+        for cell in cells
+        if (cell.proxy, cell.work) == (proxy, work) and not cell.errors and (value := getattr(cell, field))
+    }
+
+
+_Show = Callable[[float], str]
+# Title, field and form of a column, for each work.
+_REQUESTS: tuple[tuple[str, str, _Show], ...] = (
+    ("requests/s", "requests_per_second", lambda value: f"{value:.0f}"),
+    ("CPU µs/request", "cpu_us", lambda value: f"{value:.1f}"),
+    ("core", "core_share", lambda value: f"{value:.0%}"),
+    ("p50 µs", "latency_p50_us", lambda value: f"{value:.0f}"),
+    ("p99 µs", "latency_p99_us", lambda value: f"{value:.0f}"),
+)
+_EVENTS: tuple[tuple[str, str, _Show], ...] = (
+    ("events/s", "events_per_second", lambda value: f"{value:.0f}"),
+    ("CPU µs/event", "cpu_us", lambda value: f"{value:.1f}"),
+    ("core", "core_share", lambda value: f"{value:.0%}"),
+    ("events/read", "events_per_read", lambda value: f"{value:.2f}"),
+    ("p99 gap ms", "gap_p99_us", lambda value: f"{value / 1000:.1f}"),
+    ("memory MB", "memory", lambda value: f"{value / 1e6:.0f}"),
+)
+
+
+def render(cells: Sequence[Cell], idles: Sequence[Idle], works: Sequence[Work], subject: str, has_bars: bool) -> str:
+    """The bars first, then each work's medians and what `subject` is to each of the others."""
+    parts = [_bars_table(judge(cells, idles, subject))] if has_bars else []
+    parts += [_work_table(cells, work, subject) for work in works]
+    if idles:
+        parts.append(_idle_table(idles))
+    if problems := find_problems(cells):
+        parts.append("\n".join(f"- {problem}" for problem in problems))
+    return "\n\n".join(parts)
+
+
+def find_problems(cells: Sequence[Cell]) -> list[str]:
+    """Everything that was not answered as the backend answers it."""
+    problems = []
+    for cell in cells:
+        if cell.errors:
+            problems.append(f"{cell.proxy}, {cell.work}: {cell.errors} errors, the first: {cell.first_error}")
+        if cell.altered:
+            problems.append(f"{cell.proxy}, {cell.work}: {cell.altered} answers or events were altered on their way")
+        if not cell.requests_per_second and not cell.events_per_second:
+            problems.append(f"{cell.proxy}, {cell.work}: no answer at all")
+    return problems
+
+
+def _bars_table(verdicts: Iterable[Verdict]) -> str:
+    rows = []
+    for verdict in verdicts:
+        bar, found = verdict.bar, verdict.found
+        against = {"ratio": f", against {bar.peer}", "difference": f", less {bar.peer}'s", "value": ""}[bar.how]
+        wanted = f"{'≤' if bar.is_most else '≥'} {bar.limit:g}{bar.unit}"
+        shown = MISSING if found is None else f"{found:.2f}{bar.unit}"
+        rows.append([bar.title + against, shown, wanted, {True: "yes", False: "no", None: MISSING}[verdict.holds]])
+    return _table(["bar", "found", "wanted", "holds"], rows)
+
+
+def _work_table(cells: Sequence[Cell], work: Work, subject: str) -> str:
+    columns = _EVENTS if work.events else _REQUESTS
+    speed = "events" if work.events else "requests"
+    rows = []
+    for proxy in dict.fromkeys(cell.proxy for cell in cells):
+        medians = [_median(_by_round(cells, proxy, work.name, field), show) for _, field, show in columns]
+        ratios = [_ratio(cells, subject, proxy, work.name, field) for field in (f"{speed}_per_second", "cpu_us")]
+        rows.append([proxy, *medians, *ratios])
+    title = f"{work.name}: {work.connections} connections, bodies of {len(work.body):,} bytes"
+    names = [name for name, _, _ in columns]
+    return f"{title}\n\n" + _table(["proxy", *names, f"{subject}: {speed}/s x", "CPU x"], rows)
+
+
+def _median(values: dict[int, float], show: _Show) -> str:
+    return show(median(values.values())) if values else MISSING
+
+
+def _ratio(cells: Sequence[Cell], subject: str, proxy: str, work: str, field: str) -> str:
+    bar = Bar(title="", work=work, field=field, how="ratio", peer=proxy, limit=0)
+    found = _find(bar, cells, [], subject)
+    return MISSING if found is None or proxy == subject else f"{found:.2f}"
+
+
+def _idle_table(idles: Sequence[Idle]) -> str:
+    return _table(["proxy", "KiB an idle connection"], [[idle.proxy, f"{idle.bytes / 1024:.1f}"] for idle in idles])
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
