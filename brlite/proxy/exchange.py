@@ -59,6 +59,7 @@ class Exchange:
         "_tried",
         "_waiting",
         "first_byte_at",
+        "num_events",
         "request",
         "started_at",
         "status",
@@ -82,6 +83,7 @@ class Exchange:
         self.started_at = forwarder.loop.time()
         self.first_byte_at: float | None = None
         self.status = 0
+        self.num_events = 0
         self.usage: bytes | None = None  # JSON that holds the answer's `usage`
 
     @property
@@ -215,6 +217,7 @@ class Exchange:
         """What is worth knowing of an attempt that is over."""
         self.first_byte_at = attempt.first_byte_at
         self.usage = attempt.usage
+        self.num_events = attempt.num_events
         attempt.upstream.num_events += attempt.num_events
 
     def _give_up(self, error: RequestError, attempt: Attempt | None = None) -> None:

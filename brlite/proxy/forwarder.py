@@ -11,6 +11,7 @@ import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 
@@ -133,8 +134,8 @@ class Forwarder:
             self.first_byte_seconds[model] += exchange.first_byte_at - exchange.started_at
         key = exchange.request.key
         key.end()
-        if key.name and exchange.usage is not None:
-            usage = _usage(exchange.usage)
+        if key.name:
+            usage = _usage(exchange)
             key.spend(time.monotonic(), usage.prompt_tokens, usage.completion_tokens)
 
     def report_failure(self, upstream: Upstream, error: UpstreamError) -> None:
@@ -166,9 +167,11 @@ class Forwarder:
             self._set_tick()
 
 
-def _usage(answer: bytes) -> _Usage:
-    """What an upstream's answer says of its tokens; nothing where it says it oddly."""
-    try:
-        return _ANSWER.decode(answer).usage or _Usage()
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return _Usage()
+def _usage(exchange: Exchange) -> _Usage:
+    """The tokens that a request took, as its answer says; one for each event of a stream that does not say."""
+    if exchange.usage is not None:
+        with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            usage = _ANSWER.decode(exchange.usage).usage
+            if usage is not None:
+                return usage
+    return _Usage(completion_tokens=exchange.num_events)
