@@ -36,10 +36,9 @@ class Front(Protocol):
         """Nothing more comes: all has been sent, refused or cut."""
 
 
-def reset(transport: asyncio.BaseTransport) -> None:
+def reset(transport: asyncio.Transport) -> None:
     """Cut a connection so that its client can tell that from an answer's end, even if it was told no length."""
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-    if isinstance(transport, asyncio.WriteTransport):
-        transport.abort()
+    transport.abort()

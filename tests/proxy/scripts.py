@@ -273,6 +273,7 @@ SCRIPTS: dict[str, Script] = {
         Step(GOOD_PLAIN, "stall", when="accept", is_work=False),
         plain_verdicts=("whole", "error"),
         plain_payload=PLAIN,
+        is_slow=True,  # it does not answer those that come later
     ),
     "closes after the request": bad(b""),
     "resets after the request": bad(b"", "reset"),
