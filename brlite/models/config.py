@@ -178,10 +178,17 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
-def weight_bytes(config: ModelConfig, bytes_per_weight: int) -> int:
-    """Bytes of all parameters as they are held: norms in float32, the rest at `bytes_per_weight`."""
+def is_quantized(name: str) -> bool:
+    """Whether int8 precisions hold the parameter in int8. A head that is the embedding too has no name of its own."""
+    return name.endswith(".weight")
+
+
+def weight_bytes(config: ModelConfig, bytes_per_weight: int, *, keeps_int8: bool = False) -> int:
+    """Bytes of all parameters as they are held: norms in float32, the rest at `bytes_per_weight`, or some in int8."""
     return sum(
-        math.prod(shape) * (FLOAT32_BYTES if name.endswith("norm") else bytes_per_weight)
+        _int8_bytes(*shape)
+        if keeps_int8 and is_quantized(name)
+        else math.prod(shape) * (FLOAT32_BYTES if name.endswith("norm") else bytes_per_weight)
         for name, shape in parameter_shapes(config).items()
     )
 
@@ -201,9 +208,11 @@ def _native_bytes(shape: tuple[int, ...], *, is_int8: bool) -> int:
     if len(shape) == 1:
         return shape[0] * FLOAT32_BYTES
     num_outputs, num_inputs = shape
-    if is_int8:
-        return num_outputs * math.ceil(num_inputs / QUANTIZATION_GROUP) * GROUP_BYTES
-    return num_outputs * num_inputs * BFLOAT16_BYTES
+    return _int8_bytes(num_outputs, num_inputs) if is_int8 else num_outputs * num_inputs * BFLOAT16_BYTES
+
+
+def _int8_bytes(num_outputs: int, num_inputs: int) -> int:
+    return num_outputs * math.ceil(num_inputs / QUANTIZATION_GROUP) * GROUP_BYTES
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: KVDtype) -> int:

@@ -1,7 +1,8 @@
 """int8 weights as a pass over the plain model: symmetric, one scale for each output row and 32 of its inputs.
 
 Every linear layer is quantised, the head included, and with it a tied embedding. Norms, biases and an embedding that
-is only looked up are not. In torch the weights are then held dequantised: the numbers of int8, not its memory.
+is only looked up are not. In torch some devices keep int8 (`Int8Linear`), on the others, and for a tied embedding, the
+weights are held dequantised: the numbers of int8, not its memory.
 
 Native code quantises by the same rules to the same bytes:
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from brlite.models.config import QUANTIZATION_GROUP
-from brlite.models.parameters import Parameters
+from brlite.models.parameters import Int8Linear, Parameters
 
 ROWS_AT_A_TIME = 4096  # bounds the float32 copies that quantising makes
 LOWER_HALF = 0xFFFF  # the bits of a float32 that bfloat16 does not have
@@ -51,10 +52,20 @@ def dequantize_weight(weight: QuantizedWeight) -> Tensor:
 
 
 def quantize_linears_(parameters: Parameters) -> None:
-    """Replace the weights of all linear layers by what int8 makes of them, in place."""
+    """Replace the weights of all linear layers that are not kept in int8 by what int8 makes of them, in place."""
     for linear in (*(linear for layer in parameters.layers for linear in layer.linears), parameters.head):
-        for rows in _row_blocks(linear.weight):
-            rows.copy_(dequantize_weight(quantize_weight(rows)))
+        if not isinstance(linear, Int8Linear):
+            for rows in _row_blocks(linear.weight):
+                rows.copy_(dequantize_weight(quantize_weight(rows.cpu())))
+
+
+def copy_quantized_(values: Tensor, scales: Tensor, weight: Tensor) -> None:
+    """Quantise `weight`, on the host, into the `values` and `scales` of as many rows."""
+    for rows in _row_blocks(weight):
+        quantized = quantize_weight(rows)
+        values[: len(rows), : weight.shape[1]].copy_(quantized.values)
+        scales[: len(rows)].copy_(quantized.scales)
+        values, scales = values[len(rows) :], scales[len(rows) :]
 
 
 def _round_up(scales: Tensor) -> Tensor:

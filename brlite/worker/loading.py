@@ -6,6 +6,7 @@ All names and shapes are checked before any data is read (`fit.py`); memory is t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +18,18 @@ from brlite.models.config import ModelConfig, weight_bytes
 from brlite.models.decoder import Decoder
 from brlite.models.family import Place
 from brlite.models.packing import can_pack, pack_linears
-from brlite.models.parameters import Parameters, allocate_parameters
-from brlite.models.quantize import quantize_linears_
+from brlite.models.parallel import Group, share_parameters
+from brlite.models.parameters import Parameters, allocate_parameters, scales_name
+from brlite.models.quantize import copy_quantized_, quantize_linears_
 from brlite.worker.fit import Fit, check_fit
 from brlite.worker.placing import placed_tensors
+
+
+class Seat(NamedTuple):
+    """One rank's place among those that compute a model together."""
+
+    share: Share
+    group: Group
 
 
 def load_model(
@@ -31,37 +40,58 @@ def load_model(
     on_progress: Callable[[float], None],
     *,
     packs: bool = False,
+    keeps_int8: bool = False,
+    seat: Seat | None = None,
 ) -> Decoder:
     """The decoder that `checkpoint` holds, in `spec`'s precision, computing in `dtype` on `device`.
 
-    `packs` allows matrices in oneDNN's layout; `on_progress` gets the fraction that is loaded. Raises `ModelError` or
-    `ConfigError` before any weight is read if checkpoint and spec do not fit together.
+    `packs` allows matrices in oneDNN's layout, `keeps_int8` those that stay int8; `on_progress` gets the fraction that
+    is loaded. Raises `ModelError` or `ConfigError` before any weight is read if checkpoint and spec do not fit.
+    With a `seat` it is one rank's part of the decoder.
     """
     fit = check_fit(checkpoint, spec)
-    parameters = _allocate(fit.config, dtype, device)
-    _fill(parameters, checkpoint, fit, on_progress)
+    config = shared_config(fit.config, seat.share) if seat else fit.config
+    parameters = _allocate(config, dtype, device, keeps_int8=keeps_int8 and spec.precision != "bf16")
+    _fill(parameters, checkpoint, fit, on_progress, seat)
     if spec.precision != "bf16":
         quantize_linears_(parameters)
     if packs and can_pack(parameters):
         parameters = pack_linears(parameters)
-    return Decoder(fit.config, parameters, max_length=spec.build_seq)
+    if seat is not None:
+        parameters = share_parameters(parameters, fit.config, seat.share, seat.group)
+    return Decoder(config, parameters, max_length=spec.build_seq)
 
 
-def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Parameters:
+def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device, *, keeps_int8: bool) -> Parameters:
     try:
-        return allocate_parameters(config, dtype, device)
+        return allocate_parameters(config, dtype, device, keeps_int8=keeps_int8)
     except RuntimeError as error:  # torch has no narrower class for memory that a CPU cannot give
-        size = weight_bytes(config, dtype.itemsize) / 2**30
+        size = weight_bytes(config, dtype.itemsize, keeps_int8=keeps_int8) / 2**30
         raise ConfigError(f"the weights take {size:.1f} GiB, which is not there") from error
 
 
-def _fill(parameters: Parameters, checkpoint: Checkpoint, fit: Fit, on_progress: Callable[[float], None]) -> None:
-    for place, values in placed_tensors(checkpoint, fit, on_progress):
-        _copy(parameters.named[place.parameter], place, torch.from_numpy(values))
+def _fill(
+    parameters: Parameters,
+    checkpoint: Checkpoint,
+    fit: Fit,
+    on_progress: Callable[[float], None],
+    seat: Seat | None,
+) -> None:
+    parts = parameter_parts(fit.config, seat.share) if seat else None
+    for name, part in (parts or {}).items():
+        if sum(map(len, part.rows)) < len(parameters.named[name]):
+            parameters.named[name].zero_()  # what pads a vocabulary, and biases that rank 0 adds
+    for place, values in placed_tensors(checkpoint, fit, on_progress, parts):
+        _copy(parameters, place, torch.from_numpy(values))
         del values  # before the next one is read
 
 
-def _copy(parameter: Tensor, place: Place, tensor: Tensor) -> None:
+def _copy(parameters: Parameters, place: Place, tensor: Tensor) -> None:
     # Every precision starts from bfloat16 weights, held in float32 or not; norms keep all their digits.
     rounded = tensor if place.parameter.endswith("norm") else tensor.to(torch.bfloat16)
-    parameter[place.start : place.start + place.shape[0]].copy_(rounded)
+    rows = slice(place.start, place.start + place.shape[0])
+    scales = parameters.named.get(scales_name(place.parameter))
+    if scales is None:
+        parameters.named[place.parameter][rows].copy_(rounded)
+    else:
+        copy_quantized_(parameters.named[place.parameter][rows], scales[rows], rounded)

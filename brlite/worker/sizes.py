@@ -27,7 +27,7 @@ from brlite.models.config import (
     weight_bytes,
 )
 from brlite.worker.choosing import find_obstacle
-from brlite.worker.device import compute_dtype, select_device
+from brlite.worker.device import compute_dtype, prepare_environment, rules_for, select_device
 from brlite.worker.fit import check_spec
 
 # The default model's config.json, so that its sizes can be told before it is fetched.
@@ -88,6 +88,7 @@ def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
 
 def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes of the model in a folder or file. Raises `ModelError` and `ConfigError`."""
+    prepare_environment()  # before a checkpoint brings torch in
     with closing(open_checkpoint(path)) as checkpoint:
         return measure(checkpoint.config, spec, engine)
 
@@ -100,13 +101,14 @@ def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig)
     dtype: KVDtype = "bfloat16" if is_native else _torch_dtype(engine)
     kv_dtype: KVDtype = "int8" if spec.precision == "a_bf16_w_int8_kv_int8" else "bfloat16"
     is_int8 = spec.precision != "bf16"
+    keeps_int8 = is_int8 and (is_native or rules_for(select_device(engine.device)).keeps_int8)
     return Sizes(
         num_parameters=num_parameters(config),
         max_context=config.max_context,
-        dtype="int8" if is_native and is_int8 else dtype,
+        dtype="int8" if keeps_int8 else dtype,
         weight_bytes=native_weight_bytes(config, is_int8=is_int8)
         if is_native
-        else weight_bytes(config, KV_BYTES[dtype]),
+        else weight_bytes(config, KV_BYTES[dtype], keeps_int8=keeps_int8),
         kv_dtype=kv_dtype,
         kv_bytes_per_token=kv_bytes_per_token(config, kv_dtype),
         num_blocks=spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / engine.block_size),

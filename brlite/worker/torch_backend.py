@@ -7,8 +7,10 @@ borders and cache hits change it by rounding at most.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,9 +23,10 @@ from brlite.models.config import KVDtype, kv_bytes_per_token
 from brlite.models.decoder import Decoder
 from brlite.models.kv_cache import KVCache
 from brlite.outputs import TokenLogprob
+from brlite.worker.channel import Piece, Work
 from brlite.worker.cpu import physical_cores
 from brlite.worker.device import compute_dtype, describe_device, rules_for, select_device
-from brlite.worker.loading import load_model
+from brlite.worker.loading import Seat, load_model
 from brlite.worker.sampler import sample, token_logprobs
 
 NOT_FINITE = "the model produced logits that are not finite"
@@ -53,17 +56,18 @@ class TorchBackend:
         engine: EngineConfig,
         on_progress: Callable[[float], None],
         notes: tuple[str, ...] = (),
+        seat: Seat | None = None,
     ) -> TorchBackend:
         """Read the weights and make room for the cache. `on_progress` gets the fraction that is loaded.
 
-        The number of threads is torch's own, and so the whole process's.
+        The number of threads is torch's own, and so the whole process's. With a `seat` it is one rank's part.
         """
-        if spec.tensor_parallel != 1:
-            raise ConfigError(f"tensor_parallel is {spec.tensor_parallel}; the torch backend computes on 1 device")
         device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
         torch.set_num_threads(engine.threads or physical_cores())
         dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
-        decoder = load_model(checkpoint, spec, dtype, device, on_progress, packs=rules.packs_matrices)
+        decoder = load_model(
+            checkpoint, spec, dtype, device, on_progress, packs=rules.packs_matrices, keeps_int8=rules.keeps_int8, seat=seat
+        )
         cache = _allocate_cache(decoder, spec, engine.block_size)
         return cls(decoder, cache, _describe(decoder, cache, spec, engine, notes))
 
@@ -74,9 +78,7 @@ class TorchBackend:
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. Its exceptions leave the cache of other sequences as it was."""
         with torch.inference_mode():
-            plan = self._planner.plan([Span(seq.start, len(seq.token_ids), seq.block_table) for seq in batch.seqs])
-            token_ids = plan.in_rows([seq.token_ids for seq in batch.seqs])
-            hidden = self._decoder.forward(self._indices(token_ids), plan, self._cache)
+            plan, hidden = self._forward(batch.seqs)
             tokens = self._draw(batch.seqs, plan, hidden)
             results = [
                 _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, hidden, first))
@@ -84,9 +86,33 @@ class TorchBackend:
             ]
         return StepResult(results)
 
+    def follow(self, work: Work) -> None:
+        """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
+        with torch.inference_mode():
+            plan, hidden = self._forward(work.seqs)
+            first_rows = list(zip(work.seqs, plan.first_rows, strict=True))
+            drawn = [first + len(seq.token_ids) - 1 for seq, first in first_rows if seq.is_drawn]
+            for rows in (drawn, *(rows for seq, first in first_rows for rows in self._target_rows(seq, first))):
+                if rows:
+                    self._logits(hidden, rows)
+
+    def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
+        """Compute a step, and in place of tokens give the logits [R, V] after the last token of each sequence."""
+        with torch.inference_mode():
+            plan, hidden = self._forward(seqs)
+            rows = [first + len(seq.token_ids) - 1 for seq, first in zip(seqs, plan.first_rows, strict=True)]
+            logits: npt.NDArray[np.float32] = self._logits(hidden, rows).float().cpu().numpy()
+        return logits
+
     def close(self) -> None:
         """Let go of weights and cache."""
         del self._decoder, self._cache, self._planner
+
+    def _forward(self, seqs: Sequence[ScheduledSeq | Piece]) -> tuple[StepPlan, Tensor]:
+        """How a step is laid out, and the hidden states of its rows."""
+        plan = self._planner.plan([Span(seq.start, len(seq.token_ids), seq.block_table) for seq in seqs])
+        token_ids = plan.in_rows([seq.token_ids for seq in seqs])
+        return plan, self._decoder.forward(self._indices(token_ids), plan, self._cache)
 
     def _draw(self, seqs: Sequence[ScheduledSeq], plan: StepPlan, hidden: Tensor) -> dict[int, SampledToken | None]:
         """The next token of each sequence that wants one, by `seq_id`. The head is computed for these rows only."""
@@ -102,13 +128,17 @@ class TorchBackend:
 
     def _prompt_logprobs(self, seq: ScheduledSeq, hidden: Tensor, first: int) -> list[TokenLogprob]:
         """The logprobs of `prompt_targets`, whose hidden states begin at row `first`, some rows at a time."""
-        step = max(1, MAX_LOGITS // self._info.vocab_size)
         found: list[TokenLogprob] = []
-        for start in range(0, len(seq.prompt_targets), step):
-            targets = seq.prompt_targets[start : start + step]
-            rows = list(range(first + start, first + start + len(targets)))
+        for rows in self._target_rows(seq, first):
+            targets = seq.prompt_targets[rows[0] - first : rows[-1] + 1 - first]
             found += token_logprobs(self._logits(hidden, rows), targets, seq.num_prompt_logprobs)
         return found
+
+    def _target_rows(self, seq: ScheduledSeq | Piece, first: int) -> Iterator[list[int]]:
+        """The rows of `prompt_targets`, as many at a time as logits may be held of."""
+        step, end = max(1, MAX_LOGITS // self._info.vocab_size), first + len(seq.prompt_targets)
+        for start in range(first, end, step):
+            yield list(range(start, min(start + step, end)))
 
     def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """The logits of some rows, on the device where tokens are drawn from them."""
@@ -147,7 +177,7 @@ def _describe(
 ) -> BackendInfo:
     dtype = str(decoder.dtype).removeprefix("torch.")
     notes = list(fallback_notes)
-    if spec.precision != "bf16":
+    if spec.precision != "bf16" and not rules_for(decoder.device).keeps_int8:
         notes.append(QUANTIZED_NOTE.format(dtype=dtype))
     if engine.dtype == "auto" and dtype == "float32":
         notes.append(FLOAT32_NOTE)
@@ -156,7 +186,7 @@ def _describe(
         device=describe_device(decoder.device),
         dtype=dtype,
         precision=spec.precision,
-        vocab_size=decoder.config.vocab_size,
+        vocab_size=decoder.vocab_size,
         max_model_len=spec.build_seq,
         max_num_seqs=spec.build_batch,
         block_size=cache.block_size,

@@ -73,7 +73,11 @@ def call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = operator(*tree_map(on_host, args), **tree_map(on_host, kwargs))
     spoil(name, result)
     written = written_argument(operator, args, kwargs)
-    return tree_map(on_device, result) if written is None else written
+    if written is not None:
+        return written
+    is_view = any(returned.alias_info is not None for returned in operator._schema.returns)
+    with torch.inference_mode(args[0].is_inference() if is_view else torch.is_inference_mode_enabled()):
+        return tree_map(on_device, result)
 
 
 def refuse(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

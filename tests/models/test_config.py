@@ -283,10 +283,14 @@ def test_published_models_have_the_published_number_of_parameters(name: str) -> 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-biases", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_weight_bytes_are_those_that_are_allocated(name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("keeps_int8", [False, True])
+def test_weight_bytes_are_those_that_are_allocated(name: str, dtype: torch.dtype, keeps_int8: bool) -> None:
     config = read(TINY_CONFIGS[name])
 
-    assert weight_bytes(config, dtype.itemsize) == allocate_parameters(config, dtype, torch.device("cpu")).num_bytes
+    counted = weight_bytes(config, dtype.itemsize, keeps_int8=keeps_int8)
+
+    parameters = allocate_parameters(config, dtype, torch.device("cpu"), keeps_int8=keeps_int8)
+    assert counted == parameters.num_bytes
 
 
 def test_kv_bytes_of_a_token_are_known_by_arithmetic() -> None:

@@ -1,0 +1,72 @@
+"""Matrices that stay int8, against the same matrices held dequantised."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from brlite.config import ModelSpec
+from brlite.models import parameters
+from brlite.models.decoder import Decoder
+from brlite.models.parameters import Int8Linear, Linear
+from brlite.models.quantize import copy_quantized_, dequantize_weight, quantize_weight
+from brlite.worker.loading import load_model
+from tests.models.steps import DEVICE, LENGTH, Runner, random_ids
+from tests.tiny_models import TensorCheckpoint
+
+
+def make_linear(num_outputs: int, num_inputs: int) -> tuple[Int8Linear, torch.Tensor]:
+    """One that stays int8, with a bias, and the matrix that it stands for."""
+    generator = torch.Generator().manual_seed(num_outputs)
+    weight = torch.randn(num_outputs, num_inputs, generator=generator)
+    num_groups = -(-num_inputs // 32)
+    values, scales = torch.zeros(num_outputs, num_groups * 32, dtype=torch.int8), torch.empty(num_outputs, num_groups)
+    linear = Int8Linear(values, torch.randn(num_outputs, generator=generator), scales=scales.bfloat16())
+    copy_quantized_(linear.weight, linear.scales, weight)
+    return linear, dequantize_weight(quantize_weight(weight))
+
+
+def load(name: str, dtype: torch.dtype, *, keeps_int8: bool) -> Decoder:
+    spec = ModelSpec(name=name, build_seq=LENGTH, precision="a_bf16_w_int8")
+    return load_model(TensorCheckpoint.tiny(name), spec, dtype, DEVICE, lambda _: None, keeps_int8=keeps_int8)
+
+
+@pytest.mark.parametrize("num_inputs", [64, 40, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_that_of_the_dequantised_matrix(num_inputs: int, dtype: torch.dtype) -> None:
+    linear, weight = make_linear(5, num_inputs)
+    linear = Int8Linear(linear.weight, linear.bias.to(dtype), scales=linear.scales)
+    x = torch.randn(3, num_inputs).to(dtype)
+
+    product = linear(x)
+
+    assert product.dtype == dtype
+    torch.testing.assert_close(product, Linear(weight.to(dtype), linear.bias)(x))
+
+
+def test_rows_are_dequantised_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, weight = make_linear(11, 40)
+    x = torch.randn(2, 40)
+
+    monkeypatch.setattr(parameters, "MAX_DEQUANTIZED", 200)
+
+    torch.testing.assert_close(linear(x), Linear(weight, linear.bias)(x))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "llama-biases", "chatglm", "baichuan"])
+def test_a_model_that_stays_int8_has_the_same_logits(name: str) -> None:
+    held, kept = (load(name, torch.float32, keeps_int8=keeps) for keeps in (False, True))
+    token_ids, table = random_ids(), range(LENGTH // 4)
+
+    expected, found = (Runner(decoder).whole(token_ids, table) for decoder in (held, kept))
+
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    assert all(isinstance(linear, Int8Linear) for layer in kept.parameters.layers for linear in layer.linears)
+    assert kept.parameters.num_bytes < held.parameters.num_bytes
+
+
+def test_a_tied_head_is_quantised_though_it_does_not_stay_int8() -> None:
+    held, kept = (load("llama-tied", torch.bfloat16, keeps_int8=keeps) for keeps in (False, True))
+
+    assert torch.equal(kept.parameters.embedding, held.parameters.embedding)
+    assert kept.parameters.head.weight is kept.parameters.embedding
