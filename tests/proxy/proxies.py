@@ -45,8 +45,7 @@ async def run_proxy(
         await wait_until(lambda: forwarder.num_active == 0)
         assert [upstream.num_in_flight for upstream in forwarder.table.upstreams if upstream.num_in_flight] == []
         assert [target for target in forwarder.table if target.places.num_in_flight or target.places.num_waiting] == []
-    await asyncio.sleep(0)  # what is cut is gone with the loop's next turn
-    assert [upstream for upstream in forwarder.table.upstreams if upstream.pool.connections] == []
+    await wait_until(lambda: not any(upstream.pool.connections for upstream in forwarder.table.upstreams))
     assert server.num_connections == 0
     assert shouts == []
 
