@@ -5,7 +5,19 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from msgspec import Struct
+
 PROC = Path("/proc")
+
+
+class Times(Struct, frozen=True):
+    """Seconds since the processes began: that they ran, user and system, and that they waited for a core to run on."""
+
+    ran: float
+    waited: float
+
+    def since(self, before: Times) -> Times:
+        return Times(self.ran - before.ran, self.waited - before.waited)
 
 
 def process_tree(pid: int) -> list[int]:
@@ -17,9 +29,10 @@ def process_tree(pid: int) -> list[int]:
     return tree
 
 
-def processor_seconds(tree: list[int]) -> float:
-    """What all threads of these processes have had since they began, user and system; those that ended do not count."""
-    return sum(_nanoseconds(file) for pid in tree for file in PROC.glob(f"{pid}/task/*/schedstat")) / 1e9
+def processor_times(tree: list[int]) -> Times:
+    """Of all threads that these processes have; those that have ended do not count."""
+    times = [_nanoseconds(file) for pid in tree for file in PROC.glob(f"{pid}/task/*/schedstat")]
+    return Times(sum(ran for ran, _ in times) / 1e9, sum(waited for _, waited in times) / 1e9)
 
 
 def _parent(folder: Path) -> int | None:
@@ -30,7 +43,8 @@ def _parent(folder: Path) -> int | None:
         return None
 
 
-def _nanoseconds(schedstat: Path) -> int:
+def _nanoseconds(schedstat: Path) -> tuple[int, int]:
     with suppress(OSError):  # it ended meanwhile
-        return int(schedstat.read_text().split()[0])
-    return 0
+        ran, waited, _ = schedstat.read_text().split()
+        return int(ran), int(waited)
+    return 0, 0

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Literal
 
+import msgspec
 from msgspec import Struct
 from window import Findings, Used
 from works import LARGE, SHORT, SINGLE, STREAMS, Work
@@ -17,7 +18,10 @@ MISSING = "–"
 
 
 class Cell(Struct, frozen=True, kw_only=True):
-    """One load on one proxy. `cpu_us` is its processor time for each event of a stream, else for each request."""
+    """One load on one proxy. `cpu_us` is its processor time for each event of a stream, else for each request.
+
+    `waited_share` of the time it could have run, but others had its core: what they took from its requests/s.
+    """
 
     proxy: str
     work: str
@@ -27,6 +31,7 @@ class Cell(Struct, frozen=True, kw_only=True):
     events_per_read: float | None
     cpu_us: float | None
     core_share: float
+    waited_share: float
     latency_p50_us: float
     latency_p99_us: float
     gap_p99_us: float
@@ -62,10 +67,14 @@ class Bar(Struct, frozen=True, kw_only=True):
 
 
 class Verdict(Struct, frozen=True, kw_only=True):
-    """A bar and what was found: the median over the rounds; None if it was not measured."""
+    """A bar and what was found: the median over the rounds; None if it was not measured.
+
+    `by_cpu` is what a ratio of requests/s would be if each proxy had had a whole core to itself.
+    """
 
     bar: Bar
     found: float | None
+    by_cpu: float | None = None
 
     @property
     def holds(self) -> bool | None:
@@ -111,15 +120,17 @@ BARS = (
 
 def make_cell(proxy: str, work: Work, round_: int, findings: Findings, used: Used) -> Cell:
     units = findings.events if work.events else findings.requests
+    seconds = max(findings.seconds, 1e-9)  # 0 if nothing worked
     return Cell(
         proxy=proxy,
         work=work.name,
         round=round_,
-        requests_per_second=findings.requests / max(findings.seconds, 1e-9),
-        events_per_second=findings.events / max(findings.seconds, 1e-9),
+        requests_per_second=findings.requests / seconds,
+        events_per_second=findings.events / seconds,
         events_per_read=findings.events / findings.reads if findings.reads else None,
-        cpu_us=used.cpu_seconds / units * 1e6 if units else None,
-        core_share=used.cpu_seconds / max(findings.seconds, 1e-9),
+        cpu_us=used.times.ran / units * 1e6 if units else None,
+        core_share=used.times.ran / seconds,
+        waited_share=used.times.waited / seconds,
         latency_p50_us=findings.latency_p50_us,
         latency_p99_us=findings.latency_p99_us,
         gap_p99_us=findings.gap_p99_us,
@@ -133,7 +144,17 @@ def make_cell(proxy: str, work: Work, round_: int, findings: Findings, used: Use
 
 def judge(cells: Sequence[Cell], idles: Sequence[Idle], subject: str) -> list[Verdict]:
     """Every bar for `subject`. Quotients and differences are of the same round, and the median is taken of them."""
-    return [Verdict(bar=bar, found=_find(bar, cells, idles, subject)) for bar in BARS]
+    return [
+        Verdict(bar=bar, found=_find(bar, cells, idles, subject), by_cpu=_find_by_cpu(bar, cells, subject))
+        for bar in BARS
+    ]
+
+
+def _find_by_cpu(bar: Bar, cells: Sequence[Cell], subject: str) -> float | None:
+    if bar.field != _RATE:
+        return None
+    cost = _find(msgspec.structs.replace(bar, field=_CPU), cells, [], subject)
+    return None if cost is None else 1 / cost
 
 
 def _find(bar: Bar, cells: Sequence[Cell], idles: Sequence[Idle], subject: str) -> float | None:
@@ -167,6 +188,7 @@ _REQUESTS: tuple[tuple[str, str, _Show], ...] = (
     ("requests/s", "requests_per_second", lambda value: f"{value:.0f}"),
     ("CPU µs/request", "cpu_us", lambda value: f"{value:.1f}"),
     ("core", "core_share", lambda value: f"{value:.0%}"),
+    ("waited", "waited_share", lambda value: f"{value:.0%}"),
     ("p50 µs", "latency_p50_us", lambda value: f"{value:.0f}"),
     ("p99 µs", "latency_p99_us", lambda value: f"{value:.0f}"),
 )
@@ -174,6 +196,7 @@ _EVENTS: tuple[tuple[str, str, _Show], ...] = (
     ("events/s", "events_per_second", lambda value: f"{value:.0f}"),
     ("CPU µs/event", "cpu_us", lambda value: f"{value:.1f}"),
     ("core", "core_share", lambda value: f"{value:.0%}"),
+    ("waited", "waited_share", lambda value: f"{value:.0%}"),
     ("events/read", "events_per_read", lambda value: f"{value:.2f}"),
     ("p99 gap ms", "gap_p99_us", lambda value: f"{value / 1000:.1f}"),
     ("memory MB", "memory", lambda value: f"{value / 1e6:.0f}"),
@@ -211,8 +234,11 @@ def _bars_table(verdicts: Iterable[Verdict]) -> str:
         against = {"ratio": f", against {bar.peer}", "difference": f", less {bar.peer}'s", "value": ""}[bar.how]
         wanted = f"{'≤' if bar.is_most else '≥'} {bar.limit:g}{bar.unit}"
         shown = MISSING if found is None else f"{found:.2f}{bar.unit}"
-        rows.append([bar.title + against, shown, wanted, {True: "yes", False: "no", None: MISSING}[verdict.holds]])
-    return _table(["bar", "found", "wanted", "holds"], rows)
+        by_cpu = "" if verdict.by_cpu is None else f"{verdict.by_cpu:.2f}x"
+        rows.append(
+            [bar.title + against, shown, by_cpu, wanted, {True: "yes", False: "no", None: MISSING}[verdict.holds]]
+        )
+    return _table(["bar", "found", "by CPU", "wanted", "holds"], rows)
 
 
 def _work_table(cells: Sequence[Cell], work: Work, subject: str) -> str:

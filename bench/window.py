@@ -14,7 +14,7 @@ from typing import IO
 import msgspec
 from memory import tree_memory
 from msgspec import Struct
-from process_tree import process_tree, processor_seconds
+from process_tree import Times, process_tree, processor_times
 from servers import HOST
 from works import Work
 
@@ -48,9 +48,9 @@ class Findings(Struct, frozen=True, kw_only=True):
 
 
 class Used(Struct, frozen=True, kw_only=True):
-    """What a process tree used in the window: seconds of processors, and bytes of memory at its end."""
+    """What a process tree used in the window, and the bytes of memory that it had at its end."""
 
-    cpu_seconds: float
+    times: Times
     memory: int
 
 
@@ -64,14 +64,14 @@ def run_work(program: Path, work: Work, port: int, pid: int, folder: Path) -> tu
         assert client.stdout is not None
         tree = process_tree(pid)
         _expect(client.stdout, b"measuring")
-        before = processor_seconds(tree)
+        before = processor_times(tree)
         _expect(client.stdout, b"measured")
-        cpu_seconds = processor_seconds(tree) - before
+        times = processor_times(tree).since(before)
         memory = tree_memory(pid)
         found = client.stdout.read()
     if client.returncode != 0 or memory is None:
         raise LoadFailed(f"{work.name}: the load client or the server has ended")
-    return msgspec.json.decode(found, type=Findings), Used(cpu_seconds=cpu_seconds, memory=memory.resident)
+    return msgspec.json.decode(found, type=Findings), Used(times=times, memory=memory.resident)
 
 
 def _expect(lines: IO[bytes], word: bytes) -> None:
