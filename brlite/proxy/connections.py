@@ -36,7 +36,6 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._pool.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         if self.holder is not None:
@@ -89,6 +88,9 @@ class Pool:
         else:
             address = self.address
             _, connection = await loop.create_connection(self._make, address.host, address.port, ssl=self.tls)
+        # Not before: of one whose dialling is cancelled, uvloop does not say that it is lost.
+        if not connection.transport.is_closing():
+            self.connections.add(connection)
         return connection
 
     def adopt(self, dialing: asyncio.Task[UpstreamConnection]) -> None:
