@@ -53,8 +53,12 @@ def run(path: Path, *others: Path, dial: bool = False) -> int:
 
 def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
     """Find out about a model without fetching it. Raises where `serve` would: all files are opened, none is read."""
+    from brlite.engines.discovery import check_engine_name
     from brlite.tokenizer import load_tokenizer
 
+    if engine.name is not None:
+        check_engine_name(engine.name)
+        return ModelReport(spec=spec, origin=f"engine {engine.name}", sizes=None)
     path = find_model(spec)
     if path is None:
         origin = "not here yet, fetched by its name at the first start"
@@ -107,7 +111,7 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
     yield f"model {spec.name}"
     yield f"  from      {report.origin}"
     if sizes is None:
-        yield "  sizes     unknown until it is fetched"
+        yield "  sizes     unknown until it is there"
         return
     yield f"  context   {spec.build_seq} tokens of the {sizes.max_context} that the model allows"
     yield f"  weights   {show_bytes(sizes.weight_bytes)}: {sizes.num_parameters / 1e6:.4g} million as {sizes.dtype}"

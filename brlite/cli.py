@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import brlite
-from brlite.errors import BrliteError
+from brlite.errors import BrliteError, ConfigError
 
 if TYPE_CHECKING:
     from brlite.config import Config
@@ -169,11 +169,19 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> Config:
     """The config named on the command line, else `./brlite.toml`, else the defaults; then the overrides."""
-    from brlite.config import Config, load_config, override
+    from brlite.config import Config, engine_override, load_config, override
 
     path = args.config or _folders_own()
     config = load_config(path) if path else Config()
-    return override(config, {**_overrides(args), **_model_override(args.model)})
+def _engine_check(args: argparse.Namespace) -> int:
+    from brlite.engine_check import run
+
+    _configure_logging("warning")
+    return run(_config(args), as_json=args.json)
+
+
+    config = override(config, {**_overrides(args), **_model_override(args.model), **engine_override(args.engine)})
+    return override(config, {"engine.options": {**config.engine.options, **_engine_options(args.engine_option)}})
 
 
 def _folders_own() -> Path | None:
@@ -210,12 +218,29 @@ def _configure_logging(level: str) -> None:
         level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
 
+def _engine_options(pairs: Sequence[str]) -> dict[str, object]:
+    """`NAME=VALUE`, as often as it was given."""
+    options = dict(pair.partition("=")[::2] for pair in pairs)
+    if not all(options.values()) or "" in options:
+        raise ConfigError(f"--engine-option {' '.join(pairs)}: allowed is NAME=VALUE")
+    return dict(options)
+
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="brlite", description="A compact asyncio server for large language models.")
     parser.add_argument("--version", action="version", version=f"brlite {brlite.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_serve, _add_proxy, _add_generate, _add_chat, _add_check, _add_verify, _add_doctor):
+    for add in (
+        _add_serve,
+        _add_proxy,
+        _add_generate,
+        _add_chat,
+        _add_check,
+        _add_verify,
+        _add_engine_check,
+        _add_doctor,
+    ):
         add(commands)
     return parser
 
@@ -238,6 +263,7 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _proxy, "forward requests to the servers that have their models")
     about = "a .toml with [[upstream]] tables, and the manual's .json files, whose all_models are put together"
+    _add_engine(parser)
     parser.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=about)
     upstream = "a server, such as http://127.0.0.1:8001, and the model it has; the same name again is a replica"
     parser.add_argument("--upstream", action="append", default=[], metavar="NAME=URL", help=upstream)
@@ -296,7 +322,7 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _add_command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], command: Command, purpose: str
 ) -> argparse.ArgumentParser:
-    name = command.__name__.removeprefix("_")
+    name = command.__name__.removeprefix("_").replace("_", "-")
     parser = commands.add_parser(name, help=purpose, description=f"{purpose.capitalize()}.")
     parser.set_defaults(command=command)
     return parser
@@ -309,6 +335,14 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="auto, cpu or another torch device")
     parser.add_argument("--threads", type=int, metavar="N", help="0: one for each physical core")
 
+def _add_engine_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, _engine_check, "try whether an engine keeps the contract; status 1 if not")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a .toml, or the manual's .json")
+    parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
+    _add_engine(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 
 def _add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen to (default 127.0.0.1)")
@@ -320,3 +354,11 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) ->
     length = f"length of an answer at most (default {max_tokens or 'half of the context'})"
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=length)
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most probable token")
+    _add_engine(parser)
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    about = "what computes: auto, native, torch, or an installed engine such as toy (default: BRLITE_ENGINE's, if set)"
+    parser.add_argument("--engine", metavar="NAME", help=about)
+    option = "an option of that engine; may be given several times"
+    parser.add_argument("--engine-option", action="append", default=[], metavar="NAME=VALUE", help=option)

@@ -6,10 +6,11 @@ reads a model, a device or the network: limits that depend on the model are chec
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 from msgspec import Meta
@@ -32,10 +33,12 @@ Text = Annotated[str, Meta(min_length=1, description="a non-empty string")]
 Word = Annotated[str, Meta(pattern=r"^\S+\Z", description="a non-empty string without spaces")]
 DeviceIndex = Annotated[int, Meta(ge=0, le=1023)]
 BlockSize = Literal[8, 16, 32, 64, 128, 256]
+Backend = Literal["auto", "native", "torch"]
 Precision = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
 Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ENGINE_VARIABLE = "BRLITE_ENGINE"
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -54,10 +57,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How steps are computed. `threads = 0` means one for each physical core.
 
     Speculation is on where the backend can verify guesses, while at most `max_draft_seqs` sequences run. `memory_gib`
-    is what the weights and caches of all loaded models may take together; 0 sets no bound.
+    is what the weights and caches of all loaded models may take together; 0 sets no bound. `name` is an engine that is
+    installed beside brlite (`brlite/engines/contract.py`) and computes in the backends' place; `options` are its own.
+    `on_rank_failure` says what comes after a process of a model with `tensor_parallel` is lost: the model is loaded
+    anew, or the server ends.
     """
 
-    backend: Literal["auto", "native", "torch"] = "auto"
+    name: Word | None = None
+    options: dict[str, str | bool | int | float] = {}
+    backend: Backend = "auto"
     device: Word = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     threads: Annotated[int, Meta(ge=0, le=1024)] = 0
@@ -68,6 +76,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_draft_tokens: Annotated[int, Meta(ge=1, le=16)] = 7
     max_draft_seqs: Annotated[int, Meta(ge=1, le=4096)] = 4
     memory_gib: Annotated[float, Meta(ge=0, le=10**6)] = 0.0
+    on_rank_failure: Literal["restart", "exit"] = "restart"
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -246,6 +255,18 @@ def override(config: Config, values: Mapping[str, object], *, source: str = "com
         table = data["model"][0] if section == "model[0]" else data[section]
         table[field] = value
     return make_config(data, source=source)
+
+
+def engine_override(name: str | None) -> dict[str, object]:
+    """What `override` takes to choose an engine: by its name, or one of the values of `engine.backend`.
+
+    Without a name that of the environment counts, if it has one.
+    """
+    name = name or os.environ.get(ENGINE_VARIABLE)
+    if not name:
+        return {}
+    is_ours = name in get_args(Backend)
+    return {"engine.name": None, "engine.backend": name} if is_ours else {"engine.name": name}
 
 
 def read_text(path: Path) -> str:

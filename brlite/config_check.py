@@ -48,7 +48,8 @@ def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: M
 def config_warnings(config: Config) -> list[str]:
     """One line for everything an operator should know before starting with this config."""
     warnings = [text for rule in _RULES for text in rule(config)]
-    for index, spec in enumerate(config.model):
+    models = config.model if config.engine.name is None else ()  # another engine says itself what it cannot serve
+    for index, spec in enumerate(models):
         warnings += (f"model[{index}]: {text}" for rule in _MODEL_RULES for text in rule(spec))
     return warnings
 
@@ -127,6 +128,16 @@ def _engine_of_a_proxy(config: Config) -> Warnings:
 
 def _local_models(config: Config) -> set[str]:
     return {spec.name for spec in config.model}
+def _another_engine(config: Config) -> Warnings:
+    engine, default = config.engine, EngineConfig()
+    if engine.name is None and engine.options:
+        yield "engine.options: have no effect: no engine.name says whose they are"
+    if engine.name is not None:
+        for name in ("block_size", "memory_gib"):
+            if getattr(engine, name) != getattr(default, name):
+                yield f"engine.{name}: has no effect on engine {engine.name}, which keeps its memory itself"
+
+
 
 
 def _forwarded_models(config: Config) -> set[str]:
@@ -178,4 +189,5 @@ _RULES: tuple[Callable[[Config], Warnings], ...] = (
     _engine_of_a_proxy,
     _step_budget,
 )
+    _another_engine,
 _MODEL_RULES: tuple[Callable[[ModelSpec], Warnings], ...] = (_weights, _manual_limits)

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 
-from brlite.config import Config, ModelSpec, load_config
+from brlite.config import ENGINE_VARIABLE, Config, ModelSpec, engine_override, load_config, override
 from brlite.config_check import check_supported, config_warnings
 from brlite.engine import async_engine
 from brlite.engine.admission import read_token_ids
@@ -50,24 +50,59 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
 
     `on_progress` gets a stage in words and the fraction of that stage. Raises `ModelError` or `ConfigError`.
     """
+    spec = spec or config.model[0]
+    load = _load_own if config.engine.name is None else _load_from_contract
+    tokenizer, backend = load(config, spec, on_progress or _ignore)
+    for note in backend.info.notes:
+        logger.warning("model %s: %s", spec.name, note)
+    return Assembly(Engine(backend.info, tokenizer, config.engine, config.limits), backend)
+
+
+def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend]:
+    """A model that our own backends compute."""
     from brlite.checkpoint import open_checkpoint
     from brlite.checkpoint.fetch import locate_model
     from brlite.worker.choosing import load_backend
+    from brlite.worker.device import prepare_environment
     from brlite.worker.fit import check_fit
 
-    spec = spec or config.model[0]
-    report = on_progress or _ignore
+    prepare_environment()
     path = locate_model(spec.name, spec.path, report)
     with closing(open_checkpoint(path)) as checkpoint:
         # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
         fit = check_fit(checkpoint, spec)
         report("reading the tokenizer", 0.0)
-        tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
+        tokenizer = _load_tokenizer(path, spec)
         _check_vocabulary(tokenizer, fit.config.vocab_size, path)
-        backend = load_backend(checkpoint, fit, spec, config.engine, report)
-    for note in backend.info.notes:
-        logger.warning("model %s: %s", spec.name, note)
-    return Assembly(Engine(backend.info, tokenizer, config.engine, config.limits), backend)
+        return tokenizer, load_backend(checkpoint, fit, spec, config.engine, report)
+
+
+def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend]:
+    """A model that the engine of that name computes, which may bring its tokenizer; else the model's folder has it."""
+    from brlite.checkpoint.fetch import locate_model
+    from brlite.engines.contract import BringsTokenizer
+    from brlite.engines.discovery import make_engine
+    from brlite.engines.slot_backend import SlotBackend
+
+    assert config.engine.name is not None, "whoever calls this has looked"
+    engine = make_engine(config.engine.name)
+    if isinstance(engine, BringsTokenizer):
+        report(f"opening engine {config.engine.name}", 0.0)
+        return engine.tokenizer(), SlotBackend(engine, spec, config.engine)
+    path = locate_model(spec.name, spec.path, report)
+    tokenizer = _load_tokenizer(path, spec)  # what is wrong with it is known before the engine opens, for minutes
+    report(f"opening engine {config.engine.name}", 0.0)
+    backend = SlotBackend(engine, spec, config.engine)
+    try:
+        _check_vocabulary(tokenizer, backend.info.vocab_size, path)
+    except ModelError:
+        backend.close()
+        raise
+    return tokenizer, backend
+
+
+def _load_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer:
+    return load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
 
 
 class AsyncEngine(async_engine.AsyncEngine):
@@ -101,6 +136,7 @@ class LLM:
     """Offline inference: `LLM(config_path="qwen2.json").generate(prompts, SamplingParams(max_tokens=70))`.
 
     `config_path` is a TOML file or the manual's JSON; a `Config` will do as well, and neither means the default model.
+    But for a `Config`, the environment's BRLITE_ENGINE may name an engine.
     Code from model folders is never run, whatever `trust_remote_code` says.
     """
 
@@ -109,6 +145,7 @@ class LLM:
     ) -> None:
         if config is None:
             config = load_config(Path(config_path)) if config_path is not None else Config()
+            config = override(config, engine_override(None), source=ENGINE_VARIABLE)
         check_supported(config)
         for line in config_warnings(config):
             logger.warning("%s", line)

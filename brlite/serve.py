@@ -119,6 +119,8 @@ class ModelLoader:
         return None if sizes is None else sizes.num_bytes
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
+        if self._config.engine.name is not None:
+            return 0  # what another engine takes is not ours to know
         from brlite.llm import model_bytes
 
         with _shown(report) as show:

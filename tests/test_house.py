@@ -44,13 +44,17 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "models kernels checkpoint cache engine.backend sampling_params outputs config errors",
         "torch numpy msgspec",
     ),
+    "engines": (
+        "engine.backend tokenizer worker checkpoint outputs config field_errors errors",
+        "numpy msgspec",
+    ),
     "http": ("config errors", "aiohttp msgspec"),
     "server": (
         "http engine tokenizer sampling_params outputs config config_check errors",
         "aiohttp msgspec prometheus_client",
     ),
     "proxy": ("http address config errors", "aiohttp msgspec prometheus_client"),
-    "llm": ("engine worker checkpoint tokenizer sampling_params outputs config config_check errors", "msgspec"),
+    "llm": ("engine engines worker checkpoint tokenizer sampling_params outputs config config_check errors", "msgspec"),
     "app": ("server proxy http llm engine config errors", "aiohttp"),
     "reload": ("server proxy http config config_check config_diff errors", "msgspec"),
     "serve": ("app reload proxy llm checkpoint.fetch worker.sizes server http config errors", ""),
@@ -58,10 +62,12 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),
     "chat": ("llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
     "check": (
-        "config config_check config_text proxy_config machine checkpoint tokenizer models worker proxy http errors",
+        "config config_check config_text proxy_config machine checkpoint tokenizer models worker engines.discovery proxy "
+        "http errors",
         "msgspec",
     ),
     "verify": ("llm engine worker.cpu tokenizer sampling_params outputs config config_check errors", "msgspec"),
+    "engine_check": ("engines config config_check", "msgspec"),
     "doctor": ("config machine cache checkpoint.fetch kernels worker errors", ""),
 }
 MAY_IMPORT_ANYTHING = ("cli",)
@@ -225,6 +231,8 @@ LIGHT = [
     ("brlite.config", ("torch", "aiohttp", "transformers", "asyncio")),
     ("brlite.engine.async_engine", ("torch", "aiohttp", "transformers", "tokenizers")),
     ("brlite.serve", ("torch", "transformers", "tokenizers", "safetensors", "gguf", "numpy")),
+    ("brlite.engines.toy", ("torch", "aiohttp", "transformers", "tokenizers", "jinja2", "asyncio")),
+    ("brlite.engines.slot_backend", ("torch", "aiohttp", "transformers", "tokenizers", "jinja2")),
     ("brlite.llm", ("torch", "aiohttp", "transformers", "tokenizers")),
 ]
 

@@ -26,6 +26,8 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
     check_token_ids(request.prompt_token_ids, info.vocab_size, param="prompt")
     check_limits(request.params, limits)
     request.params.check_vocabulary(info.vocab_size)
+    if request.params.prompt_logprobs is not None and not info.has_prompt_logprobs:
+        raise InvalidRequest("prompt_logprobs cannot be had from this server's engine", param="prompt_logprobs")
     return _clamp_max_tokens(request, info)
 
 

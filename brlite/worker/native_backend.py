@@ -124,22 +124,31 @@ class NativeBackend:
         tokens, logprobs = iter(draws.tokens()), iter(draws.target_logprobs())
         return StepResult([_result(seq, tokens, logprobs) for seq in batch.seqs])
 
+    def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
+        """Compute a step, and in place of tokens give the logits [R, V] after the last token of each sequence."""
+        rows = _Rows(seqs)
+        last = [first + len(seq.token_ids) - 1 for seq, first in zip(seqs, rows.first_rows, strict=True)]
+        return self._row_logits(rows, last)
+
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
         """The logits [T, V] at every position of one prompt. For measuring: takes the cache's first blocks."""
         num_blocks = math.ceil(len(token_ids) / self.info.block_size)
         rows = _Rows([ScheduledSeq(0, 0, list(token_ids), list(range(num_blocks)))])
-        out = np.empty((len(token_ids), self._vocab_size), np.float32)
-        draws = (abi.Draw * len(token_ids))()
-        for row, draw in enumerate(draws):
-            draw.row, draw.target, draw.num_logprobs = row, 0, -1
-        drawn = (abi.Drawn * len(token_ids))()
-        self._run(rows, len(draws), ctypes.addressof(draws), ctypes.addressof(drawn), out.ctypes.data)
-        return out
+        return self._row_logits(rows, range(len(token_ids)))
 
     def close(self) -> None:
         """Give back threads and memory. May be called twice."""
         self._engine = 0
         self._open.close()
+
+    def _row_logits(self, rows: _Rows, wanted: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Run a step for the logits of some of its rows."""
+        out = np.empty((len(wanted), self._vocab_size), np.float32)
+        draws, drawn = (abi.Draw * len(wanted))(), (abi.Drawn * len(wanted))()
+        for row, draw in zip(wanted, draws, strict=True):
+            draw.row, draw.target, draw.num_logprobs = row, 0, -1
+        self._run(rows, len(draws), ctypes.addressof(draws), ctypes.addressof(drawn), out.ctypes.data)
+        return out
 
     def _run(self, rows: _Rows, num_draws: int, draws: int, drawn: int, logits: int | None = None) -> None:
         batch = abi.Batch(

@@ -6,14 +6,16 @@ itself when it cannot, and then `whole_row.py` draws the same token the long way
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from brlite.worker.random_numbers import Floats, Integers, invert_cdf
 from brlite.worker.row_settings import RowSettings
+
+if TYPE_CHECKING:
+    import torch
 
 Booleans = npt.NDArray[np.bool_]
 

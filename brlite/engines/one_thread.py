@@ -1,0 +1,52 @@
+"""A thread of one's own for an engine: vendors' runtimes often belong to the thread that opened them.
+
+It is a daemon, so an engine that loads for minutes does not keep a process alive that was told to stop.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import TypeVar
+
+from brlite.errors import EngineError
+
+T = TypeVar("T")
+
+
+class OneThread:
+    """Runs whatever it is called with on the same thread, in turn, while the caller waits."""
+
+    def __init__(self, name: str) -> None:
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.is_stopped = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """What `function` returns or raises. Raises `EngineError` after `stop`."""
+        if self.is_stopped:
+            raise EngineError("the engine is closed")
+        done: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                done.set_result(function())
+            except BaseException as error:
+                done.set_exception(error)
+
+        self._work.put(work)
+        return done.result()
+
+    def stop(self) -> None:
+        """Let the thread end once it has done what it was given. May be called twice."""
+        if not self.is_stopped:
+            self.is_stopped = True
+            self._work.put(None)
+            self._thread.join()
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
