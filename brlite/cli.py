@@ -161,6 +161,13 @@ def _verify(args: argparse.Namespace) -> int:
     return run(_config(args), args.prompts, args.max_tokens, as_json=args.json)
 
 
+def _engine_check(args: argparse.Namespace) -> int:
+    from brlite.engine_check import run
+
+    _configure_logging("warning")
+    return run(_config(args), as_json=args.json)
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from brlite.doctor import run
 
@@ -173,13 +180,6 @@ def _config(args: argparse.Namespace) -> Config:
 
     path = args.config or _folders_own()
     config = load_config(path) if path else Config()
-def _engine_check(args: argparse.Namespace) -> int:
-    from brlite.engine_check import run
-
-    _configure_logging("warning")
-    return run(_config(args), as_json=args.json)
-
-
     config = override(config, {**_overrides(args), **_model_override(args.model), **engine_override(args.engine)})
     return override(config, {"engine.options": {**config.engine.options, **_engine_options(args.engine_option)}})
 
@@ -206,6 +206,14 @@ def _model_override(model: str | None) -> dict[str, object]:
     return {"model[0].name": path.stem if is_file else path.resolve().name, "model[0].path": str(path)}
 
 
+def _engine_options(pairs: Sequence[str]) -> dict[str, object]:
+    """`NAME=VALUE`, as often as it was given."""
+    options = dict(pair.partition("=")[::2] for pair in pairs)
+    if not all(options.values()) or "" in options:
+        raise ConfigError(f"--engine-option {' '.join(pairs)}: allowed is NAME=VALUE")
+    return dict(options)
+
+
 def _sampling_params(args: argparse.Namespace) -> SamplingParams:
     from brlite.sampling_params import SamplingParams
 
@@ -217,14 +225,6 @@ def _configure_logging(level: str) -> None:
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-
-def _engine_options(pairs: Sequence[str]) -> dict[str, object]:
-    """`NAME=VALUE`, as often as it was given."""
-    options = dict(pair.partition("=")[::2] for pair in pairs)
-    if not all(options.values()) or "" in options:
-        raise ConfigError(f"--engine-option {' '.join(pairs)}: allowed is NAME=VALUE")
-    return dict(options)
-
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -250,6 +250,7 @@ def _seed_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", "--config_path", type=Path, required=True, metavar="FILE", help="the config")
     parser.add_argument("--host", help="address to listen to (default: the TOML's; for a JSON, all)")
     parser.add_argument("--port", type=int, metavar="N", help="port to listen to")
+    _add_engine(parser)
     parser.set_defaults(command=_serve_as_in_the_manual, model=None)
     return parser
 
@@ -263,7 +264,6 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _proxy, "forward requests to the servers that have their models")
     about = "a .toml with [[upstream]] tables, and the manual's .json files, whose all_models are put together"
-    _add_engine(parser)
     parser.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=about)
     upstream = "a server, such as http://127.0.0.1:8001, and the model it has; the same name again is a replica"
     parser.add_argument("--upstream", action="append", default=[], metavar="NAME=URL", help=upstream)
@@ -314,6 +314,14 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _add_engine_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _add_command(commands, _engine_check, "try whether an engine keeps the contract; status 1 if not")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a .toml, or the manual's .json")
+    parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
+    _add_engine(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _doctor, "say what was found on this machine")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -334,14 +342,14 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
     parser.add_argument("--device", help="auto, cpu or another torch device")
     parser.add_argument("--threads", type=int, metavar="N", help="0: one for each physical core")
-
-def _add_engine_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _add_command(commands, _engine_check, "try whether an engine keeps the contract; status 1 if not")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a .toml, or the manual's .json")
-    parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
     _add_engine(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    about = "what computes: auto, native, torch, or an installed engine such as toy (default: BRLITE_ENGINE's, if set)"
+    parser.add_argument("--engine", metavar="NAME", help=about)
+    option = "an option of that engine; may be given several times"
+    parser.add_argument("--engine-option", action="append", default=[], metavar="NAME=VALUE", help=option)
 
 
 def _add_listening(parser: argparse.ArgumentParser) -> None:
@@ -354,11 +362,3 @@ def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) ->
     length = f"length of an answer at most (default {max_tokens or 'half of the context'})"
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=length)
     parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most probable token")
-    _add_engine(parser)
-
-
-def _add_engine(parser: argparse.ArgumentParser) -> None:
-    about = "what computes: auto, native, torch, or an installed engine such as toy (default: BRLITE_ENGINE's, if set)"
-    parser.add_argument("--engine", metavar="NAME", help=about)
-    option = "an option of that engine; may be given several times"
-    parser.add_argument("--engine-option", action="append", default=[], metavar="NAME=VALUE", help=option)

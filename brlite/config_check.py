@@ -126,8 +126,6 @@ def _engine_of_a_proxy(config: Config) -> Warnings:
         yield "engine: has no effect: no model is served here"
 
 
-def _local_models(config: Config) -> set[str]:
-    return {spec.name for spec in config.model}
 def _another_engine(config: Config) -> Warnings:
     engine, default = config.engine, EngineConfig()
     if engine.name is None and engine.options:
@@ -138,6 +136,8 @@ def _another_engine(config: Config) -> Warnings:
                 yield f"engine.{name}: has no effect on engine {engine.name}, which keeps its memory itself"
 
 
+def _local_models(config: Config) -> set[str]:
+    return {spec.name for spec in config.model}
 
 
 def _forwarded_models(config: Config) -> set[str]:
@@ -187,7 +187,7 @@ _RULES: tuple[Callable[[Config], Warnings], ...] = (
     _aliases,
     _fallbacks,
     _engine_of_a_proxy,
+    _another_engine,
     _step_budget,
 )
-    _another_engine,
 _MODEL_RULES: tuple[Callable[[ModelSpec], Warnings], ...] = (_weights, _manual_limits)

@@ -113,14 +113,14 @@ class ModelLoader:
         self._config = config
 
     async def known_bytes(self, spec: ModelSpec) -> int | None:
+        if self._config.engine.name is not None:
+            return 0  # what another engine takes is not ours to know
         from brlite.worker.sizes import known_sizes
 
         sizes = await asyncio.to_thread(known_sizes, spec, self._config.engine)
         return None if sizes is None else sizes.num_bytes
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
-        if self._config.engine.name is not None:
-            return 0  # what another engine takes is not ours to know
         from brlite.llm import model_bytes
 
         with _shown(report) as show:

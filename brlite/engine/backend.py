@@ -93,9 +93,9 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     `fingerprint` identifies weights, precision and kernels: equal ones give equal bits. A batch-invariant backend gives
     a row the same bits in any batch; only such a one can verify guesses, `max_draft_tokens` of a sequence in one step.
+    One without `has_prompt_logprobs` is never given prompt targets.
     """
 
-    One without `has_prompt_logprobs` is never given prompt targets.
     name: str
     device: str
     dtype: str
@@ -113,9 +113,9 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_draft_tokens: int = 0
     fingerprint: str = ""
     is_batch_invariant: bool = False
-
-
     has_prompt_logprobs: bool = True
+
+
 class Backend(Protocol):
     """Computes steps. All calls come from one thread, one at a time; a row never depends on its neighbours."""
 
