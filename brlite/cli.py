@@ -97,6 +97,18 @@ def _serve_as_in_the_manual(args: argparse.Namespace) -> int:
     return _serve(args, f"listening on all addresses ({ALL_ADDRESSES}), as the manual's server does; --host changes it")
 
 
+def _worker(args: argparse.Namespace) -> int:
+    """Where a launcher has made this process rank 0, it serves."""
+    from brlite.rank import launched_place, run
+
+    if args.channel is None:
+        if launched_place().rank == 0:
+            return _serve(args)
+        args.log_level = _served_config(args).server.log_level
+    _configure_logging(args.log_level or "warning")
+    return run(args.channel)
+
+
 def _proxy(args: argparse.Namespace) -> int:
     return _listen(partial(_proxy_config, args), args.config)
 
@@ -233,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
         _add_serve,
+        _add_worker,
         _add_proxy,
         _add_generate,
         _add_chat,
@@ -259,6 +272,14 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = _add_command(commands, _serve, "serve a model over the OpenAI API")
     _add_config(parser)
     _add_listening(parser)
+
+
+def _add_worker(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    about = "be one rank of a model on several machines, started by torchrun; rank 0 serves"
+    parser = _add_command(commands, _worker, about)
+    _add_config(parser)
+    _add_listening(parser)
+    parser.add_argument("--channel", type=int, help=argparse.SUPPRESS)  # how `serve` starts the ranks of its machine
 
 
 def _add_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

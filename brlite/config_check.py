@@ -22,12 +22,14 @@ Warnings = Iterator[str]
 
 def check_supported(config: Config) -> None:
     """Raise a `ConfigError` for a valid config that this version cannot serve."""
-    for index, spec in enumerate(config.model):
-        if spec.tensor_parallel > 1:
-            raise ConfigError(
-                f"model[{index}].tensor_parallel = {spec.tensor_parallel}: this version runs on one device; "
-                "tensor parallelism is not built yet"
-            )
+    if config.engine.name is not None:
+        return  # another engine says itself what it cannot serve
+    shared = [index for index, spec in enumerate(config.model) if spec.tensor_parallel > 1]
+    for index in shared[1:]:
+        raise ConfigError(
+            f"model[{index}].tensor_parallel = {config.model[index].tensor_parallel}: one model of a server can be on "
+            f"several ranks, and model[{shared[0]}] is; serve the others beside it, behind `brlite proxy`"
+        )
 
 
 def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: Mapping[str, int]) -> None:

@@ -5,6 +5,7 @@ BrliteError
 ├── ModelError             a model folder, file or download is missing, broken or unsupported
 ├── NativeUnavailable      the native kernels cannot be used on this machine; torch computes instead
 ├── EngineError            a step failed; the requests that were in it end with this
+│   └── BackendLost            what computed a model is gone; nothing can be computed any more
 └── RequestError           a request is refused; `param` names the field
     ├── InvalidRequest         a field is missing, ill-typed or out of range
     │   └── PromptTooLong      the prompt does not fit `build_seq`
@@ -49,6 +50,10 @@ class NativeUnavailable(BrliteError):
 
 class EngineError(BrliteError):
     """A step of the engine failed."""
+
+
+class BackendLost(EngineError):
+    """A process that computed a model's steps is gone: its backend can only be closed, and loaded anew."""
 
 
 class RequestError(BrliteError):

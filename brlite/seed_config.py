@@ -76,7 +76,7 @@ def _contradictions(seed: SeedConfig) -> Iterator[str]:
     if pipeline_parallel != 1:
         yield f"{at}: allowed as PP is 1; to use more cards raise TP"
     if data_parallel != 1:
-        yield f"{at}: allowed as DP is 1; for replicas start one server each, behind a load balancer"
+        yield f"{at}: allowed as DP is 1; for replicas start one server each, behind `brlite proxy`"
     if len(set(seed.devices)) < len(seed.devices):
         yield f"devices = {show(seed.devices)}: allowed is each device once"
     if tensor_parallel != len(seed.devices):

@@ -37,6 +37,7 @@ SWITCH_INTERVAL_SECONDS = 0.0005
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEATED_SIGNAL_SECONDS = 1.0
 MAX_SHOWN_MODELS = 8
+EXIT_LOST = 1
 
 
 def run(config: Config, warnings: list[str], source: ConfigSource) -> int:
@@ -72,17 +73,22 @@ async def _serve(config: Config, source: ConfigSource) -> int:
         async with _stop_signal() as stop, reloader, server:
             logger.info("listening on %s; %s", server.url, _intentions(config, forwarder.table))
             loading = asyncio.create_task(_load_first(residency), name="brlite-load")
+            failing = asyncio.create_task(residency.failure(), name="brlite-failure")
             await _first_of(loading, stop)
             if loading.done():
                 loading.result()
                 _announce(server.url, models, forwarder.table, needs_key=not keys.is_open)
-                await stop
+                await _first_of(stop, failing)
+            if failing.done():
+                logger.critical("stopping: %s", failing.result())
             logger.info("stopping: running requests have %g seconds to finish", config.server.drain_seconds)
             models.is_draining = forwarder.is_draining = True
             loading.cancel()
             residency.drain()
-        await asyncio.wait([loading])
-    return 0
+        has_failed = failing.done()
+        failing.cancel()
+        await asyncio.wait([loading, failing])
+    return EXIT_LOST if has_failed else 0
 
 
 def _intentions(config: Config, table: UpstreamTable) -> str:

@@ -59,6 +59,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "reload": ("server proxy http config config_check config_diff errors", "msgspec"),
     "serve": ("app reload proxy llm checkpoint.fetch worker.sizes server http config errors", ""),
     "ray_serve": ("app llm http config config_check field_errors errors", "aiohttp msgspec ray starlette yarl"),
+    "rank": ("worker errors", ""),
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),
     "chat": ("llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
     "check": (

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from brlite.checkpoint.checkpoint import excerpt, reason
+from brlite.checkpoint.cuts import Cut, Cuts
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.identity import read_header, weights_identity
-from brlite.checkpoint.safetensors_header import SafetensorsHeader, read_safetensors_header
-from brlite.checkpoint.stored_numbers import Float32, read_float32
+from brlite.checkpoint.safetensors_header import SafetensorsHeader, TensorEntry, read_safetensors_header
+from brlite.checkpoint.stored_numbers import STORED, Float32, read_columns, read_float32
 from brlite.errors import ModelError
+
+T = TypeVar("T")
 
 
 class SafetensorsCheckpoint:
@@ -30,17 +35,41 @@ class SafetensorsCheckpoint:
         return dict(self._shapes)
 
     def tensors(self) -> Iterator[tuple[str, Float32]]:
+        return self._each(_read_whole)
+
+    def cuts(self, wanted: Cuts) -> Iterator[tuple[str, Cut, Float32]]:
+        """What is `wanted` of each tensor. Of other rows nothing is read, of other columns nothing is kept."""
+
+        def read(stream: BufferedReader, begin: int, entry: TensorEntry) -> Iterator[tuple[str, Cut, Float32]]:
+            for cut in wanted.get(entry.name, ()):
+                yield entry.name, cut, _read_cut(stream, begin, entry, cut)
+
+        return self._each(read)
+
+    def close(self) -> None:
+        """Nothing is kept open between two tensors' files."""
+
+    def _each(self, read: Callable[[BufferedReader, int, TensorEntry], Iterator[T]]) -> Iterator[T]:
+        """What `read` makes of every tensor, given its file and the byte where it begins there."""
         for file, header in self._headers.items():
             try:
                 with file.open("rb") as stream:
                     for entry in header.entries:
-                        begin = header.data_start + entry.begin
-                        yield entry.name, read_float32(stream, begin, entry.shape, entry.dtype)
+                        yield from read(stream, header.data_start + entry.begin, entry)
             except OSError as error:
                 raise ModelError(f"{file}: {reason(error)}") from error
 
-    def close(self) -> None:
-        """Nothing is kept open between two tensors' files."""
+
+def _read_whole(stream: BufferedReader, begin: int, entry: TensorEntry) -> Iterator[tuple[str, Float32]]:
+    yield entry.name, read_float32(stream, begin, entry.shape, entry.dtype)
+
+
+def _read_cut(stream: BufferedReader, begin: int, entry: TensorEntry, cut: Cut) -> Float32:
+    row_shape = entry.shape[1:]
+    first = begin + cut.rows.start * math.prod(row_shape) * STORED[entry.dtype][0]
+    if cut.columns is None:
+        return read_float32(stream, first, (len(cut.rows), *row_shape), entry.dtype)
+    return read_columns(stream, first, (len(cut.rows), *row_shape), entry.dtype, cut.columns)
 
 
 def _collect_shapes(headers: Mapping[Path, SafetensorsHeader]) -> dict[str, tuple[int, ...]]:

@@ -12,16 +12,17 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, TypeVar
 
 from brlite.config import EngineConfig
 from brlite.engine.admission import check_length
-from brlite.engine.backend import Backend, BackendInfo
+from brlite.engine.backend import Backend, BackendInfo, CanBeLost
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request, Sink
 from brlite.engine.stats import EngineStats
-from brlite.errors import BrliteError, EngineError, NotReady
+from brlite.errors import BackendLost, BrliteError, EngineError, NotReady
 from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
+LOST = "a process that computes the model is gone; the request was not completed"
 RETRY_SECONDS = 5  # when to come back to an engine that is stopping
 LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
 
@@ -51,6 +53,8 @@ class AsyncEngine:
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
+        self._lost: BackendLost | None = None
+        self._on_lost: Callable[[], None] = _nobody_watches
 
     @property
     def info(self) -> BackendInfo:
@@ -77,7 +81,13 @@ class AsyncEngine:
         """Count on from an engine that served the same model before. To be called before the first request."""
         self._engine.continue_stats(stats)
 
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        """Have `on_lost` called when the backend is gone and all requests have ended for it. Nothing runs from then."""
+        self._on_lost = on_lost
+
     async def start(self) -> None:
+        if isinstance(self._backend, CanBeLost):
+            self._backend.watch(functools.partial(self._call_soon, asyncio.get_running_loop()))
         self._task = asyncio.create_task(self._run(), name="brlite-engine")
         self._task.add_done_callback(self._on_stopped)
 
@@ -188,6 +198,8 @@ class AsyncEngine:
         while True:
             try:
                 await self._step()
+            except BackendLost:
+                raise
             except Exception as error:  # a request that breaks the engine's own code must not end it for all time
                 logger.critical("the engine failed between two steps", exc_info=error)
                 self._engine.end_all(EngineError("the engine failed; the request was not completed"))
@@ -195,12 +207,16 @@ class AsyncEngine:
 
     async def _step(self) -> None:
         """Decide, compute on the other thread, deliver; or sleep if there is nothing to do."""
+        if self._lost is not None:
+            raise self._lost
         batch = self._engine.schedule()
         if batch is None:
             await self._rest()
             return
         try:
             result = await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.execute, batch)
+        except BackendLost:
+            raise
         except Exception as error:  # a failed step ends its own requests, never the loop
             self._engine.fail(error)
         else:
@@ -208,10 +224,26 @@ class AsyncEngine:
 
     def _on_stopped(self, task: asyncio.Task[None]) -> None:
         """The loop ended. Unless it was told to, nobody will compute any more, and whoever waits must know."""
-        if not task.cancelled() and (error := task.exception()) is not None:
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if isinstance(error, BackendLost):
+            logger.critical("the backend is lost: %s", error)
+            self._engine.end_all(EngineError(LOST))
+        else:
             logger.critical("the engine loop died", exc_info=error)
             self._engine.end_all(EngineError("the engine stopped unexpectedly; the request was not completed"))
-            self._idle.set()
+        self._idle.set()
+        if isinstance(error, BackendLost):
+            self._on_lost()
+
+    def _call_soon(self, loop: asyncio.AbstractEventLoop, error: BackendLost) -> None:
+        """On the backend's thread: have the loop notice that the backend is gone."""
+        with suppress(RuntimeError):  # a loop that is closed does not care
+            loop.call_soon_threadsafe(self._lose, error)
+
+    def _lose(self, error: BackendLost) -> None:
+        self._lost = error
+        self._wake.set()
 
     async def _rest(self) -> None:
         """Nothing to compute: prove that nothing was lost, and sleep until a request comes."""
@@ -253,3 +285,7 @@ class OutputStream:
         if self._error is not None:
             self._ready.set()
         return output
+
+
+def _nobody_watches() -> None:
+    """Whoever made the engine sees by `is_running` that it is gone."""

@@ -5,10 +5,12 @@ A `Batch` can be given to an in-process model, sent as msgpack to tensor-paralle
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
+from brlite.errors import BackendLost
 from brlite.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 
@@ -128,4 +130,16 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give back memory, threads and processes. Nothing is called afterwards."""
+        ...
+
+
+@runtime_checkable
+class CanBeLost(Protocol):
+    """What a `Backend` of several processes is besides: one of them may go, in a step or between two.
+
+    Then `execute` raises `BackendLost` whenever it is called, and whoever watches is told.
+    """
+
+    def watch(self, on_lost: Callable[[BackendLost], None]) -> None:
+        """Call `on_lost` once when that happens, on any thread. To be called before the first step."""
         ...

@@ -32,7 +32,7 @@ class Decoder:
         if plan.begun_blocks.numel():
             cache.clear(plan.begun_blocks)
         rope = self._rope.at(plan.positions)
-        hidden = functional.embedding(token_ids, self.parameters.embedding).float()
+        hidden = self.parameters.look_up(token_ids)
         for index, layer in enumerate(self.parameters.layers):
             turn = rope if self.config.rotary_dim(index) else None
             hidden += self._attention(hidden, layer, cache.layers[index], plan, turn, self.config.window(index))

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 from brlite.config import EngineConfig, ModelSpec
 from brlite.config_check import GIB, check_memory
 from brlite.engine.async_engine import AsyncEngine
-from brlite.errors import BrliteError
+from brlite.errors import BrliteError, EngineError
 from brlite.server.served_model import ServedModel
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,10 @@ class Residency:
         self._sizes: dict[str, int] = {}
         self._engines: dict[str, AsyncEngine] = {}  # all that are not closed
         self._changed = asyncio.Event()
+        self._lost: list[str] = []
+        self._restarting: dict[str, float] = {}  # since when
+        self._failure: BrliteError | None = None
+        self._has_failed = asyncio.Event()
         self._keeping: asyncio.Task[None] | None = None
         for model in self._models.values():
             model.watch(self._changed.set)
@@ -140,8 +144,14 @@ class Residency:
             with model.loading.running():
                 await self._measure(model)
                 await self._load(model)
-        if any(model.spec.load == "on_demand" or model.spec.idle_unload_seconds for model in self._models.values()):
+        if any(_has_changes(model.spec) for model in self._models.values()):
             self._keeping = asyncio.create_task(self._keep(), name="brlite-residency")
+
+    async def failure(self) -> BrliteError:
+        """Why the server has to end, as soon as it has to."""
+        await self._has_failed.wait()
+        assert self._failure is not None
+        return self._failure
 
     def drain(self) -> None:
         """Load nothing more: whoever waits for a model is refused. Those that are loaded go on."""
@@ -169,6 +179,7 @@ class Residency:
     async def _keep(self) -> None:
         while True:
             self._changed.clear()
+            await self._give_up_lost()
             action = decide(
                 [self._resident(model) for model in self._models.values()], self._budget_bytes, self._clock()
             )
@@ -185,7 +196,7 @@ class Residency:
             self._sizes.get(model.name),
             is_loaded=model.name in self._engines,
             is_busy=model.num_requests > 0,
-            wanted_since=model.loading.wanted_since,
+            wanted_since=min(model.loading.wanted_since, self._restarting.get(model.name, math.inf)),
             last_used=model.last_used,
             idle_unload_seconds=model.spec.idle_unload_seconds,
         )
@@ -205,17 +216,42 @@ class Residency:
             is_foreseen = isinstance(error, BrliteError)
             logger.error("model %s could not be loaded: %s", model.name, error, exc_info=not is_foreseen)
             model.loading.fail()
+            if self._restarting.pop(model.name, None) is not None:
+                self._fail(f"model {model.name} could not be restarted: {error}")
 
     async def _load(self, model: ServedModel) -> None:
         started = self._clock()
         engine = await self._loader.load(model.spec, model.loading.report)
         self._engines[model.name] = engine
+        engine.watch(lambda: self._note_lost(model.name))
+        self._restarting.pop(model.name, None)
         model.take(engine)
         logger.info("model %s is ready on %s after %.1f s", model.name, engine.info.device, self._clock() - started)
 
-    async def _unload(self, model: ServedModel, reason: str) -> None:
+    def _note_lost(self, name: str) -> None:
+        """The engine runs no more, and its requests have ended."""
+        if self._config.on_rank_failure == "exit":
+            self._fail(f'model {name} is lost, and engine.on_rank_failure is "exit"')
+        else:
+            self._lost.append(name)
+            self._changed.set()
+
+    async def _give_up_lost(self) -> None:
+        """Engines whose backend is gone are closed. A model that is to be there from the start is loaded anew."""
+        while self._lost:
+            model = self._models[self._lost.pop()]
+            comes_back = model.spec.load == "start"
+            if comes_back:
+                self._restarting[model.name] = self._clock()
+            await self._unload(model, "a process that computes it is gone", comes_back=comes_back)
+
+    def _fail(self, reason: str) -> None:
+        self._failure = EngineError(reason)
+        self._has_failed.set()
+
+    async def _unload(self, model: ServedModel, reason: str, *, comes_back: bool = False) -> None:
         """Its memory counts until it is given back. If this is cancelled the closing goes on, and `close` waits."""
-        model.give_up()
+        model.give_up(comes_back=comes_back)
         try:
             await self._engines[model.name].close()
         except Exception:  # an engine that does not close in good order is still not there any more
@@ -252,3 +288,8 @@ class Residency:
         sizes = {**self._sizes, model.name: num_bytes}
         check_memory(self._config, [each.spec for each in self._models.values()], sizes)
         self._sizes = sizes
+
+
+def _has_changes(spec: ModelSpec) -> bool:
+    """Whether the model may come or go while the server runs."""
+    return spec.load == "on_demand" or spec.idle_unload_seconds > 0 or spec.tensor_parallel > 1

@@ -97,9 +97,13 @@ class ServedModel:
         self.num_loads += 1
         self.loading.succeed()
 
-    def give_up(self) -> None:
-        """Let go of the engine, which somebody else closes."""
+    def give_up(self, *, comes_back: bool = False) -> None:
+        """Let go of the engine, which somebody else closes.
+
+        Should the model come back by itself, requests are refused until then; else the next one has it loaded.
+        """
         self.engine = None
+        self.is_on_demand = not comes_back
         self.num_unloads += 1
 
 

@@ -38,7 +38,7 @@ def load_backend(
     Raises `ConfigError` for what it cannot compute, and where `backend = "native"` cannot be had.
     """
     if engine.backend == "torch":
-        return _load_torch(checkpoint, spec, engine, on_progress)
+        return _load_torch(checkpoint, fit, spec, engine, on_progress)
     obstacle = find_obstacle(fit.config, spec, engine)
     if obstacle is None:
         try:
@@ -50,7 +50,7 @@ def load_backend(
     if engine.backend == "native":
         raise ConfigError(f'engine.backend is "native", but {obstacle}')
     notes = (FALLBACK_NOTE.format(reason=obstacle),) if computes_on_cpu(engine.device) else ()
-    return _load_torch(checkpoint, spec, engine, on_progress, notes)
+    return _load_torch(checkpoint, fit, spec, engine, on_progress, notes)
 
 
 def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) -> str | None:
@@ -60,7 +60,7 @@ def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) ->
     if engine.dtype == "float32":
         return 'native kernels compute in bfloat16, and engine.dtype is "float32"'
     if spec.tensor_parallel != 1:
-        return f"native kernels compute on 1 device, and tensor_parallel is {spec.tensor_parallel}"
+        return f"native kernels compute on 1 rank, and tensor_parallel is {spec.tensor_parallel}"
     if config.head_dim > MAX_HEAD_DIM or config.head_dim % 2:
         return f"native kernels want an even head_dim of at most {MAX_HEAD_DIM}, not {config.head_dim}"
     return None
@@ -107,16 +107,27 @@ def _quiet_torch() -> ExitStack:
 
 
 def _load_torch(
-    checkpoint: Checkpoint, spec: ModelSpec, engine: EngineConfig, on_progress: OnProgress, notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint,
+    fit: Fit,
+    spec: ModelSpec,
+    engine: EngineConfig,
+    on_progress: OnProgress,
+    notes: tuple[str, ...] = (),
 ) -> Backend:
     if spec.serialize_file:
         notes = (*notes, UNPACKED_NOTE.format(path=spec.serialize_file))
     on_progress("starting torch", 0.0)
+
+    def report(fraction: float) -> None:
+        on_progress("reading the weights", fraction)
+
+    if spec.tensor_parallel > 1:
+        from brlite.worker.parallel import load_on_ranks
+
+        return load_on_ranks(checkpoint, fit, spec, engine, report, notes)
     from brlite.worker.torch_backend import TorchBackend
 
-    return TorchBackend.load(
-        checkpoint, spec, engine, lambda fraction: on_progress("reading the weights", fraction), notes
-    )
+    return TorchBackend.load(checkpoint, spec, engine, report, notes)
 
 
 def _image_path(spec: ModelSpec) -> Path | None:

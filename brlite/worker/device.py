@@ -10,7 +10,8 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -184,3 +185,38 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "of unknown version"
+
+
+# What the ranks of a model meet by. The vendor's two plugins, for one generation of cards each, have one each.
+COLLECTIVES = {"cpu": "gloo", "cuda": "nccl"}
+BIREN_COLLECTIVES = {"torch_supa": "bccl", "torch_br": "sccl"}
+LOOPBACK_INTERFACES = {"linux": "lo", "darwin": "lo0"}
+
+
+def collectives_of(device: torch.device) -> str:
+    """The backend of torch.distributed that serves a device."""
+    if device.type in COLLECTIVES:
+        return COLLECTIVES[device.type]
+    return next((name for plugin, name in BIREN_COLLECTIVES.items() if plugin in sys.modules), "bccl")
+
+
+def make_current(device: torch.device) -> None:
+    """Have this thread's work that names no card go to this one: collectives are such."""
+    if device.type != "cpu":
+        torch_kind = _runtime(device.type)
+        assert torch_kind is not None, "a device that was selected has its module"
+        torch_kind.set_device(device)
+
+
+@contextmanager
+def loopback_only(host: str) -> Iterator[None]:
+    """While the ranks meet on a loopback address: none of them listens to the network, unless it is told to."""
+    name, interface = "GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACES.get(sys.platform)
+    is_told = name in os.environ or interface is None or not host.startswith("127.")
+    if not is_told:
+        os.environ[name] = str(interface)
+    try:
+        yield
+    finally:
+        if not is_told:
+            del os.environ[name]

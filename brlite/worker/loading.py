@@ -19,8 +19,9 @@ from brlite.models.decoder import Decoder
 from brlite.models.family import Place
 from brlite.models.packing import can_pack, pack_linears
 from brlite.models.parallel import Group, share_parameters
-from brlite.models.parameters import Parameters, allocate_parameters, scales_name
-from brlite.models.quantize import copy_quantized_, quantize_linears_
+from brlite.models.parameters import Parameters, allocate_parameters
+from brlite.models.quantize import quantize_linears_, store_rows_
+from brlite.models.sharing import Share, parameter_parts, shared_config
 from brlite.worker.fit import Fit, check_fit
 from brlite.worker.placing import placed_tensors
 

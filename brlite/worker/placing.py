@@ -3,40 +3,75 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
 
 from brlite.checkpoint import Checkpoint
+from brlite.checkpoint.cuts import Cut, read_cuts
 from brlite.models.family import Place
+from brlite.models.sharing import Part
 from brlite.worker.fit import Fit
 
 Float32 = npt.NDArray[np.float32]
+Parts = Mapping[str, Part]
 
 ROWS_AT_A_TIME = 4096  # bounds the copies that scaling makes
 SHORTEST = 1e-12  # a row of zeros stays one
 
 
 def placed_tensors(
-    checkpoint: Checkpoint, fit: Fit, on_progress: Callable[[float], None]
+    checkpoint: Checkpoint, fit: Fit, on_progress: Callable[[float], None], parts: Parts | None = None
 ) -> Iterator[tuple[Place, Float32]]:
     """Every tensor that has a place, with it. None is kept: memory is what the caller holds plus one tensor.
 
+    With `parts` only what a rank holds comes, a piece at a time, with its place in the rank's own parameters.
     `on_progress` gets the fraction that is done, each time the caller comes back for more.
     """
-    total = sum(math.prod(place.shape) for place in fit.places.values())
+    pieces = _whole(checkpoint, fit) if parts is None else _in_parts(checkpoint, fit, parts)
+    total = sum(math.prod(place.shape) for place in fit.places.values()) if parts is None else _num_held(fit, parts)
     num_placed = 0
-    for name, values in checkpoint.tensors():
-        if name in fit.ignored:
-            continue
-        place = fit.places[name]
+    for place, values in pieces:
         if place.has_unit_rows:
             _scale_rows_(values)
         num_placed += values.size
         yield place, values
         del values  # before the next one is read
         on_progress(num_placed / total)
+
+
+def _whole(checkpoint: Checkpoint, fit: Fit) -> Iterator[tuple[Place, Float32]]:
+    for name, values in checkpoint.tensors():
+        if name not in fit.ignored:
+            yield fit.places[name], values
+        del values  # before the next one is read
+
+
+def _in_parts(checkpoint: Checkpoint, fit: Fit, parts: Parts) -> Iterator[tuple[Place, Float32]]:
+    own = {name: _own_places(place, parts[place.parameter]) for name, place in fit.places.items()}
+    for name, cut, values in read_cuts(checkpoint, {name: tuple(cuts) for name, cuts in own.items()}):
+        yield own[name][cut], values
+        del values  # before the next one is read
+
+
+def _own_places(place: Place, part: Part) -> dict[Cut, Place]:
+    """What a rank holds of the tensor that has this place, and where in the rank's own parameter that goes."""
+    own: dict[Cut, Place] = {}
+    num_before = 0
+    for rows in part.rows:
+        first, stop = max(rows.start, place.start), min(rows.stop, place.start + place.shape[0])
+        if first < stop:
+            shape = (stop - first, *([len(part.columns)] if part.columns is not None else place.shape[1:]))
+            cut = Cut(range(first - place.start, stop - place.start), part.columns)
+            own[cut] = Place(place.parameter, shape, num_before + first - rows.start, place.has_unit_rows)
+        num_before += len(rows)
+    return own
+
+
+def _num_held(fit: Fit, parts: Parts) -> int:
+    places = (own for place in fit.places.values() for own in _own_places(place, parts[place.parameter]).values())
+    return sum(math.prod(own.shape) for own in places)
 
 
 def _scale_rows_(matrix: Float32) -> None:

@@ -186,7 +186,7 @@ def _describe(
         device=describe_device(decoder.device),
         dtype=dtype,
         precision=spec.precision,
-        vocab_size=decoder.vocab_size,
+        vocab_size=decoder.config.vocab_size,
         max_model_len=spec.build_seq,
         max_num_seqs=spec.build_batch,
         block_size=cache.block_size,

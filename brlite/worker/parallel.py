@@ -1,0 +1,138 @@
+"""Loads a model that several ranks compute: says who holds what, starts or awaits the ranks, and puts them together.
+
+Each rank reads its own part of the weights. Precisions round before the split: two ranks hold the numbers of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+
+import msgspec
+
+from brlite.checkpoint import Checkpoint, open_checkpoint
+from brlite.checkpoint.fetch import locate_model
+from brlite.config import EngineConfig, ModelSpec
+from brlite.engine.backend import BackendInfo
+from brlite.errors import ConfigError
+from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
+from brlite.models.sharing import Share, check_share, parameter_parts
+from brlite.worker.channel import Loaded, Setup
+from brlite.worker.cpu import physical_cores
+from brlite.worker.fit import Fit
+from brlite.worker.parallel_backend import ParallelBackend, RankModel
+from brlite.worker.rank_places import RankPlace, await_ranks, find_place
+from brlite.worker.ranks import start_local
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+
+
+def load_on_ranks(
+    checkpoint: Checkpoint,
+    fit: Fit,
+    spec: ModelSpec,
+    engine: EngineConfig,
+    on_progress: Callable[[float], None],
+    notes: tuple[str, ...] = (),
+) -> ParallelBackend:
+    """The backend of `spec.tensor_parallel` ranks, this process being rank 0. Raises what is wrong with any of them."""
+    size, place = spec.tensor_parallel, find_place(os.environ)
+    check_ranks(fit.config, spec, place)
+    ranks, kind = await_ranks(place) if place else start_local(size), _kind(checkpoint)
+
+    def setup(rank: int) -> Setup:
+        if place is not None:  # it knows its own machine better
+            return Setup(rank, spec, engine, kind)
+        path = msgspec.structs.replace(spec, path=str(checkpoint.path))
+        return Setup(rank, *_as_rank_sees(path, engine, spec.devices[rank], size), kind)
+
+    def load() -> RankModel:
+        device, num_here = (place.local_rank, place.local_size) if place else (spec.devices[0], size)
+        return _load(checkpoint, *_as_rank_sees(spec, engine, device, num_here), 0, on_progress, notes)
+
+    return ParallelBackend.assemble(
+        ranks, setup, load, lambda own, others: _describe(own, others, fit.config), place.host if place else LOOPBACK
+    )
+
+
+def load_rank(setup: Setup) -> RankModel:
+    """The part of the model that a rank other than 0 computes."""
+    spec, engine, place = setup.spec, setup.engine, find_place(os.environ)
+    if place is not None:
+        spec, engine = _as_rank_sees(spec, engine, place.local_rank, place.local_size)
+    with closing(open_checkpoint(locate_model(spec.name, spec.path))) as checkpoint:
+        if _kind(checkpoint) != setup.model_kind:
+            raise ConfigError(
+                f"{checkpoint.path} is another model than rank 0's: its config or its tensors' shapes differ"
+            )
+        return _load(checkpoint, spec, engine, setup.rank, _ignore)
+
+
+def check_ranks(config: ModelConfig, spec: ModelSpec, place: RankPlace | None = None) -> None:
+    """Raise `ConfigError` where so many ranks cannot share the model, or are not there."""
+    size = spec.tensor_parallel
+    if place is not None and place.size != size:
+        raise ConfigError(f"tensor_parallel is {size}, but WORLD_SIZE says that {place.size} ranks were started")
+    check_share(config, size)
+    if spec.precision != "bf16":
+        for rank in range(size):
+            _check_groups(config, Share(rank, size))
+
+
+def _check_groups(config: ModelConfig, share: Share) -> None:
+    """int8 weights have a scale for each 32 inputs: no rank's part may end inside such a group."""
+    for name in ("o", "down"):
+        columns = parameter_parts(config, share)[f"layers.0.{name}.weight"].columns
+        assert columns is not None, "where ranks sum products, they share these matrices' inputs"
+        if columns.start % QUANTIZATION_GROUP:
+            raise ConfigError(
+                f"tensor_parallel is {share.size}: the inputs of {name} that are rank {share.rank}'s begin at "
+                f"{columns.start}, inside a group of {QUANTIZATION_GROUP} that share an int8 scale; "
+                "allowed are fewer ranks, or precision bf16"
+            )
+
+
+def _load(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    engine: EngineConfig,
+    rank: int,
+    on_progress: Callable[[float], None],
+    notes: tuple[str, ...] = (),
+) -> RankModel:
+    from brlite.worker.torch_rank import TorchRank
+
+    return TorchRank.load(checkpoint, spec, engine, Share(rank, spec.tensor_parallel), on_progress, notes)
+
+
+def _as_rank_sees(spec: ModelSpec, engine: EngineConfig, device: int, num_here: int) -> tuple[ModelSpec, EngineConfig]:
+    """What a rank is to load: its own device, and its part of the threads of its machine."""
+    threads = max(1, (engine.threads or physical_cores()) // num_here)
+    return msgspec.structs.replace(spec, devices=(device,)), msgspec.structs.replace(engine, threads=threads)
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    """The same on all machines, for whatever copy of a model."""
+    content = json.dumps([checkpoint.config, checkpoint.shapes()], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def _describe(own: BackendInfo, others: Sequence[Loaded], config: ModelConfig) -> BackendInfo:
+    """What all ranks are together; sizes are their sums."""
+    return msgspec.structs.replace(
+        own,
+        device=f"{own.device}, {len(others) + 1} ranks",
+        vocab_size=config.vocab_size,
+        weight_bytes=own.weight_bytes + sum(loaded.weight_bytes for loaded in others),
+        kv_bytes=own.kv_bytes + sum(loaded.kv_bytes for loaded in others),
+    )
+
+
+def _ignore(fraction: float) -> None:
+    """Rank 0 shows its own progress."""
