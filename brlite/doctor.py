@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import brlite
 from brlite.cache import default_cache
 from brlite.config import DEFAULT_MODEL
-from brlite.errors import ModelError, NativeUnavailable
+from brlite.errors import ConfigError, ModelError, NativeUnavailable
 from brlite.machine import find_instruction_sets, find_memory, show_bytes
 
 if TYPE_CHECKING:
@@ -77,18 +77,35 @@ def _machine() -> Findings:
 
 def _device() -> Findings:
     from brlite.worker.cpu import physical_cores
-    from brlite.worker.device import compute_dtype, describe_device, select_device
+    from brlite.worker.device import (
+        BIREN_ENVIRONMENT,
+        compute_dtype,
+        describe_device,
+        has_biren_cards,
+        rules_for,
+        select_device,
+    )
 
     try:
         device = select_device("auto")
         dtype = compute_dtype("auto", device)
     except (ImportError, OSError) as error:  # a torch build that does not fit the machine fails to load with either
         return {"error": f"torch cannot be used: {' '.join(str(error).split())}"}
-    return {
+    findings = {
         "chosen": describe_device(device),
         "torch computes in": str(dtype).removeprefix("torch."),
         "threads": f"{physical_cores()}, one for each physical core",
     }
+    if has_biren_cards():
+        findings[BIREN_ENVIRONMENT] = os.environ[BIREN_ENVIRONMENT]
+    if rules_for(device).is_probed:
+        from brlite.worker.probe import probe_device
+
+        try:
+            findings["probe"] = str(probe_device(device, dtype))
+        except ConfigError as refusal:
+            findings["error"] = str(refusal)
+    return findings
 
 
 def _native() -> Findings:

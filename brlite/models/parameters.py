@@ -113,7 +113,7 @@ def allocate_parameters(
             num_groups = -(-shape[1] // QUANTIZATION_GROUP)
             columns = num_groups * QUANTIZATION_GROUP
             named[name] = torch.zeros((shape[0], columns), dtype=torch.int8, device=device)
-            named[scales_name(name)] = torch.empty((shape[0], num_groups), dtype=torch.bfloat16, device=device)
+            named[scales_name(name)] = torch.zeros((shape[0], num_groups), dtype=torch.bfloat16, device=device)
         else:
             named[name] = torch.empty(shape, dtype=torch.float32 if name.endswith("norm") else dtype, device=device)
     return Parameters(

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from brlite.models.config import QUANTIZATION_GROUP
-from brlite.models.parameters import Int8Linear, Parameters
+from brlite.models.parameters import Int8Linear, Parameters, scales_name
 
 ROWS_AT_A_TIME = 4096  # bounds the float32 copies that quantising makes
 LOWER_HALF = 0xFFFF  # the bits of a float32 that bfloat16 does not have
@@ -59,13 +59,17 @@ def quantize_linears_(parameters: Parameters) -> None:
                 rows.copy_(dequantize_weight(quantize_weight(rows.cpu())))
 
 
-def copy_quantized_(values: Tensor, scales: Tensor, weight: Tensor) -> None:
-    """Quantise `weight`, on the host, into the `values` and `scales` of as many rows."""
-    for rows in _row_blocks(weight):
+def store_rows_(parameters: Parameters, name: str, start: int, weights: Tensor) -> None:
+    """Write `weights` to rows `start` onwards of a parameter, quantised, on the host, where it is kept in int8."""
+    parameter, scales = parameters.named[name], parameters.named.get(scales_name(name))
+    if scales is None:
+        parameter[start : start + len(weights)].copy_(weights)
+        return
+    for rows in _row_blocks(weights):
         quantized = quantize_weight(rows)
-        values[: len(rows), : weight.shape[1]].copy_(quantized.values)
-        scales[: len(rows)].copy_(quantized.scales)
-        values, scales = values[len(rows) :], scales[len(rows) :]
+        parameter[start : start + len(rows), : rows.shape[1]].copy_(quantized.values)
+        scales[start : start + len(rows)].copy_(quantized.scales)
+        start += len(rows)
 
 
 def _round_up(scales: Tensor) -> Tensor:

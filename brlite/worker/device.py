@@ -56,12 +56,17 @@ RULES = {
 }
 
 
+def has_biren_cards(nodes: Path = NODES) -> bool:
+    """Whether the system has Biren cards; whether they can be used is another question."""
+    return any(nodes.glob(BIREN_NODES))
+
+
 def prepare_environment(environment: MutableMapping[str, str] = os.environ, nodes: Path = NODES) -> None:
     """Set, where there are Biren cards, what their driver reads when torch or its plugin loads it.
 
     A value that the user has set stays. Needs no torch: call it before torch is imported.
     """
-    if not any(nodes.glob(BIREN_NODES)):
+    if not has_biren_cards(nodes):
         return
     wanted = {BIREN_ENVIRONMENT: "0"}
     if "BIREN_VISIBLE_DEVICES" in environment:
@@ -87,11 +92,11 @@ def select_device(name: str, index: int = 0) -> torch.device:
 
     "auto" takes a Biren card if there is one, else a CUDA card, else the CPU.
     """
+    prepare_environment()
     kind, _, number = (_best_kind() if name == "auto" else name).partition(":")
     is_numbered = kind != "cpu" and number.isdecimal()
     if kind not in KINDS or (":" in name and not is_numbered):
         raise ConfigError(f"engine.device is {name!r}; allowed are auto, {', '.join(KINDS)}, cuda:1, supa:1 and so on")
-    prepare_environment()
     import torch
 
     if kind == "cpu":
@@ -120,6 +125,13 @@ def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: tor
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
 
 
+def host_device() -> torch.device:
+    """The CPU, against which other devices are held."""
+    import torch
+
+    return torch.device("cpu")
+
+
 def rules_for(device: torch.device) -> DeviceRules:
     """How `device` wants to be used."""
     return RULES[device.type]
@@ -127,8 +139,8 @@ def rules_for(device: torch.device) -> DeviceRules:
 
 def _best_kind() -> str:
     """The first kind that is there. Cards that are there but cannot be used are told of."""
-    if any(NODES.glob(BIREN_NODES)) and not _num_devices("supa"):
-        logger.warning("Biren cards cannot be used: %s", _obstacles("supa") or "their plugin finds none")
+    if has_biren_cards() and not _num_devices("supa"):
+        _warn_once(f"Biren cards cannot be used: {_obstacles('supa') or 'their plugin finds none'}")
     return next((kind for kind in ("supa", "cuda") if _num_devices(kind)), "cpu")
 
 
@@ -142,7 +154,7 @@ def _checked_index(kind: str, index: int) -> int:
 
 def _num_devices(kind: str, *, is_wanted: bool = False) -> int:
     """How many there are. The plugin of Biren cards is loaded where one is wanted or seems to be there."""
-    if kind == "supa" and _runtime(kind) is None and (is_wanted or any(NODES.glob(BIREN_NODES))):
+    if kind == "supa" and _runtime(kind) is None and (is_wanted or has_biren_cards()):
         _load_biren_plugin()
     runtime = _runtime(kind)
     if runtime is None or not runtime.is_available():
@@ -174,6 +186,11 @@ def _load_biren_plugin() -> tuple[str, ...]:
         else:
             return ()
     return tuple(obstacles)
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _first_line(error: Exception) -> str:

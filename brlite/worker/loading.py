@@ -90,9 +90,4 @@ def _fill(
 def _copy(parameters: Parameters, place: Place, tensor: Tensor) -> None:
     # Every precision starts from bfloat16 weights, held in float32 or not; norms keep all their digits.
     rounded = tensor if place.parameter.endswith("norm") else tensor.to(torch.bfloat16)
-    rows = slice(place.start, place.start + place.shape[0])
-    scales = parameters.named.get(scales_name(place.parameter))
-    if scales is None:
-        parameters.named[place.parameter][rows].copy_(rounded)
-    else:
-        copy_quantized_(parameters.named[place.parameter][rows], scales[rows], rounded)
+    store_rows_(parameters, place.parameter, place.start, rounded)

@@ -18,6 +18,7 @@ from brlite.checkpoint import Checkpoint
 from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import ConfigError
+from brlite.models import find_family
 from brlite.models.attention import Span, StepPlan, StepPlanner
 from brlite.models.config import KVDtype, kv_bytes_per_token
 from brlite.models.decoder import Decoder
@@ -27,6 +28,7 @@ from brlite.worker.channel import Piece, Work
 from brlite.worker.cpu import physical_cores
 from brlite.worker.device import compute_dtype, describe_device, rules_for, select_device
 from brlite.worker.loading import Seat, load_model
+from brlite.worker.probe import probe_device
 from brlite.worker.sampler import sample, token_logprobs
 
 NOT_FINITE = "the model produced logits that are not finite"
@@ -65,8 +67,18 @@ class TorchBackend:
         device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
         torch.set_num_threads(engine.threads or physical_cores())
         dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
+        if rules.is_probed:
+            config = find_family(checkpoint.config).read_config(checkpoint.config)
+            notes = (*notes, *probe_device(device, dtype, spec.precision, config).notes)
         decoder = load_model(
-            checkpoint, spec, dtype, device, on_progress, packs=rules.packs_matrices, keeps_int8=rules.keeps_int8, seat=seat
+            checkpoint,
+            spec,
+            dtype,
+            device,
+            on_progress,
+            packs=rules.packs_matrices,
+            keeps_int8=rules.keeps_int8,
+            seat=seat,
         )
         cache = _allocate_cache(decoder, spec, engine.block_size)
         return cls(decoder, cache, _describe(decoder, cache, spec, engine, notes))

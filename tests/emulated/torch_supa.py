@@ -24,6 +24,7 @@ COPIES = ("aten::copy_", "aten::_to_copy")  # the only ones that may see two dev
 
 wrong_operators: set[str] = set()  # these give the opposite of what they should
 missing_operators: set[str] = set()  # these fall back to the CPU, and say so once, as the vendor's do
+lacking_operators: set[str] = set()  # and these raise an error
 called_operators: set[str] = set()
 seen_shapes: set[tuple[int, ...]] = set()  # of matrix products: kernels are compiled for each
 
@@ -81,6 +82,8 @@ def call(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def refuse(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    if name in lacking_operators:
+        raise NotImplementedError(f"{name} is not there for {KIND}\nand all that torch has to say besides")
     if name in REFUSED_OPERATORS:
         raise RuntimeError(f"{name} waits for the device, or its result's shape does")
     tensors: list[torch.Tensor] = []

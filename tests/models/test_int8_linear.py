@@ -9,7 +9,7 @@ from brlite.config import ModelSpec
 from brlite.models import parameters
 from brlite.models.decoder import Decoder
 from brlite.models.parameters import Int8Linear, Linear
-from brlite.models.quantize import copy_quantized_, dequantize_weight, quantize_weight
+from brlite.models.quantize import dequantize_weight, quantize_weight
 from brlite.worker.loading import load_model
 from tests.models.steps import DEVICE, LENGTH, Runner, random_ids
 from tests.tiny_models import TensorCheckpoint
@@ -18,12 +18,10 @@ from tests.tiny_models import TensorCheckpoint
 def make_linear(num_outputs: int, num_inputs: int) -> tuple[Int8Linear, torch.Tensor]:
     """One that stays int8, with a bias, and the matrix that it stands for."""
     generator = torch.Generator().manual_seed(num_outputs)
-    weight = torch.randn(num_outputs, num_inputs, generator=generator)
-    num_groups = -(-num_inputs // 32)
-    values, scales = torch.zeros(num_outputs, num_groups * 32, dtype=torch.int8), torch.empty(num_outputs, num_groups)
-    linear = Int8Linear(values, torch.randn(num_outputs, generator=generator), scales=scales.bfloat16())
-    copy_quantized_(linear.weight, linear.scales, weight)
-    return linear, dequantize_weight(quantize_weight(weight))
+    quantized = quantize_weight(torch.randn(num_outputs, num_inputs, generator=generator))
+    values = torch.nn.functional.pad(quantized.values, (0, -num_inputs % 32))
+    bias = torch.randn(num_outputs, generator=generator)
+    return Int8Linear(values, bias, scales=quantized.scales), dequantize_weight(quantized)
 
 
 def load(name: str, dtype: torch.dtype, *, keeps_int8: bool) -> Decoder:

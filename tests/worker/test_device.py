@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import logging
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,15 @@ import torch
 
 from brlite.errors import ConfigError
 from brlite.worker.cpu import physical_cores
-from brlite.worker.device import compute_dtype, computes_on_cpu, describe_device, select_device
+from brlite.worker.device import (
+    compute_dtype,
+    computes_on_cpu,
+    describe_device,
+    host_device,
+    prepare_environment,
+    rules_for,
+    select_device,
+)
 
 BRLITE = Path(__file__).parents[2] / "brlite"
 ENGINE_ROOMS = [path for room in ("models", "worker") for path in sorted((BRLITE / room).rglob("*.py"))]
@@ -37,6 +48,91 @@ def test_device_that_is_not_there_is_refused_in_one_line(name: str) -> None:
 
     assert f"device {name} is not there" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_biren_card_without_a_plugin_is_refused_with_what_is_missing() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        select_device("supa")
+
+    assert "torch_supa cannot be imported (No module named 'torch_supa')" in str(refusal.value)
+    assert "torch_br cannot be imported (No module named 'torch_br')" in str(refusal.value)
+
+
+PLUGIN = """
+import torch, types
+torch.utils.rename_privateuse1_backend("supa")
+runtime = types.ModuleType("torch.supa")
+runtime.is_available, runtime.device_count = (lambda: True), (lambda: 2)
+torch.supa = torch.cuda = runtime
+"""
+
+
+def run_with_plugins(folder: Path, code: str, **plugins: str) -> list[str]:
+    """The lines that `code` prints, in a process of its own, which can import these plugins of torch."""
+    for name, source in plugins.items():
+        (folder / f"{name}.py").write_text(source)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(BRLITE.parent)))}
+    code = f"from brlite.worker.device import describe_device, select_device\n{code}"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_the_plugin_of_the_first_cards_serves_where_that_of_the_second_does_not(tmp_path: Path) -> None:
+    code = "print(select_device('supa')); print(describe_device(select_device('supa', 1)))"
+
+    printed = run_with_plugins(tmp_path, code, torch_supa="raise ImportError('not these cards')", torch_br=PLUGIN)
+
+    assert printed == ["supa:0", "supa:1 (torch_br of unknown version)"]
+
+
+def test_a_plugin_that_passes_itself_off_as_cuda_is_not_taken_for_it(tmp_path: Path) -> None:
+    code = "import torch_supa; print(select_device('auto'))"
+
+    assert run_with_plugins(tmp_path, code, torch_supa=PLUGIN) == ["supa:0"]
+
+
+def test_the_driver_finds_the_environment_that_the_manual_wants(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "biren").mkdir()
+    environment = {"BIREN_VISIBLE_DEVICES": "1,2"}
+
+    with caplog.at_level(logging.INFO):
+        prepare_environment(environment, tmp_path)
+        prepare_environment(environment, tmp_path)
+
+    assert environment["BR_UMD_DEBUG_P2P_ACCESS_CHECK"] == "0"
+    assert environment["SUPA_VISIBLE_DEVICES"] == "1,2"
+    assert [line.split(" is set")[0] for line in caplog.messages] == [
+        "BR_UMD_DEBUG_P2P_ACCESS_CHECK=0",
+        "SUPA_VISIBLE_DEVICES=1,2",
+    ]
+
+
+def test_an_environment_of_the_users_own_stays(tmp_path: Path) -> None:
+    (tmp_path / "biren").mkdir()
+    own = {"BR_UMD_DEBUG_P2P_ACCESS_CHECK": "1", "BIREN_VISIBLE_DEVICES": "1", "SUPA_VISIBLE_DEVICES": "0"}
+    environment = dict(own)
+
+    prepare_environment(environment, tmp_path)
+
+    assert environment == own
+
+
+def test_without_biren_cards_the_environment_is_left_alone(tmp_path: Path) -> None:
+    environment: dict[str, str] = {}
+
+    prepare_environment(environment, tmp_path)
+
+    assert environment == {}
+
+
+def test_the_cpu_is_trusted_and_has_rules_of_its_own() -> None:
+    rules = rules_for(host_device())
+
+    assert rules.packs_matrices
+    assert not rules.is_probed
+    assert not rules.keeps_int8
 
 
 def test_a_number_in_the_name_goes_before_the_index() -> None:
