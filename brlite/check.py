@@ -63,11 +63,12 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
     if path is None:
         origin = "not here yet, fetched by its name at the first start"
         return ModelReport(spec=spec, origin=origin, sizes=known_sizes(spec, engine))
-    with closing(open_checkpoint(path)) as checkpoint:
+    with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
         check_fit(checkpoint, spec)
         sizes = measure(checkpoint.config, spec, engine)
+        origin = str(checkpoint.path)
     load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
-    return ModelReport(spec=spec, origin=str(path), sizes=sizes)
+    return ModelReport(spec=spec, origin=origin, sizes=sizes)
 
 
 def describe(config: Config, reports: Sequence[ModelReport], available_bytes: int) -> Iterator[str]:

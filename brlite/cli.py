@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import brlite
+from brlite.conversion_cli import add_conversion, add_inspection, convert, inspect
 from brlite.errors import BrliteError, ConfigError
 
 if TYPE_CHECKING:
@@ -54,6 +55,13 @@ def main(argv: list[str] | None = None) -> int:
 def br_api_server(argv: list[str] | None = None) -> int:
     """Run the manual's command, `br_api_server --config FILE --port N`. For the manual's JSON it listens as there."""
     return _run(_seed_parser(), argv)
+
+
+def model_convert(argv: list[str] | None = None) -> int:
+    """Run the manual's command, `model_convert --model_name N --model_dir DIR --output_dir OUT`."""
+    parser = argparse.ArgumentParser(prog="model_convert", description="Make a bundle of a model, as `brlite convert`.")
+    add_conversion(parser)
+    return _run(parser, argv)
 
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
@@ -255,6 +263,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_doctor,
     ):
         add(commands)
+    add_conversion(_add_command(commands, convert, "make a bundle of a model, which loads at once"))
+    add_inspection(_add_command(commands, inspect, "say what a model file or folder holds"))
     return parser
 
 

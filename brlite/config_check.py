@@ -164,7 +164,9 @@ def _step_budget(config: Config) -> Warnings:
 
 def _weights(spec: ModelSpec) -> Warnings:
     if spec.model_file and spec.path is None:
-        yield f"model_file {spec.model_file} is not read by this version; {spec.name} is looked for by its name"
+        yield f"model_file {spec.model_file} is not read; {spec.name} is looked for by its name"
+    elif spec.model_file.endswith(".pt"):
+        yield f"model_file {spec.model_file} is read only where {spec.path} has no weights of its own"
     elif spec.model_file and spec.path != spec.model_file:
         yield f"model_file {spec.model_file} is not read; the weights come from {spec.path}"
 

@@ -68,7 +68,7 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
 
     prepare_environment()
     path = locate_model(spec.name, spec.path, report)
-    with closing(open_checkpoint(path)) as checkpoint:
+    with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
         # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
         fit = check_fit(checkpoint, spec)
         report("reading the tokenizer", 0.0)

@@ -63,11 +63,17 @@ def _translate(seed: SeedConfig) -> dict[str, object]:
 
 
 def _weights_path(seed: SeedConfig) -> str | None:
-    """Where weights can be read from; None means by name. A traced `.pt` is not read, so it does not count."""
+    """Where the model is: `model_file`, if that is a bundle, a folder or a GGUF file, else `cached_dir`; None: by name.
+
+    A traced `.pt` has neither config nor tokenizer: the model is the folder that has, and the `.pt` gives it weights.
+    """
+    file = Path(seed.model_file).expanduser()
+    if seed.model_file and (file.suffix == ".gguf" or file.is_dir()):
+        return seed.model_file
     if seed.cached_dir:
         return seed.cached_dir
-    is_readable = seed.model_file.endswith(".gguf") or (seed.model_file and Path(seed.model_file).is_dir())
-    return seed.model_file if is_readable else None
+    has_folder = file.suffix == ".pt" and (file.parent / "config.json").is_file()
+    return str(file.parent) if has_folder else None
 
 
 def _contradictions(seed: SeedConfig) -> Iterator[str]:

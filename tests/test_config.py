@@ -188,8 +188,8 @@ def test_the_default_config_gives_no_warning():
     ("config", "message"),
     [
         (Config(server=ServerConfig(host="0.0.0.0")), "server.host = 0.0.0.0: whoever reaches this address may ask"),
-        (Config(model=(ModelSpec(path="/a", model_file="/b.pt"),)), "model[0]: model_file /b.pt is not read"),
-        (Config(model=(ModelSpec(model_file="/b.pt"),)), "model[0]: model_file /b.pt is not read by this version"),
+        (Config(model=(ModelSpec(path="/a", model_file="/b.pt"),)), "model[0]: model_file /b.pt is read only where /a has no weights"),
+        (Config(model=(ModelSpec(model_file="/b.pt"),)), "model[0]: model_file /b.pt is not read; "),
         (
             Config(engine=EngineConfig(max_num_batched_tokens=8)),
             "engine.max_num_batched_tokens = 8: steps compute up to 16",

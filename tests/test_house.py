@@ -39,7 +39,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "engine": ("constraint tokenizer sampling_params outputs config errors", "msgspec"),
     "models": ("errors config", "torch numpy msgspec"),
     "kernels": ("models cache errors config", "numpy msgspec setuptools"),
-    "checkpoint": ("models cache errors config", "torch safetensors numpy gguf huggingface_hub tqdm"),
+    "checkpoint": ("models cache errors config", "torch safetensors numpy gguf huggingface_hub tqdm msgspec"),
     "worker": (
         "models kernels checkpoint cache engine.backend sampling_params outputs config errors",
         "torch numpy msgspec",
@@ -69,6 +69,9 @@ ALLOWED: dict[str, tuple[str, str]] = {
     ),
     "verify": ("llm engine worker.cpu tokenizer sampling_params outputs config config_check errors", "msgspec"),
     "engine_check": ("engines config config_check", "msgspec"),
+    "conversion_cli": ("convert inspect_model errors", ""),
+    "convert": ("checkpoint kernels.library models worker tokenizer machine seed_config config errors", "msgspec"),
+    "inspect_model": ("checkpoint kernels.image models machine errors", "gguf"),
     "doctor": ("config machine cache checkpoint.fetch kernels worker errors", ""),
 }
 MAY_IMPORT_ANYTHING = ("cli",)

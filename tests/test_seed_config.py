@@ -138,14 +138,17 @@ def test_a_file_that_is_no_config_is_one_line(tmp_path, text, message):
 @pytest.mark.parametrize(
     ("cached_dir", "model_file", "expected"),
     [
-        ("/models/a", "/models/a.gguf", "/models/a"),
+        ("/models/a", "/models/a.gguf", "/models/a.gguf"),
+        ("/models/a", str(FIXTURES), str(FIXTURES)),
+        ("/models/a", "/models/a.pt", "/models/a"),
+        ("/models/a", "/models/absent", "/models/a"),
         ("", "/models/a.gguf", "/models/a.gguf"),
         ("", str(FIXTURES), str(FIXTURES)),
         ("", "/models/a.pt", None),
         ("", "", None),
     ],
 )
-def test_weights_come_from_cached_dir_then_a_readable_model_file_then_by_name(
+def test_weights_come_from_a_readable_model_file_then_from_cached_dir_then_by_name(
     tmp_path, seed, cached_dir, model_file, expected
 ):
     config = load(tmp_path, {**seed, "cached_dir": cached_dir, "model_file": model_file})
@@ -167,7 +170,7 @@ def test_addresses_may_be_the_manuals_placeholders(tmp_path, seed):
         ({"devices": [3]}, "devices [3]: fine here"),
         ({"build_seq": 8193}, "build_seq 8193: fine here"),
         ({"build_batch": 65}, "build_batch 65: fine here"),
-        ({"cached_dir": ""}, "model_file /models/mistral_7b.pt is not read by this version; "),
+        ({"cached_dir": ""}, "model_file /models/mistral_7b.pt is not read; "),
         ({"all_models": {"http://ip:port": "other/model"}}, "http://ip:port is no address and is never asked for "),
     ],
 )

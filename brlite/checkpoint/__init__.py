@@ -1,4 +1,5 @@
-"""Reads model folders and files: safetensors, `.bin`, GGUF; fetches them by name. One tensor in memory at a time.
+"""Reads model folders and files (safetensors, `.bin`, GGUF, traced `.pt`, bundles) and fetches them by name; writes
+bundles' files. One tensor in memory at a time.
 
 Knows no network layers and no requests. May import: models (its config), config, errors; numpy, gguf, torch.
 Importing this package imports none of the three: `open_checkpoint` loads the reader that a path turns out to need, and
@@ -10,13 +11,26 @@ from __future__ import annotations
 from pathlib import Path
 
 from brlite.checkpoint.checkpoint import Checkpoint
-from brlite.checkpoint.folder import find_weights
+from brlite.checkpoint.folder import find_weights, has_weights
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
+TRACED_SUFFIX = ".pt"
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a model folder or a `.gguf` file, reading headers only. Raises `ModelError` if it is missing or broken."""
+
+def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
+    """Open a model folder or a `.gguf` file, reading headers only. Raises `ModelError` if it is missing or broken.
+
+    Where a folder has no weights of its own, they come from `model_file`, if that is a traced `.pt`.
+    """
+    if model_file.endswith(TRACED_SUFFIX) and path.is_dir() and not has_weights(path):
+        from brlite.checkpoint.traced_checkpoint import TracedCheckpoint
+
+        return TracedCheckpoint(Path(model_file).expanduser(), path)
+    from brlite.checkpoint.bundle import BundleCheckpoint, is_bundle
+
+    if is_bundle(path):
+        return BundleCheckpoint(path)
     weights = find_weights(path)
     if weights.kind == "safetensors":
         from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint

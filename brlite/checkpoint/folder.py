@@ -19,6 +19,7 @@ WEIGHT_FILES: tuple[tuple[WeightsKind, str, str], ...] = (
     ("safetensors", "model.safetensors", "model.safetensors.index.json"),
     ("bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
+TRACED_HINT = "; a traced .pt is named by model_file, beside the folder of its config, or converted with --from-pt"
 SPLIT_GGUF = re.compile(r"-\d{5}-of-\d{5}\.gguf$", re.IGNORECASE)
 
 
@@ -41,6 +42,12 @@ def find_weights(path: Path) -> Weights:
             _need_config(path)
             return Weights(kind, files)
     return Weights("gguf", (_only_gguf(path),))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds weights, whole or not."""
+    names = {name for _, single, index in WEIGHT_FILES for name in (single, index)}
+    return any(file.name in names or file.suffix.lower() == ".gguf" for file in folder.iterdir())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -100,7 +107,9 @@ def _only_gguf(folder: Path) -> Path:
 
 def _whole_gguf(file: Path) -> Path:
     if file.suffix.lower() != ".gguf":
-        raise ModelError(f"{file}: a model must be a folder or a .gguf file")
+        raise ModelError(
+            f"{file}: a model must be a folder or a .gguf file{TRACED_HINT if file.suffix == '.pt' else ''}"
+        )
     if SPLIT_GGUF.search(file.name):
         raise ModelError(f"{file}: one part of a split GGUF; merge the parts into one file first")
     return file

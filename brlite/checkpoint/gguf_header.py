@@ -54,6 +54,19 @@ def read_gguf_header(file: Path) -> GgufHeader:
         raise ModelError(f"{file}: broken GGUF header: {error}") from error
 
 
+def read_gguf_metadata(file: Path) -> bytes:
+    """A GGUF file's metadata as a GGUF file of its own, which has no tensors: its vocabulary, for what has others."""
+    read_gguf_header(file)  # which refuses what is broken
+    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = _Cursor(data, len(MAGIC))
+        version, _, num_metadata = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
+        begin = cursor.position
+        for _ in range(num_metadata):
+            cursor.string()
+            _value(cursor, cursor.number("I"))
+        return MAGIC + struct.pack("<IQQ", version, 0, num_metadata) + data[begin : cursor.position]
+
+
 class _Broken(ValueError):
     """What is wrong with the header; `read_gguf_header` adds the file's name."""
 

@@ -36,6 +36,23 @@ def progress_bar() -> Iterator[OnProgress]:
 
 
 @contextmanager
+def byte_bar(num_bytes: int, stage: str) -> Iterator[Callable[[int], None]]:
+    """A callback for so many more bytes that are done, from any thread: rate and time left on a terminal."""
+    from tqdm import tqdm
+
+    lock = threading.Lock()
+    with tqdm(
+        total=num_bytes, desc=stage, unit="B", unit_scale=True, file=sys.stderr, disable=None, leave=False
+    ) as bar:
+
+        def add(num_more: int) -> None:
+            with lock:
+                bar.update(num_more)
+
+        yield add
+
+
+@contextmanager
 def growth_reported(folder: Path, num_bytes: int, stage: str, on_progress: OnProgress) -> Iterator[None]:
     """While the body runs, report the size of `folder` as a fraction of `num_bytes`; 1.0 once the body has succeeded.
 

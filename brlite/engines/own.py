@@ -51,7 +51,7 @@ class OwnEngine:
         from brlite.worker.fit import check_fit
 
         spec = msgspec.structs.replace(spec, num_blocks=0)  # enough for a whole context in each slot
-        with closing(open_checkpoint(locate_model(spec.name, spec.path))) as checkpoint:
+        with closing(open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)) as checkpoint:
             backend = load_backend(checkpoint, check_fit(checkpoint, spec), spec, config, lambda stage, fraction: None)
         if not isinstance(backend, LogitsBackend):
             backend.close()

@@ -2,7 +2,8 @@
 
     8 bytes   magic
     4 bytes   length of the manifest, little-endian
-    manifest  JSON: what the weights are and how they are laid out, a checksum for each MiB of them
+    manifest  JSON: what the weights are and how they are laid out, a checksum for each MiB of them; then spaces, so
+              that its length follows from the weights' size alone
     16 bytes  blake2b of the manifest
     …         zeros to a multiple of 4096, then the weights, byte for byte as in memory
 
@@ -31,6 +32,7 @@ ALIGNMENT = 4096
 MAX_MANIFEST_BYTES = 16 * 2**20
 CHUNK_BYTES = 2**20
 DIGEST_BYTES = 16
+CHECKSUM_CHARACTERS = 21  # of a number of 64 bits and a comma
 
 
 class ImageKey(msgspec.Struct, frozen=True):
@@ -113,7 +115,7 @@ def write_image(path: Path, key: ImageKey, memory: NativeMemory, sums: list[int]
     try:
         with open(handle, "wb") as file:
             os.fchmod(handle, 0o644)
-            file.write(_header(Manifest(key, sums)))
+            file.write(image_header(key, sums))
             file.write(memory.bytes().data)
             file.flush()
             os.fsync(file.fileno())
@@ -123,10 +125,28 @@ def write_image(path: Path, key: ImageKey, memory: NativeMemory, sums: list[int]
             temporary.unlink()
 
 
-def _header(manifest: Manifest) -> bytes:
-    body = msgspec.json.encode(manifest)
+def read_image_key(path: Path) -> ImageKey:
+    """What the image in a file is of, if that is one and its header is whole. Raises `ImageError` and `OSError`."""
+    with path.open("rb") as file:
+        return _read_manifest(file.read(MAX_MANIFEST_BYTES))[0].key
+
+
+def image_header(key: ImageKey, sums: list[int]) -> bytes:
+    """All that stands before the weights."""
+    body = msgspec.json.encode(Manifest(key, sums)).ljust(_manifest_bytes(key))
     header = MAGIC + len(body).to_bytes(4, "little") + body + _digest(body)
     return header + bytes(-len(header) % ALIGNMENT)
+
+
+def weights_start(key: ImageKey) -> int:
+    """Where the weights will begin, whatever their checksums are."""
+    header_bytes = len(MAGIC) + 4 + _manifest_bytes(key) + DIGEST_BYTES
+    return -(-header_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _manifest_bytes(key: ImageKey) -> int:
+    num_checksums = -(-key.num_bytes // CHUNK_BYTES)
+    return len(msgspec.json.encode(Manifest(key, []))) + CHECKSUM_CHARACTERS * num_checksums
 
 
 def _read_manifest(head: bytes) -> tuple[Manifest, int]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from brlite.cache import default_cache
 from brlite.checkpoint import Checkpoint
+from brlite.checkpoint.bundle import bundle_image
 from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.errors import ConfigError, NativeUnavailable
@@ -90,7 +91,7 @@ def _load_native(
             fit,
             spec,
             engine,
-            _image_path(spec),
+            _image_path(spec, checkpoint),
             lambda fraction: on_progress("reading the weights", fraction),
             opened=opened,
         )
@@ -130,10 +131,12 @@ def _load_torch(
     return TorchBackend.load(checkpoint, spec, engine, report, notes)
 
 
-def _image_path(spec: ModelSpec) -> Path | None:
-    """Where the packed weights are kept: where the config says, or in the cache for a model that was fetched."""
+def _image_path(spec: ModelSpec, checkpoint: Checkpoint) -> Path | None:
+    """Where the packed weights are kept: where the config says, in the bundle, or in the cache for a fetched model."""
     if spec.serialize_file:
         return Path(spec.serialize_file).expanduser()
+    if (image := bundle_image(checkpoint.path, spec.precision)) is not None:
+        return image
     if spec.path is None:
         precision = spec.precision.removesuffix("_kv_int8")  # the weights are the same
         return default_cache() / "packed" / f"{spec.name.replace('/', '--')}.{precision}.brlite"

@@ -66,7 +66,7 @@ def load_rank(setup: Setup) -> RankModel:
     spec, engine, place = setup.spec, setup.engine, find_place(os.environ)
     if place is not None:
         spec, engine = _as_rank_sees(spec, engine, place.local_rank, place.local_size)
-    with closing(open_checkpoint(locate_model(spec.name, spec.path))) as checkpoint:
+    with closing(open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)) as checkpoint:
         if _kind(checkpoint) != setup.model_kind:
             raise ConfigError(
                 f"{checkpoint.path} is another model than rank 0's: its config or its tensors' shapes differ"

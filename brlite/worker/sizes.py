@@ -89,7 +89,7 @@ def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
 def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes of the model in a folder or file. Raises `ModelError` and `ConfigError`."""
     prepare_environment()  # before a checkpoint brings torch in
-    with closing(open_checkpoint(path)) as checkpoint:
+    with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
         return measure(checkpoint.config, spec, engine)
 
 

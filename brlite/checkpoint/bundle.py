@@ -1,0 +1,132 @@
+"""The bundle: what `brlite convert` writes, a folder that is a checkpoint like any other and loads at once.
+
+    brlite-manifest.json        what this is, written last: model, precision, names, the size and sha256 of every file
+    config.json …               the model's config, generation config, tokenizer and chat template, copied
+    model-….safetensors         the weights in Hugging Face's names: matrices in bfloat16, vectors in float32
+    packed.PRECISION.brlite     the same weights as the native kernels read them, mapped at the start (kernels/image.py)
+
+Everything reads the safetensors: torch, any precision, ranks that want a part of each tensor, other programs. The image
+is a second form of them for one precision; without it, or where it is damaged, they are packed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from brlite.checkpoint.checkpoint import reason
+from brlite.checkpoint.new_file import FileRecord
+from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
+from brlite.config import Precision
+from brlite.errors import ModelError
+
+MANIFEST_FILE = "brlite-manifest.json"
+PROGRESS_FILE = "brlite-progress.json"  # the manifest of a bundle that is not finished
+INDEX_FILE = "model.safetensors.index.json"
+IMAGE_SUFFIX = ".brlite"
+FORMAT = "brlite bundle"
+FORMAT_VERSION = 1
+IDENTITY_CHARACTERS = 32
+MAX_MANIFEST_BYTES = 16 * 2**20
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a bundle says of itself. `source` is the identity of what it was made from.
+
+    Weights have no input and no output; the names are those that a config may give them, from the traced file if there
+    was one.
+    """
+
+    format: str
+    format_version: int
+    brlite: str
+    model: str
+    architecture: str
+    precision: Precision
+    num_parameters: int
+    vocab_size: int
+    input_name: str
+    output_name: str
+    source: str
+    files: dict[str, FileRecord]
+
+
+class BundleCheckpoint(SafetensorsCheckpoint):
+    """Implements `Checkpoint`. Its identity is its content's: a bundle that is copied or moved stays itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self.manifest = read_manifest(folder)
+        weights = {name: record for name, record in self.manifest.files.items() if name.endswith(".safetensors")}
+        for name, record in weights.items():
+            _check_size(folder / name, record)
+        super().__init__(folder, tuple(folder / name for name in weights))
+        self.identity = bundle_identity(self.config, weights)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether this is a bundle, whole or not."""
+    return (path / MANIFEST_FILE).is_file() or (path / PROGRESS_FILE).is_file()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished bundle. Raises `ModelError`."""
+    if not (folder / MANIFEST_FILE).is_file():
+        raise ModelError(f"{folder}: a bundle that is not finished; run the same `brlite convert` again")
+    return _read(folder / MANIFEST_FILE)
+
+
+def read_progress(folder: Path) -> Manifest | None:
+    """What has been finished of a bundle, whole or not. None where nothing has."""
+    for name in (PROGRESS_FILE, MANIFEST_FILE):
+        if (folder / name).is_file():
+            return _read(folder / name)
+    return None
+
+
+def bundle_identity(config: Mapping[str, Any], weights: Mapping[str, FileRecord]) -> str:
+    """Changes with the config and with any byte of the weights, and with nothing else."""
+    content = [config, sorted((name, record.sha256) for name, record in weights.items())]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:IDENTITY_CHARACTERS]
+
+
+def image_name(precision: str) -> str:
+    """The file of a bundle that holds the packed weights. Both int8 precisions have the same."""
+    return f"packed.{precision.removesuffix('_kv_int8')}{IMAGE_SUFFIX}"
+
+
+def bundle_image(folder: Path, precision: str) -> Path | None:
+    """The packed weights that a bundle brings for a precision; None if it has none, or this is no bundle."""
+    image = folder / image_name(precision)
+    return image if (folder / MANIFEST_FILE).is_file() and image.is_file() else None
+
+
+def _read(file: Path) -> Manifest:
+    try:
+        if file.stat().st_size > MAX_MANIFEST_BYTES:
+            raise ModelError(f"{file}: over {MAX_MANIFEST_BYTES} bytes, which no manifest has")
+        manifest = msgspec.json.decode(file.read_bytes(), type=Manifest)
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ModelError(f"{file}: not the manifest of a bundle: {reason(error)}") from error
+    if (manifest.format, manifest.format_version) != (FORMAT, FORMAT_VERSION):
+        found = f"{manifest.format!r} version {manifest.format_version}"
+        raise ModelError(f"{file}: is {found}; this brlite reads {FORMAT!r} version {FORMAT_VERSION}")
+    for name in manifest.files:
+        if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+            raise ModelError(f"{file}: {name!r} must be the name of a file beside it")
+    return manifest
+
+
+def _check_size(file: Path, record: FileRecord) -> None:
+    try:
+        num_bytes = file.stat().st_size
+    except OSError as error:
+        raise ModelError(f"{file}: the bundle's manifest names it, but: {error.strerror}") from error
+    if num_bytes != record.num_bytes:
+        raise ModelError(f"{file}: has {num_bytes} bytes; the bundle's manifest says {record.num_bytes}")

@@ -1,0 +1,122 @@
+"""Files that appear whole or not at all: written under another name, forced to the disk, then renamed.
+
+All of it raises `OSError` where the disk does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+
+PART_SUFFIX = ".part"
+CHUNK_BYTES = 2**20
+FLUSH_BYTES = 64 * 2**20
+
+Buffer = bytes | memoryview
+
+
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a file's content is known by."""
+
+    num_bytes: int
+    sha256: str
+
+
+class NewFile:
+    """A file on its way to the disk, which is kept busy from the first bytes on. Any thread may write.
+
+    Leaving the `with` statement before `publish` removes what was written.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.temporary = file.with_name(file.name + PART_SUFFIX)
+        self._handle = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._lock = threading.Lock()
+        self._num_unflushed = 0
+        self._flusher = ThreadPoolExecutor(1, thread_name_prefix="brlite-flush")
+        self._flushed: Future[None] | None = None
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._flusher.shutdown()
+        os.close(self._handle)
+        self.temporary.unlink(missing_ok=True)
+
+    def resize(self, num_bytes: int) -> None:
+        """Make the file so long, filled up with zeros."""
+        os.ftruncate(self._handle, num_bytes)
+
+    def write(self, data: Buffer, position: int) -> None:
+        left = memoryview(data).cast("B")
+        num_bytes = len(left)
+        while len(left):
+            num_written = os.pwrite(self._handle, left, position)
+            left, position = left[num_written:], position + num_written
+        self._flush_sometimes(num_bytes)
+
+    def read(self, num_bytes: int, position: int) -> bytes:
+        return os.pread(self._handle, num_bytes, position)
+
+    def sync(self) -> None:
+        """Wait until all of it is on the disk."""
+        if self._flushed is not None:
+            self._flushed.result()
+        os.fsync(self._handle)
+
+    def publish(self) -> None:
+        """Give the file its name. What is not on the disk by then is first waited for."""
+        self.sync()
+        self.temporary.replace(self._file)
+
+    def _flush_sometimes(self, num_bytes: int) -> None:
+        """Without this the system would keep gigabytes until the end, and the disk would idle until then."""
+        with self._lock:
+            self._num_unflushed += num_bytes
+            if self._num_unflushed < FLUSH_BYTES or not (self._flushed is None or self._flushed.done()):
+                return
+            self._num_unflushed = 0
+            if self._flushed is not None:
+                self._flushed.result()
+            self._flushed = self._flusher.submit(os.fdatasync, self._handle)
+
+
+def write_whole(file: Path, content: bytes) -> FileRecord:
+    """Put `content` into `file`, in place of what may be there."""
+    with NewFile(file) as new:
+        new.write(content, 0)
+        new.publish()
+    return record_of(content)
+
+
+def record_of(content: bytes) -> FileRecord:
+    return FileRecord(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def read_record(file: Path, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> FileRecord:
+    """Read a file and say what it is."""
+    digest, total = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        while num_read := stream.readinto(buffer):
+            digest.update(buffer[:num_read])
+            total += num_read
+            on_bytes(num_read)
+    return FileRecord(num_bytes=total, sha256=digest.hexdigest())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of new files survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,141 @@
+"""Writes safetensors, one shard after another, in the order in which tensors come. Knows no models.
+
+A shard's header stands first, so what it will hold is planned before. A shard gets its name when it is whole and on
+the disk; its sha256 is taken on the way there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from brlite.checkpoint.new_file import Buffer, FileRecord, NewFile
+from brlite.checkpoint.safetensors_header import ITEM_BYTES, LENGTH_BYTES
+from brlite.checkpoint.stored_numbers import Float32
+
+CHUNK_ELEMENTS = 1 << 18
+MAX_PENDING = 32  # chunks on their way to the disk
+OnBytes = Callable[[int], None]  # so many more bytes are written
+
+
+class PlannedTensor(NamedTuple):
+    """A tensor that will come; `dtype` is F32 or BF16."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+class PlannedShard(NamedTuple):
+    """A file and what it will hold, in that order."""
+
+    file_name: str
+    tensors: tuple[PlannedTensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return len(shard_header(self.tensors)) + sum(tensor.num_bytes for tensor in self.tensors)
+
+
+def plan_shards(tensors: list[PlannedTensor], max_bytes: int) -> list[PlannedShard]:
+    """The tensors in their order, in as many files as `max_bytes` asks for; a larger tensor has a file of its own."""
+    groups: list[list[PlannedTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not groups or size + tensor.num_bytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.num_bytes
+    names = (f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors" for number in range(len(groups)))
+    return [PlannedShard(name, tuple(group)) for name, group in zip(names, groups, strict=True)]
+
+
+def shard_header(tensors: tuple[PlannedTensor, ...]) -> bytes:
+    """The bytes before the data: the length of a JSON object, and the object, which tells where each tensor is."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.num_bytes
+        table[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
+
+
+def shard_index(shards: list[PlannedShard]) -> Mapping[str, object]:
+    """The content of `model.safetensors.index.json`."""
+    tensors = [(tensor, shard.file_name) for shard in shards for tensor in shard.tensors]
+    total = sum(tensor.num_bytes for tensor, _ in tensors)
+    return {"metadata": {"total_size": total}, "weight_map": {tensor.name: name for tensor, name in tensors}}
+
+
+class ShardWriter:
+    """One shard on its way to the disk. Numbers are rounded by the caller's thread; another one hashes and writes.
+
+    Leaving the `with` statement before `finish` removes what was written. Raises `OSError` where the disk does.
+    """
+
+    def __init__(self, folder: Path, shard: PlannedShard, on_bytes: OnBytes) -> None:
+        self._on_bytes = on_bytes
+        self._digest = hashlib.sha256()
+        self._num_bytes = 0
+        self._pending: deque[Future[None]] = deque()
+        self._file = NewFile(folder / shard.file_name)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-write")
+        self._submit(shard_header(shard.tensors))
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._file:
+            self._thread.shutdown(cancel_futures=True)
+
+    def put(self, tensor: PlannedTensor, values: Float32) -> None:
+        """Write the next tensor. `values` may be changed afterwards."""
+        store = to_stored_bfloat16 if tensor.dtype == "BF16" else np.array
+        flat = values.reshape(-1)
+        for start in range(0, len(flat), CHUNK_ELEMENTS):
+            self._submit(store(flat[start : start + CHUNK_ELEMENTS]).view(np.uint8).data)
+
+    def finish(self) -> FileRecord:
+        """Wait until all of it is on the disk, then give the file its name."""
+        while self._pending:
+            self._pending.popleft().result()
+        self._file.publish()
+        return FileRecord(num_bytes=self._num_bytes, sha256=self._digest.hexdigest())
+
+    def _submit(self, data: Buffer) -> None:
+        while len(self._pending) >= MAX_PENDING:
+            self._pending.popleft().result()
+        self._pending.append(self._thread.submit(self._write, data))
+
+    def _write(self, data: Buffer) -> None:
+        self._digest.update(data)
+        self._file.write(data, self._num_bytes)
+        self._num_bytes += len(data)
+        self._on_bytes(len(data))
+
+
+def to_stored_bfloat16(values: Float32) -> npt.NDArray[np.uint16]:
+    """The bits of the nearest bfloat16 numbers, halves to even. Most values are exact already: then that is a copy."""
+    bits = values.view(np.uint32)
+    if not int(np.bitwise_or.reduce(bits, initial=0)) & 0xFFFF:
+        return (bits >> 16).astype(np.uint16)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    return np.where(is_nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)
