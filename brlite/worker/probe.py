@@ -37,14 +37,20 @@ logger = logging.getLogger(__name__)
 
 MIN_COSINE = 0.999
 MAX_ERROR = 0.05  # of the logits' length: a cosine does not see that all of them are too large
-VOCAB_SIZE = 128
+VOCAB_SIZE = 512  # more than a shortlist holds: the sampler's long way is taken too
 HIDDEN_SIZE = 64
 MAX_LENGTH = 32
 BLOCK_SIZE = 4
 # Of two sequences each step's tokens: a prompt in two chunks beside another one, then one token of both, twice.
 STEPS = (((0, 9), (0, 5)), ((9, 13), (5, 6)), ((13, 14), (6, 7)), ((14, 15), (7, 8)))
-DRAWS = (SamplingParams(temperature=0.0), SamplingParams(temperature=1.0, top_k=5), SamplingParams(top_p=0.9))
-NUM_EXACT_DRAWS = 2  # top-p adds up numbers, in an order that is the device's own
+DRAWS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0, top_k=5),
+    SamplingParams(temperature=1.0, top_p=0.9),
+    SamplingParams(temperature=1.0, top_k=300),
+    SamplingParams(temperature=1.0),
+)
+NUM_EXACT_DRAWS = 2  # the others add up numbers, in an order that is the device's own
 
 PLAIN_CONFIG = ModelConfig(
     vocab_size=VOCAB_SIZE,

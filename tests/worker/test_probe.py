@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from brlite.config import Precision
+from brlite.errors import ConfigError
 from brlite.models import find_family
 from brlite.models.config import parameter_shapes
 from brlite.models.parameters import Linear
@@ -82,6 +83,20 @@ def test_the_report_tells_what_ran_elsewhere(monkeypatch: pytest.MonkeyPatch, ca
     assert report.on_host == ("aten::mm",)
     assert "on the CPU instead: aten::mm" in caplog.text
     assert report.notes == ("slow: torch runs aten::mm on the CPU, not on the device",)
+
+
+def test_what_draws_on_the_device_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_largest = torch.Tensor.argmax
+    calls: list[int] = []
+
+    def take_now_and_then_another(values: torch.Tensor, dim: int) -> torch.Tensor:
+        calls.append(dim)
+        return take_largest(values if len(calls) > 1 else -values, dim=dim)
+
+    monkeypatch.setattr(torch.Tensor, "argmax", take_now_and_then_another)
+
+    with pytest.raises(ConfigError, match="from the same logits it draws other tokens than the CPU does"):
+        probe_device(CPU, torch.bfloat16)
 
 
 def test_a_report_reads_well() -> None:
