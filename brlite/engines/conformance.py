@@ -60,7 +60,7 @@ def run_check(subject: Subject, name: str, check: Check) -> Outcome:
 
 def logits_have_their_form(subject: Subject) -> str:
     for length in (1, SHORT):
-        rows = with_every_slot([subject.row(0, subject.prompt(length))], subject.capabilities)
+        rows = with_every_slot([subject.row(0, _one_row(subject, length))], subject.capabilities)
         check_form(subject.engine.step(rows), len(rows), subject.capabilities)
         subject.release(0)
     return f"{subject.capabilities.logits_dtype} [rows, {subject.capabilities.vocab_size}]"
@@ -196,7 +196,7 @@ def the_order_of_rows_is_free(subject: Subject) -> str:
 def prompts_and_decodes_mix(subject: Subject) -> str:
     subject.need("can_mix_rows")
     subject.need_slots(2)
-    first, second = subject.prompt(MIDDLE, salt=1), subject.prompt(SHORT, salt=2)
+    first, second = subject.prompt(MIDDLE, salt=1), _one_row(subject, SHORT, salt=2)
     decoded, prefilled = _fresh(subject, first, 7), _fresh(subject, second)
     subject.alone(0, first)
     found = subject.step([subject.row(0, [7]), subject.row(1, second)])
@@ -211,7 +211,7 @@ def prompts_come_together(subject: Subject) -> str:
     subject.need("can_prefill_together")
     subject.need_slots(2)
     slots = range(min(4, subject.capabilities.max_seqs))
-    prompts = {slot: subject.prompt(RAGGED[3 + slot], salt=slot) for slot in slots}
+    prompts = {slot: _one_row(subject, RAGGED[3 + slot], salt=slot) for slot in slots}
     expected = {slot: _fresh(subject, prompt) for slot, prompt in prompts.items()}
     found = subject.step([subject.row(slot, prompt) for slot, prompt in prompts.items()])
     is_exact = _is_invariant(subject)
@@ -342,6 +342,11 @@ CHECKS: dict[str, Check] = {
         it_closes_twice,
     )
 }
+
+
+def _one_row(subject: Subject, length: int, *, salt: int = 0) -> list[int]:
+    """A prompt that needs one row only."""
+    return subject.prompt(min(length, subject.capabilities.longest_row), salt=salt)
 
 
 def _fresh(subject: Subject, prompt: Sequence[int], *then: int) -> Logit:

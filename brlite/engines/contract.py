@@ -129,7 +129,8 @@ class Engine(Protocol):
 
         Raises `RowRefused`, before anything is computed, for a step that its capabilities or its slots do not allow: a
         position beyond `max_model_len` above all. After any other exception the rows of the step are lost: their slots
-        are released next. Either way slots that were not in the step are as they were.
+        are released next. Either way slots that were not in the step are as they were. An engine that can never step
+        again raises `BackendLost`: it is closed, and a new one opened or the server ended (`engine.on_rank_failure`).
         """
         ...
 

@@ -45,5 +45,6 @@ def check_capabilities(capabilities: Capabilities, spec: ModelSpec) -> None:
 def _find(name: str) -> EntryPoint:
     engines = {point.name: point for point in entry_points(group=GROUP)}
     if name not in engines:
-        raise ConfigError(f"there is no engine {name!r}; installed are {', '.join(sorted(engines)) or 'none'}")
+        known = ", ".join(sorted(engines)) or "none, not even the toy: brlite has to be installed anew (pip install)"
+        raise ConfigError(f"there is no engine {name!r}; installed are {known}")
     return engines[name]

@@ -21,7 +21,7 @@ from brlite.engines.calls import chunks, plan_calls, with_every_slot
 from brlite.engines.contract import Capabilities, Engine, Row
 from brlite.engines.discovery import check_capabilities
 from brlite.engines.one_thread import OneThread
-from brlite.errors import EngineError
+from brlite.errors import BackendLost, EngineError
 from brlite.outputs import TokenLogprob
 from brlite.worker.host_sampler import HostSampler, choose_sampler
 
@@ -80,7 +80,10 @@ class SlotBackend:
         self._slots = [Slot() for _ in range(self.info.num_blocks)]
 
     def execute(self, batch: Batch) -> StepResult:
-        """Compute one step. A call that fails ends its own sequences; if all do, what the last one raised is raised."""
+        """Compute one step. A call that fails ends its own sequences; if all do, what the last one raised is raised.
+
+        `BackendLost` ends them all at once.
+        """
         work = [self._take(seq) for seq in batch.seqs]
         failures = [error for calls in self._rounds(work) for rows in calls for error in self._call(rows, work)]
         if failures and all(each.error is not None for each in work):
@@ -134,6 +137,8 @@ class SlotBackend:
         padded = with_every_slot(rows, self._capabilities)
         try:
             logits = self._checked(self._thread.call(lambda: self._engine.step(padded)), len(padded))
+        except BackendLost:
+            raise
         except Exception as error:  # an engine is somebody else's code: whatever it raises ends these rows only
             for row in rows:
                 concerned[row.slot].error = STEP_FAILED

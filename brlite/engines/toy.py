@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,7 +20,7 @@ from brlite.config import EngineConfig, ModelSpec
 from brlite.engines.contract import Capabilities, Row
 from brlite.engines.slots import Slots
 from brlite.engines.toy_text import ASSISTANT, END, USER, VOCAB_SIZE, toy_tokenizer
-from brlite.errors import EngineError
+from brlite.errors import BackendLost, EngineError
 from brlite.field_errors import convert
 from brlite.tokenizer import Tokenizer
 
@@ -42,7 +42,7 @@ class ToyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
     `start_seconds` is how long it loads. A step of decodes takes 1 / `tokens_per_second`: so many tokens a second come
     in each stream. A prompt takes its length / `prompt_tokens_per_second`. Of all steps every `fail_every`-th raises,
-    and every `nan_every`-th has NaN in its first row.
+    and every `nan_every`-th has NaN in its first row; with the `lost_at`-th the engine is lost for good.
     """
 
     start_seconds: Rate = 0.0
@@ -50,6 +50,7 @@ class ToyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     prompt_tokens_per_second: Rate = 0.0
     fail_every: Every = 0
     nan_every: Every = 0
+    lost_at: Every = 0
 
 
 class ToyEngine:
@@ -96,7 +97,9 @@ class ToyEngine:
         self._take_time(rows)
         if self._is_turn(self._options.fail_every):
             raise EngineError(f"step {self._num_steps} fails, as engine.options.fail_every asks for")
-        self._compute(*pad(rows))
+        if 0 < self._options.lost_at <= self._num_steps:
+            raise BackendLost(f"it is lost at step {self._options.lost_at}, as engine.options.lost_at asks for")
+        self._compute(pad(rows))
         slots.extend(rows)
         return self._logits(rows)
 
@@ -112,10 +115,10 @@ class ToyEngine:
             raise EngineError("the engine is closed")
         return self._slots
 
-    def _compute(self, token_ids: npt.NDArray[np.int32], starts: list[int], lengths: list[int]) -> None:
-        """What a model would do with keys and values: put the tokens [B, T] where they belong."""
-        for slot, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            self._token_ids[slot, start : start + length] = token_ids[slot, :length]
+    def _compute(self, step: PaddedStep) -> None:
+        """What a model would do with keys and values: put the tokens where they belong."""
+        for slot, token_ids, start, length in zip(*step, strict=True):
+            self._token_ids[slot, start : start + length] = token_ids[:length]
 
     def _logits(self, rows: Sequence[Row]) -> npt.NDArray[np.float32]:
         logits = np.zeros((len(rows), VOCAB_SIZE), np.float32)
@@ -138,12 +141,22 @@ class ToyEngine:
         return every > 0 and self._num_steps % every == 0
 
 
-def pad(rows: Sequence[Row]) -> tuple[npt.NDArray[np.int32], list[int], list[int]]:
+class PaddedStep(NamedTuple):
     """A step as static shapes take it: token ids [B, T] filled up with 0, where each row starts, and its length."""
+
+    slots: list[int]
+    token_ids: npt.NDArray[np.int32]
+    starts: list[int]
+    lengths: list[int]
+
+
+def pad(rows: Sequence[Row]) -> PaddedStep:
+    """The rows as long as the longest."""
     token_ids = np.zeros((len(rows), max(len(row.token_ids) for row in rows)), np.int32)
     for index, row in enumerate(rows):
         token_ids[index, : len(row.token_ids)] = row.token_ids
-    return token_ids, [row.start for row in rows], [len(row.token_ids) for row in rows]
+    lengths = [len(row.token_ids) for row in rows]
+    return PaddedStep([row.slot for row in rows], token_ids, [row.start for row in rows], lengths)
 
 
 def token_logits(context: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
