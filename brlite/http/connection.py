@@ -136,13 +136,13 @@ class Connection(web.RequestHandler):
             self._siblings.discard(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        if self._lane is not None:
+            self._lane.connection_lost()  # first: it ends its request, which sets a deadline for the next one
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._stall is not None:
             self._stall.stop()
-        if self._lane is not None:
-            self._lane.connection_lost()
         super().connection_lost(exc)
 
     def retire(self) -> None:

@@ -84,7 +84,7 @@ class Forwarder:
 
     def replace(self, config: Config) -> None:
         """Forward by another config from now on; what is under way stays on its way, and so do kept connections."""
-        table = UpstreamTable(config, self.table.upstreams)
+        table = UpstreamTable(config, self.table)
         gone = {upstream.name: upstream for upstream in self.table.upstreams if upstream not in table.upstreams}
         for upstream in table.upstreams:
             if upstream.name in gone:

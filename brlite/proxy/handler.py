@@ -35,8 +35,7 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
     async def forward(request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.method != "POST" or not forwarder.table.upstreams:
             return await handler(request)
-        target_sent = _TARGET.fullmatch(request.rel_url.raw_path_qs)
-        wire_path = target_sent[1].encode() if target_sent is not None else b""
+        wire_path = _wire_path(request)
         if not is_forwardable(wire_path):
             return await handler(request)
         body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
@@ -144,6 +143,15 @@ class ResponseFront:
             return response
         await response.write_eof()
         return response
+
+
+def _wire_path(request: web.Request) -> bytes:
+    """The path that a server of its own would have been asked for, with the query; b"" is none of `/v1`."""
+    found = _TARGET.fullmatch(request.rel_url.raw_path_qs)
+    is_mounted = len(request.match_info.apps) > 1
+    if found is None or (found.start(1) > 0 and not is_mounted):
+        return b""
+    return found[1].encode()
 
 
 def _unknown(name: str | None, forwarder: Forwarder) -> str:

@@ -25,7 +25,8 @@ MAX_REMEMBERED_BYTES = 2048  # of one head
 
 END_OF_HEAD = b"\r\n\r\n"
 OTHER_PATHS = (b"/tokenize", b"/detokenize")
-_DOTS = re.compile(rb"[/\\](?:\.|%2e){1,2}(?:[/\\]|%2f|%5c|\Z)", re.IGNORECASE)
+# Decoded or not: some upstreams decode slashes before they look for dots, and some take what follows a ; off first.
+_DOTS = re.compile(rb"(?:[/\\]|%2f|%5c)(?:\.|%2e){1,2}(?:[/\\;]|%2f|%5c|%3b|\Z)", re.IGNORECASE)
 
 _FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)*)\r\n"
 _REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)

@@ -47,6 +47,11 @@ class Places:
         self._is_handing_on = False
 
     @property
+    def limits(self) -> tuple[int, int]:
+        """How many may have a place, and how many may wait."""
+        return self._max_in_flight, self._max_queued
+
+    @property
     def num_waiting(self) -> int:
         return len(self._queue)
 

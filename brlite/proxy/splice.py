@@ -16,6 +16,7 @@ from brlite.proxy.framing import CHUNK_SIZE, Body, ChunkedBody, Misframed
 LAST_CHUNK = b"0\r\n\r\n"
 DONE = b"[DONE]"
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+MAX_MARK_BYTES = 4
 
 _PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\ndata: (?=\{)")
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
@@ -76,7 +77,7 @@ class EventSplice:
         self._has_finished: dict[int, bool] = {}  # the choices whose events have a finish_reason
         self._has_error = False
         self._saw_done = False
-        self._held = b""
+        self._held = bytearray()  # of an event that is not whole: what comes is added and looked at once
         self.num_events = 0
         self.usage_event: bytes | None = None
         self.error: str | None = None
@@ -128,10 +129,15 @@ class EventSplice:
         return end + 2
 
     def _feed_pieces(self, data: bytes) -> bytes:
-        held = self._held + self._body.feed(data)
-        end = max((held.rfind(mark) + len(mark) for mark in EVENT_ENDS if mark in held), default=0)
-        events, self._held = held[:end], held[end:]
-        if len(self._held) > self._max_event_bytes:
+        held = self._held
+        begin = max(0, len(held) - MAX_MARK_BYTES)  # an end may have begun there; nothing before was one
+        held += self._body.feed(data)
+        end = max(
+            (held.rfind(mark, begin) + len(mark) for mark in EVENT_ENDS if held.find(mark, begin) >= 0), default=0
+        )
+        events = bytes(held[:end])
+        del held[:end]
+        if len(held) > self._max_event_bytes:
             raise BrokenStream("one of its events is too long")
         if events:
             self._check(events)

@@ -21,11 +21,13 @@ class Target:
 
     __slots__ = ("chooser", "model", "places", "stand_ins", "upstreams")
 
-    def __init__(self, model: str, upstreams: Iterable[Upstream], proxy: ProxyConfig) -> None:
+    def __init__(
+        self, model: str, upstreams: Iterable[Upstream], proxy: ProxyConfig, places: Places | None = None
+    ) -> None:
         self.model = model
         self.upstreams = tuple(upstreams)
         self.chooser = Chooser(proxy.choice, self.upstreams)
-        self.places = Places(proxy.max_in_flight, proxy.max_queued)
+        self.places = places or Places(proxy.max_in_flight, proxy.max_queued)
         self.stand_ins: tuple[Target, ...] = ()
 
     def __repr__(self) -> str:
@@ -43,18 +45,24 @@ class Target:
 class UpstreamTable:
     """All upstreams, and the targets by the names that requests use, aliases among them."""
 
-    def __init__(self, config: Config, known: Iterable[Upstream] = ()) -> None:
-        """Of the upstreams `known` from before those that stay as they were are kept, with all that they hold."""
-        before = list(known)
-        configs = upstream_configs(config)
-        self.upstreams = tuple(
-            next((upstream for upstream in before if upstream.is_made_from(each, config.proxy)), None)
+    def __init__(self, config: Config, before: UpstreamTable | None = None) -> None:
+        """Of the table from before, upstreams that stay as they were are kept with all that they hold.
+
+        So are the places of models while their limits stay: who has one or waits for one goes on counting.
+        """
+        configs, limits = upstream_configs(config), (config.proxy.max_in_flight, config.proxy.max_queued)
+        known = before.upstreams if before is not None else ()
+        places = {each.model: each.places for each in before or () if each.places.limits == limits}
+        self.upstreams: tuple[Upstream, ...] = tuple(
+            next((upstream for upstream in known if upstream.is_made_from(each, config.proxy)), None)
             or Upstream(each, config.proxy)
             for each in configs
         )
         models = dict.fromkeys(model for each in configs for model in each.models)
         targets = {
-            model: Target(model, (each for each in self.upstreams if model in each.config.models), config.proxy)
+            model: Target(
+                model, (each for each in self.upstreams if model in each.config.models), config.proxy, places.get(model)
+            )
             for model in models
         }
         for model, names in config.proxy.fallbacks.items():

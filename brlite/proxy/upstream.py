@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -14,6 +15,9 @@ from brlite.proxy.breaker import Breaker
 from brlite.proxy.connections import Pool
 from brlite.proxy.heads import Heads, read_answer
 from brlite.proxy.listing import ListedModel
+
+# What may stand in a header: a line end would begin another one.
+_KEY = re.compile(r"[!-~]+")
 
 # What a try to have a request answered came to. "refused" is a 429 or 503 after which another upstream was tried;
 # "unknown" is one that says nothing about the upstream: the client left, or a kept connection had been closed.
@@ -120,9 +124,12 @@ def _own_headers(host: str, key: str | None) -> bytes:
 
 
 def _key(config: UpstreamConfig, environ: Mapping[str, str]) -> str | None:
-    if config.api_key_env is None:
-        return config.api_key
-    key = environ.get(config.api_key_env, "").strip()
+    if config.api_key is None and config.api_key_env is None:
+        return None
+    where = "api_key" if config.api_key_env is None else f"the variable {config.api_key_env}"
+    key = config.api_key if config.api_key_env is None else environ.get(config.api_key_env, "").strip()
     if not key:
-        raise ConfigError(f"upstream {config.name or config.url}: the variable {config.api_key_env} is empty")
+        raise ConfigError(f"upstream {config.name or config.url}: {where} is empty")
+    if not _KEY.fullmatch(key):
+        raise ConfigError(f"upstream {config.name or config.url}: {where}: allowed is one word of ASCII characters")
     return key

@@ -157,6 +157,8 @@ MALFORMED = {
         for path in (
             *(b"/v1/../admin", b"/v1/..", b"/v1/./../admin", b"/v1/%2e%2e/admin", b"/v1/.%2E/admin", b"/v1/..%2fadmin"),
             *(b"/v1/chat/..\\..\\admin", b"/v2/chat", b"/admin", b"/v1", b"//v1/../chat"),
+            *(b"/v1/a%2f..%2f..%2fadmin", b"/v1/a%5C%2E%2e%5Cadmin", b"/v1/..;/admin", b"/v1/..%3Ba/admin"),
+            *(b"/any/v1/chat/completions", b"/metrics/v1/chat", b"//v1/chat", b"/any/tokenize"),
         )
     },
 }
@@ -460,6 +462,19 @@ async def test_the_upstream_is_told_at_once_when_a_client_leaves(serve, way, bod
     await wait_until(lambda: served.upstream.left["a"], 1)
     await wait_until(lambda: served.proxy.forwarder.num_active == 0, 1)
     assert served.upstream.done["a"] == 0
+
+
+async def test_of_a_client_that_leaves_nothing_is_kept(serve) -> None:
+    served = await serve(stream_long)
+    client = await served.connect()
+    client.send(post(STREAM_BODY, b"X-Request-Id: a"))
+    await wait_until(lambda: served.upstream.begun["a"])
+    (lane,) = _lanes_of(served)
+
+    client.leave()
+    await wait_until(lambda: served.proxy.server.num_connections == 0)
+
+    assert lane._connection._timer is None  # which would keep all of it until the next request's time is over
 
 
 @pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["lane", "aiohttp"])

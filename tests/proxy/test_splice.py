@@ -170,6 +170,15 @@ def test_an_event_that_never_ends_is_an_error():
     assert splice.error is not None
 
 
+def test_a_long_event_in_many_pieces_takes_a_time_that_grows_with_its_length():
+    splice = EventSplice(CloseBody(), is_chunked=False, max_event_bytes=2**20, needs_finish=False)
+    long = event("x" * 2**19)
+
+    sent = b"".join(splice.feed(long[at : at + 4]) for at in range(0, len(long), 4))
+
+    assert sent == long
+
+
 def test_a_client_without_chunks_gets_bare_events():
     splice = EventSplice(CloseBody(), is_chunked=False, max_event_bytes=4096, needs_finish=True)
 
