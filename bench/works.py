@@ -1,4 +1,8 @@
-"""The works that proxies are put to: streams, short requests, one at a time, and large bodies. Sends nothing."""
+"""The works that proxies are put to: streams, short requests, one at a time, and large bodies. Sends nothing.
+
+`large` is all ASCII. `large-utf8` is the same text with its quotation marks and dashes: who looks for a `model` in that
+takes longer.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import prompts
 from msgspec import Struct
 from proxies import MODEL
 
-STREAMS, SHORT, SINGLE, LARGE = NAMES = ("streams", "short", "single", "large")
+STREAMS, SHORT, SINGLE, LARGE, LARGE_UTF8 = NAMES = ("streams", "short", "single", "large", "large-utf8")
 NUM_LARGE_MESSAGES, LARGE_MESSAGE = 100, 1020  # 107 KB
 SHORT_PROMPT = 128
 SPARE_SECONDS = 1.0  # streams last for so much longer than warm-up and window
@@ -45,7 +49,8 @@ def make_works(scale: Scale) -> list[Work]:
         _streams(scale),
         _requests(SHORT, small_body(), 64, scale),
         _requests(SINGLE, small_body(), 1, scale),
-        _requests(LARGE, _large_body(), 16, scale),
+        _requests(LARGE, _large_body(_text().encode("ascii", "ignore").decode()), 16, scale),
+        _requests(LARGE_UTF8, _large_body(_text()), 16, scale),
     ]
 
 
@@ -82,9 +87,12 @@ def _messages() -> list[dict[str, str]]:
     return [{"role": "user", "content": prompts.read_prompts(prompts.PROMPTS)[0][:SHORT_PROMPT]}]
 
 
-def _large_body() -> bytes:
+def _text() -> str:
+    return QUALITY_TEXT.read_text(encoding="utf-8")
+
+
+def _large_body(text: str) -> bytes:
     """A long chat, each message cut from another place of the text."""
-    text = QUALITY_TEXT.read_text(encoding="utf-8")
     step = (len(text) - LARGE_MESSAGE) // NUM_LARGE_MESSAGES
     contents = [text[i * step : i * step + LARGE_MESSAGE] for i in range(NUM_LARGE_MESSAGES)]
     return _body(
