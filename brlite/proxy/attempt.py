@@ -256,8 +256,7 @@ class Attempt:
         if b"x-accel-buffering" not in head.fields:
             lines += UNBUFFERED
         self._front.begin(head.status, lines, None)
-        if rest:
-            self._feed_stream(splice, rest)
+        self._feed_stream(splice, rest)  # nothing too: its length may say that nothing more comes
 
     def _feed_stream(self, splice: EventSplice, data: bytes) -> None:
         if out := splice.feed(data):

@@ -299,6 +299,7 @@ SCRIPTS: dict[str, Script] = {
     ),
     "200 in HTML": bad(answer(b"200 OK", b"<h1>Welcome</h1>", b"text/html")),
     "200 in plain text": bad(answer(b"200 OK", b"ok", b"text/plain")),
+    "200 and an empty stream": Script(Step(SSE_HEAD + length(b"")), Step(SSE_HEAD + length(b"")), EVENT, EVENT),
     "200 and nothing": bad(JSON_HEAD + length(b"")),
     "200, nothing, and no type": bad(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"),
     "200, and the connection ends": bad(b"HTTP/1.1 200 OK\r\n\r\n"),
