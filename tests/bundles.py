@@ -1,0 +1,62 @@
+"""Makes bundles of tiny models, without the command around it."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from brlite.checkpoint import Checkpoint, open_checkpoint
+from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
+from brlite.checkpoint.companions import read_companions
+from brlite.checkpoint.safetensors_writer import OnBytes
+from brlite.config import ModelSpec, Precision
+from brlite.models.config import num_parameters
+from brlite.worker.bundling import BundlePlan, plan_packing, plan_weights, write_bundle
+from brlite.worker.fit import check_fit
+
+INT8: Precision = "a_bf16_w_int8_kv_int8"
+SHARD_BYTES = 40_000  # a tiny model is several shards
+
+
+def plan_bundle(
+    checkpoint: Checkpoint, folder: Path, library: ctypes.CDLL | None, precision: Precision = INT8, **draft: Any
+) -> BundlePlan:
+    fit = check_fit(checkpoint, ModelSpec(name="tiny", build_seq=1))
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "brlite": "test",
+        "model": "tiny",
+        "architecture": "test",
+        "precision": precision,
+        "num_parameters": num_parameters(fit.config),
+        "vocab_size": fit.config.vocab_size,
+        "input_name": "input_ids.1",
+        "output_name": "logits",
+        "source": checkpoint.identity,
+        "files": {},
+    }
+    return BundlePlan(
+        folder=folder,
+        checkpoint=checkpoint,
+        fit=fit,
+        draft=Manifest(**manifest | draft),
+        companions=read_companions(checkpoint.path, checkpoint.config),
+        shards=plan_weights(checkpoint, fit, SHARD_BYTES),
+        packing=None if library is None else plan_packing(library, fit, precision, 2),
+    )
+
+
+def make_bundle(
+    source: Path,
+    folder: Path,
+    library: ctypes.CDLL | None,
+    precision: Precision = INT8,
+    on_bytes: OnBytes | None = None,
+) -> Manifest:
+    """Make a bundle of a model's folder in `folder`, in small shards."""
+    with closing(open_checkpoint(source)) as checkpoint:
+        plan = plan_bundle(checkpoint, folder, library, precision)
+        return write_bundle(plan, on_bytes or (lambda num_bytes: None))[0]
