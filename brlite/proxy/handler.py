@@ -20,7 +20,7 @@ from brlite.http.request_id import request_id
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.front import reset
-from brlite.proxy.heads import RequestHead, is_forwardable
+from brlite.proxy.heads import RequestHead, is_forwardable, without_limits
 from brlite.proxy.peek import peek
 
 # As it was sent, still encoded, behind the path of the application that this one is mounted in.
@@ -92,7 +92,7 @@ class ResponseFront:
         return await self._send(self._response)
 
     def begin(self, status: int, lines: bytes, length: int | None) -> None:
-        response = web.StreamResponse(status=status, headers=_headers(lines))
+        response = web.StreamResponse(status=status, headers=self._headers(lines))
         if length is not None:
             response.content_length = length
         elif self._request.version >= HttpVersion11:
@@ -110,7 +110,7 @@ class ResponseFront:
         self._changed.set()
 
     def answer(self, status: int, lines: bytes, body: bytes) -> None:
-        self._response = web.Response(status=status, headers=_headers(lines), body=body)
+        self._response = web.Response(status=status, headers=self._headers(lines), body=body)
 
     def refuse(self, error: RequestError) -> None:
         self._error = error
@@ -121,6 +121,10 @@ class ResponseFront:
     def ended(self) -> None:
         self._is_over = True
         self._changed.set()
+
+    def _headers(self, lines: bytes) -> list[tuple[str, str]]:
+        has_limits = api_key(self._request).has_limits
+        return _headers(without_limits(lines) if has_limits else lines)
 
     async def _wait(self) -> None:
         await self._changed.wait()

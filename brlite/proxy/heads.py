@@ -51,6 +51,8 @@ _NOT_FOR_UPSTREAMS = _lines(
 )
 _NOT_FOR_CLIENTS = _lines(_HOP_BY_HOP + rb"|set-cookie|alt-svc|x-request-id|access-control-[^:\r\n]*")
 
+_LIMITS = _lines(rb"x-ratelimit-[^:\r\n]*")
+
 _REASONS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
 
@@ -172,6 +174,11 @@ def is_forwardable(path: bytes) -> bool:
     """Whether a POST to this path names a model in a JSON body. One that leads out of `/v1` (`..`) is not ours."""
     path = path.partition(b"?")[0]
     return path in OTHER_PATHS or (path.startswith(b"/v1/") and not _DOTS.search(path))
+
+
+def without_limits(lines: bytes) -> bytes:
+    """An answer's lines but those of the upstream's rate limits, for who has limits of ours and would see both."""
+    return _LIMITS.sub(b"", lines)
 
 
 def status_line(status: int) -> bytes:

@@ -26,7 +26,7 @@ from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.framing import Body, LengthBody, Misframed, body_of
 from brlite.proxy.front import reset
-from brlite.proxy.heads import END_OF_HEAD, Heads, RequestHead, read_request, status_line, text
+from brlite.proxy.heads import END_OF_HEAD, Heads, RequestHead, read_request, status_line, text, without_limits
 from brlite.proxy.peek import Peek, peek
 from brlite.proxy.table import Target
 
@@ -300,6 +300,7 @@ class Lane:
         elif not self.takes_chunks:
             own += b"Connection: keep-alive\r\n"  # HTTP/1.0 clients want to be told
         if self._key is not None and self._key.has_limits:
+            lines = without_limits(lines)
             own += _lines(self._key.headers(time.monotonic()))
         if self._shared.cors is not None and self._head is not None:
             own += _lines(self._shared.cors.headers(text(self._head.fields.get(b"origin"))))

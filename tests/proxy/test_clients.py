@@ -266,6 +266,21 @@ async def test_the_clients_key_and_hop_by_hop_headers_are_not_passed_on(serve, s
     assert fields[b"x-kept"] == b"yes"
 
 
+@pytest.mark.parametrize("way", ["lane", "aiohttp"])
+@pytest.mark.parametrize(("limits", "shown"), [({"requests_per_minute": 5}, b"5"), ({}, b"999")])
+async def test_a_client_sees_its_own_limits_or_the_upstreams_and_never_both(serve, limits, shown, way) -> None:
+    async def limit(call: Call) -> Then:
+        await call.send(JSON_HEAD + b"X-RateLimit-Limit-Requests: 999\r\n" + length(PLAIN))
+        return "keep"
+
+    served = await serve(limit, key=(KeyConfig(name="k", key="sk-1", **limits),))
+    headers = UPGRADE.split(b"\r\n")[:2] if way == "aiohttp" else ()
+
+    answer = await served.ask(post(PLAIN_BODY, b"Authorization: Bearer sk-1", *headers))
+
+    assert answer.fields[b"x-ratelimit-limit-requests"] == shown
+
+
 async def test_a_wrong_key_reaches_no_upstream(serve) -> None:
     served = await serve(key=(KeyConfig(name="k", key="sk-secret"),))
 
