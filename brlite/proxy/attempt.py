@@ -21,7 +21,7 @@ from brlite.proxy.splice import LAST_CHUNK, EventSplice
 from brlite.proxy.upstream import Outcome, Upstream
 
 # A kept connection that is lost so soon after a request was sent had been closed before the request came.
-STALE_SECONDS = 0.5
+STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is cheaper than a second write
 REFUSALS = (429, 503)
 MAX_INTERIM_ANSWERS = 100

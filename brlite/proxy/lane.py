@@ -146,7 +146,8 @@ class Lane:
         elif length is not None or b"transfer-encoding" in head.fields:
             self._pass_on_for_good(data)
         else:
-            self._pass_on(data, end)
+            self._unread = data[end:]
+            self._pass_on(data[:end])
 
     def _is_key_known(self, head: RequestHead) -> bool:
         """Whether it is; who shows none that is accepted is refused by aiohttp's middlewares."""
@@ -157,7 +158,7 @@ class Lane:
         if length is not None and b"transfer-encoding" not in head.fields:
             end = begin + length
             if len(data) == end and length <= self._shared.limits.max_body_bytes:  # as it mostly is: all in one piece
-                self._take(head, data[begin:], data)
+                self._take(head, data[begin:], [data])
                 return
         body = self._body_of(head, length)
         if body is None:
@@ -196,22 +197,23 @@ class Lane:
             self._pass_on_for_good(b"".join(self._raw))
         elif body.is_done:
             assert self._head is not None
-            raw = b"".join(self._raw)
-            self._unread = body.excess
-            self._take(self._head, b"".join(self._payload), raw[: len(raw) - len(body.excess)])
+            if body.excess:
+                self._unread = body.excess
+                self._raw[-1] = data[: len(data) - len(body.excess)]
+            self._take(self._head, b"".join(self._payload), self._raw)
 
-    def _take(self, head: RequestHead, body: bytes, raw: bytes) -> None:
-        """The request is all there: forward it if its model is an upstream's, else pass it on."""
+    def _take(self, head: RequestHead, body: bytes, raw: list[bytes]) -> None:
+        """The request is all there: forward it if its model is an upstream's, else pass it on as it came."""
         self._forget_request()
         try:
             seen = peek(body)
         except InvalidRequest:
-            self._pass_on(raw, len(raw))
+            self._pass_on(b"".join(raw))
             return
         target = self._shared.forwarder.table.find(seen.model)
         assert self._key is not None
         if target is None or not self._key.may_use(target.model):
-            self._pass_on(raw, len(raw))
+            self._pass_on(b"".join(raw))
         else:
             self._forward(head, body, seen, target, self._key)
 
@@ -236,12 +238,11 @@ class Lane:
 
     # aiohttp's requests
 
-    def _pass_on(self, data: bytes, num_bytes: int) -> None:
+    def _pass_on(self, request: bytes) -> None:
         """Give aiohttp one whole request; what follows waits until it is answered."""
         self._forget_request()
         self._where = _Where.ELSEWHERE
-        self._unread = data[num_bytes:] + self._unread
-        self._connection.pass_on(data[:num_bytes] if len(data) > num_bytes else data)
+        self._connection.pass_on(request)
 
     def _pass_on_for_good(self, data: bytes) -> None:
         self._forget_request()

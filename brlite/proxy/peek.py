@@ -44,7 +44,7 @@ def peek(body: bytes) -> Peek:
     """
     model = _Model()
     try:
-        body.decode()  # msgspec does not look into what no field takes
+        body.isascii() or body.decode()  # msgspec does not look into what no field takes
         fields = msgspec.json.decode(body, type=_FIELDS, dec_hook=model.take)
     except _REFUSALS:
         return _peek_oddly(body)
