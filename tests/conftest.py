@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,14 @@ import pytest
 from brlite.kernels.library import NativeLibrary, load_library
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
+
+
+if os.environ.get("BRLITE_TEST_LOOP") == "uvloop":  # the loop of the extra brlite[fast], which differs at the edges
+
+    def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+        import uvloop
+
+        return {"uvloop": uvloop.new_event_loop}
 
 
 @pytest.fixture(scope="session")
