@@ -298,3 +298,43 @@ def test_a_reader_that_leaves_early_causes_no_traceback():
 
     assert errors == ""
     assert process.returncode == 0
+
+
+# Engines
+
+
+def test_the_command_line_beats_the_environment_which_beats_the_file(handed_over, monkeypatch) -> None:
+    Path("c.toml").write_text('[engine]\nname = "in-the-file"\n')
+    seen = []
+    for variable, arguments in (("", []), ("from-outside", []), ("from-outside", ["--engine", "toy"])):
+        monkeypatch.setenv("BRLITE_ENGINE", variable)
+        main(["serve", "c.toml", *arguments])
+        seen.append(handed_over.config.engine.name)
+
+    assert seen == ["in-the-file", "from-outside", "toy"]
+
+
+def test_ours_can_be_chosen_over_the_files(handed_over) -> None:
+    Path("c.toml").write_text('[engine]\nname = "toy"\n')
+
+    main(["generate", "c.toml", "--engine", "torch"])
+
+    assert (handed_over.config.engine.name, handed_over.config.engine.backend) == (None, "torch")
+
+
+def test_options_are_those_of_the_file_and_the_command_line(handed_over) -> None:
+    Path("c.toml").write_text('[engine]\nname = "toy"\noptions = { fail_every = 7, start_seconds = 1.5 }\n')
+
+    main(["serve", "c.toml", "--engine-option", "fail_every=9", "--engine-option", "path=/a=b"])
+
+    assert handed_over.config.engine.options == {"fail_every": "9", "start_seconds": 1.5, "path": "/a=b"}
+
+
+def test_the_manuals_command_and_its_json_choose_one_too(handed_over, monkeypatch) -> None:
+    monkeypatch.setenv("BRLITE_ENGINE", "toy")
+
+    status = br_api_server(["--config", str(FIXTURES / "qwen2_72b_instruct.json")])
+
+    assert status == 0
+    assert handed_over.config.engine.name == "toy"
+    assert handed_over.config.model[0].tensor_parallel == 8

@@ -12,6 +12,7 @@ import pytest
 
 from brlite.config import DEFAULT_MODEL, LimitsConfig, load_config
 from brlite.config_check import config_warnings
+from brlite.engines.toy import ToyOptions
 from brlite.http.connection import MAX_HEADERS
 from brlite.proxy_config import load_proxy_config
 from brlite.sampling_params import SamplingParams
@@ -50,6 +51,10 @@ def test_the_sampling_parameters_are_those_of_the_code() -> None:
     fields = set(SamplingParams.__struct_fields__) - {"stop_tokens_ids"}
 
     assert set(table("### Sampling parameters")) == fields
+
+
+def test_the_toys_options_are_those_of_the_code() -> None:
+    assert set(table("## Engines")) == set(ToyOptions.__struct_fields__)
 
 
 def test_the_file_tree_shows_what_is_there() -> None:

@@ -27,7 +27,7 @@ from brlite.tokenizer import Tokenizer
 Rate = Annotated[float, Meta(ge=0, le=10**9)]
 Every = Annotated[int, Meta(ge=0, le=10**9)]
 
-# Chances of saying what it should not: none at temperature 1, one token in a hundred at 2, nearly all at 8.
+# Chances of saying what it should not: none at temperature 1, one token in 200 at 2, nine in ten at 8.
 CERTAINTY = 20.0  # the logit of the token that is next
 SPREAD = 4.0  # those of other letters lie in a range of this width, around 0
 UNLIKELY = -30.0  # and those of other bytes here, so that noise is still text

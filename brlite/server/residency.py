@@ -144,7 +144,8 @@ class Residency:
             with model.loading.running():
                 await self._measure(model)
                 await self._load(model)
-        if any(_has_changes(model.spec) for model in self._models.values()):
+        may_be_lost = self._config.name is not None  # as any engine that is not ours
+        if may_be_lost or any(_has_changes(model.spec) for model in self._models.values()):
             self._keeping = asyncio.create_task(self._keep(), name="brlite-residency")
 
     async def failure(self) -> BrliteError:
