@@ -1,0 +1,149 @@
+"""Which upstream a request reaches, end to end: by its prompt, its session, a pause that was asked for, a stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+
+import pytest
+
+from brlite.config import KeyConfig, ProxyConfig, UpstreamConfig
+from tests.proxy.proxies import Proxy, run_proxy, wait_until
+from tests.proxy.raw_client import Answer, Client, post
+from tests.proxy.scripted import Call, ScriptedUpstream, Step, Then
+from tests.proxy.scripts import GOOD_PLAIN, GOOD_STREAM, PLAIN, answer
+
+BUSY = answer(b"429 Too Many Requests", b'{"error":{"message":"busy"}}', b"application/json", b"Retry-After: 50")
+
+
+class Group:
+    """A proxy before several upstreams, `a` of the model `a` and so on; all of them have the model `m`."""
+
+    def __init__(self, proxy: Proxy, upstreams: dict[str, ScriptedUpstream]) -> None:
+        self.proxy, self.upstreams = proxy, upstreams
+
+    async def ask(self, body: object, *headers: bytes) -> Answer:
+        client = await Client.connect(self.proxy.port)
+        try:
+            client.send(post(body, *headers))
+            return await asyncio.wait_for(client.answer(), 5)
+        finally:
+            client.leave()
+
+    def num_asked(self) -> dict[str, int]:
+        return {name: len(upstream.requests) for name, upstream in self.upstreams.items()}
+
+
+Start = Callable[..., Awaitable[Group]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """`await start(ProxyConfig(…), a=Step(…), b=Step(…))`."""
+    async with AsyncExitStack() as stack:
+
+        async def make(proxy: ProxyConfig, key: tuple[KeyConfig, ...] = (), **plain: Step) -> Group:
+            upstreams = {name: ScriptedUpstream(step, Step(GOOD_STREAM)) for name, step in plain.items()}
+            for upstream in upstreams.values():
+                await stack.enter_async_context(upstream)
+            configs = [
+                UpstreamConfig(url=upstream.url, name=name, models=("m", name), health_path="")
+                for name, upstream in upstreams.items()
+            ]
+            return Group(await stack.enter_async_context(run_proxy(*configs, proxy=proxy, key=key)), upstreams)
+
+        yield make
+
+
+GOOD = Step(GOOD_PLAIN)
+
+
+async def test_prompts_that_begin_alike_go_to_one_upstream_and_others_are_spread(start) -> None:
+    group = await start(ProxyConfig(choice="prefix"), a=GOOD, b=GOOD, c=GOOD)
+    system = [{"role": "system", "content": "Be brief."}]
+
+    for _ in range(6):
+        await group.ask({"model": "m", "messages": [*system, {"role": "user", "content": "Hi"}], "seed": 1})
+    alike = group.num_asked()
+    for number in range(30):
+        await group.ask({"model": "m", "prompt": f"{number} sheep"})
+
+    assert sorted(alike.values()) == [0, 0, 6]
+    assert all(group.num_asked().values())
+
+
+@pytest.mark.parametrize("how", ["header", "user"])
+async def test_a_session_stays_with_one_upstream(start, how) -> None:
+    group = await start(ProxyConfig(choice="sticky", sticky_header="X-My-Session"), a=GOOD, b=GOOD, c=GOOD)
+    body = {"model": "m", "user": "session-7"} if how == "user" else {"model": "m"}
+    headers = (b"x-my-session: session-7",) if how == "header" else ()
+
+    for number in range(6):
+        await group.ask({**body, "prompt": str(number)}, *headers)
+
+    assert sorted(group.num_asked().values()) == [0, 0, 6]
+
+
+async def test_an_upstream_that_asked_for_a_pause_is_left_alone(start) -> None:
+    group = await start(ProxyConfig(choice="round_robin"), a=Step(BUSY, is_work=False), b=GOOD)
+
+    answers = [await group.ask({"model": "m"}) for _ in range(4)]
+
+    assert [answer.body for answer in answers] == [PLAIN] * 4
+    assert group.num_asked() == {"a": 1, "b": 4}
+
+
+async def test_a_refusal_that_nobody_can_make_good_arrives_as_it_was(start) -> None:
+    group = await start(ProxyConfig(), a=Step(BUSY, is_work=False))
+
+    refused = await group.ask({"model": "m"})
+
+    assert (refused.status, refused.fields[b"retry-after"]) == (429, b"50")
+    assert group.num_asked() == {"a": 1}
+
+
+async def test_a_stand_in_answers_under_its_own_name_where_a_model_cannot_be_reached(start) -> None:
+    group = await start(ProxyConfig(fallbacks={"a": ("b",)}), a=GOOD, b=GOOD)
+    await group.upstreams["a"].kill()
+
+    answered = await group.ask({"model": "a", "prompt": "Hi"})
+
+    assert answered.body == PLAIN
+    assert [request.body for request in group.upstreams["b"].requests] == [{"model": "b", "prompt": "Hi"}]
+
+
+async def test_no_stand_in_answers_for_a_key_that_may_not_use_it(start) -> None:
+    key = (KeyConfig(name="k", key="sk-1", models=("a",)),)
+    group = await start(ProxyConfig(fallbacks={"a": ("b",)}), key, a=GOOD, b=GOOD)
+    await group.upstreams["a"].kill()
+
+    refused = await group.ask({"model": "a"}, b"Authorization: Bearer sk-1")
+
+    assert (refused.status, refused.error["code"]) == (503, "upstream_unavailable")
+    assert group.num_asked() == {"a": 0, "b": 0}
+
+
+async def test_who_waits_too_long_for_a_place_is_told_when_to_come_back(start) -> None:
+    group = await start(ProxyConfig(max_in_flight=1, max_queued=1, max_queue_seconds=0.2), a=GOOD)
+    may_answer = asyncio.Event()
+
+    async def wait(call: Call) -> Then:
+        await may_answer.wait()
+        await call.send(GOOD_PLAIN)
+        return "keep"
+
+    group.upstreams["a"].act = wait
+    first = asyncio.create_task(group.ask({"model": "m"}))
+    await wait_until(lambda: group.num_asked()["a"] == 1)
+
+    waited = asyncio.create_task(group.ask({"model": "m"}))
+    await wait_until(lambda: group.proxy.forwarder.num_active == 2)
+    turned_away = await group.ask({"model": "m"})
+
+    assert (turned_away.status, turned_away.error["code"]) == (429, "queue_full")
+    assert ((await waited).status, (await waited).error["code"]) == (503, "queue_timeout")
+    assert b"retry-after" in turned_away.fields
+    assert b"retry-after" in (await waited).fields
+    may_answer.set()
+    assert (await first).body == PLAIN
