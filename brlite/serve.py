@@ -110,6 +110,7 @@ async def _load_first(residency: Residency) -> None:
     # What is alive now stays alive: the collector need not walk it again.
     gc.collect()
     gc.freeze()
+    _trim()
 
 
 class ModelLoader:
@@ -143,10 +144,14 @@ class ModelLoader:
         gc.unfreeze()
         gc.collect()
         gc.freeze()
-        # glibc keeps what other threads have freed: some 40 MB after a few loads.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        _trim()
+
+
+def _trim() -> None:
+    """Give free memory back. glibc keeps what other threads have freed: some 40 MB after a few loads."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @contextmanager
