@@ -210,9 +210,7 @@ def _use_cache(order: Order, use_cache: object) -> str:
 def _vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> str:
     highest = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids))
     if highest >= config.vocab_size:
-        raise ModelError(
-            f"{path}: the tokenizer has token ids up to {highest}, the model only {config.vocab_size} rows"
-        )
+        raise ModelError(f"{path}: its tokenizer has token ids up to {highest}, the model {config.vocab_size} rows")
     return f"{config.vocab_size} rows, {tokenizer.vocab_size} tokens"
 
 

@@ -29,12 +29,12 @@ class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class NewFile:
-    """A file on its way to the disk, which is kept busy from the first bytes on. Any thread may write.
+    """A file of `num_bytes` zeros or more on its way to the disk, which is kept busy from the first bytes on.
 
-    Leaving the `with` statement before `publish` removes what was written.
+    Any thread may write. Leaving the `with` statement before `publish` removes what was written.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, num_bytes: int = 0) -> None:
         self._file = file
         self.temporary = file.with_name(file.name + PART_SUFFIX)
         self._handle = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -42,6 +42,11 @@ class NewFile:
         self._num_unflushed = 0
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="brlite-flush")
         self._flushed: Future[None] | None = None
+        try:
+            os.ftruncate(self._handle, num_bytes)
+        except OSError:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> NewFile:
         return self
@@ -50,10 +55,6 @@ class NewFile:
         self._flusher.shutdown()
         os.close(self._handle)
         self.temporary.unlink(missing_ok=True)
-
-    def resize(self, num_bytes: int) -> None:
-        """Make the file so long, filled up with zeros."""
-        os.ftruncate(self._handle, num_bytes)
 
     def write(self, data: Buffer, position: int) -> None:
         left = memoryview(data).cast("B")

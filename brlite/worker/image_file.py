@@ -47,8 +47,7 @@ class ImageFile:
         self._pool = pool
         self._on_bytes = on_bytes
         self._start = weights_start(key)
-        self._file = NewFile(path)
-        self._file.resize(self._start + key.num_bytes)
+        self._file = NewFile(path, self._start + key.num_bytes)
 
     def __enter__(self) -> ImageFile:
         return self
