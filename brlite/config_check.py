@@ -136,6 +136,9 @@ def _another_engine(config: Config) -> Warnings:
         for name in ("block_size", "memory_gib"):
             if getattr(engine, name) != getattr(default, name):
                 yield f"engine.{name}: has no effect on engine {engine.name}, which keeps its memory itself"
+        for index, spec in enumerate(config.model):
+            if spec.num_blocks:
+                yield f"model[{index}].num_blocks: has no effect on engine {engine.name}, which has build_batch slots"
 
 
 def _local_models(config: Config) -> set[str]:

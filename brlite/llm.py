@@ -87,6 +87,8 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
     assert config.engine.name is not None, "whoever calls this has looked"
     engine = make_engine(config.engine.name)
     if isinstance(engine, BringsTokenizer):
+        if spec.chat_template is not None:
+            logger.warning("model %s: chat_template is not used: the engine brings its tokenizer", spec.name)
         report(f"opening engine {config.engine.name}", 0.0)
         return engine.tokenizer(), SlotBackend(engine, spec, config.engine)
     path = locate_model(spec.name, spec.path, report)

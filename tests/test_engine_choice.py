@@ -100,10 +100,12 @@ def test_check_says_who_computes(capsys) -> None:
 
 
 def test_what_has_no_effect_on_another_engine_is_said() -> None:
-    config = override(TOY, {"engine.memory_gib": 3, "engine.block_size": 32})
+    config = override(TOY, {"engine.memory_gib": 3, "engine.block_size": 32, "model[0].num_blocks": 9})
     stray = Config(engine=EngineConfig(options={"a": 1}))
 
-    assert [line.split(":")[0] for line in config_warnings(config)] == ["engine.block_size", "engine.memory_gib"]
+    without_effect = [line.partition(": has no effect")[0] for line in config_warnings(config)]
+
+    assert without_effect == ["engine.block_size", "engine.memory_gib", "model[0].num_blocks"]
     assert config_warnings(stray) == ["engine.options: have no effect: no engine.name says whose they are"]
 
 
@@ -111,6 +113,13 @@ def test_tensor_parallelism_is_the_other_engines_matter() -> None:
     Path("m.json").write_text(json.dumps(MANUAL))
 
     check_supported(override(load_config(Path("m.json")), {"engine.name": "toy"}))
+
+
+def test_a_chat_template_that_is_not_used_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with LLM(config=override(TOY, {"model[0].chat_template": "own.jinja"})):
+        pass
+
+    assert "model m: chat_template is not used" in caplog.text
 
 
 async def test_its_memory_is_not_ours_to_count() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -50,11 +51,12 @@ class Service:
         self.config = EngineConfig(name="toy", **config)
         self.backend = SlotBackend(engine, spec, self.config)
         self.engine = Engine(self.backend.info, TOKENIZER, self.config, LimitsConfig())
+        self._numbers = itertools.count()
         self.outputs: dict[str, RequestOutput] = {}
         self.errors: dict[str, BrliteError] = {}
 
     def add(self, prompt: str, params: SamplingParams = GREEDY) -> str:
-        request_id = str(len(self.engine._requests) + len(self.outputs) + len(self.errors) + 1000)
+        request_id = f"request {next(self._numbers)}"
         token_ids = TOKENIZER.encode(prompt)
         request = Request(request_id=request_id, prompt_token_ids=token_ids, params=params)
         self.engine.add_request(request, lambda output: self._receive(request_id, output))
@@ -239,10 +241,10 @@ def test_a_context_is_used_to_its_last_token(serve: Any) -> None:
     service = serve(ToyEngine(), ModelSpec(name="toy", build_seq=32, build_batch=2))
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=16)
 
-    (text,) = service.texts(service.add("fourteen chars", params))
+    request_id = service.add("fourteen chars", params)
 
-    assert text == "fourteen charsf"
-    assert service.outputs["1000"].outputs[0].finish_reason == "length"
+    assert service.texts(request_id) == ["fourteen charsf"]
+    assert service.outputs[request_id].outputs[0].finish_reason == "length"
 
 
 # What goes wrong
