@@ -189,9 +189,16 @@ class Attempt:
         elif self._held is not None:
             self._feed_held_eof(self._held)
         else:
-            is_early = self._loop.time() - self._sent_at < STALE_SECONDS and self.first_byte_at is None
             text = "The upstream ended the connection without an answer."
-            self._owner.attempt_failed(UpstreamError(text), is_stale=is_early and connection.is_used)
+            self._owner.attempt_failed(UpstreamError(text), is_stale=self._is_stale(connection, error))
+
+    def _is_stale(self, connection: UpstreamConnection, error: Exception | None) -> bool:
+        """Whether a kept connection had been closed before the request came."""
+        is_early = self._loop.time() - self._sent_at < STALE_SECONDS and self.first_byte_at is None
+        if not connection.is_used or not is_early:
+            return False
+        # A reset says that the request was not read. A proper end does not: if it had arrived it may have been.
+        return error is not None or not connection.has_all_arrived
 
     def _read_head(self, data: bytes) -> None:
         head, rest = self._next_head(data)

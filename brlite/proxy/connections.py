@@ -6,11 +6,16 @@ Over TCP, TLS or a Unix socket. Knows no HTTP: who holds a connection gets its b
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import struct
+import sys
 from typing import Protocol, cast
 
 from brlite.address import Address
 from brlite.errors import ConfigError
+
+_TCP_INFO = struct.Struct("=120xQ72xQQ")  # of Linux's: tcpi_bytes_acked, tcpi_bytes_sent, tcpi_bytes_retrans (4.19)
 
 
 class Holder(Protocol):
@@ -53,6 +58,18 @@ class UpstreamConnection(asyncio.Protocol):
     def has_sent_all(self) -> bool:
         """Whether the upstream has taken all that was written, as one that answers early has not."""
         return self.transport.get_write_buffer_size() == 0
+
+    @property
+    def has_all_arrived(self) -> bool | None:
+        """Whether the upstream's system has said to have all that was sent; None where ours does not tell."""
+        sock = self.transport.get_extra_info("socket")
+        if sys.platform != "linux" or sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return None
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        if len(info) < _TCP_INFO.size:
+            return None
+        num_acked, num_sent, num_sent_again = _TCP_INFO.unpack(info)
+        return bool(num_acked > num_sent - num_sent_again)  # the connection's own beginning is acknowledged as a byte
 
     def abort(self) -> None:
         """Cut it now, without a word to its holder."""

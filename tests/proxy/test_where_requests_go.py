@@ -147,3 +147,21 @@ async def test_who_waits_too_long_for_a_place_is_told_when_to_come_back(start) -
     assert b"retry-after" in (await waited).fields
     may_answer.set()
     assert (await first).body == PLAIN
+
+
+async def test_a_request_that_was_read_is_never_sent_twice_though_its_connection_is_lost_at_once(start) -> None:
+    async def answer_once(call: Call) -> Then:
+        call.is_done()
+        if call.request.id == "lost":
+            return "close"
+        await call.send(GOOD_PLAIN)
+        return "keep"
+
+    group = await start(ProxyConfig(), a=GOOD)
+    group.upstreams["a"].act = answer_once
+    await group.ask({"model": "m"})
+
+    answered = await group.ask({"model": "m"}, b"X-Request-Id: lost")
+
+    assert answered.status == 502
+    assert group.upstreams["a"].done["lost"] == 1
