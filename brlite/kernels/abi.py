@@ -10,7 +10,7 @@ import ctypes
 from ctypes import c_double, c_float, c_int32, c_size_t, c_uint64, c_void_p
 from typing import Any
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 LANES = 16
 GROUP = 32
@@ -22,7 +22,9 @@ ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")  # by number
 
 INT8, BF16 = range(2)
 
-EMBED, NORM, LINEAR, ADD, ROPE, ATTEND, QUANTIZE, SILU = range(8)
+LOST_RANK = 8  # what `brlite_run` says where ranks met no more
+
+EMBED, NORM, LINEAR, ADD, ROPE, ATTEND, QUANTIZE, SILU, GATE = range(9)
 
 
 class Operation(ctypes.Structure):
@@ -35,6 +37,10 @@ class Operation(ctypes.Structure):
         ("is_table", c_int32),
         ("window", c_int32),
         ("epsilon", c_float),
+        ("first", c_int32),
+        ("count", c_int32),
+        ("output_row_size", c_int32),
+        ("meets", c_int32),
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("input", c_void_p),
@@ -113,6 +119,10 @@ class Plan(ctypes.Structure):
         ("attention", Attention),
         ("norm", Operation),
         ("head", Operation),
+        ("logits", c_void_p),
+        ("meeting", c_void_p),
+        ("num_ranks", c_int32),
+        ("rank", c_int32),
     ]
 
 
@@ -146,6 +156,8 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "brlite_unpack_row": ((c_int32, c_void_p, c_int32, c_int32, c_void_p), None),
     "brlite_page_bytes": ((c_int32, c_int32), c_size_t),
     "brlite_checksum": ((c_void_p, c_void_p, c_size_t), c_uint64),
+    "brlite_meeting_bytes": ((), c_size_t),
+    "brlite_end_meeting": ((c_void_p,), None),
     "brlite_create": ((c_void_p, c_int32, c_int32), c_void_p),
     "brlite_destroy": ((c_void_p,), None),
     "brlite_run": ((c_void_p, c_void_p), c_int32),

@@ -12,6 +12,7 @@ import msgspec
 
 from brlite.kernels.abi import BF16, INT8
 from brlite.models.config import QUANTIZATION_GROUP, ModelConfig, parameter_shapes
+from brlite.models.sharing import Share, shared_shapes
 
 # panels: a matrix as the kernels multiply by it; table: bfloat16 rows to look up; vector: float32, padded with zeros.
 Form = Literal["panels", "table", "vector"]
@@ -37,11 +38,15 @@ class Layout(msgspec.Struct, frozen=True):
     num_bytes: int
 
 
-def packed_layout(library: ctypes.CDLL, config: ModelConfig, *, is_int8: bool) -> Layout:
-    """The layout for a model. With tied embeddings `embedding` is panels, which serve both look-up and head."""
+def packed_layout(library: ctypes.CDLL, config: ModelConfig, *, is_int8: bool, share: Share | None = None) -> Layout:
+    """The layout for a model, or for one rank's share of it.
+
+    With tied embeddings `embedding` is panels, which serve both look-up and head.
+    """
     tensors: dict[str, PackedTensor] = {}
     end = 0
-    for name, shape in parameter_shapes(config).items():
+    shapes = parameter_shapes(config) if share is None else shared_shapes(config, share)
+    for name, shape in shapes.items():
         tensor = _packed(library, config, name, shape, INT8 if is_int8 else BF16, end)
         tensors[name] = tensor
         end = _aligned(end + tensor.num_bytes)

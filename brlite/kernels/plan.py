@@ -1,6 +1,7 @@
 """The plan of a decoder: a flat list of operations with their tensors, made once from config, weights and cache.
 
-This is the native counterpart of `models/decoder.py`: the same mathematics in the same order, as data.
+This is the native counterpart of `models/decoder.py`: the same mathematics in the same order, as data. Ranks that
+compute one decoder have a plan each: of their heads, and of some outputs of every matrix.
 """
 
 from __future__ import annotations
@@ -8,13 +9,15 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from brlite.kernels import abi
-from brlite.kernels.layout import padded
 from brlite.kernels.memory import NativeMemory
+from brlite.kernels.step_rows import OwnRows, Rows, SharedRows
 from brlite.kernels.weights import PackedWeights
 from brlite.models.config import ModelConfig
 from brlite.models.rope_tables import pair_tables
+from brlite.models.sharing import Share, head_ranges, hidden_range, mlp_range, shared_config, vocabulary_range
 
 
 class PagedCache:
@@ -38,8 +41,18 @@ class PagedCache:
         self.memory.close()
 
 
+class Seat(NamedTuple):
+    """One rank's place among those of a plan, which share some rows."""
+
+    share: Share
+    shared: SharedRows
+
+
 class NativePlan:
-    """A `struct brlite_plan` with all that it points to. `close` gives the buffers back, not weights and cache."""
+    """A `struct brlite_plan` with all that it points to. `close` gives the buffers back, not weights and cache.
+
+    With a `seat` it is one rank's; `config` is the whole model's.
+    """
 
     def __init__(
         self,
@@ -50,11 +63,18 @@ class NativePlan:
         *,
         max_rows: int,
         max_positions: int,
+        seat: Seat | None = None,
     ) -> None:
+        share = seat.share if seat else Share(0, 1, sums=False)
         self.config = config
+        self._own = shared_config(config, share) if seat else config
+        self._heads, _ = head_ranges(config, share)
+        self._mlp, self._hidden = mlp_range(config, share), hidden_range(config, share)
+        self._vocabulary = vocabulary_range(config, share)
+        self._seat = seat
         self._weights = weights
         self._cache = cache
-        self._buffers = _Buffers(library, config, max_rows)
+        self._buffers = _Buffers(library, config, self._own, max_rows, seat)
         self._rope = pair_tables(config.rope, max_positions)
         body = list(self._body())
         self._body_array = (abi.Operation * len(body))(*body)
@@ -66,7 +86,11 @@ class NativePlan:
             max_blocks=cache.num_blocks,
             attention=self._attention(max_positions),
             norm=self._norm("norm"),
-            head=self._linear("head" if weights.tensor("head.weight") else "embedding", self._buffers.logits),
+            head=self._head(),
+            logits=self._buffers.logits.address,
+            meeting=seat.shared.meeting if seat else None,
+            num_ranks=share.size,
+            rank=share.rank,
         )
 
     def close(self) -> None:
@@ -82,16 +106,40 @@ class NativePlan:
             yield self._rotate(index)
             yield abi.Operation(
                 kind=abi.ATTEND,
-                **buffers.attended.as_output,
+                **buffers.attended.column(self._heads.start * self.config.head_dim).as_output,
                 pages=self._cache.layer(index),
                 window=self.config.window(index) or 0,
+                meets=self._meets,
             )
             yield self._activate(abi.QUANTIZE, buffers.attended, self.config.q_size)
-            yield self._linear(f"{prefix}o", buffers.hidden, adds=True)
+            yield self._linear(f"{prefix}o", buffers.hidden.column(self._hidden.start), adds=True)
             yield self._norm(f"{prefix}mlp_norm")
             yield self._linear(f"{prefix}gate_up", buffers.gate_up)
+            yield from self._gate()
+            yield self._linear(f"{prefix}down", buffers.hidden.column(self._hidden.start), adds=True)
+
+    def _gate(self) -> Iterator[abi.Operation]:
+        """Ranks join what comes of gate and up before it is quantised: a row of it has one scale."""
+        buffers = self._buffers
+        if self._seat is None:
             yield self._activate(abi.SILU, buffers.gate_up, self.config.intermediate_size)
-            yield self._linear(f"{prefix}down", buffers.hidden, adds=True)
+            return
+        product = self._seat.shared.product
+        yield abi.Operation(
+            kind=abi.GATE,
+            num_inputs=len(self._mlp),
+            **buffers.gate_up.as_input,
+            output=product.column(self._mlp.start).address,
+            output_row_size=product.row_size,
+            meets=True,
+        )
+        yield self._activate(abi.QUANTIZE, product, self.config.intermediate_size)
+
+    def _head(self) -> abi.Operation:
+        name = "head" if self._weights.tensor("head.weight") else "embedding"
+        head = self._linear(name, self._buffers.logits.column(self._vocabulary.start))
+        head.meets = self._meets
+        return head
 
     def _rotate(self, layer: int) -> abi.Operation:
         norms = (f"layers.{layer}.q_norm", f"layers.{layer}.k_norm")
@@ -113,8 +161,11 @@ class NativePlan:
             format=tensor.format,
             is_table=tensor.form == "table",
             num_outputs=self.config.hidden_size,
+            first=self._vocabulary.start,
+            count=len(self._vocabulary),
             weight=self._weights.address("embedding"),
             **self._buffers.hidden.as_output,
+            meets=self._meets,
         )
 
     def _norm(self, name: str) -> abi.Operation:
@@ -123,10 +174,11 @@ class NativePlan:
         operation.epsilon = self.config.rms_norm_eps
         return operation
 
-    def _activate(self, kind: int, source: _Buffer, num_inputs: int) -> abi.Operation:
+    def _activate(self, kind: int, source: Rows, num_inputs: int) -> abi.Operation:
         return abi.Operation(kind=kind, format=self._format, num_inputs=num_inputs, **source.as_input)
 
-    def _linear(self, name: str, target: _Buffer, *, adds: bool = False) -> abi.Operation:
+    def _linear(self, name: str, target: Rows, *, adds: bool = False) -> abi.Operation:
+        """What is added goes to the residual stream, which all ranks read."""
         weight = name if name == "embedding" else f"{name}.weight"
         tensor = self._weights.layout.tensors[weight]
         bias = f"{name}.bias"
@@ -138,7 +190,12 @@ class NativePlan:
             weight=self._weights.address(weight),
             bias=self._weights.address(bias) if self._weights.tensor(bias) else None,
             **target.as_output,
+            meets=adds and self._meets,
         )
+
+    @property
+    def _meets(self) -> bool:
+        return self._seat is not None
 
     @property
     def _format(self) -> int:
@@ -148,8 +205,8 @@ class NativePlan:
     def _attention(self, max_positions: int) -> abi.Attention:
         config = self.config
         return abi.Attention(
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
+            num_heads=self._own.num_heads,
+            num_kv_heads=self._own.num_kv_heads,
             head_dim=config.head_dim,
             rotary_dim=config.rope.rotary_dim,
             is_interleaved=config.rope.interleaved,
@@ -162,32 +219,27 @@ class NativePlan:
         )
 
 
-class _Buffer:
-    """Rows of floats, each padded with zeros to whole groups.
-
-    One vector more lies behind the last row: SILU reads so far where the intermediate size is no multiple of 32.
-    """
-
-    def __init__(self, library: ctypes.CDLL, num_rows: int, size: int) -> None:
-        row_size = padded(size)
-        self._memory = NativeMemory(library, 4 * (num_rows * row_size + abi.LANES), "memory for a step")
-        self.as_input = {"input": self._memory.address, "row_size": row_size}
-        self.as_output = {"output": self._memory.address, "row_size": row_size}
-
-    def close(self) -> None:
-        self._memory.close()
-
-
 class _Buffers:
-    """What operations hand to each other."""
+    """What operations hand to each other: of a rank's plan, what ranks share and what is its own."""
 
-    def __init__(self, library: ctypes.CDLL, config: ModelConfig, max_rows: int) -> None:
-        self.hidden = _Buffer(library, max_rows, config.hidden_size)
-        self.qkv = _Buffer(library, max_rows, config.q_size + 2 * config.kv_size)
-        self.attended = _Buffer(library, max_rows, config.q_size)
-        self.gate_up = _Buffer(library, max_rows, 2 * config.intermediate_size)
-        self.logits = _Buffer(library, abi.HEAD_ROWS, config.vocab_size)
+    def __init__(
+        self, library: ctypes.CDLL, config: ModelConfig, own: ModelConfig, max_rows: int, seat: Seat | None
+    ) -> None:
+        self._library = library
+        self._owned: list[OwnRows] = []
+        self.qkv = self._own(max_rows, own.q_size + 2 * own.kv_size)
+        self.gate_up = self._own(max_rows, 2 * own.intermediate_size)
+        if seat is not None:
+            self.hidden, self.attended, self.logits = seat.shared.hidden, seat.shared.attended, seat.shared.logits
+            return
+        self.hidden = self._own(max_rows, config.hidden_size)
+        self.attended = self._own(max_rows, config.q_size)
+        self.logits = self._own(abi.HEAD_ROWS, config.vocab_size)
 
     def close(self) -> None:
-        for buffer in (self.hidden, self.qkv, self.attended, self.gate_up, self.logits):
-            buffer.close()
+        for rows in self._owned:
+            rows.close()
+
+    def _own(self, num_rows: int, size: int) -> Rows:
+        self._owned.append(OwnRows(self._library, num_rows, size))
+        return self._owned[-1].rows

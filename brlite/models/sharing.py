@@ -13,7 +13,7 @@ import msgspec
 from brlite.errors import ConfigError
 from brlite.models.config import QUANTIZATION_GROUP, ModelConfig, parameter_shapes
 
-VOCABULARY_UNIT = 16  # parts begin at multiples: kernels multiply by so many rows at a time
+LANES = 16  # native kernels write so many columns at a time: where ranks write side by side, parts begin at multiples
 
 
 class Share(msgspec.Struct, frozen=True):
@@ -68,19 +68,30 @@ def head_ranges(config: ModelConfig, share: Share) -> tuple[range, range]:
 
 
 def mlp_range(config: ModelConfig, share: Share) -> range:
-    """The rank's part of the MLP: whole groups of int8 weights, if there are enough for all."""
+    """The rank's part of the MLP: with sums whole groups of int8 weights, if there are enough for all."""
+    if not share.sums:
+        return _even_range(config.intermediate_size, share.rank, share.size, LANES)
     has_enough = config.intermediate_size >= QUANTIZATION_GROUP * share.size
     return _even_range(config.intermediate_size, share.rank, share.size, QUANTIZATION_GROUP if has_enough else 1)
 
 
 def hidden_range(config: ModelConfig, share: Share) -> range:
     """Without sums, the part of the residual stream that the rank adds to."""
-    return _even_range(config.hidden_size, share.rank, share.size, VOCABULARY_UNIT)
+    return _even_range(config.hidden_size, share.rank, share.size, LANES)
 
 
 def vocabulary_range(config: ModelConfig, share: Share) -> range:
     """The tokens whose embedding and whose logits are the rank's."""
-    return _even_range(config.vocab_size, share.rank, share.size, VOCABULARY_UNIT)
+    return _even_range(config.vocab_size, share.rank, share.size, LANES)
+
+
+def shared_shapes(config: ModelConfig, share: Share) -> dict[str, tuple[int, ...]]:
+    """The shape of what the rank holds of every parameter. None is padded."""
+    shapes = parameter_shapes(config)
+    for name, (rows, columns) in parameter_parts(config, share).items():
+        inputs = shapes[name][1:] if columns is None else (len(columns),)
+        shapes[name] = (sum(map(len, rows)), *inputs)
+    return shapes
 
 
 def parameter_parts(config: ModelConfig, share: Share) -> dict[str, Part]:

@@ -22,12 +22,17 @@ MAX_BYTES = 2**28  # far more than any batch: who says more is not one of ours
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
-    """To a rank, first: what to load. `model_kind` tells whether a rank finds the same model."""
+    """To a rank, first: what to load. `model_kind` tells whether a rank finds the same model.
+
+    With native kernels `memory` is the open file that the ranks share, and `image` where packed weights are kept.
+    """
 
     rank: int
     spec: ModelSpec
     engine: EngineConfig
     model_kind: str
+    memory: int | None = None
+    image: str | None = None
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
@@ -35,6 +40,7 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
     weight_bytes: int
     kv_bytes: int
+    fingerprint: str
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from brlite.kernels.abi import MAX_HEAD_DIM
 from brlite.models.config import ModelConfig
 from brlite.worker.device import computes_on_cpu
 from brlite.worker.fit import Fit
+from brlite.worker.rank_places import find_place
 
 if TYPE_CHECKING:
     from brlite.kernels.library import NativeLibrary
@@ -60,8 +62,8 @@ def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) ->
         return f"native kernels compute on CPUs only, and engine.device is {engine.device!r}"
     if engine.dtype == "float32":
         return 'native kernels compute in bfloat16, and engine.dtype is "float32"'
-    if spec.tensor_parallel != 1:
-        return f"native kernels compute on 1 rank, and tensor_parallel is {spec.tensor_parallel}"
+    if spec.tensor_parallel > 1 and find_place(os.environ) is not None:
+        return "the ranks of native kernels share memory, which those that a launcher has started may not"
     if config.head_dim > MAX_HEAD_DIM or config.head_dim % 2:
         return f"native kernels want an even head_dim of at most {MAX_HEAD_DIM}, not {config.head_dim}"
     return None
@@ -82,6 +84,13 @@ def _load_native(
     engine: EngineConfig,
     on_progress: OnProgress,
 ) -> Backend:
+    def report(fraction: float) -> None:
+        on_progress("reading the weights", fraction)
+
+    if spec.tensor_parallel > 1:
+        from brlite.worker.parallel import load_native_ranks
+
+        return load_native_ranks(library, checkpoint, fit, spec, engine, _kept_image(spec), report)
     from brlite.worker.native_backend import NativeBackend
 
     with _quiet_torch() as opened:  # what the backend takes over is not closed here
@@ -92,7 +101,7 @@ def _load_native(
             spec,
             engine,
             _image_path(spec, checkpoint),
-            lambda fraction: on_progress("reading the weights", fraction),
+            report,
             opened=opened,
         )
 
@@ -123,20 +132,24 @@ def _load_torch(
         on_progress("reading the weights", fraction)
 
     if spec.tensor_parallel > 1:
-        from brlite.worker.parallel import load_on_ranks
+        from brlite.worker.parallel import load_torch_ranks
 
-        return load_on_ranks(checkpoint, fit, spec, engine, report, notes)
+        return load_torch_ranks(checkpoint, fit, spec, engine, report, notes)
     from brlite.worker.torch_backend import TorchBackend
 
     return TorchBackend.load(checkpoint, spec, engine, report, notes)
 
 
 def _image_path(spec: ModelSpec, checkpoint: Checkpoint) -> Path | None:
-    """Where the packed weights are kept: where the config says, in the bundle, or in the cache for a fetched model."""
+    """Where the packed weights are: where the config says, in the bundle, or in the cache for a fetched model."""
+    image = None if spec.serialize_file else bundle_image(checkpoint.path, spec.precision)
+    return image or _kept_image(spec)
+
+
+def _kept_image(spec: ModelSpec) -> Path | None:
+    """Where packed weights are kept that no bundle has."""
     if spec.serialize_file:
         return Path(spec.serialize_file).expanduser()
-    if (image := bundle_image(checkpoint.path, spec.precision)) is not None:
-        return image
     if spec.path is None:
         precision = spec.precision.removesuffix("_kv_int8")  # the weights are the same
         return default_cache() / "packed" / f"{spec.name.replace('/', '--')}.{precision}.brlite"

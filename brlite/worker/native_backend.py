@@ -24,11 +24,13 @@ from brlite.errors import ConfigError, EngineError
 from brlite.kernels import abi
 from brlite.kernels.abi import LANES
 from brlite.kernels.library import NativeLibrary
-from brlite.kernels.plan import NativePlan, PagedCache
+from brlite.kernels.plan import NativePlan, PagedCache, Seat
 from brlite.kernels.weights import PackedWeights
 from brlite.models.config import ModelConfig
 from brlite.models.rope_tables import inverse_frequencies
+from brlite.models.sharing import shared_config
 from brlite.outputs import TokenLogprob
+from brlite.worker.channel import Piece, Work
 from brlite.worker.cpu import describe_cpu, physical_cores
 from brlite.worker.fit import Fit
 from brlite.worker.native_draws import Drawing, NativeDraws, Target
@@ -40,7 +42,7 @@ SPAN = np.dtype([("start", "i4"), ("first_row", "i4"), ("num_rows", "i4"), ("res
 
 
 class NativeBackend:
-    """A `Backend`. Owns weights, cache, plan and threads from its making to `close`."""
+    """A `Backend`. Owns weights, cache, plan and threads from its making to `close`. With a `seat` it is one rank's."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class NativeBackend:
         max_rows: int,
         num_threads: int,
         opened: ExitStack | None = None,
+        seat: Seat | None = None,
     ) -> None:
         self.info = info
         self._library = library
@@ -62,7 +65,9 @@ class NativeBackend:
         with opened or ExitStack() as opened:
             opened.callback(weights.close)
             opened.callback(cache.close)
-            plan = NativePlan(library, config, weights, cache, max_rows=max_rows, max_positions=info.max_model_len)
+            plan = NativePlan(
+                library, config, weights, cache, max_rows=max_rows, max_positions=info.max_model_len, seat=seat
+            )
             opened.callback(plan.close)
             self._engine: int = library.brlite_create(ctypes.addressof(plan.struct), isa, num_threads) or 0
             if not self._engine:
@@ -81,18 +86,21 @@ class NativeBackend:
         image: Path | None,
         on_progress: Callable[[float], None],
         opened: ExitStack | None = None,
+        seat: Seat | None = None,
     ) -> NativeBackend:
         """Read the weights, from their `image` if there is one, and make room for the cache.
 
-        What is `opened` is the backend's from then on, to be closed last.
+        What is `opened` is the backend's from then on, to be closed last. With a `seat` it is one rank's part.
         """
         num_threads = engine.threads or physical_cores()
         library, block_size = native.functions, math.ceil(engine.block_size / LANES) * LANES
-        loaded = load_weights(library, checkpoint, fit, spec, image, num_threads, on_progress)
+        share = seat.share if seat else None
+        loaded = load_weights(library, checkpoint, fit, spec, image, num_threads, on_progress, share)
+        own = shared_config(fit.config, share) if share else fit.config
         is_int8 = spec.precision == "a_bf16_w_int8_kv_int8"
         num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
         try:
-            cache = PagedCache(library, fit.config, num_blocks=num_blocks, block_size=block_size, is_int8=is_int8)
+            cache = PagedCache(library, own, num_blocks=num_blocks, block_size=block_size, is_int8=is_int8)
         except ConfigError as error:
             loaded.weights.close()
             raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
@@ -104,9 +112,10 @@ class NativeBackend:
             loaded.weights,
             cache,
             info,
-            max_rows=max(engine.max_num_batched_tokens, spec.build_batch),
+            max_rows=max_rows(spec, engine),
             num_threads=num_threads,
             opened=opened,
+            seat=seat,
         )
 
     def execute(self, batch: Batch) -> StepResult:
@@ -123,6 +132,17 @@ class NativeBackend:
         self._run(rows, draws.num_draws, draws.draws_address, draws.drawn_address)
         tokens, logprobs = iter(draws.tokens()), iter(draws.target_logprobs())
         return StepResult([_result(seq, tokens, logprobs) for seq in batch.seqs])
+
+    def follow(self, work: Work) -> None:
+        """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
+        rows = _Rows(work.seqs)
+        first_rows = list(zip(work.seqs, rows.first_rows, strict=True))
+        drawn = [row for seq, first in first_rows if seq.is_drawn for row in _drawing_rows(seq, first)]
+        targets = [first + i for seq, first in first_rows for i in range(len(seq.prompt_targets))]
+        draws = (abi.Draw * (len(drawn) + len(targets)))()
+        for row, draw in zip((*drawn, *targets), draws, strict=True):
+            draw.row = row
+        self._run(rows, len(draws), ctypes.addressof(draws), 0)
 
     def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
         """Compute a step, and in place of tokens give the logits [R, V] after the last token of each sequence."""
@@ -164,6 +184,8 @@ class NativeBackend:
         if not self._engine:
             raise EngineError("the backend is closed")
         error = self._library.brlite_run(self._engine, ctypes.addressof(batch))
+        if error == abi.LOST_RANK:
+            raise EngineError("another rank went in the midst of a step")
         if error:
             raise EngineError(f"the native step refused its batch: error {error}")
 
@@ -171,7 +193,7 @@ class NativeBackend:
 class _Rows:
     """A batch laid out by rows, in the arrays that the library reads."""
 
-    def __init__(self, seqs: Sequence[ScheduledSeq]) -> None:
+    def __init__(self, seqs: Sequence[ScheduledSeq | Piece]) -> None:
         token_ids: list[int] = []
         tables: list[int] = []
         spans = []
@@ -192,8 +214,13 @@ def _drawings(seq: ScheduledSeq, first_row: int) -> list[Drawing]:
     """What to draw for a sequence: after its last real token, and after each guess in case all before were right."""
     if seq.sampling is None:
         return []
-    row, position = first_row + len(seq.token_ids) - 1 - seq.num_draft_tokens, seq.sampling.position
-    return [Drawing(row + i, seq.sampling, position + i) for i in range(seq.num_draft_tokens + 1)]
+    position = seq.sampling.position
+    return [Drawing(row, seq.sampling, position + i) for i, row in enumerate(_drawing_rows(seq, first_row))]
+
+
+def _drawing_rows(seq: ScheduledSeq | Piece, first_row: int) -> range:
+    end = first_row + len(seq.token_ids)
+    return range(end - 1 - seq.num_draft_tokens, end)
 
 
 def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | None], reported: Iterator[TokenLogprob]) -> SeqResult:
@@ -212,6 +239,11 @@ def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | None], reported: I
     if not all(math.isfinite(entry.logprob) for entry in logprobs):
         return SeqResult(seq.seq_id, error=NOT_FINITE)
     return SeqResult(seq.seq_id, tokens, logprobs)
+
+
+def max_rows(spec: ModelSpec, engine: EngineConfig) -> int:
+    """Of a step."""
+    return max(engine.max_num_batched_tokens, spec.build_batch)
 
 
 def _describe(

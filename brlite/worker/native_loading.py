@@ -16,6 +16,7 @@ from brlite.kernels.image import ImageError, ImageKey, MappedImage, checksums, w
 from brlite.kernels.layout import packed_layout
 from brlite.kernels.memory import NativeMemory
 from brlite.kernels.weights import PackedWeights, Packer
+from brlite.models.sharing import Share, parameter_parts
 from brlite.worker.fit import Fit
 from brlite.worker.placing import placed_tensors
 
@@ -39,10 +40,16 @@ def load_weights(
     image: Path | None,
     num_threads: int,
     on_progress: Callable[[float], None],
+    share: Share | None = None,
 ) -> LoadedWeights:
-    """The weights of `checkpoint` in `spec`'s precision. `image` is where their image is, or shall be."""
-    layout = packed_layout(library, fit.config, is_int8=spec.precision != "bf16")
-    key = ImageKey(LAYOUT_VERSION, spec.precision.removesuffix("_kv_int8"), checkpoint.identity, layout.num_bytes)
+    """The weights of `checkpoint` in `spec`'s precision. `image` is where their image is, or shall be.
+
+    With a `share` they are those of one rank.
+    """
+    layout = packed_layout(library, fit.config, is_int8=spec.precision != "bf16", share=share)
+    part = f" {share.rank} of {share.size}" if share else ""
+    precision = spec.precision.removesuffix("_kv_int8")
+    key = ImageKey(LAYOUT_VERSION, precision, checkpoint.identity + part, layout.num_bytes)
     with ThreadPoolExecutor(num_threads, thread_name_prefix="brlite-load") as pool:
         if image is not None:
             try:
@@ -56,7 +63,7 @@ def load_weights(
                 return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
         memory = NativeMemory(library, layout.num_bytes, "the weights")
         try:
-            _pack(checkpoint, fit, Packer(library, layout, memory, pool), on_progress)
+            _pack(checkpoint, fit, Packer(library, layout, memory, pool), on_progress, share)
             sums = checksums(library, memory.address, memory.num_bytes, pool, on_progress=lambda fraction: None)
             if image is not None:
                 _write(image, key, memory, sums)
@@ -66,8 +73,11 @@ def load_weights(
     return LoadedWeights(PackedWeights(layout, memory), _content_hash(sums))
 
 
-def _pack(checkpoint: Checkpoint, fit: Fit, packer: Packer, on_progress: Callable[[float], None]) -> None:
-    for place, values in placed_tensors(checkpoint, fit, on_progress):
+def _pack(
+    checkpoint: Checkpoint, fit: Fit, packer: Packer, on_progress: Callable[[float], None], share: Share | None
+) -> None:
+    parts = parameter_parts(fit.config, share) if share else None
+    for place, values in placed_tensors(checkpoint, fit, on_progress, parts):
         packer.put(place.parameter, place.start, values, keeps_digits=place.parameter.endswith("norm"))
         del values  # before the next one is read
 

@@ -11,6 +11,9 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -19,46 +22,82 @@ from brlite.checkpoint.fetch import locate_model
 from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendInfo
 from brlite.errors import ConfigError
+from brlite.kernels.step_rows import SharedSizes, create_shared_file
 from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
 from brlite.models.sharing import Share, check_share, parameter_parts
 from brlite.worker.channel import Loaded, Setup
 from brlite.worker.cpu import physical_cores
-from brlite.worker.fit import Fit
+from brlite.worker.fit import Fit, check_fit
+from brlite.worker.native_backend import max_rows
 from brlite.worker.parallel_backend import ParallelBackend, RankModel
 from brlite.worker.rank_places import RankPlace, await_ranks, find_place
 from brlite.worker.ranks import start_local
+
+if TYPE_CHECKING:
+    from brlite.kernels.library import NativeLibrary
 
 logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 
+OnFraction = Callable[[float], None]
 
-def load_on_ranks(
+
+def load_torch_ranks(
     checkpoint: Checkpoint,
     fit: Fit,
     spec: ModelSpec,
     engine: EngineConfig,
-    on_progress: Callable[[float], None],
+    on_progress: OnFraction,
     notes: tuple[str, ...] = (),
 ) -> ParallelBackend:
     """The backend of `spec.tensor_parallel` ranks, this process being rank 0. Raises what is wrong with any of them."""
-    size, place = spec.tensor_parallel, find_place(os.environ)
+    size, place, kind = spec.tensor_parallel, find_place(os.environ), _kind(checkpoint)
     check_ranks(fit.config, spec, place)
-    ranks, kind = await_ranks(place) if place else start_local(size), _kind(checkpoint)
+    ranks = await_ranks(place) if place else start_local(size)
 
     def setup(rank: int) -> Setup:
         if place is not None:  # it knows its own machine better
             return Setup(rank, spec, engine, kind)
-        path = msgspec.structs.replace(spec, path=str(checkpoint.path))
-        return Setup(rank, *_as_rank_sees(path, engine, spec.devices[rank], size), kind)
+        return Setup(rank, *_as_rank_sees(_found(spec, checkpoint), engine, spec.devices[rank], size), kind)
 
     def load() -> RankModel:
-        device, num_here = (place.local_rank, place.local_size) if place else (spec.devices[0], size)
-        return _load(checkpoint, *_as_rank_sees(spec, engine, device, num_here), 0, on_progress, notes)
+        from brlite.worker.torch_rank import TorchRank
 
-    return ParallelBackend.assemble(
-        ranks, setup, load, lambda own, others: _describe(own, others, fit.config), place.host if place else LOOPBACK
-    )
+        device, num_here = (place.local_rank, place.local_size) if place else (spec.devices[0], size)
+        seen = _as_rank_sees(spec, engine, device, num_here)
+        return TorchRank.load(checkpoint, *seen, Share(0, size), on_progress, notes)
+
+    describe = partial(_describe, fit.config)
+    return ParallelBackend.assemble(ranks, setup, load, describe, place.host if place else LOOPBACK)
+
+
+def load_native_ranks(
+    library: NativeLibrary,
+    checkpoint: Checkpoint,
+    fit: Fit,
+    spec: ModelSpec,
+    engine: EngineConfig,
+    image: Path | None,
+    on_progress: OnFraction,
+) -> ParallelBackend:
+    """The same in native code, on this machine's cores. Beside `image` each rank keeps its packed weights."""
+    size, kind = spec.tensor_parallel, _kind(checkpoint)
+    check_share(fit.config, size)
+    seen = _as_rank_sees(_found(spec, checkpoint), engine, 0, size)
+    memory = create_shared_file(library.functions, SharedSizes.of(fit.config, max_rows(spec, engine)))
+    try:
+        return ParallelBackend.assemble(
+            start_local(size, (memory,)),
+            lambda rank: Setup(rank, *seen, kind, memory, _rank_image(image, Share(rank, size))),
+            lambda: _load_native(
+                library, checkpoint, fit, *seen, 0, memory, _rank_image(image, Share(0, size)), on_progress
+            ),
+            partial(_describe, fit.config),
+            LOOPBACK,
+        )
+    finally:
+        os.close(memory)  # each rank has mapped it by now
 
 
 def load_rank(setup: Setup) -> RankModel:
@@ -71,7 +110,16 @@ def load_rank(setup: Setup) -> RankModel:
             raise ConfigError(
                 f"{checkpoint.path} is another model than rank 0's: its config or its tensors' shapes differ"
             )
-        return _load(checkpoint, spec, engine, setup.rank, _ignore)
+        if setup.memory is None:
+            from brlite.worker.torch_rank import TorchRank
+
+            return TorchRank.load(checkpoint, spec, engine, Share(setup.rank, spec.tensor_parallel), _ignore)
+        from brlite.kernels.library import load_library
+
+        fit = check_fit(checkpoint, spec)
+        return _load_native(
+            load_library(), checkpoint, fit, spec, engine, setup.rank, setup.memory, setup.image, _ignore
+        )
 
 
 def check_ranks(config: ModelConfig, spec: ModelSpec, place: RankPlace | None = None) -> None:
@@ -98,17 +146,32 @@ def _check_groups(config: ModelConfig, share: Share) -> None:
             )
 
 
-def _load(
+def _load_native(
+    library: NativeLibrary,
     checkpoint: Checkpoint,
+    fit: Fit,
     spec: ModelSpec,
     engine: EngineConfig,
     rank: int,
-    on_progress: Callable[[float], None],
-    notes: tuple[str, ...] = (),
+    memory: int,
+    image: str | None,
+    on_progress: OnFraction,
 ) -> RankModel:
-    from brlite.worker.torch_rank import TorchRank
+    from brlite.worker.native_rank import NativeRank
 
-    return TorchRank.load(checkpoint, spec, engine, Share(rank, spec.tensor_parallel), on_progress, notes)
+    share = Share(rank, spec.tensor_parallel, sums=False)
+    path = Path(image) if image else None
+    return NativeRank.load(library, checkpoint, fit, spec, engine, share, memory, path, on_progress)
+
+
+def _rank_image(image: Path | None, share: Share) -> str | None:
+    """Where a rank's packed weights are kept: a file of its own."""
+    return None if image is None else f"{image}.rank-{share.rank}-of-{share.size}"
+
+
+def _found(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """A spec by which other processes of this machine find the same files."""
+    return msgspec.structs.replace(spec, path=str(checkpoint.path))
 
 
 def _as_rank_sees(spec: ModelSpec, engine: EngineConfig, device: int, num_here: int) -> tuple[ModelSpec, EngineConfig]:
@@ -123,14 +186,16 @@ def _kind(checkpoint: Checkpoint) -> str:
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
-def _describe(own: BackendInfo, others: Sequence[Loaded], config: ModelConfig) -> BackendInfo:
+def _describe(config: ModelConfig, own: BackendInfo, others: Sequence[Loaded]) -> BackendInfo:
     """What all ranks are together; sizes are their sums."""
+    prints = [own.fingerprint, *(loaded.fingerprint for loaded in others)]
     return msgspec.structs.replace(
         own,
         device=f"{own.device}, {len(others) + 1} ranks",
         vocab_size=config.vocab_size,
         weight_bytes=own.weight_bytes + sum(loaded.weight_bytes for loaded in others),
         kv_bytes=own.kv_bytes + sum(loaded.kv_bytes for loaded in others),
+        fingerprint=hashlib.blake2b(" ".join(prints).encode(), digest_size=8).hexdigest() if own.fingerprint else "",
     )
 
 

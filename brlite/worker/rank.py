@@ -43,7 +43,7 @@ def _follow(channel: Channel) -> None:
     setup = channel.receive()
     assert isinstance(setup, Setup), "the first message tells what to load"
     model = load_rank(setup)
-    channel.send(Loaded(model.info.weight_bytes, model.info.kv_bytes))
+    channel.send(Loaded(model.info.weight_bytes, model.info.kv_bytes, model.info.fingerprint))
     join = channel.receive()
     assert isinstance(join, Join), "the second message tells where to meet"
     model.join(join.place)

@@ -58,7 +58,7 @@ def test_a_constant_is_that_of_the_header(name: str) -> None:
     [
         ("isa", [name.upper() for name in abi.ISAS] + ["NUM_ISAS"]),
         ("format", ["INT8", "BF16"]),
-        ("kind", ["EMBED", "NORM", "LINEAR", "ADD", "ROPE", "ATTEND", "QUANTIZE", "SILU"]),
+        ("kind", ["EMBED", "NORM", "LINEAR", "ADD", "ROPE", "ATTEND", "QUANTIZE", "SILU", "GATE"]),
     ],
 )
 def test_choices_are_numbered_as_in_the_header(enum: str, names: list[str]) -> None:

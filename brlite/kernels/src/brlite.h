@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 2
+#define BRLITE_ABI_VERSION 3
 #define BRLITE_KERNEL_VERSION 1  // counts up whenever a change of the kernels changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
@@ -46,6 +46,7 @@ enum brlite_kind {
     BRLITE_ATTEND,    // queries and cache              ->  output [rows][num_heads * head_dim]
     BRLITE_QUANTIZE,  // input [rows][num_inputs]       ->  activations
     BRLITE_SILU,      // input [rows][2 * num_inputs]: gate, up  ->  activations silu(gate) * up
+    BRLITE_GATE,      // the same                            ->  output [rows][num_inputs]
 };
 
 // One step of a plan. Sizes are in elements; `row_size` is the distance of two rows of `input` or `output`.
@@ -59,6 +60,10 @@ typedef struct brlite_operation {
     int32_t is_table;  // EMBED: a plain bfloat16 table in place of panels
     int32_t window;    // ATTEND: tokens to look back, 0 for all
     float epsilon;     // NORM, ROPE
+    int32_t first;     // EMBED: the weight has tokens `first` to `first + count - 1`; of others nothing is written
+    int32_t count;
+    int32_t output_row_size;  // GATE
+    int32_t meets;            // afterwards all ranks meet: the next operation reads what they have written
     const void* weight;
     const float* bias;
     const float* input;
@@ -122,6 +127,11 @@ typedef struct brlite_drawn {
     float* top_logprobs;
 } brlite_drawn;
 
+// Ranks are processes that compute one plan together, on one machine. Each has some heads, and some outputs of every
+// matrix that follows: what an operation reads whole is in memory that all ranks share, and each writes its columns.
+// So sums are never split: a plan gives the same bits on any number of ranks.
+typedef struct brlite_meeting brlite_meeting;
+
 // A plan. `body` runs for all rows; then, for up to 32 of the drawing rows at a time, `norm` (a NORM that reads
 // `hidden`) and `head` (a LINEAR) give logits [32][row_size], from which the tokens are drawn.
 typedef struct brlite_plan {
@@ -133,6 +143,10 @@ typedef struct brlite_plan {
     brlite_attention attention;
     brlite_operation norm;
     brlite_operation head;
+    float* logits;            // [32][head.row_size]: where head.output is a part of
+    brlite_meeting* meeting;  // null, or where ranks meet
+    int32_t num_ranks;
+    int32_t rank;  // 0 draws
 } brlite_plan;
 
 typedef struct brlite_batch {
@@ -172,10 +186,16 @@ size_t brlite_page_bytes(int32_t kv_format, int32_t head_dim);
 // Copy and return a 64-bit checksum of what was copied; `to` may be null to only read.
 uint64_t brlite_checksum(void* to, const void* from, size_t num_bytes);
 
+// Bytes of a meeting in shared memory, at a multiple of 64; zeros are one that nobody has come to.
+size_t brlite_meeting_bytes(void);
+// A rank is gone: whoever waits for it, and whoever meets later, goes on at once, and runs end with an error.
+void brlite_end_meeting(brlite_meeting* meeting);
+
 // Threads that compute together, this one included, with scratch memory for a plan. Null if it cannot be had.
 brlite_engine* brlite_create(const brlite_plan* plan, int32_t isa, int32_t num_threads);
 void brlite_destroy(brlite_engine* engine);
-// 0, or the number of what is wrong with the batch: nothing was computed then.
+// 0, or the number of what is wrong with the batch: nothing was computed then. 8: a meeting ended, and with it the
+// sense of what was computed.
 int32_t brlite_run(brlite_engine* engine, const brlite_batch* batch);
 // The drawing alone, on this thread: from logits [num_rows][vocab_size], one draw for each row.
 // 0, or -1 where there is no such instruction set or no memory.

@@ -27,7 +27,17 @@ int widest(const brlite_plan& plan) {
     return width;
 }
 
-enum BatchError { NONE, TOO_MANY_ROWS, WRONG_SPAN, WRONG_POSITION, WRONG_BLOCK, WRONG_TOKEN, WRONG_DRAW, NO_MEMORY };
+enum BatchError {
+    NONE,
+    TOO_MANY_ROWS,
+    WRONG_SPAN,
+    WRONG_POSITION,
+    WRONG_BLOCK,
+    WRONG_TOKEN,
+    WRONG_DRAW,
+    NO_MEMORY,
+    LOST_RANK,
+};
 
 BatchError check_span(const brlite_plan& plan, const brlite_span& span, int first_row) {
     const brlite_attention& a = plan.attention;
@@ -86,7 +96,7 @@ class Engine {
             FlushToZero mode;
             kernels_.run(step_, scratch_[thread], counters_.get(), pool_.barrier());
         });
-        return NONE;
+        return plan_.meeting && ((Meeting*)plan_.meeting)->has_ended() ? LOST_RANK : NONE;
     }
 
  private:

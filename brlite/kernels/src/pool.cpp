@@ -10,6 +10,7 @@
 #include <sys/syscall.h>
 #endif
 
+#include "brlite.h"
 #include "pause.h"
 
 namespace brlite {
@@ -40,46 +41,58 @@ bool yield_until(IsOver is_over) {
 }
 
 // Sleep unless the number has changed already.
-void sleep_while(std::atomic<int32_t>& number, int32_t old) {
+void sleep_while(std::atomic<int32_t>& number, int32_t old, bool is_shared) {
 #if defined(__linux__)
-    syscall(SYS_futex, &number, FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+    syscall(SYS_futex, &number, is_shared ? FUTEX_WAIT : FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
 #else
+    (void)is_shared;
     if (number.load() == old) usleep(50);
 #endif
 }
 
-void wake_all(std::atomic<int32_t>& number) {
+void wake_all(std::atomic<int32_t>& number, bool is_shared) {
 #if defined(__linux__)
-    syscall(SYS_futex, &number, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+    syscall(SYS_futex, &number, is_shared ? FUTEX_WAKE : FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 #else
-    (void)number;
+    (void)number, (void)is_shared;
 #endif
 }
 
 }  // namespace
 
-void Signal::set(int32_t value) {
+template <bool SHARED>
+void BasicSignal<SHARED>::set(int32_t value) {
     value_.store(value);  // in one order with num_sleeping_: either this sees who sleeps, or they see the new number
-    if (num_sleeping_.load() > 0) wake_all(value_);
+    if (num_sleeping_.load() > 0) wake_all(value_, SHARED);
 }
 
-void Signal::wait_from(int32_t old) {
+template <bool SHARED>
+void BasicSignal<SHARED>::wait_from(int32_t old) {
     for (int i = 0; i < SPINS; i++) {
         if (get() != old) return;
         pause();
     }
     if (yield_until([&] { return get() != old; })) return;
     num_sleeping_.fetch_add(1);
-    while (value_.load() == old) sleep_while(value_, old);
+    while (value_.load() == old) sleep_while(value_, old, SHARED);
     num_sleeping_.fetch_sub(1);
 }
 
-void Barrier::wait() {
+template class BasicSignal<false>;
+template class BasicSignal<true>;
+
+// Whoever comes after the end has seen it before it could wait: the end is noted before the number is changed.
+void Meeting::wait(int num_ranks) {
+    if (has_ended()) return;
     const int32_t generation = generation_.get();
-    if (num_waiting_.fetch_add(1, std::memory_order_acq_rel) < num_threads_ - 1)
-        return generation_.wait_from(generation);
-    num_waiting_.store(0, std::memory_order_relaxed);
+    if (num_waiting_.fetch_add(1) < num_ranks - 1) return generation_.wait_from(generation);
+    num_waiting_.store(0);
     generation_.set((generation + 1) & INT_MAX);
+}
+
+void Meeting::end() {
+    has_ended_.store(1);
+    generation_.set((generation_.get() + 1) & INT_MAX);
 }
 
 Pool::Pool(int num_threads) : num_threads_(num_threads), barrier_(num_threads) {
@@ -119,3 +132,10 @@ void Pool::serve(int thread) {
 }
 
 }  // namespace brlite
+
+extern "C" {
+
+size_t brlite_meeting_bytes(void) { return sizeof(brlite::Meeting); }
+void brlite_end_meeting(brlite_meeting* meeting) { ((brlite::Meeting*)meeting)->end(); }
+
+}  // extern "C"

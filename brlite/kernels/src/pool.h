@@ -14,8 +14,9 @@
 
 namespace brlite {
 
-// A number that threads wait for to change.
-class Signal {
+// A number that threads wait for to change; those of other processes too if it is `SHARED`.
+template <bool SHARED>
+class BasicSignal {
  public:
     int32_t get() const { return value_.load(std::memory_order_acquire); }
     void set(int32_t value);
@@ -27,10 +28,38 @@ class Signal {
     std::atomic<int32_t> num_sleeping_{0};
 };
 
+using Signal = BasicSignal<false>;
+
+// Where processes meet, in memory that they share. All zeros is a new one.
+class Meeting {
+ public:
+    // Returns when `num_ranks` processes are here, or when it has ended.
+    void wait(int num_ranks);
+    void end();
+    bool has_ended() const { return has_ended_.load() != 0; }
+
+ private:
+    BasicSignal<true> generation_;
+    alignas(64) std::atomic<int32_t> num_waiting_{0};
+    std::atomic<int32_t> has_ended_{0};
+};
+
 class Barrier {
  public:
     explicit Barrier(int num_threads) : num_threads_(num_threads) {}
-    void wait();
+    // Returns when all threads are here; the last of them does `before` while the others still wait.
+    template <class Before>
+    void wait(Before before) {
+        const int32_t generation = generation_.get();
+        if (num_waiting_.fetch_add(1, std::memory_order_acq_rel) < num_threads_ - 1)
+            return generation_.wait_from(generation);
+        num_waiting_.store(0, std::memory_order_relaxed);
+        before();
+        generation_.set((generation + 1) & INT32_MAX);
+    }
+    void wait() {
+        wait([] {});
+    }
 
  private:
     const int num_threads_;

@@ -1,4 +1,4 @@
-// What is done to each row by itself: EMBED, NORM, SILU, QUANTIZE. Rows are shared out among the threads.
+// What is done to each row by itself: EMBED, NORM, SILU, GATE, QUANTIZE. Rows are shared out among the threads.
 #pragma once
 
 #include "multiply.h"
@@ -71,7 +71,8 @@ static void unpack_row(int format, const void* panels, int row, int num_inputs, 
 
 INLINE void embed_row(const Step& step, const brlite_operation& op, int row) {
     float* out = op.output + (long)row * op.row_size;
-    const int token = step.batch->token_ids[row];
+    const int token = step.batch->token_ids[row] - op.first;
+    if (token < 0 || token >= op.count) return;  // another rank's
     // The last panel of a matrix adds 0 times its inputs here: a NaN of the step before would stay.
     for (int i = op.num_outputs; i < op.row_size; i++) out[i] = 0.0f;
     if (!op.is_table) return unpack_row(op.format, op.weight, token, op.num_outputs, out);
@@ -97,10 +98,10 @@ INLINE void norm_row(const brlite_operation& op, const float* in, float* out) {
     normalize(in, op.num_inputs, padded_inputs(op.num_inputs), (const float*)op.weight, op.epsilon, out);
 }
 
-// gate * sigmoid(gate) * up.
-INLINE void silu_row(const brlite_operation& op, const float* in, float* out) {
+// gate * sigmoid(gate) * up, filled up with zeros to `padded_size`.
+INLINE void silu_row(const brlite_operation& op, const float* in, float* out, int padded_size) {
     const int size = op.num_inputs;
-    for (int i = 0; i < padded_inputs(size); i += LANES) {
+    for (int i = 0; i < padded_size; i += LANES) {
         const Floats gate = load(in + i), up = load(in + size + i);
         const Floats value = gate / (exp_of(-gate) + 1.0f) * up;
         store(out + i, choose(is_less(lane_numbers(), splat_int(size - i)), value, Floats{}));
@@ -116,8 +117,12 @@ static void row_operation(const Step& step, const brlite_operation& op, Scratch&
             embed_row(step, op, row);
             continue;
         }
+        if (op.kind == BRLITE_GATE) {
+            silu_row(op, in, op.output + (long)row * op.output_row_size, rounded_up(op.num_inputs, LANES));
+            continue;
+        }
         if (op.kind == BRLITE_NORM) norm_row(op, in, scratch.row);
-        if (op.kind == BRLITE_SILU) silu_row(op, in, scratch.row);
+        if (op.kind == BRLITE_SILU) silu_row(op, in, scratch.row, size);
         write_row(step.activations, op.format, row, op.kind == BRLITE_QUANTIZE ? in : scratch.row, size);
     }
 }

@@ -34,7 +34,15 @@ struct Worker {
             default:
                 row_operation(step, op, scratch, next(), num_rows);
         }
-        barrier.wait();
+        meet(op.meets);
+    }
+
+    // All threads, and where `across` all ranks too.
+    void meet(bool across) {
+        const brlite_plan& plan = *step.plan;
+        barrier.wait([&] {
+            if (across) ((Meeting*)plan.meeting)->wait(plan.num_ranks);
+        });
     }
 
     void operate_attend(const brlite_operation& op) {
@@ -58,15 +66,16 @@ struct Worker {
         }
         barrier.wait();
         linear({plan.head, step.activations, plan.head.output, num_rows}, next(), step.num_threads);
-        barrier.wait();
+        meet(plan.head.meets);
         Counter& draws = next();
-        for (int i = draws.take(1); i < num_rows; i = draws.take(1)) {
-            float* logits = plan.head.output + (long)i * plan.head.row_size;
+        for (int i = draws.take(1); i < num_rows && plan.rank == 0; i = draws.take(1)) {
+            float* logits = plan.logits + (long)i * plan.head.row_size;
             if (batch.logits)
                 memcpy(batch.logits + (long)(first + i) * plan.vocab_size, logits, plan.vocab_size * sizeof(float));
             draw_token(batch.draws[first + i], logits, plan.vocab_size, batch.drawn[first + i], scratch);
         }
-        barrier.wait();
+        // The next rows' logits take the place of these.
+        meet(plan.head.meets && first + BRLITE_HEAD_ROWS < batch.num_draws);
     }
 
     void run() {

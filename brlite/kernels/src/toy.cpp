@@ -43,6 +43,7 @@ Toy::Toy(int weight_format, int kv_format) : weight_format_(weight_format), kv_f
     plan_.max_blocks = NUM_BLOCKS;
     plan_.norm = norm();
     plan_.head = linear(BRLITE_LINEAR, logits_, VOCABULARY, HIDDEN);
+    plan_.logits = logits_.data.data();
     const float* cos = vector(MAX_POSITIONS * ROTARY_DIM / 2, 0.0f, 1.0f);
     const float* sin = vector(MAX_POSITIONS * ROTARY_DIM / 2, 0.0f, 1.0f);
     const int is_interleaved = weight_format == BRLITE_BF16;
@@ -107,6 +108,7 @@ brlite_operation Toy::linear(int kind, Rows& output, int num_outputs, int num_in
 
 brlite_operation Toy::embed() {
     brlite_operation operation = writing(BRLITE_EMBED, hidden_, HIDDEN);
+    operation.count = VOCABULARY;
     operation.is_table = weight_format_ == BRLITE_BF16;
     operation.weight = operation.is_table ? table(VOCABULARY, HIDDEN) : matrix(VOCABULARY, HIDDEN);
     return operation;
