@@ -9,9 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +22,6 @@ from brlite.checkpoint.safetensors_header import ITEM_BYTES, LENGTH_BYTES
 from brlite.checkpoint.stored_numbers import Float32
 
 CHUNK_ELEMENTS = 1 << 18
-MAX_PENDING = 32  # chunks on their way to the disk
 OnBytes = Callable[[int], None]  # so many more bytes are written
 
 
@@ -84,7 +82,7 @@ def shard_index(shards: list[PlannedShard]) -> Mapping[str, object]:
 
 
 class ShardWriter:
-    """One shard on its way to the disk. Numbers are rounded by the caller's thread; another one hashes and writes.
+    """One shard on its way to the disk: another thread rounds, hashes and writes, so that the caller has time.
 
     Leaving the `with` statement before `finish` removes what was written. Raises `OSError` where the disk does.
     """
@@ -93,10 +91,9 @@ class ShardWriter:
         self._on_bytes = on_bytes
         self._digest = hashlib.sha256()
         self._num_bytes = 0
-        self._pending: deque[Future[None]] = deque()
         self._file = NewFile(folder / shard.file_name)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-write")
-        self._submit(shard_header(shard.tensors))
+        self._written = self._thread.submit(self._write, shard_header(shard.tensors))
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -106,23 +103,26 @@ class ShardWriter:
             self._thread.shutdown(cancel_futures=True)
 
     def put(self, tensor: PlannedTensor, values: Float32) -> None:
-        """Write the next tensor. `values` may be changed afterwards."""
-        store = to_stored_bfloat16 if tensor.dtype == "BF16" else np.array
-        flat = values.reshape(-1)
-        for start in range(0, len(flat), CHUNK_ELEMENTS):
-            self._submit(store(flat[start : start + CHUNK_ELEMENTS]).view(np.uint8).data)
+        """Begin to write the next tensor. Nobody may change `values` before `wait` is back."""
+        self.wait()
+        self._written = self._thread.submit(self._write_tensor, tensor, values)
+
+    def wait(self) -> None:
+        """Wait until all that was put is written, to the system at least."""
+        self._written.result()
 
     def finish(self) -> FileRecord:
         """Wait until all of it is on the disk, then give the file its name."""
-        while self._pending:
-            self._pending.popleft().result()
+        self.wait()
         self._file.publish()
         return FileRecord(num_bytes=self._num_bytes, sha256=self._digest.hexdigest())
 
-    def _submit(self, data: Buffer) -> None:
-        while len(self._pending) >= MAX_PENDING:
-            self._pending.popleft().result()
-        self._pending.append(self._thread.submit(self._write, data))
+    def _write_tensor(self, tensor: PlannedTensor, values: Float32) -> None:
+        flat = values.reshape(-1)
+        for start in range(0, len(flat), CHUNK_ELEMENTS):
+            chunk = flat[start : start + CHUNK_ELEMENTS]
+            stored = to_stored_bfloat16(chunk) if tensor.dtype == "BF16" else chunk
+            self._write(stored.view(np.uint8).data)
 
     def _write(self, data: Buffer) -> None:
         self._digest.update(data)

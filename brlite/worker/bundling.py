@@ -275,7 +275,11 @@ class _CopyingCheckpoint:
                 values = self._next(tensors, planned)
                 if writer is not None:
                     writer.put(planned, values)
+                    if planned.dtype == "F32":  # few, and rows of some of them are scaled in place
+                        writer.wait()
                 yield planned.name, values
+                if writer is not None:
+                    writer.wait()
                 del values  # before the next one is read
             if writer is not None:
                 record = writer.finish()
