@@ -120,3 +120,8 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
         yield f"            ({spec.precision}: rounded to int8, but held as {sizes.dtype} by torch)"
     blocks = f"{sizes.num_blocks} blocks of {sizes.block_size} tokens as {sizes.kv_dtype}"
     yield f"  KV cache  {show_bytes(sizes.kv_bytes)}: {blocks}, {show_bytes(sizes.kv_bytes_per_token)} a token"
+    num_tokens = sizes.num_blocks * sizes.block_size
+    for number, rank in enumerate(sizes.ranks):
+        word = "ranks" if number == 0 else ""
+        weights, kv = show_bytes(rank.weight_bytes), show_bytes(rank.kv_bytes_per_token * num_tokens)
+        yield f"  {word:<9} {number}: {weights} of the weights, {kv} of the KV cache"

@@ -156,11 +156,31 @@ def test_the_report_holds_config_model_and_warnings(tmp_path, model, capsys):
     assert "warning: model[0]: model_file /b is not read" in printed
 
 
-def test_a_config_for_several_devices_is_refused_in_this_version(tmp_path):
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_the_memory_of_each_rank_is_told_and_adds_up(tmp_path, model, capsys, backend):
     path = tmp_path / "some.toml"
-    path.write_text("[[model]]\ntensor_parallel = 2\ndevices = [0, 1]\n")
+    path.write_text(
+        f'[engine]\nbackend = "{backend}"\n[[model]]\nname = "tiny"\npath = "{model}"\nbuild_seq = 64\n'
+        "tensor_parallel = 2\ndevices = [0, 1]\n"
+    )
 
-    with pytest.raises(ConfigError, match="tensor parallelism is not built yet"):
+    run(path)
+    spec = load_config(path).model[0]
+    sizes = inspect_model(spec, EngineConfig(backend=backend)).sizes
+
+    assert "\n  ranks     0: " in capsys.readouterr().out
+    assert sizes.weight_bytes == sum(rank.weight_bytes for rank in sizes.ranks)
+    assert max(rank.weight_bytes for rank in sizes.ranks) < 0.6 * sizes.weight_bytes
+    assert sizes.kv_bytes_per_token == sum(rank.kv_bytes_per_token for rank in sizes.ranks)
+
+
+def test_more_ranks_than_heads_are_refused(tmp_path, model):
+    path = tmp_path / "some.toml"
+    path.write_text(
+        f'[[model]]\nname = "tiny"\npath = "{model}"\nbuild_seq = 64\ntensor_parallel = 5\ndevices = [0, 1, 2, 3, 4]\n'
+    )
+
+    with pytest.raises(ConfigError, match="tensor_parallel is 5; the model has 4 attention heads, and each rank needs"):
         run(path)
 
 

@@ -172,12 +172,15 @@ def test_every_default_is_within_its_own_range():
     assert make_config(msgspec.to_builtins(Config()), source="defaults") == Config()
 
 
-def test_several_devices_are_valid_but_not_served_by_this_version():
-    config = Config(model=(ModelSpec(tensor_parallel=2, devices=(0, 1)),))
+def test_one_model_of_a_server_can_be_on_several_ranks():
+    plain, shared, other = (
+        ModelSpec(name="a"),
+        *(ModelSpec(name=name, tensor_parallel=2, devices=(0, 1)) for name in "bc"),
+    )
 
-    with pytest.raises(ConfigError, match=r"model\[0\]\.tensor_parallel = 2: this version runs on one device"):
-        check_supported(config)
-    check_supported(Config())
+    check_supported(Config(model=(plain, shared)))
+    with pytest.raises(ConfigError, match=r"model\[2\]\.tensor_parallel = 2: one model of a server can be on several"):
+        check_supported(Config(model=(plain, shared, other)))
 
 
 def test_the_default_config_gives_no_warning():
@@ -188,7 +191,10 @@ def test_the_default_config_gives_no_warning():
     ("config", "message"),
     [
         (Config(server=ServerConfig(host="0.0.0.0")), "server.host = 0.0.0.0: whoever reaches this address may ask"),
-        (Config(model=(ModelSpec(path="/a", model_file="/b.pt"),)), "model[0]: model_file /b.pt is read only where /a has no weights"),
+        (
+            Config(model=(ModelSpec(path="/a", model_file="/b.pt"),)),
+            "model[0]: model_file /b.pt is read only where /a has no weights",
+        ),
         (Config(model=(ModelSpec(model_file="/b.pt"),)), "model[0]: model_file /b.pt is not read; "),
         (
             Config(engine=EngineConfig(max_num_batched_tokens=8)),

@@ -221,7 +221,7 @@ def test_progress_is_told_by_stage(folder: Path) -> None:
         ({"build_seq": 4096}, ConfigError, "build_seq"),
         ({"vocab_size": 301}, (ConfigError, ModelError), "vocab_size"),
         ({"path": "/nowhere"}, ModelError, "/nowhere"),
-        ({"tensor_parallel": 2, "devices": (0, 1)}, ConfigError, "tensor_parallel"),
+        ({"tensor_parallel": 5, "devices": (0, 1, 2, 3, 4)}, ConfigError, "tensor_parallel"),
     ],
 )
 def test_what_the_model_cannot_do_is_said_in_one_line(

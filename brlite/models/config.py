@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -193,14 +194,18 @@ def weight_bytes(config: ModelConfig, bytes_per_weight: int, *, keeps_int8: bool
     )
 
 
-def native_weight_bytes(config: ModelConfig, *, is_int8: bool) -> int:
+def native_weight_bytes(
+    config: ModelConfig, *, is_int8: bool, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> int:
     """Bytes of all parameters as native code holds them: norms and biases in float32, matrices in bfloat16 or int8.
+
+    `shapes` are those of a part of them.
 
     An embedding that is only looked up stays bfloat16; a tied one is the head's matrix, held once.
     """
     return sum(
         _native_bytes(shape, is_int8=is_int8 and (name != "embedding" or config.tie_word_embeddings))
-        for name, shape in parameter_shapes(config).items()
+        for name, shape in (parameter_shapes(config) if shapes is None else shapes).items()
     )
 
 

@@ -42,6 +42,18 @@ def check_share(config: ModelConfig, size: int) -> None:
             raise ConfigError(f"tensor_parallel is {size}; the model has {count} {what}, and each rank needs one")
 
 
+def check_groups(config: ModelConfig, size: int) -> None:
+    """Where ranks sum, raise `ConfigError` if a rank's inputs end inside a group that shares an int8 scale."""
+    for share in (Share(rank, size) for rank in range(size)):
+        for name, part in _layer_parts(config, share).items():
+            first = part.columns.start if part.columns else 0
+            if first % QUANTIZATION_GROUP:
+                raise ConfigError(
+                    f"tensor_parallel is {size}: rank {share.rank}'s inputs of {name} begin at {first}, inside a group "
+                    f"of {QUANTIZATION_GROUP} that share an int8 scale; allowed are fewer ranks, or precision bf16"
+                )
+
+
 def shared_config(config: ModelConfig, share: Share) -> ModelConfig:
     """The config of what the rank holds. Its vocabulary is padded, so that all ranks' are of one size."""
     heads, kv_heads = head_ranges(config, share)

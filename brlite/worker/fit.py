@@ -14,6 +14,7 @@ from brlite.errors import ConfigError, ModelError
 from brlite.models import find_family
 from brlite.models.config import ModelConfig
 from brlite.models.family import Family, Place
+from brlite.models.sharing import check_share
 
 MAX_NAMED = 3  # how many tensors a message lists before it only counts them
 
@@ -41,6 +42,7 @@ def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
         raise ConfigError(f"build_seq is {spec.build_seq}; {spec.name} allows at most {config.max_context} positions")
     if spec.vocab_size is not None and spec.vocab_size != config.vocab_size:
         raise ConfigError(f"vocab_size is {spec.vocab_size}; {spec.name} has {config.vocab_size} embedding rows")
+    check_share(config, spec.tensor_parallel)
 
 
 def _check_tensors(

@@ -23,14 +23,14 @@ from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendInfo
 from brlite.errors import ConfigError
 from brlite.kernels.step_rows import SharedSizes, create_shared_file
-from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
-from brlite.models.sharing import Share, check_share, parameter_parts
+from brlite.models.config import ModelConfig
+from brlite.models.sharing import Share, check_groups
 from brlite.worker.channel import Loaded, Setup
 from brlite.worker.cpu import physical_cores
 from brlite.worker.fit import Fit, check_fit
 from brlite.worker.native_backend import max_rows
 from brlite.worker.parallel_backend import ParallelBackend, RankModel
-from brlite.worker.rank_places import RankPlace, await_ranks, find_place
+from brlite.worker.rank_places import await_ranks, find_place
 from brlite.worker.ranks import start_local
 
 if TYPE_CHECKING:
@@ -53,7 +53,10 @@ def load_torch_ranks(
 ) -> ParallelBackend:
     """The backend of `spec.tensor_parallel` ranks, this process being rank 0. Raises what is wrong with any of them."""
     size, place, kind = spec.tensor_parallel, find_place(os.environ), _kind(checkpoint)
-    check_ranks(fit.config, spec, place)
+    if place is not None and place.size != size:
+        raise ConfigError(f"tensor_parallel is {size}, but WORLD_SIZE says that {place.size} ranks were started")
+    if spec.precision != "bf16":
+        check_groups(fit.config, size)
     ranks = await_ranks(place) if place else start_local(size)
 
     def setup(rank: int) -> Setup:
@@ -83,7 +86,6 @@ def load_native_ranks(
 ) -> ParallelBackend:
     """The same in native code, on this machine's cores. Beside `image` each rank keeps its packed weights."""
     size, kind = spec.tensor_parallel, _kind(checkpoint)
-    check_share(fit.config, size)
     seen = _as_rank_sees(_found(spec, checkpoint), engine, 0, size)
     memory = create_shared_file(library.functions, SharedSizes.of(fit.config, max_rows(spec, engine)))
     try:
@@ -120,30 +122,6 @@ def load_rank(setup: Setup) -> RankModel:
         return _load_native(
             load_library(), checkpoint, fit, spec, engine, setup.rank, setup.memory, setup.image, _ignore
         )
-
-
-def check_ranks(config: ModelConfig, spec: ModelSpec, place: RankPlace | None = None) -> None:
-    """Raise `ConfigError` where so many ranks cannot share the model, or are not there."""
-    size = spec.tensor_parallel
-    if place is not None and place.size != size:
-        raise ConfigError(f"tensor_parallel is {size}, but WORLD_SIZE says that {place.size} ranks were started")
-    check_share(config, size)
-    if spec.precision != "bf16":
-        for rank in range(size):
-            _check_groups(config, Share(rank, size))
-
-
-def _check_groups(config: ModelConfig, share: Share) -> None:
-    """int8 weights have a scale for each 32 inputs: no rank's part may end inside such a group."""
-    for name in ("o", "down"):
-        columns = parameter_parts(config, share)[f"layers.0.{name}.weight"].columns
-        assert columns is not None, "where ranks sum products, they share these matrices' inputs"
-        if columns.start % QUANTIZATION_GROUP:
-            raise ConfigError(
-                f"tensor_parallel is {share.size}: the inputs of {name} that are rank {share.rank}'s begin at "
-                f"{columns.start}, inside a group of {QUANTIZATION_GROUP} that share an int8 scale; "
-                "allowed are fewer ranks, or precision bf16"
-            )
 
 
 def _load_native(

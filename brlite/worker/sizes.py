@@ -21,11 +21,13 @@ from brlite.models import find_family
 from brlite.models.config import (
     KV_BYTES,
     KVDtype,
+    ModelConfig,
     kv_bytes_per_token,
     native_weight_bytes,
     num_parameters,
     weight_bytes,
 )
+from brlite.models.sharing import Share, check_groups, shared_config, shared_shapes
 from brlite.worker.choosing import find_obstacle
 from brlite.worker.device import compute_dtype, prepare_environment, rules_for, select_device
 from brlite.worker.fit import check_spec
@@ -46,8 +48,15 @@ DEFAULT_MODEL_CONFIG: Mapping[str, Any] = {
 }
 
 
+class RankSizes(msgspec.Struct, frozen=True):
+    """What one rank of several will hold. Key heads that several look at are in the cache of each."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model will hold in memory, in bytes, and in which form."""
+    """What a model will hold in memory, in bytes, and in which form. With `ranks` it is the sum of theirs."""
 
     num_parameters: int
     max_context: int
@@ -57,6 +66,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes_per_token: int
     num_blocks: int
     block_size: int
+    ranks: tuple[RankSizes, ...] = ()
 
     @property
     def kv_bytes(self) -> int:
@@ -101,19 +111,35 @@ def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig)
     dtype: KVDtype = "bfloat16" if is_native else _torch_dtype(engine)
     kv_dtype: KVDtype = "int8" if spec.precision == "a_bf16_w_int8_kv_int8" else "bfloat16"
     is_int8 = spec.precision != "bf16"
+    if is_int8 and not is_native:
+        check_groups(config, spec.tensor_parallel)
     keeps_int8 = is_int8 and (is_native or rules_for(select_device(engine.device)).keeps_int8)
+    ranks = tuple(
+        RankSizes(
+            _rank_weight_bytes(config, share, KV_BYTES[dtype], is_native=is_native, is_int8=keeps_int8),
+            kv_bytes_per_token(shared_config(config, share), kv_dtype),
+        )
+        for share in (Share(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel))
+    )
     return Sizes(
         num_parameters=num_parameters(config),
         max_context=config.max_context,
         dtype="int8" if keeps_int8 else dtype,
-        weight_bytes=native_weight_bytes(config, is_int8=is_int8)
-        if is_native
-        else weight_bytes(config, KV_BYTES[dtype], keeps_int8=keeps_int8),
+        weight_bytes=sum(rank.weight_bytes for rank in ranks),
         kv_dtype=kv_dtype,
-        kv_bytes_per_token=kv_bytes_per_token(config, kv_dtype),
+        kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),
         num_blocks=spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / engine.block_size),
         block_size=engine.block_size,
+        ranks=ranks if len(ranks) > 1 else (),
     )
+
+
+def _rank_weight_bytes(
+    config: ModelConfig, share: Share, bytes_per_weight: int, *, is_native: bool, is_int8: bool
+) -> int:
+    if is_native:
+        return native_weight_bytes(config, is_int8=is_int8, shapes=shared_shapes(config, share))
+    return weight_bytes(shared_config(config, share), bytes_per_weight, keeps_int8=is_int8)
 
 
 def _torch_dtype(engine: EngineConfig) -> KVDtype:

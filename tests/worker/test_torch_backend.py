@@ -176,11 +176,6 @@ def test_a_token_that_makes_nan_fails_its_own_sequence_and_leaves_no_trace(tmp_p
     assert after.tokens == healthy.tokens
 
 
-def test_tensor_parallel_is_refused_here(llama_path: Path) -> None:
-    with pytest.raises(ConfigError, match="tensor_parallel is 2"):
-        load(llama_path, ModelSpec(name="tiny", build_seq=40, tensor_parallel=2, devices=(0, 1)))
-
-
 def test_a_cache_that_no_memory_holds_is_refused_with_its_size(llama_path: Path) -> None:
     with pytest.raises(ConfigError, match="GiB"):
         load(llama_path, ModelSpec(name="tiny", build_seq=40, num_blocks=2**42))
