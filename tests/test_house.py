@@ -74,7 +74,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "inspect_model": ("checkpoint kernels.image models machine errors", "gguf"),
     "doctor": ("config machine cache checkpoint.fetch kernels worker errors", ""),
 }
-MAY_IMPORT_ANYTHING = ("cli",)
+MAY_IMPORT_ANYTHING = ("cli", "__main__")
 MAY_BE_ASYNC = ("http", "server", "proxy", "engine.async_engine", "app", "llm", "reload", "serve", "ray_serve", "chat")
 ONLY_IN = {
     "prometheus_client": ("server.metrics", "proxy.metrics"),

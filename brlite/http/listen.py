@@ -146,7 +146,12 @@ def _header_bytes(request: web.BaseRequest) -> int:
 
 
 def _is_clear(request: web.BaseRequest) -> bool:
-    """Whether it can mean one thing only, which aiohttp's parser does not make sure of beside an `Upgrade` header."""
+    """Whether it can mean one thing only, which aiohttp's parser does not make sure of beside an `Upgrade` header.
+
+    A target with a host of its own, as proxies of another kind are asked with, names two.
+    """
+    if not request.raw_path.startswith("/") and request.raw_path != "*":
+        return False
     codings = request.headers.getall("Transfer-Encoding", ())
     if request.version == HttpVersion11:
         return all(coding.lower() == "chunked" for coding in codings) and len(codings) <= 1

@@ -25,6 +25,12 @@ def body_of_answer(head: AnswerHead, length: int | None) -> Body:
     return body_of(head.fields, length, without=CloseBody())
 
 
+def is_other_media(head: AnswerHead) -> bool:
+    """Whether it is a good answer of a kind that is not looked at, such as speech: there is no sense in keeping it."""
+    kind = head.content_type
+    return head.status == 200 and not _may_be_json(kind) and kind not in PAGES
+
+
 class HeldAnswer:
     """The body of one answer as far as it has come."""
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from brlite.config import ProxyConfig
 from brlite.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
-from brlite.proxy.answer import HeldAnswer, body_of_answer
+from brlite.proxy.answer import HeldAnswer, body_of_answer, is_other_media
 from brlite.proxy.connections import UpstreamConnection
 from brlite.proxy.framing import Misframed
 from brlite.proxy.front import Front
@@ -210,11 +210,17 @@ class Attempt:
         self._head = head
         if head.status in REFUSALS and self._owner.attempt_refused(head):
             return
+        if head.status < 500:
+            self.upstream.breaker.answers()
         if head.status == 200 and head.content_type == EVENT_STREAM:
             self._begin_stream(head, rest)
+            return
+        held = self._held = HeldAnswer(head, body_of_answer(head, self._length))
+        if is_other_media(head):
+            held.feed(rest)
+            self._begin_long(held)
         else:
-            self._held = HeldAnswer(head, body_of_answer(head, self._length))
-            self._feed_held(self._held, rest)
+            self._feed_held(held, rest)
 
     def _next_head(self, data: bytes) -> tuple[AnswerHead | None, bytes]:
         """The head at the beginning of `data`, and what follows it; None as long as it is not whole."""
@@ -312,7 +318,7 @@ class Attempt:
         self._complete(keep=not held.has_excess)
 
     def _begin_long(self, held: HeldAnswer) -> None:
-        """The answer is too long to be kept: it goes out as it comes."""
+        """The answer is too long to be kept, or is sound or suchlike: it goes out as it comes."""
         assert self._head is not None
         self.has_begun = True
         self._front.begin(self._head.status, self._head.lines, self._length)

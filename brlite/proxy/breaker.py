@@ -82,6 +82,14 @@ class Breaker:
                 self._seconds = min(2 * self._seconds, self._max_seconds)
             self._open(now)
 
+    def answers(self) -> None:
+        """A request is being answered well. The probe's outcome is known by that: it may take as long as it likes."""
+        if self._is_open and self._is_probing:
+            self._is_probing = self._is_open = False
+            self._num_others += 1
+            self._num_failures = 0
+            self._seconds = self._first_seconds
+
     def abandoned(self) -> None:
         """The client left before the outcome was known, which says nothing."""
         self._end_probe()  # if it was one, the next request is

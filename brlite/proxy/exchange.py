@@ -8,6 +8,8 @@ been done yet: no connection could be made, a kept one turned out to be dead at 
 from __future__ import annotations
 
 import math
+import time
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -50,6 +52,7 @@ class Exchange:
     """One request on its way. The front hears of its end once, whatever happens."""
 
     __slots__ = (
+        "_asked",
         "_attempt",
         "_forwarder",
         "_front",
@@ -78,6 +81,7 @@ class Exchange:
         self._num_tries = 0
         self._tried: tuple[Upstream, ...] = ()
         self._is_over = False
+        self._asked = target
         self.target = target
         self.upstream: Upstream | None = None
         self.started_at = forwarder.loop.time()
@@ -93,7 +97,9 @@ class Exchange:
 
     def log_fields(self) -> dict[str, object]:
         """What the access log says of it."""
-        fields: dict[str, object] = {"model": self.target.model}
+        fields: dict[str, object] = {"model": self._asked.model}
+        if self.target is not self._asked:
+            fields["stand_in"] = self.target.model
         if self.upstream is not None:
             fields["upstream"] = self.upstream.name
         if self._num_tries > 1:
@@ -298,5 +304,11 @@ def _body_for(request: ForwardedRequest, name: str) -> bytes:
 
 def _pause(head: AnswerHead) -> float:
     """For how many seconds an upstream that refused wants to be left alone."""
-    seconds = head.fields.get(b"retry-after", b"")
-    return min(float(seconds), MAX_PAUSE_SECONDS) if seconds.isdigit() else RETRY_AFTER_SECONDS
+    said = head.fields.get(b"retry-after", b"").decode("latin-1")
+    if said.isdigit():
+        return min(float(said), MAX_PAUSE_SECONDS)
+    try:
+        seconds = parsedate_to_datetime(said).timestamp() - time.time()
+    except ValueError:
+        return RETRY_AFTER_SECONDS
+    return min(max(seconds, RETRY_AFTER_SECONDS), MAX_PAUSE_SECONDS)

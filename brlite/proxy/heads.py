@@ -24,9 +24,12 @@ MAX_REMEMBERED = 256
 MAX_REMEMBERED_BYTES = 2048  # of one head
 
 END_OF_HEAD = b"\r\n\r\n"
-OTHER_PATHS = (b"/tokenize", b"/detokenize")
-# Decoded or not: some upstreams decode slashes before they look for dots, and some take what follows a ; off first.
-_DOTS = re.compile(rb"(?:[/\\]|%2f|%5c)(?:\.|%2e){1,2}(?:[/\\;]|%2f|%5c|%3b|\Z)", re.IGNORECASE)
+# Where a POST asks a model for work. Whatever else a server has, to load an adapter or to sleep, is its operator's.
+FORWARDED_PATHS = frozenset(
+    b"/v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens /v1/embeddings "
+    b"/v1/rerank /v1/score /v1/classify /v1/moderations /v1/images/generations /v1/audio/speech "
+    b"/tokenize /detokenize".split()
+)
 
 _FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)*)\r\n"
 _REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)
@@ -171,9 +174,8 @@ def read_fields(found: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes] | No
 
 
 def is_forwardable(path: bytes) -> bool:
-    """Whether a POST to this path names a model in a JSON body. One that leads out of `/v1` (`..`) is not ours."""
-    path = path.partition(b"?")[0]
-    return path in OTHER_PATHS or (path.startswith(b"/v1/") and not _DOTS.search(path))
+    """Whether a POST to this path is for a model, which its JSON body names. In no other spelling."""
+    return path.partition(b"?")[0] in FORWARDED_PATHS
 
 
 def without_limits(lines: bytes) -> bytes:

@@ -97,7 +97,9 @@ class HealthChecks:
         for terms in wanted:
             if terms not in self._tasks:
                 name = f"brlite-health-{terms.upstream.name}"
-                self._tasks[terms] = asyncio.get_running_loop().create_task(_Check(terms).run(), name=name)
+                task = asyncio.get_running_loop().create_task(_Check(terms).run(), name=name)
+                task.add_done_callback(_report)
+                self._tasks[terms] = task
 
     async def close(self) -> None:
         """End all checks, and wait until they have."""
@@ -110,6 +112,12 @@ class HealthChecks:
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
         task.cancel()
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    """Checks end by being cancelled. What nobody foresaw must not end them in silence."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("%s has ended: its upstream stays as it is", task.get_name(), exc_info=error)
 
 
 class _Check:

@@ -110,6 +110,8 @@ class EventSplice:
         """What the client gets when the upstream's connection has ended."""
         try:
             self._body.feed_eof()
+            # Nothing but the stream itself can tell such an end from a cut.
+            self._needs_finish = True
             return self._finish()
         except (Misframed, BrokenStream) as error:
             self.error = str(error)

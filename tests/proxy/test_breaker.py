@@ -32,6 +32,28 @@ def reopening_time(breaker: Breaker, now: float) -> float:
     return next(seconds / 10 for seconds in range(2000) if breaker.allows(now + seconds / 10))
 
 
+def test_a_probe_that_is_being_answered_closes_it_however_long_that_takes(breaker: Breaker) -> None:
+    fail(breaker, now=0.0, times=3)
+    breaker.begin(SECONDS)  # the probe
+
+    breaker.answers()
+
+    assert breaker.allows(SECONDS)
+    assert breaker.state(SECONDS) == "closed"
+    breaker.succeeded()  # hours later
+    fail(breaker, now=SECONDS, times=2)
+    assert breaker.state(SECONDS) == "closed"
+
+
+def test_answers_while_it_is_open_do_not_close_it(breaker: Breaker) -> None:
+    breaker.begin(0.0)
+    fail(breaker, now=0.0, times=3)
+
+    breaker.answers()
+
+    assert breaker.state(0.0) == "open"
+
+
 def test_failures_in_a_row_open_it(breaker: Breaker) -> None:
     fail(breaker, now=0.0, times=2)
     before = breaker.state(0.0)

@@ -94,6 +94,62 @@ async def test_an_upstream_that_asked_for_a_pause_is_left_alone(start) -> None:
     assert group.num_asked() == {"a": 1, "b": 4}
 
 
+async def test_a_pause_may_be_asked_for_as_a_date(start) -> None:
+    date = b"Retry-After: Thu, 01 Jan 2099 00:00:00 GMT"
+    busy = answer(b"503 Service Unavailable", b'{"error":{"message":"busy"}}', b"application/json", date)
+    group = await start(ProxyConfig(), a=Step(busy, is_work=False), b=GOOD)
+    loop = asyncio.get_running_loop()
+
+    for _ in range(3):
+        await group.ask({"model": "m"})
+
+    pauses = [upstream.refuses_until - loop.time() for upstream in group.proxy.forwarder.table.upstreams]
+    assert sorted(round(pause, -1) for pause in pauses if pause > 0) in ([60], [])
+    assert group.num_asked()["a"] <= 1
+
+
+async def test_an_answer_that_is_no_json_goes_out_as_it_comes(start) -> None:
+    group = await start(ProxyConfig(), a=GOOD)
+    has_come = asyncio.Event()
+
+    async def speak(call: Call) -> Then:
+        await call.send(
+            b"HTTP/1.1 200 OK\r\nContent-Type: audio/mpeg\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n"
+        )
+        await has_come.wait()
+        await call.send(b"3\r\ntwo\r\n0\r\n\r\n")
+        return "keep"
+
+    group.upstreams["a"].act = speak
+    client = await Client.connect(group.proxy.port)
+    client.send(post({"model": "m", "input": "Hi"}, path=b"/v1/audio/speech"))
+
+    await asyncio.wait_for(client.reader.readuntil(b"one\r\n"), 5)
+    has_come.set()
+    rest = await asyncio.wait_for(client.reader.readuntil(b"0\r\n\r\n"), 5)
+    client.leave()
+
+    assert rest == b"3\r\ntwo\r\n0\r\n\r\n"
+
+
+async def test_a_stream_without_an_end_of_its_own_is_whole_only_if_it_says_so(start) -> None:
+    group = await start(ProxyConfig(), a=GOOD)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n"
+    delta = b'data: {"type": "response.output_text.delta"}\n\n'
+
+    async def break_off(call: Call) -> Then:
+        await call.send(head + delta)
+        return "close"
+
+    group.upstreams["a"].act = break_off
+    client = await Client.connect(group.proxy.port)
+    client.send(post({"model": "m", "stream": True}, path=b"/v1/responses"))
+    broken = await asyncio.wait_for(client.answer(), 5)
+    client.leave()
+
+    assert broken.body.startswith(delta + b'data: {"error":')
+
+
 async def test_a_refusal_that_nobody_can_make_good_arrives_as_it_was(start) -> None:
     group = await start(ProxyConfig(), a=Step(BUSY, is_work=False))
 
@@ -103,13 +159,15 @@ async def test_a_refusal_that_nobody_can_make_good_arrives_as_it_was(start) -> N
     assert group.num_asked() == {"a": 1}
 
 
-async def test_a_stand_in_answers_under_its_own_name_where_a_model_cannot_be_reached(start) -> None:
+async def test_a_stand_in_answers_under_its_own_name_where_a_model_cannot_be_reached(start, caplog) -> None:
     group = await start(ProxyConfig(fallbacks={"a": ("b",)}), a=GOOD, b=GOOD)
     await group.upstreams["a"].kill()
 
-    answered = await group.ask({"model": "a", "prompt": "Hi"})
+    with caplog.at_level("INFO", logger="brlite.access"):
+        answered = await group.ask({"model": "a", "prompt": "Hi"})
 
     assert answered.body == PLAIN
+    assert "model=a stand_in=b upstream=b" in caplog.text
     assert [request.body for request in group.upstreams["b"].requests] == [{"model": "b", "prompt": "Hi"}]
 
 
