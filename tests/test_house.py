@@ -63,8 +63,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "generate": ("llm sampling_params outputs config errors", "msgspec tqdm"),
     "chat": ("llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
     "check": (
-        "config config_check config_text proxy_config machine checkpoint tokenizer models worker engines.discovery proxy "
-        "http errors",
+        "config config_check config_text proxy_config machine checkpoint tokenizer models worker engines.discovery "
+        "proxy http errors",
         "msgspec",
     ),
     "verify": ("llm engine worker.cpu tokenizer sampling_params outputs config config_check errors", "msgspec"),
