@@ -47,28 +47,49 @@ Place place_of(int format, int row, int num_inputs, void* panels) {
     return {(uint8_t*)panels + row / BRLITE_LANES * panel_bytes(format, num_inputs), row % BRLITE_LANES};
 }
 
-void pack_group(const float* weights, int size, uint8_t* group, int column) {
-    float rounded_weights[BRLITE_GROUP] = {};
-    uint32_t peak_bits = 0;  // magnitudes compared as integers: a NaN is larger than everything and is not lost
-    for (int i = 0; i < size; i++) {
-        rounded_weights[i] = from_half(to_half(weights[i]));
-        peak_bits = std::max(peak_bits, bits_of(rounded_weights[i]) & 0x7fffffff);
-    }
+// The same of a float32's bits, as a float32's bits, without branches: compilers make vectors of it.
+uint32_t to_half_bits(uint32_t bits) {
+    const uint32_t magnitude = bits & 0x7fffffff;
+    const uint32_t near = bits + 0x7fff + (bits >> 16 & 1);
+    const uint32_t kept = magnitude > 0x7f800000 ? bits | 0x400000 : near;
+    return (magnitude < 0x00800000 ? bits & 0x80000000 : kept) & 0xffff0000;
+}
+
+// The nearest integer, halves to the even one, of a number below 2^22: what is behind the point falls off.
+float nearest(float x) {
+    const float large = 12582912.0f;  // 1.5 * 2^23
+    return (x + large) - large;
+}
+
+void pack_group(const float* weights, uint8_t* group, int column) {
+    uint32_t bits[BRLITE_GROUP];
+    memcpy(bits, weights, sizeof bits);
+    int32_t peak_bits = 0;  // magnitudes compared as integers: a NaN is larger than everything and is not lost
+    for (int i = 0; i < BRLITE_GROUP; i++) bits[i] = to_half_bits(bits[i]);
+    for (int i = 0; i < BRLITE_GROUP; i++) peak_bits = std::max(peak_bits, (int32_t)(bits[i] & 0x7fffffff));
     const bool is_finite = peak_bits < 0x7f800000;
     const uint16_t half = is_finite ? half_above(from_bits(peak_bits) / 127.0f) : (uint16_t)(peak_bits >> 16);
-    const float scale = from_half(half);
     memcpy(group + BRLITE_GROUP * BRLITE_LANES + 2 * column, &half, sizeof half);
-    for (int i = 0; i < BRLITE_GROUP; i++) {
-        const float value = is_finite && scale > 0 ? nearbyintf(rounded_weights[i] / scale) : 0.0f;
-        group[i / 2 * 2 * BRLITE_LANES + 2 * column + i % 2] = (uint8_t)(int8_t)value;
+    const bool has_values = is_finite && half > 0;
+    const float scale = has_values ? from_half(half) : 1.0f;
+    const uint32_t mask = has_values ? 0xffffffff : 0;
+    int32_t values[BRLITE_GROUP];
+    for (int i = 0; i < BRLITE_GROUP; i++) values[i] = (int32_t)nearest(from_bits(bits[i] & mask) / scale);
+    for (int i = 0; i < BRLITE_GROUP; i += 2) {
+        const uint16_t pair = (uint16_t)((values[i] & 0xff) | (values[i + 1] & 0xff) << 8);
+        memcpy(group + i * BRLITE_LANES + 2 * column, &pair, sizeof pair);
     }
 }
 
 void pack_row_int8(const float* weights, int num_inputs, Place to) {
-    for (int first = 0; first < num_inputs; first += BRLITE_GROUP) {
-        pack_group(weights + first, std::min(BRLITE_GROUP, num_inputs - first), to.panel, to.column);
-        to.panel += BRLITE_GROUP * BRLITE_LANES + 2 * BRLITE_LANES;
-    }
+    const size_t group_bytes = BRLITE_GROUP * BRLITE_LANES + 2 * BRLITE_LANES;
+    const int whole = num_inputs / BRLITE_GROUP * BRLITE_GROUP;
+    for (int first = 0; first < whole; first += BRLITE_GROUP, to.panel += group_bytes)
+        pack_group(weights + first, to.panel, to.column);
+    if (whole == num_inputs) return;
+    float rest[BRLITE_GROUP] = {};
+    memcpy(rest, weights + whole, (num_inputs - whole) * sizeof *rest);
+    pack_group(rest, to.panel, to.column);
 }
 
 void pack_row_bf16(const float* weights, int num_inputs, Place to) {
