@@ -84,8 +84,9 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     `load = "on_demand"` loads the model for the first request that asks for it, and `idle_unload_seconds` (0: never)
     gives its memory back when nobody has asked for so long. `serialize_file` is where the packed weights are kept.
-    `model_file`, `input_name` and `output_name` belong to the manual's engine: they are kept for the engines that use
-    them and reported by `brlite check`.
+    A `model_file` that is a traced `.pt` gives the weights where the model's folder has none. Else it belongs to the
+    manual's engine, as `input_name` and `output_name` do: they are kept for the engines that use them and reported by
+    `brlite check`.
     """
 
     name: Text = DEFAULT_MODEL

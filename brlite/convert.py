@@ -232,9 +232,9 @@ def _chat(tokenizer: Tokenizer) -> str:
 def _report(
     plan: BundlePlan, manifest: Manifest, rounding: Rounding | None = None, seconds: float | None = None
 ) -> None:
-    rate = "" if seconds is None else f" in {seconds:.1f} s ({show_bytes(plan.num_bytes / seconds)}/s)"
+    took = "" if seconds is None else f", in {seconds:.1f} s"
     num_bytes = sum(record.num_bytes for record in manifest.files.values())
-    print(f"\nbundle      {plan.folder}: {show_bytes(num_bytes)}{rate}")
+    print(f"\nbundle      {plan.folder}: {show_bytes(num_bytes)}{took}")
     print(f"input       {manifest.input_name}")
     print(f"output      {manifest.output_name} (a config may name any other, such as 9 or 10)")
     print(f"vocab_size  {manifest.vocab_size}")
