@@ -24,6 +24,7 @@ from brlite.proxy.upstream import Outcome, Upstream
 STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is cheaper than a second write
 REFUSALS = (429, 503)
+RETRY_AFTER_SECONDS = 1
 MAX_INTERIM_ANSWERS = 100
 EVENT_STREAM = b"text/event-stream"
 UNBUFFERED = b"X-Accel-Buffering: no\r\n"  # an nginx before us would collect the events
@@ -148,7 +149,8 @@ class Attempt:
         if error is None and not dialing.result().transport.is_closing():
             self._send(dialing.result())
         else:
-            unreachable = UpstreamUnavailable("The upstream cannot be reached.")
+            text = "The upstream cannot be reached."
+            unreachable = UpstreamUnavailable(text, retry_after_seconds=RETRY_AFTER_SECONDS)
             unreachable.__cause__ = error  # for the log: addresses and certificates are not the client's affair
             self._owner.attempt_failed(unreachable, is_safe=True)
 

@@ -17,7 +17,7 @@ import msgspec
 from brlite.errors import NotReady, QueueTimeout, RequestError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from brlite.http.api_key import ApiKey
 from brlite.http.envelope import error_body, status_of
-from brlite.proxy.attempt import Attempt
+from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt
 from brlite.proxy.front import Front
 from brlite.proxy.heads import AnswerHead
 from brlite.proxy.peek import replace_model
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from brlite.proxy.forwarder import Forwarder
 
 MAX_PAUSE_SECONDS = 60.0  # the longest Retry-After that is believed
-RETRY_AFTER_SECONDS = 1
 CLIENT_LEFT = 499
 
 
@@ -141,7 +140,8 @@ class Exchange:
                 return
         upstream = target.chooser.choose(now, self.request.affinity, self._tried)
         if upstream is None:
-            self._give_up(UpstreamUnavailable("No upstream of the model can be reached."))
+            text = "No upstream of the model can be reached."
+            self._give_up(UpstreamUnavailable(text, retry_after_seconds=RETRY_AFTER_SECONDS))
         else:
             self._try(upstream)
 

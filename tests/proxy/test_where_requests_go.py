@@ -179,6 +179,7 @@ async def test_no_stand_in_answers_for_a_key_that_may_not_use_it(start) -> None:
     refused = await group.ask({"model": "a"}, b"Authorization: Bearer sk-1")
 
     assert (refused.status, refused.error["code"]) == (503, "upstream_unavailable")
+    assert refused.fields[b"retry-after"] == b"1"
     assert group.num_asked() == {"a": 0, "b": 0}
 
 
