@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.bundle import MANIFEST_FILE, PROGRESS_FILE, bundle_image, read_manifest
 from brlite.checkpoint.safetensors_writer import PlannedTensor, shard_header
 from brlite.cli import main, model_convert
@@ -23,6 +25,7 @@ from brlite.config import load_config
 from brlite.config_check import config_warnings
 from brlite.convert import model_name
 from brlite.errors import ConfigError
+from brlite.kernels.image import read_image_key
 from brlite.llm import LLM
 from brlite.models.llama import LLAMA as FAMILY
 from brlite.sampling_params import SamplingParams
@@ -124,7 +127,7 @@ def test_a_second_run_says_up_to_date_and_writes_nothing(
 ) -> None:
     convert(source, tmp_path / "out")
     first = printed_config(capsys.readouterr().out)
-    before = {file: file.stat() for file in (tmp_path / "out").rglob("*")}
+    before = states(tmp_path / "out")
 
     status = convert(source, tmp_path / "out")
 
@@ -132,7 +135,15 @@ def test_a_second_run_says_up_to_date_and_writes_nothing(
     assert status == 0
     assert "is up to date" in text
     assert printed_config(text) == first
-    assert {file: file.stat() for file in (tmp_path / "out").rglob("*")} == before
+    assert states(tmp_path / "out") == before
+
+
+def states(folder: Path) -> dict[Path, tuple[int, int, int]]:
+    return {
+        file: (status.st_ino, status.st_size, status.st_mtime_ns)
+        for file in folder.rglob("*")
+        for status in (file.stat(),)
+    }
 
 
 def test_a_new_tokenizer_is_taken_over_without_touching_the_weights(source: Path, tmp_path: Path) -> None:
@@ -212,6 +223,15 @@ def test_the_manuals_configs_serve_a_bundle_under_the_names_that_they_have(
     assert len(answers(config | own | alone, tmp_path)) == 2
 
 
+def test_a_bundle_can_be_converted_again(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(source, tmp_path / "out")
+    convert(tmp_path / "out" / "someone--tiny", tmp_path / "again")
+
+    first, second = (read_manifest(tmp_path / folder / "someone--tiny").files for folder in ("out", "again"))
+    assert first == second
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.model
 def test_a_real_model_from_gguf_says_the_same(
     smollm2_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -224,6 +244,10 @@ def test_a_real_model_from_gguf_says_the_same(
 
     assert found == answers(short | {"cached_dir": "", "model_file": str(smollm2_path)}, tmp_path)
     assert (tmp_path / "someone--tiny" / "vocabulary.gguf").stat().st_size < 10**7
+    with closing(open_checkpoint(tmp_path / "someone--tiny")) as checkpoint:
+        image = bundle_image(checkpoint.path, "a_bf16_w_int8")
+        assert image is not None
+        assert checkpoint.identity == read_image_key(image).identity
 
 
 def no_tokenizer(source: Path) -> None:

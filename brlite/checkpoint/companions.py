@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from brlite.checkpoint.checkpoint import reason
-from brlite.checkpoint.folder import CONFIG_FILE, find_weights
+from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
 from brlite.checkpoint.gguf_header import read_gguf_metadata
 from brlite.checkpoint.hub import COMPANION_FILES
 from brlite.errors import ModelError
@@ -18,23 +18,26 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def read_companions(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
-    """File name → content, from a model's folder or `.gguf` file. Raises `ModelError` for what cannot be read."""
-    folder = model if model.is_dir() else model.parent
-    files = [folder / name for name in COMPANION_FILES] if model.is_dir() else []
+    """File name → content, from a model's folder or `.gguf` file. Raises `ModelError` for what cannot be read.
+
+    A GGUF file's config is `config`, which was read from it, whatever stands beside it.
+    """
+    files = [model / name for name in (*COMPANION_FILES, VOCABULARY_FILE)] if model.is_dir() else []
+    gguf = _gguf_file(model)
     try:
         companions = {file.name: file.read_bytes() for file in files if file.is_file()}
+        if gguf is not None:
+            companions[CONFIG_FILE] = json.dumps(config, indent=1).encode()
+            if not any(name in companions for name in TOKENIZER_FILES):
+                companions[VOCABULARY_FILE] = read_gguf_metadata(gguf)
     except OSError as error:
-        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    if CONFIG_FILE not in companions:
-        companions[CONFIG_FILE] = json.dumps(config, indent=1).encode()
-    if not any(name in companions for name in TOKENIZER_FILES):
-        companions |= _gguf_vocabulary(model)
+        raise ModelError(f"{model}: cannot be read: {reason(error)}") from error
     return companions
 
 
-def _gguf_vocabulary(model: Path) -> dict[str, bytes]:
-    try:
-        weights = find_weights(model)
-        return {VOCABULARY_FILE: read_gguf_metadata(weights.files[0])} if weights.kind == "gguf" else {}
-    except OSError as error:
-        raise ModelError(f"{model}: cannot be read: {reason(error)}") from error
+def _gguf_file(model: Path) -> Path | None:
+    """The file that the weights come from, if it is one of GGUF."""
+    if model.is_dir() and not has_weights(model):
+        return None
+    weights = find_weights(model)
+    return weights.files[0] if weights.kind == "gguf" else None

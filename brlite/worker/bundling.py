@@ -157,8 +157,8 @@ class _Bundling:
         for leftover in self._folder.glob(f"*{PART_SUFFIX}"):
             leftover.unlink()
         previous = read_progress(self._folder)
-        if previous is None:
-            self._write(PROGRESS_FILE, self._manifest())
+        if previous is None or previous.source != self._plan.draft.source:
+            self._begin(previous)
         else:
             self._keep_finished(previous)
         rounding = self._write_weights()
@@ -182,12 +182,14 @@ class _Bundling:
         self._files[name] = record
         self._write(PROGRESS_FILE, self._manifest())
 
+    def _begin(self, previous: Manifest | None) -> None:
+        """Make the folder an unfinished bundle without files. One of another source ends here."""
+        self._write(PROGRESS_FILE, self._manifest())
+        for name in (MANIFEST_FILE, *(() if previous is None else previous.files)):
+            (self._folder / name).unlink(missing_ok=True)
+
     def _keep_finished(self, previous: Manifest) -> None:
         """Take over what an earlier run has written from the same source, once it is seen to be whole."""
-        if previous.source != self._plan.draft.source:
-            # The old bundle ends here: from now on its files are replaced.
-            (self._folder / MANIFEST_FILE).unlink(missing_ok=True)
-            return
         for shard in self._plan.shards:
             record = previous.files.get(shard.file_name)
             if record is not None and _holds(self._folder / shard.file_name, shard, record):

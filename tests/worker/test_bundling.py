@@ -41,6 +41,7 @@ from tests.bundles import INT8, make_bundle, plan_bundle
 from tests.tiny_models import TINY_CONFIGS, TensorCheckpoint, random_tensors, write_tiny_model
 from tests.worker.native_models import MODELS, random_ids
 
+ROOT = Path(__file__).parents[2]
 PROMPT = random_ids(20, seed=3)
 
 
@@ -205,7 +206,7 @@ def test_a_killed_run_leaves_no_bundle_and_the_next_one_goes_on(
     num_bytes = sum(len(content) for name, content in contents(expected).items() if name.startswith("model-"))
     arguments = [sys.executable, "-c", KILLED, str(source), str(bundle), str(int(share * num_bytes))]
 
-    killed = subprocess.run(arguments, cwd=Path(__file__).parents[2], timeout=60)
+    killed = subprocess.run(arguments, cwd=ROOT, timeout=60)
 
     assert killed.returncode == -signal.SIGKILL
     finished = {name: (bundle / name).stat().st_ino for name in whole_files(bundle)}
@@ -291,6 +292,21 @@ def test_a_changed_source_is_converted_anew_and_old_shards_are_removed(tmp_path:
 
     make_bundle(source, bundle, library)
 
+    assert contents(bundle) == contents(expected)
+
+
+def test_a_killed_conversion_of_a_changed_source_is_finished_by_the_next_run(
+    tmp_path: Path, library: ctypes.CDLL
+) -> None:
+    source, bundle, expected = tmp_path / "source", tmp_path / "bundle", tmp_path / "expected"
+    make_bundle(write_tiny_model(source, "llama-biases"), bundle, library)
+    make_bundle(write_tiny_model(source, "llama-tied", seed=7), expected, library)
+
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(source), str(bundle), "0"], cwd=ROOT, timeout=60)
+
+    assert killed.returncode == -signal.SIGKILL
+    assert whole_files(bundle) == []
+    make_bundle(source, bundle, library)
     assert contents(bundle) == contents(expected)
 
 
