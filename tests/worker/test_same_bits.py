@@ -14,10 +14,12 @@ from brlite.engine.backend import Batch, SampledToken, SeqResult, StepResult
 from brlite.kernels.library import NativeLibrary, available_isas
 from brlite.worker.native_backend import NativeBackend
 from tests.worker.native_models import MODELS, PRECISIONS, load_native
+from tests.worker.rank_threads import load_native_ranks
 from tests.worker.schedules import Story, live_alone, make_prompts, run_schedules
 
 NUM_SCHEDULES = 100  # of each model in each precision, on one thread
 NUM_MORE = 6  # on two threads, and with the kernels of every instruction set
+NUM_OF_RANKS = 3  # on ranks, which have two cores for all their threads here
 
 
 class Alone(NamedTuple):
@@ -31,6 +33,11 @@ class Alone(NamedTuple):
     @property
     def seed(self) -> int:
         return 100 * list(MODELS).index(self.name) + PRECISIONS.index(self.precision)
+
+
+def num_heads(name: str) -> int:
+    heads: int = MODELS[name]["num_attention_heads"]
+    return heads
 
 
 def live(backend: NativeBackend) -> list[Story]:
@@ -57,6 +64,23 @@ def test_two_threads_give_the_bits_of_one(alone: Alone, native_library: NativeLi
         seen = run_schedules(backend, alone.stories, count=NUM_MORE, seed=alone.seed)
 
     assert seen["compared"] > NUM_MORE
+
+
+def test_several_ranks_give_the_bits_of_one(alone: Alone, native_library: NativeLibrary) -> None:
+    size = min(2 + alone.seed % 2, num_heads(alone.name))
+    with closing(load_native_ranks(native_library, alone.name, alone.precision, size)) as backend:
+        seen = run_schedules(backend, alone.stories, count=NUM_OF_RANKS, seed=alone.seed)
+
+    assert seen["compared"] > NUM_OF_RANKS
+
+
+def test_ranks_of_several_threads_give_the_same_bits(native_library: NativeLibrary) -> None:
+    with closing(load_native(native_library, "llama", "bf16")) as backend:
+        stories = live(backend)
+    with closing(load_native_ranks(native_library, "llama", "bf16", 2, threads=2)) as backend:
+        seen = run_schedules(backend, stories, count=NUM_OF_RANKS, seed=0)
+
+    assert seen["compared"] > NUM_OF_RANKS
 
 
 def test_every_instruction_set_of_this_machine_gives_the_same_bits(alone: Alone, native_library: NativeLibrary) -> None:
