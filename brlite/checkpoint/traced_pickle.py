@@ -7,6 +7,7 @@ are followed here; any other is refused by its name.
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,15 +60,25 @@ def read_pickle(data: bytes, file: Path) -> Any:
     """What a traced module's pickle describes. Its operations are listed by the standard library, which runs none."""
     machine = _Machine()
     try:
-        for operation, argument, _ in pickletools.genops(data):
-            if operation.name == "STOP":
+        for name, argument in _operations(data):
+            if name == "STOP":
                 return machine.pop()
-            machine.do(operation.name, argument)
+            machine.do(name, argument)
     except _Refused as error:
         raise ModelError(f"{file}: data.pkl: {error}; only plain modules and tensors are read") from None
     except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file}: data.pkl is broken: {reason(error)}") from error
     raise ModelError(f"{file}: data.pkl is cut short")
+
+
+def _operations(data: bytes) -> list[tuple[str, Any]]:
+    """The names of the operations up to the first STOP, with their arguments. Raises `ValueError`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # a damaged name is one that Python would only warn of
+        try:
+            return [(operation.name, argument) for operation, argument, _ in pickletools.genops(data)]
+        except DeprecationWarning as warning:
+            raise ValueError(str(warning)) from None
 
 
 class _Machine:
