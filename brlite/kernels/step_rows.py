@@ -9,7 +9,6 @@ import ctypes
 import mmap
 import os
 import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +20,6 @@ from brlite.kernels.memory import NativeMemory
 from brlite.models.config import ModelConfig
 
 ALIGNMENT = 4096
-MEMORY_FOLDER = Path("/dev/shm")  # of files that are in memory alone
 
 
 class Rows(NamedTuple):
@@ -101,21 +99,27 @@ class OwnRows:
 
 def create_shared_file(library: ctypes.CDLL, sizes: SharedSizes) -> int:
     """A file without a name, for ranks to share: a descriptor that the caller closes."""
-    folder = MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else None
     num_bytes = shared_bytes(library, sizes)
+    file = _open_unnamed()
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            # Taken now: a page that is not there when it is written to ends a process without a word.
-            os.posix_fallocate(file.fileno(), 0, num_bytes)
-            return os.dup(file.fileno())
+        # Taken now: a page that is not there when it is written to ends a process without a word.
+        os.posix_fallocate(file, 0, num_bytes)
     except OSError as error:
-        where = f"{folder} has no room for it: {error.strerror}"
-        raise ConfigError(f"ranks share {num_bytes / 2**20:.0f} MiB of memory; {where}") from error
+        os.close(file)
+        raise ConfigError(f"ranks share {num_bytes / 2**20:.0f} MiB of memory: {error.strerror}") from error
+    return file
 
 
 def shared_bytes(library: ctypes.CDLL, sizes: SharedSizes) -> int:
     """All that ranks share."""
     return _aligned(library.brlite_meeting_bytes()) + sum(sizes.num_bytes().values())
+
+
+def _open_unnamed() -> int:
+    if hasattr(os, "memfd_create"):  # Linux: a container's /dev/shm may be too small for it
+        return os.memfd_create("brlite-ranks")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
 
 
 def _num_bytes(num_rows: int, size: int) -> int:

@@ -85,7 +85,9 @@ def load_native_ranks(
     on_progress: OnFraction,
 ) -> ParallelBackend:
     """The same in native code, on this machine's cores. Beside `image` each rank keeps its packed weights."""
-    size, kind = spec.tensor_parallel, _kind(checkpoint)
+    size, kind, num_cores = spec.tensor_parallel, _kind(checkpoint), physical_cores()
+    if size > num_cores:
+        logger.warning("%d ranks share %d cores: they wait for each other more than they compute", size, num_cores)
     seen = _as_rank_sees(_found(spec, checkpoint), engine, 0, size)
     memory = create_shared_file(library.functions, SharedSizes.of(fit.config, max_rows(spec, engine)))
     try:
