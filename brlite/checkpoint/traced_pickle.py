@@ -66,7 +66,7 @@ def read_pickle(data: bytes, file: Path) -> Any:
             machine.do(name, argument)
     except _Refused as error:
         raise ModelError(f"{file}: data.pkl: {error}; only plain modules and tensors are read") from None
-    except (ValueError, IndexError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{file}: data.pkl is broken: {reason(error)}") from error
     raise ModelError(f"{file}: data.pkl is cut short")
 
