@@ -21,7 +21,7 @@ from brlite.http.connection import Connection
 from brlite.http.cors import Cors
 from brlite.http.envelope import error_body, error_headers, status_of
 from brlite.http.keys import ApiKeys
-from brlite.http.request_id import choose_request_id
+from brlite.http.request_id import RequestIds, choose_request_id
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.framing import Body, LengthBody, Misframed, body_of
@@ -45,6 +45,7 @@ class Lanes:
         self.keys = keys
         self.limits = limits
         self.heads = Heads(read_request)
+        self.ids = RequestIds()
         self.cors = cors
         self.access_log = access_log
 
@@ -221,7 +222,8 @@ class Lane:
         forwarder = self._shared.forwarder
         self._connection.request_began()
         self._head, self._started_at, self._status = head, time.perf_counter(), 0
-        self._request_id = choose_request_id(text(head.fields.get(b"x-request-id")))
+        sent_id = head.fields.get(b"x-request-id")
+        self._request_id = self._shared.ids.new() if sent_id is None else choose_request_id(text(sent_id))
         self._keeps_alive = head.keeps_alive
         self.takes_chunks = not head.is_http_1_0
         try:
