@@ -129,7 +129,7 @@ class UpstreamConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Every bound on what a client can ask for. `README.md` has the table with the error that each one gives."""
+    """Every bound on what a client can ask for. `docs/http-api.md` has the table with the error that each one gives."""
 
     max_body_bytes: Count = 1024 * 1024
     max_header_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = 16 * 1024

@@ -1,7 +1,7 @@
 """The plan of the house, read from the source: who may import whom, and what stands nowhere.
 
 A room is a folder or a file right under `brlite/`. An import inside a function counts like any other. Add a room with
-a line in `ALLOWED`; the README's table says the same in words.
+a line in `ALLOWED`; docs/architecture.md says the same in words.
 """
 
 from __future__ import annotations

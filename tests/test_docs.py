@@ -1,4 +1,4 @@
-"""The README cannot go stale: its examples run, and its tables are the code's."""
+"""README and docs/ cannot go stale: their examples run, their links lead somewhere, and their tables are the code's."""
 
 from __future__ import annotations
 
@@ -19,18 +19,25 @@ from brlite.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = {path.stem: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+EXAMPLES = {
+    f"{name}-{number}": code
+    for name, text in {"README": README, **PAGES}.items()
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL), 1)
+}
+ADDRESS = re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}\b")
+MAY_BE_SHOWN = ("127.", "0.0.0.0", "192.0.2.", "198.51.100.", "203.0.113.")  # loopback, any, and RFC 5737's for examples
 
 
-def table(heading: str) -> dict[str, list[str]]:
+def table(page: str, heading: str) -> dict[str, list[str]]:
     """The rows of the first table under a heading: the name in the first cell, then the other cells."""
-    section = re.split(r"\n##+ ", README.split(heading, 1)[1], maxsplit=1)[0]
+    section = re.split(r"\n##+ ", PAGES[page].split(heading, 1)[1], maxsplit=1)[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
     return {cells[0].strip(" `"): [cell.strip() for cell in cells[1:]] for cells in rows}
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("example", EXAMPLES, ids=["offline", "event loop", "application"])
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 def test_the_examples_run(example: str, smollm2_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=100)
 
@@ -38,27 +45,27 @@ def test_the_examples_run(example: str, smollm2_path: Path) -> None:
 
 
 def test_the_limits_are_those_of_the_code() -> None:
-    documented = {name: cells[0] for name, cells in table("### Limits").items()}
+    documented = {name: cells[0] for name, cells in table("http-api", "## Limits").items()}
 
     assert documented == {name: str(value) for name, value in msgspec.structs.asdict(LimitsConfig()).items()}
 
 
 def test_the_limit_that_has_no_key_is_that_of_the_code() -> None:
-    assert f"| header lines (fixed) | {MAX_HEADERS} | 400 |" in README
+    assert f"| header lines (fixed) | {MAX_HEADERS} | 400 |" in PAGES["http-api"]
 
 
 def test_the_sampling_parameters_are_those_of_the_code() -> None:
     fields = set(SamplingParams.__struct_fields__) - {"stop_tokens_ids"}
 
-    assert set(table("### Sampling parameters")) == fields
+    assert set(table("http-api", "## Sampling parameters")) == fields
 
 
 def test_the_toys_options_are_those_of_the_code() -> None:
-    assert set(table("## Engines")) == set(ToyOptions.__struct_fields__)
+    assert set(table("engines", "# Engines")) == set(ToyOptions.__struct_fields__)
 
 
 def test_the_file_tree_shows_what_is_there() -> None:
-    tree = README.split("## The house", 1)[1].split("```")[1]
+    tree = PAGES["architecture"].split("## The house", 1)[1].split("```")[1]
     named = {name.rstrip("/") for name in re.findall(r"[\w.]+\.py|\b[a-z]+/", tree)}
     there = {path.name for path in (ROOT / "brlite").iterdir() if not path.name.startswith(("_", "."))} - {"py.typed"}
 
@@ -68,7 +75,7 @@ def test_the_file_tree_shows_what_is_there() -> None:
 
 def test_the_example_of_a_key_is_one(tmp_path: Path) -> None:
     path = tmp_path / "keys.toml"
-    path.write_text(README.split("### Keys", 1)[1].split("```toml")[1].split("```")[0])
+    path.write_text(PAGES["http-api"].split("## Keys", 1)[1].split("```toml")[1].split("```")[0])
 
     (key,) = load_config(path).key
 
@@ -77,7 +84,7 @@ def test_the_example_of_a_key_is_one(tmp_path: Path) -> None:
 
 def test_the_example_of_a_proxy_is_one_without_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "proxy.toml"
-    path.write_text(README.split("## A proxy", 1)[1].split("```toml")[1].split("```")[0])
+    path.write_text(PAGES["proxy"].split("# A proxy", 1)[1].split("```toml")[1].split("```")[0])
 
     config = load_proxy_config([path])
 
@@ -87,7 +94,7 @@ def test_the_example_of_a_proxy_is_one_without_a_warning(tmp_path: Path) -> None
 
 def test_the_example_of_several_models_is_one(tmp_path: Path) -> None:
     path = tmp_path / "models.toml"
-    path.write_text(README.split("### Several models", 1)[1].split("```toml")[1].split("```")[0])
+    path.write_text(PAGES["several-models"].split("# Several models", 1)[1].split("```toml")[1].split("```")[0])
 
     config = load_config(path)
 
@@ -105,3 +112,33 @@ def test_the_test_command_is_the_one_of_ci() -> None:
     assert "pip install -e '.[test]' && .venv/bin/pytest" in README
     assert "'.[test]'" in ci
     assert "pytest" in ci
+
+
+def test_the_readme_is_for_a_person_in_a_hurry() -> None:
+    assert README.count("\n") <= 150
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.stem)
+def test_links_lead_to_files_and_headings_that_exist(path: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+
+    for link in (link for link in links if not re.match(r"https?:|mailto:", link)):
+        name, _, anchor = link.partition("#")
+        target = path.parent / name if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in headings(target), link
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors of a Markdown file's headings, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("text", [README, *PAGES.values()], ids=["README", *PAGES])
+def test_no_example_names_an_address_that_a_reader_could_dial_by_mistake(text: str) -> None:
+    assert [address for address in ADDRESS.findall(text) if not address.startswith(MAY_BE_SHOWN)] == []
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    assert {name for name in PAGES if f"docs/{name}.md" not in README} == set()
