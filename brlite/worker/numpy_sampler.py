@@ -33,7 +33,7 @@ def sample(logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken
     own_logits = logits.copy() if any(entry.params.logprobs is not None for entry in inputs) else logits
     is_usable = np.isfinite(logits.max(axis=1))
     for row, entry in enumerate(inputs):
-        _edit(logits[row], entry)
+        edit_row(logits[row], entry)
     is_usable &= np.isfinite(logits.max(axis=1))
 
     token_ids = logits.argmax(axis=1)
@@ -57,8 +57,8 @@ def token_logprobs(logits: Logits, targets: Sequence[int], num_top: int) -> list
     return [_logprob(row, target, num_top) for row, target in zip(logits, targets, strict=True)]
 
 
-def _edit(row: Logits, entry: SamplingInput) -> None:
-    """Bias, bans and penalties, in place: `penalties.edit_logits` for one row."""
+def edit_row(row: Logits, entry: SamplingInput) -> None:
+    """Bias, bans and penalties, in place, on one row [V]: the counterpart of `penalties.edit_logits`."""
     params = entry.params
     if params.logit_bias:
         row[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), dtype=np.float32)
@@ -145,6 +145,6 @@ def _logprob(row: Logits, target: int, num_top: int) -> TokenLogprob:
     logprobs = (values - best - np.log(np.exp(values - best).sum())).astype(np.float32)
     if not num_top:
         return TokenLogprob(target, float(logprobs[target]))
-    order = np.argsort(-logprobs, kind="stable")[:num_top]
+    order = np.argsort(-row, kind="stable")[:num_top]  # two logits that differ may have one logprob, rounded
     top = tuple(zip(order.tolist(), logprobs[order].tolist(), strict=True))
     return TokenLogprob(target, float(logprobs[target]), top)
