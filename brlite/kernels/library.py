@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brlite.cache import default_cache
-from brlite.errors import NativeUnavailable
+from brlite.errors import ConfigError, NativeUnavailable
 from brlite.kernels import abi
 from brlite.kernels.build import build_library, fingerprint
 
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 HERE = Path(__file__).parent  # where extension.py puts a library
 INSTALLED = "_native*.so"
 PASSED = 0
+ISA_VARIABLE = "BRLITE_ISA"  # the instruction set to use, for comparisons; the best one where it is not set
 
 
 class NativeLibrary(NamedTuple):
@@ -67,14 +68,23 @@ def find_library(cache: Path | None = None, *, installed: Path = HERE) -> Native
     return None
 
 
-def best_isa(functions: ctypes.CDLL) -> int:
-    """The last instruction set of `abi.ISAS` that is there and gives the same results as the generic kernels."""
-    for isa in reversed(available_isas(functions)):
+def best_isa(functions: ctypes.CDLL, wanted: str = "") -> int:
+    """The last instruction set of `abi.ISAS` that is there and gives the same results as the generic kernels.
+
+    Only `wanted`, if that is given; raises `ConfigError` where this machine or this library does not have it.
+    """
+    available = available_isas(functions)
+    if wanted:
+        available = [isa for isa in available if abi.ISAS[isa] == wanted]
+        if not available:
+            here = ", ".join(abi.ISAS[isa] for isa in available_isas(functions))
+            raise ConfigError(f"{ISA_VARIABLE} is {wanted!r}; allowed on this machine are {here}")
+    for isa in reversed(available):
         check = functions.brlite_self_test(isa)
         if check == PASSED:
             return isa
         logger.warning("native kernels for %s are not used: they fail self-test %d", abi.ISAS[isa], check)
-    raise NativeUnavailable("the native kernels fail their self-test, the generic ones too")
+    raise NativeUnavailable(f"the native kernels fail their self-test, the {wanted or 'generic'} ones too")
 
 
 def available_isas(functions: ctypes.CDLL) -> list[int]:
@@ -98,7 +108,7 @@ def _checked(path: Path) -> NativeLibrary:
         raise OSError("it was built from other sources")
     abi.declare(functions)
     abi.check(functions)
-    return NativeLibrary(functions, path, best_isa(functions))
+    return NativeLibrary(functions, path, best_isa(functions, os.environ.get(ISA_VARIABLE, "")))
 
 
 def _fingerprint_of(functions: ctypes.CDLL) -> str | None:

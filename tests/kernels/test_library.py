@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from brlite.errors import NativeUnavailable
+from brlite.errors import ConfigError, NativeUnavailable
 from brlite.kernels import abi
 from brlite.kernels.build import fingerprint
 from brlite.kernels.library import available_isas, best_isa, find_library, load_library, run_self_tests
@@ -66,7 +66,28 @@ def test_an_instruction_set_that_is_not_there_fails_its_self_test(native_library
 
 
 def test_the_last_instruction_set_of_the_machine_is_chosen(native_library):
-    assert native_library.isa == available_isas(native_library.functions)[-1]
+    assert best_isa(native_library.functions) == available_isas(native_library.functions)[-1]
+
+
+def test_the_instruction_set_can_be_forced(native_library, monkeypatch):
+    monkeypatch.setenv("BRLITE_ISA", "generic")
+
+    assert load_library().isa_name == "generic"
+
+
+@pytest.mark.parametrize("wanted", ["avx512_bf16", "sse2", "AVX2"])
+def test_forcing_one_that_is_not_there_is_refused_with_those_that_are(wanted):
+    functions = FakeFunctions(there=("generic", "avx2"))
+
+    with pytest.raises(ConfigError, match=f"BRLITE_ISA is '{wanted}'; allowed on this machine are generic, avx2"):
+        best_isa(functions, wanted)
+
+
+def test_a_forced_one_that_computes_otherwise_is_not_used():
+    functions = FakeFunctions(there=("generic", "avx2"), failing=("avx2",))
+
+    with pytest.raises(NativeUnavailable, match="fail their self-test, the avx2 ones too"):
+        best_isa(functions, "avx2")
 
 
 def test_an_instruction_set_that_computes_otherwise_is_left_out_aloud(caplog):
