@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
 
 from brlite.kernels.library import NativeLibrary, load_library
+from tests.limits import PATIENCE_SECONDS
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
 
@@ -42,10 +44,9 @@ def eventually() -> Callable[[Callable[[], bool]], Awaitable[None]]:
     """`await eventually(lambda: …)` waits until it is so."""
 
     async def wait(is_so: Callable[[], bool]) -> None:
-        for _ in range(1000):
-            if is_so():
-                return
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not is_so():
+            assert time.monotonic() < deadline, "it never came"
             await asyncio.sleep(0.01)
-        raise AssertionError("it never came")
 
     return wait

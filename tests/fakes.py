@@ -10,6 +10,7 @@ from typing import Any
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SamplingInput, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import InvalidRequest
 from brlite.outputs import TokenLogprob
+from tests.limits import PATIENCE_SECONDS
 
 VOCAB_SIZE = 260
 EOS = 256
@@ -116,7 +117,7 @@ class FakeBackend:
     def execute(self, batch: Batch) -> StepResult:
         self.has_begun.set()
         if self.gate is not None:
-            self.gate.wait(timeout=30)
+            self.gate.wait(timeout=PATIENCE_SECONDS)
         self.batches.append(batch)
         assert len({seq.seq_id for seq in batch.seqs}) == len(batch.seqs) <= self.info.max_num_seqs
         errors = {seq.seq_id: self._fault(seq) for seq in batch.seqs}

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import aiohttp
 
+from tests.limits import PATIENCE_SECONDS
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
-SECONDS = 60.0
 BRLITE = (sys.executable, "-m", "brlite")
 ENVIRONMENT = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "10000"}
 
@@ -43,7 +43,7 @@ class RankServer:
 
     def wait_for(self, pattern: str) -> str:
         """What it says that matches."""
-        while (line := self.lines.get(timeout=SECONDS)) is not None:
+        while (line := self.lines.get(timeout=PATIENCE_SECONDS)) is not None:
             if match := re.search(pattern, line):
                 return match[1]
         raise AssertionError("the server ended:\n" + "".join(self._said))
@@ -53,7 +53,7 @@ class RankServer:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(SECONDS)
+        return self.process.wait(PATIENCE_SECONDS)
 
     def close(self) -> None:
         self.process.kill()
@@ -123,14 +123,14 @@ def is_alive(pid: int) -> bool:
 
 
 def wait_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline, f"still there: {pids}"
         time.sleep(0.02)
 
 
 async def wait_status(session: aiohttp.ClientSession, path: str, status: int) -> None:
-    deadline = time.monotonic() + SECONDS
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         async with session.get(path) as response:
             if response.status == status:

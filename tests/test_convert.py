@@ -29,6 +29,7 @@ from brlite.kernels.image import read_image_key
 from brlite.llm import LLM
 from brlite.models.llama import LLAMA as FAMILY
 from brlite.sampling_params import SamplingParams
+from tests.limits import PATIENCE_SECONDS
 from tests.test_seed_config import FIXTURES
 from tests.tiny_models import LLAMA, VOCAB_SIZE, random_tensors, tiny_tensors, write_byte_tokenizer, write_tiny_model
 from tests.traced_models import write_traced
@@ -373,7 +374,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(source: Path, t
     order = ["--model_name", "tiny", "--model_dir", str(source), "--output_dir", str(tmp_path), "--precision", "bf16"]
     arguments = [sys.executable, "-c", FULL_DISK, str(most), "convert", *order]
 
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
     assert done.returncode == 2
     assert LINE.fullmatch(done.stderr), done.stderr
@@ -401,7 +402,11 @@ def test_memory_is_that_of_the_largest_tensor_and_little_else(tmp_path: Path) ->
     order = ["--model_name", "large", "--model_dir", str(source), "--output_dir", str(tmp_path)]
 
     done = subprocess.run(
-        [sys.executable, "-c", MEASURED, "convert", *order], cwd=ROOT, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", MEASURED, "convert", *order],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
 
     assert done.returncode == 0, done.stderr

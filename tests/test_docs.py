@@ -16,6 +16,7 @@ from brlite.engines.toy import ToyOptions
 from brlite.http.connection import MAX_HEADERS
 from brlite.proxy_config import load_proxy_config
 from brlite.sampling_params import SamplingParams
+from tests.limits import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -39,7 +40,7 @@ def table(page: str, heading: str) -> dict[str, list[str]]:
 @pytest.mark.model
 @pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
 def test_the_examples_run(example: str, smollm2_path: Path) -> None:
-    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=100)
+    result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
     assert result.returncode == 0, result.stderr
 

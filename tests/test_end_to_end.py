@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from brlite.config import DEFAULT_MODEL
+from tests.limits import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.model
 
@@ -38,7 +39,7 @@ class Server:
         """SIGTERM, and the exit status."""
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(timeout=60)
+            return self.process.wait(timeout=PATIENCE_SECONDS)
         finally:
             self.process.kill()
             assert self.process.stderr is not None
@@ -64,7 +65,7 @@ def server(smollm2_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=100) as client:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS) as client:
         yield client
 
 
@@ -156,7 +157,7 @@ def test_sigterm_lets_a_running_stream_finish_and_exits_with_0(smollm2_path: Pat
 
     assert rest.count('"finish_reason":"length"') == 1
     assert rest.rstrip().endswith("data: [DONE]")
-    assert server.process.wait(timeout=60) == 0
+    assert server.process.wait(timeout=PATIENCE_SECONDS) == 0
     server.stop()
 
 

@@ -14,6 +14,7 @@ import aiohttp
 import openai
 import pytest
 
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.services import GATED, Gated, Service, ask, free_port
 from tests.test_seed_config import FIXTURES
 
@@ -49,7 +50,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Service]]:
 @asynccontextmanager
 async def client_of(service: Service) -> AsyncIterator[openai.AsyncOpenAI]:
     url = f"{service.url}/v1"
-    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=30) as client:
+    async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=PATIENCE_SECONDS) as client:
         yield client
 
 
@@ -66,7 +67,7 @@ def test_a_proxy_that_listens_has_imported_nothing_heavy() -> None:
     said = next(line for line in process.stderr if "listening on" in line)
     next(line for line in process.stderr if "curl -N" in line)
     process.send_signal(signal.SIGTERM)
-    modules, _ = process.communicate(timeout=30)
+    modules, _ = process.communicate(timeout=PATIENCE_SECONDS)
 
     assert said.rstrip().endswith("; forwarding: a → http://127.0.0.1:9")
     assert process.returncode == 0

@@ -16,6 +16,7 @@ import pytest
 from brlite.config import Config, EngineConfig, ModelSpec
 from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
+from tests.limits import PATIENCE_SECONDS
 from tests.rank_servers import (
     BRLITE,
     RankServer,
@@ -123,7 +124,7 @@ def test_a_rank_that_dies_between_two_steps_ends_the_server_if_it_is_told_so(mod
         os.kill(rank, signal.SIGKILL)
 
         assert server.wait_for(r"stopping: (.*)") == 'model llama is lost, and engine.on_rank_failure is "exit"'
-        assert server.process.wait(60) == 1
+        assert server.process.wait(PATIENCE_SECONDS) == 1
 
 
 def test_torchrun_starts_ranks_that_find_each_other(model: Path) -> None:
@@ -142,5 +143,5 @@ def test_torchrun_starts_ranks_that_find_each_other(model: Path) -> None:
         assert asyncio.run(ask()) == LONG["max_tokens"]
         ranks = server.rank_pids()
         server.process.send_signal(signal.SIGTERM)
-        server.process.wait(60)
+        server.process.wait(PATIENCE_SECONDS)
         wait_gone(ranks)

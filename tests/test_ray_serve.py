@@ -22,6 +22,7 @@ import pytest
 import yaml
 
 from brlite.errors import ConfigError
+from tests.limits import PATIENCE_SECONDS
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 pytest.importorskip("ray.serve", reason="Ray is not installed: the extra brlite[ray] has it")
@@ -31,7 +32,6 @@ pytestmark = pytest.mark.ray
 
 SCRIPT = Path(__file__).with_name("ray_cluster.py")
 SHIPPED = Path(__file__).parent.parent / "deploy" / "ray" / "serve.yaml"
-STOP_SECONDS = 60
 CONFIG = """
 [server]
 drain_seconds = 5.0
@@ -83,7 +83,7 @@ class Cluster:
     def stop(self) -> list[int]:
         """End the cluster. Returns what it left behind, which is killed."""
         try:
-            self.process.communicate(timeout=STOP_SECONDS)
+            self.process.communicate(timeout=PATIENCE_SECONDS)
             return self.processes()
         finally:
             for pid in self.processes():
@@ -126,7 +126,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def client(cluster: Cluster) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS) as client:
         yield client
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from brlite.checkpoint.progress import folder_bytes, growth_reported, progress_bar
+from tests.limits import PATIENCE_SECONDS
 
 
 def test_growth_is_seen_while_it_happens(tmp_path: Path) -> None:
@@ -21,7 +22,7 @@ def test_growth_is_seen_while_it_happens(tmp_path: Path) -> None:
 
     with growth_reported(tmp_path, 1000, "copying", note):
         (tmp_path / "file").write_bytes(bytes(500))
-        assert half_was_seen.wait(timeout=30)
+        assert half_was_seen.wait(timeout=PATIENCE_SECONDS)
 
     assert seen[0] == ("copying", 0.0)
     assert seen[-1] == ("copying", 1.0)

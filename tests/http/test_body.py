@@ -8,6 +8,7 @@ import pytest
 from aiohttp import web
 
 from brlite.http.body import leave_body, read_body
+from tests.limits import PATIENCE_SECONDS
 
 JSON = b"Content-Type: application/json\r\n"
 
@@ -17,6 +18,10 @@ def post(headers: bytes, body: bytes = b"") -> bytes:
 
 
 async def echo(request: web.Request) -> web.Response:
+    return web.Response(body=await read_body(request, max_bytes=100_000, seconds=PATIENCE_SECONDS))
+
+
+async def echo_soon(request: web.Request) -> web.Response:
     return web.Response(body=await read_body(request, max_bytes=100_000, seconds=0.3))
 
 
@@ -94,7 +99,9 @@ async def test_a_chunked_body_is_counted(client) -> None:
     assert head[9:12] == b"413"
 
 
-async def test_a_slow_body_gets_408(client) -> None:
+async def test_a_slow_body_gets_408(http_server, connect) -> None:
+    client = await connect(await http_server({"POST /echo": echo_soon}))
+
     client.send(post(JSON + b"Content-Length: 100\r\n", b"{"))
 
     head, body = await client.answer()
@@ -104,7 +111,8 @@ async def test_a_slow_body_gets_408(client) -> None:
 
 
 @pytest.mark.parametrize("chunk", [b"zz\r\n", b"-1\r\n", b"3\r\nabcdef\r\n", b"1;a=\x00\r\nx\r\n"])
-async def test_a_badly_framed_chunk_is_never_a_body(chunk: bytes, client) -> None:
+async def test_a_badly_framed_chunk_is_never_a_body(chunk: bytes, http_server, connect) -> None:
+    client = await connect(await http_server({"POST /echo": echo_soon}))
     client.send(post(JSON + b"Transfer-Encoding: chunked\r\n"))
     await asyncio.sleep(0.02)  # the handler is to be waiting for the body
     client.send(chunk)
@@ -116,11 +124,11 @@ async def test_a_badly_framed_chunk_is_never_a_body(chunk: bytes, client) -> Non
 
 
 async def test_after_a_body_the_idle_connection_has_its_keep_alive_time(http_server, connect) -> None:
-    client = await connect(await http_server({"POST /echo": echo}, header_seconds=0.1))
+    client = await connect(await http_server({"POST /echo": echo}, header_seconds=1.0))
 
     client.send(post(JSON + b"Content-Length: 2\r\n", b"{}"))
     await client.answer()
-    await asyncio.sleep(0.2)  # longer than headers may take
+    await asyncio.sleep(1.2)  # longer than headers may take
     client.send(post(JSON + b"Content-Length: 2\r\n", b"{}"))
     head, _ = await client.answer()
 
@@ -139,7 +147,7 @@ async def test_a_client_that_cuts_its_body_short_leaves_no_trace(http_server, co
     client = await connect(await http_server({"POST /echo": read}))
     client.send(post(JSON + b"Content-Length: 100\r\n", b"{"))
     client.writer.close()
-    await asyncio.wait_for(ended.wait(), 5)
+    await asyncio.wait_for(ended.wait(), PATIENCE_SECONDS)
 
     assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
 

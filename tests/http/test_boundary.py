@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from brlite.errors import EngineError, QueueFull
+from tests.limits import PATIENCE_SECONDS
 
 
 def raising(error: Exception):
@@ -124,7 +125,7 @@ async def test_a_client_that_leaves_cancels_its_handler_and_is_no_error(http_ser
     client.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
     await began.wait()
     client.writer.close()
-    await asyncio.wait_for(cancelled.wait(), 5)
+    await asyncio.wait_for(cancelled.wait(), PATIENCE_SECONDS)
     await server.close()
 
     assert [record.levelname for record in caplog.records] == ["INFO"]

@@ -10,6 +10,8 @@ import socket
 import pytest
 from aiohttp import web
 
+from tests.limits import PATIENCE_SECONDS
+
 GET = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"
 GET_AND_CLOSE = b"GET /hello HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
@@ -58,7 +60,7 @@ async def test_a_silent_connection_is_closed_without_a_word(http_server, connect
 
 
 async def test_an_idle_keep_alive_connection_is_closed(http_server, connect, hello) -> None:
-    server = await http_server({"GET /hello": hello}, keepalive_seconds=0.2)
+    server = await http_server({"GET /hello": hello}, keepalive_seconds=1.0)
     client = await connect(server)
 
     client.send(GET)
@@ -69,7 +71,7 @@ async def test_an_idle_keep_alive_connection_is_closed(http_server, connect, hel
 
 
 async def test_the_deadline_holds_for_the_second_request_too(http_server, connect, hello) -> None:
-    server = await http_server({"GET /hello": hello}, header_seconds=0.2)
+    server = await http_server({"GET /hello": hello}, header_seconds=1.0)
     client = await connect(server)
 
     client.send(GET)
@@ -81,10 +83,10 @@ async def test_the_deadline_holds_for_the_second_request_too(http_server, connec
 
 async def test_a_handler_may_take_longer_than_the_header_deadline(http_server, connect) -> None:
     async def slow(request: web.Request) -> web.Response:
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.2)
         return web.Response(text="slow")
 
-    server = await http_server({"GET /hello": slow}, header_seconds=0.1)
+    server = await http_server({"GET /hello": slow}, header_seconds=1.0)
     client = await connect(server)
 
     client.send(GET + GET_AND_CLOSE)  # pipelined: the second one's headers are there before the first one's answer
@@ -130,7 +132,7 @@ async def test_a_client_that_reads_nothing_is_cut_off(http_server) -> None:
     server = await http_server({"GET /hello": flood}, slow_client_seconds=0.2)
     with socket.create_connection(("127.0.0.1", server.port)) as client:
         client.sendall(GET)
-        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(ended.wait(), PATIENCE_SECONDS)
 
     assert ended.is_set()
 

@@ -10,6 +10,7 @@ import pytest
 from aiohttp import web
 
 from brlite.http.events import BACKLOG_BYTES, EventStream
+from tests.limits import PATIENCE_SECONDS
 
 
 async def count_to_three(request: web.Request) -> web.StreamResponse:
@@ -45,7 +46,7 @@ async def test_http_client_of_the_standard_library_agrees(http_server) -> None:
     server = await http_server({"GET /x": count_to_three})
 
     def ask_twice() -> list[bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_SECONDS)
         texts = []
         for _ in range(2):
             connection.request("GET", "/x")
@@ -135,7 +136,7 @@ async def test_after_the_client_left_sends_do_nothing_and_say_so(http_server, co
     await client.until(b"data: 1\n\n")
     client.writer.close()
 
-    assert await asyncio.wait_for(sent, 5) == [False, False, False]
+    assert await asyncio.wait_for(sent, PATIENCE_SECONDS) == [False, False, False]
     assert caplog.records == []
 
 
@@ -180,7 +181,7 @@ async def test_a_client_that_never_catches_up_is_cut(http_server, connect) -> No
     client.writer.transport.pause_reading()
     client.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
 
-    assert await asyncio.wait_for(outcome, 10) is False
+    assert await asyncio.wait_for(outcome, PATIENCE_SECONDS) is False
 
 
 @pytest.mark.parametrize("num_clients", [20])

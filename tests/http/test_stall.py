@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from brlite.http.stall import StallTimer
+from tests.limits import PATIENCE_SECONDS
 
 
 class Transport(asyncio.Transport):
@@ -31,7 +32,7 @@ async def test_a_client_is_cut_off_only_when_nothing_moves(sizes: list[int]) -> 
     transport = Transport(sizes)
 
     StallTimer(transport, 0.001).start()
-    await asyncio.wait_for(transport.is_cut.wait(), 10)
+    await asyncio.wait_for(transport.is_cut.wait(), PATIENCE_SECONDS)
 
     assert len(sizes) == 1
 

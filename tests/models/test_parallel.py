@@ -14,6 +14,7 @@ from brlite.config import ModelSpec, Precision
 from brlite.errors import ConfigError
 from brlite.models.sharing import Share, check_groups
 from brlite.worker.loading import Seat, load_model
+from tests.limits import PATIENCE_SECONDS
 from tests.models.steps import BLOCK_SIZE, DEVICE, LENGTH, Runner, load_tiny, random_ids
 from tests.tiny_models import TINY_CONFIGS, TensorCheckpoint
 
@@ -26,7 +27,7 @@ class Table:
     """Where threads lay down what the others take. They go two rounds: nobody clears the table while others look."""
 
     def __init__(self, size: int) -> None:
-        self._barrier = threading.Barrier(size, timeout=30)
+        self._barrier = threading.Barrier(size, timeout=PATIENCE_SECONDS)
         self._laid: list[Tensor | None] = [None] * size
 
     def exchange(self, rank: int, tensor: Tensor) -> list[Tensor]:

@@ -8,6 +8,8 @@ from contextlib import AsyncExitStack
 import openai
 import pytest
 
+from tests.limits import PATIENCE_SECONDS
+
 
 @pytest.fixture
 async def connect() -> AsyncIterator[Callable[..., openai.AsyncOpenAI]]:
@@ -15,7 +17,7 @@ async def connect() -> AsyncIterator[Callable[..., openai.AsyncOpenAI]]:
     async with AsyncExitStack() as stack:
 
         def make(url: str, api_key: str = "none") -> openai.AsyncOpenAI:
-            client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=30)
+            client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=api_key, max_retries=0, timeout=PATIENCE_SECONDS)
             stack.push_async_callback(client.close)
             return client
 

@@ -12,6 +12,10 @@ from brlite.config import Config, LimitsConfig, ProxyConfig, UpstreamConfig
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
 from brlite.server.served_model import ModelTable
+from tests.limits import PATIENCE_SECONDS
+
+# A test that is about a time limit sets it; else it is not to be met on a slow machine.
+PATIENT = ProxyConfig(connect_seconds=PATIENCE_SECONDS, health_timeout_seconds=PATIENCE_SECONDS)
 
 
 class Proxy(NamedTuple):
@@ -35,9 +39,7 @@ async def run_proxy(
     loop = asyncio.get_running_loop()
     shouts: list[object] = []
     loop.set_exception_handler(lambda loop, context: shouts.append(context))
-    config = Config(
-        model=(), upstream=upstreams, proxy=proxy or ProxyConfig(), limits=limits or LimitsConfig(), **options
-    )  # type: ignore[arg-type]  # any other field of Config
+    config = Config(model=(), upstream=upstreams, proxy=proxy or PATIENT, limits=limits or LimitsConfig(), **options)  # type: ignore[arg-type]  # any other field of Config
     app = create_app(ModelTable([]), config)
     forwarder = app[FORWARDER]
     async with HttpServer(app, "127.0.0.1", 0, config.limits, grace_seconds, lanes(app)) as server:
@@ -50,7 +52,7 @@ async def run_proxy(
     assert shouts == []
 
 
-async def wait_until(is_so: object, seconds: float = 5.0) -> None:
+async def wait_until(is_so: object, seconds: float = PATIENCE_SECONDS) -> None:
     """Wait until it is so. Raises `AssertionError` if that takes longer."""
     assert callable(is_so)
     loop = asyncio.get_running_loop()

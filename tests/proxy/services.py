@@ -20,9 +20,9 @@ from typing import Any
 import openai
 from aiohttp import web
 
+from tests.limits import PATIENCE_SECONDS
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
-START_SECONDS = 60
 CONTEXT = 8192  # long enough that an answer takes seconds: it does not end by itself before a test has looked
 LONG: dict[str, Any] = {
     "prompt": "Hi",
@@ -45,7 +45,7 @@ class Service:
             self.process = subprocess.Popen([program, *command[1:]], stderr=file, env={**os.environ, "COLUMNS": "80"})
 
     def wait_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while "brlite is ready" not in self.log:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
@@ -62,7 +62,7 @@ class Service:
 
     def metric(self, name: str) -> float:
         """The number of a metric, over all labels."""
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=PATIENCE_SECONDS) as answer:
             text = answer.read().decode()
         return sum(map(float, re.findall(rf"^{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)))
 
@@ -75,7 +75,7 @@ class Service:
         """SIGTERM; it must leave in good order."""
         if self.process.poll() is None:
             self.process.terminate()
-            assert self.process.wait(timeout=60) == 0, self.log
+            assert self.process.wait(timeout=PATIENCE_SECONDS) == 0, self.log
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import openai
 import pytest
 from aiohttp import HttpVersion10
 
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.services import GATED, LONG, Gated, Service, ask, free_port, start_as_in_the_manual
 
 Connect = Callable[..., openai.AsyncOpenAI]
@@ -81,11 +82,11 @@ def nginx_before(folder: Path, *urls: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=PATIENCE_SECONDS)
 
 
 def wait_listening(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             socket.create_connection(("127.0.0.1", port)).close()

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import pytest
 
 from brlite.config import LimitsConfig, ProxyConfig, UpstreamConfig
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy
 from tests.proxy.raw_client import Answer, BadAnswer, Client, post
 from tests.proxy.scripted import ScriptedUpstream, Step
@@ -18,15 +19,21 @@ from tests.proxy.scripts import GOOD, GOOD_PLAIN, GOOD_STREAM, HELD_BYTES, PLAIN
 
 Way = Literal["lane", "aiohttp", "http_1_0"]
 WAYS: tuple[Way, ...] = ("lane", "aiohttp", "http_1_0")
-PATIENT = ProxyConfig(held_bytes=HELD_BYTES, choice="round_robin", eject_failures=1000, health_seconds=1000)
+PATIENT = ProxyConfig(
+    held_bytes=HELD_BYTES,
+    choice="round_robin",
+    eject_failures=1000,
+    health_seconds=1000,
+    connect_seconds=PATIENCE_SECONDS,
+)
 HASTY = ProxyConfig(
     held_bytes=HELD_BYTES,
     choice="round_robin",
     eject_failures=1000,
     health_seconds=1000,
-    connect_seconds=0.5,
-    first_byte_seconds=0.5,
-    idle_seconds=0.4,
+    connect_seconds=2.0,
+    first_byte_seconds=2.0,  # a good upstream must keep to it on a busy machine, too
+    idle_seconds=1.5,
 )
 
 
@@ -95,7 +102,7 @@ async def ask(port: int, case: Case, script: Script) -> Answer:
 async def try_case(scene: Scene, case: Case, script: Script) -> str | None:
     """What was wrong, if anything was."""
     try:
-        answer = await asyncio.wait_for(ask(scene.proxy.port, case, script), 8)
+        answer = await asyncio.wait_for(ask(scene.proxy.port, case, script), PATIENCE_SECONDS)
     except asyncio.TimeoutError:
         return f"{case.model}: hangs"
     except (BadAnswer, AssertionError) as error:

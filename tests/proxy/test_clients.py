@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 import pytest
 
 from brlite.config import KeyConfig, LimitsConfig, ProxyConfig, UpstreamConfig
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripted import Act, Call, ScriptedUpstream, Step, Then
@@ -39,7 +40,7 @@ class Served:
     async def ask(self, data: bytes) -> Answer:
         client = await self.connect()
         client.send(data)
-        return await asyncio.wait_for(client.answer(), 5)
+        return await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
 
 
 Serve = Callable[..., Awaitable[Served]]
@@ -175,11 +176,11 @@ async def test_what_is_no_request_is_refused_and_no_upstream_sees_it(serve, name
     client = await served.connect()
 
     client.send(data)
-    answer = await asyncio.wait_for(client.answer(), 5)
+    answer = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
 
     assert 400 <= answer.status < 500 or answer.status in (501, 505)
     assert isinstance(answer.error["message"], str)
-    assert await asyncio.wait_for(client.is_closed(), 5)
+    assert await asyncio.wait_for(client.is_closed(), PATIENCE_SECONDS)
     assert served.upstream.num_connections == 0
 
 
@@ -304,7 +305,7 @@ async def test_a_connection_header_of_many_names_takes_no_time(serve) -> None:
     async def ask_at_once() -> Answer:
         return await served.ask(post(PLAIN_BODY, b"Connection: " + names))
 
-    answers = await asyncio.wait_for(asyncio.gather(*(ask_at_once() for _ in range(50))), 5)
+    answers = await asyncio.wait_for(asyncio.gather(*(ask_at_once() for _ in range(50))), PATIENCE_SECONDS)
 
     assert [answer.body for answer in answers] == [PLAIN] * 50
 
@@ -342,7 +343,7 @@ async def test_pipelined_requests_are_answered_in_order_however_they_come(serve,
             await asyncio.sleep(0)
 
     writing = asyncio.create_task(write())
-    answers = [await asyncio.wait_for(client.answer(), 5) for _ in requests]
+    answers = [await asyncio.wait_for(client.answer(), PATIENCE_SECONDS) for _ in requests]
     await writing
 
     assert [answer.body[: len(begin)] for answer, (_, begin) in zip(answers, requests, strict=True)] == [
@@ -359,7 +360,7 @@ async def test_any_two_requests_follow_each_other_on_one_connection(serve, first
         client = await served.connect()
         for request, begin in (requests[first], second, requests[first]):
             client.send(request)
-            assert (await asyncio.wait_for(client.answer(), 5)).body.startswith(begin)
+            assert (await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)).body.startswith(begin)
 
 
 @pytest.mark.parametrize("body", [b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /health HTTP/1.1"])
@@ -447,7 +448,7 @@ async def test_a_client_that_has_said_all_and_closes_its_side_is_not_left_hangin
     client.send(post(PLAIN_BODY))
     client.writer.write_eof()
 
-    assert await asyncio.wait_for(client.is_closed_after(PLAIN), 5)
+    assert await asyncio.wait_for(client.is_closed_after(PLAIN), PATIENCE_SECONDS)
 
 
 # Clients that leave
@@ -481,8 +482,8 @@ async def test_the_upstream_is_told_at_once_when_a_client_leaves(serve, way, bod
     else:
         client.writer.write_eof()
 
-    await wait_until(lambda: served.upstream.left["a"], 1)
-    await wait_until(lambda: served.proxy.forwarder.num_active == 0, 1)
+    await wait_until(lambda: served.upstream.left["a"])
+    await wait_until(lambda: served.proxy.forwarder.num_active == 0)
     assert served.upstream.done["a"] == 0
 
 
@@ -533,7 +534,7 @@ async def test_a_client_that_leaves_while_its_upstream_is_dialled_leaves_nothing
 
         client.leave()
 
-        await wait_until(lambda: proxy.forwarder.num_active == 0, 1)
+        await wait_until(lambda: proxy.forwarder.num_active == 0)
     for each in (listener, *full):
         each.close()
 

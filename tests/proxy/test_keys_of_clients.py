@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from brlite.config import KeyConfig, UpstreamConfig
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripted import ScriptedUpstream, Step
@@ -43,7 +44,7 @@ async def start() -> AsyncIterator[Start]:
                 client = await Client.connect(proxy.port)
                 client.send(post({"model": model, **fields}, *headers))
                 try:
-                    return await asyncio.wait_for(client.answer(), 5)
+                    return await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
                 finally:
                     client.leave()
 

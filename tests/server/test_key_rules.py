@@ -17,6 +17,7 @@ from brlite.engine.backend import ScheduledSeq
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.fakes import printable_token
+from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import MODEL, Client, chat_body, completion_body
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -177,7 +178,7 @@ class Stall:
     def next_token(self, context: Sequence[int], seed: int) -> int:
         if len(context) == PROMPT_TOKENS + 5:
             self.is_reached.set()
-            self.may_go_on.wait(30)
+            self.may_go_on.wait(PATIENCE_SECONDS)
         return printable_token(context, seed)
 
 
@@ -192,7 +193,7 @@ async def test_a_client_that_leaves_gives_its_place_back_and_has_used_what_was_c
     status, answer = await client.post(CHAT, chat_body())
 
     running.cancel()
-    await asyncio.wait_for(until_charged(client), 10)
+    await asyncio.wait_for(until_charged(client), PATIENCE_SECONDS)
     stall.may_go_on.set()
 
     assert status == 429

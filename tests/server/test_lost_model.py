@@ -20,6 +20,7 @@ from brlite.server.residency import OnProgress, Residency
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.engine.test_lost_backend import MortalBackend
 from tests.fakes import ByteTokenizer
+from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import chat_body
 
 CHAT = "/v1/chat/completions"
@@ -126,7 +127,7 @@ async def test_where_the_config_wants_it_the_server_has_to_end(make_house: MakeH
     house = await make_house("exit")
 
     house.loader.backends[0].die()
-    error = await asyncio.wait_for(house.residency.failure(), 10)
+    error = await asyncio.wait_for(house.residency.failure(), PATIENCE_SECONDS)
 
     assert str(error) == 'model a is lost, and engine.on_rank_failure is "exit"'
     assert await house.status("/ready") == 503
@@ -138,7 +139,7 @@ async def test_a_restart_that_fails_ends_the_server_too(make_house: MakeHouse) -
     house.loader.error = ModelError("/models/a: model.safetensors is missing")
 
     house.loader.backends[0].die()
-    error = await asyncio.wait_for(house.residency.failure(), 10)
+    error = await asyncio.wait_for(house.residency.failure(), PATIENCE_SECONDS)
 
     assert str(error) == "model a could not be restarted: /models/a: model.safetensors is missing"
 

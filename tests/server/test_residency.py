@@ -23,6 +23,7 @@ from brlite.server.loading import RETRY_SECONDS
 from brlite.server.residency import GIB, Load, OnProgress, Residency, Resident, Rest, Unload, decide
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.fakes import ByteTokenizer, FakeBackend
+from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import chat_body, completion_body
 
 CHAT = "/v1/chat/completions"
@@ -121,7 +122,7 @@ class SlowToClose(FakeBackend):
 
     def close(self) -> None:
         if self.closing_gate is not None:
-            self.closing_gate.wait(timeout=30)
+            self.closing_gate.wait(timeout=PATIENCE_SECONDS)
         super().close()
 
 

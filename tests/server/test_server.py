@@ -18,6 +18,7 @@ from brlite.http.boundary import has_left
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.fakes import ByteTokenizer
+from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client, chat_body, completion_body
 
 CHAT = "/v1/chat/completions"
@@ -202,7 +203,7 @@ async def test_a_client_that_leaves_frees_its_work(client: Client, is_streamed: 
     request.cancel()
     await asyncio.wait([request])
     client.backend.gate.set()
-    await asyncio.wait_for(client.engine.wait_idle(), 10)
+    await asyncio.wait_for(client.engine.wait_idle(), PATIENCE_SECONDS)
 
     assert client.engine.stats.num_used_blocks == 0
     assert client.engine.stats.finished["abort"] == 1
@@ -230,7 +231,7 @@ async def test_a_stream_ends_at_the_first_write_to_a_client_that_left(
         response.close()
     await eventually(lambda: has_left(requests[0]))
     client.backend.gate.set()
-    await asyncio.wait_for(client.engine.wait_idle(), 10)
+    await asyncio.wait_for(client.engine.wait_idle(), PATIENCE_SECONDS)
     await runner.cleanup()
 
     assert client.engine.stats.finished["abort"] == 1
@@ -249,7 +250,7 @@ async def test_a_delta_that_cannot_be_told_ends_its_stream_with_an_error(make_cl
     async with client.session.post(client.url + CHAT, json=body) as response:
         await response.content.readuntil(b"\n\n")
         client.backend.gate.set()
-        rest = await asyncio.wait_for(response.text(), 10)
+        rest = await asyncio.wait_for(response.text(), PATIENCE_SECONDS)
 
     assert '"type":"server_error"' in rest
     assert rest.endswith("data: [DONE]\n\n")
@@ -265,7 +266,7 @@ async def test_many_clients_leaving_at_all_moments_leave_nothing_behind(client: 
         await asyncio.wait([request])
 
     await asyncio.gather(*(leave_after(number) for number in range(60)))
-    await asyncio.wait_for(client.engine.wait_idle(), 20)
+    await asyncio.wait_for(client.engine.wait_idle(), PATIENCE_SECONDS)
 
     assert client.engine.stats.num_used_blocks == 0
     assert client.engine.is_running

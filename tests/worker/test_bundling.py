@@ -38,6 +38,7 @@ from brlite.worker.loading import load_model
 from brlite.worker.native_backend import NativeBackend
 from brlite.worker.native_loading import load_weights
 from tests.bundles import INT8, make_bundle, plan_bundle
+from tests.limits import PATIENCE_SECONDS
 from tests.tiny_models import TINY_CONFIGS, TensorCheckpoint, random_tensors, write_tiny_model
 from tests.worker.native_models import MODELS, random_ids
 
@@ -206,7 +207,7 @@ def test_a_killed_run_leaves_no_bundle_and_the_next_one_goes_on(
     num_bytes = sum(len(content) for name, content in contents(expected).items() if name.startswith("model-"))
     arguments = [sys.executable, "-c", KILLED, str(source), str(bundle), str(int(share * num_bytes))]
 
-    killed = subprocess.run(arguments, cwd=ROOT, timeout=60)
+    killed = subprocess.run(arguments, cwd=ROOT, timeout=PATIENCE_SECONDS)
 
     assert killed.returncode == -signal.SIGKILL
     finished = {name: (bundle / name).stat().st_ino for name in whole_files(bundle)}
@@ -302,7 +303,9 @@ def test_a_killed_conversion_of_a_changed_source_is_finished_by_the_next_run(
     make_bundle(write_tiny_model(source, "llama-biases"), bundle, library)
     make_bundle(write_tiny_model(source, "llama-tied", seed=7), expected, library)
 
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(source), str(bundle), "0"], cwd=ROOT, timeout=60)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, str(source), str(bundle), "0"], cwd=ROOT, timeout=PATIENCE_SECONDS
+    )
 
     assert killed.returncode == -signal.SIGKILL
     assert whole_files(bundle) == []

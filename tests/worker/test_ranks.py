@@ -21,6 +21,7 @@ from brlite.worker.choosing import load_backend
 from brlite.worker.fit import check_fit
 from brlite.worker.parallel_backend import ParallelBackend
 from brlite.worker.ranks import start_local
+from tests.limits import PATIENCE_SECONDS
 from tests.rank_servers import children, wait_gone
 from tests.tiny_models import write_tiny_model
 
@@ -111,7 +112,7 @@ def test_a_rank_that_dies_is_told_of_once_and_every_step_says_so(model: Path, ba
 
         os.kill(rank, signal.SIGKILL)
 
-        assert is_told.wait(30)
+        assert is_told.wait(PATIENCE_SECONDS)
         for _ in range(2):
             with pytest.raises(BackendLost, match="rank 1 died of signal 9"):
                 draw(ranks)
