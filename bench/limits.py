@@ -30,8 +30,8 @@ from brlite.checkpoint import open_checkpoint
 from brlite.config import Config, EngineConfig, ModelSpec
 from brlite.errors import BrliteError
 from brlite.llm import build_engine
+from brlite.machine import physical_cores
 from brlite.models.config import ModelConfig
-from brlite.worker.cpu import physical_cores
 from brlite.worker.fit import check_fit
 
 LIMIT_NAMES = {

@@ -1,6 +1,6 @@
 """What is doubtful in a config that is valid, and what this version cannot do yet. Both `serve` and `check` ask here.
 
-Reads the config and the environment variable of the key; no model, no device, no network.
+Reads the config, the environment variable of the key and how many threads this process may use; no model, no network.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from brlite.address import parse_address
 from brlite.config import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError
+from brlite.machine import find_cpus
 
 LOOPBACK = ("localhost", "::1")
 GIB = 2**30
@@ -128,6 +129,16 @@ def _engine_of_a_proxy(config: Config) -> Warnings:
         yield "engine: has no effect: no model is served here"
 
 
+def _threads(config: Config) -> Warnings:
+    """More threads than can run at once wait for each other: on one core 4 take 36 to 90 times as long as 1."""
+    cpus = find_cpus()
+    if config.model and config.engine.name is None and config.engine.threads > cpus.num_threads:
+        yield (
+            f"engine.threads = {config.engine.threads}: this process may use {cpus.num_threads} ({cpus.decided_by}); "
+            "more threads than that make each step many times slower; 0 takes the right number"
+        )
+
+
 def _another_engine(config: Config) -> Warnings:
     engine, default = config.engine, EngineConfig()
     if engine.name is None and engine.options:
@@ -194,6 +205,7 @@ _RULES: tuple[Callable[[Config], Warnings], ...] = (
     _aliases,
     _fallbacks,
     _engine_of_a_proxy,
+    _threads,
     _another_engine,
     _step_budget,
 )

@@ -30,7 +30,7 @@ from brlite.checkpoint.traced_code import traced_names
 from brlite.config import EngineConfig, ModelSpec, Precision
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
 from brlite.kernels.library import load_library
-from brlite.machine import show_bytes
+from brlite.machine import physical_cores, show_bytes
 from brlite.models import find_family
 from brlite.models.config import ModelConfig, num_parameters
 from brlite.seed_config import SeedConfig
@@ -45,7 +45,6 @@ from brlite.worker.bundling import (
     write_bundle,
 )
 from brlite.worker.choosing import find_obstacle
-from brlite.worker.cpu import physical_cores
 from brlite.worker.fit import Fit, check_fit
 from brlite.worker.rounding import Rounding
 

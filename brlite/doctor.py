@@ -14,7 +14,7 @@ import brlite
 from brlite.cache import default_cache
 from brlite.config import DEFAULT_MODEL
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
-from brlite.machine import find_instruction_sets, find_memory, show_bytes
+from brlite.machine import find_cpus, find_instruction_sets, find_memory, show_bytes
 
 if TYPE_CHECKING:
     from brlite.kernels.library import NativeLibrary
@@ -66,17 +66,18 @@ def _version(package: str) -> str:
 
 
 def _machine() -> Findings:
-    memory = find_memory()
+    memory, cpus = find_memory(), find_cpus()
+    limit = f"; limited by {memory.decided_by}" if memory.decided_by else ""
     return {
         "instruction sets": " ".join(find_instruction_sets()) or "unknown",
         "hardware threads": str(os.cpu_count()),
-        "memory": f"{show_bytes(memory.total)}, {show_bytes(memory.available)} free",
+        "threads": f"{cpus.num_threads}, {cpus.decided_by}",
+        "memory": f"{show_bytes(memory.total)}, {show_bytes(memory.available)} free{limit}",
         "biren nodes": " ".join(sorted(map(str, Path("/dev").glob(BIREN_NODES)))) or "none",
     }
 
 
 def _device() -> Findings:
-    from brlite.worker.cpu import physical_cores
     from brlite.worker.device import (
         BIREN_ENVIRONMENT,
         compute_dtype,
@@ -94,7 +95,6 @@ def _device() -> Findings:
     findings = {
         "chosen": describe_device(device),
         "torch computes in": str(dtype).removeprefix("torch."),
-        "threads": f"{physical_cores()}, one for each physical core",
     }
     if has_biren_cards():
         findings[BIREN_ENVIRONMENT] = os.environ[BIREN_ENVIRONMENT]

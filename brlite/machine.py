@@ -1,35 +1,102 @@
-"""What this machine has, as /proc tells it: instruction sets, memory. Cores and devices are the worker's business."""
+"""What this process may use of the machine: cores, memory, instruction sets. The one place that asks the system.
+
+Knows no backend and no accelerator. Standard library only: the installation's compiler run imports it too. Every
+function takes the root of a file tree, so that tests describe another machine as a folder of small files.
+"""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
-
-import msgspec
+import re
+import resource
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 # Those that decide which matrix code runs well, x86 and ARM.
 INSTRUCTION_SETS = (
     *("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
-CPUINFO = Path("/proc/cpuinfo")
-MEMINFO = Path("/proc/meminfo")
-CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
+ROOT = Path("/")
+CGROUPS = "sys/fs/cgroup"  # where cgroups are when /proc/self/mountinfo does not say
+OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes spaces
 
 
-class Memory(msgspec.Struct, frozen=True, kw_only=True):
-    """Bytes of main memory, or of the container's share if that is less."""
+class Cpus(NamedTuple):
+    """How many threads can run at once without waiting for each other, and what sets that number."""
+
+    num_threads: int
+    decided_by: str
+
+
+class Memory(NamedTuple):
+    """Bytes that this process may use in all, and those free now. `decided_by` names a limit below the machine's."""
 
     total: int
     available: int
+    decided_by: str = ""
 
 
-def find_instruction_sets() -> tuple[str, ...]:
-    return parse_instruction_sets(_read(CPUINFO))
+class Limit(NamedTuple):
+    """A limit in CPUs or bytes, and the file or setting that it comes from."""
+
+    value: Fraction | int
+    source: str
 
 
-def find_memory() -> Memory:
-    return parse_meminfo(_read(MEMINFO), _read(CONTAINER_LIMIT))
+def find_cpus(root: Path = ROOT, affinity: frozenset[int] | None = None) -> Cpus:
+    """The least of the physical cores, the cores in `affinity` (default: this process's), and every CPU quota.
+
+    Quotas are those of the process's cgroup and of all cgroups above it, rounded down. The result is at least 1.
+    """
+    online = _online_cpus(root)
+    allowed = _affinity(online) if affinity is None else affinity
+    cores = len({_core_of(cpu, root) for cpu in online})
+    bound = len({_core_of(cpu, root) for cpu in allowed})
+    candidates = [
+        Cpus(cores, "one for each physical core"),
+        Cpus(bound, f"one for each physical core of the {len(allowed)} CPUs that its affinity allows"),
+        *(Cpus(int(value), f"a quota of {float(value):.3g} CPUs in {source}") for value, source in cpu_quotas(root)),
+    ]
+    num_threads, decided_by = min(candidates, key=lambda candidate: candidate.num_threads)
+    return Cpus(max(1, num_threads), decided_by)
+
+
+def physical_cores() -> int:
+    """How many threads this process should compute with."""
+    return find_cpus().num_threads
+
+
+def find_memory(root: Path = ROOT) -> Memory:
+    """The least of the machine's memory, every cgroup's limit on the way to the root, and RLIMIT_AS (`ulimit -v`)."""
+    memory = _machine_memory(_read(root / "proc/meminfo"))
+    for limit, used in (*_memory_limits(root), *_address_space_limit(root)):
+        available = max(0, min(memory.available, int(limit.value) - used))
+        if limit.value < memory.total:
+            memory = Memory(int(limit.value), available, limit.source)
+        else:
+            memory = memory._replace(available=available)
+    return memory
+
+
+def find_instruction_sets(root: Path = ROOT) -> tuple[str, ...]:
+    """Those of `INSTRUCTION_SETS` that the first processor in /proc/cpuinfo has."""
+    processor = _first_processor(root)
+    flags = (processor.get("flags") or processor.get("Features") or "").split()
+    return tuple(name for name in INSTRUCTION_SETS if name in flags)
+
+
+def has_fast_bfloat16(root: Path = ROOT) -> bool:
+    """Whether the processor multiplies bfloat16 numbers itself and need not emulate it."""
+    return not FAST_BFLOAT16.isdisjoint(find_instruction_sets(root))
+
+
+def describe_cpu() -> str:
+    """A line for the log: `8 cores, Intel(R) Xeon(R) …`."""
+    return f"{physical_cores()} cores, {_first_processor(ROOT).get('model name', 'unknown model')}"
 
 
 def show_bytes(num_bytes: float) -> str:
@@ -41,27 +108,129 @@ def show_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.3g} TB"
 
 
-def parse_instruction_sets(cpuinfo: str) -> tuple[str, ...]:
-    """Those of `INSTRUCTION_SETS` that the first processor in /proc/cpuinfo has."""
-    fields = _fields(cpuinfo.partition("\n\n")[0])
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
-    return tuple(name for name in INSTRUCTION_SETS if name in flags)
+def cpu_quotas(root: Path = ROOT) -> list[Limit]:
+    """The CPU quotas of the process's cgroup and of those above it, in cgroup v2 and v1."""
+    quotas = []
+    for folder, version in _cgroups(root, "cpu"):
+        files = [folder / "cpu.max"] if version == 2 else [folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"]
+        words = [word for file in files for word in _read(file).split()]
+        if len(words) == 2 and all(map(str.isdecimal, words)) and int(words[1]):  # else "max", or -1: no quota
+            quotas.append(Limit(Fraction(int(words[0]), int(words[1])), _shown(files[0], root)))
+    return quotas
 
 
-def parse_meminfo(text: str, container_limit: str = "") -> Memory:
-    """Read /proc/meminfo and the container's limit, a number of bytes or `max`. Without them the system is asked."""
-    fields = _fields(text)
-    if "MemTotal" not in fields:
+def _memory_limits(root: Path) -> Iterator[tuple[Limit, int]]:
+    """Each cgroup's limit, and how much of it is used. The page cache that can be dropped is not counted as used."""
+    for folder, version in _cgroups(root, "memory"):
+        names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        limit, used = (_read(folder / name).strip() for name in names)
+        if limit.isdecimal():
+            cache = _fields(_read(folder / "memory.stat"), " ").get(
+                "inactive_file" if version == 2 else "total_inactive_file"
+            )
+            dropped = int(cache) if cache and cache.isdecimal() else 0
+            num_used = max(0, int(used) - dropped) if used.isdecimal() else 0
+            yield Limit(int(limit), _shown(folder / names[0], root)), num_used
+
+
+def _address_space_limit(root: Path) -> Iterator[tuple[Limit, int]]:
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY and root == ROOT:
+        pages = _read(root / "proc/self/statm").split()
+        used = int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
+        yield Limit(soft, "RLIMIT_AS (ulimit -v)"), used
+
+
+def _machine_memory(meminfo: str) -> Memory:
+    fields = _fields(meminfo, ":")
+    if "MemTotal" not in fields:  # no /proc
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return Memory(total=total, available=total)
+        return Memory(total, total)
     total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    limit = int(container_limit) if container_limit.strip().isdigit() else total
-    return Memory(total=min(total, limit), available=min(available, limit))
+    return Memory(total, available)
 
 
-def _fields(text: str) -> dict[str, str]:
-    pairs = (line.partition(":") for line in text.splitlines())
+def _cgroups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
+    """The folders of the process's own cgroup and of every one above it, each with its version of cgroups.
+
+    A process has one cgroup in v2 and one in each hierarchy of v1. What of the path a container does not show is
+    left out: the walk ends at the mount point, which shows the container's own cgroup.
+    """
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        version = 2 if (number, controllers) == ("0", "") else 1
+        if version == 1 and controller not in controllers.split(","):
+            continue
+        for top, mount in _mounts(root, controller, version):
+            yield from ((folder, version) for folder in _upwards(mount, _below(path, top)))
+
+
+def _mounts(root: Path, controller: str, version: int) -> list[tuple[PurePosixPath, Path]]:
+    """Where a hierarchy is mounted: the cgroup that the mount point shows, and the mount point."""
+    mounts = []
+    for line in _read(root / "proc/self/mountinfo").splitlines():
+        # 36 35 98:0 ROOT MOUNT_POINT rw,noatime master:1 - TYPE SOURCE OPTIONS
+        place, _, kind = line.partition(" - ")
+        top, point = (_unescaped(word) for word in place.split()[3:5])
+        is_wanted = kind.split()[0] == "cgroup2" if version == 2 else _has_controller(kind, controller)
+        if is_wanted and (root / point.lstrip("/")).is_dir():
+            mounts.append((PurePosixPath(top), root / point.lstrip("/")))
+    usual = root / CGROUPS if version == 2 else root / CGROUPS / controller
+    return mounts or [(PurePosixPath("/"), usual)]
+
+
+def _has_controller(kind: str, controller: str) -> bool:
+    words = kind.split()
+    return words[0] == "cgroup" and controller in words[-1].split(",")
+
+
+def _below(path: str, top: PurePosixPath) -> Sequence[str]:
+    """The names on the way from the mounted cgroup to the process's own."""
+    own = PurePosixPath(path)
+    relative = own.relative_to(top) if own.is_relative_to(top) else own
+    return [name for name in relative.parts if name not in ("/", "..")]
+
+
+def _upwards(mount: Path, names: Sequence[str]) -> Iterator[Path]:
+    yield from (mount.joinpath(*names[:depth]) for depth in range(len(names), -1, -1))
+
+
+def _unescaped(word: str) -> str:
+    return OCTAL.sub(lambda match: chr(int(match[1], 8)), word)
+
+
+def _online_cpus(root: Path) -> frozenset[int]:
+    """From `0-3,8`, as the system lists them."""
+    cpus: set[int] = set()
+    for first, _, last in (part.partition("-") for part in _read(root / "sys/devices/system/cpu/online").split(",")):
+        if first.strip().isdecimal():
+            cpus.update(range(int(first), int(last or first) + 1))
+    return frozenset(cpus or range(os.cpu_count() or 1))
+
+
+def _affinity(online: frozenset[int]) -> frozenset[int]:
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else online
+
+
+def _core_of(cpu: int, root: Path) -> tuple[str, str]:
+    """Package and core of a logical CPU; on systems that do not say, each is a core of its own."""
+    topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+    package, core = (_read(topology / name).strip() for name in ("physical_package_id", "core_id"))
+    return (package, core) if core else ("", str(cpu))
+
+
+def _first_processor(root: Path) -> dict[str, str]:
+    return _fields(_read(root / "proc/cpuinfo").partition("\n\n")[0], ":")
+
+
+def _fields(text: str, separator: str) -> dict[str, str]:
+    pairs = (line.partition(separator) for line in text.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _shown(file: Path, root: Path) -> str:
+    return str(ROOT / file.relative_to(root))
 
 
 def _read(path: Path) -> str:

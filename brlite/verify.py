@@ -25,10 +25,10 @@ from brlite.engine.engine import Engine
 from brlite.engine.request import Request, sibling_seed
 from brlite.errors import BrliteError, ConfigError, InvalidRequest
 from brlite.llm import Assembly, build_engine
+from brlite.machine import physical_cores
 from brlite.outputs import RequestOutput, TokenLogprob
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
-from brlite.worker.cpu import physical_cores
 
 NUM_SIBLINGS = 2  # completions of one seeded request
 NUM_ALTERNATIVES = 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -96,3 +97,18 @@ def test_what_means_less_than_it_seems_to_is_warned_about(config: Config, messag
     warnings = config_warnings(config)
 
     assert any(line.startswith(message) for line in warnings), warnings
+
+
+def test_more_threads_than_this_process_may_use_are_warned_about() -> None:
+    config = Config(engine=EngineConfig(threads=(os.cpu_count() or 1) + 1))
+
+    (warning,) = config_warnings(config)
+
+    assert warning.startswith(f"engine.threads = {config.engine.threads}: this process may use ")
+    assert "0 takes the right number" in warning
+
+
+def test_threads_of_a_proxy_are_not_counted() -> None:
+    config = Config(model=(), upstream=upstream().upstream, engine=EngineConfig(threads=1024))
+
+    assert not any("this process may use" in warning for warning in config_warnings(config))

@@ -16,6 +16,7 @@ def test_every_section_has_findings():
     assert report["versions"]["brlite"] == brlite.__version__
     assert report["versions"]["torch"][0].isdigit()
     assert "free" in report["machine"]["memory"]
+    assert report["machine"]["threads"].partition(", ")[2]  # what decided
     assert report["native kernels"]["library"]
     assert report["model"]["default model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
 

@@ -1,7 +1,8 @@
 """Compiles the native library: one compiler process for each source file, a few at a time, then one that links.
 
 setuptools does so when brlite is installed (extension.py); where that failed, the first start does. Knows neither what
-the library is for nor how it is loaded, and imports nothing but errors: it runs before anything else is installed.
+the library is for nor how it is loaded, and imports only files that need nothing but Python: it runs before any other
+package is installed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brlite.errors import NativeUnavailable
+from brlite.machine import physical_cores
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +115,7 @@ def _run_all(commands: Iterable[list[str]], staging: Path, deadline: float) -> N
     running: list[_Process] = []
     try:
         while waiting or running:
-            while waiting and len(running) < _max_processes():
+            while waiting and len(running) < min(physical_cores(), MAX_PROCESSES):
                 running.append(_start(waiting.pop(), staging))
             running = [process for process in running if not process.is_done()]
             if time.monotonic() > deadline:
@@ -139,8 +141,3 @@ def _complaint(said: Path) -> str:
     lines = said.read_text(encoding="utf-8", errors="replace").split("\n")
     line = next((line for line in lines if "error" in line), lines[0]).strip()
     return line[:MAX_REASON] or "it said nothing"
-
-
-def _max_processes() -> int:
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(num_cpus, MAX_PROCESSES)

@@ -17,6 +17,7 @@ from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.errors import ConfigError, NativeUnavailable
 from brlite.kernels.abi import MAX_HEAD_DIM
+from brlite.machine import find_cpus, find_memory, show_bytes
 from brlite.models.config import ModelConfig
 from brlite.worker.device import computes_on_cpu
 from brlite.worker.fit import Fit
@@ -40,6 +41,10 @@ def load_backend(
 
     Raises `ConfigError` for what it cannot compute, and where `backend = "native"` cannot be had.
     """
+    cpus, memory = find_cpus(), find_memory()
+    threads = f"{engine.threads}, set by engine.threads" if engine.threads else f"{cpus.num_threads}, {cpus.decided_by}"
+    limit = f", limited by {memory.decided_by}" if memory.decided_by else ""
+    logger.info("threads: %s; memory: %s free of %s%s", threads, *map(show_bytes, memory[1::-1]), limit)
     if engine.backend == "torch":
         return _load_torch(checkpoint, fit, spec, engine, on_progress)
     obstacle = find_obstacle(fit.config, spec, engine)

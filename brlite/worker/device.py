@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from brlite.errors import ConfigError
-from brlite.worker.cpu import describe_cpu, has_fast_bfloat16
+from brlite.machine import describe_cpu, has_fast_bfloat16
 
 if TYPE_CHECKING:
     import torch

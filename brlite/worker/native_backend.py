@@ -26,12 +26,12 @@ from brlite.kernels.abi import LANES
 from brlite.kernels.library import NativeLibrary
 from brlite.kernels.plan import NativePlan, PagedCache, Seat
 from brlite.kernels.weights import PackedWeights
+from brlite.machine import describe_cpu, physical_cores
 from brlite.models.config import ModelConfig
 from brlite.models.rope_tables import inverse_frequencies
 from brlite.models.sharing import shared_config
 from brlite.outputs import TokenLogprob
 from brlite.worker.channel import Piece, Work
-from brlite.worker.cpu import describe_cpu, physical_cores
 from brlite.worker.fit import Fit
 from brlite.worker.native_draws import Drawing, NativeDraws, Target
 from brlite.worker.native_loading import LoadedWeights, load_weights

@@ -23,10 +23,10 @@ from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendInfo
 from brlite.errors import ConfigError
 from brlite.kernels.step_rows import SharedSizes, create_shared_file
+from brlite.machine import physical_cores
 from brlite.models.config import ModelConfig
 from brlite.models.sharing import Share, check_groups
 from brlite.worker.channel import Loaded, Setup
-from brlite.worker.cpu import physical_cores
 from brlite.worker.fit import Fit, check_fit
 from brlite.worker.native_backend import max_rows
 from brlite.worker.parallel_backend import ParallelBackend, RankModel

@@ -18,6 +18,7 @@ from brlite.checkpoint import Checkpoint
 from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import ConfigError
+from brlite.machine import physical_cores
 from brlite.models import find_family
 from brlite.models.attention import Span, StepPlan, StepPlanner
 from brlite.models.config import KVDtype, kv_bytes_per_token
@@ -25,7 +26,6 @@ from brlite.models.decoder import Decoder
 from brlite.models.kv_cache import KVCache
 from brlite.outputs import TokenLogprob
 from brlite.worker.channel import Piece, Work
-from brlite.worker.cpu import physical_cores
 from brlite.worker.device import compute_dtype, describe_device, rules_for, select_device
 from brlite.worker.loading import Seat, load_model
 from brlite.worker.probe import probe_device

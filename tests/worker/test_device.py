@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from brlite.errors import ConfigError
-from brlite.worker.cpu import physical_cores
+from brlite.machine import physical_cores
 from brlite.worker.device import (
     compute_dtype,
     computes_on_cpu,
