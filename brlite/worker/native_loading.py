@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,27 +51,52 @@ def load_weights(
     part = f" {share.rank} of {share.size}" if share else ""
     precision = spec.precision.removesuffix("_kv_int8")
     key = ImageKey(LAYOUT_VERSION, precision, checkpoint.identity + part, layout.num_bytes)
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="brlite-load") as pool:
-        if image is not None:
-            try:
-                mapped = MappedImage(image, key, library, pool, on_progress)
-            except FileNotFoundError:
-                logger.debug("%s: there is no image yet", image)
-            except ImageError as error:
-                logger.warning("%s is not used: %s%s", image, error, "; it is made anew" if error.is_ours else "")
-                image = image if error.is_ours else None
-            else:
-                return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
-        memory = NativeMemory(library, layout.num_bytes, "the weights")
+    if image is not None:
         try:
+            with packing_threads(num_threads) as pool:
+                mapped = MappedImage(image, key, library, pool, on_progress)
+        except FileNotFoundError:
+            logger.debug("%s: there is no image yet", image)
+        except ImageError as error:
+            logger.warning("%s is not used: %s%s", image, error, "; it is made anew" if error.is_ours else "")
+            image = image if error.is_ours else None
+        else:
+            return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
+    memory = NativeMemory(library, layout.num_bytes, "the weights")
+    try:
+        with packing_threads(num_threads) as pool:  # they have ended before the memory they write to is given back
             _pack(checkpoint, fit, Packer(library, layout, memory, pool), on_progress, share)
             sums = checksums(library, memory.address, memory.num_bytes, pool, on_progress=lambda fraction: None)
-            if image is not None:
-                _write(image, key, memory, sums)
-        except BaseException:
-            memory.close()
-            raise
+        if image is not None:
+            _write(image, key, memory, sums)
+    except BaseException:
+        memory.close()
+        raise
     return LoadedWeights(PackedWeights(layout, memory), _content_hash(sums))
+
+
+@contextmanager
+def packing_threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads that have ended when the block is left, whatever was raised in it. Work that has not begun is dropped."""
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="brlite-pack")
+    try:
+        yield pool
+    finally:
+        end_threads(pool)
+
+
+def end_threads(pool: ThreadPoolExecutor) -> None:
+    """Return when no thread of the pool runs. A Ctrl-C meanwhile is raised after that: they may be in native code."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            pool.shutdown(wait=True, cancel_futures=True)
+        except BaseException as error:  # raised by the handler of a signal, never by the pool
+            interrupt = error
+        else:
+            break
+    if interrupt is not None:
+        raise interrupt
 
 
 def _pack(
