@@ -5,12 +5,16 @@ A `Batch` can be given to an in-process model, sent as msgpack to tensor-paralle
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn, Protocol, runtime_checkable
 
 import msgspec
 
-from brlite.errors import BackendLost
+from brlite.errors import BackendLost, EngineError
 from brlite.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 
@@ -143,3 +147,68 @@ class CanBeLost(Protocol):
     def watch(self, on_lost: Callable[[BackendLost], None]) -> None:
         """Call `on_lost` once when that happens, on any thread. To be called before the first step."""
         ...
+
+
+class BackendGuard:
+    """Keeps a backend's memory from being used by two threads at once, after `close`, or in a forked child.
+
+    A backend computes inside `with guard.step():` and gives its memory back through `guard.close`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._stepping_thread: int | None = None
+        self._is_closed = False
+        self._deferred: Callable[[], object] | None = None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Hold the backend for one step. Another thread's step is waited for.
+
+        Raises `EngineError` once the backend is closed, and in a child process that was forked from the backend's.
+        """
+        check_process(self._pid)
+        with self._lock:
+            if self._is_closed:
+                raise EngineError("the backend is closed")
+            self._stepping_thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._stepping_thread = None
+                if self._deferred is not None:
+                    self._deferred()
+
+    def close(self, give_back: Callable[[], object]) -> None:
+        """Refuse further steps, wait for the one under way and call `give_back`, which may be called twice.
+
+        A signal handler may close on the very thread that computes: then the memory is given back after the step.
+        In a forked child nothing is done: the threads are the parent's, and the memory ends with the child.
+        """
+        if os.getpid() != self._pid:
+            return
+        self._is_closed = True
+        if self._stepping_thread == threading.get_ident():
+            self._deferred = give_back
+            return
+        with self._lock:
+            give_back()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a backend cannot be pickled or copied: it holds memory and threads of this process")
+
+
+def check_process(pid: int) -> None:
+    """Raise `EngineError` in any process but `pid`, in which a model was loaded: its threads are not in a fork."""
+    if os.getpid() != pid:
+        raise EngineError(
+            f"the model was loaded in process {pid}, and this is {os.getpid()}, a forked child, which has none of its "
+            'threads; load the model in the child, or start the child by the method "spawn"'
+        )
+
+
+def close_dropped(what: str, backend: Backend) -> None:
+    """The finalizer of an object that owns a backend and was dropped without `close`."""
+    warnings.warn(f"an {what} was dropped without close(); its model is given back now", ResourceWarning, stacklevel=2)
+    backend.close()

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from brlite.config import EngineConfig, ModelSpec
-from brlite.engine.backend import BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.engines.calls import chunks, plan_calls, with_every_slot
 from brlite.engines.contract import Capabilities, Engine, Row
 from brlite.engines.discovery import check_capabilities
@@ -68,6 +68,7 @@ class SlotBackend:
     ) -> None:
         """Opens the engine, which may take minutes. Raises what it raises."""
         self._engine = engine
+        self._guard = BackendGuard()
         self._thread = OneThread("brlite-engine-calls")
         try:
             self._capabilities = self._thread.call(lambda: engine.open(spec, config))
@@ -84,6 +85,14 @@ class SlotBackend:
 
         `BackendLost` ends them all at once.
         """
+        with self._guard.step():
+            return self._execute(batch)
+
+    def close(self) -> None:
+        """Close the engine and end its thread, after the step under way if there is one. May be called twice."""
+        self._guard.close(self._give_back)
+
+    def _execute(self, batch: Batch) -> StepResult:
         work = [self._take(seq) for seq in batch.seqs]
         failures = [error for calls in self._rounds(work) for rows in calls for error in self._call(rows, work)]
         if failures and all(each.error is not None for each in work):
@@ -92,8 +101,7 @@ class SlotBackend:
             logger.error("a call of engine %s failed; other sequences go on", self.info.name, exc_info=error)
         return StepResult(self._results(work))
 
-    def close(self) -> None:
-        """Close the engine and end its thread. May be called twice."""
+    def _give_back(self) -> None:
         if self._thread.is_stopped:
             return
         try:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from brlite.checkpoint import Checkpoint
 from brlite.config import EngineConfig, ModelSpec
-from brlite.engine.backend import BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import ConfigError, EngineError
 from brlite.kernels import abi
 from brlite.kernels.abi import LANES
@@ -59,6 +59,7 @@ class NativeBackend:
         seat: Seat | None = None,
     ) -> None:
         self.info = info
+        self._guard = BackendGuard()
         self._library = library
         self._vocab_size = config.vocab_size
         self._draws = NativeDraws(config.vocab_size)
@@ -95,28 +96,31 @@ class NativeBackend:
         num_threads = engine.threads or physical_cores()
         library, block_size = native.functions, math.ceil(engine.block_size / LANES) * LANES
         share = seat.share if seat else None
-        loaded = load_weights(library, checkpoint, fit, spec, image, num_threads, on_progress, share)
         own = shared_config(fit.config, share) if share else fit.config
         is_int8 = spec.precision == "a_bf16_w_int8_kv_int8"
         num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
-        try:
-            cache = PagedCache(library, own, num_blocks=num_blocks, block_size=block_size, is_int8=is_int8)
-        except ConfigError as error:
-            loaded.weights.close()
-            raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
-        info = _describe(native, fit.config, loaded, cache, spec, engine)
-        return cls(
-            library,
-            native.isa,
-            fit.config,
-            loaded.weights,
-            cache,
-            info,
-            max_rows=max_rows(spec, engine),
-            num_threads=num_threads,
-            opened=opened,
-            seat=seat,
-        )
+        with ExitStack() as made:  # given back whatever is raised, Ctrl-C too
+            loaded = load_weights(library, checkpoint, fit, spec, image, num_threads, on_progress, share)
+            made.callback(loaded.weights.close)
+            try:
+                cache = PagedCache(library, own, num_blocks=num_blocks, block_size=block_size, is_int8=is_int8)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
+            made.callback(cache.close)
+            backend = cls(
+                library,
+                native.isa,
+                fit.config,
+                loaded.weights,
+                cache,
+                _describe(native, fit.config, loaded, cache, spec, engine),
+                max_rows=max_rows(spec, engine),
+                num_threads=num_threads,
+                opened=opened,
+                seat=seat,
+            )
+            made.pop_all()
+        return backend
 
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. Its exceptions leave the cache of other sequences as it was."""
@@ -128,10 +132,11 @@ class NativeBackend:
             targets += [
                 Target(first + i, target, seq.num_prompt_logprobs) for i, target in enumerate(seq.prompt_targets)
             ]
-        draws = self._draws.lay_out(drawings, targets)
-        self._run(rows, draws.num_draws, draws.draws_address, draws.drawn_address)
-        tokens, logprobs = iter(draws.tokens()), iter(draws.target_logprobs())
-        return StepResult([_result(seq, tokens, logprobs) for seq in batch.seqs])
+        with self._guard.step():
+            draws = self._draws.lay_out(drawings, targets)
+            self._run(rows, draws.num_draws, draws.draws_address, draws.drawn_address)
+            tokens, logprobs = iter(draws.tokens()), iter(draws.target_logprobs())
+            return StepResult([_result(seq, tokens, logprobs) for seq in batch.seqs])
 
     def follow(self, work: Work) -> None:
         """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
@@ -142,7 +147,8 @@ class NativeBackend:
         draws = (abi.Draw * (len(drawn) + len(targets)))()
         for row, draw in zip((*drawn, *targets), draws, strict=True):
             draw.row = row
-        self._run(rows, len(draws), ctypes.addressof(draws), 0)
+        with self._guard.step():
+            self._run(rows, len(draws), ctypes.addressof(draws), 0)
 
     def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
         """Compute a step, and in place of tokens give the logits [R, V] after the last token of each sequence."""
@@ -157,9 +163,8 @@ class NativeBackend:
         return self._row_logits(rows, range(len(token_ids)))
 
     def close(self) -> None:
-        """Give back threads and memory. May be called twice."""
-        self._engine = 0
-        self._open.close()
+        """Give back threads and memory, after the step under way if there is one. May be called twice."""
+        self._guard.close(self._open.close)
 
     def _row_logits(self, rows: _Rows, wanted: Sequence[int]) -> npt.NDArray[np.float32]:
         """Run a step for the logits of some of its rows."""
@@ -167,10 +172,12 @@ class NativeBackend:
         draws, drawn = (abi.Draw * len(wanted))(), (abi.Drawn * len(wanted))()
         for row, draw in zip(wanted, draws, strict=True):
             draw.row, draw.target, draw.num_logprobs = row, 0, -1
-        self._run(rows, len(draws), ctypes.addressof(draws), ctypes.addressof(drawn), out.ctypes.data)
+        with self._guard.step():
+            self._run(rows, len(draws), ctypes.addressof(draws), ctypes.addressof(drawn), out.ctypes.data)
         return out
 
     def _run(self, rows: _Rows, num_draws: int, draws: int, drawn: int, logits: int | None = None) -> None:
+        """Only inside `guard.step`: the library would follow pointers to memory that was given back."""
         batch = abi.Batch(
             num_rows=rows.num_rows,
             num_spans=len(rows.spans),
@@ -181,8 +188,6 @@ class NativeBackend:
             drawn=drawn,
             logits=logits,
         )
-        if not self._engine:
-            raise EngineError("the backend is closed")
         error = self._library.brlite_run(self._engine, ctypes.addressof(batch))
         if error == abi.LOST_RANK:
             raise EngineError("another rank went in the midst of a step")

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from brlite.engine.backend import BackendInfo, Batch, StepResult
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, StepResult
 from brlite.errors import BackendLost
 from brlite.worker.channel import Join, Joined, Loaded, Setup, Work, compute_frame, frame
 from brlite.worker.ranks import OnLost, Ranks
@@ -58,6 +58,7 @@ class ParallelBackend:
         self._ranks = ranks
         self._on_lost: OnLost = _ignore
         self._lost: BackendLost | None = None
+        self._guard = BackendGuard()
         self._lock = threading.Lock()  # the watch and a step may find a loss at the same time
         ranks.watch(self._note_lost)
 
@@ -88,6 +89,14 @@ class ParallelBackend:
 
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. Whatever is raised, the ranks are not in step any more, and the backend is lost."""
+        with self._guard.step():
+            return self._execute(batch)
+
+    def close(self) -> None:
+        """End the ranks and give back what rank 0 holds, after the step under way if there is one."""
+        self._guard.close(self._give_back)
+
+    def _execute(self, batch: Batch) -> StepResult:
         if self._lost is not None:
             raise self._lost
         try:
@@ -96,8 +105,7 @@ class ParallelBackend:
         except Exception as error:
             raise self._lose(BackendLost(f"a step failed on rank 0: {error}")) from error
 
-    def close(self) -> None:
-        """End the ranks and give back what rank 0 holds."""
+    def _give_back(self) -> None:
         self._ranks.close(at_once=self._lost is not None)
         self._model.close()
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from brlite.checkpoint import Checkpoint
 from brlite.config import EngineConfig, ModelSpec
-from brlite.engine.backend import BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import ConfigError
 from brlite.machine import physical_cores
 from brlite.models import find_family
@@ -42,6 +42,7 @@ class TorchBackend:
     """A `Backend`. `load` takes the memory of weights and cache; what a step takes besides, it gives back."""
 
     def __init__(self, decoder: Decoder, cache: KVCache, info: BackendInfo) -> None:
+        self._guard = BackendGuard()
         self._decoder = decoder
         self._cache = cache
         self._rules = rules_for(decoder.device)
@@ -89,7 +90,7 @@ class TorchBackend:
 
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. Its exceptions leave the cache of other sequences as it was."""
-        with torch.inference_mode():
+        with self._guard.step(), torch.inference_mode():
             plan, hidden = self._forward(batch.seqs)
             tokens = self._draw(batch.seqs, plan, hidden)
             results = [
@@ -100,7 +101,7 @@ class TorchBackend:
 
     def follow(self, work: Work) -> None:
         """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
-        with torch.inference_mode():
+        with self._guard.step(), torch.inference_mode():
             plan, hidden = self._forward(work.seqs)
             first_rows = list(zip(work.seqs, plan.first_rows, strict=True))
             drawn = [first + len(seq.token_ids) - 1 for seq, first in first_rows if seq.is_drawn]
@@ -110,15 +111,19 @@ class TorchBackend:
 
     def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
         """Compute a step, and in place of tokens give the logits [R, V] after the last token of each sequence."""
-        with torch.inference_mode():
+        with self._guard.step(), torch.inference_mode():
             plan, hidden = self._forward(seqs)
             rows = [first + len(seq.token_ids) - 1 for seq, first in zip(seqs, plan.first_rows, strict=True)]
             logits: npt.NDArray[np.float32] = self._logits(hidden, rows).float().cpu().numpy()
         return logits
 
     def close(self) -> None:
-        """Let go of weights and cache."""
-        del self._decoder, self._cache, self._planner
+        """Let go of weights and cache, after the step under way if there is one. May be called twice."""
+        self._guard.close(self._let_go)
+
+    def _let_go(self) -> None:
+        for name in ("_decoder", "_cache", "_planner"):
+            self.__dict__.pop(name, None)
 
     def _forward(self, seqs: Sequence[ScheduledSeq | Piece]) -> tuple[StepPlan, Tensor]:
         """How a step is laid out, and the hidden states of its rows."""
