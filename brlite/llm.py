@@ -9,14 +9,16 @@ import asyncio
 import itertools
 import logging
 import math
+import os
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
@@ -24,7 +26,7 @@ from brlite.config import ENGINE_VARIABLE, Config, ModelSpec, engine_override, l
 from brlite.config_check import check_supported, config_warnings
 from brlite.engine import async_engine
 from brlite.engine.admission import read_token_ids
-from brlite.engine.backend import Backend
+from brlite.engine.backend import Backend, check_process, close_dropped
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request
 from brlite.errors import BrliteError, EngineError, InvalidRequest, ModelError
@@ -84,7 +86,7 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
     from brlite.engines.discovery import make_engine
     from brlite.engines.slot_backend import SlotBackend
 
-    assert config.engine.name is not None, "whoever calls this has looked"
+    assert config.engine.name is not None  # build_engine has looked
     engine = make_engine(config.engine.name)
     if isinstance(engine, BringsTokenizer):
         if spec.chat_template is not None:
@@ -140,6 +142,9 @@ class LLM:
     `config_path` is a TOML file or the manual's JSON; a `Config` will do as well, and neither means the default model.
     But for a `Config`, the environment's BRLITE_ENGINE may name an engine.
     Code from model folders is never run, whatever `trust_remote_code` says.
+
+    Any thread may call any method: calls of `generate` take turns, and `close` waits for the step under way, after
+    which a `generate` on another thread raises `EngineError`. A forked child cannot use its parent's model.
     """
 
     def __init__(
@@ -156,6 +161,11 @@ class LLM:
         self._engine, self._backend = build_engine(_without_queue_limits(config))
         self._ids = itertools.count()
         self._is_closed = False
+        self._pid = os.getpid()
+        self._turn = threading.Lock()
+        self._generating_thread: int | None = None
+        self._finalizer = weakref.finalize(self, close_dropped, "LLM", self._backend)
+        self._finalizer.atexit = False  # the end of the process gives everything back
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -172,26 +182,32 @@ class LLM:
 
         Returns one finished output a prompt, in order; `.prompt` and `.outputs[i].text` are what most need.
         `on_finished` is given each output as it is done, with the number of its prompt from 0. Raises
-        `InvalidRequest`, naming the prompt by that number, for one that is wrong, before anything runs.
+        `InvalidRequest`, naming the prompt by that number, for one that is wrong, before anything runs; `EngineError`
+        where a step failed or the `LLM` is closed; `RuntimeError` when it is called inside `on_finished`.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
         params = _one_for_each(sampling_params, len(prompts))
-        requests = [
-            self._checked(number, prompt, each)
-            for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
-        ]
-        return _Run(self._engine, self._backend, requests, on_finished).finish()
+        with self._taking_turn():
+            requests = [
+                self._checked(number, prompt, each)
+                for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
+            ]
+            try:
+                return _Run(self._engine, self._backend, requests, on_finished).finish()
+            except EngineError:
+                self._check_open()
+                raise
 
     def check(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequest` for a prompt that `generate` would refuse."""
         self._engine.check(self._request(prompt, params))
 
     def close(self) -> None:
-        """Give weights and cache back. May be called twice."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._backend.close()
+        """Give weights and cache back, after the step under way. May be called twice, and inside `on_finished`."""
+        self._is_closed = True
+        self._finalizer.detach()
+        self._backend.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -200,6 +216,29 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an LLM cannot be pickled or copied: it holds a loaded model; send its Config and load it there"
+        )
+
+    @contextmanager
+    def _taking_turn(self) -> Iterator[None]:
+        """Wait until no other thread generates. Raises `EngineError` once the model is closed, or in a forked child."""
+        check_process(self._pid)
+        if self._generating_thread == threading.get_ident():
+            raise RuntimeError("LLM.generate was called inside a callback of LLM.generate; call it after that returns")
+        with self._turn:
+            self._check_open()
+            self._generating_thread = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._generating_thread = None
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise EngineError("the LLM is closed")
 
     def _checked(self, number: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         try:

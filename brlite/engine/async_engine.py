@@ -10,15 +10,16 @@ import asyncio
 import functools
 import logging
 import uuid
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from brlite.config import EngineConfig
 from brlite.engine.admission import check_length
-from brlite.engine.backend import Backend, BackendInfo, CanBeLost
+from brlite.engine.backend import Backend, BackendInfo, CanBeLost, close_dropped
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request, Sink
 from brlite.engine.stats import EngineStats
@@ -40,7 +41,8 @@ class AsyncEngine:
     """Serves requests from the event loop it is used in: `async with AsyncEngine(engine, backend) as engine`.
 
     Owns the engine, the backend and the step thread; `close` ends every open request with `NotReady` and leaves no
-    task and no thread behind. Cancelling a reader of `generate` aborts its request.
+    task and no thread behind. Cancelling a reader of `generate` aborts its request. It belongs to the loop in which it
+    was started: used from another one, or after that one has ended, its methods raise `RuntimeError`.
     """
 
     def __init__(self, engine: Engine, backend: Backend) -> None:
@@ -51,10 +53,13 @@ class AsyncEngine:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self._loop: asyncio.AbstractEventLoop | None = None  # that it was started in
         self._task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._lost: BackendLost | None = None
         self._on_lost: Callable[[], None] = _nobody_watches
+        self._finalizer = weakref.finalize(self, close_dropped, type(self).__name__, backend)
+        self._finalizer.atexit = False  # the end of the process gives everything back
 
     @property
     def info(self) -> BackendInfo:
@@ -86,8 +91,19 @@ class AsyncEngine:
         self._on_lost = on_lost
 
     async def start(self) -> None:
+        """Begin to serve in the running loop. On a running engine this does nothing.
+
+        Raises `EngineError` after `close`, and where its loop has failed.
+        """
+        if self._loop is not None:
+            self._check_loop()
+            if self.is_running and self._closing is None:
+                return
+            raise EngineError("the engine has stopped and cannot be started again; load the model anew")
+        self._loop = asyncio.get_running_loop()
         if isinstance(self._backend, CanBeLost):
-            self._backend.watch(functools.partial(self._call_soon, asyncio.get_running_loop()))
+            # The backend outlives an engine that is dropped, so it must not hold it.
+            self._backend.watch(functools.partial(_call_soon, weakref.ref(self), self._loop))
         self._task = asyncio.create_task(self._run(), name="brlite-engine")
         self._task.add_done_callback(self._on_stopped)
 
@@ -95,7 +111,12 @@ class AsyncEngine:
         """Stop stepping, end what is open, and give back the backend and the threads.
 
         May be called twice. Cancelling whoever waits here does not stop the closing; another call waits for its end.
+        Where the loop that it was started in is closed, any other one will do.
         """
+        if self._loop is not None and self._loop.is_closed():
+            self._close_without_loop()
+            return
+        self._check_loop()
         if self._closing is None:
             self._closing = asyncio.create_task(self._close(), name="brlite-close")
         await asyncio.shield(self._closing)
@@ -111,6 +132,7 @@ class AsyncEngine:
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Queue a request; `sink` gets its deltas on this thread. Raises `RequestError` where it cannot be served."""
+        self._check_loop()
         if not self.is_running:
             raise NotReady("the engine is not running", retry_after_seconds=RETRY_SECONDS)
         self._engine.add_request(request, sink)
@@ -119,6 +141,7 @@ class AsyncEngine:
 
     def abort(self, request_id: str) -> None:
         """End a request within one step. Its sink gets a last output with finish reason "abort"."""
+        self._check_loop()
         self._engine.abort(request_id)
         self._wake.set()
 
@@ -127,6 +150,7 @@ class AsyncEngine:
 
         Raises `PromptTooLong` before that for a text that is too long however it is encoded.
         """
+        self._check_loop()
         check_length(self.tokenizer.fewest_tokens(text), self.info, param=param, at_least="at least ")
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
         return await self._off_loop_if(len(text) > LONG_TEXT, encode)
@@ -173,9 +197,36 @@ class AsyncEngine:
 
     async def wait_idle(self) -> None:
         """Return when no request is left."""
+        self._check_loop()
         await self._idle.wait()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an AsyncEngine cannot be pickled or copied: it holds a loaded model; send its Config and load it there"
+        )
+
+    def _check_loop(self) -> None:
+        """Raise `RuntimeError` in any loop but the one that it was started in: the engine is that loop's, unlocked."""
+        if self._loop is None:
+            return  # not started yet: `submit` refuses, the rest touches no loop
+        running = asyncio.get_running_loop()
+        if running is not self._loop:
+            state = "is closed" if self._loop.is_closed() else "is another one"
+            raise RuntimeError(
+                f"this engine belongs to the event loop it was started in, {self._loop!r}, which {state}; the running "
+                f"loop is {running!r}. Load an engine in each loop (each asyncio.run), or serve from one"
+            )
+
+    def _close_without_loop(self) -> None:
+        """Give everything back at once. No task is left to end; `Backend.close` waits for a step under way."""
+        self._finalizer.detach()
+        self._engine.end_all(NotReady("the event loop of the engine is closed"))
+        self._backend.close()
+        self._thread.shutdown(wait=False)
+        self._encoder.shutdown(wait=False)
+
     async def _close(self) -> None:
+        self._finalizer.detach()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -236,11 +287,6 @@ class AsyncEngine:
         if isinstance(error, BackendLost):
             self._on_lost()
 
-    def _call_soon(self, loop: asyncio.AbstractEventLoop, error: BackendLost) -> None:
-        """On the backend's thread: have the loop notice that the backend is gone."""
-        with suppress(RuntimeError):  # a loop that is closed does not care
-            loop.call_soon_threadsafe(self._lose, error)
-
     def _lose(self, error: BackendLost) -> None:
         self._lost = error
         self._wake.set()
@@ -285,6 +331,14 @@ class OutputStream:
         if self._error is not None:
             self._ready.set()
         return output
+
+
+def _call_soon(engine: weakref.ref[AsyncEngine], loop: asyncio.AbstractEventLoop, error: BackendLost) -> None:
+    """On the backend's thread: have the loop notice that the backend is gone."""
+    alive = engine()
+    if alive is not None:
+        with suppress(RuntimeError):  # the loop is closed: nothing waits in it
+            loop.call_soon_threadsafe(alive._lose, error)
 
 
 def _nobody_watches() -> None:
