@@ -118,8 +118,12 @@ class Engine:
             state.is_aborted = True
 
     def schedule(self) -> Batch | None:
-        """Decide the next step; None if there is nothing to compute. Aborted and overdue requests end here."""
-        assert not self._in_flight, "one step at a time"
+        """Decide the next step; None if there is nothing to compute. Aborted and overdue requests end here.
+
+        Raises `EngineError` while a step is under way.
+        """
+        if self._in_flight:
+            raise EngineError("schedule was called before update or fail ended the last step")
         self._end_aborted()
         self._end_overdue()
         self._in_flight = self._scheduler.schedule()

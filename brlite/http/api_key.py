@@ -107,8 +107,9 @@ class ApiKey:
         self._take("tokens", now, prompt_tokens + completion_tokens)
 
     def end(self) -> None:
-        """Give the place back."""
-        assert self.num_running > 0
+        """Give the place back. Raises `RuntimeError` where there was no `begin`."""
+        if not self.num_running:
+            raise RuntimeError(f"key {self.name!r}: a request ended that had not begun")
         self.num_running -= 1
 
     def headers(self, now: float) -> dict[str, str]:

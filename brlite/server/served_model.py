@@ -85,7 +85,8 @@ class ServedModel:
         """Its engine, once it is there; only while `in_use`. Raises `NotReady` if it does not come, or not in time."""
         if self.engine is None:
             await self.loading.wait(max_wait_seconds)
-        assert self.engine is not None, "a model that is in use is not unloaded"
+        if self.engine is None:  # lost, between the end of its load and now
+            raise self.loading.not_ready("is not loaded any more")
         return self.engine
 
     def take(self, engine: AsyncEngine) -> None:

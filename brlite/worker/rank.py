@@ -11,12 +11,26 @@ import select
 import socket
 import threading
 from contextlib import suppress
+from typing import TypeVar
 
-from brlite.errors import BrliteError
-from brlite.worker.channel import Channel, ChannelClosed, Compute, Failed, Join, Joined, Loaded, Setup, read_work
+from brlite.errors import BrliteError, EngineError
+from brlite.worker.channel import (
+    Channel,
+    ChannelClosed,
+    Compute,
+    Failed,
+    Join,
+    Joined,
+    Loaded,
+    Message,
+    Setup,
+    read_work,
+)
 from brlite.worker.parallel import load_rank
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
 
 EXIT_LOST = 3  # rank 0 is gone, or this rank failed: rank 0 says why
 HANG_UP = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # the latter is Linux's word for a TCP connection's end
@@ -40,17 +54,21 @@ def run(channel: Channel) -> int:
 
 
 def _follow(channel: Channel) -> None:
-    setup = channel.receive()
-    assert isinstance(setup, Setup), "the first message tells what to load"
+    setup = _receive(channel, Setup)
     model = load_rank(setup)
     channel.send(Loaded(model.info.weight_bytes, model.info.kv_bytes, model.info.fingerprint))
-    join = channel.receive()
-    assert isinstance(join, Join), "the second message tells where to meet"
-    model.join(join.place)
+    model.join(_receive(channel, Join).place)
     channel.send(Joined())
     while isinstance(message := channel.receive(), Compute):
         model.follow(read_work(message))
     model.close()  # where something failed the end of the process does it: to leave a broken group may take for ever
+
+
+def _receive(channel: Channel, kind: type[M]) -> M:
+    message = channel.receive()
+    if not isinstance(message, kind):
+        raise EngineError(f"rank 0 sent {type(message).__name__} where {kind.__name__} was due")
+    return message
 
 
 def _end_with(stream: socket.socket) -> None:
