@@ -5,7 +5,8 @@ BrliteError
 ├── ModelError             a model folder, file or download is missing, broken or unsupported
 ├── NativeUnavailable      the native kernels cannot be used on this machine; torch computes instead
 ├── EngineError            a step failed; the requests that were in it end with this
-│   └── BackendLost            what computed a model is gone; nothing can be computed any more
+│   ├── BackendLost            what computed a model is gone; nothing can be computed any more
+│   └── RankGone               a rank cannot go on, because another one is gone
 └── RequestError           a request is refused; `param` names the field
     ├── InvalidRequest         a field is missing, ill-typed or out of range
     │   └── PromptTooLong      the prompt does not fit `build_seq`
@@ -54,6 +55,10 @@ class EngineError(BrliteError):
 
 class BackendLost(EngineError):
     """A process that computed a model's steps is gone: its backend can only be closed, and loaded anew."""
+
+
+class RankGone(EngineError):
+    """A rank cannot go on, because another one is gone. Why that one went is told by itself, or by its process."""
 
 
 class RequestError(BrliteError):

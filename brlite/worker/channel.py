@@ -14,7 +14,7 @@ import msgspec
 
 from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch
-from brlite.errors import EngineError
+from brlite.errors import RankGone
 
 LENGTH_BYTES = 4
 NIL = b"\xc0"  # msgpack's None
@@ -64,17 +64,21 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """From a rank of another machine, first: which it is, and that it may."""
+    """From a rank of another machine, first: which it is, and the proof that it may (`rank_secret.py`)."""
 
     rank: int
-    token: str
+    proof: str
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
-    """From a rank, last: why it ends. `is_foreseen` where the message is fit for a user."""
+    """From a rank, last: why it ends.
+
+    `is_foreseen` where the message is fit for a user, `is_consequence` where the rank ends because another one is gone.
+    """
 
     message: str
     is_foreseen: bool
+    is_consequence: bool = False
 
 
 Message = Setup | Loaded | Join | Joined | Compute | Stop | Hello | Failed
@@ -107,7 +111,7 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
 _WORK = msgspec.msgpack.Decoder(Work)
 
 
-class ChannelClosed(EngineError):
+class ChannelClosed(RankGone):
     """The other side is gone."""
 
 
@@ -128,10 +132,10 @@ class Channel:
         except OSError as error:
             raise ChannelClosed(f"the connection is closed: {error.strerror}") from error
 
-    def receive(self) -> Any:
-        """The next message, however long it takes. Raises `ChannelClosed` where none will come."""
+    def receive(self, max_bytes: int = MAX_BYTES) -> Any:
+        """The next message, however long it takes. Raises `ChannelClosed` where none will come, or a larger one."""
         size = int.from_bytes(self._read(LENGTH_BYTES), "little")
-        if size > MAX_BYTES:
+        if size > max_bytes:
             raise ChannelClosed(f"a message of {size} bytes is none")
         try:
             return self._decoder.decode(self._read(size))

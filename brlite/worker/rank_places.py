@@ -6,14 +6,17 @@ A launcher tells each of its processes by environment variables which rank it is
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from brlite.errors import ConfigError, EngineError
 from brlite.worker.channel import Channel, ChannelClosed, Hello
+from brlite.worker.rank_secret import VARIABLE, is_proof, proof, read_secret
 from brlite.worker.ranks import Member, Ranks
 
 if TYPE_CHECKING:
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GATHERING_SECONDS = 600.0  # for the ranks of all machines to come
+HELLO_SECONDS = 5.0
+MAX_HELLO_BYTES = 256  # some twice what one has
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ADDRESS_KEY = "brlite/rank-0"
 
@@ -53,6 +58,8 @@ def find_place(environment: Mapping[str, str]) -> RankPlace | None:
             *(("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")),
         )
     )
+    if rank >= size:
+        raise ConfigError(f"RANK is {rank}: allowed with WORLD_SIZE = {size} are 0 to {size - 1}")
     return RankPlace(
         rank,
         size,
@@ -65,37 +72,42 @@ def find_place(environment: Mapping[str, str]) -> RankPlace | None:
     )
 
 
-def await_ranks(place: RankPlace) -> Ranks:
+def await_ranks(place: RankPlace, environment: Mapping[str, str] = os.environ) -> Ranks:
     """On rank 0: let the others come. Raises `EngineError` if some do not."""
-    token = secrets.token_hex(16)
-    members: list[Member] = []
+    secret, nonce = read_secret(environment), secrets.token_hex(16)
+    members: dict[int, Member] = {}
     try:
         with _listen(place) as listener:
-            store = _store(place)
-            store.set(_key(place), f"{place.host}|{listener.getsockname()[1]}|{token}")
+            store, port = _store(place), listener.getsockname()[1]
+            store.set(_key(place), "|".join((place.host, str(port), nonce, proof(secret, place.host, port, nonce))))
             logger.info("waiting for %d ranks at %s", place.size - 1, place.host)
+            if not secret:
+                logger.warning("whoever reaches %s can be a rank of this model: %s is not set", place.host, VARIABLE)
             deadline = time.monotonic() + GATHERING_SECONDS
-            while len(members) < place.size - 1:
+            while missing := set(range(1, place.size)) - members.keys():
                 listener.settimeout(max(0.1, deadline - time.monotonic()))
-                member = _admit(listener, token)
+                member = _admit(listener, missing, lambda hello: is_proof(hello.proof, secret, nonce, hello.rank))
                 if member is not None:
-                    members.append(member)
+                    members[member.rank] = member
     except (OSError, RuntimeError) as error:  # torch's store has no narrower class
-        Ranks(members).close(at_once=True)
+        Ranks(list(members.values())).close(at_once=True)
         raise EngineError(
             f"{len(members) + 1} of {place.size} ranks are here, the rest did not come: {error}"
         ) from error
-    return Ranks(sorted(members, key=lambda member: member.rank))
+    return Ranks([members[rank] for rank in sorted(members)])
 
 
-def find_rank_0(place: RankPlace) -> Channel:
-    """On another rank: come to rank 0, once it is there."""
+def find_rank_0(place: RankPlace, environment: Mapping[str, str] = os.environ) -> Channel:
+    """On another rank: come to rank 0, once it is there. Raises `EngineError`, or `ConfigError` for another secret."""
+    secret = read_secret(environment)
     try:
-        host, port, token = _store(place).get(_key(place)).decode().split("|")
+        host, port, nonce, shown = _store(place).get(_key(place)).decode().split("|")
+        if not is_proof(shown, secret, host, port, nonce):
+            raise ConfigError(f"{VARIABLE} of rank {place.rank} is not that of rank 0 at {place.host}")
         channel = Channel(_kept_alive(socket.create_connection((host, int(port)), timeout=GATHERING_SECONDS)))
     except (OSError, RuntimeError, ValueError) as error:
         raise EngineError(f"rank {place.rank} did not find rank 0 at {place.host}: {error}") from error
-    channel.send(Hello(place.rank, token))
+    channel.send(Hello(place.rank, proof(secret, nonce, place.rank)))
     return channel
 
 
@@ -110,19 +122,24 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.getaddrinfo(host, None)[0][0]
 
 
-def _admit(listener: socket.socket, token: str) -> Member | None:
-    """Whoever came, if it is a rank: anybody on the network may knock."""
+def _admit(listener: socket.socket, missing: Collection[int], may_come: Callable[[Hello], bool]) -> Member | None:
+    """Whoever came, if it is a rank that is missing: anybody on the network may knock."""
     stream, address = listener.accept()
     channel = Channel(_kept_alive(stream))
-    stream.settimeout(5)
+    impatience = threading.Timer(HELLO_SECONDS, channel.shut)  # a time limit of the socket's would begin at each byte
+    impatience.start()
     try:
-        hello = channel.receive()
+        hello = channel.receive(MAX_HELLO_BYTES)
     except ChannelClosed:
         hello = None
-    stream.settimeout(None)
-    if isinstance(hello, Hello) and secrets.compare_digest(hello.token, token):
+    impatience.cancel()
+    impatience.join()
+    if not isinstance(hello, Hello) or not may_come(hello):
+        logger.warning("somebody at %s is no rank of this model", address[0])
+    elif hello.rank not in missing:
+        logger.warning("a rank at %s says that it is %d: missing are %s", address[0], hello.rank, sorted(missing))
+    else:
         return Member(hello.rank, channel)
-    logger.warning("somebody at %s is no rank of this model", address[0])
     channel.close()
     return None
 
