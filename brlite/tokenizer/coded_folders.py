@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from brlite.errors import ModelError
-from brlite.model_file import exists
-from brlite.quoting import excerpt
 from brlite.tokenizer.chat_formats import (
     CHATGLM3_ENDS,
     CHATGLM3_PREFIX,
@@ -35,7 +33,7 @@ Loader = Callable[[Path, "Path | None"], Tokenizer]
 
 def find_loader(folder: Path) -> Loader | None:
     """Who reads this folder's tokenizer; None if it is one of the usual kind."""
-    if exists(folder / "tokenizer.json") or not (folder / MODEL_FILE).is_file():
+    if (folder / "tokenizer.json").is_file() or not (folder / MODEL_FILE).is_file():
         return None
     return LOADERS.get(str(read_json(folder / "config.json").get("model_type")))
 
@@ -103,7 +101,7 @@ def _baichuan2_roles(folder: Path, model: SentencePieceModel) -> dict[str, int]:
         if type(token_id) is not int or not 0 <= token_id < len(model.pieces):
             raise ModelError(
                 f"{folder / 'generation_config.json'}: {key} must be a token id below {len(model.pieces)}, "
-                f"got {excerpt(token_id)}"
+                f"got {token_id!r}"
             )
         roles[key] = token_id
     return roles

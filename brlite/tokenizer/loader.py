@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from brlite.errors import ModelError
-from brlite.model_file import exists
 from brlite.tokenizer.tokenizer import Tokenizer
 
 
@@ -37,7 +36,7 @@ def _gguf_file(path: Path) -> Path | None:
         return path
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder or .gguf file")
-    if any(exists(path / name) for name in ("tokenizer.json", "tokenizer.model")):
+    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         return None
     found = sorted(path.glob("*.gguf"))
     if len(found) != 1:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from brlite.errors import ConfigError, EngineError
+from brlite.errors import ConfigError, RankGone
 from brlite.models.sharing import Share
 from brlite.worker.device import collectives_of, loopback_only, make_current
 from brlite.worker.store import TCPStore, open_store
@@ -41,7 +41,7 @@ class TorchGroup:
         return f"{host}|{self._store.port}"
 
     def join(self, place: str) -> None:
-        """Return when all ranks are there. Raises `EngineError` if they do not come."""
+        """Return when all ranks are there. Raises `RankGone` if they do not come."""
         host, _, port = place.rpartition("|")
         if dist.is_initialized():
             raise ConfigError("one model at a time can be shared by ranks on torch: another one is loaded already")
@@ -60,15 +60,21 @@ class TorchGroup:
             self._is_joined = True
             self.sum_(torch.zeros(1, device=self._device))  # connections are made by the first meeting
         except RuntimeError as error:
-            raise EngineError(f"rank {self._share.rank} could not join the others: {error}") from error
+            raise RankGone(f"rank {self._share.rank} could not join the others: {error}") from error
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor)
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:  # torch has no narrower class for a connection that is closed
+            raise RankGone(f"another rank went in the midst of a step: {error}") from error
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self._share.size)]
-        dist.all_gather(parts, tensor)
+        try:
+            dist.all_gather(parts, tensor)
+        except RuntimeError as error:
+            raise RankGone(f"another rank went in the midst of a step: {error}") from error
         return parts
 
     def abort(self) -> None:

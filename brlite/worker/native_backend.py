@@ -20,7 +20,7 @@ import numpy.typing as npt
 from brlite.checkpoint import Checkpoint
 from brlite.config import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
-from brlite.errors import ConfigError, EngineError
+from brlite.errors import ConfigError, EngineError, RankGone
 from brlite.kernels import abi
 from brlite.kernels.abi import LANES
 from brlite.kernels.library import NativeLibrary
@@ -190,7 +190,7 @@ class NativeBackend:
         )
         error = self._library.brlite_run(self._engine, ctypes.addressof(batch))
         if error == abi.LOST_RANK:
-            raise EngineError("another rank went in the midst of a step")
+            raise RankGone("another rank went in the midst of a step")
         if error:
             raise EngineError(f"the native step refused its batch: error {error}")
 

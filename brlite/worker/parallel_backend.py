@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 from brlite.engine.backend import BackendGuard, BackendInfo, Batch, StepResult
-from brlite.errors import BackendLost
+from brlite.errors import BackendLost, RankGone
 from brlite.worker.channel import Join, Joined, Loaded, Setup, Work, compute_frame, frame
-from brlite.worker.ranks import OnLost, Ranks
+from brlite.worker.ranks import CAUSE_SECONDS, OnLost, Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,10 @@ class ParallelBackend:
 
     A rank that is gone, or a step that failed on one rank, ends it: `execute` raises `BackendLost` from then on, and
     whoever watches is told within moments, in a step or between two.
+
+    A step that fails may fail on several ranks, and each finds out at a time of its own. The reason that is told does
+    not depend on who was first: rank 0's own failure, else why another rank ended. That another rank is gone is no
+    failure of rank 0's own.
     """
 
     def __init__(self, model: RankModel, ranks: Ranks, info: BackendInfo) -> None:
@@ -60,6 +64,10 @@ class ParallelBackend:
         self._lost: BackendLost | None = None
         self._guard = BackendGuard()
         self._lock = threading.Lock()  # the watch and a step may find a loss at the same time
+        self._heard: BackendLost | None = None  # why another rank ended
+        self._has_heard = threading.Event()
+        self._is_between_steps = threading.Event()
+        self._is_between_steps.set()
         ranks.watch(self._note_lost)
 
     @classmethod
@@ -77,15 +85,22 @@ class ParallelBackend:
             model.join(place)
             ranks.hear(Joined)
             return cls(model, ranks, describe(model.info, loaded))
-        except BaseException:
+        except BaseException as error:
+            loss = ranks.find_loss(CAUSE_SECONDS) if isinstance(error, RankGone) else None
             ranks.close(at_once=True)
             if model is not None:
                 model.close()
+            if loss is not None:
+                raise loss from error
             raise
 
     def watch(self, on_lost: OnLost) -> None:
-        """Call `on_lost`, on a thread of ours, should a rank go. To be called before the first step."""
-        self._on_lost = on_lost
+        """Call `on_lost` once, on a thread of ours, should a rank go: on the caller's, and now, if one has gone."""
+        with self._lock:
+            self._on_lost = on_lost
+            lost = self._lost
+        if lost is not None:
+            on_lost(lost)
 
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. Whatever is raised, the ranks are not in step any more, and the backend is lost."""
@@ -99,30 +114,45 @@ class ParallelBackend:
     def _execute(self, batch: Batch) -> StepResult:
         if self._lost is not None:
             raise self._lost
+        self._is_between_steps.clear()
         try:
             self._ranks.tell(compute_frame(batch))
             return self._model.execute(batch)
         except Exception as error:
-            raise self._lose(BackendLost(f"a step failed on rank 0: {error}")) from error
+            reason = BackendLost(f"a step failed on rank 0: {error}")
+            if isinstance(error, RankGone) and self._has_heard.wait(CAUSE_SECONDS):
+                reason = self._heard or reason
+            raise self._lose(reason) from error
+        finally:
+            self._is_between_steps.set()
 
     def _give_back(self) -> None:
         self._ranks.close(at_once=self._lost is not None)
         self._model.close()
 
     def _note_lost(self, error: BackendLost) -> None:
+        """Another rank has ended. A step that runs here is freed, and then its own failure goes before."""
+        self._heard = error
+        self._has_heard.set()
+        self._end_others()
+        self._is_between_steps.wait(CAUSE_SECONDS)
         self._lose(error)
 
     def _lose(self, error: BackendLost) -> BackendLost:
-        """Note the first reason, end the ranks that are left, and free whoever waits for them. Returns that reason."""
+        """Note the reason, end the ranks that are left, and free whoever waits for them. Returns the first reason."""
         with self._lock:
             if self._lost is not None:
                 return self._lost
             self._lost = error
+            on_lost = self._on_lost
         logger.error("the ranks of the model are lost: %s", error)
+        self._end_others()
+        on_lost(error)
+        return error
+
+    def _end_others(self) -> None:
         self._ranks.kill()
         self._model.abort()
-        self._on_lost(error)
-        return error
 
 
 Describe = Callable[[BackendInfo, list[Loaded]], BackendInfo]

@@ -13,7 +13,7 @@ import threading
 from contextlib import suppress
 from typing import TypeVar
 
-from brlite.errors import BrliteError, EngineError
+from brlite.errors import BrliteError, EngineError, RankGone
 from brlite.worker.channel import (
     Channel,
     ChannelClosed,
@@ -48,7 +48,8 @@ def run(channel: Channel) -> int:
         is_foreseen = isinstance(error, BrliteError)
         logger.debug("this rank ends", exc_info=error)
         with suppress(ChannelClosed):
-            channel.send(Failed(str(error) if is_foreseen else f"{type(error).__name__}: {error}", is_foreseen))
+            message = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
+            channel.send(Failed(message, is_foreseen, is_consequence=isinstance(error, RankGone)))
         return EXIT_LOST
     return 0
 

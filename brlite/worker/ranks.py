@@ -7,18 +7,20 @@ channel: that is known within milliseconds, and no rank outlives rank 0, whose e
 from __future__ import annotations
 
 import logging
+import math
 import selectors
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
 from brlite.errors import BackendLost, ConfigError, EngineError
-from brlite.worker.channel import Channel, ChannelClosed, Failed, Message, Stop, frame
+from brlite.worker.channel import Channel, ChannelClosed, Failed, Joined, Loaded, Message, Stop, frame
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ M = TypeVar("M", bound=Message)
 OnLost = Callable[[BackendLost], None]
 
 STOP_SECONDS = 5.0  # to end in good order, or be killed
+CAUSE_SECONDS = 5.0  # for word of the rank that went, once another one ends because of it
 
 
 @dataclass(frozen=True)
@@ -71,10 +74,22 @@ class Ranks:
 
     def hear(self, kind: type[M]) -> list[M]:
         """One message from each, as it is due. Raises what a rank failed of, or `BackendLost` for one that ended."""
-        return [_hear(member, kind) for member in self._members]
+        return [self._hear(member, kind) for member in self._members]
+
+    def find_loss(self, seconds: float, beside: Member | None = None) -> BackendLost | ConfigError | None:
+        """While they load: why a rank ended or ends within `seconds`, a rank other than `beside`; None if none does."""
+        with selectors.DefaultSelector() as selector:
+            for member in self._members:
+                if member is not beside:
+                    selector.register(member.channel.stream, selectors.EVENT_READ, member)
+            return _wait_for_loss(selector, seconds)
 
     def watch(self, on_lost: OnLost) -> None:
-        """From now on no rank says anything but why it ends: then `on_lost` is called, once, on a thread of its own."""
+        """From now on no rank says anything but why it ends: then `on_lost` is called, once, on a thread of its own.
+
+        Where one goes and others end because of it, it is told of the one. Of several that go each by itself, it is
+        told of the first.
+        """
         self._watching = _Watch(self._members, on_lost)
 
     def kill(self) -> None:
@@ -96,6 +111,18 @@ class Ranks:
             if member.process is not None:
                 _wait_or_kill(member.process)
             member.channel.close()
+
+    def _hear(self, member: Member, kind: type[M]) -> M:
+        try:
+            message = member.channel.receive()
+        except ChannelClosed as error:
+            raise BackendLost(f"{member.describe_end()} while it was loading") from error
+        if isinstance(message, kind):
+            return message
+        loss = _loss_of(member, message)
+        if isinstance(message, Failed) and message.is_consequence:
+            loss = self.find_loss(CAUSE_SECONDS, beside=member) or loss
+        raise loss
 
 
 class _Watch:
@@ -120,9 +147,9 @@ class _Watch:
 
     def _run(self) -> None:
         try:
-            member = self._selector.select()[0][0].data
-            if member is not None:
-                self._on_lost(BackendLost(_last_words(member)))
+            loss = _wait_for_loss(self._selector)
+            if loss is not None:
+                self._on_lost(loss if isinstance(loss, BackendLost) else BackendLost(str(loss)))
         finally:
             self._selector.close()
             self._wait.close()
@@ -158,24 +185,38 @@ def _start(rank: int, pass_fds: Sequence[int]) -> Member:
     return Member(rank, Channel(ours), process)
 
 
-def _hear(member: Member, kind: type[M]) -> M:
-    try:
-        message = member.channel.receive()
-    except ChannelClosed as error:
-        raise BackendLost(f"{member.describe_end()} while it was loading") from error
-    if isinstance(message, kind):
-        return message
-    if isinstance(message, Failed) and message.is_foreseen:
-        raise ConfigError(f"rank {member.rank}: {message.message}")
-    raise BackendLost(f"rank {member.rank}: {getattr(message, 'message', 'it said what was not due')}")
+def _wait_for_loss(selector: selectors.BaseSelector, seconds: float | None = None) -> BackendLost | ConfigError | None:
+    """Why the first rank ends: None if none does within `seconds`, or what is registered without a member has ended.
+
+    A rank that ends because another one is gone is the reason only if no other is found within `CAUSE_SECONDS`.
+    """
+    consequence: BackendLost | ConfigError | None = None
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    while events := selector.select(None if deadline == math.inf else max(0.0, deadline - time.monotonic())):
+        for key, _ in events:
+            member: Member | None = key.data
+            if member is None:
+                return None
+            try:
+                message = member.channel.receive()
+            except ChannelClosed:
+                return BackendLost(member.describe_end())
+            if isinstance(message, (Loaded, Joined)):  # while they load: it is well
+                continue
+            loss = _loss_of(member, message)
+            if not isinstance(message, Failed) or not message.is_consequence:
+                return loss
+            selector.unregister(key.fileobj)
+            consequence = consequence or loss
+            deadline = min(deadline, time.monotonic() + CAUSE_SECONDS)
+    return consequence
 
 
-def _last_words(member: Member) -> str:
-    try:
-        message = member.channel.receive()
-    except ChannelClosed:
-        return member.describe_end()
-    return f"rank {member.rank}: {getattr(message, 'message', 'it said what was not due')}"
+def _loss_of(member: Member, message: Message) -> BackendLost | ConfigError:
+    """The error that tells of a rank's last message."""
+    if isinstance(message, Failed) and message.is_foreseen and not message.is_consequence:
+        return ConfigError(f"rank {member.rank}: {message.message}")
+    return BackendLost(f"rank {member.rank}: {getattr(message, 'message', 'it said what was not due')}")
 
 
 def _try_to_stop(member: Member) -> None:
