@@ -21,7 +21,7 @@ from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt
 from brlite.proxy.front import Front
 from brlite.proxy.heads import AnswerHead
 from brlite.proxy.peek import replace_model
-from brlite.proxy.places import Waiting
+from brlite.proxy.places import Waiter, Waiting
 from brlite.proxy.splice import LAST_CHUNK
 from brlite.proxy.table import Target
 from brlite.proxy.upstream import Outcome, Upstream
@@ -113,11 +113,11 @@ class Exchange:
     def _enter(self, target: Target) -> None:
         """Take one of the model's places, or wait for one."""
         self.target = target
-        if target.places.take():
+        if target.places.take(self.request.key):
             self._try_next()
             return
         try:
-            self._waiting = target.places.wait(self._turn_came)
+            self._waiting = target.places.wait(self.request.key, Waiter(self._turn_came, self._end_with))
         except RequestError as error:
             self._front.refuse(error)
             self._end(status_of(error).http)
@@ -135,7 +135,7 @@ class Exchange:
         if target.stand_ins and not target.is_available(now, self._tried):
             stand_in = self._stand_in(now)
             if stand_in is not None:
-                target.places.give_back()
+                target.places.give_back(self.request.key)
                 self._enter(stand_in)
                 return
         upstream = target.chooser.choose(now, self.request.affinity, self._tried)
@@ -172,7 +172,7 @@ class Exchange:
         attempt, self._attempt = self._attempt, None
         assert attempt is not None
         self._note(attempt)
-        self.target.places.give_back()
+        self.target.places.give_back(self.request.key)
         self._end(attempt.status)
 
     def attempt_refused(self, head: AnswerHead) -> bool:
@@ -234,7 +234,7 @@ class Exchange:
             self._write_error(error)
         else:
             self._front.cut()
-        self.target.places.give_back()
+        self.target.places.give_back(self.request.key)
         self._end(status_of(error).http)
 
     def _write_error(self, error: RequestError) -> None:
@@ -262,7 +262,7 @@ class Exchange:
             self._waiting.leave()
         else:
             self._leave("unknown")
-            self.target.places.give_back()
+            self.target.places.give_back(self.request.key)
         self._end(CLIENT_LEFT)
 
     def stop(self) -> None:

@@ -16,17 +16,17 @@ def with_proxy(**fields: object) -> Config:
 
 def test_places_that_are_taken_stay_taken_over_a_change_of_the_config() -> None:
     before = UpstreamTable(CONFIG)
-    assert before.targets["m"].places.take()
+    assert before.targets["m"].places.take("key")
 
     after = UpstreamTable(with_proxy(idle_seconds=1.0), before)
 
-    assert not after.targets["m"].places.take()
+    assert not after.targets["m"].places.take("key")
 
 
 def test_another_number_of_places_holds_at_once() -> None:
     before = UpstreamTable(CONFIG)
-    assert before.targets["m"].places.take()
+    assert before.targets["m"].places.take("key")
 
     after = UpstreamTable(with_proxy(max_in_flight=2), before)
 
-    assert [after.targets["m"].places.take() for _ in range(3)] == [True, True, False]
+    assert [after.targets["m"].places.take("key") for _ in range(3)] == [True, True, False]

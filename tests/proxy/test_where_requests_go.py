@@ -209,6 +209,35 @@ async def test_who_waits_too_long_for_a_place_is_told_when_to_come_back(start) -
     assert (await first).body == PLAIN
 
 
+async def test_a_key_that_fills_the_queue_does_not_shut_another_key_out(start) -> None:
+    keys = tuple(KeyConfig(name=name, key=f"sk-{name}") for name in ("many", "few"))
+    group = await start(ProxyConfig(max_in_flight=2, max_queued=3), keys, a=GOOD)
+    may_answer = asyncio.Semaphore(0)
+
+    async def wait(call: Call) -> Then:
+        await may_answer.acquire()
+        await call.send(GOOD_PLAIN)
+        return "keep"
+
+    group.upstreams["a"].act = wait
+    many = []
+    for number in range(5):
+        many.append(asyncio.create_task(group.ask({"model": "m"}, b"Authorization: Bearer sk-many")))
+        await wait_until(lambda number=number: group.proxy.forwarder.num_active == number + 1)
+
+    few = asyncio.create_task(group.ask({"model": "m", "user": "few"}, b"Authorization: Bearer sk-few"))
+    turned_away, _ = await asyncio.wait(many, return_when=asyncio.FIRST_COMPLETED, timeout=5)
+    may_answer.release()
+    await wait_until(lambda: group.num_asked()["a"] == 3)
+
+    assert [(await task).error["code"] for task in turned_away] == ["queue_full"]
+    assert group.upstreams["a"].requests[-1].body["user"] == "few"
+    for _ in range(4):
+        may_answer.release()
+    assert (await few).status == 200
+    assert sorted([(await task).status for task in many]) == [200] * 4 + [429]
+
+
 async def test_a_request_that_was_read_is_never_sent_twice_though_its_connection_is_lost_at_once(start) -> None:
     async def answer_once(call: Call) -> Then:
         call.is_done()
