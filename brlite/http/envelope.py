@@ -59,12 +59,19 @@ def status_of(error: BaseException) -> Status:
 def error_body(error: BaseException) -> bytes:
     """The error as JSON. What is not the client's business is replaced by one fixed sentence."""
     status = status_of(error)
-    fields = {
-        "message": _message(error),
-        "type": status.type,
-        "param": getattr(error, "param", None),
-        "code": getattr(error, "code", None) or status.code,
-    }
+    code = getattr(error, "code", None) or status.code
+    return _body(status._replace(code=code), _message(error), getattr(error, "param", None))
+
+
+def foreign_error_body(http: int, message: str) -> bytes:
+    """The body for a status that another server chose, with its words."""
+    known = next((status for status in STATUSES.values() if status.http == http), None)
+    kind = "invalid_request_error" if http < 500 else "server_error"
+    return _body(known or Status(http, kind, "upstream_error"), message, None)
+
+
+def _body(status: Status, message: str, param: str | None) -> bytes:
+    fields = {"message": message, "type": status.type, "param": param, "code": status.code}
     return msgspec.json.encode({"error": fields, "object": "error", **fields, "code": status.http})
 
 

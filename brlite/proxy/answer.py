@@ -1,21 +1,31 @@
 """An upstream's answer that is no stream: kept until it is whole, so that half of one is never passed on.
 
 What came whole is looked at once: a client gets JSON where it asked for JSON, or an error that says what came instead.
-Knows no sockets.
+An answer about the request (4xx, 501) keeps its status; words that are no JSON go into our envelope. Knows no sockets.
 """
 
 from __future__ import annotations
 
+import html
+import re
+from http import HTTPStatus
+from typing import NamedTuple
+
 import msgspec
 
 from brlite.errors import UpstreamError
+from brlite.http.envelope import foreign_error_body
 from brlite.proxy.framing import Body, CloseBody, LengthBody, body_of
 from brlite.proxy.heads import AnswerHead
+from brlite.proxy.outcomes import is_answer
 
 BODYLESS = (204, 304)
 PAGES = (b"text/html", b"text/plain")
+MAX_WORDS_BYTES = 4096  # of a page that are looked at for an error's text
+MAX_WORDS = 500  # characters of it that a client gets
 
 _JSON = msgspec.json.Decoder(msgspec.Raw)
+_MARKUP = re.compile(r"<(?:script|style)\b[^>]*>[^<]*|<!--[^>]*>|<[^<>]*>", re.IGNORECASE)
 
 
 def body_of_answer(head: AnswerHead, length: int | None) -> Body:
@@ -29,6 +39,13 @@ def is_other_media(head: AnswerHead) -> bool:
     """Whether it is a good answer of a kind that is not looked at, such as speech: there is no sense in keeping it."""
     kind = head.content_type
     return head.status == 200 and not _may_be_json(kind) and kind not in PAGES
+
+
+class WholeAnswer(NamedTuple):
+    """What a client gets: header lines that are about the body, where not the upstream's own, and the body."""
+
+    body: bytes
+    lines: bytes | None = None
 
 
 class HeldAnswer:
@@ -65,29 +82,56 @@ class HeldAnswer:
         payload, self._parts = b"".join(self._parts), []
         return payload
 
-    def whole(self) -> bytes:
+    def whole(self) -> WholeAnswer:
         """All of the body, looked at. Raises `UpstreamError` if it is not what a client can use."""
         payload = self.take()
         head = self._head
         if head.status in BODYLESS or b"content-encoding" in head.fields:
-            return payload
+            return WholeAnswer(payload)
         if 300 <= head.status < 400:
             raise UpstreamError(f"The upstream answered {head.status}: redirects are not followed.")
         kind = head.content_type
         if _may_be_json(kind) or head.status >= 400:
-            _check_json(payload, head.status)
+            if not _is_json(payload):
+                return self._in_our_envelope(payload)
         elif kind in PAGES:
             raise UpstreamError(f"The upstream answered {head.status} with a page in place of JSON.")
-        return payload
+        return WholeAnswer(payload)
+
+    def _in_our_envelope(self, payload: bytes) -> WholeAnswer:
+        """The words of an answer about the request, such as a proxy's page that says 413. Raises as `whole` does."""
+        status = self._head.status
+        if status < 400 or not is_answer(status):
+            raise UpstreamError(f"The upstream answered {status} with what is not JSON.")
+        lines = b"Content-Type: application/json; charset=utf-8\r\n"
+        if retry_after := self._head.fields.get(b"retry-after"):
+            lines += b"Retry-After: %b\r\n" % retry_after
+        text = _words_of(payload) or _phrase_of(status)
+        return WholeAnswer(foreign_error_body(status, f"The upstream answered {status}: {text}"), lines)
 
 
 def _may_be_json(content_type: bytes) -> bool:
     return content_type in (b"", b"application/json") or content_type.endswith(b"+json")
 
 
-def _check_json(payload: bytes, status: int) -> None:
+def _is_json(payload: bytes) -> bool:
     try:
         _JSON.decode(payload)
         payload.isascii() or payload.decode()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise UpstreamError(f"The upstream answered {status} with what is not JSON.") from None
+        return False
+    return True
+
+
+def _words_of(payload: bytes) -> str:
+    """The text of a page, without its markup, in one line."""
+    text = _MARKUP.sub(" ", payload[:MAX_WORDS_BYTES].decode("utf-8", "replace"))
+    words = " ".join(html.unescape(text).split())
+    return "".join(character for character in words if character.isprintable())[:MAX_WORDS]
+
+
+def _phrase_of(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "no reason was given"

@@ -11,19 +11,20 @@ import math
 from typing import Protocol
 
 from brlite.config import ProxyConfig
-from brlite.errors import UpstreamError, UpstreamTimeout, UpstreamUnavailable
+from brlite.errors import NotReady, RequestError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from brlite.proxy.answer import HeldAnswer, body_of_answer, is_other_media
+from brlite.proxy.breaker import Ticket
 from brlite.proxy.connections import UpstreamConnection
 from brlite.proxy.framing import Misframed
 from brlite.proxy.front import Front
 from brlite.proxy.heads import END_OF_HEAD, MAX_ANSWER_HEAD_BYTES, AnswerHead
+from brlite.proxy.outcomes import REFUSALS, Ending, ending_of, is_answer, is_own_fault
 from brlite.proxy.splice import LAST_CHUNK, EventSplice
-from brlite.proxy.upstream import Outcome, Upstream
+from brlite.proxy.upstream import Upstream
 
 # A kept connection that is lost so soon after a request was sent had been closed before the request came.
 STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is cheaper than a second write
-REFUSALS = (429, 503)
 RETRY_AFTER_SECONDS = 1
 MAX_INTERIM_ANSWERS = 100
 EVENT_STREAM = b"text/event-stream"
@@ -31,17 +32,17 @@ UNBUFFERED = b"X-Accel-Buffering: no\r\n"  # an nginx before us would collect th
 OPENAI_STREAMS = (b"/v1/chat/completions", b"/v1/completions")
 
 
-class Owner(Protocol):
+class Listener(Protocol):
     """Whose attempt it is. Each attempt ends with one of these calls, or with `Attempt.leave`."""
 
     def attempt_completed(self) -> None:
         """The client has the whole answer."""
 
-    def attempt_refused(self, head: AnswerHead) -> bool:
-        """The upstream says 429 or 503. True if the owner has left the attempt for another one."""
+    def attempt_refused(self, head: AnswerHead, ending: Ending) -> bool:
+        """The upstream will not do it. True if the attempt was left for another one, else its answer goes on."""
 
-    def attempt_failed(self, error: UpstreamError, *, is_safe: bool = False, is_stale: bool = False) -> None:
-        """It came to nothing. `is_safe`: the upstream has not seen the request; `is_stale`: nor on this connection."""
+    def attempt_failed(self, error: RequestError, ending: Ending) -> None:
+        """It came to nothing."""
 
 
 class Attempt:
@@ -54,6 +55,7 @@ class Attempt:
         "_dialing",
         "_front",
         "_head",
+        "_heard_at",
         "_held",
         "_length",
         "_loop",
@@ -62,6 +64,7 @@ class Attempt:
         "_path",
         "_sent_at",
         "_splice",
+        "_ticket",
         "_unread",
         "_whole",
         "_wire_head",
@@ -73,7 +76,7 @@ class Attempt:
 
     def __init__(
         self,
-        owner: Owner,
+        owner: Listener,
         upstream: Upstream,
         front: Front,
         config: ProxyConfig,
@@ -86,7 +89,8 @@ class Attempt:
         self._dialing: asyncio.Task[UpstreamConnection] | None = None
         self._connection: UpstreamConnection | None = None
         self._path = self._wire_head = self._body = b""
-        self._sent_at = 0.0
+        self._ticket = Ticket(0, is_probe=False)
+        self._sent_at = self._heard_at = 0.0
         self._num_interim = 0
         self._unread = b""  # of a head that is not whole yet
         self._head: AnswerHead | None = None
@@ -110,8 +114,9 @@ class Attempt:
         return self._splice.num_events if self._splice is not None else 0
 
     @property
-    def is_stream(self) -> bool:
-        return self._splice is not None
+    def can_take_event(self) -> bool:
+        """Whether it is a stream that an event of ours can follow: not within one that goes on in parts."""
+        return self._splice is not None and not self._splice.is_within_event
 
     @property
     def usage(self) -> bytes | None:
@@ -123,7 +128,7 @@ class Attempt:
     def start(self, path: bytes, lines: bytes, body: bytes, *, is_fresh: bool) -> None:
         """Send `POST path` with these header lines and this body; `is_fresh` on no connection that was used before."""
         upstream = self.upstream
-        upstream.begin(self._loop.time())
+        self._ticket = upstream.begin(self._loop.time())
         self._path, self._body = path, body
         self._wire_head = b"POST %b%b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n" % (
             upstream.base_path,
@@ -148,16 +153,21 @@ class Attempt:
         error = dialing.exception()
         if error is None and not dialing.result().transport.is_closing():
             self._send(dialing.result())
+        elif is_own_fault(error):
+            text = "The server cannot open another connection at the moment."
+            exhausted = NotReady(text, retry_after_seconds=RETRY_AFTER_SECONDS)
+            exhausted.__cause__ = error
+            self._owner.attempt_failed(exhausted, Ending.OUT_OF_RESOURCES)
         else:
             text = "The upstream cannot be reached."
             unreachable = UpstreamUnavailable(text, retry_after_seconds=RETRY_AFTER_SECONDS)
             unreachable.__cause__ = error  # for the log: addresses and certificates are not the client's affair
-            self._owner.attempt_failed(unreachable, is_safe=True)
+            self._owner.attempt_failed(unreachable, Ending.UNREACHABLE)
 
     def _send(self, connection: UpstreamConnection) -> None:
         self._connection = connection
         connection.holder = self
-        self._sent_at = self._loop.time()
+        self._sent_at = self._heard_at = self._loop.time()
         self.deadline = self._sent_at + self._config.first_byte_seconds
         if len(self._body) <= ONE_WRITE_BYTES:
             connection.transport.write(self._wire_head + self._body)
@@ -168,7 +178,8 @@ class Attempt:
     # What comes back
 
     def data_received(self, data: bytes) -> None:
-        self.deadline = self._loop.time() + self._config.idle_seconds
+        self._heard_at = self._loop.time()
+        self.deadline = self._heard_at + self._config.idle_seconds
         splice = self._splice
         if splice is not None:
             self._feed_stream(splice, data)
@@ -181,18 +192,23 @@ class Attempt:
         except Misframed as error:
             self._fail(f"The upstream's answer is broken: {error}.")
         except UpstreamError as error:
-            self._owner.attempt_failed(error)
+            self._owner.attempt_failed(error, Ending.BROKEN)
 
     def connection_lost(self, error: Exception | None) -> None:
         connection, self._connection = self._connection, None
         assert connection is not None
-        if self._splice is not None:
+        if error is not None and not isinstance(error, OSError):  # asyncio's for what was raised in `data_received`
+            failure = NotReady("The server could not take the answer.", retry_after_seconds=RETRY_AFTER_SECONDS)
+            failure.__cause__ = error
+            self._owner.attempt_failed(failure, Ending.OUT_OF_RESOURCES)
+        elif self._splice is not None:
             self._feed_stream_eof(self._splice)
         elif self._held is not None:
             self._feed_held_eof(self._held)
         else:
             text = "The upstream ended the connection without an answer."
-            self._owner.attempt_failed(UpstreamError(text), is_stale=self._is_stale(connection, error))
+            ending = Ending.STALE if self._is_stale(connection, error) else Ending.BROKEN
+            self._owner.attempt_failed(UpstreamError(text), ending)
 
     def _is_stale(self, connection: UpstreamConnection, error: Exception | None) -> bool:
         """Whether a kept connection had been closed before the request came."""
@@ -210,10 +226,10 @@ class Attempt:
         if head is None:
             return
         self._head = head
-        if head.status in REFUSALS and self._owner.attempt_refused(head):
+        if head.status in REFUSALS and self._owner.attempt_refused(head, REFUSALS[head.status]):
             return
-        if head.status < 500:
-            self.upstream.breaker.answers()
+        if is_answer(head.status):
+            self.upstream.breaker.answers(self._ticket)
         if head.status == 200 and head.content_type == EVENT_STREAM:
             self._begin_stream(head, rest)
             return
@@ -310,13 +326,13 @@ class Attempt:
         except Misframed as error:
             self._fail(f"The upstream's answer is broken: {error}.")
         except UpstreamError as error:
-            self._owner.attempt_failed(error)
+            self._owner.attempt_failed(error, Ending.BROKEN)
 
     def _answer(self, held: HeldAnswer) -> None:
         assert self._head is not None
-        self._whole = body = held.whole()
+        self._whole, lines = held.whole()
         self.has_begun = True
-        self._front.answer(self._head.status, self._head.lines, body)
+        self._front.answer(self._head.status, self._head.lines if lines is None else lines, self._whole)
         self._complete(keep=not held.has_excess)
 
     def _begin_long(self, held: HeldAnswer) -> None:
@@ -354,15 +370,16 @@ class Attempt:
     def time_is_up(self) -> None:
         """The deadline has passed."""
         if self._connection is None:
-            self._owner.attempt_failed(UpstreamTimeout("The upstream did not accept a connection."), is_safe=True)
+            error = UpstreamTimeout("The upstream did not accept a connection.")
+            self._owner.attempt_failed(error, Ending.CONNECT_TIMEOUT)
         elif self.first_byte_at is None:
-            self._owner.attempt_failed(UpstreamTimeout("The upstream did not begin to answer in time."))
+            self._owner.attempt_failed(UpstreamTimeout("The upstream did not begin to answer in time."), Ending.TIMEOUT)
         else:
-            self._owner.attempt_failed(UpstreamTimeout("The upstream stopped answering."))
+            self._owner.attempt_failed(UpstreamTimeout("The upstream stopped answering."), Ending.TIMEOUT)
 
-    def leave(self, outcome: Outcome) -> None:
+    def leave(self, ending: Ending) -> None:
         """Be done with the upstream, which learns by the end of the connection if it was not done."""
-        self.upstream.end(outcome, self._loop.time())
+        self.upstream.end(self._ticket, ending, self._loop.time())
         self.deadline = math.inf
         if self._dialing is not None:
             dialing, self._dialing = self._dialing, None
@@ -372,7 +389,7 @@ class Attempt:
             self._connection = None
 
     def _fail(self, text: str) -> None:
-        self._owner.attempt_failed(UpstreamError(text))
+        self._owner.attempt_failed(UpstreamError(text), Ending.BROKEN)
 
     def _complete(self, *, keep: bool) -> None:
         assert self._head is not None
@@ -382,5 +399,5 @@ class Attempt:
                 self.upstream.pool.put_back(connection)
             else:
                 connection.abort()
-        self.upstream.end("failed" if self._head.status >= 500 else "answered", self._loop.time())
+        self.upstream.end(self._ticket, ending_of(self._head.status), self._loop.time())
         self._owner.attempt_completed()

@@ -1,36 +1,41 @@
 """Ejects an upstream after failures in a row, and lets one request at a time probe whether it is back.
 
 Knows no requests and no clock: its caller says what began, how it ended and what time it is, and decides what counts as
-a failure. A client's own fault (4xx) is an upstream's success.
+a failure (`outcomes.py`).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 State = Literal["closed", "open", "half_open"]
+
+
+class Ticket(NamedTuple):
+    """What `begin` gives for one request: how often the breaker had opened by then, and whether it is the probe."""
+
+    epoch: int
+    is_probe: bool
 
 
 class Breaker:
     """Closed until `failures` in a row; then open for `seconds`; then half-open, when one request is let through.
 
     If that probe succeeds the breaker closes and forgets; if it fails it opens for twice as long as before, up to
-    `max_seconds`. Each `begin` must be followed by exactly one of `succeeded`, `failed` and `abandoned`.
+    `max_seconds`. Exactly one of `succeeded`, `failed` and `abandoned` must follow each `begin`, with its ticket.
 
-    Outcomes do not say which request they are of. While it is open none of them changes anything: they are of requests
-    that began earlier (a server that is going away still ends its streams well), or that were sent for want of a
-    better upstream. While a probe is out, any outcome frees its place, a success closes and a failure opens again; but
-    where others are out too, so that the failure may be one of theirs, it opens for the same time, not for twice.
+    Requests that began before it last opened change nothing while it is open: a server that is going away still ends
+    its streams well. Of those that were sent since, for want of a better upstream, one success closes it at once.
     """
 
     __slots__ = (
+        "_epoch",
         "_first_seconds",
         "_is_open",
         "_is_probing",
         "_max_failures",
         "_max_seconds",
         "_num_failures",
-        "_num_others",
         "_seconds",
         "_until",
     )
@@ -41,10 +46,10 @@ class Breaker:
         self._max_seconds = max(seconds, max_seconds)
         self._seconds = seconds  # how long it is open this time
         self._until = 0.0
+        self._epoch = 0  # how often it has opened
         self._is_open = False
         self._is_probing = False
         self._num_failures = 0  # in a row, while closed
-        self._num_others = 0  # requests under way that are not the probe
 
     def allows(self, now: float) -> bool:
         """Whether a request may be given to it."""
@@ -55,57 +60,42 @@ class Breaker:
             return "closed"
         return "half_open" if self._until <= now else "open"
 
-    def begin(self, now: float) -> None:
+    def begin(self, now: float) -> Ticket:
         """A request is given to it, allowed or not. When half-open, the first one is the probe."""
-        if self._is_open and self.allows(now):
-            self._is_probing = True
-        else:
-            self._num_others += 1
+        is_probe = self._is_open and self.allows(now)
+        self._is_probing = self._is_probing or is_probe
+        return Ticket(self._epoch, is_probe)
 
-    def succeeded(self) -> None:
+    def succeeded(self, ticket: Ticket) -> None:
+        self.answers(ticket)
         if not self._is_open:
-            self._num_others -= 1
             self._num_failures = 0
-        elif self._end_probe():
-            self._is_open = False
+
+    def answers(self, ticket: Ticket) -> None:
+        """A request is being answered well, which is enough to close it: the answer may take as long as it likes."""
+        if self._is_open and ticket.epoch == self._epoch:
+            self._is_open = self._is_probing = False
             self._num_failures = 0
             self._seconds = self._first_seconds
 
-    def failed(self, now: float) -> None:
+    def failed(self, ticket: Ticket, now: float) -> None:
+        if ticket.epoch != self._epoch:
+            return
         if not self._is_open:
-            self._num_others -= 1
             self._num_failures += 1
             if self._num_failures >= self._max_failures:
                 self._open(now)
-        elif self._end_probe():
-            if self._num_others == 0:
-                self._seconds = min(2 * self._seconds, self._max_seconds)
+        elif ticket.is_probe:
+            self._seconds = min(2 * self._seconds, self._max_seconds)
             self._open(now)
 
-    def answers(self) -> None:
-        """A request is being answered well. The probe's outcome is known by that: it may take as long as it likes."""
-        if self._is_open and self._is_probing:
-            self._is_probing = self._is_open = False
-            self._num_others += 1
-            self._num_failures = 0
-            self._seconds = self._first_seconds
-
-    def abandoned(self) -> None:
-        """The client left before the outcome was known, which says nothing."""
-        self._end_probe()  # if it was one, the next request is
+    def abandoned(self, ticket: Ticket) -> None:
+        """The request ended for reasons that say nothing about the upstream. If it was the probe, the next one is."""
+        if ticket.is_probe and ticket.epoch == self._epoch:
+            self._is_probing = False
 
     def _open(self, now: float) -> None:
+        self._epoch += 1
         self._is_open = True
+        self._is_probing = False
         self._until = now + self._seconds
-
-    def _end_probe(self) -> bool:
-        """One request is over; whether a probe was out.
-
-        If it was not the probe itself, the probe is one of the others from now on: their number is the same either way.
-        """
-        was_probing = self._is_probing
-        if was_probing:
-            self._is_probing = False
-        else:
-            self._num_others -= 1
-        return was_probing

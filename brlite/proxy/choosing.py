@@ -24,6 +24,8 @@ class Candidate(Protocol):
     name: str
     weight: int
     num_in_flight: int
+    is_healthy: bool
+    failed_at: float
 
     def is_available(self, now: float) -> bool: ...
 
@@ -57,19 +59,31 @@ class Chooser(Generic[C]):
     def choose(self, now: float, affinity: bytes | None = None, tried: Collection[C] = ()) -> C | None:
         """One that this request has not tried yet, or `None` when it has tried all.
 
-        If none of those left is available, one is chosen all the same: an upstream that is thought to be down is a
-        better answer than none. Without affinity, `prefix` and `sticky` take the least loaded.
+        If none of those left is available, one is chosen all the same, whatever the policy: those that pass their
+        checks in turn, but not the one that failed last. That one is often the fastest to fail, and so the least
+        loaded. Without affinity, `prefix` and `sticky` take the least loaded.
         """
         if self._only is not None:
             return None if self._only in tried else self._only
         untried = [slot for slot in self._slots if slot.candidate not in tried]
         if not untried:
             return None
-        slots = [slot for slot in untried if slot.candidate.is_available(now)] or untried
-        chosen: _Slot[C] = self._policy(slots, affinity)
+        available = [slot for slot in untried if slot.candidate.is_available(now)]
+        chosen: _Slot[C] = self._policy(available, affinity) if available else _in_doubt(untried)
         self._turn += 1
         chosen.last_turn = self._turn
         return chosen.candidate
+
+
+def _in_doubt(slots: Sequence[_Slot[Any]]) -> _Slot[Any]:
+    """One of those that are not available: each gets its turn, so that each is probed."""
+    last_failure = max(slot.candidate.failed_at for slot in slots)
+
+    def rank(slot: _Slot[Any]) -> tuple[bool, bool, int]:
+        candidate = slot.candidate
+        return not candidate.is_healthy, candidate.failed_at == last_failure > -math.inf, slot.last_turn
+
+    return min(slots, key=rank)
 
 
 def _least_loaded(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[Any]:

@@ -14,17 +14,18 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from brlite.errors import NotReady, QueueTimeout, RequestError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
+from brlite.errors import NotReady, QueueTimeout, RequestError, UpstreamUnavailable
 from brlite.http.api_key import ApiKey
 from brlite.http.envelope import error_body, status_of
 from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt
 from brlite.proxy.front import Front
 from brlite.proxy.heads import AnswerHead
+from brlite.proxy.outcomes import TABLE, Ending
 from brlite.proxy.peek import replace_model
 from brlite.proxy.places import Waiter, Waiting
 from brlite.proxy.splice import LAST_CHUNK
 from brlite.proxy.table import Target
-from brlite.proxy.upstream import Outcome, Upstream
+from brlite.proxy.upstream import Upstream
 
 if TYPE_CHECKING:
     from brlite.proxy.forwarder import Forwarder
@@ -175,36 +176,36 @@ class Exchange:
         self.target.places.give_back(self.request.key)
         self._end(attempt.status)
 
-    def attempt_refused(self, head: AnswerHead) -> bool:
+    def attempt_refused(self, head: AnswerHead, ending: Ending) -> bool:
         """Note for how long the upstream wants to be left alone, and ask another. False if there is none."""
         assert self._attempt is not None
         now = self._forwarder.loop.time()
         self._attempt.upstream.refuses_until = now + _pause(head)
         if not self._may_try_again(self._attempt) or not self._has_another(now):
             return False
-        self._leave("refused")
+        self._leave(ending)
         self._try_next()
         return True
 
-    def attempt_failed(self, error: UpstreamError, *, is_safe: bool = False, is_stale: bool = False) -> None:
+    def attempt_failed(self, error: RequestError, ending: Ending) -> None:
         attempt = self._attempt
         assert attempt is not None
         upstream = attempt.upstream
         self._forwarder.report_failure(upstream, error)
         may_try_again = self._may_try_again(attempt)
-        if is_stale and may_try_again:
-            self._leave("unknown")
+        if ending is Ending.STALE and may_try_again:
+            self._leave(ending)
             upstream.num_retries += 1
             self._try(upstream, is_fresh=True)
             return
-        outcome: Outcome = "timeout" if isinstance(error, UpstreamTimeout) else "failed"
-        if is_safe and may_try_again and self._has_another(self._forwarder.loop.time()):
-            self._leave(outcome)
+        has_another = TABLE[ending].is_safe and may_try_again and self._has_another(self._forwarder.loop.time())
+        # A kept connection that is lost where nothing may be tried again is an answer that did not come.
+        self._leave(Ending.BROKEN if ending is Ending.STALE else ending)
+        if has_another:
             upstream.num_retries += 1
             self._try_next()
-            return
-        self._leave(outcome)
-        self._give_up(error, attempt)
+        else:
+            self._give_up(error, attempt)
 
     def _may_try_again(self, attempt: Attempt) -> bool:
         return not attempt.has_begun and self._num_tries <= self._forwarder.config.max_retries
@@ -213,11 +214,11 @@ class Exchange:
         untried = any(upstream not in self._tried for upstream in self.target.upstreams)
         return untried or self._stand_in(now) is not None
 
-    def _leave(self, outcome: Outcome) -> None:
+    def _leave(self, ending: Ending) -> None:
         attempt, self._attempt = self._attempt, None
         if attempt is not None:
             self._note(attempt)
-            attempt.leave(outcome)
+            attempt.leave(ending)
 
     def _note(self, attempt: Attempt) -> None:
         """What is worth knowing of an attempt that is over."""
@@ -230,7 +231,7 @@ class Exchange:
         """Tell the client, as far as an answer has not begun, or has begun as a stream."""
         if attempt is None or not attempt.has_begun:
             self._front.refuse(error)
-        elif attempt.is_stream:
+        elif attempt.can_take_event:
             self._write_error(error)
         else:
             self._front.cut()
@@ -261,7 +262,7 @@ class Exchange:
         if self._waiting is not None:
             self._waiting.leave()
         else:
-            self._leave("unknown")
+            self._leave(Ending.CLIENT_LEFT)
             self.target.places.give_back(self.request.key)
         self._end(CLIENT_LEFT)
 
@@ -285,7 +286,7 @@ class Exchange:
             self._end(status_of(error).http)
         elif not self._is_over:
             attempt = self._attempt
-            self._leave("unknown")
+            self._leave(Ending.STOPPED)
             self._give_up(error, attempt)
 
     def _end(self, status: int) -> None:

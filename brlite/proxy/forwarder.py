@@ -17,7 +17,7 @@ from typing import Annotated
 import msgspec
 
 from brlite.config import Config, ProxyConfig
-from brlite.errors import LoopDetected, NotReady, UpstreamError
+from brlite.errors import LoopDetected, NotReady, RequestError
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.front import Front
 from brlite.proxy.heads import MAX_HOPS
@@ -139,7 +139,7 @@ class Forwarder:
             usage = _usage(exchange)
             key.spend(time.monotonic(), usage.prompt_tokens, usage.completion_tokens)
 
-    def report_failure(self, upstream: Upstream, error: UpstreamError) -> None:
+    def report_failure(self, upstream: Upstream, error: RequestError) -> None:
         """Log that an upstream failed a request, and why."""
         logger.warning("upstream %s: %s", upstream.name, error.__cause__ or error)
 

@@ -17,11 +17,13 @@ LAST_CHUNK = b"0\r\n\r\n"
 DONE = b"[DONE]"
 EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
 MAX_MARK_BYTES = 4
+MAX_CHOICES = 1024  # of one stream: each is remembered until the end
 
 _PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\ndata: (?=\{)")
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 _FIELD = re.compile(rb"(?:event|id|retry)(?::|\Z)")
+_LONG_EVENT = re.compile(rb"(?:data|event|id|retry)?:")
 _JSON = msgspec.json.Decoder(msgspec.Raw)
 
 
@@ -50,6 +52,9 @@ class EventSplice:
 
     `error` is set once the stream is broken; what `feed` gave until then is whole. `is_done` is its good end, with
     `needs_finish` only after a `finish_reason` of every choice that has that field, or after an error.
+
+    Of an event longer than `max_event_bytes` the parts go on as they come, and are not looked at; while
+    `is_within_event` nothing can follow but the rest of it.
     """
 
     __slots__ = (
@@ -57,6 +62,7 @@ class EventSplice:
         "_chunks",
         "_has_error",
         "_has_finished",
+        "_has_unseen",
         "_held",
         "_is_chunked",
         "_max_event_bytes",
@@ -64,6 +70,7 @@ class EventSplice:
         "_saw_done",
         "error",
         "is_done",
+        "is_within_event",
         "num_events",
         "usage_event",
     )
@@ -76,12 +83,14 @@ class EventSplice:
         self._needs_finish = needs_finish
         self._has_finished: dict[int, bool] = {}  # the choices whose events have a finish_reason
         self._has_error = False
+        self._has_unseen = False  # an event too long to be looked at
         self._saw_done = False
         self._held = bytearray()  # of an event that is not whole: what comes is added and looked at once
         self.num_events = 0
         self.usage_event: bytes | None = None
         self.error: str | None = None
         self.is_done = False
+        self.is_within_event = False
 
     @property
     def has_excess(self) -> bool:
@@ -93,7 +102,7 @@ class EventSplice:
         whole = 0
         try:
             chunks = self._chunks
-            if chunks is not None and not self._held and chunks.is_at_boundary:
+            if chunks is not None and not self._held and not self.is_within_event and chunks.is_at_boundary:
                 if text := _only_data(data):
                     self._check_data(text)
                     return data
@@ -139,18 +148,33 @@ class EventSplice:
         )
         events = bytes(held[:end])
         del held[:end]
-        if len(held) > self._max_event_bytes:
-            raise BrokenStream("one of its events is too long")
-        if events:
+        if self.is_within_event and events:
+            rest = _EVENT_END.split(events, 1)[1]  # what follows the end of the long event
+            self._check(rest)
+            self.is_within_event = False
+            self.num_events += 1
+        elif events:
             self._check(events)
+        if len(held) > self._max_event_bytes or self.is_within_event:
+            events += self._part_of_long_event()
         out = self._framed(events)
         return out + self._finish() if self._body.is_done else out
 
+    def _part_of_long_event(self) -> bytes:
+        """What may go on of an event that has not ended: all that cannot be a part of its end."""
+        held = self._held
+        if not self.is_within_event and not _LONG_EVENT.match(held):
+            raise BrokenStream("it holds what is no event")
+        self.is_within_event = self._has_unseen = True
+        size = max(0, len(held) - MAX_MARK_BYTES)
+        part = bytes(held[:size])
+        del held[:size]
+        return part
     def _framed(self, events: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(events), events) if events and self._is_chunked else events
 
     def _finish(self) -> bytes:
-        if self._held.strip():
+        if self._held.strip() or self.is_within_event:
             raise BrokenStream("it ends in the middle of an event")
         if self._needs_finish and not self._saw_done:
             self._check_end(is_sure=bool(self._has_finished))
@@ -159,6 +183,8 @@ class EventSplice:
 
     def _check_end(self, *, is_sure: bool) -> None:
         """Raise `BrokenStream` if a choice has not come to its end, or nothing shows that any has."""
+        if self._has_unseen:
+            return  # it may have been in there
         if not self._has_error and not (is_sure and all(self._has_finished.values())):
             raise BrokenStream("it ends early")
 
@@ -202,6 +228,8 @@ class EventSplice:
                     self._has_finished[choice.index] = False
             elif reason is not msgspec.UNSET:
                 self._has_finished[choice.index] = True
+        if len(self._has_finished) > MAX_CHOICES:
+            raise BrokenStream(f"it has more than {MAX_CHOICES} choices")
 
     def _check_json(self, text: bytes) -> None:
         try:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal, get_args
+from typing import get_args
 
 from brlite.address import parse_address
 from brlite.config import ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError
-from brlite.proxy.breaker import Breaker
+from brlite.proxy.breaker import Breaker, Ticket
 from brlite.proxy.connections import Pool
 from brlite.proxy.heads import Heads, read_answer
 from brlite.proxy.listing import ListedModel
+from brlite.proxy.outcomes import TABLE, Ending, Outcome, Owner
 
 # What may stand in a header: a line end would begin another one.
 _KEY = re.compile(r"[!-~]+")
-
-# What a try to have a request answered came to. "refused" is a 429 or 503 after which another upstream was tried;
-# "unknown" is one that says nothing about the upstream: the client left, or a kept connection had been closed.
-Outcome = Literal["answered", "refused", "failed", "timeout", "unknown"]
 
 
 class Upstream:
@@ -35,6 +33,7 @@ class Upstream:
         "base_path",
         "breaker",
         "config",
+        "failed_at",
         "heads",
         "is_healthy",
         "listed",
@@ -69,6 +68,7 @@ class Upstream:
         self.is_healthy = True
         self.listed: Mapping[str, ListedModel] = {}
         self.num_in_flight = 0
+        self.failed_at = -math.inf  # the loop's time of its last failure
         self.refuses_until = 0.0  # the loop's time until which it has asked not to be asked (Retry-After)
         self.outcomes: Counter[Outcome] = Counter(dict.fromkeys(get_args(Outcome), 0))
         self.num_events = 0
@@ -93,21 +93,23 @@ class Upstream:
         """Whether it is worth asking: its checks pass, it is not ejected, and it has not asked for a pause."""
         return self.is_healthy and self.refuses_until <= now and self.breaker.allows(now)
 
-    def begin(self, now: float) -> None:
-        """A request is given to it."""
+    def begin(self, now: float) -> Ticket:
+        """A request is given to it. The ticket belongs to `end`, which must follow."""
         self.num_in_flight += 1
-        self.breaker.begin(now)
+        return self.breaker.begin(now)
 
-    def end(self, outcome: Outcome, now: float) -> None:
+    def end(self, ticket: Ticket, ending: Ending, now: float) -> None:
         """The request is done with."""
+        row = TABLE[ending]
         self.num_in_flight -= 1
-        self.outcomes[outcome] += 1
-        if outcome == "answered":
-            self.breaker.succeeded()
-        elif outcome == "unknown":
-            self.breaker.abandoned()
+        self.outcomes[row.outcome] += 1
+        if row.owner is None:
+            self.breaker.succeeded(ticket)
+        elif row.owner is Owner.UPSTREAM:
+            self.failed_at = now
+            self.breaker.failed(ticket, now)
         else:
-            self.breaker.failed(now)
+            self.breaker.abandoned(ticket)
 
 
 def _limits(proxy: ProxyConfig) -> tuple[float, ...]:

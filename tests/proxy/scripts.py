@@ -151,6 +151,9 @@ _AT_ACCEPT = {
 _LONG = msgspec.json.encode({"text": "x" * (4 * HELD_BYTES)})
 _LONG_EVENT = event("y" * (HELD_BYTES // 2))
 _BIG_EVENTS = b"".join([*TOKENS[:2], _LONG_EVENT, *TOKENS[2:]]) + DONE
+_HUGE_EVENTS = b"".join([*TOKENS[:2], event("z" * (3 * HELD_BYTES)), *TOKENS[2:]]) + DONE
+_ENDLESS = b"data: " + b"x" * 199_999
+_MANY_CHOICES = [b'data: {"choices":[{"index":%d,"delta":{},"finish_reason":null}]}\n\n' % n for n in range(2000)]
 _CRLF_EVENTS = EVENTS.replace(b"\n\n", b"\r\n\r\n")
 _COMMENTED = b": hello\n\n" + b"".join(b"event: message\nid: 7\n%b: ping\n\n" % token for token in TOKENS) + DONE
 _FIELDS_AFTER = b"".join(token[:-1] + b"id: 7\n\n" for token in TOKENS) + DONE
@@ -243,6 +246,8 @@ SCRIPTS: dict[str, Script] = {
     "a long answer in chunks": Script(Step(plain_chunked(chunks(*cut(_LONG, 9999)))), plain_payload=_LONG),
     "a long answer until the connection ends": Script(Step(JSON_HEAD + b"\r\n" + _LONG, "close"), plain_payload=_LONG),
     "a long event": good_stream(sse(chunks(*cut(_BIG_EVENTS, 9999))), _BIG_EVENTS),
+    "an event that is too long to be kept": good_stream(sse(chunks(*cut(_HUGE_EVENTS, 9999))), _HUGE_EVENTS),
+    "an event that is too long to be kept, in one chunk": good_stream(sse(chunks(_HUGE_EVENTS)), _HUGE_EVENTS),
     "JSON for a stream": Script(Step(GOOD_PLAIN), Step(GOOD_PLAIN), plain_payload=PLAIN, stream_payload=PLAIN),
     "a stream for a plain request": Script(Step(GOOD_STREAM), plain_payload=EVENTS),
     "an error event, then [DONE]": good_stream(
@@ -416,10 +421,22 @@ SCRIPTS: dict[str, Script] = {
     ),
     "cut JSON in an event": bad_stream(sse(chunks(*TOKENS[:2], TOKENS[2][:-20] + b"\n\n", TOKENS[3], DONE))),
     "text in an event": bad_stream(sse(chunks(*TOKENS[:2], b"data: Internal Server Error\n\n", DONE))),
-    "an endless line": bad_stream(sse(chunks(*TOKENS[:2], *[b"data: " + b"x" * 9999] * 20, end=b"")), "stall"),
-    "an endless line in one chunk": bad_stream(
-        sse(chunks(*TOKENS[:2], end=b"ffffff\r\n") + b"data: " + b"x" * 199_999), "stall"
+    "an endless line": Script(
+        None,
+        Step(sse(chunks(*TOKENS[:2], *[_ENDLESS[:9999]] * 20, end=b"")), "stall"),
+        stream_verdicts=("cut",),
+        stream_payload=b"".join(TOKENS[:2]) + _ENDLESS[:9999] * 20,
+        is_slow=True,
     ),
+    "an endless line in one chunk": Script(
+        None,
+        Step(sse(chunks(*TOKENS[:2], end=b"ffffff\r\n") + _ENDLESS), "stall"),
+        stream_verdicts=("cut",),
+        stream_payload=b"".join(TOKENS[:2]) + _ENDLESS,
+        is_slow=True,
+    ),
+    "an endless line that is no event": bad_stream(sse(chunks(*TOKENS[:2], *[b"x" * 9999] * 20, end=b"")), "stall"),
+    "more choices than can be remembered": bad_stream(sse(chunks(*_MANY_CHOICES)), payload=b"".join(_MANY_CHOICES)),
     "an early [DONE]": bad_stream(sse(chunks(*TOKENS[:2], DONE))),
     "an early [DONE] between spaces": bad_stream(sse(chunks(*_SPACED, DONE)), payload=b"".join(_SPACED)),
     "an early [DONE] for one of two choices": bad_stream(

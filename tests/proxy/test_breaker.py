@@ -6,7 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from brlite.proxy.breaker import Breaker
+from brlite.proxy.breaker import Breaker, Ticket
 
 SECONDS = 10.0
 
@@ -18,13 +18,11 @@ def breaker() -> Breaker:
 
 def fail(breaker: Breaker, now: float, times: int = 1) -> None:
     for _ in range(times):
-        breaker.begin(now)
-        breaker.failed(now)
+        breaker.failed(breaker.begin(now), now)
 
 
 def succeed(breaker: Breaker, now: float) -> None:
-    breaker.begin(now)
-    breaker.succeeded()
+    breaker.succeeded(breaker.begin(now))
 
 
 def reopening_time(breaker: Breaker, now: float) -> float:
@@ -34,22 +32,23 @@ def reopening_time(breaker: Breaker, now: float) -> float:
 
 def test_a_probe_that_is_being_answered_closes_it_however_long_that_takes(breaker: Breaker) -> None:
     fail(breaker, now=0.0, times=3)
-    breaker.begin(SECONDS)  # the probe
+    probe = breaker.begin(SECONDS)
 
-    breaker.answers()
+    breaker.answers(probe)
 
     assert breaker.allows(SECONDS)
     assert breaker.state(SECONDS) == "closed"
-    breaker.succeeded()  # hours later
+    breaker.succeeded(probe)  # hours later
     fail(breaker, now=SECONDS, times=2)
     assert breaker.state(SECONDS) == "closed"
 
 
-def test_answers_while_it_is_open_do_not_close_it(breaker: Breaker) -> None:
-    breaker.begin(0.0)
+def test_answers_to_requests_from_before_it_opened_do_not_close_it(breaker: Breaker) -> None:
+    earlier = breaker.begin(0.0)
     fail(breaker, now=0.0, times=3)
 
-    breaker.answers()
+    breaker.answers(earlier)
+    breaker.succeeded(earlier)
 
     assert breaker.state(0.0) == "open"
 
@@ -118,8 +117,7 @@ def test_a_first_time_beyond_the_longest_is_kept() -> None:
 def test_a_client_that_leaves_counts_as_nothing(breaker: Breaker) -> None:
     fail(breaker, now=0.0, times=2)
 
-    breaker.begin(0.0)
-    breaker.abandoned()
+    breaker.abandoned(breaker.begin(0.0))
     fail(breaker, now=0.0)
 
     assert breaker.state(0.0) == "open"
@@ -127,48 +125,57 @@ def test_a_client_that_leaves_counts_as_nothing(breaker: Breaker) -> None:
 
 def test_a_client_that_leaves_the_probe_gives_its_place_back(breaker: Breaker) -> None:
     fail(breaker, now=0.0, times=3)
-    breaker.begin(SECONDS)
+    probe = breaker.begin(SECONDS)
 
-    breaker.abandoned()
+    breaker.abandoned(probe)
 
     assert breaker.allows(SECONDS)
     fail(breaker, now=SECONDS)
     assert reopening_time(breaker, SECONDS) == 20.0
 
 
-def test_late_outcomes_change_nothing_while_it_is_open(breaker: Breaker) -> None:
-    for _ in range(6):
-        breaker.begin(0.0)
-    for _ in range(3):
-        breaker.failed(1.0)
+def test_late_outcomes_change_nothing_while_it_is_open_or_when_it_has_closed_again(breaker: Breaker) -> None:
+    tickets = [breaker.begin(0.0) for _ in range(9)]
+    for ticket in tickets[:3]:
+        breaker.failed(ticket, 1.0)
 
-    breaker.failed(5.0)
-    breaker.succeeded()
-    breaker.abandoned()
+    breaker.failed(tickets[3], 5.0)
+    breaker.succeeded(tickets[4])
+    breaker.abandoned(tickets[5])
+    is_open = breaker.state(5.0) == "open"
+    reopening = reopening_time(breaker, 1.0)
+    succeed(breaker, now=12.0)
+    for ticket in tickets[6:]:
+        breaker.failed(ticket, 12.0)
 
-    assert breaker.state(5.0) == "open"
-    assert reopening_time(breaker, 1.0) == SECONDS
+    assert (is_open, reopening) == (True, SECONDS)
+    assert breaker.state(12.0) == "closed"
 
 
-def test_a_failure_that_may_be_a_late_one_does_not_double_the_time(breaker: Breaker) -> None:
-    breaker.begin(0.0)
+def test_failures_beside_the_probe_do_not_double_the_time(breaker: Breaker) -> None:
+    earlier = breaker.begin(0.0)
     fail(breaker, now=0.0, times=3)
-    breaker.begin(SECONDS)
+    beside = breaker.begin(1.0)
+    probe = breaker.begin(SECONDS)
 
-    breaker.failed(SECONDS)
-    first = reopening_time(breaker, SECONDS)
-    breaker.failed(SECONDS)
-    fail(breaker, now=20.0)
+    breaker.failed(earlier, SECONDS)
+    breaker.failed(beside, SECONDS)
+    is_probing = not breaker.allows(SECONDS)
+    breaker.failed(probe, SECONDS)
 
-    assert (first, reopening_time(breaker, 20.0)) == (10.0, 20.0)
+    assert is_probing
+    assert reopening_time(breaker, SECONDS) == 20.0
 
 
-def test_a_request_sent_for_want_of_a_better_upstream_does_not_end_the_ejection(breaker: Breaker) -> None:
+def test_a_success_while_it_is_open_closes_it(breaker: Breaker) -> None:
     fail(breaker, now=0.0, times=3)
+    fail(breaker, now=SECONDS)
 
-    succeed(breaker, now=1.0)
+    succeed(breaker, now=SECONDS + 1)  # sent for want of a better upstream
 
-    assert breaker.state(1.0) == "open"
+    assert breaker.state(SECONDS + 1) == "closed"
+    fail(breaker, now=20.0, times=3)
+    assert reopening_time(breaker, 20.0) == SECONDS
 
 
 class BreakerMachine(RuleBasedStateMachine):
@@ -178,7 +185,7 @@ class BreakerMachine(RuleBasedStateMachine):
         super().__init__()
         self.breaker = Breaker(failures=2, seconds=10.0, max_seconds=40.0)
         self.now = 0.0
-        self.num_running = 0
+        self.running: list[Ticket] = []
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 10.0, 40.0]))
     def pass_time(self, seconds: float) -> None:
@@ -186,17 +193,16 @@ class BreakerMachine(RuleBasedStateMachine):
 
     @rule()
     def begin(self) -> None:
-        self.breaker.begin(self.now)
-        self.num_running += 1
+        self.running.append(self.breaker.begin(self.now))
 
-    @precondition(lambda self: self.num_running)
-    @rule(outcome=st.sampled_from(["succeeded", "failed", "abandoned"]))
-    def end(self, outcome: str) -> None:
-        self.num_running -= 1
+    @precondition(lambda self: self.running)
+    @rule(outcome=st.sampled_from(["succeeded", "failed", "abandoned"]), data=st.data())
+    def end(self, outcome: str, data: st.DataObject) -> None:
+        ticket = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
         if outcome == "failed":
-            self.breaker.failed(self.now)
+            self.breaker.failed(ticket, self.now)
         else:
-            getattr(self.breaker, outcome)()
+            getattr(self.breaker, outcome)(ticket)
 
     @invariant()
     def is_consistent(self) -> None:
@@ -204,7 +210,7 @@ class BreakerMachine(RuleBasedStateMachine):
         assert self.breaker.allows(self.now) <= (state != "open")
         assert self.breaker.allows(self.now) or state != "closed"
 
-    @precondition(lambda self: self.num_running == 0)
+    @precondition(lambda self: not self.running)
     @invariant()
     def is_never_shut_for_ever(self) -> None:
         assert self.breaker.allows(self.now + 40.0)

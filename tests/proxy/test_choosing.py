@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import get_args
 
@@ -18,6 +19,9 @@ CHOICES = get_args(Choice)
 
 class Server:
     """An upstream as the chooser sees it."""
+
+    is_healthy = True
+    failed_at = -math.inf
 
     def __init__(self, name: str, *, weight: int = 1, num_in_flight: int = 0, is_up: bool = True) -> None:
         self.name = name
@@ -72,6 +76,29 @@ def test_an_upstream_that_was_tried_is_not_tried_again(choice: Choice) -> None:
     server = Server("a")
 
     assert Chooser(choice, [server]).choose(NOW, None, {server}) is None
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_where_none_is_available_who_failed_last_is_avoided_and_the_others_take_turns(choice: Choice) -> None:
+    servers = [Server(name, is_up=False) for name in "abc"]
+    servers[0].failed_at = NOW - 1
+    servers[1].failed_at = NOW - 2
+    chooser = Chooser(choice, servers)
+
+    before = [str(chooser.choose(NOW, b"affinity")) for _ in range(4)]
+    servers[2].failed_at = NOW
+    after = [str(chooser.choose(NOW, b"affinity")) for _ in range(4)]
+
+    assert (sorted(before), sorted(after)) == (list("bbcc"), list("aabb"))
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_where_none_is_available_those_that_pass_their_checks_come_first(choice: Choice) -> None:
+    servers = [Server(name, is_up=False) for name in "ab"]
+    servers[0].is_healthy = False
+    servers[1].failed_at = NOW
+
+    assert str(Chooser(choice, servers).choose(NOW, b"affinity")) == "b"
 
 
 def test_without_upstreams_none_is_chosen() -> None:

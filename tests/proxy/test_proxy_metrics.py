@@ -18,6 +18,7 @@ from brlite.app import FORWARDER, create_app, lanes
 from brlite.config import Config, KeysConfig, ModelSpec, ProxyConfig, ServerConfig, UpstreamConfig
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
+from brlite.proxy.outcomes import Ending
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.proxy.get_server import NEVER, Answer, GetServer
 
@@ -148,8 +149,7 @@ async def test_an_upstream_is_up_while_it_is_healthy_and_not_ejected(start: Star
     _, ejected, ill = front.forwarder.table.upstreams
     ill.is_healthy = False
     now = front.forwarder.loop.time()
-    ejected.begin(now)
-    ejected.end("failed", now)
+    ejected.end(ejected.begin(now), Ending.BROKEN, now)
 
     families = await front.families()
 

@@ -14,6 +14,7 @@ from brlite.app import FORWARDER, create_app
 from brlite.config import Config, KeyConfig, KeysConfig, ModelSpec, ProxyConfig, UpstreamConfig
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
+from brlite.proxy.outcomes import Ending
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.proxy.get_server import GOOD, Answer, GetServer, model_list
 
@@ -101,8 +102,8 @@ async def test_an_upstream_that_requests_have_failed_at_is_not_listed(start: Sta
         (failing,) = front.forwarder.table.upstreams
         now = front.forwarder.loop.time()
 
-        failing.begin(now)
-        failing.end("failed", now)
+        ticket = failing.begin(now)
+        failing.end(ticket, Ending.BROKEN, now)
 
         assert await front.names() == []
 

@@ -161,13 +161,46 @@ def test_streams_of_other_endpoints_end_as_they_like():
     assert splice.is_done
 
 
-def test_an_event_that_never_ends_is_an_error():
+def test_an_event_that_never_ends_goes_on_in_parts_and_nothing_can_follow_it():
     splice = make_splice(max_event_bytes=100)
 
-    sent = splice.feed(chunk(b"data: " + b"x" * 200))
+    sent = [splice.feed(chunk(b"data: " + b"x" * 200)), *(splice.feed(chunk(b"x" * 50)) for _ in range(100))]
+    end = splice.feed_eof()
 
-    assert sent == b""
+    assert all(sent)
+    assert splice.is_within_event
+    assert end == b""
     assert splice.error is not None
+
+
+@given(CUTS, st.integers(0, 300))
+def test_an_event_too_long_to_be_kept_arrives_as_it_is_however_the_bytes_come(places, size):
+    payload = b"".join([event("a"), event("x" * size), event("b"), event("c", "stop"), DONE])
+    splice = make_splice(max_event_bytes=100)
+
+    sent = b"".join(splice.feed(chunk(piece)) for piece in cut(payload, places)) + splice.feed(LAST_CHUNK)
+
+    assert unchunked(sent) == payload
+    assert (splice.error, splice.is_done, splice.is_within_event, splice.num_events) == (None, True, False, 4)
+
+
+def test_what_is_wrong_behind_a_long_event_leaves_it_open():
+    splice = make_splice(max_event_bytes=100)
+    splice.feed(chunk(b"data: " + b"x" * 200))
+
+    splice.feed(chunk(b"x\n\ngarbage\n\n"))
+
+    assert splice.error is not None
+    assert splice.is_within_event
+
+
+def test_choices_without_end_are_an_error():
+    splice = make_splice()
+
+    for index in range(2000):
+        splice.feed(chunk(event(index=index)))
+
+    assert splice.error == "it has more than 1024 choices"
 
 
 def test_a_long_event_in_many_pieces_takes_a_time_that_grows_with_its_length():

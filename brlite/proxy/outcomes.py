@@ -1,0 +1,94 @@
+"""How a try to have a request answered by an upstream ends, and whose doing that is: one table.
+
+Only an ending that the upstream owns counts against it. Without that rule clients and the proxy's own limits would take
+good servers out: a page that says 413, a path that a server does not have, descriptors that the proxy lacks.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import socket
+from typing import Literal, NamedTuple
+
+# What metrics call it. "refused": the upstream did nothing and another one was tried; "unknown": it says nothing about
+# the upstream.
+Outcome = Literal["answered", "refused", "failed", "timeout", "unknown"]
+
+
+class Owner(enum.Enum):
+    """Who caused an ending other than an answer."""
+
+    CLIENT = enum.auto()
+    PROXY = enum.auto()
+    UPSTREAM = enum.auto()
+
+
+class Ending(enum.Enum):
+    """Why a try is over."""
+
+    ANSWERED = enum.auto()  # below 500, or what is said about the request alone
+    SERVER_ERROR = enum.auto()  # any other answer from 500 on
+    BUSY = enum.auto()  # 429
+    UNAVAILABLE = enum.auto()  # 503
+    NO_MODEL = enum.auto()  # 404, for the model's name
+    UNREACHABLE = enum.auto()  # no connection could be made
+    CONNECT_TIMEOUT = enum.auto()
+    BROKEN = enum.auto()  # what came is no answer, or not a whole one
+    TIMEOUT = enum.auto()  # nothing came, or nothing more
+    WENT_SILENT = enum.auto()  # nor does it answer its checks any more
+    STALE = enum.auto()  # a kept connection had been closed before the request came
+    OUT_OF_RESOURCES = enum.auto()  # the proxy has no descriptor, port or memory left
+    STOPPED = enum.auto()  # the proxy ends
+    CLIENT_LEFT = enum.auto()
+
+
+class Row(NamedTuple):
+    """`owner` is None for answers. `is_safe` says that the upstream has done nothing: another one may be tried."""
+
+    outcome: Outcome
+    owner: Owner | None
+    is_safe: bool = False
+
+
+TABLE: dict[Ending, Row] = {
+    Ending.ANSWERED: Row("answered", None),
+    Ending.SERVER_ERROR: Row("failed", Owner.UPSTREAM),
+    Ending.BUSY: Row("refused", None, is_safe=True),
+    Ending.UNAVAILABLE: Row("refused", Owner.UPSTREAM, is_safe=True),
+    Ending.NO_MODEL: Row("refused", None, is_safe=True),
+    Ending.UNREACHABLE: Row("failed", Owner.UPSTREAM, is_safe=True),
+    Ending.CONNECT_TIMEOUT: Row("timeout", Owner.UPSTREAM, is_safe=True),
+    Ending.BROKEN: Row("failed", Owner.UPSTREAM),
+    Ending.TIMEOUT: Row("timeout", Owner.UPSTREAM),
+    Ending.WENT_SILENT: Row("timeout", Owner.UPSTREAM),
+    Ending.STALE: Row("unknown", Owner.PROXY),
+    Ending.OUT_OF_RESOURCES: Row("unknown", Owner.PROXY, is_safe=True),
+    Ending.STOPPED: Row("unknown", Owner.PROXY),
+    Ending.CLIENT_LEFT: Row("unknown", Owner.CLIENT),
+}
+
+ABOUT_THE_REQUEST = (501, 508)  # not built at this path; came round in a circle
+REFUSALS = {429: Ending.BUSY, 503: Ending.UNAVAILABLE}
+
+_OWN_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
+_OWN_RESOLVER_ERRORS = (socket.EAI_AGAIN, socket.EAI_MEMORY, socket.EAI_SYSTEM)
+
+
+def ending_of(status: int) -> Ending:
+    """What an answer of this status is that goes on to the client."""
+    return Ending.ANSWERED if is_answer(status) else Ending.SERVER_ERROR
+
+
+def is_answer(status: int) -> bool:
+    """Whether this status is an answer to the request, and no failure of the upstream."""
+    return status < 500 or status in ABOUT_THE_REQUEST
+
+
+def is_own_fault(error: BaseException | None) -> bool:
+    """Whether a connection failed for want of something here: descriptors, ports, memory, threads, a resolver."""
+    if isinstance(error, socket.gaierror):
+        return error.errno in _OWN_RESOLVER_ERRORS
+    if isinstance(error, OSError):
+        return error.errno in _OWN_ERRNOS
+    return error is not None
