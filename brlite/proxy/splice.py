@@ -170,6 +170,7 @@ class EventSplice:
         part = bytes(held[:size])
         del held[:size]
         return part
+
     def _framed(self, events: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(events), events) if events and self._is_chunked else events
 

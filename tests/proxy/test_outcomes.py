@@ -14,6 +14,7 @@ import pytest
 from brlite.config import ProxyConfig, UpstreamConfig
 from brlite.proxy.outcomes import ABOUT_THE_REQUEST, TABLE, Ending, Owner, is_answer, is_own_fault
 from brlite.proxy.upstream import Upstream
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripted import Call, ScriptedUpstream, Step, Then
@@ -28,7 +29,7 @@ async def ask(proxy: Proxy, *headers: bytes, path: bytes = b"/v1/chat/completion
     client = await Client.connect(proxy.port)
     try:
         client.send(post({"model": "m", **fields}, *headers, path=path))
-        return await asyncio.wait_for(client.answer(), 20)
+        return await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
     finally:
         client.leave()
 
@@ -168,9 +169,9 @@ async def test_without_descriptors_the_proxy_says_so_and_holds_it_against_nobody
         await wait_until(lambda: proxy.server.num_connections == 1)
         with no_descriptors():
             client.send(post({"model": "m"}))
-            refused = await asyncio.wait_for(client.answer(), 20)
+            refused = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
         client.send(post({"model": "m"}))
-        answered = await asyncio.wait_for(client.answer(), 20)
+        answered = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
         client.leave()
 
         assert (refused.status, refused.error["code"]) == (503, "not_ready")
@@ -188,11 +189,11 @@ async def test_without_descriptors_a_kept_connection_to_another_upstream_is_used
         client = await Client.connect(proxy.port)
         answers = []
         client.send(post({"model": "m"}))
-        answers.append(await asyncio.wait_for(client.answer(), 20))
+        answers.append(await asyncio.wait_for(client.answer(), PATIENCE_SECONDS))
         with no_descriptors():
             for _ in range(3):
                 client.send(post({"model": "m"}))
-                answers.append(await asyncio.wait_for(client.answer(), 20))
+                answers.append(await asyncio.wait_for(client.answer(), PATIENCE_SECONDS))
         client.leave()
 
         assert [each.body for each in answers] == [PLAIN] * 4
