@@ -18,6 +18,8 @@ from msgspec import Meta
 from brlite.address import parse_address
 from brlite.errors import ConfigError
 from brlite.field_errors import convert, show
+from brlite.text_file import TextError
+from brlite.text_file import read_text as read_text_file
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -273,11 +275,9 @@ def engine_override(name: str | None) -> dict[str, object]:
 def read_text(path: Path) -> str:
     """The text of a config file. Raises `ConfigError` where there is none or it is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from None
+        return read_text_file(path)
+    except TextError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
 def read_toml(path: Path) -> dict[str, Any]:

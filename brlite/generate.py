@@ -18,6 +18,7 @@ from brlite.errors import ConfigError, InvalidRequest
 from brlite.llm import LLM
 from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
+from brlite.text_file import TextError, decode_text
 
 
 def run(config: Config, source: str, target: str, params: SamplingParams) -> int:
@@ -74,16 +75,13 @@ class Answers:
 
 
 def _lines(source: str) -> Iterator[tuple[int, str]]:
-    text = sys.stdin.read() if source == "-" else _read(Path(source))
+    try:
+        text = decode_text(sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes())
+    except (OSError, TextError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{'standard input' if source == '-' else source}: cannot be read: {reason}") from None
     # Not splitlines(), which would also cut a prompt at U+2028 and the like.
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
 def _check(llm: LLM, job: Job) -> None:

@@ -318,7 +318,7 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path, capsys: py
         (lambda out: fill(out / "someone--tiny" / "thesis.tex", ""), [], "is there already and no bundle"),
         (lambda out: fill(out / "someone--tiny" / MANIFEST_FILE, "{"), [], "not the manifest of a bundle"),
         (lambda out: fill(out / "someone--tiny" / PROGRESS_FILE, "{"), [], "not the manifest of a bundle"),
-        (lambda out: None, ["--from-pt", "absent.pt"], "absent.pt: not a traced .pt file"),
+        (lambda out: None, ["--from-pt", "absent.pt"], "absent.pt: the file is missing"),
         (lambda out: None, ["--from-pt", __file__], "not a traced .pt file, or cut short"),
     ],
 )

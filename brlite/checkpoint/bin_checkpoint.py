@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
-from brlite.checkpoint.checkpoint import ALLOWED_DTYPES, excerpt, reason
+from brlite.checkpoint.checkpoint import ALLOWED_DTYPES
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.identity import weights_identity
 from brlite.checkpoint.stored_numbers import Float32
 from brlite.errors import ModelError
+from brlite.model_file import check_model_file
+from brlite.quoting import excerpt, reason
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -60,6 +62,7 @@ class BinCheckpoint:
 
 def load_shard(file: Path) -> dict[str, torch.Tensor]:
     """Map one `.bin` file. Raises `ModelError` if it is broken or holds anything else than tensors."""
+    check_model_file(file, "zip")
     if not zipfile.is_zipfile(file):
         raise ModelError(f"{file}: truncated, or not a zip file as torch.save has written them since PyTorch 1.6")
     try:

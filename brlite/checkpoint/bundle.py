@@ -19,11 +19,12 @@ from typing import Any
 
 import msgspec
 
-from brlite.checkpoint.checkpoint import reason
 from brlite.checkpoint.new_file import FileRecord
 from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
 from brlite.config import Precision
 from brlite.errors import ModelError
+from brlite.model_file import check_model_file, exists
+from brlite.quoting import excerpt, reason
 
 MANIFEST_FILE = "brlite-manifest.json"
 PROGRESS_FILE = "brlite-progress.json"  # the manifest of a bundle that is not finished
@@ -70,12 +71,12 @@ class BundleCheckpoint(SafetensorsCheckpoint):
 
 def is_bundle(path: Path) -> bool:
     """Whether this is a bundle, whole or not."""
-    return (path / MANIFEST_FILE).is_file() or (path / PROGRESS_FILE).is_file()
+    return exists(path / MANIFEST_FILE) or exists(path / PROGRESS_FILE)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a finished bundle. Raises `ModelError`."""
-    if not (folder / MANIFEST_FILE).is_file():
+    if not exists(folder / MANIFEST_FILE):
         raise ModelError(f"{folder}: a bundle that is not finished; run the same `brlite convert` again")
     return _read(folder / MANIFEST_FILE)
 
@@ -83,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
 def read_progress(folder: Path) -> Manifest | None:
     """What has been finished of a bundle, whole or not. None where nothing has."""
     for name in (PROGRESS_FILE, MANIFEST_FILE):
-        if (folder / name).is_file():
+        if exists(folder / name):
             return _read(folder / name)
     return None
 
@@ -106,6 +107,7 @@ def bundle_image(folder: Path, precision: str) -> Path | None:
 
 
 def _read(file: Path) -> Manifest:
+    check_model_file(file)
     try:
         if file.stat().st_size > MAX_MANIFEST_BYTES:
             raise ModelError(f"{file}: over {MAX_MANIFEST_BYTES} bytes, which no manifest has")
@@ -115,11 +117,11 @@ def _read(file: Path) -> Manifest:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{file}: not the manifest of a bundle: {reason(error)}") from error
     if (manifest.format, manifest.format_version) != (FORMAT, FORMAT_VERSION):
-        found = f"{manifest.format!r} version {manifest.format_version}"
+        found = f"{excerpt(manifest.format)} version {manifest.format_version}"
         raise ModelError(f"{file}: is {found}; this brlite reads {FORMAT!r} version {FORMAT_VERSION}")
     for name in manifest.files:
         if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
-            raise ModelError(f"{file}: {name!r} must be the name of a file beside it")
+            raise ModelError(f"{file}: {excerpt(name)} must be the name of a file beside it")
     return manifest
 
 

@@ -1,6 +1,6 @@
 """What every format looks like from outside: a config and named arrays, in Hugging Face's names and layout.
 
-Knows no format and no torch. `excerpt` and `reason` keep what a file or a library said to one short line.
+Knows no format and no torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 ALLOWED_DTYPES = "F32, F16 and BF16"
-MAX_REASON = 300
 
 
 class Checkpoint(Protocol):
@@ -52,15 +51,3 @@ class Checkpoint(Protocol):
     def close(self) -> None:
         """Let go of files and mappings. Nothing is called afterwards."""
         ...
-
-
-def excerpt(value: object) -> str:
-    """A value that came out of a file, quoted, on one line and cut to a length fit for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def reason(error: BaseException) -> str:
-    """What another library's exception said, on one line and cut to a length fit for a message."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MAX_REASON else text[: MAX_REASON - 3] + "..."

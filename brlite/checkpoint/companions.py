@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from brlite.checkpoint.checkpoint import reason
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
 from brlite.checkpoint.gguf_header import read_gguf_metadata
 from brlite.checkpoint.hub import COMPANION_FILES
 from brlite.errors import ModelError
+from brlite.quoting import reason
 
 VOCABULARY_FILE = "vocabulary.gguf"  # of a GGUF file's tokenizer, which is in its metadata
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")

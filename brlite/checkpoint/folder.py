@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from brlite.checkpoint.checkpoint import excerpt, reason
 from brlite.errors import ModelError
+from brlite.model_file import check_model_file, exists, read_json_object
+from brlite.quoting import excerpt
 
 WeightsKind = Literal["safetensors", "bin", "gguf"]
 
@@ -55,26 +55,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / CONFIG_FILE)
 
 
-def read_json_object(file: Path) -> dict[str, Any]:
-    """Read a file that holds one JSON object. Raises `ModelError` naming the file."""
-    try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{file}: not readable as JSON: {reason(error)}") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: must hold a JSON object, got {excerpt(content)}")
-    return content
-
-
 def _present(single: Path, index: Path) -> tuple[Path, ...]:
-    if single.is_file():
+    if exists(single):
         return (single,)
-    return _shards(index) if index.is_file() else ()
+    return _shards(index) if exists(index) else ()
 
 
 def _need_config(folder: Path) -> None:
-    if not (folder / CONFIG_FILE).is_file():
-        raise ModelError(f"{folder / CONFIG_FILE}: the file is missing")
+    check_model_file(folder / CONFIG_FILE)
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
@@ -88,13 +76,13 @@ def _shard(index: Path, name: str) -> Path:
     # A name with a folder in it could point anywhere on the machine.
     if Path(name).name != name or "\\" in name:
         raise ModelError(f"{index}: {excerpt(name)} must be the name of a file beside the index")
-    if not (index.parent / name).is_file():
+    if not exists(index.parent / name):
         raise ModelError(f"{index}: names the shard {excerpt(name)}, which is missing")
     return index.parent / name
 
 
 def _only_gguf(folder: Path) -> Path:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf" and file.is_file())
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
     if len(files) == 1:
         return _whole_gguf(files[0])
     if files and not SPLIT_GGUF.search(files[0].name):

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from brlite.checkpoint.checkpoint import excerpt
 from brlite.errors import ModelError
+from brlite.quoting import excerpt
 
 # GGUF architecture → the family's words. Mistral's files are of the architecture llama too.
 ARCHITECTURES = {

@@ -11,8 +11,9 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from brlite.checkpoint.checkpoint import excerpt
 from brlite.errors import ModelError
+from brlite.model_file import check_model_file
+from brlite.quoting import excerpt
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -44,6 +45,7 @@ class GgufHeader(NamedTuple):
 
 def read_gguf_header(file: Path) -> GgufHeader:
     """Read the header of a GGUF file. Raises `ModelError`, naming the file, if it is truncated or no GGUF."""
+    check_model_file(file, "GGUF")
     try:
         with file.open("rb") as stream:
             if stream.read(len(MAGIC)) != MAGIC:

@@ -15,11 +15,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-from brlite.checkpoint.checkpoint import excerpt, reason
 from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.progress import OnProgress, growth_reported
 from brlite.checkpoint.sha256 import check_sha256
 from brlite.errors import ModelError
+from brlite.quoting import excerpt, reason
 
 REACH_SECONDS = 3.0
 MODEL_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)

@@ -10,8 +10,10 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from brlite.checkpoint.checkpoint import ALLOWED_DTYPES, excerpt, reason
+from brlite.checkpoint.checkpoint import ALLOWED_DTYPES
 from brlite.errors import ModelError
+from brlite.model_file import check_model_file
+from brlite.quoting import excerpt, reason
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -37,6 +39,7 @@ class SafetensorsHeader(NamedTuple):
 
 def read_safetensors_header(file: Path) -> SafetensorsHeader:
     """Read a header whose tensors fill the file to its last byte. Raises `ModelError` otherwise."""
+    check_model_file(file, "safetensors")
     file_bytes = file.stat().st_size
     raw = _read_raw(file, file_bytes)
     entries = sorted((_entry(file, name, value) for name, value in _parse(file, raw)), key=_place)

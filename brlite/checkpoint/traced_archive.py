@@ -15,10 +15,12 @@ from io import BufferedReader
 from pathlib import Path
 from typing import NamedTuple
 
-from brlite.checkpoint.checkpoint import ALLOWED_DTYPES, excerpt, reason
+from brlite.checkpoint.checkpoint import ALLOWED_DTYPES
 from brlite.checkpoint.safetensors_header import ITEM_BYTES
 from brlite.checkpoint.traced_pickle import Record, Storage, TensorValue, read_pickle, walk_tensors
 from brlite.errors import ModelError
+from brlite.model_file import check_model_file
+from brlite.quoting import excerpt, reason
 
 MAX_PICKLE_BYTES = 256 * 2**20
 MAX_CODE_BYTES = 16 * 2**20  # of one source file
@@ -42,6 +44,7 @@ class TracedArchive:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        check_model_file(file, "zip")
         try:
             self.num_bytes = file.stat().st_size
             with zipfile.ZipFile(file) as archive:

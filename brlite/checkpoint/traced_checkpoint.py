@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from brlite.checkpoint.checkpoint import reason
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.identity import weights_identity
 from brlite.checkpoint.safetensors_header import ITEM_BYTES
@@ -22,6 +21,7 @@ from brlite.checkpoint.stored_numbers import Float32, read_float32
 from brlite.checkpoint.traced_archive import TracedArchive, TracedTensor
 from brlite.checkpoint.traced_code import class_text, parameter_names
 from brlite.errors import ModelError
+from brlite.quoting import reason
 
 
 class TracedCheckpoint:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from brlite.checkpoint.checkpoint import excerpt, reason
 from brlite.errors import ModelError
+from brlite.quoting import excerpt, reason
 
 MAX_DEPTH = 64
 MAX_VISITS = 4_000_000

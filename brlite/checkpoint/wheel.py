@@ -14,11 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from brlite.checkpoint.checkpoint import reason
 from brlite.checkpoint.progress import OnProgress, growth_reported
 from brlite.checkpoint.sha256 import CHUNK_BYTES, check_sha256
 from brlite.config import DEFAULT_MODEL
 from brlite.errors import ModelError
+from brlite.quoting import reason
 
 PIP_SECONDS = 1800.0
 

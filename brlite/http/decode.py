@@ -14,6 +14,7 @@ import msgspec
 
 from brlite.errors import InvalidRequest, RequestError
 from brlite.http.choices import allowed_values
+from brlite.text_file import BYTE_ORDER_MARK, other_encoding
 
 T = TypeVar("T")
 
@@ -27,15 +28,16 @@ _TOP_LEVEL = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
     """Decode, or raise `InvalidRequest` with `param` and `code` filled as OpenAI does."""
+    body = body.removeprefix(BYTE_ORDER_MARK)
     try:
         body.decode()  # msgspec does not look into what no field takes
         return decoder.decode(body)
     except msgspec.ValidationError as error:
         raise _invalid_field(error, decoder.type) from None
     except msgspec.DecodeError as error:
-        raise _not_json(str(error) if body else "it is empty") from None
+        raise _not_json(other_encoding(body) or str(error) if body else "it is empty") from None
     except UnicodeDecodeError:
-        raise _not_json("it is not valid UTF-8") from None
+        raise _not_json(other_encoding(body) or "it is not valid UTF-8") from None
     except RecursionError:
         raise _not_json("it is nested too deeply") from None
 

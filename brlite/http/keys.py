@@ -22,6 +22,7 @@ from brlite.errors import ConfigError, Unauthorized
 from brlite.http.access_log import log_extras
 from brlite.http.api_key import ApiKey
 from brlite.http.resources import Resources
+from brlite.text_file import TextError, read_text
 
 
 class ApiKeys:
@@ -179,10 +180,9 @@ def _secret(index: int, config: KeyConfig) -> str:
 
 def _read_file(path: str) -> tuple[str, ...]:
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"keys.file: cannot read {path!r}: {reason}") from None
+        lines = [line.strip() for line in read_text(Path(path)).splitlines()]
+    except TextError as error:
+        raise ConfigError(f"keys.file: cannot read {path!r}: {error}") from None
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         # An empty file must not mean an open server.

@@ -19,6 +19,7 @@ from brlite.models.phi3 import PHI3
 from brlite.models.qwen2 import QWEN2
 from brlite.models.qwen3 import QWEN3
 from brlite.models.smollm3 import SMOLLM3
+from brlite.quoting import excerpt
 
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, BAICHUAN, CHATGLM, SMOLLM3, PHI3)
 
@@ -30,10 +31,10 @@ def find_family(config: Mapping[str, Any]) -> Family:
     """
     architectures = config.get("architectures") or ()
     if not isinstance(architectures, list | tuple):
-        raise ModelError(f"model config: architectures must be a list of strings, got {architectures!r}")
+        raise ModelError(f"model config: architectures must be a list of strings, got {excerpt(architectures)}")
     name = architectures[0] if architectures else config.get("model_type")
     for family in FAMILIES:
         if name in ((family.architecture, *family.aliases) if architectures else (family.model_type,)):
             return family
     known = ", ".join(family.architecture for family in FAMILIES)
-    raise ModelError(f"model config: architecture {name!r} is not supported; known are {known}")
+    raise ModelError(f"model config: architecture {excerpt(name)} is not supported; known are {known}")

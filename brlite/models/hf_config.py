@@ -12,6 +12,7 @@ from typing import Any
 
 from brlite.errors import ModelError
 from brlite.models.config import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
+from brlite.quoting import excerpt
 
 DEFAULT_THETA = 10_000.0
 MAX_SIZE = 2**31 - 1
@@ -66,7 +67,7 @@ class ConfigReader:
         return ConfigReader(value, prefix=f"{self._prefix}{key}.")
 
     def error(self, key: str, allowed: str, got: object) -> ModelError:
-        return ModelError(f"model config: {self._prefix}{key} must be {allowed}, got {got!r}")
+        return ModelError(f"model config: {self._prefix}{key} must be {allowed}, got {excerpt(got)}")
 
     def _get(self, key: str, default: object) -> Any:
         value = self._values.get(key)

@@ -10,10 +10,13 @@ import socket
 import ssl
 import struct
 import sys
+from pathlib import Path
 from typing import Protocol, cast
 
 from brlite.address import Address
 from brlite.errors import ConfigError
+from brlite.quoting import reason
+from brlite.text_file import BYTE_ORDER_MARK, read_bounded
 
 _TCP_INFO = struct.Struct("=120xQ72xQQ")  # of Linux's: tcpi_bytes_acked, tcpi_bytes_sent, tcpi_bytes_retrans (4.19)
 
@@ -164,6 +167,10 @@ class Pool:
 
 def _tls_context(ca_file: str | None) -> ssl.SSLContext:
     try:
-        return ssl.create_default_context(cafile=ca_file)
-    except OSError as error:  # an ssl.SSLError is one too
-        raise ConfigError(f"ca_file {ca_file}: cannot be used: {error.strerror}") from None
+        if ca_file is None:
+            return ssl.create_default_context()
+        # Given as data, since OpenSSL takes no certificate from the first line of a file with a byte order mark.
+        data = read_bounded(Path(ca_file)).removeprefix(BYTE_ORDER_MARK)
+        return ssl.create_default_context(cadata=data.decode("ascii", "replace").replace("\ufffd", "?"))
+    except (OSError, ValueError) as error:  # an ssl.SSLError is an OSError, a TextError a ValueError
+        raise ConfigError(f"ca_file {ca_file}: cannot be used: {reason(error)}") from None

@@ -16,6 +16,7 @@ import msgspec
 
 from brlite.errors import InvalidRequest
 from brlite.http.decode import decode_json
+from brlite.text_file import BYTE_ORDER_MARK
 
 T = TypeVar("T")
 
@@ -72,7 +73,7 @@ def beginning(body: bytes, num_bytes: int) -> bytes:
     they are not what they should be, nothing.
     """
     try:
-        prompts = _PROMPTS.decode(body)
+        prompts = _PROMPTS.decode(body.removeprefix(BYTE_ORDER_MARK))
         if prompts.messages:
             return _beginning_of_chat(prompts.messages, num_bytes)
         return _beginning_of_prompt(msgspec.json.decode(prompts.prompt), num_bytes)
@@ -169,7 +170,7 @@ def _find_model(body: bytes) -> tuple[int, int]:
 def _members(body: bytes) -> Iterator[tuple[str, int, int]]:
     """The top-level fields of a JSON object: each name, and where its value begins and ends."""
     text = body.decode("latin-1")  # one character a byte, so that places in one are places in the other
-    at = _after_punctuation(text, 0)
+    at = _after_punctuation(text, len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0)
     while text[at] == '"':
         name, at = _WHOLE_JSON.raw_decode(text, at)
         start = _after_punctuation(text, at)

@@ -18,6 +18,8 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from brlite.errors import InvalidRequest, ModelError
+from brlite.text_file import TextError
+from brlite.text_file import read_text as read_text_file
 
 _MAX_GROWTH = 16  # a rendered chat may be this many times its messages,
 _MAX_MARKUP = 64 * 1024  # and so many characters more
@@ -71,8 +73,8 @@ def template_refusal(reason: str) -> InvalidRequest:
 def read_template(path: Path) -> str:
     """The text of the operator's template file."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text_file(path)
+    except TextError as error:
         raise ModelError(f"chat template {path}: {error}") from None
 
 

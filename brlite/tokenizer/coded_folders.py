@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from brlite.errors import ModelError
+from brlite.model_file import exists
+from brlite.quoting import excerpt
 from brlite.tokenizer.chat_formats import (
     CHATGLM3_ENDS,
     CHATGLM3_PREFIX,
@@ -33,7 +35,7 @@ Loader = Callable[[Path, "Path | None"], Tokenizer]
 
 def find_loader(folder: Path) -> Loader | None:
     """Who reads this folder's tokenizer; None if it is one of the usual kind."""
-    if (folder / "tokenizer.json").is_file() or not (folder / MODEL_FILE).is_file():
+    if exists(folder / "tokenizer.json") or not (folder / MODEL_FILE).is_file():
         return None
     return LOADERS.get(str(read_json(folder / "config.json").get("model_type")))
 
@@ -101,7 +103,7 @@ def _baichuan2_roles(folder: Path, model: SentencePieceModel) -> dict[str, int]:
         if type(token_id) is not int or not 0 <= token_id < len(model.pieces):
             raise ModelError(
                 f"{folder / 'generation_config.json'}: {key} must be a token id below {len(model.pieces)}, "
-                f"got {token_id!r}"
+                f"got {excerpt(token_id)}"
             )
         roles[key] = token_id
     return roles

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from brlite.errors import ModelError
+from brlite.model_file import exists, read_json_object
+from brlite.quoting import excerpt
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: must hold a JSON object, got {type(value).__name__}")
-    return value
+    return read_json_object(path) if exists(path) else {}
 
 
 def read_eos_token_ids(folder: Path, *others: int | None) -> list[int]:
@@ -29,6 +22,6 @@ def read_eos_token_ids(folder: Path, *others: int | None) -> list[int]:
         value = read_json(folder / name).get("eos_token_id")
         values = value if isinstance(value, list) else [] if value is None else [value]
         if not all(type(token_id) is int and token_id >= 0 for token_id in values):
-            raise ModelError(f"{folder / name}: eos_token_id must be a token id or a list of them, got {value!r}")
+            raise ModelError(f"{folder / name}: eos_token_id must be token ids, got {excerpt(value)}")
         token_ids += values
     return [*token_ids, *(token_id for token_id in others if token_id is not None)]

@@ -14,6 +14,7 @@ from tokenizers import decoders, models, normalizers
 
 from brlite.checkpoint.gguf_header import read_gguf_header
 from brlite.errors import ModelError
+from brlite.quoting import excerpt
 from brlite.tokenizer.chat_template import ChatTemplate, read_template
 from brlite.tokenizer.encoder import BackendEncoder
 from brlite.tokenizer.pieces import Piece, PieceKind, add_typed_tokens, build_backend
@@ -110,7 +111,7 @@ class _Vocabulary:
         key = "tokenizer.ggml.pre"
         name = self.get(key, str) or "default"
         if name not in SPLITTINGS:
-            raise self.error(key, f"is {name!r}; known are {', '.join(sorted(SPLITTINGS))}")
+            raise self.error(key, f"is {excerpt(name)}; known are {', '.join(sorted(SPLITTINGS))}")
         return SPLITTINGS[name]
 
     def _strings(self, key: str) -> list[str]:
@@ -123,7 +124,9 @@ class _Vocabulary:
 def _build(vocabulary: _Vocabulary) -> Backend:
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     if vocabulary.kind not in builders:
-        raise vocabulary.error("tokenizer.ggml.model", f"is {vocabulary.kind!r}; known are {', '.join(builders)}")
+        raise vocabulary.error(
+            "tokenizer.ggml.model", f"is {excerpt(vocabulary.kind)}; known are {', '.join(builders)}"
+        )
     try:
         return builders[vocabulary.kind](vocabulary)
     except ModelError:

@@ -14,6 +14,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from brlite.errors import ModelError
+from brlite.model_file import exists, read_model_text
+from brlite.quoting import excerpt, reason
 from brlite.tokenizer.chat_template import ChatTemplate, read_template
 from brlite.tokenizer.encoder import BackendEncoder
 from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
@@ -37,7 +39,7 @@ def load_folder(folder: Path, *, chat_template: Path | None = None) -> Tokenizer
     With a `tokenizer.json`, that file alone decides whether BOS and EOS are added, as in transformers 5; without one,
     `add_bos_token` and `add_eos_token` of `tokenizer_config.json` do.
     """
-    has_json = (folder / "tokenizer.json").is_file()
+    has_json = exists(folder / "tokenizer.json")
     config = {
         **({} if has_json else _SENTENCEPIECE_DEFAULTS),
         **read_json(folder / "special_tokens_map.json"),
@@ -62,10 +64,11 @@ def load_folder(folder: Path, *, chat_template: Path | None = None) -> Tokenizer
 
 
 def _read_tokenizer_json(path: Path) -> Backend:
+    text = read_model_text(path)
     try:
-        backend = Backend.from_file(str(path))
+        backend = Backend.from_str(text)
     except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
-        raise ModelError(f"{path}: {error}") from None
+        raise ModelError(f"{path}: {reason(error)}") from None
     backend.no_truncation()  # training leaves these two in the file
     backend.no_padding()
     return backend
@@ -78,7 +81,7 @@ def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -
     for token_id in sorted(listed.keys() - known.keys()):
         backend.add_tokens([listed[token_id]])
         if backend.token_to_id(listed[token_id].content) != token_id:
-            raise ModelError(f"{folder}: added token {listed[token_id].content!r} cannot get the id {token_id}")
+            raise ModelError(f"{folder}: added token {excerpt(listed[token_id].content)} cannot get the id {token_id}")
 
 
 def _listed_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
@@ -107,7 +110,7 @@ def _listed_special_tokens(config: dict[str, Any], folder: Path) -> list[str]:
     for name in _TOKEN_LISTS:
         tokens = config.get(name) or []
         if not isinstance(tokens, list | dict):
-            raise ModelError(f"{folder}: {name} must be a list or an object, got {tokens!r}")
+            raise ModelError(f"{folder}: {name} must be a list or an object, got {excerpt(tokens)}")
         values = tokens.values() if isinstance(tokens, dict) else tokens
         texts += [_token_text(token, name, folder) for token in values]
     return texts
@@ -116,7 +119,9 @@ def _listed_special_tokens(config: dict[str, Any], folder: Path) -> list[str]:
 def _token_text(token: object, name: str, folder: Path) -> str:
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
-        raise ModelError(f"{folder}: {name} must be a string or an object with a string `content`, got {token!r}")
+        raise ModelError(
+            f"{folder}: {name} must be a string or an object with a string `content`, got {excerpt(token)}"
+        )
     return text
 
 
@@ -152,11 +157,12 @@ def _chat_template(
 ) -> ChatTemplate | None:
     """The operator's template, or else that of the folder: a file of its own goes before tokenizer_config.json."""
     jinja_file = folder / "chat_template.jinja"
-    source = operators or (jinja_file if jinja_file.is_file() else None)
-    template = read_template(source) if source else _configured_template(folder, config)
-    if template is None:
-        return None
-    return ChatTemplate(template, source=str(source or folder), special_tokens=named)
+    source, template = folder, _configured_template(folder, config)
+    if operators is not None:
+        source, template = operators, read_template(operators)
+    elif exists(jinja_file):
+        source, template = jinja_file, read_model_text(jinja_file)
+    return None if template is None else ChatTemplate(template, source=str(source), special_tokens=named)
 
 
 def _configured_template(folder: Path, config: dict[str, Any]) -> str | None:

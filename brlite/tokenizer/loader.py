@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from brlite.errors import ModelError
+from brlite.model_file import exists
 from brlite.tokenizer.tokenizer import Tokenizer
 
 
@@ -36,7 +37,7 @@ def _gguf_file(path: Path) -> Path | None:
         return path
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder or .gguf file")
-    if any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if any(exists(path / name) for name in ("tokenizer.json", "tokenizer.model")):
         return None
     found = sorted(path.glob("*.gguf"))
     if len(found) != 1:

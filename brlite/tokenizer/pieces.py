@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from brlite.errors import ModelError
+from brlite.model_file import check_model_file
+from brlite.quoting import reason
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -91,10 +93,11 @@ def open_sentencepiece(path: Path) -> SentencePieceProcessor:
     """Raises `ModelError` for a file that is no sentencepiece model."""
     from sentencepiece import SentencePieceProcessor
 
+    check_model_file(path)
     try:
         return SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise ModelError(f"{path}: not a sentencepiece model: {' '.join(str(error).split())}") from None
+        raise ModelError(f"{path}: not a sentencepiece model: {reason(error)}") from None
 
 
 def read_pieces(processor: SentencePieceProcessor) -> list[Piece]:

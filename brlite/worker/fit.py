@@ -15,6 +15,7 @@ from brlite.models import find_family
 from brlite.models.config import ModelConfig
 from brlite.models.family import Family, Place
 from brlite.models.sharing import check_share
+from brlite.quoting import MAX_EXCERPT, excerpt, one_line
 
 MAX_NAMED = 3  # how many tensors a message lists before it only counts them
 
@@ -55,7 +56,9 @@ def _check_tensors(
         raise ModelError(f"{path}: {_listed(missing)} missing")
     for name, place in places.items():
         if tuple(shapes[name]) != place.shape:
-            raise ModelError(f"{path}: {name} has shape {list(shapes[name])}; the config wants {list(place.shape)}")
+            raise ModelError(
+                f"{path}: {name} has shape {excerpt(list(shapes[name]))}; the config wants {list(place.shape)}"
+            )
     extra = {name for name in shapes if name not in places}
     unexpected = sorted(name for name in extra if not _is_ignorable(name, family, config))
     if unexpected:
@@ -69,6 +72,6 @@ def _is_ignorable(name: str, family: Family, config: ModelConfig) -> bool:
 
 
 def _listed(names: list[str]) -> str:
-    shown = ", ".join(names[:MAX_NAMED])
+    shown = ", ".join(one_line(name, MAX_EXCERPT) for name in names[:MAX_NAMED])
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"

@@ -75,7 +75,7 @@ def test_a_folder_without_weights_takes_them_from_the_traced_file(folder: Path, 
         assert checkpoint.path == traced
 
     (folder / "model.safetensors").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"model.safetensors: truncated"):
+    with pytest.raises(ModelError, match=r"model.safetensors: is empty"):
         open_checkpoint(folder, str(traced))
 
 
@@ -162,7 +162,7 @@ def test_a_pickle_that_is_more_than_data_is_refused(content: object, words: str,
         (b"\x80\x02c__torch__ A\nB\n)\x81", "data.pkl is cut short|broken"),
         (b"\x80\x02}(X\x01\x00\x00\x00aK\x01ub.", "data.pkl is broken|builds"),
         (b"\x80\x02Q.", "data.pkl is broken"),
-        (b"\x80\x02)" + b"\x85" * 100_000 + b"Q.", "data.pkl is broken"),
+        (b"\x80\x02)" + b"\x85" * 100_000 + b"Q.", "refers to"),
         (b"\x80\x02h\x05.", "data.pkl is broken"),
         (b"\x80\x02X\xff\xff\xff\x7fabc", "data.pkl is broken"),
         (b"", "data.pkl is cut short|broken"),
@@ -239,7 +239,7 @@ def endless(file: Path) -> None:
     ("break_it", "words"),
     [
         (lambda file: file.write_bytes(b"no zip"), "not a traced .pt file, or cut short"),
-        (lambda file: file.unlink(), "No such file"),
+        (lambda file: file.unlink(), "the file is missing"),
         (lambda file: os.truncate(file, file.stat().st_size // 2), "not a traced .pt file, or cut short"),
         (save_plain, "torch.save wrote it; a traced .pt is written by torch.jit.save"),
         (lambda file: rewrite(file, "data.pkl", None), "it has no data.pkl"),

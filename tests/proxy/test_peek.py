@@ -112,7 +112,7 @@ def test_a_model_that_stands_deeper_or_in_a_text_is_another_matter(body: bytes) 
         pytest.param(b"", id="empty"),
         pytest.param(b'{"model":"m"', id="cut"),
         pytest.param(b'{"model":"m"}{', id="trailing"),
-        pytest.param(b'\xef\xbb\xbf{"model":"m"}', id="byte order mark"),
+        pytest.param('{"model":"m"}'.encode("utf-16"), id="UTF-16"),
         pytest.param(b'{"model":"m","x":NaN}', id="NaN"),
         pytest.param(b'{"model":"m","x":"\xff"}', id="not UTF-8"),
         pytest.param(b'{"model":"\xff"}', id="model not UTF-8"),
@@ -296,3 +296,18 @@ def test_where_there_is_no_prompt_there_is_no_beginning(body: bytes) -> None:
 @example({"messages": [{"role": {"a": 1}, "content": [{"text": 1}, "x", {"text": "y"}]}]})
 def test_the_beginning_of_anything_is_some_bytes(fields: dict[str, Any]) -> None:
     assert len(beginning(json.dumps(fields).encode(), 7)) <= 7
+
+
+def test_a_byte_order_mark_is_no_part_of_a_body() -> None:
+    body = b'{"messages":[{"role":"user","content":"hi"}],"model":"m"}'
+    marked = b"\xef\xbb\xbf" + body
+
+    assert peek(marked) == peek(body)
+    assert beginning(marked, 100) == beginning(body, 100) != b""
+    assert replace_model(marked, "n") == b"\xef\xbb\xbf" + replace_model(body, "n")
+
+
+def test_a_model_is_found_behind_a_byte_order_mark_and_a_text_that_looks_like_one() -> None:
+    marked = b'\xef\xbb\xbf{"x":{"model":"y"},"model":"m"}'
+
+    assert replace_model(marked, "n") == b'\xef\xbb\xbf{"x":{"model":"y"},"model":"n"}'

@@ -1,0 +1,69 @@
+"""How text that came out of a file or a library is quoted in a message: on one line, cut, with control characters
+escaped.
+
+The cost is bounded whatever the value is: nothing is formatted that is then cut away. A pickle of 400 bytes can hold a
+tuple whose `repr` has no end.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+MAX_EXCERPT = 80
+MAX_REASON = 300
+MAX_ITEMS = 4
+MAX_DEPTH = 2
+MAX_SHOWN_BITS = 256  # an integer of more bits is described by its size
+BITS_PER_DIGIT = 3.3219
+
+
+def excerpt(value: object) -> str:
+    """A value from a file, as Python writes it, in at most 80 characters."""
+    return _cut(_shown(value, MAX_DEPTH), MAX_EXCERPT)
+
+
+def one_line(text: object, limit: int = MAX_REASON) -> str:
+    """A text from a file, without quotes: white space becomes single spaces, what cannot be printed is escaped."""
+    words = " ".join(str(text)[: 4 * limit].split())
+    return _cut("".join(letter if letter.isprintable() else _escaped(letter) for letter in words), limit)
+
+
+def reason(error: BaseException) -> str:
+    """What another library's exception said, in at most 300 characters."""
+    return one_line(error) or type(error).__name__
+
+
+def _shown(value: object, depth: int) -> str:
+    if isinstance(value, str):
+        return repr(str.__getitem__(value, slice(MAX_EXCERPT)))
+    if isinstance(value, bytes):
+        return repr(value[:MAX_EXCERPT])
+    if isinstance(value, int) and value.bit_length() > MAX_SHOWN_BITS:
+        return f"a number of {int(value.bit_length() / BITS_PER_DIGIT) + 1} digits"
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    if isinstance(value, list | tuple | dict):
+        return _container(value, depth)
+    return type(value).__name__
+
+
+def _container(value: list[object] | tuple[object, ...] | dict[object, object], depth: int) -> str:
+    """Its first items, or dots where it is nested too deeply."""
+    left, right = "()" if isinstance(value, tuple) else "{}" if isinstance(value, dict) else "[]"
+    if depth == 0:
+        return f"{left}…{right}" if value else left + right
+    if isinstance(value, dict):
+        pairs = islice(value.items(), MAX_ITEMS)
+        items = [f"{_shown(key, 0)}: {_shown(item, depth - 1)}" for key, item in pairs]
+    else:
+        items = [_shown(item, depth - 1) for item in value[:MAX_ITEMS]]
+    more = [f"… {len(value)} in all"] if len(value) > MAX_ITEMS else []
+    return left + ", ".join([*items, *more]) + right
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape", "backslashreplace").decode("ascii")
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
