@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,15 @@ from typing import TYPE_CHECKING
 import brlite
 from brlite.conversion_cli import add_conversion, add_inspection, convert, inspect
 from brlite.errors import BrliteError, ConfigError
+from brlite.process.init_process import leave_process_1
+from brlite.process.output import queued_output
+from brlite.process.streams import open_closed_streams, print_data, show_all_text
 
 if TYPE_CHECKING:
     from brlite.config import Config
     from brlite.sampling_params import SamplingParams
 
+EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 DEFAULT_CONFIG = Path("brlite.toml")
@@ -42,7 +47,8 @@ _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "n", "stop")
 
 # Read when torch loads: how long its threads spin before they sleep. Without a bound a step takes several times as long
 # on cores that others use too, and hardly less on idle ones (`bench/README.md`, "Threads that wait").
-_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
+# numpy's own threads are never used; where none can be made (`ulimit -v`), to start them ends the process.
+_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000", "OPENBLAS_NUM_THREADS": "1"}
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -65,23 +71,48 @@ def model_convert(argv: list[str] | None = None) -> int:
 
 
 def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
-    args = parser.parse_args(argv)
-    command: Command = args.command
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    """Run the command. Its errors are one line each; a reader of its output that leaves early, as `head` does, is none.
+
+    A server's output is queued to the end, so that nobody who reads it can hold or end the server.
+    """
     try:
-        status = command(args)
+        leave_process_1()
+        open_closed_streams()
+        show_all_text()
+        args = parser.parse_args(argv)
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        if getattr(args, "prints_data", False) or getattr(args, "json", False):
+            print_data()
+        with ExitStack() as stack:
+            if getattr(args, "is_server", False):
+                stack.enter_context(queued_output())
+            status = _status_of(args)
         sys.stdout.flush()
         return status
-    except BrliteError as error:
-        print(f"brlite: error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output left, as `head` does; Python would complain once more when it flushes.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Python would complain once more when it flushes.
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 0
+
+
+def _status_of(args: argparse.Namespace) -> int:
+    command: Command = args.command
+    try:
+        return command(args)
+    except BrliteError as error:
+        print(f"brlite: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a folder that cannot be searched, a disk that is full
+        where = f"{error.filename}: " if error.filename is not None else ""
+        print(f"brlite: error: {where}{error.strerror or error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _serve(args: argparse.Namespace, *notes: str) -> int:
@@ -274,7 +305,7 @@ def _seed_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", help="address to listen to (default: the TOML's; for a JSON, all)")
     parser.add_argument("--port", type=int, metavar="N", help="port to listen to")
     _add_engine(parser)
-    parser.set_defaults(command=_serve_as_in_the_manual, model=None)
+    parser.set_defaults(command=_serve_as_in_the_manual, model=None, is_server=True)
     return parser
 
 
@@ -304,6 +335,7 @@ def _add_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _generate, "complete the prompts of a file")
+    parser.set_defaults(prints_data=True)
     _add_config(parser)
     source = 'prompts, one a line, or JSON lines {"prompt": …} that may set any sampling field; - is standard input'
     parser.add_argument("--input", default="-", metavar="FILE", help=source)
@@ -387,6 +419,7 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen to (default 127.0.0.1)")
     parser.add_argument("--port", type=int, metavar="N", help="port to listen to (default 8000)")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    parser.set_defaults(is_server=True)
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:

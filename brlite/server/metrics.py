@@ -26,6 +26,7 @@ from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.stats import EngineStats, Histogram
 from brlite.http.api_key import KeyUsage
 from brlite.http.keys import ApiKeys
+from brlite.process.output import num_dropped_lines
 from brlite.server.served_model import ModelTable, ServedModel
 
 # What is rendered besides: the numbers of another room.
@@ -257,10 +258,18 @@ class KeyCollector(Collector):
         return family
 
 
+class OutputCollector(Collector):
+    """Renders what the process's own output has lost."""
+
+    def collect(self) -> Iterable[Metric]:
+        about = "Lines of the log that were dropped, since they could not be written in time or at all."
+        yield CounterMetricFamily("brlite:log_lines_dropped", about, value=num_dropped_lines())
+
+
 def render(models: ModelTable, keys: ApiKeys, more: Iterable[Collector], accept: str) -> tuple[bytes, str]:
     """The exposition and its content type: Prometheus text, or OpenMetrics if `accept` asks for it."""
     registry = CollectorRegistry(auto_describe=False)
-    for collector in (EngineCollector(models), KeyCollector(keys), *more):
+    for collector in (EngineCollector(models), KeyCollector(keys), OutputCollector(), *more):
         registry.register(collector)
     for of_process in (ProcessCollector, PlatformCollector, GCCollector):
         of_process(registry=registry)

@@ -1,0 +1,51 @@
+"""The duties of process 1, as `tini` does them: pass signals on, and reap orphans.
+
+In a container the command may be process 1. Orphans become its children: those of probes and `kubectl exec`, and
+grandchildren whose parent has died. Nobody else can reap them. A process of its own does so, since `subprocess` and
+asyncio must get the status of the children that the command has started.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import NoReturn
+
+_FATAL = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
+
+
+def leave_process_1() -> None:
+    """As process 1: go on in a child, while this process stays and does the duties. Elsewhere: do nothing.
+
+    Call it before there are threads.
+    """
+    if os.getpid() != 1:
+        return
+    signals = set[int](signal.valid_signals()) - _FATAL
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return
+    _do_the_duties(child, signals)
+
+
+def _do_the_duties(child: int, signals: set[int]) -> NoReturn:
+    """Until the child ends; then end with its status."""
+    while True:
+        caught = signal.sigwaitinfo(signals)
+        if caught.si_signo == signal.SIGCHLD:
+            _reap_all(child)
+        elif caught.si_code <= 0:  # sent by a process; a terminal sends its signals to the child as well
+            os.kill(child, caught.si_signo)
+
+
+def _reap_all(child: int) -> None:
+    """Reap all that have ended, and end if the child is among them."""
+    while True:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            os._exit(code if code >= 0 else 128 - code)
+        if pid == 0:
+            return

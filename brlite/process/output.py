@@ -1,0 +1,173 @@
+"""Standard output and error of a server: text goes to a bounded queue, and a thread of their own writes it.
+
+A write to a pipe, a terminal or a disk may wait without end, and a server must not wait with it. What does not fit into
+the queue, and what cannot be written, is dropped and counted. The file descriptors stay as they are: what C libraries
+and child processes write there does not pass through here.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import select
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+MAX_LINES = 2048
+MAX_BYTES = 512 * 1024
+GATHER_SECONDS = 0.005  # lines that come together are written together: fewer switches between threads
+LAST_WRITE_SECONDS = 1.0  # how long the end of a command waits for its last lines to be written
+
+
+class QueuedStream(io.TextIOBase):
+    """Takes the place of a text stream. `write` and `flush` return at once and never raise an `OSError`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        """Write to the descriptor of `stream`, encoded as it does. Raises `OSError` if it has none."""
+        self._descriptor = stream.fileno()
+        self._encoding = stream.encoding
+        self._errors = stream.errors or "backslashreplace"
+        self._is_terminal = stream.isatty()
+        self._partial = b""
+        self._queue: deque[bytes] = deque()
+        self._num_bytes = 0
+        self._is_writing = False
+        self._is_finished = False
+        self._num_unreported = 0
+        self._thread: threading.Thread | None = None
+        self._changed = threading.Condition()  # reentrant: a signal handler may log while its thread is in `write`
+        self.num_dropped = 0
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # read-only, as a text stream's own
+        return self._encoding
+
+    @property
+    def errors(self) -> str:  # type: ignore[override]
+        return self._errors
+
+    def writable(self) -> bool:
+        return True
+
+    def isatty(self) -> bool:
+        return self._is_terminal
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def write(self, text: str) -> int:
+        """Queue whole lines; the rest waits for its end, or for `flush`."""
+        data = text.encode(self._encoding, self._errors)
+        with self._changed:
+            lines, newline, self._partial = (self._partial + data).rpartition(b"\n")
+            if newline:
+                self._put(lines + newline)
+            if len(self._partial) > MAX_BYTES:
+                self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        """Queue what `write` has kept. It waits for nothing to be written."""
+        with self._changed:
+            if self._partial:
+                data, self._partial = self._partial, b""
+                self._put(data)
+
+    def finish(self, seconds: float) -> None:
+        """Wait until all is written, but not longer than `seconds`. What is written later is dropped."""
+        self.flush()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._queue and not self._is_writing, seconds)
+            self._is_finished = True
+            self._changed.notify_all()
+
+    def _put(self, data: bytes) -> None:
+        is_full = len(self._queue) >= MAX_LINES or self._num_bytes + len(data) > MAX_BYTES
+        if is_full or self._is_finished:
+            self._drop(data)
+            return
+        self._queue.append(data)
+        self._num_bytes += len(data)
+        self._changed.notify_all()
+        if self._thread is None:
+            # A daemon: one that waits in a write does not keep the process from ending.
+            self._thread = threading.Thread(target=self._write_all, name="brlite-output", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # no thread can be made; this is tried again with the next line
+                self._thread = None
+
+    def _drop(self, data: bytes) -> None:
+        num_lines = max(1, data.count(b"\n"))
+        self.num_dropped += num_lines
+        self._num_unreported += num_lines
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._queue or self._is_finished)
+                if not self._queue:
+                    return
+                self._is_writing = True
+            if not self._is_finished:
+                time.sleep(GATHER_SECONDS)
+            with self._changed:
+                data = b"".join(self._queue)
+                self._queue.clear()
+                self._num_bytes = 0
+                if self._num_unreported and data.endswith(b"\n"):
+                    data += b"%d lines are missing here: they could not be written in time\n" % self._num_unreported
+                    self._num_unreported = 0
+            num_written = _write(self._descriptor, data)
+            if num_written < len(data):
+                with self._changed:
+                    self._drop(data[num_written:])
+
+
+def _write(descriptor: int, data: bytes) -> int:
+    """Write all of it, however long that takes. Returns how many bytes were taken before an error, if there was one."""
+    done = 0
+    while done < len(data):
+        try:
+            done += os.write(descriptor, data[done:])
+        except BlockingIOError:  # another process has made the open file non-blocking
+            select.select((), (descriptor,), ())
+        except (OSError, ValueError):
+            break
+    return done
+
+
+@contextmanager
+def queued_output() -> Iterator[None]:
+    """While inside, `sys.stdout` and `sys.stderr` are queued. A stream without a descriptor stays as it is."""
+    before = sys.stdout, sys.stderr
+    streams = [_queued(stream) for stream in before]
+    sys.stdout, sys.stderr = streams
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        deadline = time.monotonic() + LAST_WRITE_SECONDS
+        for stream in streams:
+            if isinstance(stream, QueuedStream):
+                stream.finish(max(0.0, deadline - time.monotonic()))
+
+
+def num_dropped_lines() -> int:
+    """How many lines this process's standard output and error have lost; 0 where they are not queued."""
+    return sum(stream.num_dropped for stream in (sys.stdout, sys.stderr) if isinstance(stream, QueuedStream))
+
+
+def _queued(stream: TextIO) -> TextIO:
+    try:
+        stream.flush()
+        return QueuedStream(stream)  # type: ignore[return-value]  # it is all of TextIO that is used
+    except (OSError, ValueError):
+        return stream
