@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "brlite"  # of the deployment, by which a Serve config overrides its options
 LOOPBACK = "127.0.0.1"
+CLOSING_SECONDS = 5  # what a replica may take to close, after the grace time of its requests
 # Headers of one connection, not of the message; what Serve's door has answered; and what it adds to answers itself.
 NOT_ASKED = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect"})
 NOT_ANSWERED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server", b"x-request-id"})
@@ -67,7 +68,7 @@ def build(arguments: Mapping[str, object]) -> serve.Application:
         # A replica refuses what is too much for it itself, and says when to come back; Serve queues while none is up.
         max_ongoing_requests=config.limits.max_connections,
         max_queued_requests=config.limits.max_waiting,
-        graceful_shutdown_timeout_s=config.server.drain_seconds,
+        graceful_shutdown_timeout_s=config.server.drain_seconds + CLOSING_SECONDS,
         ray_actor_options={"num_cpus": config.engine.threads or 1},
         # threads = 0 takes all cores: one replica is enough for a machine.
         max_replicas_per_node=None if config.engine.threads else 1,

@@ -11,17 +11,20 @@ import gc
 import importlib
 import json
 import logging
+import math
 import shlex
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brlite.app import FORWARDER, create_app, lanes
 from brlite.config import Config, ModelSpec
 from brlite.http.keys import KEYS
 from brlite.http.listen import HttpServer
+from brlite.process.descriptors import raise_descriptor_limit
 from brlite.proxy.table import UpstreamTable
 from brlite.reload import ConfigSource, Reloader, find_terminal
 from brlite.server.residency import OnProgress, Residency
@@ -36,6 +39,9 @@ logger = logging.getLogger(__name__)
 SWITCH_INTERVAL_SECONDS = 0.0005
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEATED_SIGNAL_SECONDS = 1.0
+DOCKER_STOP_SECONDS = 10  # after which `docker stop` and compose kill, unless they are told otherwise
+CLOSING_SECONDS = 15  # what the closing may take after the grace time, with room to spare
+IN_DOCKER = (Path("/.dockerenv"), Path("/run/.containerenv"))
 MAX_SHOWN_MODELS = 8
 EXIT_LOST = 1
 
@@ -47,6 +53,9 @@ def run(config: Config, warnings: list[str], source: ConfigSource) -> int:
     """
     for line in warnings:
         logger.warning("%s", line)
+    if any(path.exists() for path in IN_DOCKER):
+        logger.info("server.drain_seconds is %g%s", config.server.drain_seconds, _docker_hint(config))
+    raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
     return _event_loop_run()(_serve(config, source))
 
@@ -70,7 +79,7 @@ async def _serve(config: Config, source: ConfigSource) -> int:
         app.on_shutdown.append(lambda _: residency.close())
         address = (config.server.host, config.server.port)
         server = HttpServer(app, *address, config.limits, config.server.drain_seconds, lanes(app))
-        async with _stop_signal() as stop, reloader, server:
+        async with _stop_signal(server.end_grace) as stop, reloader, server:
             logger.info("listening on %s; %s", server.url, _intentions(config, forwarder.table))
             loading = asyncio.create_task(_load_first(residency), name="brlite-load")
             failing = asyncio.create_task(residency.failure(), name="brlite-failure")
@@ -81,7 +90,11 @@ async def _serve(config: Config, source: ConfigSource) -> int:
                 await _first_of(stop, failing)
             if failing.done():
                 logger.critical("stopping: %s", failing.result())
-            logger.info("stopping: running requests have %g seconds to finish", config.server.drain_seconds)
+            logger.info(
+                "stopping: running requests have %g seconds to finish, a second signal ends them at once%s",
+                config.server.drain_seconds,
+                _docker_hint(config),
+            )
             models.is_draining = forwarder.is_draining = True
             loading.cancel()
             residency.drain()
@@ -173,23 +186,40 @@ async def _first_of(*awaitables: asyncio.Future[Any]) -> None:
     await asyncio.wait(awaitables, return_when=asyncio.FIRST_COMPLETED)
 
 
-@asynccontextmanager
-async def _stop_signal() -> AsyncIterator[asyncio.Future[None]]:
-    """A future that SIGTERM or SIGINT resolves.
+def _docker_hint(config: Config) -> str:
+    """What docker has to be told so that the grace time can be used."""
+    seconds = config.server.drain_seconds
+    if seconds < DOCKER_STOP_SECONDS:
+        return ""
+    needed = f"--stop-timeout {seconds + CLOSING_SECONDS:g}, stop_grace_period: {seconds + CLOSING_SECONDS:g}s"
+    return f"; docker kills after {DOCKER_STOP_SECONDS} unless told otherwise ({needed})"
 
-    A second signal has its usual effect, but not within a second: wrappers signal their child and its group too.
+
+@asynccontextmanager
+async def _stop_signal(on_second: Callable[[], None]) -> AsyncIterator[asyncio.Future[None]]:
+    """A future that SIGTERM or SIGINT resolves; a second signal calls `on_second`, a third has its usual effect.
+
+    Those within a second of another are taken for the same one: wrappers signal their child and its group too.
     """
     loop = asyncio.get_running_loop()
     stop: asyncio.Future[None] = loop.create_future()
+    last_at = -math.inf
 
     def restore() -> None:
         for number in STOP_SIGNALS:
             loop.remove_signal_handler(number)
 
     def on_signal() -> None:
+        nonlocal last_at
+        is_repeated, last_at = loop.time() < last_at + REPEATED_SIGNAL_SECONDS, loop.time()
+        if is_repeated:
+            return
         if not stop.done():
             stop.set_result(None)
-            loop.call_later(REPEATED_SIGNAL_SECONDS, restore)
+        else:
+            logger.info("stopping: running requests are ended now")
+            on_second()
+            restore()
 
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, on_signal)

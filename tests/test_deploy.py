@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import configparser
 import copy
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,43 @@ def test_running_streams_get_their_grace_before_a_pod_is_killed(deployment: Docu
     needed = hook + config(deployment).server.drain_seconds + CLOSING_SECONDS
 
     assert pod(deployment)["terminationGracePeriodSeconds"] >= needed
+
+
+def test_compose_gives_running_streams_their_grace() -> None:
+    for name, service in load(DEPLOY / "docker" / "compose.yml")["services"].items():
+        assert int(service["stop_grace_period"].removesuffix("s")) >= Config().server.drain_seconds + CLOSING_SECONDS, (
+            name
+        )
+
+
+def test_every_systemd_unit_gives_running_streams_their_grace() -> None:
+    units = sorted((DEPLOY / "systemd").glob("*.service"))
+    assert units
+
+    for unit in units:
+        parser = configparser.ConfigParser(interpolation=None)
+        parser.optionxform = str  # type: ignore[assignment,method-assign]
+        parser.read(unit)
+        assert float(parser["Service"]["TimeoutStopSec"]) >= Config().server.drain_seconds + CLOSING_SECONDS, unit
+
+
+def test_the_docs_of_docker_name_enough_time() -> None:
+    text = (DEPLOY / "docker" / "Containerfile").read_text() + (DEPLOY.parent / "docs" / "deployment.md").read_text()
+    times = [float(found) for found in re.findall(r"--stop-timeout (\d+)", text)]
+
+    assert len(times) >= 2
+    assert min(times) >= Config().server.drain_seconds + CLOSING_SECONDS
+
+
+def test_ray_gives_running_streams_their_grace() -> None:
+    pytest.importorskip("ray")
+    from brlite.ray_serve import build
+
+    application = build({"config": {"engine": {"name": "toy"}}})
+
+    deployment = application._bound_deployment
+    seconds = deployment._deployment_config.graceful_shutdown_timeout_s
+    assert seconds >= Config().server.drain_seconds + CLOSING_SECONDS
 
 
 @each_deployment

@@ -51,6 +51,7 @@ class HttpServer:
         )
         self._connections = Connections(limits.max_connections)
         self._listener: asyncio.Server | None = None
+        self._grace: asyncio.Task[bool] | None = None
 
     async def __aenter__(self) -> HttpServer:
         await self.start()
@@ -78,8 +79,17 @@ class HttpServer:
         listener, self._listener = self._listener, None
         listener.close()
         self._connections.retire()
-        await self._connections.wait_gone(self._grace_seconds)
-        await self._runner.cleanup()
+        self._grace = asyncio.create_task(self._connections.wait_gone(self._grace_seconds), name="brlite-grace")
+        try:
+            await asyncio.wait([self._grace])
+        finally:
+            self.end_grace()
+            await self._runner.cleanup()
+
+    def end_grace(self) -> None:
+        """While `close` waits for requests in progress: end them now, streams with their event."""
+        if self._grace is not None:
+            self._grace.cancel()
 
     async def _end_what_is_left(self, app: web.Application) -> None:
         # aiohttp would cancel each handler twice, and the second time interrupts its cleaning up.
