@@ -21,6 +21,7 @@ from brlite.proxy.handler import forward_middleware
 from brlite.proxy.lane import Lanes
 from brlite.proxy.metrics import ForwardingCollector
 from brlite.proxy.scrape import Scraper
+from brlite.server.delivery import RUNNING, end_all
 from brlite.server.handlers import ADD_METRICS, CONFIG, METRICS_PATHS, MODELS, OPEN_PATHS, ROUTES
 from brlite.server.metrics import COLLECTORS
 from brlite.server.served_model import ModelTable, ServedModel
@@ -33,7 +34,8 @@ def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -
 
     Requests for the models of the config's upstreams are forwarded. Whoever made the engines closes them. Run it with
     `handler_cancellation=True` (as `HttpServer` does), or a client that leaves keeps its request running: a stream
-    until the next write to it, any other to its end.
+    until the next write to it, any other to its end. At the application's shutdown running streams end with an error
+    event.
     """
     config = config or Config()
     if isinstance(models, AsyncEngine):
@@ -41,6 +43,7 @@ def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -
     app = web.Application()
     app[CONFIG] = config
     app[MODELS] = models
+    app[RUNNING] = set()
     app.add_routes(ROUTES)
     add_manners(
         app,
@@ -75,6 +78,7 @@ def _add_forwarding(app: web.Application, forwarder: Forwarder, config: Config) 
             yield
 
     async def stop(app: web.Application) -> None:
+        end_all(app)
         forwarder.stop()
 
     app.cleanup_ctx.append(run)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ from aiohttp import web
 from brlite.config import LimitsConfig
 from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.request import Request
-from brlite.errors import BrliteError, EngineError
+from brlite.errors import BrliteError, EngineError, NotReady
 from brlite.http.envelope import error_body
 from brlite.http.events import EventStream
 from brlite.outputs import RequestOutput
@@ -32,6 +32,16 @@ C = TypeVar("C", bound="Collector")
 
 # Asks the engine, once it is there: submits to the collector, which may take a while where prompts are encoded.
 Ask = Callable[[AsyncEngine, "Collector"], Awaitable[None]]
+
+
+RUNNING: web.AppKey[set[Collector]] = web.AppKey("running")  # those of the answers that an application is making
+RETRY_SECONDS = 1
+
+
+def end_all(app: web.Application) -> None:
+    """End the answers that the application is making, each with an error; a stream with its event."""
+    for collector in app[RUNNING]:
+        collector.fail(NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS))
 
 
 class Collector:
@@ -66,6 +76,11 @@ class Collector:
         for index, request in enumerate(requests):
             engine.submit(request, functools.partial(self._receive, index))
             self._aborts.callback(engine.abort, request.request_id)
+
+    def fail(self, error: BrliteError) -> None:
+        """End with this error in place of what is still to come."""
+        self._error = self._error or error
+        self._changed.set()
 
     async def wait(self) -> list[RequestOutput]:
         """All outputs, whole. Raises the error that ended one of the requests."""
@@ -144,9 +159,11 @@ class StreamCollector(Collector):
             self._changed.set()
 
 
-async def answer_whole(model: ServedModel, ask: Ask, answer: Answer, limits: LimitsConfig) -> web.Response:
+async def answer_whole(
+    http_request: web.Request, model: ServedModel, ask: Ask, answer: Answer, limits: LimitsConfig
+) -> web.Response:
     """Wait for the model and for all completions, and answer with one body."""
-    with Collector(answer) as collector:
+    with Collector(answer) as collector, _registered(http_request, collector):
         await ask(await model.loaded(limits.max_wait_seconds), collector)
         body = answer.whole(await collector.wait())
     return web.Response(body=body, content_type="application/json")
@@ -159,7 +176,7 @@ async def answer_stream(
 
     Before a model is loaded most cannot be known: then the headers go first.
     """
-    with StreamCollector(answer) as collector:
+    with StreamCollector(answer) as collector, _registered(http_request, collector):
         if model.engine is not None:
             await ask(model.engine, collector)
             async with EventStream(http_request, limits.sse_comment_seconds) as stream:
@@ -173,6 +190,16 @@ async def answer_stream(
                 stream.send(error_body(error))
                 return await stream.finish()
             return await _send(collector, stream, limits)
+
+
+@contextmanager
+def _registered(request: web.Request, collector: Collector) -> Iterator[None]:
+    running = request.app[RUNNING]
+    running.add(collector)
+    try:
+        yield
+    finally:
+        running.discard(collector)
 
 
 async def _send(collector: StreamCollector, stream: EventStream, limits: LimitsConfig) -> web.StreamResponse:

@@ -237,7 +237,7 @@ async def _answer(
     try:
         if body.stream:
             return await answer_stream(request, model, ask, answer, _limits(request))
-        return await answer_whole(model, ask, answer, _limits(request))
+        return await answer_whole(request, model, ask, answer, _limits(request))
     finally:
         spend_tokens(request, answer.count.prompt, answer.count.completion)
         log_extras(request).update(

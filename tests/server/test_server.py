@@ -285,3 +285,29 @@ async def test_the_application_can_be_mounted_in_another(client: Client) -> None
 
     assert answer["usage"]["completion_tokens"] == 8
     assert ready == 200
+
+
+@pytest.mark.parametrize("path", ["stream", "whole"])
+async def test_an_application_in_somebody_elses_server_ends_its_answers_with_an_error(
+    client: Client, path: str
+) -> None:
+    client.backend.gate = threading.Event()
+    outer = web.Application()
+    outer.add_subapp("/ai", create_app(client.engine, Config(model=(ModelSpec(name="fake"),))))
+    runner = web.AppRunner(outer, handler_cancellation=True, shutdown_timeout=5)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    url = f"http://127.0.0.1:{runner.addresses[0][1]}/ai{CHAT}"
+
+    async with aiohttp.ClientSession() as session:
+        asked = asyncio.create_task(session.post(url, json=chat_body(stream=path == "stream")))
+        await asyncio.to_thread(client.backend.has_begun.wait, PATIENCE_SECONDS)
+        closing = asyncio.create_task(runner.cleanup())
+        answer = await asked
+        text = await answer.text()
+        client.backend.gate.set()
+        await closing
+
+    assert answer.status == (200 if path == "stream" else 503)
+    assert "the server is stopping" in text
