@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -33,6 +34,9 @@ Seconds = Annotated[float, Meta(gt=0, le=10**6)]
 SecondsOrZero = Annotated[float, Meta(ge=0, le=10**6)]
 Text = Annotated[str, Meta(min_length=1, description="a non-empty string")]
 Word = Annotated[str, Meta(pattern=r"^\S+\Z", description="a non-empty string without spaces")]
+HeaderName = Annotated[
+    str, Meta(pattern=r"^[!#$%&'+\-.^_`|~0-9A-Za-z]+\*?\Z", description="the name of a header, or its beginning and *")
+]
 DeviceIndex = Annotated[int, Meta(ge=0, le=1023)]
 BlockSize = Literal[8, 16, 32, 64, 128, 256]
 Backend = Literal["auto", "native", "torch"]
@@ -40,6 +44,12 @@ Precision = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
 Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Headers that no config lets pass: of one hop only, or keys, or brlite's own to say. One that ends in * is a beginning.
+_OF_ONE_HOP = "connection content-length keep-alive proxy-* te trailer transfer-encoding upgrade x-request-id"
+_KEYS = "api-key authorization cookie x-api-key x-goog-api-key"
+NEVER_TO_UPSTREAMS = tuple(f"{_OF_ONE_HOP} {_KEYS} accept-encoding expect host via".split())
+NEVER_TO_CLIENTS = tuple(f"{_OF_ONE_HOP} access-control-* server set-cookie".split())
+
 ENGINE_VARIABLE = "BRLITE_ENGINE"
 
 
@@ -188,7 +198,8 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     `all_models` is the manual's table, URL → model; its URLs may be placeholders. `aliases` maps a name that requests
     use to a model, `fallbacks` a model to those that may answer in its stead. Bounds: `max_in_flight` requests of one
     model at once, `max_queued` more wait for `max_queue_seconds` at most; `held_bytes` of an answer that is no stream,
-    or of one event, are kept until they are whole.
+    or of one event, are kept until they are whole. Of headers, a list goes on; `request_headers` and `response_headers`
+    add names to it.
     """
 
     all_models: dict[str, str] = {}
@@ -197,6 +208,8 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     choice: Choice = "least_loaded"
     sticky_header: Word = "x-session-id"
     prefix_bytes: Count = 2048
+    request_headers: tuple[HeaderName, ...] = ()
+    response_headers: tuple[HeaderName, ...] = ()
     max_in_flight: Count = 256
     max_queued: CountOrZero = 256
     max_queue_seconds: Seconds = 30.0
@@ -331,6 +344,10 @@ def _upstream_contradictions(config: Config) -> Iterator[str]:
             yield f'{at}.health_path = {show(upstream.health_path)}: allowed is a path that begins with /, or ""'
         for model in upstream.rename.keys() - set(upstream.models):
             yield f"{at}.rename.{model}: allowed are the names in {at}.models"
+    for field, never in (("request_headers", NEVER_TO_UPSTREAMS), ("response_headers", NEVER_TO_CLIENTS)):
+        for name in getattr(config.proxy, field):
+            if any(fnmatchcase(name.lower(), pattern) for pattern in never):
+                yield f"proxy.{field}: {show(name)}: allowed is any name but {', '.join(never)}"
     known = {name for upstream in config.upstream for name in upstream.models} | {spec.name for spec in config.model}
     known |= set(config.proxy.all_models.values())
     for alias, model in config.proxy.aliases.items():

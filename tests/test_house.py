@@ -55,7 +55,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "engine.backend tokenizer worker checkpoint outputs config field_errors errors",
         "numpy msgspec",
     ),
-    "http": ("text_file config errors", "aiohttp msgspec"),
+    "http": ("text_file config errors", "aiohttp msgspec multidict yarl"),
     "server": (
         "http engine tokenizer sampling_params outputs process config config_check errors",
         "aiohttp msgspec prometheus_client",

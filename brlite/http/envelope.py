@@ -16,6 +16,8 @@ from brlite import errors
 
 SERVER_FAULT = "The server had an error while processing your request."
 MAX_MESSAGE_LENGTH = 2000
+# On every answer. `Server` is said because aiohttp would say its own version and Python's.
+OWN_HEADERS = {"Server": "brlite", "X-Content-Type-Options": "nosniff"}
 
 
 class Status(NamedTuple):
@@ -93,7 +95,7 @@ def error_response(error: BaseException) -> web.Response:
         status=status_of(error).http,
         body=error_body(error),
         content_type="application/json",
-        headers=error_headers(error),
+        headers={**OWN_HEADERS, **error_headers(error)},
     )
 
 
@@ -104,6 +106,7 @@ def error_bytes(error: BaseException) -> bytes:
         "Content-Type": "application/json",
         "Content-Length": str(len(body)),
         "Connection": "close",
+        **OWN_HEADERS,
         **error_headers(error),
     }
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())

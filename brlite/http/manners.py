@@ -7,6 +7,7 @@ from aiohttp import web
 from brlite.http.access_log import access_log_middleware
 from brlite.http.boundary import errors_middleware
 from brlite.http.cors import Cors
+from brlite.http.envelope import OWN_HEADERS
 from brlite.http.keys import KEYS, ApiKeys, keys_middleware, stamp_limits
 from brlite.http.request_id import stamp_request_id
 from brlite.http.resources import Resources
@@ -26,6 +27,7 @@ def add_manners(
     The application has its routes by then: the open and the quiet ones are looked up among them.
     """
     app[KEYS] = keys
+    app.on_response_prepare.append(_stamp_own_headers)
     app.on_response_prepare.append(stamp_request_id)
     app.on_response_prepare.append(stamp_limits)  # always: a key may be given limits while the server runs
     if access_log:
@@ -36,3 +38,7 @@ def add_manners(
         app.middlewares.append(cors.answer_preflight)
     app.middlewares.append(errors_middleware)
     app.middlewares.append(keys_middleware(keys, Resources(app, open_paths)))
+
+
+async def _stamp_own_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    response.headers.update(OWN_HEADERS)

@@ -25,10 +25,10 @@ from brlite.proxy.upstream import Upstream
 # A kept connection that is lost so soon after a request was sent had been closed before the request came.
 STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is cheaper than a second write
+DENIALS = (401, 403)
 RETRY_AFTER_SECONDS = 1
 MAX_INTERIM_ANSWERS = 100
 EVENT_STREAM = b"text/event-stream"
-UNBUFFERED = b"X-Accel-Buffering: no\r\n"  # an nginx before us would collect the events
 OPENAI_STREAMS = (b"/v1/chat/completions", b"/v1/completions")
 
 
@@ -230,6 +230,11 @@ class Attempt:
             return
         if is_answer(head.status):
             self.upstream.breaker.answers(self._ticket)
+        if head.status in DENIALS:
+            # It is about the operator's key, which its text may show; a client would look for the fault in its own.
+            error = UpstreamError(f"The upstream refused this server's access ({head.status}).")
+            self._owner.attempt_failed(error, Ending.DENIED)
+            return
         if head.status == 200 and head.content_type == EVENT_STREAM:
             self._begin_stream(head, rest)
             return
@@ -283,10 +288,7 @@ class Attempt:
             needs_finish=self._path.partition(b"?")[0] in OPENAI_STREAMS,
         )
         self.has_begun = True
-        lines = head.lines
-        if b"x-accel-buffering" not in head.fields:
-            lines += UNBUFFERED
-        self._front.begin(head.status, lines, None)
+        self._front.begin(head.status, head.lines_of_stream(self._config.response_headers), None)
         self._feed_stream(splice, rest)  # nothing too: its length may say that nothing more comes
 
     def _feed_stream(self, splice: EventSplice, data: bytes) -> None:
@@ -332,14 +334,16 @@ class Attempt:
         assert self._head is not None
         self._whole, lines = held.whole()
         self.has_begun = True
-        self._front.answer(self._head.status, self._head.lines if lines is None else lines, self._whole)
+        if lines is None:
+            lines = self._head.lines_for_clients(self._config.response_headers)
+        self._front.answer(self._head.status, lines, self._whole)
         self._complete(keep=not held.has_excess)
 
     def _begin_long(self, held: HeldAnswer) -> None:
         """The answer is too long to be kept, or is sound or suchlike: it goes out as it comes."""
         assert self._head is not None
         self.has_begun = True
-        self._front.begin(self._head.status, self._head.lines, self._length)
+        self._front.begin(self._head.status, self._head.lines_for_clients(self._config.response_headers), self._length)
         self._write_part(held)
 
     def _write_part(self, held: HeldAnswer) -> None:

@@ -7,6 +7,8 @@ followed, and nothing that is sent back, or not, keeps an answer for longer than
 from __future__ import annotations
 
 import asyncio
+import os
+import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeVar
 
@@ -81,12 +83,22 @@ class UpstreamClient:
         except asyncio.TimeoutError:
             raise UpstreamTimeout(f"did not answer GET {path} within {self._seconds:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            reason = printable(str(error) or type(error).__name__)
-            raise UpstreamError(f"GET {path} failed: {reason}") from None
+            raise UpstreamError(f"GET {path} failed: {reason_of(error)}") from None
 
     async def _get(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
         async with self._session.get(self._url + path, allow_redirects=False) as response:
             return await read(response)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a connection could not be made or was lost, in at least a word: many errors have no text of their own."""
+    if isinstance(error, OSError) and not isinstance(error, aiohttp.ClientError):
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted: {error.verify_message}"
+        if not isinstance(error, ssl.SSLError) and (error.errno or 0) > 0:
+            return os.strerror(error.errno or 0)
+        return printable(error.strerror or str(error) or type(error).__name__)
+    return printable(str(error) or type(error).__name__)
 
 
 async def within(seconds: float, answer: Coroutine[None, None, T]) -> T:

@@ -6,16 +6,13 @@ It connects as requests do, with the same TLS and key, and asks for no answer of
 from __future__ import annotations
 
 import asyncio
-import os
-import ssl
 import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from brlite.config import ProxyConfig
 from brlite.errors import UpstreamError
-from brlite.http.access_log import printable
-from brlite.proxy.client import UpstreamClient
+from brlite.proxy.client import UpstreamClient, reason_of
 from brlite.proxy.health import MAX_LIST_BYTES, is_well
 from brlite.proxy.listing import read_list
 from brlite.proxy.upstream import Upstream
@@ -69,7 +66,7 @@ async def _connect(upstream: Upstream, seconds: float) -> Finding:
     except asyncio.TimeoutError:
         return Finding(False, f"cannot connect within {seconds:g} s")
     except OSError as error:
-        return Finding(False, f"cannot connect: {_reason(error)}")
+        return Finding(False, f"cannot connect: {reason_of(error)}")
     connection.abort()
     return Finding(True, f"connected in {(time.perf_counter() - began) * 1000:.1f} ms")
 
@@ -105,10 +102,3 @@ def _compare(upstream: Upstream, body: bytes) -> Iterator[Finding]:
         chosen = [name for name in names if (name in listed) is is_listed]
         if chosen:
             yield Finding(is_listed, f"{verb} {', '.join(chosen)}")
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate is not trusted: {error.verify_message}"
-    is_the_systems = error.errno is not None and error.errno > 0 and not isinstance(error, ssl.SSLError)
-    return os.strerror(error.errno or 0) if is_the_systems else printable(error.strerror or str(error))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from datetime import timezone
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
@@ -306,10 +307,12 @@ def _body_for(request: ForwardedRequest, name: str) -> bytes:
 def _pause(head: AnswerHead) -> float:
     """For how many seconds an upstream that refused wants to be left alone."""
     said = head.fields.get(b"retry-after", b"").decode("latin-1")
-    if said.isdigit():
+    if said.isascii() and said.isdigit():
         return min(float(said), MAX_PAUSE_SECONDS)
     try:
-        seconds = parsedate_to_datetime(said).timestamp() - time.time()
-    except ValueError:
+        date = parsedate_to_datetime(said)
+        # Without a zone it is meant in UTC (RFC 9110 §5.6.7).
+        seconds = date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp() - time.time()
+    except (ValueError, OverflowError, TypeError, IndexError):  # all that it raises for odd dates
         return RETRY_AFTER_SECONDS
     return min(max(seconds, RETRY_AFTER_SECONDS), MAX_PAUSE_SECONDS)

@@ -18,6 +18,7 @@ import msgspec
 
 from brlite.config import Config, ProxyConfig
 from brlite.errors import LoopDetected, NotReady, RequestError
+from brlite.proxy.client import reason_of
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.front import Front
 from brlite.proxy.heads import MAX_HOPS
@@ -64,6 +65,7 @@ class Forwarder:
         self._health = HealthChecks()
         self._via_name = f"brlite-{secrets.token_hex(4)}".encode()
         self.via = b"1.1 " + self._via_name
+        self.request_headers = _request_headers(config.proxy)
         self._active: set[Exchange] = set()
         self._tick: asyncio.TimerHandle | None = None
 
@@ -91,6 +93,7 @@ class Forwarder:
             if upstream.name in gone:
                 upstream.continue_counts(gone[upstream.name])
         self.config, self.table = config.proxy, table
+        self.request_headers = _request_headers(config.proxy)
         self._health.watch(table.upstreams, config.proxy)
         for upstream in gone.values():
             upstream.pool.retire()
@@ -141,7 +144,8 @@ class Forwarder:
 
     def report_failure(self, upstream: Upstream, error: RequestError) -> None:
         """Log that an upstream failed a request, and why."""
-        logger.warning("upstream %s: %s", upstream.name, error.__cause__ or error)
+        cause = error.__cause__
+        logger.warning("upstream %s: %s", upstream.name, error if cause is None else f"{error} ({reason_of(cause)})")
 
     def stop(self) -> None:
         """End what is still on its way, each with an error."""
@@ -166,6 +170,11 @@ class Forwarder:
                 exchange.time_is_up()
         if self._active and self._tick is None:
             self._set_tick()
+
+
+def _request_headers(config: ProxyConfig) -> tuple[str, ...]:
+    """The names of clients' headers that upstreams see beside those that always go on."""
+    return (*config.request_headers, config.sticky_header)
 
 
 def _usage(exchange: Exchange) -> _Usage:

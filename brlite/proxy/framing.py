@@ -1,7 +1,7 @@
 """Where a body ends: by its length, by chunks, or with its connection. Takes bytes, gives the payload in them.
 
-RFC 9112 §6 and §7. Strict: a chunk size is hexadecimal digits and nothing else, lines end with CR LF. Trailers are read
-and dropped. Knows no sockets and nothing of what the payload means.
+RFC 9112 §6 and §7. Strict: a chunk size is hexadecimal digits and nothing else, lines end with CR LF, and a trailer is
+header fields. Trailers are read and dropped. Knows no sockets and nothing of what the payload means.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ MAX_CHUNK_LINE = 1024
 MAX_TRAILER_BYTES = 8192
 
 CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+FIELD_LINE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n"  # no folded lines: RFC 9112 §5.2 forbids them
+
+_TRAILER_LINE = re.compile(FIELD_LINE + rb"|\r\n")
 
 
 class Misframed(Exception):
@@ -117,6 +120,8 @@ class ChunkedBody:
                 raise Misframed("a chunk begins with what is no size")
             self._data = line
             return len(data)
+        if match.end() - position > MAX_CHUNK_LINE:
+            raise Misframed("a chunk's extensions are too long")
         size = int(match[1], 16)
         if size:
             self._in_chunk = size + 2
@@ -135,15 +140,17 @@ class ChunkedBody:
         return position + len(piece)
 
     def _read_trailer(self, data: bytes, position: int) -> int:
-        end = data.find(b"\r\n", position)
-        line_end = len(data) if end < 0 else end + 2
+        line_end = data.find(b"\n", position) + 1 or len(data)
         if self._trailer_bytes + line_end - position > MAX_TRAILER_BYTES:
             raise Misframed("its trailer is too long")
-        if end < 0:
+        if not data.endswith(b"\n", position, line_end):
             self._data = data[position:]
-        else:
-            self._trailer_bytes += line_end - position
-            self.is_done = end == position
+            return line_end
+        # Bytes that are no field could be a request to a server that takes a bare LF for a line's end.
+        if not _TRAILER_LINE.fullmatch(data, position, line_end):
+            raise Misframed("its trailer holds what is no header field")
+        self._trailer_bytes += line_end - position
+        self.is_done = line_end - position == 2
         return line_end
 
 

@@ -50,7 +50,7 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         key.check_model(target.model)
         head = _head_of(request)
         forwarder.check_hops(head.via)
-        lines = head.lines_for_upstreams(request_id(request), forwarder.via)
+        lines = head.lines_for_upstreams(request_id(request), forwarder.via, forwarder.request_headers)
         affinity = forwarder.affinity(body, seen, head.fields)
         front = ResponseFront(request)
         exchange = forwarder.forward(ForwardedRequest(wire_path, lines, body, seen.model, key, affinity), target, front)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Generic, TypeVar
 
+from brlite.config import NEVER_TO_CLIENTS, NEVER_TO_UPSTREAMS
 from brlite.errors import UpstreamError
 from brlite.http.keys import shown_key
+from brlite.proxy.framing import FIELD_LINE
 
 H = TypeVar("H")
 
@@ -31,30 +34,81 @@ FORWARDED_PATHS = frozenset(
     b"/tokenize /detokenize".split()
 )
 
-_FIELDS = rb"((?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)*)\r\n"
+
+def _cut(literal: bytes, rest: bytes) -> bytes:
+    """A pattern for the beginnings of a literal, and for all of it followed by `rest`."""
+    for code in reversed(literal):
+        rest = b"(?:%b%b)?" % (re.escape(bytes([code])), rest)
+    return rest
+
+
+@lru_cache(maxsize=16)
+def _pattern_of(names: tuple[str, ...]) -> re.Pattern[bytes]:
+    """Matches the lines of fields with these names. One that ends in `*` is the beginning of names."""
+    patterns = [re.escape(name.rstrip("*")) + (r"[^:\r\n]*" if name.endswith("*") else "") for name in names]
+    return re.compile(rf"^(?:{'|'.join(patterns)}):[^\n]*\n".encode(), re.IGNORECASE | re.MULTILINE)
+
+
+_FIELDS = rb"((?:" + FIELD_LINE + rb")*)\r\n"
 _REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?\r\n" + _FIELDS)
 _FIELD = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength:[ \t]*([0-9]{1,15})(?=\r\n)")
 
+# What a request's head may be cut to, up to its last line end and behind it.
+_WHOLE_LINES = re.compile(rb"(?:" + FIELD_LINE + rb")*")
+_FIRST_LINES = re.compile(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]\r\n" + _WHOLE_LINES.pattern)
+_CUT_LINE = re.compile(rb"\r|[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?:(?<=.):[\t -~\x80-\xff]*\r?)?")
+_CUT_FIRST_LINE = re.compile(
+    b"|".join(
+        _cut(method + b" /", rb"[!-~]*" + _cut(b" HTTP/1.", rb"(?:[01]\r?)?"))
+        for method in b"GET HEAD POST PUT PATCH DELETE OPTIONS".split()
+    )
+)
+
 # A message that has one of them twice can mean two things.
 _ONCE_ONLY = frozenset(
     b"host content-length transfer-encoding content-type content-encoding authorization x-api-key expect".split()
 )
-_HOP_BY_HOP = rb"connection|keep-alive|proxy-[^:\r\n]*|te|trailer|transfer-encoding|upgrade|content-length"
 
 
-def _lines(names: bytes) -> re.Pattern[bytes]:
-    return re.compile(rb"^(?:" + names + rb"):[^\n]*\n", re.IGNORECASE | re.MULTILINE)
-
-
-# Keys and cookies are between the client and us; what the answer may be encoded in is ours to say.
-_NOT_FOR_UPSTREAMS = _lines(
-    _HOP_BY_HOP + rb"|host|authorization|x-api-key|cookie|expect|accept-encoding|x-request-id|via"
+# What goes on is a list, since any other header may steer an upstream (`OpenAI-Organization`, `X-HTTP-Method-Override`)
+# or a browser (`Set-Cookie`, `Clear-Site-Data`). `proxy.request_headers` and `proxy.response_headers` add to it.
+REQUEST_HEADERS = (
+    "accept",
+    "anthropic-*",
+    "baggage",
+    "content-type",
+    "idempotency-key",
+    "openai-beta",
+    "traceparent",
+    "tracestate",
+    "user-agent",
 )
-_NOT_FOR_CLIENTS = _lines(_HOP_BY_HOP + rb"|set-cookie|alt-svc|x-request-id|access-control-[^:\r\n]*")
+RESPONSE_HEADERS = (
+    "anthropic-ratelimit-*",
+    "cache-control",
+    "content-disposition",
+    "content-encoding",
+    "content-language",
+    "content-type",
+    "date",
+    "openai-model",
+    "openai-processing-ms",
+    "openai-version",
+    "request-id",
+    "retry-after",
+    "retry-after-ms",
+    "x-accel-buffering",
+    "x-ratelimit-*",
+    "x-should-retry",
+)
+# Not even where a name of the config's would match.
+_NEVER_TO_UPSTREAMS = _pattern_of(NEVER_TO_UPSTREAMS)
+_NEVER_TO_CLIENTS = _pattern_of(NEVER_TO_CLIENTS)
 
-_LIMITS = _lines(rb"x-ratelimit-[^:\r\n]*")
+_LIMITS = _pattern_of(("x-ratelimit-*",))
+_CACHE_CONTROL = _pattern_of(("cache-control",))
 
 _REASONS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
@@ -62,10 +116,20 @@ _REASONS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode(
 class RequestHead:
     """A request's head but for its length. `fields` has lower-case names; what may stand twice is joined by commas.
 
-    `lines` are those that an upstream may see; `is_for_json` says whether it may have a JSON body for a model.
+    `is_for_json` says whether it may have a JSON body for a model.
     """
 
-    __slots__ = ("fields", "is_for_json", "is_http_1_0", "keeps_alive", "lines", "method", "shown_key", "target", "via")
+    __slots__ = (
+        "_lines",
+        "fields",
+        "is_for_json",
+        "is_http_1_0",
+        "keeps_alive",
+        "method",
+        "shown_key",
+        "target",
+        "via",
+    )
 
     def __init__(
         self, method: bytes, target: bytes, fields: Mapping[bytes, bytes], lines: bytes, *, is_http_1_0: bool
@@ -75,28 +139,62 @@ class RequestHead:
         self.fields = fields
         self.is_http_1_0 = is_http_1_0
         self.keeps_alive = _keeps_alive(fields, is_http_1_0=is_http_1_0)
-        self.lines = _NOT_FOR_UPSTREAMS.sub(b"", _without_named(lines, fields))
+        self._lines = _ListedLines(_NEVER_TO_UPSTREAMS.sub(b"", _without_named(lines, fields)), REQUEST_HEADERS)
         self.via = fields.get(b"via")
         self.shown_key = shown_key(text(fields.get(b"authorization")), text(fields.get(b"x-api-key")))
         self.is_for_json = method == b"POST" and is_forwardable(target) and _may_be_json(fields)
 
-    def lines_for_upstreams(self, request_id: str, own_via: bytes) -> bytes:
-        """The header lines that any upstream may see, with our id and `Via`."""
+    def lines_for_upstreams(self, request_id: str, own_via: bytes, more: tuple[str, ...] = ()) -> bytes:
+        """The header lines that any upstream may see, those of the names in `more` too, with our id and `Via`."""
         via = own_via if self.via is None else self.via + b", " + own_via
-        return b"%bX-Request-Id: %b\r\nVia: %b\r\n" % (self.lines, request_id.encode(), via)
+        return b"%bX-Request-Id: %b\r\nVia: %b\r\n" % (self._lines.select(more), request_id.encode(), via)
 
 
 class AnswerHead:
-    """An answer's head but for its length, `fields` as in a request's; `lines` are those that a client may see."""
+    """An answer's head but for its length, `fields` as in a request's."""
 
-    __slots__ = ("content_type", "fields", "keeps_alive", "lines", "status")
+    __slots__ = ("_lines", "content_type", "fields", "keeps_alive", "status")
 
     def __init__(self, status: int, fields: Mapping[bytes, bytes], lines: bytes, *, is_http_1_0: bool) -> None:
         self.status = status
         self.fields = fields
         self.keeps_alive = _keeps_alive(fields, is_http_1_0=is_http_1_0)
         self.content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        self.lines = _NOT_FOR_CLIENTS.sub(b"", _without_named(lines, fields))
+        self._lines = _ListedLines(_NEVER_TO_CLIENTS.sub(b"", _without_named(lines, fields)), RESPONSE_HEADERS)
+
+    def lines_for_clients(self, more: tuple[str, ...] = ()) -> bytes:
+        """The header lines that a client may see, those of the names in `more` too."""
+        return self._lines.select(more)
+
+    def lines_of_stream(self, more: tuple[str, ...] = ()) -> bytes:
+        """The same for a stream of events, with the words that keep what stands between from collecting them."""
+        lines = self._lines.select(more)
+        if b"x-accel-buffering" not in self.fields:
+            lines += b"X-Accel-Buffering: no\r\n"  # an nginx before us
+        said = self.fields.get(b"cache-control", b"no-cache")
+        if b"no-transform" in (word.strip() for word in said.lower().split(b",")):
+            return lines
+        # RFC 9111 §5.2.2.6: a compressing middleware would hold the events back until its buffer is full.
+        return b"%bCache-Control: %b, no-transform\r\n" % (_CACHE_CONTROL.sub(b"", lines), said or b"no-cache")
+
+
+class _ListedLines:
+    """Header lines, of which those go on whose names are listed. A name that ends in `*` is the beginning of names."""
+
+    __slots__ = ("_chosen", "_lines", "_more", "_names")
+
+    def __init__(self, lines: bytes, names: tuple[str, ...]) -> None:
+        self._lines = lines
+        self._names = names
+        self._more: tuple[str, ...] | None = None
+        self._chosen = b""
+
+    def select(self, more: tuple[str, ...]) -> bytes:
+        """Those of the list and of `more`, as they came. The last result is kept: heads come again and again."""
+        if more is not self._more:
+            self._chosen = b"".join(_pattern_of((*self._names, *more)).findall(self._lines))
+            self._more = more
+        return self._chosen
 
 
 class Heads(Generic[H]):
@@ -143,6 +241,18 @@ def read_request(head: bytes) -> RequestHead | None:
     if fields is None or b"content-length" in fields or (b"host" not in fields and minor == b"1"):
         return None
     return RequestHead(method, target, fields, lines, is_http_1_0=minor == b"0")
+
+
+def num_whole_lines_bytes(data: bytes, num_checked: int) -> int | None:
+    """How many bytes of whole lines there are, if `data` may become the head of a request, else None.
+
+    `num_checked` is what was found of a shorter beginning of it, or 0.
+    """
+    end = data.rfind(b"\n") + 1
+    if end == 0:
+        return 0 if _CUT_FIRST_LINE.fullmatch(data) else None
+    is_good = end == num_checked or (_WHOLE_LINES if num_checked else _FIRST_LINES).fullmatch(data, num_checked, end)
+    return end if is_good and _CUT_LINE.fullmatch(data, end) else None
 
 
 def read_answer(head: bytes) -> AnswerHead:

@@ -19,20 +19,30 @@ from brlite.http.access_log import logger as access_logger
 from brlite.http.api_key import ApiKey
 from brlite.http.connection import Connection
 from brlite.http.cors import Cors
-from brlite.http.envelope import error_body, error_headers, status_of
+from brlite.http.envelope import OWN_HEADERS, error_body, error_headers, status_of
 from brlite.http.keys import ApiKeys
 from brlite.http.request_id import RequestIds, choose_request_id
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.framing import Body, LengthBody, Misframed, body_of
 from brlite.proxy.front import reset
-from brlite.proxy.heads import END_OF_HEAD, Heads, RequestHead, read_request, status_line, text, without_limits
+from brlite.proxy.heads import (
+    END_OF_HEAD,
+    Heads,
+    RequestHead,
+    num_whole_lines_bytes,
+    read_request,
+    status_line,
+    text,
+    without_limits,
+)
 from brlite.proxy.peek import Peek, peek
 from brlite.proxy.table import Target
 
 PIPELINED_BYTES = 64 * 1024  # how much of the requests behind the one in progress is read
 NO_CONTENT = 204  # its answers must not say a length
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+OWN_LINES = "".join(f"{name}: {value}\r\n" for name, value in OWN_HEADERS.items()).encode()
 
 
 class Lanes:
@@ -71,6 +81,7 @@ class Lane:
         "_is_reading",
         "_keeps_alive",
         "_key",
+        "_num_checked",
         "_num_payload_bytes",
         "_num_raw_bytes",
         "_payload",
@@ -91,6 +102,7 @@ class Lane:
         self._transport = transport
         self._where = _Where.HERE
         self._unread = b""  # what came and belongs to no request yet
+        self._num_checked = 0  # of it, the bytes of whole lines that may begin a head
         self._is_reading = True
         self._is_paused = False  # the client does not take what it is sent
         self._head: RequestHead | None = None
@@ -130,12 +142,14 @@ class Lane:
         end = data.find(END_OF_HEAD) + len(END_OF_HEAD)
         max_bytes = self._shared.limits.max_header_bytes
         if end < len(END_OF_HEAD):
-            if len(data) > max_bytes or not _may_become_head(data):
-                self._pass_on_for_good(data)
+            num_checked = num_whole_lines_bytes(data, self._num_checked)
+            if num_checked is None or len(data) > max_bytes:
+                self._pass_on_for_good(data)  # at once: aiohttp answers a client that speaks TLS, or waits for more
             else:
                 self._connection.bytes_came()
-                self._unread = data
+                self._unread, self._num_checked = data, num_checked
             return
+        self._num_checked = 0
         if end > max_bytes:
             self._pass_on_for_good(data)
             return
@@ -228,7 +242,7 @@ class Lane:
         self.takes_chunks = not head.is_http_1_0
         try:
             forwarder.check_hops(head.via)
-            lines = head.lines_for_upstreams(self._request_id, forwarder.via)
+            lines = head.lines_for_upstreams(self._request_id, forwarder.via, forwarder.request_headers)
             affinity = forwarder.affinity(body, seen, head.fields)
             request = ForwardedRequest(head.target, lines, body, seen.model, key, affinity)
             self._exchange = forwarder.forward(request, target, self)
@@ -297,7 +311,7 @@ class Lane:
         self._status = status
         if self._connection.is_retiring:
             self._keeps_alive = False
-        own = b"X-Request-Id: %b\r\n" % self._request_id.encode()
+        own = b"%bX-Request-Id: %b\r\n" % (OWN_LINES, self._request_id.encode())
         if not self._keeps_alive:
             own += b"Connection: close\r\n"
         elif not self.takes_chunks:
@@ -359,11 +373,6 @@ class Lane:
         milliseconds = (time.perf_counter() - self._started_at) * 1000
         path = head.target.decode("latin-1")
         log_line(remote, head.method.decode(), path, status, milliseconds, self._request_id, extras)
-
-
-def _may_become_head(data: bytes) -> bool:
-    """Whether bytes without the end of a head may be the beginning of one; aiohttp answers what may not."""
-    return b"\n\n" not in data and not data.startswith((b"\r", b"\n"))
 
 
 def _lines(headers: Mapping[str, str]) -> bytes:

@@ -32,6 +32,7 @@ class Ending(enum.Enum):
     BUSY = enum.auto()  # 429
     UNAVAILABLE = enum.auto()  # 503
     NO_MODEL = enum.auto()  # 404, for the model's name
+    DENIED = enum.auto()  # 401, 403: the proxy's key, or a text that the upstream does not like
     UNREACHABLE = enum.auto()  # no connection could be made
     CONNECT_TIMEOUT = enum.auto()
     BROKEN = enum.auto()  # what came is no answer, or not a whole one
@@ -57,6 +58,7 @@ TABLE: dict[Ending, Row] = {
     Ending.BUSY: Row("refused", None, is_safe=True),
     Ending.UNAVAILABLE: Row("refused", Owner.UPSTREAM, is_safe=True),
     Ending.NO_MODEL: Row("refused", None, is_safe=True),
+    Ending.DENIED: Row("refused", None, is_safe=True),
     Ending.UNREACHABLE: Row("failed", Owner.UPSTREAM, is_safe=True),
     Ending.CONNECT_TIMEOUT: Row("timeout", Owner.UPSTREAM, is_safe=True),
     Ending.BROKEN: Row("failed", Owner.UPSTREAM),

@@ -42,7 +42,7 @@ ODD_PATHS = [
     "/",
     "/unknown",
     "http://127.0.0.1/v1/models",
-    "http://127.0.0.1/health",
+    "http://127.0.0.1/v1/models",
     "http://x@y/health?/v1/models",
     "/\xff/v1/models",
 ]

@@ -75,6 +75,18 @@ def test_what_follows_a_body_is_not_of_it(payload, behind, places):
         b"fffffffff\r\n",
         b"1" * 2000,
         b"0\r\n" + b"A: b\r\n" * 3000,
+        b"1;%b\r\na\r\n0\r\n\r\n" % (b"x" * 2000),
+        b"0\r\nA: b\n\r\n",
+        b"0\r\nA: b\n\n",
+        b"0\r\nA\r\n\r\n",
+        b"0\r\n: b\r\n\r\n",
+        b"0\r\nA : b\r\n\r\n",
+        b"0\r\nA: b\r\n folded\r\n\r\n",
+        b"0\r\nA: \x00\r\n\r\n",
+        b"0\r\nA: b\rB: c\r\n\r\n",
+        b"0\r\nGET /x HTTP/1.1\r\n\r\n",
+        b"0\r\n\n",
+        b"0\r\n\r\r\n",
     ],
 )
 def test_chunks_framed_in_any_other_way_are_refused(data):

@@ -11,10 +11,10 @@ REQUEST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n%b\r\n"
 ANSWER = b"HTTP/1.1 200 OK\r\n%b\r\n"
 
 
-def lines_to_upstreams(*fields: bytes) -> bytes:
+def lines_to_upstreams(*fields: bytes, more: tuple[str, ...] = ()) -> bytes:
     head = read_request(REQUEST % b"".join(field + b"\r\n" for field in fields))
     assert head is not None
-    return head.lines_for_upstreams("id-1", b"1.1 brlite-x")
+    return head.lines_for_upstreams("id-1", b"1.1 brlite-x", more)
 
 
 @pytest.mark.parametrize(
@@ -34,14 +34,75 @@ def lines_to_upstreams(*fields: bytes) -> bytes:
     ],
 )
 def test_what_is_between_the_client_and_us_stays_here(field):
-    lines = lines_to_upstreams(field, b"X-Other: kept")
+    lines = lines_to_upstreams(field, b"Accept: kept", more=("*",))  # whatever the config says
 
-    assert field not in lines
-    assert lines == b"X-Other: kept\r\nX-Request-Id: id-1\r\nVia: 1.1 brlite-x\r\n"
+    assert lines == b"Accept: kept\r\nX-Request-Id: id-1\r\nVia: 1.1 brlite-x\r\n"
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"OpenAI-Organization: org-1",
+        b"OpenAI-Project: proj-1",
+        b"X-Original-URL: /admin",
+        b"X-Rewrite-URL: /admin",
+        b"X-HTTP-Method-Override: DELETE",
+        b"X-Forwarded-Host: evil.example",
+        b"X-Forwarded-For: 127.0.0.1",
+        b"Forwarded: for=127.0.0.1",
+        b"X-Real-IP: 127.0.0.1",
+        b"api-key: secret",
+        b"x-goog-api-key: secret",
+        b"Authorization2: secret",
+        b"Origin: https://evil.example",
+        b"Sec-Fetch-Site: cross-site",
+        b"X-data-parallel-rank: 3",
+        b"Range: bytes=0-1",
+        b"Acceptor: 1",
+        b"X-Accept: 1",
+    ],
+)
+def test_a_header_that_may_steer_an_upstream_stays_here(field):
+    assert field.split(b":")[0].lower() not in lines_to_upstreams(field).lower()
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"Content-Type: application/json",
+        b"ACCEPT: text/event-stream",
+        b"traceparent: 00-a-b-01",
+        b"tracestate: a=1",
+        b"User-Agent: OpenAI/Python 2",
+        b"anthropic-version: 2023-06-01",
+        b"Anthropic-Beta: a,b",
+        b"OpenAI-Beta: assistants=v2",
+        b"Idempotency-Key: k",
+    ],
+)
+def test_what_describes_the_request_goes_on(field):
+    assert field in lines_to_upstreams(field)
+
+
+def test_the_config_adds_names_and_beginnings_of_names():
+    fields = (b"X-Tenant: 1", b"X-Team-A: 2", b"X-Tenants: 3")
+
+    lines = lines_to_upstreams(*fields, more=("x-tenant", "x-team-*"))
+
+    assert lines.startswith(b"X-Tenant: 1\r\nX-Team-A: 2\r\nX-Request-Id")
+
+
+def test_a_config_that_lets_other_names_pass_holds_for_heads_that_are_remembered():
+    head = read_request(REQUEST % b"X-Tenant: 1\r\n")
+    assert head is not None
+
+    seen = [head.lines_for_upstreams("i", b"v", names) for names in ((), ("x-tenant",), ())]
+
+    assert [b"X-Tenant" in lines for lines in seen] == [False, True, False]
 
 
 def test_what_the_connection_header_names_is_for_one_hop():
-    lines = lines_to_upstreams(b"Connection: X-Hop, close", b"X-Hop: 1", b"X-Hopper: 2")
+    lines = lines_to_upstreams(b"Connection: X-Hop, close", b"X-Hop: 1", b"X-Hopper: 2", more=("x-*",))
 
     assert b"X-Hop:" not in lines
     assert b"X-Hopper: 2\r\n" in lines
@@ -127,15 +188,64 @@ def test_what_is_remembered_is_bounded():
     assert max(map(len, heads)) < 2200
 
 
-def test_what_an_answer_says_for_us_or_against_the_client_is_left_out():
-    fields = (
-        b"Content-Type: application/json\r\nConnection: keep-alive\r\nSet-Cookie: a=b\r\nAlt-Svc: h3\r\nX-Kept: 1\r\n"
-    )
+@pytest.mark.parametrize(
+    "field",
+    [
+        b"Connection: keep-alive",
+        b"Set-Cookie: a=b",
+        b"Set-Cookie2: a=b",
+        b"Alt-Svc: h3",
+        b"Clear-Site-Data: *",
+        b"Strict-Transport-Security: max-age=1",
+        b"Refresh: 0; url=https://evil.example",
+        b"Link: <https://evil.example>; rel=preload",
+        b"Location: https://evil.example",
+        b"Content-Security-Policy: x",
+        b"Public-Key-Pins: x",
+        b"NEL: x",
+        b"Report-To: x",
+        b"WWW-Authenticate: Basic",
+        b"Server: vLLM/0.4",
+        b"X-Powered-By: x",
+        b"OpenAI-Organization: org-1",
+        b"Access-Control-Allow-Origin: *",
+        b"Service-Worker-Allowed: /",
+    ],
+)
+def test_what_an_answer_says_to_a_browser_or_of_the_upstream_stays_behind(field):
+    head = read_answer(ANSWER % (b"Content-Type: application/json\r\n%b\r\n" % field))
 
-    head = read_answer(ANSWER % fields)
-
-    assert head.lines == b"Content-Type: application/json\r\nX-Kept: 1\r\n"
+    assert head.lines_for_clients() == b"Content-Type: application/json\r\n"
     assert head.keeps_alive
+
+
+@pytest.mark.parametrize("field", [b"Retry-After: 1", b"x-ratelimit-remaining-tokens: 3", b"x-should-retry: true"])
+def test_what_an_answer_says_to_the_client_comes_back(field):
+    assert read_answer(ANSWER % (field + b"\r\n")).lines_for_clients() == field + b"\r\n"
+
+
+def test_the_config_adds_names_that_come_back_but_never_cookies():
+    head = read_answer(ANSWER % b"X-Cost: 1\r\nSet-Cookie: a=b\r\n")
+
+    assert head.lines_for_clients(("*",)) == b"X-Cost: 1\r\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "sent"),
+    [
+        (b"", b"no-cache, no-transform"),
+        (b"Cache-Control: no-store\r\n", b"no-store, no-transform"),
+        (b"cache-control: no-cache\r\nCache-Control: private\r\n", b"no-cache, private, no-transform"),
+        (b"Cache-Control: No-Transform, no-cache\r\n", b"No-Transform, no-cache"),
+        (b"Cache-Control: x-no-transform\r\n", b"x-no-transform, no-transform"),
+        (b"Cache-Control:\r\n", b"no-cache, no-transform"),
+    ],
+)
+def test_a_stream_is_never_to_be_transformed(said, sent):
+    lines = read_answer(ANSWER % said).lines_of_stream()
+
+    values = [line.partition(b":")[2].strip() for line in lines.splitlines() if line.lower().startswith(b"cache-")]
+    assert values == [sent]
 
 
 def test_the_reason_is_never_the_upstreams():
