@@ -177,8 +177,8 @@ async def answer_stream(
     Before a model is loaded most cannot be known: then the headers go first.
     """
     with StreamCollector(answer) as collector, _registered(http_request, collector):
-        if model.engine is not None:
-            await ask(model.engine, collector)
+        if model.is_available:
+            await ask(await model.loaded(limits.max_wait_seconds), collector)
             async with EventStream(http_request, limits.sse_comment_seconds) as stream:
                 return await _send(collector, stream, limits)
         async with EventStream(http_request, limits.sse_comment_seconds) as stream:

@@ -33,6 +33,11 @@ class Loading:
         self._on_change: Callable[[], None] = ignore_change
 
     @property
+    def num_waiting(self) -> int:
+        """How many requests wait for the next end; those whose wait has just ended do not count."""
+        return self._queue.num_waiting
+
+    @property
     def wanted_since(self) -> float:
         """When the first of those who wait came; infinity if nobody waits."""
         return self._queue.since if self._queue.num_waiting else math.inf

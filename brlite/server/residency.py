@@ -24,6 +24,7 @@ from brlite.server.served_model import ServedModel
 logger = logging.getLogger(__name__)
 
 BLOCKED = "waiting for memory that busy models hold"
+YIELDING = "waiting for its next turn: another model is wanted"
 
 OnProgress = Callable[[str, float], None]
 
@@ -49,12 +50,17 @@ class Loader(Protocol):
 
 
 class Resident(NamedTuple):
-    """One model as the policy sees it. `num_bytes` is None until the model is measured."""
+    """One model as the policy sees it. `num_bytes` is None until the model is measured.
+
+    It is busy while requests use it; those that wait for it do not count. While `is_yielding`, new requests wait.
+    """
 
     name: str
     num_bytes: int | None
     is_loaded: bool
     is_busy: bool = False
+    is_yielding: bool = False
+    loaded_since: float = 0.0
     wanted_since: float = math.inf
     last_used: float = 0.0
     idle_unload_seconds: float = 0.0
@@ -62,7 +68,8 @@ class Resident(NamedTuple):
     @property
     def expires(self) -> float:
         """When it is to be unloaded if nobody asks for it until then."""
-        can_expire = self.is_loaded and not self.is_busy and self.idle_unload_seconds > 0
+        is_idle = not self.is_busy and self.wanted_since == math.inf
+        can_expire = self.is_loaded and is_idle and self.idle_unload_seconds > 0
         return self.last_used + self.idle_unload_seconds if can_expire else math.inf
 
 
@@ -73,37 +80,66 @@ class Load(NamedTuple):
 
 
 class Unload(NamedTuple):
+    """Unload it. New requests wait for the models that are `yielding`, this one among them if it makes room."""
+
     name: str
     reason: str
+    yielding: tuple[str, ...] = ()
 
 
 class Rest(NamedTuple):
-    """Nothing to do until then, or until something changes. `blocked` waits for a busy model's memory."""
+    """Nothing to do until then, or until something changes. `blocked` waits for the memory of those `yielding`."""
 
     until: float
     blocked: str | None = None
+    yielding: tuple[str, ...] = ()
 
 
 def decide(models: Sequence[Resident], budget_bytes: float, now: float) -> Load | Unload | Rest:
-    """What to do next. Whoever was wanted first is loaded first, so that small models cannot starve a large one."""
-    expired = [model for model in models if model.expires <= now]
-    if expired:
-        return Unload(expired[0].name, f"not asked for in {expired[0].idle_unload_seconds:g} seconds")
-    wake = min((model.expires for model in models), default=math.inf)
-    wanted = min(models, key=lambda model: model.wanted_since, default=None)
-    if wanted is None or wanted.wanted_since == math.inf:
-        return Rest(wake)
-    if wanted.num_bytes is None:
-        return Load(wanted.name)
+    """What to do next. The model that was wanted first is loaded first, so that small ones cannot starve a large one.
+
+    Where busy models hold the memory that it needs, some of them yield: what runs on them ends, new requests wait until
+    the model was loaded again. So no traffic keeps a model out, and a turn serves all requests that waited for it.
+    """
     loaded = [model for model in models if model.is_loaded]
-    missing = wanted.num_bytes + sum(model.num_bytes or 0 for model in loaded) - budget_bytes
-    idle = [model for model in loaded if not model.is_busy]
+    wanted = min(
+        (model for model in models if model.wanted_since < math.inf and not model.is_loaded),
+        key=lambda model: model.wanted_since,
+        default=None,
+    )
+    missing = 0.0
+    if wanted is not None and wanted.num_bytes is not None:
+        missing = wanted.num_bytes + sum(model.num_bytes or 0 for model in loaded) - budget_bytes
+    going = _choose_yielding(loaded, missing)
+    yielding = tuple(model.name for model in going)
+    expired = next((model for model in loaded if model.expires <= now), None)
+    if expired is not None:
+        return Unload(expired.name, f"not asked for in {expired.idle_unload_seconds:g} seconds", yielding)
+    wake = min((model.expires for model in loaded), default=math.inf)
+    if wanted is None:
+        return Rest(wake)
     if missing <= 0:
         return Load(wanted.name)
-    if missing > sum(model.num_bytes or 0 for model in idle):
-        return Rest(wake, wanted.name)  # nobody is unloaded in vain
-    oldest = min(idle, key=lambda model: model.last_used)
-    return Unload(oldest.name, f"making room for {wanted.name}")
+    if any(model.is_busy for model in going):
+        return Rest(wake, wanted.name, yielding)  # no model is unloaded in vain
+    oldest = min(going, key=lambda model: model.last_used)
+    return Unload(oldest.name, f"making room for {wanted.name}", yielding)
+
+
+def _choose_yielding(loaded: Sequence[Resident], missing: float) -> list[Resident]:
+    """The models that give `missing` bytes: those that yield already, then idle ones, then the longest in memory."""
+
+    def rank(model: Resident) -> tuple[bool, bool, float]:
+        return not model.is_yielding, model.is_busy, model.loaded_since if model.is_busy else model.last_used
+
+    going: list[Resident] = []
+    for model in sorted(loaded, key=rank):
+        if missing > sum(each.num_bytes or 0 for each in going):
+            going.append(model)
+    for model in list(going):  # a large one that came last may do alone
+        if missing <= sum(each.num_bytes or 0 for each in going if each is not model):
+            going.remove(model)
+    return going
 
 
 class Residency:
@@ -184,6 +220,9 @@ class Residency:
             action = decide(
                 [self._resident(model) for model in self._models.values()], self._budget_bytes, self._clock()
             )
+            yielding = () if isinstance(action, Load) else action.yielding
+            for model in self._models.values():
+                model.hold_back(YIELDING if model.name in yielding else None)
             if isinstance(action, Load):
                 await self._try_load(self._models[action.name])
             elif isinstance(action, Unload):
@@ -196,7 +235,9 @@ class Residency:
             model.name,
             self._sizes.get(model.name),
             is_loaded=model.name in self._engines,
-            is_busy=model.num_requests > 0,
+            is_busy=model.num_active > 0,
+            is_yielding=model.is_held_back,
+            loaded_since=model.loaded_since,
             wanted_since=min(model.loading.wanted_since, self._restarting.get(model.name, math.inf)),
             last_used=model.last_used,
             idle_unload_seconds=model.spec.idle_unload_seconds,

@@ -35,8 +35,10 @@ class ServedModel:
         self.stats = engine.stats if engine else EngineStats(self.max_model_len)
         self.loading = Loading(spec.name, clock)
         self.is_on_demand = spec.load == "on_demand"
+        self.is_held_back = False  # new requests wait, although it is loaded
         self.num_requests = 0
         self.last_used = 0.0
+        self.loaded_since = 0.0
         self.num_loads = int(engine is not None)
         self.num_unloads = 0
         self._clock = clock
@@ -46,6 +48,16 @@ class ServedModel:
     def is_alive(self) -> bool:
         """False once the engine's loop has died: nothing but a restart helps then."""
         return self.engine is None or self.engine.is_running
+
+    @property
+    def is_available(self) -> bool:
+        """Whether a request that comes now has its engine at once."""
+        return self.engine is not None and not self.is_held_back
+
+    @property
+    def num_active(self) -> int:
+        """The requests that use the engine: all but those that wait for it."""
+        return self.num_requests - self.loading.num_waiting
 
     @property
     def takes_requests(self) -> bool:
@@ -61,15 +73,15 @@ class ServedModel:
         return "failed" if self.loading.has_failed else "unloaded"
 
     def watch(self, on_change: Callable[[], None]) -> None:
-        """Have `on_change` called when a request begins or stops to wait for it, and when the last one has ended."""
+        """Have `on_change` called when a request begins or stops to wait for it, and when the last active one ends."""
         self._on_change = on_change
         self.loading.watch(on_change)
 
     @contextmanager
     def in_use(self, max_waiting: int) -> Iterator[None]:
         """Keep it from being unloaded. Raises `NotReady` or `QueueFull` where it would be waited for in vain."""
-        if self.engine is None:
-            if not self.is_on_demand:
+        if not self.is_available:
+            if self.engine is None and not self.is_on_demand:
                 raise self.loading.not_ready("is loading")
             self.loading.check(max_waiting)
         self.num_requests += 1
@@ -78,13 +90,13 @@ class ServedModel:
         finally:
             self.num_requests -= 1
             self.last_used = self._clock()
-            if not self.num_requests:
+            if not self.num_active:
                 self._on_change()
 
     async def loaded(self, max_wait_seconds: float) -> AsyncEngine:
         """Its engine, once it is there; only while `in_use`. Raises `NotReady` if it does not come, or not in time."""
-        if self.engine is None:
-            await self.loading.wait(max_wait_seconds)
+        if not self.is_available:
+            await self.loading.wait(max_wait_seconds)  # from its end on this request is active
         if self.engine is None:  # lost, between the end of its load and now
             raise self.loading.not_ready("is not loaded any more")
         return self.engine
@@ -94,9 +106,18 @@ class ServedModel:
         engine.continue_stats(self.stats)
         self.engine = engine
         self.is_on_demand = True  # should it be unloaded again
-        self.last_used = self._clock()
+        self.last_used = self.loaded_since = self._clock()
+        self.is_held_back = False
         self.num_loads += 1
         self.loading.succeed()
+
+    def hold_back(self, reason: str | None) -> None:
+        """Have new requests wait although it is loaded; with None those that waited go on. No effect while unloaded."""
+        was_held_back, self.is_held_back = self.is_held_back, reason is not None and self.engine is not None
+        if reason is not None and self.is_held_back:
+            self.loading.report(reason, 0.0)
+        elif was_held_back and self.engine is not None:
+            self.loading.succeed()
 
     def give_up(self, *, comes_back: bool = False) -> None:
         """Let go of the engine, which somebody else closes.

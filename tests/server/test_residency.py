@@ -53,17 +53,33 @@ DECISIONS: dict[str, tuple[list[Resident], Load | Unload | Rest]] = {
     "its size is not known": ([loaded("a", 10, is_busy=True), wanted("b", None)], Load("b")),
     "the least recently used goes": (
         [loaded("a", last_used=9), loaded("b", last_used=5), wanted("c")],
-        Unload("b", "making room for c"),
+        Unload("b", "making room for c", ("b",)),
     ),
     "a busy one stays, however long it is": (
         [loaded("a", last_used=9), loaded("b", last_used=5, is_busy=True), wanted("c")],
-        Unload("a", "making room for c"),
+        Unload("a", "making room for c", ("a",)),
     ),
-    "all are busy": ([loaded("a", is_busy=True), loaded("b", is_busy=True), wanted("c")], Rest(INFINITY, "c")),
-    "nobody goes in vain": ([loaded("a"), loaded("b", 6, is_busy=True), wanted("c", 5)], Rest(INFINITY, "c")),
+    "all are busy: the one that was loaded first yields": (
+        [loaded("a", is_busy=True, loaded_since=7), loaded("b", is_busy=True, loaded_since=5), wanted("c")],
+        Rest(INFINITY, "c", ("b",)),
+    ),
+    "nobody goes in vain": ([loaded("a"), loaded("b", 6, is_busy=True), wanted("c", 5)], Rest(INFINITY, "c", ("b",))),
+    "who yields goes on to, though another has become idle": (
+        [loaded("a"), loaded("b", is_busy=True, is_yielding=True), wanted("c")],
+        Rest(INFINITY, "c", ("b",)),
+    ),
+    "who yields and is idle goes, whoever waits for it": (
+        [loaded("a", is_yielding=True, wanted_since=2.0), wanted("b", 10)],
+        Unload("a", "making room for b", ("a",)),
+    ),
+    "who waits for a model that is loaded wants no load": ([loaded("a", 10, wanted_since=0.5)], Rest(INFINITY)),
     "a small one does not overtake": (
         [loaded("a", 8, is_busy=True), wanted("b", 8, since=1), wanted("c", 1, since=2)],
-        Rest(INFINITY, "b"),
+        Rest(INFINITY, "b", ("a",)),
+    ),
+    "those that yield go on to while an idle one expires": (
+        [loaded("a", 6, is_busy=True), loaded("b", 1, last_used=5, idle_unload_seconds=30), wanted("c", 8)],
+        Unload("b", "not asked for in 30 seconds", ("a",)),
     ),
     "idle for too long": (
         [loaded("a", last_used=70, idle_unload_seconds=30), wanted("b")],
@@ -183,6 +199,7 @@ async def make_house() -> AsyncIterator[MakeHouse]:
             prepare(loader)
 
             def clock() -> float:
+                house.time += 1e-9  # no two events are at the same time
                 return house.time
 
             models = ModelTable(ServedModel(spec, clock=clock) for spec in specs)
@@ -290,6 +307,88 @@ async def test_a_busy_model_is_waited_for(make_house: MakeHouse, eventually: Eve
     assert meanwhile["a"] == "ready"
     assert [status for status, _ in answers] == [200, 200]
     assert await house.statuses() == {"a": "unloaded", "b": "ready"}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_ordinary_traffic_keeps_no_other_model_out(make_house: MakeHouse, is_streamed: bool) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    has_answered = asyncio.Event()
+    num_answers = Counter[str]()
+
+    async def keep_busy(number: int) -> None:
+        while not has_answered.is_set():
+            await (house.lines if is_streamed else house.ask)("a", content=str(number), max_tokens=30)
+            num_answers["a"] += 1
+
+    busy = [asyncio.create_task(keep_busy(number)) for number in range(4)]
+    statuses = []
+    for number in range(5):
+        await asyncio.sleep(0)
+        statuses.append((await house.ask("b", content=str(number)))[0])
+        num_answers["b"] += 1
+    has_answered.set()
+    await asyncio.gather(*busy)
+
+    assert statuses == [200] * 5
+    assert num_answers["a"] >= 4  # they have had their turns in between
+    assert house.loader.loads["b"] <= 5
+
+
+async def test_a_turn_serves_all_that_waited_for_the_model(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    house.loader.backends["a"].gate = gate = threading.Event()
+    running = house.asks("a")
+    await asyncio.to_thread(house.loader.backends["a"].has_begun.wait, PATIENCE_SECONDS)
+
+    asked = [house.asks("b", content="first")]
+    await eventually(lambda: house.models.find("a").is_held_back)
+    asked += [house.asks(name, content=str(number)) for number in range(6) for name in ("a", "b")]
+    await eventually(lambda: house.num_waiting("a") == 7 and house.num_waiting("b") == 7)
+    gate.set()
+    answers = await asyncio.gather(running, *asked)
+
+    assert [status for status, _ in answers] == [200] * 14
+    assert house.loader.loads == {"a": 2, "b": 1}
+
+
+async def test_three_models_in_memory_for_two_all_get_their_turns(make_house: MakeHouse) -> None:
+    house = await make_house(on_demand("a", "b", "c"), sizes={"a": 4, "b": 4, "c": 4}, budget=10)
+    statuses = Counter[tuple[str, int]]()
+
+    async def ask(model: str, number: int) -> None:
+        for turn in range(8):
+            status, _ = await house.ask(model, content=f"{number} {turn}", max_tokens=20)
+            statuses[model, status] += 1
+
+    await asyncio.gather(*(ask(model, number) for model in "abc" for number in range(3)))
+
+    assert statuses == {("a", 200): 24, ("b", 200): 24, ("c", 200): 24}
+
+
+async def test_who_waits_behind_goes_on_when_the_other_wish_is_gone(
+    make_house: MakeHouse, eventually: Eventually
+) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    house.loader.backends["a"].gate = gate = threading.Event()
+    running = house.asks("a")
+    await asyncio.to_thread(house.loader.backends["a"].has_begun.wait, PATIENCE_SECONDS)
+    wish = house.asks("b")
+    await eventually(lambda: house.models.find("a").is_held_back)
+    behind = house.asks("a", content="behind")
+    leaving = house.asks("a", content="leaving")
+    await eventually(lambda: house.num_waiting("a") == 3)
+
+    wish.cancel()
+    leaving.cancel()
+    await eventually(lambda: house.num_waiting("a") == 2 and not house.models.find("a").is_held_back)
+    gate.set()
+    answers = await asyncio.gather(running, behind)
+
+    assert [status for status, _ in answers] == [200, 200]
+    assert house.loader.loads == {"a": 1}
 
 
 async def test_a_wish_that_nobody_has_any_more_evicts_nobody(make_house: MakeHouse, eventually: Eventually) -> None:
