@@ -27,6 +27,7 @@ STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is cheaper than a second write
 DENIALS = (401, 403)
 RETRY_AFTER_SECONDS = 1
+NOT_FOUND = 404
 MAX_INTERIM_ANSWERS = 100
 EVENT_STREAM = b"text/event-stream"
 OPENAI_STREAMS = (b"/v1/chat/completions", b"/v1/completions")
@@ -40,6 +41,9 @@ class Listener(Protocol):
 
     def attempt_refused(self, head: AnswerHead, ending: Ending) -> bool:
         """The upstream will not do it. True if the attempt was left for another one, else its answer goes on."""
+
+    def attempt_found_no_model(self, body: bytes) -> bool:
+        """The upstream says 404. True if it lacks the model and was left for another one, else its answer goes on."""
 
     def attempt_failed(self, error: RequestError, ending: Ending) -> None:
         """It came to nothing."""
@@ -333,6 +337,8 @@ class Attempt:
     def _answer(self, held: HeldAnswer) -> None:
         assert self._head is not None
         self._whole, lines = held.whole()
+        if self._head.status == NOT_FOUND and self._owner.attempt_found_no_model(self._whole):
+            return
         self.has_begun = True
         if lines is None:
             lines = self._head.lines_for_clients(self._config.response_headers)
@@ -380,6 +386,21 @@ class Attempt:
             self._owner.attempt_failed(UpstreamTimeout("The upstream did not begin to answer in time."), Ending.TIMEOUT)
         else:
             self._owner.attempt_failed(UpstreamTimeout("The upstream stopped answering."), Ending.TIMEOUT)
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether the upstream, which is out for not answering its checks, has sent nothing here since then.
+
+        It has `health_seconds` for it. A client that takes nothing makes no upstream quiet.
+        """
+        since = self.upstream.silent_since
+        if since is None or self._connection is None or self.deadline == math.inf:
+            return False
+        return max(since, self._heard_at) + self._config.health_seconds <= now
+
+    def upstream_is_silent(self) -> None:
+        """Wait no longer for an upstream that answers nothing any more."""
+        error = UpstreamTimeout("The upstream stopped answering, and does not answer its health checks either.")
+        self._owner.attempt_failed(error, Ending.WENT_SILENT)
 
     def leave(self, ending: Ending) -> None:
         """Be done with the upstream, which learns by the end of the connection if it was not done."""

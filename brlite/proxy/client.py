@@ -83,7 +83,7 @@ class UpstreamClient:
         except asyncio.TimeoutError:
             raise UpstreamTimeout(f"did not answer GET {path} within {self._seconds:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise UpstreamError(f"GET {path} failed: {reason_of(error)}") from None
+            raise UpstreamError(f"GET {path} failed: {reason_of(error)}") from error
 
     async def _get(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
         async with self._session.get(self._url + path, allow_redirects=False) as response:

@@ -97,7 +97,7 @@ async def _ask_models(client: UpstreamClient, upstream: Upstream) -> list[Findin
 def _compare(upstream: Upstream, body: bytes) -> Iterator[Finding]:
     """Which of the models that it is asked for the upstream lists, by its own names for them, and which not."""
     names = [upstream.config.rename.get(model, model) for model in upstream.config.models]
-    listed = read_list(body, names)
+    listed = read_list(body, names).models
     for is_listed, verb in ((True, "lists"), (False, "does not list")):
         chosen = [name for name in names if (name in listed) is is_listed]
         if chosen:

@@ -21,6 +21,7 @@ from brlite.http.envelope import error_body, status_of
 from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt
 from brlite.proxy.front import Front
 from brlite.proxy.heads import AnswerHead
+from brlite.proxy.listing import says_no_model
 from brlite.proxy.outcomes import TABLE, Ending
 from brlite.proxy.peek import replace_model
 from brlite.proxy.places import Waiter, Waiting
@@ -140,7 +141,7 @@ class Exchange:
                 target.places.give_back(self.request.key)
                 self._enter(stand_in)
                 return
-        upstream = target.chooser.choose(now, self.request.affinity, self._tried)
+        upstream = target.choose(now, self.request.affinity, self._tried)
         if upstream is None:
             text = "No upstream of the model can be reached."
             self._give_up(UpstreamUnavailable(text, retry_after_seconds=RETRY_AFTER_SECONDS))
@@ -188,6 +189,22 @@ class Exchange:
         self._try_next()
         return True
 
+    def attempt_found_no_model(self, body: bytes) -> bool:
+        """Look into a 404, and ask another upstream if this one does not have the model. False if there is none."""
+        attempt = self._attempt
+        assert attempt is not None
+        name, upstream = self.target.name_at(attempt.upstream), attempt.upstream
+        if self.request.model is None or not says_no_model(body, name):
+            return False
+        now = self._forwarder.loop.time()
+        self._forwarder.report_missing(upstream, name)
+        if not self._may_try_again(attempt) or not self._has_another(now):
+            return False
+        self._leave(Ending.NO_MODEL)
+        upstream.num_retries += 1
+        self._try_next()
+        return True
+
     def attempt_failed(self, error: RequestError, ending: Ending) -> None:
         attempt = self._attempt
         assert attempt is not None
@@ -212,8 +229,7 @@ class Exchange:
         return not attempt.has_begun and self._num_tries <= self._forwarder.config.max_retries
 
     def _has_another(self, now: float) -> bool:
-        untried = any(upstream not in self._tried for upstream in self.target.upstreams)
-        return untried or self._stand_in(now) is not None
+        return self.target.has_untried(now, self._tried) or self._stand_in(now) is not None
 
     def _leave(self, ending: Ending) -> None:
         attempt, self._attempt = self._attempt, None
@@ -279,6 +295,11 @@ class Exchange:
         seconds = self._forwarder.config.max_queue_seconds
         text = f"The request waited {seconds:g} s for its turn."
         self._end_with(QueueTimeout(text, retry_after_seconds=RETRY_AFTER_SECONDS))
+
+    def upstream_is_silent(self, now: float) -> None:
+        """Its checks have had no answer for a while. What it still sends shows that it works; wait no longer if not."""
+        if self._attempt is not None and self._attempt.is_quiet(now):
+            self._attempt.upstream_is_silent()
 
     def _end_with(self, error: RequestError) -> None:
         if self._waiting is not None:

@@ -23,7 +23,8 @@ from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.front import Front
 from brlite.proxy.heads import MAX_HOPS
 from brlite.proxy.health import HealthChecks
-from brlite.proxy.peek import Peek, beginning
+from brlite.proxy.peek import Peek
+from brlite.proxy.prompt_start import prompt_start
 from brlite.proxy.table import Target, UpstreamTable
 from brlite.proxy.upstream import Upstream
 
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 MAX_TICK_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
+MISSING_SECONDS = 60.0  # for so long a 404 for a model is believed: then one request finds out
 
 
 class _Usage(msgspec.Struct):
@@ -110,7 +112,7 @@ class Forwarder:
     def affinity(self, body: bytes, seen: Peek, fields: Mapping[bytes, bytes]) -> bytes | None:
         """What chooses the upstream of a request, if the config says that something does."""
         if self.config.choice == "prefix":
-            return beginning(body, self.config.prefix_bytes) or None
+            return prompt_start(body, self.config.prefix_bytes) or None
         if self.config.choice == "sticky":
             session = fields.get(self.config.sticky_header.lower().encode())
             return session or (seen.user.encode() if seen.user else None)
@@ -147,6 +149,13 @@ class Forwarder:
         cause = error.__cause__
         logger.warning("upstream %s: %s", upstream.name, error if cause is None else f"{error} ({reason_of(cause)})")
 
+    def report_missing(self, upstream: Upstream, model: str) -> None:
+        """Believe an upstream that it does not have the model, for a while; the log says so the first time."""
+        if model not in upstream.missing:
+            text = "upstream %s answers 404 for the model %s: it is asked for it only if no other has it"
+            logger.warning(text, upstream.name, model)
+        upstream.missing[model] = max(upstream.missing.get(model, 0.0), self.loop.time() + MISSING_SECONDS)
+
     def stop(self) -> None:
         """End what is still on its way, each with an error."""
         if self._tick is not None:
@@ -165,9 +174,12 @@ class Forwarder:
     def _look(self) -> None:
         self._tick = None
         now = self.loop.time()
+        silent = [upstream for upstream in self.table.upstreams if upstream.silent_since is not None]
         for exchange in list(self._active):
             if exchange.deadline <= now:
                 exchange.time_is_up()
+            elif silent and exchange.upstream in silent:
+                exchange.upstream_is_silent(now)
         if self._active and self._tick is None:
             self._set_tick()
 

@@ -2,20 +2,23 @@
 
 An upstream that is out or in doubt is asked five times as often as one that is well, so that both ways are short. Its
 own list of models is read on the way, now and then. Whether a request failed is not known here: that is the breaker's.
+A check that fails for want of descriptors or a resolver here says nothing of the upstream.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from brlite.config import ProxyConfig
-from brlite.errors import UpstreamError
+from brlite.errors import UpstreamError, UpstreamTimeout
 from brlite.proxy.client import UpstreamClient
 from brlite.proxy.listing import read_list
+from brlite.proxy.outcomes import is_own_fault
 from brlite.proxy.upstream import Upstream
 
 logger = logging.getLogger(__name__)
@@ -138,22 +141,36 @@ class _Check:
                 await asyncio.sleep(delay(self._terms.seconds, self._count.is_settled, random.random()))
 
     async def _check(self, client: UpstreamClient) -> None:
-        failure = await self._failure(client)
+        try:
+            failure = await self._failure(client)
+        except UpstreamError as error:
+            cause = getattr(error.__cause__, "os_error", error.__cause__)
+            if isinstance(cause, OSError) and is_own_fault(cause):
+                logger.warning("upstream %s cannot be checked: %s", self._upstream.name, error)
+                return
+            failure, is_silent = str(error), isinstance(error, UpstreamTimeout)
+        else:
+            is_silent = False
         if self._count.note(failure is None):
             self._upstream.is_healthy = self._count.is_healthy
             self._log(failure)
+        self._note_silence(is_silent and not self._count.is_healthy)
         self._num_until_list -= 1
         if failure is None and self._num_until_list <= 0:
             self._num_until_list = CHECKS_PER_LIST
             await self._read_list(client)
 
+    def _note_silence(self, is_silent: bool) -> None:
+        """One that refuses connections, or says 503, may be ending its last requests in good order."""
+        if not is_silent:
+            self._upstream.silent_since = None
+        elif self._upstream.silent_since is None:
+            self._upstream.silent_since = asyncio.get_running_loop().time()
+
     async def _failure(self, client: UpstreamClient) -> str | None:
-        """Why the upstream is not well, if it is not."""
+        """Why the upstream is not well, if its answer says so. Raises `UpstreamError` if there is none."""
         path = self._upstream.config.health_path
-        try:
-            status = await client.status(path)
-        except UpstreamError as error:
-            return str(error)
+        status = await client.status(path)
         if status in NO_SUCH_PATH and not self._has_said_no_path:
             self._has_said_no_path = True
             text = "upstream %s has no %s (it answers %d): that it answers is taken for health"
@@ -171,7 +188,16 @@ class _Check:
         """Note what the upstream says of its models. One that says nothing is well all the same."""
         config = self._upstream.config
         names = {config.rename.get(model, model) for model in config.models}
+        upstream = self._upstream
         try:
-            self._upstream.listed = read_list(await client.read("/v1/models", MAX_LIST_BYTES), names)
+            upstream.listed, missing = read_list(await client.read("/v1/models", MAX_LIST_BYTES), names)
         except UpstreamError as error:
-            logger.debug("upstream %s: %s", self._upstream.name, error)
+            logger.debug("upstream %s: %s", upstream.name, error)
+            return
+        for model in sorted(missing - upstream.missing.keys()):
+            text = "upstream %s does not list the model %s: it is asked for it only if no other has it"
+            logger.warning(text, upstream.name, model)
+        for model in [model for model, until in upstream.missing.items() if until == math.inf and model not in missing]:
+            logger.info("upstream %s lists the model %s now", upstream.name, model)
+            del upstream.missing[model]
+        upstream.missing.update(dict.fromkeys(missing, math.inf))

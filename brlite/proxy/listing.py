@@ -1,8 +1,12 @@
-"""What an upstream's own `/v1/models` says of the models that it serves. Decodes; asks nobody."""
+"""What an upstream says of the models that it serves: its own `/v1/models`, and a 404 for one that it does not have.
+
+Decodes; asks nobody.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import msgspec
 
@@ -22,13 +26,47 @@ class _List(msgspec.Struct):
     data: list[ListedModel]
 
 
+class Listing(NamedTuple):
+    """What a list says of some names: those that stand in it, and those that do not."""
+
+    models: Mapping[str, ListedModel]
+    missing: frozenset[str]
+
+
+class _Error(msgspec.Struct):
+    """An error in OpenAI's form, or flat as in vLLM's first versions."""
+
+    error: _Error | str | None = None
+    code: object = None
+    param: object = None
+    message: object = None
+
+
 _LIST = msgspec.json.Decoder(_List, strict=False)
+_ERROR = msgspec.json.Decoder(_Error)
 
 
-def read_list(body: bytes, names: Collection[str]) -> dict[str, ListedModel]:
-    """Those of the list that are among `names`. Raises `UpstreamError` for what is no list of models."""
+def read_list(body: bytes, names: Collection[str]) -> Listing:
+    """What the list says of these names. Raises `UpstreamError` for what is no list of models.
+
+    An empty list says nothing: some servers load what they are asked for. `NAME:latest` is Ollama's for `NAME`.
+    """
     try:
         models = _LIST.decode(body).data
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UpstreamError(f"its list of models cannot be read: {type(error).__name__}") from None
-    return {model.id: model for model in models if model.id in names}
+    by_id = {model.id: model for model in models}
+    found = {name: model for name in names if (model := by_id.get(name) or by_id.get(f"{name}:latest"))}
+    return Listing(found, frozenset(names) - found.keys() if by_id else frozenset())
+
+
+def says_no_model(body: bytes, name: str) -> bool:
+    """Whether the body of a 404 is about the model of that name, and not about the path."""
+    try:
+        error = _ERROR.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    if isinstance(error.error, _Error):
+        error = error.error
+    message = error.error if isinstance(error.error, str) else error.message
+    return "model_not_found" in (error.code, error.message) or error.param == "model" or name in str(message or "")

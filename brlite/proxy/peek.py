@@ -66,21 +66,6 @@ def replace_model(body: bytes, new: str) -> bytes:
     return body[:start] + value + body[end:]
 
 
-def beginning(body: bytes, num_bytes: int) -> bytes:
-    """The first bytes of what prompts with the same beginning share, from a body that `peek` has read.
-
-    Of a chat: roles and texts up to its first user message. Of a completion: its (first) prompt. Without either, or if
-    they are not what they should be, nothing.
-    """
-    try:
-        prompts = _PROMPTS.decode(body.removeprefix(BYTE_ORDER_MARK))
-        if prompts.messages:
-            return _beginning_of_chat(prompts.messages, num_bytes)
-        return _beginning_of_prompt(msgspec.json.decode(prompts.prompt), num_bytes)
-    except _REFUSALS:
-        return b""
-
-
 class _Model:
     """The type of the field `model`. msgspec calls `take` for each that it meets, the only trace of a second one."""
 
@@ -120,16 +105,6 @@ class _OddFields(msgspec.Struct, gc=False):
     user: msgspec.Raw = _NULL
 
 
-class _Message(msgspec.Struct):
-    role: Any = None
-    content: Any = None
-
-
-class _Prompts(msgspec.Struct):
-    messages: list[msgspec.Raw] | None = None
-    prompt: msgspec.Raw = _NULL
-
-
 def _with_other_spellings(fields: type[T]) -> type[T]:
     spellings = {"".join(letters) for letters in product(*zip("model", "MODEL", strict=True))} - {"model"}
     members = [(spelling, _OtherSpelling, None) for spelling in sorted(spellings)]
@@ -138,8 +113,6 @@ def _with_other_spellings(fields: type[T]) -> type[T]:
 
 _FIELDS = _with_other_spellings(_Fields)
 _ODD_FIELDS = _with_other_spellings(_OddFields)
-_PROMPTS = msgspec.json.Decoder(_Prompts)
-_MESSAGE = msgspec.json.Decoder(_Message)
 
 
 def _peek_oddly(body: bytes) -> Peek:
@@ -183,32 +156,3 @@ def _after_punctuation(text: str, at: int) -> int:
     match = _PUNCTUATION.match(text, at)
     assert match is not None  # it matches nothing at all, too
     return match.end()
-
-
-def _beginning_of_chat(messages: list[msgspec.Raw], num_bytes: int) -> bytes:
-    found = bytearray()
-    for raw in messages:
-        message = _MESSAGE.decode(raw)
-        # Zero bytes keep apart what is said and who says it.
-        found += f"{message.role}\0{_text(message.content)[:num_bytes]}\0".encode()
-        if message.role == "user" or len(found) >= num_bytes:
-            break
-    return bytes(found[:num_bytes])
-
-
-def _text(content: object) -> str:
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else ()
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
-    return "".join(text for text in texts if isinstance(text, str))
-
-
-def _beginning_of_prompt(prompt: object, num_bytes: int) -> bytes:
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-        prompt = prompt[0]  # several prompts
-    if isinstance(prompt, str):
-        return prompt[:num_bytes].encode()[:num_bytes]
-    if isinstance(prompt, list) and prompt:
-        return msgspec.json.encode(prompt[:num_bytes])[:num_bytes]
-    return b""

@@ -39,7 +39,22 @@ class Target:
 
     def is_available(self, now: float, tried: Collection[Upstream] = ()) -> bool:
         """Whether an upstream that was not tried yet is worth asking."""
-        return any(upstream.is_available(now) and upstream not in tried for upstream in self.upstreams)
+        excluded = self._excluded(now, tried)
+        return any(upstream.is_available(now) and upstream not in excluded for upstream in self.upstreams)
+
+    def has_untried(self, now: float, tried: Collection[Upstream]) -> bool:
+        """Whether `choose` would choose one."""
+        excluded = self._excluded(now, tried)
+        return any(upstream not in excluded for upstream in self.upstreams)
+
+    def choose(self, now: float, affinity: bytes | None, tried: Collection[Upstream]) -> Upstream | None:
+        """One that was not tried yet, and has not said that it lacks the model. None if there is none."""
+        return self.chooser.choose(now, affinity, self._excluded(now, tried))
+
+    def _excluded(self, now: float, tried: Collection[Upstream]) -> Collection[Upstream]:
+        """Those tried, and those that lack the model. If all do they are asked all the same: lists may be wrong."""
+        lacking = [upstream for upstream in self.upstreams if upstream.lacks(self.name_at(upstream), now)]
+        return tried if not lacking or len(lacking) == len(self.upstreams) else (*tried, *lacking)
 
 
 class UpstreamTable:

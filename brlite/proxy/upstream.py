@@ -26,6 +26,7 @@ class Upstream:
     """A server behind this one. `num_in_flight` is how many requests it has now; `is_healthy` what its checks say.
 
     `listed` is what it says itself of the models that it serves, by its own names for them, as far as that is known.
+    `missing` has those of its models that it said it does not have, and the loop's time until which that is believed.
     """
 
     __slots__ = (
@@ -37,6 +38,7 @@ class Upstream:
         "heads",
         "is_healthy",
         "listed",
+        "missing",
         "name",
         "num_events",
         "num_in_flight",
@@ -45,6 +47,7 @@ class Upstream:
         "own_headers",
         "pool",
         "refuses_until",
+        "silent_since",
         "weight",
     )
 
@@ -66,7 +69,9 @@ class Upstream:
         )
         self.heads = Heads(read_answer)
         self.is_healthy = True
+        self.silent_since: float | None = None  # the loop's time since when it is out for not answering at all
         self.listed: Mapping[str, ListedModel] = {}
+        self.missing: dict[str, float] = {}
         self.num_in_flight = 0
         self.failed_at = -math.inf  # the loop's time of its last failure
         self.refuses_until = 0.0  # the loop's time until which it has asked not to be asked (Retry-After)
@@ -92,6 +97,10 @@ class Upstream:
     def is_available(self, now: float) -> bool:
         """Whether it is worth asking: its checks pass, it is not ejected, and it has not asked for a pause."""
         return self.is_healthy and self.refuses_until <= now and self.breaker.allows(now)
+
+    def lacks(self, model: str, now: float) -> bool:
+        """Whether it has said that it does not have the model, by its own name for it."""
+        return bool(self.missing) and self.missing.get(model, 0.0) > now
 
     def begin(self, now: float) -> Ticket:
         """A request is given to it. The ticket belongs to `end`, which must follow."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import msgspec
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from brlite.errors import InvalidRequest
-from brlite.proxy.peek import Peek, beginning, peek, replace_model
+from brlite.proxy.peek import Peek, peek, replace_model
 
 json_values = st.recursive(
     st.none()
@@ -143,7 +142,6 @@ def test_no_bytes_raise_anything_else(body: bytes) -> None:
         return
 
     assert model == json.loads(body).get("model")
-    assert len(beginning(body, 10)) <= 10
 
 
 @given(
@@ -208,102 +206,11 @@ def outcome_of(body: bytes, new: str) -> bytes | InvalidRequest:
         return error
 
 
-def chat(*messages: Any, **fields: Any) -> bytes:
-    return json.dumps({"messages": messages, **fields}).encode()
-
-
-def says(role: str, content: Any) -> dict[str, Any]:
-    return {"role": role, "content": content}
-
-
-def test_chats_share_their_beginning_up_to_the_first_user_message() -> None:
-    opening = [says("system", "be brief"), says("user", "hi")]
-
-    first = beginning(chat(*opening, model="a"), 100)
-    second = beginning(chat(*opening, says("assistant", "yes?"), says("user", "bye"), temperature=1), 100)
-
-    assert first == second != b""
-
-
-@pytest.mark.parametrize(
-    "other",
-    [
-        [says("system", "be brief"), says("user", "ho")],
-        [says("system", "be long"), says("user", "hi")],
-        [says("developer", "be brief"), says("user", "hi")],
-        [says("system", "be "), says("user", "briefhi")],
-        [says("user", "hi")],
-    ],
-)
-def test_chats_that_begin_otherwise_differ(other: list[Any]) -> None:
-    opening = chat(says("system", "be brief"), says("user", "hi"))
-
-    assert beginning(chat(*other), 100) != beginning(opening, 100)
-
-
-def test_no_more_than_so_many_bytes_count() -> None:
-    prompts = ["é" * 50 + end for end in ("", "one", "two")]
-
-    chats = {beginning(chat(says("system", prompt), says("user", prompt)), 21) for prompt in prompts}
-    completions = {beginning(json.dumps({"prompt": prompt}).encode(), 21) for prompt in prompts}
-
-    assert [len(start) for start in (*chats, *completions)] == [21, 21]
-
-
-def test_content_in_parts_counts_as_its_texts() -> None:
-    image = {"type": "image_url", "image_url": {"url": "data:"}}
-    parts = [{"type": "text", "text": "what is "}, image, {"type": "text", "text": "this"}]
-
-    assert beginning(chat(says("user", parts)), 100) == beginning(chat(says("user", "what is this")), 100)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "expected"),
-    [
-        ("once upon", b"once upon"),
-        (["once upon", "a time"], b"once upon"),
-        ([1, 23, 4], b"[1,23,4]"),
-        ([[1, 23], [4]], b"[1,23]"),
-        (list(range(10, 10**4)), b"[10,11,12,1"),
-    ],
-)
-def test_a_completion_begins_with_its_first_prompt(prompt: Any, expected: bytes) -> None:
-    assert beginning(json.dumps({"prompt": prompt, "model": "m"}).encode(), 11) == expected
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"{}",
-        b'{"messages":null,"prompt":null}',
-        b'{"messages":[]}',
-        b'{"messages":"hi"}',
-        b'{"messages":["hi"]}',
-        b'{"messages":{"role":"user"}}',
-        b'{"prompt":[]}',
-        b'{"prompt":""}',
-        b'{"prompt":5}',
-        b'{"prompt":{"a":1}}',
-        b'{"prompt":[1e999]}',
-        b'{"input":"text"}',
-    ],
-)
-def test_where_there_is_no_prompt_there_is_no_beginning(body: bytes) -> None:
-    assert beginning(body, 100) == b""
-
-
-@given(st.fixed_dictionaries({}, optional={"messages": json_values, "prompt": json_values}))
-@example({"messages": [{"role": {"a": 1}, "content": [{"text": 1}, "x", {"text": "y"}]}]})
-def test_the_beginning_of_anything_is_some_bytes(fields: dict[str, Any]) -> None:
-    assert len(beginning(json.dumps(fields).encode(), 7)) <= 7
-
-
 def test_a_byte_order_mark_is_no_part_of_a_body() -> None:
     body = b'{"messages":[{"role":"user","content":"hi"}],"model":"m"}'
     marked = b"\xef\xbb\xbf" + body
 
     assert peek(marked) == peek(body)
-    assert beginning(marked, 100) == beginning(body, 100) != b""
     assert replace_model(marked, "n") == b"\xef\xbb\xbf" + replace_model(body, "n")
 
 

@@ -74,6 +74,22 @@ async def test_prompts_that_begin_alike_go_to_one_upstream_and_others_are_spread
     assert all(group.num_asked().values())
 
 
+@pytest.mark.parametrize("field", ["system", "instructions", "tools", "message"])
+async def test_long_prompts_that_differ_before_the_first_user_message_are_spread(start, field) -> None:
+    group = await start(ProxyConfig(choice="prefix"), a=GOOD, b=GOOD, c=GOOD)
+
+    for number in range(18):
+        text = "x" * 12_000 + str(number)
+        user = {"role": "user", "content": "Hi"}
+        if field == "message":
+            fields = {"messages": [{"role": "system", "content": text}, user]}
+        else:
+            fields = {field: [{"name": text}] if field == "tools" else text, "messages": [user]}
+        await group.ask({"model": "m", **fields})
+
+    assert all(group.num_asked().values())
+
+
 @pytest.mark.parametrize("how", ["header", "user"])
 async def test_a_session_stays_with_one_upstream(start, how) -> None:
     group = await start(ProxyConfig(choice="sticky", sticky_header="X-My-Session"), a=GOOD, b=GOOD, c=GOOD)
