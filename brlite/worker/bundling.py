@@ -46,7 +46,7 @@ from brlite.kernels.layout import Layout, packed_layout
 from brlite.models.family import Place
 from brlite.worker.fit import Fit
 from brlite.worker.image_file import ImageFile
-from brlite.worker.native_loading import LAYOUT_VERSION, end_threads, packing_threads
+from brlite.worker.native_loading import LAYOUT_VERSION, PackingThreads
 from brlite.worker.placing import placed_tensors
 from brlite.worker.rounding import Rounding, sample_rounding
 
@@ -223,12 +223,12 @@ class _Bundling:
 
     def _write_both(self, packing: Packing, name: str) -> Rounding | None:
         with ExitStack() as opened:
-            pool = opened.enter_context(packing_threads(packing.num_threads))
+            pool = opened.enter_context(PackingThreads(packing.num_threads))
             copying = opened.enter_context(self._copying())
             image = opened.enter_context(
                 ImageFile(self._folder / name, packing.key, packing.library, packing.layout, pool, self._on_bytes)
             )
-            opened.callback(end_threads, pool)  # before the file they write to is closed
+            opened.callback(pool.end)  # before the file they write to is closed
             rounding = _pack(copying, self._plan.fit, packing, image)
             record = image.finish(self._identity())
         self._note_finished(name, record)

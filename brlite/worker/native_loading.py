@@ -5,11 +5,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import logging
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from brlite.checkpoint import Checkpoint
 from brlite.config import ModelSpec
@@ -23,7 +23,56 @@ from brlite.worker.placing import placed_tensors
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 LAYOUT_VERSION = 1  # counts up whenever the same weights are packed into other bytes
+
+
+class PackingThreads(ThreadPoolExecutor):
+    """A pool whose work has ended when the `with` block is left, whatever was raised in it. What waits is dropped.
+
+    The work writes to memory that is given back after the block. `Thread.join` cannot be relied on for that: in Python
+    before 3.13 a join that Ctrl-C interrupts takes the thread for ended (github.com/python/cpython/issues/90882).
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        super().__init__(num_threads, thread_name_prefix="brlite-pack")
+        self._running: set[threading.Lock] = set()  # each is held as long as its piece of work runs
+        self._is_ending = False
+
+    def submit(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        return super().submit(self._run, work, *args, **kwargs)
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Return when nothing runs any more. What a signal's handler raises meanwhile is raised after that."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                self._is_ending = True
+                for is_running in list(self._running):
+                    with is_running:
+                        pass
+                self.shutdown(wait=True, cancel_futures=True)
+            except BaseException as error:
+                interrupt = error
+            else:
+                break
+        if interrupt is not None:
+            raise interrupt
+
+    def _run(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        is_running = threading.Lock()
+        with is_running:
+            self._running.add(is_running)  # before the look at `_is_ending`: `end` waits for it, or it ends here
+            try:
+                if self._is_ending:
+                    raise CancelledError
+                return work(*args, **kwargs)
+            finally:
+                self._running.discard(is_running)
 
 
 class LoadedWeights(NamedTuple):
@@ -53,7 +102,7 @@ def load_weights(
     key = ImageKey(LAYOUT_VERSION, precision, checkpoint.identity + part, layout.num_bytes)
     if image is not None:
         try:
-            with packing_threads(num_threads) as pool:
+            with PackingThreads(num_threads) as pool:
                 mapped = MappedImage(image, key, library, pool, on_progress)
         except FileNotFoundError:
             logger.debug("%s: there is no image yet", image)
@@ -64,7 +113,7 @@ def load_weights(
             return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
     memory = NativeMemory(library, layout.num_bytes, "the weights")
     try:
-        with packing_threads(num_threads) as pool:  # they have ended before the memory they write to is given back
+        with PackingThreads(num_threads) as pool:  # they have ended before the memory they write to is given back
             _pack(checkpoint, fit, Packer(library, layout, memory, pool), on_progress, share)
             sums = checksums(library, memory.address, memory.num_bytes, pool, on_progress=lambda fraction: None)
         if image is not None:
@@ -73,30 +122,6 @@ def load_weights(
         memory.close()
         raise
     return LoadedWeights(PackedWeights(layout, memory), _content_hash(sums))
-
-
-@contextmanager
-def packing_threads(num_threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads that have ended when the block is left, whatever was raised in it. Work that has not begun is dropped."""
-    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="brlite-pack")
-    try:
-        yield pool
-    finally:
-        end_threads(pool)
-
-
-def end_threads(pool: ThreadPoolExecutor) -> None:
-    """Return when no thread of the pool runs. A Ctrl-C meanwhile is raised after that: they may be in native code."""
-    interrupt: BaseException | None = None
-    while True:
-        try:
-            pool.shutdown(wait=True, cancel_futures=True)
-        except BaseException as error:  # raised by the handler of a signal, never by the pool
-            interrupt = error
-        else:
-            break
-    if interrupt is not None:
-        raise interrupt
 
 
 def _pack(
