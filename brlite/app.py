@@ -12,9 +12,9 @@ from aiohttp import web
 
 from brlite.config import Config
 from brlite.engine.async_engine import AsyncEngine
-from brlite.http.cors import Cors
 from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.manners import add_manners
+from brlite.http.origin_policy import OriginPolicy, is_loopback_address
 from brlite.proxy.catalog import Catalog
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.handler import forward_middleware
@@ -27,15 +27,22 @@ from brlite.server.metrics import COLLECTORS
 from brlite.server.served_model import ModelTable, ServedModel
 
 FORWARDER = web.AppKey("forwarder", Forwarder)
+ORIGIN_POLICY = web.AppKey("origin_policy", OriginPolicy)
 
 
-def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -> web.Application:
+def create_app(
+    models: AsyncEngine | ModelTable, config: Config | None = None, *, listens_on: str | None = None
+) -> web.Application:
     """An application that serves an engine under the config's model name, or all models of a table.
 
     Requests for the models of the config's upstreams are forwarded. Whoever made the engines closes them. Run it with
     `handler_cancellation=True` (as `HttpServer` does), or a client that leaves keeps its request running: a stream
     until the next write to it, any other to its end. At the application's shutdown running streams end with an error
     event.
+
+    Requests of other sites' pages are refused. `listens_on` is the address that the application will be served at, if
+    that is known: on loopback and without keys, requests for names other than local ones are refused as well. Where it
+    is not, as in an application that is mounted in another one, `server.allowed_hosts` alone says for which.
     """
     config = config or Config()
     if isinstance(models, AsyncEngine):
@@ -45,11 +52,18 @@ def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -
     app[MODELS] = models
     app[RUNNING] = set()
     app.add_routes(ROUTES)
+    keys = ApiKeys.from_config(config)
+    app[ORIGIN_POLICY] = OriginPolicy(
+        config.server.cors_origins,
+        config.server.allowed_hosts,
+        keys=keys,
+        is_loopback=listens_on is not None and is_loopback_address(listens_on),
+    )
     add_manners(
         app,
-        keys=ApiKeys.from_config(config),
+        keys=keys,
         open_paths=OPEN_PATHS if config.server.metrics_need_key else OPEN_PATHS | METRICS_PATHS,
-        cors_origins=config.server.cors_origins,
+        origin_policy=app[ORIGIN_POLICY],
         access_log=config.server.access_log,
         quiet_paths=OPEN_PATHS | METRICS_PATHS,
     )
@@ -60,9 +74,8 @@ def create_app(models: AsyncEngine | ModelTable, config: Config | None = None) -
 def lanes(app: web.Application) -> Lanes:
     """What gives the connections of a `HttpServer` their lanes, on which requests are forwarded without aiohttp."""
     config = app[CONFIG]
-    origins = config.server.cors_origins
-    cors = Cors(origins) if origins else None
-    return Lanes(app[FORWARDER], app[KEYS], config.limits, cors=cors, access_log=config.server.access_log)
+    policy = app[ORIGIN_POLICY]
+    return Lanes(app[FORWARDER], app[KEYS], config.limits, policy=policy, access_log=config.server.access_log)
 
 
 def _add_forwarding(app: web.Application, forwarder: Forwarder, config: Config) -> None:

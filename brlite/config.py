@@ -54,11 +54,16 @@ ENGINE_VARIABLE = "BRLITE_ENGINE"
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where and how the HTTP server listens. Port 0 takes a free one; `drain_seconds` is the grace time of SIGTERM."""
+    """Where and how the HTTP server listens. Port 0 takes a free one; `drain_seconds` is the grace time of SIGTERM.
+
+    `allowed_hosts` are names, besides local ones, that requests may have in `Host`. With none, any name is good, but on
+    loopback without API keys only local ones are.
+    """
 
     host: Word = "127.0.0.1"
     port: Port = 8000
     cors_origins: tuple[Word, ...] = ()
+    allowed_hosts: tuple[Word, ...] = ()
     metrics_need_key: bool = False
     drain_seconds: SecondsOrZero = 30.0
     access_log: bool = True

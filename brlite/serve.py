@@ -71,7 +71,7 @@ def _event_loop_run() -> Callable[[Coroutine[Any, Any, int]], int]:
 
 async def _serve(config: Config, source: ConfigSource) -> int:
     models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
-    app = create_app(models, config)
+    app = create_app(models, config, listens_on=config.server.host)
     forwarder, keys = app[FORWARDER], app[KEYS]
     reloader = Reloader(source, config, keys, forwarder, models, terminal=find_terminal())
     async with Residency(models, ModelLoader(config), config.engine) as residency:

@@ -1,4 +1,5 @@
-"""CORS: which web pages may ask. Preflights are answered before the key check, since browsers send them without keys.
+"""What web pages are told: refusals, and CORS. Preflights are answered before the key check, since browsers send them
+without keys.
 
 It knows no routes: a page that may ask at all may ask everywhere.
 """
@@ -8,16 +9,31 @@ from __future__ import annotations
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
+from brlite.http.origin_policy import ANY, OriginPolicy
+
 PREFLIGHT_SECONDS = 600
 METHODS = "GET, POST, DELETE, OPTIONS"
 EXPOSED_HEADERS = "X-Request-Id, Retry-After"
+FETCH_SITE = "Sec-Fetch-Site"
+ASKS_PRIVATE_NETWORK = "Access-Control-Request-Private-Network"
+ALLOWS_PRIVATE_NETWORK = "Access-Control-Allow-Private-Network"
 
 
 class Cors:
-    """The allowed origins, as a middleware (`answer_preflight`) and an `on_response_prepare` signal (`mark`)."""
+    """A policy as two middlewares (`answer_preflight`, `refuse`) and an `on_response_prepare` signal (`mark`)."""
 
-    def __init__(self, origins: tuple[str, ...]) -> None:
-        self._origins = frozenset(origins)
+    def __init__(self, policy: OriginPolicy) -> None:
+        self._policy = policy
+        self._origins = policy.allowed_origins
+
+    @web.middleware
+    async def refuse(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Raise `Forbidden` for what the policy refuses, before the body is read."""
+        headers = (", ".join(request.headers.getall(name, ())) or None for name in (hdrs.HOST, hdrs.ORIGIN, FETCH_SITE))
+        refusal = self._policy.refusal(*headers)
+        if refusal is not None:
+            raise refusal
+        return await handler(request)
 
     @web.middleware
     async def answer_preflight(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -25,13 +41,15 @@ class Cors:
         asks = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
         if not asks or self._allowed(request.headers.get(hdrs.ORIGIN)) is None:
             return await handler(request)
-        headers = {
+        headers: dict[str, str] = {
             hdrs.ACCESS_CONTROL_ALLOW_METHODS: METHODS,
             hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_SECONDS),
         }
         # OpenAI's browser client adds headers of its own (x-stainless-*), so what is asked for is granted.
         if wanted := request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS):
             headers[hdrs.ACCESS_CONTROL_ALLOW_HEADERS] = wanted
+        if request.headers.get(ASKS_PRIVATE_NETWORK) == "true":  # a public page that asks a server of a private network
+            headers[ALLOWS_PRIVATE_NETWORK] = "true"
         return web.Response(status=204, headers=headers)
 
     async def mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
@@ -41,7 +59,9 @@ class Cors:
 
     def headers(self, origin: str | None) -> dict[str, str]:
         """What an answer to a page of that origin says."""
-        headers: dict[str, str] = {} if "*" in self._origins else {hdrs.VARY: hdrs.ORIGIN}
+        if not self._origins:
+            return {}
+        headers: dict[str, str] = {} if ANY in self._origins else {hdrs.VARY: hdrs.ORIGIN}
         if (allowed := self._allowed(origin)) is not None:
             headers[hdrs.ACCESS_CONTROL_ALLOW_ORIGIN] = allowed
             headers[hdrs.ACCESS_CONTROL_EXPOSE_HEADERS] = EXPOSED_HEADERS
@@ -50,6 +70,6 @@ class Cors:
     def _allowed(self, origin: str | None) -> str | None:
         if origin is None:
             return None
-        if "*" in self._origins:
-            return "*"
+        if ANY in self._origins:
+            return ANY
         return origin if origin in self._origins else None

@@ -9,6 +9,7 @@ from brlite.http.boundary import errors_middleware
 from brlite.http.cors import Cors
 from brlite.http.envelope import OWN_HEADERS
 from brlite.http.keys import KEYS, ApiKeys, keys_middleware, stamp_limits
+from brlite.http.origin_policy import OriginPolicy
 from brlite.http.request_id import stamp_request_id
 from brlite.http.resources import Resources
 
@@ -18,11 +19,13 @@ def add_manners(
     *,
     keys: ApiKeys,
     open_paths: frozenset[str],
-    cors_origins: tuple[str, ...] = (),
+    origin_policy: OriginPolicy | None = None,
     access_log: bool = True,
     quiet_paths: frozenset[str] = frozenset(),
 ) -> None:
-    """Outermost first: the log sees every status, preflights need no key, refused keys are answered like any error.
+    """Outermost first: the log sees every status, preflights need no key, refusals are answered like any error.
+
+    Without a policy of its own an application refuses pages of all other sites.
 
     The application has its routes by then: the open and the quiet ones are looked up among them.
     """
@@ -32,11 +35,11 @@ def add_manners(
     app.on_response_prepare.append(stamp_limits)  # always: a key may be given limits while the server runs
     if access_log:
         app.middlewares.append(access_log_middleware(Resources(app, quiet_paths)))
-    if cors_origins:
-        cors = Cors(cors_origins)
-        app.on_response_prepare.append(cors.mark)
-        app.middlewares.append(cors.answer_preflight)
+    cors = Cors(origin_policy or OriginPolicy())
+    app.on_response_prepare.append(cors.mark)
+    app.middlewares.append(cors.answer_preflight)
     app.middlewares.append(errors_middleware)
+    app.middlewares.append(cors.refuse)
     app.middlewares.append(keys_middleware(keys, Resources(app, open_paths)))
 
 

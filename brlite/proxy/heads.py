@@ -116,11 +116,12 @@ _REASONS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode(
 class RequestHead:
     """A request's head but for its length. `fields` has lower-case names; what may stand twice is joined by commas.
 
-    `is_for_json` says whether it may have a JSON body for a model.
+    `is_for_json` says whether it may have a JSON body for a model, `asked_by` is what an `OriginPolicy` looks at.
     """
 
     __slots__ = (
         "_lines",
+        "asked_by",
         "fields",
         "is_for_json",
         "is_http_1_0",
@@ -142,6 +143,7 @@ class RequestHead:
         self._lines = _ListedLines(_NEVER_TO_UPSTREAMS.sub(b"", _without_named(lines, fields)), REQUEST_HEADERS)
         self.via = fields.get(b"via")
         self.shown_key = shown_key(text(fields.get(b"authorization")), text(fields.get(b"x-api-key")))
+        self.asked_by = tuple(text(fields.get(name)) for name in (b"host", b"origin", b"sec-fetch-site"))
         self.is_for_json = method == b"POST" and is_forwardable(target) and _may_be_json(fields)
 
     def lines_for_upstreams(self, request_id: str, own_via: bytes, more: tuple[str, ...] = ()) -> bytes:

@@ -21,6 +21,7 @@ from brlite.http.connection import Connection
 from brlite.http.cors import Cors
 from brlite.http.envelope import OWN_HEADERS, error_body, error_headers, status_of
 from brlite.http.keys import ApiKeys
+from brlite.http.origin_policy import OriginPolicy
 from brlite.http.request_id import RequestIds, choose_request_id
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
@@ -49,14 +50,15 @@ class Lanes:
     """What the lanes of a server's connections share. Calling it makes one, as long as there are upstreams."""
 
     def __init__(
-        self, forwarder: Forwarder, keys: ApiKeys, limits: LimitsConfig, *, cors: Cors | None, access_log: bool
+        self, forwarder: Forwarder, keys: ApiKeys, limits: LimitsConfig, *, policy: OriginPolicy, access_log: bool
     ) -> None:
         self.forwarder = forwarder
         self.keys = keys
         self.limits = limits
         self.heads = Heads(read_request)
         self.ids = RequestIds()
-        self.cors = cors
+        self.policy = policy
+        self.cors = Cors(policy) if policy.allowed_origins else None
         self.access_log = access_log
 
     def __call__(self, connection: Connection, transport: asyncio.Transport) -> Lane | None:
@@ -154,7 +156,7 @@ class Lane:
             self._pass_on_for_good(data)
             return
         head, length = self._shared.heads.read(data[:end])
-        if head is None or b"upgrade" in head.fields:
+        if head is None or b"upgrade" in head.fields or self._shared.policy.refusal(*head.asked_by) is not None:
             self._pass_on_for_good(data)
         elif head.is_for_json and self._is_key_known(head):
             self._read_first_of_body(head, length, data, end)

@@ -12,6 +12,7 @@ from brlite.config import LimitsConfig
 from brlite.http.keys import ApiKeys
 from brlite.http.listen import HttpServer
 from brlite.http.manners import add_manners
+from brlite.http.origin_policy import OriginPolicy
 from tests.limits import PATIENCE_SECONDS
 
 # A test that is about a time limit sets that one; the others are not to be met on a slow machine.
@@ -40,7 +41,8 @@ async def http_server() -> AsyncIterator[HttpServerFactory]:
         for route, handler in routes.items():
             app.router.add_route(*route.split(), handler)
         open_paths = frozenset({"/health"})
-        add_manners(app, keys=ApiKeys(keys), open_paths=open_paths, cors_origins=cors_origins, quiet_paths=open_paths)
+        policy = OriginPolicy(cors_origins)
+        add_manners(app, keys=ApiKeys(keys), open_paths=open_paths, origin_policy=policy, quiet_paths=open_paths)
         server = HttpServer(mounted(app, prefix), "127.0.0.1", 0, LimitsConfig(**PATIENT | limits), grace_seconds)
         servers.append(server)
         await server.start()

@@ -39,7 +39,7 @@ async def test_a_foreign_page_gets_no_leave(origin: bytes, http_server, connect,
     client.send(PREFLIGHT % origin)
     answer = await client.rest()
 
-    assert answer.startswith(b"HTTP/1.1 401 ")
+    assert answer.startswith(b"HTTP/1.1 403 ")
     assert b"Access-Control-Allow-Origin" not in answer
 
 
@@ -50,8 +50,21 @@ async def test_without_origins_there_is_no_cors(http_server, connect, hello) -> 
     client.send(PREFLIGHT % b"https://a.example")
     answer = await client.rest()
 
-    assert answer.startswith(b"HTTP/1.1 405 ")
+    assert answer.startswith(b"HTTP/1.1 403 ")
     assert b"Access-Control" not in answer
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+async def test_a_page_that_may_ask_may_ask_a_server_of_a_private_network(is_asked, http_server, connect, hello) -> None:
+    server = await http_server({"POST /v1/chat": hello}, cors_origins=("https://a.example",))
+    client = await connect(server)
+    wish = b"\r\nAccess-Control-Request-Private-Network: true\r\n\r\n" if is_asked else b"\r\n\r\n"
+
+    client.send(PREFLIGHT.replace(b"\r\n\r\n", wish) % b"https://a.example")
+    answer = await client.rest()
+
+    assert answer.startswith(b"HTTP/1.1 204 ")
+    assert (b"Access-Control-Allow-Private-Network: true\r\n" in answer) is is_asked
 
 
 async def test_any_page_may_read_answers_and_errors_with_a_star(http_server, connect, hello) -> None:

@@ -1,0 +1,105 @@
+"""Which requests of browsers are refused: those of other sites' pages, and those for a name that is not the server's.
+
+Pure: decides by three headers and by whether a key is needed, knows no aiohttp. A page cannot forge these headers; a
+program that is no browser can, and gains nothing: it may ask anyway.
+
+- `Sec-Fetch-Site` and `Origin` say whose page a request comes from (Fetch Standard; W3C Fetch Metadata). Browsers send
+  them of their own accord, but `Sec-Fetch-Site` only to https and loopback.
+- `Host` is the name that was looked up. A page of `evil.example` whose name was made to lead to 127.0.0.1 ("DNS
+  rebinding") is same-origin to its browser, but cannot say `Host: localhost`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from functools import lru_cache
+
+from brlite.errors import Forbidden
+from brlite.http.keys import ApiKeys
+
+ANY = "*"
+MAX_SHOWN = 200
+
+# What a browser calls the machine that it runs on; and containers theirs: no public name server answers for .internal.
+_LOCAL_NAMES = frozenset({"localhost", "ip6-localhost", "host.docker.internal", "host.containers.internal"})
+_IPV4_LOOPBACK = re.compile(r"127(?:\.[0-9]{1,3}){1,3}")  # 127.1 too
+_UNSPECIFIED = frozenset({"0.0.0.0", "[::]"})  # reaches loopback, where it is asked for
+_PORT = re.compile(r":[0-9]*\Z")
+
+
+class OriginPolicy:
+    """`allowed_origins` are those of pages that may ask, `allowed_hosts` names of the server besides local ones.
+
+    Names are checked where `is_loopback` and no key is needed, and wherever there are `allowed_hosts`. `*` among either
+    allows all.
+    """
+
+    def __init__(
+        self,
+        allowed_origins: tuple[str, ...] = (),
+        allowed_hosts: tuple[str, ...] = (),
+        *,
+        keys: ApiKeys | None = None,
+        is_loopback: bool = False,
+    ) -> None:
+        self.allowed_origins = frozenset(allowed_origins)
+        self._allowed_hosts = frozenset(_host_name(host) for host in allowed_hosts)
+        self._keys = keys
+        self._is_loopback = is_loopback
+
+    def refusal(self, host: str | None, origin: str | None, fetch_site: str | None) -> Forbidden | None:
+        """Why a request with these headers is refused; None if it is not. A header that stands twice is joined."""
+        if host is not None and not self._is_own_name(host):
+            return Forbidden(
+                f"The host name {host[:MAX_SHOWN]!r} is not one of this server's. Local names are, and those in "
+                "server.allowed_hosts.",
+                code="host_not_allowed",
+            )
+        if origin is None and fetch_site != "cross-site":
+            return None
+        if self._may_ask(host, origin, fetch_site):
+            return None
+        whose = "another site" if origin is None else origin[:MAX_SHOWN]
+        return Forbidden(
+            f"A web page of {whose} may not use this server. Pages of origins in server.cors_origins may.",
+            code="origin_not_allowed",
+        )
+
+    def _may_ask(self, host: str | None, origin: str | None, fetch_site: str | None) -> bool:
+        if ANY in self.allowed_origins or origin in self.allowed_origins:
+            return True
+        if fetch_site == "same-origin":
+            return True  # behind a proxy with TLS or another name, only the browser can tell
+        return (
+            fetch_site != "cross-site" and host is not None and origin == f"http://{host.lower().removesuffix(':80')}"
+        )
+
+    def _is_own_name(self, host: str) -> bool:
+        is_checked = self._allowed_hosts or (self._is_loopback and self._keys is not None and self._keys.is_open)
+        return not is_checked or is_local_host(host) or not self._allowed_hosts.isdisjoint((ANY, _host_name(host)))
+
+
+@lru_cache(maxsize=64)
+def is_local_host(host: str) -> bool:
+    """Whether a `Host` header, or an address without a port, means this machine wherever it is looked up."""
+    name = _host_name(host)
+    return is_loopback_address(name) or name in _LOCAL_NAMES or name in _UNSPECIFIED
+
+
+def is_loopback_address(host: str) -> bool:
+    """Whether a server that listens there is reached from this machine only."""
+    name = host.lower()
+    if name == "localhost" or name.endswith(".localhost") or _IPV4_LOOPBACK.fullmatch(name):
+        return True
+    try:
+        return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _host_name(host: str) -> str:
+    """The name without port and trailing dot, in small letters."""
+    name = host.lower()
+    has_port = name.count(":") == 1 or name.startswith("[")  # else it is an IPv6 address without brackets
+    return (_PORT.sub("", name) if has_port else name).removesuffix(".")
