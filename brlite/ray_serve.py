@@ -18,14 +18,15 @@ import aiohttp
 import msgspec
 from ray import serve
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from yarl import URL
 
 from brlite.app import create_app
 from brlite.config import Config, Count, CountOrZero, Text, load_config, make_config
 from brlite.config_check import check_supported, config_warnings
-from brlite.errors import ConfigError, EngineError
+from brlite.errors import ConfigError, EngineError, NotReady
 from brlite.field_errors import convert
+from brlite.http.envelope import error_body, error_headers, status_of
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 
@@ -95,18 +96,23 @@ class Replica:
             if answer.status != 200:
                 raise EngineError("the engine has died")
 
-    async def __call__(self, request: Request) -> StreamingResponse:
+    async def __call__(self, request: Request) -> Response:
         """Carry a request to the server, and its answer back as it comes."""
         headers = request.headers
-        answer = await self._session.request(
-            request.method,
-            self._target(request),
-            headers=[(name, value) for name, value in headers.items() if name not in NOT_ASKED],
-            data=request.stream() if "content-length" in headers or "transfer-encoding" in headers else None,
-            allow_redirects=False,
-        )
+        try:
+            answer = await self._session.request(
+                request.method,
+                self._target(request),
+                headers=[(name, value) for name, value in headers.items() if name not in NOT_ASKED],
+                data=request.stream() if "content-length" in headers or "transfer-encoding" in headers else None,
+                allow_redirects=False,
+            )
+        except aiohttp.ClientError as failure:  # it has just stopped, or has no connection to spare
+            error = NotReady(f"this replica's server does not answer: {type(failure).__name__}", retry_after_seconds=1)
+            return Response(error_body(error), status_of(error).http, error_headers(error), "application/json")
         response = StreamingResponse(_parts(answer), answer.status)
-        response.raw_headers = [header for header in answer.raw_headers if header[0].lower() not in NOT_ANSWERED]
+        headers_sent = ((name.lower(), value) for name, value in answer.raw_headers)  # as ASGI wants them
+        response.raw_headers = [(name, value) for name, value in headers_sent if name not in NOT_ANSWERED]
         return response
 
     def _target(self, request: Request) -> URL:

@@ -65,6 +65,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "app": ("server proxy http llm engine config errors", "aiohttp"),
     "reload": ("server proxy http process config config_check config_diff errors", "msgspec"),
     "serve": ("app reload process proxy llm checkpoint.fetch worker.sizes server http config errors", ""),
+    "ray_errors": ("http errors", "starlette"),
     "ray_serve": ("app llm http config config_check field_errors errors", "aiohttp msgspec ray starlette yarl"),
     "rank": ("worker errors", ""),
     "generate": ("text_file llm sampling_params outputs config errors", "msgspec tqdm"),
@@ -82,7 +83,19 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "doctor": ("config machine cache checkpoint.fetch kernels worker errors", ""),
 }
 MAY_IMPORT_ANYTHING = ("cli", "__main__")
-MAY_BE_ASYNC = ("http", "server", "proxy", "engine.async_engine", "app", "llm", "reload", "serve", "ray_serve", "chat")
+MAY_BE_ASYNC = (
+    "http",
+    "server",
+    "proxy",
+    "engine.async_engine",
+    "app",
+    "llm",
+    "reload",
+    "serve",
+    "ray_errors",
+    "ray_serve",
+    "chat",
+)
 ONLY_IN = {
     "prometheus_client": ("server.metrics", "proxy.metrics"),
     "setuptools": ("kernels.extension",),
