@@ -138,12 +138,14 @@ class Engine:
         now = self._clock()
         in_flight, self._in_flight = self._in_flight, []
         self.stats.step_time.observe(now - self._step_start)
-        self.stats.step_tokens.observe(sum(num_tokens + len(seq.draft_token_ids) for seq, num_tokens in in_flight))
-        num_generated = self.stats.generation_tokens
+        num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
         for (seq, num_tokens), seq_result in zip(in_flight, result.seqs, strict=True):
             if seq.status is SequenceStatus.RUNNING:
                 self._take_in(seq, num_tokens, seq_result, now)
-        self.stats.generation_rate.add(self.stats.generation_tokens - num_generated)
+        num_generated = self.stats.generation_tokens - num_generated
+        self.stats.generation_rate.add(num_generated)
+        # As in vLLM: a prompt counts whole in the step that ends it, cached tokens included.
+        self.stats.step_tokens.observe(self.stats.prompt_tokens - num_prompt + num_generated)
         for state in dict.fromkeys(seq.state for seq, _ in in_flight):
             self._deliver(state)
         self._end_aborted()

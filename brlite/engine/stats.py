@@ -111,6 +111,7 @@ class EngineStats:
         self.params_n = Histogram(NUM_BOUNDS)
         self.prompt_length = Histogram(length_bounds(max_model_len))
         self.generation_length = Histogram(length_bounds(max_model_len))
+        self.longest_length = Histogram(length_bounds(max_model_len))
         self.max_tokens = Histogram(length_bounds(max_model_len))
 
     def note_scheduled(self, state: RequestState, now: float) -> None:
@@ -152,6 +153,7 @@ class EngineStats:
         self.e2e_latency.observe(now - state.arrival_time)
         self.decode_time.observe(now - (state.prompt_done_time or now))
         self.inference_time.observe(now - (state.scheduled_time or now))
+        self.longest_length.observe(max(seq.num_output_tokens for seq in state.sequences))
         self.prompt_length.observe(len(state.request.prompt_token_ids))
         self.params_n.observe(state.request.params.n)
         self.max_tokens.observe(state.max_tokens)

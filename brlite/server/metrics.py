@@ -19,7 +19,7 @@ from prometheus_client.core import (
     InfoMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from brlite.engine.async_engine import AsyncEngine
@@ -31,6 +31,8 @@ from brlite.server.served_model import ModelTable, ServedModel
 
 # What is rendered besides: the numbers of another room.
 COLLECTORS: web.AppKey[Iterable[Collector]] = web.AppKey("collectors")
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 ENDINGS = ("stop", "length", "abort", "error")
 
@@ -99,6 +101,8 @@ V1_GAUGES = [Series("vllm:kv_cache_usage_perc", "Part of the KV cache in use, 0 
 V1_COUNTERS = [
     Series("vllm:prefix_cache_queries", "Prompt tokens looked up.", lambda s: s.prefix_cache_queries),
     Series("vllm:prefix_cache_hits", "Prompt tokens found.", lambda s: s.prefix_cache_hits),
+    Series("vllm:gpu_prefix_cache_queries", "The same, by an older name.", lambda s: s.prefix_cache_queries),
+    Series("vllm:gpu_prefix_cache_hits", "The same, by an older name.", lambda s: s.prefix_cache_hits),
     Series("vllm:prompt_tokens_cached", "Prompt tokens not computed.", lambda s: s.cached_prompt_tokens),
     Series("vllm:num_preemptions", "Sequences put back to be computed again.", lambda s: s.preemptions),
     Series("vllm:spec_decode_num_drafts", "Times that a sequence guessed ahead.", lambda s: s.drafts),
@@ -112,9 +116,16 @@ V1_HISTOGRAMS = [
     Distribution("vllm:request_prefill_time_seconds", "First step to first token.", lambda s: s.prefill_time),
     Distribution("vllm:request_decode_time_seconds", "First token to end.", lambda s: s.decode_time),
     Distribution("vllm:request_inference_time_seconds", "First step to end.", lambda s: s.inference_time),
-    Distribution("vllm:iteration_tokens_total", "Tokens in a step.", lambda s: s.step_tokens),
+    Distribution(
+        "vllm:iteration_tokens_total", "Prompt tokens done and tokens generated in a step.", lambda s: s.step_tokens
+    ),
     Distribution("vllm:request_prompt_tokens", "Prompt tokens of a request.", lambda s: s.prompt_length),
     Distribution("vllm:request_generation_tokens", "Tokens of a completion.", lambda s: s.generation_length),
+    Distribution(
+        "vllm:request_max_num_generation_tokens",
+        "Tokens of the longest completion.",
+        lambda s: s.longest_length,
+    ),
     Distribution("vllm:request_params_max_tokens", "max_tokens of a request.", lambda s: s.max_tokens),
     Distribution("vllm:request_params_n", "n of a request.", lambda s: s.params_n),
 ]
@@ -266,15 +277,17 @@ class OutputCollector(Collector):
         yield CounterMetricFamily("brlite:log_lines_dropped", about, value=num_dropped_lines())
 
 
-def render(models: ModelTable, keys: ApiKeys, more: Iterable[Collector], accept: str) -> tuple[bytes, str]:
-    """The exposition and its content type: Prometheus text, or OpenMetrics if `accept` asks for it."""
+def render(models: ModelTable, keys: ApiKeys, more: Iterable[Collector]) -> tuple[bytes, str]:
+    """The exposition in Prometheus's text format 0.0.4, and its content type.
+
+    Never OpenMetrics, whatever a client accepts: prometheus_client 0.23 to 0.26 writes `vllm_` for `vllm:` there.
+    """
     registry = CollectorRegistry(auto_describe=False)
     for collector in (EngineCollector(models), KeyCollector(keys), OutputCollector(), *more):
         registry.register(collector)
     for of_process in (ProcessCollector, PlatformCollector, GCCollector):
         of_process(registry=registry)
-    encoder, content_type = choose_encoder(accept)
-    return encoder(registry), content_type
+    return generate_latest(registry), CONTENT_TYPE
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:

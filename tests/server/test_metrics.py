@@ -58,6 +58,9 @@ V1_FAMILIES = [
     "vllm:request_params_max_tokens",
     "vllm:request_params_n",
     "vllm:iteration_tokens_total",
+    "vllm:request_max_num_generation_tokens",
+    "vllm:gpu_prefix_cache_hits",
+    "vllm:gpu_prefix_cache_queries",
 ]
 
 
@@ -165,3 +168,23 @@ def test_the_average_rate_is_a_rate_over_the_last_interval() -> None:
     assert rate.value == 100 / now
     now *= 2
     assert rate.value == 0
+
+
+async def test_the_tokens_of_steps_are_counted_as_by_vllm(client: Client) -> None:
+    for number in range(10):
+        await client.complete(f"{number}" * 9, max_tokens=10)
+
+    families = await scrape(client)
+
+    assert value(families["vllm:iteration_tokens_total"], "_sum") == 190
+    assert value(families["vllm:request_max_num_generation_tokens"], "_sum") == 100
+    assert value(families["vllm:gpu_prefix_cache_queries"], "_total") == 90
+
+
+async def test_the_longest_completion_of_a_request_is_counted(client: Client) -> None:
+    await client.complete("x", max_tokens=7, n=3)
+
+    families = await scrape(client)
+
+    assert value(families["vllm:request_max_num_generation_tokens"], "_sum") == 7
+    assert value(families["vllm:request_generation_tokens"], "_sum") == 21
