@@ -26,7 +26,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     `stop` takes a string or a list; `stop_tokens_ids` is the manual's spelling of `stop_token_ids`, and both add up.
     `max_tokens=None` means half of `build_seq`, or what the context has left if that is less. `logprobs` and
-    `prompt_logprobs` count the alternatives reported beside each token (0: only the token itself).
+    `prompt_logprobs` count the alternatives reported beside each token (0: only the token itself). Neutral values of
+    other front ends are taken: `top_k=0`, `seed=-1`, `max_tokens=-1`, `stop=""`, 6.0 for 6.
     """
 
     n: int = 1
@@ -71,7 +72,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise `InvalidRequest` where `top_k` or a token id lies outside a vocabulary of `vocab_size` tokens."""
         if self.top_k > vocab_size:
-            raise InvalidRequest(f"top_k must be -1 or 1 to {vocab_size}, got {self.top_k}", param="top_k")
+            raise InvalidRequest(f"top_k must be -1, 0 or 1 to {vocab_size}, got {self.top_k}", param="top_k")
         check_token_ids(self.stop_token_ids, vocab_size, param="stop_token_ids")
         check_token_ids(self.logit_bias, vocab_size, param="logit_bias")
 
@@ -104,7 +105,7 @@ class _Rule(NamedTuple):
 def _integer(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError("a truth value is no number")
-    integer = operator.index(value)
+    integer = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
     if not -(2**63) <= integer < 2**64:
         raise OverflowError("more than 64 bits")
     return integer
@@ -126,6 +127,17 @@ def _optional_integer(value: Any) -> int | None:
     return None if value is None else _integer(value)
 
 
+def _unless_minus_1(value: Any) -> int | None:
+    """-1 is None, as front ends of llama.cpp and vLLM write it: a seed by chance, an answer of any length."""
+    integer = _optional_integer(value)
+    return None if integer == -1 else integer
+
+
+def _top_k(value: Any) -> int:
+    """0 is -1: both mean all tokens, the first in vLLM and llama.cpp, the second in the manual."""
+    return _integer(value) or -1
+
+
 def _items(value: Any) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)):
         raise TypeError("not a list")
@@ -140,7 +152,8 @@ def _text(value: Any) -> str:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    return tuple(_text(item) for item in ((value,) if isinstance(value, str) else _items(value)))
+    """An empty string is no stop string: it is what front ends send for an empty box."""
+    return tuple(_text(item) for item in ((value,) if isinstance(value, str) else _items(value)) if item != "")
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -171,15 +184,15 @@ _RULES = {
     "repetition_penalty": _Rule(_number, lambda x: 0 < x < math.inf, "a finite number above 0"),
     "temperature": _Rule(_number, lambda x: 0 <= x < math.inf, "a finite number, at least 0"),
     "top_p": _Rule(_number, lambda x: 0 < x <= 1, "a number in (0, 1]"),
-    "top_k": _Rule(_integer, lambda k: k == -1 or k >= 1, "-1 or a 64-bit integer, at least 1"),
+    "top_k": _Rule(_top_k, lambda k: k == -1 or k >= 1, "-1, 0 or a 64-bit integer, at least 1"),
     "min_p": _Rule(_number, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
-    "seed": _Rule(_optional_integer, _any, "a 64-bit integer"),
-    "stop": _Rule(_texts, _any, "a string or a list of strings, none of them empty"),
+    "seed": _Rule(_unless_minus_1, _any, "a 64-bit integer"),
+    "stop": _Rule(_texts, _any, "a string or a list of strings"),
     "stop_token_ids": _TOKEN_IDS,
     "stop_tokens_ids": _TOKEN_IDS,
     "include_stop_str_in_output": _TRUTH,
     "ignore_eos": _TRUTH,
-    "max_tokens": _at_least(1, _optional_integer),
+    "max_tokens": _at_least(1, _unless_minus_1),
     "min_tokens": _at_least(0),
     "logit_bias": _Rule(
         _biases,

@@ -43,13 +43,22 @@ class ByteTokenizer:
     def token_text(self, token_id: int) -> str:
         return self.token_bytes(token_id).decode(errors="replace")
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    chat_template_text = "{{ messages }}"
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
         if not self.has_chat_template:
             raise InvalidRequest(
                 "Error in applying chat template from request: the model has none; use /v1/completions",
                 param="messages",
             )
-        return "".join(f"{message['role']}:{message['content']}\n" for message in messages)
+        text = "".join(f"{message['role']}:{message['content']}\n" for message in messages)
+        return text[:-1] if continue_final_message else text
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt))

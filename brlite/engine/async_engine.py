@@ -145,23 +145,41 @@ class AsyncEngine:
         self._engine.abort(request_id)
         self._wake.set()
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True, param: str = "prompt") -> list[int]:
+    async def encode(
+        self, text: str, *, add_special_tokens: bool = True, param: str = "prompt", is_bounded: bool = True
+    ) -> list[int]:
         """Token ids of a text. A long one is encoded on another thread, so that streams do not stall meanwhile.
 
-        Raises `PromptTooLong` before that for a text that is too long however it is encoded.
+        Raises `PromptTooLong` before that, if it `is_bounded`, for a text that is too long however it is encoded.
         """
         self._check_loop()
-        check_length(self.tokenizer.fewest_tokens(text), self.info, param=param, at_least="at least ")
+        if is_bounded:
+            check_length(self.tokenizer.fewest_tokens(text), self.info, param=param, at_least="at least ")
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
         return await self._off_loop_if(len(text) > LONG_TEXT, encode)
 
     async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        is_bounded: bool = True,
     ) -> list[int]:
         """Token ids of a rendered chat, which brings its own special tokens; otherwise as `encode`."""
-        render = functools.partial(self.tokenizer.render_chat, messages, add_generation_prompt=add_generation_prompt)
+        render = functools.partial(
+            self.tokenizer.render_chat,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
         text = await self._off_loop_if(sum(len(message["content"]) for message in messages) > LONG_TEXT, render)
-        return await self.encode(text, add_special_tokens=False, param="messages")
+        return await self.encode(text, add_special_tokens=False, param="messages", is_bounded=is_bounded)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of whole tokens, special ones too. That of many is put together on another thread."""
+        decode = functools.partial(self.tokenizer.decode, token_ids, skip_special_tokens=False)
+        return await self._off_loop_if(len(token_ids) > LONG_TEXT, decode)
 
     async def generate(
         self,

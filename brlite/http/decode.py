@@ -7,7 +7,6 @@ the struct or `InvalidRequest`. It knows no endpoint: the struct behind the deco
 from __future__ import annotations
 
 import re
-from itertools import islice
 from typing import TypeVar
 
 import msgspec
@@ -17,9 +16,6 @@ from brlite.http.choices import allowed_values
 from brlite.text_file import BYTE_ORDER_MARK, other_encoding
 
 T = TypeVar("T")
-
-MAX_REPORTED_FIELDS = 16
-MAX_FIELD_LENGTH = 64
 
 _AT = re.compile(r"(?s)(?P<message>.*?)(?: - at (?:`key` in )?`\$(?P<path>[^`]*)`)?")
 _MISSING = re.compile(r"Object missing required field `(?P<field>.*)`")
@@ -42,14 +38,9 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise _not_json("it is nested too deeply") from None
 
 
-def unknown_fields(body: bytes, struct_type: type[msgspec.Struct]) -> list[str]:
-    """The top-level keys that the struct lacks: the first few, none longer than a line bears.
-
-    Raises `InvalidRequest` as `decode_json` does: a key that no field has is not decoded there.
-    """
-    known = frozenset(struct_type.__struct_encode_fields__)
-    unknown = (field for field in decode_json(body, _TOP_LEVEL) if field not in known)
-    return [field[:MAX_FIELD_LENGTH] for field in islice(unknown, MAX_REPORTED_FIELDS)]
+def decode_fields(body: bytes) -> dict[str, msgspec.Raw]:
+    """The top-level fields of a JSON object, their values still encoded. Raises as `decode_json` does."""
+    return decode_json(body, _TOP_LEVEL)
 
 
 def _not_json(reason: str) -> InvalidRequest:

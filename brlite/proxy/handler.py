@@ -20,7 +20,7 @@ from brlite.http.request_id import request_id
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.front import reset
-from brlite.proxy.heads import RequestHead, is_forwardable, without_limits
+from brlite.proxy.heads import RequestHead, is_forwardable, usual_spelling, without_limits
 from brlite.proxy.peek import peek
 
 # As it was sent, still encoded, behind the path of the application that this one is mounted in.
@@ -151,8 +151,9 @@ class ResponseFront:
 
 def _wire_path(request: web.Request) -> bytes:
     """The path that a server of its own would have been asked for, with the query; b"" is none of `/v1`."""
-    found = _TARGET.fullmatch(request.rel_url.raw_path_qs)
     is_mounted = len(request.match_info.apps) > 1
+    path = request.rel_url.raw_path_qs
+    found = _TARGET.fullmatch(path if is_mounted else usual_spelling(path.encode()).decode())
     if found is None or (found.start(1) > 0 and not is_mounted):
         return b""
     return found[1].encode()

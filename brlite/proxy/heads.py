@@ -290,6 +290,14 @@ def is_forwardable(path: bytes) -> bool:
     return path.partition(b"?")[0] in FORWARDED_PATHS
 
 
+def usual_spelling(path: bytes) -> bytes:
+    """The path of a forwarded endpoint that was asked for with doubled or trailing slashes, or without `/v1`."""
+    path, mark, query = path.partition(b"?")
+    spelt = b"/" + b"/".join(part for part in path.split(b"/") if part)
+    usual = next((each for each in (spelt, b"/v1" + spelt) if each in FORWARDED_PATHS), path)
+    return usual + mark + query
+
+
 def without_limits(lines: bytes) -> bytes:
     """An answer's lines but those of the upstream's rate limits, for who has limits of ours and would see both."""
     return _LIMITS.sub(b"", lines)

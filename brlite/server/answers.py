@@ -11,10 +11,20 @@ import uuid
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
 from msgspec import UNSET, UnsetType
 
 from brlite.outputs import CompletionOutput, RequestOutput, TokenLogprob
-from brlite.server.logprobs import chat_logprobs, completion_logprobs
+from brlite.server.logprobs import (
+    NOT_ECHOED,
+    EchoedPrompt,
+    TokenNames,
+    TokenTrack,
+    ToldToken,
+    chat_logprobs,
+    completion_logprobs,
+    prompt_offsets,
+)
 from brlite.server.protocol import (
     AssistantMessage,
     ChatChoice,
@@ -31,6 +41,22 @@ from brlite.server.protocol import (
 from brlite.tokenizer import Tokenizer
 
 
+class AnswerForm(msgspec.Struct, frozen=True, kw_only=True):
+    """How an answer is told: under which model's name, with which choices, and what stands beside them.
+
+    `continuous_usage` says in every chunk of a stream what was used so far.
+    """
+
+    model: str
+    n: int = 1
+    include_usage: bool = False
+    continuous_usage: bool = False
+    skips_special_tokens: bool = True
+    names_are_ids: bool = False
+    echo: bool = False
+    is_echo_only: bool = False
+
+
 class Answer(Protocol):
     """What the handlers need of either kind of answer. It can be made before its model is there, but says nothing yet.
 
@@ -42,6 +68,10 @@ class Answer(Protocol):
 
     def set_source(self, tokenizer: Tokenizer, fingerprint: str) -> None:
         """Whose words these are. `fingerprint` is the backend's, empty if it has none."""
+        ...
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Have the answer say these, too."""
         ...
 
     def opening(self) -> list[bytes]:
@@ -84,42 +114,70 @@ class TokenCount:
         return Usage(self.prompt, self.completion, total, PromptTokensDetails(self.cached))
 
 
-class ChatAnswer:
-    """Chat completions: one prompt, `n` choices."""
+class _Told:
+    """What both kinds of answer share."""
 
-    _tokenizer: Tokenizer
+    _names: TokenNames
     _system_fingerprint: str | UnsetType
 
-    def __init__(self, model: str, *, n: int, include_usage: bool = False, warnings: Sequence[str] = ()) -> None:
-        self.id = f"chatcmpl-{uuid.uuid4().hex}"
-        self.count = TokenCount()
+    def __init__(self, form: AnswerForm, prefix: str) -> None:
+        self.id = f"{prefix}-{uuid.uuid4().hex}"
+        self.count = TokenCount(shows_completions=not form.is_echo_only)
         self._created = int(time.time())
-        self._model = model
-        self._n = n
-        self._include_usage = include_usage
-        self._warnings = warnings
+        self._form = form
+        self._warnings: list[str] = []
+        self._tracks: dict[int, TokenTrack] = {}
 
     def set_source(self, tokenizer: Tokenizer, fingerprint: str) -> None:
-        self._tokenizer, self._system_fingerprint = tokenizer, _system_fingerprint(fingerprint)
+        self._names = TokenNames(tokenizer, are_ids=self._form.names_are_ids)
+        self._system_fingerprint = f"fp_{fingerprint}" if fingerprint else UNSET
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        self._warnings += warnings
+
+    def _told(self, index: int, completion: CompletionOutput, start: int = 0) -> list[ToldToken]:
+        """The tokens to tell with a delta of the choice with that index, whose text begins at `start`."""
+        if completion.logprobs is None:
+            return []
+        if index not in self._tracks:
+            tokenizer = self._names.tokenizer
+            skipped = tokenizer.special_token_ids if self._form.skips_special_tokens else frozenset[int]()
+            self._tracks[index] = TokenTrack(tokenizer, skipped, start)
+        return self._tracks[index].take(completion)
+
+    def _chunk_usage(self, *, has_tokens: bool) -> Usage | UnsetType | None:
+        """What a chunk says of the usage, but for the last one, which has nothing else."""
+        if self._form.continuous_usage and has_tokens:
+            return self.count.usage()
+        return None if self._form.include_usage else UNSET
+
+    def _last_warnings(self, output: RequestOutput, *, is_last: bool) -> list[str] | UnsetType:
+        """What a stream's last chunk says: every clamp and everything ignored."""
+        return [*self._warnings, *output.warnings] or UNSET if output.finished and is_last else UNSET
+
+
+class ChatAnswer(_Told):
+    """Chat completions: one prompt, `n` choices."""
+
+    def __init__(self, form: AnswerForm) -> None:
+        super().__init__(form, "chatcmpl")
 
     def opening(self) -> list[bytes]:
-        first = Delta(role="assistant", content="")
-        return [self._chunk([ChatChunkChoice(index, first)], self._no_usage) for index in range(self._n)]
+        first = Delta(role="assistant", content="", refusal=None)
+        usage = self._chunk_usage(has_tokens=False)
+        return [self._chunk([ChatChunkChoice(index, first)], usage) for index in range(self._form.n)]
 
     def chunks(self, prompt_index: int, output: RequestOutput) -> list[bytes]:
         self.count.add(prompt_index, output)
-        shown = [completion for completion in output.outputs if _has_news(completion)]
+        choices = [choice for choice in map(self._chunk_choice, output.outputs) if choice is not None]
+        usage = self._chunk_usage(has_tokens=True)
         return [
-            self._chunk(
-                [self._chunk_choice(completion)],
-                self._no_usage,
-                _last_warnings(output, self._warnings, completion is shown[-1]),
-            )
-            for completion in shown
+            self._chunk([choice], usage, self._last_warnings(output, is_last=choice is choices[-1]))
+            for choice in choices
         ]
 
     def closing(self) -> list[bytes]:
-        return [self._chunk([], self.count.usage())] if self._include_usage else []
+        return [self._chunk([], self.count.usage())] if self._form.include_usage else []
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
         (output,) = outputs
@@ -128,17 +186,13 @@ class ChatAnswer:
             ChatCompletion(
                 id=self.id,
                 created=self._created,
-                model=self._model,
+                model=self._form.model,
                 choices=[self._choice(completion) for completion in _in_order(output)],
                 usage=self.count.usage(),
                 system_fingerprint=self._system_fingerprint,
                 warnings=[*self._warnings, *output.warnings] or UNSET,
             )
         )
-
-    @property
-    def _no_usage(self) -> UnsetType | None:
-        return None if self._include_usage else UNSET
 
     def _chunk(
         self,
@@ -150,7 +204,7 @@ class ChatAnswer:
             ChatChunk(
                 id=self.id,
                 created=self._created,
-                model=self._model,
+                model=self._form.model,
                 choices=choices,
                 usage=usage,
                 system_fingerprint=self._system_fingerprint,
@@ -158,82 +212,63 @@ class ChatAnswer:
             )
         )
 
-    def _chunk_choice(self, completion: CompletionOutput) -> ChatChunkChoice:
+    def _chunk_choice(self, completion: CompletionOutput) -> ChatChunkChoice | None:
+        """None for a delta that is not worth a chunk."""
+        told = self._told(completion.index, completion)
+        if not _has_news(completion, told):
+            return None
         return ChatChunkChoice(
             index=completion.index,
             delta=Delta(content=completion.text),
-            logprobs=chat_logprobs(completion.logprobs, self._tokenizer),
+            logprobs=None if completion.logprobs is None else chat_logprobs(told, self._names),
             finish_reason=completion.finish_reason,
             stop_reason=UNSET if completion.stop_reason is None else completion.stop_reason,
         )
 
     def _choice(self, completion: CompletionOutput) -> ChatChoice:
+        told = self._told(completion.index, completion)
         return ChatChoice(
             index=completion.index,
             message=AssistantMessage(completion.text),
-            logprobs=chat_logprobs(completion.logprobs, self._tokenizer),
+            logprobs=None if completion.logprobs is None else chat_logprobs(told, self._names),
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
         )
 
 
-class CompletionAnswer:
+class CompletionAnswer(_Told):
     """Text completions: several prompts, `n` choices each; `echo` puts the prompt before its completions.
 
     With `echo` and 0 tokens asked for, the one token that the engine drew is neither shown nor counted.
     """
 
-    _tokenizer: Tokenizer
-    _system_fingerprint: str | UnsetType
-
-    def __init__(
-        self,
-        model: str,
-        *,
-        n: int,
-        echo: bool = False,
-        is_echo_only: bool = False,
-        include_usage: bool = False,
-        warnings: Sequence[str] = (),
-    ) -> None:
-        self.id = f"cmpl-{uuid.uuid4().hex}"
-        self.count = TokenCount(shows_completions=not is_echo_only)
-        self._created = int(time.time())
-        self._model = model
-        self._n = n
-        self._echo = echo
-        self._is_echo_only = is_echo_only
-        self._include_usage = include_usage
-        self._warnings = warnings
-        self._offsets: dict[int, int] = {}
+    def __init__(self, form: AnswerForm) -> None:
+        super().__init__(form, "cmpl")
+        self._echoed_choices: set[int] = set()
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
-
-    def set_source(self, tokenizer: Tokenizer, fingerprint: str) -> None:
-        self._tokenizer, self._system_fingerprint = tokenizer, _system_fingerprint(fingerprint)
 
     def opening(self) -> list[bytes]:
         return []
 
     def chunks(self, prompt_index: int, output: RequestOutput) -> list[bytes]:
         self.count.add(prompt_index, output)
-        shown = [completion for completion in output.outputs if _has_news(completion)]
+        told = [self._choice(prompt_index, output, completion) for completion in output.outputs]
+        choices = [choice for choice in told if choice is not None]
+        usage = self._chunk_usage(has_tokens=True)
         return [
-            self._encode(
-                [self._choice(prompt_index, output, completion)],
-                None if self._include_usage else UNSET,
-                _last_warnings(output, self._warnings, completion is shown[-1]),
-            )
-            for completion in shown
+            self._encode([choice], usage, self._last_warnings(output, is_last=choice is choices[-1]))
+            for choice in choices
         ]
 
     def closing(self) -> list[bytes]:
-        return [self._encode([], self.count.usage())] if self._include_usage else []
+        return [self._encode([], self.count.usage())] if self._form.include_usage else []
 
     def whole(self, outputs: Sequence[RequestOutput]) -> bytes:
-        choices = []
+        choices: list[CompletionChoice] = []
         for prompt_index, output in enumerate(outputs):
             self.count.add(prompt_index, output)
-            choices += [self._choice(prompt_index, output, completion) for completion in _in_order(output)]
+            told = (self._choice(prompt_index, output, completion) for completion in _in_order(output))
+            choices += [choice for choice in told if choice is not None]  # each is, for each has ended
         warnings = dict.fromkeys([*self._warnings, *(line for output in outputs for line in output.warnings)])
         return self._encode(choices, self.count.usage(), list(warnings) or UNSET)
 
@@ -247,7 +282,7 @@ class CompletionAnswer:
             Completion(
                 id=self.id,
                 created=self._created,
-                model=self._model,
+                model=self._form.model,
                 choices=choices,
                 usage=usage,
                 system_fingerprint=self._system_fingerprint,
@@ -255,37 +290,41 @@ class CompletionAnswer:
             )
         )
 
-    def _choice(self, prompt_index: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
+    def _choice(
+        self, prompt_index: int, output: RequestOutput, completion: CompletionOutput
+    ) -> CompletionChoice | None:
+        """None for a delta that is not worth a chunk. The first delta of a choice brings the echoed prompt."""
         if output.prompt_logprobs is not None:  # they come once, and every choice of the prompt echoes them
             self._prompt_logprobs[prompt_index] = output.prompt_logprobs
-        index = prompt_index * self._n + completion.index
-        is_first = index not in self._offsets
-        if self._is_echo_only:
+        index = prompt_index * self._form.n + completion.index
+        is_echoed = self._form.echo and index not in self._echoed_choices
+        self._echoed_choices.add(index)
+        prompt = self._prompt_text(output) if is_echoed else ""
+        if self._form.is_echo_only:
             completion = _hidden(completion)
-        logprobs = completion_logprobs(
-            output.prompt_token_ids if self._echo and is_first else (),
-            self._prompt_logprobs.get(prompt_index),
-            completion.logprobs,
-            self._tokenizer,
-            self._offsets.get(index, 0),
-        )
-        self._offsets[index] = self._offsets.get(index, 0) + (sum(map(len, logprobs.tokens)) if logprobs else 0)
+        told = self._told(index, completion, len(prompt))
+        if not (is_echoed or _has_news(completion, told)):
+            return None
+        logprobs = None
+        if completion.logprobs is not None:
+            echoed = self._echoed(prompt_index, output) if is_echoed else NOT_ECHOED
+            logprobs = completion_logprobs(told, self._names, echoed)
         return CompletionChoice(
             index=index,
-            text=self._prompt_text(output) + completion.text if self._echo and is_first else completion.text,
+            text=prompt + completion.text,
             logprobs=logprobs,
             finish_reason=completion.finish_reason,
             stop_reason=completion.stop_reason,
         )
 
+    def _echoed(self, prompt_index: int, output: RequestOutput) -> EchoedPrompt:
+        offsets = prompt_offsets(output.prompt, output.prompt_token_ids, self._names.tokenizer)
+        return EchoedPrompt(output.prompt_token_ids, offsets, self._prompt_logprobs.get(prompt_index, ()))
+
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:
             return output.prompt
-        return self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
-
-
-def _system_fingerprint(fingerprint: str) -> str | UnsetType:
-    return f"fp_{fingerprint}" if fingerprint else UNSET
+        return self._names.tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
 
 
 def _hidden(completion: CompletionOutput) -> CompletionOutput:
@@ -294,14 +333,9 @@ def _hidden(completion: CompletionOutput) -> CompletionOutput:
     return CompletionOutput(index=completion.index, logprobs=logprobs, finish_reason="length")
 
 
-def _has_news(completion: CompletionOutput) -> bool:
+def _has_news(completion: CompletionOutput, told: Sequence[ToldToken]) -> bool:
     """Whether a delta is worth a chunk: part of a character, or of a possible stop string, is not."""
-    return bool(completion.text or completion.finish_reason or completion.logprobs)
-
-
-def _last_warnings(output: RequestOutput, warnings: Sequence[str], is_last: bool) -> list[str] | UnsetType:
-    """What a stream's last chunk says: every clamp and everything ignored."""
-    return [*warnings, *output.warnings] or UNSET if output.finished and is_last else UNSET
+    return bool(completion.text or completion.finish_reason or told)
 
 
 def _in_order(output: RequestOutput) -> list[CompletionOutput]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TypeVar
 
 import msgspec
@@ -15,18 +14,21 @@ from aiohttp import web
 from msgspec import UNSET
 
 import brlite
-from brlite.config import Config, LimitsConfig
+from brlite.config import Config
 from brlite.engine.async_engine import AsyncEngine
+from brlite.errors import NotFound
 from brlite.http.access_log import log_extras
 from brlite.http.body import leave_body, read_body
-from brlite.http.decode import decode_json, unknown_fields
+from brlite.http.decode import decode_fields, decode_json
 from brlite.http.keys import KEYS, admitted, api_key, spend_tokens
 from brlite.sampling_params import SamplingParams, check_token_ids
 from brlite.server import metrics
 from brlite.server.answers import ChatAnswer, CompletionAnswer
-from brlite.server.checks import check_num_tokens, check_tokenize
+from brlite.server.checks import check_tokenize, generation_prompt
 from brlite.server.delivery import Collector, answer_stream, answer_whole
 from brlite.server.elsewhere import forwarded_card, forwarded_progress
+from brlite.server.fields import check_undecoded
+from brlite.server.logprobs import TokenNames
 from brlite.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -37,11 +39,13 @@ from brlite.server.protocol import (
     SamplingFields,
     TokenizeAnswer,
     TokenizeRequest,
+    TokenizerInfo,
     encode,
 )
 from brlite.server.served_model import ModelTable, ServedModel
 from brlite.server.translate import (
     Prompt,
+    answer_form,
     chat_params,
     check_chat,
     check_completion,
@@ -49,6 +53,7 @@ from brlite.server.translate import (
     in_the_words_of,
     make_requests,
     plain_messages,
+    truncate,
 )
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -61,56 +66,115 @@ ADD_METRICS: web.AppKey[Callable[[bytes, str], Awaitable[bytes]]] = web.AppKey("
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _CHAT)
+    limits = request.app[CONFIG].limits
     with _using(request, body.model) as model:
         with in_the_words_of(body):
-            messages = check_chat(body, _limits(request))
-            params = chat_params(body, _limits(request))
-        answer = ChatAnswer(body.model, n=params.n, include_usage=_includes_usage(body), warnings=warnings)
+            messages = check_chat(body, limits)
+            params = chat_params(body, limits)
+            has_generation_prompt = generation_prompt(
+                add=body.add_generation_prompt, continues=body.continue_final_message
+            )
+        answer = ChatAnswer(answer_form(body, body.model or model.name, params))
+        answer.warn(warnings)
 
         async def encode(engine: AsyncEngine) -> list[Prompt]:
-            return [Prompt(None, await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt))]
+            token_ids = await engine.encode_chat(
+                messages,
+                add_generation_prompt=has_generation_prompt,
+                continue_final_message=bool(body.continue_final_message),
+                is_bounded=body.truncate_prompt_tokens is None,
+            )
+            return [Prompt(None, token_ids)]
 
         return await _answer(request, model, body, encode, params, answer)
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _COMPLETION)
+    limits = request.app[CONFIG].limits
     with _using(request, body.model) as model:
         with in_the_words_of(body):
-            prompts = check_completion(body, _limits(request))
-            params = completion_params(body, _limits(request))
-        answer = CompletionAnswer(
-            body.model,
-            n=params.n,
-            echo=bool(body.echo),
-            is_echo_only=bool(body.echo) and body.max_tokens == 0,
-            include_usage=_includes_usage(body),
-            warnings=warnings,
-        )
-        return await _answer(request, model, body, partial(_encode_all, prompts), params, answer)
+            prompts = check_completion(body, limits)
+            params = completion_params(body, limits)
+        answer = CompletionAnswer(answer_form(body, body.model or model.name, params))
+        answer.warn(warnings)
+
+        async def encode(engine: AsyncEngine) -> list[Prompt]:
+            return [
+                Prompt(
+                    prompt.text,
+                    await engine.encode(
+                        prompt.text,
+                        add_special_tokens=body.add_special_tokens is not False,
+                        is_bounded=body.truncate_prompt_tokens is None,
+                    ),
+                )
+                if prompt.text is not None
+                else prompt
+                for prompt in prompts
+            ]
+
+        return await _answer(request, model, body, encode, params, answer)
 
 
 async def tokenize(request: web.Request) -> web.Response:
+    """Count and show the tokens of a text of any length: only the body's size is limited."""
     body, warnings = await _read(request, _TOKENIZE)
+    limits = request.app[CONFIG].limits
     with _using(request, body.model) as model:
         check_tokenize(body)
-        messages = None if body.messages is None else plain_messages(body.messages, _limits(request))
-        engine = await model.loaded(_limits(request).max_wait_seconds)
+        has_generation_prompt = generation_prompt(add=body.add_generation_prompt, continues=body.continue_final_message)
+        messages = None if body.messages is None else plain_messages(body.messages, limits)
+        engine = await model.loaded(limits.max_wait_seconds)
         if messages is not None:
-            tokens = await engine.encode_chat(messages, add_generation_prompt=body.add_generation_prompt is not False)
+            tokens = await engine.encode_chat(
+                messages,
+                add_generation_prompt=has_generation_prompt,
+                continue_final_message=bool(body.continue_final_message),
+                is_bounded=False,
+            )
         else:
-            tokens = await engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-    return _json(TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens, warnings or UNSET))
+            tokens = await engine.encode(
+                body.prompt or "", add_special_tokens=body.add_special_tokens is not False, is_bounded=False
+            )
+        names = TokenNames(engine.tokenizer)
+        token_strs = [names(token_id) for token_id in tokens] if body.return_token_strs else UNSET
+    return _json(TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens, token_strs, warnings or UNSET))
 
 
 async def detokenize(request: web.Request) -> web.Response:
     body, warnings = await _read(request, _DETOKENIZE)
     with _using(request, body.model) as model:
-        check_num_tokens(len(body.tokens), model.max_model_len)
-        engine = await model.loaded(_limits(request).max_wait_seconds)
+        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds)
         check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
-        text = engine.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        text = await engine.decode(body.tokens)
     return _json(DetokenizeAnswer(text, warnings or UNSET))
+
+
+async def tokenizer_info(request: web.Request) -> web.Response:
+    """What lm-eval asks for first. The query's `model` says whose, where several are served."""
+    with _using(request, request.query.get("model")) as model:
+        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds)
+        tokenizer = engine.tokenizer
+        bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
+        info = TokenizerInfo(
+            tokenizer_class=type(tokenizer).__name__,
+            bos_token=None if bos is None else tokenizer.token_text(bos),
+            eos_token=None if eos is None else tokenizer.token_text(eos),
+            pad_token=None,
+            chat_template=tokenizer.chat_template_text,
+            model_max_length=engine.info.max_model_len,
+            vocab_size=tokenizer.vocab_size,
+        )
+    return _json(info)
+
+
+async def not_built(request: web.Request) -> web.Response:
+    """An endpoint that clients know and brlite does not have: below 500, so that no gateway thinks it sick."""
+    raise NotFound(
+        f"{request.path[:200]} is not supported by this version of brlite; it has {', '.join(PATHS)}",
+        code="unsupported_endpoint",
+    )
 
 
 async def list_models(request: web.Request) -> web.Response:
@@ -160,27 +224,52 @@ async def ready(request: web.Request) -> web.Response:
 
 
 async def get_metrics(request: web.Request) -> web.Response:
-    """Our own numbers and, with `?upstream=NAME` or `all`, those of upstreams; then always in the text format."""
+    """Our own numbers and, with `?upstream=NAME` or `all`, those of upstreams."""
     app, which = request.app, request.query.get("upstream")
-    accept = request.headers.get("Accept", "") if which is None else ""
-    body, content_type = metrics.render(app[MODELS], app[KEYS], app[metrics.COLLECTORS], accept)
+    body, content_type = metrics.render(app[MODELS], app[KEYS], app[metrics.COLLECTORS])
     if which is not None:
         body = await app[ADD_METRICS](body, which)
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
+_POSTS = {
+    "/v1/chat/completions": chat_completions,
+    "/v1/completions": completions,
+    "/tokenize": tokenize,
+    "/detokenize": detokenize,
+}
+_GETS = {"/v1/models": list_models, "/tokenizer_info": tokenizer_info, "/version": version}
+PATHS = (*_POSTS, *_GETS)
+NOT_BUILT = (
+    *("/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/rerank", "/v1/score"),
+    *("/v1/classify", "/v1/pooling", "/v1/moderations", "/v1/images/generations", "/v1/images/edits"),
+    *("/v1/images/variations", "/v1/audio/speech", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/files"),
+    *("/v1/batches", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/vector_stores", "/v1/assistants", "/v1/threads"),
+    *("/v1/realtime", "/v2/rerank", "/rerank", "/score", "/classify", "/pooling", "/embedding", "/infill"),
+    *("/completion", "/apply-template", "/generate", "/api/chat", "/api/generate", "/api/tags", "/api/embed"),
+)
+
+
+def spellings(path: str, end: str = "/*") -> str:
+    """A route's pattern for a path as clients spell it: doubled and trailing slashes, `/v1` left out or put before."""
+    first, *others = path.removeprefix("/v1").strip("/").split("/")
+    inner = "".join(f"{{s{index}:/+}}{part}" for index, part in enumerate(others))
+    return f"/{{v1:(?:/*v1/+)*/*}}{first}{inner}{{end:{end}}}"
+
+
 ROUTES = [
-    web.post("/v1/chat/completions", chat_completions, expect_handler=leave_body),
-    web.post("/v1/completions", completions, expect_handler=leave_body),
-    web.get("/v1/models", list_models),
-    web.get("/v1/models/{name:.+}", get_model),
-    web.post("/tokenize", tokenize, expect_handler=leave_body),
-    web.post("/detokenize", detokenize, expect_handler=leave_body),
-    web.get("/version", version),
+    *(web.post(path, handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
+    web.get("/v1/models/{name:[^/].*}", get_model),
+    web.get("/models/{name:[^/].*}", get_model),
+    *(web.get(path, handler) for path, handler in _GETS.items()),
     web.get("/health", health),
     web.get("/ready", ready),
     web.get("/metrics", get_metrics),
     web.get("/metrics/", get_metrics),
+    # Behind the usual spellings, which are found by their text.
+    *(web.post(spellings(path), handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
+    *(web.get(spellings(path), handler) for path, handler in _GETS.items()),
+    *(web.route("*", spellings(path, end="(?:/.*)?"), not_built, expect_handler=leave_body) for path in NOT_BUILT),
 ]
 OPEN_PATHS = frozenset({"/health", "/ready"})
 METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
@@ -192,11 +281,12 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
 async def _read(request: web.Request, decoder: msgspec.json.Decoder[T]) -> tuple[T, list[str]]:
-    """The decoded body, and a warning for each field that is not known here."""
-    limits = _limits(request)
+    """The decoded body, and a warning for each field that nobody knows. Raises for known ones that are not built."""
+    limits = request.app[CONFIG].limits
     data = await read_body(request, limits.max_body_bytes, limits.body_seconds)
     body = decode_json(data, decoder)
-    return body, [f"the field {name!r} is not known and was ignored" for name in unknown_fields(data, type(body))]
+    known = frozenset(type(body).__struct_encode_fields__)
+    return body, check_undecoded({name: raw for name, raw in decode_fields(data).items() if name not in known})
 
 
 @contextmanager
@@ -206,16 +296,9 @@ def _using(request: web.Request, name: str | None) -> Iterator[ServedModel]:
     The key is asked first: it does not tell which other models there are.
     """
     models = request.app[MODELS]
-    whole_name = models.find(None).name if name is None else models.resolve(name)
-    with admitted(request, whole_name), models.use(whole_name, _limits(request).max_waiting) as model:
+    whole_name = models.resolve(name) if name else models.find(None).name
+    with admitted(request, whole_name), models.use(whole_name, request.app[CONFIG].limits.max_waiting) as model:
         yield model
-
-
-async def _encode_all(prompts: list[Prompt], engine: AsyncEngine) -> list[Prompt]:
-    return [
-        Prompt(prompt.text, await engine.encode(prompt.text)) if prompt.text is not None else prompt
-        for prompt in prompts
-    ]
 
 
 async def _answer(
@@ -231,26 +314,19 @@ async def _answer(
     async def ask(engine: AsyncEngine, collector: Collector) -> None:
         answer.set_source(engine.tokenizer, engine.info.fingerprint)
         with in_the_words_of(body):
-            prompts = await encode(engine)
+            prompts, cuts = truncate(await encode(engine), body, engine.info)
+            answer.warn(cuts)
             collector.submit(engine, make_requests(answer.id, prompts, params, body.cache_salt))
 
     try:
         if body.stream:
-            return await answer_stream(request, model, ask, answer, _limits(request))
-        return await answer_whole(request, model, ask, answer, _limits(request))
+            return await answer_stream(request, model, ask, answer, request.app[CONFIG].limits)
+        return await answer_whole(request, model, ask, answer, request.app[CONFIG].limits)
     finally:
         spend_tokens(request, answer.count.prompt, answer.count.completion)
         log_extras(request).update(
-            model=body.model, prompt_tokens=answer.count.prompt, completion_tokens=answer.count.completion
+            model=body.model or model.name, prompt_tokens=answer.count.prompt, completion_tokens=answer.count.completion
         )
-
-
-def _includes_usage(body: SamplingFields) -> bool:
-    return body.stream_options is not None and body.stream_options.include_usage
-
-
-def _limits(request: web.Request) -> LimitsConfig:
-    return request.app[CONFIG].limits
 
 
 def _card(name: str, model: ServedModel) -> ModelCard:

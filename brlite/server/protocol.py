@@ -15,97 +15,88 @@ from brlite.outputs import FinishReason
 
 
 class StreamOptions(Struct, forbid_unknown_fields=True):
-    include_usage: bool = False
-
-    # Not built: refused unless false.
-    include_obfuscation: bool | None = None
+    include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # refused if true
 
 
-class ContentPart(Struct, forbid_unknown_fields=True):
-    """A part of a message's content; only text can be served."""
+class ContentPart(Struct):
+    """A part of a message's content. Only text can be served; keys beside it are left."""
 
     type: str
     text: str | None = None
+    refusal: str | None = None
 
 
-class ChatMessage(Struct, forbid_unknown_fields=True):
-    """A turn of a chat. What other servers' answers hold besides may come back here as history, if it is empty."""
+class ChatMessage(Struct):
+    """A turn of a chat. Other keys that came with another server's answer (`id`, `annotations`) may come back here."""
 
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
+    refusal: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
     # Not built: refused unless null or empty.
-    refusal: str | None = None
     tool_calls: list[Any] | None = None
     tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
-    annotations: list[Any] | None = None
-    reasoning: Any = None
-    reasoning_content: Any = None
+
+
+# JSON has one kind of number: 6.0 may be written for 6.
+Whole = int | float
 
 
 class SamplingFields(Struct, kw_only=True):
-    """What both kinds of completion take. `None` is the default, as in OpenAI's schema."""
+    """What both kinds of completion take. `None` is the default, as in OpenAI's schema.
 
-    model: str
-    n: int | None = None
+    `fields.py` lists the fields that are known and not decoded.
+    """
+
+    model: str | None = None
+    n: Whole | None = None
+    best_of: Whole | None = None  # must be n
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
+    max_tokens: Whole | None = None
+    min_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: Whole | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
-    seed: int | None = None
+    seed: Whole | None = None
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    stop_tokens_ids: list[int] | None = None
+    stop_token_ids: list[Whole] | None = None
+    stop_tokens_ids: list[Whole] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Whole | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
-
-    # Fields that change the answer and are not built: anything but their harmless values is refused.
-    best_of: int | None = None
-    use_beam_search: bool | None = None
-    response_format: dict[str, Any] | None = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    structured_outputs: Any = None
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
     messages: list[ChatMessage]
-    max_completion_tokens: int | None = None
+    max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    add_generation_prompt: bool = True
-
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    modalities: list[str] | None = None
-    audio: Any = None
-    chat_template: Any = None
-    chat_template_kwargs: Any = None
+    top_logprobs: Whole | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class CompletionRequest(SamplingFields, kw_only=True):
     prompt: str | list[str | int | list[int]]
     echo: bool | None = None
-    logprobs: int | None = None
-    suffix: str | None = None
+    logprobs: bool | Whole | None = None
+    add_special_tokens: bool | None = None
 
 
 class TokenizeRequest(Struct, kw_only=True):
@@ -114,6 +105,8 @@ class TokenizeRequest(Struct, kw_only=True):
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    return_token_strs: bool | None = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):
@@ -147,6 +140,7 @@ class ChatTokenLogprob(Struct):
 
 class ChatLogprobs(Struct):
     content: list[ChatTokenLogprob]
+    refusal: None = None
 
 
 class CompletionLogprobs(Struct):
@@ -159,6 +153,7 @@ class CompletionLogprobs(Struct):
 class AssistantMessage(Struct):
     content: str
     role: Literal["assistant"] = "assistant"
+    refusal: None = None
 
 
 class ChatChoice(Struct):
@@ -183,6 +178,7 @@ class ChatCompletion(Struct, kw_only=True):
 class Delta(Struct, kw_only=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    refusal: UnsetType | None = UNSET
 
 
 class ChatChunkChoice(Struct):
@@ -245,7 +241,20 @@ class TokenizeAnswer(Struct):
     count: int
     max_model_len: int
     tokens: list[int]
+    token_strs: list[str] | UnsetType = UNSET
     warnings: list[str] | UnsetType = UNSET
+
+
+class TokenizerInfo(Struct, kw_only=True):
+    """As vLLM's, whose keys lm-eval reads. `null` is a token or template that the model lacks."""
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: str | None
+    model_max_length: int
+    vocab_size: int
 
 
 class DetokenizeAnswer(Struct):

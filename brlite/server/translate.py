@@ -12,17 +12,21 @@ from typing import Any
 import msgspec
 
 from brlite.config import LimitsConfig
-from brlite.engine.admission import check_limits
+from brlite.engine.admission import check_limits, context_length
+from brlite.engine.backend import BackendInfo
 from brlite.engine.request import Request
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams
+from brlite.server.answers import AnswerForm
 from brlite.server.checks import check_fields, check_message, check_sequences
+from brlite.server.fields import not_supported
 from brlite.server.protocol import (
     ChatCompletionRequest,
     ChatMessage,
     CompletionRequest,
     ContentPart,
     SamplingFields,
+    StreamOptions,
 )
 
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions; a chat has what the engine allows
@@ -41,7 +45,7 @@ def check_chat(body: ChatCompletionRequest, limits: LimitsConfig) -> list[dict[s
     """The messages as plain data for the template. Raises `InvalidRequest`."""
     check_fields(body, limits)
     check_sequences(1, body, limits)
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     return plain_messages(body.messages, limits)
 
@@ -60,8 +64,10 @@ def plain_messages(messages: list[ChatMessage], limits: LimitsConfig) -> list[di
 
 def chat_params(body: ChatCompletionRequest, limits: LimitsConfig) -> SamplingParams:
     """The sampling parameters of a chat. `max_completion_tokens` is OpenAI's newer name of `max_tokens`."""
-    if body.max_completion_tokens is not None and body.max_tokens is not None:
-        raise InvalidRequest("give max_tokens or max_completion_tokens, not both", param="max_completion_tokens")
+    if body.max_tokens not in (None, body.max_completion_tokens) and body.max_completion_tokens is not None:
+        raise InvalidRequest(
+            "max_tokens and max_completion_tokens mean the same and differ; give one", param="max_completion_tokens"
+        )
     max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     return _sampling_params(body, limits, max_tokens=max_tokens, logprobs=logprobs)
@@ -72,10 +78,9 @@ def completion_params(body: CompletionRequest, limits: LimitsConfig) -> Sampling
     max_tokens = COMPLETION_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if body.echo and max_tokens == 0:
         max_tokens = 1  # a step must draw something; `answers.py` leaves it out
-    prompt_logprobs = body.logprobs if body.echo else None
-    return _sampling_params(
-        body, limits, max_tokens=max_tokens, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs
-    )
+    logprobs = None if body.logprobs is False else body.logprobs
+    prompt_logprobs = logprobs if body.echo else None
+    return _sampling_params(body, limits, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
 
 def check_completion(body: CompletionRequest, limits: LimitsConfig) -> list[Prompt]:
@@ -99,6 +104,47 @@ def in_the_words_of(body: SamplingFields) -> Iterator[None]:
         if message.startswith(f"{error.param} "):
             message = name + message.removeprefix(str(error.param))
         raise type(error)(message, param=name, code=error.code) from None
+
+
+def truncate(prompts: list[Prompt], body: SamplingFields, info: BackendInfo) -> tuple[list[Prompt], list[str]]:
+    """The prompts cut to `truncate_prompt_tokens`, and a line for each that was. Raises `InvalidRequest`.
+
+    -1 leaves the room that `max_tokens` asks for. The end of a prompt is kept, its beginning with
+    `truncation_side = "right"`. A cut prompt has no text any more.
+    """
+    wanted = body.truncate_prompt_tokens
+    if wanted is None:
+        return prompts, []
+    if wanted != int(wanted) or (wanted != -1 and wanted < 1):
+        raise InvalidRequest(
+            f"truncate_prompt_tokens must be -1 or a whole number of at least 1, got {wanted}",
+            param="truncate_prompt_tokens",
+        )
+    room = int(wanted) if wanted != -1 else max(1, context_length(info) - max(1, int(body.max_tokens or 1)))
+    kept, warnings = [], []
+    for prompt in prompts:
+        token_ids = prompt.token_ids or []
+        if len(token_ids) > room:
+            warnings.append(f"a prompt of {len(token_ids)} tokens was cut to {room} by truncate_prompt_tokens")
+            prompt = Prompt(None, token_ids[:room] if body.truncation_side == "right" else token_ids[-room:])
+        kept.append(prompt)
+    return kept, warnings
+
+
+def answer_form(body: ChatCompletionRequest | CompletionRequest, model: str, params: SamplingParams) -> AnswerForm:
+    """How the answer is to be told. `model` is the name that it goes by."""
+    options = body.stream_options or StreamOptions()
+    has_echo = isinstance(body, CompletionRequest) and bool(body.echo)
+    return AnswerForm(
+        model=model,
+        n=params.n,
+        include_usage=bool(options.include_usage),
+        continuous_usage=bool(options.continuous_usage_stats),
+        skips_special_tokens=params.skip_special_tokens,
+        names_are_ids=bool(body.return_tokens_as_token_ids),
+        echo=has_echo,
+        is_echo_only=has_echo and body.max_tokens == 0,
+    )
 
 
 def make_requests(
@@ -148,23 +194,32 @@ def _prompts(prompt: str | list[str | int | list[int]], limits: LimitsConfig) ->
 
 
 def _plain_message(message: ChatMessage, param: str) -> dict[str, Any]:
+    """What a template is given of a turn. A refusal is what the assistant said; reasoning is the template's to use."""
     check_message(message, param)
     content = message.content
+    if message.refusal and content:
+        raise not_supported(f"{param}.refusal", " beside content")
+    if content is None:
+        content = message.refusal
     if content is None:
         raise InvalidRequest(f"{param}.content must be a string or a list of text parts", param=f"{param}.content")
     if isinstance(content, list):
-        content = _joined(content, f"{param}.content")
+        content = "".join(_part_text(part, f"{param}.content[{index}]") for index, part in enumerate(content))
     plain = {"role": message.role, "content": content}
-    return plain if message.name is None else {**plain, "name": message.name}
+    if message.name is not None:
+        plain["name"] = message.name
+    if reasoning := message.reasoning_content or message.reasoning:
+        plain["reasoning_content"] = reasoning
+    return plain
 
 
-def _joined(parts: list[ContentPart], param: str) -> str:
-    texts = [part.text for part in parts if part.type == "text" and part.text is not None]
-    if len(texts) < len(parts):
-        index = next(index for index, part in enumerate(parts) if part.type != "text" or part.text is None)
-        at = f"{param}[{index}]"
-        raise InvalidRequest(f'{at} must be {{"type": "text", "text": …}}: this server takes text only', param=at)
-    return "".join(texts)
+def _part_text(part: ContentPart, param: str) -> str:
+    text = part.refusal if part.type == "refusal" else part.text
+    if part.type not in ("text", "refusal"):
+        raise not_supported(param, f": its type is {part.type[:64]!r}, and this server takes text only")
+    if text is None:
+        raise InvalidRequest(f'{param} must be {{"type": "text", "text": …}}', param=param)
+    return text
 
 
 def _sampling_params(body: SamplingFields, limits: LimitsConfig, **more: Any) -> SamplingParams:

@@ -41,6 +41,7 @@ class ChatTemplate:
 
     def __init__(self, template: str, *, source: str, special_tokens: Mapping[str, str]) -> None:
         """Raises `ModelError`, naming `source`, for a template that does not compile."""
+        self.text = template
         try:
             self._template = _environment().from_string(template)
         except (jinja2.TemplateError, RecursionError) as error:

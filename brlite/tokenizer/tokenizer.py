@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from brlite.errors import InvalidRequest
-from brlite.tokenizer.marked_text import MarkedText
+from brlite.tokenizer.marked_text import MarkedText, cut_before_last
 
 if TYPE_CHECKING:
     from brlite.tokenizer.chat_formats import ChatFormat
@@ -89,14 +90,39 @@ class Tokenizer:
         """A single token for people to read; part of a character shows as U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
-        """The chat as the text that the model was trained on. Raises `InvalidRequest` if its template cannot say it."""
+    @property
+    def chat_template_text(self) -> str | None:
+        """The Jinja text of the model's chat template; None without one, or where the format is not Jinja's."""
+        return getattr(self._chat_template, "text", None)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> str:
+        """The chat as the text that the model was trained on. Raises `InvalidRequest` if its template cannot say it.
+
+        With `continue_final_message` the text ends where the last message's content does, for the model to go on.
+        """
         if self._chat_template is None:
             raise InvalidRequest(
                 "Error in applying chat template from request: the model has no chat template; use /v1/completions",
                 param="messages",
             )
-        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        if not continue_final_message:
+            return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        end = f"END{secrets.token_hex(8)}"  # what no message holds; a template would trim spaces before its own end
+        *others, last = messages
+        marked = [*others, {**last, "content": last["content"] + end}]
+        text = cut_before_last(self._chat_template.render(marked, add_generation_prompt=False), end)
+        if text is None:
+            raise InvalidRequest(
+                "continue_final_message: the chat template does not end with the last message as it is",
+                param="continue_final_message",
+            )
+        return text
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a rendered chat. The template brings its own BOS, so none is added."""

@@ -160,7 +160,7 @@ MALFORMED = {
             *(b"/v1/chat/..\\..\\admin", b"/v2/chat", b"/admin", b"/v1", b"//v1/../chat"),
             *(b"/v1/a%2f..%2f..%2fadmin", b"/v1/a%5C%2E%2e%5Cadmin", b"/v1/..;/admin", b"/v1/..%3Ba/admin"),
             *(b"/any/v1/chat/completions", b"/metrics/v1/chat", b"//v1/chat", b"/any/tokenize"),
-            *(b"/v1/load_lora_adapter", b"/v1/chat/completions/", b"/v1/completions;a", b"/v1/completions%20"),
+            *(b"/v1/load_lora_adapter", b"/v1/completions;a", b"/v1/completions%20"),
         )
     },
 }

@@ -33,7 +33,7 @@ async def test_a_chat_is_answered_in_openais_shape(client: Client) -> None:
     assert answer["choices"] == [
         {
             "index": 0,
-            "message": {"content": expected(), "role": "assistant"},
+            "message": {"content": expected(), "role": "assistant", "refusal": None},
             "logprobs": None,
             "finish_reason": "length",
             "stop_reason": None,
@@ -63,7 +63,7 @@ async def test_the_stream_says_what_the_whole_answer_says(make_client: MakeClien
 async def test_a_stream_begins_with_the_role_and_ends_with_one_finish_reason(client: Client) -> None:
     events = await client.stream(PATH, chat_body())
 
-    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": "", "refusal": None}
     finish_reasons = [choice["finish_reason"] for event in events for choice in event["choices"]]
     assert finish_reasons == [None] * (len(events) - 1) + ["length"]
     assert {event["object"] for event in events} == {"chat.completion.chunk"}
@@ -76,6 +76,15 @@ async def test_usage_comes_last_in_a_stream_if_asked_for(client: Client) -> None
     assert events[-1]["choices"] == []
     assert events[-1]["usage"]["completion_tokens"] == 16
     assert all(event["usage"] is None for event in events[:-1])
+
+
+async def test_usage_comes_with_every_chunk_if_that_is_asked_for(client: Client) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+
+    events = await client.stream(PATH, chat_body(stream_options=options))
+
+    assert [event["usage"]["completion_tokens"] for event in events[1:]] == [*range(1, 9), 8]
+    assert {event["usage"]["prompt_tokens"] for event in events[1:]} == {len(PROMPT)}
 
 
 async def test_a_second_chat_reports_the_cached_part_of_its_prompt(client: Client) -> None:

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from brlite.outputs import TokenLogprob
-from brlite.server.logprobs import chat_logprobs, completion_logprobs
+from brlite.server.logprobs import TokenNames, ToldToken, chat_logprobs, completion_logprobs
 from tests.fakes import ByteTokenizer, reference_tokens
 from tests.server.conftest import Client, completion_body
 
@@ -104,12 +104,11 @@ async def test_a_failed_echo_counts_no_tokens(
 def test_an_impossible_token_has_a_logprob_that_json_can_hold() -> None:
     entry = TokenLogprob(97, -math.inf, ((98, -math.inf),))
 
-    chat = chat_logprobs([entry], ByteTokenizer())  # type: ignore[arg-type]
-    completion = completion_logprobs((), None, [entry], ByteTokenizer(), 0)  # type: ignore[arg-type]
+    names, told = TokenNames(ByteTokenizer()), [ToldToken(entry, 0)]  # type: ignore[arg-type]
 
-    assert chat is not None
+    chat, completion = chat_logprobs(told, names), completion_logprobs(told, names)
+
     assert (chat.content[0].logprob, chat.content[0].top_logprobs[0].logprob) == (-9999.0, -9999.0)
-    assert completion is not None
     assert (completion.token_logprobs, completion.top_logprobs) == ([-9999.0], [{"a": -9999.0, "b": -9999.0}])
 
 

@@ -85,9 +85,84 @@ async def test_an_option_that_tokenizing_would_ignore_is_refused(
     assert (status, answer["error"]["param"]) == (400, param)
 
 
-@pytest.mark.parametrize("tokens", [[260], [97] * 65], ids=["outside the vocabulary", "more than a context"])
-async def test_tokens_that_no_answer_has_are_refused(client: Client, tokens: list[int]) -> None:
-    status, answer = await client.post("/detokenize", {"tokens": tokens})
+async def test_a_text_of_any_length_is_counted_and_put_together_again(client: Client) -> None:
+    text = "0123456789" * 20_000
+
+    _, counted = await client.post("/tokenize", {"prompt": text})
+    status, whole = await client.post("/detokenize", {"tokens": counted["tokens"]})
+    _, chat = await client.post("/tokenize", {"messages": [{"role": "user", "content": text}]})
+
+    assert (counted["count"], counted["max_model_len"], chat["count"]) == (200_000, 64, 200_006)
+    assert (status, whole["prompt"]) == (200, text)
+
+
+async def test_tokens_are_shown_by_name(client: Client) -> None:
+    _, answer = await client.post("/tokenize", {"prompt": "né", "return_token_strs": True})
+
+    assert answer["token_strs"] == ["n", r"bytes:\xc3", r"bytes:\xa9"]
+
+
+async def test_the_tokenizer_says_what_lm_eval_asks_for(client: Client) -> None:
+    status, info = await client.get("/tokenizer_info")
+
+    assert status == 200
+    assert (info["eos_token"], info["bos_token"], info["model_max_length"]) == ("<256>", None, 64)
+    assert info["chat_template"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/chat/completions",
+        "//v1/chat/completions",
+        "/v1//chat/completions",
+        "/v1/chat/completions/",
+        "/v1/v1/chat/completions",
+    ],
+)
+async def test_a_path_is_found_as_clients_spell_it(client: Client, path: str) -> None:
+    status, answer = await client.post(path, chat_body())
+
+    assert (status, answer["object"]) == (200, "chat.completion")
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models/", "/models", "//v1//models", "/models/fake", "/version/", "/v1/tokenizer_info"]
+)
+async def test_a_path_to_read_is_found_as_clients_spell_it(client: Client, path: str) -> None:
+    status, _ = await client.get(path)
+
+    assert status == 200
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/tokenize", {"prompt": "x"}), ("/v1/detokenize/", {"tokens": [97]})])
+async def test_tokens_may_be_asked_for_below_v1(client: Client, path: str, body: dict[str, Any]) -> None:
+    status, _ = await client.post(path, body)
+
+    assert status == 200
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/embeddings", "/embeddings", "/v1/responses/resp_1/cancel", "/v1/messages", "/api/chat"]
+)
+async def test_an_endpoint_that_is_not_built_says_so(client: Client, path: str) -> None:
+    status, answer = await client.post(path, {"model": "fake", "input": "x"})
+
+    assert (status, answer["error"]["code"]) == (404, "unsupported_endpoint")
+    assert "is not supported by this version of brlite" in answer["error"]["message"]
+
+
+async def test_no_model_is_needed_where_one_is_served(client: Client) -> None:
+    body = chat_body()
+    del body["model"]
+
+    for fields in ({}, {"model": None}, {"model": ""}):
+        status, answer = await client.post(CHAT, {**body, **fields})
+        assert (status, answer["model"]) == (200, "fake")
+
+
+async def test_a_token_outside_the_vocabulary_is_refused(client: Client) -> None:
+    status, answer = await client.post("/detokenize", {"tokens": [260]})
 
     assert (status, answer["error"]["param"]) == (400, "tokens")
 

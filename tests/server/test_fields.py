@@ -1,0 +1,220 @@
+"""Which fields of other APIs are obeyed, taken or refused, as clients send them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from msgspec import Raw
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as OpenAIChat
+from openai.types.completion_create_params import CompletionCreateParamsBase as OpenAICompletion
+
+from brlite.errors import InvalidRequest
+from brlite.server.fields import NOT_DECODED, OF_ONE_ENDPOINT, check_undecoded
+from brlite.server.protocol import ChatCompletionRequest, CompletionRequest
+from tests.fakes import reference_tokens
+from tests.server.conftest import MODEL, Client, chat_body, completion_body
+
+CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+
+IN_TABLE = {name: field for field in (*NOT_DECODED, *OF_ONE_ENDPOINT) for name in field.names.split()}
+
+
+@pytest.mark.parametrize("name", sorted({*OpenAIChat.__annotations__, *OpenAICompletion.__annotations__}))
+def test_each_field_of_openais_client_is_decoded_or_in_the_table(name: str) -> None:
+    decoded = {*ChatCompletionRequest.__struct_fields__, *CompletionRequest.__struct_fields__}
+
+    assert name in decoded | IN_TABLE.keys()
+
+
+def test_no_field_stands_there_twice() -> None:
+    names = [name for field in (*NOT_DECODED, *OF_ONE_ENDPOINT) for name in field.names.split()]
+    decoded_by_both = {*ChatCompletionRequest.__struct_fields__} & {*CompletionRequest.__struct_fields__}
+
+    assert len(names) == len(set(names))
+    assert not decoded_by_both.intersection(name for field in NOT_DECODED for name in field.names.split())
+
+
+@pytest.mark.parametrize("name", sorted(IN_TABLE))
+def test_null_and_neutral_values_are_taken_without_a_warning(name: str) -> None:
+    neutral = IN_TABLE[name].neutral
+
+    for value in (None, *(neutral if neutral is not None else (True, "x", [1], {"a": 1}))):
+        assert check_undecoded({name: Raw(json.dumps(value).encode())}) == []
+
+
+@pytest.mark.parametrize("name", sorted(name for name, field in IN_TABLE.items() if field.neutral is not None))
+@pytest.mark.parametrize("value", [{"anything": "else"}, 17, "something"])
+def test_a_value_that_would_change_the_answer_is_refused_by_name(name: str, value: object) -> None:
+    with pytest.raises(InvalidRequest, match=name) as caught:
+        check_undecoded({name: Raw(json.dumps(value).encode())})
+
+    assert (caught.value.param, caught.value.code) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "prompt_cache_key": "k"},
+        {"safety_identifier": "s", "parallel_tool_calls": False, "response_format": {"type": "text"}},
+        {"tools": [], "tool_choice": "required"},
+        {"tools": [], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"tool_choice": "none"},
+        {"tool_choice": "auto", "tools": None},
+        {"top_k": 0},
+        {"top_k": -1},
+        {"logprobs": False, "top_logprobs": 0},
+        {"top_logprobs": 0},
+        {"seed": -1},
+        {"max_tokens": 8.0, "n": 1.0, "top_k": 40.0, "seed": 5.0},
+        {"stop": ""},
+        {"stop": [""]},
+        {"max_tokens": 8, "max_completion_tokens": 8},
+        {"use_beam_search": False, "length_penalty": 1.0, "early_stopping": False, "best_of": 1},
+        {"reasoning_effort": "medium", "verbosity": "medium", "chat_template_kwargs": {}},
+        {"mirostat": 0, "typical_p": 1.0, "repeat_penalty": 1, "dry_multiplier": 0.0, "xtc_probability": 0},
+        {"stream_options": None},
+        {"stream_options": {"include_usage": False}},
+    ],
+    ids=lambda fields: " ".join(fields)[:40],
+)
+async def test_what_asks_for_nothing_is_taken_silently(client: Client, fields: dict[str, Any]) -> None:
+    plain = await client.chat(temperature=0)
+
+    answer = await client.chat(**{"temperature": 0, **fields})
+
+    assert answer["choices"][0]["message"] == plain["choices"][0]["message"]
+    assert "warnings" not in answer
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "required"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "hello"}]}, ChatCompletionRequest),
+        (COMPLETION, {"prompt": "hello"}, CompletionRequest),
+    ],
+    ids=["chat", "completion"],
+)
+async def test_null_is_the_default_of_every_optional_field(
+    client: Client, path: str, body: dict[str, Any], required: Any
+) -> None:
+    nulls = dict.fromkeys([*required.__struct_fields__, *IN_TABLE], None)
+
+    status, answer = await client.post(path, {**nulls, **body})
+
+    assert status == 200, answer
+    assert answer["model"] == MODEL
+    assert "warnings" not in answer
+
+
+async def test_max_tokens_minus_1_is_as_many_as_there_is_room_for(client: Client) -> None:
+    answer = await client.complete("hello", max_tokens=-1)
+
+    assert answer["usage"]["completion_tokens"] == 32
+
+
+async def test_seed_minus_1_is_a_seed_by_chance(client: Client) -> None:
+    texts = {(await client.complete("x", temperature=1, seed=-1))["choices"][0]["text"] for _ in range(5)}
+
+    assert len(texts) > 1
+
+
+async def test_what_came_with_another_servers_answer_may_come_back(client: Client) -> None:
+    turn = {
+        "role": "assistant",
+        "content": [{"type": "text", "text": "y", "cache_control": {"type": "ephemeral"}}],
+        "id": "msg_1",
+        "annotations": [{"type": "url_citation"}],
+        "reasoning_content": "hm",
+        "frobnicate": 1,
+    }
+
+    status, answer = await client.post(CHAT, chat_body(messages=[turn]))
+
+    assert status == 200, answer
+    assert answer["choices"][0]["message"]["content"] == bytes(reference_tokens(b"assistant:y\n", 8)).decode()
+
+
+async def test_a_refusal_in_the_history_is_what_was_said(client: Client) -> None:
+    turn = {"role": "assistant", "content": None, "refusal": "y"}
+    part = {"role": "assistant", "content": [{"type": "refusal", "refusal": "y"}]}
+
+    texts = [
+        (await client.post(CHAT, chat_body(messages=[each])))[1]["choices"][0]["message"]["content"]
+        for each in (turn, part)
+    ]
+
+    assert texts == [bytes(reference_tokens(b"assistant:y\n", 8)).decode()] * 2
+
+
+async def test_the_prompt_is_cut_where_it_was_asked_for_and_the_answer_says_so(client: Client) -> None:
+    cut = await client.complete("0123456789", truncate_prompt_tokens=4)
+    right = await client.complete("0123456789", truncate_prompt_tokens=4, truncation_side="right", echo=True)
+    far_too_long = await client.complete("x" * 1000, truncate_prompt_tokens=-1, max_tokens=8)
+
+    assert cut["usage"]["prompt_tokens"] == 4
+    assert cut["choices"][0]["text"] == bytes(reference_tokens(b"6789", 8)).decode()
+    assert cut["warnings"] == ["a prompt of 10 tokens was cut to 4 by truncate_prompt_tokens"]
+    assert right["choices"][0]["text"].startswith("0123")
+    assert far_too_long["usage"]["prompt_tokens"] == 64 - 8
+
+
+@pytest.mark.parametrize("value", [0, -2, 1.5])
+async def test_a_cut_to_nothing_is_refused(client: Client, value: float) -> None:
+    status, answer = await client.post(COMPLETION, completion_body(truncate_prompt_tokens=value))
+
+    assert (status, answer["error"]["param"]) == (400, "truncate_prompt_tokens")
+
+
+async def test_the_last_message_is_continued(client: Client) -> None:
+    messages = [{"role": "assistant", "content": "Once"}]
+
+    _, answer = await client.post(CHAT, chat_body(messages=messages, continue_final_message=True))
+    status, refused = await client.post(
+        CHAT, chat_body(messages=messages, continue_final_message=True, add_generation_prompt=True)
+    )
+
+    assert answer["choices"][0]["message"]["content"] == bytes(reference_tokens(b"assistant:Once", 8)).decode()
+    assert (status, refused["error"]["param"]) == (400, "continue_final_message")
+
+
+async def test_openais_client_sends_what_it_likes(client: Client) -> None:
+    async with openai.AsyncOpenAI(base_url=client.url + "/v1", api_key="none", max_retries=0) as openai_client:
+        answer = await openai_client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "hello"}],
+            max_tokens=8,
+            max_completion_tokens=8,
+            store=True,
+            metadata={"a": "b"},
+            user="me",
+            service_tier="auto",
+            safety_identifier="s",
+            tools=[],
+            tool_choice="auto",
+            parallel_tool_calls=True,
+            seed=-1,
+            stop="",
+            extra_body={"top_k": 0, "cache_prompt": True},
+        )
+        with pytest.raises(openai.BadRequestError) as caught:
+            await openai_client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "hello"}],
+                extra_body={"bad_words": ["no"]},
+            )
+
+    assert answer.choices[0].message.content
+    assert answer.choices[0].message.refusal is None
+    assert (caught.value.param, caught.value.code) == ("bad_words", "unsupported_parameter")
+
+
+async def test_an_image_is_refused_as_an_image(client: Client) -> None:
+    parts = [{"type": "text", "text": "what is it?"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
+
+    status, answer = await client.post(CHAT, chat_body(parts))
+
+    assert (status, answer["error"]["param"]) == (400, "messages[0].content[1]")
+    assert "its type is 'image_url', and this server takes text only" in answer["error"]["message"]
