@@ -164,6 +164,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_stop_length: Count = 256
     max_logit_bias: CountOrZero = 1024
     max_messages: Count = 4096
+    template_seconds: Annotated[float, Meta(gt=0, le=3600)] = 2.0
+    template_memory_bytes: Annotated[int, Meta(ge=64 * 1024**2, le=2**40)] = 512 * 1024**2
     max_waiting: Count = 256
     max_wait_seconds: Seconds = 120.0
 

@@ -22,7 +22,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
-from brlite.config import ENGINE_VARIABLE, Config, ModelSpec, engine_override, load_config, override
+from brlite.config import ENGINE_VARIABLE, Config, LimitsConfig, ModelSpec, engine_override, load_config, override
 from brlite.config_check import check_supported, config_warnings
 from brlite.engine import async_engine
 from brlite.engine.admission import read_token_ids
@@ -32,7 +32,7 @@ from brlite.engine.request import Request
 from brlite.errors import BrliteError, EngineError, InvalidRequest, ModelError
 from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
-from brlite.tokenizer import Tokenizer, load_tokenizer
+from brlite.tokenizer import ChildLimits, Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -74,9 +74,13 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
         # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
         fit = check_fit(checkpoint, spec)
         report("reading the tokenizer", 0.0)
-        tokenizer = _load_tokenizer(path, spec)
-        _check_vocabulary(tokenizer, fit.config.vocab_size, path)
-        return tokenizer, load_backend(checkpoint, fit, spec, config.engine, report)
+        tokenizer = _load_tokenizer(path, spec, config.limits)
+        try:
+            _check_vocabulary(tokenizer, fit.config.vocab_size, path)
+            return tokenizer, load_backend(checkpoint, fit, spec, config.engine, report)
+        except BaseException:
+            tokenizer.close()
+            raise
 
 
 def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend]:
@@ -94,7 +98,7 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
         report(f"opening engine {config.engine.name}", 0.0)
         return engine.tokenizer(), SlotBackend(engine, spec, config.engine)
     path = locate_model(spec.name, spec.path, report)
-    tokenizer = _load_tokenizer(path, spec)  # what is wrong with it is known before the engine opens, for minutes
+    tokenizer = _load_tokenizer(path, spec, config.limits)  # first: the engine takes minutes to open
     report(f"opening engine {config.engine.name}", 0.0)
     backend = SlotBackend(engine, spec, config.engine)
     try:
@@ -105,8 +109,12 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
     return tokenizer, backend
 
 
-def _load_tokenizer(path: Path, spec: ModelSpec) -> Tokenizer:
-    return load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
+def _load_tokenizer(path: Path, spec: ModelSpec, limits: LimitsConfig) -> Tokenizer:
+    return load_tokenizer(
+        path,
+        chat_template=Path(spec.chat_template) if spec.chat_template else None,
+        template_limits=ChildLimits(limits.template_seconds, limits.template_memory_bytes),
+    )
 
 
 class AsyncEngine(async_engine.AsyncEngine):
@@ -207,6 +215,7 @@ class LLM:
         """Give weights and cache back, after the step under way. May be called twice, and inside `on_finished`."""
         self._is_closed = True
         self._finalizer.detach()
+        self.tokenizer.close()
         self._backend.close()
 
     def __enter__(self) -> LLM:

@@ -45,6 +45,12 @@ class ByteTokenizer:
 
     chat_template_text = "{{ messages }}"
 
+    def special_token_id(self, text: str) -> int | None:
+        return next((token_id for token_id in self.special_token_ids if self.token_text(token_id) == text), None)
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -166,14 +166,17 @@ class AsyncEngine:
         continue_final_message: bool = False,
         is_bounded: bool = True,
     ) -> list[int]:
-        """Token ids of a rendered chat, which brings its own special tokens; otherwise as `encode`."""
+        """Token ids of a rendered chat, which brings its own special tokens; otherwise as `encode`.
+
+        It is rendered on another thread however short it is: a template may take all the time that it is given.
+        """
         render = functools.partial(
             self.tokenizer.render_chat,
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        text = await self._off_loop_if(sum(len(message["content"]) for message in messages) > LONG_TEXT, render)
+        text = await self._off_loop_if(True, render)
         return await self.encode(text, add_special_tokens=False, param="messages", is_bounded=is_bounded)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
@@ -250,8 +253,10 @@ class AsyncEngine:
             await asyncio.wait([self._task])
         self._engine.end_all(NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS))
         self._idle.set()
+        loop = asyncio.get_running_loop()
         try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.close)
+            await loop.run_in_executor(self._thread, self.tokenizer.close)  # a chat that is being rendered ends here
+            await loop.run_in_executor(self._thread, self._backend.close)
         finally:
             self._thread.shutdown(wait=True)
             self._encoder.shutdown(wait=False)

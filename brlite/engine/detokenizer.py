@@ -21,7 +21,8 @@ class Detokenizer:
       so no token is waited for in vain. The text is cut before it, or after it with `include_stop`. What may be the
       beginning of a stop string is held back until it is decided.
     * A stop string counts only if it ends in the text of a token after the first `min_tokens`; it may begin before.
-    * Special tokens are left out, or stand as their literal text without `skip_special_tokens`. Spaces are kept.
+    * Special tokens are left out, or stand as their literal text without `skip_special_tokens`. A stop string that is a
+      special token's text stops there even where that token is left out. Spaces are kept.
     """
 
     def __init__(
@@ -40,6 +41,9 @@ class Detokenizer:
         self._held = ""  # decoded, and perhaps the beginning of a stop string
         self._stop = tuple(sorted(set(stop), key=len, reverse=True))
         self._stop_starts = frozenset(text[0] for text in self._stop)
+        # The special tokens that are stop strings, and left out: their texts are not looked for in what is shown.
+        specials = {tokenizer.special_token_id(text): text for text in self._stop} if skip_special_tokens else {}
+        self._stop_specials = {token_id: text for token_id, text in specials.items() if token_id is not None}
         self._include_stop = include_stop
         self._tokens_before_stop = min_tokens
 
@@ -52,6 +56,9 @@ class Detokenizer:
             return text
         may_stop = self._tokens_before_stop <= 0
         self._tokens_before_stop -= 1
+        if may_stop and token_id in self._stop_specials:
+            self.stop_string = self._stop_specials[token_id]
+            return self.finish() + (self.stop_string if self._include_stop else "")
         if not self._held and self._stop_starts.isdisjoint(text):
             return text
         return self._release(text, may_stop=may_stop)

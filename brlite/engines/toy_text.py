@@ -10,6 +10,7 @@ from typing import Any
 
 from brlite.errors import InvalidRequest
 from brlite.tokenizer import Tokenizer
+from brlite.tokenizer.chat_formats import ChatFormat
 from brlite.tokenizer.marked_text import MarkedText
 from brlite.tokenizer.token_bytes import TokenBytes
 
@@ -41,8 +42,11 @@ class ByteEncoder:
         token_ids = list(text.encode())
         return [USER, *token_ids, ASSISTANT] if add_special_tokens else token_ids
 
+    def encode_words(self, text: str, *, is_first: bool) -> list[int]:
+        return list(text.encode())
 
-class ToyChat:
+
+class ToyChat(ChatFormat):
     """Before each message the token of its role, behind an assistant's the end token."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> MarkedText:

@@ -11,6 +11,7 @@ from brlite.server.fields import not_supported
 from brlite.server.protocol import ChatMessage, SamplingFields, StreamOptions, TokenizeRequest
 
 _UNBUILT_MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "function_call", "audio")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's; a template may refuse some
 
 
 def check_fields(body: SamplingFields, limits: LimitsConfig) -> None:
@@ -32,7 +33,9 @@ def check_sequences(num_prompts: int, body: SamplingFields, limits: LimitsConfig
 
 
 def check_message(message: ChatMessage, param: str) -> None:
-    """A turn may bring what is not built only if it is empty."""
+    """A role that there is; what is not built only if it is empty."""
+    if message.role not in ROLES:
+        raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}", param=f"{param}.role")
     for name in _UNBUILT_MESSAGE_FIELDS:
         if getattr(message, name):
             raise not_supported(f"{param}.{name}")

@@ -1,17 +1,16 @@
 """The chats of models that have no template but code of their own: which control tokens stand where, as published.
 
-Control tokens are marked, not written: a message that spells one out does not become it, unless the model's own
-vocabulary cuts it so.
+Control tokens are marked, not written: a message that spells one out does not become it. This is our own code and runs
+in-process.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from brlite.tokenizer.chat_template import ChatTemplate, template_refusal
+from brlite.tokenizer.chat_template import template_refusal
 from brlite.tokenizer.marked_text import MarkedText
 
 Messages = Sequence[Mapping[str, Any]]
@@ -37,8 +36,12 @@ class ChatFormat(Protocol):
 
     def render(self, messages: Messages, *, add_generation_prompt: bool) -> str: ...
 
+    def close(self) -> None:
+        """Give back what rendering took. Formats that are our own code take nothing."""
+        return
 
-class Baichuan2Format:
+
+class Baichuan2Format(ChatFormat):
     """A system message as it stands; then before each message a token that says whose it is, and nothing behind."""
 
     def __init__(self, *, user_token_id: int, assistant_token_id: int, names: Mapping[int, str]) -> None:
@@ -58,7 +61,7 @@ class Baichuan2Format:
         return MarkedText(parts, self._names)
 
 
-class ChatGLM3Format:
+class ChatGLM3Format(ChatFormat):
     """`[gMASK]sop`, then for each message its role's token, metadata (a tool's name), a new line and the content."""
 
     def __init__(self, ids: Mapping[str, int]) -> None:
@@ -79,32 +82,9 @@ class ChatGLM3Format:
         return MarkedText(parts, self._names)
 
 
-class MarkingTemplate:
-    """An operator's template for a model whose vocabulary does not find control tokens in text: what it writes of
-    `ids` becomes them, in messages too."""
-
-    def __init__(self, template: ChatTemplate, ids: Mapping[str, int]) -> None:
-        self._template = template
-        self._ids = ids
-        self._names = {token_id: text for text, token_id in ids.items()}
-        self._pattern = re.compile("|".join(f"({re.escape(text)})" for text in ids))
-
-    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
-        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-        return MarkedText(self._parts(text), self._names)
-
-    def _parts(self, text: str) -> Iterator[str | int]:
-        end = 0
-        for match in self._pattern.finditer(text):
-            yield text[end : match.start()]
-            yield self._ids[match[0]]
-            end = match.end()
-        yield text[end:]
-
-
 def _token(tokens: Mapping[str, int], role: object) -> int:
     if role not in tokens:
-        raise template_refusal(f"role {role!r} has no token; {', '.join(tokens)} have")
+        raise template_refusal(f"role {str(role)[:80]!r} has no token; {', '.join(tokens)} have")
     return tokens[str(role)]
 
 

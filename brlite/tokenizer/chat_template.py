@@ -1,66 +1,84 @@
-"""A model's chat template: Jinja in its immutable sandbox, compiled once, over plain data.
+"""A model's chat template. It is compiled and run in a child process, which it can neither hang nor exhaust.
 
-The template comes from the operator's files, never from a request. Knows no token ids.
+The template comes from the model's or the operator's files, never from a request. Control tokens that a message spells
+out stay words.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from brlite.errors import InvalidRequest, ModelError
+from brlite.quoting import one_line
 from brlite.text_file import TextError
 from brlite.text_file import read_text as read_text_file
+from brlite.tokenizer.child_process import ChildFailed, ChildLimits, ChildProcess
+from brlite.tokenizer.control_tokens import ControlTokens
 
-_MAX_GROWTH = 16  # a rendered chat may be this many times its messages,
-_MAX_MARKUP = 64 * 1024  # and so many characters more
-_MAX_REASON = 300
-# What a template that is given a chat it does not understand may raise: its operations are Python's own.
-_RENDER_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+_SCRIPT = Path(__file__).with_name("template_child.py")
+_PACKAGES = ("jinja2", "markupsafe")
+_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_ -]{0,63}")  # what a template may make a control token of
 
 
 class ChatTemplate:
-    """Renders chats. `special_tokens` are texts it may name, such as `bos_token`; those a model lacks are absent."""
+    """Renders chats. `special_tokens` are texts it may name, such as `bos_token`; those a model lacks are absent.
 
-    def __init__(self, template: str, *, source: str, special_tokens: Mapping[str, str]) -> None:
-        """Raises `ModelError`, naming `source`, for a template that does not compile."""
+    `close` ends its process; dropping the template does so too.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        *,
+        source: str,
+        special_tokens: Mapping[str, str],
+        control_tokens: ControlTokens | None = None,
+        limits: ChildLimits | None = None,
+    ) -> None:
+        """Raises `ModelError`, naming `source`, for a template that does not compile within the limits."""
         self.text = template
+        self._control_tokens = control_tokens or ControlTokens({})
+        self._knows_developer = "developer" in template
+        self._child = ChildProcess(_SCRIPT, _PACKAGES, limits or ChildLimits())
+        setup = {
+            "template": template,
+            "controls": self._control_tokens.texts,
+            "variables": dict(special_tokens),
+        }
         try:
-            self._template = _environment().from_string(template)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ModelError(f"{source}: the chat template is broken: {_one_line(error)}") from None
-        self._special_tokens = dict(special_tokens)
+            answer = self._child.set_up(setup)
+        except ChildFailed as error:
+            answer = {"error": str(error)}
+        if "error" in answer:
+            self._child.close()
+            raise ModelError(f"{source}: the chat template is broken: {one_line(answer['error'])}")
+        self._unsaid_roles = frozenset(answer["unsaid_roles"])
 
     def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        """The chat as text. Raises `InvalidRequest` if the template refuses it, fails, or writes far too much."""
+        """The chat as text. Raises `InvalidRequest` if the template refuses it, fails, or takes too much."""
+        plain = [{**message, "role": self._role(message.get("role"))} for message in messages]
         try:
-            encoded = json.dumps([dict(message) for message in messages], ensure_ascii=False)
-            pieces = self._template.generate(
-                messages=json.loads(encoded),  # a copy of plain dicts, lists and strings, whatever came in
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                **self._special_tokens,
-            )
-            return _join(pieces, _MAX_GROWTH * len(encoded) + _MAX_MARKUP)
-        except _RENDER_ERRORS as error:
-            raise template_refusal(_one_line(error)) from None
+            answer = self._child.call({"messages": plain, "add_generation_prompt": add_generation_prompt})
+        except (ChildFailed, TypeError, ValueError, RecursionError) as error:
+            raise template_refusal(str(error)) from None
+        if "error" in answer:
+            raise template_refusal(one_line(answer["error"]))
+        return self._control_tokens.find(answer["text"], answer["mark"])
+
+    def close(self) -> None:
+        self._child.close()
+
+    def _role(self, role: object) -> str:
+        if not isinstance(role, str) or not _ROLE.fullmatch(role):
+            raise template_refusal("a role must be a word of at most 64 letters and digits")
+        if role == "developer" and not self._knows_developer:
+            role = "system"
+        if role in self._unsaid_roles:
+            raise template_refusal(f"the model's template leaves out messages of the role {role}")
+        return role
 
 
 def template_refusal(reason: str) -> InvalidRequest:
@@ -77,59 +95,3 @@ def read_template(path: Path) -> str:
         return read_text_file(path)
     except TextError as error:
         raise ModelError(f"chat template {path}: {error}") from None
-
-
-class _GenerationTag(Extension):
-    """`{% generation %}` marks what a model says, for training; here its body is rendered as it stands."""
-
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        self.tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
-    return environment
-
-
-def _join(pieces: Iterable[str], max_length: int) -> str:
-    kept: list[str] = []
-    length = 0
-    for piece in pieces:
-        length += len(piece)
-        if length > max_length:
-            raise jinja2.TemplateRuntimeError(f"it writes more than {max_length} characters for these messages")
-        kept.append(piece)
-    return "".join(kept)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + "…"
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateRuntimeError(message)
-
-
-def _strftime_now(date_format: str) -> str:
-    return datetime.now().strftime(date_format)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML, which no model has seen in training.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

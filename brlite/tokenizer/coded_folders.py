@@ -19,9 +19,10 @@ from brlite.tokenizer.chat_formats import (
     Baichuan2Format,
     ChatFormat,
     ChatGLM3Format,
-    MarkingTemplate,
 )
 from brlite.tokenizer.chat_template import ChatTemplate, read_template
+from brlite.tokenizer.child_process import ChildLimits
+from brlite.tokenizer.control_tokens import ControlToken, ControlTokens
 from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
 from brlite.tokenizer.sentencepiece_model import SentencePieceModel
 from brlite.tokenizer.tokenizer import Tokenizer
@@ -30,7 +31,7 @@ MODEL_FILE = "tokenizer.model"
 # Baichuan2's two, by the key of the generation config that may name another, and the pieces that they are else.
 BAICHUAN2_ROLES = {"user_token_id": "<reserved_106>", "assistant_token_id": "<reserved_107>"}
 
-Loader = Callable[[Path, "Path | None"], Tokenizer]
+Loader = Callable[[Path, "Path | None", "ChildLimits | None"], Tokenizer]
 
 
 def find_loader(folder: Path) -> Loader | None:
@@ -40,25 +41,26 @@ def find_loader(folder: Path) -> Loader | None:
     return LOADERS.get(str(read_json(folder / "config.json").get("model_type")))
 
 
-def load_baichuan2(folder: Path, chat_template: Path | None = None) -> Tokenizer:
+def load_baichuan2(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
     """No BOS, no EOS; who speaks is told by two pieces of the vocabulary."""
     model = SentencePieceModel(folder / MODEL_FILE)
     roles = _baichuan2_roles(folder, model)
     names = {token_id: model.pieces[token_id].text for token_id in roles.values()}
-    chat_format: ChatFormat | None = _operators(chat_template)
+    chat_format: ChatFormat | None = _operators(
+        chat_template, {text: token_id for token_id, text in names.items()}, limits
+    )
     if chat_format is None and roles.keys() == BAICHUAN2_ROLES.keys():
         chat_format = Baichuan2Format(**roles, names=names)
     return _tokenizer(folder, model, chat_format, special=list(roles.values()))
 
 
-def load_chatglm3(folder: Path, chat_template: Path | None = None) -> Tokenizer:
+def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
     """`[gMASK]sop` before every text; its control tokens follow the vocabulary, and no text contains them."""
     model = SentencePieceModel(folder / MODEL_FILE, CHATGLM3_TOKENS)
-    template = _operators(chat_template)
     return _tokenizer(
         folder,
         model,
-        MarkingTemplate(template, model.ids) if template else ChatGLM3Format(model.ids),
+        _operators(chat_template, model.ids, limits) or ChatGLM3Format(model.ids),
         prefix=[model.ids[text] for text in CHATGLM3_PREFIX],
         ends=[model.ids[text] for text in CHATGLM3_ENDS],
     )
@@ -77,7 +79,7 @@ def _tokenizer(
     special: Sequence[int] = (),
 ) -> Tokenizer:
     return Tokenizer(
-        model.encoder(prefix),
+        model.encoder(prefix, special),
         model.token_bytes(),
         bos_token_id=None,
         eos_token_ids=read_eos_token_ids(folder, model.eos_token_id, *ends),
@@ -86,10 +88,18 @@ def _tokenizer(
     )
 
 
-def _operators(chat_template: Path | None) -> ChatTemplate | None:
+def _operators(chat_template: Path | None, ids: Mapping[str, int], limits: ChildLimits | None) -> ChatTemplate | None:
+    """The operator's template, for a vocabulary that finds no control tokens in texts: what it writes of `ids` does."""
     if chat_template is None:
         return None
-    return ChatTemplate(read_template(chat_template), source=str(chat_template), special_tokens={})
+    tokens = {text: ControlToken(token_id) for text, token_id in ids.items()}
+    return ChatTemplate(
+        read_template(chat_template),
+        source=str(chat_template),
+        special_tokens={},
+        control_tokens=ControlTokens(tokens, are_written_by_id=True),
+        limits=limits,
+    )
 
 
 def _baichuan2_roles(folder: Path, model: SentencePieceModel) -> dict[str, int]:

@@ -1,11 +1,19 @@
-"""What cuts text into token ids: the interface, and Hugging Face's `tokenizers` behind it."""
+"""What cuts text into token ids: the interface, and Hugging Face's `tokenizers` behind it.
+
+That library panics where it should raise, which is a `BaseException`: here it becomes an error of the text that did it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable
+from typing import Protocol
 
-if TYPE_CHECKING:
-    import tokenizers
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from brlite.errors import InvalidRequest
+from brlite.quoting import reason
+from brlite.tokenizer.control_tokens import is_control
 
 _MAX_COMPOSED = 4  # so many characters at most become one where Unicode is normalised
 
@@ -18,7 +26,13 @@ class Encoder(Protocol):
         """So many characters of a text at most become one before it is cut; 0 if there is no limit."""
         ...
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The text of a control token becomes that token, where the vocabulary finds it in texts."""
+        ...
+
+    def encode_words(self, text: str, *, is_first: bool) -> list[int]:
+        """Without control tokens, whatever the text spells out. `is_first`: nothing stands before it in the prompt."""
+        ...
 
 
 class BackendEncoder:
@@ -26,6 +40,16 @@ class BackendEncoder:
 
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
+        added = backend.get_added_tokens_decoder()
+        self._words = _without_control_tokens(backend, backend.pre_tokenizer)
+        self._later_words = _without_control_tokens(backend, _without_first_space(backend.pre_tokenizer))
+        self._control_ids = frozenset(token_id for token_id, token in added.items() if is_control(token))
+        # What the copies call the tokens that the vocabulary does not hold itself.
+        self._renumbered = {
+            self._words.token_to_id(token.content): token_id
+            for token_id, token in added.items()
+            if token_id not in self._control_ids and self._words.token_to_id(token.content) != token_id
+        }
 
     @property
     def max_composed(self) -> int:
@@ -34,5 +58,59 @@ class BackendEncoder:
         return 1 if self._backend.normalizer is None else _MAX_COMPOSED
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return _encode(self._backend, text, add_special_tokens=add_special_tokens)
+
+    def encode_words(self, text: str, *, is_first: bool) -> list[int]:
+        ids = _encode(self._words if is_first else self._later_words, text)
+        if self._renumbered:
+            ids = [self._renumbered.get(token_id, token_id) for token_id in ids]
+        return ids if self._control_ids.isdisjoint(ids) else list(self._by_character(ids))
+
+    def _by_character(self, ids: Iterable[int]) -> Iterable[int]:
+        """`ids` with each control token, which the vocabulary made of words after all, as its characters."""
+        for token_id in ids:
+            if token_id not in self._control_ids:
+                yield token_id
+                continue
+            for character in self._backend.id_to_token(token_id) or "":
+                yield from (part for part in _encode(self._later_words, character) if part not in self._control_ids)
+
+
+def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    try:
+        ids: list[int] = backend.encode(text, add_special_tokens=add_special_tokens).ids
+    except Exception as error:
+        raise InvalidRequest(f"the model's tokenizer cannot encode the text: {reason(error)}") from None
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise InvalidRequest(f"the model's tokenizer failed on the text: {reason(error)}") from None
+    return ids
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is a Rust library's panic, whose class cannot be imported."""
+    return type(error).__name__ == "PanicException"
+
+
+def _without_control_tokens(
+    backend: tokenizers.Tokenizer, pre_tokenizer: pre_tokenizers.PreTokenizer | None
+) -> tokenizers.Tokenizer:
+    """A tokenizer that shares the vocabulary and knows of the added tokens only those that are words."""
+    words = tokenizers.Tokenizer(backend.model)
+    words.normalizer = backend.normalizer
+    words.pre_tokenizer = pre_tokenizer
+    added = backend.get_added_tokens_decoder()
+    words.add_tokens([added[token_id] for token_id in sorted(added) if not is_control(added[token_id])])
+    return words
+
+
+def _without_first_space(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> pre_tokenizers.PreTokenizer | None:
+    """What puts a space before the beginning of a prompt only does so no more; what does before each stretch stays."""
+    if isinstance(pre_tokenizer, pre_tokenizers.Sequence):
+        return pre_tokenizers.Sequence([_without_first_space(step) for step in pre_tokenizer])  # type: ignore[attr-defined]  # it has __getitem__
+    if isinstance(pre_tokenizer, pre_tokenizers.Metaspace) and pre_tokenizer.prepend_scheme == "first":
+        return pre_tokenizers.Metaspace(
+            replacement=pre_tokenizer.replacement, prepend_scheme="never", split=pre_tokenizer.split
+        )
+    return pre_tokenizer

@@ -16,6 +16,8 @@ from brlite.checkpoint.gguf_header import read_gguf_header
 from brlite.errors import ModelError
 from brlite.quoting import excerpt
 from brlite.tokenizer.chat_template import ChatTemplate, read_template
+from brlite.tokenizer.child_process import ChildLimits
+from brlite.tokenizer.control_tokens import read_control_tokens
 from brlite.tokenizer.encoder import BackendEncoder
 from brlite.tokenizer.pieces import Piece, PieceKind, add_typed_tokens, build_backend
 from brlite.tokenizer.post_processor import add_bos_eos
@@ -23,12 +25,28 @@ from brlite.tokenizer.pre_tokenizers import SPLITTINGS, Splitting, build_pre_tok
 from brlite.tokenizer.token_bytes import read_token_bytes
 from brlite.tokenizer.tokenizer import Tokenizer
 
-# A GGUF file names one end token or a few. Chat templates end a turn with one of these, named by the file or not.
-_END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+# A GGUF file names one end token or a few. These end a text or a turn in whatever vocabulary has them: those of the
+# first list are nothing else, whatever type a converter gave them; those of the second only as control tokens.
+_ENDS = (
+    *(
+        "<|endoftext|>",
+        "<|end_of_text|>",
+        "<|im_end|>",
+        "<|eot_id|>",
+        "<|eom_id|>",
+        "<|end|>",
+        "<|return|>",
+        "<|call|>",
+    ),
+    *("<|eot|>", "<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
+)
+_CONTROL_ENDS = ("</s>", "<eos>", "<EOT>", "[EOT]", "<turn|>")
+_CHATGLM_PREFIX = "[gMASK]"  # a vocabulary that has it ends where the next one speaks
+_CHATGLM_ENDS = ("<|user|>", "<|observation|>")
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # what a `llama` vocabulary means when it names none
 
 
-def load_gguf(path: Path, *, chat_template: Path | None = None) -> Tokenizer:
+def load_gguf(path: Path, *, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
     """The tokenizer of a GGUF file; `chat_template` replaces the file's own. Raises `ModelError`, naming the key."""
     vocabulary = _Vocabulary(path, read_gguf_header(path).metadata)
     backend = _build(vocabulary)
@@ -39,9 +57,17 @@ def load_gguf(path: Path, *, chat_template: Path | None = None) -> Tokenizer:
         BackendEncoder(backend),
         read_token_bytes(backend, source=str(path)),
         bos_token_id=vocabulary.token_id("bos"),
-        eos_token_ids=_eos_token_ids(vocabulary, special, template or ""),
+        eos_token_ids=_eos_token_ids(vocabulary, special),
         special_token_ids=special,
-        chat_template=_chat_template(vocabulary, template, chat_template or path),
+        chat_template=None
+        if template is None
+        else ChatTemplate(
+            template,
+            source=str(chat_template or path),
+            special_tokens=vocabulary.named_tokens(),
+            control_tokens=read_control_tokens(backend),
+            limits=limits,
+        ),
     )
 
 
@@ -53,11 +79,12 @@ class _Vocabulary:
         self._metadata = metadata
         self.kind: str = self.require("tokenizer.ggml.model", str)
         self.tokens: list[str] = self._strings("tokenizer.ggml.tokens")
-        self.token_types: list[int] = self.get("tokenizer.ggml.token_type", list) or [1] * len(self.tokens)
-        if len(self.token_types) != len(self.tokens):
-            raise self.error(
-                "tokenizer.ggml.token_type", f"has {len(self.token_types)} entries, not {len(self.tokens)}"
-            )
+        token_types: list[int] = self.get("tokenizer.ggml.token_type", list) or [1] * len(self.tokens)
+        if len(token_types) != len(self.tokens):
+            raise self.error("tokenizer.ggml.token_type", f"has {len(token_types)} entries, not {len(self.tokens)}")
+        self.token_types = [
+            PieceKind.CONTROL if token in _ENDS else kind for token, kind in zip(self.tokens, token_types, strict=True)
+        ]
 
     def error(self, key: str, what: str) -> ModelError:
         return ModelError(f"{self.path}: {key} {what}")
@@ -88,6 +115,11 @@ class _Vocabulary:
         if token_id is not None and not 0 <= token_id < len(self.tokens):
             raise self.error(key, f"is {token_id}; the vocabulary has the ids 0 to {len(self.tokens) - 1}")
         return token_id
+
+    def named_tokens(self) -> dict[str, str]:
+        """The texts that a template may name."""
+        ids = {f"{name}_token": self.token_id(name) for name in ("bos", "eos")}
+        return {name: self.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
 
     def merges(self) -> list[tuple[str, str]]:
         key = "tokenizer.ggml.merges"
@@ -164,16 +196,12 @@ def _add_bos_eos(backend: Backend, vocabulary: _Vocabulary) -> None:
     )
 
 
-def _eos_token_ids(vocabulary: _Vocabulary, special: list[int], template: str) -> list[int]:
+def _eos_token_ids(vocabulary: _Vocabulary, special: list[int]) -> list[int]:
+    """Those that the file names, then all that the vocabulary has."""
     named = [vocabulary.token_id(name) for name in ("eos", "eot", "eom")]
     by_text = {vocabulary.tokens[token_id]: token_id for token_id in special}
-    turns = [by_text[text] for text in _END_OF_TURN if text in by_text and text in template]
-    return [token_id for token_id in named if token_id is not None] + turns
-
-
-def _chat_template(vocabulary: _Vocabulary, template: str | None, source: Path) -> ChatTemplate | None:
-    if template is None:
-        return None
-    ids = {f"{name}_token": vocabulary.token_id(name) for name in ("bos", "eos")}
-    texts = {name: vocabulary.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
-    return ChatTemplate(template, source=str(source), special_tokens=texts)
+    texts = (*_ENDS, *_CONTROL_ENDS, *(_CHATGLM_ENDS if _CHATGLM_PREFIX in by_text else ()))
+    return [
+        *(token_id for token_id in named if token_id is not None),
+        *(by_text[text] for text in texts if text in by_text),
+    ]

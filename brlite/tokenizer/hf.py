@@ -17,6 +17,8 @@ from brlite.errors import ModelError
 from brlite.model_file import exists, read_model_text
 from brlite.quoting import excerpt, reason
 from brlite.tokenizer.chat_template import ChatTemplate, read_template
+from brlite.tokenizer.child_process import ChildLimits
+from brlite.tokenizer.control_tokens import ControlTokens, read_control_tokens
 from brlite.tokenizer.encoder import BackendEncoder
 from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
 from brlite.tokenizer.pieces import read_sentencepiece
@@ -33,7 +35,7 @@ _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _SENTENCEPIECE_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": False}
 
 
-def load_folder(folder: Path, *, chat_template: Path | None = None) -> Tokenizer:
+def load_folder(folder: Path, *, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
     """The tokenizer of a folder; `chat_template` replaces its template. Raises `ModelError`, naming the file.
 
     With a `tokenizer.json`, that file alone decides whether BOS and EOS are added, as in transformers 5; without one,
@@ -49,8 +51,9 @@ def load_folder(folder: Path, *, chat_template: Path | None = None) -> Tokenizer
         _read_tokenizer_json(folder / "tokenizer.json") if has_json else read_sentencepiece(folder / "tokenizer.model")
     )
     _add_listed_tokens(backend, folder, config)
-    named = _named_tokens(config, folder)
-    special = _add_special_tokens(backend, [*named.values(), *_listed_special_tokens(config, folder)])
+    tokens = _named_tokens(config, folder)
+    special = _add_special_tokens(backend, [*tokens.values(), *_listed_special_tokens(config, folder)])
+    named = {name: token.content for name, token in tokens.items()}
     ids = {name: backend.token_to_id(text) for name, text in named.items()}
     _settle_bos_eos(backend, folder, config, ids, has_json=has_json)
     return Tokenizer(
@@ -59,7 +62,7 @@ def load_folder(folder: Path, *, chat_template: Path | None = None) -> Tokenizer
         bos_token_id=ids.get("bos_token"),
         eos_token_ids=read_eos_token_ids(folder, ids.get("eos_token")),
         special_token_ids=special,
-        chat_template=_chat_template(folder, config, named, chat_template),
+        chat_template=_chat_template(folder, config, named, chat_template, read_control_tokens(backend), limits),
     )
 
 
@@ -75,13 +78,27 @@ def _read_tokenizer_json(path: Path) -> Backend:
 
 
 def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -> None:
-    """Add the tokens that tokenizer_config.json or added_tokens.json knows of and the tokenizer does not."""
+    """Add the tokens that tokenizer_config.json or added_tokens.json knows of and the tokenizer does not.
+
+    The flags that tokenizer_config.json gives a token go before those of tokenizer.json, as in transformers.
+    """
     known = backend.get_added_tokens_decoder()
     listed = _listed_tokens(folder, config)
-    for token_id in sorted(listed.keys() - known.keys()):
-        backend.add_tokens([listed[token_id]])
-        if backend.token_to_id(listed[token_id].content) != token_id:
-            raise ModelError(f"{folder}: added token {excerpt(listed[token_id].content)} cannot get the id {token_id}")
+    named = {int(token_id) for token_id in config.get("added_tokens_decoder", ())}
+    to_add = {
+        token_id: token
+        for token_id, token in sorted(listed.items())
+        if token_id not in known or (token_id in named and _has_other_flags(token, known[token_id]))
+    }
+    backend.add_tokens(list(to_add.values()))  # at once: the library sorts all of them anew each time
+    for token_id, token in to_add.items():
+        if backend.token_to_id(token.content) != token_id:
+            raise ModelError(f"{folder}: added token {excerpt(token.content)} cannot get the id {token_id}")
+
+
+def _has_other_flags(token: AddedToken, known: AddedToken) -> bool:
+    is_same = token.content == known.content
+    return is_same and any(getattr(token, flag) != getattr(known, flag) for flag in _TOKEN_FLAGS)
 
 
 def _listed_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
@@ -101,39 +118,46 @@ def _listed_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken
     return listed
 
 
-def _named_tokens(config: dict[str, Any], folder: Path) -> dict[str, str]:
-    return {name: _token_text(config[name], name, folder) for name in _NAMED_TOKENS if config.get(name) is not None}
+def _named_tokens(config: dict[str, Any], folder: Path) -> dict[str, AddedToken]:
+    return {name: _special_token(config[name], name, folder) for name in _NAMED_TOKENS if config.get(name) is not None}
 
 
-def _listed_special_tokens(config: dict[str, Any], folder: Path) -> list[str]:
-    texts = []
+def _listed_special_tokens(config: dict[str, Any], folder: Path) -> list[AddedToken]:
+    listed = []
     for name in _TOKEN_LISTS:
         tokens = config.get(name) or []
         if not isinstance(tokens, list | dict):
             raise ModelError(f"{folder}: {name} must be a list or an object, got {excerpt(tokens)}")
         values = tokens.values() if isinstance(tokens, dict) else tokens
-        texts += [_token_text(token, name, folder) for token in values]
-    return texts
+        listed += [_special_token(token, name, folder) for token in values]
+    return listed
 
 
-def _token_text(token: object, name: str, folder: Path) -> str:
-    text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
+def _special_token(token: object, name: str, folder: Path) -> AddedToken:
+    """With the flags that the file names, `normalized` among them, which is off for a token that is only a text."""
+    fields: dict[str, Any] = token if isinstance(token, dict) else {"content": token, "normalized": False}
+    if not isinstance(fields.get("content"), str):
         raise ModelError(
             f"{folder}: {name} must be a string or an object with a string `content`, got {excerpt(token)}"
         )
-    return text
+    flags = {flag: bool(fields.get(flag)) for flag in _TOKEN_FLAGS if flag in fields}
+    return AddedToken(fields["content"], **{"normalized": False, **flags, "special": True})
 
 
-def _add_special_tokens(backend: Backend, texts: list[str]) -> set[int]:
+def _add_special_tokens(backend: Backend, tokens: list[AddedToken]) -> set[int]:
     """Make tokens special that the small files call so; returns every special id.
 
-    A text without a row in the vocabulary stays text: a new id would be one that the model has no embedding for.
+    One that the tokenizer has among its added tokens keeps the flags it has there. A text without a row in the
+    vocabulary stays text: a new id would be one that the model has no embedding for.
     """
-    known = [text for text in texts if backend.token_to_id(text) is not None]
-    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in known])
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    known = [added.get(token.content, token) for token in tokens if backend.token_to_id(token.content) is not None]
+    for token in known:
+        token.special = True
+    backend.add_special_tokens(known)
     flagged = {token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special}
-    return flagged.union(token_id for text in known if (token_id := backend.token_to_id(text)) is not None)
+    ids = (backend.token_to_id(token.content) for token in known)
+    return flagged.union(token_id for token_id in ids if token_id is not None)
 
 
 def _settle_bos_eos(
@@ -153,7 +177,12 @@ def _settle_bos_eos(
 
 
 def _chat_template(
-    folder: Path, config: dict[str, Any], named: dict[str, str], operators: Path | None
+    folder: Path,
+    config: dict[str, Any],
+    named: dict[str, str],
+    operators: Path | None,
+    control_tokens: ControlTokens,
+    limits: ChildLimits | None,
 ) -> ChatTemplate | None:
     """The operator's template, or else that of the folder: a file of its own goes before tokenizer_config.json."""
     jinja_file = folder / "chat_template.jinja"
@@ -162,7 +191,11 @@ def _chat_template(
         source, template = operators, read_template(operators)
     elif exists(jinja_file):
         source, template = jinja_file, read_model_text(jinja_file)
-    return None if template is None else ChatTemplate(template, source=str(source), special_tokens=named)
+    if template is None:
+        return None
+    return ChatTemplate(
+        template, source=str(source), special_tokens=named, control_tokens=control_tokens, limits=limits
+    )
 
 
 def _configured_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -6,27 +6,30 @@ from pathlib import Path
 
 from brlite.errors import ModelError
 from brlite.model_file import exists
+from brlite.tokenizer.child_process import ChildLimits
 from brlite.tokenizer.tokenizer import Tokenizer
 
 
-def load_tokenizer(path: Path, *, chat_template: Path | None = None) -> Tokenizer:
+def load_tokenizer(
+    path: Path, *, chat_template: Path | None = None, template_limits: ChildLimits | None = None
+) -> Tokenizer:
     """The tokenizer of a model: a Hugging Face folder, a `.gguf` file, or a folder that holds one `.gguf` file.
 
-    `chat_template` names a file with a Jinja template that replaces the model's own. No code from the model is run.
+    `chat_template` names a file with a Jinja template that replaces the model's own; `template_limits` are what a chat
+    may cost it. No code from the model is run. Templates run in a process of their own, which `Tokenizer.close` ends.
     """
     gguf_file = _gguf_file(path)
     if gguf_file is not None:
         from brlite.tokenizer.gguf_vocabulary import load_gguf
 
-        return load_gguf(gguf_file, chat_template=chat_template)
+        return load_gguf(gguf_file, chat_template=chat_template, limits=template_limits)
     from brlite.tokenizer.coded_folders import find_loader
     from brlite.tokenizer.hf import load_folder
 
     load_coded = find_loader(path)
     if load_coded is not None:
-        return load_coded(path, chat_template)
-
-    return load_folder(path, chat_template=chat_template)
+        return load_coded(path, chat_template, template_limits)
+    return load_folder(path, chat_template=chat_template, limits=template_limits)
 
 
 def _gguf_file(path: Path) -> Path | None:

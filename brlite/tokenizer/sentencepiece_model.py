@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,13 +19,23 @@ class SentencePieceEncoder:
 
     max_composed = 0  # what a model's normaliser does to a text is not known here
 
-    def __init__(self, processor: SentencePieceProcessor, prefix: Sequence[int]) -> None:
+    def __init__(
+        self, processor: SentencePieceProcessor, prefix: Sequence[int], characters: Mapping[int, list[int]]
+    ) -> None:
+        """`characters` are the ids of control tokens that the model finds in texts, each with its text's own."""
         self._processor = processor
         self._prefix = list(prefix)
+        self._characters = characters
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = self._processor.encode(text)
         return [*self._prefix, *ids] if add_special_tokens else ids
+
+    def encode_words(self, text: str, *, is_first: bool) -> list[int]:
+        ids: list[int] = self._processor.encode(text)
+        if self._characters.keys().isdisjoint(ids):
+            return ids
+        return [part for token_id in ids for part in self._characters.get(token_id, (token_id,))]
 
 
 class SentencePieceModel:
@@ -55,8 +65,19 @@ class SentencePieceModel:
             raise ModelError(f"{self._path}: the model has no end token")
         return token_id
 
-    def encoder(self, prefix: Sequence[int] = ()) -> SentencePieceEncoder:
-        return SentencePieceEncoder(self._processor, prefix)
+    def encoder(self, prefix: Sequence[int] = (), control_ids: Iterable[int] = ()) -> SentencePieceEncoder:
+        """`control_ids` are pieces that no message may become, although the model finds them in texts."""
+        characters = {token_id: self._character_ids(self.pieces[token_id].text) for token_id in control_ids}
+        return SentencePieceEncoder(self._processor, prefix, characters)
+
+    def _character_ids(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for character in text:
+            token_id = self.piece_id(character)
+            names = [f"<0x{byte:02X}>" for byte in character.encode()]
+            known = [self.piece_id(name) for name in names] if token_id is None else [token_id]
+            ids += [token_id for token_id in known if token_id is not None]
+        return ids
 
     def token_bytes(self) -> TokenBytes:
         control = [Piece(text, 0.0, PieceKind.CONTROL) for text in self.ids]

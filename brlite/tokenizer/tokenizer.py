@@ -41,6 +41,7 @@ class Tokenizer:
         self._bytes = token_bytes.table
         self._strips_first_space = token_bytes.strips_first_space
         self._chat_template = chat_template
+        self._special_ids: dict[str, int] = {}  # by their texts, made when they are first asked for
         # The most characters of a text that one token can stand for; 0 if there is no limit.
         self._max_characters = max(map(len, self._bytes), default=0) * encoder.max_composed
 
@@ -51,17 +52,17 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
         """Token ids of a text, with the BOS and EOS that the model's tokenizer adds if `add_special_tokens`.
 
-        The literal text of a special token, `<|im_start|>` say, becomes that token, as in Hugging Face's tokenizers:
-        whoever puts untrusted text into a prompt must know. Of a rendered chat that marks its tokens (`MarkedText`)
-        those do. A text with lone surrogates is refused, naming `param`.
+        The literal text of a special token, `<|im_start|>` say, becomes that token, as in Hugging Face's tokenizers and
+        in vLLM: whoever puts untrusted text into a prompt must know. Of a rendered chat only those do that its template
+        wrote (`MarkedText`). A text with lone surrogates is refused, naming `param`.
         """
         if not _is_encodable(text):
             raise InvalidRequest("text holds a lone surrogate, which UTF-8 cannot encode", param=param)
         if not isinstance(text, MarkedText):
             return self._encoder.encode(text, add_special_tokens=add_special_tokens)
         encoded = (
-            [part] if isinstance(part, int) else self._encoder.encode(part, add_special_tokens=False)
-            for part in text.parts
+            [part] if isinstance(part, int) else self._encoder.encode_words(part, is_first=index == 0)
+            for index, part in enumerate(text.parts)
         )
         return list(chain.from_iterable(encoded))
 
@@ -85,6 +86,12 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token stands for: a special token's are its literal text, those of an unknown id are empty."""
         return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token that is this text."""
+        if not self._special_ids:
+            self._special_ids = {self.token_text(token_id): token_id for token_id in self.special_token_ids}
+        return self._special_ids.get(text)
 
     def token_text(self, token_id: int) -> str:
         """A single token for people to read; part of a character shows as U+FFFD."""
@@ -128,6 +135,11 @@ class Tokenizer:
         """Token ids of a rendered chat. The template brings its own BOS, so none is added."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False, param="messages")
+
+    def close(self) -> None:
+        """End the process that renders chats. It ends with the last reference, too. May be called twice."""
+        if self._chat_template is not None:
+            self._chat_template.close()
 
 
 def _is_encodable(text: str) -> bool:

@@ -21,6 +21,9 @@ class Vocabulary:
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokens[token_id]
 
+    def special_token_id(self, text: str) -> int | None:
+        return next((token_id for token_id in self.special_token_ids if self.tokens[token_id] == text.encode()), None)
+
 
 def stream(tokens: list[bytes], *stop: str, special: frozenset[int] = frozenset(), **options: object) -> list[str]:
     """What each token releases, and at last what was held back."""
@@ -200,6 +203,31 @@ def test_special_tokens_are_left_out_or_shown(skip_special_tokens: bool, text: s
     pieces = stream([b"a", b"<|x|>", b"b"], special=special, skip_special_tokens=skip_special_tokens)
 
     assert "".join(pieces) == text
+
+
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+@pytest.mark.parametrize(("include_stop", "end"), [(False, ""), (True, "<|end|>")])
+def test_a_special_token_that_is_a_stop_string_stops_shown_or_not(
+    skip_special_tokens: bool, include_stop: bool, end: str
+) -> None:
+    tokens = [b"a", b"<|x|>", b"b<", b"<|end|>", b"c"]
+
+    pieces = stream(
+        tokens,
+        "<|end|>",
+        special=frozenset({1, 3}),
+        skip_special_tokens=skip_special_tokens,
+        include_stop=include_stop,
+    )
+
+    assert "".join(pieces) == ("ab<" if skip_special_tokens else "a<|x|>b<") + end
+
+
+def test_before_min_tokens_a_hidden_stop_string_does_not_stop() -> None:
+    detokenizer = Detokenizer(Vocabulary([b"a", b"<|end|>"], frozenset({1})), ("<|end|>",), min_tokens=2)
+
+    assert [detokenizer.push(token_id) for token_id in (0, 1, 0, 1, 0)] == ["a", "", "a", "", ""]
+    assert detokenizer.stop_string == "<|end|>"
 
 
 def test_the_space_before_a_word_is_kept() -> None:

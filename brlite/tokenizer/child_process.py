@@ -1,0 +1,243 @@
+"""Runs a script of ours in a child process and exchanges messages with it, within a budget of time and memory.
+
+Knows nothing of what the messages say. A message is a 4-byte big-endian length and that many bytes of JSON; each gets
+one answer. The script runs under a plain `python -I -S`: it cannot import brlite, the user's program or
+anything of the current folder, and its environment holds no keys.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import struct
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from brlite.errors import EngineError
+
+START_SECONDS = 60.0  # for the interpreter to come up on a busy machine
+WALL_SECONDS = 60.0  # for an answer; what the child computes is bounded in CPU seconds by itself
+MAX_ANSWER_BYTES = 2**30
+ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH")  # all that a child gets to see of ours
+
+_LENGTH = struct.Struct(">I")
+
+
+class ChildLimits(NamedTuple):
+    """What one message may cost: CPU seconds, and bytes of address space of the whole child."""
+
+    seconds: float = 2.0
+    memory_bytes: int = 512 * 1024 * 1024
+
+
+class ChildFailed(Exception):
+    """The child ended before it answered, or was ended. The text says why."""
+
+
+class ChildProcess:
+    """One child, started with the first message and again after it ended. Any thread may use it; messages take turns.
+
+    A child ends when it is closed, when this object is dropped, and when this process ends in any way. A forked copy of
+    this process starts a child of its own.
+    """
+
+    def __init__(self, script: Path, packages: Sequence[str], limits: ChildLimits) -> None:
+        """`packages` are what the script imports beside the standard library."""
+        self._script = script
+        self._packages = packages
+        self._limits = limits
+        self._setup: dict[str, Any] | None = None
+        self._is_closed = False
+        self._forget()
+
+    def set_up(self, message: dict[str, Any]) -> dict[str, Any]:
+        """As `call`, with a message that each new child is sent first."""
+        self._setup = message
+        return self.call(None)
+
+    def call(self, message: dict[str, Any] | None) -> dict[str, Any]:
+        """The child's answer, which may be an `error`. Raises `ChildFailed` where it ended before it gave one, and
+        `EngineError` where it cannot be started."""
+        data = None if message is None else _encode(message)  # what cannot be said costs no child
+        if self._pid != os.getpid():
+            self._forget()  # a fork: the child is the parent's, and a thread that is not here may hold the lock
+        with self._lock:
+            try:
+                answer = self._started()
+                if data is not None and "error" not in answer:
+                    answer = self._exchange(data, WALL_SECONDS)
+            except BaseException:
+                self._end()
+                raise
+            if answer.get("is_last"):
+                self._end()
+            return answer
+
+    def close(self) -> None:
+        """End the child. Whoever waits for it gets `ChildFailed` at once. May be called twice."""
+        self._is_closed = True
+        if self._pid != os.getpid():
+            return
+        process = self._process
+        if process is not None:
+            process.kill()
+        with self._lock:
+            self._end()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._setup_answer: dict[str, Any] = {}
+        self._finalizer: weakref.finalize[..., ChildProcess] | None = None
+
+    def _started(self) -> dict[str, Any]:
+        """Start a child unless one runs. Returns what it answered to the set-up."""
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
+        if self._process is None:
+            self._process = _start(self._script)
+            self._finalizer = weakref.finalize(self, _end, self._process, self._pid)
+            if self._is_closed:
+                raise ChildFailed("the model is being closed")
+            paths = sorted({_package_parent(name) for name in self._packages})
+            limits = {"paths": paths, "seconds": self._limits.seconds, "memory_bytes": self._limits.memory_bytes}
+            self._exchange(_encode(limits), START_SECONDS)
+            self._setup_answer = {} if self._setup is None else self._exchange(_encode(self._setup), WALL_SECONDS)
+        return self._setup_answer
+
+    def _exchange(self, data: bytes, seconds: float) -> dict[str, Any]:
+        assert self._process is not None, "it is started before"
+        deadline = time.monotonic() + seconds
+        try:
+            _write(self._process, data, deadline)
+            (length,) = _LENGTH.unpack(_read(self._process, _LENGTH.size, deadline))
+            if length > MAX_ANSWER_BYTES:
+                raise ChildFailed("its process sent too much")
+            answer: dict[str, Any] = json.loads(_read(self._process, length, deadline))
+        except (BrokenPipeError, EOFError):
+            raise ChildFailed(self._death()) from None
+        except TimeoutError:
+            raise ChildFailed(f"its process did not answer in {seconds:g} s") from None
+        return answer
+
+    def _death(self) -> str:
+        """Why the child ended by itself."""
+        assert self._process is not None, "it is started before"
+        if self._is_closed:
+            return "the model is being closed"
+        try:
+            code = self._process.wait(1.0)
+        except subprocess.TimeoutExpired:
+            code = 0
+        if code == -signal.SIGPROF:
+            return f"it takes more than {self._limits.seconds:g} s of CPU time"
+        return "its process ended" + (f" by signal {-code}" if code < 0 else "")
+
+    def _end(self) -> None:
+        if self._finalizer is not None:
+            self._finalizer()
+        self._process = self._finalizer = None
+
+
+def _encode(message: dict[str, Any]) -> bytes:
+    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return _LENGTH.pack(len(data)) + data
+
+
+def _start(script: Path) -> subprocess.Popen[bytes]:
+    environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+    try:
+        process = subprocess.Popen(
+            [_python(), "-I", "-S", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            cwd="/",
+            env={**environment, "LC_ALL": "C"},
+            start_new_session=True,  # the terminal's Ctrl-C is for us
+        )
+    except (OSError, ValueError) as error:
+        raise EngineError(f"a process for chat templates cannot be started: {error}") from None
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None, "both are pipes"
+        os.set_blocking(pipe.fileno(), False)
+    return process
+
+
+def _python() -> str:
+    """The interpreter to run; `sys.executable` is the other program's own where Python is embedded in one."""
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    candidates = (
+        sys.executable,
+        str(getattr(sys, "_base_executable", "")),
+        *(os.path.join(sys.exec_prefix, "bin", name) for name in (version, "python3")),
+    )
+    for path in candidates:
+        if path and os.path.basename(path).startswith("python") and os.access(path, os.X_OK):
+            return path
+    raise EngineError(
+        f"no Python interpreter was found to render chat templates with; looked for {version} in {sys.exec_prefix}"
+    )
+
+
+def _package_parent(name: str) -> str:
+    """The folder to import a package from, as this process would."""
+    spec = find_spec(name)
+    if spec is None or not spec.origin:
+        raise EngineError(f"the package {name}, which renders chat templates, is not installed")
+    return str(Path(spec.origin).resolve().parent.parent)
+
+
+def _end(process: subprocess.Popen[bytes], pid: int) -> None:
+    """Kill and reap a child; in a forked copy of the process that started it, do nothing."""
+    if pid != os.getpid():
+        return
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            pipe.close()
+    process.wait()
+
+
+def _write(process: subprocess.Popen[bytes], data: bytes, deadline: float) -> None:
+    assert process.stdin is not None, "it is a pipe"
+    descriptor, view = process.stdin.fileno(), memoryview(data)
+    while view:
+        _wait(descriptor, select.POLLOUT, deadline)
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:
+            continue
+
+
+def _read(process: subprocess.Popen[bytes], length: int, deadline: float) -> bytes:
+    assert process.stdout is not None, "it is a pipe"
+    descriptor, data = process.stdout.fileno(), bytearray()
+    while len(data) < length:
+        _wait(descriptor, select.POLLIN, deadline)
+        try:
+            part = os.read(descriptor, min(length - len(data), 1024 * 1024))
+        except BlockingIOError:
+            continue
+        if not part:
+            raise EOFError
+        data += part
+    return bytes(data)
+
+
+def _wait(descriptor: int, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(descriptor, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
