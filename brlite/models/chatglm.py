@@ -21,11 +21,18 @@ FIXED_FLAGS = {
     "apply_residual_connection_post_layernorm": False,
     "add_bias_linear": False,
 }
+# What its code takes where the config has no such key.
+CLASS_DEFAULTS = {
+    "multi_query_attention": False,
+    "multi_query_group_num": 1,
+    "kv_channels": 128,
+    "seq_length": 2048,
+}
 ABSENT = ("quantization_bit", "pre_seq_len")  # weights packed by a quantiser, a trained prefix
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
-    reader = ConfigReader(values)
+    reader = ConfigReader(values, class_defaults=CLASS_DEFAULTS)
     check_supported(reader)
     _check_plain(reader, values)
     head_dim, num_heads = reader.positive_int("kv_channels"), reader.positive_int("num_attention_heads")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 from brlite.errors import ModelError
@@ -16,14 +16,20 @@ from brlite.quoting import excerpt
 
 DEFAULT_THETA = 10_000.0
 MAX_SIZE = 2**31 - 1
+MIN_NUMBER, MAX_NUMBER = 1e-30, 1e15  # what is computed of them stays finite
 MAX_LAYERS = 4096  # every layer's tensors are named before they are looked for
 
 
 class ConfigReader:
-    """Typed access to the values of a config. A key that is absent or null takes its default, or is an error."""
+    """Typed access to the values of a config. A key that is absent or null takes its default, or is an error.
 
-    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
-        self._values = values
+    `class_defaults` are what transformers' config class of the family has where the key is absent; null is not.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], prefix: str = "", class_defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        self._values = {**(class_defaults or {}), **values}
         self._prefix = prefix
 
     def __contains__(self, key: str) -> bool:
@@ -37,8 +43,8 @@ class ConfigReader:
 
     def positive_number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
-        if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
-            raise self.error(key, "a positive number", value)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not MIN_NUMBER <= value <= MAX_NUMBER:
+            raise self.error(key, f"a number from {MIN_NUMBER} to {MAX_NUMBER:g}", value)
         return float(value)
 
     def flag(self, key: str, default: bool | None = None) -> bool:
@@ -91,7 +97,7 @@ def check_supported(reader: ConfigReader) -> None:
 
 
 def read_sizes(reader: ConfigReader) -> dict[str, Any]:
-    """The fields of `ModelConfig` that every family spells alike."""
+    """The fields of `ModelConfig` that every family spells alike. The network's sizes have no defaults."""
     num_heads = reader.positive_int("num_attention_heads")
     return {
         "vocab_size": reader.positive_int("vocab_size"),

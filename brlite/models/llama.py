@@ -9,9 +9,11 @@ from brlite.models.config import ModelConfig
 from brlite.models.family import Family, Place
 from brlite.models.hf_config import ConfigReader, check_supported, read_sizes
 
+CLASS_DEFAULTS = {"max_position_embeddings": 2048}
 
-def read_config(values: Mapping[str, Any]) -> ModelConfig:
-    reader = ConfigReader(values)
+
+def read_config(values: Mapping[str, Any], class_defaults: Mapping[str, Any] = CLASS_DEFAULTS) -> ModelConfig:
+    reader = ConfigReader(values, class_defaults=class_defaults)
     check_supported(reader)
     attention_bias = reader.flag("attention_bias", False)
     return ModelConfig(

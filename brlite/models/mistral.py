@@ -11,10 +11,11 @@ from brlite.models.hf_config import ConfigReader, check_supported, read_sizes, r
 from brlite.models.llama import weight_places
 
 DEFAULT_WINDOW = 4096
+CLASS_DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
-    reader = ConfigReader(values)
+    reader = ConfigReader(values, class_defaults=CLASS_DEFAULTS)
     check_supported(reader)
     # Null means no window; a config without the key is a first Mistral, which had one.
     has_window = values.get("sliding_window", DEFAULT_WINDOW) is not None

@@ -13,10 +13,11 @@ from brlite.models.llama import weight_places as llama_places
 SPLIT = tuple(
     f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up")
 )  # what the two matrices take the place of
+CLASS_DEFAULTS = {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096}
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
-    reader = ConfigReader(values)
+    reader = ConfigReader(values, class_defaults=CLASS_DEFAULTS)
     check_supported(reader)
     has_window = "sliding_window" in reader
     return ModelConfig(

@@ -13,10 +13,14 @@ from brlite.models.family import Family
 from brlite.models.hf_config import ConfigReader
 from brlite.models.llama import weight_places
 
+CLASS_DEFAULTS = {**qwen2.CLASS_DEFAULTS, "head_dim": 128}
+
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     has_bias = ConfigReader(values).flag("attention_bias", False)
-    return msgspec.structs.replace(qwen2.read_config(values), qkv_bias=has_bias, o_bias=has_bias, qk_norm=True)
+    return msgspec.structs.replace(
+        qwen2.read_config(values, CLASS_DEFAULTS), qkv_bias=has_bias, o_bias=has_bias, qk_norm=True
+    )
 
 
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", read_config, weight_places)

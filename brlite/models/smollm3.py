@@ -13,13 +13,19 @@ from brlite.models.family import Family
 from brlite.models.hf_config import ConfigReader
 
 DEFAULT_INTERVAL = 4
+CLASS_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_theta": 2_000_000.0,
+    "tie_word_embeddings": True,
+}
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     reader = ConfigReader(values)
     if reader.flag("use_sliding_window", False):
         raise reader.error("use_sliding_window", "false", True)
-    config = llama.read_config(values)
+    config = llama.read_config(values, CLASS_DEFAULTS)
     return msgspec.structs.replace(config, nope_layers=_nope_layers(reader, values, config.num_layers))
 
 

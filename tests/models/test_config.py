@@ -305,3 +305,14 @@ def test_a_config_is_judged_without_importing_torch() -> None:
     code = "import sys, brlite.models, brlite.models.config; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("value", [10**400, -1, 0, 1e308, 1e-320, float("inf"), float("nan"), True, "1", [[[]]] * 3])
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "factor"])
+def test_a_number_that_nothing_can_be_computed_with_is_refused_in_one_line(key: str, value: object) -> None:
+    change = {"rope_scaling": {"type": "linear", key: value}} if key == "factor" else {key: value}
+
+    with pytest.raises(ModelError, match=f"{key} must be a number from") as caught:
+        read({**LLAMA, **change})
+
+    assert len(str(caught.value)) < 200
