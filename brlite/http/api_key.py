@@ -100,11 +100,15 @@ class ApiKey:
         self.num_running += 1
         self.usage.num_admitted += 1
 
-    def spend(self, now: float, prompt_tokens: int, completion_tokens: int) -> None:
-        """Count tokens that a request has used."""
+    def spend(self, now: float, prompt_tokens: int, completion_tokens: int, *, num_reserved: int = 0) -> None:
+        """Count tokens that a request has used, of which so many were reserved for it."""
         self.usage.prompt_tokens += prompt_tokens
         self.usage.completion_tokens += completion_tokens
-        self._take("tokens", now, prompt_tokens + completion_tokens)
+        self._take("tokens", now, prompt_tokens + completion_tokens - num_reserved)
+
+    def reserve(self, now: float, tokens: int) -> None:
+        """Take tokens of the minute's budget before it is known how many it will be; `spend` must follow."""
+        self._take("tokens", now, tokens)
 
     def end(self) -> None:
         """Give the place back. Raises `RuntimeError` where there was no `begin`."""

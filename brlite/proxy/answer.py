@@ -18,6 +18,7 @@ from brlite.http.envelope import foreign_error_body
 from brlite.proxy.framing import Body, CloseBody, LengthBody, body_of
 from brlite.proxy.heads import AnswerHead
 from brlite.proxy.outcomes import is_answer
+from brlite.proxy.usage import TAIL_BYTES
 
 BODYLESS = (204, 304)
 PAGES = (b"text/html", b"text/plain")
@@ -51,13 +52,14 @@ class WholeAnswer(NamedTuple):
 class HeldAnswer:
     """The body of one answer as far as it has come."""
 
-    __slots__ = ("_body", "_head", "_parts", "num_bytes")
+    __slots__ = ("_body", "_head", "_parts", "num_bytes", "tail")
 
     def __init__(self, head: AnswerHead, body: Body) -> None:
         self._head = head
         self._body = body
         self._parts: list[bytes] = []
         self.num_bytes = 0
+        self.tail = b""  # the last of what `take` gave
 
     @property
     def is_done(self) -> bool:
@@ -80,6 +82,7 @@ class HeldAnswer:
     def take(self) -> bytes:
         """What has come since this was asked last."""
         payload, self._parts = b"".join(self._parts), []
+        self.tail = (self.tail + payload[-TAIL_BYTES:])[-TAIL_BYTES:]
         return payload
 
     def whole(self) -> WholeAnswer:

@@ -21,6 +21,7 @@ from brlite.proxy.heads import END_OF_HEAD, MAX_ANSWER_HEAD_BYTES, AnswerHead
 from brlite.proxy.outcomes import REFUSALS, Ending, ending_of, is_answer, is_own_fault
 from brlite.proxy.splice import LAST_CHUNK, EventSplice
 from brlite.proxy.upstream import Upstream
+from brlite.proxy.usage import Seen, usage_in_tail
 
 # A kept connection that is lost so soon after a request was sent had been closed before the request came.
 STALE_SECONDS = 0.1
@@ -113,19 +114,25 @@ class Attempt:
         return self._head.status if self._head is not None else 0
 
     @property
-    def num_events(self) -> int:
-        """How many events of a stream have come."""
-        return self._splice.num_events if self._splice is not None else 0
-
-    @property
     def can_take_event(self) -> bool:
         """Whether it is a stream that an event of ours can follow: not within one that goes on in parts."""
         return self._splice is not None and not self._splice.is_within_event
 
     @property
-    def usage(self) -> bytes | None:
-        """The JSON that says how many tokens were used, if any did."""
-        return self._splice.usage_event if self._splice is not None else self._whole
+    def seen(self) -> Seen:
+        """What has come that tells how many tokens were used."""
+        if self._splice is not None:
+            return Seen(self._splice.usage_events, self._splice.num_events, self._splice.num_text_bytes)
+        if self._whole is not None:
+            return Seen((self._whole,), num_text_bytes=len(self._whole))
+        if self._held is not None:
+            return Seen(usage_in_tail(self._held.tail), num_text_bytes=self._held.num_bytes)
+        return Seen()
+
+    @property
+    def was_sent(self) -> bool:
+        """Whether the upstream has been given the request."""
+        return self._heard_at > 0
 
     # The request
 

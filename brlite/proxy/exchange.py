@@ -28,6 +28,7 @@ from brlite.proxy.places import Waiter, Waiting
 from brlite.proxy.splice import LAST_CHUNK
 from brlite.proxy.table import Target
 from brlite.proxy.upstream import Upstream
+from brlite.proxy.usage import Seen
 
 if TYPE_CHECKING:
     from brlite.proxy.forwarder import Forwarder
@@ -63,14 +64,17 @@ class Exchange:
         "_queue_deadline",
         "_tried",
         "_waiting",
+        "answer_status",
         "first_byte_at",
-        "num_events",
+        "has_begun",
+        "num_reserved",
         "request",
+        "seen",
         "started_at",
         "status",
         "target",
         "upstream",
-        "usage",
+        "was_sent",
     )
 
     def __init__(self, forwarder: Forwarder, request: ForwardedRequest, target: Target, front: Front) -> None:
@@ -89,8 +93,11 @@ class Exchange:
         self.started_at = forwarder.loop.time()
         self.first_byte_at: float | None = None
         self.status = 0
-        self.num_events = 0
-        self.usage: bytes | None = None  # JSON that holds the answer's `usage`
+        self.seen = Seen()
+        self.was_sent = False
+        self.has_begun = False  # whether the client got any of an answer
+        self.answer_status = 0  # as the upstream said it
+        self.num_reserved = 0  # tokens that the key was charged for the prompt when it was sent
 
     @property
     def deadline(self) -> float:
@@ -163,6 +170,8 @@ class Exchange:
         except RequestError as error:
             self._give_up(error)
             return
+        if not self._num_tries:
+            forwarder.reserve(self)
         self._num_tries += 1
         self._tried += (upstream,)
         self.upstream = upstream
@@ -240,9 +249,11 @@ class Exchange:
     def _note(self, attempt: Attempt) -> None:
         """What is worth knowing of an attempt that is over."""
         self.first_byte_at = attempt.first_byte_at
-        self.usage = attempt.usage
-        self.num_events = attempt.num_events
-        attempt.upstream.num_events += attempt.num_events
+        self.seen = attempt.seen
+        self.was_sent = attempt.was_sent
+        self.has_begun = attempt.has_begun
+        self.answer_status = attempt.status
+        attempt.upstream.num_events += self.seen.num_events
 
     def _give_up(self, error: RequestError, attempt: Attempt | None = None) -> None:
         """Tell the client, as far as an answer has not begun, or has begun as a stream."""

@@ -11,15 +11,11 @@ import secrets
 import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
-from contextlib import suppress
-from typing import Annotated
-
-import msgspec
 
 from brlite.config import Config, ProxyConfig
 from brlite.errors import LoopDetected, NotReady, RequestError
 from brlite.proxy.client import reason_of
-from brlite.proxy.exchange import Exchange, ForwardedRequest
+from brlite.proxy.exchange import CLIENT_LEFT, Exchange, ForwardedRequest
 from brlite.proxy.front import Front
 from brlite.proxy.heads import MAX_HOPS
 from brlite.proxy.health import HealthChecks
@@ -27,24 +23,13 @@ from brlite.proxy.peek import Peek
 from brlite.proxy.prompt_start import prompt_start
 from brlite.proxy.table import Target, UpstreamTable
 from brlite.proxy.upstream import Upstream
+from brlite.proxy.usage import Usage, estimate_completion, estimate_prompt, is_possible, told_usage
 
 logger = logging.getLogger(__name__)
 
 MAX_TICK_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
 MISSING_SECONDS = 60.0  # for so long a 404 for a model is believed: then one request finds out
-
-
-class _Usage(msgspec.Struct):
-    prompt_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
-    completion_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
-
-
-class _Answer(msgspec.Struct):
-    usage: _Usage | None = None
-
-
-_ANSWER = msgspec.json.Decoder(_Answer)
 
 
 class Forwarder:
@@ -141,8 +126,33 @@ class Forwarder:
         key = exchange.request.key
         key.end()
         if key.name:
-            usage = _usage(exchange)
-            key.spend(time.monotonic(), usage.prompt_tokens, usage.completion_tokens)
+            usage, at = self._usage(exchange), time.monotonic()
+            key.spend(at, usage.prompt_tokens, usage.completion_tokens, num_reserved=exchange.num_reserved)
+
+    def reserve(self, exchange: Exchange) -> None:
+        """Charge the key for the prompt, by an estimate, as the request is sent. It is corrected in the end."""
+        request = exchange.request
+        if request.key.name:
+            exchange.num_reserved = estimate_prompt(request.path, request.body)
+            request.key.reserve(time.monotonic(), exchange.num_reserved)
+
+    def _usage(self, exchange: Exchange) -> Usage:
+        """The tokens that a request took, as its answer says, or an estimate. None if no good answer had begun.
+
+        A client that leaves pays for its prompt, whether an answer had begun or not.
+        """
+        has_answer = exchange.has_begun and exchange.answer_status < 400
+        if not exchange.was_sent or not (has_answer or exchange.status == CLIENT_LEFT):
+            return Usage()
+        request, seen = exchange.request, exchange.seen
+        told = told_usage(seen.parts)
+        if told is not None:
+            if is_possible(told, len(request.body), seen.num_text_bytes):
+                return told
+            assert exchange.upstream is not None
+            text = "upstream %s: a request of %d bytes cannot have used the %d and %d tokens that it says: not believed"
+            logger.warning(text, exchange.upstream.name, len(request.body), *told)
+        return Usage(exchange.num_reserved, estimate_completion(request.path, seen))
 
     def report_failure(self, upstream: Upstream, error: RequestError) -> None:
         """Log that an upstream failed a request, and why."""
@@ -187,13 +197,3 @@ class Forwarder:
 def _request_headers(config: ProxyConfig) -> tuple[str, ...]:
     """The names of clients' headers that upstreams see beside those that always go on."""
     return (*config.request_headers, config.sticky_header)
-
-
-def _usage(exchange: Exchange) -> _Usage:
-    """The tokens that a request took, as its answer says; one for each event of a stream that does not say."""
-    if exchange.usage is not None:
-        with suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-            usage = _ANSWER.decode(exchange.usage).usage
-            if usage is not None:
-                return usage
-    return _Usage(completion_tokens=exchange.num_events)

@@ -8,6 +8,7 @@ whether it is one: its data is JSON or `[DONE]`.
 from __future__ import annotations
 
 import re
+import sys
 
 import msgspec
 
@@ -25,6 +26,7 @@ _LINE_END = re.compile(rb"\r\n|\n|\r")
 _FIELD = re.compile(rb"(?:event|id|retry)(?::|\Z)")
 _LONG_EVENT = re.compile(rb"(?:data|event|id|retry)?:")
 _JSON = msgspec.json.Decoder(msgspec.Raw)
+_NULL = msgspec.Raw(b"null")
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -38,6 +40,8 @@ class _Event(msgspec.Struct, gc=False):
     choices: list[_Choice] | None = None
     error: object = None
     usage: object = None
+    message: msgspec.Raw = _NULL  # of `/v1/messages`; it and the next may hold a usage
+    response: msgspec.Raw = _NULL
 
 
 _EVENT = msgspec.json.Decoder(_Event)
@@ -68,11 +72,13 @@ class EventSplice:
         "_max_event_bytes",
         "_needs_finish",
         "_saw_done",
+        "_smallest_event",
         "error",
         "is_done",
         "is_within_event",
+        "num_data_bytes",
         "num_events",
-        "usage_event",
+        "usage_events",
     )
 
     def __init__(self, body: Body, *, is_chunked: bool, max_event_bytes: int, needs_finish: bool) -> None:
@@ -87,10 +93,17 @@ class EventSplice:
         self._saw_done = False
         self._held = bytearray()  # of an event that is not whole: what comes is added and looked at once
         self.num_events = 0
-        self.usage_event: bytes | None = None
+        self.num_data_bytes = 0
+        self._smallest_event = sys.maxsize
+        self.usage_events: tuple[bytes, ...] = ()  # the first and the last that tell it
         self.error: str | None = None
         self.is_done = False
         self.is_within_event = False
+
+    @property
+    def num_text_bytes(self) -> int:
+        """About as many bytes as the events' texts have: events of a stream have the same fields around them."""
+        return self.num_data_bytes - self._smallest_event * self.num_events if self.num_events else 0
 
     @property
     def has_excess(self) -> bool:
@@ -153,6 +166,7 @@ class EventSplice:
             self._check(rest)
             self.is_within_event = False
             self.num_events += 1
+            self._smallest_event = min(self._smallest_event, self._max_event_bytes)
         elif events:
             self._check(events)
         if len(held) > self._max_event_bytes or self.is_within_event:
@@ -167,6 +181,7 @@ class EventSplice:
             raise BrokenStream("it holds what is no event")
         self.is_within_event = self._has_unseen = True
         size = max(0, len(held) - MAX_MARK_BYTES)
+        self.num_data_bytes += size
         part = bytes(held[:size])
         del held[:size]
         return part
@@ -216,12 +231,16 @@ class EventSplice:
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise BrokenStream("an event of it is not JSON") from None
         self.num_events += 1
+        size = len(text)
+        self.num_data_bytes += size
+        if size < self._smallest_event:
+            self._smallest_event = size
 
     def _note(self, event: _Event, text: bytes) -> None:
         if event.error is not None:
             self._has_error = True
-        if event.usage is not None:
-            self.usage_event = text
+        if event.usage is not None or ((event.message != _NULL or event.response != _NULL) and b'"usage"' in text):
+            self.usage_events = (*self.usage_events[:1], text)
         for choice in event.choices or ():
             reason = choice.finish_reason
             if reason is None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from brlite.app import FORWARDER, create_app, lanes
 from brlite.config import Config, LimitsConfig, ProxyConfig, UpstreamConfig
+from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
 from brlite.server.served_model import ModelTable
@@ -21,6 +22,7 @@ PATIENT = ProxyConfig(connect_seconds=PATIENCE_SECONDS, health_timeout_seconds=P
 class Proxy(NamedTuple):
     server: HttpServer
     forwarder: Forwarder
+    keys: ApiKeys
 
     @property
     def port(self) -> int:
@@ -43,7 +45,7 @@ async def run_proxy(
     app = create_app(ModelTable([]), config)
     forwarder = app[FORWARDER]
     async with HttpServer(app, "127.0.0.1", 0, config.limits, grace_seconds, lanes(app)) as server:
-        yield Proxy(server, forwarder)
+        yield Proxy(server, forwarder, app[KEYS])
         await wait_until(lambda: forwarder.num_active == 0)
         assert [upstream.num_in_flight for upstream in forwarder.table.upstreams if upstream.num_in_flight] == []
         assert [target for target in forwarder.table if target.places.num_in_flight or target.places.num_waiting] == []

@@ -226,5 +226,4 @@ def test_the_usage_that_an_event_tells_is_kept():
 
     splice.feed(chunk(event("a", "stop", usage={"prompt_tokens": 3, "completion_tokens": 5})))
 
-    assert splice.usage_event is not None
-    assert json.loads(splice.usage_event)["usage"] == {"prompt_tokens": 3, "completion_tokens": 5}
+    assert [json.loads(text)["usage"] for text in splice.usage_events] == [{"prompt_tokens": 3, "completion_tokens": 5}]

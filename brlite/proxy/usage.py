@@ -1,0 +1,128 @@
+"""How many tokens a forwarded request took: as its answer says, where that can be, else an estimate from bytes.
+
+An estimate of the prompt is charged as soon as the request is sent, and is corrected when the exchange ends. Usage is
+read in every dialect that is forwarded: chats and completions, `/v1/messages`, `/v1/responses`, embeddings, rerank.
+It is believed only within what the request can have used, for a key's budget depends on it. Knows no keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Annotated, NamedTuple
+
+import msgspec
+
+BYTES_PER_TOKEN = 4  # of JSON and English text; other scripts have fewer
+BYTES_PER_ENCODED_TOKEN = 256  # of base64: pictures cost tokens by their size in pixels, not in bytes
+# What a request can use beside its own bytes and its answer's: a template, pictures by URL, a conversation that the
+# server keeps, reasoning that is not shown.
+UNSEEN_TOKENS = 65_536
+TAIL_BYTES = 4096  # of a long answer: where its usage stands
+
+# Whose answers are text of a model, a token for every few bytes.
+GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
+FREE_PATHS = (b"/tokenize", b"/detokenize", b"/v1/messages/count_tokens")  # no model computes anything
+
+_ENCODED = re.compile(rb"[A-Za-z0-9+/]{4096,}={0,2}")
+_USAGE_FIELD = re.compile(rb'(?<!\\)"usage"[ \t\r\n]*:[ \t\r\n]*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')
+
+_Count = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class Usage(NamedTuple):
+    """Tokens of a prompt and of what was generated for it."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Counts(msgspec.Struct):
+    """`usage` in all dialects. Anthropic's `input_tokens` leaves out what a cache has; the other two are that."""
+
+    prompt_tokens: _Count | None = None
+    completion_tokens: _Count | None = None
+    input_tokens: _Count | None = None
+    output_tokens: _Count | None = None
+    total_tokens: _Count | None = None
+    cache_creation_input_tokens: _Count | None = None
+    cache_read_input_tokens: _Count | None = None
+
+    def usage(self) -> Usage:
+        completion = self.completion_tokens or self.output_tokens or 0
+        prompt = self.prompt_tokens
+        if prompt is None and self.input_tokens is not None:
+            cached = (self.cache_creation_input_tokens or 0) + (self.cache_read_input_tokens or 0)
+            prompt = self.input_tokens + cached
+        if prompt is None:
+            prompt = max(0, (self.total_tokens or 0) - completion)
+        return Usage(prompt, completion)
+
+
+class _Within(msgspec.Struct):
+    usage: _Counts | None = None
+
+
+class _Answer(msgspec.Struct):
+    """An answer or an event: `message` is of Anthropic's `message_start`, `response` of `response.completed`."""
+
+    usage: _Counts | None = None
+    message: _Within | None = None
+    response: _Within | None = None
+
+
+_ANSWER = msgspec.json.Decoder(_Answer)
+
+
+class Seen(NamedTuple):
+    """What was seen of an answer: JSON texts that may tell its usage, its events, and the bytes of their text."""
+
+    parts: tuple[bytes, ...] = ()
+    num_events: int = 0
+    num_text_bytes: int = 0
+
+
+def estimate_prompt(path: bytes, body: bytes) -> int:
+    """About as many tokens as a request's prompt has, at least one; 0 where no model computes."""
+    if path.partition(b"?")[0] in FREE_PATHS:
+        return 0
+    num_encoded = sum(len(run) for run in _ENCODED.findall(body)) if len(body) >= TAIL_BYTES else 0
+    return -(-(len(body) - num_encoded) // BYTES_PER_TOKEN) + num_encoded // BYTES_PER_ENCODED_TOKEN
+
+
+def estimate_completion(path: bytes, seen: Seen) -> int:
+    """About as many tokens as were generated: one for each event at least."""
+    if path.partition(b"?")[0] not in GENERATING_PATHS:
+        return 0
+    return max(seen.num_events, -(-seen.num_text_bytes // BYTES_PER_TOKEN))
+
+
+def told_usage(parts: Iterable[bytes]) -> Usage | None:
+    """What the parts of an answer say, each number as large as any part says it. None where none says anything."""
+    found = []
+    for part in parts:
+        try:
+            answer = _ANSWER.decode(part)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            continue
+        within = (answer.message, answer.response)
+        counts = [answer.usage, *(each.usage for each in within if each is not None)]
+        found += [each.usage() for each in counts if each is not None]
+    return Usage(*map(max, zip(*found, strict=True))) if found else None
+
+
+def is_possible(usage: Usage, num_body_bytes: int, num_text_bytes: int) -> bool:
+    """Whether a request of so many bytes, with so many of text in its answer, can have used so much.
+
+    A token of a text has a byte at least.
+    """
+    return (
+        usage.prompt_tokens <= num_body_bytes + UNSEEN_TOKENS
+        and usage.completion_tokens <= num_text_bytes + UNSEEN_TOKENS
+    )
+
+
+def usage_in_tail(tail: bytes) -> tuple[bytes, ...]:
+    """The usage that stands in the last bytes of a long answer, as JSON of its own, if it does."""
+    found = _USAGE_FIELD.findall(tail)
+    return (b'{"usage":%b}' % found[-1],) if found else ()
