@@ -220,9 +220,7 @@ def test_pictures_in_the_body_are_not_counted_as_text() -> None:
     assert estimate_prompt(CHAT, b'{"text":"%b"}' % (b"word " * 40_000)) > 40_000
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"{", b"[]", b'{"usage":"x"}', b'{"usage":{"prompt_tokens":-1}}', b"\xff"]
-)
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"usage":"x"}', b'{"usage":{"prompt_tokens":-1}}', b"\xff"])
 def test_what_tells_no_usage_tells_none(text: bytes) -> None:
     assert told_usage((text,)) is None
 
