@@ -22,10 +22,20 @@ BACKLOG_BYTES = 64 * 1024
 
 _HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # nginx would collect the events
+    "Cache-Control": "no-cache, no-transform",  # a compressing middleware would collect the events,
+    "X-Accel-Buffering": "no",  # and nginx would
 }
 _DONE = b"data: [DONE]\n\n"
+# Characters that Python's `str.splitlines` takes for line ends, as clients that are built on it do, and JSON does not.
+_LINE_ENDS = (("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"), ("\x85", b"\\u0085"))
+
+
+def on_one_line(event: bytes) -> bytes:
+    """JSON whose line separators are escaped, so that it is one line in every reader's eyes."""
+    if not event.isascii():
+        for character, escape in _LINE_ENDS:
+            event = event.replace(character.encode(), escape)
+    return event
 
 
 class EventStream:
@@ -67,8 +77,8 @@ class EventStream:
         self._start_comments()
 
     def send(self, *events: bytes) -> bool:
-        """Write the events, each `data: …`, in one go. False, and nothing written, if the client has left."""
-        return self._write(b"data: %b\n\n" % b"\n\ndata: ".join(events))
+        """Write the events, JSON each, in one go. False, and nothing written, if the client has left."""
+        return self._write(b"data: %b\n\n" % on_one_line(b"\n\ndata: ".join(events)))
 
     def comment(self) -> bool:
         """Write a line that clients skip."""

@@ -20,6 +20,7 @@ from brlite.proxy.front import Front
 from brlite.proxy.heads import END_OF_HEAD, MAX_ANSWER_HEAD_BYTES, AnswerHead
 from brlite.proxy.outcomes import REFUSALS, Ending, ending_of, is_answer, is_own_fault
 from brlite.proxy.splice import LAST_CHUNK, EventSplice
+from brlite.proxy.stream_kinds import kind_of
 from brlite.proxy.upstream import Upstream
 from brlite.proxy.usage import Seen, usage_in_tail
 
@@ -31,7 +32,6 @@ RETRY_AFTER_SECONDS = 1
 NOT_FOUND = 404
 MAX_INTERIM_ANSWERS = 100
 EVENT_STREAM = b"text/event-stream"
-OPENAI_STREAMS = (b"/v1/chat/completions", b"/v1/completions")
 
 
 class Listener(Protocol):
@@ -133,6 +133,11 @@ class Attempt:
     def was_sent(self) -> bool:
         """Whether the upstream has been given the request."""
         return self._heard_at > 0
+
+    def error_event(self, error: RequestError) -> bytes:
+        """What ends a stream that can take it."""
+        assert self._splice is not None
+        return self._splice.error_event(error)
 
     # The request
 
@@ -296,7 +301,7 @@ class Attempt:
             body_of_answer(head, self._length),
             is_chunked=self._front.takes_chunks,
             max_event_bytes=self._config.held_bytes,
-            needs_finish=self._path.partition(b"?")[0] in OPENAI_STREAMS,
+            kind=kind_of(self._path),
         )
         self.has_begun = True
         self._front.begin(head.status, head.lines_of_stream(self._config.response_headers), None)
@@ -386,6 +391,8 @@ class Attempt:
 
     def time_is_up(self) -> None:
         """The deadline has passed."""
+        if self._ends_if_whole():
+            return
         if self._connection is None:
             error = UpstreamTimeout("The upstream did not accept a connection.")
             self._owner.attempt_failed(error, Ending.CONNECT_TIMEOUT)
@@ -406,8 +413,20 @@ class Attempt:
 
     def upstream_is_silent(self) -> None:
         """Wait no longer for an upstream that answers nothing any more."""
+        if self._ends_if_whole():
+            return
         error = UpstreamTimeout("The upstream stopped answering, and does not answer its health checks either.")
         self._owner.attempt_failed(error, Ending.WENT_SILENT)
+
+    def _ends_if_whole(self) -> bool:
+        """End a stream of which all has come but the end of its framing."""
+        end = self._splice.end_if_whole() if self._splice is not None else None
+        if end is None:
+            return False
+        if end:
+            self._front.write(end)
+        self._complete(keep=False)
+        return True
 
     def leave(self, ending: Ending) -> None:
         """Be done with the upstream, which learns by the end of the connection if it was not done."""

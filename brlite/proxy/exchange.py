@@ -17,7 +17,7 @@ import msgspec
 
 from brlite.errors import NotReady, QueueTimeout, RequestError, UpstreamUnavailable
 from brlite.http.api_key import ApiKey
-from brlite.http.envelope import error_body, status_of
+from brlite.http.envelope import status_of
 from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt
 from brlite.proxy.front import Front
 from brlite.proxy.heads import AnswerHead
@@ -25,7 +25,6 @@ from brlite.proxy.listing import says_no_model
 from brlite.proxy.outcomes import TABLE, Ending
 from brlite.proxy.peek import replace_model
 from brlite.proxy.places import Waiter, Waiting
-from brlite.proxy.splice import LAST_CHUNK
 from brlite.proxy.table import Target
 from brlite.proxy.upstream import Upstream
 from brlite.proxy.usage import Seen
@@ -260,17 +259,12 @@ class Exchange:
         if attempt is None or not attempt.has_begun:
             self._front.refuse(error)
         elif attempt.can_take_event:
-            self._write_error(error)
+            if event := attempt.error_event(error):
+                self._front.write(event)
         else:
             self._front.cut()
         self.target.places.give_back(self.request.key)
         self._end(status_of(error).http)
-
-    def _write_error(self, error: RequestError) -> None:
-        event = b"data: %b\n\ndata: [DONE]\n\n" % error_body(error)
-        if self._front.takes_chunks:
-            event = b"%x\r\n%b\r\n%b" % (len(event), event, LAST_CHUNK)
-        self._front.write(event)
 
     # The client and the clock
 

@@ -20,7 +20,9 @@ _TRAILER_LINE = re.compile(FIELD_LINE + rb"|\r\n")
 
 
 class Misframed(Exception):
-    """The bytes are not framed as they have to be."""
+    """The bytes are not framed as they have to be. `payload` is what came before in the same bytes."""
+
+    payload = b""
 
 
 class Body(Protocol):
@@ -97,13 +99,17 @@ class ChunkedBody:
             data, self._data = self._data + data, b""
         payload: list[bytes] = []
         position = 0
-        while position < len(data) and not self.is_done:
-            if self._in_trailer:
-                position = self._read_trailer(data, position)
-            elif self._in_chunk:
-                position = self._read_chunk(data, position, payload)
-            else:
-                position = self._read_size(data, position)
+        try:
+            while position < len(data) and not self.is_done:
+                if self._in_trailer:
+                    position = self._read_trailer(data, position)
+                elif self._in_chunk:
+                    position = self._read_chunk(data, position, payload)
+                else:
+                    position = self._read_size(data, position)
+        except Misframed as error:
+            error.payload = b"".join(payload)
+            raise
         if self.is_done:
             self.excess += data[position:]
         return payload[0] if len(payload) == 1 else b"".join(payload)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import json
 
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 
@@ -38,7 +40,7 @@ async def test_events_arrive_and_the_connection_takes_its_next_request(http_serv
     assert texts == [EVENTS] * 3
     assert num_connections == 1
     assert response.headers["Content-Type"] == "text/event-stream; charset=utf-8"
-    assert response.headers["Cache-Control"] == "no-cache"
+    assert response.headers["Cache-Control"] == "no-cache, no-transform"
     assert response.headers["X-Accel-Buffering"] == "no"
 
 
@@ -200,3 +202,20 @@ async def test_streams_side_by_side_do_not_mix(num_clients: int, http_server, co
     bodies = [(await client.rest()).partition(b"\r\n\r\n")[2] for client in clients]
 
     assert bodies == [b"data: %d\n\n" % number * 20 + b"data: [DONE]\n\n" for number in range(num_clients)]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+async def test_an_event_is_one_line_in_every_readers_eyes(character: str, http_server) -> None:
+    text = f"水{character}🦜"
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        async with EventStream(request, comment_seconds=10) as events:
+            events.send(msgspec.json.encode({"text": text}), msgspec.json.encode({"text": "plain"}))
+            return await events.finish()
+
+    server = await http_server({"GET /x": stream})
+    async with aiohttp.ClientSession() as session, session.get(server.url + "/x") as response:
+        lines = (await response.text()).splitlines()
+
+    assert [json.loads(line[6:]) for line in lines[:3] if line] == [{"text": text}, {"text": "plain"}]
+    assert lines[4] == "data: [DONE]"

@@ -194,7 +194,31 @@ SCRIPTS: dict[str, Script] = {
     "no space after data": good_stream(
         sse(chunks(EVENTS.replace(b"data: ", b"data:"))), EVENTS.replace(b"data: ", b"data:")
     ),
-    "no [DONE]": good_stream(sse(chunks(*TOKENS)), EVENTS[: -len(DONE)]),
+    "no [DONE]": good_stream(sse(chunks(*TOKENS)), EVENTS),
+    "no [DONE], until the end of the connection": good_stream(
+        SSE_HEAD + b"\r\n" + b"".join(TOKENS), EVENTS, then="close"
+    ),
+    "lines that are no fields": good_stream(
+        sse(chunks(*TOKENS[:2], b"\x00\xff\xfe garbage\n\n", *TOKENS[2:], DONE)),
+        b"".join(TOKENS[:2]) + b"\x00\xff\xfe garbage\n\n" + b"".join(TOKENS[2:]) + DONE,
+    ),
+    "unknown fields and fields without a colon": good_stream(
+        sse(chunks(*(b"x-trace: 1\ndata\nretry\n" + token for token in TOKENS), DONE)),
+        b"".join(b"x-trace: 1\ndata\nretry\n" + token for token in TOKENS) + DONE,
+    ),
+    "a byte order mark": good_stream(
+        sse(chunks(b"\xef\xbb\xbf" + TOKENS[0], *TOKENS[1:], DONE)), b"\xef\xbb\xbf" + EVENTS
+    ),
+    "CR LF and LF by turns": good_stream(
+        sse(chunks(*(token[:-2] + b"\n\r\n" for token in TOKENS), DONE)),
+        b"".join(token[:-2] + b"\n\r\n" for token in TOKENS) + DONE,
+    ),
+    "no chunk after [DONE]": good_stream(sse(chunks(*TOKENS, DONE, end=b"")), EVENTS, then="close"),
+    "a reset after [DONE]": good_stream(sse(chunks(*TOKENS, DONE, end=b"")), EVENTS, then="reset"),
+    "garbage after [DONE]": good_stream(sse(chunks(*TOKENS, DONE, end=b"zz\r\n")), EVENTS, then="close"),
+    "no end after [DONE]": good_stream(sse(chunks(*TOKENS, DONE, end=b"")), EVENTS, then="stall")._replace(
+        is_slow=True
+    ),
     "100 Continue first": good(
         b"HTTP/1.1 100 Continue\r\n\r\n" + GOOD_PLAIN, b"HTTP/1.1 100 Continue\r\n\r\n" + GOOD_STREAM
     ),
@@ -366,7 +390,7 @@ SCRIPTS: dict[str, Script] = {
         Step(plain_chunked(chunks(PLAIN, end=b"0\r\n")), "close"),
         Step(sse(chunks(*TOKENS, DONE, end=b"0\r\n")), "close"),
         ERROR,
-        EVENT,
+        WHOLE,
         stream_payload=EVENTS,
     ),
     "JSON cut by the end of the connection": bad(JSON_HEAD + b"\r\n" + PLAIN[:-2]),
@@ -400,7 +424,7 @@ SCRIPTS: dict[str, Script] = {
         Step(plain_chunked(chunks(PLAIN, end=b"0\r\n" + b"X-T: y\r\n" * 9999)), "stall"),
         Step(sse(chunks(*TOKENS, DONE, end=b"0\r\n" + b"X-T: y\r\n" * 9999)), "stall"),
         ERROR,
-        EVENT,
+        WHOLE,
         stream_payload=EVENTS,
     ),
     "a stream cut within an event": bad_stream(sse(chunks(*TOKENS[:2], TOKENS[2][:20])), "close"),
@@ -412,9 +436,13 @@ SCRIPTS: dict[str, Script] = {
     "half an event, then nothing": bad_stream(sse(chunks(*TOKENS[:2], TOKENS[2][:20], end=b"")), "stall", is_slow=True),
     "half a chunk, then nothing": bad_stream(sse(chunks(*TOKENS[:2], end=b"50\r\ndata: {")), "stall", is_slow=True),
     "nothing after the head": bad_stream(sse(b""), "stall", is_slow=True),
-    "garbage in the stream": bad_stream(sse(chunks(*TOKENS[:2], b"\x00\xff\xfe garbage\n\n", *TOKENS[2:], DONE))),
-    "HTML in the stream": bad_stream(sse(chunks(*TOKENS[:2], b"<html>502 Bad Gateway</html>\n\n"))),
-    "bare JSON in the stream": bad_stream(sse(chunks(*TOKENS[:2], b'{"error": "x"}\n\n', DONE))),
+    "HTML in the stream": bad_stream(
+        sse(chunks(*TOKENS[:2], b"<html>502 Bad Gateway</html>\n\n")),
+        payload=b"".join(TOKENS[:2]) + b"<html>502 Bad Gateway</html>\n\n",
+    ),
+    "bare JSON in the stream": bad_stream(
+        sse(chunks(*TOKENS[:2], b'{"error": "x"}\n\n', DONE)), payload=b"".join(TOKENS[:2]) + b'{"error": "x"}\n\n'
+    ),
     "a stream of JSON lines": bad_stream(sse(chunks(*(token[6:-1] for token in TOKENS)))),
     "invalid UTF-8 in an event": bad_stream(
         sse(chunks(TOKENS[0], TOKENS[1].replace("水".encode(), b"\xe6\xb0"), *TOKENS[2:], DONE))

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from brlite.errors import UpstreamError
 from brlite.proxy.framing import ChunkedBody, CloseBody
 from brlite.proxy.splice import LAST_CHUNK, EventSplice
+from brlite.proxy.stream_kinds import StreamKind
 
 CUTS = st.lists(st.integers(0, 2000), max_size=20)
 
@@ -29,7 +31,7 @@ def chunk(payload: bytes) -> bytes:
 
 
 def make_splice(**options: object) -> EventSplice:
-    given_options = {"is_chunked": True, "max_event_bytes": 4096, "needs_finish": True, **options}
+    given_options = {"is_chunked": True, "max_event_bytes": 4096, "kind": StreamKind.COMPLETIONS, **options}
     return EventSplice(ChunkedBody(), **given_options)
 
 
@@ -78,8 +80,8 @@ def test_events_spread_over_chunks_are_sent_once_they_are_whole(places):
 
 @given(st.integers(0, 600), CUTS)
 def test_a_stream_that_ends_early_is_an_error_and_only_whole_events_were_sent(length, places):
-    stream = b"".join(map(chunk, GOOD)) + LAST_CHUNK
-    cut_stream = stream[: min(length, len(stream) - 1)]
+    stream = b"".join(map(chunk, GOOD))
+    cut_stream = stream[: min(length, len(stream) - 1 - len(chunk(DONE)))]
     splice = make_splice()
 
     sent = b"".join(splice.feed(piece) for piece in cut(cut_stream, places)) + splice.feed_eof()
@@ -98,7 +100,6 @@ def test_a_stream_that_ends_early_is_an_error_and_only_whole_events_were_sent(le
         b'data: {"choices": [{"delta": {"content": "\xff"}}]}\n\n',
         b'data: {"choices": [\n\n',
         b"data: hello\n\n",
-        b"<html>\n\n",
         b"data: {} {}\n\n",
         b'data: {"a":\r1}\n\n',
     ],
@@ -121,6 +122,13 @@ def test_what_is_no_event_ends_the_stream_behind_the_last_whole_one(bad):
         b'data: {"choices": [],\ndata: "usage": null}\n\n',
         b"data:{}\n\n",
         b"\n\n",
+        b"x-unknown: 1\ndata: {}\n\n",
+        b"data\n\n",
+        b"event\nid\nretry\nanything\n\n",
+        b"\xef\xbb\xbfdata: {}\n\n",
+        b"\xef\xbb\xbf: hello\n\n",
+        b"data: {}\r\n\r\n",
+        b": \xff\n\n",
     ],
 )
 def test_whatever_else_an_event_may_be_passes(harmless):
@@ -153,8 +161,138 @@ def test_a_completion_is_at_its_end_when_each_choice_has_finished(events, is_who
     assert (splice.error is None) == is_whole
 
 
+@pytest.mark.parametrize("ends", [b"\n\n", b"\r\n\r\n", b"\r\r", b"\n\r\n", b"\r\n\n", b"\r\r\n", b"\n\r"], ids=repr)
+def test_an_event_ends_with_two_line_ends_of_any_kind(ends):
+    splice = EventSplice(CloseBody(), is_chunked=False, max_event_bytes=4096, kind=StreamKind.OTHER)
+
+    assert splice.feed(b'data: {"a": 1}' + ends) == b'data: {"a": 1}' + ends
+    assert splice.feed(b'data: {"b": 1}') == b""
+    assert splice.num_events == 1
+
+
+def test_a_byte_order_mark_is_one_at_the_beginning_alone():
+    splice = make_splice()
+
+    splice.feed(chunk(b"\xef\xbb\xbfdata: [DONE\n\n"))
+    assert splice.error is not None  # it is data
+
+    splice = make_splice()
+    splice.feed(chunk(event("a")) + chunk(b"\xef\xbb\xbfdata: no JSON\n\n"))
+    assert splice.error is None  # it is a field of another name
+
+
+def typed(name: str, **more: object) -> bytes:
+    return f"event: {name}\ndata: {json.dumps({'type': name, **more})}\n\n".encode()
+
+
+WHOLE_STREAMS = [
+    (StreamKind.COMPLETIONS, GOOD),
+    (StreamKind.MESSAGES, [typed("message_start", message={}), typed("ping"), typed("message_stop")]),
+    (StreamKind.MESSAGES, [typed("message_start", message={}), typed("error", error={"type": "overloaded_error"})]),
+    (StreamKind.RESPONSES, [typed("response.created"), typed("response.completed", response={"error": None})]),
+    (StreamKind.RESPONSES, [typed("response.created"), typed("response.failed", response={"error": {"code": "x"}})]),
+    (StreamKind.RESPONSES, [typed("response.created"), typed("response.incomplete")]),
+    (StreamKind.RESPONSES, [typed("response.created"), typed("error", message="x")]),
+]
+ENDINGS = ["last chunk", "end", "half a chunk", "garbage", "stall"]
+
+
+def ended(splice: EventSplice, ending: str) -> bytes:
+    """What the client gets for this end of the upstream's connection."""
+    if ending == "stall":
+        return splice.end_if_whole() or b""
+    if ending == "last chunk":
+        return splice.feed(LAST_CHUNK)
+    sent = splice.feed({"end": b"", "half a chunk": b"50\r\ndata: {", "garbage": b"zz\r\n"}[ending])
+    return sent if splice.is_done or splice.error else sent + splice.feed_eof()
+
+
+@pytest.mark.parametrize(("kind", "events"), WHOLE_STREAMS)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_after_its_last_event_a_stream_is_whole_however_its_connection_ends(kind, events, ending):
+    splice = make_splice(kind=kind)
+
+    sent = splice.feed(b"".join(map(chunk, events)))
+    sent += ended(splice, ending)
+
+    assert unchunked(sent) == b"".join(events)
+    assert sent.endswith(LAST_CHUNK)
+    assert splice.is_done
+    assert splice.error is None
+    assert splice.has_excess is (ending != "last chunk")  # the connection is not to be used again
+
+
+@pytest.mark.parametrize(("kind", "events"), WHOLE_STREAMS)
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_before_its_last_event_a_stream_is_cut_however_its_connection_ends(kind, events, ending):
+    splice = make_splice(kind=kind)
+
+    sent = splice.feed(b"".join(map(chunk, events[:1])))
+    sent += ended(splice, ending)
+
+    assert not splice.is_done
+    assert unchunked(sent + LAST_CHUNK) == events[0]
+    assert splice.error is not None or ending == "stall"
+
+
+@pytest.mark.parametrize("kind", [StreamKind.MESSAGES, StreamKind.RESPONSES])
+def test_done_is_no_end_where_the_kind_has_another(kind):
+    splice = make_splice(kind=kind)
+
+    splice.feed(chunk(typed("ping")) + chunk(DONE) + LAST_CHUNK)
+
+    assert splice.error is not None
+
+
+@pytest.mark.parametrize("body", [ChunkedBody, CloseBody])
+@pytest.mark.parametrize("is_chunked", [False, True])
+@pytest.mark.parametrize("last", [event("c", "stop"), b'data: {"error": {"message": "out of memory"}}\n\n'])
+def test_a_completion_that_is_whole_without_done_gets_one(body, is_chunked, last):
+    splice = EventSplice(body(), is_chunked=is_chunked, max_event_bytes=4096, kind=StreamKind.COMPLETIONS)
+    events = [event("a"), last]
+
+    if body is ChunkedBody:
+        sent = splice.feed(b"".join(map(chunk, events)) + LAST_CHUNK)
+    else:
+        sent = splice.feed(b"".join(events)) + splice.feed_eof()
+
+    assert (unchunked(sent) if is_chunked else sent) == b"".join([*events, DONE])
+    assert splice.is_done
+
+
+@pytest.mark.parametrize(
+    ("kind", "begin"),
+    [
+        (StreamKind.COMPLETIONS, b'data: {"error":{"message":"it broke'),
+        (StreamKind.OTHER, b'data: {"error":{"message":"it broke'),
+        (StreamKind.MESSAGES, b'event: error\ndata: {"type":"error","error":{"type":"api_error","message":"it broke'),
+        (StreamKind.RESPONSES, b'event: error\ndata: {"type":"error","code":"server_error","message":"it broke'),
+    ],
+)
+def test_an_error_is_said_in_the_streams_own_words_on_one_line(kind, begin):
+    splice = make_splice(kind=kind)
+    splice.feed(chunk(typed("response.created", sequence_number=6)))
+
+    said = unchunked(splice.error_event(UpstreamError("it broke\u2028\x85")))
+
+    assert said.startswith(begin + b"\\u2028\\u0085")
+    assert said.endswith(DONE) is (kind in (StreamKind.COMPLETIONS, StreamKind.OTHER))
+    assert (b'"sequence_number":7}' in said) is (kind is StreamKind.RESPONSES)
+
+
+@given(CUTS)
+def test_what_is_good_arrives_however_it_is_cut_before_what_is_not(places):
+    stream = chunk(event("a") + event("b") + b"data: no JSON\n\n" + event("c", "stop"))
+    splice = make_splice()
+
+    sent = b"".join(splice.feed(piece) for piece in cut(stream, places) if splice.error is None)
+
+    assert unchunked(sent + LAST_CHUNK) == event("a") + event("b")
+    assert splice.error is not None
+
+
 def test_streams_of_other_endpoints_end_as_they_like():
-    splice = make_splice(needs_finish=False)
+    splice = make_splice(kind=StreamKind.OTHER)
 
     splice.feed(chunk(b'event: response.completed\ndata: {"type": "response.completed"}\n\n') + LAST_CHUNK)
 
@@ -184,14 +322,15 @@ def test_an_event_too_long_to_be_kept_arrives_as_it_is_however_the_bytes_come(pl
     assert (splice.error, splice.is_done, splice.is_within_event, splice.num_events) == (None, True, False, 4)
 
 
-def test_what_is_wrong_behind_a_long_event_leaves_it_open():
+def test_what_is_wrong_behind_a_long_event_comes_after_its_end():
     splice = make_splice(max_event_bytes=100)
-    splice.feed(chunk(b"data: " + b"x" * 200))
+    sent = splice.feed(chunk(b"data: " + b"x" * 200))
 
-    splice.feed(chunk(b"x\n\ngarbage\n\n"))
+    sent += splice.feed(chunk(b"x\n\ndata: garbage\n\n"))
 
     assert splice.error is not None
-    assert splice.is_within_event
+    assert not splice.is_within_event
+    assert unchunked(sent + LAST_CHUNK) == b"data: " + b"x" * 201 + b"\n\n"
 
 
 def test_choices_without_end_are_an_error():
@@ -204,7 +343,7 @@ def test_choices_without_end_are_an_error():
 
 
 def test_a_long_event_in_many_pieces_takes_a_time_that_grows_with_its_length():
-    splice = EventSplice(CloseBody(), is_chunked=False, max_event_bytes=2**20, needs_finish=False)
+    splice = EventSplice(CloseBody(), is_chunked=False, max_event_bytes=2**20, kind=StreamKind.OTHER)
     long = event("x" * 2**19)
 
     sent = b"".join(splice.feed(long[at : at + 4]) for at in range(0, len(long), 4))
@@ -213,7 +352,7 @@ def test_a_long_event_in_many_pieces_takes_a_time_that_grows_with_its_length():
 
 
 def test_a_client_without_chunks_gets_bare_events():
-    splice = EventSplice(CloseBody(), is_chunked=False, max_event_bytes=4096, needs_finish=True)
+    splice = EventSplice(CloseBody(), is_chunked=False, max_event_bytes=4096, kind=StreamKind.COMPLETIONS)
 
     sent = splice.feed(b"".join(GOOD)) + splice.feed_eof()
 

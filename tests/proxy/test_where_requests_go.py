@@ -164,7 +164,7 @@ async def test_a_stream_without_an_end_of_its_own_is_whole_only_if_it_says_so(st
     broken = await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
     client.leave()
 
-    assert broken.body.startswith(delta + b'data: {"error":')
+    assert broken.body.startswith(delta + b'event: error\ndata: {"type":"error",')
 
 
 async def test_a_refusal_that_nobody_can_make_good_arrives_as_it_was(start) -> None:

@@ -1,0 +1,58 @@
+"""The kinds of event streams: what ends each, and how an error is said in it. Knows no sockets and no framing.
+
+A stream that is whole in the eyes of its client's library must not end with an error, and one that is not must.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from brlite.errors import RequestError, UpstreamTimeout
+from brlite.http.envelope import error_body
+from brlite.http.events import on_one_line
+
+DONE_EVENT = b"data: [DONE]\n\n"
+
+
+class StreamKind(enum.Enum):
+    """Which API a stream belongs to."""
+
+    COMPLETIONS = enum.auto()  # every choice has a finish_reason, then [DONE]
+    MESSAGES = enum.auto()  # Anthropic's: message_stop, or error
+    RESPONSES = enum.auto()  # response.completed, .failed or .incomplete, or error
+    OTHER = enum.auto()  # only its framing says where it ends
+
+
+_KINDS = {
+    b"/v1/chat/completions": StreamKind.COMPLETIONS,
+    b"/v1/completions": StreamKind.COMPLETIONS,
+    b"/v1/messages": StreamKind.MESSAGES,
+    b"/v1/responses": StreamKind.RESPONSES,
+}
+# The types of the events after which nothing more comes.
+LAST_TYPES = {
+    StreamKind.COMPLETIONS: frozenset[str](),
+    StreamKind.MESSAGES: frozenset({"message_stop", "error"}),
+    StreamKind.RESPONSES: frozenset({"response.completed", "response.failed", "response.incomplete", "error"}),
+    StreamKind.OTHER: frozenset[str](),
+}
+
+
+def kind_of(path: bytes) -> StreamKind:
+    """The kind of a stream that answers a POST to this path."""
+    return _KINDS.get(path.partition(b"?")[0], StreamKind.OTHER)
+
+
+def error_event(kind: StreamKind, error: RequestError, sequence_number: int) -> bytes:
+    """What ends a stream that has failed, as the libraries of its API understand it."""
+    fields: dict[str, object] = {"type": "error"}
+    if kind is StreamKind.MESSAGES:
+        name = "timeout_error" if isinstance(error, UpstreamTimeout) else "api_error"
+        fields |= {"error": {"type": name, "message": str(error)}}
+    elif kind is StreamKind.RESPONSES:
+        fields |= {"code": "server_error", "message": str(error), "param": None, "sequence_number": sequence_number}
+    else:
+        return b"data: %b\n\n%b" % (on_one_line(error_body(error)), DONE_EVENT)
+    return b"event: error\ndata: %b\n\n" % on_one_line(msgspec.json.encode(fields))
