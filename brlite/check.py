@@ -114,7 +114,8 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
     if sizes is None:
         yield "  sizes     unknown until it is there"
         return
-    yield f"  context   {spec.build_seq} tokens of the {sizes.max_context} that the model allows"
+    limit = f" of the {sizes.max_context} that the model allows" if spec.build_seq else f": {sizes.context_reason}"
+    yield f"  context   {sizes.context} tokens{limit}"
     yield f"  weights   {show_bytes(sizes.weight_bytes)}: {sizes.num_parameters / 1e6:.4g} million as {sizes.dtype}"
     if spec.precision != "bf16" and sizes.dtype != "int8":
         yield f"            ({spec.precision}: rounded to int8, but held as {sizes.dtype} by torch)"

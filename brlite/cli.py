@@ -42,7 +42,10 @@ _OVERRIDES = {
     "choice": "proxy.choice",
     "device": "engine.device",
     "threads": "engine.threads",
+    "context": "model[0].build_seq",
+    "cors": "server.cors_origins",
 }
+MAX_KEYS_LENGTH = 65536  # characters of keys on standard input
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "seed", "n", "stop")
 
 # Read when torch loads: how long its threads spin before they sleep. Without a bound a step takes several times as long
@@ -232,7 +235,12 @@ def _config(args: argparse.Namespace) -> Config:
     path = args.config or _folders_own()
     config = load_config(path) if path else Config()
     config = override(config, {**_overrides(args), **_model_override(args.model), **engine_override(args.engine)})
-    return override(config, {"engine.options": {**config.engine.options, **_engine_options(args.engine_option)}})
+    more: dict[str, object] = {"engine.options": {**config.engine.options, **_engine_options(args.engine_option)}}
+    if names := getattr(args, "alias", None):
+        if not config.model:
+            raise ConfigError(f"--alias {names[0]}: the config serves no model of its own")
+        more["proxy.aliases"] = {**config.proxy.aliases, **dict.fromkeys(names, config.model[0].name)}
+    return override(config, more)
 
 
 def _folders_own() -> Path | None:
@@ -243,7 +251,27 @@ def _folders_own() -> Path | None:
 def _overrides(args: argparse.Namespace) -> Mapping[str, object]:
     """The fields that were given on the command line."""
     given = {field: getattr(args, name, None) for name, field in _OVERRIDES.items()}
-    return {field: value for field, value in given.items() if value is not None}
+    return {field: value for field, value in (given | _keys(args)).items() if value is not None}
+
+
+def _keys(args: argparse.Namespace) -> dict[str, object]:
+    """The API keys of `--api-key-file`. Those of standard input are read once, and kept when the config is read again.
+
+    Raises `ConfigError` for `--api-key`, which everybody on the machine could read.
+    """
+    if getattr(args, "api_key", None) is not None:
+        raise ConfigError(
+            "--api-key: everybody on this machine can read a command line; allowed are --api-key-file FILE, "
+            "--api-key-file - (standard input) and the variable BRLITE_API_KEY"
+        )
+    file = getattr(args, "api_key_file", None)
+    if file != "-":
+        return {"keys.file": file}
+    if getattr(args, "keys_read", None) is None:
+        from brlite.http.keys import parse_keys
+
+        args.keys_read = parse_keys(sys.stdin.read(MAX_KEYS_LENGTH).removeprefix("\ufeff"), "standard input")
+    return {"keys.keys": args.keys_read}
 
 
 def _model_override(model: str | None) -> dict[str, object]:
@@ -312,6 +340,8 @@ def _seed_parser() -> argparse.ArgumentParser:
 def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _serve, "serve a model over the OpenAI API")
     _add_config(parser)
+    about = "another name that requests may use for the model; may be given several times"
+    parser.add_argument("--alias", action="append", metavar="NAME", help=about)
     _add_listening(parser)
 
 
@@ -403,6 +433,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     about = "a .toml, or the manual's .json (default: ./brlite.toml, else a small English model)"
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help=about)
     parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
+    context = "longest context in tokens, prompt and answer together (0: the model's, as far as memory goes)"
+    parser.add_argument("--context", type=int, metavar="N", help=context)
     parser.add_argument("--device", help="auto, cpu or another torch device")
     parser.add_argument("--threads", type=int, metavar="N", help="0: one for each physical core")
     _add_engine(parser)
@@ -419,6 +451,11 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen to (default 127.0.0.1)")
     parser.add_argument("--port", type=int, metavar="N", help="port to listen to (default 8000)")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    keys = "file with the API keys that are accepted, one a line; - is standard input"
+    parser.add_argument("--api-key-file", metavar="FILE", help=keys)
+    parser.add_argument("--api-key", help=argparse.SUPPRESS)  # refused: else it would be short for the one above
+    origins = "web page that may ask, such as https://app.example.com, or *; may be given several times"
+    parser.add_argument("--cors", action="append", metavar="ORIGIN", help=origins)
     parser.set_defaults(is_server=True)
 
 

@@ -97,7 +97,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One model to serve. Without `path` it is fetched by `name`; `num_blocks = 0` means build_batch full contexts.
+    """One model to serve. Without `path` it is fetched by `name`.
+
+    `build_seq = 0` means the model's own context, or as much of it as memory holds; the KV cache is then bounded by
+    memory, too (`worker/sizes.py`). Beside a `build_seq`, `num_blocks = 0` means build_batch full contexts.
 
     `load = "on_demand"` loads the model for the first request that asks for it, and `idle_unload_seconds` (0: never)
     gives its memory back when nobody has asked for so long. `serialize_file` is where the packed weights are kept.
@@ -109,7 +112,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     name: Text = DEFAULT_MODEL
     path: Text | None = None
     precision: Precision = "bf16"
-    build_seq: Count = 2048
+    build_seq: CountOrZero = 0
     build_batch: Annotated[int, Meta(ge=1, le=4096)] = 16
     num_blocks: CountOrZero = 0
     tensor_parallel: Annotated[int, Meta(ge=1, le=1024)] = 1
@@ -275,6 +278,8 @@ def override(config: Config, values: Mapping[str, object], *, source: str = "com
     data = msgspec.to_builtins(config)
     for path, value in values.items():
         section, _, field = path.partition(".")
+        if section == "model[0]" and not data["model"]:
+            raise ConfigError(f"{source}: {path} = {show(value)}: the config serves no model of its own")
         table = data["model"][0] if section == "model[0]" else data[section]
         table[field] = value
     return make_config(data, source=source)

@@ -67,10 +67,12 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
     from brlite.worker.choosing import load_backend
     from brlite.worker.device import prepare_environment
     from brlite.worker.fit import check_fit
+    from brlite.worker.sizes import settle_context
 
     prepare_environment()
     path = locate_model(spec.name, spec.path, report)
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
+        spec = settle_context(checkpoint.config, spec, config.engine)
         # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
         fit = check_fit(checkpoint, spec)
         report("reading the tokenizer", 0.0)
@@ -86,11 +88,12 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
 def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend]:
     """A model that the engine of that name computes, which may bring its tokenizer; else the model's folder has it."""
     from brlite.checkpoint.fetch import locate_model
-    from brlite.engines.contract import BringsTokenizer
+    from brlite.engines.contract import BringsTokenizer, with_static_context
     from brlite.engines.discovery import make_engine
     from brlite.engines.slot_backend import SlotBackend
 
     assert config.engine.name is not None  # build_engine has looked
+    spec = with_static_context(spec)
     engine = make_engine(config.engine.name)
     if isinstance(engine, BringsTokenizer):
         if spec.chat_template is not None:

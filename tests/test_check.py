@@ -86,6 +86,8 @@ def test_more_memory_than_is_free_is_a_warning():
     sizes = Sizes(
         num_parameters=1000,
         max_context=64,
+        context=64,
+        context_reason="the model's own",
         dtype="float32",
         weight_bytes=4000,
         kv_dtype="float32",

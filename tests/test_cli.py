@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
@@ -335,3 +336,71 @@ def test_the_manuals_command_and_its_json_choose_one_too(handed_over, monkeypatc
     assert status == 0
     assert handed_over.config.engine.name == "toy"
     assert handed_over.config.model[0].tensor_parallel == 8
+
+
+def test_serve_takes_a_context_aliases_and_pages_as_flags(handed_over):
+    status = main(
+        [
+            "serve",
+            "--context",
+            "4096",
+            "--alias",
+            "gpt-4o",
+            "--alias",
+            "small",
+            "--cors",
+            "https://a.example",
+            "--cors",
+            "*",
+        ]
+    )
+
+    config = handed_over.config
+    assert (status, config.model[0].build_seq, config.server.cors_origins) == (0, 4096, ("https://a.example", "*"))
+    assert config.proxy.aliases == dict.fromkeys(["gpt-4o", "small"], config.model[0].name)
+
+
+def test_a_context_beyond_its_range_is_refused_by_its_setting(capsys):
+    assert main(["serve", "--context", "-1"]) == 2
+    assert "model[0].build_seq = -1: allowed is a whole number from 0 to" in capsys.readouterr().err
+
+
+def test_keys_come_from_a_file(handed_over, tmp_path):
+    file = tmp_path / "keys"
+
+    assert main(["serve", "--api-key-file", str(file)]) == 0
+    assert handed_over.config.keys.file == str(file)
+
+
+def test_keys_of_standard_input_are_read_once_and_kept(handed_over, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("\ufeff# ours\r\nsk-1\r\n\r\nsk-2\n"))
+
+    assert main(["serve", "--api-key-file", "-"]) == 0
+
+    assert handed_over.config.keys.keys == ("sk-1", "sk-2")
+    assert handed_over.source.load().keys.keys == ("sk-1", "sk-2")
+
+
+def test_no_key_on_standard_input_does_not_open_the_server(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("# nothing\n"))
+
+    assert main(["serve", "--api-key-file", "-"]) == 2
+    assert "standard input holds no key" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["serve"], ["proxy", "--upstream", "m=http://127.0.0.1:1"]])
+def test_a_key_on_the_command_line_is_refused_and_not_repeated(capsys, command):
+    assert main([*command, "--api-key", "sk-secret"]) == 2
+
+    error = capsys.readouterr().err
+    assert "--api-key-file FILE" in error
+    assert "sk-secret" not in error
+
+
+@pytest.mark.parametrize("flag", [["--context", "64"], ["--alias", "a"], ["--model", "m"]])
+def test_a_flag_about_a_model_is_refused_where_none_is_served(tmp_path, capsys, flag):
+    config = tmp_path / "proxy.toml"
+    config.write_text('[[upstream]]\nurl = "http://127.0.0.1:1"\nmodels = ["m"]\n')
+
+    assert main(["serve", str(config), *flag]) == 2
+    assert "the config serves no model of its own" in capsys.readouterr().err

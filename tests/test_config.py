@@ -88,7 +88,7 @@ BAD_FIELDS = [
     ("server = 3", "server = 3: allowed is a table"),
     ("model = []", "model = []: needed is at least one [[model]]"),
     ("model = [{ build_batch = 0 }]", "model[0].build_batch = 0: allowed is a whole number from 1 to 4096"),
-    ("model = [{ build_seq = 0 }]", "model[0].build_seq = 0: allowed is a whole number from 1 to 1000000000"),
+    ("model = [{ build_seq = -1 }]", "model[0].build_seq = -1: allowed is a whole number from 0 to 1000000000"),
     ("model = [{ devices = [-1] }]", "model[0].devices[0] = -1: allowed is a whole number from 0 to 1023"),
     ("model = [{ devices = [0, 0] }]", "model[0].devices = [0, 0]: allowed is each device once"),
     ("model = [{ devices = [0, 1] }]", "model[0].tensor_parallel = 1: allowed is the number of devices, here 2"),

@@ -39,7 +39,7 @@ def test_equal_configs_have_no_difference() -> None:
         ({"keys": KeysConfig(keys=("sk-old", "sk-new"))}, 'keys.keys: ["***"] -> ["***", "***"]'),
         ({"key": (KeyConfig(name="team", key="sk-new"),)}, "key team.key: another one"),
         ({"key": (*OLD.key, KeyConfig(name="two", key="sk-new", max_concurrent=2))}, '+ key two: key = "***", max_'),
-        ({"model": (ModelSpec(build_seq=64),)}, "model HuggingFaceTB/SmolLM2-135M-Instruct.build_seq: 2048 -> 64"),
+        ({"model": (ModelSpec(build_seq=64),)}, "model HuggingFaceTB/SmolLM2-135M-Instruct.build_seq: 0 -> 64"),
     ],
 )
 def test_one_change_is_one_line_without_a_key(fields: dict[str, object], line: str) -> None:

@@ -28,7 +28,14 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
     request.params.check_vocabulary(info.vocab_size)
     if request.params.prompt_logprobs is not None and not info.has_prompt_logprobs:
         raise InvalidRequest("prompt_logprobs cannot be had from this server's engine", param="prompt_logprobs")
-    return _clamp_max_tokens(request, info)
+    max_tokens, warnings = _clamp_max_tokens(request, info)
+    if request.params.min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"min_tokens must be at most {max_tokens}, what an answer to this prompt can have on this server, "
+            f"got {request.params.min_tokens}",
+            param="min_tokens",
+        )
+    return max_tokens, warnings
 
 
 def read_token_ids(token_ids: Iterable[object]) -> list[int]:
@@ -47,9 +54,10 @@ def context_length(info: BackendInfo) -> int:
 def check_length(num_tokens: int, info: BackendInfo, *, param: str = "prompt", at_least: str = "") -> None:
     """Raise `PromptTooLong` for a prompt that leaves no room for a completion."""
     if num_tokens >= context_length(info):
+        setting = "num_blocks" if context_length(info) < info.max_model_len else "build_seq"
         raise PromptTooLong(
-            f"This model's maximum context length is {context_length(info)} tokens, prompt and completion together; "
-            f"the prompt has {at_least}{num_tokens} tokens",
+            f"This model's maximum context length is {context_length(info)} tokens, prompt and completion together, "
+            f"by this server's setting {setting}; the prompt has {at_least}{num_tokens} tokens",
             param=param,
         )
 

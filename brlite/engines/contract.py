@@ -29,6 +29,8 @@ from brlite.tokenizer import Tokenizer
 TokenIds = npt.NDArray[np.int32]
 Logits = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
+STATIC_CONTEXT = 2048  # tokens
+
 
 class RowRefused(EngineError):
     """A row that cannot be computed: no such slot, no such position, no such token. Nothing of its step was."""
@@ -153,3 +155,8 @@ class BringsTokenizer(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The tokenizer. May be asked for before `open`, and on another thread."""
         ...
+
+
+def with_static_context(spec: ModelSpec) -> ModelSpec:
+    """The spec with a context: an engine has its shapes before it knows the model. Left out, it is `STATIC_CONTEXT`."""
+    return spec if spec.build_seq else msgspec.structs.replace(spec, build_seq=STATIC_CONTEXT)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from brlite.config import EngineConfig, ModelSpec
 from brlite.engines.calls import chunks, plan_calls, with_every_slot
-from brlite.engines.contract import Capabilities, Engine, Logits, Row, RowRefused, TokenIds
+from brlite.engines.contract import Capabilities, Engine, Logits, Row, RowRefused, TokenIds, with_static_context
 from brlite.engines.discovery import check_capabilities
 from brlite.errors import BrliteError, ConfigError
 
@@ -33,7 +33,7 @@ class Subject:
     """One engine, and how long its slots should be by now."""
 
     def __init__(self, make: Callable[[], Engine], spec: ModelSpec, config: EngineConfig) -> None:
-        self._make, self._spec, self._config = make, spec, config
+        self._make, self._spec, self._config = make, with_static_context(spec), config
         self.engine = make()
         self.capabilities: Capabilities = self._opened()
 

@@ -180,13 +180,19 @@ def _secret(index: int, config: KeyConfig) -> str:
 
 def _read_file(path: str) -> tuple[str, ...]:
     try:
-        lines = [line.strip() for line in read_text(Path(path)).splitlines()]
+        text = read_text(Path(path))
     except TextError as error:
         raise ConfigError(f"keys.file: cannot read {path!r}: {error}") from None
+    return parse_keys(text, f"keys.file: {path!r}")
+
+
+def parse_keys(text: str, source: str) -> tuple[str, ...]:
+    """The keys of a text with one a line, comments aside. Raises `ConfigError`, naming `source`, if there is none."""
+    lines = (line.strip() for line in text.splitlines())
     keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         # An empty file must not mean an open server.
-        raise ConfigError(f"keys.file: {path!r} holds no key; write one a line")
+        raise ConfigError(f"{source} holds no key; write one a line")
     return keys
 
 

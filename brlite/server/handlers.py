@@ -331,7 +331,11 @@ async def _answer(
 
 def _card(name: str, model: ServedModel) -> ModelCard:
     return ModelCard(
-        id=name, created=model.created, root=model.name, max_model_len=model.max_model_len, status=model.status
+        id=name,
+        created=model.created,
+        root=model.name,
+        max_model_len=model.max_model_len or UNSET,
+        status=model.status,
     )
 
 

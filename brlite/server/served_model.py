@@ -16,6 +16,8 @@ from brlite.errors import ModelNotFound
 from brlite.server.elsewhere import ForwardedModel
 from brlite.server.loading import Loading, ignore_change, stopping
 
+MOST_COUNTED_TOKENS = 131_072  # of histograms of lengths, made before a model's own context is known
+
 
 class ServedModel:
     """One model under its name.
@@ -28,11 +30,12 @@ class ServedModel:
     ) -> None:
         self.spec = spec
         self.name = spec.name
-        self.max_model_len = engine.info.max_model_len if engine else spec.build_seq
+        # None while the model's own context is wanted and it has not been loaded yet.
+        self.max_model_len = engine.info.max_model_len if engine else spec.build_seq or None
         self.created = int(time.time())
         self.engine = engine
         # Those of all its engines, one after the other: counters never go back.
-        self.stats = engine.stats if engine else EngineStats(self.max_model_len)
+        self.stats = engine.stats if engine else EngineStats(self.max_model_len or MOST_COUNTED_TOKENS)
         self.loading = Loading(spec.name, clock)
         self.is_on_demand = spec.load == "on_demand"
         self.is_held_back = False  # new requests wait, although it is loaded
@@ -104,6 +107,7 @@ class ServedModel:
     def take(self, engine: AsyncEngine) -> None:
         """Serve by this engine, and whoever waited for it."""
         engine.continue_stats(self.stats)
+        self.max_model_len = engine.info.max_model_len
         self.engine = engine
         self.is_on_demand = True  # should it be unloaded again
         self.last_used = self.loaded_since = self._clock()

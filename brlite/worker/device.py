@@ -125,6 +125,12 @@ def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: tor
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
 
 
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a card's memory; None for the CPU, and where its runtime does not tell."""
+    get_properties = getattr(_runtime(device.type), "get_device_properties", None) if device.type != "cpu" else None
+    return None if get_properties is None else getattr(get_properties(device), "total_memory", None)
+
+
 def host_device() -> torch.device:
     """The CPU, against which other devices are held."""
     import torch

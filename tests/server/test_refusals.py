@@ -6,6 +6,7 @@ import json
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
+import openai
 import pytest
 
 from brlite.config import LimitsConfig
@@ -253,3 +254,34 @@ async def test_refusals_leave_a_running_stream_alone(client: Client) -> None:
 
     text = "".join(event["choices"][0]["text"] for event in events)
     assert text == bytes(reference_tokens(b"hello", 30)).decode()
+
+
+@pytest.mark.parametrize(("num_blocks", "setting", "length"), [(64, "build_seq", 64), (8, "num_blocks", 32)])
+async def test_a_prompt_that_is_too_long_is_told_which_setting_says_so(
+    make_client: MakeClient, num_blocks: int, setting: str, length: int
+) -> None:
+    client = await make_client(num_blocks=num_blocks)
+
+    status, answer = await client.post(COMPLETION, completion_body("x" * 100))
+
+    assert status == 400
+    assert f"maximum context length is {length} tokens" in answer["error"]["message"]
+    assert f"by this server's setting {setting}" in answer["error"]["message"]
+
+
+async def test_min_tokens_beyond_what_max_tokens_is_cut_to_is_refused(client: Client) -> None:
+    status, answer = await client.post(COMPLETION, completion_body(max_tokens=1000, min_tokens=33))
+    kept, _ = await client.post(COMPLETION, completion_body(max_tokens=1000, min_tokens=32))
+
+    assert (status, kept, answer["error"]["param"]) == (400, 200, "min_tokens")
+    assert "min_tokens must be at most 32" in answer["error"]["message"]
+
+
+async def test_openais_client_is_told_of_too_long_a_prompt(client: Client) -> None:
+    async with openai.AsyncOpenAI(base_url=client.url + "/v1", api_key="none", max_retries=0) as openai_client:
+        with pytest.raises(openai.BadRequestError, match="build_seq") as caught:
+            await openai_client.completions.create(model="fake", prompt="x" * 100)
+        with pytest.raises(openai.NotFoundError, match="is not supported by this version of brlite"):
+            await openai_client.embeddings.create(model="fake", input="x")
+
+    assert caught.value.code == "context_length_exceeded"
