@@ -73,11 +73,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How steps are computed. `threads = 0` means one for each physical core.
 
-    Speculation is on where the backend can verify guesses, while at most `max_draft_seqs` sequences run. `memory_gib`
-    is what the weights and caches of all loaded models may take together; 0 sets no bound. `name` is an engine that is
-    installed beside brlite (`brlite/engines/contract.py`) and computes in the backends' place; `options` are its own.
-    `on_rank_failure` says what comes after a process of a model with `tensor_parallel` is lost: the model is loaded
-    anew, or the server ends.
+    Prompts of different API keys are kept apart in the prefix cache unless `share_prefix_cache` is set: usage and time
+    would tell one key what another one asked. Speculation is on where the backend can verify guesses, while at most
+    `max_draft_seqs` sequences run. `memory_gib` is what the weights and caches of all loaded models may take together;
+    0 sets no bound. `name` is an engine that is installed beside brlite (`brlite/engines/contract.py`) and computes in
+    the backends' place; `options` are its own. `on_rank_failure` says what comes after a process of a model with
+    `tensor_parallel` is lost: the model is loaded anew, or the server ends.
     """
 
     name: Word | None = None
@@ -89,6 +90,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_size: BlockSize = 16
     max_num_batched_tokens: Count = 128
     prefix_caching: bool = True
+    share_prefix_cache: bool = False
     speculation: Literal["auto", "off"] = "auto"
     max_draft_tokens: Annotated[int, Meta(ge=1, le=16)] = 7
     max_draft_seqs: Annotated[int, Meta(ge=1, le=4096)] = 4

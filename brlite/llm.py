@@ -268,6 +268,7 @@ class LLM:
             if isinstance(prompt, str)
             else read_token_ids(prompt),
             params=params,
+            group="generate",  # nobody waits for one of them: no turns between them
         )
 
 

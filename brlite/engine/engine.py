@@ -11,6 +11,7 @@ import logging
 import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 
 import msgspec
@@ -91,12 +92,8 @@ class Engine:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
         request = _copied(request)
         max_tokens, warnings = admit(request, self.info, self.limits)
-        num_queued = self.num_queued
-        if num_queued >= self.limits.max_waiting and not request.is_patient:
-            raise QueueFull(
-                f"{num_queued} requests are waiting; this server queues at most {self.limits.max_waiting}",
-                retry_after_seconds=self._retry_after_seconds(),
-            )
+        if not request.is_patient and self.num_queued >= self.limits.max_waiting:
+            self._make_room(request.tenant)
         seed = request.params.seed
         state = RequestState(
             request=request,
@@ -177,8 +174,34 @@ class Engine:
         self._blocks.check_integrity(self._scheduler.running)
         self.check_idle()
 
+    def _make_room(self, tenant: str) -> None:
+        """The queue is full: end the newest request of the tenant with most in it, or raise `QueueFull`.
+
+        A tenant alone may fill the queue; where others come each gets a share.
+        """
+        queued = [
+            state
+            for state in self._requests.values()
+            if state.is_queued and not (state.is_aborted or state.request.is_patient)
+        ]
+        counts = Counter(state.request.tenant for state in queued)
+        longest, num_longest = counts.most_common(1)[0]
+        newest = next(
+            (state for state in reversed(queued) if state.request.tenant == longest and not state.is_started), None
+        )
+        full = QueueFull(
+            f"{len(queued)} requests are waiting; this server queues at most {self.limits.max_waiting}, shared by key",
+            retry_after_seconds=self._retry_after_seconds(),
+        )
+        if newest is None or num_longest <= counts[tenant] + 1:
+            raise full
+        self._end_with_error(newest, full)
+
     def _cache_salt(self, request: Request) -> bytes:
         salt = request.cache_salt.encode("utf-8", "surrogatepass")
+        if not self.config.share_prefix_cache:
+            tenant = request.tenant.encode("utf-8", "surrogatepass")
+            salt = b"%d:%b%b" % (len(tenant), tenant, salt)  # no salt that a client chooses reads as another tenant's
         if self.config.prefix_caching:
             return salt
         return self._private_salt + request.request_id.encode("utf-8", "surrogatepass") + salt
@@ -237,8 +260,7 @@ class Engine:
         """The prompt is computed and cached: let the siblings queue."""
         state.prompt_done_time = now
         state.finish_prompt_logprobs()
-        for _ in range(state.request.params.n - 1):
-            self._scheduler.add(self._add_sequence(state))
+        self._scheduler.add_siblings([self._add_sequence(state) for _ in range(state.request.params.n - 1)])
         self.stats.note_prompt_done(state, now)
 
     def _append_all(self, seq: Sequence, tokens: list[SampledToken], now: float) -> None:
@@ -332,8 +354,12 @@ class Engine:
 
 
 def _copied(request: Request) -> Request:
-    """The request with token ids of its own, whatever its caller does to theirs."""
-    return msgspec.structs.replace(request, prompt_token_ids=read_token_ids(request.prompt_token_ids))
+    """The request with token ids of its own, whatever its caller does to theirs, and a group."""
+    return msgspec.structs.replace(
+        request,
+        prompt_token_ids=read_token_ids(request.prompt_token_ids),
+        group=request.group or request.request_id,
+    )
 
 
 def _nobody(output: RequestOutput | BrliteError) -> None:

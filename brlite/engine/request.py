@@ -27,6 +27,8 @@ _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked of the engine. Requests share cached prefixes only if their `cache_salt` is the same.
 
+    `tenant` is whose it is: tenants get turns, a share of the queue and, unless the config shares it, a prefix cache of
+    their own. Requests of one `group` were asked for at once and share a turn; without one each is its own.
     A patient one is not ended for waiting too long: it belongs with another that is not.
     """
 
@@ -35,6 +37,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     prompt: str | None = None
     cache_salt: str = ""
+    tenant: str = ""
+    group: str = ""
     is_patient: bool = False
 
 

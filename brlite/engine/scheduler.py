@@ -6,21 +6,22 @@ decode and a preemption are all changes of that one number.
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
+from collections import Counter
 
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.drafting import Drafter, StepForecast
 from brlite.engine.request import Sequence, SequenceStatus
+from brlite.engine.turns import TurnQueue
 
 
 class Scheduler:
-    """First come, first served, under a budget of sequences, of tokens a step and of blocks.
+    """Turn by turn (`TurnQueue`), under a budget of sequences, of tokens a step and of blocks.
 
     Sequences with one token to go come first, then the prompts that have begun, then new ones. Where blocks run out,
     the latest sequence gives its own back and waits at the head of the queue to be computed again.
-    Further completions of a prompt queue apart, and get every second place: `n=100` does not close the door.
+    Where all places are taken, the next tenant that has none gets one of a tenant with several, and the next group one
+    of its tenant's other groups: 64 prompts of one request cost another request one step, not the time of a prompt.
     While at most `max_draft_seqs` run, they may guess ahead with what the others left of the budgets.
     """
 
@@ -33,11 +34,9 @@ class Scheduler:
         max_draft_tokens: int = 0,
         max_draft_seqs: int = 0,
     ) -> None:
-        self.waiting: deque[Sequence] = deque()
-        self.siblings: deque[Sequence] = deque()
+        self.waiting = TurnQueue()
         self.running: list[Sequence] = []
         self.num_preemptions = 0
-        self._is_turn_of_siblings = True
         self._blocks = blocks
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
@@ -47,17 +46,23 @@ class Scheduler:
     @property
     def is_empty(self) -> bool:
         """Whether nobody runs and nobody waits."""
-        waiting = itertools.chain(self.waiting, self.siblings)
-        return not self.running and all(seq.status is SequenceStatus.FINISHED for seq in waiting)
+        return not self.running and not len(self.waiting)
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence. Only the first of a request is new; the prompt of the others is cached."""
-        (self.siblings if seq.index else self.waiting).append(seq)
+        """Queue a new sequence."""
+        self.waiting.add(seq)
+
+    def add_siblings(self, seqs: list[Sequence]) -> None:
+        """Queue the further completions of a prompt, which is cached: before what else their group has."""
+        for seq in reversed(seqs):
+            self.waiting.add(seq, is_first=True)
 
     def finish(self, seq: Sequence) -> None:
-        """Take a sequence out and its blocks back. One that waits is passed over when its turn comes."""
+        """Take a sequence out, wherever it is, and its blocks back."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
+        elif seq.status is SequenceStatus.WAITING:
+            self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
         self._blocks.release(seq)
 
@@ -65,6 +70,7 @@ class Scheduler:
         """The sequences of the next step, each with the number of its tokens to compute; their blocks are theirs."""
         scheduled: dict[Sequence, int] = {}
         budget = self._max_num_batched_tokens
+        self._free_place()
         num_preemptions = self.num_preemptions
         for seq in sorted(self.running, key=_has_prompt_left):
             budget -= self._schedule_running(seq, budget, scheduled)
@@ -103,25 +109,19 @@ class Scheduler:
                 self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
                 budget -= len(seq.draft_token_ids)
 
-    def _next_queue(self) -> deque[Sequence]:
-        for queue in (self.waiting, self.siblings):
-            while queue and queue[0].status is SequenceStatus.FINISHED:
-                queue.popleft()
-        is_for_siblings = self.siblings and (self._is_turn_of_siblings or not self.waiting)
-        return self.siblings if is_for_siblings else self.waiting
-
     def _can_admit(self) -> bool:
         """Whether there is a waiting sequence, a place for it, and blocks for all the tokens it has."""
-        queue = self._next_queue()
-        if not queue or len(self.running) >= self._max_num_seqs:
+        seq = self.waiting.next
+        if seq is None or len(self.running) >= self._max_num_seqs:
             return False
-        return self._blocks.num_missing(self._match(queue[0]), queue[0].num_tokens) <= self._blocks.num_free
+        return self._blocks.num_missing(self._match(seq), seq.num_tokens) <= self._blocks.num_free
 
     def _admit(self, budget: int, scheduled: dict[Sequence, int]) -> int:
         """Start the next waiting sequence with all the blocks it needs so far. Returns the tokens scheduled."""
-        queue = self._next_queue()
-        self._is_turn_of_siblings = queue is self.waiting
-        seq = queue.popleft()
+        seq = self.waiting.next
+        if seq is None:
+            raise LookupError("no sequence waits")
+        self.waiting.take(seq)
         self._blocks.share(seq, self._match(seq))
         self._blocks.grow(seq, seq.num_tokens)
         self.running.append(seq)
@@ -129,14 +129,48 @@ class Scheduler:
         scheduled[seq] = min(seq.num_tokens - seq.num_computed_tokens, budget)
         return scheduled[seq]
 
+    def _free_place(self) -> None:
+        """Where all are taken, give a tenant that has none one of the tenant with most; the same within it, by group.
+
+        What was computed stays in the prefix cache until its blocks are needed.
+        """
+        if len(self.running) < self._max_num_seqs or not self.waiting.has_turns:
+            return
+        tenants = Counter(seq.state.request.tenant for seq in self.running)
+        newcomer = next((tenant for tenant in self.waiting.tenants if not tenants[tenant]), None)
+        if newcomer is not None:
+            tenant, num_running = tenants.most_common(1)[0]
+            if num_running > 1:
+                self._replace([seq for seq in self.running if seq.state.request.tenant == tenant][-1])
+                self.waiting.bring_forward(newcomer)
+            return
+        for tenant in self.waiting.tenants:
+            mates = [seq for seq in self.running if seq.state.request.tenant == tenant]
+            groups = Counter(seq.state.request.group for seq in mates)
+            group, num_running = groups.most_common(1)[0]
+            new_group = next((each for each in self.waiting.groups(tenant) if not groups[each]), None)
+            if num_running > 1 and new_group is not None:
+                self._replace([seq for seq in mates if seq.state.request.group == group][-1])
+                self.waiting.bring_forward(tenant, new_group)
+                return
+
+    def _replace(self, seq: Sequence) -> None:
+        """Have a running sequence wait for its group's next turn."""
+        self._stop(seq)
+        self.waiting.add(seq, is_first=True)
+
     def _match(self, seq: Sequence) -> list[int]:
         return [] if seq.wants_prompt_logprobs else self._blocks.match_prefix(seq)
 
     def _preempt(self, seq: Sequence) -> None:
+        self._stop(seq)
+        self.waiting.put_back(seq)
+
+    def _stop(self, seq: Sequence) -> None:
+        """Have a running sequence wait, to be computed again where its blocks are not in the cache any more."""
         self.running.remove(seq)
         self._blocks.release(seq)
         seq.status = SequenceStatus.WAITING
-        self.waiting.appendleft(seq)
         self.num_preemptions += 1
 
 

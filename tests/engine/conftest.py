@@ -47,6 +47,8 @@ class Driver:
         request_id: str | None = None,
         cache_salt: str = "",
         is_patient: bool = False,
+        tenant: str = "",
+        group: str = "",
         **params: Any,
     ) -> str:
         token_ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
@@ -57,6 +59,8 @@ class Driver:
             params=sampling,
             cache_salt=cache_salt,
             is_patient=is_patient,
+            tenant=tenant,
+            group=group,
         )
         self.engine.add_request(request, lambda output: self._receive(request.request_id, output))
         return request.request_id

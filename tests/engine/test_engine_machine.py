@@ -39,9 +39,18 @@ class EngineMachine(RuleBasedStateMachine):
         self.asked: dict[str, tuple[bytes, int, int, int]] = {}
         self.aborted: set[str] = set()
 
-    @rule(prompt=prompts, max_tokens=st.integers(1, 12), n=st.integers(1, 4), seed=st.integers(1, 3))
-    def submit(self, prompt: str, max_tokens: int, n: int, seed: int) -> None:
-        request_id = self.driver.submit(prompt, max_tokens=max_tokens, n=n, seed=seed, temperature=1.0)
+    @rule(
+        prompt=prompts,
+        max_tokens=st.integers(1, 12),
+        n=st.integers(1, 4),
+        seed=st.integers(1, 3),
+        tenant=st.sampled_from(["", "a", "b"]),
+        group=st.sampled_from(["", "body"]),
+    )
+    def submit(self, prompt: str, max_tokens: int, n: int, seed: int, tenant: str, group: str) -> None:
+        request_id = self.driver.submit(
+            prompt, max_tokens=max_tokens, n=n, seed=seed, temperature=1.0, tenant=tenant, group=group
+        )
         self.asked[request_id] = (prompt.encode(), max_tokens, n, seed)
 
     @rule(num_steps=st.integers(1, 4))

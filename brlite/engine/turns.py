@@ -1,0 +1,100 @@
+"""The sequences that wait to be computed, and whose turn is next: by tenant, then by group, then as they came.
+
+A tenant is whoever pays for the work (a server's API key), a group is what was asked for at once (the prompts of one
+body, the completions of one prompt). The engine knows both as opaque strings. So neither many requests nor one with
+many prompts keeps others waiting for more than one turn. Chooses nothing but the order: places and blocks are the
+scheduler's.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from brlite.engine.request import Sequence
+
+Group = OrderedDict[Sequence, None]
+
+
+class TurnQueue:
+    """Round robin of tenants, and of each tenant's groups. What is `next` stays so until it is taken or removed.
+
+    All operations take constant time.
+    """
+
+    def __init__(self) -> None:
+        self._tenants: OrderedDict[str, OrderedDict[str, Group]] = OrderedDict()
+        self._returned: OrderedDict[Sequence, None] = OrderedDict()
+        self._num_waiting = 0
+
+    def __len__(self) -> int:
+        return len(self._returned) + self._num_waiting
+
+    @property
+    def has_turns(self) -> bool:
+        """Whether sequences wait for a turn, and none that has had its turn comes before them."""
+        return self._num_waiting > 0 and not self._returned
+
+    @property
+    def tenants(self) -> Iterable[str]:
+        """Those that wait for a turn, in the order of their turns."""
+        return self._tenants.keys()
+
+    def groups(self, tenant: str) -> Iterable[str]:
+        """A waiting tenant's groups, in the order of their turns."""
+        return self._tenants[tenant].keys()
+
+    def bring_forward(self, tenant: str, group: str | None = None) -> None:
+        """Make the next turn this tenant's and, of its groups, this one's."""
+        self._tenants.move_to_end(tenant, last=False)
+        if group is not None:
+            self._tenants[tenant].move_to_end(group, last=False)
+
+    @property
+    def next(self) -> Sequence | None:
+        """The sequence whose turn it is."""
+        if self._returned:
+            return next(iter(self._returned))
+        if not self._tenants:
+            return None
+        groups = next(iter(self._tenants.values()))
+        return next(iter(next(iter(groups.values()))))
+
+    def add(self, seq: Sequence, *, is_first: bool = False) -> None:
+        """Queue a sequence as the last of its group, or as its first."""
+        request = seq.state.request
+        group = self._tenants.setdefault(request.tenant, OrderedDict()).setdefault(request.group, OrderedDict())
+        group[seq] = None
+        if is_first:
+            group.move_to_end(seq, last=False)
+        self._num_waiting += 1
+
+    def put_back(self, seq: Sequence) -> None:
+        """Queue a sequence that has had its turn and lost its blocks: it comes before all others."""
+        self._returned[seq] = None
+        self._returned.move_to_end(seq, last=False)
+
+    def take(self, seq: Sequence) -> None:
+        """Take out the sequence whose turn it is. Its tenant's next turn comes last, and so does its group's."""
+        is_turn = seq not in self._returned
+        self.remove(seq)
+        request = seq.state.request
+        groups = self._tenants.get(request.tenant)
+        if is_turn and groups is not None:
+            self._tenants.move_to_end(request.tenant)
+            if request.group in groups:
+                groups.move_to_end(request.group)
+
+    def remove(self, seq: Sequence) -> None:
+        """Take out any sequence that waits."""
+        if seq in self._returned:
+            del self._returned[seq]
+            return
+        request = seq.state.request
+        groups = self._tenants[request.tenant]
+        del groups[request.group][seq]
+        self._num_waiting -= 1
+        if not groups[request.group]:
+            del groups[request.group]
+        if not groups:
+            del self._tenants[request.tenant]

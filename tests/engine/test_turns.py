@@ -1,0 +1,117 @@
+"""Turns by tenant, then by group, then as requests came: nobody's many requests keep another's few waiting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from brlite.config import LimitsConfig
+from brlite.errors import QueueFull
+from tests.engine.conftest import Driver
+from tests.fakes import reference_tokens
+
+MakeDriver = Callable[..., Driver]
+
+PATIENT = LimitsConfig(max_waiting=1000, max_wait_seconds=1e6)
+
+
+def submit_many(driver: Driver, count: int, **fields: object) -> list[str]:
+    return [driver.submit(f"prompt {number}", max_tokens=16, **fields) for number in range(count)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine"),
+    [({"group": "body"}, {}), ({"tenant": "a"}, {"tenant": "b"}), ({"tenant": "a", "group": "body"}, {"tenant": "b"})],
+    ids=["one request of many prompts", "many requests of one tenant", "both"],
+)
+def test_many_prompts_cost_another_request_a_step_and_keep_their_texts(
+    make_driver: MakeDriver, theirs: dict[str, str], mine: dict[str, str]
+) -> None:
+    driver = make_driver(num_blocks=64, max_num_seqs=4, max_model_len=32, budget=32, limits=PATIENT)
+    many = submit_many(driver, 64, **theirs)
+    for _ in range(3):
+        driver.step()
+
+    small = driver.submit("small", max_tokens=1, **mine)  # type: ignore[arg-type]
+    driver.step()
+    driver.step()
+    is_served = driver.outputs[small].finished
+    driver.finish()
+
+    assert is_served
+    for number, request_id in enumerate(many):
+        assert driver.token_ids(request_id) == reference_tokens(f"prompt {number}".encode(), 16)
+
+
+def test_places_are_shared_and_nobody_loses_the_last_one(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=64, max_num_seqs=4, max_model_len=32, budget=64, limits=PATIENT)
+    for tenant in ("a", "b", "c", "d", "e"):
+        submit_many(driver, 6, tenant=tenant)
+
+    batches = driver.finish()
+
+    assert driver.engine.stats.preemptions == 0  # whoever runs alone for its tenant stays
+    assert len(driver.finished) == 30
+    firsts = [driver.finished.index(f"request-{6 * number}") for number in range(5)]
+    assert max(firsts) <= 5, f"the fifth tenant's first request ended after others' second ones: {firsts}"
+    assert batches
+
+
+def test_groups_of_one_tenant_take_turns_and_then_their_prompts(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=1)
+    for group in ("x", "y"):
+        for number in range(3):
+            driver.submit(f"{group}{number}", request_id=f"{group}{number}", group=group, max_tokens=1)
+
+    driver.finish()
+
+    assert driver.finished == ["x0", "y0", "x1", "y1", "x2", "y2"]
+
+
+def test_a_long_prompt_is_not_overtaken_for_ever_by_short_ones_that_fit(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=9, max_num_seqs=4, max_model_len=32, budget=32, limits=PATIENT)
+    driver.submit("running", max_tokens=16)
+    driver.step()
+
+    long = driver.submit("x" * 28, max_tokens=1, tenant="long")
+    for number in range(30):
+        driver.submit(f"{number}", max_tokens=4, tenant=f"short {number}")
+    driver.finish()
+
+    assert driver.finished.index(long) <= 4
+
+
+def test_a_full_queue_takes_from_the_tenant_that_has_most(make_driver: MakeDriver) -> None:
+    driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_waiting=4))
+    driver.submit("running", max_tokens=20, tenant="a")
+    driver.step()
+    greedy = [driver.submit(f"{number}", tenant="a") for number in range(4)]
+
+    with pytest.raises(QueueFull):
+        driver.submit("one more", tenant="a")
+    others = [driver.submit(f"{number}", tenant="b") for number in range(2)]
+    with pytest.raises(QueueFull):
+        driver.submit("more than a share", tenant="b")
+    with pytest.raises(QueueFull):
+        driver.submit("more than a share", tenant="a")
+    driver.finish()
+
+    assert [isinstance(driver.errors.get(each), QueueFull) for each in greedy] == [False, False, True, True]
+    assert all(driver.outputs[each].finished for each in (*greedy[:2], *others))
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_another_tenants_prompt_is_found_in_the_cache_only_if_the_config_shares_it(
+    make_driver: MakeDriver, is_shared: bool
+) -> None:
+    driver = make_driver(engine={"share_prefix_cache": is_shared})
+    prompt = "a beginning that is long enough to be cached"
+
+    found = []
+    for fields in ({"tenant": "a"}, {"tenant": "a"}, {"tenant": "b"}, {"cache_salt": "1:a"}, {"tenant": "b"}):
+        request_id = driver.submit(prompt, max_tokens=1, **fields)  # type: ignore[arg-type]
+        driver.finish()
+        found.append(driver.outputs[request_id].num_cached_tokens > 0)
+
+    assert found == [False, True, is_shared, False, True]
