@@ -176,11 +176,15 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class KeysConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """API keys. With none, everybody may ask. `file` holds one key a line; `env` names a variable with one key."""
+    """API keys. With none, everybody may ask. `file` holds one key a line; `env` names a variable with one key.
+
+    With `admin` they are an operator's: beside keys with names, only such see the metrics of all models and keys.
+    """
 
     keys: tuple[Word, ...] = ()
     file: Text | None = None
     env: Word = "BRLITE_API_KEY"
+    admin: bool = False
 
     def __repr__(self) -> str:
         return f"KeysConfig({len(self.keys)} keys, file={self.file!r}, env={self.env!r})"
@@ -189,7 +193,7 @@ class KeysConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One API key with rules of its own. `name` is how logs and metrics call it; the key comes from `key` or `env`.
 
-    No `models` means all of them; 0 sets no limit.
+    No `models` means all of them; 0 sets no limit. With `admin` it is an operator's, which sees all metrics.
     """
 
     name: Word
@@ -199,6 +203,7 @@ class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     requests_per_minute: CountOrZero = 0
     tokens_per_minute: CountOrZero = 0
     max_concurrent: CountOrZero = 0
+    admin: bool = False
 
     def __repr__(self) -> str:
         return f"KeyConfig({self.name!r})"

@@ -88,6 +88,7 @@ MAY_BE_ASYNC = (
     "server",
     "proxy",
     "engine.async_engine",
+    "engine.fair_thread",
     "app",
     "llm",
     "reload",

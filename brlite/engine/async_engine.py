@@ -21,6 +21,7 @@ from brlite.config import EngineConfig
 from brlite.engine.admission import check_length
 from brlite.engine.backend import Backend, BackendInfo, CanBeLost, close_dropped
 from brlite.engine.engine import Engine
+from brlite.engine.fair_thread import FairThread
 from brlite.engine.request import Request, Sink
 from brlite.engine.stats import EngineStats
 from brlite.errors import BackendLost, BrliteError, EngineError, NotReady
@@ -49,7 +50,7 @@ class AsyncEngine:
         self._engine = engine
         self._backend = backend
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
-        self._encoder = ThreadPoolExecutor(1, thread_name_prefix="brlite-encode")  # starts with the first long text
+        self._encoder = FairThread("brlite-encode", _stopping)  # starts with the first long text
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -146,17 +147,24 @@ class AsyncEngine:
         self._wake.set()
 
     async def encode(
-        self, text: str, *, add_special_tokens: bool = True, param: str = "prompt", is_bounded: bool = True
+        self,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        param: str = "prompt",
+        is_bounded: bool = True,
+        tenant: str = "",
     ) -> list[int]:
         """Token ids of a text. A long one is encoded on another thread, so that streams do not stall meanwhile.
 
+        Tenants share that thread in turns.
         Raises `PromptTooLong` before that, if it `is_bounded`, for a text that is too long however it is encoded.
         """
         self._check_loop()
         if is_bounded:
             check_length(self.tokenizer.fewest_tokens(text), self.info, param=param, at_least="at least ")
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
-        return await self._off_loop_if(len(text) > LONG_TEXT, encode)
+        return await self._off_loop_if(len(text) > LONG_TEXT, tenant, encode)
 
     async def encode_chat(
         self,
@@ -165,6 +173,7 @@ class AsyncEngine:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         is_bounded: bool = True,
+        tenant: str = "",
     ) -> list[int]:
         """Token ids of a rendered chat, which brings its own special tokens; otherwise as `encode`.
 
@@ -176,13 +185,13 @@ class AsyncEngine:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
-        text = await self._off_loop_if(True, render)
-        return await self.encode(text, add_special_tokens=False, param="messages", is_bounded=is_bounded)
+        text = await self._off_loop_if(True, tenant, render)
+        return await self.encode(text, add_special_tokens=False, param="messages", is_bounded=is_bounded, tenant=tenant)
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
+    async def decode(self, token_ids: Sequence[int], *, tenant: str = "") -> str:
         """The text of whole tokens, special ones too. That of many is put together on another thread."""
         decode = functools.partial(self.tokenizer.decode, token_ids, skip_special_tokens=False)
-        return await self._off_loop_if(len(token_ids) > LONG_TEXT, decode)
+        return await self._off_loop_if(len(token_ids) > LONG_TEXT, tenant, decode)
 
     async def generate(
         self,
@@ -191,6 +200,7 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         cache_salt: str = "",
+        tenant: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """Yield what is new in the request's completions until it is finished; what is not read in time is merged.
 
@@ -200,9 +210,10 @@ class AsyncEngine:
         request = Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=await self.encode(prompt) if isinstance(prompt, str) else prompt,
+            prompt_token_ids=await self.encode(prompt, tenant=tenant) if isinstance(prompt, str) else prompt,
             params=params or SamplingParams(),
             cache_salt=cache_salt,
+            tenant=tenant,
         )
         stream = OutputStream()
         self.submit(request, stream.put)
@@ -244,14 +255,14 @@ class AsyncEngine:
         self._engine.end_all(NotReady("the event loop of the engine is closed"))
         self._backend.close()
         self._thread.shutdown(wait=False)
-        self._encoder.shutdown(wait=False)
+        self._encoder.close()
 
     async def _close(self) -> None:
         self._finalizer.detach()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        self._engine.end_all(NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS))
+        self._engine.end_all(_stopping())
         self._idle.set()
         loop = asyncio.get_running_loop()
         try:
@@ -259,14 +270,14 @@ class AsyncEngine:
             await loop.run_in_executor(self._thread, self._backend.close)
         finally:
             self._thread.shutdown(wait=True)
-            self._encoder.shutdown(wait=False)
+            self._encoder.close()
 
-    async def _off_loop_if(self, is_long: bool, work: Callable[[], T]) -> T:
+    async def _off_loop_if(self, is_long: bool, tenant: str, work: Callable[[], T]) -> T:
         if not is_long:
             return work()
         if self._closing is not None:
-            raise NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS)
-        return await asyncio.get_running_loop().run_in_executor(self._encoder, work)
+            raise _stopping()
+        return await self._encoder.run(tenant, work)
 
     async def _run(self) -> None:
         while True:
@@ -362,6 +373,10 @@ def _call_soon(engine: weakref.ref[AsyncEngine], loop: asyncio.AbstractEventLoop
     if alive is not None:
         with suppress(RuntimeError):  # the loop is closed: nothing waits in it
             loop.call_soon_threadsafe(alive._lose, error)
+
+
+def _stopping() -> NotReady:
+    return NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS)
 
 
 def _nobody_watches() -> None:

@@ -32,6 +32,8 @@ class KeyUsage:
 class ApiKey:
     """One key's rules; without any, it may do everything. `name` is for logs and metrics, empty if it has none.
 
+    `tenant` tells keys apart where they share turns, queues and the prefix cache; it is never shown. An operator's key
+    (`is_admin`) sees what all keys do.
     A request that was let in counts however it ends. Its tokens are known only afterwards: they may take the key into
     debt, and until that is paid its next requests are refused.
     """
@@ -44,8 +46,12 @@ class ApiKey:
         requests_per_minute: int = 0,
         tokens_per_minute: int = 0,
         max_concurrent: int = 0,
+        tenant: str = "",
+        is_admin: bool = False,
     ) -> None:
         self.name = name
+        self.tenant = tenant
+        self.is_admin = is_admin
         self.usage = KeyUsage()
         self.num_running = 0
         self._models = models
@@ -62,6 +68,8 @@ class ApiKey:
             requests_per_minute=config.requests_per_minute,
             tokens_per_minute=config.tokens_per_minute,
             max_concurrent=config.max_concurrent,
+            tenant=f"name:{config.name}",
+            is_admin=config.admin,
         )
 
     def __repr__(self) -> str:
@@ -69,7 +77,7 @@ class ApiKey:
 
     def take_rules(self, other: ApiKey) -> None:
         """Live by the other's rules from now on. What was used of a limit that stays as it was stays used."""
-        self._models, self._max_concurrent = other._models, other._max_concurrent
+        self._models, self._max_concurrent, self.is_admin = other._models, other._max_concurrent, other.is_admin
         self._buckets = {
             noun: mine if (mine := self._buckets.get(noun)) and mine.per_minute == bucket.per_minute else bucket
             for noun, bucket in other._buckets.items()

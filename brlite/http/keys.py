@@ -31,12 +31,15 @@ class ApiKeys:
     `plain` keys have neither name nor rules, `named` ones are pairs of the secret and what it may do.
     """
 
-    def __init__(self, plain: Sequence[str] = (), named: Sequence[tuple[str, ApiKey]] = ()) -> None:
+    def __init__(
+        self, plain: Sequence[str] = (), named: Sequence[tuple[str, ApiKey]] = (), *, is_admin: bool = False
+    ) -> None:
+        """`is_admin` says that the plain keys are an operator's."""
         if not all(secret.strip() for secret in (*plain, *(secret for secret, _ in named))):
             raise ConfigError("keys.keys, [[key]]: an API key must not be empty")
         self._anybody = ApiKey()
         self._named = tuple(key for _, key in named)
-        known = {_digest(secret): self._anybody for secret in plain}
+        known = {digest: _plain_key(digest, is_admin) for digest in map(_digest, plain)}
         for secret, key in named:
             other = known.setdefault(_digest(secret), key)
             if other is not key:
@@ -48,7 +51,7 @@ class ApiKeys:
     def from_config(cls, config: Config) -> ApiKeys:
         """The keys of `[keys]`, its file and its environment variable, and those of `[[key]]`."""
         named = [(_secret(index, key), ApiKey.from_config(key)) for index, key in enumerate(config.key)]
-        return cls(_plain(config.keys), named)
+        return cls(_plain(config.keys), named, is_admin=config.keys.admin)
 
     def __repr__(self) -> str:
         return f"ApiKeys({len(self._known)} keys)"
@@ -66,7 +69,7 @@ class ApiKeys:
         known_by_name = {key.name: key for key in self._named}
         self._named = tuple(_continued(known_by_name.get(key.name), key) for key in other._named)
         by_name = {key.name: key for key in self._named}
-        self._known = tuple((digest, by_name.get(key.name, self._anybody)) for digest, key in other._known)
+        self._known = tuple((digest, by_name.get(key.name, key)) for digest, key in other._known)
         return self._secrets() != before
 
     @property
@@ -88,6 +91,10 @@ class ApiKeys:
             if hmac.compare_digest(digest, known):
                 found = key
         return found
+
+    def may_see_all(self, key: ApiKey | None) -> bool:
+        """Whether a request with this key, or with none, may see what all keys do: where keys have names, operators."""
+        return not self._named or (key is not None and key.is_admin)
 
     def require(self, shown: str | None) -> ApiKey:
         """The key that was shown. Raises `Unauthorized`."""
@@ -132,6 +139,12 @@ def api_key(request: web.BaseRequest) -> ApiKey:
     return request[_KEY]
 
 
+def shown_api_key(request: web.Request) -> ApiKey | None:
+    """The accepted key that the request shows, for handlers of resources that need none; None for a stranger's."""
+    headers = request.headers
+    return request.app[KEYS].find(shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key")))
+
+
 @contextmanager
 def admitted(request: web.BaseRequest, model: str) -> Iterator[None]:
     """Hold a place under the request's key while the model works for it. Raises `Forbidden` or `RateLimited`."""
@@ -161,6 +174,10 @@ def _continued(known: ApiKey | None, key: ApiKey) -> ApiKey:
         return key
     known.take_rules(key)
     return known
+
+
+def _plain_key(digest: bytes, is_admin: bool) -> ApiKey:
+    return ApiKey(tenant=f"digest:{digest.hex()}", is_admin=is_admin)
 
 
 def _plain(config: KeysConfig) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from brlite.engine.request import Request
 from brlite.errors import BrliteError, EngineError, NotReady
 from brlite.http.envelope import error_body
 from brlite.http.events import EventStream
+from brlite.http.keys import api_key
 from brlite.outputs import RequestOutput
 from brlite.server.answers import Answer
 from brlite.server.served_model import ServedModel
@@ -164,7 +165,7 @@ async def answer_whole(
 ) -> web.Response:
     """Wait for the model and for all completions, and answer with one body."""
     with Collector(answer) as collector, _registered(http_request, collector):
-        await ask(await model.loaded(limits.max_wait_seconds), collector)
+        await ask(await model.loaded(limits.max_wait_seconds, api_key(http_request).tenant), collector)
         body = answer.whole(await collector.wait())
     return web.Response(body=body, content_type="application/json")
 
@@ -178,13 +179,13 @@ async def answer_stream(
     """
     with StreamCollector(answer) as collector, _registered(http_request, collector):
         if model.is_available:
-            await ask(await model.loaded(limits.max_wait_seconds), collector)
+            await ask(await model.loaded(limits.max_wait_seconds, api_key(http_request).tenant), collector)
             async with EventStream(http_request, limits.sse_comment_seconds) as stream:
                 return await _send(collector, stream, limits)
         async with EventStream(http_request, limits.sse_comment_seconds) as stream:
             try:
                 with stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
-                    engine = await model.loaded(limits.max_wait_seconds)
+                    engine = await model.loaded(limits.max_wait_seconds, api_key(http_request).tenant)
                 await ask(engine, collector)
             except BrliteError as error:
                 stream.send(error_body(error))

@@ -16,11 +16,11 @@ from msgspec import UNSET
 import brlite
 from brlite.config import Config
 from brlite.engine.async_engine import AsyncEngine
-from brlite.errors import NotFound
+from brlite.errors import Forbidden, NotFound
 from brlite.http.access_log import log_extras
 from brlite.http.body import leave_body, read_body
 from brlite.http.decode import decode_fields, decode_json
-from brlite.http.keys import KEYS, admitted, api_key, spend_tokens
+from brlite.http.keys import KEYS, admitted, api_key, shown_api_key, spend_tokens
 from brlite.sampling_params import SamplingParams, check_token_ids
 from brlite.server import metrics
 from brlite.server.answers import ChatAnswer, CompletionAnswer
@@ -66,7 +66,7 @@ ADD_METRICS: web.AppKey[Callable[[bytes, str], Awaitable[bytes]]] = web.AppKey("
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _CHAT)
-    limits = request.app[CONFIG].limits
+    limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
     with _using(request, body.model) as model:
         with in_the_words_of(body):
             messages = check_chat(body, limits)
@@ -83,6 +83,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
                 add_generation_prompt=has_generation_prompt,
                 continue_final_message=bool(body.continue_final_message),
                 is_bounded=body.truncate_prompt_tokens is None,
+                tenant=tenant,
             )
             return [Prompt(None, token_ids)]
 
@@ -91,7 +92,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 
 async def completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _COMPLETION)
-    limits = request.app[CONFIG].limits
+    limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
     with _using(request, body.model) as model:
         with in_the_words_of(body):
             prompts = check_completion(body, limits)
@@ -107,6 +108,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
                         prompt.text,
                         add_special_tokens=body.add_special_tokens is not False,
                         is_bounded=body.truncate_prompt_tokens is None,
+                        tenant=tenant,
                     ),
                 )
                 if prompt.text is not None
@@ -120,22 +122,26 @@ async def completions(request: web.Request) -> web.StreamResponse:
 async def tokenize(request: web.Request) -> web.Response:
     """Count and show the tokens of a text of any length: only the body's size is limited."""
     body, warnings = await _read(request, _TOKENIZE)
-    limits = request.app[CONFIG].limits
+    limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
     with _using(request, body.model) as model:
         check_tokenize(body)
         has_generation_prompt = generation_prompt(add=body.add_generation_prompt, continues=body.continue_final_message)
         messages = None if body.messages is None else plain_messages(body.messages, limits)
-        engine = await model.loaded(limits.max_wait_seconds)
+        engine = await model.loaded(limits.max_wait_seconds, tenant)
         if messages is not None:
             tokens = await engine.encode_chat(
                 messages,
                 add_generation_prompt=has_generation_prompt,
                 continue_final_message=bool(body.continue_final_message),
                 is_bounded=False,
+                tenant=tenant,
             )
         else:
             tokens = await engine.encode(
-                body.prompt or "", add_special_tokens=body.add_special_tokens is not False, is_bounded=False
+                body.prompt or "",
+                add_special_tokens=body.add_special_tokens is not False,
+                is_bounded=False,
+                tenant=tenant,
             )
         names = TokenNames(engine.tokenizer)
         token_strs = [names(token_id) for token_id in tokens] if body.return_token_strs else UNSET
@@ -145,16 +151,16 @@ async def tokenize(request: web.Request) -> web.Response:
 async def detokenize(request: web.Request) -> web.Response:
     body, warnings = await _read(request, _DETOKENIZE)
     with _using(request, body.model) as model:
-        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds)
+        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, api_key(request).tenant)
         check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
-        text = await engine.decode(body.tokens)
+        text = await engine.decode(body.tokens, tenant=api_key(request).tenant)
     return _json(DetokenizeAnswer(text, warnings or UNSET))
 
 
 async def tokenizer_info(request: web.Request) -> web.Response:
     """What lm-eval asks for first. The query's `model` says whose, where several are served."""
     with _using(request, request.query.get("model")) as model:
-        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds)
+        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, api_key(request).tenant)
         tokenizer = engine.tokenizer
         bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
         info = TokenizerInfo(
@@ -203,31 +209,42 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """Serving: 200 if new work is taken, else 503; with how far each model is, and who else can be reached."""
-    models = request.app[MODELS]
+    """Serving: 200 if new work is taken, else 503.
+
+    With how far each model is that the request's key may use, and who else can be reached; without a key only that.
+    """
+    models, key = request.app[MODELS], shown_api_key(request)
     is_ready = models.takes_requests
-    progress: list[dict[str, object]] = [
-        {
-            "model": model.name,
-            "status": model.status,
-            "stage": model.loading.stage,
-            "progress": round(model.loading.fraction, 3),
-        }
-        for model in models
-    ]
-    forwarded = [forwarded_progress(model) for model in models.forwarded if model.name == model.model]
-    return web.json_response(
-        {"status": models.status, "models": progress, **({"forwarded": forwarded} if forwarded else {})},
-        status=200 if is_ready else 503,
-        headers={} if is_ready else {"Retry-After": "1"},
-    )
+    answer: dict[str, object] = {"status": models.status}
+    if key is not None:
+        answer["models"] = [
+            {
+                "model": model.name,
+                "status": model.status,
+                "stage": model.loading.stage,
+                "progress": round(model.loading.fraction, 3),
+            }
+            for model in models
+            if key.may_use(model.name)
+        ]
+        forwarded = [model for model in models.forwarded if model.name == model.model and key.may_use(model.model)]
+        if forwarded:
+            answer["forwarded"] = [forwarded_progress(model) for model in forwarded]
+    return web.json_response(answer, status=200 if is_ready else 503, headers={} if is_ready else {"Retry-After": "1"})
 
 
 async def get_metrics(request: web.Request) -> web.Response:
-    """Our own numbers and, with `?upstream=NAME` or `all`, those of upstreams."""
-    app, which = request.app, request.query.get("upstream")
-    body, content_type = metrics.render(app[MODELS], app[KEYS], app[metrics.COLLECTORS])
+    """Our own numbers and, with `?upstream=NAME` or `all`, those of upstreams.
+
+    Where keys have names, all but the process's own numbers need an operator's key: they tell of models and keys.
+    """
+    app, which, keys = request.app, request.query.get("upstream"), request.app[KEYS]
+    may_see_names = keys.may_see_all(shown_api_key(request))
+    collectors = metrics.named_collectors(app[MODELS], keys, app[metrics.COLLECTORS]) if may_see_names else ()
+    body, content_type = metrics.render(collectors)
     if which is not None:
+        if not may_see_names:
+            raise Forbidden("metrics of upstreams need an operator's key (admin = true)", param="upstream")
         body = await app[ADD_METRICS](body, which)
     return web.Response(body=body, headers={"Content-Type": content_type})
 
@@ -297,7 +314,8 @@ def _using(request: web.Request, name: str | None) -> Iterator[ServedModel]:
     """
     models = request.app[MODELS]
     whole_name = models.resolve(name) if name else models.find(None).name
-    with admitted(request, whole_name), models.use(whole_name, request.app[CONFIG].limits.max_waiting) as model:
+    max_waiting, tenant = request.app[CONFIG].limits.max_waiting, api_key(request).tenant
+    with admitted(request, whole_name), models.use(whole_name, max_waiting, tenant) as model:
         yield model
 
 
@@ -316,7 +334,9 @@ async def _answer(
         with in_the_words_of(body):
             prompts, cuts = truncate(await encode(engine), body, engine.info)
             answer.warn(cuts)
-            collector.submit(engine, make_requests(answer.id, prompts, params, body.cache_salt))
+            collector.submit(
+                engine, make_requests(answer.id, prompts, params, body.cache_salt, api_key(request).tenant)
+            )
 
     try:
         if body.stream:

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from brlite.errors import NotReady, QueueFull
+from brlite.errors import BrliteError, NotReady, QueueFull
+from brlite.http.fair_queue import FairQueue
 
 RETRY_SECONDS = 5
 
@@ -35,12 +36,12 @@ class Loading:
     @property
     def num_waiting(self) -> int:
         """How many requests wait for the next end; those whose wait has just ended do not count."""
-        return self._queue.num_waiting
+        return len(self._queue.waiters)
 
     @property
     def wanted_since(self) -> float:
         """When the first of those who wait came; infinity if nobody waits."""
-        return self._queue.since if self._queue.num_waiting else math.inf
+        return self._queue.since if self.num_waiting else math.inf
 
     def watch(self, on_change: Callable[[], None]) -> None:
         """Have `on_change` called when somebody begins to wait, or stops."""
@@ -53,37 +54,41 @@ class Loading:
         """Note how far it is."""
         self.stage, self.fraction = stage, fraction
 
-    def check(self, max_waiting: int) -> None:
-        """Raise `NotReady` or `QueueFull` for a request that would wait in vain."""
+    def check(self, max_waiting: int, tenant: str = "") -> None:
+        """Raise `NotReady` or `QueueFull` for a request that would wait in vain. Tenants share the queue."""
         if self._is_over:
             raise stopping()
         if self._clock() < self._retry_time:
             raise self._failure()
-        if self._queue.num_waiting >= max_waiting:
-            raise QueueFull(
-                f"{self._queue.num_waiting} requests wait for the model {self._name} to be loaded; "
-                f"this server queues at most {max_waiting}",
-                retry_after_seconds=RETRY_SECONDS,
-            )
+        waiters = self._queue.waiters
+        waiters.max_items = max_waiting
+        num_most = max(map(waiters.count, waiters.keys), default=0)
+        if len(waiters) >= max_waiting and num_most <= waiters.count(tenant) + 1:
+            raise self._full()
 
-    async def wait(self, seconds: float) -> None:
+    async def wait(self, seconds: float, tenant: str = "") -> None:
         """Return at its end. Raises `NotReady` if it fails, or takes longer than `seconds`.
 
+        Raises `QueueFull` where the queue is full and other tenants have less of it than this one.
         It goes on without those who stop waiting; only one that has not begun is forgotten when nobody is left.
         """
-        self.check(sys.maxsize)
-        queue = self._queue
-        queue.join(self._clock())
+        queue, waiter = self._queue, _Waiter()
+        self.check(queue.waiters.max_items, tenant)
+        if not len(queue.waiters):
+            queue.since = self._clock()
+        dropped = queue.waiters.add(tenant, waiter)
+        if dropped is not None:
+            dropped.end(self._full)
         self._on_change()
         try:
-            await asyncio.wait_for(queue.ended.wait(), seconds)
+            await asyncio.wait_for(waiter.ended.wait(), seconds)
         except asyncio.TimeoutError:
             raise self.not_ready(f"was not loaded within {seconds:g} seconds") from None
         finally:
-            queue.num_waiting -= 1
+            queue.waiters.remove(tenant, waiter)
             self._on_change()
-        if queue.refusal is not None:
-            raise queue.refusal()
+        if waiter.refusal is not None:
+            raise waiter.refusal()
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -113,6 +118,13 @@ class Loading:
         message = f"the model {self._name} {what}: {self.stage}, {self.fraction:.0%}"
         return NotReady(message, retry_after_seconds=RETRY_SECONDS)
 
+    def _full(self) -> QueueFull:
+        return QueueFull(
+            f"{self.num_waiting} requests wait for the model {self._name} to be loaded; "
+            f"this server queues at most {self._queue.waiters.max_items}, shared by key",
+            retry_after_seconds=RETRY_SECONDS,
+        )
+
     def _failure(self) -> NotReady:
         seconds = max(1, math.ceil(self._retry_time - self._clock()))
         return NotReady(
@@ -124,24 +136,29 @@ class Loading:
 
     def _end(self, refusal: Callable[[], NotReady] | None) -> None:
         queue, self._queue = self._queue, _Queue()
-        queue.refusal = refusal
-        queue.ended.set()
+        while len(queue.waiters):
+            queue.waiters.pop().end(refusal)
         self.report("waiting", 0.0)
 
 
-class _Queue:
-    """Those who wait for the same end, since the first of them came."""
+class _Waiter:
+    """A request that waits, until `ended`; `refusal` makes the error that it ends with, if it does."""
 
     def __init__(self) -> None:
-        self.num_waiting = 0
-        self.since = math.inf
         self.ended = asyncio.Event()
-        self.refusal: Callable[[], NotReady] | None = None
+        self.refusal: Callable[[], BrliteError] | None = None
 
-    def join(self, now: float) -> None:
-        if self.num_waiting == 0:
-            self.since = now
-        self.num_waiting += 1
+    def end(self, refusal: Callable[[], BrliteError] | None) -> None:
+        self.refusal = refusal
+        self.ended.set()
+
+
+class _Queue:
+    """Those that wait for the same end, since the first of them came."""
+
+    def __init__(self) -> None:
+        self.since = math.inf
+        self.waiters: FairQueue[str, _Waiter] = FairQueue(sys.maxsize)
 
 
 def stopping() -> NotReady:

@@ -277,13 +277,18 @@ class OutputCollector(Collector):
         yield CounterMetricFamily("brlite:log_lines_dropped", about, value=num_dropped_lines())
 
 
-def render(models: ModelTable, keys: ApiKeys, more: Iterable[Collector]) -> tuple[bytes, str]:
-    """The exposition in Prometheus's text format 0.0.4, and its content type.
+def named_collectors(models: ModelTable, keys: ApiKeys, more: Iterable[Collector]) -> list[Collector]:
+    """What tells the names of models, keys or upstreams."""
+    return [EngineCollector(models), KeyCollector(keys), *more]
+
+
+def render(collectors: Iterable[Collector]) -> tuple[bytes, str]:
+    """These and the process's own numbers in Prometheus's text format 0.0.4, and its content type.
 
     Never OpenMetrics, whatever a client accepts: prometheus_client 0.23 to 0.26 writes `vllm_` for `vllm:` there.
     """
     registry = CollectorRegistry(auto_describe=False)
-    for collector in (EngineCollector(models), KeyCollector(keys), OutputCollector(), *more):
+    for collector in (OutputCollector(), *collectors):
         registry.register(collector)
     for of_process in (ProcessCollector, PlatformCollector, GCCollector):
         of_process(registry=registry)

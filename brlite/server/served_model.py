@@ -81,12 +81,12 @@ class ServedModel:
         self.loading.watch(on_change)
 
     @contextmanager
-    def in_use(self, max_waiting: int) -> Iterator[None]:
+    def in_use(self, max_waiting: int, tenant: str = "") -> Iterator[None]:
         """Keep it from being unloaded. Raises `NotReady` or `QueueFull` where it would be waited for in vain."""
         if not self.is_available:
             if self.engine is None and not self.is_on_demand:
                 raise self.loading.not_ready("is loading")
-            self.loading.check(max_waiting)
+            self.loading.check(max_waiting, tenant)
         self.num_requests += 1
         try:
             yield
@@ -96,10 +96,10 @@ class ServedModel:
             if not self.num_active:
                 self._on_change()
 
-    async def loaded(self, max_wait_seconds: float) -> AsyncEngine:
+    async def loaded(self, max_wait_seconds: float, tenant: str = "") -> AsyncEngine:
         """Its engine, once it is there; only while `in_use`. Raises `NotReady` if it does not come, or not in time."""
         if not self.is_available:
-            await self.loading.wait(max_wait_seconds)  # from its end on this request is active
+            await self.loading.wait(max_wait_seconds, tenant)  # from its end on this request is active
         if self.engine is None:  # lost, between the end of its load and now
             raise self.loading.not_ready("is not loaded any more")
         return self.engine
@@ -193,13 +193,13 @@ class ModelTable:
         return model
 
     @contextmanager
-    def use(self, name: str | None, max_waiting: int) -> Iterator[ServedModel]:
+    def use(self, name: str | None, max_waiting: int, tenant: str = "") -> Iterator[ServedModel]:
         """The model to give new work to, which is not unloaded inside. Raises `ModelNotFound`, or `NotReady` where it
         does not take work or the server is draining."""
         model = self.find(name)
         if self.is_draining:
             raise stopping()
-        with model.in_use(max_waiting):
+        with model.in_use(max_waiting, tenant):
             yield model
 
     def _unknown(self, name: str | None) -> str:

@@ -148,9 +148,12 @@ def answer_form(body: ChatCompletionRequest | CompletionRequest, model: str, par
 
 
 def make_requests(
-    answer_id: str, prompts: list[Prompt], params: SamplingParams, cache_salt: str | None
+    answer_id: str, prompts: list[Prompt], params: SamplingParams, cache_salt: str | None, tenant: str
 ) -> list[Request]:
-    """The engine's requests for prompts whose token ids are made. Only the first may be ended for waiting too long."""
+    """The engine's requests for prompts whose token ids are made, which share a turn of their tenant's.
+
+    Only the first may be ended for waiting too long.
+    """
     return [
         Request(
             request_id=f"{answer_id}-{index}",
@@ -158,6 +161,8 @@ def make_requests(
             prompt_token_ids=prompt.token_ids or [],
             params=params,
             cache_salt=cache_salt or "",
+            tenant=tenant,
+            group=answer_id,
             is_patient=index > 0,
         )
         for index, prompt in enumerate(prompts)

@@ -197,7 +197,10 @@ def test_each_key_is_found_with_its_own_rules() -> None:
     found = [keys.find(secret) for secret in ("sk-a", "sk-b", "sk-c", "", None)]
 
     assert found == [team_a, team_b, None, None, None]
-    assert keys.find("plain-1") is keys.find("plain-2") is not None
+    plain = [keys.find("plain-1"), keys.find("plain-2")]
+    assert [key is not None and (key.name, key.has_limits) for key in plain] == [("", False)] * 2
+    tenants = {key.tenant for key in (*plain, ApiKey.from_config(KeyConfig(name="a", key="x"))) if key is not None}
+    assert len(tenants) == 3  # each shares turns and caches with itself only
     assert list(keys) == [team_a, team_b]
     assert repr(keys) == "ApiKeys(4 keys)"
 

@@ -35,7 +35,7 @@ async def start() -> AsyncIterator[Start]:
         async def make(stream: Step = WELL, **rules: object) -> tuple[Proxy, Ask]:
             upstream = ScriptedUpstream(Step(GOOD_PLAIN), stream)
             await stack.enter_async_context(upstream)
-            key = KeyConfig(name="team-a", key="secret-a", **rules)  # type: ignore[arg-type]  # any of its rules
+            key = KeyConfig(name="team-a", key="secret-a", admin=True, **rules)  # type: ignore[arg-type]  # any of its rules
             config = UpstreamConfig(url=upstream.url, models=("m", "other"), health_path="")
             proxy = await stack.enter_async_context(run_proxy(config, key=(key,)))
 
@@ -53,7 +53,8 @@ async def start() -> AsyncIterator[Start]:
 
 
 async def scrape(proxy: Proxy) -> str:
-    async with aiohttp.ClientSession() as session, session.get(f"{proxy.server.url}/metrics") as response:
+    session = aiohttp.ClientSession(headers={"Authorization": "Bearer secret-a"})
+    async with session, session.get(f"{proxy.server.url}/metrics") as response:
         return await response.text()
 
 

@@ -22,6 +22,7 @@ from tests.server.conftest import MODEL, Client, chat_body, completion_body
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 SECRET = "sk-team-a"
+OPERATOR = KeyConfig(name="operator", key="sk-operator", admin=True)
 PROMPT_TOKENS = 11  # of chat_body() in bytes
 
 MakeClient = Callable[..., Awaitable[Client]]
@@ -34,7 +35,7 @@ def limited(make_client: MakeClient) -> LimitedClient:
 
     async def start(*, backend: dict[str, Any] | None = None, **rules: Any) -> Client:
         key = KeyConfig(name="team-a", key=SECRET, **rules)
-        client = await make_client(config={"key": (key,)}, **(backend or {}))
+        client = await make_client(config={"key": (key, OPERATOR)}, **(backend or {}))
         client.session.headers["Authorization"] = f"Bearer {SECRET}"
         return client
 
@@ -43,7 +44,8 @@ def limited(make_client: MakeClient) -> LimitedClient:
 
 async def counts(client: Client) -> dict[str, int]:
     """The key's counters in `/metrics`, by their second label."""
-    async with client.session.get(client.url + "/metrics") as response:
+    shown = {"Authorization": f"Bearer {OPERATOR.key}"}
+    async with client.session.get(client.url + "/metrics", headers=shown) as response:
         text = await response.text()
     assert SECRET not in text
     lines = re.findall(r'^brlite:key_\w+_total\{key="team-a",\w+="(\w+)"\} (\S+)$', text, re.MULTILINE)

@@ -1,0 +1,75 @@
+"""One thread that tenants share for work beside the event loop: each gets its turn, however much another one queues."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from brlite.errors import NotReady
+
+T = TypeVar("T")
+Jobs = OrderedDict["asyncio.Future[Any]", Callable[[], Any]]
+
+
+class FairThread:
+    """Runs work in turns by tenant. Used on one event loop's thread; the thread itself starts with the first work."""
+
+    def __init__(self, name: str, closing: Callable[[], NotReady]) -> None:
+        """`closing` makes the error of work that comes after `close`, or that waits then."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._closing = closing
+        self._tenants: OrderedDict[str, Jobs] = OrderedDict()
+        self._is_running = False
+        self._is_closed = False
+
+    async def run(self, tenant: str, work: Callable[[], T]) -> T:
+        """What `work` returns or raises, once its turn has come. Cancelling drops work that has not begun."""
+        if self._is_closed:
+            raise self._closing()
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._tenants.setdefault(tenant, OrderedDict())[done] = work
+        self._start_next()
+        try:
+            return await done
+        except asyncio.CancelledError:
+            self._drop(tenant, done)
+            raise
+
+    def close(self) -> None:
+        """Refuse what waits, and let the thread end with the work under way. May be called twice and without a loop."""
+        self._is_closed = True
+        for jobs in self._tenants.values():
+            for done in jobs:
+                if not done.done() and not done.get_loop().is_closed():
+                    done.set_exception(self._closing())
+        self._tenants.clear()
+        self._thread.shutdown(wait=False)
+
+    def _drop(self, tenant: str, done: asyncio.Future[Any]) -> None:
+        jobs = self._tenants.get(tenant)
+        if jobs is not None and jobs.pop(done, None) is not None and not jobs:
+            del self._tenants[tenant]
+
+    def _start_next(self) -> None:
+        if self._is_running or not self._tenants:
+            return
+        tenant, jobs = next(iter(self._tenants.items()))
+        done, work = jobs.popitem(last=False)
+        self._tenants.move_to_end(tenant)
+        if not jobs:
+            del self._tenants[tenant]
+        self._is_running = True
+        running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        running.add_done_callback(functools.partial(self._finish, done))
+
+    def _finish(self, done: asyncio.Future[Any], running: asyncio.Future[Any]) -> None:
+        self._is_running = False
+        error = running.exception()
+        if not done.done():
+            done.set_result(running.result()) if error is None else done.set_exception(error)
+        if not self._is_closed:
+            self._start_next()
