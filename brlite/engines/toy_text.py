@@ -13,6 +13,7 @@ from brlite.tokenizer import Tokenizer
 from brlite.tokenizer.chat_formats import ChatFormat
 from brlite.tokenizer.marked_text import MarkedText
 from brlite.tokenizer.token_bytes import TokenBytes
+from brlite.tokenizer.tokenizer import Encoder
 
 END, SYSTEM, USER, ASSISTANT = range(256, 260)
 NAMES = {END: "<|end|>", SYSTEM: "<|system|>", USER: "<|user|>", ASSISTANT: "<|assistant|>"}
@@ -33,7 +34,7 @@ def toy_tokenizer() -> Tokenizer:
     )
 
 
-class ByteEncoder:
+class ByteEncoder(Encoder):
     """Bytes as they are; a whole prompt is what a user says, and the assistant's turn is next."""
 
     max_composed = 1

@@ -18,7 +18,6 @@ from brlite.text_file import read_text as read_text_file
 from brlite.tokenizer.child_process import ChildFailed, ChildLimits, ChildProcess
 from brlite.tokenizer.control_tokens import ControlTokens
 
-_SCRIPT = Path(__file__).with_name("template_child.py")
 _PACKAGES = ("jinja2", "markupsafe")
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_ -]{0,63}")  # what a template may make a control token of
 
@@ -42,7 +41,7 @@ class ChatTemplate:
         self.text = template
         self._control_tokens = control_tokens or ControlTokens({})
         self._knows_developer = "developer" in template
-        self._child = ChildProcess(_SCRIPT, _PACKAGES, limits or ChildLimits())
+        self._child = ChildProcess(_PACKAGES, limits or ChildLimits())
         setup = {
             "template": template,
             "controls": self._control_tokens.texts,

@@ -1,4 +1,4 @@
-"""Runs a script of ours in a child process and exchanges messages with it, within a budget of time and memory.
+"""Runs `child_script.py` in a child process and exchanges messages with it, within a budget of time and memory.
 
 Knows nothing of what the messages say. A message is a 4-byte big-endian length and that many bytes of JSON; each gets
 one answer. The script runs under a plain `python -I -S`: it cannot import brlite, the user's program or
@@ -29,6 +29,15 @@ WALL_SECONDS = 60.0  # for an answer; what the child computes is bounded in CPU 
 MAX_ANSWER_BYTES = 2**30
 ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH")  # all that a child gets to see of ours
 
+# One thread and one heap: more would be counted against the child's memory.
+FIXED_ENVIRONMENT = {
+    "LC_ALL": "C",
+    "MALLOC_ARENA_MAX": "1",
+    "RAYON_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+_SCRIPT = Path(__file__).with_name("child_script.py")
 _LENGTH = struct.Struct(">I")
 
 
@@ -50,9 +59,8 @@ class ChildProcess:
     this process starts a child of its own.
     """
 
-    def __init__(self, script: Path, packages: Sequence[str], limits: ChildLimits) -> None:
+    def __init__(self, packages: Sequence[str], limits: ChildLimits) -> None:
         """`packages` are what the script imports beside the standard library."""
-        self._script = script
         self._packages = packages
         self._limits = limits
         self._setup: dict[str, Any] | None = None
@@ -105,13 +113,13 @@ class ChildProcess:
         if self._process is not None and self._process.poll() is not None:
             self._end()
         if self._process is None:
-            self._process = _start(self._script)
+            self._process = _start()
             self._finalizer = weakref.finalize(self, _end, self._process, self._pid)
             if self._is_closed:
                 raise ChildFailed("the model is being closed")
             paths = sorted({_package_parent(name) for name in self._packages})
-            limits = {"paths": paths, "seconds": self._limits.seconds, "memory_bytes": self._limits.memory_bytes}
-            self._exchange(_encode(limits), START_SECONDS)
+            frame = {"paths": paths, "packages": list(self._packages), **self._limits._asdict()}
+            self._exchange(_encode(frame), START_SECONDS)
             self._setup_answer = {} if self._setup is None else self._exchange(_encode(self._setup), WALL_SECONDS)
         return self._setup_answer
 
@@ -154,21 +162,21 @@ def _encode(message: dict[str, Any]) -> bytes:
     return _LENGTH.pack(len(data)) + data
 
 
-def _start(script: Path) -> subprocess.Popen[bytes]:
+def _start() -> subprocess.Popen[bytes]:
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     try:
         process = subprocess.Popen(
-            [_python(), "-I", "-S", str(script)],
+            [_python(), "-I", "-S", str(_SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             bufsize=0,
             cwd="/",
-            env={**environment, "LC_ALL": "C"},
+            env={**environment, **FIXED_ENVIRONMENT},
             start_new_session=True,  # the terminal's Ctrl-C is for us
         )
     except (OSError, ValueError) as error:
-        raise EngineError(f"a process for chat templates cannot be started: {error}") from None
+        raise EngineError(f"a child process cannot be started: {error}") from None
     for pipe in (process.stdin, process.stdout):
         assert pipe is not None, "both are pipes"
         os.set_blocking(pipe.fileno(), False)
@@ -187,7 +195,7 @@ def _python() -> str:
         if path and os.path.basename(path).startswith("python") and os.access(path, os.X_OK):
             return path
     raise EngineError(
-        f"no Python interpreter was found to render chat templates with; looked for {version} in {sys.exec_prefix}"
+        f"no Python interpreter was found to start child processes with; looked for {version} in {sys.exec_prefix}"
     )
 
 
@@ -195,7 +203,7 @@ def _package_parent(name: str) -> str:
     """The folder to import a package from, as this process would."""
     spec = find_spec(name)
     if spec is None or not spec.origin:
-        raise EngineError(f"the package {name}, which renders chat templates, is not installed")
+        raise EngineError(f"the package {name} is not installed")
     return str(Path(spec.origin).resolve().parent.parent)
 
 

@@ -1,48 +1,37 @@
-"""What cuts text into token ids: the interface, and Hugging Face's `tokenizers` behind it.
+"""Cuts text into token ids by Hugging Face's `tokenizers`.
 
 That library panics where it should raise, which is a `BaseException`: here it becomes an error of the text that did it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Sequence
 
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from brlite.errors import InvalidRequest
-from brlite.quoting import reason
+from brlite.errors import InvalidRequest, ModelError
+from brlite.quoting import one_line, reason
+from brlite.tokenizer.child_process import ChildFailed, ChildLimits, ChildProcess
 from brlite.tokenizer.control_tokens import is_control
+from brlite.tokenizer.tokenizer import Encoder
 
+_ALL, _WORDS, _LATER_WORDS = range(3)
+_TABLE_GROWTH = 32  # the library's tables take so many times the bytes of their JSON at most
 _MAX_COMPOSED = 4  # so many characters at most become one where Unicode is normalised
 
 
-class Encoder(Protocol):
-    """Any thread may use it, and `encode` drops the GIL."""
+class BackendEncoder(Encoder):
+    """An `Encoder` over a tokenizer of the `tokenizers` package: with control tokens, without, and for later words."""
 
-    @property
-    def max_composed(self) -> int:
-        """So many characters of a text at most become one before it is cut; 0 if there is no limit."""
-        ...
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The text of a control token becomes that token, where the vocabulary finds it in texts."""
-        ...
-
-    def encode_words(self, text: str, *, is_first: bool) -> list[int]:
-        """Without control tokens, whatever the text spells out. `is_first`: nothing stands before it in the prompt."""
-        ...
-
-
-class BackendEncoder:
-    """An `Encoder` over a tokenizer of the `tokenizers` package."""
-
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, *, child_limits: ChildLimits | None = None) -> None:
+        """With `child_limits` texts are encoded in a child process, which an expression without an end cannot hold."""
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._words = _without_control_tokens(backend, backend.pre_tokenizer)
-        self._later_words = _without_control_tokens(backend, _without_first_space(backend.pre_tokenizer))
+        later_words = _without_control_tokens(backend, _without_first_space(backend.pre_tokenizer))
+        self._backends = (backend, self._words, later_words)
+        self._child = None if child_limits is None else _start_child(self._backends, child_limits)
         self._control_ids = frozenset(token_id for token_id, token in added.items() if is_control(token))
         # What the copies call the tokens that the vocabulary does not hold itself.
         self._renumbered = {
@@ -58,13 +47,29 @@ class BackendEncoder:
         return 1 if self._backend.normalizer is None else _MAX_COMPOSED
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return _encode(self._backend, text, add_special_tokens=add_special_tokens)
+        return self._encode(_ALL, text, add_special_tokens=add_special_tokens)
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.close()
 
     def encode_words(self, text: str, *, is_first: bool) -> list[int]:
-        ids = _encode(self._words if is_first else self._later_words, text)
+        ids = self._encode(_WORDS if is_first else _LATER_WORDS, text)
         if self._renumbered:
             ids = [self._renumbered.get(token_id, token_id) for token_id in ids]
         return ids if self._control_ids.isdisjoint(ids) else list(self._by_character(ids))
+
+    def _encode(self, index: int, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        if self._child is None:
+            return _encode(self._backends[index], text, add_special_tokens=add_special_tokens)
+        try:
+            answer = self._child.call({"index": index, "text": text, "add_special_tokens": add_special_tokens})
+        except ChildFailed as error:
+            answer = {"error": str(error)}
+        if "error" in answer:
+            raise InvalidRequest(f"the model's tokenizer failed on the text: {one_line(answer['error'])}")
+        ids: list[int] = answer["ids"]
+        return ids
 
     def _by_character(self, ids: Iterable[int]) -> Iterable[int]:
         """`ids` with each control token, which the vocabulary made of words after all, as its characters."""
@@ -73,7 +78,21 @@ class BackendEncoder:
                 yield token_id
                 continue
             for character in self._backend.id_to_token(token_id) or "":
-                yield from (part for part in _encode(self._later_words, character) if part not in self._control_ids)
+                yield from (part for part in self._encode(_LATER_WORDS, character) if part not in self._control_ids)
+
+
+def _start_child(backends: Sequence[tokenizers.Tokenizer], limits: ChildLimits) -> ChildProcess:
+    texts = [backend.to_str() for backend in backends]
+    limits = limits._replace(memory_bytes=limits.memory_bytes + _TABLE_GROWTH * sum(map(len, texts)))
+    child = ChildProcess(("tokenizers",), limits)
+    try:
+        answer = child.set_up({"tokenizers": texts})
+    except ChildFailed as error:
+        answer = {"error": str(error)}
+    if "error" in answer:
+        child.close()
+        raise ModelError(f"the tokenizer cannot be read: {one_line(answer['error'])}")
+    return child
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:

@@ -19,15 +19,18 @@ from brlite.quoting import excerpt, reason
 from brlite.tokenizer.chat_template import ChatTemplate, read_template
 from brlite.tokenizer.child_process import ChildLimits
 from brlite.tokenizer.control_tokens import ControlTokens, read_control_tokens
-from brlite.tokenizer.encoder import BackendEncoder
+from brlite.tokenizer.encoder import BackendEncoder, is_panic
 from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
+from brlite.tokenizer.json_check import check_tokenizer_json
 from brlite.tokenizer.pieces import read_sentencepiece
 from brlite.tokenizer.post_processor import add_bos_eos
+from brlite.tokenizer.pre_tokenizers import ends_soon
 from brlite.tokenizer.token_bytes import read_token_bytes
 from brlite.tokenizer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_SAMPLE = "Hello ﷺ 你好 e\u0301 \ufffd"  # finds tables that the library reads beyond their ends
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
@@ -47,8 +50,10 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
         **read_json(folder / "special_tokens_map.json"),
         **read_json(folder / "tokenizer_config.json"),
     }
-    backend = (
-        _read_tokenizer_json(folder / "tokenizer.json") if has_json else read_sentencepiece(folder / "tokenizer.model")
+    backend, ends = (
+        _read_tokenizer_json(folder / "tokenizer.json")
+        if has_json
+        else (read_sentencepiece(folder / "tokenizer.model"), True)
     )
     _add_listed_tokens(backend, folder, config)
     tokens = _named_tokens(config, folder)
@@ -57,7 +62,7 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
     ids = {name: backend.token_to_id(text) for name, text in named.items()}
     _settle_bos_eos(backend, folder, config, ids, has_json=has_json)
     return Tokenizer(
-        BackendEncoder(backend),
+        BackendEncoder(backend, child_limits=None if ends else limits or ChildLimits()),
         read_token_bytes(backend, source=str(folder)),
         bos_token_id=ids.get("bos_token"),
         eos_token_ids=read_eos_token_ids(folder, ids.get("eos_token")),
@@ -66,15 +71,22 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
     )
 
 
-def _read_tokenizer_json(path: Path) -> Backend:
+def _read_tokenizer_json(path: Path) -> tuple[Backend, bool]:
+    """The tokenizer, and whether all its expressions are known to end."""
     text = read_model_text(path)
+    expressions = check_tokenizer_json(path, text)
     try:
         backend = Backend.from_str(text)
-    except Exception as error:  # tokenizers raises bare Exception for every kind of broken file
+        backend.no_truncation()  # training leaves these two in the file
+        backend.no_padding()
+        ends = all(map(ends_soon, expressions))
+        if ends:
+            backend.encode(_SAMPLE)
+    except BaseException as error:  # tokenizers raises bare Exception for every kind of broken file, or panics
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         raise ModelError(f"{path}: {reason(error)}") from None
-    backend.no_truncation()  # training leaves these two in the file
-    backend.no_padding()
-    return backend
+    return backend, ends
 
 
 def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -> None:

@@ -30,6 +30,9 @@ _SAMPLES = (
 )
 
 
+MAX_PIECE = 1024  # characters: sentencepiece's own limit is 16 unless its makers raise it
+
+
 class PieceKind(enum.IntEnum):
     """What a token is for. The numbers are sentencepiece's and GGUF's."""
 
@@ -125,6 +128,9 @@ def _kind(processor: SentencePieceProcessor, token_id: int) -> PieceKind:
 
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, in the order in which sentencepiece would: best score first."""
+    longest = max((len(piece.text) for piece in pieces), default=0)
+    if longest > MAX_PIECE:
+        raise ModelError(f"a piece of the vocabulary has {longest} characters; at most {MAX_PIECE} are allowed")
     ids = {piece.text: token_id for token_id, piece in enumerate(pieces) if piece.kind is PieceKind.NORMAL}
     ranked = []
     for text, token_id in ids.items():

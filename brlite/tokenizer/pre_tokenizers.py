@@ -6,6 +6,7 @@ is refused: cutting wrongly would give wrong token ids without a word.
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from tokenizers import Regex, pre_tokenizers
@@ -37,6 +38,35 @@ SPLITTINGS = {
     "llama-v3": _LLAMA3,
     "qwen2": Splitting((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",), composes_unicode=True),
 }
+
+
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_PUBLISHED = frozenset(
+    {
+        *(pattern for splitting in SPLITTINGS.values() for pattern in splitting.patterns),
+        # GPT-4's, as Phi-4 has it
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|"
+        r"\s*[\r\n]|\s+(?!\S)|\s+",
+        # Mistral's Tekken, and GPT-4o's
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|{_O200K_REST}",
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}|"
+        rf"\p{{N}}{{1,3}}|{_O200K_REST}",
+        # DeepSeek's
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"
+        r"\s*[\r\n]+|\s+(?!\S)|\s+",
+    }
+)
+_CLASS = r"\[\^?(?:[^\\\[\]]|\\.(?:\{\w+\})?)+\]"
+_CHARACTER = r"\\[pP]\{\w+\}|\\[^pPkg\d]|[^\\\[\](){}|*+?.^$]"
+# One character or class after the other, with one repetition at most, at the end: few characters are looked at twice.
+_SIMPLE = re.compile(rf"(?:(?:{_CLASS}|{_CHARACTER})(?:\?|\{{\d(?:,\d)?\}})?){{1,8}}(?:[*+]|\{{\d,\}})?")
+
+
+def ends_soon(expression: str) -> bool:
+    """Whether an expression is known to take time in proportion to a text. Others run where they can be stopped."""
+    return expression in _PUBLISHED or _SIMPLE.fullmatch(expression) is not None
 
 
 def build_pre_tokenizer(splitting: Splitting) -> pre_tokenizers.PreTokenizer:

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from brlite.errors import ModelError
 from brlite.tokenizer.pieces import Piece, PieceKind, open_sentencepiece, read_pieces, starts_with_space
 from brlite.tokenizer.token_bytes import TokenBytes
+from brlite.tokenizer.tokenizer import Encoder
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 
-class SentencePieceEncoder:
+class SentencePieceEncoder(Encoder):
     """An `Encoder`. `prefix` are the ids that stand before a text encoded with special tokens."""
 
     max_composed = 0  # what a model's normaliser does to a text is not known here

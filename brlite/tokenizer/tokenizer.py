@@ -5,15 +5,35 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from brlite.errors import InvalidRequest
 from brlite.tokenizer.marked_text import MarkedText, cut_before_last
 
 if TYPE_CHECKING:
     from brlite.tokenizer.chat_formats import ChatFormat
-    from brlite.tokenizer.encoder import Encoder
     from brlite.tokenizer.token_bytes import TokenBytes
+
+
+class Encoder(Protocol):
+    """Any thread may use it, and `encode` drops the GIL."""
+
+    @property
+    def max_composed(self) -> int:
+        """So many characters of a text at most become one before it is cut; 0 if there is no limit."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The text of a control token becomes that token, where the vocabulary finds it in texts."""
+        ...
+
+    def encode_words(self, text: str, *, is_first: bool) -> list[int]:
+        """Without control tokens, whatever the text spells out. `is_first`: nothing stands before it in the prompt."""
+        ...
+
+    def close(self) -> None:
+        """Give back what encoding took."""
+        return
 
 
 class Tokenizer:
@@ -137,7 +157,8 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False, param="messages")
 
     def close(self) -> None:
-        """End the process that renders chats. It ends with the last reference, too. May be called twice."""
+        """End the processes that render and encode. They end with the last reference, too. May be called twice."""
+        self._encoder.close()
         if self._chat_template is not None:
             self._chat_template.close()
 

@@ -17,7 +17,7 @@ import pytest
 
 from brlite.errors import InvalidRequest, ModelError
 from brlite.tokenizer.chat_template import ChatTemplate
-from brlite.tokenizer.child_process import ChildLimits
+from brlite.tokenizer.child_process import FIXED_ENVIRONMENT, ChildLimits
 
 HELLO = [{"role": "user", "content": "hello"}]
 LIMITS = ChildLimits(seconds=0.5, memory_bytes=256 * 1024**2)
@@ -254,7 +254,8 @@ def test_nothing_of_the_current_folder_or_the_environment_is_used(tmp_path: Path
 
     assert result.stderr == ""
     assert result.stdout.splitlines()[0] == "hello"
-    assert set(result.stdout.splitlines()[1].split()) <= {"TZ=UTC", "LC_ALL=C"} | {
+    fixed = {f"{name}={value}" for name, value in FIXED_ENVIRONMENT.items()}
+    assert set(result.stdout.splitlines()[1].split()) <= {"TZ=UTC"} | fixed | {
         f"{name}={value}" for name, value in os.environ.items() if name in ("TZDIR", "LD_LIBRARY_PATH")
     }
 

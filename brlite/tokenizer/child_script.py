@@ -1,7 +1,7 @@
-"""The script that runs a model's chat template, in a child process (`child_process.py`): Jinja in its sandbox.
+"""Runs a chat template, or a tokenizer whose expressions may never end, in a child process (`child_process.py`).
 
-A template is a third party's. Here it can neither hang nor exhaust the server: the kernel ends the process where one
-message takes too much CPU time, and bounds its memory. Imports the standard library and jinja2, never brlite.
+Both are a third party's. Here they can neither hang nor exhaust the server: the kernel ends the process where a message
+takes too much CPU time, and bounds its memory. Imports the standard library, jinja2 or tokenizers, never brlite.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from importlib import import_module
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -48,11 +49,11 @@ class Renderer:
         self._variables = variables
         self._controls = _starts_of(controls)
 
-    def unsaid_roles(self) -> list[str]:
+    def describe(self) -> dict[str, Any]:
         """The roles whose messages the template leaves out without a word."""
-        return [role for role, messages in PROBES.items() if self._leaves_out(messages)]
+        return {"unsaid_roles": [role for role, messages in PROBES.items() if self._leaves_out(messages)]}
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> dict[str, Any]:
+    def answer(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> dict[str, Any]:
         """The text and, where a message spells out a control token, the mark behind that token's first character."""
         encoded = json.dumps(messages, ensure_ascii=False)
         mark = None
@@ -67,9 +68,22 @@ class Renderer:
 
     def _leaves_out(self, messages: list[dict[str, str]]) -> bool:
         try:
-            return PROBE not in self.render(list(messages), add_generation_prompt=True)["text"]
+            return PROBE not in self.answer(list(messages), add_generation_prompt=True)["text"]
         except Exception:  # it refuses the role, or this chat of it, and says so to whoever asks
             return False
+
+
+class TextEncoder:
+    """Tokenizers of the `tokenizers` package, as JSON."""
+
+    def __init__(self, tokenizers: Sequence[str]) -> None:
+        self._tokenizers = [import_module("tokenizers").Tokenizer.from_str(text) for text in tokenizers]
+
+    def describe(self) -> dict[str, Any]:
+        return {}
+
+    def answer(self, index: int, text: str, *, add_special_tokens: bool) -> dict[str, Any]:
+        return {"ids": self._tokenizers[index].encode(text, add_special_tokens=add_special_tokens).ids}
 
 
 def _starts_of(controls: Sequence[str]) -> re.Pattern[str] | None:
@@ -151,7 +165,7 @@ def _join(pieces: Iterable[str], max_length: int) -> str:
     return "".join(kept)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     text = " ".join(str(error)[: 4 * MAX_REASON].split()) or type(error).__name__
     return text if len(text) <= MAX_REASON else text[:MAX_REASON] + "…"
 
@@ -160,27 +174,27 @@ def _serve() -> None:
     setup = _receive()
     assert setup is not None, "the limits come first"
     sys.path += setup["paths"]
-    _environment()  # imports jinja2, which the limits are not meant for
+    for name in setup["packages"]:
+        import_module(name)  # the limits are not meant for this
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default is to end the process
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     too_much = f"it needs more than {setup['memory_bytes']} bytes of memory"
     out_of_memory = _encode({"error": too_much, "is_last": True})
-    renderer: Renderer | None = None
+    worker: Renderer | TextEncoder | None = None
     _send(_encode({}))
     while (message := _receive()) is not None:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         try:
-            if renderer is None:
-                renderer = Renderer(**message)
-                answer: dict[str, Any] = {"unsaid_roles": renderer.unsaid_roles()}
+            if worker is None:
+                worker = (TextEncoder if "tokenizers" in message else Renderer)(**message)
+                data = _encode(worker.describe())
             else:
-                answer = renderer.render(**message)
-            data = _encode(answer)
+                data = _encode(worker.answer(**message))
         except MemoryError:
             data = out_of_memory
-        except Exception as error:  # a template's operations are Python's own, and so are its errors
+        except BaseException as error:  # a template's are Python's own; a panic of Rust's is no Exception
             data = _encode({"error": _one_line(error)})
         signal.setitimer(signal.ITIMER_PROF, 0)
         _send(data)

@@ -1,0 +1,129 @@
+"""What a `tokenizer.json` may hold, looked at before the library reads it, which aborts where it should raise.
+
+Sizes are checked against what is there, and how far each step can make a text grow. Builds no tokenizer.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from brlite.errors import ModelError
+from brlite.quoting import reason
+
+MAX_GROWTH = 64  # a text may become so many times as long before it is cut: published ones stay below 10
+MAX_PREPENDED = 64  # characters put before each stretch of a text
+MAX_STEPS = 64  # of normalising and cutting; published tokenizers have fewer than 10
+MAX_REPLACEMENT_BYTES = 256  # of one character, in a table of sentencepiece's; U+FDFA has 33
+BYTE_GROWTH = 4  # a character's bytes, each of which becomes a character
+# What the library's steps do to the length of a text at most, where their own fields do not tell.
+_GROWTH = {"ByteLevel": BYTE_GROWTH, "BertNormalizer": 3, "BertPreTokenizer": 1, "Precompiled": 1}
+
+
+def check_tokenizer_json(path: Path, text: str) -> list[str]:
+    """Raises `ModelError` for a file that could exhaust or crash us. Returns the regular expressions in it."""
+    try:
+        content = json.loads(text, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: {reason(error)}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    try:
+        _check_ids(content, len(text))
+        steps = [*_steps(content.get("normalizer")), *_steps(content.get("pre_tokenizer"))]
+        _check_steps(steps)
+        decoding = list(_steps(content.get("decoder")))
+        _check_steps(decoding)
+    except (TypeError, ValueError, AttributeError, LookupError, RecursionError) as error:
+        raise ModelError(f"{path}: {reason(error)}") from None
+    patterns = (step.get("pattern") for step in (*steps, *decoding))
+    return [pattern["Regex"] for pattern in patterns if isinstance(pattern, dict) and "Regex" in pattern]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Of a key that stands twice the library may take the other value."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("has an object with the same key twice")
+    return found
+
+
+def _check_ids(content: dict[str, Any], num_bytes: int) -> None:
+    """Every id that exists takes a few bytes of the file; tables go up to the highest."""
+    vocabulary = content.get("model", {}).get("vocab", ())
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else [len(vocabulary)]
+    ids += [token["id"] for token in content.get("added_tokens") or ()]
+    processors = [content.get("post_processor") or {}]
+    while processors:
+        processor = processors.pop()
+        processors += processor.get("processors") or ()
+        for token in (processor.get("special_tokens") or {}).values() if _is_template(processor) else ():
+            ids += token["ids"]
+    highest = max(ids, default=0)
+    if type(highest) is not int or min(ids, default=0) < 0 or highest > num_bytes:
+        raise ValueError(f"token ids must be from 0 to {num_bytes}, the file's size")
+
+
+def _is_template(processor: dict[str, Any]) -> bool:
+    return isinstance(processor.get("special_tokens"), dict)
+
+
+def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The steps of a sequence, and of sequences in it, in their order."""
+    if step is None:
+        return
+    inner = [step[key] for key in ("normalizers", "pretokenizers", "decoders") if key in step]
+    if not inner:
+        yield step
+    for each in inner:
+        for part in each:
+            yield from _steps(part)
+
+
+def _check_steps(steps: list[dict[str, Any]]) -> None:
+    if len(steps) > MAX_STEPS:
+        raise ValueError(f"has {len(steps)} steps of normalising, cutting or decoding; at most {MAX_STEPS} are allowed")
+    growth, prepended = 1.0, 0
+    for step in steps:
+        kind = step["type"]
+        if kind == "Replace":
+            growth *= _replacement_growth(step)
+        elif kind == "Prepend":
+            prepended += len(step["prepend"])
+        else:
+            growth *= _GROWTH.get(kind, 1)
+        if kind == "Precompiled":
+            _check_charsmap(step["precompiled_charsmap"])
+    if growth > MAX_GROWTH or prepended > MAX_PREPENDED:
+        raise ValueError(
+            f"its steps can make a text {growth:.3g} times as long and put {prepended} characters before it; "
+            f"allowed are {MAX_GROWTH} and {MAX_PREPENDED}"
+        )
+
+
+def _replacement_growth(step: dict[str, Any]) -> float:
+    """An expression may match a single character, or none between any two."""
+    pattern, content = step["pattern"], step["content"]
+    if "String" not in pattern:
+        return float(1 + len(content))
+    if not pattern["String"]:
+        raise ValueError("replaces an empty text")
+    return max(1.0, len(content) / len(pattern["String"]))
+
+
+def _check_charsmap(text: str) -> None:
+    """The size of a trie, the trie, and replacements that end with a zero byte each (sentencepiece's format)."""
+    try:
+        data = base64.b64decode(text, validate=True)
+        (num_bytes,) = struct.unpack_from("<I", data)
+    except (binascii.Error, struct.error, ValueError):
+        raise ValueError("precompiled_charsmap must be base64 of at least 4 bytes") from None
+    if num_bytes % 4 or 4 + num_bytes > len(data):
+        raise ValueError(f"precompiled_charsmap names a trie of {num_bytes} bytes and has {len(data) - 4}")
+    if max(map(len, data[4 + num_bytes :].split(b"\0")), default=0) > MAX_REPLACEMENT_BYTES:
+        raise ValueError(f"precompiled_charsmap replaces a character with more than {MAX_REPLACEMENT_BYTES} bytes")

@@ -1,0 +1,217 @@
+"""Tokenizers that exhaust memory or time, abort or panic: each is read in a process of its own, under bounds."""
+
+from __future__ import annotations
+
+import base64
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tokenizer.conftest import WriteGguf
+
+MEMORY_BYTES = 3 * 1024**3  # of address space, most of it reserved by libraries and never used
+CPU_SECONDS = 60
+# Loads the tokenizer and encodes a text, then another. Prints what came of each in a line.
+READ = """
+import resource, sys
+from pathlib import Path
+from brlite.errors import BrliteError
+from brlite.tokenizer import ChildLimits, load_tokenizer
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
+resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[3]),) * 2)
+try:
+    tokenizer = load_tokenizer(Path(sys.argv[1]), template_limits=ChildLimits(seconds=1.0))
+except BrliteError as error:
+    sys.exit(f"{type(error).__name__} {error}")
+for text in (sys.stdin.read(), "fine"):
+    try:
+        print("ids", len(tokenizer.encode(text)))
+    except BrliteError as error:
+        print(type(error).__name__, error)
+tokenizer.close()
+"""
+
+
+def charsmap(*parts: bytes) -> dict[str, Any]:
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(b"".join(parts)).decode()}
+
+
+def replace(old: dict[str, str], new: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": old, "content": new}
+
+
+def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers": list(steps)}
+
+
+def split(expression: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+
+
+def template_processing(token_id: int) -> dict[str, Any]:
+    single = [{"SpecialToken": {"id": "x", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    special = {"x": {"id": "x", "ids": [token_id], "tokens": ["x"]}}
+    return {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+EVERY = {"Regex": "."}
+# What is put into a good tokenizer.json, and the reason that its refusal gives.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a trie of 4 GB in four bytes": ({"normalizer": charsmap(struct.pack("<I", 2**32 - 4))}, "names a trie"),
+    "a trie of 8.6 GB in four bytes": ({"normalizer": charsmap(struct.pack("<I", 2**32 - 1))}, "names a trie"),
+    "no base64": ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "é"}}, "must be base64"),
+    "a trie that leads beyond its end": ({"normalizer": charsmap(struct.pack("<I", 8), b"\xff\x01\x02\x03" * 2)}, ""),
+    "a character that becomes a megabyte": (
+        {"normalizer": charsmap(struct.pack("<I", 4), b"\0" * 4, b"x" * 2**20, b"\0")},
+        "replaces a character with more than",
+    ),
+    "ten replacements": ({"normalizer": sequence(*[replace({"String": "a"}, "a" * 10)] * 10)}, "times as long"),
+    "replacements in sequences": (
+        {"normalizer": sequence(*[sequence(replace({"String": "a"}, "aa"))] * 10)},
+        "times as long",
+    ),
+    "one for every character": ({"normalizer": replace(EVERY, "a" * 1000)}, "times as long"),
+    "one for nothing": ({"normalizer": replace({"String": ""}, "a")}, "replaces an empty text"),
+    "a long prefix": ({"normalizer": {"type": "Prepend", "prepend": "a" * 2**20}}, "characters before it"),
+    "many prefixes": ({"normalizer": sequence(*[{"type": "Prepend", "prepend": "aa"}] * 40)}, "characters before it"),
+    "bytes of bytes": ({"normalizer": sequence(*[{"type": "ByteLevel"}] * 20)}, "times as long"),
+    "bytes of bytes, cut": ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTE_LEVEL] * 20}}, "times as"),
+    "many steps": ({"normalizer": sequence(*[{"type": "NFC"}] * 100)}, "steps of normalising"),
+    "a decoder that grows": (
+        {"decoder": {"type": "Sequence", "decoders": [replace({"String": "a"}, "a" * 10)] * 10}},
+        "times as long",
+    ),
+    "a key that stands twice": ({"normalizer": "TWICE"}, "the same key twice"),
+    "an id beyond its end": ({"post_processor": template_processing(2**32 - 1)}, "token ids must be from 0 to"),
+    "a number for a step": ({"normalizer": 5}, ""),
+    "a broken expression": ({"pre_tokenizer": split("(")}, ""),
+}
+# Expressions that are no crime by themselves: only the text that they run away with is refused.
+RUNAWAY = {
+    "exponential": (r"(a+)+$", "a" * 40 + "b", "retry-limit-in-match"),
+    "exponential by choice": (r"(?:a|aa)+$", "a" * 60 + "b", "retry-limit-in-match"),
+    "polynomial": (r"\s*\s*(?!z)\S", " " * 3000 + "z", "CPU time"),
+    "quadratic": (r"\s+(?!z)\S", " " * 200_000 + "z", "CPU time"),
+}
+
+
+def read(path: Path, text: str = "hello") -> tuple[list[str], str]:
+    """What came of each text, and why the tokenizer was not read."""
+    arguments = [str(path), str(MEMORY_BYTES), str(CPU_SECONDS)]
+    result = subprocess.run(
+        [sys.executable, "-c", READ, *arguments], input=text, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode in (0, 1), result.stderr[-2000:]
+    return result.stdout.splitlines(), result.stderr.strip().splitlines()[-1] if result.returncode else ""
+
+
+@pytest.fixture
+def folder(qwen2_folder: Path, tmp_path: Path) -> Path:
+    (tmp_path / "tokenizer.json").write_bytes((qwen2_folder / "tokenizer.json").read_bytes())
+    return tmp_path
+
+
+def edit(folder: Path, changes: Mapping[str, Any]) -> None:
+    content = json.loads((folder / "tokenizer.json").read_bytes())
+    text = json.dumps({**content, **changes}).replace('"TWICE"', '{"type": "NFC", "type": "NFD"}')
+    (folder / "tokenizer.json").write_text(text)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_tokenizer_that_would_exhaust_us_is_refused_in_one_line(folder: Path, case: str) -> None:
+    changes, reason = REFUSED[case]
+    edit(folder, changes)
+
+    _, refusal = read(folder)
+
+    assert refusal.startswith(f"ModelError {folder / 'tokenizer.json'}: ")
+    assert reason in refusal
+    assert len(refusal) < 700
+
+
+@pytest.mark.parametrize("token_id", [2**32 - 1, 2**31, 10**400, -1, 1.5])
+@pytest.mark.parametrize("where", ["vocabulary", "added tokens"])
+def test_a_token_id_beyond_the_files_size_is_refused(folder: Path, where: str, token_id: float) -> None:
+    content = json.loads((folder / "tokenizer.json").read_bytes())
+    if where == "vocabulary":
+        content["model"]["vocab"]["zzz"] = token_id
+    else:
+        content["added_tokens"][0]["id"] = token_id
+    edit(folder, content)
+
+    _, refusal = read(folder)
+
+    assert refusal.startswith("ModelError")
+    assert len(refusal) < 700
+
+
+@pytest.mark.parametrize("case", RUNAWAY)
+def test_an_expression_that_runs_away_costs_the_text_and_nothing_else(folder: Path, case: str) -> None:
+    expression, text, reason = RUNAWAY[case]
+    edit(folder, {"pre_tokenizer": split(expression)})
+
+    (outcome, next_outcome), refusal = read(folder, text)
+
+    assert refusal == ""
+    assert outcome.startswith("InvalidRequest the model's tokenizer failed on the text")
+    assert reason in outcome
+    assert next_outcome.startswith("ids")
+
+
+def test_an_expression_that_nobody_knows_gives_the_ids_of_the_library(folder: Path) -> None:
+    from tokenizers import Tokenizer as Backend
+
+    from brlite.tokenizer import load_tokenizer
+
+    edit(folder, {"pre_tokenizer": split(r"(?:\w|\s\w)+")})
+    expected = Backend.from_file(str(folder / "tokenizer.json"))
+
+    tokenizer = load_tokenizer(folder)
+
+    assert tokenizer.encode("The quick  brown fox<|im_end|>") == expected.encode("The quick  brown fox<|im_end|>").ids
+    tokenizer.close()
+
+
+def test_padding_and_truncation_left_in_the_file_cost_nothing(folder: Path) -> None:
+    padding = {
+        "strategy": {"Fixed": 10**9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "x",
+    }
+    edit(folder, {"padding": padding})
+
+    outcomes, _ = read(folder)
+
+    assert [outcome.split()[0] for outcome in outcomes] == ["ids", "ids"]
+    assert int(outcomes[0].split()[1]) < 10
+
+
+@pytest.mark.parametrize("name", ["added_tokens", "tokenizer_config"])
+def test_added_tokens_with_huge_ids_are_refused(folder: Path, name: str) -> None:
+    content: dict[str, Any] = (
+        {"<x>": 2**40} if name == "added_tokens" else {"added_tokens_decoder": {str(2**40): {"content": "<x>"}}}
+    )
+    (folder / f"{name}.json").write_text(json.dumps(content))
+
+    _, refusal = read(folder)
+
+    assert "cannot get the id" in refusal
+
+
+def test_a_gguf_piece_of_a_megabyte_is_refused(write_gguf: WriteGguf, pieces_keys: Mapping[str, Any]) -> None:
+    one_more = {"tokens": "a" * 2**20, "scores": 0.0, "token_type": 1}
+    keys = {key: [*value, one_more[key]] if key in one_more else value for key, value in pieces_keys.items()}
+
+    _, refusal = read(write_gguf(**keys))
+
+    assert "a piece of the vocabulary has 1048576 characters" in refusal
