@@ -14,7 +14,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from brlite.http.boundary import CLIENT_LEFT, has_left
-from brlite.http.request_id import request_id
+from brlite.http.request_id import HEADER, client_request_id, request_id
 from brlite.http.resources import Resources
 
 logger = logging.getLogger("brlite.access")
@@ -54,7 +54,9 @@ def access_log_middleware(quiet_resources: Resources) -> Middleware:
 
 
 def _write(request: web.Request, status: int, milliseconds: float) -> None:
-    extras = log_extras(request)
+    extras, client_id = log_extras(request), client_request_id(request.headers.get(HEADER))
+    if client_id is not None:
+        extras["client_id"] = client_id
     log_line(request.remote, request.method, request.raw_path, status, milliseconds, request_id(request), extras)
 
 

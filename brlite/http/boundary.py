@@ -13,7 +13,7 @@ from aiohttp.typedefs import Handler
 
 from brlite import errors
 from brlite.http.envelope import error_response, status_of
-from brlite.http.request_id import request_id
+from brlite.http.request_id import request_id, shown_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -69,5 +69,10 @@ def _log(request: web.Request, error: Exception) -> None:
     foreseen = isinstance(error, errors.BrliteError)
     text = f": {error}" if foreseen else ""
     logger.error(
-        "request %s failed: %s%s", request_id(request), type(error).__name__, text, exc_info=None if foreseen else error
+        "request %s (%s) failed: %s%s",
+        request_id(request),
+        shown_request_id(request),
+        type(error).__name__,
+        text,
+        exc_info=None if foreseen else error,
     )

@@ -1,6 +1,7 @@
-"""The name of a request in logs and answers: the client's `X-Request-Id` if it is harmless, else one of our own.
+"""The ids of a request: our own, which the log has, and the client's `X-Request-Id`, which goes back to it.
 
-It knows nothing of what is asked.
+The log says both. Clients choose theirs freely: two requests may have the same, so nothing is found by it. Knows
+nothing of what is asked.
 """
 
 from __future__ import annotations
@@ -40,19 +41,24 @@ class RequestIds:
         return self._random[begin : self._at].hex()
 
 
-def choose_request_id(sent: str | None) -> str:
-    """The id that a client sent, if it is harmless, else a new one."""
-    return sent if sent is not None and _SAFE.fullmatch(sent) else new_request_id()
+def client_request_id(sent: str | None) -> str | None:
+    """The id that a client sent, if it is harmless."""
+    return sent if sent is not None and _SAFE.fullmatch(sent) else None
 
 
 def request_id(request: web.BaseRequest) -> str:
-    """The request's id, the same at every call."""
+    """Our own id of the request, the same at every call. No client chooses it, so no two requests share one."""
     known = request.get(_KEY)
     if known is None:
-        known = request[_KEY] = choose_request_id(request.headers.get(HEADER))
+        known = request[_KEY] = new_request_id()
     return known
+
+
+def shown_request_id(request: web.BaseRequest) -> str:
+    """What answers and upstreams are told: the client's own `X-Request-Id` where it sent a harmless one, else ours."""
+    return client_request_id(request.headers.get(HEADER)) or request_id(request)
 
 
 async def stamp_request_id(request: web.BaseRequest, response: web.StreamResponse) -> None:
     """An `on_response_prepare` signal: every answer, streams and errors too, carries the id."""
-    response.headers[HEADER] = request_id(request)
+    response.headers[HEADER] = shown_request_id(request)

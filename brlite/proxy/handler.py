@@ -16,7 +16,7 @@ from brlite.errors import ModelNotFound, RequestError
 from brlite.http.access_log import log_extras
 from brlite.http.body import keep_body, read_body
 from brlite.http.keys import api_key
-from brlite.http.request_id import request_id
+from brlite.http.request_id import shown_request_id
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.front import reset
@@ -50,7 +50,7 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         key.check_model(target.model)
         head = _head_of(request)
         forwarder.check_hops(head.via)
-        lines = head.lines_for_upstreams(request_id(request), forwarder.via, forwarder.request_headers)
+        lines = head.lines_for_upstreams(shown_request_id(request), forwarder.via, forwarder.request_headers)
         affinity = forwarder.affinity(body, seen, head.fields)
         front = ResponseFront(request)
         exchange = forwarder.forward(ForwardedRequest(wire_path, lines, body, seen.model, key, affinity), target, front)

@@ -22,7 +22,7 @@ from brlite.http.cors import Cors
 from brlite.http.envelope import OWN_HEADERS, error_body, error_headers, status_of
 from brlite.http.keys import ApiKeys
 from brlite.http.origin_policy import OriginPolicy
-from brlite.http.request_id import RequestIds, choose_request_id
+from brlite.http.request_id import RequestIds, client_request_id
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.framing import Body, LengthBody, Misframed, body_of
@@ -76,6 +76,7 @@ class Lane:
 
     __slots__ = (
         "_body",
+        "_client_id",
         "_connection",
         "_exchange",
         "_head",
@@ -116,6 +117,7 @@ class Lane:
         self._exchange: Exchange | None = None
         self._keeps_alive = True
         self._request_id = ""
+        self._client_id: str | None = None
         self._started_at = 0.0
         self._status = 0
         self.takes_chunks = True
@@ -238,13 +240,16 @@ class Lane:
         forwarder = self._shared.forwarder
         self._connection.request_began()
         self._head, self._started_at, self._status = head, time.perf_counter(), 0
+        self._request_id = self._shared.ids.new()
         sent_id = head.fields.get(b"x-request-id")
-        self._request_id = self._shared.ids.new() if sent_id is None else choose_request_id(text(sent_id))
+        self._client_id = None if sent_id is None else client_request_id(text(sent_id))
         self._keeps_alive = head.keeps_alive
         self.takes_chunks = not head.is_http_1_0
         try:
             forwarder.check_hops(head.via)
-            lines = head.lines_for_upstreams(self._request_id, forwarder.via, forwarder.request_headers)
+            lines = head.lines_for_upstreams(
+                self._client_id or self._request_id, forwarder.via, forwarder.request_headers
+            )
             affinity = forwarder.affinity(body, seen, head.fields)
             request = ForwardedRequest(head.target, lines, body, seen.model, key, affinity)
             self._exchange = forwarder.forward(request, target, self)
@@ -313,7 +318,7 @@ class Lane:
         self._status = status
         if self._connection.is_retiring:
             self._keeps_alive = False
-        own = b"%bX-Request-Id: %b\r\n" % (OWN_LINES, self._request_id.encode())
+        own = b"%bX-Request-Id: %b\r\n" % (OWN_LINES, (self._client_id or self._request_id).encode())
         if not self._keeps_alive:
             own += b"Connection: close\r\n"
         elif not self.takes_chunks:
@@ -369,6 +374,8 @@ class Lane:
             extras.update(exchange.log_fields())
         if self._key is not None and self._key.name:
             extras["key"] = self._key.name
+        if self._client_id is not None:
+            extras["client_id"] = self._client_id
         status = exchange.status if exchange is not None else self._status
         peer = self._transport.get_extra_info("peername")
         remote = peer[0] if isinstance(peer, tuple) else None

@@ -75,7 +75,7 @@ async def test_an_unforeseen_error_is_logged_with_traceback_and_tells_nothing(ht
 
     assert head.startswith(b"HTTP/1.1 500 ")
     assert b"inside" not in body
-    assert "request abc failed: KeyError" in caplog.text
+    assert "(abc) failed: KeyError" in caplog.text
     assert "Traceback" in caplog.text
 
 

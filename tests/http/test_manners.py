@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 from aiohttp import web
@@ -83,7 +84,7 @@ async def test_any_page_may_read_answers_and_errors_with_a_star(http_server, con
 
 
 @pytest.mark.parametrize("sent", ["abc-1_2.3", "a" * 128])
-async def test_a_harmless_request_id_is_kept(sent: str, http_server, connect) -> None:
+async def test_a_harmless_request_id_goes_back_and_ours_is_another_each_time(sent: str, http_server, connect) -> None:
     async def tell(request: web.Request) -> web.Response:
         return web.Response(text=request_id(request))
 
@@ -92,8 +93,11 @@ async def test_a_harmless_request_id_is_kept(sent: str, http_server, connect) ->
     client.send(f"GET /x HTTP/1.1\r\nHost: x\r\nX-Request-Id: {sent}\r\n\r\n".encode())
     head, body = await client.answer()
 
+    client.send(f"GET /x HTTP/1.1\r\nHost: x\r\nX-Request-Id: {sent}\r\n\r\n".encode())
+    _, again = await client.answer()
+
     assert f"X-Request-Id: {sent}\r\n".encode() in head
-    assert body.decode() == sent
+    assert len({sent.encode(), body, again}) == 3
 
 
 @pytest.mark.parametrize("sent", ["", "a b", "a" * 129, "<script>", "a\tb", "\xff", "a,b"])
@@ -137,7 +141,7 @@ async def test_a_request_is_one_line_with_what_the_handler_noted(http_server, co
 
     (line,) = [record.getMessage() for record in caplog.records]
     assert line.startswith("127.0.0.1 POST /x 202 ")
-    assert line.endswith(" ms id=abc model=a\\nb prompt_tokens=12")
+    assert re.search(r" ms id=[0-9a-f]{32} model=a\\nb prompt_tokens=12 client_id=abc$", line)
 
 
 async def test_a_path_cannot_forge_a_line(http_server, connect, caplog) -> None:
