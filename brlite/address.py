@@ -10,17 +10,29 @@ _HTTP = re.compile(
     r"(?P<path>(?:/[A-Za-z0-9._~!$&'()*+,;=:@%-]+)*)/?"
 )
 _UNIX = re.compile(r"unix:(?P<path>/[^\x00\s]+)")
+_VERSION = re.compile(r"v[0-9]+(?:(?:alpha|beta)[0-9]*)?")
+API = "/v1"  # how the paths of requests begin
 _PORTS = {"http": 80, "https": 443}
 
 
 class Address(NamedTuple):
-    """A server's place. `unix_path` is set for a Unix socket; `base_path` goes before the path of every request."""
+    """A server's place. `unix_path` is set for a Unix socket; `base_path` goes before the path of every request.
+
+    `api_path` stands where requests' paths have `/v1`.
+    """
 
     host: str
     port: int
     is_tls: bool = False
     unix_path: str | None = None
     base_path: str = ""
+    api_path: str = API
+
+    def path(self, path: str) -> str:
+        """Where the server has what a request calls `path`."""
+        if path.startswith(API + "/"):
+            return self.base_path + self.api_path + path[len(API) :]
+        return self.base_path + path
 
     @property
     def host_header(self) -> str:
@@ -32,7 +44,8 @@ class Address(NamedTuple):
 def parse_address(url: str) -> Address | None:
     """The address that a URL names, or None if it names none, as the manual's placeholders do.
 
-    A final `/v1`, which clients' base URLs have, is left out: the paths of requests begin with it.
+    A path with a version in it, as clients' base URLs have, stands in place of `/v1` in requests' paths: `/v1` itself,
+    `/api/paas/v4`, `/v1beta/openai`. Any other path goes before `/v1`.
     """
     if unix := _UNIX.fullmatch(url):
         return Address("localhost", _PORTS["http"], unix_path=unix["path"])
@@ -42,5 +55,8 @@ def parse_address(url: str) -> Address | None:
     port = int(http["port"] or _PORTS[http["scheme"]])
     if not 0 < port < 65536:
         return None
-    base_path = http["path"].removesuffix("/v1")
-    return Address(http["host"].strip("[]"), port, http["scheme"] == "https", base_path=base_path)
+    segments = http["path"].split("/")
+    version = next((index for index, segment in enumerate(segments) if _VERSION.fullmatch(segment)), len(segments))
+    base_path, api_path = "/".join(segments[:version]), "".join(f"/{segment}" for segment in segments[version:])
+    host, is_tls = http["host"].strip("[]"), http["scheme"] == "https"
+    return Address(host, port, is_tls, base_path=base_path, api_path=api_path or API)

@@ -42,12 +42,15 @@ BlockSize = Literal[8, 16, 32, 64, 128, 256]
 Backend = Literal["auto", "native", "torch"]
 Precision = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
 Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
+KeyHeader = Literal["authorization", "x-api-key", "api-key", "x-goog-api-key"]
+Forwarded = Literal["off", "append", "set"]
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Headers that no config lets pass: of one hop only, or keys, or brlite's own to say. One that ends in * is a beginning.
 _OF_ONE_HOP = "connection content-length keep-alive proxy-* te trailer transfer-encoding upgrade x-request-id"
 _KEYS = "api-key authorization cookie x-api-key x-goog-api-key"
-NEVER_TO_UPSTREAMS = tuple(f"{_OF_ONE_HOP} {_KEYS} accept-encoding expect host via".split())
+_WHOSE = "forwarded x-forwarded-* x-real-ip"  # said as `proxy.forwarded` wants it, never as a client claims
+NEVER_TO_UPSTREAMS = tuple(f"{_OF_ONE_HOP} {_KEYS} {_WHOSE} accept-encoding expect host via".split())
 NEVER_TO_CLIENTS = tuple(f"{_OF_ONE_HOP} access-control-* server set-cookie".split())
 
 ENGINE_VARIABLE = "BRLITE_ENGINE"
@@ -133,7 +136,8 @@ class UpstreamConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """One server behind this one, and the models that it serves. Any server with OpenAI's API will do.
 
     `url` is `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`. `rename` says what the upstream calls a model,
-    where that is another name. Its key comes from `api_key`, or from the environment variable `api_key_env`.
+    where that is another name. Its key comes from `api_key`, or from the environment variable `api_key_env`,
+    and is sent in `api_key_header`.
     """
 
     url: Word
@@ -143,6 +147,7 @@ class UpstreamConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     rename: dict[str, Text] = {}
     api_key: Word | None = None
     api_key_env: Word | None = None
+    api_key_header: KeyHeader = "authorization"
     ca_file: Text | None = None
     health_path: str = "/health"
 
@@ -215,8 +220,9 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     `all_models` is the manual's table, URL → model; its URLs may be placeholders. `aliases` maps a name that requests
     use to a model, `fallbacks` a model to those that may answer in its stead. Bounds: `max_in_flight` requests of one
     model at once, `max_queued` more wait for `max_queue_seconds` at most; `held_bytes` of an answer that is no stream,
-    or of one event, are kept until they are whole. Of headers, a list goes on; `request_headers` and `response_headers`
-    add names to it.
+    or of one event, are kept until they are whole, longer ones go on in parts. Of headers, a list goes on;
+    `request_headers` and `response_headers` add names to it. `forwarded` says whether upstreams are told the client's
+    address: not at all, that of its connection, or that behind what a trusted proxy before this one said.
     """
 
     all_models: dict[str, str] = {}
@@ -226,6 +232,7 @@ class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     sticky_header: Word = "x-session-id"
     prefix_bytes: Count = 2048
     request_headers: tuple[HeaderName, ...] = ()
+    forwarded: Forwarded = "off"
     response_headers: tuple[HeaderName, ...] = ()
     max_in_flight: Count = 256
     max_queued: CountOrZero = 256

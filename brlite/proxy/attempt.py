@@ -146,9 +146,8 @@ class Attempt:
         upstream = self.upstream
         self._ticket = upstream.begin(self._loop.time())
         self._path, self._body = path, body
-        self._wire_head = b"POST %b%b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n" % (
-            upstream.base_path,
-            path,
+        self._wire_head = b"POST %b HTTP/1.1\r\n%b%bContent-Length: %d\r\n\r\n" % (
+            upstream.target(path),
             upstream.own_headers,
             lines,
             len(body),

@@ -8,17 +8,45 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeVar
 
 import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
 
 from brlite.errors import UpstreamError, UpstreamTimeout
 from brlite.http.access_log import printable
+from brlite.proxy.resolving import Names
 from brlite.proxy.upstream import Upstream
 
 T = TypeVar("T")
+
+
+class _Resolver(AbstractResolver):
+    """aiohttp's view of the addresses that requests to the upstream use."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in await self._names.addresses()
+        ]
+
+    async def close(self) -> None:
+        """The upstream's pool owns the addresses."""
 
 
 class UpstreamClient:
@@ -31,7 +59,8 @@ class UpstreamClient:
         scheme = "https" if address.is_tls else "http"
         self._upstream = upstream
         self._seconds = seconds
-        self._url = f"{scheme}://{address.host_header}{address.base_path}"
+        self._address = address
+        self._url = f"{scheme}://{address.host_header}"
 
     async def __aenter__(self) -> UpstreamClient:
         self._session = aiohttp.ClientSession(
@@ -71,10 +100,15 @@ class UpstreamClient:
         return await self._ask(path, read)
 
     def _connector(self) -> aiohttp.BaseConnector:
-        address, tls = self._upstream.pool.address, self._upstream.pool.tls
-        if address.unix_path is not None:
-            return aiohttp.UnixConnector(address.unix_path, force_close=True)
-        return aiohttp.TCPConnector(ssl=tls if tls is not None else True, force_close=True, use_dns_cache=False)
+        pool = self._upstream.pool
+        if pool.address.unix_path is not None:
+            return aiohttp.UnixConnector(pool.address.unix_path, force_close=True)
+        return aiohttp.TCPConnector(
+            ssl=pool.tls if pool.tls is not None else True,
+            force_close=True,
+            use_dns_cache=False,
+            resolver=_Resolver(pool.names) if pool.names is not None else None,
+        )
 
     async def _ask(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
         # aiohttp's own time limits do not see a body that it cannot parse: it is waited for without end.
@@ -86,7 +120,7 @@ class UpstreamClient:
             raise UpstreamError(f"GET {path} failed: {reason_of(error)}") from error
 
     async def _get(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
-        async with self._session.get(self._url + path, allow_redirects=False) as response:
+        async with self._session.get(self._url + self._address.path(path), allow_redirects=False) as response:
             return await read(response)
 
 

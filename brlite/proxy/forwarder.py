@@ -16,6 +16,7 @@ from brlite.config import Config, ProxyConfig
 from brlite.errors import LoopDetected, NotReady, RequestError
 from brlite.proxy.client import reason_of
 from brlite.proxy.exchange import CLIENT_LEFT, Exchange, ForwardedRequest
+from brlite.proxy.forwarded import forwarded_lines
 from brlite.proxy.front import Front
 from brlite.proxy.heads import MAX_HOPS
 from brlite.proxy.health import HealthChecks
@@ -102,6 +103,11 @@ class Forwarder:
             session = fields.get(self.config.sticky_header.lower().encode())
             return session or (seen.user.encode() if seen.user else None)
         return None
+
+    def client_lines(self, peer: str | None, fields: Mapping[bytes, bytes]) -> bytes:
+        """The header lines that tell an upstream who the client is, if the config says that something does."""
+        mode = self.config.forwarded
+        return b"" if mode == "off" else forwarded_lines(mode, peer, fields)
 
     def forward(self, request: ForwardedRequest, target: Target, front: Front) -> Exchange:
         """Begin to pass a request on. Raises `RateLimited`, or `NotReady` while the server stops."""

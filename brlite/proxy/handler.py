@@ -51,6 +51,7 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         head = _head_of(request)
         forwarder.check_hops(head.via)
         lines = head.lines_for_upstreams(shown_request_id(request), forwarder.via, forwarder.request_headers)
+        lines += forwarder.client_lines(request.remote, head.fields)
         affinity = forwarder.affinity(body, seen, head.fields)
         front = ResponseFront(request)
         exchange = forwarder.forward(ForwardedRequest(wire_path, lines, body, seen.model, key, affinity), target, front)

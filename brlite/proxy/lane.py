@@ -250,6 +250,7 @@ class Lane:
             lines = head.lines_for_upstreams(
                 self._client_id or self._request_id, forwarder.via, forwarder.request_headers
             )
+            lines += forwarder.client_lines(self._peer, head.fields)
             affinity = forwarder.affinity(body, seen, head.fields)
             request = ForwardedRequest(head.target, lines, body, seen.model, key, affinity)
             self._exchange = forwarder.forward(request, target, self)
@@ -365,6 +366,12 @@ class Lane:
         if self._exchange is not None:
             self._exchange.client_left()
 
+    @property
+    def _peer(self) -> str | None:
+        """The client's address."""
+        peer = self._transport.get_extra_info("peername")
+        return str(peer[0]) if isinstance(peer, tuple) else None
+
     def _log(self) -> None:
         exchange, head = self._exchange, self._head
         if head is None or not self._shared.access_log or not access_logger.isEnabledFor(logging.INFO):
@@ -377,11 +384,9 @@ class Lane:
         if self._client_id is not None:
             extras["client_id"] = self._client_id
         status = exchange.status if exchange is not None else self._status
-        peer = self._transport.get_extra_info("peername")
-        remote = peer[0] if isinstance(peer, tuple) else None
         milliseconds = (time.perf_counter() - self._started_at) * 1000
         path = head.target.decode("latin-1")
-        log_line(remote, head.method.decode(), path, status, milliseconds, self._request_id, extras)
+        log_line(self._peer, head.method.decode(), path, status, milliseconds, self._request_id, extras)
 
 
 def _lines(headers: Mapping[str, str]) -> bytes:

@@ -30,8 +30,8 @@ class Upstream:
     """
 
     __slots__ = (
+        "_address",
         "_limits",
-        "base_path",
         "breaker",
         "config",
         "failed_at",
@@ -58,8 +58,8 @@ class Upstream:
         self._limits = _limits(proxy)
         self.name = config.name or config.url
         self.weight = config.weight
-        self.base_path = address.base_path.encode()
-        self.own_headers = _own_headers(address.host_header, _key(config, environ))
+        self._address = address
+        self.own_headers = _own_headers(address.host_header, config.api_key_header, _key(config, environ))
         self.breaker = Breaker(proxy.eject_failures, proxy.eject_seconds)
         self.pool = Pool(
             address,
@@ -98,6 +98,10 @@ class Upstream:
         """Whether it is worth asking: its checks pass, it is not ejected, and it has not asked for a pause."""
         return self.is_healthy and self.refuses_until <= now and self.breaker.allows(now)
 
+    def target(self, path: bytes) -> bytes:
+        """The request target for what a client calls `path`."""
+        return self._address.path(path.decode("latin-1")).encode("latin-1")
+
     def lacks(self, model: str, now: float) -> bool:
         """Whether it has said that it does not have the model, by its own name for it."""
         return bool(self.missing) and self.missing.get(model, 0.0) > now
@@ -126,11 +130,12 @@ def _limits(proxy: ProxyConfig) -> tuple[float, ...]:
     return (proxy.eject_failures, proxy.eject_seconds, proxy.max_idle_connections, proxy.idle_connection_seconds)
 
 
-def _own_headers(host: str, key: str | None) -> bytes:
+def _own_headers(host: str, key_header: str, key: str | None) -> bytes:
     """The header lines that every request to an upstream has."""
     lines = f"Host: {host}\r\n"
     if key is not None:
-        lines += f"Authorization: Bearer {key}\r\n"
+        scheme = "Bearer " if key_header.lower() == "authorization" else ""
+        lines += f"{key_header}: {scheme}{key}\r\n"
     return lines.encode("latin-1")
 
 

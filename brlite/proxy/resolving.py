@@ -1,0 +1,101 @@
+"""The addresses of an upstream's name: looked up on a thread of their own, again and again while there is traffic.
+
+A name may lead to several servers (a headless service), of which some may be silent and which come and go. A lookup
+that hangs holds up nobody but those who wait for that name: each has a thread of its own, one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import zip_longest
+
+logger = logging.getLogger(__name__)
+
+LOOKUP_SECONDS = 10.0  # addresses older than that are looked up again; getaddrinfo tells no time to live
+AVOID_SECONDS = 30.0  # how long an address that could not be reached is tried last
+
+Lookup = Callable[[str], Sequence[str]]
+
+
+def system_lookup(name: str) -> list[str]:
+    """The addresses that the system knows for a name, IPv6 and IPv4 alternating. Raises `OSError`."""
+    found = [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
+    first_has_colon = ":" in found[0]
+    first = [each for each in found if (":" in each) is first_has_colon]
+    second = [each for each in found if (":" in each) is not first_has_colon]
+    pairs = zip_longest(first, second)
+    return list(dict.fromkeys(each for pair in pairs for each in pair if each is not None))
+
+
+class Names:
+    """The addresses of one name, which are used in turn. `known` are those of the last lookup that succeeded."""
+
+    def __init__(self, name: str, lookup: Lookup = system_lookup, seconds: float = LOOKUP_SECONDS) -> None:
+        self._name = name
+        self._lookup = lookup
+        self._seconds = seconds
+        self._looked_up_at = 0.0
+        self._pending: asyncio.Future[Sequence[str]] | None = None
+        self._failed_at: dict[str, float] = {}
+        self._num_turns = 0
+        self.known: Sequence[str] = ()
+
+    async def addresses(self) -> Sequence[str]:
+        """Those known, or those that a lookup finds. Raises `OSError`. Its callers share a lookup."""
+        self.refresh()
+        if self.known:
+            return self.known
+        assert self._pending is not None
+        return await asyncio.shield(self._pending)
+
+    def refresh(self) -> None:
+        """Begin a lookup, if the addresses are old and none is under way."""
+        loop = asyncio.get_running_loop()
+        if self._pending is not None or (self.known and loop.time() - self._looked_up_at < self._seconds):
+            return
+        self._pending = future = loop.create_future()
+        threading.Thread(target=self._run, args=(loop, future), name=f"lookup-{self._name}", daemon=True).start()
+
+    def in_turn(self) -> list[str]:
+        """The known addresses, another one first each time; those that could not be reached lately stand last."""
+        known, now = self.known, asyncio.get_running_loop().time()
+        start = self._num_turns % len(known) if known else 0
+        self._num_turns += 1
+        turned = [*known[start:], *known[:start]]
+        return sorted(turned, key=lambda address: self._failed_at.get(address, -math.inf) + AVOID_SECONDS > now)
+
+    def note(self, address: str, is_reached: bool) -> None:
+        """Whether an address could be reached."""
+        if is_reached:
+            self._failed_at.pop(address, None)
+        else:
+            self._failed_at[address] = asyncio.get_running_loop().time()
+
+    def _run(self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[Sequence[str]]) -> None:
+        """On the lookup's own thread."""
+        found: Sequence[str] | Exception
+        try:
+            found = self._lookup(self._name) or OSError(f"{self._name} has no address")
+        except Exception as error:
+            found = error
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(self._looked_up, future, found)
+
+    def _looked_up(self, future: asyncio.Future[Sequence[str]], found: Sequence[str] | Exception) -> None:
+        self._pending = None
+        self._looked_up_at = future.get_loop().time()
+        if isinstance(found, Exception):
+            logger.debug("%s cannot be looked up: %s", self._name, found)
+            future.set_exception(found)
+            future.exception()  # else asyncio complains where nobody waits for it
+            return
+        if list(found) != list(self.known):
+            self.known = found
+            self._failed_at = {each: at for each, at in self._failed_at.items() if each in found}
+        future.set_result(self.known)
