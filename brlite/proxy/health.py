@@ -2,7 +2,7 @@
 
 An upstream that is out or in doubt is asked five times as often as one that is well, so that both ways are short. Its
 own list of models is read on the way, now and then. Whether a request failed is not known here: that is the breaker's.
-A check that fails for want of descriptors or a resolver here says nothing of the upstream.
+A check that fails for want of descriptors here says nothing of the upstream.
 """
 
 from __future__ import annotations
@@ -132,6 +132,7 @@ class _Check:
         self._count = HealthCount(terms.upstream.is_healthy)
         self._num_until_list = 0
         self._has_said_no_path = False
+        self._has_said_own_fault = False
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -146,11 +147,14 @@ class _Check:
         except UpstreamError as error:
             cause = getattr(error.__cause__, "os_error", error.__cause__)
             if isinstance(cause, OSError) and is_own_fault(cause):
-                logger.warning("upstream %s cannot be checked: %s", self._upstream.name, error)
+                if not self._has_said_own_fault:
+                    logger.warning("upstream %s cannot be checked: %s", self._upstream.name, error)
+                self._has_said_own_fault = True
                 return
             failure, is_silent = str(error), isinstance(error, UpstreamTimeout)
         else:
             is_silent = False
+        self._has_said_own_fault = False
         if self._count.note(failure is None):
             self._upstream.is_healthy = self._count.is_healthy
             self._log(failure)

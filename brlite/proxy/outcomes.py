@@ -74,7 +74,7 @@ ABOUT_THE_REQUEST = (501, 508)  # not built at this path; came round in a circle
 REFUSALS = {429: Ending.BUSY, 503: Ending.UNAVAILABLE}
 
 _OWN_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
-_OWN_RESOLVER_ERRORS = (socket.EAI_AGAIN, socket.EAI_MEMORY, socket.EAI_SYSTEM)
+_OWN_RESOLVER_ERRORS = (socket.EAI_MEMORY, socket.EAI_SYSTEM)
 
 
 def ending_of(status: int) -> Ending:
@@ -88,7 +88,7 @@ def is_answer(status: int) -> bool:
 
 
 def is_own_fault(error: BaseException | None) -> bool:
-    """Whether a connection failed for want of something here: descriptors, ports, memory, threads, a resolver."""
+    """Whether a connection failed for want of something here: descriptors, ports, memory, threads."""
     if isinstance(error, socket.gaierror):
         return error.errno in _OWN_RESOLVER_ERRORS
     if isinstance(error, OSError):

@@ -7,6 +7,7 @@ that hangs holds up nobody but those who wait for that name: each has a thread o
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import socket
@@ -48,19 +49,23 @@ class Names:
 
     async def addresses(self) -> Sequence[str]:
         """Those known, or those that a lookup finds. Raises `OSError`. Its callers share a lookup."""
-        self.refresh()
-        if self.known:
+        pending = self.refresh()
+        if pending is None or self.known:
             return self.known
-        assert self._pending is not None
-        return await asyncio.shield(self._pending)
+        return await asyncio.shield(pending)
 
-    def refresh(self) -> None:
-        """Begin a lookup, if the addresses are old and none is under way."""
+    def refresh(self) -> asyncio.Future[Sequence[str]] | None:
+        """Begin a lookup, if the addresses are old and none is under way. The one that is, if there is one."""
         loop = asyncio.get_running_loop()
         if self._pending is not None or (self.known and loop.time() - self._looked_up_at < self._seconds):
-            return
+            return self._pending
         self._pending = future = loop.create_future()
-        threading.Thread(target=self._run, args=(loop, future), name=f"lookup-{self._name}", daemon=True).start()
+        thread = threading.Thread(target=self._run, args=(loop, future), name=f"lookup-{self._name}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no more threads
+            self._looked_up(future, OSError(errno.ENOMEM, str(error)))
+        return future
 
     def in_turn(self) -> list[str]:
         """The known addresses, another one first each time; those that could not be reached lately stand last."""

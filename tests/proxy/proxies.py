@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import resource
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import NamedTuple
 
 from brlite.app import FORWARDER, create_app, lanes
@@ -62,3 +63,14 @@ async def wait_until(is_so: object, seconds: float = PATIENCE_SECONDS) -> None:
     while not is_so():
         assert loop.time() < deadline, "it never was so"
         await asyncio.sleep(0.01)
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """While inside, no file or socket can be opened in this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

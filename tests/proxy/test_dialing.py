@@ -13,17 +13,19 @@ from brlite.config import Config, ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError
 from brlite.proxy.dialing import Dialled, Finding, dial_all
 from brlite.proxy.table import UpstreamTable
+from tests.limits import PATIENCE_SECONDS
 from tests.proxy.get_server import NEVER, Answer, GetServer, model_list
 
 LISTS_A = {"/v1/models": model_list({"id": "a"})}
-QUICK = ProxyConfig(health_timeout_seconds=0.1, connect_seconds=5.0)
+SHORT_SECONDS = 0.1  # of an answer that does not come
 
 
-async def dial(url: str, models: tuple[str, ...] = ("a",), **fields: Any) -> Dialled:
-    """What is found out about one upstream named `gpu`."""
+async def dial(url: str, models: tuple[str, ...] = ("a",), seconds: float = PATIENCE_SECONDS, **fields: Any) -> Dialled:
+    """What is found out about one upstream named `gpu`, each of whose answers may take so long."""
     upstream = UpstreamConfig(url=url, models=models, name="gpu", **fields)
-    table = UpstreamTable(Config(model=(), upstream=(upstream,), proxy=QUICK))
-    (result,) = await dial_all(table.upstreams, QUICK)
+    proxy = ProxyConfig(health_timeout_seconds=seconds, connect_seconds=PATIENCE_SECONDS)
+    table = UpstreamTable(Config(model=(), upstream=(upstream,), proxy=proxy))
+    (result,) = await dial_all(table.upstreams, proxy)
     return result
 
 
@@ -62,7 +64,7 @@ async def test_a_unix_socket_is_dialled_too(tmp_path: Path) -> None:
 )
 async def test_what_would_fail_requests_is_a_failure(answers: dict[str, Answer], said: str) -> None:
     async with GetServer({**LISTS_A, **answers}) as server:
-        result = await dial(server.url)
+        result = await dial(server.url, seconds=SHORT_SECONDS if NEVER in answers.values() else PATIENCE_SECONDS)
 
     assert result.line.startswith("failed  gpu: connected in ")
     assert Finding(False, said) in result.findings

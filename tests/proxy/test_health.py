@@ -15,6 +15,7 @@ from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.health import HASTE, HealthCount, delay, is_well
 from brlite.proxy.upstream import Upstream
 from tests.proxy.get_server import GOOD, NEVER, Answer, GetServer, model_list
+from tests.proxy.proxies import no_descriptors
 
 Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 Start = Callable[..., Awaitable[Forwarder]]
@@ -270,3 +271,19 @@ async def test_the_list_is_read_less_often_than_health_is_asked(start: Start, ev
         await eventually(lambda: server.paths.count("/v1/models") == 3)
 
     assert [index for index, path in enumerate(server.paths) if path == "/v1/models"] == [1, 8, 15]
+
+
+async def test_checks_that_fail_for_want_of_descriptors_here_take_nobody_out(
+    start: Start, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with GetServer() as server:
+        upstream = only(await start(server.url, name="one"))
+        await eventually(lambda: len(server.asked) > 3)
+        num_asked = len(server.asked)
+        with no_descriptors():
+            await asyncio.sleep(20 * QUICK.health_seconds)
+        await eventually(lambda: len(server.asked) > num_asked + 3)
+
+    assert upstream.is_healthy
+    assert [message for message in caplog.messages if "is out" in message] == []
+    assert [message.split(":")[0] for message in caplog.messages] == ["upstream one cannot be checked"]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import resource
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 
@@ -15,7 +12,7 @@ from brlite.config import ProxyConfig, UpstreamConfig
 from brlite.proxy.outcomes import ABOUT_THE_REQUEST, TABLE, Ending, Owner, is_answer, is_own_fault
 from brlite.proxy.upstream import Upstream
 from tests.limits import PATIENCE_SECONDS
-from tests.proxy.proxies import Proxy, run_proxy, wait_until
+from tests.proxy.proxies import Proxy, no_descriptors, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripted import Call, ScriptedUpstream, Step, Then
 from tests.proxy.scripts import GOOD_PLAIN, HELD_BYTES, PLAIN, UPSTREAM_ERROR, answer, event, sse
@@ -60,7 +57,8 @@ def test_every_ending_has_its_row_and_only_upstreams_own_ones_are_timeouts_or_fa
         *((OSError(number, "x"), True) for number in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EADDRNOTAVAIL)),
         (MemoryError(), True),
         (RuntimeError("can't start new thread"), True),
-        (socket.gaierror(socket.EAI_AGAIN, "x"), True),
+        (socket.gaierror(socket.EAI_SYSTEM, "x"), True),
+        (socket.gaierror(socket.EAI_AGAIN, "x"), False),
         (socket.gaierror(socket.EAI_NONAME, "x"), False),
         (ConnectionRefusedError(errno.ECONNREFUSED, "x"), False),
         (OSError(errno.EHOSTUNREACH, "x"), False),
@@ -147,17 +145,6 @@ async def test_a_client_that_leaves_is_not_held_against_it() -> None:
         await wait_until(lambda: proxy.forwarder.num_active == 0)
 
         assert (is_closed(proxy), only(proxy).outcomes["unknown"]) == (True, 1)
-
-
-@contextmanager
-def no_descriptors() -> Iterator[None]:
-    """While inside, no file or socket can be opened in this process."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 async def test_without_descriptors_the_proxy_says_so_and_holds_it_against_nobody() -> None:

@@ -14,7 +14,7 @@ def test_a_key_from_the_environment_is_shown_without_the_space_around_it() -> No
 
     upstream = Upstream(config, ProxyConfig(), {"KEY": " sk-own\n"})
 
-    assert upstream.own_headers == b"Host: a\r\nAuthorization: Bearer sk-own\r\n"
+    assert upstream.own_headers == b"Host: a\r\nauthorization: Bearer sk-own\r\n"
 
 
 @pytest.mark.parametrize("key", ["", "sk\r\nX-Evil: 1", "sk own", "sk\0", "ключ"])
