@@ -13,6 +13,7 @@ from aiohttp import web
 from brlite.config import Config
 from brlite.engine.async_engine import AsyncEngine
 from brlite.http.keys import KEYS, ApiKeys
+from brlite.http.listen import PROBE_PATHS
 from brlite.http.manners import add_manners
 from brlite.http.origin_policy import OriginPolicy, is_loopback_address
 from brlite.proxy.catalog import Catalog
@@ -51,6 +52,7 @@ def create_app(
     app[CONFIG] = config
     app[MODELS] = models
     app[RUNNING] = set()
+    app[PROBE_PATHS] = OPEN_PATHS
     app.add_routes(ROUTES)
     keys = ApiKeys.from_config(config)
     app[ORIGIN_POLICY] = OriginPolicy(

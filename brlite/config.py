@@ -166,6 +166,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     slow_client_seconds: Seconds = 60.0
     sse_comment_seconds: Seconds = 15.0
     max_connections: Count = 2048
+    max_connections_per_address: Count = 1024
     max_prompts: Count = 64
     max_n: Count = 128
     max_sequences: Count = 256

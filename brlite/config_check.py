@@ -13,6 +13,7 @@ from brlite.address import parse_address
 from brlite.config import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError
 from brlite.machine import find_cpus
+from brlite.process.descriptors import OWN, descriptor_limit
 
 LOOPBACK = ("localhost", "::1")
 GIB = 2**30
@@ -62,6 +63,32 @@ def _keys(config: Config) -> Warnings:
     has_key = keys.keys or keys.file or config.key or os.environ.get(keys.env)
     if not has_key and not _is_loopback(config.server.host):
         yield f"server.host = {config.server.host}: whoever reaches this address may ask, since no API key is set"
+
+
+def _descriptors(config: Config) -> Warnings:
+    needed, limit = needed_descriptors(config), descriptor_limit()
+    if needed > limit:
+        yield (
+            f"limits.max_connections = {config.limits.max_connections}: that needs up to {needed} open files, and this "
+            f"process may have {limit}, so {usable_connections(config)} connections are served at once; raise the hard "
+            "limit (ulimit -Hn, LimitNOFILE, --ulimit nofile)"
+        )
+
+
+def needed_descriptors(config: Config) -> int:
+    """How many open files the config can need: a connection is one, a request that is forwarded one more."""
+    num_connections = config.limits.max_connections
+    models = _forwarded_models(config)
+    return OWN + num_connections + min(num_connections, len(models) * config.proxy.max_in_flight)
+
+
+def usable_connections(config: Config) -> int:
+    """How many connections can be served with the open files that the process may have."""
+    limit = descriptor_limit()
+    if needed_descriptors(config) <= limit:
+        return config.limits.max_connections
+    for_forwarding = len(_forwarded_models(config)) * config.proxy.max_in_flight
+    return max(1, limit - OWN - min(for_forwarding, (limit - OWN) // 2))
 
 
 def _manual_table(config: Config) -> Warnings:
@@ -199,6 +226,7 @@ def _manual_limits(spec: ModelSpec) -> Warnings:
 
 _RULES: tuple[Callable[[Config], Warnings], ...] = (
     _keys,
+    _descriptors,
     _key_models,
     _manual_table,
     _upstreams,

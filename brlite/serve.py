@@ -20,8 +20,11 @@ from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from brlite.app import FORWARDER, create_app, lanes
 from brlite.config import Config, ModelSpec
+from brlite.config_check import usable_connections
 from brlite.http.keys import KEYS
 from brlite.http.listen import HttpServer
 from brlite.process.descriptors import raise_descriptor_limit
@@ -78,7 +81,8 @@ async def _serve(config: Config, source: ConfigSource) -> int:
         # By then the grace time is over: closing an engine gives its streams their error event.
         app.on_shutdown.append(lambda _: residency.close())
         address = (config.server.host, config.server.port)
-        server = HttpServer(app, *address, config.limits, config.server.drain_seconds, lanes(app))
+        limits = msgspec.structs.replace(config.limits, max_connections=usable_connections(config))
+        server = HttpServer(app, *address, limits, config.server.drain_seconds, lanes(app))
         async with _stop_signal(server.end_grace) as stop, reloader, server:
             logger.info("listening on %s; %s", server.url, _intentions(config, forwarder.table))
             loading = asyncio.create_task(_load_first(residency), name="brlite-load")

@@ -22,7 +22,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
 from brlite.config import LimitsConfig
-from brlite.errors import InvalidRequest, NotReady, RequestTimeout
+from brlite.errors import InvalidRequest, NotReady, RequestError, RequestTimeout
 from brlite.http.boundary import has_begun
 from brlite.http.connections import Connections
 from brlite.http.envelope import error_bytes, error_response
@@ -37,8 +37,11 @@ HEADERS_TOO_LARGE = web.HTTPRequestHeaderFieldsTooLarge
 LINGERING_SECONDS = 5.0  # how long the rest of a refused body is read, so that the client can see the refusal
 NEVER_SECONDS = 10.0**8  # for aiohttp's own idle timer, which does not know of a lane's requests
 
-SLOW_HEADERS = "The request headers did not arrive in time."
-SLOW_BODY = "The request body did not arrive in time."
+SPARE_SECONDS = 2.0  # beyond max_connections: to send a probe's request
+
+SLOW_HEADERS = RequestTimeout("The request headers did not arrive in time.")
+SLOW_BODY = RequestTimeout("The request body did not arrive in time.")
+TOO_MANY = NotReady("Too many connections.", retry_after_seconds=1)
 
 
 class Lane(Protocol):
@@ -79,6 +82,7 @@ class Connection(web.RequestHandler):
         "_timer",
         "_wire",
         "is_retiring",
+        "is_spare",
     )
 
     def __init__(
@@ -107,24 +111,27 @@ class Connection(web.RequestHandler):
         self._wire: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
-        self._tardy: str | None = None  # what the client is told if the deadline passes; None: nothing
+        self._tardy: RequestError | None = None  # what the client is told if the deadline passes; None: nothing
         self._stall: StallTimer | None = None
         self._bytes_came = False
         self._is_serving = False
         self._make_lane = make_lane
         self._lane: Lane | None = None
+        self.is_spare = False  # beyond max_connections: it may ask for what probes ask
         self.is_retiring = False  # to be closed after the response in progress
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         wire = self._wire = cast(asyncio.Transport, transport)
-        if not self._siblings.admit(self):
-            wire.write(error_bytes(NotReady("Too many connections.", retry_after_seconds=1)))
-            wire.close()
-            return
+        peer = wire.get_extra_info("peername")
+        is_member = self._siblings.admit(self, peer[0] if isinstance(peer, tuple) else "")
+        self.is_spare = self.is_retiring = not is_member
         wire.set_write_buffer_limits(high=0)  # so pause_writing() means: the client does not take what we send
         self._stall = StallTimer(wire, self._limits.slow_client_seconds)
-        self._set_deadline(self._limits.header_seconds)
-        if self._make_lane is not None:
+        if self.is_spare:
+            self._set_deadline(min(SPARE_SECONDS, self._limits.header_seconds), TOO_MANY)
+        else:
+            self._set_deadline(self._limits.header_seconds)
+        if self._make_lane is not None and not self.is_spare:
             self._lane = self._make_lane(self, wire)
         super().connection_made(transport)
 
@@ -144,6 +151,12 @@ class Connection(web.RequestHandler):
         if self._stall is not None:
             self._stall.stop()
         super().connection_lost(exc)
+
+    def make_room(self) -> None:
+        """Close now, for another connection: it waits for a request."""
+        if self._wire is not None and self.is_spare and not self._wire.is_closing():
+            self._wire.write(error_bytes(TOO_MANY))
+        self.force_close()
 
     def retire(self) -> None:
         """Close now if no request is in progress, else after its response."""
@@ -173,21 +186,24 @@ class Connection(web.RequestHandler):
 
     def bytes_came(self) -> None:
         """A request is on its way; its headers have so much time from its first byte on."""
-        if not self._is_serving and not self._bytes_came:
+        if not self._is_serving and not self._bytes_came and not self.is_spare:
             self._bytes_came = True
             self._set_deadline(self._limits.header_seconds, SLOW_HEADERS)
 
     def body_began(self) -> None:
         """The headers are complete, and a lane waits for the body."""
+        self._siblings.is_busy(self)
         self._set_deadline(self._limits.body_seconds, SLOW_BODY)
 
     def request_began(self) -> None:
         """The headers are complete, and somebody takes care of the request."""
+        self._siblings.is_busy(self)
         self._is_serving = True
         self._deadline = math.inf
 
     def request_ended(self) -> None:
         """Its response has been sent. The next one may take its time."""
+        self._siblings.is_idle(self)
         self._is_serving = self._bytes_came = False
         self._set_deadline(self._limits.keepalive_seconds)
 
@@ -237,7 +253,7 @@ class Connection(web.RequestHandler):
 
     # Slow clients
 
-    def _set_deadline(self, seconds: float, tardy: str | None = None) -> None:
+    def _set_deadline(self, seconds: float, tardy: RequestError | None = None) -> None:
         """Most deadlines are met, so the timer is left alone where it goes off before."""
         self._tardy = tardy
         self._deadline = self._event_loop.time() + seconds
@@ -257,7 +273,7 @@ class Connection(web.RequestHandler):
     def _time_is_up(self) -> None:
         if self._wire is not None and self._tardy is not None and not self._wire.is_closing():
             logger.info("slow request from %s", self.peername)
-            self._wire.write(error_bytes(RequestTimeout(self._tardy)))
+            self._wire.write(error_bytes(self._tardy))
         self.force_close()
 
     def pause_writing(self) -> None:

@@ -1,8 +1,13 @@
-"""The set of connections being served: how many there may be, and when the last one is gone. Knows no requests."""
+"""The connections being served: how many there may be, which one makes room, and when the last one is gone.
+
+Knows no requests. What waits for a request costs nothing to ask for, so it must not keep others out: where there is no
+room, the connection that has waited longest is closed for a new one, first those that have never asked for anything.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
 from typing import TYPE_CHECKING
 
@@ -11,37 +16,96 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Beyond `max_connections` so many more are served at a time, for what probes ask only; the oldest makes room.
+MAX_SPARE = 32
+
+
+class _Waiting:
+    """Some connections that wait for a request, those without a first one apart, each from old to new."""
+
+    def __init__(self) -> None:
+        self.num_all = 0  # of the connections that these are part of, waiting or not
+        self._new: dict[Connection, None] = {}
+        self._idle: dict[Connection, None] = {}
+
+    def add(self, connection: Connection, *, is_new: bool) -> None:
+        (self._new if is_new else self._idle)[connection] = None
+
+    def discard(self, connection: Connection) -> None:
+        self._new.pop(connection, None)
+        self._idle.pop(connection, None)
+
+    def first(self) -> Connection | None:
+        """The one that makes room before the others."""
+        return next(iter(self._new), None) or next(iter(self._idle), None)
+
 
 class Connections:
     """A connection is in it for as long as its `start()` runs, handlers included."""
 
-    def __init__(self, limit: int) -> None:
-        self._members: set[Connection] = set()
+    def __init__(self, limit: int, limit_per_address: int) -> None:
         self._limit = limit
-        self._refused = 0
+        self._limit_per_address = limit_per_address
+        self._members: dict[
+            Connection, str
+        ] = {}  # with the address that each counts for; "" for those beyond the limit
+        self._waiting = _Waiting()
+        self._spare = _Waiting()
+        self._by_address: dict[str, _Waiting] = {}
+        self._num_closed = self._num_spare = 0  # since the limit was reached
         self._none = asyncio.Event()
         self._none.set()
 
     def __len__(self) -> int:
         return len(self._members)
 
-    def admit(self, connection: Connection) -> bool:
-        """Take it in, unless there are too many."""
-        if len(self._members) >= self._limit:
-            if not self._refused:
-                logger.warning("max_connections (%d) reached; more are refused with 503", self._limit)
-            self._refused += 1
-            return False
-        self._members.add(connection)
+    def admit(self, connection: Connection, peer: str) -> bool:
+        """Take it in. False if it is beyond a limit, so that only probes may be answered; another may be closed for it.
+
+        `peer` is the client's IP address, or "" where it has none.
+        """
+        address = share_of(peer)
+        share = self._by_address.get(address, _Waiting())
+        has_room = self._make_room(share, self._limit_per_address) and self._make_room(self._waiting, self._limit)
+        if has_room:
+            self._by_address.setdefault(address, _Waiting())
+        else:
+            address = ""
+            self._num_spare += 1
+            if self._spare.num_all >= MAX_SPARE and (oldest := self._spare.first()):
+                self.discard(oldest)
+                oldest.make_room()
+        self._members[connection] = address
         self._none.clear()
-        return True
+        for waiting in self._groups(address):
+            waiting.num_all += 1
+            waiting.add(connection, is_new=True)
+        return has_room
+
+    def is_busy(self, connection: Connection) -> None:
+        """It has a request now, and does not make room for others."""
+        for waiting in self._groups(self._members.get(connection)):
+            waiting.discard(connection)
+
+    def is_idle(self, connection: Connection) -> None:
+        """Its request has been answered; it waits for the next one."""
+        for waiting in self._groups(self._members.get(connection)):
+            waiting.add(connection, is_new=False)
 
     def discard(self, connection: Connection) -> None:
         """Forget one that is served no more."""
-        self._members.discard(connection)
-        if self._refused and len(self._members) < self._limit // 2:
-            logger.warning("%d connections were refused; there is room again", self._refused)
-            self._refused = 0
+        address = self._members.pop(connection, None)
+        for waiting in self._groups(address):
+            waiting.discard(connection)
+            waiting.num_all -= 1
+        self._forget_address(address)
+        if (self._num_spare or self._num_closed) and len(self._members) < max(1, self._limit // 2):
+            logger.warning(
+                "there is room again: %d connections were refused, %d that waited were closed for others",
+                self._num_spare,
+                self._num_closed,
+            )
+            self._num_spare = self._num_closed = 0
         if not self._members:
             self._none.set()
 
@@ -62,3 +126,41 @@ class Connections:
         except asyncio.TimeoutError:
             return False
         return True
+
+    def _make_room(self, group: _Waiting, limit: int) -> bool:
+        """Whether one more may come, perhaps in the place of one that waits."""
+        if group.num_all < limit:
+            return True
+        if not (self._num_closed or self._num_spare):
+            name = "max_connections" if group is self._waiting else "max_connections_per_address"
+            logger.warning(
+                "%s (%d) reached: connections that wait are closed for new ones; while none waits, more get 503",
+                name,
+                limit,
+            )
+        oldest = group.first()
+        if oldest is None:
+            return False
+        self._num_closed += 1
+        self.discard(oldest)
+        oldest.make_room()
+        return True
+
+    def _groups(self, address: str | None) -> tuple[_Waiting, ...]:
+        if address is None:
+            return ()
+        return (self._waiting, self._by_address[address]) if address else (self._spare,)
+
+    def _forget_address(self, address: str | None) -> None:
+        if address and not self._by_address[address].num_all:
+            del self._by_address[address]
+
+
+def share_of(peer: str) -> str:
+    """What an address's connections are counted by: of IPv6 the first 64 bits, which one client has all of."""
+    if ":" not in peer:
+        return peer or "local"
+    try:
+        return str(ipaddress.ip_network((peer.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return peer

@@ -18,7 +18,7 @@ from yarl import URL
 
 from brlite.config import LimitsConfig
 from brlite.errors import ConfigError, InvalidRequest
-from brlite.http.connection import MALFORMED, Connection, MakeLane
+from brlite.http.connection import MALFORMED, TOO_MANY, Connection, MakeLane
 from brlite.http.connections import Connections
 from brlite.http.envelope import error_response
 
@@ -30,6 +30,8 @@ LAST_WORDS_SECONDS = 1.0  # what handlers get, after the application's on_shutdo
 _ABSOLUTE_FORM = re.compile(
     r"https?://((?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?)([/?][!-~]*|)", re.IGNORECASE
 )
+# What an application answers beyond max_connections too: how it is, for whoever runs it.
+PROBE_PATHS: web.AppKey[frozenset[str]] = web.AppKey("probe_paths")
 
 
 class HttpServer:
@@ -60,7 +62,7 @@ class HttpServer:
             access_log=None,
             shutdown_timeout=LAST_WORDS_SECONDS,
         )
-        self._connections = Connections(limits.max_connections)
+        self._connections = Connections(limits.max_connections, limits.max_connections_per_address)
         self._listener: asyncio.Server | None = None
         self._grace: asyncio.Task[bool] | None = None
 
@@ -165,6 +167,8 @@ class HttpServer:
         """Tell the connection, then pass the request on; a refused Expect header never reaches the middlewares."""
         assert isinstance(request.protocol, Connection)
         request.protocol.request_began()
+        if request.protocol.is_spare and request.path not in self._app.get(PROBE_PATHS, ()):
+            return error_response(TOO_MANY)
         if not _is_clear(request):
             return _refusal()
         if _header_bytes(request) > self._limits.max_header_bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 
-OWN = 64  # files of the process itself: libraries, sockets of its own, what is opened for a moment
+OWN = 80  # files of the process itself, and the connections beyond `max_connections` that probes may have
 MAX_USEFUL = 1024 * 1024  # some programs, started as children, look at every number up to the limit
 
 

@@ -10,6 +10,8 @@ import socket
 import pytest
 from aiohttp import web
 
+from brlite.http.connections import MAX_SPARE, share_of
+from tests.http.conftest import RawClient
 from tests.limits import PATIENCE_SECONDS
 
 GET = b"GET /hello HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -96,25 +98,149 @@ async def test_a_handler_may_take_longer_than_the_header_deadline(http_server, c
     assert answer.endswith(b"slow")
 
 
-async def test_connections_above_the_limit_get_503_at_once_and_a_closed_one_makes_room(
-    http_server, connect, hello, caplog
+class Doors:
+    """A handler whose answers wait for `open`."""
+
+    def __init__(self) -> None:
+        self.open = asyncio.Event()
+        self.num_waiting = 0
+
+    async def wait(self, request: web.Request) -> web.Response:
+        self.num_waiting += 1
+        await self.open.wait()
+        return web.Response(text="slow")
+
+
+async def test_connections_above_the_limit_get_503_while_all_are_busy_and_a_closed_one_makes_room(
+    http_server, connect, eventually, caplog
 ) -> None:
-    server = await http_server({"GET /hello": hello}, max_connections=2)
+    doors = Doors()
+    server = await http_server({"GET /hello": doors.wait}, max_connections=2)
     clients = [await connect(server), await connect(server)]
     for client in clients:
-        client.send(GET)
-        await client.answer()
+        client.send(GET_AND_CLOSE)
+    await eventually(lambda: doors.num_waiting == 2)
 
-    refused = await (await connect(server)).rest()
-    clients[0].send(GET_AND_CLOSE)
-    await clients[0].rest()
+    asking, silent = await connect(server), await connect(server)
+    asking.send(GET)
+    refused = [await asking.rest(), await silent.rest()]
+    doors.open.set()
+    for client in clients:
+        assert status(await client.rest()) == 200
     welcome = await connect(server)
     welcome.send(GET_AND_CLOSE)
 
-    assert status(refused) == 503
-    assert b"Retry-After: 1" in refused
+    assert [status(answer) for answer in refused] == [503, 503]
+    assert all(b"Retry-After: 1" in answer for answer in refused)
+    assert b"Connection: close" in refused[0]
     assert status(await welcome.rest()) == 200
     assert "max_connections (2) reached" in caplog.text
+    assert "2 connections were refused" in caplog.text
+
+
+async def test_what_probes_ask_is_answered_beyond_the_limit(http_server, connect, hello, eventually) -> None:
+    doors = Doors()
+    server = await http_server({"GET /hello": doors.wait, "GET /health": hello}, max_connections=1)
+    busy = await connect(server)
+    busy.send(GET_AND_CLOSE)
+    await eventually(lambda: doors.num_waiting == 1)
+    crowd = [await connect(server) for _ in range(2 * MAX_SPARE)]  # they ask for nothing, and keep nobody out
+    probe = await connect(server)
+
+    probe.send(b"GET /health?x HTTP/1.1\r\nHost: h\r\n\r\n")
+    answer = await probe.rest()
+    doors.open.set()
+
+    assert status(answer) == 200
+    assert b"Connection: close" in answer  # it stays beyond the limit
+    assert status(await crowd[0].rest()) == 503
+    assert status(await busy.rest()) == 200
+
+
+@pytest.mark.parametrize("first_words", [b"", b"GET /hel", GET], ids=["silent", "half a head", "idle"])
+async def test_a_connection_that_waits_makes_room_for_a_new_one(http_server, connect, hello, first_words) -> None:
+    server = await http_server({"GET /hello": hello}, max_connections=3)
+    clients = [await connect(server) for _ in range(3)]
+    for client in clients:
+        client.send(first_words)
+        if first_words == GET:
+            await client.answer()
+
+    for _ in range(3):
+        new = await connect(server)
+        new.send(GET)
+        assert status((await new.answer())[0]) == 200
+
+    assert [await client.rest() for client in clients] == [b""] * 3
+    assert server.num_connections == 3
+
+
+async def test_one_that_has_asked_for_nothing_makes_room_before_one_that_was_served(
+    http_server, connect, hello
+) -> None:
+    server = await http_server({"GET /hello": hello}, max_connections=3)
+    served, silent, half = [await connect(server) for _ in range(3)]
+    served.send(GET)
+    await served.answer()
+    half.send(b"GET /hello HTTP/1.1\r\n")
+
+    await connect(server)
+    await connect(server)
+    served.send(GET)
+    head, _ = await served.answer()
+
+    assert (await silent.rest(), await half.rest()) == (b"", b"")
+    assert status(head) == 200
+
+
+async def test_a_request_in_progress_makes_no_room(http_server, connect, hello, eventually) -> None:
+    doors = Doors()
+    server = await http_server({"GET /hello": doors.wait, "GET /other": hello}, max_connections=2)
+    busy, idle = await connect(server), await connect(server)
+    busy.send(GET_AND_CLOSE)
+    await eventually(lambda: doors.num_waiting == 1)
+
+    for _ in range(5):
+        await connect(server)
+    doors.open.set()
+
+    assert status(await busy.rest()) == 200
+    assert await idle.rest() == b""
+
+
+async def test_an_address_has_its_share_and_makes_room_among_its_own(http_server, connect, hello, caplog) -> None:
+    server = await http_server({"GET /hello": hello}, max_connections=10, max_connections_per_address=2)
+    first, second = await connect(server), await connect(server)
+    neighbour = RawClient(
+        *await asyncio.open_connection("127.0.0.1", server.port, local_addr=("127.0.0.2", 0), limit=2**24)
+    )
+
+    third = await connect(server)
+    third.send(GET)
+    head, _ = await third.answer()
+    neighbour.send(GET_AND_CLOSE)
+    second.send(GET_AND_CLOSE)
+
+    assert status(head) == 200
+    assert await first.rest() == b""
+    assert status(await neighbour.rest()) == 200
+    neighbour.writer.close()
+    assert status(await second.rest()) == 200
+    assert "max_connections_per_address (2) reached" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("peer", "expected"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::1", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("", "local"),
+    ],
+)
+def test_an_address_counts_for_what_one_client_has(peer: str, expected: str) -> None:
+    assert share_of(peer) == expected
 
 
 async def test_a_client_that_reads_nothing_is_cut_off(http_server) -> None:
