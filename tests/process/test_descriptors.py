@@ -57,5 +57,5 @@ def test_no_connection_is_reset_where_the_descriptors_do_not_suffice() -> None:
         for _ in range(300):
             client = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECONDS)
             stack.callback(client.close)
-            client.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.sendall(b"GET /version HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             assert client.recv(100).startswith(b"HTTP/1.1 200")

@@ -50,7 +50,7 @@ def test_a_reader_that_reads_nothing_does_not_hold_the_server(command: str) -> N
 def ask_for_nothing(port: int, num_times: int) -> None:
     """Requests on one connection, each of which leaves a line in the log."""
     with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_SECONDS) as client:
-        request = b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % (b"x" * 200)
+        request = b"GET /%b HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" % (b"x" * 200)
         sender = threading.Thread(target=client.sendall, args=(request * num_times,))
         sender.start()
         text, num_answers = b"", 0
