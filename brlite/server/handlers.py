@@ -256,6 +256,7 @@ _POSTS = {
     "/detokenize": detokenize,
 }
 _GETS = {"/v1/models": list_models, "/tokenizer_info": tokenizer_info, "/version": version}
+_PROBES = {"/health": health, "/ready": ready, "/metrics": get_metrics}
 PATHS = (*_POSTS, *_GETS)
 NOT_BUILT = (
     *("/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/rerank", "/v1/score"),
@@ -279,13 +280,11 @@ ROUTES = [
     web.get("/v1/models/{name:[^/].*}", get_model),
     web.get("/models/{name:[^/].*}", get_model),
     *(web.get(path, handler) for path, handler in _GETS.items()),
-    web.get("/health", health),
-    web.get("/ready", ready),
-    web.get("/metrics", get_metrics),
+    *(web.get(path, handler) for path, handler in _PROBES.items()),
     web.get("/metrics/", get_metrics),
     # Behind the usual spellings, which are found by their text.
     *(web.post(spellings(path), handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
-    *(web.get(spellings(path), handler) for path, handler in _GETS.items()),
+    *(web.get(spellings(path), handler) for path, handler in (*_GETS.items(), *_PROBES.items())),
     *(web.route("*", spellings(path, end="(?:/.*)?"), not_built, expect_handler=leave_body) for path in NOT_BUILT),
 ]
 OPEN_PATHS = frozenset({"/health", "/ready"})

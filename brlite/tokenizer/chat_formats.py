@@ -34,6 +34,8 @@ CHATGLM3_ROLES = {
 class ChatFormat(Protocol):
     """Whatever turns a chat into text. Raises `InvalidRequest` for a chat that it cannot say."""
 
+    text: str | None = None  # the Jinja template, if it is one
+
     def render(self, messages: Messages, *, add_generation_prompt: bool) -> str: ...
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ class ChatTemplate:
         limits: ChildLimits | None = None,
     ) -> None:
         """Raises `ModelError`, naming `source`, for a template that does not compile within the limits."""
-        self.text = template
+        self.text: str | None = template
         self._control_tokens = control_tokens or ControlTokens({})
         self._knows_developer = "developer" in template
         self._child = ChildProcess(_PACKAGES, limits or ChildLimits())

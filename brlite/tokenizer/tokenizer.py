@@ -120,7 +120,7 @@ class Tokenizer:
     @property
     def chat_template_text(self) -> str | None:
         """The Jinja text of the model's chat template; None without one, or where the format is not Jinja's."""
-        return getattr(self._chat_template, "text", None)
+        return None if self._chat_template is None else self._chat_template.text
 
     def render_chat(
         self,
