@@ -165,13 +165,15 @@ def _proxy_config(args: argparse.Namespace) -> Config:
 def _listen(load: Callable[[], Config], files: Sequence[Path], notes: Sequence[str] = ()) -> int:
     """Serve what is loaded, and again when the files change."""
     gc.disable()  # nothing that is imported is garbage, and looking for some takes a twentieth of a proxy's start
-    from brlite.config_check import config_warnings
+    from brlite.config_check import config_warnings, sent_variables
     from brlite.reload import ConfigSource
     from brlite.serve import run
 
     gc.enable()
     config = load()
     _configure_logging(config.server.log_level)
+    for line in (*(f"config: {file}" for file in files), *sent_variables(config)):
+        logging.getLogger(__name__).info("%s", line)
     return run(config, [*notes, *config_warnings(config)], ConfigSource(tuple(files), load))
 
 
@@ -244,8 +246,22 @@ def _config(args: argparse.Namespace) -> Config:
 
 
 def _folders_own() -> Path | None:
-    """The config of the folder that the command was started in."""
-    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+    """The current folder's config. It is said aloud, with what of the environment it sends where.
+
+    Raises `ConfigError` for one that another user could have written: a config decides what is loaded and run.
+    """
+    from brlite.config import load_config
+    from brlite.config_check import sent_variables
+    from brlite.ownership import why_untrusted
+
+    if not DEFAULT_CONFIG.exists():
+        return None
+    if stranger := why_untrusted(DEFAULT_CONFIG):
+        raise ConfigError(f"{DEFAULT_CONFIG} is not used unasked: {stranger}; name it as the CONFIG to use it")
+    # Printed, not logged: the file itself sets the log's level.
+    lines = [f"using {DEFAULT_CONFIG.absolute()}", *sent_variables(load_config(DEFAULT_CONFIG))]
+    print("\n".join(f"brlite: {line}" for line in lines), file=sys.stderr, flush=True)
+    return DEFAULT_CONFIG
 
 
 def _overrides(args: argparse.Namespace) -> Mapping[str, object]:

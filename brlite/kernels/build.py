@@ -13,16 +13,16 @@ import os
 import platform
 import shlex
 import shutil
-import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from brlite.children import ChildGroup, absolute_folders, child_environment
 from brlite.errors import NativeUnavailable
 from brlite.machine import physical_cores
+from brlite.temporary import sweep, temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ COMPILERS = ("g++", "c++")  # clang knows no pragma that sets a file to an instr
 MAX_PROCESSES = 4
 BUILD_SECONDS = 600.0
 POLL_SECONDS = 0.02
+BUILD_PREFIX = ".build"  # of the folders that builds are made in
 MAX_REASON = 300
 
 
@@ -54,7 +55,7 @@ def find_compiler(environment: Mapping[str, str] = os.environ) -> list[str]:
     """The command of the C++ compiler: CXX if that is set, else the first of `COMPILERS` that is there."""
     wanted = shlex.split(environment.get("CXX", ""))
     for name in wanted[:1] or COMPILERS:
-        if (path := shutil.which(name, path=environment.get("PATH"))) is not None:
+        if (path := shutil.which(name, path=absolute_folders(environment.get("PATH", os.defpath)))) is not None:
             return [path, *wanted[1:]]
     if wanted:
         raise NativeUnavailable(f"CXX is {environment['CXX']!r}, which is not there")
@@ -71,9 +72,10 @@ def build_library(
     compiler, started = find_compiler() if compiler is None else compiler, time.monotonic()
     logger.info("compiling the native kernels with %s, once", compiler[0])
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".build-", dir=target.parent) as staging:
-            library = _compile_and_link(compiler, sources, Path(staging), started + seconds)
+        target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        sweep(target.parent, BUILD_PREFIX)
+        with temporary_folder(target.parent, BUILD_PREFIX) as staging:
+            library = _compile_and_link(compiler, sources, staging, started + seconds)
             library.replace(target)
     except OSError as error:
         raise NativeUnavailable(f"the native library cannot be built: {error}") from error
@@ -102,38 +104,26 @@ class _Process(NamedTuple):
             raise NativeUnavailable(f"the C++ compiler failed with status {status}: {_complaint(self.said)}")
         return status is not None
 
-    def stop(self) -> None:
-        """End it, if it still runs, with the processes that it has started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
 
 def _run_all(commands: Iterable[list[str]], staging: Path, deadline: float) -> None:
     """Run them, a few at once. The first that fails ends all others."""
     waiting = list(commands)[::-1]
     running: list[_Process] = []
-    try:
+    with ChildGroup() as group:
         while waiting or running:
             while waiting and len(running) < min(physical_cores(), MAX_PROCESSES):
-                running.append(_start(waiting.pop(), staging))
+                running.append(_start(group, waiting.pop(), staging))
             running = [process for process in running if not process.is_done()]
             if time.monotonic() > deadline:
                 raise NativeUnavailable("the C++ compiler took too long")
             time.sleep(POLL_SECONDS)
-    finally:
-        for process in running:
-            process.stop()
 
 
-def _start(command: list[str], staging: Path) -> _Process:
+def _start(group: ChildGroup, command: list[str], staging: Path) -> _Process:
     said = Path(f"{command[command.index('-o') + 1]}.txt")
-    environment = {**os.environ, "TMPDIR": str(staging), "LC_ALL": "C"}
+    environment = child_environment(TMPDIR=str(staging), LC_ALL="C")
     with said.open("wb") as stream:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
-        )
-    return _Process(process, said)
+        return _Process(group.start(command, env=environment, stdout=stream, stderr=stream), said)
 
 
 def _complaint(said: Path) -> str:

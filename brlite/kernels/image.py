@@ -17,7 +17,6 @@ import ctypes
 import hashlib
 import mmap
 import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +25,8 @@ import msgspec
 import numpy as np
 
 from brlite.kernels.memory import NativeMemory
+from brlite.model_file import describe_file
+from brlite.temporary import create_temporary
 
 MAGIC = b"brlite\x00\x01"
 ALIGNMENT = 4096
@@ -88,6 +89,8 @@ class MappedImage:
     ) -> None:
         self.num_bytes = key.num_bytes
         try:
+            if path.exists() and (described := describe_file(path, "packed weights")):
+                raise ImageError(f"it {described}", is_ours=False)
             with path.open("rb") as file:
                 manifest, start = _read_manifest(file.read(MAX_MANIFEST_BYTES))
                 _check(manifest, key, os.fstat(file.fileno()).st_size - start)
@@ -109,17 +112,15 @@ class MappedImage:
 
 def write_image(path: Path, key: ImageKey, memory: NativeMemory, sums: list[int]) -> None:
     """Write `memory` to a temporary file beside `path` and give it that name. Raises `OSError`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    handle, temporary = create_temporary(path)
     try:
         with open(handle, "wb") as file:
-            os.fchmod(handle, 0o644)
             file.write(image_header(key, sums))
             file.write(memory.bytes().data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

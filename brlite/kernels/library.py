@@ -10,13 +10,16 @@ import ctypes
 import logging
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from brlite.cache import default_cache
 from brlite.errors import ConfigError, NativeUnavailable
 from brlite.kernels import abi
 from brlite.kernels.build import build_library, fingerprint
+from brlite.ownership import why_untrusted
 
 logger = logging.getLogger(__name__)
 
@@ -45,27 +48,39 @@ def load_library(
 
     Raises `NativeUnavailable` with the reason if there is none, and no compiler that makes one.
     """
-    library = find_library(cache, installed=installed)
-    if library is None:
-        path = _kept(cache)
-        build(path)
-        try:
-            library = _checked(path)
-        except OSError as error:
-            raise NativeUnavailable(f"the native library was compiled, but cannot be loaded: {error}") from error
+    library = find_library(cache, installed=installed) or _built(_kept(cache), build)
     logger.info("native kernels: %s, %s", library.path, library.isa_name)
     return library
 
 
 def find_library(cache: Path | None = None, *, installed: Path = HERE) -> NativeLibrary | None:
     """The same, but None where one would have to be compiled."""
-    for path in (*sorted(installed.glob(INSTALLED)), _kept(cache)):
+    kept = _kept(cache)
+    for path in (*sorted(installed.glob(INSTALLED)), kept):
         if os.path.exists(path):  # False, too, where the folder may not be read
             try:
+                # Looked at before it is loaded, since loading runs its constructors. What is installed is trusted as
+                # the Python code beside it is.
+                if path == kept and (stranger := why_untrusted(path)):
+                    logger.warning("native library %s is not used: %s", path, stranger)
+                    continue
                 return _checked(path)
             except OSError as error:
                 logger.info("native library %s is not used: %s", path, error)
     return None
+
+
+def _built(path: Path, build: Callable[[Path], None]) -> NativeLibrary:
+    """Compile into the cache; where others can write there, into a folder that ends with this load."""
+    try:
+        with ExitStack() as opened:
+            if path.parent.is_dir() and why_untrusted(path.parent):
+                path = Path(opened.enter_context(TemporaryDirectory(prefix="brlite-"))) / path.name
+                logger.warning("the native kernels are compiled for this start only: others can write to the cache")
+            build(path)
+            return _checked(path)
+    except OSError as error:
+        raise NativeUnavailable(f"the native library was compiled, but cannot be loaded: {error}") from error
 
 
 def best_isa(functions: ctypes.CDLL, wanted: str = "") -> int:

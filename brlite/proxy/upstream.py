@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import get_args
 
 from brlite.address import parse_address
+from brlite.children import read_secret
 from brlite.config import ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError
 from brlite.proxy.breaker import Breaker, Ticket
@@ -143,7 +144,7 @@ def _key(config: UpstreamConfig, environ: Mapping[str, str]) -> str | None:
     if config.api_key is None and config.api_key_env is None:
         return None
     where = "api_key" if config.api_key_env is None else f"the variable {config.api_key_env}"
-    key = config.api_key if config.api_key_env is None else environ.get(config.api_key_env, "").strip()
+    key = config.api_key if config.api_key_env is None else read_secret(config.api_key_env, environ)
     if not key:
         raise ConfigError(f"upstream {config.name or config.url}: {where} is empty")
     if not _KEY.fullmatch(key):

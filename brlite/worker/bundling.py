@@ -29,7 +29,7 @@ from brlite.checkpoint.bundle import (
     read_manifest,
     read_progress,
 )
-from brlite.checkpoint.new_file import PART_SUFFIX, FileRecord, read_record, record_of, sync_folder, write_whole
+from brlite.checkpoint.new_file import FileRecord, read_record, record_of, sync_folder, write_whole
 from brlite.checkpoint.safetensors_writer import (
     OnBytes,
     PlannedShard,
@@ -44,6 +44,7 @@ from brlite.errors import ModelError
 from brlite.kernels.image import ImageError, ImageKey, read_image_key
 from brlite.kernels.layout import Layout, packed_layout
 from brlite.models.family import Place
+from brlite.temporary import PART_SUFFIX, sweep
 from brlite.worker.fit import Fit
 from brlite.worker.image_file import ImageFile
 from brlite.worker.native_loading import LAYOUT_VERSION, PackingThreads
@@ -153,8 +154,7 @@ class _Bundling:
         self._files: dict[str, FileRecord] = {}
 
     def run(self) -> tuple[Manifest, Rounding | None]:
-        for leftover in self._folder.glob(f"*{PART_SUFFIX}"):
-            leftover.unlink()
+        sweep(self._folder, "")
         previous = read_progress(self._folder)
         if previous is None or previous.source != self._plan.draft.source:
             self._begin(previous)

@@ -18,6 +18,8 @@ from brlite.kernels.layout import packed_layout
 from brlite.kernels.memory import NativeMemory
 from brlite.kernels.weights import PackedWeights, Packer
 from brlite.models.sharing import Share, parameter_parts
+from brlite.ownership import why_untrusted
+from brlite.temporary import sweep
 from brlite.worker.fit import Fit
 from brlite.worker.placing import placed_tensors
 
@@ -100,7 +102,9 @@ def load_weights(
     part = f" {share.rank} of {share.size}" if share else ""
     precision = spec.precision.removesuffix("_kv_int8")
     key = ImageKey(LAYOUT_VERSION, precision, checkpoint.identity + part, layout.num_bytes)
+    image = _trusted(image, checkpoint.path)
     if image is not None:
+        sweep(image.parent, f"{image.name}.")
         try:
             with PackingThreads(num_threads) as pool:
                 mapped = MappedImage(image, key, library, pool, on_progress)
@@ -122,6 +126,23 @@ def load_weights(
         memory.close()
         raise
     return LoadedWeights(PackedWeights(layout, memory), _content_hash(sums))
+
+
+def _trusted(image: Path | None, model: Path) -> Path | None:
+    """`image`, unless another user could have written it: then it is neither read nor written.
+
+    Packed weights in the model's own folder are trusted as the model is.
+    """
+    if image is None or image.parent == model:
+        return image
+    try:
+        stranger = why_untrusted(image if image.exists() else image.parent) if image.parent.exists() else None
+    except OSError:
+        return image  # what reads or writes it says why that fails
+    if stranger:
+        logger.warning("%s is not used, since another user could have written it: %s", image, stranger)
+        return None
+    return image
 
 
 def _pack(

@@ -11,7 +11,6 @@ import math
 import selectors
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
+from brlite.children import child_environment, python_module
 from brlite.errors import BackendLost, ConfigError, EngineError
 from brlite.worker.channel import Channel, ChannelClosed, Failed, Joined, Loaded, Message, Stop, frame
 
@@ -174,9 +174,10 @@ def _start(rank: int, pass_fds: Sequence[int]) -> Member:
     ours, theirs = socket.socketpair()
     with theirs:
         level = logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower()
-        command = [sys.executable, "-m", "brlite", "worker", "--channel", str(theirs.fileno())]
+        command = [*python_module("brlite"), "worker", "--channel", str(theirs.fileno())]
         process = subprocess.Popen(
             [*command, "--log-level", level],
+            env=child_environment(),
             stdin=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(), *pass_fds),
             start_new_session=True,

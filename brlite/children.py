@@ -1,0 +1,105 @@
+"""How brlite starts other programs: found by the installation, without keys in their environment, ended with brlite.
+
+No program comes from the current folder, which may be somebody else's repository. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+# Names of variables that hold secrets: AWS_SECRET_ACCESS_KEY, HF_TOKEN, PGPASSWORD; not TOKENIZERS_PARALLELISM.
+_SECRET_NAME = re.compile(
+    r"SECRET|PASSW(OR)?D|PASSPHRASE|CREDENTIAL|(^|_)((API|ACCESS|PRIVATE)?KEYS?|TOKENS?)(_|$)", re.I
+)
+_SECRET_VALUE = re.compile(r"://[^/@\s]+:[^/@\s]+@")  # a URL with a password
+_NEEDED_NAME = re.compile(r"PIP_.*|.*_PROXY", re.I)  # pip's own settings, and the way out of a company's network
+_SECRETS_READ: set[str] = set()  # like the environment that they stand in, of the whole process
+
+# Ends its process group, itself included, when the pipe on its standard input closes: however brlite ends, it closes.
+_WATCH = "import os, signal, sys; sys.stdin.buffer.read(1); os.killpg(0, signal.SIGKILL)"
+
+
+def read_secret(name: str, environ: Mapping[str, str] = os.environ) -> str:
+    """The key in an environment variable, "" if there is none. No child process gets that variable from now on."""
+    _SECRETS_READ.add(name)
+    return environ.get(name, "").strip()
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment for a child: without secrets, and without relative folders to look for programs in."""
+    kept = {name: value for name, value in os.environ.items() if not _is_secret(name, value)}
+    for name in ("PATH", "PYTHONPATH"):
+        if name in kept:
+            kept[name] = absolute_folders(kept[name])
+    return {**kept, **changes}
+
+
+def absolute_folders(path: str) -> str:
+    """A search path such as PATH without its relative and empty entries, which mean the current folder."""
+    return os.pathsep.join(folder for folder in path.split(os.pathsep) if os.path.isabs(folder))
+
+
+def python_module(module: str) -> list[str]:
+    """The command that runs an installed module, never one of the current folder, as `python -m` would."""
+    if sys.version_info >= (3, 11):
+        return [sys.executable, "-P", "-m", module]
+    # sys is built in; anything else could come from the folder that "" stands for.
+    run = (
+        f"import sys; del sys.path[0]; import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    )
+    return [sys.executable, "-c", run]
+
+
+class ChildGroup:
+    """Programs that run while the `with` statement does, each with all processes that it starts.
+
+    Leaving it ends those that still run. So does the end of this process, by SIGKILL too: another process, which waits
+    for it, then kills the group. Raises `OSError` where a program cannot be started.
+    """
+
+    def __enter__(self) -> ChildGroup:
+        command = [sys.executable, "-I", "-S", "-c", _WATCH]
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._watcher = subprocess.Popen(
+            command,
+            env=child_environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            **_group(0),
+        )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._watcher.stdin is not None
+        self._watcher.stdin.close()
+        self._watcher.wait()
+        for child in self._children:
+            child.wait()
+
+    def start(self, command: Sequence[str], *, env: Mapping[str, str], **streams: Any) -> subprocess.Popen[bytes]:
+        """Start a program without standard input; `streams` are Popen's stdout and stderr, `cwd` its folder."""
+        child = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, **streams, **_group(self._watcher.pid))
+        self._children.append(child)
+        return child
+
+
+def _group(leader: int) -> dict[str, Any]:
+    """What puts a child into the process group of `leader`; 0 makes it a leader."""
+    if sys.version_info >= (3, 11):
+        return {"process_group": leader}
+    return {"preexec_fn": lambda: os.setpgid(0, leader)}
+
+
+def _is_secret(name: str, value: str) -> bool:
+    if _NEEDED_NAME.fullmatch(name):
+        return False
+    return name in _SECRETS_READ or bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))

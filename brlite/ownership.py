@@ -1,0 +1,56 @@
+"""Whether only this user can have written a file: asked before a library, packed weights or a found config is used."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+
+def why_untrusted(path: Path) -> str | None:
+    """Who else could have written a file, or put it into its folder; None if nobody but this user and root.
+
+    File and folder must belong to one of the two and be writable by no others; of a folder only itself is looked at. A
+    group counts as this user if it is the user's own, of the same name and without other members. A sticky folder, such
+    as /tmp, protects a file by its owner.
+    Raises `OSError` where there is no file.
+    """
+    if not hasattr(os, "geteuid"):
+        return None
+    real = path.resolve()
+    for place in dict.fromkeys((real,) if real.is_dir() else (path.parent, real.parent, real)):
+        if reason := _writer(place, os.stat(place)):
+            return reason
+    return None
+
+
+def _writer(place: Path, status: os.stat_result) -> str | None:
+    if status.st_uid not in (0, os.geteuid()):
+        return f"{place} belongs to the user {_user_name(status.st_uid)}"
+    if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
+        return None
+    if status.st_mode & stat.S_IWOTH:
+        return f"{place} can be written by every user"
+    if status.st_mode & stat.S_IWGRP and not _is_own_group(status.st_gid):
+        return f"{place} can be written by its group"
+    return None
+
+
+def _user_name(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return str(uid)
+
+
+def _is_own_group(gid: int) -> bool:
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return gid == user.pw_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}

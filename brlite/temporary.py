@@ -1,0 +1,68 @@
+"""Temporary files and folders that outlive no crash: the next start removes those whose process is gone.
+
+Each is locked for as long as its process works on it, and the system gives the lock back however that process ends. The
+name has a random part and is taken exclusively, so that nothing is written through a link that somebody put there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+PART_SUFFIX = ".part"
+
+
+def create_temporary(target: Path) -> tuple[int, Path]:
+    """Make an empty file beside `target`, under the umask. Returns its descriptor, whose closing ends the lock."""
+    while True:
+        path = target.with_name(f"{target.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        _lock(handle)
+        if os.fstat(handle).st_nlink:  # else a sweep came between the two
+            return handle, path
+        os.close(handle)
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder that only this user can read, removed at the end."""
+    while True:
+        path = parent / f"{name}.{secrets.token_hex(4)}{PART_SUFFIX}"
+        path.mkdir(mode=0o700)
+        with suppress(FileNotFoundError):  # a sweep came between making and locking it
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            _lock(handle)
+            if path.is_dir():
+                break
+            os.close(handle)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(handle)
+
+
+def sweep(folder: Path, prefix: str) -> None:
+    """Remove the temporary files and folders whose names begin with `prefix` and that no process works on."""
+    for path in folder.glob(f"{_literal(prefix)}*{PART_SUFFIX}"):
+        with suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(handle)
+
+
+def _lock(handle: int) -> None:
+    with suppress(OSError):  # a file system without locks: then nothing is swept there either
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _literal(prefix: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in prefix)
