@@ -127,6 +127,8 @@ def _upstreams(config: Config) -> Warnings:
         has_key = upstream.api_key is not None or upstream.api_key_env is not None
         if has_key and address is not None and not (address.is_tls or address.unix_path or _is_loopback(address.host)):
             yield f"upstream {name}: its API key travels over plain http, for all on the way to read; allowed is https"
+        if not has_key and upstream.api_key_header != "authorization":
+            yield f"upstream {name}: api_key_header has no effect: it has no api_key"
         if not upstream.health_path:
             yield f'upstream {name}: health_path = "": it is not asked for its health; only failed requests tell'
 

@@ -64,6 +64,7 @@ def test_what_is_in_order_is_not_warned_about(config: Config) -> None:
         ),
         (upstream(api_key="k"), "upstream http://10.0.0.1: its API key travels over plain http"),
         (upstream(api_key_env="K"), "upstream http://10.0.0.1: its API key travels over plain http"),
+        (upstream(api_key_header="x-api-key"), "upstream http://10.0.0.1: api_key_header has no effect"),
         (upstream(health_path=""), 'upstream http://10.0.0.1: health_path = "": it is not asked for its health'),
         (
             Config(

@@ -90,6 +90,19 @@ async def test_an_upstreams_key_goes_where_it_looks_for_it(header: str, sent: di
     assert keys == sent
 
 
+async def test_a_name_is_looked_up_and_asked() -> None:
+    async with ScriptedUpstream(Step(GOOD_PLAIN)) as upstream:
+        config = UpstreamConfig(url=f"http://localhost:{upstream.port}", models=("m",), health_path="")
+        async with run_proxy(config, proxy=ProxyConfig(choice="round_robin")) as server:
+            for _ in range(3):
+                client = await Client.connect(server.port)
+                client.send(post({"model": "m"}))
+                assert (await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)).status == 200
+                client.leave()
+
+        assert len(upstream.requests) == 3
+
+
 @pytest.mark.parametrize(
     ("base", "path"),
     [
