@@ -401,21 +401,21 @@ class Attempt:
             self._owner.attempt_failed(UpstreamTimeout("The upstream stopped answering."), Ending.TIMEOUT)
 
     def is_quiet(self, now: float) -> bool:
-        """Whether the upstream, which is out for not answering its checks, has sent nothing here since then.
+        """Whether the upstream, which fails its checks, has sent nothing here since it was taken out.
 
         It has `health_seconds` for it. A client that takes nothing makes no upstream quiet.
         """
-        since = self.upstream.silent_since
+        since = self.upstream.lost_since
         if since is None or self._connection is None or self.deadline == math.inf:
             return False
         return max(since, self._heard_at) + self._config.health_seconds <= now
 
-    def upstream_is_silent(self) -> None:
-        """Wait no longer for an upstream that answers nothing any more."""
+    def upstream_is_lost(self) -> None:
+        """Wait no longer for an upstream that is not well any more."""
         if self._ends_if_whole():
             return
-        error = UpstreamTimeout("The upstream stopped answering, and does not answer its health checks either.")
-        self._owner.attempt_failed(error, Ending.WENT_SILENT)
+        error = UpstreamTimeout("The upstream stopped answering, and it fails its health checks.")
+        self._owner.attempt_failed(error, Ending.LOST)
 
     def _ends_if_whole(self) -> bool:
         """End a stream of which all has come but the end of its framing."""

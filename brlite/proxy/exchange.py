@@ -301,10 +301,10 @@ class Exchange:
         text = f"The request waited {seconds:g} s for its turn."
         self._end_with(QueueTimeout(text, retry_after_seconds=RETRY_AFTER_SECONDS))
 
-    def upstream_is_silent(self, now: float) -> None:
-        """Its checks have had no answer for a while. What it still sends shows that it works; wait no longer if not."""
+    def upstream_is_lost(self, now: float) -> None:
+        """It fails its checks. What it still sends shows that it works; wait no longer if it sends nothing."""
         if self._attempt is not None and self._attempt.is_quiet(now):
-            self._attempt.upstream_is_silent()
+            self._attempt.upstream_is_lost()
 
     def _end_with(self, error: RequestError) -> None:
         if self._waiting is not None:

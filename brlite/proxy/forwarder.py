@@ -190,12 +190,12 @@ class Forwarder:
     def _look(self) -> None:
         self._tick = None
         now = self.loop.time()
-        silent = [upstream for upstream in self.table.upstreams if upstream.silent_since is not None]
+        lost = [upstream for upstream in self.table.upstreams if upstream.lost_since is not None]
         for exchange in list(self._active):
             if exchange.deadline <= now:
                 exchange.time_is_up()
-            elif silent and exchange.upstream in silent:
-                exchange.upstream_is_silent(now)
+            elif lost and exchange.upstream in lost:
+                exchange.upstream_is_lost(now)
         if self._active and self._tick is None:
             self._set_tick()
 

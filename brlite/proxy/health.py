@@ -30,6 +30,7 @@ HASTE = 5
 CHECKS_PER_LIST = 6
 MAX_LIST_BYTES = 1024 * 1024
 NO_SUCH_PATH = (404, 405, 501)
+UNAVAILABLE = 503
 
 
 class HealthCount:
@@ -71,6 +72,13 @@ def is_well(status: int) -> bool:
     A redirect is not: it is what requests would be answered with too, and they do not follow it.
     """
     return 200 <= status < 300 or 400 <= status < 500 or status in NO_SUCH_PATH
+
+
+class _Failure(NamedTuple):
+    """Why a check failed. One that refuses connections, or says 503, may be ending its last requests in good order."""
+
+    text: str
+    may_be_ending: bool
 
 
 class _Terms(NamedTuple):
@@ -151,27 +159,24 @@ class _Check:
                     logger.warning("upstream %s cannot be checked: %s", self._upstream.name, error)
                 self._has_said_own_fault = True
                 return
-            failure, is_silent = str(error), isinstance(error, UpstreamTimeout)
-        else:
-            is_silent = False
+            failure = _Failure(str(error), may_be_ending=not isinstance(error, UpstreamTimeout))
         self._has_said_own_fault = False
         if self._count.note(failure is None):
             self._upstream.is_healthy = self._count.is_healthy
             self._log(failure)
-        self._note_silence(is_silent and not self._count.is_healthy)
+        self._note_loss(failure)
         self._num_until_list -= 1
         if failure is None and self._num_until_list <= 0:
             self._num_until_list = CHECKS_PER_LIST
             await self._read_list(client)
 
-    def _note_silence(self, is_silent: bool) -> None:
-        """One that refuses connections, or says 503, may be ending its last requests in good order."""
-        if not is_silent:
-            self._upstream.silent_since = None
-        elif self._upstream.silent_since is None:
-            self._upstream.silent_since = asyncio.get_running_loop().time()
+    def _note_loss(self, failure: _Failure | None) -> None:
+        if failure is None or failure.may_be_ending or self._count.is_healthy:
+            self._upstream.lost_since = None
+        elif self._upstream.lost_since is None:
+            self._upstream.lost_since = asyncio.get_running_loop().time()
 
-    async def _failure(self, client: UpstreamClient) -> str | None:
+    async def _failure(self, client: UpstreamClient) -> _Failure | None:
         """Why the upstream is not well, if its answer says so. Raises `UpstreamError` if there is none."""
         path = self._upstream.config.health_path
         status = await client.status(path)
@@ -179,14 +184,18 @@ class _Check:
             self._has_said_no_path = True
             text = "upstream %s has no %s (it answers %d): that it answers is taken for health"
             logger.info(text, self._upstream.name, path, status)
-        return None if is_well(status) else f"answered {status} to GET {path}"
+        if is_well(status):
+            return None
+        return _Failure(f"answered {status} to GET {path}", may_be_ending=status == UNAVAILABLE)
 
-    def _log(self, failure: str | None) -> None:
+    def _log(self, failure: _Failure | None) -> None:
         name = self._upstream.name
         if failure is None:
             logger.info("upstream %s is back: %d checks in a row succeeded", name, MIN_SUCCESSES)
         else:
-            logger.warning("upstream %s is out: %d checks in a row failed, the last: %s", name, MAX_FAILURES, failure)
+            logger.warning(
+                "upstream %s is out: %d checks in a row failed, the last: %s", name, MAX_FAILURES, failure.text
+            )
 
     async def _read_list(self, client: UpstreamClient) -> None:
         """Note what the upstream says of its models. One that says nothing is well all the same."""

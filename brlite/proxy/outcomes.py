@@ -37,7 +37,7 @@ class Ending(enum.Enum):
     CONNECT_TIMEOUT = enum.auto()
     BROKEN = enum.auto()  # what came is no answer, or not a whole one
     TIMEOUT = enum.auto()  # nothing came, or nothing more
-    WENT_SILENT = enum.auto()  # nor does it answer its checks any more
+    LOST = enum.auto()  # nothing more came, and it fails its checks
     STALE = enum.auto()  # a kept connection had been closed before the request came
     OUT_OF_RESOURCES = enum.auto()  # the proxy has no descriptor, port or memory left
     STOPPED = enum.auto()  # the proxy ends
@@ -63,7 +63,7 @@ TABLE: dict[Ending, Row] = {
     Ending.CONNECT_TIMEOUT: Row("timeout", Owner.UPSTREAM, is_safe=True),
     Ending.BROKEN: Row("failed", Owner.UPSTREAM),
     Ending.TIMEOUT: Row("timeout", Owner.UPSTREAM),
-    Ending.WENT_SILENT: Row("timeout", Owner.UPSTREAM),
+    Ending.LOST: Row("timeout", Owner.UPSTREAM),
     Ending.STALE: Row("unknown", Owner.PROXY),
     Ending.OUT_OF_RESOURCES: Row("unknown", Owner.PROXY, is_safe=True),
     Ending.STOPPED: Row("unknown", Owner.PROXY),

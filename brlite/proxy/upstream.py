@@ -39,6 +39,7 @@ class Upstream:
         "heads",
         "is_healthy",
         "listed",
+        "lost_since",
         "missing",
         "name",
         "num_events",
@@ -48,7 +49,6 @@ class Upstream:
         "own_headers",
         "pool",
         "refuses_until",
-        "silent_since",
         "weight",
     )
 
@@ -70,7 +70,9 @@ class Upstream:
         )
         self.heads = Heads(read_answer)
         self.is_healthy = True
-        self.silent_since: float | None = None  # the loop's time since when it is out for not answering at all
+        self.lost_since: float | None = (
+            None  # the loop's time since when it is out, and not as one that ends in good order
+        )
         self.listed: Mapping[str, ListedModel] = {}
         self.missing: dict[str, float] = {}
         self.num_in_flight = 0

@@ -165,15 +165,16 @@ async def test_a_404_for_the_path_is_an_answer(caplog: pytest.LogCaptureFixture)
     assert told(caplog, "404") == []
 
 
+@pytest.mark.parametrize("health", [0, 500], ids=["silent", "sick"])
 @pytest.mark.parametrize("is_stream", [False, True], ids=["plain", "stream"])
-async def test_who_waits_for_a_server_that_answers_nothing_any_more_is_told_soon(
-    is_stream: bool, eventually: Eventually
+async def test_who_waits_for_a_server_that_is_not_well_any_more_is_told_soon(
+    is_stream: bool, health: int, eventually: Eventually
 ) -> None:
     async with Server("m").listening() as server, run_proxy(config(server, "one"), proxy=CHECKED_OFTEN) as proxy:
         server.may_answer.clear()
         request = asyncio.create_task(ask(proxy, stream=is_stream))
         await eventually(lambda: server.num_asked == 1)
-        server.health = 0
+        server.health = health
         answer = await request
 
     if is_stream:
