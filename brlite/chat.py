@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import unicodedata
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 
@@ -19,6 +20,7 @@ Messages = list[dict[str, str]]
 Ask = Callable[[Messages], AsyncGenerator[str, None]]
 
 PROMPT = "> "
+JOINERS = "\u200c\u200d"  # which scripts and emoji need, and which do nothing by themselves
 
 
 def run(
@@ -62,13 +64,24 @@ async def converse(ask: Ask, system: str | None) -> None:
         try:
             async with aclosing(ask([*messages, question])) as pieces:
                 async for piece in pieces:
-                    print(piece, end="", flush=True)
+                    print(shown(piece), end="", flush=True)
                     answer += piece
         except BrliteError as error:
-            print(f"brlite: error: {error}", file=sys.stderr)
+            print(f"brlite: error: {shown(str(error))}", file=sys.stderr)
         else:
             messages += question, {"role": "assistant", "content": answer}
         print()
+
+
+def shown(text: str) -> str:
+    """A model's text for a terminal: control characters, which could move the cursor or run something, are escaped."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else _escaped(letter) for letter in text)
+
+
+def _escaped(letter: str) -> str:
+    if unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") and letter not in JOINERS:
+        return letter.encode("unicode_escape").decode("ascii")
+    return letter
 
 
 def _read_line() -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 
 import pytest
 
-from brlite.chat import Messages, converse
+from brlite.chat import Messages, converse, shown
 from brlite.errors import EngineError
 
 
@@ -27,3 +27,26 @@ async def test_a_question_that_failed_is_not_asked_again_with_the_next(
 
     assert asked == [["system", "first"], ["system", "first", "half", "second"], ["system", "first", "half", "third"]]
     assert "a step failed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\x1b[2J\x1b]0;title\x07", "\\x1b[2J\\x1b]0;title\\x07"),
+        ("\r\x9b31m\x00\x7f", "\\r\\x9b31m\\x00\\x7f"),
+        ("a\u202eb\u2066c\ufeff", "a\\u202eb\\u2066c\\ufeff"),
+        ("two\nlines\tand a\u00a0space", "two\nlines\tand a\u00a0space"),
+        ("你好 👩\u200d💻 e\u0301", "你好 👩\u200d💻 e\u0301"),
+    ],
+)
+async def test_what_a_model_says_cannot_steer_the_terminal(
+    text: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def ask(messages: Messages) -> AsyncGenerator[str, None]:
+        yield text
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n"))
+    await converse(ask, None)
+
+    assert capsys.readouterr().out == f"{expected}\n"
+    assert shown(text) == expected
