@@ -36,7 +36,7 @@ def test_the_default_models_sizes_are_known_before_it_is_fetched():
     assert report.sizes is not None
     assert report.sizes.num_parameters == 134_515_008
     assert report.sizes.weight_bytes == 4 * 134_515_008
-    assert report.sizes.kv_bytes_per_token == 2 * 30 * 3 * 64 * 2
+    assert report.sizes.kv_bytes_per_token == 2 * 30 * 3 * 64 * 4
     assert report.sizes.num_blocks == 16 * 2048 // 16
 
 

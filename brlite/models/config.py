@@ -11,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from brlite.config import Precision
 from brlite.errors import ModelError
 
 KVDtype = Literal["float32", "bfloat16", "int8"]
@@ -218,6 +219,13 @@ def _native_bytes(shape: tuple[int, ...], *, is_int8: bool) -> int:
 
 def _int8_bytes(num_outputs: int, num_inputs: int) -> int:
     return num_outputs * math.ceil(num_inputs / QUANTIZATION_GROUP) * GROUP_BYTES
+
+
+def cache_dtype(precision: Precision, dtype: Literal["auto", "float32", "bfloat16"]) -> KVDtype:
+    """What keys and values are kept in: int8 by the precision, float32 only where `engine.dtype` asks for it."""
+    if precision == "a_bf16_w_int8_kv_int8":
+        return "int8"
+    return "float32" if dtype == "float32" else "bfloat16"
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: KVDtype) -> int:

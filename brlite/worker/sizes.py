@@ -26,6 +26,7 @@ from brlite.models.config import (
     KV_BYTES,
     KVDtype,
     ModelConfig,
+    cache_dtype,
     kv_bytes_per_token,
     native_weight_bytes,
     num_parameters,
@@ -122,7 +123,7 @@ def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig)
     check_spec(spec, config)
     is_native = engine.backend != "torch" and find_obstacle(config, spec, engine) is None
     dtype: KVDtype = "bfloat16" if is_native else _torch_dtype(engine)
-    kv_dtype: KVDtype = "int8" if spec.precision == "a_bf16_w_int8_kv_int8" else "bfloat16"
+    kv_dtype = cache_dtype(spec.precision, engine.dtype)
     is_int8 = spec.precision != "bf16"
     if is_int8 and not is_native:
         check_groups(config, spec.tensor_parallel)

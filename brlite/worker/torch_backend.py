@@ -21,7 +21,7 @@ from brlite.errors import ConfigError
 from brlite.machine import physical_cores
 from brlite.models import find_family
 from brlite.models.attention import Span, StepPlan, StepPlanner
-from brlite.models.config import KVDtype, kv_bytes_per_token
+from brlite.models.config import cache_dtype, kv_bytes_per_token
 from brlite.models.decoder import Decoder
 from brlite.models.kv_cache import KVCache
 from brlite.outputs import TokenLogprob
@@ -81,7 +81,7 @@ class TorchBackend:
             keeps_int8=rules.keeps_int8,
             seat=seat,
         )
-        cache = _allocate_cache(decoder, spec, engine.block_size)
+        cache = _allocate_cache(decoder, spec, engine)
         return cls(decoder, cache, _describe(decoder, cache, spec, engine, notes))
 
     @property
@@ -174,8 +174,8 @@ def _result(seq: ScheduledSeq, token: SampledToken | None, prompt_logprobs: list
     return SeqResult(seq.seq_id, [] if token is None else [token], prompt_logprobs)
 
 
-def _allocate_cache(decoder: Decoder, spec: ModelSpec, block_size: int) -> KVCache:
-    kv_dtype: KVDtype = "int8" if spec.precision == "a_bf16_w_int8_kv_int8" else "bfloat16"
+def _allocate_cache(decoder: Decoder, spec: ModelSpec, engine: EngineConfig) -> KVCache:
+    kv_dtype, block_size = cache_dtype(spec.precision, engine.dtype), engine.block_size
     num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
     try:
         return KVCache(

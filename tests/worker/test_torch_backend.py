@@ -97,7 +97,7 @@ def test_int8_precisions_run_and_say_what_they_hold(precision: Precision, llama_
 
     assert len(generate(backend, PROMPTS, 4)[0]) == 4
     assert backend.info.precision == precision
-    assert backend.info.kv_dtype == ("int8" if precision.endswith("kv_int8") else "bfloat16")
+    assert backend.info.kv_dtype == ("int8" if precision.endswith("kv_int8") else "float32")
     assert any("int8" in note for note in backend.info.notes)
 
 
