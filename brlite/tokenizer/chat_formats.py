@@ -20,6 +20,7 @@ CHATGLM3_TOKENS = (
     *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
     *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
 )
+CHATGLM2_TOKENS = CHATGLM3_TOKENS[:5]  # the same without roles
 CHATGLM3_PREFIX = ("[gMASK]", "sop")
 CHATGLM3_ENDS = ("<|user|>", "<|observation|>")
 CHATGLM3_ROLES = {
@@ -82,6 +83,24 @@ class ChatGLM3Format(ChatFormat):
         if add_generation_prompt:
             parts.append(self._tokens["assistant"])
         return MarkedText(parts, self._names)
+
+
+class ChatGLM2Format(ChatFormat):
+    """`[gMASK]sop`, then rounds of a question and an answer in words: its vocabulary has no tokens for roles."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._names = {token_id: text for text, token_id in ids.items()}
+        self._prefix = [ids[text] for text in CHATGLM3_PREFIX]
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
+        text = ""
+        for index, message in enumerate(messages):
+            if message.get("role") != ("user", "assistant")[index % 2]:
+                raise template_refusal("its rounds are a user's message and the assistant's, in turns")
+            is_question = index % 2 == 0
+            text += f"[Round {index // 2 + 1}]\n\n问：" if is_question else "\n\n答："
+            text += _text(message, "content") + ("" if is_question else "\n\n")
+        return MarkedText([*self._prefix, text + ("\n\n答：" if len(messages) % 2 else "")], self._names)
 
 
 def _token(tokens: Mapping[str, int], role: object) -> int:

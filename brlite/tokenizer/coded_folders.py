@@ -1,4 +1,4 @@
-"""Folders that bring code for their tokenizer beside a sentencepiece model: Baichuan2 and ChatGLM3.
+"""Folders that bring code for their tokenizer beside a sentencepiece model: Baichuan2, ChatGLM2 and ChatGLM3.
 
 That code is never run. What it does is published, and done here: which control tokens there are, and how a chat is put.
 """
@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from brlite.errors import ModelError
-from brlite.model_file import exists
+from brlite.model_file import exists, read_model_text
 from brlite.quoting import excerpt
 from brlite.tokenizer.chat_formats import (
+    CHATGLM2_TOKENS,
     CHATGLM3_ENDS,
     CHATGLM3_PREFIX,
     CHATGLM3_TOKENS,
     Baichuan2Format,
     ChatFormat,
+    ChatGLM2Format,
     ChatGLM3Format,
 )
 from brlite.tokenizer.chat_template import ChatTemplate, read_template
@@ -56,14 +58,24 @@ def load_baichuan2(folder: Path, chat_template: Path | None = None, limits: Chil
 
 def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
     """`[gMASK]sop` before every text; its control tokens follow the vocabulary, and no text contains them."""
-    model = SentencePieceModel(folder / MODEL_FILE, CHATGLM3_TOKENS)
+    is_chatglm2 = _is_chatglm2(folder)
+    model = SentencePieceModel(folder / MODEL_FILE, CHATGLM2_TOKENS if is_chatglm2 else CHATGLM3_TOKENS)
+    own_format = (ChatGLM2Format if is_chatglm2 else ChatGLM3Format)(model.ids)
     return _tokenizer(
         folder,
         model,
-        _operators(chat_template, model.ids, limits) or ChatGLM3Format(model.ids),
+        _operators(chat_template, model.ids, limits) or own_format,
         prefix=[model.ids[text] for text in CHATGLM3_PREFIX],
-        ends=[model.ids[text] for text in CHATGLM3_ENDS],
+        ends=[] if is_chatglm2 else [model.ids[text] for text in CHATGLM3_ENDS],
     )
+
+
+def _is_chatglm2(folder: Path) -> bool:
+    """Both have the same names, and only 3 has tokens for roles: its code, which is not run, tells, or else its origin."""
+    code = folder / "tokenization_chatglm.py"
+    if exists(code):
+        return "<|assistant|>" not in read_model_text(code)
+    return "chatglm2" in str(read_json(folder / "config.json").get("_name_or_path")).lower()
 
 
 LOADERS: Mapping[str, Loader] = {"baichuan": load_baichuan2, "chatglm": load_chatglm3}

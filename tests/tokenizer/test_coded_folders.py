@@ -162,6 +162,35 @@ def test_a_chatglm_chat_is_a_role_token_a_new_line_and_the_content(chatglm: Toke
     assert chatglm.render_chat(messages[:2]) == "[gMASK]sop<|system|>\nBe brief.<|user|>\n你好<|assistant|>"
 
 
+@pytest.mark.parametrize("told_by", ["code", "name"])
+def test_chatglm2_has_rounds_in_words_and_no_tokens_for_roles(
+    chatglm_folder: Path, tmp_path: Path, told_by: str
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((chatglm_folder / "tokenizer.model").read_bytes())
+    name = {"_name_or_path": "THUDM/chatglm2-6b"} if told_by == "name" else {}
+    write_folder(tmp_path, config={"model_type": "chatglm", "eos_token_id": EOS, **name})
+    if told_by == "code":
+        (tmp_path / "tokenization_chatglm.py").write_text('tokens = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]')
+    tokenizer = load_tokenizer(tmp_path)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+    text = tokenizer.render_chat([*chat, {"role": "user", "content": "<|user|>"}])
+
+    assert text == "[gMASK]sop[Round 1]\n\n问：Hi\n\n答：Hello\n\n[Round 2]\n\n问：<|user|>\n\n答："
+    assert tokenizer.eos_token_ids == (EOS,)
+    assert tokenizer.vocab_size == processor(tmp_path).get_piece_size() + 5
+    with pytest.raises(InvalidRequest, match="in turns"):
+        tokenizer.encode_chat([{"role": "system", "content": "x"}, *chat])
+
+
+def test_chatglm3_is_told_by_its_code(chatglm_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((chatglm_folder / "tokenizer.model").read_bytes())
+    write_folder(tmp_path, config={"model_type": "chatglm", "_name_or_path": "my-chatglm2-successor"})
+    (tmp_path / "tokenization_chatglm.py").write_text('roles = ["<|system|>", "<|user|>", "<|assistant|>"]')
+
+    assert len(load_tokenizer(tmp_path).eos_token_ids) == 3
+
+
 def test_tools_follow_a_chatglm_system_message_as_json(chatglm: Tokenizer) -> None:
     tools = [{"name": "天气", "parameters": {}}]
 
