@@ -71,7 +71,7 @@ def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: Child
 
 
 def _is_chatglm2(folder: Path) -> bool:
-    """Both have the same names, and only 3 has tokens for roles: its code, which is not run, tells, or else its origin."""
+    """Both go by one name, and only 3 has tokens for roles: its code, which is not run, tells, or else its origin."""
     code = folder / "tokenization_chatglm.py"
     if exists(code):
         return "<|assistant|>" not in read_model_text(code)

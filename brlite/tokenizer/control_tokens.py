@@ -46,6 +46,10 @@ class ControlTokens:
             return text
         return MarkedText(self._parts(text, mark or ""), self._names)
 
+    def split(self, text: str) -> Iterator[str | int]:
+        """The tokens in a text, and the words between them."""
+        return self._parts(text, "")
+
     def _parts(self, text: str, mark: str) -> Iterator[str | int]:
         end = 0
         for match in self._pattern.finditer(text):

@@ -22,11 +22,12 @@ from brlite.tokenizer.control_tokens import ControlTokens, read_control_tokens
 from brlite.tokenizer.encoder import BackendEncoder, is_panic
 from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
 from brlite.tokenizer.json_check import check_tokenizer_json
+from brlite.tokenizer.piece_encoder import PieceEncoder
 from brlite.tokenizer.pieces import read_sentencepiece
 from brlite.tokenizer.post_processor import add_bos_eos
 from brlite.tokenizer.pre_tokenizers import ends_soon
 from brlite.tokenizer.token_bytes import read_token_bytes
-from brlite.tokenizer.tokenizer import Tokenizer
+from brlite.tokenizer.tokenizer import Encoder, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
     """The tokenizer of a folder; `chat_template` replaces its template. Raises `ModelError`, naming the file.
 
     With a `tokenizer.json`, that file alone decides whether BOS and EOS are added, as in transformers 5; without one,
-    `add_bos_token` and `add_eos_token` of `tokenizer_config.json` do.
+    `add_bos_token` and `add_eos_token` of `tokenizer_config.json` do, and its `legacy` puts a space before each stretch
+    between special tokens rather than before the first only.
     """
     has_json = exists(folder / "tokenizer.json")
     config = {
@@ -61,9 +63,14 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
     named = {name: token.content for name, token in tokens.items()}
     ids = {name: backend.token_to_id(text) for name, text in named.items()}
     _settle_bos_eos(backend, folder, config, ids, has_json=has_json)
+    token_bytes = read_token_bytes(backend, source=str(folder))
+    if has_json or config.get("legacy"):
+        encoder: Encoder = BackendEncoder(backend, child_limits=None if ends else limits or ChildLimits())
+    else:
+        encoder = PieceEncoder(backend, add_space_prefix=token_bytes.strips_first_space)
     return Tokenizer(
-        BackendEncoder(backend, child_limits=None if ends else limits or ChildLimits()),
-        read_token_bytes(backend, source=str(folder)),
+        encoder,
+        token_bytes,
         bos_token_id=ids.get("bos_token"),
         eos_token_ids=read_eos_token_ids(folder, ids.get("eos_token")),
         special_token_ids=special,

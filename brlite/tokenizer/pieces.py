@@ -6,7 +6,7 @@ Both a bare `tokenizer.model` and a GGUF file of kind `llama` hold these. Knows 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from brlite.errors import ModelError
 from brlite.model_file import check_model_file
 from brlite.quoting import reason
+from brlite.tokenizer.piece_encoder import PieceEncoder
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -31,6 +32,9 @@ _SAMPLES = (
 
 
 MAX_PIECE = 1024  # characters: sentencepiece's own limit is 16 unless its makers raise it
+
+
+_PIECE, _KIND = 1, 3  # fields of sentencepiece's ModelProto and of its SentencePiece
 
 
 class PieceKind(enum.IntEnum):
@@ -84,8 +88,9 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     """The tokenizer of a bare `tokenizer.model`. Raises `ModelError` for one that is not BPE or rewrites its text."""
     processor = open_sentencepiece(path)
     backend = build_backend(read_pieces(processor), add_space_prefix=starts_with_space(processor))
+    encoder = PieceEncoder(backend, add_space_prefix=starts_with_space(processor))
     for sample in _SAMPLES:
-        if backend.encode(sample, add_special_tokens=False).ids != processor.encode(sample):
+        if encoder.encode_words(sample, is_first=True) != processor.encode(sample):
             raise ModelError(
                 f"{path}: not a BPE model that keeps its text as it is; convert the tokenizer to a tokenizer.json"
             )
@@ -104,10 +109,11 @@ def open_sentencepiece(path: Path) -> SentencePieceProcessor:
 
 
 def read_pieces(processor: SentencePieceProcessor) -> list[Piece]:
-    """Every piece in the order of the ids. Those that users defined count as normal: the package does not tell."""
+    """Every piece in the order of the ids."""
+    kinds = _kinds(processor.serialized_model_proto())
     return [
-        Piece(processor.id_to_piece(token_id), processor.get_score(token_id), _kind(processor, token_id))
-        for token_id in range(processor.get_piece_size())
+        Piece(processor.id_to_piece(token_id), processor.get_score(token_id), kind)
+        for token_id, kind in zip(range(processor.get_piece_size()), kinds, strict=True)
     ]
 
 
@@ -116,14 +122,41 @@ def starts_with_space(processor: SentencePieceProcessor) -> bool:
     return str(processor.encode("a", out_type=str)[0]).startswith("▁")
 
 
-def _kind(processor: SentencePieceProcessor, token_id: int) -> PieceKind:
-    tests = {
-        PieceKind.UNKNOWN: processor.is_unknown,
-        PieceKind.CONTROL: processor.is_control,
-        PieceKind.BYTE: processor.is_byte,
-        PieceKind.UNUSED: processor.is_unused,
-    }
-    return next((kind for kind, is_kind in tests.items() if is_kind(token_id)), PieceKind.NORMAL)
+def _kinds(model: bytes) -> list[PieceKind]:
+    """The kinds of the pieces: field 3 of each field 1 of the model's protocol buffer, 1 where it is left out.
+
+    The package does not tell which pieces users defined, and its generated reader needs another package.
+    """
+    return [
+        PieceKind(next((int(value) for number, value in _fields(piece) if number == _KIND), PieceKind.NORMAL))
+        for number, piece in _fields(model)
+        if number == _PIECE and isinstance(piece, bytes)
+    ]
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """The fields of a message that the package has read before: numbers, and bytes of the rest."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        wire_type = key & 7
+        if wire_type == 0:
+            value, at = _varint(message, at)
+            yield key >> 3, value
+            continue
+        length, at = _varint(message, at) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], at)
+        yield key >> 3, message[at : at + length]
+        at += length
+
+
+def _varint(message: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
 
 
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import sentencepiece
+from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders
 
 from brlite.errors import ModelError
 from brlite.tokenizer import load_tokenizer
@@ -161,6 +161,46 @@ def test_a_bare_sentencepiece_model_is_read_as_sentencepiece_does(sentencepiece_
     assert not tokenizer.has_chat_template
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["prefix", "no prefix"])
+def defined_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bare model with symbols that its makers defined, as Gemma's and Mistral's have them."""
+    return train_sentencepiece(
+        tmp_path_factory.mktemp("defined"),
+        model_type="bpe",
+        add_dummy_prefix=request.param,
+        user_defined_symbols=["<tool>", "▁▁▁", "▁quick"],
+        control_symbols=["[INST]", "[/INST]"],
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [*TEXTS, "<tool>", "a<tool>b", "<tool> hello <tool><tool>", "x   y", "   x", "the quick brown fox", " <tool>", ""],
+)
+def test_symbols_that_the_makers_defined_are_one_token_as_for_sentencepiece(defined_folder: Path, text: str) -> None:
+    if any(name in text for name in ("<s>", "</s>", "<unk>")):
+        pytest.skip("control tokens are found in prompts, and not by sentencepiece")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(defined_folder / "tokenizer.model"))
+    tokenizer = load_tokenizer(defined_folder)
+
+    assert tokenizer.encode(text, add_special_tokens=False) == processor.encode(text)
+
+
+@pytest.mark.parametrize(("legacy", "later"), [(None, "user"), (False, "user"), (True, " user")])
+def test_only_the_first_stretch_has_a_space_before_it(
+    sentencepiece_folder: Path, tmp_path: Path, legacy: bool | None, later: str
+) -> None:
+    folder = Path(shutil.copytree(sentencepiece_folder, tmp_path / "model"))
+    write_folder(folder, tokenizer_config={} if legacy is None else {"legacy": legacy})
+    tokenizer = load_tokenizer(folder)
+
+    ids = tokenizer.encode("user</s>user", add_special_tokens=False)
+
+    end = ids.index(2)
+    assert tokenizer.decode(ids[:end]) == "user"
+    assert b"".join(map(tokenizer.token_bytes, ids[end + 1 :])).decode() == later
+
+
 def test_the_config_of_a_bare_sentencepiece_model_decides_about_bos_and_eos(
     sentencepiece_folder: Path, tmp_path: Path
 ) -> None:
@@ -232,3 +272,36 @@ def test_loading_needs_neither_torch_nor_transformers(folder: Path) -> None:
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
 
     assert result.stdout.strip() == "[]"
+
+
+FLAGS = [{}, {"rstrip": True}, {"lstrip": True}, {"single_word": True}, {"normalized": True}]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("place", ["tokenizer_config role", "added_tokens_decoder", "tokenizer.json, named by text"])
+@pytest.mark.parametrize("role", ["eos_token", "pad_token", "additional_special_tokens"])
+def test_the_flags_of_an_added_token_are_those_of_transformers(
+    qwen2_folder: Path, tmp_path: Path, flags: dict[str, bool], place: str, role: str
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    folder = Path(shutil.copytree(qwen2_folder, tmp_path / "model"))
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    token = {"content": "<|new|>", "lstrip": False, "rstrip": False, "single_word": False, "normalized": False, **flags}
+    if place == "tokenizer.json, named by text":
+        backend.add_special_tokens([AddedToken(**token, special=True)])
+    else:
+        backend.add_special_tokens([AddedToken("<|new|>", normalized=False)])
+    backend.save(str(folder / "tokenizer.json"))
+    named: object = token | {"__type": "AddedToken"} if place == "tokenizer_config role" else "<|new|>"
+    decoder = {"added_tokens_decoder": {str(backend.token_to_id("<|new|>")): token | {"special": True}}}
+    edit(
+        folder / "tokenizer_config.json",
+        **{role: [named] if role == "additional_special_tokens" else named},
+        **(decoder if place == "added_tokens_decoder" else {}),
+    )
+    texts = ["a <|new|> b", "a<|new|>b", "<|new|>  ", "x\n<|new|>\ny", "é<|new|>e\u0301"]
+
+    tokenizer, reference = load_tokenizer(folder), PreTrainedTokenizerFast.from_pretrained(folder)
+
+    assert [tokenizer.encode(text) for text in texts] == [reference.encode(text) for text in texts]
