@@ -286,7 +286,10 @@ def _keys(args: argparse.Namespace) -> dict[str, object]:
     if getattr(args, "keys_read", None) is None:
         from brlite.http.keys import parse_keys
 
-        args.keys_read = parse_keys(sys.stdin.read(MAX_KEYS_LENGTH).removeprefix("\ufeff"), "standard input")
+        text = sys.stdin.read(MAX_KEYS_LENGTH + 1)
+        if len(text) > MAX_KEYS_LENGTH:
+            raise ConfigError(f"--api-key-file -: allowed on standard input are {MAX_KEYS_LENGTH} characters")
+        args.keys_read = parse_keys(text.removeprefix("\ufeff"), "standard input")
     return {"keys.keys": args.keys_read}
 
 

@@ -381,11 +381,14 @@ def test_keys_of_standard_input_are_read_once_and_kept(handed_over, monkeypatch)
     assert handed_over.source.load().keys.keys == ("sk-1", "sk-2")
 
 
-def test_no_key_on_standard_input_does_not_open_the_server(monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO("# nothing\n"))
+@pytest.mark.parametrize(
+    ("text", "message"), [("# nothing\n", "standard input holds no key"), ("sk-1\n" * 20_000, "65536 characters")]
+)
+def test_no_key_or_too_many_on_standard_input_do_not_open_the_server(monkeypatch, capsys, text, message):
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
     assert main(["serve", "--api-key-file", "-"]) == 2
-    assert "standard input holds no key" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [["serve"], ["proxy", "--upstream", "m=http://127.0.0.1:1"]])

@@ -144,7 +144,8 @@ async def tokenize(request: web.Request) -> web.Response:
                 tenant=tenant,
             )
         names = TokenNames(engine.tokenizer)
-        token_strs = [names(token_id) for token_id in tokens] if body.return_token_strs else UNSET
+        named = {token_id: names(token_id) for token_id in set(tokens)} if body.return_token_strs else {}
+        token_strs = [named[token_id] for token_id in tokens] if body.return_token_strs else UNSET
     return _json(TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens, token_strs, warnings or UNSET))
 
 
@@ -331,7 +332,7 @@ async def _answer(
     async def ask(engine: AsyncEngine, collector: Collector) -> None:
         answer.set_source(engine.tokenizer, engine.info.fingerprint)
         with in_the_words_of(body):
-            prompts, cuts = truncate(await encode(engine), body, engine.info)
+            prompts, cuts = truncate(await encode(engine), body, params, engine.info)
             answer.warn(cuts)
             collector.submit(
                 engine, make_requests(answer.id, prompts, params, body.cache_salt, api_key(request).tenant)

@@ -35,8 +35,8 @@ class ChatMessage(Struct):
     content: str | list[ContentPart] | None = None
     name: str | None = None
     refusal: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
+    reasoning: Any = None
+    reasoning_content: Any = None
 
     # Not built: refused unless null or empty.
     tool_calls: list[Any] | None = None

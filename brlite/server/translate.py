@@ -106,11 +106,13 @@ def in_the_words_of(body: SamplingFields) -> Iterator[None]:
         raise type(error)(message, param=name, code=error.code) from None
 
 
-def truncate(prompts: list[Prompt], body: SamplingFields, info: BackendInfo) -> tuple[list[Prompt], list[str]]:
+def truncate(
+    prompts: list[Prompt], body: SamplingFields, params: SamplingParams, info: BackendInfo
+) -> tuple[list[Prompt], list[str]]:
     """The prompts cut to `truncate_prompt_tokens`, and a line for each that was. Raises `InvalidRequest`.
 
-    -1 leaves the room that `max_tokens` asks for. The end of a prompt is kept, its beginning with
-    `truncation_side = "right"`. A cut prompt has no text any more.
+    -1 leaves the room that `max_tokens` asks for, half of the context at most and by default. The end of a prompt is
+    kept, its beginning with `truncation_side = "right"`. A cut prompt has no text any more.
     """
     wanted = body.truncate_prompt_tokens
     if wanted is None:
@@ -120,7 +122,8 @@ def truncate(prompts: list[Prompt], body: SamplingFields, info: BackendInfo) -> 
             f"truncate_prompt_tokens must be -1 or a whole number of at least 1, got {wanted}",
             param="truncate_prompt_tokens",
         )
-    room = int(wanted) if wanted != -1 else max(1, context_length(info) - max(1, int(body.max_tokens or 1)))
+    half = context_length(info) // 2
+    room = int(wanted) if wanted != -1 else context_length(info) - min(params.max_tokens or half, half)
     kept, warnings = [], []
     for prompt in prompts:
         token_ids = prompt.token_ids or []
@@ -213,7 +216,8 @@ def _plain_message(message: ChatMessage, param: str) -> dict[str, Any]:
     plain = {"role": message.role, "content": content}
     if message.name is not None:
         plain["name"] = message.name
-    if reasoning := message.reasoning_content or message.reasoning:
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning and isinstance(reasoning, str):  # templates know no other form
         plain["reasoning_content"] = reasoning
     return plain
 

@@ -153,12 +153,14 @@ async def test_the_prompt_is_cut_where_it_was_asked_for_and_the_answer_says_so(c
     cut = await client.complete("0123456789", truncate_prompt_tokens=4)
     right = await client.complete("0123456789", truncate_prompt_tokens=4, truncation_side="right", echo=True)
     far_too_long = await client.complete("x" * 1000, truncate_prompt_tokens=-1, max_tokens=8)
+    chat = await client.chat("x" * 1000, truncate_prompt_tokens=-1, max_tokens=None, max_completion_tokens=None)
 
     assert cut["usage"]["prompt_tokens"] == 4
     assert cut["choices"][0]["text"] == bytes(reference_tokens(b"6789", 8)).decode()
     assert cut["warnings"] == ["a prompt of 10 tokens was cut to 4 by truncate_prompt_tokens"]
     assert right["choices"][0]["text"].startswith("0123")
     assert far_too_long["usage"]["prompt_tokens"] == 64 - 8
+    assert (chat["usage"]["prompt_tokens"], chat["usage"]["completion_tokens"]) == (32, 32)
 
 
 @pytest.mark.parametrize("value", [0, -2, 1.5])
