@@ -122,11 +122,11 @@ class Exchange:
     def _enter(self, target: Target) -> None:
         """Take one of the model's places, or wait for one."""
         self.target = target
-        if target.places.take(self.request.key):
+        if target.places.take(self.request.key.tenant):
             self._try_next()
             return
         try:
-            self._waiting = target.places.wait(self.request.key, Waiter(self._turn_came, self._end_with))
+            self._waiting = target.places.wait(self.request.key.tenant, Waiter(self._turn_came, self._end_with))
         except RequestError as error:
             self._front.refuse(error)
             self._end(status_of(error).http)
@@ -144,7 +144,7 @@ class Exchange:
         if target.stand_ins and not target.is_available(now, self._tried):
             stand_in = self._stand_in(now)
             if stand_in is not None:
-                target.places.give_back(self.request.key)
+                target.places.give_back(self.request.key.tenant)
                 self._enter(stand_in)
                 return
         upstream = target.choose(now, self.request.affinity, self._tried)
@@ -183,7 +183,7 @@ class Exchange:
         attempt, self._attempt = self._attempt, None
         assert attempt is not None
         self._note(attempt)
-        self.target.places.give_back(self.request.key)
+        self.target.places.give_back(self.request.key.tenant)
         self._end(attempt.status)
 
     def attempt_refused(self, head: AnswerHead, ending: Ending) -> bool:
@@ -263,7 +263,7 @@ class Exchange:
                 self._front.write(event)
         else:
             self._front.cut()
-        self.target.places.give_back(self.request.key)
+        self.target.places.give_back(self.request.key.tenant)
         self._end(status_of(error).http)
 
     # The client and the clock
@@ -285,7 +285,7 @@ class Exchange:
             self._waiting.leave()
         else:
             self._leave(Ending.CLIENT_LEFT)
-            self.target.places.give_back(self.request.key)
+            self.target.places.give_back(self.request.key.tenant)
         self._end(CLIENT_LEFT)
 
     def stop(self) -> None:

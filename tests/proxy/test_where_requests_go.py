@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 
 import pytest
 
-from brlite.config import KeyConfig, ProxyConfig, UpstreamConfig
+from brlite.config import KeyConfig, KeysConfig, ProxyConfig, UpstreamConfig
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
@@ -44,7 +44,7 @@ async def start() -> AsyncIterator[Start]:
     """`await start(ProxyConfig(…), a=Step(…), b=Step(…))`."""
     async with AsyncExitStack() as stack:
 
-        async def make(proxy: ProxyConfig, key: tuple[KeyConfig, ...] = (), **plain: Step) -> Group:
+        async def make(proxy: ProxyConfig, keys: Mapping[str, object] = {}, **plain: Step) -> Group:
             upstreams = {name: ScriptedUpstream(step, Step(GOOD_STREAM)) for name, step in plain.items()}
             for upstream in upstreams.values():
                 await stack.enter_async_context(upstream)
@@ -52,7 +52,7 @@ async def start() -> AsyncIterator[Start]:
                 UpstreamConfig(url=upstream.url, name=name, models=("m", name), health_path="")
                 for name, upstream in upstreams.items()
             ]
-            return Group(await stack.enter_async_context(run_proxy(*configs, proxy=proxy, key=key)), upstreams)
+            return Group(await stack.enter_async_context(run_proxy(*configs, proxy=proxy, **keys)), upstreams)
 
         yield make
 
@@ -189,8 +189,8 @@ async def test_a_stand_in_answers_under_its_own_name_where_a_model_cannot_be_rea
 
 
 async def test_no_stand_in_answers_for_a_key_that_may_not_use_it(start) -> None:
-    key = (KeyConfig(name="k", key="sk-1", models=("a",)),)
-    group = await start(ProxyConfig(fallbacks={"a": ("b",)}), key, a=GOOD, b=GOOD)
+    keys = {"key": (KeyConfig(name="k", key="sk-1", models=("a",)),)}
+    group = await start(ProxyConfig(fallbacks={"a": ("b",)}), keys, a=GOOD, b=GOOD)
     await group.upstreams["a"].kill()
 
     refused = await group.ask({"model": "a"}, b"Authorization: Bearer sk-1")
@@ -225,8 +225,10 @@ async def test_who_waits_too_long_for_a_place_is_told_when_to_come_back(start) -
     assert (await first).body == PLAIN
 
 
-async def test_a_key_that_fills_the_queue_does_not_shut_another_key_out(start) -> None:
-    keys = tuple(KeyConfig(name=name, key=f"sk-{name}") for name in ("many", "few"))
+@pytest.mark.parametrize("kind", ["named", "plain"])
+async def test_a_key_that_fills_the_queue_does_not_shut_another_key_out(start, kind) -> None:
+    named = tuple(KeyConfig(name=name, key=f"sk-{name}") for name in ("many", "few"))
+    keys = {"key": named} if kind == "named" else {"keys": KeysConfig(keys=("sk-many", "sk-few"))}
     group = await start(ProxyConfig(max_in_flight=2, max_queued=3), keys, a=GOOD)
     may_answer = asyncio.Semaphore(0)
 
