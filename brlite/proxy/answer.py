@@ -1,7 +1,7 @@
 """An upstream's answer that is no stream: kept until it is whole, so that half of one is never passed on.
 
 What came whole is looked at once: a client gets JSON where it asked for JSON, or an error that says what came instead.
-An answer about the request (4xx, 501) keeps its status; words that are no JSON go into our envelope. Knows no sockets.
+A refusal (4xx, 501, 503) keeps its status; words that are no JSON go into our envelope. Knows no sockets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from brlite.errors import UpstreamError
 from brlite.http.envelope import foreign_error_body
 from brlite.proxy.framing import Body, CloseBody, LengthBody, body_of
 from brlite.proxy.heads import AnswerHead
-from brlite.proxy.outcomes import is_answer
+from brlite.proxy.outcomes import REFUSALS, is_answer
 from brlite.proxy.usage import TAIL_BYTES
 
 BODYLESS = (204, 304)
@@ -102,9 +102,9 @@ class HeldAnswer:
         return WholeAnswer(payload)
 
     def _in_our_envelope(self, payload: bytes) -> WholeAnswer:
-        """The words of an answer about the request, such as a proxy's page that says 413. Raises as `whole` does."""
+        """The words of a refusal, such as a proxy's page that says 413 or 503. Raises as `whole` does."""
         status = self._head.status
-        if status < 400 or not is_answer(status):
+        if status < 400 or not (is_answer(status) or status in REFUSALS):
             raise UpstreamError(f"The upstream answered {status} with what is not JSON.")
         lines = b"Content-Type: application/json; charset=utf-8\r\n"
         if retry_after := self._head.fields.get(b"retry-after"):

@@ -116,6 +116,16 @@ async def test_other_answers_from_500_on_count_against_it(status: int) -> None:
         assert (got.status, is_closed(proxy)) == (status, False)
 
 
+async def test_a_503_in_html_keeps_its_status_and_counts_against_it() -> None:
+    step = Step(answer(b"503 Busy", b"<h1>Try later</h1>", b"text/html", b"Retry-After: 7"))
+    async with ScriptedUpstream(step) as upstream, run_proxy(config(upstream), proxy=QUICK_TO_EJECT) as proxy:
+        got = await ask(proxy)
+
+        assert (got.status, got.fields[b"retry-after"]) == (503, b"7")
+        assert got.error["message"] == "The upstream answered 503: Try later"
+        assert not is_closed(proxy)
+
+
 @pytest.mark.parametrize("is_stream", [False, True], ids=["a long answer", "a long event"])
 async def test_what_is_longer_than_held_bytes_goes_on_in_parts_and_counts_as_answered(is_stream: bool) -> None:
     body = answer(b"200 OK", b'{"x":"%b"}' % (b"y" * 9 * HELD_BYTES))
