@@ -161,6 +161,9 @@ class HttpServer:
             message = message._replace(version=HttpVersion11)  # aiohttp would answer as HTTP/1.0
         elif message.url.absolute:
             message = origin_form(message)
+        if hdrs.UPGRADE in message.headers:
+            # The parser stops there and may lose a request behind it, which would wait for ever.
+            message = message._replace(should_close=True)
         return self._make_request(message, payload, protocol, writer, task)
 
     async def _begin_request(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -13,8 +13,11 @@ from typing import Protocol
 MAX_CHUNK_LINE = 1024
 MAX_TRAILER_BYTES = 8192
 
-CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-FIELD_LINE = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n"  # no folded lines: RFC 9112 §5.2 forbids them
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_QUOTED = rb'"(?:[\t !#-\[\]-~\x80-\xff]|\\[\t -~\x80-\xff])*"'
+_EXTENSIONS = rb"(?:[ \t]*;" + _TOKEN + rb"(?:=(?:" + _TOKEN + rb"|" + _QUOTED + rb"))?)*"
+CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,8})" + _EXTENSIONS + rb"\r\n")
+FIELD_LINE = _TOKEN + rb":[\t -~\x80-\xff]*\r\n"  # no folded lines: RFC 9112 §5.2 forbids them
 
 _TRAILER_LINE = re.compile(FIELD_LINE + rb"|\r\n")
 
@@ -139,10 +142,10 @@ class ChunkedBody:
         piece = data[position : position + self._in_chunk]
         missing = self._in_chunk = self._in_chunk - len(piece)
         num_end = min(len(piece), max(0, 2 - missing))  # how much of the chunk's line end is in the piece
-        if piece[len(piece) - num_end :] != b"\r\n"[2 - missing - num_end : 2 - missing]:
-            raise Misframed("a chunk is longer than its size")
         if len(piece) > num_end:
             payload.append(piece[: len(piece) - num_end])
+        if piece[len(piece) - num_end :] != b"\r\n"[2 - missing - num_end : 2 - missing]:
+            raise Misframed("a chunk is longer than its size")
         return position + len(piece)
 
     def _read_trailer(self, data: bytes, position: int) -> int:

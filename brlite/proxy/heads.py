@@ -49,21 +49,19 @@ def _pattern_of(names: tuple[str, ...]) -> re.Pattern[bytes]:
     return re.compile(rf"^(?:{'|'.join(patterns)}):[^\n]*\n".encode(), re.IGNORECASE | re.MULTILINE)
 
 
+_METHODS = b"GET HEAD POST PUT PATCH DELETE OPTIONS".split()  # what to do with others is aiohttp's to say
 _FIELDS = rb"((?:" + FIELD_LINE + rb")*)\r\n"
-_REQUEST = re.compile(rb"([A-Z]+) (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)
+_REQUEST = re.compile(rb"(" + b"|".join(_METHODS) + rb") (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?\r\n" + _FIELDS)
 _FIELD = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength:[ \t]*([0-9]{1,15})(?=\r\n)")
 
 # What a request's head may be cut to, up to its last line end and behind it.
 _WHOLE_LINES = re.compile(rb"(?:" + FIELD_LINE + rb")*")
-_FIRST_LINES = re.compile(rb"[A-Z]+ /[!-~]* HTTP/1\.[01]\r\n" + _WHOLE_LINES.pattern)
+_FIRST_LINES = re.compile(rb"(?:" + b"|".join(_METHODS) + rb") /[!-~]* HTTP/1\.[01]\r\n" + _WHOLE_LINES.pattern)
 _CUT_LINE = re.compile(rb"\r|[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?:(?<=.):[\t -~\x80-\xff]*\r?)?")
 _CUT_FIRST_LINE = re.compile(
-    b"|".join(
-        _cut(method + b" /", rb"[!-~]*" + _cut(b" HTTP/1.", rb"(?:[01]\r?)?"))
-        for method in b"GET HEAD POST PUT PATCH DELETE OPTIONS".split()
-    )
+    b"|".join(_cut(method + b" /", rb"[!-~]*" + _cut(b" HTTP/1.", rb"(?:[01]\r?)?")) for method in _METHODS)
 )
 
 # A message that has one of them twice can mean two things.

@@ -236,14 +236,14 @@ class EventSplice:
         """What the client gets at the end of the framing, which is the stream's good end only where that is whole."""
         if self._held.strip() or self.is_within_event:
             return self._break(BrokenStream("it ends in the middle of an event"))
-        end = b""
+        end = self._framed(bytes(self._held))  # line ends behind the last event, such as the LF of its CR LF
         if self._needs_end and not self._saw_end:
             try:
                 self._check_end(is_sure=bool(self._has_finished))
             except BrokenStream as error:
                 return self._break(error)
             if self._kind is StreamKind.COMPLETIONS:
-                end = self._framed(DONE_EVENT)
+                end += self._framed(DONE_EVENT)
         self.is_done = True
         return end + LAST_CHUNK if self._is_chunked else end
 

@@ -203,3 +203,44 @@ async def test_absolute_targets_and_head_are_taken(doors: Doors, line: bytes, st
     assert [int(answer[9:12]) for answer in answers] == [status] * 2
     if line.startswith(b"HEAD"):
         assert all(answer.endswith(b"\r\n\r\n") for answer in answers)
+
+
+UPGRADES = [
+    b"Connection: Upgrade\r\nUpgrade: websocket\r\n",
+    b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",  # Java's HttpClient
+    b"Upgrade: h2c\r\n",
+    b"Connection: upgrade\r\nUpgrade: TLS/1.2\r\n",
+]
+VERSION = b"GET /version HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+BODY = b'{"model":"nobody"}'
+
+
+@pytest.mark.parametrize("upgrade", UPGRADES)
+@pytest.mark.parametrize(
+    "request_with",
+    [
+        b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n%b\r\n",
+        POST + b"%%bContent-Length: %d\r\n\r\n%b" % (len(BODY), BODY),
+        POST + b"%%bTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(BODY), BODY),
+    ],
+    ids=["GET", "POST", "POST in chunks"],
+)
+@pytest.mark.parametrize("pieces", [1, 2])
+async def test_a_request_behind_an_upgrade_is_answered_or_the_connection_closed(
+    doors: Doors, upgrade: bytes, request_with: bytes, pieces: int
+) -> None:
+    for port in doors:
+        client = await Client.connect(port)
+        client.send(request_with % upgrade + (VERSION if pieces == 1 else b""))
+        first = await asyncio.wait_for(client.answer(), 30)
+        if pieces == 2:
+            client.send(VERSION)
+        try:
+            rest = await asyncio.wait_for(client.reader.read(2**16), 30)
+        except ConnectionError:
+            rest = b""
+        client.leave()
+
+        assert first.status in (200, 400, 404)
+        assert rest == b"" or rest.startswith(b"HTTP/1.1 200 OK\r\n")
