@@ -110,8 +110,8 @@ def test_the_curl_line_asks_for_the_default_model() -> None:
 def test_the_test_command_is_the_one_of_ci() -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
-    assert "pip install -e '.[test]' && .venv/bin/pytest" in README
-    assert "'.[test]'" in ci
+    assert "pip install -c constraints.txt -e '.[test]' && .venv/bin/pytest" in README
+    assert "--constraint constraints.txt --editable '.[test]'" in ci
     assert "pytest" in ci
 
 
