@@ -73,13 +73,31 @@ class Scheduler:
         self._free_place()
         num_preemptions = self.num_preemptions
         for seq in sorted(self.running, key=_has_prompt_left):
-            budget -= self._schedule_running(seq, budget, scheduled)
+            budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
         # Blocks are short after a preemption: whoever was admitted now would be the next to lose them.
         while budget > 0 and num_preemptions == self.num_preemptions and self._can_admit():
             budget -= self._admit(budget, scheduled)
+        for seq in scheduled:  # what shorter prompts have left of their half
+            rest = min(seq.num_tokens - seq.num_computed_tokens - scheduled[seq], budget)
+            scheduled[seq] += rest
+            budget -= rest
         if len(self.running) <= self._max_draft_seqs:
             self._draft(list(scheduled), budget)
         return list(scheduled.items())
+
+    def _share(self, seq: Sequence, budget: int) -> int:
+        """How much of a step's budget a running sequence may have: half while a shorter prompt comes after its own.
+
+        So a long prompt takes at most twice its time, and a short one does not wait for its end.
+        """
+        num_left = seq.num_tokens - seq.num_computed_tokens
+        if num_left <= 1 or seq.status is not SequenceStatus.RUNNING:
+            return budget
+        after = self.running[self.running.index(seq) + 1 :]
+        is_shorter_after = any(1 < other.num_tokens - other.num_computed_tokens < num_left for other in after)
+        new = self.waiting.next
+        is_shorter_new = new is not None and new.num_tokens < num_left and self._can_admit()
+        return -(-budget // 2) if is_shorter_after or is_shorter_new else budget
 
     def _schedule_running(self, seq: Sequence, budget: int, scheduled: dict[Sequence, int]) -> int:
         """Schedule what fits the budget, taking blocks from the latest sequences if need be. Returns the tokens."""

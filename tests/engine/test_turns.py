@@ -115,3 +115,42 @@ def test_another_tenants_prompt_is_found_in_the_cache_only_if_the_config_shares_
         found.append(driver.outputs[request_id].num_cached_tokens > 0)
 
     assert found == [False, True, is_shared, False, True]
+
+
+def test_a_short_prompt_does_not_wait_for_the_end_of_a_long_one_which_takes_twice_its_time_at_most(
+    make_driver: MakeDriver,
+) -> None:
+    driver = make_driver(num_blocks=400, max_num_seqs=8, max_model_len=1024, budget=16, limits=PATIENT)
+    alone = make_driver(num_blocks=400, max_num_seqs=8, max_model_len=1024, budget=16, limits=PATIENT)
+    alone.submit("x" * 800, max_tokens=1)
+    num_alone = len(alone.finish())
+
+    long = driver.submit("x" * 800, max_tokens=1)
+    for _ in range(3):
+        driver.step()
+    num_steps = 3
+    waits = []
+    while not (long in driver.outputs and driver.outputs[long].finished):
+        small = driver.submit(f"{num_steps}", max_tokens=1)
+        begin = num_steps
+        while not (small in driver.outputs and driver.outputs[small].finished):
+            driver.step()
+            num_steps += 1
+        waits.append(num_steps - begin)
+    driver.finish()
+
+    assert max(waits) <= 2
+    assert num_steps <= 2 * num_alone
+    assert driver.token_ids(long) == reference_tokens(b"x" * 800, 1)
+
+
+def test_prompts_of_one_length_are_computed_one_after_the_other(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=400, max_num_seqs=8, max_model_len=512, budget=16, limits=PATIENT)
+    prompts = [driver.submit(letter * 160, max_tokens=1) for letter in "abcd"]
+
+    ends = {}
+    for step in range(1, 60):
+        driver.step()
+        ends |= {each: step for each in driver.finished if each not in ends}
+
+    assert [ends[each] for each in prompts] == [10, 20, 30, 40]
