@@ -9,9 +9,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from brlite.kernels.library import NativeLibrary, load_library
 from tests.limits import PATIENCE_SECONDS
+
+# How fast an example is made and run says something of the machine only.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
 
