@@ -28,6 +28,7 @@ from brlite.kernels.image import MAGIC, ImageError, read_image_key
 from brlite.machine import show_bytes
 from brlite.models import find_family
 from brlite.models.config import num_parameters
+from brlite.quoting import one_line
 
 UNTOLD = "not told by its text: the manual's tool prints it when it runs"
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")  # as the families call them
@@ -41,7 +42,7 @@ def run(path: Path, *, as_json: bool = False, verify: bool = False) -> int:
     damaged = _damaged(path) if verify else []
     if verify:
         findings["damaged files"] = damaged
-    print(json.dumps(findings, indent=1, ensure_ascii=False) if as_json else render(findings))
+    print(json.dumps(findings, indent=1) if as_json else render(findings))
     return 1 if damaged else 0
 
 
@@ -69,8 +70,8 @@ def _shown(name: str, value: object) -> str:
     if isinstance(value, int) and name == "parameters":
         return f"{value} ({value / 1e6:.4g} million)"
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    return UNTOLD if value is None else str(value)
+        return ", ".join(one_line(item) for item in value) or "none"
+    return UNTOLD if value is None else one_line(value)
 
 
 def _traced(path: Path) -> Findings:

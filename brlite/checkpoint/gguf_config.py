@@ -211,9 +211,9 @@ def _llama3_scaling(config: dict[str, Any], rope_freqs: Sequence[float]) -> dict
     if not all(0 < divisor < math.inf for divisor in rope_freqs):
         raise ModelError(f"{ROPE_FREQS} must hold finite divisors above 0")
     factor = round(max(rope_freqs), 3)
-    expected = llama3_divisors(factor, config["head_dim"], config["rope_theta"])
-    same = len(expected) == len(rope_freqs) and all(
-        math.isclose(a, b, rel_tol=1e-3) for a, b in zip(expected, rope_freqs, strict=True)
+    same = len(rope_freqs) == -(-config["head_dim"] // 2) and all(  # before a list of the claimed length is made
+        math.isclose(a, b, rel_tol=1e-3)
+        for a, b in zip(llama3_divisors(factor, config["head_dim"], config["rope_theta"]), rope_freqs, strict=True)
     )
     if not same:
         raise ModelError(f"{ROPE_FREQS} does not hold Llama 3's rope scaling with factor {factor:g}; no other is known")

@@ -6,6 +6,7 @@ offline mode and its cache folder; this file decides which files, for how long t
 
 from __future__ import annotations
 
+import os
 import queue
 import re
 import threading
@@ -21,7 +22,8 @@ from brlite.checkpoint.sha256 import check_sha256
 from brlite.errors import ModelError
 from brlite.quoting import excerpt, reason
 
-REACH_SECONDS = 3.0
+REACH_VARIABLE = "HF_HUB_ETAG_TIMEOUT"  # the library's own: how long the hub may take to tell what there is
+SHORT_REACH_SECONDS = 3.0  # where another source could serve the model, and the variable is not set
 MODEL_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 COMPANION_FILES = (
@@ -84,7 +86,8 @@ class HuggingFaceHub:
     def list_files(self, name: str) -> list[HubFile]:
         from huggingface_hub import HfApi
 
-        siblings = HfApi().model_info(name, files_metadata=True, timeout=REACH_SECONDS).siblings or []
+        timeout = reach_limit(has_other_source=False)
+        siblings = HfApi().model_info(name, files_metadata=True, timeout=timeout).siblings or []
         return [HubFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None) for file in siblings]
 
     def folder(self, name: str) -> Path:
@@ -100,6 +103,17 @@ class HuggingFaceHub:
             return Path(snapshot_download(name, allow_patterns=files))
 
 
+def reach_limit(*, has_other_source: bool) -> float:
+    """How many seconds the hub has for its first answer: as the library's variable says, 10 by its default.
+
+    Imports the library, which a slow disk can make last longer than that: the clock starts afterwards.
+    """
+    from huggingface_hub import HfApi, constants  # noqa: F401
+
+    is_told = REACH_VARIABLE in os.environ
+    return SHORT_REACH_SECONDS if has_other_source and not is_told else float(constants.HF_HUB_ETAG_TIMEOUT)
+
+
 def find_cached(hub: Hub, name: str) -> Path:
     """The complete snapshot of a model that the hub's library has on this machine. Raises `ModelError` if none is."""
     check_name(name)
@@ -108,7 +122,7 @@ def find_cached(hub: Hub, name: str) -> Path:
     return folder
 
 
-def download(hub: Hub, name: str, on_progress: OnProgress, reach_seconds: float = REACH_SECONDS) -> Path:
+def download(hub: Hub, name: str, on_progress: OnProgress, reach_seconds: float) -> Path:
     """Fetch a model into the library's cache and check its large files. A file that fails is removed again.
 
     A hub that does not answer within `reach_seconds` counts as unreachable; the download itself may take its time.
@@ -179,7 +193,7 @@ def _within(seconds: float, question: Callable[[], T]) -> T:
     try:
         answer = answers.get(timeout=seconds)
     except queue.Empty:
-        raise ModelError(f"no answer within {seconds:g} s") from None
+        raise ModelError(f"no answer within {seconds:g} s ({REACH_VARIABLE} sets the time)") from None
     if isinstance(answer, Exception):
         raise answer
     return answer

@@ -18,6 +18,8 @@ from brlite.quoting import excerpt, reason
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 LENGTH_BYTES = 8
+MAX_SIZE = 2**48  # of a dimension and of a file: a product of larger ones takes longer than reading the file
+MAX_DIMENSIONS = 8
 
 
 class TensorEntry(NamedTuple):
@@ -88,8 +90,9 @@ def _entry(file: Path, name: str, value: object) -> TensorEntry:
             raise ModelError(f"{file}: {excerpt(name)} must have dtype, shape and data_offsets, got {excerpt(value)}")
     if dtype not in ITEM_BYTES:
         raise ModelError(f"{file}: {excerpt(name)} has dtype {excerpt(dtype)}; allowed are {ALLOWED_DTYPES}")
-    if not all(type(length) is int and length >= 0 for length in shape) or begin < 0:
-        raise ModelError(f"{file}: {excerpt(name)} has the impossible shape {excerpt(shape)} at byte {begin}")
+    are_sizes = all(type(length) is int and 0 <= length <= MAX_SIZE for length in (*shape[:MAX_DIMENSIONS], begin, end))
+    if not are_sizes or len(shape) > MAX_DIMENSIONS:
+        raise ModelError(f"{file}: {excerpt(name)} has the impossible shape {excerpt(shape)} at byte {excerpt(begin)}")
     num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
     if end - begin != num_bytes:
         raise ModelError(f"{file}: {excerpt(name)} takes {num_bytes} bytes by its shape, {end - begin} by its offsets")

@@ -23,7 +23,7 @@ from brlite.model_file import check_model_file
 from brlite.quoting import excerpt, reason
 
 MAX_PICKLE_BYTES = 256 * 2**20
-MAX_CODE_BYTES = 16 * 2**20  # of one source file
+MAX_CODE_BYTES = 64 * 2**20  # of all source files together, each as often as a class is looked for in it
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip's member: signature, length of its name, length of what is extra
 SIGNATURE = b"PK\x03\x04"
 
@@ -51,6 +51,7 @@ class TracedArchive:
                 self._members = {info.filename: info for info in archive.infolist()}
         except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
             raise ModelError(f"{file}: not a traced .pt file, or cut short: {reason(error)}") from error
+        self._code_bytes_left = MAX_CODE_BYTES
         self._prefix = self._find_prefix()
         self.pickle = self._read("data.pkl", MAX_PICKLE_BYTES)
         module = read_pickle(self.pickle, file)
@@ -62,7 +63,9 @@ class TracedArchive:
         """The text that holds a class of the archive, such as `__torch__.transformers.….LlamaForCausalLM`."""
         path = "code/" + type_name.rpartition(".")[0].replace(".", "/") + ".py"
         try:
-            return self._read(path, MAX_CODE_BYTES).decode()
+            text = self._read(path, self._code_bytes_left)
+            self._code_bytes_left -= len(text)
+            return text.decode()
         except UnicodeDecodeError as error:
             raise ModelError(f"{self.file}: {excerpt(path)} is not text: {reason(error)}") from error
 
@@ -77,6 +80,8 @@ class TracedArchive:
             raise ModelError(f"{self.file}: {excerpt(name)} is of {storage.dtype}; allowed are {ALLOWED_DTYPES}")
         span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         num_elements = span if math.prod(shape) else 0
+        if math.prod(shape) > num_elements:
+            raise ModelError(f"{self.file}: {excerpt(name)} repeats its numbers: shape {excerpt(shape)}")
         if value.offset + num_elements > storage.num_elements:
             raise ModelError(f"{self.file}: {excerpt(name)} reaches beyond its storage {excerpt(storage.key)}")
         begin = self._data_start(stream, storage) + value.offset * ITEM_BYTES[storage.dtype]
@@ -102,6 +107,8 @@ class TracedArchive:
 
     def _read_member(self, info: zipfile.ZipInfo, max_bytes: int) -> bytes:
         # What is compressed could be of any size when it is not; torch compresses nothing but its code.
+        if info.filename.endswith(".pkl") and info.compress_type != zipfile.ZIP_STORED:
+            raise ModelError(f"{self.file}: {excerpt(info.filename)} is compressed, as torch never does")
         if info.file_size > max_bytes:
             raise ModelError(f"{self.file}: {excerpt(info.filename)} has {info.file_size} bytes, over {max_bytes}")
         try:

@@ -17,6 +17,8 @@ from brlite.quoting import excerpt, reason
 
 MAX_DEPTH = 64
 MAX_VISITS = 4_000_000
+MAX_OPERATIONS = 2_000_000  # each may leave an object of 64 bytes
+MAX_DIMENSIONS = 64
 STORAGES = {"torch FloatStorage": "F32", "torch HalfStorage": "F16", "torch BFloat16Storage": "BF16"}
 LIST_BUILDERS = tuple(f"torch.jit._pickle {name}" for name in ("build_intlist", "build_doublelist", "build_boollist"))
 
@@ -60,7 +62,9 @@ def read_pickle(data: bytes, file: Path) -> Any:
     """What a traced module's pickle describes. Its operations are listed by the standard library, which runs none."""
     machine = _Machine()
     try:
-        for name, argument in _operations(data):
+        for number, (name, argument) in enumerate(_operations(data)):
+            if number == MAX_OPERATIONS:
+                raise _Refused(f"has more than {MAX_OPERATIONS} operations")
             if name == "STOP":
                 return machine.pop()
             machine.do(name, argument)
@@ -71,12 +75,13 @@ def read_pickle(data: bytes, file: Path) -> Any:
     raise ModelError(f"{file}: data.pkl is cut short")
 
 
-def _operations(data: bytes) -> list[tuple[str, Any]]:
+def _operations(data: bytes) -> Iterator[tuple[str, Any]]:
     """The names of the operations up to the first STOP, with their arguments. Raises `ValueError`."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", DeprecationWarning)  # a damaged name is one that Python would only warn of
         try:
-            return [(operation.name, argument) for operation, argument, _ in pickletools.genops(data)]
+            for operation, argument, _ in pickletools.genops(data):
+                yield operation.name, argument
         except DeprecationWarning as warning:
             raise ValueError(str(warning)) from None
 
@@ -132,11 +137,11 @@ class _Machine:
 
     def set_items(self) -> None:
         items = self._since_mark()
-        self._stack[-1].update(zip(items[::2], items[1::2], strict=True))
+        self._stack[-1].update(zip(map(_key, items[::2]), items[1::2], strict=True))
 
     def set_item(self) -> None:
         value, key = self._stack.pop(), self._stack.pop()
-        self._stack[-1][key] = value
+        self._stack[-1][_key(key)] = value
 
     def extend(self) -> None:
         items = self._since_mark()
@@ -169,7 +174,7 @@ class _Machine:
 
     def reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
-        name = function.name if isinstance(function, Global) else repr(function)
+        name = function.name if isinstance(function, Global) else excerpt(function)
         if name == "torch._utils _rebuild_tensor_v2":
             self._stack.append(_tensor(*arguments[:4]))
         elif name == "collections OrderedDict" and arguments == ():
@@ -213,8 +218,17 @@ def _tensor(storage: object, offset: object, shape: object, strides: object) -> 
     return TensorValue(storage, first, sizes, steps)
 
 
+def _key(key: object) -> str | int:
+    """Of a dict. To hash a tuple takes as long as all that is nested in it, however often that is the same one."""
+    if not isinstance(key, str | int):
+        raise _Refused(f"has a dict with the key {excerpt(key)}")
+    return key
+
+
 def _counts(numbers: object) -> tuple[int, ...]:
-    if not isinstance(numbers, tuple) or not all(type(number) is int and number >= 0 for number in numbers):
+    if not isinstance(numbers, tuple) or len(numbers) > MAX_DIMENSIONS:
+        raise _Refused(f"has the impossible size {excerpt(numbers)}")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
         raise _Refused(f"has the impossible size {excerpt(numbers)}")
     return numbers
 

@@ -6,6 +6,7 @@ SmolLM2's digits, each of which is a token. Knows no weights.
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ class _Vocabulary:
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self.path = path
         self._metadata = metadata
+        self.tokens: list[str] = []
         self.kind: str = self.require("tokenizer.ggml.model", str)
-        self.tokens: list[str] = self._strings("tokenizer.ggml.tokens")
+        self.tokens = self._strings("tokenizer.ggml.tokens")
         token_types: list[int] = self.get("tokenizer.ggml.token_type", list) or [1] * len(self.tokens)
         if len(token_types) != len(self.tokens):
             raise self.error("tokenizer.ggml.token_type", f"has {len(token_types)} entries, not {len(self.tokens)}")
@@ -92,6 +94,10 @@ class _Vocabulary:
     def get(self, key: str, kind: type) -> Any:
         """The value of a key, None if the file has no such key."""
         value = self._metadata.get(key)
+        if kind is list and isinstance(value, array):
+            if len(value) > len(self.tokens):  # before it takes more memory than the file
+                raise self.error(key, f"has {len(value)} entries, not {len(self.tokens)}")
+            value = value.tolist()
         if value is not None and not isinstance(value, kind):
             raise self.error(key, f"must be of type {kind.__name__}, got {type(value).__name__}")
         return value

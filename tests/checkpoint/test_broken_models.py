@@ -198,7 +198,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "safetensors: negative shape": (lambda folder: one_tensor(folder, shape=[-2]), "impossible shape"),
     "safetensors: wrong offsets": (lambda folder: one_tensor(folder, data_offsets=[0, 4]), "takes 8 bytes"),
     "safetensors: gap": (lambda folder: one_tensor(folder, data_offsets=[4, 12]), "starts at byte 4"),
-    "safetensors: huge shape": (lambda folder: one_tensor(folder, shape=[HUGE]), "bytes by its shape"),
+    "safetensors: huge shape": (lambda folder: one_tensor(folder, shape=[HUGE]), "impossible shape"),
     "bin: truncated": (truncated_bin, "truncated"),
     "bin: garbage": (lambda folder: garbage(folder, "pytorch_model.bin", b"\x80\x02}q\x00."), "is a bare pickle"),
     "bin: garbage in a zip": (zip_garbage, "torch refuses it"),

@@ -1,0 +1,138 @@
+"""Writes small files of models that were made to cost a reader more memory or time than their size allows.
+
+One fault a file. `python -m tests.checkpoint.hostile_files FOLDER` writes them all; the tests write each when they need
+it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.tiny_models import write_tiny_model
+
+TENSOR_CALL = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def safetensors(folder: Path, header: object, data: bytes = b"") -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+    return folder
+
+
+def entry(shape: list[int], end: int = 8) -> dict[str, object]:
+    return {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+
+
+def gguf(folder: Path, metadata: list[tuple[str, bytes]], num_tensors: int = 0, tensors: bytes = b"") -> Path:
+    folder.mkdir(exist_ok=True)
+    pairs = b"".join(struct.pack("<Q", len(key)) + key.encode() + value for key, value in metadata)
+    head = b"GGUF" + struct.pack("<IQQ", 3, num_tensors, len(metadata))
+    (folder / "m.gguf").write_bytes(head + pairs + tensors)
+    return folder / "m.gguf"
+
+
+def gguf_array(type_id: int, count: int, data: bytes) -> bytes:
+    return struct.pack("<IIQ", 9, type_id, count) + data
+
+
+def traced(folder: Path, pickled: bytes, *, compression: int = zipfile.ZIP_STORED, code: bytes = b"") -> Path:
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "m.pt", "w") as archive:
+        archive.writestr("m/data.pkl", pickled, compression)
+        archive.writestr("m/constants.pkl", b"\x80\x02).")
+        archive.writestr("m/code/__torch__.py", code, zipfile.ZIP_DEFLATED)
+    return folder / "m.pt"
+
+
+def doubled(times: int) -> bytes:
+    """A pickle's operations that leave a tuple of twice itself, nested so many times."""
+    return b")q\x00" + b"h\x00\x86q\x00" * times
+
+
+def config(folder: Path, **changes: object) -> Path:
+    write_tiny_model(folder, "llama")
+    file = folder / "config.json"
+    text = json.dumps({**json.loads(file.read_text()), **{name: f"@{name}@" for name in changes}})
+    for name, value in changes.items():
+        text = text.replace(f'"@{name}@"', value if isinstance(value, str) else json.dumps(value))
+    file.write_text(text)
+    return folder
+
+
+def shard_index(folder: Path, content: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+    return folder
+
+
+def unexpected_name(folder: Path) -> Path:
+    """A tiny model with one more tensor, whose name would clear a terminal."""
+    file = write_tiny_model(folder, "llama") / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    end = len(data) - 8 - length
+    header["\x1b[2J\x1b]0;owned\x07" + "x" * 10_000] = {"dtype": "F32", "shape": [1], "data_offsets": [end, end + 4]}
+    raw = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + data[8 + length :] + bytes(4))
+    return folder
+
+
+DIGITS = 4_200
+HOSTILE: dict[str, Callable[[Path], Path]] = {
+    "safetensors: a dimension of 4,200 digits": lambda at: safetensors(at, {"w": entry([10**DIGITS - 1])}, bytes(8)),
+    "safetensors: 200,000 dimensions": lambda at: safetensors(at, {"w": entry([10**15] * 200_000)}, bytes(8)),
+    "safetensors: offsets of 4,200 digits": lambda at: safetensors(at, {"w": entry([2], 10**DIGITS - 1)}, bytes(8)),
+    "safetensors: a name of control characters": unexpected_name,
+    "safetensors: a name of a million letters": lambda at: safetensors(at, {"w" * 10**6: 1}),
+    "safetensors: lists in lists": lambda at: safetensors(at, b'{"w":' + b"[" * 500 + b"]" * 500 + b"}"),
+    "index: a shard name of 100,000 letters": lambda at: shard_index(at, {"weight_map": {"w": "x" * 100_000}}),
+    "index: a name with a zero byte": lambda at: shard_index(at, {"weight_map": {"w": "a\0b"}}),
+    "index: 100,000 shards": lambda at: shard_index(at, {"weight_map": {str(i): f"s{i}" for i in range(100_000)}}),
+    "config: rope_theta of 400 digits": lambda at: config(at, rope_theta="1" + "0" * 399),
+    "config: rope_theta of 5,000 digits": lambda at: config(at, rope_theta="1" * 5_000),
+    "config: a factor of 1e308": lambda at: config(
+        at, rope_scaling={"rope_type": "yarn", "factor": 1e308, "original_max_position_embeddings": 64}
+    ),
+    "config: a factor of 1e308, dynamic": lambda at: config(at, rope_scaling={"rope_type": "dynamic", "factor": 1e308}),
+    "config: 2,000,000,000 layers": lambda at: config(at, num_hidden_layers=2 * 10**9),
+    "config: an infinite eps": lambda at: config(at, rms_norm_eps="1e999"),
+    "config: a deep value": lambda at: config(at, architectures=[[[["x" * 10**6]]]]),
+    "gguf: 8 MiB of bytes": lambda at: gguf(at, [("k", gguf_array(0, 2**23, bytes(2**23)))]),
+    "gguf: 8 MiB of truth values": lambda at: gguf(at, [("k", gguf_array(7, 2**23, bytes(2**23)))]),
+    "gguf: 8 MiB of 32-bit numbers": lambda at: gguf(at, [("k", gguf_array(4, 2**21, bytes(2**23)))]),
+    "gguf: 8 MiB of token types and no tokens": lambda at: gguf(
+        at, [("tokenizer.ggml.token_type", gguf_array(0, 2**23, bytes(2**23)))]
+    ),
+    "gguf: an array of 2**62 bytes": lambda at: gguf(at, [("k", gguf_array(0, 2**62, b""))]),
+    "gguf: an architecture of a million letters": lambda at: gguf(
+        at, [("general.architecture", struct.pack("<IQ", 8, 10**6) + b"\x1b" * 10**6)]
+    ),
+    "gguf: an alignment of 2**63": lambda at: gguf(at, [("general.alignment", struct.pack("<IQ", 10, 2**63))]),
+    "traced: a nested tuple in a refusal": lambda at: traced(at, b"\x80\x02" + doubled(60) + b"Q."),
+    "traced: a nested tuple that is called": lambda at: traced(at, b"\x80\x02" + doubled(60) + b")R."),
+    "traced: a nested tuple as a key": lambda at: traced(at, b"\x80\x02}" + doubled(60) + b"Ns."),
+    "traced: nested tuples as keys": lambda at: traced(at, b"\x80\x02}(" + doubled(60) + b"Nu."),
+    "traced: a compressed run of operations": lambda at: traced(
+        at, b"\x80\x02" + b"}" * 2**24 + b".", compression=zipfile.ZIP_DEFLATED
+    ),
+    "traced: a run of operations": lambda at: traced(at, b"\x80\x02" + b"}" * 5_000_000 + b"."),
+    "traced: a tensor of nothing but a shape": lambda at: traced(at, b"\x80\x02" + TENSOR_CALL + doubled(60) + b"R."),
+}
+
+
+def main() -> None:
+    for number, write in enumerate(HOSTILE.values()):
+        write(Path(sys.argv[1]) / f"{number:02d}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Each hostile file is opened by a process of its own, which has little memory and time: it is refused in one line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.hostile_files import HOSTILE
+
+BYTES_BESIDE = 192 * 2**20  # for Python's own needs; the files have 8 MiB at most
+CPU_SECONDS = 60
+OPENS = """
+import resource, sys
+from contextlib import closing
+from pathlib import Path
+import numpy, gguf
+from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint.traced_archive import TracedArchive
+from brlite.config import ModelSpec
+from brlite.errors import BrliteError
+from brlite.worker.fit import check_fit
+
+path, beside, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + beside, used + beside))
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+try:
+    if path.suffix == ".pt":
+        TracedArchive(path)
+    else:
+        with closing(open_checkpoint(path)) as checkpoint:
+            check_fit(checkpoint, ModelSpec(name="m", build_seq=1))
+except BrliteError as error:
+    print("refused:", error)
+else:
+    print("opened")
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_short_line_within_its_bounds(name: str, tmp_path: Path) -> None:
+    path = HOSTILE[name](tmp_path / "m")
+
+    opened = subprocess.run(
+        [sys.executable, "-c", OPENS, str(path), str(BYTES_BESIDE), str(CPU_SECONDS)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert opened.returncode == 0, opened.stderr[-2000:]
+    (line,) = opened.stdout.splitlines()
+    assert line.startswith("refused: ")
+    assert len(line) < 800
+    assert line.isprintable()

@@ -1,0 +1,120 @@
+"""Fuzz targets of the readers of model files: whatever the bytes are, a file opens or is refused in one line.
+
+Each starts from a file that is whole and spoils it. Seconds long in CI; `BRLITE_FUZZ_SECONDS=600` by hand for as many
+seconds a target.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint.traced_archive import TracedArchive
+from brlite.checkpoint.traced_checkpoint import place_parameters
+from brlite.config import ModelSpec
+from brlite.errors import BrliteError
+from brlite.worker.fit import check_fit
+from tests.checkpoint.model_files import write_gguf
+from tests.tiny_models import tiny_tensors, write_tiny_model
+from tests.traced_models import write_traced
+
+SECONDS = float(os.environ.get("BRLITE_FUZZ_SECONDS", "0"))
+EXAMPLES = 60
+HEADER_BYTES = 6000  # most faults lie there
+
+# What a part of the file becomes: where, how many bytes are taken out, and what is put in their place.
+splices = st.lists(
+    st.tuples(
+        st.one_of(st.integers(0, HEADER_BYTES), st.integers(0, 2**20)),
+        st.integers(0, 16),
+        st.one_of(
+            st.binary(max_size=16), st.sampled_from([b"\xff" * 8, bytes(8), b"[" * 64, b"9" * 5000, b'"', b"\x1b["])
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+def spoiled(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
+    for place, taken, given_bytes in changes:
+        start = place % (len(data) + 1)
+        data = data[:start] + given_bytes + data[start + taken :]
+    return data
+
+
+def open_model(path: Path) -> None:
+    with closing(open_checkpoint(path)) as checkpoint:
+        check_fit(checkpoint, ModelSpec(name="m", build_seq=1))
+        for _ in checkpoint.tensors():
+            pass
+
+
+def open_traced(path: Path) -> None:
+    place_parameters(TracedArchive(path))
+
+
+def check(path: Path, data: bytes, read: Callable[[Path], None], opened: Path) -> None:
+    path.write_bytes(data)
+    try:
+        read(opened)
+    except BrliteError as error:
+        line = str(error)
+        assert line.isprintable()
+        assert len(line) < 1000
+
+
+def fuzz(whole: Path, read: Callable[[Path], None], opened: Path) -> None:
+    """Try spoiled forms of the file `whole`; `opened` is the path that is read."""
+    data = whole.read_bytes()
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(splices)
+    def run(changes: list[tuple[int, int, bytes]]) -> None:
+        check(whole, spoiled(data, changes), read, opened)
+
+    started = time.monotonic()
+    run()
+    while time.monotonic() - started < SECONDS:
+        run()
+
+
+timeout = pytest.mark.timeout(120 + 2 * SECONDS)
+
+
+@timeout
+def test_safetensors() -> None:
+    with TemporaryDirectory() as folder:
+        model = write_tiny_model(Path(folder) / "m", "llama")
+        fuzz(model / "model.safetensors", open_model, model)
+
+
+@timeout
+def test_config_json() -> None:
+    with TemporaryDirectory() as folder:
+        model = write_tiny_model(Path(folder) / "m", "llama")
+        fuzz(model / "config.json", open_model, model)
+
+
+@timeout
+def test_gguf() -> None:
+    with TemporaryDirectory() as folder:
+        lists = {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.token_type": [1, 1]}
+        file = write_gguf(Path(folder) / "m.gguf", metadata=lists)
+        fuzz(file, open_model, file)
+
+
+@timeout
+def test_traced() -> None:
+    with TemporaryDirectory() as folder:
+        file = write_traced(Path(folder) / "tiny.pt", tiny_tensors("llama"))
+        fuzz(file, open_traced, file)
