@@ -35,13 +35,13 @@ class Field(NamedTuple):
 
 NOT_DECODED = (
     # No value of these changes which text is generated.
-    Field("user store metadata service_tier safety_identifier moderation", (OPENAI,), None),
+    Field("user store metadata service_tier safety_identifier", (OPENAI,), None),
     Field("prompt_cache_key prompt_cache_options prompt_cache_retention", (OPENAI,), None),
     Field("parallel_tool_calls", (OPENAI, VLLM, SGLANG), None),  # needs tools, which are refused
     Field("request_id rid session_id conversation_id priority", (VLLM, SGLANG), None),
     Field("guided_decoding_backend guided_whitespace_pattern", (VLLM,), None),  # need a guided_… field
     Field("spaces_between_special_tokens", (VLLM_04, VLLM), None),  # only slow tokenizers have them
-    Field("include_reasoning separate_reasoning stream_reasoning", (VLLM, SGLANG), None),
+    Field("separate_reasoning stream_reasoning", (SGLANG,), None),  # where reasoning stands, not what it is
     Field("mm_processor_kwargs", (VLLM,), None),  # needs images
     Field("cache_prompt id_slot n_cache_reuse slot_id", (LLAMA_CPP,), None),
     Field("reasoning_format reasoning_in_content parse_tool_calls", (LLAMA_CPP,), None),
@@ -58,11 +58,12 @@ NOT_DECODED = (
     # Tools.
     Field("tools functions", (OPENAI, VLLM, LLAMA_CPP, SGLANG), ([],)),
     Field("tool_choice function_call", (OPENAI, VLLM, LLAMA_CPP, SGLANG), ("none", "auto")),
-    Field("web_search_options", (OPENAI,)),
+    Field("web_search_options moderation", (OPENAI,)),
     # What is said, and how.
     Field("modalities", (OPENAI,), (["text"],)),
     Field("audio prediction", (OPENAI,)),
     Field("reasoning_effort verbosity", (OPENAI, VLLM, SGLANG), ("medium",)),
+    Field("include_reasoning", (VLLM,), (True,)),
     Field("thinking_token_budget thinking_budget_tokens reasoning_budget", (VLLM, LLAMA_CPP), (-1,)),
     Field("reasoning_budget_message", (LLAMA_CPP,), ("",)),
     Field("chat_template", (VLLM, LLAMA_CPP), ("",)),
