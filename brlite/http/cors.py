@@ -29,8 +29,8 @@ class Cors:
     @web.middleware
     async def refuse(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Raise `Forbidden` for what the policy refuses, before the body is read."""
-        headers = (", ".join(request.headers.getall(name, ())) or None for name in (hdrs.HOST, hdrs.ORIGIN, FETCH_SITE))
-        refusal = self._policy.refusal(*headers)
+        values = (request.headers.getall(name, None) for name in (hdrs.HOST, hdrs.ORIGIN, FETCH_SITE))
+        refusal = self._policy.refusal(*(None if value is None else ", ".join(value) for value in values))
         if refusal is not None:
             raise refusal
         return await handler(request)

@@ -27,7 +27,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-port=0"),
 )
 FAST, APPLICATION = b"/v1/chat/completions", b"http://127.0.0.1/v1/chat/completions"  # which path of ours answers
-CROSS_SITE = [b"Sec-Fetch-Site: cross-site", b"Origin: https://evil.example", b"Origin: null"]
+CROSS_SITE = [b"Sec-Fetch-Site: cross-site", b"Origin: https://evil.example", b"Origin: null", b"Origin:"]
 
 PAGE = """<!doctype html><script>
 const body = JSON.stringify({model: "m", messages: [{role: "user", content: "hi"}]});
