@@ -39,7 +39,7 @@ _ENDS = (
         "<|return|>",
         "<|call|>",
     ),
-    *("<|eot|>", "<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
+    *("<|eot|>", "<|EOT|>", "<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
 )
 _CONTROL_ENDS = ("</s>", "<eos>", "<EOT>", "[EOT]", "<turn|>")
 _CHATGLM_PREFIX = "[gMASK]"  # a vocabulary that has it ends where the next one speaks

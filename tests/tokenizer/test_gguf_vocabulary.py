@@ -222,3 +222,53 @@ def test_the_fixture_is_ascii_so_that_no_editor_changes_its_texts() -> None:
 
     assert fixture.read_bytes().isascii()
     assert json.loads(fixture.read_text())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "named", "ends"),
+    [
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "<|im_end|>", {"<|im_end|>", "<|endoftext|>"}),
+        (
+            ["<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|start_header_id|>"],
+            "<|end_of_text|>",
+            {"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"},
+        ),
+        (["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], "<eos>", {"<eos>", "<end_of_turn>"}),
+        (["<|endoftext|>", "<|user|>", "<|end|>"], "<|endoftext|>", {"<|endoftext|>", "<|end|>"}),
+        (["<s>", "</s>", "[INST]", "[/INST]"], "</s>", {"</s>"}),
+        (
+            ["[gMASK]", "sop", "<|user|>", "<|observation|>", "<|endoftext|>"],
+            "<|endoftext|>",
+            {"<|endoftext|>", "<|user|>", "<|observation|>"},
+        ),
+        (
+            ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<|EOT|>", "[EOT]"],
+            "[EOT]",
+            {"[EOT]", "<｜end▁of▁sentence｜>", "<|EOT|>"},
+        ),
+    ],
+    ids=["Qwen, SmolLM2", "Llama 3.1", "Gemma", "Phi 3", "Mistral", "ChatGLM4", "DeepSeek"],
+)
+@pytest.mark.parametrize("kind", [3, 4], ids=["control", "typed wrongly"])
+def test_all_that_ends_a_turn_or_a_text_ends_a_completion(
+    write_gguf: WriteGguf, tokens: list[str], named: str, ends: set[str], kind: int
+) -> None:
+    kinds = [1] * (len(BYTES) + 1) + [3 if token == named or token[0] != "<" else kind for token in tokens]
+    every = [*BYTES, "ab", *tokens]
+    path = write_gguf(
+        model="gpt2", tokens=every, token_type=kinds, merges=["a b"], eos_token_id=every.index(named), pre="gpt-2"
+    )
+    if kind == 4:
+        ends = {text for text in ends if text == named or text not in ("</s>", "<eos>", "<|user|>", "<|observation|>")}
+
+    tokenizer = load_tokenizer(path)
+
+    assert {tokenizer.token_text(token_id) for token_id in tokenizer.eos_token_ids} == ends
+    assert tokenizer.token_text(tokenizer.eos_token_ids[0]) == named
+
+
+def test_a_word_that_reads_like_an_end_is_none(write_gguf: WriteGguf) -> None:
+    tokens = [*BYTES, "</s>", "<EOT>", "<eos>", "ab"]
+    path = write_gguf(model="gpt2", tokens=tokens, token_type=[1] * len(tokens), merges=["a b"], pre="gpt-2")
+
+    assert load_tokenizer(path).eos_token_ids == ()
