@@ -36,7 +36,6 @@ class QueuedStream(io.TextIOBase):
         self._partial = b""
         self._queue: deque[bytes] = deque()
         self._num_bytes = 0
-        self._is_writing = False
         self._is_finished = False
         self._num_unreported = 0
         self._thread: threading.Thread | None = None
@@ -82,9 +81,10 @@ class QueuedStream(io.TextIOBase):
         """Wait until all is written, but not longer than `seconds`. What is written later is dropped."""
         self.flush()
         with self._changed:
-            self._changed.wait_for(lambda: not self._queue and not self._is_writing, seconds)
             self._is_finished = True
             self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(seconds)
 
     def _put(self, data: bytes) -> None:
         is_full = len(self._queue) >= MAX_LINES or self._num_bytes + len(data) > MAX_BYTES
@@ -110,25 +110,24 @@ class QueuedStream(io.TextIOBase):
     def _write_all(self) -> None:
         while True:
             with self._changed:
-                self._is_writing = False
-                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._queue or self._is_finished)
-                if not self._queue:
+                if not self._queue and not self._num_unreported:
                     return
-                self._is_writing = True
             if not self._is_finished:
                 time.sleep(GATHER_SECONDS)
             with self._changed:
                 data = b"".join(self._queue)
                 self._queue.clear()
                 self._num_bytes = 0
-                if self._num_unreported and data.endswith(b"\n"):
+                if self._num_unreported and (data.endswith(b"\n") or not data):
                     data += b"%d lines are missing here: they could not be written in time\n" % self._num_unreported
                     self._num_unreported = 0
             num_written = _write(self._descriptor, data)
             if num_written < len(data):
                 with self._changed:
                     self._drop(data[num_written:])
+                    if self._is_finished:
+                        return
 
 
 def _write(descriptor: int, data: bytes) -> int:

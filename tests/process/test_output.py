@@ -120,14 +120,6 @@ def pipe() -> Iterator[tuple[int, io.TextIOWrapper]]:
     os.close(reader)
 
 
-def read_all(reader: int, writer: IO[str]) -> bytes:
-    writer.close()
-    parts = []
-    while part := os.read(reader, 65536):
-        parts.append(part)
-    return b"".join(parts)
-
-
 def test_lines_come_in_order_and_as_the_stream_would_have_encoded_them(pipe) -> None:
     reader, stream = pipe
     queued = QueuedStream(stream)
@@ -138,22 +130,35 @@ def test_lines_come_in_order_and_as_the_stream_would_have_encoded_them(pipe) -> 
     queued.write("no newline")
     queued.finish(PATIENCE_SECONDS)
 
-    assert read_all(reader, stream) == b"one \\u4f60\nhalf a line\nno newline"
+    stream.close()
+    assert read_to_end(reader) == b"one \\u4f60\nhalf a line\nno newline"
     assert queued.num_dropped == 0
 
 
 def test_what_does_not_fit_is_dropped_counted_and_said(pipe) -> None:
     reader, stream = pipe
     queued = QueuedStream(stream)
-    queued.write("x" * 1000 + "\n")
-    for number in range(2 * MAX_LINES):  # more than the pipe and the queue hold
+    for number in range(4 * MAX_LINES):  # more than the pipe and the queue hold
         queued.write(f"{number:0300}\n")
-    lost = queued.num_dropped
-    received = read_to(reader, b"in time\n")
+    received: list[bytes] = []
+    thread = threading.Thread(target=lambda: received.append(read_to_end(reader)))
+    thread.start()
     queued.finish(PATIENCE_SECONDS)
+    stream.close()
+    thread.join()
 
-    assert lost > 0
-    assert f"{lost} lines are missing here".encode() in received
+    lines = received[0].decode().splitlines()
+    told = [int(line.split()[0]) for line in lines if "lines are missing here" in line]
+    assert queued.num_dropped > 0
+    assert sum(told) == queued.num_dropped
+    assert len(lines) - len(told) + queued.num_dropped == 4 * MAX_LINES
+
+
+def read_to_end(reader: int) -> bytes:
+    parts = []
+    while part := os.read(reader, 65536):
+        parts.append(part)
+    return b"".join(parts)
 
 
 def read_to(reader: int, mark: bytes) -> bytes:
