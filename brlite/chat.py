@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import os
 import sys
 import unicodedata
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
+from functools import partial
 
 import aiohttp
 import msgspec
@@ -14,6 +17,7 @@ import msgspec
 from brlite.config import Config
 from brlite.engine.async_engine import AsyncEngine
 from brlite.errors import BrliteError, ConfigError
+from brlite.process.waiting import on_daemon_thread
 from brlite.sampling_params import SamplingParams
 
 Messages = list[dict[str, str]]
@@ -58,7 +62,7 @@ async def _chat_with_server(
 async def converse(ask: Ask, system: str | None) -> None:
     """Ask each line of standard input with what was said before it; a question that failed is forgotten."""
     messages: Messages = [{"role": "system", "content": system}] if system else []
-    while (line := await asyncio.to_thread(_read_line)) is not None:
+    while (line := await _read_line()) is not None:
         question = {"role": "user", "content": line}
         answer = ""
         try:
@@ -84,11 +88,29 @@ def _escaped(letter: str) -> str:
     return letter
 
 
-def _read_line() -> str | None:
-    try:
-        return input(PROMPT if sys.stdin.isatty() else "")
-    except EOFError:
-        return None
+async def _read_line() -> str | None:
+    """The next line of standard input; None at its end.
+
+    On a daemon thread: one of asyncio's would be waited for at Ctrl-C, until somebody presses Enter. It reads the
+    descriptor, since `sys.stdin` has a lock that must not be held at the end of the process.
+    """
+    stdin = sys.stdin
+    if not isinstance(stdin, io.TextIOWrapper):
+        line = stdin.readline()
+        return line.removesuffix("\n") if line else None
+    if stdin.isatty():
+        print(PROMPT, end="", flush=True)
+    encoding = stdin.encoding if stdin.isatty() else "utf-8"
+    data = await on_daemon_thread(partial(_next_line, stdin.fileno()), "brlite-input")
+    return data.decode(encoding, "replace").removeprefix("\ufeff").rstrip("\r\n") if data else None
+
+
+def _next_line(descriptor: int) -> bytes:
+    """Bytes up to and with the next LF, one at a time: what comes after them is the next call's."""
+    line = bytearray()
+    while not line.endswith(b"\n") and (byte := os.read(descriptor, 1)):
+        line += byte
+    return bytes(line)
 
 
 async def _ask_engine(engine: AsyncEngine, messages: Messages, params: SamplingParams) -> AsyncGenerator[str, None]:

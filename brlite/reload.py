@@ -13,7 +13,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -22,13 +22,18 @@ from brlite.config_check import config_warnings
 from brlite.config_diff import Change, diff
 from brlite.errors import BrliteError, ConfigError
 from brlite.http.keys import ApiKeys
+from brlite.process.waiting import on_daemon_thread
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.table import upstream_configs
 from brlite.server.served_model import ModelTable
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 POLL_SECONDS = 1.0
+STAYS = "the config stays as it was: %s"
+READ_SECONDS = 15.0  # for all files of a config; one FIFO has 10 s
 FORWARDING = ("upstream", "proxy")
 LIVE_SECTIONS = (*FORWARDING, "keys", "key")
 
@@ -104,15 +109,20 @@ class Reloader:
     def reload(self) -> None:
         """Read the config again and run by it. Where there is anything wrong with it, the old one stays, whole."""
         try:
-            new = self._source.load()
-            running = _runnable(self.config, new)
-            keys = ApiKeys.from_config(running)
-            changes = diff(self.config, new)
-            if any(change.section in FORWARDING for change in changes):
-                self._forwarder.replace(running)
+            self._run_by(*self._read())
         except BrliteError as error:
-            logger.error("the config stays as it was: %s", error)
-            return
+            logger.error(STAYS, error)
+
+    def _read(self) -> tuple[Config, Config, ApiKeys]:
+        """The config as it is now, as much of it as can be had without a restart, and its keys."""
+        new = self._source.load()
+        running = _runnable(self.config, new)
+        return new, running, ApiKeys.from_config(running)
+
+    def _run_by(self, new: Config, running: Config, keys: ApiKeys) -> None:
+        changes = diff(self.config, new)
+        if any(change.section in FORWARDING for change in changes):
+            self._forwarder.replace(running)
         has_other_keys = self._keys.replace(keys)
         self._models.take_names(running.proxy)
         warnings = set(config_warnings(self.config))
@@ -133,12 +143,34 @@ class Reloader:
         while True:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._is_asked.wait(), self._poll_seconds)
-            before = self._stamps()
-            if watch.has_settled(before) or self._is_asked.is_set():
-                self._is_asked.clear()
-                self.reload()
-                # What changed while it was read is seen by the next look; another keys file may have been named.
-                watch.loaded({path: before.get(path, stamp) for path, stamp in self._stamps().items()})
+            try:
+                before = await self._elsewhere(self._stamps, "the config's files")
+                if watch.has_settled(before) or self._is_asked.is_set():
+                    self._is_asked.clear()
+                    await self._reload_elsewhere()
+                    # What changed while it was read is seen by the next look; another keys file may have been named.
+                    after = await self._elsewhere(self._stamps, "the config's files")
+                    watch.loaded({path: before.get(path, stamp) for path, stamp in after.items()})
+            except ConfigError as error:
+                logger.error(STAYS, error)
+
+    async def _reload_elsewhere(self) -> None:
+        """As `reload`, with the files read on another thread: a FIFO or a lost network drive may keep it."""
+        try:
+            self._run_by(*await self._elsewhere(self._read, "the config"))
+        except BrliteError as error:
+            logger.error(STAYS, error)
+
+    async def _elsewhere(self, work: Callable[[], T], what: str) -> T:
+        """Do work that may wait on another thread. Raises `ConfigError` if it takes too long."""
+        begun = on_daemon_thread(work, "brlite-reload")
+        try:
+            await asyncio.wait([begun], timeout=READ_SECONDS)
+            if not begun.done():
+                raise ConfigError(f"{what} could not be read within {READ_SECONDS:g} s")
+            return begun.result()
+        finally:
+            begun.cancel()  # which does nothing if it is done
 
     def _stamps(self) -> Stamps:
         """What tells that a file has changed, for each that the config was read from."""

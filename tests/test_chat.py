@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
+import pty
+import signal
+import subprocess
 from collections.abc import AsyncGenerator
 
 import pytest
 
 from brlite.chat import Messages, converse, shown
 from brlite.errors import EngineError
+from tests.limits import PATIENCE_SECONDS
+from tests.process.servers import BRLITE, running
 
 
 async def test_a_question_that_failed_is_not_asked_again_with_the_next(
@@ -50,3 +56,35 @@ async def test_what_a_model_says_cannot_steer_the_terminal(
 
     assert capsys.readouterr().out == f"{expected}\n"
     assert shown(text) == expected
+
+
+def test_ctrl_c_at_the_prompt_ends_at_once() -> None:
+    ours, theirs = pty.openpty()
+    command = [BRLITE, "chat", "--engine", "toy", "--model", "toy"]
+    with running(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
+        os.close(theirs)
+        seen = b""
+        while not seen.endswith(b"> "):
+            seen += os.read(ours, 1024)
+
+        process.send_signal(signal.SIGINT)
+
+        assert process.wait(PATIENCE_SECONDS) == 130
+    os.close(ours)
+    assert b"Traceback" not in seen
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])
+def test_what_the_terminal_cannot_show_is_shown_as_an_escape(encoding: str) -> None:
+    result = subprocess.run(
+        [BRLITE, "chat", "--engine", "toy", "--model", "toy"],
+        input="\ufeff你好 😀\nagain\n".encode(),
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
+    )
+
+    assert result.returncode == 0
+    assert b"Traceback" not in result.stderr
+    assert b"\\U0001f600" in result.stdout
+    assert result.stdout.rstrip().endswith(b"again")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from brlite.errors import ConfigError, EngineError, InvalidRequest
 from brlite.generate import Answers
 from brlite.outputs import CompletionOutput, RequestOutput
 from brlite.sampling_params import SamplingParams
+from tests.limits import PATIENCE_SECONDS
+from tests.process.servers import BRLITE
 
 
 def finished(number: int) -> RequestOutput:
@@ -108,3 +112,17 @@ def test_a_refused_prompt_is_named_by_its_line_and_costs_no_earlier_answers(
         generate.run(Config(), str(source), str(target), SamplingParams())
 
     assert target.read_text() == "earlier answers"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])
+def test_answers_are_utf_8_in_any_locale(encoding: str) -> None:
+    result = subprocess.run(
+        [BRLITE, "generate", "--engine", "toy", "--model", "toy"],
+        input="你好 😀\nThe sea\n".encode(),
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert prompts_of(result.stdout.decode()) == ["你好 😀", "The sea"]

@@ -79,7 +79,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "ray_serve": ("app llm http config config_check field_errors errors", "aiohttp msgspec ray starlette yarl"),
     "rank": ("worker errors", ""),
     "generate": ("text_file llm sampling_params outputs config errors", "msgspec tqdm"),
-    "chat": ("llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
+    "chat": ("process llm engine checkpoint.fetch sampling_params config errors", "aiohttp msgspec"),
     "check": (
         "config config_check config_text proxy_config machine checkpoint tokenizer models worker engines.discovery "
         "proxy http errors",

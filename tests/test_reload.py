@@ -7,17 +7,19 @@ import logging
 import os
 import pty
 import signal
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from brlite.config import Config, load_config
-from brlite.errors import ModelNotFound, Unauthorized
+from brlite.errors import ConfigError, ModelNotFound, Unauthorized
 from brlite.http.keys import ApiKeys
 from brlite.proxy.forwarder import Forwarder
 from brlite.reload import ConfigSource, FileWatch, Reloader
 from brlite.server.served_model import ModelTable, ServedModel
+from tests.limits import PATIENCE_SECONDS
 
 Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
@@ -280,3 +282,25 @@ async def test_a_closed_terminal_ends_the_server_in_place_of_a_reload(start, log
         os.close(terminal)
 
     assert log() == []
+
+
+async def test_a_config_that_waits_for_a_writer_keeps_nobody(tmp_path: Path, eventually, caplog) -> None:
+    path = tmp_path / "slow.toml"
+    path.write_text('[[upstream]]\nurl = "http://127.0.0.1:9"\nmodels = ["a"]\n')
+    has_begun, may_end = threading.Event(), threading.Event()
+
+    def load() -> Config:
+        has_begun.set()
+        may_end.wait(PATIENCE_SECONDS)  # as an open() of a FIFO does
+        raise ConfigError("it never came")
+
+    config = load_config(path)
+    models = ModelTable([], config.proxy)
+    async with Forwarder(config) as forwarder:
+        source = ConfigSource((path,), load)
+        async with Reloader(source, config, ApiKeys(), forwarder, models, poll_seconds=0.01):
+            os.kill(os.getpid(), signal.SIGHUP)
+            await asyncio.to_thread(has_begun.wait, PATIENCE_SECONDS)  # the loop goes on meanwhile
+    may_end.set()
+
+    assert "Traceback" not in caplog.text
