@@ -176,10 +176,10 @@ def test_the_port_answers_before_the_model_is_loaded(smollm2_path: Path) -> None
 
 
 @pytest.mark.parametrize("arguments", [["--model", "/nowhere/at/all"], ["no-such-file.toml"]])
-def test_what_cannot_be_served_is_one_line_and_status_2(arguments: list[str]) -> None:
+def test_what_cannot_be_served_is_one_line_and_status_2(arguments: list[str], tmp_path: Path) -> None:
     command = [str(Path(sys.executable).with_name("brlite")), "serve", *arguments, "--port", "0"]
 
-    result = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=START_SECONDS, cwd=tmp_path)
 
     assert result.returncode == 2
     errors = [line for line in result.stderr.splitlines() if " INFO " not in line]
