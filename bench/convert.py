@@ -37,7 +37,7 @@ PRECISION = "a_bf16_w_int8_kv_int8"
 LOAD = """
 import sys, time
 from pathlib import Path
-from brlite.config import Config, EngineConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.llm import build_engine
 spec = ModelSpec(name="bench", path=sys.argv[1], precision=sys.argv[2], build_seq=128, build_batch=1)
 began = time.monotonic()

@@ -27,12 +27,12 @@ from msgspec import Struct
 from venvs import ToolError
 
 from brlite.checkpoint import open_checkpoint
-from brlite.config import Config, EngineConfig, ModelSpec
+from brlite.checkpoint.checked_model import check_fit
+from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import BrliteError
 from brlite.llm import build_engine
 from brlite.machine import physical_cores
 from brlite.models.config import ModelConfig
-from brlite.worker.fit import check_fit
 
 LIMIT_NAMES = {
     "read": "memory read, GB/s",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from venvs import TOOL_SECONDS, cache_folder, run_tool
 
-from brlite.kernels.build import find_compiler
+from brlite.backends.native.build import find_compiler
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-std=c++17", "-O2")

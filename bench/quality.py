@@ -29,7 +29,7 @@ from msgspec import Struct
 from torch_model import TorchModel
 from venvs import ToolError
 
-from brlite.config import ModelSpec, Precision
+from brlite.config.options import ModelSpec, Precision
 from brlite.engine.backend import Backend, Batch, ScheduledSeq
 from brlite.errors import BrliteError
 from brlite.llm import build_engine

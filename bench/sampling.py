@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from brlite.backends.torch.sampler import sample
 from brlite.engine.backend import SamplingInput
 from brlite.sampling_params import SamplingParams
-from brlite.worker.sampler import sample
 
 NUM_COUNTED_TOKENS = 512
 MANUAL: dict[str, Any] = {"temperature": 0.9, "top_p": 0.9, "top_k": 10}

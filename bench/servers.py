@@ -29,7 +29,7 @@ HOST = "127.0.0.1"
 POLL_SECONDS = 0.2
 STOP_SECONDS = 20.0
 LOG_TAIL = 25
-RUN_BRLITE = "import sys; from brlite.cli import main; sys.exit(main())"
+RUN_BRLITE = "import sys; from brlite.commands.cli import main; sys.exit(main())"
 # A server started here asks for no key.
 DROPPED_VARIABLES = ("BRLITE_API_KEY",)
 

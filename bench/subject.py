@@ -15,7 +15,8 @@ from typing import get_args
 from msgspec import Struct
 
 from brlite.checkpoint.fetch import locate_model, progress_bar
-from brlite.config import DEFAULT_MODEL, Config, Precision, make_config
+from brlite.config.options import DEFAULT_MODEL, Config, Precision
+from brlite.config.validation import make_config
 from brlite.errors import ConfigError
 
 BRLITE = "brlite"

@@ -13,13 +13,13 @@ from typing import Literal
 import numpy as np
 import torch
 
+from brlite.backends.torch.attention import Span, StepPlanner
+from brlite.backends.torch.device import compute_dtype, rules_for, select_device
+from brlite.backends.torch.kv_cache import KVCache
+from brlite.backends.torch.loading import load_model
 from brlite.checkpoint import open_checkpoint
-from brlite.config import ModelSpec
-from brlite.models.attention import Span, StepPlanner
+from brlite.config.options import ModelSpec
 from brlite.models.config import KVDtype
-from brlite.models.kv_cache import KVCache
-from brlite.worker.device import compute_dtype, rules_for, select_device
-from brlite.worker.loading import load_model
 
 BLOCK_SIZE = 16
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from brlite.app import create_app
-    from brlite.config import Config, load_config
+    from brlite.config.load import load_config
+    from brlite.config.options import Config
     from brlite.llm import LLM, AsyncEngine
     from brlite.outputs import RequestOutput
     from brlite.sampling_params import SamplingParams
@@ -21,8 +22,8 @@ __all__ = ["LLM", "AsyncEngine", "Config", "RequestOutput", "SamplingParams", "c
 _HOMES = {
     "LLM": "brlite.llm",
     "AsyncEngine": "brlite.llm",
-    "Config": "brlite.config",
-    "load_config": "brlite.config",
+    "Config": "brlite.config.options",
+    "load_config": "brlite.config.options",
     "RequestOutput": "brlite.outputs",
     "SamplingParams": "brlite.sampling_params",
     "create_app": "brlite.app",

@@ -1,6 +1,6 @@
 """`python -m brlite` is the command `brlite`."""
 
-from brlite.cli import main
+from brlite.commands.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

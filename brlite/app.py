@@ -10,17 +10,17 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from brlite.config import Config
+from brlite.config.options import Config
 from brlite.engine.async_engine import AsyncEngine
 from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.listen import PROBE_PATHS
-from brlite.http.manners import add_manners
+from brlite.http.middlewares import add_manners
 from brlite.http.origin_policy import OriginPolicy, is_loopback_address
 from brlite.proxy.catalog import Catalog
+from brlite.proxy.fast_path import FastPaths
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.handler import forward_middleware
-from brlite.proxy.lane import Lanes
 from brlite.proxy.metrics import ForwardingCollector
+from brlite.proxy.middleware import forward_middleware
 from brlite.proxy.scrape import Scraper
 from brlite.server.delivery import RUNNING, end_all
 from brlite.server.handlers import ADD_METRICS, CONFIG, METRICS_PATHS, MODELS, OPEN_PATHS, ROUTES
@@ -73,11 +73,11 @@ def create_app(
     return app
 
 
-def lanes(app: web.Application) -> Lanes:
-    """What gives the connections of a `HttpServer` their lanes, on which requests are forwarded without aiohttp."""
+def fast_paths(app: web.Application) -> FastPaths:
+    """Makes the fast path of each connection of a `HttpServer`, which forwards requests without aiohttp."""
     config = app[CONFIG]
     policy = app[ORIGIN_POLICY]
-    return Lanes(app[FORWARDER], app[KEYS], config.limits, policy=policy, access_log=config.server.access_log)
+    return FastPaths(app[FORWARDER], app[KEYS], config.limits, policy=policy, access_log=config.server.access_log)
 
 
 def _add_forwarding(app: web.Application, forwarder: Forwarder, config: Config) -> None:

@@ -22,8 +22,10 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
-from brlite.config import ENGINE_VARIABLE, Config, LimitsConfig, ModelSpec, engine_override, load_config, override
-from brlite.config_check import check_supported, config_warnings
+from brlite.config.load import load_config
+from brlite.config.options import ENGINE_VARIABLE, Config, LimitsConfig, ModelSpec
+from brlite.config.validation import engine_override, override
+from brlite.config.warnings import check_supported, config_warnings
 from brlite.engine import async_engine
 from brlite.engine.admission import read_token_ids
 from brlite.engine.backend import Backend, check_process, close_dropped
@@ -62,12 +64,12 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
 
 def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend]:
     """A model that our own backends compute."""
+    from brlite.backends.choose import load_backend
+    from brlite.backends.sizes import settle_context
+    from brlite.backends.torch.device import prepare_environment
     from brlite.checkpoint import open_checkpoint
+    from brlite.checkpoint.checked_model import check_fit
     from brlite.checkpoint.fetch import locate_model
-    from brlite.worker.choosing import load_backend
-    from brlite.worker.device import prepare_environment
-    from brlite.worker.fit import check_fit
-    from brlite.worker.sizes import settle_context
 
     prepare_environment()
     path = locate_model(spec.name, spec.path, report)
@@ -87,10 +89,10 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
 
 def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend]:
     """A model that the engine of that name computes, which may bring its tokenizer; else the model's folder has it."""
+    from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
+    from brlite.backends.plugins.discovery import make_engine
+    from brlite.backends.plugins.slot_backend import SlotBackend
     from brlite.checkpoint.fetch import locate_model
-    from brlite.engines.contract import BringsTokenizer, with_static_context
-    from brlite.engines.discovery import make_engine
-    from brlite.engines.slot_backend import SlotBackend
 
     assert config.engine.name is not None  # build_engine has looked
     spec = with_static_context(spec)
@@ -360,8 +362,8 @@ def _without_queue_limits(config: Config) -> Config:
 
 async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress | None = None) -> int:
     """What weights and KV cache of a model will take. Fetches it, on another thread, if it is not here."""
+    from brlite.backends.sizes import sizes_at
     from brlite.checkpoint.fetch import locate_model
-    from brlite.worker.sizes import sizes_at
 
     def measure() -> int:
         path = locate_model(spec.name, spec.path, on_progress or _ignore)

@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from brlite import errors
-from brlite.http.envelope import error_body, error_headers, status_of
+from brlite.http.errors import error_body, error_headers, status_of
 
 MAX_TEXT = 2000
 MAX_EVENT_BYTES = 2**20  # a longer unfinished event is passed on as it comes

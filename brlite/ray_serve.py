@@ -22,11 +22,12 @@ from starlette.responses import Response, StreamingResponse
 from yarl import URL
 
 from brlite.app import create_app
-from brlite.config import Config, Count, CountOrZero, Text, load_config, make_config
-from brlite.config_check import check_supported, config_warnings
+from brlite.config.load import load_config
+from brlite.config.options import Config, Count, CountOrZero, Text
+from brlite.config.validation import convert, make_config
+from brlite.config.warnings import check_supported, config_warnings
 from brlite.errors import ConfigError, EngineError, NotReady
-from brlite.field_errors import convert
-from brlite.http.envelope import error_body, error_headers, status_of
+from brlite.http.errors import error_body, error_headers, status_of
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 

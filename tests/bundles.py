@@ -9,12 +9,12 @@ from typing import Any
 
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
-from brlite.checkpoint.companions import read_companions
-from brlite.checkpoint.safetensors_writer import OnBytes
-from brlite.config import ModelSpec, Precision
+from brlite.checkpoint.checked_model import check_fit
+from brlite.config.options import ModelSpec, Precision
+from brlite.conversion.bundle_writer import BundlePlan, plan_packing, plan_weights, write_bundle
+from brlite.conversion.safetensors_writer import OnBytes
+from brlite.conversion.side_files import read_companions
 from brlite.models.config import num_parameters
-from brlite.worker.bundling import BundlePlan, plan_packing, plan_weights, write_bundle
-from brlite.worker.fit import check_fit
 
 INT8: Precision = "a_bf16_w_int8_kv_int8"
 SHARD_BYTES = 40_000  # a tiny model is several shards

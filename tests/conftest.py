@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from brlite.kernels.library import NativeLibrary, load_library
+from brlite.backends.native.library import NativeLibrary, load_library
 from tests.limits import PATIENCE_SECONDS
 
 # How fast an example is made and run says something of the machine only.
@@ -33,7 +33,7 @@ if os.environ.get("BRLITE_TEST_LOOP") == "uvloop":  # the loop of the extra brli
 def smollm2_path() -> Path:
     """The default model, fetched once and kept in brlite's cache folder. Mark tests that use it with `model`."""
     from brlite.checkpoint.fetch import locate_model
-    from brlite.config import DEFAULT_MODEL
+    from brlite.config.options import DEFAULT_MODEL
 
     return locate_model(DEFAULT_MODEL, None)
 

@@ -13,8 +13,9 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from brlite import cli
-from brlite.config import Config, load_config
+from brlite.commands import cli
+from brlite.config.load import load_config
+from brlite.config.options import Config
 from brlite.server.handlers import ROUTES
 from brlite.server.metrics import SEED_GAUGES
 

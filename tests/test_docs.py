@@ -10,13 +10,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from brlite.config import DEFAULT_MODEL, LimitsConfig, load_config
-from brlite.config_check import config_warnings
-from brlite.engines.toy import ToyOptions
+from brlite.backends.plugins.toy import ToyOptions
+from brlite.config.load import load_config
+from brlite.config.options import DEFAULT_MODEL, LimitsConfig
+from brlite.config.proxy_files import load_proxy_config
+from brlite.config.warnings import config_warnings
 from brlite.http.connection import MAX_HEADERS
-from brlite.proxy_config import load_proxy_config
 from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS
+from tests.test_house import ALLOWED
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -65,13 +67,21 @@ def test_the_toys_options_are_those_of_the_code() -> None:
     assert set(table("engines", "# Engines")) == set(ToyOptions.__struct_fields__)
 
 
-def test_the_file_tree_shows_what_is_there() -> None:
+def test_the_tree_shows_every_room_and_file_of_the_root() -> None:
     tree = PAGES["architecture"].split("## The house", 1)[1].split("```")[1]
-    named = {name.rstrip("/") for name in re.findall(r"[\w.]+\.py|\b[a-z]+/", tree)}
-    there = {path.name for path in (ROOT / "brlite").iterdir() if not path.name.startswith(("_", "."))} - {"py.typed"}
+    there = {path.stem for path in (ROOT / "brlite").iterdir() if path.name[0] != "." and path.suffix in ("", ".py")}
+    folders = re.findall(r"^  (\w+)/", tree, re.MULTILINE)
 
-    assert there <= named
-    assert named - there <= {"brlite", "tests", "bench", "deploy", "fakes.py", "tiny_models.py"}
+    assert there - {"__pycache__"} <= set(re.findall(r"\w+", tree))
+    assert [name for name in folders if not (ROOT / "brlite" / name).is_dir()] == []
+
+
+def test_the_import_table_is_the_one_that_is_enforced() -> None:
+    documented = re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGES["architecture"], re.MULTILINE)
+
+    assert {room: cell.replace("`", "").replace("–", "").replace(",", "") for room, cell in documented} == {
+        room: rooms for room, (rooms, _) in ALLOWED.items()
+    }
 
 
 def test_the_example_of_a_key_is_one(tmp_path: Path) -> None:

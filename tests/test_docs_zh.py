@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from brlite.cache import default_cache
+from brlite.files.cache import default_cache
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "zh" / "quickstart.md").read_text(encoding="utf-8")

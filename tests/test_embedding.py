@@ -20,7 +20,7 @@ SECONDS = 120  # more than any of these takes on a busy machine
 PRELUDE = """
 import asyncio, copy, gc, os, pickle, signal, sys, threading, warnings
 from concurrent.futures import ThreadPoolExecutor
-from brlite.config import Config, EngineConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import EngineError
 from brlite.llm import LLM, AsyncEngine
 from brlite.sampling_params import SamplingParams

@@ -15,7 +15,7 @@ import aiohttp
 import openai
 import pytest
 
-from brlite.config import DEFAULT_MODEL
+from brlite.config.options import DEFAULT_MODEL
 from tests.limits import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.model

@@ -8,15 +8,17 @@ from typing import Any
 
 import pytest
 
-from brlite.cli import main
-from brlite.config import Config, EngineConfig, ModelSpec, engine_override, load_config, override
-from brlite.config_check import check_supported, config_warnings
-from brlite.engines import discovery
-from brlite.engines.contract import Capabilities
+from brlite.backends.plugins import discovery
+from brlite.backends.plugins.contract import Capabilities
+from brlite.commands.cli import main
+from brlite.commands.serve import ModelLoader
+from brlite.config.load import load_config
+from brlite.config.options import Config, EngineConfig, ModelSpec
+from brlite.config.validation import engine_override, override
+from brlite.config.warnings import check_supported, config_warnings
 from brlite.errors import ModelError
 from brlite.llm import LLM, build_engine
 from brlite.sampling_params import SamplingParams
-from brlite.serve import ModelLoader
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 TOY = Config(engine=EngineConfig(name="toy"), model=(ModelSpec(name="m", build_seq=64, build_batch=2),))

@@ -12,9 +12,9 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer
 
-from brlite.config import Config, EngineConfig, LimitsConfig, ModelSpec
+from brlite.commands.generate import run as run_generate
+from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.errors import ConfigError, InvalidRequest, ModelError
-from brlite.generate import run as run_generate
 from brlite.llm import LLM, AsyncEngine, build_engine
 from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams

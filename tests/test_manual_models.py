@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from brlite.config import Config, EngineConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
 from tests.models import reference_baichuan, reference_chatglm

@@ -12,13 +12,13 @@ import msgspec
 import pytest
 
 from brlite.app import create_app
-from brlite.config import Config, EngineConfig, ModelSpec
-from brlite.config_check import GIB
+from brlite.backends.sizes import known_sizes
+from brlite.commands.serve import ModelLoader
+from brlite.config.options import Config, EngineConfig, ModelSpec
+from brlite.config.warnings import GIB
 from brlite.http.listen import HttpServer
-from brlite.serve import ModelLoader
-from brlite.server.residency import Residency
+from brlite.server.model_manager import ModelManager
 from brlite.server.served_model import ModelTable, ServedModel
-from brlite.worker.sizes import known_sizes
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 ENGINE = EngineConfig(backend="torch", device="cpu", dtype="float32", threads=1)
@@ -42,7 +42,7 @@ async def session(specs: tuple[ModelSpec, ...]) -> AsyncIterator[aiohttp.ClientS
     config = Config(model=specs, engine=msgspec.structs.replace(ENGINE, memory_gib=budget / GIB))
     models = ModelTable(ServedModel(spec) for spec in specs)
     async with AsyncExitStack() as stack:
-        residency = await stack.enter_async_context(Residency(models, ModelLoader(config), config.engine))
+        residency = await stack.enter_async_context(ModelManager(models, ModelLoader(config), config.engine))
         server = HttpServer(create_app(models, config), "127.0.0.1", 0, config.limits, 0.2)
         await stack.enter_async_context(server)
         await residency.start()

@@ -14,14 +14,14 @@ import aiohttp
 import openai
 import pytest
 
+from tests.config.test_manual_json import FIXTURES
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.services import GATED, Gated, Service, ask, free_port
-from tests.test_seed_config import FIXTURES
 
 Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
 
 HEAVY = ("torch", "tokenizers", "transformers", "numpy", "safetensors", "gguf", "sentencepiece", "jinja2")
-RUN = "import sys, brlite.cli; status = brlite.cli.main(sys.argv[1:]); print(*sys.modules); sys.exit(status)"
+RUN = "import sys; from brlite.commands.cli import main; x = main(sys.argv[1:]); print(*sys.modules); sys.exit(x)"
 
 
 @pytest.fixture

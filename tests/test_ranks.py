@@ -13,7 +13,7 @@ import aiohttp
 import openai
 import pytest
 
-from brlite.config import Config, EngineConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS

@@ -1,9 +1,8 @@
-"""Reads model folders and files (safetensors, `.bin`, GGUF, traced `.pt`, bundles) and fetches them by name; writes
-bundles' files. One tensor in memory at a time.
+"""Reads model folders and files (safetensors, `.bin`, GGUF, traced `.pt`, bundles), one tensor at a time; fetches them
+by name.
 
-Knows no network layers and no requests. May import: models (its config), config, errors; numpy, gguf, torch.
-Importing this package imports none of the three: `open_checkpoint` loads the reader that a path turns out to need, and
-only the one for `.bin` needs torch.
+Importing this package imports no reader: `open_checkpoint` loads the one that a path needs. Only the one for
+`.bin` needs torch. First file: `checkpoint.py`.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ import torch
 from brlite.checkpoint.checkpoint import ALLOWED_DTYPES
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.identity import weights_identity
+from brlite.checkpoint.model_file import check_model_file
 from brlite.checkpoint.stored_numbers import Float32
 from brlite.errors import ModelError
-from brlite.model_file import check_model_file
-from brlite.quoting import excerpt, reason
+from brlite.files.quoting import excerpt, reason
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -3,7 +3,7 @@
     brlite-manifest.json        what this is, written last: model, precision, names, the size and sha256 of every file
     config.json …               the model's config, generation config, tokenizer and chat template, copied
     model-….safetensors         the weights in Hugging Face's names: matrices in bfloat16, vectors in float32
-    packed.PRECISION.brlite     the same weights as the native kernels read them, mapped at the start (kernels/image.py)
+    packed.PRECISION.brlite     the same weights as the native kernels read them, mapped at the start
 
 Everything reads the safetensors: torch, any precision, ranks that want a part of each tensor, other programs. The image
 is a second form of them for one precision; without it, or where it is damaged, they are packed again.
@@ -19,12 +19,12 @@ from typing import Any
 
 import msgspec
 
+from brlite.checkpoint.model_file import check_model_file, exists
 from brlite.checkpoint.new_file import FileRecord
 from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
-from brlite.config import Precision
+from brlite.config.options import Precision
 from brlite.errors import ModelError
-from brlite.model_file import check_model_file, exists
-from brlite.quoting import excerpt, reason
+from brlite.files.quoting import excerpt, reason
 
 MANIFEST_FILE = "brlite-manifest.json"
 PROGRESS_FILE = "brlite-progress.json"  # the manifest of a bundle that is not finished

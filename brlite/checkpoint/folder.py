@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from brlite.checkpoint.model_file import check_model_file, exists, read_json_object
 from brlite.errors import ModelError
-from brlite.model_file import check_model_file, exists, read_json_object
-from brlite.quoting import excerpt
+from brlite.files.quoting import excerpt
 
 WeightsKind = Literal["safetensors", "bin", "gguf"]
 

@@ -16,7 +16,7 @@ from brlite.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_head
 from brlite.checkpoint.identity import read_header, weights_identity
 from brlite.checkpoint.stored_numbers import Float32, read_bytes
 from brlite.errors import ModelError
-from brlite.quoting import excerpt, reason
+from brlite.files.quoting import excerpt, reason
 
 CHUNK_ELEMENTS = 1 << 20  # dequantised at once: the package needs several times its result, here some 20 MB
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from brlite.errors import ModelError
-from brlite.quoting import excerpt
+from brlite.files.quoting import excerpt
 
 # GGUF architecture → the family's words. Mistral's files are of the architecture llama too.
 ARCHITECTURES = {

@@ -13,9 +13,9 @@ from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from brlite.checkpoint.model_file import check_model_file
 from brlite.errors import ModelError
-from brlite.model_file import check_model_file
-from brlite.quoting import excerpt
+from brlite.files.quoting import excerpt
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

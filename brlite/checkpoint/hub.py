@@ -20,7 +20,7 @@ from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.progress import OnProgress, growth_reported
 from brlite.checkpoint.sha256 import check_sha256
 from brlite.errors import ModelError
-from brlite.quoting import excerpt, reason
+from brlite.files.quoting import excerpt, reason
 
 REACH_VARIABLE = "HF_HUB_ETAG_TIMEOUT"  # the library's own: how long the hub may take to tell what there is
 SHORT_REACH_SECONDS = 3.0  # where another source could serve the model, and the variable is not set

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from brlite.temporary import create_temporary, sweep
+from brlite.files.temporary import create_temporary, sweep
 
 CHUNK_BYTES = 2**20
 FLUSH_BYTES = 64 * 2**20

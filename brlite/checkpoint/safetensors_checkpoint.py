@@ -8,13 +8,13 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
-from brlite.checkpoint.cuts import Cut, Cuts
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.identity import read_header, weights_identity
 from brlite.checkpoint.safetensors_header import SafetensorsHeader, TensorEntry, read_safetensors_header
+from brlite.checkpoint.slices import Cuts, Slice
 from brlite.checkpoint.stored_numbers import STORED, Float32, read_columns, read_float32
 from brlite.errors import ModelError
-from brlite.quoting import excerpt, reason
+from brlite.files.quoting import excerpt, reason
 
 T = TypeVar("T")
 
@@ -37,10 +37,10 @@ class SafetensorsCheckpoint:
     def tensors(self) -> Iterator[tuple[str, Float32]]:
         return self._each(_read_whole)
 
-    def cuts(self, wanted: Cuts) -> Iterator[tuple[str, Cut, Float32]]:
+    def cuts(self, wanted: Cuts) -> Iterator[tuple[str, Slice, Float32]]:
         """What is `wanted` of each tensor. Of other rows nothing is read, of other columns nothing is kept."""
 
-        def read(stream: BufferedReader, begin: int, entry: TensorEntry) -> Iterator[tuple[str, Cut, Float32]]:
+        def read(stream: BufferedReader, begin: int, entry: TensorEntry) -> Iterator[tuple[str, Slice, Float32]]:
             for cut in wanted.get(entry.name, ()):
                 yield entry.name, cut, _read_cut(stream, begin, entry, cut)
 
@@ -64,7 +64,7 @@ def _read_whole(stream: BufferedReader, begin: int, entry: TensorEntry) -> Itera
     yield entry.name, read_float32(stream, begin, entry.shape, entry.dtype)
 
 
-def _read_cut(stream: BufferedReader, begin: int, entry: TensorEntry, cut: Cut) -> Float32:
+def _read_cut(stream: BufferedReader, begin: int, entry: TensorEntry, cut: Slice) -> Float32:
     row_shape = entry.shape[1:]
     first = begin + cut.rows.start * math.prod(row_shape) * STORED[entry.dtype][0]
     if cut.columns is None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brlite.checkpoint.checkpoint import ALLOWED_DTYPES
+from brlite.checkpoint.model_file import check_model_file
 from brlite.errors import ModelError
-from brlite.model_file import check_model_file
-from brlite.quoting import excerpt, reason
+from brlite.files.quoting import excerpt, reason
 
 ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit

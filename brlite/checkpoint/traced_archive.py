@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brlite.checkpoint.checkpoint import ALLOWED_DTYPES
+from brlite.checkpoint.model_file import check_model_file
 from brlite.checkpoint.safetensors_header import ITEM_BYTES
 from brlite.checkpoint.traced_pickle import Record, Storage, TensorValue, read_pickle, walk_tensors
 from brlite.errors import ModelError
-from brlite.model_file import check_model_file
-from brlite.quoting import excerpt, reason
+from brlite.files.quoting import excerpt, reason
 
 MAX_PICKLE_BYTES = 256 * 2**20
 MAX_CODE_BYTES = 64 * 2**20  # of all source files together, each as often as a class is looked for in it

@@ -21,7 +21,7 @@ from brlite.checkpoint.stored_numbers import Float32, read_float32
 from brlite.checkpoint.traced_archive import TracedArchive, TracedTensor
 from brlite.checkpoint.traced_code import class_text, parameter_names
 from brlite.errors import ModelError
-from brlite.quoting import reason
+from brlite.files.quoting import reason
 
 
 class TracedCheckpoint:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from brlite.errors import ModelError
-from brlite.quoting import excerpt, reason
+from brlite.files.quoting import excerpt, reason
 
 MAX_DEPTH = 64
 MAX_VISITS = 4_000_000

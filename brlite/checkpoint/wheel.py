@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 from brlite.checkpoint.progress import OnProgress, growth_reported
 from brlite.checkpoint.sha256 import CHUNK_BYTES, check_sha256
-from brlite.children import ChildGroup, child_environment, python_module
-from brlite.config import DEFAULT_MODEL
+from brlite.config.options import DEFAULT_MODEL
 from brlite.errors import ModelError
-from brlite.quoting import one_line, reason
-from brlite.temporary import sweep, temporary_folder
+from brlite.files.quoting import one_line, reason
+from brlite.files.temporary import sweep, temporary_folder
+from brlite.process.children import ChildGroup, child_environment, python_module
 
 PIP_SECONDS = 1800.0
 FETCH_PREFIX = ".fetch"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.engine.backend import BackendInfo
 from brlite.engine.request import Request
 from brlite.errors import InvalidRequest, PromptTooLong

@@ -17,7 +17,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from brlite.config import EngineConfig
+from brlite.config.options import EngineConfig
 from brlite.engine.admission import check_length
 from brlite.engine.backend import Backend, BackendInfo, CanBeLost, close_dropped
 from brlite.engine.engine import Engine

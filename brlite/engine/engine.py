@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from brlite.config import EngineConfig, LimitsConfig
+from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.admission import admit, read_token_ids
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SeqResult, StepResult
 from brlite.engine.block_manager import BlockManager, cache_root

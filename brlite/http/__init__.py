@@ -1,4 +1,4 @@
-"""The manners that every front door of brlite shares: error envelope, keys, request ids, time limits, event framing.
+"""aiohttp, adapted: listening, connections, keys, limits, error envelope, event streams. Knows no model.
 
-Knows no models and no engines. May import: config, errors; aiohttp, msgspec.
+First file: `middlewares.py`.
 """

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from brlite.http.boundary import CLIENT_LEFT, has_left
+from brlite.http.error_middleware import CLIENT_LEFT, has_left
 from brlite.http.request_id import HEADER, client_request_id, request_id
 from brlite.http.resources import Resources
 

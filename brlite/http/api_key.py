@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from brlite.config import KeyConfig
+from brlite.config.options import KeyConfig
 from brlite.errors import Forbidden, RateLimited
 from brlite.http.bucket import Bucket
 

@@ -1,6 +1,6 @@
 """One client's connection: aiohttp's protocol with deadlines for slow clients and our own answer to malformed requests.
 
-It knows when a request begins and ends, and nothing of what is in it. A lane may see the bytes first and answer some
+It knows when a request begins and ends, not what is in it. A fast path may see the bytes first and answer some
 requests itself; all others it passes on to aiohttp.
 
 What aiohttp (read: 3.14.5) does, and this class relies on: llhttp's strict mode refuses smuggling shapes;
@@ -21,11 +21,11 @@ from typing import Protocol, cast
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.errors import InvalidRequest, NotReady, RequestError, RequestTimeout
-from brlite.http.boundary import has_begun
 from brlite.http.connections import Connections
-from brlite.http.envelope import error_bytes, error_response
+from brlite.http.error_middleware import has_begun
+from brlite.http.errors import error_bytes, error_response
 from brlite.http.request_id import HEADER, new_request_id
 from brlite.http.stall import StallTimer
 
@@ -35,7 +35,7 @@ MAX_HEADERS = 100
 MALFORMED = "The request is not valid HTTP/1.1."
 HEADERS_TOO_LARGE = web.HTTPRequestHeaderFieldsTooLarge
 LINGERING_SECONDS = 5.0  # how long the rest of a refused body is read, so that the client can see the refusal
-NEVER_SECONDS = 10.0**8  # for aiohttp's own idle timer, which does not know of a lane's requests
+NEVER_SECONDS = 10.0**8  # for aiohttp's own idle timer, which does not know of a fast path's requests
 
 SPARE_SECONDS = 2.0  # beyond max_connections: to send a probe's request
 
@@ -44,7 +44,7 @@ SLOW_BODY = RequestTimeout("The request body did not arrive in time.")
 TOO_MANY = NotReady("Too many connections.", retry_after_seconds=1)
 
 
-class Lane(Protocol):
+class ByteStreamHandler(Protocol):
     """Answers some of a connection's requests itself. Of the bytes it is given it passes on what it does not take.
 
     For each request of its own it tells the connection `request_began` and `request_ended`.
@@ -62,7 +62,7 @@ class Lane(Protocol):
     def connection_lost(self) -> None: ...
 
 
-MakeLane = Callable[["Connection", asyncio.Transport], "Lane | None"]
+MakeHandler = Callable[["Connection", asyncio.Transport], "ByteStreamHandler | None"]
 
 
 class Connection(web.RequestHandler):
@@ -72,10 +72,10 @@ class Connection(web.RequestHandler):
         "_bytes_came",
         "_deadline",
         "_event_loop",
+        "_fast_path",
         "_is_serving",
-        "_lane",
         "_limits",
-        "_make_lane",
+        "_make_fast_path",
         "_siblings",
         "_stall",
         "_tardy",
@@ -91,7 +91,7 @@ class Connection(web.RequestHandler):
         loop: asyncio.AbstractEventLoop,
         limits: LimitsConfig,
         siblings: Connections,
-        make_lane: MakeLane | None = None,
+        make_fast_path: MakeHandler | None = None,
     ) -> None:
         super().__init__(
             server,
@@ -115,8 +115,8 @@ class Connection(web.RequestHandler):
         self._stall: StallTimer | None = None
         self._bytes_came = False
         self._is_serving = False
-        self._make_lane = make_lane
-        self._lane: Lane | None = None
+        self._make_fast_path = make_fast_path
+        self._fast_path: ByteStreamHandler | None = None
         self.is_spare = False  # beyond max_connections: it may ask for what probes ask
         self.is_retiring = False  # to be closed after the response in progress
 
@@ -131,8 +131,8 @@ class Connection(web.RequestHandler):
             self._set_deadline(min(SPARE_SECONDS, self._limits.header_seconds), TOO_MANY)
         else:
             self._set_deadline(self._limits.header_seconds)
-        if self._make_lane is not None and not self.is_spare:
-            self._lane = self._make_lane(self, wire)
+        if self._make_fast_path is not None and not self.is_spare:
+            self._fast_path = self._make_fast_path(self, wire)
         super().connection_made(transport)
 
     async def start(self) -> None:
@@ -143,8 +143,8 @@ class Connection(web.RequestHandler):
             self._siblings.discard(self)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._lane is not None:
-            self._lane.connection_lost()  # first: it ends its request, which sets a deadline for the next one
+        if self._fast_path is not None:
+            self._fast_path.connection_lost()  # first: it ends its request, which sets a deadline for the next one
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -173,8 +173,8 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         # aiohttp calls this without data too, to go on parsing.
-        if self._lane is not None and data:
-            self._lane.data_received(data)
+        if self._fast_path is not None and data:
+            self._fast_path.data_received(data)
         else:
             self.pass_on(data)
 
@@ -191,7 +191,7 @@ class Connection(web.RequestHandler):
             self._set_deadline(self._limits.header_seconds, SLOW_HEADERS)
 
     def body_began(self) -> None:
-        """The headers are complete, and a lane waits for the body."""
+        """The headers are complete, and a fast path waits for the body."""
         self._siblings.is_busy(self)
         self._set_deadline(self._limits.body_seconds, SLOW_BODY)
 
@@ -217,8 +217,8 @@ class Connection(web.RequestHandler):
             return await super().finish_response(request, resp, start_time)
         finally:
             self.request_ended()
-            if self._lane is not None and resp.keep_alive:
-                self._lane.request_ended()
+            if self._fast_path is not None and resp.keep_alive:
+                self._fast_path.request_ended()
 
     def handle_error(
         self,
@@ -281,13 +281,13 @@ class Connection(web.RequestHandler):
         super().pause_writing()
         if self._stall is not None:
             self._stall.start()
-        if self._lane is not None:
-            self._lane.pause_writing()
+        if self._fast_path is not None:
+            self._fast_path.pause_writing()
 
     def resume_writing(self) -> None:
         """It has caught up."""
         if self._stall is not None:
             self._stall.stop()
         super().resume_writing()
-        if self._lane is not None:
-            self._lane.resume_writing()
+        if self._fast_path is not None:
+            self._fast_path.resume_writing()

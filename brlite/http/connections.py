@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from brlite.http.connection import Connection
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -20,22 +17,30 @@ logger = logging.getLogger(__name__)
 MAX_SPARE = 32
 
 
+class Closable(Protocol):
+    """What the set of connections asks of one: to close, sooner or later. `connection.py` has the real one."""
+
+    def make_room(self) -> None: ...
+    def retire(self) -> None: ...
+    def abort(self) -> None: ...
+
+
 class _Waiting:
     """Some connections that wait for a request, those without a first one apart, each from old to new."""
 
     def __init__(self) -> None:
         self.num_all = 0  # of the connections that these are part of, waiting or not
-        self._new: dict[Connection, None] = {}
-        self._idle: dict[Connection, None] = {}
+        self._new: dict[Closable, None] = {}
+        self._idle: dict[Closable, None] = {}
 
-    def add(self, connection: Connection, *, is_new: bool) -> None:
+    def add(self, connection: Closable, *, is_new: bool) -> None:
         (self._new if is_new else self._idle)[connection] = None
 
-    def discard(self, connection: Connection) -> None:
+    def discard(self, connection: Closable) -> None:
         self._new.pop(connection, None)
         self._idle.pop(connection, None)
 
-    def first(self) -> Connection | None:
+    def first(self) -> Closable | None:
         """The one that makes room before the others."""
         return next(iter(self._new), None) or next(iter(self._idle), None)
 
@@ -46,9 +51,7 @@ class Connections:
     def __init__(self, limit: int, limit_per_address: int) -> None:
         self._limit = limit
         self._limit_per_address = limit_per_address
-        self._members: dict[
-            Connection, str
-        ] = {}  # with the address that each counts for; "" for those beyond the limit
+        self._members: dict[Closable, str] = {}  # with the address that each counts for; "" for those beyond the limit
         self._waiting = _Waiting()
         self._spare = _Waiting()
         self._by_address: dict[str, _Waiting] = {}
@@ -59,7 +62,7 @@ class Connections:
     def __len__(self) -> int:
         return len(self._members)
 
-    def admit(self, connection: Connection, peer: str) -> bool:
+    def admit(self, connection: Closable, peer: str) -> bool:
         """Take it in. False if it is beyond a limit, so that only probes may be answered; another may be closed for it.
 
         `peer` is the client's IP address, or "" where it has none.
@@ -82,17 +85,17 @@ class Connections:
             waiting.add(connection, is_new=True)
         return has_room
 
-    def is_busy(self, connection: Connection) -> None:
+    def is_busy(self, connection: Closable) -> None:
         """It has a request now, and does not make room for others."""
         for waiting in self._groups(self._members.get(connection)):
             waiting.discard(connection)
 
-    def is_idle(self, connection: Connection) -> None:
+    def is_idle(self, connection: Closable) -> None:
         """Its request has been answered; it waits for the next one."""
         for waiting in self._groups(self._members.get(connection)):
             waiting.add(connection, is_new=False)
 
-    def discard(self, connection: Connection) -> None:
+    def discard(self, connection: Closable) -> None:
         """Forget one that is served no more."""
         address = self._members.pop(connection, None)
         for waiting in self._groups(address):

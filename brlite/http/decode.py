@@ -12,8 +12,8 @@ from typing import TypeVar
 import msgspec
 
 from brlite.errors import InvalidRequest, RequestError
+from brlite.files.text_file import BYTE_ORDER_MARK, other_encoding
 from brlite.http.choices import allowed_values
-from brlite.text_file import BYTE_ORDER_MARK, other_encoding
 
 T = TypeVar("T")
 

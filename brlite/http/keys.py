@@ -16,13 +16,13 @@ from pathlib import Path
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from brlite.children import read_secret
-from brlite.config import Config, KeyConfig, KeysConfig
+from brlite.config.options import Config, KeyConfig, KeysConfig
 from brlite.errors import ConfigError, Unauthorized
+from brlite.files.text_file import TextError, read_text
 from brlite.http.access_log import log_extras
 from brlite.http.api_key import ApiKey
 from brlite.http.resources import Resources
-from brlite.text_file import TextError, read_text
+from brlite.process.children import read_secret
 
 
 class ApiKeys:

@@ -16,11 +16,11 @@ from aiohttp.http import RawRequestMessage
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.errors import ConfigError, InvalidRequest
-from brlite.http.connection import MALFORMED, TOO_MANY, Connection, MakeLane
+from brlite.http.connection import MALFORMED, TOO_MANY, Connection, MakeHandler
 from brlite.http.connections import Connections
-from brlite.http.envelope import error_response
+from brlite.http.errors import error_response
 
 BACKLOG = 1024
 MALFORMED_METHOD = "UNKNOWN"  # of aiohttp's stand-in for a request that cannot be parsed; no client can send it
@@ -38,8 +38,8 @@ class HttpServer:
     """`async with HttpServer(app, host, port, limits) as server:` listens while inside; port 0 takes a free one.
 
     `close()` stops accepting, closes idle connections, waits `grace_seconds` for requests in progress, then runs the
-    application's `on_shutdown`, and a second later cancels the handlers that are left. No task survives it. `make_lane`
-    gives each connection a lane, which answers some requests without the application.
+    application's `on_shutdown`, and a second later cancels the handlers that are left. No task survives it.
+    `make_fast_path` gives each connection a fast path, which answers some requests without the application.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class HttpServer:
         port: int,
         limits: LimitsConfig,
         grace_seconds: float = 30.0,
-        make_lane: MakeLane | None = None,
+        make_fast_path: MakeHandler | None = None,
     ) -> None:
         self._host, self._port = host, port
         self._limits = limits
         self._grace_seconds = grace_seconds
-        self._make_lane = make_lane
+        self._make_fast_path = make_fast_path
         self._app = app
         self._runner = web.AppRunner(
             app,
@@ -141,7 +141,7 @@ class HttpServer:
         self._make_request, server.request_factory = server.request_factory, self._read_request
 
         def connect() -> Connection:
-            return Connection(server, loop, self._limits, self._connections, self._make_lane)
+            return Connection(server, loop, self._limits, self._connections, self._make_fast_path)
 
         try:
             return await loop.create_server(connect, self._host, self._port, backlog=BACKLOG)

@@ -1,7 +1,6 @@
-"""The mathematics of a decoder in torch, and the families that translate their config and weight names onto it.
+"""What a model is, without torch: its config, its shards, and the families that translate its names.
 
-Knows no requests, no files and no devices by name. May import: config, errors; torch, numpy.
-Importing this package or a family does not import torch: a config can be judged without it.
+First file: `config.py`.
 """
 
 from __future__ import annotations
@@ -10,16 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from brlite.errors import ModelError
-from brlite.models.baichuan import BAICHUAN
-from brlite.models.chatglm import CHATGLM
-from brlite.models.family import Family
-from brlite.models.llama import LLAMA
-from brlite.models.mistral import MISTRAL
-from brlite.models.phi3 import PHI3
-from brlite.models.qwen2 import QWEN2
-from brlite.models.qwen3 import QWEN3
-from brlite.models.smollm3 import SMOLLM3
-from brlite.quoting import excerpt
+from brlite.files.quoting import excerpt
+from brlite.models.families.baichuan import BAICHUAN
+from brlite.models.families.chatglm import CHATGLM
+from brlite.models.families.family import Family
+from brlite.models.families.llama import LLAMA
+from brlite.models.families.mistral import MISTRAL
+from brlite.models.families.phi3 import PHI3
+from brlite.models.families.qwen2 import QWEN2
+from brlite.models.families.qwen3 import QWEN3
+from brlite.models.families.smollm3 import SMOLLM3
 
 FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, BAICHUAN, CHATGLM, SMOLLM3, PHI3)
 

@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from brlite.config import Precision
+from brlite.config.options import Precision
 from brlite.errors import ModelError
 
 KVDtype = Literal["float32", "bfloat16", "int8"]

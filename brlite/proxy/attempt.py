@@ -1,7 +1,7 @@
 """One try to have a request answered by one upstream: sends it, reads what comes, passes it on to the client.
 
 Callbacks, no task: what an upstream sends goes out in the same turn of the loop. What an answer must be, stands in
-`answer.py` and `splice.py`; what follows from a failure is decided by the owner, the exchange.
+`buffered_response.py` and `wire/sse_relay.py`; what follows from a failure is decided by the owner, the exchange.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ import asyncio
 import math
 from typing import Protocol
 
-from brlite.config import ProxyConfig
+from brlite.config.options import ProxyConfig
 from brlite.errors import NotReady, RequestError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
-from brlite.proxy.answer import HeldAnswer, body_of_answer, is_other_media
-from brlite.proxy.breaker import Ticket
-from brlite.proxy.connections import UpstreamConnection
-from brlite.proxy.framing import Misframed
-from brlite.proxy.front import Front
-from brlite.proxy.heads import END_OF_HEAD, MAX_ANSWER_HEAD_BYTES, AnswerHead
+from brlite.proxy.buffered_response import BufferedResponse, body_of_answer, is_other_media
+from brlite.proxy.downstream import Downstream
 from brlite.proxy.outcomes import REFUSALS, Ending, ending_of, is_answer, is_own_fault
-from brlite.proxy.splice import LAST_CHUNK, EventSplice
+from brlite.proxy.routing.breaker import Ticket
+from brlite.proxy.routing.upstream import Upstream
 from brlite.proxy.stream_kinds import kind_of
-from brlite.proxy.upstream import Upstream
 from brlite.proxy.usage import Seen, usage_in_tail
+from brlite.proxy.wire.connections import UpstreamConnection
+from brlite.proxy.wire.framing import FramingError
+from brlite.proxy.wire.heads import END_OF_HEAD, MAX_ANSWER_HEAD_BYTES, AnswerHead
+from brlite.proxy.wire.sse_relay import LAST_CHUNK, SseRelay
 
 # A kept connection that is lost so soon after a request was sent had been closed before the request came.
 STALE_SECONDS = 0.1
@@ -58,7 +58,7 @@ class Attempt:
         "_config",
         "_connection",
         "_dialing",
-        "_front",
+        "_downstream",
         "_head",
         "_heard_at",
         "_held",
@@ -83,12 +83,12 @@ class Attempt:
         self,
         owner: Listener,
         upstream: Upstream,
-        front: Front,
+        downstream: Downstream,
         config: ProxyConfig,
         loop: asyncio.AbstractEventLoop,
     ) -> None:
         self._owner = owner
-        self._front = front
+        self._downstream = downstream
         self._config = config
         self._loop = loop
         self._dialing: asyncio.Task[UpstreamConnection] | None = None
@@ -100,8 +100,8 @@ class Attempt:
         self._unread = b""  # of a head that is not whole yet
         self._head: AnswerHead | None = None
         self._length: int | None = None
-        self._splice: EventSplice | None = None
-        self._held: HeldAnswer | None = None
+        self._splice: SseRelay | None = None
+        self._held: BufferedResponse | None = None
         self._whole: bytes | None = None
         self.upstream = upstream
         self.deadline = math.inf
@@ -204,7 +204,7 @@ class Attempt:
                 self._read_head(self._unread + data)
             else:
                 self._feed_held(self._held, data)
-        except Misframed as error:
+        except FramingError as error:
             self._fail(f"The upstream's answer is broken: {error}.")
         except UpstreamError as error:
             self._owner.attempt_failed(error, Ending.BROKEN)
@@ -253,7 +253,7 @@ class Attempt:
         if head.status == 200 and head.content_type == EVENT_STREAM:
             self._begin_stream(head, rest)
             return
-        held = self._held = HeldAnswer(head, body_of_answer(head, self._length))
+        held = self._held = BufferedResponse(head, body_of_answer(head, self._length))
         if is_other_media(head):
             held.feed(rest)
             self._begin_long(held)
@@ -296,27 +296,27 @@ class Attempt:
     def _begin_stream(self, head: AnswerHead, rest: bytes) -> None:
         if head.fields.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UpstreamError("The upstream's stream is encoded, which it was not asked for.")
-        splice = self._splice = EventSplice(
+        splice = self._splice = SseRelay(
             body_of_answer(head, self._length),
-            is_chunked=self._front.takes_chunks,
+            is_chunked=self._downstream.takes_chunks,
             max_event_bytes=self._config.held_bytes,
             kind=kind_of(self._path),
         )
         self.has_begun = True
-        self._front.begin(head.status, head.lines_of_stream(self._config.response_headers), None)
+        self._downstream.begin(head.status, head.lines_of_stream(self._config.response_headers), None)
         self._feed_stream(splice, rest)  # nothing too: its length may say that nothing more comes
 
-    def _feed_stream(self, splice: EventSplice, data: bytes) -> None:
+    def _feed_stream(self, splice: SseRelay, data: bytes) -> None:
         if out := splice.feed(data):
-            self._front.write(out)
+            self._downstream.write(out)
         if splice.is_done:
             self._complete(keep=not splice.has_excess)
         elif splice.error is not None:
             self._fail(f"The upstream's stream is broken: {splice.error}.")
 
-    def _feed_stream_eof(self, splice: EventSplice) -> None:
+    def _feed_stream_eof(self, splice: SseRelay) -> None:
         if out := splice.feed_eof():
-            self._front.write(out)
+            self._downstream.write(out)
         if splice.is_done:
             self._complete(keep=False)
         else:
@@ -324,7 +324,7 @@ class Attempt:
 
     # Any other answer
 
-    def _feed_held(self, held: HeldAnswer, data: bytes) -> None:
+    def _feed_held(self, held: BufferedResponse, data: bytes) -> None:
         held.feed(data)
         if self.has_begun:
             self._write_part(held)
@@ -333,19 +333,19 @@ class Attempt:
         elif held.num_bytes > self._config.held_bytes:
             self._begin_long(held)
 
-    def _feed_held_eof(self, held: HeldAnswer) -> None:
+    def _feed_held_eof(self, held: BufferedResponse) -> None:
         try:
             held.feed_eof()
             if self.has_begun:
                 self._write_part(held)
             else:
                 self._answer(held)
-        except Misframed as error:
+        except FramingError as error:
             self._fail(f"The upstream's answer is broken: {error}.")
         except UpstreamError as error:
             self._owner.attempt_failed(error, Ending.BROKEN)
 
-    def _answer(self, held: HeldAnswer) -> None:
+    def _answer(self, held: BufferedResponse) -> None:
         assert self._head is not None
         self._whole, lines = held.whole()
         if self._head.status == NOT_FOUND and self._owner.attempt_found_no_model(self._whole):
@@ -353,24 +353,26 @@ class Attempt:
         self.has_begun = True
         if lines is None:
             lines = self._head.lines_for_clients(self._config.response_headers)
-        self._front.answer(self._head.status, lines, self._whole)
+        self._downstream.answer(self._head.status, lines, self._whole)
         self._complete(keep=not held.has_excess)
 
-    def _begin_long(self, held: HeldAnswer) -> None:
+    def _begin_long(self, held: BufferedResponse) -> None:
         """The answer is too long to be kept, or is sound or suchlike: it goes out as it comes."""
         assert self._head is not None
         self.has_begun = True
-        self._front.begin(self._head.status, self._head.lines_for_clients(self._config.response_headers), self._length)
+        self._downstream.begin(
+            self._head.status, self._head.lines_for_clients(self._config.response_headers), self._length
+        )
         self._write_part(held)
 
-    def _write_part(self, held: HeldAnswer) -> None:
+    def _write_part(self, held: BufferedResponse) -> None:
         assert self._head is not None
-        is_chunked = self._length is None and self._front.takes_chunks
+        is_chunked = self._length is None and self._downstream.takes_chunks
         if part := held.take():
-            self._front.write(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
+            self._downstream.write(b"%x\r\n%b\r\n" % (len(part), part) if is_chunked else part)
         if held.is_done:
             if is_chunked:
-                self._front.write(LAST_CHUNK)
+                self._downstream.write(LAST_CHUNK)
             self._complete(keep=not held.has_excess)
 
     # The client takes its time
@@ -423,7 +425,7 @@ class Attempt:
         if end is None:
             return False
         if end:
-            self._front.write(end)
+            self._downstream.write(end)
         self._complete(keep=False)
         return True
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import msgspec
 
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.table import Target
+from brlite.proxy.routing.route_table import Route
 
 
 class ForwardedModel(msgspec.Struct, frozen=True):
@@ -43,7 +43,7 @@ class Catalog:
             assert target is not None  # it is one of the table's names
             yield self._model(name, target, now)
 
-    def _model(self, name: str, target: Target, now: float) -> ForwardedModel:
+    def _model(self, name: str, target: Route, now: float) -> ForwardedModel:
         available = [upstream for upstream in target.upstreams if upstream.is_up(now)]
         listed = [
             upstream.listed[target.name_at(upstream)]

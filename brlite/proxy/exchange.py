@@ -7,33 +7,44 @@ been done yet: no connection could be made, a kept one turned out to be dead at 
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from datetime import timezone
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 
+from brlite.config.options import ProxyConfig
 from brlite.errors import NotReady, QueueTimeout, RequestError, UpstreamUnavailable
 from brlite.http.api_key import ApiKey
-from brlite.http.envelope import status_of
+from brlite.http.errors import status_of
 from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt
-from brlite.proxy.front import Front
-from brlite.proxy.heads import AnswerHead
-from brlite.proxy.listing import says_no_model
+from brlite.proxy.downstream import Downstream
 from brlite.proxy.outcomes import TABLE, Ending
-from brlite.proxy.peek import replace_model
-from brlite.proxy.places import Waiter, Waiting
-from brlite.proxy.table import Target
-from brlite.proxy.upstream import Upstream
+from brlite.proxy.request_model import replace_model
+from brlite.proxy.routing.concurrency import Waiter, Waiting
+from brlite.proxy.routing.listing import says_no_model
+from brlite.proxy.routing.route_table import Route
+from brlite.proxy.routing.upstream import Upstream
 from brlite.proxy.usage import Seen
-
-if TYPE_CHECKING:
-    from brlite.proxy.forwarder import Forwarder
+from brlite.proxy.wire.heads import AnswerHead
 
 MAX_PAUSE_SECONDS = 60.0  # the longest Retry-After that is believed
 CLIENT_LEFT = 499
+
+
+class ExchangeOwner(Protocol):
+    """What an exchange needs of the forwarder that began it: the clock, the config, and somebody to report to."""
+
+    loop: asyncio.AbstractEventLoop
+    config: ProxyConfig
+
+    def reserve(self, exchange: Exchange) -> None: ...
+    def over(self, exchange: Exchange) -> None: ...
+    def report_failure(self, upstream: Upstream, error: RequestError) -> None: ...
+    def report_missing(self, upstream: Upstream, model: str) -> None: ...
 
 
 class ForwardedRequest(msgspec.Struct, frozen=True):
@@ -56,8 +67,8 @@ class Exchange:
     __slots__ = (
         "_asked",
         "_attempt",
+        "_downstream",
         "_forwarder",
-        "_front",
         "_is_over",
         "_num_tries",
         "_queue_deadline",
@@ -76,10 +87,12 @@ class Exchange:
         "was_sent",
     )
 
-    def __init__(self, forwarder: Forwarder, request: ForwardedRequest, target: Target, front: Front) -> None:
+    def __init__(
+        self, forwarder: ExchangeOwner, request: ForwardedRequest, target: Route, downstream: Downstream
+    ) -> None:
         self._forwarder = forwarder
         self.request = request
-        self._front = front
+        self._downstream = downstream
         self._attempt: Attempt | None = None
         self._waiting: Waiting | None = None
         self._queue_deadline = math.inf
@@ -119,7 +132,7 @@ class Exchange:
     def start(self) -> None:
         self._enter(self.target)
 
-    def _enter(self, target: Target) -> None:
+    def _enter(self, target: Route) -> None:
         """Take one of the model's places, or wait for one."""
         self.target = target
         if target.places.take(self.request.key.tenant):
@@ -128,7 +141,7 @@ class Exchange:
         try:
             self._waiting = target.places.wait(self.request.key.tenant, Waiter(self._turn_came, self._end_with))
         except RequestError as error:
-            self._front.refuse(error)
+            self._downstream.refuse(error)
             self._end(status_of(error).http)
             return
         self._queue_deadline = self._forwarder.loop.time() + self._forwarder.config.max_queue_seconds
@@ -154,7 +167,7 @@ class Exchange:
         else:
             self._try(upstream)
 
-    def _stand_in(self, now: float) -> Target | None:
+    def _stand_in(self, now: float) -> Route | None:
         """The first model that may answer in place of this one, and can."""
         may_use = self.request.key.may_use
         for stand_in in self.target.stand_ins:
@@ -174,7 +187,7 @@ class Exchange:
         self._num_tries += 1
         self._tried += (upstream,)
         self.upstream = upstream
-        self._attempt = Attempt(self, upstream, self._front, forwarder.config, forwarder.loop)
+        self._attempt = Attempt(self, upstream, self._downstream, forwarder.config, forwarder.loop)
         self._attempt.start(request.path, request.lines, body, is_fresh=is_fresh)
 
     # How an attempt ends
@@ -257,12 +270,12 @@ class Exchange:
     def _give_up(self, error: RequestError, attempt: Attempt | None = None) -> None:
         """Tell the client, as far as an answer has not begun, or has begun as a stream."""
         if attempt is None or not attempt.has_begun:
-            self._front.refuse(error)
+            self._downstream.refuse(error)
         elif attempt.can_take_event:
             if event := attempt.error_event(error):
-                self._front.write(event)
+                self._downstream.write(event)
         else:
-            self._front.cut()
+            self._downstream.cut()
         self.target.places.give_back(self.request.key.tenant)
         self._end(status_of(error).http)
 
@@ -309,7 +322,7 @@ class Exchange:
     def _end_with(self, error: RequestError) -> None:
         if self._waiting is not None:
             self._waiting.leave()
-            self._front.refuse(error)
+            self._downstream.refuse(error)
             self._end(status_of(error).http)
         elif not self._is_over:
             attempt = self._attempt
@@ -320,7 +333,7 @@ class Exchange:
         self._is_over = True
         self.status = status
         self._forwarder.over(self)
-        self._front.ended()
+        self._downstream.ended()
 
 
 def _body_for(request: ForwardedRequest, name: str) -> bytes:

@@ -40,7 +40,7 @@ class Label(NamedTuple):
         return cls(name, f'"{value.translate(_ESCAPES)}"')
 
 
-class Family:
+class MetricFamily:
     """The samples under one name, each a line."""
 
     __slots__ = ("about", "kind", "name", "samples")
@@ -54,7 +54,7 @@ class Family:
         self.samples = list(samples)
 
 
-Families = dict[str, Family]
+Families = dict[str, MetricFamily]
 
 
 def read_exposition(text: str, label: Label | None = None) -> Families:
@@ -71,11 +71,11 @@ def read_exposition(text: str, label: Label | None = None) -> Families:
     return reader.families
 
 
-def join(families: Families, more: Mapping[str, Family]) -> list[str]:
+def join(families: Families, more: Mapping[str, MetricFamily]) -> list[str]:
     """Add the samples of `more`, which stays as it is. Returns the names left out: their types do not agree."""
     left_out = []
     for name, family in more.items():
-        known = families.setdefault(name, Family(name, family.kind, family.about))
+        known = families.setdefault(name, MetricFamily(name, family.kind, family.about))
         if known.kind == family.kind:
             known.samples += family.samples
         else:
@@ -105,7 +105,7 @@ class _Reader:
 
     def __init__(self, label: Label | None) -> None:
         self._label = label
-        self._homes: dict[str, Family] = {}
+        self._homes: dict[str, MetricFamily] = {}
         self.families: Families = {}
 
     def read(self, line: str) -> None:
@@ -132,10 +132,10 @@ class _Reader:
         home = self._homes.get(name) or self._family(name)
         home.samples.append(line if self._label is None else sample(name, _with(self._label, labels), value))
 
-    def _family(self, name: str) -> Family:
+    def _family(self, name: str) -> MetricFamily:
         family = self.families.get(name)
         if family is None:
-            family = self.families[name] = self._homes[name] = Family(name)
+            family = self.families[name] = self._homes[name] = MetricFamily(name)
         return family
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Mapping
 
-from brlite.config import Forwarded
+from brlite.config.options import Forwarded
 
 MAX_CLAIM_BYTES = 1024  # of a chain that is appended to; a longer one is dropped
 

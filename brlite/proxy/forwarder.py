@@ -12,19 +12,19 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 
-from brlite.config import Config, ProxyConfig
+from brlite.config.options import Config, ProxyConfig
 from brlite.errors import LoopDetected, NotReady, RequestError
-from brlite.proxy.client import reason_of
+from brlite.proxy.downstream import Downstream
 from brlite.proxy.exchange import CLIENT_LEFT, Exchange, ForwardedRequest
 from brlite.proxy.forwarded import forwarded_lines
-from brlite.proxy.front import Front
-from brlite.proxy.heads import MAX_HOPS
-from brlite.proxy.health import HealthChecks
-from brlite.proxy.peek import Peek
 from brlite.proxy.prompt_start import prompt_start
-from brlite.proxy.table import Target, UpstreamTable
-from brlite.proxy.upstream import Upstream
-from brlite.proxy.usage import Usage, estimate_completion, estimate_prompt, is_possible, told_usage
+from brlite.proxy.request_model import RequestModel
+from brlite.proxy.routing.client import reason_of
+from brlite.proxy.routing.health import HealthChecks
+from brlite.proxy.routing.route_table import Route, RouteTable
+from brlite.proxy.routing.upstream import Upstream
+from brlite.proxy.usage import ForwardedUsage, estimate_completion, estimate_prompt, is_possible, told_usage
+from brlite.proxy.wire.heads import MAX_HOPS
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Forwarder:
 
     def __init__(self, config: Config) -> None:
         self.config: ProxyConfig = config.proxy
-        self.table = UpstreamTable(config)
+        self.table = RouteTable(config)
         self.is_draining = False
         self.answers: Counter[tuple[str, int]] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -75,7 +75,7 @@ class Forwarder:
 
     def replace(self, config: Config) -> None:
         """Forward by another config from now on; what is under way stays on its way, and so do kept connections."""
-        table = UpstreamTable(config, self.table)
+        table = RouteTable(config, self.table)
         gone = {upstream.name: upstream for upstream in self.table.upstreams if upstream not in table.upstreams}
         for upstream in table.upstreams:
             if upstream.name in gone:
@@ -95,7 +95,7 @@ class Forwarder:
         if via.count(b",") + 1 >= MAX_HOPS:
             raise LoopDetected(f"The request was forwarded {MAX_HOPS} times: look at who serves the model.")
 
-    def affinity(self, body: bytes, seen: Peek, fields: Mapping[bytes, bytes]) -> bytes | None:
+    def affinity(self, body: bytes, seen: RequestModel, fields: Mapping[bytes, bytes]) -> bytes | None:
         """What chooses the upstream of a request, if the config says that something does."""
         if self.config.choice == "prefix":
             return prompt_start(body, self.config.prefix_bytes) or None
@@ -109,12 +109,12 @@ class Forwarder:
         mode = self.config.forwarded
         return b"" if mode == "off" else forwarded_lines(mode, peer, fields)
 
-    def forward(self, request: ForwardedRequest, target: Target, front: Front) -> Exchange:
+    def forward(self, request: ForwardedRequest, target: Route, downstream: Downstream) -> Exchange:
         """Begin to pass a request on. Raises `RateLimited`, or `NotReady` while the server stops."""
         if self.is_draining:
             raise NotReady("the server is stopping", retry_after_seconds=RETRY_AFTER_SECONDS)
         request.key.begin(time.monotonic())
-        exchange = Exchange(self, request, target, front)
+        exchange = Exchange(self, request, target, downstream)
         self._active.add(exchange)
         if self._tick is None:
             self._set_tick()
@@ -142,14 +142,14 @@ class Forwarder:
             exchange.num_reserved = estimate_prompt(request.path, request.body)
             request.key.reserve(time.monotonic(), exchange.num_reserved)
 
-    def _usage(self, exchange: Exchange) -> Usage:
+    def _usage(self, exchange: Exchange) -> ForwardedUsage:
         """The tokens that a request took, as its answer says, or an estimate. None if no good answer had begun.
 
         A client that leaves pays for its prompt, whether an answer had begun or not.
         """
         has_answer = exchange.has_begun and exchange.answer_status < 400
         if not exchange.was_sent or not (has_answer or exchange.status == CLIENT_LEFT):
-            return Usage()
+            return ForwardedUsage()
         request, seen = exchange.request, exchange.seen
         told = told_usage(seen.parts)
         if told is not None:
@@ -158,7 +158,7 @@ class Forwarder:
             assert exchange.upstream is not None
             text = "upstream %s: a request of %d bytes cannot have used the %d and %d tokens that it says: not believed"
             logger.warning(text, exchange.upstream.name, len(request.body), *told)
-        return Usage(exchange.num_reserved, estimate_completion(request.path, seen))
+        return ForwardedUsage(exchange.num_reserved, estimate_completion(request.path, seen))
 
     def report_failure(self, upstream: Upstream, error: RequestError) -> None:
         """Log that an upstream failed a request, and why."""

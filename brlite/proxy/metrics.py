@@ -13,10 +13,10 @@ from typing import NamedTuple, get_args
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.registry import Collector
 
-from brlite.proxy.breaker import State
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.table import Target
-from brlite.proxy.upstream import Upstream
+from brlite.proxy.routing.breaker import State
+from brlite.proxy.routing.route_table import Route
+from brlite.proxy.routing.upstream import Upstream
 
 
 class UpstreamRow(NamedTuple):
@@ -32,7 +32,7 @@ class ModelRow(NamedTuple):
 
     name: str
     about: str
-    value: Callable[[Target], float]
+    value: Callable[[Route], float]
 
 
 MODEL_GAUGES = [

@@ -44,7 +44,7 @@ class Ending(enum.Enum):
     CLIENT_LEFT = enum.auto()
 
 
-class Row(NamedTuple):
+class OutcomeRule(NamedTuple):
     """`owner` is None for answers. `is_safe` says that the upstream has done nothing: another one may be tried."""
 
     outcome: Outcome
@@ -52,22 +52,22 @@ class Row(NamedTuple):
     is_safe: bool = False
 
 
-TABLE: dict[Ending, Row] = {
-    Ending.ANSWERED: Row("answered", None),
-    Ending.SERVER_ERROR: Row("failed", Owner.UPSTREAM),
-    Ending.BUSY: Row("refused", None, is_safe=True),
-    Ending.UNAVAILABLE: Row("refused", Owner.UPSTREAM, is_safe=True),
-    Ending.NO_MODEL: Row("refused", None, is_safe=True),
-    Ending.DENIED: Row("refused", None, is_safe=True),
-    Ending.UNREACHABLE: Row("failed", Owner.UPSTREAM, is_safe=True),
-    Ending.CONNECT_TIMEOUT: Row("timeout", Owner.UPSTREAM, is_safe=True),
-    Ending.BROKEN: Row("failed", Owner.UPSTREAM),
-    Ending.TIMEOUT: Row("timeout", Owner.UPSTREAM),
-    Ending.LOST: Row("timeout", Owner.UPSTREAM),
-    Ending.STALE: Row("unknown", Owner.PROXY),
-    Ending.OUT_OF_RESOURCES: Row("unknown", Owner.PROXY, is_safe=True),
-    Ending.STOPPED: Row("unknown", Owner.PROXY),
-    Ending.CLIENT_LEFT: Row("unknown", Owner.CLIENT),
+TABLE: dict[Ending, OutcomeRule] = {
+    Ending.ANSWERED: OutcomeRule("answered", None),
+    Ending.SERVER_ERROR: OutcomeRule("failed", Owner.UPSTREAM),
+    Ending.BUSY: OutcomeRule("refused", None, is_safe=True),
+    Ending.UNAVAILABLE: OutcomeRule("refused", Owner.UPSTREAM, is_safe=True),
+    Ending.NO_MODEL: OutcomeRule("refused", None, is_safe=True),
+    Ending.DENIED: OutcomeRule("refused", None, is_safe=True),
+    Ending.UNREACHABLE: OutcomeRule("failed", Owner.UPSTREAM, is_safe=True),
+    Ending.CONNECT_TIMEOUT: OutcomeRule("timeout", Owner.UPSTREAM, is_safe=True),
+    Ending.BROKEN: OutcomeRule("failed", Owner.UPSTREAM),
+    Ending.TIMEOUT: OutcomeRule("timeout", Owner.UPSTREAM),
+    Ending.LOST: OutcomeRule("timeout", Owner.UPSTREAM),
+    Ending.STALE: OutcomeRule("unknown", Owner.PROXY),
+    Ending.OUT_OF_RESOURCES: OutcomeRule("unknown", Owner.PROXY, is_safe=True),
+    Ending.STOPPED: OutcomeRule("unknown", Owner.PROXY),
+    Ending.CLIENT_LEFT: OutcomeRule("unknown", Owner.CLIENT),
 }
 
 ABOUT_THE_REQUEST = (501, 508)  # not built at this path; came round in a circle

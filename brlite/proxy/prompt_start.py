@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from brlite.text_file import BYTE_ORDER_MARK
+from brlite.files.text_file import BYTE_ORDER_MARK
 
 DIGEST_BYTES = 16
 _NULL = msgspec.Raw(b"null")

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from brlite.errors import InvalidRequest, UpstreamError
 from brlite.http.access_log import printable
-from brlite.proxy.client import UpstreamClient
-from brlite.proxy.exposition import BadExposition, Families, Family, Label, join, read_exposition, sample, write
+from brlite.proxy.exposition import BadExposition, Families, Label, MetricFamily, join, read_exposition, sample, write
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.upstream import Upstream
+from brlite.proxy.routing.client import UpstreamClient
+from brlite.proxy.routing.upstream import Upstream
 
 ALL = "all"
 PATH = "/metrics"
@@ -89,7 +89,7 @@ class Scraper:
 def joined(own: bytes, scrapes: Iterable[Scrape]) -> bytes:
     """One text of all, each family once; what had to be left out stands in comments."""
     families = read_exposition(own.decode())
-    readable = families[OK_NAME] = Family(OK_NAME, "gauge", "1 if the upstream's metrics could be read, else 0.")
+    readable = families[OK_NAME] = MetricFamily(OK_NAME, "gauge", "1 if the upstream's metrics could be read, else 0.")
     comments = []
     for scrape in scrapes:
         name = printable(scrape.name)

@@ -10,7 +10,7 @@ import enum
 import msgspec
 
 from brlite.errors import RequestError, UpstreamTimeout
-from brlite.http.envelope import error_body
+from brlite.http.errors import error_body
 from brlite.http.events import on_one_line
 
 DONE_EVENT = b"data: [DONE]\n\n"

@@ -30,7 +30,7 @@ _USAGE_FIELD = re.compile(rb'(?<!\\)"usage"[ \t\r\n]*:[ \t\r\n]*(\{[^{}]*(?:\{[^
 _Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
-class Usage(NamedTuple):
+class ForwardedUsage(NamedTuple):
     """Tokens of a prompt and of what was generated for it."""
 
     prompt_tokens: int = 0
@@ -48,7 +48,7 @@ class _Counts(msgspec.Struct):
     cache_creation_input_tokens: _Count | None = None
     cache_read_input_tokens: _Count | None = None
 
-    def usage(self) -> Usage:
+    def usage(self) -> ForwardedUsage:
         completion = self.completion_tokens or self.output_tokens or 0
         prompt = self.prompt_tokens
         if prompt is None and self.input_tokens is not None:
@@ -56,7 +56,7 @@ class _Counts(msgspec.Struct):
             prompt = self.input_tokens + cached
         if prompt is None:
             prompt = max(0, (self.total_tokens or 0) - completion)
-        return Usage(prompt, completion)
+        return ForwardedUsage(prompt, completion)
 
 
 class _Within(msgspec.Struct):
@@ -97,7 +97,7 @@ def estimate_completion(path: bytes, seen: Seen) -> int:
     return max(seen.num_events, -(-seen.num_text_bytes // BYTES_PER_TOKEN))
 
 
-def told_usage(parts: Iterable[bytes]) -> Usage | None:
+def told_usage(parts: Iterable[bytes]) -> ForwardedUsage | None:
     """What the parts of an answer say, each number as large as any part says it. None where none says anything."""
     found = []
     for part in parts:
@@ -108,10 +108,10 @@ def told_usage(parts: Iterable[bytes]) -> Usage | None:
         within = (answer.message, answer.response)
         counts = [answer.usage, *(each.usage for each in within if each is not None)]
         found += [each.usage() for each in counts if each is not None]
-    return Usage(*map(max, zip(*found, strict=True))) if found else None
+    return ForwardedUsage(*map(max, zip(*found, strict=True))) if found else None
 
 
-def is_possible(usage: Usage, num_body_bytes: int, num_text_bytes: int) -> bool:
+def is_possible(usage: ForwardedUsage, num_body_bytes: int, num_text_bytes: int) -> bool:
     """Whether a request of so many bytes, with so many of text in its answer, can have used so much.
 
     A token of a text has a byte at least.

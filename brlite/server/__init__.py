@@ -1,5 +1,1 @@
-"""A local engine's HTTP: the data of the OpenAI API, its translation, the handlers and the metrics.
-
-Knows no tensors and no scheduling. May import: http, engine, tokenizer, sampling_params, outputs, config,
-config_check, errors; aiohttp, msgspec; prometheus_client in `metrics.py` only.
-"""
+"""The OpenAI endpoints for local models. First file: `handlers.py`, whose `ROUTES` list every endpoint."""

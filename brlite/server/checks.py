@@ -5,7 +5,7 @@ Types are the decoder's to check, the sampling table's ranges `SamplingParams`'s
 
 from __future__ import annotations
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.errors import InvalidRequest
 from brlite.server.fields import not_supported
 from brlite.server.protocol import ChatMessage, SamplingFields, StreamOptions, TokenizeRequest

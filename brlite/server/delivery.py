@@ -16,11 +16,11 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.request import Request
 from brlite.errors import BrliteError, EngineError, NotReady
-from brlite.http.envelope import error_body
+from brlite.http.errors import error_body
 from brlite.http.events import EventStream
 from brlite.http.keys import api_key
 from brlite.outputs import RequestOutput

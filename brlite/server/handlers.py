@@ -14,7 +14,7 @@ from aiohttp import web
 from msgspec import UNSET
 
 import brlite
-from brlite.config import Config
+from brlite.config.options import Config
 from brlite.engine.async_engine import AsyncEngine
 from brlite.errors import Forbidden, NotFound
 from brlite.http.access_log import log_extras
@@ -26,7 +26,6 @@ from brlite.server import metrics
 from brlite.server.answers import ChatAnswer, CompletionAnswer
 from brlite.server.checks import check_tokenize, generation_prompt
 from brlite.server.delivery import Collector, answer_stream, answer_whole
-from brlite.server.elsewhere import forwarded_card, forwarded_progress
 from brlite.server.fields import check_undecoded
 from brlite.server.logprobs import TokenNames
 from brlite.server.protocol import (
@@ -42,6 +41,7 @@ from brlite.server.protocol import (
     TokenizerInfo,
     encode,
 )
+from brlite.server.remote_models import forwarded_card, forwarded_progress
 from brlite.server.served_model import ModelTable, ServedModel
 from brlite.server.translate import (
     Prompt,

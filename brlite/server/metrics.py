@@ -61,7 +61,7 @@ class Trait(NamedTuple):
     value: Callable[[ServedModel], float]
 
 
-class Share(NamedTuple):
+class SpreadCounter(NamedTuple):
     """One line of a key's counters: its second label's value, and where the number is."""
 
     label: str
@@ -140,13 +140,13 @@ MODEL_COUNTERS = [
 MODEL_GAUGES = [Trait("brlite:model_loaded", "1 while the model is loaded, else 0.", lambda m: m.engine is not None)]
 
 KEY_OUTCOMES = [
-    Share("admitted", lambda u: u.num_admitted),
-    Share("rate_limited", lambda u: u.num_rate_limited),
-    Share("forbidden", lambda u: u.num_forbidden),
+    SpreadCounter("admitted", lambda u: u.num_admitted),
+    SpreadCounter("rate_limited", lambda u: u.num_rate_limited),
+    SpreadCounter("forbidden", lambda u: u.num_forbidden),
 ]
 KEY_TOKENS = [
-    Share("prompt", lambda u: u.prompt_tokens),
-    Share("completion", lambda u: u.completion_tokens),
+    SpreadCounter("prompt", lambda u: u.prompt_tokens),
+    SpreadCounter("completion", lambda u: u.completion_tokens),
 ]
 
 SEED_LABELS = ("model_name",)
@@ -261,7 +261,7 @@ class KeyCollector(Collector):
         yield self._family("brlite:key_requests", "Requests of a key, by what became of them.", "outcome", KEY_OUTCOMES)
         yield self._family("brlite:key_tokens", "Tokens that a key has used.", "kind", KEY_TOKENS)
 
-    def _family(self, name: str, about: str, label: str, rows: list[Share]) -> Metric:
+    def _family(self, name: str, about: str, label: str, rows: list[SpreadCounter]) -> Metric:
         family = CounterMetricFamily(name, about, labels=("key", label))
         for key in self._keys:
             for row in rows:

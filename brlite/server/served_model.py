@@ -1,6 +1,6 @@
 """The models of this server by name, each with its engine while it is loaded. Knows nothing of how a model is loaded.
 
-Which models are loaded is decided in `residency.py`; a request says here which one it uses.
+Which models are loaded is decided in `model_manager.py`; a request says here which one it uses.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from brlite.config import ModelSpec, ProxyConfig
+from brlite.config.options import ModelSpec, ProxyConfig
 from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.stats import EngineStats
 from brlite.errors import ModelNotFound
-from brlite.server.elsewhere import ForwardedModel
-from brlite.server.loading import Loading, ignore_change, stopping
+from brlite.server.load_state import LoadState, ignore_change, stopping
+from brlite.server.remote_models import RemoteModel
 
 MOST_COUNTED_TOKENS = 131_072  # of histograms of lengths, made before a model's own context is known
 
@@ -36,7 +36,7 @@ class ServedModel:
         self.engine = engine
         # Those of all its engines, one after the other: counters never go back.
         self.stats = engine.stats if engine else EngineStats(self.max_model_len or MOST_COUNTED_TOKENS)
-        self.loading = Loading(spec.name, clock)
+        self.loading = LoadState(spec.name, clock)
         self.is_on_demand = spec.load == "on_demand"
         self.is_held_back = False  # new requests wait, although it is loaded
         self.num_requests = 0
@@ -142,7 +142,7 @@ class ModelTable:
     def __init__(self, models: Iterable[ServedModel], elsewhere: ProxyConfig | None = None) -> None:
         self._models = {model.name: model for model in models}
         self.take_names(elsewhere or ProxyConfig())
-        self.forwarded: Iterable[ForwardedModel] = ()
+        self.forwarded: Iterable[RemoteModel] = ()
         self.is_draining = False
 
     def __iter__(self) -> Iterator[ServedModel]:
@@ -165,7 +165,7 @@ class ModelTable:
             return "ready"
         return "loading" if self._models else "unreachable"
 
-    def find_forwarded(self, name: str) -> ForwardedModel | None:
+    def find_forwarded(self, name: str) -> RemoteModel | None:
         """The model of another server that the name leads to, if there is one."""
         return next((model for model in self.forwarded if model.name == name), None)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.engine.admission import check_limits, context_length
 from brlite.engine.backend import BackendInfo
 from brlite.engine.request import Request

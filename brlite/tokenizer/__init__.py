@@ -1,11 +1,10 @@
 """Text to token ids and back, and chats to text, for the model that is served.
 
-Reads tokenizers of Hugging Face folders, bare sentencepiece models and GGUF vocabularies. Knows no weights, no sampling
-and no HTTP. May import: errors; tokenizers, sentencepiece, inside the loaders
-only; jinja2, in a child process only.
+Reads tokenizers of Hugging Face folders, bare sentencepiece models and GGUF vocabularies. Imports the libraries in the
+loaders only. First file: `tokenizer.py`.
 """
 
-from brlite.tokenizer.child_process import ChildLimits
+from brlite.sandbox.child_process import ChildLimits
 from brlite.tokenizer.loader import load_tokenizer
 from brlite.tokenizer.tokenizer import Tokenizer
 

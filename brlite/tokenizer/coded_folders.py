@@ -9,10 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from brlite.errors import ModelError
-from brlite.model_file import exists, read_model_text
-from brlite.quoting import excerpt
-from brlite.tokenizer.chat_formats import (
+from brlite.chat.control_tokens import ControlToken, ControlTokens
+from brlite.chat.formats import (
     CHATGLM2_TOKENS,
     CHATGLM3_ENDS,
     CHATGLM3_PREFIX,
@@ -22,9 +20,11 @@ from brlite.tokenizer.chat_formats import (
     ChatGLM2Format,
     ChatGLM3Format,
 )
-from brlite.tokenizer.chat_template import ChatTemplate, read_template
-from brlite.tokenizer.child_process import ChildLimits
-from brlite.tokenizer.control_tokens import ControlToken, ControlTokens
+from brlite.chat.template import ChatTemplate, read_template
+from brlite.checkpoint.model_file import exists, read_model_text
+from brlite.errors import ModelError
+from brlite.files.quoting import excerpt
+from brlite.sandbox.child_process import ChildLimits
 from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
 from brlite.tokenizer.sentencepiece_model import SentencePieceModel
 from brlite.tokenizer.tokenizer import Tokenizer

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from brlite.chat.control_tokens import is_control
 from brlite.errors import InvalidRequest, ModelError
-from brlite.quoting import one_line, reason
-from brlite.tokenizer.child_process import ChildFailed, ChildLimits, ChildProcess
-from brlite.tokenizer.control_tokens import is_control
+from brlite.files.quoting import one_line, reason
+from brlite.sandbox.child_process import ChildFailed, ChildLimits, ChildProcess
 from brlite.tokenizer.tokenizer import Encoder
 
 _ALL, _WORDS, _LATER_WORDS = range(3)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from brlite.checkpoint.model_file import exists, read_json_object
 from brlite.errors import ModelError
-from brlite.model_file import exists, read_json_object
-from brlite.quoting import excerpt
+from brlite.files.quoting import excerpt
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers
 
+from brlite.chat.control_tokens import read_control_tokens
+from brlite.chat.template import ChatTemplate, read_template
 from brlite.checkpoint.gguf_header import read_gguf_header
 from brlite.errors import ModelError
-from brlite.quoting import excerpt
-from brlite.tokenizer.chat_template import ChatTemplate, read_template
-from brlite.tokenizer.child_process import ChildLimits
-from brlite.tokenizer.control_tokens import read_control_tokens
+from brlite.files.quoting import excerpt
+from brlite.sandbox.child_process import ChildLimits
 from brlite.tokenizer.encoder import BackendEncoder
-from brlite.tokenizer.pieces import Piece, PieceKind, add_typed_tokens, build_backend
+from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, add_typed_tokens, build_backend
 from brlite.tokenizer.post_processor import add_bos_eos
 from brlite.tokenizer.pre_tokenizers import SPLITTINGS, Splitting, build_pre_tokenizer
 from brlite.tokenizer.token_bytes import read_token_bytes
@@ -134,7 +134,7 @@ class _Vocabulary:
             raise self.error(key, "must hold pairs of tokens with one space between them")
         return [(pair[0], pair[1]) for pair in pairs]
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[VocabularyPiece]:
         key = "tokenizer.ggml.scores"
         scores = self.require(key, list)
         if len(scores) != len(self.tokens):
@@ -143,7 +143,7 @@ class _Vocabulary:
             kinds = [PieceKind(number) for number in self.token_types]
         except ValueError as error:
             raise self.error("tokenizer.ggml.token_type", f"holds an unknown type: {error}") from None
-        return [Piece(*entry) for entry in zip(self.tokens, scores, kinds, strict=True)]
+        return [VocabularyPiece(*entry) for entry in zip(self.tokens, scores, kinds, strict=True)]
 
     def splitting(self) -> Splitting:
         key = "tokenizer.ggml.pre"

@@ -13,12 +13,12 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from brlite.chat.control_tokens import ControlTokens, read_control_tokens
+from brlite.chat.template import ChatTemplate, read_template
+from brlite.checkpoint.model_file import exists, read_model_text
 from brlite.errors import ModelError
-from brlite.model_file import exists, read_model_text
-from brlite.quoting import excerpt, reason
-from brlite.tokenizer.chat_template import ChatTemplate, read_template
-from brlite.tokenizer.child_process import ChildLimits
-from brlite.tokenizer.control_tokens import ControlTokens, read_control_tokens
+from brlite.files.quoting import excerpt, reason
+from brlite.sandbox.child_process import ChildLimits
 from brlite.tokenizer.encoder import BackendEncoder, is_panic
 from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
 from brlite.tokenizer.json_check import check_tokenizer_json

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from brlite.errors import ModelError
-from brlite.quoting import reason
+from brlite.files.quoting import reason
 
 MAX_GROWTH = 64  # a text may become so many times as long before it is cut: published ones stay below 10
 MAX_PREPENDED = 64  # characters put before each stretch of a text

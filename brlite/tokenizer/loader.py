@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from brlite.checkpoint.model_file import exists
 from brlite.errors import ModelError
-from brlite.model_file import exists
-from brlite.tokenizer.child_process import ChildLimits
+from brlite.sandbox.child_process import ChildLimits
 from brlite.tokenizer.tokenizer import Tokenizer
 
 

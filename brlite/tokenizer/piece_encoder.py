@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tokenizers
 
-from brlite.tokenizer.control_tokens import ControlToken, ControlTokens, is_control
+from brlite.chat.control_tokens import ControlToken, ControlTokens, is_control
 from brlite.tokenizer.tokenizer import Encoder
 
 _SPACE = "▁"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from brlite.checkpoint.model_file import check_model_file
 from brlite.errors import ModelError
-from brlite.model_file import check_model_file
-from brlite.quoting import reason
+from brlite.files.quoting import reason
 from brlite.tokenizer.piece_encoder import PieceEncoder
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class PieceKind(enum.IntEnum):
     BYTE = 6
 
 
-class Piece(NamedTuple):
+class VocabularyPiece(NamedTuple):
     """One token; its id is its place in the list. A pair of pieces joins earlier the higher the score of the result."""
 
     text: str
@@ -56,7 +56,7 @@ class Piece(NamedTuple):
     kind: PieceKind
 
 
-def build_backend(pieces: Sequence[Piece], *, add_space_prefix: bool) -> Tokenizer:
+def build_backend(pieces: Sequence[VocabularyPiece], *, add_space_prefix: bool) -> Tokenizer:
     """A tokenizer that cuts text as sentencepiece does with these pieces. Every stretch between special tokens counts
     as a text of its own, and gets its own space in front with `add_space_prefix`."""
     unknown = next((piece.text for piece in pieces if piece.kind is PieceKind.UNKNOWN), None)
@@ -108,11 +108,11 @@ def open_sentencepiece(path: Path) -> SentencePieceProcessor:
         raise ModelError(f"{path}: not a sentencepiece model: {reason(error)}") from None
 
 
-def read_pieces(processor: SentencePieceProcessor) -> list[Piece]:
+def read_pieces(processor: SentencePieceProcessor) -> list[VocabularyPiece]:
     """Every piece in the order of the ids."""
     kinds = _kinds(processor.serialized_model_proto())
     return [
-        Piece(processor.id_to_piece(token_id), processor.get_score(token_id), kind)
+        VocabularyPiece(processor.id_to_piece(token_id), processor.get_score(token_id), kind)
         for token_id, kind in zip(range(processor.get_piece_size()), kinds, strict=True)
     ]
 
@@ -159,7 +159,7 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
+def _merges(pieces: Sequence[VocabularyPiece]) -> list[tuple[str, str]]:
     """Every way to join two pieces into a third, in the order in which sentencepiece would: best score first."""
     longest = max((len(piece.text) for piece in pieces), default=0)
     if longest > MAX_PIECE:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from brlite.errors import ModelError
-from brlite.tokenizer.pieces import Piece, PieceKind, open_sentencepiece, read_pieces, starts_with_space
+from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, open_sentencepiece, read_pieces, starts_with_space
 from brlite.tokenizer.token_bytes import TokenBytes
 from brlite.tokenizer.tokenizer import Encoder
 
@@ -81,12 +81,12 @@ class SentencePieceModel:
         return ids
 
     def token_bytes(self) -> TokenBytes:
-        control = [Piece(text, 0.0, PieceKind.CONTROL) for text in self.ids]
+        control = [VocabularyPiece(text, 0.0, PieceKind.CONTROL) for text in self.ids]
         table = tuple(_bytes(piece) for piece in (*self.pieces, *control))
         return TokenBytes(table, starts_with_space(self._processor))
 
 
-def _bytes(piece: Piece) -> bytes:
+def _bytes(piece: VocabularyPiece) -> bytes:
     if piece.kind is PieceKind.BYTE:
         return bytes.fromhex(piece.text.removeprefix("<0x").removesuffix(">"))
     return piece.text.replace("▁", " ").encode()

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
+from brlite.chat.marked_text import MarkedText, cut_before_last
 from brlite.errors import InvalidRequest
-from brlite.tokenizer.marked_text import MarkedText, cut_before_last
 
 if TYPE_CHECKING:
-    from brlite.tokenizer.chat_formats import ChatFormat
+    from brlite.chat.formats import ChatFormat
     from brlite.tokenizer.token_bytes import TokenBytes
 
 

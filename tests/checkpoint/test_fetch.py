@@ -14,7 +14,7 @@ import torch
 from brlite.checkpoint.fetch import Source, default_cache, default_sources, local_sources, locate_model
 from brlite.checkpoint.hub import HubFile
 from brlite.checkpoint.progress import OnProgress
-from brlite.config import DEFAULT_MODEL
+from brlite.config.options import DEFAULT_MODEL
 from brlite.errors import ModelError
 from tests.checkpoint.model_files import write_gguf, write_safetensors
 

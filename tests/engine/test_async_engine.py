@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from brlite.config import EngineConfig, LimitsConfig
+from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.async_engine import LONG_TEXT, AsyncEngine
 from brlite.engine.engine import Engine
 from brlite.errors import EngineError, InvalidRequest, NotReady

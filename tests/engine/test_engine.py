@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.engine.request import Request
 from brlite.errors import EngineError, InvalidRequest, PromptTooLong, QueueFull, QueueTimeout
 from brlite.sampling_params import SamplingParams

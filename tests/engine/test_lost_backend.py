@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from brlite.config import EngineConfig, LimitsConfig
+from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.async_engine import LOST, AsyncEngine
 from brlite.engine.backend import Batch, CanBeLost, StepResult
 from brlite.engine.engine import Engine

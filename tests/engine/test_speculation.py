@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.engine.backend import Batch
 from brlite.engine.drafting import CHEAP_ROW_COST
 from brlite.engine.stats import EngineStats

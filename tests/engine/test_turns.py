@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.errors import QueueFull
 from tests.engine.conftest import Driver
 from tests.fakes import reference_tokens

@@ -13,8 +13,8 @@ from aiohttp.http_parser import HttpRequestParser
 from hypothesis import strategies as st
 
 from brlite.errors import InvalidRequest
-from brlite.proxy.framing import ChunkedBody, Misframed
-from brlite.proxy.peek import peek, replace_model
+from brlite.proxy.request_model import peek, replace_model
+from brlite.proxy.wire.framing import ChunkedBody, FramingError
 from tests.fuzz.budget import PLACES, cuts, fuzz, mutated
 
 SPACE_BEFORE_EXTENSION = re.compile(rb"[ \t];")  # RFC 9112 §7.1.1 wants it read; aiohttp refuses it
@@ -34,7 +34,7 @@ def read(pieces: list[bytes]) -> Read:
     for index, piece in enumerate(pieces):
         try:
             payload += body.feed(piece)
-        except Misframed as error:
+        except FramingError as error:
             return Read("refused", payload + error.payload)
         if body.is_done:
             return Read("whole", payload, body.excess + b"".join(pieces[index + 1 :]))

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint.checked_model import check_fit
 from brlite.checkpoint.traced_archive import TracedArchive
 from brlite.checkpoint.traced_checkpoint import place_parameters
-from brlite.config import ModelSpec
+from brlite.config.options import ModelSpec
 from brlite.errors import BrliteError
-from brlite.worker.fit import check_fit
 from tests.checkpoint.model_files import write_gguf
 from tests.tiny_models import tiny_tensors, write_tiny_model
 from tests.traced_models import write_traced

@@ -14,18 +14,18 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser
 from hypothesis import strategies as st
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.http.connection import Connection
 from brlite.http.keys import ApiKeys
 from brlite.http.origin_policy import OriginPolicy
+from brlite.proxy.downstream import Downstream
 from brlite.proxy.exchange import Exchange, ForwardedRequest
+from brlite.proxy.fast_path import FastPaths
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.framing import LengthBody, Misframed, body_of
-from brlite.proxy.front import Front
-from brlite.proxy.heads import END_OF_HEAD, Heads, num_whole_lines_bytes, read_request
-from brlite.proxy.lane import Lanes
-from brlite.proxy.peek import Peek
-from brlite.proxy.table import Target
+from brlite.proxy.request_model import RequestModel
+from brlite.proxy.routing.route_table import Route
+from brlite.proxy.wire.framing import FramingError, LengthBody, body_of
+from brlite.proxy.wire.heads import END_OF_HEAD, Heads, num_whole_lines_bytes, read_request
 from tests.fuzz.budget import PLACES, cuts, fuzz, mutated
 
 METHODS = st.sampled_from([b"POST", b"POST", b"GET", b"HEAD", b"OPTIONS", b"PUT", b"post", b"PRI", b"CONNECT"])
@@ -108,7 +108,7 @@ def test_what_the_fast_path_reads_means_the_same_to_aiohttp(data: bytes) -> None
         return
     try:
         body_of(head.fields, length, without=LengthBody(0))
-    except Misframed:
+    except FramingError:
         return
 
     message = parse(data[:end])
@@ -188,16 +188,16 @@ class FakeForwarder:
     def client_lines(self, peer: str | None, fields: Mapping[bytes, bytes]) -> bytes:
         return b""
 
-    def affinity(self, body: bytes, seen: Peek, fields: Mapping[bytes, bytes]) -> None:
+    def affinity(self, body: bytes, seen: RequestModel, fields: Mapping[bytes, bytes]) -> None:
         return None
 
-    def forward(self, request: ForwardedRequest, target: Target, front: Front) -> Exchange:
+    def forward(self, request: ForwardedRequest, target: Route, front: Downstream) -> Exchange:
         self._wire.log.append(("forwarded", request.path, request.body))
         return cast(Exchange, _Answered(front))
 
 
 class _Answered:
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: Downstream) -> None:
         self._front = front
 
     def start(self) -> None:
@@ -226,7 +226,7 @@ def run_lane(pieces: list[bytes]) -> list[tuple[object, ...]]:
     async def run() -> list[tuple[object, ...]]:
         wire = FakeWire()
         forwarder = cast(Forwarder, FakeForwarder(wire))
-        shared = Lanes(forwarder, ApiKeys(), LimitsConfig(), policy=OriginPolicy(), access_log=False)
+        shared = FastPaths(forwarder, ApiKeys(), LimitsConfig(), policy=OriginPolicy(), access_log=False)
         lane = shared(cast(Connection, wire), cast(asyncio.Transport, wire))
         assert lane is not None
         for piece in pieces:

@@ -7,9 +7,9 @@ import re
 
 from hypothesis import strategies as st
 
-from brlite.proxy.framing import ChunkedBody, CloseBody
-from brlite.proxy.splice import LAST_CHUNK, EventSplice
 from brlite.proxy.stream_kinds import StreamKind
+from brlite.proxy.wire.framing import ChunkedBody, CloseBody
+from brlite.proxy.wire.sse_relay import LAST_CHUNK, SseRelay
 from tests.fuzz.budget import PLACES, cuts, fuzz, mutated
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -87,9 +87,9 @@ PAYLOADS = mutated(
 CASES = st.tuples(PAYLOADS, PLACES, PLACES, st.sampled_from(StreamKind), st.booleans(), st.booleans())
 
 
-def relay(pieces: list[bytes], kind: StreamKind, is_chunked: bool, has_chunks: bool) -> tuple[bytes, EventSplice]:
+def relay(pieces: list[bytes], kind: StreamKind, is_chunked: bool, has_chunks: bool) -> tuple[bytes, SseRelay]:
     body = ChunkedBody() if has_chunks else CloseBody()
-    splice = EventSplice(body, is_chunked=is_chunked, max_event_bytes=10**6, kind=kind)
+    splice = SseRelay(body, is_chunked=is_chunked, max_event_bytes=10**6, kind=kind)
     sent = b""
     for piece in pieces:
         if splice.error is None and not splice.is_done:

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 from aiohttp import web
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.http.keys import ApiKeys
 from brlite.http.listen import PROBE_PATHS, HttpServer
-from brlite.http.manners import add_manners
+from brlite.http.middlewares import add_manners
 from brlite.http.origin_policy import OriginPolicy
 from tests.limits import PATIENCE_SECONDS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from brlite.config import KeyConfig
+from brlite.config.options import KeyConfig
 from brlite.errors import Forbidden, RateLimited
 from brlite.http.api_key import ApiKey, KeyUsage, show_duration
 

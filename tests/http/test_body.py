@@ -167,10 +167,10 @@ async def test_100k_chunks_of_one_byte_are_read_while_others_are_served(http_ser
 
 @pytest.mark.parametrize(("length", "status"), [(2, b"HTTP/1.1 100 Continue"), (200_000, b"HTTP/1.1 413")])
 async def test_a_client_that_asks_first_is_told_before_it_sends(length, status, connect) -> None:
-    from brlite.config import LimitsConfig
+    from brlite.config.options import LimitsConfig
     from brlite.http.keys import ApiKeys
     from brlite.http.listen import HttpServer
-    from brlite.http.manners import add_manners
+    from brlite.http.middlewares import add_manners
 
     app = web.Application()
     add_manners(app, keys=ApiKeys(), open_paths=frozenset())

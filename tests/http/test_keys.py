@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from brlite.config import Config, KeyConfig, KeysConfig
+from brlite.config.options import Config, KeyConfig, KeysConfig
 from brlite.errors import ConfigError, RateLimited, Unauthorized
 from brlite.http.api_key import ApiKey
 from brlite.http.keys import ApiKeys, shown_key

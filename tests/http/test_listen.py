@@ -8,7 +8,7 @@ import socket
 import pytest
 from aiohttp import web
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.errors import ConfigError
 from brlite.http.events import EventStream
 from brlite.http.listen import HttpServer

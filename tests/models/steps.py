@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from brlite.config import ModelSpec, Precision
-from brlite.models.attention import Span, StepPlanner
+from brlite.backends.torch.attention import Span, StepPlanner
+from brlite.backends.torch.decoder import Decoder
+from brlite.backends.torch.kv_cache import KVCache
+from brlite.backends.torch.loading import load_model
+from brlite.config.options import ModelSpec, Precision
 from brlite.models.config import KVDtype
-from brlite.models.decoder import Decoder
-from brlite.models.kv_cache import KVCache
-from brlite.worker.loading import load_model
 from tests.tiny_models import VOCAB_SIZE, TensorCheckpoint
 
 BLOCK_SIZE = 4

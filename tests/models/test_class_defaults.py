@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from brlite.config import ModelSpec
+from brlite.backends.torch.loading import load_model
+from brlite.config.options import ModelSpec
 from brlite.errors import ModelError
 from brlite.models import FAMILIES, find_family
-from brlite.worker.loading import load_model
 from tests.models.steps import DEVICE, LENGTH, Runner, random_ids
 from tests.tiny_models import LLAMA, TensorCheckpoint, random_tensors, write_model
 

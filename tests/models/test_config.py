@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from brlite.backends.torch.parameters import allocate_parameters
 from brlite.errors import ModelError
 from brlite.models import FAMILIES, find_family
 from brlite.models.config import (
@@ -19,7 +20,6 @@ from brlite.models.config import (
     num_parameters,
     weight_bytes,
 )
-from brlite.models.parameters import allocate_parameters
 from tests.tiny_models import (
     BAICHUAN,
     CHATGLM,

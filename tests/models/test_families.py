@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from brlite.config import Precision
+from brlite.backends.torch.decoder import Decoder
+from brlite.config.options import Precision
 from brlite.models.config import KVDtype
-from brlite.models.decoder import Decoder
 from tests.models import reference_baichuan, reference_chatglm
 from tests.models.steps import BLOCK_SIZE, LENGTH, Runner, load_tiny, random_ids
 from tests.tiny_models import TINY_CONFIGS, tiny_tensors, write_tiny_model

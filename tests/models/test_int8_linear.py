@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from brlite.config import ModelSpec
-from brlite.models import parameters
-from brlite.models.decoder import Decoder
-from brlite.models.parameters import Int8Linear, Linear
-from brlite.models.quantize import dequantize_weight, quantize_weight
-from brlite.worker.loading import load_model
+from brlite.backends.torch import parameters
+from brlite.backends.torch.decoder import Decoder
+from brlite.backends.torch.loading import load_model
+from brlite.backends.torch.parameters import Int8Linear, Linear
+from brlite.backends.torch.quantize import dequantize_weight, quantize_weight
+from brlite.config.options import ModelSpec
 from tests.models.steps import DEVICE, LENGTH, Runner, random_ids
 from tests.tiny_models import TensorCheckpoint
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from brlite.cache import default_cache
+from brlite.files.cache import default_cache
 from tests.limits import PATIENCE_SECONDS
 from tests.process.servers import BRLITE
 

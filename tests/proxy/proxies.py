@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import NamedTuple
 
-from brlite.app import FORWARDER, create_app, lanes
-from brlite.config import Config, LimitsConfig, ProxyConfig, UpstreamConfig
+from brlite.app import FORWARDER, create_app, fast_paths
+from brlite.config.options import Config, LimitsConfig, ProxyConfig, UpstreamConfig
 from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
@@ -45,7 +45,7 @@ async def run_proxy(
     config = Config(model=(), upstream=upstreams, proxy=proxy or PATIENT, limits=limits or LimitsConfig(), **options)  # type: ignore[arg-type]  # any other field of Config
     app = create_app(ModelTable([]), config)
     forwarder = app[FORWARDER]
-    async with HttpServer(app, "127.0.0.1", 0, config.limits, grace_seconds, lanes(app)) as server:
+    async with HttpServer(app, "127.0.0.1", 0, config.limits, grace_seconds, fast_paths(app)) as server:
         yield Proxy(server, forwarder, app[KEYS])
         await wait_until(lambda: forwarder.num_active == 0)
         assert [upstream.num_in_flight for upstream in forwarder.table.upstreams if upstream.num_in_flight] == []

@@ -17,7 +17,8 @@ import pytest
 from aiohttp import web
 
 from brlite.app import create_app
-from brlite.config import Config, EngineConfig, LimitsConfig, ModelSpec, UpstreamConfig, load_config
+from brlite.config.load import load_config
+from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec, UpstreamConfig
 from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.engine import Engine
 from tests.fakes import ByteTokenizer, FakeBackend

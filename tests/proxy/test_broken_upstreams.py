@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import pytest
 
-from brlite.config import LimitsConfig, ProxyConfig, UpstreamConfig
+from brlite.config.options import LimitsConfig, ProxyConfig, UpstreamConfig
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy
 from tests.proxy.raw_client import Answer, BadAnswer, Client, post

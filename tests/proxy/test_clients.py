@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from brlite.config import KeyConfig, LimitsConfig, ProxyConfig, UpstreamConfig
+from brlite.config.options import KeyConfig, LimitsConfig, ProxyConfig, UpstreamConfig
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
@@ -418,13 +418,13 @@ async def test_chunk_extensions_take_no_memory(serve) -> None:
         client.send(b"1;%b\r\nx\r\n" % (b"e" * 10_000))
         await asyncio.sleep(0)
     await asyncio.sleep(0.1)
-    held = [len(b"".join(lane._raw)) for lane in _lanes_of(served)]
+    held = [len(b"".join(fast_path._raw)) for fast_path in _lanes_of(served)]
 
     assert max(held) <= 2 * 20_000 + 2**18 + 2**16
 
 
 def _lanes_of(served: Served) -> list[object]:
-    return [connection._lane for connection in served.proxy.server._connections._members]
+    return [connection._fast_path for connection in served.proxy.server._connections._members]
 
 
 async def test_slow_headers_and_slow_bodies_get_408(serve) -> None:
@@ -491,12 +491,12 @@ async def test_of_a_client_that_leaves_nothing_is_kept(serve) -> None:
     client = await served.connect()
     client.send(post(STREAM_BODY, b"X-Request-Id: a"))
     await wait_until(lambda: served.upstream.begun["a"])
-    (lane,) = _lanes_of(served)
+    (fast_path,) = _lanes_of(served)
 
     client.leave()
     await wait_until(lambda: served.proxy.server.num_connections == 0)
 
-    assert lane._connection._timer is None  # which would keep all of it until the next request's time is over
+    assert fast_path._connection._timer is None  # which would keep all of it until the next request's time is over
 
 
 @pytest.mark.parametrize("way", [(), (b"Connection: upgrade", b"Upgrade: nothing")], ids=["lane", "aiohttp"])
@@ -633,7 +633,7 @@ async def test_a_client_that_sends_for_ever_behind_its_request_is_not_read_for_e
         client.send(b"x" * 2**16)
         num_sent += 2**16
         await asyncio.sleep(0)
-    held = max(len(lane._unread) for lane in _lanes_of(served))
+    held = max(len(fast_path._unread) for fast_path in _lanes_of(served))
     may_answer.set()
 
     assert (await client.answer()).body == PLAIN

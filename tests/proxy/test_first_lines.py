@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from brlite.config import UpstreamConfig
+from brlite.config.options import UpstreamConfig
 from tests.proxy.proxies import run_proxy
 from tests.proxy.raw_client import Client
 from tests.proxy.services import free_port

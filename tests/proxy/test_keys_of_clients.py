@@ -10,7 +10,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from brlite.config import KeyConfig, UpstreamConfig
+from brlite.config.options import KeyConfig, UpstreamConfig
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy
 from tests.proxy.raw_client import Answer, Client, post

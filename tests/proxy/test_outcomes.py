@@ -8,9 +8,9 @@ import socket
 
 import pytest
 
-from brlite.config import ProxyConfig, UpstreamConfig
+from brlite.config.options import ProxyConfig, UpstreamConfig
 from brlite.proxy.outcomes import ABOUT_THE_REQUEST, TABLE, Ending, Owner, is_answer, is_own_fault
-from brlite.proxy.upstream import Upstream
+from brlite.proxy.routing.upstream import Upstream
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, no_descriptors, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post

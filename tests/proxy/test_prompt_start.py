@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from brlite.proxy.prompt_start import DIGEST_BYTES, prompt_start
-from tests.proxy.test_peek import json_values
+from tests.proxy.test_request_model import json_values
 
 LONG = "x" * 12_000
 

@@ -14,8 +14,8 @@ from aiohttp import web
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from brlite.app import FORWARDER, create_app, lanes
-from brlite.config import Config, KeysConfig, ModelSpec, ProxyConfig, ServerConfig, UpstreamConfig
+from brlite.app import FORWARDER, create_app, fast_paths
+from brlite.config.options import Config, KeysConfig, ModelSpec, ProxyConfig, ServerConfig, UpstreamConfig
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.outcomes import Ending
@@ -82,7 +82,7 @@ async def start() -> AsyncIterator[Start]:
                 model=model, upstream=upstreams, **{"proxy": ProxyConfig(health_timeout_seconds=5), **options}
             )
             app = create_app(ModelTable([ServedModel(spec) for spec in model]), config)
-            server = HttpServer(app, "127.0.0.1", 0, config.limits, 0.2, lanes(app))
+            server = HttpServer(app, "127.0.0.1", 0, config.limits, 0.2, fast_paths(app))
             await stack.enter_async_context(server)
             session = await stack.enter_async_context(aiohttp.ClientSession())
             return Front(config, server.url, app[FORWARDER], session)
@@ -112,10 +112,15 @@ async def answering() -> AsyncIterator[str]:
 
 
 async def test_requests_are_counted_by_model_and_by_upstream(start: Start, answering: str) -> None:
-    front = await start(upstream(answering, "one"), upstream("http://127.0.0.1:1", "dead", "other"))
-    statuses = [await front.ask(), await front.ask(), await front.ask(bad=True), await front.ask("other")]
+    downstream = await start(upstream(answering, "one"), upstream("http://127.0.0.1:1", "dead", "other"))
+    statuses = [
+        await downstream.ask(),
+        await downstream.ask(),
+        await downstream.ask(bad=True),
+        await downstream.ask("other"),
+    ]
 
-    families = await front.families()
+    families = await downstream.families()
 
     assert statuses == [200, 200, 400, 503]
     answers = samples(families, "brlite:proxy_requests", "_total")
@@ -129,29 +134,29 @@ async def test_requests_are_counted_by_model_and_by_upstream(start: Start, answe
 
 
 async def test_one_scrape_shows_both_rooms_and_the_process_once(start: Start, answering: str) -> None:
-    front = await start(upstream(answering, "one"))
+    downstream = await start(upstream(answering, "one"))
 
-    families = await front.families()
+    families = await downstream.families()
 
     assert {"vllm:num_requests_running", "brlite:proxy_requests", "process_resident_memory_bytes"} <= families.keys()
     assert samples(families, "brlite:proxy_in_flight") == {("m",): 0}
 
 
 async def test_a_server_without_upstreams_has_none_of_these_families(start: Start) -> None:
-    front = await start()
+    downstream = await start()
 
-    assert not [name for name in await front.families() if "proxy" in name or "upstream" in name]
+    assert not [name for name in await downstream.families() if "proxy" in name or "upstream" in name]
 
 
 async def test_an_upstream_is_up_while_it_is_healthy_and_not_ejected(start: Start) -> None:
     config = ProxyConfig(eject_failures=1)
-    front = await start(*(upstream(f"http://127.0.0.1:{port}", f"at-{port}") for port in (1, 2, 3)), proxy=config)
-    _, ejected, ill = front.forwarder.table.upstreams
+    downstream = await start(*(upstream(f"http://127.0.0.1:{port}", f"at-{port}") for port in (1, 2, 3)), proxy=config)
+    _, ejected, ill = downstream.forwarder.table.upstreams
     ill.is_healthy = False
-    now = front.forwarder.loop.time()
+    now = downstream.forwarder.loop.time()
     ejected.end(ejected.begin(now), Ending.BROKEN, now)
 
-    families = await front.families()
+    families = await downstream.families()
 
     assert samples(families, "brlite:upstream_up") == {("at-1",): 1, ("at-2",): 0, ("at-3",): 0}
     states = samples(families, "brlite:upstream_breaker_state")
@@ -164,13 +169,13 @@ async def test_an_upstream_is_up_while_it_is_healthy_and_not_ejected(start: Star
 
 @pytest.mark.parametrize("weight", [1, 5], ids=["as it was", "changed"])
 async def test_counters_never_go_back_when_the_config_changes(start: Start, answering: str, weight: int) -> None:
-    front = await start(upstream(answering, "one"))
-    await front.ask()
+    downstream = await start(upstream(answering, "one"))
+    await downstream.ask()
     changed = Config(model=(MODEL,), upstream=(upstream(answering, "one", weight=weight), upstream("http://b", "two")))
 
-    front.forwarder.replace(changed)
-    await front.ask()
-    families = await front.families()
+    downstream.forwarder.replace(changed)
+    await downstream.ask()
+    families = await downstream.families()
 
     assert samples(families, "brlite:upstream_requests", "_total")["answered", "one"] == 2
     assert samples(families, "brlite:proxy_requests", "_total") == {("m", "200"): 2}
@@ -178,19 +183,19 @@ async def test_counters_never_go_back_when_the_config_changes(start: Start, answ
 
 
 async def test_names_come_from_the_config_alone(start: Start, answering: str) -> None:
-    front = await start(upstream(answering, "one"), proxy=ProxyConfig(aliases={"alias": "m"}))
+    downstream = await start(upstream(answering, "one"), proxy=ProxyConfig(aliases={"alias": "m"}))
 
-    statuses = [await front.ask("alias"), *[await front.ask(f"unknown-{number}") for number in range(5)]]
+    statuses = [await downstream.ask("alias"), *[await downstream.ask(f"unknown-{number}") for number in range(5)]]
 
     assert statuses == [200, 404, 404, 404, 404, 404]
-    assert samples(await front.families(), "brlite:proxy_requests", "_total") == {("m", "200"): 1}
+    assert samples(await downstream.families(), "brlite:proxy_requests", "_total") == {("m", "200"): 1}
 
 
 async def test_on_demand_the_upstreams_numbers_stand_beside_ours(start: Start) -> None:
     async with GetServer({"/metrics": Answer(body=THEIRS)}) as one, GetServer({"/metrics": Answer(body=THEIRS)}) as two:
-        front = await start(upstream(one, "one", api_key="own"), upstream(two, "two"))
+        downstream = await start(upstream(one, "one", api_key="own"), upstream(two, "two"))
 
-        families = await front.families("?upstream=all")
+        families = await downstream.families("?upstream=all")
 
     running = samples(families, "vllm:num_requests_running")
     assert running == {("here",): 0, ("m", "one"): 7, ("m", "two"): 7}
@@ -202,9 +207,9 @@ async def test_on_demand_the_upstreams_numbers_stand_beside_ours(start: Start) -
 
 async def test_one_upstream_may_be_asked_by_its_name(start: Start) -> None:
     async with GetServer({"/metrics": Answer(body=THEIRS)}) as one, GetServer() as two:
-        front = await start(upstream(one, "one"), upstream(two, "two"))
+        downstream = await start(upstream(one, "one"), upstream(two, "two"))
 
-        families = await front.families("?upstream=one")
+        families = await downstream.families("?upstream=one")
 
     assert samples(families, "theirs", "_total") == {("one",): 5}
     assert two.asked == []
@@ -212,9 +217,9 @@ async def test_one_upstream_may_be_asked_by_its_name(start: Start) -> None:
 
 async def test_a_family_of_another_type_is_left_out_and_said(start: Start) -> None:
     async with GetServer({"/metrics": Answer(body=THEIRS)}) as one:
-        front = await start(upstream(one, "one"))
+        downstream = await start(upstream(one, "one"))
 
-        text = await front.text("?upstream=all")
+        text = await downstream.text("?upstream=all")
 
     assert "# upstream one: process_open_fds has another type than elsewhere and was left out\n" in text
     assert "process_open_fds_count" not in text
@@ -236,9 +241,9 @@ async def test_an_upstream_that_cannot_be_read_is_said_and_harms_no_other(
 ) -> None:
     async with GetServer({"/metrics": answer}) as bad, GetServer({"/metrics": Answer(body=THEIRS)}) as good:
         config = ProxyConfig(health_timeout_seconds=0.2)
-        front = await start(upstream(bad, "bad"), upstream(good, "good"), proxy=config)
+        downstream = await start(upstream(bad, "bad"), upstream(good, "good"), proxy=config)
 
-        families, text = await front.families("?upstream=all"), await front.text("?upstream=bad")
+        families, text = await downstream.families("?upstream=all"), await downstream.text("?upstream=bad")
 
     assert samples(families, "brlite:upstream_scrape_ok") == {("bad",): 0, ("good",): 1}
     assert samples(families, "theirs", "_total") == {("good",): 5}
@@ -248,9 +253,9 @@ async def test_an_upstream_that_cannot_be_read_is_said_and_harms_no_other(
 
 async def test_the_text_format_is_answered_whatever_was_asked_for(start: Start) -> None:
     async with GetServer({"/metrics": Answer(body=THEIRS)}) as one:
-        front = await start(upstream(one, "one"))
+        downstream = await start(upstream(one, "one"))
 
-        text = await front.text("?upstream=all", Accept="application/openmetrics-text; version=1.0.0")
+        text = await downstream.text("?upstream=all", Accept="application/openmetrics-text; version=1.0.0")
 
     assert "# EOF" not in text
 
@@ -258,9 +263,9 @@ async def test_the_text_format_is_answered_whatever_was_asked_for(start: Start) 
 @pytest.mark.parametrize("name", ["nobody", "", "127.0.0.1:1"])
 async def test_a_name_that_no_upstream_has_is_refused_with_those_that_have_one(start: Start, name: str) -> None:
     async with GetServer() as one:
-        front = await start(upstream(one, "one"))
+        downstream = await start(upstream(one, "one"))
 
-        status, error = await front.refused(f"?upstream={name}")
+        status, error = await downstream.refused(f"?upstream={name}")
 
     assert status == 400
     assert error["message"] == f"No upstream is called `{name}`; allowed: all, one"
@@ -277,8 +282,8 @@ async def test_many_who_ask_at_once_are_one_to_the_upstream(
     start: Start, eventually: Callable[[Callable[[], bool]], Awaitable[None]]
 ) -> None:
     async with GetServer({"/metrics": NEVER}) as one:
-        front = await start(upstream(one, "one"))
-        many = [asyncio.create_task(front.families("?upstream=all")) for _ in range(20)]
+        downstream = await start(upstream(one, "one"))
+        many = [asyncio.create_task(downstream.families("?upstream=all")) for _ in range(20)]
         await eventually(lambda: bool(one.asked))
         many[0].cancel()  # which must not take the others' answer
 
@@ -291,12 +296,12 @@ async def test_many_who_ask_at_once_are_one_to_the_upstream(
 
 async def test_upstreams_are_asked_for_a_key_s_owner_only_where_metrics_need_one(start: Start) -> None:
     async with GetServer({"/metrics": Answer(body=THEIRS)}) as one:
-        front = await start(
+        downstream = await start(
             upstream(one, "one"), keys=KeysConfig(keys=("secret",)), server=ServerConfig(metrics_need_key=True)
         )
 
-        status, _ = await front.refused("?upstream=all")
-        text = await front.text("?upstream=all", Authorization="Bearer secret")
+        status, _ = await downstream.refused("?upstream=all")
+        text = await downstream.text("?upstream=all", Authorization="Bearer secret")
 
     assert status == 401
     assert len(one.asked) == 1

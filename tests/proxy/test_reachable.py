@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from brlite.app import FORWARDER, create_app
-from brlite.config import Config, KeyConfig, KeysConfig, ModelSpec, ProxyConfig, UpstreamConfig
+from brlite.config.options import Config, KeyConfig, KeysConfig, ModelSpec, ProxyConfig, UpstreamConfig
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.outcomes import Ending

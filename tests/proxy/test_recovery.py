@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 
-from brlite.config import Choice, ProxyConfig, UpstreamConfig
+from brlite.config.options import Choice, ProxyConfig, UpstreamConfig
 from tests.proxy.proxies import Proxy, run_proxy
 from tests.proxy.raw_client import Client, post
 from tests.proxy.scripted import Call, ScriptedUpstream, Then

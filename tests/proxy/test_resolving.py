@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from brlite.address import Address
-from brlite.proxy.connections import Pool, UpstreamConnection, is_name
+from brlite.config.address import Address
 from brlite.proxy.resolving import Names, system_lookup
+from brlite.proxy.wire.connections import ConnectionPool, UpstreamConnection, is_name
 from tests.limits import PATIENCE_SECONDS
 
 NAME = "pods.test"
@@ -42,9 +42,9 @@ class Pods:
         self.num_lookups += 1
         return list(self.addresses)
 
-    def pool(self, seconds: float = 1000.0) -> Pool:
+    def pool(self, seconds: float = 1000.0) -> ConnectionPool:
         names = Names(NAME, self.lookup, seconds)
-        return Pool(Address(NAME, self.port), ca_file=None, max_idle=8, idle_seconds=60, names=names)
+        return ConnectionPool(Address(NAME, self.port), ca_file=None, max_idle=8, idle_seconds=60, names=names)
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def silent(address: str, port: int) -> Iterator[None]:
             filler.close()
 
 
-async def use(pool: Pool) -> UpstreamConnection:
+async def use(pool: ConnectionPool) -> UpstreamConnection:
     """A connection as a request gets one."""
     return pool.take() or await asyncio.wait_for(pool.dial(), PATIENCE_SECONDS)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, get_args
 
 import pytest
 
-from brlite.config import Choice, LimitsConfig, ProxyConfig, UpstreamConfig
+from brlite.config.options import Choice, LimitsConfig, ProxyConfig, UpstreamConfig
 from brlite.proxy.attempt import STALE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import BadAnswer, Client, Verdict, post

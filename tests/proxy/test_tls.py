@@ -12,13 +12,13 @@ from pathlib import Path
 import openai
 import pytest
 
-from brlite.app import create_app, lanes
-from brlite.config import Config, ProxyConfig, UpstreamConfig
+from brlite.app import create_app, fast_paths
+from brlite.config.options import Config, ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError, UpstreamError
 from brlite.http.listen import HttpServer
-from brlite.proxy.client import UpstreamClient
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.upstream import Upstream
+from brlite.proxy.routing.client import UpstreamClient
+from brlite.proxy.routing.upstream import Upstream
 from brlite.server.served_model import ModelTable
 from tests.proxy.services import GATED, Gated, ask
 
@@ -55,7 +55,7 @@ async def proxy(url: str, ca_file: Path | None) -> AsyncIterator[str]:
     upstream = UpstreamConfig(url=url, models=("far",), ca_file=str(ca_file) if ca_file else None, health_path="")
     config = Config(model=(), upstream=(upstream,))
     app = create_app(ModelTable([]), config)
-    async with HttpServer(app, "127.0.0.1", 0, config.limits, 0.2, lanes(app)) as server:
+    async with HttpServer(app, "127.0.0.1", 0, config.limits, 0.2, fast_paths(app)) as server:
         yield server.url
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brlite.config import KeyConfig, ProxyConfig, UpstreamConfig
-from brlite.proxy.usage import TAIL_BYTES, Usage, estimate_prompt, told_usage, usage_in_tail
+from brlite.config.options import KeyConfig, ProxyConfig, UpstreamConfig
+from brlite.proxy.usage import TAIL_BYTES, ForwardedUsage, estimate_prompt, told_usage, usage_in_tail
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post
@@ -235,7 +235,9 @@ def test_a_usage_that_a_text_quotes_is_none() -> None:
     quoted = json.dumps({"text": '"usage":{"prompt_tokens":7}'}).encode()
 
     assert usage_in_tail(quoted) == ()
-    assert told_usage(usage_in_tail(quoted + b',"usage" : {"prompt_tokens":1,"details":{"cached":0}}}')) == Usage(1, 0)
+    assert told_usage(
+        usage_in_tail(quoted + b',"usage" : {"prompt_tokens":1,"details":{"cached":0}}}')
+    ) == ForwardedUsage(1, 0)
 
 
 def test_a_tail_that_has_only_half_of_it_tells_nothing() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from brlite.app import create_app, lanes
-from brlite.config import Config, KeysConfig, ServerConfig, UpstreamConfig
+from brlite.app import create_app, fast_paths
+from brlite.config.options import Config, KeysConfig, ServerConfig, UpstreamConfig
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable
 from tests.proxy.proxies import run_proxy
@@ -89,7 +89,7 @@ async def served(upstream: ScriptedUpstream, **options: object) -> AsyncIterator
     """A proxy as the command runs it, which knows that it listens on loopback."""
     settings = Config(model=(), upstream=(config(upstream),), **options)  # type: ignore[arg-type]  # any field of Config
     app = create_app(ModelTable([]), settings, listens_on="127.0.0.1")
-    async with HttpServer(app, "127.0.0.1", 0, settings.limits, 0.1, lanes(app)) as server:
+    async with HttpServer(app, "127.0.0.1", 0, settings.limits, 0.1, fast_paths(app)) as server:
         yield server
 
 

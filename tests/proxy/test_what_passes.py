@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from brlite.config import ProxyConfig, UpstreamConfig
-from brlite.proxy.client import reason_of
+from brlite.config.options import ProxyConfig, UpstreamConfig
 from brlite.proxy.exchange import RETRY_AFTER_SECONDS, _pause
-from brlite.proxy.heads import read_answer
+from brlite.proxy.routing.client import reason_of
+from brlite.proxy.wire.heads import read_answer
 from tests.proxy.proxies import run_proxy
 from tests.proxy.raw_client import Answer, Client, post
 from tests.proxy.scripted import ScriptedUpstream, Step

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from brlite.config import KeyConfig, KeysConfig, ProxyConfig, UpstreamConfig
+from brlite.config.options import KeyConfig, KeysConfig, ProxyConfig, UpstreamConfig
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy, wait_until
 from tests.proxy.raw_client import Answer, Client, post

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from brlite.config import Forwarded, ProxyConfig, UpstreamConfig
+from brlite.config.options import Forwarded, ProxyConfig, UpstreamConfig
 from brlite.proxy.forwarded import forwarded_lines
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import run_proxy

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from brlite.config import ProxyConfig, UpstreamConfig
+from brlite.config.options import ProxyConfig, UpstreamConfig
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import Proxy, run_proxy
 from tests.proxy.raw_client import Answer, Client, post

@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 
 from brlite.app import create_app
-from brlite.config import Config, EngineConfig, LimitsConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.engine import Engine
 from brlite.http.listen import HttpServer

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from brlite.app import create_app
-from brlite.config import Config, KeyConfig, LimitsConfig, ModelSpec
+from brlite.config.options import Config, KeyConfig, LimitsConfig, ModelSpec
 from brlite.engine.backend import ScheduledSeq
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 
 from brlite.app import create_app
-from brlite.config import Config, LimitsConfig, ModelSpec
+from brlite.config.options import Config, LimitsConfig, ModelSpec
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 from brlite.outputs import TokenLogprob

@@ -11,12 +11,12 @@ import aiohttp
 import pytest
 
 from brlite.app import create_app
-from brlite.config import Config, EngineConfig, LimitsConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.engine.async_engine import AsyncEngine
 from brlite.engine.engine import Engine
 from brlite.errors import ModelError
 from brlite.http.listen import HttpServer
-from brlite.server.residency import OnProgress, Residency
+from brlite.server.model_manager import ModelManager, OnProgress
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.engine.test_lost_backend import MortalBackend
 from tests.fakes import ByteTokenizer
@@ -57,7 +57,7 @@ class Loader:
 
 
 class House:
-    def __init__(self, loader: Loader, residency: Residency, session: aiohttp.ClientSession) -> None:
+    def __init__(self, loader: Loader, residency: ModelManager, session: aiohttp.ClientSession) -> None:
         self.loader, self.residency, self._session = loader, residency, session
 
     async def ask(self) -> int:
@@ -82,7 +82,7 @@ async def make_house() -> AsyncIterator[MakeHouse]:
             spec = ModelSpec(name="a", build_seq=64, tensor_parallel=2, devices=(0, 1), load=load)
             engine = EngineConfig(on_rank_failure=on_rank_failure)
             models, loader = ModelTable([ServedModel(spec)]), Loader()
-            residency = await stack.enter_async_context(Residency(models, loader, engine))
+            residency = await stack.enter_async_context(ModelManager(models, loader, engine))
             config = Config(model=(spec,), engine=engine)
             server: Any = HttpServer(create_app(models, config), "127.0.0.1", 0, config.limits, 0.1)
             await stack.enter_async_context(server)

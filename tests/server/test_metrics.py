@@ -10,7 +10,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from brlite.app import create_app
-from brlite.config import Config, LimitsConfig, ModelSpec
+from brlite.config.options import Config, LimitsConfig, ModelSpec
 from brlite.engine.stats import RATE_SECONDS, Rate
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from brlite.config import UpstreamConfig
+from brlite.config.options import UpstreamConfig
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import run_proxy
 from tests.server.conftest import Client

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from brlite.config import LimitsConfig
+from brlite.config.options import LimitsConfig
 from brlite.errors import InvalidRequest
 from brlite.server.protocol import CompletionRequest
 from brlite.server.translate import check_completion

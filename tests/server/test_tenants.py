@@ -12,13 +12,13 @@ import aiohttp
 import pytest
 
 from brlite.app import create_app
-from brlite.config import Config, EngineConfig, KeyConfig, KeysConfig, LimitsConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, LimitsConfig, ModelSpec
 from brlite.engine.async_engine import LONG_TEXT, AsyncEngine
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.errors import NotReady, QueueFull
 from brlite.http.listen import HttpServer
-from brlite.server.loading import Loading
+from brlite.server.load_state import LoadState
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.fakes import ByteTokenizer, FakeBackend
 from tests.limits import PATIENCE_SECONDS
@@ -182,7 +182,7 @@ async def test_a_long_text_is_encoded_under_its_key() -> None:
 
 
 async def test_the_queue_for_a_model_that_loads_is_shared_by_tenant() -> None:
-    loading = Loading("m")
+    loading = LoadState("m")
     loading.check(2, "a")
     greedy = [asyncio.create_task(loading.wait(PATIENCE_SECONDS, "a")) for _ in range(2)]
     await asyncio.sleep(0)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from brlite.engines.toy_text import ToyChat
+from brlite.backends.plugins.toy_text import ToyChat
+from brlite.chat.marked_text import MarkedText, cut_before_last
 from brlite.errors import InvalidRequest
 from brlite.tokenizer import Tokenizer, load_tokenizer
-from brlite.tokenizer.marked_text import MarkedText, cut_before_last
 from tests.tokenizer.conftest import write_folder
 
 QUESTION = {"role": "user", "content": "Name a colour. END"}

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from brlite.chat.template import ChatTemplate
 from brlite.errors import InvalidRequest, ModelError
-from brlite.tokenizer.chat_template import ChatTemplate
-from brlite.tokenizer.child_process import FIXED_ENVIRONMENT, ChildLimits
+from brlite.sandbox.child_process import FIXED_ENVIRONMENT, ChildLimits
 
 HELLO = [{"role": "user", "content": "hello"}]
 LIMITS = ChildLimits(seconds=0.5, memory_bytes=256 * 1024**2)
@@ -212,7 +212,7 @@ def test_a_message_that_is_no_plain_data_does_not_cost_the_process(
 
 
 START = (
-    "import os, sys; from brlite.tokenizer.chat_template import ChatTemplate;"
+    "import os, sys; from brlite.chat.template import ChatTemplate;"
     "t = ChatTemplate('{{ messages[0].content }}', source='x', special_tokens={});"
     "say = lambda text: t.render([{'role': 'user', 'content': text}], add_generation_prompt=True);"
 )

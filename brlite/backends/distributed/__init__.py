@@ -1,0 +1,1 @@
+"""Several processes compute one model: ranks, their launcher and their messages."""

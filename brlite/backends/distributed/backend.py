@@ -1,0 +1,162 @@
+"""A backend of several ranks: rank 0 computes its part here and sends every step to the others.
+
+Knows how ranks are started, follow and fail, and nothing of how a part is computed: that is a `RankModel`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from brlite.backends.distributed.messages import Join, Joined, Loaded, RankBatch, Setup, compute_frame, frame
+from brlite.backends.distributed.processes import CAUSE_SECONDS, OnLost, Ranks
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, StepResult
+from brlite.errors import BackendLost, RankGone
+
+logger = logging.getLogger(__name__)
+
+
+class RankModel(Protocol):
+    """One rank's part of a model, loaded. On rank 0 it is a `Backend`; other ranks `follow` it."""
+
+    @property
+    def info(self) -> BackendInfo: ...
+
+    def open(self, host: str) -> str:
+        """On rank 0: make the place where the ranks meet, on this address."""
+        ...
+
+    def join(self, place: str) -> None:
+        """Return when all ranks are there."""
+        ...
+
+    def execute(self, batch: Batch) -> StepResult: ...
+
+    def follow(self, work: RankBatch) -> None:
+        """Do this rank's part of a step that rank 0 executes."""
+        ...
+
+    def abort(self) -> None:
+        """Another rank is gone: whoever waits for it in a step, on another thread, raises now or soon."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ParallelBackend:
+    """A `Backend`. Owns rank 0's model and the other ranks from its making to `close`.
+
+    A rank that is gone, or a step that failed on one rank, ends it: `execute` raises `BackendLost` from then on, and
+    whoever watches is told within moments, in a step or between two.
+
+    A step that fails may fail on several ranks, and each finds out at a time of its own. The reason that is told does
+    not depend on who was first: rank 0's own failure, else why another rank ended. That another rank is gone is no
+    failure of rank 0's own.
+    """
+
+    def __init__(self, model: RankModel, ranks: Ranks, info: BackendInfo) -> None:
+        self.info = info
+        self._model = model
+        self._ranks = ranks
+        self._on_lost: OnLost = _ignore
+        self._lost: BackendLost | None = None
+        self._guard = BackendGuard()
+        self._lock = threading.Lock()  # the watch and a step may find a loss at the same time
+        self._heard: BackendLost | None = None  # why another rank ended
+        self._has_heard = threading.Event()
+        self._is_between_steps = threading.Event()
+        self._is_between_steps.set()
+        ranks.watch(self._note_lost)
+
+    @classmethod
+    def assemble(
+        cls, ranks: Ranks, setup: Callable[[int], Setup], load: Callable[[], RankModel], describe: Describe, host: str
+    ) -> ParallelBackend:
+        """Have all ranks load, rank 0 here, and join. Takes the ranks over: they are ended where something fails."""
+        model: RankModel | None = None
+        try:
+            ranks.tell_each(setup)
+            model = load()
+            loaded = ranks.hear(Loaded)
+            place = model.open(host)
+            ranks.tell(frame(Join(place)))
+            model.join(place)
+            ranks.hear(Joined)
+            return cls(model, ranks, describe(model.info, loaded))
+        except BaseException as error:
+            loss = ranks.find_loss(CAUSE_SECONDS) if isinstance(error, RankGone) else None
+            ranks.close(at_once=True)
+            if model is not None:
+                model.close()
+            if loss is not None:
+                raise loss from error
+            raise
+
+    def watch(self, on_lost: OnLost) -> None:
+        """Call `on_lost` once, on a thread of ours, should a rank go: on the caller's, and now, if one has gone."""
+        with self._lock:
+            self._on_lost = on_lost
+            lost = self._lost
+        if lost is not None:
+            on_lost(lost)
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Compute one step. Whatever is raised, the ranks are not in step any more, and the backend is lost."""
+        with self._guard.step():
+            return self._execute(batch)
+
+    def close(self) -> None:
+        """End the ranks and give back what rank 0 holds, after the step under way if there is one."""
+        self._guard.close(self._give_back)
+
+    def _execute(self, batch: Batch) -> StepResult:
+        if self._lost is not None:
+            raise self._lost
+        self._is_between_steps.clear()
+        try:
+            self._ranks.tell(compute_frame(batch))
+            return self._model.execute(batch)
+        except Exception as error:
+            reason = BackendLost(f"a step failed on rank 0: {error}")
+            if isinstance(error, RankGone) and self._has_heard.wait(CAUSE_SECONDS):
+                reason = self._heard or reason
+            raise self._lose(reason) from error
+        finally:
+            self._is_between_steps.set()
+
+    def _give_back(self) -> None:
+        self._ranks.close(at_once=self._lost is not None)
+        self._model.close()
+
+    def _note_lost(self, error: BackendLost) -> None:
+        """Another rank has ended. A step that runs here is freed, and then its own failure goes before."""
+        self._heard = error
+        self._has_heard.set()
+        self._end_others()
+        self._is_between_steps.wait(CAUSE_SECONDS)
+        self._lose(error)
+
+    def _lose(self, error: BackendLost) -> BackendLost:
+        """Note the reason, end the ranks that are left, and free whoever waits for them. Returns the first reason."""
+        with self._lock:
+            if self._lost is not None:
+                return self._lost
+            self._lost = error
+            on_lost = self._on_lost
+        logger.error("the ranks of the model are lost: %s", error)
+        self._end_others()
+        on_lost(error)
+        return error
+
+    def _end_others(self) -> None:
+        self._ranks.kill()
+        self._model.abort()
+
+
+Describe = Callable[[BackendInfo, list[Loaded]], BackendInfo]
+
+
+def _ignore(error: BackendLost) -> None:
+    """Nobody watches."""

@@ -1,0 +1,173 @@
+"""Where the ranks of a model are: here, as processes of rank 0, or where `torchrun` or another launcher put them.
+
+A launcher tells each of its processes by environment variables which rank it is and where rank 0 can be found.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from brlite.backends.distributed.messages import Channel, ChannelClosed, Hello
+from brlite.backends.distributed.processes import Member, Ranks
+from brlite.backends.distributed.secret import VARIABLE, is_proof, proof, read_secret
+from brlite.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from brlite.backends.torch.store import TCPStore
+
+logger = logging.getLogger(__name__)
+
+GATHERING_SECONDS = 600.0  # for the ranks of all machines to come
+HELLO_SECONDS = 5.0
+MAX_HELLO_BYTES = 256  # some twice what one has
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ADDRESS_KEY = "brlite/rank-0"
+
+
+class RankAddress(NamedTuple):
+    """What the launcher says of this process. `local_rank` counts the ranks of this machine, `attempt` the starts."""
+
+    rank: int
+    size: int
+    host: str
+    port: int
+    local_rank: int = 0
+    local_size: int = 1
+    attempt: str = "0"
+    has_store: bool = False  # the launcher keeps the store, rank 0 need not
+
+
+def find_place(environment: Mapping[str, str]) -> RankAddress | None:
+    """This process's place, or None where no launcher has started several. Raises `ConfigError` for half a place."""
+    missing = [name for name in VARIABLES if name not in environment]
+    if "WORLD_SIZE" not in environment or environment["WORLD_SIZE"] == "1":
+        return None
+    if missing:
+        raise ConfigError(f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} is not set")
+    rank, size, port, local_rank, local_size = (
+        _number(environment, name, default)
+        for name, default in (
+            *(("RANK", ""), ("WORLD_SIZE", ""), ("MASTER_PORT", "")),
+            *(("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")),
+        )
+    )
+    if rank >= size:
+        raise ConfigError(f"RANK is {rank}: allowed with WORLD_SIZE = {size} are 0 to {size - 1}")
+    return RankAddress(
+        rank,
+        size,
+        environment["MASTER_ADDR"],
+        port,
+        local_rank,
+        local_size,
+        attempt=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        has_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def await_ranks(place: RankAddress, environment: Mapping[str, str] = os.environ) -> Ranks:
+    """On rank 0: let the others come. Raises `EngineError` if some do not."""
+    secret, nonce = read_secret(environment), secrets.token_hex(16)
+    members: dict[int, Member] = {}
+    try:
+        with _listen(place) as listener:
+            store, port = _store(place), listener.getsockname()[1]
+            store.set(_key(place), "|".join((place.host, str(port), nonce, proof(secret, place.host, port, nonce))))
+            logger.info("waiting for %d ranks at %s", place.size - 1, place.host)
+            if not secret:
+                logger.warning("whoever reaches %s can be a rank of this model: %s is not set", place.host, VARIABLE)
+            deadline = time.monotonic() + GATHERING_SECONDS
+            while missing := set(range(1, place.size)) - members.keys():
+                listener.settimeout(max(0.1, deadline - time.monotonic()))
+                member = _admit(listener, missing, lambda hello: is_proof(hello.proof, secret, nonce, hello.rank))
+                if member is not None:
+                    members[member.rank] = member
+    except (OSError, RuntimeError) as error:  # torch's store has no narrower class
+        Ranks(list(members.values())).close(at_once=True)
+        raise EngineError(
+            f"{len(members) + 1} of {place.size} ranks are here, the rest did not come: {error}"
+        ) from error
+    return Ranks([members[rank] for rank in sorted(members)])
+
+
+def find_rank_0(place: RankAddress, environment: Mapping[str, str] = os.environ) -> Channel:
+    """On another rank: come to rank 0, once it is there. Raises `EngineError`, or `ConfigError` for another secret."""
+    secret = read_secret(environment)
+    try:
+        host, port, nonce, shown = _store(place).get(_key(place)).decode().split("|")
+        if not is_proof(shown, secret, host, port, nonce):
+            raise ConfigError(f"{VARIABLE} of rank {place.rank} is not that of rank 0 at {place.host}")
+        channel = Channel(_kept_alive(socket.create_connection((host, int(port)), timeout=GATHERING_SECONDS)))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise EngineError(f"rank {place.rank} did not find rank 0 at {place.host}: {error}") from error
+    channel.send(Hello(place.rank, proof(secret, nonce, place.rank)))
+    return channel
+
+
+def _listen(place: RankAddress) -> socket.socket:
+    try:
+        return socket.create_server((place.host, 0), family=_family(place.host))
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR is {place.host}, which is no address of rank 0's machine: {error}") from error
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.getaddrinfo(host, None)[0][0]
+
+
+def _admit(listener: socket.socket, missing: Collection[int], may_come: Callable[[Hello], bool]) -> Member | None:
+    """Whoever came, if it is a rank that is missing: anybody on the network may knock."""
+    stream, address = listener.accept()
+    channel = Channel(_kept_alive(stream))
+    impatience = threading.Timer(HELLO_SECONDS, channel.shut)  # a time limit of the socket's would begin at each byte
+    impatience.start()
+    try:
+        hello = channel.receive(MAX_HELLO_BYTES)
+    except ChannelClosed:
+        hello = None
+    impatience.cancel()
+    impatience.join()
+    if not isinstance(hello, Hello) or not may_come(hello):
+        logger.warning("somebody at %s is no rank of this model", address[0])
+    elif hello.rank not in missing:
+        logger.warning("a rank at %s says that it is %d: missing are %s", address[0], hello.rank, sorted(missing))
+    else:
+        return Member(hello.rank, channel)
+    channel.close()
+    return None
+
+
+def _kept_alive(stream: socket.socket) -> socket.socket:
+    """With probes, so that a machine that lost its power is missed; and small messages are not held back."""
+    stream.settimeout(None)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", 2), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, name):  # not every system has them
+            stream.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return stream
+
+
+def _store(place: RankAddress) -> TCPStore:
+    from brlite.backends.torch.store import open_store  # which needs torch
+
+    is_keeper = place.rank == 0 and not place.has_store
+    return open_store(place.host, place.port, GATHERING_SECONDS, is_keeper=is_keeper)
+
+
+def _key(place: RankAddress) -> str:
+    return f"{ADDRESS_KEY}/{place.attempt}"
+
+
+def _number(environment: Mapping[str, str], name: str, default: str) -> int:
+    text = environment.get(name, default)
+    if not text.isdecimal():
+        raise ConfigError(f"{name} is {text!r}: allowed is a number")
+    return int(text)

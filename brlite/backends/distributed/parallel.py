@@ -1,0 +1,183 @@
+"""Loads a model that several ranks compute: says who holds what, starts or awaits the ranks, and puts them together.
+
+Each rank reads its own part of the weights. Precisions round before the split: two ranks hold the numbers of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from brlite.backends.distributed.backend import ParallelBackend, RankModel
+from brlite.backends.distributed.launcher import await_ranks, find_place
+from brlite.backends.distributed.messages import Loaded, Setup
+from brlite.backends.distributed.processes import start_local
+from brlite.backends.native.backend import max_rows
+from brlite.backends.native.step_rows import SharedSizes, create_shared_file
+from brlite.checkpoint import Checkpoint, open_checkpoint
+from brlite.checkpoint.checked_model import CheckedModel, check_fit
+from brlite.checkpoint.fetch import locate_model
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.engine.backend import BackendInfo
+from brlite.errors import ConfigError
+from brlite.machine import physical_cores
+from brlite.models.config import ModelConfig
+from brlite.models.shards import Shard, check_groups
+
+if TYPE_CHECKING:
+    from brlite.backends.native.library import NativeLibrary
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.1"
+
+OnFraction = Callable[[float], None]
+
+
+def load_torch_ranks(
+    checkpoint: Checkpoint,
+    fit: CheckedModel,
+    spec: ModelSpec,
+    engine: EngineConfig,
+    on_progress: OnFraction,
+    notes: tuple[str, ...] = (),
+) -> ParallelBackend:
+    """The backend of `spec.tensor_parallel` ranks, this process being rank 0. Raises what is wrong with any of them."""
+    size, place, kind = spec.tensor_parallel, find_place(os.environ), _kind(checkpoint)
+    if place is not None and place.size != size:
+        raise ConfigError(f"tensor_parallel is {size}, but WORLD_SIZE says that {place.size} ranks were started")
+    if spec.precision != "bf16":
+        check_groups(fit.config, size)
+    ranks = await_ranks(place) if place else start_local(size)
+
+    def setup(rank: int) -> Setup:
+        if place is not None:  # it knows its own machine better
+            return Setup(rank, spec, engine, kind)
+        return Setup(rank, *_as_rank_sees(_found(spec, checkpoint), engine, spec.devices[rank], size), kind)
+
+    def load() -> RankModel:
+        from brlite.backends.torch.rank import TorchRank
+
+        device, num_here = (place.local_rank, place.local_size) if place else (spec.devices[0], size)
+        seen = _as_rank_sees(spec, engine, device, num_here)
+        return TorchRank.load(checkpoint, *seen, Shard(0, size), on_progress, notes)
+
+    describe = partial(_describe, fit.config)
+    return ParallelBackend.assemble(ranks, setup, load, describe, place.host if place else LOOPBACK)
+
+
+def load_native_ranks(
+    library: NativeLibrary,
+    checkpoint: Checkpoint,
+    fit: CheckedModel,
+    spec: ModelSpec,
+    engine: EngineConfig,
+    image: Path | None,
+    on_progress: OnFraction,
+) -> ParallelBackend:
+    """The same in native code, on this machine's cores. Beside `image` each rank keeps its packed weights."""
+    size, kind, num_cores = spec.tensor_parallel, _kind(checkpoint), physical_cores()
+    if size > num_cores:
+        logger.warning("%d ranks share %d cores: they wait for each other more than they compute", size, num_cores)
+    seen = _as_rank_sees(_found(spec, checkpoint), engine, 0, size)
+    memory = create_shared_file(library.functions, SharedSizes.of(fit.config, max_rows(spec, engine)))
+    try:
+        return ParallelBackend.assemble(
+            start_local(size, (memory,)),
+            lambda rank: Setup(rank, *seen, kind, memory, _rank_image(image, Shard(rank, size))),
+            lambda: _load_native(
+                library, checkpoint, fit, *seen, 0, memory, _rank_image(image, Shard(0, size)), on_progress
+            ),
+            partial(_describe, fit.config),
+            LOOPBACK,
+        )
+    finally:
+        os.close(memory)  # each rank has mapped it by now
+
+
+def load_rank(setup: Setup) -> RankModel:
+    """The part of the model that a rank other than 0 computes."""
+    spec, engine, place = setup.spec, setup.engine, find_place(os.environ)
+    if place is not None:
+        spec, engine = _as_rank_sees(spec, engine, place.local_rank, place.local_size)
+    with closing(open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)) as checkpoint:
+        if _kind(checkpoint) != setup.model_kind:
+            raise ConfigError(
+                f"{checkpoint.path} is another model than rank 0's: its config or its tensors' shapes differ"
+            )
+        if setup.memory is None:
+            from brlite.backends.torch.rank import TorchRank
+
+            return TorchRank.load(checkpoint, spec, engine, Shard(setup.rank, spec.tensor_parallel), _ignore)
+        from brlite.backends.native.library import load_library
+
+        fit = check_fit(checkpoint, spec)
+        return _load_native(
+            load_library(), checkpoint, fit, spec, engine, setup.rank, setup.memory, setup.image, _ignore
+        )
+
+
+def _load_native(
+    library: NativeLibrary,
+    checkpoint: Checkpoint,
+    fit: CheckedModel,
+    spec: ModelSpec,
+    engine: EngineConfig,
+    rank: int,
+    memory: int,
+    image: str | None,
+    on_progress: OnFraction,
+) -> RankModel:
+    from brlite.backends.native.rank import NativeRank
+
+    share = Shard(rank, spec.tensor_parallel, sums=False)
+    path = Path(image) if image else None
+    return NativeRank.load(library, checkpoint, fit, spec, engine, share, memory, path, on_progress)
+
+
+def _rank_image(image: Path | None, share: Shard) -> str | None:
+    """Where a rank's packed weights are kept: a file of its own."""
+    return None if image is None else f"{image}.rank-{share.rank}-of-{share.size}"
+
+
+def _found(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+    """A spec by which other processes of this machine find the same files."""
+    return msgspec.structs.replace(spec, path=str(checkpoint.path))
+
+
+def _as_rank_sees(spec: ModelSpec, engine: EngineConfig, device: int, num_here: int) -> tuple[ModelSpec, EngineConfig]:
+    """What a rank is to load: its own device, and its part of the threads of its machine."""
+    threads = max(1, (engine.threads or physical_cores()) // num_here)
+    return msgspec.structs.replace(spec, devices=(device,)), msgspec.structs.replace(engine, threads=threads)
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    """The same on all machines, for whatever copy of a model."""
+    content = json.dumps([checkpoint.config, checkpoint.shapes()], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def _describe(config: ModelConfig, own: BackendInfo, others: Sequence[Loaded]) -> BackendInfo:
+    """What all ranks are together; sizes are their sums."""
+    prints = [own.fingerprint, *(loaded.fingerprint for loaded in others)]
+    return msgspec.structs.replace(
+        own,
+        device=f"{own.device}, {len(others) + 1} ranks",
+        vocab_size=config.vocab_size,
+        weight_bytes=own.weight_bytes + sum(loaded.weight_bytes for loaded in others),
+        kv_bytes=own.kv_bytes + sum(loaded.kv_bytes for loaded in others),
+        fingerprint=hashlib.blake2b(" ".join(prints).encode(), digest_size=8).hexdigest() if own.fingerprint else "",
+    )
+
+
+def _ignore(fraction: float) -> None:
+    """Rank 0 shows its own progress."""

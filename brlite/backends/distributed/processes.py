@@ -1,0 +1,233 @@
+"""The other ranks of a model as rank 0 sees them: processes that it starts here, or that `torchrun` started elsewhere.
+
+Knows who is there and who is gone, and nothing of what they compute. A rank that ends, whatever it dies of, closes its
+channel: that is known within milliseconds, and no rank outlives rank 0, whose end closes theirs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import selectors
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from brlite.backends.distributed.messages import Channel, ChannelClosed, Failed, Joined, Loaded, Message, Stop, frame
+from brlite.errors import BackendLost, ConfigError, EngineError
+from brlite.process.children import child_environment, python_module
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
+OnLost = Callable[[BackendLost], None]
+
+STOP_SECONDS = 5.0  # to end in good order, or be killed
+CAUSE_SECONDS = 5.0  # for word of the rank that went, once another one ends because of it
+
+
+@dataclass(frozen=True)
+class Member:
+    """One other rank; without a process of ours where somebody else started it."""
+
+    rank: int
+    channel: Channel
+    process: subprocess.Popen[bytes] | None = None
+
+    def describe_end(self) -> str:
+        """What is known of a rank whose channel is closed."""
+        if self.process is None:
+            return f"rank {self.rank} is gone"
+        try:
+            status = self.process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return f"rank {self.rank} closed its channel"
+        return f"rank {self.rank} died of signal {-status}" if status < 0 else f"rank {self.rank} ended ({status})"
+
+
+class Ranks:
+    """Rank 0's hold on the others. All but `watch`'s callback happens on the caller's thread."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self._members = tuple(members)
+        self._watching: _Watch | None = None
+
+    @property
+    def are_here(self) -> bool:
+        """Whether all are processes of this machine that rank 0 has started."""
+        return all(member.process is not None for member in self._members)
+
+    def tell_each(self, message_for: Callable[[int], Message]) -> None:
+        """Send each rank what is meant for it. Raises `ChannelClosed` where one is gone."""
+        for member in self._members:
+            member.channel.send(message_for(member.rank))
+
+    def tell(self, data: bytes) -> None:
+        """Send the same frame to all. Raises `ChannelClosed` where one is gone."""
+        for member in self._members:
+            member.channel.send_frame(data)
+
+    def hear(self, kind: type[M]) -> list[M]:
+        """One message from each, as it is due. Raises what a rank failed of, or `BackendLost` for one that ended."""
+        return [self._hear(member, kind) for member in self._members]
+
+    def find_loss(self, seconds: float, beside: Member | None = None) -> BackendLost | ConfigError | None:
+        """While they load: why a rank ended or ends within `seconds`, a rank other than `beside`; None if none does."""
+        with selectors.DefaultSelector() as selector:
+            for member in self._members:
+                if member is not beside:
+                    selector.register(member.channel.stream, selectors.EVENT_READ, member)
+            return _wait_for_loss(selector, seconds)
+
+    def watch(self, on_lost: OnLost) -> None:
+        """From now on no rank says anything but why it ends: then `on_lost` is called, once, on a thread of its own.
+
+        Where one goes and others end because of it, it is told of the one. Of several that go each by itself, it is
+        told of the first.
+        """
+        self._watching = _Watch(self._members, on_lost)
+
+    def kill(self) -> None:
+        """End them at once. Any thread may call it; `close` is still due."""
+        for member in self._members:
+            if member.process is not None:
+                member.process.kill()
+            member.channel.shut()
+
+    def close(self, *, at_once: bool = False) -> None:
+        """End them, in good order if they can and are to. None is left. May be called twice."""
+        if self._watching is not None:
+            self._watching.stop()
+        if at_once:
+            self.kill()
+        for member in self._members:
+            _try_to_stop(member)
+        for member in self._members:
+            if member.process is not None:
+                _wait_or_kill(member.process)
+            member.channel.close()
+
+    def _hear(self, member: Member, kind: type[M]) -> M:
+        try:
+            message = member.channel.receive()
+        except ChannelClosed as error:
+            raise BackendLost(f"{member.describe_end()} while it was loading") from error
+        if isinstance(message, kind):
+            return message
+        loss = _loss_of(member, message)
+        if isinstance(message, Failed) and message.is_consequence:
+            loss = self.find_loss(CAUSE_SECONDS, beside=member) or loss
+        raise loss
+
+
+class _Watch:
+    """A thread that waits for the first rank to go."""
+
+    def __init__(self, members: Sequence[Member], on_lost: OnLost) -> None:
+        self._on_lost = on_lost
+        self._wake, wait = socket.socketpair()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(wait, selectors.EVENT_READ, None)
+        self._wait = wait
+        for member in members:
+            self._selector.register(member.channel.stream, selectors.EVENT_READ, member)
+        self._thread = threading.Thread(target=self._run, name="brlite-ranks", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Watch no more. May be called twice, and by `on_lost`."""
+        self._wake.close()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            loss = _wait_for_loss(self._selector)
+            if loss is not None:
+                self._on_lost(loss if isinstance(loss, BackendLost) else BackendLost(str(loss)))
+        finally:
+            self._selector.close()
+            self._wait.close()
+
+
+def start_local(size: int, pass_fds: Sequence[int] = ()) -> Ranks:
+    """Start ranks 1 to `size` - 1 as processes beside this one, which wait for their `Setup`.
+
+    They are not forked: this process has threads. Each has a session of its own, so that Ctrl-C is rank 0's alone.
+    """
+    members: list[Member] = []
+    try:
+        for rank in range(1, size):
+            members.append(_start(rank, pass_fds))
+    except OSError as error:
+        Ranks(members).close()
+        raise EngineError(f"rank {len(members) + 1} cannot be started: {error.strerror}") from error
+    return Ranks(members)
+
+
+def _start(rank: int, pass_fds: Sequence[int]) -> Member:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        level = logging.getLevelName(logging.getLogger().getEffectiveLevel()).lower()
+        command = [*python_module("brlite"), "worker", "--channel", str(theirs.fileno())]
+        process = subprocess.Popen(
+            [*command, "--log-level", level],
+            env=child_environment(),
+            stdin=subprocess.DEVNULL,
+            pass_fds=(theirs.fileno(), *pass_fds),
+            start_new_session=True,
+        )
+    logger.debug("rank %d is process %d", rank, process.pid)
+    return Member(rank, Channel(ours), process)
+
+
+def _wait_for_loss(selector: selectors.BaseSelector, seconds: float | None = None) -> BackendLost | ConfigError | None:
+    """Why the first rank ends: None if none does within `seconds`, or what is registered without a member has ended.
+
+    A rank that ends because another one is gone is the reason only if no other is found within `CAUSE_SECONDS`.
+    """
+    consequence: BackendLost | ConfigError | None = None
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    while events := selector.select(None if deadline == math.inf else max(0.0, deadline - time.monotonic())):
+        for key, _ in events:
+            member: Member | None = key.data
+            if member is None:
+                return None
+            try:
+                message = member.channel.receive()
+            except ChannelClosed:
+                return BackendLost(member.describe_end())
+            if isinstance(message, (Loaded, Joined)):  # while they load: it is well
+                continue
+            loss = _loss_of(member, message)
+            if not isinstance(message, Failed) or not message.is_consequence:
+                return loss
+            selector.unregister(key.fileobj)
+            consequence = consequence or loss
+            deadline = min(deadline, time.monotonic() + CAUSE_SECONDS)
+    return consequence
+
+
+def _loss_of(member: Member, message: Message) -> BackendLost | ConfigError:
+    """The error that tells of a rank's last message."""
+    if isinstance(message, Failed) and message.is_foreseen and not message.is_consequence:
+        return ConfigError(f"rank {member.rank}: {message.message}")
+    return BackendLost(f"rank {member.rank}: {getattr(message, 'message', 'it said what was not due')}")
+
+
+def _try_to_stop(member: Member) -> None:
+    with suppress(ChannelClosed):  # it is gone
+        member.channel.send_frame(frame(Stop()))
+
+
+def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,81 @@
+"""A rank that is not rank 0: loads its part of the model, and does its part of every step until it is told to stop.
+
+It ends with rank 0, whatever that dies of and whatever this rank is doing then.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import threading
+from contextlib import suppress
+from typing import TypeVar
+
+from brlite.backends.distributed.messages import (
+    Channel,
+    ChannelClosed,
+    Compute,
+    Failed,
+    Join,
+    Joined,
+    Loaded,
+    Message,
+    Setup,
+    read_work,
+)
+from brlite.backends.distributed.parallel import load_rank
+from brlite.errors import BrliteError, EngineError, RankGone
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
+
+EXIT_LOST = 3  # rank 0 is gone, or this rank failed: rank 0 says why
+HANG_UP = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # the latter is Linux's word for a TCP connection's end
+
+
+def run(channel: Channel) -> int:
+    """Be the rank at this end of a channel. Returns the exit status."""
+    watch = threading.Thread(target=_end_with, args=(channel.stream,), name="brlite-rank-0", daemon=True)
+    watch.start()
+    try:
+        _follow(channel)
+    except ChannelClosed:
+        return EXIT_LOST
+    except BaseException as error:
+        is_foreseen = isinstance(error, BrliteError)
+        logger.debug("this rank ends", exc_info=error)
+        with suppress(ChannelClosed):
+            message = str(error) if is_foreseen else f"{type(error).__name__}: {error}"
+            channel.send(Failed(message, is_foreseen, is_consequence=isinstance(error, RankGone)))
+        return EXIT_LOST
+    return 0
+
+
+def _follow(channel: Channel) -> None:
+    setup = _receive(channel, Setup)
+    model = load_rank(setup)
+    channel.send(Loaded(model.info.weight_bytes, model.info.kv_bytes, model.info.fingerprint))
+    model.join(_receive(channel, Join).place)
+    channel.send(Joined())
+    while isinstance(message := channel.receive(), Compute):
+        model.follow(read_work(message))
+    model.close()  # where something failed the end of the process does it: to leave a broken group may take for ever
+
+
+def _receive(channel: Channel, kind: type[M]) -> M:
+    message = channel.receive()
+    if not isinstance(message, kind):
+        raise EngineError(f"rank 0 sent {type(message).__name__} where {kind.__name__} was due")
+    return message
+
+
+def _end_with(stream: socket.socket) -> None:
+    """End this process, at once, should the other side of the channel go: rank 0 waits for ranks that end in order."""
+    poll = select.poll()
+    poll.register(stream, HANG_UP)
+    with suppress(OSError):
+        poll.poll()
+    os._exit(EXIT_LOST)

@@ -1,0 +1,186 @@
+"""The plain C interface of the native kernels as ctypes sees it: `src/brlite.h`, field by field.
+
+Knows no library file and no meaning: what the fields are for stands in the header. Pointers are addresses; whoever
+fills one in keeps the memory that it points to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_float, c_int32, c_size_t, c_uint64, c_void_p
+from typing import Any
+
+ABI_VERSION = 3
+
+LANES = 16
+GROUP = 32
+CHUNK_PAGES = 16
+MAX_HEAD_DIM = 256
+HEAD_ROWS = 32
+
+ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")  # by number
+
+INT8, BF16 = range(2)
+
+LOST_RANK = 8  # what `brlite_run` says where ranks met no more
+
+EMBED, NORM, LINEAR, ADD, ROPE, ATTEND, QUANTIZE, SILU, GATE = range(9)
+
+
+class Operation(ctypes.Structure):
+    _fields_ = [
+        ("kind", c_int32),
+        ("format", c_int32),
+        ("num_outputs", c_int32),
+        ("num_inputs", c_int32),
+        ("row_size", c_int32),
+        ("is_table", c_int32),
+        ("window", c_int32),
+        ("epsilon", c_float),
+        ("first", c_int32),
+        ("count", c_int32),
+        ("output_row_size", c_int32),
+        ("meets", c_int32),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("input", c_void_p),
+        ("output", c_void_p),
+        ("pages", c_void_p),
+    ]
+
+
+class Attention(ctypes.Structure):
+    _fields_ = [
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("rotary_dim", c_int32),
+        ("is_interleaved", c_int32),
+        ("kv_format", c_int32),
+        ("pages_per_block", c_int32),
+        ("max_positions", c_int32),
+        ("softmax_scale", c_float),
+        ("reserved", c_int32),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+    ]
+
+
+class NativeSpan(ctypes.Structure):
+    _fields_ = [
+        ("start", c_int32),
+        ("first_row", c_int32),
+        ("num_rows", c_int32),
+        ("reserved", c_int32),
+        ("block_table", c_void_p),
+    ]
+
+
+class Draw(ctypes.Structure):
+    _fields_ = [
+        ("row", c_int32),
+        ("target", c_int32),
+        ("temperature", c_float),
+        ("top_k", c_int32),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("uniform", c_double),
+        ("num_logprobs", c_int32),
+        ("num_biases", c_int32),
+        ("num_banned", c_int32),
+        ("num_counted", c_int32),
+        ("repetition_penalty", c_double),
+        ("presence_penalty", c_double),
+        ("frequency_penalty", c_double),
+        ("bias_ids", c_void_p),
+        ("biases", c_void_p),
+        ("banned_ids", c_void_p),
+        ("counted_ids", c_void_p),
+        ("output_counts", c_void_p),
+    ]
+
+
+class Drawn(ctypes.Structure):
+    _fields_ = [
+        ("token", c_int32),
+        ("logprob", c_float),
+        ("top_ids", c_void_p),
+        ("top_logprobs", c_void_p),
+    ]
+
+
+class Plan(ctypes.Structure):
+    _fields_ = [
+        ("body", c_void_p),
+        ("num_operations", c_int32),
+        ("max_rows", c_int32),
+        ("vocab_size", c_int32),
+        ("max_blocks", c_int32),
+        ("attention", Attention),
+        ("norm", Operation),
+        ("head", Operation),
+        ("logits", c_void_p),
+        ("meeting", c_void_p),
+        ("num_ranks", c_int32),
+        ("rank", c_int32),
+    ]
+
+
+class NativeBatch(ctypes.Structure):
+    _fields_ = [
+        ("num_rows", c_int32),
+        ("num_spans", c_int32),
+        ("num_draws", c_int32),
+        ("reserved", c_int32),
+        ("token_ids", c_void_p),
+        ("spans", c_void_p),
+        ("draws", c_void_p),
+        ("drawn", c_void_p),
+        ("logits", c_void_p),
+    ]
+
+
+STRUCTS = (Operation, Attention, NativeSpan, Draw, Drawn, Plan, NativeBatch)  # in the order of `brlite_struct_size`
+
+# What each function takes and gives back.
+FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
+    "brlite_abi_version": ((), c_int32),
+    "brlite_kernel_version": ((), c_int32),
+    "brlite_struct_size": ((c_int32,), c_size_t),
+    "brlite_isa_available": ((c_int32,), c_int32),
+    "brlite_self_test": ((c_int32,), c_int32),
+    "brlite_allocate": ((c_size_t,), c_void_p),
+    "brlite_release": ((c_void_p, c_size_t), None),
+    "brlite_packed_bytes": ((c_int32, c_int32, c_int32), c_size_t),
+    "brlite_pack": ((c_int32, c_void_p, c_int32, c_int32, c_int32, c_void_p), None),
+    "brlite_unpack_row": ((c_int32, c_void_p, c_int32, c_int32, c_void_p), None),
+    "brlite_page_bytes": ((c_int32, c_int32), c_size_t),
+    "brlite_checksum": ((c_void_p, c_void_p, c_size_t), c_uint64),
+    "brlite_meeting_bytes": ((), c_size_t),
+    "brlite_end_meeting": ((c_void_p,), None),
+    "brlite_create": ((c_void_p, c_int32, c_int32), c_void_p),
+    "brlite_destroy": ((c_void_p,), None),
+    "brlite_run": ((c_void_p, c_void_p), c_int32),
+    "brlite_draw_rows": ((c_int32, c_void_p, c_void_p, c_int32, c_int32, c_void_p), c_int32),
+}
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Tell ctypes the types of every function. Raises OSError, as loading does, where the library lacks one."""
+    for name, (takes, gives) in FUNCTIONS.items():
+        try:
+            function = getattr(library, name)
+        except AttributeError as error:
+            raise OSError(f"{library._name} has no function {name}") from error
+        function.argtypes, function.restype = takes, gives
+
+
+def check(library: ctypes.CDLL) -> None:
+    """Raise OSError, as loading does, for a declared library whose interface is not the one above."""
+    version = library.brlite_abi_version()
+    if version != ABI_VERSION:
+        raise OSError(f"{library._name} has interface version {version}; this brlite speaks version {ABI_VERSION}")
+    for number, struct in enumerate(STRUCTS):
+        size = library.brlite_struct_size(number)
+        if size != ctypes.sizeof(struct):
+            raise OSError(f"{library._name} holds {struct.__name__} in {size} bytes, not {ctypes.sizeof(struct)}")

@@ -1,0 +1,295 @@
+"""The backend in native code: packed weights, paged cache and one call a step. CPUs only; torch is never imported.
+
+A row's result is its own, bit for bit: other rows, chunk borders, cache hits and the number of threads change nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from brlite.backends.distributed.messages import RankBatch, RankSeq
+from brlite.backends.native import abi
+from brlite.backends.native.abi import LANES
+from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws
+from brlite.backends.native.library import NativeLibrary
+from brlite.backends.native.loading import LoadedWeights, load_weights
+from brlite.backends.native.packer import PackedWeights
+from brlite.backends.native.plan import NativePlan, PagedCache, RankContext
+from brlite.checkpoint import Checkpoint
+from brlite.checkpoint.checked_model import CheckedModel
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.errors import ConfigError, EngineError, RankGone
+from brlite.machine import describe_cpu, physical_cores
+from brlite.models.config import ModelConfig
+from brlite.models.rope_tables import inverse_frequencies
+from brlite.models.shards import shared_config
+from brlite.outputs import TokenLogprob
+
+NOT_FINITE = "the model produced logits that are not finite"
+MAX_DRAFT_TOKENS = 16
+SPAN = np.dtype([("start", "i4"), ("first_row", "i4"), ("num_rows", "i4"), ("reserved", "i4"), ("block_table", "u8")])
+
+
+class NativeBackend:
+    """A `Backend`. Owns weights, cache, plan and threads from its making to `close`. With a `seat` it is one rank's."""
+
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        isa: int,
+        config: ModelConfig,
+        weights: PackedWeights,
+        cache: PagedCache,
+        info: BackendInfo,
+        *,
+        max_rows: int,
+        num_threads: int,
+        opened: ExitStack | None = None,
+        seat: RankContext | None = None,
+    ) -> None:
+        self.info = info
+        self._guard = BackendGuard()
+        self._library = library
+        self._vocab_size = config.vocab_size
+        self._draws = NativeDraws(config.vocab_size)
+        with opened or ExitStack() as opened:
+            opened.callback(weights.close)
+            opened.callback(cache.close)
+            plan = NativePlan(
+                library, config, weights, cache, max_rows=max_rows, max_positions=info.max_model_len, seat=seat
+            )
+            opened.callback(plan.close)
+            self._engine: int = library.brlite_create(ctypes.addressof(plan.struct), isa, num_threads) or 0
+            if not self._engine:
+                raise EngineError(f"the native step could not have {num_threads} threads and their memory")
+            opened.callback(library.brlite_destroy, self._engine)
+            self._open = opened.pop_all()
+
+    @classmethod
+    def load(
+        cls,
+        native: NativeLibrary,
+        checkpoint: Checkpoint,
+        fit: CheckedModel,
+        spec: ModelSpec,
+        engine: EngineConfig,
+        image: Path | None,
+        on_progress: Callable[[float], None],
+        opened: ExitStack | None = None,
+        seat: RankContext | None = None,
+    ) -> NativeBackend:
+        """Read the weights, from their `image` if there is one, and make room for the cache.
+
+        What is `opened` is the backend's from then on, to be closed last. With a `seat` it is one rank's part.
+        """
+        num_threads = engine.threads or physical_cores()
+        library, block_size = native.functions, math.ceil(engine.block_size / LANES) * LANES
+        share = seat.share if seat else None
+        own = shared_config(fit.config, share) if share else fit.config
+        is_int8 = spec.precision == "a_bf16_w_int8_kv_int8"
+        num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
+        with ExitStack() as made:  # given back whatever is raised, Ctrl-C too
+            loaded = load_weights(library, checkpoint, fit, spec, image, num_threads, on_progress, share)
+            made.callback(loaded.weights.close)
+            try:
+                cache = PagedCache(library, own, num_blocks=num_blocks, block_size=block_size, is_int8=is_int8)
+            except ConfigError as error:
+                raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
+            made.callback(cache.close)
+            backend = cls(
+                library,
+                native.isa,
+                fit.config,
+                loaded.weights,
+                cache,
+                _describe(native, fit.config, loaded, cache, spec, engine),
+                max_rows=max_rows(spec, engine),
+                num_threads=num_threads,
+                opened=opened,
+                seat=seat,
+            )
+            made.pop_all()
+        return backend
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Compute one step. Its exceptions leave the cache of other sequences as it was."""
+        rows = _Rows(batch.seqs)
+        drawings: list[Drawing] = []
+        targets: list[DrawTarget] = []
+        for seq, first in zip(batch.seqs, rows.first_rows, strict=True):
+            drawings += _drawings(seq, first)
+            targets += [
+                DrawTarget(first + i, target, seq.num_prompt_logprobs) for i, target in enumerate(seq.prompt_targets)
+            ]
+        with self._guard.step():
+            draws = self._draws.lay_out(drawings, targets)
+            self._run(rows, draws.num_draws, draws.draws_address, draws.drawn_address)
+            tokens, logprobs = iter(draws.tokens()), iter(draws.target_logprobs())
+            return StepResult([_result(seq, tokens, logprobs) for seq in batch.seqs])
+
+    def follow(self, work: RankBatch) -> None:
+        """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
+        rows = _Rows(work.seqs)
+        first_rows = list(zip(work.seqs, rows.first_rows, strict=True))
+        drawn = [row for seq, first in first_rows if seq.is_drawn for row in _drawing_rows(seq, first)]
+        targets = [first + i for seq, first in first_rows for i in range(len(seq.prompt_targets))]
+        draws = (abi.Draw * (len(drawn) + len(targets)))()
+        for row, draw in zip((*drawn, *targets), draws, strict=True):
+            draw.row = row
+        with self._guard.step():
+            self._run(rows, len(draws), ctypes.addressof(draws), 0)
+
+    def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
+        """Compute a step, and in place of tokens give the logits [R, V] after the last token of each sequence."""
+        rows = _Rows(seqs)
+        last = [first + len(seq.token_ids) - 1 for seq, first in zip(seqs, rows.first_rows, strict=True)]
+        return self._row_logits(rows, last)
+
+    def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The logits [T, V] at every position of one prompt. For measuring: takes the cache's first blocks."""
+        num_blocks = math.ceil(len(token_ids) / self.info.block_size)
+        rows = _Rows([ScheduledSeq(0, 0, list(token_ids), list(range(num_blocks)))])
+        return self._row_logits(rows, range(len(token_ids)))
+
+    def close(self) -> None:
+        """Give back threads and memory, after the step under way if there is one. May be called twice."""
+        self._guard.close(self._open.close)
+
+    def _row_logits(self, rows: _Rows, wanted: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Run a step for the logits of some of its rows."""
+        out = np.empty((len(wanted), self._vocab_size), np.float32)
+        draws, drawn = (abi.Draw * len(wanted))(), (abi.Drawn * len(wanted))()
+        for row, draw in zip(wanted, draws, strict=True):
+            draw.row, draw.target, draw.num_logprobs = row, 0, -1
+        with self._guard.step():
+            self._run(rows, len(draws), ctypes.addressof(draws), ctypes.addressof(drawn), out.ctypes.data)
+        return out
+
+    def _run(self, rows: _Rows, num_draws: int, draws: int, drawn: int, logits: int | None = None) -> None:
+        """Only inside `guard.step`: the library would follow pointers to memory that was given back."""
+        batch = abi.NativeBatch(
+            num_rows=rows.num_rows,
+            num_spans=len(rows.spans),
+            num_draws=num_draws,
+            token_ids=rows.token_ids.ctypes.data,
+            spans=rows.spans.ctypes.data,
+            draws=draws,
+            drawn=drawn,
+            logits=logits,
+        )
+        error = self._library.brlite_run(self._engine, ctypes.addressof(batch))
+        if error == abi.LOST_RANK:
+            raise RankGone("another rank went in the midst of a step")
+        if error:
+            raise EngineError(f"the native step refused its batch: error {error}")
+
+
+class _Rows:
+    """A batch laid out by rows, in the arrays that the library reads."""
+
+    def __init__(self, seqs: Sequence[ScheduledSeq | RankSeq]) -> None:
+        token_ids: list[int] = []
+        tables: list[int] = []
+        spans = []
+        self.first_rows: list[int] = []
+        for seq in seqs:
+            self.first_rows.append(len(token_ids))
+            spans.append((seq.start, len(token_ids), len(seq.token_ids), 0, 4 * len(tables)))
+            token_ids += seq.token_ids
+            tables += seq.block_table
+        self.num_rows = len(token_ids)
+        self.token_ids = np.array(token_ids, np.int32)
+        self._tables = np.array(tables, np.int32)
+        self.spans = np.array(spans, SPAN)
+        self.spans["block_table"] += np.uint64(self._tables.ctypes.data)
+
+
+def _drawings(seq: ScheduledSeq, first_row: int) -> list[Drawing]:
+    """What to draw for a sequence: after its last real token, and after each guess in case all before were right."""
+    if seq.sampling is None:
+        return []
+    position = seq.sampling.position
+    return [Drawing(row, seq.sampling, position + i) for i, row in enumerate(_drawing_rows(seq, first_row))]
+
+
+def _drawing_rows(seq: ScheduledSeq | RankSeq, first_row: int) -> range:
+    end = first_row + len(seq.token_ids)
+    return range(end - 1 - seq.num_draft_tokens, end)
+
+
+def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | None], reported: Iterator[TokenLogprob]) -> SeqResult:
+    """Take a sequence's draws from those of the step."""
+    logprobs = list(islice(reported, len(seq.prompt_targets)))
+    tokens: list[SampledToken] = []
+    if seq.sampling is not None:
+        guesses = [*seq.token_ids[len(seq.token_ids) - seq.num_draft_tokens :], None]
+        found = list(islice(drawn, len(guesses)))
+        for token, guess in zip(found, guesses, strict=True):
+            if token is None:
+                return SeqResult(seq.seq_id, error=NOT_FINITE)
+            tokens.append(token)
+            if token.token_id != guess:
+                break
+    if not all(math.isfinite(entry.logprob) for entry in logprobs):
+        return SeqResult(seq.seq_id, error=NOT_FINITE)
+    return SeqResult(seq.seq_id, tokens, logprobs)
+
+
+def max_rows(spec: ModelSpec, engine: EngineConfig) -> int:
+    """Of a step."""
+    return max(engine.max_num_batched_tokens, spec.build_batch)
+
+
+def _describe(
+    native: NativeLibrary,
+    config: ModelConfig,
+    loaded: LoadedWeights,
+    cache: PagedCache,
+    spec: ModelSpec,
+    engine: EngineConfig,
+) -> BackendInfo:
+    block_size = cache.pages_per_block * LANES
+    is_raised = block_size != engine.block_size
+    note = f"engine.block_size {engine.block_size} is raised to {block_size}: pages hold {LANES} tokens"
+    kernel_version = native.functions.brlite_kernel_version()
+    return BackendInfo(
+        name="native",
+        device=f"cpu ({describe_cpu()}, {native.isa_name})",
+        dtype="bfloat16",
+        precision=spec.precision,
+        vocab_size=config.vocab_size,
+        max_model_len=spec.build_seq,
+        max_num_seqs=spec.build_batch,
+        block_size=block_size,
+        num_blocks=cache.num_blocks,
+        kv_dtype="int8" if cache.format == abi.INT8 else "bfloat16",
+        weight_bytes=loaded.weights.layout.num_bytes,
+        kv_bytes=cache.memory.num_bytes,
+        sliding_window=config.common_window,
+        max_draft_tokens=MAX_DRAFT_TOKENS,
+        is_batch_invariant=True,
+        fingerprint=_fingerprint(loaded.content_hash, config, spec, kernel_version),
+        notes=(note,) if is_raised else (),
+    )
+
+
+def _fingerprint(content_hash: str, config: ModelConfig, spec: ModelSpec, kernel_version: int) -> str:
+    """Equal ones give equal bits, on any machine: the kernels of all instruction sets agree.
+
+    Beside the weights it takes in what else the mathematics depend on; dynamic rope scaling depends on the context too.
+    """
+    digest = hashlib.blake2b(f"{content_hash} {spec.precision} {kernel_version}".encode(), digest_size=8)
+    digest.update(msgspec.json.encode(config))
+    digest.update(inverse_frequencies(config.rope, spec.build_seq).tobytes())
+    return digest.hexdigest()

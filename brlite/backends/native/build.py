@@ -1,0 +1,133 @@
+"""Compiles the native library: one compiler process for each source file, a few at a time, then one that links.
+
+setuptools does so when brlite is installed (extension.py); where that failed, the first start does. Knows neither what
+the library is for nor how it is loaded, and imports only files that need nothing but Python: it runs before any other
+package is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from brlite.errors import NativeUnavailable
+from brlite.files.temporary import sweep, temporary_folder
+from brlite.machine import physical_cores
+from brlite.process.children import ChildGroup, absolute_folders, child_environment
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "src"
+SLOWEST = "isa_generic.cpp"  # half of all the time: it goes first
+# The same bits everywhere: no multiply-add is fused but where the source says so, and nothing is for this machine only.
+FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fwrapv", "-fno-math-errno", "-Wno-psabi"),
+)
+LINK_FLAGS = ("-shared", "-pthread")
+COMPILERS = ("g++", "c++")  # clang knows no pragma that sets a file to an instruction set
+MAX_PROCESSES = 4
+BUILD_SECONDS = 600.0
+POLL_SECONDS = 0.02
+BUILD_PREFIX = ".build"  # of the folders that builds are made in
+MAX_REASON = 300
+
+
+def fingerprint(sources: Path = SOURCES) -> str:
+    """A hash of all that a library depends on: sources, flags, and the kind of machine that it is for."""
+    digest = hashlib.sha256(" ".join((*FLAGS, *LINK_FLAGS, platform.system(), platform.machine())).encode())
+    for path in sorted((*sources.glob("*.cpp"), *sources.glob("*.h"))):
+        content = path.read_bytes()
+        digest.update(f"\n{path.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def find_compiler(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """The command of the C++ compiler: CXX if that is set, else the first of `COMPILERS` that is there."""
+    wanted = shlex.split(environment.get("CXX", ""))
+    for name in wanted[:1] or COMPILERS:
+        if (path := shutil.which(name, path=absolute_folders(environment.get("PATH", os.defpath)))) is not None:
+            return [path, *wanted[1:]]
+    if wanted:
+        raise NativeUnavailable(f"CXX is {environment['CXX']!r}, which is not there")
+    raise NativeUnavailable(f"no C++ compiler was found: none of {', '.join(COMPILERS)}, and CXX is not set")
+
+
+def build_library(
+    target: Path, compiler: Sequence[str] | None = None, *, sources: Path = SOURCES, seconds: float = BUILD_SECONDS
+) -> None:
+    """Compile to `target`, which is replaced by the whole library or not at all, by several processes at once too.
+
+    Writes nothing outside the target's folder. Raises `NativeUnavailable` with what stood in the way.
+    """
+    compiler, started = find_compiler() if compiler is None else compiler, time.monotonic()
+    logger.info("compiling the native kernels with %s, once", compiler[0])
+    try:
+        target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        sweep(target.parent, BUILD_PREFIX)
+        with temporary_folder(target.parent, BUILD_PREFIX) as staging:
+            library = _compile_and_link(compiler, sources, staging, started + seconds)
+            library.replace(target)
+    except OSError as error:
+        raise NativeUnavailable(f"the native library cannot be built: {error}") from error
+    logger.info("the native kernels were compiled in %.0f s", time.monotonic() - started)
+
+
+def _compile_and_link(compiler: Sequence[str], sources: Path, staging: Path, deadline: float) -> Path:
+    units = sorted(sources.glob("*.cpp"), key=lambda path: (path.name != SLOWEST, path.name))
+    objects = [str(staging / f"{unit.stem}.o") for unit in units]
+    library = staging / "library.so"
+    flags = (*FLAGS, f'-DBRLITE_FINGERPRINT="{fingerprint(sources)}"')
+    compiling = ([*compiler, *flags, "-c", str(unit), "-o", to] for unit, to in zip(units, objects, strict=True))
+    _run_all(compiling, staging, deadline)
+    _run_all([[*compiler, *LINK_FLAGS, "-o", str(library), *objects]], staging, deadline)
+    return library
+
+
+class _Process(NamedTuple):
+    process: subprocess.Popen[bytes]
+    said: Path
+
+    def is_done(self) -> bool:
+        """Raises `NativeUnavailable` if it failed."""
+        status = self.process.poll()
+        if status:
+            raise NativeUnavailable(f"the C++ compiler failed with status {status}: {_complaint(self.said)}")
+        return status is not None
+
+
+def _run_all(commands: Iterable[list[str]], staging: Path, deadline: float) -> None:
+    """Run them, a few at once. The first that fails ends all others."""
+    waiting = list(commands)[::-1]
+    running: list[_Process] = []
+    with ChildGroup() as group:
+        while waiting or running:
+            while waiting and len(running) < min(physical_cores(), MAX_PROCESSES):
+                running.append(_start(group, waiting.pop(), staging))
+            running = [process for process in running if not process.is_done()]
+            if time.monotonic() > deadline:
+                raise NativeUnavailable("the C++ compiler took too long")
+            time.sleep(POLL_SECONDS)
+
+
+def _start(group: ChildGroup, command: list[str], staging: Path) -> _Process:
+    said = Path(f"{command[command.index('-o') + 1]}.txt")
+    environment = child_environment(TMPDIR=str(staging), LC_ALL="C")
+    with said.open("wb") as stream:
+        return _Process(group.start(command, env=environment, stdout=stream, stderr=stream), said)
+
+
+def _complaint(said: Path) -> str:
+    """The first line that is an error, or else the first."""
+    lines = said.read_text(encoding="utf-8", errors="replace").split("\n")
+    line = next((line for line in lines if "error" in line), lines[0]).strip()
+    return line[:MAX_REASON] or "it said nothing"

@@ -1,0 +1,186 @@
+"""The draws of a step: laid out as the native kernels take them, and what came of them as the engine takes it.
+
+Drawing itself is `src/sample.h`, with the semantics of `sampling/reference.py`. Knows no logits and no sequences.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from brlite.backends.native import abi
+from brlite.backends.sampling.random_numbers import uniform
+from brlite.engine.backend import SampledToken, SamplingInput
+from brlite.outputs import TokenLogprob
+from brlite.sampling_params import SamplingParams
+
+_DRAW = np.dtype(abi.Draw)
+_DRAWN = np.dtype(abi.Drawn)
+_MAX_TEMPERATURE = 1e37  # as in sample.h; what ctypes would make an infinity of never gets there
+_MAX_KEPT = 1024
+_INT32_BYTES = 4
+
+
+class Drawing(NamedTuple):
+    """A token to draw after `row` of the step, at `position`, which is `sampling.position` but for guesses."""
+
+    row: int
+    sampling: SamplingInput
+    position: int
+
+
+class DrawTarget(NamedTuple):
+    """A token of a prompt whose logprob after `row` is wanted, with `num_top` alternatives."""
+
+    row: int
+    token_id: int
+    num_top: int
+
+
+class NativeDraws:
+    """Lays draws out. What a request's parameters fix is packed once and kept while the request draws."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._kept: dict[int, _Settings] = {}  # by id of the params, which the entry keeps alive
+
+    def lay_out(self, drawings: Sequence[Drawing], targets: Sequence[DrawTarget] = ()) -> StepDraws:
+        """The draws of one step, `drawings` first."""
+        kept = self._kept
+        every_params = [drawing.sampling.params for drawing in drawings]
+        settings = [kept.get(id(params)) or self._keep(params) for params in every_params]
+        packed = b"".join([entry.packed for entry in settings] + [self._pack_target(target) for target in targets])
+        return StepDraws(bytearray(packed), drawings, targets, settings)
+
+    def _keep(self, params: SamplingParams) -> _Settings:
+        if len(self._kept) >= _MAX_KEPT:
+            self._kept.clear()
+        entry = self._kept[id(params)] = _Settings.of(params, self._vocab_size)
+        return entry
+
+    def _pack_target(self, target: DrawTarget) -> bytes:
+        return bytes(abi.Draw(target=target.token_id, num_logprobs=min(target.num_top, self._vocab_size)))
+
+
+class StepDraws:
+    """One step's draws with the memory that they point to, to be kept until the kernels are done."""
+
+    def __init__(
+        self,
+        packed: bytearray,
+        drawings: Sequence[Drawing],
+        targets: Sequence[DrawTarget],
+        settings: Sequence[_Settings],
+    ) -> None:
+        self._drawings, self._targets, self._settings = drawings, targets, settings
+        self._draws = np.frombuffer(packed, dtype=_DRAW)
+        self._drawn = np.zeros(len(self._draws), dtype=_DRAWN)
+        if not len(self._draws):
+            return
+        self._draws["row"] = [drawing.row for drawing in drawings] + [target.row for target in targets]
+        self._draws["uniform"][: len(drawings)] = [
+            0.0 if entry.is_greedy else uniform(drawing.sampling.seed, drawing.position)
+            for entry, drawing in zip(settings, drawings, strict=True)
+        ]
+        self._point_to_edits(packed)
+        self._make_room_for_top()
+
+    @property
+    def num_draws(self) -> int:
+        return len(self._draws)
+
+    @property
+    def draws_address(self) -> int:
+        return self._draws.ctypes.data
+
+    @property
+    def drawn_address(self) -> int:
+        return self._drawn.ctypes.data
+
+    def tokens(self) -> list[SampledToken | None]:
+        """What was drawn for each drawing. None where its logits are not finite, or allow no token."""
+        token_ids = self._drawn["token"][: len(self._drawings)].tolist()
+        return [
+            None if token_id < 0 else SampledToken(token_id, self._logprob(i, token_id) if entry.is_reported else None)
+            for i, (token_id, entry) in enumerate(zip(token_ids, self._settings, strict=True))
+        ]
+
+    def target_logprobs(self) -> list[TokenLogprob]:
+        """What was reported on each target. Logits that are not finite give a logprob that is not."""
+        first = len(self._drawings)
+        return [self._logprob(first + i, target.token_id) for i, target in enumerate(self._targets)]
+
+    def _logprob(self, index: int, token_id: int) -> TokenLogprob:
+        found = self._drawn[index]
+        num_top = int(self._draws["num_logprobs"][index]) if found["token"] >= 0 else 0
+        if num_top == 0:
+            return TokenLogprob(token_id, float(found["logprob"]))
+        ids, logprobs = self._top_ids[index, :num_top].tolist(), self._top_logprobs[index, :num_top].tolist()
+        return TokenLogprob(token_id, float(found["logprob"]), tuple(zip(ids, logprobs, strict=True)))
+
+    def _point_to_edits(self, packed: bytearray) -> None:
+        """The bans and counts of the drawings that have some: they differ from step to step."""
+        self._banned: list[npt.NDArray[np.int32]] = []
+        for i, ((_, sampling, _), entry) in enumerate(zip(self._drawings, self._settings, strict=True)):
+            if not (sampling.banned_token_ids or entry.is_penalised):
+                continue
+            draw = abi.Draw.from_buffer(packed, i * _DRAW.itemsize)
+            banned = np.array(sampling.banned_token_ids, dtype=np.int32)
+            self._banned.append(banned)
+            draw.num_banned, draw.banned_ids = len(banned), banned.ctypes.data
+            if entry.is_penalised:
+                draw.num_counted = len(sampling.counted_token_ids) // _INT32_BYTES
+                draw.counted_ids = _address(sampling.counted_token_ids)
+                draw.output_counts = _address(sampling.output_counts)
+
+    def _make_room_for_top(self) -> None:
+        num_top = int(self._draws["num_logprobs"].max())
+        if num_top <= 0:
+            return
+        shape = len(self._draws), num_top
+        self._top_ids, self._top_logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        offsets = np.arange(len(self._draws), dtype=np.uint64) * np.uint64(num_top * _INT32_BYTES)
+        self._drawn["top_ids"] = offsets + np.uint64(self._top_ids.ctypes.data)
+        self._drawn["top_logprobs"] = offsets + np.uint64(self._top_logprobs.ctypes.data)
+
+
+class _Settings(NamedTuple):
+    """What a request's parameters say of each of its draws: a packed `abi.Draw` with the arrays that it points to."""
+
+    packed: bytes
+    params: SamplingParams
+    is_greedy: bool
+    is_penalised: bool
+    is_reported: bool
+    bias_ids: npt.NDArray[np.int32]
+    biases: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, params: SamplingParams, vocab_size: int) -> _Settings:
+        bias_ids = np.array(list(params.logit_bias), dtype=np.int32)
+        biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
+        draw = abi.Draw(
+            target=-1,
+            temperature=0.0 if params.is_greedy else min(params.temperature, _MAX_TEMPERATURE),
+            top_k=vocab_size if params.top_k == -1 else min(params.top_k, vocab_size),
+            top_p=params.top_p,
+            min_p=params.min_p,
+            num_logprobs=-1 if params.logprobs is None else min(params.logprobs, vocab_size),
+            num_biases=len(bias_ids),
+            repetition_penalty=params.repetition_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            bias_ids=bias_ids.ctypes.data,
+            biases=biases.ctypes.data,
+        )
+        has_logprobs = params.logprobs is not None
+        return cls(bytes(draw), params, params.is_greedy, params.has_penalties, has_logprobs, bias_ids, biases)
+
+
+def _address(data: bytes) -> int | None:
+    """Where bytes lie, which whoever uses this must keep."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value

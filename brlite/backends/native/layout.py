@@ -1,0 +1,74 @@
+"""Where each parameter of a decoder lies in the packed weights, and in which form. Knows sizes, not values.
+
+The packed weights are one block of memory, and byte for byte what an image file holds (`image.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Literal
+
+import msgspec
+
+from brlite.backends.native.abi import BF16, INT8
+from brlite.models.config import QUANTIZATION_GROUP, ModelConfig, parameter_shapes
+from brlite.models.shards import Shard, shared_shapes
+
+# panels: a matrix as the kernels multiply by it; table: bfloat16 rows to look up; vector: float32, padded with zeros.
+Form = Literal["panels", "table", "vector"]
+
+ALIGNMENT = 4096
+
+
+class PackedTensor(msgspec.Struct, frozen=True):
+    """One parameter, `num_outputs` × `num_inputs` (1 × its length for a vector), at `offset` of the packed weights."""
+
+    form: Form
+    format: int
+    num_outputs: int
+    num_inputs: int
+    offset: int
+    num_bytes: int
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """All of a decoder's parameters by name, as in `parameter_shapes`."""
+
+    tensors: dict[str, PackedTensor]
+    num_bytes: int
+
+
+def packed_layout(library: ctypes.CDLL, config: ModelConfig, *, is_int8: bool, share: Shard | None = None) -> Layout:
+    """The layout for a model, or for one rank's share of it.
+
+    With tied embeddings `embedding` is panels, which serve both look-up and head.
+    """
+    tensors: dict[str, PackedTensor] = {}
+    end = 0
+    shapes = parameter_shapes(config) if share is None else shared_shapes(config, share)
+    for name, shape in shapes.items():
+        tensor = _packed(library, config, name, shape, INT8 if is_int8 else BF16, end)
+        tensors[name] = tensor
+        end = _aligned(end + tensor.num_bytes)
+    return Layout(tensors, end)
+
+
+def _packed(
+    library: ctypes.CDLL, config: ModelConfig, name: str, shape: tuple[int, ...], number_format: int, offset: int
+) -> PackedTensor:
+    if len(shape) == 1:
+        return PackedTensor("vector", BF16, 1, shape[0], offset, 4 * padded(shape[0]))
+    num_outputs, num_inputs = shape
+    if name == "embedding" and not config.tie_word_embeddings:
+        return PackedTensor("table", BF16, num_outputs, num_inputs, offset, 2 * num_outputs * num_inputs)
+    num_bytes = library.brlite_packed_bytes(number_format, num_outputs, num_inputs)
+    return PackedTensor("panels", number_format, num_outputs, num_inputs, offset, num_bytes)
+
+
+def padded(size: int) -> int:
+    """Rows of floats are filled up with zeros to whole groups of inputs."""
+    return -(-size // QUANTIZATION_GROUP) * QUANTIZATION_GROUP
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT

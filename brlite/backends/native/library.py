@@ -1,0 +1,134 @@
+"""Finds the native library, or has it built, and chooses the instruction set that its kernels use.
+
+A library counts only if it was built from these very sources: the one that came with the installation first, then the
+one in the cache folder, then a new one there. Knows nothing of what is computed with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from brlite.backends.native import abi
+from brlite.backends.native.build import build_library, fingerprint
+from brlite.errors import ConfigError, NativeUnavailable
+from brlite.files.cache import default_cache
+from brlite.files.ownership import why_untrusted
+
+logger = logging.getLogger(__name__)
+
+HERE = Path(__file__).parent  # where extension.py puts a library
+INSTALLED = "_native*.so"
+PASSED = 0
+ISA_VARIABLE = "BRLITE_ISA"  # the instruction set to use, for comparisons; the best one where it is not set
+
+
+class NativeLibrary(NamedTuple):
+    """A library that is as it should be, and the best instruction set that computes rightly here."""
+
+    functions: ctypes.CDLL
+    path: Path
+    isa: int
+
+    @property
+    def isa_name(self) -> str:
+        return abi.ISAS[self.isa]
+
+
+def load_library(
+    cache: Path | None = None, *, installed: Path = HERE, build: Callable[[Path], None] = build_library
+) -> NativeLibrary:
+    """The native library, compiled if need be, which takes half a minute once. `cache` is brlite's unless given.
+
+    Raises `NativeUnavailable` with the reason if there is none, and no compiler that makes one.
+    """
+    library = find_library(cache, installed=installed) or _built(_kept(cache), build)
+    logger.info("native kernels: %s, %s", library.path, library.isa_name)
+    return library
+
+
+def find_library(cache: Path | None = None, *, installed: Path = HERE) -> NativeLibrary | None:
+    """The same, but None where one would have to be compiled."""
+    kept = _kept(cache)
+    for path in (*sorted(installed.glob(INSTALLED)), kept):
+        if os.path.exists(path):  # False, too, where the folder may not be read
+            try:
+                # Looked at before it is loaded, since loading runs its constructors. What is installed is trusted as
+                # the Python code beside it is.
+                if path == kept and (stranger := why_untrusted(path)):
+                    logger.warning("native library %s is not used: %s", path, stranger)
+                    continue
+                return _checked(path)
+            except OSError as error:
+                logger.info("native library %s is not used: %s", path, error)
+    return None
+
+
+def _built(path: Path, build: Callable[[Path], None]) -> NativeLibrary:
+    """Compile into the cache; where others can write there, into a folder that ends with this load."""
+    try:
+        with ExitStack() as opened:
+            if path.parent.is_dir() and why_untrusted(path.parent):
+                path = Path(opened.enter_context(TemporaryDirectory(prefix="brlite-"))) / path.name
+                logger.warning("the native kernels are compiled for this start only: others can write to the cache")
+            build(path)
+            return _checked(path)
+    except OSError as error:
+        raise NativeUnavailable(f"the native library was compiled, but cannot be loaded: {error}") from error
+
+
+def best_isa(functions: ctypes.CDLL, wanted: str = "") -> int:
+    """The last instruction set of `abi.ISAS` that is there and gives the same results as the generic kernels.
+
+    Only `wanted`, if that is given; raises `ConfigError` where this machine or this library does not have it.
+    """
+    available = available_isas(functions)
+    if wanted:
+        available = [isa for isa in available if abi.ISAS[isa] == wanted]
+        if not available:
+            here = ", ".join(abi.ISAS[isa] for isa in available_isas(functions))
+            raise ConfigError(f"{ISA_VARIABLE} is {wanted!r}; allowed on this machine are {here}")
+    for isa in reversed(available):
+        check = functions.brlite_self_test(isa)
+        if check == PASSED:
+            return isa
+        logger.warning("native kernels for %s are not used: they fail self-test %d", abi.ISAS[isa], check)
+    raise NativeUnavailable(f"the native kernels fail their self-test, the {wanted or 'generic'} ones too")
+
+
+def available_isas(functions: ctypes.CDLL) -> list[int]:
+    """The instruction sets that both this machine and this library have, the plainest first."""
+    return [isa for isa in range(len(abi.ISAS)) if functions.brlite_isa_available(isa)]
+
+
+def run_self_tests(functions: ctypes.CDLL) -> dict[str, int]:
+    """Each instruction set that is there → 0, or the number of the first check that it fails."""
+    return {abi.ISAS[isa]: functions.brlite_self_test(isa) for isa in available_isas(functions)}
+
+
+def _kept(cache: Path | None) -> Path:
+    return (default_cache() if cache is None else cache) / "native" / f"brlite-{fingerprint()}.so"
+
+
+def _checked(path: Path) -> NativeLibrary:
+    """Raises OSError for a library that is broken or was built from other sources."""
+    functions = ctypes.CDLL(str(path))
+    if _fingerprint_of(functions) != fingerprint():
+        raise OSError("it was built from other sources")
+    abi.declare(functions)
+    abi.check(functions)
+    return NativeLibrary(functions, path, best_isa(functions, os.environ.get(ISA_VARIABLE, "")))
+
+
+def _fingerprint_of(functions: ctypes.CDLL) -> str | None:
+    function = getattr(functions, "brlite_fingerprint", None)
+    if function is None:
+        return None
+    function.argtypes, function.restype = (), ctypes.c_char_p
+    return str(function().decode())

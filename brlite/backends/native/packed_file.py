@@ -1,0 +1,179 @@
+"""The packed weights as a file: what `serialize_file` names. Written once, read at every later start.
+
+    8 bytes   magic
+    4 bytes   length of the manifest, little-endian
+    manifest  JSON: what the weights are and how they are laid out, a checksum for each MiB of them; then spaces, so
+              that its length follows from the weights' size alone
+    16 bytes  blake2b of the manifest
+    …         zeros to a multiple of 4096, then the weights, byte for byte as in memory
+
+The weights are mapped, not read: several servers share them, and a step over them is as fast as over large pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import mmap
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from brlite.backends.native.memory import NativeMemory
+from brlite.checkpoint.model_file import describe_file
+from brlite.files.temporary import create_temporary
+
+MAGIC = b"brlite\x00\x01"
+ALIGNMENT = 4096
+MAX_MANIFEST_BYTES = 16 * 2**20
+CHUNK_BYTES = 2**20
+DIGEST_BYTES = 16
+CHECKSUM_CHARACTERS = 21  # of a number of 64 bits and a comma
+
+
+class PackedFileKey(msgspec.Struct, frozen=True):
+    """What an image must be of to be used: layout, precision and the very checkpoint that it was made from."""
+
+    layout_version: int
+    precision: str
+    identity: str
+    num_bytes: int
+
+
+class PackedManifest(msgspec.Struct, frozen=True):
+    key: PackedFileKey
+    checksums: list[int]
+
+
+class PackedFileError(Exception):
+    """Why an image cannot be used. `is_ours` tells whether it may be replaced."""
+
+    def __init__(self, reason: str, *, is_ours: bool) -> None:
+        super().__init__(reason)
+        self.is_ours = is_ours
+
+
+def checksums(
+    library: ctypes.CDLL, address: int, num_bytes: int, pool: ThreadPoolExecutor, on_progress: Callable[[float], None]
+) -> list[int]:
+    """A checksum for each MiB at `address`. `on_progress` gets the fraction that is done."""
+
+    def checksum(start: int) -> int:
+        return int(library.brlite_checksum(None, address + start, min(CHUNK_BYTES, num_bytes - start)))
+
+    sums = []
+    for checked in pool.map(checksum, range(0, num_bytes, CHUNK_BYTES)):
+        sums.append(checked)
+        on_progress(min(1.0, len(sums) * CHUNK_BYTES / num_bytes))
+    return sums
+
+
+class MappedPackedFile:
+    """The weights of an image: `num_bytes` at `address`, until `close`, and their `checksums`.
+
+    Raises `FileNotFoundError` where there is none, `PackedFileError` unless the file is whole and `key`'s.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key: PackedFileKey,
+        library: ctypes.CDLL,
+        pool: ThreadPoolExecutor,
+        on_progress: Callable[[float], None],
+    ) -> None:
+        self.num_bytes = key.num_bytes
+        try:
+            if path.exists() and (described := describe_file(path, "packed weights")):
+                raise PackedFileError(f"it {described}", is_ours=False)
+            with path.open("rb") as file:
+                manifest, start = _read_manifest(file.read(MAX_MANIFEST_BYTES))
+                _check(manifest, key, os.fstat(file.fileno()).st_size - start)
+                self._mapping = mmap.mmap(file.fileno(), key.num_bytes, access=mmap.ACCESS_READ, offset=start)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise PackedFileError(f"cannot be read: {error.strerror}", is_ours=False) from error
+        self.address = int(np.frombuffer(self._mapping, np.uint8).ctypes.data)
+        self.checksums = checksums(library, self.address, key.num_bytes, pool, on_progress)
+        if self.checksums != manifest.checksums:
+            self.close()
+            raise PackedFileError("its weights do not have their checksums", is_ours=True)
+
+    def close(self) -> None:
+        """Unmap. May be called twice."""
+        self._mapping.close()
+
+
+def write_image(path: Path, key: PackedFileKey, memory: NativeMemory, sums: list[int]) -> None:
+    """Write `memory` to a temporary file beside `path` and give it that name. Raises `OSError`."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    handle, temporary = create_temporary(path)
+    try:
+        with open(handle, "wb") as file:
+            file.write(image_header(key, sums))
+            file.write(memory.bytes().data)
+            file.flush()
+            os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def read_image_key(path: Path) -> PackedFileKey:
+    """The key in the header of a packed file. Raises `PackedFileError` where that is not one, and `OSError`."""
+    with path.open("rb") as file:
+        return _read_manifest(file.read(MAX_MANIFEST_BYTES))[0].key
+
+
+def image_header(key: PackedFileKey, sums: list[int]) -> bytes:
+    """All that stands before the weights."""
+    body = msgspec.json.encode(PackedManifest(key, sums)).ljust(_manifest_bytes(key))
+    header = MAGIC + len(body).to_bytes(4, "little") + body + _digest(body)
+    return header + bytes(-len(header) % ALIGNMENT)
+
+
+def weights_start(key: PackedFileKey) -> int:
+    """Where the weights will begin, whatever their checksums are."""
+    header_bytes = len(MAGIC) + 4 + _manifest_bytes(key) + DIGEST_BYTES
+    return -(-header_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def _manifest_bytes(key: PackedFileKey) -> int:
+    num_checksums = -(-key.num_bytes // CHUNK_BYTES)
+    return len(msgspec.json.encode(PackedManifest(key, []))) + CHECKSUM_CHARACTERS * num_checksums
+
+
+def _read_manifest(head: bytes) -> tuple[PackedManifest, int]:
+    """The manifest, and where the weights begin."""
+    if not head.startswith(MAGIC):
+        raise PackedFileError("it is not an image of brlite", is_ours=False)
+    begin = len(MAGIC) + 4
+    end = begin + int.from_bytes(head[len(MAGIC) : begin], "little")
+    body, digest = head[begin:end], head[end : end + DIGEST_BYTES]
+    if digest != _digest(body):
+        raise PackedFileError("its manifest is damaged", is_ours=True)
+    try:
+        manifest = msgspec.json.decode(body, type=PackedManifest)
+    except msgspec.ValidationError as error:
+        raise PackedFileError(f"its manifest is of another version: {error}", is_ours=True) from error
+    return manifest, -(-(end + DIGEST_BYTES) // ALIGNMENT) * ALIGNMENT
+
+
+def _check(manifest: PackedManifest, key: PackedFileKey, num_bytes: int) -> None:
+    for name in PackedFileKey.__struct_fields__:
+        found, wanted = getattr(manifest.key, name), getattr(key, name)
+        if found != wanted:
+            raise PackedFileError(f"its {name} is {found}, not {wanted}", is_ours=True)
+    if num_bytes != key.num_bytes:
+        raise PackedFileError(f"it holds {num_bytes} bytes of weights, not {key.num_bytes}", is_ours=True)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()

@@ -1,0 +1,116 @@
+"""An image that is packed straight into its file, for weights that are larger than the memory there is.
+
+The bytes are those of `image.write_image`. Only what is being packed is in memory: a few rows for each thread.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from brlite.backends.native.abi import LANES
+from brlite.backends.native.layout import Layout, PackedTensor
+from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, image_header, weights_start
+from brlite.backends.native.packer import Float32, from_bfloat16, to_bfloat16
+from brlite.checkpoint.new_file import FileRecord, NewFile, read_record
+
+BLOCK_ROWS = 256  # packed at once; whole panels
+
+
+class PackedFile:
+    """Packed weights on their way into the file `path`. Raises `OSError` where the disk does.
+
+    `key` lacks its identity, which is known at the end. Leaving the `with` statement before `finish` removes what was
+    written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key: PackedFileKey,
+        library: ctypes.CDLL,
+        layout: Layout,
+        pool: ThreadPoolExecutor,
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        self._key = key
+        self._library = library
+        self._layout = layout
+        self._pool = pool
+        self._on_bytes = on_bytes
+        self._start = weights_start(key)
+        self._file = NewFile(path, self._start + key.num_bytes)
+
+    def __enter__(self) -> PackedFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._file:
+            pass
+
+    def put(self, name: str, start: int, values: Float32, *, keeps_digits: bool) -> None:
+        """Pack `values` as rows `start` onwards of a parameter, rounded to bfloat16 unless it keeps its digits."""
+        tensor = self._layout.tensors[name]
+        if tensor.form == "vector":
+            numbers = values if keeps_digits else from_bfloat16(to_bfloat16(values))
+            self._write(tensor.offset + 4 * start, np.ascontiguousarray(numbers, np.float32))
+            return
+        put_block = self._put_panels if tensor.form == "panels" else self._put_rows
+        values = np.ascontiguousarray(values, np.float32)
+        stop = start + len(values)
+        # Blocks begin at multiples of whole panels, so that no two threads write to one panel.
+        bounds = [start, *range((start // BLOCK_ROWS + 1) * BLOCK_ROWS, stop, BLOCK_ROWS), stop]
+        blocks = [
+            self._pool.submit(put_block, tensor, first, values[first - start : last - start])
+            for first, last in pairwise(bounds)
+        ]
+        for block in blocks:
+            block.result()
+
+    def finish(self, identity: str) -> FileRecord:
+        """Write the header, all weights being there, and give the file its name. `identity` is as long as the key's."""
+        sums = list(self._pool.map(self._checksum, range(0, self._key.num_bytes, CHUNK_BYTES)))
+        header = image_header(msgspec.structs.replace(self._key, identity=identity), sums)
+        if len(header) != self._start:
+            raise ValueError(f"the header has {len(header)} bytes, not the {self._start} that were planned")
+        self._file.write(header, 0)
+        synced = self._pool.submit(self._file.sync)
+        record = read_record(self._file.temporary)
+        synced.result()
+        self._file.publish()
+        return record
+
+    def _put_panels(self, tensor: PackedTensor, first: int, values: Float32) -> None:
+        panel_bytes = tensor.num_bytes // -(-tensor.num_outputs // LANES)
+        first_panel, last = first // LANES, first + len(values)
+        panels = np.zeros((-(-last // LANES) - first_panel, panel_bytes), np.uint8)
+        begin = tensor.offset + first_panel * panel_bytes
+        # Panels at the borders may have rows of another tensor already.
+        for index in {0, len(panels) - 1} if first % LANES or last % LANES else ():
+            there = self._file.read(panel_bytes, self._start + begin + index * panel_bytes)
+            panels[index] = np.frombuffer(there, np.uint8)
+        self._library.brlite_pack(
+            tensor.format, values.ctypes.data, first % LANES, len(values), tensor.num_inputs, panels.ctypes.data
+        )
+        self._write(begin, panels)
+
+    def _put_rows(self, tensor: PackedTensor, first: int, values: Float32) -> None:
+        self._write(tensor.offset + 2 * first * tensor.num_inputs, to_bfloat16(values))
+
+    def _write(self, offset: int, values: npt.NDArray[Any]) -> None:
+        data = values.reshape(-1).view(np.uint8).data
+        self._file.write(data, self._start + offset)
+        self._on_bytes(len(data))
+
+    def _checksum(self, first: int) -> int:
+        content = self._file.read(min(CHUNK_BYTES, self._key.num_bytes - first), self._start + first)
+        data = np.frombuffer(content, np.uint8)
+        return int(self._library.brlite_checksum(None, data.ctypes.data, len(data)))

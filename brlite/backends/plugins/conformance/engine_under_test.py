@@ -1,0 +1,156 @@
+"""An engine under test: fills slots as its capabilities allow, and compares what comes back.
+
+Knows the contract and no particular engine. What is tried is in `conformance.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from brlite.backends.plugins.calls import chunks, plan_calls, with_every_slot
+from brlite.backends.plugins.contract import (
+    Capabilities,
+    Logits,
+    PluginEngine,
+    PluginRow,
+    RowRefused,
+    TokenIds,
+    with_static_context,
+)
+from brlite.backends.plugins.discovery import check_capabilities
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.errors import BrliteError, ConfigError
+
+MIN_MODEL_LEN = 32
+
+Logit = npt.NDArray[np.float32] | npt.NDArray[np.float16]  # those of one row [V]
+
+
+class CheckFailed(BrliteError):
+    """A promise of the contract is not kept: `str(error)` says what was seen."""
+
+
+class NotApplicable(BrliteError):
+    """A check of what this engine does not claim, or has too few slots or positions for."""
+
+
+class EngineUnderTest:
+    """One engine, and how long its slots should be by now."""
+
+    def __init__(self, make: Callable[[], PluginEngine], spec: ModelSpec, config: EngineConfig) -> None:
+        self._make, self._spec, self._config = make, with_static_context(spec), config
+        self.engine = make()
+        self.capabilities: Capabilities = self._opened()
+
+    def reopen(self, *, is_new: bool) -> None:
+        """Close the engine and open it again, or a new one of its kind."""
+        self.engine.close()
+        if is_new:
+            self.engine = self._make()
+        self.capabilities = self._opened()
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def clear(self) -> None:
+        """Release every slot."""
+        for slot in range(self.capabilities.max_seqs):
+            self.release(slot)
+
+    def release(self, slot: int) -> None:
+        self.engine.release(slot)
+        self.lengths[slot] = 0
+
+    def feed(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Logit]:
+        """Extend slots by tokens, in as few calls as the engine allows. The logits after the last, by slot."""
+        pieces = {slot: chunks(np.array(token_ids, np.int32), self.capabilities) for slot, token_ids in tokens.items()}
+        found: dict[int, Logit] = {}
+        for index in range(max(map(len, pieces.values()))):
+            rows = [self.row(slot, each[index]) for slot, each in pieces.items() if index < len(each)]
+            for group in plan_calls(rows, self.capabilities):
+                found |= self.step(group)
+        return found
+
+    def alone(self, slot: int, token_ids: Sequence[int]) -> Logit:
+        """Extend one slot by tokens."""
+        return self.feed({slot: token_ids})[slot]
+
+    def row(self, slot: int, token_ids: TokenIds | Sequence[int]) -> PluginRow:
+        """A row that goes on where the slot ends."""
+        return PluginRow(slot, self.lengths[slot], np.array(token_ids, np.int32))
+
+    def step(self, rows: Sequence[PluginRow]) -> dict[int, Logit]:
+        """One call. The logits of the rows that have tokens, by slot."""
+        padded = with_every_slot(rows, self.capabilities)
+        logits = self.engine.step(padded)
+        for row in rows:
+            self.lengths[row.slot] = row.end
+        return {row.slot: row_logits for row, row_logits in zip(padded, logits, strict=True) if len(row.token_ids)}
+
+    def expect_refusal(self, what: str, rows: Sequence[PluginRow]) -> None:
+        """Fail unless these rows are refused in the way of the contract."""
+        try:
+            self.engine.step(with_every_slot(rows, self.capabilities))
+        except RowRefused as error:
+            if not str(error).strip():
+                raise CheckFailed(f"{what} is refused without a word") from None
+        except Exception as error:  # whatever it is, it is not what was promised
+            raise CheckFailed(f"{what} raises {type(error).__name__} in place of RowRefused: {error}") from None
+        else:
+            raise CheckFailed(f"{what} is computed as if it were right")
+
+    def prompt(self, length: int, *, salt: int = 0) -> list[int]:
+        """Token ids that are the same in every run; shorter where a slot, less a few tokens, could not hold so many."""
+        random = np.random.default_rng((length, salt))
+        room = max(2, self.capabilities.max_model_len - 8)
+        token_ids: list[int] = random.integers(0, self.capabilities.vocab_size, min(length, room)).tolist()
+        return token_ids
+
+    def need_slots(self, count: int) -> None:
+        if self.capabilities.max_seqs < count:
+            raise NotApplicable(f"needs {count} slots, and it has {self.capabilities.max_seqs}")
+
+    def need(self, capability: str) -> None:
+        if not getattr(self.capabilities, capability):
+            raise NotApplicable(f"{capability} is not claimed")
+
+    def same(self, what: str, found: Logit, expected: Logit, *, is_exact: bool) -> float:
+        """The difference of two rows as a share of their magnitude. Fails if it is more than may be."""
+        if is_exact:
+            if not np.array_equal(found, expected):
+                raise CheckFailed(f"{what}: not the same bits; they differ by {_difference(found, expected):.2g}")
+            return 0.0
+        difference = _difference(found, expected)
+        if not difference <= self.capabilities.tolerance:
+            raise CheckFailed(
+                f"{what}: logits differ by {difference:.2g}, tolerated is {self.capabilities.tolerance:g}"
+            )
+        return difference
+
+    def _opened(self) -> Capabilities:
+        capabilities = self.engine.open(self._spec, self._config)
+        check_capabilities(capabilities, self._spec)
+        if capabilities.max_model_len < MIN_MODEL_LEN:
+            raise ConfigError(f"build_seq is {capabilities.max_model_len}; checking an engine takes {MIN_MODEL_LEN}")
+        self.lengths = [0] * capabilities.max_seqs
+        return capabilities
+
+
+def check_form(logits: Logits, num_rows: int, capabilities: Capabilities) -> None:
+    """Fail for logits that have not the form that was promised."""
+    shape, dtype = (num_rows, capabilities.vocab_size), capabilities.logits_dtype
+    if not isinstance(logits, np.ndarray):
+        raise CheckFailed(f"logits are a {type(logits).__name__}, not a numpy array")
+    if logits.shape != shape:
+        raise CheckFailed(f"logits have shape {list(logits.shape)}; promised is {list(shape)}")
+    if logits.dtype != dtype:
+        raise CheckFailed(f"logits are {logits.dtype}; promised is {dtype}")
+
+
+def _difference(found: Logit, expected: Logit) -> float:
+    one, other = found.astype(np.float64), expected.astype(np.float64)
+    magnitude = max(float(np.abs(one).max()), float(np.abs(other).max())) or 1.0
+    return float(np.abs(one - other).max()) / magnitude

@@ -1,0 +1,50 @@
+"""Finds an engine by its name among the entry points of what is installed, and judges what it says of itself."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import cast
+
+from brlite.backends.plugins.contract import Capabilities, PluginEngine
+from brlite.config.options import ModelSpec
+from brlite.errors import ConfigError, EngineError
+
+GROUP = "brlite.engines"
+MAX_TOLERANCE = 0.1
+
+
+def make_engine(name: str) -> PluginEngine:
+    """A new engine of that name, not yet open. Raises `ConfigError` where there is none, or it cannot be imported."""
+    found = _find(name)
+    try:
+        make = found.load()
+    except (ImportError, AttributeError, OSError) as error:  # OSError: a shared library that fails to load
+        raise ConfigError(f"engine {name} ({found.value}) cannot be imported: {error}") from error
+    return cast(PluginEngine, make())
+
+
+def check_engine_name(name: str) -> None:
+    """Raise `ConfigError` where no engine of that name is installed. Imports none."""
+    _find(name)
+
+
+def check_capabilities(capabilities: Capabilities, spec: ModelSpec) -> None:
+    """Raise what makes an open engine unusable: `EngineError` for a contradiction, `ConfigError` for another model."""
+    name = f"engine {capabilities.name}"
+    for field in ("max_seqs", "max_model_len", "vocab_size", "longest_row"):
+        if getattr(capabilities, field) < 1:
+            raise EngineError(f"{name}: {field} = {getattr(capabilities, field)}; allowed is 1 or more")
+    if not 0 <= capabilities.tolerance <= MAX_TOLERANCE:
+        raise EngineError(f"{name}: tolerance = {capabilities.tolerance}; allowed is 0 to {MAX_TOLERANCE}")
+    if capabilities.longest_row < capabilities.max_model_len and not capabilities.can_chunk_prompts:
+        raise EngineError(f"{name}: max_row_tokens = {capabilities.max_row_tokens} needs can_chunk_prompts")
+    if spec.vocab_size not in (None, capabilities.vocab_size):
+        raise ConfigError(f"vocab_size is {spec.vocab_size}; {name} gives {capabilities.vocab_size} logits")
+
+
+def _find(name: str) -> EntryPoint:
+    engines = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in engines:
+        known = ", ".join(sorted(engines)) or "none, not even the toy: brlite has to be installed anew (pip install)"
+        raise ConfigError(f"there is no engine {name!r}; installed are {known}")
+    return engines[name]

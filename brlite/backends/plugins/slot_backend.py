@@ -1,0 +1,245 @@
+"""An engine of the contract as the `Backend` that brlite's own engine drives: one slot is one block of a whole context.
+
+So the block that a sequence is given is the number of its slot, and a block is never shared: what is cached stays in
+its slot until another sequence is given it. Splits steps into the calls that the engine allows, and draws the tokens on
+the host. Knows no text and no requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from brlite.backends.plugins.calls import chunks, plan_calls, with_every_slot
+from brlite.backends.plugins.contract import Capabilities, PluginEngine, PluginRow
+from brlite.backends.plugins.discovery import check_capabilities
+from brlite.backends.plugins.one_thread import OneThread
+from brlite.backends.sampling.host import HostSampler, choose_sampler
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.errors import BackendLost, EngineError
+from brlite.outputs import TokenLogprob
+
+logger = logging.getLogger(__name__)
+
+NOT_FINITE = "the model produced logits that are not finite"
+STEP_FAILED = "the model step failed; the request was not completed"
+
+PREFIX_NOTE = "prompts that begin alike are each computed in full: a sequence has a slot of its own"
+PROMPT_LOGPROBS_NOTE = "prompt_logprobs are refused: it takes prompts whole, and gives the logits of the last token"
+FEWER_NOTE = "it has {name} {has}, and the config asks for {asked}"
+
+Logits = npt.NDArray[np.float32]
+
+
+@dataclass
+class Slot:
+    """What a slot holds, and the tokens of its sequence that wait until their prompt is whole."""
+
+    length: int = 0
+    waiting: list[int] = field(default_factory=list)
+
+
+@dataclass
+class SlotWork:
+    """A sequence of this step: the rows it takes one after the other, and what has come of them."""
+
+    seq: ScheduledSeq
+    slot: int
+    rows: list[PluginRow]
+    logits: list[Logits] = field(default_factory=list)
+    error: str | None = None
+
+
+class SlotBackend:
+    """A `Backend`. Owns the engine, and the thread that all its calls come from, until `close`."""
+
+    def __init__(
+        self,
+        engine: PluginEngine,
+        spec: ModelSpec,
+        config: EngineConfig,
+        choose: Callable[[int], HostSampler] = choose_sampler,
+    ) -> None:
+        """Opens the engine, which may take minutes. Raises what it raises."""
+        self._engine = engine
+        self._guard = BackendGuard()
+        self._thread = OneThread("brlite-engine-calls")
+        try:
+            self._capabilities = self._thread.call(lambda: engine.open(spec, config))
+            check_capabilities(self._capabilities, spec)
+            self._sampler = choose(self._capabilities.vocab_size)
+        except Exception:  # not for Ctrl-C: closing would wait until the engine is open
+            self.close()
+            raise
+        self.info = describe(self._capabilities, spec, config)
+        self._slots = [Slot() for _ in range(self.info.num_blocks)]
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Compute one step. A call that fails ends its own sequences; if all do, what the last one raised is raised.
+
+        `BackendLost` ends them all at once.
+        """
+        with self._guard.step():
+            return self._execute(batch)
+
+    def close(self) -> None:
+        """Close the engine and end its thread, after the step under way if there is one. May be called twice."""
+        self._guard.close(self._give_back)
+
+    def _execute(self, batch: Batch) -> StepResult:
+        work = [self._take(seq) for seq in batch.seqs]
+        failures = [error for calls in self._rounds(work) for rows in calls for error in self._call(rows, work)]
+        if failures and all(each.error is not None for each in work):
+            raise failures[-1]
+        for error in failures:
+            logger.error("a call of engine %s failed; other sequences go on", self.info.name, exc_info=error)
+        return StepResult(self._results(work))
+
+    def _give_back(self) -> None:
+        if self._thread.is_stopped:
+            return
+        try:
+            self._thread.call(self._engine.close)
+        finally:
+            self._thread.stop()
+
+    def _take(self, seq: ScheduledSeq) -> SlotWork:
+        """The rows that a sequence's tokens make. A slot that begins anew was somebody else's, who has left."""
+        number = seq.block_table[0]
+        slot = self._slots[number]
+        if seq.start == 0:
+            self._release(number)
+        if slot.length + len(slot.waiting) != seq.start:
+            held = slot.length + len(slot.waiting)
+            raise EngineError(f"slot {number} holds {held} tokens, and the step goes on at {seq.start}")
+        slot.waiting += seq.token_ids
+        is_due = self._capabilities.can_chunk_prompts or seq.sampling is not None
+        return SlotWork(seq, number, list(self._rows(seq, number)) if is_due else [])
+
+    def _rows(self, seq: ScheduledSeq, number: int) -> Iterator[PluginRow]:
+        """All that waits in a slot. Tokens whose logits are wanted come one by one."""
+        slot, start = self._slots[number], self._slots[number].length
+        token_ids = np.array(slot.waiting, np.int32)
+        num_single = len(seq.prompt_targets)
+        pieces = [token_ids[index : index + 1] for index in range(num_single)]
+        for piece in (*pieces, *chunks(token_ids[num_single:], self._capabilities)):
+            yield PluginRow(number, start, piece)
+            start += len(piece)
+        slot.waiting = []
+
+    def _rounds(self, work: Sequence[SlotWork]) -> Iterator[list[list[PluginRow]]]:
+        """The calls for everybody's first rows, then those for the second ones of who has more, and so on."""
+        for index in range(max((len(each.rows) for each in work), default=0)):
+            rows = [each.rows[index] for each in work if index < len(each.rows) and each.error is None]
+            yield plan_calls(rows, self._capabilities)
+
+    def _call(self, rows: list[PluginRow], work: Sequence[SlotWork]) -> Iterator[Exception]:
+        """One call of the engine. What it raises is yielded, and ends the sequences that were in it."""
+        concerned = {each.slot: each for each in work}
+        padded = with_every_slot(rows, self._capabilities)
+        try:
+            logits = self._checked(self._thread.call(lambda: self._engine.step(padded)), len(padded))
+        except BackendLost:
+            raise
+        except Exception as error:  # an engine is somebody else's code: whatever it raises ends these rows only
+            for row in rows:
+                concerned[row.slot].error = STEP_FAILED
+                self._release(row.slot, is_certain=True)
+            yield error
+            return
+        for row, row_logits in zip(padded, logits, strict=True):
+            if len(row.token_ids):
+                self._slots[row.slot].length = row.end
+                concerned[row.slot].logits.append(row_logits)
+
+    def _checked(self, logits: object, num_rows: int) -> Logits:
+        """Logits as the samplers take them. Raises `EngineError` for an array that is not as it was promised."""
+        shape, dtype = (num_rows, self._capabilities.vocab_size), self._capabilities.logits_dtype
+        if not isinstance(logits, np.ndarray) or logits.shape != shape or logits.dtype != dtype:
+            found = f"{logits.dtype} {logits.shape}" if isinstance(logits, np.ndarray) else type(logits).__name__
+            raise EngineError(f"engine {self._capabilities.name} gave {found} for logits; promised are {dtype} {shape}")
+        return np.ascontiguousarray(logits, np.float32)
+
+    def _release(self, number: int, *, is_certain: bool = False) -> None:
+        """Empty a slot, in the engine only where there is something in it or, after a failure, may be."""
+        slot = self._slots[number]
+        if slot.length or is_certain:
+            self._thread.call(lambda: self._engine.release(number))
+        slot.length, slot.waiting = 0, []
+
+    def _results(self, work: Sequence[SlotWork]) -> list[SeqResult]:
+        prompt_logprobs = [self._prompt_logprobs(each) for each in work]
+        tokens = self._draw([each for each in work if each.error is None and each.rows])
+        return [
+            _result(each, tokens.get(each.slot), logprobs) for each, logprobs in zip(work, prompt_logprobs, strict=True)
+        ]
+
+    def _draw(self, work: Sequence[SlotWork]) -> dict[int, SampledToken | None]:
+        """The next token of each sequence that wants one, by its slot."""
+        drawing = [(each, each.seq.sampling) for each in work if each.seq.sampling is not None]
+        if not drawing:
+            return {}
+        logits = np.stack([each.logits[-1] for each, _ in drawing])
+        tokens = self._sampler.sample(logits, [sampling for _, sampling in drawing])
+        return dict(zip((each.slot for each, _ in drawing), tokens, strict=True))
+
+    def _prompt_logprobs(self, work: SlotWork) -> list[TokenLogprob]:
+        targets = work.seq.prompt_targets
+        if not targets or work.error is not None:
+            return []
+        logits = np.stack(work.logits[: len(targets)])
+        return self._sampler.token_logprobs(logits, targets, work.seq.num_prompt_logprobs)
+
+
+def describe(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) -> BackendInfo:
+    """What the engine can hold, in the words of a backend; its notes say what it lacks of what was asked for."""
+    max_seqs = min(capabilities.max_seqs, spec.build_batch)
+    max_model_len = min(capabilities.max_model_len, spec.build_seq)
+    return BackendInfo(
+        name=capabilities.name,
+        device=capabilities.device,
+        dtype=capabilities.dtype,
+        precision=spec.precision,
+        vocab_size=capabilities.vocab_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_seqs,
+        block_size=max_model_len,
+        num_blocks=max_seqs,
+        kv_dtype=capabilities.dtype,
+        weight_bytes=capabilities.weight_bytes,
+        kv_bytes=capabilities.kv_bytes,
+        notes=tuple(_notes(capabilities, spec, config)),
+        fingerprint=capabilities.fingerprint,
+        is_batch_invariant=capabilities.is_batch_invariant,
+        has_prompt_logprobs=capabilities.can_chunk_prompts,
+    )
+
+
+def _notes(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) -> Iterator[str]:
+    notes = [*capabilities.notes]
+    if config.prefix_caching:
+        notes.append(PREFIX_NOTE)
+    if not capabilities.can_chunk_prompts:
+        notes.append(PROMPT_LOGPROBS_NOTE)
+    for name, has, asked in (
+        ("build_batch", capabilities.max_seqs, spec.build_batch),
+        ("build_seq", capabilities.max_model_len, spec.build_seq),
+    ):
+        if has < asked:
+            notes.append(FEWER_NOTE.format(name=name, has=has, asked=asked))
+    yield from (f"engine {capabilities.name}: {note}" for note in notes)
+
+
+def _result(work: SlotWork, token: SampledToken | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
+    if work.error is not None:
+        return SeqResult(work.seq.seq_id, error=work.error)
+    is_lost = work.seq.sampling is not None and token is None
+    if is_lost or not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
+        return SeqResult(work.seq.seq_id, error=NOT_FINITE)
+    return SeqResult(work.seq.seq_id, [] if token is None else [token], prompt_logprobs)

@@ -1,0 +1,192 @@
+"""The toy engine: says again what it was told. A worked example of the contract, and a server for other people's tests.
+
+It behaves as a compiled engine of a static batch does: every slot in every step, padded to one length, prompts one at a
+time and never beside decodes. Its logits are a function of all tokens in the slot and of nothing else, so that a slip
+of whoever drives it shows. Numpy only; no files, no torch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Annotated, NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta
+
+from brlite.backends.plugins.contract import Capabilities, PluginRow
+from brlite.backends.plugins.slots import Slots
+from brlite.backends.plugins.toy_text import ASSISTANT, END, USER, VOCAB_SIZE, toy_tokenizer
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.config.validation import convert
+from brlite.errors import BackendLost, EngineError
+from brlite.tokenizer import Tokenizer
+
+Rate = Annotated[float, Meta(ge=0, le=10**9)]
+Every = Annotated[int, Meta(ge=0, le=10**9)]
+
+# Chances of saying what it should not: none at temperature 1, one token in 200 at 2, nine in ten at 8.
+CERTAINTY = 20.0  # the logit of the token that is next
+SPREAD = 4.0  # those of other letters lie in a range of this width, around 0
+UNLIKELY = -30.0  # and those of other bytes here, so that noise is still text
+LETTERS = range(32, 127)
+
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_SHIFT = np.uint64(40)  # what is left are the 24 bits that a float32 can hold
+
+
+class ToyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`--engine-option NAME=VALUE`, or `[engine] options`. 0 is off.
+
+    `start_seconds` is how long it loads. A step of decodes takes 1 / `tokens_per_second`: so many tokens a second come
+    in each stream. A prompt takes its length / `prompt_tokens_per_second`. Of all steps every `fail_every`-th raises,
+    and every `nan_every`-th has NaN in its first row; with the `lost_at`-th the engine is lost for good.
+    """
+
+    start_seconds: Rate = 0.0
+    tokens_per_second: Rate = 0.0
+    prompt_tokens_per_second: Rate = 0.0
+    fail_every: Every = 0
+    nan_every: Every = 0
+    lost_at: Every = 0
+
+
+class ToyEngine:
+    """An `Engine`, and a `BringsTokenizer`."""
+
+    def __init__(self, sleep: Callable[[float], object] = time.sleep) -> None:
+        self._sleep = sleep
+        self._options = ToyOptions()
+        self._slots: Slots | None = None
+        self._num_steps = 0
+
+    def open(self, spec: ModelSpec, config: EngineConfig) -> Capabilities:
+        self._options = convert(dict(config.options), ToyOptions, source="engine toy, options", is_text=True)
+        self._sleep(self._options.start_seconds)
+        capabilities = self.capabilities(spec)
+        self._slots = Slots(capabilities)
+        self._token_ids = np.zeros((spec.build_batch, spec.build_seq), np.int32)
+        return capabilities
+
+    def capabilities(self, spec: ModelSpec) -> Capabilities:
+        return Capabilities(
+            name="toy",
+            version="1",
+            max_seqs=spec.build_batch,
+            max_model_len=spec.build_seq,
+            vocab_size=VOCAB_SIZE,
+            can_chunk_prompts=True,
+            needs_every_slot=True,
+            is_deterministic=True,
+            is_batch_invariant=True,
+            tolerance=0.0,
+            device="cpu (toy)",
+            dtype="float32",
+            fingerprint="toy1",
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        return toy_tokenizer()
+
+    def step(self, rows: Sequence[PluginRow]) -> npt.NDArray[np.float32]:
+        slots = self._opened()
+        slots.check(rows)
+        self._num_steps += 1
+        self._take_time(rows)
+        if self._is_turn(self._options.fail_every):
+            raise EngineError(f"step {self._num_steps} fails, as engine.options.fail_every asks for")
+        if 0 < self._options.lost_at <= self._num_steps:
+            raise BackendLost(f"it is lost at step {self._options.lost_at}, as engine.options.lost_at asks for")
+        self._compute(pad(rows))
+        slots.extend(rows)
+        return self._logits(rows)
+
+    def release(self, slot: int) -> None:
+        self._opened().release(slot)
+        self._token_ids[slot] = 0
+
+    def close(self) -> None:
+        self._slots = None
+
+    def _opened(self) -> Slots:
+        if self._slots is None:
+            raise EngineError("the engine is closed")
+        return self._slots
+
+    def _compute(self, step: PaddedStep) -> None:
+        """What a model would do with keys and values: put the tokens where they belong."""
+        for slot, token_ids, start, length in zip(*step, strict=True):
+            self._token_ids[slot, start : start + length] = token_ids[:length]
+
+    def _logits(self, rows: Sequence[PluginRow]) -> npt.NDArray[np.float32]:
+        logits = np.zeros((len(rows), VOCAB_SIZE), np.float32)
+        busy = [index for index, row in enumerate(rows) if len(row.token_ids)]
+        for index in busy:
+            logits[index] = token_logits(self._token_ids[rows[index].slot, : rows[index].end])
+        if self._is_turn(self._options.nan_every):
+            logits[busy[:1]] = np.nan
+        return logits
+
+    def _take_time(self, rows: Sequence[PluginRow]) -> None:
+        prompt_rate, rate = self._options.prompt_tokens_per_second, self._options.tokens_per_second
+        num_prompt_tokens = sum(len(row.token_ids) for row in rows if row.is_prompt)
+        if num_prompt_tokens and prompt_rate:
+            self._sleep(num_prompt_tokens / prompt_rate)
+        if not num_prompt_tokens and rate:
+            self._sleep(1 / rate)
+
+    def _is_turn(self, every: int) -> bool:
+        return every > 0 and self._num_steps % every == 0
+
+
+class PaddedStep(NamedTuple):
+    """A step as static shapes take it: token ids [B, T] filled up with 0, where each row starts, and its length."""
+
+    slots: list[int]
+    token_ids: npt.NDArray[np.int32]
+    starts: list[int]
+    lengths: list[int]
+
+
+def pad(rows: Sequence[PluginRow]) -> PaddedStep:
+    """The rows as long as the longest."""
+    token_ids = np.zeros((len(rows), max(len(row.token_ids) for row in rows)), np.int32)
+    for index, row in enumerate(rows):
+        token_ids[index, : len(row.token_ids)] = row.token_ids
+    lengths = [len(row.token_ids) for row in rows]
+    return PaddedStep([row.slot for row in rows], token_ids, [row.start for row in rows], lengths)
+
+
+def token_logits(context: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """The logits [V] after a context: a noise that every token of it changes, and on top of it what comes next."""
+    powers = np.cumprod(np.full(len(context), _MULTIPLIER, np.uint64), dtype=np.uint64)
+    state = (powers * (context.astype(np.uint64) + np.uint64(1))).sum(dtype=np.uint64)
+    bits = (state ^ np.arange(1, VOCAB_SIZE + 1, dtype=np.uint64) * _MULTIPLIER) * _MULTIPLIER
+    logits: npt.NDArray[np.float32] = (
+        (bits >> _SHIFT).astype(np.float32) / np.float32(2**24) - np.float32(0.5)
+    ) * np.float32(SPREAD)
+    is_letter = np.zeros(VOCAB_SIZE, np.bool_)
+    is_letter[LETTERS.start : LETTERS.stop] = True
+    logits[~is_letter] += np.float32(UNLIKELY)
+    logits[next_token(context.tolist())] = CERTAINTY
+    return logits
+
+
+def next_token(context: Sequence[int]) -> int:
+    """What the user said last, byte by byte, then the end; and once more from its beginning if asked to go on.
+
+    A context in which nobody speaks, such as one of plain token ids, gets the alphabet.
+    """
+    answer = _last(context, ASSISTANT)
+    question = _last(context[: answer or 0], USER)
+    if answer is None or question is None:
+        return ord("a") + len(context) % 26
+    said = [token_id for token_id in context[question + 1 : answer] if token_id < END]
+    return [*said, END][(len(context) - answer - 1) % (len(said) + 1)]
+
+
+def _last(context: Sequence[int], token_id: int) -> int | None:
+    """Where a token stands last."""
+    return next((index for index in range(len(context) - 1, -1, -1) if context[index] == token_id), None)

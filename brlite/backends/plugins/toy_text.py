@@ -1,0 +1,61 @@
+"""The toy's tokenizer: a token for each byte, and four control tokens that say who speaks.
+
+A prompt for completions is wrapped as a chat of one message would be, so that both get the same answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from brlite.chat.formats import ChatFormat
+from brlite.chat.marked_text import MarkedText
+from brlite.errors import InvalidRequest
+from brlite.tokenizer import Tokenizer
+from brlite.tokenizer.token_bytes import TokenBytes
+from brlite.tokenizer.tokenizer import Encoder
+
+END, SYSTEM, USER, ASSISTANT = range(256, 260)
+NAMES = {END: "<|end|>", SYSTEM: "<|system|>", USER: "<|user|>", ASSISTANT: "<|assistant|>"}
+ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+VOCAB_SIZE = 256 + len(NAMES)
+
+
+def toy_tokenizer() -> Tokenizer:
+    """A tokenizer without files: UTF-8 is its vocabulary."""
+    table = tuple(bytes([byte]) for byte in range(256)) + tuple(name.encode() for name in NAMES.values())
+    return Tokenizer(
+        ByteEncoder(),
+        TokenBytes(table, strips_first_space=False),
+        bos_token_id=None,
+        eos_token_ids=(END,),
+        special_token_ids=NAMES,
+        chat_template=ToyChat(),
+    )
+
+
+class ByteEncoder(Encoder):
+    """Bytes as they are; a whole prompt is what a user says, and the assistant's turn is next."""
+
+    max_composed = 1
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        token_ids = list(text.encode())
+        return [USER, *token_ids, ASSISTANT] if add_special_tokens else token_ids
+
+    def encode_words(self, text: str, *, is_first: bool) -> list[int]:
+        return list(text.encode())
+
+
+class ToyChat(ChatFormat):
+    """Before each message the token of its role, behind an assistant's the end token."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> MarkedText:
+        parts: list[str | int] = []
+        for message in messages:
+            role, content = message.get("role"), message.get("content") or ""
+            if role not in ROLES or not isinstance(content, str):
+                allowed = f"roles are {', '.join(ROLES)}, and a content is a string"
+                raise InvalidRequest(f"Error in applying chat template from request: {allowed}", param="messages")
+            parts += [ROLES[role], content, *([END] if role == "assistant" else [])]
+        return MarkedText([*parts, *([ASSISTANT] if add_generation_prompt else [])], NAMES)

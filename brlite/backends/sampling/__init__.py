@@ -1,0 +1,1 @@
+"""Draws tokens on the host: the reference sampler and its random numbers."""

@@ -1,0 +1,82 @@
+"""Draws tokens on the host for engines that hand their logits out: by the native kernels where they are, else by numpy.
+
+Both draw what `sampler.py` draws. Neither needs torch; nothing is compiled for this.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws, StepDraws
+from brlite.backends.native.library import NativeLibrary, find_library
+from brlite.backends.sampling import reference as numpy_sampler
+from brlite.backends.sampling.reference import Logits
+from brlite.engine.backend import SampledToken, SamplingInput
+from brlite.errors import EngineError, NativeUnavailable
+from brlite.outputs import TokenLogprob
+
+logger = logging.getLogger(__name__)
+
+SMALL_VOCABULARY = 4096  # up to here numpy takes under 0.3 ms a row, and loading the library would take longer
+
+
+class HostSampler(Protocol):
+    """Draws from logits [R, V]. A row's token depends on its own logits and input alone."""
+
+    def sample(self, logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:
+        """One token for each row, None for one that is not finite or allows no token. May overwrite `logits`."""
+        ...
+
+    def token_logprobs(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
+        """The logprob of each row's target, and its best alternatives."""
+        ...
+
+
+def choose_sampler(vocab_size: int, find: Callable[[], NativeLibrary | None] = find_library) -> HostSampler:
+    """The fastest sampler that is there for rows of that width."""
+    if vocab_size <= SMALL_VOCABULARY:
+        return ReferenceSampler()
+    try:
+        library = find()
+    except NativeUnavailable as error:
+        logger.info("tokens are drawn by numpy: %s", error)
+        return ReferenceSampler()
+    return ReferenceSampler() if library is None else NativeSampler(library, vocab_size)
+
+
+class ReferenceSampler:
+    """A `HostSampler` that runs anywhere."""
+
+    def sample(self, logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:
+        return numpy_sampler.sample(logits, inputs)
+
+    def token_logprobs(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
+        return numpy_sampler.token_logprobs(logits, targets, num_top)
+
+
+class NativeSampler:
+    """A `HostSampler` in native code."""
+
+    def __init__(self, library: NativeLibrary, vocab_size: int) -> None:
+        self._library = library
+        self._draws = NativeDraws(vocab_size)
+
+    def sample(self, logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:
+        return self._run(logits, [Drawing(row, each, each.position) for row, each in enumerate(inputs)]).tokens()
+
+    def token_logprobs(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
+        wanted = [DrawTarget(row, target, num_top) for row, target in enumerate(targets)]
+        return self._run(logits, [], wanted).target_logprobs()
+
+    def _run(self, logits: Logits, drawings: Sequence[Drawing], targets: Sequence[DrawTarget] = ()) -> StepDraws:
+        draws = self._draws.lay_out(drawings, targets)
+        num_rows, vocab_size = logits.shape
+        address = logits.ctypes.data
+        error = self._library.functions.brlite_draw_rows(
+            self._library.isa, draws.draws_address, draws.drawn_address, num_rows, vocab_size, address
+        )
+        if error:
+            raise EngineError(f"the native sampler refused its rows: error {error}")
+        return draws

@@ -1,0 +1,213 @@
+"""What a model will hold in memory, by arithmetic: before it is loaded, and mostly before it is read.
+
+`brlite check` prints it, and a memory budget is kept by it. Allocates nothing and reads headers only.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from brlite.backends.choose import find_obstacle
+from brlite.backends.native.abi import LANES
+from brlite.backends.torch.device import compute_dtype, device_memory, prepare_environment, rules_for, select_device
+from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint.checked_model import check_spec
+from brlite.checkpoint.fetch import local_sources, locate_model
+from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
+from brlite.errors import ModelError
+from brlite.machine import find_memory, show_bytes
+from brlite.models import find_family
+from brlite.models.config import (
+    KV_BYTES,
+    KVDtype,
+    ModelConfig,
+    cache_dtype,
+    kv_bytes_per_token,
+    native_weight_bytes,
+    num_parameters,
+    weight_bytes,
+)
+from brlite.models.shards import Shard, check_groups, shared_config, shared_shapes
+
+logger = logging.getLogger(__name__)
+
+GIB = 2**30
+# The default model's config.json, so that its sizes can be told before it is fetched.
+DEFAULT_MODEL_CONFIG: Mapping[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+}
+
+SHARED_TOKENS = 2048  # for each of build_batch sequences, in a KV cache whose size is left to us
+LEAST_CONTEXT = 2048  # however little memory there is: what fails for want of it says so
+MOST_CONTEXT = 131_072  # of itself; tables of positions grow with a context, and are not counted here
+
+
+class RankSizes(msgspec.Struct, frozen=True):
+    """What one rank of several will hold. Key heads that several look at are in the cache of each."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+
+
+class Sizes(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model will hold in memory, in bytes, and in which form. With `ranks` it is the sum of theirs."""
+
+    num_parameters: int
+    max_context: int
+    context: int
+    context_reason: str
+    dtype: str
+    weight_bytes: int
+    kv_dtype: str
+    kv_bytes_per_token: int
+    num_blocks: int
+    block_size: int
+    ranks: tuple[RankSizes, ...] = ()
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+
+    @property
+    def num_bytes(self) -> int:
+        """Weights and KV cache together."""
+        return self.weight_bytes + self.kv_bytes
+
+
+def find_model(spec: ModelSpec) -> Path | None:
+    """The model's folder or file if it is on this machine already. A `path` that leads nowhere is an error."""
+    try:
+        return locate_model(spec.name, spec.path, sources=local_sources())
+    except ModelError:
+        if spec.path is not None:
+            raise
+        return None
+
+
+def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
+    """The sizes of a model that is here, or is the default one; None where it has to be fetched to know."""
+    path = find_model(spec)
+    if path is not None:
+        return sizes_at(path, spec, engine)
+    return measure(DEFAULT_MODEL_CONFIG, spec, engine) if spec.name == DEFAULT_MODEL else None
+
+
+def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
+    """The sizes of the model in a folder or file. Raises `ModelError` and `ConfigError`."""
+    prepare_environment()  # before a checkpoint brings torch in
+    with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
+        return measure(checkpoint.config, spec, engine)
+
+
+def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig) -> Sizes:
+    """The sizes of a model with that config, on the backend that would compute it here."""
+    config = find_family(hf_config).read_config(hf_config)
+    check_spec(spec, config)
+    is_native = engine.backend != "torch" and find_obstacle(config, spec, engine) is None
+    dtype: KVDtype = "bfloat16" if is_native else _torch_dtype(engine)
+    kv_dtype = cache_dtype(spec.precision, engine.dtype)
+    is_int8 = spec.precision != "bf16"
+    if is_int8 and not is_native:
+        check_groups(config, spec.tensor_parallel)
+    keeps_int8 = is_int8 and (is_native or rules_for(select_device(engine.device)).keeps_int8)
+    ranks = tuple(
+        RankSizes(
+            _rank_weight_bytes(config, share, KV_BYTES[dtype], is_native=is_native, is_int8=keeps_int8),
+            kv_bytes_per_token(shared_config(config, share), kv_dtype),
+        )
+        for share in (Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel))
+    )
+    block_size = math.ceil(engine.block_size / LANES) * LANES if is_native else engine.block_size
+    room = partial(_cache_room, engine, ranks, is_native=is_native)
+    context, num_blocks, reason = _find_context(config, spec, block_size, room)
+    return Sizes(
+        num_parameters=num_parameters(config),
+        max_context=config.max_context,
+        context=context,
+        context_reason=reason,
+        dtype="int8" if keeps_int8 else dtype,
+        weight_bytes=sum(rank.weight_bytes for rank in ranks),
+        kv_dtype=kv_dtype,
+        kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),
+        num_blocks=num_blocks,
+        block_size=block_size,
+        ranks=ranks if len(ranks) > 1 else (),
+    )
+
+
+def settle_context(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig) -> ModelSpec:
+    """The spec with the context and the KV cache that it leaves to us, which the log then says, with the reason."""
+    if spec.build_seq:
+        return spec
+    sizes = measure(hf_config, spec, engine)
+    logger.info(
+        "model %s: a context of %d tokens, %s; KV cache: %s, %d tokens in all for at most %d sequences",
+        *(spec.name, sizes.context, sizes.context_reason),
+        *(show_bytes(sizes.kv_bytes), sizes.num_blocks * sizes.block_size, spec.build_batch),
+    )
+    return msgspec.structs.replace(spec, build_seq=sizes.context, num_blocks=sizes.num_blocks)
+
+
+def _find_context(
+    config: ModelConfig, spec: ModelSpec, block_size: int, room: Callable[[], tuple[int, str]]
+) -> tuple[int, int, str]:
+    """The context, the blocks of the KV cache, and what decided the context. `room` tells what memory allows.
+
+    Left out, it is the model's own where the cache may hold one. The cache then has `SHARED_TOKENS` for each sequence,
+    at least one whole context, and at most half of the memory that the weights leave, or `num_blocks`.
+    """
+    if spec.build_seq:
+        blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
+        return spec.build_seq, blocks, "set by build_seq"
+    own, reason = config.max_context, "the model's own"
+    if own > MOST_CONTEXT:
+        own, reason = MOST_CONTEXT, f"of the model's {own}; build_seq or --context may ask for more"
+    most, bound = (spec.num_blocks * block_size, "num_blocks") if spec.num_blocks else room()
+    if most < own:
+        context = max(most // block_size * block_size, min(own, LEAST_CONTEXT))
+        own, reason = context, f"of the model's {config.max_context}, limited by {bound}"
+    shared = min(spec.build_batch * SHARED_TOKENS, most) // block_size
+    return own, spec.num_blocks or max(math.ceil(own / block_size), shared), reason
+
+
+def _cache_room(engine: EngineConfig, ranks: Sequence[RankSizes], *, is_native: bool) -> tuple[int, str]:
+    """How many tokens the KV cache may have, and what sets that. Cards hold one rank each."""
+    memory, bound = find_memory().total, "memory"
+    card_bytes = None if is_native else device_memory(select_device(engine.device))
+    if card_bytes is not None:
+        memory, bound = card_bytes * len(ranks), "the card's memory"
+    if 0 < engine.memory_gib * GIB < memory:
+        memory, bound = int(engine.memory_gib * GIB), "engine.memory_gib"
+    left = max(0, memory - sum(rank.weight_bytes for rank in ranks))
+    return left // 2 // sum(rank.kv_bytes_per_token for rank in ranks), bound
+
+
+def _rank_weight_bytes(
+    config: ModelConfig, share: Shard, bytes_per_weight: int, *, is_native: bool, is_int8: bool
+) -> int:
+    if is_native:
+        return native_weight_bytes(config, is_int8=is_int8, shapes=shared_shapes(config, share))
+    return weight_bytes(shared_config(config, share), bytes_per_weight, keeps_int8=is_int8)
+
+
+def _torch_dtype(engine: EngineConfig) -> KVDtype:
+    is_bfloat16 = compute_dtype(engine.dtype, select_device(engine.device)).itemsize == 2
+    return "bfloat16" if is_bfloat16 else "float32"

@@ -1,0 +1,1 @@
+"""The torch backend. The only room that imports torch, beside the `.bin` reader."""

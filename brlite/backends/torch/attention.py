@@ -1,0 +1,239 @@
+"""Attention over the paged cache. A step's plan, its index tensors and masks, is made once and serves every layer.
+
+There are no phases: a decode is a span of one token. Spans of like shape form a group and attend in one call.
+
+Where each new shape is dear, a step is filled up to few of them: its rows and each group's spans, tokens and blocks
+become powers of two. What fills up is written to a scratch block, and nobody reads what comes of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain, groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from brlite.backends.torch.kv_cache import KVCache, LayerCache
+from brlite.models.config import ModelConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of one sequence's positions, `start` to `start + length - 1`, cached in the blocks of `block_table`."""
+
+    start: int
+    length: int
+    block_table: Sequence[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+NO_SPAN = Span(0, 0, ())  # fills a group up: it looks at null blocks
+
+
+@dataclass(frozen=True)
+class KeyView:
+    """The blocks [B · N] that a group's B spans look at, and the mask [B, 1, length · G, N · block_size] to add.
+
+    G query heads share a key head; they are folded into the query length, so the mask has G equal rows for each query.
+    """
+
+    blocks: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class SpanGroup:
+    """`num_spans` spans of `length` tokens each: `rows` of the step, seen through one view per window."""
+
+    num_spans: int
+    length: int
+    rows: slice | Tensor
+    views: dict[int | None, KeyView]
+
+    def take(self, query: Tensor) -> Tensor:
+        """The group's rows of `query` [T, Hq, D]."""
+        return query[self.rows] if isinstance(self.rows, slice) else query.index_select(0, self.rows)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step's tokens in the order they are computed: span after span, group after group, then what fills it up.
+
+    `first_rows` tells where each span begins, in the order they were given. `begun_blocks` are those whose first slot
+    is written in this step; they are cleared before. `places` [T] finds each row among those of groups filled up.
+    """
+
+    first_rows: list[int]
+    positions: Tensor
+    slots: Tensor
+    begun_blocks: Tensor
+    groups: list[SpanGroup]
+    places: Tensor | None = None
+
+    def in_rows(self, token_ids: Sequence[Sequence[int]]) -> list[int]:
+        """The tokens of all spans, given in the spans' order, in that of the step."""
+        rows = [0] * len(self.positions)
+        for first, ids in zip(self.first_rows, token_ids, strict=True):
+            rows[first : first + len(ids)] = ids
+        return rows
+
+
+class StepPlanner:
+    """Makes plans for one decoder and one cache, of few different shapes if so told."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        cache: KVCache,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        has_few_shapes: bool = False,
+    ) -> None:
+        self._windows = sorted({config.window(layer) for layer in range(config.num_layers)}, key=lambda w: w or 0)
+        self._group_size = config.group_size
+        self._block_size = cache.block_size
+        self._null_block = cache.null_block
+        self._scratch_block = cache.scratch_block
+        self._has_few_shapes = has_few_shapes
+        self._dtype = dtype
+        self._device = device
+
+    def plan(self, spans: Sequence[Span]) -> StepPlan:
+        """The plan of a step that computes `spans`; each belongs to another sequence."""
+        order = sorted(range(len(spans)), key=lambda index: self._shape(spans[index]))
+        ordered = [spans[index] for index in order]
+        members = [list(group) for _, group in groupby(ordered, key=self._shape)]
+        positions = [position for span in ordered for position in range(span.start, span.end)]
+        slots = [slot for span in ordered for slot in self._slots(span)]
+        begun_blocks = [block for span in ordered for block in self._begun_blocks(span)]
+        group_rows = self._group_rows(members) if self._has_few_shapes else None
+        return StepPlan(
+            first_rows=_first_rows(spans, order),
+            positions=self._indices(self.filled(positions, 0)),
+            slots=self._indices(self.filled(slots, self._scratch_block * self._block_size)),
+            begun_blocks=self._indices(self.filled(begun_blocks, self._scratch_block)),
+            groups=self._groups(members, group_rows),
+            places=self._indices(_places(group_rows, self._rounded(len(positions)))) if group_rows else None,
+        )
+
+    def filled(self, values: list[T], filler: T) -> list[T]:
+        """`values` as a list of a length that does not add a shape."""
+        return values + [filler] * (self._rounded(len(values)) - len(values))
+
+    def _shape(self, span: Span) -> tuple[int, int]:
+        """Spans of one shape share a group: the same length, and a context within a factor of two."""
+        return self._rounded(span.length), (self._num_blocks(span.end) - 1).bit_length()
+
+    def _rounded(self, number: int) -> int:
+        """Where shapes are to be few, the next power of two."""
+        return 1 << (number - 1).bit_length() if number and self._has_few_shapes else number
+
+    def _groups(self, members: list[list[Span]], group_rows: list[list[int]] | None) -> list[SpanGroup]:
+        groups, start = [], 0
+        for index, spans in enumerate(members):
+            end = start + sum(span.length for span in spans)
+            rows = slice(start, end) if group_rows is None else self._indices(group_rows[index])
+            spans, length = self.filled(spans, NO_SPAN), self._rounded(spans[0].length)
+            views = {window: self._view(spans, length, window) for window in self._windows}
+            groups.append(SpanGroup(len(spans), length, rows, views))
+            start = end
+        return groups
+
+    def _group_rows(self, members: list[list[Span]]) -> list[list[int]]:
+        """The step's rows that each group takes: a span is filled up with its first one, the group with row 0."""
+        groups: list[list[int]] = []
+        start = 0
+        for spans in members:
+            length = self._rounded(spans[0].length)
+            rows: list[list[int]] = []
+            for span in spans:
+                rows.append([*range(start, start + span.length), *[start] * (length - span.length)])
+                start += span.length
+            filled_up = self.filled(rows, [0] * length)
+            groups.append(list(chain.from_iterable(filled_up)))
+        return groups
+
+    def _view(self, spans: list[Span], length: int, window: int | None) -> KeyView:
+        """Each span's blocks from the first that its window reaches, padded to the longest with the null block."""
+        firsts = [0 if window is None else max(0, span.start - window + 1) // self._block_size for span in spans]
+        tables = [
+            span.block_table[first : self._num_blocks(span.end)] for first, span in zip(firsts, spans, strict=True)
+        ]
+        width = self._rounded(max(len(table) for table in tables))
+        blocks = [[*table, *[self._null_block] * (width - len(table))] for table in tables]
+        queries = self._indices([span.start for span in spans]).unsqueeze(1) + self._arange(length)  # [B, length]
+        keys = self._indices(firsts).unsqueeze(1) * self._block_size + self._arange(width * self._block_size)
+        return KeyView(self._indices(blocks).flatten(), self._mask(queries, keys, window))
+
+    def _mask(self, queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
+        distance = queries.unsqueeze(2) - keys.unsqueeze(1)  # [B, length, keys]
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -math.inf)
+        return mask.repeat_interleave(self._group_size, dim=1).unsqueeze(1)
+
+    def _slots(self, span: Span) -> list[int]:
+        size, table = self._block_size, span.block_table
+        return [table[position // size] * size + position % size for position in range(span.start, span.end)]
+
+    def _begun_blocks(self, span: Span) -> Sequence[int]:
+        return span.block_table[self._num_blocks(span.start) : self._num_blocks(span.end)]
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._block_size)
+
+    def _indices(self, values: Sequence[int] | list[list[int]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._device)
+
+    def _arange(self, length: int) -> Tensor:
+        return torch.arange(length, device=self._device)
+
+
+def _first_rows(spans: Sequence[Span], order: list[int]) -> list[int]:
+    rows, start = [0] * len(spans), 0
+    for index in order:
+        rows[index], start = start, start + spans[index].length
+    return rows
+
+
+def _places(group_rows: list[list[int]], num_rows: int) -> list[int]:
+    """Where each of the step's rows comes first among those of all groups, one group after another."""
+    places = [0] * num_rows
+    for place, row in reversed(list(enumerate(chain.from_iterable(group_rows)))):
+        places[row] = place  # a row that comes again only fills up
+    return places
+
+
+def attend(query: Tensor, cache: LayerCache, plan: StepPlan, window: int | None) -> Tensor:
+    """What every row of `query` [T, Hq, D] sees in its sequence's cache, its own key included: [T, Hq · D]."""
+    outputs = [_attend_group(group.take(query), cache, group, group.views[window]) for group in plan.groups]
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return joined if plan.places is None else joined.index_select(0, plan.places)
+
+
+def _attend_group(query: Tensor, cache: LayerCache, group: SpanGroup, view: KeyView) -> Tensor:
+    keys, values = (
+        _by_head(pages.read(view.blocks, query.dtype), group.num_spans) for pages in (cache.keys, cache.values)
+    )
+    num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
+    # Folding the query heads of a group into the query length is up to 7 times faster in bfloat16 than `enable_gqa`.
+    folded = query.reshape(group.num_spans, group.length, num_kv_heads, -1).transpose(1, 2)  # [B, Hk, length, G · D]
+    folded = folded.reshape(group.num_spans, num_kv_heads, -1, head_dim)  # [B, Hk, length · G, D]
+    output = functional.scaled_dot_product_attention(folded, keys, values, attn_mask=view.mask)
+    output = output.reshape(group.num_spans, num_kv_heads, group.length, -1).transpose(1, 2)
+    return output.reshape(group.num_spans * group.length, -1)
+
+
+def _by_head(pages: Tensor, num_spans: int) -> Tensor:
+    """[B · N, block_size, Hk, D] as [B, Hk, N · block_size, D]."""
+    return pages.reshape(num_spans, -1, *pages.shape[2:]).transpose(1, 2)

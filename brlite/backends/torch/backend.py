@@ -1,0 +1,216 @@
+"""The backend in torch: one decoder, one paged cache, one device. Runs anywhere torch does, CPUs included.
+
+Knows no text and no requests; what to compute is decided in `engine`. A row's result is its own: other rows, chunk
+borders and cache hits change it by rounding at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from brlite.backends.distributed.messages import RankBatch, RankSeq
+from brlite.backends.torch.attention import Span, StepPlan, StepPlanner
+from brlite.backends.torch.decoder import Decoder
+from brlite.backends.torch.device import compute_dtype, describe_device, rules_for, select_device
+from brlite.backends.torch.kv_cache import KVCache
+from brlite.backends.torch.loading import TorchRankContext, load_model
+from brlite.backends.torch.probe import probe_device
+from brlite.backends.torch.sampler import sample, token_logprobs
+from brlite.checkpoint import Checkpoint
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.errors import ConfigError
+from brlite.machine import physical_cores
+from brlite.models import find_family
+from brlite.models.config import cache_dtype, kv_bytes_per_token
+from brlite.outputs import TokenLogprob
+
+NOT_FINITE = "the model produced logits that are not finite"
+MAX_LOGITS = 2**22  # of a prompt at a time: 16 MiB in float32
+
+QUANTIZED_NOTE = "int8 weights are held dequantised: the numbers of int8, the memory of {dtype}"
+FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but held and multiplied in float32"
+
+
+class TorchBackend:
+    """A `Backend`. `load` takes the memory of weights and cache; what a step takes besides, it gives back."""
+
+    def __init__(self, decoder: Decoder, cache: KVCache, info: BackendInfo) -> None:
+        self._guard = BackendGuard()
+        self._decoder = decoder
+        self._cache = cache
+        self._rules = rules_for(decoder.device)
+        self._planner = StepPlanner(
+            decoder.config, cache, decoder.dtype, decoder.device, has_few_shapes=self._rules.has_few_shapes
+        )
+        self._info = info
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        engine: EngineConfig,
+        on_progress: Callable[[float], None],
+        notes: tuple[str, ...] = (),
+        seat: TorchRankContext | None = None,
+    ) -> TorchBackend:
+        """Read the weights and make room for the cache. `on_progress` gets the fraction that is loaded.
+
+        The number of threads is torch's own, and so the whole process's. With a `seat` it is one rank's part.
+        """
+        device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
+        torch.set_num_threads(engine.threads or physical_cores())
+        dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
+        if rules.is_probed:
+            config = find_family(checkpoint.config).read_config(checkpoint.config)
+            notes = (*notes, *probe_device(device, dtype, spec.precision, config).notes)
+        decoder = load_model(
+            checkpoint,
+            spec,
+            dtype,
+            device,
+            on_progress,
+            packs=rules.packs_matrices,
+            keeps_int8=rules.keeps_int8,
+            seat=seat,
+        )
+        cache = _allocate_cache(decoder, spec, engine)
+        return cls(decoder, cache, _describe(decoder, cache, spec, engine, notes))
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._info
+
+    def execute(self, batch: Batch) -> StepResult:
+        """Compute one step. Its exceptions leave the cache of other sequences as it was."""
+        with self._guard.step(), torch.inference_mode():
+            plan, hidden = self._forward(batch.seqs)
+            tokens = self._draw(batch.seqs, plan, hidden)
+            results = [
+                _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, hidden, first))
+                for seq, first in zip(batch.seqs, plan.first_rows, strict=True)
+            ]
+        return StepResult(results)
+
+    def follow(self, work: RankBatch) -> None:
+        """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
+        with self._guard.step(), torch.inference_mode():
+            plan, hidden = self._forward(work.seqs)
+            first_rows = list(zip(work.seqs, plan.first_rows, strict=True))
+            drawn = [first + len(seq.token_ids) - 1 for seq, first in first_rows if seq.is_drawn]
+            for rows in (drawn, *(rows for seq, first in first_rows for rows in self._target_rows(seq, first))):
+                if rows:
+                    self._logits(hidden, rows)
+
+    def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
+        """Compute a step, and in place of tokens give the logits [R, V] after the last token of each sequence."""
+        with self._guard.step(), torch.inference_mode():
+            plan, hidden = self._forward(seqs)
+            rows = [first + len(seq.token_ids) - 1 for seq, first in zip(seqs, plan.first_rows, strict=True)]
+            logits: npt.NDArray[np.float32] = self._logits(hidden, rows).float().cpu().numpy()
+        return logits
+
+    def close(self) -> None:
+        """Let go of weights and cache, after the step under way if there is one. May be called twice."""
+        self._guard.close(self._let_go)
+
+    def _let_go(self) -> None:
+        for name in ("_decoder", "_cache", "_planner"):
+            self.__dict__.pop(name, None)
+
+    def _forward(self, seqs: Sequence[ScheduledSeq | RankSeq]) -> tuple[StepPlan, Tensor]:
+        """How a step is laid out, and the hidden states of its rows."""
+        plan = self._planner.plan([Span(seq.start, len(seq.token_ids), seq.block_table) for seq in seqs])
+        token_ids = plan.in_rows([seq.token_ids for seq in seqs])
+        return plan, self._decoder.forward(self._indices(token_ids), plan, self._cache)
+
+    def _draw(self, seqs: Sequence[ScheduledSeq], plan: StepPlan, hidden: Tensor) -> dict[int, SampledToken | None]:
+        """The next token of each sequence that wants one, by `seq_id`. The head is computed for these rows only."""
+        seq_ids, rows, inputs = [], [], []
+        for seq, first in zip(seqs, plan.first_rows, strict=True):
+            if seq.sampling is not None:
+                seq_ids.append(seq.seq_id)
+                rows.append(first + len(seq.token_ids) - 1)
+                inputs.append(seq.sampling)
+        if not rows:
+            return {}
+        return dict(zip(seq_ids, sample(self._logits(hidden, rows), inputs), strict=True))
+
+    def _prompt_logprobs(self, seq: ScheduledSeq, hidden: Tensor, first: int) -> list[TokenLogprob]:
+        """The logprobs of `prompt_targets`, whose hidden states begin at row `first`, some rows at a time."""
+        found: list[TokenLogprob] = []
+        for rows in self._target_rows(seq, first):
+            targets = seq.prompt_targets[rows[0] - first : rows[-1] + 1 - first]
+            found += token_logprobs(self._logits(hidden, rows), targets, seq.num_prompt_logprobs)
+        return found
+
+    def _target_rows(self, seq: ScheduledSeq | RankSeq, first: int) -> Iterator[list[int]]:
+        """The rows of `prompt_targets`, as many at a time as logits may be held of."""
+        step, end = max(1, MAX_LOGITS // self._info.vocab_size), first + len(seq.prompt_targets)
+        for start in range(first, end, step):
+            yield list(range(start, min(start + step, end)))
+
+    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """The logits of some rows, on the device where tokens are drawn from them."""
+        index = self._indices(self._planner.filled(rows, rows[0]))
+        logits = self._decoder.logits(hidden.index_select(0, index))[: len(rows)]
+        return logits if self._rules.samples else logits.cpu()
+
+    def _indices(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._decoder.device)
+
+
+def _result(seq: ScheduledSeq, token: SampledToken | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
+    is_lost = seq.sampling is not None and token is None
+    if is_lost or not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
+        return SeqResult(seq.seq_id, error=NOT_FINITE)
+    return SeqResult(seq.seq_id, [] if token is None else [token], prompt_logprobs)
+
+
+def _allocate_cache(decoder: Decoder, spec: ModelSpec, engine: EngineConfig) -> KVCache:
+    kv_dtype, block_size = cache_dtype(spec.precision, engine.dtype), engine.block_size
+    num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
+    try:
+        return KVCache(
+            decoder.config, num_blocks=num_blocks, block_size=block_size, dtype=kv_dtype, device=decoder.device
+        )
+    except RuntimeError as error:  # torch has no narrower class for memory that a CPU cannot give
+        size = num_blocks * block_size * kv_bytes_per_token(decoder.config, kv_dtype) / 2**30
+        raise ConfigError(
+            f"the KV cache of {num_blocks} blocks takes {size:.1f} GiB, which is not there; "
+            "lower build_batch, build_seq or num_blocks"
+        ) from error
+
+
+def _describe(
+    decoder: Decoder, cache: KVCache, spec: ModelSpec, engine: EngineConfig, fallback_notes: tuple[str, ...]
+) -> BackendInfo:
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    notes = list(fallback_notes)
+    if spec.precision != "bf16" and not rules_for(decoder.device).keeps_int8:
+        notes.append(QUANTIZED_NOTE.format(dtype=dtype))
+    if engine.dtype == "auto" and dtype == "float32":
+        notes.append(FLOAT32_NOTE)
+    return BackendInfo(
+        name="torch",
+        device=describe_device(decoder.device),
+        dtype=dtype,
+        precision=spec.precision,
+        vocab_size=decoder.config.vocab_size,
+        max_model_len=spec.build_seq,
+        max_num_seqs=spec.build_batch,
+        block_size=cache.block_size,
+        num_blocks=cache.num_blocks,
+        kv_dtype=cache.dtype,
+        weight_bytes=decoder.parameters.num_bytes,
+        kv_bytes=cache.num_bytes,
+        sliding_window=decoder.config.common_window,
+        notes=tuple(notes),
+    )

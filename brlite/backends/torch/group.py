@@ -1,0 +1,92 @@
+"""The ranks of a model on torch, as a group of torch.distributed: where they meet, and what they do together there.
+
+A process has one such group at a time. Which collectives serve a device is `device.py`'s to know.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from brlite.backends.torch.device import collectives_of, loopback_only, make_current
+from brlite.backends.torch.store import TCPStore, open_store
+from brlite.errors import ConfigError, RankGone
+from brlite.models.shards import Shard
+
+logger = logging.getLogger(__name__)
+
+MEETING_SECONDS = 300.0  # a rank that comes later than this is taken for stuck; one that died is noticed at once
+JOIN_SECONDS = 60.0
+
+
+class TorchGroup:
+    """A `Group`. Rank 0 opens it, all join it, and each closes it; until it is joined it can do nothing."""
+
+    def __init__(self, share: Shard, device: torch.device) -> None:
+        if not dist.is_available():
+            raise ConfigError("tensor_parallel needs torch.distributed, which this build of torch does not have")
+        self._share = share
+        self._device = device
+        self._store: TCPStore | None = None
+        self._is_joined = False
+
+    def open(self, host: str) -> str:
+        """Make the place where the ranks find each other, on an address of this machine."""
+        self._store = open_store(host, 0, JOIN_SECONDS, is_keeper=True)
+        return f"{host}|{self._store.port}"
+
+    def join(self, place: str) -> None:
+        """Return when all ranks are there. Raises `RankGone` if they do not come."""
+        host, _, port = place.rpartition("|")
+        if dist.is_initialized():
+            raise ConfigError("one model at a time can be shared by ranks on torch: another one is loaded already")
+        make_current(self._device)
+        try:
+            if self._store is None:
+                self._store = open_store(host, int(port), JOIN_SECONDS, is_keeper=False)
+            with loopback_only(host):
+                dist.init_process_group(
+                    collectives_of(self._device),
+                    store=self._store,
+                    rank=self._share.rank,
+                    world_size=self._share.size,
+                    timeout=timedelta(seconds=MEETING_SECONDS),
+                )
+            self._is_joined = True
+            self.sum_(torch.zeros(1, device=self._device))  # connections are made by the first meeting
+        except RuntimeError as error:
+            raise RankGone(f"rank {self._share.rank} could not join the others: {error}") from error
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:  # torch has no narrower class for a connection that is closed
+            raise RankGone(f"another rank went in the midst of a step: {error}") from error
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self._share.size)]
+        try:
+            dist.all_gather(parts, tensor)
+        except RuntimeError as error:
+            raise RankGone(f"another rank went in the midst of a step: {error}") from error
+        return parts
+
+    def abort(self) -> None:
+        """Free whoever waits for the others on a card. On the CPU a rank that is gone has closed its connections."""
+        abort = getattr(dist.group.WORLD, "abort", None)  # younger than the oldest torch that will do
+        if self._is_joined and abort is not None:
+            with suppress(RuntimeError):  # not every backend can
+                abort()
+
+    def close(self) -> None:
+        """Leave. Whoever still waits for the others raises. May be called twice, and without having joined."""
+        self._store = None
+        if self._is_joined:
+            self._is_joined = False
+            dist.destroy_process_group()

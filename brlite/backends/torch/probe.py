@@ -1,0 +1,214 @@
+"""Whether a device computes what it should: a tiny model on it, held against the same in float32 on the CPU.
+
+The tiny model has the shape of the one that is to be served (its heads, biases, rotary positions, windows) and seeded
+weights. What ran on the CPU instead is known from warnings alone, which plugins of torch give once for each operator
+in the life of a process: one that falls back without a word, or did before, is not found out. Knows no device by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from brlite.backends.torch.attention import Span, StepPlanner
+from brlite.backends.torch.decoder import Decoder
+from brlite.backends.torch.device import describe_device, host_device, rules_for
+from brlite.backends.torch.kv_cache import KVCache
+from brlite.backends.torch.parameters import allocate_parameters
+from brlite.backends.torch.quantize import quantize_linears_, store_rows_
+from brlite.backends.torch.sampler import sample, token_logprobs
+from brlite.config.options import Precision
+from brlite.engine.backend import SamplingInput
+from brlite.errors import ConfigError
+from brlite.models.config import KVDtype, ModelConfig, RopeConfig, parameter_shapes
+from brlite.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+MIN_COSINE = 0.999
+MAX_ERROR = 0.05  # of the logits' length: a cosine does not see that all of them are too large
+VOCAB_SIZE = 512  # more than a shortlist holds: the sampler's long way is taken too
+HIDDEN_SIZE = 64
+MAX_LENGTH = 32
+BLOCK_SIZE = 4
+# Of two sequences each step's tokens: a prompt in two chunks beside another one, then one token of both, twice.
+STEPS = (((0, 9), (0, 5)), ((9, 13), (5, 6)), ((13, 14), (6, 7)), ((14, 15), (7, 8)))
+DRAWS = (
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=1.0, top_k=5),
+    SamplingParams(temperature=1.0, top_p=0.9),
+    SamplingParams(temperature=1.0, top_k=300),
+    SamplingParams(temperature=1.0),
+)
+NUM_EXACT_DRAWS = 2  # the others add up numbers, in an order that is the device's own
+
+PLAIN_CONFIG = ModelConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=HIDDEN_SIZE,
+    intermediate_size=2 * HIDDEN_SIZE,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=64,
+    rms_norm_eps=1e-5,
+    max_position_embeddings=MAX_LENGTH,
+    rope=RopeConfig(rotary_dim=64),
+)
+
+FALLBACK = re.compile(r"fall\w*[ -]?back.*\bCPU\b", re.IGNORECASE | re.DOTALL)
+OPERATOR = re.compile(r"operator\W+([\w:.]+)", re.IGNORECASE)
+
+
+class ProbeReport(NamedTuple):
+    """How near the device's logits came, the least of all rows, and the operators that ran on the CPU instead."""
+
+    cosine: float
+    error: float
+    on_host: tuple[str, ...]
+
+    def __str__(self) -> str:
+        elsewhere = f"; on the CPU instead: {', '.join(self.on_host)}" if self.on_host else ""
+        return f"cosine {self.cosine:.6f}, error {self.error:.2%} against float32 on the CPU{elsewhere}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What an operator should know of."""
+        return (f"slow: torch runs {', '.join(self.on_host)} on the CPU, not on the device",) if self.on_host else ()
+
+
+def probe_device(
+    device: torch.device, dtype: torch.dtype, precision: Precision = "bf16", config: ModelConfig = PLAIN_CONFIG
+) -> ProbeReport:
+    """Compute a tiny model of `config`'s shape on `device`. Raises `ConfigError` where that gives nonsense."""
+    began = time.monotonic()
+    tiny = shrunk(config)
+    expected = _compute(tiny, host_device(), torch.float32, precision)
+    with _fallbacks() as on_host:
+        try:
+            found = _compute(tiny, device, dtype, precision)
+            is_drawn_right = not rules_for(device).samples or _draws_right(found)
+            found = found.cpu()
+        except (RuntimeError, IndexError) as error:  # all that torch says of operators, drivers and memory
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(f"{describe_device(device)} cannot compute a tiny model: {reason}") from error
+    report = ProbeReport(*_compare(found, expected), tuple(on_host))
+    _judge(device, report, is_drawn_right=is_drawn_right)
+    logger.info("%s was probed in %.2f s: %s", describe_device(device), time.monotonic() - began, report)
+    return report
+
+
+def shrunk(config: ModelConfig) -> ModelConfig:
+    """A model of two layers that has all that `config` has: a layer of each kind, heads of the same size."""
+    num_kv_heads = min(2, config.num_kv_heads)
+    is_mixed = 0 < len(config.sliding_layers) < config.num_layers
+    return msgspec.structs.replace(
+        config,
+        vocab_size=VOCAB_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        intermediate_size=2 * HIDDEN_SIZE,
+        num_layers=2,
+        num_heads=num_kv_heads * config.group_size,
+        num_kv_heads=num_kv_heads,
+        sliding_window=min(config.sliding_window, BLOCK_SIZE + 1) if config.sliding_window else None,
+        sliding_layers=(0,) if is_mixed else (0, 1)[: 2 * len(config.sliding_layers)],
+        nope_layers=(1,) if config.nope_layers else (),
+    )
+
+
+def _compute(config: ModelConfig, device: torch.device, dtype: torch.dtype, precision: Precision) -> Tensor:
+    """The logits [R, V] of all rows of all steps, on the device that computed them."""
+    decoder = _decoder(config, device, dtype, precision)
+    kv_dtype: KVDtype = "int8" if precision == "a_bf16_w_int8_kv_int8" else "bfloat16"
+    num_blocks = MAX_LENGTH // BLOCK_SIZE
+    cache = KVCache(config, num_blocks=2 * num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device)
+    few = rules_for(device).has_few_shapes
+    planner = StepPlanner(config, cache, dtype, device, has_few_shapes=few)
+    tables = (range(num_blocks), range(num_blocks, 2 * num_blocks))
+    logits: list[Tensor] = []
+    with torch.inference_mode():
+        for step in STEPS:
+            spans = [Span(start, end - start, table) for (start, end), table in zip(step, tables, strict=True)]
+            plan = planner.plan(spans)
+            token_ids = plan.in_rows([range(3 + start, 3 + end) for start, end in step])
+            hidden = decoder.forward(torch.tensor(token_ids).to(device), plan, cache)
+            rows = [
+                first + row for first, span in zip(plan.first_rows, spans, strict=True) for row in range(span.length)
+            ]
+            logits.append(decoder.logits(hidden.index_select(0, torch.tensor(rows).to(device))))
+        return torch.cat(logits)
+
+
+def _decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype, precision: Precision) -> Decoder:
+    is_int8 = precision != "bf16"
+    parameters = allocate_parameters(config, dtype, device, keeps_int8=is_int8 and rules_for(device).keeps_int8)
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in parameter_shapes(config).items():
+        values = torch.randn(shape, generator=generator)
+        scaled = 1 + values / 10 if name.endswith("norm") else values / shape[-1] ** 0.5
+        store_rows_(parameters, name, 0, scaled.bfloat16())
+    if is_int8:
+        quantize_linears_(parameters)
+    return Decoder(config, parameters, max_length=MAX_LENGTH)
+
+
+def _draws_right(logits: Tensor) -> bool:
+    """Whether the sampler draws from the device's logits what it draws from them on the host."""
+    with torch.inference_mode():
+        here, there = ([_draws(rows, draw) for draw in DRAWS] for rows in (logits, logits.cpu()))
+    return here[:NUM_EXACT_DRAWS] == there[:NUM_EXACT_DRAWS] and all(None not in draws for draws in here)
+
+
+def _draws(logits: Tensor, params: SamplingParams) -> list[int | None]:
+    inputs = [SamplingInput(params, seed, 0) for seed in range(len(logits))]
+    token_logprobs(logits, [0] * len(logits), 1)
+    return [None if token is None else token.token_id for token in sample(logits.clone(), inputs)]
+
+
+def _compare(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """The least cosine of any row and the greatest error, as a part of the row's length. NaN where there is one."""
+    cosines = functional.cosine_similarity(found, expected, dim=1)
+    errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    return float(cosines.amin()), float(errors.amax())
+
+
+def _judge(device: torch.device, report: ProbeReport, *, is_drawn_right: bool) -> None:
+    # Written so that a NaN does not pass.
+    if not (report.cosine >= MIN_COSINE and report.error <= MAX_ERROR):
+        wanted = f"allowed are a cosine from {MIN_COSINE} and an error up to {MAX_ERROR:.0%}"
+        raise ConfigError(f"{_nonsense(device)}: a tiny model has {report}; {wanted}")
+    if not is_drawn_right:
+        raise ConfigError(f"{_nonsense(device)}: from the same logits it draws other tokens than the CPU does")
+
+
+def _nonsense(device: torch.device) -> str:
+    return f"{describe_device(device)} computes nonsense; engine.device = {host_device().type} does without it"
+
+
+@contextmanager
+def _fallbacks() -> Iterator[list[str]]:
+    """A list that holds, at the end, the operators that torch warned of meanwhile. Other warnings go on their way."""
+    found: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield found
+    found += dict.fromkeys(_operators(caught))
+    for warning in caught:
+        if not FALLBACK.search(str(warning.message)):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def _operators(caught: Sequence[warnings.WarningMessage]) -> Iterator[str]:
+    for text in (str(warning.message) for warning in caught):
+        if FALLBACK.search(text):
+            named = OPERATOR.search(text)
+            yield named.group(1) if named else "an operator"

@@ -1,0 +1,88 @@
+"""int8 weights as a pass over the plain model: symmetric, one scale for each output row and 32 of its inputs.
+
+Every linear layer is quantised, the head included, and with it a tied embedding. Norms, biases and an embedding that
+is only looked up are not. In torch some devices keep int8 (`Int8Linear`), on the others, and for a tied embedding, the
+weights are held dequantised: the numbers of int8, not its memory.
+
+Native code quantises by the same rules to the same bytes:
+
+    weight   rounded to bfloat16 first
+    scale    bfloat16: the group's largest magnitude / 127 in float32, rounded up to the next bfloat16, so that no
+             value exceeds 127
+    value    int8: weight / scale in float32, rounded to the nearest, halves to the even one
+
+A group of zeros has the scale 0. 32 values and a scale take 34 bytes: 1.0625 a weight.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from brlite.backends.torch.parameters import Int8Linear, Parameters, scales_name
+from brlite.models.config import QUANTIZATION_GROUP
+
+ROWS_AT_A_TIME = 4096  # bounds the float32 copies that quantising makes
+LOWER_HALF = 0xFFFF  # the bits of a float32 that bfloat16 does not have
+
+
+class QuantizedWeight(NamedTuple):
+    """`values` int8 [outputs, inputs] and `scales` bfloat16 [outputs, groups]; the last group may be shorter."""
+
+    values: Tensor
+    scales: Tensor
+
+
+def quantize_weight(weight: Tensor) -> QuantizedWeight:
+    """Round each weight to its group's nearest level. What is not finite makes the group's scale not finite too."""
+    groups = _grouped(weight.to(torch.bfloat16).float())  # [outputs, groups, 32]
+    scales = _round_up(groups.abs().amax(dim=-1) / 127)
+    divisors = torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
+    values = (groups / divisors).round_().to(torch.int8)
+    return QuantizedWeight(values.flatten(1)[:, : weight.shape[1]].contiguous(), scales.to(torch.bfloat16))
+
+
+def dequantize_weight(weight: QuantizedWeight) -> Tensor:
+    """The float32 matrix that `weight` stands for, exactly."""
+    products = _grouped(weight.values.float()) * weight.scales.float().unsqueeze(-1)
+    return products.flatten(1)[:, : weight.values.shape[1]]
+
+
+def quantize_linears_(parameters: Parameters) -> None:
+    """Replace the weights of all linear layers that are not kept in int8 by what int8 makes of them, in place."""
+    for linear in (*(linear for layer in parameters.layers for linear in layer.linears), parameters.head):
+        if not isinstance(linear, Int8Linear):
+            for rows in _row_blocks(linear.weight):
+                rows.copy_(dequantize_weight(quantize_weight(rows.cpu())))
+
+
+def store_rows_(parameters: Parameters, name: str, start: int, weights: Tensor) -> None:
+    """Write `weights` to rows `start` onwards of a parameter, quantised, on the host, where it is kept in int8."""
+    parameter, scales = parameters.named[name], parameters.named.get(scales_name(name))
+    if scales is None:
+        parameter[start : start + len(weights)].copy_(weights)
+        return
+    for rows in _row_blocks(weights):
+        quantized = quantize_weight(rows)
+        parameter[start : start + len(rows), : rows.shape[1]].copy_(quantized.values)
+        scales[start : start + len(rows)].copy_(quantized.scales)
+        start += len(rows)
+
+
+def _round_up(scales: Tensor) -> Tensor:
+    """The least bfloat16 that is not below each number of `scales`, which are float32 and not negative."""
+    bits = scales.view(torch.int32)
+    return ((bits + LOWER_HALF) & ~LOWER_HALF).view(torch.float32)
+
+
+def _row_blocks(matrix: Tensor) -> list[Tensor]:
+    return [matrix[start : start + ROWS_AT_A_TIME] for start in range(0, matrix.shape[0], ROWS_AT_A_TIME)]
+
+
+def _grouped(matrix: Tensor) -> Tensor:
+    """[outputs, inputs] as [outputs, groups, 32], filled up with zeros."""
+    padded = functional.pad(matrix, (0, -matrix.shape[1] % QUANTIZATION_GROUP))
+    return padded.view(matrix.shape[0], -1, QUANTIZATION_GROUP)

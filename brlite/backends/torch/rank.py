@@ -1,0 +1,65 @@
+"""One rank's part of a model on torch: a backend of its own, which meets the others' in a group.
+
+After `o` and `down` the ranks' products are summed, so what one rank says and what several say differ by rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from brlite.backends.distributed.messages import RankBatch
+from brlite.backends.torch.backend import TorchBackend
+from brlite.backends.torch.device import select_device
+from brlite.backends.torch.group import TorchGroup
+from brlite.backends.torch.loading import TorchRankContext
+from brlite.checkpoint import Checkpoint
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.engine.backend import BackendInfo, Batch, StepResult
+from brlite.models.shards import Shard
+
+
+class TorchRank:
+    """A `RankModel`."""
+
+    def __init__(self, backend: TorchBackend, group: TorchGroup) -> None:
+        self._backend = backend
+        self._group = group
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        spec: ModelSpec,
+        engine: EngineConfig,
+        share: Shard,
+        on_progress: Callable[[float], None],
+        notes: tuple[str, ...] = (),
+    ) -> TorchRank:
+        """Read the rank's weights and make room for its cache, on the first of the spec's devices."""
+        group = TorchGroup(share, select_device(engine.device, spec.devices[0]))
+        return cls(
+            TorchBackend.load(checkpoint, spec, engine, on_progress, notes, TorchRankContext(share, group)), group
+        )
+
+    @property
+    def info(self) -> BackendInfo:
+        return self._backend.info
+
+    def open(self, host: str) -> str:
+        return self._group.open(host)
+
+    def join(self, place: str) -> None:
+        self._group.join(place)
+
+    def execute(self, batch: Batch) -> StepResult:
+        return self._backend.execute(batch)
+
+    def follow(self, work: RankBatch) -> None:
+        self._backend.follow(work)
+
+    def abort(self) -> None:
+        self._group.abort()
+
+    def close(self) -> None:
+        self._group.close()
+        self._backend.close()

@@ -1,0 +1,86 @@
+"""The control tokens of a vocabulary, and which of them a rendered chat holds: those that its template wrote.
+
+A message that spells one out does not become it. Knows no templates and no encoders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from brlite.chat.marked_text import MarkedText
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# A token of this shape says who speaks or what comes next, be it flagged special or not: DeepSeek's roles are not.
+_CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
+
+
+class ControlToken(NamedTuple):
+    """With `lstrip` or `rstrip` the white space beside it goes with it; `single_word` is not found inside words."""
+
+    token_id: int
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class ControlTokens:
+    """Control tokens by their texts. `are_written_by_id`: the encoder finds none in a text, so each must be marked."""
+
+    def __init__(self, tokens: Mapping[str, ControlToken], *, are_written_by_id: bool = False) -> None:
+        self.texts = sorted(filter(None, tokens), key=len, reverse=True)  # the longest of those that begin alike
+        self._tokens = tokens
+        self._names = {token.token_id: text for text, token in tokens.items()}
+        self._are_written_by_id = are_written_by_id
+        self._pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
+
+    def find(self, text: str, mark: str | None) -> str:
+        """What to encode for a rendered chat: the text as it is, or marked where tokens in it must be told from words.
+
+        A control token's text with the `mark` behind its first character is what a message spells out.
+        """
+        if mark is None and not self._are_written_by_id:
+            return text
+        return MarkedText(self._parts(text, mark or ""), self._names)
+
+    def split(self, text: str) -> Iterator[str | int]:
+        """The tokens in a text, and the words between them."""
+        return self._parts(text, "")
+
+    def _parts(self, text: str, mark: str) -> Iterator[str | int]:
+        end = 0
+        for match in self._pattern.finditer(text):
+            token = self._tokens[match[0]]
+            if mark and text.startswith(mark, match.start() + 1):
+                continue
+            if token.single_word and (_is_word(text, match.start() - 1) or _is_word(text, match.end())):
+                continue
+            words = text[end : match.start()].replace(mark, "") if mark else text[end : match.start()]
+            yield words.rstrip() if token.lstrip else words
+            yield token.token_id
+            end = match.end()
+            while token.rstrip and end < len(text) and text[end].isspace():
+                end += 1
+        yield text[end:].replace(mark, "") if mark else text[end:]
+
+
+def read_control_tokens(backend: tokenizers.Tokenizer) -> ControlTokens:
+    """Those of a tokenizer of the `tokenizers` package, which finds them in texts."""
+    return ControlTokens(
+        {
+            added.content: ControlToken(token_id, added.lstrip, added.rstrip, added.single_word)
+            for token_id, added in backend.get_added_tokens_decoder().items()
+            if is_control(added)
+        }
+    )
+
+
+def is_control(token: tokenizers.AddedToken) -> bool:
+    return token.special or _CONTROL_SHAPE.fullmatch(token.content) is not None
+
+
+def _is_word(text: str, index: int) -> bool:
+    return 0 <= index < len(text) and (text[index].isalnum() or text[index] == "_")

@@ -1,0 +1,125 @@
+"""The chats of models that have no template but code of their own: which control tokens stand where, as published.
+
+Control tokens are marked, not written: a message that spells one out does not become it. This is our own code and runs
+in-process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from brlite.chat.marked_text import MarkedText
+from brlite.chat.template import template_refusal
+
+Messages = Sequence[Mapping[str, Any]]
+
+# ChatGLM3's control tokens, in the order of their ids, which follow those of its pieces.
+CHATGLM3_TOKENS = (
+    *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
+    *("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"),
+)
+CHATGLM2_TOKENS = CHATGLM3_TOKENS[:5]  # the same without roles
+CHATGLM3_PREFIX = ("[gMASK]", "sop")
+CHATGLM3_ENDS = ("<|user|>", "<|observation|>")
+CHATGLM3_ROLES = {
+    "system": "<|system|>",
+    "user": "<|user|>",
+    "assistant": "<|assistant|>",
+    "observation": "<|observation|>",
+    "tool": "<|observation|>",  # OpenAI's word for it
+}
+
+
+class ChatFormat(Protocol):
+    """Whatever turns a chat into text. Raises `InvalidRequest` for a chat that it cannot say."""
+
+    text: str | None = None  # the Jinja template, if it is one
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> str: ...
+
+    def close(self) -> None:
+        """Give back what rendering took. Formats that are our own code take nothing."""
+        return
+
+
+class Baichuan2Format(ChatFormat):
+    """A system message as it stands; then before each message a token that says whose it is, and nothing behind."""
+
+    def __init__(self, *, user_token_id: int, assistant_token_id: int, names: Mapping[int, str]) -> None:
+        self._tokens = {"user": user_token_id, "assistant": assistant_token_id}
+        self._names = names
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
+        parts: list[str | int] = []
+        for index, message in enumerate(messages):
+            role = message.get("role")
+            if role == "system" and index > 0:
+                raise template_refusal("a system message must be the first")
+            parts += [] if role == "system" else [_token(self._tokens, role)]
+            parts.append(_text(message, "content"))
+        if add_generation_prompt and messages and messages[-1].get("role") != "assistant":
+            parts.append(self._tokens["assistant"])
+        return MarkedText(parts, self._names)
+
+
+class ChatGLM3Format(ChatFormat):
+    """`[gMASK]sop`, then for each message its role's token, metadata (a tool's name), a new line and the content."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._names = {token_id: text for text, token_id in ids.items()}
+        self._prefix = [ids[text] for text in CHATGLM3_PREFIX]
+        self._tokens = {role: ids[text] for role, text in CHATGLM3_ROLES.items()}
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
+        parts: list[str | int] = [*self._prefix]
+        for message in messages:
+            parts += [
+                _token(self._tokens, message.get("role")),
+                _text(message, "metadata") + "\n",
+                _with_tools(message),
+            ]
+        if add_generation_prompt:
+            parts.append(self._tokens["assistant"])
+        return MarkedText(parts, self._names)
+
+
+class ChatGLM2Format(ChatFormat):
+    """`[gMASK]sop`, then rounds of a question and an answer in words: its vocabulary has no tokens for roles."""
+
+    def __init__(self, ids: Mapping[str, int]) -> None:
+        self._names = {token_id: text for text, token_id in ids.items()}
+        self._prefix = [ids[text] for text in CHATGLM3_PREFIX]
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
+        text = ""
+        for index, message in enumerate(messages):
+            if message.get("role") != ("user", "assistant")[index % 2]:
+                raise template_refusal("its rounds are a user's message and the assistant's, in turns")
+            is_question = index % 2 == 0
+            text += f"[Round {index // 2 + 1}]\n\n问：" if is_question else "\n\n答："
+            text += _text(message, "content") + ("" if is_question else "\n\n")
+        return MarkedText([*self._prefix, text + ("\n\n答：" if len(messages) % 2 else "")], self._names)
+
+
+def _token(tokens: Mapping[str, int], role: object) -> int:
+    if role not in tokens:
+        raise template_refusal(f"role {str(role)[:80]!r} has no token; {', '.join(tokens)} have")
+    return tokens[str(role)]
+
+
+def _text(message: Mapping[str, Any], key: str) -> str:
+    """The string under `key`, empty where there is none."""
+    value = message.get(key)
+    if value is not None and not isinstance(value, str):
+        raise template_refusal(f"{key} must be a string")
+    return value or ""
+
+
+def _with_tools(message: Mapping[str, Any]) -> str:
+    """The content, and behind a system message's the tools that it offers."""
+    content = _text(message, "content")
+    if message.get("role") != "system" or not message.get("tools"):
+        return content
+    return f"{content}\n{json.dumps(message['tools'], indent=4, ensure_ascii=False)}"

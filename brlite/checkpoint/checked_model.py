@@ -1,0 +1,77 @@
+"""Whether a checkpoint, its config and what is to be served fit together. Reads headers only and needs no torch.
+
+So a broken model folder is known in milliseconds, before the seconds that torch takes to import.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from brlite.checkpoint import Checkpoint
+from brlite.config.options import ModelSpec
+from brlite.errors import ConfigError, ModelError
+from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line
+from brlite.models import find_family
+from brlite.models.config import ModelConfig
+from brlite.models.families.family import Family, WeightTarget
+from brlite.models.shards import check_share
+
+MAX_NAMED = 3  # how many tensors a message lists before it only counts them
+
+
+class CheckedModel(NamedTuple):
+    """The model's config, where each tensor of the checkpoint goes, and the names of those that go nowhere."""
+
+    config: ModelConfig
+    places: Mapping[str, WeightTarget]
+    ignored: set[str]
+
+
+def check_fit(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
+    """Raise `ModelError` for missing, misshapen or unknown tensors, `ConfigError` for a spec beyond the model."""
+    family = find_family(checkpoint.config)
+    config = family.read_config(checkpoint.config)
+    check_spec(spec, config)
+    places = family.weight_places(config)
+    return CheckedModel(config, places, _check_tensors(checkpoint, places, family, config))
+
+
+def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
+    """Raise `ConfigError` where `spec` promises what the model cannot do."""
+    if spec.build_seq > config.max_context:
+        raise ConfigError(f"build_seq is {spec.build_seq}; {spec.name} allows at most {config.max_context} positions")
+    if spec.vocab_size is not None and spec.vocab_size != config.vocab_size:
+        raise ConfigError(f"vocab_size is {spec.vocab_size}; {spec.name} has {config.vocab_size} embedding rows")
+    check_share(config, spec.tensor_parallel)
+
+
+def _check_tensors(
+    checkpoint: Checkpoint, places: Mapping[str, WeightTarget], family: Family, config: ModelConfig
+) -> set[str]:
+    """The names of the checkpoint's tensors that the decoder has no use for, all else being as it must be."""
+    path, shapes = checkpoint.path, checkpoint.shapes()
+    missing = [name for name in places if name not in shapes]
+    if missing:
+        raise ModelError(f"{path}: {_listed(missing)} missing")
+    for name, place in places.items():
+        if tuple(shapes[name]) != place.shape:
+            raise ModelError(
+                f"{path}: {name} has shape {excerpt(list(shapes[name]))}; the config wants {list(place.shape)}"
+            )
+    extra = {name for name in shapes if name not in places}
+    unexpected = sorted(name for name in extra if not _is_ignorable(name, family, config))
+    if unexpected:
+        raise ModelError(f"{path}: {_listed(unexpected)} not expected in a {family.model_type} model")
+    return extra
+
+
+def _is_ignorable(name: str, family: Family, config: ModelConfig) -> bool:
+    is_tied_head = config.tie_word_embeddings and name == "lm_head.weight"
+    return is_tied_head or name.endswith(family.ignored_suffixes)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(one_line(name, MAX_EXCERPT) for name in names[:MAX_NAMED])
+    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return f"{shown}{more} {'is' if len(names) == 1 else 'are'}"

@@ -1,0 +1,147 @@
+"""What a model's file turns out to be, where it is not what its name says, and the readers of its small text files.
+
+Downloads and copies leave git-lfs pointers, login pages, dangling links, empty and compressed files in place of a
+model's. `KINDS` is the one table of these; every reader of model files asks it first. Knows how formats begin, and
+nothing else of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from brlite.errors import ModelError
+from brlite.files.quoting import excerpt, one_line, reason
+from brlite.files.text_file import TextError, decode_text
+from brlite.machine import show_bytes
+
+HEAD_BYTES = 512
+FETCH_AGAIN = "fetch it again"
+
+
+class Kind(NamedTuple):
+    """Something that a file can be: how it begins, and what to say of it where something else is wanted."""
+
+    name: str
+    begins: bytes | Callable[[bytes], bool]
+    text: str | Callable[[bytes], str]
+
+    def matches(self, head: bytes) -> bool:
+        return self.begins(head) if callable(self.begins) else head.startswith(self.begins)
+
+    def describe(self, head: bytes) -> str:
+        return self.text(head) if callable(self.text) else self.text
+
+
+def _is_page(head: bytes) -> bool:
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<error"))
+
+
+# What hubs and mirrors answer in place of a file.
+_MESSAGES = (b"Entry not found", b"Repository not found", b"Invalid username or password", b"Access to model")
+_OLD_GGML = (b"lmgg", b"fmgg", b"tjgg", b"algg")
+
+
+def _message_text(head: bytes) -> str:
+    return f"holds a server's message, {excerpt(head[:40].decode('latin-1'))}: {FETCH_AGAIN}"
+
+
+def _lfs_text(head: bytes) -> str:
+    size = re.search(rb"\nsize (\d{1,18})\n", head)
+    missing = f" ({show_bytes(int(size[1]))} are missing)" if size else ""
+    return f"is a git-lfs pointer{missing}: git lfs pull"
+
+
+# The first that matches counts.
+KINDS: tuple[Kind, ...] = (
+    Kind("empty", lambda head: not head, f"is empty: {FETCH_AGAIN}"),
+    Kind("git-lfs", lambda head: head.startswith((b"version https://git-lfs.", b"version https://hawser.")), _lfs_text),
+    Kind("git-annex", lambda head: b"/annex/objects/" in head[:64], "is a git-annex pointer: git annex get"),
+    Kind("page", _is_page, f"is a web page, as servers send in place of a file that needs a login: {FETCH_AGAIN}"),
+    Kind("message", lambda head: head.startswith(_MESSAGES), _message_text),
+    Kind("GGUF", b"GGUF", "is a GGUF file: give it a name that ends in .gguf"),
+    Kind("GGML", lambda head: head[:4] in _OLD_GGML, "is a GGML file, the format before GGUF: convert it"),
+    Kind("packed weights", b"brlite\x00\x01", "holds packed weights of brlite (serialize_file), not a model"),
+    Kind("safetensors", lambda head: head[4:10] == b'\0\0\0\0{"', "is a safetensors file: name it so"),
+    Kind("zip", b"PK\x03\x04", "is a zip archive: unpack it"),
+    Kind("gzip", b"\x1f\x8b", "is compressed by gzip: unpack it"),
+    Kind("zstd", b"\x28\xb5\x2f\xfd", "is compressed by zstd: unpack it"),
+    Kind("xz", b"\xfd7zXZ\x00", "is compressed by xz: unpack it"),
+    Kind("bzip2", b"BZh", "is compressed by bzip2: unpack it"),
+    Kind("7z", b"7z\xbc\xaf\x27\x1c", "is a 7z archive: unpack it"),
+    Kind("tar", lambda head: head[257:262] == b"ustar", "is a tar archive: unpack it"),
+    Kind("HDF5", b"\x89HDF\r\n", "is an HDF5 file, of Keras or TensorFlow: use the model's safetensors"),
+    Kind(
+        "pickle",
+        lambda head: head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")),
+        "is a bare pickle, as torch.save wrote before PyTorch 1.6: it could run code and is not read",
+    ),
+    Kind(
+        "zeros",
+        lambda head: len(head) == HEAD_BYTES and not any(head),
+        f"begins with zeros only, as an unfinished download does: {FETCH_AGAIN}",
+    ),
+)
+
+
+def check_model_file(path: Path, *wanted: str) -> None:
+    """Raise `ModelError` for a file that is missing, unreadable or of a known kind that is not `wanted`.
+
+    A file of no known kind passes: what is wrong with it is the reader's to say.
+    """
+    if described := describe_file(path, *wanted):
+        raise ModelError(f"{path}: {described}")
+
+
+def describe_file(path: Path, *wanted: str) -> str | None:
+    """What stands in place of the wanted kind of file, and what to do about it; None if nothing speaks against it."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not hold the start
+        try:
+            mode = os.fstat(handle).st_mode
+            if not stat.S_ISREG(mode):
+                return "is a directory, not a file" if stat.S_ISDIR(mode) else "is a pipe or a device, not a file"
+            head = os.read(handle, HEAD_BYTES)
+        finally:
+            os.close(handle)
+    except FileNotFoundError:
+        if path.is_symlink():
+            return f"is a link to {one_line(os.readlink(path))}, which is not there: {FETCH_AGAIN}"
+        return "the file is missing"
+    except (OSError, ValueError) as error:
+        return f"cannot be read: {reason(error)}"
+    kind = next((kind for kind in KINDS if kind.matches(head)), None)
+    return None if kind is None or kind.name in wanted else kind.describe(head)
+
+
+def exists(path: Path) -> bool:
+    """Whether a folder lists the name, be it a link that leads nowhere: then the reader says so."""
+    return os.path.lexists(path)
+
+
+def read_model_text(path: Path) -> str:
+    """The text of one of a model's small files. Raises `ModelError` naming the file."""
+    check_model_file(path)
+    try:
+        return decode_text(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read: {reason(error)}") from None
+    except TextError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in one of a model's JSON files. Raises `ModelError` naming the file."""
+    try:
+        content = json.loads(read_model_text(path))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: not readable as JSON: {reason(error)}") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: must hold a JSON object, got {excerpt(content)}")
+    return content

@@ -1,0 +1,1 @@
+"""The commands of `brlite`, a file each. First file: `cli.py`."""

@@ -1,0 +1,129 @@
+"""`brlite check`: what a config means and what it will take, by arithmetic. Starts, fetches and allocates nothing.
+
+Nor does it connect to anything, unless it is told to dial the upstreams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from itertools import chain, repeat
+from pathlib import Path
+
+import msgspec
+
+from brlite.backends.sizes import Sizes, find_model, known_sizes, measure
+from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint.checked_model import check_fit
+from brlite.config.load import load_config
+from brlite.config.options import Config, EngineConfig, ModelSpec, ProxyConfig
+from brlite.config.proxy_files import load_proxy_config
+from brlite.config.render import render
+from brlite.config.warnings import GIB, check_memory, check_supported, config_warnings
+from brlite.http.keys import ApiKeys
+from brlite.machine import find_memory, show_bytes
+from brlite.proxy.routing.connection_check import dial_all
+from brlite.proxy.routing.route_table import Route, RouteTable
+
+
+class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a model comes from, and its sizes where they are known before it is fetched."""
+
+    spec: ModelSpec
+    origin: str
+    sizes: Sizes | None
+
+
+def run(path: Path, *others: Path, dial: bool = False) -> int:
+    """Print the effective config, what its models will take, where requests go, and the warnings.
+
+    Several files are a proxy's. Raises what makes them unusable. Returns 1 if an upstream was dialled in vain, else 0.
+    """
+    config = load_proxy_config([path, *others]) if others else load_config(path)
+    check_supported(config)
+    ApiKeys.from_config(config)
+    table = RouteTable(config)
+    reports = [inspect_model(spec, config.engine) for spec in config.model]
+    sizes = {report.spec.name: report.sizes.num_bytes for report in reports if report.sizes is not None}
+    check_memory(config.engine, config.model, sizes)
+    routes = [line for target in table for line in _describe_route(target, config.proxy)]
+    print("\n".join([render(config), "", *routes, *describe(config, reports, find_memory().available)]), flush=True)
+    return _dial(table, config.proxy) if dial else 0
+
+
+def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
+    """Find out about a model without fetching it. Raises where `serve` would: all files are opened, none is read."""
+    from brlite.backends.plugins.discovery import check_engine_name
+    from brlite.tokenizer import load_tokenizer
+
+    if engine.name is not None:
+        check_engine_name(engine.name)
+        return ModelReport(spec=spec, origin=f"engine {engine.name}", sizes=None)
+    path = find_model(spec)
+    if path is None:
+        origin = "not here yet, fetched by its name at the first start"
+        return ModelReport(spec=spec, origin=origin, sizes=known_sizes(spec, engine))
+    with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
+        check_fit(checkpoint, spec)
+        sizes = measure(checkpoint.config, spec, engine)
+        origin = str(checkpoint.path)
+    load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
+    return ModelReport(spec=spec, origin=origin, sizes=sizes)
+
+
+def describe(config: Config, reports: Sequence[ModelReport], available_bytes: int) -> Iterator[str]:
+    """The lines about the models and their memory, then the warnings."""
+    for report in reports:
+        yield from _describe_model(report)
+    known = [report.sizes for report in reports if report.sizes is not None]
+    total = sum(sizes.num_bytes for sizes in known)
+    at_once = min(total, int(config.engine.memory_gib * GIB) or total)
+    bound = f", at most {show_bytes(at_once)} at once" if at_once < total else ""
+    if known:
+        yield f"memory: {show_bytes(total)} for weights and KV cache{bound}; {show_bytes(available_bytes)} are free now"
+    if at_once > available_bytes:
+        yield "warning: this is more than is free; lower build_batch, build_seq or num_blocks"
+    yield from (f"warning: {warning}" for warning in config_warnings(config))
+
+
+def _describe_route(target: Route, proxy: ProxyConfig) -> Iterator[str]:
+    """Where requests for a forwarded model go, and by which other names it is asked for."""
+    yield f"forwarded {target.model}"
+    for word, upstream in zip(chain(["to"], repeat("")), target.upstreams, strict=False):
+        name, config = target.name_at(upstream), upstream.config
+        where = "" if upstream.name == config.url else f" at {config.url}"
+        renamed = "" if name == target.model else f", as {name}"
+        yield f"  {word:<9} {upstream.name}{where}, weight {upstream.weight}{renamed}"
+    aliases = [alias for alias, model in proxy.aliases.items() if model == target.model]
+    if aliases:
+        yield f"  also as   {', '.join(aliases)}"
+    if target.stand_ins:
+        yield f"  or else   {', '.join(stand_in.model for stand_in in target.stand_ins)}"
+
+
+def _dial(table: RouteTable, proxy: ProxyConfig) -> int:
+    results = asyncio.run(dial_all(table.upstreams, proxy))
+    print("\n".join(["", *(result.line for result in results)] if results else ["", "there is no upstream to dial"]))
+    return 0 if all(result.is_good for result in results) else 1
+
+
+def _describe_model(report: ModelReport) -> Iterator[str]:
+    spec, sizes = report.spec, report.sizes
+    yield f"model {spec.name}"
+    yield f"  from      {report.origin}"
+    if sizes is None:
+        yield "  sizes     unknown until it is there"
+        return
+    limit = f" of the {sizes.max_context} that the model allows" if spec.build_seq else f": {sizes.context_reason}"
+    yield f"  context   {sizes.context} tokens{limit}"
+    yield f"  weights   {show_bytes(sizes.weight_bytes)}: {sizes.num_parameters / 1e6:.4g} million as {sizes.dtype}"
+    if spec.precision != "bf16" and sizes.dtype != "int8":
+        yield f"            ({spec.precision}: rounded to int8, but held as {sizes.dtype} by torch)"
+    blocks = f"{sizes.num_blocks} blocks of {sizes.block_size} tokens as {sizes.kv_dtype}"
+    yield f"  KV cache  {show_bytes(sizes.kv_bytes)}: {blocks}, {show_bytes(sizes.kv_bytes_per_token)} a token"
+    num_tokens = sizes.num_blocks * sizes.block_size
+    for number, rank in enumerate(sizes.ranks):
+        word = "ranks" if number == 0 else ""
+        weights, kv = show_bytes(rank.weight_bytes), show_bytes(rank.kv_bytes_per_token * num_tokens)
+        yield f"  {word:<9} {number}: {weights} of the weights, {kv} of the KV cache"

@@ -1,0 +1,51 @@
+"""The arguments of `brlite convert` and `brlite inspect`, and what they start. `cli.py` runs them as it does others.
+
+Both spellings of a flag are taken, the manual's with underscores and the usual one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from brlite.errors import ConfigError
+
+PRECISIONS = ("bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8")
+
+
+def add_conversion(parser: argparse.ArgumentParser) -> None:
+    name = "what requests will call it; the hub's folder names, models--Org--Name, are understood"
+    parser.add_argument("--model_name", "--model-name", required=True, metavar="NAME", help=name)
+    folder = "its folder (or .gguf file): config, tokenizer and weights"
+    parser.add_argument("--model_dir", "--model-dir", type=Path, required=True, metavar="DIR", help=folder)
+    where = "the bundle becomes a folder in this one"
+    parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, metavar="OUT", help=where)
+    packed = "which the weights are packed for (default: what the manual recommends for all its models, %(default)s)"
+    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[-1], help=packed)
+    traced = "take the weights from a .pt that the manual's tool has traced; config and tokenizer from --model_dir"
+    parser.add_argument("--from-pt", "--from_pt", type=Path, metavar="FILE", help=traced)
+    parser.add_argument("--tp", type=int, default=1, help=argparse.SUPPRESS)
+    parser.set_defaults(command=convert)
+
+
+def add_inspection(parser: argparse.ArgumentParser) -> None:
+    about = "a traced .pt, a bundle, a Hugging Face folder, a .gguf file or packed weights"
+    parser.add_argument("path", type=Path, metavar="PATH", help=about)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--verify", action="store_true", help="read a bundle's files and compare their sha256")
+
+
+def convert(args: argparse.Namespace) -> int:
+    from brlite.conversion.convert import ConversionRequest, run
+
+    if args.tp != 1:
+        raise ConfigError(
+            f"--tp {args.tp}: allowed is 1: a bundle serves any, since ranks split the weights themselves"
+        )
+    return run(ConversionRequest(args.model_name, args.model_dir, args.output_dir, args.precision, args.from_pt))
+
+
+def inspect(args: argparse.Namespace) -> int:
+    from brlite.commands.inspect import run
+
+    return run(args.path, as_json=args.json, verify=args.verify)

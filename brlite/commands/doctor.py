@@ -1,0 +1,143 @@
+"""`brlite doctor`: what was found on this machine, and which path will run. Changes and fetches nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import brlite
+from brlite.config.options import DEFAULT_MODEL
+from brlite.errors import ConfigError, ModelError, NativeUnavailable
+from brlite.files.cache import default_cache
+from brlite.machine import find_cpus, find_instruction_sets, find_memory, show_bytes
+
+if TYPE_CHECKING:
+    from brlite.backends.native.library import NativeLibrary
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "aiohttp", "msgspec", "uvloop")
+BIREN_NODES = "biren*"
+
+Findings = dict[str, str]
+
+
+def run(*, as_json: bool) -> int:
+    """Print the findings. Returns 1 if nothing could be served: neither torch nor native kernels can be used."""
+    report = examine()
+    print(json.dumps(report, indent=2, ensure_ascii=False) if as_json else render(report))
+    return 1 if "error" in report["device"] and "instruction set" not in report["native kernels"] else 0
+
+
+def examine() -> dict[str, Findings]:
+    """Section → what was found there."""
+    sections: Mapping[str, Callable[[], Findings]] = {
+        "versions": _versions,
+        "machine": _machine,
+        "device": _device,
+        "native kernels": _native,
+        "model": _model,
+    }
+    return {name: find() for name, find in sections.items()}
+
+
+def render(report: Mapping[str, Mapping[str, str]]) -> str:
+    """Aligned lines under their section's name."""
+    width = max(len(name) for findings in report.values() for name in findings)
+    lines = []
+    for section, findings in report.items():
+        lines += [section, *(f"  {name:{width}}  {text}" for name, text in findings.items())]
+    return "\n".join(lines)
+
+
+def _versions() -> Findings:
+    python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return {"brlite": brlite.__version__, "python": python, **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine() -> Findings:
+    memory, cpus = find_memory(), find_cpus()
+    limit = f"; limited by {memory.decided_by}" if memory.decided_by else ""
+    return {
+        "instruction sets": " ".join(find_instruction_sets()) or "unknown",
+        "hardware threads": str(os.cpu_count()),
+        "threads": f"{cpus.num_threads}, {cpus.decided_by}",
+        "memory": f"{show_bytes(memory.total)}, {show_bytes(memory.available)} free{limit}",
+        "biren nodes": " ".join(sorted(map(str, Path("/dev").glob(BIREN_NODES)))) or "none",
+    }
+
+
+def _device() -> Findings:
+    from brlite.backends.torch.device import (
+        BIREN_ENVIRONMENT,
+        compute_dtype,
+        describe_device,
+        has_biren_cards,
+        rules_for,
+        select_device,
+    )
+
+    try:
+        device = select_device("auto")
+        dtype = compute_dtype("auto", device)
+    except (ImportError, OSError) as error:  # a torch build that does not fit the machine fails to load with either
+        return {"error": f"torch cannot be used: {' '.join(str(error).split())}"}
+    findings = {
+        "chosen": describe_device(device),
+        "torch computes in": str(dtype).removeprefix("torch."),
+    }
+    if has_biren_cards():
+        findings[BIREN_ENVIRONMENT] = os.environ[BIREN_ENVIRONMENT]
+    if rules_for(device).is_probed:
+        from brlite.backends.torch.probe import probe_device
+
+        try:
+            findings["probe"] = str(probe_device(device, dtype))
+        except ConfigError as refusal:
+            findings["error"] = str(refusal)
+    return findings
+
+
+def _native() -> Findings:
+    from brlite.backends.native.library import find_library
+
+    return describe_native(find_library)
+
+
+def describe_native(find_library: Callable[[], NativeLibrary | None]) -> Findings:
+    """Where the native library was found, or why torch computes in its place."""
+    from brlite.backends.native.build import find_compiler
+    from brlite.backends.native.library import run_self_tests
+
+    try:
+        library = find_library()
+        if library is None:
+            return {"library": f"not built yet, compiled with {find_compiler()[0]} at the first start"}
+    except NativeUnavailable as error:
+        return {"library": f"none, so torch computes: {error}"}
+    tests = (f"{name} {_verdict(check)}" for name, check in run_self_tests(library.functions).items())
+    return {"library": str(library.path), "instruction set": library.isa_name, "self-tests": ", ".join(tests)}
+
+
+def _verdict(check: int) -> str:
+    return f"fails check {check} and is not used" if check else "passed"
+
+
+def _model() -> Findings:
+    from brlite.checkpoint.fetch import local_sources, locate_model
+
+    try:
+        place = str(locate_model(DEFAULT_MODEL, None, sources=local_sources()))
+    except ModelError:
+        place = "not here yet, fetched at the first start"
+    return {"cache": str(default_cache()), "default model": DEFAULT_MODEL, "its weights": place}

@@ -1,0 +1,82 @@
+"""`brlite engine-check`: opens an engine, tries every promise of the contract, and prints a table. No server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import msgspec
+
+from brlite.backends.plugins.conformance.checks import Outcome, run_checks
+from brlite.backends.plugins.conformance.engine_under_test import EngineUnderTest
+from brlite.backends.plugins.contract import Capabilities, PluginEngine
+from brlite.backends.plugins.discovery import make_engine
+from brlite.config.options import Config
+from brlite.config.warnings import check_supported
+
+OWN = "brlite"
+Say = Callable[[str], object]
+
+
+class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `brlite engine-check` found."""
+
+    engine: str
+    capabilities: Capabilities
+    keeps_the_contract: bool
+    checks: list[Outcome]
+
+
+def run(config: Config, *, as_json: bool, make: Callable[[str], PluginEngine] = make_engine) -> int:
+    """Print what came of each check of the config's engine, which is brlite's own if none is named. 1 if one failed."""
+    check_supported(config)
+    report = check_engine(config, make, _say_nothing if as_json else partial(print, flush=True))
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    return 0 if report.keeps_the_contract else 1
+
+
+def check_engine(config: Config, make: Callable[[str], PluginEngine], say: Say) -> EngineReport:
+    """Open the engine for the config's first model and run every check."""
+    name = config.engine.name or OWN
+    subject = EngineUnderTest(partial(make, name), config.model[0], config.engine)
+    try:
+        capabilities = subject.capabilities
+        say("\n".join(describe(name, capabilities)))
+        outcomes = run_checks(subject, lambda outcome: say(_line(outcome)))
+    finally:
+        subject.close()
+    say(_conclusion(name, outcomes))
+    is_kept = all(outcome.result != "failed" for outcome in outcomes)
+    return EngineReport(engine=name, capabilities=capabilities, keeps_the_contract=is_kept, checks=outcomes)
+
+
+def describe(name: str, capabilities: Capabilities) -> list[str]:
+    """What the engine says of itself."""
+    flags = [field for field, value in msgspec.structs.asdict(capabilities).items() if value is True]
+    size = f"{capabilities.max_seqs} slots of {capabilities.max_model_len} tokens, {capabilities.vocab_size} logits"
+    version = f" {capabilities.version}" if capabilities.version else ""
+    return [
+        f"engine {name}: {capabilities.name}{version}, {capabilities.device}, {capabilities.dtype}",
+        f"  {size}; tolerance {capabilities.tolerance:g}",
+        f"  claims {', '.join(flags) or 'nothing more'}",
+        *(f"  note: {note}" for note in capabilities.notes),
+        "",
+    ]
+
+
+def _line(outcome: Outcome) -> str:
+    result = "FAILED" if outcome.result == "failed" else outcome.result
+    return f"  {outcome.name:34}{result:11}{outcome.detail}"
+
+
+def _conclusion(name: str, outcomes: Sequence[Outcome]) -> str:
+    failed = [outcome.name for outcome in outcomes if outcome.result == "failed"]
+    num_tried = sum(outcome.result != "not tried" for outcome in outcomes)
+    if failed:
+        return f"\nengine {name} does not keep the contract: {len(failed)} of {num_tried} checks failed"
+    return f"\nengine {name} keeps the contract: {num_tried} checks passed, {len(outcomes) - num_tried} were not tried"
+
+
+def _say_nothing(line: str) -> None:
+    """The report says it all."""

@@ -1,0 +1,132 @@
+"""`brlite generate`: a file of prompts in, JSON lines out, in the order of the file and as they are done. No server."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, TextIO
+
+import msgspec
+from tqdm import tqdm
+
+from brlite.config.options import Config
+from brlite.errors import ConfigError, InvalidRequest
+from brlite.files.text_file import TextError, decode_text
+from brlite.llm import LLM
+from brlite.outputs import RequestOutput
+from brlite.sampling_params import SamplingParams
+
+
+def run(config: Config, source: str, target: str, params: SamplingParams) -> int:
+    """Complete every prompt of `source` into `target`; "-" is standard input or output. Returns the exit status.
+
+    A line is a prompt, or a JSON object with `prompt` and any sampling field; what it does not say comes from `params`.
+    """
+    jobs = [_job(line, number, params) for number, line in _lines(source)]
+    with LLM(config=config) as llm:
+        for job in jobs:
+            _check(llm, job)
+        bar = tqdm(total=len(jobs), disable=None, unit="prompt")
+        with _opened(target) as file, bar, Answers(file, bar.update) as answers:
+            llm.generate([job.prompt for job in jobs], [job.params for job in jobs], on_finished=answers.add)
+    return 0
+
+
+class PromptJob(NamedTuple):
+    """A line of the source: its number from 1, its prompt and its parameters."""
+
+    line: int
+    prompt: str
+    params: SamplingParams
+
+
+class Answers:
+    """Writes each answer once those before it are written. What is held back when it ends, in any way, comes then."""
+
+    def __init__(self, file: TextIO, on_written: Callable[[], object]) -> None:
+        self._file = file
+        self._on_written = on_written
+        self._held: dict[int, str] = {}
+        self._next = 0
+
+    def __enter__(self) -> Answers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number in sorted(self._held):
+            self._write(number)
+
+    def add(self, number: int, output: RequestOutput) -> None:
+        self._held[number] = _answer(output)
+        while self._next in self._held:
+            self._write(self._next)
+            self._next += 1
+
+    def _write(self, number: int) -> None:
+        self._file.write(self._held.pop(number) + "\n")
+        self._file.flush()
+        self._on_written()
+
+
+def _lines(source: str) -> Iterator[tuple[int, str]]:
+    try:
+        text = decode_text(sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes())
+    except (OSError, TextError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{'standard input' if source == '-' else source}: cannot be read: {reason}") from None
+    # Not splitlines(), which would also cut a prompt at U+2028 and the like.
+    return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+
+
+def _check(llm: LLM, job: PromptJob) -> None:
+    """Before the target is opened: a prompt that is refused must not cost what stands there."""
+    try:
+        llm.check(job.prompt, job.params)
+    except InvalidRequest as error:
+        raise ConfigError(f"line {job.line}: {error}") from None
+
+
+def _job(line: str, number: int, params: SamplingParams) -> PromptJob:
+    """What a line asks for. Raises `ConfigError`, naming the line."""
+    if not line.lstrip().startswith("{"):
+        return PromptJob(number, line, params)
+    try:
+        fields: dict[str, Any] = json.loads(line)
+        prompt = fields.pop("prompt")
+        if not isinstance(prompt, str):
+            raise InvalidRequest("prompt must be a string")
+        return PromptJob(number, prompt, msgspec.structs.replace(params, **fields))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"line {number} is not JSON: {error}") from None
+    except KeyError:
+        raise ConfigError(f"line {number} has no prompt") from None
+    except (TypeError, InvalidRequest) as error:
+        raise ConfigError(f"line {number}: {error}") from None
+
+
+@contextmanager
+def _opened(target: str) -> Iterator[TextIO]:
+    try:
+        if target == "-":
+            yield sys.stdout
+        else:
+            with Path(target).open("w", encoding="utf-8") as file:
+                yield file
+    except BrokenPipeError:
+        raise  # the reader left, which is no fault
+    except OSError as error:
+        raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
+
+
+def _answer(output: RequestOutput) -> str:
+    outputs = [{"text": each.text, "finish_reason": each.finish_reason} for each in output.outputs]
+    answer: dict[str, object] = {"prompt": output.prompt, "outputs": outputs}
+    if output.warnings:
+        answer["warnings"] = output.warnings
+    return json.dumps(answer, ensure_ascii=False)

@@ -1,0 +1,173 @@
+"""`brlite inspect`: what a model file or folder holds, from its headers. Loads nothing and runs nothing.
+
+Takes a traced `.pt` (the names that the manual's config asks for), a bundle, a Hugging Face folder, a GGUF file and an
+image of packed weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from brlite.backends.native.packed_file import MAGIC, PackedFileError, read_image_key
+from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint.bundle import BundleCheckpoint, is_bundle
+from brlite.checkpoint.folder import find_weights
+from brlite.checkpoint.gguf_header import read_gguf_header
+from brlite.checkpoint.new_file import read_record
+from brlite.checkpoint.safetensors_header import read_safetensors_header
+from brlite.checkpoint.traced_archive import TracedArchive
+from brlite.checkpoint.traced_checkpoint import place_parameters
+from brlite.checkpoint.traced_code import traced_names
+from brlite.errors import ModelError
+from brlite.files.quoting import one_line
+from brlite.machine import show_bytes
+from brlite.models import find_family
+from brlite.models.config import num_parameters
+
+UNTOLD = "not told by its text: the manual's tool prints it when it runs"
+EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")  # as the families call them
+
+Findings = dict[str, Any]
+
+
+def run(path: Path, *, as_json: bool = False, verify: bool = False) -> int:
+    """Print what is found. With `verify` a bundle's files are read and compared with their sha256; 1 if one differs."""
+    findings = inspect(path)
+    damaged = _damaged(path) if verify else []
+    if verify:
+        findings["damaged files"] = damaged
+    print(json.dumps(findings, indent=1) if as_json else render(findings))
+    return 1 if damaged else 0
+
+
+def inspect(path: Path) -> Findings:
+    """Name → finding. Raises `ModelError` for what is none of the things above, or broken."""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(len(MAGIC))
+        if start == MAGIC:
+            return _image(path)
+        if start.startswith(b"PK"):
+            return _traced(path)
+    return _bundle(path) if is_bundle(path) else _checkpoint(path)
+
+
+def render(findings: Mapping[str, Any]) -> str:
+    """A line for each finding."""
+    width = max(map(len, findings))
+    return "\n".join(f"{name:{width}}  {_shown(name, value)}" for name, value in findings.items())
+
+
+def _shown(name: str, value: object) -> str:
+    if isinstance(value, int) and name.endswith("bytes"):
+        return f"{value} ({show_bytes(value)})"
+    if isinstance(value, int) and name == "parameters":
+        return f"{value} ({value / 1e6:.4g} million)"
+    if isinstance(value, list | tuple):
+        return ", ".join(one_line(item) for item in value) or "none"
+    return UNTOLD if value is None else one_line(value)
+
+
+def _traced(path: Path) -> Findings:
+    archive = TracedArchive(path)
+    tensors, names = place_parameters(archive), traced_names(archive)
+    embedding = next((tensor for name, tensor in tensors.items() if name.endswith(EMBEDDINGS)), None)
+    return {
+        "kind": "traced .pt",
+        "path": str(path),
+        "bytes": archive.num_bytes,
+        "class": archive.module.type_name.rpartition(".")[2],
+        "input_name": names and names.input_name,
+        "output_name": names and names.output_name,
+        "output's key": (names and names.output_label) or "none",
+        "vocab_size": embedding.shape[0] if embedding else "unknown: no embedding was found",
+        "tensors": len(tensors),
+        "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        "types": _counted(tensor.dtype for tensor in tensors.values()),
+    }
+
+
+def _bundle(path: Path) -> Findings:
+    with closing(BundleCheckpoint(path)) as checkpoint:
+        manifest = checkpoint.manifest
+    return {
+        "kind": "bundle",
+        "path": str(path),
+        "bytes": sum(record.num_bytes for record in manifest.files.values()),
+        "model": manifest.model,
+        "architecture": manifest.architecture,
+        "precision": manifest.precision,
+        "input_name": manifest.input_name,
+        "output_name": manifest.output_name,
+        "vocab_size": manifest.vocab_size,
+        "parameters": manifest.num_parameters,
+        "identity": checkpoint.identity,
+        "brlite": manifest.brlite,
+        "files": list(manifest.files),
+    }
+
+
+def _checkpoint(path: Path) -> Findings:
+    with closing(open_checkpoint(path)) as checkpoint:
+        family = find_family(checkpoint.config)
+        config = family.read_config(checkpoint.config)
+    weights = find_weights(path)
+    return {
+        "kind": "GGUF file" if weights.kind == "gguf" else f"folder of {weights.kind}",
+        "path": str(path),
+        "bytes": checkpoint.num_bytes,
+        "architecture": family.architecture,
+        "vocab_size": config.vocab_size,
+        "context": config.max_context,
+        "layers": config.num_layers,
+        "tensors": len(checkpoint.shapes()),
+        "parameters": num_parameters(config),
+        "types": _types(weights.kind, weights.files),
+        "identity": checkpoint.identity,
+    }
+
+
+def _image(path: Path) -> Findings:
+    try:
+        key = read_image_key(path)
+    except PackedFileError as error:
+        raise ModelError(f"{path}: {error}") from error
+    return {
+        "kind": "packed weights",
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "precision": key.precision,
+        "made from": key.identity,
+        "layout version": key.layout_version,
+    }
+
+
+def _types(kind: str, files: tuple[Path, ...]) -> str:
+    if kind == "safetensors":
+        return _counted(entry.dtype for file in files for entry in read_safetensors_header(file).entries)
+    if kind == "gguf":
+        from gguf import GGMLQuantizationType
+
+        return _counted(GGMLQuantizationType(tensor.type_id).name for tensor in read_gguf_header(files[0]).tensors)
+    return "as torch.save wrote them"
+
+
+def _counted(names: Any) -> str:
+    return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
+
+
+def _damaged(path: Path) -> list[str]:
+    if not is_bundle(path):
+        raise ModelError(f"{path}: only a bundle tells what its files must be")
+    with closing(BundleCheckpoint(path)) as checkpoint:
+        files = checkpoint.manifest.files
+    try:
+        return [name for name, record in files.items() if read_record(path / name) != record]
+    except OSError as error:
+        raise ModelError(f"{error.filename}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,256 @@
+"""`brlite serve`: listen first, load after, and leave in good order. Owns the process: signals, loop, exit status.
+
+The port answers within a second of start; until a model is loaded its requests get 503 with how far it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import importlib
+import json
+import logging
+import math
+import shlex
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from brlite.app import FORWARDER, create_app, fast_paths
+from brlite.commands.reload import ConfigSource, Reloader, find_terminal
+from brlite.config.options import Config, ModelSpec
+from brlite.config.warnings import usable_connections
+from brlite.http.keys import KEYS
+from brlite.http.listen import HttpServer
+from brlite.process.descriptors import raise_descriptor_limit
+from brlite.proxy.routing.route_table import RouteTable
+from brlite.server.model_manager import ModelManager, OnProgress
+from brlite.server.served_model import ModelTable, ServedModel
+
+if TYPE_CHECKING:
+    from brlite.llm import AsyncEngine
+
+logger = logging.getLogger(__name__)
+
+# While a step runs Python (sampling, planning) the event loop waits this long at most for its turn, not 5 ms.
+SWITCH_INTERVAL_SECONDS = 0.0005
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+REPEATED_SIGNAL_SECONDS = 1.0
+DOCKER_STOP_SECONDS = 10  # after which `docker stop` and compose kill, unless they are told otherwise
+CLOSING_SECONDS = 15  # what the closing may take after the grace time, with room to spare
+IN_DOCKER = (Path("/.dockerenv"), Path("/run/.containerenv"))
+MAX_SHOWN_MODELS = 8
+EXIT_LOST = 1
+
+
+def run(config: Config, warnings: list[str], source: ConfigSource) -> int:
+    """Serve until SIGTERM or SIGINT, and follow the config's source. Returns the exit status.
+
+    Raises `ConfigError` or `ModelError`.
+    """
+    for line in warnings:
+        logger.warning("%s", line)
+    if any(path.exists() for path in IN_DOCKER):
+        logger.info("server.drain_seconds is %g%s", config.server.drain_seconds, _docker_hint(config))
+    raise_descriptor_limit()
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    return _event_loop_run()(_serve(config, source))
+
+
+def _event_loop_run() -> Callable[[Coroutine[Any, Any, int]], int]:
+    try:
+        uvloop = importlib.import_module("uvloop")  # the extra brlite[fast]
+    except ImportError:
+        return asyncio.run
+    run: Callable[[Coroutine[Any, Any, int]], int] = uvloop.run
+    return run
+
+
+async def _serve(config: Config, source: ConfigSource) -> int:
+    models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
+    app = create_app(models, config, listens_on=config.server.host)
+    forwarder, keys = app[FORWARDER], app[KEYS]
+    reloader = Reloader(source, config, keys, forwarder, models, terminal=find_terminal())
+    async with ModelManager(models, ModelLoader(config), config.engine) as residency:
+        # By then the grace time is over: closing an engine gives its streams their error event.
+        app.on_shutdown.append(lambda _: residency.close())
+        address = (config.server.host, config.server.port)
+        limits = msgspec.structs.replace(config.limits, max_connections=usable_connections(config))
+        server = HttpServer(app, *address, limits, config.server.drain_seconds, fast_paths(app))
+        async with _stop_signal(server.end_grace) as stop, reloader, server:
+            logger.info("listening on %s; %s", server.url, _intentions(config, forwarder.table))
+            loading = asyncio.create_task(_load_first(residency), name="brlite-load")
+            failing = asyncio.create_task(residency.failure(), name="brlite-failure")
+            await _first_of(loading, stop)
+            if loading.done():
+                loading.result()
+                _announce(server.url, models, forwarder.table, needs_key=not keys.is_open)
+                await _first_of(stop, failing)
+            if failing.done():
+                logger.critical("stopping: %s", failing.result())
+            logger.info(
+                "stopping: running requests have %g seconds to finish, a second signal ends them at once%s",
+                config.server.drain_seconds,
+                _docker_hint(config),
+            )
+            models.is_draining = forwarder.is_draining = True
+            loading.cancel()
+            residency.drain()
+        has_failed = failing.done()
+        failing.cancel()
+        await asyncio.wait([loading, failing])
+    return EXIT_LOST if has_failed else 0
+
+
+def _intentions(config: Config, table: RouteTable) -> str:
+    """What the server will do now, for the log."""
+    names = [spec.name for spec in config.model if spec.load == "start"]
+    loading = [f"loading {', '.join(names) or 'models when they are asked for'}"] if config.model else []
+    return "; ".join([*loading, *([f"forwarding: {show_routes(table)}"] if table.upstreams else [])])
+
+
+def show_routes(table: RouteTable) -> str:
+    """Which models go to which upstreams; of many models, the first few."""
+    routes = [f"{target.model} → {', '.join(upstream.name for upstream in target.upstreams)}" for target in table]
+    more = [f"{len(routes) - MAX_SHOWN_MODELS} more models"] if len(routes) > MAX_SHOWN_MODELS else []
+    return "; ".join([*routes[:MAX_SHOWN_MODELS], *more])
+
+
+async def _load_first(residency: ModelManager) -> None:
+    await residency.start()
+    # What is alive now stays alive: the collector need not walk it again.
+    gc.collect()
+    gc.freeze()
+    _trim()
+
+
+class ModelLoader:
+    """Gets models into memory for `ModelManager`, and shows on the terminal how far they are."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    async def known_bytes(self, spec: ModelSpec) -> int | None:
+        if self._config.engine.name is not None:
+            return 0  # what another engine takes is not ours to know
+        from brlite.backends.sizes import known_sizes
+
+        sizes = await asyncio.to_thread(known_sizes, spec, self._config.engine)
+        return None if sizes is None else sizes.num_bytes
+
+    async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
+        from brlite.llm import model_bytes
+
+        with _shown(report) as show:
+            return await model_bytes(self._config, spec, show)
+
+    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+        from brlite.llm import AsyncEngine
+
+        with _shown(report) as show:
+            return await AsyncEngine.load(self._config, spec, show)
+
+    def settle(self) -> None:
+        # What was alive at the start may be garbage now.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+        _trim()
+
+
+def _trim() -> None:
+    """Give free memory back. glibc keeps what other threads have freed: some 40 MB after a few loads."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def _shown(report: OnProgress) -> Iterator[OnProgress]:
+    """Takes progress from the loading thread to `report`, on the loop, and to the terminal."""
+    from brlite.checkpoint.fetch import progress_bar
+
+    loop = asyncio.get_running_loop()
+    with progress_bar() as draw:
+
+        def show(stage: str, fraction: float) -> None:
+            loop.call_soon_threadsafe(report, stage, fraction)
+            draw(stage, fraction)
+
+        yield show
+
+
+async def _first_of(*awaitables: asyncio.Future[Any]) -> None:
+    await asyncio.wait(awaitables, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _docker_hint(config: Config) -> str:
+    """What docker has to be told so that the grace time can be used."""
+    seconds = config.server.drain_seconds
+    if seconds < DOCKER_STOP_SECONDS:
+        return ""
+    needed = f"--stop-timeout {seconds + CLOSING_SECONDS:g}, stop_grace_period: {seconds + CLOSING_SECONDS:g}s"
+    return f"; docker kills after {DOCKER_STOP_SECONDS} unless told otherwise ({needed})"
+
+
+@asynccontextmanager
+async def _stop_signal(on_second: Callable[[], None]) -> AsyncIterator[asyncio.Future[None]]:
+    """A future that SIGTERM or SIGINT resolves; a second signal calls `on_second`, a third has its usual effect.
+
+    Those within a second of another are taken for the same one: wrappers signal their child and its group too.
+    """
+    loop = asyncio.get_running_loop()
+    stop: asyncio.Future[None] = loop.create_future()
+    last_at = -math.inf
+
+    def restore() -> None:
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
+
+    def on_signal() -> None:
+        nonlocal last_at
+        is_repeated, last_at = loop.time() < last_at + REPEATED_SIGNAL_SECONDS, loop.time()
+        if is_repeated:
+            return
+        if not stop.done():
+            stop.set_result(None)
+        else:
+            logger.info("stopping: running requests are ended now")
+            on_second()
+            restore()
+
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, on_signal)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def _announce(url: str, models: ModelTable, table: RouteTable, *, needs_key: bool) -> None:
+    """A line to paste. Printed, not logged: it is what a newcomer waits for."""
+    model = next((model for model in models if model.engine is not None), next(iter(models), None))
+    if model is None:
+        name, is_chat = next(iter(table)).model, True
+    else:
+        name, is_chat = model.name, model.engine is not None and model.engine.tokenizer.has_chat_template
+    line = curl_line(url, name, is_chat=is_chat, needs_key=needs_key)
+    print(f"\nbrlite is ready. Try:\n\n{line}\n", file=sys.stderr, flush=True)
+
+
+def curl_line(url: str, model: str, *, is_chat: bool, needs_key: bool) -> str:
+    """A shell command that asks the model something and shows its answer as it comes."""
+    body: dict[str, object] = {"model": model, "stream": True, "max_tokens": 100, "temperature": 0}
+    if is_chat:
+        path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": "Why is the sky blue?"}]
+    else:
+        path, body["prompt"] = "/v1/completions", "The sky is blue because"
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if needs_key else ""
+    data = shlex.quote(json.dumps(body, ensure_ascii=False))
+    return f"curl -N {url}{path}{key} \\\n  -H 'Content-Type: application/json' -d {data}"

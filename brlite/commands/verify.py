@@ -1,0 +1,368 @@
+"""`brlite verify`: whether this machine computes the same bits in any company. Prompts run alone, then in crowds.
+
+Every token drawn and every logprob is compared bit for bit. Knows no kernels: any backend can be asked, and those that
+promise nothing (torch) show what they do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from brlite.config.files import read_text
+from brlite.config.options import Config, EngineConfig, LimitsConfig
+from brlite.config.warnings import check_supported
+from brlite.engine.admission import context_length
+from brlite.engine.backend import Backend, BackendInfo
+from brlite.engine.engine import Engine
+from brlite.engine.request import Request, sibling_seed
+from brlite.errors import BrliteError, ConfigError, InvalidRequest
+from brlite.llm import Assembly, build_engine
+from brlite.machine import physical_cores
+from brlite.outputs import RequestOutput, TokenLogprob
+from brlite.sampling_params import SamplingParams
+from brlite.tokenizer import Tokenizer
+
+NUM_SIBLINGS = 2  # completions of one seeded request
+NUM_ALTERNATIVES = 5
+LIMITS = LimitsConfig(max_waiting=10**9, max_wait_seconds=10**6)
+
+_HOUSE_RULES = (
+    "You answer the questions of visitors to a small museum of ships. Keep to what the labels say, be brief, name the "
+    "room in which the thing stands, and where you do not know something, say so and point to the desk at the door.\n\n"
+)
+_WINDS = ("north", "east", "south", "west")
+_LOG = " ".join(f"Day {day}: wind from the {_WINDS[day % 4]}, {day * 7 % 12} ships passed." for day in range(1, 19))
+PROMPTS = (
+    "The sea is",
+    "x",
+    f"{_HOUSE_RULES}Where is the oldest anchor?",
+    f"{_HOUSE_RULES}Where is the oldest anchor, and who found it?",
+    f"{_HOUSE_RULES}How many sails has the model in the window?",
+    _LOG,
+    f"{_LOG[: len(_LOG) // 3]} In short:",
+    "one two three one two three one two three one two three one two",
+    "def add(a, b):\n    return a + b\n\n\ndef multiply(a, b):\n    return",
+    '{"name": "Ann", "age": 31}\n{"name": "Ben", "age": 32}\n{"name": "Cem", "age":',
+    "描述一下夏天。夏天是",
+    "2, 4, 6, 8, 10, 12, 14, 16,",
+)
+
+
+class Way(msgspec.Struct, frozen=True, kw_only=True):
+    """One way to run the prompts. What is None stays as the config has it."""
+
+    name: str
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    prefix_caching: bool = False
+    num_rounds: int = 1
+    has_few_blocks: bool = False
+    speculation: Literal["auto", "off"] = "off"
+
+
+ALONE = Way(name="alone", max_num_seqs=1)
+CROWDS = (
+    Way(name="all at once"),
+    Way(name="chunks of 23 tokens", max_num_seqs=5, max_num_batched_tokens=23),
+    Way(name="twice, prefixes cached", prefix_caching=True, num_rounds=2),
+    Way(name="few blocks", prefix_caching=True, has_few_blocks=True),
+    Way(name="guesses, 3 at a time", max_num_seqs=3, speculation="auto"),
+)
+
+
+class ReplayedCompletion(NamedTuple):
+    """Which completion: of the prompt with this number from 0, greedy or seeded, and which of its siblings."""
+
+    prompt: int
+    kind: Literal["greedy", "seeded"]
+    sibling: int
+
+
+class ReplayJob(NamedTuple):
+    """A request, and which completion its first one is."""
+
+    first: ReplayedCompletion
+    request: Request
+
+
+Answers = Mapping[ReplayedCompletion, list[TokenLogprob]]
+Load = Callable[[Config], Assembly]
+Say = Callable[[str], object]
+
+
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
+    """The first place where a run differs: prompt and token number from 1, and what stands there, if anything does."""
+
+    run: str
+    prompt: int
+    completion: str
+    token: int
+    expected: TokenLogprob | None
+    found: TokenLogprob | None
+
+
+class RunReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What was compared in one run, and that the run was what it says: `notes` count its hits, preemptions, guesses."""
+
+    name: str
+    num_tokens: int
+    num_logprobs: int
+    notes: tuple[str, ...]
+    difference: Difference | None
+
+
+class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What `brlite verify` found."""
+
+    is_equal: bool
+    backend: str
+    precision: str
+    fingerprint: str
+    is_batch_invariant: bool
+    num_prompts: int
+    num_tokens: int
+    num_logprobs: int
+    runs: list[RunReport]
+
+
+def run(config: Config, prompts: Path | None, max_tokens: int, *, as_json: bool, load: Load = build_engine) -> int:
+    """Print what was found, the prompts being those of a file, one a line, or our own. Returns 1 for a difference."""
+    check_supported(config)
+    texts = None if prompts is None else read_prompts(prompts)
+    report = verify(load, config, texts, max_tokens, _say_nothing if as_json else partial(print, flush=True))
+    if as_json:
+        print(msgspec.json.encode(report).decode())
+    return 0 if report.is_equal else 1
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not blank."""
+    prompts = [line for line in read_text(path).split("\n") if line.strip()]
+    if not prompts:
+        raise ConfigError(f"{path}: holds no prompt; expected is one a line")
+    return prompts
+
+
+def verify(load: Load, config: Config, texts: Sequence[str] | None, max_tokens: int, say: Say) -> ReplayReport:
+    """Run `texts`, or our own prompts, alone and in crowds, then in a crowd on another number of threads."""
+    with _loaded(load, config) as (engine, backend):
+        prompts = _encode(engine, texts, max_tokens)
+        say(_heading(engine.info, prompts, max_tokens))
+        replay = _Replay(prompts, max_tokens, config.engine)
+        expected = replay.alone(engine, backend)
+        runs = [replay.compare(engine, backend, way, expected, say) for way in CROWDS]
+    num_threads = 2 if (config.engine.threads or physical_cores()) == 1 else 1
+    other = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, threads=num_threads))
+    with _loaded(load, other) as (engine, backend):
+        way = Way(name=f"threads = {num_threads}")
+        runs.append(replay.compare(engine, backend, way, expected, say))
+    report = _report(engine.info, len(prompts), runs)
+    say("\n".join(_conclusion(report, engine.tokenizer)))
+    return report
+
+
+@contextmanager
+def _loaded(load: Load, config: Config) -> Iterator[Assembly]:
+    assembly = load(config)
+    try:
+        yield assembly
+    finally:
+        assembly.backend.close()
+
+
+class _Replay:
+    """The same completions asked for again and again."""
+
+    def __init__(self, prompts: Sequence[list[int]], max_tokens: int, config: EngineConfig) -> None:
+        self._apart = list(_jobs(prompts, max_tokens, is_alone=True))
+        self._together = list(_jobs(prompts, max_tokens, is_alone=False))
+        self._most_tokens = max(map(len, prompts)) + max_tokens
+        self._config = config
+
+    def alone(self, engine: Engine, backend: Backend) -> Answers:
+        """What everything else is compared with: one completion after the other, with nothing cached."""
+        return _complete(self._engine(engine, ALONE), backend, self._apart)
+
+    def compare(self, engine: Engine, backend: Backend, way: Way, expected: Answers, say: Say) -> RunReport:
+        """Run everything in a random order that is the same each time, and tell the first difference."""
+        jobs = random.Random(way.name).sample(self._together, len(self._together))
+        report = _compare(self._engine(engine, way), backend, way, expected, jobs)
+        what = "DIFFERENT" if report.difference else "equal"
+        say(f"  {report.name:24}{what:11}{report.num_tokens:6} tokens  {', '.join(report.notes)}".rstrip())
+        return report
+
+    def _engine(self, engine: Engine, way: Way) -> Engine:
+        """A fresh engine, with nothing cached, on what the backend has."""
+        info, budget = engine.info, self._config.max_num_batched_tokens
+        fewest = math.ceil(min(self._most_tokens, context_length(info)) / info.block_size) + 1
+        info = msgspec.structs.replace(
+            info,
+            max_num_seqs=min(way.max_num_seqs or info.max_num_seqs, info.max_num_seqs),
+            num_blocks=min(fewest, info.num_blocks) if way.has_few_blocks else info.num_blocks,
+        )
+        config = msgspec.structs.replace(
+            self._config,
+            max_num_batched_tokens=min(way.max_num_batched_tokens or budget, budget),
+            prefix_caching=way.prefix_caching,
+            speculation=way.speculation,
+        )
+        return Engine(info, engine.tokenizer, config, LIMITS)
+
+
+def _encode(engine: Engine, texts: Sequence[str] | None, max_tokens: int) -> list[list[int]]:
+    """Token ids. Our own prompts are cut to the context; somebody else's that does not fit raises `ConfigError`."""
+    tokenizer, room = engine.tokenizer, context_length(engine.info) - max_tokens
+    if texts is None:
+        return [tokenizer.encode(text)[: max(1, room)] for text in PROMPTS]
+    prompts = [tokenizer.encode(text) for text in texts]
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            engine.check(Request(request_id="", prompt_token_ids=prompt, params=SamplingParams(max_tokens=max_tokens)))
+        except InvalidRequest as error:
+            raise ConfigError(f"prompt {number}: {error}") from None
+    return prompts
+
+
+def _jobs(prompts: Sequence[list[int]], max_tokens: int, *, is_alone: bool) -> Iterator[ReplayJob]:
+    """Each prompt's requests. Alone, every sibling asks for itself, with the seed it has among the others."""
+    common = SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=NUM_ALTERNATIVES)
+    for number, token_ids in enumerate(prompts):
+        make = partial(_job, token_ids)
+        yield make(ReplayedCompletion(number, "greedy", 0), msgspec.structs.replace(common, temperature=0))
+        seeded = msgspec.structs.replace(common, temperature=1.0, top_p=0.95, seed=number)
+        if not is_alone:
+            yield make(ReplayedCompletion(number, "seeded", 0), msgspec.structs.replace(seeded, n=NUM_SIBLINGS))
+            continue
+        for sibling in range(NUM_SIBLINGS):
+            own = msgspec.structs.replace(seeded, seed=sibling_seed(number, sibling))
+            yield make(ReplayedCompletion(number, "seeded", sibling), own)
+
+
+def _job(token_ids: list[int], first: ReplayedCompletion, params: SamplingParams) -> ReplayJob:
+    name = "-".join(map(str, first))
+    return ReplayJob(first, Request(request_id=name, prompt_token_ids=token_ids, params=params))
+
+
+def _complete(engine: Engine, backend: Backend, jobs: Sequence[ReplayJob]) -> Answers:
+    """Run all jobs at once, as far as the engine lets them, until the last is done."""
+    answers: dict[ReplayedCompletion, list[TokenLogprob]] = {}
+    errors: list[BrliteError] = []
+
+    def receive(first: ReplayedCompletion, output: RequestOutput | BrliteError) -> None:
+        if isinstance(output, BrliteError):
+            errors.append(output)
+            return
+        for each in output.outputs:
+            completion = first._replace(sibling=first.sibling + each.index)
+            answers.setdefault(completion, []).extend(each.logprobs or ())
+
+    for job in jobs:
+        engine.add_request(job.request, partial(receive, job.first))
+    while not errors and (batch := engine.schedule()) is not None:
+        engine.update(backend.execute(batch))
+    if errors:
+        raise errors[0]
+    return answers
+
+
+def _compare(engine: Engine, backend: Backend, way: Way, expected: Answers, jobs: Sequence[ReplayJob]) -> RunReport:
+    rounds = [_complete(engine, backend, jobs) for _ in range(way.num_rounds)]
+    differences = (_first_difference(way.name, expected, found) for found in rounds)
+    entries = [entry for found in rounds for answer in found.values() for entry in answer]
+    return RunReport(
+        name=way.name,
+        num_tokens=len(entries),
+        num_logprobs=sum(1 + len(entry.top) for entry in entries),
+        notes=tuple(_notes(engine)),
+        difference=next(filter(None, differences), None),
+    )
+
+
+def _first_difference(name: str, expected: Answers, found: Answers) -> Difference | None:
+    for completion in sorted(expected):
+        pairs = itertools.zip_longest(expected[completion], found.get(completion, ()))
+        for number, (right, other) in enumerate(pairs, 1):
+            if _bits(right) != _bits(other):
+                return Difference(
+                    run=name,
+                    prompt=completion.prompt + 1,
+                    completion="greedy" if completion.kind == "greedy" else f"seeded {completion.sibling + 1}",
+                    token=number,
+                    expected=right,
+                    found=other,
+                )
+    return None
+
+
+def _bits(entry: TokenLogprob | None) -> bytes:
+    """Equal only if all bits of all numbers are: for `==`, 0 is -0 and no NaN is another."""
+    return msgspec.msgpack.encode(entry)
+
+
+def _notes(engine: Engine) -> Iterator[str]:
+    stats = engine.stats
+    if stats.prefix_cache_hits:
+        yield f"{stats.prefix_cache_hits} prompt tokens from the cache"
+    if stats.preemptions:
+        yield f"{stats.preemptions} preemptions"
+    if stats.draft_tokens:
+        yield f"{stats.draft_tokens} guesses, {stats.accepted_tokens} of them right"
+
+
+def _report(info: BackendInfo, num_prompts: int, runs: list[RunReport]) -> ReplayReport:
+    return ReplayReport(
+        is_equal=all(each.difference is None for each in runs),
+        backend=info.name,
+        precision=info.precision,
+        fingerprint=info.fingerprint,
+        is_batch_invariant=info.is_batch_invariant,
+        num_prompts=num_prompts,
+        num_tokens=sum(each.num_tokens for each in runs),
+        num_logprobs=sum(each.num_logprobs for each in runs),
+        runs=runs,
+    )
+
+
+def _heading(info: BackendInfo, prompts: Sequence[list[int]], max_tokens: int) -> str:
+    fingerprint = f", fp_{info.fingerprint}" if info.fingerprint else ""
+    lines = [
+        f"backend {info.name}, {info.device}, {info.precision}{fingerprint}",
+        f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, each greedy and "
+        f"seeded ({NUM_SIBLINGS} completions), {max_tokens} tokens; compared with each completion alone:",
+    ]
+    if not info.is_batch_invariant:
+        lines.insert(1, "This backend does not promise the same bits in any company; this is what it does:")
+    return "\n".join(lines)
+
+
+def _conclusion(report: ReplayReport, tokenizer: Tokenizer) -> Iterator[str]:
+    compared = f"{report.num_prompts} prompts, {report.num_tokens} tokens, {report.num_logprobs} logprobs"
+    differences = [each.difference for each in report.runs if each.difference is not None]
+    if not differences:
+        yield f"equal: {compared}, bit for bit"
+        return
+    yield f"different: {len(differences)} of {len(report.runs)} runs ({compared}); the first difference:"
+    first = differences[0]
+    yield f"  {first.run}: prompt {first.prompt}, {first.completion}, token {first.token}"
+    yield f"    alone     {_show(first.expected, tokenizer)}"
+    yield f"    in a run  {_show(first.found, tokenizer)}"
+
+
+def _show(entry: TokenLogprob | None, tokenizer: Tokenizer) -> str:
+    if entry is None:
+        return "nothing"
+    top = " ".join(f"{token_id}:{logprob!r}" for token_id, logprob in entry.top)
+    return f"{entry.token_id} {tokenizer.token_text(entry.token_id)!r} {entry.logprob!r}; best {top}"
+
+
+def _say_nothing(line: str) -> None:
+    """For machines only the report counts."""

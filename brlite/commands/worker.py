@@ -1,0 +1,38 @@
+"""`brlite worker`: one rank of a model that several processes compute. Rank 0, which serves, is `brlite serve` itself.
+
+Rank 0 starts the ranks of its own machine and gives each an open channel; a launcher such as `torchrun` starts those of
+several machines, which find rank 0 by the launcher's environment variables.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+
+from brlite.backends.distributed.launcher import RankAddress, find_place, find_rank_0
+from brlite.backends.distributed.messages import Channel
+from brlite.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+LAUNCHERS = "start it with torchrun, as in `torchrun --nproc-per-node 2 --no-python brlite worker brlite.toml`"
+
+
+def run(channel: int | None) -> int:
+    """Be a rank, at this end of a channel or where the launcher says, until rank 0 ends. Returns the exit status."""
+    # Rank 0 hears of these too, lets its streams finish, and then ends this rank.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    from brlite.backends.distributed import rank
+
+    return rank.run(Channel(socket.socket(fileno=channel)) if channel is not None else find_rank_0(launched_place()))
+
+
+def launched_place() -> RankAddress:
+    """What the launcher says of this process. Raises `ConfigError` where there was none."""
+    place = find_place(os.environ)
+    if place is None:
+        raise ConfigError(f"no launcher has started this: WORLD_SIZE is not set or 1; {LAUNCHERS}")
+    return place

@@ -1,0 +1,65 @@
+"""What differs between two configs, a line for each option, without showing a key. Knows nothing of who uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from brlite.config.options import Config
+from brlite.config.render import masked_options
+from brlite.config.validation import show
+
+
+class Change(NamedTuple):
+    """One option that is not as it was, or one entry that came or went. `section` is the field of `Config` it is in."""
+
+    section: str
+    text: str
+
+
+def diff(old: Config, new: Config) -> list[Change]:
+    """All changes, in the order of the config. Entries of a list are told by their names; their order means nothing."""
+    return [
+        Change(section, text)
+        for section in Config.__struct_fields__
+        for text in _section(section, getattr(old, section), getattr(new, section))
+    ]
+
+
+def _section(section: str, old: Any, new: Any) -> Iterator[str]:
+    if not isinstance(old, tuple):
+        yield from _options(section, old, new)
+        return
+    before, after = ({_name(entry): entry for entry in entries} for entries in (old, new))
+    for name, entry in before.items():
+        if name in after:
+            yield from _options(f"{section} {name}", entry, after[name])
+        else:
+            yield f"- {section} {name}"
+    for name in (name for name in after if name not in before):
+        yield f"+ {section} {name}: {_given(after[name])}"
+
+
+def _name(entry: Any) -> str:
+    """What an entry is called: its name, or an upstream's URL if it has none."""
+    return str(entry.name or entry.url)
+
+
+def _options(path: str, old: msgspec.Struct, new: msgspec.Struct) -> Iterator[str]:
+    before, after = masked_options(old), masked_options(new)
+    for name in old.__struct_fields__:
+        if getattr(old, name) == getattr(new, name):
+            continue
+        if before[name] == after[name]:  # both are masks
+            yield f"{path}.{name}: another one"
+        else:
+            yield f"{path}.{name}: {show(before[name])} -> {show(after[name])}"
+
+
+def _given(entry: msgspec.Struct) -> str:
+    """The options of an entry that are not the defaults, but its name."""
+    defaults = {field.name: field.default for field in msgspec.structs.fields(entry)}
+    options = {name: value for name, value in masked_options(entry).items() if value and value != defaults[name]}
+    return ", ".join(f"{name} = {show(value)}" for name, value in options.items() if name != "name")

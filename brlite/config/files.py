@@ -1,0 +1,35 @@
+"""The text of config files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from brlite.errors import ConfigError
+from brlite.files.text_file import TextError
+from brlite.files.text_file import read_text as read_text_file
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_text(path: Path) -> str:
+    """The text of a config file. Raises `ConfigError` where there is none or it is not UTF-8."""
+    try:
+        return read_text_file(path)
+    except TextError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says, not yet checked. Raises `ConfigError` where it is no TOML."""
+    try:
+        data: dict[str, Any] = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
+    return data

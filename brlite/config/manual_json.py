@@ -1,0 +1,113 @@
+"""The manual's JSON config: exactly its 13 fields and their types, translated into a `Config`.
+
+Knows what the fields mean to brlite and nothing of what the manual's own engine does with them. `cached_dir` may be
+absent; keys of `all_models` are opaque, since the manual's own examples hold placeholders there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import msgspec
+
+from brlite.config.files import read_text
+from brlite.config.options import Config, Count, DeviceIndex, Precision, Text
+from brlite.config.validation import convert, make_config, show
+from brlite.errors import ConfigError
+
+
+class SeedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The 13 fields, in the manual's order. `distribute_param` is [TP, PP, DP]."""
+
+    model: Text
+    cached_dir: str = ""
+    input_name: str
+    output_name: str
+    vocab_size: Count
+    model_file: str
+    serialize_file: str
+    model_precision: Precision
+    build_seq: Count
+    build_batch: Count
+    distribute_param: tuple[Count, Count, Count]
+    devices: tuple[DeviceIndex, ...]
+    all_models: dict[str, str]
+
+
+def load_seed_config(path: Path) -> Config:
+    """Read the manual's JSON. Raises a one-line `ConfigError` naming file, field, value and what is allowed."""
+    seed = convert(_parse_json(path), SeedConfig, source=str(path))
+    for contradiction in _contradictions(seed):
+        raise ConfigError(f"{path}: {contradiction}")
+    return make_config(_translate(seed), source=str(path))
+
+
+def _translate(seed: SeedConfig) -> dict[str, object]:
+    model = {
+        "name": seed.model,
+        "path": _weights_path(seed),
+        "precision": seed.model_precision,
+        "build_seq": seed.build_seq,
+        "build_batch": seed.build_batch,
+        "tensor_parallel": seed.distribute_param[0],
+        "devices": seed.devices,
+        "vocab_size": seed.vocab_size,
+        "model_file": seed.model_file,
+        "serialize_file": seed.serialize_file,
+        "input_name": seed.input_name,
+        "output_name": seed.output_name,
+    }
+    return {"model": [model], "proxy": {"all_models": seed.all_models}}
+
+
+def _weights_path(seed: SeedConfig) -> str | None:
+    """Where the model is: `model_file`, if that is a bundle, a folder or a GGUF file, else `cached_dir`; None: by name.
+
+    A traced `.pt` has neither config nor tokenizer: the model is the folder that has, and the `.pt` gives it weights.
+    """
+    file = Path(seed.model_file).expanduser()
+    if seed.model_file and (file.suffix == ".gguf" or file.is_dir()):
+        return seed.model_file
+    if seed.cached_dir:
+        return seed.cached_dir
+    has_folder = file.suffix == ".pt" and (file.parent / "config.json").is_file()
+    return str(file.parent) if has_folder else None
+
+
+def _contradictions(seed: SeedConfig) -> Iterator[str]:
+    tensor_parallel, pipeline_parallel, data_parallel = seed.distribute_param
+    at = f"distribute_param = {show(seed.distribute_param)}"
+    if pipeline_parallel != 1:
+        yield f"{at}: allowed as PP is 1; to use more cards raise TP"
+    if data_parallel != 1:
+        yield f"{at}: allowed as DP is 1; for replicas start one server each, behind `brlite proxy`"
+    if len(set(seed.devices)) < len(seed.devices):
+        yield f"devices = {show(seed.devices)}: allowed is each device once"
+    if tensor_parallel != len(seed.devices):
+        yield f"{at}: allowed as TP is the number of devices, here {len(seed.devices)}"
+
+
+def _parse_json(path: Path) -> Any:
+    try:
+        data = json.loads(read_text(path), object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
+        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text: it fails here, not when printed
+        return data
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid JSON: nested too deeply") from None
+
+
+def _unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"field {show(next(name for name in fields if names.count(name) > 1))} stands there twice")
+    return fields
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,0 +1,130 @@
+"""What `brlite proxy` forwards to: a TOML, the manual's JSON files and `--upstream NAME=URL`, as one config.
+
+Knows only configs and dials nothing. Servers of an `all_models` become upstreams; entries that name no address, as the
+manual's placeholders, stay in `proxy.all_models`, where `warnings.py` finds them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from brlite.config.address import Address, parse_address
+from brlite.config.files import read_toml
+from brlite.config.load import load_config
+from brlite.config.options import Config, UpstreamConfig
+from brlite.config.validation import convert, make_config, show
+from brlite.errors import ConfigError
+
+COMMAND_LINE = "command line"
+_NAMED_URL = re.compile(r"(?P<name>.+?)=(?P<url>(?:https?://|unix:).+)")
+
+
+class _Entry(NamedTuple):
+    """Somebody says that the server at `url` has the model."""
+
+    url: str
+    model: str
+    source: str
+
+    @property
+    def place(self) -> Address | str:
+        """The same for two spellings of one address."""
+        return parse_address(self.url) or self.url
+
+
+def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> Config:
+    """The config of a proxy. Raises a one-line `ConfigError` for what contradicts itself or leads nowhere."""
+    if not files and not named_urls:
+        raise ConfigError(
+            "proxy: there is nothing to forward to; name a config (a .toml, or the manual's .json files) "
+            "or --upstream NAME=URL"
+        )
+    tomls, jsons = _by_kind(files)
+    config = _read_proxy_toml(tomls[0]) if tomls else Config(model=())
+    source = str(tomls[0]) if tomls else COMMAND_LINE
+    seeds = {path: load_config(path) for path in jsons}
+    tables = [(source, config.proxy.all_models), *((str(path), seed.proxy.all_models) for path, seed in seeds.items())]
+    listed = _agreed([_Entry(url, model, source) for source, table in tables for url, model in table.items()])
+    servers = [entry for entry in listed if isinstance(entry.place, Address)]
+    upstreams = _with(config.upstream, [*servers, *map(_named_url, named_urls)])
+    placeholders = {entry.url: entry.model for entry in listed if entry not in servers}
+    if not upstreams:
+        raise ConfigError(f"{', '.join(map(str, files))}: {_no_server(placeholders)}")
+    known = {*(entry.model for entry in listed), *(model for upstream in upstreams for model in upstream.models)}
+    _check_models({str(path): seed.model[0].name for path, seed in seeds.items()}, known)
+    proxy = msgspec.structs.replace(config.proxy, all_models=placeholders)
+    merged = msgspec.structs.replace(config, upstream=upstreams, proxy=proxy)
+    return make_config(msgspec.to_builtins(merged), source=source)
+
+
+def _by_kind(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """The TOML, of which there is one at most, and the manual's files; the suffix of anything else is refused."""
+    tomls = [path for path in files if path.suffix == ".toml"]
+    if len(tomls) > 1:
+        raise ConfigError(f"{tomls[1]}: one .toml is enough, and {tomls[0]} is one; several .json may stand beside it")
+    return tomls, [path for path in files if path.suffix != ".toml"]
+
+
+def _read_proxy_toml(path: Path) -> Config:
+    data = read_toml(path)
+    if data.get("model"):
+        raise ConfigError(f"{path}: [[model]]: `brlite proxy` serves no model of its own; `brlite serve` does both")
+    return convert({**data, "model": []}, Config, source=str(path))
+
+
+def _agreed(entries: Iterable[_Entry]) -> list[_Entry]:
+    """Each entry once. Raises `ConfigError` where two say that different models are at one place."""
+    seen: dict[Address | str, _Entry] = {}
+    for entry in entries:
+        other = seen.setdefault(entry.place, entry)
+        if other.model != entry.model:
+            where = entry.source if other.source == entry.source else f"{other.source} and {entry.source}"
+            raise ConfigError(
+                f"{where}: all_models: {entry.url} is said to have {show(other.model)} and {show(entry.model)}; "
+                "allowed is one model at each URL"
+            )
+    return list(seen.values())
+
+
+def _named_url(text: str) -> _Entry:
+    match = _NAMED_URL.fullmatch(text)
+    if match is None or parse_address(match["url"]) is None:
+        raise ConfigError(
+            f"{COMMAND_LINE}: --upstream {show(text)}: allowed is NAME=URL, with a URL such as http://HOST:PORT, "
+            "https://HOST or unix:/PATH"
+        )
+    return _Entry(match["url"], match["name"], COMMAND_LINE)
+
+
+def _with(upstreams: Iterable[UpstreamConfig], entries: Iterable[_Entry]) -> tuple[UpstreamConfig, ...]:
+    """The upstreams and those of the entries; one that is known already serves the entry's model too."""
+    merged = list(upstreams)
+    indices: dict[Address | str, int] = {}
+    for index, upstream in enumerate(merged):
+        indices.setdefault(parse_address(upstream.url) or upstream.url, index)
+    for entry in entries:
+        index = indices.setdefault(entry.place, len(merged))
+        if index == len(merged):
+            merged.append(UpstreamConfig(url=entry.url, models=(entry.model,)))
+        elif entry.model not in merged[index].models:
+            merged[index] = msgspec.structs.replace(merged[index], models=(*merged[index].models, entry.model))
+    return tuple(merged)
+
+
+def _no_server(placeholders: Mapping[str, str]) -> str:
+    if not placeholders:
+        return "no [[upstream]] and no all_models: there is nothing to forward to"
+    urls = ", ".join(list(placeholders)[:3])
+    return f"all_models: {urls}: no address among them; allowed is http://HOST[:PORT], such as http://10.0.0.1:8000"
+
+
+def _check_models(own_models: Mapping[str, str], known: set[str]) -> None:
+    """Every file's own model has to be somebody's."""
+    for source, model in own_models.items():
+        if model not in known:
+            raise ConfigError(f"{source}: all_models: no URL has {show(model)}, which is the model of this file")

@@ -1,0 +1,251 @@
+"""What is doubtful in a config that is valid, and what this version cannot do yet. Both `serve` and `check` ask here.
+
+Reads the config, the environment variable of the key and how many threads this process may use; no model, no network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from brlite.config.address import parse_address
+from brlite.config.options import Config, EngineConfig, ModelSpec
+from brlite.errors import ConfigError
+from brlite.machine import find_cpus
+from brlite.process.descriptors import OWN, descriptor_limit
+
+LOOPBACK = ("localhost", "::1")
+GIB = 2**30
+_TOGETHER = 'the models of load = "start" need together'
+
+Warnings = Iterator[str]
+
+
+def check_supported(config: Config) -> None:
+    """Raise a `ConfigError` for a valid config that this version cannot serve."""
+    if config.engine.name is not None:
+        return  # another engine says itself what it cannot serve
+    shared = [index for index, spec in enumerate(config.model) if spec.tensor_parallel > 1]
+    for index in shared[1:]:
+        raise ConfigError(
+            f"model[{index}].tensor_parallel = {config.model[index].tensor_parallel}: one model of a server can be on "
+            f"several ranks, and model[{shared[0]}] is; serve the others beside it, behind `brlite proxy`"
+        )
+
+
+def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: Mapping[str, int]) -> None:
+    """Raise a `ConfigError` for models that `engine.memory_gib` can never hold. `num_bytes` has the sizes known so far.
+
+    One at a time must fit, and all of `load = "start"` together.
+    """
+    first = [spec for spec in models if spec.load == "start"]
+    for specs, who in (*(([spec], f"the model {spec.name} needs") for spec in models), (first, _TOGETHER)):
+        total = sum(num_bytes.get(spec.name, 0) for spec in specs)
+        if 0 < engine.memory_gib * GIB < total:
+            raise ConfigError(
+                f"engine.memory_gib = {engine.memory_gib:g}: {who} {total / GIB:.3g} GiB for weights and KV cache; "
+                "allow more, or lower build_batch, build_seq or num_blocks"
+            )
+
+
+def config_warnings(config: Config) -> list[str]:
+    """One line for everything an operator should know before starting with this config."""
+    warnings = [text for rule in _RULES for text in rule(config)]
+    models = config.model if config.engine.name is None else ()  # another engine says itself what it cannot serve
+    for index, spec in enumerate(models):
+        warnings += (f"model[{index}]: {text}" for rule in _MODEL_RULES for text in rule(spec))
+    return warnings
+
+
+def sent_variables(config: Config) -> list[str]:
+    """One line for every environment variable whose value goes to another server."""
+    return [
+        f"the value of {upstream.api_key_env} is sent to {upstream.url}, as upstream[{index}].api_key_env says"
+        for index, upstream in enumerate(config.upstream)
+        if upstream.api_key_env is not None
+    ]
+
+
+def _keys(config: Config) -> Warnings:
+    keys = config.keys
+    has_key = keys.keys or keys.file or config.key or os.environ.get(keys.env)
+    if not has_key and not _is_loopback(config.server.host):
+        yield f"server.host = {config.server.host}: whoever reaches this address may ask, since no API key is set"
+
+
+def _descriptors(config: Config) -> Warnings:
+    needed, limit = needed_descriptors(config), descriptor_limit()
+    if needed > limit:
+        yield (
+            f"limits.max_connections = {config.limits.max_connections}: that needs up to {needed} open files, and this "
+            f"process may have {limit}, so {usable_connections(config)} connections are served at once; raise the hard "
+            "limit (ulimit -Hn, LimitNOFILE, --ulimit nofile)"
+        )
+
+
+def needed_descriptors(config: Config) -> int:
+    """How many open files the config can need: a connection is one, a request that is forwarded one more."""
+    num_connections = config.limits.max_connections
+    models = _forwarded_models(config)
+    return OWN + num_connections + min(num_connections, len(models) * config.proxy.max_in_flight)
+
+
+def usable_connections(config: Config) -> int:
+    """How many connections can be served with the open files that the process may have."""
+    limit = descriptor_limit()
+    if needed_descriptors(config) <= limit:
+        return config.limits.max_connections
+    for_forwarding = len(_forwarded_models(config)) * config.proxy.max_in_flight
+    return max(1, limit - OWN - min(for_forwarding, (limit - OWN) // 2))
+
+
+def _manual_table(config: Config) -> Warnings:
+    """What of the manual's `all_models` leads nowhere."""
+    here, table = _local_models(config), config.proxy.all_models
+    upstream_models = {upstream.url: upstream.models for upstream in config.upstream}
+    for url, model in table.items():
+        if model in here:
+            continue
+        if parse_address(url) is None:
+            yield f"all_models: {url} is no address and is never asked for {model}; allowed is http://HOST[:PORT]"
+        elif model not in upstream_models.get(url, (model,)):
+            yield f"all_models: {url} is an [[upstream]] too, which counts: it is not asked for {model}"
+    for name in sorted(here - set(table.values()) if table else ()):
+        yield f"all_models: {name} is served here but not listed; the manual asks for the same name as in model"
+    for name in sorted(name for name, count in Counter(table.values()).items() if count > 1 and name in here):
+        yield f"all_models: {name} is served here, not forwarded: the other servers that have it are not asked"
+
+
+def _upstreams(config: Config) -> Warnings:
+    here = _local_models(config)
+    for upstream in config.upstream:
+        name, address = upstream.name or upstream.url, parse_address(upstream.url)
+        for model in upstream.models:
+            if model in here:
+                yield f"upstream {name}: {model} is served here, not forwarded"
+        has_key = upstream.api_key is not None or upstream.api_key_env is not None
+        if has_key and address is not None and not (address.is_tls or address.unix_path or _is_loopback(address.host)):
+            yield f"upstream {name}: its API key travels over plain http, for all on the way to read; allowed is https"
+        if not has_key and upstream.api_key_header != "authorization":
+            yield f"upstream {name}: api_key_header has no effect: it has no api_key"
+        if not upstream.health_path:
+            yield f'upstream {name}: health_path = "": it is not asked for its health; only failed requests tell'
+
+
+def _aliases(config: Config) -> Warnings:
+    known = _local_models(config) | _forwarded_models(config)
+    for alias, model in config.proxy.aliases.items():
+        if model not in known:
+            yield f"proxy.aliases.{alias}: leads to {model}, which has no upstream: asking for it gives 404"
+
+
+def _fallbacks(config: Config) -> Warnings:
+    elsewhere = _forwarded_models(config)
+    for model, others in config.proxy.fallbacks.items():
+        if model not in elsewhere:
+            yield f"proxy.fallbacks.{model}: has no effect: only requests that are forwarded fall back"
+        for other in others:
+            if other == model:
+                yield f"proxy.fallbacks.{model}: names itself"
+            elif other not in elsewhere:
+                yield f"proxy.fallbacks.{model}: {other} has no upstream, and only those stand in"
+
+
+def _key_models(config: Config) -> Warnings:
+    known, aliases = _local_models(config) | _forwarded_models(config), config.proxy.aliases
+    for key in config.key:
+        for name in key.models:
+            if name in aliases:
+                yield f"key {key.name}: models: {name} is an alias; rules go by the model's own name, {aliases[name]}"
+            elif name not in known:
+                yield f"key {key.name}: models: {name} is neither served here nor forwarded"
+
+
+def _engine_of_a_proxy(config: Config) -> Warnings:
+    if not config.model and config.engine != EngineConfig():
+        yield "engine: has no effect: no model is served here"
+
+
+def _threads(config: Config) -> Warnings:
+    """More threads than can run at once wait for each other: on one core 4 take 36 to 90 times as long as 1."""
+    cpus = find_cpus()
+    if config.model and config.engine.name is None and config.engine.threads > cpus.num_threads:
+        yield (
+            f"engine.threads = {config.engine.threads}: this process may use {cpus.num_threads} ({cpus.decided_by}); "
+            "more threads than that make each step many times slower; 0 takes the right number"
+        )
+
+
+def _another_engine(config: Config) -> Warnings:
+    engine, default = config.engine, EngineConfig()
+    if engine.name is None and engine.options:
+        yield "engine.options: have no effect: no engine.name says whose they are"
+    if engine.name is not None:
+        for name in ("block_size", "memory_gib"):
+            if getattr(engine, name) != getattr(default, name):
+                yield f"engine.{name}: has no effect on engine {engine.name}, which keeps its memory itself"
+        for index, spec in enumerate(config.model):
+            if spec.num_blocks:
+                yield f"model[{index}].num_blocks: has no effect on engine {engine.name}, which has build_batch slots"
+
+
+def _local_models(config: Config) -> set[str]:
+    return {spec.name for spec in config.model}
+
+
+def _forwarded_models(config: Config) -> set[str]:
+    """The models that requests are forwarded for."""
+    listed = {model for url, model in config.proxy.all_models.items() if parse_address(url) is not None}
+    return listed.union(*(upstream.models for upstream in config.upstream)) - _local_models(config)
+
+
+def _is_loopback(host: str) -> bool:
+    return host in LOOPBACK or host.startswith("127.")
+
+
+def _step_budget(config: Config) -> Warnings:
+    budget = config.engine.max_num_batched_tokens
+    for index, spec in enumerate(config.model):
+        if budget < spec.build_batch:
+            text = (
+                f"steps compute up to {spec.build_batch} tokens, one for each of model[{index}].build_batch sequences"
+            )
+            yield f"engine.max_num_batched_tokens = {budget}: {text}"
+
+
+def _weights(spec: ModelSpec) -> Warnings:
+    if spec.model_file and spec.path is None:
+        yield f"model_file {spec.model_file} is not read; {spec.name} is looked for by its name"
+    elif spec.model_file.endswith(".pt"):
+        yield f"model_file {spec.model_file} is read only where {spec.path} has no weights of its own"
+    elif spec.model_file and spec.path != spec.model_file:
+        yield f"model_file {spec.model_file} is not read; the weights come from {spec.path}"
+
+
+def _manual_limits(spec: ModelSpec) -> Warnings:
+    """Limits of the manual's engine that brlite lifts: said where a config may be taken back to that engine."""
+    if not (spec.model_file or spec.serialize_file or spec.output_name):
+        return
+    if len(spec.devices) == 1 and spec.devices[0] != 0:
+        yield f"devices [{spec.devices[0]}]: fine here, but on a single card the manual's engine allows only card 0"
+    if spec.build_seq > 8192:
+        yield f"build_seq {spec.build_seq}: fine here, but the manual's engine allows at most 8192"
+    if spec.build_batch > 64:
+        yield f"build_batch {spec.build_batch}: fine here, but the manual's engine fails above 64"
+
+
+_RULES: tuple[Callable[[Config], Warnings], ...] = (
+    _keys,
+    _descriptors,
+    _key_models,
+    _manual_table,
+    _upstreams,
+    _aliases,
+    _fallbacks,
+    _engine_of_a_proxy,
+    _threads,
+    _another_engine,
+    _step_budget,
+)
+_MODEL_RULES: tuple[Callable[[ModelSpec], Warnings], ...] = (_weights, _manual_limits)

@@ -1,0 +1,1 @@
+"""Writes bundles: weights, packed files and side files. First file: `convert.py`."""

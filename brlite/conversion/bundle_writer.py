@@ -1,0 +1,364 @@
+"""Writes a bundle, tensor by tensor: each one goes into its shard and, packed, into the image, and is let go.
+
+Knows no commands and no source format. What an earlier, interrupted run has finished is kept. The manifest comes last:
+without it a folder is no bundle.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from brlite.backends.native.layout import Layout, packed_layout
+from brlite.backends.native.loading import LAYOUT_VERSION, PackingThreads
+from brlite.backends.native.packed_file import PackedFileError, PackedFileKey, read_image_key
+from brlite.backends.native.packed_weights import PackedFile
+from brlite.checkpoint import Checkpoint
+from brlite.checkpoint.bundle import (
+    IDENTITY_CHARACTERS,
+    IMAGE_SUFFIX,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    PROGRESS_FILE,
+    Manifest,
+    bundle_identity,
+    image_name,
+    read_manifest,
+    read_progress,
+)
+from brlite.checkpoint.checked_model import CheckedModel
+from brlite.checkpoint.new_file import FileRecord, read_record, record_of, sync_folder, write_whole
+from brlite.checkpoint.placing import placed_tensors
+from brlite.checkpoint.stored_numbers import Float32
+from brlite.conversion.rounding import Rounding, sample_rounding
+from brlite.conversion.safetensors_writer import (
+    OnBytes,
+    PlannedShard,
+    PlannedTensor,
+    ShardWriter,
+    plan_shards,
+    shard_header,
+    shard_index,
+)
+from brlite.errors import ModelError
+from brlite.files.temporary import PART_SUFFIX, sweep
+from brlite.models.families.family import WeightTarget
+
+SHARD_BYTES = 2 * 10**9
+NO_IDENTITY = "0" * IDENTITY_CHARACTERS
+
+
+class Packing(NamedTuple):
+    """What it takes to pack the weights for the native kernels."""
+
+    library: ctypes.CDLL
+    layout: Layout
+    key: PackedFileKey
+    num_threads: int
+
+
+class BundlePlan(NamedTuple):
+    """All that is known of a bundle before the weights are read. `draft` is its manifest, still without files.
+
+    `companions` are the small files that it will have, with their content.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    fit: CheckedModel
+    draft: Manifest
+    companions: Mapping[str, bytes]
+    shards: list[PlannedShard]
+    packing: Packing | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights, in both forms."""
+        packed = 0 if self.packing is None else self.packing.layout.num_bytes
+        return sum(shard.num_bytes for shard in self.shards) + packed
+
+
+def plan_packing(library: ctypes.CDLL, fit: CheckedModel, precision: str, num_threads: int) -> Packing:
+    layout = packed_layout(library, fit.config, is_int8=precision != "bf16")
+    key = PackedFileKey(LAYOUT_VERSION, precision.removesuffix("_kv_int8"), NO_IDENTITY, layout.num_bytes)
+    return Packing(library, layout, key, num_threads)
+
+
+def plan_weights(checkpoint: Checkpoint, fit: CheckedModel, shard_bytes: int = SHARD_BYTES) -> list[PlannedShard]:
+    """The shards: matrices in bfloat16, which every precision begins with, the few others in float32.
+
+    A matrix whose rows are scaled when it is loaded keeps its digits, so that scaling finds the same numbers.
+    """
+    names = [name for name in checkpoint.shapes() if name not in fit.ignored]
+    return plan_shards([_planned(name, fit.places[name]) for name in names], shard_bytes)
+
+
+def _planned(name: str, place: WeightTarget) -> PlannedTensor:
+    keeps_digits = len(place.shape) == 1 or place.has_unit_rows
+    return PlannedTensor(name, "F32" if keeps_digits else "BF16", place.shape)
+
+
+def find_finished(plan: BundlePlan) -> Manifest | None:
+    """The manifest of the bundle, if it is there already, of this very source and for this precision."""
+    if not (plan.folder / MANIFEST_FILE).is_file():
+        return None
+    manifest = read_manifest(plan.folder)
+    records = {name: record_of(content) for name, content in _companions(plan).items()}
+    is_same = _essence(manifest) == _essence(plan.draft) and records.items() <= manifest.files.items()
+    has_all = set(_weight_names(plan)) <= manifest.files.keys()
+    are_whole = all(_has_size(plan.folder / name, record) for name, record in manifest.files.items())
+    return manifest if is_same and has_all and are_whole else None
+
+
+def check_folder(plan: BundlePlan) -> None:
+    """Raise `ModelError` if the bundle's folder holds something else."""
+    names = [] if not plan.folder.exists() else [file.name for file in plan.folder.iterdir()]
+    previous = read_progress(plan.folder)
+    if previous is None and not all(name.endswith(PART_SUFFIX) for name in names):
+        raise ModelError(f"{plan.folder}: is there already and no bundle; name another output_dir")
+    if previous is not None and previous.model != plan.draft.model:
+        raise ModelError(f"{plan.folder}: holds a bundle of {previous.model}, not of {plan.draft.model}")
+
+
+def write_bundle(plan: BundlePlan, on_bytes: OnBytes) -> tuple[Manifest, Rounding | None]:
+    """Write what is not there yet; return the manifest, and how much packing has rounded if that was done now.
+
+    `on_bytes` is called from several threads. Raises `ModelError` where source or disk fail; what was finished until
+    then stays for the next run, and nothing else does.
+    """
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(plan.folder):
+            return _Bundling(plan, on_bytes).run()
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        raise ModelError(
+            f"{plan.folder}: cannot be written: {what}{error.strerror}; what is finished is kept"
+        ) from error
+
+
+class _Bundling:
+    """One run. `_files` are those of the bundle that are finished."""
+
+    def __init__(self, plan: BundlePlan, on_bytes: OnBytes) -> None:
+        self._plan = plan
+        self._folder = plan.folder
+        self._on_bytes = on_bytes
+        self._files: dict[str, FileRecord] = {}
+
+    def run(self) -> tuple[Manifest, Rounding | None]:
+        sweep(self._folder, "")
+        previous = read_progress(self._folder)
+        if previous is None or previous.source != self._plan.draft.source:
+            self._begin(previous)
+        else:
+            self._keep_finished(previous)
+        rounding = self._write_weights()
+        for name, content in _companions(self._plan).items():
+            self._files[name] = write_whole(self._folder / name, content)
+        manifest = self._manifest()
+        self._write(MANIFEST_FILE, manifest)
+        (self._folder / PROGRESS_FILE).unlink(missing_ok=True)
+        for name in () if previous is None else previous.files.keys() - self._files.keys():
+            (self._folder / name).unlink(missing_ok=True)
+        sync_folder(self._folder)
+        return manifest, rounding
+
+    def _write(self, name: str, manifest: Manifest) -> None:
+        write_whole(self._folder / name, msgspec.json.format(msgspec.json.encode(manifest), indent=1))
+
+    def _manifest(self) -> Manifest:
+        return msgspec.structs.replace(self._plan.draft, files=dict(sorted(self._files.items())))
+
+    def _note_finished(self, name: str, record: FileRecord) -> None:
+        self._files[name] = record
+        self._write(PROGRESS_FILE, self._manifest())
+
+    def _begin(self, previous: Manifest | None) -> None:
+        """Make the folder an unfinished bundle without files. One of another source ends here."""
+        self._write(PROGRESS_FILE, self._manifest())
+        for name in (MANIFEST_FILE, *(() if previous is None else previous.files)):
+            (self._folder / name).unlink(missing_ok=True)
+
+    def _keep_finished(self, previous: Manifest) -> None:
+        """Take over what an earlier run has written from the same source, once it is seen to be whole."""
+        for shard in self._plan.shards:
+            record = previous.files.get(shard.file_name)
+            if record is not None and _holds(self._folder / shard.file_name, shard, record):
+                self._files[shard.file_name] = record
+        if len(self._files) < len(self._plan.shards):
+            return
+        for name, record in previous.files.items():
+            if name.endswith(IMAGE_SUFFIX) and self._is_image_whole(name, record):
+                self._files[name] = record
+
+    def _is_image_whole(self, name: str, record: FileRecord) -> bool:
+        try:
+            key = read_image_key(self._folder / name)
+        except (PackedFileError, OSError):
+            return False
+        is_own = (key.layout_version, key.identity) == (LAYOUT_VERSION, self._identity())
+        return is_own and _is_same(self._folder / name, record)
+
+    def _identity(self) -> str:
+        shards = {shard.file_name: self._files[shard.file_name] for shard in self._plan.shards}
+        return bundle_identity(self._plan.checkpoint.config, shards)
+
+    def _write_weights(self) -> Rounding | None:
+        packing, name = self._plan.packing, image_name(self._plan.draft.precision)
+        if packing is not None and name not in self._files:
+            return self._write_both(packing, name)
+        if any(shard.file_name not in self._files for shard in self._plan.shards):
+            with self._copying() as copying:
+                for _ in copying.tensors():
+                    pass
+        return None
+
+    def _write_both(self, packing: Packing, name: str) -> Rounding | None:
+        with ExitStack() as opened:
+            pool = opened.enter_context(PackingThreads(packing.num_threads))
+            copying = opened.enter_context(self._copying())
+            image = opened.enter_context(
+                PackedFile(self._folder / name, packing.key, packing.library, packing.layout, pool, self._on_bytes)
+            )
+            opened.callback(pool.end)  # before the file they write to is closed
+            rounding = _pack(copying, self._plan.fit, packing, image)
+            record = image.finish(self._identity())
+        self._note_finished(name, record)
+        return rounding
+
+    def _copying(self) -> _CopyingCheckpoint:
+        return _CopyingCheckpoint(self._plan, self._files, self._note_finished, self._on_bytes)
+
+
+class _CopyingCheckpoint:
+    """A checkpoint whose tensors are written to the bundle's shards on their way through, but for finished shards."""
+
+    def __init__(
+        self,
+        plan: BundlePlan,
+        finished: Mapping[str, FileRecord],
+        on_finished: Callable[[str, FileRecord], None],
+        on_bytes: OnBytes,
+    ) -> None:
+        self._plan = plan
+        self._finished = set(finished)
+        self._on_finished = on_finished
+        self._on_bytes = on_bytes
+        self._open = ExitStack()
+        self.path = plan.checkpoint.path
+        self.config: dict[str, Any] = plan.checkpoint.config
+        self.num_bytes = plan.checkpoint.num_bytes
+        self.identity = plan.checkpoint.identity
+
+    def __enter__(self) -> _CopyingCheckpoint:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._open.close()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._plan.checkpoint.shapes()
+
+    def tensors(self) -> Iterator[tuple[str, Float32]]:
+        tensors = self._plan.checkpoint.tensors()
+        for shard in self._plan.shards:
+            writer = None
+            if shard.file_name not in self._finished:
+                writer = self._open.enter_context(ShardWriter(self._plan.folder, shard, self._on_bytes))
+            for planned in shard.tensors:
+                values = self._next(tensors, planned)
+                if writer is not None:
+                    writer.put(planned, values)
+                    if planned.dtype == "F32":  # few, and rows of some of them are scaled in place
+                        writer.wait()
+                yield planned.name, values
+                if writer is not None:
+                    writer.wait()
+                del values  # before the next one is read
+            if writer is not None:
+                record = writer.finish()
+                self._open.close()
+                self._on_finished(shard.file_name, record)
+
+    def close(self) -> None:
+        """The source is closed by who opened it."""
+
+    def _next(self, tensors: Iterator[tuple[str, Float32]], planned: PlannedTensor) -> Float32:
+        for name, values in tensors:
+            if name not in self._plan.fit.ignored:
+                if (name, values.shape) == (planned.name, planned.shape):
+                    return values
+                break
+        raise ModelError(f"{self.path}: has changed while it was read: {planned.name} did not come")
+
+
+def _pack(checkpoint: Checkpoint, fit: CheckedModel, packing: Packing, image: PackedFile) -> Rounding | None:
+    rounding = None
+    for place, values in placed_tensors(checkpoint, fit, lambda fraction: None):
+        if packing.key.precision != "bf16" and packing.layout.tensors[place.parameter].form == "panels":
+            rounding = sample_rounding(packing.library, values, rounding)
+        image.put(place.parameter, place.start, values, keeps_digits=place.parameter.endswith("norm"))
+        del values  # before the next one is read
+    return rounding
+
+
+def _companions(plan: BundlePlan) -> dict[str, bytes]:
+    index = msgspec.json.format(msgspec.json.encode(shard_index(plan.shards)), indent=1)
+    return {**plan.companions, INDEX_FILE: index}
+
+
+def _weight_names(plan: BundlePlan) -> list[str]:
+    packed = [] if plan.packing is None else [image_name(plan.draft.precision)]
+    return [*(shard.file_name for shard in plan.shards), *packed]
+
+
+def _essence(manifest: Manifest) -> Manifest:
+    """What makes a bundle the one that is wanted, whichever files and version it was made of."""
+    return msgspec.structs.replace(manifest, files={}, brlite="")
+
+
+def _holds(file: Path, shard: PlannedShard, record: FileRecord) -> bool:
+    """Whether a file is the planned shard, to the last byte."""
+    header = shard_header(shard.tensors)
+    try:
+        with file.open("rb") as stream:
+            has_header = stream.read(len(header)) == header
+    except OSError:
+        return False
+    return has_header and _is_same(file, record)
+
+
+def _is_same(file: Path, record: FileRecord) -> bool:
+    try:
+        return read_record(file) == record
+    except OSError:
+        return False
+
+
+def _has_size(file: Path, record: FileRecord) -> bool:
+    try:
+        return file.stat().st_size == record.num_bytes
+    except OSError:
+        return False
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let no other conversion write to this folder. The lock ends with the process, however that ends."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ModelError(f"{folder}: another conversion is writing there") from None
+        yield
+    finally:
+        os.close(handle)

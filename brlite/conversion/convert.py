@@ -1,0 +1,250 @@
+"""`brlite convert`: makes a bundle of a model, which loads at once. Checks first what can be checked, then writes.
+
+The three flags are those of the manual's `model_convert.py`. What it makes is another thing: not a graph, but the
+weights, in the form that everything here reads and in the one that the native kernels map (`checkpoint/bundle.py`).
+The bundle lies in `output_dir`, in a folder of the model's name. Nothing of a model's code is run, and no model is
+built: memory is one tensor and little else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+import brlite
+from brlite.backends.choose import find_obstacle
+from brlite.backends.native.library import load_library
+from brlite.checkpoint import Checkpoint, open_checkpoint
+from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
+from brlite.checkpoint.checked_model import CheckedModel, check_fit
+from brlite.checkpoint.hub import check_name
+from brlite.checkpoint.progress import byte_bar
+from brlite.checkpoint.traced_archive import TracedArchive
+from brlite.checkpoint.traced_checkpoint import TracedCheckpoint
+from brlite.checkpoint.traced_code import traced_names
+from brlite.config.manual_json import SeedConfig
+from brlite.config.options import EngineConfig, ModelSpec, Precision
+from brlite.conversion.bundle_writer import (
+    BundlePlan,
+    Packing,
+    check_folder,
+    find_finished,
+    plan_packing,
+    plan_weights,
+    write_bundle,
+)
+from brlite.conversion.rounding import Rounding
+from brlite.conversion.side_files import read_companions
+from brlite.errors import ConfigError, ModelError, NativeUnavailable
+from brlite.machine import physical_cores, show_bytes
+from brlite.models import find_family
+from brlite.models.config import ModelConfig, num_parameters
+from brlite.tokenizer import Tokenizer, load_tokenizer
+
+HUB_PREFIX = "models--"  # of a folder in the hub's cache: models--Qwen--Qwen2-72B
+INPUT_NAME, OUTPUT_NAME = "input_ids.1", "logits"
+BUILD_SEQ, BUILD_BATCH = 2048, 16  # of the config that is printed
+MANUALS_MAX_SEQ = 8192
+
+
+class ConversionRequest(NamedTuple):
+    """What to convert: a model's folder, or a traced file with that folder's config and tokenizer."""
+
+    model_name: str
+    model_dir: Path
+    output_dir: Path
+    precision: Precision
+    traced: Path | None = None
+
+
+def run(order: ConversionRequest) -> int:
+    """Write the bundle, unless it is there already, and print what it is. Raises `BrliteError` for whatever fails."""
+    with closing(_open(order)) as checkpoint:
+        name = model_name(order.model_name)
+        fit = check_fit(checkpoint, ModelSpec(name=name, build_seq=1))
+        packing, obstacle = _plan_packing(fit, order.precision)
+        plan = _plan(order, checkpoint, fit, packing)
+        check_folder(plan)
+        finished = find_finished(plan)
+        tokenizer = load_tokenizer(order.model_dir)
+        for number, line in enumerate(_checks(order, plan, tokenizer, obstacle, finished is not None), 1):
+            print(f"{number:2} {line}", flush=True)
+        if finished is not None:
+            print(f"\n{plan.folder} is up to date")
+            _report(plan, finished)
+            return 0
+        began = time.monotonic()
+        with byte_bar(plan.num_bytes, f"writing {plan.folder.name}") as on_bytes:
+            manifest, rounding = write_bundle(plan, on_bytes)
+        _report(plan, manifest, rounding, time.monotonic() - began)
+    return 0
+
+
+def model_name(text: str) -> str:
+    """The name that requests will use. The hub's folder names are turned back into names."""
+    organisation, _, model = text.removeprefix(HUB_PREFIX).partition("--")
+    name = f"{organisation}/{model}" if text.startswith(HUB_PREFIX) and model else text
+    try:
+        check_name(name)
+    except ModelError as error:
+        raise ConfigError(f"--model_name: {error}") from None
+    return name
+
+
+def seed_config(manifest: Manifest, folder: Path, max_context: int) -> SeedConfig:
+    """The manual's 13 fields for a bundle. Its packed weights need no `serialize_file`: they are there."""
+    return SeedConfig(
+        model=manifest.model,
+        cached_dir=str(folder),
+        input_name=manifest.input_name,
+        output_name=manifest.output_name,
+        vocab_size=manifest.vocab_size,
+        model_file=str(folder),
+        serialize_file="",
+        model_precision=manifest.precision,
+        build_seq=min(BUILD_SEQ, max_context),
+        build_batch=BUILD_BATCH,
+        distribute_param=(1, 1, 1),
+        devices=(0,),
+        all_models={"http://host_ip:port": manifest.model},
+    )
+
+
+def _open(order: ConversionRequest) -> Checkpoint:
+    if order.traced is not None:
+        return TracedCheckpoint(order.traced, order.model_dir)
+    return open_checkpoint(order.model_dir)
+
+
+def _plan(order: ConversionRequest, checkpoint: Checkpoint, fit: CheckedModel, packing: Packing | None) -> BundlePlan:
+    name = model_name(order.model_name)
+    names = None if order.traced is None else traced_names(TracedArchive(order.traced))
+    draft = Manifest(
+        format=FORMAT,
+        format_version=FORMAT_VERSION,
+        brlite=brlite.__version__,
+        model=name,
+        architecture=find_family(checkpoint.config).architecture,
+        precision=order.precision,
+        num_parameters=num_parameters(fit.config),
+        vocab_size=fit.config.vocab_size,
+        input_name=names.input_name if names else INPUT_NAME,
+        output_name=(names and (names.output_name or names.output_label)) or OUTPUT_NAME,
+        source=checkpoint.identity,
+        files={},
+    )
+    return BundlePlan(
+        folder=(order.output_dir / name.replace("/", "--")).absolute(),
+        checkpoint=checkpoint,
+        fit=fit,
+        draft=draft,
+        companions=read_companions(order.model_dir, checkpoint.config),
+        shards=plan_weights(checkpoint, fit),
+        packing=packing,
+    )
+
+
+def _plan_packing(fit: CheckedModel, precision: Precision) -> tuple[Packing | None, str | None]:
+    """How to pack the weights, or why they are not packed: then the bundle serves, but does not load at once."""
+    obstacle = find_obstacle(fit.config, ModelSpec(precision=precision), EngineConfig(device="cpu"))
+    if obstacle is not None:
+        return None, obstacle
+    try:
+        library = load_library().functions
+    except NativeUnavailable as error:
+        return None, str(error)
+    return plan_packing(library, fit, precision, physical_cores()), None
+
+
+def _checks(
+    order: ConversionRequest, plan: BundlePlan, tokenizer: Tokenizer, obstacle: str | None, is_finished: bool
+) -> Iterator[str]:
+    """A line for everything that could be wrong. Raises for what is."""
+    source, config = plan.checkpoint.config, plan.fit.config
+    yield f"output       {_room(plan)}"
+    yield f"config       {_use_cache(order, source.get('use_cache'))}"
+    code = "; the code that its auto_map names is not needed and not run" if source.get("auto_map") else ""
+    yield f"architecture {plan.draft.architecture}{code}"
+    version = f"{source['transformers_version']} wrote the config; " if source.get("transformers_version") else ""
+    yield f"transformers {version}none is needed, brlite brings its own models"
+    tied = ", the head is the embedding" if config.tie_word_embeddings else ""
+    ignored = f", {len(plan.fit.ignored)} are not needed" if plan.fit.ignored else ""
+    yield f"tensors      all {len(plan.fit.places)} are there, with the shapes that the config wants{tied}{ignored}"
+    yield f"vocabulary   {_vocabulary(tokenizer, config, order.model_dir)}"
+    given = "" if order.model_name == plan.draft.model else f", from {order.model_name}"
+    yield f"name         {plan.draft.model}{given}"
+    is_int8 = plan.draft.precision != "bf16"
+    yield f"rounding     {'int8 is compared with bfloat16 while it is packed' if is_int8 else 'bfloat16, no int8'}"
+    yield f"shapes       {_shapes(config, obstacle)}"
+    yield f"tokenizer    {_chat(tokenizer)}"
+    yield f"run again    {'all of it is there already' if is_finished else 'goes on where this one ends'}"
+
+
+def _room(plan: BundlePlan) -> str:
+    parent = plan.folder
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ModelError(f"{parent}: must be a folder that can be written to")
+    there = sum(file.stat().st_size for file in plan.folder.iterdir()) if plan.folder.exists() else 0
+    needed, free = plan.num_bytes, shutil.disk_usage(parent).free + there
+    if needed > free:
+        raise ModelError(f"{plan.folder}: {show_bytes(needed)} are needed, but the disk has {show_bytes(free)} free")
+    return f"{plan.folder}: {show_bytes(needed)} are needed, {show_bytes(free)} free"
+
+
+def _use_cache(order: ConversionRequest, use_cache: object) -> str:
+    if use_cache is not False:
+        return "use_cache is not false: a bundle does not mind, the manual's own tool would need it in config.json"
+    return "use_cache is false"
+
+
+def _vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> str:
+    highest = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids))
+    if highest >= config.vocab_size:
+        raise ModelError(f"{path}: its tokenizer has token ids up to {highest}, the model {config.vocab_size} rows")
+    return f"{config.vocab_size} rows, {tokenizer.vocab_size} tokens"
+
+
+def _shapes(config: ModelConfig, obstacle: str | None) -> str:
+    heads = f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} of keys and values"
+    context = f"context of {config.max_context}"
+    if config.max_context > MANUALS_MAX_SEQ:
+        context += f" (the manual's engine allows {MANUALS_MAX_SEQ})"
+    packed = "" if obstacle is None else f"; weights are not packed: {obstacle}"
+    return f"{heads}, {context}{packed}"
+
+
+def _chat(tokenizer: Tokenizer) -> str:
+    return (
+        "loads, with a chat template" if tokenizer.has_chat_template else "loads, without a chat template: no Chat API"
+    )
+
+
+def _report(
+    plan: BundlePlan, manifest: Manifest, rounding: Rounding | None = None, seconds: float | None = None
+) -> None:
+    took = "" if seconds is None else f", in {seconds:.1f} s"
+    num_bytes = sum(record.num_bytes for record in manifest.files.values())
+    print(f"\nbundle      {plan.folder}: {show_bytes(num_bytes)}{took}")
+    print(f"input       {manifest.input_name}")
+    print(f"output      {manifest.output_name} (a config may name any other, such as 9 or 10)")
+    print(f"vocab_size  {manifest.vocab_size}")
+    print(f"parameters  {manifest.num_parameters / 1e6:.4g} million, {manifest.precision}")
+    if rounding is not None:
+        error, cosine = f"{rounding.max_error:.2%} of a row's largest weight", f"{rounding.min_cosine:.5f}"
+        print(f"rounding    int8 is off by {error} at most; the least cosine of a matrix's outputs is {cosine}")
+    width = max(map(len, manifest.files))
+    print(f"\n{'file':{width}} {'bytes':>14}  sha256")
+    for name, record in manifest.files.items():
+        print(f"{name:{width}} {record.num_bytes:>14}  {record.sha256}")
+    config = seed_config(manifest, plan.folder, plan.fit.config.max_context)
+    print("\nA config for it, with the manual's 13 fields:\n")
+    print(msgspec.json.format(msgspec.json.encode(config)).decode(), flush=True)

@@ -1,0 +1,50 @@
+"""How much int8 rounds a model's matrices, told from a few rows of each. Packs and unpacks as the kernels do."""
+
+from __future__ import annotations
+
+import ctypes
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from brlite.backends.native.abi import INT8, LANES
+from brlite.backends.native.layout import padded
+
+Float32 = npt.NDArray[np.float32]
+
+
+class Rounding(msgspec.Struct, frozen=True):
+    """The worst of all rows looked at: the largest error against a row's largest weight, and the smallest cosine of
+    what a matrix makes of random activations before and after."""
+
+    max_error: float
+    min_cosine: float
+
+
+def sample_rounding(library: ctypes.CDLL, matrix: Float32, worst: Rounding | None) -> Rounding:
+    """What int8 makes of the first rows of `matrix`, or of those before it if that was worse."""
+    rows = np.ascontiguousarray(matrix[:LANES])
+    rounded = _rounded(library, rows)
+    peaks = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny)
+    error = float((np.abs(rounded - rows).max(axis=1) / peaks).max())
+    activations = np.random.default_rng(0).standard_normal((rows.shape[1], LANES), np.float32)
+    cosine = _cosine(rows @ activations, rounded @ activations)
+    if worst is None:
+        return Rounding(error, cosine)
+    return Rounding(max(error, worst.max_error), min(cosine, worst.min_cosine))
+
+
+def _rounded(library: ctypes.CDLL, rows: Float32) -> Float32:
+    num_rows, num_inputs = rows.shape
+    panel = np.zeros(library.brlite_packed_bytes(INT8, num_rows, num_inputs), np.uint8)
+    library.brlite_pack(INT8, rows.ctypes.data, 0, num_rows, num_inputs, panel.ctypes.data)
+    rounded = np.zeros((num_rows, padded(num_inputs)), np.float32)
+    for row in range(num_rows):
+        library.brlite_unpack_row(INT8, panel.ctypes.data, row, num_inputs, rounded[row].ctypes.data)
+    return rounded[:, :num_inputs]
+
+
+def _cosine(one: Float32, other: Float32) -> float:
+    lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float((one * other).sum()) / lengths if lengths > 0 else 1.0

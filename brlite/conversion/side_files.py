@@ -1,0 +1,43 @@
+"""The small files that a bundle takes over from a model: config, tokenizer, chat template. By name; never code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
+from brlite.checkpoint.gguf_header import read_gguf_metadata
+from brlite.checkpoint.hub import COMPANION_FILES
+from brlite.errors import ModelError
+from brlite.files.quoting import reason
+
+VOCABULARY_FILE = "vocabulary.gguf"  # of a GGUF file's tokenizer, which is in its metadata
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def read_companions(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """File name → content, from a model's folder or `.gguf` file. Raises `ModelError` for what cannot be read.
+
+    A GGUF file's config is `config`, which was read from it, whatever stands beside it.
+    """
+    files = [model / name for name in (*COMPANION_FILES, VOCABULARY_FILE)] if model.is_dir() else []
+    gguf = _gguf_file(model)
+    try:
+        companions = {file.name: file.read_bytes() for file in files if file.is_file()}
+        if gguf is not None:
+            companions[CONFIG_FILE] = json.dumps(config, indent=1).encode()
+            if not any(name in companions for name in TOKENIZER_FILES):
+                companions[VOCABULARY_FILE] = read_gguf_metadata(gguf)
+    except OSError as error:
+        raise ModelError(f"{model}: cannot be read: {reason(error)}") from error
+    return companions
+
+
+def _gguf_file(model: Path) -> Path | None:
+    """The file that the weights come from, if it is one of GGUF."""
+    if model.is_dir() and not has_weights(model):
+        return None
+    weights = find_weights(model)
+    return weights.files[0] if weights.kind == "gguf" else None

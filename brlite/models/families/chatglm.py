@@ -1,0 +1,110 @@
+"""ChatGLM3: a config and names of its own. Half of each head turns, neighbour by neighbour; q, k and v have biases.
+
+Its own words for the sizes: `num_layers`, `kv_channels`, `multi_query_group_num`, `ffn_hidden_size`, `seq_length`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from brlite.models.config import ModelConfig, RopeConfig
+from brlite.models.families.family import Family, WeightTarget
+from brlite.models.families.hf_config import DEFAULT_THETA, MAX_LAYERS, ConfigReader, check_supported
+
+# What its code can do besides and no published ChatGLM3 does, with the value that is supported.
+FIXED_FLAGS = {
+    "rmsnorm": True,
+    "post_layer_norm": True,
+    "multi_query_attention": True,
+    "original_rope": True,
+    "apply_residual_connection_post_layernorm": False,
+    "add_bias_linear": False,
+}
+# What its code takes where the config has no such key.
+CLASS_DEFAULTS = {
+    "multi_query_attention": False,
+    "multi_query_group_num": 1,
+    "kv_channels": 128,
+    "seq_length": 2048,
+}
+ABSENT = ("quantization_bit", "pre_seq_len")  # weights packed by a quantiser, a trained prefix
+
+
+def read_config(values: Mapping[str, Any]) -> ModelConfig:
+    reader = ConfigReader(values, class_defaults=CLASS_DEFAULTS)
+    check_supported(reader)
+    _check_plain(reader, values)
+    head_dim, num_heads = reader.positive_int("kv_channels"), reader.positive_int("num_attention_heads")
+    num_groups = reader.positive_int("multi_query_group_num")
+    if num_heads % num_groups != 0:
+        raise reader.error("multi_query_group_num", f"a divisor of num_attention_heads ({num_heads})", num_groups)
+    return ModelConfig(
+        vocab_size=reader.positive_int("padded_vocab_size"),
+        hidden_size=reader.positive_int("hidden_size"),
+        intermediate_size=reader.positive_int("ffn_hidden_size"),
+        num_layers=reader.positive_int("num_layers", most=MAX_LAYERS),
+        num_heads=num_heads,
+        num_kv_heads=num_groups,
+        head_dim=head_dim,
+        rms_norm_eps=reader.positive_number("layernorm_epsilon", 1e-5),
+        max_position_embeddings=reader.positive_int("seq_length"),
+        rope=_read_rope(reader, head_dim),
+        qkv_bias=reader.flag("add_qkv_bias", False),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+    )
+
+
+def weight_places(config: ModelConfig) -> dict[str, WeightTarget]:
+    """Every tensor a checkpoint must hold, by its name there."""
+    vocabulary = (config.vocab_size, config.hidden_size)
+    places = {
+        "transformer.embedding.word_embeddings.weight": WeightTarget("embedding", vocabulary),
+        "transformer.encoder.final_layernorm.weight": WeightTarget("norm", (config.hidden_size,)),
+    }
+    if not config.tie_word_embeddings:
+        places["transformer.output_layer.weight"] = WeightTarget("head.weight", vocabulary)
+    for layer in range(config.num_layers):
+        places.update(_layer_places(config, f"transformer.encoder.layers.{layer}.", f"layers.{layer}."))
+    return places
+
+
+def _layer_places(config: ModelConfig, source: str, target: str) -> Iterator[tuple[str, WeightTarget]]:
+    hidden, q, kv, mlp = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
+    parts = (
+        ("input_layernorm.weight", "attention_norm", (hidden,)),
+        ("self_attention.query_key_value.weight", "qkv.weight", (q + 2 * kv, hidden)),
+        ("self_attention.dense.weight", "o.weight", (hidden, q)),
+        ("post_attention_layernorm.weight", "mlp_norm", (hidden,)),
+        ("mlp.dense_h_to_4h.weight", "gate_up.weight", (2 * mlp, hidden)),
+        ("mlp.dense_4h_to_h.weight", "down.weight", (hidden, mlp)),
+    )
+    for name, parameter, shape in parts:
+        yield f"{source}{name}", WeightTarget(f"{target}{parameter}", shape)
+    if config.qkv_bias:
+        yield f"{source}self_attention.query_key_value.bias", WeightTarget(f"{target}qkv.bias", (q + 2 * kv,))
+
+
+def _read_rope(reader: ConfigReader, head_dim: int) -> RopeConfig:
+    """The ratio stretches the base, not the positions."""
+    ratio = reader.positive_number("rope_ratio", 1.0)
+    return RopeConfig(rotary_dim=head_dim // 2, theta=DEFAULT_THETA * ratio, interleaved=True)
+
+
+def _check_plain(reader: ConfigReader, values: Mapping[str, Any]) -> None:
+    for key, supported in FIXED_FLAGS.items():
+        if reader.flag(key, supported) != supported:
+            raise reader.error(key, str(supported).lower(), not supported)
+    for key in ABSENT:
+        if values.get(key):
+            raise reader.error(key, "0 or null", values[key])
+
+
+CHATGLM = Family(
+    "chatglm",
+    "ChatGLMModel",
+    read_config,
+    weight_places,
+    ignored_suffixes=("rotary_pos_emb.inv_freq",),
+    aliases=("ChatGLMForConditionalGeneration",),
+)

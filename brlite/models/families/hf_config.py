@@ -1,0 +1,209 @@
+"""Reads the keys of a Hugging Face `config.json`, old style or new. Every failure is a `ModelError` naming the key.
+
+What the keys mean for a given family is in that family's file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral
+from typing import Any
+
+from brlite.errors import ModelError
+from brlite.files.quoting import excerpt
+from brlite.models.config import DynamicScaling, LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
+
+DEFAULT_THETA = 10_000.0
+MAX_SIZE = 2**31 - 1
+MIN_NUMBER, MAX_NUMBER = 1e-30, 1e15  # what is computed of them stays finite
+MAX_LAYERS = 4096  # every layer's tensors are named before they are looked for
+
+
+class ConfigReader:
+    """Typed access to the values of a config. A key that is absent or null takes its default, or is an error.
+
+    `class_defaults` are what transformers' config class of the family has where the key is absent; null is not.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Any], prefix: str = "", class_defaults: Mapping[str, Any] | None = None
+    ) -> None:
+        self._values = {**(class_defaults or {}), **values}
+        self._prefix = prefix
+
+    def __contains__(self, key: str) -> bool:
+        return self._values.get(key) is not None
+
+    def positive_int(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
+        value = self._get(key, default)
+        if not isinstance(value, Integral) or isinstance(value, bool) or not 0 < int(value) <= most:
+            raise self.error(key, f"an integer from 1 to {most}", value)
+        return int(value)
+
+    def positive_number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not MIN_NUMBER <= value <= MAX_NUMBER:
+            raise self.error(key, f"a number from {MIN_NUMBER} to {MAX_NUMBER:g}", value)
+        return float(value)
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false", value)
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, "a string", value)
+        return value
+
+    def texts(self, key: str) -> list[str]:
+        value = self._get(key, None)
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise self.error(key, "a list of strings", value)
+        return list(value)
+
+    def section(self, key: str) -> ConfigReader:
+        """The mapping under `key`; an empty one where there is none."""
+        value = self._get(key, {})
+        if not isinstance(value, Mapping):
+            raise self.error(key, "an object", value)
+        return ConfigReader(value, prefix=f"{self._prefix}{key}.")
+
+    def error(self, key: str, allowed: str, got: object) -> ModelError:
+        return ModelError(f"model config: {self._prefix}{key} must be {allowed}, got {excerpt(got)}")
+
+    def _get(self, key: str, default: object) -> Any:
+        value = self._values.get(key)
+        if value is not None:
+            return value
+        if default is None:
+            raise ModelError(f"model config: {self._prefix}{key} is missing")
+        return default
+
+
+def check_supported(reader: ConfigReader) -> None:
+    """Raise `ModelError` for what no family here can compute: other activations, weights packed by a quantiser."""
+    activation = reader.text("hidden_act", "silu")
+    if activation != "silu":
+        raise reader.error("hidden_act", "silu", activation)
+    if "quantization_config" in reader:
+        method = reader.section("quantization_config").text("quant_method", "unknown")
+        raise ModelError(
+            f"model config: quantization_config ({method}) is not supported; use the model's plain or GGUF weights"
+        )
+
+
+def read_sizes(reader: ConfigReader) -> dict[str, Any]:
+    """The fields of `ModelConfig` that every family spells alike. The network's sizes have no defaults."""
+    num_heads = reader.positive_int("num_attention_heads")
+    return {
+        "vocab_size": reader.positive_int("vocab_size"),
+        "hidden_size": reader.positive_int("hidden_size"),
+        "intermediate_size": reader.positive_int("intermediate_size"),
+        "num_layers": reader.positive_int("num_hidden_layers", most=MAX_LAYERS),
+        "num_heads": num_heads,
+        "num_kv_heads": reader.positive_int("num_key_value_heads", num_heads),
+        "head_dim": read_head_dim(reader),
+        "rms_norm_eps": reader.positive_number("rms_norm_eps", 1e-6),
+        "max_position_embeddings": reader.positive_int("max_position_embeddings"),
+        "rope": read_rope(reader),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings", False),
+    }
+
+
+def read_head_dim(reader: ConfigReader) -> int:
+    if "head_dim" in reader:
+        return reader.positive_int("head_dim")
+    hidden, heads = reader.positive_int("hidden_size"), reader.positive_int("num_attention_heads")
+    if hidden % heads != 0:
+        raise reader.error("hidden_size", f"a multiple of num_attention_heads ({heads})", hidden)
+    return hidden // heads
+
+
+def read_sliding_layers(reader: ConfigReader, *, first: int = 0) -> tuple[int, ...]:
+    """The layers with a sliding window: those `layer_types` names, or else all from `first` on."""
+    num_layers = reader.positive_int("num_hidden_layers", most=MAX_LAYERS)
+    if "layer_types" not in reader:
+        return tuple(range(first, num_layers))
+    kinds = reader.texts("layer_types")
+    if len(kinds) != num_layers:
+        raise reader.error("layer_types", f"a list of {num_layers} entries", f"{len(kinds)} entries")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise reader.error("layer_types", "a list of full_attention and sliding_attention", kind)
+    return tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention")
+
+
+def read_rope(reader: ConfigReader) -> RopeConfig:
+    """Rotary positions from `rope_theta` and `rope_scaling`, or from the `rope_parameters` of newer configs."""
+    parameters = reader.section("rope_parameters" if "rope_parameters" in reader else "rope_scaling")
+    theta = parameters.positive_number("rope_theta", reader.positive_number("rope_theta", DEFAULT_THETA))
+    fraction = reader.positive_number("partial_rotary_factor", 1.0)
+    fraction = parameters.positive_number("partial_rotary_factor", fraction)
+    kind = parameters.text("rope_type", parameters.text("type", "default"))
+    if kind not in SCALING_READERS:
+        raise parameters.error("rope_type", f"one of {', '.join(SCALING_READERS)}", kind)
+    return RopeConfig(
+        theta=theta,
+        rotary_dim=int(read_head_dim(reader) * fraction),
+        scaling=SCALING_READERS[kind](parameters, reader.positive_int("max_position_embeddings")),
+    )
+
+
+def _read_default(parameters: ConfigReader, positions: int) -> None:
+    return None
+
+
+def _read_linear(parameters: ConfigReader, positions: int) -> LinearScaling:
+    return LinearScaling(parameters.positive_number("factor"))
+
+
+def _read_dynamic(parameters: ConfigReader, positions: int) -> DynamicScaling:
+    return DynamicScaling(parameters.positive_number("factor"), positions)
+
+
+def _read_llama3(parameters: ConfigReader, positions: int) -> Llama3Scaling:
+    return Llama3Scaling(
+        factor=parameters.positive_number("factor"),
+        low_freq_factor=parameters.positive_number("low_freq_factor"),
+        high_freq_factor=parameters.positive_number("high_freq_factor"),
+        original_positions=parameters.positive_int("original_max_position_embeddings", positions),
+    )
+
+
+def _read_yarn(parameters: ConfigReader, positions: int) -> YarnScaling:
+    original = parameters.positive_int("original_max_position_embeddings", positions)
+    factor = parameters.positive_number("factor", positions / original)
+    return YarnScaling(
+        factor=factor,
+        original_positions=original,
+        attention_factor=_yarn_attention_factor(parameters, factor),
+        beta_fast=parameters.positive_number("beta_fast", 32.0),
+        beta_slow=parameters.positive_number("beta_slow", 1.0),
+        truncate=parameters.flag("truncate", True),
+    )
+
+
+def _yarn_attention_factor(parameters: ConfigReader, factor: float) -> float:
+    if "attention_factor" in parameters:
+        return parameters.positive_number("attention_factor")
+    if "mscale" in parameters and "mscale_all_dim" in parameters:
+        scale, all_dim = (parameters.positive_number(key) for key in ("mscale", "mscale_all_dim"))
+        return _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, all_dim)
+    return _yarn_magnitude(factor, 1.0)
+
+
+def _yarn_magnitude(factor: float, scale: float) -> float:
+    return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+SCALING_READERS: dict[str, Callable[[ConfigReader, int], RopeScaling | None]] = {
+    "default": _read_default,
+    "linear": _read_linear,
+    "dynamic": _read_dynamic,
+    "llama3": _read_llama3,
+    "yarn": _read_yarn,
+}

@@ -1,0 +1,29 @@
+"""Mistral: Llama with a sliding window in every layer, if its config names one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from brlite.models.config import ModelConfig
+from brlite.models.families.family import Family
+from brlite.models.families.hf_config import ConfigReader, check_supported, read_sizes, read_sliding_layers
+from brlite.models.families.llama import weight_places
+
+DEFAULT_WINDOW = 4096
+CLASS_DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+
+
+def read_config(values: Mapping[str, Any]) -> ModelConfig:
+    reader = ConfigReader(values, class_defaults=CLASS_DEFAULTS)
+    check_supported(reader)
+    # Null means no window; a config without the key is a first Mistral, which had one.
+    has_window = values.get("sliding_window", DEFAULT_WINDOW) is not None
+    return ModelConfig(
+        **read_sizes(reader),
+        sliding_window=reader.positive_int("sliding_window", DEFAULT_WINDOW) if has_window else None,
+        sliding_layers=read_sliding_layers(reader) if has_window else (),
+    )
+
+
+MISTRAL = Family("mistral", "MistralForCausalLM", read_config, weight_places)

@@ -1,0 +1,43 @@
+"""SmolLM3: Llama in which every fourth layer is not told positions (NoPE)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from brlite.models.config import ModelConfig
+from brlite.models.families import llama
+from brlite.models.families.family import Family
+from brlite.models.families.hf_config import ConfigReader
+
+DEFAULT_INTERVAL = 4
+CLASS_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "rope_theta": 2_000_000.0,
+    "tie_word_embeddings": True,
+}
+
+
+def read_config(values: Mapping[str, Any]) -> ModelConfig:
+    reader = ConfigReader(values)
+    if reader.flag("use_sliding_window", False):
+        raise reader.error("use_sliding_window", "false", True)
+    config = llama.read_config(values, CLASS_DEFAULTS)
+    return msgspec.structs.replace(config, nope_layers=_nope_layers(reader, values, config.num_layers))
+
+
+def _nope_layers(reader: ConfigReader, values: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """Those with a 0 in `no_rope_layers`, whose name says the opposite; or else the last of each interval."""
+    flags = values.get("no_rope_layers")
+    if flags is None:
+        interval = reader.positive_int("no_rope_layer_interval", DEFAULT_INTERVAL)
+        return tuple(range(interval - 1, num_layers, interval))
+    if not isinstance(flags, list) or len(flags) != num_layers or any(flag not in (0, 1) for flag in flags):
+        raise reader.error("no_rope_layers", f"a list of {num_layers} zeros and ones", flags)
+    return tuple(layer for layer, flag in enumerate(flags) if flag == 0)
+
+
+SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM", read_config, llama.weight_places)

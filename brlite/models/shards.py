@@ -1,0 +1,149 @@
+"""How ranks share one decoder: which rows and columns of each parameter a rank holds. Numbers only; imports no torch.
+
+Every rank has some query heads with their key heads, a part of the MLP and a part of the vocabulary. Parts are as even
+as they can be, rank 0's the smallest; a key head is held by several ranks where there are fewer of them than ranks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from brlite.errors import ConfigError
+from brlite.models.config import QUANTIZATION_GROUP, ModelConfig, parameter_shapes
+
+LANES = 16  # native kernels write so many columns at a time: where ranks write side by side, parts begin at multiples
+
+
+class Shard(msgspec.Struct, frozen=True):
+    """Rank `rank` of the `size` that compute a model together.
+
+    With `sums` the ranks add up what `o` and `down` give, each holding some of their columns; without, each holds some
+    of their rows and the ranks join what they give: as many numbers, the same bits as of one rank, twice the meetings.
+    """
+
+    rank: int
+    size: int
+    sums: bool = True
+
+
+class ShardSlice(NamedTuple):
+    """A rank's part of one parameter: ranges of its rows, one below the other, and of each row these columns."""
+
+    rows: tuple[range, ...]
+    columns: range | None = None
+
+
+def check_share(config: ModelConfig, size: int) -> None:
+    """Raise `ConfigError` for more ranks than there is something to share."""
+    for count, what in ((config.num_heads, "attention heads"), (config.intermediate_size, "neurons in a layer")):
+        if size > count:
+            raise ConfigError(f"tensor_parallel is {size}; the model has {count} {what}, and each rank needs one")
+
+
+def check_groups(config: ModelConfig, size: int) -> None:
+    """Where ranks sum, raise `ConfigError` if a rank's inputs end inside a group that shares an int8 scale."""
+    for share in (Shard(rank, size) for rank in range(size)):
+        for name, part in _layer_parts(config, share).items():
+            first = part.columns.start if part.columns else 0
+            if first % QUANTIZATION_GROUP:
+                raise ConfigError(
+                    f"tensor_parallel is {size}: rank {share.rank}'s inputs of {name} begin at {first}, inside a group "
+                    f"of {QUANTIZATION_GROUP} that share an int8 scale; allowed are fewer ranks, or precision bf16"
+                )
+
+
+def shared_config(config: ModelConfig, share: Shard) -> ModelConfig:
+    """The config of what the rank holds. Its vocabulary is padded, so that all ranks' are of one size."""
+    heads, kv_heads = head_ranges(config, share)
+    sizes = (len(vocabulary_range(config, Shard(rank, share.size))) for rank in range(share.size))
+    return msgspec.structs.replace(
+        config,
+        vocab_size=max(sizes),
+        num_heads=len(heads),
+        num_kv_heads=len(kv_heads),
+        intermediate_size=len(mlp_range(config, share)),
+    )
+
+
+def head_ranges(config: ModelConfig, share: Shard) -> tuple[range, range]:
+    """The rank's query heads and the key heads that these look at."""
+    rank, size, num_kv_heads, group = share.rank, share.size, config.num_kv_heads, config.group_size
+    if size <= num_kv_heads:
+        kv_heads = _even_range(num_kv_heads, rank, size)
+        return range(kv_heads.start * group, kv_heads.stop * group), kv_heads
+    kv_head = rank * num_kv_heads // size
+    holders = [other for other in range(size) if other * num_kv_heads // size == kv_head]
+    heads = _even_range(group, holders.index(rank), len(holders))
+    return range(kv_head * group + heads.start, kv_head * group + heads.stop), range(kv_head, kv_head + 1)
+
+
+def mlp_range(config: ModelConfig, share: Shard) -> range:
+    """The rank's part of the MLP: with sums whole groups of int8 weights, if there are enough for all."""
+    if not share.sums:
+        return _even_range(config.intermediate_size, share.rank, share.size, LANES)
+    has_enough = config.intermediate_size >= QUANTIZATION_GROUP * share.size
+    return _even_range(config.intermediate_size, share.rank, share.size, QUANTIZATION_GROUP if has_enough else 1)
+
+
+def hidden_range(config: ModelConfig, share: Shard) -> range:
+    """Without sums, the part of the residual stream that the rank adds to."""
+    return _even_range(config.hidden_size, share.rank, share.size, LANES)
+
+
+def vocabulary_range(config: ModelConfig, share: Shard) -> range:
+    """The tokens whose embedding and whose logits are the rank's."""
+    return _even_range(config.vocab_size, share.rank, share.size, LANES)
+
+
+def shared_shapes(config: ModelConfig, share: Shard) -> dict[str, tuple[int, ...]]:
+    """The shape of what the rank holds of every parameter. None is padded."""
+    shapes = parameter_shapes(config)
+    for name, (rows, columns) in parameter_parts(config, share).items():
+        inputs = shapes[name][1:] if columns is None else (len(columns),)
+        shapes[name] = (sum(map(len, rows)), *inputs)
+    return shapes
+
+
+def parameter_parts(config: ModelConfig, share: Shard) -> dict[str, ShardSlice]:
+    """The rank's part of every parameter, as `parameter_shapes` names them."""
+    by_layer = _layer_parts(config, share)
+    parts = {}
+    for name, shape in parameter_shapes(config).items():
+        whole = ShardSlice((range(shape[0]),))
+        if name in ("embedding", "head.weight"):
+            parts[name] = ShardSlice((vocabulary_range(config, share),))
+        else:
+            parts[name] = by_layer.get(name.split(".", 2)[-1], whole) if name.startswith("layers.") else whole
+    return parts
+
+
+def _layer_parts(config: ModelConfig, share: Shard) -> dict[str, ShardSlice]:
+    """Of the linear layers; norms are held by every rank."""
+    heads, kv_heads = (_times(part, config.head_dim) for part in head_ranges(config, share))
+    mlp, hidden = mlp_range(config, share), hidden_range(config, share)
+    first_value = config.q_size + config.kv_size
+    qkv = ShardSlice((heads, _shifted(kv_heads, config.q_size), _shifted(kv_heads, first_value)))
+    gate_up = ShardSlice((mlp, _shifted(mlp, config.intermediate_size)))
+    parts = {"qkv.weight": qkv, "qkv.bias": qkv, "gate_up.weight": gate_up, "gate_up.bias": gate_up}
+    if not share.sums:
+        return parts | dict.fromkeys(("o.weight", "o.bias", "down.weight", "down.bias"), ShardSlice((hidden,)))
+    whole = range(config.hidden_size)
+    parts |= {"o.weight": ShardSlice((whole,), heads), "down.weight": ShardSlice((whole,), mlp)}
+    # A bias is added once, and the ranks' products are summed.
+    return parts | dict.fromkeys(("o.bias", "down.bias"), ShardSlice((whole,) if share.rank == 0 else ()))
+
+
+def _even_range(total: int, rank: int, size: int, unit: int = 1) -> range:
+    """Part `rank` of `size` parts of 0 .. `total`, which begin at multiples of `unit`."""
+    num_units = -(-total // unit)
+    return range(num_units * rank // size * unit, min(num_units * (rank + 1) // size * unit, total))
+
+
+def _times(part: range, factor: int) -> range:
+    return range(part.start * factor, part.stop * factor)
+
+
+def _shifted(part: range, start: int) -> range:
+    return range(part.start + start, part.stop + start)

@@ -1,0 +1,186 @@
+"""The proxy within aiohttp: forwards what reaches an application by its middlewares.
+
+An application that is mounted in another one has no fast path and forwards here. So do requests that a fast path has
+passed on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+from aiohttp import HttpVersion11, web
+from aiohttp.typedefs import Handler, Middleware
+
+from brlite.config.options import LimitsConfig
+from brlite.errors import ModelNotFound, RequestError
+from brlite.http.access_log import log_extras
+from brlite.http.body import keep_body, read_body
+from brlite.http.keys import api_key
+from brlite.http.request_id import shown_request_id
+from brlite.proxy.downstream import reset
+from brlite.proxy.exchange import Exchange, ForwardedRequest
+from brlite.proxy.forwarder import Forwarder
+from brlite.proxy.request_model import peek
+from brlite.proxy.wire.heads import RequestHead, is_forwardable, usual_spelling, without_limits
+
+# As it was sent, still encoded, behind the path of the application that this one is mounted in.
+_TARGET = re.compile(r"[!->@-~]*?(/v1/[!-~]+|/(?:de)?tokenize(?:\?[!-~]*)?)")
+BACKLOG_BYTES = 64 * 1024
+
+
+def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_proxy: bool) -> Middleware:
+    """Forward a POST that names an upstream's model; anything else goes its way, its body kept for the handler."""
+
+    @web.middleware
+    async def forward(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.method != "POST" or not forwarder.table.upstreams:
+            return await handler(request)
+        wire_path = _wire_path(request)
+        if not is_forwardable(wire_path):
+            return await handler(request)
+        body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
+        seen = peek(body)
+        target = forwarder.table.find(seen.model)
+        if target is None:
+            if is_only_proxy:
+                raise ModelNotFound(_unknown(seen.model, forwarder), param="model", code="model_not_found")
+            keep_body(request, body)
+            return await handler(request)
+        key = api_key(request)
+        key.check_model(target.model)
+        head = _head_of(request)
+        forwarder.check_hops(head.via)
+        lines = head.lines_for_upstreams(shown_request_id(request), forwarder.via, forwarder.request_headers)
+        lines += forwarder.client_lines(request.remote, head.fields)
+        affinity = forwarder.affinity(body, seen, head.fields)
+        downstream = ResponseDownstream(request)
+        exchange = forwarder.forward(
+            ForwardedRequest(wire_path, lines, body, seen.model, key, affinity), target, downstream
+        )
+        try:
+            return await downstream.respond(exchange)
+        finally:
+            exchange.client_left()  # which it has, if the answer is not at its end
+            log_extras(request).update(exchange.log_fields())
+
+    return forward
+
+
+class ResponseDownstream:
+    """The front of an exchange whose client is aiohttp's: what it is given waits until `respond` has sent it."""
+
+    takes_chunks = False  # aiohttp frames the body
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self._response: web.StreamResponse | None = None
+        self._parts: list[bytes] = []
+        self._num_waiting = 0
+        self._exchange: Exchange | None = None
+        self._error: RequestError | None = None
+        self._is_cut = self._is_over = False
+        self._changed = asyncio.Event()
+
+    async def respond(self, exchange: Exchange) -> web.StreamResponse:
+        """Run the exchange and send its answer. Raises the error that it was refused with."""
+        self._exchange = exchange
+        exchange.start()
+        while self._response is None and not self._is_over:
+            await self._wait()
+        if self._error is not None:
+            raise self._error
+        assert self._response is not None
+        if isinstance(self._response, web.Response):
+            return self._response
+        return await self._send(self._response)
+
+    def begin(self, status: int, lines: bytes, length: int | None) -> None:
+        response = web.StreamResponse(status=status, headers=self._headers(lines))
+        if length is not None:
+            response.content_length = length
+        elif self._request.version >= HttpVersion11:
+            response.enable_chunked_encoding()
+        else:
+            response.force_close()
+        self._response = response
+        self._changed.set()
+
+    def write(self, data: bytes) -> None:
+        self._parts.append(data)
+        self._num_waiting += len(data)
+        if self._num_waiting > BACKLOG_BYTES and self._exchange is not None:
+            self._exchange.pause()
+        self._changed.set()
+
+    def answer(self, status: int, lines: bytes, body: bytes) -> None:
+        self._response = web.Response(status=status, headers=self._headers(lines), body=body)
+
+    def refuse(self, error: RequestError) -> None:
+        self._error = error
+
+    def cut(self) -> None:
+        self._is_cut = True
+
+    def ended(self) -> None:
+        self._is_over = True
+        self._changed.set()
+
+    def _headers(self, lines: bytes) -> list[tuple[str, str]]:
+        has_limits = api_key(self._request).has_limits
+        return _headers(without_limits(lines) if has_limits else lines)
+
+    async def _wait(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()
+
+    async def _send(self, response: web.StreamResponse) -> web.StreamResponse:
+        await response.prepare(self._request)
+        while self._parts or not self._is_over:
+            data, self._parts, self._num_waiting = b"".join(self._parts), [], 0
+            if data:
+                await response.write(data)
+                assert self._exchange is not None
+                self._exchange.resume()
+            else:
+                await self._wait()
+        if self._is_cut:
+            response.force_close()
+            if self._request.transport is not None:
+                reset(self._request.transport)
+            return response
+        await response.write_eof()
+        return response
+
+
+def _wire_path(request: web.Request) -> bytes:
+    """The path that a server of its own would have been asked for, with the query; b"" is none of `/v1`."""
+    is_mounted = len(request.match_info.apps) > 1
+    path = request.rel_url.raw_path_qs
+    found = _TARGET.fullmatch(path if is_mounted else usual_spelling(path.encode()).decode())
+    if found is None or (found.start(1) > 0 and not is_mounted):
+        return b""
+    return found[1].encode()
+
+
+def _unknown(name: str | None, forwarder: Forwarder) -> str:
+    known = ", ".join(forwarder.table.names())
+    if name is None:
+        return f"say which model: {known}"
+    return f"The model `{name[:200]}` does not exist. Served here: {known}"
+
+
+def _head_of(request: web.Request) -> RequestHead:
+    """The request's head as a fast path would have read it."""
+    fields: dict[bytes, bytes] = {}
+    for name, value in request.raw_headers:
+        key = name.lower()
+        fields[key] = fields[key] + b", " + value if key in fields else value
+    lines = b"".join(b"%b: %b\r\n" % header for header in request.raw_headers)
+    is_http_1_0 = request.version < HttpVersion11
+    return RequestHead(request.method.encode(), request.raw_path.encode(), fields, lines, is_http_1_0=is_http_1_0)
+
+
+def _headers(lines: bytes) -> list[tuple[str, str]]:
+    pairs = (line.partition(b":") for line in lines.split(b"\r\n") if line)
+    return [(name.decode("latin-1"), value.strip().decode("latin-1")) for name, _, value in pairs]

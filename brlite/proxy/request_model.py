@@ -1,0 +1,158 @@
+"""What the proxy reads of a request's body, and the one thing that it may change there: the model's name.
+
+The whole body must be JSON, but of its fields only these are looked at: what else they may hold is the upstream's
+affair. It knows no models, no upstreams and no endpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, TypeVar, cast
+
+import msgspec
+
+from brlite.errors import InvalidRequest
+from brlite.files.text_file import BYTE_ORDER_MARK
+from brlite.http.decode import decode_json
+
+T = TypeVar("T")
+
+_NULL = msgspec.Raw(b"null")
+_REFUSALS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec raises for any bytes
+
+# A field `model` with a string or null, wherever it stands. In JSON a quote before a colon ends a key.
+_MODEL_FIELD = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*"|null)')
+_PUNCTUATION = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")
+_WHOLE_JSON = json.JSONDecoder(parse_int=str, parse_float=str)  # numbers of any length
+
+
+class RequestModel(msgspec.Struct, frozen=True, gc=False):
+    """`None` is a field that is absent, null, or (not `model`) of a type that we do not know."""
+
+    model: str | None = None
+    stream: bool | None = None
+    user: str | None = None
+
+
+def peek(body: bytes) -> RequestModel:
+    """Read the fields, or raise `InvalidRequest` for what is no JSON object or names no model clearly.
+
+    A `model` that stands twice is refused, and so is one in other letters (`Model`), which some servers take for it:
+    the model that keys and routes were checked for must be the one that the upstream answers with.
+    """
+    model = _Model()
+    try:
+        body.isascii() or body.decode()  # msgspec does not look into what no field takes
+        fields = msgspec.json.decode(body, type=_FIELDS, dec_hook=model.take)
+    except _REFUSALS:
+        return _peek_oddly(body)
+    return RequestModel(model.name, fields.stream, fields.user)
+
+
+def replace_model(body: bytes, new: str) -> bytes:
+    """`body` with another model's name, every other byte as it was. Raises as `peek` does, or if there is no model."""
+    if peek(body).model == new:
+        return body
+    value = msgspec.json.encode(new)
+    # Most often the first one is the right one, which is cheaper to check than to find out.
+    if likely := _MODEL_FIELD.search(body):
+        replaced = body[: likely.start(1)] + value + body[likely.end(1) :]
+        if peek(replaced).model == new:
+            return replaced
+    start, end = _find_model(body)
+    return body[:start] + value + body[end:]
+
+
+class _Model:
+    """The type of the field `model`. msgspec calls `take` for each that it meets, the only trace of a second one."""
+
+    __slots__ = ("is_taken", "name")
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.is_taken = False
+
+    def take(self, kind: type[object], value: Any) -> _Model:
+        if kind is not _Model:
+            raise ValueError("this field must be written 'model'")
+        if self.is_taken:
+            raise ValueError("it must not stand there twice")
+        if value is not None and not isinstance(value, str):
+            raise ValueError("it must be a string")
+        self.name = value
+        self.is_taken = True
+        return self
+
+
+class _OtherSpelling:
+    """The type of `Model`, `MODEL` and so on, which no value has."""
+
+
+class _Fields(msgspec.Struct, gc=False):
+    model: _Model | msgspec.UnsetType = msgspec.UNSET
+    stream: bool | None = None
+    user: str | None = None
+
+
+class _OddFields(msgspec.Struct, gc=False):
+    """The same for any values: msgspec would refuse a number that is too large even where anything may stand."""
+
+    model: _Model | msgspec.UnsetType = msgspec.UNSET
+    stream: msgspec.Raw = _NULL
+    user: msgspec.Raw = _NULL
+
+
+def _with_other_spellings(fields: type[T]) -> type[T]:
+    spellings = {"".join(letters) for letters in product(*zip("model", "MODEL", strict=True))} - {"model"}
+    members = [(spelling, _OtherSpelling, None) for spelling in sorted(spellings)]
+    return cast(type[T], msgspec.defstruct(fields.__name__, members, bases=(fields,), gc=False))
+
+
+_FIELDS = _with_other_spellings(_Fields)
+_ODD_FIELDS = _with_other_spellings(_OddFields)
+
+
+def _peek_oddly(body: bytes) -> RequestModel:
+    """Find out what is wrong with the body; nothing is, if only `stream` or `user` are of other types than ours."""
+    model = _Model()
+    fields = decode_json(body, msgspec.json.Decoder(_ODD_FIELDS, dec_hook=model.take))
+    return RequestModel(model.name, _read(fields.stream, bool), _read(fields.user, str))
+
+
+def _read(value: msgspec.Raw, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except _REFUSALS:
+        return None
+
+
+def _find_model(body: bytes) -> tuple[int, int]:
+    """Where the value of the top-level `model` begins and ends."""
+    try:
+        for name, start, end in _members(body):
+            if name == "model":
+                return start, end
+    except RecursionError:
+        raise InvalidRequest("The JSON body is nested too deeply to replace its model.", code="invalid_json") from None
+    raise InvalidRequest("Missing required parameter: 'model'.", param="model", code="missing_required_parameter")
+
+
+def _members(body: bytes) -> Iterator[tuple[str, int, int]]:
+    """The top-level fields of a JSON object: each name, and where its value begins and ends."""
+    text = body.decode("latin-1")  # one character a byte, so that places in one are places in the other
+    at = _after_punctuation(text, len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0)
+    while text[at] == '"':
+        name, at = _WHOLE_JSON.raw_decode(text, at)
+        start = _after_punctuation(text, at)
+        _, end = _WHOLE_JSON.raw_decode(text, start)
+        yield name, start, end
+        at = _after_punctuation(text, end)
+
+
+def _after_punctuation(text: str, at: int) -> int:
+    match = _PUNCTUATION.match(text, at)
+    assert match is not None  # it matches nothing at all, too
+    return match.end()

@@ -1,0 +1,156 @@
+"""Asks an upstream for small things of its own: how it is, what it lists, its numbers. Passes no client's request on.
+
+Each question has a connection of its own, so it also says whether the upstream takes new ones. Redirects are not
+followed, and nothing that is sent back, or not, keeps an answer for longer than the time that was given for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TypeVar
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from brlite.errors import UpstreamError, UpstreamTimeout
+from brlite.http.access_log import printable
+from brlite.proxy.resolving import Names
+from brlite.proxy.routing.upstream import Upstream
+
+T = TypeVar("T")
+
+
+class _Resolver(AbstractResolver):
+    """aiohttp's view of the addresses that requests to the upstream use."""
+
+    def __init__(self, names: Names) -> None:
+        self._names = names
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        return [
+            ResolveResult(
+                hostname=host,
+                host=address,
+                port=port,
+                family=socket.AF_INET6 if ":" in address else socket.AF_INET,
+                proto=0,
+                flags=socket.AI_NUMERICHOST,
+            )
+            for address in await self._names.addresses()
+        ]
+
+    async def close(self) -> None:
+        """The upstream's pool owns the addresses."""
+
+
+class UpstreamClient:
+    """`async with UpstreamClient(upstream, seconds) as client:`, where each answer comes within `seconds` or fails."""
+
+    _session: aiohttp.ClientSession
+
+    def __init__(self, upstream: Upstream, seconds: float) -> None:
+        address = upstream.pool.address
+        scheme = "https" if address.is_tls else "http"
+        self._upstream = upstream
+        self._seconds = seconds
+        self._address = address
+        self._url = f"{scheme}://{address.host_header}"
+
+    async def __aenter__(self) -> UpstreamClient:
+        self._session = aiohttp.ClientSession(
+            connector=self._connector(),
+            headers={**_fields(self._upstream.own_headers), "Accept-Encoding": "identity", "User-Agent": "brlite"},
+            timeout=aiohttp.ClientTimeout(total=None),  # `_ask` has one that nothing escapes
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._session.close()
+
+    async def status(self, path: str) -> int:
+        """The status of `GET path`. Raises `UpstreamError`."""
+
+        async def read(response: aiohttp.ClientResponse) -> int:
+            return response.status
+
+        return await self._ask(path, read)
+
+    async def read(self, path: str, max_bytes: int) -> bytes:
+        """What `GET path` brings. Raises `UpstreamError` if that is not a 200, or longer."""
+
+        async def read(response: aiohttp.ClientResponse) -> bytes:
+            if response.status != 200:
+                raise UpstreamError(f"answered {response.status} to GET {path}")
+            parts, num_bytes = [], 0
+            async for part in response.content.iter_any():
+                parts.append(part)
+                num_bytes += len(part)
+                if num_bytes > max_bytes:
+                    raise UpstreamError(f"answered more than {max_bytes} bytes to GET {path}")
+            return b"".join(parts)
+
+        return await self._ask(path, read)
+
+    def _connector(self) -> aiohttp.BaseConnector:
+        pool = self._upstream.pool
+        if pool.address.unix_path is not None:
+            return aiohttp.UnixConnector(pool.address.unix_path, force_close=True)
+        return aiohttp.TCPConnector(
+            ssl=pool.tls if pool.tls is not None else True,
+            force_close=True,
+            use_dns_cache=False,
+            resolver=_Resolver(pool.names) if pool.names is not None else None,
+        )
+
+    async def _ask(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
+        # aiohttp's own time limits do not see a body that it cannot parse: it is waited for without end.
+        try:
+            return await within(self._seconds, self._get(path, read))
+        except asyncio.TimeoutError:
+            raise UpstreamTimeout(f"did not answer GET {path} within {self._seconds:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise UpstreamError(f"GET {path} failed: {reason_of(error)}") from error
+
+    async def _get(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
+        async with self._session.get(self._url + self._address.path(path), allow_redirects=False) as response:
+            return await read(response)
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a connection could not be made or was lost, in at least a word: many errors have no text of their own."""
+    if isinstance(error, OSError) and not isinstance(error, aiohttp.ClientError):
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate is not trusted: {error.verify_message}"
+        if not isinstance(error, ssl.SSLError) and (error.errno or 0) > 0:
+            return os.strerror(error.errno or 0)
+        return printable(error.strerror or str(error) or type(error).__name__)
+    return printable(str(error) or type(error).__name__)
+
+
+async def within(seconds: float, answer: Coroutine[None, None, T]) -> T:
+    """Wait for it, or end it and raise `asyncio.TimeoutError`.
+
+    Unlike `asyncio.wait_for` before Python 3.12 it loses no cancellation that comes in the same turn as the answer.
+    """
+    task = asyncio.get_running_loop().create_task(answer)
+    try:
+        await asyncio.wait([task], timeout=seconds)
+    finally:
+        task.cancel()  # which does nothing if it is done
+        await asyncio.wait([task])
+    if task.cancelled():
+        raise asyncio.TimeoutError
+    return task.result()
+
+
+def _fields(lines: bytes) -> dict[str, str]:
+    """Header lines as aiohttp wants them."""
+    return dict(line.split(": ", 1) for line in lines.decode("latin-1").splitlines())

@@ -1,0 +1,125 @@
+"""Places for the running requests of one model, shared by key: so many, and a bounded queue of requests that wait.
+
+A free place goes to the key with the fewest running requests among those that wait, in turn where several have as few.
+So one key's backlog costs the others at most the time that its running requests still take. Knows no clock and no
+requests. Whoever waits watches the time and leaves when it has waited long enough.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+from brlite.errors import QueueFull
+from brlite.http.fair_queue import FairQueue
+
+# 5 s: the limiter has no timing data. Short beside a typical request, long enough to avoid a retry storm.
+RETRY_AFTER_SECONDS = 5
+
+
+class Waiter(NamedTuple):
+    """What is called for a request that waits: with its place, or with the error that sends it away.
+
+    Either is called from within another request's `give_back` or `wait`, and must not raise.
+    """
+
+    on_turn: Callable[[], None]
+    on_dropped: Callable[[QueueFull], None]
+
+
+class Waiting:
+    """A turn in the queue. Once `has_turn`, its holder owns a place and must give it back, whatever happened since."""
+
+    __slots__ = ("_key", "_queue", "has_turn", "waiter")
+
+    def __init__(self, queue: FairQueue[Hashable, Waiting], key: Hashable, waiter: Waiter) -> None:
+        self._queue = queue
+        self._key = key
+        self.waiter = waiter
+        self.has_turn = False
+
+    def leave(self) -> None:
+        """Wait no longer. After its turn came this changes nothing: the place is its holder's to give back."""
+        self._queue.remove(self._key, self)
+
+
+class ConcurrencyLimit:
+    """At most `max_in_flight` requests have a place and `max_queued` more wait for one.
+
+    Operations take time in the number of keys that wait, however many requests do.
+    """
+
+    __slots__ = ("_is_handing_on", "_max_in_flight", "_num_running", "_num_to_hand_on", "_queue", "num_in_flight")
+
+    def __init__(self, max_in_flight: int, max_queued: int) -> None:
+        self._max_in_flight = max_in_flight
+        self._queue: FairQueue[Hashable, Waiting] = FairQueue(max_queued)
+        self._num_running: Counter[Hashable] = Counter()  # by key, of those that run any
+        self.num_in_flight = 0
+        self._num_to_hand_on = 0
+        self._is_handing_on = False
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """How many may have a place, and how many may wait."""
+        return self._max_in_flight, self._queue.max_items
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    def take(self, key: Hashable) -> bool:
+        """Take a free place. Never past those who wait: while somebody does, none is free."""
+        if self.num_in_flight >= self._max_in_flight:
+            return False
+        self.num_in_flight += 1
+        self._num_running[key] += 1
+        return True
+
+    def wait(self, key: Hashable, waiter: Waiter) -> Waiting:
+        """Queue up, after `take` said no. Raises `QueueFull`.
+
+        A queue that is full of another key's requests makes room: that key's newest is dropped.
+        """
+        assert self.num_in_flight >= self._max_in_flight, "a place is free: nobody would ever call on_turn"
+        waiting = Waiting(self._queue, key, waiter)
+        dropped = self._queue.add(key, waiting)
+        if dropped is not None:
+            error = QueueFull(
+                f"This model has {self._max_in_flight} requests running and {self._queue.max_items} waiting, "
+                "which is as many as this server allows.",
+                retry_after_seconds=RETRY_AFTER_SECONDS,
+            )
+            if dropped is waiting:
+                raise error
+            dropped.waiter.on_dropped(error)
+        return waiting
+
+    def give_back(self, key: Hashable) -> None:
+        """Hand the place of one of this key's requests on to one that waits, or free it."""
+        self._num_running[key] -= 1
+        if not self._num_running[key]:
+            del self._num_running[key]
+        self._num_to_hand_on += 1
+        if self._is_handing_on:
+            return
+        # Whoever gets a place may give it back at once, and so may all that wait: a loop, for they can be many.
+        self._is_handing_on = True
+        try:
+            while self._num_to_hand_on:
+                self._num_to_hand_on -= 1
+                self._hand_on()
+        finally:
+            self._is_handing_on = False
+
+    def _hand_on(self) -> None:
+        if not self._queue:
+            self.num_in_flight -= 1
+            return
+        # `min` takes the first of several, and keys come in the order of their turns.
+        key = min(self._queue.keys, key=self._num_running.__getitem__)
+        waiting = self._queue.pop(key)
+        self._num_running[key] += 1
+        waiting.has_turn = True
+        waiting.waiter.on_turn()

@@ -1,0 +1,124 @@
+"""Which model leads to which upstreams: made once from a config, replaced whole when the config changes.
+
+Knows nothing of requests under way; the upstreams know how they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import msgspec
+
+from brlite.config.address import parse_address
+from brlite.config.options import Config, ProxyConfig, UpstreamConfig
+from brlite.proxy.routing.balancer import Balancer
+from brlite.proxy.routing.concurrency import ConcurrencyLimit
+from brlite.proxy.routing.upstream import Upstream
+
+
+class Route:
+    """One model: the upstreams that serve it, the places it has, and the models that may stand in for it."""
+
+    __slots__ = ("chooser", "model", "places", "stand_ins", "upstreams")
+
+    def __init__(
+        self, model: str, upstreams: Iterable[Upstream], proxy: ProxyConfig, places: ConcurrencyLimit | None = None
+    ) -> None:
+        self.model = model
+        self.upstreams = tuple(upstreams)
+        self.chooser = Balancer(proxy.choice, self.upstreams)
+        self.places = places or ConcurrencyLimit(proxy.max_in_flight, proxy.max_queued)
+        self.stand_ins: tuple[Route, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"Target({self.model})"
+
+    def name_at(self, upstream: Upstream) -> str:
+        """What the upstream calls the model."""
+        return upstream.config.rename.get(self.model, self.model)
+
+    def is_available(self, now: float, tried: Collection[Upstream] = ()) -> bool:
+        """Whether an upstream that was not tried yet is worth asking."""
+        excluded = self._excluded(now, tried)
+        return any(upstream.is_available(now) and upstream not in excluded for upstream in self.upstreams)
+
+    def has_untried(self, now: float, tried: Collection[Upstream]) -> bool:
+        """Whether `choose` would choose one."""
+        excluded = self._excluded(now, tried)
+        return any(upstream not in excluded for upstream in self.upstreams)
+
+    def choose(self, now: float, affinity: bytes | None, tried: Collection[Upstream]) -> Upstream | None:
+        """One that was not tried yet, and has not said that it lacks the model. None if there is none."""
+        return self.chooser.choose(now, affinity, self._excluded(now, tried))
+
+    def _excluded(self, now: float, tried: Collection[Upstream]) -> Collection[Upstream]:
+        """Those tried, and those that lack the model. If all do they are asked all the same: lists may be wrong."""
+        lacking = [upstream for upstream in self.upstreams if upstream.lacks(self.name_at(upstream), now)]
+        return tried if not lacking or len(lacking) == len(self.upstreams) else (*tried, *lacking)
+
+
+class RouteTable:
+    """All upstreams, and the targets by the names that requests use, aliases among them."""
+
+    def __init__(self, config: Config, before: RouteTable | None = None) -> None:
+        """Of the table from before, upstreams that stay as they were are kept with all that they hold.
+
+        So are the places of models while their limits stay: who has one or waits for one goes on counting.
+        """
+        configs, limits = upstream_configs(config), (config.proxy.max_in_flight, config.proxy.max_queued)
+        known = before.upstreams if before is not None else ()
+        places = {each.model: each.places for each in before or () if each.places.limits == limits}
+        self.upstreams: tuple[Upstream, ...] = tuple(
+            next((upstream for upstream in known if upstream.is_made_from(each, config.proxy)), None)
+            or Upstream(each, config.proxy)
+            for each in configs
+        )
+        models = dict.fromkeys(model for each in configs for model in each.models)
+        targets = {
+            model: Route(
+                model, (each for each in self.upstreams if model in each.config.models), config.proxy, places.get(model)
+            )
+            for model in models
+        }
+        for model, names in config.proxy.fallbacks.items():
+            if model in targets:
+                targets[model].stand_ins = tuple(targets[name] for name in names if name in targets)
+        self.targets: Mapping[str, Route] = targets
+        self._is_only_one = len(targets) == 1 and not config.model
+        aliases = {alias: targets[model] for alias, model in config.proxy.aliases.items() if model in targets}
+        self._by_name = {**targets, **aliases}
+
+    def __iter__(self) -> Iterator[Route]:
+        return iter(self.targets.values())
+
+    def find(self, name: str | None) -> Route | None:
+        """The model that the name leads to. No name is enough where there is only one, and none is served here."""
+        if name is None and self._is_only_one:
+            return next(iter(self.targets.values()))
+        return self._by_name.get(name or "")
+
+    def names(self) -> list[str]:
+        """Every name that a request may use."""
+        return list(self._by_name)
+
+
+def upstream_configs(config: Config) -> list[UpstreamConfig]:
+    """The upstreams of a config: its own, and those of the manual's table that serve other models than this server.
+
+    URLs that are placeholders are left out: `config/warnings.py` warns of them.
+    """
+    here = {spec.name for spec in config.model}
+    configs = [without_local(each, here) for each in config.upstream]
+    elsewhere: dict[str, list[str]] = {}
+    for url, model in config.proxy.all_models.items():
+        if model not in here and parse_address(url) is not None:
+            elsewhere.setdefault(url, []).append(model)
+    urls = {each.url for each in configs}
+    configs += [UpstreamConfig(url=url, models=tuple(models)) for url, models in elsewhere.items() if url not in urls]
+    return [each for each in configs if each.models]
+
+
+def without_local(upstream: UpstreamConfig, here: Collection[str]) -> UpstreamConfig:
+    """The upstream without the models that are served here: those need no second hop."""
+    models = tuple(model for model in upstream.models if model not in here)
+    return msgspec.structs.replace(upstream, models=models) if models != upstream.models else upstream

@@ -1,0 +1,154 @@
+"""One upstream: where it is, what it serves, and how it does. Others choose it, ask it and check it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import get_args
+
+from brlite.config.address import parse_address
+from brlite.config.options import ProxyConfig, UpstreamConfig
+from brlite.errors import ConfigError
+from brlite.process.children import read_secret
+from brlite.proxy.outcomes import TABLE, Ending, Outcome, Owner
+from brlite.proxy.routing.breaker import Breaker, Ticket
+from brlite.proxy.routing.listing import ListedModel
+from brlite.proxy.wire.connections import ConnectionPool
+from brlite.proxy.wire.heads import Heads, read_answer
+
+# What may stand in a header: a line end would begin another one.
+_KEY = re.compile(r"[!-~]+")
+
+
+class Upstream:
+    """A server behind this one. `num_in_flight` is how many requests it has now; `is_healthy` what its checks say.
+
+    `listed` is what it says itself of the models that it serves, by its own names for them, as far as that is known.
+    `missing` has those of its models that it said it does not have, and the loop's time until which that is believed.
+    """
+
+    __slots__ = (
+        "_address",
+        "_limits",
+        "breaker",
+        "config",
+        "failed_at",
+        "heads",
+        "is_healthy",
+        "listed",
+        "lost_since",
+        "missing",
+        "name",
+        "num_events",
+        "num_in_flight",
+        "num_retries",
+        "outcomes",
+        "own_headers",
+        "pool",
+        "refuses_until",
+        "weight",
+    )
+
+    def __init__(self, config: UpstreamConfig, proxy: ProxyConfig, environ: Mapping[str, str] = os.environ) -> None:
+        address = parse_address(config.url)
+        assert address is not None  # the config was checked
+        self.config = config
+        self._limits = _limits(proxy)
+        self.name = config.name or config.url
+        self.weight = config.weight
+        self._address = address
+        self.own_headers = _own_headers(address.host_header, config.api_key_header, _key(config, environ))
+        self.breaker = Breaker(proxy.eject_failures, proxy.eject_seconds)
+        self.pool = ConnectionPool(
+            address,
+            ca_file=config.ca_file,
+            max_idle=proxy.max_idle_connections,
+            idle_seconds=proxy.idle_connection_seconds,
+        )
+        self.heads = Heads(read_answer)
+        self.is_healthy = True
+        self.lost_since: float | None = (
+            None  # the loop's time since when it is out, and not as one that ends in good order
+        )
+        self.listed: Mapping[str, ListedModel] = {}
+        self.missing: dict[str, float] = {}
+        self.num_in_flight = 0
+        self.failed_at = -math.inf  # the loop's time of its last failure
+        self.refuses_until = 0.0  # the loop's time until which it has asked not to be asked (Retry-After)
+        self.outcomes: Counter[Outcome] = Counter(dict.fromkeys(get_args(Outcome), 0))
+        self.num_events = 0
+        self.num_retries = 0
+
+    def __repr__(self) -> str:
+        return f"Upstream({self.name})"
+
+    def is_made_from(self, config: UpstreamConfig, proxy: ProxyConfig) -> bool:
+        """Whether these configs would make the same upstream."""
+        return self.config == config and self._limits == _limits(proxy)
+
+    def continue_counts(self, before: Upstream) -> None:
+        """Count on from where the upstream that had this name before was: counters never go back."""
+        self.outcomes, self.num_events, self.num_retries = before.outcomes, before.num_events, before.num_retries
+
+    def is_up(self, now: float) -> bool:
+        """Whether it can be reached, as far as its checks and its last requests show."""
+        return self.is_healthy and self.breaker.state(now) != "open"
+
+    def is_available(self, now: float) -> bool:
+        """Whether it is worth asking: its checks pass, it is not ejected, and it has not asked for a pause."""
+        return self.is_healthy and self.refuses_until <= now and self.breaker.allows(now)
+
+    def target(self, path: bytes) -> bytes:
+        """The request target for what a client calls `path`."""
+        return self._address.path(path.decode("latin-1")).encode("latin-1")
+
+    def lacks(self, model: str, now: float) -> bool:
+        """Whether it has said that it does not have the model, by its own name for it."""
+        return bool(self.missing) and self.missing.get(model, 0.0) > now
+
+    def begin(self, now: float) -> Ticket:
+        """A request is given to it. The ticket belongs to `end`, which must follow."""
+        self.num_in_flight += 1
+        return self.breaker.begin(now)
+
+    def end(self, ticket: Ticket, ending: Ending, now: float) -> None:
+        """The request is done with."""
+        row = TABLE[ending]
+        self.num_in_flight -= 1
+        self.outcomes[row.outcome] += 1
+        if row.owner is None:
+            self.breaker.succeeded(ticket)
+        elif row.owner is Owner.UPSTREAM:
+            self.failed_at = now
+            self.breaker.failed(ticket, now)
+        else:
+            self.breaker.abandoned(ticket)
+
+
+def _limits(proxy: ProxyConfig) -> tuple[float, ...]:
+    """What an upstream takes from the proxy's own config."""
+    return (proxy.eject_failures, proxy.eject_seconds, proxy.max_idle_connections, proxy.idle_connection_seconds)
+
+
+def _own_headers(host: str, key_header: str, key: str | None) -> bytes:
+    """The header lines that every request to an upstream has."""
+    lines = f"Host: {host}\r\n"
+    if key is not None:
+        scheme = "Bearer " if key_header.lower() == "authorization" else ""
+        lines += f"{key_header}: {scheme}{key}\r\n"
+    return lines.encode("latin-1")
+
+
+def _key(config: UpstreamConfig, environ: Mapping[str, str]) -> str | None:
+    if config.api_key is None and config.api_key_env is None:
+        return None
+    where = "api_key" if config.api_key_env is None else f"the variable {config.api_key_env}"
+    key = config.api_key if config.api_key_env is None else read_secret(config.api_key_env, environ)
+    if not key:
+        raise ConfigError(f"upstream {config.name or config.url}: {where} is empty")
+    if not _KEY.fullmatch(key):
+        raise ConfigError(f"upstream {config.name or config.url}: {where}: allowed is one word of ASCII characters")
+    return key

@@ -1,0 +1,269 @@
+"""Connections to one upstream: dialled when there is none to spare, kept for the next request, closed when idle.
+
+Over TCP, TLS or a Unix socket. Knows no HTTP: who holds a connection gets its bytes and its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+import struct
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+from brlite.config.address import Address
+from brlite.errors import ConfigError
+from brlite.files.quoting import reason
+from brlite.files.text_file import BYTE_ORDER_MARK, read_bounded
+from brlite.proxy.resolving import Names
+
+STAGGER_SECONDS = 0.25  # RFC 8305 §5: how long the next address waits for the one before
+
+_TCP_INFO = struct.Struct("=120xQ72xQQ")  # of Linux's: tcpi_bytes_acked, tcpi_bytes_sent, tcpi_bytes_retrans (4.19)
+
+
+def is_name(address: Address) -> bool:
+    """Whether its host has to be looked up."""
+    try:
+        ipaddress.ip_address(address.host)
+    except ValueError:
+        return address.unix_path is None
+    return False
+
+
+class Holder(Protocol):
+    """Who waits for what a connection brings."""
+
+    def data_received(self, data: bytes) -> None: ...
+
+    def connection_lost(self, error: Exception | None) -> None: ...
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """A connection, held by one exchange or by nobody. `is_used` says that it has carried one before."""
+
+    __slots__ = ("_pool", "address", "holder", "idle_since", "is_used", "transport")
+
+    transport: asyncio.Transport
+
+    def __init__(self, pool: ConnectionPool) -> None:
+        self._pool = pool
+        self.holder: Holder | None = None
+        self.address = ""  # of several that its name has
+        self.is_used = False
+        self.idle_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if self.holder is not None:
+            self.holder.data_received(data)
+        else:
+            self.transport.abort()  # nobody has asked for anything
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.forget(self)
+        if self.holder is not None:
+            holder, self.holder = self.holder, None
+            holder.connection_lost(exc)
+
+    @property
+    def has_sent_all(self) -> bool:
+        """Whether the upstream has taken all that was written, as one that answers early has not."""
+        return self.transport.get_write_buffer_size() == 0
+
+    @property
+    def has_all_arrived(self) -> bool | None:
+        """Whether the upstream's system has said to have all that was sent; None where ours does not tell."""
+        sock = self.transport.get_extra_info("socket")
+        if sys.platform != "linux" or sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+            return None
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size)
+        if len(info) < _TCP_INFO.size:
+            return None
+        num_acked, num_sent, num_sent_again = _TCP_INFO.unpack(info)
+        return bool(num_acked > num_sent - num_sent_again)  # the connection's own beginning is acknowledged as a byte
+
+    def abort(self) -> None:
+        """Cut it now, without a word to its holder."""
+        self.holder = None
+        self.transport.abort()
+
+
+class ConnectionPool:
+    """The connections to one upstream; the one used last is used next, so that those too many grow old.
+
+    Where its name has several addresses they are used in turn, by kept connections too. A kept one to an address that
+    the name no longer has is closed.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        ca_file: str | None,
+        max_idle: int,
+        idle_seconds: float,
+        names: Names | None = None,
+    ) -> None:
+        self.address = address
+        self.names = names or (Names(address.host) if is_name(address) else None)
+        self._next: list[str] = []  # the addresses to dial, as `take` has left them
+        self._known: Sequence[str] = ()  # the name's addresses, as `take` saw them last
+        self.tls = _tls_context(ca_file) if address.is_tls else None
+        self._max_idle = max_idle
+        self._idle_seconds = idle_seconds
+        self._idle: list[UpstreamConnection] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self.connections: set[UpstreamConnection] = set()
+
+    def take(self) -> UpstreamConnection | None:
+        """One that is open and held by nobody, if there is any; of a name with several addresses, to the next one."""
+        if self.names is not None:
+            self.names.refresh()
+            if self.names.known is not self._known:
+                self._known = self.names.known
+                self._close_gone()
+            if len(self.names.known) > 1:
+                self._next = self.names.in_turn()
+                return self._take_to(self._next[0])
+        while self._idle:
+            connection = self._idle.pop()
+            if not connection.transport.is_closing():
+                return connection
+        return None
+
+    def _take_to(self, address: str) -> UpstreamConnection | None:
+        for connection in reversed(self._idle):
+            if connection.address == address and not connection.transport.is_closing():
+                self._idle.remove(connection)
+                return connection
+        return None
+
+    def _close_gone(self) -> None:
+        """Close kept connections to addresses that the name no longer has."""
+        for connection in self._idle[:]:
+            if connection.address not in self._known:
+                self._idle.remove(connection)
+                connection.transport.close()
+
+    async def dial(self) -> UpstreamConnection:
+        """A new one. Raises `OSError`, of which a TLS failure is one too."""
+        if self.names is None:
+            return await self._connect(self.address.host)
+        await self.names.addresses()
+        addresses, self._next = self._next or self.names.in_turn(), []
+        return await self._connect_to_one(addresses, self.names)
+
+    async def _connect(self, host: str) -> UpstreamConnection:
+        loop, address = asyncio.get_running_loop(), self.address
+        if address.unix_path is not None:
+            _, connection = await loop.create_unix_connection(self._make, address.unix_path)
+        else:
+            server_name = address.host if self.tls is not None else None
+            _, connection = await loop.create_connection(
+                self._make, host, address.port, ssl=self.tls, server_hostname=server_name
+            )
+        connection.address = host
+        # Not before: of one whose dialling is cancelled, uvloop does not say that it is lost.
+        if not connection.transport.is_closing():
+            self.connections.add(connection)
+        return connection
+
+    async def _connect_to_one(self, addresses: Sequence[str], names: Names) -> UpstreamConnection:
+        """Dial one address after the other, each a little after the one before, until one is reached (RFC 8305).
+
+        Raises what the first one failed with if none is.
+        """
+        loop, waiting = asyncio.get_running_loop(), list(addresses)
+        tasks: dict[asyncio.Task[UpstreamConnection], str] = {}
+        first_error: BaseException | None = None
+        try:
+            while waiting or tasks:
+                if waiting:
+                    address = waiting.pop(0)
+                    tasks[loop.create_task(self._connect(address))] = address
+                seconds = STAGGER_SECONDS if waiting else None
+                done, _ = await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+                for task in [task for task in tasks if task in done]:
+                    address = tasks.pop(task)
+                    error = task.exception()
+                    names.note(address, is_reached=error is None)
+                    if error is None:
+                        for earlier in addresses[: addresses.index(address)]:
+                            names.note(earlier, is_reached=False)
+                        return task.result()
+                    first_error = first_error or error
+        finally:
+            for task in tasks:
+                task.cancel()
+                task.add_done_callback(self.adopt)  # one may have come to its end by now
+        assert first_error is not None  # a name has at least one address
+        raise first_error
+
+    def adopt(self, dialing: asyncio.Task[UpstreamConnection]) -> None:
+        """Keep what a dialling brought that nobody waits for any more, if it brought anything."""
+        if not dialing.cancelled() and dialing.exception() is None:
+            self.put_back(dialing.result())
+
+    def put_back(self, connection: UpstreamConnection) -> None:
+        """Keep it for the next request, unless there are enough of them."""
+        connection.holder = None
+        if connection.transport.is_closing() or len(self._idle) >= self._max_idle:
+            connection.transport.close()
+            return
+        connection.transport.resume_reading()  # its last client may have been slow, to the very end
+        loop = asyncio.get_running_loop()
+        connection.is_used = True
+        connection.idle_since = loop.time()
+        self._idle.append(connection)
+        if self._timer is None:
+            self._timer = loop.call_later(self._idle_seconds, self._close_old)
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """It is closed."""
+        self.connections.discard(connection)
+        if connection.holder is None and connection in self._idle:
+            self._idle.remove(connection)
+
+    def retire(self) -> None:
+        """Keep none from now on: those in use are closed when they are given back."""
+        self._max_idle = 0
+        while self._idle:
+            self._idle.pop().transport.close()
+
+    def close(self) -> None:
+        """Cut them all; those in use tell their holders."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for connection in list(self.connections):
+            connection.transport.abort()
+
+    def _close_old(self) -> None:
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        while self._idle and self._idle[0].idle_since + self._idle_seconds <= now:
+            self._idle.pop(0).transport.close()
+        if self._idle:
+            self._timer = loop.call_at(self._idle[0].idle_since + self._idle_seconds, self._close_old)
+
+    def _make(self) -> UpstreamConnection:
+        return UpstreamConnection(self)
+
+
+def _tls_context(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        if ca_file is None:
+            return ssl.create_default_context()
+        # Given as data, since OpenSSL takes no certificate from the first line of a file with a byte order mark.
+        data = read_bounded(Path(ca_file)).removeprefix(BYTE_ORDER_MARK)
+        return ssl.create_default_context(cadata=data.decode("ascii", "replace").replace("\ufffd", "?"))
+    except (OSError, ValueError) as error:  # an ssl.SSLError is an OSError, a TextError a ValueError
+        raise ConfigError(f"ca_file {ca_file}: cannot be used: {reason(error)}") from None

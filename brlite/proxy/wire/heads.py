@@ -1,0 +1,335 @@
+"""Heads of HTTP/1.1 messages: reads those of requests and answers, strictly, and makes those that are passed on.
+
+RFC 9112. What is doubtful in a request is not repaired but left to aiohttp, which refuses it in our words; a doubtful
+answer is an error of the upstream. One head is mostly like another but for its length, so those that came lately are
+remembered. Knows no sockets and no bodies.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache
+from http import HTTPStatus
+from typing import Generic, TypeVar
+
+from brlite.config.options import NEVER_TO_CLIENTS, NEVER_TO_UPSTREAMS
+from brlite.errors import UpstreamError
+from brlite.http.keys import shown_key
+from brlite.proxy.wire.framing import FIELD_LINE
+
+H = TypeVar("H")
+
+MAX_HEADERS = 100
+MAX_ANSWER_HEAD_BYTES = 64 * 1024
+MAX_HOPS = 8
+MAX_REMEMBERED = 256
+MAX_REMEMBERED_BYTES = 2048  # of one head
+
+END_OF_HEAD = b"\r\n\r\n"
+# Where a POST asks a model for work. Whatever else a server has, to load an adapter or to sleep, is its operator's.
+FORWARDED_PATHS = frozenset(
+    b"/v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens /v1/embeddings "
+    b"/v1/rerank /v1/score /v1/classify /v1/moderations /v1/images/generations /v1/audio/speech "
+    b"/tokenize /detokenize".split()
+)
+
+
+def _cut(literal: bytes, rest: bytes) -> bytes:
+    """A pattern for the beginnings of a literal, and for all of it followed by `rest`."""
+    for code in reversed(literal):
+        rest = b"(?:%b%b)?" % (re.escape(bytes([code])), rest)
+    return rest
+
+
+@lru_cache(maxsize=16)
+def _pattern_of(names: tuple[str, ...]) -> re.Pattern[bytes]:
+    """Matches the lines of fields with these names. One that ends in `*` is the beginning of names."""
+    patterns = [re.escape(name.rstrip("*")) + (r"[^:\r\n]*" if name.endswith("*") else "") for name in names]
+    return re.compile(rf"^(?:{'|'.join(patterns)}):[^\n]*\n".encode(), re.IGNORECASE | re.MULTILINE)
+
+
+_METHODS = b"GET HEAD POST PUT PATCH DELETE OPTIONS".split()  # what to do with others is aiohttp's to say
+_FIELDS = rb"((?:" + FIELD_LINE + rb")*)\r\n"
+_REQUEST = re.compile(rb"(" + b"|".join(_METHODS) + rb") (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)
+_ANSWER = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?\r\n" + _FIELDS)
+_FIELD = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
+_LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength:[ \t]*([0-9]{1,15})(?=\r\n)")
+
+# What a request's head may be cut to, up to its last line end and behind it.
+_WHOLE_LINES = re.compile(rb"(?:" + FIELD_LINE + rb")*")
+_FIRST_LINES = re.compile(rb"(?:" + b"|".join(_METHODS) + rb") /[!-~]* HTTP/1\.[01]\r\n" + _WHOLE_LINES.pattern)
+_CUT_LINE = re.compile(rb"\r|[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?:(?<=.):[\t -~\x80-\xff]*\r?)?")
+_CUT_FIRST_LINE = re.compile(
+    b"|".join(_cut(method + b" /", rb"[!-~]*" + _cut(b" HTTP/1.", rb"(?:[01]\r?)?")) for method in _METHODS)
+)
+
+# A message that has one of them twice can mean two things.
+_ONCE_ONLY = frozenset(
+    b"host content-length transfer-encoding content-type content-encoding authorization x-api-key expect".split()
+)
+
+
+# What goes on is a list, since any other header may steer an upstream (`OpenAI-Organization`, `X-HTTP-Method-Override`)
+# or a browser (`Set-Cookie`, `Clear-Site-Data`). `proxy.request_headers` and `proxy.response_headers` add to it.
+REQUEST_HEADERS = (
+    "accept",
+    "anthropic-*",
+    "baggage",
+    "content-type",
+    "idempotency-key",
+    "openai-beta",
+    "traceparent",
+    "tracestate",
+    "user-agent",
+)
+RESPONSE_HEADERS = (
+    "anthropic-ratelimit-*",
+    "cache-control",
+    "content-disposition",
+    "content-encoding",
+    "content-language",
+    "content-type",
+    "date",
+    "openai-model",
+    "openai-processing-ms",
+    "openai-version",
+    "request-id",
+    "retry-after",
+    "retry-after-ms",
+    "x-accel-buffering",
+    "x-ratelimit-*",
+    "x-should-retry",
+)
+# Not even where a name of the config's would match.
+_NEVER_TO_UPSTREAMS = _pattern_of(NEVER_TO_UPSTREAMS)
+_NEVER_TO_CLIENTS = _pattern_of(NEVER_TO_CLIENTS)
+
+_LIMITS = _pattern_of(("x-ratelimit-*",))
+_CACHE_CONTROL = _pattern_of(("cache-control",))
+
+_REASONS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
+
+
+class RequestHead:
+    """A request's head but for its length. `fields` has lower-case names; what may stand twice is joined by commas.
+
+    `is_for_json` says whether it may have a JSON body for a model, `asked_by` is what an `OriginPolicy` looks at.
+    """
+
+    __slots__ = (
+        "_lines",
+        "asked_by",
+        "fields",
+        "is_for_json",
+        "is_http_1_0",
+        "keeps_alive",
+        "method",
+        "shown_key",
+        "target",
+        "via",
+    )
+
+    def __init__(
+        self, method: bytes, target: bytes, fields: Mapping[bytes, bytes], lines: bytes, *, is_http_1_0: bool
+    ) -> None:
+        self.method = method
+        self.target = target
+        self.fields = fields
+        self.is_http_1_0 = is_http_1_0
+        self.keeps_alive = _keeps_alive(fields, is_http_1_0=is_http_1_0)
+        self._lines = _ListedLines(_NEVER_TO_UPSTREAMS.sub(b"", _without_named(lines, fields)), REQUEST_HEADERS)
+        self.via = fields.get(b"via")
+        self.shown_key = shown_key(text(fields.get(b"authorization")), text(fields.get(b"x-api-key")))
+        self.asked_by = tuple(text(fields.get(name)) for name in (b"host", b"origin", b"sec-fetch-site"))
+        self.is_for_json = method == b"POST" and is_forwardable(target) and _may_be_json(fields)
+
+    def lines_for_upstreams(self, request_id: str, own_via: bytes, more: tuple[str, ...] = ()) -> bytes:
+        """The header lines that any upstream may see, those of the names in `more` too, with our id and `Via`."""
+        via = own_via if self.via is None else self.via + b", " + own_via
+        return b"%bX-Request-Id: %b\r\nVia: %b\r\n" % (self._lines.select(more), request_id.encode(), via)
+
+
+class AnswerHead:
+    """An answer's head but for its length, `fields` as in a request's."""
+
+    __slots__ = ("_lines", "content_type", "fields", "keeps_alive", "status")
+
+    def __init__(self, status: int, fields: Mapping[bytes, bytes], lines: bytes, *, is_http_1_0: bool) -> None:
+        self.status = status
+        self.fields = fields
+        self.keeps_alive = _keeps_alive(fields, is_http_1_0=is_http_1_0)
+        self.content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        self._lines = _ListedLines(_NEVER_TO_CLIENTS.sub(b"", _without_named(lines, fields)), RESPONSE_HEADERS)
+
+    def lines_for_clients(self, more: tuple[str, ...] = ()) -> bytes:
+        """The header lines that a client may see, those of the names in `more` too."""
+        return self._lines.select(more)
+
+    def lines_of_stream(self, more: tuple[str, ...] = ()) -> bytes:
+        """The same for a stream of events, with the words that keep what stands between from collecting them."""
+        lines = self._lines.select(more)
+        if b"x-accel-buffering" not in self.fields:
+            lines += b"X-Accel-Buffering: no\r\n"  # an nginx before us
+        said = self.fields.get(b"cache-control", b"no-cache")
+        if b"no-transform" in (word.strip() for word in said.lower().split(b",")):
+            return lines
+        # RFC 9111 §5.2.2.6: a compressing middleware would hold the events back until its buffer is full.
+        return b"%bCache-Control: %b, no-transform\r\n" % (_CACHE_CONTROL.sub(b"", lines), said or b"no-cache")
+
+
+class _ListedLines:
+    """Header lines, of which those go on whose names are listed. A name that ends in `*` is the beginning of names."""
+
+    __slots__ = ("_chosen", "_lines", "_more", "_names")
+
+    def __init__(self, lines: bytes, names: tuple[str, ...]) -> None:
+        self._lines = lines
+        self._names = names
+        self._more: tuple[str, ...] | None = None
+        self._chosen = b""
+
+    def select(self, more: tuple[str, ...]) -> bytes:
+        """Those of the list and of `more`, as they came. The last result is kept: heads come again and again."""
+        if more is not self._more:
+            self._chosen = b"".join(_pattern_of((*self._names, *more)).findall(self._lines))
+            self._more = more
+        return self._chosen
+
+
+class Heads(Generic[H]):
+    """Reads heads of one kind, with `read_request` or `read_answer`."""
+
+    __slots__ = ("_known", "_read")
+
+    def __init__(self, read: Callable[[bytes], H]) -> None:
+        self._read = read
+        self._known: dict[bytes, H] = {}
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __iter__(self) -> Iterator[bytes]:
+        """What is remembered."""
+        return iter(self._known)
+
+    def read(self, head: bytes) -> tuple[H, int | None]:
+        """What a head says, with its end, and the length of the body that it announces."""
+        match = _LENGTH.search(head)
+        if match is None:
+            length = None
+        else:
+            length = int(match[1])
+            head = head[: match.start()] + head[match.end() :]
+        known = self._known.get(head)
+        if known is None:
+            known = self._read(head)
+            if len(head) <= MAX_REMEMBERED_BYTES:
+                if len(self._known) >= MAX_REMEMBERED:
+                    self._known.clear()
+                self._known[head] = known
+        return known, length
+
+
+def read_request(head: bytes) -> RequestHead | None:
+    """A request's head without its length; None if there is anything odd about it."""
+    match = _REQUEST.fullmatch(head)
+    if match is None:
+        return None
+    method, target, minor, lines = match.groups()
+    fields = read_fields(_FIELD.findall(lines))
+    if fields is None or b"content-length" in fields or (b"host" not in fields and minor == b"1"):
+        return None
+    return RequestHead(method, target, fields, lines, is_http_1_0=minor == b"0")
+
+
+def num_whole_lines_bytes(data: bytes, num_checked: int) -> int | None:
+    """How many bytes of whole lines there are, if `data` may become the head of a request, else None.
+
+    `num_checked` is what was found of a shorter beginning of it, or 0.
+    """
+    end = data.rfind(b"\n") + 1
+    if end == 0:
+        return 0 if _CUT_FIRST_LINE.fullmatch(data) else None
+    is_good = end == num_checked or (_WHOLE_LINES if num_checked else _FIRST_LINES).fullmatch(data, num_checked, end)
+    return end if is_good and _CUT_LINE.fullmatch(data, end) else None
+
+
+def read_answer(head: bytes) -> AnswerHead:
+    """An answer's head without its length. Raises `UpstreamError`."""
+    match = _ANSWER.fullmatch(head)
+    if match is None:
+        raise UpstreamError("The upstream's answer is not HTTP.")
+    minor, status, lines = match.groups()
+    fields = read_fields(_FIELD.findall(lines))
+    if fields is None or b"content-length" in fields:
+        raise UpstreamError("The upstream's answer has headers that contradict each other, or too many.")
+    return AnswerHead(int(status), fields, lines, is_http_1_0=minor == b"0")
+
+
+def read_fields(found: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes] | None:
+    """The fields by name, or None if there are too many, or twice one that may stand there once."""
+    fields: dict[bytes, bytes] = {}
+    num_fields = 0
+    for name, value in found:
+        name = name.lower()
+        num_fields += 1
+        if name not in fields:
+            fields[name] = value
+        elif name in _ONCE_ONLY:
+            return None
+        else:
+            fields[name] += b", " + value
+    return fields if num_fields <= MAX_HEADERS else None
+
+
+def is_forwardable(path: bytes) -> bool:
+    """Whether a POST to this path is for a model, which its JSON body names. In no other spelling."""
+    return path.partition(b"?")[0] in FORWARDED_PATHS
+
+
+def usual_spelling(path: bytes) -> bytes:
+    """The path of a forwarded endpoint that was asked for with doubled or trailing slashes, or without `/v1`."""
+    path, mark, query = path.partition(b"?")
+    spelt = b"/" + b"/".join(part for part in path.split(b"/") if part)
+    usual = next((each for each in (spelt, b"/v1" + spelt) if each in FORWARDED_PATHS), path)
+    return usual + mark + query
+
+
+def without_limits(lines: bytes) -> bytes:
+    """An answer's lines but those of the upstream's rate limits, for who has limits of ours and would see both."""
+    return _LIMITS.sub(b"", lines)
+
+
+def status_line(status: int) -> bytes:
+    """`HTTP/1.1 200 OK` and its line end. The upstream's own words for a status are not passed on."""
+    return _REASONS.get(status) or b"HTTP/1.1 %d \r\n" % status
+
+
+def text(value: bytes | None) -> str | None:
+    """A header's value as aiohttp gives it."""
+    return None if value is None else value.decode("utf-8", "surrogateescape")
+
+
+def _keeps_alive(fields: Mapping[bytes, bytes], *, is_http_1_0: bool) -> bool:
+    """Whether the connection may be used again after this message."""
+    wish = fields.get(b"connection", b"").lower()
+    return b"keep-alive" in wish if is_http_1_0 else b"close" not in wish
+
+
+def _may_be_json(fields: Mapping[bytes, bytes]) -> bool:
+    kind = fields.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+    if not (kind == b"application/json" or kind.endswith(b"+json")):
+        return False
+    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
+        return False
+    return fields.get(b"expect", b"100-continue").lower() == b"100-continue" and b"upgrade" not in fields
+
+
+def _without_named(lines: bytes, fields: Mapping[bytes, bytes]) -> bytes:
+    """The lines without those that the `Connection` header names as being for the next hop only."""
+    wish = fields.get(b"connection")
+    if wish is None or wish.lower() in (b"keep-alive", b"close"):
+        return lines
+    names = {name.strip() for name in wish.lower().split(b",")}
+    return b"".join(line for line in lines.splitlines(keepends=True) if line.partition(b":")[0].lower() not in names)

@@ -1,0 +1,336 @@
+"""Splices a stream of server-sent events: whole events go on at once as they came, byte for byte; half ones wait.
+
+So what a client has seen is always whole, and after a failure an error event can follow. Chunks that hold whole events
+keep their framing; only where an event is spread over chunks are new ones made. Knows no sockets, and of an event only
+whether it is one: its data is JSON or `[DONE]`. All else is as the HTML Standard says (§9.2.6, "Interpreting an event
+stream"): fields without a meaning or a colon, any line ends, a byte order mark.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import msgspec
+
+from brlite.errors import RequestError
+from brlite.proxy.stream_kinds import DONE_EVENT, LAST_TYPES, StreamKind, error_event
+from brlite.proxy.wire.framing import CHUNK_SIZE, Body, ChunkedBody, FramingError
+
+LAST_CHUNK = b"0\r\n\r\n"
+DONE = b"[DONE]"
+EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")  # two line ends, but for the second one's LF
+MAX_MARK_BYTES = 4
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_CHOICES = 1024  # of one stream: each is remembered until the end
+
+_PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\ndata: (?=\{)")
+_EVENT_END = re.compile(rb"\n\n|[\r\n]\r\n?")
+_LINE_END = re.compile(rb"\r\n|\n|\r")
+_LONG_EVENT = re.compile(rb"(?:\xef\xbb\xbf)?(?:data|event|id|retry)?:")
+_JSON = msgspec.json.Decoder(msgspec.Raw)
+_NULL = msgspec.Raw(b"null")
+
+
+class _Choice(msgspec.Struct, gc=False):
+    index: int = 0
+    finish_reason: str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class _Event(msgspec.Struct, gc=False):
+    """What tells a stream that is at its end from one that was cut. Decoding it costs little more than checking it."""
+
+    choices: list[_Choice] | None = None
+    error: object = None
+    usage: object = None
+    message: msgspec.Raw = _NULL  # of `/v1/messages`; it and the next may hold a usage
+    response: msgspec.Raw = _NULL
+    type: object = None  # of the kinds that have no choices
+    sequence_number: object = None
+
+
+_EVENT = msgspec.json.Decoder(_Event)
+
+
+class BrokenStream(Exception):
+    """The stream is not, or no longer, one of whole events. `good` are those before in the same bytes."""
+
+    good = b""
+
+
+class SseRelay:
+    """Takes what an upstream sends, gives what the client gets: `feed` and `feed_eof`.
+
+    `error` is set once the stream is broken; what `feed` gave until then is whole. `is_done` is its good end. Whether
+    it is one, the kind's last event says: before it the stream is cut, after it whole, however the connection ends. A
+    stream of completions that has finished without `[DONE]` gets one.
+
+    Of an event longer than `max_event_bytes` the parts go on as they come, and are not looked at; while
+    `is_within_event` nothing can follow but the rest of it.
+    """
+
+    __slots__ = (
+        "_body",
+        "_chunks",
+        "_has_error",
+        "_has_finished",
+        "_has_unseen",
+        "_held",
+        "_is_at_start",
+        "_is_chunked",
+        "_is_spoilt",
+        "_kind",
+        "_last_types",
+        "_max_event_bytes",
+        "_needs_end",
+        "_saw_end",
+        "_sequence_number",
+        "_smallest_event",
+        "error",
+        "is_done",
+        "is_within_event",
+        "num_data_bytes",
+        "num_events",
+        "usage_events",
+    )
+
+    def __init__(self, body: Body, *, is_chunked: bool, max_event_bytes: int, kind: StreamKind) -> None:
+        self._body = body
+        self._chunks = body if is_chunked and isinstance(body, ChunkedBody) else None  # whose framing may be kept
+        self._is_chunked = is_chunked  # how the client gets it; else as bare events
+        self._max_event_bytes = max_event_bytes
+        self._kind = kind
+        self._last_types = LAST_TYPES[kind]
+        self._needs_end = kind is not StreamKind.OTHER
+        self._has_finished: dict[int, bool] = {}  # the choices whose events have a finish_reason
+        self._has_error = False
+        self._has_unseen = False  # an event too long to be looked at
+        self._saw_end = False  # [DONE], or an event of a last type
+        self._is_spoilt = False  # what came behind the end is nothing good
+        self._is_at_start = True
+        self._sequence_number = 0  # of the next event, where events have numbers
+        self._held = bytearray()  # of an event that is not whole: what comes is added and looked at once
+        self.num_events = 0
+        self.num_data_bytes = 0
+        self._smallest_event = sys.maxsize
+        self.usage_events: tuple[bytes, ...] = ()  # the first and the last that tell it
+        self.error: str | None = None
+        self.is_done = False
+        self.is_within_event = False
+
+    @property
+    def num_text_bytes(self) -> int:
+        """About as many bytes as the events' texts have: events of a stream have the same fields around them."""
+        return self.num_data_bytes - self._smallest_event * self.num_events if self.num_events else 0
+
+    @property
+    def has_excess(self) -> bool:
+        """Whether more came than the stream."""
+        return self._is_spoilt or bool(self._body.excess)
+
+    def feed(self, data: bytes) -> bytes:
+        """What the client gets of the next bytes; b"" is nothing yet."""
+        whole = 0
+        try:
+            chunks = self._chunks
+            if chunks is not None and not self._held and not self.is_within_event and chunks.is_at_boundary:
+                if text := _only_data(data):
+                    self._check_data(text)
+                    return data
+                while end := self._whole_chunk(data, whole):
+                    whole = end
+                if whole == len(data):
+                    return data
+            return data[:whole] + self._feed_pieces(data[whole:])
+        except BrokenStream as error:
+            return data[:whole] + self._framed(error.good) + self._break(error)
+
+    def feed_eof(self) -> bytes:
+        """What the client gets when the upstream's connection has ended."""
+        try:
+            self._body.feed_eof()
+        except FramingError as error:
+            return self._break(error)
+        self._needs_end = True  # nothing but the stream itself can tell such an end from a cut
+        return self._finish()
+
+    def end_if_whole(self) -> bytes | None:
+        """What ends a stream whose connection does not end; None if the stream is not whole."""
+        if not self._saw_end or self.is_within_event:
+            return None
+        self._is_spoilt = self.is_done = True
+        return LAST_CHUNK if self._is_chunked else b""
+
+    def error_event(self, error: RequestError) -> bytes:
+        """What tells the client that the stream has failed, if it is not whole, and ends it."""
+        event = b"" if self._saw_end else self._framed(error_event(self._kind, error, self._sequence_number))
+        return event + LAST_CHUNK if self._is_chunked else event
+
+    def _break(self, error: Exception) -> bytes:
+        """End the stream, well if all of it had come. What the client gets."""
+        end = self.end_if_whole()
+        if end is None:
+            self.error = str(error)
+        return end or b""
+
+    def _whole_chunk(self, data: bytes, position: int) -> int:
+        """Where the chunk at `position` ends, if it is all there and holds whole events, else 0."""
+        size = CHUNK_SIZE.match(data, position)
+        if size is None:
+            return 0
+        begin = size.end()
+        end = begin + int(size[1], 16)
+        line_end = data[end : end + 2]
+        if end == begin or line_end != b"\r\n" or not data.endswith((b"\n\n", b"\r\n\r\n"), begin, end):
+            return 0
+        self._check(data[begin:end])
+        return end + 2
+
+    def _feed_pieces(self, data: bytes) -> bytes:
+        held = self._held
+        begin = max(0, len(held) - MAX_MARK_BYTES)  # an end may have begun there; nothing before was one
+        misframed: FramingError | None = None
+        try:
+            held += self._body.feed(data)
+        except FramingError as error:
+            held += error.payload
+            misframed = error
+        end = max(held.rfind(mark, begin) + 2 for mark in EVENT_ENDS)
+        if end < 2:
+            end = 0
+        elif held[end - 1 : end + 1] == b"\r\n":
+            end += 1
+        events = bytes(held[:end])
+        del held[:end]
+        if self.is_within_event and events:
+            rest = _EVENT_END.split(events, 1)[1]  # what follows the end of the long event
+            self.is_within_event = False
+            self.num_events += 1
+            self._smallest_event = min(self._smallest_event, self._max_event_bytes)
+            self._check(events, len(events) - len(rest))
+        elif events:
+            self._check(events)
+        if len(held) > self._max_event_bytes or self.is_within_event:
+            if not self.is_within_event and not _LONG_EVENT.match(held):
+                return self._framed(events) + self._break(BrokenStream("it holds what is no event"))
+            events += self._part_of_long_event()
+        out = self._framed(events)
+        if misframed is not None:
+            return out + self._break(misframed)
+        return out + self._finish() if self._body.is_done else out
+
+    def _part_of_long_event(self) -> bytes:
+        """What may go on of an event that has not ended: all that cannot be a part of its end."""
+        held = self._held
+        self.is_within_event = self._has_unseen = True
+        size = max(0, len(held) - MAX_MARK_BYTES)
+        self.num_data_bytes += size
+        part = bytes(held[:size])
+        del held[:size]
+        return part
+
+    def _framed(self, events: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(events), events) if events and self._is_chunked else events
+
+    def _finish(self) -> bytes:
+        """What the client gets at the end of the framing, which is the stream's good end only where that is whole."""
+        if self._held.strip() or self.is_within_event:
+            return self._break(BrokenStream("it ends in the middle of an event"))
+        end = self._framed(bytes(self._held))  # line ends behind the last event, such as the LF of its CR LF
+        if self._needs_end and not self._saw_end:
+            try:
+                self._check_end(is_sure=bool(self._has_finished))
+            except BrokenStream as error:
+                return self._break(error)
+            if self._kind is StreamKind.COMPLETIONS:
+                end += self._framed(DONE_EVENT)
+        self.is_done = True
+        return end + LAST_CHUNK if self._is_chunked else end
+
+    def _check_end(self, *, is_sure: bool) -> None:
+        """Raise `BrokenStream` if a choice has not come to its end, or nothing shows that any has."""
+        if self._has_unseen:
+            return  # it may have been in there
+        if not self._has_error and not (is_sure and all(self._has_finished.values())):
+            raise BrokenStream("it ends early")
+
+    def _check(self, events: bytes, begin: int = 0) -> None:
+        """Note what the events from `begin` on say. Raises `BrokenStream` if one of them is none."""
+        is_plain = not begin and events.startswith(b"data: {")
+        if is_plain and events.find(b"\n") == len(events) - 2 and b"\r" not in events:
+            self._check_data(events[6:-2])
+            return
+        is_at_start, self._is_at_start = self._is_at_start and not self.num_events, False
+        if is_at_start and events.startswith(BYTE_ORDER_MARK):
+            begin = len(BYTE_ORDER_MARK)
+        good = 0 if is_at_start else begin
+        for event_end in _EVENT_END.finditer(events, begin):
+            lines = _LINE_END.split(events[begin : event_end.start()])
+            fields = (line.partition(b":") for line in lines)
+            text = b"\n".join(value for name, _, value in fields if name == b"data")
+            try:
+                if text.strip():
+                    self._check_data(text)
+            except BrokenStream as error:
+                error.good = events[:good]
+                raise
+            begin = good = event_end.end()
+
+    def _check_data(self, text: bytes) -> None:
+        if text[:1] != b"{" and text.strip() == DONE:
+            if self._kind is StreamKind.COMPLETIONS:
+                self._check_end(is_sure=self.num_events > 0)
+            self._saw_end = self._saw_end or not self._last_types
+            return
+        try:
+            text.isascii() or text.decode()
+            self._note(_EVENT.decode(text), text)
+        except msgspec.ValidationError:
+            self._check_json(text)  # no completion's event, but one all the same
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise BrokenStream("an event of it is not JSON") from None
+        self.num_events += 1
+        size = len(text)
+        self.num_data_bytes += size
+        if size < self._smallest_event:
+            self._smallest_event = size
+
+    def _note(self, event: _Event, text: bytes) -> None:
+        if event.error is not None:
+            self._has_error = True
+        if event.usage is not None or ((event.message != _NULL or event.response != _NULL) and b'"usage"' in text):
+            self.usage_events = (*self.usage_events[:1], text)
+        if event.type is not None and self._last_types:
+            self._note_type(event)
+        for choice in event.choices or ():
+            reason = choice.finish_reason
+            if reason is None:
+                if choice.index not in self._has_finished:
+                    self._has_finished[choice.index] = False
+            elif reason is not msgspec.UNSET:
+                self._has_finished[choice.index] = True
+        if len(self._has_finished) > MAX_CHOICES:
+            raise BrokenStream(f"it has more than {MAX_CHOICES} choices")
+
+    def _note_type(self, event: _Event) -> None:
+        if isinstance(event.type, str) and event.type in self._last_types:
+            self._saw_end = True
+        if isinstance(event.sequence_number, int):
+            self._sequence_number = event.sequence_number + 1
+
+    def _check_json(self, text: bytes) -> None:
+        try:
+            _JSON.decode(text)
+        except (msgspec.DecodeError, RecursionError):
+            raise BrokenStream("an event of it is not JSON") from None
+
+
+def _only_data(data: bytes) -> bytes | None:
+    """The data of a chunk that holds one event with one line of it, as nearly all of them do; else None."""
+    plain = _PLAIN_CHUNK.match(data)
+    if plain is None:
+        return None
+    begin = plain.end()
+    end = plain.end(1) + int(plain[1], 16)  # of the event, without the empty line behind it
+    is_plain = data.find(b"\n", begin) == end and data.find(b"\r", begin) == end + 2 and data[end:] == b"\n\n\r\n"
+    return data[begin:end] if is_plain else None

@@ -1,0 +1,337 @@
+"""Which models are in memory: loaded for the requests that wait for them, unloaded when idle or when room is needed.
+
+`decide` is the whole policy, without effects; `ModelManager` does what it says, one thing after the other, in one task.
+How a model is loaded is the `Loader`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from types import TracebackType
+from typing import NamedTuple, Protocol
+
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.config.warnings import GIB, check_memory
+from brlite.engine.async_engine import AsyncEngine
+from brlite.errors import BrliteError, EngineError
+from brlite.server.served_model import ServedModel
+
+logger = logging.getLogger(__name__)
+
+BLOCKED = "waiting for memory that busy models hold"
+YIELDING = "waiting for its next turn: another model is wanted"
+
+OnProgress = Callable[[str, float], None]
+
+
+class Loader(Protocol):
+    """How models get into memory. `report` may be called from any thread."""
+
+    async def known_bytes(self, spec: ModelSpec) -> int | None:
+        """What weights and KV cache will take; None if the model has to be fetched to know."""
+        ...
+
+    async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
+        """What they will take. Fetches the model if it is not here."""
+        ...
+
+    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+        """A started engine, which the caller closes."""
+        ...
+
+    def settle(self) -> None:
+        """Called after a model was unloaded: give the system back what is left of it."""
+        ...
+
+
+class ManagedModel(NamedTuple):
+    """One model as the policy sees it. `num_bytes` is None until the model is measured.
+
+    It is busy while requests use it; those that wait for it do not count. While `is_yielding`, new requests wait.
+    """
+
+    name: str
+    num_bytes: int | None
+    is_loaded: bool
+    is_busy: bool = False
+    is_yielding: bool = False
+    loaded_since: float = 0.0
+    wanted_since: float = math.inf
+    last_used: float = 0.0
+    idle_unload_seconds: float = 0.0
+
+    @property
+    def expires(self) -> float:
+        """When it is to be unloaded if nobody asks for it until then."""
+        is_idle = not self.is_busy and self.wanted_since == math.inf
+        can_expire = self.is_loaded and is_idle and self.idle_unload_seconds > 0
+        return self.last_used + self.idle_unload_seconds if can_expire else math.inf
+
+
+class Load(NamedTuple):
+    """Load it: there is room. Or measure it, if its size is not known."""
+
+    name: str
+
+
+class Unload(NamedTuple):
+    """Unload it. New requests wait for the models that are `yielding`, this one among them if it makes room."""
+
+    name: str
+    reason: str
+    yielding: tuple[str, ...] = ()
+
+
+class IdleTime(NamedTuple):
+    """Nothing to do until then, or until something changes. `blocked` waits for the memory of those `yielding`."""
+
+    until: float
+    blocked: str | None = None
+    yielding: tuple[str, ...] = ()
+
+
+def decide(models: Sequence[ManagedModel], budget_bytes: float, now: float) -> Load | Unload | IdleTime:
+    """What to do next. The model that was wanted first is loaded first, so that small ones cannot starve a large one.
+
+    Where busy models hold the memory that it needs, some of them yield: what runs on them ends, new requests wait until
+    the model was loaded again. So no traffic keeps a model out, and a turn serves all requests that waited for it.
+    """
+    loaded = [model for model in models if model.is_loaded]
+    wanted = min(
+        (model for model in models if model.wanted_since < math.inf and not model.is_loaded),
+        key=lambda model: model.wanted_since,
+        default=None,
+    )
+    missing = 0.0
+    if wanted is not None and wanted.num_bytes is not None:
+        missing = wanted.num_bytes + sum(model.num_bytes or 0 for model in loaded) - budget_bytes
+    going = _choose_yielding(loaded, missing)
+    yielding = tuple(model.name for model in going)
+    expired = next((model for model in loaded if model.expires <= now), None)
+    if expired is not None:
+        return Unload(expired.name, f"not asked for in {expired.idle_unload_seconds:g} seconds", yielding)
+    wake = min((model.expires for model in loaded), default=math.inf)
+    if wanted is None:
+        return IdleTime(wake)
+    if missing <= 0:
+        return Load(wanted.name)
+    if any(model.is_busy for model in going):
+        return IdleTime(wake, wanted.name, yielding)  # no model is unloaded in vain
+    oldest = min(going, key=lambda model: model.last_used)
+    return Unload(oldest.name, f"making room for {wanted.name}", yielding)
+
+
+def _choose_yielding(loaded: Sequence[ManagedModel], missing: float) -> list[ManagedModel]:
+    """The models that give `missing` bytes: those that yield already, then idle ones, then the longest in memory."""
+
+    def rank(model: ManagedModel) -> tuple[bool, bool, float]:
+        return not model.is_yielding, model.is_busy, model.loaded_since if model.is_busy else model.last_used
+
+    going: list[ManagedModel] = []
+    for model in sorted(loaded, key=rank):
+        if missing > sum(each.num_bytes or 0 for each in going):
+            going.append(model)
+    for model in list(going):  # a large one that came last may do alone
+        if missing <= sum(each.num_bytes or 0 for each in going if each is not model):
+            going.remove(model)
+    return going
+
+
+class ModelManager:
+    """Keeps models in memory, or out of it. `async with Residency(…)` closes at the end all engines that it loaded."""
+
+    def __init__(
+        self,
+        models: Iterable[ServedModel],
+        loader: Loader,
+        config: EngineConfig,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._models = {model.name: model for model in models}
+        self._loader = loader
+        self._config = config
+        self._clock = clock
+        self._budget_bytes = config.memory_gib * GIB or math.inf
+        self._sizes: dict[str, int] = {}
+        self._engines: dict[str, AsyncEngine] = {}  # all that are not closed
+        self._changed = asyncio.Event()
+        self._lost: list[str] = []
+        self._restarting: dict[str, float] = {}  # since when
+        self._failure: BrliteError | None = None
+        self._has_failed = asyncio.Event()
+        self._keeping: asyncio.Task[None] | None = None
+        for model in self._models.values():
+            model.watch(self._changed.set)
+
+    async def start(self) -> None:
+        """Load what is to be there from the start, one after the other, so that memory peaks once; the rest may come.
+
+        Raises `ConfigError`, before anything is loaded where that is known, if the memory is not enough, and what is
+        wrong with one of these models.
+        """
+        await self._measure_known()
+        for model in [model for model in self._models.values() if model.spec.load == "start"]:
+            with model.loading.running():
+                await self._measure(model)
+                await self._load(model)
+        may_be_lost = self._config.name is not None  # as any engine that is not ours
+        if may_be_lost or any(_has_changes(model.spec) for model in self._models.values()):
+            self._keeping = asyncio.create_task(self._keep(), name="brlite-residency")
+
+    async def failure(self) -> BrliteError:
+        """Why the server has to end, as soon as it has to."""
+        await self._has_failed.wait()
+        assert self._failure is not None
+        return self._failure
+
+    def drain(self) -> None:
+        """Load nothing more: whoever waits for a model is refused. Those that are loaded go on."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+        for model in self._models.values():
+            model.loading.refuse()
+
+    async def close(self) -> None:
+        """Close all engines; what still runs ends with an error. May be called twice."""
+        self.drain()
+        if self._keeping is not None:
+            await asyncio.wait([self._keeping])
+        for engine in list(self._engines.values()):
+            await engine.close()
+
+    async def __aenter__(self) -> ModelManager:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _keep(self) -> None:
+        while True:
+            self._changed.clear()
+            await self._give_up_lost()
+            action = decide(
+                [self._resident(model) for model in self._models.values()], self._budget_bytes, self._clock()
+            )
+            yielding = () if isinstance(action, Load) else action.yielding
+            for model in self._models.values():
+                model.hold_back(YIELDING if model.name in yielding else None)
+            if isinstance(action, Load):
+                await self._try_load(self._models[action.name])
+            elif isinstance(action, Unload):
+                await self._unload(self._models[action.name], action.reason)
+            else:
+                await self._rest(action)
+
+    def _resident(self, model: ServedModel) -> ManagedModel:
+        return ManagedModel(
+            model.name,
+            self._sizes.get(model.name),
+            is_loaded=model.name in self._engines,
+            is_busy=model.num_active > 0,
+            is_yielding=model.is_held_back,
+            loaded_since=model.loaded_since,
+            wanted_since=min(model.loading.wanted_since, self._restarting.get(model.name, math.inf)),
+            last_used=model.last_used,
+            idle_unload_seconds=model.spec.idle_unload_seconds,
+        )
+
+    async def _rest(self, rest: IdleTime) -> None:
+        if rest.blocked is not None:
+            self._models[rest.blocked].loading.report(BLOCKED, 0.0)
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), None if rest.until == math.inf else rest.until - self._clock())
+
+    async def _try_load(self, model: ServedModel) -> None:
+        """Load a model that requests wait for, or measure it first: then it is decided anew."""
+        try:
+            with model.loading.running():
+                await (self._load(model) if model.name in self._sizes else self._measure(model))
+        except Exception as error:  # whatever is wrong with one model, the others are served
+            is_foreseen = isinstance(error, BrliteError)
+            logger.error("model %s could not be loaded: %s", model.name, error, exc_info=not is_foreseen)
+            model.loading.fail()
+            if self._restarting.pop(model.name, None) is not None:
+                self._fail(f"model {model.name} could not be restarted: {error}")
+
+    async def _load(self, model: ServedModel) -> None:
+        started = self._clock()
+        engine = await self._loader.load(model.spec, model.loading.report)
+        self._engines[model.name] = engine
+        engine.watch(lambda: self._note_lost(model.name))
+        self._restarting.pop(model.name, None)
+        model.take(engine)
+        logger.info("model %s is ready on %s after %.1f s", model.name, engine.info.device, self._clock() - started)
+
+    def _note_lost(self, name: str) -> None:
+        """The engine runs no more, and its requests have ended."""
+        if self._config.on_rank_failure == "exit":
+            self._fail(f'model {name} is lost, and engine.on_rank_failure is "exit"')
+        else:
+            self._lost.append(name)
+            self._changed.set()
+
+    async def _give_up_lost(self) -> None:
+        """Engines whose backend is gone are closed. A model that is to be there from the start is loaded anew."""
+        while self._lost:
+            model = self._models[self._lost.pop()]
+            comes_back = model.spec.load == "start"
+            if comes_back:
+                self._restarting[model.name] = self._clock()
+            await self._unload(model, "a process that computes it is gone", comes_back=comes_back)
+
+    def _fail(self, reason: str) -> None:
+        self._failure = EngineError(reason)
+        self._has_failed.set()
+
+    async def _unload(self, model: ServedModel, reason: str, *, comes_back: bool = False) -> None:
+        """Its memory counts until it is given back. If this is cancelled the closing goes on, and `close` waits."""
+        model.give_up(comes_back=comes_back)
+        try:
+            await self._engines[model.name].close()
+        except Exception:  # an engine that does not close in good order is still not there any more
+            logger.exception("model %s was not closed in good order", model.name)
+        del self._engines[model.name]
+        self._loader.settle()
+        logger.info("model %s is unloaded: %s", model.name, reason)
+
+    async def _measure_known(self) -> None:
+        """Measure what is here already, so that most of what cannot work is known before anything is loaded."""
+        if self._budget_bytes == math.inf:
+            self._sizes = dict.fromkeys(self._models, 0)
+        for model in self._models.values():
+            if model.name not in self._sizes:
+                await self._note_known(model)
+
+    async def _note_known(self, model: ServedModel) -> None:
+        try:
+            num_bytes = await self._loader.known_bytes(model.spec)
+        except BrliteError as error:
+            if model.spec.load == "start":
+                raise
+            logger.warning("model %s cannot be loaded as it is: %s", model.name, error)
+        else:
+            if num_bytes is not None:
+                self._note_size(model, num_bytes)
+
+    async def _measure(self, model: ServedModel) -> None:
+        if model.name not in self._sizes:
+            self._note_size(model, await self._loader.measure(model.spec, model.loading.report))
+
+    def _note_size(self, model: ServedModel, num_bytes: int) -> None:
+        """Raise `ConfigError` for what can never fit."""
+        sizes = {**self._sizes, model.name: num_bytes}
+        check_memory(self._config, [each.spec for each in self._models.values()], sizes)
+        self._sizes = sizes
+
+
+def _has_changes(spec: ModelSpec) -> bool:
+    """Whether the model may come or go while the server runs."""
+    return spec.load == "on_demand" or spec.idle_unload_seconds > 0 or spec.tensor_parallel > 1

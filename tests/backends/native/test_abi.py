@@ -1,0 +1,90 @@
+"""The ctypes side of the interface against the header, and against a library that is not as expected."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from brlite.backends.native import abi
+from brlite.backends.native.build import SOURCES
+from brlite.backends.native.library import NativeLibrary
+
+HEADER = (SOURCES / "brlite.h").read_text(encoding="utf-8")
+CONSTANTS = {
+    "ABI_VERSION": abi.ABI_VERSION,
+    "LANES": abi.LANES,
+    "GROUP": abi.GROUP,
+    "CHUNK_PAGES": abi.CHUNK_PAGES,
+    "MAX_HEAD_DIM": abi.MAX_HEAD_DIM,
+    "HEAD_ROWS": abi.HEAD_ROWS,
+}
+
+
+def fake_library(*, version: int = abi.ABI_VERSION, larger: type[ctypes.Structure] | None = None) -> Any:
+    """A library that has this version, and one struct larger than it should be."""
+    sizes = [ctypes.sizeof(struct) + 8 * (struct is larger) for struct in abi.STRUCTS]
+    return SimpleNamespace(
+        _name="fake.so", brlite_abi_version=lambda: version, brlite_struct_size=lambda number: sizes[number]
+    )
+
+
+def declared_fields(struct: type[ctypes.Structure]) -> list[str]:
+    """The names of a struct's fields in the header, in order."""
+    name = struct.__name__.lower()
+    [body] = re.findall(rf"typedef struct brlite_{name} {{(.*?)}} brlite_{name};", HEADER, re.DOTALL)
+    return re.findall(r"(\w+);", re.sub(r"//.*", "", body))
+
+
+@pytest.mark.parametrize("struct", abi.STRUCTS)
+def test_a_struct_has_the_fields_of_the_header(struct: type[ctypes.Structure]) -> None:
+    assert [field[0] for field in struct._fields_] == declared_fields(struct)
+
+
+def test_every_function_of_the_header_is_declared() -> None:
+    assert list(abi.FUNCTIONS) == re.findall(r"^\w[^(/]*?(brlite_\w+)\(", HEADER, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_constant_is_that_of_the_header(name: str) -> None:
+    assert re.findall(rf"#define BRLITE_{name} (\d+)", HEADER) == [str(CONSTANTS[name])]
+
+
+@pytest.mark.parametrize(
+    ("enum", "names"),
+    [
+        ("isa", [name.upper() for name in abi.ISAS] + ["NUM_ISAS"]),
+        ("format", ["INT8", "BF16"]),
+        ("kind", ["EMBED", "NORM", "LINEAR", "ADD", "ROPE", "ATTEND", "QUANTIZE", "SILU", "GATE"]),
+    ],
+)
+def test_choices_are_numbered_as_in_the_header(enum: str, names: list[str]) -> None:
+    [body] = re.findall(rf"enum brlite_{enum} {{(.*?)}};", HEADER, re.DOTALL)
+
+    assert re.findall(r"BRLITE_(\w+)", body) == names
+    numbers = [getattr(abi, name) for name in names if hasattr(abi, name)]
+    assert numbers == list(range(len(numbers)))
+
+
+def test_the_library_is_as_declared(native_library: NativeLibrary) -> None:
+    abi.check(native_library.functions)
+
+
+def test_another_version_is_refused() -> None:
+    with pytest.raises(
+        OSError, match=rf"fake\.so has interface version 99; this brlite speaks version {abi.ABI_VERSION}"
+    ):
+        abi.check(fake_library(version=99))
+
+
+def test_a_struct_of_another_size_is_refused() -> None:
+    with pytest.raises(OSError, match=r"holds Span in 32 bytes, not 24"):
+        abi.check(fake_library(larger=abi.Span))
+
+
+def test_a_library_that_lacks_a_function_is_refused() -> None:
+    with pytest.raises(OSError, match="has no function brlite_abi_version"):
+        abi.declare(ctypes.CDLL(None))

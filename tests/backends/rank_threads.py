@@ -1,0 +1,77 @@
+"""Ranks as threads of one process: all that they do together, without what it takes to start processes."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+
+from brlite.backends.distributed.backend import RankModel
+from brlite.backends.distributed.messages import RankBatch
+from brlite.backends.native.backend import max_rows
+from brlite.backends.native.library import NativeLibrary
+from brlite.backends.native.rank import NativeRank
+from brlite.backends.native.step_rows import SharedSizes, create_shared_file
+from brlite.checkpoint.checked_model import check_fit
+from brlite.config.options import EngineConfig, ModelSpec, Precision
+from brlite.engine.backend import Batch, StepResult
+from brlite.models.shards import Shard
+from tests.backends.native_models import MAX_CONTEXT, MAX_ROWS, make_checkpoint
+
+
+class RankThreads:
+    """A `Backend`: rank 0 on the caller's thread, the others on threads of their own, each given the batch's bytes."""
+
+    def __init__(self, ranks: list[RankModel]) -> None:
+        self.info = ranks[0].info
+        self._ranks = ranks
+        self._pool = ThreadPoolExecutor(len(ranks))
+
+    def execute(self, batch: Batch) -> StepResult:
+        sent = msgspec.msgpack.encode(batch)
+        following = [
+            self._pool.submit(rank.follow, msgspec.msgpack.decode(sent, type=RankBatch)) for rank in self._ranks[1:]
+        ]
+        result = self._ranks[0].execute(batch)
+        for done in following:
+            done.result()
+        return result
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        for rank in self._ranks:
+            rank.close()
+
+
+def load_native_ranks(
+    library: NativeLibrary, name: str, precision: Precision, size: int, *, threads: int = 1, **spec_fields: Any
+) -> RankThreads:
+    """The ranks of one of `native_models`'s models."""
+    spec = ModelSpec(
+        name=name, precision=precision, build_seq=MAX_CONTEXT, build_batch=8, num_blocks=160, **spec_fields
+    )
+    engine = EngineConfig(threads=threads, max_num_batched_tokens=MAX_ROWS)
+    checkpoint = make_checkpoint(name)
+    fit = check_fit(checkpoint, spec)
+    file = create_shared_file(library.functions, SharedSizes.of(fit.config, max_rows(spec, engine)))
+    try:
+        return RankThreads(
+            [
+                NativeRank.load(
+                    library,
+                    checkpoint,
+                    fit,
+                    spec,
+                    engine,
+                    Shard(rank, size, sums=False),
+                    file,
+                    None,
+                    lambda fraction: None,
+                )
+                for rank in range(size)
+            ]
+        )
+    finally:
+        os.close(file)

@@ -1,0 +1,141 @@
+"""The same bits in any company, over thousands of random schedules, on every instruction set, on one thread and two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import NamedTuple
+
+import msgspec
+import pytest
+
+from brlite.backends.native.backend import NativeBackend
+from brlite.backends.native.library import NativeLibrary, available_isas
+from brlite.config.options import Precision
+from brlite.engine.backend import Batch, SampledToken, SeqResult, StepResult
+from tests.backends.native_models import MODELS, PRECISIONS, load_native
+from tests.backends.rank_threads import load_native_ranks
+from tests.backends.schedules import Story, live_alone, make_prompts, run_schedules
+
+NUM_SCHEDULES = 100  # of each model in each precision, on one thread
+NUM_MORE = 6  # on two threads, and with the kernels of every instruction set
+NUM_OF_RANKS = 3  # on ranks, which have two cores for all their threads here
+
+
+class Alone(NamedTuple):
+    """A backend of one thread on the best instruction set, and what several sequences were on it, one by one."""
+
+    name: str
+    precision: Precision
+    backend: NativeBackend
+    stories: list[Story]
+
+    @property
+    def seed(self) -> int:
+        return 100 * list(MODELS).index(self.name) + PRECISIONS.index(self.precision)
+
+
+def num_heads(name: str) -> int:
+    heads: int = MODELS[name]["num_attention_heads"]
+    return heads
+
+
+def live(backend: NativeBackend) -> list[Story]:
+    return [live_alone(backend, prompt, seed) for seed, prompt in enumerate(make_prompts(seed=0))]
+
+
+@pytest.fixture(scope="module", params=[(name, precision) for name in MODELS for precision in PRECISIONS], ids="-".join)
+def alone(request: pytest.FixtureRequest, native_library: NativeLibrary) -> Iterator[Alone]:
+    name, precision = request.param
+    with closing(load_native(native_library, name, precision)) as backend:
+        yield Alone(name, precision, backend, live(backend))
+
+
+def test_a_row_has_the_bits_it_has_alone_whatever_the_schedule(alone: Alone) -> None:
+    seen = run_schedules(alone.backend, alone.stories, count=NUM_SCHEDULES, seed=alone.seed)
+
+    assert seen["compared"] > 20 * NUM_SCHEDULES
+    assert min(seen[what] for what in ("restarts", "shared blocks", "right guesses", "wrong guesses")) > 10
+    assert seen["mixed batches"] > NUM_SCHEDULES
+
+
+def test_two_threads_give_the_bits_of_one(alone: Alone, native_library: NativeLibrary) -> None:
+    with closing(load_native(native_library, alone.name, alone.precision, threads=2)) as backend:
+        seen = run_schedules(backend, alone.stories, count=NUM_MORE, seed=alone.seed)
+
+    assert seen["compared"] > NUM_MORE
+
+
+def test_several_ranks_give_the_bits_of_one(alone: Alone, native_library: NativeLibrary) -> None:
+    size = min(2 + alone.seed % 2, num_heads(alone.name))
+    with closing(load_native_ranks(native_library, alone.name, alone.precision, size)) as backend:
+        seen = run_schedules(backend, alone.stories, count=NUM_OF_RANKS, seed=alone.seed)
+
+    assert seen["compared"] > NUM_OF_RANKS
+
+
+def test_ranks_of_several_threads_give_the_same_bits(native_library: NativeLibrary) -> None:
+    with closing(load_native(native_library, "llama", "bf16")) as backend:
+        stories = live(backend)
+    with closing(load_native_ranks(native_library, "llama", "bf16", 2, threads=2)) as backend:
+        seen = run_schedules(backend, stories, count=NUM_OF_RANKS, seed=0)
+
+    assert seen["compared"] > NUM_OF_RANKS
+
+
+def test_every_instruction_set_of_this_machine_gives_the_same_bits(alone: Alone, native_library: NativeLibrary) -> None:
+    for isa in available_isas(native_library.functions):
+        with closing(load_native(native_library, alone.name, alone.precision, isa=isa)) as backend:
+            seen = run_schedules(backend, alone.stories, count=NUM_MORE, seed=alone.seed + isa)
+
+        assert seen["compared"] > NUM_MORE
+
+
+def test_blocks_of_several_pages_give_the_same_bits(alone: Alone, native_library: NativeLibrary) -> None:
+    with closing(load_native(native_library, alone.name, alone.precision, block_size=64, num_blocks=60)) as backend:
+        seen = run_schedules(backend, alone.stories, count=NUM_MORE, seed=alone.seed)
+
+    assert seen["compared"] > NUM_MORE
+
+
+Change = Callable[[Batch, SampledToken], SampledToken]
+
+
+class Changed:
+    """A backend that gives what `change` makes of each token drawn in a batch."""
+
+    def __init__(self, backend: NativeBackend, change: Change) -> None:
+        self.info = backend.info
+        self._backend = backend
+        self._change = change
+
+    def execute(self, batch: Batch) -> StepResult:
+        return StepResult([self._changed(batch, result) for result in self._backend.execute(batch).seqs])
+
+    def close(self) -> None:
+        self._backend.close()
+
+    def _changed(self, batch: Batch, result: SeqResult) -> SeqResult:
+        return msgspec.structs.replace(result, tokens=[self._change(batch, token) for token in result.tokens])
+
+
+def a_last_bit_in_company(batch: Batch, token: SampledToken) -> SampledToken:
+    assert token.logprob is not None
+    if len(batch.seqs) < 3:
+        return token
+    *others, (token_id, logprob) = token.logprob.top
+    top = (*others, (token_id, logprob * (1 + 2.0**-50)))
+    return msgspec.structs.replace(token, logprob=msgspec.structs.replace(token.logprob, top=top))
+
+
+def another_token_beside_a_prompt(batch: Batch, token: SampledToken) -> SampledToken:
+    return SampledToken(token.token_id ^ 1, token.logprob) if batch.num_tokens > 30 else token
+
+
+@pytest.mark.parametrize("change", [a_last_bit_in_company, another_token_beside_a_prompt])
+def test_a_schedule_notices_what_depends_on_company(native_library: NativeLibrary, change: Change) -> None:
+    with closing(load_native(native_library, "llama")) as backend:
+        stories = live(backend)
+
+        with pytest.raises(AssertionError, match="alone "):
+            run_schedules(Changed(backend, change), stories, count=NUM_SCHEDULES, seed=0)

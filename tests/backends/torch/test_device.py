@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from brlite.backends.torch.device import (
+    compute_dtype,
+    computes_on_cpu,
+    describe_device,
+    host_device,
+    prepare_environment,
+    rules_for,
+    select_device,
+)
+from brlite.errors import ConfigError
+from brlite.machine import physical_cores
+
+BRLITE = Path(__file__).parents[3] / "brlite"
+ENGINE_ROOMS = [path for room in ("models", "worker") for path in sorted((BRLITE / room).rglob("*.py"))]
+FORBIDDEN = re.compile(r"float16|\.half\(|torch\.jit|torch\.compile|\btorch\.float64|\.item\(\)")
+DEVICE_WORDS = re.compile(r"""["'](cpu|cuda|supa|mps)[:"']|\btorch\.cuda|\b(nccl|bccl|sccl|gloo)\b""")
+
+
+def test_auto_finds_a_device_that_computes() -> None:
+    device = select_device("auto")
+
+    assert torch.ones(2, device=device).sum().tolist() == 2
+    assert describe_device(device)
+
+
+@pytest.mark.parametrize("name", ["", "gpu", "cuda:", "cuda:x", "cuda:-1", "cpu:0", "supa:1:2", "auto:1"])
+def test_device_that_cannot_be_meant_is_refused_with_what_is_allowed(name: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"engine.device is {name!r}; allowed are auto, cpu, cuda, supa")):
+        select_device(name)
+
+
+@pytest.mark.parametrize("name", ["cuda:977", "supa:977"])
+def test_device_that_is_not_there_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        select_device(name)
+
+    assert f"device {name} is not there" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_biren_card_without_a_plugin_is_refused_with_what_is_missing() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        select_device("supa")
+
+    assert "torch_supa cannot be imported (No module named 'torch_supa')" in str(refusal.value)
+    assert "torch_br cannot be imported (No module named 'torch_br')" in str(refusal.value)
+
+
+PLUGIN = """
+import torch, types
+torch.utils.rename_privateuse1_backend("supa")
+runtime = types.ModuleType("torch.supa")
+runtime.is_available, runtime.device_count = (lambda: True), (lambda: 2)
+torch.supa = torch.cuda = runtime
+"""
+
+
+def run_with_plugins(folder: Path, code: str, **plugins: str) -> list[str]:
+    """The lines that `code` prints, in a process of its own, which can import these plugins of torch."""
+    for name, source in plugins.items():
+        (folder / f"{name}.py").write_text(source)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(folder), str(BRLITE.parent)))}
+    code = f"from brlite.backends.torch.device import describe_device, select_device\n{code}"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_the_plugin_of_the_first_cards_serves_where_that_of_the_second_does_not(tmp_path: Path) -> None:
+    code = "print(select_device('supa')); print(describe_device(select_device('supa', 1)))"
+
+    printed = run_with_plugins(tmp_path, code, torch_supa="raise ImportError('not these cards')", torch_br=PLUGIN)
+
+    assert printed == ["supa:0", "supa:1 (torch_br of unknown version)"]
+
+
+def test_a_plugin_that_passes_itself_off_as_cuda_is_not_taken_for_it(tmp_path: Path) -> None:
+    code = "import torch_supa; print(select_device('auto'))"
+
+    assert run_with_plugins(tmp_path, code, torch_supa=PLUGIN) == ["supa:0"]
+
+
+def test_the_driver_finds_the_environment_that_the_manual_wants(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "biren").mkdir()
+    environment = {"BIREN_VISIBLE_DEVICES": "1,2"}
+
+    with caplog.at_level(logging.INFO):
+        prepare_environment(environment, tmp_path)
+        prepare_environment(environment, tmp_path)
+
+    assert environment["BR_UMD_DEBUG_P2P_ACCESS_CHECK"] == "0"
+    assert environment["SUPA_VISIBLE_DEVICES"] == "1,2"
+    assert [line.split(" is set")[0] for line in caplog.messages] == [
+        "BR_UMD_DEBUG_P2P_ACCESS_CHECK=0",
+        "SUPA_VISIBLE_DEVICES=1,2",
+    ]
+
+
+def test_an_environment_of_the_users_own_stays(tmp_path: Path) -> None:
+    (tmp_path / "biren").mkdir()
+    own = {"BR_UMD_DEBUG_P2P_ACCESS_CHECK": "1", "BIREN_VISIBLE_DEVICES": "1", "SUPA_VISIBLE_DEVICES": "0"}
+    environment = dict(own)
+
+    prepare_environment(environment, tmp_path)
+
+    assert environment == own
+
+
+def test_without_biren_cards_the_environment_is_left_alone(tmp_path: Path) -> None:
+    environment: dict[str, str] = {}
+
+    prepare_environment(environment, tmp_path)
+
+    assert environment == {}
+
+
+def test_the_cpu_is_trusted_and_has_rules_of_its_own() -> None:
+    rules = rules_for(host_device())
+
+    assert rules.packs_matrices
+    assert not rules.is_probed
+    assert not rules.keeps_int8
+
+
+def test_a_number_in_the_name_goes_before_the_index() -> None:
+    with pytest.raises(ConfigError, match="cuda:977"):
+        select_device("cuda:977", 0)
+    with pytest.raises(ConfigError, match="cuda:978"):
+        select_device("cuda", 978)
+
+
+def test_compute_dtype_is_the_one_asked_for_and_never_half_precision() -> None:
+    device = select_device("cpu")
+
+    assert compute_dtype("float32", device) is torch.float32
+    assert compute_dtype("bfloat16", device) is torch.bfloat16
+    assert compute_dtype("auto", device) in (torch.float32, torch.bfloat16)
+
+
+def test_where_the_cpu_computes_is_known_without_asking_torch() -> None:
+    assert computes_on_cpu("cpu")
+    assert computes_on_cpu("auto") == (select_device("auto").type == "cpu")
+
+
+def test_cores_are_no_more_than_the_processors_this_process_may_use() -> None:
+    assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize("path", ENGINE_ROOMS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_engine_code_uses_nothing_that_a_supported_device_lacks(path: Path) -> None:
+    assert not FORBIDDEN.findall(path.read_text().replace("bfloat16", ""))
+
+
+@pytest.mark.parametrize("path", ENGINE_ROOMS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_only_the_device_module_names_a_device(path: Path) -> None:
+    names_one = bool(DEVICE_WORDS.search(path.read_text()))
+
+    assert names_one == (path.name == "device.py")

@@ -1,0 +1,103 @@
+"""The probe, with the CPU in the place of a card. A card that is wrong: `test_emulated_card.py`."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+import pytest
+import torch
+
+from brlite.backends.torch.device import host_device
+from brlite.backends.torch.parameters import Linear
+from brlite.backends.torch.probe import ProbeReport, probe_device, shrunk
+from brlite.config.options import Precision
+from brlite.errors import ConfigError
+from brlite.models import find_family
+from brlite.models.config import parameter_shapes
+from tests.models.test_config import PUBLISHED
+from tests.tiny_models import TINY_CONFIGS
+
+CPU = host_device()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_device_that_computes_right_passes(dtype: torch.dtype, precision: Precision) -> None:
+    report = probe_device(CPU, dtype, precision)
+
+    assert report.cosine > (0.99999 if dtype == torch.float32 else 0.9995)
+    assert report.on_host == ()
+    assert report.notes == ()
+
+
+@pytest.mark.parametrize("name", TINY_CONFIGS)
+def test_every_architecture_can_be_probed(name: str) -> None:
+    config = find_family(TINY_CONFIGS[name]).read_config(TINY_CONFIGS[name])
+
+    assert probe_device(CPU, torch.bfloat16, "a_bf16_w_int8_kv_int8", config).cosine > 0.999
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_tiny_model_has_all_that_the_real_one_has_and_is_tiny(name: str) -> None:
+    hf_config, _ = PUBLISHED[name]
+    config = find_family(hf_config).read_config(hf_config)
+
+    tiny = shrunk(config)
+
+    kinds = {"layers.0." + shape.split(".", 2)[2] for shape in parameter_shapes(config) if shape.startswith("layers.")}
+    assert kinds <= parameter_shapes(tiny).keys()
+    assert (tiny.head_dim, tiny.group_size, tiny.rope) == (config.head_dim, config.group_size, config.rope)
+    assert bool(tiny.nope_layers) == bool(config.nope_layers)
+    assert sum(rows * columns for rows, columns in matrices(tiny)) < 2_000_000
+
+
+def matrices(config) -> list[tuple[int, ...]]:
+    return [shape for shape in parameter_shapes(config).values() if len(shape) == 2]
+
+
+def test_a_tiny_model_has_a_layer_of_each_kind() -> None:
+    mixed, all_slide, none_slides = (
+        shrunk(find_family(TINY_CONFIGS[name]).read_config(TINY_CONFIGS[name]))
+        for name in ("qwen2-layer-types", "mistral-window", "llama")
+    )
+
+    assert (mixed.window(0), mixed.window(1)) == (5, None)
+    assert (all_slide.window(0), all_slide.window(1)) == (5, 5)
+    assert (none_slides.window(0), none_slides.window(1)) == (None, None)
+
+
+def test_the_report_tells_what_ran_elsewhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    multiply = Linear.__call__
+
+    def warn_and_multiply(linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.bfloat16:  # what is probed, not what it is held against
+            warnings.warn("CAUTION: The operator 'aten::mm' ... will fall back to run on the CPU.", stacklevel=1)
+            warnings.warn("something else", DeprecationWarning, stacklevel=1)
+        return multiply(linear, x)
+
+    monkeypatch.setattr(Linear, "__call__", warn_and_multiply)
+    with caplog.at_level(logging.INFO), pytest.warns(DeprecationWarning, match="something else"):
+        report = probe_device(CPU, torch.bfloat16)
+
+    assert report.on_host == ("aten::mm",)
+    assert "on the CPU instead: aten::mm" in caplog.text
+    assert report.notes == ("slow: torch runs aten::mm on the CPU, not on the device",)
+
+
+def test_what_draws_on_the_device_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    take_largest = torch.Tensor.argmax
+    calls: list[int] = []
+
+    def take_now_and_then_another(values: torch.Tensor, dim: int) -> torch.Tensor:
+        calls.append(dim)
+        return take_largest(values if len(calls) > 1 else -values, dim=dim)
+
+    monkeypatch.setattr(torch.Tensor, "argmax", take_now_and_then_another)
+
+    with pytest.raises(ConfigError, match="from the same logits it draws other tokens than the CPU does"):
+        probe_device(CPU, torch.bfloat16)
+
+
+def test_a_report_reads_well() -> None:
+    assert str(ProbeReport(0.99987, 0.0142, ())) == "cosine 0.999870, error 1.42% against float32 on the CPU"

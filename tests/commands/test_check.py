@@ -1,0 +1,210 @@
+"""`brlite check`: sizes by arithmetic, refusals, and a config that can be loaded from what is printed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from brlite.backends.sizes import Sizes
+from brlite.commands.check import ModelReport, describe, inspect_model, run
+from brlite.config.load import load_config
+from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, ModelSpec, ProxyConfig
+from brlite.config.render import render
+from brlite.errors import ConfigError, ModelError
+from tests.tiny_models import VOCAB_SIZE, write_byte_tokenizer, write_tiny_model
+
+FLOAT32 = EngineConfig(device="cpu", dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def empty_caches(tmp_path, monkeypatch):
+    """No model is on this machine, whatever stands in the real caches."""
+    monkeypatch.setenv("BRLITE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    path = write_tiny_model(tmp_path / "model")
+    write_byte_tokenizer(path)
+    return path
+
+
+def test_the_default_models_sizes_are_known_before_it_is_fetched():
+    report = inspect_model(ModelSpec(), FLOAT32)
+
+    assert report.sizes is not None
+    assert report.sizes.num_parameters == 134_515_008
+    assert report.sizes.weight_bytes == 4 * 134_515_008
+    assert report.sizes.kv_bytes_per_token == 2 * 30 * 3 * 64 * 4
+    assert report.sizes.num_blocks == 16 * 2048 // 16
+
+
+def test_another_model_that_is_not_here_has_no_sizes_and_is_not_fetched():
+    report = inspect_model(ModelSpec(name="someone/other"), FLOAT32)
+
+    assert report.sizes is None
+
+
+def test_a_models_folder_gives_its_sizes(model):
+    spec = ModelSpec(name="tiny", path=str(model), build_seq=100, build_batch=3)
+
+    sizes = inspect_model(spec, FLOAT32).sizes
+
+    assert sizes is not None
+    assert sizes.max_context == 128
+    assert sizes.kv_bytes == 3 * 7 * 16 * sizes.kv_bytes_per_token
+
+
+def test_int8_keys_and_values_take_less_memory(model):
+    plain = inspect_model(ModelSpec(path=str(model), build_seq=64), FLOAT32).sizes
+    int8 = inspect_model(ModelSpec(path=str(model), build_seq=64, precision="a_bf16_w_int8_kv_int8"), FLOAT32).sizes
+
+    assert plain is not None
+    assert int8 is not None
+    assert int8.kv_bytes < plain.kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"build_seq": 129}, "build_seq is 129; .* at most 128"),
+        ({"build_seq": 64, "vocab_size": VOCAB_SIZE + 1}, f"vocab_size is {VOCAB_SIZE + 1}; .* {VOCAB_SIZE}"),
+    ],
+)
+def test_a_promise_that_the_model_cannot_keep_is_refused(model, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        inspect_model(ModelSpec(name="tiny", path=str(model), **changes), FLOAT32)
+
+
+def test_a_path_that_leads_nowhere_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="does not exist"):
+        inspect_model(ModelSpec(name="tiny", path=str(tmp_path / "absent")), FLOAT32)
+
+
+def test_more_memory_than_is_free_is_a_warning():
+    sizes = Sizes(
+        num_parameters=1000,
+        max_context=64,
+        context=64,
+        context_reason="the model's own",
+        dtype="float32",
+        weight_bytes=4000,
+        kv_dtype="float32",
+        kv_bytes_per_token=10,
+        num_blocks=10,
+        block_size=10,
+    )
+    report = ModelReport(spec=ModelSpec(), origin="here", sizes=sizes)
+
+    enough = list(describe(Config(), [report], 5000))
+    too_little = list(describe(Config(), [report], 4999))
+
+    assert enough[-1] == "memory: 5 kB for weights and KV cache; 5 kB are free now"
+    assert too_little[-1].startswith("warning: this is more than is free")
+
+
+def test_a_budget_bounds_what_is_needed_at_once(tmp_path, model, capsys):
+    models = "".join(f'[[model]]\nname = "{n}"\npath = "{model}"\nbuild_seq = 64\nload = "on_demand"\n' for n in "ab")
+    path = tmp_path / "some.toml"
+    path.write_text(f"[engine]\nmemory_gib = 0.001\n{models}")
+
+    status = run(path)
+
+    assert status == 0
+    assert "for weights and KV cache, at most 1.07 MB at once;" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("load", "memory_gib", "who"),
+    [("on_demand", 0.0001, "the model a needs"), ("start", 0.001, 'the models of load = "start" need together')],
+)
+def test_models_beyond_the_budget_are_refused_with_both_numbers(tmp_path, model, load, memory_gib, who):
+    models = "".join(f'[[model]]\nname = "{n}"\npath = "{model}"\nbuild_seq = 64\nload = "{load}"\n' for n in "ab")
+    path = tmp_path / "some.toml"
+    path.write_text(f"[engine]\nmemory_gib = {memory_gib}\n{models}")
+
+    with pytest.raises(ConfigError, match=rf"engine\.memory_gib = {memory_gib}: {who} 0\.00\d+ GiB"):
+        run(path)
+
+
+def test_what_is_printed_can_be_loaded_again(tmp_path):
+    all_models = {'http://{主机IP}:"1"': "a\nb\x7f"}
+    config = Config(model=(ModelSpec(name="a"), ModelSpec(name="b")), proxy=ProxyConfig(all_models=all_models))
+    path = tmp_path / "printed.toml"
+
+    path.write_text(render(config), encoding="utf-8")
+
+    assert load_config(path) == config
+
+
+def test_keys_are_masked_where_a_config_is_printed():
+    text = render(Config(keys=KeysConfig(keys=("open-sesame", "two")), key=(KeyConfig(name="a", key="sesame-2"),)))
+
+    assert "sesame" not in text
+    assert 'keys = ["***", "***"]' in text
+
+
+def test_the_report_holds_config_model_and_warnings(tmp_path, model, capsys):
+    path = tmp_path / "some.toml"
+    path.write_text(f'[[model]]\nname = "tiny"\npath = "{model}"\nbuild_seq = 64\nmodel_file = "/b"\n')
+
+    status = run(path)
+
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "build_seq = 64\n" in printed
+    assert f"model tiny\n  from      {model}\n  context   64 tokens of the 128" in printed
+    assert "warning: model[0]: model_file /b is not read" in printed
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_the_memory_of_each_rank_is_told_and_adds_up(tmp_path, model, capsys, backend):
+    path = tmp_path / "some.toml"
+    path.write_text(
+        f'[engine]\nbackend = "{backend}"\n[[model]]\nname = "tiny"\npath = "{model}"\nbuild_seq = 64\n'
+        "tensor_parallel = 2\ndevices = [0, 1]\n"
+    )
+
+    run(path)
+    spec = load_config(path).model[0]
+    sizes = inspect_model(spec, EngineConfig(backend=backend)).sizes
+
+    assert "\n  ranks     0: " in capsys.readouterr().out
+    assert sizes.weight_bytes == sum(rank.weight_bytes for rank in sizes.ranks)
+    assert max(rank.weight_bytes for rank in sizes.ranks) < 0.6 * sizes.weight_bytes
+    assert sizes.kv_bytes_per_token == sum(rank.kv_bytes_per_token for rank in sizes.ranks)
+
+
+def test_more_ranks_than_heads_are_refused(tmp_path, model):
+    path = tmp_path / "some.toml"
+    path.write_text(
+        f'[[model]]\nname = "tiny"\npath = "{model}"\nbuild_seq = 64\ntensor_parallel = 5\ndevices = [0, 1, 2, 3, 4]\n'
+    )
+
+    with pytest.raises(ConfigError, match="tensor_parallel is 5; the model has 4 attention heads, and each rank needs"):
+        run(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ('[keys]\nfile = "/nowhere/keys"', "/nowhere/keys"),
+        ('[[key]]\nname = "a"\nenv = "NO_SUCH_KEY"', "NO_SUCH_KEY"),
+        ('[keys]\nkeys = ["sk"]\n[[key]]\nname = "a"\nkey = "sk"', "each key needs its own"),
+        (
+            '[[model]]\nname = "tiny"\npath = "MODEL"\nchat_template = "/nowhere/chat.jinja"\nbuild_seq = 64',
+            "chat.jinja",
+        ),
+        ('[[model]]\nname = "tiny"\npath = "BROKEN"\nbuild_seq = 64', "model.safetensors"),
+    ],
+)
+def test_what_would_stop_serve_stops_check(tmp_path: Path, model: Path, config: str, words: str) -> None:
+    broken = write_tiny_model(tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-10])
+    path = tmp_path / "brlite.toml"
+    path.write_text(config.replace("MODEL", str(model)).replace("BROKEN", str(broken)))
+
+    with pytest.raises((ConfigError, ModelError), match=words):
+        run(path)

@@ -1,0 +1,128 @@
+"""`brlite generate` without a model: how prompts are read, and when and in which order answers are written."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from brlite.commands import generate
+from brlite.commands.generate import Answers
+from brlite.config.options import Config
+from brlite.errors import ConfigError, EngineError, InvalidRequest
+from brlite.outputs import CompletionOutput, RequestOutput
+from brlite.sampling_params import SamplingParams
+from tests.limits import PATIENCE_SECONDS
+from tests.process.servers import BRLITE
+
+
+def finished(number: int) -> RequestOutput:
+    completion = CompletionOutput(index=0, text="x", finish_reason="stop")
+    return RequestOutput(
+        request_id=str(number), prompt=f"prompt {number}", prompt_token_ids=[1], outputs=[completion], finished=True
+    )
+
+
+def prompts_of(text: str) -> list[str]:
+    return [json.loads(line)["prompt"] for line in text.splitlines()]
+
+
+class FakeLLM:
+    """Finishes the prompts in the order of `order`, then raises what is there besides."""
+
+    order: tuple[int | BaseException, ...] = ()
+    prompts: tuple[str, ...] = ()
+
+    def __init__(self, *, config: Config) -> None:
+        pass
+
+    def __enter__(self) -> FakeLLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def check(self, prompt, params):
+        if prompt == "refused":
+            raise InvalidRequest("the prompt is not liked")
+
+    def generate(self, prompts, params, *, on_finished):
+        type(self).prompts = tuple(prompts)
+        for step in self.order:
+            if isinstance(step, BaseException):
+                raise step
+            on_finished(step, finished(step))
+
+
+@pytest.fixture
+def fake_llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    class Fresh(FakeLLM):
+        pass
+
+    monkeypatch.setattr(generate, "LLM", Fresh)
+    return Fresh
+
+
+def test_an_answer_is_written_when_those_before_it_are() -> None:
+    file = io.StringIO()
+    seen = []
+
+    with Answers(file, lambda: None) as answers:
+        for number in (1, 0, 3, 2):
+            answers.add(number, finished(number))
+            seen.append(len(prompts_of(file.getvalue())))
+
+    assert seen == [0, 2, 2, 4]
+    assert prompts_of(file.getvalue()) == [f"prompt {number}" for number in range(4)]
+
+
+@pytest.mark.parametrize("error", [EngineError("a step failed"), KeyboardInterrupt()])
+def test_what_was_finished_before_an_error_is_kept(fake_llm, tmp_path: Path, error: BaseException) -> None:
+    source, target = tmp_path / "in", tmp_path / "out"
+    source.write_text("a\nb\nc\n")
+    fake_llm.order = (0, 2, error)
+
+    with pytest.raises(type(error)):
+        generate.run(Config(), str(source), str(target), SamplingParams())
+
+    assert prompts_of(target.read_text()) == ["prompt 0", "prompt 2"]
+
+
+def test_only_a_line_feed_ends_a_prompt(fake_llm, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.write_bytes("one\u2028line\r\n\nnext\u0085too".encode())
+
+    generate.run(Config(), str(source), str(tmp_path / "out"), SamplingParams())
+
+    assert fake_llm.prompts == ("one\u2028line", "next\u0085too")
+
+
+def test_a_refused_prompt_is_named_by_its_line_and_costs_no_earlier_answers(
+    fake_llm: type[FakeLLM], tmp_path: Path
+) -> None:
+    source, target = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
+    source.write_bytes(b"\xef\xbb\xbffine\n\nrefused\n")
+    target.write_text("earlier answers")
+
+    with pytest.raises(ConfigError, match=r"line 3: the prompt is not liked"):
+        generate.run(Config(), str(source), str(target), SamplingParams())
+
+    assert target.read_text() == "earlier answers"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])
+def test_answers_are_utf_8_in_any_locale(encoding: str) -> None:
+    result = subprocess.run(
+        [BRLITE, "generate", "--engine", "toy", "--model", "toy"],
+        input="你好 😀\nThe sea\n".encode(),
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        timeout=PATIENCE_SECONDS,
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert prompts_of(result.stdout.decode()) == ["你好 😀", "The sea"]

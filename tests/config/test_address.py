@@ -1,0 +1,39 @@
+"""Which server a URL names, and where it has what requests call `/v1/…`."""
+
+from __future__ import annotations
+
+import pytest
+
+from brlite.config.address import parse_address
+
+
+@pytest.mark.parametrize(
+    ("url", "chat", "health"),
+    [
+        ("http://a", "/v1/chat", "/health"),
+        ("http://a/", "/v1/chat", "/health"),
+        ("http://a/v1", "/v1/chat", "/health"),
+        ("http://a/v1/", "/v1/chat", "/health"),
+        ("http://a/models/x", "/models/x/v1/chat", "/models/x/health"),
+        ("http://a/models/x/v1", "/models/x/v1/chat", "/models/x/health"),
+        ("https://a/api/paas/v4", "/api/paas/v4/chat", "/api/paas/health"),
+        ("https://a/api/paas/v4/", "/api/paas/v4/chat", "/api/paas/health"),
+        ("https://a/v1beta/openai", "/v1beta/openai/chat", "/health"),
+        ("https://a/v1beta/openai/", "/v1beta/openai/chat", "/health"),
+        ("https://a/api/v3", "/api/v3/chat", "/api/health"),
+        ("https://a/compatible-mode/v1", "/compatible-mode/v1/chat", "/compatible-mode/health"),
+        ("https://a/v1alpha1/x", "/v1alpha1/x/chat", "/health"),
+        ("http://a/v1ctoria", "/v1ctoria/v1/chat", "/v1ctoria/health"),
+        ("http://a/vllm", "/vllm/v1/chat", "/vllm/health"),
+        ("unix:/run/v1", "/v1/chat", "/health"),
+    ],
+)
+def test_a_version_in_the_url_stands_in_place_of_v1(url: str, chat: str, health: str) -> None:
+    address = parse_address(url)
+
+    assert address is not None
+    assert (address.path("/v1/chat"), address.path("/health")) == (chat, health)
+
+
+def test_two_spellings_of_one_place_are_equal() -> None:
+    assert parse_address("http://a:80/v1/") == parse_address("http://a") != parse_address("http://a/v2")

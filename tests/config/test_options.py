@@ -1,0 +1,217 @@
+"""Loading TOML: the shipped example, one-line errors, overrides, warnings."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from brlite.config.load import load_config
+from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, ModelSpec, ServerConfig, UpstreamConfig
+from brlite.config.validation import make_config, override
+from brlite.config.warnings import check_supported, config_warnings
+from brlite.errors import ConfigError
+
+EXAMPLE = Path(__file__).parents[2] / "brlite.toml"
+
+
+def load_text(folder: Path, text: str) -> Config:
+    path = folder / "brlite.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_config(path)
+
+
+def refusal(folder: Path, text: str) -> str:
+    """What is said about a bad file, without the file's own path."""
+    with pytest.raises(ConfigError) as caught:
+        load_text(folder, text)
+    return str(caught.value).removeprefix(f"{folder / 'brlite.toml'}: ")
+
+
+def test_the_example_file_is_the_default_config():
+    config = load_config(EXAMPLE)
+
+    assert config == Config()
+
+
+@pytest.mark.parametrize("section", Config.__struct_fields__)
+def test_the_example_file_names_every_option(section):
+    struct = {"model": ModelSpec, "upstream": UpstreamConfig, "key": KeyConfig}.get(section, getattr(Config(), section))
+
+    text = re.split(rf"^(?:# )?\[+{section}\]+", EXAMPLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
+    options = re.findall(r"^(?:# )?(\w+) = ", re.split(r"^(?:# )?\[", text, flags=re.MULTILINE)[0], flags=re.MULTILINE)
+
+    assert sorted(options) == sorted(struct.__struct_fields__)
+
+
+def test_an_empty_file_is_the_default_config(tmp_path):
+    assert load_text(tmp_path, "") == Config()
+
+
+def test_options_of_a_file_replace_the_defaults(tmp_path):
+    config = load_text(tmp_path, '[server]\nport = 9\n[[model]]\nname = "a"\n[[model]]\nname = "b"\nbuild_seq = 64\n')
+
+    assert config.server == ServerConfig(port=9)
+    assert config.model == (ModelSpec(name="a"), ModelSpec(name="b", build_seq=64))
+
+
+BAD_FIELDS = [
+    ('engine.dtype = "fp8"', 'engine.dtype = "fp8": allowed are auto, bfloat16, float32'),
+    ("engine.block_size = 24", "engine.block_size = 24: allowed are 8, 16, 32, 64, 128, 256"),
+    ("engine.threads = -1", "engine.threads = -1: allowed is a whole number from 0 to 1024"),
+    ('server.port = "80"', 'server.port = "80": allowed is a whole number from 0 to 65535'),
+    ("server.port = 65536", "server.port = 65536: allowed is a whole number from 0 to 65535"),
+    ("server.port = 80.0", "server.port = 80.0: allowed is a whole number from 0 to 65535"),
+    ("server.access_log = 1", "server.access_log = 1: allowed is true or false"),
+    ("server.cors_origins = ['*', '']", 'server.cors_origins[1] = "": allowed is a non-empty string without spaces'),
+    ("limits.max_n = 0", "limits.max_n = 0: allowed is a whole number from 1 to 1000000000"),
+    (
+        "limits.max_n = 9999999999999999999",
+        "limits.max_n = 9999999999999999999: allowed is a whole number from 1 to 100",
+    ),
+    ("limits.body_seconds = 0", "limits.body_seconds = 0: allowed is a number above 0, at most 1000000"),
+    ("limits.body_seconds = nan", "limits.body_seconds = NaN: allowed is a number above 0, at most 1000000"),
+    ("limits.body_seconds = inf", "limits.body_seconds = Infinity: allowed is a number above 0, at most 1000000"),
+    ("keys.file = 3", "keys.file = 3: allowed is a non-empty string"),
+    ("model = 3", "model = 3: allowed is a list, each a table"),
+    ("server = 3", "server = 3: allowed is a table"),
+    ("model = []", "model = []: needed is at least one [[model]]"),
+    ("model = [{ build_batch = 0 }]", "model[0].build_batch = 0: allowed is a whole number from 1 to 4096"),
+    ("model = [{ build_seq = -1 }]", "model[0].build_seq = -1: allowed is a whole number from 0 to 1000000000"),
+    ("model = [{ devices = [-1] }]", "model[0].devices[0] = -1: allowed is a whole number from 0 to 1023"),
+    ("model = [{ devices = [0, 0] }]", "model[0].devices = [0, 0]: allowed is each device once"),
+    ("model = [{ devices = [0, 1] }]", "model[0].tensor_parallel = 1: allowed is the number of devices, here 2"),
+    ("model = [{}, {}]", "model[1].name = "),
+    ('model = [{ path = "/models/a" }]', "model[0].name is missing: "),
+    ("proxy.all_models = { a = 1 }", 'proxy.all_models = {"a": 1}: allowed is a table, each value a string'),
+    ("server.prot = 1", "server.prot = 1: no such field; allowed are host, port, cors_origins, "),
+    (
+        'servers = "x"',
+        'servers = "x": no such field; allowed are server, engine, model, upstream, limits, keys, key, proxy',
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FIELDS)
+def test_a_bad_field_is_one_line_with_field_value_and_what_is_allowed(tmp_path, text, message):
+    line = refusal(tmp_path, text)
+
+    assert line.startswith(message)
+    assert "\n" not in line
+
+
+def test_a_bad_key_is_refused_without_being_shown(tmp_path):
+    line = refusal(tmp_path, 'keys.keys = ["open sesame"]')
+
+    assert line == "keys.keys[0] = …: allowed is a non-empty string without spaces"
+
+
+def test_keys_are_masked_when_a_config_is_printed():
+    assert "sesame" not in repr(Config(keys=KeysConfig(keys=("sesame",))))
+
+
+def test_broken_toml_names_the_line(tmp_path):
+    line = refusal(tmp_path, "[server]\nport = = 1\n")
+
+    assert line.startswith("not valid TOML: ")
+    assert "line 2" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.toml", None, "cannot be read: No such file or directory"),
+        ("absent.json", None, "cannot be read: No such file or directory"),
+        ("config.yaml", b"", "a config file ends in .toml or .json"),
+        ("binary.toml", b"a = '\xff'", "byte 5 is not UTF-8"),
+        ("deep.toml", b"a = " + b"[" * 100_000, "not valid TOML: "),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        load_config(path)
+
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_is_no_error(tmp_path):
+    assert load_text(tmp_path, "\ufeff[server]\nport = 9000\n").server.port == 9000
+
+
+def test_an_override_replaces_one_field_and_leaves_the_config_alone():
+    config = Config()
+
+    changed = override(config, {"server.port": 9000, "model[0].build_seq": 64})
+
+    assert changed == Config(server=ServerConfig(port=9000), model=(ModelSpec(build_seq=64),))
+    assert config == Config()
+
+
+def test_an_override_is_checked_like_a_file():
+    with pytest.raises(ConfigError, match=r"command line: server\.port = 70000: allowed is a whole number"):
+        override(Config(), {"server.port": 70000})
+
+
+def test_every_default_is_within_its_own_range():
+    assert make_config(msgspec.to_builtins(Config()), source="defaults") == Config()
+
+
+def test_one_model_of_a_server_can_be_on_several_ranks():
+    plain, shared, other = (
+        ModelSpec(name="a"),
+        *(ModelSpec(name=name, tensor_parallel=2, devices=(0, 1)) for name in "bc"),
+    )
+
+    check_supported(Config(model=(plain, shared)))
+    with pytest.raises(ConfigError, match=r"model\[2\]\.tensor_parallel = 2: one model of a server can be on several"):
+        check_supported(Config(model=(plain, shared, other)))
+
+
+def test_the_default_config_gives_no_warning():
+    assert config_warnings(Config()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Config(server=ServerConfig(host="0.0.0.0")), "server.host = 0.0.0.0: whoever reaches this address may ask"),
+        (
+            Config(model=(ModelSpec(path="/a", model_file="/b.pt"),)),
+            "model[0]: model_file /b.pt is read only where /a has no weights",
+        ),
+        (Config(model=(ModelSpec(model_file="/b.pt"),)), "model[0]: model_file /b.pt is not read; "),
+        (
+            Config(engine=EngineConfig(max_num_batched_tokens=8)),
+            "engine.max_num_batched_tokens = 8: steps compute up to 16",
+        ),
+    ],
+)
+def test_a_doubtful_config_is_warned_about(config, message, monkeypatch):
+    monkeypatch.delenv("BRLITE_API_KEY", raising=False)
+
+    warnings = config_warnings(config)
+
+    assert warnings[0].startswith(message)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"keys": KeysConfig(keys=("k",))},
+        {"keys": KeysConfig(file="keys")},
+        {"keys": KeysConfig(env="ONE_KEY")},
+        {"key": (KeyConfig(name="a", key="k"),)},
+    ],
+)
+def test_a_key_quiets_the_warning_about_a_public_address(keys, monkeypatch):
+    monkeypatch.delenv("BRLITE_API_KEY", raising=False)
+    monkeypatch.setenv("ONE_KEY", "k")
+
+    assert config_warnings(Config(server=ServerConfig(host="0.0.0.0"), **keys)) == []

@@ -1,0 +1,115 @@
+"""What a config that is valid is warned about, where requests are forwarded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from brlite.config.options import Config, EngineConfig, KeyConfig, ModelSpec, ProxyConfig, UpstreamConfig
+from brlite.config.warnings import config_warnings
+
+LOCAL = (ModelSpec(name="here"),)
+
+
+def upstream(**fields: Any) -> Config:
+    """A proxy with one upstream that has the model `far`."""
+    return Config(model=(), upstream=(UpstreamConfig(**{"url": "http://10.0.0.1", "models": ("far",), **fields}),))
+
+
+def forwarding(**fields: Any) -> Config:
+    """A local model, an upstream's and these options of `[proxy]`."""
+    there = (UpstreamConfig(url="http://10.0.0.1", models=("far",)),)
+    return Config(model=LOCAL, upstream=there, proxy=ProxyConfig(**fields))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        upstream(),
+        upstream(url="https://api.example.com", api_key="k"),
+        upstream(url="http://127.0.0.1:1", api_key="k"),
+        upstream(url="unix:/run/model.sock", api_key_env="K"),
+        forwarding(aliases={"x": "far"}),
+        Config(model=LOCAL, proxy=ProxyConfig(all_models={"http://ip1:port1": "here", "http://10.0.0.2": "far"})),
+    ],
+)
+def test_what_is_in_order_is_not_warned_about(config: Config) -> None:
+    assert config_warnings(config) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            Config(model=LOCAL, proxy=ProxyConfig(all_models={"http://ip:port": "far", "http://a": "here"})),
+            "all_models: http://ip:port is no address and is never asked for far",
+        ),
+        (
+            Config(model=LOCAL, proxy=ProxyConfig(all_models={"http://a": "far"})),
+            "all_models: here is served here but not listed",
+        ),
+        (
+            Config(model=LOCAL, proxy=ProxyConfig(all_models={"http://a": "here", "http://b": "here"})),
+            "all_models: here is served here, not forwarded: ",
+        ),
+        (
+            forwarding(all_models={"http://10.0.0.1": "other", "http://a": "here"}),
+            "all_models: http://10.0.0.1 is an [[upstream]] too, which counts: it is not asked for other",
+        ),
+        (
+            Config(model=LOCAL, upstream=(UpstreamConfig(url="http://a", models=("here",), name="gpu"),)),
+            "upstream gpu: here is served here, not forwarded",
+        ),
+        (upstream(api_key="k"), "upstream http://10.0.0.1: its API key travels over plain http"),
+        (upstream(api_key_env="K"), "upstream http://10.0.0.1: its API key travels over plain http"),
+        (upstream(api_key_header="x-api-key"), "upstream http://10.0.0.1: api_key_header has no effect"),
+        (upstream(health_path=""), 'upstream http://10.0.0.1: health_path = "": it is not asked for its health'),
+        (
+            Config(
+                model=LOCAL,
+                proxy=ProxyConfig(all_models={"http://a": "here", "http://ip:port": "far"}, aliases={"x": "far"}),
+            ),
+            "proxy.aliases.x: leads to far, which has no upstream",
+        ),
+        (forwarding(fallbacks={"here": ("far",)}), "proxy.fallbacks.here: has no effect"),
+        (forwarding(fallbacks={"far": ("here",)}), "proxy.fallbacks.far: here has no upstream"),
+        (forwarding(fallbacks={"far": ("far",)}), "proxy.fallbacks.far: names itself"),
+        (Config(key=(KeyConfig(name="team", key="k", models=("nobodys",)),)), "key team: models: nobodys is neither"),
+        (
+            Config(
+                model=LOCAL,
+                upstream=(UpstreamConfig(url="http://a", models=("far",)),),
+                proxy=ProxyConfig(aliases={"x": "far"}),
+                key=(KeyConfig(name="team", key="k", models=("x",)),),
+            ),
+            "key team: models: x is an alias; rules go by the model's own name, far",
+        ),
+        (
+            Config(
+                model=(), upstream=(UpstreamConfig(url="http://a", models=("far",)),), engine=EngineConfig(threads=1)
+            ),
+            "engine: has no effect: no model is served here",
+        ),
+    ],
+)
+def test_what_means_less_than_it_seems_to_is_warned_about(config: Config, message: str) -> None:
+    warnings = config_warnings(config)
+
+    assert any(line.startswith(message) for line in warnings), warnings
+
+
+def test_more_threads_than_this_process_may_use_are_warned_about() -> None:
+    config = Config(engine=EngineConfig(threads=(os.cpu_count() or 1) + 1))
+
+    (warning,) = config_warnings(config)
+
+    assert warning.startswith(f"engine.threads = {config.engine.threads}: this process may use ")
+    assert "0 takes the right number" in warning
+
+
+def test_threads_of_a_proxy_are_not_counted() -> None:
+    config = Config(model=(), upstream=upstream().upstream, engine=EngineConfig(threads=1024))
+
+    assert not any("this process may use" in warning for warning in config_warnings(config))

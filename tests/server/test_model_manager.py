@@ -1,0 +1,666 @@
+"""Models that are loaded when they are asked for: what is decided, and what requests see of it on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import aiohttp
+import pytest
+
+from brlite.app import create_app
+from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
+from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.engine import Engine
+from brlite.errors import ConfigError, ModelError
+from brlite.http.listen import HttpServer
+from brlite.server.load_state import RETRY_SECONDS
+from brlite.server.model_manager import GIB, IdleTime, Load, ManagedModel, ModelManager, OnProgress, Unload, decide
+from brlite.server.served_model import ModelTable, ServedModel
+from tests.fakes import ByteTokenizer, FakeBackend
+from tests.limits import PATIENCE_SECONDS
+from tests.server.conftest import chat_body, completion_body
+
+CHAT = "/v1/chat/completions"
+INFINITY = float("inf")
+
+Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+
+
+def on_demand(*names: str, **fields: Any) -> list[ModelSpec]:
+    return [ModelSpec(name=name, load="on_demand", build_seq=64, **fields) for name in names]
+
+
+def loaded(name: str, num_bytes: int = 4, **fields: Any) -> ManagedModel:
+    return ManagedModel(name, num_bytes, is_loaded=True, **fields)
+
+
+def wanted(name: str, num_bytes: int | None = 4, since: float = 1.0) -> ManagedModel:
+    return ManagedModel(name, num_bytes, is_loaded=False, wanted_since=since)
+
+
+# Ten bytes of budget at second 100: which models there are, and what is to be done.
+DECISIONS: dict[str, tuple[list[ManagedModel], Load | Unload | IdleTime]] = {
+    "nothing to do": ([loaded("a")], IdleTime(INFINITY)),
+    "no models": ([], IdleTime(INFINITY)),
+    "there is room": ([loaded("a"), wanted("b")], Load("b")),
+    "first come, first served": ([wanted("a", since=3), wanted("b", since=2)], Load("b")),
+    "its size is not known": ([loaded("a", 10, is_busy=True), wanted("b", None)], Load("b")),
+    "the least recently used goes": (
+        [loaded("a", last_used=9), loaded("b", last_used=5), wanted("c")],
+        Unload("b", "making room for c", ("b",)),
+    ),
+    "a busy one stays, however long it is": (
+        [loaded("a", last_used=9), loaded("b", last_used=5, is_busy=True), wanted("c")],
+        Unload("a", "making room for c", ("a",)),
+    ),
+    "all are busy: the one that was loaded first yields": (
+        [loaded("a", is_busy=True, loaded_since=7), loaded("b", is_busy=True, loaded_since=5), wanted("c")],
+        IdleTime(INFINITY, "c", ("b",)),
+    ),
+    "nobody goes in vain": (
+        [loaded("a"), loaded("b", 6, is_busy=True), wanted("c", 5)],
+        IdleTime(INFINITY, "c", ("b",)),
+    ),
+    "who yields goes on to, though another has become idle": (
+        [loaded("a"), loaded("b", is_busy=True, is_yielding=True), wanted("c")],
+        IdleTime(INFINITY, "c", ("b",)),
+    ),
+    "who yields and is idle goes, whoever waits for it": (
+        [loaded("a", is_yielding=True, wanted_since=2.0), wanted("b", 10)],
+        Unload("a", "making room for b", ("a",)),
+    ),
+    "who waits for a model that is loaded wants no load": ([loaded("a", 10, wanted_since=0.5)], IdleTime(INFINITY)),
+    "a small one does not overtake": (
+        [loaded("a", 8, is_busy=True), wanted("b", 8, since=1), wanted("c", 1, since=2)],
+        IdleTime(INFINITY, "b", ("a",)),
+    ),
+    "those that yield go on to while an idle one expires": (
+        [loaded("a", 6, is_busy=True), loaded("b", 1, last_used=5, idle_unload_seconds=30), wanted("c", 8)],
+        Unload("b", "not asked for in 30 seconds", ("a",)),
+    ),
+    "idle for too long": (
+        [loaded("a", last_used=70, idle_unload_seconds=30), wanted("b")],
+        Unload("a", "not asked for in 30 seconds"),
+    ),
+    "soon idle for too long": ([loaded("a", last_used=90, idle_unload_seconds=30)], IdleTime(120)),
+    "long but busy": ([loaded("a", last_used=1, idle_unload_seconds=30, is_busy=True)], IdleTime(INFINITY)),
+}
+
+
+@pytest.mark.parametrize(("models", "action"), DECISIONS.values(), ids=DECISIONS)
+def test_what_is_decided(models: list[ManagedModel], action: Load | Unload | IdleTime) -> None:
+    assert decide(models, budget_bytes=10, now=100) == action
+
+
+class FakeLoader:
+    """Loads fakes. A model waits for its gate, if it has one, and fails with its errors, one at a time."""
+
+    def __init__(self, sizes: dict[str, int]) -> None:
+        self.known, self.unknown = sizes, dict[str, int]()
+        self.gates: dict[str, asyncio.Event] = {}
+        self.errors: dict[str, list[Exception]] = {}
+        self.backends: dict[str, FakeBackend] = {}
+        self.loads: Counter[str] = Counter()
+        self.cancelled: list[str] = []
+
+    async def known_bytes(self, spec: ModelSpec) -> int | None:
+        return self.known.get(spec.name)
+
+    async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
+        return self.unknown[spec.name]
+
+    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+        self.loads[spec.name] += 1
+        report("reading the weights", 0.4)
+        try:
+            await self.gates[spec.name].wait() if spec.name in self.gates else await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            self.cancelled.append(spec.name)
+            raise
+        if self.errors.get(spec.name):
+            raise self.errors[spec.name].pop(0)
+        backend = self.backends[spec.name] = SlowToClose()
+        engine = AsyncEngine(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)  # type: ignore[arg-type]
+        await engine.start()
+        return engine
+
+    def settle(self) -> None:
+        """Nothing is left of a fake."""
+
+
+class SlowToClose(FakeBackend):
+    """A backend whose closing waits for a gate, if there is one."""
+
+    closing_gate: threading.Event | None = None
+
+    def close(self) -> None:
+        if self.closing_gate is not None:
+            self.closing_gate.wait(timeout=PATIENCE_SECONDS)
+        super().close()
+
+
+class House:
+    """A server of several models that come and go, and a client of it."""
+
+    def __init__(self, models: ModelTable, residency: ModelManager, loader: FakeLoader, session: aiohttp.ClientSession):
+        self.models, self.residency, self.loader, self.session = models, residency, loader, session
+        self.time = 1000.0
+
+    async def ask(self, model: str, **fields: Any) -> tuple[int, Any]:
+        async with self.session.post(CHAT, json={**chat_body(**fields), "model": model}) as response:
+            answer = await response.json()
+            return response.status, answer | {"retry_after": response.headers.get("Retry-After")}
+
+    async def get(self, path: str) -> tuple[int, Any]:
+        async with self.session.get(path) as response:
+            return response.status, await response.json(content_type=None)
+
+    async def lines(self, model: str, **fields: Any) -> list[str]:
+        """The lines of a stream that are not empty."""
+        async with self.session.post(CHAT, json={**chat_body(**fields), "model": model, "stream": True}) as response:
+            assert response.status == 200, await response.text()
+            return [line.decode().strip() async for line in response.content if line.strip()]
+
+    def asks(self, model: str, **fields: Any) -> asyncio.Task[tuple[int, Any]]:
+        return asyncio.create_task(self.ask(model, **fields))
+
+    async def statuses(self) -> dict[str, str]:
+        _, answer = await self.get("/v1/models")
+        return {card["id"]: card["status"] for card in answer["data"]}
+
+    def num_waiting(self, model: str) -> int:
+        return self.models.find(model).num_requests
+
+    def progress(self, model: str) -> str:
+        return self.models.find(model).loading.describe()
+
+
+MakeHouse = Callable[..., Awaitable[House]]
+
+
+@pytest.fixture
+async def make_house() -> AsyncIterator[MakeHouse]:
+    """`await make_house(specs, sizes={…}, budget=…, limits={…})`: sizes and budget in bytes."""
+    async with AsyncExitStack() as stack:
+
+        async def start(
+            specs: list[ModelSpec],
+            *,
+            sizes: dict[str, int] | None = None,
+            budget: int = 0,
+            limits: dict[str, Any] | None = None,
+            prepare: Callable[[FakeLoader], None] = lambda loader: None,
+        ) -> House:
+            config = Config(model=tuple(specs), limits=LimitsConfig(**(limits or {})))
+            loader = FakeLoader(sizes or {})
+            prepare(loader)
+
+            def clock() -> float:
+                house.time += 1e-9  # no two events are at the same time
+                return house.time
+
+            models = ModelTable(ServedModel(spec, clock=clock) for spec in specs)
+            residency = ModelManager(models, loader, EngineConfig(memory_gib=budget / GIB), clock=clock)
+            app = create_app(models, config)
+            app.on_shutdown.append(lambda _: residency.close())
+            server = HttpServer(app, "127.0.0.1", 0, config.limits, 0.2)
+            await stack.enter_async_context(residency)
+            await stack.enter_async_context(server)
+            session = await stack.enter_async_context(aiohttp.ClientSession(server.url))
+            house = House(models, residency, loader, session)
+            await residency.start()
+            return house
+
+        yield start
+
+
+async def test_a_model_on_demand_is_listed_and_the_server_is_ready_without_it(make_house: MakeHouse) -> None:
+    house = await make_house([ModelSpec(name="a", build_seq=64), *on_demand("b")])
+
+    before, (ready, _) = await house.statuses(), await house.get("/ready")
+    status, _ = await house.ask("b")
+    after = await house.statuses()
+
+    assert before == {"a": "ready", "b": "unloaded"}
+    assert (ready, status) == (200, 200)
+    assert after == {"a": "ready", "b": "ready"}
+
+
+async def test_many_first_requests_load_it_once(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a"))
+    house.loader.gates["a"] = asyncio.Event()
+
+    asked = [house.asks("a", content=str(number)) for number in range(8)]
+    await eventually(lambda: house.num_waiting("a") == 8)
+    loading = await house.statuses()
+    house.loader.gates["a"].set()
+    answers = await asyncio.gather(*asked)
+
+    assert loading == {"a": "loading"}
+    assert [status for status, _ in answers] == [200] * 8
+    assert house.loader.loads["a"] == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/tokenize", {"prompt": "hi"}), ("/detokenize", {"tokens": [104]}), ("/v1/completions", completion_body())],
+)
+async def test_every_endpoint_waits_for_its_model(make_house: MakeHouse, path: str, body: dict[str, Any]) -> None:
+    house = await make_house(on_demand("a"))
+
+    async with house.session.post(path, json={**body, "model": "a"}) as response:
+        status = response.status
+
+    assert (status, house.loader.loads["a"]) == (200, 1)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"n": 10**6}, "n"),
+        ({"stop": ["x" * 999]}, "stop"),
+        ({"tools": [1]}, "tools"),
+    ],
+)
+async def test_what_is_wrong_without_the_model_is_refused_without_loading_it(
+    make_house: MakeHouse, fields: dict[str, Any], param: str, is_streamed: bool
+) -> None:
+    house = await make_house(on_demand("a"))
+
+    status, answer = await house.ask("a", stream=is_streamed, **fields)
+
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert not house.loader.loads
+
+
+async def test_the_least_recently_used_model_makes_room(make_house: MakeHouse) -> None:
+    house = await make_house(on_demand("a", "b", "c"), sizes={"a": 4, "b": 4, "c": 4}, budget=10)
+    for name in ("a", "b", "a"):
+        house.time += 1
+        await house.ask(name)
+
+    status, _ = await house.ask("c")
+
+    assert status == 200
+    assert await house.statuses() == {"a": "ready", "b": "unloaded", "c": "ready"}
+    assert house.loader.backends["b"].is_closed
+
+
+async def test_a_busy_model_is_waited_for(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    house.loader.backends["a"].gate = gate = threading.Event()
+
+    running = house.asks("a", content="again")
+    await asyncio.to_thread(house.loader.backends["a"].has_begun.wait, 10)
+    waiting = house.asks("b")
+    await eventually(lambda: "memory that busy models hold" in house.progress("b"))
+    meanwhile = await house.statuses()
+    gate.set()
+    answers = await asyncio.gather(running, waiting)
+
+    assert meanwhile["a"] == "ready"
+    assert [status for status, _ in answers] == [200, 200]
+    assert await house.statuses() == {"a": "unloaded", "b": "ready"}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_ordinary_traffic_keeps_no_other_model_out(make_house: MakeHouse, is_streamed: bool) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    has_answered = asyncio.Event()
+    num_answers = Counter[str]()
+
+    async def keep_busy(number: int) -> None:
+        while not has_answered.is_set():
+            await (house.lines if is_streamed else house.ask)("a", content=str(number), max_tokens=30)
+            num_answers["a"] += 1
+
+    busy = [asyncio.create_task(keep_busy(number)) for number in range(4)]
+    statuses = []
+    for number in range(5):
+        await asyncio.sleep(0)
+        statuses.append((await house.ask("b", content=str(number)))[0])
+        num_answers["b"] += 1
+    has_answered.set()
+    await asyncio.gather(*busy)
+
+    assert statuses == [200] * 5
+    assert num_answers["a"] >= 4  # they have had their turns in between
+    assert house.loader.loads["b"] <= 5
+
+
+async def test_a_turn_serves_all_that_waited_for_the_model(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    house.loader.backends["a"].gate = gate = threading.Event()
+    running = house.asks("a")
+    await asyncio.to_thread(house.loader.backends["a"].has_begun.wait, PATIENCE_SECONDS)
+
+    asked = [house.asks("b", content="first")]
+    await eventually(lambda: house.models.find("a").is_held_back)
+    asked += [house.asks(name, content=str(number)) for number in range(6) for name in ("a", "b")]
+    await eventually(lambda: house.num_waiting("a") == 7 and house.num_waiting("b") == 7)
+    gate.set()
+    answers = await asyncio.gather(running, *asked)
+
+    assert [status for status, _ in answers] == [200] * 14
+    assert house.loader.loads == {"a": 2, "b": 1}
+
+
+async def test_three_models_in_memory_for_two_all_get_their_turns(make_house: MakeHouse) -> None:
+    house = await make_house(on_demand("a", "b", "c"), sizes={"a": 4, "b": 4, "c": 4}, budget=10)
+    statuses = Counter[tuple[str, int]]()
+
+    async def ask(model: str, number: int) -> None:
+        for turn in range(8):
+            status, _ = await house.ask(model, content=f"{number} {turn}", max_tokens=20)
+            statuses[model, status] += 1
+
+    await asyncio.gather(*(ask(model, number) for model in "abc" for number in range(3)))
+
+    assert statuses == {("a", 200): 24, ("b", 200): 24, ("c", 200): 24}
+
+
+async def test_who_waits_behind_goes_on_when_the_other_wish_is_gone(
+    make_house: MakeHouse, eventually: Eventually
+) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    house.loader.backends["a"].gate = gate = threading.Event()
+    running = house.asks("a")
+    await asyncio.to_thread(house.loader.backends["a"].has_begun.wait, PATIENCE_SECONDS)
+    wish = house.asks("b")
+    await eventually(lambda: house.models.find("a").is_held_back)
+    behind = house.asks("a", content="behind")
+    leaving = house.asks("a", content="leaving")
+    await eventually(lambda: house.num_waiting("a") == 3)
+
+    wish.cancel()
+    leaving.cancel()
+    await eventually(lambda: house.num_waiting("a") == 2 and not house.models.find("a").is_held_back)
+    gate.set()
+    answers = await asyncio.gather(running, behind)
+
+    assert [status for status, _ in answers] == [200, 200]
+    assert house.loader.loads == {"a": 1}
+
+
+async def test_a_wish_that_nobody_has_any_more_evicts_nobody(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    house.loader.backends["a"].gate = gate = threading.Event()
+    running = house.asks("a", content="again")
+    await eventually(lambda: house.num_waiting("a") == 1)
+    waiting = house.asks("b")
+    await eventually(lambda: house.num_waiting("b") == 1)
+
+    waiting.cancel()
+    await eventually(lambda: house.num_waiting("b") == 0)
+    gate.set()
+    await running
+    await house.ask("a")
+
+    assert house.loader.loads == {"a": 1}
+
+
+async def test_waiting_has_an_end_but_loading_goes_on(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a"), limits={"max_wait_seconds": 0.05})
+    house.loader.gates["a"] = asyncio.Event()
+
+    status, answer = await house.ask("a")
+    house.loader.gates["a"].set()
+    await eventually(lambda: house.models.find("a").engine is not None)
+    again, _ = await house.ask("a")
+
+    assert (status, again) == (503, 200)
+    assert int(answer["retry_after"]) > 0
+    assert "was not loaded within 0.05 seconds: reading the weights, 40%" in answer["error"]["message"]
+    assert house.loader.loads["a"] == 1
+
+
+async def test_a_client_that_leaves_leaves_the_load_running(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a"))
+    house.loader.gates["a"] = asyncio.Event()
+    asked = house.asks("a")
+    await eventually(lambda: house.loader.loads["a"] == 1)
+
+    asked.cancel()
+    await eventually(lambda: house.num_waiting("a") == 0)
+    house.loader.gates["a"].set()
+    await eventually(lambda: house.models.find("a").engine is not None)
+
+    assert not house.loader.cancelled
+    assert await house.statuses() == {"a": "ready"}
+
+
+async def test_no_more_requests_wait_than_may_queue(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a"), limits={"max_waiting": 1})
+    house.loader.gates["a"] = asyncio.Event()
+    waiting = house.asks("a")
+    await eventually(lambda: house.loader.loads["a"] == 1)
+
+    status, answer = await house.ask("a")
+    house.loader.gates["a"].set()
+
+    assert (status, answer["error"]["code"]) == (429, "queue_full")
+    assert (await waiting)[0] == 200
+
+
+@pytest.mark.parametrize("error", [ModelError("config.json is missing"), RuntimeError("something nobody foresaw")])
+async def test_a_failed_load_is_answered_and_tried_again_later(make_house: MakeHouse, error: Exception) -> None:
+    house = await make_house(on_demand("a", "b"))
+    house.loader.errors["a"] = [error]
+
+    failed, answer = await house.ask("a")
+    at_once, _ = await house.ask("a")
+    statuses, (ready, _), (other, _) = await house.statuses(), await house.get("/ready"), await house.ask("b")
+    house.time += RETRY_SECONDS
+    later, _ = await house.ask("a")
+
+    assert (failed, answer["error"]["code"], int(answer["retry_after"])) == (503, "model_load_failed", RETRY_SECONDS)
+    assert "tried again" in answer["error"]["message"]
+    assert str(error) not in answer["error"]["message"]
+    assert (at_once, statuses["a"], ready, other) == (503, "failed", 200, 200)
+    assert later == 200
+    assert house.loader.loads["a"] == 2
+
+
+async def test_a_stream_tells_how_far_its_model_is_then_speaks(make_house: MakeHouse) -> None:
+    house = await make_house(on_demand("a"), limits={"sse_comment_seconds": 0.02})
+    house.loader.gates["a"] = asyncio.Event()
+
+    body = {**chat_body(max_tokens=4), "model": "a", "stream": True}
+    async with house.session.post(CHAT, json=body) as response:
+        comments = [await response.content.readuntil(b"\n\n") for _ in range(3)]
+        house.loader.gates["a"].set()
+        rest = await response.text()
+
+    assert response.headers["Content-Type"].startswith("text/event-stream")
+    assert comments[1:] == [b": loading reading the weights 40%\n\n"] * 2
+    events = [line.removeprefix("data: ") for line in rest.splitlines() if line.startswith("data: ")]
+    assert json.loads(events[0])["choices"][0]["delta"]["role"] == "assistant"
+    assert "".join(json.loads(event)["choices"][0]["delta"].get("content", "") for event in events[:-1])
+    assert events[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize(
+    ("fields", "errors", "code", "param"),
+    [
+        ({}, [ModelError("broken")], "model_load_failed", None),
+        ({"content": "x" * 100}, [], "context_length_exceeded", "messages"),
+    ],
+    ids=["the load fails", "the prompt is too long for the model"],
+)
+async def test_what_goes_wrong_after_a_stream_began_is_an_event_of_it(
+    make_house: MakeHouse, fields: dict[str, Any], errors: list[Exception], code: str, param: str | None
+) -> None:
+    house = await make_house(on_demand("a"))
+    house.loader.errors["a"] = list(errors)
+
+    lines = await house.lines("a", **fields)
+
+    error = json.loads(lines[-2].removeprefix("data: "))["error"]
+    assert (error["code"], error["param"]) == (code, param)
+    assert lines[-1] == "data: [DONE]"
+
+
+async def test_a_stream_whose_model_is_loaded_is_refused_before_it_begins(make_house: MakeHouse) -> None:
+    house = await make_house([ModelSpec(name="a", build_seq=64)])
+
+    status, answer = await house.ask("a", content="x" * 100, stream=True)
+
+    assert (status, answer["error"]["param"]) == (400, "messages")
+
+
+async def test_an_idle_model_is_unloaded_and_comes_back_with_its_counters(
+    make_house: MakeHouse, eventually: Eventually
+) -> None:
+    house = await make_house([ModelSpec(name="a", build_seq=64, idle_unload_seconds=60), *on_demand("b")])
+    await house.ask("a", max_tokens=8)
+
+    house.time += 60
+    await house.ask("b")  # which makes it look at the clock, a fake one
+    await eventually(lambda: house.loader.backends["a"].is_closed)
+    idle, (ready, _) = await house.statuses(), await house.get("/ready")
+    status, _ = await house.ask("a", max_tokens=8)
+
+    assert (idle, ready, status) == ({"a": "unloaded", "b": "ready"}, 200, 200)
+    assert house.loader.loads["a"] == 2
+    async with house.session.get("/metrics") as response:
+        metrics = await response.text()
+    for line in (
+        'vllm:generation_tokens_total{model_name="a"} 16.0',
+        'brlite:model_loads_total{model_name="a"} 2.0',
+        'brlite:model_unloads_total{model_name="a"} 1.0',
+        'brlite:model_loaded{model_name="a"} 1.0',
+    ):
+        assert line in metrics
+
+
+async def test_the_clock_itself_unloads_what_is_idle(eventually: Eventually) -> None:
+    models = ModelTable([ServedModel(ModelSpec(name="a", build_seq=64, idle_unload_seconds=0.05))])
+    loader = FakeLoader({})
+
+    async with ModelManager(models, loader, EngineConfig()) as residency:
+        await residency.start()
+        await eventually(lambda: models.find("a").engine is None)
+
+    assert loader.backends["a"].is_closed
+
+
+async def test_a_request_that_comes_while_its_model_is_unloaded_waits_for_the_next_load(
+    make_house: MakeHouse, eventually: Eventually
+) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    closing = house.loader.backends["a"]
+    assert isinstance(closing, SlowToClose)
+    closing.closing_gate = threading.Event()
+
+    other = house.asks("b")
+    await eventually(lambda: house.models.find("a").engine is None)
+    asked = house.asks("a")
+    await eventually(lambda: house.num_waiting("a") == 1)
+    num_loads = dict(house.loader.loads)
+    closing.closing_gate.set()
+    answers = await asyncio.gather(other, asked)
+
+    assert num_loads == {"a": 1}  # b's load waits for the memory of a
+    assert [status for status, _ in answers] == [200, 200]
+    assert house.loader.loads == {"a": 2, "b": 1}
+
+
+async def test_draining_ends_loads_and_whoever_waits_for_them(make_house: MakeHouse, eventually: Eventually) -> None:
+    house = await make_house(on_demand("a", "b"))
+    house.loader.gates["a"] = asyncio.Event()
+    asked = [house.asks("a"), house.asks("b"), asyncio.create_task(house.lines("a"))]
+    await eventually(lambda: house.num_waiting("a") == 2 and house.num_waiting("b") == 1)
+
+    house.models.is_draining = True
+    house.residency.drain()
+    (status, answer), (other, _), lines = await asyncio.gather(*asked)
+    await house.residency.close()
+
+    assert (status, other) == (503, 503)
+    assert "the server is stopping" in answer["error"]["message"]
+    assert "the server is stopping" in lines[-2]
+    assert house.loader.cancelled == ["a"]
+
+
+async def test_closing_waits_for_an_engine_that_is_closing_already(
+    make_house: MakeHouse, eventually: Eventually
+) -> None:
+    house = await make_house(on_demand("a", "b"), sizes={"a": 6, "b": 6}, budget=10)
+    await house.ask("a")
+    closing = house.loader.backends["a"]
+    assert isinstance(closing, SlowToClose)
+    closing.closing_gate = threading.Event()
+    asked = house.asks("b")
+    await eventually(lambda: house.models.find("a").engine is None)
+
+    closed = asyncio.create_task(house.residency.close())
+    status, _ = await asked
+    closing.closing_gate.set()
+    await closed
+
+    assert (status, closing.is_closed) == (503, True)
+    assert not house.loader.loads["b"]
+
+
+@pytest.mark.parametrize(
+    ("specs", "who"),
+    [
+        (on_demand("a", "huge"), "the model huge needs"),
+        ([ModelSpec(name="a"), ModelSpec(name="b")], 'the models of load = "start" need together'),
+    ],
+    ids=["one that never fits", "too many at the start"],
+)
+async def test_what_can_never_fit_is_refused_before_anything_is_loaded(specs: list[ModelSpec], who: str) -> None:
+    loader = FakeLoader({"a": 6 * GIB, "b": 6 * GIB, "huge": 11 * GIB})
+    residency = ModelManager([ServedModel(spec) for spec in specs], loader, EngineConfig(memory_gib=10))
+
+    with pytest.raises(ConfigError, match=rf"engine\.memory_gib = 10: {who} 1[12] GiB"):
+        await residency.start()
+
+    assert not loader.loads
+
+
+async def test_what_is_known_not_to_fit_only_once_it_is_fetched_is_refused_then(
+    make_house: MakeHouse, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = await make_house(on_demand("a"), budget=10, prepare=lambda loader: loader.unknown.update(a=11))
+
+    status, answer = await house.ask("a")
+
+    assert (status, answer["error"]["code"]) == (503, "model_load_failed")
+    assert "engine.memory_gib" in caplog.text
+    assert not house.loader.loads
+
+
+async def test_a_size_that_is_known_only_later_counts_too(make_house: MakeHouse) -> None:
+    house = await make_house(
+        on_demand("a", "b"), sizes={"a": 6}, budget=10, prepare=lambda loader: loader.unknown.update(b=6)
+    )
+    await house.ask("a")
+
+    status, _ = await house.ask("b")
+
+    assert status == 200
+    assert await house.statuses() == {"a": "unloaded", "b": "ready"}
+
+
+async def test_a_model_of_the_start_that_fails_ends_the_start(make_house: MakeHouse) -> None:
+    def break_it(loader: FakeLoader) -> None:
+        loader.errors["a"] = [ModelError("config.json is missing")]
+
+    with pytest.raises(ModelError, match=r"config\.json is missing"):
+        await make_house([ModelSpec(name="a"), *on_demand("b")], prepare=break_it)
