@@ -103,8 +103,10 @@ def test_without_standard_streams_nothing_is_printed_into_a_connection() -> None
         assert process.wait(PATIENCE_SECONDS) == 0
 
 
-def test_what_ends_a_server_is_told_where_somebody_reads() -> None:
-    result = subprocess.run([BRLITE, "serve", "--port", "70000"], capture_output=True, text=True, timeout=300)
+def test_what_ends_a_server_is_told_where_somebody_reads(tmp_path: Path) -> None:
+    command = [BRLITE, "serve", "--port", "70000"]
+
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
 
     assert result.returncode == 2
     assert result.stderr.startswith("brlite: error: command line: server.port = 70000")
