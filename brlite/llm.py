@@ -33,6 +33,7 @@ from brlite.engine.engine import Engine
 from brlite.engine.request import Request
 from brlite.errors import BrliteError, EngineError, InvalidRequest, ModelError
 from brlite.outputs import RequestOutput
+from brlite.process.waiting import start_daemon
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import ChildLimits, Tokenizer, load_tokenizer
 
@@ -373,24 +374,13 @@ async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress |
 
 
 async def _on_a_thread(work: Callable[[], T], drop: Callable[[T], None]) -> T:
-    """Work beside the loop, on a thread that does not keep a process alive which was told to stop meanwhile.
-
-    What comes out after whoever waits was cancelled is dropped.
-    """
-    done: Future[T] = Future()
-    done.set_running_or_notify_cancel()
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
+    """Run `work` on a daemon thread. If the caller is cancelled, `drop` gets the result when there is one."""
 
     def drop_result(done: Future[T]) -> None:
         if done.exception() is None:
             drop(done.result())
 
-    threading.Thread(target=run, name="brlite-load", daemon=True).start()
+    done = start_daemon(work, "brlite-load")
     try:
         return await asyncio.wrap_future(done)
     except asyncio.CancelledError:

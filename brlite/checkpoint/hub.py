@@ -7,10 +7,9 @@ offline mode and its cache folder; this file decides which files, for how long t
 from __future__ import annotations
 
 import os
-import queue
 import re
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,6 +20,7 @@ from brlite.checkpoint.progress import OnProgress, growth_reported
 from brlite.checkpoint.sha256 import check_sha256
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
+from brlite.process.waiting import start_daemon
 
 REACH_VARIABLE = "HF_HUB_ETAG_TIMEOUT"  # the library's own: how long the hub may take to tell what there is
 SHORT_REACH_SECONDS = 3.0  # where another source could serve the model, and the variable is not set
@@ -181,22 +181,10 @@ def _ask(question: Callable[[], T]) -> T:
 
 def _within(seconds: float, question: Callable[[], T]) -> T:
     """Wait for an answer, but not for longer: name servers and proxies know time limits of their own only."""
-    answers: queue.Queue[T | Exception] = queue.Queue()
-
-    def ask() -> None:
-        try:
-            answers.put(question())
-        except Exception as error:  # handed to the waiting thread, which raises it
-            answers.put(error)
-
-    threading.Thread(target=ask, name="brlite-hub", daemon=True).start()
-    try:
-        answer = answers.get(timeout=seconds)
-    except queue.Empty:
-        raise ModelError(f"no answer within {seconds:g} s ({REACH_VARIABLE} sets the time)") from None
-    if isinstance(answer, Exception):
-        raise answer
-    return answer
+    answer = start_daemon(question, "brlite-hub")
+    if not wait([answer], timeout=seconds).done:
+        raise ModelError(f"no answer within {seconds:g} s ({REACH_VARIABLE} sets the time)")
+    return answer.result()
 
 
 @contextmanager

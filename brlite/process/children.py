@@ -1,6 +1,7 @@
 """How brlite starts other programs: found by the installation, without keys in their environment, ended with brlite.
 
-No program comes from the current folder, which may be somebody else's repository. Standard library only.
+No program comes from the current folder, which may be another user's repository. Imports the standard library and
+`brlite.errors` only: setuptools runs it before other packages are installed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
+
+from brlite.errors import EngineError
 
 # Names of variables that hold secrets: AWS_SECRET_ACCESS_KEY, HF_TOKEN, PGPASSWORD; not TOKENIZERS_PARALLELISM.
 _SECRET_NAME = re.compile(
@@ -45,15 +48,34 @@ def absolute_folders(path: str) -> str:
     return os.pathsep.join(folder for folder in path.split(os.pathsep) if os.path.isabs(folder))
 
 
+def interpreter() -> str:
+    """The Python that runs child processes. Raises `EngineError` if there is none.
+
+    `sys.executable` is not always one: where Python is embedded in a program, it is that program.
+    """
+    version = "python{}.{}".format(*sys.version_info)
+    candidates = (
+        sys.executable,
+        str(getattr(sys, "_base_executable", "")),
+        *(os.path.join(sys.exec_prefix, "bin", name) for name in (version, "python3")),
+    )
+    for path in candidates:
+        if path and os.path.basename(path).startswith("python") and os.access(path, os.X_OK):
+            return path
+    raise EngineError(
+        f"no Python interpreter was found to start child processes with; looked for {version} in {sys.exec_prefix}"
+    )
+
+
 def python_module(module: str) -> list[str]:
     """The command that runs an installed module, never one of the current folder, as `python -m` would."""
     if sys.version_info >= (3, 11):
-        return [sys.executable, "-P", "-m", module]
+        return [interpreter(), "-P", "-m", module]
     # sys is built in; anything else could come from the folder that "" stands for.
     run = (
         f"import sys; del sys.path[0]; import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
-    return [sys.executable, "-c", run]
+    return [interpreter(), "-c", run]
 
 
 class ChildGroup:
@@ -64,7 +86,7 @@ class ChildGroup:
     """
 
     def __enter__(self) -> ChildGroup:
-        command = [sys.executable, "-I", "-S", "-c", _WATCH]
+        command = [interpreter(), "-I", "-S", "-c", _WATCH]
         self._children: list[subprocess.Popen[bytes]] = []
         self._watcher = subprocess.Popen(
             command,

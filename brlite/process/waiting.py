@@ -1,6 +1,7 @@
-"""Work that may wait without end, such as to open a FIFO: on a thread that nothing waits for at the end.
+"""Work that may block without end, such as opening a FIFO, on a daemon thread.
 
-asyncio's own threads are joined when the loop ends, so one that waits would keep the process from ending.
+The interpreter joins the threads of asyncio's and concurrent.futures' pools when it exits, so a blocked one would keep
+the process alive. A daemon thread ends with the process.
 """
 
 from __future__ import annotations
@@ -8,38 +9,50 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def on_daemon_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
-    """Begin the work on a thread of its own. A cancelled future leaves the thread to itself.
+def start_daemon(work: Callable[[], T], name: str) -> Future[T]:
+    """Run `work` on a daemon thread of its own. The future cannot be cancelled.
 
-    Raises `RuntimeError` where no thread can be made.
+    Raises `RuntimeError` if no thread can be started.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]  # a T, where there is no error
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
 
     def run() -> None:
-        result, error = None, None
         try:
-            result = work()
-        except BaseException as raised:
-            error = raised
-        if not loop.is_closed():
-            try:
-                loop.call_soon_threadsafe(settle, result, error)
-            except RuntimeError:  # it was closed meanwhile
-                return
+            future.set_result(work())
+        except BaseException as error:  # the reader of the future gets it
+            future.set_exception(error)
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return future
+
+
+def on_daemon_thread(work: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """`start_daemon` for a coroutine of the running loop. Cancelling the future does not end the thread.
+
+    A result that arrives after the loop was closed is dropped.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(done: Future[T]) -> None:
+        if result.done():
+            return
+        if (error := done.exception()) is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(done.result())
+
+    def hand_over(done: Future[T]) -> None:
+        with suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, done)
+
+    start_daemon(work, name).add_done_callback(hand_over)
+    return result

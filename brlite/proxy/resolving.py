@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import logging
 import math
 import socket
-import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from itertools import zip_longest
+
+from brlite.process.waiting import on_daemon_thread
 
 logger = logging.getLogger(__name__)
 
@@ -59,13 +60,15 @@ class Names:
         loop = asyncio.get_running_loop()
         if self._pending is not None or (self.known and loop.time() - self._looked_up_at < self._seconds):
             return self._pending
-        self._pending = future = loop.create_future()
-        thread = threading.Thread(target=self._run, args=(loop, future), name=f"lookup-{self._name}", daemon=True)
+        self._pending = pending = loop.create_future()
         try:
-            thread.start()
+            found = on_daemon_thread(self._find, f"lookup-{self._name}")
         except RuntimeError as error:  # the system gives no more threads
-            self._looked_up(future, OSError(errno.ENOMEM, str(error)))
-        return future
+            found = loop.create_future()
+            found.set_exception(OSError(errno.ENOMEM, str(error)))
+        # A second future, so that `known` is set before the callers of `addresses` go on.
+        found.add_done_callback(functools.partial(self._looked_up, pending))
+        return pending
 
     def in_turn(self) -> list[str]:
         """The known addresses, another one first each time; those that could not be reached lately stand last."""
@@ -82,25 +85,22 @@ class Names:
         else:
             self._failed_at[address] = asyncio.get_running_loop().time()
 
-    def _run(self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[Sequence[str]]) -> None:
-        """On the lookup's own thread."""
-        found: Sequence[str] | Exception
-        try:
-            found = self._lookup(self._name) or OSError(f"{self._name} has no address")
-        except Exception as error:
-            found = error
-        with suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(self._looked_up, future, found)
+    def _find(self) -> Sequence[str]:
+        """On the lookup's own thread. Raises `OSError` for a name without an address."""
+        found = self._lookup(self._name)
+        if not found:
+            raise OSError(f"{self._name} has no address")
+        return found
 
-    def _looked_up(self, future: asyncio.Future[Sequence[str]], found: Sequence[str] | Exception) -> None:
+    def _looked_up(self, pending: asyncio.Future[Sequence[str]], found: asyncio.Future[Sequence[str]]) -> None:
         self._pending = None
-        self._looked_up_at = future.get_loop().time()
-        if isinstance(found, Exception):
-            logger.debug("%s cannot be looked up: %s", self._name, found)
-            future.set_exception(found)
-            future.exception()  # else asyncio complains where nobody waits for it
+        self._looked_up_at = pending.get_loop().time()
+        if (error := found.exception()) is not None:
+            logger.debug("%s cannot be looked up: %s", self._name, error)
+            pending.set_exception(error)
+            pending.exception()  # else asyncio logs it where no caller waits
             return
-        if list(found) != list(self.known):
-            self.known = found
-            self._failed_at = {each: at for each, at in self._failed_at.items() if each in found}
-        future.set_result(self.known)
+        if list(found.result()) != list(self.known):
+            self.known = found.result()
+            self._failed_at = {each: at for each, at in self._failed_at.items() if each in self.known}
+        pending.set_result(self.known)

@@ -11,9 +11,7 @@ import json
 import os
 import select
 import signal
-import struct
 import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -23,6 +21,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from brlite.errors import EngineError
+from brlite.process.children import interpreter
+from brlite.sandbox.child_script import LENGTH, encode_message
 
 START_SECONDS = 60.0  # for the interpreter to come up on a busy machine
 WALL_SECONDS = 60.0  # for an answer; what the child computes is bounded in CPU seconds by itself
@@ -38,7 +38,6 @@ FIXED_ENVIRONMENT = {
 }
 
 _SCRIPT = Path(__file__).with_name("child_script.py")
-_LENGTH = struct.Struct(">I")
 
 
 class ChildLimits(NamedTuple):
@@ -75,7 +74,7 @@ class ChildProcess:
     def call(self, message: dict[str, Any] | None) -> dict[str, Any]:
         """The child's answer, which may be an `error`. Raises `ChildFailed` where it ended before it gave one, and
         `EngineError` where it cannot be started."""
-        data = None if message is None else _encode(message)  # what cannot be said costs no child
+        data = None if message is None else encode_message(message)  # what cannot be said costs no child
         if self._pid != os.getpid():
             self._forget()  # a fork: the child is the parent's, and a thread that is not here may hold the lock
         with self._lock:
@@ -119,8 +118,10 @@ class ChildProcess:
                 raise ChildFailed("the model is being closed")
             paths = sorted({_package_parent(name) for name in self._packages})
             frame = {"paths": paths, "packages": list(self._packages), **self._limits._asdict()}
-            self._exchange(_encode(frame), START_SECONDS)
-            self._setup_answer = {} if self._setup is None else self._exchange(_encode(self._setup), WALL_SECONDS)
+            self._exchange(encode_message(frame), START_SECONDS)
+            self._setup_answer = (
+                {} if self._setup is None else self._exchange(encode_message(self._setup), WALL_SECONDS)
+            )
         return self._setup_answer
 
     def _exchange(self, data: bytes, seconds: float) -> dict[str, Any]:
@@ -128,7 +129,7 @@ class ChildProcess:
         deadline = time.monotonic() + seconds
         try:
             _write(self._process, data, deadline)
-            (length,) = _LENGTH.unpack(_read(self._process, _LENGTH.size, deadline))
+            (length,) = LENGTH.unpack(_read(self._process, LENGTH.size, deadline))
             if length > MAX_ANSWER_BYTES:
                 raise ChildFailed("its process sent too much")
             answer: dict[str, Any] = json.loads(_read(self._process, length, deadline))
@@ -157,16 +158,11 @@ class ChildProcess:
         self._process = self._finalizer = None
 
 
-def _encode(message: dict[str, Any]) -> bytes:
-    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return _LENGTH.pack(len(data)) + data
-
-
 def _start() -> subprocess.Popen[bytes]:
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     try:
         process = subprocess.Popen(
-            [_python(), "-I", "-S", str(_SCRIPT)],
+            [interpreter(), "-I", "-S", str(_SCRIPT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -181,22 +177,6 @@ def _start() -> subprocess.Popen[bytes]:
         assert pipe is not None, "both are pipes"
         os.set_blocking(pipe.fileno(), False)
     return process
-
-
-def _python() -> str:
-    """The interpreter to run; `sys.executable` is the other program's own where Python is embedded in one."""
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    candidates = (
-        sys.executable,
-        str(getattr(sys, "_base_executable", "")),
-        *(os.path.join(sys.exec_prefix, "bin", name) for name in (version, "python3")),
-    )
-    for path in candidates:
-        if path and os.path.basename(path).startswith("python") and os.access(path, os.X_OK):
-            return path
-    raise EngineError(
-        f"no Python interpreter was found to start child processes with; looked for {version} in {sys.exec_prefix}"
-    )
 
 
 def _package_parent(name: str) -> str:

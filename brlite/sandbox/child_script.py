@@ -38,7 +38,7 @@ PROBES: dict[str, list[dict[str, str]]] = {
 }
 PROBES["function"] = [{**message, "role": message["role"].replace("tool", "function")} for message in PROBES["tool"]]
 
-_LENGTH = struct.Struct(">I")
+LENGTH = struct.Struct(">I")  # of a message, in bytes
 
 
 class Renderer:
@@ -181,21 +181,21 @@ def _serve() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default is to end the process
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     too_much = f"it needs more than {setup['memory_bytes']} bytes of memory"
-    out_of_memory = _encode({"error": too_much, "is_last": True})
+    out_of_memory = encode_message({"error": too_much, "is_last": True})
     worker: Renderer | TextEncoder | None = None
-    _send(_encode({}))
+    _send(encode_message({}))
     while (message := _receive()) is not None:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         try:
             if worker is None:
                 worker = (TextEncoder if "tokenizers" in message else Renderer)(**message)
-                data = _encode(worker.describe())
+                data = encode_message(worker.describe())
             else:
-                data = _encode(worker.answer(**message))
+                data = encode_message(worker.answer(**message))
         except MemoryError:
             data = out_of_memory
         except BaseException as error:  # a template's are Python's own; a panic of Rust's is no Exception
-            data = _encode({"error": _one_line(error)})
+            data = encode_message({"error": _one_line(error)})
         signal.setitimer(signal.ITIMER_PROF, 0)
         _send(data)
         if data is out_of_memory:
@@ -204,8 +204,8 @@ def _serve() -> None:
 
 def _receive() -> dict[str, Any] | None:
     """The next message; None when whoever sends them is gone."""
-    head = _read(_LENGTH.size)
-    body = head and _read(_LENGTH.unpack(head)[0])
+    head = _read(LENGTH.size)
+    body = head and _read(LENGTH.unpack(head)[0])
     return json.loads(body) if body else None
 
 
@@ -227,9 +227,10 @@ def _await_input() -> None:
         sys.exit(0)
 
 
-def _encode(answer: Mapping[str, Any]) -> bytes:
-    data = json.dumps(answer, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    return _LENGTH.pack(len(data)) + data
+def encode_message(message: Mapping[str, Any]) -> bytes:
+    """A message with its length before it, as both sides send it."""
+    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    return LENGTH.pack(len(data)) + data
 
 
 def _send(data: bytes) -> None:
