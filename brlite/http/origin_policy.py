@@ -6,7 +6,8 @@ program that is no browser can, and gains nothing: it may ask anyway.
 - `Sec-Fetch-Site` and `Origin` say whose page a request comes from (Fetch Standard; W3C Fetch Metadata). Browsers send
   them of their own accord, but `Sec-Fetch-Site` only to https and loopback.
 - `Host` is the name that was looked up. A page of `evil.example` whose name was made to lead to 127.0.0.1 ("DNS
-  rebinding") is same-origin to its browser, but cannot say `Host: localhost`.
+  rebinding") is same-origin to its browser, but cannot say `Host: localhost`. Nor can it say an address: that is not
+  looked up, so it leads where it says, and whoever has it as `Host` came through a forwarder (an emulator's 10.0.2.2).
 """
 
 from __future__ import annotations
@@ -21,18 +22,25 @@ from brlite.http.keys import ApiKeys
 ANY = "*"
 MAX_SHOWN = 200
 
-# What a browser calls the machine that it runs on; and containers theirs: no public name server answers for .internal.
-_LOCAL_NAMES = frozenset({"localhost", "ip6-localhost", "host.docker.internal", "host.containers.internal"})
+# What the usual /etc/hosts calls loopback, and what containers and virtual machines call the machine that they run on: no
+# public name server answers for .internal.
+_LOCAL_NAMES = frozenset(
+    {
+        *("localhost", "localhost4", "localhost6", "localhost.localdomain", "ip6-localhost", "ip6-loopback"),
+        *("host.docker.internal", "gateway.docker.internal", "kubernetes.docker.internal"),
+        *("host.containers.internal", "host.lima.internal", "host.minikube.internal", "host.orb.internal"),
+        "host.rancher-desktop.internal",
+    }
+)
 _IPV4_LOOPBACK = re.compile(r"127(?:\.[0-9]{1,3}){1,3}")  # 127.1 too
-_UNSPECIFIED = frozenset({"0.0.0.0", "[::]"})  # reaches loopback, where it is asked for
 _PORT = re.compile(r":[0-9]*\Z")
 
 
 class OriginPolicy:
     """`allowed_origins` are those of pages that may ask, `allowed_hosts` names of the server besides local ones.
 
-    Names are checked where `is_loopback` and no key is needed, and wherever there are `allowed_hosts`. `*` among either
-    allows all.
+    Addresses are always good. Names are checked where `is_loopback` and no key is needed, and wherever there are
+    `allowed_hosts`. `*` among either allows all.
     """
 
     def __init__(
@@ -52,8 +60,8 @@ class OriginPolicy:
         """Why a request with these headers is refused; None if it is not. A header that stands twice is joined."""
         if host is not None and not self._is_own_name(host):
             return Forbidden(
-                f"The host name {host[:MAX_SHOWN]!r} is not one of this server's. Local names are, and those in "
-                "server.allowed_hosts.",
+                f"The host name {host[:MAX_SHOWN]!r} is not one of this server's. Local names and addresses are, and "
+                "names in server.allowed_hosts.",
                 code="host_not_allowed",
             )
         if origin is None and fetch_site != "cross-site":
@@ -62,7 +70,7 @@ class OriginPolicy:
             return None
         whose = "another site" if origin is None else origin[:MAX_SHOWN]
         return Forbidden(
-            f"A web page of {whose} may not use this server. Pages of origins in server.cors_origins may.",
+            f"A web page of {whose} may not use this server. Pages of origins in server.cors_origins (--cors) may.",
             code="origin_not_allowed",
         )
 
@@ -77,14 +85,14 @@ class OriginPolicy:
 
     def _is_own_name(self, host: str) -> bool:
         is_checked = self._allowed_hosts or (self._is_loopback and self._keys is not None and self._keys.is_open)
-        return not is_checked or is_local_host(host) or not self._allowed_hosts.isdisjoint((ANY, _host_name(host)))
+        return not is_checked or is_safe_host(host) or not self._allowed_hosts.isdisjoint((ANY, _host_name(host)))
 
 
 @lru_cache(maxsize=64)
-def is_local_host(host: str) -> bool:
-    """Whether a `Host` header, or an address without a port, means this machine wherever it is looked up."""
+def is_safe_host(host: str) -> bool:
+    """Whether a `Host` header leads to this machine, or nowhere else than it says, whoever answers the look-up."""
     name = _host_name(host)
-    return is_loopback_address(name) or name in _LOCAL_NAMES or name in _UNSPECIFIED
+    return is_loopback_address(name) or name in _LOCAL_NAMES or _is_address(name)
 
 
 def is_loopback_address(host: str) -> bool:
@@ -96,6 +104,14 @@ def is_loopback_address(host: str) -> bool:
         return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
     except ValueError:
         return False
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _host_name(host: str) -> str:

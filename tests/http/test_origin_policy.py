@@ -89,9 +89,11 @@ def test_with_a_star_every_page_may_ask(origin: str | None) -> None:
         "evil.example:8000",
         "localhost.evil.example",
         "127.0.0.1.evil.example",
-        "10.0.0.1:8000",
+        "10.0.0.1.evil.example",
+        "evil.internal",
         "",
-        "[::2]",
+        "[::2].evil.example",
+        "[::2",
         "127.0.0.1, evil.example",
         "127.0.0.1:8000@evil.example",
         "localhost:8000:8000",
@@ -120,9 +122,16 @@ def test_on_loopback_without_keys_a_name_that_is_not_local_is_refused(host: str)
         "0.0.0.0:8000",
         "host.docker.internal:8000",
         "ip6-localhost",
+        "localhost.localdomain",
+        "gateway.docker.internal",
+        "host.minikube.internal:8000",
+        "10.0.2.2:8000",  # what Android's emulator calls the machine
+        "172.17.0.1",  # docker's, by a forwarder
+        "[fd00::2]:8000",
+        "[::ffff:127.0.0.1]",
     ],
 )
-def test_local_names_are_good(host: str) -> None:
+def test_local_names_and_addresses_are_good(host: str) -> None:
     assert LOCAL.refusal(host, None, None) is None
 
 
