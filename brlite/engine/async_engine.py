@@ -24,7 +24,7 @@ from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.engine.request import Request, Sink
 from brlite.engine.stats import EngineStats
-from brlite.errors import BackendLost, BrliteError, EngineError, NotReady
+from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady
 from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
@@ -277,7 +277,12 @@ class AsyncEngine:
             return work()
         if self._closing is not None:
             raise _stopping()
-        return await self._encoder.run(tenant, work)
+        try:
+            return await self._encoder.run(tenant, work)
+        except InvalidRequest:
+            if self._closing is not None:  # the child process that did it was ended, which is not the request's fault
+                raise _stopping() from None
+            raise
 
     async def _run(self) -> None:
         while True:

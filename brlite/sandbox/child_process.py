@@ -27,6 +27,8 @@ from brlite.sandbox.child_script import LENGTH, encode_message
 START_SECONDS = 60.0  # for the interpreter to come up on a busy machine
 WALL_SECONDS = 60.0  # for an answer; what the child computes is bounded in CPU seconds by itself
 MAX_ANSWER_BYTES = 2**30
+# What never comes from what a child does: of the system where memory is short, or of a manager of services.
+OTHERS_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH")  # all that a child gets to see of ours
 
 # One thread and one heap: more would be counted against the child's memory.
@@ -51,11 +53,15 @@ class ChildFailed(Exception):
     """The child ended before it answered, or was ended. The text says why."""
 
 
+class _EndedFromOutside(Exception):
+    """Somebody, or a system without memory, has ended the child: not the doing of what it was asked."""
+
+
 class ChildProcess:
     """One child, started with the first message and again after it ended. Any thread may use it; messages take turns.
 
     A child ends when it is closed, when this object is dropped, and when this process ends in any way. A forked copy of
-    this process starts a child of its own.
+    this process starts a child of its own. A message whose child is ended by others goes to another one, once.
     """
 
     def __init__(self, packages: Sequence[str], limits: ChildLimits) -> None:
@@ -73,21 +79,19 @@ class ChildProcess:
 
     def call(self, message: dict[str, Any] | None) -> dict[str, Any]:
         """The child's answer, which may be an `error`. Raises `ChildFailed` where it ended before it gave one, and
-        `EngineError` where it cannot be started."""
+        `EngineError` where it cannot be started or is ended by others again and again."""
         data = None if message is None else encode_message(message)  # what cannot be said costs no child
         if self._pid != os.getpid():
             self._forget()  # a fork: the child is the parent's, and a thread that is not here may hold the lock
         with self._lock:
             try:
-                answer = self._started()
-                if data is not None and "error" not in answer:
-                    answer = self._exchange(data, WALL_SECONDS)
-            except BaseException:
-                self._end()
-                raise
-            if answer.get("is_last"):
-                self._end()
-            return answer
+                return self._ask(data)
+            except _EndedFromOutside:
+                pass
+            try:
+                return self._ask(data)
+            except _EndedFromOutside as error:
+                raise EngineError(f"a child process was {error}, not by brlite; so was the one before it") from None
 
     def close(self) -> None:
         """End the child. Whoever waits for it gets `ChildFailed` at once. May be called twice."""
@@ -99,6 +103,18 @@ class ChildProcess:
             process.kill()
         with self._lock:
             self._end()
+
+    def _ask(self, data: bytes | None) -> dict[str, Any]:
+        try:
+            answer = self._started()
+            if data is not None and "error" not in answer:
+                answer = self._exchange(data, WALL_SECONDS)
+        except BaseException:
+            self._end()
+            raise
+        if answer.get("is_last"):
+            self._end()
+        return answer
 
     def _forget(self) -> None:
         self._pid = os.getpid()
@@ -140,7 +156,7 @@ class ChildProcess:
         return answer
 
     def _death(self) -> str:
-        """Why the child ended by itself."""
+        """Why the child ended by itself. Raises `_EndedFromOutside` if it did not."""
         assert self._process is not None, "it is started before"
         if self._is_closed:
             return "the model is being closed"
@@ -150,6 +166,8 @@ class ChildProcess:
             code = 0
         if code == -signal.SIGPROF:
             return f"it takes more than {self._limits.seconds:g} s of CPU time"
+        if -code in OTHERS_SIGNALS:
+            raise _EndedFromOutside(f"ended by signal {-code}")
         return "its process ended" + (f" by signal {-code}" if code < 0 else "")
 
     def _end(self) -> None:

@@ -152,6 +152,29 @@ async def test_a_closed_engine_encodes_no_long_text() -> None:
             await engine.encode("x" * (LONG_TEXT + 1))
 
 
+async def test_a_text_that_is_encoded_while_the_engine_closes_is_no_bad_request() -> None:
+    class Dying(ByteTokenizer):
+        """Fails as one does whose child process is ended: when it is closed."""
+
+        has_begun, is_closed = threading.Event(), threading.Event()
+
+        def encode(self, text: str, **options: Any) -> list[int]:
+            self.has_begun.set()
+            self.is_closed.wait(60)
+            raise InvalidRequest("its process was ended")
+
+        def close(self) -> None:
+            self.is_closed.set()
+
+    backend, tokenizer = FakeBackend(max_model_len=2 * LONG_TEXT, num_blocks=4 * LONG_TEXT), Dying()
+    async with AsyncEngine(Engine(backend.info, tokenizer, EngineConfig(), LimitsConfig()), backend) as engine:
+        encoding = asyncio.create_task(engine.encode("x" * (LONG_TEXT + 1)))
+        await asyncio.to_thread(tokenizer.has_begun.wait, 60)
+
+    with pytest.raises(NotReady):
+        await encoding
+
+
 async def test_a_cancelled_close_still_closes() -> None:
     async with running() as (engine, backend):
         backend.gate = threading.Event()

@@ -10,13 +10,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from brlite.chat.template import ChatTemplate
-from brlite.errors import InvalidRequest, ModelError
+from brlite.errors import EngineError, InvalidRequest, ModelError
 from brlite.sandbox.child_process import FIXED_ENVIRONMENT, ChildLimits
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -134,6 +136,39 @@ def test_a_process_that_was_killed_is_replaced(children: Callable[[], set[int]],
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
 
     assert template.render(HELLO, add_generation_prompt=True) == "hello"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_chat_whose_process_others_end_is_rendered_by_another(
+    number: signal.Signals, children: Callable[[], set[int]], template: ChatTemplate
+) -> None:
+    (child,) = children()
+    os.kill(child, signal.SIGSTOP)  # so that it has the chat, or will have it, and does not answer
+
+    with ThreadPoolExecutor(1) as pool:
+        rendered = pool.submit(template.render, HELLO, add_generation_prompt=True)
+        os.kill(child, number)
+        os.kill(child, signal.SIGCONT)
+
+        assert rendered.result(120) == "hello"
+
+
+def test_a_chat_whose_processes_are_all_ended_by_others_is_no_bad_request(children: Callable[[], set[int]]) -> None:
+    source = f"{GUARD}{ENDLESS}{{% endif %}}"
+    template = ChatTemplate(source, source="here", special_tokens={}, limits=ChildLimits(seconds=600))
+
+    with ThreadPoolExecutor(1) as pool:
+        rendered = pool.submit(template.render, HELLO, add_generation_prompt=True)
+        while not rendered.done():
+            for child in children():
+                with suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            time.sleep(0.01)
+
+        with pytest.raises(EngineError, match="ended by signal 9, not by brlite"):
+            rendered.result(120)
+    assert template.render([{"role": "user", "content": "bye"}], add_generation_prompt=True) == ""
+    template.close()
 
 
 def test_one_process_renders_all_chats_of_many_threads(
