@@ -22,8 +22,8 @@ from brlite.http.keys import ApiKeys
 ANY = "*"
 MAX_SHOWN = 200
 
-# What the usual /etc/hosts calls loopback, and what containers and virtual machines call the machine that they run on: no
-# public name server answers for .internal.
+# What the usual /etc/hosts calls loopback, and what containers and virtual machines call the machine that they run on:
+# no public name server answers for .internal.
 _LOCAL_NAMES = frozenset(
     {
         *("localhost", "localhost4", "localhost6", "localhost.localdomain", "ip6-localhost", "ip6-loopback"),
