@@ -32,7 +32,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "config": ("files machine process", "msgspec tomli tomllib"),
     "models": ("files config", "numpy msgspec"),
     "chat": ("files sandbox", "tokenizers"),
-    "tokenizer": ("chat files sandbox checkpoint.gguf_header checkpoint.model_file", "tokenizers sentencepiece"),
+    "tokenizer": ("chat files sandbox checkpoint.gguf_header checkpoint.model_file", "tokenizers"),
     "engine": ("tokenizer sampling_params outputs config", "msgspec"),
     "checkpoint": ("models files process machine config", "torch numpy gguf huggingface_hub tqdm msgspec"),
     "backends": (

@@ -1,11 +1,13 @@
-"""Runs a chat template, or a tokenizer whose expressions may never end, in a child process (`child_process.py`).
+"""Runs a chat template, or a tokenizer that may hang or crash, in a child process (`child_process.py`).
 
 Both are a third party's. Here they can neither hang nor exhaust the server: the kernel ends the process where a message
-takes too much CPU time, and bounds its memory. Imports the standard library, jinja2 or tokenizers, never brlite.
+takes too much CPU time, and bounds its memory. Imports the standard library and one of
+jinja2, tokenizers and sentencepiece, never brlite.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -84,6 +86,28 @@ class TextEncoder:
 
     def answer(self, index: int, text: str, *, add_special_tokens: bool) -> dict[str, Any]:
         return {"ids": self._tokenizers[index].encode(text, add_special_tokens=add_special_tokens).ids}
+
+
+class PieceEncoder:
+    """A sentencepiece model, as base64."""
+
+    def __init__(self, sentencepiece: str) -> None:
+        processor = import_module("sentencepiece").SentencePieceProcessor
+        self._processor = processor(model_proto=base64.b64decode(sentencepiece))
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "num_pieces": self._processor.get_piece_size(),
+            "eos_token_id": self._processor.eos_id(),
+            "starts_with_space": "".join(self._processor.encode("a", out_type=str)).startswith("▁"),
+        }
+
+    def answer(self, text: str) -> dict[str, Any]:
+        return {"ids": self._processor.encode(text)}
+
+
+# By the name in the first message that only this one has.
+WORKERS = {"template": Renderer, "tokenizers": TextEncoder, "sentencepiece": PieceEncoder}
 
 
 def _starts_of(controls: Sequence[str]) -> re.Pattern[str] | None:
@@ -182,13 +206,13 @@ def _serve() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     too_much = f"it needs more than {setup['memory_bytes']} bytes of memory"
     out_of_memory = encode_message({"error": too_much, "is_last": True})
-    worker: Renderer | TextEncoder | None = None
+    worker: Renderer | TextEncoder | PieceEncoder | None = None
     _send(encode_message({}))
     while (message := _receive()) is not None:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])
         try:
             if worker is None:
-                worker = (TextEncoder if "tokenizers" in message else Renderer)(**message)
+                worker = next(make for name, make in WORKERS.items() if name in message)(**message)
                 data = encode_message(worker.describe())
             else:
                 data = encode_message(worker.answer(**message))

@@ -45,7 +45,7 @@ def find_loader(folder: Path) -> Loader | None:
 
 def load_baichuan2(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
     """No BOS, no EOS; who speaks is told by two pieces of the vocabulary."""
-    model = SentencePieceModel(folder / MODEL_FILE)
+    model = SentencePieceModel(folder / MODEL_FILE, limits=limits)
     roles = _baichuan2_roles(folder, model)
     names = {token_id: model.pieces[token_id].text for token_id in roles.values()}
     chat_format: ChatFormat | None = _operators(
@@ -59,7 +59,8 @@ def load_baichuan2(folder: Path, chat_template: Path | None = None, limits: Chil
 def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
     """`[gMASK]sop` before every text; its control tokens follow the vocabulary, and no text contains them."""
     is_chatglm2 = _is_chatglm2(folder)
-    model = SentencePieceModel(folder / MODEL_FILE, CHATGLM2_TOKENS if is_chatglm2 else CHATGLM3_TOKENS)
+    control_tokens = CHATGLM2_TOKENS if is_chatglm2 else CHATGLM3_TOKENS
+    model = SentencePieceModel(folder / MODEL_FILE, control_tokens, limits=limits)
     own_format = (ChatGLM2Format if is_chatglm2 else ChatGLM3Format)(model.ids)
     return _tokenizer(
         folder,

@@ -5,19 +5,19 @@ That library panics where it should raise, which is a `BaseException`: here it b
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import tokenizers
 from tokenizers import pre_tokenizers
 
 from brlite.chat.control_tokens import is_control
-from brlite.errors import InvalidRequest, ModelError
-from brlite.files.quoting import one_line, reason
-from brlite.sandbox.child_process import ChildFailed, ChildLimits, ChildProcess
+from brlite.errors import InvalidRequest
+from brlite.files.quoting import reason
+from brlite.sandbox.child_process import ChildLimits
+from brlite.tokenizer.encoder_process import EncoderProcess
 from brlite.tokenizer.tokenizer import Encoder
 
 _ALL, _WORDS, _LATER_WORDS = range(3)
-_TABLE_GROWTH = 32  # the library's tables take so many times the bytes of their JSON at most
 _MAX_COMPOSED = 4  # so many characters at most become one where Unicode is normalised
 
 
@@ -31,7 +31,10 @@ class BackendEncoder(Encoder):
         self._words = _without_control_tokens(backend, backend.pre_tokenizer)
         later_words = _without_control_tokens(backend, _without_first_space(backend.pre_tokenizer))
         self._backends = (backend, self._words, later_words)
-        self._child = None if child_limits is None else _start_child(self._backends, child_limits)
+        self._process = None
+        if child_limits is not None:
+            texts = [each.to_str() for each in self._backends]
+            self._process = EncoderProcess("tokenizers", {"tokenizers": texts}, sum(map(len, texts)), child_limits)
         self._control_ids = frozenset(token_id for token_id, token in added.items() if is_control(token))
         # What the copies call the tokens that the vocabulary does not hold itself.
         self._renumbered = {
@@ -50,8 +53,8 @@ class BackendEncoder(Encoder):
         return self._encode(_ALL, text, add_special_tokens=add_special_tokens)
 
     def close(self) -> None:
-        if self._child is not None:
-            self._child.close()
+        if self._process is not None:
+            self._process.close()
 
     def encode_words(self, text: str, *, is_first: bool) -> list[int]:
         ids = self._encode(_WORDS if is_first else _LATER_WORDS, text)
@@ -60,16 +63,9 @@ class BackendEncoder(Encoder):
         return ids if self._control_ids.isdisjoint(ids) else list(self._by_character(ids))
 
     def _encode(self, index: int, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        if self._child is None:
+        if self._process is None:
             return _encode(self._backends[index], text, add_special_tokens=add_special_tokens)
-        try:
-            answer = self._child.call({"index": index, "text": text, "add_special_tokens": add_special_tokens})
-        except ChildFailed as error:
-            answer = {"error": str(error)}
-        if "error" in answer:
-            raise InvalidRequest(f"the model's tokenizer failed on the text: {one_line(answer['error'])}")
-        ids: list[int] = answer["ids"]
-        return ids
+        return self._process.encode(index=index, text=text, add_special_tokens=add_special_tokens)
 
     def _by_character(self, ids: Iterable[int]) -> Iterable[int]:
         """`ids` with each control token, which the vocabulary made of words after all, as its characters."""
@@ -79,20 +75,6 @@ class BackendEncoder(Encoder):
                 continue
             for character in self._backend.id_to_token(token_id) or "":
                 yield from (part for part in self._encode(_LATER_WORDS, character) if part not in self._control_ids)
-
-
-def _start_child(backends: Sequence[tokenizers.Tokenizer], limits: ChildLimits) -> ChildProcess:
-    texts = [backend.to_str() for backend in backends]
-    limits = limits._replace(memory_bytes=limits.memory_bytes + _TABLE_GROWTH * sum(map(len, texts)))
-    child = ChildProcess(("tokenizers",), limits)
-    try:
-        answer = child.set_up({"tokenizers": texts})
-    except ChildFailed as error:
-        answer = {"error": str(error)}
-    if "error" in answer:
-        child.close()
-        raise ModelError(f"the tokenizer cannot be read: {one_line(answer['error'])}")
-    return child
 
 
 def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:

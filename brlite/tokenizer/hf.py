@@ -23,9 +23,9 @@ from brlite.tokenizer.encoder import BackendEncoder, is_panic
 from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
 from brlite.tokenizer.json_check import check_tokenizer_json
 from brlite.tokenizer.piece_encoder import PieceEncoder
-from brlite.tokenizer.pieces import read_sentencepiece
 from brlite.tokenizer.post_processor import add_bos_eos
 from brlite.tokenizer.pre_tokenizers import ends_soon
+from brlite.tokenizer.sentencepiece_model import read_sentencepiece
 from brlite.tokenizer.token_bytes import read_token_bytes
 from brlite.tokenizer.tokenizer import Encoder, Tokenizer
 
@@ -55,7 +55,7 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
     backend, ends = (
         _read_tokenizer_json(folder / "tokenizer.json")
         if has_json
-        else (read_sentencepiece(folder / "tokenizer.model"), True)
+        else (read_sentencepiece(folder / "tokenizer.model", limits), True)
     )
     _add_listed_tokens(backend, folder, config)
     tokens = _named_tokens(config, folder)

@@ -6,20 +6,18 @@ Sizes are checked against what is there, and how far each step can make a text g
 from __future__ import annotations
 
 import base64
-import binascii
 import json
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from brlite.errors import ModelError
 from brlite.files.quoting import reason
+from brlite.tokenizer.charsmap import check_charsmap
 
 MAX_GROWTH = 64  # a text may become so many times as long before it is cut: published ones stay below 10
 MAX_PREPENDED = 64  # characters put before each stretch of a text
 MAX_STEPS = 64  # of normalising and cutting; published tokenizers have fewer than 10
-MAX_REPLACEMENT_BYTES = 256  # of one character, in a table of sentencepiece's; U+FDFA has 33
 BYTE_GROWTH = 4  # a character's bytes, each of which becomes a character
 # What the library's steps do to the length of a text at most, where their own fields do not tell.
 _GROWTH = {"ByteLevel": BYTE_GROWTH, "BertNormalizer": 3, "BertPreTokenizer": 1, "Precompiled": 1}
@@ -117,13 +115,8 @@ def _replacement_growth(step: dict[str, Any]) -> float:
 
 
 def _check_charsmap(text: str) -> None:
-    """The size of a trie, the trie, and replacements that end with a zero byte each (sentencepiece's format)."""
     try:
         data = base64.b64decode(text, validate=True)
-        (num_bytes,) = struct.unpack_from("<I", data)
-    except (binascii.Error, struct.error, ValueError):
-        raise ValueError("precompiled_charsmap must be base64 of at least 4 bytes") from None
-    if num_bytes % 4 or 4 + num_bytes > len(data):
-        raise ValueError(f"precompiled_charsmap names a trie of {num_bytes} bytes and has {len(data) - 4}")
-    if max(map(len, data[4 + num_bytes :].split(b"\0")), default=0) > MAX_REPLACEMENT_BYTES:
-        raise ValueError(f"precompiled_charsmap replaces a character with more than {MAX_REPLACEMENT_BYTES} bytes")
+    except ValueError:
+        raise ValueError("precompiled_charsmap must be base64") from None
+    check_charsmap(data)

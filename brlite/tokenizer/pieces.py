@@ -6,35 +6,14 @@ Both a bare `tokenizer.model` and a GGUF file of kind `llama` hold these. Knows 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-from brlite.checkpoint.model_file import check_model_file
 from brlite.errors import ModelError
-from brlite.files.quoting import reason
-from brlite.tokenizer.piece_encoder import PieceEncoder
-
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
-
-# What a reading of a tokenizer.model must agree on with sentencepiece itself before it is trusted.
-_SAMPLES = (
-    "Hello world",
-    "a  b\n\tc ",
-    "In 2024: 3.14159",
-    "Füße ½ ﬁ Ａ e\u0301",
-    "你好，世界 🙂",
-    "for(i=0;i<n;i++){x[i]+=1;}",
-)
-
 
 MAX_PIECE = 1024  # characters: sentencepiece's own limit is 16 unless its makers raise it
-
-
-_PIECE, _KIND = 1, 3  # fields of sentencepiece's ModelProto and of its SentencePiece
 
 
 class PieceKind(enum.IntEnum):
@@ -82,81 +61,6 @@ def add_typed_tokens(backend: Tokenizer, tokens: Iterable[tuple[str, int]]) -> N
             added.append(AddedToken(text, normalized=False))
     backend.add_special_tokens(special)
     backend.add_tokens(added)
-
-
-def read_sentencepiece(path: Path) -> Tokenizer:
-    """The tokenizer of a bare `tokenizer.model`. Raises `ModelError` for one that is not BPE or rewrites its text."""
-    processor = open_sentencepiece(path)
-    backend = build_backend(read_pieces(processor), add_space_prefix=starts_with_space(processor))
-    encoder = PieceEncoder(backend, add_space_prefix=starts_with_space(processor))
-    for sample in _SAMPLES:
-        if encoder.encode_words(sample, is_first=True) != processor.encode(sample):
-            raise ModelError(
-                f"{path}: not a BPE model that keeps its text as it is; convert the tokenizer to a tokenizer.json"
-            )
-    return backend
-
-
-def open_sentencepiece(path: Path) -> SentencePieceProcessor:
-    """Raises `ModelError` for a file that is no sentencepiece model."""
-    from sentencepiece import SentencePieceProcessor
-
-    check_model_file(path)
-    try:
-        return SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise ModelError(f"{path}: not a sentencepiece model: {reason(error)}") from None
-
-
-def read_pieces(processor: SentencePieceProcessor) -> list[VocabularyPiece]:
-    """Every piece in the order of the ids."""
-    kinds = _kinds(processor.serialized_model_proto())
-    return [
-        VocabularyPiece(processor.id_to_piece(token_id), processor.get_score(token_id), kind)
-        for token_id, kind in zip(range(processor.get_piece_size()), kinds, strict=True)
-    ]
-
-
-def starts_with_space(processor: SentencePieceProcessor) -> bool:
-    """Whether a text gets a space in front before it is cut."""
-    return str(processor.encode("a", out_type=str)[0]).startswith("▁")
-
-
-def _kinds(model: bytes) -> list[PieceKind]:
-    """The kinds of the pieces: field 3 of each field 1 of the model's protocol buffer, 1 where it is left out.
-
-    The package does not tell which pieces users defined, and its generated reader needs another package.
-    """
-    return [
-        PieceKind(next((int(value) for number, value in _fields(piece) if number == _KIND), PieceKind.NORMAL))
-        for number, piece in _fields(model)
-        if number == _PIECE and isinstance(piece, bytes)
-    ]
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The fields of a message that the package has read before: numbers, and bytes of the rest."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        wire_type = key & 7
-        if wire_type == 0:
-            value, at = _varint(message, at)
-            yield key >> 3, value
-            continue
-        length, at = _varint(message, at) if wire_type == 2 else ({1: 8, 5: 4}[wire_type], at)
-        yield key >> 3, message[at : at + length]
-        at += length
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
 
 
 def _merges(pieces: Sequence[VocabularyPiece]) -> list[tuple[str, str]]:

@@ -1,18 +1,67 @@
-"""A `tokenizer.model` run by the sentencepiece package itself, for models whose folders bring code for the rest."""
+"""A `tokenizer.model`: rebuilt from its pieces, or run by the sentencepiece package where folders bring code.
+
+The package is run in a process of its own only. What a file holds is checked before (`sentencepiece_file.py`).
+"""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from brlite.errors import ModelError
-from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, open_sentencepiece, read_pieces, starts_with_space
+from tokenizers import Tokenizer as Backend
+
+from brlite.errors import InvalidRequest, ModelError
+from brlite.sandbox.child_process import ChildLimits
+from brlite.tokenizer.encoder_process import EncoderProcess
+from brlite.tokenizer.piece_encoder import PieceEncoder
+from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, build_backend
+from brlite.tokenizer.sentencepiece_file import SentencePieceFile, read_sentencepiece_file
 from brlite.tokenizer.token_bytes import TokenBytes
 from brlite.tokenizer.tokenizer import Encoder
 
-if TYPE_CHECKING:
-    from sentencepiece import SentencePieceProcessor
+# What a reading of a tokenizer.model must agree on with sentencepiece itself before it is trusted.
+_SAMPLES = (
+    "Hello world",
+    "a  b\n\tc ",
+    "In 2024: 3.14159",
+    "Füße ½ ﬁ Ａ e\u0301",
+    "你好，世界 🙂",
+    "for(i=0;i<n;i++){x[i]+=1;}",
+)
+
+
+def read_sentencepiece(path: Path, limits: ChildLimits | None = None) -> Backend:
+    """The tokenizer of a bare `tokenizer.model`. Raises `ModelError` for one that is not BPE or rewrites its text."""
+    file = read_sentencepiece_file(path)
+    with closing(_start_process(path, file, limits)) as process:
+        starts_with_space = process.description["starts_with_space"]
+        backend = build_backend(file.pieces, add_space_prefix=starts_with_space)
+        encoder = PieceEncoder(backend, add_space_prefix=starts_with_space)
+        try:
+            is_same = all(
+                encoder.encode_words(sample, is_first=True) == process.encode(text=sample) for sample in _SAMPLES
+            )
+        except InvalidRequest as error:
+            raise ModelError(f"{path}: {error}") from None
+    if not is_same:
+        raise ModelError(
+            f"{path}: not a BPE model that keeps its text as it is; convert the tokenizer to a tokenizer.json"
+        )
+    return backend
+
+
+def _start_process(path: Path, file: SentencePieceFile, limits: ChildLimits | None) -> EncoderProcess:
+    setup = {"sentencepiece": base64.b64encode(file.data).decode()}
+    try:
+        process = EncoderProcess("sentencepiece", setup, len(file.data), limits or ChildLimits())
+    except ModelError as error:
+        raise ModelError(f"{path}: not a sentencepiece model: {error}") from None
+    if process.description["num_pieces"] != len(file.pieces):
+        process.close()
+        raise ModelError(f"{path}: not a sentencepiece model: the library finds another number of pieces")
+    return process
 
 
 class SentencePieceEncoder(Encoder):
@@ -20,39 +69,41 @@ class SentencePieceEncoder(Encoder):
 
     max_composed = 0  # what a model's normaliser does to a text is not known here
 
-    def __init__(
-        self, processor: SentencePieceProcessor, prefix: Sequence[int], characters: Mapping[int, list[int]]
-    ) -> None:
+    def __init__(self, process: EncoderProcess, prefix: Sequence[int], characters: Mapping[int, list[int]]) -> None:
         """`characters` are the ids of control tokens that the model finds in texts, each with its text's own."""
-        self._processor = processor
+        self._process = process
         self._prefix = list(prefix)
         self._characters = characters
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        ids: list[int] = self._processor.encode(text)
+        ids = self._process.encode(text=text)
         return [*self._prefix, *ids] if add_special_tokens else ids
 
     def encode_words(self, text: str, *, is_first: bool) -> list[int]:
-        ids: list[int] = self._processor.encode(text)
+        ids = self._process.encode(text=text)
         if self._characters.keys().isdisjoint(ids):
             return ids
         return [part for token_id in ids for part in self._characters.get(token_id, (token_id,))]
+
+    def close(self) -> None:
+        self._process.close()
 
 
 class SentencePieceModel:
     """The pieces of a model in the order of their ids, and behind them `control_tokens`, which no text contains."""
 
-    def __init__(self, path: Path, control_tokens: Sequence[str] = ()) -> None:
-        """Raises `ModelError` for a file that is no sentencepiece model."""
+    def __init__(self, path: Path, control_tokens: Sequence[str] = (), *, limits: ChildLimits | None = None) -> None:
+        """Raises `ModelError` for a file that is no sentencepiece model. `limits` are what a text may cost."""
         self._path = path
-        self._processor = open_sentencepiece(path)
-        self.pieces = read_pieces(self._processor)
+        file = read_sentencepiece_file(path)
+        self.pieces = file.pieces
         self.ids = {text: len(self.pieces) + index for index, text in enumerate(control_tokens)}
+        self._piece_ids = {piece.text: token_id for token_id, piece in enumerate(self.pieces)}
+        self._process = _start_process(path, file, limits)
 
     def piece_id(self, text: str) -> int | None:
         """The id of a piece; None if the model has no such piece."""
-        token_id: int = self._processor.piece_to_id(text)
-        return token_id if self.pieces[token_id].text == text else None
+        return self._piece_ids.get(text)
 
     @property
     def special_token_ids(self) -> list[int]:
@@ -61,7 +112,7 @@ class SentencePieceModel:
 
     @property
     def eos_token_id(self) -> int:
-        token_id: int = self._processor.eos_id()
+        token_id: int = self._process.description["eos_token_id"]
         if token_id < 0:
             raise ModelError(f"{self._path}: the model has no end token")
         return token_id
@@ -69,7 +120,7 @@ class SentencePieceModel:
     def encoder(self, prefix: Sequence[int] = (), control_ids: Iterable[int] = ()) -> SentencePieceEncoder:
         """`control_ids` are pieces that no message may become, although the model finds them in texts."""
         characters = {token_id: self._character_ids(self.pieces[token_id].text) for token_id in control_ids}
-        return SentencePieceEncoder(self._processor, prefix, characters)
+        return SentencePieceEncoder(self._process, prefix, characters)
 
     def _character_ids(self, text: str) -> list[int]:
         ids: list[int] = []
@@ -83,7 +134,7 @@ class SentencePieceModel:
     def token_bytes(self) -> TokenBytes:
         control = [VocabularyPiece(text, 0.0, PieceKind.CONTROL) for text in self.ids]
         table = tuple(_bytes(piece) for piece in (*self.pieces, *control))
-        return TokenBytes(table, starts_with_space(self._processor))
+        return TokenBytes(table, self._process.description["starts_with_space"])
 
 
 def _bytes(piece: VocabularyPiece) -> bytes:

@@ -14,6 +14,19 @@ from typing import Any
 import pytest
 
 from tests.tokenizer.conftest import WriteGguf
+from tests.tokenizer.sentencepiece_models import (
+    BASE,
+    BYTE,
+    CONTROL,
+    UNKNOWN,
+    bytes_field,
+    model,
+    number_field,
+    piece,
+    varint,
+    write_model,
+)
+from tests.tokenizer.sentencepiece_models import charsmap as charsmap_table
 
 MEMORY_BYTES = 3 * 1024**3  # of address space, most of it reserved by libraries and never used
 CPU_SECONDS = 60
@@ -215,3 +228,108 @@ def test_a_gguf_piece_of_a_megabyte_is_refused(write_gguf: WriteGguf, pieces_key
     _, refusal = read(write_gguf(**keys))
 
     assert "a piece of the vocabulary has 1048576 characters" in refusal
+
+
+def broken_trie() -> bytes:
+    table = bytearray(charsmap_table({b"a": b"b"}))
+    table[4:8] = struct.pack("<I", 2**31 - 1)
+    return bytes(table)
+
+
+# What stands in a tokenizer.model, and the reason that its refusal gives; none where the library's own differs.
+REFUSED_MODELS: dict[str, tuple[bytes, str]] = {
+    "a piece longer than the file": (model() + varint(1 << 3 | 2) + varint(2**40), "goes beyond the"),
+    "a field longer than its piece": (model([bytes_field(1, b"\x0a\x7fa")]), "goes beyond the 3 bytes"),
+    "a length of 2**64 - 1": (model() + varint(1 << 3 | 2) + varint(2**64 - 1), "goes beyond the"),
+    "a number without an end": (model() + number_field(9, 1)[:-1] + b"\xff" * 20, "does not end"),
+    "a number that is cut": (model() + b"\x80", "does not end"),
+    "groups in groups": (model() + b"\x0b" * 100_000, "wire type 3"),
+    "field 0": (model() + b"\0\0", "field 0"),
+    "a number for a piece": (model() + number_field(1, 5), "has a number where"),
+    "a number for a text": (model([bytes_field(1, number_field(1, 5))]), "has a number where"),
+    "a number for a score": (model([bytes_field(1, bytes_field(1, b"b") + number_field(2, 5))]), "score"),
+    "a score of 8 bytes": (model([bytes_field(1, bytes_field(1, b"b") + varint(2 << 3 | 1) + b"\0" * 8)]), "score"),
+    "a score that is no number": (model([piece("b", score=float("nan"))]), "finite"),
+    "an endless score": (model([piece("b", score=float("inf"))]), "finite"),
+    "a kind that is none": (model([piece("b", 7)]), "kind must be from 1 to 6"),
+    "a kind of 2**63": (model([piece("b", 2**63)]), "kind must be from 1 to 6"),
+    "empty pieces": (model([bytes_field(1, b"")] * 1_000_000), "1 to 1024 characters"),
+    "a piece of a megabyte": (model([piece("b" * 2**20)]), "1 to 1024 characters"),
+    "a zero byte": (model([piece("a\0b")]), "no zero byte"),
+    "no UTF-8": (model([piece(b"\xff\x1b[2J")]), "must be UTF-8"),
+    "no pieces": (model(base=[]), "has no pieces"),
+    "no unknown piece": (model(base=BASE[1:]), ""),
+    "two unknown pieces": (model([piece("<unk2>", UNKNOWN)]), ""),
+    "a piece twice": (model([piece("a")]), ""),
+    "a byte piece that is none": (model([piece("<0xZZ>", BYTE)]), ""),
+    "no end token": (model(base=[each for each in BASE if each != piece("</s>", CONTROL, 0.0)]), "no end token"),
+    "a trie of 4 GB in four bytes": (model(charsmap=struct.pack("<I", 2**32 - 4)), "names a trie"),
+    "a table of one byte": (model(charsmap=b"\1"), "at least 4 bytes"),
+    "a trie that leads beyond its end": (model(charsmap=broken_trie()), "leads beyond its end"),
+    "a replacement without an end": (model(charsmap=charsmap_table({b"a": b"b"})[:-1]), "end with a zero byte"),
+    "a leaf beyond the replacements": (
+        model(charsmap=charsmap_table({b"a": b"x" * 200, b"b": b"y"})[:-202] + b"\0"),
+        "leads beyond its end",
+    ),
+    "a character that becomes a megabyte": (
+        model(charsmap=charsmap_table({b"a": b"x" * 2**20})),
+        "replaces a character with more than",
+    ),
+    "a broken table to undo it": (
+        model() + bytes_field(5, bytes_field(2, struct.pack("<I", 2**32 - 4))),
+        "names a trie",
+    ),
+    "words of a web page": (b"<p>not found</p>", ""),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "model_type"),
+    [*((case, "chatglm") for case in REFUSED_MODELS), ("empty pieces", "llama"), ("two unknown pieces", "llama")],
+)
+def test_a_sentencepiece_model_that_would_exhaust_us_is_refused_in_one_line(
+    tmp_path: Path, case: str, model_type: str
+) -> None:
+    data, reason = REFUSED_MODELS[case]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    write_model(tmp_path, data)
+
+    _, refusal = read(tmp_path)
+
+    assert refusal.startswith(f"ModelError {tmp_path / 'tokenizer.model'}: ")
+    assert reason in refusal
+    assert refusal.isprintable()
+    assert len(refusal) < 700
+
+
+def test_a_sentencepiece_model_beyond_any_size_is_not_read(tmp_path: Path) -> None:
+    write_model(tmp_path, model())
+    with (tmp_path / "tokenizer.model").open("r+b") as file:
+        file.truncate(2**40)
+
+    _, refusal = read(tmp_path)
+
+    assert "has more than 67108864 bytes" in refusal
+
+
+# Models that are right, and a text that each takes too much time or memory for.
+RUNAWAY_MODELS = {
+    "256 bytes for one": (model(charsmap=charsmap_table({b"a": b"x" * 256})), "a" * 2**21),
+    "a thousand pieces everywhere": (
+        model([piece("a" * length) for length in range(2, 1025)]),
+        "a" * 2**22,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RUNAWAY_MODELS)
+def test_a_text_that_exhausts_sentencepiece_is_refused_and_the_next_one_is_not(tmp_path: Path, case: str) -> None:
+    data, text = RUNAWAY_MODELS[case]
+    (tmp_path / "config.json").write_text('{"model_type": "chatglm"}')
+    write_model(tmp_path, data)
+
+    (outcome, next_outcome), refusal = read(tmp_path, text)
+
+    assert refusal == ""
+    assert outcome.startswith("InvalidRequest the model's tokenizer failed on the text")
+    assert next_outcome.startswith("ids")

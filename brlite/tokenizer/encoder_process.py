@@ -1,0 +1,45 @@
+"""A third party's tokenizer in a child process: a text that makes it hang, abort or exhaust memory is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from brlite.errors import InvalidRequest, ModelError
+from brlite.files.quoting import one_line
+from brlite.sandbox.child_process import ChildFailed, ChildLimits, ChildProcess
+
+TABLE_GROWTH = 32  # a library's tables take so many times the bytes of their file at most
+
+
+class EncoderProcess:
+    """One child with a tokenizer. Any thread may use it; texts take turns. `description` is what the child says of it.
+
+    Of `limits` the memory grows with the tokenizer's size.
+    """
+
+    def __init__(self, package: str, setup: dict[str, Any], num_bytes: int, limits: ChildLimits) -> None:
+        """`setup` holds the tokenizer, `num_bytes` long. Raises `ModelError` where the package cannot read it."""
+        limits = limits._replace(memory_bytes=limits.memory_bytes + TABLE_GROWTH * num_bytes)
+        self._child = ChildProcess((package,), limits)
+        try:
+            self.description = self._child.set_up(setup)
+        except ChildFailed as error:
+            self.description = {"error": str(error)}
+        if "error" in self.description:
+            self._child.close()
+            raise ModelError(f"the tokenizer cannot be read: {one_line(self.description['error'])}")
+
+    def encode(self, **message: Any) -> list[int]:
+        """The ids of a text. Raises `InvalidRequest` where the tokenizer fails on it."""
+        try:
+            answer = self._child.call(message)
+        except ChildFailed as error:
+            answer = {"error": str(error)}
+        if "error" in answer:
+            raise InvalidRequest(f"the model's tokenizer failed on the text: {one_line(answer['error'])}")
+        ids: list[int] = answer["ids"]
+        return ids
+
+    def close(self) -> None:
+        """End the child. May be called twice."""
+        self._child.close()
