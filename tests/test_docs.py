@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from brlite.backends.plugins.toy import ToyOptions
+from brlite.commands import cli
 from brlite.config.load import load_config
 from brlite.config.options import DEFAULT_MODEL, LimitsConfig
 from brlite.config.proxy_files import load_proxy_config
@@ -27,6 +35,23 @@ EXAMPLES = {
     f"{name}-{number}": code
     for name, text in {"README": README, **PAGES}.items()
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL), 1)
+}
+SHELL_EXAMPLES = {
+    f"{name}-{number}": code
+    for name, text in {"README": README, **PAGES}.items()
+    for number, code in enumerate(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL), 1)
+}
+# Those that no test of this file runs, and why. The arguments of their brlite commands are parsed all the same.
+NOT_RUN_HERE = {
+    "README-1": "`.ci/run` installs in a fresh venv; tests/test_end_to_end.py serves the default model",
+    "README-2": "tests/test_end_to_end.py sends such a request; another test compares the model's name",
+    "README-3": "it is the command that runs this test",
+    "README-4": "the models would be downloaded",
+    "conversion-1": "the models have 72 billion weights; tests/conversion converts small ones",
+    "deployment-1": "needs a Ray cluster; tests/test_ray_serve.py starts one on loopback",
+    "deployment-2": "needs a Kubernetes cluster; tests/test_deploy.py checks the manifests against the schemas",
+    "proxy-1": "needs the servers it names; tests/test_proxy_command.py starts such ones",
+    "tensor-parallelism-1": "needs two machines; tests/test_ranks.py starts ranks on one",
 }
 ADDRESS = re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}\b")
 MAY_BE_SHOWN = ("127.", "0.0.0.0", "192.0.2.", "198.51.100.", "203.0.113.")  # loopback, any, RFC 5737's
@@ -45,6 +70,65 @@ def test_the_examples_run(example: str, smollm2_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, timeout=PATIENCE_SECONDS)
 
     assert result.returncode == 0, result.stderr
+
+
+def test_each_shell_example_is_run_or_has_a_reason_not_to_be() -> None:
+    assert set(SHELL_EXAMPLES) - {"engines-1"} == set(NOT_RUN_HERE)
+
+
+@pytest.mark.parametrize("example", SHELL_EXAMPLES.values(), ids=SHELL_EXAMPLES)
+def test_the_commands_of_shell_examples_have_arguments_that_exist(example: str) -> None:
+    lines = example.replace("\\\n", " ")
+
+    for arguments in re.findall(r"^(?:torchrun .* |.*/bin/|)brlite (.*)$", lines, re.MULTILINE):
+        assert cli._parser().parse_args(shlex.split(arguments, comments=True))
+
+
+def test_the_toy_serves_as_its_example_says() -> None:
+    command = shlex.split(SHELL_EXAMPLES["engines-1"])
+    port = free_port()
+    server = subprocess.Popen([sys.executable, "-m", *command, "--port", str(port)], stderr=subprocess.DEVNULL)
+    try:
+        answer = wait_for(server, f"http://127.0.0.1:{port}/v1/models")
+    finally:
+        server.terminate()
+        server.wait(PATIENCE_SECONDS)
+
+    assert [model["id"] for model in answer["data"]] == ["my-model"]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for(server: subprocess.Popen[bytes], url: str) -> Any:
+    """The JSON that a URL answers, as soon as the server listens."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        assert server.poll() is None
+        assert time.monotonic() < deadline
+        try:
+            with urllib.request.urlopen(url, timeout=PATIENCE_SECONDS) as response:
+                return json.load(response)
+        except urllib.error.URLError:
+            time.sleep(0.1)
+
+
+def test_the_page_of_options_is_the_one_that_is_printed() -> None:
+    printed = subprocess.run([sys.executable, ROOT / "docs" / "configuration.py"], capture_output=True, check=True)
+
+    assert PAGES["configuration"] == printed.stdout.decode()
+
+
+def test_the_queries_for_grafana_name_metrics_that_exist() -> None:
+    section = PAGES["metrics"].split("## Queries for Grafana")[1]
+    asked = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in re.findall(r"(?:vllm|brlite):\w+", section)}
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "brlite").rglob("*.py"))
+    there = {re.sub(r"_total$", "", name) for name in re.findall(r"(?:vllm|brlite):\w+", code)}
+
+    assert asked - there == set()
 
 
 def test_the_limits_are_those_of_the_code() -> None:
@@ -95,7 +179,7 @@ def test_the_example_of_a_key_is_one(tmp_path: Path) -> None:
 
 def test_the_example_of_a_proxy_is_one_without_a_warning(tmp_path: Path) -> None:
     path = tmp_path / "proxy.toml"
-    path.write_text(PAGES["proxy"].split("# A proxy", 1)[1].split("```toml")[1].split("```")[0])
+    path.write_text(PAGES["proxy"].split("# Proxy", 1)[1].split("```toml")[1].split("```")[0])
 
     config = load_proxy_config([path])
 
