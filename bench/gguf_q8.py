@@ -15,6 +15,8 @@ import gguf
 import numpy as np
 from venvs import cache_folder
 
+from brlite.precision import from_bfloat16, to_bfloat16
+
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 F32 = gguf.GGMLQuantizationType.F32
 # What the writer states itself, and what would be untrue of the new file.
@@ -84,8 +86,7 @@ def _encode(tensor: np.ndarray) -> np.ndarray:
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:
     """The nearest bfloat16 of each, ties to even, as float32."""
-    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
+    return from_bfloat16(to_bfloat16(values))
 
 
 def _num_bytes(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> int:

@@ -29,11 +29,12 @@ from msgspec import Struct
 from torch_model import TorchModel
 from venvs import ToolError
 
-from brlite.config.options import ModelSpec, Precision
+from brlite.config.options import ModelSpec
 from brlite.engine.backend import Backend, Batch, ScheduledSeq
 from brlite.errors import BrliteError
 from brlite.llm import build_engine
 from brlite.models.config import KVDtype
+from brlite.precision import PrecisionName
 from brlite.tokenizer import load_tokenizer
 
 TEXT = Path(__file__).with_name("quality_text.txt")
@@ -135,7 +136,7 @@ def _native_logits(backend: Backend, path: Path) -> Logits:
 def _torch_logits(backend: Backend, path: Path) -> Logits:
     """The same numbers from the parts that the backend is made of."""
     info = backend.info
-    spec = ModelSpec(build_seq=info.max_model_len, precision=msgspec.convert(info.precision, Precision))
+    spec = ModelSpec(build_seq=info.max_model_len, precision=msgspec.convert(info.precision, PrecisionName))
     return TorchModel(path, spec, "auto", KV_DTYPES.get(info.precision, "bfloat16")).logits
 
 
@@ -209,7 +210,7 @@ def _render(rows: Sequence[Row]) -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subject.add_arguments(parser)
-    names = get_args(Precision)
+    names = get_args(PrecisionName)
     parser.add_argument("--precisions", type=_words, default=list(names), metavar="LIST", help=f"of {', '.join(names)}")
     parser.add_argument("--peers", type=_words, default=list(PEERS), metavar="LIST", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--text", type=Path, default=TEXT, metavar="FILE")

@@ -2,7 +2,7 @@
 
 Ray places replicas, counts their requests, scales them and replaces dead ones. Each of them is brlite's whole server on
 a loopback port of its machine, so API, errors, keys and limits are those of `brlite serve`. Here requests are only
-carried to it and answers back, unread.
+carried to it and answers back, unread. `proxy_middlewares` gives the errors of Serve's own HTTP proxy our envelope.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from typing import Any
 import aiohttp
 import msgspec
 from ray import serve
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from yarl import URL
 
 from brlite.app import create_app
@@ -26,7 +28,16 @@ from brlite.config.load import load_config
 from brlite.config.options import Config, Count, CountOrZero, Text
 from brlite.config.validation import convert, make_config
 from brlite.config.warnings import check_supported, config_warnings
-from brlite.errors import ConfigError, EngineError, NotReady
+from brlite.errors import (
+    BrliteError,
+    ConfigError,
+    EngineError,
+    NotFound,
+    NotReady,
+    QueueFull,
+    RequestTimeout,
+    UpstreamError,
+)
 from brlite.http.errors import error_body, error_headers, status_of
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
@@ -39,6 +50,9 @@ CLOSING_SECONDS = 5  # what a replica may take to close, after the grace time of
 # Headers of one connection, not of the message; what Serve's door has answered; and what it adds to answers itself.
 NOT_ASKED = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect"})
 NOT_ANSWERED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server", b"x-request-id"})
+MAX_TEXT = 2000
+MAX_EVENT_BYTES = 2**20  # a longer unfinished event is passed on as it comes
+CUT_STREAM = "the replica that computed this stream is gone"
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -169,3 +183,111 @@ def _read_config(source: str | dict[str, Any]) -> Config:
     if config.model[0].load != "start":
         raise ConfigError('model[0].load = "on_demand": allowed is start; min_replicas = 0 has the same effect')
     return config
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """The middlewares that Serve puts into each of its HTTP proxies, where it finds
+    `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=brlite.ray_serve:proxy_middlewares`.
+    """
+    return [Middleware(ErrorEnvelope)]
+
+
+class ErrorEnvelope:
+    """An ASGI middleware that gives the errors of Serve's own HTTP proxy brlite's envelope.
+
+    Serve answers in plain text where no replica does (404, 408, 503), not at all where a replica dies before its
+    response, and cuts a stream where it dies later. The middleware sees the responses of all applications of a cluster;
+    it changes plain-text errors and unfinished event streams only.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        answer = _Answer(scope, send)
+        await self._app(scope, receive, answer.send)
+        await answer.end()
+
+
+class _Answer:
+    """One answer on its way to the client."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self._scope = scope
+        self._send = send
+        self._is_begun = False
+        self._is_whole = False
+        self._is_stream = False
+        self._unfinished = b""  # of a stream: an event that has not come to its end
+        self._refusal: Message | None = None  # the head of an answer of Serve's own, held until its text is there
+        self._text = b""
+
+    async def send(self, message: Message) -> None:
+        """What the application sends."""
+        if message["type"] == "http.response.start":
+            await self._begin(message)
+        elif message["type"] == "http.response.body":
+            self._is_whole = not message.get("more_body", False)
+            await self._go_on(message)
+        else:
+            await self._send(message)
+
+    async def end(self) -> None:
+        """The application has returned: answer what it left unanswered, and end a stream that it left open."""
+        if self._is_whole:
+            return
+        if not self._is_begun:
+            await self._send_error(EngineError("no replica answered"))
+        elif self._refusal is not None:
+            await self._send_error(self._error(self._refusal["status"]), self._refusal)
+        elif self._is_stream:
+            event = b"data: %b\n\ndata: [DONE]\n\n" % error_body(UpstreamError(CUT_STREAM))
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
+
+    async def _begin(self, message: Message) -> None:
+        self._is_begun = True
+        headers = {name.lower(): value for name, value in message["headers"]}
+        kind = headers.get(b"content-type", b"").partition(b";")[0]
+        self._is_stream = kind == b"text/event-stream"
+        if kind == b"text/plain" and message["status"] in (404, 408, 429, 500, 503):
+            self._refusal = message
+        else:
+            await self._send(message)
+
+    async def _go_on(self, message: Message) -> None:
+        body = message.get("body", b"")
+        if self._refusal is not None:
+            self._text += body[: MAX_TEXT - len(self._text)]
+            if self._is_whole:
+                await self._send_error(self._error(self._refusal["status"]), self._refusal)
+        elif self._is_stream and not self._is_whole:
+            body = self._unfinished + body
+            length = body.rfind(b"\n\n") + 2 if b"\n\n" in body else 0
+            if len(body) - length > MAX_EVENT_BYTES:
+                length = len(body)
+            self._unfinished = body[length:]
+            if length:
+                await self._send({**message, "body": body[:length]})
+        else:
+            await self._send({**message, "body": self._unfinished + body})
+
+    def _error(self, status: int) -> BrliteError:
+        text = self._text.decode(errors="replace")
+        if status == 404:
+            return NotFound(f"Invalid URL ({self._scope['method']} {self._scope['path'][:200]})")
+        if status == 408:
+            return RequestTimeout(text)
+        if status == 429:
+            return QueueFull(text)
+        return NotReady(text) if status == 503 else EngineError(text)
+
+    async def _send_error(self, error: BrliteError, refusal: Message | None = None) -> None:
+        body = error_body(error)
+        own = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
+        kept = [header for header in (refusal["headers"] if refusal else ()) if header[0].decode().lower() not in own]
+        headers = [(name.encode(), value.encode()) for name, value in own.items()]
+        await self._send({"type": "http.response.start", "status": status_of(error).http, "headers": [*headers, *kept]})
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})

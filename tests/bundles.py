@@ -10,18 +10,19 @@ from typing import Any
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
 from brlite.checkpoint.checked_model import check_fit
-from brlite.config.options import ModelSpec, Precision
+from brlite.config.options import ModelSpec
 from brlite.conversion.bundle_writer import BundlePlan, plan_packing, plan_weights, write_bundle
 from brlite.conversion.safetensors_writer import OnBytes
 from brlite.conversion.side_files import read_companions
 from brlite.models.config import num_parameters
+from brlite.precision import PRECISIONS, PrecisionName
 
-INT8: Precision = "a_bf16_w_int8_kv_int8"
+INT8: PrecisionName = "a_bf16_w_int8_kv_int8"
 SHARD_BYTES = 40_000  # a tiny model is several shards
 
 
 def plan_bundle(
-    checkpoint: Checkpoint, folder: Path, library: ctypes.CDLL | None, precision: Precision = INT8, **draft: Any
+    checkpoint: Checkpoint, folder: Path, library: ctypes.CDLL | None, precision: PrecisionName = INT8, **draft: Any
 ) -> BundlePlan:
     fit = check_fit(checkpoint, ModelSpec(name="tiny", build_seq=1))
     manifest: dict[str, Any] = {
@@ -45,7 +46,7 @@ def plan_bundle(
         draft=Manifest(**manifest | draft),
         companions=read_companions(checkpoint.path, checkpoint.config),
         shards=plan_weights(checkpoint, fit, SHARD_BYTES),
-        packing=None if library is None else plan_packing(library, fit, precision, 2),
+        packing=None if library is None else plan_packing(library, fit, PRECISIONS[precision], 2),
     )
 
 
@@ -53,7 +54,7 @@ def make_bundle(
     source: Path,
     folder: Path,
     library: ctypes.CDLL | None,
-    precision: Precision = INT8,
+    precision: PrecisionName = INT8,
     on_bytes: OnBytes | None = None,
 ) -> Manifest:
     """Make a bundle of a model's folder in `folder`, in small shards."""

@@ -59,7 +59,7 @@ class Cluster:
             "RAY_TMPDIR": temporary,
             "RAY_AUTH_TOKEN": secrets.token_hex(32),  # or Ray writes one into the home folder
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "brlite.ray_errors:proxy_middlewares",
+            "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "brlite.ray_serve:proxy_middlewares",
         }
         self.process = subprocess.Popen(
             [sys.executable, str(SCRIPT), str(port), str(config)],

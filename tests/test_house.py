@@ -25,28 +25,28 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "errors": ("", ""),
     "outputs": ("", "msgspec"),
     "machine": ("", "msgspec"),
+    "precision": ("", "numpy"),
     "sampling_params": ("", "msgspec"),
     "files": ("", "msgspec"),
     "process": ("", ""),
     "sandbox": ("process", "jinja2"),
-    "config": ("files machine process", "msgspec tomli tomllib"),
-    "models": ("files config", "numpy msgspec"),
+    "config": ("precision files machine process", "msgspec tomli tomllib"),
+    "models": ("precision files config", "numpy msgspec"),
     "chat": ("files sandbox", "tokenizers"),
     "tokenizer": ("chat files sandbox checkpoint.gguf_header checkpoint.model_file", "tokenizers"),
     "engine": ("tokenizer sampling_params outputs config", "msgspec"),
-    "checkpoint": ("models files process machine config", "torch numpy gguf huggingface_hub tqdm msgspec"),
+    "checkpoint": ("models precision files process machine config", "torch numpy gguf huggingface_hub tqdm msgspec"),
     "backends": (
-        "engine.backend models checkpoint tokenizer chat sampling_params outputs config machine files process",
+        "engine.backend models checkpoint tokenizer chat sampling_params outputs precision config machine files process",
         "torch numpy msgspec setuptools",
     ),
-    "conversion": ("models checkpoint backends tokenizer files machine config", "numpy msgspec"),
+    "conversion": ("models checkpoint backends tokenizer precision files machine config", "numpy msgspec"),
     "http": ("config files process", "aiohttp msgspec multidict yarl"),
     "server": ("http engine tokenizer sampling_params outputs config process", "aiohttp msgspec prometheus_client"),
     "proxy": ("http config files process", "aiohttp msgspec prometheus_client"),
     "llm": ("engine backends checkpoint tokenizer sampling_params outputs config process", "msgspec"),
     "app": ("server proxy http engine llm config", "aiohttp"),
     "ray_serve": ("app llm http config", "aiohttp msgspec ray starlette yarl"),
-    "ray_errors": ("http", "starlette"),
 }
 MAY_IMPORT_ANYTHING = ("commands", "__main__")
 MAY_BE_ASYNC = (
@@ -58,7 +58,6 @@ MAY_BE_ASYNC = (
     "app",
     "llm",
     "ray_serve",
-    "ray_errors",
     "commands",
 )
 ONLY_IN = {

@@ -19,7 +19,6 @@ from brlite.errors import ConfigError
 
 pytest.importorskip("ray.serve", reason="Ray is not installed: the extra brlite[ray] has it")
 ray_serve = importlib.import_module("brlite.ray_serve")
-ray_errors = importlib.import_module("brlite.ray_errors")
 serve_schema = importlib.import_module("ray.serve.schema")
 pytestmark = pytest.mark.ray
 
@@ -98,7 +97,7 @@ async def answer_of(app: Callable[..., Any], path: str = "/v1/x") -> list[dict[s
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    (middleware,) = ray_errors.proxy_middlewares()
+    (middleware,) = ray_serve.proxy_middlewares()
     scope = {"type": "http", "method": "GET", "path": path}
     await middleware.cls(app, *middleware.args, **middleware.kwargs)(scope, receive, send)
     return sent
@@ -199,7 +198,7 @@ async def test_what_is_no_http_passes_as_it_is() -> None:
     async def app(scope: object, receive: object, send: object) -> None:
         seen.append(scope)
 
-    (middleware,) = ray_errors.proxy_middlewares()
+    (middleware,) = ray_serve.proxy_middlewares()
     await middleware.cls(app)({"type": "lifespan"}, None, None)
 
     assert seen == [{"type": "lifespan"}]

@@ -22,6 +22,7 @@ from brlite.errors import ConfigError, NativeUnavailable
 from brlite.files.cache import default_cache
 from brlite.machine import find_cpus, find_memory, show_bytes
 from brlite.models.config import ModelConfig
+from brlite.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from brlite.backends.native.library import NativeLibrary
@@ -156,6 +157,6 @@ def _kept_image(spec: ModelSpec) -> Path | None:
     if spec.serialize_file:
         return Path(spec.serialize_file).expanduser()
     if spec.path is None:
-        precision = spec.precision.removesuffix("_kv_int8")  # the weights are the same
+        precision = PRECISIONS[spec.precision].weights_name
         return default_cache() / "packed" / f"{spec.name.replace('/', '--')}.{precision}.brlite"
     return None

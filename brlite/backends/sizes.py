@@ -36,6 +36,7 @@ from brlite.models.config import (
     weight_bytes,
 )
 from brlite.models.shards import Shard, check_groups, shared_config, shared_shapes
+from brlite.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
@@ -123,8 +124,9 @@ def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig)
     check_spec(spec, config)
     is_native = engine.backend != "torch" and find_obstacle(config, spec, engine) is None
     dtype: KVDtype = "bfloat16" if is_native else _torch_dtype(engine)
-    kv_dtype = cache_dtype(spec.precision, engine.dtype)
-    is_int8 = spec.precision != "bf16"
+    precision = PRECISIONS[spec.precision]
+    kv_dtype = cache_dtype(precision, engine.dtype)
+    is_int8 = precision.has_int8_weights
     if is_int8 and not is_native:
         check_groups(config, spec.tensor_parallel)
     keeps_int8 = is_int8 and (is_native or rules_for(select_device(engine.device)).keeps_int8)

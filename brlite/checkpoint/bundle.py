@@ -22,9 +22,9 @@ import msgspec
 from brlite.checkpoint.model_file import check_model_file, exists
 from brlite.checkpoint.new_file import FileRecord
 from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
-from brlite.config.options import Precision
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
+from brlite.precision import PRECISIONS, PrecisionName
 
 MANIFEST_FILE = "brlite-manifest.json"
 PROGRESS_FILE = "brlite-progress.json"  # the manifest of a bundle that is not finished
@@ -48,7 +48,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     brlite: str
     model: str
     architecture: str
-    precision: Precision
+    precision: PrecisionName
     num_parameters: int
     vocab_size: int
     input_name: str
@@ -95,12 +95,12 @@ def bundle_identity(config: Mapping[str, Any], weights: Mapping[str, FileRecord]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:IDENTITY_CHARACTERS]
 
 
-def image_name(precision: str) -> str:
+def image_name(precision: PrecisionName) -> str:
     """The file of a bundle that holds the packed weights. Both int8 precisions have the same."""
-    return f"packed.{precision.removesuffix('_kv_int8')}{IMAGE_SUFFIX}"
+    return f"packed.{PRECISIONS[precision].weights_name}{IMAGE_SUFFIX}"
 
 
-def bundle_image(folder: Path, precision: str) -> Path | None:
+def bundle_image(folder: Path, precision: PrecisionName) -> Path | None:
     """The packed weights that a bundle brings for a precision; None if it has none, or this is no bundle."""
     image = folder / image_name(precision)
     return image if (folder / MANIFEST_FILE).is_file() and image.is_file() else None

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from brlite.errors import ModelError
+from brlite.precision import from_bfloat16
 
 Bytes = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
@@ -63,8 +64,7 @@ def _widen_f16(data: Bytes) -> Float32:
 
 
 def _widen_bf16(data: Bytes) -> Float32:
-    # bfloat16 is the upper half of a float32.
-    return (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return from_bfloat16(data.view("<u2"))
 
 
 # Type → bytes a number takes, and how it becomes float32.

@@ -23,6 +23,7 @@ from brlite.config.render import render
 from brlite.config.warnings import GIB, check_memory, check_supported, config_warnings
 from brlite.http.keys import ApiKeys
 from brlite.machine import find_memory, show_bytes
+from brlite.precision import PRECISIONS
 from brlite.proxy.routing.connection_check import dial_all
 from brlite.proxy.routing.route_table import Route, RouteTable
 
@@ -118,7 +119,7 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
     limit = f" of the {sizes.max_context} that the model allows" if spec.build_seq else f": {sizes.context_reason}"
     yield f"  context   {sizes.context} tokens{limit}"
     yield f"  weights   {show_bytes(sizes.weight_bytes)}: {sizes.num_parameters / 1e6:.4g} million as {sizes.dtype}"
-    if spec.precision != "bf16" and sizes.dtype != "int8":
+    if PRECISIONS[spec.precision].has_int8_weights and sizes.dtype != "int8":
         yield f"            ({spec.precision}: rounded to int8, but held as {sizes.dtype} by torch)"
     blocks = f"{sizes.num_blocks} blocks of {sizes.block_size} tokens as {sizes.kv_dtype}"
     yield f"  KV cache  {show_bytes(sizes.kv_bytes)}: {blocks}, {show_bytes(sizes.kv_bytes_per_token)} a token"

@@ -9,8 +9,7 @@ import argparse
 from pathlib import Path
 
 from brlite.errors import ConfigError
-
-PRECISIONS = ("bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8")
+from brlite.precision import PRECISIONS
 
 
 def add_conversion(parser: argparse.ArgumentParser) -> None:
@@ -20,8 +19,9 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_dir", "--model-dir", type=Path, required=True, metavar="DIR", help=folder)
     where = "the bundle becomes a folder in this one"
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, metavar="OUT", help=where)
+    names = tuple(PRECISIONS)
     packed = "which the weights are packed for (default: what the manual recommends for all its models, %(default)s)"
-    parser.add_argument("--precision", choices=PRECISIONS, default=PRECISIONS[-1], help=packed)
+    parser.add_argument("--precision", choices=names, default=names[-1], help=packed)
     traced = "take the weights from a .pt that the manual's tool has traced; config and tokenizer from --model_dir"
     parser.add_argument("--from-pt", "--from_pt", type=Path, metavar="FILE", help=traced)
     parser.add_argument("--tp", type=int, default=1, help=argparse.SUPPRESS)

@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 import msgspec
 
 from brlite.config.files import read_text
-from brlite.config.options import Config, Count, DeviceIndex, Precision, Text
+from brlite.config.options import Config, Count, DeviceIndex, Text
 from brlite.config.validation import convert, make_config, show
 from brlite.errors import ConfigError
+from brlite.precision import PrecisionName
 
 
 class SeedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,7 +30,7 @@ class SeedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     vocab_size: Count
     model_file: str
     serialize_file: str
-    model_precision: Precision
+    model_precision: PrecisionName
     build_seq: Count
     build_batch: Count
     distribute_param: tuple[Count, Count, Count]

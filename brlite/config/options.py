@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from brlite.precision import PrecisionName
+
 Count = Annotated[int, Meta(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Meta(ge=0, le=10**9)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
@@ -24,7 +26,6 @@ HeaderName = Annotated[
 DeviceIndex = Annotated[int, Meta(ge=0, le=1023)]
 BlockSize = Literal[8, 16, 32, 64, 128, 256]
 Backend = Literal["auto", "native", "torch"]
-Precision = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
 Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
 KeyHeader = Literal["authorization", "x-api-key", "api-key", "x-goog-api-key"]
 Forwarded = Literal["off", "append", "set"]
@@ -100,7 +101,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     name: Text = DEFAULT_MODEL
     path: Text | None = None
-    precision: Precision = "bf16"
+    precision: PrecisionName = "bf16"
     build_seq: CountOrZero = 0
     build_batch: Annotated[int, Meta(ge=1, le=4096)] = 16
     num_blocks: CountOrZero = 0

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from brlite.backends.native.abi import INT8
 from brlite.backends.native.layout import Layout, packed_layout
 from brlite.backends.native.loading import LAYOUT_VERSION, PackingThreads
 from brlite.backends.native.packed_file import PackedFileError, PackedFileKey, read_image_key
@@ -50,6 +51,7 @@ from brlite.conversion.safetensors_writer import (
 from brlite.errors import ModelError
 from brlite.files.temporary import PART_SUFFIX, sweep
 from brlite.models.families.family import WeightTarget
+from brlite.precision import Precision
 
 SHARD_BYTES = 2 * 10**9
 NO_IDENTITY = "0" * IDENTITY_CHARACTERS
@@ -85,9 +87,9 @@ class BundlePlan(NamedTuple):
         return sum(shard.num_bytes for shard in self.shards) + packed
 
 
-def plan_packing(library: ctypes.CDLL, fit: CheckedModel, precision: str, num_threads: int) -> Packing:
-    layout = packed_layout(library, fit.config, is_int8=precision != "bf16")
-    key = PackedFileKey(LAYOUT_VERSION, precision.removesuffix("_kv_int8"), NO_IDENTITY, layout.num_bytes)
+def plan_packing(library: ctypes.CDLL, fit: CheckedModel, precision: Precision, num_threads: int) -> Packing:
+    layout = packed_layout(library, fit.config, precision=precision)
+    key = PackedFileKey(LAYOUT_VERSION, precision.weights_name, NO_IDENTITY, layout.num_bytes)
     return Packing(library, layout, key, num_threads)
 
 
@@ -303,9 +305,9 @@ class _CopyingCheckpoint:
 def _pack(checkpoint: Checkpoint, fit: CheckedModel, packing: Packing, image: PackedFile) -> Rounding | None:
     rounding = None
     for place, values in placed_tensors(checkpoint, fit, lambda fraction: None):
-        if packing.key.precision != "bf16" and packing.layout.tensors[place.parameter].form == "panels":
+        if packing.layout.tensors[place.parameter].format == INT8:
             rounding = sample_rounding(packing.library, values, rounding)
-        image.put(place.parameter, place.start, values, keeps_digits=place.parameter.endswith("norm"))
+        image.put(place, values)
         del values  # before the next one is read
     return rounding
 

@@ -30,7 +30,7 @@ from brlite.checkpoint.traced_archive import TracedArchive
 from brlite.checkpoint.traced_checkpoint import TracedCheckpoint
 from brlite.checkpoint.traced_code import traced_names
 from brlite.config.manual_json import SeedConfig
-from brlite.config.options import EngineConfig, ModelSpec, Precision
+from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.bundle_writer import (
     BundlePlan,
     Packing,
@@ -46,6 +46,7 @@ from brlite.errors import ConfigError, ModelError, NativeUnavailable
 from brlite.machine import physical_cores, show_bytes
 from brlite.models import find_family
 from brlite.models.config import ModelConfig, num_parameters
+from brlite.precision import PRECISIONS, PrecisionName
 from brlite.tokenizer import Tokenizer, load_tokenizer
 
 HUB_PREFIX = "models--"  # of a folder in the hub's cache: models--Qwen--Qwen2-72B
@@ -60,7 +61,7 @@ class ConversionRequest(NamedTuple):
     model_name: str
     model_dir: Path
     output_dir: Path
-    precision: Precision
+    precision: PrecisionName
     traced: Path | None = None
 
 
@@ -151,7 +152,7 @@ def _plan(order: ConversionRequest, checkpoint: Checkpoint, fit: CheckedModel, p
     )
 
 
-def _plan_packing(fit: CheckedModel, precision: Precision) -> tuple[Packing | None, str | None]:
+def _plan_packing(fit: CheckedModel, precision: PrecisionName) -> tuple[Packing | None, str | None]:
     """How to pack the weights, or why they are not packed: then the bundle serves, but does not load at once."""
     obstacle = find_obstacle(fit.config, ModelSpec(precision=precision), EngineConfig(device="cpu"))
     if obstacle is not None:
@@ -160,7 +161,7 @@ def _plan_packing(fit: CheckedModel, precision: Precision) -> tuple[Packing | No
         library = load_library().functions
     except NativeUnavailable as error:
         return None, str(error)
-    return plan_packing(library, fit, precision, physical_cores()), None
+    return plan_packing(library, fit, PRECISIONS[precision], physical_cores()), None
 
 
 def _checks(
@@ -180,7 +181,7 @@ def _checks(
     yield f"vocabulary   {_vocabulary(tokenizer, config, order.model_dir)}"
     given = "" if order.model_name == plan.draft.model else f", from {order.model_name}"
     yield f"name         {plan.draft.model}{given}"
-    is_int8 = plan.draft.precision != "bf16"
+    is_int8 = PRECISIONS[plan.draft.precision].has_int8_weights
     yield f"rounding     {'int8 is compared with bfloat16 while it is packed' if is_int8 else 'bfloat16, no int8'}"
     yield f"shapes       {_shapes(config, obstacle)}"
     yield f"tokenizer    {_chat(tokenizer)}"

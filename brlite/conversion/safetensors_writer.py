@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from brlite.checkpoint.new_file import Buffer, FileRecord, NewFile
 from brlite.checkpoint.safetensors_header import ITEM_BYTES, LENGTH_BYTES
 from brlite.checkpoint.stored_numbers import Float32
+from brlite.precision import to_bfloat16
 
 CHUNK_ELEMENTS = 1 << 18
 OnBytes = Callable[[int], None]  # so many more bytes are written
@@ -121,7 +121,7 @@ class ShardWriter:
         flat = values.reshape(-1)
         for start in range(0, len(flat), CHUNK_ELEMENTS):
             chunk = flat[start : start + CHUNK_ELEMENTS]
-            stored = to_stored_bfloat16(chunk) if tensor.dtype == "BF16" else chunk
+            stored = to_bfloat16(chunk) if tensor.dtype == "BF16" else chunk
             self._write(stored.view(np.uint8).data)
 
     def _write(self, data: Buffer) -> None:
@@ -129,13 +129,3 @@ class ShardWriter:
         self._file.write(data, self._num_bytes)
         self._num_bytes += len(data)
         self._on_bytes(len(data))
-
-
-def to_stored_bfloat16(values: Float32) -> npt.NDArray[np.uint16]:
-    """The bits of the nearest bfloat16 numbers, halves to even. Most values are exact already: then that is a copy."""
-    bits = values.view(np.uint32)
-    if not int(np.bitwise_or.reduce(bits, initial=0)) & 0xFFFF:
-        return (bits >> 16).astype(np.uint16)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-    is_nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    return np.where(is_nan, (bits >> 16) | 0x40, rounded).astype(np.uint16)

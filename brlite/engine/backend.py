@@ -68,6 +68,9 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
         return sum(len(seq.token_ids) for seq in self.seqs)
 
 
+NOT_FINITE = "the model produced logits that are not finite"  # the `error` of each sequence that has such
+
+
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     """A drawn token; `logprob` is there if `SamplingParams.logprobs` asked for it."""
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 import msgspec
 
-from brlite.config.options import Precision
 from brlite.errors import ModelError
+from brlite.precision import Precision
 
 KVDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -180,6 +180,11 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
+def parameter_dtype(name: str) -> Literal["float32", "bfloat16"]:
+    """The digits of a parameter that every precision keeps: all of a norm's, those of bfloat16 of the others."""
+    return "float32" if name.endswith("norm") else "bfloat16"
+
+
 def is_quantized(name: str) -> bool:
     """Whether int8 precisions hold the parameter in int8. A head that is the embedding too has no name of its own."""
     return name.endswith(".weight")
@@ -190,7 +195,7 @@ def weight_bytes(config: ModelConfig, bytes_per_weight: int, *, keeps_int8: bool
     return sum(
         _int8_bytes(*shape)
         if keeps_int8 and is_quantized(name)
-        else math.prod(shape) * (FLOAT32_BYTES if name.endswith("norm") else bytes_per_weight)
+        else math.prod(shape) * (FLOAT32_BYTES if parameter_dtype(name) == "float32" else bytes_per_weight)
         for name, shape in parameter_shapes(config).items()
     )
 
@@ -223,7 +228,7 @@ def _int8_bytes(num_outputs: int, num_inputs: int) -> int:
 
 def cache_dtype(precision: Precision, dtype: Literal["auto", "float32", "bfloat16"]) -> KVDtype:
     """What keys and values are kept in: int8 by the precision, float32 only where `engine.dtype` asks for it."""
-    if precision == "a_bf16_w_int8_kv_int8":
+    if precision.kv == "int8":
         return "int8"
     return "float32" if dtype == "float32" else "bfloat16"
 

@@ -13,8 +13,9 @@ import torch
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary
 from brlite.checkpoint.checked_model import check_fit
-from brlite.config.options import EngineConfig, ModelSpec, Precision
+from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models import find_family
+from brlite.precision import PrecisionName
 from tests.tiny_models import (
     BAICHUAN,
     CHATGLM,
@@ -28,7 +29,6 @@ from tests.tiny_models import (
     TensorCheckpoint,
 )
 
-PRECISIONS: tuple[Precision, ...] = ("bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8")
 MAX_CONTEXT = 640  # attention works on 256 tokens at a time: this takes three such chunks
 MAX_ROWS = 96
 EMBEDDING = "model.embed_tokens.weight"
@@ -72,7 +72,7 @@ def make_checkpoint(name: str, **changes: torch.Tensor) -> TensorCheckpoint:
 def load_native(
     library: NativeLibrary,
     name: str,
-    precision: Precision = "bf16",
+    precision: PrecisionName = "bf16",
     *,
     isa: int | None = None,
     threads: int = 1,

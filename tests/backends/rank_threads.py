@@ -15,9 +15,10 @@ from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.rank import NativeRank
 from brlite.backends.native.step_rows import SharedSizes, create_shared_file
 from brlite.checkpoint.checked_model import check_fit
-from brlite.config.options import EngineConfig, ModelSpec, Precision
+from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, StepResult
 from brlite.models.shards import Shard
+from brlite.precision import PrecisionName
 from tests.backends.native_models import MAX_CONTEXT, MAX_ROWS, make_checkpoint
 
 
@@ -46,7 +47,7 @@ class RankThreads:
 
 
 def load_native_ranks(
-    library: NativeLibrary, name: str, precision: Precision, size: int, *, threads: int = 1, **spec_fields: Any
+    library: NativeLibrary, name: str, precision: PrecisionName, size: int, *, threads: int = 1, **spec_fields: Any
 ) -> RankThreads:
     """The ranks of one of `native_models`'s models."""
     spec = ModelSpec(

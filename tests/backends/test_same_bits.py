@@ -11,9 +11,9 @@ import pytest
 
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary, available_isas
-from brlite.config.options import Precision
 from brlite.engine.backend import Batch, SampledToken, SeqResult, StepResult
-from tests.backends.native_models import MODELS, PRECISIONS, load_native
+from brlite.precision import PRECISIONS, PrecisionName
+from tests.backends.native_models import MODELS, load_native
 from tests.backends.rank_threads import load_native_ranks
 from tests.backends.schedules import Story, live_alone, make_prompts, run_schedules
 
@@ -26,13 +26,13 @@ class Alone(NamedTuple):
     """A backend of one thread on the best instruction set, and what several sequences were on it, one by one."""
 
     name: str
-    precision: Precision
+    precision: PrecisionName
     backend: NativeBackend
     stories: list[Story]
 
     @property
     def seed(self) -> int:
-        return 100 * list(MODELS).index(self.name) + PRECISIONS.index(self.precision)
+        return 100 * list(MODELS).index(self.name) + list(PRECISIONS).index(self.precision)
 
 
 def num_heads(name: str) -> int:

@@ -34,9 +34,10 @@ from brlite.checkpoint.bundle import (
 )
 from brlite.checkpoint.checked_model import check_fit
 from brlite.checkpoint.new_file import read_record
-from brlite.config.options import EngineConfig, ModelSpec, Precision
+from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.bundle_writer import find_finished, write_bundle
 from brlite.errors import ModelError
+from brlite.precision import PrecisionName
 from tests.backends.native_models import MODELS, random_ids
 from tests.bundles import INT8, make_bundle, plan_bundle
 from tests.limits import PATIENCE_SECONDS
@@ -65,7 +66,7 @@ def write_unrounded(folder: Path, config: dict[str, object]) -> Path:
 
 
 def native_logits(
-    native: NativeLibrary, path: Path, precision: Precision, image: Path | None
+    native: NativeLibrary, path: Path, precision: PrecisionName, image: Path | None
 ) -> npt.NDArray[np.float32]:
     with closing(open_checkpoint(path)) as checkpoint:
         spec = ModelSpec(name="tiny", precision=precision, build_seq=len(PROMPT), build_batch=1, num_blocks=4)
@@ -106,7 +107,7 @@ def test_a_bundle_has_the_bits_of_its_source(name: str, tmp_path: Path, native_l
 @pytest.mark.parametrize("precision", ["bf16", "a_bf16_w_int8"])
 @pytest.mark.parametrize("name", MODELS)
 def test_its_image_is_byte_for_byte_the_one_that_loading_would_write(
-    name: str, precision: Precision, tmp_path: Path, library: ctypes.CDLL
+    name: str, precision: PrecisionName, tmp_path: Path, library: ctypes.CDLL
 ) -> None:
     source = write_unrounded(tmp_path / "source", MODELS[name])
     make_bundle(source, tmp_path / "bundle", library, precision)

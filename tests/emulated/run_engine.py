@@ -13,9 +13,10 @@ import torch_supa
 from brlite.backends.torch.device import select_device
 from brlite.backends.torch.probe import probe_device
 from brlite.commands.doctor import examine
-from brlite.config.options import Config, EngineConfig, ModelSpec, Precision
+from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError
 from brlite.llm import LLM, build_engine
+from brlite.precision import PrecisionName
 from brlite.sampling_params import SamplingParams
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
@@ -27,7 +28,7 @@ PARAMS = [
     SamplingParams(temperature=1.2, seed=3, presence_penalty=0.5, max_tokens=6, ignore_eos=True),
     SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, prompt_logprobs=1),
 ]
-MODELS: list[tuple[str, Precision]] = [
+MODELS: list[tuple[str, PrecisionName]] = [
     ("llama", "bf16"),
     ("qwen3", "a_bf16_w_int8"),
     ("mistral-window", "a_bf16_w_int8_kv_int8"),
@@ -35,7 +36,7 @@ MODELS: list[tuple[str, Precision]] = [
 WRONG_OPERATORS = ("silu", "_safe_softmax", "rsqrt", "roll", "index_select", "mm", "masked_fill_", "embedding")
 
 
-def make_config(path: Path, precision: Precision, device: str, **engine: Any) -> Config:
+def make_config(path: Path, precision: PrecisionName, device: str, **engine: Any) -> Config:
     spec = ModelSpec(name="tiny", path=str(path), precision=precision, build_seq=96, build_batch=4)
     more = {"dtype": "float32", **engine}
     return Config(

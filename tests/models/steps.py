@@ -11,8 +11,9 @@ from brlite.backends.torch.attention import Span, StepPlanner
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
-from brlite.config.options import ModelSpec, Precision
+from brlite.config.options import ModelSpec
 from brlite.models.config import KVDtype
+from brlite.precision import PrecisionName
 from tests.tiny_models import VOCAB_SIZE, TensorCheckpoint
 
 BLOCK_SIZE = 4
@@ -20,7 +21,7 @@ LENGTH = 40
 DEVICE = torch.device("cpu")
 
 
-def load_tiny(name: str, precision: Precision = "bf16", dtype: torch.dtype = torch.float32) -> Decoder:
+def load_tiny(name: str, precision: PrecisionName = "bf16", dtype: torch.dtype = torch.float32) -> Decoder:
     spec = ModelSpec(name=name, build_seq=LENGTH, precision=precision)
     return load_model(TensorCheckpoint.tiny(name), spec, dtype, DEVICE, lambda fraction: None)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from brlite.backends.torch.decoder import Decoder
-from brlite.config.options import Precision
 from brlite.models.config import KVDtype
+from brlite.precision import PrecisionName
 from tests.models import reference_baichuan, reference_chatglm
 from tests.models.steps import BLOCK_SIZE, LENGTH, Runner, load_tiny, random_ids
 from tests.tiny_models import TINY_CONFIGS, tiny_tensors, write_tiny_model
@@ -132,7 +132,7 @@ def test_an_unwritten_slot_of_a_reused_block_never_shows_even_if_a_nan_was_there
 @pytest.mark.parametrize(
     ("precision", "kv_dtype", "allowed"), [("a_bf16_w_int8", "float32", 0.05), ("a_bf16_w_int8_kv_int8", "int8", 0.08)]
 )
-def test_int8_stays_close_to_bf16(name: str, precision: Precision, kv_dtype: KVDtype, allowed: float) -> None:
+def test_int8_stays_close_to_bf16(name: str, precision: PrecisionName, kv_dtype: KVDtype, allowed: float) -> None:
     token_ids = random_ids()
     expected = Runner(load_tiny(name)).whole(token_ids, SCATTERED)
 

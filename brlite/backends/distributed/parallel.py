@@ -32,6 +32,7 @@ from brlite.errors import ConfigError
 from brlite.machine import physical_cores
 from brlite.models.config import ModelConfig
 from brlite.models.shards import Shard, check_groups
+from brlite.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from brlite.backends.native.library import NativeLibrary
@@ -55,7 +56,7 @@ def load_torch_ranks(
     size, place, kind = spec.tensor_parallel, find_place(os.environ), _kind(checkpoint)
     if place is not None and place.size != size:
         raise ConfigError(f"tensor_parallel is {size}, but WORLD_SIZE says that {place.size} ranks were started")
-    if spec.precision != "bf16":
+    if PRECISIONS[spec.precision].has_int8_weights:
         check_groups(fit.config, size)
     ranks = await_ranks(place) if place else start_local(size)
 

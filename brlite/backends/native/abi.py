@@ -10,10 +10,10 @@ import ctypes
 from ctypes import c_double, c_float, c_int32, c_size_t, c_uint64, c_void_p
 from typing import Any
 
+from brlite.models.shards import LANES as LANES
+
 ABI_VERSION = 3
 
-LANES = 16
-GROUP = 32
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
 HEAD_ROWS = 32

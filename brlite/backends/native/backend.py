@@ -28,15 +28,24 @@ from brlite.backends.native.plan import NativePlan, PagedCache, RankContext
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.checked_model import CheckedModel
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import (
+    NOT_FINITE,
+    BackendGuard,
+    BackendInfo,
+    Batch,
+    SampledToken,
+    ScheduledSeq,
+    SeqResult,
+    StepResult,
+)
 from brlite.errors import ConfigError, EngineError, RankGone
 from brlite.machine import describe_cpu, physical_cores
 from brlite.models.config import ModelConfig
 from brlite.models.rope_tables import inverse_frequencies
 from brlite.models.shards import shared_config
 from brlite.outputs import TokenLogprob
+from brlite.precision import PRECISIONS
 
-NOT_FINITE = "the model produced logits that are not finite"
 MAX_DRAFT_TOKENS = 16
 SPAN = np.dtype([("start", "i4"), ("first_row", "i4"), ("num_rows", "i4"), ("reserved", "i4"), ("block_table", "u8")])
 
@@ -97,13 +106,18 @@ class NativeBackend:
         library, block_size = native.functions, math.ceil(engine.block_size / LANES) * LANES
         share = seat.share if seat else None
         own = shared_config(fit.config, share) if share else fit.config
-        is_int8 = spec.precision == "a_bf16_w_int8_kv_int8"
         num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
         with ExitStack() as made:  # given back whatever is raised, Ctrl-C too
             loaded = load_weights(library, checkpoint, fit, spec, image, num_threads, on_progress, share)
             made.callback(loaded.weights.close)
             try:
-                cache = PagedCache(library, own, num_blocks=num_blocks, block_size=block_size, is_int8=is_int8)
+                cache = PagedCache(
+                    library,
+                    own,
+                    num_blocks=num_blocks,
+                    block_size=block_size,
+                    is_int8=PRECISIONS[spec.precision].kv == "int8",
+                )
             except ConfigError as error:
                 raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
             made.callback(cache.close)

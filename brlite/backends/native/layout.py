@@ -11,13 +11,13 @@ from typing import Literal
 import msgspec
 
 from brlite.backends.native.abi import BF16, INT8
+from brlite.backends.native.memory import aligned
 from brlite.models.config import QUANTIZATION_GROUP, ModelConfig, parameter_shapes
 from brlite.models.shards import Shard, shared_shapes
+from brlite.precision import Precision
 
 # panels: a matrix as the kernels multiply by it; table: bfloat16 rows to look up; vector: float32, padded with zeros.
 Form = Literal["panels", "table", "vector"]
-
-ALIGNMENT = 4096
 
 
 class PackedTensor(msgspec.Struct, frozen=True):
@@ -38,7 +38,9 @@ class Layout(msgspec.Struct, frozen=True):
     num_bytes: int
 
 
-def packed_layout(library: ctypes.CDLL, config: ModelConfig, *, is_int8: bool, share: Shard | None = None) -> Layout:
+def packed_layout(
+    library: ctypes.CDLL, config: ModelConfig, *, precision: Precision, share: Shard | None = None
+) -> Layout:
     """The layout for a model, or for one rank's share of it.
 
     With tied embeddings `embedding` is panels, which serve both look-up and head.
@@ -47,9 +49,9 @@ def packed_layout(library: ctypes.CDLL, config: ModelConfig, *, is_int8: bool, s
     end = 0
     shapes = parameter_shapes(config) if share is None else shared_shapes(config, share)
     for name, shape in shapes.items():
-        tensor = _packed(library, config, name, shape, INT8 if is_int8 else BF16, end)
+        tensor = _packed(library, config, name, shape, INT8 if precision.has_int8_weights else BF16, end)
         tensors[name] = tensor
-        end = _aligned(end + tensor.num_bytes)
+        end = aligned(end + tensor.num_bytes)
     return Layout(tensors, end)
 
 
@@ -68,7 +70,3 @@ def _packed(
 def padded(size: int) -> int:
     """Rows of floats are filled up with zeros to whole groups of inputs."""
     return -(-size // QUANTIZATION_GROUP) * QUANTIZATION_GROUP
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT

@@ -22,6 +22,7 @@ from brlite.config.options import ModelSpec
 from brlite.files.ownership import why_untrusted
 from brlite.files.temporary import sweep
 from brlite.models.shards import Shard, parameter_parts
+from brlite.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +99,10 @@ def load_weights(
 
     With a `share` they are those of one rank.
     """
-    layout = packed_layout(library, fit.config, is_int8=spec.precision != "bf16", share=share)
+    precision = PRECISIONS[spec.precision]
+    layout = packed_layout(library, fit.config, precision=precision, share=share)
     part = f" {share.rank} of {share.size}" if share else ""
-    precision = spec.precision.removesuffix("_kv_int8")
-    key = PackedFileKey(LAYOUT_VERSION, precision, checkpoint.identity + part, layout.num_bytes)
+    key = PackedFileKey(LAYOUT_VERSION, precision.weights_name, checkpoint.identity + part, layout.num_bytes)
     image = _trusted(image, checkpoint.path)
     if image is not None:
         sweep(image.parent, f"{image.name}.")
@@ -150,7 +151,7 @@ def _pack(
 ) -> None:
     parts = parameter_parts(fit.config, share) if share else None
     for place, values in placed_tensors(checkpoint, fit, on_progress, parts):
-        packer.put(place.parameter, place.start, values, keeps_digits=place.parameter.endswith("norm"))
+        packer.put(place, values)
         del values  # before the next one is read
 
 

@@ -9,6 +9,13 @@ import numpy.typing as npt
 
 from brlite.errors import ConfigError
 
+ALIGNMENT = 4096  # bytes: a page of memory, where each tensor begins in memory and in files
+
+
+def aligned(num_bytes: int) -> int:
+    """The least multiple of `ALIGNMENT` that is not below."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
 
 class NativeMemory:
     """`num_bytes` zeros at `address`, until `close`. Raises `ConfigError` where the system does not give them."""

@@ -24,12 +24,11 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from brlite.backends.native.memory import NativeMemory
+from brlite.backends.native.memory import NativeMemory, aligned
 from brlite.checkpoint.model_file import describe_file
 from brlite.files.temporary import create_temporary
 
 MAGIC = b"brlite\x00\x01"
-ALIGNMENT = 4096
 MAX_MANIFEST_BYTES = 16 * 2**20
 CHUNK_BYTES = 2**20
 DIGEST_BYTES = 16
@@ -136,13 +135,13 @@ def image_header(key: PackedFileKey, sums: list[int]) -> bytes:
     """All that stands before the weights."""
     body = msgspec.json.encode(PackedManifest(key, sums)).ljust(_manifest_bytes(key))
     header = MAGIC + len(body).to_bytes(4, "little") + body + _digest(body)
-    return header + bytes(-len(header) % ALIGNMENT)
+    return header.ljust(aligned(len(header)), b"\0")
 
 
 def weights_start(key: PackedFileKey) -> int:
     """Where the weights will begin, whatever their checksums are."""
     header_bytes = len(MAGIC) + 4 + _manifest_bytes(key) + DIGEST_BYTES
-    return -(-header_bytes // ALIGNMENT) * ALIGNMENT
+    return aligned(header_bytes)
 
 
 def _manifest_bytes(key: PackedFileKey) -> int:
@@ -163,7 +162,7 @@ def _read_manifest(head: bytes) -> tuple[PackedManifest, int]:
         manifest = msgspec.json.decode(body, type=PackedManifest)
     except msgspec.ValidationError as error:
         raise PackedFileError(f"its manifest is of another version: {error}", is_ours=True) from error
-    return manifest, -(-(end + DIGEST_BYTES) // ALIGNMENT) * ALIGNMENT
+    return manifest, aligned(end + DIGEST_BYTES)
 
 
 def _check(manifest: PackedManifest, key: PackedFileKey, num_bytes: int) -> None:

@@ -19,8 +19,10 @@ import numpy.typing as npt
 from brlite.backends.native.abi import LANES
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, image_header, weights_start
-from brlite.backends.native.packer import Float32, from_bfloat16, to_bfloat16
+from brlite.backends.native.packer import Float32, rounded_vector
 from brlite.checkpoint.new_file import FileRecord, NewFile, read_record
+from brlite.models.families.family import WeightTarget
+from brlite.precision import to_bfloat16
 
 BLOCK_ROWS = 256  # packed at once; whole panels
 
@@ -56,12 +58,11 @@ class PackedFile:
         with self._file:
             pass
 
-    def put(self, name: str, start: int, values: Float32, *, keeps_digits: bool) -> None:
-        """Pack `values` as rows `start` onwards of a parameter, rounded to bfloat16 unless it keeps its digits."""
-        tensor = self._layout.tensors[name]
+    def put(self, target: WeightTarget, values: Float32) -> None:
+        """Pack `values` as the rows of a parameter that `target` names, rounded to its type."""
+        tensor, start = self._layout.tensors[target.parameter], target.start
         if tensor.form == "vector":
-            numbers = values if keeps_digits else from_bfloat16(to_bfloat16(values))
-            self._write(tensor.offset + 4 * start, np.ascontiguousarray(numbers, np.float32))
+            self._write(tensor.offset + 4 * start, np.ascontiguousarray(rounded_vector(target, values), np.float32))
             return
         put_block = self._put_panels if tensor.form == "panels" else self._put_rows
         values = np.ascontiguousarray(values, np.float32)
@@ -103,7 +104,7 @@ class PackedFile:
         self._write(begin, panels)
 
     def _put_rows(self, tensor: PackedTensor, first: int, values: Float32) -> None:
-        self._write(tensor.offset + 2 * first * tensor.num_inputs, to_bfloat16(values))
+        self._write(tensor.offset + 2 * first * tensor.num_inputs, to_bfloat16(values, keeps_subnormal=False))
 
     def _write(self, offset: int, values: npt.NDArray[Any]) -> None:
         data = values.reshape(-1).view(np.uint8).data

@@ -11,6 +11,8 @@ import numpy.typing as npt
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packed_file import MappedPackedFile
+from brlite.models.families.family import WeightTarget
+from brlite.precision import from_bfloat16, to_bfloat16
 
 Float32 = npt.NDArray[np.float32]
 
@@ -44,17 +46,17 @@ class Packer:
         self._memory = memory
         self._pool = pool
 
-    def put(self, name: str, start: int, values: Float32, *, keeps_digits: bool) -> None:
-        """Pack `values` as rows `start` onwards of a parameter, rounded to bfloat16 unless it keeps its digits."""
-        tensor = self._layout.tensors[name]
+    def put(self, target: WeightTarget, values: Float32) -> None:
+        """Pack `values` as the rows of a parameter that `target` names, rounded to its type."""
+        tensor, start = self._layout.tensors[target.parameter], target.start
         if tensor.form == "panels":
             self._pack(tensor, start, values)
         elif tensor.form == "table":
             rows = self._memory.bytes(tensor.offset, tensor.num_bytes).view(np.uint16).reshape(-1, tensor.num_inputs)
-            rows[start : start + len(values)] = to_bfloat16(values)
+            rows[start : start + len(values)] = to_bfloat16(values, keeps_subnormal=False)
         else:
             vector = self._memory.floats(tensor.offset, tensor.num_inputs)
-            vector[start : start + len(values)] = values if keeps_digits else from_bfloat16(to_bfloat16(values))
+            vector[start : start + len(values)] = rounded_vector(target, values)
 
     def _pack(self, tensor: PackedTensor, start: int, values: Float32) -> None:
         values = np.ascontiguousarray(values, np.float32)
@@ -70,14 +72,8 @@ class Packer:
             done.result()
 
 
-def to_bfloat16(values: Float32) -> npt.NDArray[np.uint16]:
-    """The nearest bfloat16 numbers, ties to even, as their bits; NaN stays NaN, what is subnormal becomes 0."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-    magnitude = bits & 0x7FFFFFFF
-    rounded = np.where(magnitude > 0x7F800000, (bits >> 16) | 0x40, rounded)
-    return np.where(magnitude < 0x00800000, (bits >> 16) & 0x8000, rounded).astype(np.uint16)
-
-
-def from_bfloat16(halves: npt.NDArray[np.uint16]) -> Float32:
-    return (halves.astype(np.uint32) << 16).view(np.float32)
+def rounded_vector(target: WeightTarget, values: Float32) -> Float32:
+    """A norm as it is; a bias rounded to bfloat16, but held in float32."""
+    if target.dtype == "float32":
+        return values
+    return from_bfloat16(to_bfloat16(values, keeps_subnormal=False))

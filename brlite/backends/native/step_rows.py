@@ -15,11 +15,9 @@ import numpy as np
 
 from brlite.backends.native import abi
 from brlite.backends.native.layout import padded
-from brlite.backends.native.memory import NativeMemory
+from brlite.backends.native.memory import NativeMemory, aligned
 from brlite.errors import ConfigError
 from brlite.models.config import ModelConfig
-
-ALIGNMENT = 4096
 
 
 class Rows(NamedTuple):
@@ -67,7 +65,7 @@ class SharedRows:
         self._library = library
         self._mapping = mmap.mmap(file, shared_bytes(library, sizes))
         self.meeting = int(np.frombuffer(self._mapping, np.uint8).ctypes.data)
-        address = self.meeting + _aligned(library.brlite_meeting_bytes())
+        address = self.meeting + aligned(library.brlite_meeting_bytes())
         found: dict[str, Rows] = {}
         for name, num_bytes in sizes.num_bytes().items():
             found[name] = Rows(address, padded(getattr(sizes, name)))
@@ -112,7 +110,7 @@ def create_shared_file(library: ctypes.CDLL, sizes: SharedSizes) -> int:
 
 def shared_bytes(library: ctypes.CDLL, sizes: SharedSizes) -> int:
     """All that ranks share."""
-    return _aligned(library.brlite_meeting_bytes()) + sum(sizes.num_bytes().values())
+    return aligned(library.brlite_meeting_bytes()) + sum(sizes.num_bytes().values())
 
 
 def _open_unnamed() -> int:
@@ -123,8 +121,4 @@ def _open_unnamed() -> int:
 
 
 def _num_bytes(num_rows: int, size: int) -> int:
-    return _aligned(4 * (num_rows * padded(size) + abi.LANES))
-
-
-def _aligned(num_bytes: int) -> int:
-    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+    return aligned(4 * (num_rows * padded(size) + abi.LANES))

@@ -21,13 +21,21 @@ from brlite.backends.plugins.discovery import check_capabilities
 from brlite.backends.plugins.one_thread import OneThread
 from brlite.backends.sampling.host import HostSampler, choose_sampler
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import (
+    NOT_FINITE,
+    BackendGuard,
+    BackendInfo,
+    Batch,
+    SampledToken,
+    ScheduledSeq,
+    SeqResult,
+    StepResult,
+)
 from brlite.errors import BackendLost, EngineError
 from brlite.outputs import TokenLogprob
 
 logger = logging.getLogger(__name__)
 
-NOT_FINITE = "the model produced logits that are not finite"
 STEP_FAILED = "the model step failed; the request was not completed"
 
 PREFIX_NOTE = "prompts that begin alike are each computed in full: a sequence has a slot of its own"

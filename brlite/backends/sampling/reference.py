@@ -12,16 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from brlite.backends.sampling.random_numbers import Floats, Integers, invert_cdf
-from brlite.backends.sampling.row_settings import RowSettings
-from brlite.backends.torch.shortlist import Shortlist, draw_from_shortlist
+from brlite.backends.sampling.row_settings import MAX_PENALTY, RowSettings
+from brlite.backends.torch.shortlist import SHORTLIST_SIZE, Shortlist, draw_from_shortlist
 from brlite.engine.backend import SampledToken, SamplingInput
 from brlite.outputs import TokenLogprob
 
 Logits = npt.NDArray[np.float32]
 
-SHORTLIST_SIZE = 256
 FLOAT_MAX = float(np.finfo(np.float32).max)
-MAX_PENALTY = 1e30  # as in penalties.py
 
 
 def sample(logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:

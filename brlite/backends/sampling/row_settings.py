@@ -11,6 +11,7 @@ from brlite.backends.sampling.random_numbers import Floats, Integers, uniform
 from brlite.engine.backend import SamplingInput
 
 MAX_TEMPERATURE = 1e37  # near the largest float; every distribution is flat long before
+MAX_PENALTY = 1e30  # a penalty beyond this, either way, acts as this: its products stay finite in float64
 
 
 class RowSettings(NamedTuple):

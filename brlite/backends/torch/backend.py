@@ -24,14 +24,23 @@ from brlite.backends.torch.probe import probe_device
 from brlite.backends.torch.sampler import sample, token_logprobs
 from brlite.checkpoint import Checkpoint
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import (
+    NOT_FINITE,
+    BackendGuard,
+    BackendInfo,
+    Batch,
+    SampledToken,
+    ScheduledSeq,
+    SeqResult,
+    StepResult,
+)
 from brlite.errors import ConfigError
 from brlite.machine import physical_cores
 from brlite.models import find_family
 from brlite.models.config import cache_dtype, kv_bytes_per_token
 from brlite.outputs import TokenLogprob
+from brlite.precision import PRECISIONS
 
-NOT_FINITE = "the model produced logits that are not finite"
 MAX_LOGITS = 2**22  # of a prompt at a time: 16 MiB in float32
 
 QUANTIZED_NOTE = "int8 weights are held dequantised: the numbers of int8, the memory of {dtype}"
@@ -70,7 +79,7 @@ class TorchBackend:
         dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
         if rules.is_probed:
             config = find_family(checkpoint.config).read_config(checkpoint.config)
-            notes = (*notes, *probe_device(device, dtype, spec.precision, config).notes)
+            notes = (*notes, *probe_device(device, dtype, PRECISIONS[spec.precision], config).notes)
         decoder = load_model(
             checkpoint,
             spec,
@@ -175,7 +184,7 @@ def _result(seq: ScheduledSeq, token: SampledToken | None, prompt_logprobs: list
 
 
 def _allocate_cache(decoder: Decoder, spec: ModelSpec, engine: EngineConfig) -> KVCache:
-    kv_dtype, block_size = cache_dtype(spec.precision, engine.dtype), engine.block_size
+    kv_dtype, block_size = cache_dtype(PRECISIONS[spec.precision], engine.dtype), engine.block_size
     num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
     try:
         return KVCache(
@@ -194,7 +203,7 @@ def _describe(
 ) -> BackendInfo:
     dtype = str(decoder.dtype).removeprefix("torch.")
     notes = list(fallback_notes)
-    if spec.precision != "bf16" and not rules_for(decoder.device).keeps_int8:
+    if PRECISIONS[spec.precision].has_int8_weights and not rules_for(decoder.device).keeps_int8:
         notes.append(QUANTIZED_NOTE.format(dtype=dtype))
     if engine.dtype == "auto" and dtype == "float32":
         notes.append(FLOAT32_NOTE)

@@ -24,6 +24,7 @@ from brlite.errors import ConfigError
 from brlite.models.config import ModelConfig, weight_bytes
 from brlite.models.families.family import WeightTarget
 from brlite.models.shards import Shard, parameter_parts, shared_config
+from brlite.precision import PRECISIONS
 
 
 class TorchRankContext(NamedTuple):
@@ -52,9 +53,10 @@ def load_model(
     """
     fit = check_fit(checkpoint, spec)
     config = shared_config(fit.config, seat.share) if seat else fit.config
-    parameters = _allocate(config, dtype, device, keeps_int8=keeps_int8 and spec.precision != "bf16")
+    is_int8 = PRECISIONS[spec.precision].has_int8_weights
+    parameters = _allocate(config, dtype, device, keeps_int8=keeps_int8 and is_int8)
     _fill(parameters, checkpoint, fit, on_progress, seat)
-    if spec.precision != "bf16":
+    if is_int8:
         quantize_linears_(parameters)
     if packs and can_pack(parameters):
         parameters = pack_linears(parameters)
@@ -88,6 +90,6 @@ def _fill(
 
 
 def _copy(parameters: Parameters, place: WeightTarget, tensor: Tensor) -> None:
-    # Every precision starts from bfloat16 weights, held in float32 or not; norms keep all their digits.
-    rounded = tensor if place.parameter.endswith("norm") else tensor.to(torch.bfloat16)
+    # Every precision starts from bfloat16 weights, held in float32 or not.
+    rounded = tensor if place.dtype == "float32" else tensor.to(torch.bfloat16)
     store_rows_(parameters, place.parameter, place.start, rounded)

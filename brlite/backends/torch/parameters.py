@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from brlite.models.config import QUANTIZATION_GROUP, ModelConfig, is_quantized, parameter_shapes
+from brlite.models.config import QUANTIZATION_GROUP, ModelConfig, is_quantized, parameter_dtype, parameter_shapes
 
 MAX_DEQUANTIZED = 2**26  # weights at a time: 128 MiB in bfloat16
 
@@ -115,7 +115,9 @@ def allocate_parameters(
             named[name] = torch.zeros((shape[0], columns), dtype=torch.int8, device=device)
             named[scales_name(name)] = torch.zeros((shape[0], num_groups), dtype=torch.bfloat16, device=device)
         else:
-            named[name] = torch.empty(shape, dtype=torch.float32 if name.endswith("norm") else dtype, device=device)
+            named[name] = torch.empty(
+                shape, dtype=torch.float32 if parameter_dtype(name) == "float32" else dtype, device=device
+            )
     return Parameters(
         named=named,
         embedding=named["embedding"],

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from brlite.backends.sampling.row_settings import MAX_PENALTY
 from brlite.engine.backend import SamplingInput
 
 FLOAT_MAX = torch.finfo(torch.float32).max
-MAX_PENALTY = 1e30  # a penalty beyond this, either way, acts as this: its products stay finite in float64
 
 
 def edit_logits(logits: torch.Tensor, inputs: Sequence[SamplingInput]) -> None:

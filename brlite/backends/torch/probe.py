@@ -27,10 +27,10 @@ from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import allocate_parameters
 from brlite.backends.torch.quantize import quantize_linears_, store_rows_
 from brlite.backends.torch.sampler import sample, token_logprobs
-from brlite.config.options import Precision
 from brlite.engine.backend import SamplingInput
 from brlite.errors import ConfigError
-from brlite.models.config import KVDtype, ModelConfig, RopeConfig, parameter_shapes
+from brlite.models.config import KVDtype, ModelConfig, RopeConfig, parameter_dtype, parameter_shapes
+from brlite.precision import PRECISIONS, Precision
 from brlite.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,10 @@ class ProbeReport(NamedTuple):
 
 
 def probe_device(
-    device: torch.device, dtype: torch.dtype, precision: Precision = "bf16", config: ModelConfig = PLAIN_CONFIG
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: Precision = PRECISIONS["bf16"],
+    config: ModelConfig = PLAIN_CONFIG,
 ) -> ProbeReport:
     """Compute a tiny model of `config`'s shape on `device`. Raises `ConfigError` where that gives nonsense."""
     began = time.monotonic()
@@ -128,7 +131,7 @@ def shrunk(config: ModelConfig) -> ModelConfig:
 def _compute(config: ModelConfig, device: torch.device, dtype: torch.dtype, precision: Precision) -> Tensor:
     """The logits [R, V] of all rows of all steps, on the device that computed them."""
     decoder = _decoder(config, device, dtype, precision)
-    kv_dtype: KVDtype = "int8" if precision == "a_bf16_w_int8_kv_int8" else "bfloat16"
+    kv_dtype: KVDtype = precision.kv
     num_blocks = MAX_LENGTH // BLOCK_SIZE
     cache = KVCache(config, num_blocks=2 * num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device)
     few = rules_for(device).has_few_shapes
@@ -149,12 +152,12 @@ def _compute(config: ModelConfig, device: torch.device, dtype: torch.dtype, prec
 
 
 def _decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype, precision: Precision) -> Decoder:
-    is_int8 = precision != "bf16"
+    is_int8 = precision.has_int8_weights
     parameters = allocate_parameters(config, dtype, device, keeps_int8=is_int8 and rules_for(device).keeps_int8)
     generator = torch.Generator().manual_seed(0)
     for name, shape in parameter_shapes(config).items():
         values = torch.randn(shape, generator=generator)
-        scaled = 1 + values / 10 if name.endswith("norm") else values / shape[-1] ** 0.5
+        scaled = 1 + values / 10 if parameter_dtype(name) == "float32" else values / shape[-1] ** 0.5
         store_rows_(parameters, name, 0, scaled.bfloat16())
     if is_int8:
         quantize_linears_(parameters)

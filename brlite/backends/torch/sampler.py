@@ -25,14 +25,12 @@ from brlite.backends.sampling.random_numbers import Floats, Integers
 from brlite.backends.sampling.row_settings import RowSettings
 from brlite.backends.torch.logprobs import token_logprobs
 from brlite.backends.torch.penalties import edit_logits
-from brlite.backends.torch.shortlist import draw_from_shortlist, take_best
+from brlite.backends.torch.shortlist import SHORTLIST_SIZE, draw_from_shortlist, take_best
 from brlite.backends.torch.whole_row import draw_from_whole_rows, row_masses
 from brlite.engine.backend import SampledToken, SamplingInput
 from brlite.outputs import TokenLogprob
 
 __all__ = ["sample", "token_logprobs"]
-
-SHORTLIST_SIZE = 256
 
 
 def sample(logits: torch.Tensor, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:

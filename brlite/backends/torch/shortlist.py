@@ -17,6 +17,8 @@ from brlite.backends.sampling.row_settings import RowSettings
 if TYPE_CHECKING:
     import torch
 
+SHORTLIST_SIZE = 256  # tokens: more than a usual `top_k`, and few enough to sort on the host
+
 Booleans = npt.NDArray[np.bool_]
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-from brlite.models.config import ModelConfig
+from brlite.models.config import ModelConfig, parameter_dtype
 
 
 class WeightTarget(msgspec.Struct, frozen=True):
@@ -20,6 +20,11 @@ class WeightTarget(msgspec.Struct, frozen=True):
     shape: tuple[int, ...]
     start: int = 0
     has_unit_rows: bool = False
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """What the tensor's numbers are rounded to on their way, before any int8."""
+        return parameter_dtype(self.parameter)
 
 
 class Family(msgspec.Struct, frozen=True):

@@ -12,12 +12,13 @@ import pytest
 from brlite.backends.native import abi
 from brlite.backends.native.build import SOURCES
 from brlite.backends.native.library import NativeLibrary
+from brlite.models.config import QUANTIZATION_GROUP
 
 HEADER = (SOURCES / "brlite.h").read_text(encoding="utf-8")
 CONSTANTS = {
     "ABI_VERSION": abi.ABI_VERSION,
     "LANES": abi.LANES,
-    "GROUP": abi.GROUP,
+    "GROUP": QUANTIZATION_GROUP,
     "CHUNK_PAGES": abi.CHUNK_PAGES,
     "MAX_HEAD_DIM": abi.MAX_HEAD_DIM,
     "HEAD_ROWS": abi.HEAD_ROWS,

@@ -21,7 +21,8 @@ from brlite.backends.native.packed_file import MappedPackedFile, PackedFileError
 from brlite.backends.torch.quantize import dequantize_weight, quantize_weight
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_fit
-from brlite.config.options import ModelSpec, Precision
+from brlite.config.options import ModelSpec
+from brlite.precision import PrecisionName
 from tests.tiny_models import write_tiny_model
 
 KEY = PackedFileKey(layout_version=1, precision="bf16", identity="abc", num_bytes=3 * 2**20 + 5)
@@ -99,7 +100,7 @@ def test_an_image_of_other_weights_is_not_used(image: Path, library: ctypes.CDLL
             open_image(image, library, pool, key)
 
 
-def load(folder: Path, library: ctypes.CDLL, precision: Precision, image: Path | None = None) -> LoadedWeights:
+def load(folder: Path, library: ctypes.CDLL, precision: PrecisionName, image: Path | None = None) -> LoadedWeights:
     spec = ModelSpec(name="tiny", precision=precision, build_seq=32)
     with closing(open_checkpoint(folder)) as checkpoint:
         return load_weights(library, checkpoint, check_fit(checkpoint, spec), spec, image, 2, lambda fraction: None)

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from brlite.backends.torch.backend import NOT_FINITE, TorchBackend
 from brlite.checkpoint import open_checkpoint
-from brlite.config.options import EngineConfig, ModelSpec, Precision
+from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult
 from brlite.errors import ConfigError
+from brlite.precision import PrecisionName
 from brlite.sampling_params import SamplingParams
 from tests.tiny_models import VOCAB_SIZE, write_tiny_model
 
@@ -90,7 +91,7 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("precision", ["a_bf16_w_int8", "a_bf16_w_int8_kv_int8"])
-def test_int8_precisions_run_and_say_what_they_hold(precision: Precision, llama_path: Path) -> None:
+def test_int8_precisions_run_and_say_what_they_hold(precision: PrecisionName, llama_path: Path) -> None:
     spec = ModelSpec(name="tiny", build_seq=40, build_batch=3, precision=precision)
 
     backend = load(llama_path, spec)

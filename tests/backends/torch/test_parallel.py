@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from brlite.backends.torch.loading import TorchRankContext, load_model
-from brlite.config.options import ModelSpec, Precision
+from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError
 from brlite.models.shards import Shard, check_groups
+from brlite.precision import PrecisionName
 from tests.limits import PATIENCE_SECONDS
 from tests.models.steps import BLOCK_SIZE, DEVICE, LENGTH, Runner, load_tiny, random_ids
 from tests.tiny_models import TINY_CONFIGS, TensorCheckpoint
@@ -52,7 +53,7 @@ class ThreadGroup:
         return self._table.exchange(self._rank, tensor)
 
 
-def logits_of_ranks(name: str, size: int, token_ids: Sequence[int], precision: Precision = "bf16") -> list[Tensor]:
+def logits_of_ranks(name: str, size: int, token_ids: Sequence[int], precision: PrecisionName = "bf16") -> list[Tensor]:
     """What each rank says of a prompt in two chunks."""
     table, spec = Table(size), ModelSpec(name=name, build_seq=LENGTH, precision=precision)
 

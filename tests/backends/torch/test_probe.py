@@ -11,10 +11,10 @@ import torch
 from brlite.backends.torch.device import host_device
 from brlite.backends.torch.parameters import Linear
 from brlite.backends.torch.probe import ProbeReport, probe_device, shrunk
-from brlite.config.options import Precision
 from brlite.errors import ConfigError
 from brlite.models import find_family
 from brlite.models.config import parameter_shapes
+from brlite.precision import PRECISIONS, PrecisionName
 from tests.models.test_config import PUBLISHED
 from tests.tiny_models import TINY_CONFIGS
 
@@ -23,8 +23,8 @@ CPU = host_device()
 
 @pytest.mark.parametrize("precision", ["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_device_that_computes_right_passes(dtype: torch.dtype, precision: Precision) -> None:
-    report = probe_device(CPU, dtype, precision)
+def test_a_device_that_computes_right_passes(dtype: torch.dtype, precision: PrecisionName) -> None:
+    report = probe_device(CPU, dtype, PRECISIONS[precision])
 
     assert report.cosine > (0.99999 if dtype == torch.float32 else 0.9995)
     assert report.on_host == ()
@@ -35,7 +35,7 @@ def test_a_device_that_computes_right_passes(dtype: torch.dtype, precision: Prec
 def test_every_architecture_can_be_probed(name: str) -> None:
     config = find_family(TINY_CONFIGS[name]).read_config(TINY_CONFIGS[name])
 
-    assert probe_device(CPU, torch.bfloat16, "a_bf16_w_int8_kv_int8", config).cosine > 0.999
+    assert probe_device(CPU, torch.bfloat16, PRECISIONS["a_bf16_w_int8_kv_int8"], config).cosine > 0.999
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
