@@ -1,4 +1,4 @@
-"""This machine's limits, measured by the loops of `backends/native/src/limits.h`: memory reads and multiply-adds.
+"""This machine's limits, measured by the loops of `machine_limits.h`: memory reads and multiply-adds.
 
 The header is compiled here, into the bench's cache, so that a bench of the torch path has its limits too.
 """
@@ -14,11 +14,9 @@ from pathlib import Path
 
 from venvs import ToolError, cache_folder, run_tool
 
-import brlite
-
-HEADER = Path(brlite.__file__).parent / "backends" / "native" / "src" / "limits.h"
+HEADER = Path(__file__).parent / "machine_limits.h"
 SOURCE = """
-#include "limits.h"
+#include "machine_limits.h"
 extern "C" double brlite_measure(int kind, int threads, double seconds) {
     return brlite::measure(kind, threads, seconds);
 }

@@ -37,7 +37,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "engine": ("tokenizer sampling_params outputs config", "msgspec"),
     "checkpoint": ("models precision files process machine config", "torch numpy gguf huggingface_hub tqdm msgspec"),
     "backends": (
-        "engine.backend models checkpoint tokenizer chat sampling_params outputs precision config machine files process",
+        "engine.backend models checkpoint tokenizer chat sampling_params outputs "
+        "precision config machine files process",
         "torch numpy msgspec setuptools",
     ),
     "conversion": ("models checkpoint backends tokenizer precision files machine config", "numpy msgspec"),

@@ -19,7 +19,7 @@ from brlite.machine import find_cpus, find_instruction_sets, find_memory, show_b
 if TYPE_CHECKING:
     from brlite.backends.native.library import NativeLibrary
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "aiohttp", "msgspec", "uvloop")
+PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "aiohttp", "msgspec", "uvloop")
 BIREN_NODES = "biren*"
 
 Findings = dict[str, str]
