@@ -148,7 +148,7 @@ def test_the_sampling_parameters_are_those_of_the_code() -> None:
 
 
 def test_the_toys_options_are_those_of_the_code() -> None:
-    assert set(table("engines", "# Engines")) == set(ToyOptions.__struct_fields__)
+    assert set(table("engines", "## The toy")) == set(ToyOptions.__struct_fields__)
 
 
 def test_the_tree_shows_every_room_and_file_of_the_root() -> None:
