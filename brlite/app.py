@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from brlite.config.options import Config
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.listen import PROBE_PATHS
-from brlite.http.middlewares import add_manners
+from brlite.http.middlewares import add_middlewares
 from brlite.http.origin_policy import OriginPolicy, is_loopback_address
 from brlite.proxy.catalog import Catalog
 from brlite.proxy.fast_path import FastPaths
@@ -32,7 +32,7 @@ ORIGIN_POLICY = web.AppKey("origin_policy", OriginPolicy)
 
 
 def create_app(
-    models: AsyncEngine | ModelTable, config: Config | None = None, *, listens_on: str | None = None
+    models: EngineLoop | ModelTable, config: Config | None = None, *, listens_on: str | None = None
 ) -> web.Application:
     """An application that serves an engine under the config's model name, or all models of a table.
 
@@ -46,7 +46,7 @@ def create_app(
     is not, as in an application that is mounted in another one, `server.allowed_hosts` alone says for which.
     """
     config = config or Config()
-    if isinstance(models, AsyncEngine):
+    if isinstance(models, EngineLoop):
         models = ModelTable([ServedModel(config.model[0], models)], config.proxy)
     app = web.Application()
     app[CONFIG] = config
@@ -61,7 +61,7 @@ def create_app(
         keys=keys,
         is_loopback=listens_on is not None and is_loopback_address(listens_on),
     )
-    add_manners(
+    add_middlewares(
         app,
         keys=keys,
         open_paths=OPEN_PATHS if config.server.metrics_need_key else OPEN_PATHS | METRICS_PATHS,

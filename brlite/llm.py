@@ -26,8 +26,8 @@ from brlite.config.load import load_config
 from brlite.config.options import ENGINE_VARIABLE, Config, LimitsConfig, ModelSpec
 from brlite.config.validation import engine_override, override
 from brlite.config.warnings import check_supported, config_warnings
-from brlite.engine import async_engine
 from brlite.engine.admission import read_token_ids
+from brlite.engine.async_engine import EngineLoop
 from brlite.engine.backend import Backend, check_process, close_dropped
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request
@@ -123,7 +123,7 @@ def _load_tokenizer(path: Path, spec: ModelSpec, limits: LimitsConfig) -> Tokeni
     )
 
 
-class AsyncEngine(async_engine.AsyncEngine):
+class AsyncEngine(EngineLoop):
     """An engine for asyncio programs: `async with AsyncEngine.from_config(config) as engine: …`."""
 
     @classmethod

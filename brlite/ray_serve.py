@@ -207,12 +207,12 @@ class ErrorEnvelope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        answer = _Answer(scope, send)
+        answer = _ServeResponse(scope, send)
         await self._app(scope, receive, answer.send)
         await answer.end()
 
 
-class _Answer:
+class _ServeResponse:
     """One answer on its way to the client."""
 
     def __init__(self, scope: Scope, send: Send) -> None:

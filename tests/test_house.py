@@ -10,6 +10,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -213,6 +214,12 @@ def test_native_and_torch_do_not_import_each_other(other):
 @each_file()
 def test_nothing_dangerous_or_too_new_is_used(path):
     assert list(forbidden(parse(path))) == []
+
+
+def test_a_class_name_is_used_once():
+    names = Counter(node.name for path in FILES for node in parse(path).body if isinstance(node, ast.ClassDef))
+
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 @each_file()

@@ -42,10 +42,10 @@ async def session(specs: tuple[ModelSpec, ...]) -> AsyncIterator[aiohttp.ClientS
     config = Config(model=specs, engine=msgspec.structs.replace(ENGINE, memory_gib=budget / GIB))
     models = ModelTable(ServedModel(spec) for spec in specs)
     async with AsyncExitStack() as stack:
-        residency = await stack.enter_async_context(ModelManager(models, ModelLoader(config), config.engine))
+        manager = await stack.enter_async_context(ModelManager(models, ModelLoader(config), config.engine))
         server = HttpServer(create_app(models, config), "127.0.0.1", 0, config.limits, 0.2)
         await stack.enter_async_context(server)
-        await residency.start()
+        await manager.start()
         yield await stack.enter_async_context(aiohttp.ClientSession(server.url))
 
 

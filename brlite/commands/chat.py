@@ -15,7 +15,7 @@ import aiohttp
 import msgspec
 
 from brlite.config.options import Config
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.errors import BrliteError, ConfigError
 from brlite.process.waiting import on_daemon_thread
 from brlite.sampling_params import SamplingParams
@@ -113,7 +113,7 @@ def _next_line(descriptor: int) -> bytes:
     return bytes(line)
 
 
-async def _ask_engine(engine: AsyncEngine, messages: Messages, params: SamplingParams) -> AsyncGenerator[str, None]:
+async def _ask_engine(engine: EngineLoop, messages: Messages, params: SamplingParams) -> AsyncGenerator[str, None]:
     token_ids = await engine.encode_chat(messages)
     async for output in engine.generate(token_ids, params):
         yield output.outputs[0].text

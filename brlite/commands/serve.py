@@ -77,16 +77,16 @@ async def _serve(config: Config, source: ConfigSource) -> int:
     app = create_app(models, config, listens_on=config.server.host)
     forwarder, keys = app[FORWARDER], app[KEYS]
     reloader = Reloader(source, config, keys, forwarder, models, terminal=find_terminal())
-    async with ModelManager(models, ModelLoader(config), config.engine) as residency:
+    async with ModelManager(models, ModelLoader(config), config.engine) as manager:
         # By then the grace time is over: closing an engine gives its streams their error event.
-        app.on_shutdown.append(lambda _: residency.close())
+        app.on_shutdown.append(lambda _: manager.close())
         address = (config.server.host, config.server.port)
         limits = msgspec.structs.replace(config.limits, max_connections=usable_connections(config))
         server = HttpServer(app, *address, limits, config.server.drain_seconds, fast_paths(app))
         async with _stop_signal(server.end_grace) as stop, reloader, server:
             logger.info("listening on %s; %s", server.url, _intentions(config, forwarder.table))
-            loading = asyncio.create_task(_load_first(residency), name="brlite-load")
-            failing = asyncio.create_task(residency.failure(), name="brlite-failure")
+            loading = asyncio.create_task(_load_first(manager), name="brlite-load")
+            failing = asyncio.create_task(manager.failure(), name="brlite-failure")
             await _first_of(loading, stop)
             if loading.done():
                 loading.result()
@@ -101,7 +101,7 @@ async def _serve(config: Config, source: ConfigSource) -> int:
             )
             models.is_draining = forwarder.is_draining = True
             loading.cancel()
-            residency.drain()
+            manager.drain()
         has_failed = failing.done()
         failing.cancel()
         await asyncio.wait([loading, failing])
@@ -122,8 +122,8 @@ def show_routes(table: RouteTable) -> str:
     return "; ".join([*routes[:MAX_SHOWN_MODELS], *more])
 
 
-async def _load_first(residency: ModelManager) -> None:
-    await residency.start()
+async def _load_first(manager: ModelManager) -> None:
+    await manager.start()
     # What is alive now stays alive: the collector need not walk it again.
     gc.collect()
     gc.freeze()

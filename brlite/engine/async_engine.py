@@ -38,8 +38,8 @@ RETRY_SECONDS = 5  # when to come back to an engine that is stopping
 LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
 
 
-class AsyncEngine:
-    """Serves requests from the event loop it is used in: `async with AsyncEngine(engine, backend) as engine`.
+class EngineLoop:
+    """Serves requests from the event loop it is used in: `async with EngineLoop(engine, backend) as engine`.
 
     Owns the engine, the backend and the step thread; `close` ends every open request with `NotReady` and leaves no
     task and no thread behind. Cancelling a reader of `generate` aborts its request. It belongs to the loop in which it
@@ -122,7 +122,7 @@ class AsyncEngine:
             self._closing = asyncio.create_task(self._close(), name="brlite-close")
         await asyncio.shield(self._closing)
 
-    async def __aenter__(self) -> AsyncEngine:
+    async def __aenter__(self) -> EngineLoop:
         await self.start()
         return self
 
@@ -372,7 +372,7 @@ class OutputStream:
         return output
 
 
-def _call_soon(engine: weakref.ref[AsyncEngine], loop: asyncio.AbstractEventLoop, error: BackendLost) -> None:
+def _call_soon(engine: weakref.ref[EngineLoop], loop: asyncio.AbstractEventLoop, error: BackendLost) -> None:
     """On the backend's thread: have the loop notice that the backend is gone."""
     alive = engine()
     if alive is not None:

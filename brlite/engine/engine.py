@@ -73,10 +73,8 @@ class Engine:
 
     @property
     def num_queued(self) -> int:
-        """How many requests have completions that wait; those that belong with another are counted as one with it."""
-        return sum(
-            state.is_queued and not (state.is_aborted or state.request.is_patient) for state in self._requests.values()
-        )
+        """How many requests count towards `max_waiting`: a body with many prompts counts as one."""
+        return len(self._queued())
 
     def continue_stats(self, stats: EngineStats) -> None:
         """Count on from an engine that served the same model before. To be called before the first request."""
@@ -92,7 +90,7 @@ class Engine:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
         request = _copied(request)
         max_tokens, warnings = admit(request, self.info, self.limits)
-        if not request.is_patient and self.num_queued >= self.limits.max_waiting:
+        if not request.is_exempt_from_queue_timeout and self.num_queued >= self.limits.max_waiting:
             self._make_room(request.tenant)
         seed = request.params.seed
         state = RequestState(
@@ -174,16 +172,19 @@ class Engine:
         self._blocks.check_integrity(self._scheduler.running)
         self.check_idle()
 
+    def _queued(self) -> list[RequestState]:
+        return [
+            state
+            for state in self._requests.values()
+            if state.is_queued and not (state.is_aborted or state.request.is_exempt_from_queue_timeout)
+        ]
+
     def _make_room(self, tenant: str) -> None:
         """The queue is full: end the newest request of the tenant with most in it, or raise `QueueFull`.
 
         A tenant alone may fill the queue; where others come each gets a share.
         """
-        queued = [
-            state
-            for state in self._requests.values()
-            if state.is_queued and not (state.is_aborted or state.request.is_patient)
-        ]
+        queued = self._queued()
         counts = Counter(state.request.tenant for state in queued)
         longest, num_longest = counts.most_common(1)[0]
         newest = next(
@@ -325,7 +326,8 @@ class Engine:
         limit = self.limits.max_wait_seconds
         deadline = self._clock() - limit
         for state in list(self._requests.values()):
-            if not state.is_started and not state.request.is_patient and state.arrival_time < deadline:
+            is_exempt = state.request.is_exempt_from_queue_timeout
+            if not state.is_started and not is_exempt and state.arrival_time < deadline:
                 message = f"the request waited in the queue for more than {limit:g} seconds"
                 error = QueueTimeout(message, retry_after_seconds=self._retry_after_seconds())
                 self._end_with_error(state, error)

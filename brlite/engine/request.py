@@ -29,7 +29,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
     `tenant` is whose it is: tenants get turns, a share of the queue and, unless the config shares it, a prefix cache of
     their own. Requests of one `group` were asked for at once and share a turn; without one each is its own.
-    A patient one is not ended for waiting too long: it belongs with another that is not.
+    One that is exempt from the queue timeout belongs to a body whose first request is not exempt: it waits without a
+    limit.
     """
 
     request_id: str
@@ -39,7 +40,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     tenant: str = ""
     group: str = ""
-    is_patient: bool = False
+    is_exempt_from_queue_timeout: bool = False
 
 
 class SequenceStatus(enum.Enum):

@@ -78,10 +78,10 @@ class Connection(web.RequestHandler):
         "_make_fast_path",
         "_siblings",
         "_stall",
-        "_tardy",
+        "_timeout_error",
         "_timer",
         "_wire",
-        "is_retiring",
+        "is_draining",
         "is_spare",
     )
 
@@ -111,20 +111,20 @@ class Connection(web.RequestHandler):
         self._wire: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
-        self._tardy: RequestError | None = None  # what the client is told if the deadline passes; None: nothing
+        self._timeout_error: RequestError | None = None  # sent when the deadline passes; None: nothing is
         self._stall: StallTimer | None = None
         self._bytes_came = False
         self._is_serving = False
         self._make_fast_path = make_fast_path
         self._fast_path: ByteStreamHandler | None = None
         self.is_spare = False  # beyond max_connections: it may ask for what probes ask
-        self.is_retiring = False  # to be closed after the response in progress
+        self.is_draining = False  # to be closed after the response in progress
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         wire = self._wire = cast(asyncio.Transport, transport)
         peer = wire.get_extra_info("peername")
         is_member = self._siblings.admit(self, peer[0] if isinstance(peer, tuple) else "")
-        self.is_spare = self.is_retiring = not is_member
+        self.is_spare = self.is_draining = not is_member
         wire.set_write_buffer_limits(high=0)  # so pause_writing() means: the client does not take what we send
         self._stall = StallTimer(wire, self._limits.slow_client_seconds)
         if self.is_spare:
@@ -158,9 +158,9 @@ class Connection(web.RequestHandler):
             self._wire.write(error_bytes(TOO_MANY))
         self.force_close()
 
-    def retire(self) -> None:
+    def drain(self) -> None:
         """Close now if no request is in progress, else after its response."""
-        self.is_retiring = True
+        self.is_draining = True
         if not self._is_serving:
             self.force_close()
 
@@ -211,7 +211,7 @@ class Connection(web.RequestHandler):
         self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
     ) -> tuple[web.StreamResponse, bool]:
         """Send the response's end."""
-        if self.is_retiring:
+        if self.is_draining:
             resp.force_close()
         try:
             return await super().finish_response(request, resp, start_time)
@@ -253,9 +253,9 @@ class Connection(web.RequestHandler):
 
     # Slow clients
 
-    def _set_deadline(self, seconds: float, tardy: RequestError | None = None) -> None:
+    def _set_deadline(self, seconds: float, timeout_error: RequestError | None = None) -> None:
         """Most deadlines are met, so the timer is left alone where it goes off before."""
-        self._tardy = tardy
+        self._timeout_error = timeout_error
         self._deadline = self._event_loop.time() + seconds
         if self._timer is None or self._timer.when() > self._deadline:
             if self._timer is not None:
@@ -271,9 +271,9 @@ class Connection(web.RequestHandler):
             self._time_is_up()
 
     def _time_is_up(self) -> None:
-        if self._wire is not None and self._tardy is not None and not self._wire.is_closing():
+        if self._wire is not None and self._timeout_error is not None and not self._wire.is_closing():
             logger.info("slow request from %s", self.peername)
-            self._wire.write(error_bytes(self._tardy))
+            self._wire.write(error_bytes(self._timeout_error))
         self.force_close()
 
     def pause_writing(self) -> None:

@@ -21,7 +21,7 @@ class Closable(Protocol):
     """What the set of connections asks of one: to close, sooner or later. `connection.py` has the real one."""
 
     def make_room(self) -> None: ...
-    def retire(self) -> None: ...
+    def drain(self) -> None: ...
     def abort(self) -> None: ...
 
 
@@ -112,10 +112,10 @@ class Connections:
         if not self._members:
             self._none.set()
 
-    def retire(self) -> None:
+    def drain(self) -> None:
         """Close the idle ones now, the others after the response in progress."""
         for connection in list(self._members):
-            connection.retire()
+            connection.drain()
 
     def abort(self) -> None:
         """Cut them all, which cancels their handlers."""

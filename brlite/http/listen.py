@@ -91,7 +91,7 @@ class HttpServer:
             return
         listener, self._listener = self._listener, None
         listener.close()
-        self._connections.retire()
+        self._connections.drain()
         self._grace = asyncio.create_task(self._connections.wait_gone(self._grace_seconds), name="brlite-grace")
         try:
             await asyncio.wait([self._grace])

@@ -14,7 +14,7 @@ from brlite.http.request_id import stamp_request_id
 from brlite.http.resources import Resources
 
 
-def add_manners(
+def add_middlewares(
     app: web.Application,
     *,
     keys: ApiKeys,

@@ -309,7 +309,7 @@ class FastPath:
     def ended(self) -> None:
         self._log()
         self._exchange = self._head = self._key = None
-        if not self._keeps_alive or self._connection.is_retiring:
+        if not self._keeps_alive or self._connection.is_draining:
             self._transport.close()
             return
         self._connection.request_ended()
@@ -317,7 +317,7 @@ class FastPath:
 
     def _write_head(self, status: int, lines: bytes, body: bytes) -> None:
         self._status = status
-        if self._connection.is_retiring:
+        if self._connection.is_draining:
             self._keeps_alive = False
         own = b"%bX-Request-Id: %b\r\n" % (OWN_LINES, (self._client_id or self._request_id).encode())
         if not self._keeps_alive:

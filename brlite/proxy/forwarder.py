@@ -84,7 +84,7 @@ class Forwarder:
         self.request_headers = _request_headers(config.proxy)
         self._health.watch(table.upstreams, config.proxy)
         for upstream in gone.values():
-            upstream.pool.retire()
+            upstream.pool.drain()
 
     def check_hops(self, via: bytes | None) -> None:
         """Raise `LoopDetected` for a request that was here before, or has come too far, by its `Via` header."""

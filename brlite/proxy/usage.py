@@ -63,7 +63,7 @@ class _Within(msgspec.Struct):
     usage: _Counts | None = None
 
 
-class _Answer(msgspec.Struct):
+class _ResponseUsage(msgspec.Struct):
     """An answer or an event: `message` is of Anthropic's `message_start`, `response` of `response.completed`."""
 
     usage: _Counts | None = None
@@ -71,7 +71,7 @@ class _Answer(msgspec.Struct):
     response: _Within | None = None
 
 
-_ANSWER = msgspec.json.Decoder(_Answer)
+_ANSWER = msgspec.json.Decoder(_ResponseUsage)
 
 
 class Seen(NamedTuple):

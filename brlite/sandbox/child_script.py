@@ -88,7 +88,7 @@ class TextEncoder:
         return {"ids": self._tokenizers[index].encode(text, add_special_tokens=add_special_tokens).ids}
 
 
-class PieceEncoder:
+class SentencePieceWorker:
     """A sentencepiece model, as base64."""
 
     def __init__(self, sentencepiece: str) -> None:
@@ -107,7 +107,7 @@ class PieceEncoder:
 
 
 # By the name in the first message that only this one has.
-WORKERS = {"template": Renderer, "tokenizers": TextEncoder, "sentencepiece": PieceEncoder}
+WORKERS = {"template": Renderer, "tokenizers": TextEncoder, "sentencepiece": SentencePieceWorker}
 
 
 def _starts_of(controls: Sequence[str]) -> re.Pattern[str] | None:
@@ -206,7 +206,7 @@ def _serve() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     too_much = f"it needs more than {setup['memory_bytes']} bytes of memory"
     out_of_memory = encode_message({"error": too_much, "is_last": True})
-    worker: Renderer | TextEncoder | PieceEncoder | None = None
+    worker: Renderer | TextEncoder | SentencePieceWorker | None = None
     _send(encode_message({}))
     while (message := _receive()) is not None:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])

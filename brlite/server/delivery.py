@@ -17,7 +17,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from brlite.config.options import LimitsConfig
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
 from brlite.errors import BrliteError, EngineError, NotReady
 from brlite.http.errors import error_body
@@ -32,7 +32,7 @@ LOADING_COMMENT_SECONDS = 1.0
 C = TypeVar("C", bound="Collector")
 
 # Asks the engine, once it is there: submits to the collector, which may take a while where prompts are encoded.
-Ask = Callable[[AsyncEngine, "Collector"], Awaitable[None]]
+Ask = Callable[[EngineLoop, "Collector"], Awaitable[None]]
 
 
 RUNNING: web.AppKey[set[Collector]] = web.AppKey("running")  # those of the answers that an application is making
@@ -71,7 +71,7 @@ class Collector:
         for index, output in self.outputs.items():
             self._answer.count.add(index, output)
 
-    def submit(self, engine: AsyncEngine, requests: Sequence[Request]) -> None:
+    def submit(self, engine: EngineLoop, requests: Sequence[Request]) -> None:
         """Queue all of them. The first refusal is raised; those before it end with the collector."""
         self._num_requests = self._num_open = len(requests)
         for index, request in enumerate(requests):

@@ -15,7 +15,7 @@ from msgspec import UNSET
 
 import brlite
 from brlite.config.options import Config
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.errors import Forbidden, NotFound
 from brlite.http.access_log import log_extras
 from brlite.http.body import leave_body, read_body
@@ -49,8 +49,8 @@ from brlite.server.translate import (
     chat_params,
     check_chat,
     check_completion,
+    client_field_names,
     completion_params,
-    in_the_words_of,
     make_requests,
     plain_messages,
     truncate,
@@ -68,7 +68,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _CHAT)
     limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
     with _using(request, body.model) as model:
-        with in_the_words_of(body):
+        with client_field_names(body):
             messages = check_chat(body, limits)
             params = chat_params(body, limits)
             has_generation_prompt = generation_prompt(
@@ -77,7 +77,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         answer = ChatAnswer(answer_form(body, body.model or model.name, params))
         answer.warn(warnings)
 
-        async def encode(engine: AsyncEngine) -> list[Prompt]:
+        async def encode(engine: EngineLoop) -> list[Prompt]:
             token_ids = await engine.encode_chat(
                 messages,
                 add_generation_prompt=has_generation_prompt,
@@ -94,13 +94,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
     body, warnings = await _read(request, _COMPLETION)
     limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
     with _using(request, body.model) as model:
-        with in_the_words_of(body):
+        with client_field_names(body):
             prompts = check_completion(body, limits)
             params = completion_params(body, limits)
         answer = CompletionAnswer(answer_form(body, body.model or model.name, params))
         answer.warn(warnings)
 
-        async def encode(engine: AsyncEngine) -> list[Prompt]:
+        async def encode(engine: EngineLoop) -> list[Prompt]:
             return [
                 Prompt(
                     prompt.text,
@@ -188,8 +188,8 @@ async def list_models(request: web.Request) -> web.Response:
     """Those that the key may use and, of those that other servers have, that can be reached."""
     models, may_use = request.app[MODELS], api_key(request).may_use
     here = [_card(name, model) for name, model in models.names() if may_use(model.name)]
-    elsewhere = [forwarded_card(model) for model in models.forwarded if model.num_available and may_use(model.model)]
-    return _json(ModelList(data=here + elsewhere))
+    remote = [forwarded_card(model) for model in models.forwarded if model.num_available and may_use(model.model)]
+    return _json(ModelList(data=here + remote))
 
 
 async def get_model(request: web.Request) -> web.Response:
@@ -323,15 +323,15 @@ async def _answer(
     request: web.Request,
     model: ServedModel,
     body: SamplingFields,
-    encode: Callable[[AsyncEngine], Awaitable[list[Prompt]]],
+    encode: Callable[[EngineLoop], Awaitable[list[Prompt]]],
     params: SamplingParams,
     answer: ChatAnswer | CompletionAnswer,
 ) -> web.StreamResponse:
     """Hand the prompts to the model's engine, once it is loaded, and answer in the form that was asked for."""
 
-    async def ask(engine: AsyncEngine, collector: Collector) -> None:
+    async def ask(engine: EngineLoop, collector: Collector) -> None:
         answer.set_source(engine.tokenizer, engine.info.fingerprint)
-        with in_the_words_of(body):
+        with client_field_names(body):
             prompts, cuts = truncate(await encode(engine), body, params, engine.info)
             answer.warn(cuts)
             collector.submit(

@@ -22,7 +22,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.engine.stats import EngineStats, Histogram
 from brlite.http.api_key import KeyUsage
 from brlite.http.keys import ApiKeys
@@ -181,7 +181,7 @@ class EngineCollector(Collector):
         for model in self._models:
             yield [model.name, "0"][: len(labels)], model.stats
 
-    def _engines(self) -> Iterator[tuple[str, AsyncEngine]]:
+    def _engines(self) -> Iterator[tuple[str, EngineLoop]]:
         for model in self._models:
             if model.engine is not None:
                 yield model.name, model.engine

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.config.warnings import GIB, check_memory
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.errors import BrliteError, EngineError
 from brlite.server.served_model import ServedModel
 
@@ -40,7 +40,7 @@ class Loader(Protocol):
         """What they will take. Fetches the model if it is not here."""
         ...
 
-    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+    async def load(self, spec: ModelSpec, report: OnProgress) -> EngineLoop:
         """A started engine, which the caller closes."""
         ...
 
@@ -143,7 +143,7 @@ def _choose_yielding(loaded: Sequence[ManagedModel], missing: float) -> list[Man
 
 
 class ModelManager:
-    """Keeps models in memory, or out of it. `async with Residency(…)` closes at the end all engines that it loaded."""
+    """Keeps models in memory, or out of it. `async with ModelManager(…)` closes all engines that it loaded."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class ModelManager:
         self._clock = clock
         self._budget_bytes = config.memory_gib * GIB or math.inf
         self._sizes: dict[str, int] = {}
-        self._engines: dict[str, AsyncEngine] = {}  # all that are not closed
+        self._engines: dict[str, EngineLoop] = {}  # all that are not closed
         self._changed = asyncio.Event()
         self._lost: list[str] = []
         self._restarting: dict[str, float] = {}  # since when
@@ -182,7 +182,7 @@ class ModelManager:
                 await self._load(model)
         may_be_lost = self._config.name is not None  # as any engine that is not ours
         if may_be_lost or any(_has_changes(model.spec) for model in self._models.values()):
-            self._keeping = asyncio.create_task(self._keep(), name="brlite-residency")
+            self._keeping = asyncio.create_task(self._keep(), name="brlite-model-manager")
 
     async def failure(self) -> BrliteError:
         """Why the server has to end, as soon as it has to."""
@@ -218,7 +218,7 @@ class ModelManager:
             self._changed.clear()
             await self._give_up_lost()
             action = decide(
-                [self._resident(model) for model in self._models.values()], self._budget_bytes, self._clock()
+                [self._managed(model) for model in self._models.values()], self._budget_bytes, self._clock()
             )
             yielding = () if isinstance(action, Load) else action.yielding
             for model in self._models.values():
@@ -230,7 +230,7 @@ class ModelManager:
             else:
                 await self._rest(action)
 
-    def _resident(self, model: ServedModel) -> ManagedModel:
+    def _managed(self, model: ServedModel) -> ManagedModel:
         return ManagedModel(
             model.name,
             self._sizes.get(model.name),

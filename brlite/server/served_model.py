@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from brlite.config.options import ModelSpec, ProxyConfig
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.engine.stats import EngineStats
 from brlite.errors import ModelNotFound
 from brlite.server.load_state import LoadState, ignore_change, stopping
@@ -26,7 +26,7 @@ class ServedModel:
     """
 
     def __init__(
-        self, spec: ModelSpec, engine: AsyncEngine | None = None, *, clock: Callable[[], float] = time.monotonic
+        self, spec: ModelSpec, engine: EngineLoop | None = None, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.spec = spec
         self.name = spec.name
@@ -96,7 +96,7 @@ class ServedModel:
             if not self.num_active:
                 self._on_change()
 
-    async def loaded(self, max_wait_seconds: float, tenant: str = "") -> AsyncEngine:
+    async def loaded(self, max_wait_seconds: float, tenant: str = "") -> EngineLoop:
         """Its engine, once it is there; only while `in_use`. Raises `NotReady` if it does not come, or not in time."""
         if not self.is_available:
             await self.loading.wait(max_wait_seconds, tenant)  # from its end on this request is active
@@ -104,7 +104,7 @@ class ServedModel:
             raise self.loading.not_ready("is not loaded any more")
         return self.engine
 
-    def take(self, engine: AsyncEngine) -> None:
+    def take(self, engine: EngineLoop) -> None:
         """Serve by this engine, and whoever waited for it."""
         engine.continue_stats(self.stats)
         self.max_model_len = engine.info.max_model_len
@@ -139,9 +139,9 @@ class ModelTable:
     `forwarded` gives, whenever it is iterated, the names that other servers answer to.
     """
 
-    def __init__(self, models: Iterable[ServedModel], elsewhere: ProxyConfig | None = None) -> None:
+    def __init__(self, models: Iterable[ServedModel], proxy: ProxyConfig | None = None) -> None:
         self._models = {model.name: model for model in models}
-        self.take_names(elsewhere or ProxyConfig())
+        self.take_names(proxy or ProxyConfig())
         self.forwarded: Iterable[RemoteModel] = ()
         self.is_draining = False
 
@@ -150,7 +150,7 @@ class ModelTable:
 
     @property
     def takes_requests(self) -> bool:
-        """Whether new work is taken for all models or, where none is served here, for any that is served elsewhere."""
+        """Whether new work is taken for all models or, where no model is local, for any remote one."""
         if self.is_draining:
             return False
         if self._models:
@@ -170,8 +170,8 @@ class ModelTable:
         return next((model for model in self.forwarded if model.name == name), None)
 
     def take_names(self, config: ProxyConfig) -> None:
-        """From now on know this config's aliases, and which models are said to be elsewhere."""
-        self._elsewhere = frozenset(config.all_models.values())
+        """Replace the aliases and the names of remote models by those of this config."""
+        self._remote_names = frozenset(config.all_models.values())
         self._aliases = {alias: name for alias, name in config.aliases.items() if name in self._models}
 
     def names(self) -> Iterator[tuple[str, ServedModel]]:
@@ -205,7 +205,7 @@ class ModelTable:
     def _unknown(self, name: str | None) -> str:
         if name is None:
             return "say which model: several are served here"
-        is_elsewhere = name in self._elsewhere
-        where = "runs on another server, whose address is not known here" if is_elsewhere else "does not exist"
+        is_remote = name in self._remote_names
+        where = "runs on another server, whose address is not known here" if is_remote else "does not exist"
         names = ", ".join([*self._models, *self._aliases, *(model.name for model in self.forwarded)])
         return f"The model `{name[:200]}` {where}. Served here: {names}"

@@ -92,7 +92,7 @@ def check_completion(body: CompletionRequest, limits: LimitsConfig) -> list[Prom
 
 
 @contextmanager
-def in_the_words_of(body: SamplingFields) -> Iterator[None]:
+def client_field_names(body: SamplingFields) -> Iterator[None]:
     """Refusals raised inside, of the engine's names, name the client's fields instead."""
     try:
         yield
@@ -166,7 +166,7 @@ def make_requests(
             cache_salt=cache_salt or "",
             tenant=tenant,
             group=answer_id,
-            is_patient=index > 0,
+            is_exempt_from_queue_timeout=index > 0,
         )
         for index, prompt in enumerate(prompts)
     ]

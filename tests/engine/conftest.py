@@ -46,7 +46,7 @@ class Driver:
         *,
         request_id: str | None = None,
         cache_salt: str = "",
-        is_patient: bool = False,
+        is_exempt_from_queue_timeout: bool = False,
         tenant: str = "",
         group: str = "",
         **params: Any,
@@ -58,7 +58,7 @@ class Driver:
             prompt_token_ids=token_ids,
             params=sampling,
             cache_salt=cache_salt,
-            is_patient=is_patient,
+            is_exempt_from_queue_timeout=is_exempt_from_queue_timeout,
             tenant=tenant,
             group=group,
         )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from brlite.config.options import EngineConfig, LimitsConfig
-from brlite.engine.async_engine import LONG_TEXT, AsyncEngine
+from brlite.engine.async_engine import LONG_TEXT, EngineLoop
 from brlite.engine.engine import Engine
 from brlite.errors import EngineError, InvalidRequest, NotReady
 from brlite.outputs import RequestOutput
@@ -22,14 +22,14 @@ GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
 
 @asynccontextmanager
-async def running(**kw: Any) -> AsyncIterator[tuple[AsyncEngine, FakeBackend]]:
+async def running(**kw: Any) -> AsyncIterator[tuple[EngineLoop, FakeBackend]]:
     backend = FakeBackend(**kw)
     engine = Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig())
-    async with AsyncEngine(engine, backend) as async_engine:
+    async with EngineLoop(engine, backend) as async_engine:
         yield async_engine, backend
 
 
-async def collect(engine: AsyncEngine, prompt: str, params: SamplingParams = GREEDY) -> list[RequestOutput]:
+async def collect(engine: EngineLoop, prompt: str, params: SamplingParams = GREEDY) -> list[RequestOutput]:
     return [output async for output in engine.generate(prompt, params)]
 
 
@@ -108,7 +108,7 @@ async def test_a_backend_that_answers_nonsense_ends_its_requests_and_the_engine_
             return type(result)([]) if len(self.batches) == 1 else result
 
     backend = Liar()
-    async with AsyncEngine(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend) as engine:
+    async with EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend) as engine:
         with pytest.raises(EngineError, match="the engine failed"):
             await collect(engine, "hello")
         outputs = await collect(engine, "hello")
@@ -135,7 +135,7 @@ async def test_a_backend_that_cannot_close_leaves_no_thread() -> None:
 
     threads_before = set(threading.enumerate())
     backend = Stuck()
-    engine = AsyncEngine(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
+    engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
     await engine.start()
     await collect(engine, "hello")
 
@@ -167,7 +167,7 @@ async def test_a_text_that_is_encoded_while_the_engine_closes_is_no_bad_request(
             self.is_closed.set()
 
     backend, tokenizer = FakeBackend(max_model_len=2 * LONG_TEXT, num_blocks=4 * LONG_TEXT), Dying()
-    async with AsyncEngine(Engine(backend.info, tokenizer, EngineConfig(), LimitsConfig()), backend) as engine:
+    async with EngineLoop(Engine(backend.info, tokenizer, EngineConfig(), LimitsConfig()), backend) as engine:
         encoding = asyncio.create_task(engine.encode("x" * (LONG_TEXT + 1)))
         await asyncio.to_thread(tokenizer.has_begun.wait, 60)
 

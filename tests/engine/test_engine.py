@@ -303,12 +303,12 @@ def test_a_request_whose_completions_wait_is_still_in_the_queue(make_driver: Mak
     driver.submit("another")
 
 
-def test_a_patient_request_outlasts_the_time_limit_of_the_queue(make_driver: MakeDriver) -> None:
+def test_an_exempt_request_outlasts_the_time_limit_of_the_queue(make_driver: MakeDriver) -> None:
     driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_wait_seconds=5.0))
     driver.submit("running", max_tokens=20)
     driver.step()
 
-    request_id = driver.submit("waiting", is_patient=True)
+    request_id = driver.submit("waiting", is_exempt_from_queue_timeout=True)
     driver.finish()
 
     assert driver.outputs[request_id].finished
@@ -384,11 +384,11 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_back(make_driver: Ma
     assert caught.value.retry_after_seconds >= 1
 
 
-def test_patient_parts_do_not_fill_the_queue(make_driver: MakeDriver) -> None:
+def test_exempt_parts_do_not_fill_the_queue(make_driver: MakeDriver) -> None:
     driver = make_driver(max_num_seqs=1, limits=LimitsConfig(max_waiting=2))
 
     driver.submit("first part")
-    parts = [driver.submit(f"part {number}", is_patient=True) for number in range(5)]
+    parts = [driver.submit(f"part {number}", is_exempt_from_queue_timeout=True) for number in range(5)]
     driver.submit("somebody else")
     driver.finish()
 

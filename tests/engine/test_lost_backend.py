@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from brlite.config.options import EngineConfig, LimitsConfig
-from brlite.engine.async_engine import LOST, AsyncEngine
+from brlite.engine.async_engine import LOST, EngineLoop
 from brlite.engine.backend import Batch, CanBeLost, StepResult
 from brlite.engine.engine import Engine
 from brlite.errors import BackendLost, EngineError, NotReady
@@ -43,15 +43,15 @@ class MortalBackend(FakeBackend):
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[tuple[AsyncEngine, MortalBackend, list[str]]]:
+async def running() -> AsyncIterator[tuple[EngineLoop, MortalBackend, list[str]]]:
     backend, losses = MortalBackend(), list[str]()
-    engine = AsyncEngine(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
+    engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
     engine.watch(lambda: losses.append("lost"))
     async with engine:
         yield engine, backend, losses
 
 
-async def fate(engine: AsyncEngine, prompt: str) -> str:
+async def fate(engine: EngineLoop, prompt: str) -> str:
     """How a request ends."""
     try:
         async for output in engine.generate(prompt, GREEDY):

@@ -147,7 +147,7 @@ class FakeWire:
     def __init__(self) -> None:
         self.log: list[tuple[object, ...]] = []
         self.lanes: list[object] = []
-        self.is_retiring = False
+        self.is_draining = False
 
     def pass_on(self, data: bytes) -> None:
         if self.log and self.log[-1][0] == "aiohttp":

@@ -11,7 +11,7 @@ from aiohttp import web
 from brlite.config.options import LimitsConfig
 from brlite.http.keys import ApiKeys
 from brlite.http.listen import PROBE_PATHS, HttpServer
-from brlite.http.middlewares import add_manners
+from brlite.http.middlewares import add_middlewares
 from brlite.http.origin_policy import OriginPolicy
 from tests.limits import PATIENCE_SECONDS
 
@@ -42,7 +42,7 @@ async def http_server() -> AsyncIterator[HttpServerFactory]:
             app.router.add_route(*route.split(), handler)
         open_paths = frozenset({"/health"})
         policy = OriginPolicy(cors_origins)
-        add_manners(app, keys=ApiKeys(keys), open_paths=open_paths, origin_policy=policy, quiet_paths=open_paths)
+        add_middlewares(app, keys=ApiKeys(keys), open_paths=open_paths, origin_policy=policy, quiet_paths=open_paths)
         app[PROBE_PATHS] = open_paths
         server = HttpServer(mounted(app, prefix), "127.0.0.1", 0, LimitsConfig(**PATIENT | limits), grace_seconds)
         servers.append(server)

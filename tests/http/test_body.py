@@ -170,10 +170,10 @@ async def test_a_client_that_asks_first_is_told_before_it_sends(length, status, 
     from brlite.config.options import LimitsConfig
     from brlite.http.keys import ApiKeys
     from brlite.http.listen import HttpServer
-    from brlite.http.middlewares import add_manners
+    from brlite.http.middlewares import add_middlewares
 
     app = web.Application()
-    add_manners(app, keys=ApiKeys(), open_paths=frozenset())
+    add_middlewares(app, keys=ApiKeys(), open_paths=frozenset())
     app.router.add_post("/echo", echo, expect_handler=leave_body)
     async with HttpServer(app, "127.0.0.1", 0, LimitsConfig(), grace_seconds=0.1) as server:
         client = await connect(server)

@@ -1,4 +1,4 @@
-"""CORS, request ids and the access log together, in the order that `add_manners` gives them."""
+"""CORS, request ids and the access log together, in the order that `add_middlewares` gives them."""
 
 from __future__ import annotations
 

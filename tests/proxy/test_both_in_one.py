@@ -19,7 +19,7 @@ from aiohttp import web
 from brlite.app import create_app
 from brlite.config.load import load_config
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec, UpstreamConfig
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from tests.fakes import ByteTokenizer, FakeBackend
 from tests.proxy.services import GATED, LONG, Gated, Service, ask, free_port, served, write_model
@@ -69,7 +69,7 @@ async def fake_app(name: str, **settings: Any) -> AsyncIterator[web.Application]
     """An application that serves a fake model of this name, and what else the settings say."""
     backend, config = FakeBackend(), Config(**{"model": (ModelSpec(name=name),), **settings})
     engine = Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig())
-    async with AsyncEngine(engine, backend) as async_engine:
+    async with EngineLoop(engine, backend) as async_engine:
         yield create_app(async_engine, config)
 
 

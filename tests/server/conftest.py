@@ -12,7 +12,7 @@ import pytest
 
 from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.http.listen import HttpServer
 from tests.fakes import ByteTokenizer, FakeBackend
@@ -23,7 +23,7 @@ MODEL = "fake"
 class Client:
     """Talks to one server; `engine` and `backend` are what stands behind it."""
 
-    def __init__(self, session: aiohttp.ClientSession, server: HttpServer, engine: AsyncEngine, backend: FakeBackend):
+    def __init__(self, session: aiohttp.ClientSession, server: HttpServer, engine: EngineLoop, backend: FakeBackend):
         self.session, self.url, self.engine, self.backend = session, server.url, engine, backend
 
     async def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
@@ -80,7 +80,7 @@ async def make_client() -> AsyncIterator[Callable[..., Awaitable[Client]]]:
             backend = FakeBackend(**backend_options)
             settings = Config(model=(ModelSpec(name=MODEL),), limits=LimitsConfig(**(limits or {})), **(config or {}))
             engine = Engine(backend.info, tokenizer or ByteTokenizer(), EngineConfig(), settings.limits)  # type: ignore[arg-type]
-            async_engine = await stack.enter_async_context(AsyncEngine(engine, backend))
+            async_engine = await stack.enter_async_context(EngineLoop(engine, backend))
             app = create_app(async_engine, settings)
             server = HttpServer(app, "127.0.0.1", 0, settings.limits, grace_seconds=0.2)
             await stack.enter_async_context(server)

@@ -12,7 +12,7 @@ import pytest
 
 from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.errors import ModelError
 from brlite.http.listen import HttpServer
@@ -42,13 +42,13 @@ class Loader:
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
         return 1
 
-    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+    async def load(self, spec: ModelSpec, report: OnProgress) -> EngineLoop:
         await self.gate.wait()
         if self.error is not None:
             raise self.error
         backend = MortalBackend()
         self.backends.append(backend)
-        engine = AsyncEngine(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
+        engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)
         await engine.start()
         return engine
 
@@ -57,8 +57,8 @@ class Loader:
 
 
 class House:
-    def __init__(self, loader: Loader, residency: ModelManager, session: aiohttp.ClientSession) -> None:
-        self.loader, self.residency, self._session = loader, residency, session
+    def __init__(self, loader: Loader, manager: ModelManager, session: aiohttp.ClientSession) -> None:
+        self.loader, self.manager, self._session = loader, manager, session
 
     async def ask(self) -> int:
         async with self._session.post(CHAT, json={**chat_body(), "model": "a"}) as response:
@@ -82,13 +82,13 @@ async def make_house() -> AsyncIterator[MakeHouse]:
             spec = ModelSpec(name="a", build_seq=64, tensor_parallel=2, devices=(0, 1), load=load)
             engine = EngineConfig(on_rank_failure=on_rank_failure)
             models, loader = ModelTable([ServedModel(spec)]), Loader()
-            residency = await stack.enter_async_context(ModelManager(models, loader, engine))
+            manager = await stack.enter_async_context(ModelManager(models, loader, engine))
             config = Config(model=(spec,), engine=engine)
             server: Any = HttpServer(create_app(models, config), "127.0.0.1", 0, config.limits, 0.1)
             await stack.enter_async_context(server)
-            await residency.start()
+            await manager.start()
             session = await stack.enter_async_context(aiohttp.ClientSession(server.url))
-            return House(loader, residency, session)
+            return House(loader, manager, session)
 
         yield start
 
@@ -127,7 +127,7 @@ async def test_where_the_config_wants_it_the_server_has_to_end(make_house: MakeH
     house = await make_house("exit")
 
     house.loader.backends[0].die()
-    error = await asyncio.wait_for(house.residency.failure(), PATIENCE_SECONDS)
+    error = await asyncio.wait_for(house.manager.failure(), PATIENCE_SECONDS)
 
     assert str(error) == 'model a is lost, and engine.on_rank_failure is "exit"'
     assert await house.status("/ready") == 503
@@ -139,7 +139,7 @@ async def test_a_restart_that_fails_ends_the_server_too(make_house: MakeHouse) -
     house.loader.error = ModelError("/models/a: model.safetensors is missing")
 
     house.loader.backends[0].die()
-    error = await asyncio.wait_for(house.residency.failure(), PATIENCE_SECONDS)
+    error = await asyncio.wait_for(house.manager.failure(), PATIENCE_SECONDS)
 
     assert str(error) == "model a could not be restarted: /models/a: model.safetensors is missing"
 

@@ -15,7 +15,7 @@ import pytest
 
 from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
-from brlite.engine.async_engine import AsyncEngine
+from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.errors import ConfigError, ModelError
 from brlite.http.listen import HttpServer
@@ -115,7 +115,7 @@ class FakeLoader:
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
         return self.unknown[spec.name]
 
-    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+    async def load(self, spec: ModelSpec, report: OnProgress) -> EngineLoop:
         self.loads[spec.name] += 1
         report("reading the weights", 0.4)
         try:
@@ -126,7 +126,7 @@ class FakeLoader:
         if self.errors.get(spec.name):
             raise self.errors[spec.name].pop(0)
         backend = self.backends[spec.name] = SlowToClose()
-        engine = AsyncEngine(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)  # type: ignore[arg-type]
+        engine = EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend)  # type: ignore[arg-type]
         await engine.start()
         return engine
 
@@ -148,8 +148,8 @@ class SlowToClose(FakeBackend):
 class House:
     """A server of several models that come and go, and a client of it."""
 
-    def __init__(self, models: ModelTable, residency: ModelManager, loader: FakeLoader, session: aiohttp.ClientSession):
-        self.models, self.residency, self.loader, self.session = models, residency, loader, session
+    def __init__(self, models: ModelTable, manager: ModelManager, loader: FakeLoader, session: aiohttp.ClientSession):
+        self.models, self.manager, self.loader, self.session = models, manager, loader, session
         self.time = 1000.0
 
     async def ask(self, model: str, **fields: Any) -> tuple[int, Any]:
@@ -206,15 +206,15 @@ async def make_house() -> AsyncIterator[MakeHouse]:
                 return house.time
 
             models = ModelTable(ServedModel(spec, clock=clock) for spec in specs)
-            residency = ModelManager(models, loader, EngineConfig(memory_gib=budget / GIB), clock=clock)
+            manager = ModelManager(models, loader, EngineConfig(memory_gib=budget / GIB), clock=clock)
             app = create_app(models, config)
-            app.on_shutdown.append(lambda _: residency.close())
+            app.on_shutdown.append(lambda _: manager.close())
             server = HttpServer(app, "127.0.0.1", 0, config.limits, 0.2)
-            await stack.enter_async_context(residency)
+            await stack.enter_async_context(manager)
             await stack.enter_async_context(server)
             session = await stack.enter_async_context(aiohttp.ClientSession(server.url))
-            house = House(models, residency, loader, session)
-            await residency.start()
+            house = House(models, manager, loader, session)
+            await manager.start()
             return house
 
         yield start
@@ -550,8 +550,8 @@ async def test_the_clock_itself_unloads_what_is_idle(eventually: Eventually) -> 
     models = ModelTable([ServedModel(ModelSpec(name="a", build_seq=64, idle_unload_seconds=0.05))])
     loader = FakeLoader({})
 
-    async with ModelManager(models, loader, EngineConfig()) as residency:
-        await residency.start()
+    async with ModelManager(models, loader, EngineConfig()) as manager:
+        await manager.start()
         await eventually(lambda: models.find("a").engine is None)
 
     assert loader.backends["a"].is_closed
@@ -586,9 +586,9 @@ async def test_draining_ends_loads_and_whoever_waits_for_them(make_house: MakeHo
     await eventually(lambda: house.num_waiting("a") == 2 and house.num_waiting("b") == 1)
 
     house.models.is_draining = True
-    house.residency.drain()
+    house.manager.drain()
     (status, answer), (other, _), lines = await asyncio.gather(*asked)
-    await house.residency.close()
+    await house.manager.close()
 
     assert (status, other) == (503, 503)
     assert "the server is stopping" in answer["error"]["message"]
@@ -607,7 +607,7 @@ async def test_closing_waits_for_an_engine_that_is_closing_already(
     asked = house.asks("b")
     await eventually(lambda: house.models.find("a").engine is None)
 
-    closed = asyncio.create_task(house.residency.close())
+    closed = asyncio.create_task(house.manager.close())
     status, _ = await asked
     closing.closing_gate.set()
     await closed
@@ -626,10 +626,10 @@ async def test_closing_waits_for_an_engine_that_is_closing_already(
 )
 async def test_what_can_never_fit_is_refused_before_anything_is_loaded(specs: list[ModelSpec], who: str) -> None:
     loader = FakeLoader({"a": 6 * GIB, "b": 6 * GIB, "huge": 11 * GIB})
-    residency = ModelManager([ServedModel(spec) for spec in specs], loader, EngineConfig(memory_gib=10))
+    manager = ModelManager([ServedModel(spec) for spec in specs], loader, EngineConfig(memory_gib=10))
 
     with pytest.raises(ConfigError, match=rf"engine\.memory_gib = 10: {who} 1[12] GiB"):
-        await residency.start()
+        await manager.start()
 
     assert not loader.loads
 

@@ -13,7 +13,7 @@ import pytest
 
 from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, LimitsConfig, ModelSpec
-from brlite.engine.async_engine import LONG_TEXT, AsyncEngine
+from brlite.engine.async_engine import LONG_TEXT, EngineLoop
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.errors import NotReady, QueueFull
@@ -38,7 +38,7 @@ PLAIN = KeysConfig(keys=("sk-plain",))
 async def serving(config: Config, **backend_options: Any) -> AsyncIterator[tuple[aiohttp.ClientSession, FakeBackend]]:
     """A server of two models, `one` on a fake engine and `two` that is not loaded."""
     backend = FakeBackend(max_model_len=512, num_blocks=1024, **backend_options)
-    engine = AsyncEngine(Engine(backend.info, ByteTokenizer(), config.engine, config.limits), backend)  # type: ignore[arg-type]
+    engine = EngineLoop(Engine(backend.info, ByteTokenizer(), config.engine, config.limits), backend)  # type: ignore[arg-type]
     two = ServedModel(ModelSpec(name="two", load="on_demand"))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(engine)

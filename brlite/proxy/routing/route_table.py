@@ -109,12 +109,14 @@ def upstream_configs(config: Config) -> list[UpstreamConfig]:
     """
     here = {spec.name for spec in config.model}
     configs = [without_local(each, here) for each in config.upstream]
-    elsewhere: dict[str, list[str]] = {}
+    models_by_url: dict[str, list[str]] = {}
     for url, model in config.proxy.all_models.items():
         if model not in here and parse_address(url) is not None:
-            elsewhere.setdefault(url, []).append(model)
+            models_by_url.setdefault(url, []).append(model)
     urls = {each.url for each in configs}
-    configs += [UpstreamConfig(url=url, models=tuple(models)) for url, models in elsewhere.items() if url not in urls]
+    configs += [
+        UpstreamConfig(url=url, models=tuple(models)) for url, models in models_by_url.items() if url not in urls
+    ]
     return [each for each in configs if each.models]
 
 

@@ -231,7 +231,7 @@ class ConnectionPool:
         if connection.holder is None and connection in self._idle:
             self._idle.remove(connection)
 
-    def retire(self) -> None:
+    def drain(self) -> None:
         """Keep none from now on: those in use are closed when they are given back."""
         self._max_idle = 0
         while self._idle:
