@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from brlite.chat.marked_text import MarkedText
+from brlite.chat.control_tokens import MarkedText
 from brlite.chat.template import template_refusal
 
 Messages = Sequence[Mapping[str, Any]]

@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from brlite.checkpoint.checkpoint import ALLOWED_DTYPES
+from brlite.checkpoint.checkpoint import ALLOWED_DTYPES, weights_identity
 from brlite.checkpoint.folder import read_config
-from brlite.checkpoint.identity import weights_identity
 from brlite.checkpoint.model_file import check_model_file
 from brlite.checkpoint.stored_numbers import Float32
 from brlite.errors import ModelError

@@ -1,11 +1,13 @@
 """What every format looks like from outside: a config and named arrays, in Hugging Face's names and layout.
 
-Knows no format and no torch.
+`weights_identity` is what most formats give as their `identity`. Knows no format and no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 ALLOWED_DTYPES = "F32, F16 and BF16"
+DIGEST_BYTES = 16
 
 
 class Checkpoint(Protocol):
@@ -51,3 +54,27 @@ class Checkpoint(Protocol):
     def close(self) -> None:
         """Let go of files and mappings. Nothing is called afterwards."""
         ...
+
+
+def weights_identity(config: Mapping[str, Any], headers: Mapping[Path, bytes]) -> str:
+    """A short hex digest that changes with the config, any file's name, size or mtime, and any byte of its header.
+
+    Folders do not count: a model that is moved stays itself.
+    """
+    files = [(file.name, *_size_and_time(file), _digest(header)) for file, header in headers.items()]
+    return _digest(json.dumps([config, files], sort_keys=True).encode())
+
+
+def read_header(file: Path, num_bytes: int) -> bytes:
+    """The first `num_bytes` of a file."""
+    with file.open("rb") as stream:
+        return stream.read(num_bytes)
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()

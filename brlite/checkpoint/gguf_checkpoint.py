@@ -11,9 +11,9 @@ from typing import Any
 import gguf
 import numpy as np
 
+from brlite.checkpoint.checkpoint import read_header, weights_identity
 from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
 from brlite.checkpoint.gguf_header import GgufHeader, GgufTensor, read_gguf_header
-from brlite.checkpoint.identity import read_header, weights_identity
 from brlite.checkpoint.stored_numbers import Float32, read_bytes
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason

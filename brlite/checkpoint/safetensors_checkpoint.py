@@ -8,8 +8,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
+from brlite.checkpoint.checkpoint import read_header, weights_identity
 from brlite.checkpoint.folder import read_config
-from brlite.checkpoint.identity import read_header, weights_identity
 from brlite.checkpoint.safetensors_header import SafetensorsHeader, TensorEntry, read_safetensors_header
 from brlite.checkpoint.slices import Cuts, Slice
 from brlite.checkpoint.stored_numbers import STORED, Float32, read_columns, read_float32

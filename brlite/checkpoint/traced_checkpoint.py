@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from brlite.checkpoint.checkpoint import weights_identity
 from brlite.checkpoint.folder import read_config
-from brlite.checkpoint.identity import weights_identity
 from brlite.checkpoint.safetensors_header import ITEM_BYTES
 from brlite.checkpoint.stored_numbers import Float32, read_float32
 from brlite.checkpoint.traced_archive import TracedArchive, TracedTensor

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from brlite.config.files import read_text
+from brlite.config.load import read_text
 from brlite.config.options import Config, EngineConfig, LimitsConfig
 from brlite.config.warnings import check_supported
 from brlite.engine.admission import context_length

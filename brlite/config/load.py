@@ -1,20 +1,41 @@
-"""Reads a config file: TOML, or the manual's 13-field JSON."""
+"""Reads config files: TOML, or the manual's 13-field JSON. Any error is one line that names the file."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
-from brlite.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    pass
-else:
-    pass
-from brlite.config.files import read_toml
 from brlite.config.manual_json import load_seed_config
 from brlite.config.options import Config
 from brlite.config.validation import make_config
+from brlite.errors import ConfigError
+from brlite.files.text_file import TextError
+from brlite.files.text_file import read_text as read_text_file
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+def read_text(path: Path) -> str:
+    """The text of a config file. Raises `ConfigError` where there is none or it is not UTF-8."""
+    try:
+        return read_text_file(path)
+    except TextError as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file says, not yet checked. Raises `ConfigError` where it is no TOML."""
+    try:
+        data: dict[str, Any] = tomllib.loads(read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: nested too deeply") from None
+    return data
 
 
 def load_config(path: Path) -> Config:
@@ -22,5 +43,5 @@ def load_config(path: Path) -> Config:
     if path.suffix == ".toml":
         return make_config(read_toml(path), source=str(path))
     if path.suffix == ".json":
-        return load_seed_config(path)
+        return load_seed_config(read_text(path), path)
     raise ConfigError(f"{path}: a config file ends in .toml or .json")

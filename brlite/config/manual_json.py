@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from brlite.config.files import read_text
 from brlite.config.options import Config, Count, DeviceIndex, Text
 from brlite.config.validation import convert, make_config, show
 from brlite.errors import ConfigError
@@ -38,9 +37,12 @@ class SeedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     all_models: dict[str, str]
 
 
-def load_seed_config(path: Path) -> Config:
-    """Read the manual's JSON. Raises a one-line `ConfigError` naming file, field, value and what is allowed."""
-    seed = convert(_parse_json(path), SeedConfig, source=str(path))
+def load_seed_config(text: str, path: Path) -> Config:
+    """Read the manual's JSON, the text of the file `path`.
+
+    Raises a one-line `ConfigError` naming file, field, value and what is allowed.
+    """
+    seed = convert(_parse_json(text, path), SeedConfig, source=str(path))
     for contradiction in _contradictions(seed):
         raise ConfigError(f"{path}: {contradiction}")
     return make_config(_translate(seed), source=str(path))
@@ -91,9 +93,9 @@ def _contradictions(seed: SeedConfig) -> Iterator[str]:
         yield f"{at}: allowed as TP is the number of devices, here {len(seed.devices)}"
 
 
-def _parse_json(path: Path) -> Any:
+def _parse_json(text: str, path: Path) -> Any:
     try:
-        data = json.loads(read_text(path), object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
+        data = json.loads(text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
         json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text: it fails here, not when printed
         return data
     except ValueError as error:

@@ -14,8 +14,7 @@ from typing import NamedTuple
 import msgspec
 
 from brlite.config.address import Address, parse_address
-from brlite.config.files import read_toml
-from brlite.config.load import load_config
+from brlite.config.load import load_config, read_toml
 from brlite.config.options import Config, UpstreamConfig
 from brlite.config.validation import convert, make_config, show
 from brlite.errors import ConfigError

@@ -24,9 +24,8 @@ from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.request import Request, RequestState, Sequence, SequenceStatus, Sink, TokenCounts, sibling_seed
 from brlite.engine.scheduler import Scheduler, make_batch
 from brlite.engine.stats import EngineStats
-from brlite.engine.stopping import interpret
 from brlite.errors import BrliteError, EngineError, InvalidRequest, QueueFull, QueueTimeout
-from brlite.outputs import CompletionOutput, RequestOutput
+from brlite.outputs import CompletionOutput, FinishReason, RequestOutput
 from brlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -279,7 +278,7 @@ class Engine:
     def _append(self, seq: Sequence, token: SampledToken, now: float) -> None:
         """Append one drawn token to its sequence and to its request's delta, and see whether that ends it."""
         seq.append(token.token_id, now)
-        text, finish_reason, stop_reason = interpret(seq, token.token_id, self.tokenizer.eos_token_ids)
+        text, finish_reason, stop_reason = _interpret(seq, token.token_id, self.tokenizer.eos_token_ids)
         seq.state.add_delta(
             CompletionOutput(
                 index=seq.index,
@@ -366,3 +365,24 @@ def _copied(request: Request) -> Request:
 
 def _nobody(output: RequestOutput | BrliteError) -> None:
     """The sink of a request that nobody reads."""
+
+
+def _interpret(
+    seq: Sequence, token_id: int, eos_token_ids: tuple[int, ...]
+) -> tuple[str, FinishReason | None, str | int | None]:
+    """The text that the sequence's newest token releases, the finish reason if it ends here, and the stop reason.
+
+    A token that stops adds no text of its own, unless `include_stop_str_in_output` asks for it.
+    """
+    params, detokenizer = seq.state.request.params, seq.detokenizer
+    if token_id in params.stop_token_ids:
+        text = detokenizer.push(token_id) if params.include_stop_str_in_output else ""
+        return text + detokenizer.finish(), "stop", token_id
+    if token_id in eos_token_ids and not params.ignore_eos:
+        return detokenizer.finish(), "stop", None
+    text = detokenizer.push(token_id)
+    if detokenizer.stop_string is not None:
+        return text, "stop", detokenizer.stop_string
+    if seq.num_output_tokens >= seq.state.max_tokens:
+        return text + detokenizer.finish(), "length", None
+    return text, None, None

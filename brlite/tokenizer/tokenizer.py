@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
-from brlite.chat.marked_text import MarkedText, cut_before_last
+from brlite.chat.control_tokens import MarkedText, cut_before_last
 from brlite.errors import InvalidRequest
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from brlite.backends.plugins.toy_text import ToyChat
-from brlite.chat.marked_text import MarkedText, cut_before_last
+from brlite.chat.control_tokens import MarkedText, cut_before_last
 from brlite.errors import InvalidRequest
 from brlite.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer.conftest import write_folder

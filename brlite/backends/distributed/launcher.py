@@ -20,7 +20,7 @@ from brlite.backends.distributed.secret import VARIABLE, is_proof, proof, read_s
 from brlite.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
-    from brlite.backends.torch.store import TCPStore
+    from brlite.backends.torch.group import TCPStore
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _kept_alive(stream: socket.socket) -> socket.socket:
 
 
 def _store(place: RankAddress) -> TCPStore:
-    from brlite.backends.torch.store import open_store  # which needs torch
+    from brlite.backends.torch.group import open_store  # which needs torch
 
     is_keeper = place.rank == 0 and not place.has_store
     return open_store(place.host, place.port, GATHERING_SECONDS, is_keeper=is_keeper)

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from brlite.chat.control_tokens import MarkedText
 from brlite.chat.formats import ChatFormat
-from brlite.chat.marked_text import MarkedText
 from brlite.errors import InvalidRequest
 from brlite.tokenizer import Tokenizer
 from brlite.tokenizer.token_bytes import TokenBytes

@@ -13,8 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch documents the class, but does not export it as type checkers want.
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
 from brlite.backends.torch.device import collectives_of, loopback_only, make_current
-from brlite.backends.torch.store import TCPStore, open_store
 from brlite.errors import ConfigError, RankGone
 from brlite.models.shards import Shard
 
@@ -22,6 +24,16 @@ logger = logging.getLogger(__name__)
 
 MEETING_SECONDS = 300.0  # a rank that comes later than this is taken for stuck; one that died is noticed at once
 JOIN_SECONDS = 60.0
+
+__all__ = ["TCPStore", "TorchGroup", "open_store"]
+
+
+def open_store(host: str, port: int, seconds: float, *, is_keeper: bool) -> TCPStore:
+    """Keep a store at an address, or connect to one; port 0 takes a free one. Raises `RuntimeError`.
+
+    It serves as long as whoever keeps it holds on to it. `get` waits for a value, and raises if none comes in time.
+    """
+    return TCPStore(host, port, is_master=is_keeper, wait_for_workers=False, timeout=timedelta(seconds=seconds))
 
 
 class TorchGroup:

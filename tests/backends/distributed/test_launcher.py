@@ -12,7 +12,7 @@ import pytest
 from brlite.backends.distributed.launcher import RankAddress, await_ranks, find_place, find_rank_0
 from brlite.backends.distributed.messages import Channel, ChannelClosed, Hello, Join, Stop, frame
 from brlite.backends.distributed.secret import proof, read_secret
-from brlite.backends.torch.store import open_store
+from brlite.backends.torch.group import open_store
 from brlite.errors import ConfigError
 from tests.limits import PATIENCE_SECONDS
 
