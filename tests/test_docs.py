@@ -5,14 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import socket
+import shutil
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -26,6 +22,7 @@ from brlite.config.warnings import config_warnings
 from brlite.http.connection import MAX_HEADERS
 from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS
+from tests.process.servers import BRLITE, free_port, get, running, wait_until_it_answers
 from tests.test_house import ALLOWED
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +50,7 @@ NOT_RUN_HERE = {
     "proxy-1": "needs the servers it names; tests/test_proxy_command.py starts such ones",
     "tensor-parallelism-1": "needs two machines; tests/test_ranks.py starts ranks on one",
 }
+QUERIES = re.findall(r"\| `([^`]+)` \|$", PAGES["metrics"].split("## Queries for Grafana")[1], re.MULTILINE)
 ADDRESS = re.compile(r"\b(?:\d{1,3}\.){3}\d{1,3}\b")
 MAY_BE_SHOWN = ("127.", "0.0.0.0", "192.0.2.", "198.51.100.", "203.0.113.")  # loopback, any, RFC 5737's
 
@@ -85,50 +83,39 @@ def test_the_commands_of_shell_examples_have_arguments_that_exist(example: str) 
 
 
 def test_the_toy_serves_as_its_example_says() -> None:
-    command = shlex.split(SHELL_EXAMPLES["engines-1"])
+    command = shlex.split(SHELL_EXAMPLES["engines-1"].replace("brlite", BRLITE))
     port = free_port()
-    server = subprocess.Popen([sys.executable, "-m", *command, "--port", str(port)], stderr=subprocess.DEVNULL)
-    try:
-        answer = wait_for(server, f"http://127.0.0.1:{port}/v1/models")
-    finally:
-        server.terminate()
-        server.wait(PATIENCE_SECONDS)
 
-    assert [model["id"] for model in answer["data"]] == ["my-model"]
+    with running([*command, "--port", str(port)], stderr=subprocess.DEVNULL):
+        wait_until_it_answers(port)
+        status, text = get(port, "/v1/models")
 
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def wait_for(server: subprocess.Popen[bytes], url: str) -> Any:
-    """The JSON that a URL answers, as soon as the server listens."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        assert server.poll() is None
-        assert time.monotonic() < deadline
-        try:
-            with urllib.request.urlopen(url, timeout=PATIENCE_SECONDS) as response:
-                return json.load(response)
-        except urllib.error.URLError:
-            time.sleep(0.1)
+    assert (status, [model["id"] for model in json.loads(text)["data"]]) == (200, ["my-model"])
 
 
 def test_the_page_of_options_is_the_one_that_is_printed() -> None:
     printed = subprocess.run([sys.executable, ROOT / "docs" / "configuration.py"], capture_output=True, check=True)
 
-    assert PAGES["configuration"] == printed.stdout.decode()
+    assert PAGES["configuration"] == printed.stdout.decode(), "python docs/configuration.py > docs/configuration.md"
 
 
 def test_the_queries_for_grafana_name_metrics_that_exist() -> None:
-    section = PAGES["metrics"].split("## Queries for Grafana")[1]
-    asked = {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in re.findall(r"(?:vllm|brlite):\w+", section)}
+    asked = {name for query in QUERIES for name in re.findall(r"(?:vllm|brlite):\w+", query)}
     code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "brlite").rglob("*.py"))
     there = {re.sub(r"_total$", "", name) for name in re.findall(r"(?:vllm|brlite):\w+", code)}
 
-    assert asked - there == set()
+    assert {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in asked} - there == set()
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Debian's prometheus is not installed: it has promtool")
+def test_promtool_accepts_the_queries_for_grafana(tmp_path: Path) -> None:
+    rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(QUERIES)]
+    path = tmp_path / "rules.json"  # JSON is YAML
+    path.write_text(json.dumps({"groups": [{"name": "docs", "rules": rules}]}))
+
+    result = subprocess.run(["promtool", "check", "rules", path], capture_output=True, text=True)
+
+    assert f"SUCCESS: {len(QUERIES)} rules found" in result.stdout, result.stderr
 
 
 def test_the_limits_are_those_of_the_code() -> None:
