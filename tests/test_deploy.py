@@ -5,23 +5,30 @@ from __future__ import annotations
 import configparser
 import copy
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import kubernetes_validate
 import pytest
 import yaml
 
+from brlite.app import create_app
 from brlite.commands import cli
 from brlite.config.load import load_config
-from brlite.config.options import Config
+from brlite.config.options import Config, LimitsConfig
+from brlite.http.listen import HttpServer
 from brlite.server.handlers import ROUTES
 from brlite.server.metrics import SEED_GAUGES
+from brlite.server.served_model import ModelTable, ServedModel
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
 BASE, BIREN = DEPLOY / "kubernetes", DEPLOY / "kubernetes-biren"
-NOT_FOR_KUBERNETES = {BASE / "prometheus-adapter.yaml", DEPLOY / "ray" / "serve.yaml"}
+SCRAPE_JOB = BASE / "prometheus-scrape.yaml"
+NOT_FOR_KUBERNETES = {BASE / "prometheus-adapter.yaml", SCRAPE_JOB, DEPLOY / "ray" / "serve.yaml"}
 VERSIONS = ("1.30", kubernetes_validate.latest_version())
 CLOSING_SECONDS = 5  # what brlite may take after server.drain_seconds
 KEY = {"secretKeyRef": {"name": "brlite", "key": "api-key"}}
@@ -144,11 +151,63 @@ def test_probes_ask_what_is_answered_without_a_key(deployment: Document) -> None
 
 @each_deployment
 def test_a_pod_is_scraped_where_its_metrics_are(deployment: Document) -> None:
-    annotations = deployment["spec"]["template"]["metadata"]["annotations"]
+    (job,) = yaml.safe_load(SCRAPE_JOB.read_text())
+    by_label = {rule["source_labels"][0]: rule for rule in job["relabel_configs"]}
+    labels = deployment["spec"]["template"]["metadata"]["labels"]
 
-    assert annotations["prometheus.io/port"] == str(config(deployment).server.port)
-    assert annotations["prometheus.io/path"] in {route.path for route in ROUTES}
-    assert not config(deployment).server.metrics_need_key
+    assert job.get("metrics_path", "/metrics") in {route.path for route in ROUTES}
+    for label, value in {
+        "pod_label_app_kubernetes_io_name": labels["app.kubernetes.io/name"],
+        "pod_container_port_name": container(deployment)["ports"][0]["name"],
+    }.items():
+        rule = by_label[f"__meta_kubernetes_{label}"]
+        assert rule["action"] == "keep"
+        assert re.fullmatch(rule["regex"], value)
+
+
+def test_the_scrape_job_shows_the_key_of_the_secret_that_the_pods_have() -> None:
+    (job,) = yaml.safe_load(SCRAPE_JOB.read_text())
+
+    file = Path(job["authorization"]["credentials_file"])
+
+    assert (file.parent.name, file.name) == (KEY["secretKeyRef"]["name"], KEY["secretKeyRef"]["key"])
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="Debian's prometheus is not installed: it has promtool")
+def test_prometheus_takes_the_scrape_job(tmp_path: Path) -> None:
+    (job,) = yaml.safe_load(SCRAPE_JOB.read_text())
+    assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}]  # Debian's Prometheus is built without it
+    (tmp_path / "prometheus.yml").write_text(yaml.dump({"scrape_configs": [job]}))
+
+    done = subprocess.run(
+        ["promtool", "check", "config", "--syntax-only", str(tmp_path / "prometheus.yml")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("is_shown", [True, False])
+async def test_a_scraper_with_the_pods_key_reads_the_metric_that_scales(
+    is_shown: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = DEPLOYMENTS["brlite"]
+    keys = config(deployment).keys
+    monkeypatch.setenv(keys.env, "sk-of-the-secret")
+    app = create_app(ModelTable([ServedModel(spec) for spec in config(deployment).model]), config(deployment))
+    headers = {"Authorization": "Bearer sk-of-the-secret"} if is_shown else {}
+
+    async with (
+        HttpServer(app, "127.0.0.1", 0, LimitsConfig()) as server,
+        aiohttp.ClientSession(server.url) as session,
+        session.get("/metrics", headers=headers) as response,
+    ):
+        text = await response.text()
+
+    assert response.status == (200 if is_shown else 401)
+    assert ("vllm:num_requests_waiting{" in text) == is_shown
 
 
 @each_deployment

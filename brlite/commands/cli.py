@@ -167,12 +167,12 @@ def _listen(load: Callable[[], Config], files: Sequence[Path], notes: Sequence[s
     gc.disable()  # nothing that is imported is garbage, and looking for some takes a twentieth of a proxy's start
     from brlite.commands.reload import ConfigSource
     from brlite.commands.serve import run
-    from brlite.config.warnings import config_warnings, sent_variables
+    from brlite.config.warnings import config_warnings, metrics_notes, sent_variables
 
     gc.enable()
     config = load()
     _configure_logging(config.server.log_level)
-    for line in (*(f"config: {file}" for file in files), *sent_variables(config)):
+    for line in (*(f"config: {file}" for file in files), *sent_variables(config), *metrics_notes(config)):
         logging.getLogger(__name__).info("%s", line)
     return run(config, [*notes, *config_warnings(config)], ConfigSource(tuple(files), load))
 

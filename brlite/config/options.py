@@ -45,14 +45,15 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Where and how the HTTP server listens. Port 0 takes a free one; `drain_seconds` is the grace time of SIGTERM.
 
     `allowed_hosts` are names, besides local ones, that requests may have in `Host`. With none, any name is good, but on
-    loopback without API keys only local ones are.
+    loopback without API keys only local ones are. With `metrics_need_key`, and where there are keys, `/metrics`
+    is closed to clients without one.
     """
 
     host: Word = "127.0.0.1"
     port: Port = 8000
     cors_origins: tuple[Word, ...] = ()
     allowed_hosts: tuple[Word, ...] = ()
-    metrics_need_key: bool = False
+    metrics_need_key: bool = True
     drain_seconds: SecondsOrZero = 30.0
     access_log: bool = True
     log_level: Literal["debug", "info", "warning", "error"] = "info"

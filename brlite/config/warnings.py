@@ -67,10 +67,21 @@ def sent_variables(config: Config) -> list[str]:
     ]
 
 
-def _keys(config: Config) -> Warnings:
+def metrics_notes(config: Config) -> list[str]:
+    """A line that says which key `/metrics` needs, where there are keys."""
+    if not _has_key(config) or not (config.server.metrics_need_key or config.key):
+        return []
+    which = "an operator's API key (admin = true)" if config.key else "an API key"
+    return [f"/metrics needs {which}: give Prometheus one (authorization.credentials_file)"]
+
+
+def _has_key(config: Config) -> bool:
     keys = config.keys
-    has_key = keys.keys or keys.file or config.key or os.environ.get(keys.env)
-    if not has_key and not _is_loopback(config.server.host):
+    return bool(keys.keys or keys.file or config.key or os.environ.get(keys.env))
+
+
+def _keys(config: Config) -> Warnings:
+    if not _has_key(config) and not _is_loopback(config.server.host):
         yield f"server.host = {config.server.host}: whoever reaches this address may ask, since no API key is set"
 
 

@@ -7,8 +7,17 @@ from typing import Any
 
 import pytest
 
-from brlite.config.options import Config, EngineConfig, KeyConfig, ModelSpec, ProxyConfig, UpstreamConfig
-from brlite.config.warnings import config_warnings
+from brlite.config.options import (
+    Config,
+    EngineConfig,
+    KeyConfig,
+    KeysConfig,
+    ModelSpec,
+    ProxyConfig,
+    ServerConfig,
+    UpstreamConfig,
+)
+from brlite.config.warnings import config_warnings, metrics_notes
 
 LOCAL = (ModelSpec(name="here"),)
 
@@ -113,3 +122,16 @@ def test_threads_of_a_proxy_are_not_counted() -> None:
     config = Config(model=(), upstream=upstream().upstream, engine=EngineConfig(threads=1024))
 
     assert not any("this process may use" in warning for warning in config_warnings(config))
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (Config(), []),
+        (Config(keys=KeysConfig(keys=("k",))), ["/metrics needs an API key: "]),
+        (Config(key=(KeyConfig(name="a", key="k"),)), ["/metrics needs an operator's API key (admin = true): "]),
+        (Config(keys=KeysConfig(keys=("k",)), server=ServerConfig(metrics_need_key=False)), []),
+    ],
+)
+def test_the_start_says_which_key_metrics_need(config: Config, wanted: list[str]) -> None:
+    assert [line.split("give")[0] for line in metrics_notes(config)] == wanted

@@ -234,11 +234,11 @@ async def test_an_alias_is_another_name_of_a_model_here(client: Client) -> None:
     assert [(card["id"], card["root"]) for card in listed["data"]] == [("fake", "fake"), ("gpt-4o", "fake")]
 
 
-@pytest.mark.parametrize(("metrics_need_key", "metrics_status"), [(False, 200), (True, 401)])
+@pytest.mark.parametrize(("options", "metrics_status"), [({"metrics_need_key": False}, 200), ({}, 401)])
 async def test_everything_but_the_probes_needs_a_key(
-    make_client: MakeClient, metrics_need_key: bool, metrics_status: int
+    make_client: MakeClient, options: dict[str, Any], metrics_status: int
 ) -> None:
-    server = ServerConfig(metrics_need_key=metrics_need_key)
+    server = ServerConfig(**options)
     client = await make_client(config={"keys": KeysConfig(keys=("secret", "other")), "server": server})
 
     async def status(path: str, **headers: str) -> int:

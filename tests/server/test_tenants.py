@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 
 from brlite.app import create_app
-from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, LimitsConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, LimitsConfig, ModelSpec, ServerConfig
 from brlite.engine.async_engine import LONG_TEXT, EngineLoop
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
@@ -32,6 +32,7 @@ NAMED = (
     KeyConfig(name="operator", key="sk-operator", admin=True),
 )
 PLAIN = KeysConfig(keys=("sk-plain",))
+OPEN_METRICS = ServerConfig(metrics_need_key=False)
 
 
 @asynccontextmanager
@@ -89,13 +90,15 @@ async def test_ready_names_to_nobody_what_their_key_may_not_use(
 @pytest.mark.parametrize(
     ("config", "key", "sees_all"),
     [
-        (Config(key=NAMED), None, False),
+        (Config(key=NAMED, server=OPEN_METRICS), None, False),
+        (Config(key=NAMED, server=OPEN_METRICS), "sk-operator", True),
         (Config(key=NAMED), "sk-a", False),
         (Config(key=NAMED), "sk-b", False),
         (Config(key=NAMED), "sk-operator", True),
         (Config(key=NAMED, keys=PLAIN), "sk-plain", False),
         (Config(key=NAMED, keys=KeysConfig(keys=("sk-plain",), admin=True)), "sk-plain", True),
-        (Config(keys=PLAIN), None, True),
+        (Config(keys=PLAIN, server=OPEN_METRICS), None, True),
+        (Config(keys=PLAIN), "sk-plain", True),
         (Config(), None, True),
     ],
 )
@@ -113,6 +116,17 @@ async def test_beside_named_keys_only_an_operators_sees_models_keys_and_upstream
     assert ("team-b" in text) == (sees_all and bool(config.key))
     assert "sk-" not in text
     assert status == (400 if sees_all else 403)  # there are no upstreams
+
+
+@pytest.mark.parametrize("config", [Config(keys=PLAIN), Config(key=NAMED), Config(key=NAMED, keys=PLAIN)])
+@pytest.mark.parametrize("key", [None, "sk-wrong", ""])
+@pytest.mark.parametrize("path", ["/metrics", "/metrics/", "/metrics?upstream=all"])
+async def test_metrics_tell_a_client_without_a_key_nothing(config: Config, key: str | None, path: str) -> None:
+    async with serving(config) as (session, _), session.get(path, headers=shown(key)) as response:
+        text = await response.text()
+
+    assert response.status == 401
+    assert not any(word in text for word in ("one", "two", "team-", "vllm:", "brlite:"))
 
 
 @pytest.mark.parametrize("is_shared", [False, True])
