@@ -1,27 +1,157 @@
-"""The weights of a traced `.pt` as a checkpoint. The config comes from the model's folder; the graph is not used.
+"""A traced `.pt`, the TorchScript archive of the manual's conversion: what it holds, and its weights as a checkpoint.
 
-The archive's tensors have Hugging Face's names, since they are named by the modules that were traced. Its buffers
-(rotary tables, masks) are left out: they follow from the config.
+The archive is a zip file: `data.pkl` describes the traced module and its tensors, `code/` holds the graph as text, and
+`data/` the numbers, uncompressed. All of it is read as data; nothing is executed. Tensors have Hugging Face's names,
+since they are named by the modules that were traced; the config comes from the model's folder. Buffers (rotary tables,
+masks) are left out: they follow from the config.
 """
 
 from __future__ import annotations
 
 import math
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from brlite.checkpoint.checkpoint import weights_identity
+from brlite.checkpoint.checkpoint import ALLOWED_DTYPES, weights_identity
 from brlite.checkpoint.folder import read_config
+from brlite.checkpoint.model_file import check_model_file
 from brlite.checkpoint.safetensors_header import ITEM_BYTES
 from brlite.checkpoint.stored_numbers import Float32, read_float32
-from brlite.checkpoint.traced_archive import TracedArchive, TracedTensor
-from brlite.checkpoint.traced_code import class_text, parameter_names
+from brlite.checkpoint.traced_code import GraphNames, class_text, graph_names, parameter_names
+from brlite.checkpoint.traced_pickle import Record, Storage, TensorValue, read_pickle, walk_tensors
 from brlite.errors import ModelError
-from brlite.files.quoting import reason
+from brlite.files.quoting import excerpt, reason
+
+MAX_PICKLE_BYTES = 256 * 2**20
+MAX_CODE_BYTES = 64 * 2**20  # of all source files together, each as often as a class is looked for in it
+LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip's member: signature, length of its name, length of what is extra
+SIGNATURE = b"PK\x03\x04"
+
+
+class TracedTensor(NamedTuple):
+    """One tensor: a window of the file, `num_elements` numbers from byte `begin` on. A step along a dimension of
+    `shape` is a stride of so many numbers."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    begin: int
+    num_elements: int
+
+
+class TracedArchive:
+    """An opened `.pt`: what it holds, and where. Raises `ModelError` for whatever is not one."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        check_model_file(file, "zip")
+        try:
+            self.num_bytes = file.stat().st_size
+            with zipfile.ZipFile(file) as archive:
+                self._members = {info.filename: info for info in archive.infolist()}
+        except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+            raise ModelError(f"{file}: not a traced .pt file, or cut short: {reason(error)}") from error
+        self._code_bytes_left = MAX_CODE_BYTES
+        self._prefix = self._find_prefix()
+        self.pickle = self._read("data.pkl", MAX_PICKLE_BYTES)
+        module = read_pickle(self.pickle, file)
+        if not isinstance(module, Record):
+            raise ModelError(f"{file}: must hold a traced module, got {excerpt(type(module).__name__)}")
+        self.module = module
+
+    def graph_names(self) -> GraphNames | None:
+        """The names of the whole graph's input and logits; None if its text cannot be read."""
+        return graph_names(self._class_text(self.module.type_name))
+
+    def parameters(self) -> dict[str, TracedTensor]:
+        """Every parameter of the traced module by its name, and where it is in the file."""
+        known: dict[str, frozenset[str]] = {}
+        found = {}
+        with self.file.open("rb") as stream:
+            for name, owner, value in walk_tensors(self.module, self.file):
+                if owner.type_name not in known:
+                    known[owner.type_name] = parameter_names(self._class_text(owner.type_name))
+                if name.rpartition(".")[2] in known[owner.type_name]:
+                    found[name] = self._place(stream, name, value)
+        return found
+
+    def _class_text(self, type_name: str) -> str:
+        """The text of a class of the archive, such as `__torch__.transformers.….LlamaForCausalLM`."""
+        path = "code/" + type_name.rpartition(".")[0].replace(".", "/") + ".py"
+        try:
+            text = self._read(path, self._code_bytes_left)
+            self._code_bytes_left -= len(text)
+            return class_text(text.decode(), type_name)
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{self.file}: {excerpt(path)} is not text: {reason(error)}") from error
+
+    def _place(self, stream: BufferedReader, name: str, value: TensorValue) -> TracedTensor:
+        """Where a tensor's numbers are in the file, which `stream` reads; all of them are there."""
+        storage, shape, strides = value.storage, value.shape, value.strides
+        if storage.dtype not in ITEM_BYTES:
+            raise ModelError(f"{self.file}: {excerpt(name)} is of {storage.dtype}; allowed are {ALLOWED_DTYPES}")
+        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+        num_elements = span if math.prod(shape) else 0
+        if math.prod(shape) > num_elements:
+            raise ModelError(f"{self.file}: {excerpt(name)} repeats its numbers: shape {excerpt(shape)}")
+        if value.offset + num_elements > storage.num_elements:
+            raise ModelError(f"{self.file}: {excerpt(name)} reaches beyond its storage {excerpt(storage.key)}")
+        begin = self._data_start(stream, storage) + value.offset * ITEM_BYTES[storage.dtype]
+        return TracedTensor(storage.dtype, shape, strides, begin, num_elements)
+
+    def _find_prefix(self) -> str:
+        found = [name.removesuffix("data.pkl") for name in self._members if name.endswith("/data.pkl")]
+        if len(found) != 1 or found[0].count("/") != 1:
+            raise ModelError(f"{self.file}: a zip file, but not a traced .pt: it has no data.pkl")
+        prefix = found[0]
+        if f"{prefix}constants.pkl" not in self._members:
+            raise ModelError(f"{self.file}: torch.save wrote it; a traced .pt is written by torch.jit.save")
+        order = self._members.get(f"{prefix}byteorder")
+        if order is not None and self._read_member(order, 16) != b"little":
+            raise ModelError(f"{self.file}: its numbers are big-endian, which is not supported")
+        return prefix
+
+    def _read(self, path: str, max_bytes: int) -> bytes:
+        info = self._members.get(self._prefix + path)
+        if info is None:
+            raise ModelError(f"{self.file}: has no {excerpt(path)}")
+        return self._read_member(info, max_bytes)
+
+    def _read_member(self, info: zipfile.ZipInfo, max_bytes: int) -> bytes:
+        # What is compressed could be of any size when it is not; torch compresses nothing but its code.
+        if info.filename.endswith(".pkl") and info.compress_type != zipfile.ZIP_STORED:
+            raise ModelError(f"{self.file}: {excerpt(info.filename)} is compressed, as torch never does")
+        if info.file_size > max_bytes:
+            raise ModelError(f"{self.file}: {excerpt(info.filename)} has {info.file_size} bytes, over {max_bytes}")
+        try:
+            with zipfile.ZipFile(self.file) as archive, archive.open(info) as member:
+                return member.read(max_bytes)
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+            raise ModelError(f"{self.file}: {excerpt(info.filename)} cannot be read: {reason(error)}") from error
+
+    def _data_start(self, stream: BufferedReader, storage: Storage) -> int:
+        info = self._members.get(f"{self._prefix}data/{storage.key}")
+        if info is None:
+            raise ModelError(f"{self.file}: the numbers of storage {excerpt(storage.key)} are missing")
+        wanted = storage.num_elements * ITEM_BYTES[storage.dtype]
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size < wanted:
+            raise ModelError(f"{self.file}: storage {excerpt(storage.key)} must have {wanted} plain bytes")
+        stream.seek(info.header_offset)
+        header = stream.read(LOCAL_HEADER.size)
+        if len(header) < LOCAL_HEADER.size or not header.startswith(SIGNATURE):
+            raise ModelError(f"{self.file}: broken at byte {info.header_offset}: storage {excerpt(storage.key)}")
+        _, name_length, extra_length = LOCAL_HEADER.unpack(header)
+        begin: int = info.header_offset + LOCAL_HEADER.size + name_length + extra_length
+        if begin + wanted > self.num_bytes:
+            raise ModelError(f"{self.file}: cut short: storage {excerpt(storage.key)} ends at byte {begin + wanted}")
+        return begin
 
 
 class TracedCheckpoint:
@@ -31,7 +161,7 @@ class TracedCheckpoint:
         self.path = file
         self.config: dict[str, Any] = read_config(folder)
         archive = TracedArchive(file)
-        self._tensors = place_parameters(archive)
+        self._tensors = archive.parameters()
         self.num_bytes = sum(tensor.num_elements * ITEM_BYTES[tensor.dtype] for tensor in self._tensors.values())
         self.identity = weights_identity(self.config, {file: archive.pickle})
 
@@ -48,20 +178,6 @@ class TracedCheckpoint:
 
     def close(self) -> None:
         """Nothing is kept open but while tensors are read."""
-
-
-def place_parameters(archive: TracedArchive) -> dict[str, TracedTensor]:
-    """Every parameter of the traced module by its name, and where it is in the file."""
-    known: dict[str, frozenset[str]] = {}
-    places = {}
-    with archive.file.open("rb") as stream:
-        for name, owner, value in archive.tensors():
-            if owner.type_name not in known:
-                text = class_text(archive.source(owner.type_name), owner.type_name)
-                known[owner.type_name] = parameter_names(text)
-            if name.rpartition(".")[2] in known[owner.type_name]:
-                places[name] = archive.place(stream, name, value)
-    return places
 
 
 def _read(stream: BufferedReader, tensor: TracedTensor) -> Float32:

@@ -13,8 +13,6 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from brlite.checkpoint.traced_archive import TracedArchive
-
 PARAMETERS = re.compile(r"^  __parameters__ = \[(.*?)\]", re.MULTILINE | re.DOTALL)
 QUOTED = re.compile(r'"([^"\\]*)"')
 # An operation of the text → the constants that it takes besides those that are written.
@@ -28,11 +26,6 @@ class GraphNames(NamedTuple):
     input_name: str
     output_name: str | None
     output_label: str | None
-
-
-def traced_names(archive: TracedArchive) -> GraphNames | None:
-    """The names of the whole graph; None if its text cannot be read."""
-    return graph_names(class_text(archive.source(archive.module.type_name), archive.module.type_name))
 
 
 def class_text(source: str, type_name: str) -> str:

@@ -21,9 +21,7 @@ from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.gguf_header import read_gguf_header
 from brlite.checkpoint.new_file import read_record
 from brlite.checkpoint.safetensors_header import read_safetensors_header
-from brlite.checkpoint.traced_archive import TracedArchive
-from brlite.checkpoint.traced_checkpoint import place_parameters
-from brlite.checkpoint.traced_code import traced_names
+from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.errors import ModelError
 from brlite.files.quoting import one_line
 from brlite.machine import show_bytes
@@ -76,7 +74,7 @@ def _shown(name: str, value: object) -> str:
 
 def _traced(path: Path) -> Findings:
     archive = TracedArchive(path)
-    tensors, names = place_parameters(archive), traced_names(archive)
+    tensors, names = archive.parameters(), archive.graph_names()
     embedding = next((tensor for name, tensor in tensors.items() if name.endswith(EMBEDDINGS)), None)
     return {
         "kind": "traced .pt",

@@ -26,9 +26,7 @@ from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
 from brlite.checkpoint.checked_model import CheckedModel, check_fit
 from brlite.checkpoint.hub import check_name
 from brlite.checkpoint.progress import byte_bar
-from brlite.checkpoint.traced_archive import TracedArchive
-from brlite.checkpoint.traced_checkpoint import TracedCheckpoint
-from brlite.checkpoint.traced_code import traced_names
+from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
 from brlite.config.manual_json import SeedConfig
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.bundle_writer import (
@@ -126,7 +124,7 @@ def _open(order: ConversionRequest) -> Checkpoint:
 
 def _plan(order: ConversionRequest, checkpoint: Checkpoint, fit: CheckedModel, packing: Packing | None) -> BundlePlan:
     name = model_name(order.model_name)
-    names = None if order.traced is None else traced_names(TracedArchive(order.traced))
+    names = None if order.traced is None else TracedArchive(order.traced).graph_names()
     draft = Manifest(
         format=FORMAT,
         format_version=FORMAT_VERSION,

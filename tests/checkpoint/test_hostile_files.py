@@ -19,7 +19,7 @@ from contextlib import closing
 from pathlib import Path
 import numpy, gguf
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.traced_archive import TracedArchive
+from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.config.options import ModelSpec
 from brlite.errors import BrliteError
 from brlite.checkpoint.checked_model import check_fit

@@ -16,7 +16,7 @@ import pytest
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.gguf_header import read_gguf_header
 from brlite.checkpoint.model_file import describe_file, read_json_object
-from brlite.checkpoint.traced_archive import TracedArchive
+from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.errors import ModelError
 from brlite.tokenizer import load_tokenizer
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model

@@ -20,9 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.traced_archive import TracedArchive
-from brlite.checkpoint.traced_checkpoint import TracedCheckpoint
-from brlite.checkpoint.traced_code import GraphNames, graph_names, traced_names
+from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
+from brlite.checkpoint.traced_code import GraphNames, graph_names
 from brlite.checkpoint.traced_pickle import read_pickle
 from brlite.errors import ModelError
 from tests.tiny_models import TINY_CONFIGS, tiny_tensors
@@ -92,7 +91,7 @@ def test_the_identity_changes_with_the_file_and_with_the_config(folder: Path, tr
 def test_names_are_those_that_torchscript_gives(returns: Returns, label: str | None, tmp_path: Path) -> None:
     file = write_traced(tmp_path / "tiny.pt", tiny_tensors("llama"), returns)
 
-    names = traced_names(TracedArchive(file))
+    names = TracedArchive(file).graph_names()
 
     assert names == GraphNames(*loaded_graph(file), label)
     assert names.input_name == "input_ids.1"
@@ -101,13 +100,13 @@ def test_names_are_those_that_torchscript_gives(returns: Returns, label: str | N
 def test_the_manuals_names_are_found_where_its_models_return_a_dict_or_a_tuple(tmp_path: Path) -> None:
     files = [write_traced(tmp_path / f"{returns}.pt", tiny_tensors("llama"), returns) for returns in ("dict", "tuple")]
 
-    assert [names.output_name for file in files if (names := traced_names(TracedArchive(file)))] == ["10", "9"]
+    assert [names.output_name for file in files if (names := TracedArchive(file).graph_names())] == ["10", "9"]
 
 
 def test_a_name_from_inside_a_submodule_is_not_told(tmp_path: Path) -> None:
     file = write_traced(tmp_path / "tiny.pt", tiny_tensors("llama"), "uncast")
 
-    assert traced_names(TracedArchive(file)) == GraphNames("input_ids.1", None, None)
+    assert TracedArchive(file).graph_names() == GraphNames("input_ids.1", None, None)
 
 
 @pytest.mark.parametrize(

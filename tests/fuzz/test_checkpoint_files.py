@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_fit
-from brlite.checkpoint.traced_archive import TracedArchive
-from brlite.checkpoint.traced_checkpoint import place_parameters
+from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.config.options import ModelSpec
 from brlite.errors import BrliteError
 from tests.checkpoint.model_files import write_gguf
@@ -60,7 +59,7 @@ def open_model(path: Path) -> None:
 
 
 def open_traced(path: Path) -> None:
-    place_parameters(TracedArchive(path))
+    TracedArchive(path).parameters()
 
 
 def check(path: Path, data: bytes, read: Callable[[Path], None], opened: Path) -> None:
