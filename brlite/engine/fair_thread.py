@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from brlite.errors import NotReady
+from brlite.errors import EngineError, NotReady
 
 T = TypeVar("T")
 Jobs = OrderedDict["asyncio.Future[Any]", Callable[[], Any]]
@@ -62,8 +62,13 @@ class FairThread:
         self._tenants.move_to_end(tenant)
         if not jobs:
             del self._tenants[tenant]
+        try:
+            running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except RuntimeError as error:  # the system gives no more threads; the next work tries again
+            if not done.done():
+                done.set_exception(EngineError(f"no thread for long texts can be started: {error}"))
+            return
         self._is_running = True
-        running = asyncio.get_running_loop().run_in_executor(self._thread, work)
         running.add_done_callback(functools.partial(self._finish, done))
 
     def _finish(self, done: asyncio.Future[Any], running: asyncio.Future[Any]) -> None:

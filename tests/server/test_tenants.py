@@ -16,7 +16,7 @@ from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, L
 from brlite.engine.async_engine import LONG_TEXT, EngineLoop
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
-from brlite.errors import NotReady, QueueFull
+from brlite.errors import EngineError, NotReady, QueueFull
 from brlite.http.listen import HttpServer
 from brlite.server.load_state import LoadState
 from brlite.server.served_model import ModelTable, ServedModel
@@ -184,6 +184,21 @@ async def test_the_thread_that_encodes_is_shared_in_turns_and_work_that_nobody_w
     assert done == ["a1", "b", "a2", "a3", "a4"]
     with pytest.raises(NotReady):
         await thread.run("a", lambda: None)
+
+
+async def test_where_the_system_gives_no_thread_the_work_fails_and_the_next_is_tried_again() -> None:
+    thread = FairThread("test", lambda: NotReady("stopping"))
+    before = threading.stack_size(2**46)  # more than there are addresses: no thread starts
+    try:
+        with pytest.raises(EngineError, match="no thread"):
+            await asyncio.wait_for(thread.run("a", lambda: 1), PATIENCE_SECONDS)
+    finally:
+        threading.stack_size(before)
+
+    answer = await asyncio.wait_for(thread.run("a", lambda: 2), PATIENCE_SECONDS)
+    thread.close()
+
+    assert answer == 2
 
 
 async def test_a_long_text_is_encoded_under_its_key() -> None:
