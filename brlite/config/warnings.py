@@ -6,6 +6,7 @@ Reads the config, the environment variable of the key and how many threads this 
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -18,6 +19,12 @@ from brlite.process.descriptors import OWN, descriptor_limit
 LOOPBACK = ("localhost", "::1")
 GIB = 2**30
 _TOGETHER = 'the models of load = "start" need together'
+
+# RFC 6454 §6.1, as browsers write it: file:// and extensions' origins too.
+_ORIGIN = re.compile(
+    r"null|(?!http://[^:/]*:80\Z|https://[^:/]*:443\Z)[a-z][a-z0-9+.-]*://(?:[a-z0-9._~-]*|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?"
+)
+_HOST = re.compile(r"(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?")
 
 Warnings = Iterator[str]
 
@@ -83,6 +90,19 @@ def _has_key(config: Config) -> bool:
 def _keys(config: Config) -> Warnings:
     if not _has_key(config) and not _is_loopback(config.server.host):
         yield f"server.host = {config.server.host}: whoever reaches this address may ask, since no API key is set"
+
+
+def _origins(config: Config) -> Warnings:
+    """Entries that are compared with what browsers and clients send, and that none ever sends."""
+    for origin in config.server.cors_origins:
+        if origin != "*" and _ORIGIN.fullmatch(origin) is None:
+            yield (
+                f"server.cors_origins: no browser sends {origin} as an origin; allowed are *, null and "
+                "SCHEME://HOST[:PORT] in small letters, without a path and without the scheme's own port"
+            )
+    for host in config.server.allowed_hosts:
+        if host != "*" and _HOST.fullmatch(host) is None:
+            yield f"server.allowed_hosts: no client sends {host} as Host; allowed are * and names, without a scheme"
 
 
 def _descriptors(config: Config) -> Warnings:
@@ -248,6 +268,7 @@ def _manual_limits(spec: ModelSpec) -> Warnings:
 
 _RULES: tuple[Callable[[Config], Warnings], ...] = (
     _keys,
+    _origins,
     _descriptors,
     _key_models,
     _manual_table,

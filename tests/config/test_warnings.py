@@ -109,6 +109,51 @@ def test_what_means_less_than_it_seems_to_is_warned_about(config: Config, messag
     assert any(line.startswith(message) for line in warnings), warnings
 
 
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("*", "null", "https://app.example.com", "http://localhost:3000", "http://[::1]:3000", "https://a.example:80"),
+        *("file://", "vscode-webview://1f2e", "chrome-extension://abcdef", "tauri://localhost", "app://obsidian.md"),
+    ],
+)
+def test_an_origin_that_browsers_send_is_not_warned_about(origin: str) -> None:
+    assert config_warnings(Config(server=ServerConfig(cors_origins=(origin,)))) == []
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *("https://app.example.com/", "https://App.example.com", "app.example.com", "https://*.example.com"),
+        *(
+            "https://app.example.com:443",
+            "http://a:80",
+            "https://a.example/app",
+            "http://localhost:*",
+            "https://ü.example",
+        ),
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_warned_about(origin: str) -> None:
+    (warning,) = config_warnings(Config(server=ServerConfig(cors_origins=(origin,))))
+
+    assert warning.startswith(f"server.cors_origins: no browser sends {origin} as an origin")
+
+
+@pytest.mark.parametrize(
+    ("host", "is_good"),
+    [
+        *(("*", True), ("API.example", True), ("gpu:8000", True), ("[fd00::2]", True)),
+        *(("https://api.example", False), ("api.example/", False), ("*.example", False)),
+    ],
+)
+def test_a_host_that_no_client_sends_is_warned_about(host: str, is_good: bool) -> None:
+    warnings = config_warnings(Config(server=ServerConfig(allowed_hosts=(host,))))
+
+    assert [line.partition(" as Host")[0] for line in warnings] == (
+        [] if is_good else [f"server.allowed_hosts: no client sends {host}"]
+    )
+
+
 def test_more_threads_than_this_process_may_use_are_warned_about() -> None:
     config = Config(engine=EngineConfig(threads=(os.cpu_count() or 1) + 1))
 
