@@ -6,7 +6,6 @@ import asyncio
 import io
 import os
 import sys
-import unicodedata
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from functools import partial
@@ -17,6 +16,7 @@ import msgspec
 from brlite.config.options import Config
 from brlite.engine.async_engine import EngineLoop
 from brlite.errors import BrliteError, ConfigError
+from brlite.files.quoting import one_line, shown
 from brlite.process.waiting import on_daemon_thread
 from brlite.sampling_params import SamplingParams
 
@@ -24,7 +24,7 @@ Messages = list[dict[str, str]]
 Ask = Callable[[Messages], AsyncGenerator[str, None]]
 
 PROMPT = "> "
-JOINERS = "\u200c\u200d"  # which scripts and emoji need, and which do nothing by themselves
+MAX_ERROR_BYTES = 64 * 1024  # of a server's error, and of its list of models
 
 
 def run(
@@ -77,17 +77,6 @@ async def converse(ask: Ask, system: str | None) -> None:
         print()
 
 
-def shown(text: str) -> str:
-    """A model's text for a terminal: control characters, which could move the cursor or run something, are escaped."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else _escaped(letter) for letter in text)
-
-
-def _escaped(letter: str) -> str:
-    if unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") and letter not in JOINERS:
-        return letter.encode("unicode_escape").decode("ascii")
-    return letter
-
-
 async def _read_line() -> str | None:
     """The next line of standard input; None at its end.
 
@@ -128,12 +117,12 @@ async def _ask_server(
     try:
         async with session.post(f"{server}/v1/chat/completions", json=body) as response:
             if response.status != 200:
-                raise ConfigError(_error_message(await response.read()))
+                raise ConfigError(_error_message(await response.content.read(MAX_ERROR_BYTES)))
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     yield _piece(line.removeprefix(b"data: "))
-    except aiohttp.ClientError as error:
-        raise ConfigError(f"{server}: {error}") from None
+    except (aiohttp.ClientError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{server}: {one_line(error)}") from None
 
 
 def _piece(event: bytes) -> str:
@@ -147,14 +136,14 @@ async def _first_model(session: aiohttp.ClientSession, server: str) -> str:
     try:
         async with session.get(f"{server}/v1/models") as response:
             if response.status != 200:
-                raise ConfigError(_error_message(await response.read()))
+                raise ConfigError(_error_message(await response.content.read(MAX_ERROR_BYTES)))
             return str((await response.json())["data"][0]["id"])
-    except (aiohttp.ClientError, LookupError) as error:
-        raise ConfigError(f"{server}: no model could be found there: {error}") from None
+    except (aiohttp.ClientError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{server}: no model could be found there: {one_line(error)}") from None
 
 
 def _error_message(body: bytes) -> str:
     try:
-        return str(msgspec.json.decode(body)["error"]["message"])
+        return one_line(msgspec.json.decode(body)["error"]["message"])
     except (msgspec.DecodeError, LookupError, TypeError):
         return "the server answered with an error"

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import brlite
 from brlite.commands.convert import add_conversion, add_inspection, convert, inspect
 from brlite.errors import BrliteError, ConfigError
+from brlite.files.quoting import shown
 from brlite.process.init_process import leave_process_1
 from brlite.process.output import queued_output
 from brlite.process.streams import open_closed_streams, print_data, show_all_text
@@ -108,13 +109,13 @@ def _status_of(args: argparse.Namespace) -> int:
     try:
         return command(args)
     except BrliteError as error:
-        print(f"brlite: error: {error}", file=sys.stderr)
+        print(f"brlite: error: {shown(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:
         raise
     except OSError as error:  # a folder that cannot be searched, a disk that is full
         where = f"{error.filename}: " if error.filename is not None else ""
-        print(f"brlite: error: {where}{error.strerror or error}", file=sys.stderr)
+        print(shown(f"brlite: error: {where}{error.strerror or error}"), file=sys.stderr)
         return EXIT_FAILED
 
 

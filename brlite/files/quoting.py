@@ -7,8 +7,10 @@ tuple whose `repr` has no end.
 
 from __future__ import annotations
 
+import unicodedata
 from itertools import islice
 
+JOINERS = "\u200c\u200d"  # which scripts and emoji need, and which do nothing by themselves
 MAX_EXCERPT = 80
 MAX_REASON = 300
 MAX_ITEMS = 4
@@ -31,6 +33,19 @@ def one_line(text: object, limit: int = MAX_REASON) -> str:
 def reason(error: BaseException) -> str:
     """What another library's exception said, in at most 300 characters."""
     return one_line(error) or type(error).__name__
+
+
+def shown(text: str) -> str:
+    """Text of others for a terminal: control characters, which could move the cursor or run something, are escaped.
+
+    Line feeds and tabs stay.
+    """
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else _unsteering(letter) for letter in text)
+
+
+def _unsteering(letter: str) -> str:
+    is_control = unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") and letter not in JOINERS
+    return _escaped(letter) if is_control else letter
 
 
 def _shown(value: object, depth: int) -> str:

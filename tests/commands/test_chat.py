@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 import os
 import pty
 import signal
@@ -10,9 +12,12 @@ import subprocess
 from collections.abc import AsyncGenerator
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
-from brlite.commands.chat import Messages, converse, shown
+from brlite.commands.chat import Messages, converse
 from brlite.errors import EngineError
+from brlite.files.quoting import shown
 from tests.limits import PATIENCE_SECONDS
 from tests.process.servers import BRLITE, running
 
@@ -56,6 +61,53 @@ async def test_what_a_model_says_cannot_steer_the_terminal(
 
     assert capsys.readouterr().out == f"{expected}\n"
     assert shown(text) == expected
+
+
+ESCAPES = "\x1b]0;owned\x07\x9b2J\u202e"
+ERROR = json.dumps({"error": {"message": f"no{ESCAPES}\r\nbrlite: all is well"}})
+# What a server answers to `/v1/models`, and to a question: a status and a body each.
+HOSTILE_SERVERS = {
+    "models": ((401, ERROR), (200, "")),
+    "models, no JSON": ((200, "{" + ESCAPES), (200, "")),
+    "models, a list": ((200, "[1]"), (200, "")),
+    "models, none": ((200, '{"data": []}'), (200, "")),
+    "a refusal": ((200, '{"data": [{"id": "m"}]}'), (429, ERROR)),
+    "a refusal without words": ((200, '{"data": [{"id": "m"}]}'), (500, ESCAPES)),
+    "a stream's error": ((200, '{"data": [{"id": "m"}]}'), (200, f"data: {ERROR}\n\n")),
+    "a stream of no chunks": ((200, '{"data": [{"id": "m"}]}'), (200, 'data: {"x": 1}\n\n')),
+    "a stream of no JSON": ((200, '{"data": [{"id": "m"}]}'), (200, f"data: {{{ESCAPES}\n\n")),
+    "a stream of other shapes": ((200, '{"data": [{"id": "m"}]}'), (200, 'data: {"choices": [5]}\n\n')),
+    "a line without an end": ((200, '{"data": [{"id": "m"}]}'), (200, "x" * 2**20)),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_SERVERS)
+async def test_what_a_server_says_cannot_steer_the_terminal(case: str) -> None:
+    (status, models), (answer_status, answer) = HOSTILE_SERVERS[case]
+
+    async def list_models(request: web.Request) -> web.Response:
+        return web.Response(status=status, text=models, content_type="application/json")
+
+    async def complete(request: web.Request) -> web.Response:
+        return web.Response(status=answer_status, text=answer, content_type="text/event-stream")
+
+    app = web.Application()
+    app.add_routes([web.get("/v1/models", list_models), web.post("/v1/chat/completions", complete)])
+    async with TestServer(app, host="127.0.0.1") as server:
+        process = await asyncio.create_subprocess_exec(
+            BRLITE,
+            "chat",
+            str(server.make_url("/")),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, err = await asyncio.wait_for(process.communicate(b"hello\n"), PATIENCE_SECONDS)
+
+    text = out.decode() + err.decode()
+    assert all(letter.isprintable() or letter == "\n" for letter in text)
+    assert "Traceback" not in text
+    assert len([line for line in err.decode().splitlines() if line.startswith("brlite: error: ")]) == 1
 
 
 def test_ctrl_c_at_the_prompt_ends_at_once() -> None:
