@@ -133,6 +133,11 @@ class RateLimited(RequestError):
     """The API key has used up its requests or tokens of this minute, or runs as many requests as it may."""
 
 
+def stopping(retry_after_seconds: int = 5) -> NotReady:
+    """The error of new work, and of work that waits, on a server that shuts down."""
+    return NotReady("the server is stopping", retry_after_seconds=retry_after_seconds)
+
+
 class LoopDetected(RequestError):
     """The request was forwarded by this server before, or by too many others."""
 

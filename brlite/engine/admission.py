@@ -1,4 +1,4 @@
-"""The engine's door: what can never be served is refused here, and what is cut to fit is said.
+"""Admission: refuses requests that can never be served, and reports what is cut to fit.
 
 Checks need only the request, the backend's real capacity and the configured limits; no queue and no blocks.
 """
@@ -63,7 +63,7 @@ def check_length(num_tokens: int, info: BackendInfo, *, param: str = "prompt", a
 
 
 def check_limits(params: SamplingParams, limits: LimitsConfig) -> None:
-    """Raise `InvalidRequest` for what this server allows nobody, whatever the model."""
+    """Raise `InvalidRequest` for values beyond the server's limits, which hold for all models."""
     for name, value, limit in (
         ("n", params.n, limits.max_n),
         ("logprobs", params.logprobs or 0, limits.max_logprobs),

@@ -1,4 +1,4 @@
-"""The engine in an event loop: one task decides and delivers, one thread computes, and nobody shares anything else.
+"""The engine in an event loop: one task decides and delivers, one thread computes; they share only batch and result.
 
 Lives in whatever loop it is started in: no signal handlers, no logging set-up, no globals. Everything but
 `Backend.execute` and `Backend.close` runs on the loop's thread, so there are no locks.
@@ -24,7 +24,7 @@ from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.engine.request import Request, Sink
 from brlite.engine.stats import EngineStats
-from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady
+from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady, stopping
 from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
@@ -34,7 +34,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 LOST = "a process that computes the model is gone; the request was not completed"
-RETRY_SECONDS = 5  # when to come back to an engine that is stopping
+RETRY_SECONDS = 5  # Retry-After of a request to an engine that does not run
 LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
 
 
@@ -50,7 +50,7 @@ class EngineLoop:
         self._engine = engine
         self._backend = backend
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
-        self._encoder = FairThread("brlite-encode", _stopping)  # starts with the first long text
+        self._encoder = FairThread("brlite-encode", stopping)  # starts with the first long text
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -58,7 +58,7 @@ class EngineLoop:
         self._task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
         self._lost: BackendLost | None = None
-        self._on_lost: Callable[[], None] = _nobody_watches
+        self._on_lost: Callable[[], None] | None = None
         self._finalizer = weakref.finalize(self, close_dropped, type(self).__name__, backend)
         self._finalizer.atexit = False  # the end of the process gives everything back
 
@@ -111,7 +111,7 @@ class EngineLoop:
     async def close(self) -> None:
         """Stop stepping, end what is open, and give back the backend and the threads.
 
-        May be called twice. Cancelling whoever waits here does not stop the closing; another call waits for its end.
+        May be called twice. Cancelling the caller does not stop the closing; another call waits for its end.
         Where the loop that it was started in is closed, any other one will do.
         """
         if self._loop is not None and self._loop.is_closed():
@@ -262,7 +262,7 @@ class EngineLoop:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
-        self._engine.end_all(_stopping())
+        self._engine.end_all(stopping())
         self._idle.set()
         loop = asyncio.get_running_loop()
         try:
@@ -276,12 +276,12 @@ class EngineLoop:
         if not is_long:
             return work()
         if self._closing is not None:
-            raise _stopping()
+            raise stopping()
         try:
             return await self._encoder.run(tenant, work)
         except InvalidRequest:
             if self._closing is not None:  # the child process that did it was ended, which is not the request's fault
-                raise _stopping() from None
+                raise stopping() from None
             raise
 
     async def _run(self) -> None:
@@ -313,7 +313,7 @@ class EngineLoop:
             self._engine.update(result)
 
     def _on_stopped(self, task: asyncio.Task[None]) -> None:
-        """The loop ended. Unless it was told to, nobody will compute any more, and whoever waits must know."""
+        """The loop ended. If it failed, end all requests with an error: no step will run again."""
         if task.cancelled() or (error := task.exception()) is None:
             return
         if isinstance(error, BackendLost):
@@ -323,7 +323,7 @@ class EngineLoop:
             logger.critical("the engine loop died", exc_info=error)
             self._engine.end_all(EngineError("the engine stopped unexpectedly; the request was not completed"))
         self._idle.set()
-        if isinstance(error, BackendLost):
+        if isinstance(error, BackendLost) and self._on_lost is not None:
             self._on_lost()
 
     def _lose(self, error: BackendLost) -> None:
@@ -378,11 +378,3 @@ def _call_soon(engine: weakref.ref[EngineLoop], loop: asyncio.AbstractEventLoop,
     if alive is not None:
         with suppress(RuntimeError):  # the loop is closed: nothing waits in it
             loop.call_soon_threadsafe(alive._lose, error)
-
-
-def _stopping() -> NotReady:
-    return NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS)
-
-
-def _nobody_watches() -> None:
-    """Whoever made the engine sees by `is_running` that it is gone."""

@@ -1,4 +1,4 @@
-"""One thread that tenants share for work beside the event loop: each gets its turn, however much another one queues."""
+"""One thread beside the event loop that tenants share: their work runs in rotation, however much one of them queues."""
 
 from __future__ import annotations
 

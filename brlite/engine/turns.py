@@ -1,9 +1,9 @@
 """The sequences that wait to be computed, and whose turn is next: by tenant, then by group, then as they came.
 
 A tenant is the owner of requests (a server's API key), a group is what one request asked for (the prompts of one
-body, the completions of one prompt). The engine knows both as opaque strings. So neither many requests nor one with
-many prompts keeps others waiting for more than one turn. Chooses nothing but the order: places and blocks are the
-scheduler's.
+body, the completions of one prompt). The engine knows both as opaque strings. So neither many requests nor one
+with many prompts delays others by more than one turn. It decides only the order; the scheduler decides on places and
+blocks.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ async def read_body(request: web.BaseRequest, max_bytes: int, seconds: float) ->
 
 
 def keep_body(request: web.BaseRequest, body: bytes) -> None:
-    """Keep a body that was read, for whoever reads it next."""
+    """Keep a body that was read, for the next `read_body`."""
     request[_KEPT] = body
 
 

@@ -1,7 +1,7 @@
 """The connections being served: how many there may be, which one makes room, and when the last one is gone.
 
-Knows no requests. What waits for a request costs nothing to ask for, so it must not keep others out: where there is no
-room, the connection that has waited longest is closed for a new one, first those that have never asked for anything.
+Idle connections cost a client nothing, so they must not lock others out. At the limit, the connection that has been
+idle longest is closed for a new one. Connections that never sent a request are closed first.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
-# Beyond `max_connections` so many more are served at a time, for what probes ask only; the oldest makes room.
+# Connections accepted beyond `max_connections`, for probes only; at this limit the oldest is closed.
 MAX_SPARE = 32
 
 
 class Closable(Protocol):
-    """What the set of connections asks of one: to close, sooner or later. `connection.py` has the real one."""
+    """How a connection can be closed. `connection.py` implements it."""
 
     def make_room(self) -> None: ...
     def drain(self) -> None: ...

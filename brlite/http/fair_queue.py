@@ -1,8 +1,8 @@
 """A bounded queue that several keys share: keys get their turns in rotation, and none can fill it for the others.
 
 Round robin between keys, first come, first served within one. A full queue drops from its longest key, as fair
-queueing does with packets (RFC 8290 §5.2.1): a key alone may use all of it, and yields where others come. It knows no
-clock and no requests; keys and items are any hashable objects, each item at most once.
+queueing does with packets (RFC 8290 §5.2.1): a single key may fill the queue; items of other keys then displace its
+newest ones. It has no clock; keys and items are any hashable objects, each item at most once.
 """
 
 from __future__ import annotations

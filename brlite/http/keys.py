@@ -1,7 +1,7 @@
-"""API keys: who may ask. Only digests are kept, all of them are compared every time, and no key is ever logged.
+"""API keys: which requests are accepted. Only digests are kept, each request is compared with all, no key is logged.
 
-What a key may do is its own affair (`api_key.py`); which resources are open is the caller's list, everything else is
-closed. `ApiKeys` and `shown_key` are plain, for servers without middlewares; the rest is for aiohttp's.
+The rules of a key are in `api_key.py`. The caller lists the resources that need no key. `ApiKeys` and `shown_key` do
+not depend on aiohttp: the fast path uses them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ApiKeys:
         return f"ApiKeys({len(self._known)} keys)"
 
     def __iter__(self) -> Iterator[ApiKey]:
-        """Those that have a name."""
+        """The named keys."""
         return iter(self._named)
 
     def replace(self, other: ApiKeys) -> bool:
@@ -120,7 +120,7 @@ def shown_key(authorization: str | None, x_api_key: str | None) -> str | None:
 
 
 def keys_middleware(keys: ApiKeys, open_resources: Resources) -> Middleware:
-    """Refuse whoever shows no accepted key, but at `open_resources`, which do not ask for one."""
+    """Refuse requests without an accepted key, except to `open_resources`."""
 
     @web.middleware
     async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -140,7 +140,7 @@ def api_key(request: web.BaseRequest) -> ApiKey:
 
 
 def shown_api_key(request: web.Request) -> ApiKey | None:
-    """The accepted key that the request shows, for handlers of resources that need none; None for a stranger's."""
+    """The accepted key that the request shows, for handlers of open resources; None if there is none."""
     headers = request.headers
     return request.app[KEYS].find(shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key")))
 

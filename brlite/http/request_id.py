@@ -20,12 +20,12 @@ _KEY = web.RequestKey("request_id", str)
 
 
 def new_request_id() -> str:
-    """An id that nobody guesses and no other request has."""
+    """A random 128-bit id in hexadecimal."""
     return os.urandom(ID_BYTES).hex()
 
 
 class RequestIds:
-    """Ids like those of `new_request_id` where many are wanted: the system is asked once for the randomness of many."""
+    """Ids like those of `new_request_id` for the fast path: one system call yields the randomness of 64 ids."""
 
     __slots__ = ("_at", "_random")
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import msgspec
 
 from brlite.config.options import ProxyConfig
-from brlite.errors import NotReady, QueueTimeout, RequestError, UpstreamUnavailable
+from brlite.errors import QueueTimeout, RequestError, UpstreamUnavailable, stopping
 from brlite.http.api_key import ApiKey
 from brlite.http.errors import status_of
 from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt
@@ -303,7 +303,7 @@ class Exchange:
 
     def stop(self) -> None:
         """The server stops, and the grace time is over: end with an error."""
-        self._end_with(NotReady("the server is stopping", retry_after_seconds=RETRY_AFTER_SECONDS))
+        self._end_with(stopping(RETRY_AFTER_SECONDS))
 
     def time_is_up(self) -> None:
         """The deadline has passed."""

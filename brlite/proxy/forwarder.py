@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 
 from brlite.config.options import Config, ProxyConfig
-from brlite.errors import LoopDetected, NotReady, RequestError
+from brlite.errors import LoopDetected, RequestError, stopping
 from brlite.proxy.downstream import Downstream
 from brlite.proxy.exchange import CLIENT_LEFT, Exchange, ForwardedRequest
 from brlite.proxy.forwarded import forwarded_lines
@@ -29,7 +29,6 @@ from brlite.proxy.wire.heads import MAX_HOPS
 logger = logging.getLogger(__name__)
 
 MAX_TICK_SECONDS = 1.0
-RETRY_AFTER_SECONDS = 5
 MISSING_SECONDS = 60.0  # for so long a 404 for a model is believed: then one request finds out
 
 
@@ -112,7 +111,7 @@ class Forwarder:
     def forward(self, request: ForwardedRequest, target: Route, downstream: Downstream) -> Exchange:
         """Begin to pass a request on. Raises `RateLimited`, or `NotReady` while the server stops."""
         if self.is_draining:
-            raise NotReady("the server is stopping", retry_after_seconds=RETRY_AFTER_SECONDS)
+            raise stopping()
         request.key.begin(time.monotonic())
         exchange = Exchange(self, request, target, downstream)
         self._active.add(exchange)

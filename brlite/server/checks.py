@@ -15,7 +15,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # Open
 
 
 def check_fields(body: SamplingFields, limits: LimitsConfig) -> None:
-    """What both kinds of completion share. Raises `InvalidRequest`, as all of these do."""
+    """Check the fields that both kinds of completion share. Raises `InvalidRequest`, as all functions here do."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise not_supported("best_of", " unless it is n")
     if body.stream_options is not None:
@@ -33,7 +33,7 @@ def check_sequences(num_prompts: int, body: SamplingFields, limits: LimitsConfig
 
 
 def check_message(message: ChatMessage, param: str) -> None:
-    """A role that there is; what is not built only if it is empty."""
+    """Check the role, and that fields which are not supported are empty."""
     if message.role not in ROLES:
         raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}", param=f"{param}.role")
     for name in _UNBUILT_MESSAGE_FIELDS:
@@ -42,7 +42,7 @@ def check_message(message: ChatMessage, param: str) -> None:
 
 
 def check_tokenize(body: TokenizeRequest) -> None:
-    """There must be one thing to encode, and no option that it does not have."""
+    """Exactly one of `prompt` and `messages`, and only the options that belong to it."""
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if body.messages is not None and body.add_special_tokens:

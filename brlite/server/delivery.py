@@ -1,6 +1,6 @@
 """Carries outputs from the engine to one HTTP response: chunk by chunk, or all at once.
 
-A model that has to be loaded first is waited for; a stream begins before that, and tells how far it is. The engine's
+A stream whose model has to be loaded begins before the load and reports its progress in comments. The engine's
 sinks write to the client's socket themselves, so a token costs one write and wakes no task. A client that is slower
 than its model gets merged deltas; one that leaves, in any way, has its requests aborted.
 """
@@ -19,7 +19,7 @@ from aiohttp import web
 from brlite.config.options import LimitsConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
-from brlite.errors import BrliteError, EngineError, NotReady
+from brlite.errors import BrliteError, EngineError, stopping
 from brlite.http.errors import error_body
 from brlite.http.events import EventStream
 from brlite.http.keys import api_key
@@ -31,18 +31,18 @@ LOADING_COMMENT_SECONDS = 1.0
 
 C = TypeVar("C", bound="Collector")
 
-# Asks the engine, once it is there: submits to the collector, which may take a while where prompts are encoded.
+# Encodes the prompts and submits the requests to the collector. Encoding a long prompt takes seconds.
 Ask = Callable[[EngineLoop, "Collector"], Awaitable[None]]
 
 
-RUNNING: web.AppKey[set[Collector]] = web.AppKey("running")  # those of the answers that an application is making
+RUNNING: web.AppKey[set[Collector]] = web.AppKey("running")  # the collectors of the responses in progress
 RETRY_SECONDS = 1
 
 
 def end_all(app: web.Application) -> None:
-    """End the answers that the application is making, each with an error; a stream with its event."""
+    """End all responses in progress with an error; a stream gets an error event."""
     for collector in app[RUNNING]:
-        collector.fail(NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS))
+        collector.fail(stopping(RETRY_SECONDS))
 
 
 class Collector:
@@ -100,7 +100,7 @@ class Collector:
             else:
                 self._num_open -= output.finished
                 self._take(index, output)
-        except Exception:  # the engine reports it; whoever waits here would wait for ever
+        except Exception:  # the engine logs it; without an error here the handler would wait for ever
             self._error = EngineError("the answer could not be made")
             raise
         finally:
@@ -139,7 +139,7 @@ class StreamCollector(Collector):
             else:
                 self._send(self._answer.closing())
         finally:
-            self._stream = None  # what the other prompts still say must not follow the end of the response
+            self._stream = None  # outputs of other prompts must not follow the end of the response
 
     def _take(self, index: int, output: RequestOutput) -> None:
         super()._take(index, output)

@@ -159,7 +159,7 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 async def tokenizer_info(request: web.Request) -> web.Response:
-    """What lm-eval asks for first. The query's `model` says whose, where several are served."""
+    """The first request of lm-eval. The query parameter `model` is needed where several models are served."""
     with _using(request, request.query.get("model")) as model:
         engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, api_key(request).tenant)
         tokenizer = engine.tokenizer
@@ -177,7 +177,7 @@ async def tokenizer_info(request: web.Request) -> web.Response:
 
 
 async def not_built(request: web.Request) -> web.Response:
-    """An endpoint that clients know and brlite does not have: below 500, so that no gateway thinks it sick."""
+    """An endpoint that brlite does not have: 404, since gateways count a 5xx as a failure of the server."""
     raise NotFound(
         f"{request.path[:200]} is not supported by this version of brlite; it has {', '.join(PATHS)}",
         code="unsupported_endpoint",
@@ -185,7 +185,7 @@ async def not_built(request: web.Request) -> web.Response:
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """Those that the key may use and, of those that other servers have, that can be reached."""
+    """The models that the key may use; of remote ones, those with a reachable upstream."""
     models, may_use = request.app[MODELS], api_key(request).may_use
     here = [_card(name, model) for name, model in models.names() if may_use(model.name)]
     remote = [forwarded_card(model) for model in models.forwarded if model.num_available and may_use(model.model)]
@@ -210,9 +210,9 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def ready(request: web.Request) -> web.Response:
-    """Serving: 200 if new work is taken, else 503.
+    """Serving: 200 if new work is accepted, else 503.
 
-    With how far each model is that the request's key may use, and who else can be reached; without a key only that.
+    With an accepted key also the state of each model that the key may use, and the number of its upstreams.
     """
     models, key = request.app[MODELS], shown_api_key(request)
     is_ready = models.takes_requests
@@ -237,7 +237,7 @@ async def ready(request: web.Request) -> web.Response:
 async def get_metrics(request: web.Request) -> web.Response:
     """Our own numbers and, with `?upstream=NAME` or `all`, those of upstreams.
 
-    Where keys have names, all but the process's own numbers need an operator's key: they tell of models and keys.
+    Where keys have names, all but the process's own numbers need an operator's key: they show names of models and keys.
     """
     app, which, keys = request.app, request.query.get("upstream"), request.app[KEYS]
     may_see_names = keys.may_see_all(shown_api_key(request))
@@ -298,7 +298,7 @@ _DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
 
 
 async def _read(request: web.Request, decoder: msgspec.json.Decoder[T]) -> tuple[T, list[str]]:
-    """The decoded body, and a warning for each field that nobody knows. Raises for known ones that are not built."""
+    """The decoded body, and a warning for each unknown field. Raises for known fields that are not supported."""
     limits = request.app[CONFIG].limits
     data = await read_body(request, limits.max_body_bytes, limits.body_seconds)
     body = decode_json(data, decoder)
@@ -308,9 +308,9 @@ async def _read(request: web.Request, decoder: msgspec.json.Decoder[T]) -> tuple
 
 @contextmanager
 def _using(request: web.Request, name: str | None) -> Iterator[ServedModel]:
-    """The request's place under its key, and its model, which is not unloaded meanwhile.
+    """Hold a place under the request's key, and its model, which is not unloaded inside.
 
-    The key is asked first: it does not tell which other models there are.
+    The key is checked first, so that a client without access cannot find out model names.
     """
     models = request.app[MODELS]
     whole_name = models.resolve(name) if name else models.find(None).name

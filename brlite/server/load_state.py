@@ -1,6 +1,6 @@
-"""One model's loading as requests see it: how far it is, who waits for its end, and how long a failure is remembered.
+"""The state of one model's load: stage and progress, the requests that wait for it, and the time of the next try.
 
-Knows no engines and loads nothing. A request waits here; whoever loads reports here how far it is and how it ended.
+It loads nothing and holds no engine: the model manager reports progress and the outcome.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from brlite.errors import BrliteError, NotReady, QueueFull
+from brlite.errors import BrliteError, NotReady, QueueFull, stopping
 from brlite.http.fair_queue import FairQueue
 
 RETRY_SECONDS = 5
 
 
 class LoadState:
-    """`stage` and `fraction` (0 to 1) say how far it has come. `has_failed` is about the last time it was tried."""
+    """`stage` and `fraction` (0 to 1) are the progress. `has_failed` is the outcome of the last try."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.stage = "waiting"
@@ -35,23 +35,23 @@ class LoadState:
 
     @property
     def num_waiting(self) -> int:
-        """How many requests wait for the next end; those whose wait has just ended do not count."""
+        """How many requests wait for the load to end; those whose wait has just ended do not count."""
         return len(self._queue.waiters)
 
     @property
     def wanted_since(self) -> float:
-        """When the first of those who wait came; infinity if nobody waits."""
+        """When the first waiting request arrived; infinity if none waits."""
         return self._queue.since if self.num_waiting else math.inf
 
     def watch(self, on_change: Callable[[], None]) -> None:
-        """Have `on_change` called when somebody begins to wait, or stops."""
+        """Call `on_change` when a request begins or stops to wait."""
         self._on_change = on_change
 
     def describe(self) -> str:
         return f"loading {self.stage} {self.fraction:.0%}"
 
     def report(self, stage: str, fraction: float) -> None:
-        """Note how far it is."""
+        """Set the progress."""
         self.stage, self.fraction = stage, fraction
 
     def check(self, max_waiting: int, tenant: str = "") -> None:
@@ -67,10 +67,10 @@ class LoadState:
             raise self._full()
 
     async def wait(self, seconds: float, tenant: str = "") -> None:
-        """Return at its end. Raises `NotReady` if it fails, or takes longer than `seconds`.
+        """Return when the model is loaded. Raises `NotReady` if the load fails or takes longer than `seconds`.
 
-        Raises `QueueFull` where the queue is full and other tenants have less of it than this one.
-        It goes on without those who stop waiting; only one that has not begun is forgotten when nobody is left.
+        Raises `QueueFull` if the queue is full and other tenants have less of it than this one. A cancelled wait does
+        not stop a load that has begun.
         """
         queue, waiter = self._queue, _Waiter()
         self.check(queue.waiters.max_items, tenant)
@@ -92,7 +92,7 @@ class LoadState:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """While inside, something is done for it."""
+        """Inside, the model is being measured or loaded."""
         self.is_running, self.has_failed = True, False
         try:
             yield
@@ -100,17 +100,17 @@ class LoadState:
             self.is_running = False
 
     def succeed(self) -> None:
-        """It is done: all who wait go on."""
+        """The model is loaded: all waiting requests continue."""
         self._end(None)
 
     def fail(self) -> None:
-        """It failed: all who wait are refused, and so is whoever comes before it may be tried again."""
+        """The load failed: refuse the waiting requests, and new ones for `RETRY_SECONDS`."""
         self.has_failed = True
         self._retry_time = self._clock() + RETRY_SECONDS
         self._end(self._failure)
 
     def refuse(self) -> None:
-        """The server stops: nobody waits any more."""
+        """The server stops: refuse the waiting requests and all new ones."""
         self._is_over = True
         self._end(stopping)
 
@@ -142,7 +142,7 @@ class LoadState:
 
 
 class _Waiter:
-    """A request that waits, until `ended`; `refusal` makes the error that it ends with, if it does."""
+    """One waiting request. `refusal` makes the error that its wait ends with; None if the model was loaded."""
 
     def __init__(self) -> None:
         self.ended = asyncio.Event()
@@ -154,16 +154,11 @@ class _Waiter:
 
 
 class _Queue:
-    """Those that wait for the same end, since the first of them came."""
+    """The requests that wait for the same load, and when the first of them arrived."""
 
     def __init__(self) -> None:
         self.since = math.inf
         self.waiters: FairQueue[str, _Waiter] = FairQueue(sys.maxsize)
-
-
-def stopping() -> NotReady:
-    """What a server that stops says to new work, and to work that waits for a model."""
-    return NotReady("the server is stopping", retry_after_seconds=RETRY_SECONDS)
 
 
 def ignore_change() -> None:

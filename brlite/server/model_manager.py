@@ -67,7 +67,7 @@ class ManagedModel(NamedTuple):
 
     @property
     def expires(self) -> float:
-        """When it is to be unloaded if nobody asks for it until then."""
+        """When it is unloaded if no request uses it until then; infinity if never."""
         is_idle = not self.is_busy and self.wanted_since == math.inf
         can_expire = self.is_loaded and is_idle and self.idle_unload_seconds > 0
         return self.last_used + self.idle_unload_seconds if can_expire else math.inf
@@ -185,13 +185,13 @@ class ModelManager:
             self._keeping = asyncio.create_task(self._keep(), name="brlite-model-manager")
 
     async def failure(self) -> BrliteError:
-        """Why the server has to end, as soon as it has to."""
+        """Return the error for which the server has to exit, once there is one."""
         await self._has_failed.wait()
         assert self._failure is not None
         return self._failure
 
     def drain(self) -> None:
-        """Load nothing more: whoever waits for a model is refused. Those that are loaded go on."""
+        """Start no more loads and refuse the requests that wait for one. Loaded models continue."""
         if self._keeping is not None:
             self._keeping.cancel()
         for model in self._models.values():

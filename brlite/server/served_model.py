@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from brlite.config.options import ModelSpec, ProxyConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.stats import EngineStats
-from brlite.errors import ModelNotFound
-from brlite.server.load_state import LoadState, ignore_change, stopping
+from brlite.errors import ModelNotFound, stopping
+from brlite.server.load_state import LoadState, ignore_change
 from brlite.server.remote_models import RemoteModel
 
 MOST_COUNTED_TOKENS = 131_072  # of histograms of lengths, made before a model's own context is known
@@ -49,12 +49,12 @@ class ServedModel:
 
     @property
     def is_alive(self) -> bool:
-        """False once the engine's loop has died: nothing but a restart helps then."""
+        """False once the engine's loop has failed: only a restart of the process helps."""
         return self.engine is None or self.engine.is_running
 
     @property
     def is_available(self) -> bool:
-        """Whether a request that comes now has its engine at once."""
+        """Whether a new request gets its engine without waiting."""
         return self.engine is not None and not self.is_held_back
 
     @property
@@ -64,7 +64,7 @@ class ServedModel:
 
     @property
     def takes_requests(self) -> bool:
-        """Whether a request that comes now is worked for, be it after a load."""
+        """Whether a new request is accepted, at once or after a load."""
         return self.is_on_demand if self.engine is None else self.engine.is_running
 
     @property
@@ -76,7 +76,7 @@ class ServedModel:
         return "failed" if self.loading.has_failed else "unloaded"
 
     def watch(self, on_change: Callable[[], None]) -> None:
-        """Have `on_change` called when a request begins or stops to wait for it, and when the last active one ends."""
+        """Call `on_change` when a request begins or stops to wait for it, and when the last active one ends."""
         self._on_change = on_change
         self.loading.watch(on_change)
 
@@ -105,7 +105,7 @@ class ServedModel:
         return self.engine
 
     def take(self, engine: EngineLoop) -> None:
-        """Serve by this engine, and whoever waited for it."""
+        """Set the engine and wake the requests that wait for it."""
         engine.continue_stats(self.stats)
         self.max_model_len = engine.info.max_model_len
         self.engine = engine
@@ -116,7 +116,7 @@ class ServedModel:
         self.loading.succeed()
 
     def hold_back(self, reason: str | None) -> None:
-        """Have new requests wait although it is loaded; with None those that waited go on. No effect while unloaded."""
+        """Make new requests wait although the model is loaded; None ends that. No effect while it is unloaded."""
         was_held_back, self.is_held_back = self.is_held_back, reason is not None and self.engine is not None
         if reason is not None and self.is_held_back:
             self.loading.report(reason, 0.0)
@@ -124,9 +124,10 @@ class ServedModel:
             self.loading.succeed()
 
     def give_up(self, *, comes_back: bool = False) -> None:
-        """Let go of the engine, which somebody else closes.
+        """Forget the engine; the model manager closes it.
 
-        Should the model come back by itself, requests are refused until then; else the next one has it loaded.
+        With `comes_back` the manager loads the model again and requests are refused until then. Else the next request
+        starts the load.
         """
         self.engine = None
         self.is_on_demand = not comes_back
@@ -134,7 +135,7 @@ class ServedModel:
 
 
 class ModelTable:
-    """Which names, aliases among them, lead to a model here. `is_draining` closes the door to new work.
+    """Which names, aliases among them, lead to a model here. While `is_draining`, new work is refused.
 
     `forwarded` gives, whenever it is iterated, the names that other servers answer to.
     """
