@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from msgspec import Struct
 
 from brlite.engine.backend import Backend, BackendInfo, Batch, SamplingInput, ScheduledSeq
-from brlite.models.config import ModelConfig, parameter_shapes
+from brlite.models.config import ModelConfig
+from brlite.models.network import list_parameters
 from brlite.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -94,7 +95,7 @@ def time_step(backend: Backend, batch: Batch) -> list[float]:
 
 def step_cost(step: Step, info: BackendInfo, config: ModelConfig) -> Cost:
     """Weights are read once, and the keys and values of every row; attention multiplies each token's own context."""
-    shapes = parameter_shapes(config)
+    shapes = {name: parameter.shape for name, parameter in list_parameters(config).items()}
     head = math.prod(shapes["embedding"])
     layers = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("layers.") and len(shape) == 2)
     seen = step.num_tokens * step.start + step.num_tokens * (step.num_tokens + 1) // 2

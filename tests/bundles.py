@@ -14,7 +14,7 @@ from brlite.config.options import ModelSpec
 from brlite.conversion.bundle_writer import BundlePlan, plan_packing, plan_weights, write_bundle
 from brlite.conversion.safetensors_writer import OnBytes
 from brlite.conversion.side_files import read_companions
-from brlite.models.config import num_parameters
+from brlite.models.network import num_parameters
 from brlite.precision import PRECISIONS, PrecisionName
 
 INT8: PrecisionName = "a_bf16_w_int8_kv_int8"

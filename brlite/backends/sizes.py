@@ -25,17 +25,9 @@ from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ModelError
 from brlite.machine import find_memory, show_bytes
 from brlite.models import find_family
-from brlite.models.config import (
-    KV_BYTES,
-    KVDtype,
-    ModelConfig,
-    cache_dtype,
-    kv_bytes_per_token,
-    native_weight_bytes,
-    num_parameters,
-    weight_bytes,
-)
-from brlite.models.shards import Shard, check_groups, shared_config, shared_shapes
+from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
+from brlite.models.network import native_weight_bytes, num_parameters, weight_bytes
+from brlite.models.shards import Shard, check_groups, rank_parameters, shared_config
 from brlite.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
@@ -206,7 +198,7 @@ def _rank_weight_bytes(
     config: ModelConfig, share: Shard, bytes_per_weight: int, *, is_native: bool, is_int8: bool
 ) -> int:
     if is_native:
-        return native_weight_bytes(config, is_int8=is_int8, shapes=shared_shapes(config, share))
+        return native_weight_bytes(rank_parameters(config, share), is_int8=is_int8)
     return weight_bytes(shared_config(config, share), bytes_per_weight, keeps_int8=is_int8)
 
 

@@ -26,7 +26,7 @@ from brlite.errors import ModelError
 from brlite.files.quoting import one_line
 from brlite.machine import show_bytes
 from brlite.models import find_family
-from brlite.models.config import num_parameters
+from brlite.models.network import num_parameters
 
 UNTOLD = "not told by its text: the manual's tool prints it when it runs"
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")  # as the families call them

@@ -43,7 +43,8 @@ from brlite.conversion.side_files import read_companions
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
 from brlite.machine import physical_cores, show_bytes
 from brlite.models import find_family
-from brlite.models.config import ModelConfig, num_parameters
+from brlite.models.config import ModelConfig
+from brlite.models.network import num_parameters
 from brlite.precision import PRECISIONS, PrecisionName
 from brlite.tokenizer import Tokenizer, load_tokenizer
 

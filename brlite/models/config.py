@@ -1,12 +1,10 @@
 """What a decoder of the Llama-shaped family is made of, in numbers. Knows no tensors and imports no torch.
 
-`parameter_shapes` is the one list of a decoder's parameters: the loader allocates by it, and memory is counted by it.
+What it does with them is a list of operations (`network.py`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
@@ -138,92 +136,6 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def window(self, layer: int) -> int | None:
         """How many tokens `layer` looks back; None for all of them."""
         return self.sliding_window if layer in self.sliding_layers else None
-
-    def rotary_dim(self, layer: int) -> int:
-        """How many dimensions of each head turn in `layer`."""
-        return 0 if layer in self.nope_layers else self.rope.rotary_dim
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Every parameter of the decoder by name. q, k and v are one matrix, and so are gate and up.
-
-    With tied embeddings there is no `head.weight`: `embedding` serves as both.
-    """
-    shapes: dict[str, tuple[int, ...]] = {"embedding": (config.vocab_size, config.hidden_size)}
-    for layer in range(config.num_layers):
-        shapes.update({f"layers.{layer}.{name}": shape for name, shape in _layer_shapes(config).items()})
-    shapes["norm"] = (config.hidden_size,)
-    if not config.tie_word_embeddings:
-        shapes["head.weight"] = (config.vocab_size, config.hidden_size)
-    return shapes
-
-
-def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    linears = (
-        ("qkv", config.q_size + 2 * config.kv_size, hidden, config.qkv_bias),
-        ("o", hidden, config.q_size, config.o_bias),
-        ("gate_up", 2 * intermediate, hidden, config.mlp_bias),
-        ("down", hidden, intermediate, config.mlp_bias),
-    )
-    shapes: dict[str, tuple[int, ...]] = {"attention_norm": (hidden,), "mlp_norm": (hidden,)}
-    if config.qk_norm:
-        shapes.update(q_norm=(config.head_dim,), k_norm=(config.head_dim,))
-    for name, num_outputs, num_inputs, has_bias in linears:
-        shapes[f"{name}.weight"] = (num_outputs, num_inputs)
-        if has_bias:
-            shapes[f"{name}.bias"] = (num_outputs,)
-    return shapes
-
-
-def num_parameters(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
-
-
-def parameter_dtype(name: str) -> Literal["float32", "bfloat16"]:
-    """The digits of a parameter that every precision keeps: all of a norm's, those of bfloat16 of the others."""
-    return "float32" if name.endswith("norm") else "bfloat16"
-
-
-def is_quantized(name: str) -> bool:
-    """Whether int8 precisions hold the parameter in int8. A head that is the embedding too has no name of its own."""
-    return name.endswith(".weight")
-
-
-def weight_bytes(config: ModelConfig, bytes_per_weight: int, *, keeps_int8: bool = False) -> int:
-    """Bytes of all parameters as they are held: norms in float32, the rest at `bytes_per_weight`, or some in int8."""
-    return sum(
-        _int8_bytes(*shape)
-        if keeps_int8 and is_quantized(name)
-        else math.prod(shape) * (FLOAT32_BYTES if parameter_dtype(name) == "float32" else bytes_per_weight)
-        for name, shape in parameter_shapes(config).items()
-    )
-
-
-def native_weight_bytes(
-    config: ModelConfig, *, is_int8: bool, shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> int:
-    """Bytes of all parameters as native code holds them: norms and biases in float32, matrices in bfloat16 or int8.
-
-    `shapes` are those of a part of them.
-
-    An embedding that is only looked up stays bfloat16; a tied one is the head's matrix, held once.
-    """
-    return sum(
-        _native_bytes(shape, is_int8=is_int8 and (name != "embedding" or config.tie_word_embeddings))
-        for name, shape in (parameter_shapes(config) if shapes is None else shapes).items()
-    )
-
-
-def _native_bytes(shape: tuple[int, ...], *, is_int8: bool) -> int:
-    if len(shape) == 1:
-        return shape[0] * FLOAT32_BYTES
-    num_outputs, num_inputs = shape
-    return _int8_bytes(num_outputs, num_inputs) if is_int8 else num_outputs * num_inputs * BFLOAT16_BYTES
-
-
-def _int8_bytes(num_outputs: int, num_inputs: int) -> int:
-    return num_outputs * math.ceil(num_inputs / QUANTIZATION_GROUP) * GROUP_BYTES
 
 
 def cache_dtype(precision: Precision, dtype: Literal["auto", "float32", "bfloat16"]) -> KVDtype:

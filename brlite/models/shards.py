@@ -11,7 +11,8 @@ from typing import NamedTuple
 import msgspec
 
 from brlite.errors import ConfigError
-from brlite.models.config import QUANTIZATION_GROUP, ModelConfig, parameter_shapes
+from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
+from brlite.models.network import Parameter, Sharding, list_parameters
 
 LANES = 16  # native kernels write so many columns at a time: where ranks write side by side, parts begin at multiples
 
@@ -45,9 +46,10 @@ def check_share(config: ModelConfig, size: int) -> None:
 def check_groups(config: ModelConfig, size: int) -> None:
     """Where ranks sum, raise `ConfigError` if a rank's inputs end inside a group that shares an int8 scale."""
     for share in (Shard(rank, size) for rank in range(size)):
-        for name, part in _layer_parts(config, share).items():
+        for sharding, part in _parts(config, share).items():
             first = part.columns.start if part.columns else 0
             if first % QUANTIZATION_GROUP:
+                name = {"head_inputs": "o.weight", "mlp_inputs": "down.weight"}[sharding]
                 raise ConfigError(
                     f"tensor_parallel is {size}: rank {share.rank}'s inputs of {name} begin at {first}, inside a group "
                     f"of {QUANTIZATION_GROUP} that share an int8 scale; allowed are fewer ranks, or precision bf16"
@@ -97,42 +99,43 @@ def vocabulary_range(config: ModelConfig, share: Shard) -> range:
     return _even_range(config.vocab_size, share.rank, share.size, LANES)
 
 
-def shared_shapes(config: ModelConfig, share: Shard) -> dict[str, tuple[int, ...]]:
-    """The shape of what the rank holds of every parameter. None is padded."""
-    shapes = parameter_shapes(config)
-    for name, (rows, columns) in parameter_parts(config, share).items():
-        inputs = shapes[name][1:] if columns is None else (len(columns),)
-        shapes[name] = (sum(map(len, rows)), *inputs)
-    return shapes
+def rank_parameters(config: ModelConfig, share: Shard) -> dict[str, Parameter]:
+    """Every parameter with the shape of what the rank holds of it. None is padded."""
+    held = {}
+    parts = parameter_parts(config, share)
+    for name, parameter in list_parameters(config).items():
+        rows, columns = parts[name]
+        inputs = parameter.shape[1:] if columns is None else (len(columns),)
+        held[name] = msgspec.structs.replace(parameter, shape=(sum(map(len, rows)), *inputs))
+    return held
 
 
 def parameter_parts(config: ModelConfig, share: Shard) -> dict[str, ShardSlice]:
-    """The rank's part of every parameter, as `parameter_shapes` names them."""
-    by_layer = _layer_parts(config, share)
-    parts = {}
-    for name, shape in parameter_shapes(config).items():
-        whole = ShardSlice((range(shape[0]),))
-        if name in ("embedding", "head.weight"):
-            parts[name] = ShardSlice((vocabulary_range(config, share),))
-        else:
-            parts[name] = by_layer.get(name.split(".", 2)[-1], whole) if name.startswith("layers.") else whole
-    return parts
+    """The rank's part of every parameter by name."""
+    parts = _parts(config, share)
+    return {
+        name: parts.get(parameter.sharding, ShardSlice((range(parameter.shape[0]),)))
+        for name, parameter in list_parameters(config).items()
+    }
 
 
-def _layer_parts(config: ModelConfig, share: Shard) -> dict[str, ShardSlice]:
-    """Of the linear layers; norms are held by every rank."""
+def _parts(config: ModelConfig, share: Shard) -> dict[Sharding, ShardSlice]:
+    """What the rank holds of parameters that ranks share in these ways."""
     heads, kv_heads = (_times(part, config.head_dim) for part in head_ranges(config, share))
-    mlp, hidden = mlp_range(config, share), hidden_range(config, share)
+    mlp, whole = mlp_range(config, share), range(config.hidden_size)
     first_value = config.q_size + config.kv_size
     qkv = ShardSlice((heads, _shifted(kv_heads, config.q_size), _shifted(kv_heads, first_value)))
     gate_up = ShardSlice((mlp, _shifted(mlp, config.intermediate_size)))
-    parts = {"qkv.weight": qkv, "qkv.bias": qkv, "gate_up.weight": gate_up, "gate_up.bias": gate_up}
-    if not share.sums:
-        return parts | dict.fromkeys(("o.weight", "o.bias", "down.weight", "down.bias"), ShardSlice((hidden,)))
-    whole = range(config.hidden_size)
-    parts |= {"o.weight": ShardSlice((whole,), heads), "down.weight": ShardSlice((whole,), mlp)}
-    # A bias is added once, and the ranks' products are summed.
-    return parts | dict.fromkeys(("o.bias", "down.bias"), ShardSlice((whole,) if share.rank == 0 else ()))
+    own_outputs = ShardSlice((hidden_range(config, share),))
+    return {
+        "qkv": qkv,
+        "gate_up": gate_up,
+        "vocabulary": ShardSlice((vocabulary_range(config, share),)),
+        "head_inputs": ShardSlice((whole,), heads) if share.sums else own_outputs,
+        "mlp_inputs": ShardSlice((whole,), mlp) if share.sums else own_outputs,
+        # A bias is added once, and the ranks' products are summed.
+        "summed_bias": ShardSlice((whole,) if share.rank == 0 else ()) if share.sums else own_outputs,
+    }
 
 
 def _even_range(total: int, rank: int, size: int, unit: int = 1) -> range:

@@ -17,9 +17,8 @@ from brlite.models.config import (
     ModelConfig,
     YarnScaling,
     kv_bytes_per_token,
-    num_parameters,
-    weight_bytes,
 )
+from brlite.models.network import num_parameters, weight_bytes
 from tests.tiny_models import (
     BAICHUAN,
     CHATGLM,

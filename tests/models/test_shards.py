@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from brlite.errors import ConfigError
-from brlite.models.config import ModelConfig, RopeConfig, parameter_shapes
+from brlite.models.config import ModelConfig, RopeConfig
+from brlite.models.network import list_parameters
 from brlite.models.shards import (
     Shard,
     check_share,
     head_ranges,
     parameter_parts,
+    rank_parameters,
     shared_config,
-    shared_shapes,
     vocabulary_range,
 )
 
@@ -52,7 +53,7 @@ configs = st.builds(
 
 def times_held(config: ModelConfig, size: int, name: str, *, sums: bool) -> np.ndarray:
     """How many ranks hold each number of a parameter."""
-    shape = parameter_shapes(config)[name]
+    shape = list_parameters(config)[name].shape
     held = np.zeros(shape, int)
     for rank in range(size):
         rows, columns = parameter_parts(config, Shard(rank, size, sums))[name]
@@ -69,7 +70,7 @@ def test_every_number_is_held_and_once_but_for_norms_and_shared_key_heads(
     config: ModelConfig, size: int, sums: bool
 ) -> None:
     size = min(size, config.num_heads)
-    for name in parameter_shapes(config):
+    for name in list_parameters(config):
         held = times_held(config, size, name, sums=sums)
         if name.endswith("norm"):
             assert (held == size).all()
@@ -87,13 +88,13 @@ def test_what_a_rank_holds_has_the_shapes_of_its_config_but_for_padding(
     size = min(size, config.num_heads)
     for rank in range(size):
         share = Shard(rank, size, sums)
-        held, own = shared_shapes(config, share), parameter_shapes(shared_config(config, share))
+        held, own = rank_parameters(config, share), list_parameters(shared_config(config, share))
         for name in ("layers.0.qkv.weight", "layers.0.qkv.bias", "layers.0.gate_up.weight"):
             assert held[name] == own[name]
         if sums:
             assert held["layers.0.o.weight"] == own["layers.0.o.weight"]
             assert held["layers.0.down.weight"] == own["layers.0.down.weight"]
-            assert held["embedding"][0] <= own["embedding"][0]
+            assert held["embedding"].shape[0] <= own["embedding"].shape[0]
 
 
 @given(configs, st.integers(1, 8))

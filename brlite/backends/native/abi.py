@@ -27,7 +27,7 @@ LOST_RANK = 8  # what `brlite_run` says where ranks met no more
 EMBED, NORM, LINEAR, ADD, ROPE, ATTEND, QUANTIZE, SILU, GATE = range(9)
 
 
-class Operation(ctypes.Structure):
+class NativeOperation(ctypes.Structure):
     _fields_ = [
         ("kind", c_int32),
         ("format", c_int32),
@@ -117,8 +117,8 @@ class Plan(ctypes.Structure):
         ("vocab_size", c_int32),
         ("max_blocks", c_int32),
         ("attention", Attention),
-        ("norm", Operation),
-        ("head", Operation),
+        ("norm", NativeOperation),
+        ("head", NativeOperation),
         ("logits", c_void_p),
         ("meeting", c_void_p),
         ("num_ranks", c_int32),
@@ -140,7 +140,15 @@ class NativeBatch(ctypes.Structure):
     ]
 
 
-STRUCTS = (Operation, Attention, NativeSpan, Draw, Drawn, Plan, NativeBatch)  # in the order of `brlite_struct_size`
+STRUCTS = (
+    NativeOperation,
+    Attention,
+    NativeSpan,
+    Draw,
+    Drawn,
+    Plan,
+    NativeBatch,
+)  # in the order of `brlite_struct_size`
 
 # What each function takes and gives back.
 FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {

@@ -6,18 +6,23 @@ The packed weights are one block of memory, and byte for byte what an image file
 from __future__ import annotations
 
 import ctypes
+from itertools import groupby
 from typing import Literal
 
 import msgspec
 
 from brlite.backends.native.abi import BF16, INT8
 from brlite.backends.native.memory import aligned
-from brlite.models.config import QUANTIZATION_GROUP, ModelConfig, parameter_shapes
-from brlite.models.shards import Shard, shared_shapes
+from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
+from brlite.models.network import Parameter, list_parameters
+from brlite.models.shards import Shard, rank_parameters
 from brlite.precision import Precision
 
 # panels: a matrix as the kernels multiply by it; table: bfloat16 rows to look up; vector: float32, padded with zeros.
 Form = Literal["panels", "table", "vector"]
+
+# Packed files hold a layer's norms first, in this order, then the rest in that of the operations.
+FIRST_IN_LAYER = {"attention_norm": 0, "mlp_norm": 1, "q_norm": 2, "k_norm": 3}
 
 
 class PackedTensor(msgspec.Struct, frozen=True):
@@ -32,7 +37,7 @@ class PackedTensor(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """All of a decoder's parameters by name, as in `parameter_shapes`."""
+    """All of a decoder's parameters by name, as in `list_parameters`."""
 
     tensors: dict[str, PackedTensor]
     num_bytes: int
@@ -47,21 +52,20 @@ def packed_layout(
     """
     tensors: dict[str, PackedTensor] = {}
     end = 0
-    shapes = parameter_shapes(config) if share is None else shared_shapes(config, share)
-    for name, shape in shapes.items():
-        tensor = _packed(library, config, name, shape, INT8 if precision.has_int8_weights else BF16, end)
-        tensors[name] = tensor
-        end = aligned(end + tensor.num_bytes)
+    number_format = INT8 if precision.has_int8_weights else BF16
+    parameters = list_parameters(config) if share is None else rank_parameters(config, share)
+    for _, layer in groupby(parameters, key=lambda name: name.split(".")[:2]):
+        for name in sorted(layer, key=lambda name: FIRST_IN_LAYER.get(name.rpartition(".")[2], len(FIRST_IN_LAYER))):
+            tensors[name] = _packed(library, parameters[name], number_format, end)
+            end = aligned(end + tensors[name].num_bytes)
     return Layout(tensors, end)
 
 
-def _packed(
-    library: ctypes.CDLL, config: ModelConfig, name: str, shape: tuple[int, ...], number_format: int, offset: int
-) -> PackedTensor:
-    if len(shape) == 1:
-        return PackedTensor("vector", BF16, 1, shape[0], offset, 4 * padded(shape[0]))
-    num_outputs, num_inputs = shape
-    if name == "embedding" and not config.tie_word_embeddings:
+def _packed(library: ctypes.CDLL, parameter: Parameter, number_format: int, offset: int) -> PackedTensor:
+    if len(parameter.shape) == 1:
+        return PackedTensor("vector", BF16, 1, parameter.shape[0], offset, 4 * padded(parameter.shape[0]))
+    num_outputs, num_inputs = parameter.shape
+    if parameter.precision == "bfloat16":
         return PackedTensor("table", BF16, num_outputs, num_inputs, offset, 2 * num_outputs * num_inputs)
     num_bytes = library.brlite_packed_bytes(number_format, num_outputs, num_inputs)
     return PackedTensor("panels", number_format, num_outputs, num_inputs, offset, num_bytes)

@@ -29,9 +29,6 @@ class PackedWeights:
     def address(self, name: str) -> int:
         return self._memory.address + self.layout.tensors[name].offset
 
-    def tensor(self, name: str) -> PackedTensor | None:
-        return self.layout.tensors.get(name)
-
     def close(self) -> None:
         """Give the memory back. May be called twice."""
         self._memory.close()

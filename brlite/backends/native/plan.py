@@ -1,21 +1,21 @@
-"""The plan of a decoder: a flat list of operations with their tensors, made once from config, weights and cache.
+"""Compiles a network to a plan: a flat list of native operations with their addresses, made once at loading.
 
-This is the native counterpart of `models/decoder.py`: the same mathematics in the same order, as data. Ranks that
-compute one decoder have a plan each: of their heads, and of some outputs of every matrix.
+Ranks that compute one decoder have a plan each: of their heads, and of some outputs of every matrix.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 from brlite.backends.native import abi
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packer import PackedWeights
 from brlite.backends.native.step_rows import OwnRows, Rows, SharedRows
 from brlite.models.config import ModelConfig
+from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm, Operation, Rotate, build_network
 from brlite.models.rope_tables import pair_tables
 from brlite.models.shards import Shard, head_ranges, hidden_range, mlp_range, shared_config, vocabulary_range
 
@@ -76,8 +76,9 @@ class NativePlan:
         self._cache = cache
         self._buffers = _Buffers(library, config, self._own, max_rows, seat)
         self._rope = pair_tables(config.rope, max_positions)
-        body = list(self._body())
-        self._body_array = (abi.Operation * len(body))(*body)
+        network = build_network(config)
+        body = list(self._compile(network.body))
+        self._body_array = (abi.NativeOperation * len(body))(*body)
         self.struct = abi.Plan(
             body=ctypes.addressof(self._body_array),
             num_operations=len(body),
@@ -85,8 +86,8 @@ class NativePlan:
             vocab_size=config.vocab_size,
             max_blocks=cache.num_blocks,
             attention=self._attention(max_positions),
-            norm=self._norm("norm"),
-            head=self._head(),
+            norm=self._norm(network.norm),
+            head=self._multiply(network.head),
             logits=self._buffers.logits.address,
             meeting=seat.shared.meeting if seat else None,
             num_ranks=share.size,
@@ -96,36 +97,50 @@ class NativePlan:
     def close(self) -> None:
         self._buffers.close()
 
-    def _body(self) -> Iterator[abi.Operation]:
-        buffers = self._buffers
-        yield self._embed()
-        for index in range(self.config.num_layers):
-            prefix = f"layers.{index}."
-            yield self._norm(f"{prefix}attention_norm")
-            yield self._linear(f"{prefix}qkv", buffers.qkv)
-            yield self._rotate(index)
-            yield abi.Operation(
-                kind=abi.ATTEND,
-                **buffers.attended.column(self._heads.start * self.config.head_dim).as_output,
-                pages=self._cache.layer(index),
-                window=self.config.window(index) or 0,
-                meets=self._meets,
-            )
-            yield self._activate(abi.QUANTIZE, buffers.attended, self.config.q_size)
-            yield self._linear(f"{prefix}o", buffers.hidden.column(self._hidden.start), adds=True)
-            yield self._norm(f"{prefix}mlp_norm")
-            yield self._linear(f"{prefix}gate_up", buffers.gate_up)
-            yield from self._gate()
-            yield self._linear(f"{prefix}down", buffers.hidden.column(self._hidden.start), adds=True)
+    def _compile(self, operations: Iterable[Operation]) -> Iterator[abi.NativeOperation]:
+        """Native code normalises and turns heads, and stores them, in one operation; a norm quantises what it gives."""
+        heads: dict[str, Any] = {}  # what is done to them before they are stored
+        for operation in operations:
+            match operation:
+                case Embed():
+                    yield self._embed(operation)
+                case Norm():
+                    yield self._norm(operation)
+                case Multiply():
+                    yield self._multiply(operation)
+                case HeadNorm(query, key, epsilon) if not heads:  # the kernel normalises first, then turns
+                    addresses = self._weights.address(query.name), self._weights.address(key.name)
+                    heads |= {"weight": addresses[0], "bias": addresses[1], "epsilon": epsilon}
+                case Rotate(rotary_dim):
+                    heads["num_inputs"] = rotary_dim
+                case Attend():
+                    yield from self._attend(operation, heads)
+                    heads = {}
+                case Gate(size):
+                    yield from self._gate(size)
+                case _:
+                    raise NotImplementedError(f"native code has no form of {operation} here")
 
-    def _gate(self) -> Iterator[abi.Operation]:
+    def _attend(self, operation: Attend, heads: dict[str, Any]) -> Iterator[abi.NativeOperation]:
+        pages = self._cache.layer(operation.layer)
+        yield abi.NativeOperation(kind=abi.ROPE, **heads, **self._buffers.qkv.as_input, pages=pages)
+        yield abi.NativeOperation(
+            kind=abi.ATTEND,
+            **self._buffers.attended.column(self._heads.start * self.config.head_dim).as_output,
+            pages=pages,
+            window=operation.window or 0,
+            meets=self._meets,
+        )
+        yield self._activate(abi.QUANTIZE, self._buffers.attended, self.config.q_size)
+
+    def _gate(self, size: int) -> Iterator[abi.NativeOperation]:
         """Ranks join what comes of gate and up before it is quantised: a row of it has one scale."""
         buffers = self._buffers
         if self._seat is None:
-            yield self._activate(abi.SILU, buffers.gate_up, self.config.intermediate_size)
+            yield self._activate(abi.SILU, buffers.gate_up, size)
             return
         product = self._seat.shared.product
-        yield abi.Operation(
+        yield abi.NativeOperation(
             kind=abi.GATE,
             num_inputs=len(self._mlp),
             **buffers.gate_up.as_input,
@@ -133,64 +148,49 @@ class NativePlan:
             output_row_size=product.row_size,
             meets=True,
         )
-        yield self._activate(abi.QUANTIZE, product, self.config.intermediate_size)
+        yield self._activate(abi.QUANTIZE, product, size)
 
-    def _head(self) -> abi.Operation:
-        name = "head" if self._weights.tensor("head.weight") else "embedding"
-        head = self._linear(name, self._buffers.logits.column(self._vocabulary.start))
-        head.meets = self._meets
-        return head
-
-    def _rotate(self, layer: int) -> abi.Operation:
-        norms = (f"layers.{layer}.q_norm", f"layers.{layer}.k_norm")
-        query_norm, key_norm = map(self._weights.address, norms) if self.config.qk_norm else (None, None)
-        return abi.Operation(
-            kind=abi.ROPE,
-            num_inputs=self.config.rotary_dim(layer),
-            epsilon=self.config.rms_norm_eps,
-            weight=query_norm,
-            bias=key_norm,
-            **self._buffers.qkv.as_input,
-            pages=self._cache.layer(layer),
-        )
-
-    def _embed(self) -> abi.Operation:
-        tensor = self._weights.layout.tensors["embedding"]
-        return abi.Operation(
+    def _embed(self, operation: Embed) -> abi.NativeOperation:
+        tensor = self._weights.layout.tensors[operation.weight.name]
+        return abi.NativeOperation(
             kind=abi.EMBED,
             format=tensor.format,
             is_table=tensor.form == "table",
             num_outputs=self.config.hidden_size,
             first=self._vocabulary.start,
             count=len(self._vocabulary),
-            weight=self._weights.address("embedding"),
+            weight=self._weights.address(operation.weight.name),
             **self._buffers.hidden.as_output,
             meets=self._meets,
         )
 
-    def _norm(self, name: str) -> abi.Operation:
-        operation = self._activate(abi.NORM, self._buffers.hidden, self.config.hidden_size)
-        operation.weight = self._weights.address(name)
-        operation.epsilon = self.config.rms_norm_eps
-        return operation
+    def _norm(self, operation: Norm) -> abi.NativeOperation:
+        compiled = self._activate(abi.NORM, self._buffers.hidden, self.config.hidden_size)
+        compiled.weight = self._weights.address(operation.weight.name)
+        compiled.epsilon = operation.epsilon
+        return compiled
 
-    def _activate(self, kind: int, source: Rows, num_inputs: int) -> abi.Operation:
-        return abi.Operation(kind=kind, format=self._format, num_inputs=num_inputs, **source.as_input)
+    def _activate(self, kind: int, source: Rows, num_inputs: int) -> abi.NativeOperation:
+        return abi.NativeOperation(kind=kind, format=self._format, num_inputs=num_inputs, **source.as_input)
 
-    def _linear(self, name: str, target: Rows, *, adds: bool = False) -> abi.Operation:
-        """What is added goes to the residual stream, which all ranks read."""
-        weight = name if name == "embedding" else f"{name}.weight"
-        tensor = self._weights.layout.tensors[weight]
-        bias = f"{name}.bias"
-        return abi.Operation(
-            kind=abi.ADD if adds else abi.LINEAR,
+    def _multiply(self, operation: Multiply) -> abi.NativeOperation:
+        """All ranks read the residual stream and the logits: there they write side by side."""
+        tensor = self._weights.layout.tensors[operation.weight.name]
+        targets = {
+            "qkv": self._buffers.qkv,
+            "gate_up": self._buffers.gate_up,
+            "hidden": self._buffers.hidden.column(self._hidden.start),
+            "logits": self._buffers.logits.column(self._vocabulary.start),
+        }
+        return abi.NativeOperation(
+            kind=abi.ADD if operation.output == "hidden" else abi.LINEAR,
             format=tensor.format,
             num_outputs=tensor.num_outputs,
             num_inputs=tensor.num_inputs,
-            weight=self._weights.address(weight),
-            bias=self._weights.address(bias) if self._weights.tensor(bias) else None,
-            **target.as_output,
-            meets=adds and self._meets,
+            weight=self._weights.address(operation.weight.name),
+            bias=self._weights.address(operation.bias.name) if operation.bias else None,
+            **targets[operation.output].as_output,
+            meets=operation.output in ("hidden", "logits") and self._meets,
         )
 
     @property

@@ -1,4 +1,4 @@
-"""The one decoder of the Llama-shaped family, over a flat batch of tokens. Where models differ, the config says how.
+"""Runs a network in torch, over a flat batch of tokens. Each operation is bound to its tensors once, at loading.
 
 Matrices multiply in the parameters' type; norms, rotary positions, the residual stream and logits are float32. Nothing
 here waits for the device. It knows no sequences: a `StepPlan` says which cached tokens each row sees.
@@ -6,15 +6,34 @@ here waits for the device. It knows no sequences: a `StepPlan` says which cached
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from brlite.backends.torch.attention import StepPlan, attend
-from brlite.backends.torch.kv_cache import KVCache, LayerCache
-from brlite.backends.torch.parameters import LayerParameters, Parameters
+from brlite.backends.torch.kv_cache import KVCache
+from brlite.backends.torch.parameters import Linear, Parameters
 from brlite.backends.torch.rope import RopeTables, rope_tables, rotate_
 from brlite.models.config import ModelConfig
+from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm, Operation, Rotate, build_network
+
+
+@dataclass
+class RunningStep:
+    """What all operations of a step share: `hidden` [T, H] is the residual stream, `rope` turns the step's rows."""
+
+    hidden: Tensor
+    plan: StepPlan
+    cache: KVCache
+    rope: RopeTables
+
+
+# Takes what the operation before gave; the first takes token ids [T].
+BoundOperation = Callable[[Tensor, RunningStep], Tensor]
 
 
 class Decoder:
@@ -23,52 +42,92 @@ class Decoder:
     def __init__(self, config: ModelConfig, parameters: Parameters, *, max_length: int) -> None:
         self.config = config
         self.parameters = parameters
-        self.dtype = parameters.embedding.dtype
-        self.device = parameters.embedding.device
+        self.dtype = parameters.named["embedding"].dtype
+        self.device = parameters.named["embedding"].device
+        self._num_heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         self._rope = rope_tables(config.rope, max_length, self.device)
+        self._network = build_network(config)
+        self._body = [self._bind(operation) for operation in self._network.body]
 
     def forward(self, token_ids: Tensor, plan: StepPlan, cache: KVCache) -> Tensor:
         """Compute `token_ids` [T], in the plan's order; store their keys and values; return hidden states [T, H]."""
         if plan.begun_blocks.numel():
             cache.clear(plan.begun_blocks)
-        rope = self._rope.at(plan.positions)
-        hidden = self.parameters.look_up(token_ids)
-        for index, layer in enumerate(self.parameters.layers):
-            turn = rope if self.config.rotary_dim(index) else None
-            hidden += self._attention(hidden, layer, cache.layers[index], plan, turn, self.config.window(index))
-            hidden += self._mlp(hidden, layer)
-        return hidden
+        step = RunningStep(token_ids, plan, cache, self._rope.at(plan.positions))
+        x = token_ids
+        for operation in self._body:
+            x = operation(x, step)
+        return step.hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The vocabulary's logits [R, V] in float32 for rows [R, H] that `forward` returned."""
-        return self.parameters.head(self._norm(hidden, self.parameters.norm)).float()
+        norm = self._network.norm
+        rows = _normed(hidden, self.parameters.named[norm.weight.name], norm.epsilon).to(self.dtype)
+        return self.parameters.linears[self._network.head.name](rows).float()
 
-    def _attention(
-        self,
-        hidden: Tensor,
-        layer: LayerParameters,
-        cache: LayerCache,
-        plan: StepPlan,
-        rope: RopeTables | None,
-        window: int | None,
-    ) -> Tensor:
-        config = self.config
-        heads = layer.qkv(self._norm(hidden, layer.attention_norm)).view(len(hidden), -1, config.head_dim)
-        query = heads[:, : config.num_heads]
-        key, value = heads[:, config.num_heads :].chunk(2, dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            query.copy_(self._norm(query.float(), layer.q_norm))
-            key.copy_(self._norm(key.float(), layer.k_norm))
-        if rope is not None:
-            rotate_(heads[:, : config.num_heads + config.num_kv_heads], rope)
-        cache.keys.write(plan.slots, key)
-        cache.values.write(plan.slots, value)
-        return layer.o(attend(query, cache, plan, window))
+    def _bind(self, operation: Operation) -> BoundOperation:
+        named, linears = self.parameters.named, self.parameters.linears
+        match operation:
+            case Embed():
+                return self._embed
+            case Norm():
+                return partial(self._norm, named[operation.weight.name], operation.epsilon)
+            case Multiply(output="hidden"):
+                return partial(_add, linears[operation.name])
+            case Multiply():
+                return partial(_multiply, linears[operation.name])
+            case HeadNorm():
+                query, key = named[operation.query.name], named[operation.key.name]
+                weights = torch.stack([query] * self.config.num_heads + [key] * self.config.num_kv_heads)
+                return partial(self._norm_heads, weights, operation.epsilon)
+            case Rotate():
+                return self._rotate
+            case Attend():
+                return partial(self._attend, operation.layer, operation.window)
+            case Gate():
+                return _gate
 
-    def _mlp(self, hidden: Tensor, layer: LayerParameters) -> Tensor:
-        gate, up = layer.gate_up(self._norm(hidden, layer.mlp_norm)).chunk(2, dim=-1)
-        return layer.down(functional.silu(gate).mul_(up))
+    def _embed(self, token_ids: Tensor, step: RunningStep) -> Tensor:
+        step.hidden = self.parameters.look_up(token_ids)
+        return step.hidden
 
-    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        scale = torch.rsqrt(hidden.square().mean(dim=-1, keepdim=True) + self.config.rms_norm_eps)
-        return (hidden * scale).mul_(weight).to(self.dtype)
+    def _norm(self, weight: Tensor, epsilon: float, _: Tensor, step: RunningStep) -> Tensor:
+        return _normed(step.hidden, weight, epsilon).to(self.dtype)
+
+    def _norm_heads(self, weights: Tensor, epsilon: float, qkv: Tensor, _: RunningStep) -> Tensor:
+        heads = self._heads(qkv)[:, : len(weights)]  # [T, Hq + Hk, D]
+        heads.copy_(_normed(heads.float(), weights, epsilon))
+        return qkv
+
+    def _rotate(self, qkv: Tensor, step: RunningStep) -> Tensor:
+        rotate_(self._heads(qkv)[:, : -self.config.num_kv_heads], step.rope)
+        return qkv
+
+    def _attend(self, layer: int, window: int | None, qkv: Tensor, step: RunningStep) -> Tensor:
+        query, key, value = self._heads(qkv).split_with_sizes(self._num_heads, dim=1)
+        cache = step.cache.layers[layer]
+        cache.keys.write(step.plan.slots, key)
+        cache.values.write(step.plan.slots, value)
+        return attend(query, cache, step.plan, window)
+
+    def _heads(self, qkv: Tensor) -> Tensor:
+        return qkv.view(len(qkv), -1, self.config.head_dim)
+
+
+def _normed(rows: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    scale = torch.rsqrt(rows.square().mean(dim=-1, keepdim=True) + epsilon)
+    return (rows * scale).mul_(weight)
+
+
+def _multiply(linear: Linear, x: Tensor, _: RunningStep) -> Tensor:
+    return linear(x)
+
+
+def _add(linear: Linear, x: Tensor, step: RunningStep) -> Tensor:
+    step.hidden += linear(x)
+    return step.hidden
+
+
+def _gate(gate_up: Tensor, _: RunningStep) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)

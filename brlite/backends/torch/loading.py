@@ -21,8 +21,9 @@ from brlite.checkpoint.checked_model import CheckedModel, check_fit
 from brlite.checkpoint.placing import placed_tensors
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError
-from brlite.models.config import ModelConfig, weight_bytes
+from brlite.models.config import ModelConfig
 from brlite.models.families.family import WeightTarget
+from brlite.models.network import weight_bytes
 from brlite.models.shards import Shard, parameter_parts, shared_config
 from brlite.precision import PRECISIONS
 

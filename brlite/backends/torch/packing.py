@@ -7,16 +7,14 @@ not the plain one, keeps the plain matrices. The head stays plain, since a tied 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from brlite.backends.torch.parameters import LayerParameters, Linear, Parameters
+from brlite.backends.torch.parameters import Linear, Parameters
 
 EXPECTED_ROWS = 16  # a hint of how many rows to multiply; other numbers are right too
 TOLERANCE = 2e-2  # relative, for bfloat16 sums in another order
-NAMES = ("qkv", "o", "gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,8 @@ def can_pack(parameters: Parameters) -> bool:
     if not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
     try:
-        return all(_is_same(linear, _pack(linear)) for linear in parameters.layers[0].linears)
+        first = (linear for name, linear in parameters.linears.items() if name.startswith("layers.0."))
+        return all(_is_same(linear, _pack(linear)) for linear in first)
     except RuntimeError:  # a type or a processor that oneDNN does not serve
         return False
 
@@ -45,17 +44,11 @@ def pack_linears(parameters: Parameters) -> Parameters:
     The plain matrices are given back: `parameters` cannot be used any more.
     """
     num_bytes = parameters.num_bytes
-    for index in range(len(parameters.layers)):
-        parameters.layers[index] = _pack_layer(parameters.layers[index], f"layers.{index}.", parameters.named)
+    for name in parameters.linears:
+        if name != "head":
+            parameters.linears[name] = _pack(parameters.linears[name])
+            del parameters.named[f"{name}.weight"]
     return replace(parameters, num_packed_bytes=num_bytes - parameters.num_bytes)
-
-
-def _pack_layer(layer: LayerParameters, prefix: str, named: dict[str, Tensor]) -> LayerParameters:
-    for name in NAMES:
-        packed: Any = {name: _pack(getattr(layer, name))}
-        layer = replace(layer, **packed)
-        del named[f"{prefix}{name}.weight"]
-    return layer
 
 
 def _pack(linear: Linear) -> PackedLinear:

@@ -6,15 +6,16 @@ logits' columns are joined. Which part is whose stands in `models/shards.py`; ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from brlite.backends.torch.parameters import LayerParameters, Linear, Parameters
+from brlite.backends.torch.parameters import Linear, Parameters
 from brlite.models.config import ModelConfig
+from brlite.models.network import build_network
 from brlite.models.shards import Shard, vocabulary_range
 
 
@@ -64,20 +65,21 @@ class SharedParameters(Parameters):
     def look_up(self, token_ids: Tensor) -> Tensor:
         rows = token_ids - self.tokens.start
         is_elsewhere = (rows < 0) | (rows >= len(self.tokens))
-        found = functional.embedding(rows.masked_fill(is_elsewhere, 0), self.embedding).float()
+        found = functional.embedding(rows.masked_fill(is_elsewhere, 0), self.named["embedding"]).float()
         return self.group.sum_(found.masked_fill_(is_elsewhere.unsqueeze(1), 0))
 
 
 def share_parameters(parameters: Parameters, config: ModelConfig, share: Shard, group: Group) -> SharedParameters:
     """What a rank computes with, made of its part of the parameters. `config` is the whole model's."""
     vocabulary = [vocabulary_range(config, Shard(rank, share.size)) for rank in range(share.size)]
-    plain: dict[str, Any] = {field.name: getattr(parameters, field.name) for field in fields(Parameters)}
-    plain["layers"] = [_share_layer(layer, group) for layer in parameters.layers]
     sizes = tuple(len(part) for part in vocabulary)
-    plain["head"] = JoinedHead(parameters.head.weight, own=parameters.head, group=group, num_rows=sizes)
-    return SharedParameters(**plain, group=group, tokens=vocabulary[share.rank])
-
-
-def _share_layer(layer: LayerParameters, group: Group) -> LayerParameters:
-    o, down = (SummedLinear(linear.weight, linear.bias, own=linear, group=group) for linear in (layer.o, layer.down))
-    return replace(layer, o=o, down=down)
+    linears = dict(parameters.linears)
+    for operation in build_network(config).multiplications:
+        own = linears[operation.name]
+        if operation.output == "hidden":
+            linears[operation.name] = SummedLinear(own.weight, own.bias, own=own, group=group)
+        elif operation.output == "logits":
+            linears[operation.name] = JoinedHead(own.weight, own=own, group=group, num_rows=sizes)
+    return SharedParameters(
+        parameters.named, linears, parameters.num_packed_bytes, group=group, tokens=vocabulary[share.rank]
+    )

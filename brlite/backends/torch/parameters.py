@@ -1,7 +1,4 @@
-"""A decoder's parameters: plain tensors in plain structures, named as in `config.parameter_shapes`. No mathematics.
-
-Whoever runs the decoder, here or in native code, finds every tensor by its layer and name.
-"""
+"""A decoder's parameters: plain tensors in plain structures, named as in `models/network.py`. No network."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from brlite.models.config import QUANTIZATION_GROUP, ModelConfig, is_quantized, parameter_dtype, parameter_shapes
+from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
+from brlite.models.network import build_network, list_parameters
 
 MAX_DEQUANTIZED = 2**26  # weights at a time: 128 MiB in bfloat16
 
@@ -51,39 +49,15 @@ class Int8Linear(Linear):
 
 
 @dataclass(frozen=True)
-class LayerParameters:
-    """One layer. `qkv` stacks the rows of q, k and v, `gate_up` those of gate and up. Norms are float32.
-
-    `q_norm` and `k_norm` [D] are of one head each, for models that have them.
-    """
-
-    attention_norm: Tensor
-    qkv: Linear
-    o: Linear
-    mlp_norm: Tensor
-    gate_up: Linear
-    down: Linear
-    q_norm: Tensor | None = None
-    k_norm: Tensor | None = None
-
-    @property
-    def linears(self) -> tuple[Linear, ...]:
-        return (self.qkv, self.o, self.gate_up, self.down)
-
-
-@dataclass(frozen=True)
 class Parameters:
-    """All of a decoder. `named` holds every tensor once; with tied embeddings `head.weight` is `embedding`.
+    """All of a decoder. `named` holds every tensor once, `linears` those of each multiplication, by its name.
 
-    Matrices that stay int8 have their scales there, as `scales_name` calls them. Matrices that were packed
-    (`packing.py`) are no longer in `named`, but counted.
+    With tied embeddings the head's weight is the embedding. Matrices that stay int8 have their scales in `named`, as
+    `scales_name` calls them. Matrices that were packed (`packing.py`) are no longer in `named`, but counted.
     """
 
     named: dict[str, Tensor]
-    embedding: Tensor
-    layers: list[LayerParameters]
-    norm: Tensor
-    head: Linear
+    linears: dict[str, Linear]
     num_packed_bytes: int = 0
 
     @property
@@ -92,7 +66,7 @@ class Parameters:
 
     def look_up(self, token_ids: Tensor) -> Tensor:
         """The embeddings [T, H] of `token_ids` [T], in float32."""
-        return functional.embedding(token_ids, self.embedding).float()
+        return functional.embedding(token_ids, self.named["embedding"]).float()
 
 
 def scales_name(weight: str) -> str:
@@ -108,42 +82,18 @@ def allocate_parameters(
     With `keeps_int8` the matrices of linear layers are `Int8Linear`s, but for a head that is the embedding too.
     """
     named: dict[str, Tensor] = {}
-    for name, shape in parameter_shapes(config).items():
-        if keeps_int8 and is_quantized(name):
-            num_groups = -(-shape[1] // QUANTIZATION_GROUP)
-            columns = num_groups * QUANTIZATION_GROUP
-            named[name] = torch.zeros((shape[0], columns), dtype=torch.int8, device=device)
-            named[scales_name(name)] = torch.zeros((shape[0], num_groups), dtype=torch.bfloat16, device=device)
+    for name, parameter in list_parameters(config).items():
+        if keeps_int8 and parameter.precision == "weights" and not parameter.is_looked_up:
+            num_outputs, num_groups = parameter.shape[0], -(-parameter.shape[1] // QUANTIZATION_GROUP)
+            values_shape = (num_outputs, num_groups * QUANTIZATION_GROUP)
+            named[name] = torch.zeros(values_shape, dtype=torch.int8, device=device)
+            named[scales_name(name)] = torch.zeros((num_outputs, num_groups), dtype=torch.bfloat16, device=device)
         else:
-            named[name] = torch.empty(
-                shape, dtype=torch.float32 if parameter_dtype(name) == "float32" else dtype, device=device
-            )
-    return Parameters(
-        named=named,
-        embedding=named["embedding"],
-        layers=[_layer(named, f"layers.{layer}.") for layer in range(config.num_layers)],
-        norm=named["norm"],
-        head=_linear(named, "head") if "head.weight" in named else Linear(named["embedding"]),
-    )
-
-
-def _linear(named: dict[str, Tensor], name: str) -> Linear:
-    weight, bias, scales = (named.get(f"{name}.{part}") for part in ("weight", "bias", scales_name("weight")))
-    assert weight is not None
-    return Linear(weight, bias) if scales is None else Int8Linear(weight, bias, scales=scales)
-
-
-def _layer(named: dict[str, Tensor], prefix: str) -> LayerParameters:
-    def linear(name: str) -> Linear:
-        return _linear(named, f"{prefix}{name}")
-
-    return LayerParameters(
-        attention_norm=named[f"{prefix}attention_norm"],
-        qkv=linear("qkv"),
-        o=linear("o"),
-        mlp_norm=named[f"{prefix}mlp_norm"],
-        gate_up=linear("gate_up"),
-        down=linear("down"),
-        q_norm=named.get(f"{prefix}q_norm"),
-        k_norm=named.get(f"{prefix}k_norm"),
-    )
+            its_dtype = torch.float32 if parameter.precision == "float32" else dtype
+            named[name] = torch.empty(parameter.shape, dtype=its_dtype, device=device)
+    linears = {}
+    for operation in build_network(config).multiplications:
+        weight, scales = named[operation.weight.name], named.get(scales_name(operation.weight.name))
+        bias = named[operation.bias.name] if operation.bias else None
+        linears[operation.name] = Linear(weight, bias) if scales is None else Int8Linear(weight, bias, scales=scales)
+    return Parameters(named, linears)

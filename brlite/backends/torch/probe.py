@@ -29,7 +29,8 @@ from brlite.backends.torch.quantize import quantize_linears_, store_rows_
 from brlite.backends.torch.sampler import sample, token_logprobs
 from brlite.engine.backend import SamplingInput
 from brlite.errors import ConfigError
-from brlite.models.config import KVDtype, ModelConfig, RopeConfig, parameter_dtype, parameter_shapes
+from brlite.models.config import KVDtype, ModelConfig, RopeConfig
+from brlite.models.network import list_parameters
 from brlite.precision import PRECISIONS, Precision
 from brlite.sampling_params import SamplingParams
 
@@ -155,9 +156,9 @@ def _decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype, prec
     is_int8 = precision.has_int8_weights
     parameters = allocate_parameters(config, dtype, device, keeps_int8=is_int8 and rules_for(device).keeps_int8)
     generator = torch.Generator().manual_seed(0)
-    for name, shape in parameter_shapes(config).items():
-        values = torch.randn(shape, generator=generator)
-        scaled = 1 + values / 10 if parameter_dtype(name) == "float32" else values / shape[-1] ** 0.5
+    for name, parameter in list_parameters(config).items():
+        values = torch.randn(parameter.shape, generator=generator)
+        scaled = 1 + values / 10 if parameter.precision == "float32" else values / parameter.shape[-1] ** 0.5
         store_rows_(parameters, name, 0, scaled.bfloat16())
     if is_int8:
         quantize_linears_(parameters)

@@ -53,7 +53,7 @@ def dequantize_weight(weight: QuantizedWeight) -> Tensor:
 
 def quantize_linears_(parameters: Parameters) -> None:
     """Replace the weights of all linear layers that are not kept in int8 by what int8 makes of them, in place."""
-    for linear in (*(linear for layer in parameters.layers for linear in layer.linears), parameters.head):
+    for linear in parameters.linears.values():
         if not isinstance(linear, Int8Linear):
             for rows in _row_blocks(linear.weight):
                 rows.copy_(dequantize_weight(quantize_weight(rows.cpu())))

@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from brlite.models.config import ModelConfig, parameter_dtype
+from brlite.models.config import ModelConfig
+from brlite.models.network import parameter_dtype
 
 
 class WeightTarget(msgspec.Struct, frozen=True):

@@ -34,12 +34,12 @@ def load(checkpoint: TensorCheckpoint, dtype: torch.dtype = torch.float32, **spe
 def test_parts_of_a_fused_matrix_stand_in_the_order_of_the_reference() -> None:
     tensors = tiny_tensors("qwen2")
 
-    layer = load(TensorCheckpoint.tiny("qwen2")).parameters.layers[1]
+    qkv = load(TensorCheckpoint.tiny("qwen2")).parameters.linears["layers.1.qkv"]
 
     names = [f"model.layers.1.self_attn.{name}_proj" for name in "qkv"]
-    assert torch.equal(layer.qkv.weight, torch.cat([tensors[f"{name}.weight"] for name in names]))
-    assert layer.qkv.bias is not None
-    assert torch.equal(layer.qkv.bias, torch.cat([tensors[f"{name}.bias"] for name in names]))
+    assert torch.equal(qkv.weight, torch.cat([tensors[f"{name}.weight"] for name in names]))
+    assert qkv.bias is not None
+    assert torch.equal(qkv.bias, torch.cat([tensors[f"{name}.bias"] for name in names]))
 
 
 def test_weights_are_rounded_to_bfloat16_and_norms_are_not() -> None:
@@ -48,8 +48,8 @@ def test_weights_are_rounded_to_bfloat16_and_norms_are_not() -> None:
 
     parameters = load(TensorCheckpoint(TINY_CONFIGS["llama"], tensors)).parameters
 
-    assert torch.equal(parameters.embedding, tensors["model.embed_tokens.weight"].bfloat16().float())
-    assert torch.equal(parameters.norm, tensors["model.norm.weight"])
+    assert torch.equal(parameters.named["embedding"], tensors["model.embed_tokens.weight"].bfloat16().float())
+    assert torch.equal(parameters.named["norm"], tensors["model.norm.weight"])
 
 
 def test_rows_of_a_normalised_head_have_length_one_and_a_row_of_zeros_stays() -> None:
@@ -59,9 +59,9 @@ def test_rows_of_a_normalised_head_have_length_one_and_a_row_of_zeros_stays() ->
 
     parameters = load(TensorCheckpoint(TINY_CONFIGS["baichuan"], tensors)).parameters
 
-    assert torch.equal(parameters.head.weight, expected.bfloat16().float())
-    assert not parameters.head.weight[7].any()
-    assert torch.equal(parameters.embedding, tensors["model.embed_tokens.weight"])
+    assert torch.equal(parameters.linears["head"].weight, expected.bfloat16().float())
+    assert not parameters.linears["head"].weight[7].any()
+    assert torch.equal(parameters.named["embedding"], tensors["model.embed_tokens.weight"])
 
 
 def test_progress_grows_to_one() -> None:
@@ -80,7 +80,7 @@ def test_tensors_that_carry_nothing_are_ignored() -> None:
 
     decoder = load(TensorCheckpoint(TINY_CONFIGS["llama-tied"], tensors))
 
-    assert decoder.parameters.head.weight is decoder.parameters.embedding
+    assert decoder.parameters.linears["head"].weight is decoder.parameters.named["embedding"]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from brlite.backends.torch.packing import PackedLinear, can_pack, pack_linears
 from brlite.backends.torch.parameters import Parameters
 from tests.models.steps import load_tiny
 
+NAMES = ("qkv", "o", "gate_up", "down")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -22,10 +23,12 @@ def test_a_packed_product_is_the_plain_one_for_any_number_of_rows(dtype: torch.d
     plain = parameters(dtype)
     if not can_pack(plain):
         pytest.skip("this processor or this torch has nothing to pack for")
-    rows = [torch.randn(num_rows, linear.weight.shape[1]).to(dtype) for linear in plain.layers[0].linears]
-    expected = [linear(row) for linear, row in zip(plain.layers[0].linears, rows, strict=True)]
+    linears = [plain.linears[f"layers.0.{name}"] for name in NAMES]
+    rows = [torch.randn(num_rows, linear.weight.shape[1]).to(dtype) for linear in linears]
+    expected = [linear(row) for linear, row in zip(linears, rows, strict=True)]
 
-    packed = pack_linears(plain).layers[0].linears
+    packed_linears = pack_linears(plain).linears
+    packed = [packed_linears[f"layers.0.{name}"] for name in NAMES]
 
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     for linear, row, product in zip(packed, rows, expected, strict=True):

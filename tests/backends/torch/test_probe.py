@@ -13,7 +13,7 @@ from brlite.backends.torch.parameters import Linear
 from brlite.backends.torch.probe import ProbeReport, probe_device, shrunk
 from brlite.errors import ConfigError
 from brlite.models import find_family
-from brlite.models.config import parameter_shapes
+from brlite.models.network import list_parameters
 from brlite.precision import PRECISIONS, PrecisionName
 from tests.models.test_config import PUBLISHED
 from tests.tiny_models import TINY_CONFIGS
@@ -45,15 +45,15 @@ def test_the_tiny_model_has_all_that_the_real_one_has_and_is_tiny(name: str) -> 
 
     tiny = shrunk(config)
 
-    kinds = {"layers.0." + shape.split(".", 2)[2] for shape in parameter_shapes(config) if shape.startswith("layers.")}
-    assert kinds <= parameter_shapes(tiny).keys()
+    kinds = {"layers.0." + shape.split(".", 2)[2] for shape in list_parameters(config) if shape.startswith("layers.")}
+    assert kinds <= list_parameters(tiny).keys()
     assert (tiny.head_dim, tiny.group_size, tiny.rope) == (config.head_dim, config.group_size, config.rope)
     assert bool(tiny.nope_layers) == bool(config.nope_layers)
     assert sum(rows * columns for rows, columns in matrices(tiny)) < 2_000_000
 
 
 def matrices(config) -> list[tuple[int, ...]]:
-    return [shape for shape in parameter_shapes(config).values() if len(shape) == 2]
+    return [parameter.shape for parameter in list_parameters(config).values() if len(parameter.shape) == 2]
 
 
 def test_a_tiny_model_has_a_layer_of_each_kind() -> None:

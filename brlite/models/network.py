@@ -1,0 +1,194 @@
+"""A decoder as data: its operations in order, each with the parameters that it reads. No tensors, no mathematics.
+
+Torch runs the list (`backends/torch/decoder.py`), native code compiles it and fuses some (`backends/native/plan.py`);
+weights are allocated, divided among ranks and counted by the parameters that it names. A new branch of the network is
+one more operation here, with its form in both backends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Literal
+
+import msgspec
+
+from brlite.models.config import BFLOAT16_BYTES, FLOAT32_BYTES, GROUP_BYTES, QUANTIZATION_GROUP, ModelConfig
+
+# What a rank holds of a parameter. Rows: those of its heads (q, k and v), its half of gate and of up, or of its tokens.
+# Inputs: the columns that meet its heads or its part of the MLP; of their bias, rank 0 has all.
+Sharding = Literal["whole", "qkv", "gate_up", "vocabulary", "head_inputs", "mlp_inputs", "summed_bias"]
+
+
+class Parameter(msgspec.Struct, frozen=True):
+    """One tensor of the decoder. `weights` is the precision that the model is served in; the others are fixed.
+
+    A matrix that `is_looked_up` is read by rows: an embedding, which is the head too if its precision is `weights`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    precision: Literal["float32", "bfloat16", "weights"]
+    sharding: Sharding = "whole"
+    is_looked_up: bool = False
+
+
+class Embed(msgspec.Struct, frozen=True):
+    """The residual stream [T, H] begins as the rows of `weight` that token ids [T] name."""
+
+    weight: Parameter
+
+
+class Norm(msgspec.Struct, frozen=True):
+    """The residual stream, divided by its root mean square in each row, times `weight` [H]."""
+
+    weight: Parameter
+    epsilon: float
+
+
+class Multiply(msgspec.Struct, frozen=True):
+    """`weight` times what the operation before gave, and `bias`. `output` names the result; `hidden` is the residual
+    stream, to which it is added."""
+
+    name: str
+    weight: Parameter
+    bias: Parameter | None
+    output: Literal["qkv", "gate_up", "hidden", "logits"]
+
+
+class HeadNorm(msgspec.Struct, frozen=True):
+    """Each head of queries and of keys as `Norm` does it, with weights [D]."""
+
+    query: Parameter
+    key: Parameter
+    epsilon: float
+
+
+class Rotate(msgspec.Struct, frozen=True):
+    """The first `rotary_dim` of each head of queries and keys turn by their position."""
+
+    rotary_dim: int
+
+
+class Attend(msgspec.Struct, frozen=True):
+    """Keys and values go to the cache of `layer`; queries see the last `window` tokens there, or all: [T, Hq · D]."""
+
+    layer: int
+    window: int | None
+
+
+class Gate(msgspec.Struct, frozen=True):
+    """silu(gate) · up, where a row is gate and then up, `size` each."""
+
+    size: int
+
+
+Operation = Embed | Norm | Multiply | HeadNorm | Rotate | Attend | Gate
+
+
+class Network(msgspec.Struct, frozen=True):
+    """`body` computes every token's row of the residual stream, `norm` and `head` the logits of the rows that draw."""
+
+    body: tuple[Operation, ...]
+    norm: Norm
+    head: Multiply
+
+    @property
+    def multiplications(self) -> list[Multiply]:
+        return [*(operation for operation in self.body if isinstance(operation, Multiply)), self.head]
+
+
+def build_network(config: ModelConfig) -> Network:
+    """The network of `config`, or with a rank's `shared_config` that of the rank."""
+    shape, is_tied = (config.vocab_size, config.hidden_size), config.tie_word_embeddings
+    embedding = Parameter("embedding", shape, "weights" if is_tied else "bfloat16", "vocabulary", is_looked_up=True)
+    head = embedding if is_tied else Parameter("head.weight", shape, "weights", "vocabulary")
+    layers = (operation for layer in range(config.num_layers) for operation in _layer(config, layer))
+    return Network((Embed(embedding), *layers), _norm(config, "norm"), Multiply("head", head, None, "logits"))
+
+
+def _layer(config: ModelConfig, layer: int) -> Iterator[Operation]:
+    prefix, hidden, mlp = f"layers.{layer}.", config.hidden_size, config.intermediate_size
+    q, qkv = config.q_size, config.q_size + 2 * config.kv_size
+    yield _norm(config, f"{prefix}attention_norm")
+    yield _multiply(f"{prefix}qkv", (qkv, hidden), "qkv", "qkv", has_bias=config.qkv_bias)
+    if config.qk_norm:
+        query, key = (Parameter(f"{prefix}{name}_norm", (config.head_dim,), "float32") for name in "qk")
+        yield HeadNorm(query, key, config.rms_norm_eps)
+    if layer not in config.nope_layers:
+        yield Rotate(config.rope.rotary_dim)
+    yield Attend(layer, config.window(layer))
+    yield _multiply(f"{prefix}o", (hidden, q), "head_inputs", "hidden", has_bias=config.o_bias)
+    yield _norm(config, f"{prefix}mlp_norm")
+    yield _multiply(f"{prefix}gate_up", (2 * mlp, hidden), "gate_up", "gate_up", has_bias=config.mlp_bias)
+    yield Gate(mlp)
+    yield _multiply(f"{prefix}down", (hidden, mlp), "mlp_inputs", "hidden", has_bias=config.mlp_bias)
+
+
+def _norm(config: ModelConfig, name: str) -> Norm:
+    return Norm(Parameter(name, (config.hidden_size,), "float32"), config.rms_norm_eps)
+
+
+def _multiply(
+    name: str,
+    shape: tuple[int, int],
+    sharding: Sharding,
+    output: Literal["qkv", "gate_up", "hidden"],
+    *,
+    has_bias: bool,
+) -> Multiply:
+    bias_sharding: Sharding = "summed_bias" if output == "hidden" else sharding
+    bias = Parameter(f"{name}.bias", shape[:1], "bfloat16", bias_sharding) if has_bias else None
+    return Multiply(name, Parameter(f"{name}.weight", shape, "weights", sharding), bias, output)
+
+
+def list_parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Every parameter of the decoder by name, in the order of the operations; a tied embedding once."""
+    network = build_network(config)
+    found: dict[str, Parameter] = {}
+    for operation in (*network.body, network.norm, network.head):
+        for value in (getattr(operation, field) for field in operation.__struct_fields__):
+            if isinstance(value, Parameter):
+                found[value.name] = value
+    return found
+
+
+def parameter_dtype(name: str) -> Literal["float32", "bfloat16"]:
+    """The digits of a parameter that every precision keeps: all of a norm's, those of bfloat16 of the others."""
+    return "float32" if name.endswith("norm") else "bfloat16"
+
+
+def num_parameters(config: ModelConfig) -> int:
+    return sum(math.prod(parameter.shape) for parameter in list_parameters(config).values())
+
+
+def weight_bytes(config: ModelConfig, bytes_per_weight: int, *, keeps_int8: bool = False) -> int:
+    """Bytes of all parameters as torch holds them: `bytes_per_weight` each, but for norms, or some matrices in int8."""
+    total = 0
+    for parameter in list_parameters(config).values():
+        if keeps_int8 and parameter.precision == "weights" and not parameter.is_looked_up:
+            total += _int8_bytes(parameter)
+        else:
+            total += math.prod(parameter.shape) * (
+                FLOAT32_BYTES if parameter.precision == "float32" else bytes_per_weight
+            )
+    return total
+
+
+def native_weight_bytes(parameters: Mapping[str, Parameter], *, is_int8: bool) -> int:
+    """Bytes of `parameters` as native code holds them: vectors in float32, matrices in bfloat16 or int8.
+
+    An embedding that is only looked up stays bfloat16; a tied one is the head's matrix, held once.
+    """
+    total = 0
+    for parameter in parameters.values():
+        if is_int8 and parameter.precision == "weights":
+            total += _int8_bytes(parameter)
+        else:
+            total += math.prod(parameter.shape) * (FLOAT32_BYTES if len(parameter.shape) == 1 else BFLOAT16_BYTES)
+    return total
+
+
+def _int8_bytes(matrix: Parameter) -> int:
+    num_outputs, num_inputs = matrix.shape
+    return num_outputs * math.ceil(num_inputs / QUANTIZATION_GROUP) * GROUP_BYTES
