@@ -68,9 +68,6 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
         return sum(len(seq.token_ids) for seq in self.seqs)
 
 
-NOT_FINITE = "the model produced logits that are not finite"  # the `error` of each sequence that has such
-
-
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     """A drawn token; `logprob` is there if `SamplingParams.logprobs` asked for it."""
 
@@ -89,6 +86,11 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[SampledToken] = []
     prompt_logprobs: list[TokenLogprob] = []
     error: str | None = None
+
+    @classmethod
+    def not_finite(cls, seq_id: int) -> SeqResult:
+        """The result of a sequence whose logits hold NaN or an infinity."""
+        return cls(seq_id, error="the model produced logits that are not finite")
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

@@ -28,16 +28,7 @@ from brlite.backends.native.plan import NativePlan, PagedCache, RankContext
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.checked_model import CheckedModel
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import (
-    NOT_FINITE,
-    BackendGuard,
-    BackendInfo,
-    Batch,
-    SampledToken,
-    ScheduledSeq,
-    SeqResult,
-    StepResult,
-)
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import ConfigError, EngineError, RankGone
 from brlite.machine import describe_cpu, physical_cores
 from brlite.models.config import ModelConfig
@@ -251,12 +242,12 @@ def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | None], reported: I
         found = list(islice(drawn, len(guesses)))
         for token, guess in zip(found, guesses, strict=True):
             if token is None:
-                return SeqResult(seq.seq_id, error=NOT_FINITE)
+                return SeqResult.not_finite(seq.seq_id)
             tokens.append(token)
             if token.token_id != guess:
                 break
     if not all(math.isfinite(entry.logprob) for entry in logprobs):
-        return SeqResult(seq.seq_id, error=NOT_FINITE)
+        return SeqResult.not_finite(seq.seq_id)
     return SeqResult(seq.seq_id, tokens, logprobs)
 
 

@@ -21,16 +21,7 @@ from brlite.backends.plugins.discovery import check_capabilities
 from brlite.backends.plugins.one_thread import OneThread
 from brlite.backends.sampling.host import HostSampler, choose_sampler
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import (
-    NOT_FINITE,
-    BackendGuard,
-    BackendInfo,
-    Batch,
-    SampledToken,
-    ScheduledSeq,
-    SeqResult,
-    StepResult,
-)
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import BackendLost, EngineError
 from brlite.outputs import TokenLogprob
 
@@ -249,5 +240,5 @@ def _result(work: SlotWork, token: SampledToken | None, prompt_logprobs: list[To
         return SeqResult(work.seq.seq_id, error=work.error)
     is_lost = work.seq.sampling is not None and token is None
     if is_lost or not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
-        return SeqResult(work.seq.seq_id, error=NOT_FINITE)
+        return SeqResult.not_finite(work.seq.seq_id)
     return SeqResult(work.seq.seq_id, [] if token is None else [token], prompt_logprobs)

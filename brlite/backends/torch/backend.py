@@ -24,16 +24,7 @@ from brlite.backends.torch.probe import probe_device
 from brlite.backends.torch.sampler import sample, token_logprobs
 from brlite.checkpoint import Checkpoint
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import (
-    NOT_FINITE,
-    BackendGuard,
-    BackendInfo,
-    Batch,
-    SampledToken,
-    ScheduledSeq,
-    SeqResult,
-    StepResult,
-)
+from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import ConfigError
 from brlite.machine import physical_cores
 from brlite.models import find_family
@@ -179,7 +170,7 @@ class TorchBackend:
 def _result(seq: ScheduledSeq, token: SampledToken | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
     is_lost = seq.sampling is not None and token is None
     if is_lost or not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
-        return SeqResult(seq.seq_id, error=NOT_FINITE)
+        return SeqResult.not_finite(seq.seq_id)
     return SeqResult(seq.seq_id, [] if token is None else [token], prompt_logprobs)
 
 
