@@ -63,6 +63,8 @@ class Renderer:
             mark = next(char for char in map(chr, chain(*MARKS)) if char not in encoded)
             marked = [_marked(message, self._controls, mark) for message in messages]
             mark, messages = (None, messages) if marked == messages else (mark, marked)
+        # Requests with tools are refused so far. Whoever passes them here must mark them as the messages are: their
+        # names and descriptions are a user's text, too.
         pieces = self._template.generate(
             messages=messages, add_generation_prompt=add_generation_prompt, tools=None, **self._variables
         )

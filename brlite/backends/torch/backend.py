@@ -70,7 +70,9 @@ class TorchBackend:
         dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
         if rules.is_probed:
             config = find_family(checkpoint.config).read_config(checkpoint.config)
-            notes = (*notes, *probe_device(device, dtype, PRECISIONS[spec.precision], config).notes)
+            precision = PRECISIONS[spec.precision]
+            kv_dtype = cache_dtype(precision, engine.dtype)
+            notes = (*notes, *probe_device(device, dtype, precision, config, kv_dtype).notes)
         decoder = load_model(
             checkpoint,
             spec,

@@ -92,14 +92,19 @@ def probe_device(
     dtype: torch.dtype,
     precision: Precision = PRECISIONS["bf16"],
     config: ModelConfig = PLAIN_CONFIG,
+    kv_dtype: KVDtype | None = None,
 ) -> ProbeReport:
-    """Compute a tiny model of `config`'s shape on `device`. Raises `ConfigError` where that gives nonsense."""
+    """Compute a tiny model of `config`'s shape on `device`. Raises `ConfigError` where that gives nonsense.
+
+    Keys and values are kept in `kv_dtype`, or else as `precision` says.
+    """
+    kv_dtype = kv_dtype or precision.kv
     began = time.monotonic()
     tiny = shrunk(config)
-    expected = _compute(tiny, host_device(), torch.float32, precision)
+    expected = _compute(tiny, host_device(), torch.float32, precision, kv_dtype)
     with _fallbacks() as on_host:
         try:
-            found = _compute(tiny, device, dtype, precision)
+            found = _compute(tiny, device, dtype, precision, kv_dtype)
             is_drawn_right = not rules_for(device).samples or _draws_right(found)
             found = found.cpu()
         except (RuntimeError, IndexError) as error:  # all that torch says of operators, drivers and memory
@@ -129,10 +134,11 @@ def shrunk(config: ModelConfig) -> ModelConfig:
     )
 
 
-def _compute(config: ModelConfig, device: torch.device, dtype: torch.dtype, precision: Precision) -> Tensor:
+def _compute(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, precision: Precision, kv_dtype: KVDtype
+) -> Tensor:
     """The logits [R, V] of all rows of all steps, on the device that computed them."""
     decoder = _decoder(config, device, dtype, precision)
-    kv_dtype: KVDtype = precision.kv
     num_blocks = MAX_LENGTH // BLOCK_SIZE
     cache = KVCache(config, num_blocks=2 * num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device)
     few = rules_for(device).has_few_shapes

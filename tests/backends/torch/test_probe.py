@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import warnings
+from typing import Any
 
 import pytest
 import torch
 
+from brlite.backends.torch import probe
 from brlite.backends.torch.device import host_device
+from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Linear
 from brlite.backends.torch.probe import ProbeReport, probe_device, shrunk
 from brlite.errors import ConfigError
 from brlite.models import find_family
+from brlite.models.config import KVDtype
 from brlite.models.network import list_parameters
 from brlite.precision import PRECISIONS, PrecisionName
 from tests.models.test_config import PUBLISHED
@@ -29,6 +33,24 @@ def test_a_device_that_computes_right_passes(dtype: torch.dtype, precision: Prec
     assert report.cosine > (0.99999 if dtype == torch.float32 else 0.9995)
     assert report.on_host == ()
     assert report.notes == ()
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
+def test_the_cache_of_the_probe_is_of_the_type_that_the_models_will_be(
+    kv_dtype: KVDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: set[KVDtype] = set()
+
+    class WatchedCache(KVCache):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            kept.add(self.dtype)
+
+    monkeypatch.setattr(probe, "KVCache", WatchedCache)
+    report = probe_device(CPU, torch.float32, kv_dtype=kv_dtype)
+
+    assert kept == {kv_dtype}
+    assert report.cosine > 0.99999
 
 
 @pytest.mark.parametrize("name", TINY_CONFIGS)
