@@ -6,15 +6,12 @@ seconds a target.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from brlite.checkpoint import open_checkpoint
@@ -22,12 +19,13 @@ from brlite.checkpoint.checked_model import check_fit
 from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.config.options import ModelSpec
 from brlite.errors import BrliteError
+from brlite.tokenizer.sentencepiece_file import read_sentencepiece_file
 from tests.checkpoint.model_files import write_gguf
+from tests.fuzz import budget
 from tests.tiny_models import tiny_tensors, write_tiny_model
+from tests.tokenizer.sentencepiece_models import charsmap, model, piece
 from tests.traced_models import write_traced
 
-SECONDS = float(os.environ.get("BRLITE_FUZZ_SECONDS", "0"))
-EXAMPLES = 60
 HEADER_BYTES = 6000  # most faults lie there
 
 # What a part of the file becomes: where, how many bytes are taken out, and what is put in their place.
@@ -62,6 +60,10 @@ def open_traced(path: Path) -> None:
     TracedArchive(path).parameters()
 
 
+def open_pieces(path: Path) -> None:
+    read_sentencepiece_file(path)
+
+
 def check(path: Path, data: bytes, read: Callable[[Path], None], opened: Path) -> None:
     path.write_bytes(data)
     try:
@@ -76,18 +78,14 @@ def fuzz(whole: Path, read: Callable[[Path], None], opened: Path) -> None:
     """Try spoiled forms of the file `whole`; `opened` is the path that is read."""
     data = whole.read_bytes()
 
-    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    @given(splices)
+    @budget.fuzz(splices)
     def run(changes: list[tuple[int, int, bytes]]) -> None:
         check(whole, spoiled(data, changes), read, opened)
 
-    started = time.monotonic()
     run()
-    while time.monotonic() - started < SECONDS:
-        run()
 
 
-timeout = pytest.mark.timeout(120 + 2 * SECONDS)
+timeout = pytest.mark.timeout(300 + 2 * budget.SECONDS)
 
 
 @timeout
@@ -117,3 +115,11 @@ def test_traced() -> None:
     with TemporaryDirectory() as folder:
         file = write_traced(Path(folder) / "tiny.pt", tiny_tensors("llama"))
         fuzz(file, open_traced, file)
+
+
+@timeout
+def test_tokenizer_model() -> None:
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "tokenizer.model"
+        file.write_bytes(model([piece("b")], charsmap=charsmap({b"a": b"b"})))
+        fuzz(file, open_pieces, file)
