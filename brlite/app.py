@@ -12,6 +12,8 @@ from aiohttp import web
 
 from brlite.config.options import Config
 from brlite.engine.async_engine import EngineLoop
+from brlite.http.body import BODIES
+from brlite.http.body_budget import BodyBudget
 from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.listen import PROBE_PATHS
 from brlite.http.middlewares import add_middlewares
@@ -39,7 +41,8 @@ def create_app(
     Requests for the models of the config's upstreams are forwarded. Whoever made the engines closes them. Run it with
     `handler_cancellation=True` (as `HttpServer` does), or a client that leaves keeps its request running: a stream
     until the next write to it, any other to its end. At the application's shutdown running streams end with an error
-    event.
+    event. Files that the config names, such as that of keys, are read at once: where that may take time, call it on
+    another thread.
 
     Requests of other sites' pages are refused. `listens_on` is the address that the application will be served at, if
     that is known: on loopback and without keys, requests for names other than local ones are refused as well. Where it
@@ -53,6 +56,7 @@ def create_app(
     app[MODELS] = models
     app[RUNNING] = set()
     app[PROBE_PATHS] = OPEN_PATHS
+    app[BODIES] = BodyBudget(config.limits.max_body_bytes_in_flight)
     app.add_routes(ROUTES)
     keys = ApiKeys.from_config(config)
     app[ORIGIN_POLICY] = OriginPolicy(
@@ -77,7 +81,8 @@ def fast_paths(app: web.Application) -> FastPaths:
     """Makes the fast path of each connection of a `HttpServer`, which forwards requests without aiohttp."""
     config = app[CONFIG]
     policy = app[ORIGIN_POLICY]
-    return FastPaths(app[FORWARDER], app[KEYS], config.limits, policy=policy, access_log=config.server.access_log)
+    access_log = config.server.access_log
+    return FastPaths(app[FORWARDER], app[KEYS], config.limits, bodies=app[BODIES], policy=policy, access_log=access_log)
 
 
 def _add_forwarding(app: web.Application, forwarder: Forwarder, config: Config) -> None:

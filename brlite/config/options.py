@@ -145,6 +145,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Every bound on what a client can ask for. `docs/http-api.md` has the table with the error that each one gives."""
 
     max_body_bytes: Count = 1024 * 1024
+    max_body_bytes_in_flight: Count = 64 * 1024 * 1024
     max_header_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = 16 * 1024
     header_seconds: Seconds = 30.0
     body_seconds: Seconds = 30.0

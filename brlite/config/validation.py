@@ -173,6 +173,12 @@ def _nameless(data: Mapping[str, Any]) -> Iterator[str]:
 
 def _contradictions(config: Config) -> Iterator[str]:
     """What no single field shows."""
+    limits = config.limits
+    if limits.max_body_bytes_in_flight < 2 * limits.max_body_bytes:
+        yield (
+            f"limits.max_body_bytes_in_flight = {limits.max_body_bytes_in_flight}: one key may hold half of it, so it "
+            f"must be at least twice limits.max_body_bytes, which is {limits.max_body_bytes}"
+        )
     if not config.model and not config.upstream:
         yield "model = []: needed is at least one [[model]] or [[upstream]]"
     names = [spec.name for spec in config.model]

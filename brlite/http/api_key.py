@@ -1,7 +1,8 @@
 """What one API key may do, and what it has done: its models, its limits, its usage. Pure: `now` is given.
 
 It does not know the key itself (`keys.py` does) nor any HTTP but the names of OpenAI's rate limit headers. A request
-goes through it in this order: `check_model`, `begin`, `spend` as often as tokens become known, `end`.
+goes through it in this order: `arrival_refusal`, `check_model`, `begin`, `spend` as often as tokens become known,
+`end`.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class ApiKey:
         self.is_admin = is_admin
         self.usage = KeyUsage()
         self.num_running = 0
+        self.num_arriving = 0  # requests whose bodies are being read
         self._models = models
         self._max_concurrent = max_concurrent
         per_minute = {"requests": requests_per_minute, "tokens": tokens_per_minute}
@@ -97,6 +99,10 @@ class ApiKey:
                 f"This API key may not use the model `{model[:MAX_SHOWN_NAME]}`. It may use: {allowed}", param="model"
             )
 
+    def arrival_refusal(self, now: float) -> RateLimited | None:
+        """Why a request's body need not be read: with those that arrive already, it would be one too many."""
+        return next(self._refusals(now, self.num_arriving), None) if self.has_limits else None
+
     def begin(self, now: float) -> None:
         """Take one of the minute's requests and one place, or raise `RateLimited` and take nothing.
 
@@ -134,19 +140,21 @@ class ApiKey:
         return headers
 
     def _check_limits(self, now: float) -> None:
-        for refusal in self._refusals(now):
+        for refusal in self._refusals(now, 0):
             self.usage.num_rate_limited += 1
             raise refusal
 
-    def _refusals(self, now: float) -> Iterator[RateLimited]:
-        if self._max_concurrent and self.num_running >= self._max_concurrent:
+    def _refusals(self, now: float, num_before: int) -> Iterator[RateLimited]:
+        """The limits that leave no room for one more request, where so many are to begin before it."""
+        if self._max_concurrent and self.num_running + num_before >= self._max_concurrent:
             yield RateLimited(
                 f"This API key allows {self._max_concurrent} requests at once (max_concurrent); "
                 "try again when one has ended",
                 retry_after_seconds=PLACE_RETRY_SECONDS,
             )
         for noun, bucket in self._buckets.items():
-            seconds = math.ceil(bucket.seconds_until(now, 1))
+            count = 1 + num_before if noun == "requests" else 1
+            seconds = math.ceil(bucket.seconds_until(now, count))
             if seconds:
                 yield RateLimited(
                     f"This API key allows {bucket.per_minute} {noun} a minute ({noun}_per_minute); "

@@ -1,40 +1,70 @@
 """Reads a request's body under our own limits of size and time, after its headers have shown that it can be JSON.
 
-aiohttp as it comes waits for ever for the rest of a cut body and inflates compressed ones. It knows nothing of what the
-JSON means.
+aiohttp as it comes waits for ever for the rest of a cut body and inflates compressed ones. What is read counts against
+the application's `BodyBudget` until the request ends. It knows nothing of what the JSON means.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 
 from aiohttp import HttpVersion11, StreamReader, hdrs, web
+from aiohttp.typedefs import Handler, Middleware
 
-from brlite.errors import BodyTooLarge, InvalidRequest, RequestTimeout, UnsupportedMediaType
+from brlite.errors import BodyTooLarge, InvalidRequest, RateLimited, RequestError, RequestTimeout, UnsupportedMediaType
+from brlite.http.api_key import ApiKey
+from brlite.http.body_budget import BodyBudget, HeldBody
+from brlite.http.keys import key_of
 
+BODIES = web.AppKey("bodies", BodyBudget)
 _KEPT = web.RequestKey("body", bytes)
+_HELD = web.RequestKey("held", HeldBody)
+
+
+def bodies_middleware(budget: BodyBudget) -> Middleware:
+    """Release what a request's body takes of the budget when the request ends."""
+
+    @web.middleware
+    async def hold_body(request: web.Request, handler: Handler) -> web.StreamResponse:
+        held = request[_HELD] = HeldBody(budget, key_of(request) or ApiKey())
+        try:
+            return await handler(request)
+        finally:
+            held.release()
+
+    return hold_body
 
 
 async def read_body(request: web.BaseRequest, max_bytes: int, seconds: float) -> bytes:
-    """The whole body, or `BodyTooLarge`, `RequestTimeout`, `UnsupportedMediaType`, or `InvalidRequest` if it is cut."""
+    """The whole body, or `BodyTooLarge`, `RequestTimeout`, `UnsupportedMediaType`, or `InvalidRequest` if it is cut.
+
+    Raises `RateLimited` at once where the key's limits leave no room for the request, and `RateLimited` or `NotReady`
+    when the body is more than the server may hold beside the others.
+    """
     kept: bytes | None = request.get(_KEPT)
     if kept is not None:
         return kept
     _check_type(request)
     if (request.content_length or 0) > max_bytes:
         raise _too_large(max_bytes)
+    held = request[_HELD]
     if request.content.is_eof():  # all of it came with the headers: no task, no timer
         body = request.content.read_nowait()
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
+        _refuse(held, held.take(len(body)))
         return body
+    _refuse(held, held.arrive(time.monotonic()))
     await _invite(request)
     try:
-        return await asyncio.wait_for(_collect(request.content, max_bytes), seconds)
+        return await asyncio.wait_for(_collect(request.content, max_bytes, held), seconds)
     except asyncio.TimeoutError:
         raise RequestTimeout(f"The request body did not arrive within {seconds:g} s.") from None
     except web.RequestPayloadError:
         raise InvalidRequest("The request body is not framed as its headers say.", code="invalid_body") from None
+    finally:
+        held.arrived()
 
 
 def keep_body(request: web.BaseRequest, body: bytes) -> None:
@@ -56,13 +86,21 @@ async def _invite(request: web.BaseRequest) -> None:
         request.writer.output_size = 0  # the answer proper has not begun
 
 
-async def _collect(content: StreamReader, max_bytes: int) -> bytes:
+async def _collect(content: StreamReader, max_bytes: int, held: HeldBody) -> bytes:
     body = bytearray()
     while block := await content.readany():
+        _refuse(held, held.take(len(block)))
         body += block
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
     return bytes(body)
+
+
+def _refuse(held: HeldBody, refusal: RequestError | None) -> None:
+    if isinstance(refusal, RateLimited):
+        held.key.usage.num_rate_limited += 1
+    if refusal is not None:
+        raise refusal
 
 
 def _check_type(request: web.BaseRequest) -> None:

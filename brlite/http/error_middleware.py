@@ -38,7 +38,10 @@ def _answer(request: web.Request, error: Exception) -> web.StreamResponse:
     _log(request, error)
     if has_begun(request):
         raise ConnectionAbortedError("the answer had begun; nothing is sent twice") from error
-    return error_response(error)
+    response = error_response(error)
+    if request.body_exists and not request.content.is_eof():
+        response.force_close()  # its body has not been read: the client need not send the rest
+    return response
 
 
 def has_left(request: web.BaseRequest) -> bool:

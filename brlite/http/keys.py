@@ -139,6 +139,11 @@ def api_key(request: web.BaseRequest) -> ApiKey:
     return request[_KEY]
 
 
+def key_of(request: web.BaseRequest) -> ApiKey | None:
+    """The key that the request was let in with; None at open resources."""
+    return request.get(_KEY)
+
+
 def shown_api_key(request: web.Request) -> ApiKey | None:
     """The accepted key that the request shows, for handlers of open resources; None if there is none."""
     headers = request.headers

@@ -17,6 +17,7 @@ from brlite.errors import InvalidRequest, RequestError
 from brlite.http.access_log import log_line
 from brlite.http.access_log import logger as access_logger
 from brlite.http.api_key import ApiKey
+from brlite.http.body_budget import BodyBudget, HeldBody
 from brlite.http.connection import Connection
 from brlite.http.cors import Cors
 from brlite.http.errors import OWN_HEADERS, error_body, error_headers, status_of
@@ -50,11 +51,19 @@ class FastPaths:
     """What the fast paths of a server's connections share. Calling it makes one, as long as there are upstreams."""
 
     def __init__(
-        self, forwarder: Forwarder, keys: ApiKeys, limits: LimitsConfig, *, policy: OriginPolicy, access_log: bool
+        self,
+        forwarder: Forwarder,
+        keys: ApiKeys,
+        limits: LimitsConfig,
+        *,
+        bodies: BodyBudget,
+        policy: OriginPolicy,
+        access_log: bool,
     ) -> None:
         self.forwarder = forwarder
         self.keys = keys
         self.limits = limits
+        self.bodies = bodies
         self.heads = Heads(read_request)
         self.ids = RequestIds()
         self.policy = policy
@@ -80,6 +89,7 @@ class FastPath:
         "_connection",
         "_exchange",
         "_head",
+        "_held",
         "_is_paused",
         "_is_reading",
         "_keeps_alive",
@@ -110,6 +120,7 @@ class FastPath:
         self._is_paused = False  # the client does not take what it is sent
         self._head: RequestHead | None = None
         self._body: Body | None = None
+        self._held: HeldBody | None = None  # what the request takes of the budget of bodies
         self._raw: list[bytes] = []  # the request as it came, as long as its body is not complete
         self._payload: list[bytes] = []
         self._num_payload_bytes = self._num_raw_bytes = 0
@@ -174,13 +185,18 @@ class FastPath:
         return self._key is not None
 
     def _read_first_of_body(self, head: RequestHead, length: int | None, data: bytes, begin: int) -> None:
+        assert self._key is not None
+        held = self._held = HeldBody(self._shared.bodies, self._key)
         if length is not None and b"transfer-encoding" not in head.fields:
             end = begin + length
             if len(data) == end and length <= self._shared.limits.max_body_bytes:  # as it mostly is: all in one piece
-                self._take(head, data[begin:], [data])
+                if held.take(length) is None:
+                    self._take(head, data[begin:], [data])
+                else:
+                    self._pass_on(data)
                 return
         body = self._body_of(head, length)
-        if body is None:
+        if body is None or held.arrive(time.monotonic()) is not None:
             self._pass_on_for_good(data)
             return
         if b"expect" in head.fields and len(data) == begin and not head.is_http_1_0:
@@ -204,6 +220,9 @@ class FastPath:
     def _read_body(self, body: Body, data: bytes) -> None:
         self._raw.append(data)
         self._num_raw_bytes += len(data)
+        if self._held is not None and self._held.take(len(data)) is not None:
+            self._pass_on_for_good(b"".join(self._raw))
+            return
         try:
             payload = body.feed(data)
         except FramingError:
@@ -223,7 +242,9 @@ class FastPath:
 
     def _take(self, head: RequestHead, body: bytes, raw: list[bytes]) -> None:
         """The request is all there: forward it if its model is an upstream's, else pass it on as it came."""
-        self._forget_request()
+        self._forget_parts()
+        if self._held is not None:
+            self._held.arrived()
         try:
             seen = peek(body)
         except InvalidRequest:
@@ -274,6 +295,13 @@ class FastPath:
         self._connection.pass_on(data)
 
     def _forget_request(self) -> None:
+        """It is aiohttp's now, or over: what is held for it here is released."""
+        if self._held is not None:
+            self._held.release()
+            self._held = None
+        self._forget_parts()
+
+    def _forget_parts(self) -> None:
         self._head = self._body = None
         self._raw, self._payload = [], []
         self._num_payload_bytes = self._num_raw_bytes = 0
@@ -308,7 +336,8 @@ class FastPath:
 
     def ended(self) -> None:
         self._log()
-        self._exchange = self._head = self._key = None
+        self._forget_request()
+        self._exchange = self._key = None
         if not self._keeps_alive or self._connection.is_draining:
             self._transport.close()
             return
@@ -365,6 +394,7 @@ class FastPath:
     def connection_lost(self) -> None:
         if self._exchange is not None:
             self._exchange.client_left()
+        self._forget_request()
 
     @property
     def _peer(self) -> str | None:

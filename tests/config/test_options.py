@@ -74,6 +74,11 @@ BAD_FIELDS = [
     ("limits.body_seconds = 0", "limits.body_seconds = 0: allowed is a number above 0, at most 1000000"),
     ("limits.body_seconds = nan", "limits.body_seconds = NaN: allowed is a number above 0, at most 1000000"),
     ("limits.body_seconds = inf", "limits.body_seconds = Infinity: allowed is a number above 0, at most 1000000"),
+    (
+        "limits.max_body_bytes = 40_000_000",
+        "limits.max_body_bytes_in_flight = 67108864: one key may hold half of it, so it must be at least twice "
+        "limits.max_body_bytes, which is 40000000",
+    ),
     ("keys.file = 3", "keys.file = 3: allowed is a non-empty string"),
     ("model = 3", "model = 3: allowed is a list, each a table"),
     ("server = 3", "server = 3: allowed is a table"),

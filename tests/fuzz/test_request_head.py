@@ -15,6 +15,7 @@ from aiohttp.http_parser import HttpRequestParser
 from hypothesis import strategies as st
 
 from brlite.config.options import LimitsConfig
+from brlite.http.body_budget import BodyBudget
 from brlite.http.connection import Connection
 from brlite.http.keys import ApiKeys
 from brlite.http.origin_policy import OriginPolicy
@@ -226,7 +227,9 @@ def run_lane(pieces: list[bytes]) -> list[tuple[object, ...]]:
     async def run() -> list[tuple[object, ...]]:
         wire = FakeWire()
         forwarder = cast(Forwarder, FakeForwarder(wire))
-        shared = FastPaths(forwarder, ApiKeys(), LimitsConfig(), policy=OriginPolicy(), access_log=False)
+        shared = FastPaths(
+            forwarder, ApiKeys(), LimitsConfig(), bodies=BodyBudget(2**26), policy=OriginPolicy(), access_log=False
+        )
         lane = shared(cast(Connection, wire), cast(asyncio.Transport, wire))
         assert lane is not None
         for piece in pieces:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from brlite.app import FORWARDER, create_app, fast_paths
 from brlite.config.options import Config, LimitsConfig, ProxyConfig, UpstreamConfig
+from brlite.http.body import BODIES
+from brlite.http.body_budget import BodyBudget
 from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
@@ -24,6 +26,7 @@ class Proxy(NamedTuple):
     server: HttpServer
     forwarder: Forwarder
     keys: ApiKeys
+    bodies: BodyBudget
 
     @property
     def port(self) -> int:
@@ -46,12 +49,13 @@ async def run_proxy(
     app = create_app(ModelTable([]), config)
     forwarder = app[FORWARDER]
     async with HttpServer(app, "127.0.0.1", 0, config.limits, grace_seconds, fast_paths(app)) as server:
-        yield Proxy(server, forwarder, app[KEYS])
+        yield Proxy(server, forwarder, app[KEYS], app[BODIES])
         await wait_until(lambda: forwarder.num_active == 0)
         assert [upstream.num_in_flight for upstream in forwarder.table.upstreams if upstream.num_in_flight] == []
         assert [target for target in forwarder.table if target.places.num_in_flight or target.places.num_waiting] == []
     await wait_until(lambda: not any(upstream.pool.connections for upstream in forwarder.table.upstreams))
     assert server.num_connections == 0
+    assert app[BODIES].num_bytes == 0
     assert shouts == []
 
 

@@ -80,6 +80,11 @@ class Client:
     def leave(self) -> None:
         self.writer.transport.abort()
 
+    @property
+    def has_answer(self) -> bool:
+        """Whether a byte of an answer has come that was not read yet."""
+        return bool(self.reader._buffer)  # type: ignore[attr-defined]  # asyncio has no public way to ask
+
     async def is_closed(self) -> bool:
         """Whether the server ends the connection, without another byte."""
         try:
