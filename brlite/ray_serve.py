@@ -140,7 +140,8 @@ class Replica:
         config = self._config
         async with AsyncExitStack() as opened:
             engine = await opened.enter_async_context(AsyncEngine.from_config(config))
-            server = HttpServer(create_app(engine, config), LOOPBACK, 0, config.limits, config.server.drain_seconds)
+            app = await asyncio.to_thread(create_app, engine, config)  # it reads the key file
+            server = HttpServer(app, LOOPBACK, 0, config.limits, config.server.drain_seconds)
             await opened.enter_async_context(server)
             self._url = URL(server.url)
             self._session = await opened.enter_async_context(_session(config))

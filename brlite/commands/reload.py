@@ -24,7 +24,7 @@ from brlite.errors import BrliteError, ConfigError
 from brlite.http.keys import ApiKeys
 from brlite.process.waiting import on_daemon_thread
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.routing.route_table import upstream_configs
+from brlite.proxy.routing.route_table import RouteTable, upstream_configs
 from brlite.server.served_model import ModelTable
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,17 @@ class ConfigSource(NamedTuple):
 
     files: tuple[Path, ...]
     load: Callable[[], Config]
+
+
+class Reading(NamedTuple):
+    """A config as its files say now, with all that had to be read or looked up for it."""
+
+    config: Config
+    running: Config  # as much of it as can be had without a restart
+    changes: Sequence[Change]
+    keys: ApiKeys
+    table: RouteTable | None  # None where upstreams and `[proxy]` are as they were
+    new_warnings: Sequence[str]
 
 
 class FileWatch:
@@ -109,28 +120,31 @@ class Reloader:
     def reload(self) -> None:
         """Read the config again and run by it. Where there is anything wrong with it, the old one stays, whole."""
         try:
-            self._run_by(*self._read())
+            self._run_by(self._read())
         except BrliteError as error:
             logger.error(STAYS, error)
 
-    def _read(self) -> tuple[Config, Config, ApiKeys]:
-        """The config as it is now, as much of it as can be had without a restart, and its keys."""
+    def _read(self) -> Reading:
+        """May wait for files; changes nothing that runs."""
         new = self._source.load()
-        running = _runnable(self.config, new)
-        return new, running, ApiKeys.from_config(running)
-
-    def _run_by(self, new: Config, running: Config, keys: ApiKeys) -> None:
-        changes = diff(self.config, new)
-        if any(change.section in FORWARDING for change in changes):
-            self._forwarder.replace(running)
-        has_other_keys = self._keys.replace(keys)
-        self._models.take_names(running.proxy)
+        running, changes = _runnable(self.config, new), diff(self.config, new)
+        is_forwarded_otherwise = any(change.section in FORWARDING for change in changes)
+        table = RouteTable(running, self._forwarder.table) if is_forwarded_otherwise else None
         warnings = set(config_warnings(self.config))
+        new_warnings = [line for line in config_warnings(running) if line not in warnings]
+        return Reading(new, running, changes, ApiKeys.from_config(running), table, new_warnings)
+
+    def _run_by(self, reading: Reading) -> None:
+        """Run by what was read. Reads no file, since it runs on the loop's thread."""
+        running = reading.running
+        if reading.table is not None:
+            self._forwarder.replace(running, reading.table)
+        has_other_keys = self._keys.replace(reading.keys)
+        self._models.take_names(running.proxy)
         self.config = running
-        _report(changes, has_other_keys)
-        for line in config_warnings(running):
-            if line not in warnings:
-                logger.warning("%s", line)
+        _report(reading.changes, has_other_keys)
+        for line in reading.new_warnings:
+            logger.warning("%s", line)
 
     def _hangup(self) -> None:
         if self._terminal is not None and not os.isatty(self._terminal):
@@ -157,7 +171,7 @@ class Reloader:
     async def _reload_elsewhere(self) -> None:
         """As `reload`, with the files read on another thread: a FIFO or a lost network drive may keep it."""
         try:
-            self._run_by(*await self._elsewhere(self._read, "the config"))
+            self._run_by(await self._elsewhere(self._read, "the config"))
         except BrliteError as error:
             logger.error(STAYS, error)
 

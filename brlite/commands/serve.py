@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from aiohttp import web
 
 from brlite.app import FORWARDER, create_app, fast_paths
 from brlite.commands.reload import ConfigSource, Reloader, find_terminal
@@ -30,6 +31,7 @@ from brlite.http.keys import KEYS
 from brlite.http.listen import HttpServer
 from brlite.process.descriptors import raise_descriptor_limit
 from brlite.proxy.routing.route_table import RouteTable
+from brlite.server.handlers import CONFIG, MODELS
 from brlite.server.model_manager import ModelManager, OnProgress
 from brlite.server.served_model import ModelTable, ServedModel
 
@@ -60,7 +62,11 @@ def run(config: Config, warnings: list[str], source: ConfigSource) -> int:
         logger.info("server.drain_seconds is %g%s", config.server.drain_seconds, _docker_hint(config))
     raise_descriptor_limit()
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-    return _event_loop_run()(_serve(config, source))
+    # Before there is a loop: this reads the key file and the upstreams' certificates, and nothing on the loop waits.
+    models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
+    app = create_app(models, config, listens_on=config.server.host)
+    reloader = Reloader(source, config, app[KEYS], app[FORWARDER], models, terminal=find_terminal())
+    return _event_loop_run()(_serve(app, reloader))
 
 
 def _event_loop_run() -> Callable[[Coroutine[Any, Any, int]], int]:
@@ -72,11 +78,8 @@ def _event_loop_run() -> Callable[[Coroutine[Any, Any, int]], int]:
     return run
 
 
-async def _serve(config: Config, source: ConfigSource) -> int:
-    models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
-    app = create_app(models, config, listens_on=config.server.host)
-    forwarder, keys = app[FORWARDER], app[KEYS]
-    reloader = Reloader(source, config, keys, forwarder, models, terminal=find_terminal())
+async def _serve(app: web.Application, reloader: Reloader) -> int:
+    config, models, forwarder, keys = app[CONFIG], app[MODELS], app[FORWARDER], app[KEYS]
     async with ModelManager(models, ModelLoader(config), config.engine) as manager:
         # By then the grace time is over: closing an engine gives its streams their error event.
         app.on_shutdown.append(lambda _: manager.close())
@@ -139,18 +142,21 @@ class ModelLoader:
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         if self._config.engine.name is not None:
             return 0  # what another engine takes is not ours to know
+        await asyncio.to_thread(_import_loading)
         from brlite.backends.sizes import known_sizes
 
         sizes = await asyncio.to_thread(known_sizes, spec, self._config.engine)
         return None if sizes is None else sizes.num_bytes
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
+        await asyncio.to_thread(_import_loading)
         from brlite.llm import model_bytes
 
         with _shown(report) as show:
             return await model_bytes(self._config, spec, show)
 
     async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+        await asyncio.to_thread(_import_loading)
         from brlite.llm import AsyncEngine
 
         with _shown(report) as show:
@@ -162,6 +168,17 @@ class ModelLoader:
         gc.collect()
         gc.freeze()
         _trim()
+
+
+def _import_loading() -> None:
+    """Import what loads a model, on a thread: half a second of reading files, in which the loop would serve nobody."""
+    from tqdm import tqdm
+
+    import brlite.backends.sizes
+    import brlite.checkpoint.fetch
+    import brlite.llm  # noqa: F401
+
+    tqdm.get_lock()  # type: ignore[no-untyped-call]  # it imports multiprocessing when it makes its first bar
 
 
 def _trim() -> None:

@@ -42,6 +42,7 @@ class Forwarder:
     loop: asyncio.AbstractEventLoop
 
     def __init__(self, config: Config) -> None:
+        """Reads the files that the upstreams name. Raises `ConfigError`."""
         self.config: ProxyConfig = config.proxy
         self.table = RouteTable(config)
         self.is_draining = False
@@ -72,9 +73,11 @@ class Forwarder:
         """How many requests are on their way."""
         return len(self._active)
 
-    def replace(self, config: Config) -> None:
-        """Forward by another config from now on; what is under way stays on its way, and so do kept connections."""
-        table = RouteTable(config, self.table)
+    def replace(self, config: Config, table: RouteTable) -> None:
+        """Forward by another config from now on; what is under way stays on its way, and so do kept connections.
+
+        `table` was made from the config and from the present table. It is given because making one reads files.
+        """
         gone = {upstream.name: upstream for upstream in self.table.upstreams if upstream not in table.upstreams}
         for upstream in table.upstreams:
             if upstream.name in gone:

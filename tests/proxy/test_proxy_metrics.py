@@ -19,6 +19,7 @@ from brlite.config.options import Config, KeysConfig, ModelSpec, ProxyConfig, Se
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.outcomes import Ending
+from brlite.proxy.routing.route_table import RouteTable
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.proxy.get_server import NEVER, Answer, GetServer
 
@@ -173,7 +174,7 @@ async def test_counters_never_go_back_when_the_config_changes(start: Start, answ
     await downstream.ask()
     changed = Config(model=(MODEL,), upstream=(upstream(answering, "one", weight=weight), upstream("http://b", "two")))
 
-    downstream.forwarder.replace(changed)
+    downstream.forwarder.replace(changed, RouteTable(changed, downstream.forwarder.table))
     await downstream.ask()
     families = await downstream.families()
 

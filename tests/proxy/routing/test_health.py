@@ -13,6 +13,7 @@ import pytest
 from brlite.config.options import Config, ProxyConfig, UpstreamConfig
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.routing.health import HASTE, HealthCount, delay, is_well
+from brlite.proxy.routing.route_table import RouteTable
 from brlite.proxy.routing.upstream import Upstream
 from tests.proxy.get_server import GOOD, NEVER, Answer, GetServer, model_list
 from tests.proxy.proxies import no_descriptors
@@ -197,6 +198,10 @@ async def test_an_upstream_without_a_health_path_is_never_asked(start: Start, ev
     assert only(forwarder).is_healthy
 
 
+def replace(forwarder: Forwarder, config: Config) -> None:
+    forwarder.replace(config, RouteTable(config, forwarder.table))
+
+
 async def test_another_config_ends_old_checks_begins_new_ones_and_leaves_the_rest_alone(
     start: Start, eventually: Eventually
 ) -> None:
@@ -206,7 +211,7 @@ async def test_another_config_ends_old_checks_begins_new_ones_and_leaves_the_res
         kept = forwarder.table.upstreams[1]
         tasks = {task for task in asyncio.all_tasks() if stays.url in task.get_name()}
 
-        forwarder.replace(make_config(stays.url, new.url))
+        replace(forwarder, make_config(stays.url, new.url))
         await eventually(lambda: bool(new.asked))
         num_asked = len(gone.asked)
         await eventually(lambda: len(new.asked) > 5)
@@ -221,7 +226,7 @@ async def test_another_interval_holds_at_once(start: Start, eventually: Eventual
         forwarder = await start(server.url, proxy=SLOW)
         await eventually(lambda: bool(server.asked))
 
-        forwarder.replace(make_config(server.url, proxy=QUICK))
+        replace(forwarder, make_config(server.url, proxy=QUICK))
 
         await eventually(lambda: server.paths.count("/health") > 5)
 
@@ -233,7 +238,7 @@ async def test_an_upstream_that_is_out_stays_out_over_a_change_of_the_interval(
         forwarder = await start(server.url)
         await eventually(lambda: not only(forwarder).is_healthy)
 
-        forwarder.replace(make_config(server.url, proxy=SLOW))
+        replace(forwarder, make_config(server.url, proxy=SLOW))
 
         assert not only(forwarder).is_healthy
 
