@@ -107,6 +107,8 @@ class ResponseDownstream:
         self._changed.set()
 
     def write(self, data: bytes) -> None:
+        if not data:
+            return  # else `_send` would find parts, and wait for more of them
         self._parts.append(data)
         self._num_waiting += len(data)
         if self._num_waiting > BACKLOG_BYTES and self._exchange is not None:

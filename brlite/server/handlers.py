@@ -282,13 +282,13 @@ ROUTES = [
     web.get("/models/{name:[^/].*}", get_model),
     *(web.get(path, handler) for path, handler in _GETS.items()),
     *(web.get(path, handler) for path, handler in _PROBES.items()),
-    web.get("/metrics/", get_metrics),
+    *(web.get(f"{path}/", handler) for path, handler in _PROBES.items()),
     # Behind the usual spellings, which are found by their text.
     *(web.post(spellings(path), handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
     *(web.get(spellings(path), handler) for path, handler in (*_GETS.items(), *_PROBES.items())),
     *(web.route("*", spellings(path, end="(?:/.*)?"), not_built, expect_handler=leave_body) for path in NOT_BUILT),
 ]
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/health/", "/ready", "/ready/"})
 METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
 
 _CHAT = msgspec.json.Decoder(ChatCompletionRequest)

@@ -246,6 +246,7 @@ async def test_everything_but_the_probes_needs_a_key(
             return response.status
 
     assert [await status(path) for path in ("/health", "/ready", "/metrics")] == [200, 200, metrics_status]
+    assert [await status(path) for path in ("/health/", "/ready/", "/metrics/")] == [200, 200, metrics_status]
     assert [await status(path) for path in ("/v1/models", "/version", "/nowhere")] == [401, 401, 401]
     assert await status("/v1/models", Authorization="Bearer other") == 200
     assert await status("/v1/models", Authorization="Bearer wrong") == 401
