@@ -12,7 +12,7 @@ from aiohttp import web
 from brlite.config.options import LimitsConfig
 from brlite.http.keys import ApiKeys
 from brlite.http.listen import HttpServer
-from brlite.http.middlewares import add_manners
+from brlite.http.middlewares import add_middlewares
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.middleware import ResponseDownstream
 from tests.limits import PATIENCE_SECONDS
@@ -46,7 +46,7 @@ async def test_an_empty_part_does_not_keep_an_answer_from_its_end(parts: tuple[b
 
     app = web.Application()
     app.router.add_get("/", answer)
-    add_manners(app, keys=ApiKeys(), open_paths=frozenset())
+    add_middlewares(app, keys=ApiKeys(), open_paths=frozenset())
     async with HttpServer(app, "127.0.0.1", 0, LimitsConfig(), 1.0) as server, aiohttp.ClientSession() as session:
         response = await asyncio.wait_for(session.get(server.url), PATIENCE_SECONDS)
         body = await asyncio.wait_for(response.read(), PATIENCE_SECONDS)
