@@ -1,4 +1,4 @@
-"""Whether only this user can have written a file: asked before a library, packed weights or a found config is used."""
+"""Whether only this user can have written a file: checked before a library, packed weights or a config is used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def why_untrusted(path: Path) -> str | None:
-    """Who else could have written a file, or put it into its folder; None if nobody but this user and root.
+    """Why other users could have written a file or put it into its folder; None if only this user and root could.
 
     File and folder must belong to one of the two and be writable by no others; of a folder only itself is looked at. A
     group counts as this user if it is the user's own, of the same name and without other members. A sticky folder, such

@@ -1,7 +1,7 @@
 """Temporary files and folders that outlive no crash: the next start removes those whose process is gone.
 
 Each is locked for as long as its process works on it, and the system gives the lock back however that process ends. The
-name has a random part and is taken exclusively, so that nothing is written through a link that somebody put there.
+name has a random part and is taken exclusively, so that nothing is written through a link of another user.
 """
 
 from __future__ import annotations

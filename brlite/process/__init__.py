@@ -1,5 +1,5 @@
 """The process that a command runs in: its standard streams, its open files, its duties as process 1.
 
-It knows nothing of models, HTTP or the config, and starts nothing by itself. Read `output.py` first: because of it
-no reader of the log can stop a server.
+It has no models, HTTP or config, and starts nothing by itself. First file: `output.py`, which keeps a blocked reader of
+the log from blocking the server.
 """

@@ -1,8 +1,8 @@
 """The duties of process 1, as `tini` does them: pass signals on, and reap orphans.
 
 In a container the command may be process 1. Orphans become its children: those of probes and `kubectl exec`, and
-grandchildren whose parent has died. Nobody else can reap them. A process of its own does so, since `subprocess` and
-asyncio must get the status of the children that the command has started.
+grandchildren whose parent has died. Only process 1 can reap them. The command itself runs in a
+child process: there `subprocess` and asyncio must get the status of the children that the command has started.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _FATAL = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.
 
 
 def leave_process_1() -> None:
-    """As process 1: go on in a child, while this process stays and does the duties. Elsewhere: do nothing.
+    """As process 1: fork, and return in the child; this process stays as its init. In any other process: do nothing.
 
     Call it before there are threads.
     """

@@ -1,8 +1,8 @@
 """Standard output and error of a server: text goes to a bounded queue, and a thread of their own writes it.
 
-A write to a pipe, a terminal or a disk may wait without end, and a server must not wait with it. What does not fit into
-the queue, and what cannot be written, is dropped and counted. The file descriptors stay as they are: what C libraries
-and child processes write there does not pass through here.
+A write to a pipe, a terminal or a disk may block without end, and must not block the server. What does not fit into the
+queue, and what cannot be written, is dropped and counted. The file descriptors stay as they are: output of C libraries
+and child processes is not queued.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The addresses of an upstream's name: looked up on a thread of their own, again and again while there is traffic.
 
-A name may lead to several servers (a headless service), of which some may be silent and which come and go. A lookup
-that hangs holds up nobody but those who wait for that name: each has a thread of its own, one at a time.
+A name may have the addresses of several servers (a headless service); some may not answer, and the set changes. Each
+name has its own lookup thread, one at a time: a lookup that hangs delays only requests for that name.
 """
 
 from __future__ import annotations

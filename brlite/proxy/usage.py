@@ -1,8 +1,8 @@
-"""How many tokens a forwarded request took: as its answer says, where that can be, else an estimate from bytes.
+"""How many tokens a forwarded request used: as its response reports if that is possible, else estimated from bytes.
 
 An estimate of the prompt is charged as soon as the request is sent, and is corrected when the exchange ends. Usage is
 read in every dialect that is forwarded: chats and completions, `/v1/messages`, `/v1/responses`, embeddings, rerank.
-It is believed only within what the request can have used, for a key's budget depends on it. Knows no keys.
+A reported number is used only if it is possible for the request, since it is charged to the key's budget.
 """
 
 from __future__ import annotations

@@ -1,1 +1,4 @@
-"""Runs templates and expressions of strangers in a child process, within a limit of time and memory."""
+"""Runs untrusted templates and tokenizers in a child process, within limits of time and memory.
+
+It does not interpret messages. First file: `child_process.py`.
+"""

@@ -29,7 +29,7 @@ WALL_SECONDS = 60.0  # for an answer; what the child computes is bounded in CPU 
 MAX_ANSWER_BYTES = 2**30
 # What never comes from what a child does: of the system where memory is short, or of a manager of services.
 OTHERS_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH")  # all that a child gets to see of ours
+ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH")  # the only variables of this process that a child gets
 
 # One thread and one heap: more would be counted against the child's memory.
 FIXED_ENVIRONMENT = {
@@ -80,7 +80,7 @@ class ChildProcess:
     def call(self, message: dict[str, Any] | None) -> dict[str, Any]:
         """The child's answer, which may be an `error`. Raises `ChildFailed` where it ended before it gave one, and
         `EngineError` where it cannot be started or is ended by others again and again."""
-        data = None if message is None else encode_message(message)  # what cannot be said costs no child
+        data = None if message is None else encode_message(message)  # a message that cannot be encoded ends no child
         if self._pid != os.getpid():
             self._forget()  # a fork: the child is the parent's, and a thread that is not here may hold the lock
         with self._lock:
@@ -94,7 +94,7 @@ class ChildProcess:
                 raise EngineError(f"a child process was {error}, not by brlite; so was the one before it") from None
 
     def close(self) -> None:
-        """End the child. Whoever waits for it gets `ChildFailed` at once. May be called twice."""
+        """End the child. Calls in progress raise `ChildFailed` at once. May be called twice."""
         self._is_closed = True
         if self._pid != os.getpid():
             return

@@ -73,7 +73,7 @@ class Renderer:
     def _leaves_out(self, messages: list[dict[str, str]]) -> bool:
         try:
             return PROBE not in self.answer(list(messages), add_generation_prompt=True)["text"]
-        except Exception:  # it refuses the role, or this chat of it, and says so to whoever asks
+        except Exception:  # it refuses the role, or this chat of it, and the request that uses it gets the error
             return False
 
 
@@ -229,7 +229,7 @@ def _serve() -> None:
 
 
 def _receive() -> dict[str, Any] | None:
-    """The next message; None when whoever sends them is gone."""
+    """The next message; None when the sender is gone."""
     head = _read(LENGTH.size)
     body = head and _read(LENGTH.unpack(head)[0])
     return json.loads(body) if body else None
