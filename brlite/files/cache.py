@@ -1,4 +1,4 @@
-"""Where brlite keeps what it has fetched and built. Knows nothing of what that is; creates nothing."""
+"""The home folder, and the folder in it where brlite keeps what it has fetched and built. Creates nothing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,22 @@ import os
 from pathlib import Path
 
 
-def default_cache() -> Path:
-    """brlite's cache folder: BRLITE_CACHE, else brlite in XDG_CACHE_HOME, else ~/.cache/brlite.
+def expand_home(path: str | Path) -> Path:
+    """`path` with the home folder in place of a leading `~`.
 
     Raises `OSError` where there is no home folder: HOME is not set, and the user is not one of the system's.
     """
     try:
-        if own := os.environ.get("BRLITE_CACHE"):
-            return Path(own).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "brlite"
+        return Path(path).expanduser()
     except RuntimeError as error:
-        raise OSError(errno.ENOENT, f"{error} Set HOME or BRLITE_CACHE", "~") from None
+        raise OSError(errno.ENOENT, f"{error} Set HOME or BRLITE_CACHE", str(path)) from None
+
+
+def default_cache() -> Path:
+    """brlite's cache folder: BRLITE_CACHE, else brlite in XDG_CACHE_HOME, else ~/.cache/brlite.
+
+    Raises `OSError` as `expand_home` does.
+    """
+    if own := os.environ.get("BRLITE_CACHE"):
+        return expand_home(own)
+    return expand_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "brlite"
