@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from brlite.config.options import Config
     from brlite.sampling_params import SamplingParams
 
+NO_THREAD = "can't start new thread"  # the text of Python's RuntimeError
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -116,6 +117,12 @@ def _status_of(args: argparse.Namespace) -> int:
     except OSError as error:  # a folder that cannot be searched, a disk that is full
         where = f"{error.filename}: " if error.filename is not None else ""
         print(shown(f"brlite: error: {where}{error.strerror or error}"), file=sys.stderr)
+        return EXIT_FAILED
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and NO_THREAD not in str(error):
+            raise
+        reason = "no memory is left" if isinstance(error, MemoryError) else "the system gives no further thread"
+        print(f"brlite: error: {reason}: look at ulimit -v, ulimit -u and the container's limits", file=sys.stderr)
         return EXIT_FAILED
 
 

@@ -1,7 +1,7 @@
 """Ctrl-C at any moment of a command's start ends it without a traceback.
 
-Before `brlite.__main__` runs, Python itself is starting, and says so in its own way: on a busy machine this takes longer
-than the first of the moments here.
+Before `brlite.__main__` runs, Python itself starts, and may print its own traceback. On a busy machine this takes
+longer than the first of the moments here.
 """
 
 from __future__ import annotations
