@@ -19,6 +19,7 @@ import msgspec
 from brlite.config.options import ProxyConfig
 from brlite.errors import QueueTimeout, RequestError, UpstreamUnavailable, stopping
 from brlite.http.api_key import ApiKey
+from brlite.http.error_middleware import CLIENT_LEFT
 from brlite.http.errors import status_of
 from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt
 from brlite.proxy.downstream import Downstream
@@ -32,7 +33,6 @@ from brlite.proxy.usage import Seen
 from brlite.proxy.wire.heads import AnswerHead
 
 MAX_PAUSE_SECONDS = 60.0  # the longest Retry-After that is believed
-CLIENT_LEFT = 499
 
 
 class ExchangeOwner(Protocol):

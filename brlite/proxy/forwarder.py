@@ -14,8 +14,9 @@ from collections.abc import Mapping
 
 from brlite.config.options import Config, ProxyConfig
 from brlite.errors import LoopDetected, RequestError, stopping
+from brlite.http.error_middleware import CLIENT_LEFT
 from brlite.proxy.downstream import Downstream
-from brlite.proxy.exchange import CLIENT_LEFT, Exchange, ForwardedRequest
+from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarded import forwarded_lines
 from brlite.proxy.prompt_start import prompt_start
 from brlite.proxy.request_model import RequestModel
