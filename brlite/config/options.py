@@ -1,7 +1,7 @@
-"""The configuration: frozen structs that are the list of every option, its type, its range and its default.
+"""The configuration: frozen structs with every option, its type, its range, its default and its text.
 
-`load.py` reads TOML (documented in `brlite.toml`) or the manual's 13-field JSON (`manual_json.py`). Nothing here
-reads a model, a device or the network: limits that depend on the model are checked where the model is opened.
+`docs/configuration.py` prints `brlite.toml` and docs/configuration.md from them. `load.py` reads TOML, or the manual's
+13-field JSON (`manual_json.py`). Limits that depend on the model are checked where the model is opened, not here.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ CountOrZero = Annotated[int, Meta(ge=0, le=10**9)]
 Port = Annotated[int, Meta(ge=0, le=65535)]
 Seconds = Annotated[float, Meta(gt=0, le=10**6)]
 SecondsOrZero = Annotated[float, Meta(ge=0, le=10**6)]
-Text = Annotated[str, Meta(min_length=1, description="a non-empty string")]
-Word = Annotated[str, Meta(pattern=r"^\S+\Z", description="a non-empty string without spaces")]
+Text = Annotated[str, Meta(min_length=1, extra={"allowed": "a non-empty string"})]
+Word = Annotated[str, Meta(pattern=r"^\S+\Z", extra={"allowed": "a non-empty string without spaces"})]
 HeaderName = Annotated[
-    str, Meta(pattern=r"^[!#$%&'+\-.^_`|~0-9A-Za-z]+\*?\Z", description="the name of a header, or its beginning and *")
+    str,
+    Meta(
+        pattern=r"^[!#$%&'+\-.^_`|~0-9A-Za-z]+\*?\Z", extra={"allowed": "the name of a header, or its beginning and *"}
+    ),
 ]
 DeviceIndex = Annotated[int, Meta(ge=0, le=1023)]
 BlockSize = Literal[8, 16, 32, 64, 128, 256]
@@ -30,112 +33,170 @@ Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
 KeyHeader = Literal["authorization", "x-api-key", "api-key", "x-goog-api-key"]
 Forwarded = Literal["off", "append", "set"]
 
+
+def option(text: str, example: object = None) -> Meta:
+    """What an option does, as `brlite.toml` and docs/configuration.md print it, and a value where it has no default."""
+    return Meta(description=text, examples=None if example is None else [example])
+
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Headers that no config lets pass: of one hop only, or keys, or brlite's own to say. One that ends in * is a beginning.
+# Headers that no config can forward: of one hop only, keys, or set by brlite itself. A final * stands for any ending.
 _OF_ONE_HOP = "connection content-length keep-alive proxy-* te trailer transfer-encoding upgrade x-request-id"
 _KEYS = "api-key authorization cookie x-api-key x-goog-api-key"
-_WHOSE = "forwarded x-forwarded-* x-real-ip"  # said as `proxy.forwarded` wants it, never as a client claims
-NEVER_TO_UPSTREAMS = tuple(f"{_OF_ONE_HOP} {_KEYS} {_WHOSE} accept-encoding expect host via".split())
+_CLIENT_ADDRESS = "forwarded x-forwarded-* x-real-ip"  # set by `proxy.forwarded`, never copied from a client
+NEVER_TO_UPSTREAMS = tuple(f"{_OF_ONE_HOP} {_KEYS} {_CLIENT_ADDRESS} accept-encoding expect host via".split())
 NEVER_TO_CLIENTS = tuple(f"{_OF_ONE_HOP} access-control-* server set-cookie".split())
 
 ENGINE_VARIABLE = "BRLITE_ENGINE"
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where and how the HTTP server listens. Port 0 takes a free one; `drain_seconds` is the grace time of SIGTERM.
+    """Where and how the HTTP server listens."""
 
-    `allowed_hosts` are names, besides local ones, that requests may have in `Host`. With none, any name is good, but on
-    loopback without API keys only local ones are. With `metrics_need_key`, and where there are keys, `/metrics`
-    is closed to clients without one.
-    """
-
-    host: Word = "127.0.0.1"
-    port: Port = 8000
-    cors_origins: tuple[Word, ...] = ()
-    allowed_hosts: tuple[Word, ...] = ()
-    metrics_need_key: bool = True
-    drain_seconds: SecondsOrZero = 30.0
-    access_log: bool = True
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    host: Annotated[Word, option('"0.0.0.0" listens on all addresses: set an API key then')] = "127.0.0.1"
+    port: Annotated[Port, option("0 takes a free port")] = 8000
+    cors_origins: Annotated[
+        tuple[Word, ...],
+        option('origins of web pages that may use the server: ["https://app.example.com"]; ["*"] allows all'),
+    ] = ()
+    allowed_hosts: Annotated[
+        tuple[Word, ...],
+        option("names allowed in Host besides local ones; []: on loopback without keys local names only, else any"),
+    ] = ()
+    metrics_need_key: Annotated[
+        bool, option("with keys set /metrics needs one; false shows models and usage to any client")
+    ] = True
+    drain_seconds: Annotated[SecondsOrZero, option("time for running requests to finish after SIGTERM")] = 30.0
+    access_log: Annotated[bool, option("one log line a request, without its content")] = True
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], option("debug, info, warning, error")] = "info"
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How steps are computed. `threads = 0` means one for each physical core.
+    """How tokens are computed.
 
-    Prompts of different API keys are kept apart in the prefix cache unless `share_prefix_cache` is set: usage and time
-    would tell one key what another one asked. Speculation is on where the backend can verify guesses, while at most
-    `max_draft_seqs` sequences run. `memory_gib` is what the weights and caches of all loaded models may take together;
-    0 sets no bound. `name` is an engine that is installed beside brlite (`backends/plugins/contract.py`) and computes
-    in the backends' place; `options` are its own. `on_rank_failure` says what comes after a process of a model with
-    `tensor_parallel` is lost: the model is loaded anew, or the server ends.
+    Prompts of different API keys are kept apart in the prefix cache unless `share_prefix_cache` is set: with a shared
+    cache, usage and response times would show one key what another key sent.
     """
 
-    name: Word | None = None
-    options: dict[str, str | bool | int | float] = {}
-    backend: Backend = "auto"
-    device: Word = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    threads: Annotated[int, Meta(ge=0, le=1024)] = 0
-    block_size: BlockSize = 16
-    max_num_batched_tokens: Count = 128
-    prefix_caching: bool = True
-    share_prefix_cache: bool = False
-    speculation: Literal["auto", "off"] = "auto"
-    max_draft_tokens: Annotated[int, Meta(ge=1, le=16)] = 7
-    max_draft_seqs: Annotated[int, Meta(ge=1, le=4096)] = 4
-    memory_gib: Annotated[float, Meta(ge=0, le=10**6)] = 0.0
-    on_rank_failure: Literal["restart", "exit"] = "restart"
+    name: Annotated[
+        Word | None, option("an installed engine plugin, used in place of the backends (docs/engines.md)", "toy")
+    ] = None
+    options: Annotated[
+        dict[str, str | bool | int | float], option("the plugin's own options: { tokens_per_second = 20 }")
+    ] = {}
+    backend: Annotated[Backend, option("native (CPU kernels), torch, or auto: native where it can be used")] = "auto"
+    device: Annotated[
+        Word, option("cpu, cuda, supa (Biren cards), or one of several such as cuda:1; auto: supa, else cuda, else cpu")
+    ] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("auto, float32, bfloat16")] = "auto"
+    threads: Annotated[
+        int, Meta(ge=0, le=1024), option("0: one for each physical core, within CPU affinity and quotas")
+    ] = 0
+    block_size: Annotated[BlockSize, option("tokens in a block of the KV cache: 8, 16, 32, 64, 128, 256")] = 16
+    max_num_batched_tokens: Annotated[
+        Count, option("tokens computed in one step, at least build_batch; longer prompts are cut into chunks")
+    ] = 128
+    prefix_caching: Annotated[bool, option("reuse the KV cache of equal prompt beginnings")] = True
+    share_prefix_cache: Annotated[
+        bool, option("true: API keys share the prefix cache; false: each key has its own part")
+    ] = False
+    speculation: Annotated[
+        Literal["auto", "off"],
+        option("auto: draft repeated text where the backend can verify it; off. The answers are the same"),
+    ] = "auto"
+    max_draft_tokens: Annotated[
+        int, Meta(ge=1, le=16), option("drafted tokens of one sequence in one step, 1 to 16")
+    ] = 7
+    max_draft_seqs: Annotated[int, Meta(ge=1, le=4096), option("draft only while at most so many sequences run")] = 4
+    memory_gib: Annotated[
+        float,
+        Meta(ge=0, le=10**6),
+        option("bound on the weights and KV caches of all loaded models together, in GiB; 0: no bound"),
+    ] = 0.0
+    on_rank_failure: Annotated[
+        Literal["restart", "exit"],
+        option("when a rank process ends: restart loads the model again, exit ends the server"),
+    ] = "restart"
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One model to serve. Without `path` it is fetched by `name`.
+    """One model to serve.
 
-    `build_seq = 0` means the model's own context, or as much of it as memory holds; the KV cache is then bounded by
-    memory, too (`backends/sizes.py`). Beside a `build_seq`, `num_blocks = 0` means build_batch full contexts.
-
-    `load = "on_demand"` loads the model for the first request that asks for it, and `idle_unload_seconds` (0: never)
-    gives its memory back when nobody has asked for so long. `serialize_file` is where the packed weights are kept.
-    A `model_file` that is a traced `.pt` gives the weights where the model's folder has none. Else it belongs to the
-    manual's engine, as `input_name` and `output_name` do: they are kept for the engines that use them and reported by
-    `brlite check`.
+    `model_file`, `input_name` and `output_name` belong to the manual's engine. They are kept for engine plugins; only a
+    `model_file` that is a traced `.pt` is read here.
     """
 
-    name: Text = DEFAULT_MODEL
-    path: Text | None = None
-    precision: PrecisionName = "bf16"
-    build_seq: CountOrZero = 0
-    build_batch: Annotated[int, Meta(ge=1, le=4096)] = 16
-    num_blocks: CountOrZero = 0
-    tensor_parallel: Annotated[int, Meta(ge=1, le=1024)] = 1
-    devices: tuple[DeviceIndex, ...] = (0,)
-    chat_template: Text | None = None
-    vocab_size: Count | None = None
-    load: Literal["start", "on_demand"] = "start"
-    idle_unload_seconds: SecondsOrZero = 0.0
-    model_file: str = ""
-    serialize_file: str = ""
-    input_name: str = "input_ids.1"
-    output_name: str = ""
+    name: Annotated[Text, option("the name that requests use; without `path` the model is downloaded by this name")] = (
+        DEFAULT_MODEL
+    )
+    path: Annotated[Text | None, option("a Hugging Face folder or a .gguf file", "/models/my-model")] = None
+    precision: Annotated[PrecisionName, option("bf16, a_bf16_w_int8, a_bf16_w_int8_kv_int8 (docs/models.md)")] = "bf16"
+    build_seq: Annotated[
+        CountOrZero,
+        option("longest context in tokens, prompt plus answer; 0: the model's own, as far as memory allows"),
+    ] = 0
+    build_batch: Annotated[int, Meta(ge=1, le=4096), option("sequences computed at once; more wait")] = 16
+    num_blocks: Annotated[
+        CountOrZero, option("blocks of the KV cache; 0: build_batch full contexts, or by memory if build_seq is 0")
+    ] = 0
+    tensor_parallel: Annotated[
+        int,
+        Meta(ge=1, le=1024),
+        option("ranks that share the model: one process for each card, or for a part of the cores"),
+    ] = 1
+    devices: Annotated[tuple[DeviceIndex, ...], option("device numbers, as many as tensor_parallel")] = (0,)
+    chat_template: Annotated[
+        Text | None, option("a file used in place of the model's own template", "/models/chat.jinja")
+    ] = None
+    vocab_size: Annotated[Count | None, option("if set, it must equal the model's", 49152)] = None
+    load: Annotated[
+        Literal["start", "on_demand"], option("start, or on_demand: with the first request that names the model")
+    ] = "start"
+    idle_unload_seconds: Annotated[
+        SecondsOrZero, option("unload the model after so long without a request; 0: never")
+    ] = 0.0
+    model_file: Annotated[str, option("a traced .pt, read if the folder at `path` has no weights")] = ""
+    serialize_file: Annotated[
+        str, option('file for the packed weights; "": only those of downloaded models are kept, in the cache folder')
+    ] = ""
+    input_name: Annotated[str, option("of br-vllm-serving; for engine plugins only, `brlite check` shows it")] = (
+        "input_ids.1"
+    )
+    output_name: Annotated[str, option("of br-vllm-serving; for engine plugins only, `brlite check` shows it")] = ""
 
 
 class UpstreamConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One server behind this one, and the models that it serves. Any server with OpenAI's API will do.
+    """One server to forward to: any server with the OpenAI API."""
 
-    `url` is `http://HOST[:PORT]`, `https://HOST[:PORT]` or `unix:/PATH`. `rename` says what the upstream calls a model,
-    where that is another name. Its key comes from `api_key`, or from the environment variable `api_key_env`,
-    and is sent in `api_key_header`.
-    """
-
-    url: Word
-    models: Annotated[tuple[Text, ...], Meta(min_length=1, description="a list of at least one model name")]
-    name: Word | None = None
-    weight: Annotated[int, Meta(ge=1, le=1000)] = 1
-    rename: dict[str, Text] = {}
-    api_key: Word | None = None
-    api_key_env: Word | None = None
-    api_key_header: KeyHeader = "authorization"
-    ca_file: Text | None = None
-    health_path: str = "/health"
+    url: Annotated[
+        Word,
+        option(
+            "http:// or https://HOST[:PORT][/PATH], or unix:/run/model.sock; any server with the OpenAI API",
+            "http://127.0.0.1:8001",
+        ),
+    ]
+    models: Annotated[
+        tuple[Text, ...],
+        Meta(min_length=1, extra={"allowed": "a list of at least one model name"}),
+        option("the models that it serves; several upstreams may serve the same one", ["my-model"]),
+    ]
+    name: Annotated[Word | None, option("its name in logs and metrics; without it, the url", "gpu-1")] = None
+    weight: Annotated[
+        int, Meta(ge=1, le=1000), option("its share of the requests, relative to other upstreams of the model")
+    ] = 1
+    rename: Annotated[
+        dict[str, Text],
+        option("model → the upstream's name for it, put into the request body", {"my-model": "org/my-model"}),
+    ] = {}
+    api_key: Annotated[Word | None, option("the upstream's own key; a client's key is never forwarded", "sk-1")] = None
+    api_key_env: Annotated[Word | None, option("or the environment variable that holds it", "MODEL_KEY")] = None
+    api_key_header: Annotated[
+        KeyHeader, option("the header that carries it: authorization, x-api-key, api-key, x-goog-api-key")
+    ] = "authorization"
+    ca_file: Annotated[
+        Text | None, option("CA certificate of the upstream, if not one of the system's", "/etc/ssl/own-ca.pem")
+    ] = None
+    health_path: Annotated[str, option('requested every proxy.health_seconds; "": never')] = "/health"
 
     def __repr__(self) -> str:
         return f"UpstreamConfig({self.url!r}, models={self.models!r})"
@@ -144,108 +205,151 @@ class UpstreamConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Every bound on what a client can ask for. `docs/http-api.md` has the table with the error that each one gives."""
 
-    max_body_bytes: Count = 1024 * 1024
-    max_body_bytes_in_flight: Count = 64 * 1024 * 1024
-    max_header_bytes: Annotated[int, Meta(ge=1024, le=1024 * 1024)] = 16 * 1024
-    header_seconds: Seconds = 30.0
-    body_seconds: Seconds = 30.0
-    keepalive_seconds: Seconds = 75.0
-    slow_client_seconds: Seconds = 60.0
-    sse_comment_seconds: Seconds = 15.0
-    max_connections: Count = 2048
-    max_connections_per_address: Count = 1024
-    max_prompts: Count = 64
-    max_n: Count = 128
-    max_sequences: Count = 256
-    max_logprobs: CountOrZero = 20
-    max_stop_strings: CountOrZero = 16
-    max_stop_length: Count = 256
-    max_logit_bias: CountOrZero = 1024
-    max_messages: Count = 4096
-    template_seconds: Annotated[float, Meta(gt=0, le=3600)] = 2.0
-    template_memory_bytes: Annotated[int, Meta(ge=64 * 1024**2, le=2**40)] = 512 * 1024**2
-    max_waiting: Count = 256
-    max_wait_seconds: Seconds = 120.0
+    max_body_bytes: Annotated[Count, option("request body; a longer one is refused")] = 1024 * 1024
+    max_body_bytes_in_flight: Annotated[
+        Count, option("bodies of all requests in progress; one API key may hold half of it")
+    ] = 64 * 1024 * 1024
+    max_header_bytes: Annotated[
+        int,
+        Meta(ge=1024, le=1024 * 1024),
+        option("request headers; longer ones are refused, and so are more than 100 lines"),
+    ] = 16 * 1024
+    header_seconds: Annotated[Seconds, option("time for a client to send its headers")] = 30.0
+    body_seconds: Annotated[Seconds, option("time for a client to send its body")] = 30.0
+    keepalive_seconds: Annotated[Seconds, option("an idle connection is closed after this time")] = 75.0
+    slow_client_seconds: Annotated[Seconds, option("a client that reads nothing for so long is disconnected")] = 60.0
+    sse_comment_seconds: Annotated[
+        Seconds, option("an idle stream gets a comment line this often, so that proxies keep it open")
+    ] = 15.0
+    max_connections: Annotated[
+        Count, option("open connections; when all are taken, idle ones are closed for new ones")
+    ] = 2048
+    max_connections_per_address: Annotated[
+        Count, option("the same for one client address; behind a reverse proxy all clients have its address")
+    ] = 1024
+    max_prompts: Annotated[Count, option("prompts in one completions request")] = 64
+    max_n: Annotated[Count, option("answers to one prompt (`n`)")] = 128
+    max_sequences: Annotated[Count, option("prompts times `n` in one request")] = 256
+    max_logprobs: Annotated[CountOrZero, option("alternatives reported for each token")] = 20
+    max_stop_strings: Annotated[CountOrZero, option("entries of `stop`, and of `stop_token_ids`")] = 16
+    max_stop_length: Annotated[Count, option("characters of one stop string")] = 256
+    max_logit_bias: Annotated[CountOrZero, option("entries of `logit_bias`")] = 1024
+    max_messages: Annotated[Count, option("messages of one chat")] = 4096
+    template_seconds: Annotated[
+        float, Meta(gt=0, le=3600), option("CPU time of a chat template, for one chat and for loading it")
+    ] = 2.0
+    template_memory_bytes: Annotated[
+        int, Meta(ge=64 * 1024**2, le=2**40), option("memory of the process that renders chats, at least 64 MiB")
+    ] = 512 * 1024**2
+    max_waiting: Annotated[Count, option("waiting requests; beyond that, 429")] = 256
+    max_wait_seconds: Annotated[Seconds, option("longest wait of a request; then 503")] = 120.0
 
 
 class KeysConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """API keys. With none, everybody may ask. `file` holds one key a line; `env` names a variable with one key.
+    """API keys that may use everything. Without a key, every client may use the server."""
 
-    With `admin` they are an operator's: beside keys with names, only such see the metrics of all models and keys.
-    """
-
-    keys: tuple[Word, ...] = ()
-    file: Text | None = None
-    env: Word = "BRLITE_API_KEY"
-    admin: bool = False
+    keys: Annotated[tuple[Word, ...], option("API keys; without any key, every client may use the server")] = ()
+    file: Annotated[Text | None, option("a file with one key a line", "/etc/brlite/keys")] = None
+    env: Annotated[Word, option("an environment variable that may hold one key")] = "BRLITE_API_KEY"
+    admin: Annotated[
+        bool, option("true: these are operators' keys; if there are [[key]] tables, only such keys see all metrics")
+    ] = False
 
     def __repr__(self) -> str:
         return f"KeysConfig({len(self.keys)} keys, file={self.file!r}, env={self.env!r})"
 
 
 class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One API key with rules of its own. `name` is how logs and metrics call it; the key comes from `key` or `env`.
+    """One API key with rules of its own."""
 
-    No `models` means all of them; 0 sets no limit. With `admin` it is an operator's, which sees all metrics.
-    """
-
-    name: Word
-    key: Word | None = None
-    env: Word | None = None
-    models: tuple[Text, ...] = ()
-    requests_per_minute: CountOrZero = 0
-    tokens_per_minute: CountOrZero = 0
-    max_concurrent: CountOrZero = 0
-    admin: bool = False
+    name: Annotated[Word, option("its name in logs and metrics", "team-a")]
+    key: Annotated[Word | None, option("the key itself", "sk-2")] = None
+    env: Annotated[Word | None, option("or the environment variable that holds it", "TEAM_A_KEY")] = None
+    models: Annotated[tuple[Text, ...], option("models that it may use; []: all", ["my-model"])] = ()
+    requests_per_minute: Annotated[CountOrZero, option("0: no limit")] = 0
+    tokens_per_minute: Annotated[CountOrZero, option("prompts and answers together; 0: no limit")] = 0
+    max_concurrent: Annotated[CountOrZero, option("requests at once; 0: no limit")] = 0
+    admin: Annotated[
+        bool, option("true: an operator's key, which sees the metrics of all models, keys and upstreams")
+    ] = False
 
     def __repr__(self) -> str:
         return f"KeyConfig({self.name!r})"
 
 
 class ProxyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How requests for the models of other servers are passed on.
+    """How requests are forwarded to upstreams.
 
-    `all_models` is the manual's table, URL → model; its URLs may be placeholders. `aliases` maps a name that requests
-    use to a model, `fallbacks` a model to those that may answer in its stead. Bounds: `max_in_flight` requests of one
-    model at once, `max_queued` more wait for `max_queue_seconds` at most; `held_bytes` of an answer that is no stream,
-    or of one event, are kept until they are whole, longer ones go on in parts. Of headers, a list goes on;
-    `request_headers` and `response_headers` add names to it. `forwarded` says whether upstreams are told the client's
-    address: not at all, that of its connection, or that behind what a trusted proxy before this one said.
+    URLs of `all_models` may be placeholders, as in the manual. Only listed headers are forwarded; `request_headers`
+    and `response_headers` add names to the list.
     """
 
-    all_models: dict[str, str] = {}
-    aliases: dict[str, Text] = {}
-    fallbacks: dict[str, tuple[Text, ...]] = {}
-    choice: Choice = "least_loaded"
-    sticky_header: Word = "x-session-id"
-    prefix_bytes: Count = 2048
-    request_headers: tuple[HeaderName, ...] = ()
-    forwarded: Forwarded = "off"
-    response_headers: tuple[HeaderName, ...] = ()
-    max_in_flight: Count = 256
-    max_queued: CountOrZero = 256
-    max_queue_seconds: Seconds = 30.0
-    max_retries: Annotated[int, Meta(ge=0, le=2)] = 2
-    connect_seconds: Seconds = 2.0
-    first_byte_seconds: Seconds = 600.0
-    idle_seconds: Seconds = 120.0
-    held_bytes: Annotated[int, Meta(ge=4096, le=10**9)] = 1024 * 1024
-    max_idle_connections: CountOrZero = 256
-    idle_connection_seconds: Seconds = 60.0
-    health_seconds: Seconds = 5.0
-    health_timeout_seconds: Seconds = 2.0
-    eject_failures: Count = 5
-    eject_seconds: Seconds = 10.0
+    all_models: Annotated[
+        dict[str, str], option("br-vllm-serving's table, URL → model name: which server serves which model")
+    ] = {}
+    aliases: Annotated[dict[str, Text], option("further model name → model")] = {}
+    fallbacks: Annotated[
+        dict[str, tuple[Text, ...]],
+        option('model → models used when none of its servers can be reached: { a = ["b", "c"] }'),
+    ] = {}
+    choice: Annotated[
+        Choice, option("how one of a model's servers is chosen: least_loaded, round_robin, prefix (its cache), sticky")
+    ] = "least_loaded"
+    sticky_header: Annotated[
+        Word, option('with choice = "sticky", requests with the same value go to the same server')
+    ] = "x-session-id"
+    prefix_bytes: Annotated[
+        Count, option('with choice = "prefix", bytes compared of a prompt or of the first user message')
+    ] = 2048
+    request_headers: Annotated[
+        tuple[HeaderName, ...],
+        option('request headers forwarded besides the usual ones (docs/proxy.md): ["x-tenant", "x-team-*"]'),
+    ] = ()
+    forwarded: Annotated[
+        Forwarded,
+        option("X-Forwarded-For, Forwarded, X-Real-IP to upstreams: off, set, append (after a trusted proxy's)"),
+    ] = "off"
+    response_headers: Annotated[tuple[HeaderName, ...], option("answer headers forwarded besides the usual ones")] = ()
+    max_in_flight: Annotated[Count, option("requests of one model at once; more wait")] = 256
+    max_queued: Annotated[CountOrZero, option("waiting requests of one model, shared by key; then 429")] = 256
+    max_queue_seconds: Annotated[Seconds, option("longest wait; then 503")] = 30.0
+    max_retries: Annotated[
+        int, Meta(ge=0, le=2), option("further servers tried before the first byte of an answer, 0 to 2")
+    ] = 2
+    connect_seconds: Annotated[Seconds, option("time for an upstream to accept a connection")] = 2.0
+    first_byte_seconds: Annotated[Seconds, option("time for an upstream to begin its answer")] = 600.0
+    idle_seconds: Annotated[Seconds, option("longest pause within an answer")] = 120.0
+    held_bytes: Annotated[
+        int,
+        Meta(ge=4096, le=10**9),
+        option("bytes of an answer or an event kept until it is complete; longer ones are forwarded in parts"),
+    ] = 1024 * 1024
+    max_idle_connections: Annotated[CountOrZero, option("idle connections kept to each upstream")] = 256
+    idle_connection_seconds: Annotated[
+        Seconds, option("an idle connection to an upstream is closed after this time")
+    ] = 60.0
+    health_seconds: Annotated[Seconds, option("interval of health checks")] = 5.0
+    health_timeout_seconds: Annotated[
+        Seconds, option("time to answer a health check; 3 failures take an upstream out, 2 successes bring it back")
+    ] = 2.0
+    eject_failures: Annotated[Count, option("failed requests in a row that eject an upstream")] = 5
+    eject_seconds: Annotated[
+        Seconds,
+        option("first ejection time; doubles up to 120 s while probes fail. The last upstream is never ejected"),
+    ] = 10.0
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything brlite can be told. Read-only after loading."""
 
-    server: ServerConfig = ServerConfig()
-    engine: EngineConfig = EngineConfig()
-    model: tuple[ModelSpec, ...] = (ModelSpec(),)
-    upstream: tuple[UpstreamConfig, ...] = ()
-    limits: LimitsConfig = LimitsConfig()
-    keys: KeysConfig = KeysConfig()
-    key: tuple[KeyConfig, ...] = ()
-    proxy: ProxyConfig = ProxyConfig()
+    server: Annotated[ServerConfig, option("where and how the server listens")] = ServerConfig()
+    engine: Annotated[EngineConfig, option("how tokens are computed")] = EngineConfig()
+    model: Annotated[tuple[ModelSpec, ...], option("a model to serve; one table a model")] = (ModelSpec(),)
+    upstream: Annotated[
+        tuple[UpstreamConfig, ...],
+        option("a server to forward to, for requests that name its models; one table a server"),
+    ] = ()
+    limits: Annotated[LimitsConfig, option("every bound on what a client can request")] = LimitsConfig()
+    keys: Annotated[KeysConfig, option("API keys that may use everything")] = KeysConfig()
+    key: Annotated[tuple[KeyConfig, ...], option("an API key with rules of its own; one table a key")] = ()
+    proxy: Annotated[ProxyConfig, option("how requests are forwarded to upstreams")] = ProxyConfig()

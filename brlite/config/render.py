@@ -1,14 +1,96 @@
-"""Writes a config as TOML that can be loaded again, keys masked: what `brlite check` prints."""
+"""Writes configs as TOML: a config with its keys masked, as `brlite check` prints it, and `brlite.toml` with all texts.
+
+The texts come from `options.py`; docs/configuration.md is made of the same tables.
+"""
 
 from __future__ import annotations
 
 import json
+from typing import Any, NamedTuple
 
 import msgspec
+from msgspec import NODEFAULT, inspect
 
 from brlite.config.options import Config
+from brlite.config.validation import bare, describe
 
 MASK = "***"
+COMMENT_COLUMN = 34
+HEAD = """\
+# Every option of brlite with its default; docs/configuration.md adds the ranges. `brlite serve` reads this file from
+# the current folder; `brlite check brlite.toml` validates it without starting. Options without a default are commented
+# out.
+# SIGHUP or a change of the file applies [[upstream]], [proxy], [[key]] and [keys]; the rest needs a restart.
+# This file is printed by docs/configuration.py; do not edit the original.
+"""
+
+
+class Option(NamedTuple):
+    """An option's name, what it may be in words, its text, and its default and an example as TOML writes them."""
+
+    name: str
+    allowed: str
+    text: str
+    is_required: bool
+    default: str | None
+    example: str | None
+
+
+class Table(NamedTuple):
+    """A table of options; `is_list` where there may be several, `is_there` where the default config has it."""
+
+    name: str
+    text: str
+    is_list: bool
+    is_there: bool
+    options: list[Option]
+
+    @property
+    def heading(self) -> str:
+        return f"[[{self.name}]]" if self.is_list else f"[{self.name}]"
+
+
+def option_tables() -> list[Table]:
+    """Every table of a config file, in the order of `Config`."""
+    tables = []
+    for field in _fields(inspect.type_info(Config)):
+        kind = bare(field.type)
+        struct = kind.item_type if isinstance(kind, inspect.VarTupleType) else kind
+        options = [_describe_option(option) for option in _fields(struct)]
+        text, is_there = _json_schema(field, "description"), field.default != ()
+        tables.append(Table(field.name, text, struct is not kind, is_there, options))
+    return tables
+
+
+def default_toml() -> str:
+    """`brlite.toml`: every option with its default and its text."""
+    sections = [HEAD]
+    for table in option_tables():
+        lines = [_commented(table.heading, table.text, is_on=table.is_there)]
+        for option in table.options:
+            is_on = table.is_there and option.default is not None
+            value = option.default if is_on else option.example or option.default
+            lines.append(_commented(f"{option.name} = {value}", option.text, is_on=is_on))
+        sections.append("\n".join(lines) + "\n")
+    return "\n".join(sections)
+
+
+def _describe_option(field: inspect.Field) -> Option:
+    examples = _json_schema(field, "examples")
+    default = field.default_factory() if field.default_factory is not NODEFAULT else field.default
+    return Option(
+        field.name,
+        describe(field.type),
+        _json_schema(field, "description"),
+        field.required,
+        None if field.required or default is None else _value(default),
+        _value(examples[0]) if examples else None,
+    )
+
+
+def _commented(line: str, text: str, *, is_on: bool) -> str:
+    line = line if is_on else f"# {line}"
+    return f"{line:{COMMENT_COLUMN - 2}}  # {text}"
 
 
 def render(config: Config) -> str:
@@ -27,6 +109,16 @@ def masked_options(table: msgspec.Struct) -> dict[str, object]:
     if "keys" in options:
         options["keys"] = [MASK] * len(options["keys"])
     return options | {name: MASK for name in ("key", "api_key") if options.get(name) is not None}
+
+
+def _fields(struct: Any) -> tuple[inspect.Field, ...]:
+    fields: tuple[inspect.Field, ...] = struct.fields
+    return fields
+
+
+def _json_schema(field: inspect.Field, key: str) -> Any:
+    assert isinstance(field.type, inspect.Metadata), f"{field.name} has no text"
+    return (field.type.extra_json_schema or {}).get(key)
 
 
 def _section(heading: str, table: msgspec.Struct) -> str:

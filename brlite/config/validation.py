@@ -63,7 +63,7 @@ def _explain(complaint: str, data: object, kind: inspect.Type) -> str:
 
 
 def _explain_unknown(path: str, name: str, at: tuple[Any, inspect.Type]) -> str:
-    value, kind = at
+    value, kind = at[0], bare(at[1])
     assert isinstance(kind, inspect.StructType)  # only structs have fields to be unknown
     allowed = ", ".join(field.encode_name for field in kind.fields)
     return f"{_join(path, name)} = {show(value[name])}: no such field; allowed are {allowed}"
@@ -78,6 +78,7 @@ def _follow(data: Any, kind: inspect.Type, path: str) -> tuple[Any, inspect.Type
 
 
 def _child(kind: inspect.Type, name: str) -> inspect.Type:
+    kind = bare(kind)
     if isinstance(kind, inspect.StructType):
         return next(field.type for field in kind.fields if field.encode_name == name)
     if isinstance(kind, inspect.TupleType):
@@ -88,22 +89,28 @@ def _child(kind: inspect.Type, name: str) -> inspect.Type:
 
 
 def _allowed(kind: inspect.Type) -> str:
-    if isinstance(kind, inspect.LiteralType):
-        return f"allowed are {', '.join(str(value) for value in kind.values)}"
-    return f"allowed is {_describe(kind)}"
+    return f"allowed {'are' if isinstance(bare(kind), inspect.LiteralType) else 'is'} {describe(kind)}"
 
 
-def _describe(kind: inspect.Type) -> str:
+def bare(kind: inspect.Type) -> inspect.Type:
+    """A type without the texts that belong to it."""
+    return kind.type if isinstance(kind, inspect.Metadata) else kind
+
+
+def describe(kind: inspect.Type) -> str:
+    """A type and its range in words, as errors and docs/configuration.md say them."""
     if isinstance(kind, inspect.Metadata):
-        return str((kind.extra_json_schema or {}).get("description") or _describe(kind.type))
+        return str((kind.extra or {}).get("allowed") or describe(kind.type))
+    if isinstance(kind, inspect.LiteralType):
+        return ", ".join(str(value) for value in kind.values)
     if isinstance(kind, inspect.UnionType):
-        return " or ".join(_describe(member) for member in kind.types if not isinstance(member, inspect.NoneType))
+        return " or ".join(describe(member) for member in kind.types if not isinstance(member, inspect.NoneType))
     if isinstance(kind, inspect.TupleType):
-        return f"a list of {len(kind.item_types)}, each {_describe(kind.item_types[0])}"
+        return f"a list of {len(kind.item_types)}, each {describe(kind.item_types[0])}"
     if isinstance(kind, inspect.VarTupleType):
-        return f"a list, each {_describe(kind.item_type)}"
+        return f"a list, each {describe(kind.item_type)}"
     if isinstance(kind, inspect.DictType):
-        return f"a table, each value {_describe(kind.value_type)}"
+        return f"a table, each value {describe(kind.value_type)}"
     return _NAMES.get(type(kind), "something else") + _range(kind)
 
 

@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from brlite.config.load import load_config
-from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, ModelSpec, ServerConfig, UpstreamConfig
+from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, ModelSpec, ServerConfig
+from brlite.config.render import default_toml, option_tables
 from brlite.config.validation import make_config, override
 from brlite.config.warnings import check_supported, config_warnings
 from brlite.errors import ConfigError
@@ -36,14 +37,30 @@ def test_the_example_file_is_the_default_config():
     assert config == Config()
 
 
-@pytest.mark.parametrize("section", Config.__struct_fields__)
-def test_the_example_file_names_every_option(section):
-    struct = {"model": ModelSpec, "upstream": UpstreamConfig, "key": KeyConfig}.get(section, getattr(Config(), section))
+def test_the_example_file_is_printed_from_the_options():
+    assert EXAMPLE.read_text(encoding="utf-8") == default_toml(), "run: python docs/configuration.py"
 
-    text = re.split(rf"^(?:# )?\[+{section}\]+", EXAMPLE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1]
-    options = re.findall(r"^(?:# )?(\w+) = ", re.split(r"^(?:# )?\[", text, flags=re.MULTILINE)[0], flags=re.MULTILINE)
 
-    assert sorted(options) == sorted(struct.__struct_fields__)
+@pytest.mark.parametrize("table", option_tables(), ids=lambda table: table.name)
+def test_every_option_has_a_text_and_a_value_to_show(table):
+    for option in table.options:
+        assert option.text, option.name
+        assert option.default or option.example, option.name
+
+
+def test_the_example_file_with_all_its_options_is_a_valid_config(tmp_path):
+    commented_out = re.compile(r"^# (?=\w+ = |\[)", flags=re.MULTILINE)
+    either = {"key": {"env"}, "upstream": {"api_key_env"}, "engine": {"name"}}  # options that exclude another
+    lines, section = [], ""
+    for line in commented_out.sub("", EXAMPLE.read_text(encoding="utf-8")).splitlines():
+        section = match[1] if (match := re.match(r"\[+(\w+)", line)) else section
+        if line.partition(" =")[0] not in either.get(section, ()):
+            lines.append(line)
+
+    config = load_text(tmp_path, "\n".join(lines))
+
+    assert config.upstream[0].rename == {"my-model": "org/my-model"}
+    assert config.key[0].name == "team-a"
 
 
 def test_an_empty_file_is_the_default_config(tmp_path):
