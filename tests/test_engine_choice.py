@@ -108,7 +108,7 @@ def test_what_has_no_effect_on_another_engine_is_said() -> None:
     without_effect = [line.partition(": has no effect")[0] for line in config_warnings(config)]
 
     assert without_effect == ["engine.block_size", "engine.memory_gib", "model[0].num_blocks"]
-    assert config_warnings(stray) == ["engine.options: have no effect: no engine.name says whose they are"]
+    assert config_warnings(stray) == ["engine.options: have no effect without engine.name"]
 
 
 def test_tensor_parallelism_is_the_other_engines_matter() -> None:

@@ -250,7 +250,7 @@ def _config(args: argparse.Namespace) -> Config:
     more: dict[str, object] = {"engine.options": {**config.engine.options, **_engine_options(args.engine_option)}}
     if names := getattr(args, "alias", None):
         if not config.model:
-            raise ConfigError(f"--alias {names[0]}: the config serves no model of its own")
+            raise ConfigError(f"--alias {names[0]}: this config has no [[model]]")
         more["proxy.aliases"] = {**config.proxy.aliases, **dict.fromkeys(names, config.model[0].name)}
     return override(config, more)
 

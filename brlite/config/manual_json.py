@@ -87,7 +87,7 @@ def _contradictions(seed: SeedConfig) -> Iterator[str]:
     if pipeline_parallel != 1:
         yield f"{at}: allowed as PP is 1; to use more cards raise TP"
     if data_parallel != 1:
-        yield f"{at}: allowed as DP is 1; for replicas start one server each, behind `brlite proxy`"
+        yield f"{at}: allowed as DP is 1; for replicas start one server for each, behind `brlite proxy`"
     if len(set(seed.devices)) < len(seed.devices):
         yield f"devices = {show(seed.devices)}: allowed is each device once"
     if tensor_parallel != len(seed.devices):
@@ -109,7 +109,7 @@ def _unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"field {show(next(name for name in fields if names.count(name) > 1))} stands there twice")
+        raise ValueError(f"field {show(next(name for name in fields if names.count(name) > 1))} appears twice")
     return fields
 
 

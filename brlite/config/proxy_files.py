@@ -1,13 +1,13 @@
 """What `brlite proxy` forwards to: a TOML, the manual's JSON files and `--upstream NAME=URL`, as one config.
 
-Knows only configs and dials nothing. Servers of an `all_models` become upstreams; entries that name no address, as the
+Opens no connection. Servers of an `all_models` become upstreams; entries that name no address, as the
 manual's placeholders, stay in `proxy.all_models`, where `warnings.py` finds them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ _NAMED_URL = re.compile(r"(?P<name>.+?)=(?P<url>(?:https?://|unix:).+)")
 
 
 class _Entry(NamedTuple):
-    """Somebody says that the server at `url` has the model."""
+    """A file or option says that the server at `url` has the model."""
 
     url: str
     model: str
@@ -40,8 +40,7 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
     """The config of a proxy. Raises a one-line `ConfigError` for what contradicts itself or leads nowhere."""
     if not files and not named_urls:
         raise ConfigError(
-            "proxy: there is nothing to forward to; name a config (a .toml, or the manual's .json files) "
-            "or --upstream NAME=URL"
+            "proxy: no upstream; give a config (a .toml, or the manual's .json files) or --upstream NAME=URL"
         )
     tomls, jsons = _by_kind(files)
     config = _read_proxy_toml(tomls[0]) if tomls else Config(model=())
@@ -53,9 +52,18 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
     upstreams = _with(config.upstream, [*servers, *map(_named_url, named_urls)])
     placeholders = {entry.url: entry.model for entry in listed if entry not in servers}
     if not upstreams:
-        raise ConfigError(f"{', '.join(map(str, files))}: {_no_server(placeholders)}")
+        urls = ", ".join(list(placeholders)[:3])
+        problem = (
+            f"all_models: {urls}: none is an address; allowed is http://HOST[:PORT]"
+            if placeholders
+            else "no [[upstream]] and no all_models: no server to forward to"
+        )
+        raise ConfigError(f"{', '.join(map(str, files))}: {problem}")
     known = {*(entry.model for entry in listed), *(model for upstream in upstreams for model in upstream.models)}
-    _check_models({str(path): seed.model[0].name for path, seed in seeds.items()}, known)
+    for path, seed in seeds.items():
+        if seed.model[0].name not in known:
+            name = show(seed.model[0].name)
+            raise ConfigError(f"{path}: all_models: {name}, the model of this file, has no URL")
     proxy = msgspec.structs.replace(config.proxy, all_models=placeholders)
     merged = msgspec.structs.replace(config, upstream=upstreams, proxy=proxy)
     return make_config(msgspec.to_builtins(merged), source=source)
@@ -65,7 +73,7 @@ def _by_kind(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     """The TOML, of which there is one at most, and the manual's files; the suffix of anything else is refused."""
     tomls = [path for path in files if path.suffix == ".toml"]
     if len(tomls) > 1:
-        raise ConfigError(f"{tomls[1]}: one .toml is enough, and {tomls[0]} is one; several .json may stand beside it")
+        raise ConfigError(f"{tomls[1]}: only one .toml is allowed, and {tomls[0]} is one; .json files may be added")
     return tomls, [path for path in files if path.suffix != ".toml"]
 
 
@@ -84,8 +92,8 @@ def _agreed(entries: Iterable[_Entry]) -> list[_Entry]:
         if other.model != entry.model:
             where = entry.source if other.source == entry.source else f"{other.source} and {entry.source}"
             raise ConfigError(
-                f"{where}: all_models: {entry.url} is said to have {show(other.model)} and {show(entry.model)}; "
-                "allowed is one model at each URL"
+                f"{where}: all_models: {entry.url} has two models, {show(other.model)} and {show(entry.model)}; "
+                "allowed is one model for each URL"
             )
     return list(seen.values())
 
@@ -113,17 +121,3 @@ def _with(upstreams: Iterable[UpstreamConfig], entries: Iterable[_Entry]) -> tup
         elif entry.model not in merged[index].models:
             merged[index] = msgspec.structs.replace(merged[index], models=(*merged[index].models, entry.model))
     return tuple(merged)
-
-
-def _no_server(placeholders: Mapping[str, str]) -> str:
-    if not placeholders:
-        return "no [[upstream]] and no all_models: there is nothing to forward to"
-    urls = ", ".join(list(placeholders)[:3])
-    return f"all_models: {urls}: no address among them; allowed is http://HOST[:PORT], such as http://10.0.0.1:8000"
-
-
-def _check_models(own_models: Mapping[str, str], known: set[str]) -> None:
-    """Every file's own model has to be somebody's."""
-    for source, model in own_models.items():
-        if model not in known:
-            raise ConfigError(f"{source}: all_models: no URL has {show(model)}, which is the model of this file")

@@ -153,7 +153,7 @@ def override(config: Config, values: Mapping[str, object], *, source: str = "com
     for path, value in values.items():
         section, _, field = path.partition(".")
         if section == "model[0]" and not data["model"]:
-            raise ConfigError(f"{source}: {path} = {show(value)}: the config serves no model of its own")
+            raise ConfigError(f"{source}: {path} = {show(value)}: this config has no [[model]]")
         table = data["model"][0] if section == "model[0]" else data[section]
         table[field] = value
     return make_config(data, source=source)
@@ -175,7 +175,7 @@ def _nameless(data: Mapping[str, Any]) -> Iterator[str]:
     """Models that would go by the default model's name although their weights are somebody else's."""
     for index, spec in enumerate(data.get("model", ())):
         if "path" in spec and "name" not in spec:
-            yield f"model[{index}].name is missing: beside path it is needed, requests call the model by it"
+            yield f"model[{index}].name is missing: it is required beside path: requests name the model by it"
 
 
 def _contradictions(config: Config) -> Iterator[str]:
@@ -183,11 +183,11 @@ def _contradictions(config: Config) -> Iterator[str]:
     limits = config.limits
     if limits.max_body_bytes_in_flight < 2 * limits.max_body_bytes:
         yield (
-            f"limits.max_body_bytes_in_flight = {limits.max_body_bytes_in_flight}: one key may hold half of it, so it "
-            f"must be at least twice limits.max_body_bytes, which is {limits.max_body_bytes}"
+            f"limits.max_body_bytes_in_flight = {limits.max_body_bytes_in_flight}: must be at "
+            f"least twice limits.max_body_bytes, which is {limits.max_body_bytes}"
         )
     if not config.model and not config.upstream:
-        yield "model = []: needed is at least one [[model]] or [[upstream]]"
+        yield "model = []: at least one [[model]] or [[upstream]] is required"
     names = [spec.name for spec in config.model]
     for index, spec in enumerate(config.model):
         at = f"model[{index}]"
@@ -212,7 +212,7 @@ def _upstream_contradictions(config: Config) -> Iterator[str]:
             yield f"{at} = {show(name)}: allowed is a name, or else a url, that no other upstream has"
         seen.add(name)
         if upstream.api_key and upstream.api_key_env:
-            yield f"{at}.api_key_env stands beside api_key: one of them is enough"
+            yield f"{at}.api_key_env and api_key are both set; allowed is one of them"
         if upstream.health_path and not upstream.health_path.startswith("/"):
             yield f'{at}.health_path = {show(upstream.health_path)}: allowed is a path that begins with /, or ""'
         for model in upstream.rename.keys() - set(upstream.models):
@@ -240,4 +240,4 @@ def _key_contradictions(config: Config) -> Iterator[str]:
         if key.name in names[:index]:
             yield f"key[{index}].name = {show(key.name)}: allowed is a name that no other key has"
         if (key.key is None) == (key.env is None):
-            yield f"key[{index}]: needed is one of key and env"
+            yield f"key[{index}]: exactly one of key and env is required"

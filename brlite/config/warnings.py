@@ -32,12 +32,12 @@ Warnings = Iterator[str]
 def check_supported(config: Config) -> None:
     """Raise a `ConfigError` for a valid config that this version cannot serve."""
     if config.engine.name is not None:
-        return  # another engine says itself what it cannot serve
+        return  # an engine plugin reports itself what it cannot serve
     shared = [index for index, spec in enumerate(config.model) if spec.tensor_parallel > 1]
     for index in shared[1:]:
         raise ConfigError(
-            f"model[{index}].tensor_parallel = {config.model[index].tensor_parallel}: one model of a server can be on "
-            f"several ranks, and model[{shared[0]}] is; serve the others beside it, behind `brlite proxy`"
+            f"model[{index}].tensor_parallel = {config.model[index].tensor_parallel}: only one model of a server "
+            f"can use several ranks, and model[{shared[0]}] does; start another server for this one, behind `brlite proxy`"
         )
 
 
@@ -59,7 +59,7 @@ def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: M
 def config_warnings(config: Config) -> list[str]:
     """One line for everything an operator should know before starting with this config."""
     warnings = [text for rule in _RULES for text in rule(config)]
-    models = config.model if config.engine.name is None else ()  # another engine says itself what it cannot serve
+    models = config.model if config.engine.name is None else ()  # an engine plugin reports itself what it cannot serve
     for index, spec in enumerate(models):
         warnings += (f"model[{index}]: {text}" for rule in _MODEL_RULES for text in rule(spec))
     return warnings
@@ -68,7 +68,7 @@ def config_warnings(config: Config) -> list[str]:
 def sent_variables(config: Config) -> list[str]:
     """One line for every environment variable whose value goes to another server."""
     return [
-        f"the value of {upstream.api_key_env} is sent to {upstream.url}, as upstream[{index}].api_key_env says"
+        f"the value of {upstream.api_key_env} is sent to {upstream.url} (upstream[{index}].api_key_env)"
         for index, upstream in enumerate(config.upstream)
         if upstream.api_key_env is not None
     ]
@@ -79,7 +79,7 @@ def metrics_notes(config: Config) -> list[str]:
     if not _has_key(config) or not (config.server.metrics_need_key or config.key):
         return []
     which = "an operator's API key (admin = true)" if config.key else "an API key"
-    return [f"/metrics needs {which}: give Prometheus one (authorization.credentials_file)"]
+    return [f"/metrics needs {which}: configure one in Prometheus (authorization.credentials_file)"]
 
 
 def _has_key(config: Config) -> bool:
@@ -89,7 +89,7 @@ def _has_key(config: Config) -> bool:
 
 def _keys(config: Config) -> Warnings:
     if not _has_key(config) and not _is_loopback(config.server.host):
-        yield f"server.host = {config.server.host}: whoever reaches this address may ask, since no API key is set"
+        yield f"server.host = {config.server.host}: any client that can reach this address can use the server: no API key is set"
 
 
 def _origins(config: Config) -> Warnings:
@@ -109,8 +109,8 @@ def _descriptors(config: Config) -> Warnings:
     needed, limit = needed_descriptors(config), descriptor_limit()
     if needed > limit:
         yield (
-            f"limits.max_connections = {config.limits.max_connections}: that needs up to {needed} open files, and this "
-            f"process may have {limit}, so {usable_connections(config)} connections are served at once; raise the hard "
+            f"limits.max_connections = {config.limits.max_connections}: this needs up to {needed} open files, but this "
+            f"process may open {limit}: {usable_connections(config)} connections are served at once; raise the hard "
             "limit (ulimit -Hn, LimitNOFILE, --ulimit nofile)"
         )
 
@@ -139,13 +139,13 @@ def _manual_table(config: Config) -> Warnings:
         if model in here:
             continue
         if parse_address(url) is None:
-            yield f"all_models: {url} is no address and is never asked for {model}; allowed is http://HOST[:PORT]"
+            yield f"all_models: {url} is not an address, so {model} is not forwarded to it; allowed is http://HOST[:PORT]"
         elif model not in upstream_models.get(url, (model,)):
-            yield f"all_models: {url} is an [[upstream]] too, which counts: it is not asked for {model}"
+            yield f"all_models: {url} is also an [[upstream]], and only its models count: {model} is not forwarded to it"
     for name in sorted(here - set(table.values()) if table else ()):
-        yield f"all_models: {name} is served here but not listed; the manual asks for the same name as in model"
+        yield f"all_models: {name} is served here but not listed; the manual wants every model listed by its name"
     for name in sorted(name for name, count in Counter(table.values()).items() if count > 1 and name in here):
-        yield f"all_models: {name} is served here, not forwarded: the other servers that have it are not asked"
+        yield f"all_models: {name} is served here, not forwarded: the other servers that have it are not used"
 
 
 def _upstreams(config: Config) -> Warnings:
@@ -157,30 +157,30 @@ def _upstreams(config: Config) -> Warnings:
                 yield f"upstream {name}: {model} is served here, not forwarded"
         has_key = upstream.api_key is not None or upstream.api_key_env is not None
         if has_key and address is not None and not (address.is_tls or address.unix_path or _is_loopback(address.host)):
-            yield f"upstream {name}: its API key travels over plain http, for all on the way to read; allowed is https"
+            yield f"upstream {name}: its API key is sent unencrypted; use https"
         if not has_key and upstream.api_key_header != "authorization":
-            yield f"upstream {name}: api_key_header has no effect: it has no api_key"
+            yield f"upstream {name}: api_key_header has no effect without an api_key"
         if not upstream.health_path:
-            yield f'upstream {name}: health_path = "": it is not asked for its health; only failed requests tell'
+            yield f'upstream {name}: health_path = "": no health checks; only failed requests show that it is down'
 
 
 def _aliases(config: Config) -> Warnings:
     known = _local_models(config) | _forwarded_models(config)
     for alias, model in config.proxy.aliases.items():
         if model not in known:
-            yield f"proxy.aliases.{alias}: leads to {model}, which has no upstream: asking for it gives 404"
+            yield f"proxy.aliases.{alias}: {model} has no upstream; requests get 404"
 
 
 def _fallbacks(config: Config) -> Warnings:
     elsewhere = _forwarded_models(config)
     for model, others in config.proxy.fallbacks.items():
         if model not in elsewhere:
-            yield f"proxy.fallbacks.{model}: has no effect: only requests that are forwarded fall back"
+            yield f"proxy.fallbacks.{model}: has no effect: only forwarded requests use fallbacks"
         for other in others:
             if other == model:
                 yield f"proxy.fallbacks.{model}: names itself"
             elif other not in elsewhere:
-                yield f"proxy.fallbacks.{model}: {other} has no upstream, and only those stand in"
+                yield f"proxy.fallbacks.{model}: {other} has no upstream, so it cannot be a fallback"
 
 
 def _key_models(config: Config) -> Warnings:
@@ -188,7 +188,7 @@ def _key_models(config: Config) -> Warnings:
     for key in config.key:
         for name in key.models:
             if name in aliases:
-                yield f"key {key.name}: models: {name} is an alias; rules go by the model's own name, {aliases[name]}"
+                yield f"key {key.name}: models: {name} is an alias; write the model's own name, {aliases[name]}"
             elif name not in known:
                 yield f"key {key.name}: models: {name} is neither served here nor forwarded"
 
@@ -204,18 +204,18 @@ def _threads(config: Config) -> Warnings:
     if config.model and config.engine.name is None and config.engine.threads > cpus.num_threads:
         yield (
             f"engine.threads = {config.engine.threads}: this process may use {cpus.num_threads} ({cpus.decided_by}); "
-            "more threads than that make each step many times slower; 0 takes the right number"
+            "more threads make each step many times slower; 0 sets the right number"
         )
 
 
 def _another_engine(config: Config) -> Warnings:
     engine, default = config.engine, EngineConfig()
     if engine.name is None and engine.options:
-        yield "engine.options: have no effect: no engine.name says whose they are"
+        yield "engine.options: have no effect without engine.name"
     if engine.name is not None:
         for name in ("block_size", "memory_gib"):
             if getattr(engine, name) != getattr(default, name):
-                yield f"engine.{name}: has no effect on engine {engine.name}, which keeps its memory itself"
+                yield f"engine.{name}: has no effect on engine {engine.name}, which manages its own memory"
         for index, spec in enumerate(config.model):
             if spec.num_blocks:
                 yield f"model[{index}].num_blocks: has no effect on engine {engine.name}, which has build_batch slots"
@@ -247,9 +247,9 @@ def _step_budget(config: Config) -> Warnings:
 
 def _weights(spec: ModelSpec) -> Warnings:
     if spec.model_file and spec.path is None:
-        yield f"model_file {spec.model_file} is not read; {spec.name} is looked for by its name"
+        yield f"model_file {spec.model_file} is not read: without path the model is downloaded by its name, {spec.name}"
     elif spec.model_file.endswith(".pt"):
-        yield f"model_file {spec.model_file} is read only where {spec.path} has no weights of its own"
+        yield f"model_file {spec.model_file} is read only if {spec.path} has no weights"
     elif spec.model_file and spec.path != spec.model_file:
         yield f"model_file {spec.model_file} is not read; the weights come from {spec.path}"
 

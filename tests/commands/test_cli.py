@@ -163,7 +163,7 @@ def test_a_proxy_does_not_take_the_folders_own_file(handed_over, tmp_path, capsy
 
     assert main(["proxy"]) == 2
 
-    assert "there is nothing to forward to" in capsys.readouterr().err
+    assert "no upstream" in capsys.readouterr().err
 
 
 def test_generate_hands_over_files_and_sampling(handed_over):
@@ -233,7 +233,7 @@ def test_the_manuals_command_keeps_to_a_host_that_is_named(handed_over, tmp_path
         (["serve", "--port", "70000"], "command line: server.port = 70000: allowed is a whole number from 0 to 65535"),
         (["serve", "--log-level", "loud"], 'command line: server.log_level = "loud": allowed are debug, '),
         (["worker"], "no launcher has started this: WORLD_SIZE is not set or 1; start it with torchrun, as in "),
-        (["proxy"], "proxy: there is nothing to forward to; name a config "),
+        (["proxy"], "proxy: no upstream; give a config "),
         (["proxy", "--upstream", "a"], 'command line: --upstream "a": allowed is NAME=URL'),
         (["proxy", "--upstream", "a=http://h", "--choice", "x"], 'command line: proxy.choice = "x": allowed are '),
         (["proxy", "absent.toml"], "absent.toml: cannot be read: No such file or directory"),
@@ -408,4 +408,4 @@ def test_a_flag_about_a_model_is_refused_where_none_is_served(tmp_path, capsys, 
     config.write_text('[[upstream]]\nurl = "http://127.0.0.1:1"\nmodels = ["m"]\n')
 
     assert main(["serve", str(config), *flag]) == 2
-    assert "the config serves no model of its own" in capsys.readouterr().err
+    assert "this config has no [[model]]" in capsys.readouterr().err

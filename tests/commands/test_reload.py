@@ -89,7 +89,7 @@ async def test_a_new_upstream_gets_requests_and_the_old_one_stays_what_it_was(st
     assert running.forwarder.table.upstreams[0] is kept
     assert log() == [
         'config: + upstream http://127.0.0.1:2: url = "http://127.0.0.1:2", models = ["b"]',
-        'upstream http://127.0.0.1:2: health_path = "": it is not asked for its health; only failed requests tell',
+        'upstream http://127.0.0.1:2: health_path = "": no health checks; only failed requests show that it is down',
     ]
 
 

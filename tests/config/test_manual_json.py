@@ -118,7 +118,7 @@ def test_a_bad_field_is_one_line_in_the_manuals_own_names(tmp_path, seed, change
     ("text", "message"),
     [
         ('{\n  "model": "a"\n  "devices": [0]\n}', "not valid JSON: Expecting ',' delimiter: line 3 column 3"),
-        ('{"model": "a", "model": "b"}', 'not valid JSON: field "model" stands there twice'),
+        ('{"model": "a", "model": "b"}', 'not valid JSON: field "model" appears twice'),
         ('{"build_seq": NaN}', "not valid JSON: NaN is not a JSON number"),
         (r'{"model": "\ud800"}', "not valid JSON: 'utf-8' codec can't encode character"),
         ("[" * 100_000, "not valid JSON: nested too deeply"),
@@ -171,8 +171,8 @@ def test_addresses_may_be_the_manuals_placeholders(tmp_path, seed):
         ({"devices": [3]}, "devices [3]: fine here"),
         ({"build_seq": 8193}, "build_seq 8193: fine here"),
         ({"build_batch": 65}, "build_batch 65: fine here"),
-        ({"cached_dir": ""}, "model_file /models/mistral_7b.pt is not read; "),
-        ({"all_models": {"http://ip:port": "other/model"}}, "http://ip:port is no address and is never asked for "),
+        ({"cached_dir": ""}, "model_file /models/mistral_7b.pt is not read: "),
+        ({"all_models": {"http://ip:port": "other/model"}}, "http://ip:port is not an address, so "),
     ],
 )
 def test_a_limit_of_the_manuals_engine_or_of_this_version_is_a_warning(tmp_path, seed, changes, message):

@@ -93,13 +93,12 @@ BAD_FIELDS = [
     ("limits.body_seconds = inf", "limits.body_seconds = Infinity: allowed is a number above 0, at most 1000000"),
     (
         "limits.max_body_bytes = 40_000_000",
-        "limits.max_body_bytes_in_flight = 67108864: one key may hold half of it, so it must be at least twice "
-        "limits.max_body_bytes, which is 40000000",
+        "limits.max_body_bytes_in_flight = 67108864: must be at least twice limits.max_body_bytes, which is 40000000",
     ),
     ("keys.file = 3", "keys.file = 3: allowed is a non-empty string"),
     ("model = 3", "model = 3: allowed is a list, each a table"),
     ("server = 3", "server = 3: allowed is a table"),
-    ("model = []", "model = []: needed is at least one [[model]]"),
+    ("model = []", "model = []: at least one [[model]]"),
     ("model = [{ build_batch = 0 }]", "model[0].build_batch = 0: allowed is a whole number from 1 to 4096"),
     ("model = [{ build_seq = -1 }]", "model[0].build_seq = -1: allowed is a whole number from 0 to 1000000000"),
     ("model = [{ devices = [-1] }]", "model[0].devices[0] = -1: allowed is a whole number from 0 to 1023"),
@@ -192,7 +191,9 @@ def test_one_model_of_a_server_can_be_on_several_ranks():
     )
 
     check_supported(Config(model=(plain, shared)))
-    with pytest.raises(ConfigError, match=r"model\[2\]\.tensor_parallel = 2: one model of a server can be on several"):
+    with pytest.raises(
+        ConfigError, match=r"model\[2\]\.tensor_parallel = 2: only one model of a server can use several"
+    ):
         check_supported(Config(model=(plain, shared, other)))
 
 
@@ -203,12 +204,12 @@ def test_the_default_config_gives_no_warning():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (Config(server=ServerConfig(host="0.0.0.0")), "server.host = 0.0.0.0: whoever reaches this address may ask"),
+        (Config(server=ServerConfig(host="0.0.0.0")), "server.host = 0.0.0.0: any client that can reach this address"),
         (
             Config(model=(ModelSpec(path="/a", model_file="/b.pt"),)),
-            "model[0]: model_file /b.pt is read only where /a has no weights",
+            "model[0]: model_file /b.pt is read only if /a has no weights",
         ),
-        (Config(model=(ModelSpec(model_file="/b.pt"),)), "model[0]: model_file /b.pt is not read; "),
+        (Config(model=(ModelSpec(model_file="/b.pt"),)), "model[0]: model_file /b.pt is not read: "),
         (
             Config(engine=EngineConfig(max_num_batched_tokens=8)),
             "engine.max_num_batched_tokens = 8: steps compute up to 16",

@@ -72,7 +72,7 @@ def test_files_that_contradict_each_other_are_named() -> None:
     line = refusal(*pair)
 
     assert line.startswith(
-        f'a.json and b.json: all_models: http://10.0.0.1:8000 is said to have "{QWEN}" and "{LLAMA}"'
+        f'a.json and b.json: all_models: http://10.0.0.1:8000 has two models, "{QWEN}" and "{LLAMA}"'
     )
 
 
@@ -83,13 +83,12 @@ def test_placeholders_are_left_out_and_warned_about() -> None:
 
     assert [upstream.url for upstream in config.upstream] == ["http://10.0.0.1:8000"]
     (warning,) = config_warnings(config)
-    assert warning.startswith(f"all_models: http://host_ip2:port2 is no address and is never asked for {LLAMA}")
+    assert warning.startswith(f"all_models: http://host_ip2:port2 is not an address, so {LLAMA}")
 
 
 def test_a_table_of_placeholders_alone_is_refused() -> None:
     assert refusal(FIXTURES / "manual_qwen1.5_14b.json").endswith(
-        "all_models: http://host_ip1:port1, http://host_ip2:port2: no address among them; "
-        "allowed is http://HOST[:PORT], such as http://10.0.0.1:8000"
+        "all_models: http://host_ip1:port1, http://host_ip2:port2: none is an address; allowed is http://HOST[:PORT]"
     )
 
 
@@ -98,7 +97,7 @@ def test_a_file_whose_own_model_is_nowhere_is_refused() -> None:
 
     line = refusal(path)
 
-    assert line == f'a.json: all_models: no URL has "{QWEN}", which is the model of this file'
+    assert line == f'a.json: all_models: "{QWEN}", the model of this file, has no URL'
     assert load_proxy_config([path], [f"{QWEN}=http://10.0.0.1"]).upstream[1].models == (QWEN,)
 
 
@@ -141,7 +140,7 @@ def test_a_toml_may_hold_the_manuals_table() -> None:
     ("text", "message"),
     [
         ('[[model]]\nname = "a"', "proxy.toml: [[model]]: `brlite proxy` serves no model of its own; `brlite serve`"),
-        ("[server]\nport = 9", "proxy.toml: no [[upstream]] and no all_models: there is nothing to forward to"),
+        ("[server]\nport = 9", "proxy.toml: no [[upstream]] and no all_models: no server to forward to"),
         ('[[upstream]]\nurl = "h"\nmodels = ["a"]', 'proxy.toml: upstream[0].url = "h": allowed is http://HOST[:PORT]'),
         ('[[upstream]]\nurl = "http://h"\nmodels = []', "proxy.toml: upstream[0].models = []: allowed is "),
         ("upstream = 3", "proxy.toml: upstream = 3: allowed is "),
@@ -161,15 +160,14 @@ def test_an_upstream_that_is_no_name_and_url_is_refused(text: str) -> None:
 
 def test_nothing_to_forward_to_is_an_error_that_says_what_helps() -> None:
     assert refusal() == (
-        "proxy: there is nothing to forward to; name a config (a .toml, or the manual's .json files) "
-        "or --upstream NAME=URL"
+        "proxy: no upstream; give a config (a .toml, or the manual's .json files) or --upstream NAME=URL"
     )
 
 
 def test_one_toml_is_enough() -> None:
     files = [toml("", "a.toml"), toml("", "b.toml")]
 
-    assert refusal(*files).startswith("b.toml: one .toml is enough, and a.toml is one")
+    assert refusal(*files).startswith("b.toml: only one .toml is allowed, and a.toml is one")
 
 
 def test_other_files_are_refused() -> None:

@@ -53,7 +53,7 @@ def test_what_is_in_order_is_not_warned_about(config: Config) -> None:
     [
         (
             Config(model=LOCAL, proxy=ProxyConfig(all_models={"http://ip:port": "far", "http://a": "here"})),
-            "all_models: http://ip:port is no address and is never asked for far",
+            "all_models: http://ip:port is not an address, so far is not forwarded",
         ),
         (
             Config(model=LOCAL, proxy=ProxyConfig(all_models={"http://a": "far"})),
@@ -65,22 +65,22 @@ def test_what_is_in_order_is_not_warned_about(config: Config) -> None:
         ),
         (
             forwarding(all_models={"http://10.0.0.1": "other", "http://a": "here"}),
-            "all_models: http://10.0.0.1 is an [[upstream]] too, which counts: it is not asked for other",
+            "all_models: http://10.0.0.1 is also an [[upstream]], and only its models count: other is",
         ),
         (
             Config(model=LOCAL, upstream=(UpstreamConfig(url="http://a", models=("here",), name="gpu"),)),
             "upstream gpu: here is served here, not forwarded",
         ),
-        (upstream(api_key="k"), "upstream http://10.0.0.1: its API key travels over plain http"),
-        (upstream(api_key_env="K"), "upstream http://10.0.0.1: its API key travels over plain http"),
+        (upstream(api_key="k"), "upstream http://10.0.0.1: its API key is sent unencrypted"),
+        (upstream(api_key_env="K"), "upstream http://10.0.0.1: its API key is sent unencrypted"),
         (upstream(api_key_header="x-api-key"), "upstream http://10.0.0.1: api_key_header has no effect"),
-        (upstream(health_path=""), 'upstream http://10.0.0.1: health_path = "": it is not asked for its health'),
+        (upstream(health_path=""), 'upstream http://10.0.0.1: health_path = "": no health checks'),
         (
             Config(
                 model=LOCAL,
                 proxy=ProxyConfig(all_models={"http://a": "here", "http://ip:port": "far"}, aliases={"x": "far"}),
             ),
-            "proxy.aliases.x: leads to far, which has no upstream",
+            "proxy.aliases.x: far has no upstream",
         ),
         (forwarding(fallbacks={"here": ("far",)}), "proxy.fallbacks.here: has no effect"),
         (forwarding(fallbacks={"far": ("here",)}), "proxy.fallbacks.far: here has no upstream"),
@@ -93,7 +93,7 @@ def test_what_is_in_order_is_not_warned_about(config: Config) -> None:
                 proxy=ProxyConfig(aliases={"x": "far"}),
                 key=(KeyConfig(name="team", key="k", models=("x",)),),
             ),
-            "key team: models: x is an alias; rules go by the model's own name, far",
+            "key team: models: x is an alias; write the model's own name, far",
         ),
         (
             Config(
@@ -160,7 +160,7 @@ def test_more_threads_than_this_process_may_use_are_warned_about() -> None:
     (warning,) = config_warnings(config)
 
     assert warning.startswith(f"engine.threads = {config.engine.threads}: this process may use ")
-    assert "0 takes the right number" in warning
+    assert "0 sets the right number" in warning
 
 
 def test_threads_of_a_proxy_are_not_counted() -> None:
@@ -179,4 +179,4 @@ def test_threads_of_a_proxy_are_not_counted() -> None:
     ],
 )
 def test_the_start_says_which_key_metrics_need(config: Config, wanted: list[str]) -> None:
-    assert [line.split("give")[0] for line in metrics_notes(config)] == wanted
+    assert [line.split("configure")[0] for line in metrics_notes(config)] == wanted
