@@ -37,7 +37,8 @@ def check_supported(config: Config) -> None:
     for index in shared[1:]:
         raise ConfigError(
             f"model[{index}].tensor_parallel = {config.model[index].tensor_parallel}: only one model of a server "
-            f"can use several ranks, and model[{shared[0]}] does; start another server for this one, behind `brlite proxy`"
+            f"can use several ranks, and model[{shared[0]}] does; start another server for this one, behind "
+            "`brlite proxy`"
         )
 
 
@@ -89,7 +90,10 @@ def _has_key(config: Config) -> bool:
 
 def _keys(config: Config) -> Warnings:
     if not _has_key(config) and not _is_loopback(config.server.host):
-        yield f"server.host = {config.server.host}: any client that can reach this address can use the server: no API key is set"
+        yield (
+            f"server.host = {config.server.host}: any client that can reach this address can use the server: "
+            "no API key is set"
+        )
 
 
 def _origins(config: Config) -> Warnings:
@@ -141,7 +145,7 @@ def _manual_table(config: Config) -> Warnings:
         if parse_address(url) is None:
             yield f"all_models: {url} is not an address, so {model} is not forwarded to it; allowed is http://HOST[:PORT]"
         elif model not in upstream_models.get(url, (model,)):
-            yield f"all_models: {url} is also an [[upstream]], and only its models count: {model} is not forwarded to it"
+            yield f"all_models: {url} is also an [[upstream]], and only its models count: {model} is not forwarded"
     for name in sorted(here - set(table.values()) if table else ()):
         yield f"all_models: {name} is served here but not listed; the manual wants every model listed by its name"
     for name in sorted(name for name, count in Counter(table.values()).items() if count > 1 and name in here):
