@@ -136,12 +136,12 @@ class FakeBackend:
         self.batches.append(batch)
         assert len({seq.seq_id for seq in batch.seqs}) == len(batch.seqs) <= self.info.max_num_seqs
         errors = {seq.seq_id: self._fault(seq) for seq in batch.seqs}
-        return StepResult([self._compute(seq, errors[seq.seq_id]) for seq in batch.seqs])
+        return StepResult([self._compute(batch, seq, errors[seq.seq_id]) for seq in batch.seqs])
 
     def close(self) -> None:
         self.is_closed = True
 
-    def _compute(self, seq: ScheduledSeq, error: str | None) -> SeqResult:
+    def _compute(self, batch: Batch, seq: ScheduledSeq, error: str | None) -> SeqResult:
         if error is not None:
             return SeqResult(seq.seq_id, error=error)
         size = self.info.block_size
@@ -152,16 +152,30 @@ class FakeBackend:
         prompt_logprobs = [self._logprob(target, seq.num_prompt_logprobs) for target in seq.prompt_targets]
         if seq.sampling is None:
             return SeqResult(seq.seq_id, prompt_logprobs=prompt_logprobs)
-        return SeqResult(seq.seq_id, list(self._draw(seq, seq.sampling, context)), prompt_logprobs)
+        tokens = list(self._draw(batch, seq, seq.sampling, context))
+        return SeqResult(seq.seq_id, tokens, prompt_logprobs) if tokens else SeqResult.not_finite(seq.seq_id)
 
-    def _draw(self, seq: ScheduledSeq, sampling: SamplingInput, context: list[int]) -> Iterator[SampledToken]:
-        """The token after the last real one and, as long as the guesses are right, those after each of them."""
+    def _draw(
+        self, batch: Batch, seq: ScheduledSeq, sampling: SamplingInput, context: list[int]
+    ) -> Iterator[SampledToken]:
+        """The token after the last real one and, as long as the guesses are right, those after each of them.
+
+        Where a mask does not allow it, the lowest token that the mask allows, or none.
+        """
+        if batch.masks is not None:
+            batch.masks.wait()
         assert seq.num_draft_tokens <= self.info.max_draft_tokens
         assert not seq.num_draft_tokens or not (sampling.output_counts or sampling.banned_token_ids)
         num_real = len(context) - seq.num_draft_tokens
         for length in range(num_real, len(context) + 1):
             token_id = self.next_token(context[:length], 0 if sampling.params.is_greedy else sampling.seed)
             token_id = ord("a") if token_id in sampling.banned_token_ids else token_id
+            mask = batch.mask_of(seq.seq_id, length - num_real)
+            if mask is not None and not mask.allows(token_id):
+                allowed = list(filter(mask.allows, range(self.info.vocab_size)))
+                if not allowed:
+                    return
+                token_id = allowed[0]
             num_top = sampling.params.logprobs
             yield SampledToken(token_id, None if num_top is None else self._logprob(token_id, num_top))
             if context[length : length + 1] != [token_id]:

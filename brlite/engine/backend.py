@@ -1,6 +1,7 @@
 """The seam between deciding and computing: plain data down, plain data up. No tensors cross it, and no logits.
 
-A `Batch` can be given to an in-process model, sent as msgpack to tensor-parallel ranks, or written into a test.
+A `Batch` can be given to an in-process model, sent as msgpack to tensor-parallel ranks (its masks are not sent: rank 0
+draws), or written into a test.
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import msgspec
 
 from brlite.errors import BackendLost, EngineError
 from brlite.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
+
+MASK_WAIT_SECONDS = 60.0  # for masks that a step waits for; a usual one takes a fraction of a millisecond
+_WORD_BYTES = 4
 
 
 class SamplingInput(msgspec.Struct, frozen=True, array_like=True):
@@ -58,14 +62,76 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
     num_draft_tokens: int = 0
 
 
+class TokenMask(NamedTuple):
+    """Which tokens one draw may give: bit t % 32 of `words[t // 32]` (int32) is 1 where token t may be drawn.
+
+    The words are complete once `is_filled[0]` is 1.
+    """
+
+    words: memoryview
+    is_filled: memoryview
+
+    def allows(self, token_id: int) -> bool:
+        return bool(self.words[token_id // 32] >> token_id % 32 & 1)
+
+
+class TokenMasks:
+    """The masks of a step's draws. Other threads fill them while the step computes; it waits for them before it draws.
+
+    `words` holds rows of ceil(V / 32) int32, at first all 0: a row that is published so allows no token, and its
+    sequence ends with an error. A sequence has one row for each of its draws: after its last real token, and after each
+    guess. The rows of `seq_id` begin at `first_rows[seq_id]`. Sequences that are not there draw from all tokens.
+    """
+
+    def __init__(self, vocab_size: int, num_draws: Mapping[int, int]) -> None:
+        """`num_draws` is by `seq_id`, only of the sequences that have masks."""
+        self.row_bytes = -(-vocab_size // 32) * _WORD_BYTES
+        self.first_rows: dict[int, int] = {}
+        num_rows = 0
+        for seq_id, num in num_draws.items():
+            self.first_rows[seq_id] = num_rows
+            num_rows += num
+        self.words = bytearray(num_rows * self.row_bytes)
+        self.is_filled = bytearray(num_rows)
+        self._are_all_filled = threading.Event()
+
+    def publish(self, row: int) -> None:
+        """Declare a row complete. Each must be, whatever happens to its sequence. May be called by any thread."""
+        self.is_filled[row] = 1
+        if all(self.is_filled):
+            self._are_all_filled.set()
+
+    def wait(self, timeout: float = MASK_WAIT_SECONDS) -> None:
+        """Return when all rows are published. Raises `EngineError` if one is not within `timeout` seconds."""
+        if not self._are_all_filled.wait(timeout):
+            raise EngineError(f"the token masks of a step were not there after {timeout:g} s")
+
+    def of(self, seq_id: int, draw: int = 0) -> TokenMask | None:
+        """The mask of a sequence's draw, which may not be complete yet."""
+        first = self.first_rows.get(seq_id)
+        if first is None:
+            return None
+        row = first + draw
+        words = memoryview(self.words)[row * self.row_bytes : (row + 1) * self.row_bytes].cast("i")
+        return TokenMask(words, memoryview(self.is_filled)[row : row + 1])
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True):
-    """One step's work: prompt chunks and single tokens mixed, each sequence at most once."""
+    """One step's work: prompt chunks and single tokens mixed, each sequence at most once.
+
+    `masks` say which tokens some of the sequences may draw.
+    """
 
     seqs: list[ScheduledSeq]
+    masks: TokenMasks | None = None
 
     @property
     def num_tokens(self) -> int:
         return sum(len(seq.token_ids) for seq in self.seqs)
+
+    def mask_of(self, seq_id: int, draw: int = 0) -> TokenMask | None:
+        """The mask of a sequence's draw, None where it may draw any token."""
+        return None if self.masks is None else self.masks.of(seq_id, draw)
 
 
 class SampledToken(msgspec.Struct, frozen=True, array_like=True):

@@ -172,8 +172,8 @@ def read_work(message: Compute) -> RankBatch:
 
 
 def compute_frame(batch: Batch) -> bytes:
-    """A step as it goes over the wire, the same bytes to every rank."""
-    return frame(Compute(msgspec.Raw(msgspec.msgpack.encode(batch))))
+    """A step as it goes over the wire, the same bytes to every rank. Masks stay here: only rank 0 draws."""
+    return frame(Compute(msgspec.Raw(msgspec.msgpack.encode(Batch(batch.seqs)))))
 
 
 def frame(message: Message) -> bytes:

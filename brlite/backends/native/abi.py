@@ -12,7 +12,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
@@ -97,6 +97,8 @@ class Draw(ctypes.Structure):
         ("banned_ids", c_void_p),
         ("counted_ids", c_void_p),
         ("output_counts", c_void_p),
+        ("mask", c_void_p),
+        ("is_mask_filled", c_void_p),
     ]
 
 

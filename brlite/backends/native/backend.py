@@ -133,7 +133,7 @@ class NativeBackend:
         drawings: list[Drawing] = []
         targets: list[DrawTarget] = []
         for seq, first in zip(batch.seqs, rows.first_rows, strict=True):
-            drawings += _drawings(seq, first)
+            drawings += _drawings(batch, seq, first)
             targets += [
                 DrawTarget(first + i, target, seq.num_prompt_logprobs) for i, target in enumerate(seq.prompt_targets)
             ]
@@ -220,12 +220,15 @@ class _Rows:
         self.spans["block_table"] += np.uint64(self._tables.ctypes.data)
 
 
-def _drawings(seq: ScheduledSeq, first_row: int) -> list[Drawing]:
+def _drawings(batch: Batch, seq: ScheduledSeq, first_row: int) -> list[Drawing]:
     """What to draw for a sequence: after its last real token, and after each guess in case all before were right."""
     if seq.sampling is None:
         return []
     position = seq.sampling.position
-    return [Drawing(row, seq.sampling, position + i) for i, row in enumerate(_drawing_rows(seq, first_row))]
+    return [
+        Drawing(row, seq.sampling, position + i, batch.mask_of(seq.seq_id, i))
+        for i, row in enumerate(_drawing_rows(seq, first_row))
+    ]
 
 
 def _drawing_rows(seq: ScheduledSeq | RankSeq, first_row: int) -> range:

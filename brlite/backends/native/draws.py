@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from brlite.backends.native import abi
 from brlite.backends.sampling.random_numbers import uniform
-from brlite.engine.backend import SampledToken, SamplingInput
+from brlite.engine.backend import SampledToken, SamplingInput, TokenMask
 from brlite.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 
@@ -31,6 +31,7 @@ class Drawing(NamedTuple):
     row: int
     sampling: SamplingInput
     position: int
+    mask: TokenMask | None = None
 
 
 class DrawTarget(NamedTuple):
@@ -123,12 +124,14 @@ class StepDraws:
         return TokenLogprob(token_id, float(found["logprob"]), tuple(zip(ids, logprobs, strict=True)))
 
     def _point_to_edits(self, packed: bytearray) -> None:
-        """The bans and counts of the drawings that have some: they differ from step to step."""
+        """The bans, masks and counts of the drawings that have some: they differ from step to step."""
         self._banned: list[npt.NDArray[np.int32]] = []
-        for i, ((_, sampling, _), entry) in enumerate(zip(self._drawings, self._settings, strict=True)):
-            if not (sampling.banned_token_ids or entry.is_penalised):
+        for i, ((_, sampling, _, mask), entry) in enumerate(zip(self._drawings, self._settings, strict=True)):
+            if not (sampling.banned_token_ids or entry.is_penalised or mask):
                 continue
             draw = abi.Draw.from_buffer(packed, i * _DRAW.itemsize)
+            if mask:
+                draw.mask, draw.is_mask_filled = (ctypes.addressof(ctypes.c_char.from_buffer(view)) for view in mask)
             banned = np.array(sampling.banned_token_ids, dtype=np.int32)
             self._banned.append(banned)
             draw.num_banned, draw.banned_ids = len(banned), banned.ctypes.data

@@ -98,7 +98,7 @@ class SlotBackend:
             raise failures[-1]
         for error in failures:
             logger.error("a call of engine %s failed; other sequences go on", self.info.name, exc_info=error)
-        return StepResult(self._results(work))
+        return StepResult(self._results(work, batch))
 
     def _give_back(self) -> None:
         if self._thread.is_stopped:
@@ -172,20 +172,23 @@ class SlotBackend:
             self._thread.call(lambda: self._engine.release(number))
         slot.length, slot.waiting = 0, []
 
-    def _results(self, work: Sequence[SlotWork]) -> list[SeqResult]:
+    def _results(self, work: Sequence[SlotWork], batch: Batch) -> list[SeqResult]:
         prompt_logprobs = [self._prompt_logprobs(each) for each in work]
-        tokens = self._draw([each for each in work if each.error is None and each.rows])
+        tokens = self._draw([each for each in work if each.error is None and each.rows], batch)
         return [
             _result(each, tokens.get(each.slot), logprobs) for each, logprobs in zip(work, prompt_logprobs, strict=True)
         ]
 
-    def _draw(self, work: Sequence[SlotWork]) -> dict[int, SampledToken | None]:
+    def _draw(self, work: Sequence[SlotWork], batch: Batch) -> dict[int, SampledToken | None]:
         """The next token of each sequence that wants one, by its slot."""
         drawing = [(each, each.seq.sampling) for each in work if each.seq.sampling is not None]
         if not drawing:
             return {}
         logits = np.stack([each.logits[-1] for each, _ in drawing])
-        tokens = self._sampler.sample(logits, [sampling for _, sampling in drawing])
+        if batch.masks is not None:
+            batch.masks.wait()
+        masks = [batch.mask_of(each.seq.seq_id) for each, _ in drawing]
+        tokens = self._sampler.sample(logits, [sampling for _, sampling in drawing], masks)
         return dict(zip((each.slot for each, _ in drawing), tokens, strict=True))
 
     def _prompt_logprobs(self, work: SlotWork) -> list[TokenLogprob]:

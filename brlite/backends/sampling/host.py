@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Protocol
 
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws, StepDraws
 from brlite.backends.native.library import NativeLibrary, find_library
 from brlite.backends.sampling import reference as numpy_sampler
 from brlite.backends.sampling.reference import Logits
-from brlite.engine.backend import SampledToken, SamplingInput
+from brlite.engine.backend import SampledToken, SamplingInput, TokenMask
 from brlite.errors import EngineError, NativeUnavailable
 from brlite.outputs import TokenLogprob
 
@@ -25,8 +26,13 @@ SMALL_VOCABULARY = 4096  # up to here numpy takes under 0.3 ms a row, and loadin
 class HostSampler(Protocol):
     """Draws from logits [R, V]. A row's token depends on its own logits and input alone."""
 
-    def sample(self, logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:
-        """One token for each row, None for one that is not finite or allows no token. May overwrite `logits`."""
+    def sample(
+        self, logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
+    ) -> list[SampledToken | None]:
+        """One token for each row, None for one that is not finite or allows no token. May overwrite `logits`.
+
+        `masks` are complete, one a row, or there is none at all.
+        """
         ...
 
     def token_logprobs(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
@@ -49,8 +55,10 @@ def choose_sampler(vocab_size: int, find: Callable[[], NativeLibrary | None] = f
 class ReferenceSampler:
     """A `HostSampler` that runs anywhere."""
 
-    def sample(self, logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:
-        return numpy_sampler.sample(logits, inputs)
+    def sample(
+        self, logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
+    ) -> list[SampledToken | None]:
+        return numpy_sampler.sample(logits, inputs, masks)
 
     def token_logprobs(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
         return numpy_sampler.token_logprobs(logits, targets, num_top)
@@ -63,8 +71,13 @@ class NativeSampler:
         self._library = library
         self._draws = NativeDraws(vocab_size)
 
-    def sample(self, logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:
-        return self._run(logits, [Drawing(row, each, each.position) for row, each in enumerate(inputs)]).tokens()
+    def sample(
+        self, logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
+    ) -> list[SampledToken | None]:
+        pairs = zip_longest(inputs, masks)
+        return self._run(
+            logits, [Drawing(row, each, each.position, mask) for row, (each, mask) in enumerate(pairs)]
+        ).tokens()
 
     def token_logprobs(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
         wanted = [DrawTarget(row, target, num_top) for row, target in enumerate(targets)]

@@ -7,6 +7,7 @@ nothing of other steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from brlite.backends.sampling.random_numbers import Floats, Integers, invert_cdf
 from brlite.backends.sampling.row_settings import MAX_PENALTY, RowSettings
 from brlite.backends.torch.shortlist import SHORTLIST_SIZE, Shortlist, draw_from_shortlist
-from brlite.engine.backend import SampledToken, SamplingInput
+from brlite.engine.backend import SampledToken, SamplingInput, TokenMask
 from brlite.outputs import TokenLogprob
 
 Logits = npt.NDArray[np.float32]
@@ -22,16 +23,18 @@ Logits = npt.NDArray[np.float32]
 FLOAT_MAX = float(np.finfo(np.float32).max)
 
 
-def sample(logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:
+def sample(
+    logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
+) -> list[SampledToken | None]:
     """Draw one token for each row of `logits` [R, V], which are overwritten on the way.
 
-    A row gives None if its logits hold NaN or +inf, or if every token is at -inf or banned. A row's token and
-    logprobs depend on its own logits and input alone.
+    A row gives None if its logits hold NaN or +inf, or if every token is at -inf, banned or masked. A row's token and
+    logprobs depend on its own logits, input and mask alone. `masks` are complete, one a row, or there is none at all.
     """
     own_logits = logits.copy() if any(entry.params.logprobs is not None for entry in inputs) else logits
     is_usable = np.isfinite(logits.max(axis=1))
-    for row, entry in enumerate(inputs):
-        edit_row(logits[row], entry)
+    for row, (entry, mask) in enumerate(zip_longest(inputs, masks)):
+        edit_row(logits[row], entry, mask)
     is_usable &= np.isfinite(logits.max(axis=1))
 
     token_ids = logits.argmax(axis=1)
@@ -55,13 +58,16 @@ def token_logprobs(logits: Logits, targets: Sequence[int], num_top: int) -> list
     return [_logprob(row, target, num_top) for row, target in zip(logits, targets, strict=True)]
 
 
-def edit_row(row: Logits, entry: SamplingInput) -> None:
-    """Bias, bans and penalties, in place, on one row [V]: the counterpart of `penalties.edit_logits`."""
+def edit_row(row: Logits, entry: SamplingInput, mask: TokenMask | None = None) -> None:
+    """Bias, bans, mask and penalties, in place, on one row [V]: the counterpart of `penalties.edit_logits`."""
     params = entry.params
     if params.logit_bias:
         row[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), dtype=np.float32)
     if entry.banned_token_ids:
         row[list(entry.banned_token_ids)] = -np.inf
+    if mask:
+        bits = np.unpackbits(np.frombuffer(mask.words, np.uint8), bitorder="little")
+        row[bits[: len(row)] == 0] = -np.inf
     if params.has_penalties and entry.counted_token_ids:
         token_ids = np.frombuffer(entry.counted_token_ids, dtype=np.int32)
         counts = np.frombuffer(entry.output_counts, dtype=np.int32)

@@ -94,7 +94,7 @@ class TorchBackend:
         """Compute one step. Its exceptions leave the cache of other sequences as it was."""
         with self._guard.step(), torch.inference_mode():
             plan, hidden = self._forward(batch.seqs)
-            tokens = self._draw(batch.seqs, plan, hidden)
+            tokens = self._draw(batch, plan, hidden)
             results = [
                 _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, hidden, first))
                 for seq, first in zip(batch.seqs, plan.first_rows, strict=True)
@@ -133,17 +133,21 @@ class TorchBackend:
         token_ids = plan.in_rows([seq.token_ids for seq in seqs])
         return plan, self._decoder.forward(self._indices(token_ids), plan, self._cache)
 
-    def _draw(self, seqs: Sequence[ScheduledSeq], plan: StepPlan, hidden: Tensor) -> dict[int, SampledToken | None]:
+    def _draw(self, batch: Batch, plan: StepPlan, hidden: Tensor) -> dict[int, SampledToken | None]:
         """The next token of each sequence that wants one, by `seq_id`. The head is computed for these rows only."""
-        seq_ids, rows, inputs = [], [], []
-        for seq, first in zip(seqs, plan.first_rows, strict=True):
+        seq_ids, rows, inputs, masks = [], [], [], []
+        for seq, first in zip(batch.seqs, plan.first_rows, strict=True):
             if seq.sampling is not None:
                 seq_ids.append(seq.seq_id)
                 rows.append(first + len(seq.token_ids) - 1)
                 inputs.append(seq.sampling)
+                masks.append(batch.mask_of(seq.seq_id))
         if not rows:
             return {}
-        return dict(zip(seq_ids, sample(self._logits(hidden, rows), inputs), strict=True))
+        logits = self._logits(hidden, rows)
+        if batch.masks is not None:
+            batch.masks.wait()
+        return dict(zip(seq_ids, sample(logits, inputs, masks), strict=True))
 
     def _prompt_logprobs(self, seq: ScheduledSeq, hidden: Tensor, first: int) -> list[TokenLogprob]:
         """The logprobs of `prompt_targets`, whose hidden states begin at row `first`, some rows at a time."""

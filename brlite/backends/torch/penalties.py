@@ -1,7 +1,7 @@
-"""Edits the logits of a step before tokens are drawn: `logit_bias`, banned tokens, then the penalties.
+"""Edits the logits of a step before tokens are drawn: `logit_bias`, banned tokens, masks, then the penalties.
 
-Every edit is sparse: triples of row, token and number for all rows at once, so its cost is the number of tokens
-that are touched and not the vocabulary. Knows no probabilities.
+Every edit but a mask is sparse: triples of row, token and number for all rows at once, so its cost is the number of
+tokens that are touched and not the vocabulary. Knows no probabilities.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import numpy.typing as npt
 import torch
 
 from brlite.backends.sampling.row_settings import MAX_PENALTY
-from brlite.engine.backend import SamplingInput
+from brlite.engine.backend import SamplingInput, TokenMask
 
 FLOAT_MAX = torch.finfo(torch.float32).max
 
 
-def edit_logits(logits: torch.Tensor, inputs: Sequence[SamplingInput]) -> None:
-    """Apply bias, bans and penalties to `logits` [R, V] in place.
+def edit_logits(logits: torch.Tensor, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()) -> None:
+    """Apply bias, bans, masks and penalties to `logits` [R, V] in place.
 
     A penalty first divides a positive logit by `repetition_penalty` and multiplies any other (tokens of prompt or
     output), then subtracts `presence_penalty` and count * `frequency_penalty` (tokens of the output). What overflows
@@ -27,6 +27,7 @@ def edit_logits(logits: torch.Tensor, inputs: Sequence[SamplingInput]) -> None:
     """
     _add_biases(logits, inputs)
     _ban(logits, inputs)
+    _mask(logits, masks)
     _penalise(logits, inputs)
 
 
@@ -42,6 +43,19 @@ def _ban(logits: torch.Tensor, inputs: Sequence[SamplingInput]) -> None:
     bans = [(row, token_id) for row, entry in enumerate(inputs) for token_id in entry.banned_token_ids]
     if bans:
         logits[_cells(logits, *zip(*bans, strict=True))] = -torch.inf
+
+
+def _mask(logits: torch.Tensor, masks: Sequence[TokenMask | None]) -> None:
+    """The bits go to the device as they are, a 32nd of the logits' bytes, and are spread there."""
+    present = [(row, mask.words) for row, mask in enumerate(masks) if mask is not None]
+    if not present:
+        return
+    rows, words = zip(*present, strict=True)
+    index = torch.tensor(rows, device=logits.device)
+    bits = torch.from_numpy(np.stack([np.frombuffer(row, np.int32) for row in words])).to(logits.device)
+    is_allowed = (bits[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1  # [R, V / 32, 32]
+    is_out = is_allowed.reshape(len(rows), -1)[:, : logits.shape[1]] == 0
+    logits[index] = logits[index].masked_fill(is_out, -torch.inf)
 
 
 def _penalise(logits: torch.Tensor, inputs: Sequence[SamplingInput]) -> None:

@@ -3,7 +3,7 @@
 The order of things, for each row by itself:
 
 1. the logprobs that are reported are the model's own, taken before anything below;
-2. `logit_bias`, banned tokens, then the penalties (`penalties.py`);
+2. `logit_bias`, banned tokens, masks, then the penalties (`penalties.py`);
 3. a greedy row takes its best token, the lowest id among equals;
 4. other rows divide by the temperature and truncate. `top_k` keeps that many best tokens, the lowest ids among equals;
    `top_p` keeps the fewest best of these that hold this share of their mass; `min_p` drops those that are less
@@ -27,22 +27,25 @@ from brlite.backends.torch.logprobs import token_logprobs
 from brlite.backends.torch.penalties import edit_logits
 from brlite.backends.torch.shortlist import SHORTLIST_SIZE, draw_from_shortlist, take_best
 from brlite.backends.torch.whole_row import draw_from_whole_rows, row_masses
-from brlite.engine.backend import SampledToken, SamplingInput
+from brlite.engine.backend import SampledToken, SamplingInput, TokenMask
 from brlite.outputs import TokenLogprob
 
 __all__ = ["sample", "token_logprobs"]
 
 
-def sample(logits: torch.Tensor, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:
+def sample(
+    logits: torch.Tensor, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
+) -> list[SampledToken | None]:
     """Draw one token for each row of `logits` [R, V] float32, which are overwritten on the way.
 
-    A row gives None if its logits hold NaN or +inf, or if every token is at -inf or banned. A row's token and
-    logprobs depend on its own logits and input alone: the other rows, their number and their order change nothing.
+    A row gives None if its logits hold NaN or +inf, or if every token is at -inf, banned or masked. A row's
+    token and logprobs depend on its own logits, input and mask alone: the other rows, their number and their order
+    change nothing. `masks` are complete, one a row, or there is none at all.
     """
     reporting = [row for row, entry in enumerate(inputs) if entry.params.logprobs is not None]
     own_logits = logits[reporting]  # a copy
     is_finite = logits.amax(dim=1).isfinite()
-    edit_logits(logits, inputs)
+    edit_logits(logits, inputs, masks)
     is_usable = (is_finite & logits.amax(dim=1).isfinite()).cpu().numpy()
 
     token_ids = np.full(len(inputs), -1, dtype=np.int64)

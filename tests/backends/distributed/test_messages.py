@@ -25,7 +25,7 @@ from brlite.backends.distributed.messages import (
     read_work,
 )
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
+from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, TokenMasks
 from brlite.sampling_params import SamplingParams
 
 MESSAGES: list[Message] = [
@@ -59,7 +59,7 @@ def test_a_rank_reads_of_a_batch_all_but_how_tokens_are_drawn(channels: tuple[Ch
     drawn = ScheduledSeq(1, 40, [7, 8, 9], [4, 2], SamplingInput(PARAMS, 2**64 - 1, 3, b"ab", b"cd", (2,)))
     drawn = msgspec.structs.replace(drawn, num_draft_tokens=2)
     plain = ScheduledSeq(2, 0, [5, 6], [9], prompt_targets=[6], num_prompt_logprobs=3)
-    channels[0].send_frame(compute_frame(Batch([drawn, plain])))
+    channels[0].send_frame(compute_frame(Batch([drawn, plain], TokenMasks(100, {1: 3}))))
 
     message = channels[1].receive()
     assert isinstance(message, Compute)

@@ -15,7 +15,7 @@ from brlite.backends.plugins.toy import ToyEngine, token_logits
 from brlite.backends.plugins.toy_text import ASSISTANT, USER, toy_tokenizer
 from brlite.backends.sampling.reference import token_logprobs
 from brlite.config.options import EngineConfig, LimitsConfig, ModelSpec
-from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
+from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, TokenMasks
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request
 from brlite.errors import BackendLost, BrliteError, ConfigError, EngineError, InvalidRequest
@@ -319,6 +319,22 @@ def test_logits_of_another_form_than_promised_are_an_error(serve: Any, caplog: p
 
     assert request_id in service.errors
     assert "gave float32 (3, 259) for logits; promised are float32 (3, 260)" in caplog.text
+
+
+def test_a_step_draws_what_its_masks_allow(serve: Any) -> None:
+    service = serve(ToyEngine())
+    sampling = SamplingInput(params=GREEDY, seed=0, position=0)
+    seqs = [ScheduledSeq(seq_id, 0, [USER, ASSISTANT], [seq_id], sampling) for seq_id in range(2)]
+    masks = TokenMasks(service.backend.info.vocab_size, {0: 1})
+    masks.words[4] = 0b100  # token 34
+    late = threading.Timer(0.2, masks.publish, (0,))
+    late.start()
+
+    masked = service.backend.execute(Batch(seqs, masks)).seqs
+
+    assert masked[0].tokens[0].token_id == 34
+    assert masked[1].tokens[0].token_id != 34
+    late.join()
 
 
 def test_a_sequence_that_goes_on_where_its_slot_does_not_end_is_an_error(serve: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from brlite.backends.torch.backend import TorchBackend
 from brlite.checkpoint import open_checkpoint
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult
+from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult, TokenMasks
 from brlite.errors import ConfigError
 from brlite.precision import PrecisionName
 from brlite.sampling_params import SamplingParams
@@ -100,6 +101,21 @@ def test_int8_precisions_run_and_say_what_they_hold(precision: PrecisionName, ll
     assert backend.info.precision == precision
     assert backend.info.kv_dtype == ("int8" if precision.endswith("kv_int8") else "float32")
     assert any("int8" in note for note in backend.info.notes)
+
+
+def test_a_step_waits_for_its_masks(backend: TorchBackend) -> None:
+    masks = TokenMasks(VOCAB_SIZE, {0: 1})
+    seqs = [span(0, 0, PROMPTS[0]), span(1, 0, PROMPTS[1])]
+    plain = run(backend, *seqs)
+    masks.words[4] = 0b100  # token 34
+    late = threading.Timer(0.2, masks.publish, (0,))
+    late.start()
+
+    masked = backend.execute(Batch(seqs, masks)).seqs
+
+    assert masked[0].tokens[0].token_id == 34
+    assert masked[1] == plain[1]
+    late.join()
 
 
 def test_info_says_what_fits(backend: TorchBackend) -> None:

@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 3
+#define BRLITE_ABI_VERSION 4
 #define BRLITE_KERNEL_VERSION 1  // counts up whenever a change of the kernels changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
@@ -117,6 +117,8 @@ typedef struct brlite_draw {
     const int32_t* banned_ids;
     const int32_t* counted_ids;
     const int32_t* output_counts;
+    const int32_t* mask;  // null, or [ceil(vocabulary / 32)]: bit t % 32 of word t / 32 is 1 where t may be drawn
+    const uint8_t* is_mask_filled;  // null, or 1 once another thread has filled the mask, which the draw waits for
 } brlite_draw;
 
 // What came of it. `top_ids` and `top_logprobs` have room for `num_logprobs`. Without finite logits `token` is -1.

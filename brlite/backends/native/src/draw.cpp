@@ -1,13 +1,39 @@
 // The drawing of tokens without a step: for tests, and for logits that came from elsewhere.
 #include <string.h>
 
+#include <chrono>
 #include <new>
+#include <thread>
 
 #include "brlite.h"
 #include "isas.h"
 #include "kernels.h"
 #include "memory.h"
 #include "pause.h"
+
+namespace brlite {
+
+constexpr int NUM_SPINS = 2000;
+constexpr std::chrono::microseconds NAP(20);  // the thread that fills the mask may need this core
+constexpr std::chrono::seconds MAX_WAIT(60);
+
+bool wait_for_mask(const brlite_draw& draw) {
+    const auto is_filled = [&draw] {
+        return !draw.is_mask_filled || __atomic_load_n(draw.is_mask_filled, __ATOMIC_ACQUIRE);
+    };
+    for (int i = 0; i < NUM_SPINS; i++) {
+        if (is_filled()) return true;
+        pause();
+    }
+    const auto deadline = std::chrono::steady_clock::now() + MAX_WAIT;
+    while (!is_filled()) {
+        if (std::chrono::steady_clock::now() > deadline) return false;
+        std::this_thread::sleep_for(NAP);
+    }
+    return true;
+}
+
+}  // namespace brlite
 
 extern "C" {
 

@@ -1,7 +1,7 @@
 // How a token is drawn from a row of logits, and what is reported of it:
 //
 // 1. logprobs are the model's own, taken before anything below;
-// 2. biases, bans and penalties (sample_edit.h);
+// 2. biases, bans, the mask and penalties (sample_edit.h);
 // 3. a greedy row takes its best token, the lowest id among equals;
 // 4. other rows truncate (sample_best.h): top-k, within it top-p, within that min-p, ties by lower id;
 // 5. one uniform number picks among the survivors in the order of their ids.
@@ -170,7 +170,7 @@ static void report_top(const Values& row, const Logprobs& logprobs, int num_top,
 // `row` after the edits of its logits, which are kept in `own_logits` as they were if they are wanted after.
 static void edit_row(const brlite_draw& draw, float* logits, Values& row, float* own_logits, SampleScratch& scratch) {
     if (draw.num_logprobs >= 0) memcpy(own_logits, logits, row.size * sizeof *logits);
-    edit_logits(draw, logits);
+    edit_logits(draw, logits, row.size);
     row = survey(logits, row.size, scratch);
 }
 
@@ -193,6 +193,7 @@ static void draw_token(const brlite_draw& draw, float* logits, int vocab_size, b
     const Logprobs logprobs = is_reported ? logprobs_of(row, scratch) : Logprobs{};
     if (draw.num_logprobs > 0) report_top(row, logprobs, smaller(draw.num_logprobs, vocab_size), drawn, scratch);
     const bool is_edited = draw.target < 0 && has_edits(draw);
+    if (is_edited && draw.mask && !wait_for_mask(draw)) return;
     if (is_edited) edit_row(draw, logits, row, memory.own_logits, scratch);
     drawn.token = draw.target >= 0 ? draw.target : token_of(row, draw, scratch);
     const float* own_logits = is_edited ? memory.own_logits : logits;

@@ -1,9 +1,13 @@
-// What a request changes in its row of logits before a token is drawn: biases, bans, then penalties.
+// What a request changes in its row of logits before a token is drawn: biases, bans, the mask, then penalties.
 #pragma once
 
 #include "lanes.h"
 
 namespace brlite {
+
+// Returns when the draw's mask is filled, which another thread does. False if it is not within a minute.
+bool wait_for_mask(const brlite_draw& draw);
+
 namespace BRLITE_ISA {
 
 constexpr double MAX_LOGIT = 3.4028234663852886e38;  // the largest float
@@ -16,7 +20,7 @@ INLINE bool has_penalties(const brlite_draw& draw) {
 }
 
 INLINE bool has_edits(const brlite_draw& draw) {
-    return draw.num_biases > 0 || draw.num_banned > 0 || (draw.num_counted > 0 && has_penalties(draw));
+    return draw.mask || draw.num_biases > 0 || draw.num_banned > 0 || (draw.num_counted > 0 && has_penalties(draw));
 }
 
 // `logit` by the penalties of a token that was generated `count` times. What overflows stops at the largest float.
@@ -36,9 +40,19 @@ static void penalize(const brlite_draw& draw, float* logits) {
     }
 }
 
-static void edit_logits(const brlite_draw& draw, float* logits) {
+// -inf for the tokens whose bit is 0.
+static void apply_mask(const int32_t* mask, float* logits, int size) {
+    const Ints lane_bits = Ints{} + 1 << lane_numbers();
+    for (int i = 0; i < size; i += LANES) {
+        const Ints is_out = is_equal(splat_int(mask[i / 32] >> i % 32) & lane_bits, Ints{});
+        store(logits + i, choose(is_out, splat(-__builtin_inff()), load(logits + i)));
+    }
+}
+
+static void edit_logits(const brlite_draw& draw, float* logits, int size) {
     for (int i = 0; i < draw.num_biases; i++) logits[draw.bias_ids[i]] += draw.biases[i];
     for (int i = 0; i < draw.num_banned; i++) logits[draw.banned_ids[i]] = -__builtin_inff();
+    if (draw.mask) apply_mask(draw.mask, logits, size);
     if (has_penalties(draw)) penalize(draw, logits);
 }
 

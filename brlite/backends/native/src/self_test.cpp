@@ -93,9 +93,12 @@ std::vector<brlite_draw> ways_to_draw() {
     penalised.repetition_penalty = 1.3f;
     penalised.presence_penalty = 0.5f;
     penalised.frequency_penalty = 0.25f;
+    static const int32_t words[(Toy::VOCABULARY + 31) / 32] = {0x11111111, 0x70000007, 0, -1};
+    brlite_draw masked = penalised;
+    masked.mask = words;
     brlite_draw reported = greedy;
     reported.target = 7;
-    return {greedy, sampled, truncated, likely, penalised, reported};
+    return {greedy, sampled, truncated, likely, penalised, masked, reported};
 }
 
 // A batch, every row of which draws, and room for what comes of it.
