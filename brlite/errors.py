@@ -27,7 +27,7 @@ BrliteError
         ├── UpstreamUnavailable    none that serves the model can be reached
         └── UpstreamTimeout        it did not answer in time
 
-The HTTP status of each stands in one table, `brlite/http/errors.py`.
+The HTTP status of each stands in one table, `brlite/dialects/errors.py`.
 """
 
 from __future__ import annotations

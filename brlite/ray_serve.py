@@ -28,6 +28,7 @@ from brlite.config.load import load_config
 from brlite.config.options import Config, Count, CountOrZero, Text
 from brlite.config.validation import convert, make_config
 from brlite.config.warnings import check_supported, config_warnings
+from brlite.dialects.openai import encode_error
 from brlite.errors import (
     BrliteError,
     ConfigError,
@@ -245,7 +246,7 @@ class _ServeResponse:
         elif self._refusal is not None:
             await self._send_error(self._error(self._refusal["status"]), self._refusal)
         elif self._is_stream:
-            event = b"data: %b\n\ndata: [DONE]\n\n" % error_body(UpstreamError(CUT_STREAM))
+            event = encode_error(UpstreamError(CUT_STREAM))
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
     async def _begin(self, message: Message) -> None:

@@ -43,12 +43,16 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "torch numpy msgspec setuptools",
     ),
     "conversion": ("models checkpoint backends tokenizer precision files machine config", "numpy msgspec"),
-    "http": ("config files process", "aiohttp msgspec multidict yarl"),
-    "server": ("http engine tokenizer sampling_params outputs config process", "aiohttp msgspec prometheus_client"),
-    "proxy": ("http config files process", "aiohttp msgspec prometheus_client"),
+    "dialects": ("sampling_params outputs config files", "msgspec"),
+    "http": ("dialects.errors config files process", "aiohttp msgspec multidict yarl"),
+    "server": (
+        "http dialects engine tokenizer sampling_params outputs config process",
+        "aiohttp msgspec prometheus_client",
+    ),
+    "proxy": ("http dialects config files process", "aiohttp msgspec prometheus_client"),
     "llm": ("engine backends checkpoint tokenizer sampling_params outputs config process", "msgspec"),
     "app": ("server proxy http engine llm config", "aiohttp"),
-    "ray_serve": ("app llm http config", "aiohttp msgspec ray starlette yarl"),
+    "ray_serve": ("app llm http dialects config", "aiohttp msgspec ray starlette yarl"),
 }
 MAY_IMPORT_ANYTHING = ("commands", "__main__")
 MAY_BE_ASYNC = (

@@ -1,80 +1,42 @@
-"""The error envelope: which HTTP status, type and code each exception has, and the JSON body that says so.
+"""Errors as HTTP: the status, headers and body of each exception, aiohttp's own among them.
 
-The body is OpenAI's nested object with the flat keys of the manual's era beside it, so old and new clients both find
-their message. It knows no requests: `error_middleware.py` decides when an envelope is sent.
+What a body holds and which status our own errors have is said in `dialects/errors.py`. It knows no requests:
+`middlewares.py` decides when a response of these is sent.
 """
 
 from __future__ import annotations
 
 from http import HTTPStatus
-from typing import NamedTuple
 
-import msgspec
 from aiohttp import web
 
+import brlite.dialects.errors as dialect_errors
 from brlite import errors
+from brlite.dialects.errors import SERVER_FAULT, STATUSES, Status, envelope
 
-SERVER_FAULT = "The server had an error while processing your request."
-MAX_MESSAGE_LENGTH = 2000
 # On every answer. `Server` is said because aiohttp would say its own version and Python's.
 OWN_HEADERS = {"Server": "brlite", "X-Content-Type-Options": "nosniff"}
 
 
-class Status(NamedTuple):
-    """What HTTP and OpenAI call an error. An error's own `code` goes before this one."""
-
-    http: int
-    type: str
-    code: str | None
-
-
-STATUSES: dict[type[BaseException], Status] = {
-    errors.RequestError: Status(400, "invalid_request_error", "invalid_value"),
-    errors.PromptTooLong: Status(400, "invalid_request_error", "context_length_exceeded"),
-    errors.Unauthorized: Status(401, "authentication_error", "invalid_api_key"),
-    errors.Forbidden: Status(403, "permission_error", "model_not_allowed"),
-    errors.NotFound: Status(404, "not_found_error", "unknown_url"),
-    errors.ModelNotFound: Status(404, "not_found_error", "model_not_found"),
-    errors.MethodNotAllowed: Status(405, "invalid_request_error", "method_not_allowed"),
-    errors.RequestTimeout: Status(408, "invalid_request_error", "request_timeout"),
-    errors.BodyTooLarge: Status(413, "invalid_request_error", "request_too_large"),
-    errors.UnsupportedMediaType: Status(415, "invalid_request_error", "unsupported_media_type"),
-    errors.QueueFull: Status(429, "rate_limit_error", "queue_full"),
-    errors.RateLimited: Status(429, "rate_limit_error", "rate_limit_exceeded"),
-    errors.QueueTimeout: Status(503, "server_error", "queue_timeout"),
-    errors.NotReady: Status(503, "server_error", "not_ready"),
-    errors.LoopDetected: Status(508, "server_error", "loop_detected"),
-    errors.UpstreamError: Status(502, "server_error", "upstream_error"),
-    errors.UpstreamUnavailable: Status(503, "server_error", "upstream_unavailable"),
-    errors.UpstreamTimeout: Status(504, "server_error", "upstream_timeout"),
-    BaseException: Status(500, "server_error", "internal_error"),
-}
-
-
 def status_of(error: BaseException) -> Status:
-    """The table's row of the error's nearest class."""
+    """The error's status, type and code."""
     if isinstance(error, web.HTTPException):
         return Status(error.status, "server_error" if error.status >= 500 else "invalid_request_error", None)
-    return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
+    return dialect_errors.status_of(error)
 
 
 def error_body(error: BaseException) -> bytes:
     """The error as JSON. What is not the client's business is replaced by one fixed sentence."""
-    status = status_of(error)
-    code = getattr(error, "code", None) or status.code
-    return _body(status._replace(code=code), _message(error), getattr(error, "param", None))
+    if isinstance(error, web.HTTPException):
+        return envelope(status_of(error), error.reason if error.status < 500 else SERVER_FAULT)
+    return dialect_errors.error_body(error)
 
 
 def foreign_error_body(http: int, message: str) -> bytes:
     """The body for a status that another server chose, with its words."""
     known = next((status for status in STATUSES.values() if status.http == http), None)
     kind = "invalid_request_error" if http < 500 else "server_error"
-    return _body(known or Status(http, kind, "upstream_error"), message, None)
-
-
-def _body(status: Status, message: str, param: str | None) -> bytes:
-    fields = {"message": message, "type": status.type, "param": param, "code": status.code}
-    return msgspec.json.encode({"error": fields, "object": "error", **fields, "code": status.http})
+    return envelope(known or Status(http, kind, "upstream_error"), message)
 
 
 def error_headers(error: BaseException) -> dict[str, str]:
@@ -111,14 +73,3 @@ def error_bytes(error: BaseException) -> bytes:
     }
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     return f"HTTP/1.1 {status.value} {status.phrase}\r\n{lines}\r\n".encode() + body
-
-
-def _message(error: BaseException) -> str:
-    if isinstance(error, errors.RequestError):
-        text = str(error)
-    elif isinstance(error, web.HTTPException) and error.status < 500:
-        text = error.reason
-    else:
-        text = SERVER_FAULT
-    # A path or a field of the client's may be echoed here, and hold what JSON cannot.
-    return text[:MAX_MESSAGE_LENGTH].encode("utf-8", "backslashreplace").decode()

@@ -1,7 +1,7 @@
-"""Server-sent events on an aiohttp response: framed bytes go straight to the transport, one write for each send.
+"""Server-sent events on an aiohttp response: framed events go straight to the transport, one write for each call.
 
-The handler never waits for a write; it asks `is_backlogged` and merges or waits. Comments keep silent streams alive.
-It knows no JSON and no tokens: an event is bytes without line breaks.
+The handler never waits for a write; it reads `is_backlogged` and merges or waits. Comments keep silent streams alive.
+It does not know what events hold: `dialects/` frames them.
 
 Relied on, all public: after `StreamResponse.prepare()` the headers are with the transport, so what is written there
 follows them; `write_eof()` ends the chunked encoding, after which the connection takes its next request.
@@ -25,24 +25,13 @@ _HEADERS = {
     "Cache-Control": "no-cache, no-transform",  # a compressing middleware would collect the events,
     "X-Accel-Buffering": "no",  # and nginx would
 }
-_DONE = b"data: [DONE]\n\n"
-# Characters that Python's `str.splitlines` takes for line ends, as clients that are built on it do, and JSON does not.
-_LINE_ENDS = (("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"), ("\x85", b"\\u0085"))
-
-
-def on_one_line(event: bytes) -> bytes:
-    """JSON whose line separators are escaped, so that it is one line in every reader's eyes."""
-    if not event.isascii():
-        for character, escape in _LINE_ENDS:
-            event = event.replace(character.encode(), escape)
-    return event
 
 
 class EventStream:
     """A stream of events that answers `request`.
 
-    `async with EventStream(request, comment_seconds) as stream:` sends the headers, and stops the comments at the end,
-    however that comes; `return await stream.finish()` inside it is the good end.
+    `prepare` sends the headers, `finish` is the good end, and `close` must follow in any case: it stops the comments.
+    `async with` does the first and the last.
     """
 
     def __init__(self, request: web.Request, comment_seconds: float) -> None:
@@ -54,6 +43,7 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._last_write = 0.0
         self._comment_timer: asyncio.TimerHandle | None = None
+        self.is_prepared = False  # whether the headers are sent, so that errors travel in the stream
 
     async def __aenter__(self) -> EventStream:
         await self.prepare()
@@ -62,10 +52,10 @@ class EventStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop_comments()
+        self.close()
 
     async def prepare(self) -> None:
-        """Send the headers. From here on errors travel in the stream."""
+        """Send the headers. Raises `ConnectionResetError` where the client has left."""
         if not self._is_chunked:
             self._response.force_close()  # HTTP/1.0 knows the end of a stream by the end of its connection
         await self._response.prepare(self._request)
@@ -74,15 +64,21 @@ class EventStream:
             raise ConnectionResetError("the client left before the first event")
         self._transport = transport
         self._last_write = self._loop.time()
+        self.is_prepared = True
         self._start_comments()
 
-    def send(self, *events: bytes) -> bool:
-        """Write the events, JSON each, in one go. False, and nothing written, if the client has left."""
-        return self._write(b"data: %b\n\n" % on_one_line(b"\n\ndata: ".join(events)))
+    def write(self, events: bytes) -> bool:
+        """Write framed events in one go. False, and nothing written, if the client has left."""
+        # uvloop raises, and asyncio warns, on a write after close.
+        if self._transport.is_closing():
+            return False
+        self._transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._is_chunked else events)
+        self._last_write = self._loop.time()
+        return True
 
     def comment(self) -> bool:
         """Write a line that clients skip."""
-        return self._write(b": %b\n\n" % self._comment_text().encode())
+        return self.write(b": %b\n\n" % self._comment_text().encode())
 
     @contextmanager
     def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
@@ -114,20 +110,18 @@ class EventStream:
             stall.stop()
         return not self._transport.is_closing()
 
-    async def finish(self) -> web.StreamResponse:
-        """Send `[DONE]` and end the response; the handler returns what this returns."""
-        self._stop_comments()
+    async def finish(self, last_events: bytes = b"") -> web.StreamResponse:
+        """Write the last events and end the response; the handler returns what this returns."""
+        self.close()
         with suppress(ConnectionError):  # the client left before the end; aiohttp notices on its own
-            await self._response.write_eof(_DONE)
+            await self._response.write_eof(last_events)
         return self._response
 
-    def _write(self, text: bytes) -> bool:
-        # uvloop raises, and asyncio warns, on a write after close.
-        if self._transport.is_closing():
-            return False
-        self._transport.write(b"%x\r\n%b\r\n" % (len(text), text) if self._is_chunked else text)
-        self._last_write = self._loop.time()
-        return True
+    def close(self) -> None:
+        """Stop the comments. May be called twice, and before `prepare`."""
+        if self._comment_timer is not None:
+            self._comment_timer.cancel()
+            self._comment_timer = None
 
     def _comment_if_silent(self) -> None:
         silence = self._loop.time() - self._last_write
@@ -139,13 +133,8 @@ class EventStream:
             self._comment_timer = self._loop.call_later(wait, self._comment_if_silent)
 
     def _start_comments(self) -> None:
-        self._stop_comments()
+        self.close()
         self._comment_timer = self._loop.call_later(self._comment_seconds, self._comment_if_silent)
-
-    def _stop_comments(self) -> None:
-        if self._comment_timer is not None:
-            self._comment_timer.cancel()
-            self._comment_timer = None
 
 
 def _keep_alive() -> str:

@@ -10,7 +10,6 @@ import hashlib
 import hmac
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from aiohttp import hdrs, web
@@ -148,18 +147,6 @@ def shown_api_key(request: web.Request) -> ApiKey | None:
     """The accepted key that the request shows, for handlers of open resources; None if there is none."""
     headers = request.headers
     return request.app[KEYS].find(shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key")))
-
-
-@contextmanager
-def admitted(request: web.BaseRequest, model: str) -> Iterator[None]:
-    """Hold a place under the request's key while the model works for it. Raises `Forbidden` or `RateLimited`."""
-    key = api_key(request)
-    key.check_model(model)
-    key.begin(time.monotonic())
-    try:
-        yield
-    finally:
-        key.end()
 
 
 def spend_tokens(request: web.BaseRequest, prompt_tokens: int, completion_tokens: int) -> None:

@@ -14,9 +14,9 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
+from brlite.dialects.json_body import decode_json
 from brlite.errors import InvalidRequest
 from brlite.files.text_file import BYTE_ORDER_MARK
-from brlite.http.decode import decode_json
 
 T = TypeVar("T")
 

@@ -9,11 +9,9 @@ import enum
 
 import msgspec
 
+from brlite.dialects.sse import DONE_EVENT, on_one_line
 from brlite.errors import RequestError, UpstreamTimeout
 from brlite.http.errors import error_body
-from brlite.http.events import on_one_line
-
-DONE_EVENT = b"data: [DONE]\n\n"
 
 
 class StreamKind(enum.Enum):

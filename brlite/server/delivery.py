@@ -1,4 +1,4 @@
-"""Carries outputs from the engine to one HTTP response: chunk by chunk, or all at once.
+"""Carries the engine's outputs to one HTTP response: chunk by chunk, or all at once.
 
 A stream whose model has to be loaded begins before the load and reports its progress in comments. The engine's
 sinks write to the client's socket themselves, so a token costs one write and wakes no task. A client that is slower
@@ -9,91 +9,118 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import uuid
 from types import TracebackType
 from typing import TypeVar
 
 from aiohttp import web
 
 from brlite.config.options import LimitsConfig
+from brlite.dialects.dialect import Dialect, ResponseEncoder
+from brlite.dialects.generation import Generation, in_client_words
+from brlite.engine.admission import check_limits
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
-from brlite.errors import BrliteError, EngineError, stopping
-from brlite.http.errors import error_body
+from brlite.errors import BrliteError, EngineError, InvalidRequest, stopping
+from brlite.http.access_log import log_extras
 from brlite.http.events import EventStream
-from brlite.http.keys import api_key
+from brlite.http.keys import api_key, spend_tokens
 from brlite.outputs import RequestOutput
-from brlite.server.answers import Answer
+from brlite.server.engine_requests import make_requests
+from brlite.server.event_builder import EventBuilder, UsageCount
 from brlite.server.served_model import ServedModel
 
 LOADING_COMMENT_SECONDS = 1.0
+STOPPING_RETRY_SECONDS = 1
 
-C = TypeVar("C", bound="Collector")
+D = TypeVar("D", bound="Delivery")
 
-# Encodes the prompts and submits the requests to the collector. Encoding a long prompt takes seconds.
-Ask = Callable[[EngineLoop, "Collector"], Awaitable[None]]
-
-
-RUNNING: web.AppKey[set[Collector]] = web.AppKey("running")  # the collectors of the responses in progress
-RETRY_SECONDS = 1
+RUNNING: web.AppKey[set[Delivery]] = web.AppKey("running")  # the deliveries in progress
 
 
 def end_all(app: web.Application) -> None:
     """End all responses in progress with an error; a stream gets an error event."""
-    for collector in app[RUNNING]:
-        collector.fail(stopping(RETRY_SECONDS))
+    for delivery in app[RUNNING]:
+        delivery.fail(stopping(STOPPING_RETRY_SECONDS))
 
 
-class Collector:
-    """The outputs of several requests, merged per request until all are finished.
+class Delivery:
+    """One call's response in the making: `async with` inside `admit`, then `loaded`, `submit` and `send`.
 
-    `with Collector(answer) as collector:` aborts at the end what is not finished by then, however the end comes, and
-    counts what was computed and never sent.
+    Every way out ends here: what is not finished is aborted, what was computed is charged to the key and logged, and
+    the client's own names of fields stand in a refusal. After that `response` is what the handler returns.
     """
 
-    def __init__(self, answer: Answer) -> None:
-        self.outputs: dict[int, RequestOutput] = {}
-        self._answer = answer
-        self._num_requests = 0
+    response: web.StreamResponse
+
+    def __init__(
+        self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
+    ) -> None:
+        self.id = f"{dialect.id_prefix}-{uuid.uuid4().hex}"
+        self._request = request
+        self._dialect = dialect
+        self._call = call
+        self._model_name = model_name
+        self._limits = limits
+        self._tenant = api_key(request).tenant
+        self._usage = UsageCount(shows_completions=not call.is_echo_only)
+        self._outputs: dict[int, RequestOutput] = {}  # that are not sent yet
         self._num_open = 0
-        self._aborts = ExitStack()
         self._error: BrliteError | None = None
         self._changed = asyncio.Event()
+        self._engine: EngineLoop | None = None
+        self._requests: list[Request] = []
+        self._builder: EventBuilder
+        self._encoder: ResponseEncoder
 
-    def __enter__(self: C) -> C:
+    async def __aenter__(self: D) -> D:
+        self._request.app[RUNNING].add(self)
         return self
 
-    def __exit__(
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._aborts.close()
-        for index, output in self.outputs.items():
-            self._answer.count.add(index, output)
+    ) -> bool:
+        try:
+            if isinstance(error, InvalidRequest):
+                error = in_client_words(error, self._call.field_names)
+            return isinstance(error, BrliteError) and await self._end_with(error)
+        finally:
+            self._close()
 
-    def submit(self, engine: EngineLoop, requests: Sequence[Request]) -> None:
-        """Queue all of them. The first refusal is raised; those before it end with the collector."""
-        self._num_requests = self._num_open = len(requests)
-        for index, request in enumerate(requests):
+    async def loaded(self, model: ServedModel) -> EngineLoop:
+        """The model's engine, once it is there. Raises as `ServedModel.loaded` does."""
+        if model.is_available:
+            return await model.loaded(self._limits.max_wait_seconds, self._tenant)
+        check_limits(self._call.params, self._limits)  # which the engine does, but too late for a client that waits
+        return await self._wait_for(model)
+
+    async def _wait_for(self, model: ServedModel) -> EngineLoop:
+        return await model.loaded(self._limits.max_wait_seconds, self._tenant)
+
+    async def submit(self, engine: EngineLoop) -> None:
+        """Encode the prompts and queue their requests. Raises `RequestError` for the first that is refused."""
+        self._requests, cuts = await make_requests(self._call, engine, self.id, self._tenant)
+        self._builder = EventBuilder(self._call, self._usage, engine.tokenizer, (*self._call.warnings, *cuts))
+        self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
+        self._engine, self._num_open = engine, len(self._requests)
+        for index, request in enumerate(self._requests):
             engine.submit(request, functools.partial(self._receive, index))
-            self._aborts.callback(engine.abort, request.request_id)
+
+    async def send(self) -> None:
+        """Send the response to its end. Raises the error that ended one of the requests."""
+        raise NotImplementedError
 
     def fail(self, error: BrliteError) -> None:
         """End with this error in place of what is still to come."""
         self._error = self._error or error
         self._changed.set()
 
-    async def wait(self) -> list[RequestOutput]:
-        """All outputs, whole. Raises the error that ended one of the requests."""
-        while self._num_open and self._error is None:
-            await self._changed.wait()
-            self._changed.clear()
-        if self._error is not None:
-            raise self._error
-        outputs, self.outputs = self.outputs, {}
-        return [outputs[index] for index in range(self._num_requests)]
+    async def _end_with(self, error: BrliteError) -> bool:
+        """Answer an error, and return whether that was done; else it is the error middleware's to answer."""
+        raise error from None
 
     def _receive(self, index: int, output: RequestOutput | BrliteError) -> None:
+        """The sink of one prompt's request."""
         try:
             if isinstance(output, BrliteError):
                 self._error = output
@@ -108,101 +135,104 @@ class Collector:
                 self._changed.set()
 
     def _take(self, index: int, output: RequestOutput) -> None:
-        if index in self.outputs:
-            self.outputs[index].merge(output)
+        if index in self._outputs:
+            self._outputs[index].merge(output)
         else:
-            self.outputs[index] = output
+            self._outputs[index] = output
+
+    def _close(self) -> None:
+        self._request.app[RUNNING].discard(self)
+        if self._engine is not None and self._num_open:
+            for request in self._requests:
+                self._engine.abort(request.request_id)
+        for index, output in self._outputs.items():  # computed, and never sent
+            self._usage.add(index, output)
+        spend_tokens(self._request, self._usage.prompt, self._usage.completion)
+        log_extras(self._request).update(
+            model=self._model_name, prompt_tokens=self._usage.prompt, completion_tokens=self._usage.completion
+        )
 
 
-class StreamCollector(Collector):
-    """Sends each delta as it comes; `outputs` holds only what the client is not ready for."""
+class WholeDelivery(Delivery):
+    """Waits for all completions and answers with one body."""
 
-    def __init__(self, answer: Answer) -> None:
-        super().__init__(answer)
-        self._stream: EventStream | None = None
+    async def send(self) -> None:
+        while self._num_open and self._error is None:
+            await self._changed.wait()
+            self._changed.clear()
+        if self._error is not None:
+            raise self._error
+        outputs, self._outputs = self._outputs, {}
+        events, warnings = self._builder.whole([outputs[index] for index in sorted(outputs)])
+        body = self._encoder.whole(events, self._usage.so_far(), warnings)
+        self.response = web.Response(body=body, content_type="application/json")
+
+
+class StreamDelivery(Delivery):
+    """Sends each delta as it comes, as server-sent events; `_outputs` holds only what the client is not ready for.
+
+    Refusals are raised before the headers; later errors travel in the stream. Before a model is loaded most cannot be
+    known: then the headers go first.
+    """
+
+    def __init__(
+        self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
+    ) -> None:
+        super().__init__(request, dialect, call, model_name, limits)
+        self._stream = EventStream(request, limits.sse_comment_seconds)
+        self._sends_at_once = False
         self._has_left = False
 
-    async def send_to(self, stream: EventStream, slow_client_seconds: float) -> None:
-        """Send the stream to its end, or to its error. Returns early if the client left, or was cut for being slow."""
-        self._stream = stream
-        try:
-            self._send(self._answer.opening())
+    async def _wait_for(self, model: ServedModel) -> EngineLoop:
+        await self._stream.prepare()
+        with self._stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
+            return await super()._wait_for(model)
+
+    async def send(self) -> None:
+        """Returns early if the client left, or was cut for being slow."""
+        stream = self._stream
+        if not stream.is_prepared:
+            await stream.prepare()
+        if opening := self._encoder.opening():
+            stream.write(opening)
+        self._sends_at_once = True
+        self._flush()
+        while self._num_open and self._error is None and not self._has_left:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._outputs and not await stream.drained(self._limits.slow_client_seconds):
+                break
             self._flush()
-            while self._num_open and self._error is None and not self._has_left:
-                await self._changed.wait()
-                self._changed.clear()
-                if self.outputs and not await stream.drained(slow_client_seconds):
-                    return
-                self._flush()
-            if self._error is not None:
-                stream.send(error_body(self._error))
-            else:
-                self._send(self._answer.closing())
-        finally:
-            self._stream = None  # outputs of other prompts must not follow the end of the response
+        self._sends_at_once = False  # outputs of other prompts must not follow the end of the response
+        if self._error is not None:
+            raise self._error
+        self.response = await stream.finish(self._encoder.closing(self._usage.so_far()))
+
+    async def _end_with(self, error: BrliteError) -> bool:
+        self._sends_at_once = False
+        if not self._stream.is_prepared:
+            raise error from None
+        self.response = await self._stream.finish(self._dialect.encode_error(error))
+        return True
 
     def _take(self, index: int, output: RequestOutput) -> None:
-        super()._take(index, output)
-        if self._stream is None or self._stream.is_backlogged:
+        if self._outputs or not self._sends_at_once or self._stream.is_backlogged:
+            super()._take(index, output)
             self._changed.set()
         else:
-            self._flush()
+            self._write(index, output)
 
     def _flush(self) -> None:
-        outputs, self.outputs = self.outputs, {}
+        outputs, self._outputs = self._outputs, {}
         for index, output in outputs.items():
-            self._send(self._answer.chunks(index, output))
+            self._write(index, output)
 
-    def _send(self, chunks: list[bytes]) -> None:
-        assert self._stream is not None
-        if chunks and not self._stream.send(*chunks):
+    def _write(self, index: int, output: RequestOutput) -> None:
+        events = self._builder.events(index, output)
+        if events and not self._stream.write(b"".join([self._encoder.encode(event) for event in events])):
             self._has_left = True  # not every server cancels the handler then
             self._changed.set()
 
-
-async def answer_whole(
-    http_request: web.Request, model: ServedModel, ask: Ask, answer: Answer, limits: LimitsConfig
-) -> web.Response:
-    """Wait for the model and for all completions, and answer with one body."""
-    with Collector(answer) as collector, _registered(http_request, collector):
-        await ask(await model.loaded(limits.max_wait_seconds, api_key(http_request).tenant), collector)
-        body = answer.whole(await collector.wait())
-    return web.Response(body=body, content_type="application/json")
-
-
-async def answer_stream(
-    http_request: web.Request, model: ServedModel, ask: Ask, answer: Answer, limits: LimitsConfig
-) -> web.StreamResponse:
-    """Answer with server-sent events. Refusals are raised before the headers; later errors travel in the stream.
-
-    Before a model is loaded most cannot be known: then the headers go first.
-    """
-    with StreamCollector(answer) as collector, _registered(http_request, collector):
-        if model.is_available:
-            await ask(await model.loaded(limits.max_wait_seconds, api_key(http_request).tenant), collector)
-            async with EventStream(http_request, limits.sse_comment_seconds) as stream:
-                return await _send(collector, stream, limits)
-        async with EventStream(http_request, limits.sse_comment_seconds) as stream:
-            try:
-                with stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
-                    engine = await model.loaded(limits.max_wait_seconds, api_key(http_request).tenant)
-                await ask(engine, collector)
-            except BrliteError as error:
-                stream.send(error_body(error))
-                return await stream.finish()
-            return await _send(collector, stream, limits)
-
-
-@contextmanager
-def _registered(request: web.Request, collector: Collector) -> Iterator[None]:
-    running = request.app[RUNNING]
-    running.add(collector)
-    try:
-        yield
-    finally:
-        running.discard(collector)
-
-
-async def _send(collector: StreamCollector, stream: EventStream, limits: LimitsConfig) -> web.StreamResponse:
-    await collector.send_to(stream, limits.slow_client_seconds)
-    return await stream.finish()
+    def _close(self) -> None:
+        self._stream.close()
+        super()._close()

@@ -1,62 +1,42 @@
-"""One coroutine for each endpoint: read, find the model, translate, hand to the engine, answer. `ROUTES` lists them.
+"""One coroutine for each endpoint, and `ROUTES`, which lists them. `generate` is the place to start.
 
-No field is interpreted here and no byte is framed: `translate.py`, `answers.py` and `delivery.py` do that.
+No field is interpreted here and no byte is framed: `dialects/` decode and encode, `delivery.py` sends.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import partial
 
 import msgspec
 from aiohttp import web
-from msgspec import UNSET
+from aiohttp.typedefs import Handler
+from msgspec import UNSET, UnsetType
 
 import brlite
 from brlite.config.options import Config
-from brlite.engine.async_engine import EngineLoop
-from brlite.errors import Forbidden, NotFound
-from brlite.http.access_log import log_extras
-from brlite.http.body import leave_body, read_body
-from brlite.http.decode import decode_fields, decode_json
-from brlite.http.keys import KEYS, admitted, api_key, shown_api_key, spend_tokens
-from brlite.sampling_params import SamplingParams, check_token_ids
-from brlite.server import metrics
-from brlite.server.answers import ChatAnswer, CompletionAnswer
-from brlite.server.checks import check_tokenize, generation_prompt
-from brlite.server.delivery import Collector, answer_stream, answer_whole
-from brlite.server.fields import check_undecoded
-from brlite.server.logprobs import TokenNames
-from brlite.server.protocol import (
-    ChatCompletionRequest,
-    CompletionRequest,
+from brlite.dialects import DIALECTS
+from brlite.dialects.dialect import Dialect
+from brlite.dialects.openai import encode_json, token_name
+from brlite.dialects.openai_tokens import (
     DetokenizeAnswer,
-    DetokenizeRequest,
-    ModelCard,
-    ModelList,
-    SamplingFields,
     TokenizeAnswer,
-    TokenizeRequest,
     TokenizerInfo,
-    encode,
+    decode_detokenize,
+    decode_tokenize,
 )
-from brlite.server.remote_models import forwarded_card, forwarded_progress
+from brlite.errors import Forbidden, NotFound
+from brlite.http.body import leave_body, read_body
+from brlite.http.keys import KEYS, api_key, shown_api_key
+from brlite.sampling_params import check_token_ids
+from brlite.server import metrics
+from brlite.server.delivery import StreamDelivery, WholeDelivery
+from brlite.server.engine_requests import encode
+from brlite.server.event_builder import token_text
+from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card
 from brlite.server.served_model import ModelTable, ServedModel
-from brlite.server.translate import (
-    Prompt,
-    answer_form,
-    chat_params,
-    check_chat,
-    check_completion,
-    client_field_names,
-    completion_params,
-    make_requests,
-    plain_messages,
-    truncate,
-)
-
-T = TypeVar("T", bound=msgspec.Struct)
 
 CONFIG = web.AppKey("config", Config)
 MODELS = web.AppKey("models", ModelTable)
@@ -64,103 +44,65 @@ MODELS = web.AppKey("models", ModelTable)
 ADD_METRICS: web.AppKey[Callable[[bytes, str], Awaitable[bytes]]] = web.AppKey("add_metrics")
 
 
-async def chat_completions(request: web.Request) -> web.StreamResponse:
-    body, warnings = await _read(request, _CHAT)
-    limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
-    with _using(request, body.model) as model:
-        with client_field_names(body):
-            messages = check_chat(body, limits)
-            params = chat_params(body, limits)
-            has_generation_prompt = generation_prompt(
-                add=body.add_generation_prompt, continues=body.continue_final_message
-            )
-        answer = ChatAnswer(answer_form(body, body.model or model.name, params))
-        answer.warn(warnings)
-
-        async def encode(engine: EngineLoop) -> list[Prompt]:
-            token_ids = await engine.encode_chat(
-                messages,
-                add_generation_prompt=has_generation_prompt,
-                continue_final_message=bool(body.continue_final_message),
-                is_bounded=body.truncate_prompt_tokens is None,
-                tenant=tenant,
-            )
-            return [Prompt(None, token_ids)]
-
-        return await _answer(request, model, body, encode, params, answer)
+async def generate(dialect: Dialect, request: web.Request) -> web.StreamResponse:
+    """Decode, admit, run, deliver: the endpoint of each dialect."""
+    limits = request.app[CONFIG].limits
+    call = dialect.decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    name = call.model or request.app[MODELS].find(None).name
+    make_delivery = StreamDelivery if call.is_streamed else WholeDelivery
+    with admit(request, name) as model:
+        async with make_delivery(request, dialect, call, name, limits) as delivery:
+            engine = await delivery.loaded(model)
+            await delivery.submit(engine)
+            await delivery.send()
+    return delivery.response
 
 
-async def completions(request: web.Request) -> web.StreamResponse:
-    body, warnings = await _read(request, _COMPLETION)
-    limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
-    with _using(request, body.model) as model:
-        with client_field_names(body):
-            prompts = check_completion(body, limits)
-            params = completion_params(body, limits)
-        answer = CompletionAnswer(answer_form(body, body.model or model.name, params))
-        answer.warn(warnings)
+@contextmanager
+def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
+    """Hold a place under the request's key, and the model, which is not unloaded inside.
 
-        async def encode(engine: EngineLoop) -> list[Prompt]:
-            return [
-                Prompt(
-                    prompt.text,
-                    await engine.encode(
-                        prompt.text,
-                        add_special_tokens=body.add_special_tokens is not False,
-                        is_bounded=body.truncate_prompt_tokens is None,
-                        tenant=tenant,
-                    ),
-                )
-                if prompt.text is not None
-                else prompt
-                for prompt in prompts
-            ]
-
-        return await _answer(request, model, body, encode, params, answer)
+    Raises `Forbidden` or `RateLimited` for the key, `ModelNotFound`, and `NotReady` or `QueueFull` for a model that
+    does not take work. The key is checked first, so that a client without access cannot find out model names.
+    """
+    models, key = request.app[MODELS], api_key(request)
+    name = models.resolve(name) if name else models.find(None).name
+    key.check_model(name)
+    key.begin(time.monotonic())
+    try:
+        with models.use(name, request.app[CONFIG].limits.max_waiting, key.tenant) as model:
+            yield model
+    finally:
+        key.end()
 
 
 async def tokenize(request: web.Request) -> web.Response:
     """Count and show the tokens of a text of any length: only the body's size is limited."""
-    body, warnings = await _read(request, _TOKENIZE)
     limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
-    with _using(request, body.model) as model:
-        check_tokenize(body)
-        has_generation_prompt = generation_prompt(add=body.add_generation_prompt, continues=body.continue_final_message)
-        messages = None if body.messages is None else plain_messages(body.messages, limits)
+    call = decode_tokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
-        if messages is not None:
-            tokens = await engine.encode_chat(
-                messages,
-                add_generation_prompt=has_generation_prompt,
-                continue_final_message=bool(body.continue_final_message),
-                is_bounded=False,
-                tenant=tenant,
-            )
-        else:
-            tokens = await engine.encode(
-                body.prompt or "",
-                add_special_tokens=body.add_special_tokens is not False,
-                is_bounded=False,
-                tenant=tenant,
-            )
-        names = TokenNames(engine.tokenizer)
-        named = {token_id: names(token_id) for token_id in set(tokens)} if body.return_token_strs else {}
-        token_strs = [named[token_id] for token_id in tokens] if body.return_token_strs else UNSET
-    return _json(TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens, token_strs, warnings or UNSET))
+        tokens = await encode(call.prompt, engine, tenant, is_bounded=False)
+        token_strs: list[str] | UnsetType = UNSET
+        if call.names_tokens:
+            named = {token_id: token_name(token_text(token_id, engine.tokenizer)) for token_id in set(tokens)}
+            token_strs = [named[token_id] for token_id in tokens]
+    return _json(TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens, token_strs, call.warnings or UNSET))
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    body, warnings = await _read(request, _DETOKENIZE)
-    with _using(request, body.model) as model:
-        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, api_key(request).tenant)
+    limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
+    body, warnings = decode_detokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds))
+    with admit(request, body.model) as model:
+        engine = await model.loaded(limits.max_wait_seconds, tenant)
         check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
-        text = await engine.decode(body.tokens, tenant=api_key(request).tenant)
+        text = await engine.decode(body.tokens, tenant=tenant)
     return _json(DetokenizeAnswer(text, warnings or UNSET))
 
 
 async def tokenizer_info(request: web.Request) -> web.Response:
     """The first request of lm-eval. The query parameter `model` is needed where several models are served."""
-    with _using(request, request.query.get("model")) as model:
+    with admit(request, request.query.get("model")) as model:
         engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, api_key(request).tenant)
         tokenizer = engine.tokenizer
         bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
@@ -187,7 +129,7 @@ async def not_built(request: web.Request) -> web.Response:
 async def list_models(request: web.Request) -> web.Response:
     """The models that the key may use; of remote ones, those with a reachable upstream."""
     models, may_use = request.app[MODELS], api_key(request).may_use
-    here = [_card(name, model) for name, model in models.names() if may_use(model.name)]
+    here = [local_card(name, model) for name, model in models.names() if may_use(model.name)]
     remote = [forwarded_card(model) for model in models.forwarded if model.num_available and may_use(model.model)]
     return _json(ModelList(data=here + remote))
 
@@ -196,7 +138,7 @@ async def get_model(request: web.Request) -> web.Response:
     name, models = request.match_info["name"], request.app[MODELS]
     forwarded = models.find_forwarded(name)
     api_key(request).check_model(models.resolve(name) if forwarded is None else forwarded.model)
-    return _json(_card(name, models.find(name)) if forwarded is None else forwarded_card(forwarded))
+    return _json(local_card(name, models.find(name)) if forwarded is None else forwarded_card(forwarded))
 
 
 async def version(request: web.Request) -> web.Response:
@@ -250,9 +192,8 @@ async def get_metrics(request: web.Request) -> web.Response:
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
-_POSTS = {
-    "/v1/chat/completions": chat_completions,
-    "/v1/completions": completions,
+_POSTS: dict[str, Handler] = {
+    **{dialect.path: partial(generate, dialect) for dialect in DIALECTS},
     "/tokenize": tokenize,
     "/detokenize": detokenize,
 }
@@ -291,73 +232,6 @@ ROUTES = [
 OPEN_PATHS = frozenset({"/health", "/health/", "/ready", "/ready/"})
 METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
 
-_CHAT = msgspec.json.Decoder(ChatCompletionRequest)
-_COMPLETION = msgspec.json.Decoder(CompletionRequest)
-_TOKENIZE = msgspec.json.Decoder(TokenizeRequest)
-_DETOKENIZE = msgspec.json.Decoder(DetokenizeRequest)
-
-
-async def _read(request: web.Request, decoder: msgspec.json.Decoder[T]) -> tuple[T, list[str]]:
-    """The decoded body, and a warning for each unknown field. Raises for known fields that are not supported."""
-    limits = request.app[CONFIG].limits
-    data = await read_body(request, limits.max_body_bytes, limits.body_seconds)
-    body = decode_json(data, decoder)
-    known = frozenset(type(body).__struct_encode_fields__)
-    return body, check_undecoded({name: raw for name, raw in decode_fields(data).items() if name not in known})
-
-
-@contextmanager
-def _using(request: web.Request, name: str | None) -> Iterator[ServedModel]:
-    """Hold a place under the request's key, and its model, which is not unloaded inside.
-
-    The key is checked first, so that a client without access cannot find out model names.
-    """
-    models = request.app[MODELS]
-    whole_name = models.resolve(name) if name else models.find(None).name
-    max_waiting, tenant = request.app[CONFIG].limits.max_waiting, api_key(request).tenant
-    with admitted(request, whole_name), models.use(whole_name, max_waiting, tenant) as model:
-        yield model
-
-
-async def _answer(
-    request: web.Request,
-    model: ServedModel,
-    body: SamplingFields,
-    encode: Callable[[EngineLoop], Awaitable[list[Prompt]]],
-    params: SamplingParams,
-    answer: ChatAnswer | CompletionAnswer,
-) -> web.StreamResponse:
-    """Hand the prompts to the model's engine, once it is loaded, and answer in the form that was asked for."""
-
-    async def ask(engine: EngineLoop, collector: Collector) -> None:
-        answer.set_source(engine.tokenizer, engine.info.fingerprint)
-        with client_field_names(body):
-            prompts, cuts = truncate(await encode(engine), body, params, engine.info)
-            answer.warn(cuts)
-            collector.submit(
-                engine, make_requests(answer.id, prompts, params, body.cache_salt, api_key(request).tenant)
-            )
-
-    try:
-        if body.stream:
-            return await answer_stream(request, model, ask, answer, request.app[CONFIG].limits)
-        return await answer_whole(request, model, ask, answer, request.app[CONFIG].limits)
-    finally:
-        spend_tokens(request, answer.count.prompt, answer.count.completion)
-        log_extras(request).update(
-            model=body.model or model.name, prompt_tokens=answer.count.prompt, completion_tokens=answer.count.completion
-        )
-
-
-def _card(name: str, model: ServedModel) -> ModelCard:
-    return ModelCard(
-        id=name,
-        created=model.created,
-        root=model.name,
-        max_model_len=model.max_model_len or UNSET,
-        status=model.status,
-    )
-
 
 def _json(answer: msgspec.Struct) -> web.Response:
-    return web.Response(body=encode(answer), content_type="application/json")
+    return web.Response(body=encode_json(answer), content_type="application/json")

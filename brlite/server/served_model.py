@@ -8,13 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from brlite.config.options import ModelSpec, ProxyConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.stats import EngineStats
 from brlite.errors import ModelNotFound, stopping
 from brlite.server.load_state import LoadState, ignore_change
-from brlite.server.remote_models import RemoteModel
 
 MOST_COUNTED_TOKENS = 131_072  # of histograms of lengths, made before a model's own context is known
 
@@ -132,6 +132,33 @@ class ServedModel:
         self.engine = None
         self.is_on_demand = not comes_back
         self.num_unloads += 1
+
+
+class RemoteModel(Protocol):
+    """A name that requests may use, and what is known of the model to which it leads."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def model(self) -> str:
+        """What keys call it: the name itself, unless that is an alias."""
+
+    @property
+    def num_upstreams(self) -> int: ...
+
+    @property
+    def num_available(self) -> int:
+        """How many of them can be reached now."""
+
+    @property
+    def created(self) -> int: ...
+
+    @property
+    def owned_by(self) -> str | None: ...
+
+    @property
+    def max_model_len(self) -> int | None: ...
 
 
 class ModelTable:

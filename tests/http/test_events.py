@@ -11,16 +11,17 @@ import msgspec
 import pytest
 from aiohttp import web
 
+from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.http.events import BACKLOG_BYTES, EventStream
 from tests.limits import PATIENCE_SECONDS
 
 
 async def count_to_three(request: web.Request) -> web.StreamResponse:
     async with EventStream(request, comment_seconds=60) as events:
-        events.send(b"1")
+        events.write(frame(b"1"))
         await asyncio.sleep(0)
-        events.send(b"2", b"3")
-        return await events.finish()
+        events.write(frame(b"2") + frame(b"3"))
+        return await events.finish(DONE_EVENT)
 
 
 EVENTS = b"data: 1\n\ndata: 2\n\ndata: 3\n\ndata: [DONE]\n\n"
@@ -85,8 +86,8 @@ async def test_silence_is_filled_with_comments_until_the_end(http_server, connec
     async def silent(request: web.Request) -> web.StreamResponse:
         async with EventStream(request, comment_seconds=0.05) as events:
             await go_on.wait()
-            events.send(b"1")
-            return await events.finish()
+            events.write(frame(b"1"))
+            return await events.finish(DONE_EVENT)
 
     client = await connect(await http_server({"GET /x": silent}))
     client.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -107,7 +108,7 @@ async def test_comments_can_tell_what_goes_on_for_a_while(http_server, connect) 
                 await go_on.wait()
             go_on.clear()
             await go_on.wait()
-            return await events.finish()
+            return await events.finish(DONE_EVENT)
 
     client = await connect(await http_server({"GET /x": busy}))
     client.send(b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -126,11 +127,11 @@ async def test_after_the_client_left_sends_do_nothing_and_say_so(http_server, co
 
     async def stream(request: web.Request) -> web.StreamResponse:
         async with EventStream(request, comment_seconds=60) as events:
-            events.send(b"1")
+            events.write(frame(b"1"))
             try:
                 await asyncio.Event().wait()
             finally:
-                sent.set_result([events.send(b"2"), events.comment(), await events.drained(1)])
+                sent.set_result([events.write(frame(b"2")), events.comment(), await events.drained(1)])
         raise AssertionError
 
     client = await connect(await http_server({"GET /x": stream}))
@@ -150,11 +151,11 @@ async def test_a_client_that_lags_is_seen_and_waited_for(http_server, connect) -
         async with EventStream(request, comment_seconds=60) as events:
             num_blocks = 0
             while not events.is_backlogged:
-                events.send(block)
+                events.write(frame(block))
                 num_blocks += 1
             waited.set_result(await events.drained(10))
-            events.send(b"%d" % num_blocks)
-            return await events.finish()
+            events.write(frame(b"%d" % num_blocks))
+            return await events.finish(DONE_EVENT)
 
     client = await connect(await http_server({"GET /x": stream}))
     client.send(b"GET /x HTTP/1.0\r\n\r\n")
@@ -171,7 +172,7 @@ async def test_a_client_that_never_catches_up_is_cut(http_server, connect) -> No
     async def stream(request: web.Request) -> web.StreamResponse:
         async with EventStream(request, comment_seconds=60) as events:
             while not events.is_backlogged:
-                events.send(b"x" * BACKLOG_BYTES)
+                events.write(frame(b"x" * BACKLOG_BYTES))
             try:
                 outcome.set_result(await events.drained(0.1))
             finally:
@@ -191,9 +192,9 @@ async def test_streams_side_by_side_do_not_mix(num_clients: int, http_server, co
     async def stream(request: web.Request) -> web.StreamResponse:
         async with EventStream(request, comment_seconds=60) as events:
             for _ in range(20):
-                events.send(request.query_string.encode())
+                events.write(frame(request.query_string.encode()))
                 await asyncio.sleep(0)
-            return await events.finish()
+            return await events.finish(DONE_EVENT)
 
     server = await http_server({"GET /x": stream})
     clients = [await connect(server) for _ in range(num_clients)]
@@ -210,8 +211,8 @@ async def test_an_event_is_one_line_in_every_readers_eyes(character: str, http_s
 
     async def stream(request: web.Request) -> web.StreamResponse:
         async with EventStream(request, comment_seconds=10) as events:
-            events.send(msgspec.json.encode({"text": text}), msgspec.json.encode({"text": "plain"}))
-            return await events.finish()
+            events.write(b"".join(frame(msgspec.json.encode({"text": each})) for each in (text, "plain")))
+            return await events.finish(DONE_EVENT)
 
     server = await http_server({"GET /x": stream})
     async with aiohttp.ClientSession() as session, session.get(server.url + "/x") as response:

@@ -9,6 +9,7 @@ import pytest
 from aiohttp import web
 
 from brlite.config.options import LimitsConfig
+from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.errors import ConfigError
 from brlite.http.events import EventStream
 from brlite.http.listen import HttpServer
@@ -104,8 +105,8 @@ async def test_on_shutdown_may_end_the_streams_itself(connect) -> None:
         async with EventStream(request, comment_seconds=60) as events:
             began.set()
             await stop.wait()
-            events.send(b'{"error":{}}')
-            return await events.finish()
+            events.write(frame(b'{"error":{}}'))
+            return await events.finish(DONE_EVENT)
 
     async def on_shutdown(app: web.Application) -> None:
         stop.set()

@@ -9,9 +9,10 @@ from typing import Any
 import aiohttp
 import pytest
 
-from brlite.outputs import TokenLogprob
-from brlite.server.logprobs import TokenNames, ToldToken, chat_logprobs, completion_logprobs
-from tests.fakes import ByteTokenizer, reference_tokens
+from brlite.dialects.event import Token, TokenText
+from brlite.dialects.openai_chat import chat_logprobs
+from brlite.dialects.openai_completions import completion_logprobs
+from tests.fakes import reference_tokens
 from tests.server.conftest import Client, completion_body
 
 PATH = "/v1/completions"
@@ -102,11 +103,9 @@ async def test_a_failed_echo_counts_no_tokens(
 
 
 def test_an_impossible_token_has_a_logprob_that_json_can_hold() -> None:
-    entry = TokenLogprob(97, -math.inf, ((98, -math.inf),))
+    tokens = [Token(TokenText(97, "a", b"a"), 0, -math.inf, ((TokenText(98, "b", b"b"), -math.inf),))]
 
-    names, told = TokenNames(ByteTokenizer()), [ToldToken(entry, 0)]  # type: ignore[arg-type]
-
-    chat, completion = chat_logprobs(told, names), completion_logprobs(told, names)
+    chat, completion = chat_logprobs(tokens), completion_logprobs(tokens)
 
     assert (chat.content[0].logprob, chat.content[0].top_logprobs[0].logprob) == (-9999.0, -9999.0)
     assert (completion.token_logprobs, completion.top_logprobs) == ([-9999.0], [{"a": -9999.0, "b": -9999.0}])

@@ -11,9 +11,10 @@ from msgspec import Raw
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as OpenAIChat
 from openai.types.completion_create_params import CompletionCreateParamsBase as OpenAICompletion
 
+from brlite.dialects.fields import NOT_DECODED, OF_ONE_ENDPOINT, check_undecoded
+from brlite.dialects.openai_chat import ChatCompletionRequest
+from brlite.dialects.openai_completions import CompletionRequest
 from brlite.errors import InvalidRequest
-from brlite.server.fields import NOT_DECODED, OF_ONE_ENDPOINT, check_undecoded
-from brlite.server.protocol import ChatCompletionRequest, CompletionRequest
 from tests.fakes import reference_tokens
 from tests.server.conftest import MODEL, Client, chat_body, completion_body
 
@@ -42,7 +43,7 @@ def test_null_and_neutral_values_are_taken_without_a_warning(name: str) -> None:
     neutral = IN_TABLE[name].neutral
 
     for value in (None, *(neutral if neutral is not None else (True, "x", [1], {"a": 1}))):
-        assert check_undecoded({name: Raw(json.dumps(value).encode())}) == []
+        assert check_undecoded({name: Raw(json.dumps(value).encode())}) == ()
 
 
 @pytest.mark.parametrize("name", sorted(name for name, field in IN_TABLE.items() if field.neutral is not None))

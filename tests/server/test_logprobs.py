@@ -11,10 +11,11 @@ import pytest
 
 from brlite.app import create_app
 from brlite.config.options import Config, LimitsConfig, ModelSpec
+from brlite.dialects.event import Token, TokenText
+from brlite.dialects.openai_completions import completion_logprobs
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
-from brlite.outputs import TokenLogprob
-from brlite.server.logprobs import OffsetCounter, TokenNames, ToldToken, completion_logprobs, prompt_offsets
+from brlite.server.event_builder import OffsetCounter, prompt_offsets
 from tests.fakes import ByteTokenizer
 from tests.server.conftest import Client, chat_body, completion_body
 
@@ -65,9 +66,9 @@ def test_what_the_tokenizer_added_takes_no_room() -> None:
 
 
 def test_tokens_with_the_same_bytes_have_keys_of_their_own() -> None:
-    entry = TokenLogprob(3, -1.0, ((4, -0.5), (3, -1.5), (2, -2.0)))
+    third, fourth, second = TokenText(3, "ld", b"ld"), TokenText(4, "ld", b"ld"), TokenText(2, " wor", b" wor")
 
-    logprobs = completion_logprobs([ToldToken(entry, 0)], TokenNames(Pieces()))  # type: ignore[arg-type]
+    logprobs = completion_logprobs([Token(third, 0, -1.0, ((fourth, -0.5), (third, -1.0), (second, -2.0)))])
 
     assert logprobs.top_logprobs == [{"ld": -1.0, r"bytes:\x6c\x64": -0.5, " wor": -2.0}]
     assert logprobs.token_logprobs == [-1.0]

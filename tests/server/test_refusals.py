@@ -10,9 +10,8 @@ import openai
 import pytest
 
 from brlite.config.options import LimitsConfig
+from brlite.dialects.openai_completions import CompletionRequest, generation
 from brlite.errors import InvalidRequest
-from brlite.server.protocol import CompletionRequest
-from brlite.server.translate import check_completion
 from tests.fakes import ByteTokenizer, reference_tokens
 from tests.server.conftest import Client, chat_body, completion_body
 
@@ -122,7 +121,7 @@ def test_a_long_list_is_refused_before_anything_walks_it(field: str) -> None:
     body = CompletionRequest(model="fake", prompt="x", **{field: Endless()})
 
     with pytest.raises(InvalidRequest) as caught:
-        check_completion(body, LimitsConfig())
+        generation(body, LimitsConfig())
 
     assert caught.value.param == field
 

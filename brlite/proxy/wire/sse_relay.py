@@ -13,13 +13,13 @@ import sys
 
 import msgspec
 
+from brlite.dialects.sse import DONE, DONE_EVENT
 from brlite.errors import RequestError
 from brlite.files.text_file import BYTE_ORDER_MARK
-from brlite.proxy.stream_kinds import DONE_EVENT, LAST_TYPES, StreamKind, error_event
+from brlite.proxy.stream_kinds import LAST_TYPES, StreamKind, error_event
 from brlite.proxy.wire.framing import CHUNK_SIZE, Body, ChunkedBody, FramingError
 
 LAST_CHUNK = b"0\r\n\r\n"
-DONE = b"[DONE]"
 EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")  # two line ends, but for the second one's LF
 MAX_MARK_BYTES = 4
 MAX_CHOICES = 1024  # of one stream: each is remembered until the end

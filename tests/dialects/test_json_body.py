@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from brlite.dialects.json_body import decode_fields, decode_json
 from brlite.errors import InvalidRequest, PromptTooLong
-from brlite.http.decode import decode_fields, decode_json
 
 
 class Colour(enum.Enum):

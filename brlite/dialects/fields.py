@@ -1,7 +1,9 @@
-"""The request fields that brlite knows of and does not decode: who has them, and which values ask for nothing.
+"""The fields of requests: who knows each, at which endpoints, and what it does here. One row a field or a kind of them.
 
-`protocol.py` holds the fields that are obeyed. A field of this table is taken silently where its value cannot change
-the answer, and refused by name where it can. A field that neither has is ignored, with a warning in the answer.
+`OBEYED` names the fields that the request structs decode (their types stand there, the ranges and defaults of sampling
+parameters in `sampling_params.py`). A field of `NOT_DECODED` is taken silently where its value cannot change the
+answer, and refused by name where it can. A field that neither has is ignored, with a warning in the answer.
+docs/fields.md is printed from here.
 """
 
 from __future__ import annotations
@@ -12,17 +14,59 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from brlite.dialects.json_body import decode_json
 from brlite.errors import InvalidRequest
-from brlite.http.decode import decode_json
 
 MAX_REPORTED_FIELDS = 16
 MAX_FIELD_LENGTH = 64
 
 OPENAI, VLLM, VLLM_04, LLAMA_CPP, SGLANG = "OpenAI", "vLLM", "vLLM 0.4", "llama.cpp", "SGLang"
+CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "chat", "completions", "tokenize", "detokenize"
+BOTH = (CHAT, COMPLETIONS)
+EVERYBODY = (OPENAI, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
+VLLM_AND_SGLANG = (VLLM_04, VLLM, SGLANG)
+
+
+class ObeyedField(NamedTuple):
+    """Fields by name that are decoded and obeyed at some endpoints. `note` says what is special."""
+
+    names: str
+    endpoints: tuple[str, ...]
+    known_to: tuple[str, ...]
+    note: str = ""
+
+
+OBEYED = (
+    ObeyedField("model", (*BOTH, TOKENIZE, DETOKENIZE), EVERYBODY, "may be left out where one model is served"),
+    ObeyedField("messages", (CHAT, TOKENIZE), EVERYBODY, "text only"),
+    ObeyedField("prompt", (COMPLETIONS, TOKENIZE), EVERYBODY, "/tokenize takes one text"),
+    ObeyedField("tokens", (DETOKENIZE,), (VLLM, LLAMA_CPP)),
+    ObeyedField("stream stream_options", BOTH, EVERYBODY, "`include_obfuscation` is refused"),
+    ObeyedField("n temperature top_p presence_penalty frequency_penalty seed stop max_tokens", BOTH, EVERYBODY),
+    ObeyedField("logit_bias", BOTH, (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("best_of", BOTH, (OPENAI, VLLM_04), "must be `n`"),
+    ObeyedField("max_completion_tokens", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "another name of `max_tokens`"),
+    ObeyedField("logprobs", BOTH, EVERYBODY, "chats: true or false; completions: a number"),
+    ObeyedField("top_logprobs", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "needs `logprobs`"),
+    ObeyedField("echo", (COMPLETIONS,), (OPENAI, VLLM_04, VLLM, SGLANG)),
+    ObeyedField("top_k min_p", BOTH, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("repetition_penalty", BOTH, VLLM_AND_SGLANG),
+    ObeyedField("min_tokens", BOTH, (VLLM_04, VLLM)),
+    ObeyedField("ignore_eos", BOTH, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("stop_token_ids skip_special_tokens", BOTH, VLLM_AND_SGLANG),
+    ObeyedField("stop_tokens_ids", BOTH, (), "br-vllm-serving's spelling of `stop_token_ids`"),
+    ObeyedField("include_stop_str_in_output", BOTH, (VLLM_04, VLLM)),
+    ObeyedField("truncate_prompt_tokens truncation_side", BOTH, (VLLM,)),
+    ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
+    ObeyedField("cache_salt", BOTH, (VLLM, SGLANG)),
+    ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
+    ObeyedField("add_special_tokens", (COMPLETIONS, TOKENIZE), (VLLM,)),
+    ObeyedField("return_token_strs", (TOKENIZE,), (VLLM,)),
+)
 
 
 class Field(NamedTuple):
-    """A field, or several of one kind, by name.
+    """A field that is not decoded, or several of one kind, by name.
 
     `neutral` are the values beside null that cannot change the answer; None: no value can. `instead` names what to use.
     """
@@ -130,8 +174,8 @@ _TOOLS_OF = {"tool_choice": "tools", "function_call": "functions"}
 _ANY = msgspec.json.Decoder(Any)
 
 
-def check_undecoded(given: Mapping[str, msgspec.Raw]) -> list[str]:
-    """A warning for each top-level field that nobody knows. `given` are those that the request's struct lacks.
+def check_undecoded(given: Mapping[str, msgspec.Raw]) -> tuple[str, ...]:
+    """A warning for each top-level field that none of the APIs has. `given` are those that the request's struct lacks.
 
     Raises `InvalidRequest` for a known field whose value would change the answer.
     """
@@ -144,10 +188,10 @@ def check_undecoded(given: Mapping[str, msgspec.Raw]) -> list[str]:
             continue  # a choice among no tools
         raise not_supported(name, f"; use {field.instead}" if field.instead else "")
     unknown = (name for name in given if name not in _BY_NAME)
-    return [
+    return tuple(
         f"the field {name[:MAX_FIELD_LENGTH]!r} is not known and was ignored"
         for name in islice(unknown, MAX_REPORTED_FIELDS)
-    ]
+    )
 
 
 def is_neutral(value: object, neutral: Iterable[object]) -> bool:

@@ -1,0 +1,9 @@
+"""Clients' JSON to plain values and back: what a client asks for (`Generation`), what it gets (`Event`), its errors.
+
+A dialect is a pair of pure functions, without I/O; `DIALECTS` lists them. This room knows no aiohttp, no engine and no
+tokenizer, so that the server and the proxy can both use it. First file: `generation.py`, then `openai_chat.py`.
+"""
+
+from brlite.dialects import openai_chat, openai_completions
+
+DIALECTS = (openai_chat.DIALECT, openai_completions.DIALECT)

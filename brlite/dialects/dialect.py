@@ -1,0 +1,48 @@
+"""What a dialect is: two pure functions and the shape of its errors.
+
+A new one is a file with a `DIALECT`, its place in `DIALECTS` (`__init__.py`) and its test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from brlite.config.options import LimitsConfig
+from brlite.dialects.event import Event, TokenUsage
+from brlite.dialects.generation import Generation
+
+
+class ResponseEncoder(Protocol):
+    """Turns the events of one call into its response's bytes: those of a stream, or one whole body."""
+
+    def opening(self) -> bytes:
+        """What a stream begins with."""
+        ...
+
+    def encode(self, event: Event) -> bytes:
+        """What a stream says of one event."""
+        ...
+
+    def closing(self, usage: TokenUsage) -> bytes:
+        """What a stream ends with."""
+        ...
+
+    def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
+        """The body of a response that is not streamed; one event a choice."""
+        ...
+
+
+class Dialect(NamedTuple):
+    """One API for generating text.
+
+    `decode` raises `InvalidRequest`. `make_encoder` takes the call, the answer's id, the model's name as the client has
+    it and the backend's fingerprint (empty if it has none). `encode_error` is what a stream ends with where something
+    went wrong.
+    """
+
+    path: str
+    id_prefix: str
+    decode: Callable[[bytes, LimitsConfig], Generation]
+    make_encoder: Callable[[Generation, str, str, str], ResponseEncoder]
+    encode_error: Callable[[BaseException], bytes]

@@ -1,0 +1,67 @@
+"""The error envelope: which HTTP status, type and code each exception has, and the JSON body that says so.
+
+The body is OpenAI's nested object with the flat keys of the manual's era beside it, so old and new clients both find
+their message. It knows no requests: `http/errors.py` makes responses of it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+
+from brlite import errors
+
+SERVER_FAULT = "The server had an error while processing your request."
+MAX_MESSAGE_LENGTH = 2000
+
+
+class Status(NamedTuple):
+    """What HTTP and OpenAI call an error. An error's own `code` goes before this one."""
+
+    http: int
+    type: str
+    code: str | None
+
+
+STATUSES: dict[type[BaseException], Status] = {
+    errors.RequestError: Status(400, "invalid_request_error", "invalid_value"),
+    errors.PromptTooLong: Status(400, "invalid_request_error", "context_length_exceeded"),
+    errors.Unauthorized: Status(401, "authentication_error", "invalid_api_key"),
+    errors.Forbidden: Status(403, "permission_error", "model_not_allowed"),
+    errors.NotFound: Status(404, "not_found_error", "unknown_url"),
+    errors.ModelNotFound: Status(404, "not_found_error", "model_not_found"),
+    errors.MethodNotAllowed: Status(405, "invalid_request_error", "method_not_allowed"),
+    errors.RequestTimeout: Status(408, "invalid_request_error", "request_timeout"),
+    errors.BodyTooLarge: Status(413, "invalid_request_error", "request_too_large"),
+    errors.UnsupportedMediaType: Status(415, "invalid_request_error", "unsupported_media_type"),
+    errors.QueueFull: Status(429, "rate_limit_error", "queue_full"),
+    errors.RateLimited: Status(429, "rate_limit_error", "rate_limit_exceeded"),
+    errors.QueueTimeout: Status(503, "server_error", "queue_timeout"),
+    errors.NotReady: Status(503, "server_error", "not_ready"),
+    errors.LoopDetected: Status(508, "server_error", "loop_detected"),
+    errors.UpstreamError: Status(502, "server_error", "upstream_error"),
+    errors.UpstreamUnavailable: Status(503, "server_error", "upstream_unavailable"),
+    errors.UpstreamTimeout: Status(504, "server_error", "upstream_timeout"),
+    BaseException: Status(500, "server_error", "internal_error"),
+}
+
+
+def status_of(error: BaseException) -> Status:
+    """The table's row of the error's nearest class."""
+    return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
+
+
+def error_body(error: BaseException) -> bytes:
+    """The error as JSON. What is not the client's business is replaced by one fixed sentence."""
+    status = status_of(error)
+    code = getattr(error, "code", None) or status.code
+    message = str(error) if isinstance(error, errors.RequestError) else SERVER_FAULT
+    return envelope(status._replace(code=code), message[:MAX_MESSAGE_LENGTH], getattr(error, "param", None))
+
+
+def envelope(status: Status, message: str, param: str | None = None) -> bytes:
+    """The JSON body for these. A path or a field of the client's may be in the message, and hold what JSON cannot."""
+    message = message.encode("utf-8", "backslashreplace").decode()
+    fields = {"message": message, "type": status.type, "param": param, "code": status.code}
+    return msgspec.json.encode({"error": fields, "object": "error", **fields, "code": status.http})

@@ -1,0 +1,54 @@
+"""What a client gets, in no dialect: frozen values, made of the engine's outputs (`server/event_builder.py`).
+
+`encode` of each dialect turns an `Event` into bytes. Tool calls and reasoning will be told here as well.
+"""
+
+from __future__ import annotations
+
+from msgspec import Struct
+
+from brlite.outputs import FinishReason
+
+
+class TokenText(Struct, frozen=True):
+    """A token as text and as bytes, which differ where it is a part of a character."""
+
+    token_id: int
+    text: str
+    data: bytes
+
+
+class Token(Struct, frozen=True):
+    """A token that is told. `offset` is where its text begins, in characters of the whole text of its choice.
+
+    `logprob` is None for the first token of an echoed prompt, and then there are no alternatives. `top` holds the most
+    probable tokens, best first.
+    """
+
+    token: TokenText
+    offset: int
+    logprob: float | None
+    top: tuple[tuple[TokenText, float], ...] = ()
+
+
+class TokenUsage(Struct, frozen=True):
+    """Tokens that a call has used so far. The `cached` ones are a part of the `prompt`."""
+
+    prompt: int
+    completion: int
+    cached: int
+
+
+class Event(Struct, frozen=True, kw_only=True):
+    """What is new in one choice of an answer; in an answer that is not streamed, the whole choice.
+
+    `tokens` is None where no logprobs were asked for. `usage` and `warnings` stand in the events that are to say them.
+    """
+
+    choice: int
+    text: str
+    tokens: list[Token] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    usage: TokenUsage | None = None
+    warnings: tuple[str, ...] = ()

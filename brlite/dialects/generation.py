@@ -1,0 +1,81 @@
+"""What a client asks for, in no dialect: frozen values, decoded and checked once.
+
+`decode` of each dialect makes a `Generation`. What needs the model (lengths, the vocabulary) is checked by the engine,
+in its own names of fields; `in_client_words` turns such a refusal into the client's names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec import Struct
+
+from brlite.errors import InvalidRequest
+from brlite.sampling_params import SamplingParams
+
+
+class Chat(Struct, frozen=True):
+    """A conversation, each turn as a template takes it: role and content strings, and a name where there is one."""
+
+    messages: list[dict[str, Any]]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class Text(Struct, frozen=True):
+    """A text to continue."""
+
+    text: str
+    add_special_tokens: bool = True
+
+
+class TokenIds(Struct, frozen=True):
+    """Tokens to continue, as the client sent them."""
+
+    token_ids: list[int]
+
+
+Prompt = Chat | Text | TokenIds
+
+
+class Truncation(Struct, frozen=True):
+    """How many tokens of a longer prompt are kept; None: as many as leave room for the completion."""
+
+    num_tokens: int | None
+    keeps_start: bool = False
+
+
+class Generation(Struct, frozen=True, kw_only=True):
+    """A call: prompts to continue, each `params.n` times, and how the answer is told.
+
+    `model` is the name that the client wrote; None where it left it out. With `echo` each completion begins with its
+    prompt, with `is_echo_only` it is nothing else. `continuous_usage` puts the usage so far into every chunk of a
+    stream, `names_are_ids` tells tokens in logprobs by their ids. `field_names` maps the engine's names of fields to
+    the client's, where they differ. `warnings` are told with the answer.
+    """
+
+    model: str | None
+    prompts: tuple[Prompt, ...]
+    params: SamplingParams
+    is_streamed: bool = False
+    include_usage: bool = False
+    continuous_usage: bool = False
+    names_are_ids: bool = False
+    echo: bool = False
+    is_echo_only: bool = False
+    truncation: Truncation | None = None
+    cache_salt: str = ""
+    field_names: Mapping[str, str] = {}
+    warnings: tuple[str, ...] = ()
+
+
+def in_client_words(error: InvalidRequest, field_names: Mapping[str, str]) -> InvalidRequest:
+    """The refusal with the client's name of the field that the engine named."""
+    name = field_names.get(error.param or "")
+    if name is None:
+        return error
+    message = str(error)
+    if message.startswith(f"{error.param} "):
+        message = name + message.removeprefix(str(error.param))
+    return type(error)(message, param=name, code=error.code)

@@ -1,0 +1,269 @@
+"""What the dialects of chats and of completions share: fields, checks, usage and the names of tokens.
+
+Names, defaults and shapes are OpenAI's (API reference for chat, completions and models), with vLLM's extensions where
+the manual names them. `fields.py` lists the fields that are known and not decoded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from brlite.config.options import LimitsConfig
+from brlite.dialects.errors import error_body
+from brlite.dialects.event import TokenText, TokenUsage
+from brlite.dialects.fields import not_supported
+from brlite.dialects.generation import Generation, Truncation, in_client_words
+from brlite.dialects.sse import DONE_EVENT, frame
+from brlite.errors import InvalidRequest
+from brlite.sampling_params import SamplingParams
+
+UNBUILT_MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "function_call", "audio")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's; a template may refuse some
+LOWEST_LOGPROB = -9999.0  # the logarithm of 0, which JSON cannot hold, as told by vLLM
+
+
+class StreamOptions(Struct, forbid_unknown_fields=True):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    include_obfuscation: bool | None = None  # refused if true
+
+
+class ContentPart(Struct):
+    """A part of a message's content. Only text can be served; keys beside it are left."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class ChatMessage(Struct):
+    """A turn of a chat. Other keys that came with another server's answer (`id`, `annotations`) may come back here."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+
+    # Not built: refused unless null or empty.
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
+    function_call: Any = None
+    audio: Any = None
+
+
+# JSON has one kind of number: 6.0 may be written for 6.
+Whole = int | float
+
+
+class SamplingFields(Struct, kw_only=True):
+    """What both kinds of completion take. `None` is the default, as in OpenAI's schema."""
+
+    model: str | None = None
+    n: Whole | None = None
+    best_of: Whole | None = None  # must be n
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Whole | None = None
+    min_tokens: Whole | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Whole | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
+    seed: Whole | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[Whole] | None = None
+    stop_tokens_ids: list[Whole] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Whole | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    return_tokens_as_token_ids: bool | None = None
+    cache_salt: str | None = None
+
+
+_SAMPLING_NAMES = [name for name in SamplingFields.__struct_fields__ if name in SamplingParams.__struct_fields__]
+
+
+def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -> None:
+    """Check what goes beyond types in the fields that both kinds share. Raises `InvalidRequest`."""
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise not_supported("best_of", " unless it is n")
+    options = body.stream_options
+    if options is not None:
+        if options.include_obfuscation:
+            raise not_supported("stream_options.include_obfuscation")
+        if options.continuous_usage_stats and not options.include_usage:
+            raise InvalidRequest(
+                "continuous_usage_stats needs include_usage to be true", param="stream_options.continuous_usage_stats"
+            )
+        if options.include_usage and not body.stream:
+            raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
+    # A list that is far too long is refused before anything walks it: that would hold up the loop.
+    for name, values, limit in (
+        ("stop", body.stop, limits.max_stop_strings),
+        ("stop_token_ids", body.stop_token_ids, limits.max_stop_strings),
+        ("stop_tokens_ids", body.stop_tokens_ids, limits.max_stop_strings),
+        ("logit_bias", body.logit_bias, limits.max_logit_bias),
+    ):
+        if values is not None and not isinstance(values, str) and len(values) > limit:
+            raise InvalidRequest(
+                f"{name} must have at most {limit} entries on this server, got {len(values)}", param=name
+            )
+    num_sequences = num_prompts * (body.n or 1)
+    if num_sequences > limits.max_sequences:
+        raise InvalidRequest(
+            f"prompts times n must be at most {limits.max_sequences} on this server, got {num_sequences}", param="n"
+        )
+
+
+def sampling_params(body: SamplingFields, field_names: Mapping[str, str], **more: Any) -> SamplingParams:
+    """The sampling parameters that were given, and `more` of them. Raises `InvalidRequest`."""
+    given = {name: value for name in _SAMPLING_NAMES if (value := getattr(body, name)) is not None}
+    try:
+        return SamplingParams(**{**given, **more})
+    except InvalidRequest as error:
+        raise in_client_words(error, field_names) from None
+
+
+def truncation(body: SamplingFields) -> Truncation | None:
+    """What `truncate_prompt_tokens` asks for. Raises `InvalidRequest`."""
+    wanted = body.truncate_prompt_tokens
+    if wanted is None:
+        return None
+    if wanted != int(wanted) or (wanted != -1 and wanted < 1):
+        raise InvalidRequest(
+            f"truncate_prompt_tokens must be -1 or a whole number of at least 1, got {wanted}",
+            param="truncate_prompt_tokens",
+        )
+    return Truncation(None if wanted == -1 else int(wanted), keeps_start=body.truncation_side == "right")
+
+
+def plain_messages(messages: list[ChatMessage], limits: LimitsConfig) -> list[dict[str, Any]]:
+    """Messages as a template takes them: role and content strings, and a name where there is one."""
+    if not messages:
+        raise InvalidRequest("messages must hold at least one message", param="messages")
+    if len(messages) > limits.max_messages:
+        raise InvalidRequest(
+            f"messages must have at most {limits.max_messages} entries on this server, got {len(messages)}",
+            param="messages",
+        )
+    return [_plain_message(message, index) for index, message in enumerate(messages)]
+
+
+def has_generation_prompt(*, add: bool | None, continues: bool | None) -> bool:
+    """Whether a chat ends with the beginning of an answer. Raises where it would stand behind an open message."""
+    if continues and add:
+        raise InvalidRequest(
+            "continue_final_message needs add_generation_prompt to be false", param="continue_final_message"
+        )
+    return not continues and add is not False
+
+
+def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
+    """What a template is given of a turn. A refusal is what the assistant said; reasoning is the template's to use."""
+    param, content = f"messages[{index}]", message.content
+    if message.role not in ROLES:
+        raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}", param=f"{param}.role")
+    for name in UNBUILT_MESSAGE_FIELDS:
+        if getattr(message, name):
+            raise not_supported(f"{param}.{name}")
+    if message.refusal and content:
+        raise not_supported(f"{param}.refusal", " beside content")
+    if content is None:
+        content = message.refusal
+    if content is None:
+        raise InvalidRequest(f"{param}.content must be a string or a list of text parts", param=f"{param}.content")
+    if isinstance(content, list):
+        content = "".join(_part_text(part, f"{param}.content[{at}]") for at, part in enumerate(content))
+    plain = {"role": message.role, "content": content}
+    if message.name is not None:
+        plain["name"] = message.name
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning and isinstance(reasoning, str):  # templates know no other form
+        plain["reasoning_content"] = reasoning
+    return plain
+
+
+def _part_text(part: ContentPart, param: str) -> str:
+    if part.type not in ("text", "refusal"):
+        raise not_supported(param, f": its type is {part.type[:64]!r}, and this server takes text only")
+    text = part.refusal if part.type == "refusal" else part.text
+    if text is None:
+        raise InvalidRequest(f'{param} must be {{"type": "text", "text": …}}', param=param)
+    return text
+
+
+class PromptTokensDetails(Struct):
+    cached_tokens: int
+
+
+class Usage(Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+def shown_usage(usage: TokenUsage) -> Usage:
+    """The usage as both kinds of answer say it."""
+    total = usage.prompt + usage.completion
+    return Usage(usage.prompt, usage.completion, total, PromptTokensDetails(usage.cached))
+
+
+def token_name(token: TokenText, *, is_id: bool = False, taken: Collection[str] = ()) -> str:
+    r"""What a token is called: its text, or `bytes:\xf0\x9f` for a part of a character, as by OpenAI.
+
+    Where `is_id` it is `token_id:5`, as by vLLM for `return_tokens_as_token_ids`. The name is none of those `taken`:
+    two tokens of a vocabulary may have the same bytes.
+    """
+    if not is_id:
+        if token.text not in taken and token.text.encode() == token.data:
+            return token.text
+        name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
+        if name not in taken:
+            return name
+    return f"token_id:{token.token_id}"
+
+
+class OpenAIEncoder:
+    """What both encoders share. `model` is the name that the answer goes by, `fingerprint` the backend's or empty."""
+
+    def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:
+        self._call = call
+        self._id = answer_id
+        self._created = int(time.time())
+        self._model = model
+        self._fingerprint: str | UnsetType = f"fp_{fingerprint}" if fingerprint else UNSET
+        # What a chunk says of the usage, but for the last one, which has nothing else.
+        self._no_usage: UnsetType | None = None if call.include_usage else UNSET
+
+    def opening(self) -> bytes:
+        """What a stream begins with."""
+        return b""
+
+    def closing(self, usage: TokenUsage) -> bytes:
+        """What a stream ends with."""
+        return (frame(self._usage_chunk(usage)) if self._call.include_usage else b"") + DONE_EVENT
+
+    def _usage_chunk(self, usage: TokenUsage) -> bytes:
+        raise NotImplementedError
+
+
+def encode_error(error: BaseException) -> bytes:
+    """What a stream ends with where something went wrong."""
+    return frame(error_body(error)) + DONE_EVENT
+
+
+encode_json = msgspec.json.Encoder().encode

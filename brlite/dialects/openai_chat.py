@@ -1,0 +1,241 @@
+"""OpenAI's chat completions: one conversation, `n` answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+from brlite.config.options import LimitsConfig
+from brlite.dialects.dialect import Dialect
+from brlite.dialects.event import Event, Token, TokenUsage
+from brlite.dialects.fields import check_undecoded
+from brlite.dialects.generation import Chat, Generation
+from brlite.dialects.json_body import BodyDecoder
+from brlite.dialects.openai import (
+    LOWEST_LOGPROB,
+    ChatMessage,
+    OpenAIEncoder,
+    SamplingFields,
+    Usage,
+    Whole,
+    check_fields,
+    encode_error,
+    encode_json,
+    has_generation_prompt,
+    plain_messages,
+    sampling_params,
+    shown_usage,
+    token_name,
+    truncation,
+)
+from brlite.dialects.sse import frame
+from brlite.errors import InvalidRequest
+from brlite.outputs import FinishReason
+
+
+class ChatCompletionRequest(SamplingFields, kw_only=True):
+    messages: list[ChatMessage]
+    max_completion_tokens: Whole | None = None
+    logprobs: bool | None = None
+    top_logprobs: Whole | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+
+class ChatTopLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ChatTopLogprob]
+
+
+class ChatLogprobs(Struct):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
+
+
+class AssistantMessage(Struct):
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(Struct):
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    stop_reason: str | int | None = None
+
+
+class ChatCompletion(Struct, kw_only=True):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    system_fingerprint: str | UnsetType = UNSET
+    warnings: Sequence[str] | UnsetType = UNSET
+
+
+class Delta(Struct, kw_only=True):
+    role: str | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+    refusal: UnsetType | None = UNSET
+
+
+class ChatChunkChoice(Struct):
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | UnsetType = UNSET
+
+
+class ChatChunk(Struct, kw_only=True):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | UnsetType | None = UNSET
+    system_fingerprint: str | UnsetType = UNSET
+    warnings: Sequence[str] | UnsetType = UNSET
+
+
+_DECODER = BodyDecoder(ChatCompletionRequest)
+_FIRST_DELTA = Delta(role="assistant", content="", refusal=None)
+
+
+def decode(data: bytes, limits: LimitsConfig) -> Generation:
+    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    body, undecoded = _DECODER.decode(data)
+    warnings = check_undecoded(undecoded) if undecoded else ()
+    check_fields(body, 1, limits)
+    if body.top_logprobs and not body.logprobs:
+        raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    messages = plain_messages(body.messages, limits)
+
+    # `max_completion_tokens` is OpenAI's newer name of `max_tokens`.
+    field_names, max_tokens = {"prompt": "messages", "logprobs": "top_logprobs"}, body.max_tokens
+    if body.max_completion_tokens is not None:
+        if body.max_tokens not in (None, body.max_completion_tokens):
+            raise InvalidRequest(
+                "max_tokens and max_completion_tokens mean the same and differ; give one", param="max_completion_tokens"
+            )
+        field_names["max_tokens"], max_tokens = "max_completion_tokens", body.max_completion_tokens
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = sampling_params(body, field_names, max_tokens=max_tokens, logprobs=logprobs)
+    add_generation_prompt = has_generation_prompt(add=body.add_generation_prompt, continues=body.continue_final_message)
+
+    options = body.stream_options
+    return Generation(
+        model=body.model,
+        prompts=(Chat(messages, add_generation_prompt, bool(body.continue_final_message)),),
+        params=params,
+        is_streamed=bool(body.stream),
+        include_usage=options is not None and bool(options.include_usage),
+        continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        names_are_ids=bool(body.return_tokens_as_token_ids),
+        truncation=truncation(body),
+        cache_salt=body.cache_salt or "",
+        field_names=field_names,
+        warnings=warnings,
+    )
+
+
+class ChatEncoder(OpenAIEncoder):
+    """Events to chunks, or to one whole answer."""
+
+    def opening(self) -> bytes:
+        choices = (ChatChunkChoice(index, _FIRST_DELTA) for index in range(self._call.params.n))
+        return b"".join(frame(self._chunk([choice], self._no_usage)) for choice in choices)
+
+    def encode(self, event: Event) -> bytes:
+        """The chunk of a stream that tells the event."""
+        choice = ChatChunkChoice(
+            index=event.choice,
+            delta=Delta(content=event.text),
+            logprobs=None if event.tokens is None else self._logprobs(event.tokens),
+            finish_reason=event.finish_reason,
+            stop_reason=UNSET if event.stop_reason is None else event.stop_reason,
+        )
+        usage = self._no_usage if event.usage is None else shown_usage(event.usage)
+        return frame(self._chunk([choice], usage, event.warnings))
+
+    def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
+        """The body that answers a request that is not streamed; one event a choice."""
+        choices = [
+            ChatChoice(
+                index=event.choice,
+                message=AssistantMessage(event.text),
+                logprobs=None if event.tokens is None else self._logprobs(event.tokens),
+                finish_reason=event.finish_reason,
+                stop_reason=event.stop_reason,
+            )
+            for event in events
+        ]
+        return encode_json(
+            ChatCompletion(
+                id=self._id,
+                created=self._created,
+                model=self._model,
+                choices=choices,
+                usage=shown_usage(usage),
+                system_fingerprint=self._fingerprint,
+                warnings=warnings or UNSET,
+            )
+        )
+
+    def _usage_chunk(self, usage: TokenUsage) -> bytes:
+        return self._chunk([], shown_usage(usage))
+
+    def _chunk(
+        self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None, warnings: Sequence[str] = ()
+    ) -> bytes:
+        return encode_json(
+            ChatChunk(
+                id=self._id,
+                created=self._created,
+                model=self._model,
+                choices=choices,
+                usage=usage,
+                system_fingerprint=self._fingerprint,
+                warnings=warnings or UNSET,
+            )
+        )
+
+    def _logprobs(self, tokens: Sequence[Token]) -> ChatLogprobs:
+        return chat_logprobs(tokens, names_are_ids=self._call.names_are_ids)
+
+
+def chat_logprobs(tokens: Sequence[Token], *, names_are_ids: bool = False) -> ChatLogprobs:
+    """A list of objects. `bytes` tells the parts of a split character."""
+    return ChatLogprobs(
+        [
+            ChatTokenLogprob(
+                token=token_name(token.token, is_id=names_are_ids),
+                logprob=max(token.logprob or 0.0, LOWEST_LOGPROB),
+                bytes=list(token.token.data),
+                top_logprobs=[
+                    ChatTopLogprob(
+                        token_name(other, is_id=names_are_ids), max(logprob, LOWEST_LOGPROB), list(other.data)
+                    )
+                    for other, logprob in token.top
+                ],
+            )
+            for token in tokens
+        ]
+    )
+
+
+DIALECT = Dialect("/v1/chat/completions", "chatcmpl", decode, ChatEncoder, encode_error)

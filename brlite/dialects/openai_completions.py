@@ -1,0 +1,202 @@
+"""OpenAI's text completions: several prompts, `n` answers each; `echo` puts the prompt before its completions.
+
+With `echo` and 0 tokens asked for, the one token that the engine must draw is neither shown nor counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+from brlite.config.options import LimitsConfig
+from brlite.dialects.dialect import Dialect
+from brlite.dialects.event import Event, Token, TokenUsage
+from brlite.dialects.fields import check_undecoded
+from brlite.dialects.generation import Generation, Prompt, Text, TokenIds
+from brlite.dialects.json_body import BodyDecoder
+from brlite.dialects.openai import (
+    LOWEST_LOGPROB,
+    OpenAIEncoder,
+    SamplingFields,
+    Usage,
+    Whole,
+    check_fields,
+    encode_error,
+    encode_json,
+    sampling_params,
+    shown_usage,
+    token_name,
+    truncation,
+)
+from brlite.dialects.sse import frame
+from brlite.errors import InvalidRequest
+from brlite.outputs import FinishReason
+
+DEFAULT_MAX_TOKENS = 16  # OpenAI's; a chat has what the engine allows
+
+
+class CompletionRequest(SamplingFields, kw_only=True):
+    prompt: str | list[str | int | list[int]]
+    echo: bool | None = None
+    logprobs: bool | Whole | None = None
+    add_special_tokens: bool | None = None
+
+
+class CompletionLogprobs(Struct):
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None] | None
+
+
+class CompletionChoice(Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+class Completion(Struct, kw_only=True):
+    """A whole completion, or one chunk of it: OpenAI gives both the same shape."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
+    system_fingerprint: str | UnsetType = UNSET
+    warnings: Sequence[str] | UnsetType = UNSET
+
+
+_DECODER = BodyDecoder(CompletionRequest)
+_FIELD_NAMES = {"prompt_logprobs": "logprobs"}
+
+
+def decode(data: bytes, limits: LimitsConfig) -> Generation:
+    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    body, undecoded = _DECODER.decode(data)
+    warnings = check_undecoded(undecoded) if undecoded else ()
+    return generation(body, limits, warnings)
+
+
+def generation(body: CompletionRequest, limits: LimitsConfig, warnings: tuple[str, ...] = ()) -> Generation:
+    """What a decoded body asks for. With `echo`, `logprobs` covers the prompt, and 0 tokens may be asked for."""
+    prompts = _prompts(body, limits)
+    check_fields(body, len(prompts), limits)
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    is_echo_only = bool(body.echo) and max_tokens == 0
+    logprobs = None if body.logprobs is False else body.logprobs
+    params = sampling_params(
+        body,
+        _FIELD_NAMES,
+        max_tokens=1 if is_echo_only else max_tokens,  # a step must draw something
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if body.echo else None,
+    )
+    options = body.stream_options
+    return Generation(
+        model=body.model,
+        prompts=prompts,
+        params=params,
+        is_streamed=bool(body.stream),
+        include_usage=options is not None and bool(options.include_usage),
+        continuous_usage=options is not None and bool(options.continuous_usage_stats),
+        names_are_ids=bool(body.return_tokens_as_token_ids),
+        echo=bool(body.echo),
+        is_echo_only=is_echo_only,
+        truncation=truncation(body),
+        cache_salt=body.cache_salt or "",
+        field_names=_FIELD_NAMES,
+        warnings=warnings,
+    )
+
+
+class CompletionEncoder(OpenAIEncoder):
+    """Events to chunks, or to one whole answer."""
+
+    def encode(self, event: Event) -> bytes:
+        """The chunk of a stream that tells the event."""
+        usage = self._no_usage if event.usage is None else shown_usage(event.usage)
+        return frame(self._completion([self._choice(event)], usage, event.warnings))
+
+    def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
+        """The body that answers a request that is not streamed; one event a choice."""
+        return self._completion([self._choice(event) for event in events], shown_usage(usage), warnings)
+
+    def _usage_chunk(self, usage: TokenUsage) -> bytes:
+        return self._completion([], shown_usage(usage), ())
+
+    def _choice(self, event: Event) -> CompletionChoice:
+        return CompletionChoice(
+            index=event.choice,
+            text=event.text,
+            logprobs=None
+            if event.tokens is None
+            else completion_logprobs(event.tokens, names_are_ids=self._call.names_are_ids),
+            finish_reason=event.finish_reason,
+            stop_reason=event.stop_reason,
+        )
+
+    def _completion(
+        self, choices: list[CompletionChoice], usage: Usage | UnsetType | None, warnings: Sequence[str]
+    ) -> bytes:
+        return encode_json(
+            Completion(
+                id=self._id,
+                created=self._created,
+                model=self._model,
+                choices=choices,
+                usage=usage,
+                system_fingerprint=self._fingerprint,
+                warnings=warnings or UNSET,
+            )
+        )
+
+
+def completion_logprobs(tokens: Sequence[Token], *, names_are_ids: bool = False) -> CompletionLogprobs:
+    """Parallel lists. Each position's alternatives go by names of their own, the token itself first."""
+    top_logprobs: list[dict[str, float] | None] = []
+    for token in tokens:
+        if token.logprob is None:
+            top_logprobs.append(None)
+            continue
+        named = {token_name(token.token, is_id=names_are_ids): max(token.logprob, LOWEST_LOGPROB)}
+        for other, logprob in token.top:
+            if other.token_id != token.token.token_id:
+                named[token_name(other, is_id=names_are_ids, taken=named)] = max(logprob, LOWEST_LOGPROB)
+        top_logprobs.append(named)
+    return CompletionLogprobs(
+        text_offset=[token.offset for token in tokens],
+        token_logprobs=[None if token.logprob is None else max(token.logprob, LOWEST_LOGPROB) for token in tokens],
+        tokens=[token_name(token.token, is_id=names_are_ids) for token in tokens],
+        top_logprobs=top_logprobs,
+    )
+
+
+def _prompts(body: CompletionRequest, limits: LimitsConfig) -> tuple[Prompt, ...]:
+    """A text, a list of texts, token ids, or a list of token ids."""
+    prompt, adds_specials = body.prompt, body.add_special_tokens is not False
+    if isinstance(prompt, str):
+        return (Text(prompt, adds_specials),)
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return (TokenIds(prompt),)  # type: ignore[arg-type]  # proved by the line above
+    if len(prompt) > limits.max_prompts:
+        raise InvalidRequest(
+            f"prompt must hold at most {limits.max_prompts} prompts on this server, got {len(prompt)}", param="prompt"
+        )
+    if kinds == {str}:
+        return tuple(Text(item, adds_specials) for item in prompt if isinstance(item, str))
+    if kinds == {list}:
+        return tuple(TokenIds(item) for item in prompt if isinstance(item, list))
+    raise InvalidRequest(
+        "prompt must be a string, a list of strings, a list of token ids or a list of those; it must not be empty",
+        param="prompt",
+    )
+
+
+DIALECT = Dialect("/v1/completions", "cmpl", decode, CompletionEncoder, encode_error)

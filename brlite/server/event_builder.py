@@ -1,0 +1,218 @@
+"""The engine's outputs to events: texts, tokens with their logprobs and places, echoed prompts, usage.
+
+It knows no dialect. Offsets count characters of the text as it is sent, and no token behind its end is told: a token
+waits here until its text has gone out.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+from brlite.dialects.event import Event, Token, TokenText, TokenUsage
+from brlite.dialects.generation import Generation
+from brlite.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from brlite.tokenizer import Tokenizer
+
+
+class UsageCount:
+    """Tokens used by one call, counted from its outputs; those of completions only if they are shown."""
+
+    def __init__(self, *, shows_completions: bool = True) -> None:
+        self.prompt = 0
+        self.cached = 0
+        self.completion = 0
+        self._shows_completions = shows_completions
+        self._seen: set[int] = set()
+
+    def add(self, prompt_index: int, output: RequestOutput) -> None:
+        if prompt_index not in self._seen:
+            self._seen.add(prompt_index)
+            self.prompt += len(output.prompt_token_ids)
+            self.cached += output.num_cached_tokens
+        if self._shows_completions:
+            for completion in output.outputs:
+                self.completion += len(completion.token_ids)
+
+    def so_far(self) -> TokenUsage:
+        return TokenUsage(self.prompt, self.completion, self.cached)
+
+
+class EventBuilder:
+    """Makes the events of one call. A choice's index is prompt index times `n` plus completion index."""
+
+    def __init__(self, call: Generation, usage: UsageCount, tokenizer: Tokenizer, warnings: Sequence[str]) -> None:
+        self._call = call
+        self._usage = usage
+        self._tokenizer = tokenizer
+        self._warnings = tuple(warnings)
+        self._is_plain = not call.echo and call.params.logprobs is None
+        self._tracks: dict[int, TokenTrack] = {}
+        self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
+        self._echoed_choices: set[int] = set()
+
+    def events(self, prompt_index: int, output: RequestOutput) -> list[Event]:
+        """What is new, without deltas that say nothing: a part of a character, or of a possible stop string.
+
+        The last event of a request says its warnings: every clamp, and everything that was ignored.
+        """
+        self._usage.add(prompt_index, output)
+        usage = self._usage.so_far() if self._call.continuous_usage else None
+        first_choice = prompt_index * self._call.params.n
+        events: list[Event] = []
+        for completion in output.outputs:
+            is_last = output.finished and completion is output.outputs[-1]
+            if self._call.is_echo_only:  # nothing is to be seen of it, but that it ended for length
+                no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
+                completion = CompletionOutput(index=completion.index, logprobs=no_logprobs, finish_reason="length")
+            text, tokens = (completion.text, None) if self._is_plain else self._told(prompt_index, output, completion)
+            if text or tokens or completion.finish_reason is not None:
+                event = Event(
+                    choice=first_choice + completion.index,
+                    text=text,
+                    tokens=tokens,
+                    finish_reason=completion.finish_reason,
+                    stop_reason=completion.stop_reason,
+                    usage=usage,
+                    warnings=(*self._warnings, *output.warnings) if is_last else (),
+                )
+                events.append(event)
+        return events
+
+    def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
+        """The events of a response that is not streamed, one a choice and in order, and its warnings."""
+        events = [event for index, output in enumerate(outputs) for event in self.events(index, output)]
+        warnings = dict.fromkeys([*self._warnings, *(line for output in outputs for line in output.warnings)])
+        return sorted(events, key=lambda event: event.choice), tuple(warnings)
+
+    def _told(
+        self, prompt_index: int, output: RequestOutput, completion: CompletionOutput
+    ) -> tuple[str, list[Token] | None]:
+        """Text and tokens of a delta. The first delta of a choice brings the echoed prompt."""
+        call, choice = self._call, prompt_index * self._call.params.n + completion.index
+        if output.prompt_logprobs is not None:  # they come once, and every choice of the prompt echoes them
+            self._prompt_logprobs[prompt_index] = output.prompt_logprobs
+        prompt, is_echoed = "", call.echo and choice not in self._echoed_choices
+        if is_echoed:
+            self._echoed_choices.add(choice)
+            prompt = output.prompt if output.prompt is not None else self._decode(output.prompt_token_ids)
+        if completion.logprobs is None:
+            return prompt + completion.text, None
+
+        tokens: list[Token] = []
+        if is_echoed:
+            offsets = prompt_offsets(output.prompt, output.prompt_token_ids, self._tokenizer)
+            entries = self._prompt_logprobs.get(prompt_index, [None] * len(offsets))
+            for token_id, offset, entry in zip(output.prompt_token_ids, offsets, entries, strict=True):
+                tokens.append(self._token(entry or TokenLogprob(token_id, 0.0), offset, is_first=entry is None))
+        if choice not in self._tracks:
+            skipped = self._tokenizer.special_token_ids if call.params.skip_special_tokens else frozenset[int]()
+            self._tracks[choice] = TokenTrack(self._tokenizer, skipped, len(prompt))
+        tokens += [self._token(entry, offset) for entry, offset in self._tracks[choice].take(completion)]
+        return prompt + completion.text, tokens
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    def _token(self, entry: TokenLogprob, offset: int, *, is_first: bool = False) -> Token:
+        """The token with its alternatives. Its own logprob has one value wherever it stands."""
+        top = tuple(
+            (self._text(token_id), entry.logprob if token_id == entry.token_id else logprob)
+            for token_id, logprob in entry.top
+        )
+        return Token(self._text(entry.token_id), offset, None if is_first else entry.logprob, top)
+
+    def _text(self, token_id: int) -> TokenText:
+        return token_text(token_id, self._tokenizer)
+
+
+def token_text(token_id: int, tokenizer: Tokenizer) -> TokenText:
+    """The token as answers tell it."""
+    return TokenText(token_id, tokenizer.token_text(token_id), tokenizer.token_bytes(token_id))
+
+
+class ToldToken(NamedTuple):
+    """A token that an answer tells, and where its text begins, in characters."""
+
+    entry: TokenLogprob
+    offset: int
+
+
+class OffsetCounter:
+    """Where each token begins in the text of all: `start` is the first one's place."""
+
+    def __init__(self, start: int = 0) -> None:
+        self._end = start  # of the whole characters
+        self._partial = b""
+
+    def add(self, data: bytes) -> int:
+        """Where the next token, of these bytes, begins. Parts of one character begin where it does."""
+        begun = self._partial + data[:1]
+        text, _ = codecs.utf_8_decode(begun, "replace", False)
+        is_given_up = bool(self._partial and text) and text.encode() != begun  # the part before became a U+FFFD
+        offset = self._end + is_given_up
+        data = self._partial + data
+        text, num_used = codecs.utf_8_decode(data, "replace", False)
+        self._partial = data[num_used:]
+        self._end += len(text)
+        return offset
+
+
+class TokenTrack:
+    """One choice's tokens on their way out. `start` is where its text begins, behind an echoed prompt."""
+
+    def __init__(self, tokenizer: Tokenizer, skipped_token_ids: Collection[int], start: int = 0) -> None:
+        self._tokenizer = tokenizer
+        self._skipped_token_ids = skipped_token_ids
+        self._counter = OffsetCounter(start)
+        self._num_sent = start
+        self._waiting: list[ToldToken] = []
+
+    def take(self, completion: CompletionOutput) -> list[ToldToken]:
+        """The tokens to tell with this delta. Of one that ends with a stop string, those behind the cut are dropped."""
+        for entry in completion.logprobs or ():
+            is_skipped = entry.token_id in self._skipped_token_ids
+            data = b"" if is_skipped else self._tokenizer.token_bytes(entry.token_id)
+            self._waiting.append(ToldToken(entry, self._counter.add(data)))
+        self._num_sent += len(completion.text)
+        if completion.finish_reason is not None and not isinstance(completion.stop_reason, str):
+            num_told = len(self._waiting)
+        else:
+            num_told = sum(token.offset < self._num_sent for token in self._waiting)  # offsets never fall
+        told, self._waiting = self._waiting[:num_told], self._waiting[num_told:]
+        return told
+
+
+def prompt_offsets(text: str | None, token_ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """Where each token of an echoed prompt begins. `text` is what the client sent; None if it sent token ids.
+
+    Tokens that the tokenizer added (BOS, the space before the first word) take no room in the text.
+    """
+    if text is None:
+        counter = OffsetCounter()
+        offsets = [counter.add(tokenizer.token_bytes(token_id)) for token_id in token_ids]
+        whole = tokenizer.decode(token_ids, skip_special_tokens=False)
+        num_stripped = counter.add(b"") - len(whole) if not whole.endswith("�") else 0
+        return [max(0, offset - max(0, num_stripped)) for offset in offsets]
+    data, at, num_characters, offsets = text.encode(), 0, 0, []
+    for token_id in token_ids:
+        is_inside = at < len(data) and _continues(data[at])
+        offsets.append(num_characters - is_inside)
+        part = tokenizer.token_bytes(token_id)
+        if data.startswith(part, at):
+            length = len(part)
+        elif part[:1] == b" " and data.startswith(part[1:], at):
+            length = len(part) - 1
+        elif token_id in tokenizer.special_token_ids:
+            length = 0
+        else:  # a normalizer has rewritten the text
+            length = min(len(part), len(data) - at)
+        num_characters += sum(not _continues(byte) for byte in data[at : at + length])
+        at += length
+    return offsets
+
+
+def _continues(byte: int) -> bool:
+    """Whether a byte of UTF-8 is not a character's first."""
+    return byte & 0xC0 == 0x80
