@@ -82,7 +82,7 @@ def draw(bars: Sequence[Bar], note: str) -> str:
     height = y + 26
     return "\n".join(
         [
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}">',
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}">',
             f"<style>{STYLE}</style>",
             '<text x="0" y="16">Generated tokens/s of all streams; longer is better</text>',
             f'<text class="note" x="0" y="33">{escape(note)}</text>',
