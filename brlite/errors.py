@@ -2,6 +2,7 @@
 
 BrliteError
 ├── ConfigError            a config file or a command line is wrong
+│   └── MissingExtra           a package is needed that only an extra of brlite installs
 ├── ModelError             a model folder, file or download is missing, broken or unsupported
 ├── NativeUnavailable      the native kernels cannot be used on this machine; torch computes instead
 ├── EngineError            a step failed; the requests that were in it end with this
@@ -39,6 +40,16 @@ class BrliteError(Exception):
 
 class ConfigError(BrliteError):
     """A config file or a command line is wrong."""
+
+
+class MissingExtra(ConfigError):
+    """A package is needed that only an extra of brlite installs; the extra has its name."""
+
+    def __init__(self, needs: str, package: str, error: Exception) -> None:
+        reason = " ".join(str(error).split())
+        is_absent = isinstance(error, ModuleNotFoundError) and error.name == package
+        state = "is not installed" if is_absent else f"cannot be imported ({reason})"
+        super().__init__(f"{needs} needs {package}, which {state}: pip install 'brlite[{package}]'")
 
 
 class ModelError(BrliteError):

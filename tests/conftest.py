@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from brlite.backends.native.library import NativeLibrary, load_library
+from tests.extras import HAS_TORCH, is_left_out, num_tests
 from tests.limits import PATIENCE_SECONDS
 
 # How fast an example is made and run says something of the machine only.
@@ -21,12 +22,35 @@ settings.load_profile("any machine")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
 
 
-if os.environ.get("BRLITE_TEST_LOOP") == "uvloop":  # the loop of the extra brlite[fast], which differs at the edges
+if os.environ.get("BRLITE_TEST_LOOP") == "uvloop":  # which the commands use, and which differs at the edges
 
     def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
         import uvloop
 
         return {"uvloop": uvloop.new_event_loop}
+
+
+left_out: list[Path] = []
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    if not is_left_out(collection_path):
+        return None
+    left_out.append(collection_path)
+    return True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_TORCH:
+        for item in items:
+            if item.get_closest_marker("torch") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs torch: pip install -e '.[test,all]'"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if left_out:
+        count = f"{sum(map(num_tests, left_out))} tests and more in {len(left_out)} files"
+        terminalreporter.write_line(f"left out: {count}, which need torch: pip install -e '.[test,all]'")
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ NOT_RUN_HERE = {
     "conversion-1": "the models have 72 billion weights; tests/conversion converts small ones",
     "deployment-1": "needs a Ray cluster; tests/test_ray_serve.py starts one on loopback",
     "deployment-2": "needs a Kubernetes cluster; tests/test_deploy.py checks the manifests against the schemas",
+    "installation-1": "the same command as README-1",
     "proxy-1": "needs the servers it names; tests/test_proxy_command.py starts such ones",
     "tensor-parallelism-1": "needs two machines; tests/test_ranks.py starts ranks on one",
 }
@@ -192,8 +193,10 @@ def test_the_curl_line_asks_for_the_default_model() -> None:
 def test_the_test_command_is_the_one_of_ci() -> None:
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
-    assert "pip install -c constraints.txt -e '.[test]' && .venv/bin/pytest" in README
-    assert "--constraint constraints.txt --editable '.[test]'" in ci
+    assert "pip install -e '.[test]' && .venv/bin/pytest" in README
+    assert "-c constraints.txt -e '.[test,all]'" in README
+    assert "--editable '.[test]'" in ci
+    assert "--constraint constraints.txt --editable '.[test,all]'" in ci
     assert "pytest" in ci
 
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from brlite.models import find_family
+from brlite.precision import from_bfloat16, to_bfloat16
+
+if TYPE_CHECKING:
+    import torch
 
 VOCAB_SIZE = 300
 
@@ -160,7 +163,14 @@ def tiny_tensors(name: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def random_tensors(config: dict[str, Any], *, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    """The same numbers as `random_arrays`, for tests that need torch in any case."""
+    import torch
+
+    return {name: torch.from_numpy(array) for name, array in random_arrays(config, seed=seed).items()}
+
+
+def random_arrays(config: dict[str, Any], *, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
+    generator = np.random.default_rng(seed)
     family = find_family(config)
     places = family.weight_places(family.read_config(config))
     return {tensor: _random(tensor, place.shape, generator) for tensor, place in places.items()}
@@ -174,7 +184,7 @@ def write_tiny_model(path: Path, name: str = "llama", *, seed: int = 0) -> Path:
 def write_model(path: Path, config: dict[str, Any], *, seed: int = 0) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
-    save_file(random_tensors(config, seed=seed), path / "model.safetensors", metadata={"format": "pt"})
+    save_file(random_arrays(config, seed=seed), path / "model.safetensors", metadata={"format": "pt"})
     return path
 
 
@@ -216,8 +226,8 @@ def write_byte_tokenizer(path: Path) -> None:
     tokenizer.save(str(path / "tokenizer.json"))
 
 
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    values = torch.randn(shape, generator=generator)
+def _random(name: str, shape: tuple[int, ...], generator: np.random.Generator) -> npt.NDArray[np.float32]:
+    values = generator.standard_normal(shape, np.float32)
     # Large enough that a slip in attention or rope shows in the logits, small enough that nothing saturates.
     scaled = 1 + 0.1 * values if name.endswith("norm.weight") else 0.15 * values
-    return scaled.to(torch.bfloat16).float()
+    return from_bfloat16(to_bfloat16(scaled))

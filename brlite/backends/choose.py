@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from brlite.backends.distributed.launcher import find_place
 from brlite.backends.native.abi import MAX_HEAD_DIM
-from brlite.backends.torch.device import computes_on_cpu
+from brlite.backends.torch.device import computes_on_cpu, require_torch
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import bundle_image
 from brlite.checkpoint.checked_model import CheckedModel
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Backend
-from brlite.errors import ConfigError, NativeUnavailable
+from brlite.errors import ConfigError, MissingExtra, NativeUnavailable
 from brlite.files.cache import default_cache, expand_home
 from brlite.machine import find_cpus, find_memory, show_bytes
 from brlite.models.config import ModelConfig
@@ -58,6 +58,10 @@ def load_backend(
             return _load_native(library, checkpoint, fit, spec, engine, on_progress)
     if engine.backend == "native":
         raise ConfigError(f'engine.backend is "native", but {obstacle}')
+    try:
+        require_torch("computing without native kernels")
+    except MissingExtra as missing:
+        raise ConfigError(f"{obstacle}; {missing}") from None
     notes = (FALLBACK_NOTE.format(reason=obstacle),) if computes_on_cpu(engine.device) else ()
     return _load_torch(checkpoint, fit, spec, engine, on_progress, notes)
 

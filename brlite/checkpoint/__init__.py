@@ -11,6 +11,7 @@ from pathlib import Path
 
 from brlite.checkpoint.checkpoint import Checkpoint
 from brlite.checkpoint.folder import find_weights, has_weights
+from brlite.errors import MissingExtra
 from brlite.files.cache import expand_home
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -37,8 +38,10 @@ def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
 
         return SafetensorsCheckpoint(path, weights.files)
     if weights.kind == "bin":
-        from brlite.checkpoint.bin_checkpoint import BinCheckpoint
-
+        try:
+            from brlite.checkpoint.bin_checkpoint import BinCheckpoint
+        except (ImportError, OSError) as error:
+            raise MissingExtra(f"{path}: a model in PyTorch's .bin files", "torch", error) from error
         return BinCheckpoint(path, weights.files)
     from brlite.checkpoint.gguf_checkpoint import GgufCheckpoint
 

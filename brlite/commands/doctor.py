@@ -12,36 +12,52 @@ from typing import TYPE_CHECKING
 
 import brlite
 from brlite.config.options import DEFAULT_MODEL
-from brlite.errors import ConfigError, ModelError, NativeUnavailable
+from brlite.errors import ConfigError, MissingExtra, ModelError, NativeUnavailable
 from brlite.files.cache import default_cache
 from brlite.machine import find_cpus, find_instruction_sets, find_memory, show_bytes
 
 if TYPE_CHECKING:
     from brlite.backends.native.library import NativeLibrary
 
-PACKAGES = ("torch", "transformers", "tokenizers", "gguf", "aiohttp", "msgspec", "uvloop")
+PACKAGES = ("aiohttp", "msgspec", "numpy", "tokenizers", "sentencepiece", "gguf", "huggingface_hub", "uvloop")
+EXTRAS = {"torch": "cards, tensor parallelism over machines, .bin files", "ray": "Ray Serve"}  # package: what needs it
+ABSENT = "not installed"
+NOTHING_COMPUTES = "nothing computes models here"
 BIREN_NODES = "biren*"
 
 Findings = dict[str, str]
 
 
 def run(*, as_json: bool) -> int:
-    """Print the findings. Returns 1 if nothing could be served: neither torch nor native kernels can be used."""
+    """Print the findings. Returns 1 if no model could be computed: neither by torch nor by native kernels."""
     report = examine()
     print(json.dumps(report, indent=2, ensure_ascii=False) if as_json else render(report))
-    return 1 if "error" in report["device"] and "instruction set" not in report["native kernels"] else 0
+    return 1 if report["serve"]["models are computed by"].startswith(NOTHING_COMPUTES) else 0
 
 
 def examine() -> dict[str, Findings]:
     """Section → what was found there."""
     sections: Mapping[str, Callable[[], Findings]] = {
         "versions": _versions,
+        "extras": _extras,
         "machine": _machine,
-        "device": _device,
         "native kernels": _native,
+        "torch": _torch,
         "model": _model,
     }
-    return {name: _found(find) for name, find in sections.items()}
+    report = {name: _found(find) for name, find in sections.items()}
+    return {**report, "serve": {"models are computed by": _computed_by(report["native kernels"], report["torch"])}}
+
+
+def _computed_by(native: Findings, torch: Findings) -> str:
+    """What `serve` will use, by what was found of both."""
+    if torch.get("device", "cpu").partition(" ")[0] != "cpu":
+        return f"torch on {torch['device']}"
+    if "error" not in native:
+        return "native kernels"
+    if "device" in torch:
+        return "torch, several times slower than native kernels"
+    return f"{NOTHING_COMPUTES}: {native['error']}; or: pip install 'brlite[torch]'"
 
 
 def _found(find: Callable[[], Findings]) -> Findings:
@@ -65,11 +81,19 @@ def _versions() -> Findings:
     return {"brlite": brlite.__version__, "python": python, **{name: _version(name) for name in PACKAGES}}
 
 
+def _extras() -> Findings:
+    versions = {name: _version(name) for name in EXTRAS}
+    return {
+        name: version if version != ABSENT else f"{ABSENT} ({EXTRAS[name]}): pip install 'brlite[{name}]'"
+        for name, version in versions.items()
+    }
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return ABSENT
 
 
 def _machine() -> Findings:
@@ -84,7 +108,7 @@ def _machine() -> Findings:
     }
 
 
-def _device() -> Findings:
+def _torch() -> Findings:
     from brlite.backends.torch.device import (
         BIREN_ENVIRONMENT,
         compute_dtype,
@@ -97,11 +121,11 @@ def _device() -> Findings:
     try:
         device = select_device("auto")
         dtype = compute_dtype("auto", device)
-    except (ImportError, OSError) as error:  # a torch build that does not fit the machine fails to load with either
-        return {"error": f"torch cannot be used: {' '.join(str(error).split())}"}
+    except MissingExtra as missing:
+        return {"not used": str(missing)}
     findings = {
-        "chosen": describe_device(device),
-        "torch computes in": str(dtype).removeprefix("torch."),
+        "device": describe_device(device),
+        "computes in": str(dtype).removeprefix("torch."),
     }
     if has_biren_cards():
         findings[BIREN_ENVIRONMENT] = os.environ[BIREN_ENVIRONMENT]
@@ -122,7 +146,7 @@ def _native() -> Findings:
 
 
 def describe_native(find_library: Callable[[], NativeLibrary | None]) -> Findings:
-    """Where the native library was found, or why torch computes in its place."""
+    """Where the native library was found, or why it cannot be used."""
     from brlite.backends.native.build import find_compiler
     from brlite.backends.native.library import run_self_tests
 
@@ -131,7 +155,7 @@ def describe_native(find_library: Callable[[], NativeLibrary | None]) -> Finding
         if library is None:
             return {"library": f"not built yet, compiled with {find_compiler()[0]} at the first start"}
     except NativeUnavailable as error:
-        return {"library": f"none, so torch computes: {error}"}
+        return {"error": str(error)}
     tests = (f"{name} {_verdict(check)}" for name, check in run_self_tests(library.functions).items())
     return {"library": str(library.path), "instruction set": library.isa_name, "self-tests": ", ".join(tests)}
 

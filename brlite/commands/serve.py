@@ -71,7 +71,7 @@ def run(config: Config, warnings: list[str], source: ConfigSource) -> int:
 
 def _event_loop_run() -> Callable[[Coroutine[Any, Any, int]], int]:
     try:
-        uvloop = importlib.import_module("uvloop")  # the extra brlite[fast]
+        uvloop = importlib.import_module("uvloop")  # installed where there is one: not on Windows
     except ImportError:
         return asyncio.run
     run: Callable[[Coroutine[Any, Any, int]], int] = uvloop.run

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
-import torch
-from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensors = Mapping[str, torch.Tensor]
 
 CONFIG = {"model_type": "llama", "hidden_size": 8}
 
@@ -41,11 +44,12 @@ GGUF_SHAPES = {
     "output.weight": (VOCAB_SIZE, HIDDEN_SIZE),
 }
 
-Tensors = Mapping[str, torch.Tensor]
 GgufTensors = dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
+    import torch
+
     generator = torch.Generator().manual_seed(1)
     return {
         "model.embed_tokens.weight": torch.randn(6, 8, generator=generator),
@@ -61,16 +65,22 @@ def write_config(folder: Path) -> Path:
 
 
 def write_safetensors(folder: Path, tensors: Tensors) -> Path:
+    from safetensors.torch import save_file
+
     save_file(dict(tensors), write_config(folder) / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
 def write_bin(folder: Path, tensors: Tensors) -> Path:
+    import torch
+
     torch.save(dict(tensors), write_config(folder) / "pytorch_model.bin")
     return folder
 
 
 def write_sharded_safetensors(folder: Path, tensors: Tensors) -> Path:
+    from safetensors.torch import save_file
+
     write_config(folder)
     files = _shard_names(tensors, "model-{:05d}-of-{:05d}.safetensors")
     for name, file in files.items():
@@ -80,6 +90,8 @@ def write_sharded_safetensors(folder: Path, tensors: Tensors) -> Path:
 
 
 def write_sharded_bin(folder: Path, tensors: Tensors) -> Path:
+    import torch
+
     write_config(folder)
     files = _shard_names(tensors, "pytorch_model-{:05d}-of-{:05d}.bin")
     for name, file in files.items():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 
+import pytest
+
 import brlite
 from brlite.commands.doctor import describe_native, examine, render, run
 from brlite.errors import NativeUnavailable
@@ -14,7 +16,8 @@ def test_every_section_has_findings():
     report = examine()
 
     assert report["versions"]["brlite"] == brlite.__version__
-    assert report["versions"]["torch"][0].isdigit()
+    assert report["versions"]["aiohttp"][0].isdigit()
+    assert report["extras"].keys() == {"torch", "ray"}
     assert "free" in report["machine"]["memory"]
     assert report["machine"]["threads"].partition(", ")[2]  # what decided
     assert report["native kernels"]["library"]
@@ -31,7 +34,15 @@ def test_the_report_is_printed_as_json_on_request(capsys):
     status = run(as_json=True)
 
     assert status == 0
-    assert json.loads(capsys.readouterr().out).keys() == {"versions", "machine", "device", "native kernels", "model"}
+    assert json.loads(capsys.readouterr().out).keys() == {
+        "versions",
+        "extras",
+        "machine",
+        "native kernels",
+        "torch",
+        "model",
+        "serve",
+    }
 
 
 def test_the_native_library_is_described_with_its_self_tests(native_library):
@@ -46,15 +57,31 @@ def test_a_native_library_that_is_missing_is_explained():
     def find() -> None:
         raise NativeUnavailable("there is no compiler")
 
-    assert describe_native(find) == {"library": "none, so torch computes: there is no compiler"}
+    assert describe_native(find) == {"error": "there is no compiler"}
 
 
-def test_a_torch_that_cannot_be_imported_is_reported(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "brlite.backends.torch.device", raising=False)
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
+
+
+def test_without_torch_native_kernels_compute_and_the_extra_is_named(monkeypatch, native_library):
+    without_torch(monkeypatch)
+
+    report = examine()
+
+    assert report["torch"]["not used"].endswith("pip install 'brlite[torch]'")
+    assert report["serve"] == {"models are computed by": "native kernels"}
+
+
+def test_where_nothing_computes_the_status_is_1_and_both_remedies_are_named(monkeypatch, capsys):
+    def find() -> None:
+        raise NativeUnavailable("no C++ compiler was found; install one")
+
+    without_torch(monkeypatch)
+    monkeypatch.setattr("brlite.backends.native.library.find_library", find)
 
     status = run(as_json=False)
 
-    printed = capsys.readouterr().out
-    assert "torch cannot be used: " in printed
-    assert status == (0 if "self-tests" in printed else 1)  # native kernels, where there are some, need no torch
+    assert status == 1
+    nothing = "nothing computes models here: no C++ compiler was found; install one; or: pip install 'brlite[torch]'"
+    assert nothing in capsys.readouterr().out

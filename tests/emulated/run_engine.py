@@ -82,7 +82,7 @@ def main(folder: Path) -> dict[str, Any]:
     report["num_shapes"] = len(torch_supa.seen_shapes)
     report["bfloat16"] = generate(make_config(folder / "llama", "bf16", "supa", dtype="auto"))
     report["auto"] = str(select_device("auto"))
-    report["doctor"] = examine()["device"]
+    report["doctor"] = examine()["torch"]
     report["refusals"] = {name: refusal(torch_supa.wrong_operators, f"aten::{name}") for name in WRONG_OPERATORS}
     report["lacking"] = refusal(torch_supa.lacking_operators, "aten::mm")
     torch_supa.missing_operators.update(("aten::silu", "aten::index_copy_"))

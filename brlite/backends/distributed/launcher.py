@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from brlite.backends.distributed.messages import Channel, ChannelClosed, Hello
 from brlite.backends.distributed.processes import Member, Ranks
 from brlite.backends.distributed.secret import VARIABLE, is_proof, proof, read_secret
+from brlite.backends.torch.device import require_torch
 from brlite.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -156,7 +157,8 @@ def _kept_alive(stream: socket.socket) -> socket.socket:
 
 
 def _store(place: RankAddress) -> TCPStore:
-    from brlite.backends.torch.group import open_store  # which needs torch
+    require_torch("a model on several machines")
+    from brlite.backends.torch.group import open_store
 
     is_keeper = place.rank == 0 and not place.has_store
     return open_store(place.host, place.port, GATHERING_SECONDS, is_keeper=is_keeper)

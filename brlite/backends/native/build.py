@@ -8,6 +8,7 @@ package is installed.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import os
 import platform
@@ -34,7 +35,11 @@ FLAGS = (
     *("-ffp-contract=off", "-fwrapv", "-fno-math-errno", "-Wno-psabi"),
 )
 LINK_FLAGS = ("-shared", "-pthread")
-COMPILERS = ("g++", "c++")  # clang knows no pragma that sets a file to an instruction set
+COMPILERS = ("g++", "c++", "clang++")
+ZIG_PACKAGE = "ziglang"  # clang as a Python package: what a build uses where the system has no compiler
+# For any processor of this kind, where zig's default is this one; and no checks of its own in release code.
+ZIG_FLAGS = ("c++", "-mcpu=baseline", "-fno-sanitize=undefined", "-g0")
+HOW_TO_GET_ONE = f"install one (Debian: apt install g++), or: pip install {ZIG_PACKAGE}"
 MAX_PROCESSES = 4
 BUILD_SECONDS = 600.0
 POLL_SECONDS = 0.02
@@ -51,15 +56,23 @@ def fingerprint(sources: Path = SOURCES) -> str:
     return digest.hexdigest()[:16]
 
 
+def is_current(library: Path) -> bool:
+    """Whether a library was built from the sources beside this file."""
+    return library.is_file() and fingerprint().encode() in library.read_bytes()
+
+
 def find_compiler(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """The command of the C++ compiler: CXX if that is set, else the first of `COMPILERS` that is there."""
+    """The command of the C++ compiler: CXX, else the first of `COMPILERS`, else the package ziglang's."""
     wanted = shlex.split(environment.get("CXX", ""))
     for name in wanted[:1] or COMPILERS:
         if (path := shutil.which(name, path=absolute_folders(environment.get("PATH", os.defpath)))) is not None:
             return [path, *wanted[1:]]
     if wanted:
         raise NativeUnavailable(f"CXX is {environment['CXX']!r}, which is not there")
-    raise NativeUnavailable(f"no C++ compiler was found: none of {', '.join(COMPILERS)}, and CXX is not set")
+    package = importlib.util.find_spec(ZIG_PACKAGE)
+    if package is not None and package.origin is not None:
+        return [str(Path(package.origin).with_name("zig")), *ZIG_FLAGS]
+    raise NativeUnavailable(f"no C++ compiler was found (none of {', '.join(COMPILERS)}); {HOW_TO_GET_ONE}")
 
 
 def build_library(
@@ -121,7 +134,8 @@ def _run_all(commands: Iterable[list[str]], staging: Path, deadline: float) -> N
 
 def _start(group: ChildGroup, command: list[str], staging: Path) -> _Process:
     said = Path(f"{command[command.index('-o') + 1]}.txt")
-    environment = child_environment(TMPDIR=str(staging), LC_ALL="C")
+    caches = {name: str(staging) for name in ("TMPDIR", "ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")}
+    environment = child_environment(LC_ALL="C", **caches)
     with said.open("wb") as stream:
         return _Process(group.start(command, env=environment, stdout=stream, stderr=stream), said)
 

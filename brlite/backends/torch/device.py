@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from brlite.errors import ConfigError
+from brlite.errors import ConfigError, MissingExtra
 from brlite.machine import describe_cpu, has_fast_bfloat16
 
 if TYPE_CHECKING:
@@ -78,12 +78,26 @@ def prepare_environment(environment: MutableMapping[str, str] = os.environ, node
             logger.info("%s=%s is set for Biren cards%s", name, value, ", but torch was loaded before" * is_late)
 
 
+def require_torch(needs: str) -> None:
+    """Import torch, which not every installation has. Raises `MissingExtra`: `needs` says what for."""
+    try:
+        importlib.import_module("torch")
+    except (ImportError, OSError) as error:  # a build that does not fit the machine fails to load with either
+        raise MissingExtra(needs, "torch", error) from error
+
+
 def computes_on_cpu(name: str) -> bool:
     """Whether `select_device` would take the CPU. Where no card can be, torch is not imported to find out."""
     if name == "cpu":
         return True
-    if name == "auto" and not any(any(NODES.glob(node)) for node in CARD_NODES):
-        return True
+    if name == "auto":
+        if not any(any(NODES.glob(node)) for node in CARD_NODES):
+            return True
+        try:
+            require_torch("a card")
+        except MissingExtra as missing:
+            _warn_once(f"the CPU computes, although there may be a card: {missing}")
+            return True
     return select_device(name).type == "cpu"
 
 
@@ -93,10 +107,13 @@ def select_device(name: str, index: int = 0) -> torch.device:
     "auto" takes a Biren card if there is one, else a CUDA card, else the CPU.
     """
     prepare_environment()
+    if name == "auto":
+        require_torch("computing without native kernels")
     kind, _, number = (_best_kind() if name == "auto" else name).partition(":")
     is_numbered = kind != "cpu" and number.isdecimal()
     if kind not in KINDS or (":" in name and not is_numbered):
         raise ConfigError(f"engine.device is {name!r}; allowed are auto, {', '.join(KINDS)}, cuda:1, supa:1 and so on")
+    require_torch(f"device {name}" if kind != "cpu" else "computing without native kernels")
     import torch
 
     if kind == "cpu":

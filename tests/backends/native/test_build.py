@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from brlite.backends.native.build import build_library, find_compiler, fingerprint
+from brlite.backends.native.extension import _missing_compiler
 from brlite.errors import NativeUnavailable
 
 WORKS = """
@@ -157,9 +158,37 @@ def test_cxx_comes_first_and_may_have_arguments(programs):
     assert find_compiler({"PATH": str(programs), "CXX": "mine -m64"}) == [str(programs / "mine"), "-m64"]
 
 
-def test_without_a_compiler_those_looked_for_are_named(tmp_path):
-    with pytest.raises(NativeUnavailable, match=r"none of g\+\+, c\+\+, and CXX is not set"):
+@pytest.fixture
+def without_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where ziglang is not installed."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+
+def test_without_a_compiler_those_looked_for_and_the_remedies_are_named(tmp_path, without_packages):
+    with pytest.raises(
+        NativeUnavailable, match=r"none of g\+\+, c\+\+, clang\+\+.*apt install g\+\+.*pip install ziglang"
+    ):
         find_compiler({"PATH": str(tmp_path)})
+
+
+def test_without_a_compiler_the_package_ziglang_is_used_for_any_processor(tmp_path, monkeypatch):
+    (tmp_path / "ziglang").mkdir()
+    (tmp_path / "ziglang" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+
+    program, *arguments = find_compiler({"PATH": ""})
+
+    assert program == str(tmp_path / "ziglang" / "zig")
+    assert arguments[:2] == ["c++", "-mcpu=baseline"]
+
+
+def test_a_build_asks_for_a_compiler_only_where_there_is_none(programs, monkeypatch, without_packages):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(programs))
+    assert _missing_compiler() == []
+
+    monkeypatch.setenv("PATH", "")
+    assert _missing_compiler() == ["ziglang"]
 
 
 def test_a_cxx_that_is_not_there_is_named(programs):
@@ -169,26 +198,44 @@ def test_a_cxx_that_is_not_there_is_named(programs):
 
 INSTALL = """
 import sys
+from pathlib import Path
 from setuptools import Distribution, Extension
 from brlite.backends.native.extension import BuildNative
 
 native = Extension("brlite.backends.native._native", [], optional=True)
 command = BuildNative(Distribution({"name": "brlite", "ext_modules": [native]}))
-command.build_lib = sys.argv[1]
+command.build_lib, command.built_before = sys.argv[1], Path(sys.argv[2])
 command.ensure_finalized()
 command.run()
 """
 
 
-def install(folder: Path, compiler: list[str]) -> list[Path]:
+def install(folder: Path, compiler: list[str], built_before: Path = Path("/nowhere")) -> list[Path]:
     """What setuptools leaves in `folder`."""
     environment = {**os.environ, "CXX": " ".join(compiler)}
-    subprocess.run([sys.executable, "-c", INSTALL, str(folder)], env=environment, check=True, capture_output=True)
+    command = [sys.executable, "-c", INSTALL, str(folder), str(built_before)]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
     return [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
 
 
 def test_installing_builds_the_library(stub, tmp_path):
     assert install(tmp_path / "build", stub(WORKS)) == [Path("brlite/backends/native/_native.so")]
+
+
+def test_a_library_of_the_same_sources_is_not_built_again(stub, tmp_path):
+    before = tmp_path / "_native.so"
+    before.write_text(f"of {fingerprint()}")
+
+    installed = install(tmp_path / "build", stub(FAILS), before)
+
+    assert [(tmp_path / "build" / path).read_text() for path in installed] == [before.read_text()]
+
+
+def test_a_library_of_other_sources_is_built_again(stub, tmp_path):
+    before = tmp_path / "_native.so"
+    before.write_text("of another fingerprint")
+
+    assert install(tmp_path / "build", stub(FAILS), before) == []
 
 
 def test_installing_without_a_compiler_that_works_succeeds(stub, tmp_path):

@@ -4,10 +4,9 @@
 #include "isa.h"
 
 #if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
+BRLITE_COMPILE_FOR("avx2,fma")
 #include "isa_end.h"
-#pragma GCC pop_options
+BRLITE_END_COMPILE_FOR
 #else
 const brlite::Kernels* brlite::avx2_kernels() { return nullptr; }
 #endif

@@ -6,10 +6,9 @@
 #include "isa.h"
 
 #if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma")
+BRLITE_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma")
 #include "isa_end.h"
-#pragma GCC pop_options
+BRLITE_END_COMPILE_FOR
 #else
 const brlite::Kernels* brlite::avx512_bf16_kernels() { return nullptr; }
 #endif

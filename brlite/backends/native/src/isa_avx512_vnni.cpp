@@ -5,10 +5,9 @@
 #include "isa.h"
 
 #if defined(__x86_64__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
+BRLITE_COMPILE_FOR("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")
 #include "isa_end.h"
-#pragma GCC pop_options
+BRLITE_END_COMPILE_FOR
 #else
 const brlite::Kernels* brlite::avx512_vnni_kernels() { return nullptr; }
 #endif

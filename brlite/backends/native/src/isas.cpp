@@ -1,19 +1,43 @@
 #include "isas.h"
 
+#include <initializer_list>
+
 #include "brlite.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace brlite {
 
 namespace {
 
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool has_avx512() {
-    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+// __builtin_cpu_supports would do, but zig's runtime library says no to every feature.
+struct Leaf {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    Leaf(unsigned leaf, unsigned subleaf) { __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx); }
+};
+
+bool all_set(unsigned bits, std::initializer_list<int> wanted) {
+    for (int bit : wanted)
+        if (!(bits >> bit & 1)) return false;
+    return true;
 }
-bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
-bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+// Whether the system saves these parts of the registers when it switches threads.
+bool saves(unsigned parts) {
+    if (!all_set(Leaf(1, 0).ecx, {27})) return false;  // osxsave
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (low & parts) == parts;
+}
+
+// Bits of leaf 1: 12 fma, 28 avx. Of leaf 7: 5 avx2, 16 avx512f, 17 dq, 30 bw, 31 vl; 11 vnni. Of its subleaf 1: 5
+// bf16.
+bool has_avx2() { return saves(0x06) && all_set(Leaf(1, 0).ecx, {12, 28}) && all_set(Leaf(7, 0).ebx, {5}); }
+bool has_avx512() { return has_avx2() && saves(0xe6) && all_set(Leaf(7, 0).ebx, {16, 17, 30, 31}); }
+bool has_avx512_vnni() { return has_avx512() && all_set(Leaf(7, 0).ecx, {11}); }
+bool has_avx512_bf16() { return has_avx512_vnni() && all_set(Leaf(7, 1).eax, {5}); }
 #else
 bool has_avx2() { return false; }
 bool has_avx512() { return false; }

@@ -1,0 +1,89 @@
+"""Which backend computes, where torch or the native kernels are missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from brlite.backends.torch import device
+from brlite.checkpoint import open_checkpoint
+from brlite.commands.cli import main
+from brlite.errors import MissingExtra, NativeUnavailable
+from tests.tiny_models import LLAMA, write_byte_tokenizer, write_model
+
+INSTALL_TORCH = "pip install 'brlite[torch]'"
+
+
+@pytest.fixture(autouse=True)
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is not installed."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = write_model(tmp_path / "tiny", LLAMA)
+    write_byte_tokenizer(folder)
+    (tmp_path / "prompts.txt").write_text("abc\n")
+    return folder
+
+
+def generate(model: Path, *options: str) -> int:
+    """Complete one prompt with `brlite generate`."""
+    source = model.parent / "prompts.txt"
+    return main(["generate", "--model", str(model), "--input", str(source), "--max-tokens", "2", *options])
+
+
+def test_native_kernels_need_no_torch(model, native_library, capsys):
+    assert generate(model) == 0
+
+    assert '"finish_reason"' in capsys.readouterr().out
+
+
+def test_without_a_compiler_and_torch_one_line_names_both_remedies(model, monkeypatch, capsys):
+    def fail() -> None:
+        raise NativeUnavailable("no C++ compiler was found; install one")
+
+    monkeypatch.setattr("brlite.backends.native.library.load_library", fail)
+
+    assert generate(model) == 2
+
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("brlite: error: no C++ compiler was found; install one; ")
+    assert line.endswith(f"needs torch, which is not installed: {INSTALL_TORCH}")
+
+
+@pytest.mark.parametrize("options", [["--engine", "torch"], ["--device", "cuda"]])
+def test_what_only_torch_computes_names_the_extra(model, capsys, options):
+    assert generate(model, *options) == 2
+
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith(INSTALL_TORCH)
+
+
+def test_a_bin_file_names_the_extra(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    sys.modules.pop("brlite.checkpoint.bin_checkpoint", None)
+
+    with pytest.raises(MissingExtra, match=r"\.bin files needs torch, .*brlite\[torch\]"):
+        open_checkpoint(model)
+
+
+def test_a_card_that_torch_alone_could_use_is_told_of(tmp_path, monkeypatch, caplog):
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(device, "NODES", tmp_path)
+    device._warn_once.cache_clear()
+
+    assert device.computes_on_cpu("auto")
+
+    assert "the CPU computes, although there may be a card" in caplog.text
+
+
+def test_the_absent_package_is_told_from_one_that_does_not_load():
+    absent = MissingExtra("this", "torch", ModuleNotFoundError("No module named 'torch'", name="torch"))
+    broken = MissingExtra("this", "torch", OSError("libgomp.so.1:\n not found"))
+
+    assert str(absent) == f"this needs torch, which is not installed: {INSTALL_TORCH}"
+    assert str(broken) == f"this needs torch, which cannot be imported (libgomp.so.1: not found): {INSTALL_TORCH}"
