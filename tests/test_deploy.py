@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import copy
+import json
 import re
 import shutil
 import subprocess
@@ -223,6 +224,59 @@ def test_compose_gives_running_streams_their_grace() -> None:
         assert int(service["stop_grace_period"].removesuffix("s")) >= Config().server.drain_seconds + CLOSING_SECONDS, (
             name
         )
+
+
+CONTAINERFILE = (DEPLOY / "docker" / "Containerfile").read_text(encoding="utf-8")
+INSTRUCTIONS = ("FROM", "RUN", "COPY", "ARG", "ENV", "VOLUME", "USER", "EXPOSE", "HEALTHCHECK", "ENTRYPOINT", "CMD")
+
+
+def stages() -> list[list[tuple[str, str]]]:
+    """The instructions of each stage of the Containerfile, with their arguments."""
+    lines = [line for line in CONTAINERFILE.splitlines() if line.strip() and not line.startswith("#")]
+    found: list[list[tuple[str, str]]] = []
+    for line in "\n".join(lines).replace("\\\n", " ").split("\n"):
+        name, _, argument = line.partition(" ")
+        assert name in INSTRUCTIONS, line
+        if name == "FROM":
+            found.append([])
+        found[-1].append((name, " ".join(argument.split())))
+    return found
+
+
+def test_the_image_has_no_compiler_no_sources_and_no_root() -> None:
+    build, image = stages()
+    last = dict(image)
+
+    assert ("FROM", "python:3.13-slim AS build") in build
+    assert not any(name == "COPY" or "apt-get" in argument for name, argument in image)
+    assert last["USER"] == str(pod(DEPLOYMENTS["brlite"])["securityContext"]["runAsUser"])  # a name would not do there
+    assert f"--uid {last['USER']}" in last["RUN"]
+
+
+def test_the_image_starts_a_command_that_there_is_and_asks_for_its_health() -> None:
+    image = dict(stages()[-1])
+    command = [*json.loads(image["ENTRYPOINT"]), *json.loads(image["CMD"])]
+    probe = json.loads(image["HEALTHCHECK"].partition("CMD ")[2])
+
+    assert command[0] == "brlite"
+    assert cli._parser().parse_args(command[1:]).is_server
+    compile(probe[2], "probe", "exec")
+    assert f"http://127.0.0.1:{Config().server.port}/ready" in probe[2]
+    assert image["EXPOSE"] == str(Config().server.port)
+
+
+def test_what_the_image_writes_is_on_a_volume_so_that_its_root_may_be_read_only() -> None:
+    image = dict(stages()[-1])
+    places = [value.partition("=")[2] for value in image["ENV"].split()]
+
+    assert all(place.startswith(f"{image['VOLUME']}/") for place in places)
+    (service,) = load(DEPLOY / "docker" / "compose.yml")["services"].values()
+    assert service["read_only"]
+    assert [volume.partition(":")[2] for volume in service["volumes"]] == [image["VOLUME"]]
+
+
+def test_libraries_built_on_this_machine_are_not_sent_to_the_builder() -> None:
+    assert "**/*.so" in (DEPLOY.parent / ".dockerignore").read_text(encoding="utf-8").splitlines()
 
 
 def test_every_systemd_unit_gives_running_streams_their_grace() -> None:
