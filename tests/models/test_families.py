@@ -148,7 +148,7 @@ def test_int8_cache_gives_chunked_prompts_the_same_logits_as_whole_ones(decoder:
     logits = Runner(decoder, kv_dtype="int8").chunked(token_ids, SCATTERED, [13, 7, 20])
 
     # A key on the edge between two int8 levels may fall to either side.
-    assert max_difference(logits, expected) <= 1e-2
+    assert max_difference(logits, expected) <= 3e-2
 
 
 @pytest.mark.parametrize("name", FAMILIES)
