@@ -14,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -60,7 +60,7 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
     tokenizer, backend = load(config, spec, on_progress or _ignore)
     for note in backend.info.notes:
         logger.warning("model %s: %s", spec.name, note)
-    return Assembly(Engine(backend.info, tokenizer, config.engine, config.limits), backend)
+    return Assembly(Engine(backend.info, tokenizer, config.engine, config.limits, grammar=config.grammar), backend)
 
 
 def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend]:
@@ -271,6 +271,7 @@ class LLM:
             if isinstance(prompt, str)
             else read_token_ids(prompt),
             params=params,
+            grammar=self._engine.compiler.compile_on_thread(params.structured),
             group="generate",  # nobody waits for one of them: no turns between them
         )
 
@@ -296,12 +297,15 @@ class _Run:
 
     def finish(self) -> list[RequestOutput]:
         waiting = iter(self._requests)
+        masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # starts with the first mask
         try:
             while self._error is None:
                 self._feed(waiting)
                 batch = self._engine.schedule()
                 if batch is None:
                     return [self._outputs[request.request_id] for request in self._requests]
+                if self._engine.guidance is not None:
+                    masks.submit(self._engine.guidance.fill)
                 self._engine.update(self._backend.execute(batch))
                 self._report_finished()
             raise self._error
@@ -309,6 +313,8 @@ class _Run:
             # Whatever went wrong, Ctrl-C included, the next call finds an empty engine.
             self._engine.end_all(error if isinstance(error, BrliteError) else EngineError("generation was interrupted"))
             raise
+        finally:
+            masks.shutdown()
 
     def _feed(self, waiting: Iterator[Request]) -> None:
         while self._engine.num_queued < self._engine.info.max_num_seqs:

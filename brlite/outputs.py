@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -21,7 +21,10 @@ class TokenLogprob(msgspec.Struct, frozen=True):
 
 
 class CompletionOutput(msgspec.Struct, kw_only=True):
-    """One of a request's `n` completions. `stop_reason` is the stop string or token id that ended it, if one did."""
+    """One of a request's `n` completions. `stop_reason` is the stop string or token id that ended it, if one did.
+
+    One that ended as "error" has the reason there: what its grammar allows could not be worked out any further.
+    """
 
     index: int
     text: str = ""

@@ -6,6 +6,7 @@ which the engine calls at its door. The mathematics is in `brlite/backends/torch
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import reprlib
@@ -19,6 +20,43 @@ from brlite.errors import InvalidRequest
 
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it would overflow fp32
 MAX_LOGIT_BIAS = 100.0
+
+
+class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What an answer must look like: exactly one of the first six fields. Raises `InvalidRequest` otherwise.
+
+    `json_schema` is a schema as an object or as JSON, `json_object` any JSON object, `regex` matches the whole answer,
+    `choice` lists all answers, `grammar` is in Lark's or llama.cpp's notation (GBNF, EBNF). `structural_tag` is free
+    text with parts that have a schema: `{"structures": [{"begin", "schema", "end"}], "triggers": [...]}`.
+
+    JSON is written without whitespace unless `whitespace_pattern`, a regular expression, allows some between tokens.
+    `param` names the request's field in errors.
+    """
+
+    json_schema: str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: tuple[str, ...] = ()
+    grammar: str | None = None
+    structural_tag: str | None = None
+    whitespace_pattern: str | None = None
+    param: str = "structured"
+
+    def __post_init__(self) -> None:
+        for name in ("json_schema", "structural_tag"):
+            value = getattr(self, name)
+            if isinstance(value, (dict, bool)):
+                msgspec.structs.force_setattr(self, name, json.dumps(value))
+        msgspec.structs.force_setattr(self, "choice", tuple(self.choice))
+        texts = (self.json_schema, self.regex, self.grammar, self.structural_tag, self.whitespace_pattern, *self.choice)
+        if not all(text is None or (isinstance(text, str) and text) for text in texts):
+            raise InvalidRequest(f"{self.param}: schemas, patterns, grammars and choices are texts", param=self.param)
+        num_wishes = sum(map(bool, (*texts[:4], self.json_object, self.choice)))
+        if num_wishes != 1:
+            names = "json_schema, json_object, regex, choice, grammar, structural_tag"
+            raise InvalidRequest(f"{self.param} must have exactly one of {names}, got {num_wishes}", param=self.param)
+        if self.whitespace_pattern and not (self.json_schema or self.json_object or self.structural_tag):
+            raise InvalidRequest(f"{self.param}: whitespace_pattern is for JSON only", param=self.param)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +88,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         for name, rule in _RULES.items():
@@ -202,4 +241,9 @@ _RULES = {
     "logprobs": _at_least(0, _optional_integer),
     "prompt_logprobs": _at_least(0, _optional_integer),
     "skip_special_tokens": _TRUTH,
+    "structured": _Rule(
+        lambda value: value,
+        lambda value: value is None or isinstance(value, StructuredOutput),
+        "a StructuredOutput, or null",
+    ),
 }

@@ -31,6 +31,11 @@ class ByteTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
         return list(text.encode())
 
+    encodes_in_process = True
+
+    def encode_continuation(self, text: str) -> list[int]:
+        return list(text.encode())
+
     def fewest_tokens(self, text: str) -> int:
         return len(text)
 

@@ -18,7 +18,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "brlite"
 MAX_LINES = 600
-MAX_ROOMS, MAX_ARROWS = 26, 120
+MAX_ROOMS, MAX_ARROWS = 26, 125
 OLDEST_PYTHON = (3, 10)
 
 # Room → what it may import: rooms or files of brlite (errors always), then third parties.
@@ -35,7 +35,8 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "models": ("precision files config", "numpy msgspec"),
     "chat": ("files sandbox", "tokenizers"),
     "tokenizer": ("chat files sandbox checkpoint.gguf_header checkpoint.model_file", "tokenizers"),
-    "engine": ("tokenizer sampling_params outputs config", "msgspec"),
+    "grammar": ("tokenizer sampling_params config", "llguidance numpy msgspec"),
+    "engine": ("tokenizer grammar sampling_params outputs config", "msgspec"),
     "checkpoint": ("models precision files process machine config", "torch numpy gguf huggingface_hub tqdm msgspec"),
     "backends": (
         "engine.backend models checkpoint tokenizer chat sampling_params outputs "
@@ -70,6 +71,7 @@ ONLY_IN = {
     "prometheus_client": ("server.metrics", "proxy.metrics"),
     "torch": ("backends.torch", "checkpoint.bin_checkpoint"),
     "jinja2": ("sandbox",),
+    "llguidance": ("grammar",),
     "setuptools": ("backends.native.extension",),
 }
 DEVICE_KINDS = re.compile(r"\b(cuda|supa|nccl|gloo|bccl|sccl)\b")

@@ -8,7 +8,7 @@ import pytest
 
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.errors import InvalidRequest
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import SamplingParams, StructuredOutput
 
 INF, NAN = float("inf"), float("nan")
 PENALTIES = ("presence_penalty", "frequency_penalty")
@@ -37,6 +37,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "logprobs": [None, 0, 20],
     "prompt_logprobs": [None, 0, 20],
     "skip_special_tokens": [True, False],
+    "structured": [None, StructuredOutput(json_object=True), StructuredOutput(choice=["a"])],
 }
 
 REFUSED: dict[str, list[Any]] = {
@@ -60,6 +61,7 @@ REFUSED: dict[str, list[Any]] = {
     "logprobs": [-1],
     "prompt_logprobs": [-1],
     "skip_special_tokens": [],
+    "structured": [{}, {"json_object": True}, "a", True],
 }
 REFUSED_BY_KIND: dict[tuple[str, ...], list[Any]] = {
     NUMBERS: [NAN, INF, -INF, None, "1", True, 10**400, 1j, [1]],
@@ -203,3 +205,27 @@ def test_parameters_out_of_range_are_refused_in_decoding_too() -> None:
 
     with pytest.raises(msgspec.ValidationError, match=r"top_p must be a number in \(0, 1\]"):
         msgspec.json.decode(encoded, type=SamplingParams)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {},
+        {"json_object": True, "regex": "a"},
+        {"regex": ""},
+        {"regex": 3},
+        {"choice": [""]},
+        {"choice": [1]},
+        {"regex": "a", "whitespace_pattern": " "},
+        {"grammar": None, "json_schema": None},
+    ],
+)
+def test_structured_output_is_exactly_one_thing(wish: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="guided") as caught:
+        StructuredOutput(**wish, param="guided_thing")
+
+    assert caught.value.param == "guided_thing"
+
+
+def test_a_schema_may_be_an_object_or_its_json() -> None:
+    assert StructuredOutput(json_schema={"type": "null"}) == StructuredOutput(json_schema='{"type": "null"}')

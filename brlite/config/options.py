@@ -245,6 +245,26 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_wait_seconds: Annotated[Seconds, option("longest wait of a request; then 503")] = 120.0
 
 
+class GrammarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Bounds on structured output: schemas, regular expressions and grammars that clients send.
+
+    Compiling one cannot be interrupted, so its time is bounded by what it may contain.
+    """
+
+    max_bytes: Annotated[Count, option("a schema, grammar or regular expression, or all choices together")] = 256 * 1024
+    max_subschemas: Annotated[Count, option("schemas inside one schema, those behind references included")] = 10_000
+    max_properties: Annotated[Count, option("properties of one object")] = 1000
+    max_optional_properties: Annotated[Count, option("those of them that are not required")] = 400
+    max_references: Annotated[Count, option("`$ref` inside the target of `$ref`, this many deep")] = 200
+    max_repetitions: Annotated[
+        Count, option("characters of all patterns together, with counted repetitions such as {1,100} written out")
+    ] = 10_000
+    max_joint_patterns: Annotated[Count, option("patterns that one string must match at once, by allOf")] = 3
+    max_rules: Annotated[Count, option("rules of a grammar")] = 500
+    max_lexer_states: Annotated[Count, option("states that a grammar in use may need, 1 to 2 kB each")] = 20_000
+    cache_bytes: Annotated[CountOrZero, option("memory for compiled grammars, kept for later requests")] = 64 * 1024**2
+
+
 class KeysConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """API keys that may use everything. Without a key, every client may use the server."""
 
@@ -350,6 +370,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         option("a server to forward to, for requests that name its models; one table a server"),
     ] = ()
     limits: Annotated[LimitsConfig, option("every bound on what a client can request")] = LimitsConfig()
+    grammar: Annotated[GrammarConfig, option("bounds on structured output")] = GrammarConfig()
     keys: Annotated[KeysConfig, option("API keys that may use everything")] = KeysConfig()
     key: Annotated[tuple[KeyConfig, ...], option("an API key with rules of its own; one table a key")] = ()
     proxy: Annotated[ProxyConfig, option("how requests are forwarded to upstreams")] = ProxyConfig()

@@ -19,14 +19,16 @@ from typing import Any, NoReturn, TypeVar
 
 from brlite.config.options import EngineConfig
 from brlite.engine.admission import check_length
-from brlite.engine.backend import Backend, BackendInfo, CanBeLost, close_dropped
+from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, StepResult, close_dropped
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
+from brlite.engine.guidance import StepGuidance
 from brlite.engine.request import Request, Sink
 from brlite.engine.stats import EngineStats
 from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady, stopping
+from brlite.grammar.compiler import Grammar, deep_stack
 from brlite.outputs import RequestOutput
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import SamplingParams, StructuredOutput
 from brlite.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -51,6 +53,8 @@ class EngineLoop:
         self._backend = backend
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
         self._encoder = FairThread("brlite-encode", stopping)  # starts with the first long text
+        self._compiler = FairThread("brlite-grammar", stopping, deep_stack)  # starts with the first grammar
+        self._masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # likewise
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -193,6 +197,18 @@ class EngineLoop:
         decode = functools.partial(self.tokenizer.decode, token_ids, skip_special_tokens=False)
         return await self._off_loop_if(len(token_ids) > LONG_TEXT, tenant, decode)
 
+    async def compile(self, wish: StructuredOutput | None, *, tenant: str = "") -> Grammar | None:
+        """The grammar of `SamplingParams.structured`, for `Request.grammar`. Raises `InvalidRequest`, saying where.
+
+        Tenants share the thread that compiles in turns. What was compiled is kept for later requests.
+        """
+        self._check_loop()
+        if wish is None:
+            return None
+        if self._closing is not None:
+            raise stopping()
+        return await self._compiler.run(tenant, functools.partial(self._engine.compiler.compile, wish))
+
     async def generate(
         self,
         prompt: str | list[int],
@@ -207,13 +223,15 @@ class EngineLoop:
         Raises `RequestError` for a request that cannot be served and `EngineError` where its step failed. Leaving the
         iterator, or cancelling its task, aborts the request.
         """
+        params = params or SamplingParams()
         request = Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt=prompt if isinstance(prompt, str) else None,
             prompt_token_ids=await self.encode(prompt, tenant=tenant) if isinstance(prompt, str) else prompt,
-            params=params or SamplingParams(),
+            params=params,
             cache_salt=cache_salt,
             tenant=tenant,
+            grammar=await self.compile(params.structured, tenant=tenant),
         )
         stream = OutputStream()
         self.submit(request, stream.put)
@@ -255,7 +273,9 @@ class EngineLoop:
         self._engine.end_all(NotReady("the event loop of the engine is closed"))
         self._backend.close()
         self._thread.shutdown(wait=False)
+        self._masks.shutdown(wait=False)
         self._encoder.close()
+        self._compiler.close()
 
     async def _close(self) -> None:
         self._finalizer.detach()
@@ -270,7 +290,9 @@ class EngineLoop:
             await loop.run_in_executor(self._thread, self._backend.close)
         finally:
             self._thread.shutdown(wait=True)
+            self._masks.shutdown(wait=True)
             self._encoder.close()
+            self._compiler.close()
 
     async def _off_loop_if(self, is_long: bool, tenant: str, work: Callable[[], T]) -> T:
         if not is_long:
@@ -303,14 +325,25 @@ class EngineLoop:
         if batch is None:
             await self._rest()
             return
+        loop, guidance = asyncio.get_running_loop(), self._engine.guidance
+        filling = None if guidance is None else loop.run_in_executor(self._masks, guidance.fill)
         try:
-            result = await asyncio.get_running_loop().run_in_executor(self._thread, self._backend.execute, batch)
+            result = await loop.run_in_executor(self._thread, self._compute, batch, guidance)
         except BackendLost:
             raise
         except Exception as error:  # a failed step ends its own requests, never the loop
             self._engine.fail(error)
         else:
             self._engine.update(result)
+        if filling is not None:
+            await filling  # over long ago, but for a step that failed early
+
+    def _compute(self, batch: Batch, guidance: StepGuidance | None) -> StepResult:
+        """On the step thread: one step, and what its tokens mean for their grammars."""
+        result = self._backend.execute(batch)
+        if guidance is not None:
+            guidance.advance(result)
+        return result
 
     def _on_stopped(self, task: asyncio.Task[None]) -> None:
         """The loop ended. If it failed, end all requests with an error: no step will run again."""

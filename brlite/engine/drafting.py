@@ -1,7 +1,8 @@
 """Guesses at what a sequence says next: where its last words stood before, what followed them then is proposed again.
 
 Guesses cost time and never change a text, since a backend verifies them. Whether they pay is decided here too, from how
-often they were right and from what a step costs. Knows token ids only: no blocks, no requests, no model.
+often they were right and from what a step costs. Tokens that a grammar forces are drafts that are always right. Knows
+token ids only: no blocks, no requests, no model.
 """
 
 from __future__ import annotations
@@ -74,6 +75,14 @@ class StepForecast:
         self._num_rows = num_rows
         self._cost = 1 + CHEAP_ROW_COST * (num_cheap - 1) + ROW_COST * (num_rows - num_cheap)
         self._yield = float(num_rows)
+
+    def add_forced(self, token_ids: list[int]) -> list[int]:
+        """Add tokens that are certain, and return them. They pay always: later steps would compute them one by one."""
+        for _ in token_ids:
+            self._cost += CHEAP_ROW_COST if self._num_rows < CHEAP_ROWS else ROW_COST
+            self._num_rows += 1
+            self._yield += 1
+        return token_ids
 
     def add_guesses(self, acceptance: float, limit: int) -> int:
         """Add as many guesses of one sequence as raise the yield for the cost, up to `limit`. Returns their number."""

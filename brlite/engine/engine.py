@@ -16,15 +16,17 @@ from collections.abc import Callable
 
 import msgspec
 
-from brlite.config.options import EngineConfig, LimitsConfig
+from brlite.config.options import EngineConfig, GrammarConfig, LimitsConfig
 from brlite.engine.admission import admit, read_token_ids
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SeqResult, StepResult
 from brlite.engine.block_manager import BlockManager, cache_root
 from brlite.engine.detokenizer import Detokenizer
+from brlite.engine.guidance import GuidedSeq, StepGuidance
 from brlite.engine.request import Request, RequestState, Sequence, SequenceStatus, Sink, TokenCounts, sibling_seed
 from brlite.engine.scheduler import Scheduler, make_batch
 from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest, QueueFull, QueueTimeout
+from brlite.grammar.compiler import GrammarCompiler
 from brlite.outputs import CompletionOutput, FinishReason, RequestOutput
 from brlite.tokenizer import Tokenizer
 
@@ -44,12 +46,15 @@ class Engine:
         limits: LimitsConfig,
         *,
         clock: Callable[[], float] = time.monotonic,
+        grammar: GrammarConfig | None = None,
     ) -> None:
         self.info = info
         self.tokenizer = tokenizer
         self.config = config
         self.limits = limits
         self.stats = EngineStats(info.max_model_len, clock)
+        self.compiler = GrammarCompiler(tokenizer, info.vocab_size, grammar or GrammarConfig())
+        self.guidance: StepGuidance | None = None  # of the step under way: whoever runs it has its masks filled
         self._preemptions_before = 0
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
@@ -87,6 +92,8 @@ class Engine:
         """Queue a request. Raises `RequestError` at once for one that is wrong, can never fit or finds a full queue."""
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
+        if request.params.structured is not None and request.grammar is None:
+            raise EngineError("the request's structured output was not compiled")
         request = _copied(request)
         max_tokens, warnings = admit(request, self.info, self.limits)
         if not request.is_exempt_from_queue_timeout and self.num_queued >= self.limits.max_waiting:
@@ -125,12 +132,24 @@ class Engine:
         for seq, _ in self._in_flight:
             self._note_scheduled(seq)
         self._set_gauges()
-        return make_batch(self._in_flight, self.tokenizer.eos_token_ids) if self._in_flight else None
+        if not self._in_flight:
+            return None
+        guided = [
+            GuidedSeq(seq.seq_id, seq.matcher, seq.draft_token_ids)
+            for seq, num_tokens in self._in_flight
+            if seq.matcher is not None and seq.num_computed_tokens + num_tokens == seq.num_tokens
+        ]
+        self.guidance = StepGuidance(self.info.vocab_size, guided) if guided else None
+        masks = None if self.guidance is None else self.guidance.masks
+        return make_batch(self._in_flight, self.tokenizer.eos_token_ids, masks)
 
     def update(self, result: StepResult) -> None:
         """Take in what the step found and give every touched request its delta."""
         now = self._clock()
         in_flight, self._in_flight = self._in_flight, []
+        if self.guidance is not None:
+            self.guidance.advance(result)
+            self.guidance = None
         self.stats.step_time.observe(now - self._step_start)
         num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
         for (seq, num_tokens), seq_result in zip(in_flight, result.seqs, strict=True):
@@ -147,7 +166,7 @@ class Engine:
 
     def fail(self, error: Exception) -> None:
         """The step raised: the requests that were in it end with an `EngineError`, the others go on."""
-        in_flight, self._in_flight = self._in_flight, []
+        in_flight, self._in_flight, self.guidance = self._in_flight, [], None
         self.stats.step_failures += 1
         logger.error("a step of %d sequences failed", len(in_flight), exc_info=error)
         for state in dict.fromkeys(seq.state for seq, _ in in_flight):
@@ -156,7 +175,7 @@ class Engine:
 
     def end_all(self, error: BrliteError) -> None:
         """End every request with an error: nothing will be computed any more."""
-        self._in_flight = []
+        self._in_flight, self.guidance = [], None
         for state in list(self._requests.values()):
             self._end_with_error(state, error)
         self._set_gauges()
@@ -225,6 +244,7 @@ class Engine:
             seed=sibling_seed(state.seed, index),
             detokenizer=detokenizer,
             counts=TokenCounts(prompt_token_ids) if params.has_penalties else None,
+            matcher=None if state.request.grammar is None else state.request.grammar.matcher(),
         )
         state.sequences.append(seq)
         return seq
@@ -240,6 +260,9 @@ class Engine:
 
     def _take_in(self, seq: Sequence, num_tokens: int, result: SeqResult, now: float) -> None:
         state = seq.state
+        if result.error is not None and seq.matcher is not None and seq.matcher.error is not None:
+            self._end_as_error(seq, seq.matcher.error)
+            return
         if result.error is not None:
             self._blocks.unseal(seq)  # the fault may lie in a chunk that was sealed before it showed
             self._end_with_error(state, EngineError(result.error))
@@ -266,6 +289,8 @@ class Engine:
     def _append_all(self, seq: Sequence, tokens: list[SampledToken], now: float) -> None:
         """Append the tokens that one step drew, up to the one that ends the sequence."""
         num_before, last_token_time = seq.num_output_tokens, seq.last_token_time
+        if seq.matcher is not None:  # what was drawn behind the end of the answer is dropped
+            tokens = tokens[: seq.matcher.num_tokens - num_before]
         for token in tokens:
             if seq.num_computed_tokens < seq.num_tokens:  # the token before was guessed, so it is computed already
                 seq.num_computed_tokens += 1
@@ -273,7 +298,18 @@ class Engine:
             self._append(seq, token, now)
             if seq.status is SequenceStatus.FINISHED:
                 break
-        self.stats.note_tokens(seq.num_output_tokens - num_before, now - last_token_time if num_before else None)
+        if tokens:
+            self.stats.note_tokens(seq.num_output_tokens - num_before, now - last_token_time if num_before else None)
+        if seq.matcher is not None and seq.matcher.error is not None and seq.status is SequenceStatus.RUNNING:
+            self._end_as_error(seq, seq.matcher.error)
+
+    def _end_as_error(self, seq: Sequence, reason: str) -> None:
+        """End one completion whose grammar cannot be followed any further. Others of its request go on."""
+        logger.warning("a completion of request %s ended: %s", seq.state.request.request_id, reason)
+        text = seq.detokenizer.finish()
+        seq.finish_reason = "error"
+        seq.state.add_delta(CompletionOutput(index=seq.index, text=text, finish_reason="error", stop_reason=reason))
+        self._scheduler.finish(seq)
 
     def _append(self, seq: Sequence, token: SampledToken, now: float) -> None:
         """Append one drawn token to its sequence and to its request's delta, and see whether that ends it."""
@@ -383,6 +419,9 @@ def _interpret(
     text = detokenizer.push(token_id)
     if detokenizer.stop_string is not None:
         return text, "stop", detokenizer.stop_string
+    matcher = seq.matcher
+    if matcher is not None and matcher.is_complete and matcher.num_tokens == seq.num_output_tokens:
+        return text + detokenizer.finish(), "stop", None
     if seq.num_output_tokens >= seq.state.max_tokens:
         return text + detokenizer.finish(), "length", None
     return text, None, None

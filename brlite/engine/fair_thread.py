@@ -7,6 +7,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 from brlite.errors import EngineError, NotReady
@@ -18,10 +19,19 @@ Jobs = OrderedDict["asyncio.Future[Any]", Callable[[], Any]]
 class FairThread:
     """Runs work in turns by tenant. Used on one event loop's thread; the thread itself starts with the first work."""
 
-    def __init__(self, name: str, closing: Callable[[], NotReady]) -> None:
-        """`closing` makes the error of work that comes after `close`, or that waits then."""
+    def __init__(
+        self,
+        name: str,
+        closing: Callable[[], NotReady],
+        starting: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        """`closing` makes the error of work that comes after `close`, or that waits then.
+
+        The thread is started inside `starting()`, which may set the size of its stack.
+        """
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._closing = closing
+        self._starting = starting
         self._tenants: OrderedDict[str, Jobs] = OrderedDict()
         self._is_running = False
         self._is_closed = False
@@ -63,10 +73,11 @@ class FairThread:
         if not jobs:
             del self._tenants[tenant]
         try:
-            running = asyncio.get_running_loop().run_in_executor(self._thread, work)
+            with self._starting():
+                running = asyncio.get_running_loop().run_in_executor(self._thread, work)
         except RuntimeError as error:  # the system gives no more threads; the next work tries again
             if not done.done():
-                done.set_exception(EngineError(f"no thread for long texts can be started: {error}"))
+                done.set_exception(EngineError(f"no thread beside the event loop can be started: {error}"))
             return
         self._is_running = True
         running.add_done_callback(functools.partial(self._finish, done))

@@ -15,6 +15,8 @@ import msgspec
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.drafting import Drafter
 from brlite.errors import BrliteError
+from brlite.grammar.compiler import Grammar
+from brlite.grammar.matcher import Matcher
 from brlite.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
 from brlite.sampling_params import SamplingParams
 
@@ -30,7 +32,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     `tenant` is whose it is: tenants get turns, a share of the queue and, unless the config shares it, a prefix cache of
     their own. Requests of one `group` were asked for at once and share a turn; without one each is its own.
     One that is exempt from the queue timeout belongs to a body whose first request is not exempt: it waits without a
-    limit.
+    limit. `grammar` is what `params.structured` was compiled to.
     """
 
     request_id: str
@@ -41,6 +43,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str = ""
     group: str = ""
     is_exempt_from_queue_timeout: bool = False
+    grammar: Grammar | None = None
 
 
 class SequenceStatus(enum.Enum):
@@ -88,6 +91,7 @@ class Sequence:
     seed: int
     detokenizer: Detokenizer
     counts: TokenCounts | None
+    matcher: Matcher | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0

@@ -7,8 +7,9 @@ decode and a preemption are all changes of that one number.
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 
-from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
+from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, TokenMasks
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.drafting import Drafter, StepForecast
 from brlite.engine.request import Sequence, SequenceStatus
@@ -22,7 +23,8 @@ class Scheduler:
     the latest sequence gives its own back and waits at the head of the queue to be computed again.
     Where all places are taken, the next tenant that has none gets one of a tenant with several, and the next group one
     of its tenant's other groups: 64 prompts of one request cost another request one step, not the time of a prompt.
-    While at most `max_draft_seqs` run, they may guess ahead with what the others left of the budgets.
+    While at most `max_draft_seqs` run, they may guess ahead with what the others left of the budgets. Tokens that a
+    grammar forces are drafts however many run: they must be computed anyway.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
         self._max_draft_tokens = max_draft_tokens
-        self._max_draft_seqs = max_draft_seqs if max_draft_tokens else 0
+        self._max_draft_seqs = max_draft_seqs
 
     @property
     def is_empty(self) -> bool:
@@ -81,7 +83,7 @@ class Scheduler:
             rest = min(seq.num_tokens - seq.num_computed_tokens - scheduled[seq], budget)
             scheduled[seq] += rest
             budget -= rest
-        if len(self.running) <= self._max_draft_seqs:
+        if self._max_draft_tokens:
             self._draft(list(scheduled), budget)
         return list(scheduled.items())
 
@@ -116,16 +118,24 @@ class Scheduler:
 
     def _draft(self, seqs: list[Sequence], budget: int) -> None:
         """Let sequences guess ahead as far as that pays. A guess takes no token and no block that another could use."""
+        may_guess = len(self.running) <= self._max_draft_seqs
         forecast = StepForecast(self._max_num_batched_tokens - budget)
         for seq in seqs:
+            forced = seq.matcher.forced if seq.matcher is not None else ()
+            if not (forced or may_guess):
+                continue
             limit = min(_max_guesses(seq), self._max_draft_tokens, budget)
-            drafter = _drafter(seq) if limit > 0 else None
-            if drafter is not None and drafter.follow(seq.token_ids):
-                # Each sequence may need a block in the next step, and none must be preempted for what another guesses.
-                limit = min(limit, self._blocks.num_spare_slots(seq, num_reserved=len(self.running)))
+            drafter = _drafter(seq) if limit > 0 and not forced else None
+            if limit <= 0 or (drafter is not None and not drafter.follow(seq.token_ids)):
+                continue
+            # Each sequence may need a block in the next step, and none must be preempted for what another guesses.
+            limit = min(limit, self._blocks.num_spare_slots(seq, num_reserved=len(self.running)))
+            if drafter is None:
+                seq.draft_token_ids = forecast.add_forced(list(islice(forced, max(0, limit))))
+            else:
                 seq.draft_token_ids = drafter.guess(seq.token_ids, forecast.add_guesses(drafter.acceptance, limit))
-                self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
-                budget -= len(seq.draft_token_ids)
+            self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
+            budget -= len(seq.draft_token_ids)
 
     def _can_admit(self) -> bool:
         """Whether there is a waiting sequence, a place for it, and blocks for all the tokens it has."""
@@ -192,9 +202,11 @@ class Scheduler:
         self.num_preemptions += 1
 
 
-def make_batch(scheduled: list[tuple[Sequence, int]], eos_token_ids: tuple[int, ...]) -> Batch:
+def make_batch(
+    scheduled: list[tuple[Sequence, int]], eos_token_ids: tuple[int, ...], masks: TokenMasks | None = None
+) -> Batch:
     """The decision as plain data for a backend."""
-    return Batch([_scheduled_seq(seq, num_tokens, eos_token_ids) for seq, num_tokens in scheduled])
+    return Batch([_scheduled_seq(seq, num_tokens, eos_token_ids) for seq, num_tokens in scheduled], masks)
 
 
 def _has_prompt_left(seq: Sequence) -> bool:

@@ -49,6 +49,10 @@ class BackendEncoder(Encoder):
             return 0  # such a token swallows all the white space beside it
         return 1 if self._backend.normalizer is None else _MAX_COMPOSED
 
+    @property
+    def is_in_process(self) -> bool:
+        return self._process is None
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self._encode(_ALL, text, add_special_tokens=add_special_tokens)
 

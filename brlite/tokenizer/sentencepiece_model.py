@@ -75,6 +75,10 @@ class SentencePieceEncoder(Encoder):
         self._prefix = list(prefix)
         self._characters = characters
 
+    @property
+    def is_in_process(self) -> bool:
+        return False
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids = self._process.encode(text=text)
         return [*self._prefix, *ids] if add_special_tokens else ids

@@ -31,6 +31,11 @@ class Encoder(Protocol):
         """Without control tokens, whatever the text spells out. `is_first`: nothing stands before it in the prompt."""
         ...
 
+    @property
+    def is_in_process(self) -> bool:
+        """Whether `encode` runs here, and not in a child process that it waits for."""
+        return True
+
     def close(self) -> None:
         """Give back what encoding took."""
         return
@@ -85,6 +90,15 @@ class Tokenizer:
             for index, part in enumerate(text.parts)
         )
         return list(chain.from_iterable(encoded))
+
+    @property
+    def encodes_in_process(self) -> bool:
+        """Whether encoding a short text takes microseconds: no child process does it."""
+        return self._encoder.is_in_process
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Token ids of a text that goes on with an answer: no BOS, no leading space, and words only."""
+        return self._encoder.encode_words(text, is_first=False)
 
     def fewest_tokens(self, text: str) -> int:
         """How many tokens the text has at the very least, from its length alone.

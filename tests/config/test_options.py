@@ -110,7 +110,7 @@ BAD_FIELDS = [
     ("server.prot = 1", "server.prot = 1: no such field; allowed are host, port, cors_origins, "),
     (
         'servers = "x"',
-        'servers = "x": no such field; allowed are server, engine, model, upstream, limits, keys, key, proxy',
+        'servers = "x": no such field; allowed are server, engine, model, upstream, limits, grammar, keys, key, proxy',
     ),
 ]
 

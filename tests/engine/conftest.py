@@ -14,7 +14,7 @@ from brlite.engine.engine import Engine
 from brlite.engine.request import Request
 from brlite.errors import BrliteError
 from brlite.outputs import RequestOutput
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import SamplingParams, StructuredOutput
 from tests.fakes import ByteTokenizer, FakeBackend
 
 
@@ -49,10 +49,11 @@ class Driver:
         is_exempt_from_queue_timeout: bool = False,
         tenant: str = "",
         group: str = "",
+        structured: StructuredOutput | None = None,
         **params: Any,
     ) -> str:
         token_ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
-        sampling = SamplingParams(**{"temperature": 0, "max_tokens": 8, **params})
+        sampling = SamplingParams(**{"temperature": 0, "max_tokens": 8, "structured": structured, **params})
         request = Request(
             request_id=request_id or next(self._ids),
             prompt_token_ids=token_ids,
@@ -61,6 +62,7 @@ class Driver:
             is_exempt_from_queue_timeout=is_exempt_from_queue_timeout,
             tenant=tenant,
             group=group,
+            grammar=None if structured is None else self.engine.compiler.compile(structured),
         )
         self.engine.add_request(request, lambda output: self._receive(request.request_id, output))
         return request.request_id
@@ -69,6 +71,8 @@ class Driver:
         batch = self.engine.schedule()
         self.now += 1.0
         if batch is not None:
+            if self.engine.guidance is not None:
+                self.engine.guidance.fill()
             try:
                 result = self.backend.execute(batch)
             except RuntimeError as error:

@@ -1,0 +1,330 @@
+"""Compiles what an answer must look like, for one model's tokenizer, and keeps what was compiled.
+
+Compiling takes a millisecond for ordinary schemas and cannot be interrupted, so everything is counted before, in
+`schema_walk.py`, `patterns.py` and `grammar_text.py`. It needs a deep stack: call it on a thread from `deep_stack`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from brlite.config.options import GrammarConfig
+from brlite.errors import InvalidRequest
+from brlite.grammar.grammar_text import check_grammar, is_gbnf
+from brlite.grammar.matcher import GuidedMatcher, Matcher
+from brlite.grammar.patterns import PatternRefused, pattern_size
+from brlite.grammar.schema_walk import SchemaLimits, SchemaRefused, WalkedSchema, parse_schema, walk_schema
+from brlite.sampling_params import StructuredOutput
+from brlite.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
+    import numpy as np
+    import numpy.typing as npt
+
+STACK_BYTES = 512 * 1024**2  # address space; memory is taken only for what a deep schema needs
+MAX_LEAVES_TRIED = 500  # to find the place of an error
+_BASE_BYTES, _BYTES_A_CHARACTER = 64 * 1024, 128  # what a compiled grammar takes, measured on large ones
+_BASE_FUEL, _FUEL_A_CHARACTER = 20_000, 50  # of the first lexer: enough for honest enums of any length
+_SPECIAL_IN_PATTERNS = re.compile(r"[\\^$.|?*+()\[\]{}]")
+
+T = TypeVar("T")
+
+
+class Grammar:
+    """A compiled grammar. Each answer gets a matcher of its own."""
+
+    def __init__(self, make: Callable[[], Matcher]) -> None:
+        self._make = make
+
+    def matcher(self) -> Matcher:
+        """A matcher at the beginning of an answer. Takes microseconds."""
+        return self._make()
+
+
+class GrammarCompiler:
+    """Compiles for one tokenizer. Its methods block, and are called by one thread at a time."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, config: GrammarConfig) -> None:
+        """`vocab_size` is the width of the model's logits, at least the tokenizer's."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._config = config
+        self._library: Library | None = None
+        self._cache: OrderedDict[StructuredOutput, tuple[Grammar | str, int]] = OrderedDict()
+        self._cached_bytes = 0
+
+    def compile(self, wish: StructuredOutput) -> Grammar:
+        """The grammar of a wish, from the cache if it is there. Raises `InvalidRequest`, saying where it is wrong."""
+        key = msgspec.structs.replace(wish, param="structured")
+        found = self._cache.get(key)
+        if found is not None:
+            self._cache.move_to_end(key)
+            result = found[0]
+        else:
+            result = self._compile_new(key)
+        if isinstance(result, str):
+            raise InvalidRequest(f"{wish.param}: {result}", param=wish.param)
+        return result
+
+    def compile_on_thread(self, wish: StructuredOutput | None) -> Grammar | None:
+        """As `compile`, on a thread with a deep stack that is started for it and ended."""
+        if wish is None:
+            return None
+        with ThreadPoolExecutor(1, thread_name_prefix="brlite-grammar") as thread:
+            with deep_stack():
+                compiling = thread.submit(self.compile, wish)
+            return compiling.result()
+
+    def _compile_new(self, wish: StructuredOutput) -> Grammar | str:
+        """The grammar, or what is wrong with the wish: both are kept."""
+        if self._library is None:
+            self._library = Library(self._tokenizer, self._vocab_size, self._config)
+        num_bytes = sum(len(text) for text in (wish.json_schema, wish.regex, wish.grammar, wish.structural_tag) if text)
+        num_bytes += sum(len(choice) for choice in wish.choice)
+        if num_bytes > self._config.max_bytes:
+            return f"{num_bytes} characters are too many; at most {self._config.max_bytes} are allowed here"
+        try:
+            result: Grammar | str = self._library.compile(wish, num_bytes)
+        except (SchemaRefused, PatternRefused) as error:
+            result = str(error)
+        size = _BASE_BYTES + num_bytes * _BYTES_A_CHARACTER
+        self._cache[wish] = result, size
+        self._cached_bytes += size
+        while self._cached_bytes > self._config.cache_bytes and self._cache:
+            self._cached_bytes -= self._cache.popitem(last=False)[1][1]
+        return result
+
+
+class Library:
+    """llguidance with one model's tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, config: GrammarConfig) -> None:
+        """Takes a tenth of a second, or some with a large vocabulary."""
+        import llguidance
+        import numpy as np
+
+        self._llguidance = llguidance
+        self._config = config
+        self._tokenizer = tokenizer
+        padding = vocab_size - tokenizer.vocab_size
+        self._token_bytes = [tokenizer.token_bytes(token_id) for token_id in range(tokenizer.vocab_size)]
+        self._token_bytes += [b""] * padding
+        self._tokens = llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_TokenSource(tokenizer, self._token_bytes)),
+            n_vocab=vocab_size,
+            eos_token=list(tokenizer.eos_token_ids),
+        )
+        digits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
+        digits[[token_id for token_id, data in enumerate(self._token_bytes) if data[:1].isdigit()]] = True
+        self._starts_with_digit: npt.NDArray[np.int32] = np.packbits(digits, bitorder="little").view(np.int32)
+
+    def compile(self, wish: StructuredOutput, num_bytes: int) -> Grammar:
+        """Raises `SchemaRefused` or `PatternRefused`."""
+        overrides = self._json_options(wish.whitespace_pattern)
+        if wish.json_schema is not None or wish.json_object:
+            walked = self._walk(parse_schema(wish.json_schema or '{"type": "object"}'))
+            inner = self._matcher(self._json_grammar(walked.schema, overrides), num_bytes)
+            if inner.is_error():
+                self._refuse_schema(walked, inner, overrides)
+            self._check_warnings(walked, inner.get_grammar_warnings())
+        elif wish.structural_tag is not None:
+            inner = self._compiled(self._structural_grammar(parse_schema(wish.structural_tag), overrides), num_bytes)
+        elif wish.grammar is not None:
+            inner = self._compiled(self._text_grammar(wish.grammar), num_bytes)
+        else:
+            pattern = wish.regex
+            if pattern is None:
+                pattern = "|".join(_SPECIAL_IN_PATTERNS.sub(r"\\\g<0>", choice) for choice in wish.choice)
+            else:
+                self._check_pattern("the expression", pattern)
+            inner = self._compiled(self._llguidance.LLMatcher.grammar_from_regex(pattern), num_bytes)
+
+        is_json = wish.json_schema is not None or wish.json_object
+        grammar = Grammar(
+            lambda: GuidedMatcher(
+                inner.deep_copy(),
+                self._token_bytes,
+                has_forced_tokens=self._tokenizer.encodes_in_process,
+                starts_with_digit=self._starts_with_digit if is_json else None,
+            )
+        )
+        self._check_first_mask(grammar.matcher())
+        return grammar
+
+    def _check_first_mask(self, matcher: Matcher) -> None:
+        """The first step of an answer finds what compiling does not: expressions too large, and nothing to say."""
+        words = memoryview(bytearray(self._starts_with_digit.nbytes))
+        matcher.fill_masks(words, ())
+        if matcher.error is not None:
+            raise PatternRefused(matcher.error)
+        if not any(words):
+            raise PatternRefused("nothing matches it")
+
+    def _matcher(self, grammar: str, num_bytes: int) -> llguidance.LLMatcher:
+        limits = self._llguidance.LLParserLimits(
+            initial_lexer_fuel=_BASE_FUEL + _FUEL_A_CHARACTER * num_bytes,
+            step_lexer_fuel=50_000,
+            max_lexer_states=self._config.max_lexer_states,
+            max_grammar_size=200_000,
+            verbose_errors=False,
+        )
+        return self._llguidance.LLMatcher(self._tokens, grammar, log_level=0, limits=limits)
+
+    def _compiled(self, grammar: str, num_bytes: int) -> llguidance.LLMatcher:
+        inner = self._matcher(grammar, num_bytes)
+        if inner.is_error():
+            raise PatternRefused(_first_line(inner.get_error()))
+        return inner
+
+    # JSON
+
+    def _json_options(self, whitespace_pattern: str | None) -> dict[str, Any]:
+        """Overrides win over what the schema says in `x-guidance`, so all that matters is given."""
+        options: dict[str, Any] = {"lenient": True, "item_separator": ",", "key_separator": ":"}
+        if whitespace_pattern is None:
+            return options | {"whitespace_flexible": False}
+        self._check_pattern("whitespace_pattern", whitespace_pattern)
+        return options | {"whitespace_flexible": True, "whitespace_pattern": whitespace_pattern}
+
+    def _json_grammar(self, schema: Any, overrides: dict[str, Any]) -> str:
+        return self._llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=overrides)  # type: ignore[arg-type]  # a TypedDict with these keys
+
+    def _walk(self, schema: Any) -> WalkedSchema:
+        config = self._config
+        limits = SchemaLimits(
+            max_subschemas=config.max_subschemas,
+            max_properties=config.max_properties,
+            max_optional_properties=config.max_optional_properties,
+            max_references=config.max_references,
+            max_repetitions=config.max_repetitions,
+            max_joint_patterns=config.max_joint_patterns,
+        )
+        return walk_schema(schema, limits)
+
+    def _check_warnings(self, walked: WalkedSchema, warnings: Sequence[str]) -> None:
+        """What compiled leniently is refused where it would not be enforced."""
+        for warning in warnings:
+            if warning.startswith("Unknown format"):
+                continue  # of a schema's branch that the walk did not reach
+            if warning.startswith("oneOf"):
+                if not walked.unproved_one_ofs:
+                    continue  # the walk has seen that no value matches two of its alternatives
+                reason = "the alternatives of oneOf cannot be told apart; use anyOf, or a property with different const"
+                raise SchemaRefused(walked.unproved_one_ofs[0], reason)
+            keywords = re.findall(r'"([^"]+)"', warning) or ["minProperties", "maxProperties"]
+            places = walked.with_keyword(*keywords)
+            raise SchemaRefused(places[0] if places else "#", _first_line(warning))
+
+    def _refuse_schema(self, walked: WalkedSchema, inner: llguidance.LLMatcher, overrides: dict[str, Any]) -> None:
+        """Raise `SchemaRefused` for the first subschema that does not compile by itself, else for the whole."""
+        below = ("$ref", "properties", "patternProperties", "items", "prefixItems", "anyOf", "allOf", "oneOf")
+        leaves = [(at, node) for at, node in walked.places if not any(keyword in node for keyword in below)]
+        leaves += [
+            (f"{at}/patternProperties", {"type": "string", "pattern": pattern})
+            for at, node in walked.places
+            for pattern in node.get("patternProperties", ())
+        ]
+        for pointer, node in leaves[:MAX_LEAVES_TRIED]:
+            alone = self._matcher(self._json_grammar(node, overrides), 0)
+            if alone.is_error():
+                raise SchemaRefused(pointer, _first_line(alone.get_error()))
+        raise SchemaRefused("#", _first_line(inner.get_error()))
+
+    # Grammars and expressions
+
+    def _check_pattern(self, what: str, pattern: str) -> None:
+        try:
+            size = pattern_size(pattern)
+        except PatternRefused as error:
+            raise PatternRefused(f"{what} {error}") from None
+        most = self._config.max_repetitions
+        if size > most:
+            raise PatternRefused(f"{what} with its repetitions written out has {size} characters; allowed are {most}")
+
+    def _text_grammar(self, text: str) -> str:
+        try:
+            check_grammar(text, max_rules=self._config.max_rules, max_repetitions=self._config.max_repetitions)
+        except PatternRefused as error:
+            raise PatternRefused(f"the grammar {error}") from None
+        if not is_gbnf(text):
+            return self._llguidance.LLMatcher.grammar_from_lark(text)
+        try:
+            return self._llguidance.grammar_from("gbnf", text)
+        except ValueError as error:
+            raise PatternRefused(_first_line(str(error))) from None
+
+    def _structural_grammar(self, tag: Any, overrides: dict[str, Any]) -> str:
+        """Free text, and behind each trigger one of the parts that begin with it."""
+        structures, triggers = (tag.get(name) for name in ("structures", "triggers"))
+        if not (isinstance(structures, list) and structures and isinstance(triggers, list)):
+            raise PatternRefused(
+                "a structural tag has structures, a list of {begin, schema, end}, and triggers, a list"
+            )
+        lines = ["%llguidance {}", f"start: ({' | '.join(f'part_{i}' for i in range(len(structures)))})* rest"]
+        lines += ["rest: TEXT", r"TEXT: /(.|\n)*/"]
+        for index, part in enumerate(structures):
+            if not (isinstance(part, dict) and all(isinstance(part.get(name), str) for name in ("begin", "end"))):
+                raise PatternRefused(f"structures[{index}] must have begin and end, both texts, and a schema")
+            trigger = next((each for each in triggers if isinstance(each, str) and part["begin"].startswith(each)), "")
+            if not trigger:
+                raise PatternRefused(f"structures[{index}].begin begins with none of the triggers")
+            try:
+                walked = self._walk(part.get("schema", True))
+            except SchemaRefused as error:
+                raise PatternRefused(f"structures[{index}].schema: {error}") from None
+            schema = walked.schema if isinstance(walked.schema, dict) else {} if walked.schema else {"enum": []}
+            rest = part["begin"][len(trigger) :]
+            body = " ".join(
+                [
+                    json.dumps(rest) if rest else "",
+                    "%json " + json.dumps(schema | {"x-guidance": overrides}),
+                    json.dumps(part["end"]) if part["end"] else "",
+                ]
+            )
+            if self._tokenizer.special_token_id(trigger) is not None:
+                lines.append(f"part_{index}: TEXT <[{self._tokenizer.special_token_id(trigger)}]> {body}")
+            else:
+                lines.append(f"trigger_{index}[lazy]: /(.|\\n)*/ {json.dumps(trigger)}")
+                lines.append(f"part_{index}: trigger_{index} {body}")
+        return self._llguidance.LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
+
+
+class _TokenSource:
+    """What llguidance reads of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, tokens: list[bytes]) -> None:
+        self.tokens = tokens
+        self.eos_token_id = tokenizer.eos_token_ids[0]
+        self.bos_token_id = tokenizer.bos_token_id
+        self.special_token_ids = sorted(tokenizer.special_token_ids)
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        """Ids of a text that is forced: it goes on with what the answer has."""
+        decoded = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+        return self._tokenizer.encode_continuation(decoded) if self._tokenizer.encodes_in_process else []
+
+
+@contextmanager
+def deep_stack() -> Iterator[None]:
+    """Threads that are started inside have a stack of `STACK_BYTES`."""
+    before = threading.stack_size(STACK_BYTES)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+def _first_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip() and "non-verbose" not in line]
+    return " ".join(lines[:4])[:300] or "it cannot be compiled"

@@ -1,0 +1,203 @@
+"""Follows one answer through its grammar, token by token: which tokens may come next, which one must, is it complete.
+
+A matcher belongs to one sequence and is used by one thread at a time. Errors of the library end the answer that they
+happen in: they are kept in `error` and never raised.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import llguidance
+    import numpy as np
+    import numpy.typing as npt
+
+MAX_DIGITS = 20  # of a JSON number, before its point and after it
+MAX_EXPONENT_DIGITS = 2
+MAX_FORCED = 256  # tokens that are known ahead at a time
+TOO_COMPLEX = "the grammar became too complex to follow"
+
+
+class Matcher(Protocol):
+    """What the engine holds for each sequence whose answer has a grammar."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the answer cannot go on."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the matcher has taken in."""
+        ...
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing can follow: the answer ends here, without an end-of-text token."""
+        ...
+
+    @property
+    def forced(self) -> Sequence[int]:
+        """The tokens that come next, whatever the model says. The first is the only one that the mask allows."""
+        ...
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """Take in tokens that were drawn, up to one after which the answer is complete."""
+        ...
+
+    def fill_masks(self, words: memoryview, draft_token_ids: Sequence[int]) -> None:
+        """Write the mask of the next draw, and of the one after each guess, into rows of `words` (int32), all 0.
+
+        The rows after a guess that is not allowed stay 0: nothing is drawn there.
+        """
+        ...
+
+
+class NumberScan:
+    """Finds JSON numbers that go on for ever: counts the digits that the text ends in, outside strings."""
+
+    def __init__(self) -> None:
+        self._is_string = False
+        self._is_escaped = False
+        self._is_exponent = False
+        self._num_digits = 0
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the number that the text ends in has all the digits it may have."""
+        return self._num_digits >= (MAX_EXPONENT_DIGITS if self._is_exponent else MAX_DIGITS)
+
+    def copy(self) -> NumberScan:
+        twin = NumberScan()
+        twin.__dict__.update(self.__dict__)
+        return twin
+
+    def feed(self, data: bytes) -> None:
+        for byte in data:
+            if self._is_string:
+                if self._is_escaped:
+                    self._is_escaped = False
+                elif byte == 0x5C:
+                    self._is_escaped = True
+                elif byte == 0x22:
+                    self._is_string = False
+            elif 0x30 <= byte <= 0x39:
+                self._num_digits += 1
+            elif byte == 0x2E or (byte in b"eE" and self._num_digits):
+                self._num_digits, self._is_exponent = 0, byte != 0x2E
+            elif byte not in b"+-":
+                self._num_digits, self._is_exponent = 0, False
+                self._is_string = byte == 0x22
+
+
+class GuidedMatcher:
+    """A `Matcher` over one of llguidance's.
+
+    A run of forced tokens is settled when it begins and then followed to its end, so that an answer is the same whether
+    its tokens come one a step or several.
+    """
+
+    def __init__(
+        self,
+        inner: llguidance.LLMatcher,
+        token_bytes: Sequence[bytes],
+        *,
+        has_forced_tokens: bool,
+        starts_with_digit: npt.NDArray[np.int32] | None,
+    ) -> None:
+        """`starts_with_digit` [(V + 31) / 32] has the tokens that go on with a number; None where numbers are free."""
+        self.error: str | None = None
+        self.num_tokens = 0
+        self._inner = inner
+        self._token_bytes = token_bytes
+        self._has_forced_tokens = has_forced_tokens
+        self._starts_with_digit = starts_with_digit
+        self._numbers = NumberScan()
+        self._forced: deque[int] = deque()
+        self._note_error()
+        self._force()
+
+    @property
+    def is_complete(self) -> bool:
+        return self.error is None and self._inner.is_stopped()
+
+    @property
+    def forced(self) -> Sequence[int]:
+        return self._forced
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            if self.error is not None or self._inner.is_stopped():
+                return
+            self._inner.consume_token(token_id)
+            self.num_tokens += 1
+            self._note_error()
+            if self.error is not None:
+                return
+            self._numbers.feed(self._token_bytes[token_id])
+            if self._forced:
+                self._forced.popleft()
+            if not self._forced:
+                self._force()
+
+    def fill_masks(self, words: memoryview, draft_token_ids: Sequence[int]) -> None:
+        import numpy as np
+
+        if self.error is not None:
+            return
+        rows = np.frombuffer(words, np.int32).reshape(1 + len(draft_token_ids), -1)
+        numbers, forced, num_taken = self._numbers.copy(), deque(self._forced), 0
+        for draw, row in enumerate(rows):
+            if forced:
+                _allow(row, forced[0])
+            elif not self._fill(row, numbers):
+                break
+            if draw == len(draft_token_ids):
+                break
+            token_id = draft_token_ids[draw]
+            if not row[token_id // 32] >> (token_id % 32) & 1 or not self._inner.consume_token(token_id):
+                break
+            num_taken += 1
+            numbers.feed(self._token_bytes[token_id])
+            if forced:
+                forced.popleft()
+            if self._inner.is_stopped():
+                rows[draw + 1] = -1  # the answer ends before this draw: what it gives is dropped
+                break
+            if not forced:
+                forced.extend(self._next_forced())
+        if num_taken:
+            self._inner.rollback(num_taken)
+        self._note_error()
+
+    def _fill(self, row: npt.NDArray[np.int32], numbers: NumberScan) -> bool:
+        """Whether there is a token that may come next."""
+        self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if self._inner.is_error():
+            row[:] = 0
+            return False
+        if numbers.is_long and self._starts_with_digit is not None:
+            others = row & ~self._starts_with_digit
+            if others.any():  # else the schema itself wants the digits: a constant, a bound
+                row[:] = others
+        return bool(row.any())
+
+    def _force(self) -> None:
+        if self.error is None and not self._inner.is_stopped():
+            self._forced.extend(self._next_forced())
+            self._note_error()
+
+    def _next_forced(self) -> list[int]:
+        return self._inner.compute_ff_tokens()[:MAX_FORCED] if self._has_forced_tokens else []
+
+    def _note_error(self) -> None:
+        if self.error is None and self._inner.is_error():
+            message = self._inner.get_error().partition("\n")[0][:200]
+            self.error = f"{TOO_COMPLEX}: {message}" if message else TOO_COMPLEX
+
+
+def _allow(row: npt.NDArray[np.int32], token_id: int) -> None:
+    row.view("uint32")[token_id // 32] = 1 << token_id % 32

@@ -1,0 +1,147 @@
+"""Regular expressions before they are compiled: what they cost, what they may not use, and known ones rewritten.
+
+The library matches by derivatives, so it has no look-around, no backreferences and no word boundaries. The patterns
+with look-ahead that pydantic and zod print are replaced by ones without, which match part of the same texts.
+"""
+
+from __future__ import annotations
+
+import re
+
+MAX_GROUP_DEPTH = 100
+_MAX_SIZE = 10**12  # sizes above are all the same: far too much
+_REPETITION = re.compile(r"\{(\d{1,12})(?:,(\d{0,12}))?\}")
+_BRACED_ESCAPE = re.compile(r"\{[^}]*\}")
+
+_EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+_EMAIL_WITHOUT_LOOK_AHEAD = (
+    r"^([A-Za-z0-9_'+\-]{1,64}\.){0,8}[A-Za-z0-9_'+\-]{0,63}[A-Za-z0-9_+-]"
+    r"@([A-Za-z0-9][A-Za-z0-9\-]{0,62}\.){1,8}[A-Za-z]{2,24}$"
+)
+# pydantic's Decimal: any, with decimal places, with digits and decimal places, with digits.
+_DECIMAL_START = re.escape(r"^(?!^[-+.]*$)[+-]?0*")
+_DECIMALS = (
+    re.compile(_DECIMAL_START + re.escape(r"\d*\.?\d*$")),
+    re.compile(_DECIMAL_START + re.escape(r"\d*\.?\d{0,") + r"(?P<places>\d{1,4})" + re.escape(r"}0*$")),
+    re.compile(
+        _DECIMAL_START
+        + re.escape(r"(?:\d{0,")
+        + r"(?P<whole>\d{1,4})"
+        + re.escape(r"}|(?=[\d.]{1,")
+        + r"\d{1,4}"
+        + re.escape(r"}0*$)\d{0,")
+        + r"\d{1,4}"
+        + re.escape(r"}\.\d{0,")
+        + r"(?P<places>\d{1,4})"
+        + re.escape(r"}0*$)")
+    ),
+    re.compile(
+        _DECIMAL_START
+        + re.escape(r"(?:\d{0,")
+        + r"(?P<digits>\d{1,4})"
+        + re.escape(r"}|(?=[\d.]{1,")
+        + r"\d{1,4}"
+        + re.escape(r"}0*$)\d*\.\d*0*$)")
+    ),
+)
+_MAX_DECIMAL_DIGITS = 20
+
+
+class PatternRefused(ValueError):
+    """A regular expression that cannot be enforced, or not at a bearable cost. The message says why."""
+
+
+def rewritten(pattern: str) -> str:
+    """A pattern without look-ahead in place of a known one with it; any other one as it is."""
+    if pattern == _EMAIL:
+        return _EMAIL_WITHOUT_LOOK_AHEAD
+    for known in _DECIMALS:
+        found = known.fullmatch(pattern)
+        if found:
+            return _decimal({name: int(digits) for name, digits in found.groupdict().items()})
+    return pattern
+
+
+def _decimal(limits: dict[str, int]) -> str:
+    most = _MAX_DECIMAL_DIGITS
+    if "digits" in limits:
+        digits = max(1, min(limits["digits"], 2 * most))
+        splits = "|".join(rf"\d{{{whole}}}\.\d{{1,{digits - whole}}}" for whole in range(1, digits))
+        return rf"^[+-]?(\d{{1,{digits}}}{'|' if splits else ''}{splits})$"
+    whole, places = min(limits.get("whole", most), most), min(limits.get("places", most), most)
+    fraction = rf"\.\d{{1,{places}}}" if places else ""
+    before = rf"\d{{1,{whole}}}" if whole else "0"
+    return rf"^[+-]?{before}({fraction})?$" if fraction else rf"^[+-]?{before}$"
+
+
+def pattern_size(pattern: str) -> int:
+    """How many single characters the pattern has once its counted repetitions are written out.
+
+    Raises `PatternRefused` for look-around, backreferences, word boundaries and groups nested too deep. Whether the
+    rest is a regular expression is found when it is compiled.
+    """
+    sums, atom, position = [0], 0, 0  # of each open group, the size of what it has so far without its last atom
+    while position < len(pattern):
+        character = pattern[position]
+        repetition = _REPETITION.match(pattern, position) if character == "{" else None
+        if character == "(":
+            position = _skip_group_head(pattern, position)
+            sums[-1] += atom
+            sums.append(0)
+            atom = 0
+            if len(sums) > MAX_GROUP_DEPTH:
+                raise PatternRefused(f"has groups nested more than {MAX_GROUP_DEPTH} deep")
+            continue
+        if character == ")" and len(sums) > 1:
+            atom = min(sums.pop() + atom, _MAX_SIZE)
+        elif repetition is not None:
+            atom *= max(1, int(repetition[2] or repetition[1]))
+            position = repetition.end()
+            continue
+        elif character not in "*+?|":
+            sums[-1] += atom
+            atom = 1
+            if character == "\\":
+                position = _skip_escape(pattern, position)
+                continue
+            if character == "[":
+                position = _skip_class(pattern, position)
+                continue
+        position += 1
+    return min(sum(sums) + atom, _MAX_SIZE)
+
+
+def _skip_group_head(pattern: str, position: int) -> int:
+    head = pattern[position : position + 4]
+    if head.startswith(("(?=", "(?!", "(?<=", "(?<!")):
+        raise PatternRefused(f"uses look-around at character {position}, which cannot be enforced")
+    if head.startswith("(?P="):
+        raise PatternRefused(f"uses a backreference at character {position}, which cannot be enforced")
+    if head.startswith(("(?<", "(?P<")):
+        return pattern.find(">", position) + 1 or len(pattern)
+    return position + (2 if head.startswith("(?") else 1)
+
+
+def _skip_escape(pattern: str, position: int) -> int:
+    escaped = pattern[position + 1 : position + 2]
+    if escaped in ("b", "B"):
+        raise PatternRefused(f"uses a word boundary at character {position}, which cannot be enforced")
+    if (escaped.isdigit() and escaped != "0") or escaped == "k":
+        raise PatternRefused(f"uses a backreference at character {position}, which cannot be enforced")
+    braces = _BRACED_ESCAPE.match(pattern, position + 2) if escaped and escaped in "pPxu" else None
+    return braces.end() if braces else position + 2
+
+
+def _skip_class(pattern: str, position: int) -> int:
+    """Past `[...]`. A bracket that is never closed is left to the compiler."""
+    position += 2 if pattern.startswith("[^", position) else 1
+    depth = 1
+    while position < len(pattern) and depth:
+        if pattern[position] == "\\":
+            position += 1
+        elif pattern[position] == "[":
+            depth += 1  # Rust nests classes: [[:alpha:]]; in JavaScript the bracket is a character
+        elif pattern[position] == "]":
+            depth -= 1
+        position += 1
+    return position

@@ -1,0 +1,528 @@
+"""Walks a JSON schema before it is compiled: counts what it costs, refuses what cannot be enforced, rewrites the rest.
+
+The library neither says where a fault is nor can it be stopped once it compiles. So the walk names the place, as a JSON
+pointer, and bounds all that makes compiling slow. It follows references from the root: what nothing refers to is not
+looked at. The schema is changed in place; no part of it moves, so references stay right.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote, urldefrag, urljoin
+
+from brlite.grammar.patterns import PatternRefused, pattern_size, rewritten
+
+EXACT = 2**53  # integers up to here are exact as doubles, which is how the library keeps numbers
+MAX_NESTING = 100  # levels of JSON; the library stops at 128
+MAX_COMPARED = 200  # alternatives of one oneOf that are compared two by two
+MAX_EXPANDED_ARRAYS = 400  # that `uniqueItems` over a short enum is written out as
+TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
+FORMATS = frozenset(
+    ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
+)  # that are enforced; others are annotations
+
+_LISTS = ("prefixItems", "anyOf", "allOf", "oneOf")
+_MAPS = ("properties", "patternProperties")
+_SINGLE = ("items", "additionalItems", "additionalProperties")
+_NOT_ENFORCED = (
+    *("not", "if", "contains", "propertyNames", "dependencies", "dependentRequired", "dependentSchemas"),
+    *("unevaluatedProperties", "unevaluatedItems", "uniqueItems", "$dynamicRef", "$recursiveRef"),
+)
+_WITHOUT_EFFECT = ("then", "else", "minContains", "maxContains")  # of `if` and `contains`, which are refused
+_ANNOTATIONS = ("x-guidance", "default", "examples", "example")
+_SIZES = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+
+
+class SchemaRefused(ValueError):
+    """A schema that is wrong, too expensive or cannot be enforced. The message says where and why."""
+
+    def __init__(self, pointer: str, reason: str) -> None:
+        super().__init__(f"at {pointer}: {reason}")
+
+
+class SchemaLimits(NamedTuple):
+    """What a schema may have. `max_references`: in a row, one inside the other's target."""
+
+    max_subschemas: int
+    max_properties: int
+    max_optional_properties: int
+    max_references: int
+    max_repetitions: int
+    max_joint_patterns: int
+
+
+class WalkedSchema(NamedTuple):
+    """A schema ready to be compiled, and the places that the compiler's complaints may be about."""
+
+    schema: Any
+    places: list[tuple[str, dict[str, Any]]]  # every subschema with its pointer
+    unproved_one_ofs: list[str]  # where a value might match two alternatives, as far as the walk can tell
+
+    def with_keyword(self, *keywords: str) -> list[str]:
+        """Where a keyword stands."""
+        return [at for at, node in self.places if any(keyword in node for keyword in keywords)]
+
+
+def parse_schema(text: str) -> Any:
+    """The schema that a JSON text holds. Raises `SchemaRefused`."""
+
+    def refuse(constant: str) -> Any:
+        raise SchemaRefused("#", f"{constant} is not JSON")
+
+    try:
+        schema = json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise SchemaRefused("#", f"the schema is nested more than {MAX_NESTING} levels deep") from None
+    except ValueError as error:
+        if isinstance(error, SchemaRefused):
+            raise
+        raise SchemaRefused("#", f"the schema is not JSON: {error}") from None
+    if schema is True:
+        return {}
+    if not isinstance(schema, dict):
+        raise SchemaRefused("#", "a schema is an object; one that is false allows nothing")
+    return schema
+
+
+def walk_schema(schema: Any, limits: SchemaLimits) -> WalkedSchema:
+    """Check and rewrite a schema. Raises `SchemaRefused`."""
+    walk = _Walk(schema, limits)
+    walk.run()
+    return WalkedSchema(schema, list(walk.places.values()), walk.unproved_one_ofs)
+
+
+class _Walk:
+    def __init__(self, root: Any, limits: SchemaLimits) -> None:
+        self.places: dict[int, tuple[str, dict[str, Any]]] = {}  # by identity, which `_root` keeps
+        self.unproved_one_ofs: list[str] = []
+        self._root = root
+        self._limits = limits
+        self._targets: dict[int, Any] = {}  # of each node with a `$ref`
+        self._anchors: dict[str, tuple[str, Any]] = {}
+        self._bases: dict[int, str] = {}
+        self._num_repetitions = 0
+
+    def run(self) -> None:
+        self._check_nesting()
+        self._find_anchors()
+        waiting: list[tuple[str, Any, int]] = [("#", self._root, 0)]
+        while waiting:
+            pointer, node, depth = waiting.pop()
+            if id(node) in self.places and isinstance(node, dict):
+                continue
+            if depth > self._limits.max_references:
+                raise SchemaRefused(pointer, f"references lead more than {self._limits.max_references} deep")
+            waiting += reversed(list(self._visit(pointer, node, depth)))
+        self._check_ends()
+        self._check_joint_patterns()
+
+    def _visit(self, pointer: str, node: Any, depth: int) -> Iterator[tuple[str, Any, int]]:
+        """Check one subschema, change it where that helps, and yield those below it with the depth of references."""
+        if isinstance(node, bool):
+            return
+        if not isinstance(node, dict):
+            raise SchemaRefused(pointer, "a schema is an object, true or false")
+        self.places[id(node)] = pointer, node
+        if len(self.places) > self._limits.max_subschemas:
+            raise SchemaRefused(pointer, f"the schema has more than {self._limits.max_subschemas} subschemas")
+        for keyword in _ANNOTATIONS:
+            node.pop(keyword, None)
+        self._drop_harmless(pointer, node)
+        self._check_keywords(pointer, node)
+        for keyword in _NOT_ENFORCED:
+            if keyword in node:
+                raise SchemaRefused(f"{pointer}/{_escape(keyword)}", f"{keyword} is not enforced by this server")
+        if "$ref" in node:
+            target_pointer, target = self._resolve(pointer, node)
+            self._targets[id(node)] = target
+            yield target_pointer, target, depth + 1
+        for keyword in _SINGLE:
+            if isinstance(node.get(keyword), (dict, bool)):
+                yield f"{pointer}/{keyword}", node[keyword], depth
+        for keyword in (*_LISTS, "items"):
+            value = node.get(keyword)
+            if keyword in _LISTS and value is not None and not isinstance(value, list):
+                raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is a list of schemas")
+            if isinstance(value, list):
+                yield from ((f"{pointer}/{keyword}/{index}", child, depth) for index, child in enumerate(value))
+        for keyword in _MAPS:
+            for name, child in _mapping(pointer, node, keyword).items():
+                yield f"{pointer}/{keyword}/{_escape(name)}", child, depth
+
+    def _drop_harmless(self, pointer: str, node: dict[str, Any]) -> None:
+        """Drop or rewrite what the library does not know, where that does not change what is valid."""
+        if not isinstance(node.get("format", ""), str):
+            raise SchemaRefused(f"{pointer}/format", "a format is a string")
+        if node.get("format") not in FORMATS:
+            node.pop("format", None)
+        if node.get("dependentRequired") == {} or node.get("dependentSchemas") == {}:
+            node.pop("dependentRequired", None), node.pop("dependentSchemas", None)
+        for keyword in ("unevaluatedProperties", "unevaluatedItems", "propertyNames"):
+            if node.get(keyword) is True or node.get(keyword) == {}:
+                del node[keyword]
+        if node.get("uniqueItems") is False:
+            del node["uniqueItems"]
+        if "if" not in node or not {"then", "else"} & node.keys():
+            node.pop("if", None), node.pop("then", None), node.pop("else", None)
+        if "contains" not in node:
+            node.pop("minContains", None), node.pop("maxContains", None)
+        is_plain = not {"allOf", "anyOf", "oneOf", "$ref"} & node.keys()
+        if is_plain and isinstance(node.get("unevaluatedProperties"), (dict, bool)):
+            node.setdefault("additionalProperties", node.pop("unevaluatedProperties"))
+        self._rewrite_property_names(node)
+        for bound in ("Minimum", "Maximum"):  # draft 4 says true or false here
+            is_exclusive, plain = node.get(f"exclusive{bound}"), bound.lower()
+            if isinstance(is_exclusive, bool):
+                del node[f"exclusive{bound}"]
+                if is_exclusive and plain in node:
+                    node[f"exclusive{bound}"] = node.pop(plain)
+        alternatives = node.get("oneOf")
+        if isinstance(alternatives, list) and not self._are_disjoint(pointer, alternatives):
+            self.unproved_one_ofs.append(f"{pointer}/oneOf")
+        if node.get("uniqueItems") is True:
+            self._expand_unique_items(pointer, node)
+
+    def _rewrite_property_names(self, node: dict[str, Any]) -> None:
+        """Names that are strings are all names; names that match a pattern are `patternProperties`."""
+        names = node.get("propertyNames")
+        if not isinstance(names, dict):
+            return
+        said = {key: value for key, value in names.items() if key not in ("title", "description", "$comment")}
+        if said == {"type": "string"}:
+            del node["propertyNames"]
+        elif said.keys() <= {"type", "pattern"} and isinstance(said.get("pattern"), str):
+            if not {"properties", "patternProperties"} & node.keys() and node.get("required", []) == []:
+                node["patternProperties"] = {said["pattern"]: node.get("additionalProperties", True)}
+                node["additionalProperties"] = False
+                del node["propertyNames"]
+        elif said.keys() <= {"type", "enum"} and isinstance(said.get("enum"), list):
+            is_open = not {"properties", "patternProperties"} & node.keys()
+            if is_open and all(isinstance(name, str) for name in said["enum"]):
+                value = node.get("additionalProperties", True)
+                node["properties"] = {name: json.loads(json.dumps(value)) for name in said["enum"]}
+                node["additionalProperties"] = False
+                del node["propertyNames"]
+
+    def _check_keywords(self, pointer: str, node: dict[str, Any]) -> None:
+        types = node.get("type", [])
+        for name in types if isinstance(types, list) else [types]:
+            if name not in TYPES:
+                raise SchemaRefused(f"{pointer}/type", f"{json.dumps(name)[:40]} is not one of {', '.join(TYPES)}")
+        for keyword in _SIZES:
+            value = node.get(keyword, 0)
+            if isinstance(value, float) and value.is_integer():
+                node[keyword] = value = int(value)
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**31:
+                raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is an integer from 0 to {2**31 - 1}")
+        for keyword in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"):
+            value = node.get(keyword, 0)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+                raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is a number")
+            is_lower = keyword.endswith("inimum")
+            if keyword != "multipleOf" and abs(value) > EXACT:
+                if (value < 0) != is_lower:
+                    raise SchemaRefused(f"{pointer}/{keyword}", f"bounds beyond ±{EXACT} are not enforced exactly")
+                node[keyword] = -EXACT if is_lower else EXACT
+        if "enum" in node and not (isinstance(node["enum"], list) and node["enum"]):
+            raise SchemaRefused(f"{pointer}/enum", "enum is a list of at least one value")
+        for keyword in ("enum", "const"):
+            if keyword in node and _has_huge_integer(node[keyword]):
+                raise SchemaRefused(f"{pointer}/{keyword}", f"integers beyond ±{EXACT} are not enforced exactly")
+        patterns = [*_mapping(pointer, node, "patternProperties")]
+        if "pattern" in node:
+            if not isinstance(node["pattern"], str):
+                raise SchemaRefused(f"{pointer}/pattern", "a pattern is a string")
+            if rewritten(node["pattern"]) != node["pattern"]:
+                node["pattern"] = rewritten(node["pattern"])
+                if node.get("format") == "email":
+                    del node["format"]  # the pattern says more
+            patterns.append(node["pattern"])
+        for pattern in patterns:
+            self._count_pattern(f"{pointer}/pattern" if "pattern" in node else f"{pointer}/patternProperties", pattern)
+        self._check_properties(pointer, node)
+
+    def _count_pattern(self, pointer: str, pattern: str) -> None:
+        try:
+            size = pattern_size(pattern)
+        except PatternRefused as error:
+            raise SchemaRefused(pointer, f"the pattern {error}") from None
+        self._num_repetitions += size
+        if self._num_repetitions > self._limits.max_repetitions:
+            reason = f"patterns with their repetitions written out have more than {self._limits.max_repetitions}"
+            raise SchemaRefused(pointer, f"{reason} characters, this one {size}")
+
+    def _check_properties(self, pointer: str, node: dict[str, Any]) -> None:
+        properties, required = _mapping(pointer, node, "properties"), node.get("required", [])
+        if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
+            raise SchemaRefused(f"{pointer}/required", "required is a list of names")
+        names = set(required)
+        for num, most, what in (
+            (len(properties.keys() | names), self._limits.max_properties, "properties"),
+            (len(properties.keys() - names), self._limits.max_optional_properties, "optional properties"),
+        ):
+            if num > most:
+                raise SchemaRefused(f"{pointer}/properties", f"{num} {what}; an object may have at most {most} here")
+
+    # References
+
+    def _check_nesting(self) -> None:
+        level: list[Any] = [self._root]
+        for _ in range(MAX_NESTING):
+            level = [child for node in level for child in _children(node)]
+            if not level:
+                return
+        raise SchemaRefused("#", f"the schema is nested more than {MAX_NESTING} levels deep")
+
+    def _find_anchors(self) -> None:
+        """Note what `$id` and `$anchor` call by name, and the address that references below each `$id` start from."""
+        waiting: list[tuple[str, Any, str]] = [("#", self._root, "")]
+        while waiting:
+            pointer, node, base = waiting.pop()
+            if isinstance(node, dict):
+                own = node.get("$id", node.get("id"))
+                if isinstance(own, str) and (own.startswith("#") or "$id" in node or node is self._root):
+                    base = urljoin(base, own) if not own.startswith("#") else base
+                    self._anchors.setdefault(urljoin(base, own), (pointer, node))
+                    self._anchors.setdefault(base.rstrip("#"), (pointer, node))
+                for keyword in ("$anchor", "$dynamicAnchor"):
+                    if isinstance(node.get(keyword), str):
+                        self._anchors.setdefault(f"{base.rstrip('#')}#{node[keyword]}", (pointer, node))
+                self._bases[id(node)] = base
+                waiting += [(f"{pointer}/{_escape(key)}", child, base) for key, child in node.items()]
+            elif isinstance(node, list):
+                waiting += [(f"{pointer}/{index}", child, base) for index, child in enumerate(node)]
+
+    def _resolve(self, pointer: str, node: dict[str, Any]) -> tuple[str, Any]:
+        """Where a node's `$ref` leads. Writes the reference as a URI where it is not one."""
+        reference = node["$ref"]
+        if not isinstance(reference, str):
+            raise SchemaRefused(f"{pointer}/$ref", "a reference is a string")
+        node["$ref"] = quote(reference, safe="/#%:?&=+~!$'()*,;@[]-._")
+        address, fragment = urldefrag(urljoin(self._bases.get(id(node), ""), reference))
+        found = self._anchors.get(f"{address}#{fragment}" if fragment and fragment[0] != "/" else address)
+        if not address and (not fragment or fragment[0] == "/"):
+            found = "#", self._root
+        if found is None:
+            raise SchemaRefused(f"{pointer}/$ref", f"{reference[:100]!r} is not in the schema; nothing is fetched")
+        target_pointer, target = found
+        for token in fragment.split("/")[1:] if fragment.startswith("/") else []:
+            token = unquote(token).replace("~1", "/").replace("~0", "~")
+            target = _child(target, token)
+            target_pointer += f"/{_escape(token)}"
+            if target is None:
+                raise SchemaRefused(f"{pointer}/$ref", f"{reference[:100]!r} leads to nothing in the schema")
+        return target_pointer, target
+
+    def _followed(self, pointer: str, node: Any) -> Any:
+        """What a schema that is nothing but a reference stands for."""
+        for _ in range(10):
+            if not (isinstance(node, dict) and "$ref" in node):
+                break
+            pointer, node = self._resolve(pointer, node)
+        return node
+
+    # Rewriting
+
+    def _are_disjoint(self, pointer: str, alternatives: list[Any]) -> bool:
+        """Whether no value can match two alternatives: then oneOf is anyOf. False where that is not plain to see."""
+        nodes = [self._followed(pointer, alternative) for alternative in alternatives]
+        if not all(isinstance(node, dict) for node in nodes):
+            return False
+        values = [_values(node) for node in nodes]
+        kinds = [_kinds(node, own) for node, own in zip(nodes, values, strict=True)]
+        listed = [own.keys() for own in values if own is not None]
+        if len(listed) == len(values):
+            return len(set[str]().union(*listed)) == sum(map(len, listed))
+        return len(nodes) <= MAX_COMPARED and all(
+            not kinds[i] & kinds[j] or _are_distinct(values[i], values[j]) or _differ_by_tag(nodes[i], nodes[j])
+            for i, j in itertools.combinations(range(len(nodes)), 2)
+        )
+
+    def _expand_unique_items(self, pointer: str, node: dict[str, Any]) -> None:
+        """Write the arrays out that have each value at most once, where the values are few."""
+        most = node.get("maxItems")
+        if isinstance(most, int) and most <= 1:
+            del node["uniqueItems"]
+            return
+        items = self._followed(f"{pointer}/items", node.get("items"))
+        only = {"type", "items", "minItems", "maxItems", "uniqueItems", "title", "description"}
+        if node.get("type") != "array" or not node.keys() <= only or not isinstance(items, dict):
+            return
+        values = _values(items)
+        if values is None or not items.keys() <= {"type", "enum", "const", "title", "description"}:
+            return
+        sizes = range(node.get("minItems", 0), min(len(values), len(values) if most is None else most) + 1)
+        if sum(math.perm(len(values), size) for size in sizes) > MAX_EXPANDED_ARRAYS or not sizes:
+            return
+        arrays = [list(each) for size in sizes for each in itertools.permutations(values.values(), size)]
+        for keyword in ("type", "items", "minItems", "maxItems", "uniqueItems"):
+            node.pop(keyword, None)
+        node["enum"] = arrays
+
+    # What can only be seen of the whole
+
+    def _check_ends(self) -> None:
+        """Refuse schemas that no value of finite size matches: what is required leads back to itself."""
+        finite: set[int] = set()
+        num_looks = 0
+        pending = list(self.places.values())[::-1]
+        while pending:
+            left = [(pointer, node) for pointer, node in pending if not self._note_finite(node, finite)]
+            num_looks += len(pending)
+            if len(left) == len(pending):
+                raise SchemaRefused(left[-1][0], "what is required here leads back to itself and never ends")
+            if num_looks > 100 * self._limits.max_subschemas:
+                raise SchemaRefused(left[-1][0], "references are too entangled")
+            pending = left
+
+    def _note_finite(self, node: dict[str, Any], finite: set[int]) -> bool:
+        def is_finite(child: Any) -> bool:
+            return not isinstance(child, dict) or id(child) in finite
+
+        if not ("enum" in node or "const" in node or self._has_finite_value(node, is_finite)):
+            return False
+        finite.add(id(node))
+        return True
+
+    def _has_finite_value(self, node: dict[str, Any], is_finite: Any) -> bool:
+        if not is_finite(self._targets.get(id(node))) or not all(map(is_finite, node.get("allOf", []))):
+            return False
+        for keyword in ("anyOf", "oneOf"):
+            if keyword in node and not any(map(is_finite, node[keyword])):
+                return False
+        types = node.get("type", TYPES)
+        types = {types} if isinstance(types, str) else set(types)
+        if types - {"object", "array"}:
+            return True
+        if "array" in types and all(map(is_finite, itertools.islice(_item_schemas(node), node.get("minItems", 0)))):
+            return True
+        properties = node.get("properties", {})
+        return "object" in types and all(is_finite(properties.get(name)) for name in node.get("required", []))
+
+    def _check_joint_patterns(self) -> None:
+        """Refuse many patterns that one string must match together: their product is what takes long."""
+        num_looks, most = 0, self._limits.max_joint_patterns
+        for pointer, node in self.places.values():
+            num_patterns, seen = 0, set[int]()
+            waiting: list[Any] = [node]
+            while waiting and num_patterns <= most:
+                each = waiting.pop()
+                if isinstance(each, dict) and id(each) not in seen:
+                    seen.add(id(each))
+                    num_patterns += ("pattern" in each) + ("format" in each)
+                    waiting += [*each.get("allOf", []), self._targets.get(id(each))]
+            num_looks += len(seen)
+            if num_patterns > most:
+                raise SchemaRefused(pointer, f"one string must match more than {most} patterns at once")
+            if num_looks > 100 * self._limits.max_subschemas:
+                raise SchemaRefused(pointer, "references are too entangled")
+
+
+def _escape(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _children(node: Any) -> Iterable[Any]:
+    return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+
+
+def _child(node: Any, token: str) -> Any:
+    if isinstance(node, dict):
+        return node.get(token)
+    if isinstance(node, list) and token.isdecimal() and len(token) < 10 and int(token) < len(node):
+        return node[int(token)]
+    return None
+
+
+def _mapping(pointer: str, node: Mapping[str, Any], keyword: str) -> dict[str, Any]:
+    value = node.get(keyword, {})
+    if not isinstance(value, dict):
+        raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is an object of schemas")
+    return value
+
+
+def _item_schemas(node: Mapping[str, Any]) -> Iterator[Any]:
+    """The schemas of an array's items, one after the other, without end."""
+    items = node.get("items", True)
+    first = node.get("prefixItems", items if isinstance(items, list) else [])
+    rest = node.get("additionalItems", True) if isinstance(items, list) else items
+    return itertools.chain(first, itertools.repeat(rest, 1))
+
+
+def _names(node: Mapping[str, Any]) -> Iterator[str]:
+    """The required properties that have a schema of their own."""
+    properties, required = node.get("properties"), node.get("required")
+    if isinstance(properties, dict) and isinstance(required, list):
+        yield from (name for name in required if isinstance(name, str) and isinstance(properties.get(name), dict))
+
+
+def _values(node: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The values that a schema allows, by what makes two the same in JSON; None where it does not list them."""
+    if isinstance(node.get("enum"), list):
+        values = node["enum"]
+    elif "const" in node:
+        values = [node["const"]]
+    else:
+        values = {"boolean": [False, True], "null": [None]}.get(str(node.get("type")))
+    if values is None:
+        return None
+    types = node.get("type", TYPES)
+    allowed = {types} if isinstance(types, str) else set(types) if isinstance(types, (list, tuple)) else set()
+    if "number" in allowed:
+        allowed = allowed | {"integer"}
+    return {_key(value): value for value in values if _type(value) in allowed}
+
+
+def _kinds(node: Mapping[str, Any], values: Mapping[str, Any] | None) -> set[str]:
+    """The types of value that a schema allows, numbers and integers as one."""
+    types = node.get("type", TYPES) if values is None else [_type(value) for value in values.values()]
+    names = [types] if isinstance(types, str) else types if isinstance(types, (list, tuple)) else TYPES
+    return {"number" if name == "integer" else str(name) for name in names}
+
+
+def _are_distinct(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
+    return one is not None and other is not None and one.keys().isdisjoint(other.keys())
+
+
+def _differ_by_tag(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether both are objects with a property that each requires and that has different values."""
+    if one.get("type") != "object" or other.get("type") != "object":
+        return False
+    tags = set(_names(one)) & set(_names(other))
+    return any(_are_distinct(_values(one["properties"][tag]), _values(other["properties"][tag])) for tag in tags)
+
+
+def _key(value: Any) -> str:
+    def plain(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: plain(each) for key, each in part.items()}
+        if isinstance(part, list):
+            return [plain(each) for each in part]
+        return int(part) if isinstance(part, float) and part.is_integer() else part
+
+    return json.dumps(plain(value), sort_keys=True)
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, float):
+        return "integer" if value.is_integer() else "number"
+    names = {type(None): "null", int: "integer", str: "string", list: "array", dict: "object"}
+    return names[type(value)]
+
+
+def _has_huge_integer(value: Any) -> bool:
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, int) and abs(part) > EXACT:
+            return True
+        if isinstance(part, float) and not math.isfinite(part):
+            return True
+        waiting += _children(part)
+    return False
