@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import shutil
@@ -89,7 +90,7 @@ class _Source:
     def __init__(self, path: Path) -> None:
         with closing(open_checkpoint(path)) as checkpoint:
             self.num_bytes = checkpoint.num_bytes
-            self.largest = max(values.nbytes // 2 for _, values in checkpoint.tensors())  # as bfloat16
+            self.largest = max(2 * math.prod(shape) for shape in checkpoint.shapes().values())  # as bfloat16
 
 
 def _round(args: argparse.Namespace, source: _Source, folder: Path) -> Round:

@@ -27,7 +27,7 @@ from msgspec import Struct
 from venvs import ToolError
 
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.checked_model import check_fit
+from brlite.checkpoint.checked_model import check_model
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import BrliteError
 from brlite.llm import build_engine
@@ -135,7 +135,7 @@ def _engine_config(args: argparse.Namespace, model: subject.Model, wanted: Seque
 
 def _model_config(model: subject.Model, spec: ModelSpec) -> ModelConfig:
     with closing(open_checkpoint(model.path)) as checkpoint:
-        return check_fit(checkpoint, spec).config
+        return check_model(checkpoint, spec).config
 
 
 def _of_all(rates: Mapping[int, float]) -> float:

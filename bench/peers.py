@@ -158,7 +158,7 @@ def _write_weights(gguf: Path, folder: Path) -> None:
     checkpoint = open_checkpoint(gguf)
     try:
         config = {**checkpoint.config, "dtype": "bfloat16", "bos_token_id": None, "eos_token_id": None}
-        tensors = {name: torch.from_numpy(tensor).bfloat16() for name, tensor in checkpoint.tensors()}
+        tensors = {tensor.name: torch.from_numpy(tensor.float32()).bfloat16() for tensor in checkpoint.tensors()}
     finally:
         checkpoint.close()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

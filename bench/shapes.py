@@ -66,7 +66,7 @@ def write_shape(shape: str, folder: Path, seed: int = 0) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     _write_tokenizer(folder, config["vocab_size"])
     family = find_family(config)
-    places = family.weight_places(family.read_config(config))
+    places = family.weight_targets(family.read_config(config))
     shapes = {name: place.shape for name, place in places.items()}
     _write_safetensors(folder / "model.safetensors", shapes, np.random.default_rng(seed))
 
@@ -78,7 +78,9 @@ def write_q8(folder: Path) -> Path:
         config = checkpoint.config
         names = {hugging_face_name(name): name for name in _gguf_names(config["num_hidden_layers"])}
         shapes = {names[name]: shape for name, shape in checkpoint.shapes().items()}
-        tensors = ((names[name], _llama_rows(name, tensor, config)) for name, tensor in checkpoint.tensors())
+        tensors = (
+            (names[tensor.name], _llama_rows(tensor.name, tensor.float32(), config)) for tensor in checkpoint.tensors()
+        )
         gguf_q8.write_gguf(target, "llama", lambda writer: _add_metadata(writer, folder, config), shapes, tensors)
     return target
 
@@ -209,7 +211,9 @@ def _check() -> None:
         write_shape("tiny", folder)
         file = write_q8(folder)
         with closing(open_checkpoint(folder)) as plain, closing(open_checkpoint(file)) as rounded:
-            expected, found = dict(plain.tensors()), dict(rounded.tensors())
+            expected, found = (
+                {tensor.name: tensor.float32() for tensor in checkpoint.tensors()} for checkpoint in (plain, rounded)
+            )
         if expected.keys() != found.keys():
             raise SystemExit("shapes: the two files hold different tensors")
         worst = max(float(np.abs(expected[name] - found[name]).max()) for name in expected)

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 
 from brlite.backends.torch.attention import Span, StepPlanner
-from brlite.backends.torch.device import compute_dtype, rules_for, select_device
+from brlite.backends.torch.device import DeviceRules, compute_dtype, rules_for, select_device
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
 from brlite.checkpoint import open_checkpoint
-from brlite.config.options import ModelSpec
+from brlite.checkpoint.checked_model import check_model
+from brlite.checkpoint.placing import LoadPlan
+from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models.config import KVDtype
 
 BLOCK_SIZE = 16
@@ -31,9 +33,11 @@ class TorchModel:
         device = select_device("cpu")
         packs = dtype == "auto" and rules_for(device).packs_matrices
         with closing(open_checkpoint(path)) as checkpoint:
-            self._decoder = load_model(
-                checkpoint, spec, compute_dtype(dtype, device), device, lambda fraction: None, packs=packs
+            plan = LoadPlan(
+                checkpoint=checkpoint, model=check_model(checkpoint, spec), spec=spec, engine=EngineConfig()
             )
+            rules = DeviceRules(packs_matrices=packs)
+            self._decoder = load_model(plan, compute_dtype(dtype, device), device, rules)
         num_blocks = math.ceil(spec.build_seq / BLOCK_SIZE)
         self._cache = KVCache(
             self._decoder.config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device

@@ -69,7 +69,7 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
     from brlite.backends.sizes import settle_context
     from brlite.backends.torch.device import prepare_environment
     from brlite.checkpoint import open_checkpoint
-    from brlite.checkpoint.checked_model import check_fit
+    from brlite.checkpoint.checked_model import check_model
     from brlite.checkpoint.fetch import locate_model
 
     prepare_environment()
@@ -77,12 +77,12 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
         spec = settle_context(checkpoint.config, spec, config.engine)
         # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
-        fit = check_fit(checkpoint, spec)
+        model = check_model(checkpoint, spec)
         report("reading the tokenizer", 0.0)
         tokenizer = _load_tokenizer(path, spec, config.limits)
         try:
-            _check_vocabulary(tokenizer, fit.config.vocab_size, path)
-            return tokenizer, load_backend(checkpoint, fit, spec, config.engine, report)
+            _check_vocabulary(tokenizer, model.config.vocab_size, path)
+            return tokenizer, load_backend(checkpoint, model, spec, config.engine, report)
         except BaseException:
             tokenizer.close()
             raise

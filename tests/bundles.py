@@ -9,11 +9,11 @@ from typing import Any
 
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
-from brlite.checkpoint.checked_model import check_fit
+from brlite.checkpoint.checked_model import check_model
 from brlite.config.options import ModelSpec
 from brlite.conversion.bundle_writer import BundlePlan, plan_packing, plan_weights, write_bundle
 from brlite.conversion.safetensors_writer import OnBytes
-from brlite.conversion.side_files import read_companions
+from brlite.conversion.side_files import read_side_files
 from brlite.models.network import num_parameters
 from brlite.precision import PRECISIONS, PrecisionName
 
@@ -24,7 +24,7 @@ SHARD_BYTES = 40_000  # a tiny model is several shards
 def plan_bundle(
     checkpoint: Checkpoint, folder: Path, library: ctypes.CDLL | None, precision: PrecisionName = INT8, **draft: Any
 ) -> BundlePlan:
-    fit = check_fit(checkpoint, ModelSpec(name="tiny", build_seq=1))
+    model = check_model(checkpoint, ModelSpec(name="tiny", build_seq=1))
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -32,8 +32,8 @@ def plan_bundle(
         "model": "tiny",
         "architecture": "test",
         "precision": precision,
-        "num_parameters": num_parameters(fit.config),
-        "vocab_size": fit.config.vocab_size,
+        "num_parameters": num_parameters(model.config),
+        "vocab_size": model.config.vocab_size,
         "input_name": "input_ids.1",
         "output_name": "logits",
         "source": checkpoint.identity,
@@ -42,11 +42,11 @@ def plan_bundle(
     return BundlePlan(
         folder=folder,
         checkpoint=checkpoint,
-        fit=fit,
+        model=model,
         draft=Manifest(**manifest | draft),
-        companions=read_companions(checkpoint.path, checkpoint.config),
-        shards=plan_weights(checkpoint, fit, SHARD_BYTES),
-        packing=None if library is None else plan_packing(library, fit, PRECISIONS[precision], 2),
+        side_files=read_side_files(checkpoint.path, checkpoint.config),
+        shards=plan_weights(checkpoint, model, SHARD_BYTES),
+        packing=None if library is None else plan_packing(library, model.config, PRECISIONS[precision], 2),
     )
 
 

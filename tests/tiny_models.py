@@ -16,6 +16,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from brlite.checkpoint.stored_tensor import F32, StoredTensor, tensor_in_memory
 from brlite.models import find_family
 from brlite.precision import from_bfloat16, to_bfloat16
 
@@ -172,7 +173,7 @@ def random_tensors(config: dict[str, Any], *, seed: int = 0) -> dict[str, torch.
 def random_arrays(config: dict[str, Any], *, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
     generator = np.random.default_rng(seed)
     family = find_family(config)
-    places = family.weight_places(family.read_config(config))
+    places = family.weight_targets(family.read_config(config))
     return {tensor: _random(tensor, place.shape, generator) for tensor, place in places.items()}
 
 
@@ -208,9 +209,10 @@ class TensorCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
-    def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    def tensors(self) -> Iterator[StoredTensor]:
         for name, tensor in self._tensors.items():
-            yield name, tensor.float().numpy()
+            values = tensor.float().contiguous().reshape(-1).view(torch.uint8).numpy()
+            yield tensor_in_memory(name, F32, tuple(tensor.shape), values)
 
     def close(self) -> None:
         self._tensors = {}

@@ -5,38 +5,41 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from brlite.backends.distributed.launcher import find_place
 from brlite.backends.native.abi import MAX_HEAD_DIM
 from brlite.backends.torch.device import computes_on_cpu, require_torch
 from brlite.checkpoint import Checkpoint
-from brlite.checkpoint.bundle import bundle_image
+from brlite.checkpoint.bundle import bundled_weights
 from brlite.checkpoint.checked_model import CheckedModel
+from brlite.checkpoint.placing import LoadPlan
+from brlite.checkpoint.progress import OnProgress, Progress
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.errors import ConfigError, MissingExtra, NativeUnavailable
 from brlite.files.cache import default_cache, expand_home
 from brlite.machine import find_cpus, find_memory, show_bytes
 from brlite.models.config import ModelConfig
-from brlite.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from brlite.backends.native.library import NativeLibrary
 
 logger = logging.getLogger(__name__)
 
-OnProgress = Callable[[str, float], None]
-
 UNPACKED_NOTE = "serialize_file {path} is not used: torch does not pack weights"
 FALLBACK_NOTE = "torch computes, which is several times slower than native kernels: {reason}"
 
 
 def load_backend(
-    checkpoint: Checkpoint, fit: CheckedModel, spec: ModelSpec, engine: EngineConfig, on_progress: OnProgress
+    checkpoint: Checkpoint,
+    model: CheckedModel,
+    spec: ModelSpec,
+    engine: EngineConfig,
+    on_progress: OnProgress | None = None,
 ) -> Backend:
     """Read the weights into the backend that the config wants, or the fastest that there is.
 
@@ -46,24 +49,35 @@ def load_backend(
     threads = f"{engine.threads}, set by engine.threads" if engine.threads else f"{cpus.num_threads}, {cpus.decided_by}"
     limit = f", limited by {memory.decided_by}" if memory.decided_by else ""
     logger.info("threads: %s; memory: %s free of %s%s", threads, *map(show_bytes, memory[1::-1]), limit)
+    plan = LoadPlan(
+        checkpoint=checkpoint,
+        model=model,
+        spec=spec,
+        engine=engine,
+        num_threads=engine.threads or cpus.num_threads,
+        progress=Progress(on_progress, "reading the weights"),
+    )
     if engine.backend == "torch":
-        return _load_torch(checkpoint, fit, spec, engine, on_progress)
-    obstacle = find_obstacle(fit.config, spec, engine)
+        return _load_torch(plan)
+    obstacle = find_obstacle(model.config, spec, engine)
     if obstacle is None:
+        from brlite.backends.native.library import load_library
+
+        plan.progress._replace(stage="preparing the native kernels").report(0.0)
         try:
-            library = _load_library(on_progress)
+            library = load_library()
         except NativeUnavailable as error:
             obstacle = str(error)
         else:
-            return _load_native(library, checkpoint, fit, spec, engine, on_progress)
+            return _load_native(library, plan)
     if engine.backend == "native":
         raise ConfigError(f'engine.backend is "native", but {obstacle}')
     try:
         require_torch("computing without native kernels")
     except MissingExtra as missing:
         raise ConfigError(f"{obstacle}; {missing}") from None
-    notes = (FALLBACK_NOTE.format(reason=obstacle),) if computes_on_cpu(engine.device) else ()
-    return _load_torch(checkpoint, fit, spec, engine, on_progress, notes)
+    is_slow = computes_on_cpu(engine.device)
+    return _load_torch(plan, *([FALLBACK_NOTE.format(reason=obstacle)] if is_slow else []))
 
 
 def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) -> str | None:
@@ -79,41 +93,24 @@ def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) ->
     return None
 
 
-def _load_library(on_progress: OnProgress) -> NativeLibrary:
-    from brlite.backends.native.library import load_library
-
-    on_progress("preparing the native kernels", 0.0)
-    return load_library()
-
-
-def _load_native(
-    library: NativeLibrary,
-    checkpoint: Checkpoint,
-    fit: CheckedModel,
-    spec: ModelSpec,
-    engine: EngineConfig,
-    on_progress: OnProgress,
-) -> Backend:
-    def report(fraction: float) -> None:
-        on_progress("reading the weights", fraction)
-
+def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
+    """Packed weights are where the config says, in the bundle, or in the cache for a model that was fetched."""
+    spec, packed_file = plan.spec, None
+    if spec.serialize_file:
+        packed_file = expand_home(spec.serialize_file)
+    elif spec.path is None:
+        name = f"{spec.name.replace('/', '--')}.{plan.precision.weights_name}.brlite"
+        packed_file = default_cache() / "packed" / name
     if spec.tensor_parallel > 1:
         from brlite.backends.distributed.parallel import load_native_ranks
 
-        return load_native_ranks(library, checkpoint, fit, spec, engine, _kept_image(spec), report)
+        return load_native_ranks(library, msgspec.structs.replace(plan, packed_file=packed_file))
+    if not spec.serialize_file:
+        packed_file = bundled_weights(plan.checkpoint.path, spec.precision) or packed_file
     from brlite.backends.native.backend import NativeBackend
 
     with _quiet_torch() as opened:  # what the backend takes over is not closed here
-        return NativeBackend.load(
-            library,
-            checkpoint,
-            fit,
-            spec,
-            engine,
-            _image_path(spec, checkpoint),
-            report,
-            opened=opened,
-        )
+        return NativeBackend(library, msgspec.structs.replace(plan, packed_file=packed_file), opened=opened)
 
 
 def _quiet_torch() -> ExitStack:
@@ -126,41 +123,15 @@ def _quiet_torch() -> ExitStack:
     return stack
 
 
-def _load_torch(
-    checkpoint: Checkpoint,
-    fit: CheckedModel,
-    spec: ModelSpec,
-    engine: EngineConfig,
-    on_progress: OnProgress,
-    notes: tuple[str, ...] = (),
-) -> Backend:
-    if spec.serialize_file:
-        notes = (*notes, UNPACKED_NOTE.format(path=spec.serialize_file))
-    on_progress("starting torch", 0.0)
-
-    def report(fraction: float) -> None:
-        on_progress("reading the weights", fraction)
-
-    if spec.tensor_parallel > 1:
+def _load_torch(plan: LoadPlan, *notes: str) -> Backend:
+    if plan.spec.serialize_file:
+        notes = (*notes, UNPACKED_NOTE.format(path=plan.spec.serialize_file))
+    plan = msgspec.structs.replace(plan, notes=notes)
+    plan.progress._replace(stage="starting torch").report(0.0)
+    if plan.spec.tensor_parallel > 1:
         from brlite.backends.distributed.parallel import load_torch_ranks
 
-        return load_torch_ranks(checkpoint, fit, spec, engine, report, notes)
+        return load_torch_ranks(plan)
     from brlite.backends.torch.backend import TorchBackend
 
-    return TorchBackend.load(checkpoint, spec, engine, report, notes)
-
-
-def _image_path(spec: ModelSpec, checkpoint: Checkpoint) -> Path | None:
-    """Where the packed weights are: where the config says, in the bundle, or in the cache for a fetched model."""
-    image = None if spec.serialize_file else bundle_image(checkpoint.path, spec.precision)
-    return image or _kept_image(spec)
-
-
-def _kept_image(spec: ModelSpec) -> Path | None:
-    """Where packed weights are kept that no bundle has."""
-    if spec.serialize_file:
-        return expand_home(spec.serialize_file)
-    if spec.path is None:
-        precision = PRECISIONS[spec.precision].weights_name
-        return default_cache() / "packed" / f"{spec.name.replace('/', '--')}.{precision}.brlite"
-    return None
+    return TorchBackend.load(plan)

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-from brlite.checkpoint.checkpoint import ALLOWED_DTYPES, weights_identity
+from brlite.checkpoint.checkpoint import weights_identity
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.model_file import check_model_file
-from brlite.checkpoint.stored_numbers import Float32
+from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES, BF16, F16, F32, StoredTensor, tensor_in_memory
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FORMATS = {torch.float32: F32, torch.float16: F16, torch.bfloat16: BF16}
 
 
 class BinCheckpoint:
@@ -37,13 +37,12 @@ class BinCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
-    def tensors(self) -> Iterator[tuple[str, Float32]]:
+    def tensors(self) -> Iterator[StoredTensor]:
         for file in self._files:
-            shard = load_shard(file)
-            while shard:
-                # Popped, so that a tensor ends with its caller's interest in it and not with the shard.
-                name = next(iter(shard))
-                yield name, shard.pop(name).float().contiguous().numpy()
+            for name, tensor in load_shard(file).items():
+                data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+                yield tensor_in_memory(name, FORMATS[tensor.dtype], tuple(tensor.shape), data)
+                del data  # which is a copy of its own where the tensor's rows do not follow each other
 
     def close(self) -> None:
         """Nothing is kept open between two shards."""
@@ -78,7 +77,7 @@ def load_shard(file: Path) -> dict[str, torch.Tensor]:
 def _checked(file: Path, name: object, tensor: object) -> torch.Tensor:
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         raise ModelError(f"{file}: must map names to tensors, got {excerpt(name)}: {excerpt(type(tensor).__name__)}")
-    if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
+    if tensor.layout != torch.strided or tensor.dtype not in FORMATS or tensor.device.type != "cpu":
         found = f"{tensor.layout}, {tensor.dtype}, {tensor.device}"
         raise ModelError(f"{file}: {excerpt(name)} is {found}; allowed are dense {ALLOWED_DTYPES}")
     if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():

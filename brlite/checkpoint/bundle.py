@@ -5,8 +5,8 @@
     model-….safetensors         the weights in Hugging Face's names: matrices in bfloat16, vectors in float32
     packed.PRECISION.brlite     the same weights as the native kernels read them, mapped at the start
 
-Everything reads the safetensors: torch, any precision, ranks that want a part of each tensor, other programs. The image
-is a second form of them for one precision; without it, or where it is damaged, they are packed again.
+Everything reads the safetensors: torch, any precision, ranks that want a part of each tensor, other programs. The
+packed file is a second form of them for one precision; without it, or where it is damaged, they are packed again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from brlite.precision import PRECISIONS, PrecisionName
 MANIFEST_FILE = "brlite-manifest.json"
 PROGRESS_FILE = "brlite-progress.json"  # the manifest of a bundle that is not finished
 INDEX_FILE = "model.safetensors.index.json"
-IMAGE_SUFFIX = ".brlite"
+PACKED_SUFFIX = ".brlite"
 FORMAT = "brlite bundle"
 FORMAT_VERSION = 1
 IDENTITY_CHARACTERS = 32
@@ -95,15 +95,15 @@ def bundle_identity(config: Mapping[str, Any], weights: Mapping[str, FileRecord]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:IDENTITY_CHARACTERS]
 
 
-def image_name(precision: PrecisionName) -> str:
+def packed_name(precision: PrecisionName) -> str:
     """The file of a bundle that holds the packed weights. Both int8 precisions have the same."""
-    return f"packed.{PRECISIONS[precision].weights_name}{IMAGE_SUFFIX}"
+    return f"packed.{PRECISIONS[precision].weights_name}{PACKED_SUFFIX}"
 
 
-def bundle_image(folder: Path, precision: PrecisionName) -> Path | None:
+def bundled_weights(folder: Path, precision: PrecisionName) -> Path | None:
     """The packed weights that a bundle brings for a precision; None if it has none, or this is no bundle."""
-    image = folder / image_name(precision)
-    return image if (folder / MANIFEST_FILE).is_file() and image.is_file() else None
+    file = folder / packed_name(precision)
+    return file if (folder / MANIFEST_FILE).is_file() and file.is_file() else None
 
 
 def _read(file: Path) -> Manifest:

@@ -24,17 +24,17 @@ class CheckedModel(NamedTuple):
     """The model's config, where each tensor of the checkpoint goes, and the names of those that go nowhere."""
 
     config: ModelConfig
-    places: Mapping[str, WeightTarget]
+    targets: Mapping[str, WeightTarget]
     ignored: set[str]
 
 
-def check_fit(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
+def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
     """Raise `ModelError` for missing, misshapen or unknown tensors, `ConfigError` for a spec beyond the model."""
     family = find_family(checkpoint.config)
     config = family.read_config(checkpoint.config)
     check_spec(spec, config)
-    places = family.weight_places(config)
-    return CheckedModel(config, places, _check_tensors(checkpoint, places, family, config))
+    targets = family.weight_targets(config)
+    return CheckedModel(config, targets, _check_tensors(checkpoint, targets, family, config))
 
 
 def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
@@ -47,19 +47,19 @@ def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
 
 
 def _check_tensors(
-    checkpoint: Checkpoint, places: Mapping[str, WeightTarget], family: Family, config: ModelConfig
+    checkpoint: Checkpoint, targets: Mapping[str, WeightTarget], family: Family, config: ModelConfig
 ) -> set[str]:
     """The names of the checkpoint's tensors that the decoder has no use for, all else being as it must be."""
     path, shapes = checkpoint.path, checkpoint.shapes()
-    missing = [name for name in places if name not in shapes]
+    missing = [name for name in targets if name not in shapes]
     if missing:
         raise ModelError(f"{path}: {_listed(missing)} missing")
-    for name, place in places.items():
-        if tuple(shapes[name]) != place.shape:
+    for name, target in targets.items():
+        if tuple(shapes[name]) != target.shape:
             raise ModelError(
-                f"{path}: {name} has shape {excerpt(list(shapes[name]))}; the config wants {list(place.shape)}"
+                f"{path}: {name} has shape {excerpt(list(shapes[name]))}; the config wants {list(target.shape)}"
             )
-    extra = {name for name in shapes if name not in places}
+    extra = {name for name in shapes if name not in targets}
     unexpected = sorted(name for name in extra if not _is_ignorable(name, family, config))
     if unexpected:
         raise ModelError(f"{path}: {_listed(unexpected)} not expected in a {family.model_type} model")

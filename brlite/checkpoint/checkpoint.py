@@ -1,4 +1,4 @@
-"""What every format looks like from outside: a config and named arrays, in Hugging Face's names and layout.
+"""What every format looks like from outside: a config and named tensors, in Hugging Face's names and layout.
 
 `weights_identity` is what most formats give as their `identity`. Knows no format and no torch.
 """
@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    from brlite.checkpoint.stored_tensor import StoredTensor
 
-ALLOWED_DTYPES = "F32, F16 and BF16"
 DIGEST_BYTES = 16
 
 
@@ -44,11 +42,8 @@ class Checkpoint(Protocol):
         """Every tensor's shape by name. Reads no tensor data."""
         ...
 
-    def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
-        """Every tensor once, widened to float32, contiguous and writable.
-
-        None of them is kept: memory is what the caller holds plus one tensor.
-        """
+    def tensors(self) -> Iterator[StoredTensor]:
+        """Every tensor once, in the order of the data. Each can be read until the next one is asked for."""
         ...
 
     def close(self) -> None:
@@ -61,7 +56,10 @@ def weights_identity(config: Mapping[str, Any], headers: Mapping[Path, bytes]) -
 
     Folders do not count: a model that is moved stays itself.
     """
-    files = [(file.name, *_size_and_time(file), _digest(header)) for file, header in headers.items()]
+    files = []
+    for file, header in headers.items():
+        status = file.stat()
+        files.append((file.name, status.st_size, status.st_mtime_ns, _digest(header)))
     return _digest(json.dumps([config, files], sort_keys=True).encode())
 
 
@@ -69,11 +67,6 @@ def read_header(file: Path, num_bytes: int) -> bytes:
     """The first `num_bytes` of a file."""
     with file.open("rb") as stream:
         return stream.read(num_bytes)
-
-
-def _size_and_time(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _digest(content: bytes) -> str:

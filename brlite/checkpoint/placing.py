@@ -1,82 +1,89 @@
-"""A checkpoint's tensors on their way into a decoder, whichever backend it is for: one at a time, as it wants them."""
+"""What a backend is asked to load, and the way of a checkpoint's tensors there: one at a time, each with its target."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
+import msgspec
 
-from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.checked_model import CheckedModel
-from brlite.checkpoint.slices import Slice, read_cuts
+from brlite.checkpoint.checkpoint import Checkpoint
+from brlite.checkpoint.progress import Progress
+from brlite.checkpoint.stored_tensor import StoredTensor
+from brlite.config.options import EngineConfig, ModelSpec
+from brlite.models.config import ModelConfig
 from brlite.models.families.family import WeightTarget
-from brlite.models.shards import ShardSlice
-
-Float32 = npt.NDArray[np.float32]
-Parts = Mapping[str, ShardSlice]
-
-ROWS_AT_A_TIME = 4096  # bounds the copies that scaling makes
-SHORTEST = 1e-12  # a row of zeros stays one
+from brlite.models.shards import Shard, ShardSlice, parameter_parts
+from brlite.precision import PRECISIONS, Precision
 
 
-def placed_tensors(
-    checkpoint: Checkpoint, fit: CheckedModel, on_progress: Callable[[float], None], parts: Parts | None = None
-) -> Iterator[tuple[WeightTarget, Float32]]:
-    """Every tensor that has a place, with it. None is kept: memory is what the caller holds plus one tensor.
+class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a backend needs to load a model, decided before any weight is read.
 
-    With `parts` only what a rank holds comes, a piece at a time, with its place in the rank's own parameters.
-    `on_progress` gets the fraction that is done, each time the caller comes back for more.
+    `checkpoint` is open and `model` is what was checked of it. With a `shard` one rank's part is loaded. `packed_file`
+    is where the packed weights of native code are, or will be written. `notes` go to the backend's `info`.
     """
-    pieces = _whole(checkpoint, fit) if parts is None else _in_parts(checkpoint, fit, parts)
-    total = sum(math.prod(place.shape) for place in fit.places.values()) if parts is None else _num_held(fit, parts)
+
+    checkpoint: Checkpoint
+    model: CheckedModel
+    spec: ModelSpec
+    engine: EngineConfig
+    num_threads: int = 1
+    shard: Shard | None = None
+    packed_file: Path | None = None
+    progress: Progress = Progress()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def config(self) -> ModelConfig:
+        """The whole model's, also of a shard."""
+        return self.model.config
+
+    @property
+    def precision(self) -> Precision:
+        return PRECISIONS[self.spec.precision]
+
+
+StoredPart = tuple[range, range | None] | None  # rows and columns of a checkpoint's tensor; None for all of it
+
+
+def placing(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
+    """Every tensor of the checkpoint that has a target, with it. Nothing of it has been read yet.
+
+    For a shard only what its rank holds comes, in parts, with their targets in the rank's own parameters. The fraction
+    that is done is reported each time the caller comes back for more.
+    """
+    targets: Mapping[str, list[tuple[StoredPart, WeightTarget]]]
+    if plan.shard is None:
+        targets = {name: [(None, target)] for name, target in plan.model.targets.items()}
+    else:
+        held = parameter_parts(plan.config, plan.shard)
+        targets = {name: _held_parts(target, held[target.parameter]) for name, target in plan.model.targets.items()}
+    total = sum(math.prod(target.shape) for parts in targets.values() for _, target in parts)
     num_placed = 0
-    for place, values in pieces:
-        if place.has_unit_rows:
-            _scale_rows_(values)
-        num_placed += values.size
-        yield place, values
-        del values  # before the next one is read
-        on_progress(num_placed / total)
+    for tensor in plan.checkpoint.tensors():
+        for part, target in targets.get(tensor.name, ()):
+            placed = tensor if part is None else tensor.part(*part)
+            if target.has_unit_rows:
+                placed = msgspec.structs.replace(placed, has_unit_rows=True)
+            yield target, placed
+            del placed
+            num_placed += math.prod(target.shape)
+            plan.progress.report(num_placed / total)
+        del tensor  # whose bytes may be in memory, before the next one is read
 
 
-def _whole(checkpoint: Checkpoint, fit: CheckedModel) -> Iterator[tuple[WeightTarget, Float32]]:
-    for name, values in checkpoint.tensors():
-        if name not in fit.ignored:
-            yield fit.places[name], values
-        del values  # before the next one is read
-
-
-def _in_parts(checkpoint: Checkpoint, fit: CheckedModel, parts: Parts) -> Iterator[tuple[WeightTarget, Float32]]:
-    own = {name: _own_places(place, parts[place.parameter]) for name, place in fit.places.items()}
-    for name, cut, values in read_cuts(checkpoint, {name: tuple(cuts) for name, cuts in own.items()}):
-        yield own[name][cut], values
-        del values  # before the next one is read
-
-
-def _own_places(place: WeightTarget, part: ShardSlice) -> dict[Slice, WeightTarget]:
-    """What a rank holds of the tensor that has this place, and where in the rank's own parameter that goes."""
-    own: dict[Slice, WeightTarget] = {}
+def _held_parts(target: WeightTarget, held: ShardSlice) -> list[tuple[StoredPart, WeightTarget]]:
+    """What a rank holds of the tensor that has this target, and where in the rank's own parameter that goes."""
+    parts: list[tuple[StoredPart, WeightTarget]] = []
     num_before = 0
-    for rows in part.rows:
-        first, stop = max(rows.start, place.start), min(rows.stop, place.start + place.shape[0])
+    for rows in held.rows:
+        first, stop = max(rows.start, target.start), min(rows.stop, target.start + target.shape[0])
         if first < stop:
-            shape = (stop - first, *([len(part.columns)] if part.columns is not None else place.shape[1:]))
-            cut = Slice(range(first - place.start, stop - place.start), part.columns)
-            own[cut] = WeightTarget(place.parameter, shape, num_before + first - rows.start, place.has_unit_rows)
+            shape = (stop - first, *(target.shape[1:] if held.columns is None else [len(held.columns)]))
+            own = WeightTarget(target.parameter, shape, num_before + first - rows.start, target.has_unit_rows)
+            parts.append(((range(first - target.start, stop - target.start), held.columns), own))
         num_before += len(rows)
-    return own
-
-
-def _num_held(fit: CheckedModel, parts: Parts) -> int:
-    places = (own for place in fit.places.values() for own in _own_places(place, parts[place.parameter]).values())
-    return sum(math.prod(own.shape) for own in places)
-
-
-def _scale_rows_(matrix: Float32) -> None:
-    """Scale every row to length 1, in place."""
-    for start in range(0, len(matrix), ROWS_AT_A_TIME):
-        rows = matrix[start : start + ROWS_AT_A_TIME]
-        lengths = np.sqrt(np.square(rows).sum(axis=1, keepdims=True, dtype=np.float64))
-        rows /= np.maximum(lengths, SHORTEST).astype(np.float32)
+    return parts

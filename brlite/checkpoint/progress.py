@@ -10,10 +10,22 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 OnProgress = Callable[[str, float], None]  # (what is being done, how much of it is done: 0 to 1)
 
 POLL_SECONDS = 0.2
+
+
+class Progress(NamedTuple):
+    """Where a piece of work reports how much of the current `stage` is done, if there is a callback for it."""
+
+    on_progress: OnProgress | None = None
+    stage: str = ""
+
+    def report(self, fraction: float) -> None:
+        if self.on_progress is not None:
+            self.on_progress(self.stage, fraction)
 
 
 def ignore_progress(stage: str, fraction: float) -> None:

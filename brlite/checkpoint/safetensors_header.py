@@ -10,12 +10,11 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from brlite.checkpoint.checkpoint import ALLOWED_DTYPES
 from brlite.checkpoint.model_file import check_model_file
+from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES, PLAIN_FORMATS
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
-ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 LENGTH_BYTES = 8
 MAX_SIZE = 2**48  # of a dimension and of a file: a product of larger ones takes longer than reading the file
@@ -88,12 +87,12 @@ def _entry(file: Path, name: str, value: object) -> TensorEntry:
             pass
         case _:
             raise ModelError(f"{file}: {excerpt(name)} must have dtype, shape and data_offsets, got {excerpt(value)}")
-    if dtype not in ITEM_BYTES:
+    if dtype not in PLAIN_FORMATS:
         raise ModelError(f"{file}: {excerpt(name)} has dtype {excerpt(dtype)}; allowed are {ALLOWED_DTYPES}")
     are_sizes = all(type(length) is int and 0 <= length <= MAX_SIZE for length in (*shape[:MAX_DIMENSIONS], begin, end))
     if not are_sizes or len(shape) > MAX_DIMENSIONS:
         raise ModelError(f"{file}: {excerpt(name)} has the impossible shape {excerpt(shape)} at byte {excerpt(begin)}")
-    num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+    num_bytes = math.prod(shape) * PLAIN_FORMATS[dtype].block_bytes
     if end - begin != num_bytes:
         raise ModelError(f"{file}: {excerpt(name)} takes {num_bytes} bytes by its shape, {end - begin} by its offsets")
     return TensorEntry(name, dtype, tuple(shape), begin, end)

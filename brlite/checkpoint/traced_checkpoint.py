@@ -15,15 +15,18 @@ import zlib
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from brlite.checkpoint.checkpoint import ALLOWED_DTYPES, weights_identity
+from brlite.checkpoint.checkpoint import weights_identity
 from brlite.checkpoint.folder import read_config
 from brlite.checkpoint.model_file import check_model_file
-from brlite.checkpoint.safetensors_header import ITEM_BYTES
-from brlite.checkpoint.stored_numbers import Float32, read_float32
+from brlite.checkpoint.stored_tensor import (
+    ALLOWED_DTYPES,
+    PLAIN_FORMATS,
+    StoredTensor,
+    TensorLocation,
+    tensors_in_files,
+)
 from brlite.checkpoint.traced_code import GraphNames, class_text, graph_names, parameter_names
 from brlite.checkpoint.traced_pickle import Record, Storage, TensorValue, read_pickle, walk_tensors
 from brlite.errors import ModelError
@@ -33,17 +36,6 @@ MAX_PICKLE_BYTES = 256 * 2**20
 MAX_CODE_BYTES = 64 * 2**20  # of all source files together, each as often as a class is looked for in it
 LOCAL_HEADER = struct.Struct("<4s22x2H")  # of a zip's member: signature, length of its name, length of what is extra
 SIGNATURE = b"PK\x03\x04"
-
-
-class TracedTensor(NamedTuple):
-    """One tensor: a window of the file, `num_elements` numbers from byte `begin` on. A step along a dimension of
-    `shape` is a stride of so many numbers."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    begin: int
-    num_elements: int
 
 
 class TracedArchive:
@@ -70,7 +62,7 @@ class TracedArchive:
         """The names of the whole graph's input and logits; None if its text cannot be read."""
         return graph_names(self._class_text(self.module.type_name))
 
-    def parameters(self) -> dict[str, TracedTensor]:
+    def parameters(self) -> dict[str, TensorLocation]:
         """Every parameter of the traced module by its name, and where it is in the file."""
         known: dict[str, frozenset[str]] = {}
         found = {}
@@ -79,7 +71,7 @@ class TracedArchive:
                 if owner.type_name not in known:
                     known[owner.type_name] = parameter_names(self._class_text(owner.type_name))
                 if name.rpartition(".")[2] in known[owner.type_name]:
-                    found[name] = self._place(stream, name, value)
+                    found[name] = self._locate(stream, name, value)
         return found
 
     def _class_text(self, type_name: str) -> str:
@@ -92,19 +84,24 @@ class TracedArchive:
         except UnicodeDecodeError as error:
             raise ModelError(f"{self.file}: {excerpt(path)} is not text: {reason(error)}") from error
 
-    def _place(self, stream: BufferedReader, name: str, value: TensorValue) -> TracedTensor:
+    def _locate(self, stream: BufferedReader, name: str, value: TensorValue) -> TensorLocation:
         """Where a tensor's numbers are in the file, which `stream` reads; all of them are there."""
-        storage, shape, strides = value.storage, value.shape, value.strides
-        if storage.dtype not in ITEM_BYTES:
+        storage, shape = value.storage, value.shape
+        if storage.dtype not in PLAIN_FORMATS:
             raise ModelError(f"{self.file}: {excerpt(name)} is of {storage.dtype}; allowed are {ALLOWED_DTYPES}")
-        span = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
-        num_elements = span if math.prod(shape) else 0
-        if math.prod(shape) > num_elements:
-            raise ModelError(f"{self.file}: {excerpt(name)} repeats its numbers: shape {excerpt(shape)}")
+        num_elements = math.prod(shape)
+        in_order = [math.prod(shape[dimension + 1 :]) for dimension in range(len(shape))]
+        steps = zip(shape, value.strides, in_order, strict=True)
+        if num_elements and any(size > 1 and stride != wanted for size, stride, wanted in steps):
+            raise ModelError(
+                f"{self.file}: {excerpt(name)} of shape {excerpt(shape)} has strides {excerpt(value.strides)}, "
+                "but its rows must follow each other; convert the model's own folder"
+            )
         if value.offset + num_elements > storage.num_elements:
             raise ModelError(f"{self.file}: {excerpt(name)} reaches beyond its storage {excerpt(storage.key)}")
-        begin = self._data_start(stream, storage) + value.offset * ITEM_BYTES[storage.dtype]
-        return TracedTensor(storage.dtype, shape, strides, begin, num_elements)
+        stored_as = PLAIN_FORMATS[storage.dtype]
+        begin = self._data_start(stream, storage) + value.offset * stored_as.block_bytes
+        return TensorLocation(name, stored_as, shape, begin)
 
     def _find_prefix(self) -> str:
         found = [name.removesuffix("data.pkl") for name in self._members if name.endswith("/data.pkl")]
@@ -140,7 +137,7 @@ class TracedArchive:
         info = self._members.get(f"{self._prefix}data/{storage.key}")
         if info is None:
             raise ModelError(f"{self.file}: the numbers of storage {excerpt(storage.key)} are missing")
-        wanted = storage.num_elements * ITEM_BYTES[storage.dtype]
+        wanted = storage.num_elements * PLAIN_FORMATS[storage.dtype].block_bytes
         if info.compress_type != zipfile.ZIP_STORED or info.file_size < wanted:
             raise ModelError(f"{self.file}: storage {excerpt(storage.key)} must have {wanted} plain bytes")
         stream.seek(info.header_offset)
@@ -161,28 +158,15 @@ class TracedCheckpoint:
         self.path = file
         self.config: dict[str, Any] = read_config(folder)
         archive = TracedArchive(file)
-        self._tensors = archive.parameters()
-        self.num_bytes = sum(tensor.num_elements * ITEM_BYTES[tensor.dtype] for tensor in self._tensors.values())
+        self._locations = archive.parameters()
+        self.num_bytes = sum(location.num_bytes for location in self._locations.values())
         self.identity = weights_identity(self.config, {file: archive.pickle})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self._tensors.items()}
+        return {name: location.shape for name, location in self._locations.items()}
 
-    def tensors(self) -> Iterator[tuple[str, Float32]]:
-        try:
-            with self.path.open("rb") as stream:
-                for name, tensor in self._tensors.items():
-                    yield name, _read(stream, tensor)
-        except OSError as error:
-            raise ModelError(f"{self.path}: {reason(error)}") from error
+    def tensors(self) -> Iterator[StoredTensor]:
+        return tensors_in_files({self.path: list(self._locations.values())})
 
     def close(self) -> None:
         """Nothing is kept open but while tensors are read."""
-
-
-def _read(stream: BufferedReader, tensor: TracedTensor) -> Float32:
-    values = read_float32(stream, tensor.begin, (tensor.num_elements,), tensor.dtype)
-    if math.prod(tensor.shape) == 0:
-        return values.reshape(tensor.shape)
-    strides = [4 * stride for stride in tensor.strides]
-    return np.ascontiguousarray(np.lib.stride_tricks.as_strided(values, tensor.shape, strides))

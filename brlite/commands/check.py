@@ -15,7 +15,7 @@ import msgspec
 
 from brlite.backends.sizes import Sizes, find_model, known_sizes, measure
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.checked_model import check_fit
+from brlite.checkpoint.checked_model import check_model
 from brlite.config.load import load_config
 from brlite.config.options import Config, EngineConfig, ModelSpec, ProxyConfig
 from brlite.config.proxy_files import load_proxy_config
@@ -66,7 +66,7 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
         origin = "not here yet, fetched by its name at the first start"
         return ModelReport(spec=spec, origin=origin, sizes=known_sizes(spec, engine))
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
-        check_fit(checkpoint, spec)
+        check_model(checkpoint, spec)
         sizes = measure(checkpoint.config, spec, engine)
         origin = str(checkpoint.path)
     load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)

@@ -1,7 +1,7 @@
 """`brlite inspect`: what a model file or folder holds, from its headers. Loads nothing and runs nothing.
 
-Takes a traced `.pt` (the names that the manual's config asks for), a bundle, a Hugging Face folder, a GGUF file and an
-image of packed weights.
+Takes a traced `.pt` (the names that the manual's config asks for), a bundle, a Hugging Face folder, a GGUF file and
+packed weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from brlite.backends.native.packed_file import MAGIC, PackedFileError, read_image_key
+from brlite.backends.native.packed_file import MAGIC, PackedFileError, read_packed_file_key
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.bundle import BundleCheckpoint, is_bundle
 from brlite.checkpoint.folder import find_weights
@@ -50,7 +50,7 @@ def inspect(path: Path) -> Findings:
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
         if start == MAGIC:
-            return _image(path)
+            return _packed_file(path)
         if start.startswith(b"PK"):
             return _traced(path)
     return _bundle(path) if is_bundle(path) else _checkpoint(path)
@@ -87,7 +87,7 @@ def _traced(path: Path) -> Findings:
         "vocab_size": embedding.shape[0] if embedding else "unknown: no embedding was found",
         "tensors": len(tensors),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),
-        "types": _counted(tensor.dtype for tensor in tensors.values()),
+        "types": _counted(tensor.format.name for tensor in tensors.values()),
     }
 
 
@@ -131,9 +131,9 @@ def _checkpoint(path: Path) -> Findings:
     }
 
 
-def _image(path: Path) -> Findings:
+def _packed_file(path: Path) -> Findings:
     try:
-        key = read_image_key(path)
+        key = read_packed_file_key(path)
     except PackedFileError as error:
         raise ModelError(f"{path}: {error}") from error
     return {

@@ -1,4 +1,4 @@
-"""Writes a bundle, tensor by tensor: each one goes into its shard and, packed, into the image, and is let go.
+"""Writes a bundle, tensor by tensor: each one goes into its shard and into the packed file, and is let go.
 
 Knows no commands and no source format. What an earlier, interrupted run has finished is kept. The manifest comes last:
 without it a folder is no bundle.
@@ -15,29 +15,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 
-from brlite.backends.native.abi import INT8
+from brlite.backends.native.abi import INT8, LANES
 from brlite.backends.native.layout import Layout, packed_layout
-from brlite.backends.native.loading import LAYOUT_VERSION, PackingThreads
-from brlite.backends.native.packed_file import PackedFileError, PackedFileKey, read_image_key
+from brlite.backends.native.loading import LAYOUT_VERSION
+from brlite.backends.native.packed_file import PackedFileError, PackedFileKey, read_packed_file_key
 from brlite.backends.native.packed_weights import PackedFile
+from brlite.backends.native.packer import PackingThreads
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import (
     IDENTITY_CHARACTERS,
-    IMAGE_SUFFIX,
     INDEX_FILE,
     MANIFEST_FILE,
+    PACKED_SUFFIX,
     PROGRESS_FILE,
     Manifest,
     bundle_identity,
-    image_name,
+    packed_name,
     read_manifest,
     read_progress,
 )
 from brlite.checkpoint.checked_model import CheckedModel
 from brlite.checkpoint.new_file import FileRecord, read_record, record_of, sync_folder, write_whole
-from brlite.checkpoint.placing import placed_tensors
-from brlite.checkpoint.stored_numbers import Float32
+from brlite.checkpoint.placing import LoadPlan, placing
+from brlite.checkpoint.stored_tensor import F32, StoredTensor, tensor_in_memory
+from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.rounding import Rounding, sample_rounding
 from brlite.conversion.safetensors_writer import (
     OnBytes,
@@ -50,7 +53,7 @@ from brlite.conversion.safetensors_writer import (
 )
 from brlite.errors import ModelError
 from brlite.files.temporary import PART_SUFFIX, sweep
-from brlite.models.families.family import WeightTarget
+from brlite.models.config import ModelConfig
 from brlite.precision import Precision
 
 SHARD_BYTES = 2 * 10**9
@@ -69,14 +72,14 @@ class Packing(NamedTuple):
 class BundlePlan(NamedTuple):
     """All that is known of a bundle before the weights are read. `draft` is its manifest, still without files.
 
-    `companions` are the small files that it will have, with their content.
+    `side_files` are the small files that it will have, with their content.
     """
 
     folder: Path
     checkpoint: Checkpoint
-    fit: CheckedModel
+    model: CheckedModel
     draft: Manifest
-    companions: Mapping[str, bytes]
+    side_files: Mapping[str, bytes]
     shards: list[PlannedShard]
     packing: Packing | None
 
@@ -87,24 +90,24 @@ class BundlePlan(NamedTuple):
         return sum(shard.num_bytes for shard in self.shards) + packed
 
 
-def plan_packing(library: ctypes.CDLL, fit: CheckedModel, precision: Precision, num_threads: int) -> Packing:
-    layout = packed_layout(library, fit.config, precision=precision)
+def plan_packing(library: ctypes.CDLL, config: ModelConfig, precision: Precision, num_threads: int) -> Packing:
+    layout = packed_layout(library, config, precision=precision)
     key = PackedFileKey(LAYOUT_VERSION, precision.weights_name, NO_IDENTITY, layout.num_bytes)
     return Packing(library, layout, key, num_threads)
 
 
-def plan_weights(checkpoint: Checkpoint, fit: CheckedModel, shard_bytes: int = SHARD_BYTES) -> list[PlannedShard]:
+def plan_weights(checkpoint: Checkpoint, model: CheckedModel, shard_bytes: int = SHARD_BYTES) -> list[PlannedShard]:
     """The shards: matrices in bfloat16, which every precision begins with, the few others in float32.
 
     A matrix whose rows are scaled when it is loaded keeps its digits, so that scaling finds the same numbers.
     """
-    names = [name for name in checkpoint.shapes() if name not in fit.ignored]
-    return plan_shards([_planned(name, fit.places[name]) for name in names], shard_bytes)
-
-
-def _planned(name: str, place: WeightTarget) -> PlannedTensor:
-    keeps_digits = len(place.shape) == 1 or place.has_unit_rows
-    return PlannedTensor(name, "F32" if keeps_digits else "BF16", place.shape)
+    planned = []
+    for name in checkpoint.shapes():
+        if name not in model.ignored:
+            target = model.targets[name]
+            keeps_digits = len(target.shape) == 1 or target.has_unit_rows
+            planned.append(PlannedTensor(name, "F32" if keeps_digits else "BF16", target.shape))
+    return plan_shards(planned, shard_bytes)
 
 
 def find_finished(plan: BundlePlan) -> Manifest | None:
@@ -112,7 +115,7 @@ def find_finished(plan: BundlePlan) -> Manifest | None:
     if not (plan.folder / MANIFEST_FILE).is_file():
         return None
     manifest = read_manifest(plan.folder)
-    records = {name: record_of(content) for name, content in _companions(plan).items()}
+    records = {name: record_of(content) for name, content in _side_files(plan).items()}
     is_same = _essence(manifest) == _essence(plan.draft) and records.items() <= manifest.files.items()
     has_all = set(_weight_names(plan)) <= manifest.files.keys()
     are_whole = all(_has_size(plan.folder / name, record) for name, record in manifest.files.items())
@@ -163,7 +166,7 @@ class _Bundling:
         else:
             self._keep_finished(previous)
         rounding = self._write_weights()
-        for name, content in _companions(self._plan).items():
+        for name, content in _side_files(self._plan).items():
             self._files[name] = write_whole(self._folder / name, content)
         manifest = self._manifest()
         self._write(MANIFEST_FILE, manifest)
@@ -198,12 +201,12 @@ class _Bundling:
         if len(self._files) < len(self._plan.shards):
             return
         for name, record in previous.files.items():
-            if name.endswith(IMAGE_SUFFIX) and self._is_image_whole(name, record):
+            if name.endswith(PACKED_SUFFIX) and self._is_packed_file_whole(name, record):
                 self._files[name] = record
 
-    def _is_image_whole(self, name: str, record: FileRecord) -> bool:
+    def _is_packed_file_whole(self, name: str, record: FileRecord) -> bool:
         try:
-            key = read_image_key(self._folder / name)
+            key = read_packed_file_key(self._folder / name)
         except (PackedFileError, OSError):
             return False
         is_own = (key.layout_version, key.identity) == (LAYOUT_VERSION, self._identity())
@@ -214,7 +217,7 @@ class _Bundling:
         return bundle_identity(self._plan.checkpoint.config, shards)
 
     def _write_weights(self) -> Rounding | None:
-        packing, name = self._plan.packing, image_name(self._plan.draft.precision)
+        packing, name = self._plan.packing, packed_name(self._plan.draft.precision)
         if packing is not None and name not in self._files:
             return self._write_both(packing, name)
         if any(shard.file_name not in self._files for shard in self._plan.shards):
@@ -224,15 +227,22 @@ class _Bundling:
         return None
 
     def _write_both(self, packing: Packing, name: str) -> Rounding | None:
+        rounding = None
         with ExitStack() as opened:
             pool = opened.enter_context(PackingThreads(packing.num_threads))
             copying = opened.enter_context(self._copying())
-            image = opened.enter_context(
+            packed_file = opened.enter_context(
                 PackedFile(self._folder / name, packing.key, packing.library, packing.layout, pool, self._on_bytes)
             )
             opened.callback(pool.end)  # before the file they write to is closed
-            rounding = _pack(copying, self._plan.fit, packing, image)
-            record = image.finish(self._identity())
+            plan = LoadPlan(checkpoint=copying, model=self._plan.model, spec=ModelSpec(), engine=EngineConfig())
+            for target, tensor in placing(plan):
+                if packing.layout.tensors[target.parameter].format == INT8:
+                    rows = tensor.part(range(min(LANES, target.shape[0]))).float32()
+                    rounding = sample_rounding(packing.library, rows, rounding)
+                packed_file.put(target, tensor)
+                del tensor  # before the next one is read
+            record = packed_file.finish(self._identity())
         self._note_finished(name, record)
         return rounding
 
@@ -269,21 +279,23 @@ class _CopyingCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._plan.checkpoint.shapes()
 
-    def tensors(self) -> Iterator[tuple[str, Float32]]:
-        tensors = self._plan.checkpoint.tensors()
+    def tensors(self) -> Iterator[StoredTensor]:
+        tensors = (tensor for tensor in self._plan.checkpoint.tensors() if tensor.name not in self._plan.model.ignored)
         for shard in self._plan.shards:
             writer = None
             if shard.file_name not in self._finished:
                 writer = self._open.enter_context(ShardWriter(self._plan.folder, shard, self._on_bytes))
             for planned in shard.tensors:
-                values = self._next(tensors, planned)
-                if writer is not None:
-                    writer.put(planned, values)
-                    if planned.dtype == "F32":  # few, and rows of some of them are scaled in place
-                        writer.wait()
-                yield planned.name, values
-                if writer is not None:
-                    writer.wait()
+                tensor = next(tensors, None)
+                if tensor is None or (tensor.name, tensor.shape) != (planned.name, planned.shape):
+                    raise ModelError(f"{self.path}: has changed while it was read: {planned.name} did not come")
+                if writer is None:
+                    yield tensor
+                    continue
+                values = tensor.float32()  # once for both files
+                writer.put(planned, values)
+                yield tensor_in_memory(planned.name, F32, planned.shape, values.reshape(-1).view(np.uint8))
+                writer.wait()
                 del values  # before the next one is read
             if writer is not None:
                 record = writer.finish()
@@ -293,32 +305,14 @@ class _CopyingCheckpoint:
     def close(self) -> None:
         """The source is closed by who opened it."""
 
-    def _next(self, tensors: Iterator[tuple[str, Float32]], planned: PlannedTensor) -> Float32:
-        for name, values in tensors:
-            if name not in self._plan.fit.ignored:
-                if (name, values.shape) == (planned.name, planned.shape):
-                    return values
-                break
-        raise ModelError(f"{self.path}: has changed while it was read: {planned.name} did not come")
 
-
-def _pack(checkpoint: Checkpoint, fit: CheckedModel, packing: Packing, image: PackedFile) -> Rounding | None:
-    rounding = None
-    for place, values in placed_tensors(checkpoint, fit, lambda fraction: None):
-        if packing.layout.tensors[place.parameter].format == INT8:
-            rounding = sample_rounding(packing.library, values, rounding)
-        image.put(place, values)
-        del values  # before the next one is read
-    return rounding
-
-
-def _companions(plan: BundlePlan) -> dict[str, bytes]:
+def _side_files(plan: BundlePlan) -> dict[str, bytes]:
     index = msgspec.json.format(msgspec.json.encode(shard_index(plan.shards)), indent=1)
-    return {**plan.companions, INDEX_FILE: index}
+    return {**plan.side_files, INDEX_FILE: index}
 
 
 def _weight_names(plan: BundlePlan) -> list[str]:
-    packed = [] if plan.packing is None else [image_name(plan.draft.precision)]
+    packed = [] if plan.packing is None else [packed_name(plan.draft.precision)]
     return [*(shard.file_name for shard in plan.shards), *packed]
 
 

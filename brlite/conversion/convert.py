@@ -23,7 +23,7 @@ from brlite.backends.choose import find_obstacle
 from brlite.backends.native.library import load_library
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
-from brlite.checkpoint.checked_model import CheckedModel, check_fit
+from brlite.checkpoint.checked_model import CheckedModel, check_model
 from brlite.checkpoint.hub import check_name
 from brlite.checkpoint.progress import byte_bar
 from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
@@ -39,7 +39,7 @@ from brlite.conversion.bundle_writer import (
     write_bundle,
 )
 from brlite.conversion.rounding import Rounding
-from brlite.conversion.side_files import read_companions
+from brlite.conversion.side_files import read_side_files
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
 from brlite.machine import physical_cores, show_bytes
 from brlite.models import find_family
@@ -68,9 +68,9 @@ def run(order: ConversionRequest) -> int:
     """Write the bundle, unless it is there already, and print what it is. Raises `BrliteError` for whatever fails."""
     with closing(_open(order)) as checkpoint:
         name = model_name(order.model_name)
-        fit = check_fit(checkpoint, ModelSpec(name=name, build_seq=1))
-        packing, obstacle = _plan_packing(fit, order.precision)
-        plan = _plan(order, checkpoint, fit, packing)
+        model = check_model(checkpoint, ModelSpec(name=name, build_seq=1))
+        packing, obstacle = _plan_packing(model, order.precision)
+        plan = _plan(order, checkpoint, model, packing)
         check_folder(plan)
         finished = find_finished(plan)
         tokenizer = load_tokenizer(order.model_dir)
@@ -123,7 +123,7 @@ def _open(order: ConversionRequest) -> Checkpoint:
     return open_checkpoint(order.model_dir)
 
 
-def _plan(order: ConversionRequest, checkpoint: Checkpoint, fit: CheckedModel, packing: Packing | None) -> BundlePlan:
+def _plan(order: ConversionRequest, checkpoint: Checkpoint, model: CheckedModel, packing: Packing | None) -> BundlePlan:
     name = model_name(order.model_name)
     names = None if order.traced is None else TracedArchive(order.traced).graph_names()
     draft = Manifest(
@@ -133,8 +133,8 @@ def _plan(order: ConversionRequest, checkpoint: Checkpoint, fit: CheckedModel, p
         model=name,
         architecture=find_family(checkpoint.config).architecture,
         precision=order.precision,
-        num_parameters=num_parameters(fit.config),
-        vocab_size=fit.config.vocab_size,
+        num_parameters=num_parameters(model.config),
+        vocab_size=model.config.vocab_size,
         input_name=names.input_name if names else INPUT_NAME,
         output_name=(names and (names.output_name or names.output_label)) or OUTPUT_NAME,
         source=checkpoint.identity,
@@ -143,31 +143,31 @@ def _plan(order: ConversionRequest, checkpoint: Checkpoint, fit: CheckedModel, p
     return BundlePlan(
         folder=(order.output_dir / name.replace("/", "--")).absolute(),
         checkpoint=checkpoint,
-        fit=fit,
+        model=model,
         draft=draft,
-        companions=read_companions(order.model_dir, checkpoint.config),
-        shards=plan_weights(checkpoint, fit),
+        side_files=read_side_files(order.model_dir, checkpoint.config),
+        shards=plan_weights(checkpoint, model),
         packing=packing,
     )
 
 
-def _plan_packing(fit: CheckedModel, precision: PrecisionName) -> tuple[Packing | None, str | None]:
+def _plan_packing(model: CheckedModel, precision: PrecisionName) -> tuple[Packing | None, str | None]:
     """How to pack the weights, or why they are not packed: then the bundle serves, but does not load at once."""
-    obstacle = find_obstacle(fit.config, ModelSpec(precision=precision), EngineConfig(device="cpu"))
+    obstacle = find_obstacle(model.config, ModelSpec(precision=precision), EngineConfig(device="cpu"))
     if obstacle is not None:
         return None, obstacle
     try:
         library = load_library().functions
     except NativeUnavailable as error:
         return None, str(error)
-    return plan_packing(library, fit, PRECISIONS[precision], physical_cores()), None
+    return plan_packing(library, model.config, PRECISIONS[precision], physical_cores()), None
 
 
 def _checks(
     order: ConversionRequest, plan: BundlePlan, tokenizer: Tokenizer, obstacle: str | None, is_finished: bool
 ) -> Iterator[str]:
     """A line for everything that could be wrong. Raises for what is."""
-    source, config = plan.checkpoint.config, plan.fit.config
+    source, config = plan.checkpoint.config, plan.model.config
     yield f"output       {_room(plan)}"
     yield f"config       {_use_cache(order, source.get('use_cache'))}"
     code = "; the code that its auto_map names is not needed and not run" if source.get("auto_map") else ""
@@ -175,8 +175,8 @@ def _checks(
     version = f"{source['transformers_version']} wrote the config; " if source.get("transformers_version") else ""
     yield f"transformers {version}none is needed, brlite brings its own models"
     tied = ", the head is the embedding" if config.tie_word_embeddings else ""
-    ignored = f", {len(plan.fit.ignored)} are not needed" if plan.fit.ignored else ""
-    yield f"tensors      all {len(plan.fit.places)} are there, with the shapes that the config wants{tied}{ignored}"
+    ignored = f", {len(plan.model.ignored)} are not needed" if plan.model.ignored else ""
+    yield f"tensors      all {len(plan.model.targets)} are there, with the shapes that the config wants{tied}{ignored}"
     yield f"vocabulary   {_vocabulary(tokenizer, config, order.model_dir)}"
     given = "" if order.model_name == plan.draft.model else f", from {order.model_name}"
     yield f"name         {plan.draft.model}{given}"
@@ -245,6 +245,6 @@ def _report(
     print(f"\n{'file':{width}} {'bytes':>14}  sha256")
     for name, record in manifest.files.items():
         print(f"{name:{width}} {record.num_bytes:>14}  {record.sha256}")
-    config = seed_config(manifest, plan.folder, plan.fit.config.max_context)
+    config = seed_config(manifest, plan.folder, plan.model.config.max_context)
     print("\nA config for it, with the manual's 13 fields:\n")
     print(msgspec.json.format(msgspec.json.encode(config)).decode(), flush=True)

@@ -6,12 +6,10 @@ import ctypes
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from brlite.backends.native.abi import INT8, LANES
 from brlite.backends.native.layout import padded
-
-Float32 = npt.NDArray[np.float32]
+from brlite.checkpoint.stored_tensor import Float32
 
 
 class Rounding(msgspec.Struct, frozen=True):
@@ -22,9 +20,8 @@ class Rounding(msgspec.Struct, frozen=True):
     min_cosine: float
 
 
-def sample_rounding(library: ctypes.CDLL, matrix: Float32, worst: Rounding | None) -> Rounding:
-    """What int8 makes of the first rows of `matrix`, or of those before it if that was worse."""
-    rows = np.ascontiguousarray(matrix[:LANES])
+def sample_rounding(library: ctypes.CDLL, rows: Float32, worst: Rounding | None) -> Rounding:
+    """What int8 makes of a matrix's first `rows` [R, H], or of those before it if that was worse."""
     rounded = _rounded(library, rows)
     peaks = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny)
     error = float((np.abs(rounded - rows).max(axis=1) / peaks).max())

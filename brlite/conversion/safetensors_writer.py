@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from brlite.checkpoint.new_file import Buffer, FileRecord, NewFile
-from brlite.checkpoint.safetensors_header import ITEM_BYTES, LENGTH_BYTES
-from brlite.checkpoint.stored_numbers import Float32
+from brlite.checkpoint.safetensors_header import LENGTH_BYTES
+from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Float32
 from brlite.precision import to_bfloat16
 
 CHUNK_ELEMENTS = 1 << 18
@@ -34,7 +34,7 @@ class PlannedTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * PLAIN_FORMATS[self.dtype].block_bytes
 
 
 class PlannedShard(NamedTuple):

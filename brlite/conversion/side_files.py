@@ -17,7 +17,7 @@ VOCABULARY_FILE = "vocabulary.gguf"  # of a GGUF file's tokenizer, which is in i
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
-def read_companions(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
+def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
     """File name → content, from a model's folder or `.gguf` file. Raises `ModelError` for what cannot be read.
 
     A GGUF file's config is `config`, which was read from it, whatever stands beside it.
@@ -25,14 +25,14 @@ def read_companions(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
     files = [model / name for name in (*COMPANION_FILES, VOCABULARY_FILE)] if model.is_dir() else []
     gguf = _gguf_file(model)
     try:
-        companions = {file.name: file.read_bytes() for file in files if file.is_file()}
+        side_files = {file.name: file.read_bytes() for file in files if file.is_file()}
         if gguf is not None:
-            companions[CONFIG_FILE] = json.dumps(config, indent=1).encode()
-            if not any(name in companions for name in TOKENIZER_FILES):
-                companions[VOCABULARY_FILE] = read_gguf_metadata(gguf)
+            side_files[CONFIG_FILE] = json.dumps(config, indent=1).encode()
+            if not any(name in side_files for name in TOKENIZER_FILES):
+                side_files[VOCABULARY_FILE] = read_gguf_metadata(gguf)
     except OSError as error:
         raise ModelError(f"{model}: cannot be read: {reason(error)}") from error
-    return companions
+    return side_files
 
 
 def _gguf_file(model: Path) -> Path | None:

@@ -12,10 +12,10 @@ import torch
 
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary
-from brlite.checkpoint.checked_model import check_fit
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models import find_family
 from brlite.precision import PrecisionName
+from tests.load_plans import make_plan
 from tests.tiny_models import (
     BAICHUAN,
     CHATGLM,
@@ -61,7 +61,7 @@ def make_tensors(name: str) -> dict[str, torch.Tensor]:
     """Random tensors, exact in bfloat16."""
     random = np.random.default_rng(list(name.encode()))
     family = find_family(MODELS[name])
-    places = family.weight_places(family.read_config(MODELS[name]))
+    places = family.weight_targets(family.read_config(MODELS[name]))
     return {tensor: _random(tensor, place.shape, random) for tensor, place in places.items()}
 
 
@@ -82,15 +82,8 @@ def load_native(
 ) -> NativeBackend:
     spec = ModelSpec(name=name, precision=precision, build_seq=MAX_CONTEXT, build_batch=8, num_blocks=num_blocks)
     checkpoint = checkpoint or make_checkpoint(name)
-    return NativeBackend.load(
-        library if isa is None else library._replace(isa=isa),
-        checkpoint,
-        check_fit(checkpoint, spec),
-        spec,
-        EngineConfig(threads=threads, max_num_batched_tokens=MAX_ROWS, block_size=block_size),
-        None,
-        lambda fraction: None,
-    )
+    engine = EngineConfig(threads=threads, max_num_batched_tokens=MAX_ROWS, block_size=block_size)
+    return NativeBackend(library if isa is None else library._replace(isa=isa), make_plan(checkpoint, spec, engine))
 
 
 def random_ids(length: int, *, seed: int) -> list[int]:

@@ -14,12 +14,12 @@ from brlite.backends.native.backend import max_rows
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.rank import NativeRank
 from brlite.backends.native.step_rows import SharedSizes, create_shared_file
-from brlite.checkpoint.checked_model import check_fit
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, StepResult
 from brlite.models.shards import Shard
 from brlite.precision import PrecisionName
 from tests.backends.native_models import MAX_CONTEXT, MAX_ROWS, make_checkpoint
+from tests.load_plans import make_plan
 
 
 class RankThreads:
@@ -55,22 +55,12 @@ def load_native_ranks(
     )
     engine = EngineConfig(threads=threads, max_num_batched_tokens=MAX_ROWS)
     checkpoint = make_checkpoint(name)
-    fit = check_fit(checkpoint, spec)
-    file = create_shared_file(library.functions, SharedSizes.of(fit.config, max_rows(spec, engine)))
+    plan = make_plan(checkpoint, spec, engine)
+    file = create_shared_file(library.functions, SharedSizes.of(plan.config, max_rows(spec, engine)))
     try:
         return RankThreads(
             [
-                NativeRank.load(
-                    library,
-                    checkpoint,
-                    fit,
-                    spec,
-                    engine,
-                    Shard(rank, size, sums=False),
-                    file,
-                    None,
-                    lambda fraction: None,
-                )
+                NativeRank.load(library, msgspec.structs.replace(plan, shard=Shard(rank, size, sums=False)), file)
                 for rank in range(size)
             ]
         )

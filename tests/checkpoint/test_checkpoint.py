@@ -24,6 +24,7 @@ from tests.checkpoint.model_files import (
     write_sharded_bin,
     write_sharded_safetensors,
 )
+from tests.load_plans import read_tensors
 from tests.tiny_models import write_tiny_model
 
 Writer = Callable[[Path, dict[str, torch.Tensor]], Path]
@@ -38,7 +39,7 @@ def test_tensors_come_back_widened_to_float32(write: Writer, tmp_path: Path) -> 
     tensors = random_tensors()
 
     checkpoint = open_checkpoint(write(tmp_path, tensors))
-    read = dict(checkpoint.tensors())
+    read = read_tensors(checkpoint)
     checkpoint.close()
 
     assert checkpoint.config == CONFIG
@@ -77,8 +78,9 @@ def test_no_tensor_outlives_the_callers_interest(format_name: str, tmp_path: Pat
 
     handed_out: list[weakref.ref[np.ndarray]] = []
     num_alive = []
-    for _, tensor in checkpoint.tensors():
-        handed_out.append(weakref.ref(tensor))
+    for tensor in checkpoint.tensors():
+        values = tensor.float32()
+        handed_out.append(weakref.ref(values))
         num_alive.append(sum(reference() is not None for reference in handed_out))
 
     assert len(num_alive) >= 3
@@ -88,7 +90,7 @@ def test_no_tensor_outlives_the_callers_interest(format_name: str, tmp_path: Pat
 def test_tensors_can_be_read_twice(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_bin(tmp_path, random_tensors()))
 
-    first, second = (dict(checkpoint.tensors()) for _ in range(2))
+    first, second = (read_tensors(checkpoint) for _ in range(2))
 
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert first.keys() == second.keys()
@@ -100,7 +102,7 @@ def test_every_number_of_a_type_survives_across_pieces(dtype: torch.dtype, tmp_p
     halves = bits.view(torch.float16 if dtype == torch.float32 else dtype)
     tensor = halves.repeat(33).reshape(33, 2**16).to(dtype)  # more than one piece
 
-    read = dict(open_checkpoint(write_safetensors(tmp_path, {"w": tensor})).tensors())["w"]
+    read = read_tensors(open_checkpoint(write_safetensors(tmp_path, {"w": tensor})))["w"]
 
     assert np.array_equal(read, tensor.float().numpy(), equal_nan=True)
 
@@ -108,7 +110,7 @@ def test_every_number_of_a_type_survives_across_pieces(dtype: torch.dtype, tmp_p
 def test_a_transposed_tensor_of_a_bin_file_comes_back_in_row_order(tmp_path: Path) -> None:
     tensor = torch.arange(6.0).reshape(2, 3).T
 
-    read = dict(open_checkpoint(write_bin(tmp_path, {"w": tensor})).tensors())["w"]
+    read = read_tensors(open_checkpoint(write_bin(tmp_path, {"w": tensor})))["w"]
 
     assert read.flags.c_contiguous
     assert read.tolist() == [[0, 3], [1, 4], [2, 5]]
@@ -124,7 +126,7 @@ def test_a_file_that_is_cut_after_it_was_opened_is_refused(format_name: str, tmp
     file.write_bytes(file.read_bytes()[:-5])
 
     with pytest.raises(ModelError, match=f"{file.name}: ends at byte"):
-        list(checkpoint.tensors())
+        read_tensors(checkpoint)
 
 
 def test_safetensors_win_over_bin(tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ def test_safetensors_win_over_bin(tmp_path: Path) -> None:
 def test_an_empty_tensor_takes_no_place(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(0, 3), "b": torch.ones(2), "c": torch.zeros(0)}
 
-    read = dict(open_checkpoint(write_safetensors(tmp_path, tensors)).tensors())
+    read = read_tensors(open_checkpoint(write_safetensors(tmp_path, tensors)))
 
     assert {name: tuple(tensor.shape) for name, tensor in read.items()} == {"a": (0, 3), "b": (2,), "c": (0,)}
 
@@ -159,10 +161,11 @@ from pathlib import Path
 from brlite.checkpoint import fetch, open_checkpoint
 from brlite.models import find_family
 from brlite.models.rope_tables import pair_tables
+from tests.load_plans import read_tensors
 
 for path in sys.argv[1:]:
     checkpoint = open_checkpoint(Path(path))
-    print(sum(array.size for _, array in checkpoint.tensors()), len(checkpoint.identity))
+    print(sum(tensor.float32().size for tensor in checkpoint.tensors()), len(checkpoint.identity))
     pair_tables(find_family(checkpoint.config).read_config(checkpoint.config).rope, 16)
 print("torch" in sys.modules)
 """

@@ -26,6 +26,7 @@ from tests.checkpoint.model_files import (
     random_gguf_tensors,
     write_gguf,
 )
+from tests.load_plans import read_tensors
 
 F32 = GGMLQuantizationType.F32
 QUANTISED_BY_THE_PACKAGE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
@@ -48,7 +49,7 @@ def interleaved(rows: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def read(file: Path) -> dict[str, np.ndarray]:
-    return dict(open_checkpoint(file).tensors())
+    return read_tensors(open_checkpoint(file))
 
 
 def test_tensors_get_the_names_of_hugging_face(tmp_path: Path) -> None:
@@ -104,11 +105,11 @@ def test_qwen3_has_norms_of_heads(tmp_path: Path) -> None:
 
     checkpoint = open_checkpoint(write_gguf(tmp_path / "m.gguf", tensors, architecture="qwen3"))
 
-    found = dict(checkpoint.tensors())
+    found = read_tensors(checkpoint)
     family = find_family(checkpoint.config)
     assert family.model_type == "qwen3"
     assert {
-        name: place.shape for name, place in family.weight_places(family.read_config(checkpoint.config)).items()
+        name: place.shape for name, place in family.weight_targets(family.read_config(checkpoint.config)).items()
     } == (checkpoint.shapes())
     assert all(np.array_equal(found[f"model.layers.0.self_attn.{name}.weight"], norms[name]) for name in norms)
 

@@ -22,7 +22,7 @@ from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.config.options import ModelSpec
 from brlite.errors import BrliteError
-from brlite.checkpoint.checked_model import check_fit
+from brlite.checkpoint.checked_model import check_model
 
 path, beside, seconds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -33,7 +33,7 @@ try:
         TracedArchive(path)
     else:
         with closing(open_checkpoint(path)) as checkpoint:
-            check_fit(checkpoint, ModelSpec(name="m", build_seq=1))
+            check_model(checkpoint, ModelSpec(name="m", build_seq=1))
 except BrliteError as error:
     print("refused:", error)
 else:

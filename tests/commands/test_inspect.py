@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from brlite.backends.native.library import NativeLibrary
-from brlite.checkpoint.bundle import MANIFEST_FILE, bundle_image
+from brlite.checkpoint.bundle import MANIFEST_FILE, bundled_weights
 from brlite.commands.cli import main
 from tests.bundles import INT8, make_bundle
 from tests.checkpoint.model_files import write_gguf
@@ -86,7 +86,7 @@ def test_a_bundle_tells_its_manifest(bundle: Path, capsys: pytest.CaptureFixture
 
 
 def test_packed_weights_tell_of_what_they_are(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    image = bundle_image(bundle, INT8)
+    image = bundled_weights(bundle, INT8)
     assert image is not None
 
     found = inspect(image, capsys)

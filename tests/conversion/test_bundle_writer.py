@@ -21,18 +21,17 @@ from safetensors.torch import load_file, save_file
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.loading import load_weights
-from brlite.backends.native.packed_file import read_image_key
+from brlite.backends.native.packed_file import read_packed_file_key
 from brlite.backends.torch.loading import load_model
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import (
     MANIFEST_FILE,
     PROGRESS_FILE,
     BundleCheckpoint,
-    bundle_image,
+    bundled_weights,
     read_manifest,
     read_progress,
 )
-from brlite.checkpoint.checked_model import check_fit
 from brlite.checkpoint.new_file import read_record
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.bundle_writer import find_finished, write_bundle
@@ -41,6 +40,7 @@ from brlite.precision import PrecisionName
 from tests.backends.native_models import MODELS, random_ids
 from tests.bundles import INT8, make_bundle, plan_bundle
 from tests.limits import PATIENCE_SECONDS
+from tests.load_plans import make_plan
 from tests.tiny_models import TINY_CONFIGS, TensorCheckpoint, random_tensors, write_tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +70,8 @@ def native_logits(
 ) -> npt.NDArray[np.float32]:
     with closing(open_checkpoint(path)) as checkpoint:
         spec = ModelSpec(name="tiny", precision=precision, build_seq=len(PROMPT), build_batch=1, num_blocks=4)
-        fit, engine = check_fit(checkpoint, spec), EngineConfig(threads=1, max_num_batched_tokens=32)
-        backend = NativeBackend.load(native, checkpoint, fit, spec, engine, image, lambda fraction: None)
+        engine = EngineConfig(threads=1, max_num_batched_tokens=32)
+        backend = NativeBackend(native, make_plan(checkpoint, spec, engine, packed_file=image))
     with closing(backend):
         return backend.logits(PROMPT)
 
@@ -79,7 +79,7 @@ def native_logits(
 def torch_parameters(path: Path) -> dict[str, torch.Tensor]:
     with closing(open_checkpoint(path)) as checkpoint:
         spec = ModelSpec(name="tiny", build_seq=8)
-        return load_model(checkpoint, spec, torch.bfloat16, torch.device("cpu"), lambda fraction: None).parameters.named
+        return load_model(make_plan(checkpoint, spec), torch.bfloat16, torch.device("cpu")).parameters.named
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -92,7 +92,7 @@ def test_a_bundle_has_the_bits_of_its_source(name: str, tmp_path: Path, native_l
 
     make_bundle(source, bundle, native_library.functions)
 
-    image = bundle_image(bundle, INT8)
+    image = bundled_weights(bundle, INT8)
     assert image is not None
     expected = native_logits(native_library, source, INT8, None)
     assert np.array_equal(native_logits(native_library, bundle, INT8, image), expected)
@@ -114,10 +114,10 @@ def test_its_image_is_byte_for_byte_the_one_that_loading_would_write(
 
     with closing(open_checkpoint(tmp_path / "bundle")) as checkpoint:
         spec = ModelSpec(name="tiny", precision=precision, build_seq=8)
-        fit, written = check_fit(checkpoint, spec), tmp_path / "written"
-        load_weights(library, checkpoint, fit, spec, written, 1, lambda fraction: None).weights.close()
+        written = tmp_path / "written"
+        load_weights(library, make_plan(checkpoint, spec, packed_file=written)).weights.close()
 
-    image = bundle_image(tmp_path / "bundle", precision)
+    image = bundled_weights(tmp_path / "bundle", precision)
     assert image is not None
     assert image.read_bytes() == written.read_bytes()
 
@@ -142,15 +142,15 @@ def test_a_bundle_stays_itself_when_it_is_copied(tmp_path: Path, library: ctypes
 
     copy = Path(shutil.copytree(tmp_path / "bundle", tmp_path / "copy", copy_function=shutil.copyfile))
 
-    image = bundle_image(copy, INT8)
+    image = bundled_weights(copy, INT8)
     assert image is not None
     with closing(open_checkpoint(copy)) as checkpoint:
-        assert checkpoint.identity == read_image_key(image).identity
+        assert checkpoint.identity == read_packed_file_key(image).identity
 
 
 def test_a_damaged_image_is_made_anew_from_the_shards(tmp_path: Path, native_library: NativeLibrary) -> None:
     make_bundle(write_tiny_model(tmp_path / "source"), tmp_path / "bundle", native_library.functions)
-    image = bundle_image(tmp_path / "bundle", INT8)
+    image = bundled_weights(tmp_path / "bundle", INT8)
     assert image is not None
     whole = image.read_bytes()
     image.write_bytes(whole[:-100] + bytes(100))
@@ -164,7 +164,7 @@ def test_a_damaged_image_is_made_anew_from_the_shards(tmp_path: Path, native_lib
 def test_without_native_kernels_a_bundle_has_no_image(tmp_path: Path) -> None:
     make_bundle(write_tiny_model(tmp_path / "source"), tmp_path / "bundle", None)
 
-    assert bundle_image(tmp_path / "bundle", INT8) is None
+    assert bundled_weights(tmp_path / "bundle", INT8) is None
     with closing(open_checkpoint(tmp_path / "bundle")) as checkpoint:
         assert checkpoint.shapes().keys() == TensorCheckpoint.tiny().shapes().keys()
 
@@ -176,8 +176,8 @@ def test_another_precision_adds_to_a_bundle(tmp_path: Path, library: ctypes.CDLL
 
     manifest = make_bundle(source, bundle, library, "bf16")
 
-    assert bundle_image(bundle, INT8) is not None
-    assert bundle_image(bundle, "bf16") is not None
+    assert bundled_weights(bundle, INT8) is not None
+    assert bundled_weights(bundle, "bf16") is not None
     assert {"packed.bf16.brlite", "packed.a_bf16_w_int8.brlite"} <= manifest.files.keys()
     assert {file.name: file.stat().st_ino for file in bundle.glob("model-*")} == before
 
@@ -235,10 +235,10 @@ class FailingCheckpoint(TensorCheckpoint):
     """A checkpoint whose file breaks half way."""
 
     def tensors(self):
-        for count, (name, values) in enumerate(super().tensors()):
+        for count, tensor in enumerate(super().tensors()):
             if count == 15:
                 raise ModelError("tiny: cut short")
-            yield name, values
+            yield tensor
 
 
 def open_failing(path: Path) -> Checkpoint:

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from brlite.backends.native.packed_file import read_image_key
+from brlite.backends.native.packed_file import read_packed_file_key
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.bundle import MANIFEST_FILE, PROGRESS_FILE, bundle_image, read_manifest
+from brlite.checkpoint.bundle import MANIFEST_FILE, PROGRESS_FILE, bundled_weights, read_manifest
 from brlite.commands.cli import main, model_convert
 from brlite.config.load import load_config
 from brlite.config.warnings import config_warnings
@@ -246,9 +246,9 @@ def test_a_real_model_from_gguf_says_the_same(
     assert found == answers(short | {"cached_dir": "", "model_file": str(smollm2_path)}, tmp_path)
     assert (tmp_path / "someone--tiny" / "vocabulary.gguf").stat().st_size < 10**7
     with closing(open_checkpoint(tmp_path / "someone--tiny")) as checkpoint:
-        image = bundle_image(checkpoint.path, "a_bf16_w_int8")
+        image = bundled_weights(checkpoint.path, "a_bf16_w_int8")
         assert image is not None
-        assert checkpoint.identity == read_image_key(image).identity
+        assert checkpoint.identity == read_packed_file_key(image).identity
 
 
 def no_tokenizer(source: Path) -> None:
@@ -382,7 +382,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(source: Path, t
     left = {file.name: file.stat().st_size for file in (tmp_path / "tiny").iterdir()}
     assert left.keys() <= {PROGRESS_FILE, "model-00001-of-00001.safetensors"}
     assert main(["convert", *order]) == 0
-    assert bundle_image(tmp_path / "tiny", "bf16") is not None
+    assert bundled_weights(tmp_path / "tiny", "bf16") is not None
 
 
 MEASURED = """
@@ -421,7 +421,7 @@ def write_large(folder: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     write_byte_tokenizer(folder)
-    places = FAMILY.weight_places(FAMILY.read_config(config))
+    places = FAMILY.weight_targets(FAMILY.read_config(config))
     planned = tuple(PlannedTensor(name, "BF16", place.shape) for name, place in places.items())
     numbers = (torch.randn(1 << 20) * 0.02).bfloat16().view(torch.uint16).numpy()
     with (folder / "model.safetensors").open("wb") as stream:

@@ -15,10 +15,10 @@ import pytest
 from brlite.backends.native.library import find_library, load_library
 from brlite.backends.native.loading import load_weights
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.checked_model import check_fit
 from brlite.commands.cli import main
 from brlite.config.options import ModelSpec
 from brlite.files.ownership import why_untrusted
+from tests.load_plans import make_plan
 from tests.tiny_models import write_tiny_model
 
 STRANGER = 54321  # a user id that nobody has
@@ -180,8 +180,7 @@ def test_packed_weights_of_a_crashed_start_are_removed_by_the_next(tmp_path, nat
 def pack(model: Path, image: Path, native_library) -> None:
     spec = ModelSpec(name="tiny", build_seq=32)
     with closing(open_checkpoint(model)) as checkpoint:
-        fit = check_fit(checkpoint, spec)
-        load_weights(native_library.functions, checkpoint, fit, spec, image, 1, lambda fraction: None).weights.close()
+        load_weights(native_library.functions, make_plan(checkpoint, spec, packed_file=image)).weights.close()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import strategies as st
 
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.checked_model import check_fit
+from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.config.options import ModelSpec
 from brlite.errors import BrliteError
@@ -51,9 +51,9 @@ def spoiled(data: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
 
 def open_model(path: Path) -> None:
     with closing(open_checkpoint(path)) as checkpoint:
-        check_fit(checkpoint, ModelSpec(name="m", build_seq=1))
-        for _ in checkpoint.tensors():
-            pass
+        check_model(checkpoint, ModelSpec(name="m", build_seq=1))
+        for tensor in checkpoint.tensors():
+            tensor.float32()
 
 
 def open_traced(path: Path) -> None:

@@ -14,6 +14,7 @@ from brlite.backends.torch.loading import load_model
 from brlite.config.options import ModelSpec
 from brlite.models.config import KVDtype
 from brlite.precision import PrecisionName
+from tests.load_plans import make_plan
 from tests.tiny_models import VOCAB_SIZE, TensorCheckpoint
 
 BLOCK_SIZE = 4
@@ -23,7 +24,7 @@ DEVICE = torch.device("cpu")
 
 def load_tiny(name: str, precision: PrecisionName = "bf16", dtype: torch.dtype = torch.float32) -> Decoder:
     spec = ModelSpec(name=name, build_seq=LENGTH, precision=precision)
-    return load_model(TensorCheckpoint.tiny(name), spec, dtype, DEVICE, lambda fraction: None)
+    return load_model(make_plan(TensorCheckpoint.tiny(name), spec), dtype, DEVICE)
 
 
 def random_ids(length: int = LENGTH, *, seed: int = 1) -> list[int]:

@@ -15,6 +15,7 @@ from brlite.backends.torch.loading import load_model
 from brlite.config.options import ModelSpec
 from brlite.errors import ModelError
 from brlite.models import FAMILIES, find_family
+from tests.load_plans import make_plan
 from tests.models.steps import DEVICE, LENGTH, Runner, random_ids
 from tests.tiny_models import LLAMA, TensorCheckpoint, random_tensors, write_model
 
@@ -89,7 +90,7 @@ def test_a_key_that_is_left_out_means_what_it_means_in_transformers(
         expected = reference(torch.tensor([token_ids])).logits[0]
 
     spec = ModelSpec(name=model_type, build_seq=LENGTH)
-    decoder = load_model(TensorCheckpoint(config, tensors), spec, torch.float32, DEVICE, lambda fraction: None)
+    decoder = load_model(make_plan(TensorCheckpoint(config, tensors), spec), torch.float32, DEVICE)
     logits = Runner(decoder).whole(token_ids, range(LENGTH))
 
     assert (logits - expected).abs().max().item() <= 1e-4

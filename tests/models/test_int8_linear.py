@@ -7,10 +7,12 @@ import torch
 
 from brlite.backends.torch import parameters
 from brlite.backends.torch.decoder import Decoder
+from brlite.backends.torch.device import DeviceRules
 from brlite.backends.torch.loading import load_model
 from brlite.backends.torch.parameters import Int8Linear, Linear
 from brlite.backends.torch.quantize import dequantize_weight, quantize_weight
 from brlite.config.options import ModelSpec
+from tests.load_plans import make_plan
 from tests.models.steps import DEVICE, LENGTH, Runner, random_ids
 from tests.tiny_models import TensorCheckpoint
 
@@ -26,7 +28,7 @@ def make_linear(num_outputs: int, num_inputs: int) -> tuple[Int8Linear, torch.Te
 
 def load(name: str, dtype: torch.dtype, *, keeps_int8: bool) -> Decoder:
     spec = ModelSpec(name=name, build_seq=LENGTH, precision="a_bf16_w_int8")
-    return load_model(TensorCheckpoint.tiny(name), spec, dtype, DEVICE, lambda _: None, keeps_int8=keeps_int8)
+    return load_model(make_plan(TensorCheckpoint.tiny(name), spec), dtype, DEVICE, DeviceRules(keeps_int8=keeps_int8))
 
 
 @pytest.mark.parametrize("num_inputs", [64, 40, 7])

@@ -50,7 +50,7 @@ def test_a_checkpoints_tensors_fill_every_parameter_once(name: str) -> None:
     config = read(TINY_CONFIGS[name])
     filled: dict[str, list[int]] = defaultdict(list)
 
-    for target in find_family(TINY_CONFIGS[name]).weight_places(config).values():
+    for target in find_family(TINY_CONFIGS[name]).weight_targets(config).values():
         parameter = list_parameters(config)[target.parameter]
         assert target.shape[1:] == parameter.shape[1:]
         assert (target.dtype == "float32") == (parameter.precision == "float32")

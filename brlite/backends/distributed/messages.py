@@ -24,7 +24,7 @@ MAX_BYTES = 2**28  # far more than any batch: who says more is not one of ours
 class Setup(msgspec.Struct, frozen=True, tag=True):
     """To a rank, first: what to load. `model_kind` tells whether a rank finds the same model.
 
-    With native kernels `memory` is the open file that the ranks share, and `image` where packed weights are kept.
+    With native kernels `memory` is the open file that the ranks share, and `packed_file` where packed weights are kept.
     """
 
     rank: int
@@ -32,7 +32,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
     engine: EngineConfig
     model_kind: str
     memory: int | None = None
-    image: str | None = None
+    packed_file: str | None = None
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -24,15 +24,15 @@ from brlite.backends.distributed.processes import start_local
 from brlite.backends.native.backend import max_rows
 from brlite.backends.native.step_rows import SharedSizes, create_shared_file
 from brlite.checkpoint import Checkpoint, open_checkpoint
-from brlite.checkpoint.checked_model import CheckedModel, check_fit
+from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.fetch import locate_model
+from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendInfo
 from brlite.errors import ConfigError
 from brlite.machine import physical_cores
 from brlite.models.config import ModelConfig
 from brlite.models.shards import Shard, check_groups
-from brlite.precision import PRECISIONS
 
 if TYPE_CHECKING:
     from brlite.backends.native.library import NativeLibrary
@@ -41,64 +41,52 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 
-OnFraction = Callable[[float], None]
 
-
-def load_torch_ranks(
-    checkpoint: Checkpoint,
-    fit: CheckedModel,
-    spec: ModelSpec,
-    engine: EngineConfig,
-    on_progress: OnFraction,
-    notes: tuple[str, ...] = (),
-) -> ParallelBackend:
+def load_torch_ranks(plan: LoadPlan) -> ParallelBackend:
     """The backend of `spec.tensor_parallel` ranks, this process being rank 0. Raises what is wrong with any of them."""
-    size, place, kind = spec.tensor_parallel, find_place(os.environ), _kind(checkpoint)
+    spec, engine = plan.spec, plan.engine
+    size, place, kind = spec.tensor_parallel, find_place(os.environ), _kind(plan.checkpoint)
     if place is not None and place.size != size:
         raise ConfigError(f"tensor_parallel is {size}, but WORLD_SIZE says that {place.size} ranks were started")
-    if PRECISIONS[spec.precision].has_int8_weights:
-        check_groups(fit.config, size)
+    if plan.precision.has_int8_weights:
+        check_groups(plan.config, size)
     ranks = await_ranks(place) if place else start_local(size)
 
     def setup(rank: int) -> Setup:
         if place is not None:  # it knows its own machine better
             return Setup(rank, spec, engine, kind)
-        return Setup(rank, *_as_rank_sees(_found(spec, checkpoint), engine, spec.devices[rank], size), kind)
+        return Setup(rank, *_as_rank_sees(_found(plan), engine, spec.devices[rank], size), kind)
 
     def load() -> RankModel:
         from brlite.backends.torch.rank import TorchRank
 
         device, num_here = (place.local_rank, place.local_size) if place else (spec.devices[0], size)
-        seen = _as_rank_sees(spec, engine, device, num_here)
-        return TorchRank.load(checkpoint, *seen, Shard(0, size), on_progress, notes)
+        return TorchRank.load(_rank_plan(plan, Shard(0, size), *_as_rank_sees(spec, engine, device, num_here)))
 
-    describe = partial(_describe, fit.config)
+    describe = partial(_describe, plan.config)
     return ParallelBackend.assemble(ranks, setup, load, describe, place.host if place else LOOPBACK)
 
 
-def load_native_ranks(
-    library: NativeLibrary,
-    checkpoint: Checkpoint,
-    fit: CheckedModel,
-    spec: ModelSpec,
-    engine: EngineConfig,
-    image: Path | None,
-    on_progress: OnFraction,
-) -> ParallelBackend:
-    """The same in native code, on this machine's cores. Beside `image` each rank keeps its packed weights."""
-    size, kind, num_cores = spec.tensor_parallel, _kind(checkpoint), physical_cores()
+def load_native_ranks(library: NativeLibrary, plan: LoadPlan) -> ParallelBackend:
+    """The same in native code, on this machine's cores. Beside the plan's packed file each rank keeps its own."""
+    size, kind, num_cores = plan.spec.tensor_parallel, _kind(plan.checkpoint), physical_cores()
     if size > num_cores:
         logger.warning("%d ranks share %d cores: they wait for each other more than they compute", size, num_cores)
-    seen = _as_rank_sees(_found(spec, checkpoint), engine, 0, size)
-    memory = create_shared_file(library.functions, SharedSizes.of(fit.config, max_rows(spec, engine)))
+    seen = _as_rank_sees(_found(plan), plan.engine, 0, size)
+    memory = create_shared_file(library.functions, SharedSizes.of(plan.config, max_rows(plan.spec, plan.engine)))
+
+    def load() -> RankModel:
+        from brlite.backends.native.rank import NativeRank
+
+        shard = Shard(0, size, sums=False)
+        return NativeRank.load(library, _rank_plan(plan, shard, *seen, _rank_file(plan.packed_file, shard)), memory)
+
     try:
         return ParallelBackend.assemble(
             start_local(size, (memory,)),
-            lambda rank: Setup(rank, *seen, kind, memory, _rank_image(image, Shard(rank, size))),
-            lambda: _load_native(
-                library, checkpoint, fit, *seen, 0, memory, _rank_image(image, Shard(0, size)), on_progress
-            ),
-            partial(_describe, fit.config),
+            lambda rank: Setup(rank, *seen, kind, memory, _rank_file(plan.packed_file, Shard(rank, size))),
+            load,
+            partial(_describe, plan.config),
             LOOPBACK,
         )
     finally:
@@ -115,44 +103,41 @@ def load_rank(setup: Setup) -> RankModel:
             raise ConfigError(
                 f"{checkpoint.path} is another model than rank 0's: its config or its tensors' shapes differ"
             )
+        plan = LoadPlan(checkpoint=checkpoint, model=check_model(checkpoint, spec), spec=spec, engine=engine)
+        shard = Shard(setup.rank, spec.tensor_parallel, sums=setup.memory is None)
+        plan = _rank_plan(plan, shard, spec, engine, setup.packed_file)
         if setup.memory is None:
             from brlite.backends.torch.rank import TorchRank
 
-            return TorchRank.load(checkpoint, spec, engine, Shard(setup.rank, spec.tensor_parallel), _ignore)
+            return TorchRank.load(plan)
         from brlite.backends.native.library import load_library
+        from brlite.backends.native.rank import NativeRank
 
-        fit = check_fit(checkpoint, spec)
-        return _load_native(
-            load_library(), checkpoint, fit, spec, engine, setup.rank, setup.memory, setup.image, _ignore
-        )
+        return NativeRank.load(load_library(), plan, setup.memory)
 
 
-def _load_native(
-    library: NativeLibrary,
-    checkpoint: Checkpoint,
-    fit: CheckedModel,
-    spec: ModelSpec,
-    engine: EngineConfig,
-    rank: int,
-    memory: int,
-    image: str | None,
-    on_progress: OnFraction,
-) -> RankModel:
-    from brlite.backends.native.rank import NativeRank
-
-    share = Shard(rank, spec.tensor_parallel, sums=False)
-    path = Path(image) if image else None
-    return NativeRank.load(library, checkpoint, fit, spec, engine, share, memory, path, on_progress)
+def _rank_plan(
+    plan: LoadPlan, shard: Shard, spec: ModelSpec, engine: EngineConfig, packed_file: str | None = None
+) -> LoadPlan:
+    """The plan of one rank, which sees `spec` and `engine`."""
+    return msgspec.structs.replace(
+        plan,
+        spec=spec,
+        engine=engine,
+        num_threads=engine.threads,
+        shard=shard,
+        packed_file=Path(packed_file) if packed_file else None,
+    )
 
 
-def _rank_image(image: Path | None, share: Shard) -> str | None:
+def _rank_file(packed_file: Path | None, shard: Shard) -> str | None:
     """Where a rank's packed weights are kept: a file of its own."""
-    return None if image is None else f"{image}.rank-{share.rank}-of-{share.size}"
+    return None if packed_file is None else f"{packed_file}.rank-{shard.rank}-of-{shard.size}"
 
 
-def _found(spec: ModelSpec, checkpoint: Checkpoint) -> ModelSpec:
+def _found(plan: LoadPlan) -> ModelSpec:
     """A spec by which other processes of this machine find the same files."""
-    return msgspec.structs.replace(spec, path=str(checkpoint.path))
+    return msgspec.structs.replace(plan.spec, path=str(plan.checkpoint.path))
 
 
 def _as_rank_sees(spec: ModelSpec, engine: EngineConfig, device: int, num_here: int) -> tuple[ModelSpec, EngineConfig]:
@@ -178,7 +163,3 @@ def _describe(config: ModelConfig, own: BackendInfo, others: Sequence[Loaded]) -
         kv_bytes=own.kv_bytes + sum(loaded.kv_bytes for loaded in others),
         fingerprint=hashlib.blake2b(" ".join(prints).encode(), digest_size=8).hexdigest() if own.fingerprint else "",
     )
-
-
-def _ignore(fraction: float) -> None:
-    """Rank 0 shows its own progress."""

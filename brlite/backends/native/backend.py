@@ -8,10 +8,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import islice
-from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -23,109 +22,76 @@ from brlite.backends.native.abi import LANES
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.loading import LoadedWeights, load_weights
-from brlite.backends.native.packer import PackedWeights
 from brlite.backends.native.plan import NativePlan, PagedCache, RankContext
-from brlite.checkpoint import Checkpoint
-from brlite.checkpoint.checked_model import CheckedModel
+from brlite.backends.native.step_rows import SharedRows
+from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import ConfigError, EngineError, RankGone
-from brlite.machine import describe_cpu, physical_cores
+from brlite.machine import describe_cpu
 from brlite.models.config import ModelConfig
 from brlite.models.rope_tables import inverse_frequencies
 from brlite.models.shards import shared_config
 from brlite.outputs import TokenLogprob
-from brlite.precision import PRECISIONS
 
 MAX_DRAFT_TOKENS = 16
 SPAN = np.dtype([("start", "i4"), ("first_row", "i4"), ("num_rows", "i4"), ("reserved", "i4"), ("block_table", "u8")])
 
 
 class NativeBackend:
-    """A `Backend`. Owns weights, cache, plan and threads from its making to `close`. With a `seat` it is one rank's."""
+    """A `Backend`. Owns weights, cache, plan and threads from its making to `close`. With a shard it is one rank's."""
 
     def __init__(
         self,
-        library: ctypes.CDLL,
-        isa: int,
-        config: ModelConfig,
-        weights: PackedWeights,
-        cache: PagedCache,
-        info: BackendInfo,
+        native: NativeLibrary,
+        plan: LoadPlan,
         *,
-        max_rows: int,
-        num_threads: int,
+        shared: SharedRows | None = None,
         opened: ExitStack | None = None,
-        seat: RankContext | None = None,
     ) -> None:
-        self.info = info
+        """Read the weights, from their packed file if there is one, and make room for the cache.
+
+        `shared` are the rows that the ranks of a sharded plan share. What is `opened` is the backend's from then on, to
+        be closed last. Whatever is raised, Ctrl-C too, all of it is given back.
+        """
+        library, config, spec = native.functions, plan.config, plan.spec
+        block_size = math.ceil(plan.engine.block_size / LANES) * LANES
         self._guard = BackendGuard()
         self._library = library
         self._vocab_size = config.vocab_size
         self._draws = NativeDraws(config.vocab_size)
         with opened or ExitStack() as opened:
-            opened.callback(weights.close)
-            opened.callback(cache.close)
-            plan = NativePlan(
-                library, config, weights, cache, max_rows=max_rows, max_positions=info.max_model_len, seat=seat
-            )
-            opened.callback(plan.close)
-            self._engine: int = library.brlite_create(ctypes.addressof(plan.struct), isa, num_threads) or 0
-            if not self._engine:
-                raise EngineError(f"the native step could not have {num_threads} threads and their memory")
-            opened.callback(library.brlite_destroy, self._engine)
-            self._open = opened.pop_all()
-
-    @classmethod
-    def load(
-        cls,
-        native: NativeLibrary,
-        checkpoint: Checkpoint,
-        fit: CheckedModel,
-        spec: ModelSpec,
-        engine: EngineConfig,
-        image: Path | None,
-        on_progress: Callable[[float], None],
-        opened: ExitStack | None = None,
-        seat: RankContext | None = None,
-    ) -> NativeBackend:
-        """Read the weights, from their `image` if there is one, and make room for the cache.
-
-        What is `opened` is the backend's from then on, to be closed last. With a `seat` it is one rank's part.
-        """
-        num_threads = engine.threads or physical_cores()
-        library, block_size = native.functions, math.ceil(engine.block_size / LANES) * LANES
-        share = seat.share if seat else None
-        own = shared_config(fit.config, share) if share else fit.config
-        num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
-        with ExitStack() as made:  # given back whatever is raised, Ctrl-C too
-            loaded = load_weights(library, checkpoint, fit, spec, image, num_threads, on_progress, share)
-            made.callback(loaded.weights.close)
+            loaded = load_weights(library, plan)
+            opened.callback(loaded.weights.close)
             try:
                 cache = PagedCache(
                     library,
-                    own,
-                    num_blocks=num_blocks,
+                    config if plan.shard is None else shared_config(config, plan.shard),
+                    num_blocks=spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size),
                     block_size=block_size,
-                    is_int8=PRECISIONS[spec.precision].kv == "int8",
+                    is_int8=plan.precision.kv == "int8",
                 )
             except ConfigError as error:
                 raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
-            made.callback(cache.close)
-            backend = cls(
+            opened.callback(cache.close)
+            self.info = _describe(native, plan, loaded, cache)
+            compiled = NativePlan(
                 library,
-                native.isa,
-                fit.config,
+                config,
                 loaded.weights,
                 cache,
-                _describe(native, fit.config, loaded, cache, spec, engine),
-                max_rows=max_rows(spec, engine),
-                num_threads=num_threads,
-                opened=opened,
-                seat=seat,
+                max_rows=max_rows(spec, plan.engine),
+                max_positions=spec.build_seq,
+                seat=None if plan.shard is None or shared is None else RankContext(plan.shard, shared),
             )
-            made.pop_all()
-        return backend
+            opened.callback(compiled.close)
+            self._engine: int = (
+                library.brlite_create(ctypes.addressof(compiled.struct), native.isa, plan.num_threads) or 0
+            )
+            if not self._engine:
+                raise EngineError(f"the native step could not have {plan.num_threads} threads and their memory")
+            opened.callback(library.brlite_destroy, self._engine)
+            self._open = opened.pop_all()
 
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. Its exceptions leave the cache of other sequences as it was."""
@@ -259,14 +225,8 @@ def max_rows(spec: ModelSpec, engine: EngineConfig) -> int:
     return max(engine.max_num_batched_tokens, spec.build_batch)
 
 
-def _describe(
-    native: NativeLibrary,
-    config: ModelConfig,
-    loaded: LoadedWeights,
-    cache: PagedCache,
-    spec: ModelSpec,
-    engine: EngineConfig,
-) -> BackendInfo:
+def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cache: PagedCache) -> BackendInfo:
+    config, spec, engine = plan.config, plan.spec, plan.engine
     block_size = cache.pages_per_block * LANES
     is_raised = block_size != engine.block_size
     note = f"engine.block_size {engine.block_size} is raised to {block_size}: pages hold {LANES} tokens"

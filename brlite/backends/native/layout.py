@@ -1,6 +1,6 @@
 """Where each parameter of a decoder lies in the packed weights, and in which form. Knows sizes, not values.
 
-The packed weights are one block of memory, and byte for byte what an image file holds (`image.py`).
+The packed weights are one block of memory, and byte for byte what a packed file holds (`packed_file.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import msgspec
 from brlite.backends.native.abi import BF16, INT8
 from brlite.backends.native.memory import aligned
 from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
-from brlite.models.network import Parameter, list_parameters
+from brlite.models.network import list_parameters
 from brlite.models.shards import Shard, rank_parameters
 from brlite.precision import Precision
 
@@ -44,31 +44,30 @@ class Layout(msgspec.Struct, frozen=True):
 
 
 def packed_layout(
-    library: ctypes.CDLL, config: ModelConfig, *, precision: Precision, share: Shard | None = None
+    library: ctypes.CDLL, config: ModelConfig, *, precision: Precision, shard: Shard | None = None
 ) -> Layout:
-    """The layout for a model, or for one rank's share of it.
+    """The layout for a model, or for one rank's shard of it.
 
     With tied embeddings `embedding` is panels, which serve both look-up and head.
     """
     tensors: dict[str, PackedTensor] = {}
     end = 0
     number_format = INT8 if precision.has_int8_weights else BF16
-    parameters = list_parameters(config) if share is None else rank_parameters(config, share)
+    parameters = list_parameters(config) if shard is None else rank_parameters(config, shard)
     for _, layer in groupby(parameters, key=lambda name: name.split(".")[:2]):
         for name in sorted(layer, key=lambda name: FIRST_IN_LAYER.get(name.rpartition(".")[2], len(FIRST_IN_LAYER))):
-            tensors[name] = _packed(library, parameters[name], number_format, end)
-            end = aligned(end + tensors[name].num_bytes)
+            shape = parameters[name].shape
+            num_outputs, num_inputs = shape if len(shape) == 2 else (1, shape[0])
+            if len(shape) == 1:
+                tensor = PackedTensor("vector", BF16, 1, num_inputs, end, 4 * padded(num_inputs))
+            elif parameters[name].precision == "bfloat16":
+                tensor = PackedTensor("table", BF16, num_outputs, num_inputs, end, 2 * num_outputs * num_inputs)
+            else:
+                num_bytes = library.brlite_packed_bytes(number_format, num_outputs, num_inputs)
+                tensor = PackedTensor("panels", number_format, num_outputs, num_inputs, end, num_bytes)
+            tensors[name] = tensor
+            end = aligned(end + tensor.num_bytes)
     return Layout(tensors, end)
-
-
-def _packed(library: ctypes.CDLL, parameter: Parameter, number_format: int, offset: int) -> PackedTensor:
-    if len(parameter.shape) == 1:
-        return PackedTensor("vector", BF16, 1, parameter.shape[0], offset, 4 * padded(parameter.shape[0]))
-    num_outputs, num_inputs = parameter.shape
-    if parameter.precision == "bfloat16":
-        return PackedTensor("table", BF16, num_outputs, num_inputs, offset, 2 * num_outputs * num_inputs)
-    num_bytes = library.brlite_packed_bytes(number_format, num_outputs, num_inputs)
-    return PackedTensor("panels", number_format, num_outputs, num_inputs, offset, num_bytes)
 
 
 def padded(size: int) -> int:

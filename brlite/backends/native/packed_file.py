@@ -36,7 +36,7 @@ CHECKSUM_CHARACTERS = 21  # of a number of 64 bits and a comma
 
 
 class PackedFileKey(msgspec.Struct, frozen=True):
-    """What an image must be of to be used: layout, precision and the very checkpoint that it was made from."""
+    """What a packed file must be of to be used: layout, precision and the very checkpoint that it was made from."""
 
     layout_version: int
     precision: str
@@ -50,7 +50,7 @@ class PackedManifest(msgspec.Struct, frozen=True):
 
 
 class PackedFileError(Exception):
-    """Why an image cannot be used. `is_ours` tells whether it may be replaced."""
+    """Why a packed file cannot be used. `is_ours` tells whether it may be replaced."""
 
     def __init__(self, reason: str, *, is_ours: bool) -> None:
         super().__init__(reason)
@@ -58,9 +58,13 @@ class PackedFileError(Exception):
 
 
 def checksums(
-    library: ctypes.CDLL, address: int, num_bytes: int, pool: ThreadPoolExecutor, on_progress: Callable[[float], None]
+    library: ctypes.CDLL,
+    address: int,
+    num_bytes: int,
+    pool: ThreadPoolExecutor,
+    on_fraction: Callable[[float], None] | None = None,
 ) -> list[int]:
-    """A checksum for each MiB at `address`. `on_progress` gets the fraction that is done."""
+    """A checksum for each MiB at `address`. `on_fraction` gets the fraction that is done."""
 
     def checksum(start: int) -> int:
         return int(library.brlite_checksum(None, address + start, min(CHUNK_BYTES, num_bytes - start)))
@@ -68,12 +72,13 @@ def checksums(
     sums = []
     for checked in pool.map(checksum, range(0, num_bytes, CHUNK_BYTES)):
         sums.append(checked)
-        on_progress(min(1.0, len(sums) * CHUNK_BYTES / num_bytes))
+        if on_fraction is not None:
+            on_fraction(min(1.0, len(sums) * CHUNK_BYTES / num_bytes))
     return sums
 
 
 class MappedPackedFile:
-    """The weights of an image: `num_bytes` at `address`, until `close`, and their `checksums`.
+    """The weights of a packed file: `num_bytes` at `address`, until `close`, and their `checksums`.
 
     Raises `FileNotFoundError` where there is none, `PackedFileError` unless the file is whole and `key`'s.
     """
@@ -84,7 +89,7 @@ class MappedPackedFile:
         key: PackedFileKey,
         library: ctypes.CDLL,
         pool: ThreadPoolExecutor,
-        on_progress: Callable[[float], None],
+        on_fraction: Callable[[float], None] | None = None,
     ) -> None:
         self.num_bytes = key.num_bytes
         try:
@@ -99,7 +104,7 @@ class MappedPackedFile:
         except OSError as error:
             raise PackedFileError(f"cannot be read: {error.strerror}", is_ours=False) from error
         self.address = int(np.frombuffer(self._mapping, np.uint8).ctypes.data)
-        self.checksums = checksums(library, self.address, key.num_bytes, pool, on_progress)
+        self.checksums = checksums(library, self.address, key.num_bytes, pool, on_fraction)
         if self.checksums != manifest.checksums:
             self.close()
             raise PackedFileError("its weights do not have their checksums", is_ours=True)
@@ -109,13 +114,13 @@ class MappedPackedFile:
         self._mapping.close()
 
 
-def write_image(path: Path, key: PackedFileKey, memory: NativeMemory, sums: list[int]) -> None:
+def write_packed_file(path: Path, key: PackedFileKey, memory: NativeMemory, sums: list[int]) -> None:
     """Write `memory` to a temporary file beside `path` and give it that name. Raises `OSError`."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     handle, temporary = create_temporary(path)
     try:
         with open(handle, "wb") as file:
-            file.write(image_header(key, sums))
+            file.write(packed_file_header(key, sums))
             file.write(memory.bytes().data)
             file.flush()
             os.fsync(file.fileno())
@@ -125,13 +130,13 @@ def write_image(path: Path, key: PackedFileKey, memory: NativeMemory, sums: list
             temporary.unlink()
 
 
-def read_image_key(path: Path) -> PackedFileKey:
+def read_packed_file_key(path: Path) -> PackedFileKey:
     """The key in the header of a packed file. Raises `PackedFileError` where that is not one, and `OSError`."""
     with path.open("rb") as file:
         return _read_manifest(file.read(MAX_MANIFEST_BYTES))[0].key
 
 
-def image_header(key: PackedFileKey, sums: list[int]) -> bytes:
+def packed_file_header(key: PackedFileKey, sums: list[int]) -> bytes:
     """All that stands before the weights."""
     body = msgspec.json.encode(PackedManifest(key, sums)).ljust(_manifest_bytes(key))
     header = MAGIC + len(body).to_bytes(4, "little") + body + _digest(body)
@@ -152,7 +157,7 @@ def _manifest_bytes(key: PackedFileKey) -> int:
 def _read_manifest(head: bytes) -> tuple[PackedManifest, int]:
     """The manifest, and where the weights begin."""
     if not head.startswith(MAGIC):
-        raise PackedFileError("it is not an image of brlite", is_ours=False)
+        raise PackedFileError("it is not a packed file of brlite", is_ours=False)
     begin = len(MAGIC) + 4
     end = begin + int.from_bytes(head[len(MAGIC) : begin], "little")
     body, digest = head[begin:end], head[end : end + DIGEST_BYTES]

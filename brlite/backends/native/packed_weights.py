@@ -1,6 +1,6 @@
-"""An image that is packed straight into its file, for weights that are larger than the memory there is.
+"""A packed file that is written while the weights are packed, for weights that are larger than the memory there is.
 
-The bytes are those of `image.write_image`. Only what is being packed is in memory: a few rows for each thread.
+The bytes are those of `packed_file.write_packed_file`. In memory is only what is being packed: a few rows a thread.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import numpy.typing as npt
 
 from brlite.backends.native.abi import LANES
 from brlite.backends.native.layout import Layout, PackedTensor
-from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, image_header, weights_start
-from brlite.backends.native.packer import Float32, rounded_vector
+from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, packed_file_header, weights_start
+from brlite.backends.native.packer import rounded_vector
 from brlite.checkpoint.new_file import FileRecord, NewFile, read_record
+from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.models.families.family import WeightTarget
 from brlite.precision import to_bfloat16
 
@@ -58,19 +59,18 @@ class PackedFile:
         with self._file:
             pass
 
-    def put(self, target: WeightTarget, values: Float32) -> None:
-        """Pack `values` as the rows of a parameter that `target` names, rounded to its type."""
-        tensor, start = self._layout.tensors[target.parameter], target.start
-        if tensor.form == "vector":
-            self._write(tensor.offset + 4 * start, np.ascontiguousarray(rounded_vector(target, values), np.float32))
+    def put(self, target: WeightTarget, tensor: StoredTensor) -> None:
+        """Pack `tensor` as the rows of the parameter that `target` names, rounded to its type."""
+        packed, start, stop = self._layout.tensors[target.parameter], target.start, target.start + target.shape[0]
+        if packed.form == "vector":
+            values = np.ascontiguousarray(rounded_vector(target, tensor.float32()), np.float32)
+            self._write(packed.offset + 4 * start, values)
             return
-        put_block = self._put_panels if tensor.form == "panels" else self._put_rows
-        values = np.ascontiguousarray(values, np.float32)
-        stop = start + len(values)
         # Blocks begin at multiples of whole panels, so that no two threads write to one panel.
         bounds = [start, *range((start // BLOCK_ROWS + 1) * BLOCK_ROWS, stop, BLOCK_ROWS), stop]
+        put_block = self._put_panels if packed.form == "panels" else self._put_rows
         blocks = [
-            self._pool.submit(put_block, tensor, first, values[first - start : last - start])
+            self._pool.submit(put_block, packed, first, tensor.part(range(first - start, last - start)))
             for first, last in pairwise(bounds)
         ]
         for block in blocks:
@@ -79,7 +79,7 @@ class PackedFile:
     def finish(self, identity: str) -> FileRecord:
         """Write the header, all weights being there, and give the file its name. `identity` is as long as the key's."""
         sums = list(self._pool.map(self._checksum, range(0, self._key.num_bytes, CHUNK_BYTES)))
-        header = image_header(msgspec.structs.replace(self._key, identity=identity), sums)
+        header = packed_file_header(msgspec.structs.replace(self._key, identity=identity), sums)
         if len(header) != self._start:
             raise ValueError(f"the header has {len(header)} bytes, not the {self._start} that were planned")
         self._file.write(header, 0)
@@ -89,22 +89,24 @@ class PackedFile:
         self._file.publish()
         return record
 
-    def _put_panels(self, tensor: PackedTensor, first: int, values: Float32) -> None:
-        panel_bytes = tensor.num_bytes // -(-tensor.num_outputs // LANES)
+    def _put_panels(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
+        values = tensor.float32()
+        panel_bytes = packed.num_bytes // -(-packed.num_outputs // LANES)
         first_panel, last = first // LANES, first + len(values)
         panels = np.zeros((-(-last // LANES) - first_panel, panel_bytes), np.uint8)
-        begin = tensor.offset + first_panel * panel_bytes
+        begin = packed.offset + first_panel * panel_bytes
         # Panels at the borders may have rows of another tensor already.
         for index in {0, len(panels) - 1} if first % LANES or last % LANES else ():
             there = self._file.read(panel_bytes, self._start + begin + index * panel_bytes)
             panels[index] = np.frombuffer(there, np.uint8)
         self._library.brlite_pack(
-            tensor.format, values.ctypes.data, first % LANES, len(values), tensor.num_inputs, panels.ctypes.data
+            packed.format, values.ctypes.data, first % LANES, len(values), packed.num_inputs, panels.ctypes.data
         )
         self._write(begin, panels)
 
-    def _put_rows(self, tensor: PackedTensor, first: int, values: Float32) -> None:
-        self._write(tensor.offset + 2 * first * tensor.num_inputs, to_bfloat16(values, keeps_subnormal=False))
+    def _put_rows(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
+        rows = to_bfloat16(tensor.float32(), keeps_subnormal=False)
+        self._write(packed.offset + 2 * first * packed.num_inputs, rows)
 
     def _write(self, offset: int, values: npt.NDArray[Any]) -> None:
         data = values.reshape(-1).view(np.uint8).data

@@ -1,22 +1,25 @@
-"""The packed weights of a decoder: in memory that is filled tensor by tensor, or in an image that is mapped."""
+"""The packed weights of a decoder: in memory that is filled tensor by tensor, or in a packed file that is mapped."""
 
 from __future__ import annotations
 
 import ctypes
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packed_file import MappedPackedFile
+from brlite.checkpoint.stored_tensor import Float32, StoredTensor
 from brlite.models.families.family import WeightTarget
 from brlite.precision import from_bfloat16, to_bfloat16
 
-Float32 = npt.NDArray[np.float32]
+T = TypeVar("T")
 
-ROWS_AT_A_TIME = 1024  # packed by one thread in one call
+ROWS_AT_A_TIME = 256  # read, widened and packed by one thread in one call
 
 
 class PackedWeights:
@@ -34,6 +37,53 @@ class PackedWeights:
         self._memory.close()
 
 
+class PackingThreads(ThreadPoolExecutor):
+    """A pool whose work has ended when the `with` block is left, whatever was raised in it. What waits is dropped.
+
+    The work writes to memory that is given back after the block. `Thread.join` cannot be relied on for that: in Python
+    before 3.13 a join that Ctrl-C interrupts takes the thread for ended (github.com/python/cpython/issues/90882).
+    """
+
+    def __init__(self, num_threads: int) -> None:
+        super().__init__(num_threads, thread_name_prefix="brlite-pack")
+        self._running: set[threading.Lock] = set()  # each is held as long as its piece of work runs
+        self._is_ending = False
+
+    def submit(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        return super().submit(self._run, work, *args, **kwargs)
+
+    def __exit__(self, *exception: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Return when nothing runs any more. What a signal's handler raises meanwhile is raised after that."""
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                self._is_ending = True
+                for is_running in list(self._running):
+                    with is_running:
+                        pass
+                self.shutdown(wait=True, cancel_futures=True)
+            except BaseException as error:
+                interrupt = error
+            else:
+                break
+        if interrupt is not None:
+            raise interrupt
+
+    def _run(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        is_running = threading.Lock()
+        with is_running:
+            self._running.add(is_running)  # before the look at `_is_ending`: `end` waits for it, or it ends here
+            try:
+                if self._is_ending:
+                    raise CancelledError
+                return work(*args, **kwargs)
+            finally:
+                self._running.discard(is_running)
+
+
 class Packer:
     """Fills memory with a decoder's weights, tensor by tensor, on the threads of `pool`."""
 
@@ -43,30 +93,32 @@ class Packer:
         self._memory = memory
         self._pool = pool
 
-    def put(self, target: WeightTarget, values: Float32) -> None:
-        """Pack `values` as the rows of a parameter that `target` names, rounded to its type."""
-        tensor, start = self._layout.tensors[target.parameter], target.start
-        if tensor.form == "panels":
-            self._pack(tensor, start, values)
-        elif tensor.form == "table":
-            rows = self._memory.bytes(tensor.offset, tensor.num_bytes).view(np.uint16).reshape(-1, tensor.num_inputs)
-            rows[start : start + len(values)] = to_bfloat16(values, keeps_subnormal=False)
+    def put(self, target: WeightTarget, tensor: StoredTensor) -> None:
+        """Read `tensor` and pack it as the rows of the parameter that `target` names, rounded to its type."""
+        packed, start, num_rows = self._layout.tensors[target.parameter], target.start, target.shape[0]
+        if packed.form == "vector":
+            vector = self._memory.floats(packed.offset, packed.num_inputs)
+            vector[start : start + num_rows] = rounded_vector(target, tensor.float32())
+        elif num_rows <= ROWS_AT_A_TIME:
+            self._put_rows(packed, start, tensor)
         else:
-            vector = self._memory.floats(tensor.offset, tensor.num_inputs)
-            vector[start : start + len(values)] = rounded_vector(target, values)
+            pieces = [
+                range(first, min(first + ROWS_AT_A_TIME, num_rows)) for first in range(0, num_rows, ROWS_AT_A_TIME)
+            ]
+            waiting = [
+                self._pool.submit(self._put_rows, packed, start + piece.start, tensor.part(piece)) for piece in pieces
+            ]
+            for done in waiting:
+                done.result()
 
-    def _pack(self, tensor: PackedTensor, start: int, values: Float32) -> None:
-        values = np.ascontiguousarray(values, np.float32)
-        panels = self._memory.address + tensor.offset
-
-        def pack(first: int) -> None:
-            rows = values[first : first + ROWS_AT_A_TIME]
-            self._library.brlite_pack(
-                tensor.format, rows.ctypes.data, start + first, len(rows), tensor.num_inputs, panels
-            )
-
-        for done in [self._pool.submit(pack, first) for first in range(0, len(values), ROWS_AT_A_TIME)]:
-            done.result()
+    def _put_rows(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
+        values = tensor.float32()
+        if packed.form == "panels":
+            panels = self._memory.address + packed.offset
+            self._library.brlite_pack(packed.format, values.ctypes.data, first, len(values), packed.num_inputs, panels)
+        else:
+            rows = self._memory.bytes(packed.offset, packed.num_bytes).view(np.uint16).reshape(-1, packed.num_inputs)
+            rows[first : first + len(values)] = to_bfloat16(values, keeps_subnormal=False)
 
 
 def rounded_vector(target: WeightTarget, values: Float32) -> Float32:

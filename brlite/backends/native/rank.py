@@ -5,20 +5,14 @@ No sum is split among ranks, so all of them together say what one says, bit for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 from brlite.backends.distributed.messages import RankBatch
 from brlite.backends.native.backend import NativeBackend, max_rows
 from brlite.backends.native.library import NativeLibrary
-from brlite.backends.native.plan import RankContext
 from brlite.backends.native.step_rows import SharedRows, SharedSizes
-from brlite.checkpoint import Checkpoint
-from brlite.checkpoint.checked_model import CheckedModel
-from brlite.config.options import EngineConfig, ModelSpec
+from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import BackendInfo, Batch, StepResult
-from brlite.models.shards import Shard
 
 
 class NativeRank:
@@ -29,27 +23,13 @@ class NativeRank:
         self._shared = shared
 
     @classmethod
-    def load(
-        cls,
-        library: NativeLibrary,
-        checkpoint: Checkpoint,
-        fit: CheckedModel,
-        spec: ModelSpec,
-        engine: EngineConfig,
-        share: Shard,
-        file: int,
-        image: Path | None,
-        on_progress: Callable[[float], None],
-    ) -> NativeRank:
-        """Read the rank's weights and make room for its cache. `file` is the memory that the ranks share."""
+    def load(cls, library: NativeLibrary, plan: LoadPlan, file: int) -> NativeRank:
+        """Read the weights of the plan's shard and make room for its cache. `file` is the memory that ranks share."""
         with ExitStack() as opened:
-            shared = SharedRows(library.functions, SharedSizes.of(fit.config, max_rows(spec, engine)), file)
+            sizes = SharedSizes.of(plan.config, max_rows(plan.spec, plan.engine))
+            shared = SharedRows(library.functions, sizes, file)
             opened.callback(shared.close)
-            seat = RankContext(share, shared)
-            backend = NativeBackend.load(
-                library, checkpoint, fit, spec, engine, image, on_progress, opened=opened, seat=seat
-            )
-        return cls(backend, shared)
+            return cls(NativeBackend(library, plan, shared=shared, opened=opened), shared)
 
     @property
     def info(self) -> BackendInfo:

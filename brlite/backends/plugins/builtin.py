@@ -47,12 +47,12 @@ class BuiltinEngine:
     def open(self, spec: ModelSpec, config: EngineConfig) -> Capabilities:
         from brlite.backends.choose import load_backend
         from brlite.checkpoint import open_checkpoint
-        from brlite.checkpoint.checked_model import check_fit
+        from brlite.checkpoint.checked_model import check_model
         from brlite.checkpoint.fetch import locate_model
 
         spec = msgspec.structs.replace(spec, num_blocks=0)  # enough for a whole context in each slot
         with closing(open_checkpoint(locate_model(spec.name, spec.path), spec.model_file)) as checkpoint:
-            backend = load_backend(checkpoint, check_fit(checkpoint, spec), spec, config, lambda stage, fraction: None)
+            backend = load_backend(checkpoint, check_model(checkpoint, spec), spec, config)
         if not isinstance(backend, LogitsBackend):
             backend.close()
             raise ConfigError(f"backend {backend.info.name} does not give its logits; native and torch do")

@@ -7,8 +7,9 @@ borders and cache hits change it by rounding at most.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -19,15 +20,14 @@ from brlite.backends.torch.attention import Span, StepPlan, StepPlanner
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import compute_dtype, describe_device, rules_for, select_device
 from brlite.backends.torch.kv_cache import KVCache
-from brlite.backends.torch.loading import TorchRankContext, load_model
+from brlite.backends.torch.loading import load_model
+from brlite.backends.torch.parallel import Group
 from brlite.backends.torch.probe import probe_device
 from brlite.backends.torch.sampler import sample, token_logprobs
-from brlite.checkpoint import Checkpoint
+from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import ConfigError
-from brlite.machine import physical_cores
-from brlite.models import find_family
 from brlite.models.config import cache_dtype, kv_bytes_per_token
 from brlite.outputs import TokenLogprob
 from brlite.precision import PRECISIONS
@@ -52,39 +52,22 @@ class TorchBackend:
         self._info = info
 
     @classmethod
-    def load(
-        cls,
-        checkpoint: Checkpoint,
-        spec: ModelSpec,
-        engine: EngineConfig,
-        on_progress: Callable[[float], None],
-        notes: tuple[str, ...] = (),
-        seat: TorchRankContext | None = None,
-    ) -> TorchBackend:
-        """Read the weights and make room for the cache. `on_progress` gets the fraction that is loaded.
+    def load(cls, plan: LoadPlan, group: Group | None = None) -> TorchBackend:
+        """Read the weights and make room for the cache. With a shard it is one rank's part, which meets in `group`.
 
-        The number of threads is torch's own, and so the whole process's. With a `seat` it is one rank's part.
+        The number of threads is torch's own, and so the whole process's.
         """
+        spec, engine = plan.spec, plan.engine
         device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
-        torch.set_num_threads(engine.threads or physical_cores())
+        torch.set_num_threads(plan.num_threads)
         dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
         if rules.is_probed:
-            config = find_family(checkpoint.config).read_config(checkpoint.config)
-            precision = PRECISIONS[spec.precision]
-            kv_dtype = cache_dtype(precision, engine.dtype)
-            notes = (*notes, *probe_device(device, dtype, precision, config, kv_dtype).notes)
-        decoder = load_model(
-            checkpoint,
-            spec,
-            dtype,
-            device,
-            on_progress,
-            packs=rules.packs_matrices,
-            keeps_int8=rules.keeps_int8,
-            seat=seat,
-        )
+            kv_dtype = cache_dtype(plan.precision, engine.dtype)
+            probed = probe_device(device, dtype, plan.precision, plan.config, kv_dtype)
+            plan = msgspec.structs.replace(plan, notes=(*plan.notes, *probed.notes))
+        decoder = load_model(plan, dtype, device, rules, group)
         cache = _allocate_cache(decoder, spec, engine)
-        return cls(decoder, cache, _describe(decoder, cache, spec, engine, notes))
+        return cls(decoder, cache, _describe(decoder, cache, plan))
 
     @property
     def info(self) -> BackendInfo:
@@ -195,12 +178,11 @@ def _allocate_cache(decoder: Decoder, spec: ModelSpec, engine: EngineConfig) -> 
         ) from error
 
 
-def _describe(
-    decoder: Decoder, cache: KVCache, spec: ModelSpec, engine: EngineConfig, fallback_notes: tuple[str, ...]
-) -> BackendInfo:
+def _describe(decoder: Decoder, cache: KVCache, plan: LoadPlan) -> BackendInfo:
+    spec, engine = plan.spec, plan.engine
     dtype = str(decoder.dtype).removeprefix("torch.")
-    notes = list(fallback_notes)
-    if PRECISIONS[spec.precision].has_int8_weights and not rules_for(decoder.device).keeps_int8:
+    notes = list(plan.notes)
+    if plan.precision.has_int8_weights and not rules_for(decoder.device).keeps_int8:
         notes.append(QUANTIZED_NOTE.format(dtype=dtype))
     if engine.dtype == "auto" and dtype == "float32":
         notes.append(FLOAT32_NOTE)

@@ -5,17 +5,12 @@ After `o` and `down` the ranks' products are summed, so what one rank says and w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from brlite.backends.distributed.messages import RankBatch
 from brlite.backends.torch.backend import TorchBackend
 from brlite.backends.torch.device import select_device
 from brlite.backends.torch.group import TorchGroup
-from brlite.backends.torch.loading import TorchRankContext
-from brlite.checkpoint import Checkpoint
-from brlite.config.options import EngineConfig, ModelSpec
+from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import BackendInfo, Batch, StepResult
-from brlite.models.shards import Shard
 
 
 class TorchRank:
@@ -26,20 +21,11 @@ class TorchRank:
         self._group = group
 
     @classmethod
-    def load(
-        cls,
-        checkpoint: Checkpoint,
-        spec: ModelSpec,
-        engine: EngineConfig,
-        share: Shard,
-        on_progress: Callable[[float], None],
-        notes: tuple[str, ...] = (),
-    ) -> TorchRank:
-        """Read the rank's weights and make room for its cache, on the first of the spec's devices."""
-        group = TorchGroup(share, select_device(engine.device, spec.devices[0]))
-        return cls(
-            TorchBackend.load(checkpoint, spec, engine, on_progress, notes, TorchRankContext(share, group)), group
-        )
+    def load(cls, plan: LoadPlan) -> TorchRank:
+        """Read the weights of the plan's shard and make room for its cache, on the first of the spec's devices."""
+        assert plan.shard is not None
+        group = TorchGroup(plan.shard, select_device(plan.engine.device, plan.spec.devices[0]))
+        return cls(TorchBackend.load(plan, group), group)
 
     @property
     def info(self) -> BackendInfo:

@@ -55,21 +55,21 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def weight_places(config: ModelConfig) -> dict[str, WeightTarget]:
+def weight_targets(config: ModelConfig) -> dict[str, WeightTarget]:
     """Every tensor a checkpoint must hold, by its name there."""
     vocabulary = (config.vocab_size, config.hidden_size)
-    places = {
+    targets = {
         "transformer.embedding.word_embeddings.weight": WeightTarget("embedding", vocabulary),
         "transformer.encoder.final_layernorm.weight": WeightTarget("norm", (config.hidden_size,)),
     }
     if not config.tie_word_embeddings:
-        places["transformer.output_layer.weight"] = WeightTarget("head.weight", vocabulary)
+        targets["transformer.output_layer.weight"] = WeightTarget("head.weight", vocabulary)
     for layer in range(config.num_layers):
-        places.update(_layer_places(config, f"transformer.encoder.layers.{layer}.", f"layers.{layer}."))
-    return places
+        targets.update(_layer_targets(config, f"transformer.encoder.layers.{layer}.", f"layers.{layer}."))
+    return targets
 
 
-def _layer_places(config: ModelConfig, source: str, target: str) -> Iterator[tuple[str, WeightTarget]]:
+def _layer_targets(config: ModelConfig, source: str, target: str) -> Iterator[tuple[str, WeightTarget]]:
     hidden, q, kv, mlp = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
     parts = (
         ("input_layernorm.weight", "attention_norm", (hidden,)),
@@ -104,7 +104,7 @@ CHATGLM = Family(
     "chatglm",
     "ChatGLMModel",
     read_config,
-    weight_places,
+    weight_targets,
     ignored_suffixes=("rotary_pos_emb.inv_freq",),
     aliases=("ChatGLMForConditionalGeneration",),
 )

@@ -31,13 +31,13 @@ class WeightTarget(msgspec.Struct, frozen=True):
 class Family(msgspec.Struct, frozen=True):
     """How the models of one `model_type` are read.
 
-    `weight_places` names every tensor a checkpoint must hold; `ignored_suffixes` end the names it may hold besides.
+    `weight_targets` names every tensor a checkpoint must hold; `ignored_suffixes` end the names it may hold besides.
     `aliases` are other architectures by which configs call the same.
     """
 
     model_type: str
     architecture: str
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
-    weight_places: Callable[[ModelConfig], dict[str, WeightTarget]]
+    weight_targets: Callable[[ModelConfig], dict[str, WeightTarget]]
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
     aliases: tuple[str, ...] = ()

@@ -24,21 +24,21 @@ def read_config(values: Mapping[str, Any], class_defaults: Mapping[str, Any] = C
     )
 
 
-def weight_places(config: ModelConfig) -> dict[str, WeightTarget]:
+def weight_targets(config: ModelConfig) -> dict[str, WeightTarget]:
     """Every tensor a checkpoint must hold, by its name there."""
     vocabulary = (config.vocab_size, config.hidden_size)
-    places = {
+    targets = {
         "model.embed_tokens.weight": WeightTarget("embedding", vocabulary),
         "model.norm.weight": WeightTarget("norm", (config.hidden_size,)),
     }
     if not config.tie_word_embeddings:
-        places["lm_head.weight"] = WeightTarget("head.weight", vocabulary)
+        targets["lm_head.weight"] = WeightTarget("head.weight", vocabulary)
     for layer in range(config.num_layers):
-        places.update(_layer_places(config, f"model.layers.{layer}.", f"layers.{layer}."))
-    return places
+        targets.update(_layer_targets(config, f"model.layers.{layer}.", f"layers.{layer}."))
+    return targets
 
 
-def _layer_places(config: ModelConfig, source: str, target: str) -> Iterator[tuple[str, WeightTarget]]:
+def _layer_targets(config: ModelConfig, source: str, target: str) -> Iterator[tuple[str, WeightTarget]]:
     hidden, q, kv, mlp = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
     yield f"{source}input_layernorm.weight", WeightTarget(f"{target}attention_norm", (hidden,))
     yield f"{source}post_attention_layernorm.weight", WeightTarget(f"{target}mlp_norm", (hidden,))
@@ -61,4 +61,4 @@ def _layer_places(config: ModelConfig, source: str, target: str) -> Iterator[tup
             yield f"{source}{name}.bias", WeightTarget(f"{target}{parameter}.bias", (num_outputs,), start)
 
 
-LLAMA = Family("llama", "LlamaForCausalLM", read_config, weight_places)
+LLAMA = Family("llama", "LlamaForCausalLM", read_config, weight_targets)

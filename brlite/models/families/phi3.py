@@ -8,7 +8,7 @@ from typing import Any
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family, WeightTarget
 from brlite.models.families.hf_config import ConfigReader, check_supported, read_sizes, read_sliding_layers
-from brlite.models.families.llama import weight_places as llama_places
+from brlite.models.families.llama import weight_targets as llama_targets
 
 SPLIT = tuple(
     f"{name}_proj.weight" for name in ("q", "k", "v", "gate", "up")
@@ -27,16 +27,16 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def weight_places(config: ModelConfig) -> dict[str, WeightTarget]:
+def weight_targets(config: ModelConfig) -> dict[str, WeightTarget]:
     """Llama's names, but for the two matrices, which have the rows of what they join."""
-    places = {name: place for name, place in llama_places(config).items() if not name.endswith(SPLIT)}
+    targets = {name: target for name, target in llama_targets(config).items() if not name.endswith(SPLIT)}
     for layer in range(config.num_layers):
         source, target = f"model.layers.{layer}.", f"layers.{layer}."
         qkv = (config.q_size + 2 * config.kv_size, config.hidden_size)
-        places[f"{source}self_attn.qkv_proj.weight"] = WeightTarget(f"{target}qkv.weight", qkv)
+        targets[f"{source}self_attn.qkv_proj.weight"] = WeightTarget(f"{target}qkv.weight", qkv)
         gate_up = (2 * config.intermediate_size, config.hidden_size)
-        places[f"{source}mlp.gate_up_proj.weight"] = WeightTarget(f"{target}gate_up.weight", gate_up)
-    return places
+        targets[f"{source}mlp.gate_up_proj.weight"] = WeightTarget(f"{target}gate_up.weight", gate_up)
+    return targets
 
 
-PHI3 = Family("phi3", "Phi3ForCausalLM", read_config, weight_places)
+PHI3 = Family("phi3", "Phi3ForCausalLM", read_config, weight_targets)

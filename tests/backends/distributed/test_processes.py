@@ -16,7 +16,7 @@ from brlite.backends.distributed.backend import ParallelBackend
 from brlite.backends.distributed.messages import Joined, Loaded, Setup
 from brlite.backends.distributed.processes import start_local
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.checked_model import check_fit
+from brlite.checkpoint.checked_model import check_model
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.errors import BackendLost, ConfigError
@@ -45,7 +45,7 @@ def load(path: Path, backend: str = "native", *, tensor_parallel: int = 2, **fie
     )
     engine = EngineConfig(backend=backend, device="cpu", threads=tensor_parallel)
     with closing(open_checkpoint(path)) as checkpoint:
-        loaded = load_backend(checkpoint, check_fit(checkpoint, spec), spec, engine, lambda stage, fraction: None)
+        loaded = load_backend(checkpoint, check_model(checkpoint, spec), spec, engine)
     assert isinstance(loaded, ParallelBackend) or tensor_parallel == 1
     return loaded  # type: ignore[return-value]
 

@@ -33,6 +33,7 @@ from tests.backends.native_models import (
     make_tensors,
     random_ids,
 )
+from tests.load_plans import make_plan
 from tests.models.steps import Runner
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
@@ -56,7 +57,7 @@ def reference(name: str, precision: PrecisionName) -> Runner:
     """The same weights on the torch path, computing in float32."""
     spec = ModelSpec(name=name, precision=precision, build_seq=MAX_CONTEXT)
     checkpoint = make_checkpoint(name)
-    decoder = load_model(checkpoint, spec, torch.float32, torch.device("cpu"), lambda fraction: None)
+    decoder = load_model(make_plan(checkpoint, spec), torch.float32, torch.device("cpu"))
     return Runner(decoder, num_blocks=160, kv_dtype=KV_DTYPES[precision])
 
 

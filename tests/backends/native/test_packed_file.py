@@ -17,12 +17,18 @@ from brlite.backends.native import abi
 from brlite.backends.native.library import load_library
 from brlite.backends.native.loading import LoadedWeights, load_weights
 from brlite.backends.native.memory import NativeMemory
-from brlite.backends.native.packed_file import MappedPackedFile, PackedFileError, PackedFileKey, checksums, write_image
+from brlite.backends.native.packed_file import (
+    MappedPackedFile,
+    PackedFileError,
+    PackedFileKey,
+    checksums,
+    write_packed_file,
+)
 from brlite.backends.torch.quantize import dequantize_weight, quantize_weight
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.checked_model import check_fit
 from brlite.config.options import ModelSpec
 from brlite.precision import PrecisionName
+from tests.load_plans import make_plan
 from tests.tiny_models import write_tiny_model
 
 KEY = PackedFileKey(layout_version=1, precision="bf16", identity="abc", num_bytes=3 * 2**20 + 5)
@@ -49,7 +55,7 @@ def memory(library: ctypes.CDLL) -> Iterator[NativeMemory]:
 @pytest.fixture
 def image(tmp_path: Path, library: ctypes.CDLL, memory: NativeMemory, pool: ThreadPoolExecutor) -> Path:
     path = tmp_path / "folder" / "weights.brlite"
-    write_image(path, KEY, memory, checksums(library, memory.address, memory.num_bytes, pool, lambda fraction: None))
+    write_packed_file(path, KEY, memory, checksums(library, memory.address, memory.num_bytes, pool))
     return path
 
 
@@ -103,7 +109,7 @@ def test_an_image_of_other_weights_is_not_used(image: Path, library: ctypes.CDLL
 def load(folder: Path, library: ctypes.CDLL, precision: PrecisionName, image: Path | None = None) -> LoadedWeights:
     spec = ModelSpec(name="tiny", precision=precision, build_seq=32)
     with closing(open_checkpoint(folder)) as checkpoint:
-        return load_weights(library, checkpoint, check_fit(checkpoint, spec), spec, image, 2, lambda fraction: None)
+        return load_weights(library, make_plan(checkpoint, spec, packed_file=image, num_threads=2))
 
 
 def test_a_second_load_maps_the_image_of_the_first(tmp_path: Path, library: ctypes.CDLL) -> None:
@@ -143,7 +149,7 @@ def test_a_file_that_is_not_ours_is_left_alone(
     load(folder, library, "bf16", image).weights.close()
 
     assert image.read_bytes() == b"years of work"
-    assert "it is not an image of brlite" in caplog.text
+    assert "it is not a packed file of brlite" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_is_no_obstacle(

@@ -20,6 +20,7 @@ from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult,
 from brlite.errors import ConfigError
 from brlite.precision import PrecisionName
 from brlite.sampling_params import SamplingParams
+from tests.load_plans import make_plan
 from tests.tiny_models import VOCAB_SIZE, write_tiny_model
 
 ENGINE = EngineConfig(device="cpu", dtype="float32", block_size=4, threads=1)
@@ -30,7 +31,7 @@ PROMPTS = [[5, 17, 200, 3, 3, 90, 41], [250, 2], [9] * 13]
 
 def load(path: Path, spec: ModelSpec = SPEC) -> TorchBackend:
     with closing(open_checkpoint(path)) as checkpoint:
-        return TorchBackend.load(checkpoint, spec, ENGINE, lambda fraction: None)
+        return TorchBackend.load(make_plan(checkpoint, spec, ENGINE))
 
 
 def table(seq_id: int) -> list[int]:

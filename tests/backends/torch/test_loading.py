@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
 
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.loading import load_model
+from brlite.checkpoint.progress import Progress
+from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError, ModelError
+from tests.load_plans import make_plan
 from tests.tiny_models import TINY_CONFIGS, VOCAB_SIZE, TensorCheckpoint, tiny_tensors
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -22,13 +23,13 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 class UnreadableCheckpoint(TensorCheckpoint):
     """A checkpoint whose data must not be asked for."""
 
-    def tensors(self) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+    def tensors(self) -> Iterator[StoredTensor]:
         raise AssertionError("data was read before the shapes were checked")
 
 
 def load(checkpoint: TensorCheckpoint, dtype: torch.dtype = torch.float32, **spec: Any) -> Decoder:
     fitting = ModelSpec(**{"name": "tiny", "build_seq": 40, **spec})
-    return load_model(checkpoint, fitting, dtype, torch.device("cpu"), lambda fraction: None)
+    return load_model(make_plan(checkpoint, fitting), dtype, torch.device("cpu"))
 
 
 def test_parts_of_a_fused_matrix_stand_in_the_order_of_the_reference() -> None:
@@ -67,7 +68,10 @@ def test_rows_of_a_normalised_head_have_length_one_and_a_row_of_zeros_stays() ->
 def test_progress_grows_to_one() -> None:
     seen: list[float] = []
 
-    load_model(TensorCheckpoint.tiny(), ModelSpec(build_seq=8), torch.bfloat16, torch.device("cpu"), seen.append)
+    progress = Progress(lambda stage, fraction: seen.append(fraction))
+    plan = make_plan(TensorCheckpoint.tiny(), ModelSpec(build_seq=8), progress=progress)
+
+    load_model(plan, torch.bfloat16, torch.device("cpu"))
 
     assert seen == sorted(seen)
     assert seen[-1] == 1.0

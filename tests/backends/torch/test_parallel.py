@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from brlite.backends.torch.loading import TorchRankContext, load_model
+from brlite.backends.torch.loading import load_model
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError
 from brlite.models.shards import Shard, check_groups
 from brlite.precision import PrecisionName
 from tests.limits import PATIENCE_SECONDS
+from tests.load_plans import make_plan
 from tests.models.steps import BLOCK_SIZE, DEVICE, LENGTH, Runner, load_tiny, random_ids
 from tests.tiny_models import TINY_CONFIGS, TensorCheckpoint
 
@@ -58,9 +59,8 @@ def logits_of_ranks(name: str, size: int, token_ids: Sequence[int], precision: P
     table, spec = Table(size), ModelSpec(name=name, build_seq=LENGTH, precision=precision)
 
     def run(rank: int) -> Tensor:
-        seat = TorchRankContext(Shard(rank, size), ThreadGroup(table, rank))
-        checkpoint = TensorCheckpoint.tiny(name)
-        decoder = load_model(checkpoint, spec, torch.float32, DEVICE, lambda fraction: None, seat=seat)
+        plan = make_plan(TensorCheckpoint.tiny(name), spec, shard=Shard(rank, size))
+        decoder = load_model(plan, torch.float32, DEVICE, group=ThreadGroup(table, rank))
         return Runner(decoder).chunked(list(token_ids), BLOCKS, [LENGTH - 7, 7])
 
     with ThreadPoolExecutor(size) as pool:
