@@ -15,15 +15,17 @@ from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line
 from brlite.models import find_family
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family, WeightTarget
+from brlite.models.network import Parameter, list_parameters
 from brlite.models.shards import check_share
 
 MAX_NAMED = 3  # how many tensors a message lists before it only counts them
 
 
 class CheckedModel(NamedTuple):
-    """The model's config, where each tensor of the checkpoint goes, and the names of those that go nowhere."""
+    """The config, the decoder's parameters, where each of the checkpoint's tensors goes, and which go nowhere."""
 
     config: ModelConfig
+    parameters: Mapping[str, Parameter]
     targets: Mapping[str, WeightTarget]
     ignored: set[str]
 
@@ -34,7 +36,7 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
     config = family.read_config(checkpoint.config)
     check_spec(spec, config)
     targets = family.weight_targets(config)
-    return CheckedModel(config, targets, _check_tensors(checkpoint, targets, family, config))
+    return CheckedModel(config, list_parameters(config), targets, _check_tensors(checkpoint, targets, family, config))
 
 
 def check_spec(spec: ModelSpec, config: ModelConfig) -> None:

@@ -15,7 +15,8 @@ from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import WeightTarget
-from brlite.models.shards import Shard, ShardSlice, parameter_parts
+from brlite.models.network import Parameter
+from brlite.models.shards import Shard, ShardSlice, parameter_parts, rank_parameters
 from brlite.precision import PRECISIONS, Precision
 
 
@@ -40,6 +41,11 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
     def config(self) -> ModelConfig:
         """The whole model's, also of a shard."""
         return self.model.config
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The decoder's parameters, of a shard as its rank holds them."""
+        return self.model.parameters if self.shard is None else rank_parameters(self.model.config, self.shard)
 
     @property
     def precision(self) -> Precision:

@@ -53,7 +53,6 @@ from brlite.conversion.safetensors_writer import (
 )
 from brlite.errors import ModelError
 from brlite.files.temporary import PART_SUFFIX, sweep
-from brlite.models.config import ModelConfig
 from brlite.precision import Precision
 
 SHARD_BYTES = 2 * 10**9
@@ -90,8 +89,8 @@ class BundlePlan(NamedTuple):
         return sum(shard.num_bytes for shard in self.shards) + packed
 
 
-def plan_packing(library: ctypes.CDLL, config: ModelConfig, precision: Precision, num_threads: int) -> Packing:
-    layout = packed_layout(library, config, precision=precision)
+def plan_packing(library: ctypes.CDLL, model: CheckedModel, precision: Precision, num_threads: int) -> Packing:
+    layout = packed_layout(library, model.parameters, precision)
     key = PackedFileKey(LAYOUT_VERSION, precision.weights_name, NO_IDENTITY, layout.num_bytes)
     return Packing(library, layout, key, num_threads)
 

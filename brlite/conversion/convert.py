@@ -160,7 +160,7 @@ def _plan_packing(model: CheckedModel, precision: PrecisionName) -> tuple[Packin
         library = load_library().functions
     except NativeUnavailable as error:
         return None, str(error)
-    return plan_packing(library, model.config, PRECISIONS[precision], physical_cores()), None
+    return plan_packing(library, model, PRECISIONS[precision], physical_cores()), None
 
 
 def _checks(

@@ -56,10 +56,6 @@ class NativeBackend:
         """
         library, config, spec = native.functions, plan.config, plan.spec
         block_size = math.ceil(plan.engine.block_size / LANES) * LANES
-        self._guard = BackendGuard()
-        self._library = library
-        self._vocab_size = config.vocab_size
-        self._draws = NativeDraws(config.vocab_size)
         with opened or ExitStack() as opened:
             loaded = load_weights(library, plan)
             opened.callback(loaded.weights.close)
@@ -75,6 +71,10 @@ class NativeBackend:
                 raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
             opened.callback(cache.close)
             self.info = _describe(native, plan, loaded, cache)
+            self._guard = BackendGuard()
+            self._library = library
+            self._vocab_size = config.vocab_size
+            self._draws = NativeDraws(config.vocab_size)
             compiled = NativePlan(
                 library,
                 config,

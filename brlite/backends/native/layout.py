@@ -6,16 +6,17 @@ The packed weights are one block of memory, and byte for byte what a packed file
 from __future__ import annotations
 
 import ctypes
-from itertools import groupby
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
+import numpy as np
+from msgspec.structs import replace
 
 from brlite.backends.native.abi import BF16, INT8
 from brlite.backends.native.memory import aligned
-from brlite.models.config import QUANTIZATION_GROUP, ModelConfig
-from brlite.models.network import list_parameters
-from brlite.models.shards import Shard, rank_parameters
+from brlite.models.config import QUANTIZATION_GROUP
+from brlite.models.network import Parameter
 from brlite.precision import Precision
 
 # panels: a matrix as the kernels multiply by it; table: bfloat16 rows to look up; vector: float32, padded with zeros.
@@ -26,7 +27,10 @@ FIRST_IN_LAYER = {"attention_norm": 0, "mlp_norm": 1, "q_norm": 2, "k_norm": 3}
 
 
 class PackedTensor(msgspec.Struct, frozen=True):
-    """One parameter, `num_outputs` × `num_inputs` (1 × its length for a vector), at `offset` of the packed weights."""
+    """One parameter, `num_outputs` × `num_inputs` (1 × its length for a vector), at `offset` of the packed weights.
+
+    A vector that `is_rounded` holds bfloat16 numbers: a bias. A norm keeps all digits of float32.
+    """
 
     form: Form
     format: int
@@ -34,6 +38,7 @@ class PackedTensor(msgspec.Struct, frozen=True):
     num_inputs: int
     offset: int
     num_bytes: int
+    is_rounded: bool = False
 
 
 class Layout(msgspec.Struct, frozen=True):
@@ -43,31 +48,39 @@ class Layout(msgspec.Struct, frozen=True):
     num_bytes: int
 
 
-def packed_layout(
-    library: ctypes.CDLL, config: ModelConfig, *, precision: Precision, shard: Shard | None = None
-) -> Layout:
-    """The layout for a model, or for one rank's shard of it.
+def packed_layout(library: ctypes.CDLL, parameters: Mapping[str, Parameter], precision: Precision) -> Layout:
+    """The layout of a decoder's parameters, or of those of one rank.
 
     With tied embeddings `embedding` is panels, which serve both look-up and head.
     """
-    tensors: dict[str, PackedTensor] = {}
-    end = 0
     number_format = INT8 if precision.has_int8_weights else BF16
-    parameters = list_parameters(config) if shard is None else rank_parameters(config, shard)
-    for _, layer in groupby(parameters, key=lambda name: name.split(".")[:2]):
-        for name in sorted(layer, key=lambda name: FIRST_IN_LAYER.get(name.rpartition(".")[2], len(FIRST_IN_LAYER))):
-            shape = parameters[name].shape
-            num_outputs, num_inputs = shape if len(shape) == 2 else (1, shape[0])
-            if len(shape) == 1:
-                tensor = PackedTensor("vector", BF16, 1, num_inputs, end, 4 * padded(num_inputs))
-            elif parameters[name].precision == "bfloat16":
-                tensor = PackedTensor("table", BF16, num_outputs, num_inputs, end, 2 * num_outputs * num_inputs)
-            else:
-                num_bytes = library.brlite_packed_bytes(number_format, num_outputs, num_inputs)
-                tensor = PackedTensor("panels", number_format, num_outputs, num_inputs, end, num_bytes)
-            tensors[name] = tensor
-            end = aligned(end + tensor.num_bytes)
-    return Layout(tensors, end)
+    names = _in_file_order(parameters)
+    tensors = []
+    for name in names:
+        shape = parameters[name].shape
+        num_outputs, num_inputs = shape if len(shape) == 2 else (1, shape[0])
+        if len(shape) == 1:
+            is_rounded = parameters[name].precision == "bfloat16"
+            tensor = PackedTensor("vector", BF16, 1, num_inputs, 0, 4 * padded(num_inputs), is_rounded)
+        elif parameters[name].precision == "bfloat16":
+            tensor = PackedTensor("table", BF16, num_outputs, num_inputs, 0, 2 * num_outputs * num_inputs)
+        else:
+            num_bytes = library.brlite_packed_bytes(number_format, num_outputs, num_inputs)
+            tensor = PackedTensor("panels", number_format, num_outputs, num_inputs, 0, num_bytes)
+        tensors.append(tensor)
+    ends = np.cumsum(aligned(np.array([tensor.num_bytes for tensor in tensors], np.int64))).tolist()
+    placed = [replace(tensor, offset=begin) for tensor, begin in zip(tensors, [0, *ends], strict=False)]
+    return Layout(dict(zip(names, placed, strict=True)), ends[-1])
+
+
+def _in_file_order(parameters: Mapping[str, Parameter]) -> list[str]:
+    """The names, a layer's norms before the rest of that layer."""
+    first: dict[tuple[str, ...], int] = {}  # place of each layer
+    keys = {}
+    for position, name in enumerate(parameters):
+        layer = first.setdefault(tuple(name.split(".")[:2]), position)
+        keys[name] = layer, FIRST_IN_LAYER.get(name.rpartition(".")[2], len(FIRST_IN_LAYER)), position
+    return sorted(parameters, key=keys.__getitem__)
 
 
 def padded(size: int) -> int:

@@ -36,7 +36,7 @@ class LoadedWeights(NamedTuple):
 
 def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
     """The weights of the plan's checkpoint in its precision, or of its shard."""
-    layout = packed_layout(library, plan.config, precision=plan.precision, shard=plan.shard)
+    layout = packed_layout(library, plan.parameters, plan.precision)
     part = f" {plan.shard.rank} of {plan.shard.size}" if plan.shard else ""
     key = PackedFileKey(LAYOUT_VERSION, plan.precision.weights_name, plan.checkpoint.identity + part, layout.num_bytes)
     file = _trusted(plan.packed_file, plan.checkpoint.path)

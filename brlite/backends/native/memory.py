@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from brlite.errors import ConfigError
 
+Size = TypeVar("Size", int, npt.NDArray[np.int64])
+
 ALIGNMENT = 4096  # bytes: a page of memory, where each tensor begins in memory and in files
 
 
-def aligned(num_bytes: int) -> int:
-    """The least multiple of `ALIGNMENT` that is not below."""
+def aligned(num_bytes: Size) -> Size:
+    """The least multiple of `ALIGNMENT` that is not below, of a number or of each in an array."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 

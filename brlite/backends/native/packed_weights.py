@@ -19,11 +19,10 @@ import numpy.typing as npt
 from brlite.backends.native.abi import LANES
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, packed_file_header, weights_start
-from brlite.backends.native.packer import rounded_vector
 from brlite.checkpoint.new_file import FileRecord, NewFile, read_record
 from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.models.families.family import WeightTarget
-from brlite.precision import to_bfloat16
+from brlite.precision import from_bfloat16, to_bfloat16
 
 BLOCK_ROWS = 256  # packed at once; whole panels
 
@@ -63,7 +62,9 @@ class PackedFile:
         """Pack `tensor` as the rows of the parameter that `target` names, rounded to its type."""
         packed, start, stop = self._layout.tensors[target.parameter], target.start, target.start + target.shape[0]
         if packed.form == "vector":
-            values = np.ascontiguousarray(rounded_vector(target, tensor.float32()), np.float32)
+            values = tensor.float32()
+            if packed.is_rounded:
+                values = from_bfloat16(to_bfloat16(values, keeps_subnormal=False))
             self._write(packed.offset + 4 * start, values)
             return
         # Blocks begin at multiples of whole panels, so that no two threads write to one panel.

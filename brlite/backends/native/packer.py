@@ -13,7 +13,7 @@ import numpy as np
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packed_file import MappedPackedFile
-from brlite.checkpoint.stored_tensor import Float32, StoredTensor
+from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.models.families.family import WeightTarget
 from brlite.precision import from_bfloat16, to_bfloat16
 
@@ -90,15 +90,19 @@ class Packer:
     def __init__(self, library: ctypes.CDLL, layout: Layout, memory: NativeMemory, pool: ThreadPoolExecutor) -> None:
         self._library = library
         self._layout = layout
-        self._memory = memory
+        self._address = memory.address
+        self._bytes = memory.bytes()
         self._pool = pool
 
     def put(self, target: WeightTarget, tensor: StoredTensor) -> None:
         """Read `tensor` and pack it as the rows of the parameter that `target` names, rounded to its type."""
         packed, start, num_rows = self._layout.tensors[target.parameter], target.start, target.shape[0]
         if packed.form == "vector":
-            vector = self._memory.floats(packed.offset, packed.num_inputs)
-            vector[start : start + num_rows] = rounded_vector(target, tensor.float32())
+            vector = self._bytes[packed.offset : packed.offset + packed.num_bytes].view(np.float32)
+            values = tensor.float32()
+            if packed.is_rounded:
+                values = from_bfloat16(to_bfloat16(values, keeps_subnormal=False))
+            vector[start : start + num_rows] = values
         elif num_rows <= ROWS_AT_A_TIME:
             self._put_rows(packed, start, tensor)
         else:
@@ -114,15 +118,9 @@ class Packer:
     def _put_rows(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
         values = tensor.float32()
         if packed.form == "panels":
-            panels = self._memory.address + packed.offset
+            panels = self._address + packed.offset
             self._library.brlite_pack(packed.format, values.ctypes.data, first, len(values), packed.num_inputs, panels)
         else:
-            rows = self._memory.bytes(packed.offset, packed.num_bytes).view(np.uint16).reshape(-1, packed.num_inputs)
+            table = self._bytes[packed.offset : packed.offset + packed.num_bytes].view(np.uint16)
+            rows = table.reshape(-1, packed.num_inputs)
             rows[first : first + len(values)] = to_bfloat16(values, keeps_subnormal=False)
-
-
-def rounded_vector(target: WeightTarget, values: Float32) -> Float32:
-    """A norm as it is; a bias rounded to bfloat16, but held in float32."""
-    if target.dtype == "float32":
-        return values
-    return from_bfloat16(to_bfloat16(values, keeps_subnormal=False))

@@ -65,7 +65,7 @@ class SharedRows:
         self._library = library
         self._mapping = mmap.mmap(file, shared_bytes(library, sizes))
         self.meeting = int(np.frombuffer(self._mapping, np.uint8).ctypes.data)
-        address = self.meeting + aligned(library.brlite_meeting_bytes())
+        address = self.meeting + aligned(int(library.brlite_meeting_bytes()))
         found: dict[str, Rows] = {}
         for name, num_bytes in sizes.num_bytes().items():
             found[name] = Rows(address, padded(getattr(sizes, name)))
@@ -110,7 +110,7 @@ def create_shared_file(library: ctypes.CDLL, sizes: SharedSizes) -> int:
 
 def shared_bytes(library: ctypes.CDLL, sizes: SharedSizes) -> int:
     """All that ranks share."""
-    return aligned(library.brlite_meeting_bytes()) + sum(sizes.num_bytes().values())
+    return aligned(int(library.brlite_meeting_bytes())) + sum(sizes.num_bytes().values())
 
 
 def _open_unnamed() -> int:
