@@ -20,7 +20,7 @@ from tests.tiny_models import write_tiny_model
 
 
 def journey() -> Journey:
-    """The load until six tensors are packed. `machine.py` has a call for each core, mount and cgroup, and is left out."""
+    """The load until six tensors are packed, without `machine.py`, which has a call for each core and mount."""
     with TemporaryDirectory() as folder:
         path = write_tiny_model(Path(folder))
         spec = ModelSpec(name="tiny", path=str(path), precision="a_bf16_w_int8", build_seq=32, build_batch=1)
