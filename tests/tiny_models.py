@@ -211,7 +211,7 @@ class TensorCheckpoint:
 
     def tensors(self) -> Iterator[StoredTensor]:
         for name, tensor in self._tensors.items():
-            values = tensor.float().contiguous().reshape(-1).view(torch.uint8).numpy()
+            values = tensor.float().contiguous().numpy().reshape(-1).view(np.uint8)
             yield tensor_in_memory(name, F32, tuple(tensor.shape), values)
 
     def close(self) -> None:
