@@ -23,6 +23,7 @@ import brlite
 
 MODEL = "m"
 WITHOUT_UVLOOP = "import sys; sys.modules['uvloop'] = None"
+WITHOUT_FAST_PATH = "from brlite.proxy.fast_path import FastPaths; FastPaths.__call__ = lambda *arguments: None"
 VLLM_ROUTER = "vllm-router==0.1.17"
 SGLANG_ROUTER = "sglang-router==0.3.2"
 
@@ -106,6 +107,11 @@ def launch_brlite(place: Place) -> Launch:
 
 def launch_brlite_asyncio(place: Place) -> Launch:
     return _brlite("brlite-asyncio", "asyncio", f"{WITHOUT_UVLOOP}; {RUN_BRLITE}", place)
+
+
+def launch_brlite_aiohttp(place: Place) -> Launch:
+    """All requests through aiohttp and the middleware."""
+    return _brlite("brlite-aiohttp", "uvloop, without the fast path", f"{WITHOUT_FAST_PATH}; {RUN_BRLITE}", place)
 
 
 def _brlite(name: str, loop: str, code: str, place: Place) -> Launch:
@@ -205,6 +211,7 @@ def _url(port: int) -> str:
 LAUNCHERS: dict[str, Callable[[Place], Launch]] = {
     "brlite": launch_brlite,
     "brlite-asyncio": launch_brlite_asyncio,
+    "brlite-aiohttp": launch_brlite_aiohttp,
     "nginx": launch_nginx,
     "nginx-tuned": launch_nginx_tuned,
     "vllm-router": launch_vllm_router,

@@ -61,6 +61,7 @@ class ApiKey:
         per_minute = {"requests": requests_per_minute, "tokens": tokens_per_minute}
         self._buckets = {noun: Bucket(limit) for noun, limit in per_minute.items() if limit}
         self.has_limits = bool(max_concurrent or self._buckets)
+        self.has_rules = bool(name or models or self.has_limits)  # else there is nothing to check or to count
 
     @classmethod
     def from_config(cls, config: KeyConfig) -> ApiKey:
@@ -84,7 +85,7 @@ class ApiKey:
             noun: mine if (mine := self._buckets.get(noun)) and mine.per_minute == bucket.per_minute else bucket
             for noun, bucket in other._buckets.items()
         }
-        self.has_limits = other.has_limits
+        self.has_limits, self.has_rules = other.has_limits, other.has_rules
 
     def may_use(self, model: str) -> bool:
         """Whether the model is one of its own."""

@@ -7,8 +7,6 @@ of its key.
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 from brlite.errors import NotReady, RateLimited, RequestError
 from brlite.http.api_key import ApiKey
 
@@ -21,41 +19,46 @@ class BodyBudget:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.num_bytes = 0
-        self._by_tenant: defaultdict[str, int] = defaultdict(int)
+        self._by_tenant: dict[str, int] = {}
 
-    def refusal(self, tenant: str, num_bytes: int) -> RequestError | None:
-        """Why the tenant may not hold so many bytes more; None if it may."""
+    def take(self, tenant: str, num_bytes: int) -> RequestError | None:
+        """Hold so many bytes more for the tenant, or return why that is refused. `release` must follow."""
         if self.num_bytes + num_bytes > self.max_bytes:
             return NotReady(
                 f"The server holds {self.max_bytes} bytes of request bodies, as many as it may "
                 "(limits.max_body_bytes_in_flight); try again when requests have ended",
                 retry_after_seconds=RETRY_SECONDS,
             )
-        if tenant and self._by_tenant.get(tenant, 0) + num_bytes > self.max_bytes // 2:
-            return RateLimited(
-                f"The requests of this API key hold {self.max_bytes // 2} bytes of bodies, as many as one key may "
-                "(half of limits.max_body_bytes_in_flight); try again when some have ended",
-                retry_after_seconds=RETRY_SECONDS,
-            )
+        if tenant:
+            num_held = self._by_tenant.get(tenant, 0) + num_bytes
+            if num_held > self.max_bytes // 2:
+                return RateLimited(
+                    f"The requests of this API key hold {self.max_bytes // 2} bytes of bodies, as many as one key may "
+                    "(half of limits.max_body_bytes_in_flight); try again when some have ended",
+                    retry_after_seconds=RETRY_SECONDS,
+                )
+            self._by_tenant[tenant] = num_held
+        self.num_bytes += num_bytes
         return None
 
-    def count(self, tenant: str, num_bytes: int) -> None:
-        """Count so many bytes more, or fewer where it is negative."""
-        self.num_bytes += num_bytes
-        self._by_tenant[tenant] += num_bytes
-        if not self._by_tenant[tenant]:
-            del self._by_tenant[tenant]
+    def release(self, tenant: str, num_bytes: int) -> None:
+        """Hold so many bytes fewer."""
+        self.num_bytes -= num_bytes
+        if tenant:
+            num_held = self._by_tenant.pop(tenant, 0) - num_bytes
+            if num_held:
+                self._by_tenant[tenant] = num_held
 
 
 class HeldBody:
     """What one request takes of the budget. `release` must follow, and may be called twice."""
 
-    __slots__ = ("_budget", "_is_arriving", "_num_bytes", "key")
+    __slots__ = ("_budget", "_is_arriving", "key", "num_bytes")
 
     def __init__(self, budget: BodyBudget, key: ApiKey) -> None:
         self._budget = budget
         self.key = key
-        self._num_bytes = 0
+        self.num_bytes = 0
         self._is_arriving = False
 
     def arrive(self, now: float) -> RateLimited | None:
@@ -74,14 +77,13 @@ class HeldBody:
 
     def take(self, num_bytes: int) -> RequestError | None:
         """Hold so many bytes more, or return why that is refused."""
-        refusal = self._budget.refusal(self.key.tenant, num_bytes)
+        refusal = self._budget.take(self.key.tenant, num_bytes)
         if refusal is None:
-            self._num_bytes += num_bytes
-            self._budget.count(self.key.tenant, num_bytes)
+            self.num_bytes += num_bytes
         return refusal
 
     def release(self) -> None:
         """The request has ended."""
         self.arrived()
-        self._budget.count(self.key.tenant, -self._num_bytes)
-        self._num_bytes = 0
+        self._budget.release(self.key.tenant, self.num_bytes)
+        self.num_bytes = 0

@@ -81,6 +81,7 @@ class Connection(web.RequestHandler):
         "_timeout_error",
         "_timer",
         "_wire",
+        "is_busy",
         "is_draining",
         "is_spare",
     )
@@ -117,6 +118,7 @@ class Connection(web.RequestHandler):
         self._is_serving = False
         self._make_fast_path = make_fast_path
         self._fast_path: ByteStreamHandler | None = None
+        self.is_busy = False  # it has a request, whose headers are complete
         self.is_spare = False  # beyond max_connections: it may ask for what probes ask
         self.is_draining = False  # to be closed after the response in progress
 
@@ -192,19 +194,18 @@ class Connection(web.RequestHandler):
 
     def body_began(self) -> None:
         """The headers are complete, and a fast path waits for the body."""
-        self._siblings.is_busy(self)
+        self.is_busy = True
         self._set_deadline(self._limits.body_seconds, SLOW_BODY)
 
     def request_began(self) -> None:
         """The headers are complete, and somebody takes care of the request."""
-        self._siblings.is_busy(self)
-        self._is_serving = True
+        self.is_busy = self._is_serving = True
         self._deadline = math.inf
 
     def request_ended(self) -> None:
         """Its response has been sent. The next one may take its time."""
+        self.is_busy = self._is_serving = self._bytes_came = False
         self._siblings.is_idle(self)
-        self._is_serving = self._bytes_came = False
         self._set_deadline(self._limits.keepalive_seconds)
 
     async def finish_response(

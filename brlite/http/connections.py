@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+from collections import OrderedDict
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
@@ -20,29 +21,37 @@ MAX_SPARE = 32
 class Closable(Protocol):
     """How a connection can be closed. `connection.py` implements it."""
 
+    is_busy: bool  # it has a request
+
     def make_room(self) -> None: ...
     def drain(self) -> None: ...
     def abort(self) -> None: ...
 
 
-class _Waiting:
-    """Some connections that wait for a request, those without a first one apart, each from old to new."""
+class _Group:
+    """Some connections, those without a first request apart, each from old to new.
+
+    A connection that has a request stays where it is until `first` meets it; it is added again when it is idle.
+    """
 
     def __init__(self) -> None:
-        self.num_all = 0  # of the connections that these are part of, waiting or not
-        self._new: dict[Closable, None] = {}
-        self._idle: dict[Closable, None] = {}
-
-    def add(self, connection: Closable, *, is_new: bool) -> None:
-        (self._new if is_new else self._idle)[connection] = None
+        self.num_all = 0
+        self.new: OrderedDict[Closable, None] = OrderedDict()
+        self.idle: OrderedDict[Closable, None] = OrderedDict()
 
     def discard(self, connection: Closable) -> None:
-        self._new.pop(connection, None)
-        self._idle.pop(connection, None)
+        self.new.pop(connection, None)
+        self.idle.pop(connection, None)
 
     def first(self) -> Closable | None:
         """The one that makes room before the others."""
-        return next(iter(self._new), None) or next(iter(self._idle), None)
+        for waiting in (self.new, self.idle):
+            while waiting:
+                connection = next(iter(waiting))
+                if not connection.is_busy:
+                    return connection
+                del waiting[connection]
+        return None
 
 
 class Connections:
@@ -52,9 +61,10 @@ class Connections:
         self._limit = limit
         self._limit_per_address = limit_per_address
         self._members: dict[Closable, str] = {}  # with the address that each counts for; "" for those beyond the limit
-        self._waiting = _Waiting()
-        self._spare = _Waiting()
-        self._by_address: dict[str, _Waiting] = {}
+        self._groups_of: dict[Closable, tuple[_Group, ...]] = {}
+        self._all = _Group()
+        self._spare = _Group()
+        self._by_address: dict[str, _Group] = {}
         self._num_closed = self._num_spare = 0  # since the limit was reached
         self._none = asyncio.Event()
         self._none.set()
@@ -68,39 +78,38 @@ class Connections:
         `peer` is the client's IP address, or "" where it has none.
         """
         address = share_of(peer)
-        share = self._by_address.get(address, _Waiting())
-        has_room = self._make_room(share, self._limit_per_address) and self._make_room(self._waiting, self._limit)
+        share = self._by_address.get(address) or _Group()
+        has_room = self._make_room(share, self._limit_per_address) and self._make_room(self._all, self._limit)
         if has_room:
-            self._by_address.setdefault(address, _Waiting())
+            groups: tuple[_Group, ...] = (self._all, self._by_address.setdefault(address, share))
         else:
+            groups = (self._spare,)
             address = ""
             self._num_spare += 1
             if self._spare.num_all >= MAX_SPARE and (oldest := self._spare.first()):
                 self.discard(oldest)
                 oldest.make_room()
         self._members[connection] = address
+        self._groups_of[connection] = groups
         self._none.clear()
-        for waiting in self._groups(address):
-            waiting.num_all += 1
-            waiting.add(connection, is_new=True)
+        for group in groups:
+            group.num_all += 1
+            group.new[connection] = None
         return has_room
-
-    def is_busy(self, connection: Closable) -> None:
-        """It has a request now, and does not make room for others."""
-        for waiting in self._groups(self._members.get(connection)):
-            waiting.discard(connection)
 
     def is_idle(self, connection: Closable) -> None:
         """Its request has been answered; it waits for the next one."""
-        for waiting in self._groups(self._members.get(connection)):
-            waiting.add(connection, is_new=False)
+        for group in self._groups_of.get(connection, ()):
+            group.new.pop(connection, None)
+            group.idle[connection] = None
+            group.idle.move_to_end(connection)
 
     def discard(self, connection: Closable) -> None:
         """Forget one that is served no more."""
         address = self._members.pop(connection, None)
-        for waiting in self._groups(address):
-            waiting.discard(connection)
-            waiting.num_all -= 1
+        for group in self._groups_of.pop(connection, ()):
+            group.discard(connection)
+            group.num_all -= 1
         self._forget_address(address)
         if (self._num_spare or self._num_closed) and len(self._members) < max(1, self._limit // 2):
             logger.warning(
@@ -130,12 +139,12 @@ class Connections:
             return False
         return True
 
-    def _make_room(self, group: _Waiting, limit: int) -> bool:
+    def _make_room(self, group: _Group, limit: int) -> bool:
         """Whether one more may come, perhaps in the place of one that waits."""
         if group.num_all < limit:
             return True
         if not (self._num_closed or self._num_spare):
-            name = "max_connections" if group is self._waiting else "max_connections_per_address"
+            name = "max_connections" if group is self._all else "max_connections_per_address"
             logger.warning(
                 "%s (%d) reached: connections that wait are closed for new ones; while none waits, more get 503",
                 name,
@@ -148,11 +157,6 @@ class Connections:
         self.discard(oldest)
         oldest.make_room()
         return True
-
-    def _groups(self, address: str | None) -> tuple[_Waiting, ...]:
-        if address is None:
-            return ()
-        return (self._waiting, self._by_address[address]) if address else (self._spare,)
 
     def _forget_address(self, address: str | None) -> None:
         if address and not self._by_address[address].num_all:

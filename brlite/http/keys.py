@@ -36,7 +36,7 @@ class ApiKeys:
         """`is_admin` says that the plain keys are an operator's."""
         if not all(secret.strip() for secret in (*plain, *(secret for secret, _ in named))):
             raise ConfigError("keys.keys, [[key]]: an API key must not be empty")
-        self._anybody = ApiKey()
+        self.anybody = ApiKey()  # what every request has where no key is needed
         self._named = tuple(key for _, key in named)
         known = {digest: _plain_key(digest, is_admin) for digest in map(_digest, plain)}
         for secret, key in named:
@@ -45,6 +45,7 @@ class ApiKeys:
                 whose = f"of the key {other.name}" if other.name else "in [keys]"
                 raise ConfigError(f"key {key.name}: its secret is also that {whose}; each key needs its own")
         self._known = tuple(known.items())
+        self.is_open = not self._known  # whether no key is needed
 
     @classmethod
     def from_config(cls, config: Config) -> ApiKeys:
@@ -69,12 +70,8 @@ class ApiKeys:
         self._named = tuple(_continued(known_by_name.get(key.name), key) for key in other._named)
         by_name = {key.name: key for key in self._named}
         self._known = tuple((digest, by_name.get(key.name, key)) for digest, key in other._known)
+        self.is_open = not self._known
         return self._secrets() != before
-
-    @property
-    def is_open(self) -> bool:
-        """Whether no key is needed."""
-        return not self._known
 
     def _secrets(self) -> frozenset[tuple[bytes, str]]:
         return frozenset((digest, key.name) for digest, key in self._known)
@@ -82,7 +79,7 @@ class ApiKeys:
     def find(self, shown: str | None) -> ApiKey | None:
         """Which key was shown, if it is one of ours, in a time that does not tell how near it came."""
         if self.is_open:
-            return self._anybody
+            return self.anybody
         if shown is None:
             return None
         digest, found = _digest(shown), None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 
 from aiohttp import web
 
@@ -24,21 +25,12 @@ def new_request_id() -> str:
     return os.urandom(ID_BYTES).hex()
 
 
-class RequestIds:
-    """Ids like those of `new_request_id` for the fast path: one system call yields the randomness of 64 ids."""
-
-    __slots__ = ("_at", "_random")
-
-    def __init__(self) -> None:
-        self._random = b""
-        self._at = 0
-
-    def new(self) -> str:
-        if self._at == len(self._random):
-            self._random, self._at = os.urandom(ID_BYTES * IDS_AT_ONCE), 0
-        begin = self._at
-        self._at += ID_BYTES
-        return self._random[begin : self._at].hex()
+def request_ids() -> Iterator[str]:
+    """Ids like those of `new_request_id`, without end: one system call yields the randomness of 64 ids."""
+    while True:
+        random = os.urandom(ID_BYTES * IDS_AT_ONCE)
+        for begin in range(0, len(random), ID_BYTES):
+            yield random[begin : begin + ID_BYTES].hex()
 
 
 def client_request_id(sent: str | None) -> str | None:

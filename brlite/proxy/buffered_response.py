@@ -1,7 +1,8 @@
-"""An upstream's answer that is no stream: kept until it is whole, so that half of one is never passed on.
+"""An upstream's response that is not an event stream: buffered until it is complete, so that half of one is never sent.
 
-What came whole is looked at once: a client gets JSON where it asked for JSON, or an error that says what came instead.
-A refusal (4xx, 501, 503) keeps its status; words that are no JSON go into our envelope. Knows no sockets.
+A complete response is checked: a client gets JSON where it asked for JSON, else an error that says what came instead. A
+refusal (4xx, 501, 503) keeps its status; a body that is not JSON becomes the message of our error envelope. A response
+longer than the buffer, and other media such as audio, is relayed as it comes. Knows no sockets.
 """
 
 from __future__ import annotations
@@ -9,57 +10,84 @@ from __future__ import annotations
 import html
 import re
 from http import HTTPStatus
-from typing import NamedTuple
 
 import msgspec
 
-from brlite.errors import UpstreamError
+from brlite.errors import RequestError, UpstreamError
 from brlite.http.errors import foreign_error_body
 from brlite.proxy.outcomes import REFUSALS, is_answer
-from brlite.proxy.usage import TAIL_BYTES
-from brlite.proxy.wire.framing import Body, CloseBody, LengthBody, body_of
-from brlite.proxy.wire.heads import AnswerHead
+from brlite.proxy.usage import TAIL_BYTES, Seen, usage_in_tail
+from brlite.proxy.wire.framing import Body, CloseBody, FramingError, LengthBody, body_of
+from brlite.proxy.wire.heads import BODYLESS, AnswerHead
+from brlite.proxy.wire.sse_relay import LAST_CHUNK
 
-BODYLESS = (204, 304)
 PAGES = (b"text/html", b"text/plain")
-MAX_WORDS_BYTES = 4096  # of a page that are looked at for an error's text
-MAX_WORDS = 500  # characters of it that a client gets
+MAX_PAGE_BYTES = 4096  # of a page that are searched for an error's text
+MAX_MESSAGE_CHARACTERS = 500  # of that text
 
 _JSON = msgspec.json.Decoder(msgspec.Raw)
 _MARKUP = re.compile(r"<(?:script|style)\b[^>]*>[^<]*|<!--[^>]*>|<[^<>]*>", re.IGNORECASE)
 
 
 def body_of_answer(head: AnswerHead, length: int | None) -> Body:
-    """How the answer's body is framed. Raises `Misframed`."""
+    """How the response's body is framed. Raises `FramingError`."""
     if head.status in BODYLESS:
         return LengthBody(0)
     return body_of(head.fields, length, without=CloseBody())
 
 
-def is_other_media(head: AnswerHead) -> bool:
-    """Whether it is a good answer of a kind that is not looked at, such as speech: there is no sense in keeping it."""
-    kind = head.content_type
-    return head.status == 200 and not _may_be_json(kind) and kind not in PAGES
-
-
-class WholeResponse(NamedTuple):
-    """What a client gets: header lines that are about the body, where not the upstream's own, and the body."""
+class WholeResponse(msgspec.Struct, frozen=True, gc=False):
+    """What a client gets: the body, and its header lines where they are not the upstream's."""
 
     body: bytes
     lines: bytes | None = None
 
 
+def whole_response(head: AnswerHead, payload: bytes) -> WholeResponse:
+    """A complete response, checked. Raises `UpstreamError` if a client cannot use it."""
+    status, kind = head.status, head.content_type
+    if status in BODYLESS or b"content-encoding" in head.fields:
+        return WholeResponse(payload)
+    if 300 <= status < 400:
+        raise UpstreamError(f"The upstream answered {status}: redirects are not followed.")
+    if head.may_be_json or status >= 400:
+        try:
+            _JSON.decode(payload)
+            payload.isascii() or payload.decode()
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return _in_our_envelope(head, payload)
+    elif kind in PAGES:
+        raise UpstreamError(f"The upstream answered {status} with a page in place of JSON.")
+    return WholeResponse(payload)
+
+
+def _in_our_envelope(head: AnswerHead, payload: bytes) -> WholeResponse:
+    """The text of a refusal that is not JSON, such as a proxy's page for 413 or 503. Raises `UpstreamError`."""
+    status = head.status
+    if status < 400 or not (is_answer(status) or status in REFUSALS):
+        raise UpstreamError(f"The upstream answered {status} with what is not JSON.")
+    lines = b"Content-Type: application/json; charset=utf-8\r\n"
+    if retry_after := head.fields.get(b"retry-after"):
+        lines += b"Retry-After: %b\r\n" % retry_after
+
+    page = _MARKUP.sub(" ", payload[:MAX_PAGE_BYTES].decode("utf-8", "replace"))
+    words = " ".join(html.unescape(page).split())
+    text = "".join(character for character in words if character.isprintable())[:MAX_MESSAGE_CHARACTERS]
+    if not text:
+        known = {each.value for each in HTTPStatus}
+        text = HTTPStatus(status).phrase if status in known else "no reason was given"
+    return WholeResponse(foreign_error_body(status, f"The upstream answered {status}: {text}"), lines)
+
+
 class BufferedResponse:
-    """The body of one answer as far as it has come."""
+    """The body of one response as far as it has arrived."""
 
-    __slots__ = ("_body", "_head", "_parts", "num_bytes", "tail")
+    __slots__ = ("_body", "_parts", "num_bytes")
 
-    def __init__(self, head: AnswerHead, body: Body) -> None:
-        self._head = head
+    def __init__(self, body: Body) -> None:
         self._body = body
         self._parts: list[bytes] = []
         self.num_bytes = 0
-        self.tail = b""  # the last of what `take` gave
 
     @property
     def is_done(self) -> bool:
@@ -70,71 +98,75 @@ class BufferedResponse:
         return bool(self._body.excess)
 
     def feed(self, data: bytes) -> None:
-        """Take the next bytes. Raises `Misframed`."""
+        """Take the next bytes. Raises `FramingError`."""
         payload = self._body.feed(data)
         self._parts.append(payload)
         self.num_bytes += len(payload)
 
     def feed_eof(self) -> None:
-        """The upstream's connection has ended. Raises `Misframed` if the answer has not."""
+        """The upstream's connection has ended. Raises `FramingError` if the response has not."""
         self._body.feed_eof()
 
     def take(self) -> bytes:
-        """What has come since this was asked last."""
+        """The payload since the last call."""
         payload, self._parts = b"".join(self._parts), []
-        self.tail = (self.tail + payload[-TAIL_BYTES:])[-TAIL_BYTES:]
         return payload
 
-    def whole(self) -> WholeResponse:
-        """All of the body, looked at. Raises `UpstreamError` if it is not what a client can use."""
-        payload = self.take()
-        head = self._head
-        if head.status in BODYLESS or b"content-encoding" in head.fields:
-            return WholeResponse(payload)
-        if 300 <= head.status < 400:
-            raise UpstreamError(f"The upstream answered {head.status}: redirects are not followed.")
-        kind = head.content_type
-        if _may_be_json(kind) or head.status >= 400:
-            if not _is_json(payload):
-                return self._in_our_envelope(payload)
-        elif kind in PAGES:
-            raise UpstreamError(f"The upstream answered {head.status} with a page in place of JSON.")
-        return WholeResponse(payload)
 
-    def _in_our_envelope(self, payload: bytes) -> WholeResponse:
-        """The words of a refusal, such as a proxy's page that says 413 or 503. Raises as `whole` does."""
-        status = self._head.status
-        if status < 400 or not (is_answer(status) or status in REFUSALS):
-            raise UpstreamError(f"The upstream answered {status} with what is not JSON.")
-        lines = b"Content-Type: application/json; charset=utf-8\r\n"
-        if retry_after := self._head.fields.get(b"retry-after"):
-            lines += b"Retry-After: %b\r\n" % retry_after
-        text = _words_of(payload) or _phrase_of(status)
-        return WholeResponse(foreign_error_body(status, f"The upstream answered {status}: {text}"), lines)
+class BodyRelay:
+    """Relays a response's body as it comes. The same calls as `SseRelay`; no event can follow in it."""
 
+    __slots__ = ("_buffered", "_is_chunked", "_tail", "error")
 
-def _may_be_json(content_type: bytes) -> bool:
-    return content_type in (b"", b"application/json") or content_type.endswith(b"+json")
+    can_take_event = False
 
+    def __init__(self, buffered: BufferedResponse, *, is_chunked: bool) -> None:
+        self._buffered = buffered
+        self._is_chunked = is_chunked  # how the client gets it
+        self._tail = b""  # the last bytes that were relayed, where a usage may stand
+        self.error: str | None = None
 
-def _is_json(payload: bytes) -> bool:
-    try:
-        _JSON.decode(payload)
-        payload.isascii() or payload.decode()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return True
+    @property
+    def is_done(self) -> bool:
+        return self._buffered.is_done
 
+    @property
+    def has_excess(self) -> bool:
+        return self._buffered.has_excess
 
-def _words_of(payload: bytes) -> str:
-    """The text of a page, without its markup, in one line."""
-    text = _MARKUP.sub(" ", payload[:MAX_WORDS_BYTES].decode("utf-8", "replace"))
-    words = " ".join(html.unescape(text).split())
-    return "".join(character for character in words if character.isprintable())[:MAX_WORDS]
+    @property
+    def seen(self) -> Seen:
+        return Seen(usage_in_tail(self._tail), num_text_bytes=self._buffered.num_bytes)
 
+    def feed(self, data: bytes) -> bytes:
+        """What the client gets of the next bytes."""
+        try:
+            self._buffered.feed(data)
+        except FramingError as error:
+            self.error = str(error)
+            return b""
+        return self._taken()
 
-def _phrase_of(status: int) -> str:
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "no reason was given"
+    def feed_eof(self) -> bytes:
+        """What the client gets when the upstream's connection has ended."""
+        try:
+            self._buffered.feed_eof()
+        except FramingError as error:
+            self.error = str(error)
+            return b""
+        return self._taken()
+
+    def end_if_whole(self) -> bytes | None:
+        """Only its framing says where it ends."""
+        return None
+
+    def error_event(self, error: RequestError) -> bytes:
+        raise TypeError("a body that is no event stream takes no event")
+
+    def _taken(self) -> bytes:
+        part = self._buffered.take()
+        self._tail = (self._tail + part[-TAIL_BYTES:])[-TAIL_BYTES:]
+        if not self._is_chunked:
+            return part
+        framed = b"%x\r\n%b\r\n" % (len(part), part) if part else b""
+        return framed + LAST_CHUNK if self._buffered.is_done else framed

@@ -1,4 +1,4 @@
-"""What an answer is given to: the client's side of an exchange. `fast_path.py` and `middleware.py` have one each."""
+"""The client's side of an exchange, which gets the response. `fast_path.py` and `middleware.py` have one each."""
 
 from __future__ import annotations
 
@@ -13,31 +13,36 @@ _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time
 
 
 class Downstream(Protocol):
-    """One client that waits for one answer. Chunked bodies come framed, but only where `takes_chunks`."""
+    """One client that waits for one response. A body in chunks is passed with its framing where `takes_chunks`.
+
+    `request_id` is the id that the client is told, `peer` its IP address, if it has one.
+    """
 
     takes_chunks: bool
+    request_id: str
+    peer: str | None
 
     def begin(self, status: int, lines: bytes, length: int | None) -> None:
-        """Send the head of an answer whose body has `length` bytes; None is as chunks, or until the connection ends."""
+        """Send the head of a response with a body of `length` bytes; None: in chunks, or until the connection ends."""
 
     def write(self, data: bytes) -> None:
         """Send a part of the body."""
 
     def answer(self, status: int, lines: bytes, body: bytes) -> None:
-        """Send a whole answer."""
+        """Send a complete response."""
 
     def refuse(self, error: RequestError) -> None:
-        """Send an error as the whole answer."""
+        """Send an error as the complete response."""
 
     def cut(self) -> None:
-        """End the connection: what was begun cannot be brought to its end."""
+        """End the connection: the response that has begun cannot be completed."""
 
     def ended(self) -> None:
-        """Nothing more comes: all has been sent, refused or cut."""
+        """The exchange has ended: everything has been sent, refused or cut."""
 
 
 def reset(transport: asyncio.Transport) -> None:
-    """Cut a connection so that its client can tell that from an answer's end, even if it was told no length."""
+    """Reset a connection, so that its client can tell a cut response from a complete one without a length."""
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)

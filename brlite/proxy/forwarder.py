@@ -1,7 +1,4 @@
-"""What all exchanges share: the table of upstreams, the clock over their deadlines, and the count of what they did.
-
-It begins exchanges and hears of their end; how one goes is its own affair.
-"""
+"""What all exchanges share: the route table, the clock over their deadlines, and the counts of what they did."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ import logging
 import secrets
 import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping
 
 from brlite.config.options import Config, ProxyConfig
 from brlite.errors import LoopDetected, RequestError, stopping
@@ -19,7 +15,7 @@ from brlite.proxy.downstream import Downstream
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarded import forwarded_lines
 from brlite.proxy.prompt_start import prompt_start
-from brlite.proxy.request_model import RequestModel
+from brlite.proxy.request_model import Inbound
 from brlite.proxy.routing.client import reason_of
 from brlite.proxy.routing.health import HealthChecks
 from brlite.proxy.routing.route_table import Route, RouteTable
@@ -34,10 +30,10 @@ MISSING_SECONDS = 60.0  # for so long a 404 for a model is believed: then one re
 
 
 class Forwarder:
-    """Passes requests on. `async with` it while requests may come; then no connection of its own is left open.
+    """Forwards requests. `async with` it while requests may come; afterwards none of its connections is open.
 
     While inside, its upstreams are checked. `answers` counts finished requests by model and status, `num_first_bytes`
-    those that got a byte from an upstream; `seconds` and `first_byte_seconds` add up what they took.
+    those that got a byte from an upstream; `seconds` and `first_byte_seconds` are the sums of their durations.
     """
 
     loop: asyncio.AbstractEventLoop
@@ -54,7 +50,7 @@ class Forwarder:
         self._health = HealthChecks()
         self._via_name = f"brlite-{secrets.token_hex(4)}".encode()
         self.via = b"1.1 " + self._via_name
-        self.request_headers = _request_headers(config.proxy)
+        self.request_headers = (*config.proxy.request_headers, config.proxy.sticky_header)
         self._active: set[Exchange] = set()
         self._tick: asyncio.TimerHandle | None = None
 
@@ -71,11 +67,11 @@ class Forwarder:
 
     @property
     def num_active(self) -> int:
-        """How many requests are on their way."""
+        """How many requests are under way."""
         return len(self._active)
 
     def replace(self, config: Config, table: RouteTable) -> None:
-        """Forward by another config from now on; what is under way stays on its way, and so do kept connections.
+        """Forward by another config from now on. Requests under way and kept connections of kept upstreams go on.
 
         `table` was made from the config and from the present table. It is given because making one reads files.
         """
@@ -84,40 +80,40 @@ class Forwarder:
             if upstream.name in gone:
                 upstream.continue_counts(gone[upstream.name])
         self.config, self.table = config.proxy, table
-        self.request_headers = _request_headers(config.proxy)
+        self.request_headers = (*config.proxy.request_headers, config.proxy.sticky_header)
         self._health.watch(table.upstreams, config.proxy)
         for upstream in gone.values():
             upstream.pool.drain()
 
-    def check_hops(self, via: bytes | None) -> None:
-        """Raise `LoopDetected` for a request that was here before, or has come too far, by its `Via` header."""
-        if via is None:
-            return
+    def _check_hops(self, via: bytes) -> None:
+        """Raise `LoopDetected` for a request that was here before, or had too many hops, by its `Via` header."""
         if self._via_name in via:
             raise LoopDetected("The request came back to a server that had forwarded it: look at who serves the model.")
         if via.count(b",") + 1 >= MAX_HOPS:
             raise LoopDetected(f"The request was forwarded {MAX_HOPS} times: look at who serves the model.")
 
-    def affinity(self, body: bytes, seen: RequestModel, fields: Mapping[bytes, bytes]) -> bytes | None:
-        """What chooses the upstream of a request, if the config says that something does."""
-        if self.config.choice == "prefix":
-            return prompt_start(body, self.config.prefix_bytes) or None
-        if self.config.choice == "sticky":
-            session = fields.get(self.config.sticky_header.lower().encode())
-            return session or (seen.user.encode() if seen.user else None)
-        return None
+    def forward(self, inbound: Inbound, route: Route, downstream: Downstream) -> Exchange:
+        """Begin an exchange, which the caller starts.
 
-    def client_lines(self, peer: str | None, fields: Mapping[bytes, bytes]) -> bytes:
-        """The header lines that tell an upstream who the client is, if the config says that something does."""
-        mode = self.config.forwarded
-        return b"" if mode == "off" else forwarded_lines(mode, peer, fields)
-
-    def forward(self, request: ForwardedRequest, target: Route, downstream: Downstream) -> Exchange:
-        """Begin to pass a request on. Raises `RateLimited`, or `NotReady` while the server stops."""
+        Raises `LoopDetected`, `RateLimited`, or `NotReady` while the server stops.
+        """
+        head, config = inbound.head, self.config
+        if head.via is not None:
+            self._check_hops(head.via)
+        lines = head.lines_for_upstreams(downstream.request_id, self.via, self.request_headers)
+        if config.forwarded != "off":
+            lines += forwarded_lines(config.forwarded, downstream.peer, head.fields)
+        affinity = None
+        if config.choice == "prefix":
+            affinity = prompt_start(inbound.body, config.prefix_bytes) or None
+        elif config.choice == "sticky":
+            session = head.fields.get(config.sticky_header.lower().encode())
+            affinity = session or (inbound.user.encode() if inbound.user else None)
         if self.is_draining:
             raise stopping()
-        request.key.begin(time.monotonic())
-        exchange = Exchange(self, request, target, downstream)
+        if inbound.key.has_rules:
+            inbound.key.begin(time.monotonic())
+        exchange = Exchange(self, ForwardedRequest(inbound, lines, affinity), route, downstream)
         self._active.add(exchange)
         if self._tick is None:
             self._set_tick()
@@ -126,42 +122,44 @@ class Forwarder:
     def over(self, exchange: Exchange) -> None:
         """The exchange has ended."""
         self._active.discard(exchange)
-        now, model = self.loop.time(), exchange.target.model
+        model, attempt, started_at = exchange.route.model, exchange.attempt, exchange.started_at
         self.answers[model, exchange.status] += 1
-        self.seconds[model] += now - exchange.started_at
-        if exchange.first_byte_at is not None:
+        self.seconds[model] += self.loop.time() - started_at
+        if attempt is not None and attempt.first_byte_at is not None:
             self.num_first_bytes[model] += 1
-            self.first_byte_seconds[model] += exchange.first_byte_at - exchange.started_at
-        key = exchange.request.key
-        key.end()
+            self.first_byte_seconds[model] += attempt.first_byte_at - started_at
+        key = exchange.request.inbound.key
+        if key.has_rules:
+            key.end()
         if key.name:
             usage, at = self._usage(exchange), time.monotonic()
             key.spend(at, usage.prompt_tokens, usage.completion_tokens, num_reserved=exchange.num_reserved)
 
     def reserve(self, exchange: Exchange) -> None:
-        """Charge the key for the prompt, by an estimate, as the request is sent. It is corrected in the end."""
-        request = exchange.request
-        if request.key.name:
-            exchange.num_reserved = estimate_prompt(request.path, request.body)
-            request.key.reserve(time.monotonic(), exchange.num_reserved)
+        """Charge the key for the prompt, by an estimate, as the request is sent. It is corrected at the end."""
+        inbound = exchange.request.inbound
+        exchange.num_reserved = estimate_prompt(inbound.head.target, inbound.body)
+        inbound.key.reserve(time.monotonic(), exchange.num_reserved)
 
     def _usage(self, exchange: Exchange) -> ForwardedUsage:
-        """The tokens that a request took, as its answer says, or an estimate. None if no good answer had begun.
+        """The tokens that a request took, as its response says, or an estimate. None if no good response had begun.
 
         A client that leaves pays for its prompt, whether an answer had begun or not.
         """
-        has_answer = exchange.has_begun and exchange.answer_status < 400
-        if not exchange.was_sent or not (has_answer or exchange.status == CLIENT_LEFT):
+        attempt, inbound = exchange.attempt, exchange.request.inbound
+        if attempt is None or not attempt.was_sent:
             return ForwardedUsage()
-        request, seen = exchange.request, exchange.seen
+        has_answer = attempt.has_begun and attempt.status < 400
+        if not (has_answer or exchange.status == CLIENT_LEFT):
+            return ForwardedUsage()
+        seen = attempt.seen
         told = told_usage(seen.parts)
         if told is not None:
-            if is_possible(told, len(request.body), seen.num_text_bytes):
+            if is_possible(told, len(inbound.body), seen.num_text_bytes):
                 return told
-            assert exchange.upstream is not None
             text = "upstream %s: a request of %d bytes cannot have used the %d and %d tokens that it says: not believed"
-            logger.warning(text, exchange.upstream.name, len(request.body), *told)
-        return ForwardedUsage(exchange.num_reserved, estimate_completion(request.path, seen))
+            logger.warning(text, attempt.upstream.name, len(inbound.body), *told)
+        return ForwardedUsage(exchange.num_reserved, estimate_completion(inbound.head.target, seen))
 
     def report_failure(self, upstream: Upstream, error: RequestError) -> None:
         """Log that an upstream failed a request, and why."""
@@ -176,7 +174,7 @@ class Forwarder:
         upstream.missing[model] = max(upstream.missing.get(model, 0.0), self.loop.time() + MISSING_SECONDS)
 
     def stop(self) -> None:
-        """End what is still on its way, each with an error."""
+        """End what is still under way, each with an error."""
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
@@ -201,8 +199,3 @@ class Forwarder:
                 exchange.upstream_is_lost(now)
         if self._active and self._tick is None:
             self._set_tick()
-
-
-def _request_headers(config: ProxyConfig) -> tuple[str, ...]:
-    """The names of clients' headers that upstreams see beside those that always go on."""
-    return (*config.request_headers, config.sticky_header)

@@ -19,9 +19,9 @@ from brlite.http.body import keep_body, read_body
 from brlite.http.keys import api_key
 from brlite.http.request_id import shown_request_id
 from brlite.proxy.downstream import reset
-from brlite.proxy.exchange import Exchange, ForwardedRequest
+from brlite.proxy.exchange import Exchange
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.request_model import peek
+from brlite.proxy.request_model import read_inbound
 from brlite.proxy.wire.heads import RequestHead, is_forwardable, usual_spelling, without_limits
 
 # As it was sent, still encoded, behind the path of the application that this one is mounted in.
@@ -40,39 +40,33 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         if not is_forwardable(wire_path):
             return await handler(request)
         body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
-        seen = peek(body)
-        target = forwarder.table.find(seen.model)
-        if target is None:
+        inbound = read_inbound(_head_of(request, wire_path), body, api_key(request))
+        route = forwarder.table.find(inbound.model)
+        if route is None:
             if is_only_proxy:
-                raise ModelNotFound(_unknown(seen.model, forwarder), param="model", code="model_not_found")
+                raise ModelNotFound(_unknown(inbound.model, forwarder), param="model", code="model_not_found")
             keep_body(request, body)
             return await handler(request)
-        key = api_key(request)
-        key.check_model(target.model)
-        head = _head_of(request)
-        forwarder.check_hops(head.via)
-        lines = head.lines_for_upstreams(shown_request_id(request), forwarder.via, forwarder.request_headers)
-        lines += forwarder.client_lines(request.remote, head.fields)
-        affinity = forwarder.affinity(body, seen, head.fields)
+        inbound.key.check_model(route.model)
         downstream = ResponseDownstream(request)
-        exchange = forwarder.forward(
-            ForwardedRequest(wire_path, lines, body, seen.model, key, affinity), target, downstream
-        )
+        exchange = forwarder.forward(inbound, route, downstream)
         try:
             return await downstream.respond(exchange)
         finally:
-            exchange.client_left()  # which it has, if the answer is not at its end
+            exchange.client_left()  # which it has, if the response is not complete
             log_extras(request).update(exchange.log_fields())
 
     return forward
 
 
 class ResponseDownstream:
-    """The front of an exchange whose client is aiohttp's: what it is given waits until `respond` has sent it."""
+    """The downstream of an exchange whose client is aiohttp's: buffers what it is given until `respond` has sent it."""
 
     takes_chunks = False  # aiohttp frames the body
 
     def __init__(self, request: web.Request) -> None:
+        self.request_id = shown_request_id(request)
+        self.peer = request.remote
         self._request = request
         self._response: web.StreamResponse | None = None
         self._parts: list[bytes] = []
@@ -172,15 +166,15 @@ def _unknown(name: str | None, forwarder: Forwarder) -> str:
     return f"The model `{name[:200]}` does not exist. Served here: {known}"
 
 
-def _head_of(request: web.Request) -> RequestHead:
-    """The request's head as a fast path would have read it."""
+def _head_of(request: web.Request, wire_path: bytes) -> RequestHead:
+    """The request's head as a fast path would have read it, with the path that upstreams are asked for."""
     fields: dict[bytes, bytes] = {}
     for name, value in request.raw_headers:
         key = name.lower()
         fields[key] = fields[key] + b", " + value if key in fields else value
     lines = b"".join(b"%b: %b\r\n" % header for header in request.raw_headers)
     is_http_1_0 = request.version < HttpVersion11
-    return RequestHead(request.method.encode(), request.raw_path.encode(), fields, lines, is_http_1_0=is_http_1_0)
+    return RequestHead(request.method.encode(), wire_path, fields, lines, is_http_1_0=is_http_1_0)
 
 
 def _headers(lines: bytes) -> list[tuple[str, str]]:

@@ -70,6 +70,7 @@ TABLE: dict[Ending, OutcomeRule] = {
     Ending.CLIENT_LEFT: OutcomeRule("unknown", Owner.CLIENT),
 }
 
+ANSWERED = Ending.ANSWERED  # by itself: looking a member up in its class takes 0.1 µs before Python 3.12
 ABOUT_THE_REQUEST = (501, 508)  # not built at this path; came round in a circle
 REFUSALS = {429: Ending.BUSY, 503: Ending.UNAVAILABLE}
 
@@ -79,7 +80,7 @@ _OWN_RESOLVER_ERRORS = (socket.EAI_MEMORY, socket.EAI_SYSTEM)
 
 def ending_of(status: int) -> Ending:
     """What an answer of this status is that goes on to the client."""
-    return Ending.ANSWERED if is_answer(status) else Ending.SERVER_ERROR
+    return ANSWERED if status < 500 or status in ABOUT_THE_REQUEST else Ending.SERVER_ERROR
 
 
 def is_answer(status: int) -> bool:

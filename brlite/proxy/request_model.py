@@ -1,7 +1,7 @@
-"""What the proxy reads of a request's body, and the one thing that it may change there: the model's name.
+"""A request that may be forwarded, and the fields that the proxy reads of its JSON body: `model` and `user`.
 
-The whole body must be JSON, but of its fields only these are looked at: what else they may hold is the upstream's
-affair. It knows no models, no upstreams and no endpoint.
+The whole body must be JSON; the upstream checks its other fields. The proxy changes nothing in it but the model's name.
+It knows no routes, no upstreams and no endpoint.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import msgspec
 from brlite.dialects.json_body import decode_json
 from brlite.errors import InvalidRequest
 from brlite.files.text_file import BYTE_ORDER_MARK
+from brlite.http.api_key import ApiKey
+from brlite.proxy.wire.heads import RequestHead
 
 T = TypeVar("T")
 
@@ -30,26 +32,45 @@ _WHOLE_JSON = json.JSONDecoder(parse_int=str, parse_float=str)  # numbers of any
 
 
 class RequestModel(msgspec.Struct, frozen=True, gc=False):
-    """`None` is a field that is absent, null, or (not `model`) of a type that we do not know."""
+    """What the body says of the model. `None`: absent, null, or (only `user`) of another type than ours."""
 
     model: str | None = None
-    stream: bool | None = None
     user: str | None = None
+
+
+class Inbound(msgspec.Struct, frozen=True):
+    """A request as it came in, and the key that let it in. `model` is the name that was asked for."""
+
+    head: RequestHead
+    body: bytes
+    key: ApiKey
+    model: str | None
+    user: str | None
+
+
+def read_inbound(head: RequestHead, body: bytes, key: ApiKey) -> Inbound:
+    """Raises `InvalidRequest` as `peek` does."""
+    fields = peek(body)
+    return Inbound(head, body, key, fields.model, fields.user)
 
 
 def peek(body: bytes) -> RequestModel:
     """Read the fields, or raise `InvalidRequest` for what is no JSON object or names no model clearly.
 
-    A `model` that stands twice is refused, and so is one in other letters (`Model`), which some servers take for it:
-    the model that keys and routes were checked for must be the one that the upstream answers with.
+    A repeated `model` is refused, and so is one in other letters (`Model`), which some servers accept for it: the model
+    that keys and routes were checked for must be the one that the upstream answers with.
     """
-    model = _Model()
     try:
         body.isascii() or body.decode()  # msgspec does not look into what no field takes
+        if body.count(b'"model"') == 1 and b"\\u" not in body:
+            # Only an escaped letter could spell a second key `model`. The check saves two calls of the hook, 1 µs.
+            plain = _PLAIN.decode(body)
+            return RequestModel(plain.model, plain.user)
+        model = _Model()
         fields = msgspec.json.decode(body, type=_FIELDS, dec_hook=model.take)
     except _REFUSALS:
         return _peek_oddly(body)
-    return RequestModel(model.name, fields.stream, fields.user)
+    return RequestModel(model.name, fields.user)
 
 
 def replace_model(body: bytes, new: str) -> bytes:
@@ -91,35 +112,34 @@ class _OtherSpelling:
     """The type of `Model`, `MODEL` and so on, which no value has."""
 
 
-class _Fields(msgspec.Struct, gc=False):
+class _Fields(msgspec.Struct, frozen=True, gc=False):
     model: _Model | msgspec.UnsetType = msgspec.UNSET
-    stream: bool | None = None
     user: str | None = None
 
 
-class _OddFields(msgspec.Struct, gc=False):
+class _OddFields(msgspec.Struct, frozen=True, gc=False):
     """The same for any values: msgspec would refuse a number that is too large even where anything may stand."""
 
     model: _Model | msgspec.UnsetType = msgspec.UNSET
-    stream: msgspec.Raw = _NULL
     user: msgspec.Raw = _NULL
 
 
 def _with_other_spellings(fields: type[T]) -> type[T]:
     spellings = {"".join(letters) for letters in product(*zip("model", "MODEL", strict=True))} - {"model"}
     members = [(spelling, _OtherSpelling, None) for spelling in sorted(spellings)]
-    return cast(type[T], msgspec.defstruct(fields.__name__, members, bases=(fields,), gc=False))
+    return cast(type[T], msgspec.defstruct(fields.__name__, members, bases=(fields,), frozen=True, gc=False))
 
 
+_PLAIN = msgspec.json.Decoder(_with_other_spellings(RequestModel))
 _FIELDS = _with_other_spellings(_Fields)
 _ODD_FIELDS = _with_other_spellings(_OddFields)
 
 
 def _peek_oddly(body: bytes) -> RequestModel:
-    """Find out what is wrong with the body; nothing is, if only `stream` or `user` are of other types than ours."""
+    """Find out what is wrong with the body; nothing is, if only `user` is of another type than ours."""
     model = _Model()
     fields = decode_json(body, msgspec.json.Decoder(_ODD_FIELDS, dec_hook=model.take))
-    return RequestModel(model.name, _read(fields.stream, bool), _read(fields.user, str))
+    return RequestModel(model.name, _read(fields.user, str))
 
 
 def _read(value: msgspec.Raw, kind: type[T]) -> T | None:

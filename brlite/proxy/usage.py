@@ -74,7 +74,7 @@ class _ResponseUsage(msgspec.Struct):
 _ANSWER = msgspec.json.Decoder(_ResponseUsage)
 
 
-class Seen(NamedTuple):
+class Seen(msgspec.Struct, frozen=True, gc=False):
     """What was seen of an answer: JSON texts that may tell its usage, its events, and the bytes of their text."""
 
     parts: tuple[bytes, ...] = ()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
 from typing import cast
 
 from aiohttp import HttpVersion10
@@ -20,10 +19,10 @@ from brlite.http.connection import Connection
 from brlite.http.keys import ApiKeys
 from brlite.http.origin_policy import OriginPolicy
 from brlite.proxy.downstream import Downstream
-from brlite.proxy.exchange import Exchange, ForwardedRequest
+from brlite.proxy.exchange import Exchange
 from brlite.proxy.fast_path import FastPaths
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.request_model import RequestModel
+from brlite.proxy.request_model import Inbound
 from brlite.proxy.routing.route_table import Route
 from brlite.proxy.wire.framing import FramingError, LengthBody, body_of
 from brlite.proxy.wire.heads import END_OF_HEAD, Heads, num_whole_lines_bytes, read_request
@@ -172,9 +171,6 @@ class FakeWire:
 class FakeForwarder:
     """Takes requests for the model `m` and answers each before it is told that it may begin."""
 
-    via = b"1.1 fake"
-    request_headers = ()
-
     def __init__(self, wire: FakeWire) -> None:
         self._wire = wire
         self.table = self
@@ -184,26 +180,18 @@ class FakeForwarder:
     def find(self, model: str | None) -> FakeForwarder | None:
         return self if model == "m" else None
 
-    def check_hops(self, via: bytes | None) -> None: ...
-
-    def client_lines(self, peer: str | None, fields: Mapping[bytes, bytes]) -> bytes:
-        return b""
-
-    def affinity(self, body: bytes, seen: RequestModel, fields: Mapping[bytes, bytes]) -> None:
-        return None
-
-    def forward(self, request: ForwardedRequest, target: Route, front: Downstream) -> Exchange:
-        self._wire.log.append(("forwarded", request.path, request.body))
-        return cast(Exchange, _Answered(front))
+    def forward(self, inbound: Inbound, route: Route, downstream: Downstream) -> Exchange:
+        self._wire.log.append(("forwarded", inbound.head.target, inbound.body))
+        return cast(Exchange, _Answered(downstream))
 
 
 class _Answered:
-    def __init__(self, front: Downstream) -> None:
-        self._front = front
+    def __init__(self, downstream: Downstream) -> None:
+        self._downstream = downstream
 
     def start(self) -> None:
-        self._front.answer(200, b"", b"{}")
-        self._front.ended()
+        self._downstream.answer(200, b"", b"{}")
+        self._downstream.ended()
 
 
 BODY = b'{"model":"m"}'

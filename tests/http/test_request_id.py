@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from brlite.http.request_id import IDS_AT_ONCE, RequestIds, client_request_id
+from brlite.http.request_id import IDS_AT_ONCE, client_request_id, request_ids
 
 
 def test_no_id_is_given_twice_however_many_are_asked_for() -> None:
-    ids = RequestIds()
+    ids = request_ids()
 
-    given = [ids.new() for _ in range(3 * IDS_AT_ONCE + 1)]
+    given = [next(ids) for _ in range(3 * IDS_AT_ONCE + 1)]
 
     assert len(set(given)) == len(given)
     assert all(re.fullmatch("[0-9a-f]{32}", each) for each in given)

@@ -24,6 +24,9 @@ class Breaker:
     If that probe succeeds the breaker closes and forgets; if it fails it opens for twice as long as before, up to
     `max_seconds`. Exactly one of `succeeded`, `failed` and `abandoned` must follow each `begin`, with its ticket.
 
+    `is_untroubled` while it is closed and the last request did not fail: then `begin` gives `ticket`, and `answers`,
+    `succeeded` and `abandoned` change nothing, so that a caller may leave these calls out.
+
     Requests that began before it last opened change nothing while it is open: a server that is going away still ends
     its streams well. Of those that were sent since, for want of a better upstream, one success closes it at once.
     """
@@ -38,6 +41,8 @@ class Breaker:
         "_num_failures",
         "_seconds",
         "_until",
+        "is_untroubled",
+        "ticket",
     )
 
     def __init__(self, failures: int, seconds: float, max_seconds: float = 120.0) -> None:
@@ -50,6 +55,8 @@ class Breaker:
         self._is_open = False
         self._is_probing = False
         self._num_failures = 0  # in a row, while closed
+        self.is_untroubled = True
+        self.ticket = Ticket(0, is_probe=False)
 
     def allows(self, now: float) -> bool:
         """Whether a request may be given to it."""
@@ -62,26 +69,30 @@ class Breaker:
 
     def begin(self, now: float) -> Ticket:
         """A request is given to it, allowed or not. When half-open, the first one is the probe."""
-        is_probe = self._is_open and self.allows(now)
-        self._is_probing = self._is_probing or is_probe
-        return Ticket(self._epoch, is_probe)
+        if not (self._is_open and self.allows(now)):
+            return self.ticket
+        self._is_probing = True
+        return Ticket(self._epoch, is_probe=True)
 
     def succeeded(self, ticket: Ticket) -> None:
         self.answers(ticket)
         if not self._is_open:
             self._num_failures = 0
+            self.is_untroubled = True
 
     def answers(self, ticket: Ticket) -> None:
         """A request is being answered well, which is enough to close it: the answer may take as long as it likes."""
         if self._is_open and ticket.epoch == self._epoch:
             self._is_open = self._is_probing = False
             self._num_failures = 0
+            self.is_untroubled = True
             self._seconds = self._first_seconds
 
     def failed(self, ticket: Ticket, now: float) -> None:
         if ticket.epoch != self._epoch:
             return
         if not self._is_open:
+            self.is_untroubled = False
             self._num_failures += 1
             if self._num_failures >= self._max_failures:
                 self._open(now)
@@ -96,6 +107,7 @@ class Breaker:
 
     def _open(self, now: float) -> None:
         self._epoch += 1
+        self.ticket = Ticket(self._epoch, is_probe=False)
         self._is_open = True
         self._is_probing = False
         self._until = now + self._seconds

@@ -7,7 +7,6 @@ requests. Whoever waits watches the time and leaves when it has waited long enou
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
@@ -55,7 +54,7 @@ class ConcurrencyLimit:
     def __init__(self, max_in_flight: int, max_queued: int) -> None:
         self._max_in_flight = max_in_flight
         self._queue: FairQueue[Hashable, Waiting] = FairQueue(max_queued)
-        self._num_running: Counter[Hashable] = Counter()  # by key, of those that run any
+        self._num_running: dict[Hashable, int] = {}  # by key, of those that run any
         self.num_in_flight = 0
         self._num_to_hand_on = 0
         self._is_handing_on = False
@@ -74,7 +73,7 @@ class ConcurrencyLimit:
         if self.num_in_flight >= self._max_in_flight:
             return False
         self.num_in_flight += 1
-        self._num_running[key] += 1
+        self._num_running[key] = self._num_running.get(key, 0) + 1
         return True
 
     def wait(self, key: Hashable, waiter: Waiter) -> Waiting:
@@ -98,9 +97,12 @@ class ConcurrencyLimit:
 
     def give_back(self, key: Hashable) -> None:
         """Hand the place of one of this key's requests on to one that waits, or free it."""
-        self._num_running[key] -= 1
-        if not self._num_running[key]:
-            del self._num_running[key]
+        num_running = self._num_running.pop(key) - 1
+        if num_running:
+            self._num_running[key] = num_running
+        if self.num_in_flight < self._max_in_flight:
+            self.num_in_flight -= 1  # no request waits while a place is free
+            return
         self._num_to_hand_on += 1
         if self._is_handing_on:
             return
@@ -118,8 +120,8 @@ class ConcurrencyLimit:
             self.num_in_flight -= 1
             return
         # `min` takes the first of several, and keys come in the order of their turns.
-        key = min(self._queue.keys, key=self._num_running.__getitem__)
+        key = min(self._queue.keys, key=lambda key: self._num_running.get(key, 0))
         waiting = self._queue.pop(key)
-        self._num_running[key] += 1
+        self._num_running[key] = self._num_running.get(key, 0) + 1
         waiting.has_turn = True
         waiting.waiter.on_turn()

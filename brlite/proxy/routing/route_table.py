@@ -19,19 +19,20 @@ from brlite.proxy.routing.upstream import Upstream
 class Route:
     """One model: the upstreams that serve it, the places it has, and the models that may stand in for it."""
 
-    __slots__ = ("chooser", "model", "places", "stand_ins", "upstreams")
+    __slots__ = ("_balancer", "_only", "model", "places", "stand_ins", "upstreams")
 
     def __init__(
         self, model: str, upstreams: Iterable[Upstream], proxy: ProxyConfig, places: ConcurrencyLimit | None = None
     ) -> None:
         self.model = model
         self.upstreams = tuple(upstreams)
-        self.chooser = Balancer(proxy.choice, self.upstreams)
+        self._balancer = Balancer(proxy.choice, self.upstreams)
+        self._only = self.upstreams[0] if len(self.upstreams) == 1 else None
         self.places = places or ConcurrencyLimit(proxy.max_in_flight, proxy.max_queued)
         self.stand_ins: tuple[Route, ...] = ()
 
     def __repr__(self) -> str:
-        return f"Target({self.model})"
+        return f"Route({self.model})"
 
     def name_at(self, upstream: Upstream) -> str:
         """What the upstream calls the model."""
@@ -49,7 +50,9 @@ class Route:
 
     def choose(self, now: float, affinity: bytes | None, tried: Collection[Upstream]) -> Upstream | None:
         """One that was not tried yet, and has not said that it lacks the model. None if there is none."""
-        return self.chooser.choose(now, affinity, self._excluded(now, tried))
+        if self._only is not None:
+            return None if self._only in tried else self._only
+        return self._balancer.choose(now, affinity, self._excluded(now, tried))
 
     def _excluded(self, now: float, tried: Collection[Upstream]) -> Collection[Upstream]:
         """Those tried, and those that lack the model. If all do they are asked all the same: lists may be wrong."""
@@ -93,9 +96,9 @@ class RouteTable:
 
     def find(self, name: str | None) -> Route | None:
         """The model that the name leads to. No name is enough where there is only one, and none is served here."""
-        if name is None and self._is_only_one:
-            return next(iter(self.targets.values()))
-        return self._by_name.get(name or "")
+        if name is None:
+            return next(iter(self.targets.values())) if self._is_only_one else None
+        return self._by_name.get(name)
 
     def names(self) -> list[str]:
         """Every name that a request may use."""

@@ -13,11 +13,11 @@ from brlite.config.address import parse_address
 from brlite.config.options import ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError
 from brlite.process.children import read_secret
-from brlite.proxy.outcomes import TABLE, Ending, Outcome, Owner
+from brlite.proxy.outcomes import ANSWERED, TABLE, Ending, Outcome, Owner
 from brlite.proxy.routing.breaker import Breaker, Ticket
 from brlite.proxy.routing.listing import ListedModel
 from brlite.proxy.wire.connections import ConnectionPool
-from brlite.proxy.wire.heads import Heads, read_answer
+from brlite.proxy.wire.heads import FORWARDED_PATHS, Heads, read_answer
 
 # What may stand in a header: a line end would begin another one.
 _KEY = re.compile(r"[!-~]+")
@@ -38,6 +38,7 @@ class Upstream:
         "failed_at",
         "heads",
         "is_healthy",
+        "known_head_lines",
         "listed",
         "lost_since",
         "missing",
@@ -61,6 +62,7 @@ class Upstream:
         self.weight = config.weight
         self._address = address
         self.own_headers = _own_headers(address.host_header, config.api_key_header, _key(config, environ))
+        self.known_head_lines = {path: self.head_lines(path) for path in FORWARDED_PATHS}  # without a query
         self.breaker = Breaker(proxy.eject_failures, proxy.eject_seconds)
         self.pool = ConnectionPool(
             address,
@@ -101,9 +103,10 @@ class Upstream:
         """Whether it is worth asking: its checks pass, it is not ejected, and it has not asked for a pause."""
         return self.is_healthy and self.refuses_until <= now and self.breaker.allows(now)
 
-    def target(self, path: bytes) -> bytes:
-        """The request target for what a client calls `path`."""
-        return self._address.path(path.decode("latin-1")).encode("latin-1")
+    def head_lines(self, path: bytes) -> bytes:
+        """The request line, and the upstream's own header lines, for a POST to what a client calls `path`."""
+        target = self._address.path(path.decode("latin-1")).encode("latin-1")
+        return b"POST %b HTTP/1.1\r\n%b" % (target, self.own_headers)
 
     def lacks(self, model: str, now: float) -> bool:
         """Whether it has said that it does not have the model, by its own name for it."""
@@ -112,12 +115,16 @@ class Upstream:
     def begin(self, now: float) -> Ticket:
         """A request is given to it. The ticket belongs to `end`, which must follow."""
         self.num_in_flight += 1
-        return self.breaker.begin(now)
+        breaker = self.breaker
+        return breaker.ticket if breaker.is_untroubled else breaker.begin(now)
 
     def end(self, ticket: Ticket, ending: Ending, now: float) -> None:
         """The request is done with."""
-        row = TABLE[ending]
         self.num_in_flight -= 1
+        if ending is ANSWERED and self.breaker.is_untroubled:
+            self.outcomes["answered"] += 1
+            return
+        row = TABLE[ending]
         self.outcomes[row.outcome] += 1
         if row.owner is None:
             self.breaker.succeeded(ticket)

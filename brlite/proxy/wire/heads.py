@@ -27,6 +27,7 @@ MAX_REMEMBERED = 256
 MAX_REMEMBERED_BYTES = 2048  # of one head
 
 END_OF_HEAD = b"\r\n\r\n"
+BODYLESS = (204, 304)  # statuses of responses without a body
 # Where a POST asks a model for work. Whatever else a server has, to load an adapter or to sleep, is its operator's.
 FORWARDED_PATHS = frozenset(
     b"/v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens /v1/embeddings "
@@ -112,17 +113,21 @@ _REASONS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode(
 
 
 class RequestHead:
-    """A request's head but for its length. `fields` has lower-case names; what may stand twice is joined by commas.
+    """A request's head without its Content-Length. `fields` has lower-case names; repeated fields are joined by commas.
 
     `is_for_json` says whether it may have a JSON body for a model, `asked_by` is what an `OriginPolicy` looks at.
     """
 
     __slots__ = (
         "_lines",
+        "_more",
+        "_selected",
         "asked_by",
         "fields",
+        "is_chunked",
         "is_for_json",
         "is_http_1_0",
+        "is_upgrade",
         "keeps_alive",
         "method",
         "shown_key",
@@ -138,37 +143,66 @@ class RequestHead:
         self.fields = fields
         self.is_http_1_0 = is_http_1_0
         self.keeps_alive = _keeps_alive(fields, is_http_1_0=is_http_1_0)
-        self._lines = _ListedLines(_NEVER_TO_UPSTREAMS.sub(b"", _without_named(lines, fields)), REQUEST_HEADERS)
+        self._lines = _NEVER_TO_UPSTREAMS.sub(b"", _without_named(lines, fields))
+        self._more: tuple[str, ...] | None = None
+        self._selected = b""
+        self.is_chunked = b"transfer-encoding" in fields
+        self.is_upgrade = b"upgrade" in fields
         self.via = fields.get(b"via")
         self.shown_key = shown_key(text(fields.get(b"authorization")), text(fields.get(b"x-api-key")))
         self.asked_by = tuple(text(fields.get(name)) for name in (b"host", b"origin", b"sec-fetch-site"))
         self.is_for_json = method == b"POST" and is_forwardable(target) and _may_be_json(fields)
 
     def lines_for_upstreams(self, request_id: str, own_via: bytes, more: tuple[str, ...] = ()) -> bytes:
-        """The header lines that any upstream may see, those of the names in `more` too, with our id and `Via`."""
+        """The header lines that any upstream may see, those of the names in `more` too, with our id and `Via`.
+
+        The last selection is kept, because heads repeat.
+        """
+        if more is not self._more:
+            self._more, self._selected = more, _select(self._lines, (*REQUEST_HEADERS, *more))
         via = own_via if self.via is None else self.via + b", " + own_via
-        return b"%bX-Request-Id: %b\r\nVia: %b\r\n" % (self._lines.select(more), request_id.encode(), via)
+        return b"%bX-Request-Id: %b\r\nVia: %b\r\n" % (self._selected, request_id.encode(), via)
 
 
 class AnswerHead:
-    """An answer's head but for its length, `fields` as in a request's."""
+    """A response's head without its Content-Length; `fields` as in a request's.
 
-    __slots__ = ("_lines", "content_type", "fields", "keeps_alive", "status")
+    `may_be_json` is true for JSON and where no type is given. `is_plain` says that a Content-Length alone frames the
+    body.
+    """
+
+    __slots__ = (
+        "_lines",
+        "_more",
+        "_selected",
+        "content_type",
+        "fields",
+        "is_plain",
+        "keeps_alive",
+        "may_be_json",
+        "status",
+    )
 
     def __init__(self, status: int, fields: Mapping[bytes, bytes], lines: bytes, *, is_http_1_0: bool) -> None:
         self.status = status
         self.fields = fields
         self.keeps_alive = _keeps_alive(fields, is_http_1_0=is_http_1_0)
-        self.content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        self._lines = _ListedLines(_NEVER_TO_CLIENTS.sub(b"", _without_named(lines, fields)), RESPONSE_HEADERS)
+        kind = self.content_type = fields.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        self.may_be_json = kind in (b"", b"application/json") or kind.endswith(b"+json")
+        self.is_plain = b"transfer-encoding" not in fields and status not in BODYLESS
+        self._lines = _NEVER_TO_CLIENTS.sub(b"", _without_named(lines, fields))
+        self._more: tuple[str, ...] | None = None
+        self._selected = b""
 
     def lines_for_clients(self, more: tuple[str, ...] = ()) -> bytes:
-        """The header lines that a client may see, those of the names in `more` too."""
-        return self._lines.select(more)
+        """The header lines that a client may see, those of the names in `more` too. The last selection is kept."""
+        if more is not self._more:
+            self._more, self._selected = more, _select(self._lines, (*RESPONSE_HEADERS, *more))
+        return self._selected
 
     def lines_of_stream(self, more: tuple[str, ...] = ()) -> bytes:
-        """The same for a stream of events, with the words that keep what stands between from collecting them."""
-        lines = self._lines.select(more)
+        """The same for a stream of events, with the headers that keep intermediaries from buffering them."""
+        lines = self.lines_for_clients(more)
         if b"x-accel-buffering" not in self.fields:
             lines += b"X-Accel-Buffering: no\r\n"  # an nginx before us
         said = self.fields.get(b"cache-control", b"no-cache")
@@ -176,25 +210,6 @@ class AnswerHead:
             return lines
         # RFC 9111 §5.2.2.6: a compressing middleware would hold the events back until its buffer is full.
         return b"%bCache-Control: %b, no-transform\r\n" % (_CACHE_CONTROL.sub(b"", lines), said or b"no-cache")
-
-
-class _ListedLines:
-    """Header lines, of which those go on whose names are listed. A name that ends in `*` is the beginning of names."""
-
-    __slots__ = ("_chosen", "_lines", "_more", "_names")
-
-    def __init__(self, lines: bytes, names: tuple[str, ...]) -> None:
-        self._lines = lines
-        self._names = names
-        self._more: tuple[str, ...] | None = None
-        self._chosen = b""
-
-    def select(self, more: tuple[str, ...]) -> bytes:
-        """Those of the list and of `more`, as they came. The last result is kept: heads come again and again."""
-        if more is not self._more:
-            self._chosen = b"".join(_pattern_of((*self._names, *more)).findall(self._lines))
-            self._more = more
-        return self._chosen
 
 
 class Heads(Generic[H]):
@@ -220,7 +235,8 @@ class Heads(Generic[H]):
             length = None
         else:
             length = int(match[1])
-            head = head[: match.start()] + head[match.end() :]
+            begin, end = match.span()
+            head = head[:begin] + head[end:]
         known = self._known.get(head)
         if known is None:
             known = self._read(head)
@@ -311,6 +327,11 @@ def text(value: bytes | None) -> str | None:
     return None if value is None else value.decode("utf-8", "surrogateescape")
 
 
+def _select(lines: bytes, names: tuple[str, ...]) -> bytes:
+    """The header lines with these names, as they came. A name that ends in `*` is a prefix of names."""
+    return b"".join(_pattern_of(names).findall(lines))
+
+
 def _keeps_alive(fields: Mapping[bytes, bytes], *, is_http_1_0: bool) -> bool:
     """Whether the connection may be used again after this message."""
     wish = fields.get(b"connection", b"").lower()
@@ -323,7 +344,7 @@ def _may_be_json(fields: Mapping[bytes, bytes]) -> bool:
         return False
     if fields.get(b"content-encoding", b"identity").lower() != b"identity":
         return False
-    return fields.get(b"expect", b"100-continue").lower() == b"100-continue" and b"upgrade" not in fields
+    return fields.get(b"expect", b"100-continue").lower() == b"100-continue"
 
 
 def _without_named(lines: bytes, fields: Mapping[bytes, bytes]) -> bytes:

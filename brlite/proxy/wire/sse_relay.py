@@ -17,6 +17,7 @@ from brlite.dialects.sse import DONE, DONE_EVENT
 from brlite.errors import RequestError
 from brlite.files.text_file import BYTE_ORDER_MARK
 from brlite.proxy.stream_kinds import LAST_TYPES, StreamKind, error_event
+from brlite.proxy.usage import Seen
 from brlite.proxy.wire.framing import CHUNK_SIZE, Body, ChunkedBody, FramingError
 
 LAST_CHUNK = b"0\r\n\r\n"
@@ -122,6 +123,16 @@ class SseRelay:
     def num_text_bytes(self) -> int:
         """About as many bytes as the events' texts have: events of a stream have the same fields around them."""
         return self.num_data_bytes - self._smallest_event * self.num_events if self.num_events else 0
+
+    @property
+    def can_take_event(self) -> bool:
+        """Whether an event of ours can follow: not within one whose parts are relayed."""
+        return not self.is_within_event
+
+    @property
+    def seen(self) -> Seen:
+        """What has come that says how many tokens were used."""
+        return Seen(self.usage_events, self.num_events, self.num_text_bytes)
 
     @property
     def has_excess(self) -> bool:
