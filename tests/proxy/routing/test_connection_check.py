@@ -135,5 +135,5 @@ def test_several_files_are_checked_as_a_proxys(tmp_path: Path) -> None:
     first.write_text("")
     second.write_text("")
 
-    with pytest.raises(ConfigError, match=r"one \.toml is enough"):
+    with pytest.raises(ConfigError, match=r"only one \.toml is allowed"):
         run(first, second)
