@@ -133,36 +133,36 @@ INLINE float scale_scores(const Looking& at, int row) {
     float* scores = at.s.scores[row];
     const bool is_int8 = at.a.kv_format == BRLITE_INT8;
     const Floats scale = splat(at.a.softmax_scale * (is_int8 ? at.s.query_scales[row] : 1.0f));
-    Running best(splat(NOTHING));
+    Floats best = splat(NOTHING);
     for (int page = 0; page < at.num_pages; page++) {
         Floats score = load(scores + page * LANES) * scale;
         if (is_int8) score = score * load(page_scales(at, page));
         score = choose(sees(at, row, page * LANES), score, splat(NOTHING));
-        best.raise(score);
+        best = larger_of(best, score);
         store(scores + page * LANES, score);
     }
-    return max_of(best.value());
+    return max_of(best);
 }
 
 // Weights e^(score - peak) in the form that multiplies values, and their sum.
 INLINE void weigh(const Looking& at, int row) {
     AttentionScratch& s = at.s;
     const Floats peak = splat(s.peaks[row]);
-    Running sum(Floats{});
+    Floats sum = splat(0.0f);
     for (int page = 0; page < at.num_pages; page++) {
         float* scores = s.scores[row] + page * LANES;
         const Ints is_seen = sees(at, row, page * LANES);
         Floats weight = choose(is_seen, exp_of(load(scores) - peak), Floats{});
         if (at.a.kv_format == BRLITE_INT8) {
-            sum.add(weight);
+            sum = sum + weight;
             store(scores, choose(is_seen, weight * load(page_scales(at, page) + LANES), Floats{}));
         } else {
             weight = to_bf16(weight);
-            sum.add(weight);
+            sum = sum + weight;
             store_row(s.weights.bf16[row] + page * LANES, weight);
         }
     }
-    s.weight_sums[row] = sum_of(sum.value());
+    s.weight_sums[row] = sum_of(sum);
     if (at.a.kv_format == BRLITE_INT8)
         s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, s.weights.ints[row]);
 }

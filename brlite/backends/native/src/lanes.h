@@ -1,20 +1,15 @@
 // Sixteen floats at a time, in plain vector code that every instruction set turns into its own: the same operations in
 // the same order, so the same bits. No fused multiply-add, no library functions, and sums that always fold alike.
+//
+// Where registers are shorter, sixteen lanes are two halves, or halves of halves. GCC 12 takes vectors of any length,
+// but it compares those that no register holds lane by lane, fills them through memory, and keeps a loop's there.
 #pragma once
 
 namespace brlite {
 namespace BRLITE_ISA {
 
+#define UNROLLED _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef float UnalignedFloats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t UnalignedInts __attribute__((vector_size(64), aligned(4)));
-typedef int16_t Shorts __attribute__((vector_size(32), aligned(2)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
-typedef float Floats8 __attribute__((vector_size(32)));
-typedef float Floats4 __attribute__((vector_size(16)));
 
 constexpr int LANES = BRLITE_LANES;
 
@@ -22,119 +17,246 @@ INLINE int smaller(int a, int b) { return a < b ? a : b; }
 INLINE int larger(int a, int b) { return a > b ? a : b; }
 INLINE int rounded_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-INLINE Floats splat(float x) { return Floats{} + x; }
-INLINE Floats load(const float* from) { return *(const UnalignedFloats*)from; }
-INLINE void store(float* to, Floats x) { *(UnalignedFloats*)to = x; }
+// ---- Vectors of any length ---------------------------------------------------------------------------------------
 
-INLINE Ints splat_int(int32_t x) { return Ints{} + x; }
-INLINE Ints bits_of(Floats x) { return (Ints)x; }
-INLINE Floats from_bits(Ints x) { return (Floats)x; }
-
-// Sixteen lanes as vectors that the processor has. GCC 12 compares longer ones lane by lane, and keeps those that live
-// through a loop in memory: comparisons and sums in loops go by parts.
-#if defined(BRLITE_HAS_AVX512)
-constexpr int PART_BYTES = 64;
-#elif defined(BRLITE_HAS_AVX2)
-constexpr int PART_BYTES = 32;
-#else
-constexpr int PART_BYTES = 16;
-#endif
-typedef float FloatPart __attribute__((vector_size(PART_BYTES)));
-typedef int32_t IntPart __attribute__((vector_size(PART_BYTES)));
-
-template <class Part>
-struct Parts {
-    Part at[64 / PART_BYTES];
+template <class Number, int NUM_LANES>
+struct Register {
+    typedef Number Type __attribute__((vector_size(NUM_LANES * sizeof(Number))));
+    typedef Number InMemory
+        __attribute__((vector_size(NUM_LANES * sizeof(Number)), aligned(sizeof(Number)), may_alias));
 };
-typedef Parts<FloatPart> FloatParts;
-typedef Parts<IntPart> IntParts;
 
-template <class To, class From>
-INLINE To same_bits(From from) {
-    static_assert(sizeof(To) == sizeof from, "");
-    To to;
-    memcpy(&to, &from, sizeof to);
-    return to;
+template <class Half>
+struct Two {
+    static constexpr int HALF = sizeof(Half) / 4;
+    Half low, high;
+    auto operator[](int lane) const { return lane < HALF ? low[lane] : high[lane - HALF]; }
+};
+
+#if defined(BRLITE_HAS_AVX512)
+typedef Register<float, LANES>::Type Floats;
+typedef Register<int32_t, LANES>::Type Ints;
+#elif defined(BRLITE_HAS_AVX2)
+typedef Two<Register<float, LANES / 2>::Type> Floats;
+typedef Two<Register<int32_t, LANES / 2>::Type> Ints;
+#else
+typedef Two<Two<Register<float, LANES / 4>::Type> > Floats;
+typedef Two<Two<Register<int32_t, LANES / 4>::Type> > Ints;
+#endif
+
+#define BRLITE_OPERATOR(op)                                                \
+    template <class Half>                                                  \
+    INLINE Two<Half> operator op(Two<Half> a, Two<Half> b) {               \
+        return {a.low op b.low, a.high op b.high};                         \
+    }                                                                      \
+    template <class Half, class Number>                                    \
+    INLINE Two<Half> operator op(Two<Half> a, Number b) {                  \
+        return {a.low op b, a.high op b};                                  \
+    }                                                                      \
+    template <class Half>                                                  \
+    INLINE Two<Half> operator op(decltype(Half{}[0] + 0) a, Two<Half> b) { \
+        return {a op b.low, a op b.high};                                  \
+    }
+BRLITE_OPERATOR(+)
+BRLITE_OPERATOR(-)
+BRLITE_OPERATOR(*)
+BRLITE_OPERATOR(/)
+BRLITE_OPERATOR(&)
+BRLITE_OPERATOR(|)
+BRLITE_OPERATOR(^)
+BRLITE_OPERATOR(>>)
+BRLITE_OPERATOR(<<)
+#undef BRLITE_OPERATOR
+
+template <class Half>
+INLINE Two<Half> operator-(Two<Half> x) {
+    return {-x.low, -x.high};
 }
 
-INLINE Ints is_less(Floats a, Floats b) {
-    const FloatParts x = same_bits<FloatParts>(a), y = same_bits<FloatParts>(b);
-    IntParts mask;
-    for (int i = 0; i < 64 / PART_BYTES; i++) mask.at[i] = x.at[i] < y.at[i];
-    return same_bits<Ints>(mask);
+template <class Half>
+INLINE Two<Half> operator~(Two<Half> x) {
+    return {~x.low, ~x.high};
 }
 
-INLINE Ints is_less(Ints a, Ints b) {
-    const IntParts x = same_bits<IntParts>(a), y = same_bits<IntParts>(b);
-    IntParts mask;
-    for (int i = 0; i < 64 / PART_BYTES; i++) mask.at[i] = x.at[i] < y.at[i];
-    return same_bits<Ints>(mask);
+// Each of the following is there for a register, and for two of whatever it is there for.
+
+template <class V>
+INLINE auto bits_of(V x) {
+    return (typename Register<int32_t, sizeof(V) / 4>::Type) x;
+}
+template <class Half>
+INLINE auto bits_of(Two<Half> x) {
+    return Two<decltype(bits_of(x.low))>{bits_of(x.low), bits_of(x.high)};
 }
 
-INLINE Ints is_equal(Ints a, Ints b) {
-    const IntParts x = same_bits<IntParts>(a), y = same_bits<IntParts>(b);
-    IntParts mask;
-    for (int i = 0; i < 64 / PART_BYTES; i++) mask.at[i] = x.at[i] == y.at[i];
-    return same_bits<Ints>(mask);
+template <class V>
+INLINE auto from_bits(V x) {
+    return (typename Register<float, sizeof(V) / 4>::Type) x;
+}
+template <class Half>
+INLINE auto from_bits(Two<Half> x) {
+    return Two<decltype(from_bits(x.low))>{from_bits(x.low), from_bits(x.high)};
+}
+
+// Integers as the nearest floats.
+template <class V>
+INLINE auto floats_of(V x) {
+    return __builtin_convertvector(x, typename Register<float, sizeof(V) / 4>::Type);
+}
+template <class Half>
+INLINE auto floats_of(Two<Half> x) {
+    return Two<decltype(floats_of(x.low))>{floats_of(x.low), floats_of(x.high)};
+}
+
+// -1 where it is so, else 0.
+template <class V>
+INLINE auto is_less(V a, V b) {
+    return a < b;
+}
+template <class Half>
+INLINE auto is_less(Two<Half> a, Two<Half> b) {
+    return Two<decltype(is_less(a.low, b.low))>{is_less(a.low, b.low), is_less(a.high, b.high)};
+}
+
+template <class V>
+INLINE V is_equal(V a, V b) {
+    return a == b;
+}
+template <class Half>
+INLINE Two<Half> is_equal(Two<Half> a, Two<Half> b) {
+    return {is_equal(a.low, b.low), is_equal(a.high, b.high)};
+}
+
+// a unless b is larger: a NaN in b is passed over.
+template <class V>
+INLINE V larger_of(V a, V b) {
+    return b > a ? b : a;
+}
+template <class Half>
+INLINE Two<Half> larger_of(Two<Half> a, Two<Half> b) {
+    return {larger_of(a.low, b.low), larger_of(a.high, b.high)};
+}
+
+// Zeros come in from the left, where `>>` copies the sign.
+template <class V>
+INLINE V shifted_right(V x, int num_bits) {
+    return (V)((typename Register<uint32_t, sizeof(V) / 4>::Type) x >> num_bits);
+}
+template <class Half>
+INLINE Two<Half> shifted_right(Two<Half> x, int num_bits) {
+    return {shifted_right(x.low, num_bits), shifted_right(x.high, num_bits)};
+}
+
+template <class V, class Number>
+INLINE void fill(V& x, Number value) {
+    x = value - V{};
+}
+template <class Half, class Number>
+INLINE void fill(Two<Half>& x, Number value) {
+    fill(x.low, value);
+    x.high = x.low;
+}
+
+// Numbers of any type, widened or narrowed on their way: what does not fit loses its upper bits.
+template <class V, class Number>
+INLINE void read(V& x, const Number* from) {
+    x = __builtin_convertvector(*(const typename Register<Number, sizeof(V) / 4>::InMemory*)from, V);
+}
+template <class Half, class Number>
+INLINE void read(Two<Half>& x, const Number* from) {
+    read(x.low, from);
+    read(x.high, from + x.HALF);
+}
+
+template <class V, class Number>
+INLINE void write(Number* to, V x) {
+    typedef typename Register<Number, sizeof(V) / 4>::InMemory Numbers;
+    *(Numbers*)to = __builtin_convertvector(x, Numbers);
+}
+template <class Half, class Number>
+INLINE void write(Number* to, Two<Half> x) {
+    write(to, x.low);
+    write(to + x.HALF, x.high);
+}
+
+// Eight lanes of sixteen, or four of eight.
+template <class V>
+INLINE auto low_half(V x) {
+    if constexpr (sizeof(V) == 64) return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
+    if constexpr (sizeof(V) == 32) return __builtin_shufflevector(x, x, 0, 1, 2, 3);
+}
+template <class V>
+INLINE auto high_half(V x) {
+    if constexpr (sizeof(V) == 64) return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+    if constexpr (sizeof(V) == 32) return __builtin_shufflevector(x, x, 4, 5, 6, 7);
+}
+template <class Half>
+INLINE Half low_half(Two<Half> x) {
+    return x.low;
+}
+template <class Half>
+INLINE Half high_half(Two<Half> x) {
+    return x.high;
+}
+
+// The sum of the lanes: halves onto halves, always in this order.
+template <class V>
+INLINE float sum_of(V x) {
+    if constexpr (sizeof(V) == 16)
+        return (x[0] + x[2]) + (x[1] + x[3]);
+    else
+        return sum_of(low_half(x) + high_half(x));
+}
+
+template <class V>
+INLINE auto max_of(V x) {
+    if constexpr (sizeof(V) == 16) {
+        const auto even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
+        return even > odd ? even : odd;
+    } else {
+        return max_of(larger_of(high_half(x), low_half(x)));
+    }
+}
+
+// ---- Sixteen lanes -----------------------------------------------------------------------------------------------
+
+INLINE Floats load(const float* from) {
+    Floats x;
+    read(x, from);
+    return x;
+}
+
+INLINE void store(float* to, Floats x) { write(to, x); }
+
+INLINE Floats splat(float value) {
+    Floats x;
+    fill(x, value);
+    return x;
+}
+
+INLINE Ints splat_int(int32_t value) {
+    Ints x;
+    fill(x, value);
+    return x;
+}
+
+// 0, 1, 2 … 15
+INLINE Ints lane_numbers() {
+    static const int32_t numbers[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    Ints x;
+    read(x, numbers);
+    return x;
 }
 
 // a where the mask is -1, b where it is 0.
 INLINE Ints choose(Ints mask, Ints a, Ints b) { return (mask & a) | (~mask & b); }
 INLINE Floats choose(Ints mask, Floats a, Floats b) { return from_bits(choose(mask, bits_of(a), bits_of(b))); }
 
-// What a loop adds up or compares, held in registers.
-struct Running {
-    FloatParts parts;
-
-    Running(Floats start) : parts(same_bits<FloatParts>(start)) {}
-    Floats value() const { return same_bits<Floats>(parts); }
-    void add(Floats x) {
-        const FloatParts y = same_bits<FloatParts>(x);
-        for (int i = 0; i < 64 / PART_BYTES; i++) parts.at[i] += y.at[i];
-    }
-    void raise(Floats x) {  // to the larger one
-        const FloatParts y = same_bits<FloatParts>(x);
-        for (int i = 0; i < 64 / PART_BYTES; i++) parts.at[i] = y.at[i] > parts.at[i] ? y.at[i] : parts.at[i];
-    }
-};
-
-// 0, 1, 2 … 15
-INLINE Ints lane_numbers() { return Ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}; }
-
-// The sum of the lanes: halves onto halves, always in this order.
-INLINE float sum_of(Floats x) {
-    Floats8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-                __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    Floats4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    return (b[0] + b[2]) + (b[1] + b[3]);
-}
-
-INLINE float max_of(Floats x) {
-    Floats8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7),
-            b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-    a = a > b ? a : b;
-    Floats4 c = __builtin_shufflevector(a, a, 0, 1, 2, 3), d = __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    c = c > d ? c : d;
-    const float even = c[0] > c[2] ? c[0] : c[2], odd = c[1] > c[3] ? c[1] : c[3];
-    return even > odd ? even : odd;
-}
-
 // The largest magnitude so far, compared as integers: a NaN is larger than everything and is not lost.
-INLINE Ints larger_magnitude(Ints best, Floats x) {
-    Ints magnitude = bits_of(x) & 0x7fffffff;
-    return choose(is_less(best, magnitude), magnitude, best);
-}
+INLINE Ints larger_magnitude(Ints best, Floats x) { return larger_of(best, bits_of(x) & 0x7fffffff); }
 
 INLINE float largest_magnitude(Ints best) {
-    typedef int32_t Ints8 __attribute__((vector_size(32)));
-    typedef int32_t Ints4 __attribute__((vector_size(16)));
-    Ints8 a = __builtin_shufflevector(best, best, 0, 1, 2, 3, 4, 5, 6, 7),
-          b = __builtin_shufflevector(best, best, 8, 9, 10, 11, 12, 13, 14, 15);
-    a = a > b ? a : b;
-    Ints4 c = __builtin_shufflevector(a, a, 0, 1, 2, 3), d = __builtin_shufflevector(a, a, 4, 5, 6, 7);
-    c = c > d ? c : d;
-    const int32_t even = c[0] > c[2] ? c[0] : c[2], odd = c[1] > c[3] ? c[1] : c[3];
-    const int32_t top = even > odd ? even : odd;
+    const int32_t top = max_of(best);
     float value;
     memcpy(&value, &top, sizeof value);
     return value;
@@ -184,13 +306,12 @@ INLINE Floats to_bf16(Floats x) {
 }
 
 INLINE Floats from_halves(const uint16_t* from) {
-    return from_bits(__builtin_convertvector(*(const Halves*)from, Ints) << 16);
+    Ints halves;
+    read(halves, from);
+    return from_bits(halves << 16);
 }
 
-INLINE void store_halves(uint16_t* to, Floats bf16) {
-    typedef uint32_t Words __attribute__((vector_size(64)));
-    *(Halves*)to = __builtin_convertvector((Words)bits_of(bf16) >> 16, Halves);
-}
+INLINE void store_halves(uint16_t* to, Floats bf16) { write(to, shifted_right(bits_of(bf16), 16)); }
 
 }  // namespace BRLITE_ISA
 }  // namespace brlite

@@ -31,18 +31,13 @@ INLINE void fetch(const uint8_t* from, int num_bytes) {
     UNROLLED for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Not fused: processors without FMA get the same bits.
-INLINE void add_scaled(FloatParts& total, FloatParts sum, FloatParts scale) {
-    UNROLLED for (int i = 0; i < 64 / PART_BYTES; i++) total.at[i] += sum.at[i] * scale.at[i];
-}
-
 template <int ROWS, int PANELS>
 static void multiply_int8(const Tile& tile) {
     const int16_t* rows = (const int16_t*)tile.rows;
     const uint8_t* at[PANELS];
-    FloatParts totals[ROWS][PANELS];
+    Floats totals[ROWS][PANELS];
     UNROLLED for (int p = 0; p < PANELS; p++) at[p] = tile.panels + p * tile.panel_bytes;
-    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) totals[r][p] = FloatParts{};
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) totals[r][p] = splat(0.0f);
     for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP) {
         Int8::Sum sums[ROWS][PANELS];
         clear<Int8>(sums);
@@ -51,14 +46,14 @@ static void multiply_int8(const Tile& tile) {
         }
         add_pairs<Int8>(sums, at, Int8::PAIR_BYTES, rows + first, tile.row_size, BRLITE_GROUP / 2);
         UNROLLED for (int p = 0; p < PANELS; p++) {
-            const FloatParts scales =
-                same_bits<FloatParts>(from_halves((const uint16_t*)(at[p] + BRLITE_GROUP * LANES)));
-            UNROLLED for (int r = 0; r < ROWS; r++) add_scaled(totals[r][p], Int8::floats(sums[r][p]), scales);
+            const Floats scales = from_halves((const uint16_t*)(at[p] + BRLITE_GROUP * LANES));
+            UNROLLED for (int r = 0; r < ROWS; r++)  // not fused: processors without FMA get the same bits
+                totals[r][p] = totals[r][p] + Int8::floats(sums[r][p]) * scales;
             at[p] += GROUP_BYTES;
         }
     }
     UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++)
-        store(tile.out + (r * PANELS + p) * LANES, same_bits<Floats>(totals[r][p]));
+        store(tile.out + (r * PANELS + p) * LANES, totals[r][p]);
 }
 
 template <int ROWS, int PANELS>

@@ -47,9 +47,7 @@ INLINE float quantize_head(const float* from, int size, int8_t* to) {
     for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));
     const float peak = largest_magnitude(best), scale = peak / 127.0f;
     const bool is_usable = is_finite(peak) && scale > 0;
-    typedef int8_t Bytes __attribute__((vector_size(16), aligned(1)));
-    for (int i = 0; i < size; i += LANES)
-        *(Bytes*)(to + i) = is_usable ? __builtin_convertvector(rounded(load(from + i) / scale), Bytes) : Bytes{};
+    for (int i = 0; i < size; i += LANES) write(to + i, is_usable ? rounded(load(from + i) / scale) : Ints{});
     return is_finite(peak) ? scale : __builtin_nanf("");
 }
 

@@ -21,8 +21,7 @@ INLINE float quantize_row(const float* from, int size, int16_t* to) {
     const float inverse = peak > 0 ? MAX_ACTIVATION / peak : 0.0f;
     // A peak so small that its inverse overflows is nothing.
     const Floats factor = splat(is_finite(inverse) ? inverse : 0.0f);
-    for (int i = 0; i < size; i += LANES)
-        *(Shorts*)(to + i) = __builtin_convertvector(rounded(load(from + i) * factor), Shorts);
+    for (int i = 0; i < size; i += LANES) write(to + i, rounded(load(from + i) * factor));
     return peak / MAX_ACTIVATION;
 }
 
@@ -87,9 +86,9 @@ INLINE void embed_row(const Step& step, const brlite_operation& op, int row) {
 
 // Root mean square norm (Zhang & Sennrich 2019) of `num_inputs` numbers, filled up with zeros to `size`.
 INLINE void normalize(const float* in, int num_inputs, int size, const float* weight, float epsilon, float* out) {
-    Running squares(Floats{});
-    for (int i = 0; i < size; i += LANES) squares.add(load(in + i) * load(in + i));
-    const float mean = sum_of(squares.value()) / (float)num_inputs;
+    Floats squares = splat(0.0f);
+    for (int i = 0; i < size; i += LANES) squares = squares + load(in + i) * load(in + i);
+    const float mean = sum_of(squares) / (float)num_inputs;
     const Floats scale = splat(1.0f / __builtin_sqrtf(mean + epsilon));
     for (int i = 0; i < size; i += LANES) store(out + i, load(in + i) * scale * load(weight + i));
 }

@@ -48,10 +48,10 @@ INLINE Floats weights_of(const Odds& odds, int first, Floats x) {
 
 template <bool IS_CUT>
 static float sum_block(const Values& row, const Odds& odds, int block) {
-    Running sum(splat(0.0f));
+    Floats sum = splat(0.0f);
     for (int i = block * row.block_size; i < row.block_end(block); i += LANES)
-        sum.add(weights_of<IS_CUT>(odds, i, load(row.values + i)));
-    return sum_of(sum.value());
+        sum = sum + weights_of<IS_CUT>(odds, i, load(row.values + i));
+    return sum_of(sum);
 }
 
 // The weights by block into `sums`, and their sum.

@@ -67,12 +67,12 @@ INLINE Ints keys_of(Floats x) {
 
 INLINE int32_t key_of(float x) { return keys_of(splat(x))[0]; }
 
-INLINE bool any_of(Ints x) {
-    typedef int64_t Longs __attribute__((vector_size(64)));
-    typedef int64_t Longs4 __attribute__((vector_size(32)));
-    const Longs y = (Longs)x;
-    const Longs4 z = __builtin_shufflevector(y, y, 0, 1, 2, 3) | __builtin_shufflevector(y, y, 4, 5, 6, 7);
-    return ((z[0] | z[1]) | (z[2] | z[3])) != 0;
+template <class V>
+INLINE bool any_of(V x) {
+    if constexpr (sizeof(V) == 16)
+        return ((x[0] | x[1]) | (x[2] | x[3])) != 0;
+    else
+        return any_of(low_half(x) | high_half(x));
 }
 
 // -inf from the end of some values to the next multiple of 16: what is read there is no candidate for anything.
@@ -82,12 +82,12 @@ INLINE void close(float* values, int size) {
 
 // The highest of some values; +inf if NaN is among them.
 INLINE float highest(const float* values, int size) {
-    Running best(splat(-__builtin_inff()));
+    Floats best = splat(-__builtin_inff());
     for (int i = 0; i < size; i += LANES) {
         const Floats x = load(values + i);
-        best.raise(choose(is_less(x, splat(__builtin_inff())), x, splat(__builtin_inff())));
+        best = larger_of(best, choose(is_less(x, splat(__builtin_inff())), x, splat(__builtin_inff())));
     }
-    return max_of(best.value());
+    return max_of(best);
 }
 
 // A row's blocks.
@@ -155,11 +155,10 @@ static void fill_bins(const Search& search, int shift, int num_bins, double* bin
     visit_from(search.values, search.low, [&](int first, Floats x) INLINED {
         const Ints keys = keys_of(x), hits = within(search, keys, first);
         if (!any_of(hits)) return false;
-        typedef uint32_t Words __attribute__((vector_size(64)));
-        const Ints near = (Ints)((Words)(search.high - keys) >> shift);
+        const Ints near = shifted_right(search.high - keys, shift);
         int32_t numbers[LANES];
         float amounts[LANES];
-        *(UnalignedInts*)numbers = choose(hits, near, lane_numbers() + (1 << LOG_BINS));
+        write(numbers, choose(hits, near, lane_numbers() + (1 << LOG_BINS)));
         store(amounts, amounts_of(search.measure, x));
         for (int i = 0; i < LANES; i++) bins[numbers[i]] += amounts[i];
         return false;
