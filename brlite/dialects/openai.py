@@ -137,17 +137,14 @@ def sampling_params(body: SamplingFields, field_names: Mapping[str, str], **more
         raise in_client_words(error, field_names) from None
 
 
-def truncation(body: SamplingFields) -> Truncation | None:
+def truncation(wanted: Whole, side: str | None) -> Truncation:
     """What `truncate_prompt_tokens` asks for. Raises `InvalidRequest`."""
-    wanted = body.truncate_prompt_tokens
-    if wanted is None:
-        return None
     if wanted != int(wanted) or (wanted != -1 and wanted < 1):
         raise InvalidRequest(
             f"truncate_prompt_tokens must be -1 or a whole number of at least 1, got {wanted}",
             param="truncate_prompt_tokens",
         )
-    return Truncation(None if wanted == -1 else int(wanted), keeps_start=body.truncation_side == "right")
+    return Truncation(None if wanted == -1 else int(wanted), keeps_start=side == "right")
 
 
 def plain_messages(messages: list[ChatMessage], limits: LimitsConfig) -> list[dict[str, Any]]:

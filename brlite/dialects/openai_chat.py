@@ -146,7 +146,9 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         include_usage=options is not None and bool(options.include_usage),
         continuous_usage=options is not None and bool(options.continuous_usage_stats),
         names_are_ids=bool(body.return_tokens_as_token_ids),
-        truncation=truncation(body),
+        truncation=None
+        if body.truncate_prompt_tokens is None
+        else truncation(body.truncate_prompt_tokens, body.truncation_side),
         cache_salt=body.cache_salt or "",
         field_names=field_names,
         warnings=warnings,

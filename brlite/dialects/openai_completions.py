@@ -108,7 +108,9 @@ def generation(body: CompletionRequest, limits: LimitsConfig, warnings: tuple[st
         names_are_ids=bool(body.return_tokens_as_token_ids),
         echo=bool(body.echo),
         is_echo_only=is_echo_only,
-        truncation=truncation(body),
+        truncation=None
+        if body.truncate_prompt_tokens is None
+        else truncation(body.truncate_prompt_tokens, body.truncation_side),
         cache_salt=body.cache_salt or "",
         field_names=_FIELD_NAMES,
         warnings=warnings,

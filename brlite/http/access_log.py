@@ -5,17 +5,12 @@ It knows no handlers: they fill `log_extras(request)`, a dict whose items are ap
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 from collections.abc import Mapping
 
 from aiohttp import web
-from aiohttp.typedefs import Handler, Middleware
 
-from brlite.http.error_middleware import CLIENT_LEFT, has_left
 from brlite.http.request_id import HEADER, client_request_id, request_id
-from brlite.http.resources import Resources
 
 logger = logging.getLogger("brlite.access")
 
@@ -30,30 +25,10 @@ def log_extras(request: web.BaseRequest) -> dict[str, object]:
     return extras
 
 
-def access_log_middleware(quiet_resources: Resources) -> Middleware:
-    """Log each request when its handler ends, but those for `quiet_resources`, which monitors ask all the time."""
-
-    @web.middleware
-    async def log_request(request: web.Request, handler: Handler) -> web.StreamResponse:
-        started, status = time.perf_counter(), 500
-        try:
-            response = await handler(request)
-            status = CLIENT_LEFT if has_left(request) else response.status
-            return response
-        except web.HTTPException as error:
-            status = error.status
-            raise
-        except asyncio.CancelledError:
-            status = CLIENT_LEFT
-            raise
-        finally:
-            if request not in quiet_resources and logger.isEnabledFor(logging.INFO):
-                _write(request, status, (time.perf_counter() - started) * 1000)
-
-    return log_request
-
-
-def _write(request: web.Request, status: int, milliseconds: float) -> None:
+def log_request(request: web.Request, status: int, milliseconds: float) -> None:
+    """Log a request whose handler has ended."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
     extras, client_id = log_extras(request), client_request_id(request.headers.get(HEADER))
     if client_id is not None:
         extras["client_id"] = client_id

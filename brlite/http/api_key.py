@@ -93,7 +93,7 @@ class ApiKey:
 
     def check_model(self, model: str) -> None:
         """Raise `Forbidden` for a model that is not its own, whether there is such a model or not."""
-        if not self.may_use(model):
+        if self._models and model not in self._models:
             self.usage.num_forbidden += 1
             allowed = ", ".join(self._models)
             raise Forbidden(

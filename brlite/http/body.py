@@ -9,31 +9,15 @@ from __future__ import annotations
 import asyncio
 import time
 
-from aiohttp import HttpVersion11, StreamReader, hdrs, web
-from aiohttp.typedefs import Handler, Middleware
+from aiohttp import StreamReader, hdrs, web
 
 from brlite.errors import BodyTooLarge, InvalidRequest, RateLimited, RequestError, RequestTimeout, UnsupportedMediaType
-from brlite.http.api_key import ApiKey
 from brlite.http.body_budget import BodyBudget, HeldBody
-from brlite.http.keys import key_of
+from brlite.http.connection import invite_body
 
 BODIES = web.AppKey("bodies", BodyBudget)
 _KEPT = web.RequestKey("body", bytes)
-_HELD = web.RequestKey("held", HeldBody)
-
-
-def bodies_middleware(budget: BodyBudget) -> Middleware:
-    """Release what a request's body takes of the budget when the request ends."""
-
-    @web.middleware
-    async def hold_body(request: web.Request, handler: Handler) -> web.StreamResponse:
-        held = request[_HELD] = HeldBody(budget, key_of(request) or ApiKey())
-        try:
-            return await handler(request)
-        finally:
-            held.release()
-
-    return hold_body
+HELD = web.RequestKey("held", HeldBody)
 
 
 async def read_body(request: web.BaseRequest, max_bytes: int, seconds: float) -> bytes:
@@ -48,15 +32,17 @@ async def read_body(request: web.BaseRequest, max_bytes: int, seconds: float) ->
     _check_type(request)
     if (request.content_length or 0) > max_bytes:
         raise _too_large(max_bytes)
-    held = request[_HELD]
+    held = request[HELD]
     if request.content.is_eof():  # all of it came with the headers: no task, no timer
         body = request.content.read_nowait()
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
-        _refuse(held, held.take(len(body)))
+        if refusal := held.take(len(body)):
+            raise _counted(held, refusal)
         return body
-    _refuse(held, held.arrive(time.monotonic()))
-    await _invite(request)
+    if too_many := held.arrive(time.monotonic()):
+        raise _counted(held, too_many)
+    await invite_body(request)
     try:
         return await asyncio.wait_for(_collect(request.content, max_bytes, held), seconds)
     except asyncio.TimeoutError:
@@ -79,28 +65,21 @@ async def leave_body(request: web.Request) -> None:
     """
 
 
-async def _invite(request: web.BaseRequest) -> None:
-    """Ask a client that waits for `100 Continue` to send its body."""
-    if request.version >= HttpVersion11 and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
-        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        request.writer.output_size = 0  # the answer proper has not begun
-
-
 async def _collect(content: StreamReader, max_bytes: int, held: HeldBody) -> bytes:
     body = bytearray()
     while block := await content.readany():
-        _refuse(held, held.take(len(block)))
+        if refusal := held.take(len(block)):
+            raise _counted(held, refusal)
         body += block
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
     return bytes(body)
 
 
-def _refuse(held: HeldBody, refusal: RequestError | None) -> None:
+def _counted(held: HeldBody, refusal: RequestError) -> RequestError:
     if isinstance(refusal, RateLimited):
         held.key.usage.num_rate_limited += 1
-    if refusal is not None:
-        raise refusal
+    return refusal
 
 
 def _check_type(request: web.BaseRequest) -> None:

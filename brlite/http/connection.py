@@ -3,11 +3,18 @@
 It knows when a request begins and ends, not what is in it. A fast path may see the bytes first and answer some
 requests itself; all others it passes on to aiohttp.
 
-What aiohttp (read: 3.14.5) does, and this class relies on: llhttp's strict mode refuses smuggling shapes;
-`start()` lives as long as the connection is served, its handler included; `finish_response()` ends every request;
-`handle_error()` answers malformed ones; `force_close()` closes at once; a handler is cancelled when the connection is
-lost. What it does not do: end a connection whose headers stay unfinished or whose client stops reading, bound the
-number of connections, or log a malformed request without its content, keys included.
+All that brlite takes of aiohttp (read: 3.14.5) beyond its documentation is in this file, and tests/http/test_aiohttp.py
+has a test for each:
+
+- llhttp's strict mode refuses smuggling shapes;
+- `RequestHandler`: `start()` lives as long as the connection is served, its handler included, and a handler is
+  cancelled when the connection is lost; `finish_response()` ends every request; `handle_error()` answers malformed
+  ones; `force_close()` closes at once;
+- `Server`: `request_factory` and `request_handler` may be replaced;
+- `writer.output_size` counts the bytes of a response.
+
+What aiohttp does not do: end a connection whose headers stay unfinished or whose client stops reading, bound the number
+of connections, or log a malformed request without its content, keys included.
 """
 
 from __future__ import annotations
@@ -15,16 +22,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import Protocol, cast
 
-from aiohttp import web
+from aiohttp import HttpVersion10, HttpVersion11, StreamReader, hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.http import RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError, LineTooLong
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
 
 from brlite.config.options import LimitsConfig
 from brlite.errors import InvalidRequest, NotReady, RequestError, RequestTimeout
 from brlite.http.connections import Connections
-from brlite.http.error_middleware import has_begun
 from brlite.http.errors import error_bytes, error_response
 from brlite.http.request_id import HEADER, new_request_id
 from brlite.http.stall import StallTimer
@@ -33,11 +44,17 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADERS = 100
 MALFORMED = "The request is not valid HTTP/1.1."
+MALFORMED_METHOD = "UNKNOWN"  # of aiohttp's stand-in for a request that cannot be parsed; no client can send it
 HEADERS_TOO_LARGE = web.HTTPRequestHeaderFieldsTooLarge
 LINGERING_SECONDS = 5.0  # how long the rest of a refused body is read, so that the client can see the refusal
 NEVER_SECONDS = 10.0**8  # for aiohttp's own idle timer, which does not know of a fast path's requests
 
 SPARE_SECONDS = 2.0  # beyond max_connections: to send a probe's request
+
+# The host may be a name, an IPv4 address or an IPv6 one in brackets; a user name before it is not allowed in HTTP.
+_ABSOLUTE_FORM = re.compile(
+    r"https?://((?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?)([/?][!-~]*|)", re.IGNORECASE
+)
 
 SLOW_HEADERS = RequestTimeout("The request headers did not arrive in time.")
 SLOW_BODY = RequestTimeout("The request body did not arrive in time.")
@@ -174,11 +191,13 @@ class Connection(web.RequestHandler):
     # A request: its first byte, its handler, its end
 
     def data_received(self, data: bytes) -> None:
-        # aiohttp calls this without data too, to go on parsing.
-        if self._fast_path is not None and data:
+        if not data:  # aiohttp calls this to go on parsing
+            super().data_received(data)
+        elif self._fast_path is not None:
             self._fast_path.data_received(data)
         else:
-            self.pass_on(data)
+            self.bytes_came()
+            super().data_received(data)
 
     def pass_on(self, data: bytes) -> None:
         """Give the bytes to aiohttp."""
@@ -292,3 +311,95 @@ class Connection(web.RequestHandler):
         super().resume_writing()
         if self._fast_path is not None:
             self._fast_path.resume_writing()
+
+
+class ServerHooks:
+    """Stands between aiohttp's server and the application: each request's head, then the request, pass here first."""
+
+    def __init__(self, server: web.Server, limits: LimitsConfig, probe_paths: frozenset[str]) -> None:
+        self._make_request, server.request_factory = server.request_factory, self._read_request
+        self._handle_request, server.request_handler = server.request_handler, self._begin_request
+        self._max_header_bytes = limits.max_header_bytes
+        self._probe_paths = probe_paths
+
+    def _read_request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: web.RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        """aiohttp's request of a parsed head: one whose target is a whole URL becomes like any other."""
+        if message.method == MALFORMED_METHOD:
+            message = message._replace(version=HttpVersion11)  # aiohttp would answer as HTTP/1.0
+        elif message.url.absolute:
+            message = origin_form(message)
+        if hdrs.UPGRADE in message.headers:
+            # The parser stops there and may lose a request behind it, which would wait for ever.
+            message = message._replace(should_close=True)
+        return self._make_request(message, payload, protocol, writer, task)
+
+    async def _begin_request(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Tell the connection, then pass the request on; a refused Expect header never reaches the middlewares."""
+        connection = request.protocol
+        assert isinstance(connection, Connection)
+        connection.request_began()
+        if connection.is_spare and request.path not in self._probe_paths:
+            return error_response(TOO_MANY)
+
+        # It must mean one thing only, which aiohttp's parser does not make sure of beside an `Upgrade` header.
+        codings = request.headers.getall(hdrs.TRANSFER_ENCODING, ())
+        if request.version == HttpVersion11:
+            is_clear = len(codings) <= 1 and all(coding.lower() == "chunked" for coding in codings)
+        else:
+            is_clear = request.version == HttpVersion10 and not codings
+        if not is_clear or (request.raw_path[:1] != "/" and request.raw_path != "*"):
+            response = error_response(InvalidRequest(MALFORMED, code="bad_request"))
+            response.force_close()
+            return response
+
+        header_bytes = sum([len(name) + len(value) + 4 for name, value in request.raw_headers])
+        if len(request.raw_path) + header_bytes > self._max_header_bytes:
+            return error_response(HEADERS_TOO_LARGE())
+        try:
+            return await self._handle_request(request)
+        except web.HTTPException as error:
+            if error.status < 400:
+                raise
+            return error_response(error)
+
+
+def origin_form(message: RawRequestMessage) -> RawRequestMessage:
+    """The request whose target is a whole URL (RFC 9112 §3.2.2) with a path for a target and the URL's host as `Host`.
+
+    As it is if there is anything odd about the URL, which is refused then.
+    """
+    found = _ABSOLUTE_FORM.fullmatch(message.path)
+    if found is None:
+        return message
+    host, path = found.groups()
+    if not path.startswith("/"):
+        # RFC 9112 §3.2.4: without a path, OPTIONS is meant for the server as a whole.
+        path = "*" if message.method == hdrs.METH_OPTIONS and not path else f"/{path}"
+    headers = CIMultiDict(message.headers)
+    headers[hdrs.HOST] = host
+    others = (field for field in message.raw_headers if field[0].lower() != b"host")
+    return message._replace(
+        path=path,
+        url=URL(path, encoded=True),
+        headers=CIMultiDictProxy(headers),
+        raw_headers=((b"Host", host.encode()), *others),
+    )
+
+
+def has_begun(request: web.BaseRequest) -> bool:
+    """Whether a byte of the answer has been sent."""
+    return request.writer.output_size > 0
+
+
+async def invite_body(request: web.BaseRequest) -> None:
+    """Ask a client that waits for `100 Continue` to send its body."""
+    if request.version >= HttpVersion11 and request.headers.get(hdrs.EXPECT, "").lower() == "100-continue":
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer proper has not begun

@@ -7,7 +7,6 @@ It knows no routes: a page that may ask at all may ask everywhere.
 from __future__ import annotations
 
 from aiohttp import hdrs, web
-from aiohttp.typedefs import Handler
 
 from brlite.http.origin_policy import ANY, OriginPolicy
 
@@ -20,27 +19,24 @@ ALLOWS_PRIVATE_NETWORK = "Access-Control-Allow-Private-Network"
 
 
 class Cors:
-    """A policy as two middlewares (`answer_preflight`, `refuse`) and an `on_response_prepare` signal (`mark`)."""
+    """A policy, applied to requests and responses of aiohttp."""
 
     def __init__(self, policy: OriginPolicy) -> None:
         self._policy = policy
         self._origins = policy.allowed_origins
 
-    @web.middleware
-    async def refuse(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Raise `Forbidden` for what the policy refuses, before the body is read."""
-        values = (request.headers.getall(name, None) for name in (hdrs.HOST, hdrs.ORIGIN, FETCH_SITE))
-        refusal = self._policy.refusal(*(None if value is None else ", ".join(value) for value in values))
+    def check(self, request: web.Request) -> None:
+        """Raise `Forbidden` for what the policy refuses. A header that stands twice is joined."""
+        values = [request.headers.getall(name, None) for name in (hdrs.HOST, hdrs.ORIGIN, FETCH_SITE)]
+        refusal = self._policy.refusal(*[None if value is None else ", ".join(value) for value in values])
         if refusal is not None:
             raise refusal
-        return await handler(request)
 
-    @web.middleware
-    async def answer_preflight(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """204 for the preflight of an allowed origin; anything else goes its way."""
-        asks = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
-        if not asks or self._allowed(request.headers.get(hdrs.ORIGIN)) is None:
-            return await handler(request)
+    def preflight_response(self, request: web.Request) -> web.Response | None:
+        """204 for the preflight of an allowed origin; None for any other request."""
+        is_preflight = request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+        if not is_preflight or self._allowed(request.headers.get(hdrs.ORIGIN)) is None:
+            return None
         headers: dict[str, str] = {
             hdrs.ACCESS_CONTROL_ALLOW_METHODS: METHODS,
             hdrs.ACCESS_CONTROL_MAX_AGE: str(PREFLIGHT_SECONDS),
@@ -52,13 +48,10 @@ class Cors:
             headers[ALLOWS_PRIVATE_NETWORK] = "true"
         return web.Response(status=204, headers=headers)
 
-    async def mark(self, request: web.BaseRequest, response: web.StreamResponse) -> None:
-        """Tell the browser whether the page may read this answer; caches, that the answer depends on the page."""
-        for name, value in self.headers(request.headers.get(hdrs.ORIGIN)).items():
-            response.headers.add(name, value)
-
     def headers(self, origin: str | None) -> dict[str, str]:
-        """What an answer to a page of that origin says."""
+        """What a response to a page of that origin says: whether the page may read it and, for caches, that this
+        depends on the page.
+        """
         if not self._origins:
             return {}
         headers: dict[str, str] = {} if ANY in self._origins else {hdrs.VARY: hdrs.ORIGIN}

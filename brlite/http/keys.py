@@ -13,14 +13,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from aiohttp import hdrs, web
-from aiohttp.typedefs import Handler, Middleware
 
 from brlite.config.options import Config, KeyConfig, KeysConfig
 from brlite.errors import ConfigError, Unauthorized
 from brlite.files.text_file import TextError, read_text
-from brlite.http.access_log import log_extras
 from brlite.http.api_key import ApiKey
-from brlite.http.resources import Resources
 from brlite.process.children import read_secret
 
 
@@ -78,7 +75,7 @@ class ApiKeys:
 
     def find(self, shown: str | None) -> ApiKey | None:
         """Which key was shown, if it is one of ours, in a time that does not tell how near it came."""
-        if self.is_open:
+        if not self._known:
             return self.anybody
         if shown is None:
             return None
@@ -103,7 +100,7 @@ class ApiKeys:
 
 
 KEYS = web.AppKey("keys", ApiKeys)
-_KEY = web.RequestKey("api_key", ApiKey)
+API_KEY = web.RequestKey("api_key", ApiKey)  # what the request was let in with; not at open resources
 
 
 def shown_key(authorization: str | None, x_api_key: str | None) -> str | None:
@@ -115,29 +112,9 @@ def shown_key(authorization: str | None, x_api_key: str | None) -> str | None:
     return x_api_key
 
 
-def keys_middleware(keys: ApiKeys, open_resources: Resources) -> Middleware:
-    """Refuse requests without an accepted key, except to `open_resources`."""
-
-    @web.middleware
-    async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request not in open_resources:
-            headers = request.headers
-            key = request[_KEY] = keys.require(shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key")))
-            if key.name:
-                log_extras(request)["key"] = key.name
-        return await handler(request)
-
-    return check_key
-
-
 def api_key(request: web.BaseRequest) -> ApiKey:
     """The key that the request was let in with. Only for handlers of resources that are not open."""
-    return request[_KEY]
-
-
-def key_of(request: web.BaseRequest) -> ApiKey | None:
-    """The key that the request was let in with; None at open resources."""
-    return request.get(_KEY)
+    return request[API_KEY]
 
 
 def shown_api_key(request: web.Request) -> ApiKey | None:
@@ -149,13 +126,6 @@ def shown_api_key(request: web.Request) -> ApiKey | None:
 def spend_tokens(request: web.BaseRequest, prompt_tokens: int, completion_tokens: int) -> None:
     """Count what the request has used under its key."""
     api_key(request).spend(time.monotonic(), prompt_tokens, completion_tokens)
-
-
-async def stamp_limits(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """An `on_response_prepare` signal: every answer to a limited key, refusals too, says what is left of its limits."""
-    key = request.get(_KEY)
-    if key is not None and key.has_limits:
-        response.headers.update(key.headers(time.monotonic()))
 
 
 def _continued(known: ApiKey | None, key: ApiKey) -> ApiKey:

@@ -7,29 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from types import TracebackType
 
-from aiohttp import HttpVersion10, HttpVersion11, StreamReader, hdrs, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.http import RawRequestMessage
-from multidict import CIMultiDict, CIMultiDictProxy
-from yarl import URL
+from aiohttp import web
 
 from brlite.config.options import LimitsConfig
-from brlite.errors import ConfigError, InvalidRequest
-from brlite.http.connection import MALFORMED, TOO_MANY, Connection, MakeHandler
+from brlite.errors import ConfigError
+from brlite.http.connection import Connection, MakeHandler, ServerHooks
 from brlite.http.connections import Connections
-from brlite.http.errors import error_response
 
 BACKLOG = 1024
-MALFORMED_METHOD = "UNKNOWN"  # of aiohttp's stand-in for a request that cannot be parsed; no client can send it
 LAST_WORDS_SECONDS = 1.0  # what handlers get, after the application's on_shutdown, to end their streams themselves
 
-# The host may be a name, an IPv4 address or an IPv6 one in brackets; a user name before it is not allowed in HTTP.
-_ABSOLUTE_FORM = re.compile(
-    r"https?://((?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?)([/?][!-~]*|)", re.IGNORECASE
-)
 # What an application answers beyond max_connections too: how it is, for whoever runs it.
 PROBE_PATHS: web.AppKey[frozenset[str]] = web.AppKey("probe_paths")
 
@@ -137,8 +126,7 @@ class HttpServer:
         loop = asyncio.get_running_loop()
         server = self._runner.server
         assert server is not None  # set-up is done
-        self._handle_request, server.request_handler = server.request_handler, self._begin_request
-        self._make_request, server.request_factory = server.request_factory, self._read_request
+        ServerHooks(server, self._limits, self._app.get(PROBE_PATHS, frozenset[str]()))
 
         def connect() -> Connection:
             return Connection(server, loop, self._limits, self._connections, self._make_fast_path)
@@ -147,85 +135,6 @@ class HttpServer:
             return await loop.create_server(connect, self._host, self._port, backlog=BACKLOG)
         except (OSError, OverflowError) as error:
             raise ConfigError(f"cannot listen on {self._host}:{self._port}: {_reason(error)}") from None
-
-    def _read_request(
-        self,
-        message: RawRequestMessage,
-        payload: StreamReader,
-        protocol: web.RequestHandler,
-        writer: AbstractStreamWriter,
-        task: asyncio.Task[None],
-    ) -> web.BaseRequest:
-        """aiohttp's request of a parsed head: one whose target is a whole URL becomes like any other."""
-        if message.method == MALFORMED_METHOD:
-            message = message._replace(version=HttpVersion11)  # aiohttp would answer as HTTP/1.0
-        elif message.url.absolute:
-            message = origin_form(message)
-        if hdrs.UPGRADE in message.headers:
-            # The parser stops there and may lose a request behind it, which would wait for ever.
-            message = message._replace(should_close=True)
-        return self._make_request(message, payload, protocol, writer, task)
-
-    async def _begin_request(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Tell the connection, then pass the request on; a refused Expect header never reaches the middlewares."""
-        assert isinstance(request.protocol, Connection)
-        request.protocol.request_began()
-        if request.protocol.is_spare and request.path not in self._app.get(PROBE_PATHS, ()):
-            return error_response(TOO_MANY)
-        if not _is_clear(request):
-            return _refusal()
-        if _header_bytes(request) > self._limits.max_header_bytes:
-            return error_response(web.HTTPRequestHeaderFieldsTooLarge())
-        try:
-            return await self._handle_request(request)
-        except web.HTTPException as error:
-            if error.status < 400:
-                raise
-            return error_response(error)
-
-
-def _header_bytes(request: web.BaseRequest) -> int:
-    """About as many bytes as the request's head had."""
-    return len(request.raw_path) + sum(len(name) + len(value) + 4 for name, value in request.raw_headers)
-
-
-def origin_form(message: RawRequestMessage) -> RawRequestMessage:
-    """The request whose target is a whole URL (RFC 9112 §3.2.2) with a path for a target and the URL's host as `Host`.
-
-    As it is if there is anything odd about the URL, which `_is_clear` then refuses.
-    """
-    found = _ABSOLUTE_FORM.fullmatch(message.path)
-    if found is None:
-        return message
-    host, path = found.groups()
-    if not path.startswith("/"):
-        # RFC 9112 §3.2.4: without a path, OPTIONS is meant for the server as a whole.
-        path = "*" if message.method == hdrs.METH_OPTIONS and not path else f"/{path}"
-    headers = CIMultiDict(message.headers)
-    headers[hdrs.HOST] = host
-    others = (field for field in message.raw_headers if field[0].lower() != b"host")
-    return message._replace(
-        path=path,
-        url=URL(path, encoded=True),
-        headers=CIMultiDictProxy(headers),
-        raw_headers=((b"Host", host.encode()), *others),
-    )
-
-
-def _is_clear(request: web.BaseRequest) -> bool:
-    """Whether it can mean one thing only, which aiohttp's parser does not make sure of beside an `Upgrade` header."""
-    if not request.raw_path.startswith("/") and request.raw_path != "*":
-        return False
-    codings = request.headers.getall("Transfer-Encoding", ())
-    if request.version == HttpVersion11:
-        return all(coding.lower() == "chunked" for coding in codings) and len(codings) <= 1
-    return request.version == HttpVersion10 and not codings
-
-
-def _refusal() -> web.Response:
-    response = error_response(InvalidRequest(MALFORMED, code="bad_request"))
-    response.force_close()
-    return response
 
 
 def _reason(error: OSError | OverflowError) -> str:

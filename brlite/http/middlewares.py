@@ -1,20 +1,33 @@
-"""Gives an application the middlewares of this room, in the one order that works. It knows no routes and no models."""
+"""What every request passes before its handler, and its response after it. `serve` is the place to start.
+
+Inside a request everything raises; here it becomes HTTP, once. Once the first byte of a response has gone out nothing
+more is sent: the connection is cut, which the client notices. It knows no routes and no models.
+"""
 
 from __future__ import annotations
 
-from aiohttp import web
+import asyncio
+import logging
+import time
+from collections.abc import Set
 
+from aiohttp import hdrs, web
+from aiohttp.typedefs import Handler, Middleware
+
+from brlite import errors
 from brlite.config.options import LimitsConfig
-from brlite.http.access_log import access_log_middleware
-from brlite.http.body import BODIES, bodies_middleware
-from brlite.http.body_budget import BodyBudget
+from brlite.http.access_log import log_extras, log_request
+from brlite.http.api_key import ApiKey
+from brlite.http.body import BODIES, HELD
+from brlite.http.body_budget import BodyBudget, HeldBody
+from brlite.http.connection import has_begun
 from brlite.http.cors import Cors
-from brlite.http.error_middleware import errors_middleware
-from brlite.http.errors import OWN_HEADERS
-from brlite.http.keys import KEYS, ApiKeys, keys_middleware, stamp_limits
+from brlite.http.errors import CLIENT_LEFT, OWN_HEADERS, error_response, status_of
+from brlite.http.keys import API_KEY, KEYS, ApiKeys, shown_key
 from brlite.http.origin_policy import OriginPolicy
-from brlite.http.request_id import stamp_request_id
-from brlite.http.resources import Resources
+from brlite.http.request_id import HEADER, request_id, shown_request_id
+
+logger = logging.getLogger(__name__)
 
 
 def add_middlewares(
@@ -26,7 +39,7 @@ def add_middlewares(
     access_log: bool = True,
     quiet_paths: frozenset[str] = frozenset(),
 ) -> None:
-    """Outermost first: the log sees every status, preflights need no key, refusals are answered like any error.
+    """Have the application's requests served by `serve`, and its responses stamped.
 
     Without a policy of its own an application refuses pages of all other sites.
 
@@ -36,19 +49,120 @@ def add_middlewares(
     app[KEYS] = keys
     if BODIES not in app:
         app[BODIES] = BodyBudget(LimitsConfig().max_body_bytes_in_flight)
-    app.on_response_prepare.append(_stamp_own_headers)
-    app.on_response_prepare.append(stamp_request_id)
-    app.on_response_prepare.append(stamp_limits)  # always: a key may be given limits while the server runs
-    if access_log:
-        app.middlewares.append(access_log_middleware(Resources(app, quiet_paths)))
     cors = Cors(origin_policy or OriginPolicy())
-    app.on_response_prepare.append(cors.mark)
-    app.middlewares.append(cors.answer_preflight)
-    app.middlewares.append(errors_middleware)
-    app.middlewares.append(cors.refuse)
-    app.middlewares.append(keys_middleware(keys, Resources(app, open_paths)))
-    app.middlewares.append(bodies_middleware(app[BODIES]))
+    app.middlewares.append(serve(app, cors, open_paths, quiet_paths if access_log else None))
+
+    async def stamp(request: web.BaseRequest, response: web.StreamResponse) -> None:
+        """Put the headers that every response has, streams and refusals too."""
+        headers, key = response.headers, request.get(API_KEY)
+        headers.update(OWN_HEADERS)
+        headers[HEADER] = shown_request_id(request)
+        if key is not None and key.has_limits:  # also a key that was given limits while the server runs
+            headers.update(key.headers(time.monotonic()))
+        for name, value in cors.headers(request.headers.get(hdrs.ORIGIN)).items():
+            headers.add(name, value)
+
+    app.on_response_prepare.append(stamp)
 
 
-async def _stamp_own_headers(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    response.headers.update(OWN_HEADERS)
+def serve(app: web.Application, cors: Cors, open_paths: Set[str], quiet_paths: Set[str] | None) -> Middleware:
+    """The one middleware of this room. `quiet_paths`, which monitors call all the time, are not logged; None: none is.
+
+    Refusals are answered like any error, and the log has every status. Preflights need no key: browsers send them
+    without. Foreign pages and bad keys are refused before the body is read.
+    """
+    keys, budget = app[KEYS], app[BODIES]
+    no_key = ApiKey()
+    open_resources, quiet_resources = Resources(app, open_paths), Resources(app, quiet_paths or frozenset())
+
+    @web.middleware
+    async def serve_request(request: web.Request, handler: Handler) -> web.StreamResponse:
+        begin, status = time.perf_counter(), 500
+        response: web.StreamResponse | None
+        try:
+            response = cors.preflight_response(request) if request.method == hdrs.METH_OPTIONS else None
+            if response is None:
+                try:
+                    cors.check(request)
+                    key = no_key
+                    if request not in open_resources:
+                        headers = request.headers
+                        shown = shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key"))
+                        key = request[API_KEY] = keys.require(shown)
+                        if key.name:
+                            log_extras(request)["key"] = key.name
+                    held = request[HELD] = HeldBody(budget, key)
+                    try:
+                        response = await handler(request)
+                    finally:
+                        held.release()
+                except Exception as error:  # the boundary: what nobody foresaw is our fault and becomes a 500
+                    response = answer_error(request, error)
+            status = CLIENT_LEFT if has_left(request) else response.status
+            return response
+        except web.HTTPException as error:
+            status = error.status
+            raise
+        except asyncio.CancelledError:
+            status = CLIENT_LEFT
+            raise
+        finally:
+            if quiet_paths is not None and request not in quiet_resources:
+                log_request(request, status, (time.perf_counter() - begin) * 1000)
+
+    return serve_request
+
+
+class Resources:
+    """The resources that an application has at `paths` when this is made: `request in resources`.
+
+    They stay the same where the application is mounted in another one, which puts a prefix before their paths.
+    A request is for one of them only if its path is spelt exactly as the resource's own: any other spelling may mean
+    something else to a proxy before us.
+    """
+
+    def __init__(self, app: web.Application, paths: Set[str]) -> None:
+        self._members = frozenset(resource for resource in app.router.resources() if resource.canonical in paths)
+
+    def __contains__(self, request: web.Request) -> bool:
+        resource = request.match_info.route.resource
+        return resource in self._members and request.raw_path.partition("?")[0] == resource.canonical
+
+
+def has_left(request: web.BaseRequest) -> bool:
+    """Whether the client's connection is gone."""
+    return request.transport is None or request.transport.is_closing()
+
+
+def answer_error(request: web.Request, error: Exception) -> web.StreamResponse:
+    """The response for what a handler raised. Raises where a response has begun, and aiohttp's own redirections.
+
+    A client that left is no error.
+    """
+    if isinstance(error, ConnectionError) and has_left(request):
+        return web.Response(status=CLIENT_LEFT)
+    if isinstance(error, web.HTTPNotFound):
+        error = errors.NotFound(f"Invalid URL ({request.method} {request.path[:200]})")
+    elif isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = tuple(sorted(error.allowed_methods))
+        message = f"{request.method} is not allowed at {request.path[:200]}; allowed: {', '.join(allowed)}"
+        error = errors.MethodNotAllowed(message, allowed=allowed)
+    elif isinstance(error, web.HTTPException) and error.status < 400:
+        raise error
+
+    if status_of(error).http == 500:  # refusals are in the access log; this is the server's fault
+        is_foreseen = isinstance(error, errors.BrliteError)
+        logger.error(
+            "request %s (%s) failed: %s%s",
+            request_id(request),
+            shown_request_id(request),
+            type(error).__name__,
+            f": {error}" if is_foreseen else "",
+            exc_info=None if is_foreseen else error,
+        )
+    if has_begun(request):
+        raise ConnectionAbortedError("the answer had begun; nothing is sent twice") from error
+    response = error_response(error)
+    if request.body_exists and not request.content.is_eof():
+        response.force_close()  # its body has not been read: the client need not send the rest
+    return response

@@ -58,7 +58,13 @@ class OriginPolicy:
 
     def refusal(self, host: str | None, origin: str | None, fetch_site: str | None) -> Forbidden | None:
         """Why a request with these headers is refused; None if it is not. A header that stands twice is joined."""
-        if host is not None and not self._is_own_name(host):
+        is_checked = self._allowed_hosts or (self._is_loopback and self._keys is not None and self._keys.is_open)
+        if (
+            is_checked
+            and host is not None
+            and not is_safe_host(host)
+            and self._allowed_hosts.isdisjoint((ANY, _host_name(host)))
+        ):
             return Forbidden(
                 f"The host name {host[:MAX_SHOWN]!r} is not one of this server's. Local names and addresses are, and "
                 "names in server.allowed_hosts.",
@@ -82,10 +88,6 @@ class OriginPolicy:
         return (
             fetch_site != "cross-site" and host is not None and origin == f"http://{host.lower().removesuffix(':80')}"
         )
-
-    def _is_own_name(self, host: str) -> bool:
-        is_checked = self._allowed_hosts or (self._is_loopback and self._keys is not None and self._keys.is_open)
-        return not is_checked or is_safe_host(host) or not self._allowed_hosts.isdisjoint((ANY, _host_name(host)))
 
 
 @lru_cache(maxsize=64)

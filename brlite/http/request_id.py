@@ -49,8 +49,3 @@ def request_id(request: web.BaseRequest) -> str:
 def shown_request_id(request: web.BaseRequest) -> str:
     """What answers and upstreams are told: the client's own `X-Request-Id` where it sent a harmless one, else ours."""
     return client_request_id(request.headers.get(HEADER)) or request_id(request)
-
-
-async def stamp_request_id(request: web.BaseRequest, response: web.StreamResponse) -> None:
-    """An `on_response_prepare` signal: every answer, streams and errors too, carries the id."""
-    response.headers[HEADER] = shown_request_id(request)

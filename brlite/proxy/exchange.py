@@ -19,8 +19,7 @@ import msgspec
 
 from brlite.config.options import ProxyConfig
 from brlite.errors import QueueTimeout, RequestError, UpstreamUnavailable, stopping
-from brlite.http.error_middleware import CLIENT_LEFT
-from brlite.http.errors import status_of
+from brlite.http.errors import CLIENT_LEFT, status_of
 from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt
 from brlite.proxy.downstream import Downstream
 from brlite.proxy.outcomes import TABLE, Ending

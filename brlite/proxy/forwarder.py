@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 
 from brlite.config.options import Config, ProxyConfig
 from brlite.errors import LoopDetected, RequestError, stopping
-from brlite.http.error_middleware import CLIENT_LEFT
+from brlite.http.errors import CLIENT_LEFT
 from brlite.proxy.downstream import Downstream
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.forwarded import forwarded_lines

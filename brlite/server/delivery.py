@@ -17,6 +17,7 @@ from aiohttp import web
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect, ResponseEncoder
+from brlite.dialects.event import TokenUsage
 from brlite.dialects.generation import Generation, in_client_words
 from brlite.engine.admission import check_limits
 from brlite.engine.async_engine import EngineLoop
@@ -27,7 +28,7 @@ from brlite.http.events import EventStream
 from brlite.http.keys import api_key, spend_tokens
 from brlite.outputs import RequestOutput
 from brlite.server.engine_requests import make_requests
-from brlite.server.event_builder import EventBuilder, UsageCount
+from brlite.server.event_builder import EventBuilder
 from brlite.server.served_model import ServedModel
 
 LOADING_COMMENT_SECONDS = 1.0
@@ -63,14 +64,13 @@ class Delivery:
         self._model_name = model_name
         self._limits = limits
         self._tenant = api_key(request).tenant
-        self._usage = UsageCount(shows_completions=not call.is_echo_only)
         self._outputs: dict[int, RequestOutput] = {}  # that are not sent yet
         self._num_open = 0
         self._error: BrliteError | None = None
         self._changed = asyncio.Event()
-        self._engine: EngineLoop | None = None
+        self._engine: EngineLoop
         self._requests: list[Request] = []
-        self._builder: EventBuilder
+        self._builder: EventBuilder | None = None  # until the requests are with the engine
         self._encoder: ResponseEncoder
 
     async def __aenter__(self: D) -> D:
@@ -89,8 +89,8 @@ class Delivery:
 
     async def loaded(self, model: ServedModel) -> EngineLoop:
         """The model's engine, once it is there. Raises as `ServedModel.loaded` does."""
-        if model.is_available:
-            return await model.loaded(self._limits.max_wait_seconds, self._tenant)
+        if model.engine is not None and not model.is_held_back:
+            return model.engine
         check_limits(self._call.params, self._limits)  # which the engine does, but too late for a client that waits
         return await self._wait_for(model)
 
@@ -99,15 +99,15 @@ class Delivery:
 
     async def submit(self, engine: EngineLoop) -> None:
         """Encode the prompts and queue their requests. Raises `RequestError` for the first that is refused."""
-        self._requests, cuts = await make_requests(self._call, engine, self.id, self._tenant)
-        self._builder = EventBuilder(self._call, self._usage, engine.tokenizer, (*self._call.warnings, *cuts))
-        self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
-        self._engine, self._num_open = engine, len(self._requests)
-        for index, request in enumerate(self._requests):
+        requests, cuts = await make_requests(self._call, engine, self.id, self._tenant)
+        self._engine, self._requests, self._num_open = engine, requests, len(requests)
+        for index, request in enumerate(requests):
             engine.submit(request, functools.partial(self._receive, index))
+        self._builder = EventBuilder(self._call, engine.tokenizer, (*self._call.warnings, *cuts))
+        self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
 
     async def send(self) -> None:
-        """Send the response to its end. Raises the error that ended one of the requests."""
+        """Send the response to its end, after `submit`. Raises the error that ended one of the requests."""
         raise NotImplementedError
 
     def fail(self, error: BrliteError) -> None:
@@ -142,14 +142,17 @@ class Delivery:
 
     def _close(self) -> None:
         self._request.app[RUNNING].discard(self)
-        if self._engine is not None and self._num_open:
+        if self._num_open:
             for request in self._requests:
                 self._engine.abort(request.request_id)
-        for index, output in self._outputs.items():  # computed, and never sent
-            self._usage.add(index, output)
-        spend_tokens(self._request, self._usage.prompt, self._usage.completion)
+        usage = TokenUsage(0, 0, 0)
+        if self._builder is not None:
+            for index, output in self._outputs.items():  # computed, and never sent
+                self._builder.count(index, output)
+            usage = self._builder.usage()
+        spend_tokens(self._request, usage.prompt, usage.completion)
         log_extras(self._request).update(
-            model=self._model_name, prompt_tokens=self._usage.prompt, completion_tokens=self._usage.completion
+            model=self._model_name, prompt_tokens=usage.prompt, completion_tokens=usage.completion
         )
 
 
@@ -157,6 +160,7 @@ class WholeDelivery(Delivery):
     """Waits for all completions and answers with one body."""
 
     async def send(self) -> None:
+        assert self._builder is not None
         while self._num_open and self._error is None:
             await self._changed.wait()
             self._changed.clear()
@@ -164,7 +168,7 @@ class WholeDelivery(Delivery):
             raise self._error
         outputs, self._outputs = self._outputs, {}
         events, warnings = self._builder.whole([outputs[index] for index in sorted(outputs)])
-        body = self._encoder.whole(events, self._usage.so_far(), warnings)
+        body = self._encoder.whole(events, self._builder.usage(), warnings)
         self.response = web.Response(body=body, content_type="application/json")
 
 
@@ -190,6 +194,7 @@ class StreamDelivery(Delivery):
 
     async def send(self) -> None:
         """Returns early if the client left, or was cut for being slow."""
+        assert self._builder is not None
         stream = self._stream
         if not stream.is_prepared:
             await stream.prepare()
@@ -206,7 +211,7 @@ class StreamDelivery(Delivery):
         self._sends_at_once = False  # outputs of other prompts must not follow the end of the response
         if self._error is not None:
             raise self._error
-        self.response = await stream.finish(self._encoder.closing(self._usage.so_far()))
+        self.response = await stream.finish(self._encoder.closing(self._builder.usage()))
 
     async def _end_with(self, error: BrliteError) -> bool:
         self._sends_at_once = False
@@ -228,11 +233,13 @@ class StreamDelivery(Delivery):
             self._write(index, output)
 
     def _write(self, index: int, output: RequestOutput) -> None:
+        assert self._builder is not None
         events = self._builder.events(index, output)
         if events and not self._stream.write(b"".join([self._encoder.encode(event) for event in events])):
             self._has_left = True  # not every server cancels the handler then
             self._changed.set()
 
     def _close(self) -> None:
+        self._sends_at_once = False
         self._stream.close()
         super()._close()

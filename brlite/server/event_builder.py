@@ -16,39 +16,17 @@ from brlite.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from brlite.tokenizer import Tokenizer
 
 
-class UsageCount:
-    """Tokens used by one call, counted from its outputs; those of completions only if they are shown."""
-
-    def __init__(self, *, shows_completions: bool = True) -> None:
-        self.prompt = 0
-        self.cached = 0
-        self.completion = 0
-        self._shows_completions = shows_completions
-        self._seen: set[int] = set()
-
-    def add(self, prompt_index: int, output: RequestOutput) -> None:
-        if prompt_index not in self._seen:
-            self._seen.add(prompt_index)
-            self.prompt += len(output.prompt_token_ids)
-            self.cached += output.num_cached_tokens
-        if self._shows_completions:
-            for completion in output.outputs:
-                self.completion += len(completion.token_ids)
-
-    def so_far(self) -> TokenUsage:
-        return TokenUsage(self.prompt, self.completion, self.cached)
-
-
 class EventBuilder:
     """Makes the events of one call. A choice's index is prompt index times `n` plus completion index."""
 
-    def __init__(self, call: Generation, usage: UsageCount, tokenizer: Tokenizer, warnings: Sequence[str]) -> None:
+    def __init__(self, call: Generation, tokenizer: Tokenizer, warnings: Sequence[str]) -> None:
         self._call = call
-        self._usage = usage
         self._tokenizer = tokenizer
         self._warnings = tuple(warnings)
         self._is_plain = not call.echo and call.params.logprobs is None
         self._tracks: dict[int, TokenTrack] = {}
+        self._num_prompt = self._num_completion = self._num_cached = 0  # tokens so far
+        self._counted_prompts: set[int] = set()
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._echoed_choices: set[int] = set()
 
@@ -57,8 +35,8 @@ class EventBuilder:
 
         The last event of a request says its warnings: every clamp, and everything that was ignored.
         """
-        self._usage.add(prompt_index, output)
-        usage = self._usage.so_far() if self._call.continuous_usage else None
+        self.count(prompt_index, output)
+        usage = self.usage() if self._call.continuous_usage else None
         first_choice = prompt_index * self._call.params.n
         events: list[Event] = []
         for completion in output.outputs:
@@ -79,6 +57,20 @@ class EventBuilder:
                 )
                 events.append(event)
         return events
+
+    def count(self, prompt_index: int, output: RequestOutput) -> None:
+        """Count the tokens of an output; those of completions only if they are shown. `events` does it."""
+        if prompt_index not in self._counted_prompts:
+            self._counted_prompts.add(prompt_index)
+            self._num_prompt += len(output.prompt_token_ids)
+            self._num_cached += output.num_cached_tokens
+        if not self._call.is_echo_only:
+            for completion in output.outputs:
+                self._num_completion += len(completion.token_ids)
+
+    def usage(self) -> TokenUsage:
+        """The tokens that were used so far."""
+        return TokenUsage(self._num_prompt, self._num_completion, self._num_cached)
 
     def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
         """The events of a response that is not streamed, one a choice and in order, and its warnings."""

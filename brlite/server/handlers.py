@@ -27,7 +27,7 @@ from brlite.dialects.openai_tokens import (
     decode_detokenize,
     decode_tokenize,
 )
-from brlite.errors import Forbidden, NotFound
+from brlite.errors import Forbidden, NotFound, stopping
 from brlite.http.body import leave_body, read_body
 from brlite.http.keys import KEYS, api_key, shown_api_key
 from brlite.sampling_params import check_token_ids
@@ -70,7 +70,10 @@ def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
     key.check_model(name)
     key.begin(time.monotonic())
     try:
-        with models.use(name, request.app[CONFIG].limits.max_waiting, key.tenant) as model:
+        model = models.find(name)
+        if models.is_draining:
+            raise stopping()
+        with model.in_use(request.app[CONFIG].limits.max_waiting, key.tenant):
             yield model
     finally:
         key.end()

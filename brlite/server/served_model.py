@@ -13,7 +13,7 @@ from typing import Protocol
 from brlite.config.options import ModelSpec, ProxyConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.stats import EngineStats
-from brlite.errors import ModelNotFound, stopping
+from brlite.errors import ModelNotFound
 from brlite.server.load_state import LoadState, ignore_change
 
 MOST_COUNTED_TOKENS = 131_072  # of histograms of lengths, made before a model's own context is known
@@ -83,7 +83,7 @@ class ServedModel:
     @contextmanager
     def in_use(self, max_waiting: int, tenant: str = "") -> Iterator[None]:
         """Keep it from being unloaded. Raises `NotReady` or `QueueFull` where it would be waited for in vain."""
-        if not self.is_available:
+        if self.engine is None or self.is_held_back:
             if self.engine is None and not self.is_on_demand:
                 raise self.loading.not_ready("is loading")
             self.loading.check(max_waiting, tenant)
@@ -215,20 +215,10 @@ class ModelTable:
         """The model of that name; no name is enough where one model is served. Raises `ModelNotFound`."""
         if name is None and len(self._models) == 1:
             return next(iter(self._models.values()))
-        model = self._models.get(self.resolve(name or ""))
+        model = self._models.get(self._aliases.get(name or "", name or ""))
         if model is None:
             raise ModelNotFound(self._unknown(name), param="model", code="model_not_found")
         return model
-
-    @contextmanager
-    def use(self, name: str | None, max_waiting: int, tenant: str = "") -> Iterator[ServedModel]:
-        """The model to give new work to, which is not unloaded inside. Raises `ModelNotFound`, or `NotReady` where it
-        does not take work or the server is draining."""
-        model = self.find(name)
-        if self.is_draining:
-            raise stopping()
-        with model.in_use(max_waiting, tenant):
-            yield model
 
     def _unknown(self, name: str | None) -> str:
         if name is None:

@@ -42,4 +42,5 @@ async def _run_chat(recording: AbstractContextManager[Journey]) -> Journey:
             writer.write(request)
             await reader.readuntil(b"0\r\n\r\n")
         writer.close()
+        await writer.wait_closed()
     return journey

@@ -12,6 +12,6 @@ def journey() -> Journey:
 def test_a_chat_is_in_the_queue_after_few_calls():
     chat = journey()
 
-    assert len(chat.calls) <= 310
-    assert len(chat.functions) <= 110
-    assert len(chat.files) <= 31
+    assert len(chat.calls) <= 270
+    assert len(chat.functions) <= 90
+    assert len(chat.files) <= 27

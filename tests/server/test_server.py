@@ -14,8 +14,8 @@ from aiohttp import web
 import brlite
 from brlite.app import create_app
 from brlite.config.options import Config, KeysConfig, LimitsConfig, ModelSpec, ProxyConfig, ServerConfig
-from brlite.http.error_middleware import has_left
 from brlite.http.listen import HttpServer
+from brlite.http.middlewares import has_left
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.fakes import ByteTokenizer
 from tests.limits import PATIENCE_SECONDS
