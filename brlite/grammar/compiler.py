@@ -147,6 +147,7 @@ class Library:
                 pattern = "|".join(_SPECIAL_IN_PATTERNS.sub(r"\\\g<0>", choice) for choice in wish.choice)
             else:
                 self._check_pattern("the expression", pattern)
+                pattern = self._llguidance.regex_to_lark(pattern, "d")  # \d is 0 to 9, as in schemas
             inner = self._compiled(self._llguidance.LLMatcher.grammar_from_regex(pattern), num_bytes)
 
         is_json = wish.json_schema is not None or wish.json_object

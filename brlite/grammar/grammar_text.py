@@ -32,6 +32,8 @@ def is_gbnf(text: str) -> bool:
 
 def check_grammar(text: str, *, max_rules: int, max_repetitions: int) -> None:
     """Raise `PatternRefused` for more rules, or more repetitions and characters of expressions, than that."""
+    if text.lstrip().startswith("{"):
+        raise PatternRefused("is JSON; allowed are Lark's notation and llama.cpp's")
     num_rules = num_repetitions = depth = 0
     for token in _TOKENS.finditer(text):
         value = token.group()

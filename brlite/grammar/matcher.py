@@ -138,8 +138,8 @@ class GuidedMatcher:
             if self.error is not None:
                 return
             self._numbers.feed(self._token_bytes[token_id])
-            if self._forced:
-                self._forced.popleft()
+            if self._forced and self._forced.popleft() != token_id:
+                self._forced.clear()
             if not self._forced:
                 self._force()
 

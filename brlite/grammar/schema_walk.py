@@ -25,6 +25,9 @@ FORMATS = frozenset(
     ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )  # that are enforced; others are annotations
 
+# Names in ASCII are among those that the formats for all scripts allow.
+ASCII_FORMATS = {"idn-email": "email", "idn-hostname": "hostname", "iri": "uri"}
+
 _LISTS = ("prefixItems", "anyOf", "allOf", "oneOf")
 _MAPS = ("properties", "patternProperties")
 _SINGLE = ("items", "additionalItems", "additionalProperties")
@@ -157,8 +160,9 @@ class _Walk:
         """Drop or rewrite what the library does not know, where that does not change what is valid."""
         if not isinstance(node.get("format", ""), str):
             raise SchemaRefused(f"{pointer}/format", "a format is a string")
-        if node.get("format") not in FORMATS:
-            node.pop("format", None)
+        node["format"] = ASCII_FORMATS.get(node.get("format", ""), node.get("format"))
+        if node["format"] not in FORMATS:
+            del node["format"]
         if node.get("dependentRequired") == {} or node.get("dependentSchemas") == {}:
             node.pop("dependentRequired", None), node.pop("dependentSchemas", None)
         for keyword in ("unevaluatedProperties", "unevaluatedItems", "propertyNames"):
@@ -349,7 +353,7 @@ class _Walk:
             del node["uniqueItems"]
             return
         items = self._followed(f"{pointer}/items", node.get("items"))
-        only = {"type", "items", "minItems", "maxItems", "uniqueItems", "title", "description"}
+        only = {"type", "items", "minItems", "maxItems", "uniqueItems", "title", "description", "$defs", "$schema"}
         if node.get("type") != "array" or not node.keys() <= only or not isinstance(items, dict):
             return
         values = _values(items)

@@ -1,0 +1,265 @@
+"""Expressions, choices, grammars and structural tags; what is refused, and where; the cache."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from brlite.config.options import GrammarConfig
+from brlite.errors import InvalidRequest
+from brlite.grammar.compiler import GrammarCompiler, deep_stack
+from brlite.sampling_params import StructuredOutput
+from tests.grammar.answers import LongTokens, write
+
+TOKENIZER = LongTokens()
+COMPILER = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, GrammarConfig())
+
+
+def texts(seeds: int = 8, **wish: Any) -> list[str]:
+    grammar = COMPILER.compile(StructuredOutput(**wish))
+    written = [write(grammar, TOKENIZER, temperature=1.5, seed=seed) for seed in range(seeds)]
+    return [each.text for each in written if each.is_ended]
+
+
+@pytest.mark.parametrize(
+    "regex",
+    [
+        r"[a-z]{3}-\d{2}",
+        r"(\d{1,3}\.){3}\d{1,3}",
+        r"^yes|no$",
+        r"a?b{2,4}c*",
+        r"[^x]y",
+        r"(foo|ba(r|z)){1,3}",
+        r"\n\t?",
+    ],
+)
+def test_a_whole_answer_matches_its_expression(regex: str):
+    found = texts(regex=regex)
+
+    assert found
+    assert all(re.fullmatch(regex.strip("^$"), text) for text in found)
+
+
+def test_an_answer_is_one_of_the_choices():
+    choices = (
+        "yes",
+        "no",
+        "may.be (x|y)",
+        "a+b",
+        "[1]",
+        "über",
+        "new\nline",
+        "back\\slash",
+        "yes, but",
+        "{}",
+        "&~#/ -",
+    )
+
+    found = texts(seeds=60, choice=choices)
+
+    assert set(found) <= set(choices)
+    assert len(set(found)) > 5
+
+
+def test_many_choices_are_taken():
+    choices = tuple(f"choice number {number * 7919}" for number in range(5000))
+
+    assert set(texts(choice=choices)) <= set(choices)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "regex"),
+    [
+        ('root ::= "a" [0-9]{1,3} tail\ntail ::= "z" | "y" tail', r"a\d{1,3}y*z"),
+        ('root ::= ("ab" | "c")+ # a comment ::= here', r"(ab|c)+"),
+        ('start: "a" NUMBER "z"\nNUMBER: /[0-9]+/\n', r"a\d+z"),
+        ('start: item ("," item)*\nitem: "x" | "(" item ")"\n', r"[x(),]+"),
+        ('?start: sum\n?sum: N | sum "+" N\nN: /[0-9]/\n', r"\d(\+\d)*"),
+    ],
+)
+def test_grammars_of_both_notations(grammar: str, regex: str):
+    found = texts(grammar=grammar)
+
+    assert found
+    assert all(re.fullmatch(regex, text) for text in found)
+
+
+def test_a_structural_tag_leaves_text_free_and_bounds_what_is_inside():
+    schema = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
+    tag = {
+        "type": "structural_tag",
+        "structures": [{"begin": "<f=a>", "schema": schema, "end": "</f>"}],
+        "triggers": ["<f="],
+    }
+    grammar = COMPILER.compile(StructuredOutput(structural_tag=tag))
+
+    matcher = grammar.matcher()
+    matcher.advance(list(b"a < b, so <f="))
+    assert TOKENIZER.decode(list(matcher.forced)).startswith('a>{"')
+    matcher.advance(list(b'a>{"x":1}</f> and so on'))
+
+    assert matcher.error is None
+    assert not matcher.is_complete
+    matcher.advance(list(b"<f=a>["))
+    assert matcher.error is not None
+
+
+SCHEMA_REFUSALS: list[tuple[Any, str, str]] = [
+    (
+        {"type": "object", "properties": {"a": {"properties": {"b": {"not": {}}}}}},
+        "#/properties/a/properties/b/not",
+        "not",
+    ),
+    ({"type": "array", "items": {"type": "array", "uniqueItems": True}}, "#/items/uniqueItems", "uniqueItems"),
+    ({"if": {"type": "string"}, "then": {"maxLength": 3}}, "#/if", "if"),
+    ({"type": "array", "contains": {"type": "integer"}}, "#/contains", "contains"),
+    ({"type": "object", "dependentRequired": {"a": ["b"]}}, "#/dependentRequired", "dependentRequired"),
+    ({"type": "object", "dependentSchemas": {"a": {"required": ["b"]}}}, "#/dependentSchemas", "dependentSchemas"),
+    ({"type": "object", "dependencies": {"a": ["b"]}}, "#/dependencies", "dependencies"),
+    ({"allOf": [{}], "unevaluatedProperties": False}, "#/unevaluatedProperties", "unevaluatedProperties"),
+    ({"type": "array", "unevaluatedItems": False}, "#/unevaluatedItems", "unevaluatedItems"),
+    ({"propertyNames": {"maxLength": 3}}, "#/propertyNames", "propertyNames"),
+    ({"$dynamicRef": "#x"}, "#/$dynamicRef", "dynamicRef"),
+    ({"anyOf": [{"type": "string", "pattern": "a(?=b)"}]}, "#/anyOf/0/pattern", "look-around"),
+    ({"type": "string", "pattern": r"(a)\1"}, "#/pattern", "backreference"),
+    ({"type": "string", "pattern": r"\bword"}, "#/pattern", "word boundary"),
+    ({"properties": {"x/y": {"type": "string", "pattern": "a("}}}, "#/properties/x~1y", "unclosed group"),
+    ({"patternProperties": {"[": {}}}, "#/patternProperties", "unclosed"),
+    (
+        {"type": "object", "properties": {"a": {"type": "integer", "minimum": 3, "maximum": 2}}, "required": ["a"]},
+        "#/properties/a",
+        "minimum",
+    ),
+    ({"properties": {"a": {"type": "text"}}}, "#/properties/a/type", '"text" is not one of'),
+    ({"properties": {"a": {"type": ["string", "any"]}}}, "#/properties/a/type", '"any" is not one of'),
+    ({"properties": {"a": {"enum": []}}}, "#/properties/a/enum", "at least one value"),
+    ({"properties": {"a": "string"}}, "#/properties/a", "a schema is an object"),
+    ({"properties": ["a"]}, "#/properties", "an object of schemas"),
+    ({"required": "a"}, "#/required", "list of names"),
+    ({"properties": {"a": {"type": "string", "required": True}}}, "#/properties/a/required", "list of names"),
+    ({"type": "string", "minLength": -1}, "#/minLength", "integer from 0"),
+    ({"type": "string", "maxLength": "5"}, "#/maxLength", "integer from 0"),
+    ({"type": "integer", "minimum": "5"}, "#/minimum", "a number"),
+    ({"anyOf": {"type": "string"}}, "#/anyOf", "list of schemas"),
+    ({"const": 2**53 + 1}, "#/const", "not enforced exactly"),
+    ({"enum": [1, {"deep": [2**70]}]}, "#/enum", "not enforced exactly"),
+    ({"type": "integer", "minimum": 2**60}, "#/minimum", "not enforced exactly"),
+    ({"$ref": "#/$defs/missing"}, "#/$ref", "leads to nothing"),
+    ({"$ref": "https://example.com/schema.json"}, "#/$ref", "nothing is fetched"),
+    ({"$ref": 3}, "#/$ref", "a reference is a string"),
+    ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "#/oneOf", "cannot be told apart"),
+    ({"type": "object", "properties": {"a": {}}, "minProperties": 2}, "#", "Properties"),
+    ({"$ref": "#"}, "#", "never ends"),
+    ({"type": "object", "properties": {"me": {"$ref": "#"}}, "required": ["me"]}, "#", "never ends"),
+    ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "#", "never ends"),
+    ({"anyOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}}, "#", "never ends"),
+    (
+        {"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": {"$ref": "#/$defs/y"}, "y": {"$ref": "#/$defs/x"}}},
+        "#/",
+        "never ends",
+    ),
+    (False, "#", "allows nothing"),
+]
+
+
+@pytest.mark.parametrize(("schema", "pointer", "reason"), SCHEMA_REFUSALS, ids=lambda value: str(value)[:40])
+def test_a_schema_that_is_not_enforced_is_refused_with_its_place(schema: Any, pointer: str, reason: str):
+    with pytest.raises(InvalidRequest) as caught:
+        COMPILER.compile(StructuredOutput(json_schema=json.dumps(schema), param="response_format"))
+
+    assert str(caught.value).startswith(f"response_format: at {pointer}")
+    assert reason in str(caught.value)
+    assert caught.value.param == "response_format"
+
+
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        ({"json_schema": "{"}, "not JSON"),
+        ({"json_schema": '{"const": NaN}'}, "NaN is not JSON"),
+        ({"json_schema": '"string"'}, "a schema is an object"),
+        ({"regex": "(?=a)b"}, "look-around at character 0"),
+        ({"regex": "a("}, "unclosed group"),
+        ({"regex": "(?P<x>a)(?P=x)"}, "backreference"),
+        ({"regex": "a[^\\s\\S]"}, ""),
+        ({"grammar": "hello"}, ""),
+        ({"grammar": 'start: %json {"type": "object"}'}, "%json"),
+        ({"grammar": ' {"grammars": [{"json_schema": {}}]}'}, "is JSON"),
+        ({"grammar": "root ::= missing"}, "missing"),
+        ({"grammar": "start: start\n"}, ""),
+        ({"structural_tag": {"type": "structural_tag", "format": {"type": "any_text"}}}, "structures"),
+        ({"structural_tag": {"structures": [{"begin": "<a>", "end": ""}], "triggers": ["<b"]}}, "none of the triggers"),
+        (
+            {"structural_tag": {"structures": [{"begin": "a", "end": "", "schema": {"not": {}}}], "triggers": ["a"]}},
+            "#/not",
+        ),
+        ({"json_object": True, "whitespace_pattern": "(?=a)"}, "whitespace_pattern uses look-around"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_wish_that_cannot_be_compiled_is_refused_with_the_reason(wish: dict[str, Any], reason: str):
+    with pytest.raises(InvalidRequest) as caught:
+        COMPILER.compile(StructuredOutput(**wish))
+
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_nothing_refers_to_is_not_looked_at():
+    schema = {"type": "null", "$defs": {"unused": {"not": {}, "if": True}}}
+
+    assert texts(seeds=1, json_schema=schema) == ["null"]
+
+
+def test_rewritten_patterns_match_only_what_the_originals_match():
+    originals = [
+        r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$",
+        r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d{0,2}0*$",
+        r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,3}|(?=[\d.]{1,6}0*$)\d{0,3}\.\d{0,2}0*$)",
+        r"^(?!^[-+.]*$)[+-]?0*(?:\d{0,5}|(?=[\d.]{1,6}0*$)\d*\.\d*0*$)",
+        r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+    ]
+
+    for pattern in originals:
+        found = texts(seeds=30, json_schema={"type": "string", "pattern": pattern})
+        assert len(found) > 20
+        assert all(re.search(pattern, json.loads(text)) for text in found)
+
+
+def test_a_grammar_is_compiled_once_and_a_refusal_is_kept_too(monkeypatch: pytest.MonkeyPatch):
+    compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, GrammarConfig())
+    first = compiler.compile(StructuredOutput(regex="abc"))
+    with pytest.raises(InvalidRequest):
+        compiler.compile(StructuredOutput(regex="a("))
+    assert compiler._library is not None
+    monkeypatch.setattr(compiler._library, "compile", None)
+
+    assert compiler.compile(StructuredOutput(regex="abc", param="guided_regex")) is first
+    with pytest.raises(InvalidRequest, match=r"^guided_regex: "):
+        compiler.compile(StructuredOutput(regex="a(", param="guided_regex"))
+
+
+def test_the_cache_is_bounded_in_bytes():
+    compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, GrammarConfig(cache_bytes=1024**2))
+
+    for number in range(100):
+        compiler.compile(StructuredOutput(regex=f"abc{number}"))
+        assert compiler._cached_bytes <= 1024**2
+
+    assert 2 < len(compiler._cache) < 20
+
+
+def test_compiling_on_a_thread_leaves_the_stacks_of_others_alone():
+    import threading
+
+    before = threading.stack_size()
+
+    grammar = COMPILER.compile_on_thread(StructuredOutput(regex="on a thread"))
+
+    assert grammar is not None
+    assert threading.stack_size() == before
+    with deep_stack():
+        assert threading.stack_size() > before
