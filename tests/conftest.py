@@ -33,6 +33,11 @@ if os.environ.get("BRLITE_TEST_LOOP") == "uvloop":  # which the commands use, an
 left_out: list[Path] = []
 
 
+def needs_torch(item: pytest.Item) -> bool:
+    """By its mark, or by the name of a parameter: of what runs on both backends."""
+    return item.get_closest_marker("torch") is not None or "torch" in item.name.partition("[")[2]
+
+
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if not is_left_out(collection_path):
         return None
@@ -43,7 +48,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not HAS_TORCH:
         for item in items:
-            if item.get_closest_marker("torch") is not None:
+            if needs_torch(item):
                 item.add_marker(pytest.mark.skip(reason="needs torch: pip install -e '.[test,all]'"))
 
 

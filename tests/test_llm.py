@@ -20,6 +20,8 @@ from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
+pytestmark = pytest.mark.torch
+
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 PROMPTS = ["The first prompt", "a second", "The first prompt, and more of it", "x", "The first pr"]
 

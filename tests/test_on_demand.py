@@ -21,6 +21,8 @@ from brlite.server.model_manager import ModelManager
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
+pytestmark = pytest.mark.torch
+
 ENGINE = EngineConfig(backend="torch", device="cpu", dtype="float32", threads=1)
 
 

@@ -127,6 +127,7 @@ def test_a_rank_that_dies_between_two_steps_ends_the_server_if_it_is_told_so(mod
         assert server.process.wait(PATIENCE_SECONDS) == 1
 
 
+@pytest.mark.torch
 def test_torchrun_starts_ranks_that_find_each_other(model: Path) -> None:
     config = write_seed_config(model.parent, model, ranks=2)
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--no-python")

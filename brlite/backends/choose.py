@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TORCH_USE = "computing without native kernels"
 UNPACKED_NOTE = "serialize_file {path} is not used: torch does not pack weights"
 FALLBACK_NOTE = "torch computes, which is several times slower than native kernels: {reason}"
 
@@ -58,6 +59,7 @@ def load_backend(
         progress=Progress(on_progress, "reading the weights"),
     )
     if engine.backend == "torch":
+        require_torch(TORCH_USE)
         return _load_torch(plan)
     obstacle = find_obstacle(model.config, spec, engine)
     if obstacle is None:
@@ -73,7 +75,7 @@ def load_backend(
     if engine.backend == "native":
         raise ConfigError(f'engine.backend is "native", but {obstacle}')
     try:
-        require_torch("computing without native kernels")
+        require_torch(TORCH_USE)
     except MissingExtra as missing:
         raise ConfigError(f"{obstacle}; {missing}") from None
     is_slow = computes_on_cpu(engine.device)

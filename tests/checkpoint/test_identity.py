@@ -19,6 +19,8 @@ from tests.checkpoint.model_files import (
     write_sharded_safetensors,
 )
 
+pytestmark = pytest.mark.torch
+
 WRITERS: dict[str, Callable[[Path], Path]] = {
     "safetensors": lambda folder: write_safetensors(folder, random_tensors()) / "model.safetensors",
     "shards": lambda folder: sorted(write_sharded_safetensors(folder, random_tensors()).glob("*.safetensors"))[-1],

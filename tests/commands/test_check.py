@@ -31,6 +31,7 @@ def model(tmp_path) -> Path:
     return path
 
 
+@pytest.mark.torch
 def test_the_default_models_sizes_are_known_before_it_is_fetched():
     report = inspect_model(ModelSpec(), FLOAT32)
 
@@ -47,6 +48,7 @@ def test_another_model_that_is_not_here_has_no_sizes_and_is_not_fetched():
     assert report.sizes is None
 
 
+@pytest.mark.torch
 def test_a_models_folder_gives_its_sizes(model):
     spec = ModelSpec(name="tiny", path=str(model), build_seq=100, build_batch=3)
 
@@ -57,6 +59,7 @@ def test_a_models_folder_gives_its_sizes(model):
     assert sizes.kv_bytes == 3 * 7 * 16 * sizes.kv_bytes_per_token
 
 
+@pytest.mark.torch
 def test_int8_keys_and_values_take_less_memory(model):
     plain = inspect_model(ModelSpec(path=str(model), build_seq=64), FLOAT32).sizes
     int8 = inspect_model(ModelSpec(path=str(model), build_seq=64, precision="a_bf16_w_int8_kv_int8"), FLOAT32).sizes

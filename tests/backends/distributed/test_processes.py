@@ -174,6 +174,7 @@ def test_a_step_that_fails_on_rank_0_ends_all_for_the_ranks_are_not_in_step_any_
             draw(backend)
 
 
+@pytest.mark.torch
 def test_ranks_that_a_launcher_has_started_compute_on_torch_and_must_be_as_many(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
