@@ -21,6 +21,10 @@ from brlite.files.text_file import TextError, decode_text
 from brlite.machine import show_bytes
 
 HEAD_BYTES = 512
+MAX_TEXT_BYTES = 128 * 2**20  # of a tokenizer.json; those of large vocabularies have 30 MB
+MAX_JSON_BYTES = (
+    16 * 2**20
+)  # read by Python, in up to 22 times their size; the largest are indexes of shards, of some MB
 FETCH_AGAIN = "fetch it again"
 
 
@@ -125,11 +129,15 @@ def exists(path: Path) -> bool:
     return os.path.lexists(path)
 
 
-def read_model_text(path: Path) -> str:
+def read_model_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """The text of one of a model's small files. Raises `ModelError` naming the file."""
     check_model_file(path)
     try:
-        return decode_text(path.read_bytes())
+        with path.open("rb") as stream:
+            content = stream.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ModelError(f"{path}: is longer than such a file can be (allowed: {max_bytes} bytes)")
+        return decode_text(content)
     except OSError as error:
         raise ModelError(f"{path}: cannot be read: {reason(error)}") from None
     except TextError as error:
@@ -139,7 +147,7 @@ def read_model_text(path: Path) -> str:
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in one of a model's JSON files. Raises `ModelError` naming the file."""
     try:
-        content = json.loads(read_model_text(path))
+        content = json.loads(read_model_text(path, MAX_JSON_BYTES))
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable as JSON: {reason(error)}") from None
     if not isinstance(content, dict):

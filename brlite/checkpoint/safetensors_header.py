@@ -15,7 +15,8 @@ from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES, PLAIN_FORMATS
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# Some 30,000 tensors a file. JSON may take 22 times its size in memory, and the format's own limit is 100 MB.
+MAX_HEADER_BYTES = 4 * 2**20
 LENGTH_BYTES = 8
 MAX_SIZE = 2**48  # of a dimension and of a file: a product of larger ones takes longer than reading the file
 MAX_DIMENSIONS = 8
@@ -60,9 +61,13 @@ def _read_raw(file: Path, file_bytes: int) -> bytes:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
         present = file_bytes - LENGTH_BYTES
-        if present < 0 or length > min(present, MAX_HEADER_BYTES):
+        if present < 0 or length > present:
             raise ModelError(
                 f"{file}: truncated or not safetensors: a header of {length} bytes, a file of {file_bytes}"
+            )
+        if length > MAX_HEADER_BYTES:
+            raise ModelError(
+                f"{file}: has a header of {length} bytes (allowed: {MAX_HEADER_BYTES}); save it in several shards"
             )
         return stream.read(length)
 

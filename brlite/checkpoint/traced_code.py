@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
 from typing import NamedTuple
 
 PARAMETERS = re.compile(r"^  __parameters__ = \[(.*?)\]", re.MULTILINE | re.DOTALL)
@@ -44,101 +43,74 @@ def parameter_names(text: str) -> frozenset[str]:
 def graph_names(text: str) -> GraphNames | None:
     """The names in a module's `forward`; None if it has none that can be read."""
     try:
-        tree = ast.parse(text)
+        nodes = ast.walk(ast.parse(text))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
-    forward = next(
-        (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "forward"), None
-    )
+    forward = next((node for node in nodes if isinstance(node, ast.FunctionDef) and node.name == "forward"), None)
     if forward is None or len(forward.args.args) < 2:
         return None
-    result = forward.body[-1].value if isinstance(forward.body[-1], ast.Return) else None
-    label, tensor = _logits(_assigned(result, forward))
-    number = None if tensor is None else _number(_assigned(tensor, forward), forward)
-    return GraphNames(f"{forward.args.args[1].arg}.1", None if number is None else str(number), label)
-
-
-def _assigned(value: ast.expr | None, forward: ast.FunctionDef) -> ast.expr | None:
-    """What a variable stands for: the text gives each of them once."""
+    input_name = f"{forward.args.args[1].arg}.1"
+    assigned: dict[str, ast.expr] = {}
+    constants: set[tuple[str, object]] = set()
+    made: list[ast.expr] = []
+    can_count, result = True, None
     for statement in forward.body:
-        match statement, value:
-            case ast.Assign(targets=[ast.Name(id=name)], value=assigned), ast.Name(id=wanted) if name == wanted:
-                return assigned
-    return value
-
-
-def _logits(result: ast.expr | None) -> tuple[str | None, ast.expr | None]:
-    """What the first of the returned tensors is called, and its expression."""
-    match result:
-        case ast.Dict(keys=[ast.Constant(value=str(key)), *_], values=[first, *_]):
-            return key, first
-        case ast.Tuple(elts=[first, *_]):
-            return None, first
-        case _:
-            return None, result
-
-
-def _number(tensor: ast.expr | None, forward: ast.FunctionDef) -> int | None:
-    """The number of the value that `tensor` makes. None where it cannot be told, or is a submodule's result: that has
-    its number from inside the submodule."""
-    values = _Values()
-    try:
-        for statement in forward.body:
-            values.count(statement)
-    except _Unknown:
-        return None
-    match tensor:
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"))) if tensor in values.made:
-            return len(forward.args.args) + len(values.constants) + values.made.index(tensor)
-        case _:
-            return None
-
-
-class _Unknown(Exception):
-    """Values of the text that cannot be counted without TorchScript's own tables."""
-
-
-class _Values:
-    """The values of a function: its constants, each once, and what makes the others, in their order."""
-
-    def __init__(self) -> None:
-        self.constants: set[tuple[str, object]] = set()
-        self.made: list[ast.expr] = []
-
-    def count(self, statement: ast.stmt) -> None:
         match statement:
-            case ast.Assign(value=value) | ast.Return(value=value):
-                self._add(value)
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                assigned.setdefault(name, value)
+            case ast.Return(value=value):
+                result = value
             case _:
-                raise _Unknown
+                value, can_count = None, False
+        try:
+            can_count = can_count and _count(value, constants, made)
+        except RecursionError:  # a chain of some hundred attributes
+            can_count = False
 
-    def _add(self, node: ast.expr | None) -> None:
-        if isinstance(node, ast.Constant):
-            self.constants.add((type(node.value).__name__, node.value))
-        elif node is not None and not isinstance(node, ast.Name):
-            for part in _parts(node):
-                self._add(part)
-            self.made.append(node)
+    label, tensor = None, _named(result, assigned)
+    match tensor:  # the first of the returned tensors
+        case ast.Dict(keys=[ast.Constant(value=str(key)), *_], values=[first, *_]):
+            label, tensor = key, _named(first, assigned)
+        case ast.Tuple(elts=[first, *_]):
+            tensor = _named(first, assigned)
+    match tensor:
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"))) if can_count and tensor in made:
+            number = len(forward.args.args) + len(constants) + made.index(tensor)
+            return GraphNames(input_name, str(number), label)
+        case _:  # it cannot be told, or a submodule made the tensor, and numbered it
+            return GraphNames(input_name, None, label)
 
 
-def _parts(node: ast.expr) -> Sequence[ast.expr | None]:
-    """What has to be there before `node` can be made."""
+def _named(value: ast.expr | None, assigned: dict[str, ast.expr]) -> ast.expr | None:
+    """What a variable stands for: the text gives each of them once."""
+    return assigned.get(value.id, value) if isinstance(value, ast.Name) else value
+
+
+def _count(node: ast.expr | None, constants: set[tuple[str, object]], made: list[ast.expr]) -> bool:
+    """Add the constants of an expression, each once, and what makes its other values, in their order. False where that
+    takes TorchScript's own tables."""
+    parts: list[ast.expr | None]
     match node:
+        case None | ast.Name():
+            return True
+        case ast.Constant(value=value):
+            constants.add((type(value).__name__, value))
+            return True
         case ast.Dict(keys=keys, values=values):
-            return [part for pair in zip(keys, values, strict=True) for part in pair]
-        case ast.Tuple(elts=parts):
-            return parts
+            parts = [part for pair in zip(keys, values, strict=True) for part in pair]
+        case ast.Tuple(elts=elements):
+            parts = [*elements]
         case ast.Attribute(value=part) | ast.Call(func=ast.Name(id="getattr"), args=[part, ast.Constant()]):
-            return [part]
-        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name), args=parts):
-            return [*parts, *_defaults(name, len(parts))]
-        case ast.Call(func=ast.Attribute(value=module, attr="forward"), args=parts):
-            return [module, *parts]
+            parts = [part]
+        case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr=name), args=args) if (
+            name,
+            len(args),
+        ) in DEFAULTS:
+            parts = [*args, *(ast.Constant(value) for value in DEFAULTS[name, len(args)])]
+        case ast.Call(func=ast.Attribute(value=module, attr="forward"), args=args):
+            parts = [module, *args]
         case _:
-            raise _Unknown
-
-
-def _defaults(name: str, num_arguments: int) -> list[ast.expr]:
-    if (name, num_arguments) not in DEFAULTS:
-        raise _Unknown
-    return [ast.Constant(value) for value in DEFAULTS[name, num_arguments]]
+            return False
+    is_counted = all(_count(part, constants, made) for part in parts)
+    made.append(node)
+    return is_counted

@@ -93,6 +93,11 @@ HOSTILE: dict[str, Callable[[Path], Path]] = {
     "safetensors: offsets of 4,200 digits": lambda at: safetensors(at, {"w": entry([2], 10**DIGITS - 1)}, bytes(8)),
     "safetensors: a name of control characters": unexpected_name,
     "safetensors: a name of a million letters": lambda at: safetensors(at, {"w" * 10**6: 1}),
+    "safetensors: 4 MB of empty lists": lambda at: safetensors(at, b'{"w":[' + b"[]," * 1_398_000 + b"[]]}"),
+    "safetensors: 4 MB of short names": lambda at: safetensors(
+        at, b"{" + b",".join(b'"%x":1' % number for number in range(400_000)) + b"}"
+    ),
+    "safetensors: 12 MB of empty lists": lambda at: safetensors(at, b'{"w":[' + b"[]," * 4_000_000 + b"[]]}"),
     "safetensors: lists in lists": lambda at: safetensors(at, b'{"w":' + b"[" * 500 + b"]" * 500 + b"}"),
     "index: a shard name of 100,000 letters": lambda at: shard_index(at, {"weight_map": {"w": "x" * 100_000}}),
     "index: a name with a zero byte": lambda at: shard_index(at, {"weight_map": {"w": "a\0b"}}),

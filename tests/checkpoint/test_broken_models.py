@@ -192,6 +192,10 @@ BROKEN: dict[str, tuple[Break, str]] = {
     ),
     "safetensors: bad JSON": (lambda folder: safetensors_with(folder, b"{'w'"), "not JSON"),
     "safetensors: deep JSON": (lambda folder: safetensors_with(folder, b"[" * 100_000), "not JSON"),
+    "safetensors: header of 5 MB": (
+        lambda folder: safetensors_with(folder, b" " * 5_000_000),
+        "a header of 5000000 bytes (allowed: 4194304); save it in several shards",
+    ),
     "safetensors: header is a list": (lambda folder: safetensors_with(folder, []), "JSON object"),
     "safetensors: entry is a number": (lambda folder: safetensors_with(folder, {"w": 1}), "must have dtype"),
     "safetensors: unknown dtype": (lambda folder: one_tensor(folder, dtype="I64"), "'I64'; allowed are F32"),

@@ -207,3 +207,11 @@ def test_a_models_own_template_may_have_a_mark(model: Path) -> None:
     ids = load_tokenizer(model).encode_chat([{"role": "user", "content": "hi"}])
 
     assert ids == load_tokenizer(model).encode("hi", add_special_tokens=False)
+
+
+def test_a_json_file_that_is_too_long_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(b'{"w":[' + b"[]," * 6_000_000 + b"[]]}")
+
+    with pytest.raises(ModelError, match=r"config.json: is longer than .* .allowed: 16777216 bytes"):
+        read_json_object(file)

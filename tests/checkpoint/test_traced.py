@@ -115,6 +115,7 @@ def test_a_name_from_inside_a_submodule_is_not_told(tmp_path: Path) -> None:
         ("x = torch.mul(input_ids, 2)\n    return {'logits': torch.to(x, 6)}", (None, "logits")),
         ("return torch.to(input_ids, 6)", ("5", None)),
         ("if True:\n      pass\n    return torch.to(input_ids, 6)", (None, None)),
+        (f"x = input_ids{'.a' * 2000}\n    return torch.to(x, 6)", (None, None)),
         ("return {}", (None, None)),
         ("pass", (None, None)),
     ],
