@@ -30,11 +30,10 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "sampling_params": ("", "msgspec"),
     "files": ("", "msgspec"),
     "process": ("", ""),
-    "sandbox": ("process", "jinja2"),
     "config": ("precision files machine process", "msgspec tomli tomllib"),
     "models": ("precision files config", "numpy msgspec"),
-    "chat": ("files sandbox", "tokenizers"),
-    "tokenizer": ("chat files sandbox checkpoint.gguf_header checkpoint.model_file", "tokenizers"),
+    "chat": ("files process", "tokenizers jinja2 msgspec"),
+    "tokenizer": ("chat files process checkpoint.gguf_header checkpoint.model_file", "tokenizers"),
     "grammar": ("tokenizer sampling_params config", "llguidance numpy msgspec"),
     "engine": ("tokenizer grammar sampling_params outputs config", "msgspec"),
     "checkpoint": ("models precision files process machine config", "torch numpy gguf huggingface_hub tqdm msgspec"),
@@ -70,7 +69,7 @@ MAY_BE_ASYNC = (
 ONLY_IN = {
     "prometheus_client": ("server.metrics", "proxy.metrics"),
     "torch": ("backends.torch", "checkpoint.bin_checkpoint"),
-    "jinja2": ("sandbox",),
+    "jinja2": ("chat.template_worker",),
     "llguidance": ("grammar",),
     "setuptools": ("backends.native.extension",),
 }

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from brlite.chat.control_tokens import MarkedText
-from brlite.chat.template import template_refusal
+from brlite.chat.turns import NO_EXTRAS, TemplateCapabilities, TemplateExtras, prepare_turns, template_refusal
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -33,14 +33,19 @@ CHATGLM3_ROLES = {
 
 
 class ChatFormat(Protocol):
-    """Whatever turns a chat into text. Raises `InvalidRequest` for a chat that it cannot say."""
+    """Turns a chat into text. `render` raises `InvalidRequest` for a chat that the format cannot say.
 
-    text: str | None = None  # the Jinja template, if it is one
+    `text` is the Jinja template, if it is one. `tool_parser` names the format of calls, if `text` does not tell.
+    """
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool) -> str: ...
+    text: str | None = None
+    capabilities: TemplateCapabilities = TemplateCapabilities()
+    tool_parser: str | None = None
+
+    def render(self, messages: Messages, *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS) -> str: ...
 
     def close(self) -> None:
-        """Give back what rendering took. Formats that are our own code take nothing."""
+        """Release the resources of rendering. Formats in our own code have none."""
         return
 
 
@@ -51,7 +56,10 @@ class Baichuan2Format(ChatFormat):
         self._tokens = {"user": user_token_id, "assistant": assistant_token_id}
         self._names = names
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
+    def render(
+        self, messages: Messages, *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
+    ) -> MarkedText:
+        messages = prepare_turns(messages, extras.tools, self.capabilities)
         parts: list[str | int] = []
         for index, message in enumerate(messages):
             role = message.get("role")
@@ -72,14 +80,22 @@ class ChatGLM3Format(ChatFormat):
         self._prefix = [ids[text] for text in CHATGLM3_PREFIX]
         self._tokens = {role: ids[text] for role, text in CHATGLM3_ROLES.items()}
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
+    capabilities = TemplateCapabilities(
+        roles={"system": True, "tool": True}, tools_in="system message", says_calls=True, says_results=True
+    )
+    tool_parser = "chatglm"
+
+    def render(
+        self, messages: Messages, *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
+    ) -> MarkedText:
         parts: list[str | int] = [*self._prefix]
-        for message in messages:
-            parts += [
-                _token(self._tokens, message.get("role")),
-                _text(message, "metadata") + "\n",
-                _with_tools(message),
-            ]
+        for message in prepare_turns(messages, extras.tools, self.capabilities):
+            role = _token(self._tokens, message.get("role"))
+            calls = message.get("tool_calls") or ()
+            if _text(message, "content") or not calls:
+                parts += [role, _text(message, "metadata") + "\n", _with_tools(message)]
+            for call in calls:
+                parts += [role, call["function"]["name"] + "\n", _call_in_code(call["function"]["arguments"])]
         if add_generation_prompt:
             parts.append(self._tokens["assistant"])
         return MarkedText(parts, self._names)
@@ -92,7 +108,12 @@ class ChatGLM2Format(ChatFormat):
         self._names = {token_id: text for text, token_id in ids.items()}
         self._prefix = [ids[text] for text in CHATGLM3_PREFIX]
 
-    def render(self, messages: Messages, *, add_generation_prompt: bool) -> MarkedText:
+    capabilities = TemplateCapabilities(roles={"system": None})
+
+    def render(
+        self, messages: Messages, *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
+    ) -> MarkedText:
+        messages = prepare_turns(messages, extras.tools, self.capabilities)
         text = ""
         for index, message in enumerate(messages):
             if message.get("role") != ("user", "assistant")[index % 2]:
@@ -115,6 +136,12 @@ def _text(message: Mapping[str, Any], key: str) -> str:
     if value is not None and not isinstance(value, str):
         raise template_refusal(f"{key} must be a string")
     return value or ""
+
+
+def _call_in_code(arguments: Mapping[str, Any] | str) -> str:
+    """The code that the model writes for a call: keyword arguments, as Python literals."""
+    written = f"**{arguments}" if isinstance(arguments, str) else ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+    return f"```python\ntool_call({written})\n```"
 
 
 def _with_tools(message: Mapping[str, Any]) -> str:

@@ -1,31 +1,39 @@
-"""A model's chat template. It is compiled and run in a child process, which it can neither hang nor exhaust.
+"""A model's chat template. It is compiled and run in a child process, within limits of time and memory.
 
-The template comes from the model's or the operator's files, never from a request. Control tokens that a message spells
-out stay words.
+The template comes from the model's or the operator's files, never from a request. Control tokens that a message or a
+tool spells out stay words.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from brlite.chat.control_tokens import ControlTokens
+from brlite.chat.reasoning import find_reasoning_key, find_reasoning_marks
+from brlite.chat.turns import NO_EXTRAS, TemplateCapabilities, TemplateExtras, prepare_turns, template_refusal
 from brlite.errors import InvalidRequest, ModelError
-from brlite.files.quoting import one_line
+from brlite.files.quoting import excerpt, one_line
 from brlite.files.text_file import TextError
 from brlite.files.text_file import read_text as read_text_file
-from brlite.sandbox.child_process import ChildFailed, ChildLimits, ChildProcess
+from brlite.process.sandbox import ChildFailed, ChildLimits, ChildProcess
 
+_WORKER = Path(__file__).with_name("template_worker.py")
 _PACKAGES = ("jinja2", "markupsafe")
-_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_ -]{0,63}")  # what a template may make a control token of
+# Variables of templates that no request may set: what the server passes, and what would replace the template.
+RESERVED = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"),
+        *("raise_exception", "strftime_now", "tokenize", "return_dict", "bos_token", "eos_token"),
+    }
+)
 
 
 class ChatTemplate:
     """Renders chats. `special_tokens` are texts it may name, such as `bos_token`; those a model lacks are absent.
 
-    `close` ends its process; dropping the template does so too.
+    `close` ends its process; so does the last reference to the template.
     """
 
     def __init__(
@@ -39,9 +47,9 @@ class ChatTemplate:
     ) -> None:
         """Raises `ModelError`, naming `source`, for a template that does not compile within the limits."""
         self.text: str | None = template
+        self.tool_parser: str | None = None
         self._control_tokens = control_tokens or ControlTokens({})
-        self._knows_developer = "developer" in template
-        self._child = ChildProcess(_PACKAGES, limits or ChildLimits())
+        self._child = ChildProcess(_WORKER, _PACKAGES, limits or ChildLimits())
         setup = {
             "template": template,
             "controls": self._control_tokens.texts,
@@ -54,13 +62,36 @@ class ChatTemplate:
         if "error" in answer:
             self._child.close()
             raise ModelError(f"{source}: the chat template is broken: {one_line(answer['error'])}")
-        self._unsaid_roles = frozenset(answer["unsaid_roles"])
+        self.capabilities = TemplateCapabilities(
+            **{**answer, "variables": frozenset(answer["variables"])},
+            knows_developer="developer" in template,
+            reasoning_key=find_reasoning_key(template),
+            reasoning_marks=find_reasoning_marks(template),
+        )
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
-        """The chat as text. Raises `InvalidRequest` if the template refuses it, fails, or takes too much."""
-        plain = [{**message, "role": self._role(message.get("role"))} for message in messages]
+    def render(
+        self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
+    ) -> str:
+        """The chat as text. Raises `InvalidRequest` if the template refuses it, fails, or exceeds its limits."""
+        reserved = sorted(RESERVED.intersection(extras.variables))
+        if reserved:
+            raise InvalidRequest(
+                f"chat_template_kwargs must not set {excerpt(reserved[0])}", param="chat_template_kwargs"
+            )
+        if extras.documents and "documents" not in self.capabilities.variables:
+            raise InvalidRequest("documents: the model's chat template does not take documents", param="documents")
+        variables: dict[str, Any] = dict(extras.variables)
+        if extras.tools and self.capabilities.tools_in == "argument" and self.capabilities.knows_tools:
+            variables["tools"] = list(extras.tools)
+        if extras.documents:
+            variables["documents"] = list(extras.documents)
+        message = {
+            "messages": prepare_turns(turns, extras.tools, self.capabilities),
+            "add_generation_prompt": add_generation_prompt,
+            "extras": variables,
+        }
         try:
-            answer = self._child.call({"messages": plain, "add_generation_prompt": add_generation_prompt})
+            answer = self._child.call(message)
         except (ChildFailed, TypeError, ValueError, RecursionError) as error:
             raise template_refusal(str(error)) from None
         if "error" in answer:
@@ -69,23 +100,6 @@ class ChatTemplate:
 
     def close(self) -> None:
         self._child.close()
-
-    def _role(self, role: object) -> str:
-        if not isinstance(role, str) or not _ROLE.fullmatch(role):
-            raise template_refusal("a role must be a word of at most 64 letters and digits")
-        if role == "developer" and not self._knows_developer:
-            role = "system"
-        if role in self._unsaid_roles:
-            raise template_refusal(f"the model's template leaves out messages of the role {role}")
-        return role
-
-
-def template_refusal(reason: str) -> InvalidRequest:
-    """The error for a chat that a model's format cannot say."""
-    return InvalidRequest(
-        f"Error in applying chat template from request: {reason}; /v1/completions takes a prompt without a template",
-        param="messages",
-    )
 
 
 def read_template(path: Path) -> str:

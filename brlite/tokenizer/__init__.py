@@ -4,7 +4,7 @@ Reads tokenizers of Hugging Face folders, bare sentencepiece models and GGUF voc
 loaders only. First file: `tokenizer.py`.
 """
 
-from brlite.sandbox.child_process import ChildLimits
+from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.loader import load_tokenizer
 from brlite.tokenizer.tokenizer import Tokenizer
 

@@ -24,7 +24,7 @@ from brlite.chat.template import ChatTemplate, read_template
 from brlite.checkpoint.model_file import exists, read_model_text
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
-from brlite.sandbox.child_process import ChildLimits
+from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
 from brlite.tokenizer.sentencepiece_model import SentencePieceModel
 from brlite.tokenizer.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 from brlite.chat.control_tokens import is_control
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import reason
-from brlite.sandbox.child_process import ChildLimits
+from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.encoder_process import EncoderProcess
 from brlite.tokenizer.tokenizer import Encoder
 

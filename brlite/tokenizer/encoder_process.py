@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from brlite.errors import InvalidRequest, ModelError
 from brlite.files.quoting import one_line
-from brlite.sandbox.child_process import ChildFailed, ChildLimits, ChildProcess
+from brlite.process.sandbox import ChildFailed, ChildLimits, ChildProcess
 
 TABLE_GROWTH = 32  # a library's tables take so many times the bytes of their file at most
 
@@ -20,7 +21,7 @@ class EncoderProcess:
     def __init__(self, package: str, setup: dict[str, Any], num_bytes: int, limits: ChildLimits) -> None:
         """`setup` holds the tokenizer, `num_bytes` long. Raises `ModelError` where the package cannot read it."""
         limits = limits._replace(memory_bytes=limits.memory_bytes + TABLE_GROWTH * num_bytes)
-        self._child = ChildProcess((package,), limits)
+        self._child = ChildProcess(Path(__file__).with_name("encoder_worker.py"), (package,), limits)
         try:
             self.description = self._child.set_up(setup)
         except ChildFailed as error:

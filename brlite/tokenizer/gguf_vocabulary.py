@@ -18,7 +18,7 @@ from brlite.chat.template import ChatTemplate, read_template
 from brlite.checkpoint.gguf_header import read_gguf_header
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
-from brlite.sandbox.child_process import ChildLimits
+from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.encoder import BackendEncoder
 from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, add_typed_tokens, build_backend
 from brlite.tokenizer.post_processor import add_bos_eos

@@ -18,7 +18,7 @@ from brlite.chat.template import ChatTemplate, read_template
 from brlite.checkpoint.model_file import exists, read_model_text
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
-from brlite.sandbox.child_process import ChildLimits
+from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.encoder import BackendEncoder, is_panic
 from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
 from brlite.tokenizer.json_check import check_tokenizer_json

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from brlite.checkpoint.model_file import exists
 from brlite.errors import ModelError
-from brlite.sandbox.child_process import ChildLimits
+from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.tokenizer import Tokenizer
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 
 from brlite.errors import InvalidRequest, ModelError
-from brlite.sandbox.child_process import ChildLimits
+from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.encoder_process import EncoderProcess
 from brlite.tokenizer.piece_encoder import PieceEncoder
 from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, build_backend

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from brlite.chat.control_tokens import MarkedText, cut_before_last
+from brlite.chat.turns import NO_EXTRAS, TemplateExtras
 from brlite.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -132,6 +133,11 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     @property
+    def chat_format(self) -> ChatFormat | None:
+        """How chats become text; None for a model without a chat template."""
+        return self._chat_template
+
+    @property
     def chat_template_text(self) -> str | None:
         """The Jinja text of the model's chat template; None without one, or where the format is not Jinja's."""
         return None if self._chat_template is None else self._chat_template.text
@@ -142,10 +148,12 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        extras: TemplateExtras = NO_EXTRAS,
     ) -> str:
         """The chat as the text that the model was trained on. Raises `InvalidRequest` if its template cannot say it.
 
-        With `continue_final_message` the text ends where the last message's content does, for the model to go on.
+        Messages have the shape of OpenAI's chat API. With `continue_final_message` the text ends where the last
+        message's content does.
         """
         if self._chat_template is None:
             raise InvalidRequest(
@@ -153,11 +161,17 @@ class Tokenizer:
                 param="messages",
             )
         if not continue_final_message:
-            return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt)
-        end = f"END{secrets.token_hex(8)}"  # what no message holds; a template would trim spaces before its own end
+            return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt, extras=extras)
+        end = f"END{secrets.token_hex(8)}"  # in no message; a template would trim spaces before its own end mark
         *others, last = messages
+        if not isinstance(last.get("content"), str):
+            raise InvalidRequest(
+                "continue_final_message: the last message must have a string as its content",
+                param="continue_final_message",
+            )
         marked = [*others, {**last, "content": last["content"] + end}]
-        text = cut_before_last(self._chat_template.render(marked, add_generation_prompt=False), end)
+        rendered = self._chat_template.render(marked, add_generation_prompt=False, extras=extras)
+        text = cut_before_last(rendered, end)
         if text is None:
             raise InvalidRequest(
                 "continue_final_message: the chat template does not end with the last message as it is",

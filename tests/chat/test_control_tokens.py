@@ -239,7 +239,7 @@ def test_developer_is_system_unless_the_template_knows_it() -> None:
     assert render(every_role + "{# developer #}", "developer", "user") == "developer=c0;user=c1;"
 
 
-@pytest.mark.parametrize("role", ["system", "developer", "tool", "function"])
+@pytest.mark.parametrize("role", ["system", "developer"])
 def test_a_role_that_a_template_leaves_out_without_a_word_is_refused(role: str) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]"

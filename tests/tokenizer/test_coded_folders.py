@@ -239,7 +239,7 @@ def test_an_operators_template_writes_control_tokens_by_name(
     ("messages", "reason"),
     [
         ([{"role": "narrator", "content": "x"}], "role 'narrator' has no token; .*user, assistant"),
-        ([{"role": "user", "content": ["x"]}], "content must be a string"),
+        ([{"role": "user", "content": ["x"]}], "a part of a message.s content must be a text"),
     ],
 )
 def test_a_chat_that_a_format_cannot_say_is_refused(

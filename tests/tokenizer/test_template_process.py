@@ -19,7 +19,7 @@ import pytest
 
 from brlite.chat.template import ChatTemplate
 from brlite.errors import EngineError, InvalidRequest, ModelError
-from brlite.sandbox.child_process import FIXED_ENVIRONMENT, ChildLimits
+from brlite.process.sandbox import FIXED_ENVIRONMENT, ChildLimits
 
 HELLO = [{"role": "user", "content": "hello"}]
 LIMITS = ChildLimits(seconds=0.5, memory_bytes=256 * 1024**2)
@@ -39,7 +39,7 @@ HOSTILE = {
     "an indent": ("{{ messages | tojson(indent=400000000) }}", "memory"),
     "doubling": (
         "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s | length }}",
-        "memory",
+        "memory|CPU time",
     ),
     "a width from the arguments": ("{{ '%*d' % (messages | length * 2000000000, 1) }}", "memory|too big"),
     "a format's width": ("{{ '{:>2000000000}'.format(messages) }}", "memory|unsupported"),

@@ -10,6 +10,7 @@ from typing import Any
 
 from brlite.chat.control_tokens import MarkedText
 from brlite.chat.formats import ChatFormat
+from brlite.chat.turns import NO_EXTRAS, TemplateExtras, prepare_turns
 from brlite.errors import InvalidRequest
 from brlite.tokenizer import Tokenizer
 from brlite.tokenizer.token_bytes import TokenBytes
@@ -50,9 +51,11 @@ class ByteEncoder(Encoder):
 class ToyChat(ChatFormat):
     """Before each message the token of its role, behind an assistant's the end token."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> MarkedText:
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
+    ) -> MarkedText:
         parts: list[str | int] = []
-        for message in messages:
+        for message in prepare_turns(messages, extras.tools, self.capabilities):
             role, content = message.get("role"), message.get("content") or ""
             if role not in ROLES or not isinstance(content, str):
                 allowed = f"roles are {', '.join(ROLES)}, and a content is a string"

@@ -1,7 +1,7 @@
-"""Runs `child_script.py` in a child process and exchanges messages with it, within a budget of time and memory.
+"""Runs a worker script in a child process and exchanges messages with it, within limits of time and memory.
 
-Knows nothing of what the messages say. A message is a 4-byte big-endian length and that many bytes of JSON; each gets
-one answer. The script runs under a plain `python -I -S`: it cannot import brlite, the user's program or
+It does not interpret messages. A message is a 4-byte big-endian length and that many bytes of JSON; each gets one
+answer. The child (`sandbox_child.py`) runs under `python -I -S`: it cannot import brlite, the user's program or
 anything of the current folder, and its environment holds no keys.
 """
 
@@ -22,14 +22,14 @@ from typing import Any, NamedTuple
 
 from brlite.errors import EngineError
 from brlite.process.children import interpreter
-from brlite.sandbox.child_script import LENGTH, encode_message
+from brlite.process.sandbox_child import LENGTH, encode_message
 
 START_SECONDS = 60.0  # for the interpreter to come up on a busy machine
 WALL_SECONDS = 60.0  # for an answer; what the child computes is bounded in CPU seconds by itself
 MAX_ANSWER_BYTES = 2**30
-# What never comes from what a child does: of the system where memory is short, or of a manager of services.
+# Signals that a child's work never causes: the kernel sends them where memory is short, or a service manager does.
 OTHERS_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH")  # the only variables of this process that a child gets
+ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH")  # the only variables that a child inherits
 
 # One thread and one heap: more would be counted against the child's memory.
 FIXED_ENVIRONMENT = {
@@ -39,33 +39,34 @@ FIXED_ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-_SCRIPT = Path(__file__).with_name("child_script.py")
+_CHILD = Path(__file__).with_name("sandbox_child.py")
 
 
 class ChildLimits(NamedTuple):
-    """What one message may cost: CPU seconds, and bytes of address space of the whole child."""
+    """Limits of one message: CPU seconds, and bytes of address space of the whole child."""
 
     seconds: float = 2.0
     memory_bytes: int = 512 * 1024 * 1024
 
 
 class ChildFailed(Exception):
-    """The child ended before it answered, or was ended. The text says why."""
+    """The child ended before it answered. The text says why."""
 
 
 class _EndedFromOutside(Exception):
-    """Somebody, or a system without memory, has ended the child: not the doing of what it was asked."""
+    """The child was killed by another process or by the kernel for lack of memory, not because of its message."""
 
 
 class ChildProcess:
-    """One child, started with the first message and again after it ended. Any thread may use it; messages take turns.
+    """One child, started with the first message and again after it ended. Thread-safe; messages are serialized.
 
-    A child ends when it is closed, when this object is dropped, and when this process ends in any way. A forked copy of
-    this process starts a child of its own. A message whose child is ended by others goes to another one, once.
+    A child ends with `close`, with the last reference to this object, and with this process. A forked copy of this
+    process starts a child of its own. If another process kills the child, its message is sent once more, to a new one.
     """
 
-    def __init__(self, packages: Sequence[str], limits: ChildLimits) -> None:
-        """`packages` are what the script imports beside the standard library."""
+    def __init__(self, script: Path, packages: Sequence[str], limits: ChildLimits) -> None:
+        """`script` defines the worker (`sandbox_child.py`); `packages` are its imports besides the standard library."""
+        self._script = script
         self._packages = packages
         self._limits = limits
         self._setup: dict[str, Any] | None = None
@@ -73,16 +74,16 @@ class ChildProcess:
         self._forget()
 
     def set_up(self, message: dict[str, Any]) -> dict[str, Any]:
-        """As `call`, with a message that each new child is sent first."""
+        """As `call`, with the first message of every new child: the arguments of the script's `create`."""
         self._setup = message
         return self.call(None)
 
     def call(self, message: dict[str, Any] | None) -> dict[str, Any]:
-        """The child's answer, which may be an `error`. Raises `ChildFailed` where it ended before it gave one, and
-        `EngineError` where it cannot be started or is ended by others again and again."""
+        """The child's answer, which may be an `error`. Raises `ChildFailed` if it ended before it answered, and
+        `EngineError` if it cannot be started or is killed by another process twice."""
         data = None if message is None else encode_message(message)  # a message that cannot be encoded ends no child
         if self._pid != os.getpid():
-            self._forget()  # a fork: the child is the parent's, and a thread that is not here may hold the lock
+            self._forget()  # after a fork: the child is the parent's, and a thread of the parent may hold the lock
         with self._lock:
             try:
                 return self._ask(data)
@@ -91,7 +92,7 @@ class ChildProcess:
             try:
                 return self._ask(data)
             except _EndedFromOutside as error:
-                raise EngineError(f"a child process was {error}, not by brlite; so was the one before it") from None
+                raise EngineError(f"a child process was {error}, not by brlite, twice in a row") from None
 
     def close(self) -> None:
         """End the child. Calls in progress raise `ChildFailed` at once. May be called twice."""
@@ -124,7 +125,7 @@ class ChildProcess:
         self._finalizer: weakref.finalize[..., ChildProcess] | None = None
 
     def _started(self) -> dict[str, Any]:
-        """Start a child unless one runs. Returns what it answered to the set-up."""
+        """Start a child unless one runs. Returns its answer to the set-up message."""
         if self._process is not None and self._process.poll() is not None:
             self._end()
         if self._process is None:
@@ -133,7 +134,12 @@ class ChildProcess:
             if self._is_closed:
                 raise ChildFailed("the model is being closed")
             paths = sorted({_package_parent(name) for name in self._packages})
-            frame = {"paths": paths, "packages": list(self._packages), **self._limits._asdict()}
+            frame = {
+                "script": str(self._script),
+                "paths": paths,
+                "packages": list(self._packages),
+                **self._limits._asdict(),
+            }
             self._exchange(encode_message(frame), START_SECONDS)
             self._setup_answer = (
                 {} if self._setup is None else self._exchange(encode_message(self._setup), WALL_SECONDS)
@@ -180,7 +186,7 @@ def _start() -> subprocess.Popen[bytes]:
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     try:
         process = subprocess.Popen(
-            [interpreter(), "-I", "-S", str(_SCRIPT)],
+            [interpreter(), "-I", "-S", str(_CHILD)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

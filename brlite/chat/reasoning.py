@@ -1,0 +1,102 @@
+"""Splits a reply into reasoning and content, by the marks that a model's template uses, as the text comes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from brlite.chat.tool_calls.source import ReplySource, Step
+
+Marks = tuple[str, str]  # where reasoning begins, and where it ends
+
+# By the name that the config gives them. Of those in a template the first counts.
+REASONING_MARKS: dict[str, Marks] = {
+    "think": ("<think>", "</think>"),
+    "mistral": ("[THINK]", "[/THINK]"),
+    "seed": ("<seed:think>", "</seed:think>"),
+    "command": ("<|START_THINKING|>", "<|END_THINKING|>"),
+    "kimi": ("◁think▷", "◁/think▷"),
+    "reasoning": ("<reasoning>", "</reasoning>"),
+}
+# The keys of an assistant turn under which templates look for its reasoning. The first that a template reads is used.
+_KEYS = ("reasoning_content", "thinking", "reasoning")
+
+
+def find_reasoning_marks(template: str) -> Marks | None:
+    """The marks that a chat template uses; None for a model without reasoning."""
+    return next((marks for marks in REASONING_MARKS.values() if marks[1] in template), None)
+
+
+def find_reasoning_key(template: str) -> str | None:
+    """The key of a turn under which a template reads its reasoning; None if it reads none."""
+    return next((key for key in _KEYS if re.search(rf"\w\.{key}\b|['\"]{key}['\"]", template)), None)
+
+
+def ends_inside(prompt_end: str, marks: Marks) -> bool:
+    """Whether a prompt that ends with this text has opened the reasoning, so that the reply begins inside it."""
+    return prompt_end.rstrip().endswith(marks[0])
+
+
+class ReasoningSplitter:
+    """Passes on pieces of reasoning and of content. The pieces do not depend on how the text is cut.
+
+    Reasoning stands at the beginning of a reply only; without an end mark all of the rest is reasoning. White space at
+    its borders is left out.
+    """
+
+    def __init__(
+        self,
+        marks: Marks,
+        on_reasoning: Callable[[str], object],
+        on_content: Callable[[str], object],
+        *,
+        begins_inside: bool,
+    ) -> None:
+        self.is_inside = begins_inside
+        self._start, self._end = marks
+        self._on_reasoning = on_reasoning
+        self._on_content = on_content
+        self._spaces = ""  # of the reasoning, held until text follows
+        self._has_reasoning = False
+        self._source = ReplySource()
+        self._splitting = self._split()
+        next(self._splitting, None)
+
+    def feed(self, text: str) -> None:
+        self._source.feed(text, self._source.at)
+        next(self._splitting, None)
+
+    def finish(self) -> None:
+        """The reply ends here: pass on what was held back."""
+        self._source.has_ended = True
+        next(self._splitting, None)
+
+    def _split(self) -> Step[None]:
+        source = self._source
+        spaces: list[str] = []
+        while (character := (yield from source.peek())).isspace():
+            spaces.append(character)
+            source.at += 1
+        if (yield from source.take(self._start)):  # some models write it again where the prompt has it
+            self.is_inside = True
+        if self.is_inside:
+            yield from source.until((self._end,), self._reasoning)
+            self.is_inside = False
+            yield from source.spaces()
+        else:
+            self._on_content("".join(spaces))
+        while True:
+            text, source.at = source.text[source.at :], len(source.text)
+            if text:
+                self._on_content(text)
+            if not (yield from source.more()):
+                return
+
+    def _reasoning(self, text: str) -> None:
+        if not self._has_reasoning:
+            text = text.lstrip()
+        kept = text.rstrip()
+        if kept:
+            self._on_reasoning(self._spaces + kept)
+            self._spaces, self._has_reasoning = "", True
+        self._spaces += text[len(kept) :]

@@ -1,0 +1,82 @@
+"""A model's reply as events: reasoning, content and calls of tools, as its text comes. Knows no tokens and no HTTP."""
+
+from __future__ import annotations
+
+from brlite.chat.reasoning import ReasoningSplitter
+from brlite.chat.tool_calls import ToolCallParser
+from brlite.chat.tools import ReasoningDelta, ReplyEvent, TextDelta, ToolCallDelta
+
+
+class ReplyParser:
+    """Reads one reply. `marks` are the model's reasoning marks, `calls` reads calls; None for a reply without them.
+
+    The joined events do not depend on how the text is cut.
+    """
+
+    def __init__(
+        self,
+        *,
+        marks: tuple[str, str] | None = None,
+        begins_inside: bool = False,
+        calls: ToolCallParser | None = None,
+    ) -> None:
+        self._calls = calls
+        self._events: list[ReplyEvent] = []
+        self._splitter = None
+        if marks is not None:
+            self._splitter = ReasoningSplitter(marks, self._reasoning, self._content, begins_inside=begins_inside)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What was read as content although it looked like a call."""
+        return [] if self._calls is None else self._calls.warnings
+
+    @property
+    def num_calls(self) -> int:
+        """The calls of tools so far."""
+        return 0 if self._calls is None else self._calls.num_calls
+
+    def feed(self, text: str) -> list[ReplyEvent]:
+        """The events that this text completes."""
+        if self._splitter is None:
+            self._content(text)
+        else:
+            self._splitter.feed(text)
+        return self._take()
+
+    def finish(self) -> list[ReplyEvent]:
+        """The events of what was held back. The reply ends here."""
+        if self._splitter is not None:
+            self._splitter.finish()
+        if self._calls is not None:
+            self._events += self._calls.finish()
+        return self._take()
+
+    def _content(self, text: str) -> None:
+        if self._calls is not None:
+            self._events += self._calls.feed(text)
+        elif text:
+            self._events.append(TextDelta(text))
+
+    def _reasoning(self, text: str) -> None:
+        self._events.append(ReasoningDelta(text))
+
+    def _take(self) -> list[ReplyEvent]:
+        events, self._events = self._events, []
+        return _merged(events)
+
+
+def _merged(events: list[ReplyEvent]) -> list[ReplyEvent]:
+    """The events with neighbouring pieces of one text joined."""
+    merged: list[ReplyEvent] = []
+    for event in events:
+        last = merged[-1] if merged else None
+        if isinstance(event, TextDelta) and isinstance(last, TextDelta):
+            merged[-1] = TextDelta(last.text + event.text)
+        elif isinstance(event, ReasoningDelta) and isinstance(last, ReasoningDelta):
+            merged[-1] = ReasoningDelta(last.text + event.text)
+        elif isinstance(event, ToolCallDelta) and isinstance(last, ToolCallDelta) and not (event.id or last.id):
+            merged[-1] = ToolCallDelta(last.index, last.arguments + event.arguments)
+        else:
+            merged.append(event)
+    return merged

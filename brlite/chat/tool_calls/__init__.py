@@ -1,0 +1,58 @@
+"""How models write calls of tools, a file for each format: the grammar of a call and an incremental parser.
+
+A format knows no engine and no HTTP. First files: `parser.py`, then `hermes.py`.
+"""
+
+from __future__ import annotations
+
+from brlite.chat.tool_calls.chatglm import ChatGlmParser
+from brlite.chat.tool_calls.deepseek import DeepSeekParser, DeepSeekV31Parser
+from brlite.chat.tool_calls.glm4_moe import Glm4MoeParser
+from brlite.chat.tool_calls.harmony import HarmonyParser
+from brlite.chat.tool_calls.hermes import HermesParser
+from brlite.chat.tool_calls.llama3_json import Llama3JsonParser
+from brlite.chat.tool_calls.mistral import MistralArgsParser, MistralParser
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
+from brlite.chat.tool_calls.pythonic import PythonicParser
+from brlite.chat.tool_calls.qwen3_coder import Qwen3CoderParser
+
+__all__ = ["PARSERS", "CallGrammar", "ToolCallParser", "find_parser"]
+
+PARSERS: dict[str, type[ToolCallParser]] = {
+    parser.name: parser
+    for parser in (
+        HermesParser,
+        Llama3JsonParser,
+        PythonicParser,
+        MistralParser,
+        MistralArgsParser,
+        ChatGlmParser,
+        DeepSeekParser,
+        DeepSeekV31Parser,
+        Qwen3CoderParser,
+        Glm4MoeParser,
+        HarmonyParser,
+    )
+}
+
+# The first line whose texts all stand in a template names its format.
+_SIGNS: tuple[tuple[tuple[str, ...], type[ToolCallParser]], ...] = (
+    (("<|channel|>", "<|message|>"), HarmonyParser),
+    (("<arg_key>",), Glm4MoeParser),
+    (("<function=", "<parameter="), Qwen3CoderParser),
+    (("<｜tool▁calls▁begin｜>", "```json"), DeepSeekParser),
+    (("<｜tool▁calls▁begin｜>",), DeepSeekV31Parser),
+    (("[TOOL_CALLS]", "[ARGS]"), MistralArgsParser),
+    (("[TOOL_CALLS]",), MistralParser),
+    (("<tool_call>",), HermesParser),
+    (("<|python_start|>",), PythonicParser),
+    (("[func_name1(",), PythonicParser),
+    (("<|python_tag|>",), Llama3JsonParser),
+    (('"parameters": dictionary of argument name',), Llama3JsonParser),
+    (("<|observation|>",), ChatGlmParser),
+)
+
+
+def find_parser(template: str) -> type[ToolCallParser] | None:
+    """The parser of the format that a chat template writes calls in; None if it is none of the known ones."""
+    return next((parser for signs, parser in _SIGNS if all(sign in template for sign in signs)), None)

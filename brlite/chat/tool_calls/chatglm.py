@@ -1,0 +1,51 @@
+"""ChatGLM3 and GLM-4: the reply begins with a tool's name on a line of its own.
+
+Behind it GLM-4 writes a JSON object, ChatGLM3 the code ``tool_call(a=1)`` in a fence.
+"""
+
+from __future__ import annotations
+
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
+from brlite.chat.tool_calls.pythonic import keyword_arguments
+from brlite.chat.tool_calls.source import BrokenCall, Step
+from brlite.chat.tools import Tool
+
+MARK = "<|assistant|>"  # before each further call
+FENCE = "```"
+
+
+class ChatGlmParser(ToolCallParser):
+    """A first line that is no tool's name is plain text."""
+
+    name = "chatglm"
+    marks = (MARK,)
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        return CallGrammar(trigger="", begin=f"{tool.name}\n", end="", separator=MARK)
+
+    def _parse(self) -> Step[None]:
+        yield from self._call(self._named(), self._source.at, is_marked=False)
+        while (yield from self._source.until((MARK,), self._content)):
+            yield from self._call(self._named(), self._source.at - len(MARK), is_marked=False)
+
+    def _named(self) -> Step[None]:
+        source = self._source
+        yield from source.spaces()
+        if not self._tools:
+            raise BrokenCall("there are no tools")
+        line = yield from source.expect(*(f"{name}\n" for name in self._tools), *(f"{name} \n" for name in self._tools))
+        yield from source.spaces()
+        if (yield from source.take(FENCE)):
+            yield from source.text_until("tool_call(")
+            self._begin(line.strip())
+            yield from keyword_arguments(source, self._arguments)
+            self._end()
+            yield from source.spaces()
+            yield from source.take(FENCE)
+            return
+        if (yield from source.peek()) != "{":
+            raise BrokenCall("it is plain text")
+        self._begin(line.strip())
+        yield from self._json_arguments()
+        self._end()

@@ -1,0 +1,71 @@
+"""DeepSeek V3, R1 and V3.1: calls between `<｜tool▁calls▁begin｜>` and `<｜tool▁calls▁end｜>`.
+
+A call of V3.1 is the name, `<｜tool▁sep｜>` and the arguments. In V3 and R1 it is the word `function`,
+`<｜tool▁sep｜>`, the name, and the arguments in a fence.
+"""
+
+from __future__ import annotations
+
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
+from brlite.chat.tool_calls.source import Step
+from brlite.chat.tools import Tool
+
+CALLS, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+CALL, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+FENCE = "```"
+
+
+class DeepSeekParser(ToolCallParser):
+    """The format of V3 and R1; V3.1's is read as well."""
+
+    name = "deepseek"
+    marks = (CALLS, CALLS_END, CALL, SEPARATOR, CALL_END)
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        begin = f"{CALL}function{SEPARATOR}{tool.name}\n{FENCE}json\n"
+        end = f"\n{FENCE}{CALL_END}"
+        return CallGrammar(trigger=CALLS, opening=CALLS, begin=begin, end=end, separator="\n", closing=CALLS_END)
+
+    def _parse(self) -> Step[None]:
+        while (yield from self._source.until((CALLS,), self._content)):
+            yield from self._call(self._calls(), self._source.at - len(CALLS))
+
+    def _calls(self) -> Step[None]:
+        source = self._source
+        yield from source.spaces()
+        yield from source.expect(CALL)
+        while True:
+            yield from self._named()
+            yield from source.spaces()
+            if not (yield from source.take(CALL)):
+                break
+        yield from source.take(CALLS_END)
+
+    def _named(self) -> Step[None]:
+        source = self._source
+        name, _ = yield from source.text_until(SEPARATOR)
+        has_fence = name.strip() == "function"
+        if has_fence:
+            name, _ = yield from source.text_until("\n")
+        self._begin(name.strip())
+        yield from source.spaces()
+        if (yield from source.take(f"{FENCE}json", FENCE)):
+            yield from source.spaces()
+        yield from self._json_arguments()
+        self._end()
+        yield from source.spaces()
+        if (yield from source.take(FENCE)):
+            yield from source.spaces()
+        yield from source.take(CALL_END)
+
+
+class DeepSeekV31Parser(DeepSeekParser):
+    """The same, for grammars in V3.1's form."""
+
+    name = "deepseek_v31"
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        begin = f"{CALL}{tool.name}{SEPARATOR}"
+        return CallGrammar(trigger=CALLS, opening=CALLS, begin=begin, end=CALL_END, closing=CALLS_END)

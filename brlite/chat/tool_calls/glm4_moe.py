@@ -1,0 +1,41 @@
+"""GLM-4.5 and later: `<tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>`, on several lines."""
+
+from __future__ import annotations
+
+import json
+
+from brlite.chat.tool_calls.parser import ToolCallParser, property_schemas, typed_value
+from brlite.chat.tool_calls.source import Step
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
+
+
+class Glm4MoeParser(ToolCallParser):
+    """Values are written without quotes: a parameter's schema tells strings from other values."""
+
+    name = "glm4_moe"
+    marks = (BEGIN, END, KEY, KEY_END, VALUE, VALUE_END)
+
+    def _parse(self) -> Step[None]:
+        while (yield from self._source.until((BEGIN,), self._content)):
+            yield from self._call(self._tagged(), self._source.at - len(BEGIN))
+
+    def _tagged(self) -> Step[None]:
+        source = self._source
+        name, mark = yield from source.text_until(KEY, END)
+        name = name.strip()
+        self._begin(name)
+        schemas = property_schemas(self._tools[name])
+        separator = "{"
+        while mark == KEY:
+            key, _ = yield from source.text_until(KEY_END)
+            key = key.strip()
+            yield from source.text_until(VALUE)
+            value, _ = yield from source.text_until(VALUE_END)
+            key_text = json.dumps(key, ensure_ascii=False)
+            self._arguments(f"{separator}{key_text}: {typed_value(value, schemas.get(key))}")
+            separator = ", "
+            _, mark = yield from source.text_until(KEY, END)
+        self._arguments("{}" if separator == "{" else "}")
+        self._end()

@@ -1,0 +1,63 @@
+"""gpt-oss: a reply is messages, each with a channel: `analysis` is reasoning, `final` is content.
+
+A message `to=functions.f` is a call: `<|channel|>commentary to=functions.f <|constrain|>json<|message|>{...}<|call|>`.
+"""
+
+from __future__ import annotations
+
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
+from brlite.chat.tool_calls.source import BrokenCall, Step
+from brlite.chat.tools import ReasoningDelta, Tool
+
+START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
+ENDS = ("<|end|>", "<|call|>", "<|return|>")
+RECIPIENT = "functions."
+
+
+class HarmonyParser(ToolCallParser):
+    """Reads content and reasoning, too. The prompt has written `<|start|>assistant`."""
+
+    name = "harmony"
+    marks = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        begin = f"{CHANNEL}commentary to={RECIPIENT}{tool.name} {CONSTRAIN}json{MESSAGE}"
+        trigger = f"{CHANNEL}commentary to={RECIPIENT}"
+        return CallGrammar(trigger=trigger, begin=begin, end=ENDS[1], separator=f"{START}assistant")
+
+    def _parse(self) -> Step[None]:
+        source = self._source
+        while True:
+            self._start = self._passed_on = source.at  # keeps the header's text, which is content if it has no end
+            header: list[str] = []
+            mark = yield from source.until((MESSAGE, *ENDS), header.append)
+            start, self._start = self._start, None
+            if mark == MESSAGE:
+                yield from self._message("".join(header), start)
+            elif not mark:
+                self._content("".join(header).removeprefix(START).removeprefix("assistant"))
+                return
+
+    def _message(self, header: str, start: int) -> Step[None]:
+        words = header.replace(CONSTRAIN, " ").replace(CHANNEL, f" {CHANNEL}").split()
+        channel = next((word.removeprefix(CHANNEL) for word in words if word.startswith(CHANNEL)), "final")
+        recipient = next((word.removeprefix("to=") for word in words if word.startswith("to=")), "")
+        if recipient.startswith(RECIPIENT) and (
+            yield from self._call(self._arguments_of(recipient.removeprefix(RECIPIENT)), start)
+        ):
+            return
+        emit = self._reasoning if channel == "analysis" else self._content
+        yield from self._source.until((*ENDS, START), emit)
+
+    def _arguments_of(self, name: str) -> Step[None]:
+        self._begin(name)
+        yield from self._source.spaces()
+        yield from self._json_arguments()
+        self._end()
+        yield from self._source.spaces()
+        if not (yield from self._source.take(*ENDS)) and (yield from self._source.peek()):
+            raise BrokenCall(f"{ENDS[1]!r} is missing")
+
+    def _reasoning(self, text: str) -> None:
+        self._events.append(ReasoningDelta(text))

@@ -1,0 +1,33 @@
+"""Hermes and Qwen: `<tool_call>{"name": "f", "arguments": {...}}</tool_call>`, once for each call."""
+
+from __future__ import annotations
+
+import json
+
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
+from brlite.chat.tool_calls.source import Step
+from brlite.chat.tools import Tool
+
+BEGIN, END = "<tool_call>", "</tool_call>"
+
+
+class HermesParser(ToolCallParser):
+    """Also the format of models whose template knows no tools."""
+
+    name = "hermes"
+    marks = (BEGIN, END)
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        begin = f'{BEGIN}\n{{"name": {json.dumps(tool.name)}, "arguments": '
+        return CallGrammar(trigger=BEGIN, begin=begin, end=f"}}\n{END}", separator="\n")
+
+    def _parse(self) -> Step[None]:
+        while (yield from self._source.until((BEGIN,), self._content)):
+            yield from self._call(self._tagged(), self._source.at - len(BEGIN))
+
+    def _tagged(self) -> Step[None]:
+        yield from self._source.spaces()
+        yield from self._json_call()
+        yield from self._source.spaces()
+        yield from self._source.take(END)  # some models leave it out at the end of a reply

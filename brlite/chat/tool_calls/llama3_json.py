@@ -1,0 +1,52 @@
+"""Llama 3.1 to 3.3: the reply is `{"name": "f", "parameters": {...}}`, with `<|python_tag|>` before it or without.
+
+Several calls have a semicolon between them.
+"""
+
+from __future__ import annotations
+
+import json
+
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
+from brlite.chat.tool_calls.source import BrokenCall, Step
+from brlite.chat.tools import Tool
+
+TAG = "<|python_tag|>"
+
+
+class Llama3JsonParser(ToolCallParser):
+    """Without the tag only a reply that begins with an object is a call."""
+
+    name = "llama3_json"
+    marks = (TAG,)
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        begin = f'{{"name": {json.dumps(tool.name)}, "parameters": '
+        return CallGrammar(trigger="", begin=begin, end="}", separator="; ")
+
+    def _parse(self) -> Step[None]:
+        source = self._source
+        start = source.at
+        yield from self._call(self._leading_calls(), start, is_marked=False)
+        while (yield from source.until((TAG,), self._content)):
+            yield from self._call(self._calls(), source.at - len(TAG))
+
+    def _leading_calls(self) -> Step[None]:
+        yield from self._source.spaces()
+        if (yield from self._source.peek()) != "{":
+            raise BrokenCall("it is plain text")
+        yield from self._calls()
+
+    def _calls(self) -> Step[None]:
+        yield from self._source.spaces()
+        yield from self._json_call()
+        yield from self._source.spaces()
+        while (yield from self._source.take(";")):
+            yield from self._source.spaces()
+            yield from self._source.take(TAG)
+            yield from self._source.spaces()
+            if (yield from self._source.peek()) != "{":
+                return
+            yield from self._json_call()
+            yield from self._source.spaces()

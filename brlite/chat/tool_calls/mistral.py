@@ -1,0 +1,70 @@
+"""Mistral: `[TOOL_CALLS]` and a JSON list of calls; newer ones `[TOOL_CALLS]f[ARGS]{...}` for each call."""
+
+from __future__ import annotations
+
+import json
+
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
+from brlite.chat.tool_calls.source import BrokenCall, Step
+from brlite.chat.tools import Tool
+
+MARK, ARGS, CALL_ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+
+
+class MistralParser(ToolCallParser):
+    """The format of the vocabularies up to version 7 (Mistral 7B v0.3, Nemo, Large 2407)."""
+
+    name = "mistral"
+    marks = (MARK, ARGS, CALL_ID)
+    has_short_ids = True
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        begin = f'{{"name": {json.dumps(tool.name)}, "arguments": '
+        return CallGrammar(trigger=MARK, opening=f"{MARK}[", begin=begin, end="}", separator=", ", closing="]")
+
+    def _parse(self) -> Step[None]:
+        while (yield from self._source.until((MARK,), self._content)):
+            yield from self._call(self._calls(), self._source.at - len(MARK))
+
+    def _calls(self) -> Step[None]:
+        source = self._source
+        yield from source.spaces()
+        if (yield from source.take("[")):
+            yield from source.spaces()
+            yield from self._json_call()
+            yield from source.spaces()
+            while (yield from source.take(",")):
+                yield from source.spaces()
+                yield from self._json_call()
+                yield from source.spaces()
+            yield from source.take("]")
+        elif (yield from source.peek()) == "{":
+            yield from self._json_call()
+        else:
+            yield from self._named_call()
+
+    def _named_call(self) -> Step[None]:
+        source = self._source
+        pieces: list[str] = []
+        mark = yield from source.until((ARGS, CALL_ID, "{"), pieces.append)
+        if not mark:
+            raise BrokenCall("its arguments are missing")
+        self._begin("".join(pieces).strip())
+        if mark == CALL_ID:
+            yield from source.text_until(ARGS)
+        if mark == "{":
+            source.at -= 1
+        yield from source.spaces()
+        yield from self._json_arguments()
+        self._end()
+
+
+class MistralArgsParser(MistralParser):
+    """The same, for the vocabularies from version 11 on (Mistral Small 3.2, Magistral, Devstral)."""
+
+    name = "mistral_args"
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        return CallGrammar(trigger=MARK, begin=f"{MARK}{tool.name}{ARGS}", end="")

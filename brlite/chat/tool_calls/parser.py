@@ -1,0 +1,240 @@
+"""What the parsers of all formats share: text between calls, calls that are held until they are whole, warnings.
+
+A format's parser reads a `ReplySource` and calls `_begin`, `_arguments` and `_end`. It raises `BrokenCall` where the
+text is no call after all; the text is then passed on as content.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import msgspec
+
+from brlite.chat.tool_calls.source import BrokenCall, ReplySource, Step, parse_json
+from brlite.chat.tools import ReplyEvent, TextDelta, Tool, ToolCallDelta, ToolCallEnd, new_call_id
+from brlite.files.quoting import excerpt
+
+
+class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
+    """The text of calls, as literals around a JSON value, for the compiler of structural tags.
+
+    A reply with calls is `opening`, then calls joined by `separator`, then `closing`; a call is `begin`, the arguments
+    as JSON of the tool's schema, and `end`. In free text `trigger` begins calls. It is empty for formats whose calls
+    begin without a mark: those cannot be constrained in free text.
+    """
+
+    trigger: str
+    begin: str
+    end: str
+    opening: str = ""
+    separator: str = ""
+    closing: str = ""
+
+
+class ToolCallParser:
+    """Reads one reply. Its events do not depend on how the text is cut.
+
+    Calls are held until they are whole, so that one that does not parse can be passed on as content. With
+    `streams_arguments`, for replies that a grammar constrains, arguments are passed on as they come.
+    """
+
+    name: ClassVar[str]
+    # Texts that mark calls. Where one is a special token of the vocabulary, it must not be left out of the text.
+    marks: ClassVar[tuple[str, ...]] = ()
+    has_short_ids: ClassVar[bool] = False
+
+    def __init__(self, tools: Sequence[Tool], *, max_calls: int = 2**31, streams_arguments: bool = False) -> None:
+        """`tools` are those that may be called. A call beyond `max_calls` is passed on as content."""
+        self.warnings: list[str] = []
+        self._tools = {tool.name: tool for tool in tools}
+        self._max_calls = max_calls
+        self._streams_arguments = streams_arguments
+        self._source = ReplySource()
+        self._events: list[ReplyEvent] = []
+        self.num_calls = 0
+        self._spaces = ""  # white space of the content, held until text follows
+        self._has_content = False
+        # Of the call that is being read:
+        self._start: int | None = None  # its place in the source; None between calls
+        self._has_begun = False  # its name went out
+        self._passed_on = 0  # the place up to which its text went out
+        self._call_events: list[ReplyEvent] = []
+        self._text: list[str] = []  # its arguments
+        self._parsing = self._parse()
+        next(self._parsing, None)
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar | None:
+        """How a call of this tool is written. None if its arguments are not JSON."""
+        return None
+
+    def feed(self, text: str) -> list[ReplyEvent]:
+        """The events that this text completes."""
+        forgotten = self._source.feed(text, self._source.at if self._start is None else self._start)
+        if self._start is not None:
+            self._start, self._passed_on = 0, max(0, self._passed_on - forgotten)
+        return self._advance()
+
+    def finish(self) -> list[ReplyEvent]:
+        """The events of the text that was held back. The reply ends here."""
+        self._source.has_ended = True
+        events = self._advance()
+        if self.num_calls == 0 and self._spaces:
+            events.append(TextDelta(self._spaces))
+        return events
+
+    def _parse(self) -> Generator[None, None, None]:
+        """Read the whole reply."""
+        raise NotImplementedError
+
+    def _advance(self) -> list[ReplyEvent]:
+        next(self._parsing, None)
+        events, self._events = self._events, []
+        return events
+
+    def _content(self, text: str) -> None:
+        """A piece of the content. White space before it and at its end is left out if there are calls."""
+        kept = text.rstrip()
+        if kept:
+            content = self._spaces + kept
+            self._events.append(TextDelta(content.lstrip() if self.num_calls and not self._has_content else content))
+            self._spaces, self._has_content = "", True
+        self._spaces += text[len(kept) :]
+
+    def _call(self, reading: Step[None], start: int, *, is_marked: bool = True) -> Step[bool]:
+        """Read a call that begins at `start`, or pass its text on as content. True if it is a call.
+
+        Without `is_marked`, text that is no call is plain text, and no warning is given.
+        """
+        self._start = self._passed_on = start
+        self._has_begun = False
+        self._call_events = []
+        try:
+            yield from reading
+        except BrokenCall as error:
+            self._give_up(str(error), is_marked=is_marked)
+            return False
+        finally:
+            self._start = None
+        return True
+
+    def _begin(self, name: str) -> None:
+        """The call's name is known. Raises `BrokenCall` for a tool that may not be called."""
+        if name not in self._tools:
+            raise BrokenCall(f"there is no tool {excerpt(name)}")
+        if self.num_calls == self._max_calls:
+            raise BrokenCall(f"at most {self._max_calls} may be made")
+        call_id = new_call_id(is_short=self.has_short_ids)
+        self._text = []
+        self._call_event(ToolCallDelta(self.num_calls, "", call_id, name))
+
+    def _arguments(self, text: str) -> None:
+        """A piece of the arguments' JSON text."""
+        self._text.append(text)
+        self._call_event(ToolCallDelta(self.num_calls, text))
+
+    def _end(self) -> None:
+        """The arguments are whole. Raises `BrokenCall` if they are not a JSON object."""
+        text = "".join(self._text)
+        if not isinstance(parse_json(text), dict):
+            raise BrokenCall("its arguments are not an object")
+        self._call_event(ToolCallEnd(self.num_calls))
+        self.num_calls += 1
+        self._events += self._call_events
+        self._call_events = []
+        self._has_begun = False
+        self._start = self._passed_on = self._source.at
+
+    def _call_event(self, event: ReplyEvent) -> None:
+        if self._streams_arguments:
+            self._events.append(event)
+            self._has_begun = True
+            self._passed_on = self._source.at
+        else:
+            self._call_events.append(event)
+
+    def _give_up(self, reason: str, *, is_marked: bool) -> None:
+        if is_marked or self._has_begun:
+            self.warnings.append(f"text that looks like a tool call is passed on as content: {reason}")
+        if self._has_begun:
+            self._events.append(ToolCallEnd(self.num_calls))
+            self.num_calls += 1
+        self._call_events = []
+        self._content(self._source.text[self._passed_on : self._source.at])
+
+    # What several formats have in common.
+
+    def _json_arguments(self) -> Step[None]:
+        """The arguments as a JSON object, as a string that holds one, or as nothing, which is `{}`."""
+        first = yield from self._source.peek()
+        if first == "{":
+            yield from self._source.json_value(self._arguments)
+        elif first == '"':
+            self._arguments((yield from self._source.json_string()) or "{}")
+        else:
+            pieces: list[str] = []
+            yield from self._source.json_value(pieces.append)
+            text = "".join(pieces)
+            self._arguments("{}" if text in ("", "null") else text)
+
+    def _json_call(self) -> Step[None]:
+        """A call as an object with `name` and `arguments` or `parameters`, in any order; other keys are left out."""
+        source = self._source
+        yield from source.expect("{")
+        name: str | None = None
+        arguments: str | None = None
+        has_arguments = False
+        yield from source.spaces()
+        while (yield from source.peek()) == '"':
+            key = yield from source.json_string()
+            yield from source.spaces()
+            yield from source.expect(":")
+            yield from source.spaces()
+            pieces: list[str] = []
+            if key == "name" and name is None:
+                name = yield from source.json_string()
+                self._begin(name)
+            elif key not in ("arguments", "parameters") or has_arguments:
+                yield from source.json_value(pieces.append)
+            elif name is not None:
+                yield from self._json_arguments()
+                has_arguments = True
+            else:
+                yield from source.json_value(pieces.append)
+                arguments, has_arguments = "".join(pieces), True
+            yield from source.spaces()
+            if not (yield from source.take(",")):
+                break
+            yield from source.spaces()
+        yield from source.expect("}")
+        if name is None:
+            raise BrokenCall("it has no name")
+        if arguments is not None:
+            value = parse_json(arguments)
+            self._arguments(value or "{}" if isinstance(value, str) else "{}" if value is None else arguments)
+        elif not has_arguments:
+            self._arguments("{}")
+        self._end()
+
+
+def typed_value(text: str, schema: Any) -> str:
+    """The JSON text of a value that a format writes without quotes: a string where the schema says so, else as it is.
+
+    Text that is no JSON is a string.
+    """
+    kind = schema.get("type") if isinstance(schema, Mapping) else None
+    if kind != "string":
+        try:
+            parse_json(text)
+            return text.strip()
+        except BrokenCall:
+            pass
+    return json.dumps(text, ensure_ascii=False)
+
+
+def property_schemas(tool: Tool) -> Mapping[str, Any]:
+    """The schemas of a tool's arguments by name."""
+    properties = (tool.parameters or {}).get("properties")
+    return properties if isinstance(properties, Mapping) else {}

@@ -1,0 +1,179 @@
+"""Llama 3.2 and 4: the reply is a list of Python calls, `[f(a=1, b="x"), g()]`.
+
+`<|python_start|>` and `<|python_end|>` may stand around it. Arguments are literals; nothing is evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import sys
+
+from brlite.chat.tool_calls.parser import ToolCallParser
+from brlite.chat.tool_calls.source import MAX_DEPTH, BrokenCall, Emit, ReplySource, Step
+
+START, END = "<|python_start|>", "<|python_end|>"
+_WORD = re.compile(r"[\w.+-]*")
+_CONSTANTS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+_NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?", re.ASCII)
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
+_HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
+_CLOSING = {"[": "]", "(": ")"}
+
+
+class PythonicParser(ToolCallParser):
+    """Without the mark only a reply that begins with such a list holds calls."""
+
+    name = "pythonic"
+    marks = (START, END)
+
+    def _parse(self) -> Step[None]:
+        source = self._source
+        yield from self._call(self._leading_list(), source.at, is_marked=False)
+        while (yield from source.until((START,), self._content)):
+            yield from self._call(self._list(), source.at - len(START))
+
+    def _leading_list(self) -> Step[None]:
+        yield from self._source.spaces()
+        if (yield from self._source.peek()) != "[":
+            raise BrokenCall("it is plain text")
+        yield from self._list()
+
+    def _list(self) -> Step[None]:
+        source = self._source
+        yield from source.spaces()
+        yield from source.expect("[")
+        while True:
+            yield from source.spaces()
+            name = yield from word(source)
+            yield from source.spaces()
+            yield from source.expect("(")
+            self._begin(name)
+            yield from keyword_arguments(source, self._arguments)
+            self._end()
+            yield from source.spaces()
+            if not (yield from source.take(",")):
+                break
+        yield from source.expect("]")
+        yield from source.spaces()
+        yield from source.take(END)
+
+
+def word(source: ReplySource) -> Step[str]:
+    """A name, a number or a constant: letters, digits and `_.+-`."""
+    pieces: list[str] = []
+    while True:
+        match = _WORD.match(source.text, source.at)
+        if match and match[0]:
+            pieces.append(match[0])
+            source.at = match.end()
+        if source.at < len(source.text) or not (yield from source.more()):
+            return "".join(pieces)
+
+
+def keyword_arguments(source: ReplySource, emit: Emit) -> Step[None]:
+    """`a=1, b="x")`, written as a JSON object. Raises `BrokenCall`."""
+    separator = "{"
+    yield from source.spaces()
+    while not (yield from source.take(")")):
+        key = yield from word(source)
+        yield from source.spaces()
+        yield from source.expect("=")
+        emit(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
+        yield from _literal(source, emit, MAX_DEPTH)
+        separator = ", "
+        yield from source.spaces()
+        if not (yield from source.take(",")):
+            yield from source.expect(")")
+            break
+        yield from source.spaces()
+    emit("{}" if separator == "{" else "}")
+
+
+def _literal(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
+    """One literal, written as JSON."""
+    yield from source.spaces()
+    first = yield from source.peek()
+    if depth == 0:
+        raise BrokenCall(f"it is nested deeper than {MAX_DEPTH} levels")
+    if first and first in "[(":
+        yield from _sequence(source, emit, depth - 1)
+    elif first == "{":
+        yield from _mapping(source, emit, depth - 1)
+    elif first and first in "\"'":
+        emit((yield from _string(source)))
+    else:
+        text = yield from word(source)
+        if text not in _CONSTANTS and not _NUMBER.fullmatch(text):
+            raise BrokenCall("a literal is missing")
+        emit(_CONSTANTS.get(text, text))
+
+
+def _sequence(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
+    closing = _CLOSING[(yield from source.expect("[", "("))]
+    separator = "["
+    yield from source.spaces()
+    while not (yield from source.take(closing)):
+        emit(separator)
+        yield from _literal(source, emit, depth)
+        separator = ", "
+        yield from source.spaces()
+        if not (yield from source.take(",")):
+            yield from source.expect(closing)
+            break
+        yield from source.spaces()
+    emit("[]" if separator == "[" else "]")
+
+
+def _mapping(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
+    yield from source.expect("{")
+    separator = "{"
+    yield from source.spaces()
+    while not (yield from source.take("}")):
+        if (yield from source.peek()) not in ('"', "'"):
+            raise BrokenCall("a key is no string")
+        emit(separator + (yield from _string(source)))
+        separator = ", "
+        yield from source.spaces()
+        yield from source.expect(":")
+        emit(": ")
+        yield from _literal(source, emit, depth)
+        yield from source.spaces()
+        if not (yield from source.take(",")):
+            yield from source.expect("}")
+            break
+        yield from source.spaces()
+    emit("{}" if separator == "{" else "}")
+
+
+def _string(source: ReplySource) -> Step[str]:
+    """A string in single or double quotes, as JSON."""
+    quote = yield from source.expect('"', "'")
+    pieces: list[str] = []
+    while True:
+        mark = yield from source.until((quote, "\\"), pieces.append)
+        if mark == quote:
+            return json.dumps("".join(pieces), ensure_ascii=False)
+        escaped = (yield from source.peek()) if mark else ""
+        if not escaped:
+            raise BrokenCall("it is cut off")
+        source.at += 1
+        if escaped in _HEX_DIGITS:
+            pieces.append((yield from _hex_character(source, _HEX_DIGITS[escaped])))
+        else:
+            pieces.append(_ESCAPES.get(escaped, escaped if escaped in "\\'\"" else "\\" + escaped))
+
+
+def _hex_character(source: ReplySource, num_digits: int) -> Step[str]:
+    digits = ""
+    while len(digits) < num_digits:
+        digit = yield from source.peek()
+        if not digit or digit not in string.hexdigits:
+            raise BrokenCall("an escape in a string is broken")
+        digits += digit
+        source.at += 1
+    number = int(digits, 16)
+    if number > sys.maxunicode:
+        raise BrokenCall("an escape in a string is broken")
+    return chr(number)

@@ -1,0 +1,127 @@
+"""Tools, the choice among them, and what a model's reply consists of: plain values for dialects, grammar and server."""
+
+from __future__ import annotations
+
+import secrets
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+NUM_SHORT_ID_CHARACTERS = 9  # Mistral's templates refuse every other length
+_ALPHANUMERIC = string.ascii_letters + string.digits
+
+
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
+    """A function that the model may call. `parameters` is a JSON schema; without one it takes no arguments.
+
+    With `strict` the arguments of every call obey the schema.
+    """
+
+    name: str
+    description: str | None = None
+    parameters: Mapping[str, Any] | None = None
+    strict: bool = False
+
+    def for_template(self) -> dict[str, Any]:
+        """The tool in the shape of OpenAI's chat API, which is what templates were written for."""
+        function: dict[str, Any] = {"name": self.name}
+        if self.description is not None:
+            function["description"] = self.description
+        function["parameters"] = self.parameters if self.parameters is not None else EMPTY_SCHEMA
+        return {"type": "function", "function": function}
+
+
+EMPTY_SCHEMA: Mapping[str, Any] = {"type": "object", "properties": {}}
+
+
+class ToolChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether the model may call tools, or must. `names` are those it may call, all if empty.
+
+    `is_named` tells a choice of one function from `required` with one allowed tool: finish reasons differ.
+    """
+
+    mode: Literal["none", "auto", "required"] = "auto"
+    names: tuple[str, ...] = ()
+    is_named: bool = False
+    parallel: bool = True
+
+    def allowed(self, tools: Sequence[Tool]) -> tuple[Tool, ...]:
+        """The tools that a reply may call."""
+        if self.mode == "none":
+            return ()
+        return tuple(tool for tool in tools if not self.names or tool.name in self.names)
+
+
+class ToolCall(msgspec.Struct, frozen=True):
+    """A call in a reply. `arguments` is the JSON text that the model wrote."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+class TextDelta(msgspec.Struct, frozen=True):
+    """A piece of the reply's content."""
+
+    text: str
+
+
+class ReasoningDelta(msgspec.Struct, frozen=True):
+    """A piece of the model's reasoning."""
+
+    text: str
+
+
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """A piece of call number `index`. The first has the id and the name; all have a piece of the arguments."""
+
+    index: int
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+
+class ToolCallEnd(msgspec.Struct, frozen=True):
+    """Call number `index` is whole."""
+
+    index: int
+
+
+ReplyEvent = TextDelta | ReasoningDelta | ToolCallDelta | ToolCallEnd
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """A whole reply: the sum of its events."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+def collect(events: Sequence[ReplyEvent]) -> Reply:
+    """The whole reply that a list of events adds up to."""
+    content, reasoning = [], []
+    calls: list[list[Any]] = []
+    for event in events:
+        if isinstance(event, TextDelta):
+            content.append(event.text)
+        elif isinstance(event, ReasoningDelta):
+            reasoning.append(event.text)
+        elif isinstance(event, ToolCallDelta):
+            if event.id is not None:
+                calls.append([event.id, event.name, []])
+            calls[event.index][2].append(event.arguments)
+    return Reply(
+        "".join(content),
+        "".join(reasoning),
+        tuple(ToolCall(call_id, name, "".join(arguments)) for call_id, name, arguments in calls),
+    )
+
+
+def new_call_id(*, is_short: bool) -> str:
+    """An id for a call: nine letters and digits, or OpenAI's `call_` and 24 hexadecimal digits."""
+    if is_short:
+        return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(NUM_SHORT_ID_CHARACTERS))
+    return f"call_{secrets.token_hex(12)}"

@@ -1,0 +1,247 @@
+"""A conversation in OpenAI's shape, brought into the shape that one chat template can say. Renders nothing.
+
+Templates differ in what they take: parts or strings as content, arguments as mappings or strings, an empty content or
+none beside calls, thinking under one of several keys. Tools that a template does not know are put into words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, Literal
+
+import msgspec
+
+from brlite.errors import InvalidRequest
+
+Turn = Mapping[str, Any]
+
+MAX_ROLE = 64  # characters
+_ROLE = re.compile(rf"[A-Za-z][A-Za-z0-9_ -]{{0,{MAX_ROLE - 1}}}")  # a template may make a control token of it
+_SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
+_BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+# What Qwen2.5's and Hermes' templates write, for models whose template knows no tools.
+TOOLS_IN_WORDS = """\
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{tools}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
+    """What a template can say, found by trial renderings (`template_worker.py`).
+
+    `roles`: True is said, False is left out without an error, None is refused. `variables` are the names that the
+    template reads. `takes_empty_content` is False where a turn with calls must have no `content`.
+    `reasoning_key` is the key of an assistant turn under which the template reads its reasoning.
+    """
+
+    roles: Mapping[str, bool | None] = msgspec.field(default_factory=lambda: {"system": True})
+    takes_strings: bool = True
+    takes_parts: bool = False
+    tools_in: Literal["argument", "system message"] | None = None
+    variables: frozenset[str] = frozenset()
+    says_calls: bool = False
+    says_results: bool = False
+    takes_mappings: bool = True
+    takes_empty_content: bool = True
+    needs_short_ids: bool = False
+    knows_developer: bool = False
+    reasoning_key: str | None = None
+    reasoning_marks: tuple[str, str] | None = None
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether lists of tools, calls and results are all said; otherwise they are put into words."""
+        return self.tools_in is not None and self.says_calls and self.says_results
+
+
+class TemplateExtras(msgspec.Struct, frozen=True, kw_only=True):
+    """What a template gets beside the turns. `tools` are in the shape of OpenAI's chat API.
+
+    `variables` are `chat_template_kwargs`.
+    """
+
+    tools: Sequence[Mapping[str, Any]] = ()
+    documents: Sequence[Mapping[str, Any]] = ()
+    variables: Mapping[str, Any] = {}
+
+
+NO_EXTRAS = TemplateExtras()
+
+
+def prepare_turns(
+    turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], can: TemplateCapabilities
+) -> list[dict[str, Any]]:
+    """The turns as a template with these capabilities takes them. Raises `InvalidRequest` for those it cannot say."""
+    if not can.knows_tools and (tools or any(map(_is_of_tools, turns))):
+        turns = _tools_in_words(turns, tools, can)
+    elif tools and can.tools_in == "system message":
+        turns = _with_system(turns, can, tools=[tool["function"] for tool in tools])
+    names = {
+        call.get("id"): call["function"]["name"]
+        for turn in turns
+        for call in turn.get("tool_calls") or ()
+        if isinstance(call, Mapping)
+    }
+    return [_prepared(turn, names, can) for turn in turns]
+
+
+def template_refusal(reason: str) -> InvalidRequest:
+    """The error for a chat that a model's template cannot say."""
+    return InvalidRequest(
+        f"Error in applying chat template from request: {reason}; /v1/completions takes a prompt without a template",
+        param="messages",
+    )
+
+
+def _prepared(turn: Turn, names: Mapping[str | None, str], can: TemplateCapabilities) -> dict[str, Any]:
+    calls = turn.get("tool_calls") or ()
+    content = turn.get("content")
+    prepared = {key: value for key, value in turn.items() if key not in ("tool_calls", "reasoning_content")}
+    prepared["role"] = _role(turn.get("role"), can, has_call=turn.get("tool_call_id") in names)
+    if isinstance(content, list) and not can.takes_parts:
+        prepared["content"] = _joined(content)
+    elif isinstance(content, str) and not can.takes_strings:
+        prepared["content"] = [{"type": "text", "text": content}]
+    elif content is None:
+        prepared["content"] = ""
+    if calls:
+        prepared["tool_calls"] = [_prepared_call(call, can) for call in calls]
+        if not content and not can.takes_empty_content:
+            del prepared["content"]
+    if turn.get("role") == "tool" and "tool_call_id" in turn:
+        prepared.setdefault("name", names.get(turn["tool_call_id"], ""))
+        if can.needs_short_ids:
+            prepared["tool_call_id"] = short_id(turn["tool_call_id"])
+    reasoning = turn.get("reasoning_content")
+    if reasoning and can.reasoning_key:
+        prepared[can.reasoning_key] = reasoning
+    elif reasoning and can.reasoning_marks and isinstance(prepared.get("content"), str):
+        start, end = can.reasoning_marks
+        prepared["content"] = f"{start}\n{reasoning}\n{end}\n\n{prepared['content']}"
+    return prepared
+
+
+def _role(role: object, can: TemplateCapabilities, *, has_call: bool) -> str:
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        raise template_refusal(f"a role must be a word of at most {MAX_ROLE} letters and digits")
+    if role == "developer" and not can.knows_developer:
+        role = "system"
+    if can.roles.get(role) is False and not (role == "tool" and has_call and can.says_results):
+        raise template_refusal(f"the model's template leaves out messages of the role {role}")
+    return role
+
+
+def _prepared_call(call: Mapping[str, Any], can: TemplateCapabilities) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments") or "{}"
+    if isinstance(arguments, str) and can.takes_mappings:
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            parsed = None  # a call that was cut off; the template gets the text
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    prepared = {**call, "type": "function", "function": {**function, "arguments": arguments}}
+    if can.needs_short_ids:
+        prepared["id"] = short_id(str(call.get("id", "")))
+    return prepared
+
+
+def short_id(call_id: str) -> str:
+    """Nine letters and digits, which Mistral's templates require. Equal ids give equal ones."""
+    if _SHORT_ID.fullmatch(call_id):
+        return call_id
+    number = int.from_bytes(blake2b(call_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+    return "".join(_BASE62[number // 62**index % 62] for index in range(9))
+
+
+def _joined(content: Sequence[Any]) -> str:
+    """The text of parts. Raises `InvalidRequest` for a part that is not text."""
+    texts: list[str] = []
+    for part in content:
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if not isinstance(text, str):
+            raise template_refusal("a part of a message's content must be a text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _is_of_tools(turn: Turn) -> bool:
+    return bool(turn.get("tool_calls")) or turn.get("role") in ("tool", "function")
+
+
+def _text(turn: Turn) -> str:
+    content = turn.get("content")
+    return _joined(content) if isinstance(content, list) else content or ""
+
+
+def _tools_in_words(
+    turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], can: TemplateCapabilities
+) -> list[dict[str, Any]]:
+    """Turns without tools: their list in the system message, calls and results as text in `<tool_call>` and
+    `<tool_response>`. Results are in the user's turn, together with what the user says next."""
+    words: list[dict[str, Any]] = []
+    for turn in turns:
+        plain = {key: value for key, value in turn.items() if key not in ("tool_calls", "tool_call_id")}
+        calls = turn.get("tool_calls") or ()
+        if calls:
+            texts = [_text(turn), *(_call_in_words(call) for call in calls)]
+            words.append({**plain, "content": "\n".join(filter(None, texts))})
+        elif turn.get("role") in ("tool", "function"):
+            text = f"<tool_response>\n{_text(turn)}\n</tool_response>"
+            if words and words[-1].get("is_result"):
+                words[-1]["content"] += "\n" + text
+            else:
+                words.append({"role": "user", "content": text, "is_result": True})
+        elif turn.get("role") == "user" and words and words[-1].get("is_result"):
+            words[-1] = {**plain, "content": f"{words[-1]['content']}\n{_text(turn)}"}
+        else:
+            words.append(plain)
+    for word in words:
+        word.pop("is_result", None)
+    if not tools:
+        return words
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return _with_system(words, can, text=TOOLS_IN_WORDS.format(tools=listed))
+
+
+def _call_in_words(call: Mapping[str, Any]) -> str:
+    arguments = call["function"].get("arguments") or "{}"
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    name = json.dumps(call["function"]["name"], ensure_ascii=False)
+    return f'<tool_call>\n{{"name": {name}, "arguments": {arguments}}}\n</tool_call>'
+
+
+def _with_system(
+    turns: Sequence[Turn], can: TemplateCapabilities, *, text: str = "", **more: object
+) -> list[dict[str, Any]]:
+    """The turns with a text, or more keys, in their first system message, which is added where there is none.
+
+    If the template cannot say a system message, the text goes before the first user message.
+    """
+    first: Turn = turns[0] if turns else {}
+    role = "user"
+    if can.roles.get("system"):
+        role = "system"
+        if first.get("role") not in ("system", "developer"):
+            return [{"role": "system", "content": text, **more}, *map(dict, turns)]
+    for index, turn in enumerate(turns):
+        if turn.get("role") == role or (role == "system" and index == 0):
+            texts = (_text(turn), text) if role == "system" else (text, _text(turn))
+            changed = {**turn, "content": "\n\n".join(filter(None, texts)), **more}
+            return [*map(dict, turns[:index]), changed, *map(dict, turns[index + 1 :])]
+    raise template_refusal("it knows no tools, and there is no user message to describe them in")

@@ -1,0 +1,225 @@
+"""Tools, calls, results, parts and reasoning reach a template in the form that it takes, or are put into words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from brlite.chat.formats import ChatGLM3Format
+from brlite.chat.template import ChatTemplate
+from brlite.chat.turns import TemplateExtras, short_id
+from brlite.errors import InvalidRequest
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+CALL = {"id": "call_0123456789", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+ASKED = {"role": "user", "content": "q"}
+CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "call_0123456789", "content": "r"}
+TALK = [ASKED, CALLED, RESULT]
+
+# Shapes of published templates.
+QWEN = (
+    "{% if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% for c in m.tool_calls or [] %}"
+    '<tool_call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</tool_call>'
+    "{% endfor %}{% endfor %}"
+)
+DEEPSEEK = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name + '\\n' + c.function.arguments + '\\n' }}{% endfor %}"
+    "{% endfor %}"
+)
+MISTRAL = (
+    "{% if tools %}[AVAILABLE_TOOLS]{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'user' %}[INST]{{ m.content }}{% elif m.role == 'system' %}{{ m.content }}"
+    "{% elif m.tool_calls is defined %}{% for c in m.tool_calls %}{% if c.id | length != 9 %}"
+    "{{ raise_exception('ids have 9 characters') }}{% endif %}[TOOL_CALLS]{{ c.function.name }}"
+    "{{ c.function.arguments | tojson }}{{ c.id }}{% endfor %}"
+    "{% elif m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}{{ raise_exception('ids have 9 characters') }}"
+    "{% endif %}[RESULT]{{ m.content }}{{ m.tool_call_id }}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+GLM4 = (
+    "{% for m in messages %}[{{ m.role }}]{% if m.tools is defined %}{% for t in m.tools %}{{ t | tojson }}{% endfor %}"
+    "{% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}\n"
+    "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+IS_DEFINED = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}{% if m.content is defined %}{{ m.role }}="
+    "{{ m.content }};{% else %}{% for c in m.tool_calls %}{{ c | tojson }};{% endfor %}{% endif %}{% endfor %}"
+)
+CHATML = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+
+
+def render(template: str, messages: list[dict[str, Any]], **extras: Any) -> str:
+    compiled = ChatTemplate(template, source="here", special_tokens={"bos_token": "<s>"})
+    try:
+        return compiled.render(messages, add_generation_prompt=False, extras=TemplateExtras(**extras))
+    finally:
+        compiled.close()
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (
+            QWEN,
+            f'<tools>{json.dumps(TOOL)}</tools>[user]q[assistant]<tool_call>{{"name": "f", "arguments": {{"a": 1}}}}'
+            "</tool_call>[tool]r",
+        ),
+        (DEEPSEEK, f'[{json.dumps(TOOL)}][user]q[assistant]f\n{{"a": 1}}\n[tool]r'),
+        (
+            MISTRAL,
+            f'[AVAILABLE_TOOLS][{json.dumps(TOOL)}][INST]q[TOOL_CALLS]f{{"a": 1}}{short_id("call_0123456789")}'
+            f"[RESULT]r{short_id('call_0123456789')}",
+        ),
+        (GLM4, f'[system]{json.dumps(TOOL["function"])}[user]q[assistant]f\n{{"a": 1}}[tool]r'),
+        (
+            IS_DEFINED,
+            f"[{json.dumps(TOOL)}]user=q;"
+            + json.dumps({**CALL, "function": {"name": "f", "arguments": {"a": 1}}})
+            + ";tool=r;",
+        ),
+    ],
+)
+def test_tools_calls_and_results_are_said_as_the_template_says_them(template: str, text: str) -> None:
+    assert render(template, TALK, tools=[TOOL]) == text
+
+
+@pytest.mark.parametrize("content", [None, "", "absent"])
+def test_an_assistant_turn_with_calls_may_have_no_content(content: str | None) -> None:
+    turn = {key: value for key, value in CALLED.items() if key != "content"}
+    if content != "absent":
+        turn["content"] = content
+
+    assert (
+        render(QWEN, [ASKED, turn]) == '[user]q[assistant]<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
+    )
+
+
+def test_a_template_that_knows_no_tools_gets_them_in_words() -> None:
+    text = render(CHATML, [{"role": "system", "content": "Be short."}, *TALK], tools=[TOOL])
+
+    assert text.startswith("[system]Be short.\n\n# Tools\n\n")
+    assert f"<tools>\n{json.dumps(TOOL)}\n</tools>" in text
+    assert text.endswith(
+        '[user]q[assistant]<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+        "[user]<tool_response>\nr\n</tool_response>"
+    )
+
+
+def test_a_template_without_system_messages_gets_the_tools_in_the_users_words() -> None:
+    text = render(NO_SYSTEM, [*TALK, {**RESULT, "content": "s"}, {"role": "user", "content": "and?"}], tools=[TOOL])
+
+    assert text.startswith("[user]# Tools\n\n")
+    assert "</tool_call>\n\nq[assistant]<tool_call>" in text
+    assert text.endswith("[user]<tool_response>\nr\n</tool_response>\n<tool_response>\ns\n</tool_response>\nand?")
+
+
+def test_the_words_for_tools_are_not_there_without_tools() -> None:
+    assert render(CHATML, [ASKED]) == "[user]q"
+    assert "# Tools" not in render(CHATML, TALK)
+
+
+def test_arguments_that_are_no_json_go_as_they_are() -> None:
+    cut = {**CALLED, "tool_calls": [{**CALL, "function": {"name": "f", "arguments": '{"a'}}]}
+
+    assert r'"arguments": "{\"a"' in render(QWEN, [ASKED, cut])
+
+
+def test_the_name_of_a_result_is_that_of_its_call() -> None:
+    template = QWEN + "{% for m in messages if m.role == 'tool' %}{{ m.name }}{% endfor %}"
+
+    assert render(template, TALK, tools=[TOOL]).endswith("[tool]rf")
+
+
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+LOOPS = (
+    "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}<{{ p.text }}>{% endfor %}{% endif %}{% endfor %}"
+)
+ONLY_PARTS = (
+    "{% for m in messages %}{% for p in m.content %}{% if p.type == 'text' %}<{{ p.text }}>{% endif %}{% endfor %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "text"),
+    [
+        (CHATML, PARTS, "[user]ab"),
+        (LOOPS, PARTS, "<a><b>"),
+        (LOOPS, "ab", "ab"),
+        (ONLY_PARTS, "ab", "<ab>"),
+        (ONLY_PARTS, PARTS, "<a><b>"),
+    ],
+)
+def test_parts_are_one_string_unless_the_template_loops_over_them(template: str, content: Any, text: str) -> None:
+    assert render(template, [{"role": "user", "content": content}]) == text
+
+
+def test_a_part_that_is_no_text_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="a part of a message's content must be a text"):
+        render(CHATML, [{"role": "user", "content": [{"type": "image_url"}]}])
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("{% for m in messages %}{{ m.content }}({{ m.reasoning_content }}){% endfor %}", "b(t)"),
+        ("{% for m in messages %}{{ m.content }}({{ m['thinking'] }}){% endfor %}", "b(t)"),
+        ("{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}", "\n\nb"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{# </think> #}", "<think>\nt\n</think>\n\nb"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "b"),
+    ],
+)
+def test_reasoning_of_former_turns_goes_where_the_template_looks_for_it(template: str, text: str) -> None:
+    assert render(template, [{"role": "assistant", "content": "b", "reasoning_content": "t"}]) == text
+
+
+def test_variables_and_documents_reach_the_template() -> None:
+    template = (
+        "{{ enable_thinking is defined and enable_thinking }}{% for d in documents or [] %}{{ d.text }}{% endfor %}"
+    )
+
+    assert render(template, [ASKED], variables={"enable_thinking": True}, documents=[{"text": "x"}]) == "Truex"
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "chat_template", "add_generation_prompt", "raise_exception"])
+def test_variables_that_are_the_servers_are_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"chat_template_kwargs must not set '{name}'") as caught:
+        render(CHATML, [ASKED], variables={name: []})
+
+    assert caught.value.param == "chat_template_kwargs"
+
+
+def test_documents_for_a_template_that_takes_none_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="does not take documents") as caught:
+        render(CHATML, [ASKED], documents=[{"text": "x"}])
+
+    assert caught.value.param == "documents"
+
+
+def test_chatglm3_has_tools_in_its_system_message_and_calls_in_code() -> None:
+    tokens = ("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+    chat_format = ChatGLM3Format({text: token_id for token_id, text in enumerate(tokens)})
+
+    text = chat_format.render(TALK, add_generation_prompt=True, extras=TemplateExtras(tools=[TOOL]))
+
+    listed = json.dumps([TOOL["function"]], indent=4)
+    assert text == (
+        f"[gMASK]sop<|system|>\n\n{listed}<|user|>\nq<|assistant|>f\n```python\ntool_call(a=1)\n```"
+        "<|observation|>\nr<|assistant|>"
+    )
+
+
+def test_a_short_id_is_kept_and_a_long_one_is_shortened_alike_each_time() -> None:
+    assert short_id("a1b2c3d4e") == "a1b2c3d4e"
+    assert short_id("call_1") == short_id("call_1") != short_id("call_2")
+    assert len(short_id("call_1")) == 9
