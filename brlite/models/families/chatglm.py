@@ -5,11 +5,11 @@ Its own words for the sizes: `num_layers`, `kv_channels`, `multi_query_group_num
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from brlite.models.config import ModelConfig, RopeConfig
-from brlite.models.families.family import Family, WeightTarget
+from brlite.models.families.family import Family, WeightNames
 from brlite.models.families.hf_config import DEFAULT_THETA, MAX_LAYERS, ConfigReader, check_supported
 
 # What its code can do besides and no published ChatGLM3 does, with the value that is supported.
@@ -27,6 +27,17 @@ CLASS_DEFAULTS = {
     "multi_query_group_num": 1,
     "kv_channels": 128,
     "seq_length": 2048,
+}
+WEIGHT_NAMES: WeightNames = {
+    "embedding": "transformer.embedding.word_embeddings",
+    "attention_norm": "transformer.encoder.layers.{}.input_layernorm",
+    "qkv": "transformer.encoder.layers.{}.self_attention.query_key_value",
+    "o": "transformer.encoder.layers.{}.self_attention.dense",
+    "mlp_norm": "transformer.encoder.layers.{}.post_attention_layernorm",
+    "gate_up": "transformer.encoder.layers.{}.mlp.dense_h_to_4h",
+    "down": "transformer.encoder.layers.{}.mlp.dense_4h_to_h",
+    "norm": "transformer.encoder.final_layernorm",
+    "head": "transformer.output_layer",
 }
 ABSENT = ("quantization_bit", "pre_seq_len")  # weights packed by a quantiser, a trained prefix
 
@@ -55,36 +66,6 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def weight_targets(config: ModelConfig) -> dict[str, WeightTarget]:
-    """Every tensor a checkpoint must hold, by its name there."""
-    vocabulary = (config.vocab_size, config.hidden_size)
-    targets = {
-        "transformer.embedding.word_embeddings.weight": WeightTarget("embedding", vocabulary),
-        "transformer.encoder.final_layernorm.weight": WeightTarget("norm", (config.hidden_size,)),
-    }
-    if not config.tie_word_embeddings:
-        targets["transformer.output_layer.weight"] = WeightTarget("head.weight", vocabulary)
-    for layer in range(config.num_layers):
-        targets.update(_layer_targets(config, f"transformer.encoder.layers.{layer}.", f"layers.{layer}."))
-    return targets
-
-
-def _layer_targets(config: ModelConfig, source: str, target: str) -> Iterator[tuple[str, WeightTarget]]:
-    hidden, q, kv, mlp = config.hidden_size, config.q_size, config.kv_size, config.intermediate_size
-    parts = (
-        ("input_layernorm.weight", "attention_norm", (hidden,)),
-        ("self_attention.query_key_value.weight", "qkv.weight", (q + 2 * kv, hidden)),
-        ("self_attention.dense.weight", "o.weight", (hidden, q)),
-        ("post_attention_layernorm.weight", "mlp_norm", (hidden,)),
-        ("mlp.dense_h_to_4h.weight", "gate_up.weight", (2 * mlp, hidden)),
-        ("mlp.dense_4h_to_h.weight", "down.weight", (hidden, mlp)),
-    )
-    for name, parameter, shape in parts:
-        yield f"{source}{name}", WeightTarget(f"{target}{parameter}", shape)
-    if config.qkv_bias:
-        yield f"{source}self_attention.query_key_value.bias", WeightTarget(f"{target}qkv.bias", (q + 2 * kv,))
-
-
 def _read_rope(reader: ConfigReader, head_dim: int) -> RopeConfig:
     """The ratio stretches the base, not the positions."""
     ratio = reader.positive_number("rope_ratio", 1.0)
@@ -104,7 +85,7 @@ CHATGLM = Family(
     "chatglm",
     "ChatGLMModel",
     read_config,
-    weight_targets,
+    WEIGHT_NAMES,
     ignored_suffixes=("rotary_pos_emb.inv_freq",),
     aliases=("ChatGLMForConditionalGeneration",),
 )

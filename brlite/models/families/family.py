@@ -8,7 +8,11 @@ from typing import Any, Literal
 import msgspec
 
 from brlite.models.config import ModelConfig
-from brlite.models.network import parameter_dtype
+from brlite.models.network import list_parameters, parameter_dtype
+
+# What a checkpoint calls each part of the network; a matrix whose parts are tensors of their own there has several
+# names. `{}` stands for the number of the layer.
+WeightNames = Mapping[str, str | tuple[str, ...]]
 
 
 class WeightTarget(msgspec.Struct, frozen=True):
@@ -31,13 +35,35 @@ class WeightTarget(msgspec.Struct, frozen=True):
 class Family(msgspec.Struct, frozen=True):
     """How the models of one `model_type` are read.
 
-    `weight_targets` names every tensor a checkpoint must hold; `ignored_suffixes` end the names it may hold besides.
-    `aliases` are other architectures by which configs call the same.
+    `weight_names` name every tensor a checkpoint must hold; `ignored_suffixes` end the names it may hold besides.
+    `unit_rows` are the parameters whose rows are scaled to length 1. `aliases` are other architectures by which
+    configs call the same.
     """
 
     model_type: str
     architecture: str
     read_config: Callable[[Mapping[str, Any]], ModelConfig]
-    weight_targets: Callable[[ModelConfig], dict[str, WeightTarget]]
+    weight_names: WeightNames
     ignored_suffixes: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    unit_rows: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
+
+    def weight_targets(self, config: ModelConfig) -> dict[str, WeightTarget]:
+        """Every tensor a checkpoint must hold, by its name there."""
+        parts = {
+            "qkv": (config.q_size, config.kv_size, config.kv_size),
+            "gate_up": (config.intermediate_size, config.intermediate_size),
+        }
+        targets: dict[str, WeightTarget] = {}
+        for name, parameter in list_parameters(config).items():
+            suffix = ".bias" if name.endswith(".bias") else ".weight"
+            *layer, module = name.removesuffix(suffix).removeprefix("layers.").split(".")
+            names = self.weight_names[module]
+            names, sizes = ((names,), parameter.shape[:1]) if isinstance(names, str) else (names, parts[module])
+            start = 0
+            for source, size in zip(names, sizes, strict=True):
+                shape = (size, *parameter.shape[1:])
+                target = WeightTarget(name, shape, start, has_unit_rows=name in self.unit_rows)
+                targets[source.format(*layer) + suffix] = target
+                start += size
+        return targets

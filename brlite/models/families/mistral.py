@@ -8,7 +8,7 @@ from typing import Any
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family
 from brlite.models.families.hf_config import ConfigReader, check_supported, read_sizes, read_sliding_layers
-from brlite.models.families.llama import weight_targets
+from brlite.models.families.llama import WEIGHT_NAMES
 
 DEFAULT_WINDOW = 4096
 CLASS_DEFAULTS = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
@@ -26,4 +26,4 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-MISTRAL = Family("mistral", "MistralForCausalLM", read_config, weight_targets)
+MISTRAL = Family("mistral", "MistralForCausalLM", read_config, WEIGHT_NAMES)

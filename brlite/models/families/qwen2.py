@@ -8,7 +8,7 @@ from typing import Any
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family
 from brlite.models.families.hf_config import ConfigReader, check_supported, read_sizes, read_sliding_layers
-from brlite.models.families.llama import weight_targets
+from brlite.models.families.llama import WEIGHT_NAMES
 
 DEFAULT_WINDOW = 4096
 DEFAULT_FULL_LAYERS = 28
@@ -36,4 +36,4 @@ def _num_full_layers(values: Mapping[str, Any]) -> int:
     return count
 
 
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", read_config, weight_targets)
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", read_config, WEIGHT_NAMES)

@@ -11,7 +11,7 @@ from brlite.models.config import ModelConfig
 from brlite.models.families import qwen2
 from brlite.models.families.family import Family
 from brlite.models.families.hf_config import ConfigReader
-from brlite.models.families.llama import weight_targets
+from brlite.models.families.llama import WEIGHT_NAMES
 
 CLASS_DEFAULTS = {**qwen2.CLASS_DEFAULTS, "head_dim": 128}
 
@@ -23,4 +23,4 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", read_config, weight_targets)
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", read_config, WEIGHT_NAMES)

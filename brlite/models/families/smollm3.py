@@ -40,4 +40,4 @@ def _nope_layers(reader: ConfigReader, values: Mapping[str, Any], num_layers: in
     return tuple(layer for layer, flag in enumerate(flags) if flag == 0)
 
 
-SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM", read_config, llama.weight_targets)
+SMOLLM3 = Family("smollm3", "SmolLM3ForCausalLM", read_config, llama.WEIGHT_NAMES)
