@@ -22,9 +22,7 @@ from brlite.machine import show_bytes
 
 HEAD_BYTES = 512
 MAX_TEXT_BYTES = 128 * 2**20  # of a tokenizer.json; those of large vocabularies have 30 MB
-MAX_JSON_BYTES = (
-    16 * 2**20
-)  # read by Python, in up to 22 times their size; the largest are indexes of shards, of some MB
+MAX_JSON_BYTES = 16 * 2**20  # parsed in up to 22 times their size; the largest are indexes of shards, of some MB
 FETCH_AGAIN = "fetch it again"
 
 

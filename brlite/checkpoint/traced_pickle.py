@@ -21,8 +21,13 @@ MAX_OPERATIONS = 2_000_000  # each may leave an object of 64 bytes
 MAX_DIMENSIONS = 64
 STORAGES = {"torch FloatStorage": "F32", "torch HalfStorage": "F16", "torch BFloat16Storage": "BF16"}
 # What a pickle may call to wrap its first argument, which stays as it is.
-WRAPPERS = ("torch.jit._pickle build_intlist", "torch.jit._pickle build_doublelist", "torch.jit._pickle build_boollist")
-WRAPPERS += ("torch.jit._pickle restore_type_tag", "torch._utils _rebuild_parameter")
+WRAPPERS = (
+    "torch.jit._pickle build_intlist",
+    "torch.jit._pickle build_doublelist",
+    "torch.jit._pickle build_boollist",
+    "torch.jit._pickle restore_type_tag",
+    "torch._utils _rebuild_parameter",
+)
 
 
 class Global(NamedTuple):
@@ -88,12 +93,12 @@ def walk_tensors(module: Record, file: Path) -> Iterator[tuple[str, Record, Tens
         num_visits += len(record.state)
         if depth > MAX_DEPTH or num_visits > MAX_VISITS:
             raise ModelError(f"{file}: its modules are nested without end")
-        yield from (
-            (prefix + name, record, value) for name, value in record.state.items() if type(value) is TensorValue
-        )
-        below = [
-            (f"{prefix}{name}.", depth + 1, value) for name, value in record.state.items() if type(value) is Record
-        ]
+        below = []
+        for name, value in record.state.items():
+            if isinstance(value, TensorValue):
+                yield f"{prefix}{name}", record, value
+            elif isinstance(value, Record):
+                below.append((f"{prefix}{name}.", depth + 1, value))
         todo += reversed(below)
 
 
