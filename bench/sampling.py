@@ -2,6 +2,7 @@
 
     python bench/sampling.py            # 32 rows, a vocabulary of 152,064: about a minute
     python bench/sampling.py --short    # small sizes: a few seconds, for CI
+    python bench/sampling.py --device cuda    # logits on a card, where only candidates leave it
 
 Both samplers take turns in one run, so that a busy machine slows both; a case is judged by the median of its rounds.
 The sorting sampler follows the order of operations of vLLM 0.4 and gets its penalties for free.
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from brlite.backends.torch.sampler import sample
+from brlite.backends.torch.candidates import TorchSampler
 from brlite.engine.backend import SamplingInput
 from brlite.sampling_params import SamplingParams
 
@@ -41,11 +42,12 @@ def main() -> None:
     args = parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    logits = make_logits(args.rows, args.vocab)
+    logits = {name: values.to(args.device) for name, values in make_logits(args.rows, args.vocab).items()}
+    sampler = TorchSampler(args.vocab)
     print(f"{args.rows} rows, vocabulary {args.vocab:,}, {torch.get_num_threads()} threads, {args.rounds} rounds; ms")
     print(f"{'':36}{'brlite':>10}{'best':>10}{'full sort':>12}{'best':>10}{'ratio':>8}")
     for name, (shape, params) in CASES.items():
-        ours, theirs = measure(logits[shape], make_inputs(args.rows, args.vocab, params), args.rounds)
+        ours, theirs = measure(sampler, logits[shape], make_inputs(args.rows, args.vocab, params), args.rounds)
         ratio = median(theirs) / median(ours)
         print(f"{name:36}{median(ours):10.2f}{min(ours):10.2f}{median(theirs):12.2f}{min(theirs):10.2f}{ratio:8.1f}")
 
@@ -56,6 +58,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, help="tokens in the vocabulary (default 152064)")
     parser.add_argument("--rounds", type=int, help="turns of each sampler (default 7)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--device", default="cpu", help="where the logits are (default cpu)")
     parser.add_argument("--short", action="store_true", help="8 rows, a vocabulary of 32,000, 3 rounds")
     args = parser.parse_args()
     defaults = {"rows": 8, "vocab": 32_000, "rounds": 3} if args.short else {"rows": 32, "vocab": 152_064, "rounds": 7}
@@ -91,12 +94,14 @@ def make_inputs(num_rows: int, vocab_size: int, params: dict[str, Any]) -> list[
     ]
 
 
-def measure(logits: torch.Tensor, inputs: list[SamplingInput], rounds: int) -> tuple[list[float], list[float]]:
+def measure(
+    sampler: TorchSampler, logits: torch.Tensor, inputs: list[SamplingInput], rounds: int
+) -> tuple[list[float], list[float]]:
     """Milliseconds of each round of brlite's sampler and of the sorting one, after a round that is not counted."""
     ours, theirs = [], []
     for _ in range(rounds + 1):
-        ours.append(milliseconds(lambda scratch: sample(scratch, inputs), logits.clone()))
-        theirs.append(milliseconds(lambda scratch: sample_by_sorting(scratch, inputs[0].params), logits.clone()))
+        ours.append(milliseconds(lambda scratch: sampler.sample(scratch, inputs, ()), logits.clone()))
+        theirs.append(milliseconds(lambda scratch: sample_by_sorting(scratch, inputs[0].params).cpu(), logits.clone()))
     return ours[1:], theirs[1:]
 
 

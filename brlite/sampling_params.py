@@ -1,7 +1,7 @@
 """The sampling table: every parameter with its default and its range, the same online and offline.
 
 Ranges that depend on the model (top_k and token ids against the vocabulary) are checked by `check_vocabulary`,
-which the engine calls at its door. The mathematics is in `brlite/backends/torch/sampler.py`.
+which the engine calls at its door. The mathematics is in `brlite/backends/sampling/reference.py`.
 """
 
 from __future__ import annotations

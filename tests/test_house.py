@@ -256,9 +256,9 @@ def test_only_the_device_module_names_accelerators(path):
     ("module", "source"),
     [
         ("engine.scheduler", "import torch"),
-        ("engine.scheduler", "from brlite.backends.torch.sampler import sample"),
+        ("engine.scheduler", "from brlite.backends.torch.candidates import TorchRows"),
         ("engine.scheduler", "def lazily():\n    import aiohttp"),
-        ("backends.torch.sampler", "from brlite.engine.scheduler import Scheduler"),
+        ("backends.torch.candidates", "from brlite.engine.scheduler import Scheduler"),
         ("proxy.forwarder", "from brlite import server"),
         ("server.handlers", "import prometheus_client"),
     ],

@@ -6,6 +6,7 @@ draws), or written into a test.
 
 from __future__ import annotations
 
+import enum
 import os
 import threading
 import warnings
@@ -141,6 +142,13 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True):
     logprob: TokenLogprob | None = None
 
 
+class Undrawn(enum.Enum):
+    """Why a row gave no token. The value is what its request is told."""
+
+    NOT_FINITE = "the model produced logits that are not finite"
+    NOTHING_ALLOWED = "no token may be drawn: what restricts the next token excludes all of them"
+
+
 class SeqResult(msgspec.Struct, frozen=True, array_like=True):
     """What a step found for one sequence: the tokens drawn (none for a prompt chunk with more to come).
 
@@ -156,7 +164,12 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True):
     @classmethod
     def not_finite(cls, seq_id: int) -> SeqResult:
         """The result of a sequence whose logits hold NaN or an infinity."""
-        return cls(seq_id, error="the model produced logits that are not finite")
+        return cls.undrawn(seq_id, Undrawn.NOT_FINITE)
+
+    @classmethod
+    def undrawn(cls, seq_id: int, reason: Undrawn) -> SeqResult:
+        """The result of a sequence that no token could be drawn for."""
+        return cls(seq_id, error=reason.value)
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):

@@ -26,7 +26,16 @@ from brlite.backends.native.plan import NativePlan, PagedCache, RankContext
 from brlite.backends.native.step_rows import SharedRows
 from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import (
+    BackendGuard,
+    BackendInfo,
+    Batch,
+    SampledToken,
+    ScheduledSeq,
+    SeqResult,
+    StepResult,
+    Undrawn,
+)
 from brlite.errors import ConfigError, EngineError, RankGone
 from brlite.machine import describe_cpu
 from brlite.models.config import ModelConfig
@@ -202,7 +211,7 @@ def _drawing_rows(seq: ScheduledSeq | RankSeq, first_row: int) -> range:
     return range(end - 1 - seq.num_draft_tokens, end)
 
 
-def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | None], reported: Iterator[TokenLogprob]) -> SeqResult:
+def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | Undrawn], reported: Iterator[TokenLogprob]) -> SeqResult:
     """Take a sequence's draws from those of the step."""
     logprobs = list(islice(reported, len(seq.prompt_targets)))
     tokens: list[SampledToken] = []
@@ -210,8 +219,8 @@ def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | None], reported: I
         guesses = [*seq.token_ids[len(seq.token_ids) - seq.num_draft_tokens :], None]
         found = list(islice(drawn, len(guesses)))
         for token, guess in zip(found, guesses, strict=True):
-            if token is None:
-                return SeqResult.not_finite(seq.seq_id)
+            if isinstance(token, Undrawn):
+                return SeqResult.undrawn(seq.seq_id, token)
             tokens.append(token)
             if token.token_id != guess:
                 break

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from brlite.backends.native import abi
 from brlite.backends.sampling.random_numbers import uniform
-from brlite.engine.backend import SampledToken, SamplingInput, TokenMask
+from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 
@@ -23,6 +23,7 @@ _DRAWN = np.dtype(abi.Drawn)
 _MAX_TEMPERATURE = 1e37  # as in sample.h; what ctypes would make an infinity of never gets there
 _MAX_KEPT = 1024
 _INT32_BYTES = 4
+_UNDRAWN = {-1: Undrawn.NOT_FINITE, -2: Undrawn.NOTHING_ALLOWED}  # as in sample.h
 
 
 class Drawing(NamedTuple):
@@ -102,11 +103,13 @@ class StepDraws:
     def drawn_address(self) -> int:
         return self._drawn.ctypes.data
 
-    def tokens(self) -> list[SampledToken | None]:
-        """What was drawn for each drawing. None where its logits are not finite, or allow no token."""
+    def tokens(self) -> list[SampledToken | Undrawn]:
+        """What was drawn for each drawing."""
         token_ids = self._drawn["token"][: len(self._drawings)].tolist()
         return [
-            None if token_id < 0 else SampledToken(token_id, self._logprob(i, token_id) if entry.is_reported else None)
+            _UNDRAWN[token_id]
+            if token_id < 0
+            else SampledToken(token_id, self._logprob(i, token_id) if entry.is_reported else None)
             for i, (token_id, entry) in enumerate(zip(token_ids, self._settings, strict=True))
         ]
 

@@ -21,7 +21,16 @@ from brlite.backends.plugins.discovery import check_capabilities
 from brlite.backends.plugins.one_thread import OneThread
 from brlite.backends.sampling.host import HostSampler, choose_sampler
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import (
+    BackendGuard,
+    BackendInfo,
+    Batch,
+    SampledToken,
+    ScheduledSeq,
+    SeqResult,
+    StepResult,
+    Undrawn,
+)
 from brlite.errors import BackendLost, EngineError
 from brlite.outputs import TokenLogprob
 
@@ -179,7 +188,7 @@ class SlotBackend:
             _result(each, tokens.get(each.slot), logprobs) for each, logprobs in zip(work, prompt_logprobs, strict=True)
         ]
 
-    def _draw(self, work: Sequence[SlotWork], batch: Batch) -> dict[int, SampledToken | None]:
+    def _draw(self, work: Sequence[SlotWork], batch: Batch) -> dict[int, SampledToken | Undrawn]:
         """The next token of each sequence that wants one, by its slot."""
         drawing = [(each, each.seq.sampling) for each in work if each.seq.sampling is not None]
         if not drawing:
@@ -238,10 +247,11 @@ def _notes(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) ->
     yield from (f"engine {capabilities.name}: {note}" for note in notes)
 
 
-def _result(work: SlotWork, token: SampledToken | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
+def _result(work: SlotWork, token: SampledToken | Undrawn | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
     if work.error is not None:
         return SeqResult(work.seq.seq_id, error=work.error)
-    is_lost = work.seq.sampling is not None and token is None
-    if is_lost or not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
+    if isinstance(token, Undrawn):
+        return SeqResult.undrawn(work.seq.seq_id, token)
+    if not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
         return SeqResult.not_finite(work.seq.seq_id)
     return SeqResult(work.seq.seq_id, [] if token is None else [token], prompt_logprobs)

@@ -1,6 +1,6 @@
-"""Draws tokens on the host for engines that hand their logits out: by the native kernels where they are, else by numpy.
+"""Draws tokens from logits on the host: by the native kernels where they are, else by numpy.
 
-Both draw what `sampler.py` draws. Neither needs torch; nothing is compiled for this.
+Both draw what `reference.py` says. Neither needs torch; nothing is compiled for this.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Protocol
 
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws, StepDraws
 from brlite.backends.native.library import NativeLibrary, find_library
-from brlite.backends.sampling import reference as numpy_sampler
-from brlite.backends.sampling.reference import Logits
-from brlite.engine.backend import SampledToken, SamplingInput, TokenMask
+from brlite.backends.sampling import reference
+from brlite.backends.sampling.rows import Logits, NumpyRows
+from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.errors import EngineError, NativeUnavailable
 from brlite.outputs import TokenLogprob
 
@@ -28,8 +28,8 @@ class HostSampler(Protocol):
 
     def sample(
         self, logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
-    ) -> list[SampledToken | None]:
-        """One token for each row, None for one that is not finite or allows no token. May overwrite `logits`.
+    ) -> list[SampledToken | Undrawn]:
+        """One token for each row, or why there is none. May overwrite `logits`.
 
         `masks` are complete, one a row, or there is none at all.
         """
@@ -57,11 +57,11 @@ class ReferenceSampler:
 
     def sample(
         self, logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
-    ) -> list[SampledToken | None]:
-        return numpy_sampler.sample(logits, inputs, masks)
+    ) -> list[SampledToken | Undrawn]:
+        return reference.sample(NumpyRows(logits), inputs, masks)
 
     def token_logprobs(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
-        return numpy_sampler.token_logprobs(logits, targets, num_top)
+        return reference.token_logprobs(NumpyRows(logits), targets, num_top)
 
 
 class NativeSampler:
@@ -73,7 +73,7 @@ class NativeSampler:
 
     def sample(
         self, logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
-    ) -> list[SampledToken | None]:
+    ) -> list[SampledToken | Undrawn]:
         pairs = zip_longest(inputs, masks)
         return self._run(
             logits, [Drawing(row, each, each.position, mask) for row, (each, mask) in enumerate(pairs)]

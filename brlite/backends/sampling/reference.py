@@ -1,154 +1,226 @@
-"""Chooses tokens on the host without torch: the order of things is that of `sampler.py`, and so are the tokens.
+"""How the next token of each row of a step's logits is chosen. The native kernels draw the same, in `src/sample.h`.
 
-For engines that compute elsewhere and hand their logits out. Rows are drawn in float64. Knows no text, no model and
-nothing of other steps.
+The order of things, for each row by itself:
+
+1. the logprobs that are reported are the model's own, taken before anything below;
+2. `logit_bias`, banned tokens, the mask, then the penalties;
+3. a greedy row takes its best token, the lowest id among equals;
+4. other rows divide by the temperature and truncate. `top_k` keeps that many best tokens, the lowest ids among equals;
+   `top_p` keeps the fewest best of these that hold this share of their mass; `min_p` drops those that are less
+   probable than this share of the best one;
+5. one random number, a function of seed and position alone, picks among the survivors in the order of their ids.
+
+What decides is computed here in float64, from the few numbers that `LogitRows` give of logits on the host or on a card.
+Knows no text and no model, and nothing of other steps: there is no generator state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
 import numpy as np
-import numpy.typing as npt
 
 from brlite.backends.sampling.random_numbers import Floats, Integers, invert_cdf
 from brlite.backends.sampling.row_settings import MAX_PENALTY, RowSettings
-from brlite.backends.torch.shortlist import SHORTLIST_SIZE, Shortlist, draw_from_shortlist
-from brlite.engine.backend import SampledToken, SamplingInput, TokenMask
+from brlite.backends.sampling.rows import BLOCK_SIZE, Booleans, LogitRows, Logits, Shortlist, mask_words
+from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.outputs import TokenLogprob
 
-Logits = npt.NDArray[np.float32]
-
 FLOAT_MAX = float(np.finfo(np.float32).max)
+# Sizes of the shortlists that are tried before a whole row is sorted. Realistic distributions keep a handful of tokens
+# after truncation; the second size is for flat ones.
+SHORTLIST_SIZES = (256, 4096)
+_TIE_MARGIN = 16  # a few alternatives more than asked for, so that a tie at the border rarely needs the whole row
 
 
 def sample(
-    logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
-) -> list[SampledToken | None]:
-    """Draw one token for each row of `logits` [R, V], which are overwritten on the way.
+    rows: LogitRows, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()
+) -> list[SampledToken | Undrawn]:
+    """Draw one token for each row of `rows`, which are overwritten on the way.
 
-    A row gives None if its logits hold NaN or +inf, or if every token is at -inf, banned or masked. A row's token and
-    logprobs depend on its own logits, input and mask alone. `masks` are complete, one a row, or there is none at all.
+    A row's token and logprobs depend on its own logits, input and mask alone: the other rows, their number and their
+    order change nothing. `masks` are complete, one a row, or there is none at all.
     """
-    own_logits = logits.copy() if any(entry.params.logprobs is not None for entry in inputs) else logits
-    is_usable = np.isfinite(logits.max(axis=1))
-    for row, (entry, mask) in enumerate(zip_longest(inputs, masks)):
-        edit_row(logits[row], entry, mask)
-    is_usable &= np.isfinite(logits.max(axis=1))
+    if not inputs:
+        return []
+    token_ids, best = rows.best()
+    is_finite = np.isfinite(best)
+    reporting = np.array([row for row, entry in enumerate(inputs) if entry.params.logprobs is not None], dtype=np.int64)
+    own = rows.take(reporting) if reporting.size else rows
+    if any(map(_num_edited, inputs)) or any(mask is not None for mask in masks):
+        own = rows.copy() if reporting.size == len(rows) else own
+        edit(rows, inputs, masks)
+        token_ids, best = rows.best()
+    is_usable = is_finite & (best > -np.inf)
 
-    token_ids = logits.argmax(axis=1)
     is_greedy = np.array([entry.params.is_greedy for entry in inputs], dtype=np.bool_)
     random = np.flatnonzero(is_usable & ~is_greedy)
     if random.size:
-        token_ids[random] = _draw(
-            logits[random], RowSettings.of([inputs[row] for row in random.tolist()], logits.shape[1])
-        )
+        settings = RowSettings.of([inputs[row] for row in random.tolist()], rows.vocab_size)
+        token_ids[random] = _draw(rows.take(random), best[random], settings)
+
+    logprobs = _report(own, reporting, inputs, token_ids)
     return [
-        SampledToken(token_id, _report(own_logits[row], token_id, inputs[row])) if is_usable[row] else None
+        SampledToken(token_id, logprobs.get(row))
+        if is_usable[row]
+        else (Undrawn.NOTHING_ALLOWED if is_finite[row] else Undrawn.NOT_FINITE)
         for row, token_id in enumerate(token_ids.tolist())
     ]
 
 
-def token_logprobs(logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
+def token_logprobs(rows: LogitRows, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
     """The logprob of each row's target with those of its `num_top` best tokens, best first, ties by lower id.
 
-    A row that is not finite gives logprobs that are not.
+    A row that is not finite gives a logprob of NaN and no alternatives.
     """
-    return [_logprob(row, target, num_top) for row, target in zip(logits, targets, strict=True)]
+    target_ids, every_row = np.array(targets, dtype=np.int64), np.arange(len(targets))
+    _, best = rows.best()
+    with np.errstate(invalid="ignore", divide="ignore"):  # rows that are not finite
+        log_sums = np.log(rows.block_sums(best, np.ones(len(rows))).sum(axis=1))
+        chosen = _logprobs(rows.gather(every_row, target_ids)[:, None], best, log_sums)[:, 0]
+    tops: list[tuple[tuple[int, float], ...]] = [()] * len(targets)
+    if num_top:
+        num_top = min(num_top, rows.vocab_size)
+        shortlist = rows.shortlist(num_top + _TIE_MARGIN)
+        top_ids, values = shortlist.token_ids[:, :num_top], shortlist.values[:, :num_top]
+        ties = np.flatnonzero(~shortlist.is_exact(np.full(len(targets), num_top)) & np.isfinite(best))
+        if ties.size:  # more tokens tie at the border than the shortlist holds
+            whole = rows.take(ties).shortlist(rows.vocab_size)
+            top_ids[ties], values[ties] = whole.token_ids[:, :num_top], whole.values[:, :num_top]
+        with np.errstate(invalid="ignore"):
+            logprobs = _logprobs(values, best, log_sums)
+        pairs = zip(np.isfinite(best), top_ids.tolist(), logprobs.tolist(), strict=True)
+        tops = [tuple(zip(ids, row, strict=True)) if is_finite else () for is_finite, ids, row in pairs]
+    return list(map(TokenLogprob, targets, np.where(np.isfinite(best), chosen, np.nan).tolist(), tops))
 
 
-def edit_row(row: Logits, entry: SamplingInput, mask: TokenMask | None = None) -> None:
-    """Bias, bans, mask and penalties, in place, on one row [V]: the counterpart of `penalties.edit_logits`."""
-    params = entry.params
-    if params.logit_bias:
-        row[list(params.logit_bias)] += np.array(list(params.logit_bias.values()), dtype=np.float32)
-    if entry.banned_token_ids:
-        row[list(entry.banned_token_ids)] = -np.inf
-    if mask:
-        bits = np.unpackbits(np.frombuffer(mask.words, np.uint8), bitorder="little")
-        row[bits[: len(row)] == 0] = -np.inf
-    if params.has_penalties and entry.counted_token_ids:
-        token_ids = np.frombuffer(entry.counted_token_ids, dtype=np.int32)
+def edited(values: Logits, entry: SamplingInput, places: Sequence[Integers]) -> Logits:
+    """The logits of the tokens that a request edits, after its bias, bans and penalties.
+
+    `places` are where in `values` the tokens of `logit_bias`, the banned and the counted ones are. A penalty first
+    divides a positive logit by `repetition_penalty` and multiplies any other (tokens of prompt or output), then
+    subtracts `presence_penalty` and count * `frequency_penalty` (tokens of the output). What overflows stops at the
+    largest float32; a token that was at -inf stays there, whatever its bias or penalty.
+    """
+    params, (biased, banned, counted) = entry.params, places
+    values[biased] += np.array(list(params.logit_bias.values()), dtype=np.float32)
+    values[banned] = -np.inf
+    if counted.size:
         counts = np.frombuffer(entry.output_counts, dtype=np.int32)
         factor = np.float32(min(max(params.repetition_penalty, 1 / MAX_PENALTY), MAX_PENALTY))
-        cost = _bounded(params.presence_penalty) * (counts > 0) + _bounded(params.frequency_penalty) * counts
-        old = row[token_ids]
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is cut; rows that are not finite give None
-            new = np.where(old > 0, old / factor, old * factor) - cost.clip(-FLOAT_MAX, FLOAT_MAX).astype(np.float32)
-        row[token_ids] = np.where(old == -np.inf, old, new.clip(-FLOAT_MAX, FLOAT_MAX))
+        presence, frequency = (
+            min(max(penalty, -MAX_PENALTY), MAX_PENALTY)
+            for penalty in (params.presence_penalty, params.frequency_penalty)
+        )
+        cost = (presence * (counts > 0) + frequency * counts).clip(-FLOAT_MAX, FLOAT_MAX).astype(np.float32)
+        old = values[counted]
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is cut; rows that are not finite give none
+            new = np.where(old > 0, old / factor, old * factor) - cost
+        values[counted] = np.where(old == -np.inf, old, new.clip(-FLOAT_MAX, FLOAT_MAX))
+    return values
 
 
-def _bounded(penalty: float) -> float:
-    return min(max(penalty, -MAX_PENALTY), MAX_PENALTY)
+def _num_edited(entry: SamplingInput) -> int:
+    num_counted = len(entry.counted_token_ids) if entry.params.has_penalties else 0
+    return len(entry.params.logit_bias) + len(entry.banned_token_ids) + num_counted
 
 
-def _draw(logits: Logits, settings: RowSettings) -> Integers:
-    """A token for each row: from a shortlist where that settles it, else from the whole row."""
-    vocab_size = logits.shape[1]
-    is_cut = (settings.top_k < vocab_size) | (settings.top_p < 1) | (settings.min_p > 0)
-    suits_shortlist = (settings.top_k < SHORTLIST_SIZE) | (settings.top_k == vocab_size)
-    token_ids = np.full(len(logits), -1, dtype=np.int64)
-    for size, rows in ((SHORTLIST_SIZE, is_cut & suits_shortlist), (vocab_size, is_cut)):
-        left = np.flatnonzero(rows & (token_ids == -1))
-        if left.size:
-            some, their_settings = logits[left], settings.take(left)
-            shortlist, masses = _take_best(some, size), _masses(some, their_settings)
-            drawn, is_settled = draw_from_shortlist(shortlist, their_settings, masses)
+def edit(rows: LogitRows, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()) -> None:
+    """Apply bias, bans, masks and penalties to `rows`, in place. Only the logits of tokens that are edited travel."""
+    masked = [(row, mask) for row, mask in enumerate(masks) if mask is not None]
+    if masked:
+        rows.forbid(np.array([row for row, _ in masked]), mask_words([mask for _, mask in masked]))
+    work: list[tuple[SamplingInput, Integers, list[Integers]]] = []
+    edited_rows = [row for row, entry in enumerate(inputs) if _num_edited(entry)]
+    for row in edited_rows:
+        entry = inputs[row]
+        counted = np.frombuffer(entry.counted_token_ids if entry.params.has_penalties else b"", dtype=np.int32)
+        parts = [
+            np.array(ids, dtype=np.int64) for ids in (list(entry.params.logit_bias), entry.banned_token_ids, counted)
+        ]
+        token_ids, places = np.unique(np.concatenate(parts), return_inverse=True)
+        work.append((entry, token_ids, np.split(places, np.cumsum([len(part) for part in parts[:2]]))))
+    if not work:
+        return
+    lengths = [len(token_ids) for _, token_ids, _ in work]
+    row_of_each, id_of_each = np.repeat(edited_rows, lengths), np.concatenate([token_ids for _, token_ids, _ in work])
+    old = np.split(rows.gather(row_of_each, id_of_each), np.cumsum(lengths)[:-1])
+    new = [edited(values, entry, places) for values, (entry, _, places) in zip(old, work, strict=True)]
+    rows.scatter(row_of_each, id_of_each, np.concatenate(new))
+
+
+def _draw(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
+    """A token for each row: from a shortlist where one settles it, else from the whole row."""
+    is_open = settings.top_k == rows.vocab_size
+    is_cut = ~is_open | (settings.top_p < 1) | (settings.min_p > 0)
+    token_ids = np.full(len(rows), -1, dtype=np.int64)
+    needs_mass = np.flatnonzero(is_open & (settings.top_p < 1))
+    masses = np.full(len(rows), np.nan)
+    if needs_mass.size:
+        sums = rows.take(needs_mass).block_sums(best[needs_mass], settings.temperature[needs_mass])
+        masses[needs_mass] = sums.sum(axis=1)
+    for size in (*SHORTLIST_SIZES, rows.vocab_size):
+        is_suited = (settings.top_k < size) | is_open | (size == rows.vocab_size)
+        left = np.flatnonzero(is_cut & is_suited & (token_ids == -1))
+        if left.size and size <= rows.vocab_size:
+            drawn, is_settled = _draw_listed(rows.take(left).shortlist(size), settings.take(left), masses[left])
             token_ids[left[is_settled]] = drawn[is_settled]
     whole = np.flatnonzero(~is_cut)
     if whole.size:
-        weights = _weights(logits[whole], settings.take(whole))
-        token_ids[whole], _ = invert_cdf(weights, settings.uniform[whole] * weights.sum(axis=1))
+        token_ids[whole] = _draw_from_all(rows.take(whole), best[whole], settings.take(whole))
     return token_ids
 
 
-def _weights(logits: Logits, settings: RowSettings) -> Floats:
-    """exp((logit - best) / temperature) [R, V]."""
-    values = logits.astype(np.float64)
-    weights: Floats = np.exp((values - values.max(axis=1, keepdims=True)) / settings.temperature[:, None])
-    return weights
+def _draw_listed(shortlist: Shortlist, settings: RowSettings, masses: Floats) -> tuple[Integers, Booleans]:
+    """Draw a token for each row; the second array tells for which rows the shortlist was long enough to do so.
+
+    `masses` holds the sum of exp((logit - best logit) / temperature) over the whole row, or NaN where it is not known.
+    """
+    values = shortlist.values.astype(np.float64)
+    weights = np.exp((values - values[:, :1]) / settings.temperature[:, None])
+    in_top_k = np.arange(weights.shape[1]) < settings.top_k[:, None]
+    is_listed = shortlist.is_whole_row | ~in_top_k[:, -1]  # all that top-p measures is in the list
+    masses = np.where(is_listed, (weights * in_top_k).sum(axis=1), masses)
+    has_mass = (settings.top_p >= 1) | ~np.isnan(masses)
+
+    enough = np.where(settings.top_p < 1, settings.top_p * masses, np.inf)
+    better_mass = np.pad(weights.cumsum(axis=1)[:, :-1], ((0, 0), (1, 0)))
+    is_kept = in_top_k & (better_mass < enough[:, None]) & (weights >= settings.min_p[:, None])
+    is_kept &= weights > 0  # masked tokens must not look like a long tail
+
+    by_id = np.argsort(shortlist.token_ids, axis=1)
+    kept_weights = np.take_along_axis(weights * is_kept, by_id, axis=1)
+    picks, _ = invert_cdf(kept_weights, settings.uniform * kept_weights.sum(axis=1))
+    entries = np.take_along_axis(by_id, np.minimum(picks, by_id.shape[1] - 1)[:, None], axis=1)
+    token_ids: Integers = np.take_along_axis(shortlist.token_ids, entries, axis=1)[:, 0]
+    return token_ids, has_mass & shortlist.is_exact(np.maximum(is_kept.sum(axis=1), 1))
 
 
-def _masses(logits: Logits, settings: RowSettings) -> Floats:
-    """What top-p measures against: the mass of the whole row where `top_k` is off, else NaN."""
-    masses = np.full(len(logits), np.nan)
-    rows = np.flatnonzero((settings.top_k == logits.shape[1]) & (settings.top_p < 1))
-    if rows.size:
-        masses[rows] = _weights(logits[rows], settings.take(rows)).sum(axis=1)
-    return masses
+def _draw_from_all(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
+    """Draw a token for each row that nothing truncates: first a block, then one of its tokens."""
+    sums = rows.block_sums(best, settings.temperature)
+    numbers, rest = invert_cdf(sums, settings.uniform * sums.sum(axis=1))
+    values = rows.block(numbers).astype(np.float64)
+    weights = np.exp((values - best.astype(np.float64)[:, None]) / settings.temperature[:, None])
+    within, _ = invert_cdf(weights, rest)
+    return numbers * BLOCK_SIZE + within
 
 
-def _take_best(logits: Logits, size: int) -> Shortlist:
-    """The shortlist of `size` tokens, or of the whole row if that is shorter, of each row."""
-    num_rows, vocab_size = logits.shape
-    size = min(size, vocab_size)
-    if size < vocab_size:
-        token_ids = np.argpartition(-logits, size - 1, axis=1)[:, :size]
-    else:
-        token_ids = np.tile(np.arange(vocab_size), (num_rows, 1))
-    values = np.take_along_axis(logits, token_ids, axis=1)
-    order = np.lexsort((token_ids, -values), axis=1)
-    return Shortlist(
-        token_ids=np.take_along_axis(token_ids, order, axis=1),
-        values=np.take_along_axis(values, order, axis=1),
-        is_whole_row=size == vocab_size,
-    )
+def _report(
+    own: LogitRows, reporting: Integers, inputs: Sequence[SamplingInput], token_ids: Integers
+) -> dict[int, TokenLogprob]:
+    """The logprobs of the rows that asked, by row."""
+    wanted = [inputs[row].params.logprobs or 0 for row in reporting]
+    if not wanted:
+        return {}
+    found = token_logprobs(own, token_ids[reporting].tolist(), max(wanted))
+    return {
+        row: TokenLogprob(full.token_id, full.logprob, full.top[:num_top])
+        for row, full, num_top in zip(reporting.tolist(), found, wanted, strict=True)
+    }
 
 
-def _report(row: Logits, token_id: int, entry: SamplingInput) -> TokenLogprob | None:
-    num_top = entry.params.logprobs
-    return None if num_top is None else _logprob(row, token_id, num_top)
-
-
-def _logprob(row: Logits, target: int, num_top: int) -> TokenLogprob:
-    values = row.astype(np.float64)
-    best = values.max()
-    if not np.isfinite(best):
-        return TokenLogprob(target, float("nan"))
-    logprobs = (values - best - np.log(np.exp(values - best).sum())).astype(np.float32)
-    if not num_top:
-        return TokenLogprob(target, float(logprobs[target]))
-    order = np.argsort(-row, kind="stable")[:num_top]  # two logits that differ may have one logprob, rounded
-    top = tuple(zip(order.tolist(), logprobs[order].tolist(), strict=True))
-    return TokenLogprob(target, float(logprobs[target]), top)
+def _logprobs(values: Logits, best: Logits, log_sums: Floats) -> Logits:
+    """Log-probabilities of logits [R, N]."""
+    shifted = values.astype(np.float64) - best.astype(np.float64)[:, None]
+    return (shifted - log_sums[:, None]).astype(np.float32)

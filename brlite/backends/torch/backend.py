@@ -17,16 +17,25 @@ from torch import Tensor
 
 from brlite.backends.distributed.messages import RankBatch, RankSeq
 from brlite.backends.torch.attention import Span, StepPlan, StepPlanner
+from brlite.backends.torch.candidates import TorchSampler
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import compute_dtype, describe_device, rules_for, select_device
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
 from brlite.backends.torch.parallel import Group
 from brlite.backends.torch.probe import probe_device
-from brlite.backends.torch.sampler import sample, token_logprobs
 from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.engine.backend import BackendGuard, BackendInfo, Batch, SampledToken, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.backend import (
+    BackendGuard,
+    BackendInfo,
+    Batch,
+    SampledToken,
+    ScheduledSeq,
+    SeqResult,
+    StepResult,
+    Undrawn,
+)
 from brlite.errors import ConfigError
 from brlite.models.config import cache_dtype, kv_bytes_per_token
 from brlite.outputs import TokenLogprob
@@ -50,6 +59,7 @@ class TorchBackend:
             decoder.config, cache, decoder.dtype, decoder.device, has_few_shapes=self._rules.has_few_shapes
         )
         self._info = info
+        self._sampler = TorchSampler(info.vocab_size)
 
     @classmethod
     def load(cls, plan: LoadPlan, group: Group | None = None) -> TorchBackend:
@@ -116,7 +126,7 @@ class TorchBackend:
         token_ids = plan.in_rows([seq.token_ids for seq in seqs])
         return plan, self._decoder.forward(self._indices(token_ids), plan, self._cache)
 
-    def _draw(self, batch: Batch, plan: StepPlan, hidden: Tensor) -> dict[int, SampledToken | None]:
+    def _draw(self, batch: Batch, plan: StepPlan, hidden: Tensor) -> dict[int, SampledToken | Undrawn]:
         """The next token of each sequence that wants one, by `seq_id`. The head is computed for these rows only."""
         seq_ids, rows, inputs, masks = [], [], [], []
         for seq, first in zip(batch.seqs, plan.first_rows, strict=True):
@@ -130,14 +140,14 @@ class TorchBackend:
         logits = self._logits(hidden, rows)
         if batch.masks is not None:
             batch.masks.wait()
-        return dict(zip(seq_ids, sample(logits, inputs, masks), strict=True))
+        return dict(zip(seq_ids, self._sampler.sample(logits, inputs, masks), strict=True))
 
     def _prompt_logprobs(self, seq: ScheduledSeq, hidden: Tensor, first: int) -> list[TokenLogprob]:
         """The logprobs of `prompt_targets`, whose hidden states begin at row `first`, some rows at a time."""
         found: list[TokenLogprob] = []
         for rows in self._target_rows(seq, first):
             targets = seq.prompt_targets[rows[0] - first : rows[-1] + 1 - first]
-            found += token_logprobs(self._logits(hidden, rows), targets, seq.num_prompt_logprobs)
+            found += self._sampler.token_logprobs(self._logits(hidden, rows), targets, seq.num_prompt_logprobs)
         return found
 
     def _target_rows(self, seq: ScheduledSeq | RankSeq, first: int) -> Iterator[list[int]]:
@@ -156,9 +166,10 @@ class TorchBackend:
         return torch.tensor(values, dtype=torch.int64).to(self._decoder.device)
 
 
-def _result(seq: ScheduledSeq, token: SampledToken | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
-    is_lost = seq.sampling is not None and token is None
-    if is_lost or not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
+def _result(seq: ScheduledSeq, token: SampledToken | Undrawn | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
+    if isinstance(token, Undrawn):
+        return SeqResult.undrawn(seq.seq_id, token)
+    if not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
         return SeqResult.not_finite(seq.seq_id)
     return SeqResult(seq.seq_id, [] if token is None else [token], prompt_logprobs)
 

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from brlite.backends.sampling.reference import sample, token_logprobs
 from brlite.backends.torch.attention import Span, StepPlanner
+from brlite.backends.torch.candidates import TorchRows
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import describe_device, host_device, rules_for
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import allocate_parameters
 from brlite.backends.torch.quantize import quantize_linears_, store_rows_
-from brlite.backends.torch.sampler import sample, token_logprobs
-from brlite.engine.backend import SamplingInput
+from brlite.engine.backend import SamplingInput, Undrawn
 from brlite.errors import ConfigError
 from brlite.models.config import KVDtype, ModelConfig, RopeConfig
 from brlite.models.network import list_parameters
@@ -180,8 +181,9 @@ def _draws_right(logits: Tensor) -> bool:
 
 def _draws(logits: Tensor, params: SamplingParams) -> list[int | None]:
     inputs = [SamplingInput(params, seed, 0) for seed in range(len(logits))]
-    token_logprobs(logits, [0] * len(logits), 1)
-    return [None if token is None else token.token_id for token in sample(logits.clone(), inputs)]
+    token_logprobs(TorchRows(logits), [0] * len(logits), 1)
+    drawn = sample(TorchRows(logits.clone()), inputs)
+    return [None if isinstance(token, Undrawn) else token.token_id for token in drawn]
 
 
 def _compare(found: Tensor, expected: Tensor) -> tuple[float, float]:

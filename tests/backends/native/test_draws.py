@@ -12,7 +12,7 @@ import pytest
 from brlite.backends.native import abi
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws, StepDraws
 from brlite.backends.sampling.random_numbers import uniform
-from brlite.engine.backend import SampledToken, SamplingInput
+from brlite.engine.backend import SampledToken, SamplingInput, Undrawn
 from brlite.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 
@@ -152,12 +152,13 @@ def test_a_step_may_draw_nothing(draws: NativeDraws) -> None:
 # What becomes of the answers
 
 
-def test_a_token_below_zero_is_none(draws: NativeDraws) -> None:
-    step = draws.lay_out([drawing(), drawing(logprobs=1)])
+def test_a_token_below_zero_says_why_there_is_none(draws: NativeDraws) -> None:
+    step = draws.lay_out([drawing(), drawing(logprobs=1), drawing()])
     answer(step, 0, 31)
     answer(step, 1, -1)
+    answer(step, 2, -2)
 
-    assert step.tokens() == [SampledToken(31), None]
+    assert step.tokens() == [SampledToken(31), Undrawn.NOT_FINITE, Undrawn.NOTHING_ALLOWED]
 
 
 def test_each_row_gets_the_alternatives_that_it_asked_for(draws: NativeDraws) -> None:

@@ -1,6 +1,6 @@
 """The native sampler against the one in numpy, which computes in float64, over thousands of rows.
 
-torch is no reference here: how it rounds in float32 depends on the processor. `test_numpy_sampler.py` compares it.
+`backends/sampling/test_reference.py` compares logits in torch.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws, StepDraws
 from brlite.backends.native.library import NativeLibrary, available_isas
+from brlite.backends.sampling import reference
 from brlite.backends.sampling.random_numbers import uniform
-from brlite.backends.sampling.reference import edit_row, sample, token_logprobs
-from brlite.engine.backend import SampledToken, SamplingInput
+from brlite.backends.sampling.rows import Logits, NumpyRows
+from brlite.engine.backend import SampledToken, SamplingInput, Undrawn
 from brlite.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
-
-Logits = npt.NDArray[np.float32]
 
 VOCABULARIES = (5, 16, 17, 50, 255, 256, 257, 1000, 3000, 49152, 152064, 300007)
 
@@ -108,7 +106,7 @@ class Sampler:
     def __init__(self, library: NativeLibrary, isa: int) -> None:
         self._functions, self._isa = library.functions, isa
 
-    def draw(self, logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken | None]:
+    def draw(self, logits: Logits, inputs: Sequence[SamplingInput]) -> list[SampledToken | Undrawn]:
         return self._run(logits, [Drawing(row, each, each.position) for row, each in enumerate(inputs)]).tokens()
 
     def report(self, logits: Logits, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
@@ -142,7 +140,7 @@ def is_near_the_draw(logits: Logits, row: SamplingInput, token_id: int) -> bool:
     Rounding may keep one token more or less where truncation ends, and move a border by a millionth.
     """
     edited = logits.copy()
-    edit_row(edited, row)
+    reference.edit(NumpyRows(edited[None]), [row])
     values, params = edited.astype(np.float64), row.params
     order = np.lexsort((np.arange(len(values)), -values))
     weights = np.exp((values[order] - values[order[0]]) / min(params.temperature, 1e37))
@@ -162,14 +160,14 @@ def is_near_the_draw(logits: Logits, row: SamplingInput, token_id: int) -> bool:
 def assert_same_draws(
     logits: Logits,
     inputs: Sequence[SamplingInput],
-    drawn: Sequence[SampledToken | None],
-    expected: Sequence[SampledToken | None],
+    drawn: Sequence[SampledToken | Undrawn],
+    expected: Sequence[SampledToken | Undrawn],
 ) -> int:
     """Returns how many tokens differ because a uniform number lies at a border."""
     num_differences = 0
     for row, (ours, theirs) in enumerate(zip(drawn, expected, strict=True)):
-        assert (ours is None) == (theirs is None)
-        if ours is None or theirs is None:
+        if isinstance(ours, Undrawn) or isinstance(theirs, Undrawn):
+            assert ours is theirs
             continue
         if ours.token_id != theirs.token_id:
             assert is_near_the_draw(logits[row], inputs[row], ours.token_id)
@@ -201,7 +199,7 @@ def test_draws_like_the_sampler_in_numpy(sampler: Sampler, vocab_size: int, shap
 
     drawn = sampler.draw(logits, inputs)
 
-    expected = sample(logits.copy(), inputs)
+    expected = reference.sample(NumpyRows(logits.copy()), inputs)
     assert assert_same_draws(logits, inputs, drawn, expected) <= 2
 
 
@@ -227,7 +225,7 @@ def test_top_k_keeps_that_many(sampler: Sampler, top_k: int) -> None:
 
     best = np.argsort(-logits[0], kind="stable")[:top_k]
     order = np.sort(best)
-    assert [token and token.token_id for token in drawn] == [order[int(uniform(s, 0) * top_k)] for s in range(400)]
+    assert drawn == [SampledToken(int(order[int(uniform(seed, 0) * top_k)])) for seed in range(400)]
 
 
 def test_a_greedy_row_takes_the_lowest_id_among_equals(sampler: Sampler) -> None:
@@ -248,8 +246,8 @@ def test_a_row_that_is_not_finite_gives_no_token(sampler: Sampler, value: float,
 
     drawn = sampler.draw(logits, [entry(**edit)] * 2)
 
-    assert drawn[0] is None
-    assert drawn[1] is not None
+    assert drawn[0] is Undrawn.NOT_FINITE
+    assert isinstance(drawn[1], SampledToken)
 
 
 def test_a_row_without_a_possible_token_gives_none(sampler: Sampler) -> None:
@@ -258,7 +256,7 @@ def test_a_row_without_a_possible_token_gives_none(sampler: Sampler) -> None:
 
     drawn = sampler.draw(logits, [entry(), entry(banned=range(20))])
 
-    assert drawn == [None, None]
+    assert drawn == [Undrawn.NOT_FINITE, Undrawn.NOTHING_ALLOWED]
 
 
 def test_a_row_is_drawn_alike_in_any_company(sampler: Sampler) -> None:
@@ -282,7 +280,7 @@ def test_the_logprobs_of_targets_are_those_of_float64(sampler: Sampler, shape: s
 
     found = sampler.report(logits, targets, num_top)
 
-    expected = token_logprobs(logits, targets, num_top)
+    expected = reference.token_logprobs(NumpyRows(logits), targets, num_top)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same_logprobs(ours, theirs)
 
@@ -293,8 +291,8 @@ def test_reported_logprobs_are_from_before_the_edits(sampler: Sampler) -> None:
 
     [drawn] = sampler.draw(logits, [row])
 
-    [expected] = token_logprobs(logits, [9], 3)
-    assert drawn is not None
+    [expected] = reference.token_logprobs(NumpyRows(logits), [9], 3)
+    assert isinstance(drawn, SampledToken)
     assert drawn.logprob is not None
     assert_same_logprobs(drawn.logprob, expected)
 

@@ -14,6 +14,7 @@ from brlite.backends.plugins.slot_backend import STEP_FAILED, SlotBackend
 from brlite.backends.plugins.toy import ToyEngine, token_logits
 from brlite.backends.plugins.toy_text import ASSISTANT, USER, toy_tokenizer
 from brlite.backends.sampling.reference import token_logprobs
+from brlite.backends.sampling.rows import NumpyRows
 from brlite.config.options import EngineConfig, LimitsConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, TokenMasks
 from brlite.engine.engine import Engine
@@ -158,7 +159,7 @@ def test_prompt_logprobs_are_those_of_every_position(serve: Any, make: type[ToyE
     token_ids = TOKENIZER.encode("a prompt")
     logits = np.stack([token_logits(np.array(token_ids[:end], np.int32)) for end in range(1, len(token_ids))])
     assert first is None
-    assert found == token_logprobs(logits, token_ids[1:], 2)
+    assert found == token_logprobs(NumpyRows(logits), token_ids[1:], 2)
 
 
 def test_prompt_logprobs_are_refused_at_the_door_where_they_cannot_be_had(serve: Any) -> None:

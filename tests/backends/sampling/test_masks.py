@@ -14,14 +14,24 @@ import torch
 from brlite.backends.native.draws import Drawing, NativeDraws
 from brlite.backends.native.library import NativeLibrary, available_isas
 from brlite.backends.sampling import reference
-from brlite.backends.torch import sampler as torch_sampler
-from brlite.engine.backend import Batch, SampledToken, SamplingInput, ScheduledSeq, TokenMask, TokenMasks
+from brlite.backends.sampling.rows import NumpyRows
+from brlite.backends.torch.candidates import TorchRows
+from brlite.engine.backend import (
+    Batch,
+    SampledToken,
+    SamplingInput,
+    ScheduledSeq,
+    SeqResult,
+    TokenMask,
+    TokenMasks,
+    Undrawn,
+)
 from brlite.errors import EngineError
 from brlite.sampling_params import SamplingParams
 from tests.backends.native.test_sampling import Logits, entry, random_entry, random_logits
 from tests.backends.native_models import VOCAB_SIZE, load_native, random_ids
 
-Draw = Callable[[Logits, Sequence[SamplingInput], Sequence[TokenMask | None]], list[SampledToken | None]]
+Draw = Callable[[Logits, Sequence[SamplingInput], Sequence[TokenMask | None]], list[SampledToken | Undrawn]]
 WAYS: list[dict[str, Any]] = [
     {"temperature": 0.0},
     {},
@@ -53,20 +63,20 @@ def fill(masks: TokenMasks, row: int, allowed: Collection[int]) -> None:
 
 def by_numpy(
     logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None]
-) -> list[SampledToken | None]:
-    return reference.sample(logits.copy(), inputs, masks)
+) -> list[SampledToken | Undrawn]:
+    return reference.sample(NumpyRows(logits.copy()), inputs, masks)
 
 
 def by_torch(
     logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None]
-) -> list[SampledToken | None]:
-    return torch_sampler.sample(torch.from_numpy(logits.copy()), inputs, masks)
+) -> list[SampledToken | Undrawn]:
+    return reference.sample(TorchRows(torch.from_numpy(logits.copy())), inputs, masks)
 
 
 def by_kernels(library: NativeLibrary, isa: int) -> Draw:
     def draw(
         logits: Logits, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None]
-    ) -> list[SampledToken | None]:
+    ) -> list[SampledToken | Undrawn]:
         rows = enumerate(zip(inputs, masks, strict=True))
         drawings = [Drawing(row, each, each.position, mask) for row, (each, mask) in rows]
         draws = NativeDraws(logits.shape[1]).lay_out(drawings)
@@ -98,7 +108,7 @@ def test_only_tokens_of_the_mask_are_drawn(draw: Draw, vocab_size: int, params: 
 
     drawn = draw(logits, inputs, [mask_of(allowed, vocab_size)] * 40)
 
-    assert {token and token.token_id for token in drawn} <= allowed
+    assert {isinstance(token, SampledToken) and token.token_id for token in drawn} <= allowed
 
 
 def test_a_mask_is_as_good_as_a_ban_of_the_rest(draw: Draw) -> None:
@@ -125,9 +135,9 @@ def test_one_token_left_is_drawn_however_unlikely_and_its_logprob_is_the_models_
 
     drawn = draw(logits, inputs, [mask_of({2999}, 3000)] * 3)
 
-    expected = reference.token_logprobs(logits, [2999] * 3, 2)
+    expected = reference.token_logprobs(NumpyRows(logits), [2999] * 3, 2)
     for token, own in zip(drawn, expected, strict=True):
-        assert token is not None
+        assert isinstance(token, SampledToken)
         assert token.logprob is not None
         assert (token.token_id, token.logprob.logprob) == (2999, pytest.approx(own.logprob, rel=1e-5))
         assert [token_id for token_id, _ in token.logprob.top] == [token_id for token_id, _ in own.top]
@@ -145,20 +155,20 @@ def test_rows_without_a_mask_draw_the_same_beside_rows_with_one(draw: Draw) -> N
     ]
 
 
-def test_a_row_whose_mask_allows_nothing_gives_none_and_harms_no_other(draw: Draw) -> None:
+def test_a_row_whose_mask_allows_nothing_gives_no_token_and_harms_no_other(draw: Draw) -> None:
     logits = random_logits(2, 300)
     inputs = [entry(), entry()]
 
     drawn = draw(logits, inputs, [mask_of((), 300), None])
 
-    assert drawn == [None, draw(logits, inputs, [None, None])[1]]
+    assert drawn == [Undrawn.NOTHING_ALLOWED, draw(logits, inputs, [None, None])[1]]
 
 
 def test_a_mask_does_not_hide_that_a_row_is_broken(draw: Draw) -> None:
     logits = random_logits(1, 300)
     logits[0, 17] = np.nan
 
-    assert draw(logits, [entry()], [mask_of({3}, 300)]) == [None]
+    assert draw(logits, [entry()], [mask_of({3}, 300)]) == [Undrawn.NOT_FINITE]
 
 
 # Masks of a step
@@ -205,8 +215,7 @@ def test_a_row_published_empty_ends_its_sequence_alone(native_library: NativeLib
         plain = backend.execute(Batch(seqs))
         results = backend.execute(Batch(seqs, masks)).seqs
 
-    assert results[0].error is not None
-    assert results[0].tokens == []
+    assert results[0] == SeqResult.undrawn(1, Undrawn.NOTHING_ALLOWED)
     assert results[1] == plain.seqs[1]
 
 

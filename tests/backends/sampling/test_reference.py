@@ -1,4 +1,4 @@
-"""The sampler without torch against the one in torch: the same tokens from the same logits and random numbers."""
+"""Logits in numpy and in torch: the same tokens from the same logits. Which sampler draws on the host."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.sampling import host as host_sampler
-from brlite.backends.sampling import reference as numpy_sampler
+from brlite.backends.sampling import reference
 from brlite.backends.sampling.host import NativeSampler, ReferenceSampler, choose_sampler
-from brlite.backends.torch.sampler import sample, token_logprobs
-from brlite.engine.backend import SampledToken
+from brlite.backends.sampling.rows import NumpyRows
+from brlite.backends.torch.candidates import TorchRows
+from brlite.engine.backend import SampledToken, Undrawn
 from brlite.errors import NativeUnavailable
 from tests.backends.native.test_sampling import (
     SHAPES,
@@ -27,31 +28,31 @@ from tests.backends.native.test_sampling import (
 )
 
 
-def token_ids(drawn: list[SampledToken | None]) -> list[int | None]:
-    return [None if token is None else token.token_id for token in drawn]
+def token_ids(drawn: list[SampledToken | Undrawn]) -> list[int | None]:
+    return [None if isinstance(token, Undrawn) else token.token_id for token in drawn]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
-def test_draws_like_the_sampler_in_torch(vocab_size: int, shape: str) -> None:
+def test_logits_in_numpy_and_in_torch_draw_the_same(vocab_size: int, shape: str) -> None:
     rng = np.random.default_rng(vocab_size)
     num_rows = 64 if vocab_size < 10_000 else 4
     logits = SHAPES[shape](random_logits(num_rows, vocab_size, seed=vocab_size))
     inputs = [random_entry(rng, vocab_size) for _ in range(num_rows)]
 
-    drawn = numpy_sampler.sample(logits.copy(), inputs)
+    drawn = reference.sample(NumpyRows(logits.copy()), inputs)
 
-    expected = sample(torch.from_numpy(logits.copy()), inputs)
-    assert assert_same_draws(logits, inputs, expected, drawn) <= 2  # torch sums some of its weights in float32
+    expected = reference.sample(TorchRows(torch.from_numpy(logits.copy())), inputs)
+    assert assert_same_draws(logits, inputs, expected, drawn) == 0
 
 
 def test_a_row_is_drawn_alike_in_any_company() -> None:
     logits = random_logits(40, 1000)
     inputs = [random_entry(np.random.default_rng(seed), 1000) for seed in range(40)]
 
-    together = numpy_sampler.sample(logits.copy(), inputs)
+    together = reference.sample(NumpyRows(logits.copy()), inputs)
 
-    alone = [numpy_sampler.sample(logits[row : row + 1].copy(), inputs[row : row + 1])[0] for row in range(40)]
+    alone = [reference.sample(NumpyRows(logits[row : row + 1].copy()), inputs[row : row + 1])[0] for row in range(40)]
     assert together == alone
 
 
@@ -61,17 +62,20 @@ def test_a_row_that_is_not_finite_gives_no_token(value: float, edit: dict[str, A
     logits = random_logits(2, 300)
     logits[0, 77] = value
 
-    drawn = numpy_sampler.sample(logits, [entry(counts={77: 2}, **edit)] * 2)
+    drawn = reference.sample(NumpyRows(logits), [entry(counts={77: 2}, **edit)] * 2)
 
-    assert drawn[0] is None
-    assert drawn[1] is not None
+    assert drawn[0] is Undrawn.NOT_FINITE
+    assert isinstance(drawn[1], SampledToken)
 
 
 def test_a_row_without_a_possible_token_gives_none() -> None:
     logits = random_logits(2, 20)
     logits[0] = -np.inf
 
-    assert numpy_sampler.sample(logits, [entry(), entry(banned=range(20))]) == [None, None]
+    assert reference.sample(NumpyRows(logits), [entry(), entry(banned=range(20))]) == [
+        Undrawn.NOT_FINITE,
+        Undrawn.NOTHING_ALLOWED,
+    ]
 
 
 @pytest.mark.parametrize("num_top", [0, 1, 5, 400])
@@ -80,9 +84,11 @@ def test_the_logprobs_of_targets_are_those_of_torch(shape: str, num_top: int) ->
     logits = SHAPES[shape](random_logits(8, 300))
     targets = np.random.default_rng(2).integers(0, 300, 8).tolist()
 
-    found = numpy_sampler.token_logprobs(logits, targets, num_top)
+    found = reference.token_logprobs(NumpyRows(logits), targets, num_top)
 
-    for ours, theirs in zip(found, token_logprobs(torch.from_numpy(logits), targets, num_top), strict=True):
+    for ours, theirs in zip(
+        found, reference.token_logprobs(TorchRows(torch.from_numpy(logits)), targets, num_top), strict=True
+    ):
         assert_same_logprobs(ours, theirs)
 
 
@@ -90,7 +96,7 @@ def test_a_target_in_a_row_that_is_not_finite_has_no_logprob() -> None:
     logits = random_logits(1, 300)
     logits[0, 200] = math.nan
 
-    [found] = numpy_sampler.token_logprobs(logits, [3], 2)
+    [found] = reference.token_logprobs(NumpyRows(logits), [3], 2)
 
     assert math.isnan(found.logprob)
     assert found.top == ()

@@ -108,14 +108,14 @@ def test_the_report_tells_what_ran_elsewhere(monkeypatch: pytest.MonkeyPatch, ca
 
 
 def test_what_draws_on_the_device_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    take_largest = torch.Tensor.argmax
-    calls: list[int] = []
+    take_best = torch.Tensor.topk
+    sizes: list[int] = []
 
-    def take_now_and_then_another(values: torch.Tensor, dim: int) -> torch.Tensor:
-        calls.append(dim)
-        return take_largest(values if len(calls) > 1 else -values, dim=dim)
+    def take_others_at_first(values: torch.Tensor, size: int, dim: int) -> Any:
+        sizes.append(size)
+        return take_best(values if len(sizes) > 3 else -values, size, dim=dim)
 
-    monkeypatch.setattr(torch.Tensor, "argmax", take_now_and_then_another)
+    monkeypatch.setattr(torch.Tensor, "topk", take_others_at_first)
 
     with pytest.raises(ConfigError, match="from the same logits it draws other tokens than the CPU does"):
         probe_device(CPU, torch.bfloat16)

@@ -121,7 +121,8 @@ typedef struct brlite_draw {
     const uint8_t* is_mask_filled;  // null, or 1 once another thread has filled the mask, which the draw waits for
 } brlite_draw;
 
-// What came of it. `top_ids` and `top_logprobs` have room for `num_logprobs`. Without finite logits `token` is -1.
+// What came of it. `top_ids` and `top_logprobs` have room for `num_logprobs`. Without finite logits `token` is -1, and
+// -2 where edits leave nothing to draw.
 typedef struct brlite_drawn {
     int32_t token;
     float logprob;

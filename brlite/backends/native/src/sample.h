@@ -15,6 +15,7 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
+constexpr int NOT_FINITE = -1, NOTHING_ALLOWED = -2;  // in place of a token
 constexpr float MAX_TEMPERATURE = 1e37f;  // its inverse is still a normal float; everything is flat long before
 
 // ---- Drawing -----------------------------------------------------------------------------------------------------
@@ -175,17 +176,17 @@ static void edit_row(const brlite_draw& draw, float* logits, Values& row, float*
 }
 
 INLINE int token_of(const Values& row, const brlite_draw& draw, SampleScratch& scratch) {
-    if (!row.is_usable()) return -1;
+    if (!row.is_usable()) return NOTHING_ALLOWED;
     return draw.temperature > 0 ? draw_random(row, draw, scratch) : first_best(row);
 }
 
 // Draws a token from `logits`, or reports on the token that `draw` names. They are overwritten, to a multiple of 16.
-// A row with NaN or +inf, or with nothing above -inf, gives token -1.
+// A row with NaN or +inf, or with nothing above -inf, gives NOT_FINITE.
 static void draw_token(const brlite_draw& draw, float* logits, int vocab_size, brlite_drawn& drawn,
                        const Scratch& memory) {
     SampleScratch& scratch = *(SampleScratch*)memory.sample;
     Values row = survey(logits, vocab_size, scratch);
-    drawn.token = -1;
+    drawn.token = NOT_FINITE;
     drawn.logprob = __builtin_nanf("");
     if (!row.is_usable()) return;
 
@@ -193,7 +194,10 @@ static void draw_token(const brlite_draw& draw, float* logits, int vocab_size, b
     const Logprobs logprobs = is_reported ? logprobs_of(row, scratch) : Logprobs{};
     if (draw.num_logprobs > 0) report_top(row, logprobs, smaller(draw.num_logprobs, vocab_size), drawn, scratch);
     const bool is_edited = draw.target < 0 && has_edits(draw);
-    if (is_edited && draw.mask && !wait_for_mask(draw)) return;
+    if (is_edited && draw.mask && !wait_for_mask(draw)) {
+        drawn.token = NOTHING_ALLOWED;
+        return;
+    }
     if (is_edited) edit_row(draw, logits, row, memory.own_logits, scratch);
     drawn.token = draw.target >= 0 ? draw.target : token_of(row, draw, scratch);
     const float* own_logits = is_edited ? memory.own_logits : logits;

@@ -1,9 +1,12 @@
-"""The sampler against a slow, obvious one: a full sort of the row in float64, and one pass of the inverse CDF."""
+"""The sampler against a slow, obvious one: a full sort of the row in float64, and one pass of the inverse CDF.
+
+Both with logits in numpy and with logits in torch, as on a card.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +14,12 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from brlite.backends.sampling import reference
 from brlite.backends.sampling.random_numbers import invert_cdf, uniform
-from brlite.backends.torch.penalties import FLOAT_MAX, edit_logits
-from brlite.backends.torch.sampler import SHORTLIST_SIZE, sample, token_logprobs
-from brlite.engine.backend import SampledToken, SamplingInput
+from brlite.backends.sampling.reference import FLOAT_MAX, SHORTLIST_SIZES
+from brlite.backends.sampling.rows import LogitRows, NumpyRows
+from brlite.backends.torch.candidates import TorchRows
+from brlite.engine.backend import SampledToken, SamplingInput, Undrawn
 from brlite.sampling_params import SamplingParams
 
 Floats = npt.NDArray[np.float64]
@@ -41,9 +46,9 @@ TRUNCATIONS: list[dict[str, Any]] = [
     {"temperature": 1e300, "top_k": 7},
 ]
 LARGE_TRUNCATIONS: list[dict[str, Any]] = [
-    {"top_k": SHORTLIST_SIZE - 1},
-    {"top_k": SHORTLIST_SIZE},
-    {"top_k": SHORTLIST_SIZE + 1},
+    {"top_k": SHORTLIST_SIZES[0] - 1},
+    {"top_k": SHORTLIST_SIZES[0]},
+    {"top_k": SHORTLIST_SIZES[0] + 1},
     {"top_k": 1000},
     {"top_k": LARGE},
     {"top_k": LARGE, "top_p": 0.9},
@@ -53,6 +58,21 @@ LARGE_TRUNCATIONS: list[dict[str, Any]] = [
     {"top_p": 0.9999999},
     {"temperature": 5.0, "min_p": 0.3},
 ]
+
+
+RowsOf = Callable[[torch.Tensor], LogitRows]
+Draw = Callable[[torch.Tensor, Sequence[SamplingInput]], list[SampledToken | Undrawn]]
+
+
+@pytest.fixture(params=["numpy", "torch"])
+def rows_of(request: pytest.FixtureRequest) -> RowsOf:
+    """Logits as a sampler takes them. What it writes is seen in the tensor."""
+    return TorchRows if request.param == "torch" else lambda logits: NumpyRows(logits.numpy())
+
+
+@pytest.fixture
+def sample(rows_of: RowsOf) -> Draw:
+    return lambda logits, inputs: reference.sample(rows_of(logits), inputs)
 
 
 def entry(
@@ -78,8 +98,8 @@ def random_logits(num_rows: int, vocab_size: int, *, seed: int = 0, scale: float
     return torch.randn(num_rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def token_ids(results: Sequence[SampledToken | None]) -> list[int | None]:
-    return [None if result is None else result.token_id for result in results]
+def token_ids(results: Sequence[SampledToken | Undrawn]) -> list[int | None]:
+    return [None if isinstance(result, Undrawn) else result.token_id for result in results]
 
 
 def slow_probabilities(logits: torch.Tensor, params: SamplingParams) -> Floats:
@@ -103,7 +123,7 @@ def slow_token(logits: torch.Tensor, row: SamplingInput) -> int:
     return int((probabilities.cumsum() <= uniform(row.seed, row.position)).sum())
 
 
-def assert_draws_like_the_slow_sampler(logits: torch.Tensor, params: dict[str, Any]) -> None:
+def assert_draws_like_the_slow_sampler(sample: Draw, logits: torch.Tensor, params: dict[str, Any]) -> None:
     inputs = [entry(seed=seed, position=11, **params) for seed in range(len(logits))]
     expected = [slow_token(row, input_) for row, input_ in zip(logits, inputs, strict=True)]
 
@@ -126,51 +146,53 @@ def chi_square(counts: npt.NDArray[np.int64], probabilities: Floats) -> float:
 
 
 @pytest.mark.parametrize("params", TRUNCATIONS)
-def test_a_small_vocabulary_draws_like_a_full_sort(params: dict[str, Any]) -> None:
-    assert_draws_like_the_slow_sampler(random_logits(64, SMALL), params)
+def test_a_small_vocabulary_draws_like_a_full_sort(sample: Draw, params: dict[str, Any]) -> None:
+    assert_draws_like_the_slow_sampler(sample, random_logits(64, SMALL), params)
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 6.0], ids=["flat", "normal", "peaked"])
 @pytest.mark.parametrize("params", TRUNCATIONS + LARGE_TRUNCATIONS)
-def test_a_large_vocabulary_draws_like_a_full_sort(params: dict[str, Any], scale: float) -> None:
-    assert_draws_like_the_slow_sampler(random_logits(48, LARGE, scale=scale), params)
+def test_a_large_vocabulary_draws_like_a_full_sort(sample: Draw, params: dict[str, Any], scale: float) -> None:
+    assert_draws_like_the_slow_sampler(sample, random_logits(48, LARGE, scale=scale), params)
 
 
 @pytest.mark.parametrize("params", TRUNCATIONS + LARGE_TRUNCATIONS)
-def test_of_equal_logits_the_lower_ids_survive(params: dict[str, Any]) -> None:
+def test_of_equal_logits_the_lower_ids_survive(sample: Draw, params: dict[str, Any]) -> None:
     coarse = random_logits(48, LARGE, scale=1.0).mul_(4).round_().div_(4)
 
-    assert_draws_like_the_slow_sampler(coarse, params)
+    assert_draws_like_the_slow_sampler(sample, coarse, params)
 
 
 @pytest.mark.parametrize("params", LARGE_TRUNCATIONS)
-def test_zeros_of_either_sign_are_equal(params: dict[str, Any]) -> None:
+def test_zeros_of_either_sign_are_equal(sample: Draw, params: dict[str, Any]) -> None:
     zeros = torch.zeros(48, LARGE)
     zeros[:, ::2] = -0.0
 
-    assert_draws_like_the_slow_sampler(zeros, params)
+    assert_draws_like_the_slow_sampler(sample, zeros, params)
 
 
 @pytest.mark.parametrize("params", TRUNCATIONS + LARGE_TRUNCATIONS)
-def test_rows_of_one_value_are_truncated_by_id(params: dict[str, Any]) -> None:
-    assert_draws_like_the_slow_sampler(torch.full((48, LARGE), -3.0), params)
+def test_rows_of_one_value_are_truncated_by_id(sample: Draw, params: dict[str, Any]) -> None:
+    assert_draws_like_the_slow_sampler(sample, torch.full((48, LARGE), -3.0), params)
 
 
 @pytest.mark.parametrize("params", TRUNCATIONS + LARGE_TRUNCATIONS)
-def test_masked_tokens_are_never_drawn(params: dict[str, Any]) -> None:
+def test_masked_tokens_are_never_drawn(sample: Draw, params: dict[str, Any]) -> None:
     logits = random_logits(32, LARGE)
     logits[:, 3:] = -torch.inf
 
-    assert_draws_like_the_slow_sampler(logits, params)
+    assert_draws_like_the_slow_sampler(sample, logits, params)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 255, 256, 257, 511, 512, 513, 1023, 1024, 1025])
 @pytest.mark.parametrize("params", [{}, {"top_p": 0.95}, {"top_k": 1}, {"temperature": 9.0, "min_p": 0.5}])
-def test_vocabularies_at_the_borders_of_shortlist_and_blocks(vocab_size: int, params: dict[str, Any]) -> None:
-    assert_draws_like_the_slow_sampler(random_logits(24, vocab_size, scale=1.0), params)
+def test_vocabularies_at_the_borders_of_shortlist_and_blocks(
+    sample: Draw, vocab_size: int, params: dict[str, Any]
+) -> None:
+    assert_draws_like_the_slow_sampler(sample, random_logits(24, vocab_size, scale=1.0), params)
 
 
-def test_the_last_token_can_be_drawn_from_a_short_last_block() -> None:
+def test_the_last_token_can_be_drawn_from_a_short_last_block(sample: Draw) -> None:
     logits = torch.full((16, 1500), -torch.inf)
     logits[:, 1499] = 0.0
 
@@ -180,7 +202,7 @@ def test_the_last_token_can_be_drawn_from_a_short_last_block() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6])
-def test_greedy_takes_the_lowest_id_of_the_best(temperature: float) -> None:
+def test_greedy_takes_the_lowest_id_of_the_best(sample: Draw, temperature: float) -> None:
     logits = torch.zeros(2, LARGE)
     logits[0, [2500, 40]] = 5.0
 
@@ -189,7 +211,7 @@ def test_greedy_takes_the_lowest_id_of_the_best(temperature: float) -> None:
     assert token_ids(drawn) == [40, 0]
 
 
-def test_top_k_1_is_greedy_even_among_equals() -> None:
+def test_top_k_1_is_greedy_even_among_equals(sample: Draw) -> None:
     logits = torch.zeros(20, LARGE)
     logits[:, [2500, 40]] = 5.0
 
@@ -209,13 +231,15 @@ def test_top_k_1_is_greedy_even_among_equals() -> None:
         (600, {"temperature": 2.0, "top_k": 300, "min_p": 0.1}),
     ],
 )
-def test_tokens_come_as_often_as_their_probability_says(vocab_size: int, params: dict[str, Any]) -> None:
+def test_tokens_come_as_often_as_their_probability_says(sample: Draw, vocab_size: int, params: dict[str, Any]) -> None:
     num_draws = 8_000
     logits = random_logits(1, vocab_size, seed=3, scale=1.0)
 
     drawn = sample(logits.repeat(num_draws, 1), [entry(seed=1, position=p, **params) for p in range(num_draws)])
 
-    counts = np.bincount([result.token_id for result in drawn if result is not None], minlength=vocab_size)
+    counts = np.bincount(
+        [result.token_id for result in drawn if isinstance(result, SampledToken)], minlength=vocab_size
+    )
     assert chi_square(counts, slow_probabilities(logits[0], SamplingParams(**params))) < 4
 
 
@@ -275,7 +299,7 @@ def mixed_company() -> tuple[torch.Tensor, list[SamplingInput]]:
     return random_logits(30, 40_000), inputs
 
 
-def test_a_row_draws_alone_what_it_draws_in_company() -> None:
+def test_a_row_draws_alone_what_it_draws_in_company(sample: Draw) -> None:
     logits, inputs = mixed_company()
 
     together = sample(logits.clone(), inputs)
@@ -284,7 +308,7 @@ def test_a_row_draws_alone_what_it_draws_in_company() -> None:
     assert alone == together
 
 
-def test_the_order_of_rows_changes_nothing() -> None:
+def test_the_order_of_rows_changes_nothing(sample: Draw) -> None:
     logits, inputs = mixed_company()
     order = np.random.default_rng(0).permutation(len(inputs)).tolist()
 
@@ -294,7 +318,7 @@ def test_the_order_of_rows_changes_nothing() -> None:
     assert shuffled == [in_order[row] for row in order]
 
 
-def test_seed_and_position_both_change_the_draw() -> None:
+def test_seed_and_position_both_change_the_draw(sample: Draw) -> None:
     inputs = [entry(seed=seed, position=position) for seed in range(8) for position in range(8)]
 
     drawn = sample(torch.zeros(64, LARGE), inputs)
@@ -304,7 +328,7 @@ def test_seed_and_position_both_change_the_draw() -> None:
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_k": 5, "logprobs": 2}, {"top_p": 0.9}])
 @pytest.mark.parametrize("poison", ["nan", "inf", "-inf"])
-def test_a_broken_row_gives_none_and_harms_no_other(poison: str, params: dict[str, Any]) -> None:
+def test_a_broken_row_gives_none_and_harms_no_other(sample: Draw, poison: str, params: dict[str, Any]) -> None:
     logits = random_logits(3, LARGE)
     broken = logits.clone()
     if poison == "-inf":
@@ -315,27 +339,27 @@ def test_a_broken_row_gives_none_and_harms_no_other(poison: str, params: dict[st
 
     healthy, drawn = sample(logits, inputs), sample(broken, inputs)
 
-    assert drawn == [healthy[0], None, healthy[2]]
+    assert drawn == [healthy[0], Undrawn.NOT_FINITE, healthy[2]]
 
 
 @pytest.mark.parametrize("edit", [{"banned": (17,)}, {"counts": {17: 1}, "presence_penalty": 1e30}])
-def test_an_edit_does_not_hide_that_a_row_is_broken(edit: dict[str, Any]) -> None:
+def test_an_edit_does_not_hide_that_a_row_is_broken(sample: Draw, edit: dict[str, Any]) -> None:
     logits = random_logits(1, LARGE)
     logits[0, 17] = torch.inf
 
     drawn = sample(logits, [entry(**edit)])
 
-    assert drawn == [None]
+    assert drawn == [Undrawn.NOT_FINITE]
 
 
-def test_no_rows_give_no_tokens() -> None:
+def test_no_rows_give_no_tokens(sample: Draw) -> None:
     assert sample(torch.zeros(0, LARGE), []) == []
 
 
 # Bias, bans and penalties
 
 
-def test_a_bias_shifts_its_token_before_the_draw() -> None:
+def test_a_bias_shifts_its_token_before_the_draw(sample: Draw) -> None:
     logits = torch.zeros(2, LARGE)
 
     drawn = sample(logits, [entry(logit_bias={2999: 100.0}), entry(temperature=0, logit_bias={0: -100.0})])
@@ -344,7 +368,7 @@ def test_a_bias_shifts_its_token_before_the_draw() -> None:
 
 
 @pytest.mark.parametrize("params", [{"temperature": 0.0}, {}, {"top_p": 0.5}, {"logit_bias": {4: 100.0}}])
-def test_a_banned_token_is_never_drawn(params: dict[str, Any]) -> None:
+def test_a_banned_token_is_never_drawn(sample: Draw, params: dict[str, Any]) -> None:
     logits = torch.full((40, LARGE), -50.0)
     logits[:, 4] = 50.0
 
@@ -353,7 +377,7 @@ def test_a_banned_token_is_never_drawn(params: dict[str, Any]) -> None:
     assert not {4, 5, None} & set(token_ids(drawn))
 
 
-def test_a_row_with_every_token_banned_gives_none() -> None:
+def test_a_row_with_every_token_banned_gives_none(sample: Draw) -> None:
     drawn = sample(torch.zeros(2, 3), [entry(banned=(0, 1, 2)), entry(banned=(0, 1))])
 
     assert token_ids(drawn) == [None, 2]
@@ -369,7 +393,7 @@ def test_a_row_with_every_token_banned_gives_none() -> None:
         {"repetition_penalty": 2.0, "presence_penalty": -1.5, "frequency_penalty": 0.3},
     ],
 )
-def test_penalties_equal_the_formula_written_out(penalties: dict[str, float]) -> None:
+def test_penalties_equal_the_formula_written_out(rows_of: RowsOf, penalties: dict[str, float]) -> None:
     logits = random_logits(4, SMALL)
     counts = [{}, {3: 0, 7: 2}, {row: row for row in range(SMALL)}, {49: 1000}]
     inputs = [entry(counts=count, **penalties) for count in counts]
@@ -382,16 +406,16 @@ def test_penalties_equal_the_formula_written_out(penalties: dict[str, float]) ->
             value -= inputs[row].params.presence_penalty * (times > 0) + inputs[row].params.frequency_penalty * times
             expected[row, token_id] = value
 
-    edit_logits(logits, inputs)
+    reference.edit(rows_of(logits), inputs)
 
     torch.testing.assert_close(logits.double(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_rows_without_penalties_are_left_as_they_are() -> None:
+def test_rows_without_penalties_are_left_as_they_are(rows_of: RowsOf) -> None:
     logits = random_logits(3, SMALL)
     before = logits.clone()
 
-    edit_logits(logits, [entry(), entry(repetition_penalty=1.5, counts={1: 1}), entry(counts={1: 1})])
+    reference.edit(rows_of(logits), [entry(), entry(repetition_penalty=1.5, counts={1: 1}), entry(counts={1: 1})])
 
     assert torch.equal(logits[[0, 2]], before[[0, 2]])
     assert (logits[1] != before[1]).nonzero().tolist() == [[1]]
@@ -400,11 +424,11 @@ def test_rows_without_penalties_are_left_as_they_are() -> None:
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("name", ["presence_penalty", "frequency_penalty"])
 @pytest.mark.parametrize("size", [1e30, 1e308])
-def test_a_penalty_beyond_reason_stays_finite(name: str, size: float, sign: int) -> None:
+def test_a_penalty_beyond_reason_stays_finite(rows_of: RowsOf, name: str, size: float, sign: int) -> None:
     logits = torch.tensor([[1.0, 2.0, -torch.inf, FLOAT_MAX, -FLOAT_MAX]])
     row = entry(counts=dict.fromkeys(range(5), 2**31 - 1), repetition_penalty=1e-300, **{name: sign * size})
 
-    edit_logits(logits, [row])
+    reference.edit(rows_of(logits), [row])
 
     assert logits.isfinite().tolist() == [[True, True, False, True, True]]
     assert logits[0, 2] == -torch.inf
@@ -413,20 +437,22 @@ def test_a_penalty_beyond_reason_stays_finite(name: str, size: float, sign: int)
 @pytest.mark.parametrize("repetition_penalty", [5e-324, 1e-30, 1e30, 1e308])
 @pytest.mark.parametrize("temperature", [1e-4, 1.0, 1e30])
 @pytest.mark.parametrize("vocab_size", [SMALL, LARGE])
-def test_extremes_together_still_draw(repetition_penalty: float, temperature: float, vocab_size: int) -> None:
+def test_extremes_together_still_draw(
+    sample: Draw, repetition_penalty: float, temperature: float, vocab_size: int
+) -> None:
     params = {"repetition_penalty": repetition_penalty, "temperature": temperature, "top_p": 0.9, "min_p": 0.01}
     logits = random_logits(8, vocab_size)
     inputs = [entry(seed=seed, counts=dict.fromkeys(range(0, vocab_size, 2), 1), **params) for seed in range(8)]
 
     drawn = sample(logits, inputs)
 
-    assert None not in drawn
+    assert None not in token_ids(drawn)
 
 
 # Logprobs
 
 
-def test_logprobs_are_the_models_own_whatever_the_draw_was_told() -> None:
+def test_logprobs_are_the_models_own_whatever_the_draw_was_told(sample: Draw) -> None:
     logits = random_logits(4, LARGE)
     expected = torch.log_softmax(logits.double(), dim=1)
     inputs = [
@@ -440,24 +466,24 @@ def test_logprobs_are_the_models_own_whatever_the_draw_was_told() -> None:
 
     for row, num_top in enumerate((5, 0, 2)):
         result = drawn[row]
-        assert result is not None
+        assert isinstance(result, SampledToken)
         assert result.logprob is not None
         best = expected[row].topk(num_top)
         assert result.logprob.token_id == result.token_id
         assert result.logprob.logprob == pytest.approx(float(expected[row, result.token_id]), abs=1e-5)
         assert [token_id for token_id, _ in result.logprob.top] == best.indices.tolist()
         assert [logprob for _, logprob in result.logprob.top] == pytest.approx(best.values.tolist(), abs=1e-5)
-    assert drawn[3] is not None
+    assert isinstance(drawn[3], SampledToken)
     assert drawn[3].logprob is None
 
 
 @pytest.mark.parametrize("num_rows", [1, 1000])
-def test_logprobs_of_given_tokens_leave_the_logits_alone(num_rows: int) -> None:
+def test_logprobs_of_given_tokens_leave_the_logits_alone(rows_of: RowsOf, num_rows: int) -> None:
     logits = random_logits(num_rows, LARGE)
     before = logits.clone()
     targets = [row * 7 % LARGE for row in range(num_rows)]
 
-    found = token_logprobs(logits, targets, 1)
+    found = reference.token_logprobs(rows_of(logits), targets, 1)
 
     expected = torch.log_softmax(before.double(), dim=1)
     assert torch.equal(logits, before)
@@ -467,17 +493,17 @@ def test_logprobs_of_given_tokens_leave_the_logits_alone(num_rows: int) -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "num_equal"), [(100, 3), (100, 60), (300, 30), (300, 300), (LARGE, 60)])
-def test_of_equal_alternatives_the_lower_ids_are_shown(vocab_size: int, num_equal: int) -> None:
+def test_of_equal_alternatives_the_lower_ids_are_shown(rows_of: RowsOf, vocab_size: int, num_equal: int) -> None:
     lowest = vocab_size - num_equal
     logits = torch.zeros(1, vocab_size)
     logits[0, lowest:] = 2.0
 
-    top = token_logprobs(logits, [0], 3)[0].top
+    top = reference.token_logprobs(rows_of(logits), [0], 3)[0].top
 
     assert [token_id for token_id, _ in top] == [lowest, lowest + 1, lowest + 2]
 
 
-def test_more_alternatives_than_tokens_give_them_all() -> None:
-    found = token_logprobs(torch.tensor([[0.0, 1.0]]), [0], 20)
+def test_more_alternatives_than_tokens_give_them_all(rows_of: RowsOf) -> None:
+    found = reference.token_logprobs(rows_of(torch.tensor([[0.0, 1.0]])), [0], 20)
 
     assert [token_id for token_id, _ in found[0].top] == [1, 0]

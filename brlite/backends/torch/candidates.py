@@ -1,0 +1,113 @@
+"""What drawing takes of logits on a card: a few best tokens, sums, chosen logits. Drawing is `backends/sampling`'s.
+
+Sums are taken in float64, a few rows at a time. A row's numbers do not depend on the rows beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from brlite.backends.sampling import reference
+from brlite.backends.sampling.host import choose_sampler
+from brlite.backends.sampling.random_numbers import Floats, Integers
+from brlite.backends.sampling.rows import BLOCK_SIZE, Logits, Shortlist, sorted_shortlist
+from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
+from brlite.outputs import TokenLogprob
+
+_MAX_SCRATCH_ELEMENTS = 2**21
+
+
+class TorchRows:
+    """`LogitRows` on a device. `scatter` and `forbid` write into `logits` [R, V] float32."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    @property
+    def vocab_size(self) -> int:
+        return self._logits.shape[1]
+
+    def __len__(self) -> int:
+        return len(self._logits)
+
+    def take(self, rows: Integers) -> TorchRows:
+        return self if len(rows) == len(self) else TorchRows(self._logits[self._index(rows)])
+
+    def copy(self) -> TorchRows:
+        return TorchRows(self._logits.clone())
+
+    def best(self) -> tuple[Integers, Logits]:
+        values, token_ids = self._logits.max(dim=1)
+        return token_ids.cpu().numpy(), values.cpu().numpy()
+
+    def gather(self, rows: Integers, token_ids: Integers) -> Logits:
+        found: Logits = self._logits[self._index(rows), self._index(token_ids)].cpu().numpy()
+        return found
+
+    def scatter(self, rows: Integers, token_ids: Integers, values: Logits) -> None:
+        self._logits[self._index(rows), self._index(token_ids)] = torch.from_numpy(values).to(self._logits.device)
+
+    def forbid(self, rows: Integers, words: npt.NDArray[np.int32]) -> None:
+        """The bits go to the device as they are, a 32nd of the logits' bytes, and are spread there."""
+        device, index = self._logits.device, self._index(rows)
+        bits = torch.arange(32, dtype=torch.int32, device=device)
+        is_allowed = torch.from_numpy(words).to(device)[:, :, None] >> bits & 1  # [N, V / 32, 32]
+        is_out = is_allowed.reshape(len(rows), -1)[:, : self.vocab_size] == 0
+        self._logits[index] = self._logits[index].masked_fill(is_out, -torch.inf)
+
+    def shortlist(self, size: int) -> Shortlist:
+        if size >= self.vocab_size:
+            # Sorted as bits on some devices: adding 0 makes -0 and 0 one.
+            values, token_ids = (self._logits + 0.0).sort(dim=1, descending=True, stable=True)
+            return Shortlist(token_ids.cpu().numpy(), values.cpu().numpy(), is_whole_row=True)
+        values, token_ids = self._logits.topk(size, dim=1)
+        return sorted_shortlist(token_ids.cpu().numpy(), values.cpu().numpy())
+
+    def block_sums(self, best: Logits, temperature: Floats) -> Floats:
+        step, num_whole = max(1, _MAX_SCRATCH_ELEMENTS // self.vocab_size), self.vocab_size // BLOCK_SIZE
+        parts: list[Floats] = []
+        for start in range(0, len(self), step):
+            some = slice(start, start + step)
+            best_of_row, temperature_of_row = (
+                torch.from_numpy(values[some].astype(np.float64)).to(self._logits.device)[:, None]
+                for values in (best, temperature)
+            )
+            weights = (self._logits[some].double() - best_of_row).div_(temperature_of_row).exp_()
+            whole, rest = weights.tensor_split([num_whole * BLOCK_SIZE], dim=1)
+            sums = [whole.reshape(len(whole), num_whole, BLOCK_SIZE).sum(dim=2), rest.sum(dim=1, keepdim=True)]
+            parts.append(torch.cat(sums, dim=1).cpu().numpy())
+        return np.concatenate(parts)
+
+    def block(self, numbers: Integers) -> Logits:
+        columns = numbers[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
+        found = self._logits.gather(1, self._index(np.minimum(columns, self.vocab_size - 1))).cpu().numpy()
+        return np.where(columns < self.vocab_size, found, np.float32(-np.inf))
+
+    def _index(self, values: Integers) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64)).to(self._logits.device)
+
+
+class TorchSampler:
+    """Draws from the logits of a step, on whichever device they are."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._on_host = choose_sampler(vocab_size)
+
+    def sample(
+        self, logits: Tensor, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None]
+    ) -> list[SampledToken | Undrawn]:
+        """Draw one token for each row of `logits` [R, V] float32, which are overwritten on the way."""
+        if logits.is_cpu:
+            return self._on_host.sample(logits.numpy(), inputs, masks)
+        return reference.sample(TorchRows(logits), inputs, masks)
+
+    def token_logprobs(self, logits: Tensor, targets: Sequence[int], num_top: int) -> list[TokenLogprob]:
+        """The logprob of each row's target, and its best alternatives."""
+        if logits.is_cpu:
+            return self._on_host.token_logprobs(logits.numpy(), targets, num_top)
+        return reference.token_logprobs(TorchRows(logits), targets, num_top)
