@@ -13,7 +13,7 @@ from typing import Protocol
 
 from brlite.config.options import ProxyConfig
 from brlite.errors import NotReady, RequestError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
-from brlite.proxy.buffered_response import PAGES, BodyRelay, BufferedResponse, body_of_answer, whole_response
+from brlite.proxy.buffered_response import PAGES, BodyRelay, BufferedResponse, body_of_answer, check_response
 from brlite.proxy.downstream import Downstream
 from brlite.proxy.outcomes import REFUSALS, Ending, ending_of, is_answer, is_own_fault
 from brlite.proxy.routing.breaker import Ticket
@@ -22,7 +22,7 @@ from brlite.proxy.stream_kinds import kind_of
 from brlite.proxy.usage import Seen
 from brlite.proxy.wire.connections import UpstreamConnection
 from brlite.proxy.wire.framing import FramingError
-from brlite.proxy.wire.heads import END_OF_HEAD, MAX_ANSWER_HEAD_BYTES, AnswerHead
+from brlite.proxy.wire.heads import AnswerHead, AnswerReader
 from brlite.proxy.wire.sse_relay import SseRelay
 
 
@@ -66,7 +66,6 @@ ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is chea
 DENIALS = (401, 403)
 RETRY_AFTER_SECONDS = 1
 NOT_FOUND = 404
-MAX_INTERIM_ANSWERS = 100
 EVENT_STREAM = b"text/event-stream"
 NOTHING_SEEN = Seen()
 
@@ -104,13 +103,12 @@ class Attempt:
         "_heard_at",
         "_length",
         "_loop",
-        "_num_interim",
         "_outbound",
         "_owner",
+        "_reader",
         "_relay",
         "_sent_at",
         "_ticket",
-        "_unread",
         "deadline",
         "first_byte_at",
         "has_begun",
@@ -124,8 +122,9 @@ class Attempt:
     _ticket: Ticket
     _dialing: asyncio.Task[UpstreamConnection]  # CONNECTING
     _connection: UpstreamConnection  # from SENT on
-    _head: AnswerHead  # from BUFFERING and RELAYING on
-    _length: int | None
+    _reader: AnswerReader  # SENT
+    _head: AnswerHead  # after SENT
+    _length: int | None  # after SENT: the Content-Length
     _buffered: BufferedResponse  # BUFFERING
     _relay: SseRelay | BodyRelay  # RELAYING
 
@@ -142,8 +141,6 @@ class Attempt:
         self._config = config
         self._loop = loop
         self._sent_at = self._heard_at = 0.0
-        self._unread = b""  # of a head that is not complete
-        self._num_interim = 0
         self.state = CONNECTING
         self.upstream = upstream
         self.deadline = math.inf
@@ -203,6 +200,7 @@ class Attempt:
     def _send(self, connection: UpstreamConnection) -> None:
         self.state = SENT
         self._connection = connection
+        self._reader = AnswerReader(self.upstream.heads)
         connection.holder = self
         self._sent_at = self._heard_at = self._loop.time()
         self.deadline = self._sent_at + self._config.first_byte_seconds
@@ -226,10 +224,17 @@ class Attempt:
                 self._end_relay(is_eof=False)
             return
         try:
-            if self.state is SENT:
-                self._read_head(self._unread + data)
-            else:
+            if self.state is BUFFERING:
                 self._buffer(data)
+                return
+            if self.first_byte_at is None:
+                self.first_byte_at = self._heard_at
+            if (found := self._reader.feed(data)) is not None:
+                self._begin(*found)
+            elif not self._reader.has_part:
+                # An interim response does not tell when the final one begins.
+                self.first_byte_at = None
+                self.deadline = self._sent_at + self._config.first_byte_seconds
         except FramingError as error:
             self._fail(f"The upstream's answer is broken: {error}.")
         except UpstreamError as error:
@@ -264,38 +269,10 @@ class Attempt:
         # A reset says that the request was not read. An orderly end does not: the request may have been read before.
         return error is not None or not self._connection.has_all_arrived
 
-    def _read_head(self, data: bytes) -> None:
-        """Read a response's head, and what follows it; interim responses (1xx) are skipped."""
-        while data:
-            if self.first_byte_at is None:
-                self.first_byte_at = self._heard_at
-            end = data.find(END_OF_HEAD, 0, MAX_ANSWER_HEAD_BYTES) + len(END_OF_HEAD)
-            if end < len(END_OF_HEAD):
-                if len(data) >= MAX_ANSWER_HEAD_BYTES:
-                    raise UpstreamError("The upstream's answer has too many headers.")
-                if not data.startswith(b"HTTP/1."[: len(data)]):
-                    raise UpstreamError("The upstream's answer is not HTTP.")
-                break
-            head, self._length = self.upstream.heads.read(data[:end])
-            data = data[end:]
-            if head.status >= 200:
-                self._unread = b""
-                self._begin(head, data)
-                return
-            self._num_interim += 1
-            if head.status == 101:
-                raise UpstreamError("The upstream wants another protocol.")
-            if self._num_interim > MAX_INTERIM_ANSWERS:
-                raise UpstreamError("The upstream sends interim answers and no other.")
-            # An interim response does not tell when the final one begins.
-            self.first_byte_at = None
-            self.deadline = self._sent_at + self._config.first_byte_seconds
-        self._unread = data
-
-    def _begin(self, head: AnswerHead, data: bytes) -> None:
+    def _begin(self, head: AnswerHead, length: int | None, data: bytes) -> None:
         """The head is complete: refuse, relay, answer or buffer."""
-        self._head, status = head, head.status
-        self.status = status
+        self._head, self._length = head, length
+        status = self.status = head.status
         if status in REFUSALS and self._owner.attempt_refused(head, REFUSALS[status]):
             return
         if not self.upstream.breaker.is_untroubled and is_answer(status):
@@ -308,17 +285,17 @@ class Attempt:
             if head.fields.get(b"content-encoding", b"identity").lower() != b"identity":
                 raise UpstreamError("The upstream's stream is encoded, which it was not asked for.")
             relay = SseRelay(
-                body_of_answer(head, self._length),
+                body_of_answer(head, length),
                 is_chunked=self._downstream.takes_chunks,
                 max_event_bytes=self._config.held_bytes,
                 kind=kind_of(self._outbound[0]),
             )
             self._begin_relay(relay, head.lines_of_stream(self._config.response_headers), None)
             self.data_received(data)  # nothing too: its length may say that nothing more comes
-        elif self._length == len(data) and head.is_plain and (head.may_be_json or status != 200):
+        elif length == len(data) and head.is_plain and (head.may_be_json or status != 200):
             self._answer(data, keep=True)
         else:
-            self._buffered = BufferedResponse(body_of_answer(head, self._length))
+            self._buffered = BufferedResponse(body_of_answer(head, length))
             self.state = BUFFERING
             self._buffer(data)
 
@@ -336,15 +313,16 @@ class Attempt:
 
     def _answer(self, payload: bytes, *, keep: bool) -> None:
         """Give the client a complete response."""
-        response = whole_response(self._head, payload)
-        if self.status == NOT_FOUND and self._owner.attempt_found_no_model(response.body):
+        envelope = check_response(self._head, payload)
+        if envelope is None:
+            lines = self._head.lines_for_clients(self._config.response_headers)
+        else:
+            lines, payload = envelope.lines, envelope.body
+        if self.status == NOT_FOUND and self._owner.attempt_found_no_model(payload):
             return
         self.has_begun = True
-        lines = response.lines
-        if lines is None:
-            lines = self._head.lines_for_clients(self._config.response_headers)
-        self._downstream.answer(self.status, lines, response.body)
-        self._complete(Seen((response.body,), num_text_bytes=len(response.body)), keep=keep)
+        self._downstream.answer(self.status, lines, payload)
+        self._complete(Seen((payload,), num_text_bytes=len(payload)), keep=keep)
 
     def _begin_relay(self, relay: SseRelay | BodyRelay, lines: bytes, length: int | None) -> None:
         self.state = RELAYING

@@ -36,18 +36,21 @@ def body_of_answer(head: AnswerHead, length: int | None) -> Body:
     return body_of(head.fields, length, without=CloseBody())
 
 
-class WholeResponse(msgspec.Struct, frozen=True, gc=False):
-    """What a client gets: the body, and its header lines where they are not the upstream's."""
+class Envelope(msgspec.Struct, frozen=True, gc=False):
+    """What a client gets in place of a response that is not JSON: header lines and a body."""
 
+    lines: bytes
     body: bytes
-    lines: bytes | None = None
 
 
-def whole_response(head: AnswerHead, payload: bytes) -> WholeResponse:
-    """A complete response, checked. Raises `UpstreamError` if a client cannot use it."""
+def check_response(head: AnswerHead, payload: bytes) -> Envelope | None:
+    """Check a complete response. None: the client gets it as it is.
+
+    Raises `UpstreamError` if a client cannot use it.
+    """
     status, kind = head.status, head.content_type
     if status in BODYLESS or b"content-encoding" in head.fields:
-        return WholeResponse(payload)
+        return None
     if 300 <= status < 400:
         raise UpstreamError(f"The upstream answered {status}: redirects are not followed.")
     if head.may_be_json or status >= 400:
@@ -58,10 +61,10 @@ def whole_response(head: AnswerHead, payload: bytes) -> WholeResponse:
             return _in_our_envelope(head, payload)
     elif kind in PAGES:
         raise UpstreamError(f"The upstream answered {status} with a page in place of JSON.")
-    return WholeResponse(payload)
+    return None
 
 
-def _in_our_envelope(head: AnswerHead, payload: bytes) -> WholeResponse:
+def _in_our_envelope(head: AnswerHead, payload: bytes) -> Envelope:
     """The text of a refusal that is not JSON, such as a proxy's page for 413 or 503. Raises `UpstreamError`."""
     status = head.status
     if status < 400 or not (is_answer(status) or status in REFUSALS):
@@ -76,7 +79,7 @@ def _in_our_envelope(head: AnswerHead, payload: bytes) -> WholeResponse:
     if not text:
         known = {each.value for each in HTTPStatus}
         text = HTTPStatus(status).phrase if status in known else "no reason was given"
-    return WholeResponse(foreign_error_body(status, f"The upstream answered {status}: {text}"), lines)
+    return Envelope(lines, foreign_error_body(status, f"The upstream answered {status}: {text}"))
 
 
 class BufferedResponse:

@@ -57,7 +57,8 @@ class PathState(enum.Enum):
     | a request whose end is aiohttp's to find | AIOHTTP   | AIOHTTP   |            |        |         |
     | bytes behind the request under way       |           |           | kept       | kept   | AIOHTTP |
     | the response has been sent               |           |           | HEAD       | HEAD   | AIOHTTP |
-    | the connection is lost                   | CLOSED    | CLOSED    | CLOSED     | CLOSED | CLOSED  |
+    | the connection is lost                   | CLOSED    | CLOSED    | HEAD, then | CLOSED | CLOSED  |
+    |                                          |           |           | CLOSED     |        |         |
     """
 
     HEAD = enum.auto()  # between two requests, or within a head
@@ -74,7 +75,7 @@ HEAD, BODY, FORWARDING, PASSED, AIOHTTP, CLOSED = PathState
 TRANSITIONS = {
     HEAD: {BODY, FORWARDING, PASSED, AIOHTTP, CLOSED},
     BODY: {HEAD, FORWARDING, PASSED, AIOHTTP, CLOSED},
-    FORWARDING: {HEAD, CLOSED},
+    FORWARDING: {HEAD},
     PASSED: {HEAD, CLOSED},
     AIOHTTP: {CLOSED},
     CLOSED: set(),

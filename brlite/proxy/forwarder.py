@@ -26,7 +26,7 @@ from brlite.proxy.wire.heads import MAX_HOPS
 logger = logging.getLogger(__name__)
 
 MAX_TICK_SECONDS = 1.0
-MISSING_SECONDS = 60.0  # for so long a 404 for a model is believed: then one request finds out
+MISSING_SECONDS = 60.0  # how long a 404 for a model is believed; then a request tries again
 
 
 class Forwarder:
@@ -85,13 +85,6 @@ class Forwarder:
         for upstream in gone.values():
             upstream.pool.drain()
 
-    def _check_hops(self, via: bytes) -> None:
-        """Raise `LoopDetected` for a request that was here before, or had too many hops, by its `Via` header."""
-        if self._via_name in via:
-            raise LoopDetected("The request came back to a server that had forwarded it: look at who serves the model.")
-        if via.count(b",") + 1 >= MAX_HOPS:
-            raise LoopDetected(f"The request was forwarded {MAX_HOPS} times: look at who serves the model.")
-
     def forward(self, inbound: Inbound, route: Route, downstream: Downstream) -> Exchange:
         """Begin an exchange, which the caller starts.
 
@@ -99,7 +92,11 @@ class Forwarder:
         """
         head, config = inbound.head, self.config
         if head.via is not None:
-            self._check_hops(head.via)
+            if self._via_name in head.via:
+                text = "The request came back to a server that had forwarded it: look at who serves the model."
+                raise LoopDetected(text)
+            if head.via.count(b",") + 1 >= MAX_HOPS:
+                raise LoopDetected(f"The request was forwarded {MAX_HOPS} times: look at who serves the model.")
         lines = head.lines_for_upstreams(downstream.request_id, self.via, self.request_headers)
         if config.forwarded != "off":
             lines += forwarded_lines(config.forwarded, downstream.peer, head.fields)
@@ -157,19 +154,19 @@ class Forwarder:
         if told is not None:
             if is_possible(told, len(inbound.body), seen.num_text_bytes):
                 return told
-            text = "upstream %s: a request of %d bytes cannot have used the %d and %d tokens that it says: not believed"
+            text = "upstream %s reports impossible usage for a request of %d bytes: %d and %d tokens; estimated instead"
             logger.warning(text, attempt.upstream.name, len(inbound.body), *told)
         return ForwardedUsage(exchange.num_reserved, estimate_completion(inbound.head.target, seen))
 
     def report_failure(self, upstream: Upstream, error: RequestError) -> None:
-        """Log that an upstream failed a request, and why."""
+        """Log why an upstream failed a request."""
         cause = error.__cause__
         logger.warning("upstream %s: %s", upstream.name, error if cause is None else f"{error} ({reason_of(cause)})")
 
     def report_missing(self, upstream: Upstream, model: str) -> None:
-        """Believe an upstream that it does not have the model, for a while; the log says so the first time."""
+        """Note for 60 s that an upstream does not have the model; the log says so the first time."""
         if model not in upstream.missing:
-            text = "upstream %s answers 404 for the model %s: it is asked for it only if no other has it"
+            text = "upstream %s answers 404 for the model %s: it is tried only if no other upstream has the model"
             logger.warning(text, upstream.name, model)
         upstream.missing[model] = max(upstream.missing.get(model, 0.0), self.loop.time() + MISSING_SECONDS)
 
@@ -181,7 +178,7 @@ class Forwarder:
         for exchange in list(self._active):
             exchange.stop()
 
-    # One clock for all: a timer for each of a thousand streams would be set anew with each of their events.
+    # One timer for all exchanges: a timer for each of a thousand streams would be reset with each of their events.
 
     def _set_tick(self) -> None:
         config = self.config

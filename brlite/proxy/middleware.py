@@ -1,6 +1,6 @@
-"""The proxy within aiohttp: forwards what reaches an application by its middlewares.
+"""The proxy within aiohttp: a middleware that forwards requests.
 
-An application that is mounted in another one has no fast path and forwards here. So do requests that a fast path has
+It serves applications that are mounted in another one, which have no fast path, and requests that a fast path has
 passed on.
 """
 
@@ -24,13 +24,13 @@ from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.request_model import read_inbound
 from brlite.proxy.wire.heads import RequestHead, is_forwardable, usual_spelling, without_limits
 
-# As it was sent, still encoded, behind the path of the application that this one is mounted in.
+# The raw path, behind the path of the application that this one is mounted in.
 _TARGET = re.compile(r"[!->@-~]*?(/v1/[!-~]+|/(?:de)?tokenize(?:\?[!-~]*)?)")
 BACKLOG_BYTES = 64 * 1024
 
 
 def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_proxy: bool) -> Middleware:
-    """Forward a POST that names an upstream's model; anything else goes its way, its body kept for the handler."""
+    """Forward a POST that names an upstream's model; the handler gets anything else, with its body kept."""
 
     @web.middleware
     async def forward(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -44,7 +44,11 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         route = forwarder.table.find(inbound.model)
         if route is None:
             if is_only_proxy:
-                raise ModelNotFound(_unknown(inbound.model, forwarder), param="model", code="model_not_found")
+                known = ", ".join(forwarder.table.names())
+                text = f"say which model: {known}"
+                if inbound.model is not None:
+                    text = f"The model `{inbound.model[:200]}` does not exist. Served here: {known}"
+                raise ModelNotFound(text, param="model", code="model_not_found")
             keep_body(request, body)
             return await handler(request)
         inbound.key.check_model(route.model)
@@ -150,20 +154,13 @@ class ResponseDownstream:
 
 
 def _wire_path(request: web.Request) -> bytes:
-    """The path that a server of its own would have been asked for, with the query; b"" is none of `/v1`."""
+    """The path below the mount point, with the query; b"" if it is not a path that can be forwarded."""
     is_mounted = len(request.match_info.apps) > 1
     path = request.rel_url.raw_path_qs
     found = _TARGET.fullmatch(path if is_mounted else usual_spelling(path.encode()).decode())
     if found is None or (found.start(1) > 0 and not is_mounted):
         return b""
     return found[1].encode()
-
-
-def _unknown(name: str | None, forwarder: Forwarder) -> str:
-    known = ", ".join(forwarder.table.names())
-    if name is None:
-        return f"say which model: {known}"
-    return f"The model `{name[:200]}` does not exist. Served here: {known}"
 
 
 def _head_of(request: web.Request, wire_path: bytes) -> RequestHead:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from itertools import product
 from typing import Any, TypeVar, cast
 
@@ -78,7 +77,7 @@ def replace_model(body: bytes, new: str) -> bytes:
     if peek(body).model == new:
         return body
     value = msgspec.json.encode(new)
-    # Most often the first one is the right one, which is cheaper to check than to find out.
+    # Most often the first match is the top-level field. Checking that is cheaper than finding the field.
     if likely := _MODEL_FIELD.search(body):
         replaced = body[: likely.start(1)] + value + body[likely.end(1) :]
         if peek(replaced).model == new:
@@ -88,7 +87,7 @@ def replace_model(body: bytes, new: str) -> bytes:
 
 
 class _Model:
-    """The type of the field `model`. msgspec calls `take` for each that it meets, the only trace of a second one."""
+    """The type of the field `model`. msgspec calls `take` for each one, which shows repeated fields."""
 
     __slots__ = ("is_taken", "name")
 
@@ -136,43 +135,34 @@ _ODD_FIELDS = _with_other_spellings(_OddFields)
 
 
 def _peek_oddly(body: bytes) -> RequestModel:
-    """Find out what is wrong with the body; nothing is, if only `user` is of another type than ours."""
+    """Raise what is wrong with the body, or read it: nothing is wrong if only `user` is of another type than ours."""
     model = _Model()
     fields = decode_json(body, msgspec.json.Decoder(_ODD_FIELDS, dec_hook=model.take))
-    return RequestModel(model.name, _read(fields.user, str))
-
-
-def _read(value: msgspec.Raw, kind: type[T]) -> T | None:
     try:
-        return msgspec.json.decode(value, type=kind)
+        user = msgspec.json.decode(fields.user, type=str)
     except _REFUSALS:
-        return None
+        user = None
+    return RequestModel(model.name, user)
 
 
 def _find_model(body: bytes) -> tuple[int, int]:
-    """Where the value of the top-level `model` begins and ends."""
+    """Where the value of the top-level `model` begins and ends, in a body that `peek` has read."""
+    text = body.decode("latin-1")  # one character a byte, so that places in one are places in the other
+    at = _after_punctuation(text, len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0)
     try:
-        for name, start, end in _members(body):
+        while text[at] == '"':
+            name, at = _WHOLE_JSON.raw_decode(text, at)
+            start = _after_punctuation(text, at)
+            _, end = _WHOLE_JSON.raw_decode(text, start)
             if name == "model":
                 return start, end
+            at = _after_punctuation(text, end)
     except RecursionError:
         raise InvalidRequest("The JSON body is nested too deeply to replace its model.", code="invalid_json") from None
     raise InvalidRequest("Missing required parameter: 'model'.", param="model", code="missing_required_parameter")
 
 
-def _members(body: bytes) -> Iterator[tuple[str, int, int]]:
-    """The top-level fields of a JSON object: each name, and where its value begins and ends."""
-    text = body.decode("latin-1")  # one character a byte, so that places in one are places in the other
-    at = _after_punctuation(text, len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0)
-    while text[at] == '"':
-        name, at = _WHOLE_JSON.raw_decode(text, at)
-        start = _after_punctuation(text, at)
-        _, end = _WHOLE_JSON.raw_decode(text, start)
-        yield name, start, end
-        at = _after_punctuation(text, end)
-
-
 def _after_punctuation(text: str, at: int) -> int:
     match = _PUNCTUATION.match(text, at)
-    assert match is not None  # it matches nothing at all, too
+    assert match is not None  # it matches the empty string, too
     return match.end()

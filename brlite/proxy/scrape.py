@@ -1,7 +1,7 @@
-"""The upstreams' own metrics beside ours, on demand: each upstream's samples get a label that says whose they are.
+"""The upstreams' own metrics beside ours, on demand: each upstream's samples get a label with its name.
 
-However many ask at once, each upstream is asked once at a time: whoever may scrape us must not become many who scrape
-them. An upstream that cannot be read is said so, and the others' numbers come all the same.
+Concurrent scrapes share one request to each upstream, so that a client cannot multiply them. An upstream whose metrics
+cannot be read is reported as such; the others' metrics are returned all the same.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OK_NAME = "brlite:upstream_scrape_ok"
 
 
 class Scrape(NamedTuple):
-    """What came of reading one upstream's metrics: its families, or why there are none."""
+    """The result of reading one upstream's metrics: its families, or why there are none."""
 
     name: str
     families: Families
@@ -33,7 +33,7 @@ class Scrape(NamedTuple):
 
 
 class Scraper:
-    """Reads the metrics of a forwarder's upstreams, inside `async with`: nothing of it goes on after."""
+    """Reads the metrics of a forwarder's upstreams inside `async with`, which ends what is still under way."""
 
     def __init__(self, forwarder: Forwarder) -> None:
         self._forwarder = forwarder
@@ -53,20 +53,15 @@ class Scraper:
 
         Raises `InvalidRequest` for a name that no upstream has.
         """
-        tasks = [self._scraping(upstream) for upstream in self._find(which)]
-        await asyncio.wait(tasks)  # cancelled, it leaves them to the others who wait
-        return await asyncio.to_thread(joined, own, [task.result() for task in tasks])
-
-    def _find(self, which: str) -> list[Upstream]:
         upstreams = {upstream.name: upstream for upstream in self._forwarder.table.upstreams}
         if not upstreams:
             raise InvalidRequest("This server has no upstreams.", param="upstream")
-        if which == ALL:
-            return list(upstreams.values())
-        if which not in upstreams:
+        if which != ALL and which not in upstreams:
             allowed = ", ".join([ALL, *upstreams])
             raise InvalidRequest(f"No upstream is called `{which[:200]}`; allowed: {allowed}", param="upstream")
-        return [upstreams[which]]
+        tasks = [self._scraping(each) for each in (upstreams.values() if which == ALL else [upstreams[which]])]
+        await asyncio.wait(tasks)  # if it is cancelled, the tasks go on for other callers
+        return await asyncio.to_thread(joined, own, [task.result() for task in tasks])
 
     def _scraping(self, upstream: Upstream) -> asyncio.Task[Scrape]:
         task = self._tasks.get(upstream)
@@ -87,7 +82,7 @@ class Scraper:
 
 
 def joined(own: bytes, scrapes: Iterable[Scrape]) -> bytes:
-    """One text of all, each family once; what had to be left out stands in comments."""
+    """One text of all, each family once; comments name what was left out."""
     families = read_exposition(own.decode())
     readable = families[OK_NAME] = MetricFamily(OK_NAME, "gauge", "1 if the upstream's metrics could be read, else 0.")
     comments = []
@@ -97,5 +92,5 @@ def joined(own: bytes, scrapes: Iterable[Scrape]) -> bytes:
         if scrape.error:
             comments.append(f"upstream {name}: {scrape.error}")
         for family in join(families, scrape.families):
-            comments.append(f"upstream {name}: {family} has another type than elsewhere and was left out")
+            comments.append(f"upstream {name}: {family} was left out: its type differs from the others'")
     return write(families, comments).encode()

@@ -1,14 +1,45 @@
-"""The official client for the tests of this folder."""
+"""The official client for the tests of this folder, and a check of the states in all of them."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import enum
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 
 import openai
 import pytest
 
+from brlite.proxy import attempt, exchange, fast_path
 from tests.limits import PATIENCE_SECONDS
+
+TRANSITIONS: dict[enum.Enum, set[enum.Enum]] = {
+    **attempt.TRANSITIONS,
+    **exchange.TRANSITIONS,
+    **fast_path.TRANSITIONS,
+}
+
+
+@pytest.fixture(autouse=True)
+def transitions(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[enum.Enum, enum.Enum]]]:
+    """The changes of state in a test, each of which must stand in the table of its file."""
+    seen: set[tuple[enum.Enum, enum.Enum]] = set()
+
+    def watch(kind: type, name: str) -> None:
+        slot = kind.__dict__[name]
+
+        def change(instance: object, state: enum.Enum) -> None:
+            before = getattr(instance, name, state)
+            if before is not state:
+                seen.add((before, state))
+            slot.__set__(instance, state)
+
+        monkeypatch.setattr(kind, name, property(slot.__get__, change))
+
+    watch(attempt.Attempt, "state")
+    watch(exchange.Exchange, "state")
+    watch(fast_path.FastPath, "_state")
+    yield seen
+    assert [(before, after) for before, after in seen if after not in TRANSITIONS[before]] == []
 
 
 @pytest.fixture

@@ -222,7 +222,7 @@ async def test_a_family_of_another_type_is_left_out_and_said(start: Start) -> No
 
         text = await downstream.text("?upstream=all")
 
-    assert "# upstream one: process_open_fds has another type than elsewhere and was left out\n" in text
+    assert "# upstream one: process_open_fds was left out: its type differs from the others'\n" in text
     assert "process_open_fds_count" not in text
 
 

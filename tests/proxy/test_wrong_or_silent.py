@@ -119,7 +119,7 @@ async def test_a_model_that_its_own_list_lacks_is_not_asked_of_it(
     assert num_asked == (0, 6)
     assert wrong.num_asked == 2
     assert told(caplog, "does not list") == [
-        "upstream wrong does not list the model m: it is asked for it only if no other has it"
+        "upstream wrong does not list the model m: it is tried only if no other upstream has the model"
     ]
 
 
@@ -136,7 +136,7 @@ async def test_after_a_404_for_the_model_another_is_asked_and_the_log_says_so_on
     assert {answer.status for answer in answers} == {200}
     assert (wrong.num_asked, right.num_asked) == (1, 8)
     assert told(caplog, "404") == [
-        "upstream wrong answers 404 for the model m: it is asked for it only if no other has it"
+        "upstream wrong answers 404 for the model m: it is tried only if no other upstream has the model"
     ]
 
 

@@ -19,7 +19,7 @@ MAX_LOAD_RATIO = 1.25
 
 
 class Candidate(Protocol):
-    """What is asked of an upstream here."""
+    """What is used of an upstream here."""
 
     name: str
     weight: int
@@ -34,14 +34,14 @@ C = TypeVar("C", bound=Candidate)
 
 
 class _Slot(Generic[C]):
-    """A candidate, and what the policies remember of it."""
+    """A candidate, and the policies' state of it."""
 
     __slots__ = ("candidate", "credit", "hash_key", "last_turn")
 
     def __init__(self, candidate: C) -> None:
         self.candidate = candidate
         self.hash_key = blake2b(candidate.name.encode(), digest_size=16).digest()
-        self.credit = 0  # what round robin owes it
+        self.credit = 0  # of round robin
         self.last_turn = 0
 
 
@@ -57,11 +57,11 @@ class Balancer(Generic[C]):
         self._turn = 0
 
     def choose(self, now: float, affinity: bytes | None = None, tried: Collection[C] = ()) -> C | None:
-        """One that this request has not tried yet, or `None` when it has tried all.
+        """One that this request has not tried yet; None when it has tried all.
 
-        If none of those left is available, one is chosen all the same, whatever the policy: those that pass their
-        checks in turn, but not the one that failed last. That one is often the fastest to fail, and so the least
-        loaded. Without affinity, `prefix` and `sticky` take the least loaded.
+        If none of the others is available, one is chosen all the same, whatever the policy: those that pass their
+        checks in turn, but not the one that failed last, which is often the fastest to fail and so the least loaded.
+        Without affinity, `prefix` and `sticky` take the least loaded.
         """
         if self._only is not None:
             return None if self._only in tried else self._only
@@ -87,7 +87,7 @@ def _in_doubt(slots: Sequence[_Slot[Any]]) -> _Slot[Any]:
 
 
 def _least_loaded(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[Any]:
-    """Fewest requests for its weight; of several, the one whose last turn is longest ago."""
+    """The one with the fewest requests for its weight; of several, the one whose last turn is longest ago."""
     best = slots[0]
     best_load = math.inf
     for slot in slots:
@@ -98,7 +98,7 @@ def _least_loaded(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[
 
 
 def _round_robin(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[Any]:
-    """Each as often as its weight says, and its turns spread evenly: all earn, whoever has most is chosen and pays."""
+    """Smooth weighted round robin, as in nginx: all earn their weight, the one with most credit is chosen and pays."""
     total = 0
     best = slots[0]
     for slot in slots:
@@ -129,14 +129,14 @@ def _sticky(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[Any]:
 
 def _first_in_hash_order(slots: Sequence[_Slot[Any]], affinity: bytes) -> _Slot[Any]:
     digest = blake2b(affinity, digest_size=16).digest()
-    return max(slots, key=lambda slot: _draw(slot, digest))
 
+    def draw(slot: _Slot[Any]) -> float:
+        """Its number for this affinity. It is the largest of all as often as its weight's share."""
+        bits = int.from_bytes(blake2b(digest, digest_size=8, key=slot.hash_key).digest(), "big") >> 12
+        uniform = (bits + 0.5) / 2**52  # never 0 nor 1
+        return float(slot.candidate.weight / -math.log(uniform))
 
-def _draw(slot: _Slot[Any], digest: bytes) -> float:
-    """Its number for this affinity. It is the largest of all as often as its weight's share."""
-    bits = int.from_bytes(blake2b(digest, digest_size=8, key=slot.hash_key).digest(), "big") >> 12
-    uniform = (bits + 0.5) / 2**52  # never 0 nor 1
-    return float(slot.candidate.weight / -math.log(uniform))
+    return max(slots, key=draw)
 
 
 _POLICIES: dict[Choice, Callable[[Sequence[_Slot[Any]], bytes | None], _Slot[Any]]] = {

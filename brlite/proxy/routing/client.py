@@ -1,7 +1,7 @@
-"""Asks an upstream for small things of its own: how it is, what it lists, its numbers. Passes no client's request on.
+"""Requests of the proxy's own to an upstream: its health, its list of models, its metrics. Forwards nothing.
 
-Each question has a connection of its own, so it also says whether the upstream takes new ones. Redirects are not
-followed, and nothing that is sent back, or not, keeps an answer for longer than the time that was given for it.
+Each request has a connection of its own, so it also shows whether the upstream accepts new ones. Redirects are not
+followed. Whatever the upstream sends or does not send, each request ends within its time limit.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Resolver(AbstractResolver):
 
 
 class UpstreamClient:
-    """`async with UpstreamClient(upstream, seconds) as client:`, where each answer comes within `seconds` or fails."""
+    """`async with UpstreamClient(upstream, seconds) as client:`; each request is answered within `seconds` or fails."""
 
     _session: aiohttp.ClientSession
 
@@ -63,9 +63,22 @@ class UpstreamClient:
         self._url = f"{scheme}://{address.host_header}"
 
     async def __aenter__(self) -> UpstreamClient:
+        pool = self._upstream.pool
+        connector: aiohttp.BaseConnector
+        if pool.address.unix_path is not None:
+            connector = aiohttp.UnixConnector(pool.address.unix_path, force_close=True)
+        else:
+            connector = aiohttp.TCPConnector(
+                ssl=pool.tls if pool.tls is not None else True,
+                force_close=True,
+                use_dns_cache=False,
+                resolver=_Resolver(pool.names) if pool.names is not None else None,
+            )
+        own_lines = self._upstream.own_headers.decode("latin-1").splitlines()
+        own_headers = dict(line.split(": ", 1) for line in own_lines)
         self._session = aiohttp.ClientSession(
-            connector=self._connector(),
-            headers={**_fields(self._upstream.own_headers), "Accept-Encoding": "identity", "User-Agent": "brlite"},
+            connector=connector,
+            headers={**own_headers, "Accept-Encoding": "identity", "User-Agent": "brlite"},
             timeout=aiohttp.ClientTimeout(total=None),  # `_ask` has one that nothing escapes
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
@@ -84,7 +97,7 @@ class UpstreamClient:
         return await self._ask(path, read)
 
     async def read(self, path: str, max_bytes: int) -> bytes:
-        """What `GET path` brings. Raises `UpstreamError` if that is not a 200, or longer."""
+        """The body of `GET path`. Raises `UpstreamError` for another status than 200, or a longer body."""
 
         async def read(response: aiohttp.ClientResponse) -> bytes:
             if response.status != 200:
@@ -98,17 +111,6 @@ class UpstreamClient:
             return b"".join(parts)
 
         return await self._ask(path, read)
-
-    def _connector(self) -> aiohttp.BaseConnector:
-        pool = self._upstream.pool
-        if pool.address.unix_path is not None:
-            return aiohttp.UnixConnector(pool.address.unix_path, force_close=True)
-        return aiohttp.TCPConnector(
-            ssl=pool.tls if pool.tls is not None else True,
-            force_close=True,
-            use_dns_cache=False,
-            resolver=_Resolver(pool.names) if pool.names is not None else None,
-        )
 
     async def _ask(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
         # aiohttp's own time limits do not see a body that it cannot parse: it is waited for without end.
@@ -125,7 +127,7 @@ class UpstreamClient:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a connection could not be made or was lost, in at least a word: many errors have no text of their own."""
+    """Why a connection could not be made or was lost. Never empty, although many errors have no text of their own."""
     if isinstance(error, OSError) and not isinstance(error, aiohttp.ClientError):
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"its certificate is not trusted: {error.verify_message}"
@@ -149,8 +151,3 @@ async def within(seconds: float, answer: Coroutine[None, None, T]) -> T:
     if task.cancelled():
         raise asyncio.TimeoutError
     return task.result()
-
-
-def _fields(lines: bytes) -> dict[str, str]:
-    """Header lines as aiohttp wants them."""
-    return dict(line.split(": ", 1) for line in lines.decode("latin-1").splitlines())

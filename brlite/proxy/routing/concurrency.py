@@ -111,17 +111,14 @@ class ConcurrencyLimit:
         try:
             while self._num_to_hand_on:
                 self._num_to_hand_on -= 1
-                self._hand_on()
+                if not self._queue:
+                    self.num_in_flight -= 1
+                    continue
+                # `min` takes the first of several, and keys come in the order of their turns.
+                key = min(self._queue.keys, key=lambda key: self._num_running.get(key, 0))
+                waiting = self._queue.pop(key)
+                self._num_running[key] = self._num_running.get(key, 0) + 1
+                waiting.has_turn = True
+                waiting.waiter.on_turn()
         finally:
             self._is_handing_on = False
-
-    def _hand_on(self) -> None:
-        if not self._queue:
-            self.num_in_flight -= 1
-            return
-        # `min` takes the first of several, and keys come in the order of their turns.
-        key = min(self._queue.keys, key=lambda key: self._num_running.get(key, 0))
-        waiting = self._queue.pop(key)
-        self._num_running[key] = self._num_running.get(key, 0) + 1
-        waiting.has_turn = True
-        waiting.waiter.on_turn()

@@ -1,8 +1,8 @@
-"""Asks each upstream how it is, and takes it out of the choice, or back in, after a few answers alike.
+"""Health checks: each upstream is asked for its health, and is taken out, or back in, after a few equal results.
 
-An upstream that is out or in doubt is asked five times as often as one that is well, so that both ways are short. Its
-own list of models is read on the way, now and then. Whether a request failed is not known here: that is the breaker's.
-A check that fails for want of descriptors here says nothing of the upstream.
+An upstream that is out or in doubt is checked five times as often as a healthy one. Every sixth successful check also
+reads its list of models. Failed requests do not count here: those are the breaker's. A check that fails for want of
+file descriptors in this process does not count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
 MIN_SUCCESSES = 2
-JITTER = 0.2  # else the checks of all upstreams, and of all proxies that were started together, fall together
+JITTER = 0.2  # else all upstreams are checked at the same time, and by all proxies that were started together
 HASTE = 5
 CHECKS_PER_LIST = 6
 MAX_LIST_BYTES = 1024 * 1024
@@ -61,28 +61,28 @@ class HealthCount:
 
 
 def delay(seconds: float, is_settled: bool, chance: float) -> float:
-    """How long to wait for the next check; `chance` is a random number from 0 to 1."""
+    """Seconds until the next check; `chance` is a random number from 0 to 1."""
     jitter = 1 + JITTER * (2 * chance - 1)
     return seconds * jitter if is_settled else seconds * jitter / HASTE
 
 
 def is_well(status: int) -> bool:
-    """Whether a status is a living server's. Refusals are: it is there, and may want another key than it was shown.
+    """Whether a status shows a healthy server. A refusal (4xx) does: the server may just want another key.
 
-    A redirect is not: it is what requests would be answered with too, and they do not follow it.
+    A redirect does not: requests would get it too, and it is not followed.
     """
     return 200 <= status < 300 or 400 <= status < 500 or status in NO_SUCH_PATH
 
 
 class _Failure(NamedTuple):
-    """Why a check failed. One that refuses connections, or says 503, may be ending its last requests in good order."""
+    """Why a check failed. A server that refuses connections or answers 503 may be finishing its last requests."""
 
     text: str
     may_be_ending: bool
 
 
 class _Terms(NamedTuple):
-    """Who is asked, how often, and how long an answer may take."""
+    """Which upstream is checked, how often, and how long an answer may take."""
 
     upstream: Upstream
     seconds: float
@@ -90,14 +90,14 @@ class _Terms(NamedTuple):
 
 
 class HealthChecks:
-    """The checks that run now. `watch` says whose; `close` ends them all."""
+    """The checks that run. `watch` sets their upstreams; `close` ends them all."""
 
     def __init__(self) -> None:
         self._tasks: dict[_Terms, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
     def watch(self, upstreams: Iterable[Upstream], config: ProxyConfig) -> None:
-        """Check these, and no others, from now on. Those that were checked so already notice nothing."""
+        """Check these, and no others, from now on. Checks that stay the same are not interrupted."""
         wanted = [
             _Terms(upstream, config.health_seconds, config.health_timeout_seconds)
             for upstream in upstreams
@@ -126,9 +126,9 @@ class HealthChecks:
 
 
 def _report(task: asyncio.Task[None]) -> None:
-    """Checks end by being cancelled. What nobody foresaw must not end them in silence."""
+    """Log a check that ends by an unexpected error; ordinarily checks end by being cancelled."""
     if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("%s has ended: its upstream stays as it is", task.get_name(), exc_info=error)
+        logger.error("%s has ended: the state of its upstream no longer changes", task.get_name(), exc_info=error)
 
 
 class _Check:
@@ -161,20 +161,22 @@ class _Check:
                 return
             failure = _Failure(str(error), may_be_ending=not isinstance(error, UpstreamTimeout))
         self._has_said_own_fault = False
+        upstream = self._upstream
         if self._count.note(failure is None):
-            self._upstream.is_healthy = self._count.is_healthy
-            self._log(failure)
-        self._note_loss(failure)
+            upstream.is_healthy = self._count.is_healthy
+            if failure is None:
+                logger.info("upstream %s is back: %d checks in a row succeeded", upstream.name, MIN_SUCCESSES)
+            else:
+                text = "upstream %s is out: %d checks in a row failed, the last: %s"
+                logger.warning(text, upstream.name, MAX_FAILURES, failure.text)
+        if failure is None or failure.may_be_ending or self._count.is_healthy:
+            upstream.lost_since = None
+        elif upstream.lost_since is None:
+            upstream.lost_since = asyncio.get_running_loop().time()
         self._num_until_list -= 1
         if failure is None and self._num_until_list <= 0:
             self._num_until_list = CHECKS_PER_LIST
             await self._read_list(client)
-
-    def _note_loss(self, failure: _Failure | None) -> None:
-        if failure is None or failure.may_be_ending or self._count.is_healthy:
-            self._upstream.lost_since = None
-        elif self._upstream.lost_since is None:
-            self._upstream.lost_since = asyncio.get_running_loop().time()
 
     async def _failure(self, client: UpstreamClient) -> _Failure | None:
         """Why the upstream is not well, if its answer says so. Raises `UpstreamError` if there is none."""
@@ -182,23 +184,14 @@ class _Check:
         status = await client.status(path)
         if status in NO_SUCH_PATH and not self._has_said_no_path:
             self._has_said_no_path = True
-            text = "upstream %s has no %s (it answers %d): that it answers is taken for health"
+            text = "upstream %s has no %s (it answers %d): any answer counts as healthy"
             logger.info(text, self._upstream.name, path, status)
         if is_well(status):
             return None
         return _Failure(f"answered {status} to GET {path}", may_be_ending=status == UNAVAILABLE)
 
-    def _log(self, failure: _Failure | None) -> None:
-        name = self._upstream.name
-        if failure is None:
-            logger.info("upstream %s is back: %d checks in a row succeeded", name, MIN_SUCCESSES)
-        else:
-            logger.warning(
-                "upstream %s is out: %d checks in a row failed, the last: %s", name, MAX_FAILURES, failure.text
-            )
-
     async def _read_list(self, client: UpstreamClient) -> None:
-        """Note what the upstream says of its models. One that says nothing is well all the same."""
+        """Note the upstream's list of models. An upstream without a list is healthy, too."""
         config = self._upstream.config
         names = {config.rename.get(model, model) for model in config.models}
         upstream = self._upstream
@@ -208,7 +201,7 @@ class _Check:
             logger.debug("upstream %s: %s", upstream.name, error)
             return
         for model in sorted(missing - upstream.missing.keys()):
-            text = "upstream %s does not list the model %s: it is asked for it only if no other has it"
+            text = "upstream %s does not list the model %s: it is tried only if no other upstream has the model"
             logger.warning(text, upstream.name, model)
         for model in [model for model, until in upstream.missing.items() if until == math.inf and model not in missing]:
             logger.info("upstream %s lists the model %s now", upstream.name, model)

@@ -1,6 +1,6 @@
-"""Connections to one upstream: dialled when there is none to spare, kept for the next request, closed when idle.
+"""Connections to one upstream: opened when none is free, kept for the next request, closed when idle for too long.
 
-Over TCP, TLS or a Unix socket. Knows no HTTP: who holds a connection gets its bytes and its end.
+Over TCP, TLS or a Unix socket. Knows no HTTP: the holder of a connection gets its bytes and its end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def is_name(address: Address) -> bool:
 
 
 class Holder(Protocol):
-    """Who waits for what a connection brings."""
+    """Gets what a connection brings."""
 
     def data_received(self, data: bytes) -> None: ...
 
@@ -44,7 +44,7 @@ class Holder(Protocol):
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """A connection, held by one exchange or by nobody. `is_used` says that it has carried one before."""
+    """A connection, held by one attempt or free. `is_used` says that it has carried a request before."""
 
     __slots__ = ("_pool", "address", "holder", "idle_since", "is_used", "transport")
 
@@ -64,7 +64,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self.holder is not None:
             self.holder.data_received(data)
         else:
-            self.transport.abort()  # nobody has asked for anything
+            self.transport.abort()  # bytes without a request
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
@@ -74,12 +74,12 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def has_sent_all(self) -> bool:
-        """Whether the upstream has taken all that was written, as one that answers early has not."""
+        """Whether everything was written to the socket. It may not be, if the upstream answers early."""
         return self.transport.get_write_buffer_size() == 0
 
     @property
     def has_all_arrived(self) -> bool | None:
-        """Whether the upstream's system has said to have all that was sent; None where ours does not tell."""
+        """Whether the upstream's kernel has acknowledged all that was sent; None if the platform does not tell."""
         sock = self.transport.get_extra_info("socket")
         if sys.platform != "linux" or sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
             return None
@@ -90,16 +90,16 @@ class UpstreamConnection(asyncio.Protocol):
         return bool(num_acked > num_sent - num_sent_again)  # the connection's own beginning is acknowledged as a byte
 
     def abort(self) -> None:
-        """Cut it now, without a word to its holder."""
+        """Close it at once; its holder is not told."""
         self.holder = None
         self.transport.abort()
 
 
 class ConnectionPool:
-    """The connections to one upstream; the one used last is used next, so that those too many grow old.
+    """The connections to one upstream. The one used last is used next, so that superfluous ones become idle and close.
 
-    Where its name has several addresses they are used in turn, by kept connections too. A kept one to an address that
-    the name no longer has is closed.
+    If its name has several addresses, they are used in turn, by kept connections too. A kept connection to an address
+    that the name no longer has is closed.
     """
 
     def __init__(
@@ -123,37 +123,34 @@ class ConnectionPool:
         self.connections: set[UpstreamConnection] = set()
 
     def take(self) -> UpstreamConnection | None:
-        """One that is open and held by nobody, if there is any; of a name with several addresses, to the next one."""
+        """A free connection, if there is one; if the name has several addresses, one to the next address."""
         if self.names is not None:
-            self.names.refresh()
-            if self.names.known is not self._known:
-                self._known = self.names.known
-                self._close_gone()
-            if len(self.names.known) > 1:
-                self._next = self.names.in_turn()
-                return self._take_to(self._next[0])
+            self._follow_names(self.names)
+            if self._next:
+                for connection in reversed(self._idle):
+                    if connection.address == self._next[0] and not connection.transport.is_closing():
+                        self._idle.remove(connection)
+                        return connection
+                return None
         while self._idle:
             connection = self._idle.pop()
             if not connection.transport.is_closing():
                 return connection
         return None
 
-    def _take_to(self, address: str) -> UpstreamConnection | None:
-        for connection in reversed(self._idle):
-            if connection.address == address and not connection.transport.is_closing():
-                self._idle.remove(connection)
-                return connection
-        return None
-
-    def _close_gone(self) -> None:
-        """Close kept connections to addresses that the name no longer has."""
-        for connection in self._idle[:]:
-            if connection.address not in self._known:
-                self._idle.remove(connection)
-                connection.transport.close()
+    def _follow_names(self, names: Names) -> None:
+        """Close kept connections to addresses that the name no longer has; of several, choose the next one."""
+        names.refresh()
+        if names.known is not self._known:
+            self._known = names.known
+            for connection in self._idle[:]:
+                if connection.address not in self._known:
+                    self._idle.remove(connection)
+                    connection.transport.close()
+        self._next = names.in_turn() if len(names.known) > 1 else []
 
     async def dial(self) -> UpstreamConnection:
-        """A new one. Raises `OSError`, of which a TLS failure is one too."""
+        """Open a connection. Raises `OSError`, for TLS failures too."""
         if self.names is None:
             return await self._connect(self.address.host)
         await self.names.addresses()
@@ -207,12 +204,12 @@ class ConnectionPool:
         raise first_error
 
     def adopt(self, dialing: asyncio.Task[UpstreamConnection]) -> None:
-        """Keep what a dialling brought that nobody waits for any more, if it brought anything."""
+        """Keep the connection of a task whose attempt has ended, if the task made one."""
         if not dialing.cancelled() and dialing.exception() is None:
             self.put_back(dialing.result())
 
     def put_back(self, connection: UpstreamConnection) -> None:
-        """Keep it for the next request, unless there are enough of them."""
+        """Keep it for the next request, unless enough are kept."""
         connection.holder = None
         if connection.transport.is_closing() or len(self._idle) >= self._max_idle:
             connection.transport.close()
@@ -226,19 +223,19 @@ class ConnectionPool:
             self._timer = loop.call_later(self._idle_seconds, self._close_old)
 
     def forget(self, connection: UpstreamConnection) -> None:
-        """It is closed."""
+        """It has been closed."""
         self.connections.discard(connection)
         if connection.holder is None and connection in self._idle:
             self._idle.remove(connection)
 
     def drain(self) -> None:
-        """Keep none from now on: those in use are closed when they are given back."""
+        """Keep none from now on; those in use are closed when they are put back."""
         self._max_idle = 0
         while self._idle:
             self._idle.pop().transport.close()
 
     def close(self) -> None:
-        """Cut them all; those in use tell their holders."""
+        """Abort them all; holders are told."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,8 +1,7 @@
-"""Heads of HTTP/1.1 messages: reads those of requests and answers, strictly, and makes those that are passed on.
+"""Heads of HTTP/1.1 messages: reads those of requests and responses, strictly, and selects the lines to forward.
 
-RFC 9112. What is doubtful in a request is not repaired but left to aiohttp, which refuses it in our words; a doubtful
-answer is an error of the upstream. One head is mostly like another but for its length, so those that came lately are
-remembered. Knows no sockets and no bodies.
+RFC 9112. A malformed request is not repaired but left to aiohttp, which refuses it; a malformed response is an error of
+the upstream. Heads repeat but for their Content-Length, so recent ones are remembered. Knows no sockets and no bodies.
 """
 
 from __future__ import annotations
@@ -23,12 +22,13 @@ H = TypeVar("H")
 MAX_HEADERS = 100
 MAX_ANSWER_HEAD_BYTES = 64 * 1024
 MAX_HOPS = 8
+MAX_INTERIM_ANSWERS = 100
 MAX_REMEMBERED = 256
 MAX_REMEMBERED_BYTES = 2048  # of one head
 
 END_OF_HEAD = b"\r\n\r\n"
 BODYLESS = (204, 304)  # statuses of responses without a body
-# Where a POST asks a model for work. Whatever else a server has, to load an adapter or to sleep, is its operator's.
+# Where a POST asks a model for work. Other paths of upstreams, such as those that load an adapter, are not forwarded.
 FORWARDED_PATHS = frozenset(
     b"/v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens /v1/embeddings "
     b"/v1/rerank /v1/score /v1/classify /v1/moderations /v1/images/generations /v1/audio/speech "
@@ -50,14 +50,14 @@ def _pattern_of(names: tuple[str, ...]) -> re.Pattern[bytes]:
     return re.compile(rf"^(?:{'|'.join(patterns)}):[^\n]*\n".encode(), re.IGNORECASE | re.MULTILINE)
 
 
-_METHODS = b"GET HEAD POST PUT PATCH DELETE OPTIONS".split()  # what to do with others is aiohttp's to say
+_METHODS = b"GET HEAD POST PUT PATCH DELETE OPTIONS".split()  # aiohttp answers others
 _FIELDS = rb"((?:" + FIELD_LINE + rb")*)\r\n"
 _REQUEST = re.compile(rb"(" + b"|".join(_METHODS) + rb") (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?\r\n" + _FIELDS)
 _FIELD = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength:[ \t]*([0-9]{1,15})(?=\r\n)")
 
-# What a request's head may be cut to, up to its last line end and behind it.
+# The beginnings of a request's head: up to its last line end, and behind it.
 _WHOLE_LINES = re.compile(rb"(?:" + FIELD_LINE + rb")*")
 _FIRST_LINES = re.compile(rb"(?:" + b"|".join(_METHODS) + rb") /[!-~]* HTTP/1\.[01]\r\n" + _WHOLE_LINES.pattern)
 _CUT_LINE = re.compile(rb"\r|[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?:(?<=.):[\t -~\x80-\xff]*\r?)?")
@@ -65,14 +65,14 @@ _CUT_FIRST_LINE = re.compile(
     b"|".join(_cut(method + b" /", rb"[!-~]*" + _cut(b" HTTP/1.", rb"(?:[01]\r?)?")) for method in _METHODS)
 )
 
-# A message that has one of them twice can mean two things.
+# A message that has one of these twice is ambiguous.
 _ONCE_ONLY = frozenset(
     b"host content-length transfer-encoding content-type content-encoding authorization x-api-key expect".split()
 )
 
 
-# What goes on is a list, since any other header may steer an upstream (`OpenAI-Organization`, `X-HTTP-Method-Override`)
-# or a browser (`Set-Cookie`, `Clear-Site-Data`). `proxy.request_headers` and `proxy.response_headers` add to it.
+# Only listed headers are forwarded: others may steer an upstream (`OpenAI-Organization`, `X-HTTP-Method-Override`) or a
+# browser (`Set-Cookie`, `Clear-Site-Data`). `proxy.request_headers` and `proxy.response_headers` add to the list.
 REQUEST_HEADERS = (
     "accept",
     "anthropic-*",
@@ -102,7 +102,7 @@ RESPONSE_HEADERS = (
     "x-ratelimit-*",
     "x-should-retry",
 )
-# Not even where a name of the config's would match.
+# Never forwarded, even if a name in the config matches.
 _NEVER_TO_UPSTREAMS = _pattern_of(NEVER_TO_UPSTREAMS)
 _NEVER_TO_CLIENTS = _pattern_of(NEVER_TO_CLIENTS)
 
@@ -151,7 +151,14 @@ class RequestHead:
         self.via = fields.get(b"via")
         self.shown_key = shown_key(text(fields.get(b"authorization")), text(fields.get(b"x-api-key")))
         self.asked_by = tuple(text(fields.get(name)) for name in (b"host", b"origin", b"sec-fetch-site"))
-        self.is_for_json = method == b"POST" and is_forwardable(target) and _may_be_json(fields)
+        kind = fields.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+        self.is_for_json = (
+            method == b"POST"
+            and is_forwardable(target)
+            and (kind == b"application/json" or kind.endswith(b"+json"))
+            and fields.get(b"content-encoding", b"identity").lower() == b"identity"
+            and fields.get(b"expect", b"100-continue").lower() == b"100-continue"
+        )
 
     def lines_for_upstreams(self, request_id: str, own_via: bytes, more: tuple[str, ...] = ()) -> bytes:
         """The header lines that any upstream may see, those of the names in `more` too, with our id and `Via`.
@@ -212,8 +219,50 @@ class AnswerHead:
         return b"%bCache-Control: %b, no-transform\r\n" % (_CACHE_CONTROL.sub(b"", lines), said or b"no-cache")
 
 
+class AnswerReader:
+    """Reads the head of one response from pieces, and skips interim responses (1xx) before it."""
+
+    __slots__ = ("_heads", "_num_interim", "_unread")
+
+    def __init__(self, heads: Heads[AnswerHead]) -> None:
+        self._heads = heads
+        self._num_interim = 0
+        self._unread = b""
+
+    @property
+    def has_part(self) -> bool:
+        """Whether a part of a head is here, which is not complete."""
+        return bool(self._unread)
+
+    def feed(self, data: bytes) -> tuple[AnswerHead, int | None, bytes] | None:
+        """The head, the length of the body and what follows the head; None: it is not complete.
+
+        Raises `UpstreamError`.
+        """
+        data = self._unread + data
+        while data:
+            end = data.find(END_OF_HEAD, 0, MAX_ANSWER_HEAD_BYTES) + len(END_OF_HEAD)
+            if end < len(END_OF_HEAD):
+                if len(data) >= MAX_ANSWER_HEAD_BYTES:
+                    raise UpstreamError("The upstream's answer has too many headers.")
+                if not data.startswith(b"HTTP/1."[: len(data)]):
+                    raise UpstreamError("The upstream's answer is not HTTP.")
+                break
+            head, length = self._heads.read(data[:end])
+            data = data[end:]
+            if head.status >= 200:
+                return head, length, data
+            self._num_interim += 1
+            if head.status == 101:
+                raise UpstreamError("The upstream wants another protocol.")
+            if self._num_interim > MAX_INTERIM_ANSWERS:
+                raise UpstreamError("The upstream sends interim answers and no other.")
+        self._unread = data
+        return None
+
+
 class Heads(Generic[H]):
-    """Reads heads of one kind, with `read_request` or `read_answer`."""
+    """Reads heads of one kind, with `read_request` or `read_answer`. Those that came lately are remembered."""
 
     __slots__ = ("_known", "_read")
 
@@ -225,11 +274,11 @@ class Heads(Generic[H]):
         return len(self._known)
 
     def __iter__(self) -> Iterator[bytes]:
-        """What is remembered."""
+        """The heads that are remembered."""
         return iter(self._known)
 
     def read(self, head: bytes) -> tuple[H, int | None]:
-        """What a head says, with its end, and the length of the body that it announces."""
+        """A head, which ends with an empty line, and its Content-Length."""
         match = _LENGTH.search(head)
         if match is None:
             length = None
@@ -248,7 +297,7 @@ class Heads(Generic[H]):
 
 
 def read_request(head: bytes) -> RequestHead | None:
-    """A request's head without its length; None if there is anything odd about it."""
+    """A request's head without its Content-Length; None if it is malformed or unusual."""
     match = _REQUEST.fullmatch(head)
     if match is None:
         return None
@@ -260,9 +309,9 @@ def read_request(head: bytes) -> RequestHead | None:
 
 
 def num_whole_lines_bytes(data: bytes, num_checked: int) -> int | None:
-    """How many bytes of whole lines there are, if `data` may become the head of a request, else None.
+    """How many bytes of complete lines there are, if `data` may become the head of a request, else None.
 
-    `num_checked` is what was found of a shorter beginning of it, or 0.
+    `num_checked` is the result for a shorter beginning of the same head, or 0.
     """
     end = data.rfind(b"\n") + 1
     if end == 0:
@@ -272,7 +321,7 @@ def num_whole_lines_bytes(data: bytes, num_checked: int) -> int | None:
 
 
 def read_answer(head: bytes) -> AnswerHead:
-    """An answer's head without its length. Raises `UpstreamError`."""
+    """A response's head without its Content-Length. Raises `UpstreamError`."""
     match = _ANSWER.fullmatch(head)
     if match is None:
         raise UpstreamError("The upstream's answer is not HTTP.")
@@ -284,7 +333,7 @@ def read_answer(head: bytes) -> AnswerHead:
 
 
 def read_fields(found: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes] | None:
-    """The fields by name, or None if there are too many, or twice one that may stand there once."""
+    """The fields by name; None if there are too many, or if one is repeated that must not be."""
     fields: dict[bytes, bytes] = {}
     num_fields = 0
     for name, value in found:
@@ -300,12 +349,12 @@ def read_fields(found: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes] | No
 
 
 def is_forwardable(path: bytes) -> bool:
-    """Whether a POST to this path is for a model, which its JSON body names. In no other spelling."""
+    """Whether a POST to this path is for a model, which its JSON body names. Other spellings of a path are not."""
     return path.partition(b"?")[0] in FORWARDED_PATHS
 
 
 def usual_spelling(path: bytes) -> bytes:
-    """The path of a forwarded endpoint that was asked for with doubled or trailing slashes, or without `/v1`."""
+    """The path of a forwarded endpoint, given with doubled or trailing slashes or without `/v1`."""
     path, mark, query = path.partition(b"?")
     spelt = b"/" + b"/".join(part for part in path.split(b"/") if part)
     usual = next((each for each in (spelt, b"/v1" + spelt) if each in FORWARDED_PATHS), path)
@@ -313,12 +362,12 @@ def usual_spelling(path: bytes) -> bytes:
 
 
 def without_limits(lines: bytes) -> bytes:
-    """An answer's lines but those of the upstream's rate limits, for who has limits of ours and would see both."""
+    """A response's lines without the upstream's rate limits, for clients that get the limits of their key here."""
     return _LIMITS.sub(b"", lines)
 
 
 def status_line(status: int) -> bytes:
-    """`HTTP/1.1 200 OK` and its line end. The upstream's own words for a status are not passed on."""
+    """`HTTP/1.1 200 OK` and its line end. The upstream's own phrase for a status is not forwarded."""
     return _REASONS.get(status) or b"HTTP/1.1 %d \r\n" % status
 
 
@@ -336,15 +385,6 @@ def _keeps_alive(fields: Mapping[bytes, bytes], *, is_http_1_0: bool) -> bool:
     """Whether the connection may be used again after this message."""
     wish = fields.get(b"connection", b"").lower()
     return b"keep-alive" in wish if is_http_1_0 else b"close" not in wish
-
-
-def _may_be_json(fields: Mapping[bytes, bytes]) -> bool:
-    kind = fields.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
-    if not (kind == b"application/json" or kind.endswith(b"+json")):
-        return False
-    if fields.get(b"content-encoding", b"identity").lower() != b"identity":
-        return False
-    return fields.get(b"expect", b"100-continue").lower() == b"100-continue"
 
 
 def _without_named(lines: bytes, fields: Mapping[bytes, bytes]) -> bytes:

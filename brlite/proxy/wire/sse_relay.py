@@ -1,9 +1,9 @@
-"""Splices a stream of server-sent events: whole events go on at once as they came, byte for byte; half ones wait.
+"""Relays server-sent events. Complete events are forwarded unchanged, at once; an incomplete one is buffered.
 
-So what a client has seen is always whole, and after a failure an error event can follow. Chunks that hold whole events
-keep their framing; only where an event is spread over chunks are new ones made. Knows no sockets, and of an event only
-whether it is one: its data is JSON or `[DONE]`. All else is as the HTML Standard says (§9.2.6, "Interpreting an event
-stream"): fields without a meaning or a colon, any line ends, a byte order mark.
+So a client only gets complete events, and an error event can follow after a failure. Chunks of complete events keep
+their framing; an event that is spread over chunks gets a new chunk. Knows no sockets. Of an event it checks that its
+data is JSON or `[DONE]`. The rest follows the HTML Standard (§9.2.6, "Interpreting an event stream"): unknown fields,
+fields without a colon, any line ends, a byte order mark.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class _Choice(msgspec.Struct, gc=False):
 
 
 class _Event(msgspec.Struct, gc=False):
-    """What tells a stream that is at its end from one that was cut. Decoding it costs little more than checking it."""
+    """The fields that show whether a stream is complete or cut. Decoding them costs little more than checking JSON."""
 
     choices: list[_Choice] | None = None
     error: object = None
     usage: object = None
-    message: msgspec.Raw = _NULL  # of `/v1/messages`; it and the next may hold a usage
+    message: msgspec.Raw = _NULL  # of `/v1/messages`; it and `response` may have a usage
     response: msgspec.Raw = _NULL
     type: object = None  # of the kinds that have no choices
     sequence_number: object = None
@@ -54,20 +54,20 @@ _EVENT = msgspec.json.Decoder(_Event)
 
 
 class BrokenStream(Exception):
-    """The stream is not, or no longer, one of whole events. `good` are those before in the same bytes."""
+    """The stream is malformed or cut. `good` are the complete events before that in the same bytes."""
 
     good = b""
 
 
 class SseRelay:
-    """Takes what an upstream sends, gives what the client gets: `feed` and `feed_eof`.
+    """Takes what an upstream sends and gives what the client gets: `feed` and `feed_eof`.
 
-    `error` is set once the stream is broken; what `feed` gave until then is whole. `is_done` is its good end. Whether
-    it is one, the kind's last event says: before it the stream is cut, after it whole, however the connection ends. A
-    stream of completions that has finished without `[DONE]` gets one.
+    `error` is set when the stream is broken; what `feed` gave before is complete. `is_done` is set when it is complete.
+    The last event of its kind decides that: before it the stream is cut, after it complete, however the connection
+    ends. A stream of completions that has finished without `[DONE]` gets one.
 
-    Of an event longer than `max_event_bytes` the parts go on as they come, and are not looked at; while
-    `is_within_event` nothing can follow but the rest of it.
+    An event longer than `max_event_bytes` is relayed in parts, which are not checked; while `is_within_event` nothing
+    can follow but the rest of it.
     """
 
     __slots__ = (
@@ -121,7 +121,7 @@ class SseRelay:
 
     @property
     def num_text_bytes(self) -> int:
-        """About as many bytes as the events' texts have: events of a stream have the same fields around them."""
+        """An estimate of the bytes of the events' texts: all events of a stream have the same fields around them."""
         return self.num_data_bytes - self._smallest_event * self.num_events if self.num_events else 0
 
     @property
@@ -140,7 +140,7 @@ class SseRelay:
         return self._is_spoilt or bool(self._body.excess)
 
     def feed(self, data: bytes) -> bytes:
-        """What the client gets of the next bytes; b"" is nothing yet."""
+        """What the client gets of the next bytes; b"": nothing yet."""
         whole = 0
         try:
             chunks = self._chunks
@@ -162,30 +162,30 @@ class SseRelay:
             self._body.feed_eof()
         except FramingError as error:
             return self._break(error)
-        self._needs_end = True  # nothing but the stream itself can tell such an end from a cut
+        self._needs_end = True  # only the stream itself can tell such an end from a cut
         return self._finish()
 
     def end_if_whole(self) -> bytes | None:
-        """What ends a stream whose connection does not end; None if the stream is not whole."""
+        """What ends a stream whose connection stays open; None if the stream is not complete."""
         if not self._saw_end or self.is_within_event:
             return None
         self._is_spoilt = self.is_done = True
         return LAST_CHUNK if self._is_chunked else b""
 
     def error_event(self, error: RequestError) -> bytes:
-        """What tells the client that the stream has failed, if it is not whole, and ends it."""
+        """What ends the stream for the client: an error event, unless the stream is complete."""
         event = b"" if self._saw_end else self._framed(error_event(self._kind, error, self._sequence_number))
         return event + LAST_CHUNK if self._is_chunked else event
 
     def _break(self, error: Exception) -> bytes:
-        """End the stream, well if all of it had come. What the client gets."""
+        """End the stream: complete, if its last event was here, else broken. Returns what the client gets."""
         end = self.end_if_whole()
         if end is None:
             self.error = str(error)
         return end or b""
 
     def _whole_chunk(self, data: bytes, position: int) -> int:
-        """Where the chunk at `position` ends, if it is all there and holds whole events, else 0."""
+        """Where the chunk at `position` ends, if it is complete and holds complete events, else 0."""
         size = CHUNK_SIZE.match(data, position)
         if size is None:
             return 0
@@ -231,7 +231,7 @@ class SseRelay:
         return out + self._finish() if self._body.is_done else out
 
     def _part_of_long_event(self) -> bytes:
-        """What may go on of an event that has not ended: all that cannot be a part of its end."""
+        """What can be relayed of an event that has not ended: all that cannot be a part of its end."""
         held = self._held
         self.is_within_event = self._has_unseen = True
         size = max(0, len(held) - MAX_MARK_BYTES)
@@ -244,7 +244,7 @@ class SseRelay:
         return b"%x\r\n%b\r\n" % (len(events), events) if events and self._is_chunked else events
 
     def _finish(self) -> bytes:
-        """What the client gets at the end of the framing, which is the stream's good end only where that is whole."""
+        """What the client gets at the end of the framing. The stream may be cut all the same."""
         if self._held.strip() or self.is_within_event:
             return self._break(BrokenStream("it ends in the middle of an event"))
         end = self._framed(bytes(self._held))  # line ends behind the last event, such as the LF of its CR LF
@@ -259,14 +259,14 @@ class SseRelay:
         return end + LAST_CHUNK if self._is_chunked else end
 
     def _check_end(self, *, is_sure: bool) -> None:
-        """Raise `BrokenStream` if a choice has not come to its end, or nothing shows that any has."""
+        """Raise `BrokenStream` if a choice has not finished, or if no choice is known to have finished."""
         if self._has_unseen:
-            return  # it may have been in there
+            return  # the finish may have been in there
         if not self._has_error and not (is_sure and all(self._has_finished.values())):
             raise BrokenStream("it ends early")
 
     def _check(self, events: bytes, begin: int = 0) -> None:
-        """Note what the events from `begin` on say. Raises `BrokenStream` if one of them is none."""
+        """Check the events from `begin` on, and note their fields. Raises `BrokenStream` for malformed ones."""
         is_plain = not begin and events.startswith(b"data: {")
         if is_plain and events.find(b"\n") == len(events) - 2 and b"\r" not in events:
             self._check_data(events[6:-2])
@@ -296,8 +296,11 @@ class SseRelay:
         try:
             text.isascii() or text.decode()
             self._note(_EVENT.decode(text), text)
-        except msgspec.ValidationError:
-            self._check_json(text)  # no completion's event, but one all the same
+        except msgspec.ValidationError:  # not an event of a completion, but it may be another API's
+            try:
+                _JSON.decode(text)
+            except (msgspec.DecodeError, RecursionError):
+                raise BrokenStream("an event of it is not JSON") from None
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             raise BrokenStream("an event of it is not JSON") from None
         self.num_events += 1
@@ -312,7 +315,10 @@ class SseRelay:
         if event.usage is not None or ((event.message != _NULL or event.response != _NULL) and b'"usage"' in text):
             self.usage_events = (*self.usage_events[:1], text)
         if event.type is not None and self._last_types:
-            self._note_type(event)
+            if isinstance(event.type, str) and event.type in self._last_types:
+                self._saw_end = True
+            if isinstance(event.sequence_number, int):
+                self._sequence_number = event.sequence_number + 1
         for choice in event.choices or ():
             reason = choice.finish_reason
             if reason is None:
@@ -323,21 +329,9 @@ class SseRelay:
         if len(self._has_finished) > MAX_CHOICES:
             raise BrokenStream(f"it has more than {MAX_CHOICES} choices")
 
-    def _note_type(self, event: _Event) -> None:
-        if isinstance(event.type, str) and event.type in self._last_types:
-            self._saw_end = True
-        if isinstance(event.sequence_number, int):
-            self._sequence_number = event.sequence_number + 1
-
-    def _check_json(self, text: bytes) -> None:
-        try:
-            _JSON.decode(text)
-        except (msgspec.DecodeError, RecursionError):
-            raise BrokenStream("an event of it is not JSON") from None
-
 
 def _only_data(data: bytes) -> bytes | None:
-    """The data of a chunk that holds one event with one line of it, as nearly all of them do; else None."""
+    """The data of a chunk that holds one event with one line of data, as nearly all chunks do; else None."""
     plain = _PLAIN_CHUNK.match(data)
     if plain is None:
         return None

@@ -184,7 +184,7 @@ async def test_a_server_without_the_path_is_well_and_the_log_says_so_once(
 
     assert upstream.is_healthy
     (record,) = (record for record in caplog.records if record.name == "brlite.proxy.routing.health")
-    assert record.getMessage() == "upstream one has no /health (it answers 405): that it answers is taken for health"
+    assert record.getMessage() == "upstream one has no /health (it answers 405): any answer counts as healthy"
 
 
 async def test_an_upstream_without_a_health_path_is_never_asked(start: Start, eventually: Eventually) -> None:
