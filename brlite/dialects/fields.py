@@ -61,6 +61,12 @@ OBEYED = (
     ObeyedField("cache_salt", BOTH, (VLLM, SGLANG)),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
     ObeyedField("add_special_tokens", (COMPLETIONS, TOKENIZE), (VLLM,)),
+    ObeyedField("response_format", BOTH, EVERYBODY, "docs/structured-output.md, as all below"),
+    ObeyedField("guided_json guided_regex guided_choice guided_grammar", BOTH, (VLLM_04, VLLM)),
+    ObeyedField("guided_whitespace_pattern structured_outputs", BOTH, (VLLM,)),
+    ObeyedField("json_schema", BOTH, (LLAMA_CPP, SGLANG)),
+    ObeyedField("grammar", BOTH, (LLAMA_CPP,)),
+    ObeyedField("regex ebnf", BOTH, (SGLANG,)),
     ObeyedField("return_token_strs", (TOKENIZE,), (VLLM,)),
 )
 
@@ -83,7 +89,7 @@ NOT_DECODED = (
     Field("prompt_cache_key prompt_cache_options prompt_cache_retention", (OPENAI,), None),
     Field("parallel_tool_calls", (OPENAI, VLLM, SGLANG), None),  # needs tools, which are refused
     Field("request_id rid session_id conversation_id priority", (VLLM, SGLANG), None),
-    Field("guided_decoding_backend guided_whitespace_pattern", (VLLM,), None),  # need a guided_… field
+    Field("guided_decoding_backend", (VLLM,), None),  # how it is done
     Field("spaces_between_special_tokens", (VLLM_04, VLLM), None),  # only slow tokenizers have them
     Field("separate_reasoning stream_reasoning", (SGLANG,), None),  # where reasoning stands, not what it is
     Field("mm_processor_kwargs", (VLLM,), None),  # needs images
@@ -92,13 +98,10 @@ NOT_DECODED = (
     Field("mirostat_tau mirostat_eta dynatemp_exponent xtc_threshold", (LLAMA_CPP,), None),  # each needs another one
     Field("dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers", (LLAMA_CPP,), None),
     # Structured output.
-    Field("response_format", (OPENAI, VLLM_04, VLLM, LLAMA_CPP, SGLANG), ({"type": "text"},)),
-    Field("guided_json guided_regex guided_choice guided_grammar", (VLLM_04, VLLM)),
-    Field("structured_outputs structural_tag", (VLLM,), ({},)),
-    Field("json_schema grammar", (LLAMA_CPP, SGLANG), ("", {})),
+    Field("structural_tag", (SGLANG,), ("", {}), "response_format"),
     Field("grammar_lazy", (LLAMA_CPP,), (False,)),
     Field("grammar_triggers", (LLAMA_CPP,), ([],)),
-    Field("regex ebnf stop_regex", (SGLANG,), ("", [])),
+    Field("stop_regex", (SGLANG,), ("", []), "stop"),
     # Tools.
     Field("tools functions", (OPENAI, VLLM, LLAMA_CPP, SGLANG), ([],)),
     Field("tool_choice function_call", (OPENAI, VLLM, LLAMA_CPP, SGLANG), ("none", "auto")),

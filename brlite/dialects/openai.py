@@ -19,6 +19,7 @@ from brlite.dialects.event import TokenText, TokenUsage
 from brlite.dialects.fields import not_supported
 from brlite.dialects.generation import Generation, Truncation, in_client_words
 from brlite.dialects.sse import DONE_EVENT, frame
+from brlite.dialects.structured_output import StructuredFields, structured_output
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams
 
@@ -62,7 +63,7 @@ class ChatMessage(Struct):
 Whole = int | float
 
 
-class SamplingFields(Struct, kw_only=True):
+class SamplingFields(StructuredFields, kw_only=True):
     """What both kinds of completion take. `None` is the default, as in OpenAI's schema."""
 
     model: str | None = None
@@ -132,7 +133,7 @@ def sampling_params(body: SamplingFields, field_names: Mapping[str, str], **more
     """The sampling parameters that were given, and `more` of them. Raises `InvalidRequest`."""
     given = {name: value for name in _SAMPLING_NAMES if (value := getattr(body, name)) is not None}
     try:
-        return SamplingParams(**{**given, **more})
+        return SamplingParams(**{**given, "structured": structured_output(body), **more})
     except InvalidRequest as error:
         raise in_client_words(error, field_names) from None
 

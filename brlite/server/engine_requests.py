@@ -17,6 +17,7 @@ async def make_requests(
     """
     requests: list[Request] = []
     warnings: list[str] = []
+    grammar = await engine.compile(call.params.structured, tenant=tenant)
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
         token_ids = await encode(prompt, engine, tenant, is_bounded=call.truncation is None)
@@ -36,6 +37,7 @@ async def make_requests(
                 tenant=tenant,
                 group=answer_id,
                 is_exempt_from_queue_timeout=index > 0,
+                grammar=grammar,
             )
         )
     return requests, warnings

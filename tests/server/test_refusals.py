@@ -54,8 +54,6 @@ MakeClient = Callable[..., Awaitable[Client]]
         ({"stream_options": {"frob": True}, "stream": True}, "stream_options"),
         ({"stream_options": {"include_obfuscation": True}, "stream": True}, "stream_options.include_obfuscation"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"guided_regex": "a+"}, "guided_regex"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"best_of": 3}, "best_of"),
         ({"chat_template": "{{ x }}"}, "chat_template"),

@@ -1,0 +1,165 @@
+"""The fields that bound what an answer can be, in the words of OpenAI, vLLM, llama.cpp and SGLang.
+
+All come to one `StructuredOutput`. A schema stays the JSON text that the client sent: the order of its keys counts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+
+from brlite.dialects.json_body import decode_json
+from brlite.errors import InvalidRequest
+from brlite.sampling_params import StructuredOutput
+
+NULL = Raw(b"null")
+FORMATS = ("text", "json_object", "json_schema", "structural_tag")
+
+
+class StructuredFields(Struct, kw_only=True):
+    """What both kinds of completion take. Values that may be objects stay encoded until they are needed."""
+
+    response_format: Raw = NULL
+    guided_json: Raw = NULL
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    structured_outputs: Raw = NULL
+    json_schema: Raw = NULL
+    grammar: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+
+class JsonSchemaFormat(Struct):
+    """`schema` is obeyed whether `strict` or not; the rest is for people."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: Raw = NULL
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct):
+    """OpenAI's; llama.cpp takes a `schema` beside "json_object" too, vLLM a structural tag."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+    schema: Raw = NULL
+
+
+class VllmStructuredOutputs(Struct, forbid_unknown_fields=True):
+    json: Raw = NULL
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: Raw = NULL
+    whitespace_pattern: str | None = None
+    disable_fallback: bool | None = None  # there is none
+    disable_any_whitespace: bool | None = None  # there is none unless a pattern allows it
+    disable_additional_properties: bool | None = None
+
+
+_FORMAT = msgspec.json.Decoder(ResponseFormat)
+_VLLM = msgspec.json.Decoder(VllmStructuredOutputs)
+_TEXT = msgspec.json.Decoder(str)
+
+
+def structured_output(body: StructuredFields) -> StructuredOutput | None:
+    """What the answer must look like; None where no field says so. Raises `InvalidRequest` where two fields do."""
+    if all(getattr(body, name) in (None, NULL) for name in StructuredFields.__struct_fields__):
+        return None
+    wishes: dict[str, dict[str, Any]] = {
+        "response_format": _response_format(body.response_format),
+        "structured_outputs": _structured_outputs(body.structured_outputs),
+        "guided_json": _schema("guided_json", body.guided_json),
+        "guided_regex": {"regex": body.guided_regex} if body.guided_regex else {},
+        "guided_choice": {"choice": tuple(body.guided_choice)} if body.guided_choice else {},
+        "guided_grammar": {"grammar": body.guided_grammar} if body.guided_grammar else {},
+        "json_schema": _schema("json_schema", body.json_schema) if _says_something(body.json_schema) else {},
+        "grammar": {"grammar": body.grammar} if body.grammar else {},
+        "regex": {"regex": body.regex} if body.regex else {},
+        "ebnf": {"grammar": body.ebnf} if body.ebnf else {},
+    }
+    given = {name: wish for name, wish in wishes.items() if wish}
+    if len(given) > 1 and given.get("response_format") == {"json_object": True}:
+        del given["response_format"]  # the other field says more of the object
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InvalidRequest(f"only one of {' and '.join(given)} may be given", param=list(given)[1])
+    ((name, wish),) = given.items()
+    if body.guided_whitespace_pattern and ("json_schema" in wish or "json_object" in wish):
+        wish = {"whitespace_pattern": body.guided_whitespace_pattern, **wish}
+    return StructuredOutput(**wish, param=name)
+
+
+def _response_format(raw: Raw) -> dict[str, Any]:
+    if raw == NULL:
+        return {}
+    wanted = _decode("response_format", raw, _FORMAT)
+    if wanted.type not in FORMATS:
+        raise InvalidRequest(
+            f"response_format.type must be one of {', '.join(FORMATS)}, got {wanted.type[:64]!r}",
+            param="response_format.type",
+        )
+    if wanted.type == "json_object":
+        return {"json_object": True} if wanted.schema == NULL else _schema("response_format", wanted.schema)
+    if wanted.type == "structural_tag":
+        return {"structural_tag": bytes(raw).decode()}
+    if wanted.type == "text":
+        return {}
+    if wanted.json_schema is None or wanted.json_schema.schema == NULL:
+        raise InvalidRequest(
+            'response_format.json_schema must be {"name": …, "schema": {…}}', param="response_format.json_schema"
+        )
+    return _schema("response_format", wanted.json_schema.schema)
+
+
+def _structured_outputs(raw: Raw) -> dict[str, Any]:
+    if raw == NULL:
+        return {}
+    wanted = _decode("structured_outputs", raw, _VLLM)
+    if wanted.disable_additional_properties:
+        raise InvalidRequest(
+            "structured_outputs.disable_additional_properties is not supported; say additionalProperties: false in the "
+            "schema",
+            param="structured_outputs.disable_additional_properties",
+        )
+    wishes: dict[str, Any] = {
+        **_schema("structured_outputs.json", wanted.json),
+        "regex": wanted.regex,
+        "choice": tuple(wanted.choice or ()),
+        "grammar": wanted.grammar,
+        "json_object": wanted.json_object,
+        "structural_tag": _schema("structured_outputs.structural_tag", wanted.structural_tag).get("json_schema"),
+    }
+    given = {name: wish for name, wish in wishes.items() if wish}
+    if given and wanted.whitespace_pattern:
+        given["whitespace_pattern"] = wanted.whitespace_pattern
+    return given
+
+
+def _schema(name: str, raw: Raw) -> dict[str, Any]:
+    """The text of a schema, which a client may send as an object or as a string of JSON."""
+    if raw == NULL:
+        return {}
+    data = bytes(raw)
+    return {"json_schema": _decode(name, raw, _TEXT) if data.startswith(b'"') else data.decode()}
+
+
+def _says_something(raw: Raw) -> bool:
+    """An empty schema or text is llama.cpp's and SGLang's way to say none."""
+    return bytes(raw).replace(b" ", b"") not in (b"{}", b'""')
+
+
+def _decode(name: str, raw: Raw, decoder: msgspec.json.Decoder[Any]) -> Any:
+    try:
+        return decode_json(bytes(raw), decoder)
+    except InvalidRequest as error:
+        param = f"{name}.{error.param}" if error.param else name
+        raise InvalidRequest(f"{name}: {error}", param=param, code=error.code) from None
