@@ -115,8 +115,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         """Raise `InvalidRequest` where `top_k` or a token id lies outside a vocabulary of `vocab_size` tokens."""
         if self.top_k > vocab_size:
             raise InvalidRequest(f"top_k must be -1, 0 or 1 to {vocab_size}, got {self.top_k}", param="top_k")
-        check_token_ids(self.stop_token_ids, vocab_size, param="stop_token_ids")
-        check_token_ids(self.logit_bias, vocab_size, param="logit_bias")
+        for param, token_ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
+            if token_ids:
+                check_token_ids(token_ids, vocab_size, param=param)
 
 
 def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) -> None:

@@ -165,9 +165,10 @@ class EngineLoop:
         Raises `PromptTooLong` before that, if it `is_bounded`, for a text that is too long however it is encoded.
         """
         self._check_loop()
+        tokenizer = self._engine.tokenizer
         if is_bounded:
-            check_length(self.tokenizer.fewest_tokens(text), self.info, param=param, at_least="at least ")
-        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
+            check_length(tokenizer.fewest_tokens(text), self._engine.info, param=param, at_least="at least ")
+        encode = functools.partial(tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
         return await self._off_loop_if(len(text) > LONG_TEXT, tenant, encode)
 
     async def encode_chat(
@@ -184,7 +185,7 @@ class EngineLoop:
         It is rendered on another thread however short it is: a template may take all the time that it is given.
         """
         render = functools.partial(
-            self.tokenizer.render_chat,
+            self._engine.tokenizer.render_chat,
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,

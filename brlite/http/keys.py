@@ -112,11 +112,6 @@ def shown_key(authorization: str | None, x_api_key: str | None) -> str | None:
     return x_api_key
 
 
-def api_key(request: web.BaseRequest) -> ApiKey:
-    """The key that the request was let in with. Only for handlers of resources that are not open."""
-    return request[API_KEY]
-
-
 def shown_api_key(request: web.Request) -> ApiKey | None:
     """The accepted key that the request shows, for handlers of open resources; None if there is none."""
     headers = request.headers
@@ -125,7 +120,7 @@ def shown_api_key(request: web.Request) -> ApiKey | None:
 
 def spend_tokens(request: web.BaseRequest, prompt_tokens: int, completion_tokens: int) -> None:
     """Count what the request has used under its key."""
-    api_key(request).spend(time.monotonic(), prompt_tokens, completion_tokens)
+    request[API_KEY].spend(time.monotonic(), prompt_tokens, completion_tokens)
 
 
 def _continued(known: ApiKey | None, key: ApiKey) -> ApiKey:

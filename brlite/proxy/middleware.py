@@ -16,7 +16,7 @@ from brlite.config.options import LimitsConfig
 from brlite.errors import ModelNotFound, RequestError
 from brlite.http.access_log import log_extras
 from brlite.http.body import keep_body, read_body
-from brlite.http.keys import api_key
+from brlite.http.keys import API_KEY
 from brlite.http.request_id import shown_request_id
 from brlite.proxy.downstream import reset
 from brlite.proxy.exchange import Exchange
@@ -40,7 +40,7 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         if not is_forwardable(wire_path):
             return await handler(request)
         body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
-        inbound = read_inbound(_head_of(request, wire_path), body, api_key(request))
+        inbound = read_inbound(_head_of(request, wire_path), body, request[API_KEY])
         route = forwarder.table.find(inbound.model)
         if route is None:
             if is_only_proxy:
@@ -127,7 +127,7 @@ class ResponseDownstream:
         self._changed.set()
 
     def _headers(self, lines: bytes) -> list[tuple[str, str]]:
-        has_limits = api_key(self._request).has_limits
+        has_limits = self._request[API_KEY].has_limits
         return _headers(without_limits(lines) if has_limits else lines)
 
     async def _wait(self) -> None:

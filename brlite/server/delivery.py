@@ -25,7 +25,7 @@ from brlite.engine.request import Request
 from brlite.errors import BrliteError, EngineError, InvalidRequest, stopping
 from brlite.http.access_log import log_extras
 from brlite.http.events import EventStream
-from brlite.http.keys import api_key, spend_tokens
+from brlite.http.keys import API_KEY, spend_tokens
 from brlite.outputs import RequestOutput
 from brlite.server.engine_requests import make_requests
 from brlite.server.event_builder import EventBuilder
@@ -63,7 +63,7 @@ class Delivery:
         self._call = call
         self._model_name = model_name
         self._limits = limits
-        self._tenant = api_key(request).tenant
+        self._tenant = request[API_KEY].tenant
         self._outputs: dict[int, RequestOutput] = {}  # that are not sent yet
         self._num_open = 0
         self._error: BrliteError | None = None

@@ -29,7 +29,7 @@ from brlite.dialects.openai_tokens import (
 )
 from brlite.errors import Forbidden, NotFound, stopping
 from brlite.http.body import leave_body, read_body
-from brlite.http.keys import KEYS, api_key, shown_api_key
+from brlite.http.keys import API_KEY, KEYS, shown_api_key
 from brlite.sampling_params import check_token_ids
 from brlite.server import metrics
 from brlite.server.delivery import StreamDelivery, WholeDelivery
@@ -65,7 +65,7 @@ def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
     Raises `Forbidden` or `RateLimited` for the key, `ModelNotFound`, and `NotReady` or `QueueFull` for a model that
     does not take work. The key is checked first, so that a client without access cannot find out model names.
     """
-    models, key = request.app[MODELS], api_key(request)
+    models, key = request.app[MODELS], request[API_KEY]
     name = models.resolve(name) if name else models.find(None).name
     key.check_model(name)
     key.begin(time.monotonic())
@@ -81,7 +81,7 @@ def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
 
 async def tokenize(request: web.Request) -> web.Response:
     """Count and show the tokens of a text of any length: only the body's size is limited."""
-    limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = decode_tokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
     with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
@@ -94,7 +94,7 @@ async def tokenize(request: web.Request) -> web.Response:
 
 
 async def detokenize(request: web.Request) -> web.Response:
-    limits, tenant = request.app[CONFIG].limits, api_key(request).tenant
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     body, warnings = decode_detokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds))
     with admit(request, body.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
@@ -106,7 +106,7 @@ async def detokenize(request: web.Request) -> web.Response:
 async def tokenizer_info(request: web.Request) -> web.Response:
     """The first request of lm-eval. The query parameter `model` is needed where several models are served."""
     with admit(request, request.query.get("model")) as model:
-        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, api_key(request).tenant)
+        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
         tokenizer = engine.tokenizer
         bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
         info = TokenizerInfo(
@@ -131,7 +131,7 @@ async def not_built(request: web.Request) -> web.Response:
 
 async def list_models(request: web.Request) -> web.Response:
     """The models that the key may use; of remote ones, those with a reachable upstream."""
-    models, may_use = request.app[MODELS], api_key(request).may_use
+    models, may_use = request.app[MODELS], request[API_KEY].may_use
     here = [local_card(name, model) for name, model in models.names() if may_use(model.name)]
     remote = [forwarded_card(model) for model in models.forwarded if model.num_available and may_use(model.model)]
     return _json(ModelList(data=here + remote))
@@ -140,7 +140,7 @@ async def list_models(request: web.Request) -> web.Response:
 async def get_model(request: web.Request) -> web.Response:
     name, models = request.match_info["name"], request.app[MODELS]
     forwarded = models.find_forwarded(name)
-    api_key(request).check_model(models.resolve(name) if forwarded is None else forwarded.model)
+    request[API_KEY].check_model(models.resolve(name) if forwarded is None else forwarded.model)
     return _json(local_card(name, models.find(name)) if forwarded is None else forwarded_card(forwarded))
 
 

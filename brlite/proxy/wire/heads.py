@@ -14,12 +14,12 @@ from typing import Generic, TypeVar
 
 from brlite.config.options import NEVER_TO_CLIENTS, NEVER_TO_UPSTREAMS
 from brlite.errors import UpstreamError
+from brlite.http.connection import MAX_HEADERS
 from brlite.http.keys import shown_key
 from brlite.proxy.wire.framing import FIELD_LINE
 
 H = TypeVar("H")
 
-MAX_HEADERS = 100
 MAX_ANSWER_HEAD_BYTES = 64 * 1024
 MAX_HOPS = 8
 MAX_INTERIM_ANSWERS = 100
