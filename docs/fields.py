@@ -1,0 +1,121 @@
+"""Writes docs/fields.md: `python docs/fields.py`.
+
+The rows come from `brlite/dialects/fields.py`, types from the request structs, ranges and defaults of sampling
+parameters from `brlite/sampling_params.py`. tests/dialects/test_field_table.py compares the page with this output.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import inspect
+
+from brlite import sampling_params
+from brlite.dialects.fields import CHAT, COMPLETIONS, DETOKENIZE, NOT_DECODED, OBEYED, OF_ONE_ENDPOINT, TOKENIZE
+from brlite.dialects.openai_chat import ChatCompletionRequest
+from brlite.dialects.openai_completions import CompletionRequest
+from brlite.dialects.openai_tokens import DetokenizeRequest, TokenizeRequest
+
+REQUESTS: dict[str, type[msgspec.Struct]] = {
+    CHAT: ChatCompletionRequest,
+    COMPLETIONS: CompletionRequest,
+    TOKENIZE: TokenizeRequest,
+    DETOKENIZE: DetokenizeRequest,
+}
+HEAD = """\
+# The fields of requests
+
+Every field of the OpenAI, vLLM, llama.cpp and SGLang APIs, and what brlite does with it. A field that is in none of
+these tables is ignored, and the answer's `warnings` name it. null is the default of every optional field.
+
+This page is printed by `docs/fields.py` from `brlite/dialects/fields.py`; do not edit it.
+
+## Obeyed
+
+`chat` is `/v1/chat/completions`, `completions` is `/v1/completions`. [HTTP API](http-api.md) says what the sampling
+parameters mean.
+
+| field | at | value | default | known to | |
+|---|---|---|---|---|---|
+"""
+OTHERS = """
+## Accepted without effect, or refused
+
+A value that cannot change the answer is accepted. Any other is a 400, `unsupported_parameter`, that names the field.
+
+| field | known to | accepted | instead |
+|---|---|---|---|
+"""
+ONE_ENDPOINT = """
+The same for fields that only another endpoint obeys:
+
+| field | known to | accepted | instead |
+|---|---|---|---|
+"""
+KINDS: dict[type[Any], str] = {
+    inspect.IntType: "integer",
+    inspect.FloatType: "number",
+    inspect.StrType: "string",
+    inspect.BoolType: "true or false",
+    inspect.ListType: "list",
+    inspect.DictType: "object",
+    inspect.StructType: "object",
+}
+
+
+def main() -> None:
+    (Path(__file__).parent / "fields.md").write_text(render(), encoding="utf-8")
+
+
+def render() -> str:
+    """The whole page as Markdown."""
+    obeyed = [
+        f"| `{name}` | {', '.join(row.endpoints)} | {describe_value(name, row.endpoints[0])} | {show_default(name)} | "
+        f"{', '.join(row.known_to)} | {row.note} |\n"
+        for row in OBEYED
+        for name in row.names.split()
+    ]
+    return HEAD + "".join(obeyed) + OTHERS + describe_rows(NOT_DECODED) + ONE_ENDPOINT + describe_rows(OF_ONE_ENDPOINT)
+
+
+def describe_value(name: str, endpoint: str) -> str:
+    rule = sampling_params._RULES.get(name)
+    if rule is not None and name != "logprobs":
+        return rule.allowed
+    fields = {field.name: field.type for field in msgspec.structs.fields(REQUESTS[endpoint])}
+    return describe_type(inspect.type_info(fields[name]))
+
+
+def describe_type(kind: inspect.Type) -> str:
+    if isinstance(kind, inspect.LiteralType):
+        return " or ".join(f'"{value}"' for value in kind.values)
+    if isinstance(kind, inspect.UnionType):
+        kinds = [each for each in kind.types if not isinstance(each, inspect.NoneType)]
+        has_number = any(isinstance(each, inspect.FloatType) for each in kinds)
+        kinds = [each for each in kinds if not (has_number and isinstance(each, inspect.IntType))]
+        return " or ".join(dict.fromkeys(map(describe_type, kinds)))
+    return KINDS[type(kind)]
+
+
+def show_default(name: str) -> str:
+    defaults = {field.name: field.default for field in msgspec.structs.fields(sampling_params.SamplingParams)}
+    default = defaults.get(name)
+    if name == "max_tokens":
+        return "completions: 16"
+    return "" if default in (None, msgspec.NODEFAULT, ()) else f"`{json.dumps(default)}`"
+
+
+def describe_rows(rows: tuple[Any, ...]) -> str:
+    lines = []
+    for row in rows:
+        names = ", ".join(f"`{name}`" for name in row.names.split())
+        values = "any value" if row.neutral is None else ", ".join(f"`{json.dumps(each)}`" for each in row.neutral)
+        lines.append(f"| {names} | {', '.join(row.known_to)} | {values or 'null'} | {row.instead} |\n")
+    return "".join(lines)
+
+
+if __name__ == "__main__":
+    main()
