@@ -46,7 +46,7 @@ def plan_bundle(
         draft=Manifest(**manifest | draft),
         side_files=read_side_files(checkpoint.path, checkpoint.config),
         shards=plan_weights(checkpoint, model, SHARD_BYTES),
-        packing=None if library is None else plan_packing(library, model, PRECISIONS[precision], 2),
+        packing=None if library is None else plan_packing(library, model, PRECISIONS[precision]),
     )
 
 

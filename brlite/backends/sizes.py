@@ -115,7 +115,8 @@ def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig)
     config = find_family(hf_config).read_config(hf_config)
     check_spec(spec, config)
     is_native = engine.backend != "torch" and find_obstacle(config, spec, engine) is None
-    dtype: KVDtype = "bfloat16" if is_native else _torch_dtype(engine)
+    is_bfloat16 = is_native or compute_dtype(engine.dtype, select_device(engine.device)).itemsize == 2
+    dtype: KVDtype = "bfloat16" if is_bfloat16 else "float32"
     precision = PRECISIONS[spec.precision]
     kv_dtype = cache_dtype(precision, engine.dtype)
     is_int8 = precision.has_int8_weights
@@ -200,8 +201,3 @@ def _rank_weight_bytes(
     if is_native:
         return native_weight_bytes(rank_parameters(config, share), is_int8=is_int8)
     return weight_bytes(shared_config(config, share), bytes_per_weight, keeps_int8=is_int8)
-
-
-def _torch_dtype(engine: EngineConfig) -> KVDtype:
-    is_bfloat16 = compute_dtype(engine.dtype, select_device(engine.device)).itemsize == 2
-    return "bfloat16" if is_bfloat16 else "float32"

@@ -62,15 +62,11 @@ def _check_tensors(
                 f"{path}: {name} has shape {excerpt(list(shapes[name]))}; the config wants {list(target.shape)}"
             )
     extra = {name for name in shapes if name not in targets}
-    unexpected = sorted(name for name in extra if not _is_ignorable(name, family, config))
+    tied_head = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    unexpected = sorted(name for name in extra - tied_head if not name.endswith(family.ignored_suffixes))
     if unexpected:
         raise ModelError(f"{path}: {_listed(unexpected)} not expected in a {family.model_type} model")
     return extra
-
-
-def _is_ignorable(name: str, family: Family, config: ModelConfig) -> bool:
-    is_tied_head = config.tie_word_embeddings and name == "lm_head.weight"
-    return is_tied_head or name.endswith(family.ignored_suffixes)
 
 
 def _listed(names: list[str]) -> str:

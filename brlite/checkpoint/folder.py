@@ -37,11 +37,17 @@ def find_weights(path: Path) -> Weights:
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder or file")
     for kind, single, index in WEIGHT_FILES:
-        files = _present(path / single, path / index)
+        files = (path / single,) if exists(path / single) else _shards(path / index) if exists(path / index) else ()
         if files:
-            _need_config(path)
+            check_model_file(path / CONFIG_FILE)
             return Weights(kind, files)
-    return Weights("gguf", (_only_gguf(path),))
+    files = tuple(sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf"))
+    if len(files) > 1 and not SPLIT_GGUF.search(files[0].name):
+        raise ModelError(f"{path}: holds {len(files)} .gguf files; give the path of one of them")
+    if files:
+        return Weights("gguf", (_whole_gguf(files[0]),))
+    looked_for = ", ".join(name for _, single, index in WEIGHT_FILES for name in (single, index))
+    raise ModelError(f"{path}: no weights: looked for {looked_for} or one .gguf file; found {_listing(path)}")
 
 
 def has_weights(folder: Path) -> bool:
@@ -55,42 +61,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return read_json_object(folder / CONFIG_FILE)
 
 
-def _present(single: Path, index: Path) -> tuple[Path, ...]:
-    if exists(single):
-        return (single,)
-    return _shards(index) if exists(index) else ()
-
-
-def _need_config(folder: Path) -> None:
-    check_model_file(folder / CONFIG_FILE)
-
-
 def _shards(index: Path) -> tuple[Path, ...]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: weight_map must map tensor names to file names, got {excerpt(weight_map)}")
-    return tuple(_shard(index, name) for name in dict.fromkeys(map(str, weight_map.values())))
-
-
-def _shard(index: Path, name: str) -> Path:
-    # A name with a folder in it could point anywhere on the machine.
-    if Path(name).name != name or "\\" in name:
-        raise ModelError(f"{index}: {excerpt(name)} must be the name of a file beside the index")
-    if not exists(index.parent / name):
-        raise ModelError(f"{index}: names the shard {excerpt(name)}, which is missing")
-    return index.parent / name
-
-
-def _only_gguf(folder: Path) -> Path:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".gguf")
-    if len(files) == 1:
-        return _whole_gguf(files[0])
-    if files and not SPLIT_GGUF.search(files[0].name):
-        raise ModelError(f"{folder}: holds {len(files)} .gguf files; give the path of one of them")
-    if files:
-        return _whole_gguf(files[0])
-    looked_for = ", ".join(name for _, single, index in WEIGHT_FILES for name in (single, index))
-    raise ModelError(f"{folder}: no weights: looked for {looked_for} or one .gguf file; found {_listing(folder)}")
+    names = tuple(dict.fromkeys(map(str, weight_map.values())))
+    for name in names:
+        # A name with a folder in it could point anywhere on the machine.
+        if Path(name).name != name or "\\" in name:
+            raise ModelError(f"{index}: {excerpt(name)} must be the name of a file beside the index")
+        if not exists(index.parent / name):
+            raise ModelError(f"{index}: names the shard {excerpt(name)}, which is missing")
+    return tuple(index.parent / name for name in names)
 
 
 def _whole_gguf(file: Path) -> Path:

@@ -30,11 +30,14 @@ class GgufCheckpoint:
             tensors = _checked_tensors(header)
             metadata = GgufMetadata(header.metadata)
             freqs = tensors.pop(ROPE_FREQS, None)
-            divisors = None if freqs is None else self._read_divisors(freqs)
+            divisors = None
+            if freqs is not None:
+                (divisors,) = (tensor.float32().reshape(-1).tolist() for tensor in tensors_in_files({path: [freqs]}))
             named = {hugging_face_name(name): tensor for name, tensor in tensors.items()}
             self._shapes = {name: tensor.shape for name, tensor in named.items()}
             self.config: dict[str, Any] = hugging_face_config(metadata, self._shapes, divisors)
-            interleaved = _interleaved_heads(metadata.architecture, self.config)
+            heads, kv_heads = self.config["num_attention_heads"], self.config["num_key_value_heads"]
+            interleaved = {"q_proj": heads, "k_proj": kv_heads} if metadata.architecture == "llama" else {}
             for name, tensor in named.items():
                 num_heads = interleaved.get(_module(name))
                 if num_heads is not None and tensor.shape[0] != num_heads * self.config["head_dim"]:
@@ -59,20 +62,9 @@ class GgufCheckpoint:
     def close(self) -> None:
         """Nothing is kept open but while tensors are read."""
 
-    def _read_divisors(self, location: TensorLocation) -> list[float]:
-        return [
-            float(number) for tensor in tensors_in_files({self.path: [location]}) for number in tensor.float32().flat
-        ]
-
 
 def _module(name: str) -> str:
     return name.split(".")[-2]
-
-
-def _interleaved_heads(architecture: str, config: dict[str, Any]) -> dict[str, int]:
-    if architecture != "llama":
-        return {}
-    return {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
 
 def _checked_tensors(header: GgufHeader) -> dict[str, TensorLocation]:

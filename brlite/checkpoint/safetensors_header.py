@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,21 +44,6 @@ def read_safetensors_header(file: Path) -> SafetensorsHeader:
     """Read a header whose tensors fill the file to its last byte. Raises `ModelError` otherwise."""
     check_model_file(file, "safetensors")
     file_bytes = file.stat().st_size
-    raw = _read_raw(file, file_bytes)
-    entries = sorted((_entry(file, name, value) for name, value in _parse(file, raw)), key=_place)
-    position = 0
-    for entry in entries:
-        if entry.begin != position:
-            raise ModelError(f"{file}: {excerpt(entry.name)} starts at byte {entry.begin} of the data, not {position}")
-        position = entry.end
-    data_start = LENGTH_BYTES + len(raw)
-    expected = data_start + position
-    if expected != file_bytes:
-        raise ModelError(f"{file}: must be {expected} bytes long by its header, but has {file_bytes}")
-    return SafetensorsHeader(entries, data_start)
-
-
-def _read_raw(file: Path, file_bytes: int) -> bytes:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
         present = file_bytes - LENGTH_BYTES
@@ -69,21 +55,25 @@ def _read_raw(file: Path, file_bytes: int) -> bytes:
             raise ModelError(
                 f"{file}: has a header of {length} bytes (allowed: {MAX_HEADER_BYTES}); save it in several shards"
             )
-        return stream.read(length)
-
-
-def _parse(file: Path, raw: bytes) -> list[tuple[str, object]]:
+        raw = stream.read(length)
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: the header is not JSON: {reason(error)}") from error
     if not isinstance(header, dict):
         raise ModelError(f"{file}: the header must be a JSON object, got {excerpt(header)}")
-    return [(name, value) for name, value in header.items() if name != "__metadata__"]
 
-
-def _place(entry: TensorEntry) -> tuple[int, int]:
-    return entry.begin, entry.end  # an empty tensor begins where the next one does
+    entries = [_entry(file, name, value) for name, value in header.items() if name != "__metadata__"]
+    entries.sort(key=attrgetter("begin", "end"))  # an empty tensor begins where the next one does
+    position = 0
+    for entry in entries:
+        if entry.begin != position:
+            raise ModelError(f"{file}: {excerpt(entry.name)} starts at byte {entry.begin} of the data, not {position}")
+        position = entry.end
+    data_start = LENGTH_BYTES + len(raw)
+    if data_start + position != file_bytes:
+        raise ModelError(f"{file}: must be {data_start + position} bytes long by its header, but has {file_bytes}")
+    return SafetensorsHeader(entries, data_start)
 
 
 def _entry(file: Path, name: str, value: object) -> TensorEntry:

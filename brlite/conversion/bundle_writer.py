@@ -18,10 +18,10 @@ import msgspec
 import numpy as np
 
 from brlite.backends.native.abi import INT8, LANES
-from brlite.backends.native.layout import Layout, packed_layout
+from brlite.backends.native.layout import packed_layout
 from brlite.backends.native.loading import LAYOUT_VERSION
 from brlite.backends.native.packed_file import PackedFileError, PackedFileKey, read_packed_file_key
-from brlite.backends.native.packed_weights import PackedFile
+from brlite.backends.native.packed_weights import PackedFile, Packing
 from brlite.backends.native.packer import PackingThreads
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import (
@@ -53,19 +53,11 @@ from brlite.conversion.safetensors_writer import (
 )
 from brlite.errors import ModelError
 from brlite.files.temporary import PART_SUFFIX, sweep
+from brlite.machine import physical_cores
 from brlite.precision import Precision
 
 SHARD_BYTES = 2 * 10**9
 NO_IDENTITY = "0" * IDENTITY_CHARACTERS
-
-
-class Packing(NamedTuple):
-    """What it takes to pack the weights for the native kernels."""
-
-    library: ctypes.CDLL
-    layout: Layout
-    key: PackedFileKey
-    num_threads: int
 
 
 class BundlePlan(NamedTuple):
@@ -89,10 +81,10 @@ class BundlePlan(NamedTuple):
         return sum(shard.num_bytes for shard in self.shards) + packed
 
 
-def plan_packing(library: ctypes.CDLL, model: CheckedModel, precision: Precision, num_threads: int) -> Packing:
+def plan_packing(library: ctypes.CDLL, model: CheckedModel, precision: Precision) -> Packing:
     layout = packed_layout(library, model.parameters, precision)
     key = PackedFileKey(LAYOUT_VERSION, precision.weights_name, NO_IDENTITY, layout.num_bytes)
-    return Packing(library, layout, key, num_threads)
+    return Packing(library, layout, key)
 
 
 def plan_weights(checkpoint: Checkpoint, model: CheckedModel, shard_bytes: int = SHARD_BYTES) -> list[PlannedShard]:
@@ -116,7 +108,8 @@ def find_finished(plan: BundlePlan) -> Manifest | None:
     manifest = read_manifest(plan.folder)
     records = {name: record_of(content) for name, content in _side_files(plan).items()}
     is_same = _essence(manifest) == _essence(plan.draft) and records.items() <= manifest.files.items()
-    has_all = set(_weight_names(plan)) <= manifest.files.keys()
+    packed = set() if plan.packing is None else {packed_name(plan.draft.precision)}
+    has_all = packed | {shard.file_name for shard in plan.shards} <= manifest.files.keys()
     are_whole = all(_has_size(plan.folder / name, record) for name, record in manifest.files.items())
     return manifest if is_same and has_all and are_whole else None
 
@@ -228,11 +221,9 @@ class _Bundling:
     def _write_both(self, packing: Packing, name: str) -> Rounding | None:
         rounding = None
         with ExitStack() as opened:
-            pool = opened.enter_context(PackingThreads(packing.num_threads))
+            pool = opened.enter_context(PackingThreads(physical_cores()))
             copying = opened.enter_context(self._copying())
-            packed_file = opened.enter_context(
-                PackedFile(self._folder / name, packing.key, packing.library, packing.layout, pool, self._on_bytes)
-            )
+            packed_file = opened.enter_context(PackedFile(self._folder / name, packing, pool, self._on_bytes))
             opened.callback(pool.end)  # before the file they write to is closed
             plan = LoadPlan(checkpoint=copying, model=self._plan.model, spec=ModelSpec(), engine=EngineConfig())
             for target, tensor in placing(plan):
@@ -308,11 +299,6 @@ class _CopyingCheckpoint:
 def _side_files(plan: BundlePlan) -> dict[str, bytes]:
     index = msgspec.json.format(msgspec.json.encode(shard_index(plan.shards)), indent=1)
     return {**plan.side_files, INDEX_FILE: index}
-
-
-def _weight_names(plan: BundlePlan) -> list[str]:
-    packed = [] if plan.packing is None else [packed_name(plan.draft.precision)]
-    return [*(shard.file_name for shard in plan.shards), *packed]
 
 
 def _essence(manifest: Manifest) -> Manifest:

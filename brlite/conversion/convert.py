@@ -21,6 +21,7 @@ import msgspec
 import brlite
 from brlite.backends.choose import find_obstacle
 from brlite.backends.native.library import load_library
+from brlite.backends.native.packed_weights import Packing
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
 from brlite.checkpoint.checked_model import CheckedModel, check_model
@@ -31,7 +32,6 @@ from brlite.config.manual_json import SeedConfig
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.bundle_writer import (
     BundlePlan,
-    Packing,
     check_folder,
     find_finished,
     plan_packing,
@@ -41,7 +41,7 @@ from brlite.conversion.bundle_writer import (
 from brlite.conversion.rounding import Rounding
 from brlite.conversion.side_files import read_side_files
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
-from brlite.machine import physical_cores, show_bytes
+from brlite.machine import show_bytes
 from brlite.models import find_family
 from brlite.models.config import ModelConfig
 from brlite.models.network import num_parameters
@@ -66,7 +66,8 @@ class ConversionRequest(NamedTuple):
 
 def run(order: ConversionRequest) -> int:
     """Write the bundle, unless it is there already, and print what it is. Raises `BrliteError` for whatever fails."""
-    with closing(_open(order)) as checkpoint:
+    opened = TracedCheckpoint(order.traced, order.model_dir) if order.traced else open_checkpoint(order.model_dir)
+    with closing(opened) as checkpoint:
         name = model_name(order.model_name)
         model = check_model(checkpoint, ModelSpec(name=name, build_seq=1))
         packing, obstacle = _plan_packing(model, order.precision)
@@ -117,12 +118,6 @@ def seed_config(manifest: Manifest, folder: Path, max_context: int) -> SeedConfi
     )
 
 
-def _open(order: ConversionRequest) -> Checkpoint:
-    if order.traced is not None:
-        return TracedCheckpoint(order.traced, order.model_dir)
-    return open_checkpoint(order.model_dir)
-
-
 def _plan(order: ConversionRequest, checkpoint: Checkpoint, model: CheckedModel, packing: Packing | None) -> BundlePlan:
     name = model_name(order.model_name)
     names = None if order.traced is None else TracedArchive(order.traced).graph_names()
@@ -160,7 +155,7 @@ def _plan_packing(model: CheckedModel, precision: PrecisionName) -> tuple[Packin
         library = load_library().functions
     except NativeUnavailable as error:
         return None, str(error)
-    return plan_packing(library, model, PRECISIONS[precision], physical_cores()), None
+    return plan_packing(library, model, PRECISIONS[precision]), None
 
 
 def _checks(
@@ -169,7 +164,11 @@ def _checks(
     """A line for everything that could be wrong. Raises for what is."""
     source, config = plan.checkpoint.config, plan.model.config
     yield f"output       {_room(plan)}"
-    yield f"config       {_use_cache(order, source.get('use_cache'))}"
+    if source.get("use_cache") is False:
+        yield "config       use_cache is false"
+    else:
+        wanted = "a bundle does not mind, the manual's own tool would need it in config.json"
+        yield f"config       use_cache is not false: {wanted}"
     code = "; the code that its auto_map names is not needed and not run" if source.get("auto_map") else ""
     yield f"architecture {plan.draft.architecture}{code}"
     version = f"{source['transformers_version']} wrote the config; " if source.get("transformers_version") else ""
@@ -183,7 +182,8 @@ def _checks(
     is_int8 = PRECISIONS[plan.draft.precision].has_int8_weights
     yield f"rounding     {'int8 is compared with bfloat16 while it is packed' if is_int8 else 'bfloat16, no int8'}"
     yield f"shapes       {_shapes(config, obstacle)}"
-    yield f"tokenizer    {_chat(tokenizer)}"
+    chat = "with a chat template" if tokenizer.has_chat_template else "without a chat template: no Chat API"
+    yield f"tokenizer    loads, {chat}"
     yield f"run again    {'all of it is there already' if is_finished else 'goes on where this one ends'}"
 
 
@@ -200,12 +200,6 @@ def _room(plan: BundlePlan) -> str:
     return f"{plan.folder}: {show_bytes(needed)} are needed, {show_bytes(free)} free"
 
 
-def _use_cache(order: ConversionRequest, use_cache: object) -> str:
-    if use_cache is not False:
-        return "use_cache is not false: a bundle does not mind, the manual's own tool would need it in config.json"
-    return "use_cache is false"
-
-
 def _vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> str:
     highest = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids))
     if highest >= config.vocab_size:
@@ -220,12 +214,6 @@ def _shapes(config: ModelConfig, obstacle: str | None) -> str:
         context += f" (the manual's engine allows {MANUALS_MAX_SEQ})"
     packed = "" if obstacle is None else f"; weights are not packed: {obstacle}"
     return f"{heads}, {context}{packed}"
-
-
-def _chat(tokenizer: Tokenizer) -> str:
-    return (
-        "loads, with a chat template" if tokenizer.has_chat_template else "loads, without a chat template: no Chat API"
-    )
 
 
 def _report(

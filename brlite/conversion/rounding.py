@@ -22,26 +22,20 @@ class Rounding(msgspec.Struct, frozen=True):
 
 def sample_rounding(library: ctypes.CDLL, rows: Float32, worst: Rounding | None) -> Rounding:
     """What int8 makes of a matrix's first `rows` [R, H], or of those before it if that was worse."""
-    rounded = _rounded(library, rows)
-    peaks = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny)
-    error = float((np.abs(rounded - rows).max(axis=1) / peaks).max())
-    activations = np.random.default_rng(0).standard_normal((rows.shape[1], LANES), np.float32)
-    cosine = _cosine(rows @ activations, rounded @ activations)
-    if worst is None:
-        return Rounding(error, cosine)
-    return Rounding(max(error, worst.max_error), min(cosine, worst.min_cosine))
-
-
-def _rounded(library: ctypes.CDLL, rows: Float32) -> Float32:
     num_rows, num_inputs = rows.shape
     panel = np.zeros(library.brlite_packed_bytes(INT8, num_rows, num_inputs), np.uint8)
     library.brlite_pack(INT8, rows.ctypes.data, 0, num_rows, num_inputs, panel.ctypes.data)
-    rounded = np.zeros((num_rows, padded(num_inputs)), np.float32)
+    unpacked = np.zeros((num_rows, padded(num_inputs)), np.float32)
     for row in range(num_rows):
-        library.brlite_unpack_row(INT8, panel.ctypes.data, row, num_inputs, rounded[row].ctypes.data)
-    return rounded[:, :num_inputs]
+        library.brlite_unpack_row(INT8, panel.ctypes.data, row, num_inputs, unpacked[row].ctypes.data)
+    rounded = unpacked[:, :num_inputs]
 
-
-def _cosine(one: Float32, other: Float32) -> float:
-    lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
-    return float((one * other).sum()) / lengths if lengths > 0 else 1.0
+    peaks = np.maximum(np.abs(rows).max(axis=1), np.finfo(np.float32).tiny)
+    error = float((np.abs(rounded - rows).max(axis=1) / peaks).max())
+    activations = np.random.default_rng(0).standard_normal((num_inputs, LANES), np.float32)
+    before, after = rows @ activations, rounded @ activations
+    lengths = float(np.linalg.norm(before) * np.linalg.norm(after))
+    cosine = float((before * after).sum()) / lengths if lengths > 0 else 1.0
+    if worst is None:
+        return Rounding(error, cosine)
+    return Rounding(max(error, worst.max_error), min(cosine, worst.min_cosine))

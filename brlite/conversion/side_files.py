@@ -23,21 +23,13 @@ def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
     A GGUF file's config is `config`, which was read from it, whatever stands beside it.
     """
     files = [model / name for name in (*COMPANION_FILES, VOCABULARY_FILE)] if model.is_dir() else []
-    gguf = _gguf_file(model)
+    weights = find_weights(model) if not model.is_dir() or has_weights(model) else None
     try:
         side_files = {file.name: file.read_bytes() for file in files if file.is_file()}
-        if gguf is not None:
+        if weights is not None and weights.kind == "gguf":
             side_files[CONFIG_FILE] = json.dumps(config, indent=1).encode()
             if not any(name in side_files for name in TOKENIZER_FILES):
-                side_files[VOCABULARY_FILE] = read_gguf_metadata(gguf)
+                side_files[VOCABULARY_FILE] = read_gguf_metadata(weights.files[0])
     except OSError as error:
         raise ModelError(f"{model}: cannot be read: {reason(error)}") from error
     return side_files
-
-
-def _gguf_file(model: Path) -> Path | None:
-    """The file that the weights come from, if it is one of GGUF."""
-    if model.is_dir() and not has_weights(model):
-        return None
-    weights = find_weights(model)
-    return weights.files[0] if weights.kind == "gguf" else None

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -27,29 +27,26 @@ from brlite.precision import from_bfloat16, to_bfloat16
 BLOCK_ROWS = 256  # packed at once; whole panels
 
 
+class Packing(NamedTuple):
+    """How a model's weights are packed. `key` lacks its identity until they are."""
+
+    library: ctypes.CDLL
+    layout: Layout
+    key: PackedFileKey
+
+
 class PackedFile:
     """Packed weights on their way into the file `path`. Raises `OSError` where the disk does.
 
-    `key` lacks its identity, which is known at the end. Leaving the `with` statement before `finish` removes what was
-    written.
+    Leaving the `with` statement before `finish` removes what was written.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        key: PackedFileKey,
-        library: ctypes.CDLL,
-        layout: Layout,
-        pool: ThreadPoolExecutor,
-        on_bytes: Callable[[int], None],
-    ) -> None:
-        self._key = key
-        self._library = library
-        self._layout = layout
+    def __init__(self, path: Path, packing: Packing, pool: ThreadPoolExecutor, on_bytes: Callable[[int], None]) -> None:
+        self._library, self._layout, self._key = packing
         self._pool = pool
         self._on_bytes = on_bytes
-        self._start = weights_start(key)
-        self._file = NewFile(path, self._start + key.num_bytes)
+        self._start = weights_start(self._key)
+        self._file = NewFile(path, self._start + self._key.num_bytes)
 
     def __enter__(self) -> PackedFile:
         return self
