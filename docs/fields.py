@@ -63,6 +63,8 @@ KINDS: dict[type[Any], str] = {
     inspect.ListType: "list",
     inspect.DictType: "object",
     inspect.StructType: "object",
+    inspect.RawType: "string or object",
+    inspect.AnyType: "any",
 }
 
 

@@ -20,6 +20,7 @@ of connections, or log a malformed request without its content, keys included.
 from __future__ import annotations
 
 import asyncio
+import enum
 import logging
 import math
 import re
@@ -61,6 +62,25 @@ SLOW_BODY = RequestTimeout("The request body did not arrive in time.")
 TOO_MANY = NotReady("Too many connections.", retry_after_seconds=1)
 
 
+class ConnectionState(enum.Enum):
+    """What a connection is doing. Each event below is a method; its deadline is set with the state.
+
+    |              | bytes_came   | body_began   | request_began | request_ended | deadline (limits)      |
+    |--------------|--------------|--------------|---------------|---------------|------------------------|
+    | WAITING      | READING_HEAD | READING_BODY | SERVING       |               | keepalive_seconds (*)  |
+    | READING_HEAD |              | READING_BODY | SERVING       |               | header_seconds         |
+    | READING_BODY |              |              | SERVING       | WAITING       | body_seconds           |
+    | SERVING      |              |              |               | WAITING       | none                   |
+
+    (*) `header_seconds` before the first request. READING_BODY is a fast path's; aiohttp reads a body while it serves.
+    """
+
+    WAITING = enum.auto()
+    READING_HEAD = enum.auto()
+    READING_BODY = enum.auto()
+    SERVING = enum.auto()
+
+
 class ByteStreamHandler(Protocol):
     """Answers some of a connection's requests itself. Of the bytes it is given it passes on what it does not take.
 
@@ -86,11 +106,9 @@ class Connection(web.RequestHandler):
     """A connection that cannot be held open by doing nothing. `HttpServer` makes it and says when a request begins."""
 
     __slots__ = (
-        "_bytes_came",
         "_deadline",
         "_event_loop",
         "_fast_path",
-        "_is_serving",
         "_limits",
         "_make_fast_path",
         "_siblings",
@@ -98,9 +116,9 @@ class Connection(web.RequestHandler):
         "_timeout_error",
         "_timer",
         "_wire",
-        "is_busy",
         "is_draining",
         "is_spare",
+        "state",
     )
 
     def __init__(
@@ -131,11 +149,9 @@ class Connection(web.RequestHandler):
         self._deadline = math.inf
         self._timeout_error: RequestError | None = None  # sent when the deadline passes; None: nothing is
         self._stall: StallTimer | None = None
-        self._bytes_came = False
-        self._is_serving = False
         self._make_fast_path = make_fast_path
         self._fast_path: ByteStreamHandler | None = None
-        self.is_busy = False  # it has a request, whose headers are complete
+        self.state = ConnectionState.WAITING
         self.is_spare = False  # beyond max_connections: it may ask for what probes ask
         self.is_draining = False  # to be closed after the response in progress
 
@@ -171,6 +187,11 @@ class Connection(web.RequestHandler):
             self._stall.stop()
         super().connection_lost(exc)
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has a request whose headers are complete, so that it does not make room for others."""
+        return self.state in (ConnectionState.READING_BODY, ConnectionState.SERVING)
+
     def make_room(self) -> None:
         """Close now, for another connection: it waits for a request."""
         if self._wire is not None and self.is_spare and not self._wire.is_closing():
@@ -180,7 +201,7 @@ class Connection(web.RequestHandler):
     def drain(self) -> None:
         """Close now if no request is in progress, else after its response."""
         self.is_draining = True
-        if not self._is_serving:
+        if self.state is not ConnectionState.SERVING:
             self.force_close()
 
     def abort(self) -> None:
@@ -207,23 +228,23 @@ class Connection(web.RequestHandler):
 
     def bytes_came(self) -> None:
         """A request is on its way; its headers have so much time from its first byte on."""
-        if not self._is_serving and not self._bytes_came and not self.is_spare:
-            self._bytes_came = True
+        if self.state is ConnectionState.WAITING and not self.is_spare:
+            self.state = ConnectionState.READING_HEAD
             self._set_deadline(self._limits.header_seconds, SLOW_HEADERS)
 
     def body_began(self) -> None:
         """The headers are complete, and a fast path waits for the body."""
-        self.is_busy = True
+        self.state = ConnectionState.READING_BODY
         self._set_deadline(self._limits.body_seconds, SLOW_BODY)
 
     def request_began(self) -> None:
         """The headers are complete, and somebody takes care of the request."""
-        self.is_busy = self._is_serving = True
+        self.state = ConnectionState.SERVING
         self._deadline = math.inf
 
     def request_ended(self) -> None:
         """Its response has been sent. The next one may take its time."""
-        self.is_busy = self._is_serving = self._bytes_came = False
+        self.state = ConnectionState.WAITING
         self._siblings.is_idle(self)
         self._set_deadline(self._limits.keepalive_seconds)
 

@@ -21,7 +21,9 @@ MAX_SPARE = 32
 class Closable(Protocol):
     """How a connection can be closed. `connection.py` implements it."""
 
-    is_busy: bool  # it has a request
+    @property
+    def is_busy(self) -> bool:
+        """Whether it has a request."""
 
     def make_room(self) -> None: ...
     def drain(self) -> None: ...

@@ -22,15 +22,7 @@ class Cors:
     """A policy, applied to requests and responses of aiohttp."""
 
     def __init__(self, policy: OriginPolicy) -> None:
-        self._policy = policy
         self._origins = policy.allowed_origins
-
-    def check(self, request: web.Request) -> None:
-        """Raise `Forbidden` for what the policy refuses. A header that stands twice is joined."""
-        values = [request.headers.getall(name, None) for name in (hdrs.HOST, hdrs.ORIGIN, FETCH_SITE)]
-        refusal = self._policy.refusal(*[None if value is None else ", ".join(value) for value in values])
-        if refusal is not None:
-            raise refusal
 
     def preflight_response(self, request: web.Request) -> web.Response | None:
         """204 for the preflight of an allowed origin; None for any other request."""

@@ -43,7 +43,6 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._last_write = 0.0
         self._comment_timer: asyncio.TimerHandle | None = None
-        self.is_prepared = False  # whether the headers are sent, so that errors travel in the stream
 
     async def __aenter__(self) -> EventStream:
         await self.prepare()
@@ -64,7 +63,6 @@ class EventStream:
             raise ConnectionResetError("the client left before the first event")
         self._transport = transport
         self._last_write = self._loop.time()
-        self.is_prepared = True
         self._start_comments()
 
     def write(self, events: bytes) -> bool:

@@ -35,7 +35,7 @@ class ApiKeys:
             raise ConfigError("keys.keys, [[key]]: an API key must not be empty")
         self.anybody = ApiKey()  # what every request has where no key is needed
         self._named = tuple(key for _, key in named)
-        known = {digest: _plain_key(digest, is_admin) for digest in map(_digest, plain)}
+        known = {digest: ApiKey(tenant=f"digest:{digest.hex()}", is_admin=is_admin) for digest in map(_digest, plain)}
         for secret, key in named:
             other = known.setdefault(_digest(secret), key)
             if other is not key:
@@ -128,10 +128,6 @@ def _continued(known: ApiKey | None, key: ApiKey) -> ApiKey:
         return key
     known.take_rules(key)
     return known
-
-
-def _plain_key(digest: bytes, is_admin: bool) -> ApiKey:
-    return ApiKey(tenant=f"digest:{digest.hex()}", is_admin=is_admin)
 
 
 def _plain(config: KeysConfig) -> tuple[str, ...]:

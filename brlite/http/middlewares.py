@@ -21,7 +21,7 @@ from brlite.http.api_key import ApiKey
 from brlite.http.body import BODIES, HELD
 from brlite.http.body_budget import BodyBudget, HeldBody
 from brlite.http.connection import has_begun
-from brlite.http.cors import Cors
+from brlite.http.cors import FETCH_SITE, Cors
 from brlite.http.errors import CLIENT_LEFT, OWN_HEADERS, error_response, status_of
 from brlite.http.keys import API_KEY, KEYS, ApiKeys, shown_key
 from brlite.http.origin_policy import OriginPolicy
@@ -49,8 +49,9 @@ def add_middlewares(
     app[KEYS] = keys
     if BODIES not in app:
         app[BODIES] = BodyBudget(LimitsConfig().max_body_bytes_in_flight)
-    cors = Cors(origin_policy or OriginPolicy())
-    app.middlewares.append(serve(app, cors, open_paths, quiet_paths if access_log else None))
+    policy = origin_policy or OriginPolicy()
+    cors = Cors(policy)
+    app.middlewares.append(serve(app, policy, open_paths, quiet_paths if access_log else None))
 
     async def stamp(request: web.BaseRequest, response: web.StreamResponse) -> None:
         """Put the headers that every response has, streams and refusals too."""
@@ -65,14 +66,14 @@ def add_middlewares(
     app.on_response_prepare.append(stamp)
 
 
-def serve(app: web.Application, cors: Cors, open_paths: Set[str], quiet_paths: Set[str] | None) -> Middleware:
+def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quiet_paths: Set[str] | None) -> Middleware:
     """The one middleware of this room. `quiet_paths`, which monitors call all the time, are not logged; None: none is.
 
     Refusals are answered like any error, and the log has every status. Preflights need no key: browsers send them
     without. Foreign pages and bad keys are refused before the body is read.
     """
     keys, budget = app[KEYS], app[BODIES]
-    no_key = ApiKey()
+    cors, no_key = Cors(policy), ApiKey()
     open_resources, quiet_resources = Resources(app, open_paths), Resources(app, quiet_paths or frozenset())
 
     @web.middleware
@@ -83,7 +84,10 @@ def serve(app: web.Application, cors: Cors, open_paths: Set[str], quiet_paths: S
             response = cors.preflight_response(request) if request.method == hdrs.METH_OPTIONS else None
             if response is None:
                 try:
-                    cors.check(request)
+                    values = [request.headers.getall(name, None) for name in (hdrs.HOST, hdrs.ORIGIN, FETCH_SITE)]
+                    refusal = policy.refusal(*[None if value is None else ", ".join(value) for value in values])
+                    if refusal is not None:
+                        raise refusal
                     key = no_key
                     if request not in open_resources:
                         headers = request.headers

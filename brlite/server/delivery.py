@@ -183,21 +183,25 @@ class StreamDelivery(Delivery):
         self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
     ) -> None:
         super().__init__(request, dialect, call, model_name, limits)
-        self._stream = EventStream(request, limits.sse_comment_seconds)
+        self._stream: EventStream | None = None  # from its headers on
         self._sends_at_once = False
         self._has_left = False
 
-    async def _wait_for(self, model: ServedModel) -> EngineLoop:
+    async def _begin(self) -> EventStream:
+        """Send the headers."""
+        self._stream = EventStream(self._request, self._limits.sse_comment_seconds)
         await self._stream.prepare()
-        with self._stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
+        return self._stream
+
+    async def _wait_for(self, model: ServedModel) -> EngineLoop:
+        stream = await self._begin()
+        with stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
             return await super()._wait_for(model)
 
     async def send(self) -> None:
         """Returns early if the client left, or was cut for being slow."""
         assert self._builder is not None
-        stream = self._stream
-        if not stream.is_prepared:
-            await stream.prepare()
+        stream = self._stream or await self._begin()
         if opening := self._encoder.opening():
             stream.write(opening)
         self._sends_at_once = True
@@ -215,13 +219,13 @@ class StreamDelivery(Delivery):
 
     async def _end_with(self, error: BrliteError) -> bool:
         self._sends_at_once = False
-        if not self._stream.is_prepared:
+        if self._stream is None:
             raise error from None
         self.response = await self._stream.finish(self._dialect.encode_error(error))
         return True
 
     def _take(self, index: int, output: RequestOutput) -> None:
-        if self._outputs or not self._sends_at_once or self._stream.is_backlogged:
+        if self._outputs or self._stream is None or not self._sends_at_once or self._stream.is_backlogged:
             super()._take(index, output)
             self._changed.set()
         else:
@@ -234,6 +238,7 @@ class StreamDelivery(Delivery):
 
     def _write(self, index: int, output: RequestOutput) -> None:
         assert self._builder is not None
+        assert self._stream is not None
         events = self._builder.events(index, output)
         if events and not self._stream.write(b"".join([self._encoder.encode(event) for event in events])):
             self._has_left = True  # not every server cancels the handler then
@@ -241,5 +246,6 @@ class StreamDelivery(Delivery):
 
     def _close(self) -> None:
         self._sends_at_once = False
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
         super()._close()

@@ -88,7 +88,10 @@ class EventBuilder:
         prompt, is_echoed = "", call.echo and choice not in self._echoed_choices
         if is_echoed:
             self._echoed_choices.add(choice)
-            prompt = output.prompt if output.prompt is not None else self._decode(output.prompt_token_ids)
+            if output.prompt is not None:
+                prompt = output.prompt
+            else:  # it came as token ids, or was cut
+                prompt = self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
         if completion.logprobs is None:
             return prompt + completion.text, None
 
@@ -103,9 +106,6 @@ class EventBuilder:
             self._tracks[choice] = TokenTrack(self._tokenizer, skipped, len(prompt))
         tokens += [self._token(entry, offset) for entry, offset in self._tracks[choice].take(completion)]
         return prompt + completion.text, tokens
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=False)
 
     def _token(self, entry: TokenLogprob, offset: int, *, is_first: bool = False) -> Token:
         """The token with its alternatives. Its own logprob has one value wherever it stands."""
