@@ -27,7 +27,7 @@ from brlite.machine import find_memory, show_bytes
 from brlite.models import find_family
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
 from brlite.models.network import native_weight_bytes, num_parameters, weight_bytes
-from brlite.models.shards import Shard, check_groups, rank_parameters, shared_config
+from brlite.models.shards import Shard, check_groups, rank_parameters, shard_config
 from brlite.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
@@ -125,10 +125,10 @@ def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig)
     keeps_int8 = is_int8 and (is_native or rules_for(select_device(engine.device)).keeps_int8)
     ranks = tuple(
         RankSizes(
-            _rank_weight_bytes(config, share, KV_BYTES[dtype], is_native=is_native, is_int8=keeps_int8),
-            kv_bytes_per_token(shared_config(config, share), kv_dtype),
+            _rank_weight_bytes(config, shard, KV_BYTES[dtype], is_native=is_native, is_int8=keeps_int8),
+            kv_bytes_per_token(shard_config(config, shard), kv_dtype),
         )
-        for share in (Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel))
+        for shard in (Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel))
     )
     block_size = math.ceil(engine.block_size / LANES) * LANES if is_native else engine.block_size
     room = partial(_cache_room, engine, ranks, is_native=is_native)
@@ -196,8 +196,8 @@ def _cache_room(engine: EngineConfig, ranks: Sequence[RankSizes], *, is_native: 
 
 
 def _rank_weight_bytes(
-    config: ModelConfig, share: Shard, bytes_per_weight: int, *, is_native: bool, is_int8: bool
+    config: ModelConfig, shard: Shard, bytes_per_weight: int, *, is_native: bool, is_int8: bool
 ) -> int:
     if is_native:
-        return native_weight_bytes(rank_parameters(config, share), is_int8=is_int8)
-    return weight_bytes(shared_config(config, share), bytes_per_weight, keeps_int8=is_int8)
+        return native_weight_bytes(rank_parameters(config, shard), is_int8=is_int8)
+    return weight_bytes(shard_config(config, shard), bytes_per_weight, keeps_int8=is_int8)

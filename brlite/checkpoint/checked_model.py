@@ -16,7 +16,7 @@ from brlite.models import find_family
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family, WeightTarget
 from brlite.models.network import Parameter, list_parameters
-from brlite.models.shards import check_share
+from brlite.models.shards import check_num_ranks
 
 MAX_NAMED = 3  # how many tensors a message lists before it only counts them
 
@@ -45,7 +45,7 @@ def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
         raise ConfigError(f"build_seq is {spec.build_seq}; {spec.name} allows at most {config.max_context} positions")
     if spec.vocab_size is not None and spec.vocab_size != config.vocab_size:
         raise ConfigError(f"vocab_size is {spec.vocab_size}; {spec.name} has {config.vocab_size} embedding rows")
-    check_share(config, spec.tensor_parallel)
+    check_num_ranks(config, spec.tensor_parallel)
 
 
 def _check_tensors(

@@ -99,7 +99,7 @@ class Network(msgspec.Struct, frozen=True):
 
 
 def build_network(config: ModelConfig) -> Network:
-    """The network of `config`, or with a rank's `shared_config` that of the rank."""
+    """The network of `config`, or with a rank's `shard_config` that of the rank."""
     shape, is_tied = (config.vocab_size, config.hidden_size), config.tie_word_embeddings
     embedding = Parameter("embedding", shape, "weights" if is_tied else "bfloat16", "vocabulary", is_looked_up=True)
     head = embedding if is_tied else Parameter("head.weight", shape, "weights", "vocabulary")

@@ -36,7 +36,7 @@ class ShardSlice(NamedTuple):
     columns: range | None = None
 
 
-def check_share(config: ModelConfig, size: int) -> None:
+def check_num_ranks(config: ModelConfig, size: int) -> None:
     """Raise `ConfigError` for more ranks than there is something to share."""
     for count, what in ((config.num_heads, "attention heads"), (config.intermediate_size, "neurons in a layer")):
         if size > count:
@@ -45,33 +45,33 @@ def check_share(config: ModelConfig, size: int) -> None:
 
 def check_groups(config: ModelConfig, size: int) -> None:
     """Where ranks sum, raise `ConfigError` if a rank's inputs end inside a group that shares an int8 scale."""
-    for share in (Shard(rank, size) for rank in range(size)):
-        for sharding, part in _parts(config, share).items():
+    for shard in (Shard(rank, size) for rank in range(size)):
+        for sharding, part in _parts(config, shard).items():
             first = part.columns.start if part.columns else 0
             if first % QUANTIZATION_GROUP:
                 name = {"head_inputs": "o.weight", "mlp_inputs": "down.weight"}[sharding]
                 raise ConfigError(
-                    f"tensor_parallel is {size}: rank {share.rank}'s inputs of {name} begin at {first}, inside a group "
+                    f"tensor_parallel is {size}: rank {shard.rank}'s inputs of {name} begin at {first}, inside a group "
                     f"of {QUANTIZATION_GROUP} that share an int8 scale; allowed are fewer ranks, or precision bf16"
                 )
 
 
-def shared_config(config: ModelConfig, share: Shard) -> ModelConfig:
+def shard_config(config: ModelConfig, shard: Shard) -> ModelConfig:
     """The config of what the rank holds. Its vocabulary is padded, so that all ranks' are of one size."""
-    heads, kv_heads = head_ranges(config, share)
-    sizes = (len(vocabulary_range(config, Shard(rank, share.size))) for rank in range(share.size))
+    heads, kv_heads = head_ranges(config, shard)
+    sizes = (len(vocabulary_range(config, Shard(rank, shard.size))) for rank in range(shard.size))
     return msgspec.structs.replace(
         config,
         vocab_size=max(sizes),
         num_heads=len(heads),
         num_kv_heads=len(kv_heads),
-        intermediate_size=len(mlp_range(config, share)),
+        intermediate_size=len(mlp_range(config, shard)),
     )
 
 
-def head_ranges(config: ModelConfig, share: Shard) -> tuple[range, range]:
+def head_ranges(config: ModelConfig, shard: Shard) -> tuple[range, range]:
     """The rank's query heads and the key heads that these look at."""
-    rank, size, num_kv_heads, group = share.rank, share.size, config.num_kv_heads, config.group_size
+    rank, size, num_kv_heads, group = shard.rank, shard.size, config.num_kv_heads, config.group_size
     if size <= num_kv_heads:
         kv_heads = _even_range(num_kv_heads, rank, size)
         return range(kv_heads.start * group, kv_heads.stop * group), kv_heads
@@ -81,28 +81,28 @@ def head_ranges(config: ModelConfig, share: Shard) -> tuple[range, range]:
     return range(kv_head * group + heads.start, kv_head * group + heads.stop), range(kv_head, kv_head + 1)
 
 
-def mlp_range(config: ModelConfig, share: Shard) -> range:
+def mlp_range(config: ModelConfig, shard: Shard) -> range:
     """The rank's part of the MLP: with sums whole groups of int8 weights, if there are enough for all."""
-    if not share.sums:
-        return _even_range(config.intermediate_size, share.rank, share.size, LANES)
-    has_enough = config.intermediate_size >= QUANTIZATION_GROUP * share.size
-    return _even_range(config.intermediate_size, share.rank, share.size, QUANTIZATION_GROUP if has_enough else 1)
+    if not shard.sums:
+        return _even_range(config.intermediate_size, shard.rank, shard.size, LANES)
+    has_enough = config.intermediate_size >= QUANTIZATION_GROUP * shard.size
+    return _even_range(config.intermediate_size, shard.rank, shard.size, QUANTIZATION_GROUP if has_enough else 1)
 
 
-def hidden_range(config: ModelConfig, share: Shard) -> range:
+def hidden_range(config: ModelConfig, shard: Shard) -> range:
     """Without sums, the part of the residual stream that the rank adds to."""
-    return _even_range(config.hidden_size, share.rank, share.size, LANES)
+    return _even_range(config.hidden_size, shard.rank, shard.size, LANES)
 
 
-def vocabulary_range(config: ModelConfig, share: Shard) -> range:
+def vocabulary_range(config: ModelConfig, shard: Shard) -> range:
     """The tokens whose embedding and whose logits are the rank's."""
-    return _even_range(config.vocab_size, share.rank, share.size, LANES)
+    return _even_range(config.vocab_size, shard.rank, shard.size, LANES)
 
 
-def rank_parameters(config: ModelConfig, share: Shard) -> dict[str, Parameter]:
+def rank_parameters(config: ModelConfig, shard: Shard) -> dict[str, Parameter]:
     """Every parameter with the shape of what the rank holds of it. None is padded."""
     held = {}
-    parts = parameter_parts(config, share)
+    parts = parameter_parts(config, shard)
     for name, parameter in list_parameters(config).items():
         rows, columns = parts[name]
         inputs = parameter.shape[1:] if columns is None else (len(columns),)
@@ -110,31 +110,31 @@ def rank_parameters(config: ModelConfig, share: Shard) -> dict[str, Parameter]:
     return held
 
 
-def parameter_parts(config: ModelConfig, share: Shard) -> dict[str, ShardSlice]:
+def parameter_parts(config: ModelConfig, shard: Shard) -> dict[str, ShardSlice]:
     """The rank's part of every parameter by name."""
-    parts = _parts(config, share)
+    parts = _parts(config, shard)
     return {
         name: parts.get(parameter.sharding, ShardSlice((range(parameter.shape[0]),)))
         for name, parameter in list_parameters(config).items()
     }
 
 
-def _parts(config: ModelConfig, share: Shard) -> dict[Sharding, ShardSlice]:
+def _parts(config: ModelConfig, shard: Shard) -> dict[Sharding, ShardSlice]:
     """What the rank holds of parameters that ranks share in these ways."""
-    heads, kv_heads = (_times(part, config.head_dim) for part in head_ranges(config, share))
-    mlp, whole = mlp_range(config, share), range(config.hidden_size)
+    heads, kv_heads = (_times(part, config.head_dim) for part in head_ranges(config, shard))
+    mlp, whole = mlp_range(config, shard), range(config.hidden_size)
     first_value = config.q_size + config.kv_size
     qkv = ShardSlice((heads, _shifted(kv_heads, config.q_size), _shifted(kv_heads, first_value)))
     gate_up = ShardSlice((mlp, _shifted(mlp, config.intermediate_size)))
-    own_outputs = ShardSlice((hidden_range(config, share),))
+    own_outputs = ShardSlice((hidden_range(config, shard),))
     return {
         "qkv": qkv,
         "gate_up": gate_up,
-        "vocabulary": ShardSlice((vocabulary_range(config, share),)),
-        "head_inputs": ShardSlice((whole,), heads) if share.sums else own_outputs,
-        "mlp_inputs": ShardSlice((whole,), mlp) if share.sums else own_outputs,
+        "vocabulary": ShardSlice((vocabulary_range(config, shard),)),
+        "head_inputs": ShardSlice((whole,), heads) if shard.sums else own_outputs,
+        "mlp_inputs": ShardSlice((whole,), mlp) if shard.sums else own_outputs,
         # A bias is added once, and the ranks' products are summed.
-        "summed_bias": ShardSlice((whole,) if share.rank == 0 else ()) if share.sums else own_outputs,
+        "summed_bias": ShardSlice((whole,) if shard.rank == 0 else ()) if shard.sums else own_outputs,
     }
 
 

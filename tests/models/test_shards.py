@@ -12,11 +12,11 @@ from brlite.models.config import ModelConfig, RopeConfig
 from brlite.models.network import list_parameters
 from brlite.models.shards import (
     Shard,
-    check_share,
+    check_num_ranks,
     head_ranges,
     parameter_parts,
     rank_parameters,
-    shared_config,
+    shard_config,
     vocabulary_range,
 )
 
@@ -87,8 +87,8 @@ def test_what_a_rank_holds_has_the_shapes_of_its_config_but_for_padding(
 ) -> None:
     size = min(size, config.num_heads)
     for rank in range(size):
-        share = Shard(rank, size, sums)
-        held, own = rank_parameters(config, share), list_parameters(shared_config(config, share))
+        shard = Shard(rank, size, sums)
+        held, own = rank_parameters(config, shard), list_parameters(shard_config(config, shard))
         for name in ("layers.0.qkv.weight", "layers.0.qkv.bias", "layers.0.gate_up.weight"):
             assert held[name] == own[name]
         if sums:
@@ -116,7 +116,7 @@ def test_a_vocabulary_is_split_at_whole_lanes(vocab: int, sizes: list[int]) -> N
 def test_eight_ranks_of_a_70b_hold_an_eighth_each() -> None:
     config = make_config(num_kv_heads=8, group=8, head_dim=128, intermediate=28672, vocab=32000)
 
-    own = [shared_config(config, Shard(rank, 8)) for rank in range(8)]
+    own = [shard_config(config, Shard(rank, 8)) for rank in range(8)]
 
     assert {(each.num_heads, each.num_kv_heads, each.intermediate_size) for each in own} == {(8, 1, 3584)}
     assert {each.vocab_size for each in own} == {4000}
@@ -124,6 +124,6 @@ def test_eight_ranks_of_a_70b_hold_an_eighth_each() -> None:
 
 def test_more_ranks_than_there_are_heads_or_neurons_are_refused() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel is 5; the model has 4 attention heads"):
-        check_share(make_config(), 5)
+        check_num_ranks(make_config(), 5)
     with pytest.raises(ConfigError, match="the model has 3 neurons in a layer"):
-        check_share(make_config(intermediate=3), 4)
+        check_num_ranks(make_config(intermediate=3), 4)

@@ -40,7 +40,7 @@ from brlite.errors import ConfigError, EngineError, RankGone
 from brlite.machine import describe_cpu
 from brlite.models.config import ModelConfig
 from brlite.models.rope_tables import inverse_frequencies
-from brlite.models.shards import shared_config
+from brlite.models.shards import shard_config
 from brlite.outputs import TokenLogprob
 
 MAX_DRAFT_TOKENS = 16
@@ -71,7 +71,7 @@ class NativeBackend:
             try:
                 cache = PagedCache(
                     library,
-                    config if plan.shard is None else shared_config(config, plan.shard),
+                    config if plan.shard is None else shard_config(config, plan.shard),
                     num_blocks=spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size),
                     block_size=block_size,
                     is_int8=plan.precision.kv == "int8",
@@ -91,7 +91,7 @@ class NativeBackend:
                 cache,
                 max_rows=max_rows(spec, plan.engine),
                 max_positions=spec.build_seq,
-                seat=None if plan.shard is None or shared is None else RankContext(plan.shard, shared),
+                rank_context=None if plan.shard is None or shared is None else RankContext(plan.shard, shared),
             )
             opened.callback(compiled.close)
             self._engine: int = (

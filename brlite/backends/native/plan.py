@@ -17,7 +17,7 @@ from brlite.backends.native.step_rows import OwnRows, Rows, SharedRows
 from brlite.models.config import ModelConfig
 from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm, Operation, Rotate, build_network
 from brlite.models.rope_tables import pair_tables
-from brlite.models.shards import Shard, head_ranges, hidden_range, mlp_range, shared_config, vocabulary_range
+from brlite.models.shards import Shard, head_ranges, hidden_range, mlp_range, shard_config, vocabulary_range
 
 
 class PagedCache:
@@ -44,14 +44,14 @@ class PagedCache:
 class RankContext(NamedTuple):
     """One rank's place among those of a plan, which share some rows."""
 
-    share: Shard
+    shard: Shard
     shared: SharedRows
 
 
 class NativePlan:
     """A `struct brlite_plan` with all that it points to. `close` gives the buffers back, not weights and cache.
 
-    With a `seat` it is one rank's; `config` is the whole model's.
+    With a `rank_context` it is one rank's; `config` is the whole model's.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class NativePlan:
         *,
         max_rows: int,
         max_positions: int,
-        seat: RankContext | None = None,
+        rank_context: RankContext | None = None,
     ) -> None:
-        share = seat.share if seat else Shard(0, 1, sums=False)
+        shard, shared = rank_context or (Shard(0, 1, sums=False), None)
         self.config = config
-        self._own = shared_config(config, share) if seat else config
-        self._heads, _ = head_ranges(config, share)
-        self._mlp, self._hidden = mlp_range(config, share), hidden_range(config, share)
-        self._vocabulary = vocabulary_range(config, share)
-        self._seat = seat
+        self._own = shard_config(config, shard) if rank_context else config
+        self._heads, _ = head_ranges(config, shard)
+        self._mlp, self._hidden = mlp_range(config, shard), hidden_range(config, shard)
+        self._vocabulary = vocabulary_range(config, shard)
+        self._rank_context = rank_context
         self._weights = weights
         self._cache = cache
-        self._buffers = _Buffers(library, config, self._own, max_rows, seat)
+        self._buffers = _Buffers(library, config, self._own, max_rows, shared)
         self._rope = pair_tables(config.rope, max_positions)
         network = build_network(config)
         body = list(self._compile(network.body))
@@ -89,9 +89,9 @@ class NativePlan:
             norm=self._norm(network.norm),
             head=self._multiply(network.head),
             logits=self._buffers.logits.address,
-            meeting=seat.shared.meeting if seat else None,
-            num_ranks=share.size,
-            rank=share.rank,
+            meeting=shared.meeting if shared else None,
+            num_ranks=shard.size,
+            rank=shard.rank,
         )
 
     def close(self) -> None:
@@ -136,10 +136,10 @@ class NativePlan:
     def _gate(self, size: int) -> Iterator[abi.NativeOperation]:
         """Ranks join what comes of gate and up before it is quantised: a row of it has one scale."""
         buffers = self._buffers
-        if self._seat is None:
+        if self._rank_context is None:
             yield self._activate(abi.SILU, buffers.gate_up, size)
             return
-        product = self._seat.shared.product
+        product = self._rank_context.shared.product
         yield abi.NativeOperation(
             kind=abi.GATE,
             num_inputs=len(self._mlp),
@@ -195,7 +195,7 @@ class NativePlan:
 
     @property
     def _meets(self) -> bool:
-        return self._seat is not None
+        return self._rank_context is not None
 
     @property
     def _format(self) -> int:
@@ -223,14 +223,14 @@ class _Buffers:
     """What operations hand to each other: of a rank's plan, what ranks share and what is its own."""
 
     def __init__(
-        self, library: ctypes.CDLL, config: ModelConfig, own: ModelConfig, max_rows: int, seat: RankContext | None
+        self, library: ctypes.CDLL, config: ModelConfig, own: ModelConfig, max_rows: int, shared: SharedRows | None
     ) -> None:
         self._library = library
         self._owned: list[OwnRows] = []
         self.qkv = self._own(max_rows, own.q_size + 2 * own.kv_size)
         self.gate_up = self._own(max_rows, 2 * own.intermediate_size)
-        if seat is not None:
-            self.hidden, self.attended, self.logits = seat.shared.hidden, seat.shared.attended, seat.shared.logits
+        if shared is not None:
+            self.hidden, self.attended, self.logits = shared.hidden, shared.attended, shared.logits
             return
         self.hidden = self._own(max_rows, config.hidden_size)
         self.attended = self._own(max_rows, config.q_size)

@@ -39,10 +39,10 @@ def open_store(host: str, port: int, seconds: float, *, is_keeper: bool) -> TCPS
 class TorchGroup:
     """A `Group`. Rank 0 opens it, all join it, and each closes it; until it is joined it can do nothing."""
 
-    def __init__(self, share: Shard, device: torch.device) -> None:
+    def __init__(self, shard: Shard, device: torch.device) -> None:
         if not dist.is_available():
             raise ConfigError("tensor_parallel needs torch.distributed, which this build of torch does not have")
-        self._share = share
+        self._shard = shard
         self._device = device
         self._store: TCPStore | None = None
         self._is_joined = False
@@ -65,14 +65,14 @@ class TorchGroup:
                 dist.init_process_group(
                     collectives_of(self._device),
                     store=self._store,
-                    rank=self._share.rank,
-                    world_size=self._share.size,
+                    rank=self._shard.rank,
+                    world_size=self._shard.size,
                     timeout=timedelta(seconds=MEETING_SECONDS),
                 )
             self._is_joined = True
             self.sum_(torch.zeros(1, device=self._device))  # connections are made by the first meeting
         except RuntimeError as error:
-            raise RankGone(f"rank {self._share.rank} could not join the others: {error}") from error
+            raise RankGone(f"rank {self._shard.rank} could not join the others: {error}") from error
 
     def sum_(self, tensor: Tensor) -> Tensor:
         try:
@@ -82,7 +82,7 @@ class TorchGroup:
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        parts = [torch.empty_like(tensor) for _ in range(self._share.size)]
+        parts = [torch.empty_like(tensor) for _ in range(self._shard.size)]
         try:
             dist.all_gather(parts, tensor)
         except RuntimeError as error:

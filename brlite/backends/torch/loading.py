@@ -10,13 +10,13 @@ import torch
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import DeviceRules
 from brlite.backends.torch.packing import can_pack, pack_linears
-from brlite.backends.torch.parallel import Group, share_parameters
+from brlite.backends.torch.parallel import Group, shard_parameters
 from brlite.backends.torch.parameters import allocate_parameters
 from brlite.backends.torch.quantize import quantize_linears_, store_rows_
 from brlite.checkpoint.placing import LoadPlan, placing
 from brlite.errors import ConfigError
 from brlite.models.network import weight_bytes
-from brlite.models.shards import parameter_parts, shared_config
+from brlite.models.shards import parameter_parts, shard_config
 
 PLAIN = DeviceRules()
 
@@ -29,7 +29,7 @@ def load_model(
     `rules` say in which form matrices are held. Raises `ConfigError` where the memory is not there. With a shard it is
     one rank's part, which meets the others' in `group`.
     """
-    config = plan.config if plan.shard is None else shared_config(plan.config, plan.shard)
+    config = plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
     is_int8 = plan.precision.has_int8_weights
     try:
         parameters = allocate_parameters(config, dtype, device, keeps_int8=rules.keeps_int8 and is_int8)
@@ -52,5 +52,5 @@ def load_model(
     if rules.packs_matrices and can_pack(parameters):
         parameters = pack_linears(parameters)
     if plan.shard is not None and group is not None:
-        parameters = share_parameters(parameters, plan.config, plan.shard, group)
+        parameters = shard_parameters(parameters, plan.config, plan.shard, group)
     return Decoder(config, parameters, max_length=plan.spec.build_seq)

@@ -69,9 +69,9 @@ class SharedParameters(Parameters):
         return self.group.sum_(found.masked_fill_(is_elsewhere.unsqueeze(1), 0))
 
 
-def share_parameters(parameters: Parameters, config: ModelConfig, share: Shard, group: Group) -> SharedParameters:
+def shard_parameters(parameters: Parameters, config: ModelConfig, shard: Shard, group: Group) -> SharedParameters:
     """What a rank computes with, made of its part of the parameters. `config` is the whole model's."""
-    vocabulary = [vocabulary_range(config, Shard(rank, share.size)) for rank in range(share.size)]
+    vocabulary = [vocabulary_range(config, Shard(rank, shard.size)) for rank in range(shard.size)]
     sizes = tuple(len(part) for part in vocabulary)
     linears = dict(parameters.linears)
     for operation in build_network(config).multiplications:
@@ -81,5 +81,5 @@ def share_parameters(parameters: Parameters, config: ModelConfig, share: Shard, 
         elif operation.output == "logits":
             linears[operation.name] = JoinedHead(own.weight, own=own, group=group, num_rows=sizes)
     return SharedParameters(
-        parameters.named, linears, parameters.num_packed_bytes, group=group, tokens=vocabulary[share.rank]
+        parameters.named, linears, parameters.num_packed_bytes, group=group, tokens=vocabulary[shard.rank]
     )
