@@ -3,6 +3,8 @@
     python bench/limits.py                                      # the default model, at int8: about two minutes
     python bench/limits.py --model FOLDER --rows 1,8,32         # another one
     python bench/limits.py --only-limits                        # memory and multiplications alone
+    python bench/limits.py --cpu-time                           # one thread, its processor time: beside other programs
+    BRLITE_ISA=avx2 python bench/limits.py                      # the kernels and the limits of a lesser processor
     python bench/limits.py --short                              # a few steps: for CI
 
 A step's bytes are the weights and the keys and values that it must read; its multiply-adds are those of all matrices
@@ -13,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -105,7 +109,7 @@ def _measure_steps(args: argparse.Namespace, limits: Limits, measure: machine_li
             backend.execute(batch)  # not counted: what is made once for a shape is made here
         for _ in range(args.rounds):
             for taken, batch in zip(seconds, batches, strict=True):
-                taken += steps.time_step(backend, batch)
+                taken += steps.time_step(backend, batch, time.thread_time if args.cpu_time else time.perf_counter)
     # The best of before and after: a neighbour may have been busy at either time.
     multiply = MULTIPLIES.get(info.precision, "int16")
     peaks = {kind: max(_of_all(limits[kind]), _again(measure, kind, args)) for kind in ("read", multiply)}
@@ -192,8 +196,8 @@ def _context_lines(timed: Sequence[Timed]) -> list[str]:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, object]:
-    kept = ("model", "precision", "backend", "threads", "rows", "contexts", "prefill", "rounds", "seconds")
-    return {name: getattr(args, name) for name in kept}
+    kept = ("model", "precision", "backend", "threads", "cpu_time", "rows", "contexts", "prefill", "rounds", "seconds")
+    return {name: getattr(args, name) for name in kept} | {"isa": os.environ.get("BRLITE_ISA", "")}
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -204,12 +208,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prefill", type=_counts, default=[128, 512], metavar="LIST", help="prompt tokens (128,512)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each step (5)")
     parser.add_argument("--seconds", type=float, default=1.0, metavar="S", help="for each limit (1)")
+    parser.add_argument("--cpu-time", action="store_true", help="of one thread, which others do not share")
     parser.add_argument("--only-limits", action="store_true", help="no model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE")
     parser.add_argument("--short", action="store_true", help="a few steps, for CI")
     args = parser.parse_args(argv)
     if args.short:
         vars(args).update(SHORT)
+    if args.cpu_time:
+        if args.threads > 1:
+            parser.error("--cpu-time is of one thread: leave --threads out")
+        args.threads = 1
     return args
 
 

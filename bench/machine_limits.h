@@ -1,12 +1,17 @@
 // What this machine can do at best: bytes read from memory and multiply-adds of each kind, a second. The steps of a
 // model are measured against these. Knows no models and keeps nothing: threads and memory are gone when a call returns.
 //
+// Rates are of the time that a thread has the processor: what else runs here takes none of it. BRLITE_ISA=avx2 (or
+// generic) measures what processors without AVX-512 (or without AVX2) have.
+//
 // Sums live in twelve local variables of one function for each instruction: in an array, or shared by two loops, GCC
 // keeps them in memory, and the peak comes out half as high.
 #pragma once
 
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
+#include <time.h>
 
 #include <atomic>
 #include <chrono>
@@ -46,11 +51,29 @@ inline double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
+inline double thread_seconds() {
+    timespec now{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return now.tv_sec + now.tv_nsec * 1e-9;
+}
+
 template <class Work>
 double rate_of_round(const Work& work) {
     double done = 0, spent = 0;
-    for (Clock::time_point begin = Clock::now(); spent < ROUND_SECONDS; spent = seconds_since(begin)) done += work();
+    for (const double begin = thread_seconds(); spent < ROUND_SECONDS; spent = thread_seconds() - begin) done += work();
     return done / spent;
+}
+
+// Whether a processor of the instruction set that is measured has a feature of this processor's.
+inline bool is_measured(const char* isa) {
+    const char* wanted = getenv("BRLITE_ISA");
+    if (!wanted || !*wanted) return true;
+    const char* const order[] = {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+    for (const char* each : order) {
+        if (strcmp(each, isa) == 0) return true;
+        if (strcmp(each, wanted) == 0) return false;
+    }
+    return true;
 }
 
 // Calls `work(thread)`, which returns how much it did, again and again on every thread for a round; returns the rate
@@ -129,8 +152,8 @@ __attribute__((target("avx512f"))) inline uint64_t read_avx512(const uint8_t* by
 inline Reader best_reader() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f")) return read_avx512;
-    if (__builtin_cpu_supports("avx2")) return read_avx2;
+    if (is_measured("avx512") && __builtin_cpu_supports("avx512f")) return read_avx512;
+    if (is_measured("avx2") && __builtin_cpu_supports("avx2")) return read_avx2;
 #endif
     return read_generic;
 }
@@ -260,14 +283,16 @@ BRLITE_PAIRS(pairs_bf16_avx512, multiply_bf16_avx512)
 inline Multiplier best_multiplier(int kind) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool is_wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-    if (kind == MEASURE_INT16 && is_wide && __builtin_cpu_supports("avx512vnni")) return multiply_int16_vnni;
-    if (kind == MEASURE_INT16 && is_wide) return multiply_int16_avx512;
-    if (kind == MEASURE_INT16 && __builtin_cpu_supports("avx2")) return multiply_int16_avx2;
-    if (kind == MEASURE_BF16 && is_wide && __builtin_cpu_supports("avx512bf16")) return multiply_bf16_avx512;
+    const bool is_wide =
+        is_measured("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+    const bool has_vnni = is_measured("avx512_vnni") && __builtin_cpu_supports("avx512vnni");
+    const bool has_bf16 = is_measured("avx512_bf16") && __builtin_cpu_supports("avx512bf16");
+    const bool has_avx2 = is_measured("avx2") && __builtin_cpu_supports("avx2");
+    if (kind == MEASURE_INT16 && is_wide) return has_vnni ? multiply_int16_vnni : multiply_int16_avx512;
+    if (kind == MEASURE_INT16 && has_avx2) return multiply_int16_avx2;
+    if (kind == MEASURE_BF16 && is_wide && has_bf16) return multiply_bf16_avx512;
     if (kind != MEASURE_INT16 && is_wide) return multiply_fp32_avx512;
-    const bool has_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (kind != MEASURE_INT16 && has_fma) return multiply_fp32_avx2;
+    if (kind != MEASURE_INT16 && has_avx2 && __builtin_cpu_supports("fma")) return multiply_fp32_avx2;
 #endif
     return kind == MEASURE_INT16 ? multiply_int16_generic : multiply_fp32_generic;
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
@@ -81,13 +81,13 @@ def fill_cache(backend: Backend, steps: Sequence[Step]) -> None:
             backend.execute(Batch([_seq(row, block * info.block_size, [FIRST_TOKEN], per_row, info) for row in rows]))
 
 
-def time_step(backend: Backend, batch: Batch) -> list[float]:
+def time_step(backend: Backend, batch: Batch, clock: Callable[[], float] = time.perf_counter) -> list[float]:
     """Seconds of each run of the step, as many as fit into a round. Raises `RuntimeError` if a row failed."""
     seconds: list[float] = []
     while sum(seconds) < ROUND_SECONDS:
-        start = time.perf_counter()
+        start = clock()
         result = backend.execute(batch)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
         if error := next((seq.error for seq in result.seqs if seq.error), None):
             raise RuntimeError(f"a step failed: {error}")
     return seconds

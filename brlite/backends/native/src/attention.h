@@ -55,13 +55,13 @@ INLINE Bf16::Row* weight_rows(AttentionScratch& s, Bf16) { return s.weights.bf16
 // scores[rows][pages * 16] = queries times keys.
 template <class Kind, int ROWS, int PAGES>
 static void score_tile(const Looking& at, int first_row, int first_page) {
-    typename Kind::Sum sums[ROWS][PAGES];
+    typename Kind::Sum sums[1][ROWS][PAGES];
     const uint8_t* keys[PAGES];
     UNROLLED for (int p = 0; p < PAGES; p++) keys[p] = at.s.pages[first_page + p];
-    clear<Kind>(sums);
+    clear<Kind>(sums[0]);
     add_pairs<Kind>(sums, keys, Kind::PAIR_BYTES, query_rows(at.s, Kind()) + first_row * BRLITE_MAX_HEAD_DIM,
                     BRLITE_MAX_HEAD_DIM, head_size(at.a) / 2);
-    store_sums<Kind>(sums, &at.s.scores[first_row][first_page * LANES], CHUNK);
+    store_sums<Kind>(sums[0], &at.s.scores[first_row][first_page * LANES], CHUNK);
 }
 
 // sums[rows][columns * 16] = weights times values, over all pages of the chunk.
@@ -70,14 +70,14 @@ static void value_tile(const Looking& at, int first_row, int first_column) {
     const int size = head_size(at.a);
     const long skipped = page_part_bytes(at.a.kv_format, size) + first_column * Kind::PAIR_BYTES;
     const typename Kind::Row* weights = weight_rows(at.s, Kind()) + first_row * CHUNK;
-    typename Kind::Sum sums[ROWS][COLUMNS];
-    clear<Kind>(sums);
+    typename Kind::Sum sums[1][ROWS][COLUMNS];
+    clear<Kind>(sums[0]);
     for (int page = 0; page < at.num_pages; page++) {
         const uint8_t* values[COLUMNS];
         UNROLLED for (int c = 0; c < COLUMNS; c++) values[c] = at.s.pages[page] + skipped + c * Kind::PAIR_BYTES;
         add_pairs<Kind>(sums, values, size / LANES * Kind::PAIR_BYTES, weights + page * LANES, CHUNK, LANES / 2);
     }
-    store_sums<Kind>(sums, &at.s.sums[first_row][first_column * LANES], BRLITE_MAX_HEAD_DIM);
+    store_sums<Kind>(sums[0], &at.s.sums[first_row][first_column * LANES], BRLITE_MAX_HEAD_DIM);
 }
 
 template <class Kind, int ROWS>

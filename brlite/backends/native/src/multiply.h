@@ -23,22 +23,29 @@ struct Int8 {
     typedef int16_t Row;
     typedef __m512i Sum;
     typedef __m512i Pair;
-    typedef __m512i Broadcast;
     static constexpr int PAIR_BYTES = 32, STEPS = 1;
     INLINE Sum zero() { return _mm512_setzero_si512(); }
+    INLINE Sum plus(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
     INLINE Pair load(const uint8_t* at, int) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at)); }
+#if defined(BRLITE_HAS_VNNI)
+    typedef const Row* Broadcast;
+    INLINE Broadcast broadcast(const Row* row, int) { return row; }
+    INLINE void add(Sum& sum, Pair weights, Broadcast row) {  // GCC would copy the sums to and fro
+        asm volatile("vpdpwssd %[row]%{1to16%}, %[weights], %[sum]"
+                     : [sum] "+v"(sum)
+                     : [weights] "v"(weights), [row] "m"(*(const int32_t (*)[1])row));
+    }
+#else
+    typedef __m512i Broadcast;
     INLINE Broadcast broadcast(const Row* row, int) {
         int32_t pair;
         memcpy(&pair, row, sizeof pair);
         return _mm512_set1_epi32(pair);
     }
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {
-#if defined(BRLITE_HAS_VNNI)
-        sum = _mm512_dpwssd_epi32(sum, weights, row);
-#else
         sum = _mm512_add_epi32(sum, _mm512_madd_epi16(weights, row));
-#endif
     }
+#endif
     INLINE Floats floats(Sum sum) { return floats_of((Ints)sum); }
 };
 
@@ -51,14 +58,12 @@ struct Bf16 {
     INLINE Floats floats(Sum sum) { return (Floats)sum; }
 #if defined(BRLITE_HAS_BF16)
     typedef uint16_t Row;
-    typedef __m512i Broadcast;
-    INLINE Broadcast broadcast(const Row* row, int) {
-        int32_t pair;
-        memcpy(&pair, row, sizeof pair);
-        return _mm512_set1_epi32(pair);
-    }
+    typedef const Row* Broadcast;
+    INLINE Broadcast broadcast(const Row* row, int) { return row; }
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {
-        sum = _mm512_dpbf16_ps(sum, (__m512bh)weights, (__m512bh)row);
+        asm volatile("vdpbf16ps %[row]%{1to16%}, %[weights], %[sum]"
+                     : [sum] "+v"(sum)
+                     : [weights] "v"(weights), [row] "m"(*(const int32_t (*)[1])row));
     }
 #else
     typedef float Row;
@@ -74,7 +79,7 @@ struct Bf16 {
 #endif
 };
 
-constexpr int MAX_ROWS = 6;  // of a tile; with two panels and int8's second set of sums 24 of the 32 registers
+constexpr int MAX_ROWS = 6;  // of a tile; with two panels, or two sums for each row, 12 of the 32 registers
 constexpr int panels_at_once(int num_rows) { return num_rows <= 3 ? 4 : 2; }
 
 #elif defined(BRLITE_HAS_AVX2)
@@ -90,6 +95,7 @@ struct Int8 {
     typedef const Row* Broadcast;
     static constexpr int PAIR_BYTES = 32, STEPS = 1;
     INLINE Sum zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+    INLINE Sum plus(Sum a, Sum b) { return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)}; }
     INLINE Pair load(const uint8_t* at, int) {
         return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at)),
                 _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(at + 16)))};
@@ -154,6 +160,7 @@ struct Int8 {
     };
     static constexpr int PAIR_BYTES = 32, STEPS = 1;
     INLINE Sum zero() { return Ints{}; }
+    INLINE Sum plus(Sum a, Sum b) { return a + b; }
     INLINE Pair load(const uint8_t* at, int) {
         int8_t even[LANES], odd[LANES];
         for (int i = 0; i < LANES; i++) even[i] = (int8_t)at[2 * i], odd[i] = (int8_t)at[2 * i + 1];
@@ -199,9 +206,9 @@ constexpr int panels_at_once(int) { return 1; }
 
 // ---- what they are used for --------------------------------------------------------------------------------------
 
-// sums[row][panel] += `num_pairs` pairs, a multiple of 4, of `rows` with those of `panels`.
-template <class Kind, int ROWS, int PANELS>
-INLINE void add_pairs(typename Kind::Sum (&sums)[ROWS][PANELS], const uint8_t* const (&panels)[PANELS],
+// sums[pair % SUMS][row][panel] += `num_pairs` pairs, a multiple of 4, of `rows` with those of `panels`.
+template <class Kind, int SUMS, int ROWS, int PANELS>
+INLINE void add_pairs(typename Kind::Sum (&sums)[SUMS][ROWS][PANELS], const uint8_t* const (&panels)[PANELS],
                       long pair_stride, const typename Kind::Row* rows, long row_stride, int num_pairs) {
     _Pragma("GCC unroll 1") for (int first = 0; first < num_pairs; first += 4) {
         UNROLLED for (int i = 0; i < 4 * Kind::STEPS; i++) {
@@ -210,7 +217,8 @@ INLINE void add_pairs(typename Kind::Sum (&sums)[ROWS][PANELS], const uint8_t* c
             UNROLLED for (int p = 0; p < PANELS; p++) weights[p] = Kind::load(panels[p] + pair * pair_stride, step);
             UNROLLED for (int r = 0; r < ROWS; r++) {
                 typename Kind::Broadcast row = Kind::broadcast(rows + r * row_stride + 2 * pair, step);
-                UNROLLED for (int p = 0; p < PANELS; p++) Kind::add(sums[r][p], weights[p], row);
+                UNROLLED for (int p = 0; p < PANELS; p++)
+                    Kind::add(sums[i / Kind::STEPS % SUMS][r][p], weights[p], row);
             }
         }
     }
