@@ -173,7 +173,7 @@ async def test_the_bytes_of_a_response_are_counted_from_its_headers_on(http_serv
 
     client = await connect(await http_server({"GET /hello": count}))
     client.send(GET)
-    await client.until(b"0\r\n\r\n")
+    await client.until(b"\r\n\r\n0\r\n\r\n")
 
     assert counts == [False, True]
 

@@ -37,10 +37,10 @@ async def _run_chat(recording: AbstractContextManager[Journey]) -> Journey:
     async with engine, HttpServer(create_app(engine, config), "127.0.0.1", 0, config.limits) as server:
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(request)
-        await reader.readuntil(b"0\r\n\r\n")
+        await reader.readuntil(b"\r\n0\r\n\r\n")
         with recording as journey:
             writer.write(request)
-            await reader.readuntil(b"0\r\n\r\n")
+            await reader.readuntil(b"\r\n0\r\n\r\n")
         writer.close()
         await writer.wait_closed()
     return journey
