@@ -14,10 +14,19 @@ if TYPE_CHECKING:
     from brlite.config.options import Config
     from brlite.llm import LLM, AsyncEngine
     from brlite.outputs import RequestOutput
-    from brlite.sampling_params import SamplingParams
+    from brlite.sampling_params import SamplingParams, StructuredOutput
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncEngine", "Config", "RequestOutput", "SamplingParams", "create_app", "load_config"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "Config",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutput",
+    "create_app",
+    "load_config",
+]
 
 _HOMES = {
     "LLM": "brlite.llm",
@@ -26,6 +35,7 @@ _HOMES = {
     "load_config": "brlite.config.options",
     "RequestOutput": "brlite.outputs",
     "SamplingParams": "brlite.sampling_params",
+    "StructuredOutput": "brlite.sampling_params",
     "create_app": "brlite.app",
 }
 
