@@ -1,18 +1,26 @@
-"""`brlite chat`: a conversation in the terminal, with a model of our own or with any OpenAI server."""
+"""`brlite chat`: a conversation in the terminal, with a model of our own or with any OpenAI server.
+
+At a terminal prompt_toolkit reads the lines: editing, history, pasted text, wide characters. Lines of a pipe are read
+as they come, and each is a question: commands with a slash are for people.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import os
+import signal
 import sys
-from collections.abc import AsyncGenerator, Callable
-from contextlib import ExitStack, aclosing
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import ExitStack, aclosing, contextmanager, nullcontext
 from functools import partial
+from typing import Any, NamedTuple
 
 import aiohttp
 import msgspec
 
+from brlite.commands.conversation import Conversation, Message
 from brlite.config.options import Config
 from brlite.engine.async_engine import EngineLoop
 from brlite.errors import BrliteError, ConfigError
@@ -20,10 +28,19 @@ from brlite.files.quoting import one_line, shown
 from brlite.process.waiting import on_daemon_thread
 from brlite.sampling_params import SamplingParams
 
-Messages = list[dict[str, str]]
-Ask = Callable[[Messages], AsyncGenerator[str, None]]
+
+class Piece(NamedTuple):
+    """Some more of an answer."""
+
+    text: str
+    num_tokens: int
+
+
+Ask = Callable[[list[Message], SamplingParams], AsyncGenerator[Piece, None]]
+ReadLine = Callable[[], Awaitable[str | None]]  # None at the end of input
 
 PROMPT = "> "
+HINT = "/help shows the commands, Ctrl-C leaves"
 MAX_ERROR_BYTES = 64 * 1024  # of a server's error, and of its list of models
 
 
@@ -31,14 +48,15 @@ def run(
     target: Config | str, *, model: str | None, api_key: str | None, system: str | None, params: SamplingParams
 ) -> int:
     """Chat with the config's model, or with the server at a URL, until end of input. Returns the exit status."""
+    conversation = Conversation(system, params)
     if isinstance(target, str):
-        asyncio.run(_chat_with_server(target, model, api_key, system, params))
+        asyncio.run(_chat_with_server(target, model, api_key, conversation))
     else:
-        asyncio.run(_chat_with_model(target, system, params))
+        asyncio.run(_chat_with_model(target, conversation))
     return 0
 
 
-async def _chat_with_model(config: Config, system: str | None, params: SamplingParams) -> None:
+async def _chat_with_model(config: Config, conversation: Conversation) -> None:
     from brlite.checkpoint.fetch import progress_bar
     from brlite.llm import AsyncEngine
 
@@ -46,35 +64,110 @@ async def _chat_with_model(config: Config, system: str | None, params: SamplingP
         show = bar.enter_context(progress_bar())
         async with AsyncEngine.from_config(config, on_progress=show) as engine:
             bar.close()
-            await converse(lambda messages: _ask_engine(engine, messages, params), system)
+            await converse(partial(_ask_engine, engine), conversation)
 
 
-async def _chat_with_server(
-    url: str, model: str | None, api_key: str | None, system: str | None, params: SamplingParams
-) -> None:
+async def _chat_with_server(url: str, model: str | None, api_key: str | None, conversation: Conversation) -> None:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with aiohttp.ClientSession(headers=headers) as session:
-        server = url.rstrip("/").removesuffix("/v1")
+        server = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
         name = model or await _first_model(session, server)
-        await converse(lambda messages: _ask_server(session, server, name, messages, params), system)
+        await converse(partial(_ask_server, session, server, name), conversation)
 
 
-async def converse(ask: Ask, system: str | None) -> None:
-    """Ask each line of standard input with what was said before it; a question that failed is forgotten."""
-    messages: Messages = [{"role": "system", "content": system}] if system else []
-    while (line := await _read_line()) is not None:
-        question = {"role": "user", "content": line}
-        answer = ""
+async def converse(ask: Ask, conversation: Conversation) -> None:
+    """Ask what is typed, with what was said before it, until the end of input. Carries out commands at a terminal.
+
+    A question that failed is forgotten. Raises `KeyboardInterrupt` for Ctrl-C at the prompt.
+    """
+    read_typed = _terminal_reader()
+    read = read_typed or _read_line
+    while not conversation.is_over and (line := await read()) is not None:
+        question = conversation.asked_by(line) if read_typed else line if line.strip() else None
         try:
-            async with aclosing(ask([*messages, question])) as pieces:
-                async for piece in pieces:
-                    print(shown(piece), end="", flush=True)
-                    answer += piece
+            if question is not None:
+                await _answer(ask, conversation, question, is_interactive=read_typed is not None)
+            elif line.strip():
+                print(shown(await on_daemon_thread(partial(conversation.obey, line), "brlite-chat")), file=sys.stderr)
         except BrliteError as error:
             print(f"brlite: error: {shown(str(error))}", file=sys.stderr)
-        else:
-            messages += question, {"role": "assistant", "content": answer}
-        print()
+
+
+async def _answer(ask: Ask, conversation: Conversation, question: str, *, is_interactive: bool) -> None:
+    """Print an answer as it comes and remember it; Ctrl-C at a terminal keeps what there is of it by then."""
+    pieces: list[Piece] = []
+    times = [time.monotonic()]
+
+    async def show() -> None:
+        messages = [*conversation.messages, Message("user", question)]
+        async with aclosing(ask(messages, conversation.params)) as answer:
+            async for piece in answer:
+                print(shown(piece.text), end="", flush=True)
+                pieces.append(piece)
+                times.append(time.monotonic())
+
+    showing = asyncio.ensure_future(show())
+    try:
+        with _ctrl_c_stops(showing) if is_interactive else nullcontext():
+            await showing
+    finally:
+        print(flush=True)
+    if pieces:
+        conversation.add(question, "".join(piece.text for piece in pieces))
+    if is_interactive:
+        print(_describe_speed(sum(piece.num_tokens for piece in pieces), times), file=sys.stderr)
+
+
+@contextmanager
+def _ctrl_c_stops(showing: asyncio.Future[None]) -> Iterator[None]:
+    """While inside, Ctrl-C cancels the future, which then ends the block without an error."""
+    loop, is_stopped = asyncio.get_running_loop(), False
+
+    def stop() -> None:
+        nonlocal is_stopped
+        is_stopped = True
+        showing.cancel()
+
+    loop.add_signal_handler(signal.SIGINT, stop)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not is_stopped:
+            raise
+        print("\n[stopped]", end="", file=sys.stderr, flush=True)
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+def _describe_speed(num_tokens: int, times: list[float]) -> str:
+    """Of an answer that was asked for at the first of `times`, in seconds, and whose pieces came at the others."""
+    if len(times) < 2 or not num_tokens:
+        return "[no tokens were counted]"
+    first, rest = times[1] - times[0], times[-1] - times[1]
+    rate = f", then {(num_tokens - 1) / rest:.1f} tokens/s" if rest > 0 and num_tokens > 1 else ""
+    return f"[{num_tokens} tokens: the first after {first:.2f} s{rate}]"
+
+
+def _terminal_reader() -> ReadLine | None:
+    """Reads lines at the terminal; None where standard input is none, or nothing that is printed would be seen.
+
+    The prompt goes to the terminal where standard output is redirected: it must not stand among the answers.
+    """
+    if not (sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())):
+        return None
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.output import create_output
+
+    session: PromptSession[str] = PromptSession(PROMPT, output=create_output(always_prefer_tty=True))
+    print(HINT, file=sys.stderr)
+
+    async def read() -> str | None:
+        try:
+            return await session.prompt_async()
+        except EOFError:
+            return None
+
+    return read
 
 
 async def _read_line() -> str | None:
@@ -87,8 +180,6 @@ async def _read_line() -> str | None:
     if not isinstance(stdin, io.TextIOWrapper):
         line = stdin.readline()
         return line.removesuffix("\n") if line else None
-    if stdin.isatty():
-        print(PROMPT, end="", flush=True)
     encoding = stdin.encoding if stdin.isatty() else "utf-8"
     data = await on_daemon_thread(partial(_next_line, stdin.fileno()), "brlite-input")
     return data.decode(encoding, "replace").removeprefix("\ufeff").rstrip("\r\n") if data else None
@@ -102,34 +193,48 @@ def _next_line(descriptor: int) -> bytes:
     return bytes(line)
 
 
-async def _ask_engine(engine: EngineLoop, messages: Messages, params: SamplingParams) -> AsyncGenerator[str, None]:
-    token_ids = await engine.encode_chat(messages)
+async def _ask_engine(
+    engine: EngineLoop, messages: list[Message], params: SamplingParams
+) -> AsyncGenerator[Piece, None]:
+    token_ids = await engine.encode_chat([msgspec.structs.asdict(message) for message in messages])
     async for output in engine.generate(token_ids, params):
-        yield output.outputs[0].text
+        yield Piece(output.outputs[0].text, len(output.outputs[0].token_ids))
 
 
 async def _ask_server(
-    session: aiohttp.ClientSession, server: str, model: str, messages: Messages, params: SamplingParams
-) -> AsyncGenerator[str, None]:
-    body = {"model": model, "messages": messages, "stream": True, "temperature": params.temperature}
-    if params.max_tokens is not None:
-        body["max_tokens"] = params.max_tokens
+    session: aiohttp.ClientSession, server: str, model: str, messages: list[Message], params: SamplingParams
+) -> AsyncGenerator[Piece, None]:
+    neutral = msgspec.to_builtins(SamplingParams(max_tokens=None))
+    chosen = {name: value for name, value in msgspec.to_builtins(params).items() if value != neutral[name]}
+    body = {
+        "model": model,
+        "messages": msgspec.to_builtins(messages),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "temperature": params.temperature,
+        **chosen,
+    }
+    num_tokens = 0
     try:
         async with session.post(f"{server}/v1/chat/completions", json=body) as response:
             if response.status != 200:
                 raise ConfigError(_error_message(await response.content.read(MAX_ERROR_BYTES)))
             async for line in response.content:
                 if line.startswith(b"data: {"):
-                    yield _piece(line.removeprefix(b"data: "))
+                    chunk = _chunk(line.removeprefix(b"data: "))
+                    num_tokens = int((chunk.get("usage") or {}).get("completion_tokens") or num_tokens)
+                    if text := "".join(choice["delta"].get("content") or "" for choice in chunk["choices"]):
+                        yield Piece(text, 0)
     except (aiohttp.ClientError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{server}: {one_line(error)}") from None
+    yield Piece("", num_tokens)
 
 
-def _piece(event: bytes) -> str:
-    chunk = msgspec.json.decode(event)
+def _chunk(event: bytes) -> dict[str, Any]:
+    chunk: dict[str, Any] = msgspec.json.decode(event)
     if "error" in chunk:
         raise ConfigError(_error_message(event))
-    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    return chunk
 
 
 async def _first_model(session: aiohttp.ClientSession, server: str) -> str:

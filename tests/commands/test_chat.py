@@ -6,8 +6,6 @@ import asyncio
 import io
 import json
 import os
-import pty
-import signal
 import subprocess
 from collections.abc import AsyncGenerator
 
@@ -15,11 +13,13 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from brlite.commands.chat import Messages, converse
+from brlite.commands.chat import Piece, converse
+from brlite.commands.conversation import Conversation, Message
 from brlite.errors import EngineError
 from brlite.files.quoting import shown
+from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS
-from tests.process.servers import BRLITE, running
+from tests.process.servers import BRLITE
 
 
 async def test_a_question_that_failed_is_not_asked_again_with_the_next(
@@ -27,14 +27,14 @@ async def test_a_question_that_failed_is_not_asked_again_with_the_next(
 ) -> None:
     asked: list[list[str]] = []
 
-    async def ask(messages: Messages) -> AsyncGenerator[str, None]:
-        asked.append([message["content"] for message in messages])
-        yield "half"
-        if messages[-1]["content"] == "second":
+    async def ask(messages: list[Message], params: SamplingParams) -> AsyncGenerator[Piece, None]:
+        asked.append([message.content for message in messages])
+        yield Piece("half", 1)
+        if messages[-1].content == "second":
             raise EngineError("a step failed")
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("first\nsecond\nthird\n"))
-    await converse(ask, "system")
+    monkeypatch.setattr("sys.stdin", io.StringIO("first\n\nsecond\n \nthird\n"))
+    await converse(ask, Conversation("system", SamplingParams()))
 
     assert asked == [["system", "first"], ["system", "first", "half", "second"], ["system", "first", "half", "third"]]
     assert "a step failed" in capsys.readouterr().err
@@ -53,11 +53,11 @@ async def test_a_question_that_failed_is_not_asked_again_with_the_next(
 async def test_what_a_model_says_cannot_steer_the_terminal(
     text: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async def ask(messages: Messages) -> AsyncGenerator[str, None]:
-        yield text
+    async def ask(messages: list[Message], params: SamplingParams) -> AsyncGenerator[Piece, None]:
+        yield Piece(text, 1)
 
     monkeypatch.setattr("sys.stdin", io.StringIO("first\n"))
-    await converse(ask, None)
+    await converse(ask, Conversation(None, SamplingParams()))
 
     assert capsys.readouterr().out == f"{expected}\n"
     assert shown(text) == expected
@@ -108,22 +108,6 @@ async def test_what_a_server_says_cannot_steer_the_terminal(case: str) -> None:
     assert all(letter.isprintable() or letter == "\n" for letter in text)
     assert "Traceback" not in text
     assert len([line for line in err.decode().splitlines() if line.startswith("brlite: error: ")]) == 1
-
-
-def test_ctrl_c_at_the_prompt_ends_at_once() -> None:
-    ours, theirs = pty.openpty()
-    command = [BRLITE, "chat", "--engine", "toy", "--model", "toy"]
-    with running(command, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True) as process:
-        os.close(theirs)
-        seen = b""
-        while not seen.endswith(b"> "):
-            seen += os.read(ours, 1024)
-
-        process.send_signal(signal.SIGINT)
-
-        assert process.wait(PATIENCE_SECONDS) == 130
-    os.close(ours)
-    assert b"Traceback" not in seen
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "gbk", "latin-1"])

@@ -1,0 +1,131 @@
+"""What was said in a chat, and the commands that begin with a slash. Knows neither terminal nor model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from brlite.errors import ConfigError
+from brlite.sampling_params import SamplingParams
+
+HELP = """\
+/system [TEXT]      show the system message, or set it
+/set [NAME VALUE]   show the sampling parameters, or set one: /set temperature 0.2
+/retry              ask the last question again
+/clear              forget what was said
+/save FILE          write the conversation as JSON
+/load FILE          continue a conversation that was saved
+/exit               leave, as Ctrl-D and Ctrl-C do
+Ctrl-C during an answer stops the answer. Text that is pasted is one message, whatever its lines."""
+NOT_FOR_CHATS = ("n", "logprobs", "prompt_logprobs")
+
+
+class Message(msgspec.Struct, frozen=True):
+    """Something that was said; `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+class SavedConversation(msgspec.Struct, frozen=True):
+    """The file of `/save`: the field `messages` of a request to the API."""
+
+    messages: list[Message]
+
+
+class Conversation:
+    """The messages so far, the sampling parameters, and a question that is to be asked again."""
+
+    def __init__(self, system: str | None, params: SamplingParams) -> None:
+        self.messages = [Message("system", system)] if system else []
+        self.params = params
+        self.is_over = False
+        self._commands: dict[str, Callable[[str], str]] = {
+            "/help": lambda _: HELP,
+            "/system": self._system,
+            "/set": self._set,
+            "/retry": lambda _: "there is no question yet",
+            "/clear": self._clear,
+            "/save": self._save,
+            "/load": self._load,
+            "/exit": self._exit,
+        }
+
+    def asked_by(self, line: str) -> str | None:
+        """The question that a line asks: itself, or for `/retry` the last one, which is then forgotten; else None."""
+        if line.strip() == "/retry" and len(self.messages) >= 2 and self.messages[-1].role == "assistant":
+            question = self.messages[-2].content
+            del self.messages[-2:]
+            return question
+        return line if line.strip() and not line.startswith("/") else None
+
+    def obey(self, line: str) -> str:
+        """Carry out a command and say what it did. Reads and writes files. Raises `ConfigError` for a wrong one."""
+        name, _, argument = line.strip().partition(" ")
+        if name not in self._commands:
+            near = difflib.get_close_matches(name, self._commands, 1)
+            hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(self._commands)}"
+            raise ConfigError(f"{name}: {hint}")
+        return self._commands[name](argument.strip())
+
+    def add(self, question: str, answer: str) -> None:
+        """Remember an exchange."""
+        self.messages += Message("user", question), Message("assistant", answer)
+
+    def _system(self, text: str) -> str:
+        given = [message for message in self.messages if message.role == "system"]
+        if not text:
+            return given[0].content if given else "there is no system message"
+        self.messages = [Message("system", text), *self.messages[len(given) :]]
+        return "the system message is set"
+
+    def _set(self, argument: str) -> str:
+        name, _, text = argument.partition(" ")
+        fields = [field for field in SamplingParams.__struct_fields__ if field not in NOT_FOR_CHATS]
+        if not argument:
+            return "\n".join(f"{field} {json.dumps(getattr(self.params, field))}" for field in fields)
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, 1)
+            hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(fields)}"
+            raise ConfigError(f"/set {name}: {hint}")
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError:
+            value = text
+        self.params = msgspec.structs.replace(self.params, **{name: value})
+        return f"{name} is {json.dumps(getattr(self.params, name))}"
+
+    def _clear(self, _: str) -> str:
+        self.messages = [message for message in self.messages if message.role == "system"]
+        return "forgotten"
+
+    def _save(self, file: str) -> str:
+        if not file:
+            raise ConfigError("/save: allowed is /save FILE")
+        try:
+            Path(file).expanduser().write_bytes(
+                msgspec.json.format(msgspec.json.encode(SavedConversation(self.messages)))
+            )
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be written: {error.strerror}") from None
+        return f"{len(self.messages)} messages are in {file}"
+
+    def _load(self, file: str) -> str:
+        if not file:
+            raise ConfigError("/load: allowed is /load FILE")
+        try:
+            saved = msgspec.json.decode(Path(file).expanduser().read_bytes(), type=SavedConversation)
+        except OSError as error:
+            raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} holds no conversation: {error}") from None
+        self.messages = saved.messages
+        return f"{len(self.messages)} messages are loaded"
+
+    def _exit(self, _: str) -> str:
+        self.is_over = True
+        return ""
