@@ -76,6 +76,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     top_k: int = -1
     min_p: float = 0.0
+    top_n_sigma: float = 0.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -181,6 +182,12 @@ def _top_k(value: Any) -> int:
     return _integer(value) or -1
 
 
+def _top_n_sigma(value: Any) -> float:
+    """-1 is 0, off, as llama.cpp writes it."""
+    number = _number(value)
+    return 0.0 if number == -1 else number
+
+
 def _items(value: Any) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)):
         raise TypeError("not a list")
@@ -229,6 +236,7 @@ _RULES = {
     "top_p": _Rule(_number, lambda x: 0 < x <= 1, "a number in (0, 1]"),
     "top_k": _Rule(_top_k, lambda k: k == -1 or k >= 1, "-1, 0 or a 64-bit integer, at least 1"),
     "min_p": _Rule(_number, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
+    "top_n_sigma": _Rule(_top_n_sigma, lambda x: 0 <= x < math.inf, "-1 or a finite number, at least 0"),
     "seed": _Rule(_unless_minus_1, _any, "a 64-bit integer"),
     "stop": _Rule(_texts, _any, "a string or a list of strings"),
     "stop_token_ids": _TOKEN_IDS,

@@ -12,7 +12,7 @@ from brlite.sampling_params import SamplingParams, StructuredOutput
 
 INF, NAN = float("inf"), float("nan")
 PENALTIES = ("presence_penalty", "frequency_penalty")
-NUMBERS = (*PENALTIES, "repetition_penalty", "temperature", "top_p", "min_p")
+NUMBERS = (*PENALTIES, "repetition_penalty", "temperature", "top_p", "min_p", "top_n_sigma")
 TRUTHS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed")
 
@@ -25,6 +25,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "top_p": [1, 1.0, 5e-324],
     "top_k": [-1, 0, 1, 40.0, 2**63],
     "min_p": [0, 0.0, 1],
+    "top_n_sigma": [0, -1, 0.5, 1e308],
     "seed": [None, -1, 0, 5.0, -(2**63), 2**64 - 1],
     "stop": ["end", "", ["a", ""], ["end"], ("a", "b"), [], (), None, "\N{SNOWMAN}"],
     "stop_token_ids": [[], [0], [6.0], (1, 2), {3}, None],
@@ -49,6 +50,7 @@ REFUSED: dict[str, list[Any]] = {
     "top_p": [0, -0.1, 1.0000001],
     "top_k": [-2, None],
     "min_p": [-1e-9, 1.0000001],
+    "top_n_sigma": [-0.5, -2],
     "seed": [-(2**63) - 1, 2**64],
     "stop": [["a", 1], 7, b"end", {"a": 1}, "\ud800"],
     "stop_token_ids": ["12", ["12"], [1.5], [True], 5, [2**64]],
@@ -112,6 +114,7 @@ def test_a_value_out_of_range_or_of_another_type_is_refused_by_name(name: str, v
         ("stop", "", ()),
         ("stop", ["", "a"], ("a",)),
         ("top_k", 0, -1),
+        ("top_n_sigma", -1, 0.0),
         ("top_k", 40.0, 40),
         ("seed", -1, None),
         ("max_tokens", -1, None),

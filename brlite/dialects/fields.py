@@ -51,6 +51,7 @@ OBEYED = (
     ObeyedField("top_logprobs", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "needs `logprobs`"),
     ObeyedField("echo", (COMPLETIONS,), (OPENAI, VLLM_04, VLLM, SGLANG)),
     ObeyedField("top_k min_p", BOTH, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("top_n_sigma", BOTH, (LLAMA_CPP,)),
     ObeyedField("repetition_penalty", BOTH, VLLM_AND_SGLANG),
     ObeyedField("min_tokens", BOTH, (VLLM_04, VLLM)),
     ObeyedField("ignore_eos", BOTH, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
@@ -132,7 +133,7 @@ NOT_DECODED = (
     Field("repetition_detection watermark", (VLLM, SGLANG), (False,)),
     Field("mirostat", (LLAMA_CPP,), (0,)),
     Field("typical_p", (LLAMA_CPP,), (1,)),
-    Field("top_n_sigma adaptive_target", (LLAMA_CPP,), (-1, 0)),
+    Field("adaptive_target", (LLAMA_CPP,), (-1, 0)),
     Field("adaptive_decay", (LLAMA_CPP,), None),  # needs adaptive_target
     Field("dynatemp_range dry_multiplier xtc_probability min_keep", (LLAMA_CPP,), (0,)),
     Field("repeat_penalty", (LLAMA_CPP,), (1,), "repetition_penalty"),

@@ -77,6 +77,7 @@ class SamplingFields(StructuredFields, kw_only=True):
     top_p: float | None = None
     top_k: Whole | None = None
     min_p: float | None = None
+    top_n_sigma: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None

@@ -30,6 +30,7 @@ MakeClient = Callable[..., Awaitable[Client]]
         ({"top_k": -2}, "top_k"),
         ({"top_k": 10**6}, "top_k"),
         ({"min_p": 2}, "min_p"),
+        ({"top_n_sigma": -2}, "top_n_sigma"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": -1}, "repetition_penalty"),
         ({"n": 0}, "n"),

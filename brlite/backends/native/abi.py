@@ -7,12 +7,14 @@ fills one in keeps the memory that it points to.
 from __future__ import annotations
 
 import ctypes
+import re
 from ctypes import c_double, c_float, c_int32, c_size_t, c_uint64, c_void_p
+from pathlib import Path
 from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
@@ -25,6 +27,22 @@ INT8, BF16 = range(2)
 LOST_RANK = 8  # what `brlite_run` says where ranks met no more
 
 EMBED, NORM, LINEAR, ADD, ROPE, ATTEND, QUANTIZE, SILU, GATE = range(9)
+
+
+_DRAW_FIELDS = re.findall(
+    r"^(FIELD|PARAMETER)\((.+), (\w+)\)",
+    (Path(__file__).parent / "src" / "draw_fields.h").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+_CTYPES: dict[str, Any] = {
+    "int32_t": c_int32,
+    "float": c_float,
+    "double": c_double,
+    "const int32_t*": c_void_p,
+    "const float*": c_void_p,
+    "const uint8_t*": c_void_p,
+}
+DRAW_PARAMETERS = tuple(name for kind, _, name in _DRAW_FIELDS if kind == "PARAMETER")  # also of `SamplingParams`
 
 
 class NativeOperation(ctypes.Structure):
@@ -77,29 +95,7 @@ class NativeSpan(ctypes.Structure):
 
 
 class Draw(ctypes.Structure):
-    _fields_ = [
-        ("row", c_int32),
-        ("target", c_int32),
-        ("temperature", c_float),
-        ("top_k", c_int32),
-        ("top_p", c_double),
-        ("min_p", c_double),
-        ("uniform", c_double),
-        ("num_logprobs", c_int32),
-        ("num_biases", c_int32),
-        ("num_banned", c_int32),
-        ("num_counted", c_int32),
-        ("repetition_penalty", c_double),
-        ("presence_penalty", c_double),
-        ("frequency_penalty", c_double),
-        ("bias_ids", c_void_p),
-        ("biases", c_void_p),
-        ("banned_ids", c_void_p),
-        ("counted_ids", c_void_p),
-        ("output_counts", c_void_p),
-        ("mask", c_void_p),
-        ("is_mask_filled", c_void_p),
-    ]
+    _fields_ = [(name, _CTYPES[type_name]) for _, type_name, name in _DRAW_FIELDS]
 
 
 class Drawn(ctypes.Structure):

@@ -173,15 +173,11 @@ class _Settings(NamedTuple):
             target=-1,
             temperature=0.0 if params.is_greedy else min(params.temperature, _MAX_TEMPERATURE),
             top_k=vocab_size if params.top_k == -1 else min(params.top_k, vocab_size),
-            top_p=params.top_p,
-            min_p=params.min_p,
             num_logprobs=-1 if params.logprobs is None else min(params.logprobs, vocab_size),
             num_biases=len(bias_ids),
-            repetition_penalty=params.repetition_penalty,
-            presence_penalty=params.presence_penalty,
-            frequency_penalty=params.frequency_penalty,
             bias_ids=bias_ids.ctypes.data,
             biases=biases.ctypes.data,
+            **{name: getattr(params, name) for name in abi.DRAW_PARAMETERS},
         )
         has_logprobs = params.logprobs is not None
         return cls(bytes(draw), params, params.is_greedy, params.has_penalties, has_logprobs, bias_ids, biases)

@@ -5,9 +5,10 @@ The order of things, for each row by itself:
 1. the logprobs that are reported are the model's own, taken before anything below;
 2. `logit_bias`, banned tokens, the mask, then the penalties;
 3. a greedy row takes its best token, the lowest id among equals;
-4. other rows divide by the temperature and truncate. `top_k` keeps that many best tokens, the lowest ids among equals;
-   `top_p` keeps the fewest best of these that hold this share of their mass; `min_p` drops those that are less
-   probable than this share of the best one;
+4. other rows divide by the temperature and truncate. `top_n_sigma` keeps the tokens whose logit is within that many
+   standard deviations of the best one (Tang et al. 2024; over all logits above -inf); `top_k` keeps that many best of
+   these, the lowest ids among equals; `top_p` keeps the fewest best of these that hold this share of their mass;
+   `min_p` drops those that are less probable than this share of the best one;
 5. one random number, a function of seed and position alone, picks among the survivors in the order of their ids.
 
 What decides is computed here in float64, from the few numbers that `LogitRows` give of logits on the host or on a card.
@@ -17,20 +18,51 @@ Knows no text and no model, and nothing of other steps: there is no generator st
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from brlite.backends.sampling.random_numbers import Floats, Integers, invert_cdf
-from brlite.backends.sampling.row_settings import MAX_PENALTY, RowSettings
+from brlite.backends.sampling.random_numbers import Floats, Integers, invert_cdf, uniform
 from brlite.backends.sampling.rows import BLOCK_SIZE, Booleans, LogitRows, Logits, Shortlist, mask_words
 from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.outputs import TokenLogprob
 
+MAX_TEMPERATURE = 1e37  # near the largest float; every distribution is flat long before
+MAX_SIGMAS = 1e30  # of `top_n_sigma`: every token is within that
+MAX_PENALTY = 1e30  # a penalty beyond this, either way, acts as this: its products stay finite in float64
 FLOAT_MAX = float(np.finfo(np.float32).max)
 # Sizes of the shortlists that are tried before a whole row is sorted. Realistic distributions keep a handful of tokens
 # after truncation; the second size is for flat ones.
 SHORTLIST_SIZES = (256, 4096)
 _TIE_MARGIN = 16  # a few alternatives more than asked for, so that a tie at the border rarely needs the whole row
+
+
+class RowSettings(NamedTuple):
+    """Temperature, truncation and random number of each row. `top_k` is the vocabulary's size where it is off."""
+
+    temperature: Floats
+    top_k: Integers
+    top_p: Floats
+    min_p: Floats
+    top_n_sigma: Floats
+    uniform: Floats
+
+    @classmethod
+    def of(cls, inputs: Sequence[SamplingInput], vocab_size: int) -> RowSettings:
+        params = [row.params for row in inputs]
+        top_k = [vocab_size if row.top_k == -1 else min(row.top_k, vocab_size) for row in params]
+        return cls(
+            temperature=np.array([min(row.temperature, MAX_TEMPERATURE) for row in params], dtype=np.float64),
+            top_k=np.array(top_k, dtype=np.int64),
+            top_p=np.array([row.top_p for row in params], dtype=np.float64),
+            min_p=np.array([row.min_p for row in params], dtype=np.float64),
+            top_n_sigma=np.array([min(row.top_n_sigma, MAX_SIGMAS) for row in params], dtype=np.float64),
+            uniform=np.array([uniform(row.seed, row.position) for row in inputs], dtype=np.float64),
+        )
+
+    def take(self, rows: Integers | slice) -> RowSettings:
+        """The settings of some of the rows, in that order."""
+        return RowSettings._make(values[rows] for values in self)
 
 
 def sample(
@@ -152,9 +184,15 @@ def edit(rows: LogitRows, inputs: Sequence[SamplingInput], masks: Sequence[Token
 def _draw(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
     """A token for each row: from a shortlist where one settles it, else from the whole row."""
     is_open = settings.top_k == rows.vocab_size
-    is_cut = ~is_open | (settings.top_p < 1) | (settings.min_p > 0)
+    has_sigma = settings.top_n_sigma > 0
+    is_cut = ~is_open | (settings.top_p < 1) | (settings.min_p > 0) | has_sigma
     token_ids = np.full(len(rows), -1, dtype=np.int64)
-    needs_mass = np.flatnonzero(is_open & (settings.top_p < 1))
+    floors = np.full(len(rows), -np.inf)
+    needs_sigma = np.flatnonzero(has_sigma)
+    if needs_sigma.size:
+        sigmas = rows.take(needs_sigma).standard_deviations(best[needs_sigma])
+        floors[needs_sigma] = best[needs_sigma].astype(np.float64) - settings.top_n_sigma[needs_sigma] * sigmas
+    needs_mass = np.flatnonzero(is_open & (settings.top_p < 1) & ~has_sigma)
     masses = np.full(len(rows), np.nan)
     if needs_mass.size:
         sums = rows.take(needs_mass).block_sums(best[needs_mass], settings.temperature[needs_mass])
@@ -163,7 +201,8 @@ def _draw(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
         is_suited = (settings.top_k < size) | is_open | (size == rows.vocab_size)
         left = np.flatnonzero(is_cut & is_suited & (token_ids == -1))
         if left.size and size <= rows.vocab_size:
-            drawn, is_settled = _draw_listed(rows.take(left).shortlist(size), settings.take(left), masses[left])
+            shortlist = rows.take(left).shortlist(size)
+            drawn, is_settled = _draw_listed(shortlist, settings.take(left), masses[left], floors[left])
             token_ids[left[is_settled]] = drawn[is_settled]
     whole = np.flatnonzero(~is_cut)
     if whole.size:
@@ -171,21 +210,24 @@ def _draw(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
     return token_ids
 
 
-def _draw_listed(shortlist: Shortlist, settings: RowSettings, masses: Floats) -> tuple[Integers, Booleans]:
+def _draw_listed(
+    shortlist: Shortlist, settings: RowSettings, masses: Floats, floors: Floats
+) -> tuple[Integers, Booleans]:
     """Draw a token for each row; the second array tells for which rows the shortlist was long enough to do so.
 
     `masses` holds the sum of exp((logit - best logit) / temperature) over the whole row, or NaN where it is not known.
+    Tokens whose logit lies below `floors` are out.
     """
     values = shortlist.values.astype(np.float64)
     weights = np.exp((values - values[:, :1]) / settings.temperature[:, None])
-    in_top_k = np.arange(weights.shape[1]) < settings.top_k[:, None]
-    is_listed = shortlist.is_whole_row | ~in_top_k[:, -1]  # all that top-p measures is in the list
-    masses = np.where(is_listed, (weights * in_top_k).sum(axis=1), masses)
+    is_measured = (np.arange(weights.shape[1]) < settings.top_k[:, None]) & (values >= floors[:, None])
+    is_listed = shortlist.is_whole_row | ~is_measured[:, -1]  # all that top-p measures is in the list
+    masses = np.where(is_listed, (weights * is_measured).sum(axis=1), masses)
     has_mass = (settings.top_p >= 1) | ~np.isnan(masses)
 
     enough = np.where(settings.top_p < 1, settings.top_p * masses, np.inf)
     better_mass = np.pad(weights.cumsum(axis=1)[:, :-1], ((0, 0), (1, 0)))
-    is_kept = in_top_k & (better_mass < enough[:, None]) & (weights >= settings.min_p[:, None])
+    is_kept = is_measured & (better_mass < enough[:, None]) & (weights >= settings.min_p[:, None])
     is_kept &= weights > 0  # masked tokens must not look like a long tail
 
     by_id = np.argsort(shortlist.token_ids, axis=1)

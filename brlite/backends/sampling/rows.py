@@ -72,6 +72,10 @@ class LogitRows(Protocol):
         """Sums [R, B] of exp((logit - best) / temperature) over blocks of `BLOCK_SIZE` tokens, the last one shorter."""
         ...
 
+    def standard_deviations(self, best: Logits) -> Floats:
+        """Of the logits above -inf of each row, divided by their number."""
+        ...
+
     def block(self, numbers: Integers) -> Logits:
         """One block of each row [R, BLOCK_SIZE], filled up with -inf where it is the shorter last one."""
         ...
@@ -125,6 +129,9 @@ class NumpyRows:
             for row, one_best, one_temperature in zip(self.logits, best.astype(np.float64), temperature, strict=True)
         ]
         return np.stack(sums)
+
+    def standard_deviations(self, best: Logits) -> Floats:
+        return np.array([row[row > -np.inf].astype(np.float64).std() for row in self.logits])
 
     def block(self, numbers: Integers) -> Logits:
         columns = numbers[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)

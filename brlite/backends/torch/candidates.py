@@ -83,6 +83,13 @@ class TorchRows:
             parts.append(torch.cat(sums, dim=1).cpu().numpy())
         return np.concatenate(parts)
 
+    def standard_deviations(self, best: Logits) -> Floats:
+        found: list[float] = []
+        for row, one_best in zip(self._logits, best.tolist(), strict=True):
+            distances = (one_best - row.double())[row > -torch.inf]
+            found.append(float(distances.var(correction=0).sqrt()))
+        return np.array(found)
+
     def block(self, numbers: Integers) -> Logits:
         columns = numbers[:, None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
         found = self._logits.gather(1, self._index(np.minimum(columns, self.vocab_size - 1))).cpu().numpy()

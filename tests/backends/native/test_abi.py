@@ -13,6 +13,7 @@ from brlite.backends.native import abi
 from brlite.backends.native.build import SOURCES
 from brlite.backends.native.library import NativeLibrary
 from brlite.models.config import QUANTIZATION_GROUP
+from brlite.sampling_params import SamplingParams
 
 HEADER = (SOURCES / "brlite.h").read_text(encoding="utf-8")
 CONSTANTS = {
@@ -40,9 +41,16 @@ def declared_fields(struct: type[ctypes.Structure]) -> list[str]:
     return re.findall(r"(\w+);", re.sub(r"//.*", "", body))
 
 
-@pytest.mark.parametrize("struct", abi.STRUCTS)
+@pytest.mark.parametrize("struct", [struct for struct in abi.STRUCTS if struct is not abi.Draw])
 def test_a_struct_has_the_fields_of_the_header(struct: type[ctypes.Structure]) -> None:
     assert [field[0] for field in struct._fields_] == declared_fields(struct)
+
+
+def test_a_draw_has_every_field_of_its_header() -> None:
+    lines = (SOURCES / "draw_fields.h").read_text(encoding="utf-8").splitlines()
+
+    assert len(abi.Draw._fields_) == sum(line.startswith(("FIELD", "PARAMETER")) for line in lines)
+    assert set(abi.DRAW_PARAMETERS) <= set(SamplingParams.__struct_fields__)
 
 
 def test_every_function_of_the_header_is_declared() -> None:

@@ -66,12 +66,12 @@ def draws() -> NativeDraws:
 
 
 def test_parameters_arrive_as_they_are(draws: NativeDraws) -> None:
-    step = draws.lay_out(
-        [drawing(row=3, temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, presence_penalty=0.3, frequency_penalty=0.2)]
-    )
+    truncation = {"top_k": 7, "top_p": 0.9, "min_p": 0.1, "top_n_sigma": 1.5}
+    step = draws.lay_out([drawing(row=3, temperature=0.5, presence_penalty=0.3, frequency_penalty=0.2, **truncation)])
 
     [draw] = told(step)
     assert (draw.row, draw.target, draw.temperature, draw.top_k, draw.top_p, draw.min_p) == (3, -1, 0.5, 7, 0.9, 0.1)
+    assert draw.top_n_sigma == 1.5
     assert (draw.presence_penalty, draw.frequency_penalty, draw.repetition_penalty) == (0.3, 0.2, 1.0)
     assert draw.num_logprobs == -1
 

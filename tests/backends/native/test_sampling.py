@@ -82,6 +82,7 @@ def random_entry(rng: np.random.Generator, vocab_size: int) -> SamplingInput:
         **sometimes(0.8, "temperature", 0, 1e-4, 0.1, 0.5, 0.9, 1.5, 5, 1e3, 1e300),
         **sometimes(0.4, "top_p", 1e-9, 0.1, 0.5, 0.9, 0.95, 0.999),
         **sometimes(0.3, "min_p", 1e-4, 0.01, 0.05, 0.3),
+        **sometimes(0.2, "top_n_sigma", 1e-6, 0.5, 1.0, 3.0),
         **sometimes(0.2, "repetition_penalty", 0.5, 1.1, 1e300),
         **sometimes(0.2, "presence_penalty", 0.5, -1.0, 1e300),
         **sometimes(0.2, "frequency_penalty", 0.1, -0.2),
@@ -146,6 +147,8 @@ def is_near_the_draw(logits: Logits, row: SamplingInput, token_id: int) -> bool:
     weights = np.exp((values[order] - values[order[0]]) / min(params.temperature, 1e37))
     in_top_k = np.arange(len(values)) < (len(values) if params.top_k == -1 else params.top_k)
     better_mass = np.append(0.0, weights.cumsum()[:-1])
+    if params.top_n_sigma > 0:
+        in_top_k &= values[order] >= values.max() - params.top_n_sigma * values[values > -np.inf].std()
     is_kept = in_top_k & (weights >= params.min_p)
     if params.top_p < 1:
         is_kept &= better_mass < params.top_p * weights[in_top_k].sum()

@@ -38,6 +38,9 @@ TRUNCATIONS: list[dict[str, Any]] = [
     {"min_p": 1.0},
     {"min_p": 0.01, "top_p": 0.7, "top_k": 20},
     {"temperature": 0.5, "top_p": 0.95},
+    {"top_n_sigma": 1.0},
+    {"top_n_sigma": 0.5, "temperature": 2.0, "top_p": 0.9},
+    {"top_n_sigma": 2.0, "top_k": 12, "min_p": 0.05},
     {"temperature": 3.0, "top_k": 30, "min_p": 0.2},
     {"temperature": 1e-4},
     {"temperature": 1e-4, "top_p": 0.5},
@@ -57,6 +60,8 @@ LARGE_TRUNCATIONS: list[dict[str, Any]] = [
     {"top_k": 500, "top_p": 1e-9},
     {"top_p": 0.9999999},
     {"temperature": 5.0, "min_p": 0.3},
+    {"top_n_sigma": 3.0, "top_p": 0.8},
+    {"top_n_sigma": 1e300},
 ]
 
 
@@ -110,8 +115,10 @@ def slow_probabilities(logits: torch.Tensor, params: SamplingParams) -> Floats:
     top_k = len(row) if params.top_k == -1 else params.top_k
     better_mass = np.append(0.0, weights.cumsum()[:-1])
     is_kept = np.arange(len(row)) < top_k
+    if params.top_n_sigma > 0:
+        is_kept &= row[order] >= row.max() - params.top_n_sigma * row[row > -np.inf].std()
     if params.top_p < 1:
-        is_kept &= better_mass < params.top_p * weights[:top_k].sum()
+        is_kept &= better_mass < params.top_p * weights[is_kept].sum()
     is_kept &= weights >= params.min_p
     probabilities = np.zeros(len(row))
     probabilities[order[is_kept]] = weights[is_kept]

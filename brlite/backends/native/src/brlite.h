@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 4
+#define BRLITE_ABI_VERSION 5
 #define BRLITE_KERNEL_VERSION 1  // counts up whenever a change of the kernels changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
@@ -98,27 +98,11 @@ typedef struct brlite_span {
 
 // How one token is drawn, or with `target` >= 0 reported; see sample.h. Arrays may be null where their count is 0.
 typedef struct brlite_draw {
-    int32_t row;
-    int32_t target;     // a token whose logprob is wanted; -1: draw one
-    float temperature;  // 0: greedy
-    int32_t top_k;      // vocabulary size: off
-    double top_p;
-    double min_p;
-    double uniform;
-    int32_t num_logprobs;  // -1: none wanted; else so many alternatives beside the token's own
-    int32_t num_biases;
-    int32_t num_banned;
-    int32_t num_counted;
-    double repetition_penalty;
-    double presence_penalty;
-    double frequency_penalty;
-    const int32_t* bias_ids;
-    const float* biases;
-    const int32_t* banned_ids;
-    const int32_t* counted_ids;
-    const int32_t* output_counts;
-    const int32_t* mask;  // null, or [ceil(vocabulary / 32)]: bit t % 32 of word t / 32 is 1 where t may be drawn
-    const uint8_t* is_mask_filled;  // null, or 1 once another thread has filled the mask, which the draw waits for
+#define FIELD(type, name) type name;
+#define PARAMETER FIELD
+#include "draw_fields.h"
+#undef PARAMETER
+#undef FIELD
 } brlite_draw;
 
 // What came of it. `top_ids` and `top_logprobs` have room for `num_logprobs`. Without finite logits `token` is -1, and

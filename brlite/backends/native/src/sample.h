@@ -3,7 +3,8 @@
 // 1. logprobs are the model's own, taken before anything below;
 // 2. biases, bans, the mask and penalties (sample_edit.h);
 // 3. a greedy row takes its best token, the lowest id among equals;
-// 4. other rows truncate (sample_best.h): top-k, within it top-p, within that min-p, ties by lower id;
+// 4. other rows truncate (sample_best.h): top-n-sigma, within it top-k, within that top-p, then min-p, ties by lower
+//    id;
 // 5. one uniform number picks among the survivors in the order of their ids.
 //
 // Weights are exp((logit - best) / temperature): the best token weighs 1, and nothing overflows at any temperature.
@@ -78,9 +79,34 @@ static int pick_in_block(const Values& row, const Odds& odds, int block, double 
     return walk.last;
 }
 
+// The lowest logit within `num_sigmas` standard deviations of the best one. Those at -inf do not count. In one order.
+static double lowest_within(const Values& row, double num_sigmas) {
+    double sum = 0, squares = 0;
+    int count = 0;
+    for (int i = 0; i < row.size; i++) {
+        const double distance = (double)row.best - row.values[i];
+        if (!(distance < __builtin_inf())) continue;
+        sum += distance;
+        squares += distance * distance;
+        count++;
+    }
+    const double variance = squares / count - sum / count * (sum / count);
+    return row.best - num_sigmas * __builtin_sqrt(variance > 0 ? variance : 0);
+}
+
+// The key of the lowest float that is not below `x`.
+INLINE int32_t lowest_key_from(double x) {
+    const float near = (float)x;
+    return key_of(near) + ((double)near < x ? 1 : 0);
+}
+
 static Odds odds_of(const Values& row, const brlite_draw& draw, SampleScratch& scratch) {
     const float rate = 1 / (draw.temperature < MAX_TEMPERATURE ? draw.temperature : MAX_TEMPERATURE);
     Odds odds = {{row.best, rate}, everything(row), 0, false};
+    if (draw.top_n_sigma > 0) {
+        odds.bound.key = lowest_key_from(lowest_within(row, draw.top_n_sigma));
+        odds.is_cut = true;
+    }
     if (draw.top_k < row.size) {
         odds.bound = keep_best(row, {row.best, 0}, draw.top_k, odds.bound, scratch);
         odds.is_cut = true;

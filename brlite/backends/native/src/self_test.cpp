@@ -84,6 +84,7 @@ std::vector<brlite_draw> ways_to_draw() {
     truncated.num_logprobs = -1;
     brlite_draw likely = sampled;
     likely.min_p = 0.05;
+    likely.top_n_sigma = 1.5;
     brlite_draw penalised = sampled;
     penalised.num_biases = penalised.num_counted = 4;
     penalised.num_banned = 2;

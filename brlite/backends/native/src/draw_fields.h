@@ -1,0 +1,26 @@
+// The fields of `brlite_draw`, in order: types and names, once for C++ (brlite.h) and Python (abi.py reads this file).
+// A PARAMETER has the name of a field of SamplingParams, whose value goes into it as it is. No include guard: brlite.h
+// says what FIELD and PARAMETER are.
+// clang-format off
+FIELD(int32_t, row)
+FIELD(int32_t, target)                     // a token whose logprob is wanted; -1: draw one
+FIELD(float, temperature)                  // 0: greedy
+FIELD(int32_t, top_k)                      // vocabulary size: off
+PARAMETER(double, top_p)
+PARAMETER(double, min_p)
+PARAMETER(double, top_n_sigma)             // 0: off
+FIELD(double, uniform)
+FIELD(int32_t, num_logprobs)               // -1: none wanted; else so many alternatives beside the token's own
+FIELD(int32_t, num_biases)
+FIELD(int32_t, num_banned)
+FIELD(int32_t, num_counted)
+PARAMETER(double, repetition_penalty)
+PARAMETER(double, presence_penalty)
+PARAMETER(double, frequency_penalty)
+FIELD(const int32_t*, bias_ids)
+FIELD(const float*, biases)
+FIELD(const int32_t*, banned_ids)
+FIELD(const int32_t*, counted_ids)
+FIELD(const int32_t*, output_counts)
+FIELD(const int32_t*, mask)                // null, or [ceil(vocabulary / 32)]: bit t % 32 of word t / 32 allows token t
+FIELD(const uint8_t*, is_mask_filled)      // null, or 1 once another thread has filled the mask, which the draw waits for
