@@ -8,6 +8,7 @@ than its model gets merged deltas; one that leaves, in any way, has its requests
 from __future__ import annotations
 
 import asyncio
+import enum
 import functools
 import uuid
 from types import TracebackType
@@ -172,60 +173,69 @@ class WholeDelivery(Delivery):
         self.response = web.Response(body=body, content_type="application/json")
 
 
+class StreamState(enum.Enum):
+    """How far a stream is. It only moves down this list."""
+
+    WAITING = enum.auto()  # no headers yet: a refusal is a response of its own
+    BEGUN = enum.auto()  # headers are sent: a refusal travels in the stream. Deltas are kept
+    SENDING = enum.auto()  # deltas are written as they come
+    OVER = enum.auto()  # nothing more is written: the end, an error, or the client has left
+
+
 class StreamDelivery(Delivery):
     """Sends each delta as it comes, as server-sent events; `_outputs` holds only what the client is not ready for.
 
-    Refusals are raised before the headers; later errors travel in the stream. Before a model is loaded most cannot be
-    known: then the headers go first.
+    The headers go first where a model has to be loaded, which may fail.
     """
+
+    _stream: EventStream  # from BEGUN on
 
     def __init__(
         self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
     ) -> None:
         super().__init__(request, dialect, call, model_name, limits)
-        self._stream: EventStream | None = None  # from its headers on
-        self._sends_at_once = False
-        self._has_left = False
+        self._state = StreamState.WAITING
 
-    async def _begin(self) -> EventStream:
+    async def _begin(self) -> None:
         """Send the headers."""
         self._stream = EventStream(self._request, self._limits.sse_comment_seconds)
         await self._stream.prepare()
-        return self._stream
+        self._state = StreamState.BEGUN
 
     async def _wait_for(self, model: ServedModel) -> EngineLoop:
-        stream = await self._begin()
-        with stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
+        await self._begin()
+        with self._stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
             return await super()._wait_for(model)
 
     async def send(self) -> None:
         """Returns early if the client left, or was cut for being slow."""
         assert self._builder is not None
-        stream = self._stream or await self._begin()
+        if self._state is StreamState.WAITING:
+            await self._begin()
         if opening := self._encoder.opening():
-            stream.write(opening)
-        self._sends_at_once = True
+            self._stream.write(opening)
+        self._state = StreamState.SENDING
         self._flush()
-        while self._num_open and self._error is None and not self._has_left:
+        while self._num_open and self._error is None and self._state is StreamState.SENDING:
             await self._changed.wait()
             self._changed.clear()
-            if self._outputs and not await stream.drained(self._limits.slow_client_seconds):
+            if self._outputs and not await self._stream.drained(self._limits.slow_client_seconds):
                 break
             self._flush()
-        self._sends_at_once = False  # outputs of other prompts must not follow the end of the response
+        self._state = StreamState.OVER  # outputs of other prompts must not follow the end of the response
         if self._error is not None:
             raise self._error
-        self.response = await stream.finish(self._encoder.closing(self._builder.usage()))
+        self.response = await self._stream.finish(self._encoder.closing(self._builder.usage()))
 
     async def _end_with(self, error: BrliteError) -> bool:
-        self._sends_at_once = False
-        if self._stream is None:
+        if self._state is StreamState.WAITING:
             raise error from None
+        self._state = StreamState.OVER
         self.response = await self._stream.finish(self._dialect.encode_error(error))
         return True
 
     def _take(self, index: int, output: RequestOutput) -> None:
-        if self._outputs or self._stream is None or not self._sends_at_once or self._stream.is_backlogged:
+        if self._state is not StreamState.SENDING or self._outputs or self._stream.is_backlogged:
             super()._take(index, output)
             self._changed.set()
         else:
@@ -238,14 +248,13 @@ class StreamDelivery(Delivery):
 
     def _write(self, index: int, output: RequestOutput) -> None:
         assert self._builder is not None
-        assert self._stream is not None
         events = self._builder.events(index, output)
         if events and not self._stream.write(b"".join([self._encoder.encode(event) for event in events])):
-            self._has_left = True  # not every server cancels the handler then
+            self._state = StreamState.OVER  # the client has left; not every server cancels the handler then
             self._changed.set()
 
     def _close(self) -> None:
-        self._sends_at_once = False
-        if self._stream is not None:
+        if self._state is not StreamState.WAITING:
             self._stream.close()
+        self._state = StreamState.OVER
         super()._close()

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from brlite.dialects.json_body import decode_fields, decode_json
+from brlite.dialects.json_body import BodyDecoder, decode_fields, decode_json
 from brlite.errors import InvalidRequest, PromptTooLong
 
 
@@ -182,3 +182,42 @@ def test_the_top_level_fields_stay_encoded() -> None:
     fields = {name: bytes(raw) for name, raw in decode_fields(body).items()}
 
     assert fields == {"messages": b'[{"role":"user","name":"ann"}]', "best_of": b"1"}
+
+
+def test_a_body_of_known_fields_is_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = BodyDecoder(Ask)
+
+    def never(*args: object) -> Any:
+        raise AssertionError("it is read again")
+
+    monkeypatch.setattr("brlite.dialects.json_body.decode_json", never)
+
+    ask, others = decoder.decode(b'{"messages":[],"n":2}')
+
+    assert (ask.n, others) == (2, {})
+
+
+def test_fields_that_the_struct_lacks_come_beside_it() -> None:
+    ask, others = BodyDecoder(Ask).decode(b'\xef\xbb\xbf{"messages":[],"best_of":1,"n":2,"user":"u"}')
+
+    assert (ask.n, {name: bytes(raw) for name, raw in others.items()}) == (2, {"best_of": b"1", "user": b'"u"'})
+
+
+@given(st.binary() | st.recursive(st.none() | st.text(), st.lists).map(msgspec.json.encode))
+@example(b'{"messages":[{"role":"robot"}]}')
+@example(b'{"messages":[],"n":200}')
+@example(b'{"messages":[],"frob":1e999}')
+@example(b'{"messages":[],"frob":"\\ud800"}')
+@example(b'{"messages":[],"frob":"\xff"}')
+def test_both_ways_of_decoding_agree(body: bytes) -> None:
+    def outcome(decode: Any) -> Any:
+        try:
+            return decode()
+        except InvalidRequest as error:
+            return str(error), error.param, error.code
+
+    expected = outcome(lambda: decode_json(body, DECODER))
+    found = outcome(lambda: BodyDecoder(Ask).decode(body)[0])
+
+    # The strict struct is a class of its own.
+    assert found == expected or msgspec.structs.asdict(found) == msgspec.structs.asdict(expected)
