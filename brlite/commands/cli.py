@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import brlite
+from brlite.commands.arguments import CommandParser
 from brlite.commands.convert import add_conversion, add_inspection, convert, inspect
 from brlite.errors import BrliteError, ConfigError
 from brlite.files.quoting import shown
@@ -70,7 +71,7 @@ def br_api_server(argv: list[str] | None = None) -> int:
 
 def model_convert(argv: list[str] | None = None) -> int:
     """Run the manual's command, `model_convert --model_name N --model_dir DIR --output_dir OUT`."""
-    parser = argparse.ArgumentParser(prog="model_convert", description="Make a bundle of a model, as `brlite convert`.")
+    parser = CommandParser(prog="model_convert", description="Make a bundle of a model, as `brlite convert`.")
     add_conversion(parser)
     return _run(parser, argv)
 
@@ -180,7 +181,8 @@ def _listen(load: Callable[[], Config], files: Sequence[Path], notes: Sequence[s
     gc.enable()
     config = load()
     _configure_logging(config.server.log_level)
-    for line in (*(f"config: {file}" for file in files), *sent_variables(config), *metrics_notes(config)):
+    read = [f"config: {file}" for file in files] or ["config: no file, the defaults and the command line"]
+    for line in (*read, *sent_variables(config), *metrics_notes(config)):
         logging.getLogger(__name__).info("%s", line)
     return run(config, [*notes, *config_warnings(config)], ConfigSource(tuple(files), load))
 
@@ -215,6 +217,13 @@ def _chat(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> int:
     from brlite.commands.check import run
 
+    if args.schema:
+        from brlite.config.render import toml_schema
+
+        print(toml_schema())
+        return 0
+    if not args.config:
+        raise ConfigError("check: name a FILE to check, or give --schema")
     return run(*args.config, dial=args.dial)
 
 
@@ -338,7 +347,9 @@ def _configure_logging(level: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="brlite", description="A compact asyncio server for large language models.")
+    parser: argparse.ArgumentParser = CommandParser(
+        prog="brlite", description="A compact asyncio server for large language models."
+    )
     parser.add_argument("--version", action="version", version=f"brlite {brlite.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (
@@ -359,7 +370,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _seed_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="br_api_server", description="Serve the model of the manual's JSON config.")
+    parser = CommandParser(prog="br_api_server", description="Serve the model of the manual's JSON config.")
     parser.add_argument("--config", "--config_path", type=Path, required=True, metavar="FILE", help="the config")
     parser.add_argument("--host", help="address to listen to (default: the TOML's; for a JSON, all)")
     parser.add_argument("--port", type=int, metavar="N", help="port to listen to")
@@ -423,7 +434,9 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _check, "validate a config and say what it will take")
     about = "a .toml, or the manual's .json; several: as `brlite proxy` takes them"
-    parser.add_argument("config", type=Path, nargs="+", metavar="FILE", help=about)
+    parser.add_argument("config", type=Path, nargs="*", metavar="FILE", help=about)
+    schema = "print the JSON schema of the TOML, for editors: brlite check --schema > brlite.schema.json"
+    parser.add_argument("--schema", action="store_true", help=schema)
     dial = "ask every upstream whether it is there, well, and has its models; status 1 if one is not"
     parser.add_argument("--dial", action="store_true", help=dial)
 

@@ -258,7 +258,8 @@ def _announce(url: str, models: ModelTable, table: RouteTable, *, needs_key: boo
     else:
         name, is_chat = model.name, model.engine is not None and model.engine.tokenizer.has_chat_template
     line = curl_line(url, name, is_chat=is_chat, needs_key=needs_key)
-    print(f"\nbrlite is ready. Try:\n\n{line}\n", file=sys.stderr, flush=True)
+    chat = f"\n\nor: brlite chat --url {url}" if is_chat else ""
+    print(f"\nbrlite is ready. Try:\n\n{line}{chat}\n", file=sys.stderr, flush=True)
 
 
 def curl_line(url: str, model: str, *, is_chat: bool, needs_key: bool) -> str:

@@ -75,6 +75,12 @@ def default_toml() -> str:
     return "\n".join(sections)
 
 
+def toml_schema() -> str:
+    """The JSON schema of a `.toml`, as JSON: for editors that complete and check what is typed."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **msgspec.json.schema(Config)}
+    return json.dumps(schema, indent=2, ensure_ascii=False)
+
+
 def _describe_option(field: inspect.Field) -> Option:
     examples = _json_schema(field, "examples")
     default = field.default_factory() if field.default_factory is not NODEFAULT else field.default

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar, get_args
 
@@ -65,8 +66,9 @@ def _explain(complaint: str, data: object, kind: inspect.Type) -> str:
 def _explain_unknown(path: str, name: str, at: tuple[Any, inspect.Type]) -> str:
     value, kind = at[0], bare(at[1])
     assert isinstance(kind, inspect.StructType)  # only structs have fields to be unknown
-    allowed = ", ".join(field.encode_name for field in kind.fields)
-    return f"{_join(path, name)} = {show(value[name])}: no such field; allowed are {allowed}"
+    allowed = [field.encode_name for field in kind.fields]
+    near = "".join(f"did you mean {match}? " for match in get_close_matches(name, allowed, 1))
+    return f"{_join(path, name)} = {show(value[name])}: no such field; {near}allowed are {', '.join(allowed)}"
 
 
 def _follow(data: Any, kind: inspect.Type, path: str) -> tuple[Any, inspect.Type]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import pytest
 import brlite
 from brlite.commands.cli import br_api_server, main
 from brlite.commands.reload import ConfigSource
-from brlite.config.load import load_config
+from brlite.config.load import load_config, read_toml
 from brlite.config.options import Config, ModelSpec
 from brlite.sampling_params import SamplingParams
 from tests.config.test_manual_json import FIXTURES
@@ -251,7 +252,7 @@ def test_bad_input_is_one_line_and_status_2(handed_over, capsys, argv, message):
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("argv", [[], ["fly"], ["serve", "--port", "x"], ["check"]])
+@pytest.mark.parametrize("argv", [[], ["fly"], ["serve", "--port", "x"]])
 def test_a_command_that_cannot_be_parsed_is_status_2(argv):
     with pytest.raises(SystemExit) as caught:
         main(argv)
@@ -409,3 +410,52 @@ def test_a_flag_about_a_model_is_refused_where_none_is_served(tmp_path, capsys, 
 
     assert main(["serve", str(config), *flag]) == 2
     assert "this config has no [[model]]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["serv"], "brlite: error: no such command: serv; did you mean serve?"),
+        (["banana"], "brlite: error: no such command: banana; allowed are serve, "),
+        ([], "brlite: error: the following arguments are required: COMMAND"),
+        (["serve", "--modle", "x"], "brlite serve: error: unknown: --modle; did you mean --model?"),
+        (["serve", "--max-model-len", "9"], "brlite serve: error: unknown: --max-model-len; did you mean --context?"),
+        (["serve", "-m", "x"], "brlite serve: error: unknown: -m; did you mean --model?"),
+        (["serve", "--port", "x"], "brlite serve: error: argument --port: invalid int value: 'x'"),
+        (["chat", "--zzzzzz"], "brlite chat: error: unknown: --zzzzzz (see brlite chat --help)"),
+    ],
+)
+def test_a_wrong_word_is_one_line_with_the_nearest_one(arguments, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+
+    captured = capsys.readouterr()
+    assert caught.value.code == 2
+    assert captured.err.startswith(said)
+    assert captured.err.count("\n") == 1
+
+
+def test_a_wrong_option_of_a_config_gets_the_nearest_one(tmp_path, capsys):
+    (tmp_path / "c.toml").write_text("[server]\nprot = 8000\n")
+
+    assert main(["check", str(tmp_path / "c.toml")]) == 2
+
+    assert "server.prot = 8000: no such field; did you mean port? allowed are host, port, " in capsys.readouterr().err
+
+
+def test_a_check_of_nothing_names_what_it_may_be_given(capsys):
+    assert main(["check"]) == 2
+
+    assert "check: name a FILE to check, or give --schema" in capsys.readouterr().err
+
+
+def test_the_schema_of_the_toml_takes_our_files_and_no_others(capsys):
+    jsonschema = pytest.importorskip("jsonschema")
+    root = Path(__file__).parent.parent.parent
+    assert main(["check", "--schema"]) == 0
+    validator = jsonschema.Draft202012Validator(json.loads(capsys.readouterr().out))
+
+    for file in (root / "brlite.toml", root / "deploy" / "kubernetes" / "brlite.toml"):
+        assert list(validator.iter_errors(read_toml(file))) == []
+    assert not validator.is_valid({"server": {"prot": 8000}})
+    assert not validator.is_valid({"server": {"port": "8000"}})

@@ -107,10 +107,11 @@ BAD_FIELDS = [
     ("model = [{}, {}]", "model[1].name = "),
     ('model = [{ path = "/models/a" }]', "model[0].name is missing: "),
     ("proxy.all_models = { a = 1 }", 'proxy.all_models = {"a": 1}: allowed is a table, each value a string'),
-    ("server.prot = 1", "server.prot = 1: no such field; allowed are host, port, cors_origins, "),
+    ("server.prot = 1", "server.prot = 1: no such field; did you mean port? allowed are host, port, cors_origins, "),
     (
         'servers = "x"',
-        'servers = "x": no such field; allowed are server, engine, model, upstream, limits, grammar, keys, key, proxy',
+        'servers = "x": no such field; did you mean server? allowed are '
+        "server, engine, model, upstream, limits, grammar, keys, key, proxy",
     ),
 ]
 
