@@ -99,8 +99,8 @@ def _describe_route(target: Route, proxy: ProxyConfig) -> Iterator[str]:
     aliases = [alias for alias, model in proxy.aliases.items() if model == target.model]
     if aliases:
         yield f"  also as   {', '.join(aliases)}"
-    if target.stand_ins:
-        yield f"  or else   {', '.join(stand_in.model for stand_in in target.stand_ins)}"
+    if target.fallbacks:
+        yield f"  or else   {', '.join(fallback.model for fallback in target.fallbacks)}"
 
 
 def _dial(table: RouteTable, proxy: ProxyConfig) -> int:

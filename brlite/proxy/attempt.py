@@ -258,16 +258,12 @@ class Attempt:
             except UpstreamError as broken:
                 self._owner.attempt_failed(broken, Ending.BROKEN)
         else:
+            connection = self._connection
+            is_early = self._loop.time() - self._sent_at < STALE_SECONDS and self.first_byte_at is None
+            # A reset says that the request was not read. After an orderly end it may have been read.
+            is_stale = connection.is_used and is_early and (error is not None or not connection.has_all_arrived)
             text = "The upstream ended the connection without an answer."
-            self._owner.attempt_failed(UpstreamError(text), Ending.STALE if self._is_stale(error) else Ending.BROKEN)
-
-    def _is_stale(self, error: Exception | None) -> bool:
-        """Whether a kept connection had been closed before the request came."""
-        is_early = self._loop.time() - self._sent_at < STALE_SECONDS and self.first_byte_at is None
-        if not self._connection.is_used or not is_early:
-            return False
-        # A reset says that the request was not read. An orderly end does not: the request may have been read before.
-        return error is not None or not self._connection.has_all_arrived
+            self._owner.attempt_failed(UpstreamError(text), Ending.STALE if is_stale else Ending.BROKEN)
 
     def _begin(self, head: AnswerHead, length: int | None, data: bytes) -> None:
         """The head is complete: refuse, relay, answer or buffer."""

@@ -141,7 +141,7 @@ class Exchange:
         """What the access log says of it."""
         fields: dict[str, object] = {"model": self._asked.model}
         if self.route is not self._asked:
-            fields["stand_in"] = self.route.model
+            fields["fallback"] = self.route.model
         if self._tried:
             fields["upstream"] = self._tried[-1].name
         if len(self._tried) > 1:
@@ -153,14 +153,14 @@ class Exchange:
     def start(self) -> None:
         """Take one of the model's places, or wait for one."""
         tenant = self.request.inbound.key.tenant
-        places = self.route.places
-        if places.take(tenant):
+        limit = self.route.limit
+        if limit.acquire(tenant):
             self._try_next()
             return
         self.state = QUEUED
         self._queue_deadline = self._forwarder.loop.time() + self._forwarder.config.max_queue_seconds
         try:
-            self._waiting = places.wait(tenant, Waiter(self._turn_came, self._end_with))
+            self._waiting = limit.wait(tenant, Waiter(self._turn_came, self._end_with))
         except RequestError as error:
             self._downstream.refuse(error)
             self._close(status_of(error).http)
@@ -172,11 +172,11 @@ class Exchange:
     def _try_next(self) -> None:
         now = self._forwarder.loop.time()
         route = self.route
-        if route.stand_ins and not route.is_available(now, self._tried):
-            stand_in = self._stand_in(now)
-            if stand_in is not None:
-                route.places.give_back(self.request.inbound.key.tenant)
-                self.route = stand_in
+        if route.fallbacks and not route.is_available(now, self._tried):
+            fallback = self._fallback(now)
+            if fallback is not None:
+                route.limit.release(self.request.inbound.key.tenant)
+                self.route = fallback
                 self.start()
                 return
         upstream = route.choose(now, self.request.affinity, self._tried)
@@ -186,12 +186,12 @@ class Exchange:
         else:
             self._try(upstream)
 
-    def _stand_in(self, now: float) -> Route | None:
+    def _fallback(self, now: float) -> Route | None:
         """The first fallback that the key may use and that is available."""
         may_use = self.request.inbound.key.may_use
-        for stand_in in self.route.stand_ins:
-            if may_use(stand_in.model) and stand_in.is_available(now, self._tried):
-                return stand_in
+        for fallback in self.route.fallbacks:
+            if may_use(fallback.model) and fallback.is_available(now, self._tried):
+                return fallback
         return None
 
     def _try(self, upstream: Upstream, *, is_fresh: bool = False) -> None:
@@ -214,14 +214,14 @@ class Exchange:
 
     def attempt_completed(self) -> None:
         assert self.attempt is not None
-        self.route.places.give_back(self.request.inbound.key.tenant)
+        self.route.limit.release(self.request.inbound.key.tenant)
         self._close(self.attempt.status)
 
     def attempt_refused(self, head: AnswerHead, ending: Ending) -> bool:
         """Note for how long the upstream wants no requests, and try another. False if there is none."""
         attempt = self._current
         now = self._forwarder.loop.time()
-        attempt.upstream.refuses_until = now + _pause(head)
+        attempt.upstream.refuses_until = now + pause_seconds(head)
         if not self._may_try_another(attempt, now):
             return False
         attempt.close(ending)
@@ -271,7 +271,7 @@ class Exchange:
     def _may_try_another(self, attempt: Attempt, now: float) -> bool:
         if not self._may_try_again(attempt):
             return False
-        return self.route.has_untried(now, self._tried) or self._stand_in(now) is not None
+        return self.route.has_untried(now, self._tried) or self._fallback(now) is not None
 
     def _give_up(self, error: RequestError, attempt: Attempt | None = None) -> None:
         """Tell the client, as far as a response has not begun, or is a stream that can take an event."""
@@ -282,7 +282,7 @@ class Exchange:
                 self._downstream.write(event)
         else:
             self._downstream.cut()
-        self.route.places.give_back(self.request.inbound.key.tenant)
+        self.route.limit.release(self.request.inbound.key.tenant)
         self._close(status_of(error).http)
 
     # The client and the clock
@@ -302,7 +302,7 @@ class Exchange:
             self._waiting.leave()
         elif self.state is TRYING:
             self._current.close(Ending.CLIENT_LEFT)
-            self.route.places.give_back(self.request.inbound.key.tenant)
+            self.route.limit.release(self.request.inbound.key.tenant)
         else:
             return
         self._close(CLIENT_LEFT)
@@ -343,14 +343,14 @@ class Exchange:
         self.attempt = None  # else the two would keep each other, and the body, until the next garbage collection
 
 
-def _pause(head: AnswerHead) -> float:
-    """For how many seconds an upstream that refused wants to be left alone."""
+def pause_seconds(head: AnswerHead) -> float:
+    """How long an upstream that refused wants no requests, by its Retry-After."""
     said = head.fields.get(b"retry-after", b"").decode("latin-1")
     if said.isascii() and said.isdigit():
         return min(float(said), MAX_PAUSE_SECONDS)
     try:
         date = parsedate_to_datetime(said)
-        # Without a zone it is meant in UTC (RFC 9110 §5.6.7).
+        # A date without a zone is in UTC (RFC 9110 §5.6.7).
         seconds = date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp() - time.time()
     except (ValueError, OverflowError, TypeError, IndexError):  # all that it raises for odd dates
         return RETRY_AFTER_SECONDS

@@ -1,7 +1,7 @@
 """Prometheus's text format, version 0.0.4: families of samples, read, labelled, joined and written again.
 
-Values and timestamps stay as they were written. It reads what upstreams send, so it believes nothing: one line that is
-not of the format spoils its text. Knows no upstreams and asks nobody.
+Values and timestamps are kept as text. Its input comes from upstreams, so it is strict: one malformed line rejects the
+whole text. Knows no upstreams and does no I/O.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 
 
 class BadExposition(Exception):
-    """A text is not in the format; says which line is not."""
+    """A text is malformed; the message names the line."""
 
 
 class Label(NamedTuple):
@@ -63,16 +63,16 @@ def read_exposition(text: str, label: Label | None = None) -> Families:
     A sample that has a label of that name keeps it as `exported_…`, as Prometheus itself does it.
     """
     reader = _Reader(label)
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: what else ends lines may be in a value
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a value may have other line ends
         try:
             reader.read(line.strip(" \t\r"))
         except ValueError:
-            raise BadExposition(f"line {number} is no sample: {line[:MAX_SHOWN]}") from None
+            raise BadExposition(f"line {number} is not a sample: {line[:MAX_SHOWN]}") from None
     return reader.families
 
 
 def join(families: Families, more: Mapping[str, MetricFamily]) -> list[str]:
-    """Add the samples of `more`, which stays as it is. Returns the names left out: their types do not agree."""
+    """Add the samples of `more`, which is not changed. Returns the names left out because their types differ."""
     left_out = []
     for name, family in more.items():
         known = families.setdefault(name, MetricFamily(name, family.kind, family.about))
@@ -95,13 +95,13 @@ def write(families: Families, comments: Iterable[str] = ()) -> str:
 
 
 def sample(name: str, labels: Iterable[Label], value: str) -> str:
-    """The line of a sample; `value` may have a timestamp behind it."""
+    """The line of a sample; `value` may include a timestamp."""
     text = ",".join(f"{label.name}={label.quoted}" for label in labels)
     return f"{name}{{{text}}} {value}"
 
 
 class _Reader:
-    """Reads line by line. `_homes` says to which family a sample of some name belongs."""
+    """Reads line by line. `_homes` maps the names of samples to their families."""
 
     def __init__(self, label: Label | None) -> None:
         self._label = label
@@ -110,27 +110,18 @@ class _Reader:
 
     def read(self, line: str) -> None:
         """Raises `ValueError`."""
-        if line.startswith("#"):
-            self._read_comment(line)
-        elif line:
-            self._read_sample(line)
-
-    def _read_comment(self, line: str) -> None:
-        comment = _COMMENT.fullmatch(line)
-        if comment is None:
-            return
-        word, name, text = comment.groups("")
-        family = self._family(name)
-        if word == "HELP":
-            family.about = text
-        else:
+        if comment := _COMMENT.fullmatch(line):
+            word, name, text = comment.groups("")
+            family = self._family(name)
+            if word == "HELP":
+                family.about = text
+                return
             family.kind = cast(Kind, text) if text in get_args(Kind) else "untyped"
             self._homes.update(dict.fromkeys((name + suffix for suffix in SUFFIXES.get(family.kind, ("",))), family))
-
-    def _read_sample(self, line: str) -> None:
-        name, labels, value = _parts(line)
-        home = self._homes.get(name) or self._family(name)
-        home.samples.append(line if self._label is None else sample(name, _with(self._label, labels), value))
+        elif line and not line.startswith("#"):
+            name, labels, value = _parts(line)
+            home = self._homes.get(name) or self._family(name)
+            home.samples.append(line if self._label is None else sample(name, _with(self._label, labels), value))
 
     def _family(self, name: str) -> MetricFamily:
         family = self.families.get(name)
@@ -168,14 +159,9 @@ def _found(match: re.Match[str] | None) -> re.Match[str]:
 
 
 def _with(added: Label, labels: list[Label]) -> list[Label]:
+    """The labels and `added`; one that has its name already becomes `exported_…`."""
     names = {label.name for label in labels}
-    kept = [
-        label if label.name != added.name else label._replace(name=_free_name(label.name, names)) for label in labels
-    ]
-    return [*kept, added]
-
-
-def _free_name(name: str, names: set[str]) -> str:
-    while name in names:
-        name = f"exported_{name}"
-    return name
+    free_name = added.name
+    while free_name in names:
+        free_name = f"exported_{free_name}"
+    return [*(label._replace(name=free_name) if label.name == added.name else label for label in labels), added]

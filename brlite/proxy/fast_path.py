@@ -434,7 +434,18 @@ class ForwardingCycle:
         path = self._path
         shared = path.shared
         if shared.access_log and access_logger.isEnabledFor(logging.INFO):
-            self._log()
+            extras: dict[str, object] = {}
+            status, head = self._status, self._head
+            if self.exchange is not None:
+                extras.update(self.exchange.log_fields())
+                status = self.exchange.status
+            if self._key.name:
+                extras["key"] = self._key.name
+            if self._client_id is not None:
+                extras["client_id"] = self._client_id
+            milliseconds = (time.perf_counter() - self._started_at) * 1000
+            method, target = head.method.decode(), head.target.decode("latin-1")
+            log_line(self.peer, method, target, status, milliseconds, self._id, extras)
         self.exchange = None
         shared.bodies.release(self._key.tenant, self._num_held)
         path.cycle_ended(keeps_alive=self._keeps_alive)
@@ -456,19 +467,6 @@ class ForwardingCycle:
             own += _lines(path.shared.cors.headers(text(self._head.fields.get(b"origin"))))
         if not self._transport.is_closing():
             self._transport.write(b"%b%b%b\r\n%b" % (status_line(status), lines, own, body))
-
-    def _log(self) -> None:
-        extras: dict[str, object] = {}
-        status, head = self._status, self._head
-        if self.exchange is not None:
-            extras.update(self.exchange.log_fields())
-            status = self.exchange.status
-        if self._key.name:
-            extras["key"] = self._key.name
-        if self._client_id is not None:
-            extras["client_id"] = self._client_id
-        milliseconds = (time.perf_counter() - self._started_at) * 1000
-        log_line(self.peer, head.method.decode(), head.target.decode("latin-1"), status, milliseconds, self._id, extras)
 
 
 def _lines(headers: Mapping[str, str]) -> bytes:

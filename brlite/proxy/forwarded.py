@@ -1,7 +1,7 @@
-"""The headers that say whom a request comes from, as `proxy.forwarded` wants them: never as a client claims.
+"""The headers that name the client's address, as `proxy.forwarded` sets them.
 
-`X-Forwarded-For`, `Forwarded` (RFC 7239) and `X-Real-IP`. What a client sends under these names is dropped, except with
-"append", which is for a proxy behind another one that is trusted.
+`X-Forwarded-For`, `Forwarded` (RFC 7239) and `X-Real-IP`. A client's own values are dropped, except with "append",
+which is for a proxy behind another one that is trusted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MAX_CLAIM_BYTES = 1024  # of a chain that is appended to; a longer one is droppe
 
 
 def forwarded_lines(mode: Forwarded, peer: str | None, fields: Mapping[bytes, bytes]) -> bytes:
-    """The header lines for a request from this peer, whose head has these fields. Without an address there are none."""
+    """The header lines for a request from this peer with these header fields; none if the peer has no IP address."""
     address = _address(peer)
     if mode == "off" or address is None:
         return b""
@@ -38,5 +38,5 @@ def _address(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address 
         address = ipaddress.ip_address((text or "").partition("%")[0])
     except ValueError:
         return None
-    # A dual-stack socket shows IPv4 peers so.
+    # The form of IPv4 peers on a dual-stack socket.
     return getattr(address, "ipv4_mapped", None) or address

@@ -1,6 +1,6 @@
-"""The forwarder's numbers in Prometheus's words. The only file of this room that knows prometheus_client.
+"""The forwarder's numbers as Prometheus metrics. The only file of this room that knows prometheus_client.
 
-Labels are names of the config and statuses, never what a client sent. What upstreams say of themselves is elsewhere:
+Labels are names of the config and statuses, never what a client sent. The upstreams' own metrics are read by
 `exposition.py` and `scrape.py`.
 """
 
@@ -20,7 +20,7 @@ from brlite.proxy.routing.upstream import Upstream
 
 
 class UpstreamRow(NamedTuple):
-    """One family about upstreams: its name, what it means, and where its value is."""
+    """One metric of upstreams: its name, its help text, and its value."""
 
     name: str
     about: str
@@ -28,7 +28,7 @@ class UpstreamRow(NamedTuple):
 
 
 class ModelRow(NamedTuple):
-    """One family about models."""
+    """One metric of models."""
 
     name: str
     about: str
@@ -36,15 +36,15 @@ class ModelRow(NamedTuple):
 
 
 MODEL_GAUGES = [
-    ModelRow("brlite:proxy_in_flight", "Requests that are with an upstream.", lambda t: t.places.num_in_flight),
-    ModelRow("brlite:proxy_queued", "Requests that wait for a place.", lambda t: t.places.num_waiting),
+    ModelRow("brlite:proxy_in_flight", "Requests that an upstream works on.", lambda t: t.limit.num_in_flight),
+    ModelRow("brlite:proxy_queued", "Requests that wait in the queue.", lambda t: t.limit.num_waiting),
 ]
 UPSTREAM_COUNTERS = [
-    UpstreamRow("brlite:upstream_retries", "Tries that were followed by another.", lambda u: u.num_retries),
-    UpstreamRow("brlite:upstream_events", "Events of streams that came.", lambda u: u.num_events),
+    UpstreamRow("brlite:upstream_retries", "Attempts that were followed by another.", lambda u: u.num_retries),
+    UpstreamRow("brlite:upstream_events", "Events of relayed streams.", lambda u: u.num_events),
 ]
 UPSTREAM_GAUGES = [
-    UpstreamRow("brlite:upstream_in_flight", "Requests that it has now.", lambda u: u.num_in_flight),
+    UpstreamRow("brlite:upstream_in_flight", "Requests that it works on.", lambda u: u.num_in_flight),
     UpstreamRow(
         "brlite:upstream_connections", "Open connections to it, idle ones too.", lambda u: len(u.pool.connections)
     ),
@@ -52,7 +52,7 @@ UPSTREAM_GAUGES = [
 
 
 class ForwardingCollector(Collector):
-    """Renders a forwarder as it is when it is scraped; nothing where it never had an upstream."""
+    """Renders a forwarder's state at each scrape; nothing if it never had an upstream."""
 
     def __init__(self, forwarder: Forwarder) -> None:
         self._forwarder = forwarder
@@ -60,7 +60,11 @@ class ForwardingCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         if not self._forwarder.table.upstreams and not self._forwarder.answers:
             return
-        yield self._answers()
+        about = "Finished requests by status; 499: the client disconnected."
+        answers = CounterMetricFamily("brlite:proxy_requests", about, labels=["model", "status"])
+        for (model, status), count in self._forwarder.answers.items():
+            answers.add_metric([model, str(status)], count)
+        yield answers
         yield from self._times()
         for row in MODEL_GAUGES:
             family = GaugeMetricFamily(row.name, row.about, labels=["model"])
@@ -74,13 +78,6 @@ class ForwardingCollector(Collector):
         up = UpstreamRow("brlite:upstream_up", "1 if it is healthy and not ejected, else 0.", lambda u: u.is_up(now))
         yield from self._upstreams(GaugeMetricFamily, [up])
         yield self._breakers(now)
-
-    def _answers(self) -> Metric:
-        about = "Requests that ended, by the status of their answer; 499 is a client that left."
-        family = CounterMetricFamily("brlite:proxy_requests", about, labels=["model", "status"])
-        for (model, status), count in self._forwarder.answers.items():
-            family.add_metric([model, str(status)], count)
-        return family
 
     def _times(self) -> Iterable[Metric]:
         forwarder = self._forwarder
@@ -98,7 +95,7 @@ class ForwardingCollector(Collector):
         return family
 
     def _outcomes(self) -> Metric:
-        about = "Tries to have a request answered, by what they came to."
+        about = "Attempts to have a request answered, by outcome."
         family = CounterMetricFamily("brlite:upstream_requests", about, labels=["upstream", "outcome"])
         for upstream in self._forwarder.table.upstreams:
             for outcome, count in upstream.outcomes.items():
@@ -115,7 +112,7 @@ class ForwardingCollector(Collector):
             yield family
 
     def _breakers(self, now: float) -> Metric:
-        about = "1 for the state that its breaker is in, 0 for the others; an open one keeps requests away."
+        about = "1 for the state of its circuit breaker, 0 for the others; an open one gets no requests."
         family = GaugeMetricFamily("brlite:upstream_breaker_state", about, labels=["upstream", "state"])
         for upstream in self._forwarder.table.upstreams:
             for state in get_args(State):

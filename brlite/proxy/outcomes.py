@@ -1,7 +1,7 @@
-"""How a try to have a request answered by an upstream ends, and whose doing that is: one table.
+"""How an attempt at an upstream ends, and who caused that: one table.
 
-Only an ending that the upstream owns counts against it. Without that rule clients and the proxy's own limits would take
-good servers out: a page that says 413, a path that a server does not have, descriptors that the proxy lacks.
+Only an ending that the upstream owns counts against it. Otherwise clients and the proxy's own limits would take good
+servers out: a page that says 413, a path that a server does not have, file descriptors that the proxy lacks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import errno
 import socket
 from typing import Literal, NamedTuple
 
-# What metrics call it. "refused": the upstream did nothing and another one was tried; "unknown": it says nothing about
+# The label of metrics. "refused": the upstream did nothing and another one was tried; "unknown": it shows nothing about
 # the upstream.
 Outcome = Literal["answered", "refused", "failed", "timeout", "unknown"]
 
@@ -25,19 +25,19 @@ class Owner(enum.Enum):
 
 
 class Ending(enum.Enum):
-    """Why a try is over."""
+    """How an attempt ended."""
 
-    ANSWERED = enum.auto()  # below 500, or what is said about the request alone
+    ANSWERED = enum.auto()  # below 500, or a status that is about the request alone
     SERVER_ERROR = enum.auto()  # any other answer from 500 on
     BUSY = enum.auto()  # 429
     UNAVAILABLE = enum.auto()  # 503
     NO_MODEL = enum.auto()  # 404, for the model's name
-    DENIED = enum.auto()  # 401, 403: the proxy's key, or a text that the upstream does not like
+    DENIED = enum.auto()  # 401, 403: the proxy's key, or a content filter
     UNREACHABLE = enum.auto()  # no connection could be made
     CONNECT_TIMEOUT = enum.auto()
-    BROKEN = enum.auto()  # what came is no answer, or not a whole one
-    TIMEOUT = enum.auto()  # nothing came, or nothing more
-    LOST = enum.auto()  # nothing more came, and it fails its checks
+    BROKEN = enum.auto()  # a malformed or incomplete response
+    TIMEOUT = enum.auto()  # no response, or no more of it
+    LOST = enum.auto()  # no more of it, and the upstream fails its checks
     STALE = enum.auto()  # a kept connection had been closed before the request came
     OUT_OF_RESOURCES = enum.auto()  # the proxy has no descriptor, port or memory left
     STOPPED = enum.auto()  # the proxy ends
@@ -45,7 +45,7 @@ class Ending(enum.Enum):
 
 
 class OutcomeRule(NamedTuple):
-    """`owner` is None for answers. `is_safe` says that the upstream has done nothing: another one may be tried."""
+    """`owner` is None for responses. `is_safe`: the upstream has done nothing, so another one may be tried."""
 
     outcome: Outcome
     owner: Owner | None
@@ -71,7 +71,7 @@ TABLE: dict[Ending, OutcomeRule] = {
 }
 
 ANSWERED = Ending.ANSWERED  # by itself: looking a member up in its class takes 0.1 µs before Python 3.12
-ABOUT_THE_REQUEST = (501, 508)  # not built at this path; came round in a circle
+ABOUT_THE_REQUEST = (501, 508)  # not implemented at this path; loop detected
 REFUSALS = {429: Ending.BUSY, 503: Ending.UNAVAILABLE}
 
 _OWN_ERRNOS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EADDRNOTAVAIL)
@@ -79,17 +79,17 @@ _OWN_RESOLVER_ERRORS = (socket.EAI_MEMORY, socket.EAI_SYSTEM)
 
 
 def ending_of(status: int) -> Ending:
-    """What an answer of this status is that goes on to the client."""
+    """The ending of an attempt whose response has this status and goes to the client."""
     return ANSWERED if status < 500 or status in ABOUT_THE_REQUEST else Ending.SERVER_ERROR
 
 
 def is_answer(status: int) -> bool:
-    """Whether this status is an answer to the request, and no failure of the upstream."""
+    """Whether this status answers the request, and shows no failure of the upstream."""
     return status < 500 or status in ABOUT_THE_REQUEST
 
 
 def is_own_fault(error: BaseException | None) -> bool:
-    """Whether a connection failed for want of something here: descriptors, ports, memory, threads."""
+    """Whether a connection failed for want of resources here: descriptors, ports, memory, threads."""
     if isinstance(error, socket.gaierror):
         return error.errno in _OWN_RESOLVER_ERRORS
     if isinstance(error, OSError):

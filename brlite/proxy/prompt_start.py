@@ -1,8 +1,8 @@
-"""What prompts with the same beginning have in common: what `choice = "prefix"` chooses an upstream by.
+"""A digest of the beginning of a prompt, by which `choice = "prefix"` chooses an upstream.
 
-A prefix cache can be of use for all that stands before the first user message, so all of it counts, however long: a
-system prompt, instructions, tools, earlier examples. Reads bodies of chats, completions, `/v1/messages` and
-`/v1/responses`; it knows no models and no upstreams.
+All that comes before the first user message counts, however long, since a prefix cache holds it: a system prompt,
+instructions, tools, earlier examples. Reads bodies of chats, completions, `/v1/messages` and `/v1/responses`. Knows no
+models and no upstreams.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NULL = msgspec.Raw(b"null")
 
 
 class _Prompt(msgspec.Struct):
-    """What may begin a prompt; None and null are absent."""
+    """The fields that may begin a prompt; None and null: absent."""
 
     tools: msgspec.Raw = _NULL
     system: Any = None
@@ -41,7 +41,7 @@ _MESSAGES = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def prompt_start(body: bytes, num_bytes: int) -> bytes:
-    """A digest of the beginning of the body's prompt; b"" if it has none, or is not what it should be.
+    """A digest of the beginning of the body's prompt; b"" if it has none, or is malformed.
 
     Of the first user message, and of a completion's (first) prompt, only the first `num_bytes` count.
     """
@@ -49,7 +49,7 @@ def prompt_start(body: bytes, num_bytes: int) -> bytes:
     is_empty = True
     try:
         for part in _parts(_PROMPT.decode(body.removeprefix(BYTE_ORDER_MARK)), num_bytes):
-            # Its length keeps a part apart from the next one.
+            # With the lengths, different parts never give the same bytes.
             digest.update(b"%d:" % len(part))
             digest.update(part)
             is_empty = False
@@ -69,16 +69,7 @@ def _parts(prompt: _Prompt, num_bytes: int) -> Iterator[bytes]:
         messages = _MESSAGES.decode(prompt.input)
         if messages and not bytes(messages[0]).startswith(b"{"):  # texts or tokens, as of `/v1/embeddings`
             messages = None
-    if messages:
-        yield from _parts_of_chat(messages, num_bytes)
-        return
-    start = _start_of_text(msgspec.json.decode(prompt.prompt if prompt.prompt != _NULL else prompt.input), num_bytes)
-    if start:
-        yield start
-
-
-def _parts_of_chat(messages: list[msgspec.Raw], num_bytes: int) -> Iterator[bytes]:
-    for raw in messages:
+    for raw in messages or ():
         message = _MESSAGE.decode(raw)
         text = _text(message.content)
         yield str(message.role).encode()
@@ -86,6 +77,15 @@ def _parts_of_chat(messages: list[msgspec.Raw], num_bytes: int) -> Iterator[byte
             yield text.encode()[:num_bytes]
             return
         yield text.encode()
+    if messages:
+        return
+    start = msgspec.json.decode(prompt.prompt if prompt.prompt != _NULL else prompt.input)
+    if isinstance(start, list) and start and isinstance(start[0], (str, list)):
+        start = start[0]  # several prompts
+    if isinstance(start, str) and start:
+        yield start[:num_bytes].encode()[:num_bytes]
+    elif isinstance(start, list) and start:
+        yield msgspec.json.encode(start[:num_bytes])[:num_bytes]
 
 
 def _text(content: object) -> str:
@@ -94,13 +94,3 @@ def _text(content: object) -> str:
     parts = content if isinstance(content, list) else ()
     texts = [part.get("text") for part in parts if isinstance(part, dict)]
     return "".join(text for text in texts if isinstance(text, str))
-
-
-def _start_of_text(prompt: object, num_bytes: int) -> bytes:
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-        prompt = prompt[0]  # several prompts
-    if isinstance(prompt, str):
-        return prompt[:num_bytes].encode()[:num_bytes]
-    if isinstance(prompt, list) and prompt:
-        return msgspec.json.encode(prompt[:num_bytes])[:num_bytes]
-    return b""

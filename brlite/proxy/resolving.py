@@ -1,4 +1,4 @@
-"""The addresses of an upstream's name: looked up on a thread of their own, again and again while there is traffic.
+"""The addresses of an upstream's name: looked up on a thread, again every 10 s while there is traffic.
 
 A name may have the addresses of several servers (a headless service); some may not answer, and the set changes. Each
 name has its own lookup thread, one at a time: a lookup that hangs delays only requests for that name.
@@ -19,14 +19,14 @@ from brlite.process.waiting import on_daemon_thread
 
 logger = logging.getLogger(__name__)
 
-LOOKUP_SECONDS = 10.0  # addresses older than that are looked up again; getaddrinfo tells no time to live
+LOOKUP_SECONDS = 10.0  # older addresses are looked up again; getaddrinfo gives no time to live
 AVOID_SECONDS = 30.0  # how long an address that could not be reached is tried last
 
 Lookup = Callable[[str], Sequence[str]]
 
 
 def system_lookup(name: str) -> list[str]:
-    """The addresses that the system knows for a name, IPv6 and IPv4 alternating. Raises `OSError`."""
+    """The addresses of a name by the system's resolver, IPv6 and IPv4 alternating. Raises `OSError`."""
     found = [str(entry[4][0]) for entry in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)]
     first_has_colon = ":" in found[0]
     first = [each for each in found if (":" in each) is first_has_colon]
@@ -36,7 +36,7 @@ def system_lookup(name: str) -> list[str]:
 
 
 class Names:
-    """The addresses of one name, which are used in turn. `known` are those of the last lookup that succeeded."""
+    """The addresses of one name, used in turn. `known` are those of the last successful lookup."""
 
     def __init__(self, name: str, lookup: Lookup = system_lookup, seconds: float = LOOKUP_SECONDS) -> None:
         self._name = name
@@ -49,14 +49,14 @@ class Names:
         self.known: Sequence[str] = ()
 
     async def addresses(self) -> Sequence[str]:
-        """Those known, or those that a lookup finds. Raises `OSError`. Its callers share a lookup."""
+        """The known addresses, else those that a lookup finds. Raises `OSError`. Callers share a lookup."""
         pending = self.refresh()
         if pending is None or self.known:
             return self.known
         return await asyncio.shield(pending)
 
     def refresh(self) -> asyncio.Future[Sequence[str]] | None:
-        """Begin a lookup, if the addresses are old and none is under way. The one that is, if there is one."""
+        """Begin a lookup if the addresses are old. Returns the lookup that is under way, if there is one."""
         loop = asyncio.get_running_loop()
         if self._pending is not None or (self.known and loop.time() - self._looked_up_at < self._seconds):
             return self._pending
@@ -71,7 +71,7 @@ class Names:
         return pending
 
     def in_turn(self) -> list[str]:
-        """The known addresses, another one first each time; those that could not be reached lately stand last."""
+        """The known addresses, beginning with the next one each time; recently unreachable ones are last."""
         known, now = self.known, asyncio.get_running_loop().time()
         start = self._num_turns % len(known) if known else 0
         self._num_turns += 1

@@ -1,6 +1,6 @@
-"""The kinds of event streams: what ends each, and how an error is said in it. Knows no sockets and no framing.
+"""The kinds of event streams: the last event and the error event of each. Knows no sockets and no framing.
 
-A stream that is whole in the eyes of its client's library must not end with an error, and one that is not must.
+A stream that its client's library takes for complete must not end with an error; any other one must.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class StreamKind(enum.Enum):
     COMPLETIONS = enum.auto()  # every choice has a finish_reason, then [DONE]
     MESSAGES = enum.auto()  # Anthropic's: message_stop, or error
     RESPONSES = enum.auto()  # response.completed, .failed or .incomplete, or error
-    OTHER = enum.auto()  # only its framing says where it ends
+    OTHER = enum.auto()  # ends with its framing
 
 
 _KINDS = {
@@ -29,7 +29,7 @@ _KINDS = {
     b"/v1/messages": StreamKind.MESSAGES,
     b"/v1/responses": StreamKind.RESPONSES,
 }
-# The types of the events after which nothing more comes.
+# The types of the last events.
 LAST_TYPES = {
     StreamKind.COMPLETIONS: frozenset[str](),
     StreamKind.MESSAGES: frozenset({"message_stop", "error"}),
@@ -44,7 +44,7 @@ def kind_of(path: bytes) -> StreamKind:
 
 
 def error_event(kind: StreamKind, error: RequestError, sequence_number: int) -> bytes:
-    """What ends a stream that has failed, as the libraries of its API understand it."""
+    """The event that ends a failed stream, in the form that the libraries of its API expect."""
     fields: dict[str, object] = {"type": "error"}
     if kind is StreamKind.MESSAGES:
         name = "timeout_error" if isinstance(error, UpstreamTimeout) else "api_error"

@@ -15,12 +15,12 @@ import msgspec
 
 BYTES_PER_TOKEN = 4  # of JSON and English text; other scripts have fewer
 BYTES_PER_ENCODED_TOKEN = 256  # of base64: pictures cost tokens by their size in pixels, not in bytes
-# What a request can use beside its own bytes and its answer's: a template, pictures by URL, a conversation that the
-# server keeps, reasoning that is not shown.
+# Tokens that a request can use beside its own bytes and its response's: a template, pictures by URL, a conversation
+# that the server keeps, hidden reasoning.
 UNSEEN_TOKENS = 65_536
-TAIL_BYTES = 4096  # of a long answer: where its usage stands
+TAIL_BYTES = 4096  # of a long response, where its usage is
 
-# Whose answers are text of a model, a token for every few bytes.
+# The response is generated text, with a token for every few bytes.
 GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
 FREE_PATHS = (b"/tokenize", b"/detokenize", b"/v1/messages/count_tokens")  # no model computes anything
 
@@ -38,7 +38,7 @@ class ForwardedUsage(NamedTuple):
 
 
 class _Counts(msgspec.Struct):
-    """`usage` in all dialects. Anthropic's `input_tokens` leaves out what a cache has; the other two are that."""
+    """`usage` in all dialects. Anthropic's `input_tokens` excludes cached tokens, which have two other fields."""
 
     prompt_tokens: _Count | None = None
     completion_tokens: _Count | None = None
@@ -64,7 +64,7 @@ class _Within(msgspec.Struct):
 
 
 class _ResponseUsage(msgspec.Struct):
-    """An answer or an event: `message` is of Anthropic's `message_start`, `response` of `response.completed`."""
+    """A response or an event: `message` is of Anthropic's `message_start`, `response` of `response.completed`."""
 
     usage: _Counts | None = None
     message: _Within | None = None
@@ -75,7 +75,7 @@ _ANSWER = msgspec.json.Decoder(_ResponseUsage)
 
 
 class Seen(msgspec.Struct, frozen=True, gc=False):
-    """What was seen of an answer: JSON texts that may tell its usage, its events, and the bytes of their text."""
+    """What was seen of a response: JSON texts that may have its usage, its events, and the bytes of their text."""
 
     parts: tuple[bytes, ...] = ()
     num_events: int = 0
@@ -83,7 +83,7 @@ class Seen(msgspec.Struct, frozen=True, gc=False):
 
 
 def estimate_prompt(path: bytes, body: bytes) -> int:
-    """About as many tokens as a request's prompt has, at least one; 0 where no model computes."""
+    """An estimate of the tokens of a request's prompt, at least one; 0 where no model computes."""
     if path.partition(b"?")[0] in FREE_PATHS:
         return 0
     num_encoded = sum(len(run) for run in _ENCODED.findall(body)) if len(body) >= TAIL_BYTES else 0
@@ -91,14 +91,14 @@ def estimate_prompt(path: bytes, body: bytes) -> int:
 
 
 def estimate_completion(path: bytes, seen: Seen) -> int:
-    """About as many tokens as were generated: one for each event at least."""
+    """An estimate of the generated tokens, at least one for each event."""
     if path.partition(b"?")[0] not in GENERATING_PATHS:
         return 0
     return max(seen.num_events, -(-seen.num_text_bytes // BYTES_PER_TOKEN))
 
 
 def told_usage(parts: Iterable[bytes]) -> ForwardedUsage | None:
-    """What the parts of an answer say, each number as large as any part says it. None where none says anything."""
+    """The usage that the parts of a response report: the largest of each number. None if no part reports any."""
     found = []
     for part in parts:
         try:
@@ -112,9 +112,9 @@ def told_usage(parts: Iterable[bytes]) -> ForwardedUsage | None:
 
 
 def is_possible(usage: ForwardedUsage, num_body_bytes: int, num_text_bytes: int) -> bool:
-    """Whether a request of so many bytes, with so many of text in its answer, can have used so much.
+    """Whether a request of so many bytes, with a response text of so many bytes, can have used so many tokens.
 
-    A token of a text has a byte at least.
+    A token has at least one byte.
     """
     return (
         usage.prompt_tokens <= num_body_bytes + UNSEEN_TOKENS
@@ -123,6 +123,6 @@ def is_possible(usage: ForwardedUsage, num_body_bytes: int, num_text_bytes: int)
 
 
 def usage_in_tail(tail: bytes) -> tuple[bytes, ...]:
-    """The usage that stands in the last bytes of a long answer, as JSON of its own, if it does."""
+    """The usage in the last bytes of a long response, as JSON of its own, if it is there."""
     found = _USAGE_FIELD.findall(tail)
     return (b'{"usage":%b}' % found[-1],) if found else ()

@@ -52,7 +52,7 @@ async def run_proxy(
         yield Proxy(server, forwarder, app[KEYS], app[BODIES])
         await wait_until(lambda: forwarder.num_active == 0)
         assert [upstream.num_in_flight for upstream in forwarder.table.upstreams if upstream.num_in_flight] == []
-        assert [target for target in forwarder.table if target.places.num_in_flight or target.places.num_waiting] == []
+        assert [target for target in forwarder.table if target.limit.num_in_flight or target.limit.num_waiting] == []
     await wait_until(lambda: not any(upstream.pool.connections for upstream in forwarder.table.upstreams))
     assert server.num_connections == 0
     assert app[BODIES].num_bytes == 0

@@ -74,7 +74,7 @@ def test_a_label_s_value_is_escaped() -> None:
     ],
 )
 def test_a_line_that_is_no_sample_spoils_the_text(line: str) -> None:
-    with pytest.raises(BadExposition, match=r"^line 2 is no sample: "):
+    with pytest.raises(BadExposition, match=r"^line 2 is not a sample: "):
         read_exposition(f"good 1\n{line}")
 
 

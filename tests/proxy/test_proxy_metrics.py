@@ -230,7 +230,7 @@ async def test_a_family_of_another_type_is_left_out_and_said(start: Start) -> No
     ("answer", "why"),
     [
         (Answer(404), "answered 404 to GET /metrics"),
-        (Answer(body=b"<html>\n"), "line 1 is no sample: <html>"),
+        (Answer(body=b"<html>\n"), "line 1 is not a sample: <html>"),
         (Answer(body=b"up 1\n\xff"), "can't decode byte 0xff"),
         (Answer(body=b"# \n" * 2**21), "answered more than 4194304 bytes"),
         (NEVER, "did not answer GET /metrics within 0.2 s"),

@@ -1,4 +1,4 @@
-"""Which upstream a request reaches, end to end: by its prompt, its session, a pause that was asked for, a stand-in."""
+"""Which upstream a request reaches, end to end: by its prompt, its session, a pause that was asked for, a fallback."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ async def test_a_refusal_that_nobody_can_make_good_arrives_as_it_was(start) -> N
     assert group.num_asked() == {"a": 1}
 
 
-async def test_a_stand_in_answers_under_its_own_name_where_a_model_cannot_be_reached(start, caplog) -> None:
+async def test_a_fallback_answers_under_its_own_name_where_a_model_cannot_be_reached(start, caplog) -> None:
     group = await start(ProxyConfig(fallbacks={"a": ("b",)}), a=GOOD, b=GOOD)
     await group.upstreams["a"].kill()
 
@@ -184,11 +184,11 @@ async def test_a_stand_in_answers_under_its_own_name_where_a_model_cannot_be_rea
         answered = await group.ask({"model": "a", "prompt": "Hi"})
 
     assert answered.body == PLAIN
-    assert "model=a stand_in=b upstream=b" in caplog.text
+    assert "model=a fallback=b upstream=b" in caplog.text
     assert [request.body for request in group.upstreams["b"].requests] == [{"model": "b", "prompt": "Hi"}]
 
 
-async def test_no_stand_in_answers_for_a_key_that_may_not_use_it(start) -> None:
+async def test_no_fallback_answers_for_a_key_that_may_not_use_it(start) -> None:
     keys = {"key": (KeyConfig(name="k", key="sk-1", models=("a",)),)}
     group = await start(ProxyConfig(fallbacks={"a": ("b",)}), keys, a=GOOD, b=GOOD)
     await group.upstreams["a"].kill()

@@ -1,7 +1,7 @@
-"""Ejects an upstream after failures in a row, and lets one request at a time probe whether it is back.
+"""A circuit breaker: ejects an upstream after failures in a row, and lets one request at a time probe it.
 
-Knows no requests and no clock: its caller says what began, how it ended and what time it is, and decides what counts as
-a failure (`outcomes.py`).
+Knows no requests and no clock: the caller gives times and results, and decides what counts as a failure
+(`outcomes.py`).
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ State = Literal["closed", "open", "half_open"]
 
 
 class Ticket(NamedTuple):
-    """What `begin` gives for one request: how often the breaker had opened by then, and whether it is the probe."""
+    """The result of `begin`: how often the breaker had opened by then, and whether the request is the probe."""
 
     epoch: int
     is_probe: bool
 
 
 class Breaker:
-    """Closed until `failures` in a row; then open for `seconds`; then half-open, when one request is let through.
+    """Closed until `failures` in a row; then open for `seconds`; then half-open: one request is let through.
 
-    If that probe succeeds the breaker closes and forgets; if it fails it opens for twice as long as before, up to
-    `max_seconds`. Exactly one of `succeeded`, `failed` and `abandoned` must follow each `begin`, with its ticket.
+    If that probe succeeds, the breaker closes; if it fails, it opens for twice as long as before, up to `max_seconds`.
+    Exactly one of `succeeded`, `failed` and `abandoned` must follow each `begin`, with its ticket.
 
     `is_untroubled` while it is closed and the last request did not fail: then `begin` gives `ticket`, and `answers`,
     `succeeded` and `abandoned` change nothing, so that a caller may leave these calls out.
 
-    Requests that began before it last opened change nothing while it is open: a server that is going away still ends
-    its streams well. Of those that were sent since, for want of a better upstream, one success closes it at once.
+    Requests that began before it last opened change nothing while it is open: a server that shuts down still completes
+    its streams. A success of a request that was sent since, for want of another upstream, closes it at once.
     """
 
     __slots__ = (
@@ -59,7 +59,7 @@ class Breaker:
         self.ticket = Ticket(0, is_probe=False)
 
     def allows(self, now: float) -> bool:
-        """Whether a request may be given to it."""
+        """Whether a request may be sent."""
         return not self._is_open or (self._until <= now and not self._is_probing)
 
     def state(self, now: float) -> State:
@@ -68,7 +68,7 @@ class Breaker:
         return "half_open" if self._until <= now else "open"
 
     def begin(self, now: float) -> Ticket:
-        """A request is given to it, allowed or not. When half-open, the first one is the probe."""
+        """A request is sent, whether `allows` or not. When half-open, the first one is the probe."""
         if not (self._is_open and self.allows(now)):
             return self.ticket
         self._is_probing = True
@@ -81,7 +81,7 @@ class Breaker:
             self.is_untroubled = True
 
     def answers(self, ticket: Ticket) -> None:
-        """A request is being answered well, which is enough to close it: the answer may take as long as it likes."""
+        """A good response has begun, which is enough to close it: the response may take long."""
         if self._is_open and ticket.epoch == self._epoch:
             self._is_open = self._is_probing = False
             self._num_failures = 0
@@ -101,7 +101,7 @@ class Breaker:
             self._open(now)
 
     def abandoned(self, ticket: Ticket) -> None:
-        """The request ended for reasons that say nothing about the upstream. If it was the probe, the next one is."""
+        """The request ended without a result about the upstream. If it was the probe, the next request is."""
         if ticket.is_probe and ticket.epoch == self._epoch:
             self._is_probing = False
 

@@ -113,17 +113,17 @@ class UpstreamClient:
         return await self._ask(path, read)
 
     async def _ask(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
-        # aiohttp's own time limits do not see a body that it cannot parse: it is waited for without end.
+        async def get() -> T:
+            async with self._session.get(self._url + self._address.path(path), allow_redirects=False) as response:
+                return await read(response)
+
+        # aiohttp's own time limits do not cover a body that it cannot parse: it would wait without end.
         try:
-            return await within(self._seconds, self._get(path, read))
+            return await within(self._seconds, get())
         except asyncio.TimeoutError:
             raise UpstreamTimeout(f"did not answer GET {path} within {self._seconds:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise UpstreamError(f"GET {path} failed: {reason_of(error)}") from error
-
-    async def _get(self, path: str, read: Callable[[aiohttp.ClientResponse], Awaitable[T]]) -> T:
-        async with self._session.get(self._url + self._address.path(path), allow_redirects=False) as response:
-            return await read(response)
 
 
 def reason_of(error: BaseException) -> str:

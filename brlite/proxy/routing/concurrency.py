@@ -1,8 +1,8 @@
-"""Places for the running requests of one model, shared by key: so many, and a bounded queue of requests that wait.
+"""The concurrency limit of one model, shared by key, and a bounded queue of the requests that wait.
 
-A free place goes to the key with the fewest running requests among those that wait, in turn where several have as few.
-So one key's backlog costs the others at most the time that its running requests still take. Knows no clock and no
-requests. Whoever waits watches the time and leaves when it has waited long enough.
+A free place goes to the waiting key with the fewest running requests, in turn if several have as few. So the backlog
+of one key delays the others at most until one of its running requests ends. Knows no clock and no requests: a request
+that has waited for too long leaves the queue by itself.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ RETRY_AFTER_SECONDS = 5
 
 
 class Waiter(NamedTuple):
-    """What is called for a request that waits: with its place, or with the error that sends it away.
+    """Callbacks of a request that waits: it has a place, or it was dropped with this error.
 
-    Either is called from within another request's `give_back` or `wait`, and must not raise.
+    Both are called from within another request's `release` or `wait`, and must not raise.
     """
 
     on_turn: Callable[[], None]
@@ -28,7 +28,7 @@ class Waiter(NamedTuple):
 
 
 class Waiting:
-    """A turn in the queue. Once `has_turn`, its holder owns a place and must give it back, whatever happened since."""
+    """A request's turn in the queue. Once `has_turn`, its holder has a place and must release it."""
 
     __slots__ = ("_key", "_queue", "has_turn", "waiter")
 
@@ -39,14 +39,14 @@ class Waiting:
         self.has_turn = False
 
     def leave(self) -> None:
-        """Wait no longer. After its turn came this changes nothing: the place is its holder's to give back."""
+        """Leave the queue. After its turn has come this does nothing: its holder releases the place."""
         self._queue.remove(self._key, self)
 
 
 class ConcurrencyLimit:
-    """At most `max_in_flight` requests have a place and `max_queued` more wait for one.
+    """At most `max_in_flight` requests have a place, and `max_queued` more wait for one.
 
-    Operations take time in the number of keys that wait, however many requests do.
+    Operations take time in proportion to the number of waiting keys, not of waiting requests.
     """
 
     __slots__ = ("_is_handing_on", "_max_in_flight", "_num_running", "_num_to_hand_on", "_queue", "num_in_flight")
@@ -61,15 +61,15 @@ class ConcurrencyLimit:
 
     @property
     def limits(self) -> tuple[int, int]:
-        """How many may have a place, and how many may wait."""
+        """The maximum number of places, and of waiting requests."""
         return self._max_in_flight, self._queue.max_items
 
     @property
     def num_waiting(self) -> int:
         return len(self._queue)
 
-    def take(self, key: Hashable) -> bool:
-        """Take a free place. Never past those who wait: while somebody does, none is free."""
+    def acquire(self, key: Hashable) -> bool:
+        """Take a place, if one is free. While requests wait, none is free."""
         if self.num_in_flight >= self._max_in_flight:
             return False
         self.num_in_flight += 1
@@ -77,11 +77,11 @@ class ConcurrencyLimit:
         return True
 
     def wait(self, key: Hashable, waiter: Waiter) -> Waiting:
-        """Queue up, after `take` said no. Raises `QueueFull`.
+        """Queue up, after `acquire` returned False. Raises `QueueFull`.
 
-        A queue that is full of another key's requests makes room: that key's newest is dropped.
+        If another key fills the queue, its newest request is dropped.
         """
-        assert self.num_in_flight >= self._max_in_flight, "a place is free: nobody would ever call on_turn"
+        assert self.num_in_flight >= self._max_in_flight, "a place is free: on_turn would never be called"
         waiting = Waiting(self._queue, key, waiter)
         dropped = self._queue.add(key, waiting)
         if dropped is not None:
@@ -95,8 +95,8 @@ class ConcurrencyLimit:
             dropped.waiter.on_dropped(error)
         return waiting
 
-    def give_back(self, key: Hashable) -> None:
-        """Hand the place of one of this key's requests on to one that waits, or free it."""
+    def release(self, key: Hashable) -> None:
+        """Give the place of one of this key's requests to one that waits, or free it."""
         num_running = self._num_running.pop(key) - 1
         if num_running:
             self._num_running[key] = num_running
@@ -106,7 +106,7 @@ class ConcurrencyLimit:
         self._num_to_hand_on += 1
         if self._is_handing_on:
             return
-        # Whoever gets a place may give it back at once, and so may all that wait: a loop, for they can be many.
+        # A request that gets a place may release it at once, and so may all that wait: a loop, not a recursion.
         self._is_handing_on = True
         try:
             while self._num_to_hand_on:

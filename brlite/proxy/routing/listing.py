@@ -1,6 +1,6 @@
-"""What an upstream says of the models that it serves: its own `/v1/models`, and a 404 for one that it does not have.
+"""What an upstream says of the models that it serves: its own `/v1/models`, and a 404 for a missing one.
 
-Decodes; asks nobody.
+Decodes only; does no I/O.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from brlite.errors import UpstreamError
 
 
 class ListedModel(msgspec.Struct, frozen=True):
-    """One model, by the upstream's name for it. What a server does not say is None."""
+    """One model, by the upstream's name for it. None: the server does not say."""
 
     id: str
     created: int | None = None
@@ -27,7 +27,7 @@ class _List(msgspec.Struct):
 
 
 class Listing(NamedTuple):
-    """What a list says of some names: those that stand in it, and those that do not."""
+    """Which of some names are in a list, and which are missing."""
 
     models: Mapping[str, ListedModel]
     missing: frozenset[str]
@@ -47,9 +47,9 @@ _ERROR = msgspec.json.Decoder(_Error)
 
 
 def read_list(body: bytes, names: Collection[str]) -> Listing:
-    """What the list says of these names. Raises `UpstreamError` for what is no list of models.
+    """Look up these names in the list. Raises `UpstreamError` if it is not a list of models.
 
-    An empty list says nothing: some servers load what they are asked for. `NAME:latest` is Ollama's for `NAME`.
+    In an empty list none is missing: some servers load models on demand. `NAME:latest` is Ollama's name for `NAME`.
     """
     try:
         models = _LIST.decode(body).data
@@ -61,7 +61,7 @@ def read_list(body: bytes, names: Collection[str]) -> Listing:
 
 
 def says_no_model(body: bytes, name: str) -> bool:
-    """Whether the body of a 404 is about the model of that name, and not about the path."""
+    """Whether the body of a 404 is about the model of that name, not about the path."""
     try:
         error = _ERROR.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):

@@ -1,7 +1,4 @@
-"""Which model leads to which upstreams: made once from a config, replaced whole when the config changes.
-
-Knows nothing of requests under way; the upstreams know how they do.
-"""
+"""Which model is served by which upstreams: made once from a config, replaced as a whole when the config changes."""
 
 from __future__ import annotations
 
@@ -17,29 +14,29 @@ from brlite.proxy.routing.upstream import Upstream
 
 
 class Route:
-    """One model: the upstreams that serve it, the places it has, and the models that may stand in for it."""
+    """One model: the upstreams that serve it, its concurrency limit, and its fallbacks."""
 
-    __slots__ = ("_balancer", "_only", "model", "places", "stand_ins", "upstreams")
+    __slots__ = ("_balancer", "_only", "fallbacks", "limit", "model", "upstreams")
 
     def __init__(
-        self, model: str, upstreams: Iterable[Upstream], proxy: ProxyConfig, places: ConcurrencyLimit | None = None
+        self, model: str, upstreams: Iterable[Upstream], proxy: ProxyConfig, limit: ConcurrencyLimit | None = None
     ) -> None:
         self.model = model
         self.upstreams = tuple(upstreams)
         self._balancer = Balancer(proxy.choice, self.upstreams)
         self._only = self.upstreams[0] if len(self.upstreams) == 1 else None
-        self.places = places or ConcurrencyLimit(proxy.max_in_flight, proxy.max_queued)
-        self.stand_ins: tuple[Route, ...] = ()
+        self.limit = limit or ConcurrencyLimit(proxy.max_in_flight, proxy.max_queued)
+        self.fallbacks: tuple[Route, ...] = ()
 
     def __repr__(self) -> str:
         return f"Route({self.model})"
 
     def name_at(self, upstream: Upstream) -> str:
-        """What the upstream calls the model."""
+        """The upstream's name for the model."""
         return upstream.config.rename.get(self.model, self.model)
 
     def is_available(self, now: float, tried: Collection[Upstream] = ()) -> bool:
-        """Whether an upstream that was not tried yet is worth asking."""
+        """Whether an upstream that was not tried yet may get requests."""
         excluded = self._excluded(now, tried)
         return any(upstream.is_available(now) and upstream not in excluded for upstream in self.upstreams)
 
@@ -49,28 +46,28 @@ class Route:
         return any(upstream not in excluded for upstream in self.upstreams)
 
     def choose(self, now: float, affinity: bytes | None, tried: Collection[Upstream]) -> Upstream | None:
-        """One that was not tried yet, and has not said that it lacks the model. None if there is none."""
+        """An upstream that was not tried yet, and is not known to lack the model. None if there is none."""
         if self._only is not None:
             return None if self._only in tried else self._only
         return self._balancer.choose(now, affinity, self._excluded(now, tried))
 
     def _excluded(self, now: float, tried: Collection[Upstream]) -> Collection[Upstream]:
-        """Those tried, and those that lack the model. If all do they are asked all the same: lists may be wrong."""
+        """Those tried, and those that lack the model. If all lack it, all may be tried: lists may be wrong."""
         lacking = [upstream for upstream in self.upstreams if upstream.lacks(self.name_at(upstream), now)]
         return tried if not lacking or len(lacking) == len(self.upstreams) else (*tried, *lacking)
 
 
 class RouteTable:
-    """All upstreams, and the targets by the names that requests use, aliases among them."""
+    """All upstreams, and the routes by the names that requests use, aliases included."""
 
     def __init__(self, config: Config, before: RouteTable | None = None) -> None:
-        """Of the table from before, upstreams that stay as they were are kept with all that they hold.
+        """Upstreams of the table `before` that do not change are kept, with their connections and state.
 
-        So are the places of models while their limits stay: who has one or waits for one goes on counting.
+        So are the concurrency limits of models, with the requests that run and wait.
         """
         configs, limits = upstream_configs(config), (config.proxy.max_in_flight, config.proxy.max_queued)
         known = before.upstreams if before is not None else ()
-        places = {each.model: each.places for each in before or () if each.places.limits == limits}
+        kept = {each.model: each.limit for each in before or () if each.limit.limits == limits}
         self.upstreams: tuple[Upstream, ...] = tuple(
             next((upstream for upstream in known if upstream.is_made_from(each, config.proxy)), None)
             or Upstream(each, config.proxy)
@@ -79,13 +76,13 @@ class RouteTable:
         models = dict.fromkeys(model for each in configs for model in each.models)
         targets = {
             model: Route(
-                model, (each for each in self.upstreams if model in each.config.models), config.proxy, places.get(model)
+                model, (each for each in self.upstreams if model in each.config.models), config.proxy, kept.get(model)
             )
             for model in models
         }
         for model, names in config.proxy.fallbacks.items():
             if model in targets:
-                targets[model].stand_ins = tuple(targets[name] for name in names if name in targets)
+                targets[model].fallbacks = tuple(targets[name] for name in names if name in targets)
         self.targets: Mapping[str, Route] = targets
         self._is_only_one = len(targets) == 1 and not config.model
         aliases = {alias: targets[model] for alias, model in config.proxy.aliases.items() if model in targets}
@@ -95,7 +92,7 @@ class RouteTable:
         return iter(self.targets.values())
 
     def find(self, name: str | None) -> Route | None:
-        """The model that the name leads to. No name is enough where there is only one, and none is served here."""
+        """The route of the name. Without a name: the only route, if there is one and no model is served here."""
         if name is None:
             return next(iter(self.targets.values())) if self._is_only_one else None
         return self._by_name.get(name)
@@ -108,7 +105,7 @@ class RouteTable:
 def upstream_configs(config: Config) -> list[UpstreamConfig]:
     """The upstreams of a config: its own, and those of the manual's table that serve other models than this server.
 
-    URLs that are placeholders are left out: `config/warnings.py` warns of them.
+    URLs that are placeholders are left out; `config/warnings.py` warns of them.
     """
     here = {spec.name for spec in config.model}
     configs = [without_local(each, here) for each in config.upstream]
@@ -124,6 +121,6 @@ def upstream_configs(config: Config) -> list[UpstreamConfig]:
 
 
 def without_local(upstream: UpstreamConfig, here: Collection[str]) -> UpstreamConfig:
-    """The upstream without the models that are served here: those need no second hop."""
+    """The upstream without the models that are served here, which need no second hop."""
     models = tuple(model for model in upstream.models if model not in here)
     return msgspec.structs.replace(upstream, models=models) if models != upstream.models else upstream

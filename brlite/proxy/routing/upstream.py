@@ -1,4 +1,4 @@
-"""One upstream: where it is, what it serves, and how it does. Others choose it, ask it and check it."""
+"""One upstream: its address, its models and its state. Sends nothing."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from brlite.proxy.routing.listing import ListedModel
 from brlite.proxy.wire.connections import ConnectionPool
 from brlite.proxy.wire.heads import FORWARDED_PATHS, Heads, read_answer
 
-# What may stand in a header: a line end would begin another one.
+# Characters that are allowed in a header: a line end would begin another header.
 _KEY = re.compile(r"[!-~]+")
 
 
 class Upstream:
-    """A server behind this one. `num_in_flight` is how many requests it has now; `is_healthy` what its checks say.
+    """A server behind this one. `num_in_flight` counts its requests; `is_healthy` is the result of its checks.
 
-    `listed` is what it says itself of the models that it serves, by its own names for them, as far as that is known.
-    `missing` has those of its models that it said it does not have, and the loop's time until which that is believed.
+    `listed` has the models of its own list, by its own names, as far as it is known. `missing` has the models that it
+    said it does not have, and the loop's time until which that is believed.
     """
 
     __slots__ = (
@@ -61,7 +61,11 @@ class Upstream:
         self.name = config.name or config.url
         self.weight = config.weight
         self._address = address
-        self.own_headers = _own_headers(address.host_header, config.api_key_header, _key(config, environ))
+        own_headers = f"Host: {address.host_header}\r\n"
+        if (key := _key(config, environ)) is not None:
+            scheme = "Bearer " if config.api_key_header.lower() == "authorization" else ""
+            own_headers += f"{config.api_key_header}: {scheme}{key}\r\n"
+        self.own_headers = own_headers.encode("latin-1")  # the header lines that every request to it has
         self.known_head_lines = {path: self.head_lines(path) for path in FORWARDED_PATHS}  # without a query
         self.breaker = Breaker(proxy.eject_failures, proxy.eject_seconds)
         self.pool = ConnectionPool(
@@ -72,14 +76,12 @@ class Upstream:
         )
         self.heads = Heads(read_answer)
         self.is_healthy = True
-        self.lost_since: float | None = (
-            None  # the loop's time since when it is out, and not as one that ends in good order
-        )
+        self.lost_since: float | None = None  # the loop's time since when it is out, other than by an orderly shutdown
         self.listed: Mapping[str, ListedModel] = {}
         self.missing: dict[str, float] = {}
         self.num_in_flight = 0
         self.failed_at = -math.inf  # the loop's time of its last failure
-        self.refuses_until = 0.0  # the loop's time until which it has asked not to be asked (Retry-After)
+        self.refuses_until = 0.0  # the loop's time until which it wants no requests (Retry-After)
         self.outcomes: Counter[Outcome] = Counter(dict.fromkeys(get_args(Outcome), 0))
         self.num_events = 0
         self.num_retries = 0
@@ -88,19 +90,19 @@ class Upstream:
         return f"Upstream({self.name})"
 
     def is_made_from(self, config: UpstreamConfig, proxy: ProxyConfig) -> bool:
-        """Whether these configs would make the same upstream."""
+        """Whether these configs make the same upstream."""
         return self.config == config and self._limits == _limits(proxy)
 
     def continue_counts(self, before: Upstream) -> None:
-        """Count on from where the upstream that had this name before was: counters never go back."""
+        """Continue the counters of the upstream that had this name before: counters never go back."""
         self.outcomes, self.num_events, self.num_retries = before.outcomes, before.num_events, before.num_retries
 
     def is_up(self, now: float) -> bool:
-        """Whether it can be reached, as far as its checks and its last requests show."""
+        """Whether it works, by its checks and its last requests."""
         return self.is_healthy and self.breaker.state(now) != "open"
 
     def is_available(self, now: float) -> bool:
-        """Whether it is worth asking: its checks pass, it is not ejected, and it has not asked for a pause."""
+        """Whether it may get requests: its checks pass, it is not ejected, and it wants no pause."""
         return self.is_healthy and self.refuses_until <= now and self.breaker.allows(now)
 
     def head_lines(self, path: bytes) -> bytes:
@@ -113,13 +115,13 @@ class Upstream:
         return bool(self.missing) and self.missing.get(model, 0.0) > now
 
     def begin(self, now: float) -> Ticket:
-        """A request is given to it. The ticket belongs to `end`, which must follow."""
+        """A request is sent to it. The ticket is for `end`, which must follow."""
         self.num_in_flight += 1
         breaker = self.breaker
         return breaker.ticket if breaker.is_untroubled else breaker.begin(now)
 
     def end(self, ticket: Ticket, ending: Ending, now: float) -> None:
-        """The request is done with."""
+        """The request has ended."""
         self.num_in_flight -= 1
         if ending is ANSWERED and self.breaker.is_untroubled:
             self.outcomes["answered"] += 1
@@ -136,17 +138,8 @@ class Upstream:
 
 
 def _limits(proxy: ProxyConfig) -> tuple[float, ...]:
-    """What an upstream takes from the proxy's own config."""
+    """The values of the proxy's config that an upstream uses."""
     return (proxy.eject_failures, proxy.eject_seconds, proxy.max_idle_connections, proxy.idle_connection_seconds)
-
-
-def _own_headers(host: str, key_header: str, key: str | None) -> bytes:
-    """The header lines that every request to an upstream has."""
-    lines = f"Host: {host}\r\n"
-    if key is not None:
-        scheme = "Bearer " if key_header.lower() == "authorization" else ""
-        lines += f"{key_header}: {scheme}{key}\r\n"
-    return lines.encode("latin-1")
 
 
 def _key(config: UpstreamConfig, environ: Mapping[str, str]) -> str | None:

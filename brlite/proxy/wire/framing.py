@@ -1,7 +1,7 @@
-"""Where a body ends: by its length, by chunks, or with its connection. Takes bytes, gives the payload in them.
+"""Body framing: by length, by chunks, or until the connection ends. Takes bytes and gives the payload in them.
 
-RFC 9112 §6 and §7. Strict: a chunk size is hexadecimal digits and nothing else, lines end with CR LF, and a trailer is
-header fields. Trailers are read and dropped. Knows no sockets and nothing of what the payload means.
+RFC 9112 §6 and §7. Strict: a chunk size is hexadecimal digits only, lines end with CR LF, and a trailer consists of
+header fields. Trailers are dropped. Knows no sockets and no media types.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _TRAILER_LINE = re.compile(FIELD_LINE + rb"|\r\n")
 
 
 class FramingError(Exception):
-    """The bytes are not framed as they have to be. `payload` is what came before in the same bytes."""
+    """The framing is malformed. `payload` is what came before in the same bytes."""
 
     payload = b""
 
 
 class Body(Protocol):
-    """A body as it comes. `excess` is what came behind its end."""
+    """A body as it arrives. `excess` is what came after its end."""
 
     is_done: bool
     excess: bytes
@@ -42,7 +42,7 @@ class Body(Protocol):
 
 
 class LengthBody:
-    """A body of so many bytes."""
+    """A body with a Content-Length."""
 
     __slots__ = ("_missing", "excess", "is_done")
 
@@ -65,7 +65,7 @@ class LengthBody:
 
 
 class CloseBody:
-    """A body that lasts as long as its connection."""
+    """A body that ends with its connection."""
 
     __slots__ = ("excess", "is_done")
 
@@ -81,7 +81,7 @@ class CloseBody:
 
 
 class ChunkedBody:
-    """A body in chunks. `is_at_boundary` is true between two chunks, with nothing half read."""
+    """A body in chunks. `is_at_boundary` is true between two chunks."""
 
     __slots__ = ("_data", "_in_chunk", "_in_trailer", "_trailer_bytes", "excess", "is_done")
 
@@ -155,7 +155,7 @@ class ChunkedBody:
         if not data.endswith(b"\n", position, line_end):
             self._data = data[position:]
             return line_end
-        # Bytes that are no field could be a request to a server that takes a bare LF for a line's end.
+        # Other bytes could be a request to a server that accepts a bare LF as a line end.
         if not _TRAILER_LINE.fullmatch(data, position, line_end):
             raise FramingError("its trailer holds what is no header field")
         self._trailer_bytes += line_end - position
