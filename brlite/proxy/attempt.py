@@ -14,7 +14,6 @@ from typing import Protocol
 from brlite.config.options import ProxyConfig
 from brlite.errors import NotReady, RequestError, UpstreamError, UpstreamTimeout, UpstreamUnavailable
 from brlite.proxy.buffered_response import PAGES, BodyRelay, BufferedResponse, body_of_answer, check_response
-from brlite.proxy.downstream import Downstream
 from brlite.proxy.outcomes import REFUSALS, Ending, ending_of, is_answer, is_own_fault
 from brlite.proxy.routing.breaker import Ticket
 from brlite.proxy.routing.upstream import Upstream
@@ -68,6 +67,36 @@ RETRY_AFTER_SECONDS = 1
 NOT_FOUND = 404
 EVENT_STREAM = b"text/event-stream"
 NOTHING_SEEN = Seen()
+
+
+class Downstream(Protocol):
+    """One client that waits for one response: the client's side of an exchange, in `fast_path.py` and `middleware.py`.
+
+    A body in chunks is passed with its framing where `takes_chunks`. `request_id` is the id that the client is told,
+    `peer` its IP address, if it has one.
+    """
+
+    takes_chunks: bool
+    request_id: str
+    peer: str | None
+
+    def begin(self, status: int, lines: bytes, length: int | None) -> None:
+        """Send the head of a response with a body of `length` bytes; None: in chunks, or until the connection ends."""
+
+    def write(self, data: bytes) -> None:
+        """Send a part of the body."""
+
+    def answer(self, status: int, lines: bytes, body: bytes) -> None:
+        """Send a complete response."""
+
+    def refuse(self, error: RequestError) -> None:
+        """Send an error as the complete response."""
+
+    def cut(self) -> None:
+        """End the connection: the response that has begun cannot be completed."""
+
+    def ended(self) -> None:
+        """The exchange has ended: everything has been sent, refused or cut."""
 
 
 class Listener(Protocol):

@@ -20,8 +20,7 @@ import msgspec
 from brlite.config.options import ProxyConfig
 from brlite.errors import QueueTimeout, RequestError, UpstreamUnavailable, stopping
 from brlite.http.errors import CLIENT_LEFT, status_of
-from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt
-from brlite.proxy.downstream import Downstream
+from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt, Downstream
 from brlite.proxy.outcomes import TABLE, Ending
 from brlite.proxy.request_model import Inbound, replace_model
 from brlite.proxy.routing.concurrency import Waiter, Waiting

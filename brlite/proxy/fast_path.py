@@ -25,10 +25,10 @@ from brlite.http.errors import OWN_HEADERS, error_body, error_headers, status_of
 from brlite.http.keys import ApiKeys
 from brlite.http.origin_policy import OriginPolicy
 from brlite.http.request_id import client_request_id, request_ids
-from brlite.proxy.downstream import reset
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.request_model import Inbound, read_inbound
+from brlite.proxy.wire.connections import reset
 from brlite.proxy.wire.framing import Body, FramingError, LengthBody, body_of
 from brlite.proxy.wire.heads import (
     END_OF_HEAD,
@@ -455,18 +455,17 @@ class ForwardingCycle:
         self._status = status
         if path.connection.is_draining:
             self._keeps_alive = False
-        own = b"%bX-Request-Id: %b\r\n" % (OWN_LINES, self.request_id.encode())
-        if not self._keeps_alive:
-            own += b"Connection: close\r\n"
-        elif not self.takes_chunks:
-            own += b"Connection: keep-alive\r\n"  # HTTP/1.0 clients want to be told
         if key.has_limits:
-            lines = without_limits(lines)
-            own += _lines(key.headers(time.monotonic()))
+            lines = without_limits(lines) + _lines(key.headers(time.monotonic()))
+        if not self._keeps_alive:
+            lines += b"Connection: close\r\n"
+        elif not self.takes_chunks:
+            lines += b"Connection: keep-alive\r\n"  # HTTP/1.0 clients want to be told
         if path.shared.cors is not None:
-            own += _lines(path.shared.cors.headers(text(self._head.fields.get(b"origin"))))
+            lines += _lines(path.shared.cors.headers(text(self._head.fields.get(b"origin"))))
+        parts = (status_line(status), lines, OWN_LINES, self.request_id.encode(), body)
         if not self._transport.is_closing():
-            self._transport.write(b"%b%b%b\r\n%b" % (status_line(status), lines, own, body))
+            self._transport.write(b"%b%b%bX-Request-Id: %b\r\n\r\n%b" % parts)
 
 
 def _lines(headers: Mapping[str, str]) -> bytes:

@@ -11,9 +11,8 @@ from collections import Counter, defaultdict
 from brlite.config.options import Config, ProxyConfig
 from brlite.errors import LoopDetected, RequestError, stopping
 from brlite.http.errors import CLIENT_LEFT
-from brlite.proxy.downstream import Downstream
+from brlite.proxy.attempt import Downstream
 from brlite.proxy.exchange import Exchange, ForwardedRequest
-from brlite.proxy.forwarded import forwarded_lines
 from brlite.proxy.prompt_start import prompt_start
 from brlite.proxy.request_model import Inbound
 from brlite.proxy.routing.client import reason_of
@@ -21,7 +20,7 @@ from brlite.proxy.routing.health import HealthChecks
 from brlite.proxy.routing.route_table import Route, RouteTable
 from brlite.proxy.routing.upstream import Upstream
 from brlite.proxy.usage import ForwardedUsage, estimate_completion, estimate_prompt, is_possible, told_usage
-from brlite.proxy.wire.heads import MAX_HOPS
+from brlite.proxy.wire.heads import MAX_HOPS, forwarded_lines
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from brlite.http.access_log import log_extras
 from brlite.http.body import keep_body, read_body
 from brlite.http.keys import API_KEY
 from brlite.http.request_id import shown_request_id
-from brlite.proxy.downstream import reset
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.request_model import read_inbound
+from brlite.proxy.wire.connections import reset
 from brlite.proxy.wire.heads import RequestHead, is_forwardable, usual_spelling, without_limits
 
 # The raw path, behind the path of the application that this one is mounted in.

@@ -18,7 +18,7 @@ from brlite.http.body_budget import BodyBudget
 from brlite.http.connection import Connection
 from brlite.http.keys import ApiKeys
 from brlite.http.origin_policy import OriginPolicy
-from brlite.proxy.downstream import Downstream
+from brlite.proxy.attempt import Downstream
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.fast_path import FastPaths
 from brlite.proxy.forwarder import Forwarder

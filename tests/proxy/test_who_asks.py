@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from brlite.config.options import Forwarded, ProxyConfig, UpstreamConfig
-from brlite.proxy.forwarded import forwarded_lines
+from brlite.proxy.wire.heads import forwarded_lines
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import run_proxy
 from tests.proxy.raw_client import Client, post

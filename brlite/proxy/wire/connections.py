@@ -23,6 +23,7 @@ from brlite.proxy.resolving import Names
 
 STAGGER_SECONDS = 0.25  # RFC 8305 §5: how long the next address waits for the one before
 
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time
 _TCP_INFO = struct.Struct("=120xQ72xQQ")  # of Linux's: tcpi_bytes_acked, tcpi_bytes_sent, tcpi_bytes_retrans (4.19)
 
 
@@ -253,6 +254,14 @@ class ConnectionPool:
 
     def _make(self) -> UpstreamConnection:
         return UpstreamConnection(self)
+
+
+def reset(transport: asyncio.Transport) -> None:
+    """Reset a connection, so that its client can tell a cut response from a complete one without a length."""
+    sock = transport.get_extra_info("socket")
+    if sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    transport.abort()
 
 
 def _tls_context(ca_file: str | None) -> ssl.SSLContext:

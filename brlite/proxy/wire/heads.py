@@ -6,13 +6,14 @@ the upstream. Heads repeat but for their Content-Length, so recent ones are reme
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Generic, TypeVar
 
-from brlite.config.options import NEVER_TO_CLIENTS, NEVER_TO_UPSTREAMS
+from brlite.config.options import NEVER_TO_CLIENTS, NEVER_TO_UPSTREAMS, Forwarded
 from brlite.errors import UpstreamError
 from brlite.http.connection import MAX_HEADERS
 from brlite.http.keys import shown_key
@@ -22,6 +23,7 @@ H = TypeVar("H")
 
 MAX_ANSWER_HEAD_BYTES = 64 * 1024
 MAX_HOPS = 8
+MAX_CLAIM_BYTES = 1024  # of a client's `X-Forwarded-For` that is appended to; a longer one is dropped
 MAX_INTERIM_ANSWERS = 100
 MAX_REMEMBERED = 256
 MAX_REMEMBERED_BYTES = 2048  # of one head
@@ -394,3 +396,35 @@ def _without_named(lines: bytes, fields: Mapping[bytes, bytes]) -> bytes:
         return lines
     names = {name.strip() for name in wish.lower().split(b",")}
     return b"".join(line for line in lines.splitlines(keepends=True) if line.partition(b":")[0].lower() not in names)
+
+
+def forwarded_lines(mode: Forwarded, peer: str | None, fields: Mapping[bytes, bytes]) -> bytes:
+    """`X-Forwarded-For`, `Forwarded` (RFC 7239) and `X-Real-IP` for a request from this peer with these header fields.
+
+    A client's own values are dropped, except with "append", which is for a proxy behind another one that is trusted.
+    There are none if the peer has no IP address.
+    """
+    address = _address(peer)
+    if mode == "off" or address is None:
+        return b""
+    node = f'"[{address}]"' if address.version == 6 else str(address)
+    values = {b"X-Forwarded-For": str(address).encode(), b"Forwarded": f"for={node}".encode()}
+    real_ip = str(address).encode()
+    if mode == "append":
+        for name, value in values.items():
+            claimed = fields.get(name.lower(), b"")
+            if 0 < len(claimed) <= MAX_CLAIM_BYTES:
+                values[name] = b"%b, %b" % (claimed, value)
+        claimed_ip = _address(fields.get(b"x-real-ip", b"").decode("latin-1"))
+        real_ip = real_ip if claimed_ip is None else str(claimed_ip).encode()
+    values[b"X-Real-IP"] = real_ip
+    return b"".join(b"%b: %b\r\n" % item for item in values.items())
+
+
+def _address(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address((text or "").partition("%")[0])
+    except ValueError:
+        return None
+    # The form of IPv4 peers on a dual-stack socket.
+    return getattr(address, "ipv4_mapped", None) or address
