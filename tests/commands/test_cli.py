@@ -32,7 +32,7 @@ def handed_over(monkeypatch) -> SimpleNamespace:
     """Stands in for what `serve`, `generate` and `chat` start; keeps what they were called with."""
     seen = SimpleNamespace()
 
-    def fallback(name: str, run: Callable[..., int]) -> None:
+    def stand_in(name: str, run: Callable[..., int]) -> None:
         module = ModuleType(f"brlite.commands.{name}")
         module.__dict__["run"] = run
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -53,10 +53,10 @@ def handed_over(monkeypatch) -> SimpleNamespace:
         seen.config, seen.prompts, seen.max_tokens, seen.as_json = config, prompts, max_tokens, as_json
         return 1
 
-    fallback("verify", verify)
-    fallback("serve", serve)
-    fallback("generate", generate)
-    fallback("chat", chat)
+    stand_in("verify", verify)
+    stand_in("serve", serve)
+    stand_in("generate", generate)
+    stand_in("chat", chat)
     return seen
 
 
