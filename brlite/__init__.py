@@ -32,7 +32,7 @@ _HOMES = {
     "LLM": "brlite.llm",
     "AsyncEngine": "brlite.llm",
     "Config": "brlite.config.options",
-    "load_config": "brlite.config.options",
+    "load_config": "brlite.config.load",
     "RequestOutput": "brlite.outputs",
     "SamplingParams": "brlite.sampling_params",
     "StructuredOutput": "brlite.sampling_params",

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import brlite
+
 PACKAGE = Path(__file__).parent.parent / "brlite"
 MAX_LINES = 600
 MAX_ROOMS, MAX_ARROWS = 26, 125
@@ -290,6 +292,11 @@ def test_a_forbidden_thing_is_found(source):
 @pytest.mark.parametrize("source", ["model.eval()", "torch.load(path, weights_only=True)", "re.compile(text)"])
 def test_a_harmless_namesake_is_not_forbidden(source):
     assert list(forbidden(ast.parse(source))) == []
+
+
+@pytest.mark.parametrize("name", brlite.__all__)
+def test_a_public_name_is_there(name):
+    assert getattr(brlite, name).__module__.startswith("brlite.")
 
 
 # Importing the first must not bring in the others.
