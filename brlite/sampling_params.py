@@ -94,7 +94,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         for name, rule, default in _CHECKS:
             value = getattr(self, name)
-            if value is not default:  # a default is in range, and a request gives few fields: 7 µs for 23
+            # A default is in range, and a request gives few fields: 7 µs for 23. Each `{}` is a new one.
+            if value is not default and not (value == default == {}):
                 msgspec.structs.force_setattr(self, name, rule.apply(name, value))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             allowed = f"at most max_tokens, which is {self.max_tokens}"
@@ -261,7 +262,7 @@ _RULES = {
 }
 # Each field that has a rule, with the default that needs none.
 _CHECKS = [
-    (field.name, _RULES[field.name], field.default)
+    (field.name, _RULES[field.name], {} if field.default_factory is dict else field.default)
     for field in msgspec.structs.fields(SamplingParams)
     if field.name in _RULES
 ]
