@@ -7,19 +7,30 @@ which the engine calls at its door. The mathematics is in `brlite/backends/sampl
 from __future__ import annotations
 
 import json
-import math
 import operator
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
+from msgspec import Meta, inspect
 
 from brlite.errors import InvalidRequest
 
+MAX = sys.float_info.max  # a bound that refuses infinity, and NaN with it
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it would overflow fp32
 MAX_LOGIT_BIAS = 100.0
+
+
+Finite = Annotated[float, Meta(ge=-MAX, le=MAX)]
+CountOrNone = Annotated[int, Meta(ge=0)] | None
+
+
+def _parameter(allowed: str, text: str, **bounds: Any) -> Meta:
+    """What is said of a parameter: its range in words, its text, and the bounds that msgspec checks."""
+    return Meta(description=text, extra={"allowed": allowed}, **bounds)
 
 
 class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,35 +79,82 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     other front ends are taken: `top_k=0`, `seed=-1`, `max_tokens=-1`, `stop=""`, 6.0 for 6.
     """
 
-    n: int = 1
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    min_p: float = 0.0
-    top_n_sigma: float = 0.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    stop_tokens_ids: tuple[int, ...] = ()
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    max_tokens: int | None = 16
-    min_tokens: int = 0
-    logit_bias: dict[int, float] = {}
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool = True
-    structured: StructuredOutput | None = None
+    n: Annotated[int, _parameter("a 64-bit integer, at least 1", "answers to each prompt", ge=1)] = 1
+    presence_penalty: Annotated[Finite, _parameter("a finite number", "taken off a token that the answer has")] = 0.0
+    frequency_penalty: Annotated[
+        Finite, _parameter("a finite number", "taken off a token for each time that the answer has it")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        _parameter("a finite number above 0", "divides logits of tokens that the text has", gt=0, le=MAX),
+    ] = 1.0
+    temperature: Annotated[
+        float, _parameter("a finite number, at least 0", "0 (below 1e-5) is greedy", ge=0, le=MAX)
+    ] = 1.0
+    top_p: Annotated[
+        float, _parameter("a number in (0, 1]", "the fewest best tokens with this share of the probability", gt=0, le=1)
+    ] = 1.0
+    top_k: Annotated[
+        int, _parameter("-1, 0 or a 64-bit integer, at least 1", "so many best tokens; -1 and 0: all", ge=-1)
+    ] = -1
+    min_p: Annotated[
+        float, _parameter("a number in [0, 1]", "tokens with this share of the best one's probability", ge=0, le=1)
+    ] = 0.0
+    top_n_sigma: Annotated[
+        float,
+        _parameter(
+            "-1 or a finite number, at least 0",
+            "tokens whose logit is within so many standard deviations of the best one; -1 and 0: off",
+            ge=0,
+            le=MAX,
+        ),
+    ] = 0.0
+    seed: Annotated[
+        int | None,
+        _parameter("a 64-bit integer", "of the random numbers; the same one gives the same answer; -1: none"),
+    ] = None
+    stop: Annotated[
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        _parameter("a string or a list of strings", "texts that end an answer"),
+    ] = ()
+    stop_token_ids: Annotated[tuple[int, ...], _parameter("a list of token ids", "tokens that end an answer")] = ()
+    stop_tokens_ids: Annotated[
+        tuple[int, ...], _parameter("a list of token ids", "the manual's spelling of stop_token_ids")
+    ] = ()
+    include_stop_str_in_output: Annotated[bool, _parameter("true or false", "whether a stop string is shown")] = False
+    ignore_eos: Annotated[bool, _parameter("true or false", "go on after the model's end of text")] = False
+    max_tokens: Annotated[
+        Annotated[int, Meta(ge=1)] | None,
+        _parameter("a 64-bit integer, at least 1", "at most; -1: as many as fit"),
+    ] = 16
+    min_tokens: Annotated[int, _parameter("a 64-bit integer, at least 0", "no end of text before", ge=0)] = 0
+    logit_bias: Annotated[
+        dict[int, Annotated[float, Meta(ge=-MAX_LOGIT_BIAS, le=MAX_LOGIT_BIAS)]],
+        _parameter(
+            f"token ids with numbers in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]",
+            "added to these tokens' logits",
+        ),
+    ] = {}
+    logprobs: Annotated[
+        CountOrNone, _parameter("a 64-bit integer, at least 0", "alternatives reported beside each token")
+    ] = None
+    prompt_logprobs: Annotated[
+        CountOrNone, _parameter("a 64-bit integer, at least 0", "the same for the tokens of the prompt")
+    ] = None
+    skip_special_tokens: Annotated[bool, _parameter("true or false", "leave control tokens out of the text")] = True
+    structured: Annotated[
+        StructuredOutput | None, _parameter("a StructuredOutput, or null", "what the answer must look like")
+    ] = None
 
     def __post_init__(self) -> None:
-        for name, rule, default in _CHECKS:
-            value = getattr(self, name)
-            # A default is in range, and a request gives few fields: 7 µs for 23. Each `{}` is a new one.
-            if value is not default and not (value == default == {}):
-                msgspec.structs.force_setattr(self, name, rule.apply(name, value))
+        # A default is in range, and a request gives few fields: 7 µs for 23. Each `{}` is a new one.
+        given = {
+            name: value
+            for name, default in _DEFAULTS
+            if (value := getattr(self, name)) is not default and not (default == {} == value)
+        }
+        for name, value in _checked(given).items():
+            msgspec.structs.force_setattr(self, name, value)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             allowed = f"at most max_tokens, which is {self.max_tokens}"
             raise InvalidRequest(f"min_tokens must be {allowed}, got {self.min_tokens}", param="min_tokens")
@@ -129,22 +187,44 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) ->
             raise InvalidRequest(f"{param} holds token id {token_id}; allowed are 0 to {vocab_size - 1}", param=param)
 
 
-class _Rule(NamedTuple):
-    """How a field is read (to the type it is declared with) and which of the values read are allowed."""
+class SamplingParameter(NamedTuple):
+    """A sampling parameter: its type with its bounds, its range in words, its default, and what it does."""
 
-    read: Callable[[Any], Any]
-    is_allowed: Callable[[Any], object]
+    name: str
+    type: Any
     allowed: str
+    default: Any
+    text: str
 
-    def apply(self, name: str, value: object) -> object:
-        try:
-            read = self.read(value)
-            is_allowed = self.is_allowed(read)
-        except (TypeError, ValueError, OverflowError):
-            is_allowed = False
-        if not is_allowed:
-            raise InvalidRequest(f"{name} must be {self.allowed}, got {reprlib.repr(value)}", param=name)
-        return read
+
+def parameters() -> dict[str, SamplingParameter]:
+    """The sampling table by name, from which checks and docs are made."""
+    return dict(_PARAMETERS)
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    """The values as their fields have them. Raises `InvalidRequest` for the first one out of its range."""
+    refusals = (msgspec.ValidationError, TypeError, ValueError, OverflowError)
+    try:
+        fields = msgspec.convert({name: _READ[name](value) for name, value in given.items()}, _FIELDS)
+        return {name: getattr(fields, name) for name in given}
+    except refusals:
+        for name, value in given.items():
+            try:
+                msgspec.convert({name: _READ[name](value)}, _FIELDS)
+            except refusals:
+                message = f"{name} must be {_PARAMETERS[name].allowed}, got {reprlib.repr(value)}"
+                raise InvalidRequest(message, param=name) from None
+        raise
+
+
+def _parameters() -> Iterator[SamplingParameter]:
+    for field in msgspec.structs.fields(SamplingParams):
+        info = inspect.type_info(field.type)
+        assert isinstance(info, inspect.Metadata)  # each field has a `_parameter`
+        default = field.default if field.default is not msgspec.NODEFAULT else {}
+        text = (info.extra_json_schema or {})["description"]
+        yield SamplingParameter(field.name, field.type, (info.extra or {})["allowed"], default, text)
 
 
 def _integer(value: Any) -> int:
@@ -160,12 +240,6 @@ def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError("not a number")
     return float(value)
-
-
-def _truth(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError("not a truth value")
-    return value
 
 
 def _optional_integer(value: Any) -> int | None:
@@ -217,52 +291,38 @@ def _biases(value: Any) -> dict[int, float]:
     return {int(key) if isinstance(key, str) else _integer(key): _number(bias) for key, bias in biases.items()}
 
 
-def _any(value: object) -> bool:
-    return True
+def _structured(value: Any) -> StructuredOutput | None:
+    if value is not None and not isinstance(value, StructuredOutput):
+        raise TypeError("not a StructuredOutput")
+    return value
 
 
-def _at_least(low: int, read: Callable[[Any], Any] = _integer) -> _Rule:
-    return _Rule(read, lambda count: count is None or count >= low, f"a 64-bit integer, at least {low}")
-
-
-_PENALTY = _Rule(_number, math.isfinite, "a finite number")
-_TRUTH = _Rule(_truth, _any, "true or false")
-_TOKEN_IDS = _Rule(_token_ids, _any, "a list of token ids")
-_RULES = {
-    "n": _at_least(1),
-    "presence_penalty": _PENALTY,
-    "frequency_penalty": _PENALTY,
-    "repetition_penalty": _Rule(_number, lambda x: 0 < x < math.inf, "a finite number above 0"),
-    "temperature": _Rule(_number, lambda x: 0 <= x < math.inf, "a finite number, at least 0"),
-    "top_p": _Rule(_number, lambda x: 0 < x <= 1, "a number in (0, 1]"),
-    "top_k": _Rule(_top_k, lambda k: k == -1 or k >= 1, "-1, 0 or a 64-bit integer, at least 1"),
-    "min_p": _Rule(_number, lambda x: 0 <= x <= 1, "a number in [0, 1]"),
-    "top_n_sigma": _Rule(_top_n_sigma, lambda x: 0 <= x < math.inf, "-1 or a finite number, at least 0"),
-    "seed": _Rule(_unless_minus_1, _any, "a 64-bit integer"),
-    "stop": _Rule(_texts, _any, "a string or a list of strings"),
-    "stop_token_ids": _TOKEN_IDS,
-    "stop_tokens_ids": _TOKEN_IDS,
-    "include_stop_str_in_output": _TRUTH,
-    "ignore_eos": _TRUTH,
-    "max_tokens": _at_least(1, _unless_minus_1),
-    "min_tokens": _at_least(0),
-    "logit_bias": _Rule(
-        _biases,
-        lambda biases: all(abs(bias) <= MAX_LOGIT_BIAS for bias in biases.values()),
-        f"token ids with numbers in [-{MAX_LOGIT_BIAS:g}, {MAX_LOGIT_BIAS:g}]",
-    ),
-    "logprobs": _at_least(0, _optional_integer),
-    "prompt_logprobs": _at_least(0, _optional_integer),
-    "skip_special_tokens": _TRUTH,
-    "structured": _Rule(
-        lambda value: value,
-        lambda value: value is None or isinstance(value, StructuredOutput),
-        "a StructuredOutput, or null",
-    ),
+# What front ends write besides a parameter's own type: 6.0 for 6, -1 for none, numpy's numbers, one string for a list.
+_READ: dict[str, Callable[[Any], Any]] = {
+    "n": _integer,
+    "presence_penalty": _number,
+    "frequency_penalty": _number,
+    "repetition_penalty": _number,
+    "temperature": _number,
+    "top_p": _number,
+    "top_k": _top_k,
+    "min_p": _number,
+    "top_n_sigma": _top_n_sigma,
+    "seed": _unless_minus_1,
+    "stop": _texts,
+    "stop_token_ids": _token_ids,
+    "stop_tokens_ids": _token_ids,
+    "max_tokens": _unless_minus_1,
+    "min_tokens": _integer,
+    "logit_bias": _biases,
+    "logprobs": _optional_integer,
+    "prompt_logprobs": _optional_integer,
+    "structured": _structured,
+    **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"), lambda value: value),
 }
-# Each field that has a rule, with the default that needs none.
-_CHECKS = [
-    (field.name, _RULES[field.name], {} if field.default_factory is dict else field.default)
-    for field in msgspec.structs.fields(SamplingParams)
-    if field.name in _RULES
-]
+_PARAMETERS = {parameter.name: parameter for parameter in _parameters()}
+_DEFAULTS = [(parameter.name, parameter.default) for parameter in _PARAMETERS.values()]
+# The same fields without `__post_init__`: all that are given are checked by one call.
+_FIELDS = msgspec.defstruct(
+    "_FIELDS", [(each.name, each.type, msgspec.field(default=None)) for each in _PARAMETERS.values()]
+)

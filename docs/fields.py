@@ -13,11 +13,11 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from brlite import sampling_params
 from brlite.dialects.fields import CHAT, COMPLETIONS, DETOKENIZE, NOT_DECODED, OBEYED, OF_ONE_ENDPOINT, TOKENIZE
 from brlite.dialects.openai_chat import ChatCompletionRequest
 from brlite.dialects.openai_completions import CompletionRequest
 from brlite.dialects.openai_tokens import DetokenizeRequest, TokenizeRequest
+from brlite.sampling_params import parameters
 
 REQUESTS: dict[str, type[msgspec.Struct]] = {
     CHAT: ChatCompletionRequest,
@@ -66,6 +66,7 @@ KINDS: dict[type[Any], str] = {
     inspect.RawType: "string or object",
     inspect.AnyType: "any",
 }
+PARAMETERS = parameters()
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def render() -> str:
     """The whole page as Markdown."""
     obeyed = [
         f"| `{name}` | {', '.join(row.endpoints)} | {describe_value(name, row.endpoints[0])} | {show_default(name)} | "
-        f"{', '.join(row.known_to)} | {row.note} |\n"
+        f"{', '.join(row.known_to)} | {row.note or (PARAMETERS[name].text if name in PARAMETERS else '')} |\n"
         for row in OBEYED
         for name in row.names.split()
     ]
@@ -84,9 +85,9 @@ def render() -> str:
 
 
 def describe_value(name: str, endpoint: str) -> str:
-    rule = sampling_params._RULES.get(name)
-    if rule is not None and name != "logprobs":
-        return rule.allowed
+    parameter = PARAMETERS.get(name)
+    if parameter is not None and name != "logprobs":
+        return parameter.allowed
     fields = {field.name: field.type for field in msgspec.structs.fields(REQUESTS[endpoint])}
     return describe_type(inspect.type_info(fields[name]))
 
@@ -103,11 +104,10 @@ def describe_type(kind: inspect.Type) -> str:
 
 
 def show_default(name: str) -> str:
-    defaults = {field.name: field.default for field in msgspec.structs.fields(sampling_params.SamplingParams)}
-    default = defaults.get(name)
+    default = PARAMETERS[name].default if name in PARAMETERS else None
     if name == "max_tokens":
         return "completions: 16"
-    return "" if default in (None, msgspec.NODEFAULT, ()) else f"`{json.dumps(default)}`"
+    return "" if default in (None, {}, ()) else f"`{json.dumps(default)}`"
 
 
 def describe_rows(rows: tuple[Any, ...]) -> str:

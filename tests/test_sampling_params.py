@@ -8,7 +8,7 @@ import pytest
 
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.errors import InvalidRequest
-from brlite.sampling_params import SamplingParams, StructuredOutput
+from brlite.sampling_params import SamplingParams, StructuredOutput, parameters
 
 INF, NAN = float("inf"), float("nan")
 PENALTIES = ("presence_penalty", "frequency_penalty")
@@ -206,7 +206,7 @@ def test_parameters_and_batches_survive_msgpack() -> None:
 def test_parameters_out_of_range_are_refused_in_decoding_too() -> None:
     encoded = msgspec.json.encode({"top_p": 2})
 
-    with pytest.raises(msgspec.ValidationError, match=r"top_p must be a number in \(0, 1\]"):
+    with pytest.raises(msgspec.ValidationError, match=r"Expected `float` <= 1.0 - at `\$.top_p`"):
         msgspec.json.decode(encoded, type=SamplingParams)
 
 
@@ -232,3 +232,21 @@ def test_structured_output_is_exactly_one_thing(wish: dict[str, Any]) -> None:
 
 def test_a_schema_may_be_an_object_or_its_json() -> None:
     assert StructuredOutput(json_schema={"type": "null"}) == StructuredOutput(json_schema='{"type": "null"}')
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, "stop", "logit_bias", "max_tokens"])
+@pytest.mark.parametrize("text", ["1e999", "true", '"x"', "-1e9", '[""]', '{"5": 1e3}'])
+def test_types_alone_refuse_what_is_out_of_range(name: str, text: str) -> None:
+    if (name, text) in ((penalty, "-1e9") for penalty in PENALTIES):
+        pytest.skip("a penalty may have any finite value")
+
+    with pytest.raises(msgspec.MsgspecError):
+        msgspec.json.decode(f'{{"{name}": {text}}}', type=SamplingParams)
+
+
+def test_the_table_of_parameters_has_every_field_with_its_range_and_text() -> None:
+    table = parameters()
+
+    assert tuple(table) == SamplingParams.__struct_fields__
+    assert all(parameter.allowed and parameter.text for parameter in table.values())
+    assert {name: parameter.default for name, parameter in table.items()} == msgspec.structs.asdict(SamplingParams())
