@@ -173,8 +173,9 @@ def random_tensors(config: dict[str, Any], *, seed: int = 0) -> dict[str, torch.
 def random_arrays(config: dict[str, Any], *, seed: int = 0) -> dict[str, npt.NDArray[np.float32]]:
     generator = np.random.default_rng(seed)
     family = find_family(config)
-    places = family.weight_targets(family.read_config(config))
-    return {tensor: _random(tensor, place.shape, generator) for tensor, place in places.items()}
+    targets = family.weight_targets(family.read_config(config))
+    # In the order of names: another order of targets changes no number.
+    return {name: _random(name, targets[name].shape, generator) for name in sorted(targets)}
 
 
 def write_tiny_model(path: Path, name: str = "llama", *, seed: int = 0) -> Path:
