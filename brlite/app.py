@@ -27,6 +27,7 @@ from brlite.proxy.scrape import Scraper
 from brlite.server.delivery import RUNNING, end_all
 from brlite.server.handlers import ADD_METRICS, CONFIG, METRICS_PATHS, MODELS, OPEN_PATHS, ROUTES
 from brlite.server.metrics import COLLECTORS
+from brlite.server.model_manager import ModelManager
 from brlite.server.served_model import ModelTable, ServedModel
 
 FORWARDER = web.AppKey("forwarder", Forwarder)
@@ -34,9 +35,12 @@ ORIGIN_POLICY = web.AppKey("origin_policy", OriginPolicy)
 
 
 def create_app(
-    models: EngineLoop | ModelTable, config: Config | None = None, *, listens_on: str | None = None
+    models: EngineLoop | ModelTable | Config, config: Config | None = None, *, listens_on: str | None = None
 ) -> web.Application:
-    """An application that serves an engine under the config's model name, or all models of a table.
+    """An application that serves an engine under the config's model name, all models of a table, or those of a config.
+
+    Given a config alone, the application's startup loads its models, and raises what is wrong with one; its cleanup
+    closes them.
 
     Requests for the models of the config's upstreams are forwarded. Whoever made the engines closes them. Run it with
     `handler_cancellation=True` (as `HttpServer` does), or a client that leaves keeps its request running: a stream
@@ -48,8 +52,13 @@ def create_app(
     that is known: on loopback and without keys, requests for names other than local ones are refused as well. Where it
     is not, as in an application that is mounted in another one, `server.allowed_hosts` alone says for which.
     """
-    config = config or Config()
-    if isinstance(models, EngineLoop):
+    owned = models if isinstance(models, Config) else None
+    if owned is not None and config is not None:
+        raise TypeError("create_app(config) takes no second config")
+    config = owned or config or Config()
+    if isinstance(models, Config):
+        models = ModelTable([ServedModel(spec) for spec in models.model], models.proxy)
+    elif isinstance(models, EngineLoop):
         models = ModelTable([ServedModel(config.model[0], models)], config.proxy)
     app = web.Application()
     app[CONFIG] = config
@@ -74,7 +83,19 @@ def create_app(
         quiet_paths=OPEN_PATHS | METRICS_PATHS,
     )
     _add_forwarding(app, Forwarder(config), config)
+    if owned is not None:
+        app.cleanup_ctx.append(_load_models)
     return app
+
+
+async def _load_models(app: web.Application) -> AsyncIterator[None]:
+    """The models of the config are in memory, or come on demand, while the application runs."""
+    from brlite.llm import EngineLoader
+
+    config, models = app[CONFIG], app[MODELS]
+    async with ModelManager(models, EngineLoader(config), config.engine) as manager:
+        await manager.start()
+        yield
 
 
 def fast_paths(app: web.Application) -> FastPaths:

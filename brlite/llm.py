@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import logging
 import math
@@ -377,6 +378,26 @@ async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress |
         return sizes_at(path, spec, config.engine).num_bytes
 
     return await _on_a_thread(measure, lambda _: None)
+
+
+class EngineLoader:
+    """Gets the models of a config into memory, for `server.model_manager`."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    async def known_bytes(self, spec: ModelSpec) -> int | None:
+        """0 for the models of another engine; ours are measured when they are there."""
+        return 0 if self.config.engine.name is not None else None
+
+    async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
+        return await model_bytes(self.config, spec, report)
+
+    async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
+        return await AsyncEngine.load(self.config, spec, report)
+
+    def settle(self) -> None:
+        gc.collect()
 
 
 async def _on_a_thread(work: Callable[[], T], drop: Callable[[T], None]) -> T:

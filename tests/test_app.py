@@ -1,0 +1,41 @@
+"""An application that owns its engines: made from a config alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import aiohttp
+import pytest
+from aiohttp.test_utils import TestServer
+
+from brlite.app import create_app
+from brlite.config.options import Config, EngineConfig, ModelSpec
+from brlite.errors import ModelError
+from brlite.server.handlers import MODELS
+
+TOYS = Config(engine=EngineConfig(name="toy"), model=(ModelSpec(name="one"), ModelSpec(name="two")))
+
+
+async def test_an_application_of_a_config_loads_its_models_and_closes_them() -> None:
+    app = create_app(TOYS)
+    async with TestServer(app, host="127.0.0.1") as server, aiohttp.ClientSession() as session:
+        engines = [model.engine for model in app[MODELS]]
+        body = {"model": "two", "prompt": "hello", "max_tokens": 9}
+        async with session.post(server.make_url("/v1/completions"), json=body) as response:
+            answer = await response.json()
+
+    assert answer["choices"][0]["text"] == "hello"
+    assert [engine is not None and engine.is_running for engine in engines] == [False, False]
+    assert None not in engines
+
+
+async def test_an_application_whose_model_cannot_be_loaded_does_not_start(tmp_path: Path) -> None:
+    config = Config(model=(ModelSpec(name="gone", path=str(tmp_path / "nowhere")),))
+
+    with pytest.raises(ModelError, match="nowhere does not exist"):
+        await TestServer(create_app(config), host="127.0.0.1").start_server()
+
+
+def test_a_second_config_is_refused() -> None:
+    with pytest.raises(TypeError, match="no second config"):
+        create_app(TOYS, TOYS)
