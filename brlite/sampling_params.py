@@ -135,6 +135,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             "added to these tokens' logits",
         ),
     ] = {}
+    allowed_token_ids: Annotated[
+        tuple[int, ...], _parameter("a list of token ids", "no other token is drawn; an empty list: all are allowed")
+    ] = ()
     logprobs: Annotated[
         CountOrNone, _parameter("a 64-bit integer, at least 0", "alternatives reported beside each token")
     ] = None
@@ -175,8 +178,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         """Raise `InvalidRequest` where `top_k` or a token id lies outside a vocabulary of `vocab_size` tokens."""
         if self.top_k > vocab_size:
             raise InvalidRequest(f"top_k must be -1, 0 or 1 to {vocab_size}, got {self.top_k}", param="top_k")
-        for param, token_ids in (("stop_token_ids", self.stop_token_ids), ("logit_bias", self.logit_bias)):
-            if token_ids:
+        for param in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            if token_ids := getattr(self, param):
                 check_token_ids(token_ids, vocab_size, param=param)
 
 
@@ -312,6 +315,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "stop": _texts,
     "stop_token_ids": _token_ids,
     "stop_tokens_ids": _token_ids,
+    "allowed_token_ids": _token_ids,
     "max_tokens": _unless_minus_1,
     "min_tokens": _integer,
     "logit_bias": _biases,

@@ -31,6 +31,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "stop_token_ids": [[], [0], [6.0], (1, 2), {3}, None],
     "stop_tokens_ids": [[], [0], (1, 2), None],
     "include_stop_str_in_output": [True, False],
+    "allowed_token_ids": [[], [0], [6.0], (1, 2), None],
     "ignore_eos": [True, False],
     "max_tokens": [None, -1, 1, 6.0, 2**63],
     "min_tokens": [0, 16],
@@ -56,6 +57,7 @@ REFUSED: dict[str, list[Any]] = {
     "stop_token_ids": ["12", ["12"], [1.5], [True], 5, [2**64]],
     "stop_tokens_ids": ["12", ["12"], [1.5], [True], 5],
     "include_stop_str_in_output": [],
+    "allowed_token_ids": ["12", ["12"], [1.5], [True], 5, [2**64]],
     "ignore_eos": [],
     "max_tokens": [0, -2],
     "min_tokens": [-1, 17, None],
@@ -175,6 +177,7 @@ def test_each_penalty_alone_counts_as_penalties(name: str) -> None:
         ("top_k", 10, 11),
         ("stop_token_ids", (0, 9), (10,)),
         ("stop_token_ids", (0,), (-1,)),
+        ("allowed_token_ids", (0, 9), (10,)),
         ("logit_bias", {0: 1.0, 9: 1.0}, {10: 1.0}),
     ],
 )

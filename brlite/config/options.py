@@ -233,7 +233,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_logprobs: Annotated[CountOrZero, option("alternatives reported for each token")] = 20
     max_stop_strings: Annotated[CountOrZero, option("entries of `stop`, and of `stop_token_ids`")] = 16
     max_stop_length: Annotated[Count, option("characters of one stop string")] = 256
-    max_logit_bias: Annotated[CountOrZero, option("entries of `logit_bias`")] = 1024
+    max_logit_bias: Annotated[CountOrZero, option("entries of `logit_bias` and of `allowed_token_ids`")] = 1024
     max_messages: Annotated[Count, option("messages of one chat")] = 4096
     template_seconds: Annotated[
         float, Meta(gt=0, le=3600), option("CPU time of a chat template, for one chat and for loading it")

@@ -75,6 +75,7 @@ def check_limits(params: SamplingParams, limits: LimitsConfig) -> None:
         ("stop", len(params.stop), limits.max_stop_strings),
         ("stop_token_ids", len(params.stop_token_ids), limits.max_stop_strings),
         ("logit_bias", len(params.logit_bias), limits.max_logit_bias),
+        ("allowed_token_ids", len(params.allowed_token_ids), limits.max_logit_bias),
     ):
         if count > limit:
             raise InvalidRequest(f"{name} must have at most {limit} entries on this server, got {count}", param=name)

@@ -31,6 +31,8 @@ MakeClient = Callable[..., Awaitable[Client]]
         ({"top_k": 10**6}, "top_k"),
         ({"min_p": 2}, "min_p"),
         ({"top_n_sigma": -2}, "top_n_sigma"),
+        ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [5] * 1025}, "allowed_token_ids"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": -1}, "repetition_penalty"),
         ({"n": 0}, "n"),

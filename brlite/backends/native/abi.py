@@ -14,7 +14,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256

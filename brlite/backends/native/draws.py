@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from brlite.backends.native import abi
 from brlite.backends.sampling.random_numbers import uniform
+from brlite.backends.sampling.rows import allowed_words
 from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
@@ -164,11 +165,13 @@ class _Settings(NamedTuple):
     is_reported: bool
     bias_ids: npt.NDArray[np.int32]
     biases: npt.NDArray[np.float32]
+    allowed: npt.NDArray[np.int32] | None
 
     @classmethod
     def of(cls, params: SamplingParams, vocab_size: int) -> _Settings:
         bias_ids = np.array(list(params.logit_bias), dtype=np.int32)
         biases = np.array(list(params.logit_bias.values()), dtype=np.float32)
+        allowed = allowed_words(params.allowed_token_ids, vocab_size) if params.allowed_token_ids else None
         draw = abi.Draw(
             target=-1,
             temperature=0.0 if params.is_greedy else min(params.temperature, _MAX_TEMPERATURE),
@@ -177,10 +180,11 @@ class _Settings(NamedTuple):
             num_biases=len(bias_ids),
             bias_ids=bias_ids.ctypes.data,
             biases=biases.ctypes.data,
+            allowed=None if allowed is None else allowed.ctypes.data,
             **{name: getattr(params, name) for name in abi.DRAW_PARAMETERS},
         )
         has_logprobs = params.logprobs is not None
-        return cls(bytes(draw), params, params.is_greedy, params.has_penalties, has_logprobs, bias_ids, biases)
+        return cls(bytes(draw), params, params.is_greedy, params.has_penalties, has_logprobs, bias_ids, biases, allowed)
 
 
 def _address(data: bytes) -> int | None:

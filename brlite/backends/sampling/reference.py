@@ -3,7 +3,7 @@
 The order of things, for each row by itself:
 
 1. the logprobs that are reported are the model's own, taken before anything below;
-2. `logit_bias`, banned tokens, the mask, then the penalties;
+2. `logit_bias`, banned tokens, `allowed_token_ids`, the mask, then the penalties;
 3. a greedy row takes its best token, the lowest id among equals;
 4. other rows divide by the temperature and truncate. `top_n_sigma` keeps the tokens whose logit is within that many
    standard deviations of the best one (Tang et al. 2024; over all logits above -inf); `top_k` keeps that many best of
@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from brlite.backends.sampling.random_numbers import Floats, Integers, invert_cdf, uniform
-from brlite.backends.sampling.rows import BLOCK_SIZE, Booleans, LogitRows, Logits, Shortlist, mask_words
+from brlite.backends.sampling.rows import BLOCK_SIZE, Booleans, LogitRows, Logits, Shortlist, allowed_words
 from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.outputs import TokenLogprob
 
@@ -79,7 +79,7 @@ def sample(
     is_finite = np.isfinite(best)
     reporting = np.array([row for row, entry in enumerate(inputs) if entry.params.logprobs is not None], dtype=np.int64)
     own = rows.take(reporting) if reporting.size else rows
-    if any(map(_num_edited, inputs)) or any(mask is not None for mask in masks):
+    if any(map(_is_edited, inputs)) or any(mask is not None for mask in masks):
         own = rows.copy() if reporting.size == len(rows) else own
         edit(rows, inputs, masks)
         token_ids, best = rows.best()
@@ -152,6 +152,10 @@ def edited(values: Logits, entry: SamplingInput, places: Sequence[Integers]) -> 
     return values
 
 
+def _is_edited(entry: SamplingInput) -> bool:
+    return bool(_num_edited(entry) or entry.params.allowed_token_ids)
+
+
 def _num_edited(entry: SamplingInput) -> int:
     num_counted = len(entry.counted_token_ids) if entry.params.has_penalties else 0
     return len(entry.params.logit_bias) + len(entry.banned_token_ids) + num_counted
@@ -159,9 +163,12 @@ def _num_edited(entry: SamplingInput) -> int:
 
 def edit(rows: LogitRows, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()) -> None:
     """Apply bias, bans, masks and penalties to `rows`, in place. Only the logits of tokens that are edited travel."""
-    masked = [(row, mask) for row, mask in enumerate(masks) if mask is not None]
-    if masked:
-        rows.forbid(np.array([row for row, _ in masked]), mask_words([mask for _, mask in masked]))
+    words = [(row, np.frombuffer(mask.words, np.int32)) for row, mask in enumerate(masks) if mask is not None]
+    for row, entry in enumerate(inputs):
+        if entry.params.allowed_token_ids:
+            words.append((row, allowed_words(entry.params.allowed_token_ids, rows.vocab_size)))
+    for row, some in words:
+        rows.forbid(np.array([row]), some[None])
     work: list[tuple[SamplingInput, Integers, list[Integers]]] = []
     edited_rows = [row for row, entry in enumerate(inputs) if _num_edited(entry)]
     for row in edited_rows:

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from brlite.backends.sampling.random_numbers import Floats, Integers
-from brlite.engine.backend import TokenMask
 
 Logits = npt.NDArray[np.float32]
 Booleans = npt.NDArray[np.bool_]
@@ -159,6 +158,8 @@ def sorted_shortlist(token_ids: Integers, values: Logits) -> Shortlist:
     return Shortlist(np.take_along_axis(token_ids, order, axis=1), np.take_along_axis(values, order, axis=1), False)
 
 
-def mask_words(masks: Sequence[TokenMask]) -> npt.NDArray[np.int32]:
-    """The words of some masks [N, ceil(V / 32)]."""
-    return np.stack([np.frombuffer(mask.words, np.int32) for mask in masks])
+def allowed_words(token_ids: Sequence[int], vocab_size: int) -> npt.NDArray[np.int32]:
+    """The words [ceil(V / 32)] of a mask that allows these tokens alone."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)

@@ -128,6 +128,18 @@ def test_a_mask_is_as_good_as_a_ban_of_the_rest(draw: Draw) -> None:
     assert masked == draw(logits, bans, [None] * 60)
 
 
+@pytest.mark.parametrize("params", WAYS)
+def test_allowed_token_ids_are_a_mask_of_the_request(draw: Draw, params: dict[str, Any]) -> None:
+    logits = random_logits(20, 1000, scale=4.0)
+    allowed = (1, 7, 11, 500, 999)
+    masks = [mask_of({7, 11, 500, 3}, 1000) if seed % 2 else None for seed in range(20)]
+    both = [mask_of({7, 11, 500} if seed % 2 else allowed, 1000) for seed in range(20)]
+
+    drawn = draw(logits, [entry(seed=seed, allowed_token_ids=allowed, **params) for seed in range(20)], masks)
+
+    assert drawn == draw(logits, [entry(seed=seed, **params) for seed in range(20)], both)
+
+
 def test_one_token_left_is_drawn_however_unlikely_and_its_logprob_is_the_models_own(draw: Draw) -> None:
     logits = random_logits(3, 3000)
     logits[:, 2999] = -90.0

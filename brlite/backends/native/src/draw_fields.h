@@ -24,3 +24,4 @@ FIELD(const int32_t*, counted_ids)
 FIELD(const int32_t*, output_counts)
 FIELD(const int32_t*, mask)                // null, or [ceil(vocabulary / 32)]: bit t % 32 of word t / 32 allows token t
 FIELD(const uint8_t*, is_mask_filled)      // null, or 1 once another thread has filled the mask, which the draw waits for
+FIELD(const int32_t*, allowed)             // the same, of all draws of the request: its allowed_token_ids

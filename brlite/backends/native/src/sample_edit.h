@@ -20,7 +20,8 @@ INLINE bool has_penalties(const brlite_draw& draw) {
 }
 
 INLINE bool has_edits(const brlite_draw& draw) {
-    return draw.mask || draw.num_biases > 0 || draw.num_banned > 0 || (draw.num_counted > 0 && has_penalties(draw));
+    return draw.mask || draw.allowed || draw.num_biases > 0 || draw.num_banned > 0 ||
+           (draw.num_counted > 0 && has_penalties(draw));
 }
 
 // `logit` by the penalties of a token that was generated `count` times. What overflows stops at the largest float.
@@ -52,6 +53,7 @@ static void apply_mask(const int32_t* mask, float* logits, int size) {
 static void edit_logits(const brlite_draw& draw, float* logits, int size) {
     for (int i = 0; i < draw.num_biases; i++) logits[draw.bias_ids[i]] += draw.biases[i];
     for (int i = 0; i < draw.num_banned; i++) logits[draw.banned_ids[i]] = -__builtin_inff();
+    if (draw.allowed) apply_mask(draw.allowed, logits, size);
     if (draw.mask) apply_mask(draw.mask, logits, size);
     if (has_penalties(draw)) penalize(draw, logits);
 }
