@@ -163,12 +163,13 @@ def _num_edited(entry: SamplingInput) -> int:
 
 def edit(rows: LogitRows, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()) -> None:
     """Apply bias, bans, masks and penalties to `rows`, in place. Only the logits of tokens that are edited travel."""
-    words = [(row, np.frombuffer(mask.words, np.int32)) for row, mask in enumerate(masks) if mask is not None]
+    words = {row: np.frombuffer(mask.words, np.int32) for row, mask in enumerate(masks) if mask is not None}
     for row, entry in enumerate(inputs):
         if entry.params.allowed_token_ids:
-            words.append((row, allowed_words(entry.params.allowed_token_ids, rows.vocab_size)))
-    for row, some in words:
-        rows.forbid(np.array([row]), some[None])
+            allowed = allowed_words(entry.params.allowed_token_ids, rows.vocab_size)
+            words[row] = words[row] & allowed if row in words else allowed
+    if words:
+        rows.forbid(np.array(list(words)), np.stack(list(words.values())))
     work: list[tuple[SamplingInput, Integers, list[Integers]]] = []
     edited_rows = [row for row, entry in enumerate(inputs) if _num_edited(entry)]
     for row in edited_rows:
