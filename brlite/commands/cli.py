@@ -194,7 +194,7 @@ def _generate(args: argparse.Namespace) -> int:
     config = _config(args)
     check_supported(config)
     _configure_logging("warning")
-    return run(config, args.input, args.output, _sampling_params(args))
+    return run(config, args.input, args.output, _sampling_params(args), is_chat=args.chat)
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -412,6 +412,7 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     source = 'prompts, one a line, or JSON lines {"prompt": …} that may set any sampling field; - is standard input'
     parser.add_argument("--input", default="-", metavar="FILE", help=source)
     parser.add_argument("--output", default="-", metavar="FILE", help="JSON lines; - is standard output")
+    parser.add_argument("--chat", action="store_true", help="each prompt is a user's message, for a chat model")
     _add_sampling(parser, max_tokens=256)
     parser.add_argument("--top-p", type=float, metavar="P", help="keep the most probable tokens up to this sum")
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the K most probable tokens")

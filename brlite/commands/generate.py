@@ -21,18 +21,23 @@ from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 
 
-def run(config: Config, source: str, target: str, params: SamplingParams) -> int:
+def run(config: Config, source: str, target: str, params: SamplingParams, *, is_chat: bool = False) -> int:
     """Complete every prompt of `source` into `target`; "-" is standard input or output. Returns the exit status.
 
     A line is a prompt, or a JSON object with `prompt` and any sampling field; what it does not say comes from `params`.
+    With `is_chat` a prompt is a user's message, which the model's chat template frames.
     """
     jobs = [_job(line, number, params) for number, line in _lines(source)]
     with LLM(config=config) as llm:
-        for job in jobs:
-            _check(llm, job)
+        prompts = [_checked_prompt(llm, job, is_chat=is_chat) for job in jobs]
         bar = tqdm(total=len(jobs), disable=None, unit="prompt")
         with _opened(target) as file, bar, Answers(file, bar.update) as answers:
-            llm.generate([job.prompt for job in jobs], [job.params for job in jobs], on_finished=answers.add)
+
+            def add(number: int, output: RequestOutput) -> None:
+                output.prompt = jobs[number].prompt  # not as framed
+                answers.add(number, output)
+
+            llm.generate(prompts, [job.params for job in jobs], on_finished=add)
     return 0
 
 
@@ -84,10 +89,13 @@ def _lines(source: str) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _check(llm: LLM, job: PromptJob) -> None:
-    """Before the target is opened: a prompt that is refused must not cost what stands there."""
+def _checked_prompt(llm: LLM, job: PromptJob, *, is_chat: bool) -> str | list[int]:
+    """What the model gets. Before the target is opened: a prompt that is refused must not cost what stands there."""
     try:
-        llm.check(job.prompt, job.params)
+        message = {"role": "user", "content": job.prompt}
+        prompt = llm.tokenizer.encode_chat([message]) if is_chat else job.prompt
+        llm.check(prompt, job.params)
+        return prompt
     except InvalidRequest as error:
         raise ConfigError(f"line {job.line}: {error}") from None
 

@@ -41,8 +41,8 @@ def handed_over(monkeypatch) -> SimpleNamespace:
         seen.config, seen.warnings, seen.source = config, warnings, source
         return 0
 
-    def generate(config: Config, source: str, target: str, params: SamplingParams) -> int:
-        seen.config, seen.files, seen.params = config, (source, target), params
+    def generate(config: Config, source: str, target: str, params: SamplingParams, *, is_chat: bool) -> int:
+        seen.config, seen.files, seen.params, seen.is_chat = config, (source, target), params, is_chat
         return 0
 
     def chat(target: Config | str, **options: object) -> int:

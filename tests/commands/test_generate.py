@@ -12,7 +12,7 @@ import pytest
 
 from brlite.commands import generate
 from brlite.commands.generate import Answers
-from brlite.config.options import Config
+from brlite.config.options import Config, ModelSpec
 from brlite.errors import ConfigError, EngineError, InvalidRequest
 from brlite.outputs import CompletionOutput, RequestOutput
 from brlite.sampling_params import SamplingParams
@@ -89,7 +89,7 @@ def test_what_was_finished_before_an_error_is_kept(fake_llm, tmp_path: Path, err
     with pytest.raises(type(error)):
         generate.run(Config(), str(source), str(target), SamplingParams())
 
-    assert prompts_of(target.read_text()) == ["prompt 0", "prompt 2"]
+    assert prompts_of(target.read_text()) == ["a", "c"]
 
 
 def test_only_a_line_feed_ends_a_prompt(fake_llm, tmp_path: Path) -> None:
@@ -126,3 +126,18 @@ def test_answers_are_utf_8_in_any_locale(encoding: str) -> None:
 
     assert result.returncode == 0, result.stderr
     assert prompts_of(result.stdout.decode()) == ["你好 😀", "The sea"]
+
+
+@pytest.mark.model
+def test_a_chat_frames_the_prompt_and_the_answer_names_it_as_it_was(smollm2_path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("What is the capital of France?\n")
+    config = Config(model=(ModelSpec(name="m", path=str(smollm2_path), build_seq=128, build_batch=1),))
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+
+    generate.run(config, str(tmp_path / "in"), str(tmp_path / "chat"), greedy, is_chat=True)
+    generate.run(config, str(tmp_path / "in"), str(tmp_path / "plain"), greedy)
+
+    chat, plain = (json.loads((tmp_path / name).read_text()) for name in ("chat", "plain"))
+    assert chat["prompt"] == plain["prompt"] == "What is the capital of France?"
+    assert "Paris" in chat["outputs"][0]["text"]
+    assert chat["outputs"] != plain["outputs"]
