@@ -12,8 +12,8 @@ from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
 from brlite.checkpoint.checked_model import check_model
 from brlite.config.options import ModelSpec
 from brlite.conversion.bundle_writer import BundlePlan, plan_packing, plan_weights, write_bundle
+from brlite.conversion.convert import read_side_files
 from brlite.conversion.safetensors_writer import OnBytes
-from brlite.conversion.side_files import read_side_files
 from brlite.models.network import num_parameters
 from brlite.precision import PRECISIONS, PrecisionName
 

@@ -8,13 +8,14 @@ built: memory is one tensor and little else.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -25,7 +26,9 @@ from brlite.backends.native.packed_weights import Packing
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
 from brlite.checkpoint.checked_model import CheckedModel, check_model
-from brlite.checkpoint.hub import check_name
+from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
+from brlite.checkpoint.gguf_header import read_gguf_metadata
+from brlite.checkpoint.hub import COMPANION_FILES, check_name
 from brlite.checkpoint.progress import byte_bar
 from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
 from brlite.config.manual_json import SeedConfig
@@ -39,8 +42,8 @@ from brlite.conversion.bundle_writer import (
     write_bundle,
 )
 from brlite.conversion.rounding import Rounding
-from brlite.conversion.side_files import read_side_files
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
+from brlite.files.quoting import reason
 from brlite.machine import show_bytes
 from brlite.models import find_family
 from brlite.models.config import ModelConfig
@@ -52,6 +55,10 @@ HUB_PREFIX = "models--"  # of a folder in the hub's cache: models--Qwen--Qwen2-7
 INPUT_NAME, OUTPUT_NAME = "input_ids.1", "logits"
 BUILD_SEQ, BUILD_BATCH = 2048, 16  # of the config that is printed
 MANUALS_MAX_SEQ = 8192
+
+
+VOCABULARY_FILE = "vocabulary.gguf"  # of a GGUF file's tokenizer, which is in its metadata
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 class ConversionRequest(NamedTuple):
@@ -97,6 +104,25 @@ def model_name(text: str) -> str:
     except ModelError as error:
         raise ConfigError(f"--model_name: {error}") from None
     return name
+
+
+def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The small files that a bundle takes over, by name: config, tokenizer, chat template; never code.
+
+    From a model's folder or `.gguf` file. A GGUF file's config is `config`, which was read from it, whatever stands
+    beside it. Raises `ModelError` for what cannot be read.
+    """
+    files = [model / name for name in (*COMPANION_FILES, VOCABULARY_FILE)] if model.is_dir() else []
+    weights = find_weights(model) if not model.is_dir() or has_weights(model) else None
+    try:
+        side_files = {file.name: file.read_bytes() for file in files if file.is_file()}
+        if weights is not None and weights.kind == "gguf":
+            side_files[CONFIG_FILE] = json.dumps(config, indent=1).encode()
+            if not any(name in side_files for name in TOKENIZER_FILES):
+                side_files[VOCABULARY_FILE] = read_gguf_metadata(weights.files[0])
+    except OSError as error:
+        raise ModelError(f"{model}: cannot be read: {reason(error)}") from error
+    return side_files
 
 
 def seed_config(manifest: Manifest, folder: Path, max_context: int) -> SeedConfig:
