@@ -39,6 +39,7 @@ async def run_proxy(
     proxy: ProxyConfig | None = None,
     limits: LimitsConfig | None = None,
     grace_seconds: float = 1.0,
+    listens_on: str | None = None,
     **options: object,
 ) -> AsyncIterator[Proxy]:
     """Afterwards nothing is left of any request, and during it nothing goes wrong that only the loop would hear of."""
@@ -46,7 +47,7 @@ async def run_proxy(
     shouts: list[object] = []
     loop.set_exception_handler(lambda loop, context: shouts.append(context))
     config = Config(model=(), upstream=upstreams, proxy=proxy or PATIENT, limits=limits or LimitsConfig(), **options)  # type: ignore[arg-type]  # any other field of Config
-    app = create_app(ModelTable([]), config)
+    app = create_app(ModelTable([]), config, listens_on=listens_on)
     forwarder = app[FORWARDER]
     async with HttpServer(app, "127.0.0.1", 0, config.limits, grace_seconds, fast_paths(app)) as server:
         yield Proxy(server, forwarder, app[KEYS], app[BODIES])

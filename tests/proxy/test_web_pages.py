@@ -14,6 +14,7 @@ from aiohttp import web
 
 from brlite.app import create_app, fast_paths
 from brlite.config.options import Config, KeysConfig, ServerConfig, UpstreamConfig
+from brlite.http.keys import ApiKeys
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable
 from tests.proxy.proxies import run_proxy
@@ -49,6 +50,25 @@ go();
 
 def config(upstream: ScriptedUpstream) -> UpstreamConfig:
     return UpstreamConfig(url=upstream.url, models=("m",), name="gpu-1", health_path="")
+
+
+async def test_a_rebound_name_that_a_key_let_in_is_refused_again_where_no_key_is_needed() -> None:
+    head = post({"model": "m"}, b"Host: rebound.example", b"Authorization: Bearer sk", has_host=False)
+    listens_on, statuses = "127.0.0.1", []
+
+    async with (
+        ScriptedUpstream(Step(GOOD_PLAIN)) as upstream,
+        run_proxy(config(upstream), listens_on=listens_on) as proxy,
+    ):
+        for keys in (ApiKeys(), ApiKeys(("sk",)), ApiKeys(("other",)), ApiKeys()):
+            proxy.keys.replace(keys)
+            client = await Client.connect(proxy.port)
+            client.send(head)
+            statuses.append((await client.answer()).status)
+            client.leave()
+
+    assert statuses == [403, 200, 401, 403]
+    assert len(upstream.requests) == 1
 
 
 @pytest.mark.parametrize("page", CROSS_SITE)
