@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
+from brlite.chat.turns import joined_text
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SamplingInput, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import InvalidRequest
 from brlite.outputs import TokenLogprob
@@ -49,6 +50,7 @@ class ByteTokenizer:
         return self.token_bytes(token_id).decode(errors="replace")
 
     chat_template_text = "{{ messages }}"
+    chat_format = None
 
     def special_token_id(self, text: str) -> int | None:
         return next((token_id for token_id in self.special_token_ids if self.token_text(token_id) == text), None)
@@ -62,13 +64,15 @@ class ByteTokenizer:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        extras: object = None,
     ) -> str:
         if not self.has_chat_template:
             raise InvalidRequest(
                 "Error in applying chat template from request: the model has none; use /v1/completions",
                 param="messages",
             )
-        text = "".join(f"{message['role']}:{message['content']}\n" for message in messages)
+        texts = [joined_text(message["content"]) for message in messages]
+        text = "".join(f"{message['role']}:{content}\n" for message, content in zip(messages, texts, strict=True))
         return text[:-1] if continue_final_message else text
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:

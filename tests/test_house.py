@@ -37,7 +37,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "chat": ("files process", "tokenizers jinja2 msgspec"),
     "tokenizer": ("chat files process checkpoint.gguf_header checkpoint.model_file", "tokenizers"),
     "grammar": ("tokenizer sampling_params config", "llguidance numpy msgspec"),
-    "engine": ("tokenizer grammar sampling_params outputs config", "msgspec"),
+    "engine": ("tokenizer chat.turns grammar sampling_params outputs config", "msgspec"),
     "checkpoint": ("models precision files process machine config", "torch numpy gguf huggingface_hub tqdm msgspec"),
     "backends": (
         "engine.backend models checkpoint tokenizer chat sampling_params outputs "
@@ -45,10 +45,10 @@ ALLOWED: dict[str, tuple[str, str]] = {
         "torch numpy msgspec setuptools",
     ),
     "conversion": ("models checkpoint backends tokenizer precision files machine config", "numpy msgspec"),
-    "dialects": ("sampling_params outputs config files", "msgspec"),
+    "dialects": ("chat.tools sampling_params outputs config files", "msgspec"),
     "http": ("dialects.errors config files process", "aiohttp msgspec multidict yarl"),
     "server": (
-        "http dialects engine tokenizer sampling_params outputs config process",
+        "http dialects chat engine tokenizer sampling_params outputs config process",
         "aiohttp msgspec prometheus_client",
     ),
     "proxy": ("http dialects config files process", "aiohttp msgspec prometheus_client"),

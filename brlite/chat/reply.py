@@ -2,9 +2,44 @@
 
 from __future__ import annotations
 
-from brlite.chat.reasoning import ReasoningSplitter
-from brlite.chat.tool_calls import ToolCallParser
+import msgspec
+
+from brlite.chat.formats import ChatFormat
+from brlite.chat.reasoning import REASONING_MARKS, Marks, ReasoningSplitter
+from brlite.chat.tool_calls import PARSERS, ToolCallParser, find_parser
 from brlite.chat.tools import ReasoningDelta, ReplyEvent, TextDelta, ToolCallDelta
+
+
+class ReplyFormat(msgspec.Struct, frozen=True):
+    """How a model writes its replies: the parser of its calls, and the marks of its reasoning."""
+
+    calls: type[ToolCallParser] | None
+    marks: Marks | None
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether every reply must be read, since the format marks content, too."""
+        return self.calls is PARSERS["harmony"]
+
+
+def find_reply_format(chat_format: ChatFormat, tool_parser: str, reasoning_parser: str) -> ReplyFormat:
+    """The format by the names of the config: `auto` goes by the template, `none` leaves the text as it is.
+
+    A template that knows no tools, or calls in no known format, gets Hermes' format.
+    """
+    calls: type[ToolCallParser] | None = None
+    if tool_parser in PARSERS:
+        calls = PARSERS[tool_parser]
+    elif tool_parser == "auto":
+        calls = PARSERS["hermes"]
+        if chat_format.tool_parser is not None:
+            calls = PARSERS[chat_format.tool_parser]
+        elif chat_format.capabilities.knows_tools or chat_format.capabilities.marks_content:
+            calls = find_parser(chat_format.text or "") or calls
+    marks = REASONING_MARKS.get(reasoning_parser)
+    if reasoning_parser == "auto" and calls is not PARSERS["harmony"]:
+        marks = chat_format.capabilities.reasoning_marks
+    return ReplyFormat(calls, marks)
 
 
 class ReplyParser:

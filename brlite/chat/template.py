@@ -67,6 +67,7 @@ class ChatTemplate:
             knows_developer="developer" in template,
             reasoning_key=find_reasoning_key(template),
             reasoning_marks=find_reasoning_marks(template),
+            marks_content="<|channel|>" in template and "<|message|>" in template,
         )
 
     def render(

@@ -45,6 +45,7 @@ class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
 
     `roles`: True is said, False is left out without an error, None is refused. `variables` are the names that the
     template reads. `takes_empty_content` is False where a turn with calls must have no `content`.
+    With `marks_content` content has marks of its own, as in gpt-oss' harmony.
     `reasoning_key` is the key of an assistant turn under which the template reads its reasoning.
     """
 
@@ -61,6 +62,7 @@ class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     knows_developer: bool = False
     reasoning_key: str | None = None
     reasoning_marks: tuple[str, str] | None = None
+    marks_content: bool = False
 
     @property
     def knows_tools(self) -> bool:
@@ -113,7 +115,7 @@ def _prepared(turn: Turn, names: Mapping[str | None, str], can: TemplateCapabili
     prepared = {key: value for key, value in turn.items() if key not in ("tool_calls", "reasoning_content")}
     prepared["role"] = _role(turn.get("role"), can, has_call=turn.get("tool_call_id") in names)
     if isinstance(content, list) and not can.takes_parts:
-        prepared["content"] = _joined(content)
+        prepared["content"] = joined_text(content)
     elif isinstance(content, str) and not can.takes_strings:
         prepared["content"] = [{"type": "text", "text": content}]
     elif content is None:
@@ -168,8 +170,10 @@ def short_id(call_id: str) -> str:
     return "".join(_BASE62[number // 62**index % 62] for index in range(9))
 
 
-def _joined(content: Sequence[Any]) -> str:
-    """The text of parts. Raises `InvalidRequest` for a part that is not text."""
+def joined_text(content: str | Sequence[Any] | None) -> str:
+    """The text of a turn's content. Raises `InvalidRequest` for a part that is not text."""
+    if content is None or isinstance(content, str):
+        return content or ""
     texts: list[str] = []
     for part in content:
         text = part.get("text") if isinstance(part, Mapping) else None
@@ -183,11 +187,6 @@ def _is_of_tools(turn: Turn) -> bool:
     return bool(turn.get("tool_calls")) or turn.get("role") in ("tool", "function")
 
 
-def _text(turn: Turn) -> str:
-    content = turn.get("content")
-    return _joined(content) if isinstance(content, list) else content or ""
-
-
 def _tools_in_words(
     turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], can: TemplateCapabilities
 ) -> list[dict[str, Any]]:
@@ -198,16 +197,16 @@ def _tools_in_words(
         plain = {key: value for key, value in turn.items() if key not in ("tool_calls", "tool_call_id")}
         calls = turn.get("tool_calls") or ()
         if calls:
-            texts = [_text(turn), *(_call_in_words(call) for call in calls)]
+            texts = [joined_text(turn.get("content")), *(_call_in_words(call) for call in calls)]
             words.append({**plain, "content": "\n".join(filter(None, texts))})
         elif turn.get("role") in ("tool", "function"):
-            text = f"<tool_response>\n{_text(turn)}\n</tool_response>"
+            text = f"<tool_response>\n{joined_text(turn.get('content'))}\n</tool_response>"
             if words and words[-1].get("is_result"):
                 words[-1]["content"] += "\n" + text
             else:
                 words.append({"role": "user", "content": text, "is_result": True})
         elif turn.get("role") == "user" and words and words[-1].get("is_result"):
-            words[-1] = {**plain, "content": f"{words[-1]['content']}\n{_text(turn)}"}
+            words[-1] = {**plain, "content": f"{words[-1]['content']}\n{joined_text(turn.get('content'))}"}
         else:
             words.append(plain)
     for word in words:
@@ -241,7 +240,11 @@ def _with_system(
             return [{"role": "system", "content": text, **more}, *map(dict, turns)]
     for index, turn in enumerate(turns):
         if turn.get("role") == role or (role == "system" and index == 0):
-            texts = (_text(turn), text) if role == "system" else (text, _text(turn))
+            texts = (
+                (joined_text(turn.get("content")), text)
+                if role == "system"
+                else (text, joined_text(turn.get("content")))
+            )
             changed = {**turn, "content": "\n\n".join(filter(None, texts)), **more}
             return [*map(dict, turns[:index]), changed, *map(dict, turns[index + 1 :])]
     raise template_refusal("it knows no tools, and there is no user message to describe them in")

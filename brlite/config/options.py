@@ -31,6 +31,22 @@ BlockSize = Literal[8, 16, 32, 64, 128, 256]
 Backend = Literal["auto", "native", "torch"]
 Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
 KeyHeader = Literal["authorization", "x-api-key", "api-key", "x-goog-api-key"]
+ToolParserName = Literal[
+    "auto",
+    "none",
+    "hermes",
+    "llama3_json",
+    "pythonic",
+    "mistral",
+    "mistral_args",
+    "chatglm",
+    "deepseek",
+    "deepseek_v31",
+    "qwen3_coder",
+    "glm4_moe",
+    "harmony",
+]
+ReasoningParserName = Literal["auto", "none", "think", "mistral", "seed", "command", "kimi", "reasoning"]
 Forwarded = Literal["off", "append", "set"]
 
 
@@ -148,6 +164,21 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     chat_template: Annotated[
         Text | None, option("a file used in place of the model's own template", "/models/chat.jinja")
     ] = None
+    chat_template_kwargs: Annotated[
+        dict[str, str | bool | int | float],
+        option("variables of the chat template, for requests that do not set them", {"enable_thinking": False}),
+    ] = {}
+    force_chat_template_kwargs: Annotated[
+        bool, option("true: a request that sets one of them to another value is refused")
+    ] = False
+    tool_parser: Annotated[
+        ToolParserName,
+        option("the format of tool calls; auto: by the chat template, none: calls stay text (docs/tools.md)"),
+    ] = "auto"
+    reasoning_parser: Annotated[
+        ReasoningParserName,
+        option("the marks of reasoning; auto: by the chat template, none: reasoning stays in the text"),
+    ] = "auto"
     vocab_size: Annotated[Count | None, option("if set, it must equal the model's", 49152)] = None
     load: Annotated[
         Literal["start", "on_demand"], option("start, or on_demand: with the first request that names the model")
@@ -235,6 +266,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_stop_length: Annotated[Count, option("characters of one stop string")] = 256
     max_logit_bias: Annotated[CountOrZero, option("entries of `logit_bias` and of `allowed_token_ids`")] = 1024
     max_messages: Annotated[Count, option("messages of one chat")] = 4096
+    max_tools: Annotated[Count, option("tools of one chat")] = 256
+    max_tools_bytes: Annotated[Count, option("their definitions together, as JSON")] = 512 * 1024
     template_seconds: Annotated[
         float, Meta(gt=0, le=3600), option("CPU time of a chat template, for one chat and for loading it")
     ] = 2.0

@@ -1,13 +1,18 @@
 """What a client gets, in no dialect: frozen values, made of the engine's outputs (`server/event_builder.py`).
 
-`encode` of each dialect turns an `Event` into bytes. Tool calls and reasoning will be told here as well.
+`encode` of each dialect turns an `Event` into bytes.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 from msgspec import Struct
 
+from brlite.chat.tools import ToolCallDelta
 from brlite.outputs import FinishReason
+
+EndReason = FinishReason | Literal["tool_calls"]
 
 
 class TokenText(Struct, frozen=True):
@@ -42,13 +47,16 @@ class TokenUsage(Struct, frozen=True):
 class Event(Struct, frozen=True, kw_only=True):
     """What is new in one choice of an answer; in an answer that is not streamed, the whole choice.
 
-    `tokens` is None where no logprobs were asked for. `usage` and `warnings` stand in the events that are to say them.
+    `calls` are pieces of calls of tools; whole ones in an answer that is not streamed. `tokens` is None where no
+    logprobs were asked for. `usage` and `warnings` stand in the events that are to say them.
     """
 
     choice: int
     text: str
+    reasoning: str = ""
+    calls: tuple[ToolCallDelta, ...] = ()
     tokens: list[Token] | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: EndReason | None = None
     stop_reason: str | int | None = None
     usage: TokenUsage | None = None
     warnings: tuple[str, ...] = ()

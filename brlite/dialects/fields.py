@@ -63,6 +63,14 @@ OBEYED = (
     ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
     ObeyedField("cache_salt", BOTH, (VLLM, SGLANG)),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
+    ObeyedField("tools", (CHAT, TOKENIZE), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "functions only (docs/tools.md)"),
+    ObeyedField("tool_choice parallel_tool_calls", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("functions function_call", (CHAT,), (OPENAI,), "the form before `tools`"),
+    ObeyedField("chat_template_kwargs", (CHAT, TOKENIZE), (VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("documents", (CHAT,), (VLLM,), "where the chat template takes them"),
+    ObeyedField("reasoning_effort", (CHAT,), (OPENAI, VLLM, SGLANG), "where the chat template takes it"),
+    ObeyedField("include_reasoning", (CHAT,), (VLLM,)),
+    ObeyedField("separate_reasoning", (CHAT,), (SGLANG,)),
     ObeyedField("add_special_tokens", (COMPLETIONS, TOKENIZE), (VLLM,)),
     ObeyedField("response_format", BOTH, EVERYBODY, "docs/structured-output.md, as all below"),
     ObeyedField("guided_json guided_regex guided_choice guided_grammar", BOTH, (VLLM_04, VLLM)),
@@ -90,11 +98,10 @@ NOT_DECODED = (
     # No value of these changes which text is generated.
     Field("user store metadata service_tier safety_identifier", (OPENAI,), None),
     Field("prompt_cache_key prompt_cache_options prompt_cache_retention", (OPENAI,), None),
-    Field("parallel_tool_calls", (OPENAI, VLLM, SGLANG), None),  # needs tools, which are refused
     Field("request_id rid session_id conversation_id priority", (VLLM, SGLANG), None),
     Field("guided_decoding_backend", (VLLM,), None),  # how it is done
     Field("spaces_between_special_tokens", (VLLM_04, VLLM), None),  # only slow tokenizers have them
-    Field("separate_reasoning stream_reasoning", (SGLANG,), None),  # where reasoning stands, not what it is
+    Field("stream_reasoning", (SGLANG,), None),  # where reasoning stands, not what it is
     Field("mm_processor_kwargs", (VLLM,), None),  # needs images
     Field("cache_prompt id_slot n_cache_reuse slot_id", (LLAMA_CPP,), None),
     Field("reasoning_format reasoning_in_content parse_tool_calls", (LLAMA_CPP,), None),
@@ -105,20 +112,14 @@ NOT_DECODED = (
     Field("grammar_lazy", (LLAMA_CPP,), (False,)),
     Field("grammar_triggers", (LLAMA_CPP,), ([],)),
     Field("stop_regex", (SGLANG,), ("", []), "stop"),
-    # Tools.
-    Field("tools functions", (OPENAI, VLLM, LLAMA_CPP, SGLANG), ([],)),
-    Field("tool_choice function_call", (OPENAI, VLLM, LLAMA_CPP, SGLANG), ("none", "auto")),
     Field("web_search_options moderation", (OPENAI,)),
     # What is said, and how.
     Field("modalities", (OPENAI,), (["text"],)),
     Field("audio prediction", (OPENAI,)),
-    Field("reasoning_effort verbosity", (OPENAI, VLLM, SGLANG), ("medium",)),
-    Field("include_reasoning", (VLLM,), (True,)),
+    Field("verbosity", (OPENAI, VLLM, SGLANG), ("medium",)),
     Field("thinking_token_budget thinking_budget_tokens reasoning_budget", (VLLM, LLAMA_CPP), (-1,)),
     Field("reasoning_budget_message", (LLAMA_CPP,), ("",)),
     Field("chat_template", (VLLM, LLAMA_CPP), ("",)),
-    Field("chat_template_kwargs", (VLLM, LLAMA_CPP, SGLANG), ({},)),
-    Field("documents", (VLLM,), ([],)),
     Field("suffix", (OPENAI, VLLM_04, VLLM), ("",)),
     Field("input_prefix input_suffix", (LLAMA_CPP,), ("",)),
     Field("input_extra image_data", (LLAMA_CPP,), ([],)),
@@ -170,12 +171,15 @@ OF_ONE_ENDPOINT = (
     Field("echo", (OPENAI, VLLM_04, VLLM), (False,)),
     Field("add_special_tokens", (VLLM,), (False,)),
     Field("continue_final_message add_generation_prompt", (VLLM_04, VLLM), None),  # need messages
-    Field("messages", (OPENAI,), ([],), "/v1/chat/completions"),
+    Field("messages tools functions documents", (OPENAI, VLLM), ([],), "/v1/chat/completions"),
+    Field("tool_choice function_call", (OPENAI,), ("none", "auto"), "/v1/chat/completions"),
+    Field("parallel_tool_calls include_reasoning separate_reasoning", (OPENAI, VLLM, SGLANG), None),  # need a chat
+    Field("reasoning_effort", (OPENAI,), ("medium",), "/v1/chat/completions"),
+    Field("chat_template_kwargs", (VLLM,), ({},), "/v1/chat/completions"),
     Field("prompt", (OPENAI,), ("", []), "/v1/completions"),
 )
 
 _BY_NAME = {name: field for field in (*NOT_DECODED, *OF_ONE_ENDPOINT) for name in field.names.split()}
-_TOOLS_OF = {"tool_choice": "tools", "function_call": "functions"}
 _ANY = msgspec.json.Decoder(Any)
 
 
@@ -188,9 +192,6 @@ def check_undecoded(given: Mapping[str, msgspec.Raw]) -> tuple[str, ...]:
         field = _BY_NAME.get(name)
         if field is None or field.neutral is None or is_neutral(_decode(raw), field.neutral):
             continue
-        tools = given.get(_TOOLS_OF.get(name, ""))
-        if tools is not None and _decode(tools) == []:
-            continue  # a choice among no tools
         raise not_supported(name, f"; use {field.instead}" if field.instead else "")
     unknown = (name for name in given if name not in _BY_NAME)
     return tuple(

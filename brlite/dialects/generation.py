@@ -11,16 +11,29 @@ from typing import Any
 
 from msgspec import Struct
 
+from brlite.chat.tools import Tool, ToolChoice
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams
 
 
 class Chat(Struct, frozen=True):
-    """A conversation, each turn as a template takes it: role and content strings, and a name where there is one."""
+    """A conversation. Turns have the shape of OpenAI's API, with calls of tools and their results.
+
+    `tools` are those that the model is told of, `variables` the template's own (`chat_template_kwargs`).
+    """
 
     messages: list[dict[str, Any]]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    tools: tuple[Tool, ...] = ()
+    documents: tuple[dict[str, Any], ...] = ()
+    variables: Mapping[str, Any] = {}
+    reasoning_effort: str | None = None
+
+    @property
+    def has_extras(self) -> bool:
+        """Whether the template gets more than turns."""
+        return bool(self.tools or self.documents or self.variables or self.reasoning_effort)
 
 
 class Text(Struct, frozen=True):
@@ -52,7 +65,9 @@ class Generation(Struct, frozen=True, kw_only=True):
     `model` is the name that the client wrote; None where it left it out. With `echo` each completion begins with its
     prompt, with `is_echo_only` it is nothing else. `continuous_usage` puts the usage so far into every chunk of a
     stream, `names_are_ids` tells tokens in logprobs by their ids. `field_names` maps the engine's names of fields to
-    the client's, where they differ. `warnings` are told with the answer.
+    the client's, where they differ. `warnings` are told with the answer. A chat's reasoning is told apart from its text
+    with `splits_reasoning`, and left out without `shows_reasoning`. `calls_functions`: calls are told as OpenAI's
+    `function_call`, the form before tools.
     """
 
     model: str | None
@@ -68,6 +83,10 @@ class Generation(Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     field_names: Mapping[str, str] = {}
     warnings: tuple[str, ...] = ()
+    tool_choice: ToolChoice = ToolChoice(mode="none")
+    calls_functions: bool = False
+    splits_reasoning: bool = True
+    shows_reasoning: bool = True
 
 
 def in_client_words(error: InvalidRequest, field_names: Mapping[str, str]) -> InvalidRequest:

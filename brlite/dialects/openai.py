@@ -18,13 +18,15 @@ from brlite.dialects.errors import error_body
 from brlite.dialects.event import TokenText, TokenUsage
 from brlite.dialects.fields import not_supported
 from brlite.dialects.generation import Generation, Truncation, in_client_words
+from brlite.dialects.openai_tools import CalledFunction, TurnCall, turn_calls
 from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.dialects.structured_output import StructuredFields, structured_output
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams
 
-UNBUILT_MESSAGE_FIELDS = ("tool_calls", "tool_call_id", "function_call", "audio")
+UNBUILT_MESSAGE_FIELDS = ("audio",)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's; a template may refuse some
+FUNCTION_CALL_ID = "call_function"  # of a call in the form before tools, which has none
 LOWEST_LOGPROB = -9999.0  # the logarithm of 0, which JSON cannot hold, as told by vLLM
 
 
@@ -52,11 +54,10 @@ class ChatMessage(Struct):
     reasoning: Any = None
     reasoning_content: Any = None
 
-    # Not built: refused unless null or empty.
-    tool_calls: list[Any] | None = None
+    tool_calls: list[TurnCall] | None = None
     tool_call_id: str | None = None
-    function_call: Any = None
-    audio: Any = None
+    function_call: CalledFunction | None = None
+    audio: Any = None  # not built: refused unless null or empty
 
 
 # JSON has one kind of number: 6.0 may be written for 6.
@@ -152,7 +153,7 @@ def truncation(wanted: Whole, side: str | None) -> Truncation:
 
 
 def plain_messages(messages: list[ChatMessage], limits: LimitsConfig) -> list[dict[str, Any]]:
-    """Messages as a template takes them: role and content strings, and a name where there is one."""
+    """Messages as `Chat` has them. Raises `InvalidRequest`, naming the field."""
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
     if len(messages) > limits.max_messages:
@@ -184,11 +185,23 @@ def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
         raise not_supported(f"{param}.refusal", " beside content")
     if content is None:
         content = message.refusal
-    if content is None:
+    calls = message.tool_calls or ()
+    if message.function_call is not None and not calls:
+        calls = [TurnCall(message.function_call, id=FUNCTION_CALL_ID)]
+    if calls and message.role != "assistant":
+        raise InvalidRequest(f"{param}.tool_calls needs the role assistant", param=f"{param}.tool_calls")
+    if content is None and not calls:
         raise InvalidRequest(f"{param}.content must be a string or a list of text parts", param=f"{param}.content")
+    plain: dict[str, Any] = {"role": message.role, "content": content}
     if isinstance(content, list):
-        content = "".join(_part_text(part, f"{param}.content[{at}]") for at, part in enumerate(content))
-    plain = {"role": message.role, "content": content}
+        texts = [_part_text(part, f"{param}.content[{at}]") for at, part in enumerate(content)]
+        plain["content"] = [{"type": "text", "text": text} for text in texts]
+    if calls:
+        plain["tool_calls"] = turn_calls(calls, f"{param}.tool_calls")
+    if message.role == "function":  # its call is that of the turn before
+        plain.update(role="tool", tool_call_id=FUNCTION_CALL_ID)
+    elif message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
     if message.name is not None:
         plain["name"] = message.name
     reasoning = message.reasoning_content or message.reasoning

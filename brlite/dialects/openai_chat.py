@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
+from brlite.chat.tools import Tool
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.event import Event, Token, TokenUsage
+from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.fields import check_undecoded
 from brlite.dialects.generation import Chat, Generation
 from brlite.dialects.json_body import BodyDecoder
@@ -30,18 +31,43 @@ from brlite.dialects.openai import (
     token_name,
     truncation,
 )
+from brlite.dialects.openai_tools import (
+    NO_TOOLS,
+    FunctionDefinition,
+    FunctionName,
+    ShownCall,
+    ShownFunction,
+    ToolChoiceObject,
+    ToolDefinition,
+    ToolFields,
+    decode_tools,
+    shown_calls,
+    shown_function,
+)
 from brlite.dialects.sse import frame
 from brlite.errors import InvalidRequest
-from brlite.outputs import FinishReason
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
     messages: list[ChatMessage]
+    tools: list[ToolDefinition] | None = None
+    tool_choice: str | ToolChoiceObject | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[FunctionDefinition] | None = None
+    function_call: str | FunctionName | None = None
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
     max_completion_tokens: Whole | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+
+
+ChatEndReason = EndReason | Literal["function_call"]
 
 
 class ChatTopLogprob(Struct):
@@ -63,16 +89,21 @@ class ChatLogprobs(Struct):
 
 
 class AssistantMessage(Struct):
-    content: str
+    """`content` is null beside calls if there is no text, as by OpenAI."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ShownCall] | UnsetType = UNSET
+    function_call: ShownFunction | UnsetType = UNSET
 
 
 class ChatChoice(Struct):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatEndReason | None
     stop_reason: str | int | None = None
 
 
@@ -91,13 +122,16 @@ class Delta(Struct, kw_only=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
     refusal: UnsetType | None = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ShownCall] | UnsetType = UNSET
+    function_call: ShownFunction | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: ChatEndReason | None = None
     stop_reason: str | int | UnsetType = UNSET
 
 
@@ -137,10 +171,30 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
     params = sampling_params(body, field_names, max_tokens=max_tokens, logprobs=logprobs)
     add_generation_prompt = has_generation_prompt(add=body.add_generation_prompt, continues=body.continue_final_message)
 
+    tools: tuple[Tool, ...] = ()
+    tool_choice = NO_TOOLS
+    if body.tools or body.functions or body.tool_choice is not None or body.function_call is not None:
+        fields = ToolFields(
+            tools=body.tools,
+            tool_choice=body.tool_choice,
+            parallel_tool_calls=body.parallel_tool_calls,
+            functions=body.functions,
+            function_call=body.function_call,
+        )
+        tools, tool_choice = decode_tools(fields, limits)
+    chat = Chat(
+        messages,
+        add_generation_prompt,
+        bool(body.continue_final_message),
+        tools=() if tool_choice.mode == "none" else tools,
+        documents=tuple(body.documents or ()),
+        variables=body.chat_template_kwargs or {},
+        reasoning_effort=body.reasoning_effort,
+    )
     options = body.stream_options
     return Generation(
         model=body.model,
-        prompts=(Chat(messages, add_generation_prompt, bool(body.continue_final_message)),),
+        prompts=(chat,),
         params=params,
         is_streamed=bool(body.stream),
         include_usage=options is not None and bool(options.include_usage),
@@ -152,6 +206,10 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         cache_salt=body.cache_salt or "",
         field_names=field_names,
         warnings=warnings,
+        tool_choice=tool_choice,
+        calls_functions=bool(body.functions),
+        splits_reasoning=body.separate_reasoning is not False,
+        shows_reasoning=body.include_reasoning is not False,
     )
 
 
@@ -166,9 +224,9 @@ class ChatEncoder(OpenAIEncoder):
         """The chunk of a stream that tells the event."""
         choice = ChatChunkChoice(
             index=event.choice,
-            delta=Delta(content=event.text),
+            delta=self._delta(event) if event.calls or event.reasoning else Delta(content=event.text),
             logprobs=None if event.tokens is None else self._logprobs(event.tokens),
-            finish_reason=event.finish_reason,
+            finish_reason=event.finish_reason and self._end_reason(event.finish_reason),
             stop_reason=UNSET if event.stop_reason is None else event.stop_reason,
         )
         usage = self._no_usage if event.usage is None else shown_usage(event.usage)
@@ -179,9 +237,9 @@ class ChatEncoder(OpenAIEncoder):
         choices = [
             ChatChoice(
                 index=event.choice,
-                message=AssistantMessage(event.text),
+                message=self._message(event),
                 logprobs=None if event.tokens is None else self._logprobs(event.tokens),
-                finish_reason=event.finish_reason,
+                finish_reason=event.finish_reason and self._end_reason(event.finish_reason),
                 stop_reason=event.stop_reason,
             )
             for event in events
@@ -197,6 +255,27 @@ class ChatEncoder(OpenAIEncoder):
                 warnings=warnings or UNSET,
             )
         )
+
+    def _delta(self, event: Event) -> Delta:
+        if event.calls and self._call.calls_functions:
+            (call,) = event.calls
+            return Delta(function_call=shown_function(call))
+        if event.calls:
+            return Delta(tool_calls=shown_calls(event.calls, has_index=True))
+        return Delta(reasoning_content=event.reasoning)
+
+    def _message(self, event: Event) -> AssistantMessage:
+        is_function = bool(event.calls) and self._call.calls_functions
+        has_tools = bool(event.calls) and not is_function
+        return AssistantMessage(
+            content=event.text or (None if event.calls else ""),
+            reasoning_content=event.reasoning or UNSET,
+            tool_calls=shown_calls(event.calls, has_index=False) if has_tools else UNSET,
+            function_call=shown_function(event.calls[0]) if is_function else UNSET,
+        )
+
+    def _end_reason(self, reason: EndReason) -> ChatEndReason:
+        return "function_call" if reason == "tool_calls" and self._call.calls_functions else reason
 
     def _usage_chunk(self, usage: TokenUsage) -> bytes:
         return self._chunk([], shown_usage(usage))

@@ -12,7 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.event import Event, Token, TokenUsage
+from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.fields import check_undecoded
 from brlite.dialects.generation import Generation, Prompt, Text, TokenIds
 from brlite.dialects.json_body import BodyDecoder
@@ -32,7 +32,6 @@ from brlite.dialects.openai import (
 )
 from brlite.dialects.sse import frame
 from brlite.errors import InvalidRequest
-from brlite.outputs import FinishReason
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's; a chat has what the engine allows
 
@@ -55,7 +54,7 @@ class CompletionChoice(Struct):
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
-    finish_reason: FinishReason | None = None
+    finish_reason: EndReason | None = None
     stop_reason: str | int | None = None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
@@ -9,6 +11,7 @@ from brlite.dialects.fields import check_undecoded
 from brlite.dialects.generation import Chat, Text
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import ChatMessage, has_generation_prompt, plain_messages
+from brlite.dialects.openai_tools import ToolDefinition, ToolFields, decode_tools
 from brlite.errors import InvalidRequest
 
 
@@ -19,6 +22,8 @@ class TokenizeRequest(Struct, kw_only=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    tools: list[ToolDefinition] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     return_token_strs: bool | None = None
 
 
@@ -75,7 +80,7 @@ def decode_tokenize(data: bytes, limits: LimitsConfig) -> Tokenization:
         raise InvalidRequest(
             "add_special_tokens needs prompt: the chat template writes those of messages", param="add_special_tokens"
         )
-    for name in ("add_generation_prompt", "continue_final_message"):
+    for name in ("add_generation_prompt", "continue_final_message", "tools", "chat_template_kwargs"):
         if body.prompt is not None and getattr(body, name):
             raise InvalidRequest(f"{name} needs messages", param=name)
 
@@ -84,7 +89,14 @@ def decode_tokenize(data: bytes, limits: LimitsConfig) -> Tokenization:
         prompt = Text(body.prompt or "", body.add_special_tokens is not False)
     else:
         begins = has_generation_prompt(add=body.add_generation_prompt, continues=body.continue_final_message)
-        prompt = Chat(plain_messages(body.messages, limits), begins, bool(body.continue_final_message))
+        tools, _ = decode_tools(ToolFields(tools=body.tools), limits)
+        prompt = Chat(
+            plain_messages(body.messages, limits),
+            begins,
+            bool(body.continue_final_message),
+            tools=tools,
+            variables=body.chat_template_kwargs or {},
+        )
     return Tokenization(body.model, prompt, bool(body.return_token_strs), warnings)
 
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
+from brlite.chat.turns import NO_EXTRAS, TemplateExtras
 from brlite.config.options import EngineConfig
 from brlite.engine.admission import check_length
 from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, StepResult, close_dropped
@@ -177,6 +178,7 @@ class EngineLoop:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        extras: TemplateExtras = NO_EXTRAS,
         is_bounded: bool = True,
         tenant: str = "",
     ) -> list[int]:
@@ -189,6 +191,7 @@ class EngineLoop:
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
+            extras=extras,
         )
         text = await self._off_loop_if(True, tenant, render)
         return await self.encode(text, add_special_tokens=False, param="messages", is_bounded=is_bounded, tenant=tenant)

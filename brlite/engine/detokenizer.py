@@ -33,10 +33,13 @@ class Detokenizer:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        shown_token_ids: frozenset[int] = frozenset(),
     ) -> None:
+        """`shown_token_ids` are special tokens that are not left out."""
         self.stop_string: str | None = None
         self._token_bytes = tokenizer.token_bytes
-        self._skipped_token_ids = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        self._skipped_token_ids = skipped - shown_token_ids if shown_token_ids else skipped
         self._partial = b""  # the beginning of a character
         self._held = ""  # decoded, and perhaps the beginning of a stop string
         self._stop = tuple(sorted(set(stop), key=len, reverse=True))

@@ -234,6 +234,7 @@ class Engine:
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
+            shown_token_ids=state.request.shown_token_ids,
         )
         seq = Sequence(
             seq_id=next(self._seq_ids),

@@ -265,13 +265,20 @@ class Library:
             raise PatternRefused(_first_line(str(error))) from None
 
     def _structural_grammar(self, tag: Any, overrides: dict[str, Any]) -> str:
-        """Free text, and behind each trigger one of the parts that begin with it."""
+        """Free text, and behind each trigger one of the parts that begin with it.
+
+        With `at_least_one` the answer is one part or more, with `separator` between, and no text. With
+        `stop_after_first` it is a single part. Before the parts may be text up to `reasoning_end`; it must be there
+        if the answer `begins_inside` the reasoning.
+        """
         structures, triggers = (tag.get(name) for name in ("structures", "triggers"))
         if not (isinstance(structures, list) and structures and isinstance(triggers, list)):
             raise PatternRefused(
                 "a structural tag has structures, a list of {begin, schema, end}, and triggers, a list"
             )
-        lines = ["%llguidance {}", f"start: ({' | '.join(f'part_{i}' for i in range(len(structures)))})* rest"]
+        is_forced = bool(tag.get("at_least_one"))
+        parts = f"({' | '.join(f'part_{index}' for index in range(len(structures)))})"
+        lines = ["%llguidance {}", f"start: {self._parts(tag, parts)}" if is_forced else f"start: {parts}* rest"]
         lines += ["rest: TEXT", r"TEXT: /(.|\n)*/"]
         for index, part in enumerate(structures):
             if not (isinstance(part, dict) and all(isinstance(part.get(name), str) for name in ("begin", "end"))):
@@ -284,20 +291,38 @@ class Library:
             except SchemaRefused as error:
                 raise PatternRefused(f"structures[{index}].schema: {error}") from None
             schema = walked.schema if isinstance(walked.schema, dict) else {} if walked.schema else {"enum": []}
-            rest = part["begin"][len(trigger) :]
-            body = " ".join(
-                [
-                    json.dumps(rest) if rest else "",
-                    "%json " + json.dumps(schema | {"x-guidance": overrides}),
-                    json.dumps(part["end"]) if part["end"] else "",
-                ]
-            )
-            if self._tokenizer.special_token_id(trigger) is not None:
-                lines.append(f"part_{index}: TEXT <[{self._tokenizer.special_token_id(trigger)}]> {body}")
+            json_value = "%json " + json.dumps(schema | {"x-guidance": overrides})
+            begin = part["begin"] if is_forced else part["begin"][len(trigger) :]
+            body = " ".join([self._literal(begin), json_value, self._literal(part["end"])])
+            if is_forced:
+                lines.append(f"part_{index}: {body}")
+            elif self._tokenizer.special_token_id(trigger) is not None:
+                lines.append(f"part_{index}: TEXT {self._literal(trigger)} {body}")
             else:
                 lines.append(f"trigger_{index}[lazy]: /(.|\\n)*/ {json.dumps(trigger)}")
                 lines.append(f"part_{index}: trigger_{index} {body}")
         return self._llguidance.LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
+
+    def _parts(self, tag: dict[str, Any], parts: str) -> str:
+        """The parts of an answer that has nothing else, as a rule of Lark's notation."""
+        separator = self._literal(str(tag.get("separator") or ""))
+        forced = parts if tag.get("stop_after_first") else f"{parts} ({separator} {parts})*"
+        end = tag.get("reasoning_end")
+        if not isinstance(end, str) or not end:
+            return forced
+        is_token = self._tokenizer.special_token_id(end) is not None
+        line = f"TEXT {self._literal(end)}" if is_token else "reasoning_text"
+        forced = f"reasoning{'' if tag.get('begins_inside') else '?'} {forced}\nreasoning: {line} /[ \\n]*/"
+        return forced if is_token else f"{forced}\nreasoning_text[lazy]: /(.|\\n)*/ {json.dumps(end)}"
+
+    def _literal(self, text: str) -> str:
+        """A text in Lark's notation, in which special tokens are tokens."""
+        names = {self._tokenizer.token_text(token_id): token_id for token_id in self._tokenizer.special_token_ids}
+        found = sorted((name for name in names if name and name in text), key=len, reverse=True)
+        if not found:
+            return json.dumps(text) if text else ""
+        pieces = re.split(f"({'|'.join(map(re.escape, found))})", text)
+        return " ".join(f"<[{names[piece]}]>" if piece in names else json.dumps(piece) for piece in pieces if piece)
 
 
 class _TokenSource:

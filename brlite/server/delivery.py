@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from brlite.config.options import LimitsConfig
+from brlite.config.options import LimitsConfig, ModelSpec
 from brlite.dialects.dialect import Dialect, ResponseEncoder
 from brlite.dialects.event import TokenUsage
 from brlite.dialects.generation import Generation, in_client_words
@@ -71,6 +71,7 @@ class Delivery:
         self._changed = asyncio.Event()
         self._engine: EngineLoop
         self._requests: list[Request] = []
+        self._spec: ModelSpec
         self._builder: EventBuilder | None = None  # until the requests are with the engine
         self._encoder: ResponseEncoder
 
@@ -90,6 +91,7 @@ class Delivery:
 
     async def loaded(self, model: ServedModel) -> EngineLoop:
         """The model's engine, once it is there. Raises as `ServedModel.loaded` does."""
+        self._spec = model.spec
         if model.engine is not None and not model.is_held_back:
             return model.engine
         check_limits(self._call.params, self._limits)  # which the engine does, but too late for a client that waits
@@ -100,11 +102,12 @@ class Delivery:
 
     async def submit(self, engine: EngineLoop) -> None:
         """Encode the prompts and queue their requests. Raises `RequestError` for the first that is refused."""
-        requests, cuts = await make_requests(self._call, engine, self.id, self._tenant)
-        self._engine, self._requests, self._num_open = engine, requests, len(requests)
-        for index, request in enumerate(requests):
+        made = await make_requests(self._call, engine, self._spec, self.id, self._tenant)
+        self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
+        for index, request in enumerate(made.requests):
             engine.submit(request, functools.partial(self._receive, index))
-        self._builder = EventBuilder(self._call, engine.tokenizer, (*self._call.warnings, *cuts))
+        warnings = (*self._call.warnings, *made.warnings)
+        self._builder = EventBuilder(self._call, engine.tokenizer, warnings, made.replies)
         self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
 
     async def send(self) -> None:

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import msgspec
+
+from brlite.chat.turns import NO_EXTRAS, TemplateExtras
+from brlite.config.options import ModelSpec
 from brlite.dialects.generation import Chat, Generation, Prompt, Text, Truncation
 from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
+from brlite.errors import InvalidRequest
+from brlite.server.chat_replies import ChatReplies, make_replies, template_extras
+
+
+class EngineRequests(msgspec.Struct, frozen=True):
+    """One request a prompt, in order, a line for each prompt that was cut, and what reads the replies."""
+
+    requests: list[Request]
+    warnings: list[str]
+    replies: ChatReplies | None
 
 
 async def make_requests(
-    call: Generation, engine: EngineLoop, answer_id: str, tenant: str
-) -> tuple[list[Request], list[str]]:
-    """One request a prompt, in order, and a line for each prompt that was cut. Raises `InvalidRequest`.
+    call: Generation, engine: EngineLoop, spec: ModelSpec, answer_id: str, tenant: str
+) -> EngineRequests:
+    """The requests of a call. Raises `InvalidRequest`.
 
     They share a turn of their tenant's, and only the first may be ended for waiting too long.
     """
     requests: list[Request] = []
     warnings: list[str] = []
+    replies = make_replies(call, engine.tokenizer, spec)
     grammar = await engine.compile(call.params.structured, tenant=tenant)
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
-        token_ids = await encode(prompt, engine, tenant, is_bounded=call.truncation is None)
+        extras = NO_EXTRAS
+        if isinstance(prompt, Chat) and (prompt.has_extras or spec.chat_template_kwargs):
+            extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, spec)
+            warnings += ignored
+        token_ids = await encode(prompt, engine, tenant, extras=extras, is_bounded=call.truncation is None)
         if call.truncation is not None:
             num_kept = _num_kept(call, call.truncation, engine)
             if len(token_ids) > num_kept:
@@ -40,16 +59,45 @@ async def make_requests(
                 grammar=grammar,
             )
         )
-    return requests, warnings
+    if replies is not None:
+        replies.begin(requests[0].prompt_token_ids)
+        requests[0] = await _constrained(requests[0], replies, engine, warnings)
+    return EngineRequests(requests, warnings, replies)
 
 
-async def encode(prompt: Prompt, engine: EngineLoop, tenant: str, *, is_bounded: bool) -> list[int]:
+async def _constrained(request: Request, replies: ChatReplies, engine: EngineLoop, warnings: list[str]) -> Request:
+    """The request with the grammar of its calls. A schema that cannot be enforced leaves calls free, with a warning,
+    unless a call is forced or strict: then it is an `InvalidRequest`."""
+    shown, params = replies.shown_token_ids(), request.params
+    structured = replies.structured()
+    if structured is not None and params.structured is not None:
+        if replies.must_constrain:
+            raise InvalidRequest("tools cannot be forced or strict beside structured output", param="tools")
+        warnings.append("calls of tools are not constrained beside structured output")
+        structured = None
+    if structured is not None:
+        try:
+            grammar = await engine.compile(structured, tenant=request.tenant)
+            params = msgspec.structs.replace(params, structured=structured)
+            request = msgspec.structs.replace(request, grammar=grammar)
+            replies.is_constrained = True
+        except InvalidRequest as error:
+            if replies.must_constrain:
+                raise
+            warnings.append(f"calls of tools are not constrained: {error}")
+    return msgspec.structs.replace(request, params=params, shown_token_ids=shown)
+
+
+async def encode(
+    prompt: Prompt, engine: EngineLoop, tenant: str, *, extras: TemplateExtras = NO_EXTRAS, is_bounded: bool
+) -> list[int]:
     """The token ids of a prompt. Raises `PromptTooLong`, if it `is_bounded`, before the work of encoding is done."""
     if isinstance(prompt, Chat):
         return await engine.encode_chat(
             prompt.messages,
             add_generation_prompt=prompt.add_generation_prompt,
             continue_final_message=prompt.continue_final_message,
+            extras=extras,
             is_bounded=is_bounded,
             tenant=tenant,
         )

@@ -10,17 +10,27 @@ import codecs
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from msgspec import structs
+
+from brlite.chat.reply import ReplyParser
+from brlite.chat.tools import ReasoningDelta, TextDelta, ToolCallDelta
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from brlite.server.chat_replies import ChatReplies
 from brlite.tokenizer import Tokenizer
 
 
 class EventBuilder:
     """Makes the events of one call. A choice's index is prompt index times `n` plus completion index."""
 
-    def __init__(self, call: Generation, tokenizer: Tokenizer, warnings: Sequence[str]) -> None:
+    def __init__(
+        self, call: Generation, tokenizer: Tokenizer, warnings: Sequence[str], replies: ChatReplies | None = None
+    ) -> None:
+        """`replies` reads reasoning and calls of tools in a chat; without it replies are plain text."""
         self._call = call
+        self._replies = replies
+        self._parsers: dict[int, ReplyParser] = {}  # by choice
         self._tokenizer = tokenizer
         self._warnings = tuple(warnings)
         self._is_plain = not call.echo and call.params.logprobs is None
@@ -55,7 +65,7 @@ class EventBuilder:
                     usage=usage,
                     warnings=(*self._warnings, *output.warnings) if is_last else (),
                 )
-                events.append(event)
+                events += [event] if self._replies is None else self._read(event, self._replies)
         return events
 
     def count(self, prompt_index: int, output: RequestOutput) -> None:
@@ -76,7 +86,42 @@ class EventBuilder:
         """The events of a response that is not streamed, one a choice and in order, and its warnings."""
         events = [event for index, output in enumerate(outputs) for event in self.events(index, output)]
         warnings = dict.fromkeys([*self._warnings, *(line for output in outputs for line in output.warnings)])
+        if self._replies is not None:
+            events = joined_events(events)
+            warnings |= dict.fromkeys(line for parser in self._parsers.values() for line in parser.warnings)
         return sorted(events, key=lambda event: event.choice), tuple(warnings)
+
+    def _read(self, event: Event, replies: ChatReplies) -> list[Event]:
+        """The event of a reply's text as those of its reasoning, content and calls."""
+        parser = self._parsers.get(event.choice)
+        if parser is None:
+            parser = self._parsers[event.choice] = replies.parser()
+        parts = parser.feed(event.text)
+        if event.finish_reason is not None:
+            parts += parser.finish()
+        events: list[Event] = []
+        for part in parts:
+            if isinstance(part, TextDelta):
+                events.append(Event(choice=event.choice, text=part.text))
+            elif isinstance(part, ToolCallDelta):
+                events.append(Event(choice=event.choice, text="", calls=(part,)))
+            elif isinstance(part, ReasoningDelta) and self._call.shows_reasoning:
+                events.append(Event(choice=event.choice, text="", reasoning=part.text))
+        is_plain = bool(events) and bool(events[-1].text)
+        if not (event.finish_reason is None and (events or event.tokens is None)) and not is_plain:
+            events.append(Event(choice=event.choice, text=""))  # the end of a reply is no piece of a call
+        if events:
+            reason = event.finish_reason
+            ends_with_calls = reason == "stop" and parser.num_calls > 0 and not replies.is_named
+            events[-1] = structs.replace(
+                events[-1],
+                tokens=event.tokens,
+                finish_reason="tool_calls" if ends_with_calls else reason,
+                stop_reason=event.stop_reason,
+                usage=event.usage,
+                warnings=(*event.warnings, *parser.warnings) if reason is not None else event.warnings,
+            )
+        return events
 
     def _told(
         self, prompt_index: int, output: RequestOutput, completion: CompletionOutput
@@ -103,6 +148,8 @@ class EventBuilder:
                 tokens.append(self._token(entry or TokenLogprob(token_id, 0.0), offset, is_first=entry is None))
         if choice not in self._tracks:
             skipped = self._tokenizer.special_token_ids if call.params.skip_special_tokens else frozenset[int]()
+            if self._replies is not None:
+                skipped = skipped - self._replies.shown_token_ids()
             self._tracks[choice] = TokenTrack(self._tokenizer, skipped, len(prompt))
         tokens += [self._token(entry, offset) for entry, offset in self._tracks[choice].take(completion)]
         return prompt + completion.text, tokens
@@ -117,6 +164,32 @@ class EventBuilder:
 
     def _text(self, token_id: int) -> TokenText:
         return token_text(token_id, self._tokenizer)
+
+
+def joined_events(events: Sequence[Event]) -> list[Event]:
+    """One event a choice, with all texts and whole calls."""
+    joined: dict[int, Event] = {}
+    for event in events:
+        before = joined.get(event.choice)
+        if before is None:
+            joined[event.choice] = event
+            continue
+        calls = {call.index: call for call in before.calls}
+        for piece in event.calls:
+            call = calls.get(piece.index)
+            calls[piece.index] = (
+                piece if call is None else structs.replace(call, arguments=call.arguments + piece.arguments)
+            )
+        joined[event.choice] = structs.replace(
+            event,
+            text=before.text + event.text,
+            reasoning=before.reasoning + event.reasoning,
+            calls=tuple(calls.values()),
+            tokens=None
+            if before.tokens is None and event.tokens is None
+            else [*(before.tokens or ()), *(event.tokens or ())],
+        )
+    return list(joined.values())
 
 
 def token_text(token_id: int, tokenizer: Tokenizer) -> TokenText:

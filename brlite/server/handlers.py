@@ -16,9 +16,11 @@ from aiohttp.typedefs import Handler
 from msgspec import UNSET, UnsetType
 
 import brlite
+from brlite.chat.turns import NO_EXTRAS
 from brlite.config.options import Config
 from brlite.dialects import DIALECTS
 from brlite.dialects.dialect import Dialect
+from brlite.dialects.generation import Chat
 from brlite.dialects.openai import encode_json, token_name
 from brlite.dialects.openai_tokens import (
     DetokenizeAnswer,
@@ -32,6 +34,7 @@ from brlite.http.body import leave_body, read_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
 from brlite.sampling_params import check_token_ids
 from brlite.server import metrics
+from brlite.server.chat_replies import template_extras
 from brlite.server.delivery import StreamDelivery, WholeDelivery
 from brlite.server.engine_requests import encode
 from brlite.server.event_builder import token_text
@@ -85,12 +88,17 @@ async def tokenize(request: web.Request) -> web.Response:
     call = decode_tokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
     with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
-        tokens = await encode(call.prompt, engine, tenant, is_bounded=False)
+        extras, ignored = NO_EXTRAS, list[str]()
+        if isinstance(call.prompt, Chat):
+            extras, ignored = template_extras(call.prompt, engine.tokenizer.chat_format, model.spec)
+        tokens = await encode(call.prompt, engine, tenant, extras=extras, is_bounded=False)
         token_strs: list[str] | UnsetType = UNSET
         if call.names_tokens:
             named = {token_id: token_name(token_text(token_id, engine.tokenizer)) for token_id in set(tokens)}
             token_strs = [named[token_id] for token_id in tokens]
-    return _json(TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens, token_strs, call.warnings or UNSET))
+    return _json(
+        TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens, token_strs, (*call.warnings, *ignored) or UNSET)
+    )
 
 
 async def detokenize(request: web.Request) -> web.Response:

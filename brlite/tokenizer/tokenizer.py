@@ -8,7 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 from brlite.chat.control_tokens import MarkedText, cut_before_last
-from brlite.chat.turns import NO_EXTRAS, TemplateExtras
+from brlite.chat.turns import NO_EXTRAS, TemplateExtras, joined_text
 from brlite.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Tokenizer:
     """Text to token ids and back. Never changes after loading; any thread may use it, and `encode` drops the GIL.
 
     Ids 0 to `vocab_size` - 1 exist. Each of `eos_token_ids` ends a completion. `special_token_ids` are the control
-    tokens, which `decode` leaves out unless told otherwise.
+    tokens, which `decode` leaves out unless told otherwise. `chat_format` makes chats text; None without a template.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class Tokenizer:
         self._encoder = encoder
         self._bytes = token_bytes.table
         self._strips_first_space = token_bytes.strips_first_space
-        self._chat_template = chat_template
+        self.chat_format = chat_template
         self._special_ids: dict[str, int] = {}  # by their texts, made when they are first asked for
         # The most characters of a text that one token can stand for; 0 if there is no limit.
         self._max_characters = max(map(len, self._bytes), default=0) * encoder.max_composed
 
     @property
     def has_chat_template(self) -> bool:
-        return self._chat_template is not None
+        return self.chat_format is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
         """Token ids of a text, with the BOS and EOS that the model's tokenizer adds if `add_special_tokens`.
@@ -133,14 +133,9 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     @property
-    def chat_format(self) -> ChatFormat | None:
-        """How chats become text; None for a model without a chat template."""
-        return self._chat_template
-
-    @property
     def chat_template_text(self) -> str | None:
         """The Jinja text of the model's chat template; None without one, or where the format is not Jinja's."""
-        return None if self._chat_template is None else self._chat_template.text
+        return None if self.chat_format is None else self.chat_format.text
 
     def render_chat(
         self,
@@ -155,22 +150,17 @@ class Tokenizer:
         Messages have the shape of OpenAI's chat API. With `continue_final_message` the text ends where the last
         message's content does.
         """
-        if self._chat_template is None:
+        if self.chat_format is None:
             raise InvalidRequest(
                 "Error in applying chat template from request: the model has no chat template; use /v1/completions",
                 param="messages",
             )
         if not continue_final_message:
-            return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt, extras=extras)
+            return self.chat_format.render(messages, add_generation_prompt=add_generation_prompt, extras=extras)
         end = f"END{secrets.token_hex(8)}"  # in no message; a template would trim spaces before its own end mark
         *others, last = messages
-        if not isinstance(last.get("content"), str):
-            raise InvalidRequest(
-                "continue_final_message: the last message must have a string as its content",
-                param="continue_final_message",
-            )
-        marked = [*others, {**last, "content": last["content"] + end}]
-        rendered = self._chat_template.render(marked, add_generation_prompt=False, extras=extras)
+        marked = [*others, {**last, "content": joined_text(last.get("content")) + end}]
+        rendered = self.chat_format.render(marked, add_generation_prompt=False, extras=extras)
         text = cut_before_last(rendered, end)
         if text is None:
             raise InvalidRequest(
@@ -187,8 +177,8 @@ class Tokenizer:
     def close(self) -> None:
         """End the processes that render and encode. They end with the last reference, too. May be called twice."""
         self._encoder.close()
-        if self._chat_template is not None:
-            self._chat_template.close()
+        if self.chat_format is not None:
+            self.chat_format.close()
 
 
 def _is_encodable(text: str) -> bool:

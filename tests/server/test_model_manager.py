@@ -267,7 +267,7 @@ async def test_every_endpoint_waits_for_its_model(make_house: MakeHouse, path: s
         ({"temperature": -1}, "temperature"),
         ({"n": 10**6}, "n"),
         ({"stop": ["x" * 999]}, "stop"),
-        ({"tools": [1]}, "tools"),
+        ({"tools": [1]}, "tools[0]"),
     ],
 )
 async def test_what_is_wrong_without_the_model_is_refused_without_loading_it(

@@ -56,7 +56,7 @@ MakeClient = Callable[..., Awaitable[Client]]
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream_options": {"frob": True}, "stream": True}, "stream_options"),
         ({"stream_options": {"include_obfuscation": True}, "stream": True}, "stream_options.include_obfuscation"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"use_beam_search": True}, "use_beam_search"),
         ({"best_of": 3}, "best_of"),
         ({"chat_template": "{{ x }}"}, "chat_template"),

@@ -1,0 +1,202 @@
+"""Tools in OpenAI's shapes: `tools`, `tool_choice`, `functions`, `function_call`, and calls in turns and answers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType
+
+from brlite.chat.tools import Tool, ToolCallDelta, ToolChoice
+from brlite.config.options import LimitsConfig
+from brlite.dialects.fields import not_supported
+from brlite.errors import InvalidRequest
+from brlite.files.quoting import excerpt
+
+NO_TOOLS = ToolChoice(mode="none")
+
+_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")  # OpenAI allows 64 of A-Za-z0-9_-; MCP servers have dots and slashes
+
+
+class FunctionDefinition(Struct):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(Struct):
+    type: str
+    function: FunctionDefinition | None = None
+
+
+class FunctionName(Struct):
+    name: str
+
+
+class AllowedTool(Struct):
+    type: str = "function"
+    function: FunctionName | None = None
+    name: str | None = None  # in the shape of the Responses API
+
+
+class AllowedTools(Struct):
+    mode: Literal["auto", "required"]
+    tools: list[AllowedTool]
+
+
+class ToolChoiceObject(Struct):
+    type: str
+    function: FunctionName | None = None
+    allowed_tools: AllowedTools | None = None
+
+
+class CalledFunction(Struct):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class TurnCall(Struct):
+    """A call in an assistant's turn. Keys beside it are left."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: str = "function"
+
+
+class ToolFields(Struct, kw_only=True):
+    """A chat's fields of tools. `functions` and `function_call` are the form before tools."""
+
+    tools: list[ToolDefinition] | None = None
+    tool_choice: str | ToolChoiceObject | None = None
+    parallel_tool_calls: bool | None = None
+    functions: list[FunctionDefinition] | None = None
+    function_call: str | FunctionName | None = None
+
+
+def decode_tools(body: ToolFields, limits: LimitsConfig) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """The tools that may be called, and the choice among them. Raises `InvalidRequest`, naming the field."""
+    if body.tools and body.functions:
+        raise InvalidRequest("give either tools or functions", param="functions")
+    if body.functions:
+        param, definitions = "functions", body.functions
+    else:
+        param, definitions = "tools", []
+        for index, tool in enumerate(body.tools or ()):
+            if tool.type != "function":
+                raise not_supported(f"tools[{index}].type", f": it is {excerpt(tool.type)}, and only function is taken")
+            if tool.function is None:
+                raise InvalidRequest(f"tools[{index}].function is missing", param=f"tools[{index}].function")
+            definitions.append(tool.function)
+    if len(definitions) > limits.max_tools:
+        raise InvalidRequest(
+            f"{param} must have at most {limits.max_tools} entries on this server, got {len(definitions)}", param=param
+        )
+    num_bytes = len(msgspec.json.encode(definitions)) if definitions else 0
+    if num_bytes > limits.max_tools_bytes:
+        raise InvalidRequest(
+            f"{param} must have at most {limits.max_tools_bytes} bytes on this server, got {num_bytes}", param=param
+        )
+    tools = tuple(_tool(function, f"{param}[{index}]") for index, function in enumerate(definitions))
+    names = {tool.name for tool in tools}
+    if len(names) < len(tools):
+        raise InvalidRequest(f"{param} must have different names", param=param)
+    return tools, _choice(body, names)
+
+
+def _tool(function: FunctionDefinition, param: str) -> Tool:
+    if not _NAME.fullmatch(function.name):
+        allowed = "1 to 128 letters, digits and _ . : / -"
+        raise InvalidRequest(f"{param}.name must be {allowed}, got {excerpt(function.name)}", param=f"{param}.name")
+    return Tool(
+        name=function.name,
+        description=function.description,
+        parameters=function.parameters,
+        strict=bool(function.strict),
+    )
+
+
+def _choice(body: ToolFields, names: set[str]) -> ToolChoice:
+    """OpenAI's default is auto with tools and none without; a choice among no tools is none."""
+    parallel = body.parallel_tool_calls is not False and not body.functions
+    param: str = "tool_choice"
+    choice: str | ToolChoiceObject | FunctionName | None = body.tool_choice
+    if body.functions or choice is None:
+        param, choice = "function_call", body.function_call
+    if not names:
+        if choice not in (None, "none", "auto") and body.tools is None and body.functions is None:
+            raise InvalidRequest(f"{param} needs tools", param=param)
+        return NO_TOOLS
+    if choice is None or choice == "auto":
+        return ToolChoice(parallel=parallel)
+    if isinstance(choice, str):
+        if choice == "none":
+            return NO_TOOLS
+        if choice == "required" and not body.functions:
+            return ToolChoice(mode="required", parallel=parallel)
+        raise InvalidRequest(f"{param} must be none, auto, required or an object, got {excerpt(choice)}", param=param)
+    if isinstance(choice, FunctionName):
+        return ToolChoice(mode="required", names=_known([choice.name], names, param), is_named=True, parallel=False)
+    if choice.type == "function" and choice.function is not None:
+        known = _known([choice.function.name], names, param)
+        return ToolChoice(mode="required", names=known, is_named=True, parallel=False)
+    if choice.type == "allowed_tools" and choice.allowed_tools is not None:
+        listed = [tool.function.name if tool.function else tool.name or "" for tool in choice.allowed_tools.tools]
+        if not listed:
+            raise InvalidRequest("tool_choice.allowed_tools.tools is empty", param="tool_choice.allowed_tools.tools")
+        known = _known(listed, names, "tool_choice.allowed_tools.tools")
+        return ToolChoice(mode=choice.allowed_tools.mode, names=known, parallel=parallel)
+    raise InvalidRequest(
+        f'{param} must be {{"type": "function", "function": {{"name": ...}}}} or allowed_tools', param=param
+    )
+
+
+def _known(wanted: Sequence[str], names: set[str], param: str) -> tuple[str, ...]:
+    unknown = next((name for name in wanted if name not in names), None)
+    if unknown is not None:
+        raise InvalidRequest(f"{param}: there is no tool {excerpt(unknown)} in this request", param=param)
+    return tuple(dict.fromkeys(wanted))
+
+
+def turn_calls(calls: Sequence[TurnCall], param: str) -> list[dict[str, Any]]:
+    """The calls of an assistant's turn as templates take them. Raises `InvalidRequest`."""
+    plain = []
+    for index, call in enumerate(calls):
+        if call.type != "function":
+            raise not_supported(f"{param}[{index}].type", f": it is {excerpt(call.type)}, and only function is taken")
+        function = {"name": call.function.name, "arguments": call.function.arguments or "{}"}
+        plain.append({"id": call.id or f"call_{index}", "type": "function", "function": function})
+    return plain
+
+
+class ShownFunction(Struct, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ShownCall(Struct, kw_only=True):
+    """A call in an answer, or a piece of one in a chunk: only chunks have an `index`."""
+
+    index: int | UnsetType = UNSET
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: ShownFunction
+
+
+def shown_calls(calls: Sequence[ToolCallDelta], *, has_index: bool) -> list[ShownCall]:
+    """Calls, or pieces of calls, as answers show them."""
+    return [
+        ShownCall(
+            index=call.index if has_index else UNSET,
+            id=UNSET if call.id is None else call.id,
+            type=UNSET if call.id is None else "function",
+            function=shown_function(call),
+        )
+        for call in calls
+    ]
+
+
+def shown_function(call: ToolCallDelta) -> ShownFunction:
+    return ShownFunction(name=UNSET if call.name is None else call.name, arguments=call.arguments)

@@ -1,0 +1,156 @@
+"""One call's chat with one model: what its template is told, how its replies are constrained, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from brlite.chat.formats import ChatFormat
+from brlite.chat.reasoning import ends_inside
+from brlite.chat.reply import ReplyFormat, ReplyParser, find_reply_format
+from brlite.chat.tool_calls import ToolCallParser
+from brlite.chat.tools import Tool, ToolChoice
+from brlite.chat.turns import TemplateExtras
+from brlite.config.options import ModelSpec
+from brlite.dialects.fields import not_supported
+from brlite.dialects.generation import Chat, Generation
+from brlite.errors import InvalidRequest
+from brlite.sampling_params import StructuredOutput
+from brlite.tokenizer import Tokenizer
+
+NUM_END_TOKENS = 16  # of a prompt, enough to see whether it ends inside the reasoning
+NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+# Switches of templates' thinking, which `reasoning_effort` sets where a template has no such variable.
+THINKING_SWITCHES = ("enable_thinking", "thinking")
+NO_REASONING_EFFORTS = ("none", "minimal")
+
+
+class ChatReplies:
+    """Reads the replies of one call. `is_constrained` is set when a grammar guarantees that calls parse."""
+
+    def __init__(self, call: Generation, chat: Chat, tokenizer: Tokenizer, reply_format: ReplyFormat) -> None:
+        self.is_constrained = False
+        self._choice = call.tool_choice
+        self._tools = call.tool_choice.allowed(chat.tools)
+        self._splits_reasoning = call.splits_reasoning
+        self._tokenizer = tokenizer
+        self._format = reply_format
+        self._begins_inside = False
+
+    @property
+    def is_named(self) -> bool:
+        """Whether one function was to be called: such a reply ends with `stop`, as by OpenAI."""
+        return self._choice.is_named
+
+    def begin(self, prompt_token_ids: Sequence[int]) -> None:
+        """The prompt is made: see whether its end has opened the reasoning."""
+        if self._format.marks is not None:
+            end = self._tokenizer.decode(prompt_token_ids[-NUM_END_TOKENS:], skip_special_tokens=False)
+            self._begins_inside = ends_inside(end, self._format.marks)
+
+    def shown_token_ids(self) -> frozenset[int]:
+        """The special tokens that mark calls and reasoning, which must not be left out of the text."""
+        texts = [*(self._format.calls.marks if self._reads_calls and self._format.calls else ())]
+        if self._splits_reasoning:
+            texts += self._format.marks or ()
+        found = map(self._tokenizer.special_token_id, texts)
+        return frozenset(token_id for token_id in found if token_id is not None)
+
+    def structured(self) -> StructuredOutput | None:
+        """The grammar of calls. None if calls cannot be constrained. Raises `InvalidRequest` if they must be."""
+        if not self._tools:
+            return None
+        parser, is_required = self._format.calls, self._choice.mode == "required"
+        tag = None if parser is None else structural_tag(parser, self._tools, self._choice)
+        if tag is None:
+            if is_required:
+                name = "none" if parser is None else parser.name
+                raise not_supported("tool_choice", f": calls in the format {name} cannot be forced; use auto")
+            return None
+        if is_required and self._format.marks is not None:
+            tag["reasoning_end"] = self._format.marks[1]
+            tag["begins_inside"] = self._begins_inside
+        return StructuredOutput(structural_tag=msgspec.json.encode(tag).decode(), param="tools")
+
+    @property
+    def must_constrain(self) -> bool:
+        """Whether a schema that cannot be enforced is an error: calls are forced, or a function is strict."""
+        return self._choice.mode == "required" or any(tool.strict for tool in self._tools)
+
+    def parser(self) -> ReplyParser:
+        """A parser for one reply."""
+        calls = None
+        if self._reads_calls and self._format.calls is not None:
+            calls = self._format.calls(
+                self._tools,
+                max_calls=2**31 if self._choice.parallel else 1,
+                streams_arguments=self.is_constrained,
+            )
+        marks = self._format.marks if self._splits_reasoning else None
+        return ReplyParser(marks=marks, begins_inside=self._begins_inside, calls=calls)
+
+    @property
+    def _reads_calls(self) -> bool:
+        return bool(self._tools) or self._format.reads_all
+
+
+def make_replies(call: Generation, tokenizer: Tokenizer, spec: ModelSpec) -> ChatReplies | None:
+    """What reads the replies of a call. None if they are plain text."""
+    chat, chat_format = call.prompts[0], tokenizer.chat_format
+    if not isinstance(chat, Chat) or chat_format is None:
+        return None
+    can = chat_format.capabilities
+    names = (spec.tool_parser, spec.reasoning_parser)
+    if call.tool_choice.mode == "none" and names == ("auto", "auto") and not (can.reasoning_marks or can.marks_content):
+        return None
+    reply_format = find_reply_format(chat_format, spec.tool_parser, spec.reasoning_parser)
+    has_calls = call.tool_choice.mode != "none" or reply_format.reads_all
+    has_reasoning = reply_format.marks is not None and call.splits_reasoning
+    return ChatReplies(call, chat, tokenizer, reply_format) if has_calls or has_reasoning else None
+
+
+def structural_tag(parser: type[ToolCallParser], tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Any] | None:
+    """Calls of these tools as a structural tag. None for a format whose calls cannot be constrained like that."""
+    structures: list[dict[str, Any]] = []
+    triggers: dict[str, None] = {}
+    separator = ""
+    for tool in tools:
+        grammar = parser.grammar(tool)
+        if grammar is None or not (grammar.trigger or choice.mode == "required"):
+            return None
+        begin, end = grammar.opening + grammar.begin, grammar.end + grammar.closing
+        structures.append({"begin": begin, "schema": tool.parameters or NO_ARGUMENTS, "end": end})
+        triggers[grammar.trigger or begin] = None
+        separator = "" if grammar.opening else grammar.separator
+    tag: dict[str, Any] = {"structures": structures, "triggers": list(triggers)}
+    if choice.mode == "required":
+        tag |= {"at_least_one": True, "separator": separator, "stop_after_first": not choice.parallel}
+    return tag
+
+
+def template_extras(chat: Chat, chat_format: ChatFormat | None, spec: ModelSpec) -> tuple[TemplateExtras, list[str]]:
+    """What the template gets beside the turns, and warnings. Raises `InvalidRequest`, naming the field."""
+    warnings: list[str] = []
+    known = frozenset[str]() if chat_format is None else chat_format.capabilities.variables
+    for name, value in chat.variables.items():
+        if spec.force_chat_template_kwargs and spec.chat_template_kwargs.get(name, value) != value:
+            raise InvalidRequest(
+                f"chat_template_kwargs: the server sets {name[:64]!r}, which no request may change",
+                param="chat_template_kwargs",
+            )
+        if name not in known:
+            warnings.append(f"chat_template_kwargs: the model's template does not read {name[:64]!r}")
+    variables: dict[str, Any] = {**spec.chat_template_kwargs, **chat.variables}
+    effort = chat.reasoning_effort
+    if effort is not None:
+        switch = next((name for name in THINKING_SWITCHES if name in known), None)
+        if "reasoning_effort" in known:
+            variables["reasoning_effort"] = effort
+        elif switch is not None:
+            variables[switch] = effort not in NO_REASONING_EFFORTS
+        elif effort not in ("none", "medium"):
+            raise not_supported("reasoning_effort", f": the model's template takes none, got {effort!r}")
+    tools = [tool.for_template() for tool in chat.tools]
+    return TemplateExtras(tools=tools, documents=chat.documents, variables=variables), warnings
