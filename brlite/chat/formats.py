@@ -59,7 +59,7 @@ class Baichuan2Format(ChatFormat):
     def render(
         self, messages: Messages, *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
     ) -> MarkedText:
-        messages = prepare_turns(messages, extras.tools, self.capabilities)
+        messages = prepare_turns(messages, extras, self.capabilities)
         parts: list[str | int] = []
         for index, message in enumerate(messages):
             role = message.get("role")
@@ -89,7 +89,7 @@ class ChatGLM3Format(ChatFormat):
         self, messages: Messages, *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
     ) -> MarkedText:
         parts: list[str | int] = [*self._prefix]
-        for message in prepare_turns(messages, extras.tools, self.capabilities):
+        for message in prepare_turns(messages, extras, self.capabilities):
             role = _token(self._tokens, message.get("role"))
             calls = message.get("tool_calls") or ()
             if _text(message, "content") or not calls:
@@ -113,7 +113,7 @@ class ChatGLM2Format(ChatFormat):
     def render(
         self, messages: Messages, *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
     ) -> MarkedText:
-        messages = prepare_turns(messages, extras.tools, self.capabilities)
+        messages = prepare_turns(messages, extras, self.capabilities)
         text = ""
         for index, message in enumerate(messages):
             if message.get("role") != ("user", "assistant")[index % 2]:

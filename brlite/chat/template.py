@@ -13,21 +13,14 @@ from typing import Any
 from brlite.chat.control_tokens import ControlTokens
 from brlite.chat.reasoning import find_reasoning_key, find_reasoning_marks
 from brlite.chat.turns import NO_EXTRAS, TemplateCapabilities, TemplateExtras, prepare_turns, template_refusal
-from brlite.errors import InvalidRequest, ModelError
-from brlite.files.quoting import excerpt, one_line
+from brlite.errors import ModelError
+from brlite.files.quoting import one_line
 from brlite.files.text_file import TextError
 from brlite.files.text_file import read_text as read_text_file
 from brlite.process.sandbox import ChildFailed, ChildLimits, ChildProcess
 
 _WORKER = Path(__file__).with_name("template_worker.py")
 _PACKAGES = ("jinja2", "markupsafe")
-# Variables of templates that no request may set: what the server passes, and what would replace the template.
-RESERVED = frozenset(
-    {
-        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"),
-        *("raise_exception", "strftime_now", "tokenize", "return_dict", "bos_token", "eos_token"),
-    }
-)
 
 
 class ChatTemplate:
@@ -74,20 +67,14 @@ class ChatTemplate:
         self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
     ) -> str:
         """The chat as text. Raises `InvalidRequest` if the template refuses it, fails, or exceeds its limits."""
-        reserved = sorted(RESERVED.intersection(extras.variables))
-        if reserved:
-            raise InvalidRequest(
-                f"chat_template_kwargs must not set {excerpt(reserved[0])}", param="chat_template_kwargs"
-            )
-        if extras.documents and "documents" not in self.capabilities.variables:
-            raise InvalidRequest("documents: the model's chat template does not take documents", param="documents")
+        turns = prepare_turns(turns, extras, self.capabilities)
         variables: dict[str, Any] = dict(extras.variables)
         if extras.tools and self.capabilities.tools_in == "argument" and self.capabilities.knows_tools:
             variables["tools"] = list(extras.tools)
         if extras.documents:
             variables["documents"] = list(extras.documents)
         message = {
-            "messages": prepare_turns(turns, extras.tools, self.capabilities),
+            "messages": turns,
             "add_generation_prompt": add_generation_prompt,
             "extras": variables,
         }

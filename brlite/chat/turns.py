@@ -23,6 +23,14 @@ _ROLE = re.compile(rf"[A-Za-z][A-Za-z0-9_ -]{{0,{MAX_ROLE - 1}}}")  # a template
 _SHORT_ID = re.compile(r"[A-Za-z0-9]{9}")
 _BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
+# Variables of templates that no request may set: what the server passes, and what would replace the template.
+RESERVED = frozenset(
+    {
+        *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "chat_template"),
+        *("raise_exception", "strftime_now", "tokenize", "return_dict", "bos_token", "eos_token"),
+    }
+)
+
 # What Qwen2.5's and Hermes' templates write, for models whose template knows no tools.
 TOOLS_IN_WORDS = """\
 # Tools
@@ -84,10 +92,13 @@ class TemplateExtras(msgspec.Struct, frozen=True, kw_only=True):
 NO_EXTRAS = TemplateExtras()
 
 
-def prepare_turns(
-    turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]], can: TemplateCapabilities
-) -> list[dict[str, Any]]:
-    """The turns as a template with these capabilities takes them. Raises `InvalidRequest` for those it cannot say."""
+def prepare_turns(turns: Sequence[Turn], extras: TemplateExtras, can: TemplateCapabilities) -> list[dict[str, Any]]:
+    """The turns as a template with these capabilities takes them. Raises `InvalidRequest` for what it cannot say."""
+    if extras.variables and (reserved := RESERVED.intersection(extras.variables)):
+        raise InvalidRequest(f"chat_template_kwargs must not set {min(reserved)!r}", param="chat_template_kwargs")
+    if extras.documents and "documents" not in can.variables:
+        raise InvalidRequest("documents: the model's chat template does not take documents", param="documents")
+    tools = extras.tools
     if not can.knows_tools and (tools or any(map(_is_of_tools, turns))):
         turns = _tools_in_words(turns, tools, can)
     elif tools and can.tools_in == "system message":

@@ -30,11 +30,6 @@ class Chat(Struct, frozen=True):
     variables: Mapping[str, Any] = {}
     reasoning_effort: str | None = None
 
-    @property
-    def has_extras(self) -> bool:
-        """Whether the template gets more than turns."""
-        return bool(self.tools or self.documents or self.variables or self.reasoning_effort)
-
 
 class Text(Struct, frozen=True):
     """A text to continue."""

@@ -36,7 +36,9 @@ async def make_requests(
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
         extras = NO_EXTRAS
-        if isinstance(prompt, Chat) and (prompt.has_extras or spec.chat_template_kwargs):
+        if isinstance(prompt, Chat) and (
+            prompt.tools or prompt.documents or prompt.variables or prompt.reasoning_effort or spec.chat_template_kwargs
+        ):
             extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, spec)
             warnings += ignored
         token_ids = await encode(prompt, engine, tenant, extras=extras, is_bounded=call.truncation is None)

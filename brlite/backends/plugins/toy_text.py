@@ -55,7 +55,7 @@ class ToyChat(ChatFormat):
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
     ) -> MarkedText:
         parts: list[str | int] = []
-        for message in prepare_turns(messages, extras.tools, self.capabilities):
+        for message in prepare_turns(messages, extras, self.capabilities):
             role, content = message.get("role"), message.get("content") or ""
             if role not in ROLES or not isinstance(content, str):
                 allowed = f"roles are {', '.join(ROLES)}, and a content is a string"
