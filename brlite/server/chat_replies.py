@@ -9,7 +9,7 @@ import msgspec
 
 from brlite.chat.formats import ChatFormat
 from brlite.chat.reasoning import ends_inside
-from brlite.chat.reply import ReplyFormat, ReplyParser, find_reply_format
+from brlite.chat.reply import ReplyFormat, ReplyParser
 from brlite.chat.tool_calls import ToolCallParser
 from brlite.chat.tools import Tool, ToolChoice
 from brlite.chat.turns import TemplateExtras
@@ -94,21 +94,6 @@ class ChatReplies:
     @property
     def _reads_calls(self) -> bool:
         return bool(self._tools) or self._format.reads_all
-
-
-def make_replies(call: Generation, tokenizer: Tokenizer, spec: ModelSpec) -> ChatReplies | None:
-    """What reads the replies of a call. None if they are plain text."""
-    chat, chat_format = call.prompts[0], tokenizer.chat_format
-    if not isinstance(chat, Chat) or chat_format is None:
-        return None
-    can = chat_format.capabilities
-    names = (spec.tool_parser, spec.reasoning_parser)
-    if call.tool_choice.mode == "none" and names == ("auto", "auto") and not (can.reasoning_marks or can.marks_content):
-        return None
-    reply_format = find_reply_format(chat_format, spec.tool_parser, spec.reasoning_parser)
-    has_calls = call.tool_choice.mode != "none" or reply_format.reads_all
-    has_reasoning = reply_format.marks is not None and call.splits_reasoning
-    return ChatReplies(call, chat, tokenizer, reply_format) if has_calls or has_reasoning else None
 
 
 def structural_tag(parser: type[ToolCallParser], tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from brlite.chat.reply import find_reply_format
 from brlite.chat.turns import NO_EXTRAS, TemplateExtras
 from brlite.config.options import ModelSpec
 from brlite.dialects.generation import Chat, Generation, Prompt, Text, Truncation
@@ -11,7 +12,8 @@ from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
 from brlite.errors import InvalidRequest
-from brlite.server.chat_replies import ChatReplies, make_replies, template_extras
+from brlite.server.chat_replies import ChatReplies, template_extras
+from brlite.tokenizer import Tokenizer
 
 
 class EngineRequests(msgspec.Struct, frozen=True):
@@ -65,6 +67,21 @@ async def make_requests(
         replies.begin(requests[0].prompt_token_ids)
         requests[0] = await _constrained(requests[0], replies, engine, warnings)
     return EngineRequests(requests, warnings, replies)
+
+
+def make_replies(call: Generation, tokenizer: Tokenizer, spec: ModelSpec) -> ChatReplies | None:
+    """What reads the replies of a call. None if they are plain text."""
+    chat, chat_format = call.prompts[0], tokenizer.chat_format
+    if not isinstance(chat, Chat) or chat_format is None:
+        return None
+    can = chat_format.capabilities
+    names = (spec.tool_parser, spec.reasoning_parser)
+    if call.tool_choice.mode == "none" and names == ("auto", "auto") and not (can.reasoning_marks or can.marks_content):
+        return None
+    reply_format = find_reply_format(chat_format, spec.tool_parser, spec.reasoning_parser)
+    has_calls = call.tool_choice.mode != "none" or reply_format.reads_all
+    has_reasoning = reply_format.marks is not None and call.splits_reasoning
+    return ChatReplies(call, chat, tokenizer, reply_format) if has_calls or has_reasoning else None
 
 
 async def _constrained(request: Request, replies: ChatReplies, engine: EngineLoop, warnings: list[str]) -> Request:
