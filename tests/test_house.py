@@ -37,7 +37,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "chat": ("files process", "tokenizers jinja2 msgspec"),
     "tokenizer": ("chat files process checkpoint.gguf_header checkpoint.model_file", "tokenizers"),
     "grammar": ("tokenizer sampling_params config", "llguidance numpy msgspec"),
-    "engine": ("tokenizer chat.turns grammar sampling_params outputs config", "msgspec"),
+    "engine": ("tokenizer grammar sampling_params outputs config", "msgspec"),
     "checkpoint": ("models precision files process machine config", "torch numpy gguf huggingface_hub tqdm msgspec"),
     "backends": (
         "engine.backend models checkpoint tokenizer chat sampling_params outputs "

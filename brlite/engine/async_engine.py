@@ -17,7 +17,6 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from brlite.chat.turns import NO_EXTRAS, TemplateExtras
 from brlite.config.options import EngineConfig
 from brlite.engine.admission import check_length
 from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, StepResult, close_dropped
@@ -30,7 +29,7 @@ from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest,
 from brlite.grammar.compiler import Grammar, deep_stack
 from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams, StructuredOutput
-from brlite.tokenizer import Tokenizer
+from brlite.tokenizer import NO_EXTRAS, TemplateExtras, Tokenizer
 
 T = TypeVar("T")
 

@@ -4,8 +4,9 @@ Reads tokenizers of Hugging Face folders, bare sentencepiece models and GGUF voc
 loaders only. First file: `tokenizer.py`.
 """
 
+from brlite.chat.turns import NO_EXTRAS, TemplateExtras
 from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.loader import load_tokenizer
 from brlite.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["ChildLimits", "Tokenizer", "load_tokenizer"]
+__all__ = ["NO_EXTRAS", "ChildLimits", "TemplateExtras", "Tokenizer", "load_tokenizer"]
