@@ -16,6 +16,7 @@ def on_one_line(event: bytes) -> bytes:
     return event
 
 
-def frame(event: bytes) -> bytes:
-    """One event without a name, whose data is JSON."""
-    return b"data: %b\n\n" % (event if event.isascii() else on_one_line(event))
+def frame(event: bytes, name: str = "") -> bytes:
+    """One event, whose data is JSON, with its name if it has one."""
+    data = b"data: %b\n\n" % (event if event.isascii() else on_one_line(event))
+    return b"event: %b\n%b" % (name.encode(), data) if name else data
