@@ -103,9 +103,9 @@ def test_forced_tokens_are_verified_as_drafts(folder: Path):
 def test_the_plug_in_engine_says_what_is_wrong_before_anything_runs(folder: Path):
     wrong = SamplingParams(structured=StructuredOutput(json_schema={"type": "array", "uniqueItems": True}))
 
-    with LLM(config=config(folder, ENGINES["toy"])) as llm:
-        with pytest.raises(InvalidRequest, match=r"prompts\[1\]: structured: at #/uniqueItems") as caught:
-            llm.generate(PROMPTS[:2], [PARAMS[0], wrong])
+    refusal = pytest.raises(InvalidRequest, match=r"prompts\[1\]: structured: at #/uniqueItems")
+    with LLM(config=config(folder, ENGINES["toy"])) as llm, refusal as caught:
+        llm.generate(PROMPTS[:2], [PARAMS[0], wrong])
 
     assert caught.value.param == "structured"
 

@@ -290,7 +290,8 @@ class GrammarConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_optional_properties: Annotated[Count, option("those of them that are not required")] = 400
     max_references: Annotated[Count, option("`$ref` inside the target of `$ref`, this many deep")] = 200
     max_repetitions: Annotated[
-        Count, option("characters of all patterns together, with counted repetitions such as {1,100} written out")
+        Count,
+        option("characters of all patterns, repetitions like {1,100} written out, and all `multipleOf`"),
     ] = 10_000
     max_joint_patterns: Annotated[Count, option("patterns that one string must match at once, by allOf")] = 3
     max_rules: Annotated[Count, option("rules of a grammar")] = 500

@@ -217,11 +217,6 @@ class Library:
         for warning in warnings:
             if warning.startswith("Unknown format"):
                 continue  # of a schema's branch that the walk did not reach
-            if warning.startswith("oneOf"):
-                if not walked.unproved_one_ofs:
-                    continue  # the walk has seen that no value matches two of its alternatives
-                reason = "the alternatives of oneOf cannot be told apart; use anyOf, or a property with different const"
-                raise SchemaRefused(walked.unproved_one_ofs[0], reason)
             keywords = re.findall(r'"([^"]+)"', warning) or ["minProperties", "maxProperties"]
             places = walked.with_keyword(*keywords)
             raise SchemaRefused(places[0] if places else "#", _first_line(warning))

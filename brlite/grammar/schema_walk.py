@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urldefrag, urljoin
 
@@ -63,7 +64,6 @@ class WalkedSchema(NamedTuple):
 
     schema: Any
     places: list[tuple[str, dict[str, Any]]]  # every subschema with its pointer
-    unproved_one_ofs: list[str]  # where a value might match two alternatives, as far as the walk can tell
 
     def with_keyword(self, *keywords: str) -> list[str]:
         """Where a keyword stands."""
@@ -95,18 +95,18 @@ def walk_schema(schema: Any, limits: SchemaLimits) -> WalkedSchema:
     """Check and rewrite a schema. Raises `SchemaRefused`."""
     walk = _Walk(schema, limits)
     walk.run()
-    return WalkedSchema(schema, list(walk.places.values()), walk.unproved_one_ofs)
+    return WalkedSchema(schema, list(walk.places.values()))
 
 
 class _Walk:
     def __init__(self, root: Any, limits: SchemaLimits) -> None:
         self.places: dict[int, tuple[str, dict[str, Any]]] = {}  # by identity, which `_root` keeps
-        self.unproved_one_ofs: list[str] = []
         self._root = root
         self._limits = limits
         self._targets: dict[int, Any] = {}  # of each node with a `$ref`
         self._anchors: dict[str, tuple[str, Any]] = {}
         self._bases: dict[int, str] = {}
+        self._names: dict[str, int] = {"": id(root)}  # what `$id` and `$anchor` call, by identity
         self._num_repetitions = 0
 
     def run(self) -> None:
@@ -122,6 +122,9 @@ class _Walk:
             waiting += reversed(list(self._visit(pointer, node, depth)))
         self._check_ends()
         self._check_joint_patterns()
+        for _, node in self.places.values():
+            if "oneOf" in node:  # of which no two match, as `_drop_harmless` has seen
+                node.setdefault("allOf", []).append({"anyOf": node.pop("oneOf")})
 
     def _visit(self, pointer: str, node: Any, depth: int) -> Iterator[tuple[str, Any, int]]:
         """Check one subschema, change it where that helps, and yield those below it with the depth of references."""
@@ -132,6 +135,7 @@ class _Walk:
         self.places[id(node)] = pointer, node
         if len(self.places) > self._limits.max_subschemas:
             raise SchemaRefused(pointer, f"the schema has more than {self._limits.max_subschemas} subschemas")
+        self._check_names(pointer, node)
         for keyword in _ANNOTATIONS:
             node.pop(keyword, None)
         self._drop_harmless(pointer, node)
@@ -185,8 +189,10 @@ class _Walk:
                 if is_exclusive and plain in node:
                     node[f"exclusive{bound}"] = node.pop(plain)
         alternatives = node.get("oneOf")
+        # The library would multiply the alternatives with one another to find this out, in any time and memory.
         if isinstance(alternatives, list) and not self._are_disjoint(pointer, alternatives):
-            self.unproved_one_ofs.append(f"{pointer}/oneOf")
+            reason = "the alternatives cannot be told apart; use anyOf, or a required property with different const"
+            raise SchemaRefused(f"{pointer}/oneOf", reason)
         if node.get("uniqueItems") is True:
             self._expand_unique_items(pointer, node)
 
@@ -226,6 +232,11 @@ class _Walk:
             value = node.get(keyword, 0)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
                 raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is a number")
+            if keyword == "multipleOf" and keyword in node:
+                if value <= 0:
+                    raise SchemaRefused(f"{pointer}/multipleOf", "multipleOf is a number above 0")
+                # An automaton keeps the remainder: 9999991 took three minutes. Powers of ten are only digits.
+                self._count(f"{pointer}/multipleOf", _remainders(value), "the number")
             is_lower = keyword.endswith("inimum")
             if keyword != "multipleOf" and abs(value) > EXACT:
                 if (value < 0) != is_lower:
@@ -234,8 +245,8 @@ class _Walk:
         if "enum" in node and not (isinstance(node["enum"], list) and node["enum"]):
             raise SchemaRefused(f"{pointer}/enum", "enum is a list of at least one value")
         for keyword in ("enum", "const"):
-            if keyword in node and _has_huge_integer(node[keyword]):
-                raise SchemaRefused(f"{pointer}/{keyword}", f"integers beyond ±{EXACT} are not enforced exactly")
+            if keyword in node and _has_huge_number(node[keyword]):
+                raise SchemaRefused(f"{pointer}/{keyword}", f"numbers beyond ±{EXACT} are not enforced exactly")
         patterns = [*_mapping(pointer, node, "patternProperties")]
         if "pattern" in node:
             if not isinstance(node["pattern"], str):
@@ -254,10 +265,14 @@ class _Walk:
             size = pattern_size(pattern)
         except PatternRefused as error:
             raise SchemaRefused(pointer, f"the pattern {error}") from None
+        self._count(pointer, size, "the pattern, with its repetitions written out,")
+
+    def _count(self, pointer: str, size: int, what: str) -> None:
+        """Add to what the automata of a schema need, and refuse what goes beyond the bound."""
         self._num_repetitions += size
         if self._num_repetitions > self._limits.max_repetitions:
-            reason = f"patterns with their repetitions written out have more than {self._limits.max_repetitions}"
-            raise SchemaRefused(pointer, f"{reason} characters, this one {size}")
+            most = self._limits.max_repetitions
+            raise SchemaRefused(pointer, f"{what} counts {size}; all patterns and multipleOf may count {most} in all")
 
     def _check_properties(self, pointer: str, node: dict[str, Any]) -> None:
         properties, required = _mapping(pointer, node, "properties"), node.get("required", [])
@@ -300,11 +315,21 @@ class _Walk:
             elif isinstance(node, list):
                 waiting += [(f"{pointer}/{index}", child, base) for index, child in enumerate(node)]
 
+    def _check_names(self, pointer: str, node: dict[str, Any]) -> None:
+        """Refuse two subschemas of one name: the library would take one for the other."""
+        base = self._bases.get(id(node), "").rstrip("#")
+        names = {"$id": base, "$anchor": f"{base}#{node.get('$anchor')}"}
+        for keyword, name in names.items():
+            if keyword in node and self._names.setdefault(name, id(node)) != id(node):
+                raise SchemaRefused(f"{pointer}/{keyword}", "another subschema has the same name")
+
     def _resolve(self, pointer: str, node: dict[str, Any]) -> tuple[str, Any]:
         """Where a node's `$ref` leads. Writes the reference as a URI where it is not one."""
         reference = node["$ref"]
         if not isinstance(reference, str):
             raise SchemaRefused(f"{pointer}/$ref", "a reference is a string")
+        if "/oneOf/" in reference:
+            raise SchemaRefused(f"{pointer}/$ref", "references into oneOf are not taken; move the target to $defs")
         node["$ref"] = quote(reference, safe="/#%:?&=+~!$'()*,;@[]-._")
         address, fragment = urldefrag(urljoin(self._bases.get(id(node), ""), reference))
         found = self._anchors.get(f"{address}#{fragment}" if fragment and fragment[0] != "/" else address)
@@ -342,9 +367,17 @@ class _Walk:
         if len(listed) == len(values):
             return len(set[str]().union(*listed)) == sum(map(len, listed))
         return len(nodes) <= MAX_COMPARED and all(
-            not kinds[i] & kinds[j] or _are_distinct(values[i], values[j]) or _differ_by_tag(nodes[i], nodes[j])
+            not kinds[i] & kinds[j] or _are_distinct(values[i], values[j]) or self._differ_by_tag(nodes[i], nodes[j])
             for i, j in itertools.combinations(range(len(nodes)), 2)
         )
+
+    def _differ_by_tag(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
+        """Whether both are objects with a property that each requires and that has different values."""
+        if one.get("type") != "object" or other.get("type") != "object":
+            return False
+        tags = set(_names(one)) & set(_names(other))
+        values = [[self._followed("#", node["properties"][tag]) for node in (one, other)] for tag in tags]
+        return any(_are_distinct(_values(mine), _values(theirs)) for mine, theirs in values)
 
     def _expand_unique_items(self, pointer: str, node: dict[str, Any]) -> None:
         """Write the arrays out that have each value at most once, where the values are few."""
@@ -408,22 +441,30 @@ class _Walk:
         return "object" in types and all(is_finite(properties.get(name)) for name in node.get("required", []))
 
     def _check_joint_patterns(self) -> None:
-        """Refuse many patterns that one string must match together: their product is what takes long."""
+        """Refuse what multiplies: many patterns for one string, or large divisors of one number."""
         num_looks, most = 0, self._limits.max_joint_patterns
         for pointer, node in self.places.values():
-            num_patterns, seen = 0, set[int]()
+            num_patterns, num_remainders, seen = 0, 1, set[int]()
             waiting: list[Any] = [node]
             while waiting and num_patterns <= most:
                 each = waiting.pop()
                 if isinstance(each, dict) and id(each) not in seen:
                     seen.add(id(each))
                     num_patterns += ("pattern" in each) + ("format" in each)
+                    num_remainders *= _remainders(each.get("multipleOf", 1))
                     waiting += [*each.get("allOf", []), self._targets.get(id(each))]
             num_looks += len(seen)
+            if num_remainders > self._limits.max_repetitions:
+                raise SchemaRefused(pointer, f"one number must be a multiple of several, {num_remainders} in all")
             if num_patterns > most:
                 raise SchemaRefused(pointer, f"one string must match more than {most} patterns at once")
             if num_looks > 100 * self._limits.max_subschemas:
                 raise SchemaRefused(pointer, "references are too entangled")
+
+
+def _remainders(divisor: float) -> int:
+    """How many states keep the remainder of a number that is read digit by digit; powers of ten need none."""
+    return int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
 
 
 def _escape(name: str) -> str:
@@ -492,14 +533,6 @@ def _are_distinct(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None
     return one is not None and other is not None and one.keys().isdisjoint(other.keys())
 
 
-def _differ_by_tag(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether both are objects with a property that each requires and that has different values."""
-    if one.get("type") != "object" or other.get("type") != "object":
-        return False
-    tags = set(_names(one)) & set(_names(other))
-    return any(_are_distinct(_values(one["properties"][tag]), _values(other["properties"][tag])) for tag in tags)
-
-
 def _key(value: Any) -> str:
     def plain(part: Any) -> Any:
         if isinstance(part, dict):
@@ -520,13 +553,11 @@ def _type(value: Any) -> str:
     return names[type(value)]
 
 
-def _has_huge_integer(value: Any) -> bool:
+def _has_huge_number(value: Any) -> bool:
     waiting = [value]
     while waiting:
         part = waiting.pop()
-        if isinstance(part, int) and abs(part) > EXACT:
-            return True
-        if isinstance(part, float) and not math.isfinite(part):
+        if isinstance(part, (int, float)) and not abs(part) <= EXACT:
             return True
         waiting += _children(part)
     return False

@@ -62,6 +62,11 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     }
     yield "20 patterns behind references", {"json_schema": {"$ref": "#/$defs/p0", **behind}}
     yield "a million repetitions", {"json_schema": {"type": "string", "pattern": "^a{1000000}$"}}
+    yield "a remainder of ten million", {"json_schema": {"type": "integer", "multipleOf": 9999991}}
+    remainders = [{"type": "integer", "multipleOf": number} for number in (4999, 4993)]
+    yield "a product of remainders", {"json_schema": {"allOf": remainders}}
+    apart = [{"type": "integer", "multipleOf": 480 + number} for number in range(19)]
+    yield "remainders of alternatives", {"json_schema": {"oneOf": apart}}
     yield "nested repetitions", {"regex": "(a{1000}){1000}"}
     yield "20,000 values", {"json_schema": {"enum": [f"value number {i}" for i in range(20_000)]}}
     yield "1,200 long values", {"json_schema": {"enum": [f"{i}" + "x" * 400 for i in range(1200)]}}

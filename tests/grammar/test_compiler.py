@@ -161,6 +161,9 @@ SCHEMA_REFUSALS: list[tuple[Any, str, str]] = [
         "#/",
         "never ends",
     ),
+    ({"$id": "x", "type": "null", "anyOf": [{"$id": "x"}]}, "#/anyOf/0/$id", "same name"),
+    ({"anyOf": [{"$id": ""}]}, "#/anyOf/0/$id", "same name"),
+    ({"anyOf": [{"$anchor": "a"}, {"$anchor": "a"}]}, "#/anyOf/1/$anchor", "same name"),
     (False, "#", "allows nothing"),
 ]
 
