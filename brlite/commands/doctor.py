@@ -99,10 +99,11 @@ def _version(package: str) -> str:
 def _machine() -> Findings:
     memory, cpus = find_memory(), find_cpus()
     limit = f"; limited by {memory.decided_by}" if memory.decided_by else ""
+    fewer = "; fewer while other programs use the cores (engine.adaptive_threads)" if cpus.num_threads > 1 else ""
     return {
         "instruction sets": " ".join(find_instruction_sets()) or "unknown",
         "hardware threads": str(os.cpu_count()),
-        "threads": f"{cpus.num_threads}, {cpus.decided_by}",
+        "threads": f"{cpus.num_threads}, {cpus.decided_by}{fewer}",
         "memory": f"{show_bytes(memory.total)}, {show_bytes(memory.available)} free{limit}",
         "biren nodes": " ".join(sorted(map(str, Path("/dev").glob(BIREN_NODES)))) or "none",
     }

@@ -108,6 +108,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     threads: Annotated[
         int, Meta(ge=0, le=1024), option("0: one for each physical core, within CPU affinity and quotas")
     ] = 0
+    adaptive_threads: Annotated[
+        bool, option("steps take fewer threads while other programs use the cores; the answers are the same")
+    ] = True
     block_size: Annotated[BlockSize, option("tokens in a block of the KV cache: 8, 16, 32, 64, 128, 256")] = 16
     max_num_batched_tokens: Annotated[
         Count, option("tokens computed in one step, at least build_batch; longer prompts are cut into chunks")

@@ -173,9 +173,10 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
-    """One `SeqResult` for each `ScheduledSeq`, in the batch's order."""
+    """One `SeqResult` for each `ScheduledSeq`, in the batch's order. `num_threads` computed; 0: not known."""
 
     seqs: list[SeqResult]
+    num_threads: int = 0
 
 
 class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -151,6 +151,7 @@ class Engine:
             self.guidance.advance(result)
             self.guidance = None
         self.stats.step_time.observe(now - self._step_start)
+        self.stats.num_step_threads = result.num_threads
         num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
         for (seq, num_tokens), seq_result in zip(in_flight, result.seqs, strict=True):
             if seq.status is SequenceStatus.RUNNING:

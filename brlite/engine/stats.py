@@ -83,6 +83,7 @@ class EngineStats:
         self.num_waiting = 0
         self.num_used_blocks = 0
         self.num_blocks = 0
+        self.num_step_threads = 0
 
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0

@@ -130,6 +130,7 @@ V1_HISTOGRAMS = [
     Distribution("vllm:request_params_n", "n of a request.", lambda s: s.params_n),
 ]
 
+OWN_GAUGES = [Series("brlite:step_threads", "Threads that computed the last step.", lambda s: s.num_step_threads)]
 OWN_COUNTERS = [Series("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures)]
 OWN_HISTOGRAMS = [Distribution("brlite:step_time_seconds", "Duration of a step.", lambda s: s.step_time)]
 
@@ -171,6 +172,7 @@ class EngineCollector(Collector):
         yield from self._families(CounterMetricFamily, V1_COUNTERS, V1_LABELS)
         yield from self._histograms(V1_HISTOGRAMS, V1_LABELS)
         yield self._endings()
+        yield from self._families(GaugeMetricFamily, OWN_GAUGES, SEED_LABELS)
         yield from self._families(CounterMetricFamily, OWN_COUNTERS, SEED_LABELS)
         yield from self._histograms(OWN_HISTOGRAMS, SEED_LABELS)
         yield from self._traits(CounterMetricFamily, MODEL_COUNTERS)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from typing import NamedTuple
+from itertools import cycle
+from typing import Any, NamedTuple
 
 import msgspec
 import pytest
@@ -61,6 +62,21 @@ def test_a_row_has_the_bits_it_has_alone_whatever_the_schedule(alone: Alone) -> 
 
 def test_two_threads_give_the_bits_of_one(alone: Alone, native_library: NativeLibrary) -> None:
     with closing(load_native(native_library, alone.name, alone.precision, threads=2)) as backend:
+        seen = run_schedules(backend, alone.stories, count=NUM_MORE, seed=alone.seed)
+
+    assert seen["compared"] > NUM_MORE
+
+
+def test_a_number_of_threads_that_changes_gives_the_bits_of_one(alone: Alone, native_library: NativeLibrary) -> None:
+    with closing(load_native(native_library, alone.name, alone.precision, threads=3)) as backend:
+        run = backend._run
+        counts = cycle((3, 1, 2))
+
+        def run_on_some(*args: Any) -> None:
+            backend._num_threads = next(counts)
+            run(*args)
+
+        backend._run = run_on_some  # type: ignore[method-assign]
         seen = run_schedules(backend, alone.stories, count=NUM_MORE, seed=alone.seed)
 
     assert seen["compared"] > NUM_MORE

@@ -14,7 +14,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
@@ -129,7 +129,7 @@ class NativeBatch(ctypes.Structure):
         ("num_rows", c_int32),
         ("num_spans", c_int32),
         ("num_draws", c_int32),
-        ("reserved", c_int32),
+        ("num_threads", c_int32),
         ("token_ids", c_void_p),
         ("spans", c_void_p),
         ("draws", c_void_p),
@@ -167,6 +167,7 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "brlite_create": ((c_void_p, c_int32, c_int32), c_void_p),
     "brlite_destroy": ((c_void_p,), None),
     "brlite_run": ((c_void_p, c_void_p), c_int32),
+    "brlite_last_time": ((c_void_p, c_void_p), None),
     "brlite_draw_rows": ((c_int32, c_void_p, c_void_p, c_int32, c_int32, c_void_p), c_int32),
 }
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from brlite.backends.distributed.messages import RankBatch, RankSeq
 from brlite.backends.native import abi
 from brlite.backends.native.abi import LANES
+from brlite.backends.native.adaptive_threads import AdaptiveThreads
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.loading import LoadedWeights, load_weights
@@ -84,6 +85,11 @@ class NativeBackend:
             self._library = library
             self._vocab_size = config.vocab_size
             self._draws = NativeDraws(config.vocab_size)
+            # Ranks wait for each other: what one waits for says nothing about its own threads.
+            is_adaptive = plan.engine.adaptive_threads and plan.shard is None
+            self._threads = AdaptiveThreads(plan.num_threads) if is_adaptive else None
+            self._last_time = (ctypes.c_double * 2)()
+            self._num_threads = plan.num_threads
             compiled = NativePlan(
                 library,
                 config,
@@ -115,8 +121,13 @@ class NativeBackend:
         with self._guard.step():
             draws = self._draws.lay_out(drawings, targets)
             self._run(rows, draws.num_draws, draws.draws_address, draws.drawn_address)
+            num_threads = self._num_threads
+            if self._threads is not None and batch.masks is None:  # a draw's wait for its mask is no thread's fault
+                self._library.brlite_last_time(self._engine, ctypes.addressof(self._last_time))
+                self._threads.observe(*self._last_time)
+                self._num_threads = self._threads.num_threads
             tokens, logprobs = iter(draws.tokens()), iter(draws.target_logprobs())
-            return StepResult([_result(seq, tokens, logprobs) for seq in batch.seqs])
+            return StepResult([_result(seq, tokens, logprobs) for seq in batch.seqs], num_threads)
 
     def follow(self, work: RankBatch) -> None:
         """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
@@ -162,6 +173,7 @@ class NativeBackend:
             num_rows=rows.num_rows,
             num_spans=len(rows.spans),
             num_draws=num_draws,
+            num_threads=self._num_threads,
             token_ids=rows.token_ids.ctypes.data,
             spans=rows.spans.ctypes.data,
             draws=draws,

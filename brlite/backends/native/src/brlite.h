@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 6
+#define BRLITE_ABI_VERSION 7
 #define BRLITE_KERNEL_VERSION 1  // counts up whenever a change of the kernels changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
@@ -140,7 +140,7 @@ typedef struct brlite_batch {
     int32_t num_rows;
     int32_t num_spans;
     int32_t num_draws;
-    int32_t reserved;
+    int32_t num_threads;       // how many of the engine's compute; 0: all
     const int32_t* token_ids;  // [num_rows]
     const brlite_span* spans;
     const brlite_draw* draws;
@@ -184,6 +184,9 @@ void brlite_destroy(brlite_engine* engine);
 // 0, or the number of what is wrong with the batch: nothing was computed then. 8: a meeting ended, and with it the
 // sense of what was computed.
 int32_t brlite_run(brlite_engine* engine, const brlite_batch* batch);
+// What the last run took: seconds[0] from beginning to end, seconds[1] what all threads together computed in it. So
+// seconds[1] / seconds[0] threads were at work, and the others waited or had no core.
+void brlite_last_time(const brlite_engine* engine, double* seconds);
 // The drawing alone, on this thread: from logits [num_rows][vocab_size], one draw for each row.
 // 0, or -1 where there is no such instruction set or no memory.
 int32_t brlite_draw_rows(int32_t isa, const brlite_draw* draws, brlite_drawn* drawn, int32_t num_rows,

@@ -88,16 +88,21 @@ class Engine {
 
     BatchError run(const brlite_batch& batch) {
         if (const BatchError error = check(plan_, batch)) return error;
+        step_.num_threads =
+            batch.num_threads > 0 ? std::min(batch.num_threads, pool_.num_threads()) : pool_.num_threads();
         lay_out(batch);
         const int num_slices = rounded(batch.num_draws, BRLITE_HEAD_ROWS) / BRLITE_HEAD_ROWS;
         if ((size_t)num_slices * 3 + 2 * body_.size() > num_counters_) grow_counters(num_slices);
         for (size_t i = 0; i < num_counters_; i++) counters_[i].value.store(0, std::memory_order_relaxed);
-        pool_.run([this](int thread) {
+        const auto compute = [this](int thread) {
             FlushToZero mode;
             kernels_.run(step_, scratch_[thread], counters_.get(), pool_.barrier());
-        });
+        };
+        last_time_ = pool_.run(compute, step_.num_threads);
         return plan_.meeting && ((Meeting*)plan_.meeting)->has_ended() ? LOST_RANK : NONE;
     }
+
+    const JobTime& last_time() const { return last_time_; }
 
  private:
     void allocate(int num_threads);
@@ -112,6 +117,7 @@ class Engine {
     const Kernels& kernels_;
     Pool pool_;
     Step step_{};
+    JobTime last_time_{};
     std::vector<Memory> memories_;
     std::vector<Scratch> scratch_;
     std::vector<int32_t> positions_, row_spans_;
@@ -178,7 +184,7 @@ void Engine::share_out(const brlite_batch& batch) {
         }
         longest = std::max(longest, last_chunk(batch.spans[i]));
     }
-    const bool has_few = (int)attending_.size() * a.num_kv_heads < 4 * pool_.num_threads();
+    const bool has_few = (int)attending_.size() * a.num_kv_heads < 4 * step_.num_threads;
     step_.partial.is_split = has_few && longest > 0 && batch.num_rows <= MAX_SPLIT_ROWS;
     if (step_.partial.is_split) split(batch);
     step_.attending = attending_.data();
@@ -212,6 +218,11 @@ brlite_engine* brlite_create(const brlite_plan* plan, int32_t isa, int32_t num_t
 }
 
 void brlite_destroy(brlite_engine* engine) { delete engine; }
+
+void brlite_last_time(const brlite_engine* engine, double* seconds) {
+    seconds[0] = engine->last_time().seconds;
+    seconds[1] = engine->last_time().busy_seconds;
+}
 
 int32_t brlite_run(brlite_engine* engine, const brlite_batch* batch) {
     try {

@@ -2,8 +2,10 @@
 
 #include <limits.h>
 #include <sched.h>
+#include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #if defined(__linux__)
 #include <linux/futex.h>
@@ -21,7 +23,16 @@ constexpr int SPINS = 2000;   // some 20 us
 constexpr int YIELDS = 2000;  // some 500 us where nobody else wants the core
 constexpr int WAITS_APART = 256;
 constexpr std::chrono::microseconds LONG_YIELD(100);
+constexpr int64_t MAX_SPIN_NANOSECONDS = 100000;
 constexpr int32_t END = -1;
+
+thread_local int64_t polled_nanoseconds = 0;  // of this thread's processor time, since it was last set to 0
+
+int64_t nanoseconds_of(clockid_t clock) {
+    timespec now{};
+    clock_gettime(clock, &now);
+    return now.tv_sec * 1000000000LL + now.tv_nsec;
+}
 
 // Gives the core away until `is_over`, as long as nobody takes it: polling so is quicker than being woken. A core that
 // somebody took does not come back for milliseconds, so for the next waits its thread sleeps at once, and the system
@@ -68,14 +79,19 @@ void BasicSignal<SHARED>::set(int32_t value) {
 
 template <bool SHARED>
 void BasicSignal<SHARED>::wait_from(int32_t old) {
-    for (int i = 0; i < SPINS; i++) {
-        if (get() != old) return;
-        pause();
+    if (get() != old) return;
+    const int64_t start = nanoseconds_of(CLOCK_MONOTONIC);
+    for (int i = 0; i < SPINS && get() == old; i++) pause();
+    // Longer only where the core was lost meanwhile, which took no time of this thread.
+    polled_nanoseconds += std::min(nanoseconds_of(CLOCK_MONOTONIC) - start, MAX_SPIN_NANOSECONDS);
+    if (get() != old) return;
+    const int64_t used = nanoseconds_of(CLOCK_THREAD_CPUTIME_ID);
+    if (!yield_until([&] { return get() != old; })) {
+        num_sleeping_.fetch_add(1);
+        while (value_.load() == old) sleep_while(value_, old, SHARED);
+        num_sleeping_.fetch_sub(1);
     }
-    if (yield_until([&] { return get() != old; })) return;
-    num_sleeping_.fetch_add(1);
-    while (value_.load() == old) sleep_while(value_, old, SHARED);
-    num_sleeping_.fetch_sub(1);
+    polled_nanoseconds += nanoseconds_of(CLOCK_THREAD_CPUTIME_ID) - used;
 }
 
 template class BasicSignal<false>;
@@ -95,7 +111,7 @@ void Meeting::end() {
     generation_.set((generation_.get() + 1) & INT_MAX);
 }
 
-Pool::Pool(int num_threads) : num_threads_(num_threads), barrier_(num_threads) {
+Pool::Pool(int num_threads) : num_threads_(num_threads), barrier_(num_threads), jobs_(new Signal[(size_t)num_threads]) {
     try {
         for (int thread = 1; thread < num_threads; thread++) threads_.emplace_back([this, thread] { serve(thread); });
     } catch (...) {  // the system has no more: those that run must end before they are forgotten
@@ -107,27 +123,37 @@ Pool::Pool(int num_threads) : num_threads_(num_threads), barrier_(num_threads) {
 Pool::~Pool() { stop(); }
 
 void Pool::stop() {
-    job_.set(END);
+    for (size_t thread = 1; thread <= threads_.size(); thread++) jobs_[thread].set(END);
     for (std::thread& thread : threads_) thread.join();
 }
 
-void Pool::run(const std::function<void(int)>& work) {
-    const int32_t done = last_done_.get(), job = (job_.get() + 1) & INT_MAX;
+JobTime Pool::run(const std::function<void(int)>& work, int num_threads) {
+    const int64_t start = nanoseconds_of(CLOCK_MONOTONIC);
+    const int32_t done = last_done_.get();
     work_ = &work;
-    num_busy_.store(num_threads_, std::memory_order_relaxed);
-    job_.set(job);
-    work(0);
-    if (num_busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) return last_done_.set(job);
+    barrier_.set_num_threads(num_threads);
+    busy_nanoseconds_.store(0, std::memory_order_relaxed);
+    num_busy_.store(num_threads, std::memory_order_relaxed);
+    for (int thread = 1; thread < num_threads; thread++) jobs_[thread].set((jobs_[thread].get() + 1) & INT_MAX);
+    do_share(0);
     last_done_.wait_from(done);
+    return {(double)(nanoseconds_of(CLOCK_MONOTONIC) - start) * 1e-9, (double)busy_nanoseconds_.load() * 1e-9};
+}
+
+void Pool::do_share(int thread) {
+    const int64_t used = nanoseconds_of(CLOCK_THREAD_CPUTIME_ID);
+    polled_nanoseconds = 0;
+    (*work_)(thread);
+    busy_nanoseconds_ += nanoseconds_of(CLOCK_THREAD_CPUTIME_ID) - used - polled_nanoseconds;
+    if (num_busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) last_done_.set((last_done_.get() + 1) & INT_MAX);
 }
 
 void Pool::serve(int thread) {
     for (int32_t seen = 0;;) {
-        job_.wait_from(seen);
-        seen = job_.get();
+        jobs_[thread].wait_from(seen);
+        seen = jobs_[thread].get();
         if (seen == END) return;
-        (*work_)(thread);
-        if (num_busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) last_done_.set(seen);
+        do_share(thread);
     }
 }
 

@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <functional>
+#include <memory>
 #include <thread>
 #include <vector>
 
@@ -47,6 +48,8 @@ class Meeting {
 class Barrier {
  public:
     explicit Barrier(int num_threads) : num_threads_(num_threads) {}
+    // Only while nobody waits.
+    void set_num_threads(int num_threads) { num_threads_ = num_threads; }
     // Returns when all threads are here; the last of them does `before` while the others still wait.
     template <class Before>
     void wait(Before before) {
@@ -62,9 +65,16 @@ class Barrier {
     }
 
  private:
-    const int num_threads_;
+    int num_threads_;
     alignas(64) std::atomic<int32_t> num_waiting_{0};
     Signal generation_;
+};
+
+// What a job took: from its beginning to its end, and of all threads together the processor time in which they did not
+// wait.
+struct JobTime {
+    double seconds;
+    double busy_seconds;
 };
 
 class Pool {
@@ -76,19 +86,22 @@ class Pool {
 
     int num_threads() const { return num_threads_; }
     Barrier& barrier() { return barrier_; }
-    // Call `work(thread)` on every thread, this one as thread 0; return when all are done. Not reentrant.
-    void run(const std::function<void(int)>& work);
+    // Call `work(thread)` on the first `num_threads` threads, this one as thread 0; return when all are done. Not
+    // reentrant.
+    JobTime run(const std::function<void(int)>& work, int num_threads);
 
  private:
     void serve(int thread);
+    void do_share(int thread);
     void stop();
 
     const int num_threads_;
     Barrier barrier_;
     const std::function<void(int)>* work_ = nullptr;
-    Signal job_;        // counts the jobs; -1 ends the threads
-    Signal last_done_;  // the last job that all have done
+    std::unique_ptr<Signal[]> jobs_;  // by thread: count its jobs; -1 ends it
+    Signal last_done_;                // counts the jobs that all have done
     alignas(64) std::atomic<int32_t> num_busy_{0};
+    std::atomic<int64_t> busy_nanoseconds_{0};
     std::vector<std::thread> threads_;
 };
 
