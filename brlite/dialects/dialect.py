@@ -16,8 +16,8 @@ from brlite.dialects.generation import Generation
 class ResponseEncoder(Protocol):
     """Turns the events of one call into its response's bytes: those of a stream, or one whole body."""
 
-    def opening(self) -> bytes:
-        """What a stream begins with."""
+    def opening(self, usage: TokenUsage) -> bytes:
+        """What a stream begins with. `usage` has the prompts' tokens."""
         ...
 
     def encode(self, event: Event) -> bytes:
@@ -36,9 +36,9 @@ class ResponseEncoder(Protocol):
 class Dialect(NamedTuple):
     """One API for generating text.
 
-    `decode` raises `InvalidRequest`. `make_encoder` takes the call, the answer's id, the model's name as the client has
-    it and the backend's fingerprint (empty if it has none). `encode_error` is what a stream ends with where something
-    went wrong.
+    `id_prefix` is what the ids of its answers begin with. `decode` raises `InvalidRequest`. `make_encoder` takes the
+    call, the answer's id, the model's name as the client has it and the backend's fingerprint (empty if it has none).
+    `encode_error` is what a stream ends with where something went wrong.
     """
 
     path: str

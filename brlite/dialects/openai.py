@@ -263,7 +263,7 @@ class OpenAIEncoder:
         # What a chunk says of the usage, but for the last one, which has nothing else.
         self._no_usage: UnsetType | None = None if call.include_usage else UNSET
 
-    def opening(self) -> bytes:
+    def opening(self, usage: TokenUsage) -> bytes:
         """What a stream begins with."""
         return b""
 

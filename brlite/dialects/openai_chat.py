@@ -216,7 +216,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
 class ChatEncoder(OpenAIEncoder):
     """Events to chunks, or to one whole answer."""
 
-    def opening(self) -> bytes:
+    def opening(self, usage: TokenUsage) -> bytes:
         choices = (ChatChunkChoice(index, _FIRST_DELTA) for index in range(self._call.params.n))
         return b"".join(frame(self._chunk([choice], self._no_usage)) for choice in choices)
 
@@ -319,4 +319,4 @@ def chat_logprobs(tokens: Sequence[Token], *, names_are_ids: bool = False) -> Ch
     )
 
 
-DIALECT = Dialect("/v1/chat/completions", "chatcmpl", decode, ChatEncoder, encode_error)
+DIALECT = Dialect("/v1/chat/completions", "chatcmpl-", decode, ChatEncoder, encode_error)

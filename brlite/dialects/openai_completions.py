@@ -200,4 +200,4 @@ def _prompts(body: CompletionRequest, limits: LimitsConfig) -> tuple[Prompt, ...
     )
 
 
-DIALECT = Dialect("/v1/completions", "cmpl", decode, CompletionEncoder, encode_error)
+DIALECT = Dialect("/v1/completions", "cmpl-", decode, CompletionEncoder, encode_error)

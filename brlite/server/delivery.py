@@ -58,7 +58,7 @@ class Delivery:
     def __init__(
         self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
     ) -> None:
-        self.id = f"{dialect.id_prefix}-{uuid.uuid4().hex}"
+        self.id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
         self._request = request
         self._dialect = dialect
         self._call = call
@@ -215,7 +215,8 @@ class StreamDelivery(Delivery):
         assert self._builder is not None
         if self._state is StreamState.WAITING:
             await self._begin()
-        if opening := self._encoder.opening():
+        prompts = TokenUsage(sum(len(request.prompt_token_ids) for request in self._requests), 0, 0)
+        if opening := self._encoder.opening(prompts):
             self._stream.write(opening)
         self._state = StreamState.SENDING
         self._flush()

@@ -92,7 +92,7 @@ def test_the_engines_refusals_come_in_the_clients_words() -> None:
 def test_a_stream_opens_with_a_role_for_each_choice_and_ends_with_done() -> None:
     call = decoded(n=2)
 
-    opening = told(encoder(call).opening())
+    opening = told(encoder(call).opening(TokenUsage(1, 0, 0)))
 
     delta = {"role": "assistant", "content": "", "refusal": None}
     assert [chunk["choices"] for chunk in opening] == [

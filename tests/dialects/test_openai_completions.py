@@ -65,7 +65,7 @@ def test_a_chunk_byte_for_byte() -> None:
 def test_a_stream_opens_with_nothing_and_ends_with_done() -> None:
     made = encoder(decoded())
 
-    assert made.opening() == b""
+    assert made.opening(TokenUsage(1, 0, 0)) == b""
     assert made.closing(TokenUsage(1, 1, 0)) == b"data: [DONE]\n\n"
 
 
