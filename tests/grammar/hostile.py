@@ -85,6 +85,8 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
         "5,000 GBNF rules in a row",
         {"grammar": "root ::= r0\n" + "\n".join(f'r{i} ::= "x" r{i + 1}' for i in range(5000)) + '\nr5000 ::= "a"'},
     )
+    joint = "start: X\nX: " + " & ".join(f"A{i}" for i in range(25)) + "\n"
+    yield "25 terminals at once", {"grammar": joint + "".join(f"A{i}: /.*a.{{{i}}}b.*/\n" for i in range(25))}
     yield "5,000 brackets", {"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000}
     yield "a million repetitions in a grammar", {"grammar": 'root ::= "a"{1,1000000}'}
     yield "10,000 levels of JSON", {"json_schema": nested(10_000)}
