@@ -25,7 +25,8 @@ from brlite.proxy.metrics import ForwardingCollector
 from brlite.proxy.middleware import forward_middleware
 from brlite.proxy.scrape import Scraper
 from brlite.server.delivery import RUNNING, end_all
-from brlite.server.handlers import ADD_METRICS, CONFIG, METRICS_PATHS, MODELS, OPEN_PATHS, ROUTES
+from brlite.server.generate import CONFIG, MODELS
+from brlite.server.handlers import ADD_METRICS, METRICS_PATHS, OPEN_PATHS, ROUTES
 from brlite.server.metrics import COLLECTORS
 from brlite.server.model_manager import ModelManager
 from brlite.server.served_model import ModelTable, ServedModel

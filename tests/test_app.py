@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestServer
 from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import ModelError
-from brlite.server.handlers import MODELS
+from brlite.server.generate import MODELS
 
 TOYS = Config(engine=EngineConfig(name="toy"), model=(ModelSpec(name="one"), ModelSpec(name="two")))
 

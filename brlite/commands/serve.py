@@ -31,7 +31,7 @@ from brlite.http.keys import KEYS
 from brlite.http.listen import HttpServer
 from brlite.process.descriptors import raise_descriptor_limit
 from brlite.proxy.routing.route_table import RouteTable
-from brlite.server.handlers import CONFIG, MODELS
+from brlite.server.generate import CONFIG, MODELS
 from brlite.server.model_manager import ModelManager, OnProgress
 from brlite.server.served_model import ModelTable, ServedModel
 

@@ -28,6 +28,10 @@ class ResponseEncoder(Protocol):
         """What a stream ends with."""
         ...
 
+    def failing(self, error: BaseException) -> bytes:
+        """What a stream ends with where something went wrong."""
+        ...
+
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body of a response that is not streamed; one event a choice."""
         ...
@@ -38,7 +42,7 @@ class Dialect(NamedTuple):
 
     `id_prefix` is what the ids of its answers begin with. `decode` raises `InvalidRequest`. `make_encoder` takes the
     call, the answer's id, the model's name as the client has it and the backend's fingerprint (empty if it has none).
-    `encode_error` is what a stream ends with where something went wrong.
+    `encode_error` is what a stream ends with where something went wrong before it has an encoder.
     """
 
     path: str

@@ -52,12 +52,18 @@ def status_of(error: BaseException) -> Status:
     return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
 
 
+def error_code(error: BaseException) -> str | None:
+    """The error's own code, or that of its class."""
+    return getattr(error, "code", None) or status_of(error).code
+
+
 def error_body(error: BaseException) -> bytes:
     """The error as JSON. What is not the client's business is replaced by one fixed sentence."""
     status = status_of(error)
-    code = getattr(error, "code", None) or status.code
     message = str(error) if isinstance(error, errors.RequestError) else SERVER_FAULT
-    return envelope(status._replace(code=code), message[:MAX_MESSAGE_LENGTH], getattr(error, "param", None))
+    return envelope(
+        status._replace(code=error_code(error)), message[:MAX_MESSAGE_LENGTH], getattr(error, "param", None)
+    )
 
 
 def envelope(status: Status, message: str, param: str | None = None) -> bytes:

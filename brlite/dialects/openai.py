@@ -271,6 +271,10 @@ class OpenAIEncoder:
         """What a stream ends with."""
         return (frame(self._usage_chunk(usage)) if self._call.include_usage else b"") + DONE_EVENT
 
+    def failing(self, error: BaseException) -> bytes:
+        """What a stream ends with where something went wrong."""
+        return encode_error(error)
+
     def _usage_chunk(self, usage: TokenUsage) -> bytes:
         raise NotImplementedError
 

@@ -235,7 +235,8 @@ class StreamDelivery(Delivery):
         if self._state is StreamState.WAITING:
             raise error from None
         self._state = StreamState.OVER
-        self.response = await self._stream.finish(self._dialect.encode_error(error))
+        failing = self._dialect.encode_error if self._builder is None else self._encoder.failing
+        self.response = await self._stream.finish(failing(error))
         return True
 
     def _take(self, index: int, output: RequestOutput) -> None:

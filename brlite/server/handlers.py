@@ -1,13 +1,11 @@
-"""One coroutine for each endpoint, and `ROUTES`, which lists them. `generate` is the place to start.
+"""One coroutine for each endpoint, and `ROUTES`, which lists them. `generate.py` is the place to start.
 
 No field is interpreted here and no byte is framed: `dialects/` decode and encode, `delivery.py` sends.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import msgspec
@@ -17,9 +15,7 @@ from msgspec import UNSET, UnsetType
 
 import brlite
 from brlite.chat.turns import NO_EXTRAS
-from brlite.config.options import Config
 from brlite.dialects import DIALECTS
-from brlite.dialects.dialect import Dialect
 from brlite.dialects.generation import Chat
 from brlite.dialects.openai import encode_json, token_name
 from brlite.dialects.openai_tokens import (
@@ -29,57 +25,19 @@ from brlite.dialects.openai_tokens import (
     decode_detokenize,
     decode_tokenize,
 )
-from brlite.errors import Forbidden, NotFound, stopping
+from brlite.errors import Forbidden, NotFound
 from brlite.http.body import leave_body, read_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
 from brlite.sampling_params import check_token_ids
 from brlite.server import metrics
 from brlite.server.chat_replies import template_extras
-from brlite.server.delivery import StreamDelivery, WholeDelivery
 from brlite.server.engine_requests import encode
 from brlite.server.event_builder import token_text
+from brlite.server.generate import CONFIG, MODELS, admit, generate
 from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card
-from brlite.server.served_model import ModelTable, ServedModel
 
-CONFIG = web.AppKey("config", Config)
-MODELS = web.AppKey("models", ModelTable)
 # Adds the metrics of the upstreams, of one by its name or of `all`, to a text of ours.
 ADD_METRICS: web.AppKey[Callable[[bytes, str], Awaitable[bytes]]] = web.AppKey("add_metrics")
-
-
-async def generate(dialect: Dialect, request: web.Request) -> web.StreamResponse:
-    """Decode, admit, run, deliver: the endpoint of each dialect."""
-    limits = request.app[CONFIG].limits
-    call = dialect.decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
-    name = call.model or request.app[MODELS].find(None).name
-    make_delivery = StreamDelivery if call.is_streamed else WholeDelivery
-    with admit(request, name) as model:
-        async with make_delivery(request, dialect, call, name, limits) as delivery:
-            engine = await delivery.loaded(model)
-            await delivery.submit(engine)
-            await delivery.send()
-    return delivery.response
-
-
-@contextmanager
-def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
-    """Hold a place under the request's key, and the model, which is not unloaded inside.
-
-    Raises `Forbidden` or `RateLimited` for the key, `ModelNotFound`, and `NotReady` or `QueueFull` for a model that
-    does not take work. The key is checked first, so that a client without access cannot find out model names.
-    """
-    models, key = request.app[MODELS], request[API_KEY]
-    name = models.resolve(name) if name else models.find(None).name
-    key.check_model(name)
-    key.begin(time.monotonic())
-    try:
-        model = models.find(name)
-        if models.is_draining:
-            raise stopping()
-        with model.in_use(request.app[CONFIG].limits.max_waiting, key.tenant):
-            yield model
-    finally:
-        key.end()
 
 
 async def tokenize(request: web.Request) -> web.Response:

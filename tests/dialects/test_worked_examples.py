@@ -18,7 +18,7 @@ from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
 from brlite.http.body import leave_body
 from brlite.http.listen import HttpServer
-from brlite.server.handlers import generate
+from brlite.server.generate import generate
 from tests.fakes import ByteTokenizer, FakeBackend
 
 PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")

@@ -1,0 +1,55 @@
+"""The endpoint of each dialect, and what every request to a model goes through: its key, its model, its limits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from aiohttp import web
+
+from brlite.config.options import Config
+from brlite.dialects.dialect import Dialect
+from brlite.errors import stopping
+from brlite.http.body import read_body
+from brlite.http.keys import API_KEY
+from brlite.server.delivery import StreamDelivery, WholeDelivery
+from brlite.server.served_model import ModelTable, ServedModel
+
+CONFIG = web.AppKey("config", Config)
+MODELS = web.AppKey("models", ModelTable)
+
+
+async def generate(dialect: Dialect, request: web.Request) -> web.StreamResponse:
+    """Decode, admit, run, deliver: the endpoint of each dialect."""
+    limits = request.app[CONFIG].limits
+    call = dialect.decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    name = call.model or request.app[MODELS].find(None).name
+    make_delivery = StreamDelivery if call.is_streamed else WholeDelivery
+    with admit(request, name) as model:
+        async with make_delivery(request, dialect, call, name, limits) as delivery:
+            engine = await delivery.loaded(model)
+            await delivery.submit(engine)
+            await delivery.send()
+    return delivery.response
+
+
+@contextmanager
+def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
+    """Hold a place under the request's key, and the model, which is not unloaded inside.
+
+    Raises `Forbidden` or `RateLimited` for the key, `ModelNotFound`, and `NotReady` or `QueueFull` for a model that
+    does not take work. The key is checked first, so that a client without access cannot find out model names.
+    """
+    models, key = request.app[MODELS], request[API_KEY]
+    name = models.resolve(name) if name else models.find(None).name
+    key.check_model(name)
+    key.begin(time.monotonic())
+    try:
+        model = models.find(name)
+        if models.is_draining:
+            raise stopping()
+        with model.in_use(request.app[CONFIG].limits.max_waiting, key.tenant):
+            yield model
+    finally:
+        key.end()
