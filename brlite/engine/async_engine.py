@@ -329,7 +329,13 @@ class EngineLoop:
             await self._rest()
             return
         loop, guidance = asyncio.get_running_loop(), self._engine.guidance
-        filling = None if guidance is None else loop.run_in_executor(self._masks, guidance.fill)
+        filling = None
+        if guidance is not None:
+            try:
+                filling = loop.run_in_executor(self._masks, guidance.fill)
+            except RuntimeError as error:  # the system gives no more threads; the next step tries again
+                logger.warning("token masks are filled on the event loop: %s", error)
+                guidance.fill()
         try:
             result = await loop.run_in_executor(self._thread, self._compute, batch, guidance)
         except BackendLost:

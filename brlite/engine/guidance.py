@@ -30,10 +30,13 @@ class StepGuidance:
     def __init__(self, vocab_size: int, seqs: Iterable[GuidedSeq]) -> None:
         self._seqs = list(seqs)
         self.masks = TokenMasks(vocab_size, {seq.seq_id: 1 + len(seq.draft_token_ids) for seq in self._seqs})
-        self._has_advanced = False
+        self._has_filled = self._has_advanced = False
 
     def fill(self) -> None:
-        """Fill and publish all masks. Called once for a step, on another thread than the step's."""
+        """Fill and publish all masks, on another thread than the step's. Does nothing when called again."""
+        if self._has_filled:
+            return
+        self._has_filled = True
         words = memoryview(self.masks.words)
         for seq_id, matcher, draft_token_ids in self._seqs:
             first = self.masks.first_rows[seq_id]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,7 +16,7 @@ from brlite.engine.async_engine import LONG_TEXT, EngineLoop
 from brlite.engine.engine import Engine
 from brlite.errors import EngineError, InvalidRequest, NotReady
 from brlite.outputs import RequestOutput
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import SamplingParams, StructuredOutput
 from tests.fakes import ByteTokenizer, FakeBackend, reference_tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -219,3 +220,16 @@ async def test_a_closed_engine_refuses_work() -> None:
 
     with pytest.raises(NotReady):
         await collect(engine, "hello")
+
+
+async def test_where_the_system_gives_no_thread_masks_are_filled_all_the_same(monkeypatch):
+    backend = FakeBackend(max_model_len=64)
+    async with EngineLoop(Engine(backend.info, ByteTokenizer(), EngineConfig(), LimitsConfig()), backend) as engine:
+        refuse = ThreadPoolExecutor(1)
+        refuse.shutdown()
+        monkeypatch.setattr(engine, "_masks", refuse)
+        wish = SamplingParams(structured=StructuredOutput(choice=["yes"]), max_tokens=8)
+
+        texts = [output.outputs[0].text async for output in engine.generate("x", wish)]
+
+    assert "".join(texts) == "yes"
