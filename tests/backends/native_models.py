@@ -78,11 +78,12 @@ def load_native(
     threads: int = 1,
     num_blocks: int = 160,
     block_size: int = 16,
+    max_rows: int = MAX_ROWS,
     checkpoint: TensorCheckpoint | None = None,
 ) -> NativeBackend:
     spec = ModelSpec(name=name, precision=precision, build_seq=MAX_CONTEXT, build_batch=8, num_blocks=num_blocks)
     checkpoint = checkpoint or make_checkpoint(name)
-    engine = EngineConfig(threads=threads, max_num_batched_tokens=MAX_ROWS, block_size=block_size)
+    engine = EngineConfig(threads=threads, max_num_batched_tokens=max_rows, block_size=block_size)
     return NativeBackend(library if isa is None else library._replace(isa=isa), make_plan(checkpoint, spec, engine))
 
 

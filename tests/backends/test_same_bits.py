@@ -8,13 +8,14 @@ from itertools import cycle
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 import pytest
 
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary, available_isas
 from brlite.engine.backend import Batch, SampledToken, SeqResult, StepResult
 from brlite.precision import PRECISIONS, PrecisionName
-from tests.backends.native_models import MODELS, load_native
+from tests.backends.native_models import MODELS, load_native, random_ids
 from tests.backends.rank_threads import load_native_ranks
 from tests.backends.schedules import Story, live_alone, make_prompts, run_schedules
 
@@ -76,10 +77,26 @@ def test_a_number_of_threads_that_changes_gives_the_bits_of_one(alone: Alone, na
             backend._num_threads = next(counts)
             run(*args)
 
-        backend._run = run_on_some  # type: ignore[method-assign]
+        backend._run = run_on_some  # type: ignore[assignment, method-assign]
         seen = run_schedules(backend, alone.stories, count=NUM_MORE, seed=alone.seed)
 
     assert seen["compared"] > NUM_MORE
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rows_that_threads_share_have_the_bits_of_a_threads_own(
+    precision: PrecisionName, native_library: NativeLibrary
+) -> None:
+    token_ids = random_ids(300, seed=1)  # shared; 40 are so few that each thread makes all of them
+    with (
+        closing(load_native(native_library, "llama", precision, max_rows=300)) as one_thread,
+        closing(load_native(native_library, "llama", precision, max_rows=300, threads=2)) as two_threads,
+    ):
+        expected = one_thread.logits(token_ids)
+        shared, own = two_threads.logits(token_ids), two_threads.logits(token_ids[:40])
+
+    assert np.array_equal(shared, expected)
+    assert np.array_equal(own, expected[:40])
 
 
 def test_several_ranks_give_the_bits_of_one(alone: Alone, native_library: NativeLibrary) -> None:

@@ -262,14 +262,18 @@ INLINE void attend_heads(const Step& step, const brlite_operation& op, const Att
     }
 }
 
-static void attend(const Step& step, const brlite_operation& op, AttentionScratch& s, Counter& next) {
+// With `rope_op` each unit's heads are turned and stored first.
+static void attend(const Step& step, const brlite_operation& op, const brlite_operation* rope_op, AttentionScratch& s,
+                   Counter& next) {
     const brlite_attention& a = step.plan->attention;
     const int group = a.num_heads / a.num_kv_heads, num_units = step.num_attending * a.num_kv_heads;
     for (int unit = next.take(1); unit < num_units; unit = next.take(1)) {
         const int kv_head = unit % a.num_kv_heads;
+        const Attending& item = step.attending[unit / a.num_kv_heads];
+        const int first_row = step.batch->spans[item.span].first_row + item.first_token;
+        for (int i = 0; rope_op && i < item.num_tokens; i++) rope_head(step, *rope_op, first_row + i, kv_head);
         for (int first = 0; first < group; first += TILE_ROWS)
-            attend_heads(step, op, step.attending[unit / a.num_kv_heads], s, kv_head, kv_head * group + first,
-                         smaller(TILE_ROWS, group - first));
+            attend_heads(step, op, item, s, kv_head, kv_head * group + first, smaller(TILE_ROWS, group - first));
     }
 }
 

@@ -143,8 +143,12 @@ void Engine::allocate(int num_threads) {
                      (float*)take(num_partials * sizeof(float)), (float*)take(num_partials * sizeof(float)), max_chunks,
                      false};
     for (int thread = 0; thread < num_threads; thread++)
-        scratch_.push_back({(float*)take(width * sizeof(float)), take(kernels_.attention_scratch_bytes),
-                            take(kernels_.sample_scratch_bytes), (float*)take(plan_.vocab_size * sizeof(float))});
+        scratch_.push_back(
+            {(float*)take(width * sizeof(float)),
+             {take(MAX_OWN_NUMBERS * element), (float*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(float)), 0},
+             take(kernels_.attention_scratch_bytes),
+             take(kernels_.sample_scratch_bytes),
+             (float*)take(plan_.vocab_size * sizeof(float))});
     positions_.resize(max_rows);
     row_spans_.resize(max_rows);
     grow_counters(1);
@@ -186,6 +190,8 @@ void Engine::share_out(const brlite_batch& batch) {
     }
     const bool has_few = (int)attending_.size() * a.num_kv_heads < 4 * step_.num_threads;
     step_.partial.is_split = has_few && longest > 0 && batch.num_rows <= MAX_SPLIT_ROWS;
+    // A span in one unit is seen by that unit alone: its blocks are no other sequence's before the step has ended.
+    step_.joins_rope = !step_.partial.is_split && (int)attending_.size() == batch.num_spans;
     if (step_.partial.is_split) split(batch);
     step_.attending = attending_.data();
     step_.num_attending = (int)attending_.size();

@@ -10,6 +10,7 @@ namespace BRLITE_ISA {
 
 #define UNROLLED _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
+#define INLINED __attribute__((always_inline))  // for a lambda: called, it would take its vectors from memory
 
 constexpr int LANES = BRLITE_LANES;
 

@@ -126,12 +126,11 @@ INLINE void multiply_panel(const Product& product, int panel) {
     }
 }
 
-// This thread's share: blocks of panels, taken by whoever is free.
+// This thread's shares: panels that follow each other, since the processor fetches ahead what lies behind them.
 static void linear(const Product& product, Counter& next, int num_threads) {
     const int num_panels = rounded_up(product.op.num_outputs, LANES) / LANES;
-    const int block = larger(1, num_panels / (num_threads * 8));
-    for (int first = next.take(block); first < num_panels; first = next.take(block))
-        for (int panel = first; panel < smaller(first + block, num_panels); panel++) multiply_panel(product, panel);
+    for (int panel, end; next.take_share(num_panels, num_threads, panel, end);)
+        for (; panel < end; panel++) multiply_panel(product, panel);
 }
 
 }  // namespace BRLITE_ISA

@@ -107,22 +107,24 @@ INLINE void silu_row(const brlite_operation& op, const float* in, float* out, in
     }
 }
 
-// One row operation on this thread's rows.
-static void row_operation(const Step& step, const brlite_operation& op, Scratch& scratch, Counter& next, int num_rows) {
+// One row operation on one row.
+static void row_operation(const Step& step, const brlite_operation& op, Scratch& scratch, const Activations& to,
+                          int row) {
     const int size = padded_inputs(op.num_inputs);
-    for (int row = next.take(1); row < num_rows; row = next.take(1)) {
-        const float* in = op.input + (long)row * op.row_size;
-        if (op.kind == BRLITE_EMBED) {
-            embed_row(step, op, row);
-            continue;
-        }
-        if (op.kind == BRLITE_GATE) {
-            silu_row(op, in, op.output + (long)row * op.output_row_size, rounded_up(op.num_inputs, LANES));
-            continue;
-        }
-        if (op.kind == BRLITE_NORM) norm_row(op, in, scratch.row);
-        if (op.kind == BRLITE_SILU) silu_row(op, in, scratch.row, size);
-        write_row(step.activations, op.format, row, op.kind == BRLITE_QUANTIZE ? in : scratch.row, size);
+    const float* in = op.input + (long)row * op.row_size;
+    switch (op.kind) {
+        case BRLITE_EMBED:
+            return embed_row(step, op, row);
+        case BRLITE_GATE:
+            return silu_row(op, in, op.output + (long)row * op.output_row_size, rounded_up(op.num_inputs, LANES));
+        case BRLITE_NORM:
+            norm_row(op, in, scratch.row);
+            return write_row(to, op.format, row, scratch.row, size);
+        case BRLITE_SILU:
+            silu_row(op, in, scratch.row, size);
+            return write_row(to, op.format, row, scratch.row, size);
+        default:
+            return write_row(to, op.format, row, in, size);
     }
 }
 

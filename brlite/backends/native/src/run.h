@@ -1,4 +1,5 @@
-// One thread's way through a plan: every operation in turn, all threads on each, a barrier after it.
+// One thread's way through a plan: every operation in turn, all threads on each. A barrier follows what other threads
+// read: five in a layer for few rows, whose activations each thread makes for itself.
 #pragma once
 
 #include "attention.h"
@@ -15,6 +16,8 @@ struct Worker {
     Counter* counters;  // one for each operation of the run, all at 0
     Barrier& barrier;
     int num_counted = 0;
+    const Activations* input = nullptr;         // of the next matrix
+    const brlite_operation* rope_op = nullptr;  // what the next ATTEND does first
 
     Counter& next() { return counters[num_counted++]; }
 
@@ -23,18 +26,43 @@ struct Worker {
         switch (op.kind) {
             case BRLITE_LINEAR:
             case BRLITE_ADD:
-                linear({op, step.activations, op.output, num_rows}, next(), step.num_threads);
+                linear({op, *input, op.output, num_rows}, next(), step.num_threads);
                 break;
             case BRLITE_ROPE:
+                if (step.joins_rope) return (void)(rope_op = &op);
                 rope(step, op, next(), num_rows);
                 break;
             case BRLITE_ATTEND:
                 operate_attend(op);
                 break;
             default:
-                row_operation(step, op, scratch, next(), num_rows);
+                if (make_rows(op, num_rows)) return;
         }
         meet(op.meets);
+    }
+
+    // Row operations. True where each thread has made all rows for itself.
+    bool make_rows(const brlite_operation& op, int num_rows) {
+        const bool is_own = op.kind != BRLITE_EMBED && op.kind != BRLITE_GATE && chooses_own(op, num_rows);
+        share_rows(is_own, num_rows, [&](int row) INLINED { row_operation(step, op, scratch, *input, row); });
+        return is_own;
+    }
+
+    // Chooses `input`: this thread's own rows where they are few.
+    bool chooses_own(const brlite_operation& op, int num_rows) {
+        scratch.own.row_size = padded_inputs(op.num_inputs);
+        const bool is_own = step.num_threads > 1 && num_rows * scratch.own.row_size <= MAX_OWN_NUMBERS;
+        input = is_own ? &scratch.own : &step.activations;
+        return is_own;
+    }
+
+    // Calls `make(row)` for every row, or for those that this thread takes.
+    template <class Make>
+    void share_rows(bool is_own, int num_rows, Make make) {
+        for (int row = 0; is_own && row < num_rows; row++) make(row);
+        if (is_own) return;
+        Counter& rows = next();
+        for (int row = rows.take(1); row < num_rows; row = rows.take(1)) make(row);
     }
 
     // All threads, and where `across` all ranks too.
@@ -46,7 +74,7 @@ struct Worker {
     }
 
     void operate_attend(const brlite_operation& op) {
-        attend(step, op, *(AttentionScratch*)scratch.attention, next());
+        attend(step, op, step.joins_rope ? rope_op : nullptr, *(AttentionScratch*)scratch.attention, next());
         if (!step.partial.is_split) return;
         barrier.wait();
         Counter& rows = next();
@@ -58,14 +86,14 @@ struct Worker {
         const brlite_plan& plan = *step.plan;
         const brlite_batch& batch = *step.batch;
         const int num_rows = smaller(BRLITE_HEAD_ROWS, batch.num_draws - first);
-        Counter& rows = next();
-        for (int i = rows.take(1); i < num_rows; i = rows.take(1)) {
+        const bool is_own = chooses_own(plan.norm, num_rows);
+        share_rows(is_own, num_rows, [&](int i) INLINED {
             const float* hidden = plan.norm.input + (long)batch.draws[first + i].row * plan.norm.row_size;
             norm_row(plan.norm, hidden, scratch.row);
-            write_row(step.activations, plan.norm.format, i, scratch.row, padded_inputs(plan.norm.num_inputs));
-        }
-        barrier.wait();
-        linear({plan.head, step.activations, plan.head.output, num_rows}, next(), step.num_threads);
+            write_row(*input, plan.norm.format, i, scratch.row, padded_inputs(plan.norm.num_inputs));
+        });
+        if (!is_own) barrier.wait();
+        linear({plan.head, *input, plan.head.output, num_rows}, next(), step.num_threads);
         meet(plan.head.meets);
         Counter& draws = next();
         for (int i = draws.take(1); i < num_rows && plan.rank == 0; i = draws.take(1)) {

@@ -121,9 +121,6 @@ INLINE Floats amounts_of(const Measure& measure, Floats x) {
     return measure.rate > 0 ? weights_of(measure, x) : splat(1.0f);
 }
 
-// For a lambda: called, it would take its vectors from memory.
-#define INLINED __attribute__((always_inline))
-
 // Calls visit(first id, values) for the vectors of the blocks that hold keys of `low` or more, until it returns true.
 template <class Visit>
 INLINE void visit_from(const Values& v, int32_t low, Visit visit) {

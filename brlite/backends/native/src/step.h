@@ -12,6 +12,17 @@ namespace brlite {
 struct Counter {
     std::atomic<int32_t> value{0};
     int take(int num_units) { return value.fetch_add(num_units, std::memory_order_relaxed); }
+
+    // The next of `num_units` that follow each other, from `first` to before `end`: large shares at first, single units
+    // at last. False if none is left.
+    bool take_share(int num_units, int num_threads, int& first, int& end) {
+        first = value.load(std::memory_order_relaxed);
+        do {
+            if (first >= num_units) return false;
+            end = first + (num_units - first + 2 * num_threads - 1) / (2 * num_threads);
+        } while (!value.compare_exchange_weak(first, end, std::memory_order_relaxed));
+        return true;
+    }
 };
 
 // What a matrix multiplies: rows of int16 with a scale each, or of bfloat16 numbers in the form that the kernels take.
@@ -21,6 +32,9 @@ struct Activations {
     long row_size;
 };
 
+// Rows of so many numbers together are made by each thread for itself: that takes some microseconds, and a barrier more
+// where other programs use the cores.
+constexpr int MAX_OWN_NUMBERS = 12288;
 constexpr int TILE_ROWS = 32;  // query rows that attend together: some tokens, times the heads that share a key head
 constexpr int CHUNK = BRLITE_CHUNK_PAGES * BRLITE_LANES;
 
@@ -51,12 +65,14 @@ struct Step {
     Activations activations;  // [max_rows]
     Activations queries;      // [max_rows * num_heads]
     Partial partial;
+    bool joins_rope;  // whether heads are turned and stored where they attend: no other thread attends to them
     int num_threads;
 };
 
 // A thread's own memory.
 struct Scratch {
-    float* row;  // the widest row
+    float* row;       // the widest row
+    Activations own;  // [MAX_OWN_NUMBERS / inputs]
     uint8_t* attention;
     uint8_t* sample;
     float* own_logits;  // [vocabulary]: a row as it was before edits
