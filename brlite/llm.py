@@ -318,7 +318,7 @@ class _Run:
             masks.shutdown()
 
     def _feed(self, waiting: Iterator[Request]) -> None:
-        while self._engine.num_queued < self._engine.info.max_num_seqs:
+        while len(self._engine.queued()) < self._engine.info.max_num_seqs:
             request = next(waiting, None)
             if request is None:
                 return

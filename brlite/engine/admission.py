@@ -22,13 +22,23 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
     """
     if not request.prompt_token_ids:
         raise InvalidRequest("the prompt must hold at least one token", param="prompt")
-    check_length(len(request.prompt_token_ids), info)
+    num_prompt_tokens, length = len(request.prompt_token_ids), context_length(info)
+    if num_prompt_tokens >= length:
+        raise prompt_too_long(str(num_prompt_tokens), info)
     check_token_ids(request.prompt_token_ids, info.vocab_size, param="prompt")
     check_limits(request.params, limits)
     request.params.check_vocabulary(info.vocab_size)
     if request.params.prompt_logprobs is not None and not info.has_prompt_logprobs:
         raise InvalidRequest("prompt_logprobs cannot be had from this server's engine", param="prompt_logprobs")
-    max_tokens, warnings = _clamp_max_tokens(request, info)
+
+    half = max(1, info.max_model_len // 2)
+    allowed = min(half, length - num_prompt_tokens)
+    asked = request.params.max_tokens
+    warnings: tuple[str, ...] = ()
+    max_tokens = allowed if asked is None else min(asked, allowed)
+    if asked is not None and asked > allowed:
+        reason = f"half of build_seq {info.max_model_len}" if allowed == half else "what the context has left"
+        warnings = (f"max_tokens {asked} was cut to {allowed}, {reason}",)
     if request.params.min_tokens > max_tokens:
         raise InvalidRequest(
             f"min_tokens must be at most {max_tokens}, what an answer to this prompt can have on this server, "
@@ -51,15 +61,15 @@ def context_length(info: BackendInfo) -> int:
     return min(info.max_model_len, info.num_blocks * info.block_size)
 
 
-def check_length(num_tokens: int, info: BackendInfo, *, param: str = "prompt", at_least: str = "") -> None:
-    """Raise `PromptTooLong` for a prompt that leaves no room for a completion."""
-    if num_tokens >= context_length(info):
-        setting = "num_blocks" if context_length(info) < info.max_model_len else "build_seq"
-        raise PromptTooLong(
-            f"This model's maximum context length is {context_length(info)} tokens, prompt and completion together, "
-            f"by this server's setting {setting}; the prompt has {at_least}{num_tokens} tokens",
-            param=param,
-        )
+def prompt_too_long(size: str, info: BackendInfo, *, param: str = "prompt") -> PromptTooLong:
+    """The error for a prompt that leaves no room for a completion. `size` is its number of tokens, in words."""
+    length = context_length(info)
+    setting = "num_blocks" if length < info.max_model_len else "build_seq"
+    return PromptTooLong(
+        f"This model's maximum context length is {length} tokens, prompt and completion together, "
+        f"by this server's setting {setting}; the prompt has {size} tokens",
+        param=param,
+    )
 
 
 def check_limits(params: SamplingParams, limits: LimitsConfig) -> None:
@@ -85,14 +95,3 @@ def check_limits(params: SamplingParams, limits: LimitsConfig) -> None:
             f"a stop string may have at most {limits.max_stop_length} characters on this server, got {longest}",
             param="stop",
         )
-
-
-def _clamp_max_tokens(request: Request, info: BackendInfo) -> tuple[int, tuple[str, ...]]:
-    asked = request.params.max_tokens
-    half = max(1, info.max_model_len // 2)
-    left = context_length(info) - len(request.prompt_token_ids)
-    allowed = min(half, left)
-    if asked is None or asked <= allowed:
-        return asked or allowed, ()
-    reason = f"half of build_seq {info.max_model_len}" if allowed == half else "what the context has left"
-    return allowed, (f"max_tokens {asked} was cut to {allowed}, {reason}",)

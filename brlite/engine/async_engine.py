@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from brlite.config.options import EngineConfig
-from brlite.engine.admission import check_length
+from brlite.engine.admission import context_length, prompt_too_long
 from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, StepResult, close_dropped
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
@@ -167,7 +167,9 @@ class EngineLoop:
         self._check_loop()
         tokenizer = self._engine.tokenizer
         if is_bounded:
-            check_length(tokenizer.fewest_tokens(text), self._engine.info, param=param, at_least="at least ")
+            fewest = tokenizer.fewest_tokens(text)
+            if fewest >= context_length(self._engine.info):
+                raise prompt_too_long(f"at least {fewest}", self._engine.info, param=param)
         encode = functools.partial(tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
         return await self._off_loop_if(len(text) > LONG_TEXT, tenant, encode)
 
@@ -205,9 +207,9 @@ class EngineLoop:
 
         Tenants share the thread that compiles in turns. What was compiled is kept for later requests.
         """
-        self._check_loop()
         if wish is None:
             return None
+        self._check_loop()
         if self._closing is not None:
             raise stopping()
         return await self._compiler.run(tenant, functools.partial(self._engine.compiler.compile, wish))

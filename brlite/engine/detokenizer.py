@@ -54,7 +54,12 @@ class Detokenizer:
         """The text that is now certain. After a stop string was found it is always empty."""
         if self.stop_string is not None:
             return ""
-        text = "" if token_id in self._skipped_token_ids else self._decode(self._token_bytes(token_id))
+        text = ""
+        if token_id not in self._skipped_token_ids:
+            # The C function below codecs' incremental decoder, which is Python and costs twice as much a token.
+            data = self._partial + self._token_bytes(token_id)
+            text, num_used = codecs.utf_8_decode(data, "replace", False)
+            self._partial = data[num_used:]
         if not self._stop:
             return text
         may_stop = self._tokens_before_stop <= 0
@@ -64,21 +69,6 @@ class Detokenizer:
             return self.finish() + (self.stop_string if self._include_stop else "")
         if not self._held and self._stop_starts.isdisjoint(text):
             return text
-        return self._release(text, may_stop=may_stop)
-
-    def finish(self) -> str:
-        """The text held back so far, for a sequence that ends here. Bytes of an unfinished character are dropped."""
-        text, self._held, self._partial = self._held, "", b""
-        return text
-
-    def _decode(self, data: bytes) -> str:
-        # The C function below codecs' incremental decoder, which is Python and costs twice as much a token.
-        data = self._partial + data
-        text, num_used = codecs.utf_8_decode(data, "replace", False)
-        self._partial = data[num_used:]
-        return text
-
-    def _release(self, text: str, *, may_stop: bool) -> str:
         buffer = self._held + text
         end = self._find_stop(buffer, len(self._held)) if may_stop else None
         if end is None:
@@ -87,6 +77,11 @@ class Detokenizer:
         else:
             self._held = ""
         return buffer[:end]
+
+    def finish(self) -> str:
+        """The text held back so far, for a sequence that ends here. Bytes of an unfinished character are dropped."""
+        text, self._held, self._partial = self._held, "", b""
+        return text
 
     def _find_stop(self, buffer: str, num_searched: int) -> int | None:
         """Where to cut for the stop string whose end comes first after `num_searched` characters; remembers it."""

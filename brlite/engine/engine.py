@@ -75,11 +75,6 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._requests)
 
-    @property
-    def num_queued(self) -> int:
-        """How many requests count towards `max_waiting`: a body with many prompts counts as one."""
-        return len(self._queued())
-
     def continue_stats(self, stats: EngineStats) -> None:
         """Count on from an engine that served the same model before. To be called before the first request."""
         self.stats, self._preemptions_before = stats, stats.preemptions
@@ -94,10 +89,14 @@ class Engine:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
         if request.params.structured is not None and request.grammar is None:
             raise EngineError("the request's structured output was not compiled")
-        request = _copied(request)
+        request = msgspec.structs.replace(  # the caller may change its list of token ids later
+            request,
+            prompt_token_ids=read_token_ids(request.prompt_token_ids),
+            group=request.group or request.request_id,
+        )
         max_tokens, warnings = admit(request, self.info, self.limits)
-        if not request.is_exempt_from_queue_timeout and self.num_queued >= self.limits.max_waiting:
-            self._make_room(request.tenant)
+        if not request.is_exempt_from_queue_timeout and len(queued := self.queued()) >= self.limits.max_waiting:
+            self._make_room(queued, request.tenant)
         seed = request.params.seed
         state = RequestState(
             request=request,
@@ -130,7 +129,13 @@ class Engine:
         self._in_flight = self._scheduler.schedule()
         self._step_start = self._clock()
         for seq, _ in self._in_flight:
-            self._note_scheduled(seq)
+            state = seq.state
+            state.num_started += not seq.is_started
+            seq.is_started = True
+            if state.scheduled_time is None:
+                state.scheduled_time = self._step_start
+                state.num_cached_tokens = seq.num_computed_tokens
+                self.stats.note_scheduled(state, self._step_start)
         self._set_gauges()
         if not self._in_flight:
             return None
@@ -191,19 +196,19 @@ class Engine:
         self._blocks.check_integrity(self._scheduler.running)
         self.check_idle()
 
-    def _queued(self) -> list[RequestState]:
+    def queued(self) -> list[RequestState]:
+        """The requests that count towards `max_waiting`: a body with many prompts counts as one."""
         return [
             state
             for state in self._requests.values()
             if state.is_queued and not (state.is_aborted or state.request.is_exempt_from_queue_timeout)
         ]
 
-    def _make_room(self, tenant: str) -> None:
-        """The queue is full: end the newest request of the tenant with most in it, or raise `QueueFull`.
+    def _make_room(self, queued: list[RequestState], tenant: str) -> None:
+        """End the newest request of the tenant with most in the full queue, or raise `QueueFull`.
 
-        A tenant alone may fill the queue; where others come each gets a share.
+        A single tenant may fill the queue. Several tenants share it equally.
         """
-        queued = self._queued()
         counts = Counter(state.request.tenant for state in queued)
         longest, num_longest = counts.most_common(1)[0]
         newest = next(
@@ -250,15 +255,6 @@ class Engine:
         )
         state.sequences.append(seq)
         return seq
-
-    def _note_scheduled(self, seq: Sequence) -> None:
-        state = seq.state
-        state.num_started += not seq.is_started
-        seq.is_started = True
-        if state.scheduled_time is None:
-            state.scheduled_time = self._step_start
-            state.num_cached_tokens = seq.num_computed_tokens
-            self.stats.note_scheduled(state, self._step_start)
 
     def _take_in(self, seq: Sequence, num_tokens: int, result: SeqResult, now: float) -> None:
         state = seq.state
@@ -346,7 +342,7 @@ class Engine:
             state.sink(output)
         except Exception:  # one request's reader must not take down the others'
             logger.exception("the reader of request %s failed", state.request.request_id)
-            state.sink = _nobody
+            state.sink = lambda output: None
             state.is_aborted = True
 
     def _end_aborted(self) -> None:
@@ -381,7 +377,7 @@ class Engine:
         """How long until the queue has moved by one batch, by the mean time of the requests that ended."""
         num_ended = sum(self.stats.e2e_latency.counts)
         mean = self.stats.e2e_latency.total / num_ended if num_ended else 1.0
-        num_rounds = 1 + self.num_queued / self.info.max_num_seqs
+        num_rounds = 1 + len(self.queued()) / self.info.max_num_seqs
         return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(mean * num_rounds)))
 
     def _set_gauges(self) -> None:
@@ -390,19 +386,6 @@ class Engine:
         self.stats.num_used_blocks = self._blocks.num_used
         self.stats.num_blocks = self._blocks.num_blocks
         self.stats.preemptions = self._preemptions_before + self._scheduler.num_preemptions
-
-
-def _copied(request: Request) -> Request:
-    """The request with token ids of its own, whatever its caller does to theirs, and a group."""
-    return msgspec.structs.replace(
-        request,
-        prompt_token_ids=read_token_ids(request.prompt_token_ids),
-        group=request.group or request.request_id,
-    )
-
-
-def _nobody(output: RequestOutput | BrliteError) -> None:
-    """The sink of a request that nobody reads."""
 
 
 def _interpret(

@@ -74,7 +74,7 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         self._free_place()
         num_preemptions = self.num_preemptions
-        for seq in sorted(self.running, key=_has_prompt_left):
+        for seq in sorted(self.running, key=lambda seq: seq.num_tokens - seq.num_computed_tokens > 1):
             budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
         # Blocks are short after a preemption: whoever was admitted now would be the next to lose them.
         while budget > 0 and num_preemptions == self.num_preemptions and self._can_admit():
@@ -110,7 +110,8 @@ class Scheduler:
         while not self._blocks.grow(seq, seq.num_computed_tokens + num_tokens):
             victim = self.running[-1]
             returned += scheduled.pop(victim, 0)
-            self._preempt(victim)
+            self._stop(victim)
+            self.waiting.put_back(victim)
             if victim is seq:
                 return -returned
         scheduled[seq] = num_tokens
@@ -125,15 +126,19 @@ class Scheduler:
             if not (forced or may_guess):
                 continue
             limit = min(_max_guesses(seq), self._max_draft_tokens, budget)
-            drafter = _drafter(seq) if limit > 0 and not forced else None
-            if limit <= 0 or (drafter is not None and not drafter.follow(seq.token_ids)):
+            if limit <= 0:
                 continue
+            if not forced:
+                seq.drafter = seq.drafter or Drafter(seq.num_prompt_tokens)
+                if not seq.drafter.follow(seq.token_ids):
+                    continue
             # Each sequence may need a block in the next step, and none must be preempted for what another guesses.
             limit = min(limit, self._blocks.num_spare_slots(seq, num_reserved=len(self.running)))
-            if drafter is None:
+            if seq.drafter is None or forced:
                 seq.draft_token_ids = forecast.add_forced(list(islice(forced, max(0, limit))))
             else:
-                seq.draft_token_ids = drafter.guess(seq.token_ids, forecast.add_guesses(drafter.acceptance, limit))
+                num_guesses = forecast.add_guesses(seq.drafter.acceptance, limit)
+                seq.draft_token_ids = seq.drafter.guess(seq.token_ids, num_guesses)
             self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
             budget -= len(seq.draft_token_ids)
 
@@ -190,10 +195,6 @@ class Scheduler:
     def _match(self, seq: Sequence) -> list[int]:
         return [] if seq.wants_prompt_logprobs else self._blocks.match_prefix(seq)
 
-    def _preempt(self, seq: Sequence) -> None:
-        self._stop(seq)
-        self.waiting.put_back(seq)
-
     def _stop(self, seq: Sequence) -> None:
         """Have a running sequence wait, to be computed again where its blocks are not in the cache any more."""
         self.running.remove(seq)
@@ -209,10 +210,6 @@ def make_batch(
     return Batch([_scheduled_seq(seq, num_tokens, eos_token_ids) for seq, num_tokens in scheduled], masks)
 
 
-def _has_prompt_left(seq: Sequence) -> bool:
-    return seq.num_tokens - seq.num_computed_tokens > 1
-
-
 def _max_guesses(seq: Sequence) -> int:
     """How far a sequence may guess ahead: not at all unless its next draw depends on nothing but its tokens.
 
@@ -222,12 +219,6 @@ def _max_guesses(seq: Sequence) -> int:
     if not is_decode or seq.counts is not None or seq.num_output_tokens < seq.state.request.params.min_tokens:
         return 0
     return seq.state.max_tokens - seq.num_output_tokens - 1
-
-
-def _drafter(seq: Sequence) -> Drafter:
-    if seq.drafter is None:
-        seq.drafter = Drafter(seq.num_prompt_tokens)
-    return seq.drafter
 
 
 def _scheduled_seq(seq: Sequence, num_tokens: int, eos_token_ids: tuple[int, ...]) -> ScheduledSeq:
