@@ -1,6 +1,6 @@
 // Threads that compute one step together: the caller and some others, which wait for work in between.
 //
-// Between two operations all meet at a barrier, some 300 times a step. Whoever waits spins for a moment and then
+// All meet at barriers, some 150 to 300 times a step. Whoever waits spins for a moment and then
 // sleeps: on cores that others use too, threads that spin or yield for long keep the very thread from running that they
 // wait for.
 #pragma once
