@@ -97,6 +97,8 @@ class GrammarCompiler:
             result: Grammar | str = self._library.compile(wish, num_bytes)
         except (SchemaRefused, PatternRefused) as error:
             result = str(error)
+        except ValueError as error:  # of the library or of urllib: half a surrogate, an address that is none
+            result = _first_line(str(error))
         size = _BASE_BYTES + num_bytes * _BYTES_A_CHARACTER
         self._cache[wish] = result, size
         self._cached_bytes += size

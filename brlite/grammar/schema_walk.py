@@ -19,8 +19,10 @@ from brlite.grammar.patterns import PatternRefused, pattern_size, rewritten
 
 EXACT = 2**53  # integers up to here are exact as doubles, which is how the library keeps numbers
 MAX_NESTING = 100  # levels of JSON; the library stops at 128
-MAX_COMPARED = 200  # alternatives of one oneOf that are compared two by two
+MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and values that they list: 0.2 s
 MAX_EXPANDED_ARRAYS = 400  # that `uniqueItems` over a short enum is written out as
+MAX_WRITTEN = 256 * 1024  # characters that rewriting may add to a schema
+MAX_POINTER = 200  # characters of a place in a message
 TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
 FORMATS = frozenset(
     ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
@@ -45,7 +47,8 @@ class SchemaRefused(ValueError):
     """A schema that is wrong, too expensive or cannot be enforced. The message says where and why."""
 
     def __init__(self, pointer: str, reason: str) -> None:
-        super().__init__(f"at {pointer}: {reason}")
+        place = pointer if len(pointer) <= MAX_POINTER else f"{pointer[:MAX_POINTER]}…"
+        super().__init__(f"at {place}: {reason}")
 
 
 class SchemaLimits(NamedTuple):
@@ -78,6 +81,7 @@ def parse_schema(text: str) -> Any:
 
     try:
         schema = json.loads(text, parse_constant=refuse)
+        json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()  # raises for half surrogates and for 1e999
     except RecursionError:
         raise SchemaRefused("#", f"the schema is nested more than {MAX_NESTING} levels deep") from None
     except ValueError as error:
@@ -108,6 +112,8 @@ class _Walk:
         self._bases: dict[int, str] = {}
         self._names: dict[str, int] = {"": id(root)}  # what `$id` and `$anchor` call, by identity
         self._num_repetitions = 0
+        self._num_compared = 0
+        self._num_written = 0
 
     def run(self) -> None:
         self._check_nesting()
@@ -211,11 +217,18 @@ class _Walk:
                 del node["propertyNames"]
         elif said.keys() <= {"type", "enum"} and isinstance(said.get("enum"), list):
             is_open = not {"properties", "patternProperties"} & node.keys()
-            if is_open and all(isinstance(name, str) for name in said["enum"]):
-                value = node.get("additionalProperties", True)
-                node["properties"] = {name: json.loads(json.dumps(value)) for name in said["enum"]}
+            value = json.dumps(node.get("additionalProperties", True))
+            is_short = self._may_write(len(said["enum"]) * len(value))
+            if is_open and is_short and all(isinstance(name, str) for name in said["enum"]):
+                node["properties"] = {name: json.loads(value) for name in said["enum"]}
                 node["additionalProperties"] = False
                 del node["propertyNames"]
+
+    def _may_write(self, num_characters: int) -> bool:
+        """Whether rewriting may make the schema longer by so much. If so, it counts."""
+        is_allowed = self._num_written + num_characters <= MAX_WRITTEN
+        self._num_written += num_characters if is_allowed else 0
+        return is_allowed
 
     def _check_keywords(self, pointer: str, node: dict[str, Any]) -> None:
         types = node.get("type", [])
@@ -361,23 +374,32 @@ class _Walk:
         nodes = [self._followed(pointer, alternative) for alternative in alternatives]
         if not all(isinstance(node, dict) for node in nodes):
             return False
+        self._compare(pointer, sum(map(_num_listed, nodes)))
         values = [_values(node) for node in nodes]
-        kinds = [_kinds(node, own) for node, own in zip(nodes, values, strict=True)]
         listed = [own.keys() for own in values if own is not None]
         if len(listed) == len(values):
             return len(set[str]().union(*listed)) == sum(map(len, listed))
-        return len(nodes) <= MAX_COMPARED and all(
-            not kinds[i] & kinds[j] or _are_distinct(values[i], values[j]) or self._differ_by_tag(nodes[i], nodes[j])
+        self._compare(pointer, len(nodes) ** 2)
+        kinds = [_kinds(node, own) for node, own in zip(nodes, values, strict=True)]
+        tags = [self._tags(pointer, node) for node in nodes]
+        return all(
+            not kinds[i] & kinds[j]
+            or _are_distinct(values[i], values[j])
+            or any(_are_distinct(tags[i][tag], tags[j][tag]) for tag in tags[i].keys() & tags[j].keys())
             for i, j in itertools.combinations(range(len(nodes)), 2)
         )
 
-    def _differ_by_tag(self, one: dict[str, Any], other: dict[str, Any]) -> bool:
-        """Whether both are objects with a property that each requires and that has different values."""
-        if one.get("type") != "object" or other.get("type") != "object":
-            return False
-        tags = set(_names(one)) & set(_names(other))
-        values = [[self._followed("#", node["properties"][tag]) for node in (one, other)] for tag in tags]
-        return any(_are_distinct(_values(mine), _values(theirs)) for mine, theirs in values)
+    def _tags(self, pointer: str, node: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
+        """The properties that an object must have, each with the values that are listed for it."""
+        schemas = [(name, self._followed("#", node["properties"][name])) for name in _names(node)]
+        self._compare(pointer, sum(_num_listed(schema) for _, schema in schemas))
+        return {name: _values(schema) for name, schema in schemas} if node.get("type") == "object" else {}
+
+    def _compare(self, pointer: str, num: int) -> None:
+        """Count what is compared to tell alternatives apart, and refuse too much."""
+        self._num_compared += num
+        if self._num_compared > MAX_COMPARED:
+            raise SchemaRefused(f"{pointer}/oneOf", "there are too many alternatives and values to compare; use anyOf")
 
     def _expand_unique_items(self, pointer: str, node: dict[str, Any]) -> None:
         """Write the arrays out that have each value at most once, where the values are few."""
@@ -393,7 +415,13 @@ class _Walk:
         if values is None or not items.keys() <= {"type", "enum", "const", "title", "description"}:
             return
         sizes = range(node.get("minItems", 0), min(len(values), len(values) if most is None else most) + 1)
-        if sum(math.perm(len(values), size) for size in sizes) > MAX_EXPANDED_ARRAYS or not sizes:
+        num_arrays = num_values = 0
+        for size in sizes:  # the first two sizes are enough for many values, whose numbers would have any length
+            num_arrays += math.perm(len(values), size)
+            num_values += math.perm(len(values), size) * size
+            if num_arrays > MAX_EXPANDED_ARRAYS:
+                return
+        if not sizes or not self._may_write(num_values * max(map(len, values), default=0)):
             return
         arrays = [list(each) for size in sizes for each in itertools.permutations(values.values(), size)]
         for keyword in ("type", "items", "minItems", "maxItems", "uniqueItems"):
@@ -531,6 +559,11 @@ def _kinds(node: Mapping[str, Any], values: Mapping[str, Any] | None) -> set[str
 
 def _are_distinct(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
     return one is not None and other is not None and one.keys().isdisjoint(other.keys())
+
+
+def _num_listed(node: Any) -> int:
+    values = node.get("enum") if isinstance(node, dict) else None
+    return len(values) if isinstance(values, list) else 1
 
 
 def _key(value: Any) -> str:

@@ -99,6 +99,36 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "a tree without leaves", {"json_schema": {"type": "array", "items": {"$ref": "#"}, "minItems": 1}}
     yield "endless whitespace expression", {"json_object": True, "whitespace_pattern": " {0,1000000}"}
     yield "a nested quantifier", {"regex": "((((a*)*)*)*)*b{10000}{10000}"}
+    names = [f"n{number}" for number in range(5000)]
+    yield (
+        "names times a long schema",
+        {"json_schema": {"propertyNames": {"enum": names}, "additionalProperties": {"description": "x" * 150_000}}},
+    )
+    same = {"$ref": "#/$defs/e"}
+    yield (
+        "a long enum in many alternatives",
+        {"json_schema": {"$defs": {"e": {"enum": list(range(10_000))}}, "oneOf": [same] * 2000}},
+    )
+    tags = [f"p{number}" for number in range(20)]
+    tagged = {"type": "object", "properties": {tag: {"const": 0} for tag in tags}, "required": tags}
+    yield (
+        "many tags in many alternatives",
+        {"json_schema": {"oneOf": [{**tagged, "title": f"{i}"} for i in range(199)]}},
+    )
+    letters = [
+        {"type": "array", "uniqueItems": True, "items": {"enum": [f"{i}{letter}" for letter in "abcdef"]}}
+        for i in range(2000)
+    ]
+    yield "many unique items", {"json_schema": {"anyOf": [{**each, "maxItems": 3} for each in letters]}}
+    unique = {"type": "array", "uniqueItems": True, "items": {"enum": list(range(20_000))}}
+    yield "unique items of 20,000 values", {"json_schema": unique}
+    yield "half a surrogate", {"json_schema": {"const": "\ud800"}}
+    yield "half a surrogate in an expression", {"regex": "\ud800"}
+    yield "half a surrogate in a choice", {"choice": ["\ud800"]}
+    yield "half a surrogate in a grammar", {"grammar": 'root ::= "\ud800"'}
+    yield "an infinite number in an annotation", {"json_schema": '{"type": "integer", "frob": 1e999}'}
+    yield "an identifier that is no address", {"json_schema": {"$id": "http://[", "type": "integer"}}
+    yield "a long name", {"json_schema": {"properties": {"x" * 100_000: {"not": {}}}}}
     yield "many subschemas", {"json_schema": {"anyOf": [{} for _ in range(60_000)]}}
 
 
