@@ -89,8 +89,8 @@ class GrammarCompiler:
         """The grammar, or what is wrong with the wish: both are kept."""
         if self._library is None:
             self._library = Library(self._tokenizer, self._vocab_size, self._config)
-        num_bytes = sum(len(text) for text in (wish.json_schema, wish.regex, wish.grammar, wish.structural_tag) if text)
-        num_bytes += sum(len(choice) for choice in wish.choice)
+        texts = (wish.json_schema, wish.regex, wish.grammar, wish.structural_tag, wish.whitespace_pattern, *wish.choice)
+        num_bytes = sum(len(text) for text in texts if text)
         if num_bytes > self._config.max_bytes:
             return f"{num_bytes} characters are too many; at most {self._config.max_bytes} are allowed here"
         try:

@@ -266,3 +266,10 @@ def test_compiling_on_a_thread_leaves_the_stacks_of_others_alone():
     assert threading.stack_size() == before
     with deep_stack():
         assert threading.stack_size() > before
+
+
+def test_a_whitespace_pattern_counts_to_the_bytes_of_a_wish():
+    wish = StructuredOutput(json_object=True, whitespace_pattern=" " * 300_000)
+
+    with pytest.raises(InvalidRequest, match="300000 characters are too many"):
+        COMPILER.compile(wish)
