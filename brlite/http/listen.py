@@ -6,6 +6,7 @@ It sets no signal handlers and knows no routes: who starts it decides when to cl
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 from types import TracebackType
 
@@ -17,6 +18,7 @@ from brlite.http.connection import Connection, MakeHandler, ServerHooks
 from brlite.http.connections import Connections
 
 BACKLOG = 1024
+PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)  # another port may do
 LAST_WORDS_SECONDS = 1.0  # what handlers get, after the application's on_shutdown, to end their streams themselves
 
 # What an application answers beyond max_connections too: how it is, for whoever runs it.
@@ -134,7 +136,9 @@ class HttpServer:
         try:
             return await loop.create_server(connect, self._host, self._port, backlog=BACKLOG)
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"cannot listen on {self._host}:{self._port}: {_reason(error)}") from None
+            reason = _reason(error)
+            remedy = "; --port takes another one" if getattr(error, "errno", None) in PORT_ERRORS else ""
+            raise ConfigError(f"cannot listen on {self._host}:{self._port}: {reason}{remedy}") from None
 
 
 def _reason(error: OSError | OverflowError) -> str:

@@ -33,7 +33,8 @@ async def test_a_port_in_use_is_one_clear_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
 
-        with pytest.raises(ConfigError, match=rf"^cannot listen on 127\.0\.0\.1:{port}: Address already in use$"):
+        reason = rf"^cannot listen on 127\.0\.0\.1:{port}: Address already in use; --port takes another one$"
+        with pytest.raises(ConfigError, match=reason):
             await server_for(web.Application(), port).start()
 
 
