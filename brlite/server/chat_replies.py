@@ -59,16 +59,18 @@ class ChatReplies:
         return frozenset(token_id for token_id in found if token_id is not None)
 
     def structured(self) -> StructuredOutput | None:
-        """The grammar of calls. None if calls cannot be constrained. Raises `InvalidRequest` if they must be."""
+        """The grammar of calls; None without tools. Raises `InvalidRequest` if the format's calls have no grammar."""
         if not self._tools:
             return None
         parser, is_required = self._format.calls, self._choice.mode == "required"
         tag = None if parser is None else structural_tag(parser, self._tools, self._choice)
         if tag is None:
+            name = "none" if parser is None else parser.name
             if is_required:
-                name = "none" if parser is None else parser.name
                 raise not_supported("tool_choice", f": calls in the format {name} cannot be forced; use auto")
-            return None
+            strict = next((tool.name for tool in self._tools if tool.strict), None)
+            what = "calls" if strict is None else f"strict of {strict}: calls"
+            raise not_supported("tools", f": {what} in the format {name} have no grammar with tool_choice auto")
         if is_required and self._format.marks is not None:
             tag["reasoning_end"] = self._format.marks[1]
             tag["begins_inside"] = self._begins_inside

@@ -88,22 +88,19 @@ async def _constrained(request: Request, replies: ChatReplies, engine: EngineLoo
     """The request with the grammar of its calls. A schema that cannot be enforced leaves calls free, with a warning,
     unless a call is forced or strict: then it is an `InvalidRequest`."""
     shown, params = replies.shown_token_ids(), request.params
-    structured = replies.structured()
-    if structured is not None and params.structured is not None:
-        if replies.must_constrain:
-            raise InvalidRequest("tools cannot be forced or strict beside structured output", param="tools")
-        warnings.append("calls of tools are not constrained beside structured output")
-        structured = None
-    if structured is not None:
-        try:
+    try:
+        structured = replies.structured()
+        if structured is not None and params.structured is not None:
+            raise InvalidRequest("tools: their calls have no grammar beside structured output", param="tools")
+        if structured is not None:
             grammar = await engine.compile(structured, tenant=request.tenant)
             params = msgspec.structs.replace(params, structured=structured)
             request = msgspec.structs.replace(request, grammar=grammar)
             replies.is_constrained = True
-        except InvalidRequest as error:
-            if replies.must_constrain:
-                raise
-            warnings.append(f"calls of tools are not constrained: {error}")
+    except InvalidRequest as error:
+        if replies.must_constrain:
+            raise
+        warnings.append(f"calls of tools are not constrained: {error}")
     return msgspec.structs.replace(request, params=params, shown_token_ids=shown)
 
 

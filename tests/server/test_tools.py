@@ -207,7 +207,22 @@ async def test_a_broken_call_is_content_with_a_warning(serve: Ask) -> None:
     answer = await ask(client, text)
 
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (text, "stop")
-    assert "is passed on as content" in answer.warnings[0]
+    assert any("is passed on as content" in warning for warning in answer.warnings)
+
+
+@pytest.mark.parametrize("tool_parser", ["pythonic", "qwen3_coder", "glm4_moe", "llama3_json", "chatglm", "none"])
+async def test_strict_without_a_grammar_is_refused_and_auto_says_that_calls_are_free(
+    serve: Ask, tool_parser: str
+) -> None:
+    client = await serve(tool_parser=tool_parser)
+    strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
+
+    free = await ask(client, "Hello.")
+    with pytest.raises(openai.BadRequestError, match=f"strict of get_weather.*{tool_parser}") as caught:
+        await ask(client, "Hello.", tools=[NOW, strict])
+
+    assert "calls of tools are not constrained" in free.warnings[0]
+    assert caught.value.param == "tools"
 
 
 async def test_reasoning_is_told_apart(serve: Ask) -> None:
