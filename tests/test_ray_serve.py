@@ -62,7 +62,7 @@ def test_an_application_needs_no_more_than_a_config() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"replicas": "2"}, 'replicas = "2": no such field; allowed are config, min_replicas, max_replicas'),
+        ({"replicas": "2"}, 'replicas = "2": no such field; did you mean min_replicas? allowed are config'),
         ({"max_replicas": "many"}, 'max_replicas = "many": allowed is a whole number'),
         ({"min_replicas": "2"}, "min_replicas = 2: allowed is max_replicas at most"),
         ({"config": "/nowhere.toml"}, "/nowhere.toml: cannot be read"),

@@ -57,7 +57,9 @@ def read_gguf_header(file: Path) -> GgufHeader:
                 raise ModelError(f"{file}: not a GGUF file: it does not begin with {MAGIC.decode()}")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(_Cursor(data, len(MAGIC)))
-    except (_Broken, OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
+    except (_Broken, UnicodeDecodeError) as error:
         raise ModelError(f"{file}: broken GGUF header: {error}") from error
 
 

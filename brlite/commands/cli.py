@@ -119,10 +119,12 @@ def _status_of(args: argparse.Namespace) -> int:
         where = f"{error.filename}: " if error.filename is not None else ""
         print(shown(f"brlite: error: {where}{error.strerror or error}"), file=sys.stderr)
         return EXIT_FAILED
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and NO_THREAD not in str(error):
+    except (MemoryError, RuntimeError, SystemError) as error:
+        # Extensions that get no memory may return without an exception, which Python reports as a SystemError.
+        has_no_memory = isinstance(error, MemoryError) or str(error).endswith("without exception set")
+        if not has_no_memory and NO_THREAD not in str(error):
             raise
-        reason = "no memory is left" if isinstance(error, MemoryError) else "the system gives no further thread"
+        reason = "no memory is left" if has_no_memory else "the system gives no further thread"
         print(f"brlite: error: {reason}: look at ulimit -v, ulimit -u and the container's limits", file=sys.stderr)
         return EXIT_FAILED
 

@@ -13,7 +13,7 @@ import pytest
 from tests.limits import PATIENCE_SECONDS
 from tests.process.servers import BRLITE, TOY, free_port, running, wait_until_it_answers
 
-WARNING = "limits.max_connections = 2048: that needs up to"
+WARNING = "limits.max_connections = 2048: this needs up to"
 
 
 def limited(soft: int, hard: int, *command: str) -> list[str]:
@@ -45,7 +45,7 @@ def test_a_hard_limit_that_does_not_suffice_is_said_in_one_line(command: str, tm
 
     lines = [line for line in log.read_text().splitlines() if WARNING in line]
     assert len(lines) == 1
-    assert "this process may have 200" in lines[0]
+    assert "this process may open 200" in lines[0]
 
 
 def test_no_connection_is_reset_where_the_descriptors_do_not_suffice() -> None:
