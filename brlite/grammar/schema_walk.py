@@ -473,14 +473,15 @@ class _Walk:
         num_looks, most = 0, self._limits.max_joint_patterns
         for pointer, node in self.places.values():
             num_patterns, num_remainders, seen = 0, 1, set[int]()
-            waiting: list[Any] = [node]
+            waiting: list[tuple[Any, bool]] = [(node, True)]
             while waiting and num_patterns <= most:
-                each = waiting.pop()
+                each, holds = waiting.pop()  # an alternative's patterns need not hold; divisors multiply all the same
                 if isinstance(each, dict) and id(each) not in seen:
                     seen.add(id(each))
-                    num_patterns += ("pattern" in each) + ("format" in each)
+                    num_patterns += holds * (("pattern" in each) + ("format" in each))
                     num_remainders *= _remainders(each.get("multipleOf", 1))
-                    waiting += [*each.get("allOf", []), self._targets.get(id(each))]
+                    waiting += [(part, holds) for part in (*each.get("allOf", []), self._targets.get(id(each)))]
+                    waiting += [(part, False) for part in (*each.get("anyOf", []), *each.get("oneOf", []))]
             num_looks += len(seen)
             if num_remainders > self._limits.max_repetitions:
                 raise SchemaRefused(pointer, f"one number must be a multiple of several, {num_remainders} in all")

@@ -65,6 +65,10 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "a remainder of ten million", {"json_schema": {"type": "integer", "multipleOf": 9999991}}
     remainders = [{"type": "integer", "multipleOf": number} for number in (4999, 4993)]
     yield "a product of remainders", {"json_schema": {"allOf": remainders}}
+    divisors: dict[str, object] = {"multipleOf": 79}
+    for number in (83, 89, 97):
+        divisors = {"multipleOf": number, "anyOf": [divisors]}
+    yield "divisors in nested alternatives", {"json_schema": {"type": "integer", **divisors}}
     apart = [{"type": "integer", "multipleOf": 480 + number} for number in range(19)]
     yield "remainders of alternatives", {"json_schema": {"oneOf": apart}}
     yield "nested repetitions", {"regex": "(a{1000}){1000}"}
