@@ -273,7 +273,7 @@ class LLM:
             else read_token_ids(prompt),
             params=params,
             grammar=self._engine.compiler.compile_on_thread(params.structured),
-            group="generate",  # nobody waits for one of them: no turns between them
+            group="generate",  # no turns between the requests of one call
         )
 
 
@@ -363,7 +363,7 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None
 
 
 def _without_queue_limits(config: Config) -> Config:
-    """Offline there is nobody else: a prompt may wait for as long as those before it take."""
+    """Offline a prompt may wait for as long as those before it take."""
     limits = msgspec.structs.replace(config.limits, max_waiting=sys.maxsize, max_wait_seconds=math.inf)
     return msgspec.structs.replace(config, limits=limits)
 

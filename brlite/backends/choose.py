@@ -116,7 +116,7 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
 
 
 def _quiet_torch() -> ExitStack:
-    """Keep torch, whoever imported it, to 1 thread until this is closed: its threads take the cores from the step's."""
+    """Keep torch, if it is imported, to 1 thread until this is closed: its threads take the cores from the step's."""
     torch, stack = sys.modules.get("torch"), ExitStack()
     if torch is not None and "brlite.backends.torch.backend" not in sys.modules and torch.get_num_threads() > 1:
         logger.info("torch computes on 1 thread, not %d, while native kernels are in use", torch.get_num_threads())

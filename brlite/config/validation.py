@@ -174,7 +174,7 @@ def engine_override(name: str | None) -> dict[str, object]:
 
 
 def _nameless(data: Mapping[str, Any]) -> Iterator[str]:
-    """Models that would go by the default model's name although their weights are somebody else's."""
+    """Models with a path and no name, which would get the default model's name."""
     for index, spec in enumerate(data.get("model", ())):
         if "path" in spec and "name" not in spec:
             yield f"model[{index}].name is missing: it is required beside path: requests name the model by it"

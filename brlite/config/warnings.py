@@ -176,14 +176,14 @@ def _aliases(config: Config) -> Warnings:
 
 
 def _fallbacks(config: Config) -> Warnings:
-    elsewhere = _forwarded_models(config)
+    forwarded = _forwarded_models(config)
     for model, others in config.proxy.fallbacks.items():
-        if model not in elsewhere:
+        if model not in forwarded:
             yield f"proxy.fallbacks.{model}: has no effect: only forwarded requests use fallbacks"
         for other in others:
             if other == model:
                 yield f"proxy.fallbacks.{model}: names itself"
-            elif other not in elsewhere:
+            elif other not in forwarded:
                 yield f"proxy.fallbacks.{model}: {other} has no upstream, so it cannot be a fallback"
 
 

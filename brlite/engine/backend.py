@@ -226,7 +226,7 @@ class Backend(Protocol):
 class CanBeLost(Protocol):
     """What a `Backend` of several processes is besides: one of them may go, in a step or between two.
 
-    Then `execute` raises `BackendLost` whenever it is called, and whoever watches is told.
+    Then `execute` raises `BackendLost` whenever it is called, and its watcher is called.
     """
 
     def watch(self, on_lost: Callable[[BackendLost], None]) -> None:

@@ -1,6 +1,6 @@
 """Turns one sequence's tokens into text, a token at a time: joins characters split over tokens, looks for stop strings.
 
-Nothing is decoded twice. Knows no end-of-text tokens and no limits: whoever pushes tokens decides when the text ends.
+Nothing is decoded twice. It has no end-of-text tokens and no limits: the caller decides when the text ends.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Engine:
         self.limits = limits
         self.stats = EngineStats(info.max_model_len, clock)
         self.compiler = GrammarCompiler(tokenizer, info.vocab_size, grammar or GrammarConfig())
-        self.guidance: StepGuidance | None = None  # of the step under way: whoever runs it has its masks filled
+        self.guidance: StepGuidance | None = None  # of the step under way; the caller of `execute` has its masks filled
         self._preemptions_before = 0
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
@@ -192,7 +192,7 @@ class Engine:
             raise EngineError(f"{self._blocks.num_used} blocks are held, but no request is left")
 
     def check_integrity(self) -> None:
-        """Raise `EngineError` if a block is lost, owned twice, or owned by nobody who runs. Looks at every block."""
+        """Raise `EngineError` if a block is lost, owned twice, or owned by no running sequence. Reads every block."""
         self._blocks.check_integrity(self._scheduler.running)
         self.check_idle()
 

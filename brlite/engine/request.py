@@ -1,6 +1,6 @@
 """A request and its sequences: the tokens they have, how many of those are computed, and where they are in life.
 
-Knows nothing of queues, blocks or batches; whoever owns those keeps the numbers here up to date.
+It has no queues, blocks or batches; their owners keep the numbers here up to date.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class Scheduler:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nobody runs and nobody waits."""
+        """Whether no sequence runs or waits."""
         return not self.running and not len(self.waiting)
 
     def add(self, seq: Sequence) -> None:
@@ -76,7 +76,7 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         for seq in sorted(self.running, key=lambda seq: seq.num_tokens - seq.num_computed_tokens > 1):
             budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
-        # Blocks are short after a preemption: whoever was admitted now would be the next to lose them.
+        # Blocks are short after a preemption: a sequence admitted now would be the next to lose them.
         while budget > 0 and num_preemptions == self.num_preemptions and self._can_admit():
             budget -= self._admit(budget, scheduled)
         for seq in scheduled:  # what shorter prompts have left of their half

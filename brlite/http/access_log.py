@@ -51,6 +51,6 @@ def log_line(
 
 
 def printable(text: str) -> str:
-    """The text on one line, control characters escaped and cut where nobody reads on."""
+    """The text on one line, control characters escaped, cut to a readable length."""
     cut = text[:MAX_TEXT_LENGTH]
     return repr(cut)[1:-1]

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HEADERS = 100
 MALFORMED = "The request is not valid HTTP/1.1."
-MALFORMED_METHOD = "UNKNOWN"  # of aiohttp's stand-in for a request that cannot be parsed; no client can send it
+MALFORMED_METHOD = "UNKNOWN"  # of the request that aiohttp makes where a head cannot be parsed; no client can send it
 HEADERS_TOO_LARGE = web.HTTPRequestHeaderFieldsTooLarge
 LINGERING_SECONDS = 5.0  # how long the rest of a refused body is read, so that the client can see the refusal
 NEVER_SECONDS = 10.0**8  # for aiohttp's own idle timer, which does not know of a fast path's requests
@@ -238,7 +238,7 @@ class Connection(web.RequestHandler):
         self._set_deadline(self._limits.body_seconds, SLOW_BODY)
 
     def request_began(self) -> None:
-        """The headers are complete, and somebody takes care of the request."""
+        """The headers are complete, and the request has a handler."""
         self.state = ConnectionState.SERVING
         self._deadline = math.inf
 

@@ -14,7 +14,7 @@ import brlite.dialects.errors as dialect_errors
 from brlite import errors
 from brlite.dialects.errors import SERVER_FAULT, STATUSES, Status, envelope
 
-CLIENT_LEFT = 499  # nginx's number: nobody receives it, it is for the log
+CLIENT_LEFT = 499  # nginx's number; for the log, no client receives it
 # On every answer. `Server` is said because aiohttp would say its own version and Python's.
 OWN_HEADERS = {"Server": "brlite", "X-Content-Type-Options": "nosniff"}
 

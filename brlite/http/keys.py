@@ -22,7 +22,7 @@ from brlite.process.children import read_secret
 
 
 class ApiKeys:
-    """The keys that are accepted; with none, everybody is.
+    """The keys that are accepted; with none, every client is.
 
     `plain` keys have neither name nor rules, `named` ones are pairs of the secret and what it may do.
     """

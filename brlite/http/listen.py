@@ -21,7 +21,7 @@ BACKLOG = 1024
 PORT_ERRORS = (errno.EADDRINUSE, errno.EACCES)  # another port may do
 LAST_WORDS_SECONDS = 1.0  # what handlers get, after the application's on_shutdown, to end their streams themselves
 
-# What an application answers beyond max_connections too: how it is, for whoever runs it.
+# Paths that are answered beyond max_connections, too: health and readiness.
 PROBE_PATHS: web.AppKey[frozenset[str]] = web.AppKey("probe_paths")
 
 

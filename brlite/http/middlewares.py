@@ -100,7 +100,7 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
                         response = await handler(request)
                     finally:
                         held.release()
-                except Exception as error:  # the boundary: what nobody foresaw is our fault and becomes a 500
+                except Exception as error:  # the boundary: an unexpected error becomes a 500
                     response = answer_error(request, error)
             status = CLIENT_LEFT if has_left(request) else response.status
             return response

@@ -39,7 +39,7 @@ class RankModel(Protocol):
         ...
 
     def abort(self) -> None:
-        """Another rank is gone: whoever waits for it in a step, on another thread, raises now or soon."""
+        """Another rank is gone: a step that waits for it, on another thread, raises now or soon."""
         ...
 
     def close(self) -> None: ...
@@ -49,7 +49,7 @@ class ParallelBackend:
     """A `Backend`. Owns rank 0's model and the other ranks from its making to `close`.
 
     A rank that is gone, or a step that failed on one rank, ends it: `execute` raises `BackendLost` from then on, and
-    whoever watches is told within moments, in a step or between two.
+    the watcher is called within moments, in a step or between two.
 
     A step that fails may fail on several ranks, and each finds out at a time of its own. The reason that is told does
     not depend on who was first: rank 0's own failure, else why another rank ended. That another rank is gone is no
@@ -139,7 +139,7 @@ class ParallelBackend:
         self._lose(error)
 
     def _lose(self, error: BackendLost) -> BackendLost:
-        """Note the reason, end the ranks that are left, and free whoever waits for them. Returns the first reason."""
+        """Note the reason, end the ranks that are left, and end all waiting for them. Returns the first reason."""
         with self._lock:
             if self._lost is not None:
                 return self._lost

@@ -1,7 +1,7 @@
 """Messages between the ranks of a model: frames of msgpack over a stream socket. Knows no tensors and no torch.
 
 A step goes to the ranks through here and not by a broadcast of their group: a write to a socket that sleeps there takes
-some ten microseconds, a broadcast two meetings of everybody; and a socket's end tells that the other side is gone.
+some ten microseconds, a broadcast two barriers of all ranks; and a socket's end tells that the other side is gone.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ CAUSE_SECONDS = 5.0  # for word of the rank that went, once another one ends bec
 
 @dataclass(frozen=True)
 class Member:
-    """One other rank; without a process of ours where somebody else started it."""
+    """One other rank; without a process of ours where `torchrun` started it."""
 
     rank: int
     channel: Channel

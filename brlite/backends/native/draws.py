@@ -188,5 +188,5 @@ class _Settings(NamedTuple):
 
 
 def _address(data: bytes) -> int | None:
-    """Where bytes lie, which whoever uses this must keep."""
+    """The address of bytes, which the caller must keep alive."""
     return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value

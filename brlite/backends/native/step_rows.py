@@ -73,7 +73,7 @@ class SharedRows:
         self.hidden, self.attended, self.product, self.logits = found.values()
 
     def end_meeting(self) -> None:
-        """Let nobody wait any more: a rank is gone. Any thread may call it, until `close`."""
+        """End all waiting: a rank is gone. Any thread may call it, until `close`."""
         self._library.brlite_end_meeting(self.meeting)
 
     def close(self) -> None:

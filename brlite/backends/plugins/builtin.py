@@ -1,4 +1,4 @@
-"""brlite's own backends behind the contract that everybody else's engine has: `--engine brlite`.
+"""brlite's own backends behind the contract of engine plugins: `--engine brlite`.
 
 Nobody needs it to serve, since the backends do more without it. It shows that the contract can be kept, and gives
 `engine-check` something real to try. A slot is a run of blocks that is always the same.

@@ -67,7 +67,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     * `can_mix_rows`: prompts and decodes in one step. Without, they come in steps of their own.
     * `can_prefill_together`: several prompts in one step. Without, prompts come one at a time.
     * `can_chunk_prompts`: a row of several tokens may start behind position 0. Without, a prompt comes whole, and
-      nobody can have `prompt_logprobs`.
+      no request can have `prompt_logprobs`.
     * `max_row_tokens`: the longest row; None is `max_model_len`. Anything less needs `can_chunk_prompts`.
     * `needs_every_slot`: a step has exactly `max_seqs` rows, that of slot i in place i, some without tokens.
       Without, it has a row for each slot that has something to do, in any order.

@@ -118,7 +118,7 @@ class SlotBackend:
             self._thread.stop()
 
     def _take(self, seq: ScheduledSeq) -> SlotWork:
-        """The rows that a sequence's tokens make. A slot that begins anew was somebody else's, who has left."""
+        """The rows that a sequence's tokens make. A slot that begins anew belonged to a sequence that has ended."""
         number = seq.block_table[0]
         slot = self._slots[number]
         if seq.start == 0:
@@ -142,7 +142,7 @@ class SlotBackend:
         slot.waiting = []
 
     def _rounds(self, work: Sequence[SlotWork]) -> Iterator[list[list[PluginRow]]]:
-        """The calls for everybody's first rows, then those for the second ones of who has more, and so on."""
+        """The calls for the first rows of all sequences, then for the second rows of those with more, and so on."""
         for index in range(max((len(each.rows) for each in work), default=0)):
             rows = [each.rows[index] for each in work if index < len(each.rows) and each.error is None]
             yield plan_calls(rows, self._capabilities)
@@ -155,7 +155,7 @@ class SlotBackend:
             logits = self._checked(self._thread.call(lambda: self._engine.step(padded)), len(padded))
         except BackendLost:
             raise
-        except Exception as error:  # an engine is somebody else's code: whatever it raises ends these rows only
+        except Exception as error:  # an engine is other people's code: any exception ends these rows only
             for row in rows:
                 concerned[row.slot].error = STEP_FAILED
                 self._release(row.slot, is_certain=True)

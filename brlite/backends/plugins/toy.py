@@ -177,7 +177,7 @@ def token_logits(context: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
 def next_token(context: Sequence[int]) -> int:
     """What the user said last, byte by byte, then the end; and once more from its beginning if asked to go on.
 
-    A context in which nobody speaks, such as one of plain token ids, gets the alphabet.
+    A context without turns, such as one of plain token ids, gets the alphabet.
     """
     answer = _last(context, ASSISTANT)
     question = _last(context[: answer or 0], USER)

@@ -31,7 +31,7 @@ __all__ = ["TCPStore", "TorchGroup", "open_store"]
 def open_store(host: str, port: int, seconds: float, *, is_keeper: bool) -> TCPStore:
     """Keep a store at an address, or connect to one; port 0 takes a free one. Raises `RuntimeError`.
 
-    It serves as long as whoever keeps it holds on to it. `get` waits for a value, and raises if none comes in time.
+    It serves as long as it is referenced. `get` waits for a value, and raises if none comes in time.
     """
     return TCPStore(host, port, is_master=is_keeper, wait_for_workers=False, timeout=timedelta(seconds=seconds))
 
@@ -90,7 +90,7 @@ class TorchGroup:
         return parts
 
     def abort(self) -> None:
-        """Free whoever waits for the others on a card. On the CPU a rank that is gone has closed its connections."""
+        """End all waiting for the others on a card. On the CPU a rank that is gone has closed its connections."""
         abort = getattr(dist.group.WORLD, "abort", None)  # younger than the oldest torch that will do
         if self._is_joined and abort is not None:
             with suppress(RuntimeError):  # not every backend can

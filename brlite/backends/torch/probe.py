@@ -79,8 +79,8 @@ class ProbeReport(NamedTuple):
     on_host: tuple[str, ...]
 
     def __str__(self) -> str:
-        elsewhere = f"; on the CPU instead: {', '.join(self.on_host)}" if self.on_host else ""
-        return f"cosine {self.cosine:.6f}, error {self.error:.2%} against float32 on the CPU{elsewhere}"
+        on_host = f"; on the CPU instead: {', '.join(self.on_host)}" if self.on_host else ""
+        return f"cosine {self.cosine:.6f}, error {self.error:.2%} against float32 on the CPU{on_host}"
 
     @property
     def notes(self) -> tuple[str, ...]:

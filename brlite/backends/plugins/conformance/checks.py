@@ -59,7 +59,7 @@ def run_check(subject: EngineUnderTest, name: str, check: Check) -> Outcome:
         result, detail = "not tried", str(reason)
     except CheckFailed as failure:
         result, detail = "failed", str(failure)
-    except Exception as error:  # an engine is somebody else's code, and its faults are what is looked for
+    except Exception as error:  # an engine is other people's code, and its faults are what is looked for
         result, detail = "failed", f"raised {type(error).__name__}: {error}"
     return Outcome(name=name, result=result, detail=detail, seconds=time.monotonic() - start)
 
