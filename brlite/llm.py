@@ -273,6 +273,7 @@ class LLM:
             else read_token_ids(prompt),
             params=params,
             grammar=self._engine.compiler.compile_on_thread(params.structured),
+            bad_words=self._engine.encode_bad_words(params),
             group="generate",  # no turns between the requests of one call
         )
 

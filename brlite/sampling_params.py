@@ -138,6 +138,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     allowed_token_ids: Annotated[
         tuple[int, ...], _parameter("a list of token ids", "no other token is drawn; an empty list: all are allowed")
     ] = ()
+    bad_words: Annotated[
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        _parameter(
+            "a string or a list of strings", "words that no answer has: the token that would complete one is not drawn"
+        ),
+    ] = ()
     logprobs: Annotated[
         CountOrNone, _parameter("a 64-bit integer, at least 0", "alternatives reported beside each token")
     ] = None
@@ -280,7 +286,7 @@ def _text(value: Any) -> str:
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """An empty string is no stop string: it is what front ends send for an empty box."""
+    """An empty string is no text to find: it is what front ends send for an empty box."""
     return tuple(_text(item) for item in ((value,) if isinstance(value, str) else _items(value)) if item != "")
 
 
@@ -316,6 +322,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "stop_token_ids": _token_ids,
     "stop_tokens_ids": _token_ids,
     "allowed_token_ids": _token_ids,
+    "bad_words": _texts,
     "max_tokens": _unless_minus_1,
     "min_tokens": _integer,
     "logit_bias": _biases,

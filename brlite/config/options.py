@@ -268,6 +268,8 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_stop_strings: Annotated[CountOrZero, option("entries of `stop`, and of `stop_token_ids`")] = 16
     max_stop_length: Annotated[Count, option("characters of one stop string")] = 256
     max_logit_bias: Annotated[CountOrZero, option("entries of `logit_bias` and of `allowed_token_ids`")] = 1024
+    max_bad_words: Annotated[CountOrZero, option("entries of `bad_words`")] = 64
+    max_bad_word_length: Annotated[Count, option("characters of one entry of `bad_words`")] = 128
     max_messages: Annotated[Count, option("messages of one chat")] = 4096
     max_tools: Annotated[Count, option("tools of one chat")] = 256
     max_tools_bytes: Annotated[Count, option("their definitions together, as JSON")] = 512 * 1024

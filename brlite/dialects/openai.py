@@ -88,6 +88,7 @@ class SamplingFields(StructuredFields, kw_only=True):
     stop_token_ids: list[Whole] | None = None
     stop_tokens_ids: list[Whole] | None = None
     allowed_token_ids: list[Whole] | None = None
+    bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -121,6 +122,7 @@ def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -
         ("stop_tokens_ids", body.stop_tokens_ids, limits.max_stop_strings),
         ("logit_bias", body.logit_bias, limits.max_logit_bias),
         ("allowed_token_ids", body.allowed_token_ids, limits.max_logit_bias),
+        ("bad_words", body.bad_words, limits.max_bad_words),
     ):
         if values is not None and not isinstance(values, str) and len(values) > limit:
             raise InvalidRequest(

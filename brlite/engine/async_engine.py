@@ -20,6 +20,7 @@ from typing import Any, NoReturn, TypeVar
 from brlite.config.options import EngineConfig
 from brlite.engine.admission import context_length, prompt_too_long
 from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, StepResult, close_dropped
+from brlite.engine.bad_words import TokenIds
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.engine.guidance import StepGuidance
@@ -214,6 +215,12 @@ class EngineLoop:
             raise stopping()
         return await self._compiler.run(tenant, functools.partial(self._engine.compiler.compile, wish))
 
+    async def encode_bad_words(self, params: SamplingParams, *, tenant: str = "") -> tuple[TokenIds, ...] | None:
+        """The tokens of `params.bad_words`, for `Request.bad_words`, encoded on another thread. Raises as `encode`."""
+        if not params.bad_words:
+            return None
+        return await self._off_loop_if(True, tenant, functools.partial(self._engine.encode_bad_words, params))
+
     async def generate(
         self,
         prompt: str | list[int],
@@ -237,6 +244,7 @@ class EngineLoop:
             cache_salt=cache_salt,
             tenant=tenant,
             grammar=await self.compile(params.structured, tenant=tenant),
+            bad_words=await self.encode_bad_words(params, tenant=tenant),
         )
         stream = OutputStream()
         self.submit(request, stream.put)

@@ -29,7 +29,8 @@ class SamplingInput(msgspec.Struct, frozen=True, array_like=True):
 
     The random number of a draw depends on `seed` and `position` alone. `counted_token_ids` (int32) are the distinct
     tokens of prompt and output, `output_counts` (int32) how often each was generated; both are empty without penalties.
-    `banned_token_ids` may not be drawn: the tokens that would end a sequence shorter than `min_tokens`.
+    `banned_token_ids` may not be drawn: tokens that would end a sequence shorter than `min_tokens`, or complete one of
+    `bad_words`.
     """
 
     params: SamplingParams

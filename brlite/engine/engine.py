@@ -19,6 +19,7 @@ import msgspec
 from brlite.config.options import EngineConfig, GrammarConfig, LimitsConfig
 from brlite.engine.admission import admit, read_token_ids
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SeqResult, StepResult
+from brlite.engine.bad_words import TokenIds, encode_bad_words
 from brlite.engine.block_manager import BlockManager, cache_root
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.guidance import GuidedSeq, StepGuidance
@@ -28,6 +29,7 @@ from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest, QueueFull, QueueTimeout
 from brlite.grammar.compiler import GrammarCompiler
 from brlite.outputs import CompletionOutput, FinishReason, RequestOutput
+from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -89,6 +91,8 @@ class Engine:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
         if request.params.structured is not None and request.grammar is None:
             raise EngineError("the request's structured output was not compiled")
+        if request.params.bad_words and request.bad_words is None:
+            raise EngineError("the request's bad words were not encoded")
         request = msgspec.structs.replace(  # the caller may change its list of token ids later
             request,
             prompt_token_ids=read_token_ids(request.prompt_token_ids),
@@ -110,6 +114,13 @@ class Engine:
         self._requests[request.request_id] = state
         # Siblings wait until the first prompt is cached: n=8 then costs one prefill, not eight.
         self._scheduler.add(self._add_sequence(state))
+
+    def encode_bad_words(self, params: SamplingParams) -> tuple[TokenIds, ...] | None:
+        """The tokens of `params.bad_words`, for `Request.bad_words`; None without any. Any thread may call it.
+
+        Raises `InvalidRequest` for too many words, or a word that is too long.
+        """
+        return encode_bad_words(params.bad_words, self.tokenizer, self.limits) if params.bad_words else None
 
     def abort(self, request_id: str) -> None:
         """End a request as "abort" at the next step boundary, whatever it is doing. Unknown ids are ignored."""

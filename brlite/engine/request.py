@@ -32,8 +32,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     `tenant` is whose it is: tenants get turns, a share of the queue and, unless the config shares it, a prefix cache of
     their own. Requests of one `group` were asked for at once and share a turn; without one each is its own.
     One that is exempt from the queue timeout belongs to a body whose first request is not exempt: it waits without a
-    limit. `grammar` is what `params.structured` was compiled to. `shown_token_ids` are special tokens that
-    stand in the text, although others are left out.
+    limit. `grammar` is what `params.structured` was compiled to, `bad_words` are the tokens of `params.bad_words`.
+    `shown_token_ids` are special tokens that stand in the text, although others are left out.
     """
 
     request_id: str
@@ -45,6 +45,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     group: str = ""
     is_exempt_from_queue_timeout: bool = False
     grammar: Grammar | None = None
+    bad_words: tuple[tuple[int, ...], ...] | None = None
     shown_token_ids: frozenset[int] = frozenset()
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from itertools import islice
 
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, TokenMasks
+from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.drafting import Drafter, StepForecast
 from brlite.engine.request import Sequence, SequenceStatus
@@ -213,10 +214,12 @@ def make_batch(
 def _max_guesses(seq: Sequence) -> int:
     """How far a sequence may guess ahead: not at all unless its next draw depends on nothing but its tokens.
 
-    What a penalty or `min_tokens` allows changes with each token drawn. The last token is never a guess.
+    What penalties, bad words or `min_tokens` allow changes with each token drawn. The last token is never a guess.
     """
     is_decode = seq.num_output_tokens > 0 and seq.num_tokens - seq.num_computed_tokens == 1
-    if not is_decode or seq.counts is not None or seq.num_output_tokens < seq.state.request.params.min_tokens:
+    request = seq.state.request
+    is_too_short = seq.num_output_tokens < request.params.min_tokens
+    if not is_decode or seq.counts is not None or request.bad_words or is_too_short:
         return 0
     return seq.state.max_tokens - seq.num_output_tokens - 1
 
@@ -237,14 +240,17 @@ def _scheduled_seq(seq: Sequence, num_tokens: int, eos_token_ids: tuple[int, ...
 
 
 def _sampling_input(seq: Sequence, eos_token_ids: tuple[int, ...]) -> SamplingInput:
-    params = seq.state.request.params
-    is_too_short = seq.num_output_tokens < params.min_tokens
-    endings = params.stop_token_ids if params.ignore_eos else (*eos_token_ids, *params.stop_token_ids)
+    params, bad_words = seq.state.request.params, seq.state.request.bad_words
+    banned: tuple[int, ...] = ()
+    if seq.num_output_tokens < params.min_tokens:
+        banned = params.stop_token_ids if params.ignore_eos else (*eos_token_ids, *params.stop_token_ids)
+    if bad_words:
+        banned += completing_tokens(bad_words, seq.token_ids, seq.num_output_tokens)
     return SamplingInput(
         params=params,
         seed=seq.seed,
         position=seq.num_output_tokens,
         counted_token_ids=seq.counts.token_ids if seq.counts else b"",
         output_counts=seq.counts.output_counts if seq.counts else b"",
-        banned_token_ids=endings if is_too_short else (),
+        banned_token_ids=banned,
     )

@@ -35,6 +35,7 @@ async def make_requests(
     warnings: list[str] = []
     replies = make_replies(call, engine.tokenizer, spec)
     grammar = await engine.compile(call.params.structured, tenant=tenant)
+    bad_words = await engine.encode_bad_words(call.params, tenant=tenant) if call.params.bad_words else None
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
         extras = NO_EXTRAS
@@ -61,6 +62,7 @@ async def make_requests(
                 group=answer_id,
                 is_exempt_from_queue_timeout=index > 0,
                 grammar=grammar,
+                bad_words=bad_words,
             )
         )
     if replies is not None:

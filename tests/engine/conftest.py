@@ -63,6 +63,7 @@ class Driver:
             tenant=tenant,
             group=group,
             grammar=None if structured is None else self.engine.compiler.compile(structured),
+            bad_words=self.engine.encode_bad_words(sampling),
         )
         self.engine.add_request(request, lambda output: self._receive(request.request_id, output))
         return request.request_id

@@ -452,6 +452,36 @@ def test_tokens_that_would_end_the_text_are_banned_until_min_tokens(make_driver:
     assert [sampling and sampling.banned_token_ids for sampling in inputs] == [(EOS, 5), (EOS, 5), (), ()]
 
 
+def test_the_token_that_would_complete_a_bad_word_is_banned(make_driver: MakeDriver) -> None:
+    driver = make_driver(next_token=lambda context, seed: b"a cat, cat"[len(context) - 3])
+
+    request_id = driver.submit("xca", bad_words=["cat", " cow", "z"], max_tokens=10)
+    batches = driver.finish()
+
+    inputs = [batch.seqs[0].sampling for batch in batches]
+    banned = ["".join(map(chr, sampling.banned_token_ids)) for sampling in inputs if sampling]
+    assert banned == ["z", "z", "z", "z", "tz", "z", "z", "z", "z", "tz"]  # the prompt's end begins no word
+    assert driver.text(request_id) == "a caa, caa"
+
+
+def test_a_preemption_does_not_hide_the_beginning_of_a_bad_word(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=6, next_token=lambda context, seed: b"xyz"[len(context) % 3])
+
+    ids = [driver.submit([index] * 3, bad_words=["yz"], max_tokens=15, n=2) for index in range(3)]
+    driver.finish()
+
+    assert driver.engine.stats.preemptions > 0
+    assert {driver.text(each, index) for each in ids for index in (0, 1)} == {"xya" * 5}
+
+
+def test_a_request_whose_bad_words_were_not_encoded_is_refused(make_driver: MakeDriver) -> None:
+    engine = make_driver().engine
+    request = Request(request_id="x", prompt_token_ids=[1], params=SamplingParams(bad_words="no"))
+
+    with pytest.raises(EngineError, match="bad words"):
+        engine.add_request(request, print)
+
+
 def test_penalties_send_the_tokens_seen_with_their_counts(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=lambda context, seed: ord("a"))
 

@@ -202,7 +202,11 @@ def test_what_a_guessed_text_left_in_the_cache_is_found_and_right(make_driver: M
     assert driver.token_ids(second) == reference_tokens(prompt, 30, next_token=repeating_token)
 
 
-@pytest.mark.parametrize("params", [{"presence_penalty": 0.5}, {"repetition_penalty": 1.1}, {"min_tokens": 40}])
+@pytest.mark.parametrize(
+    "params",
+    [{"presence_penalty": 0.5}, {"repetition_penalty": 1.1}, {"min_tokens": 40}, {"bad_words": ["bcd"]}],
+    ids=lambda params: next(iter(params)),
+)
 def test_a_sequence_whose_draws_depend_on_each_other_is_not_guessed_at(
     make_driver: MakeDriver, params: dict[str, Any]
 ) -> None:

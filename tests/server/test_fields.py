@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import openai
@@ -19,6 +20,8 @@ from tests.fakes import reference_tokens
 from tests.server.conftest import MODEL, Client, chat_body, completion_body
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
+
+MakeClient = Callable[..., Awaitable[Client]]
 
 IN_TABLE = {name: field for field in (*NOT_DECODED, *OF_ONE_ENDPOINT) for name in field.names.split()}
 
@@ -206,12 +209,12 @@ async def test_openais_client_sends_what_it_likes(client: Client) -> None:
             await openai_client.chat.completions.create(
                 model=MODEL,
                 messages=[{"role": "user", "content": "hello"}],
-                extra_body={"bad_words": ["no"]},
+                extra_body={"mirostat": 1},
             )
 
     assert answer.choices[0].message.content
     assert answer.choices[0].message.refusal is None
-    assert (caught.value.param, caught.value.code) == ("bad_words", "unsupported_parameter")
+    assert (caught.value.param, caught.value.code) == ("mirostat", "unsupported_parameter")
 
 
 async def test_an_image_is_refused_as_an_image(client: Client) -> None:
@@ -221,3 +224,11 @@ async def test_an_image_is_refused_as_an_image(client: Client) -> None:
 
     assert (status, answer["error"]["param"]) == (400, "messages[0].content[1]")
     assert "its type is 'image_url', and this server takes text only" in answer["error"]["message"]
+
+
+async def test_bad_words_are_not_in_the_answer(make_client: MakeClient) -> None:
+    client = await make_client(next_token=lambda context, seed: b"xyz"[len(context) % 3])
+
+    _, answer = await client.post(COMPLETION, completion_body("xyz", bad_words=["yz"], n=2))
+
+    assert [choice["text"] for choice in answer["choices"]] == ["xyaxyaxy"] * 2
