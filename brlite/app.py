@@ -29,6 +29,7 @@ from brlite.server.generate import CONFIG, MODELS
 from brlite.server.handlers import ADD_METRICS, METRICS_PATHS, OPEN_PATHS, ROUTES
 from brlite.server.metrics import COLLECTORS
 from brlite.server.model_manager import ModelManager
+from brlite.server.response_store import STORE, ResponseStore
 from brlite.server.served_model import ModelTable, ServedModel
 
 FORWARDER = web.AppKey("forwarder", Forwarder)
@@ -65,6 +66,7 @@ def create_app(
     app[CONFIG] = config
     app[MODELS] = models
     app[RUNNING] = set()
+    app[STORE] = ResponseStore(config.limits.max_stored_bytes)
     app[PROBE_PATHS] = OPEN_PATHS
     app[BODIES] = BodyBudget(config.limits.max_body_bytes_in_flight)
     app.add_routes(ROUTES)

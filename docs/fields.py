@@ -13,15 +13,26 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
-from brlite.dialects.fields import CHAT, COMPLETIONS, DETOKENIZE, NOT_DECODED, OBEYED, OF_ONE_ENDPOINT, TOKENIZE
+from brlite.dialects.fields import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    NOT_DECODED,
+    OBEYED,
+    OF_ONE_ENDPOINT,
+    RESPONSES,
+    TOKENIZE,
+)
 from brlite.dialects.openai_chat import ChatCompletionRequest
 from brlite.dialects.openai_completions import CompletionRequest
 from brlite.dialects.openai_tokens import DetokenizeRequest, TokenizeRequest
+from brlite.dialects.responses import ResponsesRequest
 from brlite.sampling_params import parameters
 
 REQUESTS: dict[str, type[msgspec.Struct]] = {
     CHAT: ChatCompletionRequest,
     COMPLETIONS: CompletionRequest,
+    RESPONSES: ResponsesRequest,
     TOKENIZE: TokenizeRequest,
     DETOKENIZE: DetokenizeRequest,
 }
@@ -35,8 +46,8 @@ This page is printed by `docs/fields.py` from `brlite/dialects/fields.py`; do no
 
 ## Obeyed
 
-`chat` is `/v1/chat/completions`, `completions` is `/v1/completions`. [HTTP API](http-api.md) says what the sampling
-parameters mean.
+`chat` is `/v1/chat/completions`, `completions` is `/v1/completions`, `responses` is `/v1/responses`.
+[HTTP API](http-api.md) says what the sampling parameters mean.
 
 | field | at | value | default | known to | |
 |---|---|---|---|---|---|

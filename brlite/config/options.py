@@ -273,6 +273,10 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_messages: Annotated[Count, option("messages of one chat")] = 4096
     max_tools: Annotated[Count, option("tools of one chat")] = 256
     max_tools_bytes: Annotated[Count, option("their definitions together, as JSON")] = 512 * 1024
+    max_stored_bytes: Annotated[
+        CountOrZero,
+        option("responses kept for `previous_response_id`; the oldest are forgotten first; 0: none are kept"),
+    ] = 64 * 1024 * 1024
     template_seconds: Annotated[
         float, Meta(gt=0, le=3600), option("CPU time of a chat template, for one chat and for loading it")
     ] = 2.0

@@ -37,11 +37,12 @@ class Token(Struct, frozen=True):
 
 
 class TokenUsage(Struct, frozen=True):
-    """Tokens that a call has used so far. The `cached` ones are a part of the `prompt`."""
+    """Tokens that a call has used so far. `cached` ones are a part of the `prompt`, `reasoning` of the `completion`."""
 
     prompt: int
     completion: int
     cached: int
+    reasoning: int = 0
 
 
 class Event(Struct, frozen=True, kw_only=True):

@@ -21,8 +21,10 @@ MAX_REPORTED_FIELDS = 16
 MAX_FIELD_LENGTH = 64
 
 OPENAI, VLLM, VLLM_04, LLAMA_CPP, SGLANG = "OpenAI", "vLLM", "vLLM 0.4", "llama.cpp", "SGLang"
-CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE = "chat", "completions", "tokenize", "detokenize"
+CHAT, COMPLETIONS, RESPONSES = "chat", "completions", "responses"
+TOKENIZE, DETOKENIZE = "tokenize", "detokenize"
 BOTH = (CHAT, COMPLETIONS)
+ALL_THREE = (*BOTH, RESPONSES)
 EVERYBODY = (OPENAI, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
 VLLM_AND_SGLANG = (VLLM_04, VLLM, SGLANG)
 
@@ -37,34 +39,46 @@ class ObeyedField(NamedTuple):
 
 
 OBEYED = (
-    ObeyedField("model", (*BOTH, TOKENIZE, DETOKENIZE), EVERYBODY, "may be left out where one model is served"),
+    ObeyedField("model", (*ALL_THREE, TOKENIZE, DETOKENIZE), EVERYBODY, "may be left out where one model is served"),
     ObeyedField("messages", (CHAT, TOKENIZE), EVERYBODY, "text only"),
     ObeyedField("prompt", (COMPLETIONS, TOKENIZE), EVERYBODY, "/tokenize takes one text"),
     ObeyedField("tokens", (DETOKENIZE,), (VLLM, LLAMA_CPP)),
-    ObeyedField("stream", BOTH, EVERYBODY),
-    ObeyedField("stream_options", BOTH, (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`include_obfuscation` is refused"),
-    ObeyedField("n temperature top_p presence_penalty frequency_penalty seed stop max_tokens", BOTH, EVERYBODY),
+    ObeyedField("input instructions", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "text only"),
+    ObeyedField("previous_response_id", (RESPONSES,), (OPENAI, VLLM, SGLANG), "where responses are stored"),
+    ObeyedField("max_output_tokens", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "its name of `max_tokens`"),
+    ObeyedField("text", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`format` as docs/structured-output.md says"),
+    ObeyedField("reasoning", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`effort`; there are no summaries"),
+    ObeyedField("include", (RESPONSES,), (OPENAI, VLLM, SGLANG), "hosted tools' results are never there"),
+    ObeyedField("truncation", (RESPONSES,), (OPENAI, VLLM, SGLANG), '"auto" cuts the beginning of the prompt'),
+    ObeyedField("store", (RESPONSES,), (OPENAI, VLLM, SGLANG), "true is the default"),
+    ObeyedField("metadata user safety_identifier prompt_cache_key", (RESPONSES,), (OPENAI,), "only said again"),
+    ObeyedField("stream", ALL_THREE, EVERYBODY),
+    ObeyedField("stream_options", ALL_THREE, (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`include_obfuscation` is refused"),
+    ObeyedField("n max_tokens", BOTH, EVERYBODY),
+    ObeyedField("temperature top_p presence_penalty frequency_penalty seed stop", ALL_THREE, EVERYBODY),
     ObeyedField("logit_bias", BOTH, (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("best_of", BOTH, (OPENAI, VLLM_04), "must be `n`"),
     ObeyedField("max_completion_tokens", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "another name of `max_tokens`"),
     ObeyedField("logprobs", BOTH, EVERYBODY, "chats: true or false; completions: a number"),
-    ObeyedField("top_logprobs", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "needs `logprobs`"),
+    ObeyedField("top_logprobs", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "chats: needs `logprobs`"),
     ObeyedField("echo", (COMPLETIONS,), (OPENAI, VLLM_04, VLLM, SGLANG)),
-    ObeyedField("top_k min_p", BOTH, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("top_k min_p", ALL_THREE, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("top_n_sigma", BOTH, (LLAMA_CPP,)),
     ObeyedField("allowed_token_ids bad_words", BOTH, (VLLM,)),
-    ObeyedField("repetition_penalty", BOTH, VLLM_AND_SGLANG),
+    ObeyedField("repetition_penalty", ALL_THREE, VLLM_AND_SGLANG),
     ObeyedField("min_tokens", BOTH, (VLLM_04, VLLM)),
-    ObeyedField("ignore_eos", BOTH, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("ignore_eos", ALL_THREE, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("stop_token_ids skip_special_tokens", BOTH, VLLM_AND_SGLANG),
     ObeyedField("stop_tokens_ids", BOTH, (), "br-vllm-serving's spelling of `stop_token_ids`"),
     ObeyedField("include_stop_str_in_output", BOTH, (VLLM_04, VLLM)),
     ObeyedField("truncate_prompt_tokens truncation_side", BOTH, (VLLM,)),
     ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
-    ObeyedField("cache_salt", BOTH, (VLLM, SGLANG)),
+    ObeyedField("cache_salt", ALL_THREE, (VLLM, SGLANG)),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
-    ObeyedField("tools", (CHAT, TOKENIZE), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "functions only (docs/tools.md)"),
-    ObeyedField("tool_choice parallel_tool_calls", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField(
+        "tools", (CHAT, RESPONSES, TOKENIZE), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "functions only (docs/tools.md)"
+    ),
+    ObeyedField("tool_choice parallel_tool_calls", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("functions function_call", (CHAT,), (OPENAI,), "the form before `tools`"),
     ObeyedField("chat_template_kwargs", (CHAT, TOKENIZE), (VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("documents", (CHAT,), (VLLM,), "where the chat template takes them"),
@@ -96,8 +110,8 @@ class Field(NamedTuple):
 
 NOT_DECODED = (
     # No value of these changes which text is generated.
-    Field("user store metadata service_tier safety_identifier", (OPENAI,), None),
-    Field("prompt_cache_key prompt_cache_options prompt_cache_retention", (OPENAI,), None),
+    Field("service_tier max_tool_calls client_metadata background_options image", (OPENAI,), None),
+    Field("prompt_cache_options prompt_cache_retention", (OPENAI,), None),
     Field("request_id rid session_id conversation_id priority", (VLLM, SGLANG), None),
     Field("guided_decoding_backend", (VLLM,), None),  # how it is done
     Field("spaces_between_special_tokens", (VLLM_04, VLLM), None),  # only slow tokenizers have them
@@ -112,7 +126,9 @@ NOT_DECODED = (
     Field("grammar_lazy", (LLAMA_CPP,), (False,)),
     Field("grammar_triggers", (LLAMA_CPP,), ([],)),
     Field("stop_regex", (SGLANG,), ("", []), "stop"),
-    Field("web_search_options moderation", (OPENAI,)),
+    Field("web_search_options moderation conversation", (OPENAI,)),
+    Field("background", (OPENAI,), (False,)),
+    Field("context_management", (OPENAI,), ([],)),
     # What is said, and how.
     Field("modalities", (OPENAI,), (["text"],)),
     Field("audio prediction", (OPENAI,)),
@@ -166,6 +182,7 @@ NOT_DECODED = (
 )
 # Of these each endpoint decodes its own; to another one they are what is said here.
 OF_ONE_ENDPOINT = (
+    Field("user store metadata safety_identifier prompt_cache_key", (OPENAI,), None),
     Field("top_logprobs", (OPENAI,), (0,), "logprobs"),
     Field("max_completion_tokens", (OPENAI,), (), "max_tokens"),
     Field("echo", (OPENAI, VLLM_04, VLLM), (False,)),

@@ -35,6 +35,14 @@ from brlite.server.engine_requests import encode
 from brlite.server.event_builder import token_text
 from brlite.server.generate import CONFIG, MODELS, admit, generate
 from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card
+from brlite.server.responses import (
+    cancel_response,
+    count_input_tokens,
+    create_response,
+    delete_response,
+    get_response,
+    list_input_items,
+)
 
 # Adds the metrics of the upstreams, of one by its name or of `all`, to a text of ours.
 ADD_METRICS: web.AppKey[Callable[[bytes, str], Awaitable[bytes]]] = web.AppKey("add_metrics")
@@ -163,14 +171,31 @@ async def get_metrics(request: web.Request) -> web.Response:
 
 _POSTS: dict[str, Handler] = {
     **{dialect.path: partial(generate, dialect) for dialect in DIALECTS},
+    "/v1/responses": create_response,  # in place of `generate`, which knows no stored ones
+    "/v1/responses/input_tokens": count_input_tokens,
+    "/v1/responses/{response_id}/cancel": cancel_response,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
 }
-_GETS = {"/v1/models": list_models, "/tokenizer_info": tokenizer_info, "/version": version}
+_GETS = {
+    "/v1/models": list_models,
+    "/v1/responses/{response_id}": get_response,
+    "/v1/responses/{response_id}/input_items": list_input_items,
+    "/tokenizer_info": tokenizer_info,
+    "/version": version,
+}
+_DELETES = {"/v1/responses/{response_id}": delete_response}
 _PROBES = {"/health": health, "/ready": ready, "/metrics": get_metrics}
 PATHS = (*_POSTS, *_GETS)
 NOT_BUILT = (
-    *("/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/rerank", "/v1/score"),
+    *(
+        "/v1/embeddings",
+        "/v1/responses/compact",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/rerank",
+        "/v1/score",
+    ),
     *("/v1/classify", "/v1/pooling", "/v1/moderations", "/v1/images/generations", "/v1/images/edits"),
     *("/v1/images/variations", "/v1/audio/speech", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/files"),
     *("/v1/batches", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/vector_stores", "/v1/assistants", "/v1/threads"),
@@ -195,6 +220,7 @@ ROUTES = [
     *(web.get(f"{path}/", handler) for path, handler in _PROBES.items()),
     # Behind the usual spellings, which are found by their text.
     *(web.post(spellings(path), handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
+    *(web.delete(spellings(path), handler) for path, handler in _DELETES.items()),
     *(web.get(spellings(path), handler) for path, handler in (*_GETS.items(), *_PROBES.items())),
     *(web.route("*", spellings(path, end="(?:/.*)?"), not_built, expect_handler=leave_body) for path in NOT_BUILT),
 ]

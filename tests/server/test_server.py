@@ -143,7 +143,7 @@ async def test_tokens_may_be_asked_for_below_v1(client: Client, path: str, body:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/embeddings", "/embeddings", "/v1/responses/resp_1/cancel", "/v1/messages", "/api/chat"]
+    "path", ["/v1/embeddings", "/embeddings", "/v1/responses/compact", "/v1/messages", "/api/chat"]
 )
 async def test_an_endpoint_that_is_not_built_says_so(client: Client, path: str) -> None:
     status, answer = await client.post(path, {"model": "fake", "input": "x"})

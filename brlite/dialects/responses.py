@@ -1,0 +1,292 @@
+"""OpenAI's Responses: a conversation of items, one answer, which may be stored and continued by its id.
+
+Here a body becomes a `Generation`. Items, tools and the answer have files of their own beside this one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Raw, Struct
+
+from brlite.config.options import LimitsConfig
+from brlite.dialects.dialect import Dialect
+from brlite.dialects.fields import check_undecoded, not_supported
+from brlite.dialects.generation import Chat, Truncation, in_client_words
+from brlite.dialects.json_body import BodyDecoder
+from brlite.dialects.openai import StreamOptions, Whole
+from brlite.dialects.responses_encoder import FinishedResponse, ResponseGeneration, ResponsesEncoder, encode_error
+from brlite.dialects.responses_items import ItemReader, NothingStored, StoredResponses
+from brlite.dialects.responses_tools import ResponseToolChoice, decode_response_tools
+from brlite.errors import InvalidRequest
+from brlite.files.quoting import excerpt
+from brlite.sampling_params import SamplingParams, StructuredOutput
+
+ENCRYPTED_REASONING = "reasoning.encrypted_content"
+LOGPROBS = "message.output_text.logprobs"
+# The others ask for results of hosted tools, of which there are none.
+INCLUDABLE = (
+    *(ENCRYPTED_REASONING, LOGPROBS, "file_search_call.results", "web_search_call.results"),
+    *("web_search_call.action.sources", "message.input_image.image_url", "computer_call_output.output.image_url"),
+    "code_interpreter_call.outputs",
+)
+FORMATS = ("text", "json_object", "json_schema")
+# The engine's names of fields, and the client's.
+FIELD_NAMES = {
+    "prompt": "input",
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "logprobs": "top_logprobs",
+    "reasoning_effort": "reasoning.effort",
+}
+NOTHING_STORED = NothingStored()
+
+
+class TextFormat(Struct):
+    """Flat, where chats nest. `schema` is obeyed whether `strict` or not."""
+
+    type: str
+    name: str | None = None
+    description: str | None = None
+    schema: Raw = Raw(b"null")
+    strict: bool | None = None
+
+
+class TextConfig(Struct):
+    format: TextFormat | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+
+
+class ReasoningConfig(Struct):
+    """Reasoning is told whole: there are no summaries."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class ResponsesRequest(Struct, kw_only=True):
+    model: str | None = None
+    input: str | list[Raw] | None = None
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_output_tokens: Whole | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Whole | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Whole | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+    cache_salt: str | None = None
+    top_logprobs: Whole | None = None
+    include: list[str] | None = None
+    text: TextConfig | None = None
+    reasoning: ReasoningConfig | None = None
+    tools: list[Raw] | None = None
+    tool_choice: str | ResponseToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    metadata: dict[str, str] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+_DECODER = BodyDecoder(ResponsesRequest)
+_SAMPLING_NAMES = [name for name in ResponsesRequest.__struct_fields__ if name in SamplingParams.__struct_fields__]
+
+
+def decode(data: bytes, limits: LimitsConfig, stored: StoredResponses = NOTHING_STORED) -> ResponseGeneration:
+    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    body, undecoded = _DECODER.decode(data)
+    if body.input is None:
+        raise InvalidRequest("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
+    return _generation(body, undecoded, limits, stored)
+
+
+def decode_input_tokens(
+    data: bytes, limits: LimitsConfig, stored: StoredResponses = NOTHING_STORED
+) -> ResponseGeneration:
+    """What is to be counted: the same fields, all of which may be left out. Raises `InvalidRequest`."""
+    body, undecoded = _DECODER.decode(data)
+    return _generation(body, undecoded, limits, stored)
+
+
+def _generation(
+    body: ResponsesRequest, undecoded: dict[str, Raw], limits: LimitsConfig, stored: StoredResponses
+) -> ResponseGeneration:
+    warnings = dict.fromkeys(check_undecoded(undecoded))
+    _check(body, limits)
+    conversation = _conversation(body, limits, stored)
+    tools = decode_response_tools(body.tools, body.tool_choice, is_parallel=body.parallel_tool_calls, limits=limits)
+    turns, warnings = conversation.turns, warnings | conversation.warnings | dict.fromkeys(tools.warnings)
+    if body.instructions:
+        first = turns[0] if turns else {"role": ""}
+        if first["role"] in ("system", "developer"):  # many templates take one such message, at the beginning
+            turns = [{"role": "system", "content": f"{body.instructions}\n\n{first['content']}"}, *turns[1:]]
+        else:
+            turns = [{"role": "system", "content": body.instructions}, *turns]
+    if not turns:
+        raise InvalidRequest("input must hold at least one message", param="input")
+    if body.text is not None and body.text.verbosity not in (None, "medium"):
+        warnings["text.verbosity is not obeyed: no model's template here takes it"] = None
+    is_stored = body.store is not False and stored.is_enabled
+    if body.store and not stored.is_enabled:
+        warnings["the response is not stored: limits.max_stored_bytes is 0 on this server"] = None
+    params = _sampling_params(body)
+    chat = Chat(turns, tools=tools.tools, reasoning_effort=body.reasoning.effort if body.reasoning else None)
+    return ResponseGeneration(
+        model=body.model,
+        prompts=(chat,),
+        params=params,
+        is_streamed=bool(body.stream),
+        truncation=Truncation(None) if body.truncation == "auto" else None,
+        cache_salt=body.cache_salt or "",
+        field_names=FIELD_NAMES,
+        warnings=tuple(warnings),
+        tool_choice=tools.choice,
+        items=tuple(conversation.items),
+        is_stored=is_stored,
+        seals_reasoning=ENCRYPTED_REASONING in (body.include or ()),
+        tools=tools,
+        shown=_shown(body, params, tools.shown, tools.shown_choice) | {"store": is_stored},
+    )
+
+
+def _check(body: ResponsesRequest, limits: LimitsConfig) -> None:
+    for index, name in enumerate(body.include or ()):
+        if name not in INCLUDABLE:
+            raise InvalidRequest(
+                f"include[{index}] must be one of {', '.join(INCLUDABLE)}, got {excerpt(name)}",
+                param=f"include[{index}]",
+            )
+    options = body.stream_options
+    if options is not None and options.include_obfuscation:
+        raise not_supported("stream_options.include_obfuscation")
+    if isinstance(body.stop, list) and len(body.stop) > limits.max_stop_strings:
+        raise InvalidRequest(
+            f"stop must have at most {limits.max_stop_strings} entries on this server, got {len(body.stop)}",
+            param="stop",
+        )
+
+
+def _conversation(body: ResponsesRequest, limits: LimitsConfig, stored: StoredResponses) -> ItemReader:
+    """The items of the earlier responses and those of this request."""
+    conversation = ItemReader(stored)
+    if body.previous_response_id is not None:
+        before = stored.conversation(body.previous_response_id)
+        if before is None:
+            reason = (
+                "it was never stored, was deleted, or was forgotten for newer ones"
+                if stored.is_enabled
+                else "this server stores no responses; send the conversation in input"
+            )
+            raise InvalidRequest(
+                f"Previous response with id {excerpt(body.previous_response_id)} not found: {reason}.",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+        conversation.extend(before, "previous_response_id", limits)
+    if isinstance(body.input, str):
+        content = msgspec.json.encode({"type": "message", "role": "user", "content": body.input})
+        conversation.extend([Raw(content)], "input", limits)
+    elif body.input is not None:
+        conversation.extend(body.input, "input", limits)
+    return conversation
+
+
+def _sampling_params(body: ResponsesRequest) -> SamplingParams:
+    given: dict[str, Any] = {name: value for name in _SAMPLING_NAMES if (value := getattr(body, name)) is not None}
+    has_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
+    given |= {"max_tokens": body.max_output_tokens, "logprobs": (body.top_logprobs or 0) if has_logprobs else None}
+    try:
+        return SamplingParams(**given, structured=_structured(body))
+    except InvalidRequest as error:
+        raise in_client_words(error, FIELD_NAMES) from None
+
+
+def _structured(body: ResponsesRequest) -> StructuredOutput | None:
+    wanted = None if body.text is None else body.text.format
+    if wanted is None or wanted.type == "text":
+        return None
+    if wanted.type == "json_object":
+        return StructuredOutput(json_object=True, param="text.format")
+    if wanted.type != "json_schema":
+        raise InvalidRequest(
+            f"text.format.type must be one of {', '.join(FORMATS)}, got {excerpt(wanted.type)}",
+            param="text.format.type",
+        )
+    schema = bytes(wanted.schema).decode()
+    if schema == "null":
+        raise InvalidRequest(
+            "Missing required parameter: 'text.format.schema'.",
+            param="text.format.schema",
+            code="missing_required_parameter",
+        )
+    return StructuredOutput(json_schema=schema, param="text.format")
+
+
+def _shown(
+    body: ResponsesRequest,
+    params: SamplingParams,
+    tools: list[dict[str, Any]],
+    tool_choice: str | dict[str, Any],
+) -> dict[str, Any]:
+    """What the response says of the request, its defaults filled in."""
+    reasoning, text = body.reasoning or ReasoningConfig(), body.text or TextConfig()
+    text_format: dict[str, Any] = {"type": "text"}
+    if text.format is not None:
+        given = {"type": text.format.type, "name": text.format.name, "description": text.format.description}
+        text_format = {name: value for name, value in given.items() if value is not None}
+        if text.format.type == "json_schema":
+            text_format |= {"name": text.format.name or "", "schema": text.format.schema, "strict": True}
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": params.max_tokens,
+        "max_tool_calls": None,
+        "metadata": body.metadata or {},
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": reasoning.effort, "summary": None},
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
+        "temperature": params.temperature,
+        "text": {"format": text_format, "verbosity": "medium"},
+        "tool_choice": tool_choice,
+        "tools": tools,
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": params.top_p,
+        "truncation": body.truncation or "disabled",
+        "user": body.user,
+    }
+
+
+def shown_input_items(response: FinishedResponse) -> list[dict[str, Any]]:
+    """What went into a response, oldest first, each item with the fields that its type requires."""
+    items: list[dict[str, Any]] = []
+    for index, raw in enumerate(response.input):
+        item = msgspec.json.decode(raw)
+        item.setdefault("type", "message")
+        item["id"] = item.get("id") or f"{item['type']}_{response.id.removeprefix('resp_')}in{index}"
+        if item["type"] == "message":
+            if isinstance(item.get("content"), str):
+                is_output = item.get("role") == "assistant"
+                part = {"type": "output_text", "annotations": []} if is_output else {"type": "input_text"}
+                item["content"] = [{**part, "text": item["content"]}]
+            item.setdefault("status", "completed")
+        elif item["type"] == "reasoning":
+            item.setdefault("summary", [])
+        items.append(item)
+    return items
+
+
+DIALECT = Dialect("/v1/responses", "resp_", decode, ResponsesEncoder, encode_error)

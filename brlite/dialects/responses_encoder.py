@@ -1,0 +1,516 @@
+"""Events to a Responses stream, or to one response: items that open, grow and close, one at a time.
+
+Each kind of item is a class here, with the stream's events of its life. A response that is not streamed is made of the
+same items. Shapes are those of OpenAI's types: every field that they require is there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from brlite.chat.tools import ToolCallDelta
+from brlite.dialects.errors import SERVER_FAULT, error_code, status_of
+from brlite.dialects.event import Event, Token, TokenUsage
+from brlite.dialects.generation import Generation
+from brlite.dialects.openai import LOWEST_LOGPROB, encode_json, token_name
+from brlite.dialects.responses_items import sealed
+from brlite.dialects.responses_tools import CalledTool, ResponseTools
+from brlite.dialects.sse import frame
+from brlite.errors import RequestError
+
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class ResponseGeneration(Generation, frozen=True, kw_only=True):
+    """A call, what its response echoes of the request (`shown`), and what it is stored with.
+
+    `items` are the conversation so far. With `seals_reasoning` reasoning has `encrypted_content` beside its text.
+    """
+
+    items: tuple[Raw, ...] = ()
+    is_stored: bool = False
+    seals_reasoning: bool = False
+    tools: ResponseTools = ResponseTools()
+    shown: Mapping[str, Any] = msgspec.field(default_factory=dict)
+
+
+class FinishedResponse(Struct, frozen=True):
+    """A response as it was sent, the items before it, and those that it has, by their ids."""
+
+    id: str
+    body: bytes
+    input: tuple[Raw, ...]
+    output: dict[str, Raw]
+
+
+class TopLogprob(Struct):
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class TokenLogprobs(Struct):
+    """A token of a text. Events have it without `bytes`."""
+
+    token: str
+    bytes: list[int]
+    logprob: float
+    top_logprobs: list[TopLogprob]
+
+
+class DeltaTopLogprob(Struct):
+    token: str
+    logprob: float
+
+
+class DeltaLogprobs(Struct):
+    token: str
+    logprob: float
+    top_logprobs: list[DeltaTopLogprob]
+
+
+class OutputText(Struct, tag_field="type", tag="output_text"):
+    text: str
+    annotations: list[Any] = []
+    logprobs: list[TokenLogprobs] = []
+
+
+class ReasoningText(Struct, tag_field="type", tag="reasoning_text"):
+    text: str
+
+
+class MessageItem(Struct, tag_field="type", tag="message", kw_only=True):
+    id: str
+    role: Literal["assistant"] = "assistant"
+    status: ItemStatus
+    content: list[OutputText] = []
+
+
+class ReasoningItem(Struct, tag_field="type", tag="reasoning", kw_only=True):
+    id: str
+    summary: list[Any] = []
+    content: list[ReasoningText] = []
+    encrypted_content: str | UnsetType = UNSET
+    status: ItemStatus
+
+
+class FunctionCallItem(Struct, tag_field="type", tag="function_call", kw_only=True):
+    id: str
+    call_id: str
+    name: str
+    namespace: str | UnsetType = UNSET
+    arguments: str = ""
+    status: ItemStatus
+
+
+class CustomCallItem(Struct, tag_field="type", tag="custom_tool_call", kw_only=True):
+    id: str
+    call_id: str
+    name: str
+    namespace: str | UnsetType = UNSET
+    input: str = ""
+
+
+Item = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
+
+
+class StreamEvent(Struct, tag_field="type", tag="", kw_only=True):
+    """An event of a stream. The encoder numbers it."""
+
+    sequence_number: int = 0
+
+
+class ResponseEvent(StreamEvent, tag="response.created", kw_only=True):
+    response: Raw
+
+
+class InProgressEvent(ResponseEvent, tag="response.in_progress"):
+    pass
+
+
+class CompletedEvent(ResponseEvent, tag="response.completed"):
+    pass
+
+
+class IncompleteEvent(ResponseEvent, tag="response.incomplete"):
+    pass
+
+
+class FailedEvent(ResponseEvent, tag="response.failed"):
+    pass
+
+
+class ErrorEvent(StreamEvent, tag="error", kw_only=True):
+    code: str | None
+    message: str
+    param: str | None
+
+
+class ItemAdded(StreamEvent, tag="response.output_item.added", kw_only=True):
+    output_index: int
+    item: Item
+
+
+class ItemDone(ItemAdded, tag="response.output_item.done"):
+    pass
+
+
+class ItemEvent(StreamEvent, tag="", kw_only=True):
+    item_id: str
+    output_index: int
+
+
+class PartAdded(ItemEvent, tag="response.content_part.added", kw_only=True):
+    content_index: int = 0
+    part: OutputText | ReasoningText
+
+
+class PartDone(PartAdded, tag="response.content_part.done"):
+    pass
+
+
+class TextDeltaEvent(ItemEvent, tag="response.output_text.delta", kw_only=True):
+    content_index: int = 0
+    delta: str
+    logprobs: list[DeltaLogprobs] = []
+
+
+class TextDone(ItemEvent, tag="response.output_text.done", kw_only=True):
+    content_index: int = 0
+    text: str
+    logprobs: list[DeltaLogprobs] = []
+
+
+class ReasoningDeltaEvent(ItemEvent, tag="response.reasoning_text.delta", kw_only=True):
+    content_index: int = 0
+    delta: str
+
+
+class ReasoningDone(ItemEvent, tag="response.reasoning_text.done", kw_only=True):
+    content_index: int = 0
+    text: str
+
+
+class ArgumentsDelta(ItemEvent, tag="response.function_call_arguments.delta", kw_only=True):
+    delta: str
+
+
+class ArgumentsDone(ItemEvent, tag="response.function_call_arguments.done", kw_only=True):
+    arguments: str
+
+
+class CustomInputDelta(ItemEvent, tag="response.custom_tool_call_input.delta", kw_only=True):
+    delta: str
+
+
+class CustomInputDone(ItemEvent, tag="response.custom_tool_call_input.done", kw_only=True):
+    input: str
+
+
+class OpenMessage:
+    def __init__(self, item_id: str, index: int, *, has_logprobs: bool) -> None:
+        self._id, self._index = item_id, index
+        self._texts: list[str] = []
+        self._logprobs: list[TokenLogprobs] = []
+        self._has_logprobs = has_logprobs
+
+    def begin(self) -> Iterator[StreamEvent]:
+        yield ItemAdded(output_index=self._index, item=MessageItem(id=self._id, status="in_progress"))
+        yield PartAdded(item_id=self._id, output_index=self._index, part=OutputText(""))
+
+    def add(self, text: str, tokens: Sequence[Token] | None) -> TextDeltaEvent:
+        self._texts.append(text)
+        if not self._has_logprobs:
+            return TextDeltaEvent(item_id=self._id, output_index=self._index, delta=text)
+        logprobs = [_token_logprobs(token) for token in tokens or ()]
+        self._logprobs += logprobs
+        return TextDeltaEvent(
+            item_id=self._id, output_index=self._index, delta=text, logprobs=_delta_logprobs(logprobs)
+        )
+
+    def end(self, status: ItemStatus) -> tuple[list[StreamEvent], Item]:
+        text = "".join(self._texts)
+        part = OutputText(text, logprobs=self._logprobs)
+        item = MessageItem(id=self._id, status=status, content=[part])
+        done = TextDone(item_id=self._id, output_index=self._index, text=text, logprobs=_delta_logprobs(self._logprobs))
+        part_done = PartDone(item_id=self._id, output_index=self._index, part=part)
+        return [done, part_done, ItemDone(output_index=self._index, item=item)], item
+
+
+class OpenReasoning:
+    def __init__(self, item_id: str, index: int, *, is_sealed: bool) -> None:
+        self._id, self._index, self._is_sealed = item_id, index, is_sealed
+        self._texts: list[str] = []
+
+    def begin(self) -> Iterator[StreamEvent]:
+        yield ItemAdded(output_index=self._index, item=ReasoningItem(id=self._id, status="in_progress"))
+        yield PartAdded(item_id=self._id, output_index=self._index, part=ReasoningText(""))
+
+    def add(self, text: str) -> ReasoningDeltaEvent:
+        self._texts.append(text)
+        return ReasoningDeltaEvent(item_id=self._id, output_index=self._index, delta=text)
+
+    def end(self, status: ItemStatus) -> tuple[list[StreamEvent], Item]:
+        text = "".join(self._texts)
+        part = ReasoningText(text)
+        sealed_text = sealed(text) if self._is_sealed else UNSET
+        item = ReasoningItem(id=self._id, content=[part], encrypted_content=sealed_text, status=status)
+        done = ReasoningDone(item_id=self._id, output_index=self._index, text=text)
+        part_done = PartDone(item_id=self._id, output_index=self._index, part=part)
+        return [done, part_done, ItemDone(output_index=self._index, item=item)], item
+
+
+class OpenCall:
+    def __init__(self, item_id: str, index: int, call_id: str, tool: CalledTool) -> None:
+        self._id, self._index, self._call_id, self._tool = item_id, index, call_id, tool
+        self._arguments: list[str] = []
+
+    def begin(self) -> Iterator[StreamEvent]:
+        yield ItemAdded(output_index=self._index, item=self._item("in_progress"))
+
+    def add(self, arguments: str) -> ArgumentsDelta:
+        self._arguments.append(arguments)
+        return ArgumentsDelta(item_id=self._id, output_index=self._index, delta=arguments)
+
+    def end(self, status: ItemStatus) -> tuple[list[StreamEvent], Item]:
+        item = self._item(status)
+        done = ArgumentsDone(item_id=self._id, output_index=self._index, arguments=item.arguments)
+        return [done, ItemDone(output_index=self._index, item=item)], item
+
+    def _item(self, status: ItemStatus) -> FunctionCallItem:
+        return FunctionCallItem(
+            id=self._id,
+            call_id=self._call_id,
+            name=self._tool.name,
+            namespace=self._tool.namespace or UNSET,
+            arguments="".join(self._arguments),
+            status=status,
+        )
+
+
+class OpenCustomCall:
+    """Its text is inside JSON until the call is whole, so there is one delta, at the end."""
+
+    def __init__(self, item_id: str, index: int, call_id: str, tool: CalledTool) -> None:
+        self._id, self._index, self._call_id, self._tool = item_id, index, call_id, tool
+        self._arguments: list[str] = []
+
+    def begin(self) -> Iterator[StreamEvent]:
+        yield ItemAdded(output_index=self._index, item=self._item(""))
+
+    def add(self, arguments: str) -> None:
+        self._arguments.append(arguments)
+
+    def end(self, status: ItemStatus) -> tuple[list[StreamEvent], Item]:
+        text = _custom_text("".join(self._arguments))
+        delta = CustomInputDelta(item_id=self._id, output_index=self._index, delta=text)
+        done = CustomInputDone(item_id=self._id, output_index=self._index, input=text)
+        item = self._item(text)
+        return [delta, done, ItemDone(output_index=self._index, item=item)], item
+
+    def _item(self, text: str) -> CustomCallItem:
+        namespace = self._tool.namespace or UNSET
+        return CustomCallItem(id=self._id, call_id=self._call_id, name=self._tool.name, namespace=namespace, input=text)
+
+
+class ResponsesEncoder:
+    """The response of one call. `keep` gets it when it is finished, before the client does, if it is to be stored."""
+
+    def __init__(
+        self,
+        call: Generation,
+        answer_id: str,
+        model: str,
+        fingerprint: str,
+        keep: Callable[[FinishedResponse], None] | None = None,
+    ) -> None:
+        assert isinstance(call, ResponseGeneration)
+        self._call = call
+        self._id = answer_id
+        self._model = model
+        self._keep = keep
+        self._created = int(time.time())
+        self._num_sent = 0
+        self._output: list[Item] = []
+        self._open: OpenMessage | OpenReasoning | OpenCall | OpenCustomCall | None = None
+        self._ending: Event | None = None
+        self._warnings: Sequence[str] = ()
+
+    def opening(self, usage: TokenUsage) -> bytes:
+        """What a stream begins with."""
+        response = Raw(self._response("in_progress"))
+        return self._frame(ResponseEvent(response=response)) + self._frame(InProgressEvent(response=response))
+
+    def encode(self, event: Event) -> bytes:
+        """The stream's events of what is new."""
+        frames: list[bytes] = []
+        if event.reasoning:
+            item, begun = self._item(OpenReasoning)
+            frames += begun
+            frames.append(self._frame(item.add(event.reasoning)))
+        if event.text:
+            message, begun = self._item(OpenMessage)
+            frames += begun
+            frames.append(self._frame(message.add(event.text, event.tokens)))
+        for piece in event.calls:
+            frames += self._encode_call(piece)
+        if event.finish_reason is not None:
+            if self._open is None and not self._output:  # an answer of no text is a message all the same
+                frames += self._item(OpenMessage)[1]
+            self._ending, self._warnings = event, event.warnings
+            frames += self._close("incomplete" if event.finish_reason == "length" else "completed")
+        return b"".join(frames)
+
+    def closing(self, usage: TokenUsage) -> bytes:
+        """What a stream ends with."""
+        status, body = self._finished(usage)
+        kind = {"completed": CompletedEvent, "incomplete": IncompleteEvent}.get(status, FailedEvent)
+        return self._frame(kind(response=Raw(body)))
+
+    def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
+        """The body of a response that is not streamed."""
+        for event in events:
+            self.encode(event)
+        self._warnings = warnings
+        return self._finished(usage)[1]
+
+    def failing(self, error: BaseException) -> bytes:
+        """What a stream ends with where something went wrong."""
+        if not self._num_sent:
+            return encode_error(error)
+        frames = self._close("incomplete")
+        body = self._response("failed", error=_shown_error(error))
+        self._store(body)
+        return b"".join([*frames, self._frame(FailedEvent(response=Raw(body)))])
+
+    def _encode_call(self, piece: ToolCallDelta) -> list[bytes]:
+        frames: list[bytes] = []
+        if piece.id is not None:
+            frames += self._close("completed")
+            tool = self._call.tools.find(piece.name or "")
+            kind, prefix = (OpenCustomCall, "ctc") if tool.is_custom else (OpenCall, "fc")
+            self._open = kind(self._item_id(prefix), len(self._output), piece.id, tool)
+            frames += map(self._frame, self._open.begin())
+        assert isinstance(self._open, (OpenCall, OpenCustomCall))
+        delta = self._open.add(piece.arguments) if piece.arguments else None
+        return [*frames, self._frame(delta)] if delta is not None else frames
+
+    def _item(self, kind: type[Any]) -> tuple[Any, list[bytes]]:
+        """The open item, if it is of this kind, else a new one, and the events of its beginning."""
+        if isinstance(self._open, kind):
+            return self._open, []
+        frames = self._close("completed")
+        if kind is OpenMessage:
+            has_logprobs = self._call.params.logprobs is not None
+            self._open = OpenMessage(self._item_id("msg"), len(self._output), has_logprobs=has_logprobs)
+        else:
+            self._open = OpenReasoning(self._item_id("rs"), len(self._output), is_sealed=self._call.seals_reasoning)
+        return self._open, [*frames, *map(self._frame, self._open.begin())]
+
+    def _close(self, status: ItemStatus) -> list[bytes]:
+        if self._open is None:
+            return []
+        events, item = self._open.end(status)
+        self._output.append(item)
+        self._open = None
+        return [self._frame(event) for event in events]
+
+    def _item_id(self, prefix: str) -> str:
+        return f"{prefix}_{self._id.removeprefix('resp_')}{len(self._output)}"
+
+    def _frame(self, event: StreamEvent) -> bytes:
+        event.sequence_number = self._num_sent
+        self._num_sent += 1
+        return frame(encode_json(event), str(event.__struct_config__.tag))
+
+    def _finished(self, usage: TokenUsage) -> tuple[str, bytes]:
+        reason = None if self._ending is None else self._ending.finish_reason
+        status = {"stop": "completed", "tool_calls": "completed", "length": "incomplete"}.get(reason or "", "failed")
+        error = {"code": "server_error", "message": SERVER_FAULT} if status == "failed" else None
+        body = self._response(status, usage=usage, error=error)
+        self._store(body)
+        return status, body
+
+    def _store(self, body: bytes) -> None:
+        if self._keep is not None and self._call.is_stored:
+            output = {item.id: Raw(encode_json(item)) for item in self._output}
+            self._keep(FinishedResponse(self._id, body, self._call.items, output))
+
+    def _response(self, status: str, *, usage: TokenUsage | None = None, error: dict[str, Any] | None = None) -> bytes:
+        """The response object as it is now."""
+        is_over = status == "completed"
+        return encode_json(
+            {
+                "id": self._id,
+                "object": "response",
+                "created_at": self._created,
+                "status": status,
+                "background": False,
+                "completed_at": int(time.time()) if is_over else None,
+                "error": error,
+                "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+                "model": self._model,
+                "output": self._output,
+                **self._call.shown,
+                "usage": None if usage is None else _shown_usage(usage),
+                **({"warnings": self._warnings} if self._warnings else {}),
+            }
+        )
+
+
+def encode_error(error: BaseException) -> bytes:
+    """What a stream ends with where something went wrong before its first event."""
+    shown = _shown_error(error)
+    event = ErrorEvent(code=error_code(error), message=shown["message"], param=getattr(error, "param", None))
+    return frame(encode_json(event), "error")
+
+
+def _shown_error(error: BaseException) -> dict[str, Any]:
+    """The error of a response, whose codes are a closed list."""
+    status = status_of(error).http
+    code = "rate_limit_exceeded" if status == 429 else "invalid_prompt" if status < 500 else "server_error"
+    return {"code": code, "message": str(error)[:2000] if isinstance(error, RequestError) else SERVER_FAULT}
+
+
+def _shown_usage(usage: TokenUsage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+        "output_tokens": usage.completion,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+        "total_tokens": usage.prompt + usage.completion,
+    }
+
+
+def _custom_text(arguments: str) -> str:
+    """The free text in the arguments of a custom tool's call; the arguments themselves, if they are cut."""
+    try:
+        decoded = msgspec.json.decode(arguments.encode())
+    except (msgspec.DecodeError, RecursionError):
+        return arguments
+    text = decoded.get("input") if isinstance(decoded, dict) else None
+    return text if isinstance(text, str) else arguments
+
+
+def _token_logprobs(token: Token) -> TokenLogprobs:
+    return TokenLogprobs(
+        token=token_name(token.token),
+        bytes=list(token.token.data),
+        logprob=max(token.logprob or 0.0, LOWEST_LOGPROB),
+        top_logprobs=[
+            TopLogprob(token_name(other), list(other.data), max(logprob, LOWEST_LOGPROB))
+            for other, logprob in token.top
+        ],
+    )
+
+
+def _delta_logprobs(logprobs: Sequence[TokenLogprobs]) -> list[DeltaLogprobs]:
+    return [
+        DeltaLogprobs(each.token, each.logprob, [DeltaTopLogprob(top.token, top.logprob) for top in each.top_logprobs])
+        for each in logprobs
+    ]

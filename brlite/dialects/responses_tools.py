@@ -1,0 +1,215 @@
+"""The flat tools of the Responses API to tools that a model can be told of, and calls back to the client's names.
+
+A namespace's tools have its name before theirs. A custom tool, which takes free text, is a function of one string.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from brlite.chat.tools import Tool, ToolChoice
+from brlite.config.options import LimitsConfig
+from brlite.dialects.fields import not_supported
+from brlite.dialects.json_body import decode_json
+from brlite.dialects.openai_tools import (
+    AllowedTool,
+    AllowedTools,
+    FunctionDefinition,
+    FunctionName,
+    ToolChoiceObject,
+    ToolDefinition,
+    ToolFields,
+    decode_tools,
+)
+from brlite.dialects.responses_items import flat_name
+from brlite.errors import InvalidRequest
+from brlite.files.quoting import excerpt
+
+# An answer without these is one that the model could have given with them. The others have a client's own data behind
+# them, and an answer without those would be a wrong one.
+DROPPED_TOOLS = frozenset(
+    (
+        "web_search",
+        "web_search_2025_08_26",
+        "web_search_preview",
+        "web_search_preview_2025_03_11",
+        "code_interpreter",
+        "image_generation",
+        "local_shell",
+        "shell",
+        "apply_patch",
+        "tool_search",
+    )
+)
+CUSTOM_PARAMETERS = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+
+
+class ResponseTool(Struct, kw_only=True):
+    """A tool of any type. Other keys are those of hosted tools."""
+
+    type: str
+    name: str | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+    format: Any = None
+    tools: list[ResponseTool] | None = None
+
+
+class ChosenTool(Struct):
+    type: str = "function"
+    name: str | None = None
+    namespace: str | None = None
+
+
+class ResponseToolChoice(Struct, kw_only=True):
+    type: str
+    name: str | None = None
+    namespace: str | None = None
+    mode: Literal["auto", "required"] | None = None
+    tools: list[ChosenTool] | None = None
+
+
+class CalledTool(Struct, frozen=True):
+    """What a client calls the tool that a model has called."""
+
+    name: str
+    namespace: str | None = None
+    is_custom: bool = False
+
+
+class ResponseTools(Struct, frozen=True, kw_only=True):
+    """The tools of a request: as the model gets them, by the names it calls them, and as the response echoes them."""
+
+    tools: tuple[Tool, ...] = ()
+    choice: ToolChoice = ToolChoice(mode="none")
+    called: dict[str, CalledTool] = {}
+    shown: list[dict[str, Any]] = []
+    shown_choice: str | dict[str, Any] = "auto"
+    warnings: tuple[str, ...] = ()
+
+    def find(self, name: str) -> CalledTool:
+        """The tool that the model calls `name`."""
+        return self.called.get(name) or CalledTool(name)
+
+
+_TOOL = msgspec.json.Decoder(ResponseTool)
+
+
+def decode_response_tools(
+    raw_tools: list[msgspec.Raw] | None,
+    choice: str | ResponseToolChoice | None,
+    *,
+    is_parallel: bool | None,
+    limits: LimitsConfig,
+) -> ResponseTools:
+    """The tools and the choice among them. Raises `InvalidRequest`, naming the field."""
+    if raw_tools and len(raw_tools) > limits.max_tools:
+        raise InvalidRequest(
+            f"tools must have at most {limits.max_tools} entries on this server, got {len(raw_tools)}", param="tools"
+        )
+    definitions: list[ToolDefinition] = []
+    called: dict[str, CalledTool] = {}
+    shown: list[dict[str, Any]] = []
+    warnings: dict[str, None] = {}
+    for index, raw in enumerate(raw_tools or ()):
+        tool = _decode_tool(raw, f"tools[{index}]")
+        if tool.type in DROPPED_TOOLS:
+            warnings[f"the tool {tool.type} was left out: this server does not have it"] = None
+            continue
+        shown.append(_shown(tool))
+        namespace = tool.name if tool.type == "namespace" else None
+        for inner in (tool.tools or ()) if namespace else (tool,):
+            definition, names = _definition(inner, namespace, f"tools[{index}]")
+            definitions.append(ToolDefinition("function", definition))
+            called[definition.name] = names
+            if inner.type == "custom" and isinstance(inner.format, dict) and inner.format.get("type") == "grammar":
+                warnings[f"the grammar of the tool {names.name} is told to the model and not enforced"] = None
+    fields = ToolFields(
+        tools=definitions or (None if raw_tools is None else []),
+        tool_choice=_choice(choice),
+        parallel_tool_calls=is_parallel,
+    )
+    tools, decoded_choice = decode_tools(fields, limits)
+    if choice == "required" and warnings and not tools:
+        raise not_supported("tools", f": a call is required, and {', '.join(warnings)}")
+    return ResponseTools(
+        tools=() if decoded_choice.mode == "none" else tools,
+        choice=decoded_choice,
+        called=called,
+        shown=shown,
+        shown_choice=_shown_choice(choice),
+        warnings=tuple(warnings),
+    )
+
+
+def _decode_tool(raw: msgspec.Raw, param: str) -> ResponseTool:
+    try:
+        return decode_json(bytes(raw), _TOOL)
+    except InvalidRequest as error:
+        path = f"{param}.{error.param}" if error.param else param
+        raise InvalidRequest(f"{param}: {error}", param=path, code=error.code) from None
+
+
+def _definition(tool: ResponseTool, namespace: str | None, param: str) -> tuple[FunctionDefinition, CalledTool]:
+    if tool.type not in ("function", "custom"):
+        raise not_supported(f"{param}.type", f": it is {excerpt(tool.type)}; function, custom and namespace are taken")
+    if not tool.name:
+        raise InvalidRequest(
+            f"Missing required parameter: '{param}.name'.", param=f"{param}.name", code="missing_required_parameter"
+        )
+    name = flat_name(namespace, tool.name)
+    if tool.type == "function":
+        return FunctionDefinition(name, tool.description, tool.parameters, tool.strict), CalledTool(
+            tool.name, namespace
+        )
+    text = tool.description or ""
+    if isinstance(tool.format, dict) and tool.format.get("type") == "grammar":
+        syntax, definition = str(tool.format.get("syntax")), str(tool.format.get("definition"))
+        text += f"\n\nThe input must follow this grammar ({syntax}):\n{definition}"
+    return FunctionDefinition(name, text.strip() or None, CUSTOM_PARAMETERS), CalledTool(tool.name, namespace, True)
+
+
+def _choice(choice: str | ResponseToolChoice | None) -> str | ToolChoiceObject | None:
+    """The choice in the shape of chats, whose rules are the same."""
+    if choice is None or isinstance(choice, str):
+        return choice
+    if choice.type in ("function", "custom") and choice.name:
+        return ToolChoiceObject("function", function=FunctionName(flat_name(choice.namespace, choice.name)))
+    if choice.type == "allowed_tools" and choice.mode and choice.tools is not None:
+        listed = [AllowedTool(name=flat_name(tool.namespace, tool.name or "")) for tool in choice.tools]
+        return ToolChoiceObject("allowed_tools", allowed_tools=AllowedTools(choice.mode, listed))
+    raise not_supported(
+        "tool_choice",
+        f": its type is {excerpt(choice.type)}; function and custom with a name, and allowed_tools with mode and "
+        "tools are taken",
+    )
+
+
+def _shown(tool: ResponseTool) -> dict[str, Any]:
+    """The tool as the response echoes it, with every field that its type requires."""
+    if tool.type == "function":
+        described = {} if tool.description is None else {"description": tool.description}
+        strict, parameters = bool(tool.strict), tool.parameters
+        return {"type": "function", "name": tool.name, **described, "parameters": parameters, "strict": strict}
+    if tool.type == "namespace":
+        inner = [_shown(each) for each in tool.tools or ()]
+        return {"type": "namespace", "name": tool.name, "description": tool.description or "", "tools": inner}
+    given = {"description": tool.description, "format": tool.format}
+    return {
+        "type": tool.type,
+        "name": tool.name,
+        **{name: value for name, value in given.items() if value is not None},
+    }
+
+
+def _shown_choice(choice: str | ResponseToolChoice | None) -> str | dict[str, Any]:
+    if choice is None or isinstance(choice, str):
+        return choice or "auto"
+    if choice.type == "allowed_tools":
+        tools = [{"type": tool.type, "name": tool.name} for tool in choice.tools or ()]
+        return {"type": "allowed_tools", "mode": choice.mode, "tools": tools}
+    return {"type": choice.type, "name": choice.name}

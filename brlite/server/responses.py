@@ -1,0 +1,110 @@
+"""The endpoints of the Responses API: create, and what is done with stored responses."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from aiohttp import web
+
+from brlite.dialects.generation import Chat, in_client_words
+from brlite.dialects.openai import encode_json
+from brlite.dialects.responses import DIALECT, decode, decode_input_tokens, shown_input_items
+from brlite.dialects.responses_encoder import FinishedResponse, ResponsesEncoder
+from brlite.errors import InvalidRequest, NotFound
+from brlite.http.body import read_body
+from brlite.http.keys import API_KEY
+from brlite.server.chat_replies import template_extras
+from brlite.server.engine_requests import encode
+from brlite.server.generate import CONFIG, admit, generate
+from brlite.server.response_store import STORE, TenantResponses
+
+MAX_LISTED_ITEMS = 100
+
+
+async def create_response(request: web.Request) -> web.StreamResponse:
+    """`POST /v1/responses`: the dialect's `decode` and encoder, with the responses that the key may continue."""
+    stored = _stored(request)
+    dialect = DIALECT._replace(
+        decode=partial(decode, stored=stored), make_encoder=partial(ResponsesEncoder, keep=stored.keep)
+    )
+    return await generate(dialect, request)
+
+
+async def count_input_tokens(request: web.Request) -> web.Response:
+    """The tokens of a prompt of any length: only the body's size is limited."""
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
+    call = decode_input_tokens(body, limits, _stored(request))
+    (chat,) = call.prompts
+    assert isinstance(chat, Chat)
+    with admit(request, call.model) as model:
+        engine = await model.loaded(limits.max_wait_seconds, tenant)
+        try:
+            extras, _ = template_extras(chat, engine.tokenizer.chat_format, model.spec)
+            token_ids = await encode(chat, engine, tenant, extras=extras, is_bounded=False)
+        except InvalidRequest as error:
+            raise in_client_words(error, call.field_names) from None
+    return web.json_response({"object": "response.input_tokens", "input_tokens": len(token_ids)})
+
+
+async def get_response(request: web.Request) -> web.Response:
+    """A stored response, as it was sent."""
+    if request.query.get("stream", "false").lower() not in ("false", "0"):
+        raise InvalidRequest("stream: a stored response is not sent as a stream; leave it out", param="stream")
+    return web.Response(body=_find(request).body, content_type="application/json")
+
+
+async def delete_response(request: web.Request) -> web.Response:
+    response = _find(request)
+    _stored(request).delete(response.id)
+    return web.json_response({"id": response.id, "object": "response", "deleted": True})
+
+
+async def cancel_response(request: web.Request) -> web.Response:
+    """Only background responses can be cancelled, and there are none: a client that leaves ends its own."""
+    _find(request)
+    raise InvalidRequest("Cannot cancel a response that was not created with background=true.", param="response_id")
+
+
+async def list_input_items(request: web.Request) -> web.Response:
+    """What went into a stored response, newest first; `limit` (1 to 100), `order` and `after` as by OpenAI."""
+    items = shown_input_items(_find(request))
+    order, after, limit = request.query.get("order", "desc"), request.query.get("after"), request.query.get("limit")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest(f"order must be asc or desc, got {order[:64]!r}", param="order")
+    if limit is not None and not (limit.isdecimal() and 1 <= int(limit[:9]) <= MAX_LISTED_ITEMS):
+        raise InvalidRequest(f"limit must be 1 to {MAX_LISTED_ITEMS}, got {limit[:64]!r}", param="limit")
+    if order == "desc":
+        items.reverse()
+    if after is not None:
+        ids = [item["id"] for item in items]
+        if after not in ids:
+            raise InvalidRequest(f"after: there is no item {after[:64]!r} in this list", param="after")
+        items = items[ids.index(after) + 1 :]
+    listed = items[: int(limit or 20)]
+    page = {
+        "object": "list",
+        "data": listed,
+        "first_id": listed[0]["id"] if listed else None,
+        "last_id": listed[-1]["id"] if listed else None,
+        "has_more": len(listed) < len(items),
+    }
+    return web.Response(body=encode_json(page), content_type="application/json")
+
+
+def _stored(request: web.Request) -> TenantResponses:
+    return request.app[STORE].of(request[API_KEY].tenant)
+
+
+def _find(request: web.Request) -> FinishedResponse:
+    """The stored response that the path names. Raises `NotFound`, also for those of other keys."""
+    stored, response_id = _stored(request), request.match_info["response_id"]
+    response = stored.get(response_id)
+    if response is None:
+        reason = "" if stored.is_enabled else ": this server stores no responses (limits.max_stored_bytes is 0)"
+        raise NotFound(
+            f"Response with id {response_id[:64]!r} not found{reason}.",
+            param="response_id",
+            code="response_not_found",
+        )
+    return response
