@@ -32,19 +32,17 @@ def _section(section: str, old: Any, new: Any) -> Iterator[str]:
     if not isinstance(old, tuple):
         yield from _options(section, old, new)
         return
-    before, after = ({_name(entry): entry for entry in entries} for entries in (old, new))
+    before, after = ({entry.name or entry.url: entry for entry in entries} for entries in (old, new))
     for name, entry in before.items():
         if name in after:
             yield from _options(f"{section} {name}", entry, after[name])
         else:
             yield f"- {section} {name}"
-    for name in (name for name in after if name not in before):
-        yield f"+ {section} {name}: {_given(after[name])}"
-
-
-def _name(entry: Any) -> str:
-    """What an entry is called: its name, or an upstream's URL if it has none."""
-    return str(entry.name or entry.url)
+    for name, entry in after.items():
+        if name not in before:
+            defaults = {field.name: field.default for field in msgspec.structs.fields(entry)}
+            options = {key: value for key, value in masked_options(entry).items() if value and value != defaults[key]}
+            yield f"+ {section} {name}: " + ", ".join(f"{k} = {show(v)}" for k, v in options.items() if k != "name")
 
 
 def _options(path: str, old: msgspec.Struct, new: msgspec.Struct) -> Iterator[str]:
@@ -56,10 +54,3 @@ def _options(path: str, old: msgspec.Struct, new: msgspec.Struct) -> Iterator[st
             yield f"{path}.{name}: another one"
         else:
             yield f"{path}.{name}: {show(before[name])} -> {show(after[name])}"
-
-
-def _given(entry: msgspec.Struct) -> str:
-    """The options of an entry that are not the defaults, but its name."""
-    defaults = {field.name: field.default for field in msgspec.structs.fields(entry)}
-    options = {name: value for name, value in masked_options(entry).items() if value and value != defaults[name]}
-    return ", ".join(f"{name} = {show(value)}" for name, value in options.items() if name != "name")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 
@@ -43,13 +43,16 @@ def load_seed_config(text: str, path: Path) -> Config:
 
     Raises a one-line `ConfigError` naming file, field, value and what is allowed.
     """
-    seed = convert(_parse_json(text, path), SeedConfig, source=str(path))
+    try:
+        data = json.loads(text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
+        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text: it fails here, not when printed
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid JSON: nested too deeply") from None
+    seed = convert(data, SeedConfig, source=str(path))
     for contradiction in _contradictions(seed):
         raise ConfigError(f"{path}: {contradiction}")
-    return make_config(_translate(seed), source=str(path))
-
-
-def _translate(seed: SeedConfig) -> dict[str, object]:
     model = {
         "name": seed.model,
         "path": _weights_path(seed),
@@ -64,7 +67,7 @@ def _translate(seed: SeedConfig) -> dict[str, object]:
         "input_name": seed.input_name,
         "output_name": seed.output_name,
     }
-    return {"model": [model], "proxy": {"all_models": seed.all_models}}
+    return make_config({"model": [model], "proxy": {"all_models": seed.all_models}}, source=str(path))
 
 
 def _weights_path(seed: SeedConfig) -> str | None:
@@ -92,17 +95,6 @@ def _contradictions(seed: SeedConfig) -> Iterator[str]:
         yield f"devices = {show(seed.devices)}: allowed is each device once"
     if tensor_parallel != len(seed.devices):
         yield f"{at}: allowed as TP is the number of devices, here {len(seed.devices)}"
-
-
-def _parse_json(text: str, path: Path) -> Any:
-    try:
-        data = json.loads(text, object_pairs_hook=_unique_fields, parse_constant=_refuse_constant)
-        json.dumps(data, ensure_ascii=False).encode()  # a lone surrogate is no text: it fails here, not when printed
-        return data
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: not valid JSON: nested too deeply") from None
 
 
 def _unique_fields(pairs: list[tuple[str, object]]) -> dict[str, object]:

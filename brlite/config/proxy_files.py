@@ -42,10 +42,12 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
         raise ConfigError(
             "proxy: no upstream; give a config (a .toml, or the manual's .json files) or --upstream NAME=URL"
         )
-    tomls, jsons = _by_kind(files)
-    config = _read_proxy_toml(tomls[0]) if tomls else Config(model=())
+    tomls = [path for path in files if path.suffix == ".toml"]
+    if len(tomls) > 1:
+        raise ConfigError(f"{tomls[1]}: only one .toml is allowed, and {tomls[0]} is one; .json files may be added")
     source = str(tomls[0]) if tomls else COMMAND_LINE
-    seeds = {path: load_config(path) for path in jsons}
+    config = _read_proxy_toml(tomls[0]) if tomls else Config(model=())
+    seeds = {path: load_config(path) for path in files if path not in tomls}
     tables = [(source, config.proxy.all_models), *((str(path), seed.proxy.all_models) for path, seed in seeds.items())]
     listed = _agreed([_Entry(url, model, source) for source, table in tables for url, model in table.items()])
     servers = [entry for entry in listed if isinstance(entry.place, Address)]
@@ -67,14 +69,6 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
     proxy = msgspec.structs.replace(config.proxy, all_models=placeholders)
     merged = msgspec.structs.replace(config, upstream=upstreams, proxy=proxy)
     return make_config(msgspec.to_builtins(merged), source=source)
-
-
-def _by_kind(files: Sequence[Path]) -> tuple[list[Path], list[Path]]:
-    """The TOML, of which there is one at most, and the manual's files; the suffix of anything else is refused."""
-    tomls = [path for path in files if path.suffix == ".toml"]
-    if len(tomls) > 1:
-        raise ConfigError(f"{tomls[1]}: only one .toml is allowed, and {tomls[0]} is one; .json files may be added")
-    return tomls, [path for path in files if path.suffix != ".toml"]
 
 
 def _read_proxy_toml(path: Path) -> Config:

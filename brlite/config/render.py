@@ -12,7 +12,7 @@ import msgspec
 from msgspec import NODEFAULT, inspect
 
 from brlite.config.options import Config
-from brlite.config.validation import bare, describe
+from brlite.config.type_errors import bare, describe
 
 MASK = "***"
 COMMENT_COLUMN = 34
@@ -104,8 +104,11 @@ def render(config: Config) -> str:
     sections = []
     for name in config.__struct_fields__:
         value = getattr(config, name)
-        tables = [(f"[[{name}]]", spec) for spec in value] if isinstance(value, tuple) else [(f"[{name}]", value)]
-        sections += [_section(heading, table) for heading, table in tables]
+        heading, tables = (f"[[{name}]]", value) if isinstance(value, tuple) else (f"[{name}]", (value,))
+        for table in tables:
+            options = masked_options(table).items()
+            lines = (f"# {key} =" if option is None else f"{key} = {_value(option)}" for key, option in options)
+            sections.append("\n".join([heading, *lines]))
     return "\n\n".join(sections)
 
 
@@ -125,14 +128,6 @@ def _fields(struct: Any) -> tuple[inspect.Field, ...]:
 def _json_schema(field: inspect.Field, key: str) -> Any:
     assert isinstance(field.type, inspect.Metadata), f"{field.name} has no text"
     return (field.type.extra_json_schema or {}).get(key)
-
-
-def _section(heading: str, table: msgspec.Struct) -> str:
-    return "\n".join([heading, *(_option(name, value) for name, value in masked_options(table).items())])
-
-
-def _option(name: str, value: object) -> str:
-    return f"# {name} =" if value is None else f"{name} = {_value(value)}"
 
 
 def _value(value: object) -> str:

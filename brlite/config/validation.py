@@ -19,17 +19,13 @@ from msgspec import inspect
 
 from brlite.config.address import parse_address
 from brlite.config.options import ENGINE_VARIABLE, NEVER_TO_CLIENTS, NEVER_TO_UPSTREAMS, Backend, Config
+from brlite.config.type_errors import FieldProblem, bare, describe, join_path, read_problem, types_at, value_at
 from brlite.errors import ConfigError
 
 T = TypeVar("T")
 
 MAX_SHOWN = 80
 SECRET_FIELDS = re.compile(r"keys\.keys.*|key\[\d+\]\.key|upstream\[\d+\]\.api_key", re.DOTALL)  # never shown
-# msgspec names the field and the problem, not the value, and calls any value of a mapping `[...]`.
-_COMPLAINT = re.compile(r"(?P<problem>.*?)(?: - at `\$\.?(?P<path>.*)`)?", re.DOTALL)
-_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
-_MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
-_STEP = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
 
 
 def convert(data: object, kind: type[T], *, source: str, is_text: bool = False) -> T:
@@ -40,7 +36,7 @@ def convert(data: object, kind: type[T], *, source: str, is_text: bool = False) 
     try:
         return msgspec.convert(data, kind, strict=not is_text)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{source}: {_explain(str(error), data, inspect.type_info(kind))}") from None
+        raise ConfigError(f"{source}: {_explain(read_problem(error), data, kind)}") from None
 
 
 def show(value: object) -> str:
@@ -49,94 +45,29 @@ def show(value: object) -> str:
     return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 1] + "…"
 
 
-def _explain(complaint: str, data: object, kind: inspect.Type) -> str:
-    match = _COMPLAINT.fullmatch(complaint)
-    assert match is not None  # the pattern matches any text
-    problem, path = match["problem"], (match["path"] or "").removesuffix("[...]")
-    at = _follow(data, kind, path)
-    if unknown := _UNKNOWN.fullmatch(problem):
-        return _explain_unknown(path, unknown[1], at)
-    if missing := _MISSING.fullmatch(problem):
-        field = _join(path, missing[1])
-        return f"{field} is missing: {_allowed(_child(at[1], missing[1]))}"
-    shown = "…" if SECRET_FIELDS.fullmatch(path) else show(at[0])
-    return f"{path or 'the file'} = {shown}: {_allowed(at[1])}"
-
-
-def _explain_unknown(path: str, name: str, at: tuple[Any, inspect.Type]) -> str:
-    value, kind = at[0], bare(at[1])
-    assert isinstance(kind, inspect.StructType)  # only structs have fields to be unknown
-    allowed = [field.encode_name for field in kind.fields]
-    near = "".join(f"did you mean {match}? " for match in get_close_matches(name, allowed, 1))
-    return f"{_join(path, name)} = {show(value[name])}: no such field; {near}allowed are {', '.join(allowed)}"
-
-
-def _follow(data: Any, kind: inspect.Type, path: str) -> tuple[Any, inspect.Type]:
-    """The value and the type at the end of `path`, such as `model[0].devices`."""
-    for index, name in _STEP.findall(path):
-        kind = _child(kind, name)
-        data = data[int(index) if index else name]
-    return data, kind
-
-
-def _child(kind: inspect.Type, name: str) -> inspect.Type:
-    kind = bare(kind)
-    if isinstance(kind, inspect.StructType):
-        return next(field.type for field in kind.fields if field.encode_name == name)
-    if isinstance(kind, inspect.TupleType):
-        return kind.item_types[0]
-    if isinstance(kind, inspect.VarTupleType):
-        return kind.item_type
-    return kind
+def _explain(fault: FieldProblem, data: object, kind: object) -> str:
+    path = fault.path.removesuffix("[...]")
+    try:
+        value, (type_here,) = value_at(data, path), types_at(kind, path)
+    except (LookupError, TypeError, ValueError):  # a key that looks like msgspec's own text
+        return fault.problem
+    if fault.unknown is not None:
+        allowed = [field.encode_name for field in bare(type_here).fields]  # type: ignore[attr-defined]
+        near = "".join(f"did you mean {match}? " for match in get_close_matches(fault.unknown, allowed, 1))
+        field, shown = join_path(path, fault.unknown), show(value.get(fault.unknown))
+        return f"{field} = {shown}: no such field; {near}allowed are {', '.join(allowed)}"
+    if fault.missing is not None:
+        field = join_path(path, fault.missing)
+        return f"{field} is missing: {_allowed(types_at(kind, field)[0])}"
+    shown = "…" if SECRET_FIELDS.fullmatch(path) else show(value)
+    return f"{path or 'the file'} = {shown}: {_allowed(type_here)}"
 
 
 def _allowed(kind: inspect.Type) -> str:
     return f"allowed {'are' if isinstance(bare(kind), inspect.LiteralType) else 'is'} {describe(kind)}"
 
 
-def bare(kind: inspect.Type) -> inspect.Type:
-    """A type without the texts that belong to it."""
-    return kind.type if isinstance(kind, inspect.Metadata) else kind
-
-
-def describe(kind: inspect.Type) -> str:
-    """A type and its range in words, as errors and docs/configuration.md say them."""
-    if isinstance(kind, inspect.Metadata):
-        return str((kind.extra or {}).get("allowed") or describe(kind.type))
-    if isinstance(kind, inspect.LiteralType):
-        return ", ".join(str(value) for value in kind.values)
-    if isinstance(kind, inspect.UnionType):
-        return " or ".join(describe(member) for member in kind.types if not isinstance(member, inspect.NoneType))
-    if isinstance(kind, inspect.TupleType):
-        return f"a list of {len(kind.item_types)}, each {describe(kind.item_types[0])}"
-    if isinstance(kind, inspect.VarTupleType):
-        return f"a list, each {describe(kind.item_type)}"
-    if isinstance(kind, inspect.DictType):
-        return f"a table, each value {describe(kind.value_type)}"
-    return _NAMES.get(type(kind), "something else") + _range(kind)
-
-
-_NAMES: dict[type[Any], str] = {
-    inspect.IntType: "a whole number",
-    inspect.FloatType: "a number",
-    inspect.StrType: "a string",
-    inspect.BoolType: "true or false",
-    inspect.StructType: "a table",
-}
-
-
-def _range(kind: Any) -> str:
-    low, above, high = (getattr(kind, bound, None) for bound in ("ge", "gt", "le"))
-    if low is not None:
-        return f" from {low:.12g} to {high:.12g}" if high is not None else f" of at least {low:.12g}"
-    return "" if above is None else f" above {above:.12g}, at most {high:.12g}"
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
-
-
-def make_config(data: Mapping[str, object], *, source: str) -> Config:
+def make_config(data: Mapping[str, Any], *, source: str) -> Config:
     """Check plain data against the structs and their fields against each other; `source` begins every error.
 
     With upstreams and no model it is a proxy's: no default model is served beside them.
@@ -144,7 +75,12 @@ def make_config(data: Mapping[str, object], *, source: str) -> Config:
     if data.get("upstream") and "model" not in data:
         data = {**data, "model": []}
     config = convert(data, Config, source=source)
-    for contradiction in (*_nameless(data), *_contradictions(config)):
+    for index, spec in enumerate(data.get("model", ())):  # it would get the default model's name
+        if "path" in spec and "name" not in spec:
+            raise ConfigError(
+                f"{source}: model[{index}].name is missing: it is required beside path: requests name the model by it"
+            )
+    for contradiction in (*_contradictions(config), *_upstream_contradictions(config)):
         raise ConfigError(f"{source}: {contradiction}")
     return config
 
@@ -173,13 +109,6 @@ def engine_override(name: str | None) -> dict[str, object]:
     return {"engine.name": None, "engine.backend": name} if is_ours else {"engine.name": name}
 
 
-def _nameless(data: Mapping[str, Any]) -> Iterator[str]:
-    """Models with a path and no name, which would get the default model's name."""
-    for index, spec in enumerate(data.get("model", ())):
-        if "path" in spec and "name" not in spec:
-            yield f"model[{index}].name is missing: it is required beside path: requests name the model by it"
-
-
 def _contradictions(config: Config) -> Iterator[str]:
     """What no single field shows."""
     limits = config.limits
@@ -200,8 +129,12 @@ def _contradictions(config: Config) -> Iterator[str]:
         if spec.tensor_parallel != len(spec.devices):
             count = len(spec.devices)
             yield f"{at}.tensor_parallel = {spec.tensor_parallel}: allowed is the number of devices, here {count}"
-    yield from _upstream_contradictions(config)
-    yield from _key_contradictions(config)
+    names = [key.name for key in config.key]
+    for index, key in enumerate(config.key):
+        if key.name in names[:index]:
+            yield f"key[{index}].name = {show(key.name)}: allowed is a name that no other key has"
+        if (key.key is None) == (key.env is None):
+            yield f"key[{index}]: exactly one of key and env is required"
 
 
 def _upstream_contradictions(config: Config) -> Iterator[str]:
@@ -234,12 +167,3 @@ def _upstream_contradictions(config: Config) -> Iterator[str]:
         for name in (model, *others):
             if name not in known:
                 yield f"proxy.fallbacks.{model}: {show(name)}: allowed is a model of a [[model]] or an [[upstream]]"
-
-
-def _key_contradictions(config: Config) -> Iterator[str]:
-    names = [key.name for key in config.key]
-    for index, key in enumerate(config.key):
-        if key.name in names[:index]:
-            yield f"key[{index}].name = {show(key.name)}: allowed is a name that no other key has"
-        if (key.key is None) == (key.env is None):
-            yield f"key[{index}]: exactly one of key and env is required"

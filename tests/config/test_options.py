@@ -107,6 +107,8 @@ BAD_FIELDS = [
     ("model = [{}, {}]", "model[1].name = "),
     ('model = [{ path = "/models/a" }]', "model[0].name is missing: "),
     ("proxy.all_models = { a = 1 }", 'proxy.all_models = {"a": 1}: allowed is a table, each value a string'),
+    ('"x` - at `$.server" = 1', "Object contains unknown field `x`"),
+    ('server = { "x` - at `$.y" = 1 }', "server.x` - at `$.y = 1: no such field; allowed are host, port, "),
     ("server.prot = 1", "server.prot = 1: no such field; did you mean port? allowed are host, port, cors_origins, "),
     (
         'servers = "x"',

@@ -1,0 +1,128 @@
+"""Reads msgspec's errors and describes the types behind them, for config files and request bodies alike.
+
+msgspec names the field and the problem. It does not name the value, a range as a whole, or the values of a `Literal`,
+an enum or a union's tag: those are found here, by the path that the error names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import inspect
+
+# A key or a value of a mapping is called `[...]`. No real path has a backtick; the text of the problem may have some.
+_ERROR = re.compile(r"(?P<problem>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>[^`]*)`)?", re.DOTALL)
+_UNKNOWN = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL)
+_MISSING = re.compile(r"Object missing required field `(.*)`", re.DOTALL)
+_STEP = re.compile(r"\[(?P<index>\d+|\.\.\.)\]|(?P<name>[^.\[\]]+)")
+_NAMES: dict[type[Any], str] = {
+    inspect.IntType: "a whole number",
+    inspect.FloatType: "a number",
+    inspect.StrType: "a string",
+    inspect.BoolType: "true or false",
+    inspect.StructType: "a table",
+}
+
+
+class FieldProblem(NamedTuple):
+    """What is wrong at `path`, such as `model[0].devices`; the path of the whole is "". `problem` is msgspec's text.
+
+    `unknown` names a field that the object at `path` has and its type lacks, `missing` one that it must have.
+    """
+
+    path: str
+    problem: str
+    unknown: str | None
+    missing: str | None
+
+
+def read_problem(error: msgspec.ValidationError) -> FieldProblem:
+    """The path and the problem in the text of an error."""
+    match = _ERROR.fullmatch(str(error))
+    assert match is not None  # the pattern matches any text
+    unknown, missing = (pattern.fullmatch(match["problem"]) for pattern in (_UNKNOWN, _MISSING))
+    return FieldProblem(match["path"] or "", match["problem"], unknown and unknown[1], missing and missing[1])
+
+
+def join_path(path: str, name: str) -> str:
+    """The path of the field `name` of what is at `path`."""
+    return f"{path}.{name}" if path else name
+
+
+def value_at(data: Any, path: str) -> Any:
+    """The value at a path through mappings and lists. Raises `LookupError` or `TypeError` where there is none."""
+    for step in _STEP.finditer(path):
+        data = data[int(step["index"]) if step["index"] else step["name"]]
+    return data
+
+
+def types_at(kind: object, path: str) -> list[inspect.Type]:
+    """The types that a value at `path` may have: none for a path that the type lacks, several through a union.
+
+    At the tag of a union of structs it is a `Literal` of the tags.
+    """
+    kinds = [inspect.type_info(kind)]
+    for step in _STEP.finditer(path):
+        members = list(_members(kinds))
+        structs = [member for member in members if isinstance(member, inspect.StructType)]
+        tags = [str(struct.tag) for struct in structs if step["name"] and struct.tag_field == step["name"]]
+        kinds = [inspect.LiteralType(tuple(tags))] if tags else []
+        for member in members:
+            if isinstance(member, inspect.StructType):
+                kinds += (field.type for field in member.fields if field.encode_name == step["name"])
+            elif step["index"] and isinstance(member, inspect.ListType | inspect.VarTupleType):
+                kinds.append(member.item_type)
+            elif step["index"] and isinstance(member, inspect.TupleType):
+                kinds.append(member.item_types[0 if step["index"] == "..." else int(step["index"])])
+            elif step["index"] and isinstance(member, inspect.DictType):
+                kinds.append(member.value_type)
+    return kinds
+
+
+def allowed_values(kinds: Iterable[inspect.Type]) -> list[str]:
+    """The values of those types that have a fixed set of them: `Literal` and enum."""
+    values: list[str] = []
+    for kind in _members(kinds):
+        if isinstance(kind, inspect.LiteralType):
+            values += map(str, kind.values)
+        elif isinstance(kind, inspect.EnumType):
+            values += [str(member.value) for member in kind.cls]
+    return values
+
+
+def _members(kinds: Iterable[inspect.Type]) -> Iterator[inspect.Type]:
+    """The types, each member of a union by itself, without the texts that belong to them."""
+    for kind in map(bare, kinds):
+        if isinstance(kind, inspect.UnionType):
+            yield from _members(kind.types)
+        else:
+            yield kind
+
+
+def bare(kind: inspect.Type) -> inspect.Type:
+    """A type without the texts that belong to it."""
+    return kind.type if isinstance(kind, inspect.Metadata) else kind
+
+
+def describe(kind: inspect.Type) -> str:
+    """A type and its range in words, as the errors of configs and docs/configuration.md say them."""
+    if isinstance(kind, inspect.Metadata):
+        return str((kind.extra or {}).get("allowed") or describe(kind.type))
+    if isinstance(kind, inspect.LiteralType):
+        return ", ".join(str(value) for value in kind.values)
+    if isinstance(kind, inspect.UnionType):
+        return " or ".join(describe(member) for member in kind.types if not isinstance(member, inspect.NoneType))
+    if isinstance(kind, inspect.TupleType):
+        return f"a list of {len(kind.item_types)}, each {describe(kind.item_types[0])}"
+    if isinstance(kind, inspect.VarTupleType):
+        return f"a list, each {describe(kind.item_type)}"
+    if isinstance(kind, inspect.DictType):
+        return f"a table, each value {describe(kind.value_type)}"
+    name = _NAMES.get(type(kind), "something else")
+    low, above, high = (getattr(kind, bound, None) for bound in ("ge", "gt", "le"))
+    if low is not None:
+        return f"{name} from {low:.12g} to {high:.12g}" if high is not None else f"{name} of at least {low:.12g}"
+    return name if above is None else f"{name} above {above:.12g}, at most {high:.12g}"
