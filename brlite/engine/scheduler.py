@@ -85,7 +85,7 @@ class Scheduler:
             scheduled[seq] += rest
             budget -= rest
         if self._max_draft_tokens:
-            self._draft(list(scheduled), budget)
+            self._draft(scheduled, budget)
         return list(scheduled.items())
 
     def _share(self, seq: Sequence, budget: int) -> int:
@@ -118,15 +118,15 @@ class Scheduler:
         scheduled[seq] = num_tokens
         return num_tokens - returned
 
-    def _draft(self, seqs: list[Sequence], budget: int) -> None:
+    def _draft(self, scheduled: dict[Sequence, int], budget: int) -> None:
         """Let sequences guess ahead as far as that pays. A guess takes no token and no block that another could use."""
         may_guess = len(self.running) <= self._max_draft_seqs
         forecast = StepForecast(self._max_num_batched_tokens - budget)
-        for seq in seqs:
+        for seq, num_tokens in scheduled.items():
             forced = seq.matcher.forced if seq.matcher is not None else ()
             if not (forced or may_guess):
                 continue
-            limit = min(_max_guesses(seq), self._max_draft_tokens, budget)
+            limit = min(_max_drafts(seq, num_tokens, is_forced=bool(forced)), self._max_draft_tokens, budget)
             if limit <= 0:
                 continue
             if not forced:
@@ -211,15 +211,18 @@ def make_batch(
     return Batch([_scheduled_seq(seq, num_tokens, eos_token_ids) for seq, num_tokens in scheduled], masks)
 
 
-def _max_guesses(seq: Sequence) -> int:
-    """How far a sequence may guess ahead: not at all unless its next draw depends on nothing but its tokens.
+def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
+    """How many drafts may follow the `num_tokens` that a step computes of the sequence.
 
-    What penalties, bad words or `min_tokens` allow changes with each token drawn. The last token is never a guess.
+    None unless the step draws for it, and unless each draw depends only on the tokens before: penalties, bad words and
+    `min_tokens` change with each draw. Guesses need one token of output; forced tokens may also follow the end of a
+    prompt. The last token that `max_tokens` allows is never a draft.
     """
-    is_decode = seq.num_output_tokens > 0 and seq.num_tokens - seq.num_computed_tokens == 1
     request = seq.state.request
-    is_too_short = seq.num_output_tokens < request.params.min_tokens
-    if not is_decode or seq.counts is not None or request.bad_words or is_too_short:
+    is_drawn = seq.num_computed_tokens + num_tokens == seq.num_tokens and not seq.wants_prompt_logprobs
+    if not is_drawn or not (is_forced or (num_tokens == 1 and seq.num_output_tokens > 0)):
+        return 0
+    if seq.counts is not None or request.bad_words or seq.num_output_tokens < request.params.min_tokens:
         return 0
     return seq.state.max_tokens - seq.num_output_tokens - 1
 

@@ -68,6 +68,33 @@ def test_forced_tokens_are_drafts_and_change_nothing(make_driver: MakeDriver, te
     assert runs[2][2] < runs[1][2] < runs[0][2] / 2
 
 
+def test_the_step_that_ends_a_prompt_has_forced_tokens_as_drafts(make_driver: MakeDriver):
+    forced = '{"first'  # as many as may be drafted
+    prompt = "who is the one that wrote the first program"
+    driver = make_driver(next_token=noise, max_draft_tokens=len(forced), budget=32, **ROOMY)
+
+    request_id = driver.submit(prompt, structured=PERSON, max_tokens=200, n=2)
+    first, second, *_ = driver.finish()
+
+    assert [len(seq.token_ids) for seq in first.seqs] == [32]  # the budget has no room for the whole prompt
+    assert num_drafted([first]) == 0
+    assert [seq.token_ids for seq in second.seqs] == [list((prompt[32:] + forced).encode())]
+    assert num_drafted([second]) == len(forced)
+    assert all(json.loads(driver.text(request_id, index)) for index in range(2))
+
+
+@pytest.mark.parametrize("rules", [{"prompt_logprobs": 1}, {"max_tokens": 1}, {"presence_penalty": 0.5}])
+def test_a_prompt_has_no_forced_tokens_as_drafts_where_they_cannot_be_verified(
+    make_driver: MakeDriver, rules: dict[str, Any]
+):
+    driver = make_driver(next_token=noise, max_draft_tokens=7, budget=64, **ROOMY)
+
+    driver.submit("who", structured=PERSON, **({"max_tokens": 200} | rules))
+    batches = driver.finish()
+
+    assert num_drafted(batches[:1]) == 0
+
+
 def test_forced_tokens_are_drafted_however_many_run(make_driver: MakeDriver):
     driver = make_driver(
         next_token=noise, max_draft_tokens=7, max_num_seqs=8, budget=64, engine={"max_draft_seqs": 1}, **ROOMY
