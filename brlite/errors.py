@@ -89,7 +89,13 @@ class InvalidRequest(RequestError, ValueError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt does not fit the context that the server was started with."""
+    """The prompt does not fit the context that the server was started with.
+
+    It has at least `num_tokens`, and may have `max_tokens`; 0 where they are not known.
+    """
+
+    num_tokens = 0
+    max_tokens = 0
 
 
 class Unauthorized(RequestError):

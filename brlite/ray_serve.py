@@ -125,7 +125,9 @@ class Replica:
             )
         except aiohttp.ClientError as failure:  # it has just stopped, or has no connection to spare
             error = NotReady(f"this replica's server does not answer: {type(failure).__name__}", retry_after_seconds=1)
-            return Response(error_body(error), status_of(error).http, error_headers(error), "application/json")
+            return Response(
+                error_body(error, request.url.path), status_of(error).http, error_headers(error), "application/json"
+            )
         response = StreamingResponse(_parts(answer), answer.status)
         headers_sent = ((name.lower(), value) for name, value in answer.raw_headers)  # as ASGI wants them
         response.raw_headers = [(name, value) for name, value in headers_sent if name not in NOT_ANSWERED]
@@ -279,7 +281,7 @@ class _ServeResponse:
     def _error(self, status: int) -> BrliteError:
         text = self._text.decode(errors="replace")
         if status == 404:
-            return NotFound(f"Invalid URL ({self._scope['method']} {self._scope['path'][:200]})")
+            return NotFound(f"unknown endpoint: {self._scope['method']} {self._scope['path'][:200]}")
         if status == 408:
             return RequestTimeout(text)
         if status == 429:
@@ -287,7 +289,7 @@ class _ServeResponse:
         return NotReady(text) if status == 503 else EngineError(text)
 
     async def _send_error(self, error: BrliteError, refusal: Message | None = None) -> None:
-        body = error_body(error)
+        body = error_body(error, self._scope["path"])
         own = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
         kept = [header for header in (refusal["headers"] if refusal else ()) if header[0].decode().lower() not in own]
         headers = [(name.encode(), value.encode()) for name, value in own.items()]

@@ -122,7 +122,7 @@ def part(body: bytes, *, more: bool = False) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("status", "text", "type_", "code", "message"),
     [
-        (404, "Path '/x' not found. Ping", "not_found_error", "unknown_url", "Invalid URL (GET /v1/x)"),
+        (404, "Path '/x' not found. Ping", "not_found_error", "unknown_url", "unknown endpoint: GET /v1/x"),
         (
             408,
             "Request 7 timed out after 3s.",

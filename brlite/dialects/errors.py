@@ -1,12 +1,13 @@
 """The error envelope: which HTTP status, type and code each exception has, and the JSON body that says so.
 
 The body is OpenAI's nested object with the flat keys of the manual's era beside it, so old and new clients both find
-their message. It knows no requests: `http/errors.py` makes responses of it.
+their message; under /v1/messages it is Anthropic's. It knows no requests: `http/errors.py` makes responses of it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -14,6 +15,18 @@ from brlite import errors
 
 SERVER_FAULT = "The server had an error while processing your request."
 MAX_MESSAGE_LENGTH = 2000
+
+# The paths of Anthropic's API as clients spell them, also where the application is mounted below a prefix.
+_ANTHROPIC_PATH = re.compile(r"(?:.*/+v1)?/+messages(?:[/?].*)?")
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class Status(NamedTuple):
@@ -57,17 +70,29 @@ def error_code(error: BaseException) -> str | None:
     return getattr(error, "code", None) or status_of(error).code
 
 
-def error_body(error: BaseException) -> bytes:
-    """The error as JSON. What is not the client's business is replaced by one fixed sentence."""
+def is_anthropic(path: str) -> bool:
+    """Whether requests to this path, and so its errors, are in Anthropic's shape."""
+    return "messages" in path and _ANTHROPIC_PATH.fullmatch(path) is not None
+
+
+def error_body(error: BaseException, path: str = "") -> bytes:
+    """The error of a request to `path` as JSON. What is not the client's business is replaced by one fixed sentence."""
     status = status_of(error)
     message = str(error) if isinstance(error, errors.RequestError) else SERVER_FAULT
-    return envelope(
-        status._replace(code=error_code(error)), message[:MAX_MESSAGE_LENGTH], getattr(error, "param", None)
-    )
+    if isinstance(error, errors.PromptTooLong) and error.max_tokens and is_anthropic(path):
+        # Agents read this text, and then shorten their history.
+        message = f"prompt is too long: {error.num_tokens} tokens > {error.max_tokens} maximum"
+    status = status._replace(code=error_code(error))
+    return envelope(status, message[:MAX_MESSAGE_LENGTH], getattr(error, "param", None), path)
 
 
-def envelope(status: Status, message: str, param: str | None = None) -> bytes:
+def envelope(status: Status, message: str, param: str | None = None, path: str = "") -> bytes:
     """The JSON body for these. A path or a field of the client's may be in the message, and hold what JSON cannot."""
     message = message.encode("utf-8", "backslashreplace").decode()
+    fields: dict[str, Any]
+    if is_anthropic(path):
+        other = "invalid_request_error" if status.http < 500 else "api_error"
+        fields = {"type": ANTHROPIC_TYPES.get(status.http, other), "message": message}
+        return msgspec.json.encode({"type": "error", "error": {**fields, "param": param} if param else fields})
     fields = {"message": message, "type": status.type, "param": param, "code": status.code}
     return msgspec.json.encode({"error": fields, "object": "error", **fields, "code": status.http})

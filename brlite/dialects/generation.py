@@ -7,6 +7,7 @@ in its own names of fields; `in_client_words` turns such a refusal into the clie
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 from msgspec import Struct
@@ -92,4 +93,6 @@ def in_client_words(error: InvalidRequest, field_names: Mapping[str, str]) -> In
     message = str(error)
     if message.startswith(f"{error.param} "):
         message = name + message.removeprefix(str(error.param))
-    return type(error)(message, param=name, code=error.code)
+    told = copy(error)
+    told.args, told.param = (message,), name
+    return told

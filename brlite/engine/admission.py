@@ -24,7 +24,7 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
         raise InvalidRequest("the prompt must hold at least one token", param="prompt")
     num_prompt_tokens, length = len(request.prompt_token_ids), context_length(info)
     if num_prompt_tokens >= length:
-        raise prompt_too_long(str(num_prompt_tokens), info)
+        raise prompt_too_long(num_prompt_tokens, info)
     check_token_ids(request.prompt_token_ids, info.vocab_size, param="prompt")
     check_limits(request.params, limits)
     request.params.check_vocabulary(info.vocab_size)
@@ -61,15 +61,17 @@ def context_length(info: BackendInfo) -> int:
     return min(info.max_model_len, info.num_blocks * info.block_size)
 
 
-def prompt_too_long(size: str, info: BackendInfo, *, param: str = "prompt") -> PromptTooLong:
-    """The error for a prompt that leaves no room for a completion. `size` is its number of tokens, in words."""
+def prompt_too_long(num_tokens: int, info: BackendInfo, *, param: str = "prompt", at_least: str = "") -> PromptTooLong:
+    """The error for a prompt of so many tokens, which leaves no room for a completion."""
     length = context_length(info)
     setting = "num_blocks" if length < info.max_model_len else "build_seq"
-    return PromptTooLong(
+    error = PromptTooLong(
         f"This model's maximum context length is {length} tokens, prompt and completion together, "
-        f"by this server's setting {setting}; the prompt has {size} tokens",
+        f"by this server's setting {setting}; the prompt has {at_least}{num_tokens} tokens",
         param=param,
     )
+    error.num_tokens, error.max_tokens = num_tokens, length - 1
+    return error
 
 
 def check_limits(params: SamplingParams, limits: LimitsConfig) -> None:

@@ -170,7 +170,7 @@ class EngineLoop:
         if is_bounded:
             fewest = tokenizer.fewest_tokens(text)
             if fewest >= context_length(self._engine.info):
-                raise prompt_too_long(f"at least {fewest}", self._engine.info, param=param)
+                raise prompt_too_long(fewest, self._engine.info, param=param, at_least="at least ")
         encode = functools.partial(tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
         return await self._off_loop_if(len(text) > LONG_TEXT, tenant, encode)
 

@@ -26,18 +26,18 @@ def status_of(error: BaseException) -> Status:
     return dialect_errors.status_of(error)
 
 
-def error_body(error: BaseException) -> bytes:
-    """The error as JSON. What is not the client's business is replaced by one fixed sentence."""
+def error_body(error: BaseException, path: str = "") -> bytes:
+    """The error of a request to `path` as JSON. What is not the client's business is replaced by one fixed sentence."""
     if isinstance(error, web.HTTPException):
-        return envelope(status_of(error), error.reason if error.status < 500 else SERVER_FAULT)
-    return dialect_errors.error_body(error)
+        return envelope(status_of(error), error.reason if error.status < 500 else SERVER_FAULT, path=path)
+    return dialect_errors.error_body(error, path)
 
 
-def foreign_error_body(http: int, message: str) -> bytes:
+def foreign_error_body(http: int, message: str, path: str = "") -> bytes:
     """The body for a status that another server chose, with its words."""
     known = next((status for status in STATUSES.values() if status.http == http), None)
     kind = "invalid_request_error" if http < 500 else "server_error"
-    return envelope(known or Status(http, kind, "upstream_error"), message)
+    return envelope(known or Status(http, kind, "upstream_error"), message, path=path)
 
 
 def error_headers(error: BaseException) -> dict[str, str]:
@@ -52,11 +52,11 @@ def error_headers(error: BaseException) -> dict[str, str]:
     return headers
 
 
-def error_response(error: BaseException) -> web.Response:
-    """The error as an aiohttp response."""
+def error_response(error: BaseException, path: str = "") -> web.Response:
+    """The error of a request to `path` as an aiohttp response."""
     return web.Response(
         status=status_of(error).http,
-        body=error_body(error),
+        body=error_body(error, path),
         content_type="application/json",
         headers={**OWN_HEADERS, **error_headers(error)},
     )

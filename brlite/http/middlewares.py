@@ -16,6 +16,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from brlite import errors
 from brlite.config.options import LimitsConfig
+from brlite.dialects.errors import is_anthropic
 from brlite.http.access_log import log_extras, log_request
 from brlite.http.api_key import ApiKey
 from brlite.http.body import BODIES, HELD
@@ -25,7 +26,7 @@ from brlite.http.cors import FETCH_SITE, Cors
 from brlite.http.errors import CLIENT_LEFT, OWN_HEADERS, error_response, status_of
 from brlite.http.keys import API_KEY, KEYS, ApiKeys, shown_key
 from brlite.http.origin_policy import OriginPolicy
-from brlite.http.request_id import HEADER, request_id, shown_request_id
+from brlite.http.request_id import ANTHROPIC_HEADER, HEADER, request_id, shown_request_id
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,8 @@ def add_middlewares(
         headers, key = response.headers, request.get(API_KEY)
         headers.update(OWN_HEADERS)
         headers[HEADER] = shown_request_id(request)
+        if is_anthropic(request.path):
+            headers[ANTHROPIC_HEADER] = headers[HEADER]
         if key is not None and key.has_limits:  # also a key that was given limits while the server runs
             headers.update(key.headers(time.monotonic()))
         for name, value in cors.headers(request.headers.get(hdrs.ORIGIN)).items():
@@ -146,7 +149,7 @@ def answer_error(request: web.Request, error: Exception) -> web.StreamResponse:
     if isinstance(error, ConnectionError) and has_left(request):
         return web.Response(status=CLIENT_LEFT)
     if isinstance(error, web.HTTPNotFound):
-        error = errors.NotFound(f"Invalid URL ({request.method} {request.path[:200]})")
+        error = errors.NotFound(f"unknown endpoint: {request.method} {request.path[:200]}")
     elif isinstance(error, web.HTTPMethodNotAllowed):
         allowed = tuple(sorted(error.allowed_methods))
         message = f"{request.method} is not allowed at {request.path[:200]}; allowed: {', '.join(allowed)}"
@@ -166,7 +169,7 @@ def answer_error(request: web.Request, error: Exception) -> web.StreamResponse:
         )
     if has_begun(request):
         raise ConnectionAbortedError("the answer had begun; nothing is sent twice") from error
-    response = error_response(error)
+    response = error_response(error, request.path)
     if request.body_exists and not request.content.is_eof():
         response.force_close()  # its body has not been read: the client need not send the rest
     return response

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from aiohttp import web
 
 HEADER = "X-Request-Id"
+ANTHROPIC_HEADER = "Request-Id"  # the same id, where its SDKs read it
 ID_BYTES = 16
 IDS_AT_ONCE = 64
 

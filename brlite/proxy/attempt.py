@@ -338,7 +338,7 @@ class Attempt:
 
     def _answer(self, payload: bytes, *, keep: bool) -> None:
         """Give the client a complete response."""
-        envelope = check_response(self._head, payload)
+        envelope = check_response(self._head, payload, self._outbound[0].decode("latin-1"))
         if envelope is None:
             lines = self._head.lines_for_clients(self._config.response_headers)
         else:

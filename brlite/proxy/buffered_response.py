@@ -43,8 +43,8 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
     body: bytes
 
 
-def check_response(head: AnswerHead, payload: bytes) -> Envelope | None:
-    """Check a complete response. None: the client gets it as it is.
+def check_response(head: AnswerHead, payload: bytes, path: str = "") -> Envelope | None:
+    """Check a complete response to a request to `path`. None: the client gets it as it is.
 
     Raises `UpstreamError` if a client cannot use it.
     """
@@ -58,13 +58,13 @@ def check_response(head: AnswerHead, payload: bytes) -> Envelope | None:
             _JSON.decode(payload)
             payload.isascii() or payload.decode()
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            return _in_our_envelope(head, payload)
+            return _in_our_envelope(head, payload, path)
     elif kind in PAGES:
         raise UpstreamError(f"The upstream answered {status} with a page in place of JSON.")
     return None
 
 
-def _in_our_envelope(head: AnswerHead, payload: bytes) -> Envelope:
+def _in_our_envelope(head: AnswerHead, payload: bytes, path: str) -> Envelope:
     """The text of a refusal that is not JSON, such as a proxy's page for 413 or 503. Raises `UpstreamError`."""
     status = head.status
     if status < 400 or not (is_answer(status) or status in REFUSALS):
@@ -79,7 +79,7 @@ def _in_our_envelope(head: AnswerHead, payload: bytes) -> Envelope:
     if not text:
         known = {each.value for each in HTTPStatus}
         text = HTTPStatus(status).phrase if status in known else "no reason was given"
-    return Envelope(lines, foreign_error_body(status, f"The upstream answered {status}: {text}"))
+    return Envelope(lines, foreign_error_body(status, f"The upstream answered {status}: {text}", path))
 
 
 class BufferedResponse:

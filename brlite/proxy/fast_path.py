@@ -425,7 +425,7 @@ class ForwardingCycle:
 
     def refuse(self, error: RequestError) -> None:
         headers = {"Content-Type": "application/json; charset=utf-8", **error_headers(error)}
-        self.answer(status_of(error).http, _lines(headers), error_body(error))
+        self.answer(status_of(error).http, _lines(headers), error_body(error, self._head.target.decode("latin-1")))
 
     def cut(self) -> None:
         reset(self._transport)

@@ -9,8 +9,8 @@ import enum
 
 import msgspec
 
-from brlite.dialects.sse import DONE_EVENT, on_one_line
-from brlite.errors import RequestError, UpstreamTimeout
+from brlite.dialects.sse import DONE_EVENT, frame
+from brlite.errors import RequestError
 from brlite.http.errors import error_body
 
 
@@ -45,12 +45,9 @@ def kind_of(path: bytes) -> StreamKind:
 
 def error_event(kind: StreamKind, error: RequestError, sequence_number: int) -> bytes:
     """The event that ends a failed stream, in the form that the libraries of its API expect."""
-    fields: dict[str, object] = {"type": "error"}
     if kind is StreamKind.MESSAGES:
-        name = "timeout_error" if isinstance(error, UpstreamTimeout) else "api_error"
-        fields |= {"error": {"type": name, "message": str(error)}}
-    elif kind is StreamKind.RESPONSES:
-        fields |= {"code": "server_error", "message": str(error), "param": None, "sequence_number": sequence_number}
-    else:
-        return b"data: %b\n\n%b" % (on_one_line(error_body(error)), DONE_EVENT)
-    return b"event: error\ndata: %b\n\n" % on_one_line(msgspec.json.encode(fields))
+        return frame(error_body(error, "/v1/messages"), "error")
+    if kind is StreamKind.RESPONSES:
+        fields = {"type": "error", "code": "server_error", "message": str(error), "param": None}
+        return frame(msgspec.json.encode({**fields, "sequence_number": sequence_number}), "error")
+    return frame(error_body(error)) + DONE_EVENT

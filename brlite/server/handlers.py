@@ -98,7 +98,7 @@ async def tokenizer_info(request: web.Request) -> web.Response:
 async def not_built(request: web.Request) -> web.Response:
     """An endpoint that brlite does not have: 404, since gateways count a 5xx as a failure of the server."""
     raise NotFound(
-        f"{request.path[:200]} is not supported by this version of brlite; it has {', '.join(PATHS)}",
+        f"unknown endpoint: {request.path[:200]} is not in this version of brlite; it has {', '.join(PATHS)}",
         code="unsupported_endpoint",
     )
 

@@ -142,14 +142,22 @@ async def test_tokens_may_be_asked_for_below_v1(client: Client, path: str, body:
     assert status == 200
 
 
-@pytest.mark.parametrize(
-    "path", ["/v1/embeddings", "/embeddings", "/v1/responses/compact", "/v1/messages", "/api/chat"]
-)
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings", "/v1/responses/compact", "/api/chat"])
 async def test_an_endpoint_that_is_not_built_says_so(client: Client, path: str) -> None:
     status, answer = await client.post(path, {"model": "fake", "input": "x"})
 
     assert (status, answer["error"]["code"]) == (404, "unsupported_endpoint")
-    assert "is not supported by this version of brlite" in answer["error"]["message"]
+    assert "unknown endpoint" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "//messages/", "/v1/messages/count_tokens?beta=true"])
+async def test_an_error_below_messages_has_anthropics_shape(client: Client, path: str) -> None:
+    async with client.session.post(client.url + path, json={}) as response:
+        answer = await response.json()
+
+    assert (response.status, answer["type"], answer["error"]["type"]) == (404, "error", "not_found_error")
+    assert "unknown endpoint" in answer["error"]["message"]
+    assert response.headers["Request-Id"] == response.headers["X-Request-Id"]
 
 
 async def test_no_model_is_needed_where_one_is_served(client: Client) -> None:
