@@ -273,7 +273,7 @@ class Connection(web.RequestHandler):
             raise ConnectionAbortedError("the answer had begun; nothing is sent twice")
         if status >= 500:
             logger.error("request from %s failed", request.remote, exc_info=exc)
-            response = error_response(exc or RuntimeError())
+            response = error_response(exc or RuntimeError(), request.path)
         else:
             logger.info("malformed request from %s: %s", request.remote, type(exc).__name__)
             too_long = isinstance(exc, LineTooLong)
@@ -367,7 +367,7 @@ class ServerHooks:
         assert isinstance(connection, Connection)
         connection.request_began()
         if connection.is_spare and request.path not in self._probe_paths:
-            return error_response(TOO_MANY)
+            return error_response(TOO_MANY, request.path)
 
         # It must mean one thing only, which aiohttp's parser does not make sure of beside an `Upgrade` header.
         codings = request.headers.getall(hdrs.TRANSFER_ENCODING, ())
@@ -376,19 +376,19 @@ class ServerHooks:
         else:
             is_clear = request.version == HttpVersion10 and not codings
         if not is_clear or (request.raw_path[:1] != "/" and request.raw_path != "*"):
-            response = error_response(InvalidRequest(MALFORMED, code="bad_request"))
+            response = error_response(InvalidRequest(MALFORMED, code="bad_request"), request.path)
             response.force_close()
             return response
 
         header_bytes = sum([len(name) + len(value) + 4 for name, value in request.raw_headers])
         if len(request.raw_path) + header_bytes > self._max_header_bytes:
-            return error_response(HEADERS_TOO_LARGE())
+            return error_response(HEADERS_TOO_LARGE(), request.path)
         try:
             return await self._handle_request(request)
         except web.HTTPException as error:
             if error.status < 400:
                 raise
-            return error_response(error)
+            return error_response(error, request.path)
 
 
 def origin_form(message: RawRequestMessage) -> RawRequestMessage:
