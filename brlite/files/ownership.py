@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import grp
 import os
+import pwd
 import stat
 from pathlib import Path
 
@@ -26,7 +28,11 @@ def why_untrusted(path: Path) -> str | None:
 
 def _writer(place: Path, status: os.stat_result) -> str | None:
     if status.st_uid not in (0, os.geteuid()):
-        return f"{place} belongs to the user {_user_name(status.st_uid)}"
+        try:
+            name = pwd.getpwuid(status.st_uid).pw_name
+        except KeyError:
+            name = str(status.st_uid)
+        return f"{place} belongs to the user {name}"
     if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX:
         return None
     if status.st_mode & stat.S_IWOTH:
@@ -36,19 +42,7 @@ def _writer(place: Path, status: os.stat_result) -> str | None:
     return None
 
 
-def _user_name(uid: int) -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
 def _is_own_group(gid: int) -> bool:
-    import grp
-    import pwd
-
     try:
         user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
     except KeyError:

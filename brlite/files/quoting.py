@@ -11,6 +11,7 @@ import unicodedata
 from itertools import islice
 
 JOINERS = "\u200c\u200d"  # which scripts and emoji need, and which do nothing by themselves
+CONTROL = ("Cc", "Cf", "Zl", "Zp")  # Unicode categories
 MAX_EXCERPT = 80
 MAX_REASON = 300
 MAX_ITEMS = 4
@@ -40,12 +41,11 @@ def shown(text: str) -> str:
 
     Line feeds and tabs stay.
     """
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else _unsteering(letter) for letter in text)
-
-
-def _unsteering(letter: str) -> str:
-    is_control = unicodedata.category(letter) in ("Cc", "Cf", "Zl", "Zp") and letter not in JOINERS
-    return _escaped(letter) if is_control else letter
+    harmless = "\n\t" + JOINERS
+    return "".join(
+        _escaped(letter) if letter not in harmless and unicodedata.category(letter) in CONTROL else letter
+        for letter in text
+    )
 
 
 def _shown(value: object, depth: int) -> str:

@@ -7,6 +7,7 @@ name has a random part and is taken exclusively, so that nothing is written thro
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -49,7 +50,7 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
 
 def sweep(folder: Path, prefix: str) -> None:
     """Remove the temporary files and folders whose names begin with `prefix` and that no process works on."""
-    for path in folder.glob(f"{_literal(prefix)}*{PART_SUFFIX}"):
+    for path in folder.glob(f"{glob.escape(prefix)}*{PART_SUFFIX}"):
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
@@ -62,7 +63,3 @@ def sweep(folder: Path, prefix: str) -> None:
 def _lock(handle: int) -> None:
     with suppress(OSError):  # a file system without locks: then nothing is swept there either
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _literal(prefix: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in prefix)

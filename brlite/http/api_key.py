@@ -110,7 +110,9 @@ class ApiKey:
         Whoever was let in calls `end`, once.
         """
         if self.has_limits:
-            self._check_limits(now)
+            for refusal in self._refusals(now, 0):
+                self.usage.num_rate_limited += 1
+                raise refusal
             self._take("requests", now, 1)
         self.num_running += 1
         self.usage.num_admitted += 1
@@ -139,11 +141,6 @@ class ApiKey:
             headers[f"x-ratelimit-remaining-{noun}"] = str(bucket.remaining(now))
             headers[f"x-ratelimit-reset-{noun}"] = show_duration(bucket.seconds_until_full(now))
         return headers
-
-    def _check_limits(self, now: float) -> None:
-        for refusal in self._refusals(now, 0):
-            self.usage.num_rate_limited += 1
-            raise refusal
 
     def _refusals(self, now: float, num_before: int) -> Iterator[RateLimited]:
         """The limits that leave no room for one more request, where so many are to begin before it."""

@@ -29,7 +29,12 @@ async def read_body(request: web.BaseRequest, max_bytes: int, seconds: float) ->
     kept: bytes | None = request.get(_KEPT)
     if kept is not None:
         return kept
-    _check_type(request)
+    encoding, kind = request.headers.get(hdrs.CONTENT_ENCODING, "identity"), request.content_type
+    if encoding.lower() != "identity":
+        raise UnsupportedMediaType("Compressed bodies are not accepted; send it without Content-Encoding.")
+    # text/plain and form types are refused also because a foreign web page may send them without asking (CORS).
+    if hdrs.CONTENT_TYPE in request.headers and kind != "application/json" and not kind.endswith("+json"):
+        raise UnsupportedMediaType("The body must be JSON; send the header 'Content-Type: application/json'.")
     if (request.content_length or 0) > max_bytes:
         raise _too_large(max_bytes)
     held = request[HELD]
@@ -80,16 +85,6 @@ def _counted(held: HeldBody, refusal: RequestError) -> RequestError:
     if isinstance(refusal, RateLimited):
         held.key.usage.num_rate_limited += 1
     return refusal
-
-
-def _check_type(request: web.BaseRequest) -> None:
-    encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity")
-    if encoding.lower() != "identity":
-        raise UnsupportedMediaType("Compressed bodies are not accepted; send it without Content-Encoding.")
-    # text/plain and form types are refused also because a foreign web page may send them without asking (CORS).
-    kind = request.content_type
-    if hdrs.CONTENT_TYPE in request.headers and kind != "application/json" and not kind.endswith("+json"):
-        raise UnsupportedMediaType("The body must be JSON; send the header 'Content-Type: application/json'.")
 
 
 def _too_large(max_bytes: int) -> BodyTooLarge:

@@ -308,10 +308,7 @@ class Connection(web.RequestHandler):
         if self._deadline > self._event_loop.time():
             if self._deadline < math.inf:
                 self._timer = self._event_loop.call_at(self._deadline, self._look_at_deadline)
-        else:
-            self._time_is_up()
-
-    def _time_is_up(self) -> None:
+            return
         if self._wire is not None and self._timeout_error is not None and not self._wire.is_closing():
             logger.info("slow request from %s", self.peername)
             self._wire.write(error_bytes(self._timeout_error))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
-from brlite.config.options import Config, KeyConfig, KeysConfig
+from brlite.config.options import Config, KeyConfig
 from brlite.errors import ConfigError, Unauthorized
 from brlite.files.text_file import TextError, read_text
 from brlite.http.api_key import ApiKey
@@ -48,7 +48,14 @@ class ApiKeys:
     def from_config(cls, config: Config) -> ApiKeys:
         """The keys of `[keys]`, its file and its environment variable, and those of `[[key]]`."""
         named = [(_secret(index, key), ApiKey.from_config(key)) for index, key in enumerate(config.key)]
-        return cls(_plain(config.keys), named, is_admin=config.keys.admin)
+        plain, from_env = list(config.keys.keys), read_secret(config.keys.env)
+        if (path := config.keys.file) is not None:
+            try:
+                text = read_text(Path(path))
+            except TextError as error:
+                raise ConfigError(f"keys.file: cannot read {path!r}: {error}") from None
+            plain += parse_keys(text, f"keys.file: {path!r}")
+        return cls([*plain, from_env] if from_env else plain, named, is_admin=config.keys.admin)
 
     def __repr__(self) -> str:
         return f"ApiKeys({len(self._known)} keys)"
@@ -64,8 +71,12 @@ class ApiKeys:
         """
         before = self._secrets()
         known_by_name = {key.name: key for key in self._named}
-        self._named = tuple(_continued(known_by_name.get(key.name), key) for key in other._named)
-        by_name = {key.name: key for key in self._named}
+        by_name = {}
+        for key in other._named:
+            by_name[key.name] = known_by_name.get(key.name, key)
+            if by_name[key.name] is not key:
+                by_name[key.name].take_rules(key)
+        self._named = tuple(by_name.values())
         self._known = tuple((digest, by_name.get(key.name, key)) for digest, key in other._known)
         self.is_open = not self._known
         return self._secrets() != before
@@ -123,19 +134,6 @@ def spend_tokens(request: web.BaseRequest, prompt_tokens: int, completion_tokens
     request[API_KEY].spend(time.monotonic(), prompt_tokens, completion_tokens)
 
 
-def _continued(known: ApiKey | None, key: ApiKey) -> ApiKey:
-    if known is None:
-        return key
-    known.take_rules(key)
-    return known
-
-
-def _plain(config: KeysConfig) -> tuple[str, ...]:
-    from_env = read_secret(config.env)
-    from_file = _read_file(config.file) if config.file is not None else ()
-    return (*config.keys, *from_file, *((from_env,) if from_env else ()))
-
-
 def _secret(index: int, config: KeyConfig) -> str:
     if config.env is None:
         return config.key or ""
@@ -143,14 +141,6 @@ def _secret(index: int, config: KeyConfig) -> str:
     if not secret:
         raise ConfigError(f"key[{index}].env: the environment variable {config.env} is not set, or empty")
     return secret
-
-
-def _read_file(path: str) -> tuple[str, ...]:
-    try:
-        text = read_text(Path(path))
-    except TextError as error:
-        raise ConfigError(f"keys.file: cannot read {path!r}: {error}") from None
-    return parse_keys(text, f"keys.file: {path!r}")
 
 
 def parse_keys(text: str, source: str) -> tuple[str, ...]:

@@ -136,12 +136,9 @@ class HttpServer:
         try:
             return await loop.create_server(connect, self._host, self._port, backlog=BACKLOG)
         except (OSError, OverflowError) as error:
-            reason = _reason(error)
+            if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+                reason = os.strerror(error.errno)
+            else:
+                reason = getattr(error, "strerror", None) or str(error)
             remedy = "; --port takes another one" if getattr(error, "errno", None) in PORT_ERRORS else ""
             raise ConfigError(f"cannot listen on {self._host}:{self._port}: {reason}{remedy}") from None
-
-
-def _reason(error: OSError | OverflowError) -> str:
-    if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
-        return os.strerror(error.errno)
-    return getattr(error, "strerror", None) or str(error)

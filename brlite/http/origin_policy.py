@@ -94,7 +94,13 @@ class OriginPolicy:
 def is_safe_host(host: str) -> bool:
     """Whether a `Host` header leads to this machine, or nowhere else than it says, whoever answers the look-up."""
     name = _host_name(host)
-    return is_loopback_address(name) or name in _LOCAL_NAMES or _is_address(name)
+    if is_loopback_address(name) or name in _LOCAL_NAMES:
+        return True
+    try:
+        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback_address(host: str) -> bool:
@@ -106,14 +112,6 @@ def is_loopback_address(host: str) -> bool:
         return ipaddress.ip_address(name.removeprefix("[").removesuffix("]")).is_loopback
     except ValueError:
         return False
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
-    except ValueError:
-        return False
-    return True
 
 
 def _host_name(host: str) -> str:

@@ -36,7 +36,12 @@ def read_secret(name: str, environ: Mapping[str, str] = os.environ) -> str:
 
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment for a child: without secrets, and without relative folders to look for programs in."""
-    kept = {name: value for name, value in os.environ.items() if not _is_secret(name, value)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if _NEEDED_NAME.fullmatch(name)
+        or not (name in _SECRETS_READ or _SECRET_NAME.search(name) or _SECRET_VALUE.search(value))
+    }
     for name in ("PATH", "PYTHONPATH"):
         if name in kept:
             kept[name] = absolute_folders(kept[name])
@@ -119,9 +124,3 @@ def _group(leader: int) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         return {"process_group": leader}
     return {"preexec_fn": lambda: os.setpgid(0, leader)}
-
-
-def _is_secret(name: str, value: str) -> bool:
-    if _NEEDED_NAME.fullmatch(name):
-        return False
-    return name in _SECRETS_READ or bool(_SECRET_NAME.search(name) or _SECRET_VALUE.search(value))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-from typing import NoReturn
 
 _FATAL = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
 
@@ -27,12 +26,7 @@ def leave_process_1() -> None:
     if child == 0:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return
-    _do_the_duties(child, signals)
-
-
-def _do_the_duties(child: int, signals: set[int]) -> NoReturn:
-    """Until the child ends; then end with its status."""
-    while True:
+    while True:  # until the child ends
         caught = signal.sigwaitinfo(signals)
         if caught.si_signo == signal.SIGCHLD:
             _reap_all(child)

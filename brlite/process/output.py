@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 MAX_LINES = 2048
@@ -146,27 +146,23 @@ def _write(descriptor: int, data: bytes) -> int:
 @contextmanager
 def queued_output() -> Iterator[None]:
     """While inside, `sys.stdout` and `sys.stderr` are queued. A stream without a descriptor stays as it is."""
-    before = sys.stdout, sys.stderr
-    streams = [_queued(stream) for stream in before]
-    sys.stdout, sys.stderr = streams
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    queued = {}
+    for name, stream in before.items():
+        with suppress(OSError, ValueError):
+            stream.flush()
+            queued[name] = QueuedStream(stream)
+            setattr(sys, name, queued[name])
     try:
         yield
     finally:
-        sys.stdout, sys.stderr = before
+        for name in queued:
+            setattr(sys, name, before[name])
         deadline = time.monotonic() + LAST_WRITE_SECONDS
-        for stream in streams:
-            if isinstance(stream, QueuedStream):
-                stream.finish(max(0.0, deadline - time.monotonic()))
+        for output in queued.values():
+            output.finish(max(0.0, deadline - time.monotonic()))
 
 
 def num_dropped_lines() -> int:
     """How many lines this process's standard output and error have lost; 0 where they are not queued."""
     return sum(stream.num_dropped for stream in (sys.stdout, sys.stderr) if isinstance(stream, QueuedStream))
-
-
-def _queued(stream: TextIO) -> TextIO:
-    try:
-        stream.flush()
-        return QueuedStream(stream)  # type: ignore[return-value]  # it is all of TextIO that is used
-    except (OSError, ValueError):
-        return stream

@@ -133,10 +133,15 @@ class ChildProcess:
             self._finalizer = weakref.finalize(self, _end, self._process, self._pid)
             if self._is_closed:
                 raise ChildFailed("the model is being closed")
-            paths = sorted({_package_parent(name) for name in self._packages})
+            paths = set()
+            for name in self._packages:
+                spec = find_spec(name)
+                if spec is None or not spec.origin:
+                    raise EngineError(f"the package {name} is not installed")
+                paths.add(str(Path(spec.origin).resolve().parent.parent))
             frame = {
                 "script": str(self._script),
-                "paths": paths,
+                "paths": sorted(paths),
                 "packages": list(self._packages),
                 **self._limits._asdict(),
             }
@@ -201,14 +206,6 @@ def _start() -> subprocess.Popen[bytes]:
         assert pipe is not None, "both are pipes"
         os.set_blocking(pipe.fileno(), False)
     return process
-
-
-def _package_parent(name: str) -> str:
-    """The folder to import a package from, as this process would."""
-    spec = find_spec(name)
-    if spec is None or not spec.origin:
-        raise EngineError(f"the package {name} is not installed")
-    return str(Path(spec.origin).resolve().parent.parent)
 
 
 def _end(process: subprocess.Popen[bytes], pid: int) -> None:

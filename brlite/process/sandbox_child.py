@@ -36,11 +36,6 @@ class Worker(Protocol):
         ...
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error)[: 4 * MAX_REASON].split()) or type(error).__name__
-    return text if len(text) <= MAX_REASON else text[:MAX_REASON] + "…"
-
-
 def _serve() -> None:
     setup = _receive()
     assert setup is not None, "the limits come first"
@@ -71,7 +66,8 @@ def _serve() -> None:
         except MemoryError:
             data = out_of_memory
         except BaseException as error:  # a template's are Python's own; a panic of Rust's is no Exception
-            data = encode_message({"error": _one_line(error)})
+            text = " ".join(str(error)[: 4 * MAX_REASON].split()) or type(error).__name__
+            data = encode_message({"error": text if len(text) <= MAX_REASON else text[:MAX_REASON] + "…"})
         signal.setitimer(signal.ITIMER_PROF, 0)
         _send(data)
         if data is out_of_memory:
@@ -88,19 +84,15 @@ def _receive() -> dict[str, Any] | None:
 def _read(length: int) -> bytes:
     data = bytearray()
     while len(data) < length:
-        _await_input()
+        # The end of the parent is the end: a forked copy of it may keep our input open.
+        ready, _, _ = select.select([0, *_PARENT], [], [])
+        if 0 not in ready:
+            sys.exit(0)
         part = os.read(0, min(length - len(data), 1024 * 1024))
         if not part:
             return b""
         data += part
     return bytes(data)
-
-
-def _await_input() -> None:
-    """Wait for input, and end with the parent: a forked copy of it may keep our input open."""
-    ready, _, _ = select.select([0, *_PARENT], [], [])
-    if 0 not in ready:
-        sys.exit(0)
 
 
 def encode_message(message: Mapping[str, Any]) -> bytes:
@@ -115,13 +107,9 @@ def _send(data: bytes) -> None:
         view = view[os.write(1, view) :]
 
 
-def _watch_parent() -> list[int]:
-    try:
-        return [os.pidfd_open(os.getppid())]
-    except (AttributeError, OSError):  # another kernel, or a parent in another namespace of processes
-        return []
-
-
 if __name__ == "__main__":
-    _PARENT = _watch_parent()
+    try:
+        _PARENT = [os.pidfd_open(os.getppid())]
+    except (AttributeError, OSError):  # another kernel, or a parent in another namespace of processes
+        _PARENT = []
     _serve()
