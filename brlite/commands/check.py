@@ -100,7 +100,7 @@ def _describe_route(target: Route, proxy: ProxyConfig) -> Iterator[str]:
     if aliases:
         yield f"  also as   {', '.join(aliases)}"
     if target.fallbacks:
-        yield f"  or else   {', '.join(fallback.model for fallback in target.fallbacks)}"
+        yield f"  or else   {', '.join(target.fallbacks)}"
 
 
 def _dial(table: RouteTable, proxy: ProxyConfig) -> int:

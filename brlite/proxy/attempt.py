@@ -63,7 +63,7 @@ TRANSITIONS = {
 STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is cheaper than a second write
 DENIALS = (401, 403)
-RETRY_AFTER_SECONDS = 1
+UPSTREAM_RETRY_SECONDS = 1  # another upstream may be free, or a connection can be made, a second later
 NOT_FOUND = 404
 EVENT_STREAM = b"text/event-stream"
 NOTHING_SEEN = Seen()
@@ -217,12 +217,12 @@ class Attempt:
             self._send(dialing.result())
         elif is_own_fault(error):
             text = "The server cannot open another connection at the moment."
-            exhausted = NotReady(text, retry_after_seconds=RETRY_AFTER_SECONDS)
+            exhausted = NotReady(text, retry_after_seconds=UPSTREAM_RETRY_SECONDS)
             exhausted.__cause__ = error
             self._owner.attempt_failed(exhausted, Ending.OUT_OF_RESOURCES)
         else:
             text = "The upstream cannot be reached."
-            unreachable = UpstreamUnavailable(text, retry_after_seconds=RETRY_AFTER_SECONDS)
+            unreachable = UpstreamUnavailable(text, retry_after_seconds=UPSTREAM_RETRY_SECONDS)
             unreachable.__cause__ = error  # for the log only: clients must not see addresses and certificates
             self._owner.attempt_failed(unreachable, Ending.UNREACHABLE)
 
@@ -271,7 +271,7 @@ class Attempt:
 
     def connection_lost(self, error: Exception | None) -> None:
         if error is not None and not isinstance(error, OSError):  # asyncio's for what was raised in `data_received`
-            failure = NotReady("The server could not take the answer.", retry_after_seconds=RETRY_AFTER_SECONDS)
+            failure = NotReady("The server could not take the answer.", retry_after_seconds=UPSTREAM_RETRY_SECONDS)
             failure.__cause__ = error
             self._owner.attempt_failed(failure, Ending.OUT_OF_RESOURCES)
         elif self.state is RELAYING:

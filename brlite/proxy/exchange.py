@@ -20,7 +20,7 @@ import msgspec
 from brlite.config.options import ProxyConfig
 from brlite.errors import QueueTimeout, RequestError, UpstreamUnavailable, stopping
 from brlite.http.errors import CLIENT_LEFT, status_of
-from brlite.proxy.attempt import RETRY_AFTER_SECONDS, Attempt, Downstream
+from brlite.proxy.attempt import UPSTREAM_RETRY_SECONDS, Attempt, Downstream
 from brlite.proxy.outcomes import TABLE, Ending
 from brlite.proxy.request_model import Inbound, replace_model
 from brlite.proxy.routing.concurrency import Waiter, Waiting
@@ -181,16 +181,16 @@ class Exchange:
         upstream = route.choose(now, self.request.affinity, self._tried)
         if upstream is None:
             text = "No upstream of the model can be reached."
-            self._give_up(UpstreamUnavailable(text, retry_after_seconds=RETRY_AFTER_SECONDS))
+            self._give_up(UpstreamUnavailable(text, retry_after_seconds=UPSTREAM_RETRY_SECONDS))
         else:
             self._try(upstream)
 
     def _fallback(self, now: float) -> Route | None:
         """The first fallback that the key may use and that is available."""
         may_use = self.request.inbound.key.may_use
-        for fallback in self.route.fallbacks:
-            if may_use(fallback.model) and fallback.is_available(now, self._tried):
-                return fallback
+        for model in self.route.fallbacks:
+            if may_use(model) and self.route.routes[model].is_available(now, self._tried):
+                return self.route.routes[model]
         return None
 
     def _try(self, upstream: Upstream, *, is_fresh: bool = False) -> None:
@@ -308,7 +308,7 @@ class Exchange:
 
     def stop(self) -> None:
         """The server stops, and the grace time is over: end with an error."""
-        self._end_with(stopping(RETRY_AFTER_SECONDS))
+        self._end_with(stopping(UPSTREAM_RETRY_SECONDS))
 
     def time_is_up(self) -> None:
         """The deadline has passed."""
@@ -317,7 +317,7 @@ class Exchange:
             return
         seconds = self._forwarder.config.max_queue_seconds
         text = f"The request waited {seconds:g} s for its turn."
-        self._end_with(QueueTimeout(text, retry_after_seconds=RETRY_AFTER_SECONDS))
+        self._end_with(QueueTimeout(text, retry_after_seconds=UPSTREAM_RETRY_SECONDS))
 
     def upstream_is_lost(self, now: float) -> None:
         """The upstream fails its checks. As long as it still sends, it works; if it sends nothing, wait no longer."""
@@ -352,5 +352,5 @@ def pause_seconds(head: AnswerHead) -> float:
         # A date without a zone is in UTC (RFC 9110 §5.6.7).
         seconds = date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp() - time.time()
     except (ValueError, OverflowError, TypeError, IndexError):  # all that it raises for odd dates
-        return RETRY_AFTER_SECONDS
-    return min(max(seconds, RETRY_AFTER_SECONDS), MAX_PAUSE_SECONDS)
+        return UPSTREAM_RETRY_SECONDS
+    return min(max(seconds, UPSTREAM_RETRY_SECONDS), MAX_PAUSE_SECONDS)

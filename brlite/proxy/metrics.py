@@ -71,13 +71,23 @@ class ForwardingCollector(Collector):
             for target in self._forwarder.table:
                 family.add_metric([target.model], row.value(target))
             yield family
-        yield self._outcomes()
+        about = "Attempts to have a request answered, by outcome."
+        outcomes = CounterMetricFamily("brlite:upstream_requests", about, labels=["upstream", "outcome"])
+        for upstream in self._forwarder.table.upstreams:
+            for outcome, count in upstream.outcomes.items():
+                outcomes.add_metric([upstream.name, outcome], count)
+        yield outcomes
         yield from self._upstreams(CounterMetricFamily, UPSTREAM_COUNTERS)
         yield from self._upstreams(GaugeMetricFamily, UPSTREAM_GAUGES)
         now = self._forwarder.loop.time()
         up = UpstreamRow("brlite:upstream_up", "1 if it is healthy and not ejected, else 0.", lambda u: u.is_up(now))
         yield from self._upstreams(GaugeMetricFamily, [up])
-        yield self._breakers(now)
+        about = "1 for the state of its circuit breaker, 0 for the others; an open one gets no requests."
+        breakers = GaugeMetricFamily("brlite:upstream_breaker_state", about, labels=["upstream", "state"])
+        for upstream in self._forwarder.table.upstreams:
+            for state in get_args(State):
+                breakers.add_metric([upstream.name, state], upstream.breaker.state(now) == state)
+        yield breakers
 
     def _times(self) -> Iterable[Metric]:
         forwarder = self._forwarder
@@ -94,14 +104,6 @@ class ForwardingCollector(Collector):
             family.add_metric([model], count_value=counts.get(model, 0), sum_value=sums.get(model, 0.0))
         return family
 
-    def _outcomes(self) -> Metric:
-        about = "Attempts to have a request answered, by outcome."
-        family = CounterMetricFamily("brlite:upstream_requests", about, labels=["upstream", "outcome"])
-        for upstream in self._forwarder.table.upstreams:
-            for outcome, count in upstream.outcomes.items():
-                family.add_metric([upstream.name, outcome], count)
-        return family
-
     def _upstreams(
         self, kind: type[GaugeMetricFamily | CounterMetricFamily], rows: list[UpstreamRow]
     ) -> Iterable[Metric]:
@@ -110,11 +112,3 @@ class ForwardingCollector(Collector):
             for upstream in self._forwarder.table.upstreams:
                 family.add_metric([upstream.name], row.value(upstream))
             yield family
-
-    def _breakers(self, now: float) -> Metric:
-        about = "1 for the state of its circuit breaker, 0 for the others; an open one gets no requests."
-        family = GaugeMetricFamily("brlite:upstream_breaker_state", about, labels=["upstream", "state"])
-        for upstream in self._forwarder.table.upstreams:
-            for state in get_args(State):
-                family.add_metric([upstream.name, state], upstream.breaker.state(now) == state)
-        return family

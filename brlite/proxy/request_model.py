@@ -67,9 +67,15 @@ def peek(body: bytes) -> RequestModel:
             return RequestModel(plain.model, plain.user)
         model = _Model()
         fields = msgspec.json.decode(body, type=_FIELDS, dec_hook=model.take)
+        return RequestModel(model.name, fields.user)
     except _REFUSALS:
-        return _peek_oddly(body)
-    return RequestModel(model.name, fields.user)
+        model = _Model()
+        odd = decode_json(body, msgspec.json.Decoder(_ODD_FIELDS, dec_hook=model.take))  # raises what is wrong
+    try:  # nothing is wrong if only `user` is of another type than ours
+        user = msgspec.json.decode(odd.user, type=str)
+    except _REFUSALS:
+        user = None
+    return RequestModel(model.name, user)
 
 
 def replace_model(body: bytes, new: str) -> bytes:
@@ -132,17 +138,6 @@ def _with_other_spellings(fields: type[T]) -> type[T]:
 _PLAIN = msgspec.json.Decoder(_with_other_spellings(RequestModel))
 _FIELDS = _with_other_spellings(_Fields)
 _ODD_FIELDS = _with_other_spellings(_OddFields)
-
-
-def _peek_oddly(body: bytes) -> RequestModel:
-    """Raise what is wrong with the body, or read it: nothing is wrong if only `user` is of another type than ours."""
-    model = _Model()
-    fields = decode_json(body, msgspec.json.Decoder(_ODD_FIELDS, dec_hook=model.take))
-    try:
-        user = msgspec.json.decode(fields.user, type=str)
-    except _REFUSALS:
-        user = None
-    return RequestModel(model.name, user)
 
 
 def _find_model(body: bytes) -> tuple[int, int]:

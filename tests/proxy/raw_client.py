@@ -144,16 +144,19 @@ class Client:
             raise _Cut(b"".join(parts)) from None
         return b"".join(parts)
 
+    async def chunk(self) -> bytes:
+        """The payload of the next chunk of a body; b"" for the last one."""
+        size = int((await self.reader.readuntil(b"\r\n")).partition(b";")[0], 16)
+        part = await self.reader.readexactly(size + 2)
+        check(part.endswith(b"\r\n"), f"a bad chunk: {part[-20:]!r}")
+        return part[:-2]
+
     async def _chunks(self) -> bytes:
         parts: list[bytes] = []
         try:
-            while True:
-                size = int((await self.reader.readuntil(b"\r\n")).partition(b";")[0], 16)
-                part = await self.reader.readexactly(size + 2)
-                check(part.endswith(b"\r\n"), f"a bad chunk: {part[-20:]!r}")
-                if not size:
-                    return b"".join(parts)
-                parts.append(part[:-2])
+            while part := await self.chunk():
+                parts.append(part)
+            return b"".join(parts)
         except (asyncio.IncompleteReadError, ConnectionError):
             raise _Cut(b"".join(parts)) from None
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from brlite.config.options import ProxyConfig, UpstreamConfig
-from brlite.proxy.exchange import RETRY_AFTER_SECONDS, pause_seconds
+from brlite.proxy.exchange import UPSTREAM_RETRY_SECONDS, pause_seconds
 from brlite.proxy.routing.client import reason_of
 from brlite.proxy.wire.heads import read_answer
 from tests.proxy.proxies import run_proxy
@@ -123,7 +123,7 @@ def test_a_pause_that_is_no_number_and_no_date_is_ignored(said: str) -> None:
     value = said.encode("utf-8")
     head = read_answer(b"HTTP/1.1 429 Busy\r\nRetry-After: %b\r\n\r\n" % value)
 
-    assert pause_seconds(head) == RETRY_AFTER_SECONDS
+    assert pause_seconds(head) == UPSTREAM_RETRY_SECONDS
 
 
 @pytest.mark.parametrize("zone", ["GMT", "+0000", "-0000", ""])

@@ -57,11 +57,6 @@ class Ranks:
         self._members = tuple(members)
         self._watching: _Watch | None = None
 
-    @property
-    def are_here(self) -> bool:
-        """Whether all are processes of this machine that rank 0 has started."""
-        return all(member.process is not None for member in self._members)
-
     def tell_each(self, message_for: Callable[[int], Message]) -> None:
         """Send each rank what is meant for it. Raises `ChannelClosed` where one is gone."""
         for member in self._members:

@@ -14,7 +14,7 @@ from brlite.errors import QueueFull
 from brlite.http.fair_queue import FairQueue
 
 # 5 s: the limiter has no timing data. Short beside a typical request, long enough to avoid a retry storm.
-RETRY_AFTER_SECONDS = 5
+QUEUE_RETRY_SECONDS = 5
 
 
 class Waiter(NamedTuple):
@@ -88,7 +88,7 @@ class ConcurrencyLimit:
             error = QueueFull(
                 f"This model has {self._max_in_flight} requests running and {self._queue.max_items} waiting, "
                 "which is as many as this server allows.",
-                retry_after_seconds=RETRY_AFTER_SECONDS,
+                retry_after_seconds=QUEUE_RETRY_SECONDS,
             )
             if dropped is waiting:
                 raise error

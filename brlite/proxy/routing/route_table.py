@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import msgspec
 
 from brlite.config.address import parse_address
-from brlite.config.options import Config, ProxyConfig, UpstreamConfig
+from brlite.config.options import Config, UpstreamConfig
 from brlite.proxy.routing.balancer import Balancer
 from brlite.proxy.routing.concurrency import ConcurrencyLimit
 from brlite.proxy.routing.upstream import Upstream
 
 
-class Route:
-    """One model: the upstreams that serve it, its concurrency limit, and its fallbacks."""
+class Route(msgspec.Struct, frozen=True, eq=False):
+    """One model: the upstreams that serve it, its concurrency limit, and the models that are used in its place.
 
-    __slots__ = ("_balancer", "_only", "fallbacks", "limit", "model", "upstreams")
+    `routes` are those of the table by model: two models may be each other's fallback.
+    """
 
-    def __init__(
-        self, model: str, upstreams: Iterable[Upstream], proxy: ProxyConfig, limit: ConcurrencyLimit | None = None
-    ) -> None:
-        self.model = model
-        self.upstreams = tuple(upstreams)
-        self._balancer = Balancer(proxy.choice, self.upstreams)
-        self._only = self.upstreams[0] if len(self.upstreams) == 1 else None
-        self.limit = limit or ConcurrencyLimit(proxy.max_in_flight, proxy.max_queued)
-        self.fallbacks: tuple[Route, ...] = ()
+    model: str
+    upstreams: tuple[Upstream, ...]
+    balancer: Balancer[Upstream]
+    limit: ConcurrencyLimit
+    fallbacks: tuple[str, ...]
+    routes: Mapping[str, Route]
 
     def __repr__(self) -> str:
         return f"Route({self.model})"
@@ -47,9 +45,9 @@ class Route:
 
     def choose(self, now: float, affinity: bytes | None, tried: Collection[Upstream]) -> Upstream | None:
         """An upstream that was not tried yet, and is not known to lack the model. None if there is none."""
-        if self._only is not None:
-            return None if self._only in tried else self._only
-        return self._balancer.choose(now, affinity, self._excluded(now, tried))
+        if len(self.upstreams) == 1:
+            return None if self.upstreams[0] in tried else self.upstreams[0]
+        return self.balancer.choose(now, affinity, self._excluded(now, tried))
 
     def _excluded(self, now: float, tried: Collection[Upstream]) -> Collection[Upstream]:
         """Those tried, and those that lack the model. If all lack it, all may be tried: lists may be wrong."""
@@ -74,27 +72,29 @@ class RouteTable:
             for each in configs
         )
         models = dict.fromkeys(model for each in configs for model in each.models)
-        targets = {
-            model: Route(
-                model, (each for each in self.upstreams if model in each.config.models), config.proxy, kept.get(model)
+        routes: dict[str, Route] = {}
+        for model in models:
+            upstreams = tuple(each for each in self.upstreams if model in each.config.models)
+            routes[model] = Route(
+                model,
+                upstreams,
+                Balancer(config.proxy.choice, upstreams),
+                kept.get(model) or ConcurrencyLimit(*limits),
+                tuple(name for name in config.proxy.fallbacks.get(model, ()) if name in models),
+                routes,
             )
-            for model in models
-        }
-        for model, names in config.proxy.fallbacks.items():
-            if model in targets:
-                targets[model].fallbacks = tuple(targets[name] for name in names if name in targets)
-        self.targets: Mapping[str, Route] = targets
-        self._is_only_one = len(targets) == 1 and not config.model
-        aliases = {alias: targets[model] for alias, model in config.proxy.aliases.items() if model in targets}
-        self._by_name = {**targets, **aliases}
+        self.routes: Mapping[str, Route] = routes
+        self._is_only_one = len(routes) == 1 and not config.model
+        aliases = {alias: routes[model] for alias, model in config.proxy.aliases.items() if model in routes}
+        self._by_name = {**routes, **aliases}
 
     def __iter__(self) -> Iterator[Route]:
-        return iter(self.targets.values())
+        return iter(self.routes.values())
 
     def find(self, name: str | None) -> Route | None:
         """The route of the name. Without a name: the only route, if there is one and no model is served here."""
         if name is None:
-            return next(iter(self.targets.values())) if self._is_only_one else None
+            return next(iter(self.routes.values())) if self._is_only_one else None
         return self._by_name.get(name)
 
     def names(self) -> list[str]:

@@ -124,9 +124,19 @@ class ConnectionPool:
         self.connections: set[UpstreamConnection] = set()
 
     def take(self) -> UpstreamConnection | None:
-        """A free connection, if there is one; if the name has several addresses, one to the next address."""
+        """A free connection, if there is one; if the name has several addresses, one to the next address.
+
+        Kept connections to addresses that the name no longer has are closed.
+        """
         if self.names is not None:
-            self._follow_names(self.names)
+            self.names.refresh()
+            if self.names.known is not self._known:
+                self._known = self.names.known
+                for connection in self._idle[:]:
+                    if connection.address not in self._known:
+                        self._idle.remove(connection)
+                        connection.transport.close()
+            self._next = self.names.in_turn() if len(self._known) > 1 else []
             if self._next:
                 for connection in reversed(self._idle):
                     if connection.address == self._next[0] and not connection.transport.is_closing():
@@ -138,17 +148,6 @@ class ConnectionPool:
             if not connection.transport.is_closing():
                 return connection
         return None
-
-    def _follow_names(self, names: Names) -> None:
-        """Close kept connections to addresses that the name no longer has; of several, choose the next one."""
-        names.refresh()
-        if names.known is not self._known:
-            self._known = names.known
-            for connection in self._idle[:]:
-                if connection.address not in self._known:
-                    self._idle.remove(connection)
-                    connection.transport.close()
-        self._next = names.in_turn() if len(names.known) > 1 else []
 
     async def dial(self) -> UpstreamConnection:
         """Open a connection. Raises `OSError`, for TLS failures too."""

@@ -16,17 +16,17 @@ def with_proxy(**fields: object) -> Config:
 
 def test_places_that_are_taken_stay_taken_over_a_change_of_the_config() -> None:
     before = RouteTable(CONFIG)
-    assert before.targets["m"].limit.acquire("key")
+    assert before.routes["m"].limit.acquire("key")
 
     after = RouteTable(with_proxy(idle_seconds=1.0), before)
 
-    assert not after.targets["m"].limit.acquire("key")
+    assert not after.routes["m"].limit.acquire("key")
 
 
 def test_another_number_of_places_holds_at_once() -> None:
     before = RouteTable(CONFIG)
-    assert before.targets["m"].limit.acquire("key")
+    assert before.routes["m"].limit.acquire("key")
 
     after = RouteTable(with_proxy(max_in_flight=2), before)
 
-    assert [after.targets["m"].limit.acquire("key") for _ in range(3)] == [True, True, False]
+    assert [after.routes["m"].limit.acquire("key") for _ in range(3)] == [True, True, False]
