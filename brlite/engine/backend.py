@@ -41,12 +41,24 @@ class SamplingInput(msgspec.Struct, frozen=True, array_like=True):
     banned_token_ids: tuple[int, ...] = ()
 
 
+class PoolingInput(msgspec.Struct, frozen=True, array_like=True):
+    """Which hidden states of a run are wanted: those of its last `num_tokens`, added one by one to `total`.
+
+    A hidden state [H] is what the head reads: the last layer's, after the final norm, in float32. `total` (float64 [H])
+    is the sum over earlier runs of the same prompt; empty: zeros.
+    """
+
+    num_tokens: int
+    total: bytes = b""
+
+
 class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
     """A run of one sequence's tokens to compute: positions `start` to `start + len(token_ids) - 1`.
 
     Keys and values go to `block_table[position // block_size]`, where those of all earlier positions already are.
     With `sampling` the token after the last one is drawn. `prompt_targets`, if asked for, holds the token that follows
-    each of `token_ids` in the prompt: their logprobs are wanted, with `num_prompt_logprobs` alternatives.
+    each of `token_ids` in the prompt: their logprobs are wanted, with `num_prompt_logprobs` alternatives. `pooling`
+    asks for hidden states, and comes without either of those, and only to a backend with a `hidden_size`.
 
     The last `num_draft_tokens` of `token_ids` are guesses at what will be drawn. All are computed, and a token is drawn
     after the last real one and after each guess that was right, the i-th at position `sampling.position + i`; the first
@@ -62,6 +74,7 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
     prompt_targets: list[int] = []
     num_prompt_logprobs: int = 0
     num_draft_tokens: int = 0
+    pooling: PoolingInput | None = None
 
 
 class TokenMask(NamedTuple):
@@ -154,6 +167,7 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True):
     """What a step found for one sequence: the tokens drawn (none for a prompt chunk with more to come).
 
     They are the guesses that were right and one token more: what steps of one token each would have drawn.
+    `hidden_total` (float64 [H]) is the sum that `PoolingInput` asks for.
     `error` says why this sequence cannot go on, for example logits that are not finite; others are untouched.
     """
 
@@ -161,6 +175,7 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True):
     tokens: list[SampledToken] = []
     prompt_logprobs: list[TokenLogprob] = []
     error: str | None = None
+    hidden_total: bytes = b""
 
     @classmethod
     def not_finite(cls, seq_id: int) -> SeqResult:
@@ -185,7 +200,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     `fingerprint` identifies weights, precision and kernels: equal ones give equal bits. A batch-invariant backend gives
     a row the same bits in any batch; only such a one can verify guesses, `max_draft_tokens` of a sequence in one step.
-    One without `has_prompt_logprobs` is never given prompt targets.
+    One without `has_prompt_logprobs` is never given prompt targets, one whose `hidden_size` is 0 no pooling.
     """
 
     name: str
@@ -206,6 +221,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     fingerprint: str = ""
     is_batch_invariant: bool = False
     has_prompt_logprobs: bool = True
+    hidden_size: int = 0
 
 
 class Backend(Protocol):

@@ -73,9 +73,9 @@ def test_a_number_of_threads_that_changes_gives_the_bits_of_one(alone: Alone, na
         run = backend._run
         counts = cycle((3, 1, 2))
 
-        def run_on_some(*args: Any) -> None:
+        def run_on_some(*args: Any, **more: Any) -> None:
             backend._num_threads = next(counts)
-            run(*args)
+            run(*args, **more)
 
         backend._run = run_on_some  # type: ignore[assignment, method-assign]
         seen = run_schedules(backend, alone.stories, count=NUM_MORE, seed=alone.seed)

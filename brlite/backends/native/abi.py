@@ -14,7 +14,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
@@ -124,6 +124,14 @@ class Plan(ctypes.Structure):
     ]
 
 
+class Pooling(ctypes.Structure):
+    _fields_ = [
+        ("first_row", c_int32),
+        ("num_rows", c_int32),
+        ("total", c_void_p),
+    ]
+
+
 class NativeBatch(ctypes.Structure):
     _fields_ = [
         ("num_rows", c_int32),
@@ -135,6 +143,9 @@ class NativeBatch(ctypes.Structure):
         ("draws", c_void_p),
         ("drawn", c_void_p),
         ("logits", c_void_p),
+        ("poolings", c_void_p),
+        ("num_poolings", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -146,6 +157,7 @@ STRUCTS = (
     Drawn,
     Plan,
     NativeBatch,
+    Pooling,
 )  # in the order of `brlite_struct_size`
 
 # What each function takes and gives back.

@@ -84,6 +84,7 @@ class NativeBackend:
             self._guard = BackendGuard()
             self._library = library
             self._vocab_size = config.vocab_size
+            self._hidden_size = config.hidden_size
             self._draws = NativeDraws(config.vocab_size)
             # Ranks wait for each other: what one waits for says nothing about its own threads.
             is_adaptive = plan.engine.adaptive_threads and plan.shard is None
@@ -118,16 +119,27 @@ class NativeBackend:
             targets += [
                 DrawTarget(first + i, target, seq.num_prompt_logprobs) for i, target in enumerate(seq.prompt_targets)
             ]
+        pooled = [
+            (seq, first) for seq, first in zip(batch.seqs, rows.first_rows, strict=True) if seq.pooling is not None
+        ]
+        poolings = _Poolings(pooled, self._hidden_size) if pooled else None
         with self._guard.step():
             draws = self._draws.lay_out(drawings, targets)
-            self._run(rows, draws.num_draws, draws.draws_address, draws.drawn_address)
+            self._run(rows, draws.num_draws, draws.draws_address, draws.drawn_address, poolings=poolings)
             num_threads = self._num_threads
             if self._threads is not None and batch.masks is None:  # a draw's wait for its mask is no thread's fault
                 self._library.brlite_last_time(self._engine, ctypes.addressof(self._last_time))
                 self._threads.observe(*self._last_time)
                 self._num_threads = self._threads.num_threads
             tokens, logprobs = iter(draws.tokens()), iter(draws.target_logprobs())
-            return StepResult([_result(seq, tokens, logprobs) for seq in batch.seqs], num_threads)
+            results = [_result(seq, tokens, logprobs) for seq in batch.seqs]
+        if poolings is not None:
+            totals = iter(poolings.totals)
+            results = [
+                found if seq.pooling is None else SeqResult(seq.seq_id, hidden_total=next(totals).tobytes())
+                for seq, found in zip(batch.seqs, results, strict=True)
+            ]
+        return StepResult(results, num_threads)
 
     def follow(self, work: RankBatch) -> None:
         """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
@@ -167,7 +179,15 @@ class NativeBackend:
             self._run(rows, len(draws), ctypes.addressof(draws), ctypes.addressof(drawn), out.ctypes.data)
         return out
 
-    def _run(self, rows: _Rows, num_draws: int, draws: int, drawn: int, logits: int | None = None) -> None:
+    def _run(
+        self,
+        rows: _Rows,
+        num_draws: int,
+        draws: int,
+        drawn: int,
+        logits: int | None = None,
+        poolings: _Poolings | None = None,
+    ) -> None:
         """Only inside `guard.step`: the library would follow pointers to memory that was given back."""
         batch = abi.NativeBatch(
             num_rows=rows.num_rows,
@@ -180,6 +200,8 @@ class NativeBackend:
             drawn=drawn,
             logits=logits,
         )
+        if poolings is not None:
+            batch.poolings, batch.num_poolings = ctypes.addressof(poolings.structs), len(poolings.structs)
         error = self._library.brlite_run(self._engine, ctypes.addressof(batch))
         if error == abi.LOST_RANK:
             raise RankGone("another rank went in the midst of a step")
@@ -205,6 +227,20 @@ class _Rows:
         self._tables = np.array(tables, np.int32)
         self.spans = np.array(spans, SPAN)
         self.spans["block_table"] += np.uint64(self._tables.ctypes.data)
+
+
+class _Poolings:
+    """The sums of hidden states that a step adds to, for some sequences with their first rows. Keep it until then."""
+
+    def __init__(self, pooled: Sequence[tuple[ScheduledSeq, int]], hidden_size: int) -> None:
+        self.totals = np.zeros((len(pooled), hidden_size), np.float64)
+        self.structs = (abi.Pooling * len(pooled))()
+        for (seq, first), total, struct in zip(pooled, self.totals, self.structs, strict=True):
+            assert seq.pooling is not None
+            if seq.pooling.total:
+                total[:] = np.frombuffer(seq.pooling.total, np.float64)
+            struct.first_row = first + len(seq.token_ids) - seq.pooling.num_tokens
+            struct.num_rows, struct.total = seq.pooling.num_tokens, total.ctypes.data
 
 
 def _drawings(batch: Batch, seq: ScheduledSeq, first_row: int) -> list[Drawing]:
@@ -267,6 +303,7 @@ def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cach
         kv_bytes=cache.memory.num_bytes,
         sliding_window=config.common_window,
         max_draft_tokens=MAX_DRAFT_TOKENS,
+        hidden_size=config.hidden_size,
         is_batch_invariant=True,
         fingerprint=_fingerprint(loaded.content_hash, config, spec, kernel_version),
         notes=(note,) if is_raised else (),

@@ -30,6 +30,7 @@ from brlite.engine.backend import (
     BackendGuard,
     BackendInfo,
     Batch,
+    PoolingInput,
     SampledToken,
     ScheduledSeq,
     SeqResult,
@@ -90,6 +91,8 @@ class TorchBackend:
             tokens = self._draw(batch, plan, hidden)
             results = [
                 _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, hidden, first))
+                if seq.pooling is None
+                else SeqResult(seq.seq_id, hidden_total=self._pool(seq.pooling, hidden, first + len(seq.token_ids)))
                 for seq, first in zip(batch.seqs, plan.first_rows, strict=True)
             ]
         return StepResult(results)
@@ -149,6 +152,15 @@ class TorchBackend:
             targets = seq.prompt_targets[rows[0] - first : rows[-1] + 1 - first]
             found += self._sampler.token_logprobs(self._logits(hidden, rows), targets, seq.num_prompt_logprobs)
         return found
+
+    def _pool(self, pooling: PoolingInput, hidden: Tensor, end: int) -> bytes:
+        """The sum of the hidden states before row `end`. It is taken on the host: some cards have no float64."""
+        index = self._indices(list(range(end - pooling.num_tokens, end)))
+        rows: npt.NDArray[np.float32] = self._decoder.normed(hidden.index_select(0, index)).cpu().numpy()
+        total: npt.NDArray[np.float64] = rows.sum(axis=0, dtype=np.float64)
+        if pooling.total:
+            total += np.frombuffer(pooling.total, np.float64)
+        return total.tobytes()
 
     def _target_rows(self, seq: ScheduledSeq | RankSeq, first: int) -> Iterator[list[int]]:
         """The rows of `prompt_targets`, as many at a time as logits may be held of."""
@@ -211,5 +223,6 @@ def _describe(decoder: Decoder, cache: KVCache, plan: LoadPlan) -> BackendInfo:
         weight_bytes=decoder.parameters.num_bytes,
         kv_bytes=cache.num_bytes,
         sliding_window=decoder.config.common_window,
+        hidden_size=decoder.config.hidden_size,
         notes=tuple(notes),
     )

@@ -61,9 +61,12 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The vocabulary's logits [R, V] in float32 for rows [R, H] that `forward` returned."""
+        return self.parameters.linears[self._network.head.name](self.normed(hidden).to(self.dtype)).float()
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Rows [R, H] that `forward` returned after the final norm, in float32: what the head reads."""
         norm = self._network.norm
-        rows = _normed(hidden, self.parameters.named[norm.weight.name], norm.epsilon).to(self.dtype)
-        return self.parameters.linears[self._network.head.name](rows).float()
+        return _normed(hidden, self.parameters.named[norm.weight.name], norm.epsilon)
 
     def _bind(self, operation: Operation) -> BoundOperation:
         named, linears = self.parameters.named, self.parameters.linears

@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 7
+#define BRLITE_ABI_VERSION 8
 #define BRLITE_KERNEL_VERSION 1  // counts up whenever a change of the kernels changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
@@ -136,6 +136,14 @@ typedef struct brlite_plan {
     int32_t rank;  // 0 draws
 } brlite_plan;
 
+// The hidden states of some rows, as `norm` gives them: added to `total` [hidden], a row after the other, in float64.
+// So a prompt that comes in chunks has the bits of one that comes whole.
+typedef struct brlite_pooling {
+    int32_t first_row;
+    int32_t num_rows;
+    double* total;
+} brlite_pooling;
+
 typedef struct brlite_batch {
     int32_t num_rows;
     int32_t num_spans;
@@ -146,13 +154,16 @@ typedef struct brlite_batch {
     const brlite_draw* draws;
     brlite_drawn* drawn;
     float* logits;  // null, or [num_draws][vocab_size] to be filled
+    const brlite_pooling* poolings;
+    int32_t num_poolings;
+    int32_t reserved;
 } brlite_batch;
 
 typedef struct brlite_engine brlite_engine;
 
 int32_t brlite_abi_version(void);
 int32_t brlite_kernel_version(void);
-size_t brlite_struct_size(int32_t which);   // operation, attention, span, draw, drawn, plan, batch: for abi.py's check
+size_t brlite_struct_size(int32_t which);   // in the order of abi.py's STRUCTS, which checks them
 int32_t brlite_isa_available(int32_t isa);  // whether this processor, and this build, has it
 // 0: the same bits as the generic kernels; else the number of the check that failed.
 int32_t brlite_self_test(int32_t isa);

@@ -61,6 +61,10 @@ BatchError check_draw(const brlite_plan& plan, const brlite_draw& draw, int num_
     return is_sound ? NONE : WRONG_TOKEN;
 }
 
+bool is_within(const brlite_pooling& pooling, int num_rows) {
+    return pooling.first_row >= 0 && pooling.num_rows >= 1 && pooling.first_row <= num_rows - pooling.num_rows;
+}
+
 BatchError check(const brlite_plan& plan, const brlite_batch& batch) {
     if (batch.num_rows < 1 || batch.num_rows > plan.max_rows) return TOO_MANY_ROWS;
     int num_rows = 0;
@@ -73,6 +77,8 @@ BatchError check(const brlite_plan& plan, const brlite_batch& batch) {
         if (batch.token_ids[row] < 0 || batch.token_ids[row] >= plan.vocab_size) return WRONG_TOKEN;
     for (int i = 0; i < batch.num_draws; i++)
         if (const BatchError error = check_draw(plan, batch.draws[i], num_rows)) return error;
+    for (int i = 0; i < batch.num_poolings; i++)
+        if (!is_within(batch.poolings[i], num_rows)) return WRONG_SPAN;
     return NONE;
 }
 
@@ -92,7 +98,7 @@ class Engine {
             batch.num_threads > 0 ? std::min(batch.num_threads, pool_.num_threads()) : pool_.num_threads();
         lay_out(batch);
         const int num_slices = rounded(batch.num_draws, BRLITE_HEAD_ROWS) / BRLITE_HEAD_ROWS;
-        if ((size_t)num_slices * 3 + 2 * body_.size() > num_counters_) grow_counters(num_slices);
+        if (needed_counters(num_slices) > num_counters_) grow_counters(num_slices);
         for (size_t i = 0; i < num_counters_; i++) counters_[i].value.store(0, std::memory_order_relaxed);
         const auto compute = [this](int thread) {
             FlushToZero mode;
@@ -106,6 +112,8 @@ class Engine {
 
  private:
     void allocate(int num_threads);
+    // Two for each operation, one for the poolings, three for each slice of the draws.
+    size_t needed_counters(int num_slices) const { return 2 * body_.size() + 1 + 3 * num_slices; }
     void grow_counters(int num_slices);
     void lay_out(const brlite_batch& batch);
     void share_out(const brlite_batch& batch);
@@ -155,9 +163,8 @@ void Engine::allocate(int num_threads) {
 }
 
 void Engine::grow_counters(int num_slices) {
-    const size_t num_counters = 2 * body_.size() + 3 * num_slices;
-    counters_.reset(new Counter[num_counters]);
-    num_counters_ = num_counters;
+    counters_.reset(new Counter[needed_counters(num_slices)]);
+    num_counters_ = needed_counters(num_slices);
 }
 
 void Engine::lay_out(const brlite_batch& batch) {

@@ -75,7 +75,7 @@ int32_t brlite_kernel_version(void) { return BRLITE_KERNEL_VERSION; }
 size_t brlite_struct_size(int32_t which) {
     const size_t sizes[] = {sizeof(brlite_operation), sizeof(brlite_attention), sizeof(brlite_span),
                             sizeof(brlite_draw),      sizeof(brlite_drawn),     sizeof(brlite_plan),
-                            sizeof(brlite_batch)};
+                            sizeof(brlite_batch),     sizeof(brlite_pooling)};
     return which >= 0 && which < (int32_t)(sizeof sizes / sizeof *sizes) ? sizes[which] : 0;
 }
 

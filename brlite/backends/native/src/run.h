@@ -81,6 +81,19 @@ struct Worker {
         for (int row = rows.take(1); row < step.batch->num_rows; row = rows.take(1)) merge_row(step, op, row);
     }
 
+    // Sums of hidden states: each is one thread's, since float sums have an order.
+    void pool() {
+        const brlite_operation& norm = step.plan->norm;
+        Counter& poolings = next();
+        for (int i = poolings.take(1); i < step.batch->num_poolings; i = poolings.take(1)) {
+            const brlite_pooling& pooling = step.batch->poolings[i];
+            for (int row = pooling.first_row; row < pooling.first_row + pooling.num_rows; row++) {
+                norm_row(norm, norm.input + (long)row * norm.row_size, scratch.row);
+                for (int j = 0; j < norm.num_inputs; j++) pooling.total[j] += scratch.row[j];
+            }
+        }
+    }
+
     // Logits of the drawing rows `first` onwards, and what is drawn from them.
     void draw(int first) {
         const brlite_plan& plan = *step.plan;
@@ -108,6 +121,7 @@ struct Worker {
 
     void run() {
         for (int i = 0; i < step.plan->num_operations; i++) operate(step.plan->body[i]);
+        if (step.batch->num_poolings) pool();
         for (int first = 0; first < step.batch->num_draws; first += BRLITE_HEAD_ROWS) draw(first);
     }
 };

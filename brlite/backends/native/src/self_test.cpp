@@ -112,8 +112,9 @@ class Batch {
 
     void run(brlite_engine* engine, Outcome& outcome) {
         const int32_t num_rows = (int32_t)token_ids_.size(), num_spans = (int32_t)spans_.size();
-        const brlite_batch batch = {num_rows,      num_spans,     num_rows,      0, token_ids_.data(), spans_.data(),
-                                    draws_.data(), drawn_.data(), logits_.data()};
+        const brlite_batch batch = {
+            num_rows,       num_spans, num_rows, 0, token_ids_.data(), spans_.data(), draws_.data(), drawn_.data(),
+            logits_.data(), nullptr,   0,        0};
         outcome.is_computed &= brlite_run(engine, &batch) == 0;
         for (const brlite_drawn& drawn : drawn_) {
             outcome.drawn.push_back(drawn.token);
