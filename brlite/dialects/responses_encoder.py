@@ -24,6 +24,14 @@ from brlite.dialects.sse import frame
 from brlite.errors import RequestError
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
+# A response's status by its finish reason; without one it has failed.
+STATUSES = {
+    "stop": "completed",
+    "tool_calls": "completed",
+    "length": "incomplete",
+    "abort": "incomplete",
+    "error": "failed",
+}
 
 
 class ResponseGeneration(Generation, frozen=True, kw_only=True):
@@ -363,7 +371,7 @@ class ResponsesEncoder:
             if self._open is None and not self._output:  # an answer of no text is a message all the same
                 frames += self._item(OpenMessage)[1]
             self._ending, self._warnings = event, event.warnings
-            frames += self._close("incomplete" if event.finish_reason == "length" else "completed")
+            frames += self._close("completed" if event.finish_reason in ("stop", "tool_calls") else "incomplete")
         return b"".join(frames)
 
     def closing(self, usage: TokenUsage) -> bytes:
@@ -429,9 +437,13 @@ class ResponsesEncoder:
         return frame(encode_json(event), str(event.__struct_config__.tag))
 
     def _finished(self, usage: TokenUsage) -> tuple[str, bytes]:
-        reason = None if self._ending is None else self._ending.finish_reason
-        status = {"stop": "completed", "tool_calls": "completed", "length": "incomplete"}.get(reason or "", "failed")
-        error = {"code": "server_error", "message": SERVER_FAULT} if status == "failed" else None
+        finish_reason = None if self._ending is None else self._ending.finish_reason
+        stop_reason = None if self._ending is None else self._ending.stop_reason
+        status = STATUSES.get(finish_reason or "error", "failed")
+        error = None
+        if status == "failed":
+            message = stop_reason if isinstance(stop_reason, str) else SERVER_FAULT
+            error = {"code": "server_error", "message": message}
         body = self._response(status, usage=usage, error=error)
         self._store(body)
         return status, body
@@ -444,6 +456,7 @@ class ResponsesEncoder:
     def _response(self, status: str, *, usage: TokenUsage | None = None, error: dict[str, Any] | None = None) -> bytes:
         """The response object as it is now."""
         is_over = status == "completed"
+        is_cut = self._ending is not None and self._ending.finish_reason == "length"
         return encode_json(
             {
                 "id": self._id,
@@ -453,7 +466,7 @@ class ResponsesEncoder:
                 "background": False,
                 "completed_at": int(time.time()) if is_over else None,
                 "error": error,
-                "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+                "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
                 "model": self._model,
                 "output": self._output,
                 **self._call.shown,

@@ -35,6 +35,7 @@ from brlite.server.engine_requests import encode
 from brlite.server.event_builder import token_text
 from brlite.server.generate import CONFIG, MODELS, admit, generate
 from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card
+from brlite.server.response_store import STORE
 from brlite.server.responses import (
     cancel_response,
     count_input_tokens,
@@ -161,7 +162,7 @@ async def get_metrics(request: web.Request) -> web.Response:
     app, which, keys = request.app, request.query.get("upstream"), request.app[KEYS]
     may_see_names = keys.may_see_all(shown_api_key(request))
     collectors = metrics.named_collectors(app[MODELS], keys, app[metrics.COLLECTORS]) if may_see_names else ()
-    body, content_type = metrics.render(collectors)
+    body, content_type = metrics.render((metrics.ResponseStoreCollector(app[STORE]), *collectors))
     if which is not None:
         if not may_see_names:
             raise Forbidden("metrics of upstreams need an operator's key (admin = true)", param="upstream")

@@ -27,6 +27,7 @@ from brlite.engine.stats import EngineStats, Histogram
 from brlite.http.api_key import KeyUsage
 from brlite.http.keys import ApiKeys
 from brlite.process.output import num_dropped_lines
+from brlite.server.response_store import ResponseStore
 from brlite.server.served_model import ModelTable, ServedModel
 
 # What is rendered besides: the numbers of another room.
@@ -269,6 +270,20 @@ class KeyCollector(Collector):
             for row in rows:
                 family.add_metric([key.name, row.label], row.value(key.usage))
         return family
+
+
+class ResponseStoreCollector(Collector):
+    """Renders how full the store of responses is. It names no model and no key."""
+
+    def __init__(self, store: ResponseStore) -> None:
+        self._store = store
+
+    def collect(self) -> Iterable[Metric]:
+        store = self._store
+        yield GaugeMetricFamily("brlite:stored_responses", "Responses in the store.", value=store.num_responses)
+        yield GaugeMetricFamily("brlite:stored_response_bytes", "Bytes that they take.", value=store.num_bytes)
+        about = "Responses that were forgotten because the store was full."
+        yield CounterMetricFamily("brlite:responses_forgotten", about, value=store.num_forgotten)
 
 
 class OutputCollector(Collector):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 from msgspec import Raw
 from openai.types.responses import Response, ResponseStreamEvent
@@ -29,14 +35,19 @@ Start = Callable[..., Awaitable[list[openai.AsyncOpenAI]]]
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Start]:
-    """`await serve(keys=…, max_stored_bytes=…)` serves the toy, and returns a client for each key."""
+    """`await serve(keys=…, options=…, reasoning_parser=…, LIMIT=…)` serves the toy; returns a client for each key."""
     async with AsyncExitStack() as stack:
 
-        async def start(keys: tuple[str, ...] = (), **limits: Any) -> list[openai.AsyncOpenAI]:
-            spec = ModelSpec(name="toy", path=None, build_seq=4096)
+        async def start(
+            keys: tuple[str, ...] = (),
+            options: dict[str, Any] | None = None,
+            reasoning_parser: str = "auto",
+            **limits: Any,
+        ) -> list[openai.AsyncOpenAI]:
+            spec = ModelSpec(name="toy", path=None, build_seq=4096, reasoning_parser=reasoning_parser)
             config = Config(
                 model=(spec,),
-                engine=EngineConfig(name="toy"),
+                engine=EngineConfig(name="toy", options=options or {}),
                 limits=LimitsConfig(**limits),
                 keys=KeysConfig(keys=keys),
             )
@@ -146,7 +157,7 @@ async def test_a_bad_field_is_refused_by_its_name(serve: Start, fields: dict[str
     assert refusal.value.param == param
 
 
-def test_a_full_store_forgets_the_oldest_of_the_tenant_that_holds_most() -> None:
+def test_a_full_store_forgets_the_oldest_of_the_tenant_that_holds_most(caplog: pytest.LogCaptureFixture) -> None:
     store = ResponseStore(5000)
     mine, other = store.of("a"), store.of("b")
     other.keep(FinishedResponse("resp_0", b"x" * 500, (), {}))
@@ -157,3 +168,145 @@ def test_a_full_store_forgets_the_oldest_of_the_tenant_that_holds_most() -> None
     assert store.num_bytes <= 5000
     assert (mine.get("resp_1"), other.get("resp_0") is not None) == (None, True)
     assert store.num_forgotten > 0
+    assert "limits.max_stored_bytes = 5000" in caplog.text
+
+
+class Verdict(pydantic.BaseModel):
+    ok: bool
+    colour: Literal["red", "green"]
+
+
+async def test_parse_reads_structured_output_into_the_clients_own_model(serve: Start) -> None:
+    (client,) = await serve()
+
+    parsed = await client.responses.parse(model="toy", input="hello", text_format=Verdict)
+    async with client.responses.stream(model="toy", input="hello", text_format=Verdict) as stream:
+        kinds = [event.type async for event in stream]
+        final = await stream.get_final_response()
+
+    assert isinstance(parsed.output_parsed, Verdict)
+    assert isinstance(final.output_parsed, Verdict)
+    assert kinds[0] == "response.created"
+    assert kinds[-1] == "response.completed"
+
+
+async def test_the_arguments_of_a_strict_tool_are_parsed_by_the_client(serve: Start) -> None:
+    (client,) = await serve()
+    tool = openai.pydantic_function_tool(Verdict, name="judge")["function"]
+    tools: list[Any] = [{"type": "function", **tool}]
+    text = '<tool_call>\n{"name": "judge", "arguments": {"ok":true,"colour":"red"}}\n</tool_call>'
+
+    parsed = await client.responses.parse(model="toy", input=text, tools=tools)
+
+    (call,) = parsed.output
+    assert call.type == "function_call"
+    assert call.parsed_arguments == {"ok": True, "colour": "red"}
+
+
+async def test_a_cut_response_is_incomplete_and_says_why(serve: Start) -> None:
+    (client,) = await serve()
+
+    response = await client.responses.create(model="toy", input="hello there", max_output_tokens=16)
+    cut = await client.responses.create(model="toy", input="x" * 64, max_output_tokens=16)
+
+    assert (response.status, response.incomplete_details) == ("completed", None)
+    assert cut.incomplete_details is not None
+    assert (cut.status, cut.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+
+
+async def test_a_step_that_fails_ends_the_stream_with_response_failed(serve: Start) -> None:
+    (client,) = await serve(options={"fail_every": 4})
+
+    events = [event async for event in await client.responses.create(model="toy", input="hello", stream=True)]
+
+    assert events[-1].type == "response.failed"
+    assert events[-1].response.error is not None
+    assert events[-1].response.error.code == "server_error"
+    assert (await client.responses.retrieve(events[-1].response.id)).status == "failed"
+
+
+async def test_reasoning_is_an_item_of_its_own(serve: Start) -> None:
+    (client,) = await serve(reasoning_parser="think")
+    text = "<think>\nI must look.\n</think>\n\nYes."
+
+    response = await client.responses.create(model="toy", input=text, include=["reasoning.encrypted_content"])
+
+    reasoning, message = response.output
+    assert (reasoning.type, message.type) == ("reasoning", "message")
+    assert reasoning.content is not None
+    assert reasoning.content[0].text == "I must look."
+    assert reasoning.encrypted_content
+    assert response.output_text == "Yes."
+
+
+async def test_items_are_listed_and_named_by_their_ids(serve: Start) -> None:
+    (client,) = await serve()
+    first = await client.responses.create(model="toy", input="hello", instructions="Be brief.")
+
+    reference: Any = [{"type": "item_reference", "id": first.output[0].id}, {"role": "user", "content": "again"}]
+    second = await client.responses.create(model="toy", input=reference, instructions=None)
+    items = await client.responses.input_items.list(second.id, order="asc")
+
+    assert [item.type for item in items.data] == ["message", "message"]
+    assert second.output_text == "again"
+    assert second.instructions is None
+
+
+async def test_only_background_responses_can_be_cancelled(serve: Start) -> None:
+    (client,) = await serve()
+    response = await client.responses.create(model="toy", input="hello")
+
+    with pytest.raises(openai.BadRequestError, match="background"):
+        await client.responses.cancel(response.id)
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.cancel("resp_none")
+
+
+async def test_what_a_full_store_forgets_is_in_the_metrics(serve: Start) -> None:
+    (client,) = await serve(max_stored_bytes=6000)
+
+    responses = [await client.responses.create(model="toy", input="hello") for _ in range(8)]
+    text = await client.with_options(base_url=str(client.base_url).removesuffix("v1/")).get("/metrics", cast_to=str)
+
+    numbers = {
+        name: float(number)
+        for name, number in re.findall(r"^(brlite:\w*stored\w*|brlite:responses\w*) (\S+)$", text, re.M)
+    }
+    assert numbers["brlite:responses_forgotten_total"] == 8 - numbers["brlite:stored_responses"] > 0
+    assert 0 < numbers["brlite:stored_response_bytes"] <= 6000
+    with pytest.raises(openai.NotFoundError):
+        await client.responses.retrieve(responses[0].id)
+    assert (await client.responses.retrieve(responses[-1].id)).id == responses[-1].id
+
+
+async def test_an_agent_calls_its_tool_in_two_turns(serve: Start) -> None:
+    agents = pytest.importorskip("agents", reason="openai-agents is not installed")
+    (client,) = await serve()
+
+    @agents.function_tool  # type: ignore[untyped-decorator]
+    def now() -> str:
+        """The time."""
+        return "noon"
+
+    agents.set_tracing_disabled(True)
+    model = agents.OpenAIResponsesModel(model="toy", openai_client=client)
+    agent = agents.Agent(name="clock", instructions="Tell the time.", model=model, tools=[now])
+    result = await agents.Runner.run(agent, f"I look.\n{CALL}", max_turns=3)
+
+    assert [item.type for item in result.new_items] == [
+        *("message_output_item", "tool_call_item", "tool_call_output_item", "message_output_item"),
+    ]
+    assert "noon" in result.final_output
+
+
+async def test_the_example_of_the_page_runs(serve: Start) -> None:
+    (client,) = await serve()
+    page = (Path(__file__).parents[2] / "docs" / "http-api.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page.split("\n## Responses\n")[1].split("\n## ")[0], re.DOTALL)
+    code = example.replace("http://127.0.0.1:8000/v1", str(client.base_url)).replace("my-model", "toy")
+
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=subprocess.PIPE)
+    printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
+
+    assert process.returncode == 0
+    assert printed.startswith(b"Name a river.\nName a second one.ResponseUsage(")
