@@ -5,7 +5,7 @@ That code is never run. What it does is published, and done here: which control 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from brlite.checkpoint.model_file import exists, read_model_text
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 from brlite.process.sandbox import ChildLimits
-from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
+from brlite.tokenizer.hf import read_eos_token_ids, read_json
 from brlite.tokenizer.sentencepiece_model import SentencePieceModel
 from brlite.tokenizer.tokenizer import Tokenizer
 
@@ -53,7 +53,14 @@ def load_baichuan2(folder: Path, chat_template: Path | None = None, limits: Chil
     )
     if chat_format is None and roles.keys() == BAICHUAN2_ROLES.keys():
         chat_format = Baichuan2Format(**roles, names=names)
-    return _tokenizer(folder, model, chat_format, special=list(roles.values()))
+    return Tokenizer(
+        model.encoder(control_ids=roles.values()),
+        model.token_bytes(),
+        bos_token_id=None,
+        eos_token_ids=read_eos_token_ids(folder, model.eos_token_id),
+        special_token_ids=[*model.special_token_ids, *roles.values()],
+        chat_template=chat_format,
+    )
 
 
 def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
@@ -62,12 +69,14 @@ def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: Child
     control_tokens = CHATGLM2_TOKENS if is_chatglm2 else CHATGLM3_TOKENS
     model = SentencePieceModel(folder / MODEL_FILE, control_tokens, limits=limits)
     own_format = (ChatGLM2Format if is_chatglm2 else ChatGLM3Format)(model.ids)
-    return _tokenizer(
-        folder,
-        model,
-        _operators(chat_template, model.ids, limits) or own_format,
-        prefix=[model.ids[text] for text in CHATGLM3_PREFIX],
-        ends=[] if is_chatglm2 else [model.ids[text] for text in CHATGLM3_ENDS],
+    ends = [] if is_chatglm2 else [model.ids[text] for text in CHATGLM3_ENDS]
+    return Tokenizer(
+        model.encoder(prefix=[model.ids[text] for text in CHATGLM3_PREFIX]),
+        model.token_bytes(),
+        bos_token_id=None,
+        eos_token_ids=read_eos_token_ids(folder, model.eos_token_id, *ends),
+        special_token_ids=model.special_token_ids,
+        chat_template=_operators(chat_template, model.ids, limits) or own_format,
     )
 
 
@@ -80,25 +89,6 @@ def _is_chatglm2(folder: Path) -> bool:
 
 
 LOADERS: Mapping[str, Loader] = {"baichuan": load_baichuan2, "chatglm": load_chatglm3}
-
-
-def _tokenizer(
-    folder: Path,
-    model: SentencePieceModel,
-    chat_format: ChatFormat | None,
-    *,
-    prefix: Sequence[int] = (),
-    ends: Sequence[int] = (),
-    special: Sequence[int] = (),
-) -> Tokenizer:
-    return Tokenizer(
-        model.encoder(prefix, special),
-        model.token_bytes(),
-        bos_token_id=None,
-        eos_token_ids=read_eos_token_ids(folder, model.eos_token_id, *ends),
-        special_token_ids=[*model.special_token_ids, *special],
-        chat_template=chat_format,
-    )
 
 
 def _operators(chat_template: Path | None, ids: Mapping[str, int], limits: ChildLimits | None) -> ChatTemplate | None:

@@ -20,8 +20,7 @@ from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.encoder import BackendEncoder
-from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, add_typed_tokens, build_backend
-from brlite.tokenizer.post_processor import add_bos_eos
+from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, add_bos_eos, add_typed_tokens, build_backend
 from brlite.tokenizer.pre_tokenizers import SPLITTINGS, Splitting, build_pre_tokenizer
 from brlite.tokenizer.token_bytes import read_token_bytes
 from brlite.tokenizer.tokenizer import Tokenizer
@@ -51,7 +50,13 @@ def load_gguf(path: Path, *, chat_template: Path | None = None, limits: ChildLim
     """The tokenizer of a GGUF file; `chat_template` replaces the file's own. Raises `ModelError`, naming the key."""
     vocabulary = _Vocabulary(path, read_gguf_header(path).metadata)
     backend = _build(vocabulary)
-    _add_bos_eos(backend, vocabulary)
+    adds_bos = vocabulary.flag("add_bos_token", vocabulary.kind == "llama" or vocabulary.splitting().adds_bos)
+    adds_eos = vocabulary.flag("add_eos_token", False)
+    add_bos_eos(
+        backend,
+        bos_token_id=vocabulary.token_id("bos") if adds_bos else None,
+        eos_token_id=vocabulary.token_id("eos") if adds_eos else None,
+    )
     template = read_template(chat_template) if chat_template else vocabulary.get("tokenizer.chat_template", str)
     special = [token_id for token_id, added in backend.get_added_tokens_decoder().items() if added.special]
     return Tokenizer(
@@ -160,13 +165,12 @@ class _Vocabulary:
 
 
 def _build(vocabulary: _Vocabulary) -> Backend:
-    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
-    if vocabulary.kind not in builders:
-        raise vocabulary.error(
-            "tokenizer.ggml.model", f"is {excerpt(vocabulary.kind)}; known are {', '.join(builders)}"
-        )
+    if vocabulary.kind not in ("gpt2", "llama"):
+        raise vocabulary.error("tokenizer.ggml.model", f"is {excerpt(vocabulary.kind)}; known are gpt2, llama")
     try:
-        return builders[vocabulary.kind](vocabulary)
+        if vocabulary.kind == "gpt2":
+            return _byte_level(vocabulary)
+        return build_backend(vocabulary.pieces(), add_space_prefix=vocabulary.flag("add_space_prefix", True))
     except ModelError:
         raise
     except Exception as error:  # tokenizers raises bare Exception, for example for a merge of unknown tokens
@@ -184,22 +188,6 @@ def _byte_level(vocabulary: _Vocabulary) -> Backend:
     backend.decoder = decoders.ByteLevel()
     add_typed_tokens(backend, zip(vocabulary.tokens, vocabulary.token_types, strict=True))
     return backend
-
-
-def _sentencepiece(vocabulary: _Vocabulary) -> Backend:
-    return build_backend(vocabulary.pieces(), add_space_prefix=vocabulary.flag("add_space_prefix", True))
-
-
-def _add_bos_eos(backend: Backend, vocabulary: _Vocabulary) -> None:
-    """Add BOS and EOS where the file asks for them, or where files of its kind mean them without a word."""
-    is_llama = vocabulary.kind == "llama"
-    adds_bos = vocabulary.flag("add_bos_token", is_llama or vocabulary.splitting().adds_bos)
-    adds_eos = vocabulary.flag("add_eos_token", False)
-    add_bos_eos(
-        backend,
-        bos_token_id=vocabulary.token_id("bos") if adds_bos else None,
-        eos_token_id=vocabulary.token_id("eos") if adds_eos else None,
-    )
 
 
 def _eos_token_ids(vocabulary: _Vocabulary, special: list[int]) -> list[int]:

@@ -13,17 +13,16 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from brlite.chat.control_tokens import ControlTokens, read_control_tokens
+from brlite.chat.control_tokens import read_control_tokens
 from brlite.chat.template import ChatTemplate, read_template
-from brlite.checkpoint.model_file import exists, read_model_text
+from brlite.checkpoint.model_file import exists, read_json_object, read_model_text
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.encoder import BackendEncoder, is_panic
-from brlite.tokenizer.folder_files import read_eos_token_ids, read_json
 from brlite.tokenizer.json_check import check_tokenizer_json
 from brlite.tokenizer.piece_encoder import PieceEncoder
-from brlite.tokenizer.post_processor import add_bos_eos
+from brlite.tokenizer.pieces import add_bos_eos
 from brlite.tokenizer.pre_tokenizers import ends_soon
 from brlite.tokenizer.sentencepiece_model import read_sentencepiece
 from brlite.tokenizer.token_bytes import read_token_bytes
@@ -58,7 +57,8 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
         else (read_sentencepiece(folder / "tokenizer.model", limits), True)
     )
     _add_listed_tokens(backend, folder, config)
-    tokens = _named_tokens(config, folder)
+    given = [name for name in _NAMED_TOKENS if config.get(name) is not None]
+    tokens = {name: _special_token(config[name], name, folder) for name in given}
     special = _add_special_tokens(backend, [*tokens.values(), *_listed_special_tokens(config, folder)])
     named = {name: token.content for name, token in tokens.items()}
     ids = {name: backend.token_to_id(text) for name, text in named.items()}
@@ -68,13 +68,20 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
         encoder: Encoder = BackendEncoder(backend, child_limits=None if ends else limits or ChildLimits())
     else:
         encoder = PieceEncoder(backend, add_space_prefix=token_bytes.strips_first_space)
+    template, source = _find_template(folder, config, chat_template)
+    chat_format = None
+    if template is not None:
+        controls = read_control_tokens(backend)
+        chat_format = ChatTemplate(
+            template, source=source, special_tokens=named, control_tokens=controls, limits=limits
+        )
     return Tokenizer(
         encoder,
         token_bytes,
         bos_token_id=ids.get("bos_token"),
         eos_token_ids=read_eos_token_ids(folder, ids.get("eos_token")),
         special_token_ids=special,
-        chat_template=_chat_template(folder, config, named, chat_template, read_control_tokens(backend), limits),
+        chat_template=chat_format,
     )
 
 
@@ -104,20 +111,17 @@ def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -
     known = backend.get_added_tokens_decoder()
     listed = _listed_tokens(folder, config)
     named = {int(token_id) for token_id in config.get("added_tokens_decoder", ())}
-    to_add = {
-        token_id: token
-        for token_id, token in sorted(listed.items())
-        if token_id not in known or (token_id in named and _has_other_flags(token, known[token_id]))
-    }
+    to_add = {}
+    for token_id, token in sorted(listed.items()):
+        same = known.get(token_id)
+        if same is not None and (token_id not in named or token.content != same.content):
+            continue
+        if same is None or any(getattr(token, flag) != getattr(same, flag) for flag in _TOKEN_FLAGS):
+            to_add[token_id] = token
     backend.add_tokens(list(to_add.values()))  # at once: the library sorts all of them anew each time
     for token_id, token in to_add.items():
         if backend.token_to_id(token.content) != token_id:
             raise ModelError(f"{folder}: added token {excerpt(token.content)} cannot get the id {token_id}")
-
-
-def _has_other_flags(token: AddedToken, known: AddedToken) -> bool:
-    is_same = token.content == known.content
-    return is_same and any(getattr(token, flag) != getattr(known, flag) for flag in _TOKEN_FLAGS)
 
 
 def _listed_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
@@ -135,10 +139,6 @@ def _listed_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken
             "ids to objects with a string `content`"
         ) from None
     return listed
-
-
-def _named_tokens(config: dict[str, Any], folder: Path) -> dict[str, AddedToken]:
-    return {name: _special_token(config[name], name, folder) for name in _NAMED_TOKENS if config.get(name) is not None}
 
 
 def _listed_special_tokens(config: dict[str, Any], folder: Path) -> list[AddedToken]:
@@ -195,33 +195,34 @@ def _settle_bos_eos(
             )
 
 
-def _chat_template(
-    folder: Path,
-    config: dict[str, Any],
-    named: dict[str, str],
-    operators: Path | None,
-    control_tokens: ControlTokens,
-    limits: ChildLimits | None,
-) -> ChatTemplate | None:
-    """The operator's template, or else that of the folder: a file of its own goes before tokenizer_config.json."""
-    jinja_file = folder / "chat_template.jinja"
-    source, template = folder, _configured_template(folder, config)
+def _find_template(folder: Path, config: dict[str, Any], operators: Path | None) -> tuple[str | None, str]:
+    """The chat template and where it comes from: the operator's file, one of the folder, or tokenizer_config.json."""
     if operators is not None:
-        source, template = operators, read_template(operators)
-    elif exists(jinja_file):
-        source, template = jinja_file, read_model_text(jinja_file)
-    if template is None:
-        return None
-    return ChatTemplate(
-        template, source=str(source), special_tokens=named, control_tokens=control_tokens, limits=limits
-    )
-
-
-def _configured_template(folder: Path, config: dict[str, Any]) -> str | None:
+        return read_template(operators), str(operators)
+    jinja_file = folder / "chat_template.jinja"
+    if exists(jinja_file):
+        return read_model_text(jinja_file), str(jinja_file)
     template = read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default", named)
     if template is not None and not isinstance(template, str):
         raise ModelError(f"{folder}: chat_template must be a string, or a list of named ones with a `default`")
-    return template
+    return template, str(folder)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is no such file."""
+    return read_json_object(path) if exists(path) else {}
+
+
+def read_eos_token_ids(folder: Path, *others: int | None) -> list[int]:
+    """Every id that ends a completion: as the generation config and the model's config name them, then `others`."""
+    token_ids: list[int] = []
+    for name in ("generation_config.json", "config.json"):
+        value = read_json(folder / name).get("eos_token_id")
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token_id) is int and token_id >= 0 for token_id in values):
+            raise ModelError(f"{folder / name}: eos_token_id must be token ids, got {excerpt(value)}")
+        token_ids += values
+    return [*token_ids, *(token_id for token_id in others if token_id is not None)]

@@ -60,15 +60,12 @@ def _check_ids(content: dict[str, Any], num_bytes: int) -> None:
     while processors:
         processor = processors.pop()
         processors += processor.get("processors") or ()
-        for token in (processor.get("special_tokens") or {}).values() if _is_template(processor) else ():
-            ids += token["ids"]
+        if isinstance(tokens := processor.get("special_tokens"), dict):
+            for token in tokens.values():
+                ids += token["ids"]
     highest = max(ids, default=0)
     if type(highest) is not int or min(ids, default=0) < 0 or highest > num_bytes:
         raise ValueError(f"token ids must be from 0 to {num_bytes}, the file's size")
-
-
-def _is_template(processor: dict[str, Any]) -> bool:
-    return isinstance(processor.get("special_tokens"), dict)
 
 
 def _steps(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -90,33 +87,25 @@ def _check_steps(steps: list[dict[str, Any]]) -> None:
     for step in steps:
         kind = step["type"]
         if kind == "Replace":
-            growth *= _replacement_growth(step)
+            pattern, content = step["pattern"], step["content"]
+            if "String" not in pattern:  # an expression may match a single character, or none between any two
+                growth *= 1 + len(content)
+            elif not pattern["String"]:
+                raise ValueError("replaces an empty text")
+            else:
+                growth *= max(1.0, len(content) / len(pattern["String"]))
         elif kind == "Prepend":
             prepended += len(step["prepend"])
         else:
             growth *= _GROWTH.get(kind, 1)
         if kind == "Precompiled":
-            _check_charsmap(step["precompiled_charsmap"])
+            try:
+                data = base64.b64decode(step["precompiled_charsmap"], validate=True)
+            except ValueError:
+                raise ValueError("precompiled_charsmap must be base64") from None
+            check_charsmap(data)
     if growth > MAX_GROWTH or prepended > MAX_PREPENDED:
         raise ValueError(
             f"its steps can make a text {growth:.3g} times as long and put {prepended} characters before it; "
             f"allowed are {MAX_GROWTH} and {MAX_PREPENDED}"
         )
-
-
-def _replacement_growth(step: dict[str, Any]) -> float:
-    """An expression may match a single character, or none between any two."""
-    pattern, content = step["pattern"], step["content"]
-    if "String" not in pattern:
-        return float(1 + len(content))
-    if not pattern["String"]:
-        raise ValueError("replaces an empty text")
-    return max(1.0, len(content) / len(pattern["String"]))
-
-
-def _check_charsmap(text: str) -> None:
-    try:
-        data = base64.b64decode(text, validate=True)
-    except ValueError:
-        raise ValueError("precompiled_charsmap must be base64") from None
-    check_charsmap(data)

@@ -30,7 +30,10 @@ class PieceEncoder(Encoder):
         self._words = ControlTokens({text: token for text, token in tokens.items() if is_word[text]})
         self._pieces = tokenizers.Tokenizer(backend.model)  # cuts text in which spaces are pieces' sign already
         self._prefix = _SPACE if add_space_prefix else ""
-        self._before, self._after = _ends(backend)
+        # What stands before and behind a text that is encoded with special tokens.
+        whole, bare = (backend.encode("a", add_special_tokens=added).ids for added in (True, False))
+        start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
+        self._before, self._after = whole[:start], whole[start + len(bare) :]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         ids: list[int] = []
@@ -44,10 +47,3 @@ class PieceEncoder(Encoder):
         for part in self._words.split(prefix + text.replace(" ", _SPACE)):
             ids += [part] if isinstance(part, int) else self._pieces.encode(part, add_special_tokens=False).ids
         return ids
-
-
-def _ends(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
-    """What stands before and behind a text that is encoded with special tokens."""
-    whole, bare = (backend.encode("a", add_special_tokens=added).ids for added in (True, False))
-    start = next(index for index in range(len(whole)) if whole[index : index + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]

@@ -1,6 +1,6 @@
 """Vocabularies of sentencepiece's BPE kind: pieces with scores, and bytes for what no piece covers.
 
-Both a bare `tokenizer.model` and a GGUF file of kind `llama` hold these. Knows no BOS, no EOS and no chats.
+Both a bare `tokenizer.model` and a GGUF file of kind `llama` hold these. Knows no files and no chats.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import enum
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from brlite.errors import ModelError
 
@@ -61,6 +61,20 @@ def add_typed_tokens(backend: Tokenizer, tokens: Iterable[tuple[str, int]]) -> N
             added.append(AddedToken(text, normalized=False))
     backend.add_special_tokens(special)
     backend.add_tokens(added)
+
+
+def add_bos_eos(backend: Tokenizer, *, bos_token_id: int | None, eos_token_id: int | None) -> None:
+    """Make `encode` add the tokens that are not None around a text, if it is asked for special tokens."""
+    ends = {"bos": bos_token_id, "eos": eos_token_id}
+    template = [name for name in ("bos", "$A", "eos") if ends.get(name, 0) is not None]
+    backend.post_processor = processors.TemplateProcessing(
+        single=template,
+        special_tokens=[
+            {"id": name, "ids": [token_id], "tokens": [backend.id_to_token(token_id)]}
+            for name, token_id in ends.items()
+            if token_id is not None
+        ],
+    )
 
 
 def _merges(pieces: Sequence[VocabularyPiece]) -> list[tuple[str, str]]:

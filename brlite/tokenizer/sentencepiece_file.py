@@ -54,7 +54,9 @@ def read_sentencepiece_file(path: Path) -> SentencePieceFile:
             if number == _PIECES:
                 pieces.append(_piece(_message(value)))
             elif number in (_NORMALIZER, _DENORMALIZER):
-                _check_normalizer(_message(value))
+                for field, table in _fields(_message(value)):
+                    if field == _CHARSMAP and (charsmap := _message(table)):
+                        check_charsmap(charsmap)
         if not pieces:
             raise ValueError("has no pieces")
     except ValueError as error:
@@ -77,12 +79,6 @@ def _piece(message: bytes) -> VocabularyPiece:
     if not 0 < len(text) <= MAX_PIECE or "\0" in text:
         raise ValueError(f"a piece must have 1 to {MAX_PIECE} characters and no zero byte, got {excerpt(text)}")
     return VocabularyPiece(text, number, PieceKind(kind))
-
-
-def _check_normalizer(message: bytes) -> None:
-    for number, value in _fields(message):
-        if number == _CHARSMAP and (charsmap := _message(value)):
-            check_charsmap(charsmap)
 
 
 def _message(value: Value) -> bytes:

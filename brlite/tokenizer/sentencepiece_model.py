@@ -137,11 +137,10 @@ class SentencePieceModel:
 
     def token_bytes(self) -> TokenBytes:
         control = [VocabularyPiece(text, 0.0, PieceKind.CONTROL) for text in self.ids]
-        table = tuple(_bytes(piece) for piece in (*self.pieces, *control))
-        return TokenBytes(table, self._process.description["starts_with_space"])
-
-
-def _bytes(piece: VocabularyPiece) -> bytes:
-    if piece.kind is PieceKind.BYTE:
-        return bytes.fromhex(piece.text.removeprefix("<0x").removesuffix(">"))
-    return piece.text.replace("▁", " ").encode()
+        table = [
+            bytes.fromhex(piece.text.removeprefix("<0x").removesuffix(">"))
+            if piece.kind is PieceKind.BYTE
+            else piece.text.replace("▁", " ").encode()
+            for piece in (*self.pieces, *control)
+        ]
+        return TokenBytes(tuple(table), self._process.description["starts_with_space"])

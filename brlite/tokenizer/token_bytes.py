@@ -28,7 +28,10 @@ class TokenBytes(NamedTuple):
 
 def read_token_bytes(backend: tokenizers.Tokenizer, *, source: str) -> TokenBytes:
     """Raises `ModelError`, naming `source`, if the tokenizer's decoder is of an unknown kind. Gaps are empty."""
-    steps = _decoder_steps(backend)
+    steps: list[dict[str, Any]] = []
+    if backend.decoder is not None:
+        decoder = json.loads(backend.decoder.__getstate__())
+        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     to_bytes = _converter(steps, source)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     table = [b""] * (max(vocabulary.values(), default=-1) + 1)
@@ -36,47 +39,33 @@ def read_token_bytes(backend: tokenizers.Tokenizer, *, source: str) -> TokenByte
         table[token_id] = to_bytes(token)
     for token_id, added in backend.get_added_tokens_decoder().items():
         table[token_id] = added.content.encode()
-    return TokenBytes(tuple(table), any(_strips_first_space(step) for step in steps))
-
-
-def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
-    if backend.decoder is None:
-        return []
-    decoder: dict[str, Any] = json.loads(backend.decoder.__getstate__())
-    return list(decoder["decoders"]) if decoder["type"] == "Sequence" else [decoder]
+    strips_first_space = any(
+        step["content"] == " " and step["start"] > 0
+        if step["type"] == "Strip"
+        else step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
+        for step in steps
+    )
+    return TokenBytes(tuple(table), strips_first_space)
 
 
 def _converter(steps: list[dict[str, Any]], source: str) -> Callable[[str], bytes]:
     kinds = [str(step["type"]) for step in steps]
     if kinds == ["ByteLevel"]:
         return _byte_level_converter()
-    replacements = [_replacement(step) for step in steps if step["type"] in ("Replace", "Metaspace")]
-    if replacements and _PIECE_STEPS.issuperset(kinds) and None not in replacements:
-        pairs = [pair for pair in replacements if pair is not None]
-        return _piece_converter(pairs, has_byte_tokens="ByteFallback" in kinds)
-    raise ModelError(
-        f"{source}: its decoder ({', '.join(kinds) or 'none'}) is not supported; "
-        "allowed are ByteLevel, Metaspace, and sequences of Replace, ByteFallback, Fuse and Strip"
-    )
+    replacements = [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
+    replacements += [
+        (step["pattern"].get("String"), step["content"])  # None where it replaces a pattern rather than a text
+        for step in steps
+        if step["type"] == "Replace"
+    ]
+    if not replacements or not _PIECE_STEPS.issuperset(kinds) or None in (old for old, _ in replacements):
+        raise ModelError(
+            f"{source}: its decoder ({', '.join(kinds) or 'none'}) is not supported; "
+            "allowed are ByteLevel, Metaspace, and sequences of Replace, ByteFallback, Fuse and Strip"
+        )
 
-
-def _replacement(step: dict[str, Any]) -> tuple[str, str] | None:
-    """What a step replaces with what; None where it replaces a pattern rather than a text."""
-    if step["type"] == "Metaspace":
-        return step["replacement"], " "
-    old = step["pattern"].get("String")
-    return None if old is None else (old, step["content"])
-
-
-def _strips_first_space(step: dict[str, Any]) -> bool:
-    if step["type"] == "Strip":
-        return bool(step["content"] == " " and step["start"] > 0)
-    return bool(step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-
-
-def _piece_converter(replacements: list[tuple[str, str]], *, has_byte_tokens: bool) -> Callable[[str], bytes]:
     def convert(token: str) -> bytes:
-        if has_byte_tokens and (match := _BYTE_TOKEN.fullmatch(token)):
+        if "ByteFallback" in kinds and (match := _BYTE_TOKEN.fullmatch(token)):
             return bytes.fromhex(match[1])
         for old, new in replacements:
             token = token.replace(old, new)
@@ -86,7 +75,14 @@ def _piece_converter(replacements: list[tuple[str, str]], *, has_byte_tokens: bo
 
 
 def _byte_level_converter() -> Callable[[str], bytes]:
-    to_latin1 = _byte_level_table()
+    """GPT-2's alphabet: printable bytes are their own character, the others follow from U+0100 on.
+
+    Characters below U+0100 that are not in the alphabet are mapped to one that is no byte.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(0x100) if byte not in printable]
+    to_latin1 = {byte: byte if byte in printable else 0xFFFF for byte in range(0x100)}
+    to_latin1 |= {0x100 + index: byte for index, byte in enumerate(others)}
 
     def convert(token: str) -> bytes:
         try:
@@ -95,16 +91,3 @@ def _byte_level_converter() -> Callable[[str], bytes]:
             return token.encode()
 
     return convert
-
-
-def _byte_level_table() -> dict[int, int]:
-    """GPT-2's alphabet: printable bytes are their own character, the others follow from U+0100 on.
-
-    Maps each character to its byte, and characters below U+0100 that are not in the alphabet to one that is no byte.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(0x100) if byte not in printable]
-    table = {byte: byte for byte in printable}
-    table.update(dict.fromkeys(others, 0xFFFF))
-    table.update({0x100 + index: byte for index, byte in enumerate(others)})
-    return table

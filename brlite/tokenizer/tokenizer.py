@@ -82,8 +82,10 @@ class Tokenizer:
         in vLLM: whoever puts untrusted text into a prompt must know. Of a rendered chat only those do that its template
         wrote (`MarkedText`). A text with lone surrogates is refused, naming `param`.
         """
-        if not _is_encodable(text):
-            raise InvalidRequest("text holds a lone surrogate, which UTF-8 cannot encode", param=param)
+        try:
+            text.isascii() or text.encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest("text holds a lone surrogate, which UTF-8 cannot encode", param=param) from None
         if not isinstance(text, MarkedText):
             return self._encoder.encode(text, add_special_tokens=add_special_tokens)
         encoded = (
@@ -179,13 +181,3 @@ class Tokenizer:
         self._encoder.close()
         if self.chat_format is not None:
             self.chat_format.close()
-
-
-def _is_encodable(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
