@@ -21,6 +21,8 @@ import brlite
 PACKAGE = Path(__file__).parent.parent / "brlite"
 MAX_LINES = 600
 MAX_ROOMS, MAX_ARROWS = 26, 125
+MAX_SHARE_USED_ONCE = 0.22  # 1 to 9 % in nano-vllm, mini-sglang, gpt-fast, uvicorn, httpx and starlette
+MAX_SHORT_FILES, SHORT_FILE_LINES = 12, 40
 OLDEST_PYTHON = (3, 10)
 
 # Room → what it may import: rooms or files of brlite (errors always), then third parties.
@@ -228,6 +230,32 @@ def test_a_class_name_is_used_once():
     names = Counter(node.name for path in FILES for node in parse(path).body if isinstance(node, ast.ClassDef))
 
     assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_few_private_functions_are_used_once():
+    """A helper that only names its line is inlined. Callbacks and entries of tables are used once, too."""
+    num_functions, used_once = 0, []
+    for path in FILES:
+        nodes = list(ast.walk(parse(path)))
+        uses = Counter(node.id for node in nodes if isinstance(node, ast.Name))
+        uses.update(node.attr for node in nodes if isinstance(node, ast.Attribute))
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        num_functions += len(functions)
+        used_once += [
+            f"{module_name(path)}.{function.name}"
+            for function in functions
+            if re.match("_[^_]", function.name) and uses[function.name] <= 1 and not function.decorator_list
+        ]
+
+    assert len(used_once) <= MAX_SHARE_USED_ONCE * num_functions, used_once
+
+
+def test_few_files_are_short():
+    """A file under 40 lines is a paragraph of another one, unless it is an entry or translates one family's names."""
+    lengths = {module_name(path): path.read_bytes().count(b"\n") for path in FILES if not path.stem.startswith("__")}
+    short = [name for name, length in lengths.items() if length < SHORT_FILE_LINES and "families" not in name]
+
+    assert len(short) <= MAX_SHORT_FILES, short
 
 
 @each_file()
