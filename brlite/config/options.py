@@ -115,6 +115,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_num_batched_tokens: Annotated[
         Count, option("tokens computed in one step, at least build_batch; longer prompts are cut into chunks")
     ] = 128
+    max_step_seconds: Annotated[
+        SecondsOrZero,
+        option("while answers run, a step takes as much of prompts as fits this time, at least 16 tokens; 0: no bound"),
+    ] = 0.2
     prefix_caching: Annotated[bool, option("reuse the KV cache of equal prompt beginnings")] = True
     share_prefix_cache: Annotated[
         bool, option("true: API keys share the prefix cache; false: each key has its own part")

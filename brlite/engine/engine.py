@@ -23,6 +23,7 @@ from brlite.engine.bad_words import TokenIds, encode_bad_words
 from brlite.engine.block_manager import BlockManager, cache_root
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.guidance import GuidedSeq, StepGuidance
+from brlite.engine.pacing import StepPace
 from brlite.engine.request import Request, RequestState, Sequence, SequenceStatus, Sink, TokenCounts, sibling_seed
 from brlite.engine.scheduler import Scheduler, make_batch
 from brlite.engine.stats import EngineStats
@@ -60,12 +61,14 @@ class Engine:
         self._preemptions_before = 0
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
+        self._pace = StepPace(config.max_step_seconds) if config.max_step_seconds else None
         self._scheduler = Scheduler(
             self._blocks,
             max_num_seqs=info.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_draft_tokens=min(config.max_draft_tokens, info.max_draft_tokens) if config.speculation == "auto" else 0,
             max_draft_seqs=config.max_draft_seqs,
+            pace=self._pace,
         )
         self._requests: dict[str, RequestState] = {}
         self._in_flight: list[tuple[Sequence, int]] = []
@@ -168,6 +171,9 @@ class Engine:
             self.guidance = None
         self.stats.step_time.observe(now - self._step_start)
         self.stats.num_step_threads = result.num_threads
+        if self._pace is not None:
+            chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in in_flight]
+            self._pace.observe(chunks, now - self._step_start)
         num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
         for (seq, num_tokens), seq_result in zip(in_flight, result.seqs, strict=True):
             if seq.status is SequenceStatus.RUNNING:

@@ -13,6 +13,7 @@ from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, TokenMasks
 from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.drafting import Drafter, StepForecast
+from brlite.engine.pacing import StepPace
 from brlite.engine.request import Sequence, SequenceStatus
 from brlite.engine.turns import TurnQueue
 
@@ -24,6 +25,7 @@ class Scheduler:
     the latest sequence gives its own back and waits at the head of the queue to be computed again.
     Where all places are taken, the next tenant that has none gets one of a tenant with several, and the next group one
     of its tenant's other groups: 64 prompts of one request cost another request one step, not the time of a prompt.
+    While answers run, a step takes as much of prompts as fits `pace.max_seconds`: no stream waits longer for its token.
     While at most `max_draft_seqs` run, they may guess ahead with what the others left of the budgets. Tokens that a
     grammar forces are drafts however many run: they must be computed anyway.
     """
@@ -36,6 +38,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         max_draft_tokens: int = 0,
         max_draft_seqs: int = 0,
+        pace: StepPace | None = None,
     ) -> None:
         self.waiting = TurnQueue()
         self.running: list[Sequence] = []
@@ -45,6 +48,7 @@ class Scheduler:
         self._max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
         self._max_draft_tokens = max_draft_tokens
         self._max_draft_seqs = max_draft_seqs
+        self._pace = pace
 
     @property
     def is_empty(self) -> bool:
@@ -72,8 +76,9 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         """The sequences of the next step, each with the number of its tokens to compute; their blocks are theirs."""
         scheduled: dict[Sequence, int] = {}
-        budget = self._max_num_batched_tokens
         self._free_place()
+        num_held_back = self._max_num_batched_tokens - self._num_paced_tokens()
+        budget = self._max_num_batched_tokens - num_held_back
         num_preemptions = self.num_preemptions
         for seq in sorted(self.running, key=lambda seq: seq.num_tokens - seq.num_computed_tokens > 1):
             budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
@@ -85,8 +90,22 @@ class Scheduler:
             scheduled[seq] += rest
             budget -= rest
         if self._max_draft_tokens:
-            self._draft(scheduled, budget)
+            self._draft(scheduled, budget + num_held_back)
         return list(scheduled.items())
+
+    def _num_paced_tokens(self) -> int:
+        """How many tokens the step may have: fewer than the budget while answers run and prompts are slow."""
+        starts = [seq.num_computed_tokens for seq in self.running if seq.num_tokens - seq.num_computed_tokens > 1]
+        num_answers = len(self.running) - len(starts)
+        if self._pace is None or not num_answers:
+            return self._max_num_batched_tokens
+        start = max(starts, default=0)
+        if self._can_admit() and self.waiting.next is not None:
+            start = max(start, len(self._match(self.waiting.next)) * self._blocks.block_size)
+        num_chunk_tokens = self._pace.num_chunk_tokens(start, num_answers)
+        if num_chunk_tokens is None:
+            return self._max_num_batched_tokens
+        return min(self._max_num_batched_tokens, num_answers + num_chunk_tokens)
 
     def _share(self, seq: Sequence, budget: int) -> int:
         """How much of a step's budget a running sequence may have: half while a shorter prompt comes after its own.

@@ -19,7 +19,7 @@ from tests.fakes import ByteTokenizer, FakeBackend
 
 
 class Driver:
-    """An engine on a fake backend with a clock that moves one second a step."""
+    """An engine on a fake backend with a clock that moves by `step_seconds`, one second unless said otherwise."""
 
     def __init__(
         self,
@@ -27,11 +27,13 @@ class Driver:
         budget: int = 16,
         engine: Mapping[str, Any] | None = None,
         limits: LimitsConfig | None = None,
+        step_seconds: Callable[[Batch], float] = lambda batch: 1.0,
         **backend_options: Any,
     ):
         self.backend = FakeBackend(**backend_options)
         self.now = 0.0
-        config = EngineConfig(**{"max_num_batched_tokens": budget, **(engine or {})})
+        self._step_seconds = step_seconds
+        config = EngineConfig(**{"max_num_batched_tokens": budget, "max_step_seconds": 0.0, **(engine or {})})
         self.engine = Engine(
             self.backend.info, ByteTokenizer(), config, limits or LimitsConfig(), clock=lambda: self.now
         )
@@ -70,7 +72,7 @@ class Driver:
 
     def step(self) -> Batch | None:
         batch = self.engine.schedule()
-        self.now += 1.0
+        self.now += 1.0 if batch is None else self._step_seconds(batch)
         if batch is not None:
             if self.engine.guidance is not None:
                 self.engine.guidance.fill()
