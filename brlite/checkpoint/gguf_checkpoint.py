@@ -27,7 +27,7 @@ class GgufCheckpoint:
         self.path = path
         header = read_gguf_header(path)
         try:
-            tensors = _checked_tensors(header)
+            tensors = checked_tensors(header)
             metadata = GgufMetadata(header.metadata)
             freqs = tensors.pop(ROPE_FREQS, None)
             divisors = None
@@ -67,7 +67,7 @@ def _module(name: str) -> str:
     return name.split(".")[-2]
 
 
-def _checked_tensors(header: GgufHeader) -> dict[str, TensorLocation]:
+def checked_tensors(header: GgufHeader) -> dict[str, TensorLocation]:
     """The table of tensors in the order of the data, once each lies within the file and is of a type we can read."""
     if header.metadata.get("split.count", 1) not in (0, 1):
         raise ModelError("one part of a split GGUF; merge the parts into one file first")

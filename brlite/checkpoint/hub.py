@@ -1,182 +1,317 @@
-"""Models by name from the Hugging Face hub, and from the cache that its library keeps on this machine.
+"""The hubs that models come from, and how a model gets from there into the cache.
 
-Only configs, tokenizers and weights are fetched, never code. The library decides about endpoint, proxies, tokens,
-offline mode and its cache folder; this file decides which files, for how long to try, and checks what came.
+Only configs, tokenizers and weights are fetched, never code. Hugging Face's library gives its settings (endpoint,
+token, cache folder, offline mode, time limits); the requests are ours, the same for both hubs.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
-import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
+from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
+from urllib.parse import quote, urlencode
 
-from brlite.checkpoint.folder import find_weights
-from brlite.checkpoint.progress import OnProgress, growth_reported
-from brlite.checkpoint.sha256 import check_sha256
-from brlite.errors import ModelError
+from brlite.checkpoint.folder import CONFIG_FILE, find_weights, read_config
+from brlite.checkpoint.hub_http import (
+    DEFAULT_RETRIES,
+    HubAddress,
+    PassingFailure,
+    Retries,
+    get,
+    get_json,
+    read_some,
+    tried_again,
+)
+from brlite.checkpoint.model_name import BIN_FILES, ModelName, choose_files
+from brlite.checkpoint.progress import OnProgress
+from brlite.checkpoint.repository import Repository
+from brlite.checkpoint.transfer import HubFile, Transfer, Wanted
+from brlite.errors import MissingExtra, ModelError
+from brlite.files.cache import default_cache
 from brlite.files.quoting import excerpt, reason
+from brlite.files.temporary import temporary_folder
+from brlite.models import find_family
 from brlite.process.waiting import start_daemon
+
+logger = logging.getLogger(__name__)
 
 REACH_VARIABLE = "HF_HUB_ETAG_TIMEOUT"  # the library's own: how long the hub may take to tell what there is
 SHORT_REACH_SECONDS = 3.0  # where another source could serve the model, and the variable is not set
-MODEL_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-
-COMPANION_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
-BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin")
+HEADER_BYTES = (2**18, 2**22, 2**26)  # of a GGUF file, until its header is whole
+MODELSCOPE_MAIN = "master"
 
 T = TypeVar("T")
 
 
-class HubFile(NamedTuple):
-    """A file as the hub lists it; `sha256` is known for the large ones."""
+class NotHere(ModelError):
+    """A source does not have the model, and nothing is wrong with it."""
 
-    name: str
-    num_bytes: int
-    sha256: str | None
+
+class RepositoryListing(NamedTuple):
+    """The files of a repository at one commit."""
+
+    commit: str
+    files: list[HubFile]
 
 
 class Hub(Protocol):
-    """What is needed of a hub. Any exception means that it cannot serve the model."""
+    """What is needed of a hub."""
 
-    def cached(self, name: str, files: list[str]) -> Path:
-        """The folder of a snapshot that is on this machine already."""
+    @property
+    def title(self) -> str: ...
+
+    @property
+    def cache_variable(self) -> str:
+        """The environment variable that chooses the cache folder."""
         ...
 
-    def list_files(self, name: str) -> list[HubFile]: ...
-
-    def folder(self, name: str) -> Path:
-        """Where a download of this model grows."""
+    def cache(self) -> Path:
+        """The folder of its repositories on this machine."""
         ...
 
-    def download(self, name: str, files: list[str]) -> Path:
-        """Fetch these files and return the folder that holds them."""
+    def address(self) -> HubAddress:
+        """Where to ask. Raises `ModelError` where the hub must not be asked."""
         ...
+
+    def list_files(self, address: HubAddress, name: ModelName) -> RepositoryListing: ...
+
+    def file_url(self, address: HubAddress, name: ModelName, commit: str, file: str) -> str: ...
 
 
 class HuggingFaceHub:
-    """Implements `Hub` with the `huggingface_hub` library."""
+    """Implements `Hub` for huggingface.co, and for mirrors named by HF_ENDPOINT."""
 
-    def cached(self, name: str, files: list[str]) -> Path:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
+    title = "the Hugging Face hub"
+    cache_variable = "HF_HOME"
 
-        try:
-            return Path(snapshot_download(name, local_files_only=True, allow_patterns=files))
-        except LocalEntryNotFoundError:
-            raise ModelError("no complete snapshot on this machine") from None
-
-    def list_files(self, name: str) -> list[HubFile]:
-        from huggingface_hub import HfApi
-
-        timeout = reach_limit(has_other_source=False)
-        siblings = HfApi().model_info(name, files_metadata=True, timeout=timeout).siblings or []
-        return [HubFile(file.rfilename, file.size or 0, file.lfs.sha256 if file.lfs else None) for file in siblings]
-
-    def folder(self, name: str) -> Path:
+    def cache(self) -> Path:
         from huggingface_hub import constants
-        from huggingface_hub.file_download import repo_folder_name
 
-        return Path(constants.HF_HUB_CACHE) / str(repo_folder_name(repo_id=name, repo_type="model"))
+        return Path(constants.HF_HUB_CACHE)
 
-    def download(self, name: str, files: list[str]) -> Path:
-        from huggingface_hub import snapshot_download
+    def address(self) -> HubAddress:
+        from huggingface_hub import constants, get_token
 
-        with _without_bars():
-            return Path(snapshot_download(name, allow_patterns=files))
+        check_online()
+        token = "" if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token() or ""
+        return HubAddress(self.title, constants.ENDPOINT, token, "HF_TOKEN", float(constants.HF_HUB_DOWNLOAD_TIMEOUT))
+
+    def list_files(self, address: HubAddress, name: ModelName) -> RepositoryListing:
+        revision = f"/revision/{quote(name.revision, safe='')}" if name.revision else ""
+        url = f"{address.endpoint}/api/models/{name.repository}{revision}?blobs=true"
+        info = get_json(address, url, name.repository)
+        with _shape_checked(address):
+            siblings = [
+                (file["rfilename"], file.get("size"), file.get("lfs") or {}, file.get("blobId"))
+                for file in info["siblings"]
+            ]
+            files = [
+                HubFile(str(path), int(size or lfs.get("size") or 0), lfs.get("sha256"), None if lfs else blob)
+                for path, size, lfs, blob in siblings
+            ]
+            return RepositoryListing(_plain(info["sha"]), files)
+
+    def file_url(self, address: HubAddress, name: ModelName, commit: str, file: str) -> str:
+        return f"{address.endpoint}/{name.repository}/resolve/{commit}/{quote(file)}"
+
+
+class ModelScopeHub:
+    """Implements `Hub` for modelscope.cn or what MODELSCOPE_DOMAIN names. Its models are in brlite's own cache."""
+
+    title = "ModelScope"
+    cache_variable = "BRLITE_CACHE"
+
+    def cache(self) -> Path:
+        return default_cache() / "modelscope"
+
+    def address(self) -> HubAddress:
+        from huggingface_hub import constants
+
+        check_online()
+        domain = os.environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
+        endpoint = domain if "://" in domain else f"https://{domain}"
+        variable = "MODELSCOPE_API_TOKEN"
+        seconds = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        return HubAddress(self.title, endpoint.rstrip("/"), os.environ.get(variable, ""), variable, seconds)
+
+    def list_files(self, address: HubAddress, name: ModelName) -> RepositoryListing:
+        query = urlencode({"Revision": name.revision or MODELSCOPE_MAIN, "Recursive": "true"})
+        answer = get_json(
+            address, f"{address.endpoint}/api/v1/models/{name.repository}/repo/files?{query}", name.repository
+        )
+        with _shape_checked(address):
+            if answer.get("Code", 200) != 200:
+                raise ModelError(f"{address.title} answers: {excerpt(answer.get('Message'))}")
+            entries = [entry for entry in answer["Data"]["Files"] if entry["Type"] != "tree"]
+            files = [HubFile(str(file["Path"]), int(file["Size"]), file.get("Sha256") or None) for file in entries]
+        # It names no commit of the whole: what the files are names it.
+        digest = hashlib.sha256(repr(sorted((file.name, file.key) for file in files)).encode())
+        return RepositoryListing(digest.hexdigest()[:40], files)
+
+    def file_url(self, address: HubAddress, name: ModelName, commit: str, file: str) -> str:
+        query = urlencode({"Revision": name.revision or MODELSCOPE_MAIN, "FilePath": file})
+        return f"{address.endpoint}/api/v1/models/{name.repository}/repo?{query}"
+
+
+def hub_of(name: ModelName) -> Hub:
+    """The hub that a name means."""
+    return ModelScopeHub() if name.hub == "modelscope" else HuggingFaceHub()
+
+
+def check_online() -> None:
+    """Raise `ModelError` in the offline mode of Hugging Face's library, which counts for all hubs."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError("not asked: offline by HF_HUB_OFFLINE")
 
 
 def reach_limit(*, has_other_source: bool) -> float:
-    """How many seconds the hub has for its first answer: as the library's variable says, 10 by its default.
-
-    Imports the library, which a slow disk can make last longer than that: the clock starts afterwards.
-    """
-    from huggingface_hub import HfApi, constants  # noqa: F401
+    """How many seconds the hub has for its first answer: as the library's variable says, 10 by its default."""
+    from huggingface_hub import constants
 
     is_told = REACH_VARIABLE in os.environ
     return SHORT_REACH_SECONDS if has_other_source and not is_told else float(constants.HF_HUB_ETAG_TIMEOUT)
 
 
-def find_cached(hub: Hub, name: str) -> Path:
-    """The complete snapshot of a model that the hub's library has on this machine. Raises `ModelError` if none is."""
-    check_name(name)
-    folder = _ask(lambda: hub.cached(name, [*COMPANION_FILES, *SAFETENSORS_FILES]))
-    find_weights(folder)
-    return folder
+def find_cached(hub: Hub, name: ModelName) -> Path:
+    """A model that is in the hub's cache folder already: its folder or GGUF file. Raises `ModelError` if none is."""
+    snapshot = Repository(hub.cache(), name.repository).snapshot(name.revision)
+    if snapshot is None:
+        raise NotHere("no complete snapshot on this machine")
+    found = model_in(snapshot, name.quantization)
+    find_weights(found)
+    return found
 
 
-def download(hub: Hub, name: str, on_progress: OnProgress, reach_seconds: float) -> Path:
-    """Fetch a model into the library's cache and check its large files. A file that fails is removed again.
+def model_in(snapshot: Path, quantization: str | None) -> Path:
+    """The model in a snapshot's folder: the folder, or one GGUF file of it. Raises `ModelError` if there is none."""
+    names = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    chosen = choose_files(names, quantization)
+    return snapshot / chosen[0] if chosen[0].lower().endswith(".gguf") else snapshot
 
-    A hub that does not answer within `reach_seconds` counts as unreachable; the download itself may take its time.
+
+def download(
+    hub: Hub, name: ModelName, on_progress: OnProgress, reach_seconds: float, retries: Retries = DEFAULT_RETRIES
+) -> Path:
+    """Fetch a model into the hub's cache folder and return its folder or GGUF file.
+
+    A hub that does not tell its files within `reach_seconds` counts as unreachable; the download itself may take its
+    time. Refuses an architecture that cannot be served before its weights are fetched. Raises `ModelError`.
     """
-    check_name(name)
-    wanted = choose_files(_ask(lambda: _within(reach_seconds, lambda: hub.list_files(name))))
-    total = sum(file.num_bytes for file in wanted)
-    with growth_reported(hub.folder(name), total, f"downloading {name}", on_progress):
-        folder = _ask(lambda: hub.download(name, [file.name for file in wanted]))
-    for file in wanted:
-        _check(folder / file.name, file, on_progress)
-    find_weights(folder)
-    return folder
+    address = hub.address()
+    until = time.monotonic() + reach_seconds
 
+    def list_files() -> RepositoryListing:
+        return tried_again(lambda: hub.list_files(address, name), retries, until=until)
 
-def choose_files(files: list[HubFile]) -> list[HubFile]:
-    """Config, tokenizer and safetensors; `.bin` where there are no safetensors."""
-    for weights in (SAFETENSORS_FILES, BIN_FILES):
-        if any(_matches(file, weights) for file in files):
-            return [file for file in files if _matches(file, (*COMPANION_FILES, *weights))]
-    raise ModelError("the repository holds neither model.safetensors nor pytorch_model.bin")
+    listing = _within(reach_seconds, list_files)
+    by_name = {file.name: file for file in listing.files}
+    wanted = [by_name[file] for file in choose_files(list(by_name), name.quantization)]
+    if any(Path(file.name).is_absolute() or ".." in Path(file.name).parts for file in wanted):
+        raise ModelError(f"{hub.title} lists a file outside of the repository")
+    repository = Repository(hub.cache(), name.repository)
 
+    def open_span(file: HubFile, span: tuple[int, int] | None) -> Any:
+        return get(address, hub.file_url(address, name, listing.commit, file.name), name.repository, span=span)
 
-def check_name(name: str) -> None:
-    """Raise `ModelError` unless this can be the name of a model on the hub."""
-    if not MODEL_NAME.fullmatch(name) or ".." in name:
-        raise ModelError(f"{excerpt(name)} is not a model name such as organisation/model")
+    def fetch(files: Sequence[HubFile]) -> None:
+        missing = {
+            file.key: Wanted(file, repository.blob(file.key)) for file in files if not _is_there(repository, file)
+        }
+        Transfer(open_span, f"downloading {name}", on_progress, retries=retries).fetch(list(missing.values()))
 
+    def say_waiting() -> None:
+        logger.warning("another process downloads %s: waiting for it", name.repository)
+        on_progress(f"waiting for another process that downloads {name.repository}", 0.0)
 
-def _matches(file: HubFile, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(file.name, pattern) for pattern in patterns)
-
-
-def _check(path: Path, file: HubFile, on_progress: OnProgress) -> None:
     try:
-        if file.sha256 is not None:
-            check_sha256(path, file.sha256, on_progress)
+        with repository.locked(say_waiting):
+            missing_bytes = sum(file.num_bytes for file in wanted if not _is_there(repository, file))
+            repository.check_space(missing_bytes, hub.cache_variable)
+            _check_architecture(wanted, repository, fetch, open_span, retries)
+            fetch(wanted)
+            folder = repository.publish(listing.commit, name.revision, {file.name: file.key for file in wanted})
     except OSError as error:
-        raise ModelError(f"{file.name} was not downloaded: {reason(error)}") from error
-    except ModelError:
-        path.resolve().unlink()  # the snapshot holds a link to the data
-        path.unlink(missing_ok=True)
-        raise
+        raise ModelError(f"cannot write to {repository.folder}: {reason(error)}") from error
+    found = model_in(folder, name.quantization)
+    find_weights(found)
+    return found
 
 
-def _ask(question: Callable[[], T]) -> T:
-    """Turn whatever the library raises into `ModelError`."""
-    try:
-        return question()
-    except ModelError:
-        raise
-    # Its own errors, requests', httpx's or the system's, depending on its version: there is no common class to catch.
-    except Exception as error:
-        raise ModelError(reason(error)) from error
+def _is_there(repository: Repository, file: HubFile) -> bool:
+    blob = repository.blob(file.key)
+    return blob.is_file() and blob.stat().st_size == file.num_bytes
+
+
+def _check_architecture(
+    wanted: Sequence[HubFile],
+    repository: Repository,
+    fetch: Callable[[Sequence[HubFile]], None],
+    open_span: Callable[[HubFile, tuple[int, int] | None], Any],
+    retries: Retries,
+) -> None:
+    """Raise what makes the model one that cannot be served. Reads config.json, or the header of the GGUF file."""
+    if any(file.name in BIN_FILES for file in wanted) and find_spec("torch") is None:
+        raise MissingExtra("a model in PyTorch's .bin files", "torch", ModuleNotFoundError(name="torch"))
+    gguf = next((file for file in wanted if file.name.lower().endswith(".gguf")), None)
+    config_file = next((file for file in wanted if file.name == CONFIG_FILE), None)
+    if gguf is None:
+        if config_file is None:
+            raise ModelError(f"the repository has no {CONFIG_FILE}")
+        fetch([config_file])
+        with temporary_folder(repository.folder, ".config") as folder:
+            (folder / CONFIG_FILE).symlink_to(repository.blob(config_file.key).resolve())
+            config = read_config(folder)
+        find_family(config).read_config(config)
+    elif not _is_there(repository, gguf):
+        with temporary_folder(repository.folder, ".header") as folder:
+            _check_gguf(gguf, folder / Path(gguf.name).name, lambda span: open_span(gguf, span), retries)
+
+
+def _check_gguf(file: HubFile, copy: Path, open_span: Callable[[tuple[int, int]], Any], retries: Retries) -> None:
+    """Read as much of a GGUF file as its header takes, and check what it says. `copy` gets it, with a hole behind."""
+    from brlite.checkpoint.gguf_checkpoint import checked_tensors
+    from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
+    from brlite.checkpoint.gguf_header import read_gguf_header
+
+    def read(begin: int, end: int) -> None:
+        with closing(open_span((begin, end))) as response, copy.open("r+b") as stream:
+            stream.seek(begin if response.status == 206 else 0)
+            while stream.tell() < end and (data := read_some(response, end - stream.tell())):
+                stream.write(data)
+            if stream.tell() < end:
+                raise PassingFailure("the connection was cut")
+
+    copy.touch()
+    os.truncate(copy, file.num_bytes)
+    begin = 0
+    for limit in HEADER_BYTES:
+        end = min(limit, file.num_bytes)
+        tried_again(lambda begin=begin, end=end: read(begin, end), retries)  # type: ignore[misc]
+        begin = end
+        try:
+            header = read_gguf_header(copy)
+        except ModelError as error:
+            if end < file.num_bytes and limit != HEADER_BYTES[-1]:
+                continue
+            raise ModelError(str(error).replace(str(copy), file.name)) from None
+        if header.data_start <= end:
+            break
+    shapes = {
+        hugging_face_name(tensor): location.shape
+        for tensor, location in checked_tensors(header).items()
+        if tensor != ROPE_FREQS
+    }
+    config = hugging_face_config(GgufMetadata(header.metadata), shapes, None)
+    find_family(config).read_config(config)
 
 
 def _within(seconds: float, question: Callable[[], T]) -> T:
@@ -188,15 +323,15 @@ def _within(seconds: float, question: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep the library's own progress bars off the terminal: ours is there."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
+def _shape_checked(address: HubAddress) -> Iterator[None]:
+    """Turn what a JSON of another shape raises into `ModelError`."""
     try:
         yield
-    finally:
-        enable_progress_bars()
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{address.endpoint} answers with a JSON of another shape: is it a hub?") from error
+
+
+def _plain(commit: object) -> str:
+    if not isinstance(commit, str) or not commit.isalnum():
+        raise ValueError(commit)
+    return commit

@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from brlite.machine import show_bytes
+
 OnProgress = Callable[[str, float], None]  # (what is being done, how much of it is done: 0 to 1)
 
 POLL_SECONDS = 0.2
+LINE_SECONDS = 10.0
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
+SIZED_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}]"
 
 
 class Progress(NamedTuple):
@@ -32,19 +38,72 @@ def ignore_progress(stage: str, fraction: float) -> None:
     """For callers who do not want to know."""
 
 
+class SizedStage(str):
+    """A stage that is a number of bytes to get through, so that a rate can be told."""
+
+    num_bytes: int
+
+    def __new__(cls, text: str, num_bytes: int) -> SizedStage:
+        stage = super().__new__(cls, text)
+        stage.num_bytes = num_bytes
+        return stage
+
+
 @contextmanager
 def progress_bar() -> Iterator[OnProgress]:
-    """A callback that draws a bar on stderr if that is a terminal, and nothing elsewhere."""
+    """A callback that draws a bar on stderr if that is a terminal: rate and time left where the bytes are known.
+
+    Elsewhere what takes long and has a size gets a line every ten seconds.
+    """
+    if not sys.stderr.isatty():
+        yield _Lines().show
+        return
     from tqdm import tqdm
 
-    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"
-    with tqdm(total=1.0, file=sys.stderr, disable=None, bar_format=layout, leave=False) as bar:
+    with tqdm(total=1.0, file=sys.stderr, bar_format=BAR, leave=False) as bar:
+        lock = threading.Lock()
 
         def show(stage: str, fraction: float) -> None:
-            bar.set_description_str(stage, refresh=False)
-            bar.update(fraction - bar.n)
+            with lock:
+                if isinstance(stage, SizedStage):
+                    unit, total, bar.bar_format = "B", float(stage.num_bytes), SIZED_BAR
+                else:
+                    unit, total, bar.bar_format = "", 1.0, BAR
+                if (stage, total) != (bar.desc, bar.total):
+                    bar.unit, bar.unit_scale = unit, bool(unit)
+                    bar.reset(total)
+                    bar.initial = bar.n = fraction * total  # the rate is that of what comes from now on
+                    bar.set_description_str(stage, refresh=False)
+                bar.update(fraction * total - bar.n)
 
         yield show
+
+
+class _Lines:
+    """Progress where there is no terminal: a line about a stage of known size every `LINE_SECONDS`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stage = ""
+        self._began = self._said = 0.0
+        self._first = 0.0
+
+    def show(self, stage: str, fraction: float) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if stage != self._stage:
+                self._stage, self._began, self._said, self._first = stage, now, now, fraction
+            if not isinstance(stage, SizedStage) or now < self._said + LINE_SECONDS:
+                return
+            self._said = now
+        rate = (fraction - self._first) / (now - self._began)
+        left = f", {(1 - fraction) / rate:.0f} s left" if rate > 0 else ""
+        total = show_bytes(stage.num_bytes)
+        print(
+            f"brlite: {stage}: {fraction:.0%} of {total}, {show_bytes(rate * stage.num_bytes)}/s{left}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextmanager

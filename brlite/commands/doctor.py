@@ -169,7 +169,7 @@ def _model() -> Findings:
     from brlite.checkpoint.fetch import local_sources, locate_model
 
     try:
-        place = str(locate_model(DEFAULT_MODEL, None, sources=local_sources()))
+        place = str(locate_model(DEFAULT_MODEL, None, sources=local_sources))
     except ModelError:
         place = "not here yet, fetched at the first start"
     return {"cache": str(default_cache()), "default model": DEFAULT_MODEL, "its weights": place}

@@ -28,7 +28,7 @@ from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
 from brlite.checkpoint.checked_model import CheckedModel, check_model
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
 from brlite.checkpoint.gguf_header import read_gguf_metadata
-from brlite.checkpoint.hub import COMPANION_FILES, check_name
+from brlite.checkpoint.model_name import COMPANION_FILES, check_name
 from brlite.checkpoint.progress import byte_bar
 from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
 from brlite.config.manual_json import SeedConfig

@@ -52,7 +52,7 @@ class LoadState:
 
     def report(self, stage: str, fraction: float) -> None:
         """Set the progress."""
-        self.stage, self.fraction = stage, fraction
+        self.stage, self.fraction = str(stage), fraction  # a stage of a known size is a kind of its own
 
     def check(self, max_waiting: int, tenant: str = "") -> None:
         """Raise `NotReady` or `QueueFull` for a request that would wait in vain. Tenants share the queue."""

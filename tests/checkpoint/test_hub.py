@@ -1,206 +1,493 @@
-"""Fetching from a hub: which files, for how long it is tried, and what happens to a file that is not what it says."""
+"""Fetching from hubs, with a real server on loopback: what is fetched, what goes wrong, and what is left behind."""
 
 from __future__ import annotations
 
-import hashlib
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from brlite.checkpoint.hub import HubFile, choose_files, download, find_cached, reach_limit
-from brlite.checkpoint.progress import ignore_progress
+from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub, download, find_cached, reach_limit
+from brlite.checkpoint.hub_http import HubAddress, Retries, get
+from brlite.checkpoint.model_name import parse_model_name
+from brlite.checkpoint.progress import OnProgress, SizedStage, ignore_progress
+from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX, Repository, cached_repositories
+from brlite.checkpoint.transfer import HubFile, OpenSpan, Transfer, Wanted
 from brlite.errors import ModelError
-from tests.checkpoint.model_files import write_bin, write_safetensors
+from tests.checkpoint.hub_server import HubServer, files_of
+from tests.checkpoint.model_files import write_gguf
+from tests.limits import PATIENCE_SECONDS
+from tests.tiny_models import LLAMA, write_byte_tokenizer, write_model
 
 REACH = 60.0  # seconds; no test waits for them
+AT_ONCE = Retries(first_wait=0.0)
+NAME = parse_model_name("hf:org/model")
 
 
-class FolderHub:
-    """Implements `Hub` with a folder for the far side. Like the real cache, a snapshot holds links to the data."""
+class LocalHuggingFace(HuggingFaceHub):
+    """Hugging Face's hub on loopback, with a cache folder of its own."""
 
-    def __init__(self, repository: Path, cache: Path) -> None:
-        self.repository = repository
-        self.cache = cache
-        self.reachable = threading.Event()
-        self.reachable.set()
-        self.damaged: set[str] = set()
+    def __init__(self, server: HubServer, cache: Path, token: str = "") -> None:
+        self.server, self.folder, self.token = server, cache, token
 
-    def cached(self, name: str, files: list[str]) -> Path:
-        if not (self.cache / "snapshot").is_dir():
-            raise OSError("no snapshot")
-        return self.cache / "snapshot"
+    def cache(self) -> Path:
+        return self.folder
 
-    def list_files(self, name: str) -> list[HubFile]:
-        self.reachable.wait()
-        contents = {file.name: file.read_bytes() for file in self.repository.iterdir()}
-        return [HubFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in sorted(contents.items())]
+    def address(self) -> HubAddress:
+        return HubAddress(self.title, self.server.endpoint, self.token, "HF_TOKEN", PATIENCE_SECONDS)
 
-    def folder(self, name: str) -> Path:
-        return self.cache
 
-    def download(self, name: str, files: list[str]) -> Path:
-        for part in ("blobs", "snapshot"):
-            (self.cache / part).mkdir(parents=True, exist_ok=True)
-        for file in files:
-            data = (self.repository / file).read_bytes()
-            blob = self.cache / "blobs" / f"blob-{file}"
-            blob.write_bytes(data[::-1] if file in self.damaged else data)
-            (self.cache / "snapshot" / file).symlink_to(blob)
-        return self.cache / "snapshot"
+class LocalModelScope(ModelScopeHub):
+    """ModelScope on loopback, with a cache folder of its own."""
+
+    def __init__(self, server: HubServer, cache: Path) -> None:
+        self.server, self.folder = server, cache
+
+    def cache(self) -> Path:
+        return self.folder
+
+    def address(self) -> HubAddress:
+        return HubAddress(self.title, self.server.endpoint, "", "MODELSCOPE_API_TOKEN", PATIENCE_SECONDS)
+
+
+def fetch(
+    hub: HuggingFaceHub | ModelScopeHub, name: str = "hf:org/model", on_progress: OnProgress = ignore_progress
+) -> Path:
+    return download(hub, parse_model_name(name), on_progress, REACH, AT_ONCE)
+
+
+def opener(hub: LocalHuggingFace) -> OpenSpan:
+    """Opens files of the model, without a download around it."""
+    address = hub.address()
+    commit = hub.list_files(address, NAME).commit
+    return lambda file, span: get(address, hub.file_url(address, NAME, commit, file.name), "org/model", span=span)
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> FolderHub:
-    repository = write_safetensors(tmp_path / "repository", {"w": torch.arange(4.0)})
-    for name in ("tokenizer.json", "README.md", "modeling_evil.py", "pytorch_model.bin"):
-        (repository / name).write_text(name)
-    return FolderHub(repository, tmp_path / "cache")
+def server(tmp_path: Path) -> Iterator[HubServer]:
+    folder = write_model(tmp_path / "repository", LLAMA)
+    write_byte_tokenizer(folder)
+    for name in ("README.md", "modeling_evil.py", "pytorch_model.bin"):
+        (folder / name).write_text(name)
+    with HubServer(files_of(folder)).running() as server:
+        yield server
 
 
-def test_a_model_is_downloaded_without_code_and_without_a_second_format(hub: FolderHub) -> None:
-    folder = download(hub, "some/model", ignore_progress, REACH)
-
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
-
-
-def test_bin_files_are_taken_where_there_are_no_safetensors(tmp_path: Path) -> None:
-    hub = FolderHub(write_bin(tmp_path / "repository", {"w": torch.arange(4.0)}), tmp_path / "cache")
-
-    folder = download(hub, "some/model", ignore_progress, REACH)
-
-    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "pytorch_model.bin"]
+@pytest.fixture
+def hub(server: HubServer, tmp_path: Path) -> LocalHuggingFace:
+    return LocalHuggingFace(server, tmp_path / "cache")
 
 
-def test_a_damaged_file_is_refused_and_not_kept(hub: FolderHub) -> None:
-    hub.damaged.add("model.safetensors")
+def left_behind(hub: LocalHuggingFace) -> list[str]:
+    return sorted(path.suffix for path in (Repository(hub.cache(), "org/model").folder / "blobs").iterdir())
+
+
+def test_a_model_is_downloaded_without_code_and_without_a_second_format(hub: LocalHuggingFace) -> None:
+    folder = fetch(hub)
+
+    assert files_of(folder) == {
+        name: hub.server.files[name] for name in ("config.json", "model.safetensors", "tokenizer.json")
+    }
+    assert find_cached(hub, NAME) == folder
+    assert left_behind(hub) == ["", "", ""]
+
+
+def test_the_cache_is_one_that_the_librarys_own_functions_read(hub: LocalHuggingFace) -> None:
+    from huggingface_hub import scan_cache_dir, snapshot_download
+
+    folder = fetch(hub)
+
+    assert Path(snapshot_download("org/model", cache_dir=hub.cache(), local_files_only=True)) == folder
+    (repository,) = scan_cache_dir(hub.cache()).repos
+    assert repository.repo_id == "org/model"
+    assert repository.refs.keys() == {"main"}
+
+
+def test_what_is_there_is_not_fetched_again(hub: LocalHuggingFace) -> None:
+    fetch(hub)
+    sent = hub.server.sent_bytes
+
+    fetch(hub)
+
+    assert hub.server.sent_bytes == sent
+
+
+def test_a_revision_has_a_reference_of_its_own(hub: LocalHuggingFace) -> None:
+    folder = fetch(hub, "hf:org/model@v2")
+
+    assert find_cached(hub, parse_model_name("hf:org/model@v2")) == folder
+    assert find_cached(hub, parse_model_name(f"hf:org/model@{folder.name}")) == folder
+    with pytest.raises(ModelError, match="no complete snapshot"):
+        find_cached(hub, NAME)
+    with pytest.raises(ModelError, match="org/model has no such revision"):
+        fetch(hub, "hf:org/model@v3")
+
+
+def test_a_repository_that_moved_is_followed_with_the_token_and_the_storage_never_sees_it(
+    hub: LocalHuggingFace,
+) -> None:
+    hub.token = hub.server.token = "hf_secret"
+    hub.server.moved_from = "old/name"
+
+    folder = fetch(hub, "hf:old/name")
+
+    assert (folder / "model.safetensors").is_file()
+    assert hub.server.ranges  # the weights came from the storage
+    assert hub.server.tokens_at_storage == []
+
+
+def test_connections_that_are_cut_are_resumed_where_they_stopped(hub: LocalHuggingFace) -> None:
+    size = len(hub.server.files["model.safetensors"])
+    hub.server.cut_after = {"model.safetensors": 20_000}
+    hub.server.cuts_left = 8  # more than a request may fail in a row: each brought some
+
+    folder = fetch(hub)
+
+    assert (folder / "model.safetensors").read_bytes() == hub.server.files["model.safetensors"]
+    assert hub.server.ranges[:3] == [None, f"bytes=20000-{size - 1}", f"bytes=40000-{size - 1}"]
+
+
+def test_what_an_interrupted_download_left_is_no_model_and_is_resumed(hub: LocalHuggingFace) -> None:
+    size = len(hub.server.files["model.safetensors"])
+    hub.server.cut_after = {"model.safetensors": 0}
+    hub.server.cuts_left = 99
+    with pytest.raises(ModelError, match=r"model\.safetensors: the connection was cut; what came is kept"):
+        fetch(hub)
+    hub.server.cut_after, hub.server.cuts_left = {"model.safetensors": 30_000}, 1
+    hub.server.failures = []
+    with pytest.raises(ModelError, match="no complete snapshot"):
+        find_cached(hub, NAME)
+
+    with pytest.raises(ModelError, match="the connection was cut"):
+        download(hub, NAME, ignore_progress, REACH, Retries(most=1))
+    assert PART_SUFFIX in left_behind(hub)
+    assert COUNTS_SUFFIX in left_behind(hub)
+    sent = hub.server.sent_bytes
+    folder = fetch(hub)
+
+    assert (folder / "model.safetensors").read_bytes() == hub.server.files["model.safetensors"]
+    assert hub.server.ranges[-1] == f"bytes=30000-{size - 1}"
+    assert hub.server.sent_bytes - sent == size - 30_000
+    assert left_behind(hub) == ["", "", ""]
+
+
+def test_a_part_of_another_size_is_begun_anew(hub: LocalHuggingFace) -> None:
+    blobs = Repository(hub.cache(), "org/model").folder / "blobs"
+    blobs.mkdir(parents=True)
+    key = next(file.key for file in hub.list_files(hub.address(), NAME).files if file.name == "model.safetensors")
+    (blobs / f"{key}{PART_SUFFIX}").write_bytes(b"x" * 100)
+    (blobs / f"{key}{PART_SUFFIX}{COUNTS_SUFFIX}").write_bytes(b"\xff" * 24)
+
+    folder = fetch(hub)
+
+    assert (folder / "model.safetensors").read_bytes() == hub.server.files["model.safetensors"]
+
+
+def test_a_file_of_another_hash_is_refused_and_not_kept(hub: LocalHuggingFace) -> None:
+    hub.server.wrong_hash = {"model.safetensors"}
 
     with pytest.raises(ModelError, match=r"model\.safetensors has sha256 \w{64}, but \w{64} was expected"):
-        download(hub, "some/model", ignore_progress, REACH)
+        fetch(hub)
 
-    assert not (hub.cache / "snapshot" / "model.safetensors").is_symlink()
-    assert not (hub.cache / "blobs" / "blob-model.safetensors").exists()
-    with pytest.raises(ModelError, match="no weights"):
-        find_cached(hub, "some/model")
-
-
-def test_a_file_that_did_not_come_is_named(hub: FolderHub) -> None:
-    class LazyHub(FolderHub):
-        def download(self, name: str, files: list[str]) -> Path:
-            return super().download(name, [file for file in files if file != "tokenizer.json"])
-
-    with pytest.raises(ModelError, match=r"tokenizer\.json was not downloaded"):
-        download(LazyHub(hub.repository, hub.cache), "some/model", ignore_progress, REACH)
+    assert PART_SUFFIX not in left_behind(hub)
+    with pytest.raises(ModelError, match="no complete snapshot"):
+        find_cached(hub, NAME)
 
 
-def test_a_silent_hub_is_given_up(hub: FolderHub) -> None:
-    hub.reachable.clear()
+def test_a_small_file_is_checked_by_gits_hash(hub: LocalHuggingFace, tmp_path: Path) -> None:
+    content = hub.server.files["config.json"]
+    file = HubFile("config.json", len(content), None, "0" * 40)
+    hub.server.files["config.json"] = content[::-1]
+
+    with pytest.raises(ModelError, match=r"config\.json has sha1 \w{40}, but 0{40} was expected"):
+        Transfer(opener(hub), "test", ignore_progress).fetch([Wanted(file, tmp_path / "config.json")])
+
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [
+        ((401, {"X-Error-Code": "GatedRepo"}), r"is gated: accept its terms at http://.*/org/model, then set HF_TOKEN"),
+        ((403, {"X-Error-Code": "GatedRepo"}), r"is gated: accept its terms at http://.*/org/model, then set HF_TOKEN"),
+        ((401, {}), r"org/model is not there, or private \(401\): set HF_TOKEN to read private and gated models"),
+        ((403, {}), r"org/model is not there, or private \(403\): set HF_TOKEN"),
+        ((404, {"X-Error-Code": "RepoNotFound"}), r"there is no org/model"),
+        ((429, {"Retry-After": "3600"}), r"answers 429 Too Many Requests; it wants no request for 3600 s"),
+        ((503, {}), "answers 503 Service Unavailable"),
+        ((418, {"X-Error-Message": "I am a teapot"}), "answers 418 I am a teapot"),
+    ],
+)
+def test_a_refusal_says_in_a_line_what_to_do(
+    refusal: tuple[int, dict[str, str]], said: str, hub: LocalHuggingFace
+) -> None:
+    hub.server.refusal = refusal
+
+    with pytest.raises(ModelError, match=said) as error:
+        fetch(hub)
+
+    assert "\n" not in str(error.value)
+
+
+def test_a_token_that_may_not_read_the_model_is_said(hub: LocalHuggingFace) -> None:
+    hub.token, hub.server.refusal = "hf_other", (403, {})
+
+    with pytest.raises(ModelError, match="the token of HF_TOKEN may not read it") as error:
+        fetch(hub)
+
+    assert "hf_other" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+def test_a_failure_that_passes_is_waited_out(status: int, hub: LocalHuggingFace) -> None:
+    hub.server.failures = [(status, {"Retry-After": "0"}), (status, {})]
+
+    folder = fetch(hub)
+
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_a_server_without_ranges_is_read_from_the_start(hub: LocalHuggingFace, tmp_path: Path) -> None:
+    hub.server.knows_ranges = False
+    content = hub.server.files["model.safetensors"]
+    listing = hub.list_files(hub.address(), NAME)
+    file = next(file for file in listing.files if file.name == "model.safetensors")
+    target = tmp_path / "model.safetensors"
+
+    Transfer(opener(hub), "test", ignore_progress, segment_bytes=50_000).fetch([Wanted(file, target)])
+
+    assert target.read_bytes() == content
+    assert hub.server.ranges == ["bytes=0-49999"]
+
+
+def test_a_large_file_comes_in_segments_at_once(hub: LocalHuggingFace, tmp_path: Path) -> None:
+    listing = hub.list_files(hub.address(), NAME)
+    file = next(file for file in listing.files if file.name == "model.safetensors")
+    hub.server.cut_after, hub.server.cuts_left = {"model.safetensors": 30_000}, 3
+    seen: list[float] = []
+
+    def watch(stage: str, fraction: float) -> None:
+        assert isinstance(stage, SizedStage)
+        seen.append(fraction)
+
+    transfer = Transfer(opener(hub), "test", watch, retries=AT_ONCE, segment_bytes=50_000)
+    transfer.fetch([Wanted(file, tmp_path / "model.safetensors")])
+
+    assert (tmp_path / "model.safetensors").read_bytes() == hub.server.files["model.safetensors"]
+    assert len(hub.server.ranges) > -(-file.num_bytes // 50_000)  # and those after a cut
+    assert seen[0] == 0.0
+    assert seen[-1] == 1.0
+
+
+def test_a_model_beyond_the_disk_is_refused_before_it_is_fetched(hub: LocalHuggingFace) -> None:
+    class HugeHub(LocalHuggingFace):
+        def list_files(self, address: HubAddress, name: object) -> object:  # type: ignore[override]
+            listing = super().list_files(address, NAME)
+            return listing._replace(files=[file._replace(num_bytes=2**60) for file in listing.files])
+
+    with pytest.raises(ModelError, match=r"are needed at .*, where .* are free; HF_HOME chooses another folder"):
+        fetch(HugeHub(hub.server, hub.cache()))
+
+    assert hub.server.sent_bytes == 0
+
+
+def test_a_gguf_repository_gives_the_file_that_the_quantisation_names(server: HubServer, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m-Q8_0.gguf")
+    server.files = {
+        "m-Q8_0.gguf": file.read_bytes(),
+        "sub/m-Q4_K_M.gguf": file.read_bytes()[::-1],
+        "config.json": b"{}",
+    }
+    hub = LocalHuggingFace(server, tmp_path / "cache")
+
+    found = fetch(hub, "hf:org/model:q8_0")
+
+    assert found.name == "m-Q8_0.gguf"
+    assert found.read_bytes() == file.read_bytes()
+    assert find_cached(hub, parse_model_name("hf:org/model:Q8_0")) == found
+    assert server.ranges[0] == f"bytes=0-{len(file.read_bytes()) - 1}"  # the header first
+
+
+def test_an_architecture_that_cannot_be_served_is_refused_before_the_weights(hub: LocalHuggingFace) -> None:
+    hub.server.files["config.json"] = b'{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}'
+
+    with pytest.raises(ModelError, match="architecture 'MixtralForCausalLM' is not supported"):
+        fetch(hub)
+
+    assert hub.server.sent_bytes == len(hub.server.files["config.json"])
+
+
+def test_a_gguf_architecture_is_read_from_the_header_before_the_weights(server: HubServer, tmp_path: Path) -> None:
+    names = [f"<token {number:030}>" for number in range(20_000)]
+    metadata = {"tokenizer.ggml.tokens": names}
+    file = write_gguf(tmp_path / "m-Q4_K_M.gguf", architecture="falcon", metadata=metadata)
+    with file.open("ab") as stream:
+        stream.write(bytes(8 * 2**20))
+    server.files = {"m-Q4_K_M.gguf": file.read_bytes()}
+
+    with pytest.raises(ModelError, match="falcon") as error:
+        fetch(LocalHuggingFace(server, tmp_path / "cache"))
+
+    assert str(tmp_path) not in str(error.value)
+    assert server.ranges == ["bytes=0-262143", "bytes=262144-4194303"]
+
+
+def test_modelscope_serves_the_same_from_its_own_paths(server: HubServer, tmp_path: Path) -> None:
+    hub = LocalModelScope(server, tmp_path / "cache")
+    server.cut_after, server.cuts_left = {"model.safetensors": 20_000}, 1
+
+    folder = fetch(hub, "modelscope:org/model")
+
+    assert files_of(folder).keys() == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (folder / "model.safetensors").read_bytes() == server.files["model.safetensors"]
+    assert find_cached(hub, parse_model_name("modelscope:org/model")) == folder
+    with pytest.raises(ModelError, match="there is no org/other"):
+        fetch(hub, "modelscope:org/other")
+
+
+def test_a_hub_that_speaks_otherwise_is_named(hub: LocalHuggingFace, server: HubServer, tmp_path: Path) -> None:
+    server.files = {"api": b"x"}
+    odd = LocalModelScope(server, tmp_path / "odd")
+    odd.list_files = lambda address, name: LocalHuggingFace.list_files(
+        hub,
+        address._replace(  # type: ignore[method-assign]
+            endpoint=f"{address.endpoint}/api/v1/models/org/model/repo/files?x="
+        ),
+        name,
+    )
+
+    with pytest.raises(ModelError, match="a JSON of another shape: is it a hub"):
+        fetch(odd, "modelscope:org/model")
+
+
+def test_a_silent_hub_is_given_up(hub: LocalHuggingFace) -> None:
+    gate = threading.Event()
+
+    class SilentHub(LocalHuggingFace):
+        def list_files(self, address: HubAddress, name: object) -> object:  # type: ignore[override]
+            gate.wait()
+            raise ModelError("late")
 
     try:
         with pytest.raises(ModelError, match=r"no answer within 0\.01 s \(HF_HUB_ETAG_TIMEOUT"):
-            download(hub, "some/model", ignore_progress, reach_seconds=0.01)
+            download(SilentHub(hub.server, hub.cache()), NAME, ignore_progress, 0.01)
     finally:
-        hub.reachable.set()
+        gate.set()
 
 
-def test_what_the_library_raises_becomes_one_line(tmp_path: Path) -> None:
-    hub = FolderHub(tmp_path / "no repository", tmp_path)
+def test_a_hub_that_is_not_there_is_said_in_a_line(hub: LocalHuggingFace, server: HubServer) -> None:
+    server.endpoint = "http://127.0.0.1:9"
 
-    with pytest.raises(ModelError, match="No such file") as refusal:
-        download(hub, "some/model", ignore_progress, REACH)
+    with pytest.raises(ModelError, match=r"127\.0\.0\.1:9: Connection refused") as error:
+        fetch(hub)
 
-    assert "\n" not in str(refusal.value)
-
-
-def test_a_snapshot_on_this_machine_is_found(hub: FolderHub) -> None:
-    folder = download(hub, "some/model", ignore_progress, REACH)
-
-    found = find_cached(hub, "some/model")
-
-    assert found == folder
+    assert "\n" not in str(error.value)
 
 
-def test_a_download_reports_its_progress_to_the_end(hub: FolderHub) -> None:
-    seen: list[tuple[str, float]] = []
-
-    download(hub, "some/model", lambda stage, fraction: seen.append((stage, fraction)), REACH)
-
-    assert seen[0] == ("downloading some/model", 0.0)
-    assert ("downloading some/model", 1.0) in seen
-    assert seen[-1] == ("checking tokenizer.json", 1.0)
-
-
-def test_only_the_usual_names_at_the_top_count_as_weights() -> None:
-    names = ["config.json", "consolidated.safetensors", "onnx/model.safetensors", "model.fp16.safetensors"]
-
-    with pytest.raises(ModelError, match="neither"):
-        choose_files([HubFile(name, 1, None) for name in names])
+def pulling(server: HubServer, folder: Path, **environment: str) -> subprocess.Popen[str]:
+    """A process that fetches the model."""
+    program = "from brlite.checkpoint.fetch import locate_model; print(locate_model('org/model', None))"
+    folders = {"HF_HOME": str(folder / "hf"), "BRLITE_CACHE": str(folder / "own"), "HF_ENDPOINT": server.endpoint}
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, **folders, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
-def test_shards_come_with_their_index() -> None:
-    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    files = [HubFile(name, 1, None) for name in (*names, "pytorch_model-00001-of-00002.bin")]
+def test_of_two_processes_one_downloads_and_the_other_says_that_it_waits(server: HubServer, tmp_path: Path) -> None:
+    server.gate.clear()
+    with pulling(server, tmp_path) as first:
+        assert server.started.wait(PATIENCE_SECONDS)
+        with pulling(server, tmp_path) as second:
+            assert second.stderr is not None
+            assert "another process downloads org/model: waiting for it" in second.stderr.readline()
+            server.gate.set()
+            paths = {process.communicate(timeout=PATIENCE_SECONDS)[0] for process in (first, second)}
 
-    chosen = choose_files(files)
-
-    assert [file.name for file in chosen] == names
-
-
-SLOW_HUB = """
-import http.server, json, sys, time
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        time.sleep(float(sys.argv[1]))
-        files = [{"rfilename": "README.md", "size": 2}]
-        body = json.dumps({"id": "org/m", "sha": "a" * 40, "siblings": files}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Content-Type", "application/json")
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
-
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-print(server.server_port, flush=True)
-server.serve_forever()
-"""
-ASKS = "from brlite.checkpoint.fetch import locate_model; locate_model('org/m', None)"
+    assert len(paths) == 1
+    assert (Path(paths.pop().strip()) / "model.safetensors").is_file()
+    assert server.seen["/model.safetensors"] == 1
 
 
-def ask_slow_hub(folder: Path, hub_seconds: float, **environment: str) -> str:
-    """What is said of a model that only a hub which answers after `hub_seconds` could have."""
-    with subprocess.Popen([sys.executable, "-c", SLOW_HUB, str(hub_seconds)], stdout=subprocess.PIPE) as hub:
-        try:
-            assert hub.stdout is not None
-            endpoint = f"http://127.0.0.1:{int(hub.stdout.readline())}"
-            folders = {"HF_HOME": str(folder / "hf"), "BRLITE_CACHE": str(folder / "cache"), "HF_ENDPOINT": endpoint}
-            asked = subprocess.run(
-                [sys.executable, "-c", ASKS],
-                env={**os.environ, **folders, **environment},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        finally:
-            hub.kill()
-    return asked.stderr.splitlines()[-1]
+def test_an_interrupt_leaves_at_once_and_keeps_what_came(server: HubServer, tmp_path: Path) -> None:
+    server.gate.clear()
+    with pulling(server, tmp_path) as process:
+        assert server.started.wait(PATIENCE_SECONDS)
+
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=PATIENCE_SECONDS)
+
+    (repository,) = cached_repositories(tmp_path / "hf" / "hub")
+    assert repository.has_parts()
+    assert repository.snapshot(None) is None
 
 
-def test_a_hub_that_takes_four_seconds_is_waited_for(tmp_path: Path) -> None:
-    assert "the repository holds neither model.safetensors" in ask_slow_hub(tmp_path, 4)
+def test_the_librarys_time_limit_is_kept_and_named(server: HubServer, tmp_path: Path) -> None:
+    server.failures = [(503, {"Retry-After": "30"})] * 9
+
+    with pulling(server, tmp_path, HF_HUB_ETAG_TIMEOUT="1") as process:
+        said = process.communicate(timeout=PATIENCE_SECONDS)[1].splitlines()[-1]
+
+    assert "the Hugging Face hub: 127.0.0.1" in said
+    assert "answers 503 Service Unavailable; it wants no request for 30 s" in said
 
 
-def test_the_librarys_own_limit_is_heard_and_named(tmp_path: Path) -> None:
-    said = ask_slow_hub(tmp_path, 60, HF_HUB_ETAG_TIMEOUT="1")
+def test_the_token_of_the_environment_is_sent(server: HubServer, tmp_path: Path) -> None:
+    server.token = "hf_secret"
+    with pulling(server, tmp_path) as process:
+        refused = process.communicate(timeout=PATIENCE_SECONDS)[1]
+    with pulling(server, tmp_path, HF_TOKEN="hf_secret") as process:
+        found = process.communicate(timeout=PATIENCE_SECONDS)[0]
 
-    assert "no answer within 1 s (HF_HUB_ETAG_TIMEOUT sets the time)" in said or "timed out" in said
+    assert "then set HF_TOKEN to a token of that account" in refused.splitlines()[-1]
+    assert "snapshots" in found
+
+
+def test_modelscope_is_chosen_by_the_environment(server: HubServer, tmp_path: Path) -> None:
+    settings = {"BRLITE_HUB": "modelscope", "MODELSCOPE_DOMAIN": server.endpoint}
+
+    with pulling(server, tmp_path, **settings) as process:
+        found = process.communicate(timeout=PATIENCE_SECONDS)[0]
+
+    assert found.startswith(str(tmp_path / "own" / "modelscope" / "models--org--model"))
+
+
+def test_offline_nothing_is_asked(server: HubServer, tmp_path: Path) -> None:
+    with pulling(server, tmp_path, HF_HUB_OFFLINE="1") as process:
+        said = process.communicate(timeout=PATIENCE_SECONDS)[1].splitlines()[-1]
+
+    assert said.endswith("model org/model could not be had: the Hugging Face hub: not asked: offline by HF_HUB_OFFLINE")
+    assert not server.seen
+
+
+def test_a_model_is_removed_whole_or_by_the_file(server: HubServer, tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "m-Q8_0.gguf").read_bytes()
+    server.files = {
+        "m-Q8_0.gguf": file,
+        "m-Q4_K_M.gguf": write_gguf(tmp_path / "n.gguf", metadata={"x": 1}).read_bytes(),
+    }
+    hub = LocalHuggingFace(server, tmp_path / "cache")
+    fetch(hub, "hf:org/model:Q8_0")
+    snapshot = fetch(hub).parent
+    repository = Repository(hub.cache(), "org/model")
+    before = repository.num_bytes()
+
+    repository.remove_file(snapshot, "m-Q8_0.gguf")
+
+    assert before - repository.num_bytes() == len(file)
+    assert find_cached(hub, NAME).name == "m-Q4_K_M.gguf"
+    repository.remove()
+    assert cached_repositories(hub.cache()) == []
+    shutil.rmtree(hub.cache())
 
 
 @pytest.mark.parametrize(("is_told", "has_other_source", "seconds"), [(0, 0, 10), (0, 1, 3), (1, 1, 10), (1, 0, 10)])

@@ -1,0 +1,184 @@
+"""GET over HTTP from a hub: redirects, time limits, tries after failures that pass, and what an answer means.
+
+The standard library's client, so that every version of a hub's own library gives the same behaviour. A token goes to
+the hub's own address only, never to the storage that it redirects to.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import closing
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+import brlite
+from brlite.errors import ModelError
+from brlite.files.quoting import MAX_EXCERPT, one_line, reason
+
+TRANSIENT_STATUSES = (408, 429, 500, 502, 503, 504)
+MAX_JSON_BYTES = 64 * 2**20
+USER_AGENT = f"brlite/{brlite.__version__}"
+
+T = TypeVar("T")
+
+
+class HubAddress(NamedTuple):
+    """Where a hub is and how it is spoken of. `token` is "" without one; `token_variable` is where it comes from."""
+
+    title: str
+    endpoint: str
+    token: str
+    token_variable: str
+    read_seconds: float
+
+
+class Retries(NamedTuple):
+    """How often a request that failed is tried again, and how long is waited before that, in seconds."""
+
+    most: int = 5
+    first_wait: float = 0.5
+    most_wait: float = 8.0
+    most_retry_after: float = 60.0
+
+
+DEFAULT_RETRIES = Retries()
+
+
+class PassingFailure(Exception):
+    """A failure that may pass. `retry_after` is how many seconds the server wants to be left alone, if it says so."""
+
+    def __init__(self, text: str, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.retry_after = retry_after
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    max_redirections = 8
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request:
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        is_same = (old.scheme, old.netloc) == (new.scheme, new.netloc)
+        kept = {name: value for name, value in req.header_items() if is_same or name.lower() != "authorization"}
+        kept.pop("Host", None)
+        return urllib.request.Request(newurl, headers=kept)
+
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 has none
+
+
+def get(hub: HubAddress, url: str, repository: str, *, span: tuple[int, int] | None = None) -> Any:
+    """The response to one GET, to be read and closed. `span` asks for the bytes from one up to before the other.
+
+    Raises `PassingFailure` or `ModelError`.
+    """
+    headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+    if hub.token:
+        headers["Authorization"] = f"Bearer {hub.token}"
+    if span is not None:
+        headers["Range"] = f"bytes={span[0]}-{span[1] - 1}"
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise ModelError(f"{one_line(url)}: allowed are http and https")
+    try:
+        opener = urllib.request.build_opener(_Redirects())
+        return opener.open(urllib.request.Request(url, headers=headers), timeout=hub.read_seconds)
+    except urllib.error.HTTPError as error:
+        with closing(error):
+            raise _explained(error, hub, repository) from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise PassingFailure(f"{urlsplit(url).netloc}: {_said(cause)}") from error
+
+
+def read_some(response: Any, num_bytes: int) -> bytes:
+    """Some bytes of a response, b"" at its end. Raises `PassingFailure` for a connection that breaks or stalls."""
+    try:
+        data: bytes = response.read1(num_bytes)
+        return data
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise PassingFailure(_said(error)) from error
+
+
+def get_json(hub: HubAddress, url: str, repository: str) -> Any:
+    """The JSON at a URL. Raises `PassingFailure` or `ModelError`."""
+    content = bytearray()
+    with closing(get(hub, url, repository)) as response:
+        while data := read_some(response, 2**20):
+            content += data
+            if len(content) > MAX_JSON_BYTES:
+                raise ModelError(f"{hub.title} lists more than {MAX_JSON_BYTES} bytes of files")
+        length = response.headers.get("Content-Length")
+    if length is not None and len(content) < int(length):
+        raise PassingFailure("the connection was cut")
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise ModelError(f"{hub.endpoint} answers with what is no JSON: is it a hub?") from None
+
+
+def tried_again(work: Callable[[], T], retries: Retries, *, until: float | None = None) -> T:
+    """Do `work`, and again after a `PassingFailure`; `until` is a time of `time.monotonic`.
+
+    Raises `ModelError` for the last failure.
+    """
+    for number in range(retries.most):
+        try:
+            return work()
+        except PassingFailure as failure:
+            wait = wait_before(number, failure, retries)
+            if wait is None or (until is not None and time.monotonic() + wait > until):
+                raise ModelError(str(failure)) from failure
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def wait_before(number: int, failure: PassingFailure, retries: Retries) -> float | None:
+    """How many seconds to wait after failure `number` (from 0) in a row; None: give up."""
+    if number + 1 >= retries.most or (failure.retry_after or 0) > retries.most_retry_after:
+        return None
+    return max(failure.retry_after or 0.0, min(retries.most_wait, retries.first_wait * 2.0**number))
+
+
+def _explained(error: urllib.error.HTTPError, hub: HubAddress, repository: str) -> Exception:
+    """What a status means for the user, in one line."""
+    headers = error.headers
+    code = headers.get("X-Error-Code", "")
+    has_token = "the token of" if hub.token else "set"
+    if error.code in (401, 403) and code == "GatedRepo":
+        return ModelError(
+            f"{repository} is gated: accept its terms at {hub.endpoint}/{repository}, then set "
+            f"{hub.token_variable} to a token of that account"
+        )
+    if code == "RevisionNotFound":
+        return ModelError(f"{repository} has no such revision")
+    if error.code in (401, 403):
+        return ModelError(
+            f"{repository} is not there, or private ({error.code}): {has_token} {hub.token_variable}"
+            + (" may not read it" if hub.token else " to read private and gated models")
+        )
+    if error.code in (404, 410):
+        return ModelError(f"there is no {repository}" if code != "EntryNotFound" else f"{repository} lacks that file")
+    text = one_line(headers.get("X-Error-Message") or error.reason or "", MAX_EXCERPT)
+    if error.code in TRANSIENT_STATUSES:
+        retry_after = _retry_after(headers.get("Retry-After"))
+        hint = f"; it wants no request for {retry_after:.0f} s" if retry_after else ""
+        return PassingFailure(f"{urlsplit(hub.endpoint).netloc} answers {error.code} {text}{hint}", retry_after)
+    return ModelError(f"{urlsplit(hub.endpoint).netloc} answers {error.code} {text}")
+
+
+def _retry_after(value: str | None) -> float | None:
+    """The seconds of a Retry-After; its other form, a date, is not used by hubs."""
+    return float(value) if value is not None and value.strip().isdecimal() and len(value) < 8 else None
+
+
+def _said(error: object) -> str:
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return reason(error) if isinstance(error, BaseException) else one_line(error)

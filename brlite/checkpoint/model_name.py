@@ -1,0 +1,170 @@
+"""Names of models: `[modelscope:]user/repo[:QUANT][@revision]`, and which of a repository's files a name means.
+
+Pure: no disk, no network.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import PurePosixPath
+from typing import Literal, NamedTuple, get_args
+
+from brlite.checkpoint.folder import SPLIT_GGUF
+from brlite.errors import ModelError
+from brlite.files.quoting import excerpt, one_line
+
+HubName = Literal["huggingface", "modelscope"]
+
+HUB_VARIABLE = "BRLITE_HUB"
+HUB_PREFIXES: dict[str, HubName] = {"hf": "huggingface", "huggingface": "huggingface", "modelscope": "modelscope"}
+PLAIN_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+FULL_NAME = re.compile(
+    rf"(?:(?P<hub>{'|'.join(HUB_PREFIXES)}):)?(?P<repository>{PLAIN_NAME.pattern})"
+    r"(?::(?P<quantization>\w[\w.-]*))?(?:@(?P<revision>\w[\w./-]*))?",
+    re.ASCII | re.IGNORECASE,
+)
+DEFAULT_QUANTIZATION = "Q4_K_M"
+# Of a file name: Q4_K_M, IQ3_XXS, Q8_0, UD-Q4_K_XL, BF16.
+QUANTIZATION = re.compile(
+    r"(?<![a-z0-9])((?:ud-)?(?:i?q\d(?:_(?:\d|k|s|m|l|xl|xs|xxs|nl))*|tq\d_\d|bf16|f16|fp16|f32|mxfp4))(?![a-z0-9])",
+    re.I,
+)
+NO_MODELS = ("mmproj", "imatrix")  # GGUF files of other kinds, which lie beside models
+MAX_CHOICES = 12
+
+COMPANION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
+BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin")
+
+
+class ModelName(NamedTuple):
+    """A name, taken apart. Without `revision` the repository's main branch is meant."""
+
+    hub: HubName
+    repository: str
+    quantization: str | None = None
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        prefix = "modelscope:" if self.hub == "modelscope" else ""
+        quantization = f":{self.quantization}" if self.quantization else ""
+        return f"{prefix}{self.repository}{quantization}{f'@{self.revision}' if self.revision else ''}"
+
+
+def parse_model_name(text: str) -> ModelName:
+    """Take a name apart. Its hub is that of its prefix, else that of BRLITE_HUB, else Hugging Face.
+
+    Raises `ModelError` for what is no name.
+    """
+    match = FULL_NAME.fullmatch(text)
+    if match is None or ".." in text:
+        raise ModelError(f"{excerpt(text)} is not a model name such as organisation/model[:QUANT][@revision]")
+    prefix = match["hub"]
+    hub = HUB_PREFIXES[prefix.lower()] if prefix else default_hub()
+    if hub == "modelscope" and "/" not in match["repository"]:
+        raise ModelError(f"{excerpt(text)} is not a model name of ModelScope such as organisation/model")
+    return ModelName(hub, match["repository"], match["quantization"], match["revision"])
+
+
+def default_hub() -> HubName:
+    """The hub of BRLITE_HUB. Raises `ModelError` for an unknown one."""
+    name = os.environ.get(HUB_VARIABLE) or "huggingface"
+    for hub in get_args(HubName):
+        if name.lower() == hub:
+            return hub  # type: ignore[no-any-return]
+    raise ModelError(f"{HUB_VARIABLE} is {excerpt(name)}; allowed are {' and '.join(get_args(HubName))}")
+
+
+def is_model_name(text: str) -> bool:
+    """Whether this can be the name of a model on a hub."""
+    return FULL_NAME.fullmatch(text) is not None and ".." not in text
+
+
+def check_name(name: str) -> None:
+    """Raise `ModelError` unless this can be a model's plain name: `model` or `organisation/model`."""
+    if not PLAIN_NAME.fullmatch(name) or ".." in name:
+        raise ModelError(f"{excerpt(name)} is not a model name such as organisation/model")
+
+
+def choose_files(names: Sequence[str], quantization: str | None = None) -> list[str]:
+    """The files of a repository that make up the model.
+
+    Config, tokenizer and safetensors; `.bin` where there are no safetensors; one GGUF file where there is neither or
+    `quantization` names it. Raises `ModelError` with the choices where more than one file could be meant.
+    """
+    if quantization is None:
+        for weights in (SAFETENSORS_FILES, BIN_FILES):
+            if any(_matches(name, weights) for name in names):
+                return [name for name in names if _matches(name, (*COMPANION_FILES, *weights))]
+    files = sorted(name for name in names if _is_gguf_model(name))
+    if not files:
+        looked_for = "" if quantization else "neither model.safetensors nor pytorch_model.bin, and "
+        hint = f" for {quantization} to choose from" if quantization else ""
+        raise ModelError(f"the repository holds {looked_for}no .gguf file{hint}")
+    return [_choose_gguf(files, quantization)]
+
+
+def quantization_of(file_name: str) -> str | None:
+    """The quantisation that a GGUF file's name tells, in capitals."""
+    found = QUANTIZATION.findall(PurePosixPath(file_name).name.removesuffix(".gguf"))
+    return str(found[-1]).upper() if found else None
+
+
+def _choose_gguf(files: Sequence[str], quantization: str | None) -> str:
+    wanted = quantization or (DEFAULT_QUANTIZATION if len(files) > 1 else None)
+    chosen = [name for name in files if wanted is None or _is_meant(name, wanted)]
+    choices = one_line(", ".join(dict.fromkeys(_choice(name) for name in files[: MAX_CHOICES * 2])))
+    if not chosen:
+        missing = (
+            f"no .gguf file is {quantization}" if quantization else f"of {len(files)} .gguf files none is {wanted}"
+        )
+        raise ModelError(f"{missing}; name one as :QUANT: {choices}")
+    if all(SPLIT_GGUF.search(name) for name in chosen):
+        raise ModelError(
+            f"{PurePosixPath(chosen[0]).name} is one of {len(chosen)} parts, and a GGUF in parts is not read; "
+            f"name another as :QUANT: {choices}"
+        )
+    if len(chosen) > 1:
+        raise ModelError(
+            f"{len(chosen)} .gguf files are {wanted}; name one as :FILE: {', '.join(chosen[:MAX_CHOICES])}"
+        )
+    return chosen[0]
+
+
+def _is_meant(file_name: str, wanted: str) -> bool:
+    """Whether a file is of that quantisation, or has that name. Part of a quantisation does not count as one."""
+    base, wanted = PurePosixPath(file_name).name.lower(), wanted.lower()
+    if wanted.endswith(".gguf"):
+        return base == wanted
+    told = quantization_of(file_name)
+    if told is not None:
+        return told.lower() == wanted
+    return re.search(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", base.removesuffix(".gguf")) is not None
+
+
+def _choice(file_name: str) -> str:
+    return quantization_of(file_name) or PurePosixPath(file_name).name
+
+
+def _is_gguf_model(name: str) -> bool:
+    base = PurePosixPath(name).name.lower()
+    return base.endswith(".gguf") and not any(word in base for word in NO_MODELS)
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,141 @@
+"""One repository in a hub's cache folder, in the layout of Hugging Face's library, which other programs read too.
+
+`blobs/` has the contents by their hashes, `snapshots/COMMIT/` links to them under their names, `refs/REVISION` the
+commit that a branch stood at. Links are made once all contents are there: an interrupted download shows no model.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from brlite.errors import ModelError
+from brlite.files.quoting import one_line, reason
+from brlite.files.temporary import create_temporary
+
+FOLDER_PREFIX = "models--"
+PART_SUFFIX = ".brlite-part"
+COUNTS_SUFFIX = ".counts"  # of the file beside a part that says how much of it is there
+MAIN = "main"
+
+
+class Repository:
+    """A model's folder in a cache. Makes nothing until something is written."""
+
+    def __init__(self, cache: Path, name: str) -> None:
+        self.name = name
+        self.folder = cache / f"{FOLDER_PREFIX}{name.replace('/', '--')}"
+        self._lock_file = cache / ".locks" / self.folder.name / "brlite.lock"
+
+    def blob(self, key: str) -> Path:
+        """Where the content with this hash is, or will be."""
+        return self.folder / "blobs" / key
+
+    def snapshot(self, revision: str | None) -> Path | None:
+        """The folder of a commit, or of what a branch stood at when it was fetched last."""
+        revision = revision or MAIN
+        snapshots = self.folder / "snapshots"
+        try:
+            commit = (self.folder / "refs" / revision).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            commit = revision
+        is_name = bool(commit) and Path(commit).name == commit
+        return snapshots / commit if is_name and (snapshots / commit).is_dir() else None
+
+    def snapshots(self) -> list[Path]:
+        """The folders of all commits that are here, the newest first."""
+        folder = self.folder / "snapshots"
+        found = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+
+    def publish(self, commit: str, revision: str | None, keys: Mapping[str, str]) -> Path:
+        """Link `keys`, file name → hash, below the commit's folder, and return that."""
+        folder = self.folder / "snapshots" / commit
+        for name, key in keys.items():
+            link = folder / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            target = os.path.relpath(self.blob(key), link.parent)
+            if link.is_symlink() and os.readlink(link) == target:
+                continue
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
+        if revision != commit:
+            ref = self.folder / "refs" / (revision or MAIN)
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = create_temporary(ref)
+            with open(handle, "w", encoding="utf-8") as stream:
+                stream.write(commit)
+            temporary.replace(ref)
+        return folder
+
+    @contextmanager
+    def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
+        """One process at a time: `on_wait` is called before another one is waited for."""
+        from filelock import FileLock, Timeout
+
+        self._lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self._lock_file)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def check_space(self, num_bytes: int, variable: str) -> None:
+        """Raise `ModelError` where the disk has not so many bytes left; `variable` chooses another folder."""
+        from brlite.machine import show_bytes
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if num_bytes > free:
+            raise ModelError(
+                f"{show_bytes(num_bytes)} are needed at {self.folder.parent}, where {show_bytes(free)} are free; "
+                f"{variable} chooses another folder, `brlite models rm NAME` makes room"
+            )
+
+    def num_bytes(self) -> int:
+        """What the repository takes on the disk, parts of an interrupted download included."""
+        return sum(path.lstat().st_size for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink())
+
+    def has_parts(self) -> bool:
+        """Whether a download was interrupted, or is under way."""
+        blobs = self.folder / "blobs"
+        return blobs.is_dir() and any(
+            path.name.endswith((PART_SUFFIX, ".incomplete")) and path.stat().st_size for path in blobs.iterdir()
+        )
+
+    def remove(self) -> None:
+        """Remove all of it. Raises `ModelError` where the system does not let us, or another process downloads."""
+
+        def busy() -> None:
+            raise ModelError(f"{self.name} is being downloaded by another process")
+
+        with self.locked(busy):
+            try:
+                shutil.rmtree(self.folder)
+            except OSError as error:
+                raise ModelError(f"{self.folder}: {reason(error)}") from error
+
+    def remove_file(self, snapshot: Path, name: str) -> None:
+        """Remove one file of a snapshot, and its content unless another snapshot has a link to it."""
+        link = snapshot / name
+        blob = link.resolve()
+        link.unlink()
+        others = (path for folder in self.snapshots() for path in folder.rglob("*") if path.is_symlink())
+        if all(path.resolve() != blob for path in others):
+            blob.unlink(missing_ok=True)
+
+
+def cached_repositories(cache: Path) -> list[Repository]:
+    """The repositories in a cache folder, by name."""
+    if not cache.is_dir():
+        return []
+    names = sorted(path.name for path in cache.iterdir() if path.name.startswith(FOLDER_PREFIX) and path.is_dir())
+    return [Repository(cache, one_line(name.removeprefix(FOLDER_PREFIX).replace("--", "/", 1))) for name in names]

@@ -1,0 +1,306 @@
+"""Fetches the files of a download: several at once, large ones in segments, each resumed where it stopped.
+
+A file that is not whole has another name. Beside it lie the numbers of bytes that its segments have, so that the next
+start fetches the rest. A file that is whole is checked by its hash before it gets its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import re
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from brlite.checkpoint.hub_http import DEFAULT_RETRIES, PassingFailure, Retries, read_some, wait_before
+from brlite.checkpoint.progress import OnProgress, SizedStage
+from brlite.checkpoint.repository import COUNTS_SUFFIX, PART_SUFFIX
+from brlite.errors import ModelError
+
+SEGMENT_BYTES = 64 * 2**20
+CHUNK_BYTES = 2**20
+NUM_THREADS = 8
+REPORT_SECONDS = 0.1
+HASH = re.compile(r"[0-9a-f]{40,64}")  # what a hub calls a hash becomes the name of a file
+
+COUNT = struct.Struct("<Q")
+HEAD = struct.Struct("<QQ")  # the file's bytes, a segment's bytes
+
+
+class HubFile(NamedTuple):
+    """A file as a hub lists it. A hub knows its sha256, or git's hash of it, or neither."""
+
+    name: str
+    num_bytes: int
+    sha256: str | None = None
+    git_hash: str | None = None
+
+    @property
+    def key(self) -> str:
+        """What the cache calls its content."""
+        told = self.sha256 or self.git_hash or ""
+        return (
+            told
+            if HASH.fullmatch(told)
+            else hashlib.sha256(f"{self.name} {self.num_bytes} {told}".encode()).hexdigest()
+        )
+
+
+class Wanted(NamedTuple):
+    """A file to fetch, and where to put it."""
+
+    file: HubFile
+    target: Path
+
+
+# (file, from, to or None for all of it) → a response
+OpenSpan = Callable[[HubFile, tuple[int, int] | None], Any]
+
+
+class Transfer:
+    """One download. `fetch` returns when all files are there and are what they should be."""
+
+    def __init__(
+        self,
+        open_span: OpenSpan,
+        stage: str,
+        on_progress: OnProgress,
+        *,
+        retries: Retries = DEFAULT_RETRIES,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> None:
+        self._open_span = open_span
+        self._stage = stage
+        self._on_progress = on_progress
+        self._retries = retries
+        self._segment_bytes = segment_bytes
+        self._lock = threading.Lock()
+        self._tasks: queue.SimpleQueue[tuple[_PartFile, int] | None] = queue.SimpleQueue()
+        self._num_open = 0
+        self._is_over = threading.Event()
+        self._error: BaseException | None = None
+        self._done_bytes = 0
+        self._total_bytes = 0
+        self._reported_at = 0.0
+
+    def fetch(self, wanted: Sequence[Wanted]) -> None:
+        """Raises `ModelError` for what cannot be had or is not what it should be; what came by then is kept."""
+        parts = [_PartFile(each, self._segment_bytes) for each in wanted]
+        try:
+            self._total_bytes = sum(part.num_bytes for part in parts)
+            self._done_bytes = sum(part.done_bytes for part in parts)
+            self._on_progress(self._sized_stage(), self._done_bytes / max(1, self._total_bytes))
+            firsts = [(part, pending[0]) for part in parts if (pending := part.pending())]
+            self._num_open = len(firsts)
+            if firsts:
+                self._run(firsts)
+            for part in parts:
+                part.publish(self._on_progress)
+            self._on_progress(self._sized_stage(), 1.0)
+        finally:
+            for part in parts:
+                part.close()
+
+    def _run(self, firsts: Sequence[tuple[_PartFile, int]]) -> None:
+        for task in firsts:
+            self._tasks.put(task)
+        threads = [
+            threading.Thread(target=self._work, name=f"brlite-fetch-{number}", daemon=True)
+            for number in range(NUM_THREADS)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            self._is_over.wait()
+        finally:
+            self._is_over.set()  # an interrupt comes here too
+            for _ in threads:
+                self._tasks.put(None)
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None and not self._is_over.is_set():
+            try:
+                more = self._fetch_segment(*task)
+            except BaseException as error:
+                with self._lock:
+                    self._error = self._error or error
+                self._is_over.set()
+                return
+            with self._lock:
+                self._num_open += len(more) - 1
+                is_last = self._num_open == 0
+            for each in more:
+                self._tasks.put(each)
+            if is_last:
+                self._is_over.set()
+
+    def _fetch_segment(self, part: _PartFile, segment: int) -> list[tuple[_PartFile, int]]:
+        """Fetch a segment. Returns the tasks for the segments that are still missing, from a file's first one only."""
+        is_first = part.claim()
+        failures = 0
+        while not self._is_over.is_set():
+            before = part.count(segment)
+            try:
+                self._read(part, segment, is_first=is_first)
+            except PassingFailure as failure:
+                failures = 0 if part.count(segment) > before else failures
+                wait = wait_before(failures, failure, self._retries)
+                if wait is None:
+                    raise ModelError(f"{part.file.name}: {failure}; what came is kept for the next try") from failure
+                failures += 1
+                self._is_over.wait(wait)
+                continue
+            break
+        return [(part, other) for other in part.pending() if other != segment] if is_first else []
+
+    def _read(self, part: _PartFile, segment: int, *, is_first: bool) -> None:
+        begin, end = part.span(segment)
+        begin += part.count(segment)
+        if begin == end:
+            return
+        is_whole = begin == 0 and end == part.num_bytes
+        with closing(self._open_span(part.file, None if is_whole else (begin, end))) as response:
+            if is_whole or response.status == 206:
+                position = begin
+            elif is_first:
+                position, end = 0, part.num_bytes  # the server knows no ranges and sends all of it
+            else:
+                raise ModelError(f"{part.file.name}: the server does not resume; the next try begins anew")
+            while position < end and not self._is_over.is_set():
+                data = read_some(response, min(CHUNK_BYTES, end - position))
+                if not data:
+                    raise PassingFailure("the connection was cut")
+                self._add(part.write(data, position))
+                position += len(data)
+
+    def _add(self, num_bytes: int) -> None:
+        with self._lock:
+            self._done_bytes += num_bytes
+            now = time.monotonic()
+            if now < self._reported_at + REPORT_SECONDS:
+                return
+            self._reported_at = now
+            self._on_progress(self._sized_stage(), min(1.0, self._done_bytes / max(1, self._total_bytes)))
+
+    def _sized_stage(self) -> SizedStage:
+        return SizedStage(self._stage, self._total_bytes)
+
+
+class _PartFile:
+    """A file that is not whole yet, and how much of each segment it has."""
+
+    def __init__(self, wanted: Wanted, segment_bytes: int) -> None:
+        self.file, self._target = wanted
+        self.num_bytes = self.file.num_bytes
+        self._segment_bytes = segment_bytes
+        self.num_segments = -(-self.num_bytes // segment_bytes)
+        self._path = self._target.with_name(self._target.name + PART_SUFFIX)
+        self._counts_path = self._path.with_name(self._path.name + COUNTS_SUFFIX)
+        self._lock = threading.Lock()
+        self._is_claimed = self._is_closed = False
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._counts = [0] * self.num_segments
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+        self._handle = os.open(self._path, flags, 0o666)
+        self._counts_handle = os.open(self._counts_path, flags, 0o666)
+        self._resume()
+
+    def _resume(self) -> None:
+        head = HEAD.pack(self.num_bytes, self._segment_bytes)
+        size = HEAD.size + COUNT.size * self.num_segments
+        kept = os.pread(self._counts_handle, size + 1, 0)
+        is_ours = len(kept) == size and kept.startswith(head) and os.fstat(self._handle).st_size == self.num_bytes
+        if is_ours:
+            counts = [
+                COUNT.unpack_from(kept, HEAD.size + COUNT.size * number)[0] for number in range(self.num_segments)
+            ]
+            lengths = [end - begin for begin, end in map(self.span, range(self.num_segments))]
+            self._counts = [min(count, length) for count, length in zip(counts, lengths, strict=True)]
+        else:
+            os.ftruncate(self._handle, 0)
+            os.ftruncate(self._handle, self.num_bytes)
+            os.ftruncate(self._counts_handle, 0)
+            os.pwrite(self._counts_handle, head.ljust(size, b"\0"), 0)
+
+    @property
+    def done_bytes(self) -> int:
+        return sum(self._counts)
+
+    def count(self, segment: int) -> int:
+        return self._counts[segment]
+
+    def span(self, segment: int) -> tuple[int, int]:
+        begin = segment * self._segment_bytes
+        return begin, min(begin + self._segment_bytes, self.num_bytes)
+
+    def pending(self) -> list[int]:
+        """The segments that are not whole."""
+        return [
+            number
+            for number in range(self.num_segments)
+            if self.count(number) < self.span(number)[1] - self.span(number)[0]
+        ]
+
+    def claim(self) -> bool:
+        """True for the first caller."""
+        with self._lock:
+            is_first, self._is_claimed = not self._is_claimed, True
+            return is_first
+
+    def write(self, data: bytes, position: int) -> int:
+        """Keep `data`, which may cross segments. Returns how many bytes are new."""
+        with self._lock:
+            return 0 if self._is_closed else self._write(data, position)
+
+    def _write(self, data: bytes, position: int) -> int:
+        new = 0
+        while data:
+            segment = position // self._segment_bytes
+            begin, end = self.span(segment)
+            piece, data = data[: end - position], data[end - position :]
+            left = memoryview(piece)
+            while left:
+                num_written = os.pwrite(self._handle, left, position)
+                left, position = left[num_written:], position + num_written
+            count = max(self._counts[segment], position - begin)
+            new += count - self._counts[segment]
+            self._counts[segment] = count
+            os.pwrite(self._counts_handle, COUNT.pack(count), HEAD.size + COUNT.size * segment)
+        return new
+
+    def publish(self, on_progress: OnProgress) -> None:
+        """Check the hash, and give the file its name. Raises `ModelError`, and keeps nothing, if it is another."""
+        expected, digest = self.file.sha256, hashlib.sha256()
+        if expected is None:
+            expected, digest = self.file.git_hash, hashlib.sha1(b"blob %d\0" % self.num_bytes, usedforsecurity=False)
+        position, stage = 0, SizedStage(f"checking {self.file.name}", self.num_bytes)
+        while expected is not None and (data := os.pread(self._handle, CHUNK_BYTES, position)):
+            digest.update(data)
+            position += len(data)
+            on_progress(stage, position / self.num_bytes)
+        is_right = expected is None or digest.hexdigest() == expected.lower()
+        if is_right:
+            os.fsync(self._handle)
+            self._path.replace(self._target)
+        else:
+            self._path.unlink(missing_ok=True)
+        self._counts_path.unlink(missing_ok=True)
+        if not is_right:
+            raise ModelError(
+                f"{self.file.name} has {digest.name} {digest.hexdigest()}, but {expected} was expected; it was removed"
+            )
+
+    def close(self) -> None:
+        """A thread that still waits for the network writes nothing afterwards."""
+        with self._lock:
+            self._is_closed = True
+            os.close(self._handle)
+            os.close(self._counts_handle)
