@@ -20,8 +20,9 @@ from brlite.http.body import leave_body
 from brlite.http.listen import HttpServer
 from brlite.server.generate import generate
 from tests.fakes import ByteTokenizer, FakeBackend
+from tests.tiny_models import TINY_CONFIGS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
 
 
 def example(heading: str) -> dict[str, Any]:
@@ -78,3 +79,20 @@ async def test_a_new_dialects_refusals_name_its_own_fields(url: str) -> None:
 async def test_a_new_endpoint_counts_tokens(url: str) -> None:
     assert json.loads((await post(f"{url}/count", {"text": "abc"}))[1]) == {"count": 3}
     assert (await post(f"{url}/count", {"text": "abc", "model": "other"}))[0] == 404
+
+
+def test_a_new_architecture_reads_its_config_and_names_its_tensors() -> None:
+    family = example("An architecture of the Llama shape")["PLUME"]
+    values = {
+        **TINY_CONFIGS["llama"],
+        "model_type": "plume",
+        "architectures": ["PlumeForCausalLM"],
+        "use_qk_norm": True,
+    }
+
+    config = family.read_config(values)
+    targets = family.weight_targets(config)
+
+    assert config.qk_norm
+    assert targets["model.layers.0.self_attn.qkv_proj.weight"].shape[0] == config.q_size + 2 * config.kv_size
+    assert {"model.output.weight", "model.layers.0.self_attn.q_norm.weight"} < targets.keys()
