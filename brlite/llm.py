@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import msgspec
 
@@ -58,14 +58,40 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
     """
     spec = spec or config.model[0]
     load = _load_own if config.engine.name is None else _load_from_contract
-    tokenizer, backend = load(config, spec, on_progress or _ignore)
+    tokenizer, backend, path = load(config, spec, on_progress or _ignore)
+    defaults = _sampling_defaults(path, spec, backend.info.vocab_size) if path is not None else {}
     for note in backend.info.notes:
         logger.warning("model %s: %s", spec.name, note)
-    return Assembly(Engine(backend.info, tokenizer, config.engine, config.limits, grammar=config.grammar), backend)
+    engine = Engine(
+        backend.info, tokenizer, config.engine, config.limits, grammar=config.grammar, sampling_defaults=defaults
+    )
+    return Assembly(engine, backend)
 
 
-def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend]:
-    """A model that our own backends compute."""
+def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
+    """What the model's files set of the sampling of requests that do not. What is out of range is left out."""
+    from brlite.checkpoint.generation_config import read_recommended_sampling
+
+    defaults: dict[str, Any] = {}
+    for name, value in (read_recommended_sampling(path) if spec.generation_config == "model" else {}).items():
+        try:
+            defaults[name] = getattr(SamplingParams(**{name: value}), name)
+        except InvalidRequest as error:
+            logger.warning("model %s: its generation config is not used where %s", spec.name, error)
+    if defaults.get("top_k", 0) > vocab_size:
+        defaults["top_k"] = -1
+    if defaults:
+        values = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
+        logger.info(
+            'model %s: sampling defaults of its generation config: %s (generation_config = "none" turns them off)',
+            spec.name,
+            values,
+        )
+    return defaults
+
+
+def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend, Path]:
+    """A model that our own backends compute, and where its files are."""
     from brlite.backends.choose import load_backend
     from brlite.backends.sizes import settle_context
     from brlite.backends.torch.device import prepare_environment
@@ -83,13 +109,13 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
         tokenizer = _load_tokenizer(path, spec, config.limits)
         try:
             _check_vocabulary(tokenizer, model.config.vocab_size, path)
-            return tokenizer, load_backend(checkpoint, model, spec, config.engine, report)
+            return tokenizer, load_backend(checkpoint, model, spec, config.engine, report), path
         except BaseException:
             tokenizer.close()
             raise
 
 
-def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend]:
+def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend, Path | None]:
     """A model that the engine of that name computes, which may bring its tokenizer; else the model's folder has it."""
     from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
     from brlite.backends.plugins.discovery import make_engine
@@ -103,7 +129,7 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
         if spec.chat_template is not None:
             logger.warning("model %s: chat_template is not used: the engine brings its tokenizer", spec.name)
         report(f"opening engine {config.engine.name}", 0.0)
-        return engine.tokenizer(), SlotBackend(engine, spec, config.engine)
+        return engine.tokenizer(), SlotBackend(engine, spec, config.engine), None
     path = locate_model(spec.name, spec.path, report)
     tokenizer = _load_tokenizer(path, spec, config.limits)  # first: the engine takes minutes to open
     report(f"opening engine {config.engine.name}", 0.0)
@@ -113,7 +139,7 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
     except ModelError:
         backend.close()
         raise
-    return tokenizer, backend
+    return tokenizer, backend, path
 
 
 def _load_tokenizer(path: Path, spec: ModelSpec, limits: LimitsConfig) -> Tokenizer:
@@ -195,6 +221,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts, given as texts or token ids, with one set of parameters for all or one for each.
 
+        Without `sampling_params` it is `get_default_sampling_params()`; those that are given are used as they are.
         Returns one finished output a prompt, in order; `.prompt` and `.outputs[i].text` are what most need.
         `on_finished` is given each output as it is done, with the number of its prompt from 0. Raises
         `InvalidRequest`, naming the prompt by that number, for one that is wrong, before anything runs; `EngineError`
@@ -202,7 +229,9 @@ class LLM:
         """
         if isinstance(prompts, str):
             prompts = [prompts]
-        params = _one_for_each(sampling_params, len(prompts))
+        params = _one_for_each(
+            self.get_default_sampling_params() if sampling_params is None else sampling_params, len(prompts)
+        )
         with self._taking_turn():
             requests = [
                 self._checked(number, prompt, each)
@@ -213,6 +242,10 @@ class LLM:
             except EngineError:
                 self._check_open()
                 raise
+
+    def get_default_sampling_params(self, **given: Any) -> SamplingParams:
+        """The model's own defaults, of its generation config, and beside them what is `given`. vLLM's name."""
+        return SamplingParams(**{**self._engine.sampling_defaults, **given})
 
     def check(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequest` for a prompt that `generate` would refuse."""
@@ -344,11 +377,9 @@ class _Run:
                 self._on_finished(self._numbers[output.request_id], output)
 
 
-def _one_for_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
+def _one_for_each(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> Sequence[SamplingParams]:
+    if isinstance(params, SamplingParams):
+        return [params] * num_prompts
     if len(params) != num_prompts:
         raise InvalidRequest(
             f"sampling_params has {len(params)} entries for {num_prompts} prompts; give one, or one for each",

@@ -22,6 +22,8 @@ from brlite.errors import InvalidRequest
 MAX = sys.float_info.max  # a bound that refuses infinity, and NaN with it
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it would overflow fp32
 MAX_LOGIT_BIAS = 100.0
+# What a model's generation_config.json may set for requests that do not: vLLM's list, without its bound on the length.
+MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 Finite = Annotated[float, Meta(ge=-MAX, le=MAX)]
@@ -179,6 +181,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    def with_defaults(self, defaults: Mapping[str, Any], unset: Iterable[str]) -> SamplingParams:
+        """These parameters, with the model's `defaults` for those of `unset` that it has one for."""
+        chosen = {name: defaults[name] for name in unset if name in defaults}
+        return msgspec.structs.replace(self, **chosen) if chosen else self
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise `InvalidRequest` where `top_k` or a token id lies outside a vocabulary of `vocab_size` tokens."""

@@ -22,7 +22,8 @@ from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 
 pytestmark = pytest.mark.torch
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+GREEDY_GIVEN = {"temperature": 0, "max_tokens": 12, "ignore_eos": True}
+GREEDY = SamplingParams(**GREEDY_GIVEN)
 PROMPTS = ["The first prompt", "a second", "The first prompt, and more of it", "x", "The first pr"]
 
 
@@ -250,7 +251,7 @@ def test_the_generate_command_answers_each_line_in_order(folder: Path, tmp_path:
     source, target = tmp_path / "prompts.txt", tmp_path / "answers.jsonl"
     source.write_text('plain line\n\n{"prompt": "as JSON", "max_tokens": 3, "n": 2}\n')
 
-    status = run_generate(make_config(folder), str(source), str(target), GREEDY)
+    status = run_generate(make_config(folder), str(source), str(target), GREEDY_GIVEN)
 
     answers = [json.loads(line) for line in target.read_text().splitlines()]
     assert status == 0
@@ -272,4 +273,4 @@ def test_a_wrong_line_of_the_generate_command_is_named(folder: Path, tmp_path: P
     source.write_text(f"good\n{line}\n")
 
     with pytest.raises(ConfigError, match=words):
-        run_generate(make_config(folder), str(source), str(tmp_path / "out"), GREEDY)
+        run_generate(make_config(folder), str(source), str(tmp_path / "out"), GREEDY_GIVEN)

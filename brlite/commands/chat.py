@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, aclosing, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,22 +41,25 @@ ReadLine = Callable[[], Awaitable[str | None]]  # None at the end of input
 
 PROMPT = "> "
 HINT = "/help shows the commands, Ctrl-C leaves"
+# The sampling of a local model where neither it nor the user sets it: what the default model's card recommends. At 1.0
+# a model of that size writes near garbage.
+CALM = {"temperature": 0.2, "top_p": 0.9}
 MAX_ERROR_BYTES = 64 * 1024  # of a server's error, and of its list of models
 
 
 def run(
-    target: Config | str, *, model: str | None, api_key: str | None, system: str | None, params: SamplingParams
+    target: Config | str, *, model: str | None, api_key: str | None, system: str | None, given: Mapping[str, Any]
 ) -> int:
     """Chat with the config's model, or with the server at a URL, until end of input. Returns the exit status."""
-    conversation = Conversation(system, params)
+    conversation = Conversation(system, SamplingParams(**given), given)
     if isinstance(target, str):
         asyncio.run(_chat_with_server(target, model, api_key, conversation))
     else:
-        asyncio.run(_chat_with_model(target, conversation))
+        asyncio.run(_chat_with_model(target, conversation, given))
     return 0
 
 
-async def _chat_with_model(config: Config, conversation: Conversation) -> None:
+async def _chat_with_model(config: Config, conversation: Conversation, given: Mapping[str, Any]) -> None:
     from brlite.checkpoint.fetch import progress_bar
     from brlite.llm import AsyncEngine
 
@@ -64,6 +67,7 @@ async def _chat_with_model(config: Config, conversation: Conversation) -> None:
         show = bar.enter_context(progress_bar())
         async with AsyncEngine.from_config(config, on_progress=show) as engine:
             bar.close()
+            conversation.params = SamplingParams(**{**CALM, **engine.sampling_defaults, **given})
             await converse(partial(_ask_engine, engine), conversation)
 
 
@@ -72,7 +76,7 @@ async def _chat_with_server(url: str, model: str | None, api_key: str | None, co
     async with aiohttp.ClientSession(headers=headers) as session:
         server = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
         name = model or await _first_model(session, server)
-        await converse(partial(_ask_server, session, server, name), conversation)
+        await converse(partial(_ask_server, session, server, name, conversation.named), conversation)
 
 
 async def converse(ask: Ask, conversation: Conversation) -> None:
@@ -202,16 +206,20 @@ async def _ask_engine(
 
 
 async def _ask_server(
-    session: aiohttp.ClientSession, server: str, model: str, messages: list[Message], params: SamplingParams
+    session: aiohttp.ClientSession,
+    server: str,
+    model: str,
+    named: Collection[str],
+    messages: list[Message],
+    params: SamplingParams,
 ) -> AsyncGenerator[Piece, None]:
-    neutral = msgspec.to_builtins(SamplingParams(max_tokens=None))
-    chosen = {name: value for name, value in msgspec.to_builtins(params).items() if value != neutral[name]}
+    """Sends the parameters that are `named`; the server has its defaults for the others."""
+    chosen = {name: value for name, value in msgspec.to_builtins(params).items() if name in named and value is not None}
     body = {
         "model": model,
         "messages": msgspec.to_builtins(messages),
         "stream": True,
         "stream_options": {"include_usage": True},
-        "temperature": params.temperature,
         **chosen,
     }
     num_tokens = 0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import brlite
 from brlite.commands.arguments import CommandParser
@@ -28,7 +28,6 @@ from brlite.process.streams import open_closed_streams, print_data, show_all_tex
 
 if TYPE_CHECKING:
     from brlite.config.options import Config
-    from brlite.sampling_params import SamplingParams
 
 NO_THREAD = "can't start new thread"  # the text of Python's RuntimeError
 EXIT_FAILED = 1
@@ -196,7 +195,7 @@ def _generate(args: argparse.Namespace) -> int:
     config = _config(args)
     check_supported(config)
     _configure_logging("warning")
-    return run(config, args.input, args.output, _sampling_params(args), is_chat=args.chat)
+    return run(config, args.input, args.output, _sampling_given(args), is_chat=args.chat)
 
 
 def _chat(args: argparse.Namespace) -> int:
@@ -212,7 +211,7 @@ def _chat(args: argparse.Namespace) -> int:
         model=args.model,
         api_key=os.environ.get(args.api_key_env),
         system=args.system,
-        params=_sampling_params(args),
+        given=_sampling_given(args),
     )
 
 
@@ -335,11 +334,14 @@ def _engine_options(pairs: Sequence[str]) -> dict[str, object]:
     return dict(options)
 
 
-def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+def _sampling_given(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling parameters of the command line. The others are the model's own defaults."""
     from brlite.sampling_params import SamplingParams
 
     given = {name: getattr(args, name, None) for name in _SAMPLING}
-    return SamplingParams(**{"max_tokens": None} | {name: value for name, value in given.items() if value is not None})
+    given = {"max_tokens": None} | {name: value for name, value in given.items() if value is not None}
+    SamplingParams(**given)  # raises for what is out of range, before a model is loaded
+    return given
 
 
 def _configure_logging(level: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import msgspec
@@ -38,11 +38,15 @@ class SavedConversation(msgspec.Struct, frozen=True):
 
 
 class Conversation:
-    """The messages so far, the sampling parameters, and a question that is to be asked again."""
+    """The messages so far, the sampling parameters, and a question that is to be asked again.
 
-    def __init__(self, system: str | None, params: SamplingParams) -> None:
+    `named` are the parameters that the user has set: a server has its own defaults for the others.
+    """
+
+    def __init__(self, system: str | None, params: SamplingParams, named: Iterable[str] = ()) -> None:
         self.messages = [Message("system", system)] if system else []
         self.params = params
+        self.named = set(named)
         self.is_over = False
         self._commands: dict[str, Callable[[str], str]] = {
             "/help": lambda _: HELP,
@@ -97,6 +101,7 @@ class Conversation:
         except json.JSONDecodeError:
             value = text
         self.params = msgspec.structs.replace(self.params, **{name: value})
+        self.named.add(name)
         return f"{name} is {json.dumps(getattr(self.params, name))}"
 
     def _clear(self, _: str) -> str:

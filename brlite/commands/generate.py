@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
-import msgspec
 from tqdm import tqdm
 
 from brlite.config.options import Config
@@ -21,15 +20,16 @@ from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 
 
-def run(config: Config, source: str, target: str, params: SamplingParams, *, is_chat: bool = False) -> int:
+def run(config: Config, source: str, target: str, given: Mapping[str, Any], *, is_chat: bool = False) -> int:
     """Complete every prompt of `source` into `target`; "-" is standard input or output. Returns the exit status.
 
-    A line is a prompt, or a JSON object with `prompt` and any sampling field; what it does not say comes from `params`.
-    With `is_chat` a prompt is a user's message, which the model's chat template frames.
+    A line is a prompt, or a JSON object with `prompt` and any sampling field; what it does not say is `given`, or the
+    model's default. With `is_chat` a prompt is a user's message, which the model's chat template frames.
     """
-    jobs = [_job(line, number, params) for number, line in _lines(source)]
+    jobs = [_job(line, number, given) for number, line in _lines(source)]
     with LLM(config=config) as llm:
-        prompts = [_checked_prompt(llm, job, is_chat=is_chat) for job in jobs]
+        params = [llm.get_default_sampling_params(**job.given) for job in jobs]
+        prompts = [_checked_prompt(llm, job, each, is_chat=is_chat) for job, each in zip(jobs, params, strict=True)]
         bar = tqdm(total=len(jobs), disable=None, unit="prompt")
         with _opened(target) as file, bar, Answers(file, bar.update) as answers:
 
@@ -37,16 +37,16 @@ def run(config: Config, source: str, target: str, params: SamplingParams, *, is_
                 output.prompt = jobs[number].prompt  # not as framed
                 answers.add(number, output)
 
-            llm.generate(prompts, [job.params for job in jobs], on_finished=add)
+            llm.generate(prompts, params, on_finished=add)
     return 0
 
 
 class PromptJob(NamedTuple):
-    """A line of the source: its number from 1, its prompt and its parameters."""
+    """A line of the source: its number from 1, its prompt and the sampling parameters that were given for it."""
 
     line: int
     prompt: str
-    params: SamplingParams
+    given: Mapping[str, Any]
 
 
 class Answers:
@@ -89,27 +89,28 @@ def _lines(source: str) -> Iterator[tuple[int, str]]:
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
-def _checked_prompt(llm: LLM, job: PromptJob, *, is_chat: bool) -> str | list[int]:
+def _checked_prompt(llm: LLM, job: PromptJob, params: SamplingParams, *, is_chat: bool) -> str | list[int]:
     """What the model gets. Before the target is opened: a prompt that is refused must not cost what stands there."""
     try:
         message = {"role": "user", "content": job.prompt}
         prompt = llm.tokenizer.encode_chat([message]) if is_chat else job.prompt
-        llm.check(prompt, job.params)
+        llm.check(prompt, params)
         return prompt
     except InvalidRequest as error:
         raise ConfigError(f"line {job.line}: {error}") from None
 
 
-def _job(line: str, number: int, params: SamplingParams) -> PromptJob:
+def _job(line: str, number: int, given: Mapping[str, Any]) -> PromptJob:
     """What a line asks for. Raises `ConfigError`, naming the line."""
     if not line.lstrip().startswith("{"):
-        return PromptJob(number, line, params)
+        return PromptJob(number, line, given)
     try:
         fields: dict[str, Any] = json.loads(line)
         prompt = fields.pop("prompt")
         if not isinstance(prompt, str):
             raise InvalidRequest("prompt must be a string")
-        return PromptJob(number, prompt, msgspec.structs.replace(params, **fields))
+        SamplingParams(**{**given, **fields})  # raises for what is out of range, before a model is loaded
+        return PromptJob(number, prompt, {**given, **fields})
     except json.JSONDecodeError as error:
         raise ConfigError(f"line {number} is not JSON: {error}") from None
     except KeyError:

@@ -186,6 +186,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         ReasoningParserName,
         option("the marks of reasoning; auto: by the chat template, none: reasoning stays in the text"),
     ] = "auto"
+    generation_config: Annotated[
+        Literal["model", "none"],
+        option("model: sampling values of the model's generation_config.json, for requests without them; none: not"),
+    ] = "model"
     vocab_size: Annotated[Count | None, option("if set, it must equal the model's", 49152)] = None
     load: Annotated[
         Literal["start", "on_demand"], option("start, or on_demand: with the first request that names the model")

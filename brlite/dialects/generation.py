@@ -63,7 +63,8 @@ class Generation(Struct, frozen=True, kw_only=True):
     stream, `names_are_ids` tells tokens in logprobs by their ids. `field_names` maps the engine's names of fields to
     the client's, where they differ. `warnings` are told with the answer. A chat's reasoning is told apart from its text
     with `splits_reasoning`, and left out without `shows_reasoning`. `calls_functions`: calls are told as OpenAI's
-    `function_call`, the form before tools.
+    `function_call`, the form before tools. `unset` are the sampling parameters that the client left out, of those
+    that a model may have defaults for.
     """
 
     model: str | None
@@ -83,6 +84,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     calls_functions: bool = False
     splits_reasoning: bool = True
     shows_reasoning: bool = True
+    unset: tuple[str, ...] = ()
 
 
 def in_client_words(error: InvalidRequest, field_names: Mapping[str, str]) -> InvalidRequest:

@@ -46,6 +46,7 @@ from brlite.dialects.openai_tools import (
 )
 from brlite.dialects.sse import frame
 from brlite.errors import InvalidRequest
+from brlite.sampling_params import MODEL_DEFAULTS
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -206,6 +207,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         cache_salt=body.cache_salt or "",
         field_names=field_names,
         warnings=warnings,
+        unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name) is None),
         tool_choice=tool_choice,
         calls_functions=bool(body.functions),
         splits_reasoning=body.separate_reasoning is not False,

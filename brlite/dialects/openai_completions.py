@@ -32,6 +32,7 @@ from brlite.dialects.openai import (
 )
 from brlite.dialects.sse import frame
 from brlite.errors import InvalidRequest
+from brlite.sampling_params import MODEL_DEFAULTS
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's; a chat has what the engine allows
 
@@ -113,6 +114,7 @@ def generation(body: CompletionRequest, limits: LimitsConfig, warnings: tuple[st
         cache_salt=body.cache_salt or "",
         field_names=_FIELD_NAMES,
         warnings=warnings,
+        unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name) is None),
     )
 
 

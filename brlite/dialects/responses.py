@@ -21,7 +21,7 @@ from brlite.dialects.responses_items import ItemReader, NothingStored, StoredRes
 from brlite.dialects.responses_tools import ResponseToolChoice, decode_response_tools
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
-from brlite.sampling_params import SamplingParams, StructuredOutput
+from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams, StructuredOutput
 
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
@@ -152,6 +152,7 @@ def _generation(
         cache_salt=body.cache_salt or "",
         field_names=FIELD_NAMES,
         warnings=tuple(warnings),
+        unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name, None) is None),
         tool_choice=tools.choice,
         items=tuple(conversation.items),
         is_stored=is_stored,

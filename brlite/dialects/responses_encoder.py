@@ -470,6 +470,8 @@ class ResponsesEncoder:
                 "model": self._model,
                 "output": self._output,
                 **self._call.shown,
+                "temperature": self._call.params.temperature,  # the model's own default is known only now
+                "top_p": self._call.params.top_p,
                 "usage": None if usage is None else _shown_usage(usage),
                 **({"warnings": self._warnings} if self._warnings else {}),
             }

@@ -52,6 +52,7 @@ class EngineLoop:
     def __init__(self, engine: Engine, backend: Backend) -> None:
         self._engine = engine
         self._backend = backend
+        self.sampling_defaults = engine.sampling_defaults
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
         self._encoder = FairThread("brlite-encode", stopping)  # starts with the first long text
         self._compiler = FairThread("brlite-grammar", stopping, deep_stack)  # starts with the first grammar
@@ -232,10 +233,11 @@ class EngineLoop:
     ) -> AsyncIterator[RequestOutput]:
         """Yield what is new in the request's completions until it is finished; what is not read in time is merged.
 
+        Without `params` the model's own defaults are used, as by `LLM.generate`.
         Raises `RequestError` for a request that cannot be served and `EngineError` where its step failed. Leaving the
         iterator, or cancelling its task, aborts the request.
         """
-        params = params or SamplingParams()
+        params = params or SamplingParams(**self.sampling_defaults)
         request = Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt=prompt if isinstance(prompt, str) else None,

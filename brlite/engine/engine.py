@@ -12,7 +12,8 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import msgspec
 
@@ -50,11 +51,14 @@ class Engine:
         *,
         clock: Callable[[], float] = time.monotonic,
         grammar: GrammarConfig | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
     ) -> None:
+        """`sampling_defaults` are the model's own, for requests that leave these parameters out."""
         self.info = info
         self.tokenizer = tokenizer
         self.config = config
         self.limits = limits
+        self.sampling_defaults = sampling_defaults or {}
         self.stats = EngineStats(info.max_model_len, clock)
         self.compiler = GrammarCompiler(tokenizer, info.vocab_size, grammar or GrammarConfig())
         self.guidance: StepGuidance | None = None  # of the step under way; the caller of `execute` has its masks filled

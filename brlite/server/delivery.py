@@ -14,6 +14,7 @@ import uuid
 from types import TracebackType
 from typing import TypeVar
 
+import msgspec
 from aiohttp import web
 
 from brlite.config.options import LimitsConfig, ModelSpec
@@ -102,6 +103,9 @@ class Delivery:
 
     async def submit(self, engine: EngineLoop) -> None:
         """Encode the prompts and queue their requests. Raises `RequestError` for the first that is refused."""
+        if engine.sampling_defaults:
+            params = self._call.params.with_defaults(engine.sampling_defaults, self._call.unset)
+            self._call = msgspec.structs.replace(self._call, params=params)
         made = await make_requests(self._call, engine, self._spec, self.id, self._tenant)
         self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
         for index, request in enumerate(made.requests):

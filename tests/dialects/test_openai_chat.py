@@ -12,12 +12,16 @@ from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.generation import Chat, Generation, Truncation, in_client_words
 from brlite.dialects.openai_chat import DIALECT, ChatEncoder, decode
 from brlite.errors import EngineError, InvalidRequest, PromptTooLong
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 FIELD_NAMES = {"prompt": "messages", "logprobs": "top_logprobs"}
 PLAIN = Generation(
-    model=None, prompts=(Chat(MESSAGES),), params=SamplingParams(max_tokens=None), field_names=FIELD_NAMES
+    model=None,
+    prompts=(Chat(MESSAGES),),
+    params=SamplingParams(max_tokens=None),
+    field_names=FIELD_NAMES,
+    unset=MODEL_DEFAULTS,
 )
 
 
@@ -65,6 +69,7 @@ def test_what_a_body_asks_for_stands_in_the_generation() -> None:
         model="m",
         prompts=(Chat(MESSAGES, add_generation_prompt=False, continue_final_message=True),),
         params=SamplingParams(max_tokens=9, logprobs=2, stop=("x",)),
+        unset=MODEL_DEFAULTS,
         is_streamed=True,
         include_usage=True,
         continuous_usage=True,

@@ -75,11 +75,18 @@ async def make_client() -> AsyncIterator[Callable[..., Awaitable[Client]]]:
             limits: dict[str, Any] | None = None,
             config: dict[str, Any] | None = None,
             tokenizer: ByteTokenizer | None = None,
+            sampling_defaults: dict[str, Any] | None = None,
             **backend_options: Any,
         ) -> Client:
             backend = FakeBackend(**backend_options)
             settings = Config(model=(ModelSpec(name=MODEL),), limits=LimitsConfig(**(limits or {})), **(config or {}))
-            engine = Engine(backend.info, tokenizer or ByteTokenizer(), EngineConfig(), settings.limits)  # type: ignore[arg-type]
+            engine = Engine(
+                backend.info,
+                tokenizer or ByteTokenizer(),  # type: ignore[arg-type]
+                EngineConfig(),
+                settings.limits,
+                sampling_defaults=sampling_defaults,
+            )
             async_engine = await stack.enter_async_context(EngineLoop(engine, backend))
             app = create_app(async_engine, settings)
             server = HttpServer(app, "127.0.0.1", 0, settings.limits, grace_seconds=0.2)

@@ -1,0 +1,38 @@
+"""The sampling values that a model's files recommend: `generation_config.json`, or `general.sampling.*` of a GGUF file.
+
+They are returned as they stand in the file; `llm.py` checks them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from brlite.checkpoint.folder import find_weights
+from brlite.checkpoint.gguf_header import read_gguf_header
+from brlite.checkpoint.model_file import exists, read_json_object
+
+GENERATION_CONFIG = "generation_config.json"
+GGUF_KEYS = {
+    "temperature": "general.sampling.temp",
+    "top_p": "general.sampling.top_p",
+    "top_k": "general.sampling.top_k",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
+
+
+def read_recommended_sampling(path: Path) -> dict[str, Any]:
+    """The values by the names of `GGUF_KEYS`; empty if the model names none. Null is none.
+
+    Raises `ModelError` for a file that cannot be read.
+    """
+    if path.is_dir() and exists(path / GENERATION_CONFIG):
+        found = read_json_object(path / GENERATION_CONFIG)
+    elif path.is_dir() and find_weights(path).kind != "gguf":
+        return {}
+    else:
+        file = path if path.is_file() else find_weights(path).files[0]
+        metadata = read_gguf_header(file).metadata
+        found = {name: metadata.get(key) for name, key in GGUF_KEYS.items()}
+    return {name: found[name] for name in GGUF_KEYS if found.get(name) is not None}
