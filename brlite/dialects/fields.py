@@ -93,6 +93,7 @@ OBEYED = (
     ObeyedField("grammar", BOTH, (LLAMA_CPP,)),
     ObeyedField("regex ebnf", BOTH, (SGLANG,)),
     ObeyedField("return_token_strs", (TOKENIZE,), (VLLM,)),
+    ObeyedField("content add_special with_pieces", (TOKENIZE,), (LLAMA_CPP,), "`content` in place of `prompt`"),
 )
 
 
@@ -138,6 +139,7 @@ NOT_DECODED = (
     Field("chat_template", (VLLM, LLAMA_CPP), ("",)),
     Field("suffix", (OPENAI, VLLM_04, VLLM), ("",)),
     Field("input_prefix input_suffix", (LLAMA_CPP,), ("",)),
+    Field("parse_special", (LLAMA_CPP,), (True,)),
     Field("input_extra image_data", (LLAMA_CPP,), ([],)),
     Field("prompt_embeds", (VLLM,)),
     # Sampling.

@@ -199,6 +199,26 @@ class EngineLoop:
         text = await self._off_loop_if(True, tenant, render)
         return await self.encode(text, add_special_tokens=False, param="messages", is_bounded=is_bounded, tenant=tenant)
 
+    async def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        extras: TemplateExtras = NO_EXTRAS,
+        tenant: str = "",
+    ) -> str:
+        """The text that `encode_chat` encodes, rendered as there."""
+        self._check_loop()
+        render = functools.partial(
+            self._engine.tokenizer.render_chat,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            extras=extras,
+        )
+        return await self._off_loop_if(True, tenant, render)
+
     async def decode(self, token_ids: Sequence[int], *, tenant: str = "") -> str:
         """The text of whole tokens, special ones too. That of many is put together on another thread."""
         decode = functools.partial(self.tokenizer.decode, token_ids, skip_special_tokens=False)

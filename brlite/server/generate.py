@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from aiohttp import web
+from msgspec import Struct
 
 from brlite.config.options import Config
 from brlite.dialects.dialect import Dialect
+from brlite.dialects.openai import encode_json
 from brlite.errors import stopping
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
@@ -32,6 +34,11 @@ async def generate(dialect: Dialect, request: web.Request) -> web.StreamResponse
             await delivery.submit(engine)
             await delivery.send()
     return delivery.response
+
+
+def json_response(answer: Struct | Sequence[Struct]) -> web.Response:
+    """An answer that is not streamed."""
+    return web.Response(body=encode_json(answer), content_type="application/json")
 
 
 @contextmanager

@@ -8,33 +8,18 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from msgspec import UNSET, UnsetType
 
 import brlite
-from brlite.chat.turns import NO_EXTRAS
-from brlite.dialects import DIALECTS
-from brlite.dialects.generation import Chat
-from brlite.dialects.openai import encode_json, token_name
-from brlite.dialects.openai_tokens import (
-    DetokenizeAnswer,
-    TokenizeAnswer,
-    TokenizerInfo,
-    decode_detokenize,
-    decode_tokenize,
-)
+from brlite.dialects import DIALECTS, openai_chat, openai_completions
 from brlite.errors import Forbidden, NotFound
-from brlite.http.body import leave_body, read_body
+from brlite.http.body import leave_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
-from brlite.sampling_params import check_token_ids
 from brlite.server import metrics
-from brlite.server.chat_replies import template_extras
-from brlite.server.engine_requests import encode
-from brlite.server.event_builder import token_text
-from brlite.server.generate import CONFIG, MODELS, admit, generate
-from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card
+from brlite.server.explain import explain
+from brlite.server.generate import CONFIG, MODELS, admit, generate, json_response
+from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card, model_props
 from brlite.server.response_store import STORE
 from brlite.server.responses import (
     cancel_response,
@@ -44,56 +29,10 @@ from brlite.server.responses import (
     get_response,
     list_input_items,
 )
+from brlite.server.tokens import apply_template, detokenize, render, tokenize, tokenizer_info
 
 # Adds the metrics of the upstreams, of one by its name or of `all`, to a text of ours.
 ADD_METRICS: web.AppKey[Callable[[bytes, str], Awaitable[bytes]]] = web.AppKey("add_metrics")
-
-
-async def tokenize(request: web.Request) -> web.Response:
-    """Count and show the tokens of a text of any length: only the body's size is limited."""
-    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = decode_tokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
-    with admit(request, call.model) as model:
-        engine = await model.loaded(limits.max_wait_seconds, tenant)
-        extras, ignored = NO_EXTRAS, list[str]()
-        if isinstance(call.prompt, Chat):
-            extras, ignored = template_extras(call.prompt, engine.tokenizer.chat_format, model.spec)
-        tokens = await encode(call.prompt, engine, tenant, extras=extras, is_bounded=False)
-        token_strs: list[str] | UnsetType = UNSET
-        if call.names_tokens:
-            named = {token_id: token_name(token_text(token_id, engine.tokenizer)) for token_id in set(tokens)}
-            token_strs = [named[token_id] for token_id in tokens]
-    return _json(
-        TokenizeAnswer(len(tokens), engine.info.max_model_len, tokens, token_strs, (*call.warnings, *ignored) or UNSET)
-    )
-
-
-async def detokenize(request: web.Request) -> web.Response:
-    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    body, warnings = decode_detokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds))
-    with admit(request, body.model) as model:
-        engine = await model.loaded(limits.max_wait_seconds, tenant)
-        check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
-        text = await engine.decode(body.tokens, tenant=tenant)
-    return _json(DetokenizeAnswer(text, warnings or UNSET))
-
-
-async def tokenizer_info(request: web.Request) -> web.Response:
-    """The first request of lm-eval. The query parameter `model` is needed where several models are served."""
-    with admit(request, request.query.get("model")) as model:
-        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
-        tokenizer = engine.tokenizer
-        bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
-        info = TokenizerInfo(
-            tokenizer_class=type(tokenizer).__name__,
-            bos_token=None if bos is None else tokenizer.token_text(bos),
-            eos_token=None if eos is None else tokenizer.token_text(eos),
-            pad_token=None,
-            chat_template=tokenizer.chat_template_text,
-            model_max_length=engine.info.max_model_len,
-            vocab_size=tokenizer.vocab_size,
-        )
-    return _json(info)
 
 
 async def not_built(request: web.Request) -> web.Response:
@@ -109,14 +48,14 @@ async def list_models(request: web.Request) -> web.Response:
     models, may_use = request.app[MODELS], request[API_KEY].may_use
     here = [local_card(name, model) for name, model in models.names() if may_use(model.name)]
     remote = [forwarded_card(model) for model in models.forwarded if model.num_available and may_use(model.model)]
-    return _json(ModelList(data=here + remote))
+    return json_response(ModelList(data=here + remote))
 
 
 async def get_model(request: web.Request) -> web.Response:
     name, models = request.match_info["name"], request.app[MODELS]
     forwarded = models.find_forwarded(name)
     request[API_KEY].check_model(models.resolve(name) if forwarded is None else forwarded.model)
-    return _json(local_card(name, models.find(name)) if forwarded is None else forwarded_card(forwarded))
+    return json_response(local_card(name, models.find(name)) if forwarded is None else forwarded_card(forwarded))
 
 
 async def version(request: web.Request) -> web.Response:
@@ -127,6 +66,23 @@ async def health(request: web.Request) -> web.Response:
     """Alive: 200 unless an engine's loop has died, which only a restart mends."""
     is_alive = all(model.is_alive for model in request.app[MODELS])
     return web.json_response({"status": "alive" if is_alive else "failed"}, status=200 if is_alive else 500)
+
+
+async def ping(request: web.Request) -> web.Response:
+    """SageMaker's probe, by GET or POST: 200 with an empty body where `/health` is 200."""
+    return web.Response(status=(await health(request)).status)
+
+
+async def props(request: web.Request) -> web.Response:
+    """llama.cpp's numbers of a model. The query parameter `model` is needed where several models are served."""
+    with admit(request, request.query.get("model")) as model:
+        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
+    return json_response(model_props(model, engine))
+
+
+async def load(request: web.Request) -> web.Response:
+    """vLLM's: the requests of all models in progress, those that wait among them."""
+    return web.json_response({"server_load": sum(model.num_requests for model in request.app[MODELS])})
 
 
 async def ready(request: web.Request) -> web.Response:
@@ -175,18 +131,25 @@ _POSTS: dict[str, Handler] = {
     "/v1/responses": create_response,  # in place of `generate`, which knows no stored ones
     "/v1/responses/input_tokens": count_input_tokens,
     "/v1/responses/{response_id}/cancel": cancel_response,
+    "/v1/chat/completions/render": partial(render, openai_chat.DIALECT),
+    "/v1/completions/render": partial(render, openai_completions.DIALECT),
+    "/apply-template": apply_template,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
+    "/explain": explain,
+    "/ping": ping,
 }
 _GETS = {
     "/v1/models": list_models,
     "/v1/responses/{response_id}": get_response,
     "/v1/responses/{response_id}/input_items": list_input_items,
     "/tokenizer_info": tokenizer_info,
+    "/props": props,
+    "/load": load,
     "/version": version,
 }
 _DELETES = {"/v1/responses/{response_id}": delete_response}
-_PROBES = {"/health": health, "/ready": ready, "/metrics": get_metrics}
+_PROBES = {"/health": health, "/ready": ready, "/ping": ping, "/metrics": get_metrics}
 PATHS = (*_POSTS, *_GETS)
 NOT_BUILT = (
     *(
@@ -201,7 +164,7 @@ NOT_BUILT = (
     *("/v1/images/variations", "/v1/audio/speech", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/files"),
     *("/v1/batches", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/vector_stores", "/v1/assistants", "/v1/threads"),
     *("/v1/realtime", "/v2/rerank", "/rerank", "/score", "/classify", "/pooling", "/embedding", "/infill"),
-    *("/completion", "/apply-template", "/generate", "/api/chat", "/api/generate", "/api/tags", "/api/embed"),
+    *("/completion", "/generate", "/api/chat", "/api/generate", "/api/tags", "/api/embed"),
 )
 
 
@@ -225,9 +188,5 @@ ROUTES = [
     *(web.get(spellings(path), handler) for path, handler in (*_GETS.items(), *_PROBES.items())),
     *(web.route("*", spellings(path, end="(?:/.*)?"), not_built, expect_handler=leave_body) for path in NOT_BUILT),
 ]
-OPEN_PATHS = frozenset({"/health", "/health/", "/ready", "/ready/"})
+OPEN_PATHS = frozenset({"/health", "/health/", "/ready", "/ready/", "/ping", "/ping/"})
 METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
-
-
-def _json(answer: msgspec.Struct) -> web.Response:
-    return web.Response(body=encode_json(answer), content_type="application/json")

@@ -1,15 +1,19 @@
-"""What `/v1/models` and `/ready` say of models, those of this server and those of others.
+"""What `/v1/models`, `/ready` and `/props` say of models, those of this server and those of others.
 
 How requests reach the others is not known here.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, structs
 
+import brlite
+from brlite.engine.admission import context_length
+from brlite.engine.async_engine import EngineLoop
 from brlite.errors import ModelNotFound
+from brlite.sampling_params import SamplingParams
 from brlite.server.served_model import RemoteModel, ServedModel
 
 
@@ -22,6 +26,31 @@ class ModelCard(Struct, kw_only=True):
     parent: str | None = None
     max_model_len: int | UnsetType = UNSET
     status: str
+
+
+class DefaultSettings(Struct):
+    """`n_ctx` is a sequence's longest length in tokens, `params` the sampling parameters' defaults."""
+
+    n_ctx: int
+    params: dict[str, Any]
+
+
+class Modalities(Struct, frozen=True):
+    vision: bool = False
+    audio: bool = False
+
+
+class ModelProps(Struct, kw_only=True):
+    """What llama.cpp's `/props` says of a model. There is no path of a file: clients need none."""
+
+    default_generation_settings: DefaultSettings
+    total_slots: int
+    model_alias: str
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    modalities: Modalities = Modalities()
+    build_info: str
 
 
 class ModelList(Struct, kw_only=True):
@@ -58,3 +87,18 @@ def forwarded_card(model: RemoteModel) -> ModelCard:
 def forwarded_progress(model: RemoteModel) -> dict[str, object]:
     """What `/ready` says of a model."""
     return {"model": model.name, "upstreams": model.num_upstreams, "available": model.num_available}
+
+
+def model_props(model: ServedModel, engine: EngineLoop) -> ModelProps:
+    """What `/props` says of a loaded model."""
+    tokenizer = engine.tokenizer
+    bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
+    return ModelProps(
+        default_generation_settings=DefaultSettings(context_length(engine.info), structs.asdict(SamplingParams())),
+        total_slots=engine.info.max_num_seqs,
+        model_alias=model.name,
+        chat_template=tokenizer.chat_template_text,
+        bos_token=None if bos is None else tokenizer.token_text(bos),
+        eos_token=None if eos is None else tokenizer.token_text(eos),
+        build_info=f"brlite {brlite.__version__}",
+    )

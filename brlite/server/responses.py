@@ -6,6 +6,7 @@ from functools import partial
 
 from aiohttp import web
 
+from brlite.dialects.dialect import Dialect
 from brlite.dialects.generation import Chat, in_client_words
 from brlite.dialects.openai import encode_json
 from brlite.dialects.responses import DIALECT, decode, decode_input_tokens, shown_input_items
@@ -22,12 +23,16 @@ MAX_LISTED_ITEMS = 100
 
 
 async def create_response(request: web.Request) -> web.StreamResponse:
-    """`POST /v1/responses`: the dialect's `decode` and encoder, with the responses that the key may continue."""
+    """`POST /v1/responses`."""
+    return await generate(responses_dialect(request), request)
+
+
+def responses_dialect(request: web.Request) -> Dialect:
+    """The dialect's `decode` and encoder, with the responses that the request's key may continue."""
     stored = _stored(request)
-    dialect = DIALECT._replace(
+    return DIALECT._replace(
         decode=partial(decode, stored=stored), make_encoder=partial(ResponsesEncoder, keep=stored.keep)
     )
-    return await generate(dialect, request)
 
 
 async def count_input_tokens(request: web.Request) -> web.Response:

@@ -57,7 +57,7 @@ async def test_text_becomes_tokens_and_text_again(client: Client) -> None:
     _, chat = await client.post("/tokenize", {"messages": [{"role": "user", "content": "x"}]})
 
     assert tokens == {"count": 3, "max_model_len": 64, "tokens": [110, 195, 169]}
-    assert text == {"prompt": "né"}
+    assert text == {"prompt": "né", "content": "né"}
     assert bytes(chat["tokens"]) == b"user:x\n"
 
 

@@ -1,0 +1,192 @@
+"""`POST /explain`: what a request would come to, and where each of its values is from. Nothing is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from aiohttp import web
+from msgspec import UNSET, Struct, UnsetType, field
+
+from brlite.dialects import DIALECTS
+from brlite.dialects.dialect import Dialect
+from brlite.dialects.generation import Chat, Generation, in_client_words
+from brlite.dialects.json_body import decode_fields
+from brlite.engine.admission import admit as admit_to_engine
+from brlite.engine.async_engine import EngineLoop
+from brlite.engine.request import Request
+from brlite.errors import InvalidRequest
+from brlite.http.body import read_body
+from brlite.http.keys import API_KEY
+from brlite.sampling_params import parameters
+from brlite.server.engine_requests import make_requests
+from brlite.server.generate import CONFIG, admit, json_response
+from brlite.server.responses import responses_dialect
+from brlite.server.served_model import ServedModel
+from brlite.server.tokens import prompt_text
+
+CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+# Other names of parameters in requests, besides those of `Generation.field_names`.
+ALIASES = {
+    "max_tokens": ("max_completion_tokens", "max_output_tokens"),
+    "stop_token_ids": ("stop_tokens_ids",),
+    "logprobs": ("top_logprobs",),
+}
+NOT_SHOWN = ("stop_tokens_ids", "prompt_logprobs")  # another name, and what no request can ask for
+
+Origin = Literal["request", "default", "server"]
+
+
+class ExplainedPrompt(Struct):
+    text: str
+    num_tokens: int
+    token_ids: list[int]
+
+
+class ExplainedValue(Struct):
+    """A value and where it is from: the request, the parameter's default, or this server's config and limits."""
+
+    value: Any
+    origin: Origin = field(name="from")
+    why: str | UnsetType = UNSET
+
+
+class MemoryForecast(Struct):
+    """KV blocks: what the call takes at most, all its sequences whole, and what is there now."""
+
+    block_size: int
+    num_blocks: int
+    num_used_blocks: int
+    num_needed_blocks: int
+    needed_bytes: int
+    fits_now: bool
+
+
+class QueueForecast(Struct):
+    """Sequences now and of this call. Seconds are by the means of earlier requests; null without any."""
+
+    num_running: int
+    num_waiting: int
+    num_new: int
+    max_num_seqs: int
+    starts_at_once: bool
+    prefill_seconds: float | None
+    longest_decode_seconds: float | None
+
+
+class Explanation(Struct, kw_only=True):
+    object: Literal["explanation"] = "explanation"
+    endpoint: str
+    model: str
+    prompts: list[ExplainedPrompt]
+    parameters: dict[str, ExplainedValue]
+    template_variables: dict[str, ExplainedValue]
+    memory: MemoryForecast
+    queue: QueueForecast
+    warnings: tuple[str, ...]
+
+
+async def explain(request: web.Request) -> web.Response:
+    """The body is one of any endpoint that generates; the query's `endpoint` says which, else the fields do."""
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
+    given = {name for name, raw in decode_fields(body).items() if bytes(raw) != b"null"}
+    dialect = _find_dialect(request, given)
+    call = dialect.decode(body, limits)
+    with admit(request, call.model) as model:
+        engine = await model.loaded(limits.max_wait_seconds, tenant)
+        try:
+            made = await make_requests(call, engine, model.spec, "explain", tenant)
+            admitted = [admit_to_engine(each, engine.info, limits) for each in made.requests]
+            texts = [await prompt_text(prompt, engine, model, tenant) for prompt in call.prompts]
+        except InvalidRequest as error:
+            raise in_client_words(error, call.field_names) from None
+    clamps = [line for _, lines in admitted for line in lines]
+    longest = [max_tokens for max_tokens, _ in admitted]
+    explanation = Explanation(
+        endpoint=dialect.path,
+        model=model.name,
+        prompts=[
+            ExplainedPrompt(text, len(each.prompt_token_ids), each.prompt_token_ids)
+            for (text, _), each in zip(texts, made.requests, strict=True)
+        ],
+        parameters=_parameters(call, given, max(longest), clamps),
+        template_variables=_template_variables(call, model),
+        memory=_memory(made.requests, longest, engine),
+        queue=_queue(made.requests, longest, engine),
+        warnings=tuple(dict.fromkeys((*call.warnings, *made.warnings, *clamps))),
+    )
+    return json_response(explanation)
+
+
+def _find_dialect(request: web.Request, given: set[str]) -> Dialect:
+    path = CHAT_PATH if "messages" in given else RESPONSES_PATH if "input" in given else COMPLETIONS_PATH
+    path = request.query.get("endpoint", path)
+    by_path = {dialect.path: dialect for dialect in (*DIALECTS, responses_dialect(request))}
+    if path not in by_path:
+        raise InvalidRequest(f"endpoint must be one of {', '.join(by_path)}, got {path[:64]!r}", param="endpoint")
+    return by_path[path]
+
+
+def _parameters(call: Generation, given: set[str], max_tokens: int, clamps: Iterable[str]) -> dict[str, ExplainedValue]:
+    explained: dict[str, ExplainedValue] = {}
+    for name, parameter in parameters().items():
+        value = getattr(call.params, name)
+        names = (name, call.field_names.get(name, name), *ALIASES.get(name, ()))
+        is_given = not given.isdisjoint(names) or value != parameter.default
+        if name not in NOT_SHOWN:
+            explained[name] = ExplainedValue(value, "request" if is_given else "default")
+    clamp = next(iter(clamps), None)
+    if clamp is not None:
+        explained["max_tokens"] = ExplainedValue(max_tokens, "server", clamp)
+    elif call.params.max_tokens is None:
+        why = "half of the context, or what the prompt has left of it"
+        explained["max_tokens"] = ExplainedValue(max_tokens, "server", why)
+    if call.params.seed is None:
+        explained["seed"] = ExplainedValue(None, "default", "a new random one for each request")
+    return explained
+
+
+def _template_variables(call: Generation, model: ServedModel) -> dict[str, ExplainedValue]:
+    (first, *_) = call.prompts
+    if not isinstance(first, Chat):
+        return {}
+    values = {name: ExplainedValue(value, "server") for name, value in model.spec.chat_template_kwargs.items()}
+    return values | {name: ExplainedValue(value, "request") for name, value in first.variables.items()}
+
+
+def _memory(requests: list[Request], longest: list[int], engine: EngineLoop) -> MemoryForecast:
+    info, stats = engine.info, engine.stats
+    needed = 0
+    for request, max_tokens in zip(requests, longest, strict=True):
+        num_prompt_tokens, size = len(request.prompt_token_ids), info.block_size
+        num_shared = num_prompt_tokens // size if request.params.n > 1 else 0  # by all completions of the prompt
+        needed += num_shared + request.params.n * (-(-(num_prompt_tokens + max_tokens) // size) - num_shared)
+    block_bytes = info.kv_bytes // info.num_blocks if info.num_blocks else 0
+    return MemoryForecast(
+        block_size=info.block_size,
+        num_blocks=info.num_blocks,
+        num_used_blocks=stats.num_used_blocks,
+        num_needed_blocks=needed,
+        needed_bytes=needed * block_bytes,
+        fits_now=needed <= info.num_blocks - stats.num_used_blocks,
+    )
+
+
+def _queue(requests: list[Request], longest: list[int], engine: EngineLoop) -> QueueForecast:
+    info, stats = engine.info, engine.stats
+    num_new = sum(request.params.n for request in requests)
+    num_computed = stats.prompt_tokens - stats.cached_prompt_tokens
+    num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
+    num_gaps = sum(stats.inter_token_latency.counts)
+    prefill = stats.prefill_time.total / num_computed * num_prompt_tokens if num_computed else None
+    decode = stats.inter_token_latency.total / num_gaps * max(longest) if num_gaps else None
+    return QueueForecast(
+        num_running=stats.num_running,
+        num_waiting=stats.num_waiting,
+        num_new=num_new,
+        max_num_seqs=info.max_num_seqs,
+        starts_at_once=stats.num_running + stats.num_waiting + num_new <= info.max_num_seqs,
+        prefill_seconds=prefill,
+        longest_decode_seconds=decode,
+    )

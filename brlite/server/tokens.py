@@ -1,0 +1,145 @@
+"""The endpoints of the tokenizer and of the chat template: what a prompt comes to, without computing it."""
+
+from __future__ import annotations
+
+import uuid
+
+from aiohttp import web
+from msgspec import UNSET, UnsetType, structs
+
+from brlite.chat.turns import NO_EXTRAS
+from brlite.dialects import openai_chat
+from brlite.dialects.dialect import Dialect
+from brlite.dialects.generation import Chat, Prompt, Text, in_client_words
+from brlite.dialects.openai import token_name
+from brlite.dialects.openai_tokens import (
+    AppliedTemplate,
+    DetokenizeAnswer,
+    RenderedRequest,
+    TokenizeAnswer,
+    TokenizerInfo,
+    TokenPiece,
+    decode_detokenize,
+    decode_tokenize,
+    token_piece,
+)
+from brlite.engine.admission import admit as admit_to_engine
+from brlite.engine.async_engine import EngineLoop
+from brlite.errors import InvalidRequest
+from brlite.http.body import read_body
+from brlite.http.keys import API_KEY
+from brlite.sampling_params import check_token_ids
+from brlite.server.chat_replies import template_extras
+from brlite.server.engine_requests import encode, make_requests
+from brlite.server.event_builder import token_text
+from brlite.server.generate import CONFIG, admit, json_response
+from brlite.server.served_model import ServedModel
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    """Count and show the tokens of a text of any length: only the body's size is limited."""
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    call = decode_tokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    with admit(request, call.model) as model:
+        engine = await model.loaded(limits.max_wait_seconds, tenant)
+        extras, ignored = NO_EXTRAS, list[str]()
+        if isinstance(call.prompt, Chat):
+            extras, ignored = template_extras(call.prompt, engine.tokenizer.chat_format, model.spec)
+        tokens = await encode(call.prompt, engine, tenant, extras=extras, is_bounded=False)
+        texts = {}
+        if call.names_tokens or call.has_pieces:
+            texts = {token_id: token_text(token_id, engine.tokenizer) for token_id in set(tokens)}
+    token_strs: list[str] | UnsetType = UNSET
+    if call.names_tokens:
+        names = {token_id: token_name(text) for token_id, text in texts.items()}
+        token_strs = [names[token_id] for token_id in tokens]
+    shown: list[int] | list[TokenPiece] = tokens
+    if call.has_pieces:
+        pieces = {token_id: token_piece(text) for token_id, text in texts.items()}
+        shown = [pieces[token_id] for token_id in tokens]
+    warnings = (*call.warnings, *ignored) or UNSET
+    return json_response(TokenizeAnswer(len(tokens), engine.info.max_model_len, shown, token_strs, warnings))
+
+
+async def detokenize(request: web.Request) -> web.Response:
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    body, warnings = decode_detokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds))
+    with admit(request, body.model) as model:
+        engine = await model.loaded(limits.max_wait_seconds, tenant)
+        check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
+        text = await engine.decode(body.tokens, tenant=tenant)
+    return json_response(DetokenizeAnswer(text, text, warnings or UNSET))
+
+
+async def tokenizer_info(request: web.Request) -> web.Response:
+    """The first request of lm-eval. The query parameter `model` is needed where several models are served."""
+    with admit(request, request.query.get("model")) as model:
+        engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
+        tokenizer = engine.tokenizer
+        bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
+        info = TokenizerInfo(
+            tokenizer_class=type(tokenizer).__name__,
+            bos_token=None if bos is None else tokenizer.token_text(bos),
+            eos_token=None if eos is None else tokenizer.token_text(eos),
+            pad_token=None,
+            chat_template=tokenizer.chat_template_text,
+            model_max_length=engine.info.max_model_len,
+            vocab_size=tokenizer.vocab_size,
+        )
+    return json_response(info)
+
+
+async def apply_template(request: web.Request) -> web.Response:
+    """llama.cpp's: the text of a chat of any length. The fields are those of a chat."""
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    call = openai_chat.decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    with admit(request, call.model) as model:
+        engine = await model.loaded(limits.max_wait_seconds, tenant)
+        text, ignored = await prompt_text(call.prompts[0], engine, model, tenant)
+    return json_response(AppliedTemplate(text, (*call.warnings, *ignored) or UNSET))
+
+
+async def render(dialect: Dialect, request: web.Request) -> web.Response:
+    """vLLM's: a request as the engine would get it. One of a chat; a list of completions, one for each prompt."""
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    call = dialect.decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    with admit(request, call.model) as model:
+        engine = await model.loaded(limits.max_wait_seconds, tenant)
+        try:
+            made = await make_requests(call, engine, model.spec, f"{dialect.id_prefix}{uuid.uuid4().hex}", tenant)
+            rendered = []
+            for prompt, each in zip(call.prompts, made.requests, strict=True):
+                text, _ = await prompt_text(prompt, engine, model, tenant)
+                max_tokens, clamps = admit_to_engine(each, engine.info, limits)
+                rendered.append(
+                    RenderedRequest(
+                        request_id=each.request_id,
+                        model=call.model or model.name,
+                        prompt=text,
+                        token_ids=each.prompt_token_ids,
+                        sampling_params=structs.asdict(structs.replace(each.params, max_tokens=max_tokens)),
+                        cache_salt=call.cache_salt or None,
+                        stream=call.is_streamed,
+                        warnings=(*call.warnings, *made.warnings, *clamps) or UNSET,
+                    )
+                )
+        except InvalidRequest as error:
+            raise in_client_words(error, call.field_names) from None
+    return json_response(rendered[0] if isinstance(call.prompts[0], Chat) else rendered)
+
+
+async def prompt_text(prompt: Prompt, engine: EngineLoop, model: ServedModel, tenant: str) -> tuple[str, list[str]]:
+    """A prompt as text, a chat as its template writes it, and a line for each field that the template ignores."""
+    if isinstance(prompt, Text):
+        return prompt.text, []
+    if not isinstance(prompt, Chat):
+        return await engine.decode(prompt.token_ids, tenant=tenant), []
+    extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, model.spec)
+    text = await engine.render_chat(
+        prompt.messages,
+        add_generation_prompt=prompt.add_generation_prompt,
+        continue_final_message=prompt.continue_final_message,
+        extras=extras,
+        tenant=tenant,
+    )
+    return text, ignored

@@ -1,0 +1,181 @@
+"""What a request would come to: `/explain`, vLLM's `render` and llama.cpp's `/apply-template`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from brlite.config.options import KeysConfig
+from tests.server.conftest import Client, chat_body, completion_body
+
+MakeClient = Callable[..., Awaitable[Client]]
+
+
+async def test_the_prompt_is_shown_as_text_and_as_tokens(client: Client) -> None:
+    _, explained = await client.post("/explain", chat_body("hi"))
+
+    (prompt,) = explained["prompts"]
+    assert (explained["endpoint"], explained["model"]) == ("/v1/chat/completions", "fake")
+    assert prompt == {"text": "user:hi\n", "num_tokens": 8, "token_ids": list(b"user:hi\n")}
+    answer = await client.chat("hi")
+    assert answer["usage"]["prompt_tokens"] == prompt["num_tokens"]
+
+
+async def test_each_parameter_says_where_its_value_is_from(client: Client) -> None:
+    body = {"prompt": "hi", "top_p": 0.5, "max_tokens": 1000, "stop_tokens_ids": [5]}
+
+    _, explained = await client.post("/explain", body)
+
+    parameters = explained["parameters"]
+    assert parameters["top_p"] == {"value": 0.5, "from": "request"}
+    assert parameters["top_k"] == {"value": -1, "from": "default"}
+    assert parameters["stop_token_ids"] == {"value": [5], "from": "request"}
+    assert (parameters["max_tokens"]["value"], parameters["max_tokens"]["from"]) == (32, "server")
+    assert "half of build_seq" in parameters["max_tokens"]["why"]
+    assert explained["warnings"] == [parameters["max_tokens"]["why"]]
+    assert parameters["seed"]["value"] is None
+
+
+async def test_a_value_that_is_the_default_but_was_given_is_from_the_request(client: Client) -> None:
+    _, explained = await client.post("/explain", {"messages": chat_body()["messages"], "max_completion_tokens": 5})
+    _, others = await client.post("/explain", {"input": "hi", "temperature": 1})
+
+    assert explained["parameters"]["max_tokens"] == {"value": 5, "from": "request"}
+    assert others["endpoint"] == "/v1/responses"
+    assert others["parameters"]["temperature"] == {"value": 1.0, "from": "request"}
+
+
+async def test_the_forecast_is_what_the_request_then_takes(client: Client) -> None:
+    body = completion_body("hello", n=2, max_tokens=7)
+
+    _, before = await client.post("/explain", body)
+    await client.complete("hello", n=2, max_tokens=7)
+    _, after = await client.post("/explain", body)
+
+    # 5 tokens of the prompt fill one block of 4, which both share; 12 tokens fill three.
+    assert (before["memory"]["num_needed_blocks"], before["memory"]["fits_now"]) == (5, True)
+    assert (before["queue"]["num_new"], before["queue"]["starts_at_once"]) == (2, True)
+    assert before["queue"]["prefill_seconds"] is None
+    assert after["queue"]["prefill_seconds"] > 0
+    assert after["queue"]["longest_decode_seconds"] > 0
+
+
+async def test_a_request_that_would_be_refused_is_refused_in_the_same_words(client: Client) -> None:
+    for body in (completion_body("x" * 100), completion_body(top_k=5000), completion_body(n=1000)):
+        assert await client.post("/explain", body) == await client.post("/v1/completions", body)
+    status, answer = await client.post("/explain?endpoint=/x", completion_body())
+    assert (status, answer["error"]["param"]) == (400, "endpoint")
+
+
+async def test_nothing_is_computed(client: Client) -> None:
+    await client.post("/explain", chat_body())
+    await client.post("/v1/chat/completions/render", chat_body())
+
+    assert client.backend.batches == []
+
+
+async def test_a_chat_is_rendered_as_the_engine_gets_it(client: Client) -> None:
+    _, chat = await client.post("/v1/chat/completions/render", chat_body("hi", max_tokens=5, stream=True))
+    _, completions = await client.post("/v1/completions/render", completion_body(["a", "b"], n=2))
+
+    assert (chat["prompt"], chat["token_ids"], chat["stream"]) == ("user:hi\n", list(b"user:hi\n"), True)
+    assert (chat["sampling_params"]["max_tokens"], chat["sampling_params"]["temperature"]) == (5, 0)
+    assert chat["request_id"].startswith("chatcmpl-")
+    assert [(each["prompt"], each["token_ids"]) for each in completions] == [("a", [97]), ("b", [98])]
+
+
+async def test_a_template_is_applied_to_a_chat_longer_than_the_context(client: Client) -> None:
+    for path in ("/apply-template", "/v1/apply-template/"):
+        status, answer = await client.post(path, {"messages": [{"role": "user", "content": "x" * 100}]})
+
+        assert (status, answer) == (200, {"prompt": f"user:{'x' * 100}\n"})
+
+
+@pytest.mark.parametrize(
+    ("body", "tokens"),
+    [
+        ({"content": "né"}, list("né".encode())),
+        ({"content": "a", "with_pieces": True}, [{"id": 97, "piece": "a"}]),
+        (
+            {"content": "é", "with_pieces": True, "parse_special": True, "add_special": True},
+            [{"id": 195, "piece": [195]}, {"id": 169, "piece": [169]}],
+        ),
+        ({"content": "x" * 100}, [120] * 100),
+    ],
+)
+async def test_texts_are_tokenized_in_llama_cpps_words(client: Client, body: dict[str, Any], tokens: list[Any]) -> None:
+    status, answer = await client.post("/tokenize", body)
+
+    assert (status, answer["tokens"]) == (200, tokens)
+
+
+async def test_detokenized_text_has_both_names(client: Client) -> None:
+    _, answer = await client.post("/detokenize", {"tokens": list(b"hi")})
+
+    assert answer == {"prompt": "hi", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"content": "a", "prompt": "b"}, "prompt"),
+        ({"prompt": "a", "with_pieces": True}, "with_pieces"),
+        ({"content": "a", "tools": [{}]}, "tools[0].type"),
+        ({"content": "a", "parse_special": False}, "parse_special"),
+    ],
+)
+async def test_what_does_not_go_together_is_refused(client: Client, body: dict[str, Any], param: str) -> None:
+    status, answer = await client.post("/tokenize", body)
+
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+async def test_small_endpoints_of_other_servers_answer(client: Client) -> None:
+    _, props = await client.get("/props")
+    _, load = await client.get("/load")
+
+    assert (props["total_slots"], props["default_generation_settings"]["n_ctx"]) == (4, 64)
+    assert (props["model_alias"], props["eos_token"], props["modalities"]["vision"]) == ("fake", "<256>", False)
+    assert load == {"server_load": 0}
+    for method in ("get", "post"):
+        async with client.session.request(method, client.url + "/ping") as response:
+            assert (response.status, await response.read()) == (200, b"")
+
+
+async def test_a_probe_needs_no_key_and_everything_else_does(make_client: MakeClient) -> None:
+    client = await make_client(config={"keys": KeysConfig(keys=("secret",))})
+
+    async with client.session.get(client.url + "/ping") as response:
+        assert response.status == 200
+    for path in ("/props", "/load", "/tokenizer_info"):
+        assert (await client.get(path))[0] == 401
+    for path in ("/explain", "/apply-template", "/v1/completions/render"):
+        assert (await client.post(path, chat_body()))[0] == 401
+
+
+@pytest.mark.parametrize("path", ["/props//", "//v1/load", "/ping/", "/v1/responses/resp_x/", "//responses//resp_x"])
+async def test_new_paths_are_found_as_clients_spell_them(client: Client, path: str) -> None:
+    async with client.session.get(client.url + path) as response:
+        text = await response.text()
+
+    assert response.status == 404 if "resp_x" in path else response.status == 200
+    assert "unknown endpoint" not in text
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream", "*/*"])
+async def test_the_body_alone_says_whether_a_response_is_streamed(client: Client, accept: str) -> None:
+    for path, body in (
+        ("/v1/chat/completions", chat_body()),
+        ("/v1/completions", completion_body()),
+        ("/v1/responses", {"input": "hi"}),
+    ):
+        for is_streamed in (False, True):
+            answer = client.session.post(
+                client.url + path, json={**body, "stream": is_streamed}, headers={"Accept": accept}
+            )
+            async with answer as response:
+                kind = "text/event-stream" if is_streamed else "application/json"
+                assert (response.status, response.content_type) == (200, kind)
