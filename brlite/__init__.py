@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from brlite.config.options import Config
     from brlite.llm import LLM, AsyncEngine
     from brlite.outputs import RequestOutput
-    from brlite.sampling_params import SamplingParams, StructuredOutput
+    from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncEngine",
     "Config",
+    "PoolingParams",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutput",
@@ -34,6 +35,7 @@ _HOMES = {
     "Config": "brlite.config.options",
     "load_config": "brlite.config.load",
     "RequestOutput": "brlite.outputs",
+    "PoolingParams": "brlite.sampling_params",
     "SamplingParams": "brlite.sampling_params",
     "StructuredOutput": "brlite.sampling_params",
     "create_app": "brlite.app",

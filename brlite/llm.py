@@ -35,7 +35,7 @@ from brlite.engine.request import Request
 from brlite.errors import BrliteError, EngineError, InvalidRequest, ModelError
 from brlite.outputs import RequestOutput
 from brlite.process.waiting import start_daemon
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import PoolingParams, SamplingParams
 from brlite.tokenizer import ChildLimits, Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -247,6 +247,25 @@ class LLM:
         """The model's own defaults, of its generation config, and beside them what is `given`. vLLM's name."""
         return SamplingParams(**{**self._engine.sampling_defaults, **given})
 
+    def embed(
+        self, prompts: str | Sequence[str | Sequence[int]], pooling_params: PoolingParams | None = None
+    ) -> list[RequestOutput]:
+        """Embed prompts, given as texts or token ids: one output a prompt, in order, each with its `.embedding`.
+
+        That is an array of float32, which `list` and `numpy.asarray` take. Raises as `generate` does.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        pooling = pooling_params or PoolingParams()
+        with self._taking_turn():
+            requests = [
+                self._checked(number, prompt, SamplingParams(), pooling) for number, prompt in enumerate(prompts)
+            ]
+            try:
+                return _Run(self._engine, self._backend, requests, None).finish()
+            except EngineError:
+                self._check_open()
+                raise
+
     def check(self, prompt: str | Sequence[int], params: SamplingParams) -> None:
         """Raise `InvalidRequest` for a prompt that `generate` would refuse."""
         self._engine.check(self._request(prompt, params))
@@ -289,15 +308,19 @@ class LLM:
         if self._is_closed:
             raise EngineError("the LLM is closed")
 
-    def _checked(self, number: int, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+    def _checked(
+        self, number: int, prompt: str | Sequence[int], params: SamplingParams, pooling: PoolingParams | None = None
+    ) -> Request:
         try:
-            request = self._request(prompt, params)
+            request = self._request(prompt, params, pooling)
             self._engine.check(request)
         except InvalidRequest as error:
             raise type(error)(f"prompts[{number}]: {error}", param=error.param, code=error.code) from None
         return request
 
-    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+    def _request(
+        self, prompt: str | Sequence[int], params: SamplingParams, pooling: PoolingParams | None = None
+    ) -> Request:
         return Request(
             request_id=str(next(self._ids)),
             prompt=prompt if isinstance(prompt, str) else None,
@@ -308,6 +331,7 @@ class LLM:
             grammar=self._engine.compiler.compile_on_thread(params.structured),
             bad_words=self._engine.encode_bad_words(params),
             group="generate",  # no turns between the requests of one call
+            pooling=pooling,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Literal
 
 import msgspec
@@ -47,6 +48,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     """What is new in a request since its last output; `LLM.generate` returns one that holds it all.
 
     `prompt_logprobs` has one entry for each prompt token, the first of them None; it comes with the first output.
+    `embedding` (float32) is the last output of a request for one, whose only completion is empty.
     `warnings` says every clamp and fallback that touched the request.
     """
 
@@ -57,6 +59,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     prompt: str | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     num_cached_tokens: int = 0
+    embedding: array[float] | None = None
     warnings: tuple[str, ...] = ()
 
     def merge(self, later: RequestOutput) -> None:
@@ -69,5 +72,6 @@ class RequestOutput(msgspec.Struct, kw_only=True):
                 self.outputs.append(output)
         self.finished = later.finished
         self.num_cached_tokens = later.num_cached_tokens
+        self.embedding = later.embedding
         if later.prompt_logprobs is not None:
             self.prompt_logprobs = later.prompt_logprobs

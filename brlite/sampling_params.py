@@ -12,7 +12,7 @@ import reprlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Real
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta, inspect
@@ -24,6 +24,8 @@ GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it
 MAX_LOGIT_BIAS = 100.0
 # What a model's generation_config.json may set for requests that do not: vLLM's list, without its bound on the length.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+Pooling = Literal["last", "mean"]
 
 
 Finite = Annotated[float, Meta(ge=-MAX, le=MAX)]
@@ -70,6 +72,29 @@ class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidRequest(f"{self.param} must have exactly one of {names}, got {num_wishes}", param=self.param)
         if self.whitespace_pattern and not (self.json_schema or self.json_object or self.structural_tag):
             raise InvalidRequest(f"{self.param}: whitespace_pattern is for JSON only", param=self.param)
+
+
+class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How a prompt's hidden states become its embedding. Raises `InvalidRequest`, naming the field.
+
+    `pooling` takes the hidden state of the last token or the mean of all; None: as the model does. `dimensions` keeps
+    the first so many numbers, for models that are made for it. With `normalize` the vector is scaled to length 1.
+    """
+
+    pooling: Pooling | None = None
+    dimensions: int | None = None
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.pooling is not None and self.pooling not in get_args(Pooling):
+            allowed = " or ".join(get_args(Pooling))
+            raise InvalidRequest(f"pooling must be {allowed}, got {reprlib.repr(self.pooling)}", param="pooling")
+        is_whole = isinstance(self.dimensions, int) and not isinstance(self.dimensions, bool)
+        if self.dimensions is not None and not (is_whole and self.dimensions >= 1):
+            raise InvalidRequest(
+                f"dimensions must be a whole number of at least 1, got {reprlib.repr(self.dimensions)}",
+                param="dimensions",
+            )
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+
+from brlite.backends.pooling import pooled_result
 from brlite.chat.turns import joined_text
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SamplingInput, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import InvalidRequest
@@ -16,6 +20,7 @@ from tests.limits import PATIENCE_SECONDS
 VOCAB_SIZE = 260
 EOS = 256
 BLOCK_SIZE = 4
+HIDDEN_SIZE = 4
 
 
 class ByteTokenizer:
@@ -93,6 +98,11 @@ def repeating_token(context: Sequence[int], seed: int) -> int:
     return 97 + (2 * context[-1] + sum(context[-2:-1]) + seed) % 3
 
 
+def hidden_state(context: Sequence[int]) -> list[float]:
+    """Whole numbers, whose sums are exact, that depend on every token of the context."""
+    return [float(byte - 128) for byte in blake2b(repr(list(context)).encode(), digest_size=HIDDEN_SIZE).digest()]
+
+
 class FakeBackend:
     """A model whose next token is a function of its whole context, which it reads back through the block table.
 
@@ -110,6 +120,9 @@ class FakeBackend:
         block_size: int = BLOCK_SIZE,
         max_draft_tokens: int = 0,
         fingerprint: str = "fake",
+        hidden_size: int = HIDDEN_SIZE,
+        pooling: Literal["last", "mean", "none"] = "last",
+        matryoshka_dimensions: tuple[int, ...] = (),
         next_token: Callable[[Sequence[int], int], int] = printable_token,
         fault: Callable[[ScheduledSeq], str | None] = lambda seq: None,
     ) -> None:
@@ -129,6 +142,9 @@ class FakeBackend:
             max_draft_tokens=max_draft_tokens,
             fingerprint=fingerprint,
             is_batch_invariant=True,
+            hidden_size=hidden_size,
+            pooling=pooling,
+            matryoshka_dimensions=matryoshka_dimensions,
         )
         self.batches: list[Batch] = []
         self.is_closed = False
@@ -159,6 +175,13 @@ class FakeBackend:
         end = seq.start + len(seq.token_ids)
         context = [self._cache[seq.block_table[position // size]][position % size] for position in range(end)]
         prompt_logprobs = [self._logprob(target, seq.num_prompt_logprobs) for target in seq.prompt_targets]
+        if seq.pooling is not None:
+            assert self.info.hidden_size
+            assert seq.sampling is None
+            total = array("d", seq.pooling.total or bytes(8 * HIDDEN_SIZE))
+            for length in range(end + 1 - seq.pooling.num_tokens, end + 1):
+                total = array("d", map(float.__add__, total, hidden_state(context[:length])))
+            return pooled_result(seq.seq_id, seq.pooling, np.array(total))
         if seq.sampling is None:
             return SeqResult(seq.seq_id, prompt_logprobs=prompt_logprobs)
         tokens = list(self._draw(batch, seq, seq.sampling, context))

@@ -12,20 +12,25 @@ from brlite.config.options import LimitsConfig
 from brlite.engine.backend import BackendInfo
 from brlite.engine.request import Request
 from brlite.errors import InvalidRequest, PromptTooLong
-from brlite.sampling_params import SamplingParams, check_token_ids
+from brlite.sampling_params import PoolingParams, SamplingParams, check_token_ids
 
 
 def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[int, tuple[str, ...]]:
     """How many tokens each completion may have, and a line for each clamp. Raises `InvalidRequest`.
 
-    As in the manual, `max_tokens` beyond half of `build_seq` is cut to that; here the answer says so.
+    As in the manual, `max_tokens` beyond half of `build_seq` is cut to that; here the answer says so. A prompt whose
+    embedding is wanted may fill the context.
     """
     if not request.prompt_token_ids:
         raise InvalidRequest("the prompt must hold at least one token", param="prompt")
     num_prompt_tokens, length = len(request.prompt_token_ids), context_length(info)
-    if num_prompt_tokens >= length:
-        raise prompt_too_long(num_prompt_tokens, info)
+    num_further = 0 if request.pooling is not None else 1
+    if num_prompt_tokens > length - num_further:
+        raise prompt_too_long(num_prompt_tokens, info, num_further=num_further)
     check_token_ids(request.prompt_token_ids, info.vocab_size, param="prompt")
+    if request.pooling is not None:
+        check_pooling(request.pooling, info)
+        return 0, ()
     check_limits(request.params, limits)
     request.params.check_vocabulary(info.vocab_size)
     if request.params.prompt_logprobs is not None and not info.has_prompt_logprobs:
@@ -61,16 +66,38 @@ def context_length(info: BackendInfo) -> int:
     return min(info.max_model_len, info.num_blocks * info.block_size)
 
 
-def prompt_too_long(num_tokens: int, info: BackendInfo, *, param: str = "prompt", at_least: str = "") -> PromptTooLong:
-    """The error for a prompt of so many tokens, which leaves no room for a completion."""
+def check_pooling(params: PoolingParams, info: BackendInfo) -> None:
+    """Raise `InvalidRequest` for an embedding that this model, or its backend, does not give."""
+    if not info.hidden_size:
+        raise InvalidRequest("embeddings cannot be had from this server's engine", code="embeddings_not_supported")
+    if info.pooling == "none":
+        raise InvalidRequest(
+            "this model has no embeddings, by its files or by this server's setting pooling",
+            code="embeddings_not_supported",
+        )
+    size, allowed = params.dimensions, info.matryoshka_dimensions
+    if size is None or size == info.hidden_size or (size < info.hidden_size and (size in allowed or 0 in allowed)):
+        return
+    shorter = f"1 to {info.hidden_size}" if 0 in allowed else ", ".join(map(str, (*allowed, info.hidden_size)))
+    raise InvalidRequest(
+        f"dimensions must be {shorter} for this model, got {size}; the lengths that its embeddings may be cut to are "
+        "those of its config.json or of this server's setting matryoshka_dimensions",
+        param="dimensions",
+    )
+
+
+def prompt_too_long(
+    num_tokens: int, info: BackendInfo, *, param: str = "prompt", at_least: str = "", num_further: int = 1
+) -> PromptTooLong:
+    """The error for a prompt of so many tokens, which leaves no room for the `num_further` that a completion needs."""
     length = context_length(info)
     setting = "num_blocks" if length < info.max_model_len else "build_seq"
     error = PromptTooLong(
-        f"This model's maximum context length is {length} tokens, prompt and completion together, "
+        f"This model's maximum context length is {length} tokens{', prompt and completion together' * num_further}, "
         f"by this server's setting {setting}; the prompt has {at_least}{num_tokens} tokens",
         param=param,
     )
-    error.num_tokens, error.max_tokens = num_tokens, length - 1
+    error.num_tokens, error.max_tokens = num_tokens, length - num_further
     return error
 
 

@@ -11,6 +11,7 @@ import functools
 import logging
 import uuid
 import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,7 +19,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 from brlite.config.options import EngineConfig
-from brlite.engine.admission import context_length, prompt_too_long
+from brlite.engine.admission import context_length, prompt_too_long, read_token_ids
 from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, StepResult, close_dropped
 from brlite.engine.bad_words import TokenIds
 from brlite.engine.engine import Engine
@@ -29,7 +30,7 @@ from brlite.engine.stats import EngineStats
 from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady, stopping
 from brlite.grammar.compiler import Grammar, deep_stack
 from brlite.outputs import RequestOutput
-from brlite.sampling_params import SamplingParams, StructuredOutput
+from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 from brlite.tokenizer import NO_EXTRAS, TemplateExtras, Tokenizer
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 LOST = "a process that computes the model is gone; the request was not completed"
 RETRY_SECONDS = 5  # Retry-After of a request to an engine that does not run
+_NO_COMPLETION = SamplingParams()
 LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
 
 
@@ -159,19 +161,23 @@ class EngineLoop:
         add_special_tokens: bool = True,
         param: str = "prompt",
         is_bounded: bool = True,
+        num_further: int = 1,
         tenant: str = "",
     ) -> list[int]:
         """Token ids of a text. A long one is encoded on another thread, so that streams do not stall meanwhile.
 
         Tenants share that thread in turns.
-        Raises `PromptTooLong` before that, if it `is_bounded`, for a text that is too long however it is encoded.
+        Raises `PromptTooLong` before that, if it `is_bounded`, for a text that is too long however it is encoded, with
+        `num_further` tokens behind it.
         """
         self._check_loop()
         tokenizer = self._engine.tokenizer
         if is_bounded:
             fewest = tokenizer.fewest_tokens(text)
-            if fewest >= context_length(self._engine.info):
-                raise prompt_too_long(fewest, self._engine.info, param=param, at_least="at least ")
+            if fewest > context_length(self._engine.info) - num_further:
+                raise prompt_too_long(
+                    fewest, self._engine.info, param=param, at_least="at least ", num_further=num_further
+                )
         encode = functools.partial(tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
         return await self._off_loop_if(len(text) > LONG_TEXT, tenant, encode)
 
@@ -279,6 +285,78 @@ class EngineLoop:
         finally:
             if not is_finished:
                 self.abort(request.request_id)
+
+    async def embed(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        params: PoolingParams | None = None,
+        *,
+        request_id: str | None = None,
+        cache_salt: str = "",
+        tenant: str = "",
+        names: Sequence[str] = (),
+    ) -> list[RequestOutput]:
+        """Each prompt's embedding, in order: `.embedding` of what is returned. Together they have one turn.
+
+        Raises `InvalidRequest` for a prompt that is wrong, by its name ("prompts[0]" if there are no `names`), before
+        anything runs; and what ended the first of them where something did. Cancelling the task aborts them all.
+        """
+        prefix, requests = request_id or uuid.uuid4().hex, list[Request]()
+        for number, prompt in enumerate(prompts):
+            text = prompt if isinstance(prompt, str) else None
+            param = names[number] if names else f"prompts[{number}]"
+            if text is not None:
+                await asyncio.sleep(0)  # short texts are encoded here: between two of them others have the loop
+            request = Request(
+                request_id=f"{prefix}-{number}",
+                prompt=text,
+                prompt_token_ids=await self.encode(text, param=param, num_further=0, tenant=tenant)
+                if text is not None
+                else read_token_ids(prompt),
+                params=_NO_COMPLETION,
+                cache_salt=cache_salt,
+                tenant=tenant,
+                group=prefix,
+                is_exempt_from_queue_timeout=number > 0,
+                pooling=params or PoolingParams(),
+            )
+            try:
+                self._engine.check(request)
+            except InvalidRequest as error:
+                raise _named(error, param) from None
+            requests.append(request)
+        return await self._run_together(requests)
+
+    async def _run_together(self, requests: list[Request]) -> list[RequestOutput]:
+        """What requests without deltas give, all or none. The engine has enough of them for two steps at a time."""
+        changed, outputs, error = asyncio.Event(), dict[str, RequestOutput](), list[BrliteError]()
+        waiting, running = deque(requests), set[str]()
+
+        def take(request_id: str, output: RequestOutput | BrliteError) -> None:
+            running.discard(request_id)
+            if isinstance(output, BrliteError):
+                error.append(output)
+            elif output.embedding is None:
+                error.append(EngineError("the request was aborted"))
+            else:
+                outputs[request_id] = output
+            changed.set()
+
+        try:
+            while waiting or running:
+                while waiting and len(running) < 2 * self.info.max_num_seqs:
+                    request = waiting.popleft()
+                    self.submit(request, functools.partial(take, request.request_id))
+                    running.add(request.request_id)
+                await changed.wait()
+                changed.clear()
+                if error:
+                    raise error[0]
+        finally:
+            for request_id in running:
+                self._engine.abort(request_id)
+            self._wake.set()
+        return [outputs[request.request_id] for request in requests]
 
     async def wait_idle(self) -> None:
         """Return when no request is left."""
@@ -444,6 +522,13 @@ class OutputStream:
         if self._error is not None:
             self._ready.set()
         return output
+
+
+def _named(error: InvalidRequest, param: str) -> InvalidRequest:
+    """The refusal of one prompt of several. What concerns all of them keeps its own name."""
+    if error.param != "prompt":
+        return error
+    return type(error)(f"{param}: {error}", param=param, code=error.code)
 
 
 def _call_soon(engine: weakref.ref[EngineLoop], loop: asyncio.AbstractEventLoop, error: BackendLost) -> None:

@@ -12,13 +12,13 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple, NoReturn, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import msgspec
 
 from brlite.errors import BackendLost, EngineError
 from brlite.outputs import TokenLogprob
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import PoolingParams, SamplingParams
 
 MASK_WAIT_SECONDS = 60.0  # for masks that a step waits for; a usual one takes a fraction of a millisecond
 _WORD_BYTES = 4
@@ -45,11 +45,14 @@ class PoolingInput(msgspec.Struct, frozen=True, array_like=True):
     """Which hidden states of a run are wanted: those of its last `num_tokens`, added one by one to `total`.
 
     A hidden state [H] is what the head reads: the last layer's, after the final norm, in float32. `total` (float64 [H])
-    is the sum over earlier runs of the same prompt; empty: zeros.
+    is the sum over earlier runs of the same prompt; empty: zeros. With `params` this run is the last, and the embedding
+    is wanted: the sum, divided by the `num_pooled` hidden states that are in it, cut and scaled.
     """
 
     num_tokens: int
     total: bytes = b""
+    params: PoolingParams | None = None
+    num_pooled: int = 1
 
 
 class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
@@ -167,7 +170,7 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True):
     """What a step found for one sequence: the tokens drawn (none for a prompt chunk with more to come).
 
     They are the guesses that were right and one token more: what steps of one token each would have drawn.
-    `hidden_total` (float64 [H]) is the sum that `PoolingInput` asks for.
+    `hidden_total` (float64 [H]) or `embedding` (float32) are what `PoolingInput` asks for.
     `error` says why this sequence cannot go on, for example logits that are not finite; others are untouched.
     """
 
@@ -176,6 +179,7 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[TokenLogprob] = []
     error: str | None = None
     hidden_total: bytes = b""
+    embedding: bytes = b""
 
     @classmethod
     def not_finite(cls, seq_id: int) -> SeqResult:
@@ -200,7 +204,9 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     `fingerprint` identifies weights, precision and kernels: equal ones give equal bits. A batch-invariant backend gives
     a row the same bits in any batch; only such a one can verify guesses, `max_draft_tokens` of a sequence in one step.
-    One without `has_prompt_logprobs` is never given prompt targets, one whose `hidden_size` is 0 no pooling.
+    One without `has_prompt_logprobs` is never given prompt targets, one whose `hidden_size` is 0 no pooling. `pooling`
+    is the model's own way to make embeddings ("none": it has none), `matryoshka_dimensions` are the lengths that they
+    may be cut to (0 among them: any).
     """
 
     name: str
@@ -222,6 +228,8 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     is_batch_invariant: bool = False
     has_prompt_logprobs: bool = True
     hidden_size: int = 0
+    pooling: Literal["last", "mean", "none"] = "last"
+    matryoshka_dimensions: tuple[int, ...] = ()
 
 
 class Backend(Protocol):

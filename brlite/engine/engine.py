@@ -11,6 +11,7 @@ import logging
 import math
 import secrets
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -31,7 +32,7 @@ from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest, QueueFull, QueueTimeout
 from brlite.grammar.compiler import GrammarCompiler
 from brlite.outputs import CompletionOutput, FinishReason, RequestOutput
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import Pooling, PoolingParams, SamplingParams
 from brlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -117,6 +118,7 @@ class Engine:
             seed=secrets.randbits(64) if seed is None else seed,
             arrival_time=self._clock(),
             cache_root=cache_root(self._cache_salt(request)),
+            pooling=_pooling(request.pooling, self.info) if request.pooling is not None else None,
         )
         self._requests[request.request_id] = state
         # Siblings wait until the first prompt is cached: n=8 then costs one prefill, not eight.
@@ -290,6 +292,8 @@ class Engine:
             state.add_prompt_logprobs(result.prompt_logprobs, is_first=seq.num_computed_tokens == 0)
         seq.num_computed_tokens += num_tokens
         self._blocks.seal(seq)
+        if state.pooling is not None:
+            self._take_in_hidden(seq, result, now)
         if result.tokens and state.prompt_done_time is None:
             self._finish_prompt(state, now)
         if seq.draft_token_ids:
@@ -297,6 +301,19 @@ class Engine:
             seq.draft_token_ids = []
         if result.tokens:
             self._append_all(seq, result.tokens, now)
+
+    def _take_in_hidden(self, seq: Sequence, result: SeqResult, now: float) -> None:
+        """The hidden states of a prompt's chunk, or the embedding, which ends the request."""
+        seq.hidden_total = result.hidden_total
+        if not result.embedding:
+            return
+        state = seq.state
+        state.embedding = array("f", result.embedding)
+        state.prompt_done_time = now
+        self.stats.note_prompt_done(state, now)
+        seq.finish_reason = "stop"
+        state.add_delta(CompletionOutput(index=seq.index, finish_reason="stop"))
+        self._scheduler.finish(seq)
 
     def _finish_prompt(self, state: RequestState, now: float) -> None:
         """The prompt is computed and cached: let the siblings queue."""
@@ -407,6 +424,11 @@ class Engine:
         self.stats.num_used_blocks = self._blocks.num_used
         self.stats.num_blocks = self._blocks.num_blocks
         self.stats.preemptions = self._preemptions_before + self._scheduler.num_preemptions
+
+
+def _pooling(params: PoolingParams, info: BackendInfo) -> Pooling:
+    """How an admitted request's embedding is made: by its own wish, or the model's way."""
+    return params.pooling or ("mean" if info.pooling == "mean" else "last")
 
 
 def _interpret(

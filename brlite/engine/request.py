@@ -18,7 +18,7 @@ from brlite.errors import BrliteError
 from brlite.grammar.compiler import Grammar
 from brlite.grammar.matcher import Matcher
 from brlite.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import Pooling, PoolingParams, SamplingParams
 
 # Receives a request's deltas on the event-loop thread. The last one is finished, or it is the error that ended it.
 Sink = Callable[[RequestOutput | BrliteError], None]
@@ -33,7 +33,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     their own. Requests of one `group` were asked for at once and share a turn; without one each is its own.
     One that is exempt from the queue timeout belongs to a body whose first request is not exempt: it waits without a
     limit. `grammar` is what `params.structured` was compiled to, `bad_words` are the tokens of `params.bad_words`.
-    `shown_token_ids` are special tokens that stand in the text, although others are left out.
+    `shown_token_ids` are special tokens that stand in the text, although others are left out. With `pooling` the
+    prompt's embedding is wanted, and no completion.
     """
 
     request_id: str
@@ -47,6 +48,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     grammar: Grammar | None = None
     bad_words: tuple[tuple[int, ...], ...] | None = None
     shown_token_ids: frozenset[int] = frozenset()
+    pooling: PoolingParams | None = None
 
 
 class SequenceStatus(enum.Enum):
@@ -106,6 +108,7 @@ class Sequence:
     draft_token_ids: list[int] = field(default_factory=list)
     first_token_time: float = 0.0
     last_token_time: float = 0.0
+    hidden_total: bytes = b""  # of the computed tokens, where a mean is wanted
 
     @property
     def num_tokens(self) -> int:
@@ -134,7 +137,7 @@ class Sequence:
 class RequestState:
     """A request on its way through the engine. `delta` collects what its sink has not been given yet.
 
-    It has one sequence until its prompt is cached, and `n` from then on.
+    It has one sequence until its prompt is cached, and `n` from then on. `pooling` is how its embedding is made.
     """
 
     request: Request
@@ -153,6 +156,8 @@ class RequestState:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     delta: dict[int, CompletionOutput] = field(default_factory=dict)
     has_output: bool = False
+    pooling: Pooling | None = None
+    embedding: array[float] | None = None
     is_aborted: bool = False
 
     @property
@@ -196,6 +201,7 @@ class RequestState:
             outputs=list(self.delta.values()),
             finished=self.is_finished,
             num_cached_tokens=self.num_cached_tokens,
+            embedding=self.embedding,
             warnings=self.warnings,
         )
         self.delta = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
-from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, TokenMasks
+from brlite.engine.backend import Batch, PoolingInput, SamplingInput, ScheduledSeq, TokenMasks
 from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.drafting import Drafter, StepForecast
@@ -213,7 +213,10 @@ class Scheduler:
         self.waiting.add(seq, is_first=True)
 
     def _match(self, seq: Sequence) -> list[int]:
-        return [] if seq.wants_prompt_logprobs else self._blocks.match_prefix(seq)
+        """The cached blocks it can share: none where something is wanted of each token, which is not in the cache."""
+        if seq.wants_prompt_logprobs or seq.state.pooling == "mean":
+            return []
+        return self._blocks.match_prefix(seq)
 
     def _stop(self, seq: Sequence) -> None:
         """Have a running sequence wait, to be computed again where its blocks are not in the cache any more."""
@@ -249,16 +252,26 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
 def _scheduled_seq(seq: Sequence, num_tokens: int, eos_token_ids: tuple[int, ...]) -> ScheduledSeq:
     start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
     targets = seq.token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)] if seq.wants_prompt_logprobs else []
+    pooling = seq.state.pooling
     return ScheduledSeq(
         seq_id=seq.seq_id,
         start=start,
         token_ids=seq.token_ids[start:end] + seq.draft_token_ids,
         block_table=list(seq.block_table),
-        sampling=_sampling_input(seq, eos_token_ids) if end == seq.num_tokens else None,
+        sampling=_sampling_input(seq, eos_token_ids) if end == seq.num_tokens and pooling is None else None,
         prompt_targets=targets,
         num_prompt_logprobs=seq.state.request.params.prompt_logprobs or 0,
         num_draft_tokens=len(seq.draft_token_ids),
+        pooling=_pooling_input(seq, start, end) if pooling is not None else None,
     )
+
+
+def _pooling_input(seq: Sequence, start: int, end: int) -> PoolingInput | None:
+    params = seq.state.request.pooling if end == seq.num_tokens else None
+    if seq.state.pooling == "mean":
+        total = seq.hidden_total if start else b""  # a prompt that is computed anew starts over
+        return PoolingInput(end - start, total, params, seq.num_tokens)
+    return None if params is None else PoolingInput(1, params=params)
 
 
 def _sampling_input(seq: Sequence, eos_token_ids: tuple[int, ...]) -> SamplingInput:

@@ -122,11 +122,12 @@ class EngineStats:
         self.prefix_cache_hits += state.num_cached_tokens
 
     def note_prompt_done(self, state: RequestState, now: float) -> None:
-        """A request's prompt is computed and its first token drawn."""
+        """A request's prompt is computed, and its first token drawn or its embedding made."""
         self.prompt_tokens += len(state.request.prompt_token_ids)
         self.prompt_rate.add(len(state.request.prompt_token_ids))
         self.cached_prompt_tokens += state.num_cached_tokens
-        self.time_to_first_token.observe(now - state.arrival_time)
+        if state.pooling is None:
+            self.time_to_first_token.observe(now - state.arrival_time)
         self.prefill_time.observe(now - (state.scheduled_time or now))
 
     def note_tokens(self, num_tokens: int, seconds: float | None) -> None:
@@ -146,15 +147,17 @@ class EngineStats:
         self.finished[reason] += 1
         if reason not in ("stop", "length"):
             return
+        self.e2e_latency.observe(now - state.arrival_time)
+        self.inference_time.observe(now - (state.scheduled_time or now))
+        self.prompt_length.observe(len(state.request.prompt_token_ids))
+        if state.pooling is not None:  # nothing was generated
+            return
         for seq in state.sequences:
             self.generation_length.observe(seq.num_output_tokens)
             if seq.num_output_tokens > 1:
                 mean = (seq.last_token_time - seq.first_token_time) / (seq.num_output_tokens - 1)
                 self.time_per_output_token.observe(mean)
-        self.e2e_latency.observe(now - state.arrival_time)
         self.decode_time.observe(now - (state.prompt_done_time or now))
-        self.inference_time.observe(now - (state.scheduled_time or now))
         self.longest_length.observe(max(seq.num_output_tokens for seq in state.sequences))
-        self.prompt_length.observe(len(state.request.prompt_token_ids))
         self.params_n.observe(state.request.params.n)
         self.max_tokens.observe(state.max_tokens)

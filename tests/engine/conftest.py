@@ -14,7 +14,7 @@ from brlite.engine.engine import Engine
 from brlite.engine.request import Request
 from brlite.errors import BrliteError
 from brlite.outputs import RequestOutput
-from brlite.sampling_params import SamplingParams, StructuredOutput
+from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 from tests.fakes import ByteTokenizer, FakeBackend
 
 
@@ -52,6 +52,7 @@ class Driver:
         tenant: str = "",
         group: str = "",
         structured: StructuredOutput | None = None,
+        pooling: PoolingParams | None = None,
         **params: Any,
     ) -> str:
         token_ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
@@ -65,6 +66,7 @@ class Driver:
             tenant=tenant,
             group=group,
             grammar=None if structured is None else self.engine.compiler.compile(structured),
+            pooling=pooling,
             bad_words=self.engine.encode_bad_words(sampling),
         )
         self.engine.add_request(request, lambda output: self._receive(request.request_id, output))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from array import array
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
@@ -13,11 +14,12 @@ import pytest
 
 from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.async_engine import LONG_TEXT, EngineLoop
+from brlite.engine.backend import ScheduledSeq
 from brlite.engine.engine import Engine
 from brlite.errors import EngineError, InvalidRequest, NotReady
 from brlite.outputs import RequestOutput
-from brlite.sampling_params import SamplingParams, StructuredOutput
-from tests.fakes import ByteTokenizer, FakeBackend, reference_tokens
+from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
+from tests.fakes import ByteTokenizer, FakeBackend, hidden_state, reference_tokens
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -68,6 +70,61 @@ async def test_cancelling_the_reader_aborts_the_request() -> None:
 
         assert engine.stats.num_used_blocks == 0
         assert len(backend.batches) <= 1
+
+
+async def test_cancelling_who_waits_for_embeddings_aborts_all_of_them(
+    eventually: Callable[[Callable[[], bool]], Awaitable[None]],
+) -> None:
+    async with running(max_num_seqs=2) as (engine, backend):
+        backend.gate = threading.Event()
+        task = asyncio.create_task(engine.embed(["hello", *map(str, range(20))]))
+        await eventually(backend.has_begun.is_set)
+        task.cancel()
+        await asyncio.wait([task])
+        backend.gate.set()
+        await engine.wait_idle()
+
+        assert engine.stats.finished == {"abort": 2 * 2}  # the others had not come to the engine yet
+        assert engine.stats.num_used_blocks == 0
+        assert len(backend.batches) == 1
+
+
+async def test_embeddings_of_one_call_share_steps_and_one_that_fails_ends_all() -> None:
+    def fault(seq: ScheduledSeq) -> str | None:
+        return "broken" if seq.token_ids == list(b"13") else None
+
+    prompts = [*map(str, range(10, 30))]
+    async with running(max_num_seqs=4) as (engine, backend):
+        outputs = await engine.embed(prompts, PoolingParams(normalize=False))
+        num_steps = len(backend.batches)
+    async with running(fault=fault) as (engine, _):
+        with pytest.raises(EngineError, match="broken"):
+            await engine.embed(prompts)
+        await engine.wait_idle()
+
+        assert engine.stats.finished["error"] == 1
+
+    assert num_steps == 5
+    assert [output.embedding for output in outputs] == [
+        array("f", hidden_state(list(prompt.encode()))) for prompt in prompts
+    ]
+
+
+async def test_a_wrong_prompt_of_several_is_named_and_none_runs() -> None:
+    async with running() as (engine, backend):
+        cases: list[tuple[list[Any], list[str], str]] = [
+            (["a", ""], [], "prompts[1]"),
+            (["a" * 65], ["input"], "input"),
+            ([[1, 300]], [], "prompts[0]"),
+        ]
+        for prompts, names, param in cases:
+            with pytest.raises(InvalidRequest) as caught:
+                await engine.embed(prompts, names=names)
+            assert caught.value.param == param
+            assert str(caught.value).startswith((f"{param}: ", "This model"))
+
+        assert await engine.embed([]) == []
+        assert not backend.batches
 
 
 async def test_leaving_the_iterator_aborts_the_request() -> None:

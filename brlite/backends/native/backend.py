@@ -25,6 +25,7 @@ from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.loading import LoadedWeights, load_weights
 from brlite.backends.native.plan import NativePlan, PagedCache, RankContext
 from brlite.backends.native.step_rows import SharedRows
+from brlite.backends.pooling import pooled_result
 from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import (
@@ -136,7 +137,7 @@ class NativeBackend:
         if poolings is not None:
             totals = iter(poolings.totals)
             results = [
-                found if seq.pooling is None else SeqResult(seq.seq_id, hidden_total=next(totals).tobytes())
+                found if seq.pooling is None else pooled_result(seq.seq_id, seq.pooling, next(totals))
                 for seq, found in zip(batch.seqs, results, strict=True)
             ]
         return StepResult(results, num_threads)

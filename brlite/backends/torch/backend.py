@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from brlite.backends.distributed.messages import RankBatch, RankSeq
+from brlite.backends.pooling import pooled_result
 from brlite.backends.torch.attention import Span, StepPlan, StepPlanner
 from brlite.backends.torch.candidates import TorchSampler
 from brlite.backends.torch.decoder import Decoder
@@ -92,7 +93,7 @@ class TorchBackend:
             results = [
                 _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, hidden, first))
                 if seq.pooling is None
-                else SeqResult(seq.seq_id, hidden_total=self._pool(seq.pooling, hidden, first + len(seq.token_ids)))
+                else pooled_result(seq.seq_id, seq.pooling, self._pool(seq.pooling, hidden, first + len(seq.token_ids)))
                 for seq, first in zip(batch.seqs, plan.first_rows, strict=True)
             ]
         return StepResult(results)
@@ -153,14 +154,14 @@ class TorchBackend:
             found += self._sampler.token_logprobs(self._logits(hidden, rows), targets, seq.num_prompt_logprobs)
         return found
 
-    def _pool(self, pooling: PoolingInput, hidden: Tensor, end: int) -> bytes:
+    def _pool(self, pooling: PoolingInput, hidden: Tensor, end: int) -> npt.NDArray[np.float64]:
         """The sum of the hidden states before row `end`. It is taken on the host: some cards have no float64."""
         index = self._indices(list(range(end - pooling.num_tokens, end)))
         rows: npt.NDArray[np.float32] = self._decoder.normed(hidden.index_select(0, index)).cpu().numpy()
         total: npt.NDArray[np.float64] = rows.sum(axis=0, dtype=np.float64)
         if pooling.total:
             total += np.frombuffer(pooling.total, np.float64)
-        return total.tobytes()
+        return total
 
     def _target_rows(self, seq: ScheduledSeq | RankSeq, first: int) -> Iterator[list[int]]:
         """The rows of `prompt_targets`, as many at a time as logits may be held of."""
