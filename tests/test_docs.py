@@ -20,6 +20,7 @@ from brlite.config.load import load_config
 from brlite.config.options import DEFAULT_MODEL, LimitsConfig
 from brlite.config.proxy_files import load_proxy_config
 from brlite.config.warnings import config_warnings
+from brlite.dialects.errors import STATUSES
 from brlite.http.connection import MAX_HEADERS
 from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS
@@ -50,6 +51,7 @@ NOT_RUN_HERE = {
     "conversion-1": "the models have 72 billion weights; tests/conversion converts small ones",
     "deployment-1": "needs a Ray cluster; tests/test_ray_serve.py starts one on loopback",
     "deployment-2": "needs a Kubernetes cluster; tests/test_deploy.py checks the manifests against the schemas",
+    "http-api-1": "it takes the default port; tests/config/test_options.py reads the variable",
     "installation-1": "the same command as README-1",
     "proxy-1": "needs the servers it names; tests/test_proxy_command.py starts such ones",
     "tensor-parallelism-1": "needs two machines; tests/test_ranks.py starts ranks on one",
@@ -132,6 +134,14 @@ def test_the_limits_are_those_of_the_code() -> None:
     documented = {name: cells[0] for name, cells in table("http-api", "## Limits").items()}
 
     assert documented == {name: str(value) for name, value in msgspec.structs.asdict(LimitsConfig()).items()}
+
+
+def test_every_refusal_is_explained() -> None:
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "brlite").rglob("*.py"))
+    codes = {*(status.code for status in STATUSES.values()), *re.findall(r'\bcode="(\w+)"', source)}
+    section = PAGES["http-api"].split("## Why a request is refused", 1)[1].split("\n## ", 1)[0]
+
+    assert {code for code in codes if f"`{code}`" not in section} == set()
 
 
 def test_the_limit_that_has_no_key_is_that_of_the_code() -> None:
