@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -53,12 +53,13 @@ def find_cpus(root: Path = ROOT, affinity: frozenset[int] | None = None) -> Cpus
     Quotas are those of the process's cgroup and of all cgroups above it, rounded down. The result is at least 1.
     """
     online = _online_cpus(root)
-    allowed = _affinity(online) if affinity is None else affinity
+    if affinity is None:
+        affinity = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else online
     cores = len({_core_of(cpu, root) for cpu in online})
-    bound = len({_core_of(cpu, root) for cpu in allowed})
+    bound = len({_core_of(cpu, root) for cpu in affinity})
     candidates = [
         Cpus(cores, "one for each physical core"),
-        Cpus(bound, f"one for each physical core of the {len(allowed)} CPUs that its affinity allows"),
+        Cpus(bound, f"one for each physical core of the {len(affinity)} CPUs that its affinity allows"),
         *(Cpus(int(value), f"a quota of {float(value):.3g} CPUs in {source}") for value, source in cpu_quotas(root)),
     ]
     num_threads, decided_by = min(candidates, key=lambda candidate: candidate.num_threads)
@@ -72,8 +73,17 @@ def physical_cores() -> int:
 
 def find_memory(root: Path = ROOT) -> Memory:
     """The least of the machine's memory, every cgroup's limit on the way to the root, and RLIMIT_AS (`ulimit -v`)."""
-    memory = _machine_memory(_read(root / "proc/meminfo"))
-    for limit, used in (*_memory_limits(root), *_address_space_limit(root)):
+    fields, page_size = _fields(_read(root / "proc/meminfo"), ":"), os.sysconf("SC_PAGE_SIZE")
+    total = available = os.sysconf("SC_PHYS_PAGES") * page_size
+    if "MemTotal" in fields:  # else there is no /proc
+        total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    memory = Memory(total, available)
+    limits = list(_memory_limits(root))
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY and root == ROOT:
+        pages = _read(root / "proc/self/statm").split()
+        limits.append((Limit(soft, "RLIMIT_AS (ulimit -v)"), int(pages[0]) * page_size if pages else 0))
+    for limit, used in limits:
         available = max(0, min(memory.available, int(limit.value) - used))
         if limit.value < memory.total:
             memory = Memory(int(limit.value), available, limit.source)
@@ -133,23 +143,6 @@ def _memory_limits(root: Path) -> Iterator[tuple[Limit, int]]:
             yield Limit(int(limit), _shown(folder / names[0], root)), num_used
 
 
-def _address_space_limit(root: Path) -> Iterator[tuple[Limit, int]]:
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY and root == ROOT:
-        pages = _read(root / "proc/self/statm").split()
-        used = int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0
-        yield Limit(soft, "RLIMIT_AS (ulimit -v)"), used
-
-
-def _machine_memory(meminfo: str) -> Memory:
-    fields = _fields(meminfo, ":")
-    if "MemTotal" not in fields:  # no /proc
-        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return Memory(total, total)
-    total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    return Memory(total, available)
-
-
 def _cgroups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
     """The folders of the process's own cgroup and of every one above it, each with its version of cgroups.
 
@@ -162,8 +155,11 @@ def _cgroups(root: Path, controller: str) -> Iterator[tuple[Path, int]]:
         version = 2 if (number, controllers) == ("0", "") else 1
         if version == 1 and controller not in controllers.split(","):
             continue
+        own = PurePosixPath(path)
         for top, mount in _mounts(root, controller, version):
-            yield from ((folder, version) for folder in _upwards(mount, _below(path, top)))
+            relative = own.relative_to(top) if own.is_relative_to(top) else own
+            names = [name for name in relative.parts if name not in ("/", "..")]
+            yield from ((mount.joinpath(*names[:depth]), version) for depth in range(len(names), -1, -1))
 
 
 def _mounts(root: Path, controller: str, version: int) -> list[tuple[PurePosixPath, Path]]:
@@ -172,32 +168,13 @@ def _mounts(root: Path, controller: str, version: int) -> list[tuple[PurePosixPa
     for line in _read(root / "proc/self/mountinfo").splitlines():
         # 36 35 98:0 ROOT MOUNT_POINT rw,noatime master:1 - TYPE SOURCE OPTIONS
         place, _, kind = line.partition(" - ")
-        top, point = (_unescaped(word) for word in place.split()[3:5])
-        is_wanted = kind.split()[0] == "cgroup2" if version == 2 else _has_controller(kind, controller)
+        top, point = (OCTAL.sub(lambda match: chr(int(match[1], 8)), word) for word in place.split()[3:5])
+        name, *_, options = kind.split()
+        is_wanted = name == "cgroup2" if version == 2 else name == "cgroup" and controller in options.split(",")
         if is_wanted and (root / point.lstrip("/")).is_dir():
             mounts.append((PurePosixPath(top), root / point.lstrip("/")))
     usual = root / CGROUPS if version == 2 else root / CGROUPS / controller
     return mounts or [(PurePosixPath("/"), usual)]
-
-
-def _has_controller(kind: str, controller: str) -> bool:
-    words = kind.split()
-    return words[0] == "cgroup" and controller in words[-1].split(",")
-
-
-def _below(path: str, top: PurePosixPath) -> Sequence[str]:
-    """The names on the way from the mounted cgroup to the process's own."""
-    own = PurePosixPath(path)
-    relative = own.relative_to(top) if own.is_relative_to(top) else own
-    return [name for name in relative.parts if name not in ("/", "..")]
-
-
-def _upwards(mount: Path, names: Sequence[str]) -> Iterator[Path]:
-    yield from (mount.joinpath(*names[:depth]) for depth in range(len(names), -1, -1))
-
-
-def _unescaped(word: str) -> str:
-    return OCTAL.sub(lambda match: chr(int(match[1], 8)), word)
 
 
 def _online_cpus(root: Path) -> frozenset[int]:
@@ -207,10 +184,6 @@ def _online_cpus(root: Path) -> frozenset[int]:
         if first.strip().isdecimal():
             cpus.update(range(int(first), int(last or first) + 1))
     return frozenset(cpus or range(os.cpu_count() or 1))
-
-
-def _affinity(online: frozenset[int]) -> frozenset[int]:
-    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else online
 
 
 def _core_of(cpu: int, root: Path) -> tuple[str, str]:

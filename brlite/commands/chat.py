@@ -119,7 +119,12 @@ async def _answer(ask: Ask, conversation: Conversation, question: str, *, is_int
     if pieces:
         conversation.add(question, "".join(piece.text for piece in pieces))
     if is_interactive:
-        print(_describe_speed(sum(piece.num_tokens for piece in pieces), times), file=sys.stderr)
+        speed, num_tokens = "[no tokens were counted]", sum(piece.num_tokens for piece in pieces)
+        if num_tokens and pieces:
+            first, rest = times[1] - times[0], times[-1] - times[1]
+            rate = f", then {(num_tokens - 1) / rest:.1f} tokens/s" if rest > 0 and num_tokens > 1 else ""
+            speed = f"[{num_tokens} tokens: the first after {first:.2f} s{rate}]"
+        print(speed, file=sys.stderr)
 
 
 @contextmanager
@@ -141,15 +146,6 @@ def _ctrl_c_stops(showing: asyncio.Future[None]) -> Iterator[None]:
         print("\n[stopped]", end="", file=sys.stderr, flush=True)
     finally:
         loop.remove_signal_handler(signal.SIGINT)
-
-
-def _describe_speed(num_tokens: int, times: list[float]) -> str:
-    """Of an answer that was asked for at the first of `times`, in seconds, and whose pieces came at the others."""
-    if len(times) < 2 or not num_tokens:
-        return "[no tokens were counted]"
-    first, rest = times[1] - times[0], times[-1] - times[1]
-    rate = f", then {(num_tokens - 1) / rest:.1f} tokens/s" if rest > 0 and num_tokens > 1 else ""
-    return f"[{num_tokens} tokens: the first after {first:.2f} s{rate}]"
 
 
 def _terminal_reader() -> ReadLine | None:
@@ -229,20 +225,15 @@ async def _ask_server(
                 raise ConfigError(_error_message(await response.content.read(MAX_ERROR_BYTES)))
             async for line in response.content:
                 if line.startswith(b"data: {"):
-                    chunk = _chunk(line.removeprefix(b"data: "))
+                    chunk: dict[str, Any] = msgspec.json.decode(line.removeprefix(b"data: "))
+                    if "error" in chunk:
+                        raise ConfigError(_error_message(line.removeprefix(b"data: ")))
                     num_tokens = int((chunk.get("usage") or {}).get("completion_tokens") or num_tokens)
                     if text := "".join(choice["delta"].get("content") or "" for choice in chunk["choices"]):
                         yield Piece(text, 0)
     except (aiohttp.ClientError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{server}: {one_line(error)}") from None
     yield Piece("", num_tokens)
-
-
-def _chunk(event: bytes) -> dict[str, Any]:
-    chunk: dict[str, Any] = msgspec.json.decode(event)
-    if "error" in chunk:
-        raise ConfigError(_error_message(event))
-    return chunk
 
 
 async def _first_model(session: aiohttp.ClientSession, server: str) -> str:

@@ -45,7 +45,12 @@ def examine() -> dict[str, Findings]:
         "torch": _torch,
         "model": _model,
     }
-    report = {name: _found(find) for name, find in sections.items()}
+    report = {}
+    for name, find in sections.items():
+        try:
+            report[name] = find()
+        except OSError as error:  # a folder that cannot be searched hides one section, not the others
+            report[name] = {"error": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
     return {**report, "serve": {"models are computed by": _computed_by(report["native kernels"], report["torch"])}}
 
 
@@ -58,13 +63,6 @@ def _computed_by(native: Findings, torch: Findings) -> str:
     if "device" in torch:
         return "torch, several times slower than native kernels"
     return f"{NOTHING_COMPUTES}: {native['error']}; or: pip install 'brlite[torch]'"
-
-
-def _found(find: Callable[[], Findings]) -> Findings:
-    try:
-        return find()
-    except OSError as error:  # a folder that cannot be searched hides one section, not the others
-        return {"error": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
 
 
 def render(report: Mapping[str, Mapping[str, str]]) -> str:
@@ -157,12 +155,9 @@ def describe_native(find_library: Callable[[], NativeLibrary | None]) -> Finding
             return {"library": f"not built yet, compiled with {find_compiler()[0]} at the first start"}
     except NativeUnavailable as error:
         return {"error": str(error)}
-    tests = (f"{name} {_verdict(check)}" for name, check in run_self_tests(library.functions).items())
+    results = run_self_tests(library.functions).items()
+    tests = (f"{name} {f'fails check {check} and is not used' if check else 'passed'}" for name, check in results)
     return {"library": str(library.path), "instruction set": library.isa_name, "self-tests": ", ".join(tests)}
-
-
-def _verdict(check: int) -> str:
-    return f"fails check {check} and is not used" if check else "passed"
 
 
 def _model() -> Findings:

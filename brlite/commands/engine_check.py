@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import msgspec
@@ -15,6 +15,7 @@ from brlite.config.options import Config
 from brlite.config.warnings import check_supported
 
 OWN = "brlite"
+RESULTS = {"passed": "passed", "failed": "FAILED", "not tried": "not tried"}  # as they are printed
 Say = Callable[[str], object]
 
 
@@ -43,12 +44,17 @@ def check_engine(config: Config, make: Callable[[str], PluginEngine], say: Say) 
     try:
         capabilities = subject.capabilities
         say("\n".join(describe(name, capabilities)))
-        outcomes = run_checks(subject, lambda outcome: say(_line(outcome)))
+        outcomes = run_checks(subject, lambda each: say(f"  {each.name:34}{RESULTS[each.result]:11}{each.detail}"))
     finally:
         subject.close()
-    say(_conclusion(name, outcomes))
-    is_kept = all(outcome.result != "failed" for outcome in outcomes)
-    return EngineReport(engine=name, capabilities=capabilities, keeps_the_contract=is_kept, checks=outcomes)
+    num_failed = sum(outcome.result == "failed" for outcome in outcomes)
+    num_not_tried = sum(outcome.result == "not tried" for outcome in outcomes)
+    num_tried = len(outcomes) - num_not_tried
+    if num_failed:
+        say(f"\nengine {name} does not keep the contract: {num_failed} of {num_tried} checks failed")
+    else:
+        say(f"\nengine {name} keeps the contract: {num_tried} checks passed, {num_not_tried} were not tried")
+    return EngineReport(engine=name, capabilities=capabilities, keeps_the_contract=not num_failed, checks=outcomes)
 
 
 def describe(name: str, capabilities: Capabilities) -> list[str]:
@@ -63,19 +69,6 @@ def describe(name: str, capabilities: Capabilities) -> list[str]:
         *(f"  note: {note}" for note in capabilities.notes),
         "",
     ]
-
-
-def _line(outcome: Outcome) -> str:
-    result = "FAILED" if outcome.result == "failed" else outcome.result
-    return f"  {outcome.name:34}{result:11}{outcome.detail}"
-
-
-def _conclusion(name: str, outcomes: Sequence[Outcome]) -> str:
-    failed = [outcome.name for outcome in outcomes if outcome.result == "failed"]
-    num_tried = sum(outcome.result != "not tried" for outcome in outcomes)
-    if failed:
-        return f"\nengine {name} does not keep the contract: {len(failed)} of {num_tried} checks failed"
-    return f"\nengine {name} keeps the contract: {num_tried} checks passed, {len(outcomes) - num_tried} were not tried"
 
 
 def _say_nothing(line: str) -> None:

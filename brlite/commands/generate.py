@@ -68,7 +68,11 @@ class Answers:
             self._write(number)
 
     def add(self, number: int, output: RequestOutput) -> None:
-        self._held[number] = _answer(output)
+        outputs = [{"text": each.text, "finish_reason": each.finish_reason} for each in output.outputs]
+        answer: dict[str, object] = {"prompt": output.prompt, "outputs": outputs}
+        if output.warnings:
+            answer["warnings"] = output.warnings
+        self._held[number] = json.dumps(answer, ensure_ascii=False)
         while self._next in self._held:
             self._write(self._next)
             self._next += 1
@@ -131,11 +135,3 @@ def _opened(target: str) -> Iterator[TextIO]:
         raise  # the reader left, which is no fault
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None
-
-
-def _answer(output: RequestOutput) -> str:
-    outputs = [{"text": each.text, "finish_reason": each.finish_reason} for each in output.outputs]
-    answer: dict[str, object] = {"prompt": output.prompt, "outputs": outputs}
-    if output.warnings:
-        answer["warnings"] = output.warnings
-    return json.dumps(answer, ensure_ascii=False)

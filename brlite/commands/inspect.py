@@ -115,7 +115,14 @@ def _checkpoint(path: Path) -> Findings:
     with closing(open_checkpoint(path)) as checkpoint:
         family = find_family(checkpoint.config)
         config = family.read_config(checkpoint.config)
-    weights = find_weights(path)
+    weights, types = find_weights(path), "as torch.save wrote them"
+    if weights.kind == "safetensors":
+        types = _counted(entry.dtype for file in weights.files for entry in read_safetensors_header(file).entries)
+    elif weights.kind == "gguf":
+        from gguf import GGMLQuantizationType
+
+        tensors = read_gguf_header(weights.files[0]).tensors
+        types = _counted(GGMLQuantizationType(tensor.type_id).name for tensor in tensors)
     return {
         "kind": "GGUF file" if weights.kind == "gguf" else f"folder of {weights.kind}",
         "path": str(path),
@@ -126,7 +133,7 @@ def _checkpoint(path: Path) -> Findings:
         "layers": config.num_layers,
         "tensors": len(checkpoint.shapes()),
         "parameters": num_parameters(config),
-        "types": _types(weights.kind, weights.files),
+        "types": types,
         "identity": checkpoint.identity,
     }
 
@@ -144,16 +151,6 @@ def _packed_file(path: Path) -> Findings:
         "made from": key.identity,
         "layout version": key.layout_version,
     }
-
-
-def _types(kind: str, files: tuple[Path, ...]) -> str:
-    if kind == "safetensors":
-        return _counted(entry.dtype for file in files for entry in read_safetensors_header(file).entries)
-    if kind == "gguf":
-        from gguf import GGMLQuantizationType
-
-        return _counted(GGMLQuantizationType(tensor.type_id).name for tensor in read_gguf_header(files[0]).tensors)
-    return "as torch.save wrote them"
 
 
 def _counted(names: Any) -> str:

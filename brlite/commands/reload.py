@@ -127,7 +127,10 @@ class Reloader:
     def _read(self) -> Reading:
         """May wait for files; changes nothing that runs."""
         new = self._source.load()
-        running, changes = _runnable(self.config, new), diff(self.config, new)
+        live = {section: getattr(new, section) for section in LIVE_SECTIONS}
+        running, changes = msgspec.structs.replace(self.config, **live), diff(self.config, new)
+        if not running.model and not upstream_configs(running):
+            raise ConfigError("no upstream would be left; serving models of its own in their place needs a restart")
         is_forwarded_otherwise = any(change.section in FORWARDING for change in changes)
         table = RouteTable(running, self._forwarder.table) if is_forwarded_otherwise else None
         warnings = set(config_warnings(self.config))
@@ -142,7 +145,15 @@ class Reloader:
         has_other_keys = self._keys.replace(reading.keys)
         self._models.take_names(running.proxy)
         self.config = running
-        _report(reading.changes, has_other_keys)
+        for change in reading.changes:
+            if change.section in LIVE_SECTIONS:
+                logger.info("config: %s", change.text)
+            else:
+                logger.warning("config: %s (needs a restart)", change.text)
+        if has_other_keys:
+            logger.info("config: other API keys are accepted now")
+        if not reading.changes and not has_other_keys:
+            logger.info("config: nothing has changed")
         for line in reading.new_warnings:
             logger.warning("%s", line)
 
@@ -161,22 +172,18 @@ class Reloader:
                 before = await self._elsewhere(self._stamps, "the config's files")
                 if watch.has_settled(before) or self._is_asked.is_set():
                     self._is_asked.clear()
-                    await self._reload_elsewhere()
+                    try:
+                        self._run_by(await self._elsewhere(self._read, "the config"))
+                    except BrliteError as error:
+                        logger.error(STAYS, error)
                     # What changed while it was read is seen by the next look; another keys file may have been named.
                     after = await self._elsewhere(self._stamps, "the config's files")
                     watch.loaded({path: before.get(path, stamp) for path, stamp in after.items()})
             except ConfigError as error:
                 logger.error(STAYS, error)
 
-    async def _reload_elsewhere(self) -> None:
-        """As `reload`, with the files read on another thread: a FIFO or a lost network drive may keep it."""
-        try:
-            self._run_by(await self._elsewhere(self._read, "the config"))
-        except BrliteError as error:
-            logger.error(STAYS, error)
-
     async def _elsewhere(self, work: Callable[[], T], what: str) -> T:
-        """Do work that may wait on another thread. Raises `ConfigError` if it takes too long."""
+        """Do work on another thread: a FIFO or a lost network drive may block it. Raises `ConfigError` if late."""
         begun = on_daemon_thread(work, "brlite-reload")
         try:
             await asyncio.wait([begun], timeout=READ_SECONDS)
@@ -189,39 +196,16 @@ class Reloader:
     def _stamps(self) -> Stamps:
         """What tells that a file has changed, for each that the config was read from."""
         keys_file = self.config.keys.file
-        files = (*self._source.files, *((Path(keys_file),) if keys_file is not None else ()))
-        return {path: _stamp(path) for path in files}
+        stamps: dict[Path, tuple[int, int, int] | None] = {}
+        for path in (*self._source.files, *((Path(keys_file),) if keys_file is not None else ())):
+            try:
+                found = path.stat()
+                stamps[path] = found.st_mtime_ns, found.st_size, found.st_ino
+            except OSError:
+                stamps[path] = None
+        return stamps
 
 
 def find_terminal() -> int | None:
     """The descriptor of the terminal that the process was started in, if it was."""
     return next((number for number in range(3) if os.isatty(number)), None)
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def _runnable(old: Config, new: Config) -> Config:
-    """As much of the new config as can be had without a restart. Raises `ConfigError` if that leaves nothing to do."""
-    running = msgspec.structs.replace(old, **{section: getattr(new, section) for section in LIVE_SECTIONS})
-    if not running.model and not upstream_configs(running):
-        raise ConfigError("no upstream would be left; serving models of its own in their place needs a restart")
-    return running
-
-
-def _report(changes: Sequence[Change], has_other_keys: bool) -> None:
-    """The diff, a line for each change."""
-    for change in changes:
-        if change.section in LIVE_SECTIONS:
-            logger.info("config: %s", change.text)
-        else:
-            logger.warning("config: %s (needs a restart)", change.text)
-    if has_other_keys:
-        logger.info("config: other API keys are accepted now")
-    if not changes and not has_other_keys:
-        logger.info("config: nothing has changed")

@@ -66,16 +66,11 @@ def run(config: Config, warnings: list[str], source: ConfigSource) -> int:
     models = ModelTable([ServedModel(spec) for spec in config.model], config.proxy)
     app = create_app(models, config, listens_on=config.server.host)
     reloader = Reloader(source, config, app[KEYS], app[FORWARDER], models, terminal=find_terminal())
-    return _event_loop_run()(_serve(app, reloader))
-
-
-def _event_loop_run() -> Callable[[Coroutine[Any, Any, int]], int]:
     try:
-        uvloop = importlib.import_module("uvloop")  # installed where there is one: not on Windows
-    except ImportError:
-        return asyncio.run
-    run: Callable[[Coroutine[Any, Any, int]], int] = uvloop.run
-    return run
+        loop_run: Callable[[Coroutine[Any, Any, int]], int] = importlib.import_module("uvloop").run
+    except ImportError:  # there is none for Windows
+        loop_run = asyncio.run
+    return loop_run(_serve(app, reloader))
 
 
 async def _serve(app: web.Application, reloader: Reloader) -> int:
@@ -87,7 +82,11 @@ async def _serve(app: web.Application, reloader: Reloader) -> int:
         limits = msgspec.structs.replace(config.limits, max_connections=usable_connections(config))
         server = HttpServer(app, *address, limits, config.server.drain_seconds, fast_paths(app))
         async with _stop_signal(server.end_grace) as stop, reloader, server:
-            logger.info("listening on %s; %s", server.url, _intentions(config, forwarder.table))
+            intentions = [f"forwarding: {show_routes(forwarder.table)}"] if forwarder.table.upstreams else []
+            if config.model:
+                first = ", ".join(spec.name for spec in config.model if spec.load == "start")
+                intentions.insert(0, f"loading {first or 'models when they are asked for'}")
+            logger.info("listening on %s; %s", server.url, "; ".join(intentions))
             loading = asyncio.create_task(_load_first(manager), name="brlite-load")
             failing = asyncio.create_task(manager.failure(), name="brlite-failure")
             await _first_of(loading, stop)
@@ -109,13 +108,6 @@ async def _serve(app: web.Application, reloader: Reloader) -> int:
         failing.cancel()
         await asyncio.wait([loading, failing])
     return EXIT_LOST if has_failed else 0
-
-
-def _intentions(config: Config, table: RouteTable) -> str:
-    """What the server will do now, for the log."""
-    names = [spec.name for spec in config.model if spec.load == "start"]
-    loading = [f"loading {', '.join(names) or 'models when they are asked for'}"] if config.model else []
-    return "; ".join([*loading, *([f"forwarding: {show_routes(table)}"] if table.upstreams else [])])
 
 
 def show_routes(table: RouteTable) -> str:

@@ -165,7 +165,17 @@ def verify(load: Load, config: Config, texts: Sequence[str] | None, max_tokens: 
     with _loaded(load, other) as (engine, backend):
         way = Way(name=f"threads = {num_threads}")
         runs.append(replay.compare(engine, backend, way, expected, say))
-    report = _report(engine.info, len(prompts), runs)
+    report = ReplayReport(
+        is_equal=all(each.difference is None for each in runs),
+        backend=engine.info.name,
+        precision=engine.info.precision,
+        fingerprint=engine.info.fingerprint,
+        is_batch_invariant=engine.info.is_batch_invariant,
+        num_prompts=len(prompts),
+        num_tokens=sum(each.num_tokens for each in runs),
+        num_logprobs=sum(each.num_logprobs for each in runs),
+        runs=runs,
+    )
     say("\n".join(_conclusion(report, engine.tokenizer)))
     return report
 
@@ -195,7 +205,24 @@ class _Replay:
     def compare(self, engine: Engine, backend: Backend, way: Way, expected: Answers, say: Say) -> RunReport:
         """Run everything in a random order that is the same each time, and tell the first difference."""
         jobs = random.Random(way.name).sample(self._together, len(self._together))
-        report = _compare(self._engine(engine, way), backend, way, expected, jobs)
+        fresh = self._engine(engine, way)
+        rounds = [_complete(fresh, backend, jobs) for _ in range(way.num_rounds)]
+        entries = [entry for found in rounds for answer in found.values() for entry in answer]
+        stats, notes = fresh.stats, []
+        if stats.prefix_cache_hits:
+            notes.append(f"{stats.prefix_cache_hits} prompt tokens from the cache")
+        if stats.preemptions:
+            notes.append(f"{stats.preemptions} preemptions")
+        if stats.draft_tokens:
+            notes.append(f"{stats.draft_tokens} guesses, {stats.accepted_tokens} of them right")
+        differences = (_first_difference(way.name, expected, found) for found in rounds)
+        report = RunReport(
+            name=way.name,
+            num_tokens=len(entries),
+            num_logprobs=sum(1 + len(entry.top) for entry in entries),
+            notes=tuple(notes),
+            difference=next(filter(None, differences), None),
+        )
         what = "DIFFERENT" if report.difference else "equal"
         say(f"  {report.name:24}{what:11}{report.num_tokens:6} tokens  {', '.join(report.notes)}".rstrip())
         return report
@@ -236,20 +263,18 @@ def _jobs(prompts: Sequence[list[int]], max_tokens: int, *, is_alone: bool) -> I
     """Each prompt's requests. Alone, every sibling asks for itself, with the seed it has among the others."""
     common = SamplingParams(max_tokens=max_tokens, ignore_eos=True, logprobs=NUM_ALTERNATIVES)
     for number, token_ids in enumerate(prompts):
-        make = partial(_job, token_ids)
-        yield make(ReplayedCompletion(number, "greedy", 0), msgspec.structs.replace(common, temperature=0))
+        greedy = msgspec.structs.replace(common, temperature=0)
         seeded = msgspec.structs.replace(common, temperature=1.0, top_p=0.95, seed=number)
-        if not is_alone:
-            yield make(ReplayedCompletion(number, "seeded", 0), msgspec.structs.replace(seeded, n=NUM_SIBLINGS))
-            continue
-        for sibling in range(NUM_SIBLINGS):
-            own = msgspec.structs.replace(seeded, seed=sibling_seed(number, sibling))
-            yield make(ReplayedCompletion(number, "seeded", sibling), own)
-
-
-def _job(token_ids: list[int], first: ReplayedCompletion, params: SamplingParams) -> ReplayJob:
-    name = "-".join(map(str, first))
-    return ReplayJob(first, Request(request_id=name, prompt_token_ids=token_ids, params=params))
+        wanted = {ReplayedCompletion(number, "greedy", 0): greedy}
+        if is_alone:
+            for sibling in range(NUM_SIBLINGS):
+                own = msgspec.structs.replace(seeded, seed=sibling_seed(number, sibling))
+                wanted[ReplayedCompletion(number, "seeded", sibling)] = own
+        else:
+            wanted[ReplayedCompletion(number, "seeded", 0)] = msgspec.structs.replace(seeded, n=NUM_SIBLINGS)
+        for first, params in wanted.items():
+            name = "-".join(map(str, first))
+            yield ReplayJob(first, Request(request_id=name, prompt_token_ids=token_ids, params=params))
 
 
 def _complete(engine: Engine, backend: Backend, jobs: Sequence[ReplayJob]) -> Answers:
@@ -274,19 +299,6 @@ def _complete(engine: Engine, backend: Backend, jobs: Sequence[ReplayJob]) -> An
     return answers
 
 
-def _compare(engine: Engine, backend: Backend, way: Way, expected: Answers, jobs: Sequence[ReplayJob]) -> RunReport:
-    rounds = [_complete(engine, backend, jobs) for _ in range(way.num_rounds)]
-    differences = (_first_difference(way.name, expected, found) for found in rounds)
-    entries = [entry for found in rounds for answer in found.values() for entry in answer]
-    return RunReport(
-        name=way.name,
-        num_tokens=len(entries),
-        num_logprobs=sum(1 + len(entry.top) for entry in entries),
-        notes=tuple(_notes(engine)),
-        difference=next(filter(None, differences), None),
-    )
-
-
 def _first_difference(name: str, expected: Answers, found: Answers) -> Difference | None:
     for completion in sorted(expected):
         pairs = itertools.zip_longest(expected[completion], found.get(completion, ()))
@@ -306,30 +318,6 @@ def _first_difference(name: str, expected: Answers, found: Answers) -> Differenc
 def _bits(entry: TokenLogprob | None) -> bytes:
     """Equal only if all bits of all numbers are: for `==`, 0 is -0 and no NaN is another."""
     return msgspec.msgpack.encode(entry)
-
-
-def _notes(engine: Engine) -> Iterator[str]:
-    stats = engine.stats
-    if stats.prefix_cache_hits:
-        yield f"{stats.prefix_cache_hits} prompt tokens from the cache"
-    if stats.preemptions:
-        yield f"{stats.preemptions} preemptions"
-    if stats.draft_tokens:
-        yield f"{stats.draft_tokens} guesses, {stats.accepted_tokens} of them right"
-
-
-def _report(info: BackendInfo, num_prompts: int, runs: list[RunReport]) -> ReplayReport:
-    return ReplayReport(
-        is_equal=all(each.difference is None for each in runs),
-        backend=info.name,
-        precision=info.precision,
-        fingerprint=info.fingerprint,
-        is_batch_invariant=info.is_batch_invariant,
-        num_prompts=num_prompts,
-        num_tokens=sum(each.num_tokens for each in runs),
-        num_logprobs=sum(each.num_logprobs for each in runs),
-        runs=runs,
-    )
 
 
 def _heading(info: BackendInfo, prompts: Sequence[list[int]], max_tokens: int) -> str:
