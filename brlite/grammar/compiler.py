@@ -10,17 +10,18 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
 from brlite.config.options import GrammarConfig
 from brlite.errors import InvalidRequest
+from brlite.grammar.answer_grammar import AnswerWriter, read_structural_tag
 from brlite.grammar.grammar_text import check_grammar, is_gbnf
-from brlite.grammar.matcher import GuidedMatcher, Matcher
+from brlite.grammar.matcher import GuidedMatcher, Matcher, NumberTokens
 from brlite.grammar.patterns import PatternRefused, pattern_size
 from brlite.grammar.schema_walk import SchemaLimits, SchemaRefused, WalkedSchema, parse_schema, walk_schema
 from brlite.sampling_params import StructuredOutput
@@ -28,8 +29,6 @@ from brlite.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import llguidance
-    import numpy as np
-    import numpy.typing as npt
 
 STACK_BYTES = 512 * 1024**2  # address space; memory is taken only for what a deep schema needs
 MAX_LEAVES_TRIED = 500  # to find the place of an error
@@ -89,7 +88,8 @@ class GrammarCompiler:
         """The grammar, or what is wrong with the wish: both are kept."""
         if self._library is None:
             self._library = Library(self._tokenizer, self._vocab_size, self._config)
-        texts = (wish.json_schema, wish.regex, wish.grammar, wish.structural_tag, wish.whitespace_pattern, *wish.choice)
+        texts = [wish.json_schema, wish.regex, wish.grammar, wish.structural_tag, wish.whitespace_pattern, *wish.choice]
+        texts += [text for part in wish.calls.parts for text in (part.begin, part.schema)] if wish.calls else []
         num_bytes = sum(len(text) for text in texts if text)
         if num_bytes > self._config.max_bytes:
             return f"{num_bytes} characters are too many; at most {self._config.max_bytes} are allowed here"
@@ -113,7 +113,6 @@ class Library:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, config: GrammarConfig) -> None:
         """Takes a tenth of a second, or some with a large vocabulary."""
         import llguidance
-        import numpy as np
 
         self._llguidance = llguidance
         self._config = config
@@ -126,47 +125,58 @@ class Library:
             n_vocab=vocab_size,
             eos_token=list(tokenizer.eos_token_ids),
         )
-        digits = np.zeros(-(-vocab_size // 32) * 32, np.bool_)
-        digits[[token_id for token_id, data in enumerate(self._token_bytes) if data[:1].isdigit()]] = True
-        self._starts_with_digit: npt.NDArray[np.int32] = np.packbits(digits, bitorder="little").view(np.int32)
+        self._number_tokens = NumberTokens(self._token_bytes, -(-vocab_size // 32))
 
     def compile(self, wish: StructuredOutput, num_bytes: int) -> Grammar:
         """Raises `SchemaRefused` or `PatternRefused`."""
         overrides = self._json_options(wish.whitespace_pattern)
-        if wish.json_schema is not None or wish.json_object:
-            walked = self._walk(parse_schema(wish.json_schema or '{"type": "object"}'))
-            inner = self._matcher(self._json_grammar(walked.schema, overrides), num_bytes)
-            if inner.is_error():
-                self._refuse_schema(walked, inner, overrides)
-            self._check_warnings(walked, inner.get_grammar_warnings())
-        elif wish.structural_tag is not None:
-            inner = self._compiled(self._structural_grammar(parse_schema(wish.structural_tag), overrides), num_bytes)
-        elif wish.grammar is not None:
-            inner = self._compiled(self._text_grammar(wish.grammar), num_bytes)
-        else:
-            pattern = wish.regex
-            if pattern is None:
-                pattern = "|".join(_SPECIAL_IN_PATTERNS.sub(r"\\\g<0>", choice) for choice in wish.choice)
-            else:
-                self._check_pattern("the expression", pattern)
-                pattern = self._llguidance.regex_to_lark(pattern, "d")  # \d is 0 to 9, as in schemas
-            inner = self._compiled(self._llguidance.LLMatcher.grammar_from_regex(pattern), num_bytes)
-
         is_json = wish.json_schema is not None or wish.json_object
-        grammar = Grammar(
-            lambda: GuidedMatcher(
-                inner.deep_copy(),
-                self._token_bytes,
-                has_forced_tokens=self._tokenizer.encodes_in_process,
-                starts_with_digit=self._starts_with_digit if is_json else None,
-            )
+        calls = wish.calls
+        text = None
+        if is_json:
+            walked = self._walk(parse_schema(wish.json_schema or '{"type": "object"}'))
+            text = self._json_grammar(walked.schema, overrides)
+            inner = self._matcher(text, num_bytes)
+            if inner.is_error():
+                self._refuse_schema("", walked, inner.get_error(), overrides)
+            self._check_warnings({"": walked}, inner.get_grammar_warnings())
+        elif wish.structural_tag is not None:
+            calls = read_structural_tag(wish.structural_tag)
+        elif wish.grammar is not None:
+            text = self._text_grammar(wish.grammar)
+            inner = self._compiled(text, num_bytes)
+        elif wish.regex is not None:
+            self._check_pattern("the expression", wish.regex)
+            text = self._llguidance.LLMatcher.grammar_from_regex(self._lark_pattern(wish.regex))
+            inner = self._compiled(text, num_bytes)
+        elif wish.choice:
+            pattern = "|".join(_SPECIAL_IN_PATTERNS.sub(r"\\\g<0>", choice) for choice in wish.choice)
+            text = self._llguidance.LLMatcher.grammar_from_regex(pattern)
+            inner = self._compiled(text, num_bytes)
+
+        if text is not None:
+            self._check_first_mask(self._guided(inner, is_json=is_json))
+        if calls is not None or wish.reasoning is not None:
+            writer = AnswerWriter(self._tokenizer, overrides, self._walk, self._lark_pattern)
+            written = writer.write(wish.reasoning, calls, text)
+            inner = self._matcher(written.grammar, num_bytes)
+            if inner.is_error():
+                self._refuse_parts(written.schemas, inner.get_error(), overrides)
+            self._check_warnings(written.schemas, inner.get_grammar_warnings())
+            self._check_first_mask(self._guided(inner, is_json=is_json))
+        return Grammar(lambda: self._guided(inner, is_json=is_json or calls is not None))
+
+    def _guided(self, inner: llguidance.LLMatcher, *, is_json: bool) -> GuidedMatcher:
+        return GuidedMatcher(
+            inner.deep_copy(),
+            self._token_bytes,
+            has_forced_tokens=self._tokenizer.encodes_in_process,
+            number_tokens=self._number_tokens if is_json else None,
         )
-        self._check_first_mask(grammar.matcher())
-        return grammar
 
     def _check_first_mask(self, matcher: Matcher) -> None:
         """The first step of an answer finds what compiling does not: expressions too large, and nothing to say."""
-        words = memoryview(bytearray(self._starts_with_digit.nbytes))
+        words = memoryview(bytearray(self._number_tokens.digits.nbytes))
         matcher.fill_masks(words, ())
         if matcher.error is not None:
             raise PatternRefused(matcher.error)
@@ -214,17 +224,26 @@ class Library:
         )
         return walk_schema(schema, limits)
 
-    def _check_warnings(self, walked: WalkedSchema, warnings: Sequence[str]) -> None:
+    def _check_warnings(self, schemas: Mapping[str, WalkedSchema], warnings: Sequence[str]) -> None:
         """What compiled leniently is refused where it would not be enforced."""
         for warning in warnings:
             if warning.startswith("Unknown format"):
                 continue  # of a schema's branch that the walk did not reach
             keywords = re.findall(r'"([^"]+)"', warning) or ["minProperties", "maxProperties"]
-            places = walked.with_keyword(*keywords)
-            raise SchemaRefused(places[0] if places else "#", _first_line(warning))
+            places = [(label, at) for label, walked in schemas.items() for at in walked.with_keyword(*keywords)]
+            label, at = places[0] if places else ("", "#")
+            raise _refused(label, at, _first_line(warning))
 
-    def _refuse_schema(self, walked: WalkedSchema, inner: llguidance.LLMatcher, overrides: dict[str, Any]) -> None:
-        """Raise `SchemaRefused` for the first subschema that does not compile by itself, else for the whole."""
+    def _refuse_parts(self, schemas: Mapping[str, WalkedSchema], error: str, overrides: dict[str, Any]) -> NoReturn:
+        """Raise for the first schema of the parts that does not compile by itself, else for the whole."""
+        for label, walked in schemas.items():
+            alone = self._matcher(self._json_grammar(walked.schema, overrides), 0)
+            if alone.is_error():
+                self._refuse_schema(label, walked, alone.get_error(), overrides)
+        raise PatternRefused(_first_line(error))
+
+    def _refuse_schema(self, label: str, walked: WalkedSchema, error: str, overrides: dict[str, Any]) -> NoReturn:
+        """Raise for the first subschema that does not compile by itself, else for the whole."""
         below = ("$ref", "properties", "patternProperties", "items", "prefixItems", "anyOf", "allOf", "oneOf")
         leaves = [(at, node) for at, node in walked.places if not any(keyword in node for keyword in below)]
         leaves += [
@@ -235,10 +254,13 @@ class Library:
         for pointer, node in leaves[:MAX_LEAVES_TRIED]:
             alone = self._matcher(self._json_grammar(node, overrides), 0)
             if alone.is_error():
-                raise SchemaRefused(pointer, _first_line(alone.get_error()))
-        raise SchemaRefused("#", _first_line(inner.get_error()))
+                raise _refused(label, pointer, _first_line(alone.get_error()))
+        raise _refused(label, "#", _first_line(error))
 
     # Grammars and expressions
+
+    def _lark_pattern(self, pattern: str) -> str:
+        return self._llguidance.regex_to_lark(pattern, "d")  # \d is 0 to 9, as in schemas
 
     def _check_pattern(self, what: str, pattern: str) -> None:
         try:
@@ -260,66 +282,6 @@ class Library:
             return self._llguidance.grammar_from("gbnf", text)
         except ValueError as error:
             raise PatternRefused(_first_line(str(error))) from None
-
-    def _structural_grammar(self, tag: Any, overrides: dict[str, Any]) -> str:
-        """Free text, and behind each trigger one of the parts that begin with it.
-
-        With `at_least_one` the answer is one part or more, with `separator` between, and no text. With
-        `stop_after_first` it is a single part. Before the parts may be text up to `reasoning_end`; it must be there
-        if the answer `begins_inside` the reasoning.
-        """
-        structures, triggers = (tag.get(name) for name in ("structures", "triggers"))
-        if not (isinstance(structures, list) and structures and isinstance(triggers, list)):
-            raise PatternRefused(
-                "a structural tag has structures, a list of {begin, schema, end}, and triggers, a list"
-            )
-        is_forced = bool(tag.get("at_least_one"))
-        parts = f"({' | '.join(f'part_{index}' for index in range(len(structures)))})"
-        lines = ["%llguidance {}", f"start: {self._parts(tag, parts)}" if is_forced else f"start: {parts}* rest"]
-        lines += ["rest: TEXT", r"TEXT: /(.|\n)*/"]
-        for index, part in enumerate(structures):
-            if not (isinstance(part, dict) and all(isinstance(part.get(name), str) for name in ("begin", "end"))):
-                raise PatternRefused(f"structures[{index}] must have begin and end, both texts, and a schema")
-            trigger = next((each for each in triggers if isinstance(each, str) and part["begin"].startswith(each)), "")
-            if not trigger:
-                raise PatternRefused(f"structures[{index}].begin begins with none of the triggers")
-            try:
-                walked = self._walk(part.get("schema", True))
-            except SchemaRefused as error:
-                raise PatternRefused(f"structures[{index}].schema: {error}") from None
-            schema = walked.schema if isinstance(walked.schema, dict) else {} if walked.schema else {"enum": []}
-            json_value = "%json " + json.dumps(schema | {"x-guidance": overrides})
-            begin = part["begin"] if is_forced else part["begin"][len(trigger) :]
-            body = " ".join([self._literal(begin), json_value, self._literal(part["end"])])
-            if is_forced:
-                lines.append(f"part_{index}: {body}")
-            elif self._tokenizer.special_token_id(trigger) is not None:
-                lines.append(f"part_{index}: TEXT {self._literal(trigger)} {body}")
-            else:
-                lines.append(f"trigger_{index}[lazy]: /(.|\\n)*/ {json.dumps(trigger)}")
-                lines.append(f"part_{index}: trigger_{index} {body}")
-        return self._llguidance.LLMatcher.grammar_from_lark("\n".join(lines) + "\n")
-
-    def _parts(self, tag: dict[str, Any], parts: str) -> str:
-        """The parts of an answer that has nothing else, as a rule of Lark's notation."""
-        separator = self._literal(str(tag.get("separator") or ""))
-        forced = parts if tag.get("stop_after_first") else f"{parts} ({separator} {parts})*"
-        end = tag.get("reasoning_end")
-        if not isinstance(end, str) or not end:
-            return forced
-        is_token = self._tokenizer.special_token_id(end) is not None
-        line = f"TEXT {self._literal(end)}" if is_token else "reasoning_text"
-        forced = f"reasoning{'' if tag.get('begins_inside') else '?'} {forced}\nreasoning: {line} /[ \\n]*/"
-        return forced if is_token else f"{forced}\nreasoning_text[lazy]: /(.|\\n)*/ {json.dumps(end)}"
-
-    def _literal(self, text: str) -> str:
-        """A text in Lark's notation, in which special tokens are tokens."""
-        names = {self._tokenizer.token_text(token_id): token_id for token_id in self._tokenizer.special_token_ids}
-        found = sorted((name for name in names if name and name in text), key=len, reverse=True)
-        if not found:
-            return json.dumps(text) if text else ""
-        pieces = re.split(f"({'|'.join(map(re.escape, found))})", text)
-        return " ".join(f"<[{names[piece]}]>" if piece in names else json.dumps(piece) for piece in pieces if piece)
 
 
 class _TokenSource:
@@ -346,6 +308,12 @@ def deep_stack() -> Iterator[None]:
         yield
     finally:
         threading.stack_size(before)
+
+
+def _refused(label: str, pointer: str, reason: str) -> SchemaRefused | PatternRefused:
+    """The error for a place in a schema: the answer's own, or that of the call with this label."""
+    refused = SchemaRefused(pointer, reason)
+    return PatternRefused(f"{label}: {refused}") if label else refused
 
 
 def _first_line(message: str) -> str:

@@ -6,6 +6,7 @@ happen in: they are kept in `error` and never raised.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
 MAX_DIGITS = 20  # of a JSON number, before its point and after it
 MAX_EXPONENT_DIGITS = 2
+MAX_TAIL = MAX_DIGITS + 4  # bytes that show whether a number is long
 MAX_FORCED = 256  # tokens that are known ahead at a time
 TOO_COMPLEX = "the grammar became too complex to follow"
+_LONG_NUMBER = re.compile(rb"([0-9]{%d}|[0-9][eE][-+]?[0-9]{%d})\Z" % (MAX_DIGITS, MAX_EXPONENT_DIGITS))
 
 
 class Matcher(Protocol):
@@ -56,41 +59,31 @@ class Matcher(Protocol):
         ...
 
 
-class NumberScan:
-    """Finds JSON numbers that go on for ever: counts the digits that the text ends in, outside strings."""
+class NumberTokens:
+    """Finds JSON numbers that go on for ever, by the digits that the text ends in and by what may follow them.
 
-    def __init__(self) -> None:
-        self._is_string = False
-        self._is_escaped = False
-        self._is_exponent = False
-        self._num_digits = 0
+    Inside a number neither a quote nor a letter may come next but `e`. So digits of strings and of free text are left
+    alone.
+    """
 
-    @property
-    def is_long(self) -> bool:
-        """Whether the number that the text ends in has all the digits it may have."""
-        return self._num_digits >= (MAX_EXPONENT_DIGITS if self._is_exponent else MAX_DIGITS)
+    def __init__(self, token_bytes: Sequence[bytes], row_words: int) -> None:
+        import numpy as np
 
-    def copy(self) -> NumberScan:
-        twin = NumberScan()
-        twin.__dict__.update(self.__dict__)
-        return twin
+        def mask(first_bytes: bytes) -> npt.NDArray[np.int32]:
+            bits = np.zeros(row_words * 32, np.bool_)
+            bits[[token_id for token_id, data in enumerate(token_bytes) if data[:1] and data[0] in first_bytes]] = True
+            return np.packbits(bits, bitorder="little").view(np.int32)
 
-    def feed(self, data: bytes) -> None:
-        for byte in data:
-            if self._is_string:
-                if self._is_escaped:
-                    self._is_escaped = False
-                elif byte == 0x5C:
-                    self._is_escaped = True
-                elif byte == 0x22:
-                    self._is_string = False
-            elif 0x30 <= byte <= 0x39:
-                self._num_digits += 1
-            elif byte == 0x2E or (byte in b"eE" and self._num_digits):
-                self._num_digits, self._is_exponent = 0, byte != 0x2E
-            elif byte not in b"+-":
-                self._num_digits, self._is_exponent = 0, False
-                self._is_string = byte == 0x22
+        self.digits = mask(b"0123456789")  # [row_words]
+        self._text = mask(b'"a')
+
+    def bound(self, row: npt.NDArray[np.int32], tail: bytes) -> None:
+        """Take the digits out of a mask if the number that `tail` ends in has all that it may have."""
+        if _LONG_NUMBER.search(tail) is None or (row & self._text).any():
+            return
+        others = row & ~self.digits
+        if others.any():  # else the schema itself wants the digits: a constant, a bound
+            row[:] = others
 
 
 class GuidedMatcher:
@@ -106,16 +99,16 @@ class GuidedMatcher:
         token_bytes: Sequence[bytes],
         *,
         has_forced_tokens: bool,
-        starts_with_digit: npt.NDArray[np.int32] | None,
+        number_tokens: NumberTokens | None,
     ) -> None:
-        """`starts_with_digit` [(V + 31) / 32] has the tokens that go on with a number; None where numbers are free."""
+        """`number_tokens` bounds the numbers of JSON; None where there are none."""
         self.error: str | None = None
         self.num_tokens = 0
         self._inner = inner
         self._token_bytes = token_bytes
         self._has_forced_tokens = has_forced_tokens
-        self._starts_with_digit = starts_with_digit
-        self._numbers = NumberScan()
+        self._number_tokens = number_tokens
+        self._tail = b""  # the last bytes of the answer
         self._forced: deque[int] = deque()
         self._note_error()
         self._force()
@@ -137,7 +130,7 @@ class GuidedMatcher:
             self._note_error()
             if self.error is not None:
                 return
-            self._numbers.feed(self._token_bytes[token_id])
+            self._tail = (self._tail + self._token_bytes[token_id])[-MAX_TAIL:]
             if self._forced and self._forced.popleft() != token_id:
                 self._forced.clear()
             if not self._forced:
@@ -149,11 +142,11 @@ class GuidedMatcher:
         if self.error is not None:
             return
         rows = np.frombuffer(words, np.int32).reshape(1 + len(draft_token_ids), -1)
-        numbers, forced, num_taken = self._numbers.copy(), deque(self._forced), 0
+        tail, forced, num_taken = self._tail, deque(self._forced), 0
         for draw, row in enumerate(rows):
             if forced:
                 _allow(row, forced[0])
-            elif not self._fill(row, numbers):
+            elif not self._fill(row, tail):
                 break
             if draw == len(draft_token_ids):
                 break
@@ -161,7 +154,7 @@ class GuidedMatcher:
             if not row[token_id // 32] >> (token_id % 32) & 1 or not self._inner.consume_token(token_id):
                 break
             num_taken += 1
-            numbers.feed(self._token_bytes[token_id])
+            tail = (tail + self._token_bytes[token_id])[-MAX_TAIL:]
             if forced:
                 forced.popleft()
             if self._inner.is_stopped():
@@ -173,16 +166,14 @@ class GuidedMatcher:
             self._inner.rollback(num_taken)
         self._note_error()
 
-    def _fill(self, row: npt.NDArray[np.int32], numbers: NumberScan) -> bool:
+    def _fill(self, row: npt.NDArray[np.int32], tail: bytes) -> bool:
         """Whether there is a token that may come next."""
         self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if self._inner.is_error():
             row[:] = 0
             return False
-        if numbers.is_long and self._starts_with_digit is not None:
-            others = row & ~self._starts_with_digit
-            if others.any():  # else the schema itself wants the digits: a constant, a bound
-                row[:] = others
+        if self._number_tokens is not None:
+            self._number_tokens.bound(row, tail)
         return bool(row.any())
 
     def _force(self) -> None:

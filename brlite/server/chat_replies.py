@@ -10,14 +10,14 @@ import msgspec
 from brlite.chat.formats import ChatFormat
 from brlite.chat.reasoning import ends_inside
 from brlite.chat.reply import ReplyFormat, ReplyParser
-from brlite.chat.tool_calls import ToolCallParser
+from brlite.chat.tool_calls import ToolCallParser, harmony
 from brlite.chat.tools import Tool, ToolChoice
 from brlite.chat.turns import TemplateExtras
 from brlite.config.options import ModelSpec
 from brlite.dialects.fields import not_supported
 from brlite.dialects.generation import Chat, Generation
 from brlite.errors import InvalidRequest
-from brlite.sampling_params import StructuredOutput
+from brlite.sampling_params import CallPart, Calls, ParameterNotation, Reasoning, StructuredOutput
 from brlite.tokenizer import Tokenizer
 
 NUM_END_TOKENS = 16  # of a prompt, enough to see whether it ends inside the reasoning
@@ -37,7 +37,7 @@ class ChatReplies:
         self._splits_reasoning = call.splits_reasoning
         self._tokenizer = tokenizer
         self._format = reply_format
-        self._begins_inside = False
+        self._begins_inside = self._is_over = False  # the reasoning, where the prompt ends
 
     @property
     def is_named(self) -> bool:
@@ -45,10 +45,11 @@ class ChatReplies:
         return self._choice.is_named
 
     def begin(self, prompt_token_ids: Sequence[int]) -> None:
-        """The prompt is made: see whether its end has opened the reasoning."""
+        """The prompt is made: see whether its end has opened the reasoning, or closed it."""
         if self._format.marks is not None:
             end = self._tokenizer.decode(prompt_token_ids[-NUM_END_TOKENS:], skip_special_tokens=False)
             self._begins_inside = ends_inside(end, self._format.marks)
+            self._is_over = end.rstrip().endswith(self._format.marks[1])
 
     def shown_token_ids(self) -> frozenset[int]:
         """The special tokens that mark calls and reasoning, which must not be left out of the text."""
@@ -58,23 +59,39 @@ class ChatReplies:
         found = map(self._tokenizer.special_token_id, texts)
         return frozenset(token_id for token_id in found if token_id is not None)
 
-    def structured(self) -> StructuredOutput | None:
-        """The grammar of calls; None without tools. Raises `InvalidRequest` if the format's calls have no grammar."""
+    def structured(self, wish: StructuredOutput | None) -> StructuredOutput | None:
+        """What the reply must look like where `wish` is what its answer must: reasoning before it, or calls.
+
+        None if it is free. Raises `InvalidRequest` if calls in this format have no grammar.
+        """
+        calls = self._calls()
+        if calls is None and wish is None:
+            return None
+        reasoning = None
+        if self._format.reads_all:
+            reasoning = Reasoning(begins=harmony.PREAMBLES, end=harmony.PREAMBLE_END, answer_begin=harmony.FINAL)
+        elif self._format.marks is not None and not self._is_over:
+            begin, end = self._format.marks
+            reasoning = Reasoning(begins=(begin,), end=end, begins_inside=self._begins_inside)
+        if wish is None or (calls is not None and calls.is_forced):
+            return StructuredOutput(calls=calls, reasoning=reasoning, param="tools")
+        param = wish.param if calls is None else "tools"
+        return msgspec.structs.replace(wish, calls=calls, reasoning=reasoning, param=param)
+
+    def _calls(self) -> Calls | None:
+        """The grammar of calls; None without tools."""
         if not self._tools:
             return None
-        parser, is_required = self._format.calls, self._choice.mode == "required"
-        tag = None if parser is None else structural_tag(parser, self._tools, self._choice)
-        if tag is None:
+        parser, is_forced = self._format.calls, self._choice.mode == "required"
+        calls = None if parser is None else call_grammar(parser, self._tools, self._choice)
+        if calls is None:
             name = "none" if parser is None else parser.name
-            if is_required:
-                raise not_supported("tool_choice", f": calls in the format {name} cannot be forced; use auto")
             strict = next((tool.name for tool in self._tools if tool.strict), None)
             what = "calls" if strict is None else f"strict of {strict}: calls"
-            raise not_supported("tools", f": {what} in the format {name} have no grammar with tool_choice auto")
-        if is_required and self._format.marks is not None:
-            tag["reasoning_end"] = self._format.marks[1]
-            tag["begins_inside"] = self._begins_inside
-        return StructuredOutput(structural_tag=msgspec.json.encode(tag).decode(), param="tools")
+            raise not_supported(
+                "tool_choice" if is_forced else "tools", f": {what} in the format {name} have no grammar"
+            )
+        return calls
 
     @property
     def must_constrain(self) -> bool:
@@ -98,23 +115,36 @@ class ChatReplies:
         return bool(self._tools) or self._format.reads_all
 
 
-def structural_tag(parser: type[ToolCallParser], tools: Sequence[Tool], choice: ToolChoice) -> dict[str, Any] | None:
-    """Calls of these tools as a structural tag. None for a format whose calls cannot be constrained like that."""
-    structures: list[dict[str, Any]] = []
-    triggers: dict[str, None] = {}
-    separator = ""
-    for tool in tools:
-        grammar = parser.grammar(tool)
-        if grammar is None or not (grammar.trigger or choice.mode == "required"):
+def call_grammar(parser: type[ToolCallParser], tools: Sequence[Tool], choice: ToolChoice) -> Calls | None:
+    """The grammar of calls of these tools. None if the format cannot write one of them."""
+    grammars = [parser.grammar(tool) for tool in tools]
+    first = grammars[0]
+    if first is None:
+        return None
+    parts: list[CallPart] = []
+    for tool, grammar in zip(tools, grammars, strict=True):
+        if grammar is None:
             return None
-        begin, end = grammar.opening + grammar.begin, grammar.end + grammar.closing
-        structures.append({"begin": begin, "schema": tool.parameters or NO_ARGUMENTS, "end": end})
-        triggers[grammar.trigger or begin] = None
-        separator = "" if grammar.opening else grammar.separator
-    tag: dict[str, Any] = {"structures": structures, "triggers": list(triggers)}
-    if choice.mode == "required":
-        tag |= {"at_least_one": True, "separator": separator, "stop_after_first": not choice.parallel}
-    return tag
+        schema = tool.parameters or NO_ARGUMENTS
+        parts.append(
+            CallPart(
+                label=tool.name,
+                trigger=grammar.trigger,
+                begin=grammar.begin,
+                schema=msgspec.json.encode(schema).decode(),
+                end=grammar.end,
+                parameters=None if grammar.parameters is None else ParameterNotation(**grammar.parameters),
+            )
+        )
+    return Calls(
+        parts=tuple(parts),
+        opening=first.opening,
+        separator=first.separator,
+        closing=first.closing,
+        is_forced=choice.mode == "required",
+        is_single=first.is_single or not choice.parallel,
+        is_leading=first.is_leading,
+    )
 
 
 def template_extras(chat: Chat, chat_format: ChatFormat | None, spec: ModelSpec) -> tuple[TemplateExtras, list[str]]:

@@ -34,7 +34,9 @@ async def make_requests(
     requests: list[Request] = []
     warnings: list[str] = []
     replies = make_replies(call, engine.tokenizer, spec)
-    grammar = await engine.compile(call.params.structured, tenant=tenant)
+    grammar = None
+    if call.params.structured is not None and replies is None:
+        grammar = await engine.compile(call.params.structured, tenant=tenant)
     bad_words = await engine.encode_bad_words(call.params, tenant=tenant) if call.params.bad_words else None
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
@@ -82,25 +84,23 @@ def make_replies(call: Generation, tokenizer: Tokenizer, spec: ModelSpec) -> Cha
         return None
     reply_format = find_reply_format(chat_format, spec.tool_parser, spec.reasoning_parser)
     has_calls = call.tool_choice.mode != "none" or reply_format.reads_all
-    has_reasoning = reply_format.marks is not None and call.splits_reasoning
+    has_reasoning = reply_format.marks is not None and (call.splits_reasoning or call.params.structured is not None)
     return ChatReplies(call, chat, tokenizer, reply_format) if has_calls or has_reasoning else None
 
 
 async def _constrained(request: Request, replies: ChatReplies, engine: EngineLoop, warnings: list[str]) -> Request:
-    """The request with the grammar of its calls. A schema that cannot be enforced leaves calls free, with a warning,
-    unless a call is forced or strict: then it is an `InvalidRequest`."""
+    """The request with the grammar of its reply. A tool's schema that cannot be enforced leaves calls free, with a
+    warning, unless a call is forced or strict, or the answer has a grammar: then it is an `InvalidRequest`."""
     shown, params = replies.shown_token_ids(), request.params
     try:
-        structured = replies.structured()
-        if structured is not None and params.structured is not None:
-            raise InvalidRequest("tools: their calls have no grammar beside structured output", param="tools")
+        structured = replies.structured(params.structured)
         if structured is not None:
             grammar = await engine.compile(structured, tenant=request.tenant)
             params = msgspec.structs.replace(params, structured=structured)
             request = msgspec.structs.replace(request, grammar=grammar)
             replies.is_constrained = True
     except InvalidRequest as error:
-        if replies.must_constrain:
+        if replies.must_constrain or params.structured is not None:
             raise
         warnings.append(f"calls of tools are not constrained: {error}")
     return msgspec.structs.replace(request, params=params, shown_token_ids=shown)

@@ -157,24 +157,6 @@ def test_a_long_reply_takes_time_in_proportion_to_its_length() -> None:
     assert len(json.loads(reply.tool_calls[0].arguments)["city"]) == 150_000
 
 
-@pytest.mark.parametrize("name", PARSERS)
-def test_a_format_reads_what_its_grammar_writes(name: str) -> None:
-    parser, (weather, now) = PARSERS[name], TOOLS
-    grammars = [(parser.grammar(tool), arguments) for tool, arguments in ((weather, '{"days":2}'), (now, "{}"))]
-    if any(grammar is None for grammar, _ in grammars):
-        assert name in ("pythonic", "qwen3_coder", "glm4_moe")
-        return
-    calls = [f"{grammar.begin}{arguments}{grammar.end}" for grammar, arguments in grammars if grammar]
-    first = grammars[0][0]
-    assert first is not None
-
-    reply = collect(read(parser(TOOLS), [first.opening + first.separator.join(calls) + first.closing]))
-
-    assert [(call.name, call.arguments) for call in reply.tool_calls] == [("get_weather", '{"days":2}'), ("now", "{}")]
-    assert reply.content == ""
-    assert (first.opening + calls[0]).startswith(first.trigger)
-
-
 @pytest.mark.parametrize(
     ("sign", "name"),
     [

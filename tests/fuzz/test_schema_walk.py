@@ -105,7 +105,7 @@ def test_a_schema_is_refused_or_its_answers_are_valid(case: tuple[Any, int]) -> 
     if grammar is not None:
         written = write(grammar, TOKENIZER, temperature=1.5, seed=seed, max_tokens=60)
         if written.is_ended:
-            with suppress(re.error):  # the validator compiles patterns of an `if` that nothing depends on
+            with suppress(re.error, TypeError):  # the validator reads an `if` that nothing depends on
                 check(json.loads(json.dumps(schema)), written.text)
 
 

@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from brlite.app import create_app
+from brlite.chat.tool_calls import PARSERS
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
@@ -201,28 +202,53 @@ async def test_the_functions_of_old_clients(serve: Ask) -> None:
 
 
 async def test_a_broken_call_is_content_with_a_warning(serve: Ask) -> None:
-    client = await serve(tool_parser="qwen3_coder")  # whose calls are not constrained
+    client = await serve(tool_parser="qwen3_coder")
     text = "<tool_call>\n<function=rm>\n</function>\n</tool_call>"
+    unenforced = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
 
-    answer = await ask(client, text)
+    answer = await ask(
+        client, text, tools=[{"type": "function", "function": {"name": "now", "parameters": unenforced}}]
+    )
 
+    assert "calls of tools are not constrained: tools: now: at #/properties/a/uniqueItems" in answer.warnings[0]
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (text, "stop")
     assert any("is passed on as content" in warning for warning in answer.warnings)
 
 
-@pytest.mark.parametrize("tool_parser", ["pythonic", "qwen3_coder", "glm4_moe", "llama3_json", "chatglm", "none"])
+@pytest.mark.parametrize(
+    ("tool_parser", "name", "place"),
+    [("none", "f", "format none"), ("pythonic", "a/b", "format pythonic"), ("hermes", "f", "f: at #/properties/a/not")],
+)
 async def test_strict_without_a_grammar_is_refused_and_auto_says_that_calls_are_free(
-    serve: Ask, tool_parser: str
+    serve: Ask, tool_parser: str, name: str, place: str
 ) -> None:
+    client = await serve(tool_parser=tool_parser)
+    parameters = {"type": "object", "properties": {"a": {"not": {"type": "null"}}}}
+    tool = {"type": "function", "function": {"name": name, "parameters": parameters}}
+    strict = {"type": "function", "function": {**tool["function"], "strict": True}}  # type: ignore[dict-item]
+
+    free = await ask(client, "Hello.", tools=[tool])
+    with pytest.raises(openai.BadRequestError, match=place) as caught:
+        await ask(client, "Hello.", tools=[NOW, strict])
+
+    assert free.choices[0].message.content == "Hello."
+    assert "calls of tools are not constrained" in free.warnings[0]
+    assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize("tool_parser", sorted(set(PARSERS) - {"harmony"}))
+async def test_a_strict_function_is_constrained_in_every_format(serve: Ask, tool_parser: str) -> None:
     client = await serve(tool_parser=tool_parser)
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}
 
-    free = await ask(client, "Hello.")
-    with pytest.raises(openai.BadRequestError, match=f"strict of get_weather.*{tool_parser}") as caught:
-        await ask(client, "Hello.", tools=[NOW, strict])
+    free = await ask(client, "Hello.", tools=[strict])
+    forced = await ask(client, "Hello.", tools=[strict, NOW], tool_choice="required", parallel_tool_calls=False)
 
-    assert "calls of tools are not constrained" in free.warnings[0]
-    assert caught.value.param == "tools"
+    assert free.choices[0].message.content == "Hello."
+    assert getattr(free, "warnings", None) is None
+    if forced.choices[0].finish_reason != "length":
+        assert forced.choices[0].message.content is None
+        assert len(calls_of(forced.choices[0].message)) == 1
 
 
 async def test_reasoning_is_told_apart(serve: Ask) -> None:

@@ -22,7 +22,7 @@ class ChatGlmParser(ToolCallParser):
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar:
-        return CallGrammar(trigger="", begin=f"{tool.name}\n", end="", separator=MARK)
+        return CallGrammar(trigger="", begin=f"{tool.name}\n", end="", separator=MARK, is_leading=True)
 
     def _parse(self) -> Step[None]:
         yield from self._call(self._named(), self._source.at, is_marked=False)

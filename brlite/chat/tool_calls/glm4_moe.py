@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from brlite.chat.tool_calls.parser import ToolCallParser, property_schemas, typed_value
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser, property_schemas, typed_value
 from brlite.chat.tool_calls.source import Step
+from brlite.chat.tools import Tool
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
@@ -16,6 +17,11 @@ class Glm4MoeParser(ToolCallParser):
 
     name = "glm4_moe"
     marks = (BEGIN, END, KEY, KEY_END, VALUE, VALUE_END)
+
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        parameters = {"begin": f"{KEY}{{}}{KEY_END}\n{VALUE}", "end": f"{VALUE_END}\n", "has_plain_strings": True}
+        return CallGrammar(trigger=BEGIN, begin=f"{BEGIN}{tool.name}\n", end=END, separator="\n", parameters=parameters)
 
     def _parse(self) -> Step[None]:
         while (yield from self._source.until((BEGIN,), self._content)):

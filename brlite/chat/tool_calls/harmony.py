@@ -12,6 +12,9 @@ from brlite.chat.tools import ReasoningDelta, Tool
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 RECIPIENT = "functions."
+# What stands before an answer, what ends it, and what begins the answer.
+PREAMBLES = (f"{CHANNEL}analysis{MESSAGE}", f"{CHANNEL}commentary{MESSAGE}")
+PREAMBLE_END, FINAL = f"{ENDS[0]}{START}assistant", f"{CHANNEL}final{MESSAGE}"
 
 
 class HarmonyParser(ToolCallParser):
@@ -23,8 +26,7 @@ class HarmonyParser(ToolCallParser):
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar:
         begin = f"{CHANNEL}commentary to={RECIPIENT}{tool.name} {CONSTRAIN}json{MESSAGE}"
-        trigger = f"{CHANNEL}commentary to={RECIPIENT}"
-        return CallGrammar(trigger=trigger, begin=begin, end=ENDS[1], separator=f"{START}assistant")
+        return CallGrammar(trigger=CHANNEL, begin=begin, end="", is_single=True)  # `<|call|>` ends a reply
 
     def _parse(self) -> Step[None]:
         source = self._source

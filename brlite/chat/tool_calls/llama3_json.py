@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
-from brlite.chat.tool_calls.source import BrokenCall, Step
+from brlite.chat.tool_calls.source import Step
 from brlite.chat.tools import Tool
 
 TAG = "<|python_tag|>"
@@ -23,7 +23,7 @@ class Llama3JsonParser(ToolCallParser):
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar:
         begin = f'{{"name": {json.dumps(tool.name)}, "parameters": '
-        return CallGrammar(trigger="", begin=begin, end="}", separator="; ")
+        return CallGrammar(trigger=TAG, begin=begin, end="}", separator="; ", is_leading=True)
 
     def _parse(self) -> Step[None]:
         source = self._source
@@ -33,9 +33,7 @@ class Llama3JsonParser(ToolCallParser):
             yield from self._call(self._calls(), source.at - len(TAG))
 
     def _leading_calls(self) -> Step[None]:
-        yield from self._source.spaces()
-        if (yield from self._source.peek()) != "{":
-            raise BrokenCall("it is plain text")
+        yield from self._expect_leading("{")
         yield from self._calls()
 
     def _calls(self) -> Step[None]:

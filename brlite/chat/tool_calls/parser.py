@@ -18,11 +18,12 @@ from brlite.files.quoting import excerpt
 
 
 class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
-    """The text of calls, as literals around a JSON value, for the compiler of structural tags.
+    """The text of a tool's calls, for the grammar of a reply.
 
-    A reply with calls is `opening`, then calls joined by `separator`, then `closing`; a call is `begin`, the arguments
-    as JSON of the tool's schema, and `end`. In free text `trigger` begins calls. It is empty for formats whose calls
-    begin without a mark: those cannot be constrained in free text.
+    Calls are `opening`, calls joined by `separator`, `closing`; a call is `begin`, the arguments by the tool's schema,
+    and `end`. In free text calls begin with `trigger`; with `is_leading` a reply that begins with a call needs none,
+    and `trigger` stands before `opening`. With `is_single` a reply has one call at most.
+    Arguments are a JSON object; else `parameters` are the fields of a `ParameterNotation`.
     """
 
     trigger: str
@@ -31,6 +32,9 @@ class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
     opening: str = ""
     separator: str = ""
     closing: str = ""
+    is_leading: bool = False
+    is_single: bool = False
+    parameters: Mapping[str, Any] | None = None
 
 
 class ToolCallParser:
@@ -67,8 +71,8 @@ class ToolCallParser:
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar | None:
-        """How a call of this tool is written. None if its arguments are not JSON."""
-        return None
+        """How a call of this tool is written. None if the format cannot write it."""
+        raise NotImplementedError
 
     def feed(self, text: str) -> list[ReplyEvent]:
         """The events that this text completes."""
@@ -165,6 +169,23 @@ class ToolCallParser:
         self._content(self._source.text[self._passed_on : self._source.at])
 
     # What several formats have in common.
+
+    def _expect_leading(self, *words: str) -> Step[None]:
+        """Raise `BrokenCall` unless the reply begins like a call: with one of the words.
+
+        Where a grammar constrains calls, only what it takes for a call is one.
+        """
+        source = self._source
+        yield from source.spaces()
+        if self._streams_arguments:
+            grammars = filter(None, map(self.grammar, self._tools.values()))
+            words = tuple(grammar.opening + grammar.begin for grammar in grammars)
+        start, word = source.at, ""
+        if words:
+            word = yield from source.take(*words)
+        if not word:
+            raise BrokenCall("it is plain text")
+        source.at = start
 
     def _json_arguments(self) -> Step[None]:
         """The arguments as a JSON object, as a string that holds one, or as nothing, which is `{}`."""

@@ -10,8 +10,9 @@ import re
 import string
 import sys
 
-from brlite.chat.tool_calls.parser import ToolCallParser
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser
 from brlite.chat.tool_calls.source import MAX_DEPTH, BrokenCall, Emit, ReplySource, Step
+from brlite.chat.tools import Tool
 
 START, END = "<|python_start|>", "<|python_end|>"
 _WORD = re.compile(r"[\w.+-]*")
@@ -28,6 +29,22 @@ class PythonicParser(ToolCallParser):
     name = "pythonic"
     marks = (START, END)
 
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar | None:
+        if _WORD.fullmatch(tool.name) is None:
+            return None
+        parameters = {"begin": "{}=", "separator": ", ", "has_python_constants": True}
+        return CallGrammar(
+            trigger=START,
+            opening="[",
+            begin=f"{tool.name}(",
+            end=")",
+            separator=", ",
+            closing="]",
+            is_leading=True,
+            parameters=parameters,
+        )
+
     def _parse(self) -> Step[None]:
         source = self._source
         yield from self._call(self._leading_list(), source.at, is_marked=False)
@@ -35,9 +52,7 @@ class PythonicParser(ToolCallParser):
             yield from self._call(self._list(), source.at - len(START))
 
     def _leading_list(self) -> Step[None]:
-        yield from self._source.spaces()
-        if (yield from self._source.peek()) != "[":
-            raise BrokenCall("it is plain text")
+        yield from self._expect_leading("[")
         yield from self._list()
 
     def _list(self) -> Step[None]:

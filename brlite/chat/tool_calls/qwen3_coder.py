@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-from brlite.chat.tool_calls.parser import ToolCallParser, property_schemas, typed_value
+from brlite.chat.tool_calls.parser import CallGrammar, ToolCallParser, property_schemas, typed_value
 from brlite.chat.tool_calls.source import BrokenCall, Step
+from brlite.chat.tools import Tool
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
@@ -18,8 +19,21 @@ class Qwen3CoderParser(ToolCallParser):
     name = "qwen3_coder"
     marks = (BEGIN, END)
 
+    @classmethod
+    def grammar(cls, tool: Tool) -> CallGrammar:
+        parameters = {"begin": f"{PARAMETER}{{}}>\n", "end": f"\n{PARAMETER_END}\n", "has_plain_strings": True}
+        return CallGrammar(
+            trigger=BEGIN,
+            begin=f"{BEGIN}\n{FUNCTION}{tool.name}>\n",
+            end=f"{FUNCTION_END}\n{END}",
+            separator="\n",
+            parameters=parameters,
+        )
+
     def _parse(self) -> Step[None]:
-        while mark := (yield from self._source.until((BEGIN, FUNCTION), self._content)):
+        # Some models leave BEGIN out. A grammar that constrains calls takes such text for no call.
+        marks = (BEGIN,) if self._streams_arguments else (BEGIN, FUNCTION)
+        while mark := (yield from self._source.until(marks, self._content)):
             yield from self._call(self._tagged(mark), self._source.at - len(mark))
 
     def _tagged(self, mark: str) -> Step[None]:

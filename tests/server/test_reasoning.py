@@ -1,0 +1,188 @@
+"""Models that reason: the grammar of an answer begins behind the reasoning, opened by the template or the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from brlite.chat.template import ChatTemplate
+from tests.fakes import EOS, ByteTokenizer
+from tests.server.conftest import MODEL, Client
+
+TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+# A model that opens its reasoning itself, and one whose template does unless thinking is off.
+TEMPLATES = {
+    "by the model": TURNS + "{# <think> </think> #}{% if add_generation_prompt %}assistant: {% endif %}",
+    "by the template": TURNS
+    + "{% if add_generation_prompt %}assistant: <think>{% if enable_thinking is false %}</think>{% endif %}{% endif %}",
+}
+SCHEMA = {
+    "type": "object",
+    "properties": {"is_true": {"type": "boolean"}, "level": {"enum": ["low", "high"]}},
+    "required": ["is_true", "level"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+ANSWER = '{"is_true":true,"level":"low"}'
+THOUGHT = 'I must say {"is_true": false}, or <tool_call> it is not 1234567890123456789012345 times </thin'
+NOW = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+Make = Callable[..., Awaitable[Client]]
+
+
+class TemplateTokenizer(ByteTokenizer):
+    """A byte a token, with a real chat template."""
+
+    def __init__(self, template: str) -> None:
+        super().__init__()
+        self.chat_format: Any = ChatTemplate(template, source="test", special_tokens={})
+        self.chat_template_text = template
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        extras: Any = None,
+    ) -> str:
+        return self.chat_format.render(messages, add_generation_prompt=add_generation_prompt, extras=extras)
+
+    def close(self) -> None:
+        self.chat_format.close()
+
+
+def scripted(reply: str) -> Callable[[Sequence[int], int], int]:
+    """A model that says the reply after its prompt, then ends; where it may not, it goes on with the next letter."""
+    tokens = [*reply.encode(), EOS]
+
+    def next_token(context: Sequence[int], seed: int) -> int:
+        text = bytes(min(token, 255) for token in context)
+        start = text.rindex(b"assistant: ") + len(b"assistant: ")
+        start += len(b"<think>") * text.startswith(b"<think>", start) * (not reply.startswith("<think>"))
+        return tokens[min(len(context) - start, len(tokens) - 1)]
+
+    return next_token
+
+
+@pytest.fixture(params=TEMPLATES)
+def opened(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=[0, 7], ids=["without drafts", "with drafts"])
+def make(
+    request: pytest.FixtureRequest, make_client: Make, opened: str
+) -> Iterator[Callable[[str], Awaitable[Client]]]:
+    """`await make(reply)` serves a model that thinks and says this."""
+    tokenizers: list[TemplateTokenizer] = []
+
+    async def start(reply: str) -> Client:
+        opening = "" if opened == "by the template" else "<think>"
+        tokenizers.append(TemplateTokenizer(TEMPLATES[opened]))
+        return await make_client(
+            tokenizer=tokenizers[-1],
+            next_token=scripted(opening + reply),
+            max_draft_tokens=request.param,
+            num_blocks=256,
+            max_model_len=1024,
+        )
+
+    yield start
+    for tokenizer in tokenizers:
+        tokenizer.close()
+
+
+async def ask(client: Client, **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The choice of a whole answer, and the deltas of a stream."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "q"}], "temperature": 0, "max_tokens": 400}
+    status, whole = await client.post("/v1/chat/completions", {**body, **fields})
+    assert status == 200, whole
+    chunks = await client.stream("/v1/chat/completions", {**body, **fields})
+    return whole["choices"][0], [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+
+
+def joined(deltas: list[dict[str, Any]], name: str) -> str:
+    return "".join(delta.get(name) or "" for delta in deltas)
+
+
+async def test_a_schema_bounds_the_answer_and_not_the_reasoning(make: Callable[[str], Awaitable[Client]]) -> None:
+    client = await make(f"{THOUGHT}</think>\n\n{ANSWER}")
+
+    choice, deltas = await ask(client, response_format=FORMAT)
+
+    assert choice["message"]["reasoning_content"] == joined(deltas, "reasoning_content") == THOUGHT
+    assert choice["message"]["content"] == joined(deltas, "content") == ANSWER
+    assert choice["finish_reason"] == "stop"
+
+
+async def test_text_behind_the_reasoning_is_made_to_match(make: Callable[[str], Awaitable[Client]]) -> None:
+    client = await make(f"{THOUGHT}</think>\n\nI would rather talk.")
+
+    choice, deltas = await ask(client, response_format=FORMAT)
+
+    assert choice["message"]["reasoning_content"] == THOUGHT
+    assert set(json.loads(choice["message"]["content"])) == {"is_true", "level"}
+    assert joined(deltas, "content") == choice["message"]["content"]
+
+
+async def test_reasoning_that_stays_in_the_text_is_not_bound_either(make: Callable[[str], Awaitable[Client]]) -> None:
+    client = await make(f"{THOUGHT}</think>\n\n{ANSWER}")
+
+    choice, _ = await ask(client, response_format=FORMAT, separate_reasoning=False)
+
+    assert choice["message"]["content"].endswith(f"{THOUGHT}</think>\n\n{ANSWER}")
+
+
+async def test_a_required_call_follows_the_reasoning(make: Callable[[str], Awaitable[Client]]) -> None:
+    client = await make(f"{THOUGHT}</think>\n\n{CALL}")
+
+    choice, deltas = await ask(client, tools=[NOW], tool_choice="required", parallel_tool_calls=False)
+
+    assert choice["message"]["reasoning_content"] == joined(deltas, "reasoning_content") == THOUGHT
+    assert choice["message"]["content"] is None
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["now"]
+    assert choice["finish_reason"] == "tool_calls"
+
+
+async def test_what_looks_like_a_call_in_the_reasoning_stays_reasoning(
+    make: Callable[[str], Awaitable[Client]],
+) -> None:
+    thought = f"Shall I say {CALL}?"
+    client = await make(f"{thought}</think>\n\nYes.\n{CALL}")
+
+    choice, deltas = await ask(client, tools=[NOW])
+
+    assert choice["message"]["reasoning_content"] == joined(deltas, "reasoning_content") == thought
+    assert choice["message"]["content"] == joined(deltas, "content") == "Yes."
+    assert len(choice["message"]["tool_calls"]) == 1
+
+
+async def test_with_tools_and_a_schema_the_reply_is_a_call_or_matches(make: Callable[[str], Awaitable[Client]]) -> None:
+    calling = await make(f"{THOUGHT}</think>\n\n{CALL}")
+    answering = await make(f"{THOUGHT}</think>\n\n{ANSWER}")
+
+    call, _ = await ask(calling, tools=[NOW], response_format=FORMAT)
+    answer, deltas = await ask(answering, tools=[NOW], response_format=FORMAT)
+
+    assert call["finish_reason"] == "tool_calls"
+    assert call["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
+    assert answer["finish_reason"] == "stop"
+    assert answer["message"]["content"] == joined(deltas, "content") == ANSWER
+
+
+async def test_without_thinking_the_answer_begins_at_once(make_client: Make) -> None:
+    tokenizer = TemplateTokenizer(TEMPLATES["by the template"])
+    client = await make_client(
+        tokenizer=tokenizer, next_token=lambda context, seed: EOS, num_blocks=256, max_model_len=1024
+    )
+    kwargs = {"enable_thinking": False}
+
+    choice, _ = await ask(client, response_format=FORMAT, chat_template_kwargs=kwargs)
+
+    assert set(json.loads(choice["message"]["content"])) == {"is_true", "level"}
+    assert choice["message"].get("reasoning_content") is None
