@@ -26,7 +26,7 @@ from brlite.proxy.middleware import forward_middleware
 from brlite.proxy.scrape import Scraper
 from brlite.server.delivery import RUNNING, end_all
 from brlite.server.generate import CONFIG, MODELS
-from brlite.server.handlers import ADD_METRICS, METRICS_PATHS, OPEN_PATHS, ROUTES
+from brlite.server.handlers import ADD_METRICS, METRICS_PATHS, OPEN_PATHS, PROBES, ROUTES
 from brlite.server.metrics import COLLECTORS
 from brlite.server.model_manager import ModelManager
 from brlite.server.response_store import STORE, ResponseStore
@@ -67,7 +67,7 @@ def create_app(
     app[MODELS] = models
     app[RUNNING] = set()
     app[STORE] = ResponseStore(config.limits.max_stored_bytes)
-    app[PROBE_PATHS] = OPEN_PATHS
+    app[PROBE_PATHS] = PROBES
     app[BODIES] = BodyBudget(config.limits.max_body_bytes_in_flight)
     app.add_routes(ROUTES)
     keys = ApiKeys.from_config(config)
@@ -83,7 +83,7 @@ def create_app(
         open_paths=OPEN_PATHS if config.server.metrics_need_key else OPEN_PATHS | METRICS_PATHS,
         origin_policy=app[ORIGIN_POLICY],
         access_log=config.server.access_log,
-        quiet_paths=OPEN_PATHS | METRICS_PATHS,
+        quiet_paths=PROBES | METRICS_PATHS,
     )
     _add_forwarding(app, Forwarder(config), config)
     if owned is not None:

@@ -48,7 +48,7 @@ class TokenPiece(Struct):
 class TokenizeAnswer(Struct):
     count: int
     max_model_len: int
-    tokens: list[int] | list[TokenPiece]
+    tokens: list[int | TokenPiece]
     token_strs: list[str] | UnsetType = UNSET
     warnings: tuple[str, ...] | UnsetType = UNSET
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import UNSET, Raw, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
@@ -49,7 +49,7 @@ class TextFormat(Struct):
     type: str
     name: str | None = None
     description: str | None = None
-    schema: Raw = Raw(b"null")
+    schema: Raw | UnsetType = UNSET
     strict: bool | None = None
 
 
@@ -225,7 +225,7 @@ def _structured(body: ResponsesRequest) -> StructuredOutput | None:
             f"text.format.type must be one of {', '.join(FORMATS)}, got {excerpt(wanted.type)}",
             param="text.format.type",
         )
-    schema = bytes(wanted.schema).decode()
+    schema = "null" if isinstance(wanted.schema, UnsetType) else bytes(wanted.schema).decode()
     if schema == "null":
         raise InvalidRequest(
             "Missing required parameter: 'text.format.schema'.",

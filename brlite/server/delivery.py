@@ -14,7 +14,6 @@ import uuid
 from types import TracebackType
 from typing import TypeVar
 
-import msgspec
 from aiohttp import web
 
 from brlite.config.options import LimitsConfig, ModelSpec
@@ -29,7 +28,7 @@ from brlite.http.access_log import log_extras
 from brlite.http.events import EventStream
 from brlite.http.keys import API_KEY, spend_tokens
 from brlite.outputs import RequestOutput
-from brlite.server.engine_requests import make_requests
+from brlite.server.engine_requests import make_requests, with_model_defaults
 from brlite.server.event_builder import EventBuilder
 from brlite.server.served_model import ServedModel
 
@@ -104,8 +103,7 @@ class Delivery:
     async def submit(self, engine: EngineLoop) -> None:
         """Encode the prompts and queue their requests. Raises `RequestError` for the first that is refused."""
         if engine.sampling_defaults:
-            params = self._call.params.with_defaults(engine.sampling_defaults, self._call.unset)
-            self._call = msgspec.structs.replace(self._call, params=params)
+            self._call = with_model_defaults(self._call, engine)
         made = await make_requests(self._call, engine, self._spec, self.id, self._tenant)
         self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
         for index, request in enumerate(made.requests):

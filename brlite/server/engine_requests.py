@@ -73,6 +73,12 @@ async def make_requests(
     return EngineRequests(requests, warnings, replies)
 
 
+def with_model_defaults(call: Generation, engine: EngineLoop) -> Generation:
+    """The call with the model's own defaults of the sampling parameters that the client left out."""
+    params = call.params.with_defaults(engine.sampling_defaults, call.unset)
+    return msgspec.structs.replace(call, params=params)
+
+
 def make_replies(call: Generation, tokenizer: Tokenizer, spec: ModelSpec) -> ChatReplies | None:
     """What reads the replies of a call. None if they are plain text."""
     chat, chat_format = call.prompts[0], tokenizer.chat_format

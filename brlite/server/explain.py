@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Any, Literal
 
 from aiohttp import web
@@ -19,7 +19,7 @@ from brlite.errors import InvalidRequest
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
 from brlite.sampling_params import parameters
-from brlite.server.engine_requests import make_requests
+from brlite.server.engine_requests import make_requests, with_model_defaults
 from brlite.server.generate import CONFIG, admit, json_response
 from brlite.server.responses import responses_dialect
 from brlite.server.served_model import ServedModel
@@ -34,7 +34,7 @@ ALIASES = {
 }
 NOT_SHOWN = ("stop_tokens_ids", "prompt_logprobs")  # another name, and what no request can ask for
 
-Origin = Literal["request", "default", "server"]
+Origin = Literal["request", "generation_config", "default", "server"]
 
 
 class ExplainedPrompt(Struct):
@@ -44,7 +44,8 @@ class ExplainedPrompt(Struct):
 
 
 class ExplainedValue(Struct):
-    """A value and where it is from: the request, the parameter's default, or this server's config and limits."""
+    """A value and where it is from: the request, the model's generation config, the parameter's default, or this
+    server's config and limits."""
 
     value: Any
     origin: Origin = field(name="from")
@@ -95,6 +96,7 @@ async def explain(request: web.Request) -> web.Response:
     call = dialect.decode(body, limits)
     with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
+        call = with_model_defaults(call, engine)
         try:
             made = await make_requests(call, engine, model.spec, "explain", tenant)
             admitted = [admit_to_engine(each, engine.info, limits) for each in made.requests]
@@ -110,7 +112,7 @@ async def explain(request: web.Request) -> web.Response:
             ExplainedPrompt(text, len(each.prompt_token_ids), each.prompt_token_ids)
             for (text, _), each in zip(texts, made.requests, strict=True)
         ],
-        parameters=_parameters(call, given, max(longest), clamps),
+        parameters=_parameters(call, given, engine.sampling_defaults.keys() & call.unset, max(longest), clamps),
         template_variables=_template_variables(call, model),
         memory=_memory(made.requests, longest, engine),
         queue=_queue(made.requests, longest, engine),
@@ -128,14 +130,20 @@ def _find_dialect(request: web.Request, given: set[str]) -> Dialect:
     return by_path[path]
 
 
-def _parameters(call: Generation, given: set[str], max_tokens: int, clamps: Iterable[str]) -> dict[str, ExplainedValue]:
+def _parameters(
+    call: Generation, given: Set[str], of_model: Set[str], max_tokens: int, clamps: Iterable[str]
+) -> dict[str, ExplainedValue]:
     explained: dict[str, ExplainedValue] = {}
     for name, parameter in parameters().items():
         value = getattr(call.params, name)
         names = (name, call.field_names.get(name, name), *ALIASES.get(name, ()))
-        is_given = not given.isdisjoint(names) or value != parameter.default
+        origin: Origin = "default"
+        if name in of_model:
+            origin = "generation_config"
+        elif any(each in given for each in names) or value != parameter.default:
+            origin = "request"
         if name not in NOT_SHOWN:
-            explained[name] = ExplainedValue(value, "request" if is_given else "default")
+            explained[name] = ExplainedValue(value, origin)
     clamp = next(iter(clamps), None)
     if clamp is not None:
         explained["max_tokens"] = ExplainedValue(max_tokens, "server", clamp)

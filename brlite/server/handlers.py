@@ -5,8 +5,10 @@ No field is interpreted here and no byte is framed: `dialects/` decode and encod
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable
 from functools import partial
+from typing import Any
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -17,9 +19,11 @@ from brlite.errors import Forbidden, NotFound
 from brlite.http.body import leave_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
 from brlite.server import metrics
+from brlite.server.docs_page import docs_page
 from brlite.server.explain import explain
 from brlite.server.generate import CONFIG, MODELS, admit, generate, json_response
 from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card, model_props
+from brlite.server.openapi import document
 from brlite.server.response_store import STORE
 from brlite.server.responses import (
     cancel_response,
@@ -56,6 +60,14 @@ async def get_model(request: web.Request) -> web.Response:
     forwarded = models.find_forwarded(name)
     request[API_KEY].check_model(models.resolve(name) if forwarded is None else forwarded.model)
     return json_response(local_card(name, models.find(name)) if forwarded is None else forwarded_card(forwarded))
+
+
+async def get_openapi(request: web.Request) -> web.Response:
+    return web.json_response(_document())
+
+
+async def get_docs(request: web.Request) -> web.Response:
+    return web.Response(text=docs_page(_document()), content_type="text/html", headers=DOCS_HEADERS)
 
 
 async def version(request: web.Request) -> web.Response:
@@ -146,11 +158,14 @@ _GETS = {
     "/tokenizer_info": tokenizer_info,
     "/props": props,
     "/load": load,
+    "/openapi.json": get_openapi,
+    "/docs": get_docs,
     "/version": version,
 }
 _DELETES = {"/v1/responses/{response_id}": delete_response}
 _PROBES = {"/health": health, "/ready": ready, "/ping": ping, "/metrics": get_metrics}
 PATHS = (*_POSTS, *_GETS)
+DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
 NOT_BUILT = (
     *(
         "/v1/embeddings",
@@ -188,5 +203,16 @@ ROUTES = [
     *(web.get(spellings(path), handler) for path, handler in (*_GETS.items(), *_PROBES.items())),
     *(web.route("*", spellings(path, end="(?:/.*)?"), not_built, expect_handler=leave_body) for path in NOT_BUILT),
 ]
-OPEN_PATHS = frozenset({"/health", "/health/", "/ready", "/ready/", "/ping", "/ping/"})
+# The probes need no key, and are answered while all connections are busy. The documentation needs no key either, since
+# browsers send none: it says nothing of this server's models.
+PROBES = frozenset({"/health", "/health/", "/ready", "/ready/", "/ping", "/ping/"})
+OPEN_PATHS = PROBES | {"/openapi.json", "/docs"}
 METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
+
+
+@functools.cache
+def _document() -> dict[str, Any]:
+    """The OpenAPI document of all endpoints, made when it is first asked for."""
+    gets = (*_GETS, "/v1/models/{name}", *_PROBES)
+    paths = {"post": tuple(_POSTS), "get": gets, "delete": tuple(_DELETES)}
+    return document([(method, path) for method, each in paths.items() for path in each])

@@ -94,7 +94,9 @@ def model_props(model: ServedModel, engine: EngineLoop) -> ModelProps:
     tokenizer = engine.tokenizer
     bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
     return ModelProps(
-        default_generation_settings=DefaultSettings(context_length(engine.info), structs.asdict(SamplingParams())),
+        default_generation_settings=DefaultSettings(
+            context_length(engine.info), structs.asdict(SamplingParams(**engine.sampling_defaults))
+        ),
         total_slots=engine.info.max_num_seqs,
         model_alias=model.name,
         chat_template=tokenizer.chat_template_text,

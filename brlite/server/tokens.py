@@ -30,7 +30,7 @@ from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
 from brlite.sampling_params import check_token_ids
 from brlite.server.chat_replies import template_extras
-from brlite.server.engine_requests import encode, make_requests
+from brlite.server.engine_requests import encode, make_requests, with_model_defaults
 from brlite.server.event_builder import token_text
 from brlite.server.generate import CONFIG, admit, json_response
 from brlite.server.served_model import ServedModel
@@ -53,7 +53,7 @@ async def tokenize(request: web.Request) -> web.Response:
     if call.names_tokens:
         names = {token_id: token_name(text) for token_id, text in texts.items()}
         token_strs = [names[token_id] for token_id in tokens]
-    shown: list[int] | list[TokenPiece] = tokens
+    shown: list[int | TokenPiece] = [*tokens]
     if call.has_pieces:
         pieces = {token_id: token_piece(text) for token_id, text in texts.items()}
         shown = [pieces[token_id] for token_id in tokens]
@@ -105,12 +105,13 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
     call = dialect.decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
     with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
+        call = with_model_defaults(call, engine)
         try:
             made = await make_requests(call, engine, model.spec, f"{dialect.id_prefix}{uuid.uuid4().hex}", tenant)
             rendered = []
             for prompt, each in zip(call.prompts, made.requests, strict=True):
-                text, _ = await prompt_text(prompt, engine, model, tenant)
                 max_tokens, clamps = admit_to_engine(each, engine.info, limits)
+                text, _ = await prompt_text(prompt, engine, model, tenant)
                 rendered.append(
                     RenderedRequest(
                         request_id=each.request_id,

@@ -47,6 +47,19 @@ async def test_a_value_that_is_the_default_but_was_given_is_from_the_request(cli
     assert others["parameters"]["temperature"] == {"value": 1.0, "from": "request"}
 
 
+async def test_a_models_own_default_is_from_its_generation_config(make_client: MakeClient) -> None:
+    client = await make_client(sampling_defaults={"temperature": 0.25, "top_k": 7})
+
+    _, explained = await client.post("/explain", {"prompt": "hi", "top_k": 9})
+    _, rendered = await client.post("/v1/completions/render", {"prompt": "hi"})
+    _, props = await client.get("/props")
+
+    assert explained["parameters"]["temperature"] == {"value": 0.25, "from": "generation_config"}
+    assert explained["parameters"]["top_k"] == {"value": 9, "from": "request"}
+    assert rendered[0]["sampling_params"]["temperature"] == 0.25
+    assert props["default_generation_settings"]["params"]["top_k"] == 7
+
+
 async def test_the_forecast_is_what_the_request_then_takes(client: Client) -> None:
     body = completion_body("hello", n=2, max_tokens=7)
 

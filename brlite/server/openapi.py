@@ -1,0 +1,239 @@
+"""`/openapi.json`: the endpoints as OpenAPI 3.1, made of the request structs and of the table of fields.
+
+A field's type, range and default are those that the decoder checks. An endpoint that `DETAILS` does not have is listed
+with its path alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import Struct
+
+import brlite
+from brlite.dialects.fields import CHAT, COMPLETIONS, DETOKENIZE, NOT_DECODED, OBEYED, RESPONSES, TOKENIZE
+from brlite.dialects.openai_chat import ChatChunk, ChatCompletion, ChatCompletionRequest
+from brlite.dialects.openai_completions import Completion, CompletionRequest
+from brlite.dialects.openai_tokens import (
+    AppliedTemplate,
+    DetokenizeAnswer,
+    DetokenizeRequest,
+    RenderedRequest,
+    TokenizeAnswer,
+    TokenizeRequest,
+    TokenizerInfo,
+)
+from brlite.dialects.responses import ResponsesRequest
+from brlite.dialects.responses_encoder import Item
+from brlite.sampling_params import parameters
+from brlite.server.explain import Explanation
+from brlite.server.model_list import ModelCard, ModelList, ModelProps
+
+REF = "#/components/schemas/{name}"
+
+
+class ErrorDetail(Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(Struct):
+    """OpenAI's error object, with the flat keys of vLLM 0.4.0.post1 beside it."""
+
+    error: ErrorDetail
+    object: str
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ResponseAnswer(Struct):
+    """A response of the Responses API; docs/http-api.md says what else it has."""
+
+    id: str
+    object: str
+    created_at: int
+    status: str
+    model: str
+    output: list[Item]
+    usage: dict[str, Any] | None
+
+
+class InputTokens(Struct):
+    object: str
+    input_tokens: int
+
+
+class ItemList(Struct):
+    object: str
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class BodyFields(NamedTuple):
+    """A request's struct, and the name of its endpoint in the table of fields."""
+
+    kind: type[Struct]
+    endpoint: str
+
+
+class Operation(NamedTuple):
+    """What an endpoint takes and answers: one of `bodies`, and any of the names in `query`."""
+
+    summary: str
+    bodies: tuple[BodyFields, ...] = ()
+    answer: Any = None
+    chunk: Any = None  # of a stream's data
+    query: tuple[str, ...] = ()
+
+
+CHAT_BODY = BodyFields(ChatCompletionRequest, CHAT)
+COMPLETION_BODY = BodyFields(CompletionRequest, COMPLETIONS)
+RESPONSE_BODY = BodyFields(ResponsesRequest, RESPONSES)
+
+DETAILS: dict[tuple[str, str], Operation] = {
+    ("post", "/v1/chat/completions"): Operation("Answer a chat", (CHAT_BODY,), ChatCompletion, ChatChunk),
+    ("post", "/v1/completions"): Operation("Continue a text", (COMPLETION_BODY,), Completion, Completion),
+    ("post", "/v1/responses"): Operation("Create a response", (RESPONSE_BODY,), ResponseAnswer, dict[str, Any]),
+    ("get", "/v1/responses/{response_id}"): Operation("A stored response", answer=ResponseAnswer, query=("stream",)),
+    ("delete", "/v1/responses/{response_id}"): Operation("Forget a stored response", answer=dict[str, Any]),
+    ("post", "/v1/responses/{response_id}/cancel"): Operation("Refused: no response runs in the background"),
+    ("get", "/v1/responses/{response_id}/input_items"): Operation(
+        "What went into a stored response", answer=ItemList, query=("order", "after", "limit")
+    ),
+    ("post", "/v1/responses/input_tokens"): Operation(
+        "Count the tokens of a response's input", (RESPONSE_BODY,), InputTokens
+    ),
+    ("post", "/v1/chat/completions/render"): Operation("A chat as the engine gets it", (CHAT_BODY,), RenderedRequest),
+    ("post", "/v1/completions/render"): Operation(
+        "Completions as the engine gets them", (COMPLETION_BODY,), list[RenderedRequest]
+    ),
+    ("post", "/apply-template"): Operation("A chat as text", (CHAT_BODY,), AppliedTemplate),
+    ("post", "/tokenize"): Operation(
+        "Text or a chat to tokens", (BodyFields(TokenizeRequest, TOKENIZE),), TokenizeAnswer
+    ),
+    ("post", "/detokenize"): Operation(
+        "Tokens to text", (BodyFields(DetokenizeRequest, DETOKENIZE),), DetokenizeAnswer
+    ),
+    ("post", "/explain"): Operation(
+        "What a request would come to, and where each value is from",
+        (CHAT_BODY, COMPLETION_BODY, RESPONSE_BODY),
+        Explanation,
+        query=("endpoint",),
+    ),
+    ("get", "/v1/models"): Operation("The models that the key may use", answer=ModelList),
+    ("get", "/v1/models/{name}"): Operation("One model", answer=ModelCard),
+    ("get", "/tokenizer_info"): Operation("The tokenizer", answer=TokenizerInfo, query=("model",)),
+    ("get", "/props"): Operation("llama.cpp's numbers of a model", answer=ModelProps, query=("model",)),
+    ("get", "/load"): Operation("Requests in progress", answer=dict[str, int]),
+    ("get", "/version"): Operation("The version", answer=dict[str, str]),
+    ("get", "/health"): Operation("Is the process alive", answer=dict[str, str]),
+    ("get", "/ready"): Operation("Can it serve", answer=dict[str, Any]),
+    ("get", "/metrics"): Operation("Metrics for Prometheus", query=("upstream",)),
+}
+PARAMETERS = parameters()
+NOTES = {name: row.note for row in OBEYED for name in row.names.split()}
+
+
+def document(endpoints: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """The OpenAPI document of these methods and paths."""
+    schemas = Schemas()
+    paths: dict[str, dict[str, Any]] = {}
+    for method, path in endpoints:
+        operation = DETAILS.get((method, path), Operation(path))
+        paths.setdefault(path, {})[method] = _operation(operation, method, path, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "brlite",
+            "version": brlite.__version__,
+            "description": "Paths also work without /v1, and with doubled or trailing slashes.",
+        },
+        "security": [{"key": []}, {}],
+        "paths": paths,
+        "components": {
+            "schemas": schemas.components,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+class Schemas:
+    """JSON Schemas of types; those of structs are collected in `components`."""
+
+    def __init__(self) -> None:
+        self.components: dict[str, Any] = {}
+
+    def of(self, kind: Any) -> dict[str, Any]:
+        (schema,), components = msgspec.json.schema_components([kind], ref_template=REF)
+        self.components |= components
+        return schema
+
+    def of_request(self, body: BodyFields) -> dict[str, Any]:
+        """An object of all fields that an endpoint knows: obeyed ones, and those that are taken at neutral values."""
+        properties: dict[str, Any] = {}
+        required = []
+        for field in msgspec.structs.fields(body.kind):
+            schema, note = self.of(field.type), NOTES.get(field.name, "")
+            parameter = PARAMETERS.get(field.name)
+            if parameter is not None and not (body.endpoint == CHAT and field.name == "logprobs"):
+                bounded = self.of(parameter.type)
+                note = note or bounded.pop("description")
+                if "type" in bounded and bounded["type"] in ("integer", "number"):
+                    schema = {"anyOf": [bounded, {"type": "null"}]}
+            properties[field.encode_name] = {**schema, **({"description": note} if note else {})}
+            if field.required:
+                required.append(field.encode_name)
+        for row in NOT_DECODED:
+            for name in row.names.split():
+                if name not in properties:
+                    properties[name] = _neutral(row.neutral, row.instead)
+        name = body.kind.__name__
+        self.components[name] = {"type": "object", "properties": properties, "required": required}
+        return {"$ref": REF.format(name=name)}
+
+
+def _neutral(values: tuple[object, ...] | None, instead: str) -> dict[str, Any]:
+    if values is None:
+        return {"description": "accepted without effect"}
+    description = "any other value is refused" + (f"; use {instead}" if instead else "")
+    return {"enum": [None, *values], "description": description}
+
+
+def _operation(operation: Operation, method: str, path: str, schemas: Schemas) -> dict[str, Any]:
+    content: Mapping[str, Any] = {}
+    if operation.answer is not None:
+        content = {"application/json": {"schema": schemas.of(operation.answer)}}
+    elif path == "/metrics":
+        content = {"text/plain": {"schema": {"type": "string"}}}
+    if operation.chunk is not None:
+        description = "with stream: true. The data of each event:"
+        content = {**content, "text/event-stream": {"schema": {"type": "string", "description": description}}}
+        schemas.of(operation.chunk)
+    error = {"description": "An error", "content": {"application/json": {"schema": schemas.of(ErrorAnswer)}}}
+    described: dict[str, Any] = {
+        "summary": operation.summary,
+        "operationId": re.sub(r"\W+", "_", f"{method}{path}").strip("_"),
+        "parameters": [
+            *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in _names(path)),
+            *({"name": name, "in": "query", "schema": {"type": "string"}} for name in operation.query),
+        ],
+        "responses": {"200": {"description": "OK", "content": content}, "4XX": error, "5XX": error},
+    }
+    bodies = [schemas.of_request(body) for body in operation.bodies]
+    if bodies:
+        schema = bodies[0] if len(bodies) == 1 else {"anyOf": bodies}
+        described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return described
+
+
+def _names(path: str) -> list[str]:
+    return re.findall(r"{(\w+)}", path)

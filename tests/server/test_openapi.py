@@ -1,0 +1,73 @@
+"""`/openapi.json` and `/docs`: they describe what the server takes and answers, which is tried here."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from brlite.config.options import KeysConfig
+from brlite.dialects.fields import OBEYED
+from brlite.server.handlers import PATHS
+from tests.limits import PATIENCE_SECONDS
+from tests.server.conftest import Client
+
+openapi_spec_validator = pytest.importorskip("openapi_spec_validator", reason="openapi-spec-validator is not installed")
+
+MakeClient = Callable[..., Awaitable[Client]]
+
+
+async def test_the_document_is_valid_and_has_every_endpoint(client: Client) -> None:
+    status, document = await client.get("/openapi.json")
+
+    assert status == 200
+    openapi_spec_validator.validate(document)
+    assert set(PATHS) <= set(document["paths"])
+
+
+async def test_a_body_has_the_fields_of_the_table_with_their_bounds(client: Client) -> None:
+    _, document = await client.get("/openapi.json")
+
+    fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
+    assert {name for row in OBEYED if "chat" in row.endpoints for name in row.names.split()} <= set(fields)
+    assert fields["top_p"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    assert fields["mirostat"]["enum"] == [None, 0]
+
+
+async def test_the_page_needs_nothing_from_elsewhere_and_no_key(make_client: MakeClient) -> None:
+    client = await make_client(config={"keys": KeysConfig(keys=("secret",))})
+
+    async with client.session.get(client.url + "/docs") as response:
+        page = await response.text()
+
+    assert (response.status, response.content_type) == (200, "text/html")
+    assert (await client.get("/openapi.json"))[0] == 200
+    assert "default-src 'none'" in response.headers["Content-Security-Policy"]
+    assert not re.search(r"<script|<link|<img|@import|url\(|https?://", page)
+    assert "<code>POST /v1/chat/completions</code>" in page
+    assert "<code>temperature</code>" in page
+
+
+async def test_the_server_answers_as_the_document_says(client: Client, tmp_path: Path) -> None:
+    """Requests that schemathesis makes from the document, right ones and wrong ones."""
+    pytest.importorskip("schemathesis", reason="schemathesis is not installed")
+    program = shutil.which("st", path=str(Path(sys.executable).parent))
+    assert program is not None
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
+    options = ["--max-examples", "12", "--phases", "fuzzing", "--seed", "7", "--workers", "1"]
+
+    process = await asyncio.create_subprocess_exec(
+        *(program, "run", f"{client.url}/openapi.json", "--checks", checks, *options, "--no-color"),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    printed, _ = await asyncio.wait_for(process.communicate(), 10 * PATIENCE_SECONDS)
+
+    assert process.returncode == 0, printed.decode()
