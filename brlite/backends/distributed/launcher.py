@@ -29,6 +29,7 @@ GATHERING_SECONDS = 600.0  # for the ranks of all machines to come
 HELLO_SECONDS = 5.0
 MAX_HELLO_BYTES = 256  # some twice what one has
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LOCAL_DEFAULTS = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 ADDRESS_KEY = "brlite/rank-0"
 
 
@@ -52,13 +53,13 @@ def find_place(environment: Mapping[str, str]) -> RankAddress | None:
         return None
     if missing:
         raise ConfigError(f"WORLD_SIZE is {environment['WORLD_SIZE']}, but {', '.join(missing)} is not set")
-    rank, size, port, local_rank, local_size = (
-        _number(environment, name, default)
-        for name, default in (
-            *(("RANK", ""), ("WORLD_SIZE", ""), ("MASTER_PORT", "")),
-            *(("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")),
-        )
-    )
+    numbers = []
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        text = environment.get(name, LOCAL_DEFAULTS.get(name, ""))
+        if not text.isdecimal():
+            raise ConfigError(f"{name} is {text!r}: allowed is a number")
+        numbers.append(int(text))
+    rank, size, port, local_rank, local_size = numbers
     if rank >= size:
         raise ConfigError(f"RANK is {rank}: allowed with WORLD_SIZE = {size} are 0 to {size - 1}")
     return RankAddress(
@@ -114,13 +115,9 @@ def find_rank_0(place: RankAddress, environment: Mapping[str, str] = os.environ)
 
 def _listen(place: RankAddress) -> socket.socket:
     try:
-        return socket.create_server((place.host, 0), family=_family(place.host))
+        return socket.create_server((place.host, 0), family=socket.getaddrinfo(place.host, None)[0][0])
     except OSError as error:
         raise ConfigError(f"MASTER_ADDR is {place.host}, which is no address of rank 0's machine: {error}") from error
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.getaddrinfo(host, None)[0][0]
 
 
 def _admit(listener: socket.socket, missing: Collection[int], may_come: Callable[[Hello], bool]) -> Member | None:
@@ -166,10 +163,3 @@ def _store(place: RankAddress) -> TCPStore:
 
 def _key(place: RankAddress) -> str:
     return f"{ADDRESS_KEY}/{place.attempt}"
-
-
-def _number(environment: Mapping[str, str], name: str, default: str) -> int:
-    text = environment.get(name, default)
-    if not text.isdecimal():
-        raise ConfigError(f"{name} is {text!r}: allowed is a number")
-    return int(text)

@@ -101,10 +101,15 @@ class Ranks:
         if at_once:
             self.kill()
         for member in self._members:
-            _try_to_stop(member)
+            with suppress(ChannelClosed):  # it is gone
+                member.channel.send_frame(frame(Stop()))
         for member in self._members:
             if member.process is not None:
-                _wait_or_kill(member.process)
+                try:
+                    member.process.wait(STOP_SECONDS)
+                except subprocess.TimeoutExpired:
+                    member.process.kill()
+                    member.process.wait()
             member.channel.close()
 
     def _hear(self, member: Member, kind: type[M]) -> M:
@@ -213,16 +218,3 @@ def _loss_of(member: Member, message: Message) -> BackendLost | ConfigError:
     if isinstance(message, Failed) and message.is_foreseen and not message.is_consequence:
         return ConfigError(f"rank {member.rank}: {message.message}")
     return BackendLost(f"rank {member.rank}: {getattr(message, 'message', 'it said what was not due')}")
-
-
-def _try_to_stop(member: Member) -> None:
-    with suppress(ChannelClosed):  # it is gone
-        member.channel.send_frame(frame(Stop()))
-
-
-def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

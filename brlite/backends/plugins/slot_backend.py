@@ -94,20 +94,21 @@ class SlotBackend:
         `BackendLost` ends them all at once.
         """
         with self._guard.step():
-            return self._execute(batch)
+            work, failures = [self._take(seq) for seq in batch.seqs], list[Exception]()
+            # The first rows of all sequences, then the second rows of those with more, and so on.
+            for index in range(max((len(each.rows) for each in work), default=0)):
+                rows = [each.rows[index] for each in work if index < len(each.rows) and each.error is None]
+                for call in plan_calls(rows, self._capabilities):
+                    failures += self._call(call, work)
+            if failures and all(each.error is not None for each in work):
+                raise failures[-1]
+            for error in failures:
+                logger.error("a call of engine %s failed; other sequences go on", self.info.name, exc_info=error)
+            return StepResult(self._results(work, batch))
 
     def close(self) -> None:
         """Close the engine and end its thread, after the step under way if there is one. May be called twice."""
         self._guard.close(self._give_back)
-
-    def _execute(self, batch: Batch) -> StepResult:
-        work = [self._take(seq) for seq in batch.seqs]
-        failures = [error for calls in self._rounds(work) for rows in calls for error in self._call(rows, work)]
-        if failures and all(each.error is not None for each in work):
-            raise failures[-1]
-        for error in failures:
-            logger.error("a call of engine %s failed; other sequences go on", self.info.name, exc_info=error)
-        return StepResult(self._results(work, batch))
 
     def _give_back(self) -> None:
         if self._thread.is_stopped:
@@ -140,12 +141,6 @@ class SlotBackend:
             yield PluginRow(number, start, piece)
             start += len(piece)
         slot.waiting = []
-
-    def _rounds(self, work: Sequence[SlotWork]) -> Iterator[list[list[PluginRow]]]:
-        """The calls for the first rows of all sequences, then for the second rows of those with more, and so on."""
-        for index in range(max((len(each.rows) for each in work), default=0)):
-            rows = [each.rows[index] for each in work if index < len(each.rows) and each.error is None]
-            yield plan_calls(rows, self._capabilities)
 
     def _call(self, rows: list[PluginRow], work: Sequence[SlotWork]) -> Iterator[Exception]:
         """One call of the engine. What it raises is yielded, and ends the sequences that were in it."""

@@ -205,7 +205,9 @@ def _load_biren_plugin() -> tuple[str, ...]:
         try:
             importlib.import_module(plugin)
         except (ImportError, OSError, RuntimeError) as error:  # no driver, or one that does not fit, is any of them
-            obstacles.append(f"{plugin} cannot be imported ({_first_line(error)})")
+            obstacles.append(
+                f"{plugin} cannot be imported ({next(iter(str(error).splitlines()), type(error).__name__)})"
+            )
         else:
             return ()
     return tuple(obstacles)
@@ -214,10 +216,6 @@ def _load_biren_plugin() -> tuple[str, ...]:
 @functools.cache
 def _warn_once(text: str) -> None:
     logger.warning("%s", text)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _version(package: str) -> str:

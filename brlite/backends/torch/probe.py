@@ -11,7 +11,7 @@ import logging
 import re
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -111,8 +111,18 @@ def probe_device(
         except (RuntimeError, IndexError) as error:  # all that torch says of operators, drivers and memory
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(f"{describe_device(device)} cannot compute a tiny model: {reason}") from error
-    report = ProbeReport(*_compare(found, expected), tuple(on_host))
-    _judge(device, report, is_drawn_right=is_drawn_right)
+    # The least cosine of any row and the greatest error, as a part of the row's length. NaN where there is one.
+    cosines = functional.cosine_similarity(found, expected, dim=1)
+    errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+    report = ProbeReport(float(cosines.amin()), float(errors.amax()), tuple(on_host))
+    wrong = ""
+    if not (report.cosine >= MIN_COSINE and report.error <= MAX_ERROR):  # written so that a NaN does not pass
+        wrong = f"a tiny model has {report}; allowed are a cosine from {MIN_COSINE} and an error up to {MAX_ERROR:.0%}"
+    elif not is_drawn_right:
+        wrong = "from the same logits it draws other tokens than the CPU does"
+    if wrong:
+        remedy = f"engine.device = {host_device().type} does without it"
+        raise ConfigError(f"{describe_device(device)} computes nonsense; {remedy}: {wrong}")
     logger.info("%s was probed in %.2f s: %s", describe_device(device), time.monotonic() - began, report)
     return report
 
@@ -186,26 +196,6 @@ def _draws(logits: Tensor, params: SamplingParams) -> list[int | None]:
     return [None if isinstance(token, Undrawn) else token.token_id for token in drawn]
 
 
-def _compare(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """The least cosine of any row and the greatest error, as a part of the row's length. NaN where there is one."""
-    cosines = functional.cosine_similarity(found, expected, dim=1)
-    errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
-    return float(cosines.amin()), float(errors.amax())
-
-
-def _judge(device: torch.device, report: ProbeReport, *, is_drawn_right: bool) -> None:
-    # Written so that a NaN does not pass.
-    if not (report.cosine >= MIN_COSINE and report.error <= MAX_ERROR):
-        wanted = f"allowed are a cosine from {MIN_COSINE} and an error up to {MAX_ERROR:.0%}"
-        raise ConfigError(f"{_nonsense(device)}: a tiny model has {report}; {wanted}")
-    if not is_drawn_right:
-        raise ConfigError(f"{_nonsense(device)}: from the same logits it draws other tokens than the CPU does")
-
-
-def _nonsense(device: torch.device) -> str:
-    return f"{describe_device(device)} computes nonsense; engine.device = {host_device().type} does without it"
-
-
 @contextmanager
 def _fallbacks() -> Iterator[list[str]]:
     """A list that holds, at the end, the operators that torch warned of meanwhile. Other warnings go on their way."""
@@ -213,14 +203,11 @@ def _fallbacks() -> Iterator[list[str]]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield found
-    found += dict.fromkeys(_operators(caught))
     for warning in caught:
         if not FALLBACK.search(str(warning.message)):
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
-
-
-def _operators(caught: Sequence[warnings.WarningMessage]) -> Iterator[str]:
-    for text in (str(warning.message) for warning in caught):
-        if FALLBACK.search(text):
-            named = OPERATOR.search(text)
-            yield named.group(1) if named else "an operator"
+            continue
+        named = OPERATOR.search(str(warning.message))
+        operator = named.group(1) if named else "an operator"
+        if operator not in found:
+            found.append(operator)

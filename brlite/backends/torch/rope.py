@@ -43,11 +43,8 @@ def rope_tables(rope: RopeConfig, length: int, device: torch.device) -> RopeTabl
 def rotate_(heads: Tensor, tables: RopeTables) -> None:
     """Turn `heads` [T, H, D] in place, computing in float32. Dimensions beyond the tables' width stay as they are."""
     rotary = heads[..., : tables.cos.shape[-1]]
-    turned = torch.addcmul(rotary * tables.cos, _swap_pairs(rotary, interleaved=tables.interleaved), tables.sin)
-    rotary.copy_(turned)
-
-
-def _swap_pairs(heads: Tensor, *, interleaved: bool) -> Tensor:
-    if interleaved:
-        return heads.reshape(*heads.shape[:-1], -1, 2).flip(-1).flatten(-2)
-    return heads.roll(heads.shape[-1] // 2, dims=-1)
+    if tables.interleaved:
+        swapped = rotary.reshape(*rotary.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    else:
+        swapped = rotary.roll(rotary.shape[-1] // 2, dims=-1)
+    rotary.copy_(torch.addcmul(rotary * tables.cos, swapped, tables.sin))
