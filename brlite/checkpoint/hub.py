@@ -181,12 +181,25 @@ def reach_limit(*, has_other_source: bool) -> float:
     return SHORT_REACH_SECONDS if has_other_source and not is_told else float(constants.HF_HUB_ETAG_TIMEOUT)
 
 
-def find_cached(hub: Hub, name: ModelName) -> Path:
-    """A model that is in the hub's cache folder already: its folder or GGUF file. Raises `ModelError` if none is."""
-    snapshot = Repository(hub.cache(), name.repository).snapshot(name.revision)
+def find_cached(hub: Hub, name: ModelName, *, is_last_resort: bool = False) -> Path:
+    """A model that is in the hub's cache folder already: its folder or GGUF file. Raises `ModelError` if none is.
+
+    A name without a quantisation is the GGUF file that the hub's list made of it. As the last resort, where the hub
+    cannot be asked, it is whatever GGUF file is there.
+    """
+    repository = Repository(hub.cache(), name.repository)
+    snapshot = repository.snapshot(name.revision)
     if snapshot is None:
         raise NotHere("no complete snapshot on this machine")
-    found = model_in(snapshot, name.quantization)
+    try:
+        found = model_in(snapshot, name.quantization)
+    except ModelError as error:
+        raise NotHere(str(error)) from None
+    if found != snapshot and name.quantization is None and not is_last_resort:
+        choice = repository.choice(name.revision)
+        if choice is None or not (snapshot / choice).is_file():
+            raise NotHere("which of its GGUF files is meant, only the hub can tell")
+        found = snapshot / choice
     find_weights(found)
     return found
 
@@ -239,9 +252,11 @@ def download(
             _check_architecture(wanted, repository, fetch, open_span, retries)
             fetch(wanted)
             folder = repository.publish(listing.commit, name.revision, {file.name: file.key for file in wanted})
+            if wanted[0].name.lower().endswith(".gguf") and name.quantization is None:
+                repository.set_choice(name.revision, wanted[0].name)
     except OSError as error:
         raise ModelError(f"cannot write to {repository.folder}: {reason(error)}") from error
-    found = model_in(folder, name.quantization)
+    found = folder / wanted[0].name if wanted[0].name.lower().endswith(".gguf") else folder
     find_weights(found)
     return found
 

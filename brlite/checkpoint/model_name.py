@@ -26,6 +26,7 @@ FULL_NAME = re.compile(
     r"(?::(?P<quantization>\w[\w.-]*))?(?:@(?P<revision>\w[\w./-]*))?",
     re.ASCII | re.IGNORECASE,
 )
+PATH_STARTS = ("/", ".", "~")
 DEFAULT_QUANTIZATION = "Q4_K_M"
 # Of a file name: Q4_K_M, IQ3_XXS, Q8_0, UD-Q4_K_XL, BF16.
 QUANTIZATION = re.compile(
@@ -93,6 +94,11 @@ def default_hub() -> HubName:
 def is_model_name(text: str) -> bool:
     """Whether this can be the name of a model on a hub."""
     return FULL_NAME.fullmatch(text) is not None and ".." not in text
+
+
+def may_be_a_name(path: str) -> bool:
+    """Whether what stands where a path may stand can be a model's name on a hub, too."""
+    return not path.startswith(PATH_STARTS) and "/" in path and is_model_name(path)
 
 
 def check_name(name: str) -> None:

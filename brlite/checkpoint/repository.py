@@ -20,6 +20,7 @@ FOLDER_PREFIX = "models--"
 PART_SUFFIX = ".brlite-part"
 COUNTS_SUFFIX = ".counts"  # of the file beside a part that says how much of it is there
 MAIN = "main"
+CHOICES = "brlite-choices"
 
 
 class Repository:
@@ -63,13 +64,18 @@ class Repository:
             link.unlink(missing_ok=True)
             link.symlink_to(target)
         if revision != commit:
-            ref = self.folder / "refs" / (revision or MAIN)
-            ref.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = create_temporary(ref)
-            with open(handle, "w", encoding="utf-8") as stream:
-                stream.write(commit)
-            temporary.replace(ref)
+            _write(self.folder / "refs" / (revision or MAIN), commit)
         return folder
+
+    def choice(self, revision: str | None) -> str | None:
+        """The GGUF file that the name without a quantisation was found to mean; None if it was not asked for."""
+        try:
+            return (self.folder / CHOICES / (revision or MAIN)).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            return None
+
+    def set_choice(self, revision: str | None, file_name: str) -> None:
+        _write(self.folder / CHOICES / (revision or MAIN), file_name)
 
     @contextmanager
     def locked(self, on_wait: Callable[[], None]) -> Iterator[None]:
@@ -131,6 +137,14 @@ class Repository:
         others = (path for folder in self.snapshots() for path in folder.rglob("*") if path.is_symlink())
         if all(path.resolve() != blob for path in others):
             blob.unlink(missing_ok=True)
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = create_temporary(file)
+    with open(handle, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    temporary.replace(file)
 
 
 def cached_repositories(cache: Path) -> list[Repository]:

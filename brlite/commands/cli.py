@@ -20,6 +20,10 @@ from typing import TYPE_CHECKING, Any
 import brlite
 from brlite.commands.arguments import CommandParser
 from brlite.commands.convert import add_conversion, add_inspection, convert, inspect
+from brlite.commands.log_handler import configure_logging
+from brlite.commands.models import add_models, models
+from brlite.commands.pull import add_pull, pull
+from brlite.commands.run import add_run, run
 from brlite.errors import BrliteError, ConfigError
 from brlite.files.quoting import shown
 from brlite.process.init_process import leave_process_1
@@ -107,6 +111,8 @@ def _run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
 
 def _status_of(args: argparse.Namespace) -> int:
     command: Command = args.command
+    if level := getattr(args, "logs_from", None):
+        configure_logging(level)
     try:
         return command(args)
     except BrliteError as error:
@@ -157,7 +163,7 @@ def _worker(args: argparse.Namespace) -> int:
         if launched_place().rank == 0:
             return _serve(args)
         args.log_level = _served_config(args).server.log_level
-    _configure_logging(args.log_level or "warning")
+    configure_logging(args.log_level or "warning")
     return run(args.channel)
 
 
@@ -181,7 +187,7 @@ def _listen(load: Callable[[], Config], files: Sequence[Path], notes: Sequence[s
 
     gc.enable()
     config = load()
-    _configure_logging(config.server.log_level)
+    configure_logging(config.server.log_level)
     read = [f"config: {file}" for file in files] or ["config: no file, the defaults and the command line"]
     for line in (*read, *sent_variables(config), *metrics_notes(config)):
         logging.getLogger(__name__).info("%s", line)
@@ -194,7 +200,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     config = _config(args)
     check_supported(config)
-    _configure_logging("warning")
+    configure_logging("warning")
     return run(config, args.input, args.output, _sampling_given(args), is_chat=args.chat)
 
 
@@ -202,7 +208,7 @@ def _chat(args: argparse.Namespace) -> int:
     from brlite.commands.chat import run
     from brlite.config.warnings import check_supported
 
-    _configure_logging("warning")
+    configure_logging("warning")
     target: Config | str = args.url or _config(args)
     if not isinstance(target, str):
         check_supported(target)
@@ -231,14 +237,14 @@ def _check(args: argparse.Namespace) -> int:
 def _verify(args: argparse.Namespace) -> int:
     from brlite.commands.verify import run
 
-    _configure_logging("warning")
+    configure_logging("warning")
     return run(_config(args), args.prompts, args.max_tokens, as_json=args.json)
 
 
 def _engine_check(args: argparse.Namespace) -> int:
     from brlite.commands.engine_check import run
 
-    _configure_logging("warning")
+    configure_logging("warning")
     return run(_config(args), as_json=args.json)
 
 
@@ -320,7 +326,7 @@ def _model_override(model: str | None) -> dict[str, object]:
     from brlite.files.cache import expand_home
 
     path = expand_home(model)
-    is_file = path.suffix == ".gguf"
+    is_file = path.suffix == ".gguf" and (":" not in model or path.exists())
     if not (is_file or path.exists() or model.startswith(("/", ".", "~"))):
         return {"model[0].name": model, "model[0].path": None}
     return {"model[0].name": path.stem if is_file else path.resolve().name, "model[0].path": str(path)}
@@ -344,12 +350,6 @@ def _sampling_given(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _configure_logging(level: str) -> None:
-    logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-
-
 def _parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = CommandParser(
         prog="brlite", description="A compact asyncio server for large language models."
@@ -368,8 +368,8 @@ def _parser() -> argparse.ArgumentParser:
         _add_doctor,
     ):
         add(commands)
-    add_conversion(_add_command(commands, convert, "make a bundle of a model, which loads at once"))
-    add_inspection(_add_command(commands, inspect, "say what a model file or folder holds"))
+    for command, add_arguments, purpose in _COMMANDS:
+        add_arguments(_add_command(commands, command, purpose))
     return parser
 
 
@@ -467,6 +467,16 @@ def _add_engine_check(commands: argparse._SubParsersAction[argparse.ArgumentPars
 def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _doctor, "say what was found on this machine")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+# Commands whose arguments stand in their own files.
+_COMMANDS: tuple[tuple[Command, Callable[[argparse.ArgumentParser], None], str], ...] = (
+    (run, add_run, "serve a model and chat with it; the server ends with the chat"),
+    (pull, add_pull, "fetch a model by its name"),
+    (models, add_models, "list, show or remove the models on this machine"),
+    (convert, add_conversion, "make a bundle of a model, which loads at once"),
+    (inspect, add_inspection, "say what a model file or folder holds"),
+)
 
 
 def _add_command(

@@ -15,7 +15,7 @@ from brlite.precision import PRECISIONS
 def add_conversion(parser: argparse.ArgumentParser) -> None:
     name = "what requests will call it; the hub's folder names, models--Org--Name, are understood"
     parser.add_argument("--model_name", "--model-name", required=True, metavar="NAME", help=name)
-    folder = "its folder (or .gguf file): config, tokenizer and weights"
+    folder = "its folder or .gguf file, or its name on a hub: config, tokenizer and weights"
     parser.add_argument("--model_dir", "--model-dir", type=Path, required=True, metavar="DIR", help=folder)
     where = "the bundle becomes a folder in this one"
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, metavar="OUT", help=where)
@@ -29,7 +29,7 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
 
 
 def add_inspection(parser: argparse.ArgumentParser) -> None:
-    about = "a traced .pt, a bundle, a Hugging Face folder, a .gguf file or packed weights"
+    about = "a traced .pt, a bundle, a Hugging Face folder, a .gguf file, packed weights, or a name on a hub"
     parser.add_argument("path", type=Path, metavar="PATH", help=about)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--verify", action="store_true", help="read a bundle's files and compare their sha256")
@@ -42,10 +42,22 @@ def convert(args: argparse.Namespace) -> int:
         raise ConfigError(
             f"--tp {args.tp}: allowed is 1: a bundle serves any, since ranks split the weights themselves"
         )
-    return run(ConversionRequest(args.model_name, args.model_dir, args.output_dir, args.precision, args.from_pt))
+    folder = located(args.model_dir)
+    return run(ConversionRequest(args.model_name, folder, args.output_dir, args.precision, args.from_pt))
 
 
 def inspect(args: argparse.Namespace) -> int:
     from brlite.commands.inspect import run
 
-    return run(args.path, as_json=args.json, verify=args.verify)
+    return run(located(args.path), as_json=args.json, verify=args.verify)
+
+
+def located(path: Path) -> Path:
+    """`path`, or where the model is whose name it is; it is fetched if it is not here. Raises `ModelError`."""
+    from brlite.checkpoint.fetch import locate_model, progress_bar
+    from brlite.checkpoint.model_name import may_be_a_name
+
+    if path.exists() or not may_be_a_name(str(path)):
+        return path
+    with progress_bar() as show:
+        return locate_model(str(path), None, show)

@@ -314,6 +314,20 @@ def test_a_gguf_repository_gives_the_file_that_the_quantisation_names(server: Hu
     assert server.ranges[0] == f"bytes=0-{len(file.read_bytes()) - 1}"  # the header first
 
 
+def test_a_name_without_quantisation_stays_the_file_that_the_hub_made_of_it(server: HubServer, tmp_path: Path) -> None:
+    server.files = {f"m-{each}.gguf": write_gguf(tmp_path / f"{each}.gguf").read_bytes() for each in ("Q8_0", "Q4_K_M")}
+    hub = LocalHuggingFace(server, tmp_path / "cache")
+    other = fetch(hub, "hf:org/model:Q8_0")
+
+    with pytest.raises(ModelError, match="which of its GGUF files is meant, only the hub can tell"):
+        find_cached(hub, NAME)
+    assert find_cached(hub, NAME, is_last_resort=True) == other
+    found = fetch(hub)
+
+    assert found.name == "m-Q4_K_M.gguf"
+    assert find_cached(hub, NAME) == found
+
+
 def test_an_architecture_that_cannot_be_served_is_refused_before_the_weights(hub: LocalHuggingFace) -> None:
     hub.server.files["config.json"] = b'{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}'
 

@@ -57,26 +57,32 @@ class Terminal:
 
 
 @contextmanager
-def chatting(*options: str, stdout: IO[bytes] | None = None, engine: tuple[str, ...] = TOY) -> Iterator[Terminal]:
-    """`brlite chat` at a terminal that it controls, once it shows its prompt."""
+def at_terminal(command: list[str], *, env: dict[str, str], stdout: IO[bytes] | None = None) -> Iterator[Terminal]:
+    """A command at a terminal that it controls."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", *SIZE))
-    environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
     with running(
-        [BRLITE, "chat", *engine, *options],
+        command,
         stdin=theirs,
         stdout=stdout or theirs,
         stderr=theirs,
-        env=environment,
+        env=env,
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     ) as process:
         os.close(theirs)
-        terminal = Terminal(process, ours)
+        yield Terminal(process, ours)
+    os.close(ours)
+
+
+@contextmanager
+def chatting(*options: str, stdout: IO[bytes] | None = None, engine: tuple[str, ...] = TOY) -> Iterator[Terminal]:
+    """`brlite chat` at a terminal, once it shows its prompt."""
+    environment = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    with at_terminal([BRLITE, "chat", *engine, *options], env=environment, stdout=stdout) as terminal:
         terminal.until("/help shows the commands")
         terminal.until(PROMPT)
         yield terminal
-    os.close(ours)
 
 
 def saved(terminal: Terminal, folder: Path) -> list[tuple[str, str]]:

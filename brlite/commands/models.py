@@ -1,0 +1,224 @@
+"""`brlite models`: which models this machine has, what they are and take; and removing them.
+
+Looks into the cache folders of the hubs and of brlite. Reads headers only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from brlite.errors import BrliteError, ConfigError, ModelError
+from brlite.files.quoting import one_line, reason, shown
+
+DAY_SECONDS = 86_400
+PACKED_FOLDERS = ("native", "packed", "modelscope")  # of brlite's cache, which are no models
+
+
+class CachedModel(NamedTuple):
+    """A model on this machine: a folder or a GGUF file. `problem` is why it cannot be served."""
+
+    name: str
+    path: Path
+    disk_bytes: int
+    precision: str
+    architecture: str
+    memory_bytes: int | None
+    context: int | None
+    used_at: float
+    problem: str | None
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    listing = actions.add_parser("list", help="what is here, how large it is and when it was used (the default)")
+    showing = actions.add_parser("show", help="one model: where it is, its architecture, precision, memory")
+    removing = actions.add_parser("rm", help="remove a model; with :QUANT one GGUF file of it")
+    for each in (showing, removing):
+        each.add_argument("name", metavar="NAME", help="as `brlite models` lists it")
+    for each in (parser, listing, showing):
+        each.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+    removing.add_argument("--yes", action="store_true", help="do not ask")
+    parser.set_defaults(logs_from="warning", json=False)
+
+
+def models(args: argparse.Namespace) -> int:
+    """Run `brlite models [list|show|rm]`. Raises `ModelError` for a name that is not here."""
+    if args.action == "rm":
+        return _remove(args.name, is_agreed=args.yes)
+    if args.action == "show":
+        found = [_named(args.name)]
+        text = _render_one(found[0])
+    else:
+        found = list(find_models())
+        text = render(found) if found else "no models are here yet; `brlite pull NAME` fetches one"
+    if args.json:
+        text = json.dumps([_plain(model) for model in found], indent=1, ensure_ascii=False)
+    print(shown(text))
+    return 0
+
+
+def find_models() -> Iterator[CachedModel]:
+    """Every model in the caches, whole or not, by name."""
+    from brlite.checkpoint.folder import has_weights
+    from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub
+    from brlite.checkpoint.repository import cached_repositories
+    from brlite.files.cache import default_cache
+
+    cache = default_cache()
+    for folder in sorted(cache.iterdir()) if cache.is_dir() else ():
+        if folder.is_dir() and folder.name not in PACKED_FOLDERS and has_weights(folder):
+            yield _describe(folder.name.replace("--", "/", 1), folder)
+    for prefix, hub in (("", HuggingFaceHub()), ("modelscope:", ModelScopeHub())):
+        for repository in cached_repositories(hub.cache()):
+            found = [(file, path) for snapshot in repository.snapshots()[:1] for file, path in _models_in(snapshot)]
+            for quantization, path in found:
+                yield _describe(f"{prefix}{repository.name}{f':{quantization}' if quantization else ''}", path)
+            if repository.has_parts() or not found:
+                state = (
+                    "its download was interrupted: `brlite pull` resumes it" if repository.has_parts() else "no weights"
+                )
+                model = CachedModel(
+                    prefix + repository.name, repository.folder, repository.num_bytes(), "", "", None, None, 0.0, state
+                )
+                yield model
+
+
+def render(found: list[CachedModel]) -> str:
+    """A table."""
+    from brlite.machine import show_bytes
+
+    rows = [("NAME", "ON DISK", "WEIGHTS", "MEMORY", "USED")]
+    for model in found:
+        memory = show_bytes(model.memory_bytes) if model.memory_bytes is not None else "-"
+        note = f"  ({model.problem})" if model.problem else ""
+        used = _ago(model.used_at) if model.used_at else "-"
+        rows.append((model.name, show_bytes(model.disk_bytes), model.precision or "-", memory, used + note))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]]) for row in rows
+    )
+
+
+def _models_in(snapshot: Path) -> Iterator[tuple[str | None, Path]]:
+    """(quantisation or file name of a GGUF file, its path), or (None, the folder) of other weights."""
+    from brlite.checkpoint.folder import has_weights
+    from brlite.checkpoint.model_name import BIN_FILES, SAFETENSORS_FILES, quantization_of
+
+    files = sorted(path for path in snapshot.rglob("*.gguf") if path.is_file())
+    told = [quantization_of(path.name) for path in files]
+    for file, quantization in zip(files, told, strict=True):
+        is_only = told.count(quantization) == 1
+        yield quantization if quantization and is_only else file.name, file
+    if has_weights(snapshot) and any((snapshot / name).exists() for name in (*SAFETENSORS_FILES, *BIN_FILES)):
+        yield None, snapshot
+
+
+def _describe(name: str, path: Path) -> CachedModel:
+    """What headers tell of a model at `path`, as it would be served with the default config."""
+    from brlite.backends.sizes import sizes_at
+    from brlite.checkpoint import open_checkpoint
+    from brlite.checkpoint.model_name import quantization_of
+    from brlite.config.options import EngineConfig, ModelSpec
+    from brlite.models import find_family
+
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    status = [file.stat() for file in files]
+    disk_bytes, used_at = sum(each.st_size for each in status), max(each.st_atime for each in status)
+    memory = context = problem = None
+    precision = architecture = ""
+    try:
+        with closing(open_checkpoint(path)) as checkpoint:
+            architecture = find_family(checkpoint.config).architecture
+            weights = checkpoint.path if checkpoint.path.is_file() else None
+            precision = (weights and quantization_of(weights.name)) or str(checkpoint.config.get("torch_dtype") or "")
+        sizes = sizes_at(path, ModelSpec(name="model"), EngineConfig())
+        memory, context = sizes.num_bytes, sizes.context
+    except (BrliteError, OSError) as error:
+        problem = one_line(error).replace(f"{path}: ", "")
+    return CachedModel(name, path, disk_bytes, precision, architecture, memory, context, used_at, problem)
+
+
+def _named(name: str) -> CachedModel:
+    from difflib import get_close_matches
+
+    found = {model.name: model for model in find_models()}
+    wanted = name.removeprefix("hf:")
+    matches = [
+        model for each, model in found.items() if wanted.lower() in (each.lower(), each.lower().partition(":")[0])
+    ]
+    if wanted in found or len(matches) == 1:
+        return found.get(wanted) or matches[0]
+    if matches:
+        raise ModelError(f"{name}: name one of {', '.join(model.name for model in matches)}")
+    near = get_close_matches(name, found, 1)
+    hint = f"did you mean {near[0]}?" if near else "`brlite models` lists what is here"
+    raise ModelError(f"{name} is not on this machine; {hint}")
+
+
+def _remove(name: str, *, is_agreed: bool) -> int:
+    from brlite.machine import show_bytes
+
+    model = _named(name)
+    if not is_agreed:
+        if not sys.stdin.isatty():
+            raise ConfigError(f"models rm {name}: add --yes where nobody can be asked")
+        print(shown(f"remove {model.name}, {show_bytes(model.disk_bytes)} at {model.path}? [y/N] "), end="", flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("nothing was removed")
+            return 0
+    _delete(model)
+    print(shown(f"removed {model.name}"))
+    return 0
+
+
+def _delete(model: CachedModel) -> None:
+    """Remove the model: the file where it is one of several in a snapshot, else all of its folder."""
+    from brlite.checkpoint.repository import FOLDER_PREFIX, Repository
+
+    folder = next((path for path in (model.path, *model.path.parents) if path.name.startswith(FOLDER_PREFIX)), None)
+    try:
+        if folder is None:
+            shutil.rmtree(model.path)
+            return
+        repository = Repository(folder.parent, folder.name.removeprefix(FOLDER_PREFIX).replace("--", "/", 1))
+        snapshots = repository.snapshots()
+        if model.path.is_file() and snapshots and len(list(_models_in(snapshots[0]))) > 1:
+            repository.remove_file(snapshots[0], str(model.path.relative_to(snapshots[0])))
+        else:
+            repository.remove()
+    except OSError as error:
+        raise ModelError(f"{model.path}: {reason(error)}") from error
+
+
+def _render_one(model: CachedModel) -> str:
+    from brlite.machine import show_bytes
+
+    findings = {
+        "name": model.name,
+        "path": str(model.path),
+        "on disk": show_bytes(model.disk_bytes),
+        "architecture": model.architecture,
+        "weights": model.precision,
+        "memory": show_bytes(model.memory_bytes) if model.memory_bytes is not None else "",
+        "context": f"{model.context} tokens" if model.context else "",
+        "used": _ago(model.used_at) if model.used_at else "",
+        "problem": model.problem or "",
+    }
+    return "\n".join(f"{name:12}  {text}" for name, text in findings.items() if text)
+
+
+def _plain(model: CachedModel) -> dict[str, object]:
+    return {**model._asdict(), "path": str(model.path), "used_at": int(model.used_at)}
+
+
+def _ago(moment: float) -> str:
+    days = int((time.time() - moment) // DAY_SECONDS)
+    return "today" if days < 1 else "yesterday" if days == 1 else f"{days} days ago"
