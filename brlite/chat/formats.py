@@ -93,9 +93,14 @@ class ChatGLM3Format(ChatFormat):
             role = _token(self._tokens, message.get("role"))
             calls = message.get("tool_calls") or ()
             if _text(message, "content") or not calls:
-                parts += [role, _text(message, "metadata") + "\n", _with_tools(message)]
-            for call in calls:
-                parts += [role, call["function"]["name"] + "\n", _call_in_code(call["function"]["arguments"])]
+                content = _text(message, "content")
+                if message.get("role") == "system" and message.get("tools"):
+                    content += "\n" + json.dumps(message["tools"], indent=4, ensure_ascii=False)
+                parts += [role, _text(message, "metadata") + "\n", content]
+            for call in calls:  # the code that the model writes for a call: keyword arguments, as Python literals
+                given = call["function"]["arguments"]
+                given = f"**{given}" if isinstance(given, str) else ", ".join(f"{k}={v!r}" for k, v in given.items())
+                parts += [role, call["function"]["name"] + "\n", f"```python\ntool_call({given})\n```"]
         if add_generation_prompt:
             parts.append(self._tokens["assistant"])
         return MarkedText(parts, self._names)
@@ -136,17 +141,3 @@ def _text(message: Mapping[str, Any], key: str) -> str:
     if value is not None and not isinstance(value, str):
         raise template_refusal(f"{key} must be a string")
     return value or ""
-
-
-def _call_in_code(arguments: Mapping[str, Any] | str) -> str:
-    """The code that the model writes for a call: keyword arguments, as Python literals."""
-    written = f"**{arguments}" if isinstance(arguments, str) else ", ".join(f"{k}={v!r}" for k, v in arguments.items())
-    return f"```python\ntool_call({written})\n```"
-
-
-def _with_tools(message: Mapping[str, Any]) -> str:
-    """The content, and behind a system message's the tools that it offers."""
-    content = _text(message, "content")
-    if message.get("role") != "system" or not message.get("tools"):
-        return content
-    return f"{content}\n{json.dumps(message['tools'], indent=4, ensure_ascii=False)}"

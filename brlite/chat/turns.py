@@ -124,7 +124,15 @@ def _prepared(turn: Turn, names: Mapping[str | None, str], can: TemplateCapabili
     calls = turn.get("tool_calls") or ()
     content = turn.get("content")
     prepared = {key: value for key, value in turn.items() if key not in ("tool_calls", "reasoning_content")}
-    prepared["role"] = _role(turn.get("role"), can, has_call=turn.get("tool_call_id") in names)
+    role = turn.get("role")
+    if not isinstance(role, str) or not _ROLE.fullmatch(role):
+        raise template_refusal(f"a role must be a word of at most {MAX_ROLE} letters and digits")
+    if role == "developer" and not can.knows_developer:
+        role = "system"
+    is_result = role == "tool" and turn.get("tool_call_id") in names and can.says_results
+    if can.roles.get(role) is False and not is_result:
+        raise template_refusal(f"the model's template leaves out messages of the role {role}")
+    prepared["role"] = role
     if isinstance(content, list) and not can.takes_parts:
         prepared["content"] = joined_text(content)
     elif isinstance(content, str) and not can.takes_strings:
@@ -146,16 +154,6 @@ def _prepared(turn: Turn, names: Mapping[str | None, str], can: TemplateCapabili
         start, end = can.reasoning_marks
         prepared["content"] = f"{start}\n{reasoning}\n{end}\n\n{prepared['content']}"
     return prepared
-
-
-def _role(role: object, can: TemplateCapabilities, *, has_call: bool) -> str:
-    if not isinstance(role, str) or not _ROLE.fullmatch(role):
-        raise template_refusal(f"a role must be a word of at most {MAX_ROLE} letters and digits")
-    if role == "developer" and not can.knows_developer:
-        role = "system"
-    if can.roles.get(role) is False and not (role == "tool" and has_call and can.says_results):
-        raise template_refusal(f"the model's template leaves out messages of the role {role}")
-    return role
 
 
 def _prepared_call(call: Mapping[str, Any], can: TemplateCapabilities) -> dict[str, Any]:

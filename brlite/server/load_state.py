@@ -6,6 +6,7 @@ It loads nothing and holds no engine: the model manager reports progress and the
 from __future__ import annotations
 
 import asyncio
+import enum
 import math
 import sys
 import time
@@ -18,17 +19,32 @@ from brlite.http.fair_queue import FairQueue
 RETRY_SECONDS = 5
 
 
+class LoadPhase(enum.Enum):
+    """Where a load is. Events and what follows from them:
+
+    | event                         | IDLE    | RUNNING | FAILED  | STOPPED |
+    |-------------------------------|---------|---------|---------|---------|
+    | a load or a measurement begins| RUNNING |         | RUNNING | STOPPED |
+    | it has ended                  |         | IDLE    |         | STOPPED |
+    | it has failed                 | FAILED  | FAILED  |         | STOPPED |
+    | the server stops              | STOPPED | STOPPED | STOPPED | STOPPED |
+    """
+
+    IDLE = enum.auto()  # no load is under way, and the last one, if there was one, succeeded
+    RUNNING = enum.auto()
+    FAILED = enum.auto()  # the last one failed; after `RETRY_SECONDS` a request starts the next one
+    STOPPED = enum.auto()  # every request is refused
+
+
 class LoadState:
-    """`stage` and `fraction` (0 to 1) are the progress. `has_failed` is the outcome of the last try."""
+    """`stage` and `fraction` (0 to 1) are the progress of the load in phase RUNNING."""
 
     def __init__(self, name: str, clock: Callable[[], float] = time.monotonic) -> None:
         self.stage = "waiting"
         self.fraction = 0.0
-        self.is_running = False
-        self.has_failed = False
+        self.phase = LoadPhase.IDLE
         self._name = name
         self._clock = clock
-        self._is_over = False
         self._retry_time = 0.0
         self._queue = _Queue()
         self._on_change: Callable[[], None] = ignore_change
@@ -56,7 +72,7 @@ class LoadState:
 
     def check(self, max_waiting: int, tenant: str = "") -> None:
         """Raise `NotReady` or `QueueFull` for a request that would wait in vain. Tenants share the queue."""
-        if self._is_over:
+        if self.phase is LoadPhase.STOPPED:
             raise stopping()
         if self._clock() < self._retry_time:
             raise self._failure()
@@ -93,11 +109,11 @@ class LoadState:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Inside, the model is being measured or loaded."""
-        self.is_running, self.has_failed = True, False
+        self._enter(LoadPhase.RUNNING)
         try:
             yield
         finally:
-            self.is_running = False
+            self._enter(LoadPhase.IDLE)
 
     def succeed(self) -> None:
         """The model is loaded: all waiting requests continue."""
@@ -105,18 +121,22 @@ class LoadState:
 
     def fail(self) -> None:
         """The load failed: refuse the waiting requests, and new ones for `RETRY_SECONDS`."""
-        self.has_failed = True
+        self._enter(LoadPhase.FAILED)
         self._retry_time = self._clock() + RETRY_SECONDS
         self._end(self._failure)
 
     def refuse(self) -> None:
         """The server stops: refuse the waiting requests and all new ones."""
-        self._is_over = True
+        self._enter(LoadPhase.STOPPED)
         self._end(stopping)
 
     def not_ready(self, what: str) -> NotReady:
         message = f"the model {self._name} {what}: {self.stage}, {self.fraction:.0%}"
         return NotReady(message, retry_after_seconds=RETRY_SECONDS)
+
+    def _enter(self, phase: LoadPhase) -> None:
+        if self.phase is not LoadPhase.STOPPED:
+            self.phase = phase
 
     def _full(self) -> QueueFull:
         return QueueFull(

@@ -181,7 +181,11 @@ class ModelManager:
                 await self._measure(model)
                 await self._load(model)
         may_be_lost = self._config.name is not None  # as any engine that is not ours
-        if may_be_lost or any(_has_changes(model.spec) for model in self._models.values()):
+        specs = [model.spec for model in self._models.values()]
+        may_change = any(
+            spec.load == "on_demand" or spec.idle_unload_seconds or spec.tensor_parallel > 1 for spec in specs
+        )
+        if may_be_lost or may_change:
             self._keeping = asyncio.create_task(self._keep(), name="brlite-model-manager")
 
     async def failure(self) -> BrliteError:
@@ -228,7 +232,11 @@ class ModelManager:
             elif isinstance(action, Unload):
                 await self._unload(self._models[action.name], action.reason)
             else:
-                await self._rest(action)
+                if action.blocked is not None:
+                    self._models[action.blocked].loading.report(BLOCKED, 0.0)
+                seconds = None if action.until == math.inf else action.until - self._clock()
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), seconds)
 
     def _managed(self, model: ServedModel) -> ManagedModel:
         return ManagedModel(
@@ -242,12 +250,6 @@ class ModelManager:
             last_used=model.last_used,
             idle_unload_seconds=model.spec.idle_unload_seconds,
         )
-
-    async def _rest(self, rest: IdleTime) -> None:
-        if rest.blocked is not None:
-            self._models[rest.blocked].loading.report(BLOCKED, 0.0)
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), None if rest.until == math.inf else rest.until - self._clock())
 
     async def _try_load(self, model: ServedModel) -> None:
         """Load a model that requests wait for, or measure it first: then it is decided anew."""
@@ -306,18 +308,14 @@ class ModelManager:
         """Measure what is here already, so that most of what cannot work is known before anything is loaded."""
         if self._budget_bytes == math.inf:
             self._sizes = dict.fromkeys(self._models, 0)
-        for model in self._models.values():
-            if model.name not in self._sizes:
-                await self._note_known(model)
-
-    async def _note_known(self, model: ServedModel) -> None:
-        try:
-            num_bytes = await self._loader.known_bytes(model.spec)
-        except BrliteError as error:
-            if model.spec.load == "start":
-                raise
-            logger.warning("model %s cannot be loaded as it is: %s", model.name, error)
-        else:
+        for model in [model for model in self._models.values() if model.name not in self._sizes]:
+            try:
+                num_bytes = await self._loader.known_bytes(model.spec)
+            except BrliteError as error:
+                if model.spec.load == "start":
+                    raise
+                logger.warning("model %s cannot be loaded as it is: %s", model.name, error)
+                continue
             if num_bytes is not None:
                 self._note_size(model, num_bytes)
 
@@ -330,8 +328,3 @@ class ModelManager:
         sizes = {**self._sizes, model.name: num_bytes}
         check_memory(self._config, [each.spec for each in self._models.values()], sizes)
         self._sizes = sizes
-
-
-def _has_changes(spec: ModelSpec) -> bool:
-    """Whether the model may come or go while the server runs."""
-    return spec.load == "on_demand" or spec.idle_unload_seconds > 0 or spec.tensor_parallel > 1

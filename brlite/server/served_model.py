@@ -14,7 +14,7 @@ from brlite.config.options import ModelSpec, ProxyConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.stats import EngineStats
 from brlite.errors import ModelNotFound
-from brlite.server.load_state import LoadState, ignore_change
+from brlite.server.load_state import LoadPhase, LoadState, ignore_change
 
 MOST_COUNTED_TOKENS = 131_072  # of histograms of lengths, made before a model's own context is known
 
@@ -71,9 +71,9 @@ class ServedModel:
     def status(self) -> str:
         if self.engine is not None:
             return "ready" if self.engine.is_running else "failed"
-        if self.loading.is_running or not self.is_on_demand:
+        if self.loading.phase is LoadPhase.RUNNING or not self.is_on_demand:
             return "loading"
-        return "failed" if self.loading.has_failed else "unloaded"
+        return "failed" if self.loading.phase is LoadPhase.FAILED else "unloaded"
 
     def watch(self, on_change: Callable[[], None]) -> None:
         """Call `on_change` when a request begins or stops to wait for it, and when the last active one ends."""

@@ -20,19 +20,15 @@ ALIBI_HIDDEN_SIZE = 5120  # of both 13B models; their configs say nothing of pos
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     reader = ConfigReader(values)
-    _check_rotary(reader)
-    check_supported(reader)
-    if reader.flag("tie_word_embeddings", False):
-        raise reader.error("tie_word_embeddings", "false: the head is scaled, the embedding is not", True)
-    return ModelConfig(**read_sizes(reader))
-
-
-def _check_rotary(reader: ConfigReader) -> None:
-    """Only the 7B models name `max_position_embeddings`; the 13B ones call the length they were made for otherwise."""
+    # Only the 7B models name `max_position_embeddings`; the 13B ones call the length they were made for otherwise.
     if "max_position_embeddings" not in reader or reader.positive_int("hidden_size") == ALIBI_HIDDEN_SIZE:
         raise ModelError(
             "model config: Baichuan 13B has ALiBi in place of rotary positions, which is not supported; Baichuan2 7B is"
         )
+    check_supported(reader)
+    if reader.flag("tie_word_embeddings", False):
+        raise reader.error("tie_word_embeddings", "false: the head is scaled, the embedding is not", True)
+    return ModelConfig(**read_sizes(reader))
 
 
 BAICHUAN = Family("baichuan", "BaichuanForCausalLM", read_config, WEIGHT_NAMES, unit_rows=("head.weight",))
