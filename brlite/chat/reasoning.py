@@ -100,3 +100,39 @@ class ReasoningSplitter:
             self._on_reasoning(self._spaces + kept)
             self._spaces, self._has_reasoning = "", True
         self._spaces += text[len(kept) :]
+
+
+class ReasoningTokenCounter:
+    """Counts the tokens of a reply's reasoning, its marks among them, by their bytes.
+
+    The mark stands at the beginning of the reply; with `several` anywhere, and more than once.
+    """
+
+    def __init__(self, marks: Marks, *, begins_inside: bool, several: bool = False) -> None:
+        self.num_tokens = 0
+        self._begin, self._end = (mark.encode() for mark in marks)
+        self._several = several
+        self._is_inside = begins_inside
+        self._is_over = False
+        self._tokens: list[bytes] = []  # the last ones, which may be part of a mark
+
+    def feed(self, token: bytes) -> None:
+        """The next token of the reply."""
+        if self._is_over:
+            return
+        self._tokens.append(token)
+        text = b"".join(self._tokens)
+        if self._is_inside:
+            self.num_tokens += 1
+            if self._end in text:
+                self._is_inside, self._is_over, self._tokens = False, not self._several, []
+        elif (start := text.find(self._begin)) >= 0 and (self._several or not text[:start].strip()):
+            place = len(text)
+            while place > start:
+                place -= len(self._tokens.pop())
+                self.num_tokens += 1
+            self._is_inside, self._tokens = True, []
+        elif not self._several and not self._begin.startswith(text.lstrip()):
+            self._is_over = True
+        while len(text) - len(self._tokens[0] if self._tokens else text) > max(len(self._begin), len(self._end)):
+            text = text[len(self._tokens.pop(0)) :]

@@ -225,17 +225,23 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int
+
+
 class Usage(Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # in chats
 
 
-def shown_usage(usage: TokenUsage) -> Usage:
+def shown_usage(usage: TokenUsage, *, has_reasoning: bool = False) -> Usage:
     """The usage as both kinds of answer say it."""
     total = usage.prompt + usage.completion
-    return Usage(usage.prompt, usage.completion, total, PromptTokensDetails(usage.cached))
+    details = CompletionTokensDetails(usage.reasoning) if has_reasoning else UNSET
+    return Usage(usage.prompt, usage.completion, total, PromptTokensDetails(usage.cached), details)
 
 
 def token_name(token: TokenText, *, is_id: bool = False, taken: Collection[str] = ()) -> str:

@@ -231,7 +231,7 @@ class ChatEncoder(OpenAIEncoder):
             finish_reason=event.finish_reason and self._end_reason(event.finish_reason),
             stop_reason=UNSET if event.stop_reason is None else event.stop_reason,
         )
-        usage = self._no_usage if event.usage is None else shown_usage(event.usage)
+        usage = self._no_usage if event.usage is None else shown_usage(event.usage, has_reasoning=True)
         return frame(self._chunk([choice], usage, event.warnings))
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
@@ -252,7 +252,7 @@ class ChatEncoder(OpenAIEncoder):
                 created=self._created,
                 model=self._model,
                 choices=choices,
-                usage=shown_usage(usage),
+                usage=shown_usage(usage, has_reasoning=True),
                 system_fingerprint=self._fingerprint,
                 warnings=warnings or UNSET,
             )
@@ -280,7 +280,7 @@ class ChatEncoder(OpenAIEncoder):
         return "function_call" if reason == "tool_calls" and self._call.calls_functions else reason
 
     def _usage_chunk(self, usage: TokenUsage) -> bytes:
-        return self._chunk([], shown_usage(usage))
+        return self._chunk([], shown_usage(usage, has_reasoning=True))
 
     def _chunk(
         self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None, warnings: Sequence[str] = ()

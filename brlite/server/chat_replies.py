@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from brlite.chat.formats import ChatFormat
-from brlite.chat.reasoning import ends_inside
+from brlite.chat.reasoning import ReasoningTokenCounter, ends_inside
 from brlite.chat.reply import ReplyFormat, ReplyParser
 from brlite.chat.tool_calls import ToolCallParser, harmony
 from brlite.chat.tools import Tool, ToolChoice
@@ -97,6 +97,15 @@ class ChatReplies:
     def must_constrain(self) -> bool:
         """Whether a schema that cannot be enforced is an error: calls are forced, or a function is strict."""
         return self._choice.mode == "required" or any(tool.strict for tool in self._tools)
+
+    def token_counter(self) -> ReasoningTokenCounter | None:
+        """What counts the tokens of one reply's reasoning. None for a model that does not reason."""
+        if self._format.reads_all:
+            marks = (harmony.PREAMBLES[0], harmony.ENDS[0])
+            return ReasoningTokenCounter(marks, begins_inside=False, several=True)
+        if self._format.marks is None:
+            return None
+        return ReasoningTokenCounter(self._format.marks, begins_inside=self._begins_inside)
 
     def parser(self) -> ReplyParser:
         """A parser for one reply."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
+from brlite.chat.reasoning import ReasoningTokenCounter
 from brlite.chat.reply import ReplyParser
 from brlite.chat.tools import ReasoningDelta, TextDelta, ToolCallDelta
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
@@ -37,6 +38,7 @@ class EventBuilder:
         self._tracks: dict[int, TokenTrack] = {}
         self._num_prompt = self._num_completion = self._num_cached = 0  # tokens so far
         self._counted_prompts: set[int] = set()
+        self._counters: dict[int, ReasoningTokenCounter | None] = {}  # by choice
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._echoed_choices: set[int] = set()
 
@@ -77,10 +79,23 @@ class EventBuilder:
         if not self._call.is_echo_only:
             for completion in output.outputs:
                 self._num_completion += len(completion.token_ids)
+                if self._replies is not None:
+                    self._count_reasoning(
+                        prompt_index * self._call.params.n + completion.index, completion.token_ids, self._replies
+                    )
 
     def usage(self) -> TokenUsage:
         """The tokens that were used so far."""
-        return TokenUsage(self._num_prompt, self._num_completion, self._num_cached)
+        num_reasoning = sum(counter.num_tokens for counter in self._counters.values() if counter is not None)
+        return TokenUsage(self._num_prompt, self._num_completion, self._num_cached, num_reasoning)
+
+    def _count_reasoning(self, choice: int, token_ids: Sequence[int], replies: ChatReplies) -> None:
+        if choice not in self._counters:
+            self._counters[choice] = replies.token_counter()
+        counter = self._counters[choice]
+        if counter is not None:
+            for token_id in token_ids:
+                counter.feed(self._tokenizer.token_bytes(token_id))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
         """The events of a response that is not streamed, one a choice and in order, and its warnings."""

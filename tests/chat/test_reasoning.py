@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from brlite.chat.reasoning import ends_inside, find_reasoning_key, find_reasoning_marks
+from brlite.chat.reasoning import ReasoningTokenCounter, ends_inside, find_reasoning_key, find_reasoning_marks
 from brlite.chat.reply import ReplyParser
 from brlite.chat.tool_calls import PARSERS
 from brlite.chat.tools import ReplyEvent, collect
@@ -93,3 +93,37 @@ def test_a_prompt_ends_inside_the_reasoning_only_if_it_has_just_opened_it() -> N
     assert ends_inside("<|im_start|>assistant\n<think>\n", MARKS)
     assert not ends_inside("<think>\n\n</think>\n\n", MARKS)
     assert not ends_inside("write <think> and nothing else<|im_end|>\n<|im_start|>assistant\n", MARKS)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "begins_inside", "expected"),
+    [
+        (["<think>", "a", " b", "</think>", "\n", "c"], False, 4),
+        (["\n", "<think>", "a", "</think>", "<think>", "c"], False, 3),
+        (["\n<th", "ink>a", "b</", "think>c", "d"], False, 4),
+        (["a", "b", "</think>", "c"], True, 3),
+        (["a", "<think>", "b", "</think>"], False, 0),
+        (["<thin", "g>", "<think>"], False, 0),
+        (["<think>", "a", "b"], False, 3),
+        ([], True, 0),
+    ],
+)
+def test_the_tokens_of_reasoning_are_counted_with_its_marks(
+    tokens: list[str], begins_inside: bool, expected: int
+) -> None:
+    counter = ReasoningTokenCounter(("<think>", "</think>"), begins_inside=begins_inside)
+
+    for token in tokens:
+        counter.feed(token.encode())
+
+    assert counter.num_tokens == expected
+
+
+def test_tokens_of_several_reasonings_are_counted() -> None:
+    counter = ReasoningTokenCounter(("<|c|>a<|m|>", "<|end|>"), begins_inside=False, several=True)
+    text = "<|c|> a <|m|> x y <|end|> <|s|> us <|c|> a <|m|> z <|end|> <|c|> f <|m|> hi"
+
+    for token in text.split():
+        counter.feed(token.encode())
+
+    assert counter.num_tokens == 6 + 5

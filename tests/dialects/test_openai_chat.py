@@ -134,7 +134,7 @@ def test_usage_is_null_until_it_is_known_where_it_was_asked_for() -> None:
     made = encoder(decoded(stream=True, stream_options={"include_usage": True}))
 
     (chunk,) = told(made.encode(Event(choice=0, text="a")))
-    usage, done = told(made.closing(TokenUsage(prompt=3, completion=2, cached=1)))
+    usage, done = told(made.closing(TokenUsage(prompt=3, completion=2, cached=1, reasoning=2)))
 
     assert chunk["usage"] is None
     assert (usage["choices"], done) == ([], "[DONE]")
@@ -143,6 +143,7 @@ def test_usage_is_null_until_it_is_known_where_it_was_asked_for() -> None:
         "completion_tokens": 2,
         "total_tokens": 5,
         "prompt_tokens_details": {"cached_tokens": 1},
+        "completion_tokens_details": {"reasoning_tokens": 2},
     }
 
 
@@ -172,7 +173,8 @@ def test_a_whole_answer_byte_for_byte() -> None:
     assert body == (
         b'{"id":"chatcmpl-1","object":"chat.completion","created":7,"model":"m","choices":[{"index":0,"message":'
         b'{"content":"a","role":"assistant","refusal":null},"logprobs":null,"finish_reason":"length","stop_reason":null}],'
-        b'"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2,"prompt_tokens_details":{"cached_tokens":0}}}'
+        b'"usage":{"prompt_tokens":1,"completion_tokens":1,"total_tokens":2,"prompt_tokens_details":{"cached_tokens":0},'
+        b'"completion_tokens_details":{"reasoning_tokens":0}}}'
     )
 
 

@@ -44,6 +44,7 @@ async def test_a_chat_is_answered_in_openais_shape(client: Client) -> None:
         "completion_tokens": 8,
         "total_tokens": len(PROMPT) + 8,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

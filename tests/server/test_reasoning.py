@@ -186,3 +186,19 @@ async def test_without_thinking_the_answer_begins_at_once(make_client: Make) -> 
 
     assert set(json.loads(choice["message"]["content"])) == {"is_true", "level"}
     assert choice["message"].get("reasoning_content") is None
+
+
+async def test_the_tokens_of_the_reasoning_are_counted(make: Callable[[str], Awaitable[Client]], opened: str) -> None:
+    client = await make(f"Well.</think>\n\n{ANSWER}")
+    num_tokens = len("Well.</think>") + len("<think>") * (opened == "by the model")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "q"}], "temperature": 0, "max_tokens": 400}
+
+    for fields in ({}, {"response_format": FORMAT}, {"tools": [NOW]}, {"n": 2}, {"max_tokens": 5}):
+        _, whole = await client.post("/v1/chat/completions", {**body, **fields})
+        chunks = await client.stream(
+            "/v1/chat/completions", {**body, **fields, "stream_options": {"include_usage": True}}
+        )
+        expected = 5 if "max_tokens" in fields and opened == "by the template" else num_tokens
+        expected = 0 if "max_tokens" in fields and opened == "by the model" else expected
+        for usage in (whole["usage"], chunks[-1]["usage"]):
+            assert usage["completion_tokens_details"] == {"reasoning_tokens": expected * int(fields.get("n", 1))}
