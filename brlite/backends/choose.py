@@ -1,4 +1,4 @@
-"""Which backend computes a model: native kernels where they can be used, else torch, which says why."""
+"""Chooses the backend of a model: native kernels where they can be used, else torch, with the reason in its notes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def load_backend(
 
 
 def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) -> str | None:
-    """Why the native kernels cannot compute what is asked for on any machine; None if they can."""
+    """Why the native kernels cannot compute this model on any machine; None if they can."""
     if not computes_on_cpu(engine.device):
         return f"native kernels compute on CPUs only, and engine.device is {engine.device!r}"
     if engine.dtype == "float32":

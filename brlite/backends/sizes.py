@@ -33,7 +33,7 @@ from brlite.precision import PRECISIONS
 logger = logging.getLogger(__name__)
 
 GIB = 2**30
-# The default model's config.json, so that its sizes can be told before it is fetched.
+# The default model's config.json, so that its sizes are known before it is fetched.
 DEFAULT_MODEL_CONFIG: Mapping[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 49152,
@@ -49,7 +49,7 @@ DEFAULT_MODEL_CONFIG: Mapping[str, Any] = {
 }
 
 SHARED_TOKENS = 2048  # for each of build_batch sequences, in a KV cache whose size is left to us
-LEAST_CONTEXT = 2048  # however little memory there is: what fails for want of it says so
+LEAST_CONTEXT = 2048  # however little memory there is: an allocation that fails is an error of its own
 MOST_CONTEXT = 131_072  # of itself; tables of positions grow with a context, and are not counted here
 
 
@@ -105,7 +105,7 @@ def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
 
 def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes of the model in a folder or file. Raises `ModelError` and `ConfigError`."""
-    prepare_environment()  # before a checkpoint brings torch in
+    prepare_environment()  # before a checkpoint imports torch
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
         return measure(checkpoint.config, spec, engine)
 
@@ -149,7 +149,7 @@ def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig)
 
 
 def settle_context(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig) -> ModelSpec:
-    """The spec with the context and the KV cache that it leaves to us, which the log then says, with the reason."""
+    """The spec with its unset context and KV cache filled in; the log has them with the reason."""
     if spec.build_seq:
         return spec
     sizes = measure(hf_config, spec, engine)
@@ -164,7 +164,7 @@ def settle_context(hf_config: Mapping[str, Any], spec: ModelSpec, engine: Engine
 def _find_context(
     config: ModelConfig, spec: ModelSpec, block_size: int, room: Callable[[], tuple[int, str]]
 ) -> tuple[int, int, str]:
-    """The context, the blocks of the KV cache, and what decided the context. `room` tells what memory allows.
+    """The context, the blocks of the KV cache, and what decided the context. `room` is what memory allows.
 
     Left out, it is the model's own where the cache may hold one. The cache then has `SHARED_TOKENS` for each sequence,
     at least one whole context, and at most half of the memory that the weights leave, or `num_blocks`.

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import tokenizers
 
-# A token of this shape says who speaks or what comes next, be it flagged special or not: DeepSeek's roles are not.
+# Tokens of this shape mark roles and turns, also where they are not flagged special, as DeepSeek's roles.
 _CONTROL_SHAPE = re.compile(r"<[|｜].+[|｜]>", re.DOTALL)
 
 
 class MarkedText(str):
-    """A rendered chat for people to read, and in `parts` the same for the tokenizer: token ids, and texts that are
-    encoded each by itself."""
+    """A rendered chat. As a string it is readable; `parts` are for the tokenizer: token ids, and texts, each encoded by
+    itself."""
 
     parts: tuple[str | int, ...]
     _names: Mapping[int, str]
 
     def __new__(cls, parts: Iterable[str | int], names: Mapping[int, str]) -> MarkedText:
-        """`names` are what marked tokens read as."""
+        """`names` are the texts of the token ids among the parts."""
         kept = tuple(parts)
         text = super().__new__(cls, "".join(part if isinstance(part, str) else names[part] for part in kept))
         text.parts = kept
@@ -37,7 +37,7 @@ class MarkedText(str):
 
 
 def cut_before_last(text: str, end: str) -> str | None:
-    """The text up to where `end` stands last, marked if it was. None if `end` does not stand in it."""
+    """The text before the last `end`, as `MarkedText` if it was one. None if there is no `end`."""
     if not isinstance(text, MarkedText):
         before, found, _ = text.rpartition(end)
         return before if found else None
@@ -49,7 +49,7 @@ def cut_before_last(text: str, end: str) -> str | None:
 
 
 class ControlToken(NamedTuple):
-    """With `lstrip` or `rstrip` the white space beside it goes with it; `single_word` is not found inside words."""
+    """With `lstrip` or `rstrip` the token includes the white space on that side; `single_word`: not inside words."""
 
     token_id: int
     lstrip: bool = False
@@ -61,16 +61,16 @@ class ControlTokens:
     """Control tokens by their texts. `are_written_by_id`: the encoder finds none in a text, so each must be marked."""
 
     def __init__(self, tokens: Mapping[str, ControlToken], *, are_written_by_id: bool = False) -> None:
-        self.texts = sorted(filter(None, tokens), key=len, reverse=True)  # the longest of those that begin alike
+        self.texts = sorted(filter(None, tokens), key=len, reverse=True)  # an alternation takes the first match
         self._tokens = tokens
         self._names = {token.token_id: text for text, token in tokens.items()}
         self._are_written_by_id = are_written_by_id
         self._pattern = re.compile("|".join(map(re.escape, self.texts)) or r"(?!)")
 
     def find(self, text: str, mark: str | None) -> str:
-        """What to encode for a rendered chat: the text as it is, or marked where tokens in it must be told from words.
+        """A rendered chat as it is encoded: a plain text, or a `MarkedText` if tokens must be told apart from words.
 
-        A control token's text with the `mark` behind its first character is what a message spells out.
+        The `mark` behind the first character of a control token's text says that a message wrote it: it stays text.
         """
         if mark is None and not self._are_written_by_id:
             return text

@@ -28,14 +28,14 @@ CHATGLM3_ROLES = {
     "user": "<|user|>",
     "assistant": "<|assistant|>",
     "observation": "<|observation|>",
-    "tool": "<|observation|>",  # OpenAI's word for it
+    "tool": "<|observation|>",  # OpenAI's name for it
 }
 
 
 class ChatFormat(Protocol):
-    """Turns a chat into text. `render` raises `InvalidRequest` for a chat that the format cannot say.
+    """Turns a chat into text. `render` raises `InvalidRequest` for a chat that the format cannot express.
 
-    `text` is the Jinja template, if it is one. `tool_parser` names the format of calls, if `text` does not tell.
+    `text` is the Jinja template, if it is one. `tool_parser` names the format of calls; None: it follows from `text`.
     """
 
     text: str | None = None
@@ -50,7 +50,7 @@ class ChatFormat(Protocol):
 
 
 class Baichuan2Format(ChatFormat):
-    """A system message as it stands; then before each message a token that says whose it is, and nothing behind."""
+    """The system message unchanged, then each message behind the token of its role. Nothing ends a message."""
 
     def __init__(self, *, user_token_id: int, assistant_token_id: int, names: Mapping[int, str]) -> None:
         self._tokens = {"user": user_token_id, "assistant": assistant_token_id}

@@ -1,6 +1,6 @@
 """The table by which sentencepiece normalises characters: a trie, and the replacements that its leaves point to.
 
-Libraries read it without looking, some beyond its end. Here sizes, offsets and replacements are checked before.
+Libraries do not check it, and some read beyond its end. Sizes, offsets and replacements are checked here first.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def find_loader(folder: Path) -> Loader | None:
 
 
 def load_baichuan2(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
-    """No BOS, no EOS; who speaks is told by two pieces of the vocabulary."""
+    """No BOS, no EOS; two pieces of the vocabulary mark the turns of the user and of the assistant."""
     model = SentencePieceModel(folder / MODEL_FILE, limits=limits)
     roles = _baichuan2_roles(folder, model)
     names = {token_id: model.pieces[token_id].text for token_id in roles.values()}
@@ -81,7 +81,10 @@ def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: Child
 
 
 def _is_chatglm2(folder: Path) -> bool:
-    """Both go by one name, and only 3 has tokens for roles: its code, which is not run, tells, or else its origin."""
+    """Whether it is ChatGLM2. Both have one `model_type`; only ChatGLM3's code, which is not run, names role tokens.
+
+    Without that file the `_name_or_path` of the config decides.
+    """
     code = folder / "tokenization_chatglm.py"
     if exists(code):
         return "<|assistant|>" not in read_model_text(code)

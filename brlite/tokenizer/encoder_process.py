@@ -13,7 +13,7 @@ TABLE_GROWTH = 32  # a library's tables take so many times the bytes of their fi
 
 
 class EncoderProcess:
-    """One child with a tokenizer. Any thread may use it; texts take turns. `description` is what the child says of it.
+    """One child with a tokenizer. Any thread may use it; texts take turns. `description` is its first answer.
 
     Of `limits` the memory grows with the tokenizer's size.
     """

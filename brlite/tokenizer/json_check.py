@@ -1,6 +1,6 @@
-"""What a `tokenizer.json` may hold, looked at before the library reads it, which aborts where it should raise.
+"""Checks a `tokenizer.json` before the library reads it: the library aborts the process where it should raise.
 
-Sizes are checked against what is there, and how far each step can make a text grow. Builds no tokenizer.
+Checked are sizes against the file's, and by how much each step can lengthen a text. Builds no tokenizer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_GROWTH = 64  # a text may become so many times as long before it is cut: pub
 MAX_PREPENDED = 64  # characters put before each stretch of a text
 MAX_STEPS = 64  # of normalising and cutting; published tokenizers have fewer than 10
 BYTE_GROWTH = 4  # a character's bytes, each of which becomes a character
-# What the library's steps do to the length of a text at most, where their own fields do not tell.
+# What the library's steps do to the length of a text at most, unless it follows from their own fields.
 _GROWTH = {"ByteLevel": BYTE_GROWTH, "BertNormalizer": 3, "BertPreTokenizer": 1, "Precompiled": 1}
 
 

@@ -1,4 +1,4 @@
-"""Finds out what kind of tokenizer a path holds and hands it to the loader of that kind."""
+"""Loads the tokenizer of a path: finds its kind and calls the loader of that kind."""
 
 from __future__ import annotations
 

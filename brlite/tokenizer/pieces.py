@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pro
 
 from brlite.errors import ModelError
 
-MAX_PIECE = 1024  # characters: sentencepiece's own limit is 16 unless its makers raise it
+MAX_PIECE = 1024  # characters: sentencepiece's own default is 16
 
 
 class PieceKind(enum.IntEnum):
@@ -52,7 +52,7 @@ def build_backend(pieces: Sequence[VocabularyPiece], *, add_space_prefix: bool) 
 
 
 def add_typed_tokens(backend: Tokenizer, tokens: Iterable[tuple[str, int]]) -> None:
-    """Make control tokens special, and those that the model's makers added findable whole in a text."""
+    """Make control tokens special, and let user-defined ones be found whole in a text."""
     special, added = [], []
     for text, kind in tokens:
         if kind in (PieceKind.CONTROL, PieceKind.UNKNOWN):
@@ -64,7 +64,7 @@ def add_typed_tokens(backend: Tokenizer, tokens: Iterable[tuple[str, int]]) -> N
 
 
 def add_bos_eos(backend: Tokenizer, *, bos_token_id: int | None, eos_token_id: int | None) -> None:
-    """Make `encode` add the tokens that are not None around a text, if it is asked for special tokens."""
+    """Make `encode` add the tokens that are not None around a text that is encoded with special tokens."""
     ends = {"bos": bos_token_id, "eos": eos_token_id}
     template = [name for name in ("bos", "$A", "eos") if ends.get(name, 0) is not None]
     backend.post_processor = processors.TemplateProcessing(

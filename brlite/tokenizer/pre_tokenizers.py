@@ -1,7 +1,7 @@
 """How byte-level vocabularies cut a text before merging, by the name that GGUF files give it.
 
 A name stands for regular expressions, applied one inside the pieces of the other. A file with a name that is not here
-is refused: cutting wrongly would give wrong token ids without a word.
+is refused: a wrong cut would give wrong token ids without an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 class Splitting(NamedTuple):
     """How to cut, and what else goes with the name: Unicode NFC first, whole words that are tokens never merged
-    from parts, a BOS unless the file says otherwise."""
+    from parts, a BOS unless the file turns it off."""
 
     patterns: tuple[str, ...]
     composes_unicode: bool = False

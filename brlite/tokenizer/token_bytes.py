@@ -1,6 +1,6 @@
-"""The bytes that each token stands for, worked out once from what the tokenizer's own decoder says it does.
+"""The bytes of each token, derived once from the description of the tokenizer's own decoder.
 
-With them text can be put together token by token. Decoders that cannot be taken apart into bytes a token are refused.
+Text is then decoded token by token. Decoders whose result is not the bytes of each token in turn are refused.
 """
 
 from __future__ import annotations

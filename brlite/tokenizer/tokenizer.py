@@ -67,7 +67,7 @@ class Tokenizer:
         self._bytes = token_bytes.table
         self._strips_first_space = token_bytes.strips_first_space
         self.chat_format = chat_template
-        self._special_ids: dict[str, int] = {}  # by their texts, made when they are first asked for
+        self._special_ids: dict[str, int] = {}  # by their texts, made at the first use
         # The most characters of a text that one token can stand for; 0 if there is no limit.
         self._max_characters = max(map(len, self._bytes), default=0) * encoder.max_composed
 
@@ -78,9 +78,9 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
         """Token ids of a text, with the BOS and EOS that the model's tokenizer adds if `add_special_tokens`.
 
-        The literal text of a special token, `<|im_start|>` say, becomes that token, as in Hugging Face's tokenizers and
-        in vLLM: whoever puts untrusted text into a prompt must know. Of a rendered chat only those do that its template
-        wrote (`MarkedText`). A text with lone surrogates is refused, naming `param`.
+        The literal text of a special token, such as `<|im_start|>`, becomes that token, as in Hugging Face's tokenizers
+        and in vLLM: untrusted text in a prompt can write control tokens. In a rendered chat (`MarkedText`) only the
+        template's own become tokens. Raises `InvalidRequest`, naming `param`, for a text with lone surrogates.
         """
         try:
             text.isascii() or text.encode()
@@ -106,7 +106,7 @@ class Tokenizer:
     def fewest_tokens(self, text: str) -> int:
         """How many tokens the text has at the very least, from its length alone.
 
-        Encoding takes seconds for megabytes; a text that is far too long can be refused without. 0 says nothing.
+        It refuses a text that is far too long without encoding it, which takes seconds for megabytes. 0: not known.
         """
         return len(text) // self._max_characters if self._max_characters else 0
 
@@ -172,7 +172,7 @@ class Tokenizer:
         return text
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a rendered chat. The template brings its own BOS, so none is added."""
+        """Token ids of a rendered chat. The template writes BOS itself, so none is added."""
         text = self.render_chat(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False, param="messages")
 

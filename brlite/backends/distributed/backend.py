@@ -51,9 +51,8 @@ class ParallelBackend:
     A rank that is gone, or a step that failed on one rank, ends it: `execute` raises `BackendLost` from then on, and
     the watcher is called within moments, in a step or between two.
 
-    A step that fails may fail on several ranks, and each finds out at a time of its own. The reason that is told does
-    not depend on who was first: rank 0's own failure, else why another rank ended. That another rank is gone is no
-    failure of rank 0's own.
+    A step may fail on several ranks, at different times. The reported reason does not depend on the order: rank 0's own
+    failure, else the failure of another rank. A lost connection to another rank is no failure of rank 0.
     """
 
     def __init__(self, model: RankModel, ranks: Ranks, info: BackendInfo) -> None:
@@ -159,4 +158,4 @@ Describe = Callable[[BackendInfo, list[Loaded]], BackendInfo]
 
 
 def _ignore(error: BackendLost) -> None:
-    """Nobody watches."""
+    """No callback is set."""

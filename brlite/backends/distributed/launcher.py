@@ -1,6 +1,6 @@
 """Where the ranks of a model are: here, as processes of rank 0, or where `torchrun` or another launcher put them.
 
-A launcher tells each of its processes by environment variables which rank it is and where rank 0 can be found.
+A launcher sets environment variables in each of its processes: its rank, and the address of rank 0.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ADDRESS_KEY = "brlite/rank-0"
 
 
 class RankAddress(NamedTuple):
-    """What the launcher says of this process. `local_rank` counts the ranks of this machine, `attempt` the starts."""
+    """The launcher's variables of this process. `local_rank` counts the ranks of this machine, `attempt` the starts."""
 
     rank: int
     size: int
@@ -84,7 +84,7 @@ def await_ranks(place: RankAddress, environment: Mapping[str, str] = os.environ)
             store.set(_key(place), "|".join((place.host, str(port), nonce, proof(secret, place.host, port, nonce))))
             logger.info("waiting for %d ranks at %s", place.size - 1, place.host)
             if not secret:
-                logger.warning("whoever reaches %s can be a rank of this model: %s is not set", place.host, VARIABLE)
+                logger.warning("any client that can reach %s can join as a rank: %s is not set", place.host, VARIABLE)
             deadline = time.monotonic() + GATHERING_SECONDS
             while missing := set(range(1, place.size)) - members.keys():
                 listener.settimeout(max(0.1, deadline - time.monotonic()))
@@ -100,7 +100,7 @@ def await_ranks(place: RankAddress, environment: Mapping[str, str] = os.environ)
 
 
 def find_rank_0(place: RankAddress, environment: Mapping[str, str] = os.environ) -> Channel:
-    """On another rank: come to rank 0, once it is there. Raises `EngineError`, or `ConfigError` for another secret."""
+    """On another rank: connect to rank 0 once it listens. Raises `EngineError`, or `ConfigError` for another secret."""
     secret = read_secret(environment)
     try:
         host, port, nonce, shown = _store(place).get(_key(place)).decode().split("|")
@@ -121,7 +121,7 @@ def _listen(place: RankAddress) -> socket.socket:
 
 
 def _admit(listener: socket.socket, missing: Collection[int], may_come: Callable[[Hello], bool]) -> Member | None:
-    """Whoever came, if it is a rank that is missing: anybody on the network may knock."""
+    """Accept one connection: a missing rank that proves the secret. None for any other client on the network."""
     stream, address = listener.accept()
     channel = Channel(_kept_alive(stream))
     impatience = threading.Timer(HELLO_SECONDS, channel.shut)  # a time limit of the socket's would begin at each byte
@@ -133,9 +133,9 @@ def _admit(listener: socket.socket, missing: Collection[int], may_come: Callable
     impatience.cancel()
     impatience.join()
     if not isinstance(hello, Hello) or not may_come(hello):
-        logger.warning("somebody at %s is no rank of this model", address[0])
+        logger.warning("a client at %s is no rank of this model", address[0])
     elif hello.rank not in missing:
-        logger.warning("a rank at %s says that it is %d: missing are %s", address[0], hello.rank, sorted(missing))
+        logger.warning("a rank at %s has the number %d; missing are %s", address[0], hello.rank, sorted(missing))
     else:
         return Member(hello.rank, channel)
     channel.close()

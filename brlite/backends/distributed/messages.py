@@ -1,7 +1,7 @@
 """Messages between the ranks of a model: frames of msgpack over a stream socket. Knows no tensors and no torch.
 
 A step goes to the ranks through here and not by a broadcast of their group: a write to a socket that sleeps there takes
-some ten microseconds, a broadcast two barriers of all ranks; and a socket's end tells that the other side is gone.
+some ten microseconds, a broadcast two barriers of all ranks; and the end of a socket shows that the other side is gone.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from brlite.errors import RankGone
 
 LENGTH_BYTES = 4
 NIL = b"\xc0"  # msgpack's None
-MAX_BYTES = 2**28  # far more than any batch: who says more is not one of ours
+MAX_BYTES = 2**28  # far more than any batch: a longer frame is not one of ours
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
-    """To a rank, first: what to load. `model_kind` tells whether a rank finds the same model.
+    """To a rank, first: what to load. `model_kind` shows whether a rank finds the same model.
 
     With native kernels `memory` is the open file that the ranks share, and `packed_file` where packed weights are kept.
     """
@@ -60,7 +60,7 @@ class Compute(msgspec.Struct, frozen=True, tag=True):
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
-    """To a rank: end in good order."""
+    """To a rank: close the model and exit."""
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):

@@ -1,4 +1,4 @@
-"""Loads a model that several ranks compute: says who holds what, starts or awaits the ranks, and puts them together.
+"""Loads a model that several ranks compute: assigns their parts, starts or awaits the ranks, and connects them.
 
 Each rank reads its own part of the weights. Precisions round before the split: two ranks hold the numbers of one.
 """
@@ -47,7 +47,7 @@ def load_torch_ranks(plan: LoadPlan) -> ParallelBackend:
     spec, engine = plan.spec, plan.engine
     size, place, kind = spec.tensor_parallel, find_place(os.environ), _kind(plan.checkpoint)
     if place is not None and place.size != size:
-        raise ConfigError(f"tensor_parallel is {size}, but WORLD_SIZE says that {place.size} ranks were started")
+        raise ConfigError(f"tensor_parallel is {size}, but WORLD_SIZE is {place.size}")
     if plan.precision.has_int8_weights:
         check_groups(plan.config, size)
     ranks = await_ranks(place) if place else start_local(size)

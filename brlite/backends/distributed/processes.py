@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 OnLost = Callable[[BackendLost], None]
 
-STOP_SECONDS = 5.0  # to end in good order, or be killed
+STOP_SECONDS = 5.0  # for a rank to exit before it is killed
 CAUSE_SECONDS = 5.0  # for word of the rank that went, once another one ends because of it
 
 
@@ -80,10 +80,9 @@ class Ranks:
             return _wait_for_loss(selector, seconds)
 
     def watch(self, on_lost: OnLost) -> None:
-        """From now on no rank says anything but why it ends: then `on_lost` is called, once, on a thread of its own.
+        """Call `on_lost`, once, on a thread of its own, when a rank ends. From now on ranks send only why they end.
 
-        Where one goes and others end because of it, it is told of the one. Of several that go each by itself, it is
-        told of the first.
+        Where other ranks end because of the first, it gets the first one's reason; of independent losses, the first.
         """
         self._watching = _Watch(self._members, on_lost)
 
@@ -95,7 +94,7 @@ class Ranks:
             member.channel.shut()
 
     def close(self, *, at_once: bool = False) -> None:
-        """End them, in good order if they can and are to. None is left. May be called twice."""
+        """End all ranks: by a `Stop`, or by a kill where that takes too long or `at_once`. May be called twice."""
         if self._watching is not None:
             self._watching.stop()
         if at_once:
@@ -214,7 +213,7 @@ def _wait_for_loss(selector: selectors.BaseSelector, seconds: float | None = Non
 
 
 def _loss_of(member: Member, message: Message) -> BackendLost | ConfigError:
-    """The error that tells of a rank's last message."""
+    """The error for a rank's last message."""
     if isinstance(message, Failed) and message.is_foreseen and not message.is_consequence:
         return ConfigError(f"rank {member.rank}: {message.message}")
-    return BackendLost(f"rank {member.rank}: {getattr(message, 'message', 'it said what was not due')}")
+    return BackendLost(f"rank {member.rank}: {getattr(message, 'message', 'it sent an unexpected message')}")

@@ -1,4 +1,4 @@
-"""A rank that is not rank 0: loads its part of the model, and does its part of every step until it is told to stop.
+"""A rank that is not rank 0: loads its part of the model, and computes its part of every step until rank 0 stops it.
 
 It ends with rank 0, whatever that dies of and whatever this rank is doing then.
 """
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=Message)
 
-EXIT_LOST = 3  # rank 0 is gone, or this rank failed: rank 0 says why
+EXIT_LOST = 3  # rank 0 is gone, or this rank failed; rank 0 logs the reason
 HANG_UP = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # the latter is Linux's word for a TCP connection's end
 
 

@@ -1,7 +1,7 @@
 """brlite's own backends behind the contract of engine plugins: `--engine brlite`.
 
-Nobody needs it to serve, since the backends do more without it. It shows that the contract can be kept, and gives
-`engine-check` something real to try. A slot is a run of blocks that is always the same.
+Serving does not need it: the backends do more without it. It shows that the contract can be kept, and is a real
+engine for `engine-check`. A slot is a run of blocks that is always the same.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class LogitsBackend(Protocol):
 
 
 class BuiltinEngine:
-    """An `Engine`. `[engine] backend` says which one computes."""
+    """An `Engine`. `[engine] backend` chooses the one that computes."""
 
     def __init__(self) -> None:
         self._backend: LogitsBackend | None = None

@@ -59,7 +59,7 @@ class PluginRow(NamedTuple):
 
 
 class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine can do, known once it is open. brlite never asks for more, and `engine-check` tries what is here.
+    """What an engine can do, known once it is open. brlite never uses more, and `engine-check` tests what is here.
 
     `max_seqs` is the built batch: slots are numbered 0 to `max_seqs - 1`. A slot holds up to `max_model_len` tokens.
     `vocab_size` is the width of the logits, padding of the vocabulary included.
@@ -153,7 +153,7 @@ class BringsTokenizer(Protocol):
     """An engine that has its own tokenizer, and so needs no model folder."""
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer. May be asked for before `open`, and on another thread."""
+        """The tokenizer. May be called before `open`, and on another thread."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""Finds an engine by its name among the entry points of what is installed, and judges what it says of itself."""
+"""Finds an engine by its name among the installed entry points, and checks the capabilities that it declares."""
 
 from __future__ import annotations
 

@@ -204,7 +204,7 @@ class SlotBackend:
 
 
 def describe(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) -> BackendInfo:
-    """What the engine can hold, in the words of a backend; its notes say what it lacks of what was asked for."""
+    """The engine's sizes as a `BackendInfo`; its notes name what the config wants and the engine lacks."""
     max_seqs = min(capabilities.max_seqs, spec.build_batch)
     max_model_len = min(capabilities.max_model_len, spec.build_seq)
     return BackendInfo(

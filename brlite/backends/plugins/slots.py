@@ -1,6 +1,6 @@
 """The lengths of an engine's slots, and whether a step's rows fit them. For engines that do not keep their own account.
 
-Refuses what the contract says must be refused, in words; knows nothing of how a step is computed.
+Refuses, with a reason, the rows that the contract forbids. Computes nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The toy engine: says again what it was told. A worked example of the contract, and a server for other people's tests.
+"""The toy engine: echoes the user's message. A worked example of the contract, and a fake server for tests of clients.
 
 It behaves as a compiled engine of a static batch does: every slot in every step, padded to one length, prompts one at a
 time and never beside decodes. Its logits are a function of all tokens in the slot and of nothing else, so that a slip
@@ -96,9 +96,9 @@ class ToyEngine:
         self._num_steps += 1
         self._take_time(rows)
         if self._is_turn(self._options.fail_every):
-            raise EngineError(f"step {self._num_steps} fails, as engine.options.fail_every asks for")
+            raise EngineError(f"step {self._num_steps} fails: engine.options.fail_every is set")
         if 0 < self._options.lost_at <= self._num_steps:
-            raise BackendLost(f"it is lost at step {self._options.lost_at}, as engine.options.lost_at asks for")
+            raise BackendLost(f"it is lost at step {self._options.lost_at}: engine.options.lost_at is set")
         self._compute(pad(rows))
         slots.extend(rows)
         return self._logits(rows)

@@ -1,6 +1,6 @@
 """Draws tokens from logits on the host: by the native kernels where they are, else by numpy.
 
-Both draw what `reference.py` says. Neither needs torch; nothing is compiled for this.
+Both draw as `reference.py` does. Neither needs torch; nothing is compiled for this.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ FLOAT_MAX = float(np.finfo(np.float32).max)
 # Sizes of the shortlists that are tried before a whole row is sorted. Realistic distributions keep a handful of tokens
 # after truncation; the second size is for flat ones.
 SHORTLIST_SIZES = (256, 4096)
-_TIE_MARGIN = 16  # a few alternatives more than asked for, so that a tie at the border rarely needs the whole row
+_TIE_MARGIN = 16  # a few more alternatives than needed, so that a tie at the border rarely needs the whole row
 
 
 class RowSettings(NamedTuple):
@@ -221,7 +221,7 @@ def _draw(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
 def _draw_listed(
     shortlist: Shortlist, settings: RowSettings, masses: Floats, floors: Floats
 ) -> tuple[Integers, Booleans]:
-    """Draw a token for each row; the second array tells for which rows the shortlist was long enough to do so.
+    """Draw a token for each row; the second array marks the rows for which the shortlist was long enough.
 
     `masses` holds the sum of exp((logit - best logit) / temperature) over the whole row, or NaN where it is not known.
     Tokens whose logit lies below `floors` are out.

@@ -1,6 +1,6 @@
 """A step's logits, and what drawing takes of them: on the host here, on a card in `backends/torch/candidates.py`.
 
-Whole rows stay where they are. A sampler asks for a few best tokens, for sums over a row, and for chosen logits, and
+Whole rows stay where they are. A sampler reads a few best tokens, for sums over a row, and for chosen logits, and
 all arithmetic that decides on a token is in `reference.py`.
 """
 
@@ -141,7 +141,7 @@ class NumpyRows:
 def _best_of(row: Logits, size: int) -> Integers:
     """The ids of the best tokens of a row, in any order.
 
-    The best of each of 4 * size stretches tell how good a token must at least be: that is ten times as fast as to
+    The best of each of 4 * size stretches bound how good a token must at least be: that is ten times as fast as to
     partition a vocabulary of 150,000.
     """
     starts = np.arange(0, len(row), max(1, len(row) // (4 * size)))

@@ -69,7 +69,7 @@ class SpanGroup:
 class StepPlan:
     """A step's tokens in the order they are computed: span after span, group after group, then what fills it up.
 
-    `first_rows` tells where each span begins, in the order they were given. `begun_blocks` are those whose first slot
+    `first_rows` is where each span begins, in the order they were given. `begun_blocks` are those whose first slot
     is written in this step; they are cleared before. `places` [T] finds each row among those of groups filled up.
     """
 

@@ -1,7 +1,7 @@
 """Runs a network in torch, over a flat batch of tokens. Each operation is bound to its tensors once, at loading.
 
 Matrices multiply in the parameters' type; norms, rotary positions, the residual stream and logits are float32. Nothing
-here waits for the device. It knows no sequences: a `StepPlan` says which cached tokens each row sees.
+here waits for the device. It knows no sequences: a `StepPlan` holds which cached tokens each row sees.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def select_device(name: str, index: int = 0) -> torch.device:
 
 
 def describe_device(device: torch.device) -> str:
-    """A line for the log: the device and, where they can be told, its product name and torch's plugin for it."""
+    """A line for the log: the device and, where known, its product name and the version of torch's plugin for it."""
     if device.type == "cpu":
         return f"{device.type} ({describe_cpu()})"
     get_name = getattr(_runtime(device.type), "get_device_name", None)
@@ -143,25 +143,25 @@ def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: tor
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Bytes of a card's memory; None for the CPU, and where its runtime does not tell."""
+    """Bytes of a card's memory; None for the CPU, and for a runtime without that property."""
     get_properties = getattr(_runtime(device.type), "get_device_properties", None) if device.type != "cpu" else None
     return None if get_properties is None else getattr(get_properties(device), "total_memory", None)
 
 
 def host_device() -> torch.device:
-    """The CPU, against which other devices are held."""
+    """The CPU, with which other devices are compared."""
     import torch
 
     return torch.device("cpu")
 
 
 def rules_for(device: torch.device) -> DeviceRules:
-    """How `device` wants to be used."""
+    """The rules of this kind of device."""
     return RULES[device.type]
 
 
 def _best_kind() -> str:
-    """The first kind that is there. Cards that are there but cannot be used are told of."""
+    """The first kind that is there. Logs a warning for Biren cards that cannot be used."""
     if has_biren_cards() and not _num_devices("supa"):
         _warn_once(f"Biren cards cannot be used: {_obstacles('supa') or 'their plugin finds none'}")
     return next((kind for kind in ("supa", "cuda") if _num_devices(kind)), "cpu")
@@ -225,7 +225,7 @@ def _version(package: str) -> str:
         return "of unknown version"
 
 
-# What the ranks of a model meet by. The vendor's two plugins, for one generation of cards each, have one each.
+# Backends of torch.distributed. The vendor's two plugins, for one generation of cards each, have one each.
 COLLECTIVES = {"cpu": "gloo", "cuda": "nccl"}
 BIREN_COLLECTIVES = {"torch_supa": "bccl", "torch_br": "sccl"}
 LOOPBACK_INTERFACES = {"linux": "lo", "darwin": "lo0"}
@@ -248,7 +248,7 @@ def make_current(device: torch.device) -> None:
 
 @contextmanager
 def loopback_only(host: str) -> Iterator[None]:
-    """While the ranks meet on a loopback address: none of them listens to the network, unless it is told to."""
+    """While ranks connect on a loopback address, gloo listens on no other one, unless GLOO_SOCKET_IFNAME is set."""
     name, interface = "GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACES.get(sys.platform)
     is_told = name in os.environ or interface is None or not host.startswith("127.")
     if not is_told:

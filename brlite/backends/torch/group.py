@@ -97,7 +97,7 @@ class TorchGroup:
                 abort()
 
     def close(self) -> None:
-        """Leave. Whoever still waits for the others raises. May be called twice, and without having joined."""
+        """Leave. Ranks that still wait for the others raise. May be called twice, and without having joined."""
         self._store = None
         if self._is_joined:
             self._is_joined = False

@@ -73,7 +73,7 @@ class LayerCache:
 
 
 class KVCache:
-    """The blocks of all layers. `null_block` stays zero; `scratch_block` may be written by anybody."""
+    """The blocks of all layers. `null_block` stays zero; rows that only fill up a shape write to `scratch_block`."""
 
     def __init__(
         self, config: ModelConfig, *, num_blocks: int, block_size: int, dtype: KVDtype, device: torch.device

@@ -2,7 +2,7 @@
 
 The tiny model has the shape of the one that is to be served (its heads, biases, rotary positions, windows) and seeded
 weights. What ran on the CPU instead is known from warnings alone, which plugins of torch give once for each operator
-in the life of a process: one that falls back without a word, or did before, is not found out. Knows no device by name.
+in the life of a process: one that falls back without a warning, or did before, is not found. Knows no device by name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One rank's part of a model on torch: a backend of its own, which meets the others' in a group.
 
-After `o` and `down` the ranks' products are summed, so what one rank says and what several say differ by rounding.
+After `o` and `down` the ranks' products are summed, so the results of one rank and of several differ by rounding.
 """
 
 from __future__ import annotations

@@ -134,7 +134,7 @@ def test_strangers_are_sent_away(gathering: Gathering, name: str, caplog: pytest
     gathering.come(2)
 
     assert gathering.finish() == [Join("to rank 1"), Join("to rank 2")]
-    assert "somebody at 127.0.0.1 is no rank of this model" in caplog.messages
+    assert "a client at 127.0.0.1 is no rank of this model" in caplog.messages
 
 
 @pytest.mark.parametrize("rank", [-1, 0, 2, 3, 2**40])
@@ -149,7 +149,7 @@ def test_a_rank_that_is_not_missing_is_sent_away(
     gathering.come(1)
 
     assert gathering.finish() == [Join("to rank 1"), Join("to rank 2")]
-    assert f"a rank at 127.0.0.1 says that it is {rank}: missing are [1]" in caplog.messages
+    assert f"a rank at 127.0.0.1 has the number {rank}; missing are [1]" in caplog.messages
 
 
 def test_what_is_published_does_not_make_a_rank_of_who_does_not_know_the_secret() -> None:
