@@ -98,11 +98,13 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
     from brlite.checkpoint import open_checkpoint
     from brlite.checkpoint.checked_model import check_model
     from brlite.checkpoint.fetch import locate_model
+    from brlite.checkpoint.pooling_config import settle_pooling
 
     prepare_environment()
     path = locate_model(spec.name, spec.path, report)
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
         spec = settle_context(checkpoint.config, spec, config.engine)
+        spec = settle_pooling(path, checkpoint.config, spec)
         # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
         model = check_model(checkpoint, spec)
         report("reading the tokenizer", 0.0)

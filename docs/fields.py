@@ -13,10 +13,12 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
+from brlite.dialects.embeddings import EmbeddingRequest
 from brlite.dialects.fields import (
     CHAT,
     COMPLETIONS,
     DETOKENIZE,
+    EMBEDDINGS,
     NOT_DECODED,
     OBEYED,
     OF_ONE_ENDPOINT,
@@ -33,6 +35,7 @@ REQUESTS: dict[str, type[msgspec.Struct]] = {
     CHAT: ChatCompletionRequest,
     COMPLETIONS: CompletionRequest,
     RESPONSES: ResponsesRequest,
+    EMBEDDINGS: EmbeddingRequest,
     TOKENIZE: TokenizeRequest,
     DETOKENIZE: DetokenizeRequest,
 }
@@ -46,7 +49,8 @@ This page is printed by `docs/fields.py` from `brlite/dialects/fields.py`; do no
 
 ## Obeyed
 
-`chat` is `/v1/chat/completions`, `completions` is `/v1/completions`, `responses` is `/v1/responses`.
+`chat` is `/v1/chat/completions`, `completions` is `/v1/completions`, `responses` is `/v1/responses`,
+`embeddings` is `/v1/embeddings` and `/pooling`.
 [HTTP API](http-api.md) says what the sampling parameters mean.
 
 | field | at | value | default | known to | |

@@ -121,6 +121,7 @@ def hugging_face_config(
         "mlp_bias": "model.layers.0.mlp.up_proj.bias" in shapes,
         **_special_tokens(metadata),
         **_sliding_window(metadata),
+        **_embeddings(metadata),
     }
     scaling = _rope_scaling(metadata, config, rope_freqs)
     return config if scaling is None else {**config, "rope_scaling": scaling}
@@ -144,6 +145,14 @@ def _head_dim(metadata: GgufMetadata, default: int) -> int:
         if metadata.count(key, head_dim) != head_dim:
             raise ModelError(f"{metadata.architecture}.{key} must equal the head size {head_dim}")
     return head_dim
+
+
+def _embeddings(metadata: GgufMetadata) -> dict[str, Any]:
+    """What embedding models say of themselves; type 0 is none of llama.cpp's poolings."""
+    found: dict[str, Any] = {"pooling_type": metadata.values.get(f"{metadata.architecture}.pooling_type", 0)}
+    if metadata.values.get(f"{metadata.architecture}.attention.causal", True) is False:
+        found["is_causal"] = False
+    return {name: value for name, value in found.items() if name == "is_causal" or value != 0}
 
 
 def _vocab_size(shapes: dict[str, tuple[int, ...]]) -> int:

@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from typing import Literal, NamedTuple, get_args
 
 from brlite.checkpoint.folder import SPLIT_GGUF
+from brlite.checkpoint.pooling_config import MODULES_FILE, POOLING_FILE
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, one_line
 
@@ -48,6 +49,8 @@ COMPANION_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    MODULES_FILE,
+    POOLING_FILE,
 )
 SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json", "model-?????-of-?????.safetensors")
 BIN_FILES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-?????-of-?????.bin")

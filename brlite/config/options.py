@@ -190,6 +190,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         Literal["model", "none"],
         option("model: sampling values of the model's generation_config.json, for requests without them; none: not"),
     ] = "model"
+    pooling: Annotated[
+        Literal["auto", "last", "mean", "none"],
+        option("how embeddings are made; auto: by the model's sentence-transformers files, else last; none: refused"),
+    ] = "auto"
+    matryoshka_dimensions: Annotated[
+        tuple[CountOrZero, ...],
+        option("lengths that embeddings may be cut to; []: those of the model's config.json, [0]: any", [256, 512]),
+    ] = ()
     vocab_size: Annotated[Count | None, option("if set, it must equal the model's", 49152)] = None
     load: Annotated[
         Literal["start", "on_demand"], option("start, or on_demand: with the first request that names the model")
@@ -270,6 +278,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Count, option("the same for one client address; behind a reverse proxy all clients have its address")
     ] = 1024
     max_prompts: Annotated[Count, option("prompts in one completions request")] = 64
+    max_embedding_inputs: Annotated[Count, option("texts in one embeddings request")] = 2048
     max_n: Annotated[Count, option("answers to one prompt (`n`)")] = 128
     max_sequences: Annotated[Count, option("prompts times `n` in one request")] = 256
     max_logprobs: Annotated[CountOrZero, option("alternatives reported for each token")] = 20

@@ -29,6 +29,7 @@ from brlite.checkpoint.checked_model import CheckedModel, check_model
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
 from brlite.checkpoint.gguf_header import read_gguf_metadata
 from brlite.checkpoint.model_name import COMPANION_FILES, check_name
+from brlite.checkpoint.pooling_config import BUNDLED_POOLING_FILE, POOLING_FILE
 from brlite.checkpoint.progress import byte_bar
 from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
 from brlite.config.manual_json import SeedConfig
@@ -115,7 +116,9 @@ def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
     files = [model / name for name in (*COMPANION_FILES, VOCABULARY_FILE)] if model.is_dir() else []
     weights = find_weights(model) if not model.is_dir() or has_weights(model) else None
     try:
-        side_files = {file.name: file.read_bytes() for file in files if file.is_file()}
+        side_files = {file.name: file.read_bytes() for file in files if file.is_file() and file.parent == model}
+        if (model / POOLING_FILE).is_file():
+            side_files[BUNDLED_POOLING_FILE] = (model / POOLING_FILE).read_bytes()
         if weights is not None and weights.kind == "gguf":
             side_files[CONFIG_FILE] = json.dumps(config, indent=1).encode()
             if not any(name in side_files for name in TOKENIZER_FILES):

@@ -21,7 +21,7 @@ MAX_REPORTED_FIELDS = 16
 MAX_FIELD_LENGTH = 64
 
 OPENAI, VLLM, VLLM_04, LLAMA_CPP, SGLANG = "OpenAI", "vLLM", "vLLM 0.4", "llama.cpp", "SGLang"
-CHAT, COMPLETIONS, RESPONSES = "chat", "completions", "responses"
+CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = "chat", "completions", "responses", "embeddings"
 TOKENIZE, DETOKENIZE = "tokenize", "detokenize"
 BOTH = (CHAT, COMPLETIONS)
 ALL_THREE = (*BOTH, RESPONSES)
@@ -39,11 +39,22 @@ class ObeyedField(NamedTuple):
 
 
 OBEYED = (
-    ObeyedField("model", (*ALL_THREE, TOKENIZE, DETOKENIZE), EVERYBODY, "may be left out where one model is served"),
+    ObeyedField(
+        "model", (*ALL_THREE, EMBEDDINGS, TOKENIZE, DETOKENIZE), EVERYBODY, "may be left out where one model is served"
+    ),
     ObeyedField("messages", (CHAT, TOKENIZE), EVERYBODY, "text only"),
     ObeyedField("prompt", (COMPLETIONS, TOKENIZE), EVERYBODY, "/tokenize takes one text"),
     ObeyedField("tokens", (DETOKENIZE,), (VLLM, LLAMA_CPP)),
-    ObeyedField("input instructions", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "text only"),
+    ObeyedField(
+        "input", (RESPONSES, EMBEDDINGS), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "text only; embeddings: as `prompt`"
+    ),
+    ObeyedField("instructions", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "text only"),
+    ObeyedField(
+        "encoding_format", (EMBEDDINGS,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "base64: of float32, little-endian"
+    ),
+    ObeyedField("dimensions", (EMBEDDINGS,), (OPENAI, VLLM, SGLANG), "where the model is made for it"),
+    ObeyedField("normalize", (EMBEDDINGS,), (VLLM,), "true is the default"),
+    ObeyedField("pooling", (EMBEDDINGS,), (), "the default is the model's"),
     ObeyedField("previous_response_id", (RESPONSES,), (OPENAI, VLLM, SGLANG), "where responses are stored"),
     ObeyedField("max_output_tokens", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "its name of `max_tokens`"),
     ObeyedField("text", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`format` as docs/structured-output.md says"),
@@ -71,9 +82,9 @@ OBEYED = (
     ObeyedField("stop_token_ids skip_special_tokens", BOTH, VLLM_AND_SGLANG),
     ObeyedField("stop_tokens_ids", BOTH, (), "br-vllm-serving's spelling of `stop_token_ids`"),
     ObeyedField("include_stop_str_in_output", BOTH, (VLLM_04, VLLM)),
-    ObeyedField("truncate_prompt_tokens truncation_side", BOTH, (VLLM,)),
+    ObeyedField("truncate_prompt_tokens truncation_side", (*BOTH, EMBEDDINGS), (VLLM,)),
     ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
-    ObeyedField("cache_salt", ALL_THREE, (VLLM, SGLANG)),
+    ObeyedField("cache_salt", (*ALL_THREE, EMBEDDINGS), (VLLM, SGLANG)),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
     ObeyedField(
         "tools", (CHAT, RESPONSES, TOKENIZE), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "functions only (docs/tools.md)"
@@ -85,7 +96,7 @@ OBEYED = (
     ObeyedField("reasoning_effort", (CHAT,), (OPENAI, VLLM, SGLANG), "where the chat template takes it"),
     ObeyedField("include_reasoning", (CHAT,), (VLLM,)),
     ObeyedField("separate_reasoning", (CHAT,), (SGLANG,)),
-    ObeyedField("add_special_tokens", (COMPLETIONS, TOKENIZE), (VLLM,)),
+    ObeyedField("add_special_tokens", (COMPLETIONS, EMBEDDINGS, TOKENIZE), (VLLM,)),
     ObeyedField("response_format", BOTH, EVERYBODY, "docs/structured-output.md, as all below"),
     ObeyedField("guided_json guided_regex guided_choice guided_grammar", BOTH, (VLLM_04, VLLM)),
     ObeyedField("guided_whitespace_pattern structured_outputs", BOTH, (VLLM,)),
@@ -142,6 +153,13 @@ NOT_DECODED = (
     Field("parse_special", (LLAMA_CPP,), (True,)),
     Field("input_extra image_data", (LLAMA_CPP,), ([],)),
     Field("prompt_embeds", (VLLM,)),
+    # Embeddings.
+    Field("task", (VLLM,), ("embed",)),
+    Field("embed_dtype", (VLLM,), ("float32",)),
+    Field("endianness", (VLLM,), ("native", "little")),
+    Field("use_activation activation softmax", (VLLM,), (True,), "normalize"),
+    Field("embd_normalize", (LLAMA_CPP,), (2,), "normalize"),
+    Field("image", (SGLANG,)),
     # Sampling.
     Field("use_beam_search early_stopping", (VLLM_04, VLLM), (False,)),
     Field("beam_width", (SGLANG,), (1,)),
@@ -189,6 +207,7 @@ OF_ONE_ENDPOINT = (
     Field("max_completion_tokens", (OPENAI,), (), "max_tokens"),
     Field("echo", (OPENAI, VLLM_04, VLLM), (False,)),
     Field("add_special_tokens", (VLLM,), (False,)),
+    Field("encoding_format dimensions normalize pooling", (OPENAI, VLLM), None),  # of embeddings
     Field("continue_final_message add_generation_prompt", (VLLM_04, VLLM), None),  # need messages
     Field("messages tools functions documents", (OPENAI, VLLM), ([],), "/v1/chat/completions"),
     Field("tool_choice function_call", (OPENAI,), ("none", "auto"), "/v1/chat/completions"),

@@ -14,7 +14,7 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.fields import check_undecoded
-from brlite.dialects.generation import Generation, Prompt, Text, TokenIds
+from brlite.dialects.generation import Generation, Text, TokenIds
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import (
     LOWEST_LOGPROB,
@@ -85,7 +85,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
 
 def generation(body: CompletionRequest, limits: LimitsConfig, warnings: tuple[str, ...] = ()) -> Generation:
     """What a decoded body asks for. With `echo`, `logprobs` covers the prompt, and 0 tokens may be asked for."""
-    prompts = _prompts(body, limits)
+    prompts = read_prompts("prompt", body.prompt, limits.max_prompts, body.add_special_tokens is not False)
     check_fields(body, len(prompts), limits)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     is_echo_only = bool(body.echo) and max_tokens == 0
@@ -180,25 +180,26 @@ def completion_logprobs(tokens: Sequence[Token], *, names_are_ids: bool = False)
     )
 
 
-def _prompts(body: CompletionRequest, limits: LimitsConfig) -> tuple[Prompt, ...]:
-    """A text, a list of texts, token ids, or a list of token ids."""
-    prompt, adds_specials = body.prompt, body.add_special_tokens is not False
+def read_prompts(
+    field: str, prompt: str | list[str | int | list[int]], limit: int, adds_specials: bool
+) -> tuple[Text | TokenIds, ...]:
+    """A text, a list of texts, token ids, or a list of token ids. Raises `InvalidRequest` for more than `limit`."""
     if isinstance(prompt, str):
         return (Text(prompt, adds_specials),)
     kinds = set(map(type, prompt))
     if kinds == {int}:
         return (TokenIds(prompt),)  # type: ignore[arg-type]  # proved by the line above
-    if len(prompt) > limits.max_prompts:
+    if len(prompt) > limit:
         raise InvalidRequest(
-            f"prompt must hold at most {limits.max_prompts} prompts on this server, got {len(prompt)}", param="prompt"
+            f"{field} must hold at most {limit} prompts on this server, got {len(prompt)}", param=field
         )
     if kinds == {str}:
         return tuple(Text(item, adds_specials) for item in prompt if isinstance(item, str))
     if kinds == {list}:
         return tuple(TokenIds(item) for item in prompt if isinstance(item, list))
     raise InvalidRequest(
-        "prompt must be a string, a list of strings, a list of token ids or a list of those; it must not be empty",
-        param="prompt",
+        f"{field} must be a string, a list of strings, a list of token ids or a list of those; it must not be empty",
+        param=field,
     )
 
 

@@ -15,11 +15,13 @@ from aiohttp.typedefs import Handler
 
 import brlite
 from brlite.dialects import DIALECTS, openai_chat, openai_completions
+from brlite.dialects.embeddings import EMBEDDINGS, POOLING
 from brlite.errors import Forbidden, NotFound
 from brlite.http.body import leave_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
 from brlite.server import metrics
 from brlite.server.docs_page import docs_page
+from brlite.server.embeddings import embed, score
 from brlite.server.explain import explain
 from brlite.server.generate import CONFIG, MODELS, admit, generate, json_response
 from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card, model_props
@@ -145,6 +147,8 @@ _POSTS: dict[str, Handler] = {
     "/v1/responses/{response_id}/cancel": cancel_response,
     "/v1/chat/completions/render": partial(render, openai_chat.DIALECT),
     "/v1/completions/render": partial(render, openai_completions.DIALECT),
+    **{dialect.path: partial(embed, dialect) for dialect in (EMBEDDINGS, POOLING)},
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/v1/score"), score),
     "/apply-template": apply_template,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
@@ -168,17 +172,14 @@ PATHS = (*_POSTS, *_GETS)
 DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
 NOT_BUILT = (
     *(
-        "/v1/embeddings",
         "/v1/responses/compact",
         "/v1/messages",
         "/v1/messages/count_tokens",
-        "/v1/rerank",
-        "/v1/score",
     ),
-    *("/v1/classify", "/v1/pooling", "/v1/moderations", "/v1/images/generations", "/v1/images/edits"),
+    *("/v1/classify", "/v1/moderations", "/v1/images/generations", "/v1/images/edits"),
     *("/v1/images/variations", "/v1/audio/speech", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/files"),
     *("/v1/batches", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/vector_stores", "/v1/assistants", "/v1/threads"),
-    *("/v1/realtime", "/v2/rerank", "/rerank", "/score", "/classify", "/pooling", "/embedding", "/infill"),
+    *("/v1/realtime", "/classify", "/embedding", "/infill"),
     *("/completion", "/generate", "/api/chat", "/api/generate", "/api/tags", "/api/embed"),
 )
 

@@ -14,7 +14,8 @@ import msgspec
 from msgspec import Struct
 
 import brlite
-from brlite.dialects.fields import CHAT, COMPLETIONS, DETOKENIZE, NOT_DECODED, OBEYED, RESPONSES, TOKENIZE
+from brlite.dialects.embeddings import EmbeddingAnswer, EmbeddingRequest, PoolingAnswer
+from brlite.dialects.fields import CHAT, COMPLETIONS, DETOKENIZE, EMBEDDINGS, NOT_DECODED, OBEYED, RESPONSES, TOKENIZE
 from brlite.dialects.openai_chat import ChatChunk, ChatCompletion, ChatCompletionRequest
 from brlite.dialects.openai_completions import Completion, CompletionRequest
 from brlite.dialects.openai_tokens import (
@@ -98,6 +99,7 @@ class Operation(NamedTuple):
 CHAT_BODY = BodyFields(ChatCompletionRequest, CHAT)
 COMPLETION_BODY = BodyFields(CompletionRequest, COMPLETIONS)
 RESPONSE_BODY = BodyFields(ResponsesRequest, RESPONSES)
+EMBEDDING_BODY = BodyFields(EmbeddingRequest, EMBEDDINGS)
 
 DETAILS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/chat/completions"): Operation("Answer a chat", (CHAT_BODY,), ChatCompletion, ChatChunk),
@@ -112,6 +114,12 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/responses/input_tokens"): Operation(
         "Count the tokens of a response's input", (RESPONSE_BODY,), InputTokens
     ),
+    ("post", "/v1/embeddings"): Operation("Texts to vectors", (EMBEDDING_BODY,), EmbeddingAnswer),
+    ("post", "/pooling"): Operation("The same in vLLM's shape", (EMBEDDING_BODY,), PoolingAnswer),
+    **{
+        ("post", path): Operation("Refused: no model here has a scoring head")
+        for path in ("/v1/rerank", "/v2/rerank", "/v1/score")
+    },
     ("post", "/v1/chat/completions/render"): Operation("A chat as the engine gets it", (CHAT_BODY,), RenderedRequest),
     ("post", "/v1/completions/render"): Operation(
         "Completions as the engine gets them", (COMPLETION_BODY,), list[RenderedRequest]

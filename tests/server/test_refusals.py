@@ -206,7 +206,7 @@ async def test_an_unknown_model_is_a_404_that_names_those_served(client: Client)
     [
         ("GET", "/nowhere", 404),
         ("GET", "/v1", 404),
-        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/moderations", 404),
         ("GET", CHAT, 405),
         ("DELETE", "/v1/models", 405),
     ],
@@ -285,6 +285,6 @@ async def test_openais_client_is_told_of_too_long_a_prompt(client: Client) -> No
         with pytest.raises(openai.BadRequestError, match="build_seq") as caught:
             await openai_client.completions.create(model="fake", prompt="x" * 100)
         with pytest.raises(openai.NotFoundError, match="unknown endpoint"):
-            await openai_client.embeddings.create(model="fake", input="x")
+            await openai_client.moderations.create(model="fake", input="x")
 
     assert caught.value.code == "context_length_exceeded"

@@ -142,7 +142,7 @@ async def test_tokens_may_be_asked_for_below_v1(client: Client, path: str, body:
     assert status == 200
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/embeddings", "/v1/responses/compact", "/api/chat"])
+@pytest.mark.parametrize("path", ["/v1/moderations", "/moderations", "/v1/responses/compact", "/api/chat"])
 async def test_an_endpoint_that_is_not_built_says_so(client: Client, path: str) -> None:
     status, answer = await client.post(path, {"model": "fake", "input": "x"})
 

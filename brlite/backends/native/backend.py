@@ -305,6 +305,8 @@ def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cach
         sliding_window=config.common_window,
         max_draft_tokens=MAX_DRAFT_TOKENS,
         hidden_size=config.hidden_size,
+        pooling="last" if spec.pooling == "auto" else spec.pooling,
+        matryoshka_dimensions=spec.matryoshka_dimensions,
         is_batch_invariant=True,
         fingerprint=_fingerprint(loaded.content_hash, config, spec, kernel_version),
         notes=(note,) if is_raised else (),

@@ -225,5 +225,7 @@ def _describe(decoder: Decoder, cache: KVCache, plan: LoadPlan) -> BackendInfo:
         kv_bytes=cache.num_bytes,
         sliding_window=decoder.config.common_window,
         hidden_size=decoder.config.hidden_size,
+        pooling="last" if spec.pooling == "auto" else spec.pooling,
+        matryoshka_dimensions=spec.matryoshka_dimensions,
         notes=tuple(notes),
     )

@@ -1,0 +1,129 @@
+"""The endpoints of embeddings, and those of scores, which no model here has a head for."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET
+
+from brlite.dialects.embeddings import (
+    Embedding,
+    EmbeddingDialect,
+    EmbeddingUsage,
+    decode,
+    decode_score,
+    encode_answer,
+    encode_item,
+)
+from brlite.dialects.generation import Text
+from brlite.dialects.openai import PromptTokensDetails
+from brlite.engine.admission import check_pooling, context_length
+from brlite.engine.async_engine import EngineLoop
+from brlite.errors import InvalidRequest, RequestError
+from brlite.http.access_log import log_extras
+from brlite.http.body import read_body
+from brlite.http.keys import API_KEY, spend_tokens
+from brlite.outputs import RequestOutput
+from brlite.server.generate import CONFIG, MODELS, admit
+
+QUICK_ITEMS = 4  # are encoded at once
+
+
+async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response:
+    """Each input's embedding. A client that leaves aborts all of them: the handler is cancelled."""
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    call = decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    name = call.model or request.app[MODELS].find(None).name
+    answer_id, num_tokens = f"{dialect.id_prefix}{uuid.uuid4().hex}", 0
+    with admit(request, name) as model:
+        engine = await model.loaded(limits.max_wait_seconds, tenant)
+        check_pooling(call.params, engine.info)
+        prompts, warnings = await encode_inputs(call, engine, tenant)
+        try:
+            num_tokens = sum(map(len, prompts))
+            outputs = await engine.embed(
+                prompts,
+                call.params,
+                request_id=answer_id,
+                cache_salt=call.cache_salt,
+                tenant=tenant,
+                names=call.names,
+            )
+        except RequestError:  # refused, or ended before its turn
+            num_tokens = 0
+            raise
+        finally:
+            spend_tokens(request, num_tokens, 0)
+            log_extras(request).update(model=name, prompt_tokens=num_tokens, completion_tokens=0)
+    num_cached = sum(output.num_cached_tokens for output in outputs)
+    body = encode_answer(
+        dialect,
+        await _items(dialect, call, outputs),
+        EmbeddingUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
+        id=answer_id,
+        model=name,
+        warnings=[*call.warnings, *warnings] or UNSET,
+    )
+    return web.Response(body=body, content_type="application/json")
+
+
+async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tuple[list[list[int]], list[str]]:
+    """The tokens of each input, and a line for each that was cut. Raises `InvalidRequest`, naming the input."""
+    prompts: list[list[int]] = []
+    warnings: list[str] = []
+    special = engine.tokenizer.special_token_ids
+    for item, name in zip(call.inputs, call.names, strict=True):
+        if isinstance(item, Text):
+            await asyncio.sleep(0)  # short texts are encoded here: between two of them others have the loop
+            token_ids = await engine.encode(
+                item.text,
+                add_special_tokens=item.add_special_tokens,
+                param=name,
+                is_bounded=call.truncation is None,
+                num_further=0,
+                tenant=tenant,
+            )
+        else:
+            token_ids = item.token_ids
+        if call.truncation is not None:
+            num_kept = call.truncation.num_tokens or context_length(engine.info)
+            if len(token_ids) > num_kept:
+                warnings.append(f"{name} of {len(token_ids)} tokens was cut to {num_kept} by truncate_prompt_tokens")
+                token_ids = _cut(token_ids, num_kept, special, keeps_start=call.truncation.keeps_start)
+        prompts.append(token_ids)
+    return prompts, warnings
+
+
+def _cut(token_ids: list[int], num_kept: int, special: frozenset[int], *, keeps_start: bool) -> list[int]:
+    """So many tokens of either end. The special token at the other end stays: the last one is what is pooled."""
+    if keeps_start and num_kept > 1 and token_ids[-1] in special:
+        return [*token_ids[: num_kept - 1], token_ids[-1]]
+    if not keeps_start and num_kept > 1 and token_ids[0] in special:
+        return [token_ids[0], *token_ids[1 - num_kept :]]
+    return token_ids[:num_kept] if keeps_start else token_ids[-num_kept:]
+
+
+async def _items(dialect: EmbeddingDialect, call: Embedding, outputs: list[RequestOutput]) -> list[msgspec.Raw]:
+    items = []
+    for index, output in enumerate(outputs):
+        assert output.embedding is not None
+        if index % QUICK_ITEMS == QUICK_ITEMS - 1:
+            await asyncio.sleep(0)  # a list of 4096 numbers takes 0.3 ms
+        items.append(encode_item(dialect, index, output.embedding, is_base64=call.is_base64))
+    return items
+
+
+async def score(request: web.Request) -> web.Response:
+    """Refused: a score needs a head that says how well two texts go together, and models that generate have none."""
+    limits = request.app[CONFIG].limits
+    call = decode_score(await read_body(request, limits.max_body_bytes, limits.body_seconds))
+    with admit(request, call.model) as model:
+        raise InvalidRequest(
+            f"the model {model.name} has no scoring head; rerank and score need a model made for that, for example "
+            "behind the proxy",
+            param="model",
+            code="no_scoring_head",
+        )
