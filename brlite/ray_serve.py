@@ -67,9 +67,8 @@ class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def build(arguments: Mapping[str, object]) -> serve.Application:
     """The application that `serve run` and Serve configs start. Raises `ConfigError` before anything is started.
 
-    One more replica is started for each full batch that runs or waits. What a Serve config says of the deployment
-    `brlite` goes before all that is set here; where Serve listens is its own business, `[server]`'s host and port are
-    not used.
+    One more replica is started for each full batch that runs or waits. Settings of the deployment `brlite` in a Serve
+    config override those made here. `server.host` and `server.port` are not used: Serve listens.
     """
     given = _read_arguments(arguments)
     config = _read_config(given.config)

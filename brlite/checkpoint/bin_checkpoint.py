@@ -48,7 +48,7 @@ class BinCheckpoint:
         """Nothing is kept open between two shards."""
 
     def _read_table(self, file: Path) -> bytes:
-        """What a shard holds, in the place of the header that this format lacks. Adds its shapes to the others'."""
+        """The names, types and shapes of a shard's tensors: this format has no header. Adds them to the shapes."""
         rows = []
         for name, tensor in load_shard(file).items():
             if name in self._shapes:

@@ -125,7 +125,7 @@ class TensorLocation(NamedTuple):
 
 
 def make_tensor(location: TensorLocation, read: ReadBytes) -> StoredTensor:
-    """The tensor whose bytes `read` gives."""
+    """A `StoredTensor` that gets its bytes from `read` when they are needed."""
     name, stored_as, shape, _, head_rows = location
     num_rows, row_elements = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
     return StoredTensor(

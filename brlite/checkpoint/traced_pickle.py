@@ -202,7 +202,7 @@ def _tensor(storage: object, offset: object, shape: object, strides: object) -> 
 
 
 def _key(key: object) -> str | int:
-    """Of a dict. To hash a tuple takes as long as all that is nested in it, however often that is the same one."""
+    """A key of a dict. Tuples are refused: a nested one can take exponential time to hash."""
     if not isinstance(key, str | int):
         raise _Refused(f"has a dict with the key {excerpt(key)}")
     return key

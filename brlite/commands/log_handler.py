@@ -1,4 +1,4 @@
-"""Log lines on standard error that do not land on a progress bar's line."""
+"""A log handler for standard error that writes above a progress bar, not into its line."""
 
 from __future__ import annotations
 

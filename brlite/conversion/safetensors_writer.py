@@ -108,7 +108,7 @@ class ShardWriter:
         self._written = self._thread.submit(self._write_tensor, tensor, values)
 
     def wait(self) -> None:
-        """Wait until all that was put is written, to the system at least."""
+        """Wait until every tensor is written; the system may still hold it in its page cache."""
         self._written.result()
 
     def finish(self) -> FileRecord:

@@ -37,7 +37,7 @@ class TurnQueue:
 
     @property
     def tenants(self) -> Iterable[str]:
-        """Those that wait for a turn, in the order of their turns."""
+        """The tenants with waiting requests, in the order of their next turns."""
         return self._tenants.keys()
 
     def groups(self, tenant: str) -> Iterable[str]:

@@ -311,7 +311,7 @@ def deep_stack() -> Iterator[None]:
 
 
 def _refused(label: str, pointer: str, reason: str) -> SchemaRefused | PatternRefused:
-    """The error for a place in a schema: the answer's own, or that of the call with this label."""
+    """The error for a place in a schema: that of the answer, or, with a `label`, that of this tool's arguments."""
     refused = SchemaRefused(pointer, reason)
     return PatternRefused(f"{label}: {refused}") if label else refused
 

@@ -46,7 +46,7 @@ class _Group:
         self.idle.pop(connection, None)
 
     def first(self) -> Closable | None:
-        """The one that makes room before the others."""
+        """The connection that is closed first to make room."""
         for waiting in (self.new, self.idle):
             while waiting:
                 connection = next(iter(waiting))

@@ -203,7 +203,7 @@ class ModelTable:
         self._aliases = {alias: name for alias, name in config.aliases.items() if name in self._models}
 
     def names(self) -> Iterator[tuple[str, ServedModel]]:
-        """Every name that leads to a model here, with that model."""
+        """The names and aliases of the models of this server, each with its model."""
         yield from self._models.items()
         yield from ((alias, self._models[name]) for alias, name in self._aliases.items())
 

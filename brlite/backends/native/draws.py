@@ -128,7 +128,7 @@ class StepDraws:
         return TokenLogprob(token_id, float(found["logprob"]), tuple(zip(ids, logprobs, strict=True)))
 
     def _point_to_edits(self, packed: bytearray) -> None:
-        """The bans, masks and counts of the drawings that have some: they differ from step to step."""
+        """The pointers to the bans, masks and counts of those drawings that have any; they change with each step."""
         self._banned: list[npt.NDArray[np.int32]] = []
         for i, ((_, sampling, _, mask), entry) in enumerate(zip(self._drawings, self._settings, strict=True)):
             if not (sampling.banned_token_ids or entry.is_penalised or mask):

@@ -48,7 +48,7 @@ class LogitRows(Protocol):
     def copy(self) -> LogitRows: ...
 
     def best(self) -> tuple[Integers, Logits]:
-        """Of each row the best token, the lowest id among equals, and its logit: NaN where the row has one."""
+        """The best token of each row and its logit. Of equal ones the lowest id; NaN for a row that has a NaN."""
         ...
 
     def gather(self, rows: Integers, token_ids: Integers) -> Logits:

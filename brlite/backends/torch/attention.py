@@ -2,8 +2,8 @@
 
 There are no phases: a decode is a span of one token. Spans of like shape form a group and attend in one call.
 
-Where each new shape is dear, a step is filled up to few of them: its rows and each group's spans, tokens and blocks
-become powers of two. What fills up is written to a scratch block, and its results are not read.
+Some devices compile each new shape. For them a step has few shapes: its rows, and the spans, tokens and blocks of a
+group, are padded to powers of two. Padding is written to a scratch block, and its results are not read.
 """
 
 from __future__ import annotations
