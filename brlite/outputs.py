@@ -44,12 +44,20 @@ class CompletionOutput(msgspec.Struct, kw_only=True):
         self.stop_reason = later.stop_reason
 
 
+class RequestTimes(msgspec.Struct, frozen=True):
+    """Where a request's time went, in seconds: arrival to its first step, to its first token, to its end."""
+
+    queue: float
+    prefill: float
+    decode: float
+
+
 class RequestOutput(msgspec.Struct, kw_only=True):
     """What is new in a request since its last output; `LLM.generate` returns one that holds it all.
 
     `prompt_logprobs` has one entry for each prompt token, the first of them None; it comes with the first output.
     `embedding` (float32) is the last output of a request for one, whose only completion is empty.
-    `warnings` says every clamp and fallback that touched the request.
+    `warnings` says every clamp and fallback that touched the request. `times` come with the last output.
     """
 
     request_id: str
@@ -61,6 +69,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     num_cached_tokens: int = 0
     embedding: array[float] | None = None
     warnings: tuple[str, ...] = ()
+    times: RequestTimes | None = None
 
     def merge(self, later: RequestOutput) -> None:
         """Append a later delta of the same request."""
@@ -70,7 +79,7 @@ class RequestOutput(msgspec.Struct, kw_only=True):
                 by_index[output.index].merge(output)
             else:
                 self.outputs.append(output)
-        self.finished = later.finished
+        self.finished, self.times = later.finished, later.times
         self.num_cached_tokens = later.num_cached_tokens
         self.embedding = later.embedding
         if later.prompt_logprobs is not None:

@@ -84,6 +84,7 @@ OBEYED = (
     ObeyedField("include_stop_str_in_output", BOTH, (VLLM_04, VLLM)),
     ObeyedField("truncate_prompt_tokens truncation_side", (*BOTH, EMBEDDINGS), (VLLM,)),
     ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
+    ObeyedField("timeout", ALL_THREE, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
     ObeyedField("cache_salt", (*ALL_THREE, EMBEDDINGS), (VLLM, SGLANG)),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
     ObeyedField(

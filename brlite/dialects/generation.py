@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import copy
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from brlite.chat.tools import Tool, ToolChoice
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams
+
+MAX_TIMEOUT_SECONDS = 86400
+Timeout = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
 
 
 class Chat(Struct, frozen=True):
@@ -64,7 +67,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     the client's, where they differ. `warnings` are told with the answer. A chat's reasoning is told apart from its text
     with `splits_reasoning`, and left out without `shows_reasoning`. `calls_functions`: calls are told as OpenAI's
     `function_call`, the form before tools. `unset` are the sampling parameters that the client left out, of those
-    that a model may have defaults for.
+    that a model may have defaults for. `timeout_seconds` is when the client wants an error in place of the rest.
     """
 
     model: str | None
@@ -85,6 +88,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     splits_reasoning: bool = True
     shows_reasoning: bool = True
     unset: tuple[str, ...] = ()
+    timeout_seconds: float | None = None
 
 
 def in_client_words(error: InvalidRequest, field_names: Mapping[str, str]) -> InvalidRequest:

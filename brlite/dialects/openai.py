@@ -17,7 +17,7 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.errors import error_body
 from brlite.dialects.event import TokenText, TokenUsage
 from brlite.dialects.fields import not_supported
-from brlite.dialects.generation import Generation, Truncation, in_client_words
+from brlite.dialects.generation import Generation, Timeout, Truncation, in_client_words
 from brlite.dialects.openai_tools import CalledFunction, TurnCall, turn_calls
 from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.dialects.structured_output import StructuredFields, structured_output
@@ -96,6 +96,7 @@ class SamplingFields(StructuredFields, kw_only=True):
     truncation_side: Literal["left", "right"] | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
+    timeout: Timeout | None = None
 
 
 _SAMPLING_NAMES = [name for name in SamplingFields.__struct_fields__ if name in SamplingParams.__struct_fields__]

@@ -207,6 +207,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         cache_salt=body.cache_salt or "",
         field_names=field_names,
         warnings=warnings,
+        timeout_seconds=body.timeout,
         unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name) is None),
         tool_choice=tool_choice,
         calls_functions=bool(body.functions),

@@ -114,6 +114,7 @@ def generation(body: CompletionRequest, limits: LimitsConfig, warnings: tuple[st
         cache_salt=body.cache_salt or "",
         field_names=_FIELD_NAMES,
         warnings=warnings,
+        timeout_seconds=body.timeout,
         unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name) is None),
     )
 

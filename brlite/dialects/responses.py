@@ -13,7 +13,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.fields import check_undecoded, not_supported
-from brlite.dialects.generation import Chat, Truncation, in_client_words
+from brlite.dialects.generation import Chat, Timeout, Truncation, in_client_words
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import StreamOptions, Whole
 from brlite.dialects.responses_encoder import FinishedResponse, ResponseGeneration, ResponsesEncoder, encode_error
@@ -86,6 +86,7 @@ class ResponsesRequest(Struct, kw_only=True):
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
     cache_salt: str | None = None
+    timeout: Timeout | None = None
     top_logprobs: Whole | None = None
     include: list[str] | None = None
     text: TextConfig | None = None
@@ -152,6 +153,7 @@ def _generation(
         cache_salt=body.cache_salt or "",
         field_names=FIELD_NAMES,
         warnings=tuple(warnings),
+        timeout_seconds=body.timeout,
         unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name, None) is None),
         tool_choice=tools.choice,
         items=tuple(conversation.items),

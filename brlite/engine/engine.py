@@ -369,11 +369,13 @@ class Engine:
         """Give the request's sink what is new; a request that is finished is forgotten."""
         if state.request.request_id not in self._requests or not state.delta:
             return
+        output = state.take_output()
         if state.is_finished:
             del self._requests[state.request.request_id]
-            reason = "abort" if state.is_aborted else state.sequences[0].finish_reason or "stop"
-            self.stats.note_finished(state, self._clock(), reason)
-        self._send(state, state.take_output())
+            now, reason = self._clock(), "abort" if state.is_aborted else state.sequences[0].finish_reason or "stop"
+            self.stats.note_finished(state, now, reason)
+            output.times = state.times(now)
+        self._send(state, output)
 
     def _send(self, state: RequestState, output: RequestOutput | BrliteError) -> None:
         try:

@@ -17,7 +17,7 @@ from brlite.engine.drafting import Drafter
 from brlite.errors import BrliteError
 from brlite.grammar.compiler import Grammar
 from brlite.grammar.matcher import Matcher
-from brlite.outputs import CompletionOutput, FinishReason, RequestOutput, TokenLogprob
+from brlite.outputs import CompletionOutput, FinishReason, RequestOutput, RequestTimes, TokenLogprob
 from brlite.sampling_params import Pooling, PoolingParams, SamplingParams
 
 # Receives a request's deltas on the event-loop thread. The last one is finished, or it is the error that ended it.
@@ -190,6 +190,11 @@ class RequestState:
             self.delta[delta.index].merge(delta)
         else:
             self.delta[delta.index] = delta
+
+    def times(self, now: float) -> RequestTimes:
+        """Where the time went of a request that ends now. A part that was not reached is 0."""
+        scheduled, prompt_done = self.scheduled_time or now, self.prompt_done_time or now
+        return RequestTimes(scheduled - self.arrival_time, prompt_done - scheduled, now - prompt_done)
 
     def take_output(self) -> RequestOutput:
         """What the sink has not been given yet. Prompt logprobs go out once, with the first output."""

@@ -14,6 +14,7 @@ import uuid
 from types import TracebackType
 from typing import TypeVar
 
+import msgspec
 from aiohttp import web
 
 from brlite.config.options import LimitsConfig, ModelSpec
@@ -23,11 +24,11 @@ from brlite.dialects.generation import Generation, in_client_words
 from brlite.engine.admission import check_limits
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
-from brlite.errors import BrliteError, EngineError, InvalidRequest, stopping
+from brlite.errors import BrliteError, EngineError, InvalidRequest, RequestTimeout, stopping
 from brlite.http.access_log import log_extras
 from brlite.http.events import EventStream
 from brlite.http.keys import API_KEY, spend_tokens
-from brlite.outputs import RequestOutput
+from brlite.outputs import RequestOutput, RequestTimes
 from brlite.server.engine_requests import make_requests, with_model_defaults
 from brlite.server.event_builder import EventBuilder
 from brlite.server.served_model import ServedModel
@@ -68,6 +69,8 @@ class Delivery:
         self._outputs: dict[int, RequestOutput] = {}  # that are not sent yet
         self._num_open = 0
         self._error: BrliteError | None = None
+        self._times = RequestTimes(0.0, 0.0, 0.0)  # of the prompt that ended last
+        self._deadline: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._engine: EngineLoop
         self._requests: list[Request] = []
@@ -99,6 +102,17 @@ class Delivery:
 
     async def _wait_for(self, model: ServedModel) -> EngineLoop:
         return await model.loaded(self._limits.max_wait_seconds, self._tenant)
+
+    def end_after(self, seconds: float) -> None:
+        """End with an error when so many seconds have passed, unless the response is complete by then.
+
+        It ends a wait for the model, too.
+        """
+        self._limits = msgspec.structs.replace(
+            self._limits, max_wait_seconds=min(seconds, self._limits.max_wait_seconds)
+        )
+        error = RequestTimeout(f"the request was not complete after its timeout of {seconds:g} s", param="timeout")
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, error)
 
     async def submit(self, engine: EngineLoop) -> None:
         """Encode the prompts and queue their requests. Raises `RequestError` for the first that is refused."""
@@ -132,6 +146,7 @@ class Delivery:
                 self._error = output
             else:
                 self._num_open -= output.finished
+                self._times = output.times or self._times
                 self._take(index, output)
         except Exception:  # the engine logs it; without an error here the handler would wait for ever
             self._error = EngineError("the answer could not be made")
@@ -148,6 +163,8 @@ class Delivery:
 
     def _close(self) -> None:
         self._request.app[RUNNING].discard(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
         if self._num_open:
             for request in self._requests:
                 self._engine.abort(request.request_id)
@@ -158,7 +175,13 @@ class Delivery:
             usage = self._builder.usage()
         spend_tokens(self._request, usage.prompt, usage.completion)
         log_extras(self._request).update(
-            model=self._model_name, prompt_tokens=usage.prompt, completion_tokens=usage.completion
+            model=self._model_name,
+            prompt_tokens=usage.prompt,
+            cached_tokens=usage.cached,
+            completion_tokens=usage.completion,
+            queue_s=round(self._times.queue, 3),
+            prefill_s=round(self._times.prefill, 3),
+            decode_s=round(self._times.decode, 3),
         )
 
 

@@ -11,13 +11,15 @@ from msgspec import Struct
 
 from brlite.config.options import Config
 from brlite.dialects.dialect import Dialect
+from brlite.dialects.generation import MAX_TIMEOUT_SECONDS, Generation
 from brlite.dialects.openai import encode_json
-from brlite.errors import stopping
+from brlite.errors import InvalidRequest, stopping
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
 from brlite.server.delivery import StreamDelivery, WholeDelivery
 from brlite.server.served_model import ModelTable, ServedModel
 
+TIMEOUT_HEADER = "X-Request-Timeout"
 CONFIG = web.AppKey("config", Config)
 MODELS = web.AppKey("models", ModelTable)
 
@@ -30,6 +32,8 @@ async def generate(dialect: Dialect, request: web.Request) -> web.StreamResponse
     make_delivery = StreamDelivery if call.is_streamed else WholeDelivery
     with admit(request, name) as model:
         async with make_delivery(request, dialect, call, name, limits) as delivery:
+            if call.timeout_seconds is not None or TIMEOUT_HEADER in request.headers:
+                delivery.end_after(timeout_seconds(request, call))
             engine = await delivery.loaded(model)
             await delivery.submit(engine)
             await delivery.send()
@@ -39,6 +43,23 @@ async def generate(dialect: Dialect, request: web.Request) -> web.StreamResponse
 def json_response(answer: Struct | Sequence[Struct]) -> web.Response:
     """An answer that is not streamed."""
     return web.Response(body=encode_json(answer), content_type="application/json")
+
+
+def timeout_seconds(request: web.Request, call: Generation) -> float:
+    """How long a request may take that says so, in its body or in the header. Raises `InvalidRequest`."""
+    if call.timeout_seconds is not None:
+        return call.timeout_seconds
+    text = request.headers[TIMEOUT_HEADER]
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
+        raise InvalidRequest(
+            f"{TIMEOUT_HEADER} must be seconds, above 0 and at most {MAX_TIMEOUT_SECONDS}, got {text[:64]!r}",
+            param=TIMEOUT_HEADER,
+        )
+    return seconds
 
 
 @contextmanager

@@ -1,0 +1,111 @@
+"""Requests that say how long they may take, and what the log says of where the time of a request went."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+
+from brlite.app import create_app
+from brlite.config.options import Config, LimitsConfig, ModelSpec
+from brlite.http.listen import HttpServer
+from brlite.server.served_model import ModelTable, ServedModel
+from tests.server.conftest import Client, chat_body, completion_body
+
+ENDPOINTS = [
+    ("/v1/chat/completions", chat_body()),
+    ("/v1/completions", completion_body()),
+    ("/v1/responses", {"input": "hi"}),
+]
+
+
+@pytest.fixture
+async def stuck(client: Client) -> AsyncIterator[Client]:
+    """A server whose model computes nothing until the test is over."""
+    client.backend.gate = threading.Event()
+    yield client
+    client.backend.gate.set()
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+async def test_a_request_ends_with_408_at_its_timeout(stuck: Client, path: str, body: dict[str, Any]) -> None:
+    in_body = await stuck.post(path, {**body, "timeout": 0.05})
+    in_header = await stuck.post(path, body, **{"X-Request-Timeout": "0.05"})
+    body_first = await stuck.post(path, {**body, "timeout": 0.05}, **{"X-Request-Timeout": "3600"})
+
+    for status, answer in (in_body, in_header, body_first):
+        assert (status, answer["error"]["code"], answer["error"]["param"]) == (408, "request_timeout", "timeout")
+        assert "its timeout of 0.05 s" in answer["error"]["message"]
+
+
+async def test_a_stream_that_has_begun_ends_with_an_error_event(stuck: Client) -> None:
+    body = chat_body(stream=True, timeout=0.05)
+
+    async with stuck.session.post(stuck.url + "/v1/chat/completions", json=body) as response:
+        text = await response.text()
+
+    assert response.status == 200
+    assert "its timeout of 0.05 s" in text
+    assert text.endswith("data: [DONE]\n\n")
+
+
+async def test_a_request_within_its_timeout_is_untouched(client: Client) -> None:
+    assert await client.chat(timeout=3600)
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon", "nan", "1e9"])
+async def test_a_timeout_out_of_its_range_is_refused(
+    client: Client, path: str, body: dict[str, Any], seconds: str
+) -> None:
+    status, answer = await client.post(path, body, **{"X-Request-Timeout": seconds})
+    assert (status, answer["error"]["param"]) == (400, "X-Request-Timeout")
+
+    if seconds not in ("soon", "nan"):
+        status, answer = await client.post(path, {**body, "timeout": float(seconds)})
+        assert (status, answer["error"]["param"]) == (400, "timeout")
+
+
+async def test_a_timeout_ends_the_wait_for_a_model_that_is_being_loaded() -> None:
+    spec = ModelSpec(name="fake", load="on_demand")
+    config = Config(model=(spec,), limits=LimitsConfig())
+    app = create_app(ModelTable([ServedModel(spec)]), config)  # without a manager nothing ever loads it
+
+    async with (
+        HttpServer(app, "127.0.0.1", 0, config.limits) as server,
+        aiohttp.ClientSession() as session,
+        session.post(server.url + "/v1/chat/completions", json=chat_body(timeout=0.05)) as response,
+    ):
+        assert response.status == 503
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+async def test_the_log_has_a_usage_record_of_each_request(
+    client: Client, path: str, body: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "brlite.access")
+
+    for _ in range(2):
+        await client.post(path, body)
+
+    records = [re.findall(r"(\w+)=([\d.]+)(?= |$)", line) for line in caplog.messages]
+    first, second = (dict(record) for record in records)
+    assert int(first["prompt_tokens"]) == int(second["prompt_tokens"]) > 0
+    num_cached = (int(first["prompt_tokens"]) - 1) // 4 * 4  # whole blocks, before the last token
+    assert (int(first["cached_tokens"]), int(second["cached_tokens"])) == (0, num_cached)
+    assert int(first["completion_tokens"]) > 0
+    assert all(float(first[name]) >= 0 for name in ("queue_s", "prefill_s", "decode_s"))
+
+
+async def test_the_times_of_a_request_add_up_to_its_whole_time(client: Client) -> None:
+    outputs = [output async for output in client.engine.generate(list(b"hello"))]
+
+    assert [output.times is not None for output in outputs] == [output.finished for output in outputs]
+    times, stats = outputs[-1].times, client.engine.stats
+    assert times is not None
+    assert times.queue + times.prefill + times.decode == pytest.approx(stats.e2e_latency.total)
+    assert (times.queue, times.decode) == pytest.approx((stats.queue_time.total, stats.decode_time.total))
