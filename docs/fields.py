@@ -13,12 +13,14 @@ from typing import Any
 import msgspec
 from msgspec import inspect
 
+from brlite.dialects.anthropic import MessagesRequest
 from brlite.dialects.embeddings import EmbeddingRequest
 from brlite.dialects.fields import (
     CHAT,
     COMPLETIONS,
     DETOKENIZE,
     EMBEDDINGS,
+    MESSAGES,
     NOT_DECODED,
     OBEYED,
     OF_ONE_ENDPOINT,
@@ -36,21 +38,22 @@ REQUESTS: dict[str, type[msgspec.Struct]] = {
     COMPLETIONS: CompletionRequest,
     RESPONSES: ResponsesRequest,
     EMBEDDINGS: EmbeddingRequest,
+    MESSAGES: MessagesRequest,
     TOKENIZE: TokenizeRequest,
     DETOKENIZE: DetokenizeRequest,
 }
 HEAD = """\
 # The fields of requests
 
-Every field of the OpenAI, vLLM, llama.cpp and SGLang APIs, and what brlite does with it. A field that is in none of
-these tables is ignored, and the answer's `warnings` name it. null is the default of every optional field.
+Every field of the OpenAI, Anthropic, vLLM, llama.cpp and SGLang APIs, and what brlite does with it. A field that is in
+none of these tables is ignored, and the answer's `warnings` name it. null is the default of every optional field.
 
 This page is printed by `docs/fields.py` from `brlite/dialects/fields.py`; do not edit it.
 
 ## Obeyed
 
 `chat` is `/v1/chat/completions`, `completions` is `/v1/completions`, `responses` is `/v1/responses`,
-`embeddings` is `/v1/embeddings` and `/pooling`.
+`embeddings` is `/v1/embeddings` and `/pooling`, `messages` is `/v1/messages`.
 [HTTP API](http-api.md) says what the sampling parameters mean.
 
 | field | at | value | default | known to | |

@@ -36,7 +36,10 @@ EXAMPLES = {
     for number, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL), 1)
 }
 # These need a running server.
-PYTHON_NOT_RUN_HERE = {"http-api-1": "tests/server/test_responses.py runs it"}
+PYTHON_NOT_RUN_HERE = {
+    "http-api-1": "tests/server/test_responses.py runs it",
+    "http-api-2": "tests/server/test_messages.py runs it",
+}
 SHELL_EXAMPLES = {
     f"{name}-{number}": code
     for name, text in {"README": README, **PAGES}.items()

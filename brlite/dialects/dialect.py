@@ -33,7 +33,7 @@ class ResponseEncoder(Protocol):
         ...
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
-        """The body of a response that is not streamed; one event a choice."""
+        """The body of a response that is not streamed; one event a choice, unless the call `keeps_order`."""
         ...
 
 

@@ -93,6 +93,10 @@ def envelope(status: Status, message: str, param: str | None = None, path: str =
     if is_anthropic(path):
         other = "invalid_request_error" if status.http < 500 else "api_error"
         fields = {"type": ANTHROPIC_TYPES.get(status.http, other), "message": message}
-        return msgspec.json.encode({"type": "error", "error": {**fields, "param": param} if param else fields})
+        if param:
+            fields["param"] = param
+        if status.code:
+            fields["details"] = {"error_code": status.code}  # its SDKs go by some of Anthropic's codes
+        return msgspec.json.encode({"type": "error", "error": fields})
     fields = {"message": message, "type": status.type, "param": param, "code": status.code}
     return msgspec.json.encode({"error": fields, "object": "error", **fields, "code": status.http})

@@ -20,12 +20,15 @@ from brlite.errors import InvalidRequest
 MAX_REPORTED_FIELDS = 16
 MAX_FIELD_LENGTH = 64
 
-OPENAI, VLLM, VLLM_04, LLAMA_CPP, SGLANG = "OpenAI", "vLLM", "vLLM 0.4", "llama.cpp", "SGLang"
-CHAT, COMPLETIONS, RESPONSES, EMBEDDINGS = "chat", "completions", "responses", "embeddings"
+OPENAI, ANTHROPIC, VLLM, VLLM_04 = "OpenAI", "Anthropic", "vLLM", "vLLM 0.4"
+LLAMA_CPP, SGLANG = "llama.cpp", "SGLang"
+CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS = "chat", "completions", "responses", "messages", "embeddings"
 TOKENIZE, DETOKENIZE = "tokenize", "detokenize"
 BOTH = (CHAT, COMPLETIONS)
 ALL_THREE = (*BOTH, RESPONSES)
+ALL_FOUR = (*ALL_THREE, MESSAGES)
 EVERYBODY = (OPENAI, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
+ALL_SIX = (OPENAI, ANTHROPIC, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
 VLLM_AND_SGLANG = (VLLM_04, VLLM, SGLANG)
 
 
@@ -40,9 +43,9 @@ class ObeyedField(NamedTuple):
 
 OBEYED = (
     ObeyedField(
-        "model", (*ALL_THREE, EMBEDDINGS, TOKENIZE, DETOKENIZE), EVERYBODY, "may be left out where one model is served"
+        "model", (*ALL_FOUR, EMBEDDINGS, TOKENIZE, DETOKENIZE), ALL_SIX, "may be left out where one model is served"
     ),
-    ObeyedField("messages", (CHAT, TOKENIZE), EVERYBODY, "text only"),
+    ObeyedField("messages", (CHAT, MESSAGES, TOKENIZE), ALL_SIX, "text only"),
     ObeyedField("prompt", (COMPLETIONS, TOKENIZE), EVERYBODY, "/tokenize takes one text"),
     ObeyedField("tokens", (DETOKENIZE,), (VLLM, LLAMA_CPP)),
     ObeyedField(
@@ -63,36 +66,46 @@ OBEYED = (
     ObeyedField("truncation", (RESPONSES,), (OPENAI, VLLM, SGLANG), '"auto" cuts the beginning of the prompt'),
     ObeyedField("store", (RESPONSES,), (OPENAI, VLLM, SGLANG), "true is the default"),
     ObeyedField("metadata user safety_identifier prompt_cache_key", (RESPONSES,), (OPENAI,), "only said again"),
-    ObeyedField("stream", ALL_THREE, EVERYBODY),
+    ObeyedField("system", (MESSAGES,), (ANTHROPIC,), "text or text blocks"),
+    ObeyedField("stop_sequences", (MESSAGES,), (ANTHROPIC,), "its name of `stop`"),
+    ObeyedField("thinking", (MESSAGES,), (ANTHROPIC,), "off if absent; `budget_tokens` is not obeyed"),
+    ObeyedField("output_config", (MESSAGES,), (ANTHROPIC,), "`effort` where the chat template takes it, `format`"),
+    ObeyedField("output_format", (MESSAGES,), (ANTHROPIC,), "`output_config.format`"),
+    ObeyedField("thread", (MESSAGES,), (ANTHROPIC,), "refused; clients then send the whole conversation"),
+    ObeyedField("context_management", (MESSAGES,), (ANTHROPIC,), "accepted, not applied, with a warning"),
+    ObeyedField("stream", ALL_FOUR, ALL_SIX),
     ObeyedField("stream_options", ALL_THREE, (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`include_obfuscation` is refused"),
-    ObeyedField("n max_tokens", BOTH, EVERYBODY),
-    ObeyedField("temperature top_p presence_penalty frequency_penalty seed stop", ALL_THREE, EVERYBODY),
+    ObeyedField("n", BOTH, EVERYBODY),
+    ObeyedField("max_tokens", (*BOTH, MESSAGES), ALL_SIX, "messages: required"),
+    ObeyedField("temperature top_p", ALL_FOUR, ALL_SIX),
+    ObeyedField("presence_penalty frequency_penalty seed", ALL_FOUR, EVERYBODY),
+    ObeyedField("stop", ALL_THREE, EVERYBODY),
     ObeyedField("logit_bias", BOTH, (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("best_of", BOTH, (OPENAI, VLLM_04), "must be `n`"),
     ObeyedField("max_completion_tokens", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "another name of `max_tokens`"),
     ObeyedField("logprobs", BOTH, EVERYBODY, "chats: true or false; completions: a number"),
     ObeyedField("top_logprobs", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "chats: needs `logprobs`"),
     ObeyedField("echo", (COMPLETIONS,), (OPENAI, VLLM_04, VLLM, SGLANG)),
-    ObeyedField("top_k min_p", ALL_THREE, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("top_k", ALL_FOUR, ALL_SIX[1:]),
+    ObeyedField("min_p", ALL_FOUR, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("top_n_sigma", BOTH, (LLAMA_CPP,)),
     ObeyedField("allowed_token_ids bad_words", BOTH, (VLLM,)),
-    ObeyedField("repetition_penalty", ALL_THREE, VLLM_AND_SGLANG),
+    ObeyedField("repetition_penalty", ALL_FOUR, VLLM_AND_SGLANG),
     ObeyedField("min_tokens", BOTH, (VLLM_04, VLLM)),
-    ObeyedField("ignore_eos", ALL_THREE, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("ignore_eos", ALL_FOUR, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("stop_token_ids skip_special_tokens", BOTH, VLLM_AND_SGLANG),
     ObeyedField("stop_tokens_ids", BOTH, (), "br-vllm-serving's spelling of `stop_token_ids`"),
     ObeyedField("include_stop_str_in_output", BOTH, (VLLM_04, VLLM)),
     ObeyedField("truncate_prompt_tokens truncation_side", (*BOTH, EMBEDDINGS), (VLLM,)),
     ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
-    ObeyedField("timeout", ALL_THREE, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
-    ObeyedField("cache_salt", (*ALL_THREE, EMBEDDINGS), (VLLM, SGLANG)),
+    ObeyedField("timeout", ALL_FOUR, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
+    ObeyedField("cache_salt", (*ALL_FOUR, EMBEDDINGS), (VLLM, SGLANG)),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
-    ObeyedField(
-        "tools", (CHAT, RESPONSES, TOKENIZE), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "functions only (docs/tools.md)"
-    ),
-    ObeyedField("tool_choice parallel_tool_calls", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("tools", (CHAT, RESPONSES, MESSAGES, TOKENIZE), ALL_SIX, "functions only (docs/tools.md)"),
+    ObeyedField("tool_choice", (CHAT, RESPONSES, MESSAGES), ALL_SIX),
+    ObeyedField("parallel_tool_calls", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("functions function_call", (CHAT,), (OPENAI,), "the form before `tools`"),
-    ObeyedField("chat_template_kwargs", (CHAT, TOKENIZE), (VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("chat_template_kwargs", (CHAT, MESSAGES, TOKENIZE), (VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("documents", (CHAT,), (VLLM,), "where the chat template takes them"),
     ObeyedField("reasoning_effort", (CHAT,), (OPENAI, VLLM, SGLANG), "where the chat template takes it"),
     ObeyedField("include_reasoning", (CHAT,), (VLLM,)),
@@ -124,6 +137,8 @@ class Field(NamedTuple):
 NOT_DECODED = (
     # No value of these changes which text is generated.
     Field("service_tier max_tool_calls client_metadata background_options image", (OPENAI,), None),
+    Field("cache_control betas anthropic_version anthropic_beta inference_geo speed diagnostics", (ANTHROPIC,), None),
+    Field("user_profile_id workspace_id", (ANTHROPIC,), None),
     Field("prompt_cache_options prompt_cache_retention", (OPENAI,), None),
     Field("request_id rid session_id conversation_id priority", (VLLM, SGLANG), None),
     Field("guided_decoding_backend", (VLLM,), None),  # how it is done
@@ -141,7 +156,8 @@ NOT_DECODED = (
     Field("stop_regex", (SGLANG,), ("", []), "stop"),
     Field("web_search_options moderation conversation", (OPENAI,)),
     Field("background", (OPENAI,), (False,)),
-    Field("context_management", (OPENAI,), ([],)),
+    Field("mcp_servers", (ANTHROPIC,), ([],)),
+    Field("container", (ANTHROPIC,)),
     # What is said, and how.
     Field("modalities", (OPENAI,), (["text"],)),
     Field("audio prediction", (OPENAI,)),
@@ -203,6 +219,7 @@ NOT_DECODED = (
 )
 # Of these each endpoint decodes its own; to another one they are what is said here.
 OF_ONE_ENDPOINT = (
+    Field("context_management", (OPENAI,), ([],)),
     Field("user store metadata safety_identifier prompt_cache_key", (OPENAI,), None),
     Field("top_logprobs", (OPENAI,), (0,), "logprobs"),
     Field("max_completion_tokens", (OPENAI,), (), "max_tokens"),

@@ -20,10 +20,22 @@ MAX_TIMEOUT_SECONDS = 86400
 Timeout = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
 
 
+class ReasoningHint(Struct, frozen=True):
+    """Whether the model is to reason, and how much, where its template has a variable for it; else there is a warning.
+
+    `effort_field` is the client's name of the effort.
+    """
+
+    is_on: bool
+    effort: str | None
+    effort_field: str
+
+
 class Chat(Struct, frozen=True):
     """A conversation. Turns have the shape of OpenAI's API, with calls of tools and their results.
 
-    `tools` are those that the model is told of, `variables` the template's own (`chat_template_kwargs`).
+    `tools` are those that the model is told of, `variables` the template's own (`chat_template_kwargs`). Where the
+    template takes no effort, `reasoning_effort` is refused, and a `reasoning_hint` is not.
     """
 
     messages: list[dict[str, Any]]
@@ -33,6 +45,7 @@ class Chat(Struct, frozen=True):
     documents: tuple[dict[str, Any], ...] = ()
     variables: Mapping[str, Any] = {}
     reasoning_effort: str | None = None
+    reasoning_hint: ReasoningHint | None = None
 
 
 class Text(Struct, frozen=True):
@@ -66,8 +79,10 @@ class Generation(Struct, frozen=True, kw_only=True):
     stream, `names_are_ids` tells tokens in logprobs by their ids. `field_names` maps the engine's names of fields to
     the client's, where they differ. `warnings` are told with the answer. A chat's reasoning is told apart from its text
     with `splits_reasoning`, and left out without `shows_reasoning`. `calls_functions`: calls are told as OpenAI's
-    `function_call`, the form before tools. `unset` are the sampling parameters that the client left out, of those
-    that a model may have defaults for. `timeout_seconds` is when the client wants an error in place of the rest.
+    `function_call`, the form before tools. With `keeps_order` a response that is not streamed tells texts and calls in
+    the order in which they were written; else all text is before the calls. `unset` are the sampling parameters that
+    the client left out, of those that a model may have defaults for. `timeout_seconds` is when the client wants an error
+    in place of the rest.
     """
 
     model: str | None
@@ -85,6 +100,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...] = ()
     tool_choice: ToolChoice = ToolChoice(mode="none")
     calls_functions: bool = False
+    keeps_order: bool = False
     splits_reasoning: bool = True
     shows_reasoning: bool = True
     unset: tuple[str, ...] = ()

@@ -156,6 +156,7 @@ def _generation(
         timeout_seconds=body.timeout,
         unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name, None) is None),
         tool_choice=tools.choice,
+        keeps_order=True,
         items=tuple(conversation.items),
         is_stored=is_stored,
         seals_reasoning=ENCRYPTED_REASONING in (body.include or ()),

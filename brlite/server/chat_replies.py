@@ -168,7 +168,15 @@ def template_extras(chat: Chat, chat_format: ChatFormat | None, spec: ModelSpec)
             )
         if name not in known:
             warnings.append(f"chat_template_kwargs: the model's template does not read {name[:64]!r}")
-    variables: dict[str, Any] = {**spec.chat_template_kwargs, **chat.variables}
+    hinted: dict[str, Any] = {}
+    hint = chat.reasoning_hint
+    if hint is not None:
+        hinted = {name: hint.is_on for name in THINKING_SWITCHES if name in known}
+        if hint.effort is not None and "reasoning_effort" in known:
+            hinted["reasoning_effort"] = hint.effort
+        elif hint.effort is not None and hint.effort not in NO_REASONING_EFFORTS:
+            warnings.append(f"{hint.effort_field} is not obeyed: the model's template takes none")
+    variables: dict[str, Any] = {**hinted, **spec.chat_template_kwargs, **chat.variables}
     effort = chat.reasoning_effort
     if effort is not None:
         switch = next((name for name in THINKING_SWITCHES if name in known), None)

@@ -42,7 +42,12 @@ async def make_requests(
         text = prompt.text if isinstance(prompt, Text) else None
         extras = NO_EXTRAS
         if isinstance(prompt, Chat) and (
-            prompt.tools or prompt.documents or prompt.variables or prompt.reasoning_effort or spec.chat_template_kwargs
+            prompt.tools
+            or prompt.documents
+            or prompt.variables
+            or prompt.reasoning_effort
+            or prompt.reasoning_hint
+            or spec.chat_template_kwargs
         ):
             extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, spec)
             warnings += ignored

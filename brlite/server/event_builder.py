@@ -98,11 +98,11 @@ class EventBuilder:
                 counter.feed(self._tokenizer.token_bytes(token_id))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
-        """The events of a response that is not streamed, one a choice and in order, and its warnings."""
+        """The events of a response that is not streamed, one a choice unless the call `keeps_order`, and warnings."""
         events = [event for index, output in enumerate(outputs) for event in self.events(index, output)]
         warnings = dict.fromkeys([*self._warnings, *(line for output in outputs for line in output.warnings)])
         if self._replies is not None:
-            events = joined_events(events)
+            events = events if self._call.keeps_order else joined_events(events)
             warnings |= dict.fromkeys(line for parser in self._parsers.values() for line in parser.warnings)
         return sorted(events, key=lambda event: event.choice), tuple(warnings)
 

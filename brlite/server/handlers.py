@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
 
-from aiohttp import web
+from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
 
 import brlite
@@ -35,10 +35,17 @@ from brlite.server.responses import (
     get_response,
     list_input_items,
 )
-from brlite.server.tokens import apply_template, detokenize, render, tokenize, tokenizer_info
+from brlite.server.tokens import apply_template, count_message_tokens, detokenize, render, tokenize, tokenizer_info
 
 # Adds the metrics of the upstreams, of one by its name or of `all`, to a text of ours.
 ADD_METRICS: web.AppKey[Callable[[bytes, str], Awaitable[bytes]]] = web.AppKey("add_metrics")
+
+
+async def root(request: web.Request) -> web.Response:
+    """Agents see by `HEAD /`, without a key, whether the address is a server's. There is no page."""
+    if request.method != hdrs.METH_HEAD:
+        raise web.HTTPNotFound
+    return web.Response()
 
 
 async def not_built(request: web.Request) -> web.Response:
@@ -150,6 +157,7 @@ _POSTS: dict[str, Handler] = {
     **{dialect.path: partial(embed, dialect) for dialect in (EMBEDDINGS, POOLING)},
     **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/v1/score"), score),
     "/apply-template": apply_template,
+    "/v1/messages/count_tokens": count_message_tokens,
     "/tokenize": tokenize,
     "/detokenize": detokenize,
     "/explain": explain,
@@ -171,12 +179,7 @@ _PROBES = {"/health": health, "/ready": ready, "/ping": ping, "/metrics": get_me
 PATHS = (*_POSTS, *_GETS)
 DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
 NOT_BUILT = (
-    *(
-        "/v1/responses/compact",
-        "/v1/messages",
-        "/v1/messages/count_tokens",
-    ),
-    *("/v1/classify", "/v1/moderations", "/v1/images/generations", "/v1/images/edits"),
+    *("/v1/responses/compact", "/v1/classify", "/v1/moderations", "/v1/images/generations", "/v1/images/edits"),
     *("/v1/images/variations", "/v1/audio/speech", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/files"),
     *("/v1/batches", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/vector_stores", "/v1/assistants", "/v1/threads"),
     *("/v1/realtime", "/classify", "/embedding", "/infill"),
@@ -192,6 +195,7 @@ def spellings(path: str, end: str = "/*") -> str:
 
 
 ROUTES = [
+    web.route("*", "/", root),
     *(web.post(path, handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
     web.get("/v1/models/{name:[^/].*}", get_model),
     web.get("/models/{name:[^/].*}", get_model),
@@ -205,9 +209,9 @@ ROUTES = [
     *(web.route("*", spellings(path, end="(?:/.*)?"), not_built, expect_handler=leave_body) for path in NOT_BUILT),
 ]
 # The probes need no key, and are answered while all connections are busy. The documentation needs no key either, since
-# browsers send none: it says nothing of this server's models.
+# browsers send none: it says nothing of this server's models. Neither does `HEAD /`.
 PROBES = frozenset({"/health", "/health/", "/ready", "/ready/", "/ping", "/ping/"})
-OPEN_PATHS = PROBES | {"/openapi.json", "/docs"}
+OPEN_PATHS = PROBES | {"/", "/openapi.json", "/docs"}
 METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
 
 

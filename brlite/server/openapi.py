@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
-from msgspec import Struct
+from msgspec import UNSET, Struct, UnsetType
 
 import brlite
+from brlite.dialects.anthropic import MessagesRequest
+from brlite.dialects.anthropic_encoder import ShownMessage
 from brlite.dialects.embeddings import EmbeddingAnswer, EmbeddingRequest, PoolingAnswer
-from brlite.dialects.fields import CHAT, COMPLETIONS, DETOKENIZE, EMBEDDINGS, NOT_DECODED, OBEYED, RESPONSES, TOKENIZE
+from brlite.dialects.errors import is_anthropic
+from brlite.dialects.fields import (
+    CHAT,
+    COMPLETIONS,
+    DETOKENIZE,
+    EMBEDDINGS,
+    MESSAGES,
+    NOT_DECODED,
+    OBEYED,
+    RESPONSES,
+    TOKENIZE,
+)
 from brlite.dialects.openai_chat import ChatChunk, ChatCompletion, ChatCompletionRequest
 from brlite.dialects.openai_completions import Completion, CompletionRequest
 from brlite.dialects.openai_tokens import (
@@ -52,6 +65,24 @@ class ErrorAnswer(Struct):
     type: str
     param: str | None
     code: int
+
+
+class MessagesErrorDetail(Struct):
+    type: str
+    message: str
+    param: str | UnsetType = UNSET
+    details: dict[str, str] | UnsetType = UNSET
+
+
+class MessagesErrorAnswer(Struct):
+    """Anthropic's error object, below /v1/messages."""
+
+    type: Literal["error"]
+    error: MessagesErrorDetail
+
+
+class MessageTokens(Struct):
+    input_tokens: int
 
 
 class ResponseAnswer(Struct):
@@ -100,6 +131,7 @@ CHAT_BODY = BodyFields(ChatCompletionRequest, CHAT)
 COMPLETION_BODY = BodyFields(CompletionRequest, COMPLETIONS)
 RESPONSE_BODY = BodyFields(ResponsesRequest, RESPONSES)
 EMBEDDING_BODY = BodyFields(EmbeddingRequest, EMBEDDINGS)
+MESSAGES_BODY = BodyFields(MessagesRequest, MESSAGES)
 
 DETAILS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/chat/completions"): Operation("Answer a chat", (CHAT_BODY,), ChatCompletion, ChatChunk),
@@ -120,6 +152,8 @@ DETAILS: dict[tuple[str, str], Operation] = {
         ("post", path): Operation("Refused: no model here has a scoring head")
         for path in ("/v1/rerank", "/v2/rerank", "/v1/score")
     },
+    ("post", "/v1/messages"): Operation("Answer a chat", (MESSAGES_BODY,), ShownMessage, dict[str, Any]),
+    ("post", "/v1/messages/count_tokens"): Operation("Count the tokens of a chat", (MESSAGES_BODY,), MessageTokens),
     ("post", "/v1/chat/completions/render"): Operation("A chat as the engine gets it", (CHAT_BODY,), RenderedRequest),
     ("post", "/v1/completions/render"): Operation(
         "Completions as the engine gets them", (COMPLETION_BODY,), list[RenderedRequest]
@@ -226,7 +260,8 @@ def _operation(operation: Operation, method: str, path: str, schemas: Schemas) -
         description = "with stream: true. The data of each event:"
         content = {**content, "text/event-stream": {"schema": {"type": "string", "description": description}}}
         schemas.of(operation.chunk)
-    error = {"description": "An error", "content": {"application/json": {"schema": schemas.of(ErrorAnswer)}}}
+    error_answer = schemas.of(MessagesErrorAnswer if is_anthropic(path) else ErrorAnswer)
+    error = {"description": "An error", "content": {"application/json": {"schema": error_answer}}}
     described: dict[str, Any] = {
         "summary": operation.summary,
         "operationId": re.sub(r"\W+", "_", f"{method}{path}").strip("_"),

@@ -7,17 +7,15 @@ from functools import partial
 from aiohttp import web
 
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.generation import Chat, in_client_words
 from brlite.dialects.openai import encode_json
 from brlite.dialects.responses import DIALECT, decode, decode_input_tokens, shown_input_items
 from brlite.dialects.responses_encoder import FinishedResponse, ResponsesEncoder
 from brlite.errors import InvalidRequest, NotFound
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
-from brlite.server.chat_replies import template_extras
-from brlite.server.engine_requests import encode
-from brlite.server.generate import CONFIG, admit, generate
+from brlite.server.generate import CONFIG, generate
 from brlite.server.response_store import STORE, TenantResponses
+from brlite.server.tokens import count_prompt_tokens
 
 MAX_LISTED_ITEMS = 100
 
@@ -37,19 +35,11 @@ def responses_dialect(request: web.Request) -> Dialect:
 
 async def count_input_tokens(request: web.Request) -> web.Response:
     """The tokens of a prompt of any length: only the body's size is limited."""
-    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    limits = request.app[CONFIG].limits
     body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
     call = decode_input_tokens(body, limits, _stored(request))
-    (chat,) = call.prompts
-    assert isinstance(chat, Chat)
-    with admit(request, call.model) as model:
-        engine = await model.loaded(limits.max_wait_seconds, tenant)
-        try:
-            extras, _ = template_extras(chat, engine.tokenizer.chat_format, model.spec)
-            token_ids = await encode(chat, engine, tenant, extras=extras, is_bounded=False)
-        except InvalidRequest as error:
-            raise in_client_words(error, call.field_names) from None
-    return web.json_response({"object": "response.input_tokens", "input_tokens": len(token_ids)})
+    num_tokens = await count_prompt_tokens(request, call)
+    return web.json_response({"object": "response.input_tokens", "input_tokens": num_tokens})
 
 
 async def get_response(request: web.Request) -> web.Response:

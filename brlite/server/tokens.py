@@ -9,8 +9,9 @@ from msgspec import UNSET, UnsetType, structs
 
 from brlite.chat.turns import NO_EXTRAS
 from brlite.dialects import openai_chat
+from brlite.dialects.anthropic import decode_count_tokens
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.generation import Chat, Prompt, Text, in_client_words
+from brlite.dialects.generation import Chat, Generation, Prompt, Text, in_client_words
 from brlite.dialects.openai import token_name
 from brlite.dialects.openai_tokens import (
     AppliedTemplate,
@@ -127,6 +128,27 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
         except InvalidRequest as error:
             raise in_client_words(error, call.field_names) from None
     return json_response(rendered[0] if isinstance(call.prompts[0], Chat) else rendered)
+
+
+async def count_message_tokens(request: web.Request) -> web.Response:
+    """`POST /v1/messages/count_tokens`, which agents send often."""
+    limits = request.app[CONFIG].limits
+    call = decode_count_tokens(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    return web.json_response({"input_tokens": await count_prompt_tokens(request, call)})
+
+
+async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
+    """The tokens of a call's chat, of any length: only the body's size is limited."""
+    limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
+    (chat,) = call.prompts
+    assert isinstance(chat, Chat)
+    with admit(request, call.model) as model:
+        engine = await model.loaded(limits.max_wait_seconds, tenant)
+        try:
+            extras, _ = template_extras(chat, engine.tokenizer.chat_format, model.spec)
+            return len(await encode(chat, engine, tenant, extras=extras, is_bounded=False))
+        except InvalidRequest as error:
+            raise in_client_words(error, call.field_names) from None
 
 
 async def prompt_text(prompt: Prompt, engine: EngineLoop, model: ServedModel, tenant: str) -> tuple[str, list[str]]:

@@ -150,14 +150,29 @@ async def test_an_endpoint_that_is_not_built_says_so(client: Client, path: str) 
     assert "unknown endpoint" in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/messages", "//messages/", "/v1/messages/count_tokens?beta=true"])
-async def test_an_error_below_messages_has_anthropics_shape(client: Client, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/v1/messages", 400),
+        ("//messages/", 400),
+        ("/v1/messages/count_tokens?beta=true", 400),
+        ("/v1/messages/batches", 404),
+    ],
+)
+async def test_an_error_below_messages_has_anthropics_shape(client: Client, path: str, status: int) -> None:
     async with client.session.post(client.url + path, json={}) as response:
         answer = await response.json()
 
-    assert (response.status, answer["type"], answer["error"]["type"]) == (404, "error", "not_found_error")
-    assert "unknown endpoint" in answer["error"]["message"]
+    kind = {400: "invalid_request_error", 404: "not_found_error"}[status]
+    assert (response.status, answer["type"], answer["error"]["type"]) == (status, "error", kind)
     assert response.headers["Request-Id"] == response.headers["X-Request-Id"]
+
+
+async def test_agents_see_that_a_server_is_there_without_a_key(make_client: Callable[..., Awaitable[Client]]) -> None:
+    client = await make_client(config={"keys": KeysConfig(keys=("secret",))})
+
+    async with client.session.head(client.url + "/") as head, client.session.get(client.url + "/") as get:
+        assert (head.status, get.status) == (200, 404)
 
 
 async def test_no_model_is_needed_where_one_is_served(client: Client) -> None:

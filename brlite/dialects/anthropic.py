@@ -1,0 +1,200 @@
+"""Anthropic's Messages: a conversation of blocks, one answer of blocks.
+
+Here a body becomes a `Generation`. Turns, tools and the answer have files of their own beside this one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from msgspec import Raw, Struct
+
+from brlite.config.options import LimitsConfig
+from brlite.dialects.anthropic_encoder import PATH, MessagesEncoder, encode_error
+from brlite.dialects.anthropic_tools import MessagesTool, MessagesToolChoice, decode_messages_tools
+from brlite.dialects.anthropic_turns import InputBlock, InputMessage, TurnReader
+from brlite.dialects.dialect import Dialect
+from brlite.dialects.fields import check_undecoded
+from brlite.dialects.generation import Chat, Generation, ReasoningHint, Timeout, in_client_words
+from brlite.dialects.json_body import BodyDecoder
+from brlite.dialects.openai import Whole
+from brlite.errors import InvalidRequest
+from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams, StructuredOutput
+
+# The engine's names of fields, and the client's.
+FIELD_NAMES = {"prompt": "messages", "stop": "stop_sequences", "reasoning_effort": "output_config.effort"}
+# What Anthropic's models take beyond what other models' templates do.
+HIGH_EFFORTS = ("xhigh", "max")
+_INDEX = re.compile(r"\[(\d+|\.\.\.)\]")
+
+
+class Thinking(Struct):
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
+    budget_tokens: Whole | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class OutputFormat(Struct):
+    type: Literal["json_schema"]
+    schema: Raw
+
+
+class OutputConfig(Struct):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+    task_budget: Any = None
+
+
+class MessagesRequest(Struct, kw_only=True):
+    model: str | None = None
+    messages: list[InputMessage]
+    system: str | list[InputBlock] | None = None
+    max_tokens: Whole | None = None
+    stream: bool | None = None
+    stop_sequences: list[str] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: Whole | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: Whole | None = None
+    ignore_eos: bool | None = None
+    cache_salt: str | None = None
+    timeout: Timeout | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[MessagesTool] | None = None
+    tool_choice: MessagesToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # the name of `output_config.format` before
+    context_management: Any = None
+    thread: Any = None  # refused unless null, in words after which clients send the whole conversation
+
+
+_DECODER = BodyDecoder(MessagesRequest)
+_SAMPLING_NAMES = [name for name in MessagesRequest.__struct_fields__ if name in SamplingParams.__struct_fields__]
+
+
+def decode(data: bytes, limits: LimitsConfig) -> Generation:
+    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    body, undecoded = _decode(data)
+    if body.max_tokens is None:
+        raise InvalidRequest("max_tokens: Field required", param="max_tokens", code="missing_required_parameter")
+    return _generation(body, undecoded, limits)
+
+
+def decode_count_tokens(data: bytes, limits: LimitsConfig) -> Generation:
+    """What is to be counted: the same fields, of which none but `messages` is required. Raises `InvalidRequest`."""
+    body, undecoded = _decode(data)
+    return _generation(body, undecoded, limits)
+
+
+def _decode(data: bytes) -> tuple[MessagesRequest, dict[str, Raw]]:
+    """The body, with places in lists as Anthropic writes them: `messages.0.content`."""
+    try:
+        return _DECODER.decode(data)
+    except InvalidRequest as error:
+        if error.param is None:
+            raise
+        param = _INDEX.sub(r".\1", error.param)
+        message = str(error).replace(error.param, param)
+        raise InvalidRequest(message, param=param, code=error.code) from None
+
+
+def _generation(body: MessagesRequest, undecoded: dict[str, Raw], limits: LimitsConfig) -> Generation:
+    warnings = dict.fromkeys(check_undecoded(undecoded))
+    _check(body, limits)
+    reader = TurnReader()
+    reader.read(body.system, body.messages)
+    tools = decode_messages_tools(body.tools, body.tool_choice, limits)
+    warnings |= reader.warnings | tools.warnings | _warnings(body)
+
+    turns = reader.turns
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:
+        turns = turns[:-1]
+    if not turns:
+        raise InvalidRequest("messages: at least one message with content is required", param="messages")
+    # Text of the assistant at the end is the beginning of the answer.
+    continues = turns[-1]["role"] == "assistant" and bool(turns[-1]["content"]) and "tool_calls" not in turns[-1]
+    thinking = body.thinking
+    thinks = thinking is not None and thinking.type != "disabled"
+    effort: str | None = body.output_config.effort if body.output_config else None
+    if thinking is not None and not thinks:
+        effort = "none"
+    chat = Chat(
+        turns,
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+        tools=tools.tools,
+        variables=body.chat_template_kwargs or {},
+        reasoning_hint=ReasoningHint(thinks, "high" if effort in HIGH_EFFORTS else effort, "output_config.effort"),
+    )
+    return Generation(
+        model=body.model,
+        prompts=(chat,),
+        params=_sampling_params(body),
+        is_streamed=bool(body.stream),
+        cache_salt=body.cache_salt or "",
+        timeout_seconds=body.timeout,
+        field_names=FIELD_NAMES,
+        warnings=tuple(warnings),
+        tool_choice=tools.choice,
+        keeps_order=True,
+        unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name, None) is None),
+        shows_reasoning=thinks and thinking is not None and thinking.display != "omitted",
+    )
+
+
+def _check(body: MessagesRequest, limits: LimitsConfig) -> None:
+    if not body.messages:
+        raise InvalidRequest("messages: at least one message is required", param="messages")
+    if body.thread is not None:
+        raise InvalidRequest(
+            "thread: this server holds no conversations; send all messages",
+            param="thread",
+            code="thread_unsupported_request",
+        )
+    if len(body.messages) > limits.max_messages:
+        raise InvalidRequest(
+            f"messages must have at most {limits.max_messages} entries on this server, got {len(body.messages)}",
+            param="messages",
+        )
+    if len(body.stop_sequences or ()) > limits.max_stop_strings:
+        raise InvalidRequest(
+            f"stop_sequences must have at most {limits.max_stop_strings} entries on this server, "
+            f"got {len(body.stop_sequences or ())}",
+            param="stop_sequences",
+        )
+
+
+def _warnings(body: MessagesRequest) -> dict[str, None]:
+    """A line for each field that is taken and not obeyed."""
+    config = body.output_config or OutputConfig()
+    said = {
+        "context_management is not applied: the whole conversation is read": body.context_management,
+        "thinking.budget_tokens is not obeyed: max_tokens bounds reasoning and answer together": body.thinking
+        and body.thinking.budget_tokens,
+        f"output_config.effort {config.effort} is told to the model as high": config.effort in HIGH_EFFORTS,
+        "output_config.task_budget is not obeyed": config.task_budget,
+    }
+    return dict.fromkeys(line for line, is_said in said.items() if is_said)
+
+
+def _sampling_params(body: MessagesRequest) -> SamplingParams:
+    given: dict[str, Any] = {name: value for name in _SAMPLING_NAMES if (value := getattr(body, name)) is not None}
+    wanted, param = body.output_format, "output_format"
+    if body.output_config is not None and body.output_config.format is not None:
+        wanted, param = body.output_config.format, "output_config.format"
+    structured = None
+    if wanted is not None:
+        structured = StructuredOutput(json_schema=bytes(wanted.schema).decode(), param=param)
+    try:
+        return SamplingParams(**{**given, "stop": body.stop_sequences or (), "structured": structured})
+    except InvalidRequest as error:
+        raise in_client_words(error, FIELD_NAMES) from None
+
+
+DIALECT = Dialect(PATH, "msg_", decode, MessagesEncoder, encode_error)

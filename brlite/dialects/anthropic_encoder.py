@@ -1,0 +1,294 @@
+"""Events to the stream of Anthropic's Messages, or to one message: blocks that begin, grow and stop, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from brlite.dialects.anthropic_turns import TOOL_USE_PREFIX
+from brlite.dialects.errors import error_body
+from brlite.dialects.event import Event, TokenUsage
+from brlite.dialects.generation import Generation
+from brlite.dialects.openai import encode_json
+from brlite.dialects.sse import frame
+from brlite.errors import EngineError
+
+PATH = "/v1/messages"
+# Clients keep it with the thinking and send both back. Nothing here verifies it; some clients refuse an empty one.
+SIGNATURE = "brlite"
+
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+
+
+class OutputTokensDetails(Struct):
+    thinking_tokens: int
+
+
+class ShownUsage(Struct):
+    """`input_tokens` are those that came from no cache. What is put into the cache is not counted apart."""
+
+    input_tokens: int
+    output_tokens: int
+    cache_creation_input_tokens: int = 0
+    cache_read_input_tokens: int = 0
+    output_tokens_details: OutputTokensDetails | UnsetType = UNSET
+
+
+class TextBlock(Struct, tag_field="type", tag="text"):
+    text: str
+
+
+class ThinkingBlock(Struct, tag_field="type", tag="thinking"):
+    thinking: str
+    signature: str
+
+
+class ToolUseBlock(Struct, tag_field="type", tag="tool_use"):
+    id: str
+    name: str
+    input: Raw = Raw(b"{}")
+
+
+ContentBlock = TextBlock | ThinkingBlock | ToolUseBlock
+
+
+class ShownMessage(Struct, tag_field="type", tag="message", kw_only=True):
+    id: str
+    role: Literal["assistant"] = "assistant"
+    model: str
+    content: list[ContentBlock] = []
+    stop_reason: StopReason | None = None
+    stop_sequence: str | None = None
+    usage: ShownUsage
+    warnings: Sequence[str] | UnsetType = UNSET
+
+
+class MessageStart(Struct, tag_field="type", tag="message_start"):
+    message: ShownMessage
+
+
+class BlockStart(Struct, tag_field="type", tag="content_block_start"):
+    index: int
+    content_block: ContentBlock
+
+
+class TextBlockDelta(Struct, tag_field="type", tag="text_delta"):
+    text: str
+
+
+class InputJsonDelta(Struct, tag_field="type", tag="input_json_delta"):
+    partial_json: str
+
+
+class ThinkingBlockDelta(Struct, tag_field="type", tag="thinking_delta"):
+    thinking: str
+
+
+class SignatureDelta(Struct, tag_field="type", tag="signature_delta"):
+    signature: str
+
+
+class BlockDelta(Struct, tag_field="type", tag="content_block_delta"):
+    index: int
+    delta: TextBlockDelta | InputJsonDelta | ThinkingBlockDelta | SignatureDelta
+
+
+class BlockStop(Struct, tag_field="type", tag="content_block_stop"):
+    index: int
+
+
+class StopDelta(Struct):
+    stop_reason: StopReason
+    stop_sequence: str | None
+
+
+class MessageDelta(Struct, tag_field="type", tag="message_delta", kw_only=True):
+    delta: StopDelta
+    usage: ShownUsage
+    warnings: Sequence[str] | UnsetType = UNSET
+
+
+class MessageStop(Struct, tag_field="type", tag="message_stop"):
+    pass
+
+
+class Ping(Struct, tag_field="type", tag="ping"):
+    pass
+
+
+class MessagesEncoder:
+    """The message of one call. White space between blocks is no block of its own."""
+
+    def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:
+        self._id = answer_id
+        self._model = model
+        self._num_blocks = 0
+        self._open: type[ContentBlock] | None = None
+        self._spaces = ""  # that may be the beginning of a text
+        self._has_calls = False
+        self._ending: Event | None = None
+
+    def opening(self, usage: TokenUsage) -> bytes:
+        """What a stream begins with."""
+        message = ShownMessage(id=self._id, model=self._model, usage=_shown_usage(usage))
+        return _frame(MessageStart(message)) + _frame(Ping())
+
+    def encode(self, event: Event) -> bytes:
+        """The stream's events of what is new."""
+        frames: list[bytes] = []
+        if event.reasoning:
+            if self._open is not ThinkingBlock:
+                frames += self._begin(ThinkingBlock("", ""))
+            frames.append(self._delta(ThinkingBlockDelta(event.reasoning)))
+        if event.text:
+            frames += self._text(event.text)
+        for piece in event.calls:
+            if piece.id is not None:
+                self._has_calls = True
+                frames += self._begin(ToolUseBlock(_tool_use_id(piece.id), piece.name or ""))
+            if piece.arguments:
+                frames.append(self._delta(InputJsonDelta(piece.arguments)))
+        if event.finish_reason is not None:
+            self._ending = event
+            if self._spaces and not self._num_blocks:  # all of the answer
+                frames += self._begin_text(self._spaces)
+            frames += self._end()
+        return b"".join(frames)
+
+    def closing(self, usage: TokenUsage) -> bytes:
+        """What a stream ends with."""
+        assert self._ending is not None
+        if self._ending.finish_reason == "error":
+            return self.failing(EngineError("the answer could not be made"))
+        reason, sequence = _stop(self._ending, has_calls=self._has_calls)
+        delta = MessageDelta(
+            delta=StopDelta(reason, sequence), usage=_shown_usage(usage), warnings=self._ending.warnings or UNSET
+        )
+        return _frame(delta) + _frame(MessageStop())
+
+    def failing(self, error: BaseException) -> bytes:
+        """What a stream ends with where something went wrong."""
+        return encode_error(error)
+
+    def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
+        """The body of a response that is not streamed. Raises `EngineError` where it could not be made."""
+        if events[-1].finish_reason == "error":
+            raise EngineError("the answer could not be made")
+        content, cut = _content(events)
+        reason, sequence = _stop(events[-1], has_calls=any(event.calls for event in events))
+        return encode_json(
+            ShownMessage(
+                id=self._id,
+                model=self._model,
+                content=content,
+                stop_reason=reason,
+                stop_sequence=sequence,
+                usage=_shown_usage(usage),
+                warnings=(*warnings, *cut) or UNSET,
+            )
+        )
+
+    def _text(self, text: str) -> list[bytes]:
+        if self._open is TextBlock:
+            return [self._delta(TextBlockDelta(text))]
+        self._spaces += text
+        if self._spaces.isspace():
+            return []
+        return self._begin_text(self._spaces)
+
+    def _begin_text(self, text: str) -> list[bytes]:
+        return [*self._begin(TextBlock("")), self._delta(TextBlockDelta(text))]
+
+    def _begin(self, block: ContentBlock) -> list[bytes]:
+        frames = self._end()
+        self._open, self._spaces = type(block), ""
+        return [*frames, _frame(BlockStart(self._num_blocks, block))]
+
+    def _delta(self, delta: TextBlockDelta | InputJsonDelta | ThinkingBlockDelta | SignatureDelta) -> bytes:
+        return _frame(BlockDelta(self._num_blocks, delta))
+
+    def _end(self) -> list[bytes]:
+        """Stop the block that is open, if one is."""
+        if self._open is None:
+            return []
+        frames = [self._delta(SignatureDelta(SIGNATURE))] if self._open is ThinkingBlock else []
+        frames.append(_frame(BlockStop(self._num_blocks)))
+        self._open = None
+        self._num_blocks += 1
+        return frames
+
+
+def encode_error(error: BaseException) -> bytes:
+    """What a stream ends with where something went wrong."""
+    return frame(error_body(error, PATH), "error")
+
+
+def _frame(event: Struct) -> bytes:
+    return frame(encode_json(event), str(event.__struct_config__.tag))
+
+
+def _shown_usage(usage: TokenUsage) -> ShownUsage:
+    return ShownUsage(
+        usage.prompt - usage.cached,
+        usage.completion,
+        cache_read_input_tokens=usage.cached,
+        output_tokens_details=OutputTokensDetails(usage.reasoning) if usage.reasoning else UNSET,
+    )
+
+
+def _tool_use_id(call_id: str) -> str:
+    return TOOL_USE_PREFIX + call_id.removeprefix("call_")
+
+
+def _stop(event: Event, *, has_calls: bool) -> tuple[StopReason, str | None]:
+    """Why the answer ended, and the client's stop sequence that ended it. A cut call is no call to make."""
+    if event.finish_reason == "length":
+        return "max_tokens", None
+    if has_calls:
+        return "tool_use", None
+    if isinstance(event.stop_reason, str):
+        return "stop_sequence", event.stop_reason
+    return "end_turn", None
+
+
+def _content(events: Sequence[Event]) -> tuple[list[ContentBlock], list[str]]:
+    """The blocks of a whole answer, and a warning for each call whose input is cut. They are those of the stream."""
+    blocks: list[tuple[ContentBlock, list[str]]] = []  # each with the pieces of its text
+    for event in events:
+        for text, kind in ((event.reasoning, ThinkingBlock("", SIGNATURE)), (event.text, TextBlock(""))):
+            if text and blocks and type(blocks[-1][0]) is type(kind):
+                blocks[-1][1].append(text)
+            elif text:
+                blocks.append((kind, [text]))
+        for piece in event.calls:
+            if piece.id is not None:
+                blocks.append((ToolUseBlock(_tool_use_id(piece.id), piece.name or ""), []))
+            blocks[-1][1].append(piece.arguments)
+
+    content: list[ContentBlock] = []
+    warnings: list[str] = []
+    for block, pieces in blocks:
+        text = "".join(pieces)
+        if isinstance(block, ThinkingBlock):
+            block.thinking = text
+        elif isinstance(block, TextBlock):
+            if text.isspace() and len(blocks) > 1:
+                continue
+            block.text = text
+        elif _is_object(text):
+            block.input = Raw(text.encode())
+        elif text:
+            warnings.append(f"the input of the call of {block.name} was cut, and is left out")
+        content.append(block)
+    return content, warnings
+
+
+def _is_object(arguments: str) -> bool:
+    try:
+        msgspec.json.decode(arguments, type=dict[str, Raw])
+    except (msgspec.DecodeError, RecursionError):
+        return False
+    return True

@@ -1,0 +1,110 @@
+"""Anthropic's tools and the choice among them, to tools that a model can be told of."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from brlite.chat.tools import Tool, ToolChoice
+from brlite.config.options import LimitsConfig
+from brlite.dialects.fields import not_supported
+from brlite.dialects.openai_tools import (
+    FunctionDefinition,
+    FunctionName,
+    ToolChoiceObject,
+    ToolDefinition,
+    ToolFields,
+    decode_tools,
+)
+from brlite.errors import InvalidRequest
+from brlite.files.quoting import excerpt
+
+# The types of tools end with a date. Anthropic's servers run these, and the model can do without them.
+SERVER_TOOLS = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "advisor_")
+_INDEX = re.compile(r"\btools\[(\d+)\]")
+
+
+class MessagesTool(Struct, kw_only=True):
+    """A tool of any type. Other keys (`cache_control`, `defer_loading`) change nothing for a model that sees all."""
+
+    name: str | None = None
+    type: str | None = None
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    input_examples: list[dict[str, Any]] | None = None
+    strict: bool | None = None
+    allowed_callers: list[str] | None = None
+
+
+class MessagesToolChoice(Struct):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class MessagesTools(Struct, frozen=True):
+    tools: tuple[Tool, ...]
+    choice: ToolChoice
+    warnings: dict[str, None]
+
+
+def decode_messages_tools(
+    given: Sequence[MessagesTool] | None, choice: MessagesToolChoice | None, limits: LimitsConfig
+) -> MessagesTools:
+    """The tools that may be called, and the choice among them. Raises `InvalidRequest`, naming the field."""
+    warnings: dict[str, None] = {}
+    definitions: list[ToolDefinition] = []
+    places: list[int] = []  # of the definitions in the client's list
+    for index, tool in enumerate(given or ()):
+        kind = tool.type or "custom"
+        if kind.startswith(SERVER_TOOLS):
+            warnings[f"the tool {kind[:64]} was left out: this server does not have it"] = None
+        elif tool.allowed_callers and "direct" not in tool.allowed_callers:
+            warnings[f"the tool {excerpt(tool.name or '')} was left out: only code may call it"] = None
+        else:
+            definitions.append(ToolDefinition("function", _definition(tool, f"tools.{index}")))
+            places.append(index)
+    if choice is not None and choice.type == "tool" and not choice.name:
+        raise InvalidRequest("tool_choice.name: Field required", param="tool_choice.name")
+    wanted: str | ToolChoiceObject | None = None
+    if choice is not None:
+        wanted = "required" if choice.type == "any" else choice.type
+        if choice.type == "tool":
+            wanted = ToolChoiceObject("function", function=FunctionName(choice.name or ""))
+    fields = ToolFields(
+        tools=definitions or (None if given is None else []),
+        tool_choice=wanted,
+        parallel_tool_calls=None if choice is None else not choice.disable_parallel_tool_use,
+    )
+    try:
+        tools, decoded = decode_tools(fields, limits)
+    except InvalidRequest as error:
+        message, param = (
+            _INDEX.sub(lambda at: f"tools.{places[int(at[1])]}", text) for text in (str(error), error.param or "")
+        )
+        raise InvalidRequest(message, param=param, code=error.code) from None
+    if choice is not None and choice.type in ("any", "tool") and not tools:
+        reason = ", ".join(("a call is required, and there is no tool", *warnings))
+        raise InvalidRequest(f"tool_choice: {reason}", param="tool_choice")
+    return MessagesTools(() if decoded.mode == "none" else tools, decoded, warnings)
+
+
+def _definition(tool: MessagesTool, param: str) -> FunctionDefinition:
+    if tool.type not in (None, "custom"):
+        raise not_supported(
+            f"{param}.type",
+            f": it is {excerpt(tool.type)}, whose schema only Anthropic's models know; describe the tool with an "
+            "input_schema",
+        )
+    for name, value in (("name", tool.name), ("input_schema", tool.input_schema)):
+        if value is None:
+            raise InvalidRequest(f"{param}.{name}: Field required", param=f"{param}.{name}")
+    description = tool.description
+    if tool.input_examples:
+        examples = "\n".join(msgspec.json.encode(example).decode() for example in tool.input_examples)
+        description = f"{description or ''}\n\nExamples of its input:\n{examples}".strip()
+    return FunctionDefinition(tool.name or "", description, tool.input_schema, tool.strict)

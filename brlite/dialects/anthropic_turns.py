@@ -1,0 +1,179 @@
+"""The messages of Anthropic's API, which are lists of blocks, to the turns of a chat.
+
+Neighbouring messages of one role are one turn, as there. Results of tools are turns of their own, before the text of
+their message. What only Anthropic's own servers did is left out with a warning; pictures and documents are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Raw, Struct
+
+from brlite.dialects.fields import not_supported
+from brlite.dialects.json_body import decode_json
+from brlite.errors import InvalidRequest
+from brlite.files.quoting import excerpt
+
+# What Anthropic's servers added to an answer. The model here is told of it by the assistant's text alone.
+DROPPED_BLOCKS = frozenset(
+    (
+        "redacted_thinking",
+        "server_tool_use",
+        "web_search_tool_result",
+        "web_fetch_tool_result",
+        "code_execution_tool_result",
+        "bash_code_execution_tool_result",
+        "text_editor_code_execution_tool_result",
+        "tool_search_tool_result",
+        "tool_reference",
+        "mcp_tool_use",
+        "mcp_tool_result",
+        "advisor_tool_result",
+    )
+)
+# Claude Code's first system block. It has a number that differs in each request, so that no prefix would be cached.
+BILLING_HEADER = "x-anthropic-billing-header:"
+TOOL_USE_PREFIX = "toolu_"
+
+
+class InputBlock(Struct):
+    """A block of any type. Keys beside these (`cache_control`, `citations`, `signature`, `caller`) are left."""
+
+    type: str
+    text: str | None = None
+    thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: Raw = Raw(b"null")
+    tool_use_id: str | None = None
+    content: Raw = Raw(b"null")
+    is_error: bool | None = None
+
+
+class InputMessage(Struct):
+    role: Literal["user", "assistant", "system"]
+    content: str | list[InputBlock]
+
+
+_CONTENT = msgspec.json.Decoder(str | list[InputBlock] | None)
+
+
+class TurnReader:
+    """Reads messages in order. `read` raises `InvalidRequest`, naming the block and its field."""
+
+    def __init__(self) -> None:
+        self.turns: list[dict[str, Any]] = []
+        self.warnings: dict[str, None] = {}
+        self._call_ids: set[str] = set()
+
+    def read(self, system: str | Sequence[InputBlock] | None, messages: Sequence[InputMessage]) -> None:
+        """Leading system messages are a part of `system`; the text of later ones is the user's, with a mark."""
+        texts = [] if system is None else self._texts(system, "system")
+        first = 0
+        while first < len(messages) and messages[first].role == "system":
+            texts += self._texts(messages[first].content, f"messages.{first}.content")
+            first += 1
+        texts = [text for text in texts if text and not text.startswith(BILLING_HEADER)]
+        if texts:
+            self.turns.append({"role": "system", "content": "\n\n".join(texts)})
+
+        results: list[dict[str, Any]] = []
+        user_texts: list[str] = []
+        for index in range(first, len(messages)):
+            message, param = messages[index], f"messages.{index}.content"
+            if message.role == "assistant":
+                self._assistant(message.content, param)
+            elif message.role == "system":
+                text = "\n\n".join(self._texts(message.content, param))
+                user_texts.append(f"<system>\n{text}\n</system>")
+                self.warnings["a system message behind the first ones is told as text of the user's turn"] = None
+            else:
+                self._user(message.content, param, results, user_texts)
+            is_last = index + 1 == len(messages) or messages[index + 1].role == "assistant"
+            if message.role != "assistant" and is_last:
+                self.turns += results
+                if user_texts or not results:
+                    self.turns.append({"role": "user", "content": "\n\n".join(user_texts)})
+                results, user_texts = [], []
+
+    def _texts(self, content: str | Sequence[InputBlock], param: str) -> list[str]:
+        """The texts of content that has nothing else."""
+        if isinstance(content, str):
+            return [content]
+        blocks = enumerate(content)
+        return [_text(block, f"{param}.{at}") for at, block in blocks if not self._is_dropped(block)]
+
+    def _user(
+        self, content: str | Sequence[InputBlock], param: str, results: list[dict[str, Any]], texts: list[str]
+    ) -> None:
+        if isinstance(content, str):
+            texts.append(content)
+            return
+        for at, block in enumerate(content):
+            if block.type == "tool_result":
+                results.append(self._result(block, f"{param}.{at}"))
+            elif not self._is_dropped(block):
+                texts.append(_text(block, f"{param}.{at}"))
+
+    def _result(self, block: InputBlock, param: str) -> dict[str, Any]:
+        if block.tool_use_id not in self._call_ids:
+            raise InvalidRequest(
+                f"{param}.tool_use_id: {excerpt(block.tool_use_id or '')} is no tool_use block of an assistant's "
+                "message before it",
+                param=f"{param}.tool_use_id",
+            )
+        try:
+            content = decode_json(bytes(block.content), _CONTENT)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"{param}.content: {error}", param=f"{param}.content") from None
+        text = "\n".join(self._texts(content or "", f"{param}.content"))
+        if block.is_error:
+            text = f"Error: {text}"
+        return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
+
+    def _assistant(self, content: str | Sequence[InputBlock], param: str) -> None:
+        if not self.turns or self.turns[-1]["role"] != "assistant":
+            self.turns.append({"role": "assistant", "content": ""})
+        turn = self.turns[-1]
+        texts, thoughts, calls = [], [], []
+        for at, block in enumerate([InputBlock("text", content)] if isinstance(content, str) else content):
+            if block.type == "thinking":
+                thoughts.append(block.thinking or "")
+            elif block.type == "tool_use":
+                calls.append(self._call(block, f"{param}.{at}"))
+            elif not self._is_dropped(block):
+                texts.append(_text(block, f"{param}.{at}"))  # cited passages are blocks of their own within a sentence
+        for key, text in (("content", "".join(texts)), ("reasoning_content", "\n\n".join(filter(None, thoughts)))):
+            if text:
+                turn[key] = "\n\n".join(filter(None, (turn.get(key), text)))
+        if calls:
+            turn["tool_calls"] = [*turn.get("tool_calls", ()), *calls]
+
+    def _call(self, block: InputBlock, param: str) -> dict[str, Any]:
+        for name in ("id", "name"):
+            if not getattr(block, name):
+                raise InvalidRequest(f"{param}.{name}: Field required", param=f"{param}.{name}")
+        arguments = bytes(block.input).decode()
+        if arguments == "null":
+            arguments = "{}"
+        if not arguments.startswith("{"):
+            raise InvalidRequest(f"{param}.input must be an object", param=f"{param}.input")
+        self._call_ids.add(str(block.id))
+        return {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": arguments}}
+
+    def _is_dropped(self, block: InputBlock) -> bool:
+        if block.type not in DROPPED_BLOCKS:
+            return False
+        self.warnings[f"blocks of the type {block.type} were left out: the model here cannot read them"] = None
+        return True
+
+
+def _text(block: InputBlock, param: str) -> str:
+    if block.type != "text":
+        raise not_supported(param, f": its type is {excerpt(block.type)}, and this server takes text only")
+    if block.text is None:
+        raise InvalidRequest(f"{param}.text: Field required", param=f"{param}.text")
+    return block.text
