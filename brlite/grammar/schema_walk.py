@@ -481,7 +481,10 @@ class _Walk:
                     num_patterns += holds * (("pattern" in each) + ("format" in each))
                     num_remainders *= _remainders(each.get("multipleOf", 1))
                     waiting += [(part, holds) for part in (*each.get("allOf", []), self._targets.get(id(each)))]
-                    waiting += [(part, False) for part in (*each.get("anyOf", []), *each.get("oneOf", []))]
+                    for parts in filter(None, (each.get("anyOf"), each.get("oneOf"))):
+                        if len(parts) > 1:
+                            num_patterns += holds * all(map(_has_pattern, parts))
+                        waiting += [(part, holds and len(parts) == 1) for part in parts]
             num_looks += len(seen)
             if num_remainders > self._limits.max_repetitions:
                 raise SchemaRefused(pointer, f"one number must be a multiple of several, {num_remainders} in all")
@@ -489,6 +492,10 @@ class _Walk:
                 raise SchemaRefused(pointer, f"one string must match more than {most} patterns at once")
             if num_looks > 100 * self._limits.max_subschemas:
                 raise SchemaRefused(pointer, "references are too entangled")
+
+
+def _has_pattern(node: Any) -> bool:
+    return isinstance(node, dict) and ("pattern" in node or "format" in node)
 
 
 def _remainders(divisor: float) -> int:

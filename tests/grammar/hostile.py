@@ -61,6 +61,14 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
         | {"p20": {}}
     }
     yield "20 patterns behind references", {"json_schema": {"$ref": "#/$defs/p0", **behind}}
+    yield (
+        "20 patterns, each the only alternative",
+        {"json_schema": {"type": "string", "allOf": [{"anyOf": [each]} for each in patterns]}},
+    )
+    yield (
+        "20 choices of two patterns",
+        {"json_schema": {"type": "string", "allOf": [{"anyOf": [each, {"pattern": "c"}]} for each in patterns]}},
+    )
     yield "a million repetitions", {"json_schema": {"type": "string", "pattern": "^a{1000000}$"}}
     yield "a remainder of ten million", {"json_schema": {"type": "integer", "multipleOf": 9999991}}
     remainders = [{"type": "integer", "multipleOf": number} for number in (4999, 4993)]
