@@ -110,6 +110,22 @@ def test_the_plug_in_engine_says_what_is_wrong_before_anything_runs(folder: Path
     assert caught.value.param == "structured"
 
 
+def test_tokens_that_meet_none_of_the_grammar_end_their_answer_alone(folder: Path):
+    cut = SamplingParams(structured=WISH, temperature=0, max_tokens=64, allowed_token_ids=[*b'{"identf'])
+    never = SamplingParams(structured=WISH, max_tokens=64, allowed_token_ids=[*b"xyz"])
+
+    with LLM(config=config(folder, ENGINES["toy"])) as llm:
+        first, second = llm.generate(PROMPTS[:2], [cut, PARAMS[0]])
+        with pytest.raises(InvalidRequest, match="may begin with") as caught:
+            llm.generate(PROMPTS[0], never)
+
+    assert first.outputs[0].finish_reason == "error"
+    assert "no token may be drawn" in str(first.outputs[0].stop_reason)
+    assert first.outputs[0].text.startswith('{"ident')
+    check(second.outputs[0].text)
+    assert caught.value.param == "allowed_token_ids"
+
+
 async def test_an_embedded_engine_streams_structured_and_free_answers_side_by_side(folder: Path):
     async with AsyncEngine.from_config(config(folder, ENGINES["toy"])) as engine:
 

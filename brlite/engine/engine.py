@@ -20,7 +20,7 @@ import msgspec
 
 from brlite.config.options import EngineConfig, GrammarConfig, LimitsConfig
 from brlite.engine.admission import admit, read_token_ids
-from brlite.engine.backend import BackendInfo, Batch, SampledToken, SeqResult, StepResult
+from brlite.engine.backend import BackendInfo, Batch, SampledToken, SeqResult, StepResult, Undrawn
 from brlite.engine.bad_words import TokenIds, encode_bad_words
 from brlite.engine.block_manager import BlockManager, cache_root
 from brlite.engine.detokenizer import Detokenizer
@@ -99,6 +99,12 @@ class Engine:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
         if request.params.structured is not None and request.grammar is None:
             raise EngineError("the request's structured output was not compiled")
+        allowed = request.params.allowed_token_ids
+        if request.grammar is not None and allowed and not request.grammar.may_begin_with(allowed):
+            raise InvalidRequest(
+                "allowed_token_ids has no token that an answer of this structure may begin with",
+                param="allowed_token_ids",
+            )
         if request.params.bad_words and request.bad_words is None:
             raise EngineError("the request's bad words were not encoded")
         request = msgspec.structs.replace(  # the caller may change its list of token ids later
@@ -281,10 +287,10 @@ class Engine:
 
     def _take_in(self, seq: Sequence, num_tokens: int, result: SeqResult, now: float) -> None:
         state = seq.state
-        if result.error is not None and seq.matcher is not None and seq.matcher.error is not None:
-            self._end_as_error(seq, seq.matcher.error)
-            return
-        if result.error is not None:
+        reason = None if seq.matcher is None else seq.matcher.error
+        if reason is None and result.error == Undrawn.NOTHING_ALLOWED.value:
+            reason = result.error
+        if result.error is not None and reason is None:
             self._blocks.unseal(seq)  # the fault may lie in a chunk that was sealed before it showed
             self._end_with_error(state, EngineError(result.error))
             return
@@ -292,6 +298,11 @@ class Engine:
             state.add_prompt_logprobs(result.prompt_logprobs, is_first=seq.num_computed_tokens == 0)
         seq.num_computed_tokens += num_tokens
         self._blocks.seal(seq)
+        if result.error is not None and reason is not None:
+            if state.prompt_done_time is None:  # the others of the request have draws of their own
+                self._finish_prompt(state, now)
+            self._end_as_error(seq, reason)
+            return
         if state.pooling is not None:
             self._take_in_hidden(seq, result, now)
         if result.tokens and state.prompt_done_time is None:
@@ -340,7 +351,7 @@ class Engine:
             self._end_as_error(seq, seq.matcher.error)
 
     def _end_as_error(self, seq: Sequence, reason: str) -> None:
-        """End one completion whose grammar cannot be followed any further. Others of its request go on."""
+        """End one completion that no token can follow. Others of its request go on."""
         logger.warning("a completion of request %s ended: %s", seq.state.request.request_id, reason)
         text = seq.detokenizer.finish()
         seq.finish_reason = "error"

@@ -10,7 +10,7 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -42,8 +42,14 @@ T = TypeVar("T")
 class Grammar:
     """A compiled grammar. Each answer gets a matcher of its own."""
 
-    def __init__(self, make: Callable[[], Matcher]) -> None:
+    def __init__(self, make: Callable[[], Matcher], first_mask: bytes) -> None:
+        """`first_mask` has a bit for each token that an answer may begin with."""
         self._make = make
+        self._first_mask = first_mask
+
+    def may_begin_with(self, token_ids: Iterable[int]) -> bool:
+        """Whether an answer may begin with one of these tokens."""
+        return any(self._first_mask[token_id // 8] >> token_id % 8 & 1 for token_id in token_ids)
 
     def matcher(self) -> Matcher:
         """A matcher at the beginning of an answer. Takes microseconds."""
@@ -99,7 +105,7 @@ class GrammarCompiler:
             result = str(error)
         except ValueError as error:  # of the library or of urllib: half a surrogate, an address that is none
             result = _first_line(str(error))
-        size = _BASE_BYTES + num_bytes * _BYTES_A_CHARACTER
+        size = _BASE_BYTES + self._vocab_size // 8 + num_bytes * _BYTES_A_CHARACTER
         self._cache[wish] = result, size
         self._cached_bytes += size
         while self._cached_bytes > self._config.cache_bytes and self._cache:
@@ -155,7 +161,7 @@ class Library:
             inner = self._compiled(text, num_bytes)
 
         if text is not None:
-            self._check_first_mask(self._guided(inner, is_json=is_json))
+            first_mask = self._first_mask(self._guided(inner, is_json=is_json))
         if calls is not None or wish.reasoning is not None:
             writer = AnswerWriter(self._tokenizer, overrides, self._walk, self._lark_pattern)
             written = writer.write(wish.reasoning, calls, text)
@@ -163,8 +169,8 @@ class Library:
             if inner.is_error():
                 self._refuse_parts(written.schemas, inner.get_error(), overrides)
             self._check_warnings(written.schemas, inner.get_grammar_warnings())
-            self._check_first_mask(self._guided(inner, is_json=is_json))
-        return Grammar(lambda: self._guided(inner, is_json=is_json or calls is not None))
+            first_mask = self._first_mask(self._guided(inner, is_json=is_json))
+        return Grammar(lambda: self._guided(inner, is_json=is_json or calls is not None), first_mask)
 
     def _guided(self, inner: llguidance.LLMatcher, *, is_json: bool) -> GuidedMatcher:
         return GuidedMatcher(
@@ -174,14 +180,16 @@ class Library:
             number_tokens=self._number_tokens if is_json else None,
         )
 
-    def _check_first_mask(self, matcher: Matcher) -> None:
-        """The first step of an answer finds what compiling does not: expressions too large, and nothing to say."""
+    def _first_mask(self, matcher: Matcher) -> bytes:
+        """The mask of an answer's first token. It finds what compiling does not: expressions too large, and nothing
+        to say."""
         words = memoryview(bytearray(self._number_tokens.digits.nbytes))
         matcher.fill_masks(words, ())
         if matcher.error is not None:
             raise PatternRefused(matcher.error)
         if not any(words):
             raise PatternRefused("nothing matches it")
+        return bytes(words)
 
     def _matcher(self, grammar: str, num_bytes: int) -> llguidance.LLMatcher:
         limits = self._llguidance.LLParserLimits(

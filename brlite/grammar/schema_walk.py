@@ -470,7 +470,7 @@ class _Walk:
 
     def _check_joint_patterns(self) -> None:
         """Refuse what multiplies: many patterns for one string, or large divisors of one number."""
-        num_looks, most = 0, self._limits.max_joint_patterns
+        num_looks, most, keywords = 0, self._limits.max_joint_patterns, {"pattern", "format"}
         for pointer, node in self.places.values():
             num_patterns, num_remainders, seen = 0, 1, set[int]()
             waiting: list[tuple[Any, bool]] = [(node, True)]
@@ -478,12 +478,14 @@ class _Walk:
                 each, holds = waiting.pop()  # an alternative's patterns need not hold; divisors multiply all the same
                 if isinstance(each, dict) and id(each) not in seen:
                     seen.add(id(each))
-                    num_patterns += holds * (("pattern" in each) + ("format" in each))
+                    num_patterns += holds * len(keywords & each.keys())
                     num_remainders *= _remainders(each.get("multipleOf", 1))
                     waiting += [(part, holds) for part in (*each.get("allOf", []), self._targets.get(id(each)))]
                     for parts in filter(None, (each.get("anyOf"), each.get("oneOf"))):
                         if len(parts) > 1:
-                            num_patterns += holds * all(map(_has_pattern, parts))
+                            num_patterns += holds * all(
+                                isinstance(part, dict) and keywords & part.keys() for part in parts
+                            )
                         waiting += [(part, holds and len(parts) == 1) for part in parts]
             num_looks += len(seen)
             if num_remainders > self._limits.max_repetitions:
@@ -492,10 +494,6 @@ class _Walk:
                 raise SchemaRefused(pointer, f"one string must match more than {most} patterns at once")
             if num_looks > 100 * self._limits.max_subschemas:
                 raise SchemaRefused(pointer, "references are too entangled")
-
-
-def _has_pattern(node: Any) -> bool:
-    return isinstance(node, dict) and ("pattern" in node or "format" in node)
 
 
 def _remainders(divisor: float) -> int:

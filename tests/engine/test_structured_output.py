@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from brlite.config.options import LimitsConfig
-from brlite.engine.backend import Batch
-from brlite.errors import EngineError
+from brlite.engine.backend import Batch, Undrawn
+from brlite.errors import EngineError, InvalidRequest
 from brlite.sampling_params import StructuredOutput
 from tests.engine.conftest import Driver
 from tests.fakes import EOS
@@ -232,3 +232,30 @@ def test_a_request_whose_wish_was_not_compiled_is_refused(make_driver: MakeDrive
 
     with pytest.raises(EngineError, match="was not compiled"):
         driver.submit("x", structured=PERSON)
+
+
+def test_a_completion_that_no_token_can_follow_ends_alone(make_driver: MakeDriver):
+    driver = make_driver(
+        next_token=noise,
+        fault=lambda seq: Undrawn.NOTHING_ALLOWED.value if seq.sampling and seq.seq_id == 0 else None,
+        **ROOMY,
+    )
+
+    request_id = driver.submit("who", structured=PERSON, max_tokens=200, n=3)
+    driver.finish()
+
+    first, *others = driver.outputs[request_id].outputs
+    assert (first.finish_reason, first.stop_reason) == ("error", Undrawn.NOTHING_ALLOWED.value)
+    assert [other.finish_reason for other in others] == ["stop", "stop"]
+
+
+def test_tokens_that_may_not_begin_the_answer_are_refused(make_driver: MakeDriver):
+    driver = make_driver(next_token=noise, **ROOMY)
+
+    with pytest.raises(InvalidRequest, match="allowed_token_ids has no token") as caught:
+        driver.submit("who", structured=PERSON, allowed_token_ids=[ord("x"), EOS])
+    request_id = driver.submit("who", structured=PERSON, allowed_token_ids=[*b'{"first_name":AdaGrceistu,}'])
+    driver.finish()
+
+    assert caught.value.param == "allowed_token_ids"
+    assert driver.text(request_id).startswith("{")
