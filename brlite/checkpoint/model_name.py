@@ -1,6 +1,6 @@
 """Names of models: `[modelscope:]user/repo[:QUANT][@revision]`, and which of a repository's files a name means.
 
-Pure: no disk, no network.
+No network; the disk is only asked whether a path exists.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 from brlite.checkpoint.folder import SPLIT_GGUF
 from brlite.checkpoint.pooling_config import MODULES_FILE, POOLING_FILE
 from brlite.errors import ModelError
+from brlite.files.cache import expand_home
 from brlite.files.quoting import excerpt, one_line
 
 HubName = Literal["huggingface", "modelscope"]
@@ -102,6 +103,12 @@ def is_model_name(text: str) -> bool:
 def may_be_a_name(path: str) -> bool:
     """Whether what stands where a path may stand can be a model's name on a hub, too."""
     return not path.startswith(PATH_STARTS) and "/" in path and is_model_name(path)
+
+
+def check_path(path: str) -> None:
+    """Raise `ModelError` for a path where nothing is and that can be no name."""
+    if not (given := expand_home(path)).exists() and not may_be_a_name(path):
+        raise ModelError(f"model path {given} does not exist")
 
 
 def check_name(name: str) -> None:

@@ -38,6 +38,7 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 DEFAULT_CONFIG = Path("brlite.toml")
+MODEL_SUFFIXES = (".gguf", ".safetensors", ".bin")
 ALL_ADDRESSES = "0.0.0.0"
 
 # Overrides of one config field each; their values are checked with the field.
@@ -258,17 +259,31 @@ def _config(args: argparse.Namespace) -> Config:
     """The config named on the command line, else `./brlite.toml`, else the defaults; then the overrides."""
     from brlite.config.load import load_config
     from brlite.config.options import Config
-    from brlite.config.validation import engine_override, override
+    from brlite.config.validation import engine_override, model_override, override
 
     path = args.config or _folders_own()
-    config = load_config(path) if path else Config()
-    config = override(config, {**_overrides(args), **_model_override(args.model), **engine_override(args.engine)})
+    config = load_config(_config_file(path)) if path else Config()
+    config = override(config, {**_overrides(args), **model_override(args.model), **engine_override(args.engine)})
     more: dict[str, object] = {"engine.options": {**config.engine.options, **_engine_options(args.engine_option)}}
     if names := getattr(args, "alias", None):
         if not config.model:
             raise ConfigError(f"--alias {names[0]}: this config has no [[model]]")
         more["proxy.aliases"] = {**config.proxy.aliases, **dict.fromkeys(names, config.model[0].name)}
     return override(config, more)
+
+
+def _config_file(path: Path) -> Path:
+    """`path`, unless a model stands where a config is due, as after `vllm serve`: then raises `ConfigError`."""
+    from brlite.checkpoint.model_name import may_be_a_name
+
+    is_config = path.suffix in (".toml", ".json")
+    if (
+        path.is_dir()
+        or path.suffix in MODEL_SUFFIXES
+        or (not path.exists() and not is_config and may_be_a_name(str(path)))
+    ):
+        raise ConfigError(f"{path} is no config file; a model is given by --model {path}")
+    return path
 
 
 def _folders_own() -> Path | None:
@@ -317,19 +332,6 @@ def _keys(args: argparse.Namespace) -> dict[str, object]:
             raise ConfigError(f"--api-key-file -: allowed on standard input are {MAX_KEYS_LENGTH} characters")
         args.keys_read = parse_keys(text.removeprefix("\ufeff"), "standard input")
     return {"keys.keys": args.keys_read}
-
-
-def _model_override(model: str | None) -> dict[str, object]:
-    """`--model` is a name to fetch by, or the path of a folder or `.gguf` file, which then gives the name."""
-    if model is None:
-        return {}
-    from brlite.files.cache import expand_home
-
-    path = expand_home(model)
-    is_file = path.suffix == ".gguf" and (":" not in model or path.exists())
-    if not (is_file or path.exists() or model.startswith(("/", ".", "~"))):
-        return {"model[0].name": model, "model[0].path": None}
-    return {"model[0].name": path.stem if is_file else path.resolve().name, "model[0].path": str(path)}
 
 
 def _engine_options(pairs: Sequence[str]) -> dict[str, object]:

@@ -24,6 +24,7 @@ import msgspec
 from aiohttp import web
 
 from brlite.app import FORWARDER, create_app, fast_paths
+from brlite.checkpoint.model_name import check_path
 from brlite.commands.reload import ConfigSource, Reloader, find_terminal
 from brlite.config.options import Config, ModelSpec
 from brlite.config.warnings import usable_connections
@@ -56,6 +57,9 @@ def run(config: Config, warnings: list[str], source: ConfigSource) -> int:
 
     Raises `ConfigError` or `ModelError`.
     """
+    for spec in config.model if config.engine.name is None else ():
+        if spec.load == "start" and spec.path is not None:
+            check_path(spec.path)
     for line in warnings:
         logger.warning("%s", line)
     if any(path.exists() for path in IN_DOCKER):

@@ -21,6 +21,7 @@ from brlite.config.address import parse_address
 from brlite.config.options import ENGINE_VARIABLE, NEVER_TO_CLIENTS, NEVER_TO_UPSTREAMS, Backend, Config
 from brlite.config.type_errors import FieldProblem, bare, describe, join_path, read_problem, types_at, value_at
 from brlite.errors import ConfigError
+from brlite.files.cache import expand_home
 
 T = TypeVar("T")
 
@@ -95,6 +96,20 @@ def override(config: Config, values: Mapping[str, object], *, source: str = "com
         table = data["model"][0] if section == "model[0]" else data[section]
         table[field] = value
     return make_config(data, source=source)
+
+
+def model_override(model: str | None) -> dict[str, object]:
+    """What `override` takes to serve one model: a name to fetch it by, or the path of a folder or `.gguf` file.
+
+    A path gives the name that requests use, too.
+    """
+    if model is None:
+        return {}
+    path = expand_home(model)
+    is_file = path.suffix == ".gguf" and (":" not in model or path.exists())
+    if not (is_file or path.exists() or model.startswith(("/", ".", "~"))):
+        return {"model[0].name": model, "model[0].path": None}
+    return {"model[0].name": path.stem if is_file else path.resolve().name, "model[0].path": str(path)}
 
 
 def engine_override(name: str | None) -> dict[str, object]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Protocol
 
 from brlite.config.options import ModelSpec, ProxyConfig
@@ -225,5 +226,7 @@ class ModelTable:
             return "say which model: several are served here"
         is_remote = name in self._remote_names
         where = "runs on another server, whose address is not known here" if is_remote else "does not exist"
-        names = ", ".join([*self._models, *self._aliases, *(model.name for model in self.forwarded)])
-        return f"The model `{name[:200]}` {where}. Served here: {names}"
+        names = [*self._models, *self._aliases, *(model.name for model in self.forwarded)]
+        near = get_close_matches(name[:200], names, 1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        return f"The model `{name[:200]}` {where}.{hint} Served here: {', '.join(names)}"

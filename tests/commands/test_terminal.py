@@ -24,7 +24,9 @@ from tests.process.servers import BRLITE, TOY, free_port, running, wait_until_it
 SIZE = (24, 100, 0, 0)
 CTRL_C, CTRL_D, ENTER, UP, LEFT = "\x03", "\x04", "\r", "\x1b[A", "\x1b[D"
 PASTE_BEGIN, PASTE_END = "\x1b[200~", "\x1b[201~"
+PASTE_OFF = "\x1b[?2004l"  # which prompt_toolkit writes last when a line is entered
 PROMPT = ">"  # and then the cursor is moved
+PROMPT_END = "\x02"  # stands for PASTE_OFF
 STEERING = re.compile(r"\x1b(\[[0-9;?]*[a-zA-Z]|[=>])|\r")
 
 
@@ -48,7 +50,7 @@ class Terminal:
             assert ready, f"{text!r} never came: {self._rest!r}"
             data = os.read(self._descriptor, 4096).decode(errors="replace")
             self.seen += data
-            self._rest = STEERING.sub("", self._rest + data)
+            self._rest = STEERING.sub("", (self._rest + data).replace(PASTE_OFF, PROMPT_END))
         before, _, self._rest = self._rest.partition(text)
         return before
 
@@ -116,9 +118,8 @@ def test_an_interrupt_from_outside_leaves_at_once() -> None:
 def test_ctrl_c_during_an_answer_stops_the_answer_only(tmp_path: Path) -> None:
     with chatting("--engine-option", "tokens_per_second=2") as terminal:
         terminal.type(f"abcdefghijklmnopqrstuvwxyz{ENTER}")
-        terminal.until("abcdefghijklmnopqrstuvwxyz")  # as typed
-        terminal.until("\n")
-        terminal.until("a")
+        terminal.until(PROMPT_END)  # what is typed is shown, maybe several times, until here
+        terminal.until("a")  # so this is the answer's, and an interrupt is the answer's too
         terminal.type(CTRL_C)
         terminal.until("[stopped]")
         terminal.until(PROMPT)
