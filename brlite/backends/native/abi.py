@@ -22,7 +22,7 @@ HEAD_ROWS = 32
 
 ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")  # by number
 
-INT8, BF16 = range(2)
+INT8, BF16, INT8_F16, INT4, INT4_MIN = range(5)
 
 LOST_RANK = 8  # what `brlite_run` says where ranks met no more
 
@@ -59,6 +59,8 @@ class NativeOperation(ctypes.Structure):
         ("count", c_int32),
         ("output_row_size", c_int32),
         ("meets", c_int32),
+        ("is_part", c_int32),
+        ("reserved", c_int32),
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("input", c_void_p),
@@ -171,6 +173,7 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "brlite_release": ((c_void_p, c_size_t), None),
     "brlite_packed_bytes": ((c_int32, c_int32, c_int32), c_size_t),
     "brlite_pack": ((c_int32, c_void_p, c_int32, c_int32, c_int32, c_void_p), None),
+    "brlite_pack_codes": ((c_int32, *(c_void_p,) * 3, *(c_int32,) * 3, c_void_p), None),
     "brlite_unpack_row": ((c_int32, c_void_p, c_int32, c_int32, c_void_p), None),
     "brlite_page_bytes": ((c_int32, c_int32), c_size_t),
     "brlite_checksum": ((c_void_p, c_void_p, c_size_t), c_uint64),

@@ -14,7 +14,7 @@
 #define BRLITE_KERNEL_VERSION 1  // counts up whenever a change of the kernels changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
-#define BRLITE_GROUP 32        // inputs that share one scale in an int8 matrix
+#define BRLITE_GROUP 32        // inputs that share one scale in a matrix of integers
 #define BRLITE_CHUNK_PAGES 16  // attention works on 256 tokens at a time
 #define BRLITE_MAX_HEAD_DIM 256
 #define BRLITE_HEAD_ROWS 32  // rows whose logits are held at once
@@ -33,8 +33,11 @@ enum brlite_isa {
     BRLITE_NUM_ISAS,
 };
 
-// How numbers are held. Rows of activations are int16 with a scale a row beside int8 matrices, bfloat16 beside others.
-enum brlite_format { BRLITE_INT8, BRLITE_BF16 };
+// How numbers are held. Rows of activations are bfloat16 beside BF16, and int16 with a scale a row beside the others:
+// one plan has the one or the other. In a group of the last three a weight is
+//   INT8_F16   scale * code, -128 .. 127      INT4   scale * (code - 8), 0 .. 15      INT4_MIN   scale * code + minimum
+// with a scale and a minimum in IEEE half precision: what quantised files hold, digit by digit.
+enum brlite_format { BRLITE_INT8, BRLITE_BF16, BRLITE_INT8_F16, BRLITE_INT4, BRLITE_INT4_MIN, BRLITE_NUM_FORMATS };
 
 enum brlite_kind {
     BRLITE_EMBED,     // weight: panels or table [vocabulary][num_outputs]  ->  output [rows][num_outputs]
@@ -64,6 +67,8 @@ typedef struct brlite_operation {
     int32_t count;
     int32_t output_row_size;  // GATE
     int32_t meets;            // afterwards all ranks meet: the next operation reads what they have written
+    int32_t is_part;          // LINEAR, ADD: the next operation gives more outputs of the same product
+    int32_t reserved;
     const void* weight;
     const float* bias;
     const float* input;
@@ -177,6 +182,10 @@ size_t brlite_packed_bytes(int32_t format, int32_t num_outputs, int32_t num_inpu
 // Pack rows `first` .. `first + num_rows - 1` of a float32 matrix, rounded to bfloat16 first. Several threads may pack
 // different rows.
 void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
+// Pack such rows of INT8_F16, INT4 or INT4_MIN: codes [num_rows][num_inputs], a byte each; scales and, for INT4_MIN,
+// minimums [num_rows][num_inputs / 32] in half precision. `num_inputs` is whole groups.
+void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* scales, const uint16_t* minimums,
+                       int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
 // One packed row back as float32 [num_inputs].
 void brlite_unpack_row(int32_t format, const void* panels, int32_t row, int32_t num_inputs, float* out);
 // Bytes of a page: 16 tokens' keys and values of one key/value head.

@@ -1,10 +1,10 @@
-// The kernels for processors with avx2.
+// The kernels for processors with avx2, and with fma and f16c, as all of them have.
 #define BRLITE_ISA avx2
 #define BRLITE_HAS_AVX2
 #include "isa.h"
 
 #if defined(__x86_64__)
-BRLITE_COMPILE_FOR("avx2,fma")
+BRLITE_COMPILE_FOR("avx2,fma,f16c")
 #include "isa_end.h"
 BRLITE_END_COMPILE_FOR
 #else

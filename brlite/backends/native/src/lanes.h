@@ -312,6 +312,24 @@ INLINE Floats from_halves(const uint16_t* from) {
     return from_bits(halves << 16);
 }
 
+// IEEE half precision, exactly; also while numbers too small for a float's exponent count as zeros.
+INLINE Floats from_fp16(const uint16_t* from) {
+#if defined(BRLITE_HAS_AVX512)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
+#elif defined(BRLITE_HAS_AVX2)
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + LANES / 2)))};
+#else
+    Ints halves;
+    read(halves, from);
+    const Ints magnitude = halves & 0x7fff;
+    Ints bits = (magnitude << 13) + (112 << 23);
+    bits = choose(is_less(splat_int(0x7bff), magnitude), bits + (112 << 23), bits);  // infinite, NaN
+    bits = choose(is_less(magnitude, splat_int(0x400)), bits_of(floats_of(magnitude) * 5.9604644775390625e-8f), bits);
+    return from_bits(bits | (halves & 0x8000) << 16);
+#endif
+}
+
 INLINE void store_halves(uint16_t* to, Floats bf16) { write(to, shifted_right(bits_of(bf16), 16)); }
 
 }  // namespace BRLITE_ISA

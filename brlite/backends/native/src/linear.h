@@ -1,8 +1,9 @@
 // A matrix times rows: LINEAR and ADD. Threads share the panels of a matrix; a block of panels stays in the processor's
 // second cache while all rows pass by, a few at a time.
 //
-//   int8 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 512 bytes | 16 scales, bfloat16: 32 bytes |
-//   bf16 panel:                           | pairs of inputs, 64 bytes each |
+//   int8 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 512 bytes | 16 scales: 32 bytes |
+//   int4 panel, the same:                 | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 minimums, if it has them
+//   | bf16 panel:                           | pairs of inputs, 64 bytes each |
 #pragma once
 
 #include "multiply.h"
@@ -10,10 +11,12 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
-constexpr int GROUP_BYTES = BRLITE_GROUP * LANES + 2 * LANES;
-// How far ahead weights are fetched where one tile is all: found by trying. One row of int8 passes through them as fast
-// as the processor fetches by itself, and what is asked for beside that is in the way.
-constexpr long FETCH_AHEAD = 16 * GROUP_BYTES, FETCH_AHEAD_OF_ONE_ROW[2] = {0, 32 * GROUP_BYTES};  // by format
+// How far ahead weights are fetched where one tile is all: found by trying. One row of integers passes through them as
+// fast as the processor fetches by itself, and what is asked for beside that is in the way.
+constexpr long FETCH_AHEAD = 16 * group_bytes(BRLITE_INT8), FETCH_AHEAD_OF_ONE_BF16_ROW = 2 * FETCH_AHEAD;
+constexpr long fetch_ahead(int format, int num_rows) {
+    return num_rows > 1 ? FETCH_AHEAD : format == BRLITE_BF16 ? FETCH_AHEAD_OF_ONE_BF16_ROW : 0;
+}
 
 // Sums of a row in turn, which do not wait for each other, for a product that takes several cycles.
 #if defined(BRLITE_HAS_AVX512)
@@ -27,6 +30,7 @@ constexpr int sums_of_row(int) { return 1; }
 struct Tile {
     const uint8_t* panel;
     const void* rows;
+    const float* group_sums;
     long row_size;
     int num_inputs;
     float* out;  // [rows][16]
@@ -38,31 +42,41 @@ INLINE void fetch(const uint8_t* from, int num_bytes) {
     UNROLLED for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Integer sums are exact in any order.
-template <int ROWS>
-static void multiply_int8(const Tile& tile) {
+// Integer sums are exact in any order. Those of 4-bit codes are exact as floats, too.
+template <int FORMAT, int ROWS>
+INLINE void multiply_integers(const Tile& tile) {
     constexpr int SUMS = sums_of_row(ROWS);
     const int16_t* rows = (const int16_t*)tile.rows;
     const uint8_t* panel[1] = {tile.panel};
     Floats totals[ROWS];
     UNROLLED for (int r = 0; r < ROWS; r++) totals[r] = splat(0.0f);
-    for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP) {
+    const float* group_sums = tile.group_sums;
+    for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP, group_sums++) {
         Int8::Sum sums[SUMS][ROWS][1];
         UNROLLED for (int i = 0; i < SUMS; i++) clear<Int8>(sums[i]);
-        if (tile.ahead) fetch(panel[0] + tile.ahead, GROUP_BYTES);
-        add_pairs<Int8>(sums, panel, Int8::PAIR_BYTES, rows + first, tile.row_size, BRLITE_GROUP / 2);
-        const Floats scales = from_halves((const uint16_t*)(panel[0] + BRLITE_GROUP * LANES));
+        if (tile.ahead) fetch(panel[0] + tile.ahead, group_bytes(FORMAT));
+        if constexpr (is_int4(FORMAT))
+            add_int4_pairs(sums, panel[0], rows + first, tile.row_size);
+        else
+            add_pairs<Int8>(sums, panel, Int8::PAIR_BYTES, rows + first, tile.row_size, BRLITE_GROUP / 2);
+        const uint16_t* halves = (const uint16_t*)(panel[0] + code_bytes(FORMAT));
+        const Floats scales = FORMAT == BRLITE_INT8 ? from_halves(halves) : from_fp16(halves);
+        // What a code of 0 stands for, times the activations' sum.
+        const Floats minimums = FORMAT == BRLITE_INT4_MIN ? from_fp16(halves + LANES) : scales * -8.0f;
         UNROLLED for (int r = 0; r < ROWS; r++) {
             UNROLLED for (int i = 1; i < SUMS; i++) sums[0][r][0] = Int8::plus(sums[0][r][0], sums[i][r][0]);
-            totals[r] = totals[r] + Int8::floats(sums[0][r][0]) * scales;  // not fused: the same bits without FMA
+            Floats product = Int8::floats(sums[0][r][0]) * scales;  // not fused: the same bits without FMA
+            if constexpr (is_int4(FORMAT))
+                product = product + minimums * splat(group_sums[r * tile.row_size / BRLITE_GROUP]);
+            totals[r] = totals[r] + product;
         }
-        panel[0] += GROUP_BYTES;
+        panel[0] += group_bytes(FORMAT);
     }
     UNROLLED for (int r = 0; r < ROWS; r++) store(tile.out + r * LANES, totals[r]);
 }
 
 template <int ROWS>
-static void multiply_bf16(const Tile& tile) {
+INLINE void multiply_bf16(const Tile& tile) {
     constexpr int BLOCK_BYTES = BRLITE_GROUP / 2 * Bf16::PAIR_BYTES;
     const Bf16::Row* rows = (const Bf16::Row*)tile.rows;
     const uint8_t* panel[1] = {tile.panel};
@@ -75,10 +89,20 @@ static void multiply_bf16(const Tile& tile) {
     store_sums<Bf16>(sums[0], tile.out, LANES);
 }
 
+template <int FORMAT, int ROWS>
+static void multiply(const Tile& tile) {
+    if constexpr (FORMAT == BRLITE_BF16)
+        multiply_bf16<ROWS>(tile);
+    else
+        multiply_integers<FORMAT, ROWS>(tile);
+}
+
 typedef void (*TileKernel)(const Tile&);
 
-#define TILES(name) {name<1>, name<2>, name<3>, name<4>, name<5>, name<6>}
-static const TileKernel TILE_KERNELS[2][6] = {TILES(multiply_int8), TILES(multiply_bf16)};  // by format and rows - 1
+#define TILES(f) {multiply<f, 1>, multiply<f, 2>, multiply<f, 3>, multiply<f, 4>, multiply<f, 5>, multiply<f, 6>}
+static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {
+    // by format and rows - 1
+    TILES(BRLITE_INT8), TILES(BRLITE_BF16), TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4), TILES(BRLITE_INT4_MIN)};
 #undef TILES
 
 struct Product {
@@ -93,7 +117,7 @@ INLINE void finish_tile(const Product& product, const float* sums, int first_row
     const brlite_operation& op = product.op;
     for (int r = 0; r < num_rows; r++, sums += LANES) {
         float* out = product.output + (long)(first_row + r) * op.row_size + panel * LANES;
-        Floats value = load(sums) * splat(op.format == BRLITE_INT8 ? product.input.scales[first_row + r] : 1.0f);
+        Floats value = load(sums) * splat(takes_int16(op.format) ? product.input.scales[first_row + r] : 1.0f);
         if (op.bias) value = value + load(op.bias + panel * LANES);
         if (op.kind == BRLITE_ADD) value = load(out) + value;
         store(out, value);
@@ -102,18 +126,19 @@ INLINE void finish_tile(const Product& product, const float* sums, int first_row
 
 INLINE void multiply_panel(const Product& product, int panel) {
     const brlite_operation& op = product.op;
-    const long element = op.format == BRLITE_INT8 ? sizeof(Int8::Row) : sizeof(Bf16::Row);
+    const long element = takes_int16(op.format) ? sizeof(Int8::Row) : sizeof(Bf16::Row);
     const long bytes = panel_bytes(op.format, op.num_inputs);
     float sums[MAX_ROWS * LANES] __attribute__((aligned(64)));
     const int num_tiles = (product.num_rows + MAX_ROWS - 1) / MAX_ROWS;
     // The first tile reads weights from memory. With more tiles to come it fetches the next panel meanwhile.
-    long ahead = num_tiles > 1 ? bytes : product.num_rows == 1 ? FETCH_AHEAD_OF_ONE_ROW[op.format] : FETCH_AHEAD;
+    long ahead = num_tiles > 1 ? bytes : fetch_ahead(op.format, product.num_rows);
     for (int t = 0; t < num_tiles; t++, ahead = 0) {  // tiles as even as they can be: 8 rows are 4 + 4, not 6 + 2
         const int first = (int)((long)product.num_rows * t / num_tiles);
         const int rows = (int)((long)product.num_rows * (t + 1) / num_tiles) - first;
         const uint8_t* from = (const uint8_t*)product.input.rows + first * product.input.row_size * element;
         const Tile tile = {(const uint8_t*)op.weight + panel * bytes,
                            from,
+                           product.input.group_sums + first * product.input.row_size / BRLITE_GROUP,
                            product.input.row_size,
                            padded_inputs(op.num_inputs),
                            sums,

@@ -3,7 +3,8 @@
 //   panel, one pair of inputs (k, k+1):    | n0:k n0:k+1 | n1:k n1:k+1 | … | n15:k n15:k+1 |
 //   row of activations:                    … | a[k] a[k+1] | …             broadcast to all sixteen columns
 //
-// A pair of a panel takes 32 bytes in int8, 64 in bfloat16.
+// A pair of a panel takes 32 bytes in int8, 64 in bfloat16. In int4 four pairs together take 64 bytes: where the first
+// alone would have two bytes, there is a word with its code in the lowest 4 bits, and those of the others above.
 // A pair takes one multiplication per row and panel where the processor multiplies pairs. Weights of a matrix, keys and
 // values of the cache all have this form, so there is one kernel for each number format. bfloat16 products add up one
 // after the other, the odd input first: that is the order in which vdpbf16ps adds, so every instruction set has its
@@ -27,6 +28,9 @@ struct Int8 {
     INLINE Sum zero() { return _mm512_setzero_si512(); }
     INLINE Sum plus(Sum a, Sum b) { return _mm512_add_epi32(a, b); }
     INLINE Pair load(const uint8_t* at, int) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)at)); }
+    INLINE Pair load_int4(const uint8_t* at, int i) {
+        return _mm512_and_si512(_mm512_srli_epi16(_mm512_loadu_si512(at), 4 * i), _mm512_set1_epi16(15));
+    }
 #if defined(BRLITE_HAS_VNNI)
     typedef const Row* Broadcast;
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
@@ -100,6 +104,13 @@ struct Int8 {
         return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)at)),
                 _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(at + 16)))};
     }
+    INLINE Pair load_int4(const uint8_t* at, int i) {
+        const __m256i low = _mm256_loadu_si256((const __m256i*)at),
+                      high = _mm256_loadu_si256((const __m256i*)(at + 32));
+        const __m256i code = _mm256_set1_epi16(15);
+        return {_mm256_and_si256(_mm256_srli_epi16(low, 4 * i), code),
+                _mm256_and_si256(_mm256_srli_epi16(high, 4 * i), code)};
+    }
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {
         __m256i pair, product;
@@ -169,6 +180,11 @@ struct Int8 {
         read(pair.odd, odd);
         return pair;
     }
+    INLINE Pair load_int4(const uint8_t* at, int i) {
+        Ints words;
+        read(words, (const int32_t*)at);
+        return {(words >> 4 * i) & 15, (words >> (16 + 4 * i)) & 15};
+    }
     INLINE Broadcast broadcast(const Row* row, int) { return {row[0], row[1]}; }
     INLINE void add(Sum& sum, Pair weights, Broadcast row) {
         sum = sum + weights.even * row.even + weights.odd * row.odd;
@@ -220,6 +236,19 @@ INLINE void add_pairs(typename Kind::Sum (&sums)[SUMS][ROWS][PANELS], const uint
                 UNROLLED for (int p = 0; p < PANELS; p++)
                     Kind::add(sums[i / Kind::STEPS % SUMS][r][p], weights[p], row);
             }
+        }
+    }
+}
+
+// The same with a group of a panel of codes of 4 bits.
+template <int SUMS, int ROWS>
+INLINE void add_int4_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* panel, const Int8::Row* rows,
+                           long row_stride) {
+    _Pragma("GCC unroll 1") for (int first = 0; first < BRLITE_GROUP / 2; first += 4, panel += 64) {
+        UNROLLED for (int i = 0; i < 4; i++) {
+            const Int8::Pair weights = Int8::load_int4(panel, i);
+            UNROLLED for (int r = 0; r < ROWS; r++)
+                Int8::add(sums[i % SUMS][r][0], weights, Int8::broadcast(rows + r * row_stride + 2 * (first + i), 0));
         }
     }
 }

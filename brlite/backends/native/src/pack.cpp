@@ -1,5 +1,6 @@
 // Matrices into panels. int8: groups of 32 inputs share a scale, the bfloat16 number next above their largest / 127, so
 // that no value exceeds 127 and scales take 2 bytes: 1.0625 bytes a weight. Weights are rounded to bfloat16 first.
+// What is quantised already is put in its place, and not rounded.
 #include <math.h>
 #include <string.h>
 
@@ -92,6 +93,19 @@ void pack_row_int8(const float* weights, int num_inputs, Place to) {
     pack_group(rest, to.panel, to.column);
 }
 
+// Words of four codes, of inputs 2 apart: what load_int4 takes apart.
+void place_int4(const uint8_t* codes, uint8_t* group, int column) {
+    for (int first = 0; first < BRLITE_GROUP; first += 8)
+        for (int i = first; i < first + 2; i++) {
+            const uint16_t word = (uint16_t)(codes[i] | codes[i + 2] << 4 | codes[i + 4] << 8 | codes[i + 6] << 12);
+            memcpy(group + first / 2 * BRLITE_LANES + 2 * (2 * column + i % 2), &word, sizeof word);
+        }
+}
+
+void place_int8(const uint8_t* codes, uint8_t* group, int column) {
+    for (int i = 0; i < BRLITE_GROUP; i += 2) memcpy(group + i * BRLITE_LANES + 2 * column, codes + i, 2);
+}
+
 void pack_row_bf16(const float* weights, int num_inputs, Place to) {
     uint16_t* panel = (uint16_t*)to.panel;
     for (int i = 0; i < num_inputs; i++) panel[i / 2 * 2 * BRLITE_LANES + 2 * to.column + i % 2] = to_half(weights[i]);
@@ -116,6 +130,20 @@ void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_r
             brlite::pack_row_int8(weights, num_inputs, to);
         else
             brlite::pack_row_bf16(weights, num_inputs, to);
+    }
+}
+
+void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* scales, const uint16_t* minimums,
+                       int32_t first, int32_t num_rows, int32_t num_inputs, void* panels) {
+    const size_t num_groups = (size_t)num_rows * (num_inputs / BRLITE_GROUP);
+    for (size_t i = 0; i < num_groups; i++) {
+        const int row = first + (int)(i / (num_inputs / BRLITE_GROUP)), index = (int)(i % (num_inputs / BRLITE_GROUP));
+        const brlite::Place to = brlite::place_of(format, row, num_inputs, panels);
+        uint8_t* group = to.panel + index * brlite::group_bytes(format);
+        (brlite::is_int4(format) ? brlite::place_int4 : brlite::place_int8)(codes + i * BRLITE_GROUP, group, to.column);
+        uint8_t* halves = group + brlite::code_bytes(format) + 2 * to.column;
+        memcpy(halves, scales + i, 2);
+        if (format == BRLITE_INT4_MIN) memcpy(halves + 2 * BRLITE_LANES, minimums + i, 2);
     }
 }
 

@@ -32,27 +32,48 @@ INLINE void round_row(const float* from, int size, Bf16::Row* to) {
     for (int i = 0; i < size; i += LANES) store_row(to + i, to_bf16(load(from + i)));
 }
 
-// `values` [size, a multiple of 16] as row `row` of what a matrix multiplies.
+// The sum of each group of integers, exactly.
+INLINE void sum_groups(const int16_t* from, int size, float* to) {
+    static_assert(BRLITE_GROUP == 2 * LANES, "a group is two vectors");
+    for (int i = 0; i < size; i += BRLITE_GROUP) {
+        Ints low, high;
+        read(low, from + i);
+        read(high, from + i + LANES);
+        to[i / BRLITE_GROUP] = sum_of(low + high);
+    }
+}
+
+// `values` [size, a multiple of 16, for int4 of 32] as row `row` of what a matrix multiplies.
 INLINE void write_row(const Activations& to, int format, int row, const float* values, int size) {
-    if (format == BRLITE_INT8)
-        to.scales[row] = quantize_row(values, size, (int16_t*)to.rows + row * to.row_size);
-    else
-        round_row(values, size, (Bf16::Row*)to.rows + row * to.row_size);
+    if (!takes_int16(format)) return round_row(values, size, (Bf16::Row*)to.rows + row * to.row_size);
+    int16_t* integers = (int16_t*)to.rows + row * to.row_size;
+    to.scales[row] = quantize_row(values, size, integers);
+    if (is_int4(format)) sum_groups(integers, size, to.group_sums + row * to.row_size / BRLITE_GROUP);
 }
 
 // ---- EMBED -------------------------------------------------------------------------------------------------------
 
-static void unpack_int8(const uint8_t* panels, int row, int num_inputs, float* out) {
-    const uint8_t* panel = panels + row / LANES * panel_bytes(BRLITE_INT8, num_inputs);
+// The code of input `i` of a group in a column.
+INLINE int code_at(int format, const uint8_t* group, int column, int i) {
+    const int lane = 2 * column + i % 2, pair = i / 2;
+    if (!is_int4(format)) return (int8_t)group[pair * 2 * LANES + lane];
+    uint16_t word;
+    memcpy(&word, group + pair / 4 * 4 * LANES + 2 * lane, sizeof word);
+    return word >> 4 * (pair % 4) & 15;
+}
+
+static void unpack_integers(int format, const uint8_t* panels, int row, int num_inputs, float* out) {
+    const uint8_t* group = panels + row / LANES * panel_bytes(format, num_inputs);
     const int column = row % LANES;
-    for (int first = 0; first < num_inputs; first += BRLITE_GROUP, panel += BRLITE_GROUP * LANES + 2 * LANES) {
-        uint16_t half;
-        memcpy(&half, panel + BRLITE_GROUP * LANES + 2 * column, sizeof half);
-        const uint32_t bits = (uint32_t)half << 16;
-        float scale;
-        memcpy(&scale, &bits, sizeof scale);
+    for (int first = 0; first < num_inputs; first += BRLITE_GROUP, group += group_bytes(format)) {
+        const uint16_t* halves = (const uint16_t*)(group + code_bytes(format));
+        const Floats scales = format == BRLITE_INT8 ? from_halves(halves) : from_fp16(halves);
+        const float scale = scales[column];
+        float minimum = 0.0f;
+        if (format == BRLITE_INT4) minimum = scale * -8.0f;
+        if (format == BRLITE_INT4_MIN) minimum = from_fp16(halves + LANES)[column];
         for (int i = 0; i < smaller(BRLITE_GROUP, num_inputs - first); i++)
-            out[first + i] = (int8_t)panel[i / 2 * 2 * LANES + 2 * column + i % 2] * scale;
+            out[first + i] = code_at(format, group, column, i) * scale + minimum;
     }
 }
 
@@ -65,7 +86,10 @@ static void unpack_bf16(const uint8_t* panels, int row, int num_inputs, float* o
 }
 
 static void unpack_row(int format, const void* panels, int row, int num_inputs, float* out) {
-    (format == BRLITE_INT8 ? unpack_int8 : unpack_bf16)((const uint8_t*)panels, row, num_inputs, out);
+    if (format == BRLITE_BF16)
+        unpack_bf16((const uint8_t*)panels, row, num_inputs, out);
+    else
+        unpack_integers(format, (const uint8_t*)panels, row, num_inputs, out);
 }
 
 INLINE void embed_row(const Step& step, const brlite_operation& op, int row) {

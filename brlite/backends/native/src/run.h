@@ -27,6 +27,7 @@ struct Worker {
             case BRLITE_LINEAR:
             case BRLITE_ADD:
                 linear({op, *input, op.output, num_rows}, next(), step.num_threads);
+                if (op.is_part) return;
                 break;
             case BRLITE_ROPE:
                 if (step.joins_rope) return (void)(rope_op = &op);

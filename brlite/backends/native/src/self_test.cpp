@@ -20,7 +20,9 @@ struct Case {
     int kv_format;
     int num_threads;
 };
-constexpr Case CASES[] = {{BRLITE_INT8, BRLITE_INT8, 1}, {BRLITE_INT8, BRLITE_BF16, 2}, {BRLITE_BF16, BRLITE_BF16, 1}};
+constexpr Case CASES[] = {{BRLITE_INT8, BRLITE_INT8, 1},     {BRLITE_INT8, BRLITE_BF16, 2},
+                          {BRLITE_BF16, BRLITE_BF16, 1},     {BRLITE_INT4, BRLITE_BF16, 2},
+                          {BRLITE_INT4_MIN, BRLITE_INT8, 1}, {BRLITE_INT8_F16, BRLITE_INT8, 1}};
 
 struct SomeTokens {
     int sequence;

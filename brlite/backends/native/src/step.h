@@ -26,10 +26,12 @@ struct Counter {
 };
 
 // What a matrix multiplies: rows of int16 with a scale each, or of bfloat16 numbers in the form that the kernels take.
+// Beside int4 matrices there is the sum of each group of integers, too.
 struct Activations {
     void* rows;
     float* scales;
     long row_size;
+    float* group_sums;  // [rows][row_size / BRLITE_GROUP]
 };
 
 // Rows of so many numbers together are made by each thread for itself: that takes some microseconds, and a barrier more
@@ -82,10 +84,19 @@ inline int rounded(int value, int multiple) { return (value + multiple - 1) / mu
 inline int padded_inputs(int num_inputs) { return rounded(num_inputs, BRLITE_GROUP); }
 inline int head_size(const brlite_attention& attention) { return rounded(attention.head_dim, BRLITE_LANES); }
 
+// Whether a matrix of this format is multiplied by int16 activations.
+constexpr bool takes_int16(int format) { return format != BRLITE_BF16; }
+constexpr bool is_int4(int format) { return format == BRLITE_INT4 || format == BRLITE_INT4_MIN; }
+
+// The codes of a group in a panel; scales follow, and minimums where the format has them.
+constexpr long code_bytes(int format) { return BRLITE_GROUP * BRLITE_LANES / (is_int4(format) ? 2 : 1); }
+constexpr long group_bytes(int format) {
+    return code_bytes(format) + 2 * BRLITE_LANES * (format == BRLITE_INT4_MIN ? 2 : 1);
+}
+
 inline long panel_bytes(int format, int num_inputs) {
     const long inputs = padded_inputs(num_inputs);
-    if (format == BRLITE_BF16) return inputs * BRLITE_LANES * 2;
-    return inputs / BRLITE_GROUP * (BRLITE_GROUP * BRLITE_LANES + 2 * BRLITE_LANES);
+    return format == BRLITE_BF16 ? inputs * BRLITE_LANES * 2 : inputs / BRLITE_GROUP * group_bytes(format);
 }
 
 // A page: keys as a panel of 16 tokens, values as pairs of tokens by columns, and for int8 the scales of both.

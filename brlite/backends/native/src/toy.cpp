@@ -58,11 +58,27 @@ const float* Toy::vector(int size, float base, float spread) {
 }
 
 const void* Toy::matrix(int num_outputs, int num_inputs) {
+    if (weight_format_ != BRLITE_INT8 && weight_format_ != BRLITE_BF16)
+        return quantised_matrix(num_outputs, num_inputs);
     std::vector<float> weights((size_t)num_outputs * num_inputs);
     for (float& weight : weights) weight = random_.weight();
     memset(weights.data() + 3 * num_inputs, 0, num_inputs * sizeof(float));  // as padded vocabularies have
     auto& panels = matrices_.emplace_back(brlite_packed_bytes(weight_format_, num_outputs, num_inputs));
     brlite_pack(weight_format_, weights.data(), 0, num_outputs, num_inputs, panels.data());
+    return panels.data();
+}
+
+// Any codes in whole groups; scales and minimums of half precision from 2^-24 to 2^-2, minimums of both signs.
+const void* Toy::quantised_matrix(int num_outputs, int num_inputs) {
+    const int num_groups = rounded(num_inputs, BRLITE_GROUP) / BRLITE_GROUP * num_outputs;
+    std::vector<uint8_t> codes((size_t)num_groups * BRLITE_GROUP);
+    std::vector<uint16_t> scales(num_groups), minimums(num_groups);
+    for (uint8_t& code : codes) code = (uint8_t)random_.below(weight_format_ == BRLITE_INT8_F16 ? 256 : 16);
+    for (uint16_t& scale : scales) scale = (uint16_t)random_.below(0x3400);
+    for (uint16_t& minimum : minimums) minimum = (uint16_t)(random_.below(0x3400) | random_.below(2) << 15);
+    auto& panels = matrices_.emplace_back(brlite_packed_bytes(weight_format_, num_outputs, num_inputs));
+    brlite_pack_codes(weight_format_, codes.data(), scales.data(), minimums.data(), 0, num_outputs,
+                      rounded(num_inputs, BRLITE_GROUP), panels.data());
     return panels.data();
 }
 
