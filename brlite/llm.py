@@ -103,7 +103,7 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
     prepare_environment()
     path = locate_model(spec.name, spec.path, report)
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
-        spec = settle_context(checkpoint.config, spec, config.engine)
+        spec = settle_context(checkpoint.config, spec, config.engine, checkpoint.formats())
         spec = settle_pooling(path, checkpoint.config, spec)
         # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
         model = check_model(checkpoint, spec)

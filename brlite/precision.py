@@ -13,12 +13,20 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 PrecisionName = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
+PrecisionOption = Literal["auto", "bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]  # auto: what the files hold
+
+# How a matrix is held. Those behind int8 have the digits of quantised files: codes of 8 or 4 bits, with scales (and
+# minimums) in half precision; int8 is rounded here, with scales in bfloat16.
+MatrixForm = Literal["bfloat16", "int8", "int8_f16", "int4", "int4_min"]
 
 
 class Precision(NamedTuple):
-    """What a model's matrices are rounded to, and what its KV cache holds. Norms are float32 in each of them."""
+    """What a model's matrices are rounded to, and what its KV cache holds. Norms are float32 in each of them.
 
-    weights: Literal["bfloat16", "int8"]
+    `stored` matrices keep the digits of a quantised file where the kernels have a form for them, else become int8.
+    """
+
+    weights: Literal["bfloat16", "int8", "stored"]
     kv: Literal["bfloat16", "int8"]
 
     @property
@@ -26,8 +34,10 @@ class Precision(NamedTuple):
         return self.weights == "int8"
 
     @property
-    def weights_name(self) -> PrecisionName:
+    def weights_name(self) -> str:
         """The name that packed weights have in files: precisions that differ in their KV cache share it."""
+        if self.weights == "stored":
+            return "stored"
         return next(name for name, precision in PRECISIONS.items() if precision.weights == self.weights)
 
 
@@ -36,6 +46,7 @@ PRECISIONS: dict[PrecisionName, Precision] = {
     "a_bf16_w_int8": Precision("int8", "bfloat16"),
     "a_bf16_w_int8_kv_int8": Precision("int8", "int8"),
 }
+STORED = Precision("stored", "bfloat16")
 
 
 def to_bfloat16(values: npt.NDArray[np.float32], *, keeps_subnormal: bool = True) -> npt.NDArray[np.uint16]:

@@ -210,6 +210,9 @@ class TensorCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
+    def formats(self) -> dict[str, str]:
+        return dict.fromkeys(self._tensors, F32.name)
+
     def tensors(self) -> Iterator[StoredTensor]:
         for name, tensor in self._tensors.items():
             values = tensor.float().contiguous().numpy().reshape(-1).view(np.uint8)

@@ -15,7 +15,7 @@ from brlite.backends.native.abi import MAX_HEAD_DIM
 from brlite.backends.torch.device import computes_on_cpu, require_torch
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import bundled_weights
-from brlite.checkpoint.checked_model import CheckedModel
+from brlite.checkpoint.checked_model import CheckedModel, describe_precision
 from brlite.checkpoint.placing import LoadPlan
 from brlite.checkpoint.progress import OnProgress, Progress
 from brlite.config.options import EngineConfig, ModelSpec
@@ -98,6 +98,7 @@ def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) ->
 def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
     """Packed weights are where the config says, in the bundle, or in the cache for a model that was fetched."""
     spec, packed_file = plan.spec, None
+    _log_precision(plan, is_native=True)
     if spec.serialize_file:
         packed_file = expand_home(spec.serialize_file)
     elif spec.path is None:
@@ -115,6 +116,11 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
         return NativeBackend(library, msgspec.structs.replace(plan, packed_file=packed_file), opened=opened)
 
 
+def _log_precision(plan: LoadPlan, *, is_native: bool) -> None:
+    precision = describe_precision(plan.spec.precision, plan.model.formats, is_native=is_native)
+    logger.info("model %s: precision %s", plan.spec.name, precision)
+
+
 def _quiet_torch() -> ExitStack:
     """Keep torch, if it is imported, to 1 thread until this is closed: its threads take the cores from the step's."""
     torch, stack = sys.modules.get("torch"), ExitStack()
@@ -129,6 +135,7 @@ def _load_torch(plan: LoadPlan, *notes: str) -> Backend:
     if plan.spec.serialize_file:
         notes = (*notes, UNPACKED_NOTE.format(path=plan.spec.serialize_file))
     plan = msgspec.structs.replace(plan, notes=notes)
+    _log_precision(plan, is_native=False)
     plan.progress._replace(stage="starting torch").report(0.0)
     if plan.spec.tensor_parallel > 1:
         from brlite.backends.distributed.parallel import load_torch_ranks

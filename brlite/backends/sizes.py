@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -19,16 +20,17 @@ from brlite.backends.choose import find_obstacle
 from brlite.backends.native.abi import LANES
 from brlite.backends.torch.device import compute_dtype, device_memory, prepare_environment, rules_for, select_device
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.checked_model import check_spec
+from brlite.checkpoint.checked_model import CheckedModel, check_spec, describe_precision, settle_precision
 from brlite.checkpoint.fetch import local_sources, locate_model
+from brlite.checkpoint.placing import matrix_parts
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ModelError
 from brlite.machine import find_memory, show_bytes
 from brlite.models import find_family
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
-from brlite.models.network import native_weight_bytes, num_parameters, weight_bytes
+from brlite.models.network import list_parameters, native_weight_bytes, num_parameters, weight_bytes
 from brlite.models.shards import Shard, check_groups, rank_parameters, shard_config
-from brlite.precision import PRECISIONS
+from brlite.precision import MatrixForm
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,15 @@ DEFAULT_MODEL_CONFIG: Mapping[str, Any] = {
     "rope_theta": 100000,
     "tie_word_embeddings": True,
 }
+DEFAULT_MODEL_FORMATS: Mapping[str, str] = {
+    "model.embed_tokens.weight": "Q8_0",
+    **{
+        f"model.layers.{layer}.{matrix}_proj.weight": "Q4_1"
+        for layer in range(30)
+        for matrix in (*(f"self_attn.{each}" for each in "qkvo"), *(f"mlp.{each}" for each in ("gate", "up", "down")))
+    },
+}
+NOT_QUANTISED: Mapping[str, str] = MappingProxyType({})
 
 SHARED_TOKENS = 2048  # for each of build_batch sequences, in a KV cache whose size is left to us
 LEAST_CONTEXT = 2048  # however little memory there is: an allocation that fails is an error of its own
@@ -68,6 +79,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     context: int
     context_reason: str
     dtype: str
+    precision: str
     weight_bytes: int
     kv_dtype: str
     kv_bytes_per_token: int
@@ -100,36 +112,47 @@ def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
     path = find_model(spec)
     if path is not None:
         return sizes_at(path, spec, engine)
-    return measure(DEFAULT_MODEL_CONFIG, spec, engine) if spec.name == DEFAULT_MODEL else None
+    return measure(DEFAULT_MODEL_CONFIG, spec, engine, DEFAULT_MODEL_FORMATS) if spec.name == DEFAULT_MODEL else None
 
 
 def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes of the model in a folder or file. Raises `ModelError` and `ConfigError`."""
     prepare_environment()  # before a checkpoint imports torch
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
-        return measure(checkpoint.config, spec, engine)
+        return measure(checkpoint.config, spec, engine, checkpoint.formats())
 
 
-def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig) -> Sizes:
-    """The sizes of a model with that config, on the backend that would compute it here."""
-    config = find_family(hf_config).read_config(hf_config)
+def measure(
+    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NOT_QUANTISED
+) -> Sizes:
+    """The sizes of a model with that config, on the backend that would compute it here.
+
+    `formats` are those of the checkpoint's tensors; where one is not named, it is not quantised.
+    """
+    family = find_family(hf_config)
+    config = family.read_config(hf_config)
     check_spec(spec, config)
     is_native = engine.backend != "torch" and find_obstacle(config, spec, engine) is None
     is_bfloat16 = is_native or compute_dtype(engine.dtype, select_device(engine.device)).itemsize == 2
     dtype: KVDtype = "bfloat16" if is_bfloat16 else "float32"
-    precision = PRECISIONS[spec.precision]
+    precision = settle_precision(spec.precision, formats)
     kv_dtype = cache_dtype(precision, engine.dtype)
     is_int8 = precision.has_int8_weights
     if is_int8 and not is_native:
         check_groups(config, spec.tensor_parallel)
     keeps_int8 = is_int8 and (is_native or rules_for(select_device(engine.device)).keeps_int8)
-    ranks = tuple(
-        RankSizes(
-            _rank_weight_bytes(config, shard, KV_BYTES[dtype], is_native=is_native, is_int8=keeps_int8),
-            kv_bytes_per_token(shard_config(config, shard), kv_dtype),
-        )
-        for shard in (Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel))
-    )
+    targets = family.weight_targets(config)
+    model = CheckedModel(config, list_parameters(config), targets, set(), formats, precision)
+    forms: set[MatrixForm] = set()
+    ranks = []
+    for shard in (Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel)):
+        if is_native:
+            parts = matrix_parts(model, shard)
+            forms |= {part.form for matrix in parts.values() for part in matrix}
+            num_bytes = native_weight_bytes(rank_parameters(config, shard), parts)
+        else:
+            num_bytes = weight_bytes(shard_config(config, shard), KV_BYTES[dtype], keeps_int8=keeps_int8)
+        ranks.append(RankSizes(num_bytes, kv_bytes_per_token(shard_config(config, shard), kv_dtype)))
     block_size = math.ceil(engine.block_size / LANES) * LANES if is_native else engine.block_size
     room = partial(_cache_room, engine, ranks, is_native=is_native)
     context, num_blocks, reason = _find_context(config, spec, block_size, room)
@@ -138,21 +161,24 @@ def measure(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig)
         max_context=config.max_context,
         context=context,
         context_reason=reason,
-        dtype="int8" if keeps_int8 else dtype,
+        dtype=_describe_forms(forms) if is_native else "int8" if keeps_int8 else dtype,
+        precision=describe_precision(spec.precision, formats, is_native=is_native),
         weight_bytes=sum(rank.weight_bytes for rank in ranks),
         kv_dtype=kv_dtype,
         kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),
         num_blocks=num_blocks,
         block_size=block_size,
-        ranks=ranks if len(ranks) > 1 else (),
+        ranks=tuple(ranks) if len(ranks) > 1 else (),
     )
 
 
-def settle_context(hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig) -> ModelSpec:
+def settle_context(
+    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NOT_QUANTISED
+) -> ModelSpec:
     """The spec with its unset context and KV cache filled in; the log has them with the reason."""
     if spec.build_seq:
         return spec
-    sizes = measure(hf_config, spec, engine)
+    sizes = measure(hf_config, spec, engine, formats)
     logger.info(
         "model %s: a context of %d tokens, %s; KV cache: %s, %d tokens in all for at most %d sequences",
         *(spec.name, sizes.context, sizes.context_reason),
@@ -195,9 +221,6 @@ def _cache_room(engine: EngineConfig, ranks: Sequence[RankSizes], *, is_native: 
     return left // 2 // sum(rank.kv_bytes_per_token for rank in ranks), bound
 
 
-def _rank_weight_bytes(
-    config: ModelConfig, shard: Shard, bytes_per_weight: int, *, is_native: bool, is_int8: bool
-) -> int:
-    if is_native:
-        return native_weight_bytes(rank_parameters(config, shard), is_int8=is_int8)
-    return weight_bytes(shard_config(config, shard), bytes_per_weight, keeps_int8=is_int8)
+def _describe_forms(forms: Set[MatrixForm]) -> str:
+    """int4, int8, bfloat16, or several of them."""
+    return " and ".join(sorted({form.partition("_")[0] for form in forms}))

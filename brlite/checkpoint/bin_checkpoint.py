@@ -31,11 +31,15 @@ class BinCheckpoint:
         self.config: dict[str, Any] = read_config(path)
         self._files = files
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._formats: dict[str, str] = {}
         self.identity = weights_identity(self.config, {file: self._read_table(file) for file in files})
         self.num_bytes = sum(file.stat().st_size for file in files)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
+
+    def formats(self) -> dict[str, str]:
+        return dict(self._formats)
 
     def tensors(self) -> Iterator[StoredTensor]:
         for file in self._files:
@@ -54,6 +58,7 @@ class BinCheckpoint:
             if name in self._shapes:
                 raise ModelError(f"{file}: holds {excerpt(name)}, which an earlier shard holds too")
             self._shapes[name] = tuple(tensor.shape)
+            self._formats[name] = FORMATS[tensor.dtype].name
             rows.append((name, str(tensor.dtype), tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
         return repr(rows).encode()
 

@@ -24,7 +24,7 @@ from brlite.checkpoint.new_file import FileRecord
 from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
-from brlite.precision import PRECISIONS, PrecisionName
+from brlite.precision import PRECISIONS, PrecisionName, PrecisionOption
 
 MANIFEST_FILE = "brlite-manifest.json"
 PROGRESS_FILE = "brlite-progress.json"  # the manifest of a bundle that is not finished
@@ -100,9 +100,12 @@ def packed_name(precision: PrecisionName) -> str:
     return f"packed.{PRECISIONS[precision].weights_name}{PACKED_SUFFIX}"
 
 
-def bundled_weights(folder: Path, precision: PrecisionName) -> Path | None:
-    """The packed weights that a bundle brings for a precision; None if it has none, or this is no bundle."""
-    file = folder / packed_name(precision)
+def bundled_weights(folder: Path, precision: PrecisionOption) -> Path | None:
+    """The packed weights that a bundle brings for a precision; None if it has none, or this is no bundle.
+
+    A bundle's own weights are bfloat16, so that is what `auto` means.
+    """
+    file = folder / packed_name("bf16" if precision == "auto" else precision)
     return file if (folder / MANIFEST_FILE).is_file() and file.is_file() else None
 
 

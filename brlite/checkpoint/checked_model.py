@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from brlite.checkpoint import Checkpoint
+from brlite.checkpoint.gguf_codes import CODINGS
+from brlite.checkpoint.stored_tensor import PLAIN_FORMATS
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError, ModelError
 from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line
@@ -17,17 +19,23 @@ from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family, WeightTarget
 from brlite.models.network import Parameter, list_parameters
 from brlite.models.shards import check_num_ranks
+from brlite.precision import PRECISIONS, STORED, Precision, PrecisionOption
 
 MAX_NAMED = 3  # how many tensors a message lists before it only counts them
 
 
 class CheckedModel(NamedTuple):
-    """The config, the decoder's parameters, where each of the checkpoint's tensors goes, and which go nowhere."""
+    """The config, the decoder's parameters, where each of the checkpoint's tensors goes, and which go nowhere.
+
+    `formats` name what each tensor is stored as, by which the spec's precision was settled.
+    """
 
     config: ModelConfig
     parameters: Mapping[str, Parameter]
     targets: Mapping[str, WeightTarget]
     ignored: set[str]
+    formats: Mapping[str, str]
+    precision: Precision
 
 
 def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
@@ -36,7 +44,35 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
     config = family.read_config(checkpoint.config)
     check_spec(spec, config)
     targets = family.weight_targets(config)
-    return CheckedModel(config, list_parameters(config), targets, _check_tensors(checkpoint, targets, family, config))
+    ignored, formats = _check_tensors(checkpoint, targets, family, config), checkpoint.formats()
+    precision = settle_precision(spec.precision, formats)
+    return CheckedModel(config, list_parameters(config), targets, ignored, formats, precision)
+
+
+def settle_precision(option: PrecisionOption, formats: Mapping[str, str]) -> Precision:
+    """What a precision means for a checkpoint whose tensors have these formats."""
+    if option != "auto":
+        return PRECISIONS[option]
+    return STORED if quantised_formats(formats) else PRECISIONS["bf16"]
+
+
+def describe_precision(option: PrecisionOption, formats: Mapping[str, str], *, is_native: bool) -> str:
+    """In which precision a checkpoint is served, and what decided that."""
+    if option != "auto":
+        return f"{option}, set by precision"
+    quantised = quantised_formats(formats)
+    if not quantised:
+        return "bf16, as no matrix of the files is quantised (auto)"
+    if not is_native:
+        return f"bf16: torch widens the file's {', '.join(quantised)} (auto)"
+    uses = (f"{name} is {'kept' if name in CODINGS else 'rounded to int8'}" for name in quantised)
+    return f"the file's own: {', '.join(uses)} (auto)"
+
+
+def quantised_formats(formats: Mapping[str, str]) -> list[str]:
+    """The formats of quantised tensors, the most frequent first."""
+    names = [name for name in formats.values() if name not in PLAIN_FORMATS]
+    return sorted(set(names), key=lambda name: (-names.count(name), name))
 
 
 def check_spec(spec: ModelSpec, config: ModelConfig) -> None:

@@ -42,6 +42,10 @@ class Checkpoint(Protocol):
         """Every tensor's shape by name. Reads no tensor data."""
         ...
 
+    def formats(self) -> dict[str, str]:
+        """The name of every tensor's `Format`: BF16, Q4_K … Reads no tensor data."""
+        ...
+
     def tensors(self) -> Iterator[StoredTensor]:
         """Every tensor once, in the order of the data. Each can be read until the next one is asked for."""
         ...

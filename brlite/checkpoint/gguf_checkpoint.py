@@ -1,6 +1,6 @@
 """A GGUF file as a Hugging Face checkpoint: its tensors as they are stored, in Hugging Face's names and order of rows.
 
-The `gguf` package dequantises them when float32 is asked for.
+The `gguf` package dequantises them when float32 is asked for; `gguf_codes.py` keeps their digits.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 
 from brlite.checkpoint.checkpoint import read_header, weights_identity
+from brlite.checkpoint.gguf_codes import CODINGS
 from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
 from brlite.checkpoint.gguf_header import GgufHeader, read_gguf_header
 from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Format, StoredTensor, TensorLocation, tensors_in_files
@@ -55,6 +56,9 @@ class GgufCheckpoint:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
+
+    def formats(self) -> dict[str, str]:
+        return {location.name: location.format.name for location in self._locations}
 
     def tensors(self) -> Iterator[StoredTensor]:
         return tensors_in_files({self.path: self._locations})
@@ -108,4 +112,11 @@ def _format(type_id: int, name: str) -> Format:
         gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)  # one block: only doing it tells
     except NotImplementedError:
         raise ModelError(f"tensor {excerpt(name)} is of type {kind.name}, which cannot be dequantised") from None
-    return Format(kind.name, block_elements, block_bytes, lambda data: gguf.quants.dequantize(data, kind))
+    coding = CODINGS.get(kind.name)
+    return Format(
+        kind.name,
+        block_elements,
+        block_bytes,
+        lambda data: gguf.quants.dequantize(data, kind),
+        None if coding is None else coding.decode,
+    )

@@ -10,14 +10,15 @@ import msgspec
 
 from brlite.checkpoint.checked_model import CheckedModel
 from brlite.checkpoint.checkpoint import Checkpoint
+from brlite.checkpoint.gguf_codes import CODINGS
 from brlite.checkpoint.progress import Progress
-from brlite.checkpoint.stored_tensor import StoredTensor
+from brlite.checkpoint.stored_tensor import F32, PLAIN_FORMATS, StoredTensor
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import WeightTarget
-from brlite.models.network import Parameter
-from brlite.models.shards import Shard, ShardSlice, parameter_parts, rank_parameters
-from brlite.precision import PRECISIONS, Precision
+from brlite.models.network import MatrixPart, Parameter
+from brlite.models.shards import LANES, Shard, ShardSlice, parameter_parts, rank_parameters
+from brlite.precision import MatrixForm, Precision
 
 
 class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,9 +50,23 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def precision(self) -> Precision:
-        return PRECISIONS[self.spec.precision]
+        return self.model.precision
+
+    @property
+    def matrix_parts(self) -> Mapping[str, tuple[MatrixPart, ...]]:
+        """The forms in which native code holds matrices, of a shard as its rank holds them."""
+        return matrix_parts(self.model, self.shard)
+
+    @property
+    def precision_name(self) -> str:
+        """The spec's precision, or what `auto` comes to in native code."""
+        if self.precision.weights != "stored":
+            return "bf16" if self.spec.precision == "auto" else self.spec.precision
+        forms = {part.form for parts in self.matrix_parts.values() for part in parts}
+        return "a_bf16_w_int4" if forms & {"int4", "int4_min"} else "a_bf16_w_int8"
 
 
+NOT_QUANTISED = F32.name
 StoredPart = tuple[range, range | None] | None  # rows and columns of a checkpoint's tensor; None for all of it
 
 
@@ -61,12 +76,7 @@ def placing(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
     For a shard only what its rank holds comes, in parts, with their targets in the rank's own parameters. The fraction
     that is done is reported each time the caller comes back for more.
     """
-    targets: Mapping[str, list[tuple[StoredPart, WeightTarget]]]
-    if plan.shard is None:
-        targets = {name: [(None, target)] for name, target in plan.model.targets.items()}
-    else:
-        held = parameter_parts(plan.config, plan.shard)
-        targets = {name: _held_parts(target, held[target.parameter]) for name, target in plan.model.targets.items()}
+    targets = held_targets(plan.model, plan.shard)
     total = sum(math.prod(target.shape) for parts in targets.values() for _, target in parts)
     num_placed = 0
     for tensor in plan.checkpoint.tensors():
@@ -79,6 +89,50 @@ def placing(plan: LoadPlan) -> Iterator[tuple[WeightTarget, StoredTensor]]:
             num_placed += math.prod(target.shape)
             plan.progress.report(num_placed / total)
         del tensor  # whose bytes may be in memory, before the next one is read
+
+
+def held_targets(model: CheckedModel, shard: Shard | None) -> dict[str, list[tuple[StoredPart, WeightTarget]]]:
+    """By the checkpoint's names: what a rank holds of each tensor, and where that goes in the rank's own parameters."""
+    if shard is None:
+        return {name: [(None, target)] for name, target in model.targets.items()}
+    held = parameter_parts(model.config, shard)
+    return {name: _held_parts(target, held[target.parameter]) for name, target in model.targets.items()}
+
+
+def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, tuple[MatrixPart, ...]]:
+    """The parts of every matrix that native code multiplies by, or looks up in its quantised form; by its name."""
+    parameters = model.parameters if shard is None else rank_parameters(model.config, shard)
+    if model.precision.weights != "stored":
+        form: MatrixForm = "int8" if model.precision.has_int8_weights else "bfloat16"
+        matrices = {name: parameter for name, parameter in parameters.items() if parameter.precision == "weights"}
+        return {name: (MatrixPart(form, parameter.shape[0]),) for name, parameter in matrices.items()}
+    found: dict[str, list[tuple[int, MatrixPart]]] = {}
+    for name, parts in held_targets(model, shard).items():
+        stored_as = model.formats.get(name, NOT_QUANTISED)
+        for _, target in parts:
+            if _is_held_as_stored(parameters[target.parameter], stored_as):
+                has_codes = stored_as in CODINGS and not target.has_unit_rows
+                part = MatrixPart(CODINGS[stored_as].form if has_codes else "int8", target.shape[0])
+                found.setdefault(target.parameter, []).append((target.start, part))
+    return {name: _joined([part for _, part in sorted(parts)]) for name, parts in found.items()}
+
+
+def _is_held_as_stored(parameter: Parameter, stored_as: str) -> bool:
+    """Whether it is panels. An embedding that is only looked up is a bfloat16 table, unless the file quantises it."""
+    is_quantised = len(parameter.shape) == 2 and stored_as not in PLAIN_FORMATS
+    return parameter.precision == "weights" or is_quantised
+
+
+def _joined(parts: list[MatrixPart]) -> tuple[MatrixPart, ...]:
+    """Neighbours of one form as one. All are int8 where a border lies within a panel."""
+    joined: list[MatrixPart] = []
+    for part in parts:
+        if joined and joined[-1].form == part.form:
+            part = MatrixPart(part.form, joined.pop().num_rows + part.num_rows)
+        joined.append(part)
+    if any(part.num_rows % LANES for part in joined[:-1]):
+        return (MatrixPart("int8", sum(part.num_rows for part in joined)),)
+    return tuple(joined)
 
 
 def _held_parts(target: WeightTarget, held: ShardSlice) -> list[tuple[StoredPart, WeightTarget]]:

@@ -39,6 +39,9 @@ class SafetensorsCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
 
+    def formats(self) -> dict[str, str]:
+        return {location.name: location.format.name for locations in self._files.values() for location in locations}
+
     def tensors(self) -> Iterator[StoredTensor]:
         return tensors_in_files(self._files)
 

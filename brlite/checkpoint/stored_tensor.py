@@ -31,13 +31,28 @@ CHUNK_ELEMENTS = 1 << 17  # widened at once: what lies beside the result stays i
 SHORTEST = 1e-12  # a row of zeros stays one when rows are scaled to length 1
 
 
+class Coded(NamedTuple):
+    """Rows of integers that groups of 32 scale: codes [R, C], and scales and maybe minimums [R, C / 32].
+
+    Codes are 0 … 15, or int8 in two's complement; the others are the bits of half precision.
+    """
+
+    codes: Bytes
+    scales: npt.NDArray[np.uint16]
+    minimums: npt.NDArray[np.uint16] | None = None
+
+
 class Format(NamedTuple):
-    """How numbers are stored: blocks of so many in so many bytes. `widen` makes bytes [..., B] numbers [..., N]."""
+    """How numbers are stored: blocks of so many in so many bytes. `widen` makes bytes [..., B] numbers [..., N].
+
+    `decode` takes rows [R, B] of a quantised format apart, where that keeps their digits (`gguf_codes.py`).
+    """
 
     name: str
     block_elements: int
     block_bytes: int
     widen: Callable[[Bytes], Float32]
+    decode: Callable[[Bytes], Coded] | None = None
 
 
 F32 = Format("F32", 1, 4, lambda data: data.view("<f4"))
@@ -87,6 +102,13 @@ class StoredTensor(msgspec.Struct, frozen=True):
         pairs = data.reshape(num_heads, -1, 2, row_bytes)  # [H, D/2, 2, B]
         in_order: Bytes = pairs.swapaxes(1, 2).reshape(-1, row_bytes)
         return in_order[rows.start - first : rows.stop - first]
+
+    def coded(self) -> Coded | None:
+        """The numbers as codes and scales; None where the format has no such form. Columns must be whole.
+
+        Raises `ModelError` as `float32` does.
+        """
+        return None if self.format.decode is None else self.format.decode(self.stored(self.rows))
 
     def float32(self) -> Float32:
         """The numbers, widened: contiguous, writable, the caller's own. Nothing is rounded.

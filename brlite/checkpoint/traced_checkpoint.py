@@ -165,6 +165,9 @@ class TracedCheckpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: location.shape for name, location in self._locations.items()}
 
+    def formats(self) -> dict[str, str]:
+        return {name: location.format.name for name, location in self._locations.items()}
+
     def tensors(self) -> Iterator[StoredTensor]:
         return tensors_in_files({self.path: list(self._locations.values())})
 

@@ -67,7 +67,7 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
         return ModelReport(spec=spec, origin=origin, sizes=known_sizes(spec, engine))
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
         check_model(checkpoint, spec)
-        sizes = measure(checkpoint.config, spec, engine)
+        sizes = measure(checkpoint.config, spec, engine, checkpoint.formats())
         origin = str(checkpoint.path)
     load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
     return ModelReport(spec=spec, origin=origin, sizes=sizes)
@@ -119,7 +119,8 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
     limit = f" of the {sizes.max_context} that the model allows" if spec.build_seq else f": {sizes.context_reason}"
     yield f"  context   {sizes.context} tokens{limit}"
     yield f"  weights   {show_bytes(sizes.weight_bytes)}: {sizes.num_parameters / 1e6:.4g} million as {sizes.dtype}"
-    if PRECISIONS[spec.precision].has_int8_weights and sizes.dtype != "int8":
+    yield f"  precision {sizes.precision}"
+    if spec.precision != "auto" and PRECISIONS[spec.precision].has_int8_weights and sizes.dtype != "int8":
         yield f"            ({spec.precision}: rounded to int8, but held as {sizes.dtype} by torch)"
     blocks = f"{sizes.num_blocks} blocks of {sizes.block_size} tokens as {sizes.kv_dtype}"
     yield f"  KV cache  {show_bytes(sizes.kv_bytes)}: {blocks}, {show_bytes(sizes.kv_bytes_per_token)} a token"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from brlite.precision import PrecisionName
+from brlite.precision import PrecisionOption
 
 Count = Annotated[int, Meta(ge=1, le=10**9)]
 CountOrZero = Annotated[int, Meta(ge=0, le=10**9)]
@@ -153,7 +153,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         DEFAULT_MODEL
     )
     path: Annotated[Text | None, option("a Hugging Face folder or a .gguf file", "/models/my-model")] = None
-    precision: Annotated[PrecisionName, option("bf16, a_bf16_w_int8, a_bf16_w_int8_kv_int8 (docs/models.md)")] = "bf16"
+    precision: Annotated[
+        PrecisionOption,
+        option("auto: quantised files keep their digits, others are bf16; bf16, a_bf16_w_int8, a_bf16_w_int8_kv_int8"),
+    ] = "auto"
     build_seq: Annotated[
         CountOrZero,
         option("longest context in tokens, prompt plus answer; 0: the model's own, as far as memory allows"),

@@ -38,7 +38,7 @@ from brlite.checkpoint.bundle import (
 )
 from brlite.checkpoint.checked_model import CheckedModel
 from brlite.checkpoint.new_file import FileRecord, read_record, record_of, sync_folder, write_whole
-from brlite.checkpoint.placing import LoadPlan, placing
+from brlite.checkpoint.placing import LoadPlan, matrix_parts, placing
 from brlite.checkpoint.stored_tensor import F32, StoredTensor, tensor_in_memory
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.rounding import Rounding, sample_rounding
@@ -82,7 +82,7 @@ class BundlePlan(NamedTuple):
 
 
 def plan_packing(library: ctypes.CDLL, model: CheckedModel, precision: Precision) -> Packing:
-    layout = packed_layout(library, model.parameters, precision)
+    layout = packed_layout(library, model.parameters, matrix_parts(model._replace(precision=precision)))
     key = PackedFileKey(LAYOUT_VERSION, precision.weights_name, NO_IDENTITY, layout.num_bytes)
     return Packing(library, layout, key)
 
@@ -227,7 +227,7 @@ class _Bundling:
             opened.callback(pool.end)  # before the file they write to is closed
             plan = LoadPlan(checkpoint=copying, model=self._plan.model, spec=ModelSpec(), engine=EngineConfig())
             for target, tensor in placing(plan):
-                if packing.layout.tensors[target.parameter].format == INT8:
+                if packing.layout.tensors[target.parameter][0].format == INT8:
                     rows = tensor.part(range(min(LANES, target.shape[0]))).float32()
                     rounding = sample_rounding(packing.library, rows, rounding)
                 packed_file.put(target, tensor)
@@ -268,6 +268,9 @@ class _CopyingCheckpoint:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return self._plan.checkpoint.shapes()
+
+    def formats(self) -> dict[str, str]:
+        return dict.fromkeys(self.shapes(), F32.name)  # as what it gives is stored
 
     def tensors(self) -> Iterator[StoredTensor]:
         tensors = (tensor for tensor in self._plan.checkpoint.tensors() if tensor.name not in self._plan.model.ignored)

@@ -25,7 +25,7 @@ from brlite.backends.native.library import load_library
 from brlite.backends.native.packed_weights import Packing
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
-from brlite.checkpoint.checked_model import CheckedModel, check_model
+from brlite.checkpoint.checked_model import CheckedModel, check_model, quantised_formats
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
 from brlite.checkpoint.gguf_header import read_gguf_metadata
 from brlite.checkpoint.model_name import COMPANION_FILES, check_name
@@ -209,7 +209,10 @@ def _checks(
     given = "" if order.model_name == plan.draft.model else f", from {order.model_name}"
     yield f"name         {plan.draft.model}{given}"
     is_int8 = PRECISIONS[plan.draft.precision].has_int8_weights
-    yield f"rounding     {'int8 is compared with bfloat16 while it is packed' if is_int8 else 'bfloat16, no int8'}"
+    rounding = "int8 is compared with bfloat16 while it is packed" if is_int8 else "bfloat16, no int8"
+    widened = quantised_formats(plan.model.formats)
+    kept = f"; {', '.join(widened)} are widened: serve the file itself to keep its size" if widened else ""
+    yield f"rounding     {rounding}{kept}"
     yield f"shapes       {_shapes(config, obstacle)}"
     chat = "with a chat template" if tokenizer.has_chat_template else "without a chat template: no Chat API"
     yield f"tokenizer    loads, {chat}"

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from brlite.errors import ModelError
-from brlite.precision import Precision
+from brlite.precision import MatrixForm, Precision
 
 KVDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -18,8 +18,8 @@ FLOAT32_BYTES = 4
 BFLOAT16_BYTES = 2
 KV_SCALE_BYTES = FLOAT32_BYTES
 KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
-QUANTIZATION_GROUP = 32  # int8 weights share one bfloat16 scale for each so many inputs of an output row
-GROUP_BYTES = QUANTIZATION_GROUP + BFLOAT16_BYTES  # 1.0625 a weight
+QUANTIZATION_GROUP = 32  # integer weights share a scale of 2 bytes for each so many inputs of an output row
+GROUP_BYTES: dict[MatrixForm, int] = {"int8": 34, "int8_f16": 34, "int4": 18, "int4_min": 20}  # with its scale
 
 
 class LinearScaling(msgspec.Struct, frozen=True):

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from brlite.models.config import BFLOAT16_BYTES, FLOAT32_BYTES, GROUP_BYTES, QUANTIZATION_GROUP, ModelConfig
+from brlite.precision import MatrixForm
 
 # What a rank holds of a parameter. Rows: those of its heads (q, k and v), its half of gate and of up, or of its tokens.
 # Inputs: the columns that meet its heads or its part of the MLP; of their bias, rank 0 has all.
@@ -31,6 +32,13 @@ class Parameter(msgspec.Struct, frozen=True):
     precision: Literal["float32", "bfloat16", "weights"]
     sharding: Sharding = "whole"
     is_looked_up: bool = False
+
+
+class MatrixPart(NamedTuple):
+    """Rows of a matrix that native code holds in one form."""
+
+    form: MatrixForm
+    num_rows: int
 
 
 class Embed(msgspec.Struct, frozen=True):
@@ -167,7 +175,7 @@ def weight_bytes(config: ModelConfig, bytes_per_weight: int, *, keeps_int8: bool
     total = 0
     for parameter in list_parameters(config).values():
         if keeps_int8 and parameter.precision == "weights" and not parameter.is_looked_up:
-            total += _int8_bytes(parameter)
+            total += _matrix_bytes(MatrixPart("int8", parameter.shape[0]), parameter.shape[1])
         else:
             total += math.prod(parameter.shape) * (
                 FLOAT32_BYTES if parameter.precision == "float32" else bytes_per_weight
@@ -175,20 +183,22 @@ def weight_bytes(config: ModelConfig, bytes_per_weight: int, *, keeps_int8: bool
     return total
 
 
-def native_weight_bytes(parameters: Mapping[str, Parameter], *, is_int8: bool) -> int:
-    """Bytes of `parameters` as native code holds them: vectors in float32, matrices in bfloat16 or int8.
+def native_weight_bytes(parameters: Mapping[str, Parameter], parts: Mapping[str, tuple[MatrixPart, ...]]) -> int:
+    """Bytes of `parameters` as native code holds them: vectors in float32, matrices in their `parts`.
 
-    An embedding that is only looked up stays bfloat16; a tied one is the head's matrix, held once.
+    A matrix without parts is an embedding that is only looked up, in bfloat16; a tied one is the head's, held once.
     """
     total = 0
-    for parameter in parameters.values():
-        if is_int8 and parameter.precision == "weights":
-            total += _int8_bytes(parameter)
+    for name, parameter in parameters.items():
+        if len(parameter.shape) == 1:
+            total += parameter.shape[0] * FLOAT32_BYTES
         else:
-            total += math.prod(parameter.shape) * (FLOAT32_BYTES if len(parameter.shape) == 1 else BFLOAT16_BYTES)
+            whole = MatrixPart("bfloat16", parameter.shape[0])
+            total += sum(_matrix_bytes(part, parameter.shape[1]) for part in parts.get(name, (whole,)))
     return total
 
 
-def _int8_bytes(matrix: Parameter) -> int:
-    num_outputs, num_inputs = matrix.shape
-    return num_outputs * math.ceil(num_inputs / QUANTIZATION_GROUP) * GROUP_BYTES
+def _matrix_bytes(part: MatrixPart, num_inputs: int) -> int:
+    if part.form == "bfloat16":
+        return part.num_rows * num_inputs * BFLOAT16_BYTES
+    return part.num_rows * math.ceil(num_inputs / QUANTIZATION_GROUP) * GROUP_BYTES[part.form]

@@ -12,9 +12,10 @@ import torch
 
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary
+from brlite.checkpoint import Checkpoint
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models import find_family
-from brlite.precision import PrecisionName
+from brlite.precision import PrecisionOption
 from tests.load_plans import make_plan
 from tests.tiny_models import (
     BAICHUAN,
@@ -72,14 +73,14 @@ def make_checkpoint(name: str, **changes: torch.Tensor) -> TensorCheckpoint:
 def load_native(
     library: NativeLibrary,
     name: str,
-    precision: PrecisionName = "bf16",
+    precision: PrecisionOption = "bf16",
     *,
     isa: int | None = None,
     threads: int = 1,
     num_blocks: int = 160,
     block_size: int = 16,
     max_rows: int = MAX_ROWS,
-    checkpoint: TensorCheckpoint | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> NativeBackend:
     spec = ModelSpec(name=name, precision=precision, build_seq=MAX_CONTEXT, build_batch=8, num_blocks=num_blocks)
     checkpoint = checkpoint or make_checkpoint(name)

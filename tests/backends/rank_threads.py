@@ -14,10 +14,11 @@ from brlite.backends.native.backend import max_rows
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.rank import NativeRank
 from brlite.backends.native.step_rows import SharedSizes, create_shared_file
+from brlite.checkpoint import Checkpoint
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, StepResult
 from brlite.models.shards import Shard
-from brlite.precision import PrecisionName
+from brlite.precision import PrecisionOption
 from tests.backends.native_models import MAX_CONTEXT, MAX_ROWS, make_checkpoint
 from tests.load_plans import make_plan
 
@@ -47,14 +48,21 @@ class RankThreads:
 
 
 def load_native_ranks(
-    library: NativeLibrary, name: str, precision: PrecisionName, size: int, *, threads: int = 1, **spec_fields: Any
+    library: NativeLibrary,
+    name: str,
+    precision: PrecisionOption,
+    size: int,
+    *,
+    threads: int = 1,
+    checkpoint: Checkpoint | None = None,
+    **spec_fields: Any,
 ) -> RankThreads:
-    """The ranks of one of `native_models`'s models."""
+    """The ranks of one of `native_models`'s models, or of a checkpoint."""
     spec = ModelSpec(
         name=name, precision=precision, build_seq=MAX_CONTEXT, build_batch=8, num_blocks=160, **spec_fields
     )
     engine = EngineConfig(threads=threads, max_num_batched_tokens=MAX_ROWS)
-    checkpoint = make_checkpoint(name)
+    checkpoint = checkpoint or make_checkpoint(name)
     plan = make_plan(checkpoint, spec, engine)
     file = create_shared_file(library.functions, SharedSizes.of(plan.config, max_rows(spec, engine)))
     try:

@@ -93,6 +93,7 @@ def test_more_memory_than_is_free_is_a_warning():
         context=64,
         context_reason="the model's own",
         dtype="float32",
+        precision="bf16",
         weight_bytes=4000,
         kv_dtype="float32",
         kv_bytes_per_token=10,

@@ -238,11 +238,13 @@ def test_a_real_model_from_gguf_says_the_same(
     smollm2_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     convert(smollm2_path, tmp_path, "--precision", "a_bf16_w_int8")
-    config = printed_config(capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    config = printed_config(printed)
     short = config | {"build_seq": 128, "build_batch": 2}
 
     found = answers(short, tmp_path)
 
+    assert "Q4_1, Q8_0 are widened: serve the file itself to keep its size" in printed
     assert found == answers(short | {"cached_dir": "", "model_file": str(smollm2_path)}, tmp_path)
     assert (tmp_path / "someone--tiny" / "vocabulary.gguf").stat().st_size < 10**7
     with closing(open_checkpoint(tmp_path / "someone--tiny")) as checkpoint:

@@ -293,7 +293,7 @@ def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cach
         name="native",
         device=f"cpu ({describe_cpu()}, {native.isa_name})",
         dtype="bfloat16",
-        precision=spec.precision,
+        precision=plan.precision_name,
         vocab_size=config.vocab_size,
         max_model_len=spec.build_seq,
         max_num_seqs=spec.build_batch,
@@ -308,17 +308,17 @@ def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cach
         pooling="last" if spec.pooling == "auto" else spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
         is_batch_invariant=True,
-        fingerprint=_fingerprint(loaded.content_hash, config, spec, kernel_version),
+        fingerprint=_fingerprint(f"{loaded.content_hash} {plan.precision_name}", config, spec, kernel_version),
         notes=(note,) if is_raised else (),
     )
 
 
-def _fingerprint(content_hash: str, config: ModelConfig, spec: ModelSpec, kernel_version: int) -> str:
+def _fingerprint(content: str, config: ModelConfig, spec: ModelSpec, kernel_version: int) -> str:
     """Equal ones give equal bits, on any machine: the kernels of all instruction sets agree.
 
     Beside the weights it takes in what else the mathematics depend on; dynamic rope scaling depends on the context too.
     """
-    digest = hashlib.blake2b(f"{content_hash} {spec.precision} {kernel_version}".encode(), digest_size=8)
+    digest = hashlib.blake2b(f"{content} {kernel_version}".encode(), digest_size=8)
     digest.update(msgspec.json.encode(config))
     digest.update(inverse_frequencies(config.rope, spec.build_seq).tobytes())
     return digest.hexdigest()

@@ -13,14 +13,23 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from brlite.backends.native.abi import BF16, INT8
+from brlite.backends.native.abi import BF16, INT4, INT4_MIN, INT8, INT8_F16
 from brlite.backends.native.memory import aligned
 from brlite.models.config import QUANTIZATION_GROUP
-from brlite.models.network import Parameter
-from brlite.precision import Precision
+from brlite.models.network import MatrixPart, Parameter
+from brlite.precision import MatrixForm
 
 # panels: a matrix as the kernels multiply by it; table: bfloat16 rows to look up; vector: float32, padded with zeros.
 Form = Literal["panels", "table", "vector"]
+
+FORMATS: dict[MatrixForm, int] = {
+    "bfloat16": BF16,
+    "int8": INT8,
+    "int8_f16": INT8_F16,
+    "int4": INT4,
+    "int4_min": INT4_MIN,
+}
+CODED_FORMATS = (INT8_F16, INT4, INT4_MIN)  # whose digits a file has
 
 # Packed files hold a layer's norms first, in this order, then the rest in that of the operations.
 FIRST_IN_LAYER = {"attention_norm": 0, "mlp_norm": 1, "q_norm": 2, "k_norm": 3}
@@ -29,6 +38,7 @@ FIRST_IN_LAYER = {"attention_norm": 0, "mlp_norm": 1, "q_norm": 2, "k_norm": 3}
 class PackedTensor(msgspec.Struct, frozen=True):
     """One parameter, `num_outputs` × `num_inputs` (1 × its length for a vector), at `offset` of the packed weights.
 
+    Of a matrix in several formats it is the rows from `first_row` on that have one of them.
     A vector that `is_rounded` holds bfloat16 numbers: a bias. A norm keeps all digits of float32.
     """
 
@@ -39,38 +49,42 @@ class PackedTensor(msgspec.Struct, frozen=True):
     offset: int
     num_bytes: int
     is_rounded: bool = False
+    first_row: int = 0
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """All of a decoder's parameters by name, as in `list_parameters`."""
+    """All of a decoder's parameters by name, as in `list_parameters`, each in one part or several."""
 
-    tensors: dict[str, PackedTensor]
+    tensors: dict[str, tuple[PackedTensor, ...]]
     num_bytes: int
 
 
-def packed_layout(library: ctypes.CDLL, parameters: Mapping[str, Parameter], precision: Precision) -> Layout:
-    """The layout of a decoder's parameters, or of those of one rank.
+def packed_layout(
+    library: ctypes.CDLL, parameters: Mapping[str, Parameter], parts: Mapping[str, tuple[MatrixPart, ...]]
+) -> Layout:
+    """The layout of a decoder's parameters, or of those of one rank, whose matrices have these `parts`.
 
     With tied embeddings `embedding` is panels, which serve both look-up and head.
     """
-    number_format = INT8 if precision.has_int8_weights else BF16
-    names = _in_file_order(parameters)
-    tensors = []
-    for name in names:
-        shape = parameters[name].shape
+    found: list[tuple[str, PackedTensor]] = []
+    for name in _in_file_order(parameters):
+        shape, is_rounded = parameters[name].shape, parameters[name].precision == "bfloat16"
         num_outputs, num_inputs = shape if len(shape) == 2 else (1, shape[0])
         if len(shape) == 1:
-            is_rounded = parameters[name].precision == "bfloat16"
-            tensor = PackedTensor("vector", BF16, 1, num_inputs, 0, 4 * padded(num_inputs), is_rounded)
-        elif parameters[name].precision == "bfloat16":
-            tensor = PackedTensor("table", BF16, num_outputs, num_inputs, 0, 2 * num_outputs * num_inputs)
-        else:
-            num_bytes = library.brlite_packed_bytes(number_format, num_outputs, num_inputs)
-            tensor = PackedTensor("panels", number_format, num_outputs, num_inputs, 0, num_bytes)
-        tensors.append(tensor)
-    ends = np.cumsum(aligned(np.array([tensor.num_bytes for tensor in tensors], np.int64))).tolist()
-    placed = [replace(tensor, offset=begin) for tensor, begin in zip(tensors, [0, *ends], strict=False)]
-    return Layout(dict(zip(names, placed, strict=True)), ends[-1])
+            found.append((name, PackedTensor("vector", BF16, 1, num_inputs, 0, 4 * padded(num_inputs), is_rounded)))
+        elif name not in parts:
+            found.append((name, PackedTensor("table", BF16, num_outputs, num_inputs, 0, 2 * num_outputs * num_inputs)))
+        first_row = 0
+        for form, num_rows in parts.get(name, ()):
+            num_bytes = library.brlite_packed_bytes(FORMATS[form], num_rows, num_inputs)
+            part = PackedTensor("panels", FORMATS[form], num_rows, num_inputs, 0, num_bytes, first_row=first_row)
+            found.append((name, part))
+            first_row += num_rows
+    ends = np.cumsum(aligned(np.array([tensor.num_bytes for _, tensor in found], np.int64))).tolist()
+    tensors: dict[str, tuple[PackedTensor, ...]] = {}
+    for (name, tensor), begin in zip(found, [0, *ends], strict=False):
+        tensors[name] = (*tensors.get(name, ()), replace(tensor, offset=begin))
+    return Layout(tensors, ends[-1])
 
 
 def _in_file_order(parameters: Mapping[str, Parameter]) -> list[str]:

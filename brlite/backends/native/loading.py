@@ -24,7 +24,7 @@ from brlite.files.temporary import sweep
 
 logger = logging.getLogger(__name__)
 
-LAYOUT_VERSION = 1  # counts up whenever the same weights are packed into other bytes
+LAYOUT_VERSION = 2  # counts up whenever the same weights are packed into other bytes
 
 
 class LoadedWeights(NamedTuple):
@@ -36,7 +36,7 @@ class LoadedWeights(NamedTuple):
 
 def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
     """The weights of the plan's checkpoint in its precision, or of its shard."""
-    layout = packed_layout(library, plan.parameters, plan.precision)
+    layout = packed_layout(library, plan.parameters, plan.matrix_parts)
     part = f" {plan.shard.rank} of {plan.shard.size}" if plan.shard else ""
     key = PackedFileKey(LAYOUT_VERSION, plan.precision.weights_name, plan.checkpoint.identity + part, layout.num_bytes)
     file = _trusted(plan.packed_file, plan.checkpoint.path)

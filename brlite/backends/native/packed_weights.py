@@ -1,6 +1,7 @@
 """A packed file that is written while the weights are packed, for weights that are larger than the memory there is.
 
-The bytes are those of `packed_file.write_packed_file`. In memory is only what is being packed: a few rows a thread.
+The bytes are those of `packed_file.write_packed_file`, in the precisions that round whatever a file holds. In memory is
+only what is being packed: a few rows a thread.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class PackedFile:
 
     def put(self, target: WeightTarget, tensor: StoredTensor) -> None:
         """Pack `tensor` as the rows of the parameter that `target` names, rounded to its type."""
-        packed, start, stop = self._layout.tensors[target.parameter], target.start, target.start + target.shape[0]
+        (packed,) = self._layout.tensors[target.parameter]
+        start, stop = target.start, target.start + target.shape[0]
         if packed.form == "vector":
             values = tensor.float32()
             if packed.is_rounded:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from brlite.backends.native.layout import Layout, PackedTensor
+from brlite.backends.native.layout import CODED_FORMATS, Layout, PackedTensor
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packed_file import MappedPackedFile
 from brlite.checkpoint.stored_tensor import StoredTensor
@@ -30,7 +30,12 @@ class PackedWeights:
         self._memory = memory
 
     def address(self, name: str) -> int:
-        return self._memory.address + self.layout.tensors[name].offset
+        """Of a parameter in one part."""
+        (tensor,) = self.layout.tensors[name]
+        return self.part_address(tensor)
+
+    def part_address(self, part: PackedTensor) -> int:
+        return self._memory.address + part.offset
 
     def close(self) -> None:
         """Give the memory back. May be called twice."""
@@ -96,7 +101,9 @@ class Packer:
 
     def put(self, target: WeightTarget, tensor: StoredTensor) -> None:
         """Read `tensor` and pack it as the rows of the parameter that `target` names, rounded to its type."""
-        packed, start, num_rows = self._layout.tensors[target.parameter], target.start, target.shape[0]
+        parts, num_rows = self._layout.tensors[target.parameter], target.shape[0]
+        packed = next(part for part in reversed(parts) if part.first_row <= target.start)
+        start = target.start - packed.first_row
         if packed.form == "vector":
             vector = self._bytes[packed.offset : packed.offset + packed.num_bytes].view(np.float32)
             values = tensor.float32()
@@ -116,6 +123,9 @@ class Packer:
                 done.result()
 
     def _put_rows(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
+        if packed.format in CODED_FORMATS:
+            self._put_codes(packed, first, tensor)
+            return
         values = tensor.float32()
         if packed.form == "panels":
             panels = self._address + packed.offset
@@ -124,3 +134,15 @@ class Packer:
             table = self._bytes[packed.offset : packed.offset + packed.num_bytes].view(np.uint16)
             rows = table.reshape(-1, packed.num_inputs)
             rows[first : first + len(values)] = to_bfloat16(values, keeps_subnormal=False)
+
+    def _put_codes(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
+        coded = tensor.coded()
+        assert coded is not None, f"{tensor.name} has no codes"  # its form was chosen by its format
+        codes, scales, minimums = coded
+        self._library.brlite_pack_codes(
+            packed.format,
+            codes.ctypes.data,
+            scales.ctypes.data,
+            None if minimums is None else minimums.ctypes.data,
+            *(first, len(codes), packed.num_inputs, self._address + packed.offset),
+        )

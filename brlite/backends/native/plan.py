@@ -14,7 +14,7 @@ from brlite.backends.native import abi
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packer import PackedWeights
 from brlite.backends.native.step_rows import OwnRows, Rows, SharedRows
-from brlite.models.config import ModelConfig
+from brlite.models.config import FLOAT32_BYTES, ModelConfig
 from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm, Operation, Rotate, build_network
 from brlite.models.rope_tables import pair_tables
 from brlite.models.shards import Shard, head_ranges, hidden_range, mlp_range, shard_config, vocabulary_range
@@ -77,7 +77,7 @@ class NativePlan:
         self._buffers = _Buffers(library, config, self._own, max_rows, shared)
         self._rope = pair_tables(config.rope, max_positions)
         network = build_network(config)
-        body = list(self._compile(network.body))
+        body, (head,) = list(self._compile(network.body)), self._multiply(network.head)
         self._body_array = (abi.NativeOperation * len(body))(*body)
         self.struct = abi.Plan(
             body=ctypes.addressof(self._body_array),
@@ -87,7 +87,7 @@ class NativePlan:
             max_blocks=cache.num_blocks,
             attention=self._attention(max_positions),
             norm=self._norm(network.norm),
-            head=self._multiply(network.head),
+            head=head,
             logits=self._buffers.logits.address,
             meeting=shared.meeting if shared else None,
             num_ranks=shard.size,
@@ -107,7 +107,7 @@ class NativePlan:
                 case Norm():
                     yield self._norm(operation)
                 case Multiply():
-                    yield self._multiply(operation)
+                    yield from self._multiply(operation)
                 case HeadNorm(query, key, epsilon) if not heads:  # the kernel normalises first, then turns
                     addresses = self._weights.address(query.name), self._weights.address(key.name)
                     heads |= {"weight": addresses[0], "bias": addresses[1], "epsilon": epsilon}
@@ -151,7 +151,7 @@ class NativePlan:
         yield self._activate(abi.QUANTIZE, product, size)
 
     def _embed(self, operation: Embed) -> abi.NativeOperation:
-        tensor = self._weights.layout.tensors[operation.weight.name]
+        (tensor,) = self._weights.layout.tensors[operation.weight.name]
         return abi.NativeOperation(
             kind=abi.EMBED,
             format=tensor.format,
@@ -173,25 +173,31 @@ class NativePlan:
     def _activate(self, kind: int, source: Rows, num_inputs: int) -> abi.NativeOperation:
         return abi.NativeOperation(kind=kind, format=self._format, num_inputs=num_inputs, **source.as_input)
 
-    def _multiply(self, operation: Multiply) -> abi.NativeOperation:
-        """All ranks read the residual stream and the logits: there they write side by side."""
-        tensor = self._weights.layout.tensors[operation.weight.name]
-        targets = {
+    def _multiply(self, operation: Multiply) -> Iterator[abi.NativeOperation]:
+        """An operation for each part of the matrix.
+
+        All ranks read the residual stream and the logits: there they write side by side.
+        """
+        parts = self._weights.layout.tensors[operation.weight.name]
+        target = {
             "qkv": self._buffers.qkv,
             "gate_up": self._buffers.gate_up,
             "hidden": self._buffers.hidden.column(self._hidden.start),
             "logits": self._buffers.logits.column(self._vocabulary.start),
-        }
-        return abi.NativeOperation(
-            kind=abi.ADD if operation.output == "hidden" else abi.LINEAR,
-            format=tensor.format,
-            num_outputs=tensor.num_outputs,
-            num_inputs=tensor.num_inputs,
-            weight=self._weights.address(operation.weight.name),
-            bias=self._weights.address(operation.bias.name) if operation.bias else None,
-            **targets[operation.output].as_output,
-            meets=operation.output in ("hidden", "logits") and self._meets,
-        )
+        }[operation.output]
+        bias = self._weights.address(operation.bias.name) if operation.bias else None
+        for part in parts:
+            yield abi.NativeOperation(
+                kind=abi.ADD if operation.output == "hidden" else abi.LINEAR,
+                format=part.format,
+                num_outputs=part.num_outputs,
+                num_inputs=part.num_inputs,
+                weight=self._weights.part_address(part),
+                bias=None if bias is None else bias + FLOAT32_BYTES * part.first_row,
+                **target.column(part.first_row).as_output,
+                meets=operation.output in ("hidden", "logits") and self._meets,
+                is_part=part is not parts[-1],
+            )
 
     @property
     def _meets(self) -> bool:
@@ -199,8 +205,10 @@ class NativePlan:
 
     @property
     def _format(self) -> int:
-        """Of activations: that of the matrices, which are all alike."""
-        return int(self._weights.layout.tensors["layers.0.qkv.weight"].format)
+        """Of activations: what the most demanding of the matrices takes, which are all bfloat16 or all integers."""
+        tensors = self._weights.layout.tensors.values()
+        formats = {part.format for parts in tensors for part in parts if part.form == "panels"}
+        return next(each for each in (abi.INT4_MIN, abi.INT4, abi.INT8_F16, abi.INT8, abi.BF16) if each in formats)
 
     def _attention(self, max_positions: int) -> abi.Attention:
         config = self.config

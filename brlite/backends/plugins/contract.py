@@ -158,5 +158,9 @@ class BringsTokenizer(Protocol):
 
 
 def with_static_context(spec: ModelSpec) -> ModelSpec:
-    """The spec with a context: an engine has its shapes before it knows the model. Left out, it is `STATIC_CONTEXT`."""
-    return spec if spec.build_seq else msgspec.structs.replace(spec, build_seq=STATIC_CONTEXT)
+    """The spec with a context and a precision: an engine has its shapes before it knows the model.
+
+    Left out, they are `STATIC_CONTEXT` and bf16.
+    """
+    precision = "bf16" if spec.precision == "auto" else spec.precision
+    return msgspec.structs.replace(spec, build_seq=spec.build_seq or STATIC_CONTEXT, precision=precision)

@@ -26,7 +26,6 @@ from brlite.backends.torch.loading import load_model
 from brlite.backends.torch.parallel import Group
 from brlite.backends.torch.probe import probe_device
 from brlite.checkpoint.placing import LoadPlan
-from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import (
     BackendGuard,
     BackendInfo,
@@ -41,7 +40,6 @@ from brlite.engine.backend import (
 from brlite.errors import ConfigError
 from brlite.models.config import cache_dtype, kv_bytes_per_token
 from brlite.outputs import TokenLogprob
-from brlite.precision import PRECISIONS
 
 MAX_LOGITS = 2**22  # of a prompt at a time: 16 MiB in float32
 
@@ -78,7 +76,7 @@ class TorchBackend:
             probed = probe_device(device, dtype, plan.precision, plan.config, kv_dtype)
             plan = msgspec.structs.replace(plan, notes=(*plan.notes, *probed.notes))
         decoder = load_model(plan, dtype, device, rules, group)
-        cache = _allocate_cache(decoder, spec, engine)
+        cache = _allocate_cache(decoder, plan)
         return cls(decoder, cache, _describe(decoder, cache, plan))
 
     @property
@@ -187,8 +185,9 @@ def _result(seq: ScheduledSeq, token: SampledToken | Undrawn | None, prompt_logp
     return SeqResult(seq.seq_id, [] if token is None else [token], prompt_logprobs)
 
 
-def _allocate_cache(decoder: Decoder, spec: ModelSpec, engine: EngineConfig) -> KVCache:
-    kv_dtype, block_size = cache_dtype(PRECISIONS[spec.precision], engine.dtype), engine.block_size
+def _allocate_cache(decoder: Decoder, plan: LoadPlan) -> KVCache:
+    spec, block_size = plan.spec, plan.engine.block_size
+    kv_dtype = cache_dtype(plan.precision, plan.engine.dtype)
     num_blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
     try:
         return KVCache(
@@ -214,7 +213,7 @@ def _describe(decoder: Decoder, cache: KVCache, plan: LoadPlan) -> BackendInfo:
         name="torch",
         device=describe_device(decoder.device),
         dtype=dtype,
-        precision=spec.precision,
+        precision="bf16" if spec.precision == "auto" else spec.precision,
         vocab_size=decoder.config.vocab_size,
         max_model_len=spec.build_seq,
         max_num_seqs=spec.build_batch,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from brlite.backends.torch.quantize import dequantize_weight, quantize_linears_, quantize_weight
 from brlite.models.config import FLOAT32_BYTES
-from brlite.models.network import list_parameters, native_weight_bytes, num_parameters
+from brlite.models.network import MatrixPart, list_parameters, native_weight_bytes, num_parameters
 from tests.models.steps import load_tiny
 
 # Every magnitude that a finite bfloat16 can have; 0x7F80 is infinity.
@@ -138,7 +138,10 @@ def test_native_bytes_are_those_of_the_quantised_matrices_and_of_what_is_not_qua
     decoder = load_tiny(name)
     parameters, config = decoder.parameters, decoder.config
 
-    counted = native_weight_bytes(list_parameters(config), is_int8=True)
+    matrices = [matrix for matrix in list_parameters(config).values() if matrix.precision == "weights"]
+    parts = {matrix.name: (MatrixPart("int8", matrix.shape[0]),) for matrix in matrices}
+
+    counted = native_weight_bytes(list_parameters(config), parts)
 
     held = sum(tensor.nbytes for linear in parameters.linears.values() for tensor in quantize_weight(linear.weight))
     vectors = sum(tensor.numel() for tensor in parameters.named.values() if tensor.dim() == 1)
@@ -150,6 +153,6 @@ def test_native_bfloat16_takes_two_bytes_for_all_but_vectors() -> None:
     decoder = load_tiny("qwen2")
     vectors = sum(tensor.numel() for tensor in decoder.parameters.named.values() if tensor.dim() == 1)
 
-    counted = native_weight_bytes(list_parameters(decoder.config), is_int8=False)
+    counted = native_weight_bytes(list_parameters(decoder.config), {})
 
     assert counted == 2 * num_parameters(decoder.config) + 2 * vectors

@@ -1,0 +1,102 @@
+"""GGML's quantised blocks taken apart into codes, scales and minimums, where groups of 32 hold all digits of a weight.
+
+A weight of the file is scale · code + minimum: `FORMS` says in which form native code multiplies by it. Formats that
+are not listed, such as Q6_K with its groups of 16, are dequantised and rounded to int8 anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from brlite.checkpoint.stored_tensor import Bytes, Coded
+from brlite.models.config import QUANTIZATION_GROUP
+from brlite.precision import MatrixForm
+
+IQ4_NL_VALUES = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
+)  # llama.cpp's kvalues_iq4nl
+
+
+class Coding(NamedTuple):
+    """The form of a format's matrices, and how its blocks [..., B] become codes."""
+
+    form: MatrixForm
+    decode: Callable[[Bytes], Coded]
+
+
+def _nibbles(data: Bytes) -> Bytes:
+    """The codes [..., 32] of 16 bytes: low halves, then high halves."""
+    return np.concatenate([data & 15, data >> 4], axis=-1)
+
+
+def _coded(codes: Bytes, scales: Bytes, minimums: Bytes | None = None) -> Coded:
+    """Blocks [R, N, ...] as rows. Scales and minimums are bytes of half precision."""
+    rows = np.ascontiguousarray(codes).reshape(len(codes), -1)
+    return Coded(rows, _halves(scales), None if minimums is None else _halves(minimums))
+
+
+def _halves(data: Bytes) -> npt.NDArray[np.uint16]:
+    return np.ascontiguousarray(data).view("<u2").reshape(len(data), -1)
+
+
+def _blocks(data: Bytes, num_bytes: int) -> Bytes:
+    return data.reshape(len(data), -1, num_bytes)
+
+
+def _q4_0(data: Bytes) -> Coded:
+    blocks = _blocks(data, 18)
+    return _coded(_nibbles(blocks[..., 2:]), blocks[..., :2])
+
+
+def _q4_1(data: Bytes) -> Coded:
+    blocks = _blocks(data, 20)
+    return _coded(_nibbles(blocks[..., 4:]), blocks[..., :2], blocks[..., 2:4])
+
+
+def _q5_0(data: Bytes) -> Coded:
+    blocks = _blocks(data, 22)
+    fifth = np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little")
+    return _coded((_nibbles(blocks[..., 6:]) | fifth << 4) - np.uint8(16), blocks[..., :2])
+
+
+def _q8_0(data: Bytes) -> Coded:
+    blocks = _blocks(data, 34)
+    return _coded(blocks[..., 2:], blocks[..., :2])
+
+
+def _iq4_nl(data: Bytes) -> Coded:
+    blocks = _blocks(data, 18)
+    return _coded(IQ4_NL_VALUES[_nibbles(blocks[..., 2:])].view(np.uint8), blocks[..., :2])
+
+
+def _q4_k(data: Bytes) -> Coded:
+    """Super-blocks of 8 groups, whose scales and minimums are integers of 6 bits times a number in half precision.
+
+    The products are rounded to half precision: to 11 bits of up to 17.
+    """
+    blocks = _blocks(data, 144)
+    super_scale, super_minimum = (blocks[..., i : i + 2].copy().view("<f2").astype(np.float32) for i in (0, 2))
+    low, middle, high = (blocks[..., i : i + 4] for i in (4, 8, 12))
+    scales = np.concatenate([low & 63, high & 15 | low >> 2 & 48], axis=-1)  # [R, N, 8]
+    minimums = np.concatenate([middle & 63, high >> 4 | middle >> 2 & 48], axis=-1)
+    quarters = blocks[..., 16:].reshape(*blocks.shape[:2], 4, QUANTIZATION_GROUP)
+    codes = np.stack([quarters & 15, quarters >> 4], axis=3)
+    scale_bits, minimum_bits = (
+        (factor * integers).astype("<f2").view(np.uint8)
+        for factor, integers in ((super_scale, scales), (-super_minimum, minimums))
+    )
+    return _coded(codes, scale_bits, minimum_bits)
+
+
+CODINGS: dict[str, Coding] = {
+    "Q4_0": Coding("int4", _q4_0),
+    "Q4_1": Coding("int4_min", _q4_1),
+    "Q4_K": Coding("int4_min", _q4_k),
+    "Q5_0": Coding("int8_f16", _q5_0),
+    "Q8_0": Coding("int8_f16", _q8_0),
+    "IQ4_NL": Coding("int8_f16", _iq4_nl),
+}

@@ -1,0 +1,191 @@
+"""Native code on quantised files: their own digits, in any company, on any instruction set, on one rank and two."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+from brlite.backends.native.abi import INT4, INT4_MIN, INT8, INT8_F16
+from brlite.backends.native.backend import NativeBackend
+from brlite.backends.native.library import NativeLibrary, available_isas
+from brlite.backends.native.loading import load_weights
+from brlite.backends.sizes import sizes_at
+from brlite.checkpoint import Checkpoint, open_checkpoint
+from brlite.checkpoint.gguf_codes import CODINGS
+from brlite.config.options import EngineConfig, ModelSpec
+from tests.backends.native_models import load_native, random_ids
+from tests.backends.rank_threads import load_native_ranks
+from tests.backends.schedules import Story, live_alone, make_prompts, run_schedules
+from tests.load_plans import make_plan, read_tensors
+from tests.quantised_files import HEAD_DIM, HEADS, HIDDEN, KV, KV_HEADS, LAYERS, MIXES, write_quantised
+
+NUM_SCHEDULES = 4
+
+
+class Quantised(NamedTuple):
+    mix: str
+    checkpoint: Checkpoint
+    backend: NativeBackend
+    stories: list[Story]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quantised")
+    for mix, types in MIXES.items():
+        write_quantised(folder / f"{mix}.gguf", types)
+    return folder
+
+
+@pytest.fixture(scope="module", params=MIXES)
+def quantised(request: pytest.FixtureRequest, folder: Path, native_library: NativeLibrary) -> Iterator[Quantised]:
+    checkpoint = open_checkpoint(folder / f"{request.param}.gguf")
+    with closing(load_native(native_library, request.param, "auto", checkpoint=checkpoint)) as backend:
+        stories = [live_alone(backend, prompt, seed) for seed, prompt in enumerate(make_prompts(seed=0))]
+        yield Quantised(request.param, checkpoint, backend, stories)
+
+
+def test_rows_have_the_bits_they_have_alone_whatever_the_schedule(quantised: Quantised) -> None:
+    assert run_schedules(quantised.backend, quantised.stories, count=NUM_SCHEDULES, seed=1)["compared"] > NUM_SCHEDULES
+
+
+def test_every_instruction_set_and_two_threads_give_the_same_bits(
+    quantised: Quantised, native_library: NativeLibrary
+) -> None:
+    for isa in available_isas(native_library.functions):
+        backend = load_native(
+            native_library, quantised.mix, "auto", isa=isa, threads=1 + isa % 2, checkpoint=quantised.checkpoint
+        )
+        with closing(backend):
+            assert run_schedules(backend, quantised.stories, count=2, seed=isa)["compared"] > 2
+
+
+def test_two_ranks_give_the_bits_of_one(quantised: Quantised, native_library: NativeLibrary) -> None:
+    with closing(load_native_ranks(native_library, quantised.mix, "auto", 2, checkpoint=quantised.checkpoint)) as ranks:
+        assert run_schedules(ranks, quantised.stories, count=2, seed=3)["compared"] > 2
+
+
+def test_logits_are_those_of_the_dequantised_file(quantised: Quantised) -> None:
+    token_ids = random_ids(70, seed=2)
+    expected = reference_logits(quantised.checkpoint, token_ids)
+
+    found = quantised.backend.logits(token_ids)
+
+    # Keys and values are bfloat16, which tells least where a token sees only itself.
+    is_exact = set(quantised.checkpoint.formats().values()) <= CODINGS.keys() - {"Q4_K"} | {"F32"}
+    errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    assert errors[0] < (0.004 if is_exact else 0.01)
+    assert np.median(errors) < 0.015
+
+
+@pytest.mark.parametrize("mix", ["q4_0", "default", "q8_0", "mixed"])
+def test_packed_rows_are_the_files_numbers_exactly(mix: str, folder: Path, native_library: NativeLibrary) -> None:
+    """Where the file's groups are 32 numbers; other formats are rounded."""
+    library = native_library.functions
+    with closing(open_checkpoint(folder / f"{mix}.gguf")) as checkpoint:
+        plan = make_plan(checkpoint, ModelSpec(name=mix, build_seq=64))
+        loaded = load_weights(library, plan)
+        with closing(loaded.weights):
+            for name, values in read_tensors(checkpoint).items():
+                target, stored_as = plan.model.targets[name], checkpoint.formats()[name]
+                if stored_as not in CODINGS:
+                    continue
+                parts = loaded.weights.layout.tensors[target.parameter]
+                part = next(part for part in reversed(parts) if part.first_row <= target.start)
+                out = np.empty(values.shape, np.float32)
+                for row in range(len(values)):
+                    library.brlite_unpack_row(
+                        *(part.format, loaded.weights.part_address(part), target.start - part.first_row + row),
+                        *(part.num_inputs, out[row].ctypes.data),
+                    )
+                assert part.format in (INT8_F16, INT4, INT4_MIN)
+                assert np.array_equal(out, values), name
+
+
+def test_a_matrix_of_several_tensors_has_a_part_for_each_format(folder: Path, native_library: NativeLibrary) -> None:
+    with closing(open_checkpoint(folder / "q4_k_m.gguf")) as checkpoint:
+        loaded = load_weights(native_library.functions, make_plan(checkpoint, ModelSpec(name="m", build_seq=64)))
+        with closing(loaded.weights):
+            parts = loaded.weights.layout.tensors["layers.0.qkv.weight"]
+
+    assert [(part.format, part.first_row, part.num_outputs) for part in parts] == [
+        (INT4_MIN, 0, HIDDEN + KV),
+        (INT8, HIDDEN + KV, KV),
+    ]
+
+
+def test_sizes_are_told_before_anything_is_read(quantised: Quantised) -> None:
+    told = sizes_at(quantised.checkpoint.path, ModelSpec(name="m", build_seq=64), EngineConfig(backend="native"))
+
+    held = quantised.backend.info.weight_bytes
+    assert held * 0.93 < told.weight_bytes <= held  # each tensor begins at a page of memory
+
+
+@pytest.mark.parametrize(
+    ("mix", "precision"), [("q4_k_m", "a_bf16_w_int4"), ("q8_0", "a_bf16_w_int8"), ("default", "a_bf16_w_int4")]
+)
+def test_auto_is_named_by_what_is_kept(mix: str, precision: str, folder: Path, native_library: NativeLibrary) -> None:
+    checkpoint = open_checkpoint(folder / f"{mix}.gguf")
+    with closing(load_native(native_library, mix, "auto", checkpoint=checkpoint)) as backend:
+        assert backend.info.precision == precision
+
+
+def test_packed_weights_are_mapped_at_the_next_start(
+    folder: Path, tmp_path: Path, native_library: NativeLibrary, caplog: pytest.LogCaptureFixture
+) -> None:
+    with closing(open_checkpoint(folder / "q4_k_m.gguf")) as checkpoint:
+        plan = make_plan(checkpoint, ModelSpec(name="m", build_seq=64), packed_file=tmp_path / "m.brlite")
+        hashes = []
+        for _ in range(2):
+            loaded = load_weights(native_library.functions, plan)
+            loaded.weights.close()
+            hashes.append(loaded.content_hash)
+        is_kept = (tmp_path / "m.brlite").stat().st_size > loaded.weights.layout.num_bytes
+
+    assert is_kept
+    assert hashes[0] == hashes[1]
+    assert "is not used" not in caplog.text
+
+
+def reference_logits(checkpoint: Checkpoint, token_ids: list[int]) -> np.ndarray[Any, Any]:
+    """The logits [T, V] of a Llama in float64, from the numbers that the file holds."""
+    weights = {
+        name.removeprefix("model.").removesuffix(".weight"): values.astype(np.float64)
+        for name, values in read_tensors(checkpoint).items()
+    }
+    hidden = weights["embed_tokens"][token_ids]
+    for layer in range(LAYERS):
+        at = {name.removeprefix(f"layers.{layer}."): values for name, values in weights.items()}
+        normed = norm(hidden, at["input_layernorm"])
+        q, k, v = (
+            (normed @ at[f"self_attn.{each}_proj"].T).reshape(len(token_ids), -1, HEAD_DIM).swapaxes(0, 1)
+            for each in "qkv"
+        )
+        q, k, v = rotate(q), rotate(k).repeat(HEADS // KV_HEADS, axis=0), v.repeat(HEADS // KV_HEADS, axis=0)
+        scores = q @ k.swapaxes(1, 2) / math.sqrt(HEAD_DIM) + np.triu(np.full((len(token_ids),) * 2, -np.inf), 1)
+        weighted = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        attended = (weighted / weighted.sum(axis=-1, keepdims=True)) @ v
+        hidden = hidden + attended.swapaxes(0, 1).reshape(len(token_ids), -1) @ at["self_attn.o_proj"].T
+        normed = norm(hidden, at["post_attention_layernorm"])
+        gate, up = normed @ at["mlp.gate_proj"].T, normed @ at["mlp.up_proj"].T
+        hidden = hidden + (gate / (1 + np.exp(-gate)) * up) @ at["mlp.down_proj"].T
+    return norm(hidden, weights["norm"]) @ weights.get("lm_head", weights["embed_tokens"]).T
+
+
+def norm(x: np.ndarray[Any, Any], weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return x / np.sqrt(np.square(x).mean(axis=-1, keepdims=True) + 1e-5) * weight
+
+
+def rotate(heads: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[H, T, D], the first half against the second."""
+    half = HEAD_DIM // 2
+    angles = np.arange(heads.shape[1])[:, None] * 50000.0 ** (-np.arange(half) / half)
+    first, second = heads[..., :half], heads[..., half:]
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

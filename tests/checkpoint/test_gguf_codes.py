@@ -1,0 +1,57 @@
+"""Quantised blocks taken apart: scale · code + minimum is what the `gguf` package dequantises."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from brlite.checkpoint.gguf_codes import CODINGS
+from tests.quantised_files import SUPER_BLOCKS, quantise
+
+GROUP = 32
+
+
+def values_of(name: str, stored: np.ndarray) -> np.ndarray:
+    """The weights that the codes stand for, in float64."""
+    form, decode = CODINGS[name]
+    codes, scales, minimums = decode(stored)
+    scales = scales.view(np.float16).astype(np.float64).repeat(GROUP, axis=1)
+    if form == "int8_f16":
+        return codes.view(np.int8) * scales
+    assert codes.max() <= 15
+    if form == "int4":
+        return (codes.astype(np.float64) - 8) * scales
+    assert minimums is not None
+    return codes * scales + minimums.view(np.float16).astype(np.float64).repeat(GROUP, axis=1)
+
+
+def stored_rows(name: str) -> np.ndarray:
+    generator = np.random.default_rng(7)
+    if name == "IQ4_NL":  # which the package only reads
+        blocks = generator.integers(0, 256, (5, 16, 18), dtype=np.uint8)
+        blocks[..., :2] = generator.uniform(1e-3, 1e-2, (5, 16)).astype("<f2")[..., None].view(np.uint8)
+        return blocks.reshape(5, -1)
+    return quantise(generator.standard_normal((5, 512)).astype(np.float32), name, generator)
+
+
+@pytest.mark.parametrize("name", CODINGS.keys() - SUPER_BLOCKS.keys())
+def test_codes_and_scales_are_the_weights_exactly(name: str) -> None:
+    stored = stored_rows(name)
+
+    # The package rounds scale · code + minimum to float32.
+    assert np.array_equal(
+        values_of(name, stored).astype(np.float32), gguf.quants.dequantize(stored, GGMLQuantizationType[name])
+    )
+
+
+def test_the_scales_and_minimums_of_super_blocks_are_rounded_to_half_precision() -> None:
+    stored = stored_rows("Q4_K")
+    expected = gguf.quants.dequantize(stored, GGMLQuantizationType.Q4_K)
+    blocks = stored.reshape(-1, 144)
+    largest = [63 * blocks[:, at : at + 2].copy().view("<f2").max().astype(np.float64) for at in (0, 2)]
+
+    error = np.abs(values_of("Q4_K", stored) - expected).max()
+
+    assert 0 < error < (15 * largest[0] + largest[1]) * 2.0**-11
