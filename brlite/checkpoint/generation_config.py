@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from brlite.checkpoint.folder import find_weights
+from brlite.checkpoint.folder import find_weights, has_weights
 from brlite.checkpoint.gguf_header import read_gguf_header
 from brlite.checkpoint.model_file import exists, read_json_object
 
@@ -29,7 +29,7 @@ def read_recommended_sampling(path: Path) -> dict[str, Any]:
     """
     if path.is_dir() and exists(path / GENERATION_CONFIG):
         found = read_json_object(path / GENERATION_CONFIG)
-    elif path.is_dir() and find_weights(path).kind != "gguf":
+    elif path.is_dir() and not (has_weights(path) and find_weights(path).kind == "gguf"):
         return {}
     else:
         file = path if path.is_file() else find_weights(path).files[0]
