@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Returns = Literal["dict", "tuple", "tensor", "uncast"]
+Returns = Literal["dict", "tuple", "tensor"]
 
 EMBEDDINGS = ("model.embed_tokens.weight", "transformer.embedding.word_embeddings.weight")
 HEADS = ("lm_head.weight", "transformer.output_layer.weight")
@@ -67,10 +67,7 @@ class TinyForCausalLM(Holder):
 
     def forward(self, input_ids: Tensor) -> object:
         logits = self.get_submodule(self._top)(input_ids)
-        logits = self.lm_head(logits) if self._has_head else logits
-        if self._returns == "uncast":
-            return logits
-        logits = logits.float()
+        logits = (self.lm_head(logits) if self._has_head else logits).float()
         return {"dict": {"logits": logits}, "tuple": (logits,), "tensor": logits}[self._returns]
 
 
@@ -86,12 +83,9 @@ def write_traced(
     return file
 
 
-def loaded_graph(file: Path) -> tuple[str, str]:
-    """The names of a saved graph's input and of its logits, as TorchScript itself gives them."""
+def loaded_input_name(file: Path) -> str:
+    """The name of a saved graph's input, as TorchScript itself gives it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        graph = torch.jit.load(str(file)).inlined_graph
-    output = next(graph.outputs())
-    is_container = output.node().kind() in ("prim::DictConstruct", "prim::TupleConstruct")
-    logits = list(output.node().inputs())[-1] if is_container else output
-    return list(graph.inputs())[1].debugName(), logits.debugName()
+        name: str = list(torch.jit.load(str(file)).inlined_graph.inputs())[1].debugName()
+    return name

@@ -28,7 +28,7 @@ from brlite.machine import show_bytes
 from brlite.models import find_family
 from brlite.models.network import num_parameters
 
-UNTOLD = "not told by its text: the manual's tool prints it when it runs"
+UNTOLD = "unknown: the graph's text cannot be read"
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")  # as the families call them
 
 Findings = dict[str, Any]
@@ -82,8 +82,7 @@ def _traced(path: Path) -> Findings:
         "bytes": archive.num_bytes,
         "class": archive.module.type_name.rpartition(".")[2],
         "input_name": names and names.input_name,
-        "output_name": names and names.output_name,
-        "output's key": (names and names.output_label) or "none",
+        "output's key": (names and names.output_key) or "none",
         "vocab_size": embedding.shape[0] if embedding else "unknown: no embedding was found",
         "tensors": len(tensors),
         "parameters": sum(math.prod(tensor.shape) for tensor in tensors.values()),

@@ -160,7 +160,7 @@ def _plan(order: ConversionRequest, checkpoint: Checkpoint, model: CheckedModel,
         num_parameters=num_parameters(model.config),
         vocab_size=model.config.vocab_size,
         input_name=names.input_name if names else INPUT_NAME,
-        output_name=(names and (names.output_name or names.output_label)) or OUTPUT_NAME,
+        output_name=(names and names.output_key) or OUTPUT_NAME,
         source=checkpoint.identity,
         files={},
     )

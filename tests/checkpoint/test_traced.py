@@ -26,7 +26,7 @@ from brlite.checkpoint.traced_pickle import read_pickle
 from brlite.errors import ModelError
 from tests.load_plans import read_tensors
 from tests.tiny_models import TINY_CONFIGS, tiny_tensors
-from tests.traced_models import Returns, loaded_graph, write_traced
+from tests.traced_models import Returns, loaded_input_name, write_traced
 
 FILE = Path("tiny.pt")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,43 +87,27 @@ def test_the_identity_changes_with_the_file_and_with_the_config(folder: Path, tr
     assert len({first, second, TracedCheckpoint(traced, folder).identity}) == 3
 
 
-@pytest.mark.parametrize(("returns", "label"), [("dict", "logits"), ("tuple", None), ("tensor", None)])
-def test_names_are_those_that_torchscript_gives(returns: Returns, label: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("returns", "key"), [("dict", "logits"), ("tuple", None), ("tensor", None)])
+def test_names_are_those_that_torchscript_gives(returns: Returns, key: str | None, tmp_path: Path) -> None:
     file = write_traced(tmp_path / "tiny.pt", tiny_tensors("llama"), returns)
 
-    names = TracedArchive(file).graph_names()
-
-    assert names == GraphNames(*loaded_graph(file), label)
-    assert names.input_name == "input_ids.1"
-
-
-def test_the_manuals_names_are_found_where_its_models_return_a_dict_or_a_tuple(tmp_path: Path) -> None:
-    files = [write_traced(tmp_path / f"{returns}.pt", tiny_tensors("llama"), returns) for returns in ("dict", "tuple")]
-
-    assert [names.output_name for file in files if (names := TracedArchive(file).graph_names())] == ["10", "9"]
-
-
-def test_a_name_from_inside_a_submodule_is_not_told(tmp_path: Path) -> None:
-    file = write_traced(tmp_path / "tiny.pt", tiny_tensors("llama"), "uncast")
-
-    assert TracedArchive(file).graph_names() == GraphNames("input_ids.1", None, None)
+    assert TracedArchive(file).graph_names() == GraphNames(loaded_input_name(file), key)
 
 
 @pytest.mark.parametrize(
-    ("body", "expected"),
+    ("body", "key"),
     [
-        ("x = torch.mul(input_ids, 2)\n    return {'logits': torch.to(x, 6)}", (None, "logits")),
-        ("return torch.to(input_ids, 6)", ("5", None)),
-        ("if True:\n      pass\n    return torch.to(input_ids, 6)", (None, None)),
-        (f"x = input_ids{'.a' * 2000}\n    return torch.to(x, 6)", (None, None)),
-        ("return {}", (None, None)),
-        ("pass", (None, None)),
+        ("x = torch.mul(input_ids, 2)\n    return {'logits': torch.to(x, 6)}", "logits"),
+        ("x = {'logits': input_ids}\n    return x", "logits"),
+        (f"x = input_ids{'.a' * 2000}\n    return x", None),
+        ("return {}", None),
+        ("pass", None),
     ],
 )
-def test_what_cannot_be_counted_is_not_guessed(body: str, expected: tuple[str | None, str | None]) -> None:
+def test_only_a_key_that_stands_in_the_text_is_told(body: str, key: str | None) -> None:
     text = f"class A(Module):\n  def forward(self: A,\n    input_ids: Tensor) -> Tensor:\n    {body}\n"
 
-    assert graph_names(text) == GraphNames("input_ids.1", *expected)
+    assert graph_names(text) == GraphNames("input_ids.1", key)
 
 
 @pytest.mark.parametrize("text", ["", "class A(Module):\n  pass\n", "def forward(", "(" * 5000, "\x00", "x = 1\n"])
