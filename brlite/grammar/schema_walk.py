@@ -482,10 +482,8 @@ class _Walk:
                     num_remainders *= _remainders(each.get("multipleOf", 1))
                     waiting += [(part, holds) for part in (*each.get("allOf", []), self._targets.get(id(each)))]
                     for parts in filter(None, (each.get("anyOf"), each.get("oneOf"))):
-                        if len(parts) > 1:
-                            num_patterns += holds * all(
-                                isinstance(part, dict) and keywords & part.keys() for part in parts
-                            )
+                        if len(parts) > 1 and all(isinstance(part, dict) and keywords & part.keys() for part in parts):
+                            num_patterns += holds
                         waiting += [(part, holds and len(parts) == 1) for part in parts]
             num_looks += len(seen)
             if num_remainders > self._limits.max_repetitions:
