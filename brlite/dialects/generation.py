@@ -81,8 +81,8 @@ class Generation(Struct, frozen=True, kw_only=True):
     with `splits_reasoning`, and left out without `shows_reasoning`. `calls_functions`: calls are told as OpenAI's
     `function_call`, the form before tools. With `keeps_order` a response that is not streamed tells texts and calls in
     the order in which they were written; else all text is before the calls. `unset` are the sampling parameters that
-    the client left out, of those that a model may have defaults for. `timeout_seconds` is when the client wants an error
-    in place of the rest.
+    the client left out, of those that a model may have defaults for. `timeout_seconds` is when the client wants an
+    error in place of the rest.
     """
 
     model: str | None
