@@ -46,7 +46,9 @@ class FairThread:
         try:
             return await done
         except asyncio.CancelledError:
-            self._drop(tenant, done)
+            jobs = self._tenants.get(tenant)
+            if jobs is not None and jobs.pop(done, None) is not None and not jobs:
+                del self._tenants[tenant]
             raise
 
     def close(self) -> None:
@@ -58,11 +60,6 @@ class FairThread:
                     done.set_exception(self._closing())
         self._tenants.clear()
         self._thread.shutdown(wait=False)
-
-    def _drop(self, tenant: str, done: asyncio.Future[Any]) -> None:
-        jobs = self._tenants.get(tenant)
-        if jobs is not None and jobs.pop(done, None) is not None and not jobs:
-            del self._tenants[tenant]
 
     def _start_next(self) -> None:
         if self._is_running or not self._tenants:

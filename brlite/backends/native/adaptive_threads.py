@@ -46,16 +46,12 @@ class AdaptiveThreads:
         if self.num_threads == self.num_settled:
             self._rested += elapsed
             self._best_average = average
-            self._choose_trial(average)
+            if self._rested >= self._pause:
+                # Half as many could be faster if fewer than half are at work. More are tried after a while.
+                half, more = self.num_settled // 2, min(self._most, 2 * self.num_settled)
+                self.num_threads = half if average < half else more
         else:
             self._judge_trial(average)
-
-    def _choose_trial(self, average: float) -> None:
-        """Half as many threads could be faster if fewer than half are at work. More are tried after a while."""
-        half, more = self.num_settled // 2, min(self._most, 2 * self.num_settled)
-        if self._rested < self._pause:
-            return
-        self.num_threads = half if average < half else more
 
     def _judge_trial(self, average: float) -> None:
         is_more = self.num_threads > self.num_settled

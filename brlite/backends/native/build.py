@@ -113,8 +113,10 @@ class _Process(NamedTuple):
     def is_done(self) -> bool:
         """Raises `NativeUnavailable` if it failed."""
         status = self.process.poll()
-        if status:
-            raise NativeUnavailable(f"the C++ compiler failed with status {status}: {_complaint(self.said)}")
+        if status:  # the first line that is an error, or else the first
+            lines = self.said.read_text(encoding="utf-8", errors="replace").split("\n")
+            line = next((line for line in lines if "error" in line), lines[0]).strip()[:MAX_REASON]
+            raise NativeUnavailable(f"the C++ compiler failed with status {status}: {line or 'it said nothing'}")
         return status is not None
 
 
@@ -138,10 +140,3 @@ def _start(group: ChildGroup, command: list[str], staging: Path) -> _Process:
     environment = child_environment(LC_ALL="C", **caches)
     with said.open("wb") as stream:
         return _Process(group.start(command, env=environment, stdout=stream, stderr=stream), said)
-
-
-def _complaint(said: Path) -> str:
-    """The first line that is an error, or else the first."""
-    lines = said.read_text(encoding="utf-8", errors="replace").split("\n")
-    line = next((line for line in lines if "error" in line), lines[0]).strip()
-    return line[:MAX_REASON] or "it said nothing"

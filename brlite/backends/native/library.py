@@ -119,16 +119,11 @@ def _kept(cache: Path | None) -> Path:
 def _checked(path: Path) -> NativeLibrary:
     """Raises OSError for a library that is broken or was built from other sources."""
     functions = ctypes.CDLL(str(path))
-    if _fingerprint_of(functions) != fingerprint():
+    own = getattr(functions, "brlite_fingerprint", None)
+    if own is not None:
+        own.argtypes, own.restype = (), ctypes.c_char_p
+    if own is None or own().decode() != fingerprint():
         raise OSError("it was built from other sources")
     abi.declare(functions)
     abi.check(functions)
     return NativeLibrary(functions, path, best_isa(functions, os.environ.get(ISA_VARIABLE, "")))
-
-
-def _fingerprint_of(functions: ctypes.CDLL) -> str | None:
-    function = getattr(functions, "brlite_fingerprint", None)
-    if function is None:
-        return None
-    function.argtypes, function.restype = (), ctypes.c_char_p
-    return str(function().decode())

@@ -98,7 +98,11 @@ class OwnRows:
 def create_shared_file(library: ctypes.CDLL, sizes: SharedSizes) -> int:
     """A file without a name, for ranks to share: a descriptor that the caller closes."""
     num_bytes = shared_bytes(library, sizes)
-    file = _open_unnamed()
+    if hasattr(os, "memfd_create"):  # Linux: a container's /dev/shm may be too small for it
+        file = os.memfd_create("brlite-ranks")
+    else:
+        with tempfile.TemporaryFile() as temporary:
+            file = os.dup(temporary.fileno())
     try:
         # Taken now: a page that is not there when it is written to ends a process without a word.
         os.posix_fallocate(file, 0, num_bytes)
@@ -111,13 +115,6 @@ def create_shared_file(library: ctypes.CDLL, sizes: SharedSizes) -> int:
 def shared_bytes(library: ctypes.CDLL, sizes: SharedSizes) -> int:
     """All that ranks share."""
     return aligned(int(library.brlite_meeting_bytes())) + sum(sizes.num_bytes().values())
-
-
-def _open_unnamed() -> int:
-    if hasattr(os, "memfd_create"):  # Linux: a container's /dev/shm may be too small for it
-        return os.memfd_create("brlite-ranks")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 def _num_bytes(num_rows: int, size: int) -> int:
