@@ -27,9 +27,10 @@ from brlite.proxy.scrape import Scraper
 from brlite.server.delivery import RUNNING, end_all
 from brlite.server.generate import CONFIG, MODELS
 from brlite.server.handlers import ADD_METRICS, METRICS_PATHS, OPEN_PATHS, PROBES, ROUTES
+from brlite.server.idempotency import ANSWERS, IdempotentAnswers
 from brlite.server.metrics import COLLECTORS
 from brlite.server.model_manager import ModelManager
-from brlite.server.response_store import STORE, ResponseStore
+from brlite.server.response_store import STORE, make_response_store
 from brlite.server.served_model import ModelTable, ServedModel
 
 FORWARDER = web.AppKey("forwarder", Forwarder)
@@ -66,7 +67,8 @@ def create_app(
     app[CONFIG] = config
     app[MODELS] = models
     app[RUNNING] = set()
-    app[STORE] = ResponseStore(config.limits.max_stored_bytes)
+    app[STORE] = make_response_store(config.limits.max_stored_bytes)
+    app[ANSWERS] = IdempotentAnswers(config.limits.max_idempotent_bytes)
     app[PROBE_PATHS] = PROBES
     app[BODIES] = BodyBudget(config.limits.max_body_bytes_in_flight)
     app.add_routes(ROUTES)
@@ -124,6 +126,7 @@ def _add_forwarding(app: web.Application, forwarder: Forwarder, config: Config) 
     async def stop(app: web.Application) -> None:
         end_all(app)
         forwarder.stop()
+        await app[ANSWERS].close()
 
     app.cleanup_ctx.append(run)
     app.on_shutdown.append(stop)

@@ -297,6 +297,12 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         CountOrZero,
         option("responses kept for `previous_response_id`; the oldest are forgotten first; 0: none are kept"),
     ] = 64 * 1024 * 1024
+    max_idempotent_bytes: Annotated[
+        CountOrZero,
+        option(
+            "answers kept for retries with the same `Idempotency-Key`; the oldest are forgotten first; 0: none are kept"
+        ),
+    ] = 16 * 1024 * 1024
     template_seconds: Annotated[
         float, Meta(gt=0, le=3600), option("CPU time of a chat template, for one chat and for loading it")
     ] = 2.0

@@ -429,7 +429,7 @@ class ResponsesEncoder:
         return [self._frame(event) for event in events]
 
     def _item_id(self, prefix: str) -> str:
-        return f"{prefix}_{self._id.removeprefix('resp_')}{len(self._output)}"
+        return f"{prefix}_{self._id.removeprefix('resp_')}_{len(self._output)}"
 
     def _frame(self, event: StreamEvent) -> bytes:
         event.sequence_number = self._num_sent
@@ -476,6 +476,11 @@ class ResponsesEncoder:
                 **({"warnings": self._warnings} if self._warnings else {}),
             }
         )
+
+
+def response_id_of(item_id: str) -> str:
+    """The id of the response that has this item in its output."""
+    return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
 
 
 def encode_error(error: BaseException) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from aiohttp import web
 from msgspec import Struct
@@ -14,8 +15,9 @@ from brlite.dialects.dialect import Dialect
 from brlite.dialects.generation import MAX_TIMEOUT_SECONDS, Generation
 from brlite.dialects.openai import encode_json
 from brlite.errors import InvalidRequest, stopping
-from brlite.http.body import read_body
+from brlite.http.body import keep_body, read_body
 from brlite.http.keys import API_KEY
+from brlite.server import idempotency
 from brlite.server.delivery import StreamDelivery, WholeDelivery
 from brlite.server.served_model import ModelTable, ServedModel
 
@@ -24,10 +26,18 @@ CONFIG = web.AppKey("config", Config)
 MODELS = web.AppKey("models", ModelTable)
 
 
-async def generate(dialect: Dialect, request: web.Request) -> web.StreamResponse:
-    """Decode, admit, run, deliver: the endpoint of each dialect."""
+async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = False) -> web.StreamResponse:
+    """Decode, admit, run, deliver: the endpoint of each dialect.
+
+    `is_first`: of the requests with its `Idempotency-Key` it is the one to be computed.
+    """
     limits = request.app[CONFIG].limits
-    call = dialect.decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
+    if idempotency.HEADER in request.headers and not is_first and limits.max_idempotent_bytes:
+        keep_body(request, body)
+        compute, tenant = partial(generate, is_first=True), request[API_KEY].tenant
+        return await request.app[idempotency.ANSWERS].answer(dialect, request, body, tenant, compute)
+    call = dialect.decode(body, limits)
     name = call.model or request.app[MODELS].find(None).name
     make_delivery = StreamDelivery if call.is_streamed else WholeDelivery
     with admit(request, name) as model:

@@ -280,7 +280,7 @@ class ResponseStoreCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         store = self._store
-        yield GaugeMetricFamily("brlite:stored_responses", "Responses in the store.", value=store.num_responses)
+        yield GaugeMetricFamily("brlite:stored_responses", "Responses in the store.", value=len(store))
         yield GaugeMetricFamily("brlite:stored_response_bytes", "Bytes that they take.", value=store.num_bytes)
         about = "Responses that were forgotten because the store was full."
         yield CounterMetricFamily("brlite:responses_forgotten", about, value=store.num_forgotten)

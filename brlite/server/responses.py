@@ -88,7 +88,7 @@ async def list_input_items(request: web.Request) -> web.Response:
 
 
 def _stored(request: web.Request) -> TenantResponses:
-    return request.app[STORE].of(request[API_KEY].tenant)
+    return TenantResponses(request.app[STORE], request[API_KEY].tenant)
 
 
 def _find(request: web.Request) -> FinishedResponse:

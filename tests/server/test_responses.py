@@ -24,7 +24,7 @@ from brlite.config.options import Config, EngineConfig, KeysConfig, LimitsConfig
 from brlite.dialects.responses_encoder import FinishedResponse
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
-from brlite.server.response_store import ResponseStore
+from brlite.server.response_store import TenantResponses, make_response_store
 from tests.limits import PATIENCE_SECONDS
 
 TOOLS: list[Any] = [{"type": "function", "name": "now", "parameters": {"type": "object", "properties": {}}}]
@@ -158,8 +158,8 @@ async def test_a_bad_field_is_refused_by_its_name(serve: Start, fields: dict[str
 
 
 def test_a_full_store_forgets_the_oldest_of_the_tenant_that_holds_most(caplog: pytest.LogCaptureFixture) -> None:
-    store = ResponseStore(5000)
-    mine, other = store.of("a"), store.of("b")
+    store = make_response_store(5000)
+    mine, other = TenantResponses(store, "a"), TenantResponses(store, "b")
     other.keep(FinishedResponse("resp_0", b"x" * 500, (), {}))
 
     for number in range(1, 6):

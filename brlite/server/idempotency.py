@@ -1,0 +1,173 @@
+"""`Idempotency-Key`: a request that comes again joins the first one while that runs, then gets its stored answer.
+
+An answer that is not streamed is computed to its end even if its client leaves; a stream ends with its client, and the
+next request with its key begins anew. Only complete answers are stored, no errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Awaitable, Callable, Sequence
+
+from aiohttp import web
+from msgspec import Raw, Struct
+
+from brlite.dialects.dialect import Dialect, ResponseEncoder
+from brlite.dialects.event import Event, TokenUsage
+from brlite.dialects.generation import Generation
+from brlite.dialects.json_body import decode_fields
+from brlite.errors import InvalidRequest
+from brlite.server.bounded_store import OBJECT_BYTES, BoundedStore
+
+HEADER = "Idempotency-Key"
+MAX_KEY_LENGTH = 255
+CLOSE_SECONDS = 1.0
+
+Run = Callable[[Dialect, web.Request], Awaitable[web.StreamResponse]]
+
+
+class StoredAnswer(Struct, frozen=True):
+    """`digest` is that of the request, which must be the same for the same key."""
+
+    digest: bytes
+    body: bytes
+    content_type: str
+
+    def response(self) -> web.Response:
+        return web.Response(body=self.body, content_type=self.content_type, headers={"Idempotent-Replayed": "true"})
+
+
+class RunningAnswer:
+    """`answer` has the result: None where the answer did not become complete."""
+
+    def __init__(self, digest: bytes) -> None:
+        self.digest = digest
+        self.answer: asyncio.Future[StoredAnswer | None] = asyncio.get_running_loop().create_future()
+
+
+class IdempotentAnswers:
+    """The answers of requests with a key: those that are being made, and those that are complete, in `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.store: BoundedStore[StoredAnswer] = BoundedStore(
+            max_bytes, name="max_idempotent_bytes", what="answers for retries"
+        )
+        self._running: dict[tuple[str, str], RunningAnswer] = {}
+        self._tasks: set[asyncio.Task[web.StreamResponse]] = set()
+
+    async def answer(
+        self, dialect: Dialect, request: web.Request, body: bytes, tenant: str, run: Run
+    ) -> web.StreamResponse:
+        """The answer of `run`, of an equal request before it, or of one that is under way. Raises as `run` does.
+
+        Raises `InvalidRequest` for a key that came with another body or path.
+        """
+        key = request.headers[HEADER]
+        if not 0 < len(key) <= MAX_KEY_LENGTH:
+            raise InvalidRequest(f"{HEADER} must have 1 to {MAX_KEY_LENGTH} characters, got {len(key)}", param=HEADER)
+        digest = hashlib.sha256(dialect.path.encode() + b"\n" + body).digest()
+        while (running := self._running.get((tenant, key))) is not None:
+            _check(running.digest, digest)
+            answer = await asyncio.shield(running.answer)
+            if answer is not None:
+                return answer.response()
+        stored = self.store.get(tenant, key)
+        if stored is not None:
+            _check(stored.digest, digest)
+            return stored.response()
+
+        is_streamed = bytes(decode_fields(body).get("stream", Raw(b"false"))) == b"true"
+        recorder = Recorder()
+        recorded = dialect._replace(make_encoder=recorder.wrap(dialect.make_encoder))
+        running = self._running[tenant, key] = RunningAnswer(digest)
+        if is_streamed:
+            try:
+                return await run(recorded, request)
+            finally:
+                self._end(tenant, key, recorder.stream, "text/event-stream")
+        task = asyncio.ensure_future(run(recorded, request))
+        self._tasks.add(task)
+
+        def on_done(task: asyncio.Task[web.StreamResponse]) -> None:
+            self._tasks.discard(task)
+            has_failed = task.cancelled() or task.exception() is not None
+            self._end(tenant, key, None if has_failed else recorder.whole, "application/json")
+
+        task.add_done_callback(on_done)
+        return await asyncio.shield(task)
+
+    async def close(self, seconds: float = CLOSE_SECONDS) -> None:
+        """End what still runs. Requests that were ended with an error get so many seconds to answer it."""
+        if self._tasks:
+            _, late = await asyncio.wait(self._tasks, timeout=seconds)
+            for task in late:
+                task.cancel()
+
+    def _end(self, tenant: str, key: str, body: bytes | None, content_type: str) -> None:
+        """The answer is complete, or (without a body) will not be."""
+        running = self._running.pop((tenant, key))
+        answer = None
+        if body is not None:
+            answer = StoredAnswer(running.digest, body, content_type)
+            self.store.put(tenant, key, answer, len(body) + len(key) + OBJECT_BYTES)
+        running.answer.set_result(answer)
+
+
+ANSWERS = web.AppKey("answers", IdempotentAnswers)
+
+
+class Recorder:
+    """Keeps what an encoder makes: `whole`, or `stream` once that is at its good end."""
+
+    def __init__(self) -> None:
+        self.whole: bytes | None = None
+        self.stream: bytes | None = None
+
+    def wrap(
+        self, make_encoder: Callable[[Generation, str, str, str], ResponseEncoder]
+    ) -> Callable[[Generation, str, str, str], ResponseEncoder]:
+        def make(call: Generation, answer_id: str, model: str, fingerprint: str) -> ResponseEncoder:
+            return RecordingEncoder(make_encoder(call, answer_id, model, fingerprint), self)
+
+        return make
+
+
+class RecordingEncoder:
+    """An encoder whose bytes are kept."""
+
+    def __init__(self, encoder: ResponseEncoder, recorder: Recorder) -> None:
+        self._encoder = encoder
+        self._recorder = recorder
+        self._stream: list[bytes] = []
+
+    def opening(self, usage: TokenUsage) -> bytes:
+        return self._kept(self._encoder.opening(usage))
+
+    def encode(self, event: Event) -> bytes:
+        return self._kept(self._encoder.encode(event))
+
+    def closing(self, usage: TokenUsage) -> bytes:
+        data = self._kept(self._encoder.closing(usage))
+        self._recorder.stream = b"".join(self._stream)
+        return data
+
+    def failing(self, error: BaseException) -> bytes:
+        return self._encoder.failing(error)
+
+    def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
+        self._recorder.whole = self._encoder.whole(events, usage, warnings)
+        return self._recorder.whole
+
+    def _kept(self, data: bytes) -> bytes:
+        self._stream.append(data)
+        return data
+
+
+def _check(before: bytes, now: bytes) -> None:
+    if before != now:
+        raise InvalidRequest(
+            f"this {HEADER} came with another request: a retry must have the same path and the same body",
+            param=HEADER,
+            code="idempotency_key_reused",
+        )
