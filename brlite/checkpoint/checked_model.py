@@ -21,13 +21,15 @@ from brlite.models.network import Parameter, list_parameters
 from brlite.models.shards import check_num_ranks
 from brlite.precision import PRECISIONS, STORED, Precision, PrecisionOption
 
+BODY = "model."
 MAX_NAMED = 3  # how many tensors a message lists before it only counts them
 
 
 class CheckedModel(NamedTuple):
     """The config, the decoder's parameters, where each of the checkpoint's tensors goes, and which go nowhere.
 
-    `formats` name what each tensor is stored as, by which the spec's precision was settled.
+    `formats` name what each tensor is stored as, by which the spec's precision was settled. A model without `has_head`
+    gives embeddings only.
     """
 
     config: ModelConfig
@@ -36,6 +38,7 @@ class CheckedModel(NamedTuple):
     ignored: set[str]
     formats: Mapping[str, str]
     precision: Precision
+    has_head: bool = True
 
 
 def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
@@ -44,9 +47,12 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
     config = family.read_config(checkpoint.config)
     check_spec(spec, config)
     targets = family.weight_targets(config)
+    if not any(name in checkpoint.shapes() for name in targets if name.startswith(BODY)):
+        targets = {name.removeprefix(BODY): target for name, target in targets.items()}  # so are embedding models saved
+    has_head = family.base_architecture not in (checkpoint.config.get("architectures") or ())
     ignored, formats = _check_tensors(checkpoint, targets, family, config), checkpoint.formats()
     precision = settle_precision(spec.precision, formats)
-    return CheckedModel(config, list_parameters(config), targets, ignored, formats, precision)
+    return CheckedModel(config, list_parameters(config), targets, ignored, formats, precision, has_head)
 
 
 def settle_precision(option: PrecisionOption, formats: Mapping[str, str]) -> Precision:

@@ -31,6 +31,8 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
     if request.pooling is not None:
         check_pooling(request.pooling, info)
         return 0, ()
+    if not info.can_generate:
+        raise InvalidRequest("this model gives embeddings only: it has no head", code="no_language_model_head")
     check_limits(request.params, limits)
     request.params.check_vocabulary(info.vocab_size)
     if request.params.prompt_logprobs is not None and not info.has_prompt_logprobs:

@@ -206,7 +206,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     a row the same bits in any batch; only such a one can verify guesses, `max_draft_tokens` of a sequence in one step.
     One without `has_prompt_logprobs` is never given prompt targets, one whose `hidden_size` is 0 no pooling. `pooling`
     is the model's own way to make embeddings ("none": it has none), `matryoshka_dimensions` are the lengths that they
-    may be cut to (0 among them: any).
+    may be cut to (0 among them: any). A model that cannot generate has no head, and is never asked to draw.
     """
 
     name: str
@@ -230,6 +230,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     hidden_size: int = 0
     pooling: Literal["last", "mean", "none"] = "last"
     matryoshka_dimensions: tuple[int, ...] = ()
+    can_generate: bool = True
 
 
 class Backend(Protocol):

@@ -24,7 +24,7 @@ FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, BAICHUAN, CHATGLM,
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face config: by its architecture, or by `model_type` where it names none.
+    """The family of a Hugging Face config: by its architecture, headless or not, or by `model_type` if it has none.
 
     Names are compared whole. Raises `ModelError` with the known ones.
     """
@@ -35,5 +35,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if name in ((family.architecture, *family.aliases) if architectures else (family.model_type,)):
             return family
+        if architectures and name == family.base_architecture:
+            return family.without_head()
     known = ", ".join(family.architecture for family in FAMILIES)
     raise ModelError(f"model config: architecture {excerpt(name)} is not supported; known are {known}")

@@ -307,6 +307,7 @@ def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cach
         hidden_size=config.hidden_size,
         pooling="last" if spec.pooling == "auto" else spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
+        can_generate=plan.model.has_head,
         is_batch_invariant=True,
         fingerprint=_fingerprint(f"{loaded.content_hash} {plan.precision_name}", config, spec, kernel_version),
         notes=(note,) if is_raised else (),

@@ -226,5 +226,6 @@ def _describe(decoder: Decoder, cache: KVCache, plan: LoadPlan) -> BackendInfo:
         hidden_size=decoder.config.hidden_size,
         pooling="last" if spec.pooling == "auto" else spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
+        can_generate=plan.model.has_head,
         notes=tuple(notes),
     )

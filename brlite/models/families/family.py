@@ -48,6 +48,20 @@ class Family(msgspec.Struct, frozen=True):
     unit_rows: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
 
+    @property
+    def base_architecture(self) -> str | None:
+        """What configs call the same without a head, as transformers' `AutoModel` saves it."""
+        name = self.architecture.removesuffix("ForCausalLM")
+        return None if name == self.architecture or self.unit_rows else f"{name}Model"
+
+    def without_head(self) -> Family:
+        """The family of models without a head: their embedding stands in its place."""
+
+        def read_config(values: Mapping[str, Any]) -> ModelConfig:
+            return self.read_config({**values, "tie_word_embeddings": True})
+
+        return msgspec.structs.replace(self, read_config=read_config)
+
     def weight_targets(self, config: ModelConfig) -> dict[str, WeightTarget]:
         """Every tensor a checkpoint must hold, by its name there."""
         parts = {
