@@ -161,7 +161,7 @@ class AsyncEngine(EngineLoop):
     ) -> AsyncEngine:
         """Load a model of the config on another thread and start its engine, which the caller closes."""
         check_supported(config)
-        assembly = await _on_a_thread(lambda: build_engine(config, spec, on_progress), _close)
+        assembly = await _on_a_thread(lambda: _build_for_serving(config, spec, on_progress), _close)
         engine = cls(assembly.engine, assembly.backend)
         await engine.start()
         return engine
@@ -177,6 +177,15 @@ class AsyncEngine(EngineLoop):
             yield engine
         finally:
             await engine.close()
+
+
+def _build_for_serving(config: Config, spec: ModelSpec | None, on_progress: OnProgress | None) -> Assembly:
+    """As `build_engine`, ready for grammars: reading a vocabulary later would stop all streams."""
+    assembly = build_engine(config, spec, on_progress)
+    if config.grammar.preload:
+        (on_progress or _ignore)("reading the vocabulary for grammars", 0.0)
+        assembly.engine.compiler.prepare()
+    return assembly
 
 
 class LLM:

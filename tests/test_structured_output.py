@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
-from brlite.config.options import Config, EngineConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, GrammarConfig, ModelSpec
 from brlite.errors import InvalidRequest
 from brlite.llm import LLM, AsyncEngine
 from brlite.sampling_params import SamplingParams, StructuredOutput
@@ -124,6 +125,14 @@ def test_tokens_that_meet_none_of_the_grammar_end_their_answer_alone(folder: Pat
     assert first.outputs[0].text.startswith('{"ident')
     check(second.outputs[0].text)
     assert caught.value.param == "allowed_token_ids"
+
+
+@pytest.mark.parametrize("preload", [True, False])
+async def test_a_server_reads_the_vocabulary_when_it_loads_a_model(folder: Path, preload: bool):
+    settings = msgspec.structs.replace(config(folder, ENGINES["toy"]), grammar=GrammarConfig(preload=preload))
+
+    async with AsyncEngine.from_config(settings) as engine:
+        assert (engine._engine.compiler._library is not None) == preload
 
 
 async def test_an_embedded_engine_streams_structured_and_free_answers_side_by_side(folder: Path):

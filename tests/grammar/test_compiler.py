@@ -245,6 +245,16 @@ def test_a_grammar_is_compiled_once_and_a_refusal_is_kept_too(monkeypatch: pytes
         compiler.compile(StructuredOutput(regex="a(", param="guided_regex"))
 
 
+def test_a_prepared_compiler_does_not_read_the_vocabulary_again(monkeypatch: pytest.MonkeyPatch):
+    compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, GrammarConfig())
+
+    compiler.prepare()
+    monkeypatch.setattr("brlite.grammar.compiler.Library", None)
+    grammar = compiler.compile(StructuredOutput(choice=("yes", "no")))
+
+    assert write(grammar, TOKENIZER, temperature=1.0, seed=0).text in ("yes", "no")
+
+
 def test_the_cache_is_bounded_in_bytes():
     compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, GrammarConfig(cache_bytes=1024**2))
 
