@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct, UnsetType, field
 
 from brlite.dialects.anthropic_turns import TOOL_USE_PREFIX
 from brlite.dialects.errors import error_body
@@ -49,7 +49,7 @@ class ThinkingBlock(Struct, tag_field="type", tag="thinking"):
 class ToolUseBlock(Struct, tag_field="type", tag="tool_use"):
     id: str
     name: str
-    input: Raw = Raw(b"{}")
+    input: Raw = field(default_factory=lambda: Raw(b"{}"))  # a JSON Schema cannot say the default of a `Raw`
 
 
 ContentBlock = TextBlock | ThinkingBlock | ToolUseBlock

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
-from msgspec import Raw, Struct
+from msgspec import Raw, Struct, field
 
 from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import decode_json
@@ -47,9 +47,9 @@ class InputBlock(Struct):
     thinking: str | None = None
     id: str | None = None
     name: str | None = None
-    input: Raw = Raw(b"null")
+    input: Raw = field(default_factory=lambda: Raw(b"null"))
     tool_use_id: str | None = None
-    content: Raw = Raw(b"null")
+    content: Raw = field(default_factory=lambda: Raw(b"null"))
     is_error: bool | None = None
 
 
