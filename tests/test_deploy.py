@@ -259,7 +259,7 @@ def test_the_image_starts_a_command_that_there_is_and_asks_for_its_health() -> N
     probe = json.loads(image["HEALTHCHECK"].partition("CMD ")[2])
 
     assert command[0] == "brlite"
-    assert cli._parser().parse_args(command[1:]).is_server
+    assert cli.command_parser().parse_args(command[1:]).is_server
     compile(probe[2], "probe", "exec")
     assert f"http://127.0.0.1:{Config().server.port}/ready" in probe[2]
     assert image["EXPOSE"] == str(Config().server.port)

@@ -94,7 +94,7 @@ def test_the_commands_of_shell_examples_have_arguments_that_exist(example: str) 
     lines = example.replace("\\\n", " ")
 
     for arguments in re.findall(r"^(?:torchrun .* |.*/bin/|)brlite (.*)$", lines, re.MULTILINE):
-        assert cli._parser().parse_args(shlex.split(arguments, comments=True))
+        assert cli.command_parser().parse_args(shlex.split(arguments, comments=True))
 
 
 def test_the_toy_serves_as_its_example_says() -> None:

@@ -1,4 +1,7 @@
-"""A parser of command lines whose errors are one line with the nearest name, and that knows other servers' flags."""
+"""A parser of command lines whose errors are one line with the nearest name, and that knows other servers' flags.
+
+`brlite completion` prints what a shell completes, made from the parser of the commands.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,13 @@ import re
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 from brlite.files.quoting import shown
 
+SHELLS = ("bash", "zsh")
+HOW = 'as in: eval "$(brlite completion bash)", or into a file that the shell reads'
 BAD_CHOICE = re.compile(r"argument .*?: invalid choice: '(.*?)'", re.DOTALL)
 # Flags of vLLM, llama.cpp, SGLang and Ollama: ours, or where it is set, or why it is not needed.
 OTHERS = {
@@ -118,3 +124,27 @@ class CommandParser(argparse.ArgumentParser):
 
     def _choices(self) -> list[str]:
         return [str(name) for action in self._actions for name in action.choices or ()]
+
+
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=SHELLS, help=f"bash or zsh; {HOW}")
+    parser.set_defaults(prints_data=True)
+
+
+def completion(args: argparse.Namespace) -> int:
+    """Print the shell's own code."""
+    import shtab
+
+    _complete_paths(args.whole_parser, shtab.FILE)
+    print(shtab.complete(args.whole_parser, args.shell))
+    return 0
+
+
+def _complete_paths(parser: argparse.ArgumentParser, file: object) -> None:
+    """Say which arguments are files: those that become a `Path`, or may be one."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                _complete_paths(child, file)
+        elif action.type is Path or "FILE" in str(action.metavar) or "PATH" in str(action.metavar):
+            action.complete = file  # type: ignore[attr-defined]

@@ -74,9 +74,14 @@ async def _chat_with_model(config: Config, conversation: Conversation, given: Ma
 async def _chat_with_server(url: str, model: str | None, api_key: str | None, conversation: Conversation) -> None:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with aiohttp.ClientSession(headers=headers) as session:
-        server = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
-        name = model or await _first_model(session, server)
+        server = server_address(url)
+        name = model or await first_model(session, server)
         await converse(partial(_ask_server, session, server, name, conversation.named), conversation)
+
+
+def server_address(url: str) -> str:
+    """The beginning of a server's URLs, from what a user may type: with or without the scheme, a slash, and /v1."""
+    return (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
 
 
 async def converse(ask: Ask, conversation: Conversation) -> None:
@@ -222,12 +227,12 @@ async def _ask_server(
     try:
         async with session.post(f"{server}/v1/chat/completions", json=body) as response:
             if response.status != 200:
-                raise ConfigError(_error_message(await response.content.read(MAX_ERROR_BYTES)))
+                raise ConfigError(error_message(await response.content.read(MAX_ERROR_BYTES)))
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     chunk: dict[str, Any] = msgspec.json.decode(line.removeprefix(b"data: "))
                     if "error" in chunk:
-                        raise ConfigError(_error_message(line.removeprefix(b"data: ")))
+                        raise ConfigError(error_message(line.removeprefix(b"data: ")))
                     num_tokens = int((chunk.get("usage") or {}).get("completion_tokens") or num_tokens)
                     if text := "".join(choice["delta"].get("content") or "" for choice in chunk["choices"]):
                         yield Piece(text, 0)
@@ -236,17 +241,17 @@ async def _ask_server(
     yield Piece("", num_tokens)
 
 
-async def _first_model(session: aiohttp.ClientSession, server: str) -> str:
+async def first_model(session: aiohttp.ClientSession, server: str) -> str:
     try:
         async with session.get(f"{server}/v1/models") as response:
             if response.status != 200:
-                raise ConfigError(_error_message(await response.content.read(MAX_ERROR_BYTES)))
+                raise ConfigError(error_message(await response.content.read(MAX_ERROR_BYTES)))
             return str((await response.json())["data"][0]["id"])
     except (aiohttp.ClientError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"{server}: no model could be found there: {one_line(error)}") from None
 
 
-def _error_message(body: bytes) -> str:
+def error_message(body: bytes) -> str:
     try:
         return one_line(msgspec.json.decode(body)["error"]["message"])
     except (msgspec.DecodeError, LookupError, TypeError):

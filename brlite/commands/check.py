@@ -6,26 +6,32 @@ Nor does it connect to anything, unless it is told to dial the upstreams.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
 from brlite.backends.sizes import Sizes, find_model, known_sizes, measure
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
-from brlite.config.load import load_config
+from brlite.config.load import load_config, read_toml
 from brlite.config.options import Config, EngineConfig, ModelSpec, ProxyConfig
 from brlite.config.proxy_files import load_proxy_config
 from brlite.config.render import render
+from brlite.config.validation import find_problems
 from brlite.config.warnings import GIB, check_memory, check_supported, config_warnings
+from brlite.errors import BrliteError, ConfigError
 from brlite.http.keys import ApiKeys
 from brlite.machine import find_memory, show_bytes
 from brlite.precision import PRECISIONS
 from brlite.proxy.routing.connection_check import dial_all
 from brlite.proxy.routing.route_table import Route, RouteTable
+
+T = TypeVar("T")
 
 
 class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,20 +42,42 @@ class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
     sizes: Sizes | None
 
 
-def run(path: Path, *others: Path, dial: bool = False) -> int:
+def run(path: Path, *others: Path, dial: bool = False, is_offline: bool = False) -> int:
     """Print the effective config, what its models will take, where requests go, and the warnings.
 
-    Several files are a proxy's. Raises what makes them unusable. Returns 1 if an upstream was dialled in vain, else 0.
+    Several files are a proxy's. With `is_offline` the config is another machine's: its fields are checked, and neither
+    files, memory nor key variables are looked for. Raises all that makes the config unusable, a line each. Returns 1 if
+    an upstream was dialled in vain, else 0.
     """
+    if not others and path.suffix == ".toml" and len(problems := find_problems(read_toml(path))) > 1:
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
     config = load_proxy_config([path, *others]) if others else load_config(path)
-    check_supported(config)
-    ApiKeys.from_config(config)
-    table = RouteTable(config)
-    reports = [inspect_model(spec, config.engine) for spec in config.model]
-    sizes = {report.spec.name: report.sizes.num_bytes for report in reports if report.sizes is not None}
-    check_memory(config.engine, config.model, sizes)
+    errors: list[BrliteError] = []
+
+    def tried(work: Callable[[], T]) -> T | None:
+        try:
+            return work()
+        except BrliteError as error:
+            errors.append(error)
+            return None
+
+    tried(lambda: check_supported(config))
+    table = tried(lambda: RouteTable(config))
+    reports: list[ModelReport] = []
+    if not is_offline:
+        tried(lambda: ApiKeys.from_config(config))
+        looked_at = [tried(partial(inspect_model, spec, config.engine)) for spec in config.model]
+        reports = [report for report in looked_at if report is not None]
+        sizes = {report.spec.name: report.sizes.num_bytes for report in reports if report.sizes is not None}
+        tried(lambda: check_memory(config.engine, config.model, sizes))
+    if len(errors) == 1:
+        raise errors[0]
+    if errors or table is None:
+        raise ConfigError("\n".join(map(str, errors)))
     routes = [line for target in table for line in _describe_route(target, config.proxy)]
-    print("\n".join([render(config), "", *routes, *describe(config, reports, find_memory().available)]), flush=True)
+    lines = describe(config, reports, find_memory().available)
+    note = ["offline: the files, the memory and the keys of the machine were not looked at"] if is_offline else []
+    print("\n".join([render(config), "", *routes, *lines, *note]), flush=True)
     return _dial(table, config.proxy) if dial else 0
 
 

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import brlite
-from brlite.commands.arguments import CommandParser
+from brlite.commands.arguments import CommandParser, add_completion, completion
+from brlite.commands.bench import add_bench, bench
 from brlite.commands.convert import add_conversion, add_inspection, convert, inspect
 from brlite.commands.log_handler import configure_logging
-from brlite.commands.models import add_models, models
-from brlite.commands.pull import add_pull, pull
+from brlite.commands.models import add_models, add_pull, models, pull
 from brlite.commands.run import add_run, run
+from brlite.commands.tune import add_tune, tune
 from brlite.errors import BrliteError, ConfigError
 from brlite.files.quoting import shown
 from brlite.process.init_process import leave_process_1
@@ -65,7 +66,7 @@ Command = Callable[[argparse.Namespace], int]
 
 def main(argv: list[str] | None = None) -> int:
     """Run `brlite …`. Returns the exit status: 0, 2 for bad input, 130 when interrupted."""
-    return _run(_parser(), argv)
+    return _run(command_parser(), argv)
 
 
 def br_api_server(argv: list[str] | None = None) -> int:
@@ -117,7 +118,7 @@ def _status_of(args: argparse.Namespace) -> int:
     try:
         return command(args)
     except BrliteError as error:
-        print(f"brlite: error: {shown(str(error))}", file=sys.stderr)
+        print("\n".join(f"brlite: error: {line}" for line in shown(str(error)).splitlines()), file=sys.stderr)
         return EXIT_BAD_INPUT
     except BrokenPipeError:
         raise
@@ -232,7 +233,7 @@ def _check(args: argparse.Namespace) -> int:
         return 0
     if not args.config:
         raise ConfigError("check: name a FILE to check, or give --schema")
-    return run(*args.config, dial=args.dial)
+    return run(*args.config, dial=args.dial, is_offline=args.offline)
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -352,7 +353,7 @@ def _sampling_given(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = CommandParser(
         prog="brlite", description="A compact asyncio server for large language models."
     )
@@ -372,6 +373,7 @@ def _parser() -> argparse.ArgumentParser:
         add(commands)
     for command, add_arguments, purpose in _COMMANDS:
         add_arguments(_add_command(commands, command, purpose))
+    parser.set_defaults(whole_parser=parser)
     return parser
 
 
@@ -446,6 +448,8 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument("--schema", action="store_true", help=schema)
     dial = "ask every upstream whether it is there, well, and has its models; status 1 if one is not"
     parser.add_argument("--dial", action="store_true", help=dial)
+    offline = "check the fields only: the config is for another machine, with files, keys and memory of its own"
+    parser.add_argument("--offline", action="store_true", help=offline)
 
 
 def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -478,6 +482,9 @@ _COMMANDS: tuple[tuple[Command, Callable[[argparse.ArgumentParser], None], str],
     (models, add_models, "list, show or remove the models on this machine"),
     (convert, add_conversion, "make a bundle of a model, which loads at once"),
     (inspect, add_inspection, "say what a model file or folder holds"),
+    (tune, add_tune, "advise precision, context and batch of a model for this machine"),
+    (bench, add_bench, "put a short load on a server, and print its speed"),
+    (completion, add_completion, "print the completions of a shell"),
 )
 
 

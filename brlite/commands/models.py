@@ -1,4 +1,4 @@
-"""`brlite models`: which models this machine has, what they are and take; and removing them.
+"""`brlite pull` fetches a model; `brlite models` lists, shows and removes those that this machine has.
 
 Looks into the cache folders of the hubs and of brlite. Reads headers only.
 """
@@ -34,6 +34,32 @@ class CachedModel(NamedTuple):
     context: int | None
     used_at: float
     problem: str | None
+
+
+def add_pull(parser: argparse.ArgumentParser) -> None:
+    about = "organisation/model[:QUANT][@revision]; modelscope: before it is that hub (docs/models.md)"
+    parser.add_argument("name", metavar="NAME", help=about)
+    parser.set_defaults(logs_from="warning")
+
+
+def pull(args: argparse.Namespace) -> int:
+    """Ask the hub for the newest files and fetch those that are missing; print where the model is.
+
+    A hub that cannot be asked is no failure if the model is here. Raises `ModelError` if it is nowhere.
+    """
+    from brlite.checkpoint.fetch import local_sources, locate_model, progress_bar, remote_sources
+
+    try:
+        with progress_bar() as show:
+            found = locate_model(args.name, None, show, sources=remote_sources)
+    except ModelError as error:
+        try:
+            found = locate_model(args.name, None, sources=local_sources)
+        except ModelError:
+            raise error from None
+        print(f"brlite: not brought up to date: {shown(str(error))}", file=sys.stderr)
+    print(found)
+    return 0
 
 
 def add_models(parser: argparse.ArgumentParser) -> None:

@@ -59,6 +59,18 @@ def value_at(data: Any, path: str) -> Any:
     return data
 
 
+def remove_at(data: Any, path: str) -> bool:
+    """Remove the value at a path from its mapping or list. False where there is none, or for the path of the whole."""
+    keys = [int(step["index"]) if step["index"] else step["name"] for step in _STEP.finditer(path)]
+    try:
+        for key in keys[:-1]:
+            data = data[key]
+        del data[keys[-1]]
+    except (LookupError, TypeError):
+        return False
+    return True
+
+
 def types_at(kind: object, path: str) -> list[inspect.Type]:
     """The types that a value at `path` may have: none for a path that the type lacks, several through a union.
 

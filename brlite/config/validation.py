@@ -6,6 +6,7 @@ Reads no files: `load.py` and `manual_json.py` do.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -19,13 +20,23 @@ from msgspec import inspect
 
 from brlite.config.address import parse_address
 from brlite.config.options import ENGINE_VARIABLE, NEVER_TO_CLIENTS, NEVER_TO_UPSTREAMS, Backend, Config
-from brlite.config.type_errors import FieldProblem, bare, describe, join_path, read_problem, types_at, value_at
+from brlite.config.type_errors import (
+    FieldProblem,
+    bare,
+    describe,
+    join_path,
+    read_problem,
+    remove_at,
+    types_at,
+    value_at,
+)
 from brlite.errors import ConfigError
 from brlite.files.cache import expand_home
 
 T = TypeVar("T")
 
 MAX_SHOWN = 80
+MAX_PROBLEMS = 50
 SECRET_FIELDS = re.compile(r"keys\.keys.*|key\[\d+\]\.key|upstream\[\d+\]\.api_key", re.DOTALL)  # never shown
 
 
@@ -84,6 +95,31 @@ def make_config(data: Mapping[str, Any], *, source: str) -> Config:
     for contradiction in (*_contradictions(config), *_upstream_contradictions(config)):
         raise ConfigError(f"{source}: {contradiction}")
     return config
+
+
+def find_problems(data: Mapping[str, Any]) -> list[str]:
+    """All that `make_config` would refuse, one after the other; none for good data.
+
+    A field that is wrong is left out before the next one is looked for. Contradictions between fields are found once
+    every field is right.
+    """
+    left = copy.deepcopy(dict(data))
+    problems: list[str] = []
+    while len(problems) < MAX_PROBLEMS:
+        try:
+            msgspec.convert(left, Config)
+        except msgspec.ValidationError as error:
+            fault = read_problem(error)
+            problems.append(_explain(fault, left, Config))
+            at = join_path(fault.path, fault.unknown) if fault.unknown is not None else fault.path.removesuffix("[...]")
+            if fault.missing is not None or not remove_at(left, at):
+                break
+        else:
+            break
+    if not problems:
+        config = msgspec.convert(left, Config)
+        problems = [*_contradictions(config), *_upstream_contradictions(config)]
+    return problems
 
 
 def override(config: Config, values: Mapping[str, object], *, source: str = "command line") -> Config:

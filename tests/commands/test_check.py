@@ -8,6 +8,7 @@ import pytest
 
 from brlite.backends.sizes import Sizes
 from brlite.commands.check import ModelReport, describe, inspect_model, run
+from brlite.commands.cli import main
 from brlite.config.load import load_config
 from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, ModelSpec, ProxyConfig
 from brlite.config.render import render
@@ -212,3 +213,59 @@ def test_what_would_stop_serve_stops_check(tmp_path: Path, model: Path, config: 
 
     with pytest.raises((ConfigError, ModelError), match=words):
         run(path)
+
+
+def test_all_that_is_wrong_with_a_config_is_said(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(
+        '[sever]\nport = 1\n[server]\nport = 70000\nhosts = "x"\n[engine]\nblock_size = "16"\n'
+        "[[model]]\nbuild_batch = 0\n"
+    )
+
+    assert main(["check", str(tmp_path / "config.toml")]) == 2
+
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith(f"brlite: error: {tmp_path / 'config.toml'}: ") for line in lines)
+    for field in ("sever", "server.port", "server.hosts", "engine.block_size", "model[0].build_batch"):
+        assert sum(f"toml: {field} = " in line for line in lines) == 1
+    assert len(lines) == 5
+
+
+def test_contradictions_are_said_together(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(
+        '[[model]]\nname = "a"\n[[model]]\nname = "a"\n[proxy.aliases]\nx = "absent"\n'
+    )
+
+    assert main(["check", str(tmp_path / "config.toml")]) == 2
+
+    said = capsys.readouterr().err
+    assert "model[1].name" in said
+    assert "proxy.aliases.x" in said
+
+
+def test_all_models_that_are_wrong_are_said(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text(
+        '[[model]]\nname = "a"\npath = "/absent/a"\n[[model]]\nname = "b"\npath = "/absent/b"\n'
+        '[keys]\nfile = "/absent/keys"\n'
+    )
+
+    assert main(["check", str(tmp_path / "config.toml")]) == 2
+
+    said = capsys.readouterr().err
+    assert all(path in said for path in ("/absent/a", "/absent/b", "/absent/keys"))
+
+
+def test_offline_a_config_of_another_machine_is_checked_by_its_fields(tmp_path, capsys):
+    good = (
+        '[[model]]\nname = "a"\npath = "/absent/a"\n[keys]\nfile = "/absent/keys"\n'
+        '[[upstream]]\nurl = "http://10.0.0.1:1"\nmodels = ["c"]\n'
+    )
+    (tmp_path / "good.toml").write_text(good)
+    (tmp_path / "bad.toml").write_text(good.replace("http:", "htp:"))
+
+    assert main(["check", "--offline", str(tmp_path / "good.toml")]) == 0
+    printed = capsys.readouterr().out
+    assert main(["check", "--offline", str(tmp_path / "bad.toml")]) == 2
+
+    assert "were not looked at" in printed
+    assert "forwarded c" in printed
+    assert "upstream[0].url" in capsys.readouterr().err

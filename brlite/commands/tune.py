@@ -1,0 +1,94 @@
+"""`brlite tune`: which precision, context and batch of a model suit this machine, by arithmetic. Loads nothing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from brlite.errors import ModelError
+
+if TYPE_CHECKING:
+    from brlite.backends.sizes import Sizes
+
+SHARE = 0.8  # of the free memory: the rest is for requests, the tokenizer and other programs
+BATCHES = (32, 16, 8, 4, 2, 1)
+TYPICAL_CONTEXT = 8192  # tokens of a long chat: what a batch is counted with
+
+
+class Advice(NamedTuple):
+    """How a model would be served in one precision. `context` is 0 where not even one sequence fits."""
+
+    precision: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    context: int
+    batch: int
+
+
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    about = "a folder, a .gguf file, or the name of a model that is on this machine (default: a small English model)"
+    parser.add_argument("model", nargs="?", metavar="NAME|PATH", help=about)
+    parser.set_defaults(logs_from="warning")
+
+
+def tune(args: argparse.Namespace) -> int:
+    """Print a table of the precisions, and the lines of a TOML to paste. Raises `ModelError` for what is not here."""
+    from brlite.backends.sizes import DEFAULT_MODEL_CONFIG, find_model, measure, sizes_at
+    from brlite.config.options import Config, EngineConfig, ModelSpec
+    from brlite.config.validation import model_override, override
+    from brlite.machine import find_cpus, find_memory, show_bytes
+    from brlite.precision import PRECISIONS
+
+    spec = override(Config(), model_override(args.model)).model[0]
+    path = find_model(spec)
+    if path is None and args.model is not None:
+        raise ModelError(f"{args.model} is not on this machine; `brlite pull {args.model}` fetches it")
+
+    def sizes_of(precision: str) -> Sizes:
+        alone = ModelSpec(name=spec.name, precision=precision, build_batch=1)  # type: ignore[arg-type]
+        if path is None:
+            return measure(DEFAULT_MODEL_CONFIG, alone, EngineConfig())
+        return sizes_at(path, alone, EngineConfig())
+
+    room = int(find_memory().available * SHARE)
+    rows = [advise(precision, sizes_of(precision), room) for precision in PRECISIONS]
+    best = choose(rows)
+    print(f"{show_bytes(find_memory().available)} of memory are free, {find_cpus().num_threads} threads can compute\n")
+    print(f"{'precision':24} {'weights':>8} {'KV a token':>11} {'context':>8} {'batch':>6}")
+    for row in rows:
+        weights, kv = show_bytes(row.weight_bytes), show_bytes(row.kv_bytes_per_token)
+        fits = f"{row.context:>8} {row.batch:>6}" if row.context else "  does not fit"
+        print(f"{row.precision:24} {weights:>8} {kv:>11} {fits}{'  <- advised' if row is best else ''}")
+    if best is None:
+        raise ModelError(f"{spec.name} does not fit into {show_bytes(room)}, {SHARE:.0%} of what is free")
+    print(f"\n[[model]]\nname = {_quoted(spec.name)}")
+    if spec.path is not None:
+        print(f"path = {_quoted(str(Path(spec.path).absolute()) if Path(spec.path).exists() else spec.path)}")
+    print(f'precision = "{best.precision}"\nbuild_seq = {best.context}\nbuild_batch = {best.batch}')
+    return 0
+
+
+def advise(precision: str, sizes: Sizes, room: int) -> Advice:
+    """The longest context that one sequence may have in `room` bytes, and how many sequences of a usual length fit."""
+    left = room - sizes.weight_bytes
+    tokens = max(0, left // sizes.kv_bytes_per_token) // sizes.block_size * sizes.block_size
+    context = min(sizes.max_context, tokens)
+    usual = max(1, min(TYPICAL_CONTEXT, context))
+    batch = next((batch for batch in BATCHES if batch * usual <= tokens), 1)
+    # build_seq reserves whole contexts: so many sequences must have room for theirs.
+    context = min(context, tokens // batch // sizes.block_size * sizes.block_size)
+    return Advice(precision, sizes.weight_bytes, sizes.kv_bytes_per_token, context, batch)
+
+
+def choose(rows: Sequence[Advice]) -> Advice | None:
+    """The most exact precision with the most room: a coarser one only where it gives a longer context or batch."""
+    fitting = [row for row in rows if row.context]
+    return max(fitting, key=lambda row: (min(row.context, TYPICAL_CONTEXT), row.batch, -rows.index(row)), default=None)
+
+
+def _quoted(text: str) -> str:
+    import json
+
+    return json.dumps(text, ensure_ascii=False)

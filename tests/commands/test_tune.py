@@ -1,0 +1,75 @@
+"""`brlite tune`: advice by arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from brlite.backends.sizes import Sizes
+from brlite.commands.cli import main
+from brlite.commands.tune import Advice, advise, choose
+from brlite.config.load import load_config
+from tests.tiny_models import write_byte_tokenizer, write_tiny_model
+
+GIB = 2**30
+
+
+def sizes(weight_bytes: int, kv_bytes_per_token: int) -> Sizes:
+    return Sizes(
+        num_parameters=1,
+        max_context=32_768,
+        context=32_768,
+        context_reason="",
+        dtype="bfloat16",
+        weight_bytes=weight_bytes,
+        kv_dtype="bfloat16",
+        kv_bytes_per_token=kv_bytes_per_token,
+        num_blocks=1,
+        block_size=16,
+    )
+
+
+def test_what_is_advised_fits() -> None:
+    row = advise("bf16", sizes(14 * GIB, 2**17), 24 * GIB)
+
+    assert row.batch * row.context * row.kv_bytes_per_token + row.weight_bytes <= 24 * GIB
+    assert row.context >= 8192
+    assert row.batch == 8
+
+
+def test_a_model_beyond_the_memory_is_not_advised() -> None:
+    row = advise("bf16", sizes(14 * GIB, 2**17), 8 * GIB)
+
+    assert row.context == 0
+    assert choose([row]) is None
+
+
+def test_the_most_exact_precision_that_gives_as_much_is_advised() -> None:
+    exact, coarse, coarsest = Advice("a", 4, 1, 8192, 8), Advice("b", 2, 1, 8192, 16), Advice("c", 2, 1, 8192, 16)
+
+    assert choose([exact, coarse, coarsest]) is coarse
+    assert choose([exact]) is exact
+
+
+def test_the_printed_toml_can_be_served(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    write_byte_tokenizer(folder)
+
+    assert main(["tune", str(folder)]) == 0
+
+    printed = capsys.readouterr().out
+    assert printed.count("<- advised") == 1
+    (tmp_path / "config.toml").write_text("[[model]]" + printed.split("[[model]]")[1])
+    (spec,) = load_config(tmp_path / "config.toml").model
+    assert (spec.name, spec.path, spec.build_seq) == ("tiny", str(folder), 128)
+
+
+def test_a_model_that_is_not_here_has_to_be_pulled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BRLITE_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    assert main(["tune", "org/model:Q8_0"]) == 2
+    assert "`brlite pull org/model:Q8_0` fetches it" in capsys.readouterr().err
