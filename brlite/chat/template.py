@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from brlite.chat.control_tokens import ControlTokens
 from brlite.chat.reasoning import find_reasoning_key, find_reasoning_marks
+from brlite.chat.tool_calls import find_parser
 from brlite.chat.turns import NO_EXTRAS, TemplateCapabilities, TemplateExtras, prepare_turns, template_refusal
 from brlite.errors import ModelError
 from brlite.files.quoting import one_line
@@ -88,6 +91,34 @@ class ChatTemplate:
 
     def close(self) -> None:
         self._child.close()
+
+
+class NamedTemplates:
+    """A model's template for plain chats and the one for chats with tools, chosen as transformers does.
+
+    Says what the plain one says of itself, but knows the variables and the format of calls of both.
+    """
+
+    def __init__(self, default: ChatTemplate, tool_use: ChatTemplate) -> None:
+        self._default = default
+        self._tool_use = tool_use
+        self.text = default.text
+        parser = find_parser(tool_use.text or "")
+        self.tool_parser = None if parser is None else parser.name
+        self.capabilities = msgspec.structs.replace(
+            default.capabilities, variables=default.capabilities.variables | tool_use.capabilities.variables
+        )
+
+    def render(
+        self, turns: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
+    ) -> str:
+        """As `ChatTemplate.render`."""
+        template = self._tool_use if extras.tools else self._default
+        return template.render(turns, add_generation_prompt=add_generation_prompt, extras=extras)
+
+    def close(self) -> None:
+        self._default.close()
+        self._tool_use.close()
 
 
 def read_template(path: Path) -> str:

@@ -14,7 +14,8 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from brlite.chat.control_tokens import read_control_tokens
-from brlite.chat.template import ChatTemplate, read_template
+from brlite.chat.formats import ChatFormat
+from brlite.chat.template import ChatTemplate, NamedTemplates, read_template
 from brlite.checkpoint.model_file import exists, read_json_object, read_model_text
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
@@ -68,13 +69,16 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
         encoder: Encoder = BackendEncoder(backend, child_limits=None if ends else limits or ChildLimits())
     else:
         encoder = PieceEncoder(backend, add_space_prefix=token_bytes.strips_first_space)
-    template, source = _find_template(folder, config, chat_template)
-    chat_format = None
+    template, tool_use, source = _find_templates(folder, config, chat_template)
+    chat_format: ChatFormat | None = None
     if template is not None:
         controls = read_control_tokens(backend)
-        chat_format = ChatTemplate(
-            template, source=source, special_tokens=named, control_tokens=controls, limits=limits
-        )
+        made = [
+            ChatTemplate(text, source=source, special_tokens=named, control_tokens=controls, limits=limits)
+            for text in (template, tool_use)
+            if text is not None
+        ]
+        chat_format = NamedTemplates(*made) if len(made) == 2 else made[0]
     return Tokenizer(
         encoder,
         token_bytes,
@@ -195,20 +199,25 @@ def _settle_bos_eos(
             )
 
 
-def _find_template(folder: Path, config: dict[str, Any], operators: Path | None) -> tuple[str | None, str]:
-    """The chat template and where it comes from: the operator's file, one of the folder, or tokenizer_config.json."""
+def _find_templates(folder: Path, config: dict[str, Any], operators: Path | None) -> tuple[str | None, str | None, str]:
+    """The chat template, the one for chats with tools where there is another, and where they come from.
+
+    They are the operator's file, files of the folder, or stand in tokenizer_config.json.
+    """
     if operators is not None:
-        return read_template(operators), str(operators)
-    jinja_file = folder / "chat_template.jinja"
+        return read_template(operators), None, str(operators)
+    jinja_file, tool_use_file = folder / "chat_template.jinja", folder / "additional_chat_templates" / "tool_use.jinja"
     if exists(jinja_file):
-        return read_model_text(jinja_file), str(jinja_file)
+        tool_use = read_model_text(tool_use_file) if exists(tool_use_file) else None
+        return read_model_text(jinja_file), tool_use, str(jinja_file)
     template = read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+    tool_use = None
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default", named)
-    if template is not None and not isinstance(template, str):
+        template, tool_use = named.get("default", named), named.get("tool_use")
+    if not all(text is None or isinstance(text, str) for text in (template, tool_use)):
         raise ModelError(f"{folder}: chat_template must be a string, or a list of named ones with a `default`")
-    return template, str(folder)
+    return template, tool_use or None, str(folder)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 
+from brlite.chat.reply import find_reply_format
 from brlite.chat.template import ChatTemplate
+from brlite.chat.tool_calls import PARSERS
+from brlite.chat.turns import TemplateExtras
 from brlite.errors import InvalidRequest, ModelError
 from brlite.tokenizer import Tokenizer, load_tokenizer
 from tests.tokenizer.conftest import write_folder
@@ -130,6 +133,32 @@ def test_an_old_template_file_is_read(folder: Path) -> None:
     write_folder(folder, chat_template={"chat_template": "from a file"})
 
     assert rendered(load_tokenizer(folder)) == "from a file"
+
+
+TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}
+TOOL_USE = (
+    "{% for tool in tools %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}{{ m.content }}"
+    "{% for call in m.tool_calls %}<tool_call>{{ call.function.name }}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("has_files", [False, True])
+def test_a_chat_with_tools_gets_the_template_named_tool_use(folder: Path, has_files: bool) -> None:
+    if has_files:
+        (folder / "chat_template.jinja").write_text("plain {{ mood }}")
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
+    else:
+        named = [{"name": "default", "template": "plain {{ mood }}"}, {"name": "tool_use", "template": TOOL_USE}]
+        write_folder(folder, tokenizer_config={"chat_template": named})
+
+    tokenizer = load_tokenizer(folder)
+
+    assert rendered(tokenizer) == "plain "
+    assert tokenizer.render_chat(HELLO, extras=TemplateExtras(tools=[TOOL])) == "[now]hello"
+    assert tokenizer.chat_format is not None
+    assert find_reply_format(tokenizer.chat_format, "auto", "auto").calls is PARSERS["hermes"]
+    assert {"mood", "tools"} <= tokenizer.chat_format.capabilities.variables
 
 
 @pytest.mark.parametrize("template", [[{"name": "tool_use", "template": "x"}], 5, [1]])
