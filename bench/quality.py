@@ -3,8 +3,9 @@
     python bench/quality.py             # all precisions beside llama.cpp's Q8_0 and Q4_1: some minutes
     python bench/quality.py --short     # 256 tokens, no llama.cpp: for CI
 
-Every precision starts from the same weights, the file's rounded to bfloat16; so does the float32 reference. The text is
-read with the model's own tokenizer in windows that begin anew, and every one of them is given to all in turn.
+Every precision starts from the same file. The reference computes in float32 with the file's own numbers; bf16 and int8
+round them to bfloat16 first, and auto keeps what is quantised. The text is read with the model's own tokenizer in
+windows that begin anew, and every one of them is given to all in turn.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from brlite.engine.backend import Backend, Batch, ScheduledSeq
 from brlite.errors import BrliteError
 from brlite.llm import build_engine
 from brlite.models.config import KVDtype
-from brlite.precision import PrecisionName
+from brlite.precision import PrecisionName, PrecisionOption
 from brlite.tokenizer import load_tokenizer
 
 TEXT = Path(__file__).with_name("quality_text.txt")
@@ -210,7 +211,7 @@ def _render(rows: Sequence[Row]) -> str:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subject.add_arguments(parser)
-    names = get_args(PrecisionName)
+    names = get_args(PrecisionOption)
     parser.add_argument("--precisions", type=_words, default=list(names), metavar="LIST", help=f"of {', '.join(names)}")
     parser.add_argument("--peers", type=_words, default=list(PEERS), metavar="LIST", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--text", type=Path, default=TEXT, metavar="FILE")

@@ -18,11 +18,12 @@ from brlite.checkpoint.fetch import locate_model, progress_bar
 from brlite.config.options import DEFAULT_MODEL, Config
 from brlite.config.validation import make_config
 from brlite.errors import ConfigError
-from brlite.precision import PrecisionName
+from brlite.precision import PrecisionOption
 
 BRLITE = "brlite"
 # Word → table, field and value.
 WORDS: dict[str, tuple[str, str, str]] = {
+    "auto": ("model", "precision", "auto"),
     "bf16": ("model", "precision", "bf16"),
     "int8": ("model", "precision", "a_bf16_w_int8"),
     "int8kv": ("model", "precision", "a_bf16_w_int8_kv_int8"),
@@ -55,7 +56,7 @@ def find_model(name_or_path: str) -> Model:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--model`, and what a variant's name may leave open."""
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME|PATH", help="a name, a folder or a .gguf file")
-    parser.add_argument("--precision", choices=get_args(PrecisionName), help="of brlite (default: the config's)")
+    parser.add_argument("--precision", choices=get_args(PrecisionOption), help="of brlite (default: the config's)")
     parser.add_argument("--backend", choices=("auto", "native", "torch"), help="of brlite (default: the config's)")
     parser.add_argument("--speculation", choices=tuple(SPECULATION), help="of brlite (default: the config's)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="0: everyone's own default")

@@ -17,9 +17,10 @@ from brlite.backends.torch.attention import Span, StepPlanner
 from brlite.backends.torch.device import DeviceRules, compute_dtype, rules_for, select_device
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
+from brlite.backends.torch.quantize import store_rows_
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
-from brlite.checkpoint.placing import LoadPlan
+from brlite.checkpoint.placing import LoadPlan, placing
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models.config import KVDtype
 
@@ -38,6 +39,10 @@ class TorchModel:
             )
             rules = DeviceRules(packs_matrices=packs)
             self._decoder = load_model(plan, compute_dtype(dtype, device), device, rules)
+            if dtype == "float32":  # the numbers of the file, which loading rounds to bfloat16
+                for target, tensor in placing(plan):
+                    rows = torch.from_numpy(tensor.float32())
+                    store_rows_(self._decoder.parameters, target.parameter, target.start, rows)
         num_blocks = math.ceil(spec.build_seq / BLOCK_SIZE)
         self._cache = KVCache(
             self._decoder.config, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device

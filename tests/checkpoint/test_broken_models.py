@@ -25,6 +25,7 @@ from tests.checkpoint.model_files import (
     write_sharded_bin,
     write_sharded_safetensors,
 )
+from tests.quantised_files import MIXES, write_quantised
 
 Break = Callable[[Path], Path]  # spoils a model in a folder; returns the path to open
 
@@ -137,6 +138,17 @@ def gguf_meta(folder: Path, **metadata: Any) -> Path:
 def gguf_extra(folder: Path, name: str, data: np.ndarray) -> Path:
     kind = GGMLQuantizationType.F32 if data.dtype == np.float32 else GGMLQuantizationType.I32
     return write_gguf(folder / "m.gguf", random_gguf_tensors() | {name: (data, kind)})
+
+
+def gguf_typed(folder: Path, type_id: int) -> Path:
+    """A matrix of rows of 96 numbers is said to be of another type."""
+    file = write_gguf(folder / "m.gguf")
+    raw = bytearray(file.read_bytes())
+    name = b"blk.0.ffn_down.weight"
+    at = raw.index(name) + len(name) + 4 + 2 * 8  # the number of dimensions, and two of them
+    raw[at : at + 4] = struct.pack("<I", type_id)
+    file.write_bytes(raw)
+    return file
 
 
 def gguf_without(folder: Path, name: str) -> Path:
@@ -264,6 +276,15 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "gguf: end token is a list": (
         lambda folder: write_gguf(folder / "m.gguf", metadata={"tokenizer.ggml.eos_token_id": [1, 2]}),
         "eos_token_id",
+    ),
+    "gguf: quantised rows of part of a block": (
+        lambda folder: gguf_typed(folder, GGMLQuantizationType.Q4_K),
+        "has shape (64, 96); Q4_K needs 256s",
+    ),
+    "gguf: unknown type": (lambda folder: gguf_typed(folder, 99), "is of type 99, which the gguf package"),
+    "gguf: cut in quantised data": (
+        lambda folder: cut(write_quantised(folder / "m.gguf", MIXES["q4_k_m"]), -100),
+        "truncated: tensor",
     ),
     "gguf: whole numbers": (lambda folder: gguf_extra(folder, "w.weight", np.zeros(4, np.int32)), "type I32"),
     "gguf: one part": (lambda folder: write_gguf(folder / "m-00001-of-00002.gguf"), "split GGUF"),

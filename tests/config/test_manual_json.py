@@ -89,6 +89,7 @@ BAD_VALUES = [
     ({"vocab_size": 32000.0}, "vocab_size = 32000.0: allowed is a whole number from 1 to 1000000000"),
     ({"cached_dir": None}, "cached_dir = null: allowed is a string"),
     ({"model_precision": "int4"}, 'model_precision = "int4": allowed are a_bf16_w_int8, a_bf16_w_int8_kv_int8, bf16'),
+    ({"model_precision": "auto"}, 'model_precision = "auto": allowed are a_bf16_w_int8, a_bf16_w_int8_kv_int8, bf16'),
     ({"distribute_param": [1, 1]}, "distribute_param = [1, 1]: allowed is a list of 3, each a whole number"),
     ({"distribute_param": [1, 1, "1"]}, 'distribute_param[2] = "1": allowed is a whole number from 1'),
     ({"distribute_param": [1, 2, 1]}, "distribute_param = [1, 2, 1]: allowed as PP is 1; "),
