@@ -29,6 +29,7 @@ from brlite.checkpoint.checked_model import CheckedModel, check_model, quantised
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
 from brlite.checkpoint.gguf_header import read_gguf_metadata
 from brlite.checkpoint.model_name import COMPANION_FILES, check_name
+from brlite.checkpoint.new_file import write_whole
 from brlite.checkpoint.pooling_config import BUNDLED_POOLING_FILE, POOLING_FILE
 from brlite.checkpoint.progress import byte_bar
 from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
@@ -266,5 +267,11 @@ def _report(
     for name, record in manifest.files.items():
         print(f"{name:{width}} {record.num_bytes:>14}  {record.sha256}")
     config = seed_config(manifest, plan.folder, plan.model.config.max_context)
-    print("\nA config for it, with the manual's 13 fields:\n")
-    print(msgspec.json.format(msgspec.json.encode(config)).decode(), flush=True)
+    text = msgspec.json.format(msgspec.json.encode(config))
+    file = plan.folder.with_name(f"{plan.folder.name}.json")
+    if not file.exists():
+        write_whole(file, text + b"\n")
+        print(f"\nA config for it, with the manual's 13 fields, is in {file}:\n")
+    else:
+        print(f"\nA config for it, with the manual's 13 fields ({file} is there already and stays as it is):\n")
+    print(text.decode(), flush=True)

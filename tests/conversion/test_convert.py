@@ -224,6 +224,22 @@ def test_the_manuals_configs_serve_a_bundle_under_the_names_that_they_have(
     assert len(answers(config | own | alone, tmp_path)) == 2
 
 
+def test_the_config_is_written_beside_the_bundle_and_one_that_is_there_is_kept(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "out" / "someone--tiny.json"
+    convert(source, tmp_path / "out")
+    printed = capsys.readouterr().out
+
+    assert f"is in {file}:" in printed
+    assert json.loads(file.read_text()) == printed_config(printed)
+    file.write_text('{"mine": true}')
+    convert(source, tmp_path / "out")
+
+    assert file.read_text() == '{"mine": true}'
+    assert "is there already and stays as it is" in capsys.readouterr().out
+
+
 def test_a_bundle_can_be_converted_again(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert(source, tmp_path / "out")
     convert(tmp_path / "out" / "someone--tiny", tmp_path / "again")
