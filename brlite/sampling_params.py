@@ -176,6 +176,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         float,
         _parameter("a finite number above 0", "divides logits of tokens that the text has", gt=0, le=MAX),
     ] = 1.0
+    repeat_last_n: Annotated[
+        int,
+        _parameter(
+            "-1 or a 64-bit integer, at least 0",
+            "the penalties look at so many last tokens of prompt and answer; -1: at all, 0: at none",
+            ge=-1,
+        ),
+    ] = -1
     temperature: Annotated[
         float, _parameter("a finite number, at least 0", "0 (below 1e-5) is greedy", ge=0, le=MAX)
     ] = 1.0
@@ -266,7 +274,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_penalties(self) -> bool:
-        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+        """Whether a penalty changes logits."""
+        is_neutral = self.presence_penalty == 0 and self.frequency_penalty == 0 and self.repetition_penalty == 1
+        return not is_neutral and self.repeat_last_n != 0
 
     def with_defaults(self, defaults: Mapping[str, Any], unset: Iterable[str]) -> SamplingParams:
         """These parameters, with the model's `defaults` for those of `unset` that it has one for."""
@@ -409,6 +419,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "top_p": _number,
     "top_k": _top_k,
     "min_p": _number,
+    "repeat_last_n": _integer,
     "top_n_sigma": _top_n_sigma,
     "seed": _unless_minus_1,
     "stop": _texts,

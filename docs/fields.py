@@ -24,8 +24,10 @@ from brlite.dialects.fields import (
     NOT_DECODED,
     OBEYED,
     OF_ONE_ENDPOINT,
+    OTHER_NAMES,
     RESPONSES,
     TOKENIZE,
+    UNUSUAL,
 )
 from brlite.dialects.openai_chat import ChatCompletionRequest
 from brlite.dialects.openai_completions import CompletionRequest
@@ -47,6 +49,7 @@ HEAD = """\
 
 Every field of the OpenAI, Anthropic, vLLM, llama.cpp and SGLang APIs, and what brlite does with it. A field that is in
 none of these tables is ignored, and the answer's `warnings` name it. null is the default of every optional field.
+With `strict: true` (in a request, or `server.strict` for all) each warning is a 400 instead.
 
 This page is printed by `docs/fields.py` from `brlite/dialects/fields.py`; do not edit it.
 
@@ -59,10 +62,18 @@ This page is printed by `docs/fields.py` from `brlite/dialects/fields.py`; do no
 | field | at | value | default | known to | |
 |---|---|---|---|---|---|
 """
+OTHER = """
+Other APIs' names of these, in chats and completions:
+
+| name | known to | is | |
+|---|---|---|---|
+"""
 OTHERS = """
 ## Accepted without effect, or refused
 
-A value that cannot change the answer is accepted. Any other is a 400, `unsupported_parameter`, that names the field.
+A value that cannot change the answer is accepted; if it asks for something that does not happen, and the field is
+neither OpenAI's nor Anthropic's, the answer's `warnings` say so. Any other is a 400, `unsupported_parameter`, that
+names the field.
 
 | field | known to | accepted | instead |
 |---|---|---|---|
@@ -96,9 +107,14 @@ def render() -> str:
     obeyed = [
         f"| `{name}` | {', '.join(row.endpoints)} | {describe_value(name, row.endpoints[0])} | {show_default(name)} | "
         f"{', '.join(row.known_to)} | {row.note or (PARAMETERS[name].text if name in PARAMETERS else '')} |\n"
-        for row in OBEYED
+        for row in (*OBEYED, *UNUSUAL)
         for name in row.names.split()
     ]
+    other_names = [
+        f"| `{other.name}` | {', '.join(other.known_to)} | `{other.parameter}` | {other.note} |\n"
+        for other in OTHER_NAMES
+    ]
+    obeyed += [OTHER, *other_names]
     return HEAD + "".join(obeyed) + OTHERS + describe_rows(NOT_DECODED) + ONE_ENDPOINT + describe_rows(OF_ONE_ENDPOINT)
 
 

@@ -82,6 +82,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     metrics_need_key: Annotated[
         bool, option("with keys set /metrics needs one; false shows models and usage to any client")
     ] = True
+    strict: Annotated[
+        bool, option("true: what an answer would warn of is refused (400), as by `strict` in a request")
+    ] = False
     drain_seconds: Annotated[SecondsOrZero, option("time for running requests to finish after SIGTERM")] = 30.0
     access_log: Annotated[bool, option("one log line a request, without its content")] = True
     log_level: Annotated[Literal["debug", "info", "warning", "error"], option("debug, info, warning, error")] = "info"

@@ -1,15 +1,15 @@
 """The fields of requests: who knows each, at which endpoints, and what it does here. One row a field or a kind of them.
 
 `OBEYED` names the fields that the request structs decode (their types stand there, the ranges and defaults of sampling
-parameters in `sampling_params.py`). A field of `NOT_DECODED` is taken silently where its value cannot change the
-answer, and refused by name where it can. A field that neither has is ignored, with a warning in the answer.
-docs/fields.md is printed from here.
+parameters in `sampling_params.py`). `OTHER_NAMES` are further names of sampling parameters, and `UNUSUAL` those that
+are read only where a body has them. A field of `NOT_DECODED` is taken where its value cannot change the answer (with a
+warning if it asks for something and OpenAI's API lacks it), and refused by name where it can. A field that none of
+these has is ignored, with a warning in the answer. docs/fields.md is printed from here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from typing import Any, NamedTuple
 
 import msgspec
@@ -100,6 +100,7 @@ OBEYED = (
     ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
     ObeyedField("timeout", ALL_FOUR, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
     ObeyedField("cache_salt", (*ALL_FOUR, EMBEDDINGS), (VLLM, SGLANG)),
+    ObeyedField("strict", BOTH, (), "whatever the answer would warn of is a 400"),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
     ObeyedField("tools", (CHAT, RESPONSES, MESSAGES, TOKENIZE), ALL_SIX, "functions only (docs/tools.md)"),
     ObeyedField("tool_choice", (CHAT, RESPONSES, MESSAGES), ALL_SIX),
@@ -122,6 +123,29 @@ OBEYED = (
 )
 
 
+# Sampling parameters that few requests have. The structs lack them: `read_undecoded` gives them to `SamplingParams`.
+UNUSUAL = (ObeyedField("repeat_last_n", BOTH, (LLAMA_CPP,)),)
+
+
+class OtherName(NamedTuple):
+    """Another API's name of a sampling parameter. `note` says where its meaning differs."""
+
+    name: str
+    parameter: str
+    known_to: tuple[str, ...]
+    note: str = ""
+
+
+OTHER_NAMES = (
+    OtherName("n_predict", "max_tokens", (LLAMA_CPP,)),
+    OtherName("repeat_penalty", "repetition_penalty", (LLAMA_CPP,), "of the whole text without `repeat_last_n`"),
+    OtherName("stop_words", "stop", (LLAMA_CPP,)),
+    OtherName("max_new_tokens", "max_tokens", (SGLANG,)),
+    OtherName("min_new_tokens", "min_tokens", (SGLANG,)),
+    OtherName("no_stop_trim", "include_stop_str_in_output", (SGLANG,)),
+)
+
+
 class Field(NamedTuple):
     """A field that is not decoded, or several of one kind, by name.
 
@@ -136,7 +160,7 @@ class Field(NamedTuple):
 
 NOT_DECODED = (
     # No value of these changes which text is generated.
-    Field("service_tier max_tool_calls client_metadata background_options image", (OPENAI,), None),
+    Field("service_tier max_tool_calls client_metadata background_options", (OPENAI,), None),
     Field("cache_control betas anthropic_version anthropic_beta inference_geo speed diagnostics", (ANTHROPIC,), None),
     Field("user_profile_id workspace_id", (ANTHROPIC,), None),
     Field("prompt_cache_options prompt_cache_retention", (OPENAI,), None),
@@ -190,15 +214,8 @@ NOT_DECODED = (
     Field("adaptive_target", (LLAMA_CPP,), (-1, 0)),
     Field("adaptive_decay", (LLAMA_CPP,), None),  # needs adaptive_target
     Field("dynatemp_range dry_multiplier xtc_probability min_keep", (LLAMA_CPP,), (0,)),
-    Field("repeat_penalty", (LLAMA_CPP,), (1,), "repetition_penalty"),
-    Field("repeat_last_n", (LLAMA_CPP,), None),  # needs repeat_penalty
     Field("penalize_nl", (LLAMA_CPP,), (False,)),
     Field("samplers sampler_seq backend_sampling", (LLAMA_CPP,), (False,)),
-    Field("stop_words", (LLAMA_CPP,), ([],), "stop"),
-    Field("n_predict", (LLAMA_CPP,), (-1,), "max_tokens"),
-    Field("max_new_tokens", (SGLANG,), (), "max_tokens"),
-    Field("min_new_tokens", (SGLANG,), (0,), "min_tokens"),
-    Field("no_stop_trim", (SGLANG,), (False,), "include_stop_str_in_output"),
     Field("n_keep n_discard n_indent t_max_predict_ms", (LLAMA_CPP,), (0, -1)),
     # Another model, or another place to compute.
     Field("lora lora_path lora_adapter", (LLAMA_CPP, SGLANG), ([], "")),
@@ -235,25 +252,62 @@ OF_ONE_ENDPOINT = (
     Field("prompt", (OPENAI,), ("", []), "/v1/completions"),
 )
 
+_PARAMETERS = {name: name for row in UNUSUAL for name in row.names.split()} | {
+    other.name: other.parameter for other in OTHER_NAMES
+}
 _BY_NAME = {name: field for field in (*NOT_DECODED, *OF_ONE_ENDPOINT) for name in field.names.split()}
 _ANY = msgspec.json.Decoder(Any)
 
 
+class Undecoded(NamedTuple):
+    """What the fields say that a request's struct lacks.
+
+    `sampling` has parameters by the names of `SamplingParams`, `field_names` the client's names of these.
+    """
+
+    warnings: tuple[str, ...] = ()
+    sampling: Mapping[str, Any] = {}
+    field_names: Mapping[str, str] = {}
+
+
+NOTHING_MORE = Undecoded()
+
+
+def read_undecoded(given: Mapping[str, msgspec.Raw]) -> Undecoded:
+    """What a generation is given beside its struct's fields. Raises as `check_undecoded`, and for two names of one
+    parameter."""
+    names = {name: _PARAMETERS[name] for name in given if name in _PARAMETERS}
+    sampling: dict[str, Any] = {}
+    for name, parameter in names.items():
+        value = _decode(given[name])
+        if value is None:
+            continue
+        if parameter in sampling:
+            raise InvalidRequest(f"{name} is another name of {parameter}; give one of them", param=name)
+        sampling[parameter] = value
+    warnings = check_undecoded({name: raw for name, raw in given.items() if name not in names})
+    return Undecoded(warnings, sampling, {parameter: name for name, parameter in names.items() if name != parameter})
+
+
 def check_undecoded(given: Mapping[str, msgspec.Raw]) -> tuple[str, ...]:
-    """A warning for each top-level field that none of the APIs has. `given` are those that the request's struct lacks.
+    """A warning for each top-level field that has no effect. `given` are those that the request's struct lacks.
 
     Raises `InvalidRequest` for a known field whose value would change the answer.
     """
+    warnings: list[str] = []
     for name, raw in given.items():
         field = _BY_NAME.get(name)
-        if field is None or field.neutral is None or is_neutral(_decode(raw), field.neutral):
-            continue
-        raise not_supported(name, f"; use {field.instead}" if field.instead else "")
-    unknown = (name for name in given if name not in _BY_NAME)
-    return tuple(
-        f"the field {name[:MAX_FIELD_LENGTH]!r} is not known and was ignored"
-        for name in islice(unknown, MAX_REPORTED_FIELDS)
-    )
+        if name in _PARAMETERS:
+            if _decode(raw) is not None:
+                raise not_supported(name, " at this endpoint")
+        elif field is None:
+            warnings.append(f"the field {name[:MAX_FIELD_LENGTH]!r} is not known and was ignored")
+        elif field.neutral is None:
+            if not {OPENAI, ANTHROPIC} & {*field.known_to} and _decode(raw) is not None:
+                warnings.append(f"the field {name!r} has no effect on this server")
+        elif not is_neutral(_decode(raw), field.neutral):
+            raise not_supported(name, f"; use {field.instead}" if field.instead else "")
+    return tuple(warnings[:MAX_REPORTED_FIELDS])
 
 
 def is_neutral(value: object, neutral: Iterable[object]) -> bool:

@@ -6,7 +6,7 @@ in its own names of fields; `in_client_words` turns such a refusal into the clie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import copy
 from typing import Annotated, Any
 
@@ -82,7 +82,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     `function_call`, the form before tools. With `keeps_order` a response that is not streamed tells texts and calls in
     the order in which they were written; else all text is before the calls. `unset` are the sampling parameters that
     the client left out, of those that a model may have defaults for. `timeout_seconds` is when the client wants an
-    error in place of the rest.
+    error in place of the rest. With `is_strict`, what would be a warning is refused.
     """
 
     model: str | None
@@ -105,6 +105,13 @@ class Generation(Struct, frozen=True, kw_only=True):
     shows_reasoning: bool = True
     unset: tuple[str, ...] = ()
     timeout_seconds: float | None = None
+    is_strict: bool = False
+
+
+def refuse_warnings(warnings: Iterable[str]) -> None:
+    """Raise `InvalidRequest` for the first of what a strict call would have been warned of."""
+    for warning in warnings:
+        raise InvalidRequest(f"{warning}; that is refused since strict is set", code="strict")
 
 
 def in_client_words(error: InvalidRequest, field_names: Mapping[str, str]) -> InvalidRequest:

@@ -16,7 +16,7 @@ from msgspec import UNSET, Struct, UnsetType
 from brlite.config.options import LimitsConfig
 from brlite.dialects.errors import error_body
 from brlite.dialects.event import TokenText, TokenUsage
-from brlite.dialects.fields import not_supported
+from brlite.dialects.fields import Undecoded, not_supported, read_undecoded
 from brlite.dialects.generation import Generation, Timeout, Truncation, in_client_words
 from brlite.dialects.openai_tools import CalledFunction, TurnCall, turn_calls
 from brlite.dialects.sse import DONE_EVENT, frame
@@ -97,9 +97,26 @@ class SamplingFields(StructuredFields, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     cache_salt: str | None = None
     timeout: Timeout | None = None
+    strict: bool | None = None
 
 
 _SAMPLING_NAMES = [name for name in SamplingFields.__struct_fields__ if name in SamplingParams.__struct_fields__]
+
+
+def take_undecoded(body: SamplingFields, undecoded: Mapping[str, msgspec.Raw]) -> Undecoded:
+    """Read the fields that the body's struct lacks. Those that are other names of its fields are set in it.
+
+    Raises `InvalidRequest` for a field that would change the answer and is not built, and for two names of one field.
+    """
+    more = read_undecoded(undecoded)
+    for parameter, value in more.sampling.items():
+        if parameter in _SAMPLING_NAMES:
+            if getattr(body, parameter) not in (None, value):
+                name = more.field_names[parameter]
+                raise InvalidRequest(f"{name} is another name of {parameter}; give one of them", param=name)
+            setattr(body, parameter, value)
+    rest = {name: value for name, value in more.sampling.items() if name not in _SAMPLING_NAMES}
+    return more._replace(sampling=rest)
 
 
 def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -> None:
@@ -125,7 +142,7 @@ def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -
         ("allowed_token_ids", body.allowed_token_ids, limits.max_logit_bias),
         ("bad_words", body.bad_words, limits.max_bad_words),
     ):
-        if values is not None and not isinstance(values, str) and len(values) > limit:
+        if isinstance(values, (list, dict)) and len(values) > limit:
             raise InvalidRequest(
                 f"{name} must have at most {limit} entries on this server, got {len(values)}", param=name
             )

@@ -11,7 +11,7 @@ from brlite.chat.tools import Tool
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
-from brlite.dialects.fields import check_undecoded
+from brlite.dialects.fields import NOTHING_MORE
 from brlite.dialects.generation import Chat, Generation
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import (
@@ -28,6 +28,7 @@ from brlite.dialects.openai import (
     plain_messages,
     sampling_params,
     shown_usage,
+    take_undecoded,
     token_name,
     truncation,
 )
@@ -154,14 +155,15 @@ _FIRST_DELTA = Delta(role="assistant", content="", refusal=None)
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
     """What the body asks for. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
-    warnings = check_undecoded(undecoded) if undecoded else ()
+    more = take_undecoded(body, undecoded) if undecoded else NOTHING_MORE
     check_fields(body, 1, limits)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     messages = plain_messages(body.messages, limits)
 
     # `max_completion_tokens` is OpenAI's newer name of `max_tokens`.
-    field_names, max_tokens = {"prompt": "messages", "logprobs": "top_logprobs"}, body.max_tokens
+    field_names = {"prompt": "messages", "logprobs": "top_logprobs", **more.field_names}
+    max_tokens = body.max_tokens
     if body.max_completion_tokens is not None:
         if body.max_tokens not in (None, body.max_completion_tokens):
             raise InvalidRequest(
@@ -169,7 +171,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
             )
         field_names["max_tokens"], max_tokens = "max_completion_tokens", body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = sampling_params(body, field_names, max_tokens=max_tokens, logprobs=logprobs)
+    params = sampling_params(body, field_names, max_tokens=max_tokens, logprobs=logprobs, **more.sampling)
     add_generation_prompt = has_generation_prompt(add=body.add_generation_prompt, continues=body.continue_final_message)
 
     tools: tuple[Tool, ...] = ()
@@ -206,7 +208,8 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         else truncation(body.truncate_prompt_tokens, body.truncation_side),
         cache_salt=body.cache_salt or "",
         field_names=field_names,
-        warnings=warnings,
+        warnings=more.warnings,
+        is_strict=bool(body.strict),
         timeout_seconds=body.timeout,
         unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name) is None),
         tool_choice=tool_choice,

@@ -13,7 +13,7 @@ from msgspec import UNSET, Struct, UnsetType
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
-from brlite.dialects.fields import check_undecoded
+from brlite.dialects.fields import NOTHING_MORE, Undecoded
 from brlite.dialects.generation import Generation, Text, TokenIds
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import (
@@ -27,6 +27,7 @@ from brlite.dialects.openai import (
     encode_json,
     sampling_params,
     shown_usage,
+    take_undecoded,
     token_name,
     truncation,
 )
@@ -79,23 +80,27 @@ _FIELD_NAMES = {"prompt_logprobs": "logprobs"}
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
     """What the body asks for. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
-    warnings = check_undecoded(undecoded) if undecoded else ()
-    return generation(body, limits, warnings)
+    return generation(body, limits, take_undecoded(body, undecoded) if undecoded else NOTHING_MORE)
 
 
-def generation(body: CompletionRequest, limits: LimitsConfig, warnings: tuple[str, ...] = ()) -> Generation:
-    """What a decoded body asks for. With `echo`, `logprobs` covers the prompt, and 0 tokens may be asked for."""
+def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = NOTHING_MORE) -> Generation:
+    """What a decoded body asks for, with `more` that its struct lacks.
+
+    With `echo`, `logprobs` covers the prompt, and 0 tokens may be asked for.
+    """
     prompts = read_prompts("prompt", body.prompt, limits.max_prompts, body.add_special_tokens is not False)
     check_fields(body, len(prompts), limits)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     is_echo_only = bool(body.echo) and max_tokens == 0
     logprobs = None if body.logprobs is False else body.logprobs
+    field_names = {**_FIELD_NAMES, **more.field_names}
     params = sampling_params(
         body,
-        _FIELD_NAMES,
+        field_names,
         max_tokens=1 if is_echo_only else max_tokens,  # a step must draw something
         logprobs=logprobs,
         prompt_logprobs=logprobs if body.echo else None,
+        **more.sampling,
     )
     options = body.stream_options
     return Generation(
@@ -112,8 +117,9 @@ def generation(body: CompletionRequest, limits: LimitsConfig, warnings: tuple[st
         if body.truncate_prompt_tokens is None
         else truncation(body.truncate_prompt_tokens, body.truncation_side),
         cache_salt=body.cache_salt or "",
-        field_names=_FIELD_NAMES,
-        warnings=warnings,
+        field_names=field_names,
+        warnings=more.warnings,
+        is_strict=bool(body.strict),
         timeout_seconds=body.timeout,
         unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name) is None),
     )

@@ -45,6 +45,10 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
     max_tokens = allowed if asked is None else min(asked, allowed)
     if asked is not None and asked > allowed:
         reason = f"half of build_seq {info.max_model_len}" if allowed == half else "what the context has left"
+        if request.is_strict:
+            raise InvalidRequest(
+                f"max_tokens must be at most {allowed}, {reason}, got {asked}; strict is set", param="max_tokens"
+            )
         warnings = (f"max_tokens {asked} was cut to {allowed}, {reason}",)
     if request.params.min_tokens > max_tokens:
         raise InvalidRequest(

@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import secrets
+import sys
 import time
 from array import array
 from collections import Counter
@@ -26,7 +27,16 @@ from brlite.engine.block_manager import BlockManager, cache_root
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.guidance import GuidedSeq, StepGuidance
 from brlite.engine.pacing import StepPace
-from brlite.engine.request import Request, RequestState, Sequence, SequenceStatus, Sink, TokenCounts, sibling_seed
+from brlite.engine.request import (
+    Request,
+    RequestState,
+    Sequence,
+    SequenceStatus,
+    Sink,
+    TokenCounts,
+    WindowCounts,
+    sibling_seed,
+)
 from brlite.engine.scheduler import Scheduler, make_batch
 from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest, QueueFull, QueueTimeout
@@ -279,7 +289,7 @@ class Engine:
             num_prompt_tokens=len(prompt_token_ids),
             seed=sibling_seed(state.seed, index),
             detokenizer=detokenizer,
-            counts=TokenCounts(prompt_token_ids) if params.has_penalties else None,
+            counts=_counts(params, prompt_token_ids) if params.has_penalties else None,
             matcher=None if state.request.grammar is None else state.request.grammar.matcher(),
         )
         state.sequences.append(seq)
@@ -442,6 +452,13 @@ class Engine:
 def _pooling(params: PoolingParams, info: BackendInfo) -> Pooling:
     """How an admitted request's embedding is made: by its own wish, or the model's way."""
     return params.pooling or ("mean" if info.pooling == "mean" else "last")
+
+
+def _counts(params: SamplingParams, prompt_token_ids: list[int]) -> TokenCounts | WindowCounts:
+    """What penalties count. A window of a size that no text reaches is none."""
+    if params.repeat_last_n < 0 or params.repeat_last_n > sys.maxsize:
+        return TokenCounts(prompt_token_ids)
+    return WindowCounts(prompt_token_ids, params.repeat_last_n)
 
 
 def _interpret(

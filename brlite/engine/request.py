@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from array import array
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -33,8 +34,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     their own. Requests of one `group` were asked for at once and share a turn; without one each is its own.
     One that is exempt from the queue timeout belongs to a body whose first request is not exempt: it waits without a
     limit. `grammar` is what `params.structured` was compiled to, `bad_words` are the tokens of `params.bad_words`.
-    `shown_token_ids` are special tokens that stand in the text, although others are left out. With `pooling` the
-    prompt's embedding is wanted, and no completion.
+    With `is_strict` it is refused where a limit would be cut. `shown_token_ids` are special tokens that stand in the
+    text, although others are left out. With `pooling` the prompt's embedding is wanted, and no completion.
     """
 
     request_id: str
@@ -47,6 +48,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     is_exempt_from_queue_timeout: bool = False
     grammar: Grammar | None = None
     bad_words: tuple[tuple[int, ...], ...] | None = None
+    is_strict: bool = False
     shown_token_ids: frozenset[int] = frozenset()
     pooling: PoolingParams | None = None
 
@@ -81,6 +83,30 @@ class TokenCounts:
         return self._counts.tobytes()
 
 
+class WindowCounts:
+    """The same of the last `size` tokens of a prompt and its output: what `repeat_last_n` asks for."""
+
+    def __init__(self, prompt_token_ids: list[int], size: int) -> None:
+        self._window = deque(((token_id, 0) for token_id in prompt_token_ids[-size:]), maxlen=size)
+
+    def add(self, token_id: int) -> None:
+        self._window.append((token_id, 1))
+
+    @property
+    def token_ids(self) -> bytes:
+        return array("i", self._counts()).tobytes()
+
+    @property
+    def output_counts(self) -> bytes:
+        return array("i", self._counts().values()).tobytes()
+
+    def _counts(self) -> dict[int, int]:
+        counts: dict[int, int] = {}
+        for token_id, is_output in self._window:
+            counts[token_id] = counts.get(token_id, 0) + is_output
+        return counts
+
+
 @dataclass(eq=False)
 class Sequence:
     """One of a request's `n` completions in the making. `token_ids` is the prompt followed by the output.
@@ -95,7 +121,7 @@ class Sequence:
     num_prompt_tokens: int
     seed: int
     detokenizer: Detokenizer
-    counts: TokenCounts | None
+    counts: TokenCounts | WindowCounts | None
     matcher: Matcher | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None

@@ -20,7 +20,7 @@ from aiohttp import web
 from brlite.config.options import LimitsConfig, ModelSpec
 from brlite.dialects.dialect import Dialect, ResponseEncoder
 from brlite.dialects.event import TokenUsage
-from brlite.dialects.generation import Generation, in_client_words
+from brlite.dialects.generation import Generation, in_client_words, refuse_warnings
 from brlite.engine.admission import check_limits
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
@@ -119,10 +119,12 @@ class Delivery:
         if engine.sampling_defaults:
             self._call = with_model_defaults(self._call, engine)
         made = await make_requests(self._call, engine, self._spec, self.id, self._tenant)
+        if self._call.is_strict and made.warnings:
+            refuse_warnings(made.warnings)
         self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
         for index, request in enumerate(made.requests):
             engine.submit(request, functools.partial(self._receive, index))
-        warnings = (*self._call.warnings, *made.warnings)
+        warnings = (*self._call.warnings, *made.warnings, *made.cuts)
         self._builder = EventBuilder(self._call, engine.tokenizer, warnings, made.replies)
         self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
 

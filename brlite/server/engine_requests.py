@@ -17,10 +17,14 @@ from brlite.tokenizer import Tokenizer
 
 
 class EngineRequests(msgspec.Struct, frozen=True):
-    """One request a prompt, in order, a line for each prompt that was cut, and what reads the replies."""
+    """One request a prompt, in order, and what reads the replies.
+
+    `warnings` say what was not obeyed, `cuts` which prompts were cut, as the call allows.
+    """
 
     requests: list[Request]
     warnings: list[str]
+    cuts: list[str]
     replies: ChatReplies | None
 
 
@@ -33,6 +37,7 @@ async def make_requests(
     """
     requests: list[Request] = []
     warnings: list[str] = []
+    cuts: list[str] = []
     replies = make_replies(call, engine.tokenizer, spec)
     grammar = None
     if call.params.structured is not None and replies is None:
@@ -55,7 +60,7 @@ async def make_requests(
         if call.truncation is not None:
             num_kept = _num_kept(call, call.truncation, engine)
             if len(token_ids) > num_kept:
-                warnings.append(f"a prompt of {len(token_ids)} tokens was cut to {num_kept} by truncate_prompt_tokens")
+                cuts.append(f"a prompt of {len(token_ids)} tokens was cut to {num_kept} by truncate_prompt_tokens")
                 token_ids = token_ids[:num_kept] if call.truncation.keeps_start else token_ids[-num_kept:]
                 text = None  # a cut prompt has no text any more
         requests.append(
@@ -70,12 +75,13 @@ async def make_requests(
                 is_exempt_from_queue_timeout=index > 0,
                 grammar=grammar,
                 bad_words=bad_words,
+                is_strict=call.is_strict,
             )
         )
     if replies is not None:
         replies.begin(requests[0].prompt_token_ids)
         requests[0] = await _constrained(requests[0], replies, engine, warnings)
-    return EngineRequests(requests, warnings, replies)
+    return EngineRequests(requests, warnings, cuts, replies)
 
 
 def with_model_defaults(call: Generation, engine: EngineLoop) -> Generation:

@@ -116,7 +116,7 @@ async def explain(request: web.Request) -> web.Response:
         template_variables=_template_variables(call, model),
         memory=_memory(made.requests, longest, engine),
         queue=_queue(made.requests, longest, engine),
-        warnings=tuple(dict.fromkeys((*call.warnings, *made.warnings, *clamps))),
+        warnings=tuple(dict.fromkeys((*call.warnings, *made.warnings, *made.cuts, *clamps))),
     )
     return json_response(explanation)
 

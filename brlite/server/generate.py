@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
+import msgspec
 from aiohttp import web
 from msgspec import Struct
 
 from brlite.config.options import Config
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.generation import MAX_TIMEOUT_SECONDS, Generation
+from brlite.dialects.generation import MAX_TIMEOUT_SECONDS, Generation, refuse_warnings
 from brlite.dialects.openai import encode_json
 from brlite.errors import InvalidRequest, stopping
 from brlite.http.body import keep_body, read_body
@@ -38,6 +39,10 @@ async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = F
         compute, tenant = partial(generate, is_first=True), request[API_KEY].tenant
         return await request.app[idempotency.ANSWERS].answer(dialect, request, body, tenant, compute)
     call = dialect.decode(body, limits)
+    if request.app[CONFIG].server.strict:
+        call = msgspec.structs.replace(call, is_strict=True)
+    if call.is_strict and call.warnings:
+        refuse_warnings(call.warnings)
     name = call.model or request.app[MODELS].find(None).name
     make_delivery = StreamDelivery if call.is_streamed else WholeDelivery
     with admit(request, name) as model:

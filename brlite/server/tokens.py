@@ -11,7 +11,7 @@ from brlite.chat.turns import NO_EXTRAS
 from brlite.dialects import openai_chat
 from brlite.dialects.anthropic import decode_count_tokens
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.generation import Chat, Generation, Prompt, Text, in_client_words
+from brlite.dialects.generation import Chat, Generation, Prompt, Text, in_client_words, refuse_warnings
 from brlite.dialects.openai import token_name
 from brlite.dialects.openai_tokens import (
     AppliedTemplate,
@@ -58,13 +58,17 @@ async def tokenize(request: web.Request) -> web.Response:
     if call.has_pieces:
         pieces = {token_id: token_piece(text) for token_id, text in texts.items()}
         shown = [pieces[token_id] for token_id in tokens]
-    warnings = (*call.warnings, *ignored) or UNSET
-    return json_response(TokenizeAnswer(len(tokens), engine.info.max_model_len, shown, token_strs, warnings))
+    warnings = (*call.warnings, *ignored)
+    if request.app[CONFIG].server.strict:
+        refuse_warnings(warnings)
+    return json_response(TokenizeAnswer(len(tokens), engine.info.max_model_len, shown, token_strs, warnings or UNSET))
 
 
 async def detokenize(request: web.Request) -> web.Response:
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     body, warnings = decode_detokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds))
+    if request.app[CONFIG].server.strict:
+        refuse_warnings(warnings)
     with admit(request, body.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         check_token_ids(body.tokens, engine.info.vocab_size, param="tokens")
@@ -97,7 +101,10 @@ async def apply_template(request: web.Request) -> web.Response:
     with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         text, ignored = await prompt_text(call.prompts[0], engine, model, tenant)
-    return json_response(AppliedTemplate(text, (*call.warnings, *ignored) or UNSET))
+    warnings = (*call.warnings, *ignored)
+    if request.app[CONFIG].server.strict or call.is_strict:
+        refuse_warnings(warnings)
+    return json_response(AppliedTemplate(text, warnings or UNSET))
 
 
 async def render(dialect: Dialect, request: web.Request) -> web.Response:
@@ -122,7 +129,7 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
                         sampling_params=structs.asdict(structs.replace(each.params, max_tokens=max_tokens)),
                         cache_salt=call.cache_salt or None,
                         stream=call.is_streamed,
-                        warnings=(*call.warnings, *made.warnings, *clamps) or UNSET,
+                        warnings=(*call.warnings, *made.warnings, *made.cuts, *clamps) or UNSET,
                     )
                 )
         except InvalidRequest as error:

@@ -482,6 +482,29 @@ def test_a_request_whose_bad_words_were_not_encoded_is_refused(make_driver: Make
         engine.add_request(request, print)
 
 
+def test_penalties_see_no_more_than_the_last_tokens_where_that_is_asked_for(make_driver: MakeDriver) -> None:
+    driver = make_driver(next_token=lambda context, seed: b"abac"[len(context) % 4])
+
+    driver.submit("xyz", repetition_penalty=1.5, repeat_last_n=3, max_tokens=4, min_tokens=4)
+    driver.submit("xyz", repetition_penalty=1.5, repeat_last_n=0, max_tokens=1)
+    batches = driver.finish()
+
+    seen = [
+        [
+            dict(zip(bytes(sampling.counted_token_ids[::4]).decode(), sampling.output_counts[::4], strict=True))
+            for seq in batch.seqs
+            if (sampling := seq.sampling)
+        ]
+        for batch in batches
+    ]
+    assert seen[0] == [{"x": 0, "y": 0, "z": 0}, {}]
+    assert [each[0] for each in seen[1:]] == [
+        {"y": 0, "z": 0, "c": 1},
+        {"z": 0, "c": 1, "a": 1},
+        {"c": 1, "a": 1, "b": 1},
+    ]
+
+
 def test_penalties_send_the_tokens_seen_with_their_counts(make_driver: MakeDriver) -> None:
     driver = make_driver(next_token=lambda context, seed: ord("a"))
 

@@ -12,8 +12,10 @@ from msgspec import Raw
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as OpenAIChat
 from openai.types.completion_create_params import CompletionCreateParamsBase as OpenAICompletion
 
-from brlite.dialects.fields import NOT_DECODED, OF_ONE_ENDPOINT, check_undecoded
+from brlite.config.options import LimitsConfig, ServerConfig
+from brlite.dialects.fields import ANTHROPIC, NOT_DECODED, OF_ONE_ENDPOINT, OPENAI, OTHER_NAMES, check_undecoded
 from brlite.dialects.openai_chat import ChatCompletionRequest
+from brlite.dialects.openai_chat import decode as decode_chat
 from brlite.dialects.openai_completions import CompletionRequest
 from brlite.errors import InvalidRequest
 from tests.fakes import reference_tokens
@@ -43,10 +45,104 @@ def test_no_field_stands_there_twice() -> None:
 
 @pytest.mark.parametrize("name", sorted(IN_TABLE))
 def test_null_and_neutral_values_are_taken_without_a_warning(name: str) -> None:
-    neutral = IN_TABLE[name].neutral
+    field = IN_TABLE[name]
+    any_value = (True, "x", [1], {"a": 1}) if {OPENAI, ANTHROPIC} & {*field.known_to} else ()
 
-    for value in (None, *(neutral if neutral is not None else (True, "x", [1], {"a": 1}))):
+    for value in (None, *(any_value if field.neutral is None else field.neutral)):
         assert check_undecoded({name: Raw(json.dumps(value).encode())}) == ()
+
+
+@pytest.mark.parametrize("name", sorted(name for name, field in IN_TABLE.items() if field.neutral is None))
+def test_what_asks_for_something_that_does_not_happen_is_warned_of_unless_the_api_is_served(name: str) -> None:
+    warnings = check_undecoded({name: Raw(b"1")})
+
+    expected = (
+        ()
+        if {OPENAI, ANTHROPIC} & {*IN_TABLE[name].known_to}
+        else (f"the field {name!r} has no effect on this server",)
+    )
+    assert warnings == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [
+        ("n_predict", 5, 5),
+        ("repeat_penalty", 1.25, 1.25),
+        ("stop_words", ["e"], ["e"]),
+        ("max_new_tokens", 5, 5),
+        ("min_new_tokens", 8, 8),
+        ("no_stop_trim", True, True),
+    ],
+)
+def test_another_apis_name_is_read_as_the_parameter(name: str, value: Any, other: Any) -> None:
+    parameter = next(each.parameter for each in OTHER_NAMES if each.name == name)
+    body = chat_body(max_tokens=20 if parameter != "max_tokens" else None)
+    body = {key: each for key, each in body.items() if each is not None and key != parameter}
+
+    by_name = decode_chat(json.dumps({**body, name: value}).encode(), LimitsConfig())
+    by_parameter = decode_chat(json.dumps({**body, parameter: other}).encode(), LimitsConfig())
+
+    assert by_name.params == by_parameter.params
+    assert "repetition_penalty" not in by_name.unset or name != "repeat_penalty"
+
+
+def test_every_other_name_is_tried_above() -> None:
+    tried = {"n_predict", "repeat_penalty", "stop_words", "max_new_tokens", "min_new_tokens", "no_stop_trim"}
+
+    assert {other.name for other in OTHER_NAMES} == tried
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n_predict": 5, "max_tokens": 6}, "n_predict"),
+        ({"n_predict": 5, "max_new_tokens": 5}, "max_new_tokens"),
+        ({"n_predict": "x"}, "n_predict"),
+        ({"n_predict": -2}, "n_predict"),
+        ({"repeat_penalty": 0}, "repeat_penalty"),
+        ({"stop_words": 5}, "stop_words"),
+        ({"stop_words": ["x"] * 17}, "stop"),
+        ({"repeat_last_n": -2}, "repeat_last_n"),
+    ],
+)
+async def test_an_error_has_the_name_that_the_client_used(client: Client, fields: dict[str, Any], param: str) -> None:
+    body = {name: value for name, value in completion_body().items() if name != "max_tokens"}
+
+    status, answer = await client.post(COMPLETION, {**body, **fields})
+
+    assert (status, answer["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"frob": 1}, "the field 'frob' is not known"),
+        ({"cache_prompt": True}, "the field 'cache_prompt' has no effect"),
+        ({"max_tokens": 1000}, "max_tokens must be at most 32"),
+        ({"chat_template_kwargs": {"frob": 1}}, "does not read 'frob'"),
+    ],
+)
+async def test_a_strict_server_and_a_strict_request_refuse_what_would_be_a_warning(
+    make_client: MakeClient, fields: dict[str, Any], said: str
+) -> None:
+    lenient, strict = await make_client(), await make_client(config={"server": ServerConfig(strict=True)})
+
+    warned, refused, refused_by_server = [
+        await client.post(CHAT, chat_body(**fields, **more))
+        for client, more in ((lenient, {}), (lenient, {"strict": True}), (strict, {}))
+    ]
+
+    assert (warned[0], len(warned[1]["warnings"])) == (200, 1)
+    assert (refused[0], refused_by_server[0]) == (400, 400)
+    assert said in refused[1]["error"]["message"]
+    assert refused[1]["error"]["message"] == refused_by_server[1]["error"]["message"]
+
+
+async def test_a_strict_request_may_have_its_prompt_cut_as_it_says(client: Client) -> None:
+    answer = await client.complete("0123456789", truncate_prompt_tokens=4, strict=True)
+
+    assert answer["warnings"] == ["a prompt of 10 tokens was cut to 4 by truncate_prompt_tokens"]
 
 
 @pytest.mark.parametrize("name", sorted(name for name, field in IN_TABLE.items() if field.neutral is not None))
