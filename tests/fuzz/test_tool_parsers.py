@@ -8,10 +8,16 @@ import json
 from hypothesis import strategies as st
 
 from brlite.chat.tool_calls import PARSERS
-from brlite.chat.tools import Tool, collect
+from brlite.chat.tools import Tool, ToolChoice, collect
+from brlite.config.options import GrammarConfig
+from brlite.grammar.compiler import Grammar, GrammarCompiler
+from brlite.sampling_params import StructuredOutput
+from brlite.server.chat_replies import call_grammar
 from tests.chat.replies import CASES, TOOLS, joined, order, read
 from tests.fuzz.budget import PLACES, fuzz
+from tests.grammar.answers import LongTokens, write
 
+TOKENIZER = LongTokens()
 MARKS = sorted({mark for parser in PARSERS.values() for mark in parser.marks})
 WORDS = st.sampled_from(
     [
@@ -56,3 +62,36 @@ def test_text_without_tools_stays_as_it_is(case: tuple[str, str]) -> None:
     reply = collect(read(PARSERS[name](no_tools), [text]))
 
     assert (reply.content, reply.tool_calls) == (text, ())
+
+
+ANY_TEXT = Tool(name="f", parameters={"type": "object", "properties": {"s": {"type": "string"}}, "required": ["s"]})
+GRAMMARS: dict[str, Grammar] = {}
+
+
+def grammar_of(name: str) -> Grammar:
+    """The grammar of forced calls in this format, compiled once."""
+    if name not in GRAMMARS:
+        calls = call_grammar(PARSERS[name], (ANY_TEXT, *TOOLS), ToolChoice(mode="required"))
+        compiler = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, GrammarConfig())  # type: ignore[arg-type]
+        GRAMMARS[name] = compiler.compile(StructuredOutput(calls=calls))
+    return GRAMMARS[name]
+
+
+@fuzz(st.tuples(st.sampled_from(sorted(PARSERS)), st.integers(0, 10**6), PLACES))
+def test_what_a_grammar_writes_is_read_again_alike_in_pieces(case: tuple[str, int, list[int]]) -> None:
+    name, seed, places = case
+    written = write(grammar_of(name), TOKENIZER, temperature=1.0, seed=seed, max_tokens=300)
+    borders = sorted({place % (len(written.text) + 1) for place in places} | {0, len(written.text)})
+    tools = (ANY_TEXT, *TOOLS)
+    parsers = [PARSERS[name](tools, streams_arguments=True) for _ in range(2)]
+
+    whole = read(parsers[0], [written.text])
+    cut = read(parsers[1], [written.text[begin:end] for begin, end in itertools.pairwise(borders)])
+
+    assert joined(cut) == joined(whole)
+    assert order(cut) == order(whole)
+    if written.is_ended:
+        assert parsers[0].warnings == []
+        assert collect(whole).content == ""
+        for call in collect(whole).tool_calls:
+            assert isinstance(json.loads(call.arguments), dict)

@@ -202,3 +202,80 @@ async def test_the_tokens_of_the_reasoning_are_counted(make: Callable[[str], Awa
         expected = 0 if "max_tokens" in fields and opened == "by the model" else expected
         for usage in (whole["usage"], chunks[-1]["usage"]):
             assert usage["completion_tokens_details"] == {"reasoning_tokens": expected * int(fields.get("n", 1))}
+
+
+HARMONY = TURNS + "{# <|channel|> <|message|> #}{% if add_generation_prompt %}assistant: {% endif %}"
+MESSAGES = "<|channel|>analysis<|message|>I must look.<|end|><|start|>assistant"
+
+
+async def test_messages_of_harmony_before_a_call_and_before_an_answer(make_client: Make) -> None:
+    call = MESSAGES + "<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>"
+    answer = f"{MESSAGES}<|channel|>final<|message|>{ANSWER}"
+    ends = []
+
+    for reply, fields in (
+        (call, {"tools": [NOW]}),
+        (call, {"tools": [NOW], "tool_choice": "required"}),
+        (answer, {"response_format": FORMAT}),
+        (answer, {"response_format": FORMAT, "tools": [NOW]}),
+    ):
+        tokenizer = TemplateTokenizer(HARMONY)
+        client = await make_client(
+            tokenizer=tokenizer, next_token=scripted(reply), num_blocks=256, max_model_len=1024, max_draft_tokens=7
+        )
+        choice, deltas = await ask(client, **fields)
+        assert choice["message"]["reasoning_content"] == joined(deltas, "reasoning_content") == "I must look."
+        assert (choice["message"]["content"] or "") == joined(deltas, "content")
+        ends.append((choice["finish_reason"], choice["message"]["content"]))
+
+    assert ends == [("tool_calls", None)] * 2 + [("stop", ANSWER)] * 2
+
+
+async def test_the_prompt_of_a_chat_with_tools_is_counted_with_them(make_client: Make) -> None:
+    tokenizer = TemplateTokenizer("{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + TURNS)
+    client = await make_client(tokenizer=tokenizer, max_model_len=1024)
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "q"}]}
+
+    _, plain = await client.post("/tokenize", body)
+    _, told = await client.post("/tokenize", {**body, "tools": [NOW]})
+
+    assert told["count"] > plain["count"] > 0
+    assert "now" in bytes(told["tokens"]).decode()
+
+
+DEEP: Any = {}
+for _ in range(90):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+HOSTILE: dict[str, Any] = {
+    "16,000 tools": [{"type": "function", "function": {"name": f"f{number}"}} for number in range(16_000)],
+    "one name twice": [NOW, NOW],
+    "a control character": [{"type": "function", "function": {"name": "a\x00b"}}],
+    "a control token": [{"type": "function", "function": {"name": "</tool_call>"}}],
+    "600 kB": [{"type": "function", "function": {"name": "f", "description": "x" * 600_000}}],
+    "a deep schema": [{"type": "function", "function": {"name": "f", "strict": True, "parameters": DEEP}}],
+    "no end": [
+        {
+            "type": "function",
+            "function": {
+                "name": "f",
+                "strict": True,
+                "parameters": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+            },
+        }
+    ],
+    "a schema that is a list": [{"type": "function", "function": {"name": "f", "parameters": []}}],
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_hostile_lists_of_tools_are_refused_and_the_server_goes_on(make_client: Make, name: str) -> None:
+    tokenizer = TemplateTokenizer(TEMPLATES["by the model"])
+    client = await make_client(tokenizer=tokenizer, next_token=scripted("Hi."), num_blocks=256, max_model_len=1024)
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "q"}], "temperature": 0, "tools": HOSTILE[name]}
+
+    status, error = await client.post("/v1/chat/completions", body)
+
+    assert status == 400, error
+    assert error["error"]["param"].startswith(("tools", "messages"))
+    assert len(error["error"]["message"]) < 1000
+    assert (await client.chat("q"))["choices"][0]["message"]["content"] == "Hi."
