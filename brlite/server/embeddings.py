@@ -30,6 +30,7 @@ from brlite.outputs import RequestOutput
 from brlite.server.generate import CONFIG, MODELS, admit
 
 QUICK_ITEMS = 4  # are encoded at once
+MAX_REPORTED_CUTS = 16  # proxies look for the usage near the end of a long answer, where warnings are
 
 
 async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response:
@@ -74,6 +75,7 @@ async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tup
     """The tokens of each input, and a line for each that was cut. Raises `InvalidRequest`, naming the input."""
     prompts: list[list[int]] = []
     warnings: list[str] = []
+    num_cut = 0
     special = engine.tokenizer.special_token_ids
     for item, name in zip(call.inputs, call.names, strict=True):
         if isinstance(item, Text):
@@ -91,9 +93,14 @@ async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tup
         if call.truncation is not None:
             num_kept = call.truncation.num_tokens or context_length(engine.info)
             if len(token_ids) > num_kept:
-                warnings.append(f"{name} of {len(token_ids)} tokens was cut to {num_kept} by truncate_prompt_tokens")
+                num_cut += 1
+                if num_cut <= MAX_REPORTED_CUTS:
+                    reason = f"was cut to {num_kept} by truncate_prompt_tokens"
+                    warnings.append(f"{name} of {len(token_ids)} tokens {reason}")
                 token_ids = _cut(token_ids, num_kept, special, keeps_start=call.truncation.keeps_start)
         prompts.append(token_ids)
+    if num_cut > MAX_REPORTED_CUTS:
+        warnings.append(f"and {num_cut - MAX_REPORTED_CUTS} more were cut")
     return prompts, warnings
 
 

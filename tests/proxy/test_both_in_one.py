@@ -145,6 +145,25 @@ async def test_one_port_answers_for_local_models_and_others(
     assert len(set(answers.values())) == 3
 
 
+async def test_embeddings_come_from_local_models_and_others(
+    both: Service, far: Service, socket: None, connect: Connect
+) -> None:
+    texts = ["The first", "and a second text"]
+
+    direct = await connect(far.url).embeddings.create(model="far", input=texts)
+    answers = {
+        model: await connect(both.url).embeddings.create(model=model, input=texts)
+        for model in ("far", "org/renamed", "local", "socket")
+    }
+
+    expected = [item.embedding for item in direct.data]
+    assert [item.embedding for item in answers["far"].data] == expected
+    assert [item.embedding for item in answers["org/renamed"].data] == expected
+    assert [item.embedding for item in answers["local"].data] != expected
+    assert len(answers["socket"].data) == 2
+    assert {answer.usage.prompt_tokens for answer in answers.values()} == {direct.usage.prompt_tokens}
+
+
 @pytest.mark.parametrize(
     ("asked", "answering"),
     [("gpt-4o", "far"), ("gpt-4o-mini", "socket"), ("org/renamed", "far"), ("absent", "far")],

@@ -71,6 +71,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     * `max_row_tokens`: the longest row; None is `max_model_len`. Anything less needs `can_chunk_prompts`.
     * `needs_every_slot`: a step has exactly `max_seqs` rows, that of slot i in place i, some without tokens.
       Without, it has a row for each slot that has something to do, in any order.
+    * `hidden_size`: it `GivesHiddenStates` of so many numbers, for embeddings. 0: not. Needs `can_chunk_prompts`.
     * `is_deterministic`: the same slots, filled by the same steps, give the same bits.
     * `is_batch_invariant`: a row's bits depend on the tokens of its own slot alone: not on its company, its slot's
       number, nor on the rows that the tokens came in. What is not claimed here holds within `tolerance`, the largest
@@ -90,6 +91,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
     can_chunk_prompts: bool = False
     max_row_tokens: int | None = None
     needs_every_slot: bool = False
+    hidden_size: int = 0
     is_deterministic: bool = False
     is_batch_invariant: bool = False
     tolerance: float = 0.02
@@ -154,6 +156,18 @@ class BringsTokenizer(Protocol):
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer. May be called before `open`, and on another thread."""
+        ...
+
+
+@runtime_checkable
+class GivesHiddenStates(Protocol):
+    """An engine that has what its logits are made of, for embeddings. `Capabilities.hidden_size` says so."""
+
+    def hidden_states(self, slots: Sequence[int]) -> npt.NDArray[np.float32]:
+        """The hidden states [len(slots), hidden_size], after the final norm, of each slot's last token.
+
+        They are asked for right after the step that had the tokens.
+        """
         ...
 
 

@@ -38,6 +38,8 @@ def check_capabilities(capabilities: Capabilities, spec: ModelSpec) -> None:
         raise EngineError(f"{name}: tolerance = {capabilities.tolerance}; allowed is 0 to {MAX_TOLERANCE}")
     if capabilities.longest_row < capabilities.max_model_len and not capabilities.can_chunk_prompts:
         raise EngineError(f"{name}: max_row_tokens = {capabilities.max_row_tokens} needs can_chunk_prompts")
+    if capabilities.hidden_size and not capabilities.can_chunk_prompts:
+        raise EngineError(f"{name}: hidden_size = {capabilities.hidden_size} needs can_chunk_prompts")
     if spec.vocab_size not in (None, capabilities.vocab_size):
         raise ConfigError(f"vocab_size is {spec.vocab_size}; {name} gives {capabilities.vocab_size} logits")
 

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from brlite.backends.plugins.calls import chunks, plan_calls, with_every_slot
-from brlite.backends.plugins.contract import Capabilities, PluginEngine, PluginRow
+from brlite.backends.plugins.contract import Capabilities, GivesHiddenStates, PluginEngine, PluginRow
 from brlite.backends.plugins.discovery import check_capabilities
 from brlite.backends.plugins.one_thread import OneThread
+from brlite.backends.pooling import pooled_result
 from brlite.backends.sampling.host import HostSampler, choose_sampler
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import (
@@ -61,6 +62,7 @@ class SlotWork:
     slot: int
     rows: list[PluginRow]
     logits: list[Logits] = field(default_factory=list)
+    hidden: list[npt.NDArray[np.float32]] = field(default_factory=list)  # where they are wanted
     error: str | None = None
 
 
@@ -81,6 +83,8 @@ class SlotBackend:
         try:
             self._capabilities = self._thread.call(lambda: engine.open(spec, config))
             check_capabilities(self._capabilities, spec)
+            if self._capabilities.hidden_size and not isinstance(engine, GivesHiddenStates):
+                raise EngineError(f"engine {self._capabilities.name} has a hidden_size, and no hidden_states")
             self._sampler = choose(self._capabilities.vocab_size)
         except Exception:  # not for Ctrl-C: closing would wait until the engine is open
             self.close()
@@ -132,10 +136,12 @@ class SlotBackend:
         return SlotWork(seq, number, list(self._rows(seq, number)) if is_due else [])
 
     def _rows(self, seq: ScheduledSeq, number: int) -> Iterator[PluginRow]:
-        """All that waits in a slot. Tokens whose logits are wanted come one by one."""
+        """All that waits in a slot. Tokens whose logits, or whose hidden states, are wanted come one by one."""
         slot, start = self._slots[number], self._slots[number].length
         token_ids = np.array(slot.waiting, np.int32)
         num_single = len(seq.prompt_targets)
+        if seq.pooling is not None and seq.pooling.num_tokens > 1:
+            num_single = seq.pooling.num_tokens
         pieces = [token_ids[index : index + 1] for index in range(num_single)]
         for piece in (*pieces, *chunks(token_ids[num_single:], self._capabilities)):
             yield PluginRow(number, start, piece)
@@ -148,6 +154,8 @@ class SlotBackend:
         padded = with_every_slot(rows, self._capabilities)
         try:
             logits = self._checked(self._thread.call(lambda: self._engine.step(padded)), len(padded))
+            pooled = [row.slot for row in rows if concerned[row.slot].seq.pooling is not None]
+            hidden = self._hidden_states(pooled) if pooled else ()
         except BackendLost:
             raise
         except Exception as error:  # an engine is other people's code: any exception ends these rows only
@@ -160,6 +168,16 @@ class SlotBackend:
             if len(row.token_ids):
                 self._slots[row.slot].length = row.end
                 concerned[row.slot].logits.append(row_logits)
+        for number, state in zip(pooled, hidden, strict=True):
+            concerned[number].hidden.append(state)
+
+    def _hidden_states(self, slots: list[int]) -> npt.NDArray[np.float32]:
+        """Raises `EngineError` for an array that is not as it was promised."""
+        shape = (len(slots), self._capabilities.hidden_size)
+        hidden = self._thread.call(lambda: self._engine.hidden_states(slots))  # type: ignore[attr-defined]
+        if not isinstance(hidden, np.ndarray) or hidden.shape != shape or hidden.dtype != np.float32:
+            raise EngineError(f"engine {self._capabilities.name} gave no hidden states of float32 {shape}")
+        return hidden
 
     def _checked(self, logits: object, num_rows: int) -> Logits:
         """Logits as the samplers take them. Raises `EngineError` for an array that is not as it was promised."""
@@ -224,6 +242,9 @@ def describe(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) 
         fingerprint=capabilities.fingerprint,
         is_batch_invariant=capabilities.is_batch_invariant,
         has_prompt_logprobs=capabilities.can_chunk_prompts,
+        hidden_size=capabilities.hidden_size,
+        pooling="last" if spec.pooling == "auto" else spec.pooling,
+        matryoshka_dimensions=spec.matryoshka_dimensions,
     )
 
 
@@ -247,6 +268,12 @@ def _result(work: SlotWork, token: SampledToken | Undrawn | None, prompt_logprob
         return SeqResult(work.seq.seq_id, error=work.error)
     if isinstance(token, Undrawn):
         return SeqResult.undrawn(work.seq.seq_id, token)
+    pooling = work.seq.pooling
+    if pooling is not None:
+        total = np.stack(work.hidden[-pooling.num_tokens :]).sum(axis=0, dtype=np.float64)
+        if pooling.total:
+            total = total + np.frombuffer(pooling.total, np.float64)
+        return pooled_result(work.seq.seq_id, pooling, total)
     if not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
         return SeqResult.not_finite(work.seq.seq_id)
     return SeqResult(work.seq.seq_id, [] if token is None else [token], prompt_logprobs)

@@ -33,6 +33,8 @@ SPREAD = 4.0  # those of other letters lie in a range of this width, around 0
 UNLIKELY = -30.0  # and those of other bytes here, so that noise is still text
 LETTERS = range(32, 127)
 
+HIDDEN_SIZE = 8
+
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(40)  # what is left are the 24 bits that a float32 can hold
 
@@ -54,7 +56,7 @@ class ToyOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class ToyEngine:
-    """An `Engine`, and a `BringsTokenizer`."""
+    """An `Engine`, a `BringsTokenizer`, and one that `GivesHiddenStates`."""
 
     def __init__(self, sleep: Callable[[float], object] = time.sleep) -> None:
         self._sleep = sleep
@@ -79,6 +81,7 @@ class ToyEngine:
             vocab_size=VOCAB_SIZE,
             can_chunk_prompts=True,
             needs_every_slot=True,
+            hidden_size=HIDDEN_SIZE,
             is_deterministic=True,
             is_batch_invariant=True,
             tolerance=0.0,
@@ -102,6 +105,10 @@ class ToyEngine:
         self._compute(pad(rows))
         slots.extend(rows)
         return self._logits(rows)
+
+    def hidden_states(self, slots: Sequence[int]) -> npt.NDArray[np.float32]:
+        lengths = self._opened().lengths
+        return np.stack([token_state(self._token_ids[slot, : lengths[slot]]) for slot in slots])
 
     def release(self, slot: int) -> None:
         self._opened().release(slot)
@@ -161,17 +168,26 @@ def pad(rows: Sequence[PluginRow]) -> PaddedStep:
 
 def token_logits(context: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
     """The logits [V] after a context: a noise that every token of it changes, and on top of it what comes next."""
-    powers = np.cumprod(np.full(len(context), _MULTIPLIER, np.uint64), dtype=np.uint64)
-    state = (powers * (context.astype(np.uint64) + np.uint64(1))).sum(dtype=np.uint64)
-    bits = (state ^ np.arange(1, VOCAB_SIZE + 1, dtype=np.uint64) * _MULTIPLIER) * _MULTIPLIER
-    logits: npt.NDArray[np.float32] = (
-        (bits >> _SHIFT).astype(np.float32) / np.float32(2**24) - np.float32(0.5)
-    ) * np.float32(SPREAD)
+    logits: npt.NDArray[np.float32] = _noise(context, VOCAB_SIZE) * np.float32(SPREAD)
     is_letter = np.zeros(VOCAB_SIZE, np.bool_)
     is_letter[LETTERS.start : LETTERS.stop] = True
     logits[~is_letter] += np.float32(UNLIKELY)
     logits[next_token(context.tolist())] = CERTAINTY
     return logits
+
+
+def token_state(context: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    """The hidden state [H] after a context."""
+    return _noise(context, HIDDEN_SIZE)
+
+
+def _noise(context: npt.NDArray[np.int32], size: int) -> npt.NDArray[np.float32]:
+    """Numbers from -0.5 to 0.5 that every token of a context changes."""
+    powers = np.cumprod(np.full(len(context), _MULTIPLIER, np.uint64), dtype=np.uint64)
+    state = (powers * (context.astype(np.uint64) + np.uint64(1))).sum(dtype=np.uint64)
+    bits = (state ^ np.arange(1, size + 1, dtype=np.uint64) * _MULTIPLIER) * _MULTIPLIER
+    noise: npt.NDArray[np.float32] = (bits >> _SHIFT).astype(np.float32) / np.float32(2**24) - np.float32(0.5)
+    return noise
 
 
 def next_token(context: Sequence[int]) -> int:

@@ -38,7 +38,9 @@ def test_both_keep_the_contract(folder: Path, native_library: object, backend: d
     finally:
         subject.close()
 
-    assert [outcome for outcome in outcomes if outcome.result != "passed"] == []
+    assert [(outcome.name, outcome.result) for outcome in outcomes if outcome.result != "passed"] == [
+        ("hidden states are those of the last token", "not tried")  # which are not claimed
+    ]
     assert subject.capabilities.is_batch_invariant == (backend["backend"] == "native")
 
 

@@ -29,7 +29,7 @@ class LooseToy(ToyEngine):
 class StiffToy(LooseToy):
     """Takes prompts whole only."""
 
-    claims: ClassVar[dict[str, Any]] = {"can_chunk_prompts": False}
+    claims: ClassVar[dict[str, Any]] = {"can_chunk_prompts": False, "hidden_size": 0}
 
 
 # Broken toys. Rows are computed one by one through `_logits`, from what `_compute` put into the slots.
@@ -38,6 +38,18 @@ class StiffToy(LooseToy):
 class WrongWidth(ToyEngine):
     def step(self, rows):
         return super().step(rows)[:, :-1]
+
+
+class HiddenFrozen(ToyEngine):
+    """Hidden states that no token changes."""
+
+    def hidden_states(self, slots):
+        return np.ones_like(super().hidden_states(slots))
+
+
+class HiddenOfAnotherForm(ToyEngine):
+    def hidden_states(self, slots):
+        return super().hidden_states(slots).astype(np.float64)
 
 
 class WrongType(ToyEngine):
@@ -270,6 +282,7 @@ BROKEN: dict[str, Sequence[type[ToyEngine]]] = {
     "logits are finite": (NotFinite,),
     "logits stay as they are": (SameArray,),
     "every token counts": (Forgetful, Orderless),
+    "hidden states are those of the last token": [HiddenOfAnotherForm, HiddenFrozen],
     "decodes continue prompts": (ShiftedDecodes,),
     "chunks equal the whole": (LostChunks,),
     "the same again": (Moody,),

@@ -21,7 +21,7 @@ from brlite.backends.plugins.conformance.engine_under_test import (
     NotApplicable,
     check_form,
 )
-from brlite.backends.plugins.contract import PluginRow, TokenIds
+from brlite.backends.plugins.contract import GivesHiddenStates, PluginRow, TokenIds
 
 Check = Callable[[EngineUnderTest], str]
 
@@ -101,6 +101,27 @@ def every_token_counts(subject: EngineUnderTest) -> str:
     if np.array_equal(_fresh(subject, [*prompt[1::-1], *prompt[2:]]), expected) and prompt[0] != prompt[1]:
         raise CheckFailed("the order of the first two tokens changes nothing")
     return "the first, one in the middle, the last, and their order"
+
+
+def hidden_states_are_those_of_the_last_token(subject: EngineUnderTest) -> str:
+    subject.need("hidden_size")
+    shape = (1, subject.capabilities.hidden_size)
+    engine = subject.engine
+    if not isinstance(engine, GivesHiddenStates):
+        raise CheckFailed("it has a hidden_size, and no method hidden_states")
+    prompt, states = subject.prompt(LONG), []
+    for sizes in ([len(prompt)], [len(prompt) - 3, 1, 2]):
+        subject.clear()
+        _in_pieces(subject, prompt, sizes)
+        states.append(engine.hidden_states([0]))
+        if states[-1].shape != shape or states[-1].dtype != np.float32:
+            raise CheckFailed(f"hidden states are {states[-1].dtype} {states[-1].shape}; promised are float32 {shape}")
+    subject.same("the whole prompt and its pieces", states[1][0], states[0][0], is_exact=_is_invariant(subject))
+    subject.clear()
+    _fresh(subject, prompt[:-1])
+    if np.array_equal(engine.hidden_states([0]), states[0]):
+        raise CheckFailed("without its last token a prompt has the same hidden state")
+    return f"float32 [slots, {shape[1]}], the same in pieces"
 
 
 def decodes_continue_prompts(subject: EngineUnderTest) -> str:
@@ -328,6 +349,7 @@ CHECKS: dict[str, Check] = {
         logits_are_finite,
         logits_stay_as_they_are,
         every_token_counts,
+        hidden_states_are_those_of_the_last_token,
         decodes_continue_prompts,
         chunks_equal_the_whole,
         the_same_again,
