@@ -1,0 +1,80 @@
+"""The clients of docs/clients.md: each line of its table is a program in `clients/`, run here against the toy."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from brlite.app import create_app
+from brlite.config.options import Config, EngineConfig, ModelSpec
+from brlite.http.listen import HttpServer
+from brlite.llm import AsyncEngine
+from tests.limits import PATIENCE_SECONDS
+
+SCRIPTS = Path(__file__).parent / "clients"
+PAGE = (Path(__file__).parent.parent / "docs" / "clients.md").read_text(encoding="utf-8")
+INSTALL = ("install", "--no-audit", "--no-fund", "--no-package-lock", "--ignore-scripts", "--loglevel=error")
+# Python programs, and the packages that they import.
+PYTHON = {
+    "openai_python.py": ("openai",),
+    "anthropic_python.py": ("anthropic",),
+    "litellm_sdk.py": ("litellm",),
+    "pydantic_ai_agent.py": ("pydantic_ai",),
+    "instructor_client.py": ("instructor",),
+}
+NODE = {"anthropic_node.js": "@anthropic-ai/sdk"}
+
+
+@pytest.fixture
+async def url() -> AsyncIterator[str]:
+    """The address of a server of the toy."""
+    config = Config(model=(ModelSpec(name="toy", path=None, build_seq=4096),), engine=EngineConfig(name="toy"))
+    async with (
+        AsyncEngine.from_config(config) as engine,
+        HttpServer(create_app(engine, config), "127.0.0.1", 0, config.limits, grace_seconds=0.2) as server,
+    ):
+        yield server.url
+
+
+async def run(*command: str) -> None:
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE_SECONDS)
+    assert process.returncode == 0, printed.decode()
+
+
+@pytest.mark.parametrize("script", PYTHON)
+async def test_a_python_client_works(url: str, script: str) -> None:
+    for package in PYTHON[script]:
+        if find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: the extra brlite[clients] has it")
+
+    await run(sys.executable, str(SCRIPTS / script), url, "toy")
+
+
+@pytest.mark.parametrize("script", NODE)
+async def test_a_client_for_node_works(url: str, script: str, tmp_path: Path) -> None:
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node is None or npm is None:
+        pytest.skip("node and npm are not installed: apt-get install nodejs npm")
+    for name in ("package.json", script):
+        shutil.copy(SCRIPTS / name, tmp_path)
+    installing = await asyncio.create_subprocess_exec(npm, *INSTALL, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    if await installing.wait():
+        pytest.skip(f"npm cannot install {NODE[script]} here")
+
+    await run(node, str(tmp_path / script), url, "toy")
+
+
+def test_the_page_lists_the_programs_that_run() -> None:
+    listed = re.findall(r"\]\(\.\./tests/clients/(\S+?)\)", PAGE)
+
+    assert sorted(listed) == sorted([*PYTHON, *NODE])
+    assert sorted(path.name for path in SCRIPTS.iterdir() if path.suffix in (".py", ".js")) == sorted(listed)
