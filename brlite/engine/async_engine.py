@@ -223,7 +223,7 @@ class EngineLoop:
             continue_final_message=continue_final_message,
             extras=extras,
         )
-        return await self._off_loop_if(True, tenant, render)
+        return str(await self._off_loop_if(True, tenant, render))  # without the marks of control tokens
 
     async def decode(self, token_ids: Sequence[int], *, tenant: str = "") -> str:
         """The text of whole tokens, special ones too. That of many is put together on another thread."""

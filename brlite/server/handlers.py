@@ -5,10 +5,10 @@ No field is interpreted here and no byte is framed: `dialects/` decode and encod
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any
 
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler
@@ -16,6 +16,7 @@ from aiohttp.typedefs import Handler
 import brlite
 from brlite.dialects import DIALECTS, openai_chat, openai_completions
 from brlite.dialects.embeddings import EMBEDDINGS, POOLING
+from brlite.dialects.openai import encode_json
 from brlite.errors import Forbidden, NotFound
 from brlite.http.body import leave_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
@@ -72,11 +73,13 @@ async def get_model(request: web.Request) -> web.Response:
 
 
 async def get_openapi(request: web.Request) -> web.Response:
-    return web.json_response(_document())
+    text, _ = await asyncio.to_thread(_documentation)
+    return web.Response(text=text, content_type="application/json")
 
 
 async def get_docs(request: web.Request) -> web.Response:
-    return web.Response(text=docs_page(_document()), content_type="text/html", headers=DOCS_HEADERS)
+    _, page = await asyncio.to_thread(_documentation)
+    return web.Response(text=page, content_type="text/html", headers=DOCS_HEADERS)
 
 
 async def version(request: web.Request) -> web.Response:
@@ -216,8 +219,9 @@ METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
 
 
 @functools.cache
-def _document() -> dict[str, Any]:
-    """The OpenAPI document of all endpoints, made when it is first asked for."""
+def _documentation() -> tuple[str, str]:
+    """The OpenAPI document of all endpoints and its page. They are made by the first call, in 0.2 s."""
     gets = (*_GETS, "/v1/models/{name}", *_PROBES)
     paths = {"post": tuple(_POSTS), "get": gets, "delete": tuple(_DELETES)}
-    return document([(method, path) for method, each in paths.items() for path in each])
+    made = document([(method, path) for method, each in paths.items() for path in each])
+    return encode_json(made).decode(), docs_page(made)

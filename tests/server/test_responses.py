@@ -225,7 +225,7 @@ async def test_a_step_that_fails_ends_the_stream_with_response_failed(serve: Sta
     assert (await client.responses.retrieve(events[-1].response.id)).status == "failed"
 
 
-async def test_reasoning_is_an_item_of_its_own(serve: Start) -> None:
+async def test_reasoning_is_an_item_of_its_own_whose_tokens_are_counted(serve: Start) -> None:
     (client,) = await serve(reasoning_parser="think")
     text = "<think>\nI must look.\n</think>\n\nYes."
 
@@ -237,6 +237,13 @@ async def test_reasoning_is_an_item_of_its_own(serve: Start) -> None:
     assert reasoning.content[0].text == "I must look."
     assert reasoning.encrypted_content
     assert response.output_text == "Yes."
+    assert response.usage is not None
+    details = response.usage.output_tokens_details
+    assert 0 < details.reasoning_tokens < response.usage.output_tokens
+    async with client.responses.stream(model="toy", input=text) as stream:
+        final = await stream.get_final_response()
+    assert final.usage is not None
+    assert final.usage.output_tokens_details == details
 
 
 async def test_items_are_listed_and_named_by_their_ids(serve: Start) -> None:
@@ -277,6 +284,19 @@ async def test_what_a_full_store_forgets_is_in_the_metrics(serve: Start) -> None
     with pytest.raises(openai.NotFoundError):
         await client.responses.retrieve(responses[0].id)
     assert (await client.responses.retrieve(responses[-1].id)).id == responses[-1].id
+
+
+async def test_a_chat_of_a_real_tokenizer_is_shown_as_its_text(serve: Start) -> None:
+    (client,) = await serve()
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": [{"type": "function", "function": {"name": "f"}}]}
+
+    applied = await client.post("/apply-template", body=body, cast_to=dict)
+    rendered = await client.post("/chat/completions/render", body=body, cast_to=dict)
+    explained = await client.post("/explain", body=body, cast_to=dict)
+
+    assert "hi" in applied["prompt"]
+    assert applied["prompt"] == rendered["prompt"] == explained["prompts"][0]["text"]
+    assert rendered["token_ids"] == explained["prompts"][0]["token_ids"]
 
 
 async def test_an_agent_calls_its_tool_in_two_turns(serve: Start) -> None:
