@@ -101,6 +101,10 @@ def hugging_face_config(
     """The `config.json` of a model with these tensors (by Hugging Face's names) and Llama 3's frequency divisors."""
     if metadata.has("expert_count"):
         raise ModelError(f"{metadata.architecture}.expert_count: mixtures of experts are not supported")
+    # The metadata's vocab_size is optional, and smaller than the embedding in padded models.
+    embedding = shapes.get("model.embed_tokens.weight", ())
+    if len(embedding) != 2:
+        raise ModelError("tensor 'token_embd.weight' is missing or not a matrix")
     num_heads = metadata.count("attention.head_count")
     hidden_size = metadata.count("embedding_length")
     config: dict[str, Any] = {
@@ -115,7 +119,7 @@ def hugging_face_config(
         "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon"),
         "rope_theta": metadata.number("rope.freq_base", 10000.0),
         "max_position_embeddings": metadata.count("context_length"),
-        "vocab_size": _vocab_size(shapes),
+        "vocab_size": embedding[0],
         "tie_word_embeddings": "lm_head.weight" not in shapes,
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "mlp_bias": "model.layers.0.mlp.up_proj.bias" in shapes,
@@ -155,13 +159,6 @@ def _embeddings(metadata: GgufMetadata) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name == "is_causal" or value != 0}
 
 
-def _vocab_size(shapes: dict[str, tuple[int, ...]]) -> int:
-    # The metadata's vocab_size is optional, and smaller than the embedding in padded models.
-    if len(shapes.get("model.embed_tokens.weight", ())) != 2:
-        raise ModelError("tensor 'token_embd.weight' is missing or not a matrix")
-    return shapes["model.embed_tokens.weight"][0]
-
-
 def _special_tokens(metadata: GgufMetadata) -> dict[str, Any]:
     eos, eot, bos = (metadata.token_id(name) for name in ("eos", "eot", "bos"))
     ends = [token_id for token_id in dict.fromkeys((eos, eot)) if token_id is not None]
@@ -191,7 +188,11 @@ def _rope_scaling(
     factor = metadata.number("rope.scaling.factor", metadata.values.get(f"{metadata.architecture}.rope.scale_linear"))
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
     if kind == "yarn":
-        scaling |= _yarn_parameters(metadata)
+        original = metadata.count("rope.scaling.original_context_length", metadata.count("context_length"))
+        scaling["original_max_position_embeddings"] = original
+        for name in ("beta_fast", "beta_slow"):
+            if metadata.has(f"rope.scaling.yarn_{name}"):
+                scaling[name] = metadata.number(f"rope.scaling.yarn_{name}")
     return scaling
 
 
@@ -205,15 +206,6 @@ def _scaling_type(metadata: GgufMetadata) -> str:
     if kind not in ("none", "linear", "yarn"):
         raise ModelError(f"{prefix}type is {excerpt(kind)}; allowed are none, linear and yarn")
     return kind
-
-
-def _yarn_parameters(metadata: GgufMetadata) -> dict[str, Any]:
-    original = metadata.count("rope.scaling.original_context_length", metadata.count("context_length"))
-    parameters: dict[str, Any] = {"original_max_position_embeddings": original}
-    for name in ("beta_fast", "beta_slow"):
-        if metadata.has(f"rope.scaling.yarn_{name}"):
-            parameters[name] = metadata.number(f"rope.scaling.yarn_{name}")
-    return parameters
 
 
 def _llama3_scaling(config: dict[str, Any], rope_freqs: Sequence[float]) -> dict[str, Any]:

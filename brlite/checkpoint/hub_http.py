@@ -165,15 +165,11 @@ def _explained(error: urllib.error.HTTPError, hub: HubAddress, repository: str) 
         return ModelError(f"there is no {repository}" if code != "EntryNotFound" else f"{repository} lacks that file")
     text = one_line(headers.get("X-Error-Message") or error.reason or "", MAX_EXCERPT)
     if error.code in TRANSIENT_STATUSES:
-        retry_after = _retry_after(headers.get("Retry-After"))
+        value = (headers.get("Retry-After") or "").strip()  # its other form, a date, is not used by hubs
+        retry_after = float(value) if value.isdecimal() and len(value) < 8 else None
         hint = f"; it wants no request for {retry_after:.0f} s" if retry_after else ""
         return PassingFailure(f"{urlsplit(hub.endpoint).netloc} answers {error.code} {text}{hint}", retry_after)
     return ModelError(f"{urlsplit(hub.endpoint).netloc} answers {error.code} {text}")
-
-
-def _retry_after(value: str | None) -> float | None:
-    """The seconds of a Retry-After; its other form, a date, is not used by hubs."""
-    return float(value) if value is not None and value.strip().isdecimal() and len(value) < 8 else None
 
 
 def _said(error: object) -> str:

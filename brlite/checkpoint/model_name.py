@@ -127,7 +127,10 @@ def choose_files(names: Sequence[str], quantization: str | None = None) -> list[
         for weights in (SAFETENSORS_FILES, BIN_FILES):
             if any(_matches(name, weights) for name in names):
                 return [name for name in names if _matches(name, (*COMPANION_FILES, *weights))]
-    files = sorted(name for name in names if _is_gguf_model(name))
+    bases = {name: PurePosixPath(name).name.lower() for name in names}
+    files = sorted(
+        name for name, base in bases.items() if base.endswith(".gguf") and not any(word in base for word in NO_MODELS)
+    )
     if not files:
         looked_for = "" if quantization else "neither model.safetensors nor pytorch_model.bin, and "
         hint = f" for {quantization} to choose from" if quantization else ""
@@ -144,7 +147,8 @@ def quantization_of(file_name: str) -> str | None:
 def _choose_gguf(files: Sequence[str], quantization: str | None) -> str:
     wanted = quantization or (DEFAULT_QUANTIZATION if len(files) > 1 else None)
     chosen = [name for name in files if wanted is None or _is_meant(name, wanted)]
-    choices = one_line(", ".join(dict.fromkeys(_choice(name) for name in files[: MAX_CHOICES * 2])))
+    shown = dict.fromkeys(quantization_of(name) or PurePosixPath(name).name for name in files[: MAX_CHOICES * 2])
+    choices = one_line(", ".join(shown))
     if not chosen:
         missing = (
             f"no .gguf file is {quantization}" if quantization else f"of {len(files)} .gguf files none is {wanted}"
@@ -171,15 +175,6 @@ def _is_meant(file_name: str, wanted: str) -> bool:
     if told is not None:
         return told.lower() == wanted
     return re.search(rf"(?<![a-z0-9]){re.escape(wanted)}(?![a-z0-9_])", base.removesuffix(".gguf")) is not None
-
-
-def _choice(file_name: str) -> str:
-    return quantization_of(file_name) or PurePosixPath(file_name).name
-
-
-def _is_gguf_model(name: str) -> bool:
-    base = PurePosixPath(name).name.lower()
-    return base.endswith(".gguf") and not any(word in base for word in NO_MODELS)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

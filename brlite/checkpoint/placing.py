@@ -110,17 +110,14 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
     for name, parts in held_targets(model, shard).items():
         stored_as = model.formats.get(name, NOT_QUANTISED)
         for _, target in parts:
-            if _is_held_as_stored(parameters[target.parameter], stored_as):
+            parameter = parameters[target.parameter]
+            is_quantised = len(parameter.shape) == 2 and stored_as not in PLAIN_FORMATS
+            # An embedding that is only looked up is a bfloat16 table, unless the file quantises it.
+            if parameter.precision == "weights" or is_quantised:
                 has_codes = stored_as in CODINGS and not target.has_unit_rows
                 part = MatrixPart(CODINGS[stored_as].form if has_codes else "int8", target.shape[0])
                 found.setdefault(target.parameter, []).append((target.start, part))
     return {name: _joined([part for _, part in sorted(parts)]) for name, parts in found.items()}
-
-
-def _is_held_as_stored(parameter: Parameter, stored_as: str) -> bool:
-    """Whether it is panels. An embedding that is only looked up is a bfloat16 table, unless the file quantises it."""
-    is_quantised = len(parameter.shape) == 2 and stored_as not in PLAIN_FORMATS
-    return parameter.precision == "weights" or is_quantised
 
 
 def _joined(parts: list[MatrixPart]) -> tuple[MatrixPart, ...]:

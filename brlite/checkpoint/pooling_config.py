@@ -56,7 +56,11 @@ def _read_mode(path: Path, config: Mapping[str, Any]) -> str:
     if not path.is_dir():
         return "lasttoken"
     if exists(path / MODULES_FILE):
-        modules = [str(module.get("type", "")).rpartition(".")[2] for module in _read_modules(path / MODULES_FILE)]
+        try:
+            found = msgspec.json.decode(read_model_text(path / MODULES_FILE), type=list[dict[str, Any]])
+        except msgspec.MsgspecError as error:
+            raise ModelError(f"{path / MODULES_FILE}: must hold a JSON list of objects: {error}") from None
+        modules = [str(module.get("type", "")).rpartition(".")[2] for module in found]
         other = next((module for module in modules if module not in KNOWN_MODULES), None)
         if other is not None:
             return f"a {excerpt(other)} module"
@@ -72,13 +76,6 @@ def _mode_of(pooling: Mapping[str, Any]) -> str:
     chosen = [name.removeprefix(FLAG) for name, is_set in pooling.items() if name.startswith(FLAG) and is_set is True]
     modes = [FLAG_MODES.get(name, name) for name in chosen]
     return modes[0] if len(modes) == 1 else f"{' and '.join(modes) or 'no'} pooling"
-
-
-def _read_modules(file: Path) -> list[dict[str, Any]]:
-    try:
-        return msgspec.json.decode(read_model_text(file), type=list[dict[str, Any]])
-    except msgspec.MsgspecError as error:
-        raise ModelError(f"{file}: must hold a JSON list of objects: {error}") from None
 
 
 def _read_sizes(config: Mapping[str, Any]) -> tuple[int, ...]:

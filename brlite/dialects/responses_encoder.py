@@ -472,7 +472,14 @@ class ResponsesEncoder:
                 **self._call.shown,
                 "temperature": self._call.params.temperature,  # the model's own default is known only now
                 "top_p": self._call.params.top_p,
-                "usage": None if usage is None else _shown_usage(usage),
+                "usage": usage
+                and {
+                    "input_tokens": usage.prompt,
+                    "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+                    "output_tokens": usage.completion,
+                    "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+                    "total_tokens": usage.prompt + usage.completion,
+                },
                 **({"warnings": self._warnings} if self._warnings else {}),
             }
         )
@@ -495,16 +502,6 @@ def _shown_error(error: BaseException) -> dict[str, Any]:
     status = status_of(error).http
     code = "rate_limit_exceeded" if status == 429 else "invalid_prompt" if status < 500 else "server_error"
     return {"code": code, "message": str(error)[:2000] if isinstance(error, RequestError) else SERVER_FAULT}
-
-
-def _shown_usage(usage: TokenUsage) -> dict[str, Any]:
-    return {
-        "input_tokens": usage.prompt,
-        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
-        "output_tokens": usage.completion,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
-        "total_tokens": usage.prompt + usage.completion,
-    }
 
 
 def _custom_text(arguments: str) -> str:

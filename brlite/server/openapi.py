@@ -236,18 +236,17 @@ class Schemas:
                 required.append(field.encode_name)
         for row in NOT_DECODED:
             for name in row.names.split():
-                if name not in properties:
-                    properties[name] = _neutral(row.neutral, row.instead)
+                if name in properties:
+                    continue
+                if row.neutral is None:
+                    properties[name] = {"description": "accepted without effect"}
+                else:
+                    remedy = f"; use {row.instead}" if row.instead else ""
+                    description = f"any other value is refused{remedy}"
+                    properties[name] = {"enum": [None, *row.neutral], "description": description}
         name = body.kind.__name__
         self.components[name] = {"type": "object", "properties": properties, "required": required}
         return {"$ref": REF.format(name=name)}
-
-
-def _neutral(values: tuple[object, ...] | None, instead: str) -> dict[str, Any]:
-    if values is None:
-        return {"description": "accepted without effect"}
-    description = "any other value is refused" + (f"; use {instead}" if instead else "")
-    return {"enum": [None, *values], "description": description}
 
 
 def _operation(operation: Operation, method: str, path: str, schemas: Schemas) -> dict[str, Any]:
@@ -262,11 +261,12 @@ def _operation(operation: Operation, method: str, path: str, schemas: Schemas) -
         schemas.of(operation.chunk)
     error_answer = schemas.of(MessagesErrorAnswer if is_anthropic(path) else ErrorAnswer)
     error = {"description": "An error", "content": {"application/json": {"schema": error_answer}}}
+    in_path = re.findall(r"{(\w+)}", path)
     described: dict[str, Any] = {
         "summary": operation.summary,
         "operationId": re.sub(r"\W+", "_", f"{method}{path}").strip("_"),
         "parameters": [
-            *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in _names(path)),
+            *({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in in_path),
             *({"name": name, "in": "query", "schema": {"type": "string"}} for name in operation.query),
         ],
         "responses": {"200": {"description": "OK", "content": content}, "4XX": error, "5XX": error},
@@ -276,7 +276,3 @@ def _operation(operation: Operation, method: str, path: str, schemas: Schemas) -
         schema = bodies[0] if len(bodies) == 1 else {"anyOf": bodies}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
     return described
-
-
-def _names(path: str) -> list[str]:
-    return re.findall(r"{(\w+)}", path)

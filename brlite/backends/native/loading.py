@@ -60,7 +60,11 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
                 packer.put(target, tensor)
             sums = checksums(library, memory.address, memory.num_bytes, pool)
         if file is not None:
-            _write(file, key, memory, sums)
+            try:
+                write_packed_file(file, key, memory, sums)
+                logger.info("packed weights are kept in %s (%d MB)", file, memory.num_bytes // 10**6)
+            except OSError as error:
+                logger.warning("%s: the packed weights cannot be kept: %s", file, error.strerror)
     except BaseException:
         memory.close()
         raise
@@ -82,15 +86,6 @@ def _trusted(file: Path | None, model: Path) -> Path | None:
         logger.warning("%s is not used, since another user could have written it: %s", file, stranger)
         return None
     return file
-
-
-def _write(file: Path, key: PackedFileKey, memory: NativeMemory, sums: list[int]) -> None:
-    try:
-        write_packed_file(file, key, memory, sums)
-    except OSError as error:
-        logger.warning("%s: the packed weights cannot be kept: %s", file, error.strerror)
-    else:
-        logger.info("packed weights are kept in %s (%d MB)", file, memory.num_bytes // 10**6)
 
 
 def _content_hash(sums: list[int]) -> str:
