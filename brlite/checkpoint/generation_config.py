@@ -9,17 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from brlite.checkpoint.folder import find_weights, has_weights
-from brlite.checkpoint.gguf_header import read_gguf_header
+from brlite.checkpoint.gguf_header import GGUF_KEYS, read_gguf_header
 from brlite.checkpoint.model_file import exists, read_json_object
 
 GENERATION_CONFIG = "generation_config.json"
-GGUF_KEYS = {
-    "temperature": "general.sampling.temp",
-    "top_p": "general.sampling.top_p",
-    "top_k": "general.sampling.top_k",
-    "min_p": "general.sampling.min_p",
-    "repetition_penalty": "general.sampling.penalty_repeat",
-}
 
 
 def read_recommended_sampling(path: Path) -> dict[str, Any]:

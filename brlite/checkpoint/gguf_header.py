@@ -23,6 +23,14 @@ DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 
 NUMBER_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# Sampling parameters that a file recommends: our name and its key.
+GGUF_KEYS = {
+    "temperature": "general.sampling.temp",
+    "top_p": "general.sampling.top_p",
+    "top_k": "general.sampling.top_k",
+    "min_p": "general.sampling.min_p",
+    "repetition_penalty": "general.sampling.penalty_repeat",
+}
 STRING_TYPE = 8
 ARRAY_TYPE = 9
 
@@ -61,19 +69,6 @@ def read_gguf_header(file: Path) -> GgufHeader:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
     except (_Broken, UnicodeDecodeError) as error:
         raise ModelError(f"{file}: broken GGUF header: {error}") from error
-
-
-def read_gguf_metadata(file: Path) -> bytes:
-    """A GGUF file's metadata as a GGUF file of its own, which has no tensors: its vocabulary, for what has others."""
-    read_gguf_header(file)  # which refuses what is broken
-    with file.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cursor = _Cursor(data, len(MAGIC))
-        version, _, num_metadata = cursor.number("I"), cursor.number("Q"), cursor.number("Q")
-        begin = cursor.position
-        for _ in range(num_metadata):
-            cursor.string()
-            _value(cursor, cursor.number("I"))
-        return MAGIC + struct.pack("<IQQ", version, 0, num_metadata) + data[begin : cursor.position]
 
 
 class _Broken(ValueError):

@@ -27,7 +27,6 @@ from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
 from brlite.checkpoint.checked_model import CheckedModel, check_model, quantised_formats
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
-from brlite.checkpoint.gguf_header import read_gguf_metadata
 from brlite.checkpoint.model_name import COMPANION_FILES, check_name
 from brlite.checkpoint.new_file import write_whole
 from brlite.checkpoint.pooling_config import BUNDLED_POOLING_FILE, POOLING_FILE
@@ -52,6 +51,7 @@ from brlite.models.config import ModelConfig
 from brlite.models.network import num_parameters
 from brlite.precision import PRECISIONS, PrecisionName
 from brlite.tokenizer import Tokenizer, load_tokenizer
+from brlite.tokenizer.gguf_vocabulary import hugging_face_files
 
 HUB_PREFIX = "models--"  # of a folder in the hub's cache: models--Qwen--Qwen2-72B
 INPUT_NAME, OUTPUT_NAME = "input_ids.1", "logits"
@@ -59,7 +59,7 @@ BUILD_SEQ, BUILD_BATCH = 2048, 16  # of the config that is printed
 MANUALS_MAX_SEQ = 8192
 
 
-VOCABULARY_FILE = "vocabulary.gguf"  # of a GGUF file's tokenizer, which is in its metadata
+VOCABULARY_FILE = "vocabulary.gguf"  # of bundles of versions before tokenizer.json was made of a GGUF file
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
@@ -123,7 +123,7 @@ def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
         if weights is not None and weights.kind == "gguf":
             side_files[CONFIG_FILE] = json.dumps(config, indent=1).encode()
             if not any(name in side_files for name in TOKENIZER_FILES):
-                side_files[VOCABULARY_FILE] = read_gguf_metadata(weights.files[0])
+                side_files = {**hugging_face_files(weights.files[0]), **side_files}
     except OSError as error:
         raise ModelError(f"{model}: cannot be read: {reason(error)}") from error
     return side_files

@@ -6,6 +6,7 @@ SmolLM2's digits, each of which is a token. Knows no weights.
 
 from __future__ import annotations
 
+import json
 from array import array
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from tokenizers import decoders, models, normalizers
 
 from brlite.chat.control_tokens import read_control_tokens
 from brlite.chat.template import ChatTemplate, read_template
-from brlite.checkpoint.gguf_header import read_gguf_header
+from brlite.checkpoint.gguf_header import GGUF_KEYS, read_gguf_header
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 from brlite.process.sandbox import ChildLimits
@@ -49,16 +50,9 @@ _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # what a `llama` vocabulary means whe
 def load_gguf(path: Path, *, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
     """The tokenizer of a GGUF file; `chat_template` replaces the file's own. Raises `ModelError`, naming the key."""
     vocabulary = _Vocabulary(path, read_gguf_header(path).metadata)
-    backend = _build(vocabulary)
-    adds_bos = vocabulary.flag("add_bos_token", vocabulary.kind == "llama" or vocabulary.splitting().adds_bos)
-    adds_eos = vocabulary.flag("add_eos_token", False)
-    add_bos_eos(
-        backend,
-        bos_token_id=vocabulary.token_id("bos") if adds_bos else None,
-        eos_token_id=vocabulary.token_id("eos") if adds_eos else None,
-    )
+    backend = _build_with_ends(vocabulary)
     template = read_template(chat_template) if chat_template else vocabulary.get("tokenizer.chat_template", str)
-    special = [token_id for token_id, added in backend.get_added_tokens_decoder().items() if added.special]
+    special = _special_token_ids(backend)
     return Tokenizer(
         BackendEncoder(backend),
         read_token_bytes(backend, source=str(path)),
@@ -75,6 +69,43 @@ def load_gguf(path: Path, *, chat_template: Path | None = None, limits: ChildLim
             limits=limits,
         ),
     )
+
+
+def hugging_face_files(path: Path) -> dict[str, bytes]:
+    """The tokenizer of a GGUF file as the files of a Hugging Face folder, by name, whose ids are the same.
+
+    `generation_config.json` has what ends a completion, and the sampling values that the file recommends. Raises
+    `ModelError` as `load_gguf`.
+    """
+    metadata = read_gguf_header(path).metadata
+    vocabulary = _Vocabulary(path, metadata)
+    backend = _build_with_ends(vocabulary)
+    sampling = {name: metadata[key] for name, key in GGUF_KEYS.items() if metadata.get(key) is not None}
+    ends = sorted(set(_eos_token_ids(vocabulary, _special_token_ids(backend))))
+    files = {
+        "tokenizer.json": backend.to_str(pretty=True),
+        "tokenizer_config.json": json.dumps(vocabulary.named_tokens(), indent=1),
+        "generation_config.json": json.dumps({"eos_token_id": ends, **sampling}, indent=1),
+        "chat_template.jinja": vocabulary.get("tokenizer.chat_template", str),
+    }
+    return {name: text.encode() for name, text in files.items() if text is not None}
+
+
+def _build_with_ends(vocabulary: _Vocabulary) -> Backend:
+    """The tokenizer with what stands before and after a text."""
+    backend = _build(vocabulary)
+    adds_bos = vocabulary.flag("add_bos_token", vocabulary.kind == "llama" or vocabulary.splitting().adds_bos)
+    adds_eos = vocabulary.flag("add_eos_token", False)
+    add_bos_eos(
+        backend,
+        bos_token_id=vocabulary.token_id("bos") if adds_bos else None,
+        eos_token_id=vocabulary.token_id("eos") if adds_eos else None,
+    )
+    return backend
+
+
+def _special_token_ids(backend: Backend) -> list[int]:
+    return [token_id for token_id, added in backend.get_added_tokens_decoder().items() if added.special]
 
 
 class _Vocabulary:

@@ -12,6 +12,7 @@ import sentencepiece
 
 from brlite.errors import ModelError
 from brlite.tokenizer import load_tokenizer
+from brlite.tokenizer.gguf_vocabulary import hugging_face_files
 from tests.tokenizer.conftest import WriteGguf
 from tests.tokenizer.texts import SMOLLM2_IDS, TEXTS
 
@@ -272,3 +273,41 @@ def test_a_word_that_reads_like_an_end_is_none(write_gguf: WriteGguf) -> None:
     path = write_gguf(model="gpt2", tokens=tokens, token_type=[1] * len(tokens), merges=["a b"], pre="gpt-2")
 
     assert load_tokenizer(path).eos_token_ids == ()
+
+
+def check_folder_of(file: Path, folder: Path) -> None:
+    """A folder of the files that are made of a GGUF vocabulary has the same tokenizer."""
+    folder.mkdir()
+    for name, content in hugging_face_files(file).items():
+        (folder / name).write_bytes(content)
+
+    made, meant = load_tokenizer(folder), load_tokenizer(file)
+
+    for text in [*TEXTS, "<s>[INST] x</s>", "<|im_start|>user\nx<|im_end|>"]:
+        assert made.encode(text) == meant.encode(text)
+        assert made.encode(text, add_special_tokens=False) == meant.encode(text, add_special_tokens=False)
+    assert made.bos_token_id == meant.bos_token_id
+    assert set(made.eos_token_ids) == set(meant.eos_token_ids)
+    assert set(made.special_token_ids) == set(meant.special_token_ids)
+    assert made.has_chat_template == meant.has_chat_template
+    assert [made.token_bytes(i) for i in range(made.vocab_size)] == [
+        meant.token_bytes(i) for i in range(meant.vocab_size)
+    ]
+
+
+def test_a_byte_level_vocabulary_becomes_the_files_of_a_folder(
+    write_gguf: WriteGguf, byte_level_keys: Mapping[str, Any], tmp_path: Path
+) -> None:
+    check_folder_of(write_gguf(**byte_level_keys), tmp_path / "folder")
+
+
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": False, "add_eos_token": True}, {"add_space_prefix": False}])
+def test_a_vocabulary_of_pieces_becomes_the_files_of_a_folder(
+    flags: dict[str, bool], write_gguf: WriteGguf, pieces_keys: Mapping[str, Any], tmp_path: Path
+) -> None:
+    check_folder_of(write_gguf(**{**pieces_keys, **flags}), tmp_path / "folder")
+
+
+@pytest.mark.model
+def test_the_default_models_vocabulary_becomes_the_files_of_a_folder(smollm2_path: Path, tmp_path: Path) -> None:
+    check_folder_of(smollm2_path, tmp_path / "folder")
