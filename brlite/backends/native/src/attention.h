@@ -80,41 +80,50 @@ static void value_tile(const Looking& at, int first_row, int first_column) {
     store_sums<Kind>(sums[0], &at.s.sums[first_row][first_column * LANES], BRLITE_MAX_HEAD_DIM);
 }
 
-template <class Kind, int ROWS>
-INLINE void score_rows(const Looking& at, int first_row) {
-    constexpr int PAGES = panels_at_once(ROWS);
-    int page = 0;
-    for (; page + PAGES <= at.num_pages; page += PAGES) score_tile<Kind, ROWS, PAGES>(at, first_row, page);
-    for (; page < at.num_pages; page++) score_tile<Kind, ROWS, 1>(at, first_row, page);
-}
-
-template <class Kind, int ROWS>
-INLINE void value_rows(const Looking& at, int first_row) {
-    constexpr int COLUMNS = panels_at_once(ROWS);
-    const int num_columns = head_size(at.a) / LANES;
-    int column = 0;
-    for (; column + COLUMNS <= num_columns; column += COLUMNS) value_tile<Kind, ROWS, COLUMNS>(at, first_row, column);
-    for (; column < num_columns; column++) value_tile<Kind, ROWS, 1>(at, first_row, column);
-}
-
 enum class Part { SCORES, VALUES };
 
+// A few rows times some of the chunk's pages, or of the columns of its values.
 template <class Kind, int ROWS>
-static void some_rows(const Looking& at, Part part, int first_row) {
-    part == Part::SCORES ? score_rows<Kind, ROWS>(at, first_row) : value_rows<Kind, ROWS>(at, first_row);
+static void some_rows(const Looking& at, Part part, int first_row, int first, int end) {
+    constexpr int PANELS = panels_at_once(ROWS);
+    for (; first + PANELS <= end; first += PANELS)
+        part == Part::SCORES ? score_tile<Kind, ROWS, PANELS>(at, first_row, first)
+                             : value_tile<Kind, ROWS, PANELS>(at, first_row, first);
+    for (; first < end; first++)
+        part == Part::SCORES ? score_tile<Kind, ROWS, 1>(at, first_row, first)
+                             : value_tile<Kind, ROWS, 1>(at, first_row, first);
 }
+
+constexpr int CACHED_PANELS = 2;  // stay in the first cache while all rows go over them
 
 // All rows, a few at a time.
 template <class Kind>
 INLINE void all_rows(const Looking& at, Part part) {
-    typedef void (*Rows)(const Looking&, Part, int);
+    typedef void (*Rows)(const Looking&, Part, int, int, int);
     static const Rows rows[6] = {some_rows<Kind, 1>, some_rows<Kind, 2>, some_rows<Kind, 3>,
                                  some_rows<Kind, 4>, some_rows<Kind, 5>, some_rows<Kind, 6>};
-    const int num_tiles = (at.num_rows + MAX_ROWS - 1) / MAX_ROWS;
-    for (int t = 0; t < num_tiles; t++) {
-        const int first = at.num_rows * t / num_tiles;
-        rows[at.num_rows * (t + 1) / num_tiles - first - 1](at, part, first);
+    const int count = part == Part::SCORES ? at.num_pages : head_size(at.a) / LANES;
+    const int num_tiles = (at.num_rows + MAX_ROWS - 1) / MAX_ROWS, num_panels = num_tiles == 1 ? count : CACHED_PANELS;
+    for (int panel = 0; panel < count; panel += num_panels) {
+        for (int t = 0; t < num_tiles; t++) {
+            const int first = at.num_rows * t / num_tiles;
+            rows[at.num_rows * (t + 1) / num_tiles - first - 1](at, part, first, panel,
+                                                                smaller(count, panel + num_panels));
+        }
     }
+}
+
+// Weights, none of them negative, as they multiply values of bfloat16. Returns them as rounded.
+INLINE Floats store_weights(Bf16::Row* to, Floats weights) {
+#if defined(BRLITE_HAS_BF16)
+    const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)weights);
+    _mm256_storeu_si256((__m256i*)to, halves);
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
+    weights = to_bf16(weights);
+    store_row(to, weights);
+    return weights;
+#endif
 }
 
 INLINE const float* page_scales(const Looking& at, int page) {
@@ -126,45 +135,52 @@ INLINE Ints sees(const Looking& at, int row, int token) {
     return is_less(tokens, splat_int(at.end(row))) & ~is_less(tokens, splat_int(at.begin(row)));
 }
 
+INLINE bool sees_whole_chunk(const Looking& at, int row) { return at.begin(row) == 0 && at.end(row) == CHUNK; }
+
 constexpr float NOTHING = -1e30f;  // a score below any other
 
-// Scores as they are meant: scaled, and nothing where the row may not look. Returns the largest.
-INLINE float scale_scores(const Looking& at, int row) {
+// The largest score, after scores of int8 are scaled key by key. Those of bfloat16 are scaled where they are used.
+template <bool IS_INT8, bool SEES_ALL>
+INLINE float find_peak(const Looking& at, int row, Floats scale) {
     float* scores = at.s.scores[row];
-    const bool is_int8 = at.a.kv_format == BRLITE_INT8;
-    const Floats scale = splat(at.a.softmax_scale * (is_int8 ? at.s.query_scales[row] : 1.0f));
     Floats best = splat(NOTHING);
     for (int page = 0; page < at.num_pages; page++) {
         Floats score = load(scores + page * LANES) * scale;
-        if (is_int8) score = score * load(page_scales(at, page));
-        score = choose(sees(at, row, page * LANES), score, splat(NOTHING));
-        best = larger_of(best, score);
-        store(scores + page * LANES, score);
+        if (IS_INT8) store(scores + page * LANES, score = score * load(page_scales(at, page)));
+        best = larger_of(best, SEES_ALL ? score : choose(sees(at, row, page * LANES), score, splat(NOTHING)));
     }
     return max_of(best);
 }
 
-// Weights e^(score - peak) in the form that multiplies values, and their sum.
+// Weights e^(score - peak) in the form that multiplies values, 0 where the row may not look; the peak and their sum.
+template <bool IS_INT8, bool SEES_ALL>
 INLINE void weigh(const Looking& at, int row) {
     AttentionScratch& s = at.s;
+    const Floats scale = splat(at.a.softmax_scale * (IS_INT8 ? s.query_scales[row] : 1.0f));
+    s.peaks[row] = find_peak<IS_INT8, SEES_ALL>(at, row, scale);
     const Floats peak = splat(s.peaks[row]);
     Floats sum = splat(0.0f);
     for (int page = 0; page < at.num_pages; page++) {
         float* scores = s.scores[row] + page * LANES;
-        const Ints is_seen = sees(at, row, page * LANES);
-        Floats weight = choose(is_seen, exp_of(load(scores) - peak), Floats{});
-        if (at.a.kv_format == BRLITE_INT8) {
+        const Floats score = IS_INT8 ? load(scores) : load(scores) * scale;
+        Floats weight = exp_of_negative(score - peak);
+        if (!SEES_ALL) weight = choose(sees(at, row, page * LANES), weight, Floats{});
+        if (IS_INT8) {
             sum = sum + weight;
-            store(scores, choose(is_seen, weight * load(page_scales(at, page) + LANES), Floats{}));
+            weight = weight * load(page_scales(at, page) + LANES);
+            store(scores, SEES_ALL ? weight : choose(sees(at, row, page * LANES), weight, Floats{}));
         } else {
-            weight = to_bf16(weight);
-            sum = sum + weight;
-            store_row(s.weights.bf16[row] + page * LANES, weight);
+            sum = sum + store_weights(s.weights.bf16[row] + page * LANES, weight);
         }
     }
     s.weight_sums[row] = sum_of(sum);
-    if (at.a.kv_format == BRLITE_INT8)
-        s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, s.weights.ints[row]);
+    if (IS_INT8) s.weight_scales[row] = quantize_row(s.scores[row], at.num_pages * LANES, s.weights.ints[row]);
+}
+
+template <bool IS_INT8>
+INLINE void weigh_rows(const Looking& at) {
+    for (int row = 0; row < at.num_rows; row++)
+        sees_whole_chunk(at, row) ? weigh<IS_INT8, true>(at, row) : weigh<IS_INT8, false>(at, row);
 }
 
 // One chunk of the rows: peaks, weight_sums and sums.
@@ -172,10 +188,7 @@ INLINE void attend_chunk(const Looking& at) {
     AttentionScratch& s = at.s;
     const bool is_int8 = at.a.kv_format == BRLITE_INT8;
     is_int8 ? all_rows<Int8>(at, Part::SCORES) : all_rows<Bf16>(at, Part::SCORES);
-    for (int row = 0; row < at.num_rows; row++) {
-        s.peaks[row] = scale_scores(at, row);
-        weigh(at, row);
-    }
+    is_int8 ? weigh_rows<true>(at) : weigh_rows<false>(at);
     is_int8 ? all_rows<Int8>(at, Part::VALUES) : all_rows<Bf16>(at, Part::VALUES);
     if (!is_int8) return;
     for (int row = 0; row < at.num_rows; row++)

@@ -275,15 +275,12 @@ INLINE Ints rounded(Floats x) {
     return bits_of(x + magic) - bits_of(splat(magic));
 }
 
-// e^x by 2^n * e^r, |r| <= ln 2 / 2, with e^r's series to degree 6. 0 below -87, NaN for NaN, exactly 1 for 0.
-INLINE Floats exp_of(Floats x) {
+// e^x by 2^n * e^r, |r| <= ln 2 / 2, with e^r's series to degree 6. For x from -87 to 88; NaN for NaN, exactly 1 for 0.
+INLINE Floats power_of_e(Floats x) {
     const float magic = 12582912.0f;
-    const Ints is_nothing = is_less(x, splat(-87.0f));
-    Floats clipped = choose(is_nothing, splat(-87.0f), x);
-    clipped = choose(is_less(splat(88.0f), clipped), splat(88.0f), clipped);
-    Floats shifted = clipped * 1.44269504f + magic;
+    Floats shifted = x * 1.44269504f + magic;
     Floats n = shifted - magic;
-    Floats r = clipped - n * 0.693145752f;  // ln 2 in two parts; this product is exact
+    Floats r = x - n * 0.693145752f;  // ln 2 in two parts; this product is exact
     r = r - n * 1.42860677e-6f;
     Floats series = splat(1.0f / 720);
     series = series * r + 1.0f / 120;
@@ -292,8 +289,21 @@ INLINE Floats exp_of(Floats x) {
     series = series * r + 0.5f;
     series = series * r + 1.0f;
     series = series * r + 1.0f;
-    Floats power = from_bits((bits_of(shifted) << 23) + bits_of(splat(1.0f)));
-    return from_bits(bits_of(series * power) & ~is_nothing);
+    return series * from_bits((bits_of(shifted) << 23) + bits_of(splat(1.0f)));
+}
+
+// The same for any x: 0 below -87, e^88 above 88.
+INLINE Floats exp_of(Floats x) {
+    const Ints is_nothing = is_less(x, splat(-87.0f));
+    const Floats clipped = choose(is_nothing, splat(-87.0f), x);
+    const Floats power = power_of_e(choose(is_less(splat(88.0f), clipped), splat(88.0f), clipped));
+    return from_bits(bits_of(power) & ~is_nothing);
+}
+
+// e^x for x <= 0: the same bits as `exp_of`.
+INLINE Floats exp_of_negative(Floats x) {
+    const Floats least = splat(-87.0f);
+    return from_bits(bits_of(power_of_e(larger_of(x, least))) & ~is_less(x, least));
 }
 
 // The nearest bfloat16 as a float32, ties to even; numbers too small for a float32's exponent become 0, NaN stays.
