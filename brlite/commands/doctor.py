@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import brlite
-from brlite.config.options import DEFAULT_MODEL
+from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ConfigError, MissingExtra, ModelError, NativeUnavailable
 from brlite.files.cache import default_cache
 from brlite.machine import find_cpus, find_instruction_sets, find_memory, show_bytes
@@ -161,10 +161,17 @@ def describe_native(find_library: Callable[[], NativeLibrary | None]) -> Finding
 
 
 def _model() -> Findings:
+    from brlite.backends.sizes import known_sizes
     from brlite.checkpoint.fetch import local_sources, locate_model
 
+    try:
+        sizes = known_sizes(ModelSpec(), EngineConfig())
+        precision = sizes.precision if sizes is not None else "unknown until it is there"
+    except (ModelError, ConfigError) as error:
+        precision = str(error)
     try:
         place = str(locate_model(DEFAULT_MODEL, None, sources=local_sources))
     except ModelError:
         place = "not here yet, fetched at the first start"
-    return {"cache": str(default_cache()), "default model": DEFAULT_MODEL, "its weights": place}
+    found = {"default model": DEFAULT_MODEL, "its weights": place, "its precision": precision}
+    return {"cache": str(default_cache()), **found}

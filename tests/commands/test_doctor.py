@@ -22,6 +22,7 @@ def test_every_section_has_findings():
     assert report["machine"]["threads"].partition(", ")[2]  # what decided
     assert report["native kernels"]["library"]
     assert report["model"]["default model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert report["model"]["its precision"].endswith("(auto)")
 
 
 def test_findings_are_aligned_under_their_section():
