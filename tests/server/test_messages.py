@@ -16,14 +16,17 @@ import aiohttp
 import anthropic
 import pydantic
 import pytest
+from aiohttp import web
 from anthropic.types import Message, RawMessageStreamEvent
 from anthropic.types.beta import BetaMessage, BetaRawMessageStreamEvent
 
 from brlite.app import create_app
-from brlite.config.options import Config, EngineConfig, KeyConfig, LimitsConfig, ModelSpec
+from brlite.config.options import Config, EngineConfig, KeyConfig, LimitsConfig, ModelSpec, UpstreamConfig
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
+from brlite.server.delivery import end_all
 from tests.limits import PATIENCE_SECONDS
+from tests.proxy.proxies import run_proxy
 
 WEATHER: Any = {
     "name": "get_weather",
@@ -47,19 +50,32 @@ Serve = Callable[..., Awaitable[anthropic.AsyncAnthropic]]
 
 
 @pytest.fixture
-async def serve() -> AsyncIterator[Serve]:
+def apps() -> list[web.Application]:
+    """The applications that `serve` has started."""
+    return []
+
+
+@pytest.fixture
+async def serve(apps: list[web.Application]) -> AsyncIterator[Serve]:
     """`await serve(keys=…, limits=…, OPTION_OF_THE_MODEL=…)` serves the toy, and returns a client."""
     async with AsyncExitStack() as stack:
 
         async def start(
-            keys: tuple[KeyConfig, ...] = (), limits: dict[str, Any] | None = None, **options: Any
+            keys: tuple[KeyConfig, ...] = (),
+            limits: dict[str, Any] | None = None,
+            engine: dict[str, Any] | None = None,
+            **options: Any,
         ) -> anthropic.AsyncAnthropic:
             spec = ModelSpec(**{"name": "toy", "path": None, "build_seq": 4096, "reasoning_parser": "think", **options})
             config = Config(
-                model=(spec,), engine=EngineConfig(name="toy"), limits=LimitsConfig(**(limits or {})), key=keys
+                model=(spec,),
+                engine=EngineConfig(name="toy", options=engine or {}),
+                limits=LimitsConfig(**(limits or {})),
+                key=keys,
             )
-            engine = await stack.enter_async_context(AsyncEngine.from_config(config))
-            server = HttpServer(create_app(engine, config), "127.0.0.1", 0, config.limits, grace_seconds=0.2)
+            loop = await stack.enter_async_context(AsyncEngine.from_config(config))
+            apps.append(create_app(loop, config))
+            server = HttpServer(apps[-1], "127.0.0.1", 0, config.limits, grace_seconds=0.2)
             await stack.enter_async_context(server)
             client = anthropic.AsyncAnthropic(
                 base_url=f"http://127.0.0.1:{server.port}", api_key="none", max_retries=0, timeout=PATIENCE_SECONDS
@@ -479,6 +495,52 @@ async def test_what_the_engine_refuses_is_told_in_the_clients_words(serve: Serve
         await ask(client, "hello", stop_sequences=["long one"])
 
     assert refusal.value.body["error"]["param"] == "stop_sequences"  # type: ignore[index]
+
+
+async def test_a_forwarded_message_is_the_other_servers_and_its_usage_is_charged(serve: Serve) -> None:
+    far = await serve()
+    near = UpstreamConfig(url=str(far.base_url).rstrip("/"), name="far", models=("toy",))
+    team = KeyConfig(name="team", key="team", tokens_per_minute=10**6)
+
+    async with run_proxy(near, key=(team,)) as proxy:
+        async with anthropic.AsyncAnthropic(
+            base_url=f"http://127.0.0.1:{proxy.port}", api_key="team", max_retries=0, timeout=PATIENCE_SECONDS
+        ) as client:
+            whole = await ask(client, f"I look.\n{CALL}", tools=TOOLS)
+            async with client.messages.stream(
+                model="toy", max_tokens=512, messages=[{"role": "user", "content": f"I look.\n{CALL}"}], tools=TOOLS
+            ) as stream:
+                streamed = await stream.get_final_message()
+            count = await client.messages.count_tokens(model="toy", messages=[says("hi")])
+            with pytest.raises(anthropic.NotFoundError) as refusal:
+                await ask(client, "hi", model="other")
+        (key,) = proxy.keys
+
+    assert [block.type for block in whole.content] == [block.type for block in streamed.content] == ["text", "tool_use"]
+    assert whole.usage == streamed.usage
+    assert count.input_tokens == 4
+    assert refusal.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
+    assert (key.usage.prompt_tokens, key.usage.completion_tokens) == (
+        2 * whole.usage.input_tokens,
+        2 * whole.usage.output_tokens,
+    )
+
+
+async def test_a_stream_of_a_server_that_stops_ends_with_an_error(serve: Serve, apps: list[web.Application]) -> None:
+    client = await serve(engine={"tokens_per_second": 5.0})
+
+    async with client.messages.stream(
+        model="toy", max_tokens=512, messages=[{"role": "user", "content": "x" * 400}]
+    ) as stream:
+        texts = aiter(stream.text_stream)
+        await anext(texts)
+        end_all(apps[-1])
+        with pytest.raises(anthropic.APIStatusError) as error:
+            async for _ in texts:
+                pass
+
+    body: Any = error.value.body
+    assert (body["type"], body["error"]["type"]) == ("error", "overloaded_error")
 
 
 async def test_the_example_of_the_page_runs(serve: Serve) -> None:
