@@ -49,7 +49,9 @@ class Event(Struct, frozen=True, kw_only=True):
     """What is new in one choice of an answer; in an answer that is not streamed, the whole choice.
 
     `calls` are pieces of calls of tools; whole ones in an answer that is not streamed. `tokens` is None where no
-    logprobs were asked for. `usage` and `warnings` stand in the events that are to say them.
+    logprobs were asked for. `token_ids` are what was drawn since the choice's last event, if they are to be told. The
+    first event of a choice has the prompt's, and the `prompt_tokens`, whose first is None. `usage` and
+    `warnings` stand in the events that are to say them.
     """
 
     choice: int
@@ -61,3 +63,6 @@ class Event(Struct, frozen=True, kw_only=True):
     stop_reason: str | int | None = None
     usage: TokenUsage | None = None
     warnings: tuple[str, ...] = ()
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+    prompt_tokens: list[Token | None] | None = None

@@ -83,6 +83,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     the order in which they were written; else all text is before the calls. `unset` are the sampling parameters that
     the client left out, of those that a model may have defaults for. `timeout_seconds` is when the client wants an
     error in place of the rest. With `is_strict`, what would be a warning is refused.
+    `tells_token_ids`: those of prompt and answer are told; the prompt's logprobs with `tells_prompt_logprobs`.
     """
 
     model: str | None
@@ -106,6 +107,8 @@ class Generation(Struct, frozen=True, kw_only=True):
     unset: tuple[str, ...] = ()
     timeout_seconds: float | None = None
     is_strict: bool = False
+    tells_token_ids: bool = False
+    tells_prompt_logprobs: bool = False
 
 
 def refuse_warnings(warnings: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ the manual names them. `fields.py` lists the fields that are known and not decod
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -15,7 +15,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.errors import error_body
-from brlite.dialects.event import TokenText, TokenUsage
+from brlite.dialects.event import Token, TokenText, TokenUsage
 from brlite.dialects.fields import Undecoded, not_supported, read_undecoded
 from brlite.dialects.generation import Generation, Timeout, Truncation, in_client_words
 from brlite.dialects.openai_tools import CalledFunction, TurnCall, turn_calls
@@ -95,6 +95,8 @@ class SamplingFields(StructuredFields, kw_only=True):
     truncate_prompt_tokens: Whole | None = None
     truncation_side: Literal["left", "right"] | None = None
     return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    prompt_logprobs: Whole | None = None
     cache_salt: str | None = None
     timeout: Timeout | None = None
     strict: bool | None = None
@@ -123,6 +125,8 @@ def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -
     """Check what goes beyond types in the fields that both kinds share. Raises `InvalidRequest`."""
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise not_supported("best_of", " unless it is n")
+    if body.prompt_logprobs is not None and body.stream:
+        raise InvalidRequest("prompt_logprobs is not available in a stream", param="prompt_logprobs")
     options = body.stream_options
     if options is not None:
         if options.include_obfuscation:
@@ -275,6 +279,34 @@ def token_name(token: TokenText, *, is_id: bool = False, taken: Collection[str] 
         if name not in taken:
             return name
     return f"token_id:{token.token_id}"
+
+
+class PromptLogprob(Struct):
+    """vLLM's. `rank` is null for a token that is not among the alternatives."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+
+
+def shown_prompt_logprobs(tokens: Sequence[Token | None]) -> PromptLogprobs:
+    """Of each token of a prompt the logprob and those of its alternatives, by token id; null for the first."""
+    shown: PromptLogprobs = []
+    for token in tokens:
+        if token is None:
+            shown.append(None)
+            continue
+        top = {
+            other.token_id: PromptLogprob(max(logprob, LOWEST_LOGPROB), rank, other.text)
+            for rank, (other, logprob) in enumerate(token.top, 1)
+        }
+        own = PromptLogprob(max(token.logprob or 0.0, LOWEST_LOGPROB), None, token.token.text)
+        token_id = token.token.token_id
+        shown.append({token_id: top.get(token_id, own), **top})
+    return shown
 
 
 class OpenAIEncoder:

@@ -18,6 +18,7 @@ from brlite.dialects.openai import (
     LOWEST_LOGPROB,
     ChatMessage,
     OpenAIEncoder,
+    PromptLogprobs,
     SamplingFields,
     Usage,
     Whole,
@@ -27,6 +28,7 @@ from brlite.dialects.openai import (
     has_generation_prompt,
     plain_messages,
     sampling_params,
+    shown_prompt_logprobs,
     shown_usage,
     take_undecoded,
     token_name,
@@ -107,6 +109,7 @@ class ChatChoice(Struct):
     logprobs: ChatLogprobs | None
     finish_reason: ChatEndReason | None
     stop_reason: str | int | None = None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, kw_only=True):
@@ -118,6 +121,8 @@ class ChatCompletion(Struct, kw_only=True):
     usage: Usage
     system_fingerprint: str | UnsetType = UNSET
     warnings: Sequence[str] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Delta(Struct, kw_only=True):
@@ -135,6 +140,7 @@ class ChatChunkChoice(Struct):
     logprobs: ChatLogprobs | None = None
     finish_reason: ChatEndReason | None = None
     stop_reason: str | int | UnsetType = UNSET
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class ChatChunk(Struct, kw_only=True):
@@ -146,6 +152,7 @@ class ChatChunk(Struct, kw_only=True):
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str | UnsetType = UNSET
     warnings: Sequence[str] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
 
 
 _DECODER = BodyDecoder(ChatCompletionRequest)
@@ -210,6 +217,8 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         field_names=field_names,
         warnings=more.warnings,
         is_strict=bool(body.strict),
+        tells_token_ids=bool(body.return_token_ids),
+        tells_prompt_logprobs=body.prompt_logprobs is not None,
         timeout_seconds=body.timeout,
         unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name) is None),
         tool_choice=tool_choice,
@@ -234,9 +243,10 @@ class ChatEncoder(OpenAIEncoder):
             logprobs=None if event.tokens is None else self._logprobs(event.tokens),
             finish_reason=event.finish_reason and self._end_reason(event.finish_reason),
             stop_reason=UNSET if event.stop_reason is None else event.stop_reason,
+            token_ids=UNSET if event.token_ids is None else event.token_ids,
         )
         usage = self._no_usage if event.usage is None else shown_usage(event.usage, has_reasoning=True)
-        return frame(self._chunk([choice], usage, event.warnings))
+        return frame(self._chunk([choice], usage, event.warnings, event.prompt_token_ids))
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body that answers a request that is not streamed; one event a choice."""
@@ -247,9 +257,11 @@ class ChatEncoder(OpenAIEncoder):
                 logprobs=None if event.tokens is None else self._logprobs(event.tokens),
                 finish_reason=event.finish_reason and self._end_reason(event.finish_reason),
                 stop_reason=event.stop_reason,
+                token_ids=UNSET if event.token_ids is None else event.token_ids,
             )
             for event in events
         ]
+        prompt_token_ids, prompt_tokens = events[0].prompt_token_ids, events[0].prompt_tokens
         return encode_json(
             ChatCompletion(
                 id=self._id,
@@ -259,6 +271,8 @@ class ChatEncoder(OpenAIEncoder):
                 usage=shown_usage(usage, has_reasoning=True),
                 system_fingerprint=self._fingerprint,
                 warnings=warnings or UNSET,
+                prompt_token_ids=UNSET if prompt_token_ids is None else prompt_token_ids,
+                prompt_logprobs=UNSET if prompt_tokens is None else shown_prompt_logprobs(prompt_tokens),
             )
         )
 
@@ -287,7 +301,11 @@ class ChatEncoder(OpenAIEncoder):
         return self._chunk([], shown_usage(usage, has_reasoning=True))
 
     def _chunk(
-        self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None, warnings: Sequence[str] = ()
+        self,
+        choices: list[ChatChunkChoice],
+        usage: Usage | UnsetType | None,
+        warnings: Sequence[str] = (),
+        prompt_token_ids: list[int] | None = None,
     ) -> bytes:
         return encode_json(
             ChatChunk(
@@ -298,6 +316,7 @@ class ChatEncoder(OpenAIEncoder):
                 usage=usage,
                 system_fingerprint=self._fingerprint,
                 warnings=warnings or UNSET,
+                prompt_token_ids=UNSET if prompt_token_ids is None else prompt_token_ids,
             )
         )
 

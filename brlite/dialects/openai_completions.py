@@ -19,6 +19,7 @@ from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import (
     LOWEST_LOGPROB,
     OpenAIEncoder,
+    PromptLogprobs,
     SamplingFields,
     Usage,
     Whole,
@@ -26,6 +27,7 @@ from brlite.dialects.openai import (
     encode_error,
     encode_json,
     sampling_params,
+    shown_prompt_logprobs,
     shown_usage,
     take_undecoded,
     token_name,
@@ -58,6 +60,9 @@ class CompletionChoice(Struct):
     logprobs: CompletionLogprobs | None = None
     finish_reason: EndReason | None = None
     stop_reason: str | int | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
 class Completion(Struct, kw_only=True):
@@ -93,13 +98,19 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     is_echo_only = bool(body.echo) and max_tokens == 0
     logprobs = None if body.logprobs is False else body.logprobs
+    prompt_logprobs = logprobs if body.echo else None
     field_names = {**_FIELD_NAMES, **more.field_names}
+    if body.prompt_logprobs is not None:
+        if prompt_logprobs not in (None, body.prompt_logprobs):
+            raise InvalidRequest("prompt_logprobs must be what logprobs is, beside echo", param="prompt_logprobs")
+        prompt_logprobs = body.prompt_logprobs
+        field_names["prompt_logprobs"] = "prompt_logprobs"
     params = sampling_params(
         body,
         field_names,
         max_tokens=1 if is_echo_only else max_tokens,  # a step must draw something
         logprobs=logprobs,
-        prompt_logprobs=logprobs if body.echo else None,
+        prompt_logprobs=prompt_logprobs,
         **more.sampling,
     )
     options = body.stream_options
@@ -120,6 +131,8 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
         field_names=field_names,
         warnings=more.warnings,
         is_strict=bool(body.strict),
+        tells_token_ids=bool(body.return_token_ids),
+        tells_prompt_logprobs=body.prompt_logprobs is not None,
         timeout_seconds=body.timeout,
         unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name) is None),
     )
@@ -149,6 +162,9 @@ class CompletionEncoder(OpenAIEncoder):
             else completion_logprobs(event.tokens, names_are_ids=self._call.names_are_ids),
             finish_reason=event.finish_reason,
             stop_reason=event.stop_reason,
+            token_ids=UNSET if event.token_ids is None else event.token_ids,
+            prompt_token_ids=UNSET if event.prompt_token_ids is None else event.prompt_token_ids,
+            prompt_logprobs=UNSET if event.prompt_tokens is None else shown_prompt_logprobs(event.prompt_tokens),
         )
 
     def _completion(

@@ -41,6 +41,9 @@ class EventBuilder:
         self._counters: dict[int, ReasoningTokenCounter | None] = {}  # by choice
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._echoed_choices: set[int] = set()
+        self._tells_tokens = call.tells_token_ids or call.tells_prompt_logprobs
+        self._untold_token_ids: dict[int, list[int]] = {}  # by choice
+        self._begun_choices: set[int] = set()
 
     def events(self, prompt_index: int, output: RequestOutput) -> list[Event]:
         """What is new, without deltas that say nothing: a part of a character, or of a possible stop string.
@@ -57,6 +60,7 @@ class EventBuilder:
                 no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
                 completion = CompletionOutput(index=completion.index, logprobs=no_logprobs, finish_reason="length")
             text, tokens = (completion.text, None) if self._is_plain else self._told(prompt_index, output, completion)
+            num_events = len(events)
             if text or tokens or completion.finish_reason is not None:
                 event = Event(
                     choice=first_choice + completion.index,
@@ -68,6 +72,8 @@ class EventBuilder:
                     warnings=(*self._warnings, *output.warnings) if is_last else (),
                 )
                 events += [event] if self._replies is None else self._read(event, self._replies)
+            if self._tells_tokens:
+                events[num_events:] = self._with_tokens(prompt_index, output, completion, events[num_events:])
         return events
 
     def count(self, prompt_index: int, output: RequestOutput) -> None:
@@ -105,6 +111,29 @@ class EventBuilder:
             events = events if self._call.keeps_order else joined_events(events)
             warnings |= dict.fromkeys(line for parser in self._parsers.values() for line in parser.warnings)
         return sorted(events, key=lambda event: event.choice), tuple(warnings)
+
+    def _with_tokens(
+        self, prompt_index: int, output: RequestOutput, completion: CompletionOutput, events: list[Event]
+    ) -> list[Event]:
+        """A choice's new events with the tokens that the call wants told. They wait where there is no event."""
+        if output.prompt_logprobs is not None:
+            self._prompt_logprobs[prompt_index] = output.prompt_logprobs
+        choice = prompt_index * self._call.params.n + completion.index
+        untold = self._untold_token_ids.pop(choice, []) + completion.token_ids
+        if not events:
+            self._untold_token_ids[choice] = untold
+            return events
+        is_first = choice not in self._begun_choices
+        self._begun_choices.add(choice)
+        if self._call.tells_token_ids:
+            events[-1] = structs.replace(events[-1], token_ids=untold)
+            if is_first:
+                events[0] = structs.replace(events[0], prompt_token_ids=output.prompt_token_ids)
+        if self._call.tells_prompt_logprobs and is_first:
+            entries = self._prompt_logprobs.get(prompt_index, [])
+            told = [None if entry is None else self._token(entry, 0) for entry in entries]
+            events[0] = structs.replace(events[0], prompt_tokens=told)
+        return events
 
     def _read(self, event: Event, replies: ChatReplies) -> list[Event]:
         """The event of a reply's text as those of its reasoning, content and calls."""
@@ -203,6 +232,11 @@ def joined_events(events: Sequence[Event]) -> list[Event]:
             tokens=None
             if before.tokens is None and event.tokens is None
             else [*(before.tokens or ()), *(event.tokens or ())],
+            token_ids=None
+            if before.token_ids is None and event.token_ids is None
+            else [*(before.token_ids or ()), *(event.token_ids or ())],
+            prompt_token_ids=before.prompt_token_ids,
+            prompt_tokens=before.prompt_tokens,
         )
     return list(joined.values())
 

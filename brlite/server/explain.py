@@ -32,7 +32,7 @@ ALIASES = {
     "stop_token_ids": ("stop_tokens_ids",),
     "logprobs": ("top_logprobs",),
 }
-NOT_SHOWN = ("stop_tokens_ids", "prompt_logprobs")  # another name, and what no request can ask for
+NOT_SHOWN = ("stop_tokens_ids",)  # another name
 
 Origin = Literal["request", "generation_config", "default", "server"]
 
