@@ -10,7 +10,7 @@ from msgspec import UNSET, Struct, UnsetType, field
 
 from brlite.dialects import DIALECTS
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.generation import Chat, Generation, in_client_words
+from brlite.dialects.generation import Chat, Generation, TokenIds, in_client_words
 from brlite.dialects.json_body import decode_fields
 from brlite.engine.admission import admit as admit_to_engine
 from brlite.engine.async_engine import EngineLoop
@@ -100,7 +100,10 @@ async def explain(request: web.Request) -> web.Response:
         try:
             made = await make_requests(call, engine, model.spec, "explain", tenant)
             admitted = [admit_to_engine(each, engine.info, limits) for each in made.requests]
-            texts = [await prompt_text(prompt, engine, model, tenant) for prompt in call.prompts]
+            prompts = call.prompts
+            if call.truncation is not None:  # a cut prompt is what its tokens say
+                prompts = tuple(TokenIds(each.prompt_token_ids) for each in made.requests)
+            texts = [await prompt_text(prompt, engine, model, tenant) for prompt in prompts]
         except InvalidRequest as error:
             raise in_client_words(error, call.field_names) from None
     clamps = [line for _, lines in admitted for line in lines]

@@ -167,7 +167,7 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ),
     ("post", "/explain"): Operation(
         "What a request would come to, and where each value is from",
-        (CHAT_BODY, COMPLETION_BODY, RESPONSE_BODY),
+        (CHAT_BODY, COMPLETION_BODY, RESPONSE_BODY, MESSAGES_BODY),
         Explanation,
         query=("endpoint",),
     ),
@@ -256,9 +256,9 @@ def _operation(operation: Operation, method: str, path: str, schemas: Schemas) -
     elif path == "/metrics":
         content = {"text/plain": {"schema": {"type": "string"}}}
     if operation.chunk is not None:
-        description = "with stream: true. The data of each event:"
+        name = schemas.of(operation.chunk).get("$ref", "an object").rpartition("/")[2]
+        description = f"With stream: true. The data of each event is {name}, as JSON."
         content = {**content, "text/event-stream": {"schema": {"type": "string", "description": description}}}
-        schemas.of(operation.chunk)
     error_answer = schemas.of(MessagesErrorAnswer if is_anthropic(path) else ErrorAnswer)
     error = {"description": "An error", "content": {"application/json": {"schema": error_answer}}}
     in_path = re.findall(r"{(\w+)}", path)

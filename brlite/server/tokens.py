@@ -11,7 +11,7 @@ from brlite.chat.turns import NO_EXTRAS
 from brlite.dialects import openai_chat
 from brlite.dialects.anthropic import decode_count_tokens
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.generation import Chat, Generation, Prompt, Text, in_client_words, refuse_warnings
+from brlite.dialects.generation import Chat, Generation, Prompt, Text, TokenIds, in_client_words, refuse_warnings
 from brlite.dialects.openai import token_name
 from brlite.dialects.openai_tokens import (
     AppliedTemplate,
@@ -119,7 +119,8 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
             rendered = []
             for prompt, each in zip(call.prompts, made.requests, strict=True):
                 max_tokens, clamps = admit_to_engine(each, engine.info, limits)
-                text, _ = await prompt_text(prompt, engine, model, tenant)
+                shown = prompt if call.truncation is None else TokenIds(each.prompt_token_ids)
+                text, _ = await prompt_text(shown, engine, model, tenant)
                 rendered.append(
                     RenderedRequest(
                         request_id=each.request_id,

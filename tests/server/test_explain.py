@@ -82,6 +82,26 @@ async def test_a_request_that_would_be_refused_is_refused_in_the_same_words(clie
     assert (status, answer["error"]["param"]) == (400, "endpoint")
 
 
+async def test_of_a_cut_prompt_the_rest_is_shown(client: Client) -> None:
+    body = completion_body("hello", truncate_prompt_tokens=2)
+
+    _, explained = await client.post("/explain", body)
+    _, rendered = await client.post("/v1/completions/render", body)
+
+    assert explained["prompts"] == [{"text": "lo", "num_tokens": 2, "token_ids": list(b"lo")}]
+    assert (rendered[0]["prompt"], rendered[0]["token_ids"]) == ("lo", list(b"lo"))
+    assert "was cut to 2" in explained["warnings"][0]
+
+
+async def test_the_body_of_a_message_is_explained_where_the_query_says_so(client: Client) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "stop_sequences": ["x"]}
+
+    _, explained = await client.post("/explain?endpoint=/v1/messages", body)
+
+    assert explained["endpoint"] == "/v1/messages"
+    assert explained["parameters"]["stop"] == {"value": ["x"], "from": "request"}
+
+
 async def test_nothing_is_computed(client: Client) -> None:
     await client.post("/explain", chat_body())
     await client.post("/v1/chat/completions/render", chat_body())
