@@ -101,7 +101,7 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
     _log_precision(plan, is_native=True)
     if spec.serialize_file:
         packed_file = expand_home(spec.serialize_file)
-    elif spec.path is None:
+    elif spec.path is None or not expand_home(spec.path).exists():  # then the path is a name on a hub
         name = f"{spec.name.replace('/', '--')}.{plan.precision.weights_name}.brlite"
         packed_file = default_cache() / "packed" / name
     if spec.tensor_parallel > 1:

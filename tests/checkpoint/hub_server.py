@@ -29,6 +29,8 @@ class HubServer:
         self.wrong_hash: set[str] = set()
         self.cut_after: dict[str, int] = {}  # of each response, the bytes after which the connection is cut
         self.cuts_left = 0
+        self.stalls_left = 0  # responses of weights that stop after some bytes
+        self.end = threading.Event()
         self.failures: list[tuple[int, dict[str, str]]] = []  # statuses and headers that the next requests get
         self.refusal: tuple[int, dict[str, str]] | None = None
         self.token: str | None = None
@@ -69,6 +71,7 @@ class HubServer:
             yield self
         finally:
             self.gate.set()
+            self.end.set()
             for server in servers:
                 server.shutdown()
                 server.server_close()
@@ -149,6 +152,13 @@ class HubServer:
                 self.cuts_left -= 1
                 data = data[: self.cut_after[name]]
             self.sent_bytes += len(data)
+            is_stalled = self.stalls_left > 0 and name.endswith(".safetensors")
+            self.stalls_left -= is_stalled
+        if is_stalled:
+            request.wfile.write(data[:5000])
+            request.wfile.flush()
+            self.end.wait(120)
+            return
         for position in range(0, len(data), 1024):
             request.wfile.write(data[position : position + 1024])
             request.wfile.flush()

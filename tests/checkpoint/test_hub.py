@@ -153,6 +153,19 @@ def test_connections_that_are_cut_are_resumed_where_they_stopped(hub: LocalHuggi
     assert hub.server.ranges[:3] == [None, f"bytes=20000-{size - 1}", f"bytes=40000-{size - 1}"]
 
 
+def test_a_connection_that_stalls_is_given_up_and_resumed(hub: LocalHuggingFace) -> None:
+    class ImpatientHub(LocalHuggingFace):
+        def address(self) -> HubAddress:
+            return super().address()._replace(read_seconds=1.0)
+
+    hub.server.stalls_left = 1
+
+    folder = fetch(ImpatientHub(hub.server, hub.cache()))
+
+    assert (folder / "model.safetensors").read_bytes() == hub.server.files["model.safetensors"]
+    assert hub.server.ranges[1].startswith("bytes=5000-")  # type: ignore[union-attr]
+
+
 def test_what_an_interrupted_download_left_is_no_model_and_is_resumed(hub: LocalHuggingFace) -> None:
     size = len(hub.server.files["model.safetensors"])
     hub.server.cut_after = {"model.safetensors": 0}

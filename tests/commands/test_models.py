@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from brlite.commands.cli import main
+from brlite.config.options import Config, EngineConfig, ModelSpec
+from brlite.llm import LLM
+from brlite.sampling_params import SamplingParams
 from tests.checkpoint.hub_server import HubServer, files_of
 from tests.checkpoint.model_files import write_gguf
 from tests.commands.test_terminal import CTRL_C, ENTER, PROMPT, at_terminal
@@ -172,6 +175,16 @@ def test_the_path_of_a_toml_may_be_a_name(server: HubServer, capsys: pytest.Capt
     assert "m-Q8_0.gguf" in printed.out
     assert "Traceback" not in printed.err
     assert status in (0, 2)  # the file of this test has no vocabulary, which check says
+
+
+def test_weights_of_a_path_that_is_a_name_are_packed_into_the_cache(server: HubServer, tmp_path: Path) -> None:
+    spec = ModelSpec(name="mine", path="org/model", build_batch=1)
+
+    with LLM(config=Config(model=(spec,), engine=EngineConfig(backend="native"))) as llm:
+        (output,) = llm.generate("hello", SamplingParams(max_tokens=2, ignore_eos=True))
+
+    assert len(output.outputs[0].token_ids) == 2
+    assert [path.name for path in (tmp_path / "own" / "packed").iterdir()] == ["mine.bf16.brlite"]
 
 
 def environment(server: HubServer, folder: Path) -> dict[str, str]:
