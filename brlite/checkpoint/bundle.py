@@ -105,8 +105,10 @@ def bundled_weights(folder: Path, precision: PrecisionOption) -> Path | None:
 
     A bundle's own weights are bfloat16, so that is what `auto` means.
     """
+    if not (folder / MANIFEST_FILE).is_file():
+        return None
     file = folder / packed_name("bf16" if precision == "auto" else precision)
-    return file if (folder / MANIFEST_FILE).is_file() and file.is_file() else None
+    return file if file.is_file() else None
 
 
 def _read(file: Path) -> Manifest:
