@@ -66,7 +66,10 @@ class BlockManager:
         for index in range((seq.num_tokens - 1) // self.block_size):
             digest = self._digest(seq, index)
             block_id = self._sealed.get(digest)
-            if block_id is None or not self._holds(block_id, parent_digest, self._tokens(seq, index)):
+            if block_id is None:
+                break
+            block = self._blocks[block_id]
+            if block.parent_digest != parent_digest or block.token_ids != self._tokens(seq, index):
                 break
             matched.append(block_id)
             parent_digest = digest
@@ -155,10 +158,6 @@ class BlockManager:
         if block.digest is not None:
             del self._sealed[block.digest]
             block.digest = None
-
-    def _holds(self, block_id: int, parent_digest: bytes, token_ids: list[int]) -> bool:
-        block = self._blocks[block_id]
-        return block.parent_digest == parent_digest and block.token_ids == token_ids
 
     def _tokens(self, seq: Sequence, index: int) -> list[int]:
         return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]

@@ -145,7 +145,7 @@ class GuidedMatcher:
         tail, forced, num_taken = self._tail, deque(self._forced), 0
         for draw, row in enumerate(rows):
             if forced:
-                _allow(row, forced[0])
+                row.view("uint32")[forced[0] // 32] = 1 << forced[0] % 32
             elif not self._fill(row, tail):
                 break
             if draw == len(draft_token_ids):
@@ -188,7 +188,3 @@ class GuidedMatcher:
         if self.error is None and self._inner.is_error():
             message = self._inner.get_error().partition("\n")[0][:200]
             self.error = f"{TOO_COMPLEX}: {message}" if message else TOO_COMPLEX
-
-
-def _allow(row: npt.NDArray[np.int32], token_id: int) -> None:
-    row.view("uint32")[token_id // 32] = 1 << token_id % 32

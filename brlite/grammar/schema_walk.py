@@ -270,15 +270,13 @@ class _Walk:
                     del node["format"]  # the pattern says more
             patterns.append(node["pattern"])
         for pattern in patterns:
-            self._count_pattern(f"{pointer}/pattern" if "pattern" in node else f"{pointer}/patternProperties", pattern)
+            place = f"{pointer}/pattern" if "pattern" in node else f"{pointer}/patternProperties"
+            try:
+                size = pattern_size(pattern)
+            except PatternRefused as error:
+                raise SchemaRefused(place, f"the pattern {error}") from None
+            self._count(place, size, "the pattern, with its repetitions written out,")
         self._check_properties(pointer, node)
-
-    def _count_pattern(self, pointer: str, pattern: str) -> None:
-        try:
-            size = pattern_size(pattern)
-        except PatternRefused as error:
-            raise SchemaRefused(pointer, f"the pattern {error}") from None
-        self._count(pointer, size, "the pattern, with its repetitions written out,")
 
     def _count(self, pointer: str, size: int, what: str) -> None:
         """Add to what the automata of a schema need, and refuse what goes beyond the bound."""
