@@ -13,12 +13,14 @@ from brlite.dialects.errors import error_body
 from brlite.dialects.event import Event, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.dialects.openai import encode_json
-from brlite.dialects.sse import frame
+from brlite.dialects.sse import frame, on_one_line
 from brlite.errors import EngineError
 
 PATH = "/v1/messages"
 # Clients keep it with the thinking and send both back. Nothing here verifies it; some clients refuse an empty one.
 SIGNATURE = "brlite"
+
+DELTA_BEGIN = b"event: content_block_delta\ndata: "
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
@@ -208,7 +210,8 @@ class MessagesEncoder:
         return [*frames, _frame(BlockStart(self._num_blocks, block))]
 
     def _delta(self, delta: TextBlockDelta | InputJsonDelta | ThinkingBlockDelta | SignatureDelta) -> bytes:
-        return _frame(BlockDelta(self._num_blocks, delta))
+        data = encode_json(BlockDelta(self._num_blocks, delta))
+        return DELTA_BEGIN + (data if data.isascii() else on_one_line(data)) + b"\n\n"  # a quarter faster than `_frame`
 
     def _end(self) -> list[bytes]:
         """Stop the block that is open, if one is."""
