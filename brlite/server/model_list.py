@@ -5,6 +5,7 @@ How requests reach the others is not known here.
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
 from typing import Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType, structs
@@ -16,16 +17,28 @@ from brlite.errors import ModelNotFound
 from brlite.sampling_params import SamplingParams
 from brlite.server.served_model import RemoteModel, ServedModel
 
+LATEST = 253402300799  # the last second of the year 9999, which is the last that RFC 3339 can say
+
 
 class ModelCard(Struct, kw_only=True):
+    """A model in OpenAI's shape, with the keys of Anthropic's beside it: `type`, `display_name`, `created_at`."""
+
     id: str
     object: Literal["model"] = "model"
+    type: Literal["model"] = "model"
+    display_name: str = ""
     created: int
+    created_at: str = ""
     owned_by: str = "brlite"
     root: str
     parent: str | None = None
     max_model_len: int | UnsetType = UNSET
     status: str
+
+    def __post_init__(self) -> None:
+        self.display_name = self.id
+        seconds = min(max(self.created, 0), LATEST)  # another server's may be any number
+        self.created_at = datetime.fromtimestamp(seconds, timezone.utc).isoformat()
 
 
 class DefaultSettings(Struct):
@@ -54,8 +67,17 @@ class ModelProps(Struct, kw_only=True):
 
 
 class ModelList(Struct, kw_only=True):
+    """All models on one page, in OpenAI's shape and Anthropic's."""
+
     object: Literal["list"] = "list"
     data: list[ModelCard]
+    first_id: str | None = None
+    last_id: str | None = None
+    has_more: bool = False
+
+    def __post_init__(self) -> None:
+        if self.data:
+            self.first_id, self.last_id = self.data[0].id, self.data[-1].id
 
 
 def local_card(name: str, model: ServedModel) -> ModelCard:

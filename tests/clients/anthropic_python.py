@@ -22,7 +22,9 @@ client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
 hello = [{"role": "user", "content": "hello"}]
 call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 
-assert [each.id for each in client.models.list()] == [model]
+(card,) = client.models.list()
+assert (card.id, card.display_name, card.type, card.created_at.year >= 2020) == (model, model, "model", True)
+assert client.models.retrieve(model) == card
 answer = client.messages.create(model=model, max_tokens=100, messages=hello)
 assert (answer.content[0].text, answer.stop_reason) == ("hello", "end_turn")
 with client.messages.stream(model=model, max_tokens=100, messages=hello) as stream:

@@ -16,6 +16,7 @@ from brlite.app import create_app
 from brlite.config.options import Config, KeysConfig, LimitsConfig, ModelSpec, ProxyConfig, ServerConfig
 from brlite.http.listen import HttpServer
 from brlite.http.middlewares import has_left
+from brlite.server.model_list import ModelCard
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.fakes import ByteTokenizer
 from tests.limits import PATIENCE_SECONDS
@@ -410,3 +411,10 @@ async def test_an_application_in_somebody_elses_server_ends_its_answers_with_an_
 
     assert answer.status == (200 if path == "stream" else 503)
     assert "the server is stopping" in text
+
+
+@pytest.mark.parametrize("created", [-(2**63), 0, 2**63 - 1])
+def test_the_date_of_another_servers_model_may_be_any_number(created: int) -> None:
+    card = ModelCard(id="m", created=created, root="m", status="ready")
+
+    assert card.created_at in ("1970-01-01T00:00:00+00:00", "9999-12-31T23:59:59+00:00")
