@@ -56,7 +56,7 @@ def progress_bar() -> Iterator[OnProgress]:
     Elsewhere what takes long and has a size gets a line every ten seconds.
     """
     if not sys.stderr.isatty():
-        yield _Lines().show
+        yield ProgressLines().show
         return
     from tqdm import tqdm
 
@@ -79,10 +79,11 @@ def progress_bar() -> Iterator[OnProgress]:
         yield show
 
 
-class _Lines:
-    """Progress where there is no terminal: a line about a stage of known size every `LINE_SECONDS`."""
+class ProgressLines:
+    """Progress where there is no terminal: a line about a stage of known size every `seconds`."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = LINE_SECONDS) -> None:
+        self._seconds = seconds
         self._lock = threading.Lock()
         self._stage = ""
         self._began = self._said = 0.0
@@ -93,7 +94,7 @@ class _Lines:
         with self._lock:
             if stage != self._stage:
                 self._stage, self._began, self._said, self._first = stage, now, now, fraction
-            if not isinstance(stage, SizedStage) or now < self._said + LINE_SECONDS:
+            if not isinstance(stage, SizedStage) or now < self._said + self._seconds:
                 return
             self._said = now
         rate = (fraction - self._first) / (now - self._began)

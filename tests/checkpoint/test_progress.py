@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import re
 import threading
+import time
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
-from brlite.checkpoint.progress import folder_bytes, growth_reported, progress_bar
+from brlite.checkpoint.progress import ProgressLines, SizedStage, folder_bytes, growth_reported, progress_bar
+from brlite.commands.log_handler import BarAwareHandler
 from tests.limits import PATIENCE_SECONDS
 
 
@@ -53,3 +59,30 @@ def test_without_a_terminal_no_bar_is_drawn(capsys: pytest.CaptureFixture[str]) 
         show("downloading", 1.0)
 
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_a_long_download_gets_lines_with_rate_and_time_left(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines = ProgressLines(seconds=0.01)
+
+    for stage, fraction in (("loading", 0.0), (SizedStage("downloading x", 10**9), 0.0)):
+        lines.show(stage, fraction)
+    time.sleep(0.02)
+    lines.show(SizedStage("downloading x", 10**9), 0.25)
+    lines.show("loading", 0.5)
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"brlite: downloading x: 25% of 1 GB, [\d.e+]+ [kMGT]B/s, \d+ s left", line)
+
+
+def test_a_log_line_does_not_land_on_the_bars_line() -> None:
+    stream = io.StringIO()
+    handler = BarAwareHandler(stream)
+
+    with tqdm(total=10, file=stream, desc="downloading", leave=False, mininterval=0.0) as bar:
+        bar.update(5)
+        handler.emit(logging.LogRecord("x", logging.WARNING, "", 1, "a line of the log", None, None))
+
+    line = next(line for line in stream.getvalue().split("\n") if "a line of the log" in line)
+    assert line.rsplit("\r", 1)[-1] == "a line of the log"
