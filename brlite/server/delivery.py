@@ -28,6 +28,7 @@ from brlite.errors import BrliteError, EngineError, InvalidRequest, RequestTimeo
 from brlite.http.access_log import log_extras
 from brlite.http.events import EventStream
 from brlite.http.keys import API_KEY, spend_tokens
+from brlite.http.request_id import shown_request_id
 from brlite.outputs import RequestOutput, RequestTimes
 from brlite.server.engine_requests import make_requests, with_model_defaults
 from brlite.server.event_builder import EventBuilder
@@ -137,6 +138,15 @@ class Delivery:
         self._error = self._error or error
         self._changed.set()
 
+    def abort(self) -> None:
+        """End the generation at its next step: the response is what there is then, with the finish reason "abort"."""
+        for request in self._requests:
+            self._engine.abort(request.request_id)
+
+    def is_named(self, name: str, tenant: str) -> bool:
+        """Whether the response, or its request, has this id, belongs to the tenant and is with the engine."""
+        return bool(self._requests) and tenant == self._tenant and name in (self.id, shown_request_id(self._request))
+
     async def _end_with(self, error: BrliteError) -> bool:
         """Answer an error, and return whether that was done; else it is the error middleware's to answer."""
         raise error from None
@@ -168,8 +178,7 @@ class Delivery:
         if self._deadline is not None:
             self._deadline.cancel()
         if self._num_open:
-            for request in self._requests:
-                self._engine.abort(request.request_id)
+            self.abort()
         usage = TokenUsage(0, 0, 0)
         if self._builder is not None:
             for index, output in self._outputs.items():  # computed, and never sent

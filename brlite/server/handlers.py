@@ -21,6 +21,7 @@ from brlite.errors import Forbidden, NotFound
 from brlite.http.body import leave_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
 from brlite.server import metrics
+from brlite.server.delivery import RUNNING
 from brlite.server.docs_page import docs_page
 from brlite.server.embeddings import embed, score
 from brlite.server.explain import explain
@@ -80,6 +81,17 @@ async def get_openapi(request: web.Request) -> web.Response:
 async def get_docs(request: web.Request) -> web.Response:
     _, page = await asyncio.to_thread(_documentation)
     return web.Response(text=page, content_type="text/html", headers=DOCS_HEADERS)
+
+
+async def abort_request(request: web.Request) -> web.Response:
+    """End a running request of the same key, by the id of its response or its `X-Request-Id`."""
+    name, tenant = request.match_info["request_id"], request[API_KEY].tenant
+    found = [delivery for delivery in request.app[RUNNING] if delivery.is_named(name, tenant)]
+    if not found:
+        raise NotFound(f"no request {name[:64]!r} is running", param="request_id", code="request_not_found")
+    for delivery in found:
+        delivery.abort()
+    return web.json_response({"id": name, "object": "request", "aborted": True})
 
 
 async def version(request: web.Request) -> web.Response:
@@ -177,7 +189,7 @@ _GETS = {
     "/docs": get_docs,
     "/version": version,
 }
-_DELETES = {"/v1/responses/{response_id}": delete_response}
+_DELETES = {"/v1/responses/{response_id}": delete_response, "/v1/requests/{request_id}": abort_request}
 _PROBES = {"/health": health, "/ready": ready, "/ping": ping, "/metrics": get_metrics}
 PATHS = (*_POSTS, *_GETS)
 DOCS_HEADERS = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}

@@ -171,6 +171,7 @@ DETAILS: dict[tuple[str, str], Operation] = {
         Explanation,
         query=("endpoint",),
     ),
+    ("delete", "/v1/requests/{request_id}"): Operation("End a running request", answer=dict[str, Any]),
     ("get", "/v1/models"): Operation("The models that the key may use", answer=ModelList),
     ("get", "/v1/models/{name}"): Operation("One model", answer=ModelCard),
     ("get", "/tokenizer_info"): Operation("The tokenizer", answer=TokenizerInfo, query=("model",)),

@@ -1,0 +1,73 @@
+"""`DELETE /v1/requests/{id}`: a request ends with what it has, for its own key only."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from brlite.config.options import KeysConfig
+from tests.limits import PATIENCE_SECONDS
+from tests.server.conftest import Client, chat_body
+
+MakeClient = Callable[..., Awaitable[Client]]
+Eventually = Callable[[Callable[[], bool]], Awaitable[None]]
+CHAT = "/v1/chat/completions"
+
+
+async def abort(client: Client, name: str, **headers: str) -> int:
+    async with client.session.delete(f"{client.url}/v1/requests/{name}", headers=headers) as response:
+        return response.status
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "reason"),
+    [(CHAT, chat_body(), "abort"), ("/v1/responses", {"input": "hi"}, "incomplete")],
+)
+async def test_a_request_that_is_aborted_ends_with_what_it_has(
+    client: Client, eventually: Eventually, path: str, body: dict[str, Any], reason: str
+) -> None:
+    client.backend.gate = threading.Event()
+    request = asyncio.create_task(client.post(path, body, **{"X-Request-Id": "mine"}))
+    await eventually(lambda: client.engine.stats.num_running > 0)
+
+    status = await abort(client, "mine")
+    client.backend.gate.set()
+    answered, answer = await asyncio.wait_for(request, PATIENCE_SECONDS)
+
+    assert (status, answered) == (200, 200)
+    assert reason in (answer.get("status"), answer.get("choices", [{}])[0].get("finish_reason"))
+    assert client.engine.stats.finished["abort"] == 1
+    assert await abort(client, "mine") == 404
+
+
+async def test_a_stream_is_aborted_by_the_id_that_its_events_have(client: Client) -> None:
+    client.backend.gate = threading.Event()
+    body = {"input": "hi", "stream": True}
+    async with client.session.post(client.url + "/v1/responses", json=body) as response:
+        assert await response.content.readline() == b"event: response.created\n"
+        created = json.loads((await response.content.readline()).removeprefix(b"data: "))
+        status = await abort(client, created["response"]["id"])
+        client.backend.gate.set()
+        text = await response.text()
+
+    assert status == 200
+    assert "event: response.incomplete\n" in text
+
+
+async def test_another_keys_request_is_not_found(make_client: MakeClient, eventually: Eventually) -> None:
+    client = await make_client(config={"keys": KeysConfig(keys=("a", "b"))})
+    client.backend.gate = threading.Event()
+    headers = {"X-Request-Id": "mine", "Authorization": "Bearer a"}
+    request = asyncio.create_task(client.post(CHAT, chat_body(), **headers))
+    await eventually(lambda: client.engine.stats.num_running > 0)
+
+    status = await abort(client, "mine", Authorization="Bearer b")
+    client.backend.gate.set()
+    answered, answer = await asyncio.wait_for(request, PATIENCE_SECONDS)
+
+    assert (status, answered, answer["choices"][0]["finish_reason"]) == (404, 200, "length")
