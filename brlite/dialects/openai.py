@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, structs
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.errors import error_body
-from brlite.dialects.event import Token, TokenText, TokenUsage
+from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.fields import Undecoded, not_supported, read_undecoded
 from brlite.dialects.generation import Generation, Timeout, Truncation, in_client_words
 from brlite.dialects.openai_tools import CalledFunction, TurnCall, turn_calls
@@ -320,6 +320,25 @@ class OpenAIEncoder:
         self._fingerprint: str | UnsetType = f"fp_{fingerprint}" if fingerprint else UNSET
         # What a chunk says of the usage, but for the last one, which has nothing else.
         self._no_usage: UnsetType | None = None if call.include_usage else UNSET
+
+    def encode(self, event: Event) -> bytes:
+        """What a stream says of one event."""
+        raise NotImplementedError
+
+    def _encode_end(self, event: Event) -> bytes:
+        """The two chunks of a choice's last event, so that the last token comes before the end."""
+        told = structs.replace(event, finish_reason=None, stop_reason=None, warnings=())
+        end = Event(
+            choice=event.choice,
+            text="",
+            tokens=None if event.tokens is None else [],
+            token_ids=None if event.token_ids is None else [],
+            finish_reason=event.finish_reason,
+            stop_reason=event.stop_reason,
+            usage=event.usage,
+            warnings=event.warnings,
+        )
+        return self.encode(told) + self.encode(end)
 
     def opening(self, usage: TokenUsage) -> bytes:
         """What a stream begins with."""

@@ -236,7 +236,9 @@ class ChatEncoder(OpenAIEncoder):
         return b"".join(frame(self._chunk([choice], self._no_usage)) for choice in choices)
 
     def encode(self, event: Event) -> bytes:
-        """The chunk of a stream that tells the event."""
+        """The chunk of a stream that tells the event; of a choice's last one two, if it has anything else to tell."""
+        if event.finish_reason is not None and (event.text or event.reasoning or event.calls or event.tokens):
+            return self._encode_end(event)
         choice = ChatChunkChoice(
             index=event.choice,
             delta=self._delta(event) if event.calls or event.reasoning else Delta(content=event.text),

@@ -58,6 +58,8 @@ def test_a_chunk_byte_for_byte() -> None:
 
     assert chunk == (
         b'data: {"id":"cmpl-1","object":"text_completion","created":7,"model":"m","choices":[{"index":3,"text":"a",'
+        b'"logprobs":null,"finish_reason":null,"stop_reason":null}]}\n\n'
+        b'data: {"id":"cmpl-1","object":"text_completion","created":7,"model":"m","choices":[{"index":3,"text":"",'
         b'"logprobs":null,"finish_reason":"stop","stop_reason":5}]}\n\n'
     )
 

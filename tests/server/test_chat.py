@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.fakes import ByteTokenizer, reference_tokens
-from tests.server.conftest import Client, chat_body
+from tests.server.conftest import Client, chat_body, completion_body
 
 PROMPT = b"user:hello\n"
 PATH = "/v1/chat/completions"
@@ -79,12 +79,26 @@ async def test_usage_comes_last_in_a_stream_if_asked_for(client: Client) -> None
     assert all(event["usage"] is None for event in events[:-1])
 
 
+@pytest.mark.parametrize("path", [PATH, "/v1/completions"])
+@pytest.mark.parametrize("fields", [{}, {"logprobs": True}, {"stop": "zz"}, {"n": 2}])
+async def test_the_last_token_comes_before_the_chunk_with_the_finish_reason(
+    client: Client, path: str, fields: dict[str, Any]
+) -> None:
+    body = chat_body(**fields) if path == PATH else completion_body("hello", **{**fields, "logprobs": 0})
+
+    choices = [choice for event in await client.stream(path, body) for choice in event["choices"]]
+
+    ends = [choice for choice in choices if choice["finish_reason"] is not None]
+    assert len(ends) == fields.get("n", 1)
+    assert all(not choice.get("text") and not choice.get("delta", {}).get("content") for choice in ends)
+
+
 async def test_usage_comes_with_every_chunk_if_that_is_asked_for(client: Client) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
 
     events = await client.stream(PATH, chat_body(stream_options=options))
 
-    assert [event["usage"]["completion_tokens"] for event in events[1:]] == [*range(1, 9), 8]
+    assert [event["usage"]["completion_tokens"] for event in events[1:]] == [*range(1, 9), 8, 8]
     assert {event["usage"]["prompt_tokens"] for event in events[1:]} == {len(PROMPT)}
 
 
