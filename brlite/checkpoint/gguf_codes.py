@@ -1,6 +1,6 @@
 """GGML's quantised blocks taken apart into codes, scales and minimums, where groups of 32 hold all digits of a weight.
 
-A weight of the file is scale · code + minimum: `FORMS` says in which form native code multiplies by it. Formats that
+A weight of the file is scale · code + minimum: `CODINGS` says in which form native code multiplies by it. Formats that
 are not listed, such as Q6_K with its groups of 16, are dequantised and rounded to int8 anew.
 """
 
