@@ -7,6 +7,7 @@ their message. What only Anthropic's own servers did is left out with a warning;
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, Literal
 
 import msgspec
@@ -80,24 +81,23 @@ class TurnReader:
         if texts:
             self.turns.append({"role": "system", "content": "\n\n".join(texts)})
 
-        results: list[dict[str, Any]] = []
-        user_texts: list[str] = []
-        for index in range(first, len(messages)):
-            message, param = messages[index], f"messages.{index}.content"
-            if message.role == "assistant":
-                self._assistant(message.content, param)
-            elif message.role == "system":
-                text = "\n\n".join(self._texts(message.content, param))
-                user_texts.append(f"<system>\n{text}\n</system>")
-                self.warnings["a system message behind the first ones is told as text of the user's turn"] = None
-            else:
-                self._user(message.content, param, results, user_texts)
-            is_last = index + 1 == len(messages) or messages[index + 1].role == "assistant"
-            if message.role != "assistant" and is_last:
-                self.turns += results
-                if user_texts or not results:
-                    self.turns.append({"role": "user", "content": "\n\n".join(user_texts)})
-                results, user_texts = [], []
+        numbered = [(index, messages[index]) for index in range(first, len(messages))]
+        for is_assistant, group in groupby(numbered, lambda each: each[1].role == "assistant"):
+            if is_assistant:
+                self._assistant([(message.content, f"messages.{index}.content") for index, message in group])
+                continue
+            results: list[dict[str, Any]] = []
+            user_texts: list[str] = []
+            for index, message in group:
+                if message.role == "system":
+                    text = "\n\n".join(self._texts(message.content, f"messages.{index}.content"))
+                    user_texts.append(f"<system>\n{text}\n</system>")
+                    self.warnings["a system message behind the first ones is told as text of the user's turn"] = None
+                else:
+                    self._user(message.content, f"messages.{index}.content", results, user_texts)
+            self.turns += results
+            if user_texts or not results:
+                self.turns.append({"role": "user", "content": "\n\n".join(user_texts)})
 
     def _texts(self, content: str | Sequence[InputBlock], param: str) -> list[str]:
         """The texts of content that has nothing else."""
@@ -134,23 +134,27 @@ class TurnReader:
             text = f"Error: {text}"
         return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
 
-    def _assistant(self, content: str | Sequence[InputBlock], param: str) -> None:
-        if not self.turns or self.turns[-1]["role"] != "assistant":
-            self.turns.append({"role": "assistant", "content": ""})
-        turn = self.turns[-1]
-        texts, thoughts, calls = [], [], []
-        for at, block in enumerate([InputBlock("text", content)] if isinstance(content, str) else content):
-            if block.type == "thinking":
-                thoughts.append(block.thinking or "")
-            elif block.type == "tool_use":
-                calls.append(self._call(block, f"{param}.{at}"))
-            elif not self._is_dropped(block):
-                texts.append(_text(block, f"{param}.{at}"))  # cited passages are blocks of their own within a sentence
-        for key, text in (("content", "".join(texts)), ("reasoning_content", "\n\n".join(filter(None, thoughts)))):
-            if text:
-                turn[key] = "\n\n".join(filter(None, (turn.get(key), text)))
+    def _assistant(self, messages: Sequence[tuple[str | Sequence[InputBlock], str]]) -> None:
+        """One turn of neighbouring messages: their contents, each with its place."""
+        texts: list[str] = []
+        thoughts: list[str] = []
+        calls: list[dict[str, Any]] = []
+        for content, param in messages:
+            parts = []
+            for at, block in enumerate([InputBlock("text", content)] if isinstance(content, str) else content):
+                if block.type == "thinking":
+                    thoughts.append(block.thinking or "")
+                elif block.type == "tool_use":
+                    calls.append(self._call(block, f"{param}.{at}"))
+                elif not self._is_dropped(block):
+                    parts.append(_text(block, f"{param}.{at}"))  # cited passages are blocks within a sentence
+            texts.append("".join(parts))
+        turn: dict[str, Any] = {"role": "assistant", "content": "\n\n".join(filter(None, texts))}
+        if any(thoughts):
+            turn["reasoning_content"] = "\n\n".join(filter(None, thoughts))
         if calls:
-            turn["tool_calls"] = [*turn.get("tool_calls", ()), *calls]
+            turn["tool_calls"] = calls
+        self.turns.append(turn)
 
     def _call(self, block: InputBlock, param: str) -> dict[str, Any]:
         for name in ("id", "name"):

@@ -361,3 +361,11 @@ def test_what_cannot_be_made_is_an_error() -> None:
     assert (error["type"], error["error"]["type"]) == ("error", "api_error")
     with pytest.raises(EngineError):
         whole(say("a", finish_reason="error"))
+
+
+def test_many_messages_of_one_role_beside_a_long_one_are_joined_once() -> None:
+    long = says("x" * 1_000_000, "assistant")
+
+    chat = chat_of(messages=[long, *[says("a", "assistant")] * 4000])
+
+    assert [len(turn["content"]) for turn in chat.messages] == [1_000_000 + 4000 * len("\n\na")]

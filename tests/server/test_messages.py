@@ -21,9 +21,13 @@ from anthropic.types import Message, RawMessageStreamEvent
 from anthropic.types.beta import BetaMessage, BetaRawMessageStreamEvent
 
 from brlite.app import create_app
+from brlite.backends.plugins.toy_text import ToyChat
+from brlite.chat.turns import TemplateCapabilities
 from brlite.config.options import Config, EngineConfig, KeyConfig, LimitsConfig, ModelSpec, UpstreamConfig
+from brlite.dialects.generation import Chat, ReasoningHint
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
+from brlite.server.chat_replies import template_extras
 from brlite.server.delivery import end_all
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import run_proxy
@@ -554,3 +558,27 @@ async def test_the_example_of_the_page_runs(serve: Serve) -> None:
 
     assert process.returncode == 0
     assert printed.startswith(b"Name a river.Usage(")
+
+
+@pytest.mark.parametrize(
+    ("known", "hint", "expected", "num_warnings"),
+    [
+        (("enable_thinking",), ReasoningHint(False, None, "e"), {"enable_thinking": False}, 0),
+        (("enable_thinking",), ReasoningHint(True, "low", "e"), {"enable_thinking": True}, 1),
+        (("reasoning_effort",), ReasoningHint(True, "low", "e"), {"reasoning_effort": "low"}, 0),
+        ((), ReasoningHint(True, "high", "e"), {}, 1),
+        ((), ReasoningHint(False, "none", "e"), {}, 0),
+    ],
+)
+def test_a_hint_of_reasoning_reaches_the_templates_that_take_it(
+    known: tuple[str, ...], hint: ReasoningHint, expected: dict[str, Any], num_warnings: int
+) -> None:
+    class Format(ToyChat):
+        capabilities = TemplateCapabilities(variables=frozenset(known))
+
+    chat = Chat([{"role": "user", "content": "hi"}], reasoning_hint=hint)
+    extras, warnings = template_extras(chat, Format(), ModelSpec(name="m"))
+    forced, _ = template_extras(chat, Format(), ModelSpec(name="m", chat_template_kwargs={"enable_thinking": "yes"}))
+
+    assert (extras.variables, len(warnings)) == (expected, num_warnings)
+    assert forced.variables["enable_thinking"] == "yes"  # the operator's word counts more than a hint
