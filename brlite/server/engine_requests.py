@@ -112,6 +112,8 @@ async def _constrained(request: Request, replies: ChatReplies, engine: EngineLoo
     try:
         structured = replies.structured(params.structured)
         if structured is not None:
+            if params.structured is not None:  # first by itself, so that what is wrong with it is told by its name
+                await engine.compile(params.structured, tenant=request.tenant)
             grammar = await engine.compile(structured, tenant=request.tenant)
             params = msgspec.structs.replace(params, structured=structured)
             request = msgspec.structs.replace(request, grammar=grammar)

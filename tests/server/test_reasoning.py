@@ -175,6 +175,23 @@ async def test_with_tools_and_a_schema_the_reply_is_a_call_or_matches(make: Call
     assert answer["message"]["content"] == joined(deltas, "content") == ANSWER
 
 
+async def test_what_is_wrong_beside_tools_is_told_by_its_field(make: Callable[[str], Awaitable[Client]]) -> None:
+    client = await make(f"{THOUGHT}</think>{ANSWER}")
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "q"}]}
+    wrong = {"type": "object", "properties": {"a": {"not": {}}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": wrong}}
+    wrong_format = {"type": "json_schema", "json_schema": {"name": "x", "schema": wrong}}
+
+    _, format_error = await client.post(
+        "/v1/chat/completions", {**body, "tools": [NOW], "response_format": wrong_format}
+    )
+    _, tool_error = await client.post("/v1/chat/completions", {**body, "tools": [tool], "response_format": FORMAT})
+
+    assert format_error["error"]["param"] == "response_format"
+    assert tool_error["error"]["param"] == "tools"
+    assert "f: at #/properties/a/not" in tool_error["error"]["message"]
+
+
 async def test_without_thinking_the_answer_begins_at_once(make_client: Make) -> None:
     tokenizer = TemplateTokenizer(TEMPLATES["by the template"])
     client = await make_client(
