@@ -56,6 +56,10 @@ def decode_messages_tools(
     given: Sequence[MessagesTool] | None, choice: MessagesToolChoice | None, limits: LimitsConfig
 ) -> MessagesTools:
     """The tools that may be called, and the choice among them. Raises `InvalidRequest`, naming the field."""
+    if given and len(given) > limits.max_tools:  # also of those that are left out, each with a warning
+        raise InvalidRequest(
+            f"tools must have at most {limits.max_tools} entries on this server, got {len(given)}", param="tools"
+        )
     warnings: dict[str, None] = {}
     definitions: list[ToolDefinition] = []
     places: list[int] = []  # of the definitions in the client's list

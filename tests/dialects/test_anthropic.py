@@ -179,6 +179,7 @@ def test_a_choice_of_tools(choice: Any, expected: ToolChoice) -> None:
         ({"tools": [TOOL, {"type": "bash_20250124", "name": "bash"}]}, "tools.1.type"),
         ({"tools": [{"type": "computer_20250124", "name": "computer"}]}, "tools.0.type"),
         ({"tools": [{"name": "n"}]}, "tools.0.input_schema"),
+        ({"tools": [{"type": f"web_search_{number}"} for number in range(300)]}, "tools"),
         ({"tools": [{"type": "web_search_20250305"}, {**TOOL, "name": "a b"}]}, "tools.1.name"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice"),
