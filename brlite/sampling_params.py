@@ -22,6 +22,8 @@ from brlite.errors import InvalidRequest
 MAX = sys.float_info.max  # a bound that refuses infinity, and NaN with it
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it would overflow fp32
 MAX_LOGIT_BIAS = 100.0
+ALL_TOKENS = 2**30  # SGLang's `top_k` of all tokens
+RANDOM_SEED = 2**32 - 1  # llama.cpp's LLAMA_DEFAULT_SEED
 # What a model's generation_config.json may set for requests that do not: vLLM's list, without its bound on the length.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -365,8 +367,15 @@ def _unless_minus_1(value: Any) -> int | None:
 
 
 def _top_k(value: Any) -> int:
-    """0 is -1: both mean all tokens, the first in vLLM and llama.cpp, the second in the manual."""
-    return _integer(value) or -1
+    """All tokens: 0 in vLLM and llama.cpp, 2**30 in SGLang, -1 in the manual."""
+    number = _integer(value)
+    return -1 if number in (0, ALL_TOKENS) else number
+
+
+def _seed(value: Any) -> int | None:
+    """None, by chance: -1 in front ends, and the same as 32 bits without a sign in what llama.cpp tells of itself."""
+    seed = _unless_minus_1(value)
+    return None if seed == RANDOM_SEED else seed
 
 
 def _top_n_sigma(value: Any) -> float:
@@ -421,7 +430,7 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "min_p": _number,
     "repeat_last_n": _integer,
     "top_n_sigma": _top_n_sigma,
-    "seed": _unless_minus_1,
+    "seed": _seed,
     "stop": _texts,
     "stop_token_ids": _token_ids,
     "stop_tokens_ids": _token_ids,
