@@ -13,6 +13,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     for name in ("--port", "--streams", "--context", "--threads"):
         parser.add_argument(name, type=int, required=True)
+    parser.add_argument("--embeddings", action="store_true")
     args = parser.parse_args()
 
     server = xllamacpp.Server(_params(args))
@@ -29,6 +30,9 @@ def _params(args: argparse.Namespace) -> xllamacpp.CommonParams:
     params.n_ctx = args.context * args.streams  # it is divided among the streams
     params.cache_ram_mib = 0  # prompts are not kept; requests say `cache_prompt: false` besides
     params.ui = False
+    if args.embeddings:
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_LAST
     if args.threads:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = args.threads
     return params

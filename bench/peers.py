@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import gguf_q8
+import msgspec
 import shapes
 from servers import HOST, Launch, ServerError, Settings, free_port, launch_brlite
 from subject import is_variant
@@ -36,6 +37,11 @@ AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(target)
 def launch_llama_cpp(settings: Settings) -> Launch:
     """llama.cpp's server with one slot for each stream and the weights of the file as they are."""
     return _llama_cpp(settings, "llama.cpp", _gguf(settings))
+
+
+def with_embeddings(launch: Launch) -> Launch:
+    """llama.cpp's server for embeddings, of the last token as brlite's are: then it generates nothing."""
+    return msgspec.structs.replace(launch, command=[*launch.command, "--embeddings"])
 
 
 def launch_llama_cpp_q8(settings: Settings) -> Launch:
