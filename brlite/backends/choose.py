@@ -15,8 +15,8 @@ from brlite.backends.native.abi import MAX_HEAD_DIM
 from brlite.backends.torch.device import computes_on_cpu, require_torch
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.bundle import bundled_weights
-from brlite.checkpoint.checked_model import CheckedModel, describe_precision
-from brlite.checkpoint.placing import LoadPlan
+from brlite.checkpoint.checked_model import CheckedModel
+from brlite.checkpoint.placing import LoadPlan, describe_precision
 from brlite.checkpoint.progress import OnProgress, Progress
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Backend
@@ -117,7 +117,7 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
 
 
 def _log_precision(plan: LoadPlan, *, is_native: bool) -> None:
-    precision = describe_precision(plan.spec.precision, plan.model.formats, is_native=is_native)
+    precision = describe_precision(plan.model, plan.spec, is_native=is_native)
     logger.info("model %s: precision %s", plan.spec.name, precision)
 
 

@@ -20,9 +20,9 @@ from brlite.backends.choose import find_obstacle
 from brlite.backends.native.abi import LANES
 from brlite.backends.torch.device import compute_dtype, device_memory, prepare_environment, rules_for, select_device
 from brlite.checkpoint import open_checkpoint
-from brlite.checkpoint.checked_model import CheckedModel, check_spec, describe_precision, settle_precision
+from brlite.checkpoint.checked_model import CheckedModel, check_spec, settle_precision
 from brlite.checkpoint.fetch import local_sources, locate_model
-from brlite.checkpoint.placing import matrix_parts
+from brlite.checkpoint.placing import describe_precision, matrix_parts
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ModelError
 from brlite.machine import find_memory, show_bytes
@@ -162,7 +162,7 @@ def measure(
         context=context,
         context_reason=reason,
         dtype=_describe_forms(forms) if is_native else "int8" if keeps_int8 else dtype,
-        precision=describe_precision(spec.precision, formats, is_native=is_native),
+        precision=describe_precision(model, spec, is_native=is_native),
         weight_bytes=sum(rank.weight_bytes for rank in ranks),
         kv_dtype=kv_dtype,
         kv_bytes_per_token=sum(rank.kv_bytes_per_token for rank in ranks),

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from brlite.checkpoint import Checkpoint
-from brlite.checkpoint.gguf_codes import CODINGS
 from brlite.checkpoint.stored_tensor import PLAIN_FORMATS
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError, ModelError
@@ -60,19 +59,6 @@ def settle_precision(option: PrecisionOption, formats: Mapping[str, str]) -> Pre
     if option != "auto":
         return PRECISIONS[option]
     return STORED if quantised_formats(formats) else PRECISIONS["bf16"]
-
-
-def describe_precision(option: PrecisionOption, formats: Mapping[str, str], *, is_native: bool) -> str:
-    """In which precision a checkpoint is served, and what decided that."""
-    if option != "auto":
-        return f"{option}, set by precision"
-    quantised = quantised_formats(formats)
-    if not quantised:
-        return "bf16, as no matrix of the files is quantised (auto)"
-    if not is_native:
-        return f"bf16: torch widens the file's {', '.join(quantised)} (auto)"
-    uses = (f"{name} is {'kept' if name in CODINGS else 'rounded to int8'}" for name in quantised)
-    return f"the file's own: {', '.join(uses)} (auto)"
 
 
 def quantised_formats(formats: Mapping[str, str]) -> list[str]:

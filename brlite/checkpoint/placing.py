@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
-from brlite.checkpoint.checked_model import CheckedModel
+from brlite.checkpoint.checked_model import CheckedModel, quantised_formats
 from brlite.checkpoint.checkpoint import Checkpoint
 from brlite.checkpoint.gguf_codes import CODINGS
 from brlite.checkpoint.progress import Progress
@@ -118,6 +119,50 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
                 part = MatrixPart(CODINGS[stored_as].form if has_codes else "int8", target.shape[0])
                 found.setdefault(target.parameter, []).append((target.start, part))
     return {name: _joined([part for _, part in sorted(parts)]) for name, parts in found.items()}
+
+
+def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool) -> str:
+    """In which precision `spec` is served, and what decided that: for each format of the file, what becomes of it."""
+    if spec.precision != "auto":
+        return f"{spec.precision}, set by precision"
+    quantised = quantised_formats(model.formats)
+    if not quantised:
+        return "bf16, as no matrix of the files is quantised (auto)"
+    if not is_native:
+        return f"bf16: torch widens the file's {', '.join(quantised)} (auto)"
+    matrices, rounded = _stored_matrices(model, spec.tensor_parallel)
+    uses = []
+    for stored_as in sorted(matrices, key=[*quantised, *sorted(PLAIN_FORMATS)].index):
+        num_rounded, count = len(rounded.get(stored_as, ())), len(matrices[stored_as])
+        if not num_rounded:
+            uses.append(f"{stored_as} is kept")
+        elif num_rounded == count:
+            uses.append(f"{stored_as} is rounded to int8")
+        else:
+            uses.append(f"{stored_as} is rounded to int8 in {num_rounded} of {count} matrices, else kept")
+    return f"the file's own: {', '.join(uses)} (auto)"
+
+
+def _stored_matrices(model: CheckedModel, num_ranks: int) -> tuple[dict[str, set[str]], dict[str, set[str]]]:
+    """The checkpoint's matrices that native code holds in panels, by format; and those that become int8 on any rank."""
+    matrices: dict[str, set[str]] = {}
+    rounded: dict[str, set[str]] = {}
+    for shard in (Shard(rank, num_ranks, sums=False) for rank in range(num_ranks)) if num_ranks > 1 else (None,):
+        held = matrix_parts(model, shard)
+        for name, parts in held_targets(model, shard).items():
+            stored_as = model.formats.get(name, NOT_QUANTISED)
+            for _, target in parts:
+                if target.parameter not in held:
+                    continue
+                matrices.setdefault(stored_as, set()).add(name)
+                if _form_at(held[target.parameter], target.start) == "int8":
+                    rounded.setdefault(stored_as, set()).add(name)
+    return matrices, rounded
+
+
+def _form_at(parts: Sequence[MatrixPart], row: int) -> MatrixForm:
+    ends = itertools.accumulate(part.num_rows for part in parts)
+    return next(part.form for part, end in zip(parts, ends, strict=True) if row < end)
 
 
 def _joined(parts: list[MatrixPart]) -> tuple[MatrixPart, ...]:

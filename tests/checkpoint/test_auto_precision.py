@@ -2,33 +2,107 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
-from brlite.checkpoint.checked_model import describe_precision, settle_precision
-from brlite.precision import PRECISIONS, STORED
+from brlite.checkpoint.checked_model import CheckedModel, settle_precision
+from brlite.checkpoint.placing import describe_precision, matrix_parts
+from brlite.config.options import ModelSpec
+from brlite.models import find_family
+from brlite.models.network import MatrixPart, list_parameters
+from brlite.precision import PRECISIONS, STORED, PrecisionOption
 
 PLAIN = {"norm": "F32", "a": "BF16", "b": "F16"}
 MIXED = {"norm": "F32", "a": "Q4_K", "b": "Q4_K", "c": "Q6_K"}
+MATRICES = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+CONFIG: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def stored_model(mix: Mapping[str, str], option: PrecisionOption = "auto", **changes: Any) -> CheckedModel:
+    """One layer, its matrices in the formats of `mix`, by their short names; "" are the others'."""
+    config = CONFIG | changes
+    family = find_family(config)
+    model_config = family.read_config(config)
+    targets = family.weight_targets(model_config)
+    formats = {
+        name: mix.get(name.split(".")[-2].removesuffix("_proj"), mix[""]) if len(target.shape) == 2 else "F32"
+        for name, target in targets.items()
+    }
+    precision = settle_precision(option, formats)
+    return CheckedModel(model_config, list_parameters(model_config), targets, set(), formats, precision)
+
+
+def described(model: CheckedModel, option: PrecisionOption = "auto", *, is_native: bool = True, ranks: int = 1) -> str:
+    spec = ModelSpec(name="m", precision=option, tensor_parallel=ranks)
+    return describe_precision(model, spec, is_native=is_native)
 
 
 def test_what_no_file_has_quantised_is_bfloat16() -> None:
     assert settle_precision("auto", PLAIN) == PRECISIONS["bf16"]
-    assert describe_precision("auto", PLAIN, is_native=True) == "bf16, as no matrix of the files is quantised (auto)"
+    assert described(stored_model({"": "BF16"})) == "bf16, as no matrix of the files is quantised (auto)"
 
 
 @pytest.mark.parametrize(
     ("is_native", "text"),
     [
-        (True, "the file's own: Q4_K is kept, Q6_K is rounded to int8 (auto)"),
+        (True, "the file's own: Q4_K is kept, Q6_K is rounded to int8, F16 is rounded to int8 (auto)"),
         (False, "bf16: torch widens the file's Q4_K, Q6_K (auto)"),
     ],
 )
 def test_a_quantised_file_is_kept_and_every_change_is_said(is_native: bool, text: str) -> None:
+    model = stored_model({"": "Q4_K", "v": "Q6_K", "lm_head": "F16"})
+
     assert settle_precision("auto", MIXED) == STORED
-    assert describe_precision("auto", MIXED, is_native=is_native) == text
+    assert described(model, is_native=is_native) == text
+
+
+def test_a_matrix_that_becomes_int8_for_a_border_within_sixteen_rows_is_not_said_to_be_kept() -> None:
+    """Heads of 24 rows: k begins at row 48, a multiple of 16, and v at row 72."""
+    model = stored_model({"": "Q4_0", "v": "Q4_1"}, head_dim=24)
+
+    assert matrix_parts(model)["layers.0.qkv.weight"] == (MatrixPart("int8", 96),)
+    assert described(model) == (
+        "the file's own: Q4_0 is rounded to int8 in 2 of 8 matrices, else kept, Q4_1 is rounded to int8 (auto)"
+    )
+
+
+def test_a_border_at_a_multiple_of_sixteen_rows_keeps_both_formats() -> None:
+    model = stored_model({"": "Q4_0", "k": "Q4_1", "v": "Q4_1"}, head_dim=24)
+
+    assert matrix_parts(model)["layers.0.qkv.weight"] == (MatrixPart("int4", 48), MatrixPart("int4_min", 48))
+    assert described(model) == "the file's own: Q4_0 is kept, Q4_1 is kept (auto)"
+
+
+def test_a_border_that_only_ranks_have_is_told_too() -> None:
+    """A rank has one query head of 24 rows."""
+    model = stored_model({"": "Q4_0", "k": "Q4_1", "v": "Q4_1"}, head_dim=24, num_key_value_heads=2)
+
+    assert described(model) == "the file's own: Q4_0 is kept, Q4_1 is kept (auto)"
+    assert described(model, ranks=2) == (
+        "the file's own: Q4_0 is rounded to int8 in 1 of 7 matrices, else kept, Q4_1 is rounded to int8 (auto)"
+    )
+
+
+def test_a_head_that_is_scaled_on_its_way_is_said_to_be_rounded() -> None:
+    model = stored_model({"": "Q4_0"}, architectures=["BaichuanForCausalLM"], num_key_value_heads=2)
+
+    text = "the file's own: Q4_0 is rounded to int8 in 1 of 7 matrices, else kept (auto)"
+    assert described(model) == text
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
-def test_a_precision_with_a_name_means_the_same_for_every_file(name) -> None:
+def test_a_precision_with_a_name_means_the_same_for_every_file(name: PrecisionOption) -> None:
     assert settle_precision(name, MIXED) == settle_precision(name, PLAIN) == PRECISIONS[name]
-    assert describe_precision(name, MIXED, is_native=True) == f"{name}, set by precision"
+    assert described(stored_model({"": "Q4_K"}, name), name) == f"{name}, set by precision"
