@@ -17,7 +17,7 @@ from brlite.dialects.anthropic_turns import InputBlock, InputMessage, TurnReader
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.fields import check_undecoded
 from brlite.dialects.generation import Chat, Generation, ReasoningHint, Timeout, in_client_words
-from brlite.dialects.json_body import BodyDecoder
+from brlite.dialects.json_body import BodyDecoder, check_num_entries
 from brlite.dialects.openai import Whole
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams, StructuredOutput
@@ -157,17 +157,8 @@ def _check(body: MessagesRequest, limits: LimitsConfig) -> None:
             param="thread",
             code="thread_unsupported_request",
         )
-    if len(body.messages) > limits.max_messages:
-        raise InvalidRequest(
-            f"messages must have at most {limits.max_messages} entries on this server, got {len(body.messages)}",
-            param="messages",
-        )
-    if len(body.stop_sequences or ()) > limits.max_stop_strings:
-        raise InvalidRequest(
-            f"stop_sequences must have at most {limits.max_stop_strings} entries on this server, "
-            f"got {len(body.stop_sequences or ())}",
-            param="stop_sequences",
-        )
+    check_num_entries("messages", len(body.messages), limits.max_messages)
+    check_num_entries("stop_sequences", len(body.stop_sequences or ()), limits.max_stop_strings)
 
 
 def _warnings(body: MessagesRequest) -> dict[str, None]:

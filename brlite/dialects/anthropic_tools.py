@@ -12,6 +12,7 @@ from msgspec import Struct
 from brlite.chat.tools import Tool, ToolChoice
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
+from brlite.dialects.json_body import check_num_entries
 from brlite.dialects.openai_tools import (
     FunctionDefinition,
     FunctionName,
@@ -56,10 +57,7 @@ def decode_messages_tools(
     given: Sequence[MessagesTool] | None, choice: MessagesToolChoice | None, limits: LimitsConfig
 ) -> MessagesTools:
     """The tools that may be called, and the choice among them. Raises `InvalidRequest`, naming the field."""
-    if given and len(given) > limits.max_tools:  # also of those that are left out, each with a warning
-        raise InvalidRequest(
-            f"tools must have at most {limits.max_tools} entries on this server, got {len(given)}", param="tools"
-        )
+    check_num_entries("tools", len(given or ()), limits.max_tools)  # also those left out, each with a warning
     warnings: dict[str, None] = {}
     definitions: list[ToolDefinition] = []
     places: list[int] = []  # of the definitions in the client's list

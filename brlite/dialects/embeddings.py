@@ -23,8 +23,6 @@ from brlite.dialects.openai import PromptTokensDetails, Whole, encode_json, trun
 from brlite.dialects.openai_completions import read_prompts
 from brlite.sampling_params import Pooling, PoolingParams
 
-FLOAT_BYTES = 4
-
 
 class EmbeddingRequest(Struct, kw_only=True):
     input: str | list[str | int | list[int]]

@@ -55,8 +55,7 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         fault = read_problem(error)
         if fault.missing is not None:
             param = join_path(fault.path, fault.missing)
-            text = f"Missing required parameter: '{param}'."
-            raise InvalidRequest(text, param=param, code="missing_required_parameter") from None
+            raise missing_field(param) from None
         choices = allowed_values(types_at(decoder.type, fault.path)) if fault.problem.startswith("Invalid ") else []
         text = fault.problem + (f"; allowed: {', '.join(choices)}" if choices else "")
         text = f"Invalid value for '{fault.path or 'body'}': {text}."
@@ -67,6 +66,28 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         raise _not_json(other_encoding(body) or "it is not valid UTF-8") from None
     except RecursionError:
         raise _not_json("it is nested too deeply") from None
+
+
+def decode_value(raw: msgspec.Raw, decoder: msgspec.json.Decoder[T], param: str) -> T:
+    """Decode the value of the field `param`. Raises as `decode_json` does, with paths that begin at the body."""
+    try:
+        return decode_json(bytes(raw), decoder)
+    except InvalidRequest as error:
+        path = f"{param}.{error.param}" if error.param else param
+        raise InvalidRequest(f"{param}: {error}", param=path, code=error.code) from None
+
+
+def missing_field(param: str) -> InvalidRequest:
+    """The error of a required field that is absent or empty."""
+    return InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+
+
+def check_num_entries(param: str, num_entries: int, limit: int) -> None:
+    """Raise `InvalidRequest` for a list or map of more entries than the server's limit."""
+    if num_entries > limit:
+        raise InvalidRequest(
+            f"{param} must have at most {limit} entries on this server, got {num_entries}", param=param
+        )
 
 
 def decode_fields(body: bytes) -> dict[str, msgspec.Raw]:

@@ -18,6 +18,7 @@ from brlite.dialects.errors import error_body
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.fields import Undecoded, not_supported, read_undecoded
 from brlite.dialects.generation import Generation, Timeout, Truncation, in_client_words
+from brlite.dialects.json_body import check_num_entries
 from brlite.dialects.openai_tools import CalledFunction, TurnCall, turn_calls
 from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.dialects.structured_output import StructuredFields, structured_output
@@ -146,10 +147,8 @@ def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -
         ("allowed_token_ids", body.allowed_token_ids, limits.max_logit_bias),
         ("bad_words", body.bad_words, limits.max_bad_words),
     ):
-        if isinstance(values, (list, dict)) and len(values) > limit:
-            raise InvalidRequest(
-                f"{name} must have at most {limit} entries on this server, got {len(values)}", param=name
-            )
+        if isinstance(values, (list, dict)):
+            check_num_entries(name, len(values), limit)
     num_sequences = num_prompts * (body.n or 1)
     if num_sequences > limits.max_sequences:
         raise InvalidRequest(
@@ -180,11 +179,7 @@ def plain_messages(messages: list[ChatMessage], limits: LimitsConfig) -> list[di
     """Messages as `Chat` has them. Raises `InvalidRequest`, naming the field."""
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
-    if len(messages) > limits.max_messages:
-        raise InvalidRequest(
-            f"messages must have at most {limits.max_messages} entries on this server, got {len(messages)}",
-            param="messages",
-        )
+    check_num_entries("messages", len(messages), limits.max_messages)
     return [_plain_message(message, index) for index, message in enumerate(messages)]
 
 

@@ -12,6 +12,7 @@ from msgspec import UNSET, Struct, UnsetType
 from brlite.chat.tools import Tool, ToolCallDelta, ToolChoice
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
+from brlite.dialects.json_body import check_num_entries
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
@@ -90,10 +91,7 @@ def decode_tools(body: ToolFields, limits: LimitsConfig) -> tuple[tuple[Tool, ..
             if tool.function is None:
                 raise InvalidRequest(f"tools[{index}].function is missing", param=f"tools[{index}].function")
             definitions.append(tool.function)
-    if len(definitions) > limits.max_tools:
-        raise InvalidRequest(
-            f"{param} must have at most {limits.max_tools} entries on this server, got {len(definitions)}", param=param
-        )
+    check_num_entries(param, len(definitions), limits.max_tools)
     num_bytes = len(msgspec.json.encode(definitions)) if definitions else 0
     if num_bytes > limits.max_tools_bytes:
         raise InvalidRequest(

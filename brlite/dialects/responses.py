@@ -14,7 +14,7 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.fields import check_undecoded, not_supported
 from brlite.dialects.generation import Chat, Timeout, Truncation, in_client_words
-from brlite.dialects.json_body import BodyDecoder
+from brlite.dialects.json_body import BodyDecoder, check_num_entries, missing_field
 from brlite.dialects.openai import StreamOptions, Whole
 from brlite.dialects.responses_encoder import FinishedResponse, ResponseGeneration, ResponsesEncoder, encode_error
 from brlite.dialects.responses_items import ItemReader, NothingStored, StoredResponses
@@ -109,7 +109,7 @@ def decode(data: bytes, limits: LimitsConfig, stored: StoredResponses = NOTHING_
     """What the body asks for. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
     if body.input is None:
-        raise InvalidRequest("Missing required parameter: 'input'.", param="input", code="missing_required_parameter")
+        raise missing_field("input")
     return _generation(body, undecoded, limits, stored)
 
 
@@ -175,11 +175,8 @@ def _check(body: ResponsesRequest, limits: LimitsConfig) -> None:
     options = body.stream_options
     if options is not None and options.include_obfuscation:
         raise not_supported("stream_options.include_obfuscation")
-    if isinstance(body.stop, list) and len(body.stop) > limits.max_stop_strings:
-        raise InvalidRequest(
-            f"stop must have at most {limits.max_stop_strings} entries on this server, got {len(body.stop)}",
-            param="stop",
-        )
+    if isinstance(body.stop, list):
+        check_num_entries("stop", len(body.stop), limits.max_stop_strings)
 
 
 def _conversation(body: ResponsesRequest, limits: LimitsConfig, stored: StoredResponses) -> ItemReader:
@@ -230,11 +227,7 @@ def _structured(body: ResponsesRequest) -> StructuredOutput | None:
         )
     schema = "null" if isinstance(wanted.schema, UnsetType) else bytes(wanted.schema).decode()
     if schema == "null":
-        raise InvalidRequest(
-            "Missing required parameter: 'text.format.schema'.",
-            param="text.format.schema",
-            code="missing_required_parameter",
-        )
+        raise missing_field("text.format.schema")
     return StructuredOutput(json_schema=schema, param="text.format")
 
 

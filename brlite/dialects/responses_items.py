@@ -16,7 +16,7 @@ from msgspec import Raw, Struct
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
-from brlite.dialects.json_body import decode_json
+from brlite.dialects.json_body import decode_value, missing_field
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
@@ -138,10 +138,10 @@ class ItemReader:
             self.add(raw, f"{name}[{index}]")
 
     def add(self, raw: Raw, param: str) -> None:
-        tag = _decode(raw, _TAG, param)
+        tag = decode_value(raw, _TAG, param)
         if tag.type == "item_reference" or (tag.type is None and tag.id is not None and b'"role"' not in bytes(raw)):
             raw = self._referenced(tag.id or "", param)
-            tag = _decode(raw, _TAG, param)
+            tag = decode_value(raw, _TAG, param)
         kind = tag.type or "message"
         self.items.append(raw)
         if kind in HOSTED_ITEMS:
@@ -153,7 +153,7 @@ class ItemReader:
                 f"{param}.type must be one of {', '.join((*self._add, 'item_reference'))}, got {excerpt(kind)}",
                 param=f"{param}.type",
             )
-        add(_decode(raw, _ITEM, param), param)
+        add(decode_value(raw, _ITEM, param), param)
 
     def _referenced(self, item_id: str, param: str) -> Raw:
         raw = self._stored.item(item_id)
@@ -243,17 +243,9 @@ def _opened(encrypted: str | None) -> str:
         return ""
 
 
-def _decode(raw: Raw, decoder: msgspec.json.Decoder[Any], param: str) -> Any:
-    try:
-        return decode_json(bytes(raw), decoder)
-    except InvalidRequest as error:
-        path = f"{param}.{error.param}" if error.param else param
-        raise InvalidRequest(f"{param}: {error}", param=path, code=error.code) from None
-
-
 def _required(value: str | None, param: str) -> str:
     if not value:
-        raise InvalidRequest(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
+        raise missing_field(param)
     return value
 
 

@@ -13,7 +13,7 @@ from msgspec import Struct
 from brlite.chat.tools import Tool, ToolChoice
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
-from brlite.dialects.json_body import decode_json
+from brlite.dialects.json_body import check_num_entries, decode_value, missing_field
 from brlite.dialects.openai_tools import (
     AllowedTool,
     AllowedTools,
@@ -25,7 +25,6 @@ from brlite.dialects.openai_tools import (
     decode_tools,
 )
 from brlite.dialects.responses_items import flat_name
-from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
 # An answer without these is one that the model could have given with them. The others have a client's own data behind
@@ -107,16 +106,13 @@ def decode_response_tools(
     limits: LimitsConfig,
 ) -> ResponseTools:
     """The tools and the choice among them. Raises `InvalidRequest`, naming the field."""
-    if raw_tools and len(raw_tools) > limits.max_tools:
-        raise InvalidRequest(
-            f"tools must have at most {limits.max_tools} entries on this server, got {len(raw_tools)}", param="tools"
-        )
+    check_num_entries("tools", len(raw_tools or ()), limits.max_tools)
     definitions: list[ToolDefinition] = []
     called: dict[str, CalledTool] = {}
     shown: list[dict[str, Any]] = []
     warnings: dict[str, None] = {}
     for index, raw in enumerate(raw_tools or ()):
-        tool = _decode_tool(raw, f"tools[{index}]")
+        tool = decode_value(raw, _TOOL, f"tools[{index}]")
         if tool.type in DROPPED_TOOLS:
             warnings[f"the tool {tool.type} was left out: this server does not have it"] = None
             continue
@@ -146,21 +142,11 @@ def decode_response_tools(
     )
 
 
-def _decode_tool(raw: msgspec.Raw, param: str) -> ResponseTool:
-    try:
-        return decode_json(bytes(raw), _TOOL)
-    except InvalidRequest as error:
-        path = f"{param}.{error.param}" if error.param else param
-        raise InvalidRequest(f"{param}: {error}", param=path, code=error.code) from None
-
-
 def _definition(tool: ResponseTool, namespace: str | None, param: str) -> tuple[FunctionDefinition, CalledTool]:
     if tool.type not in ("function", "custom"):
         raise not_supported(f"{param}.type", f": it is {excerpt(tool.type)}; function, custom and namespace are taken")
     if not tool.name:
-        raise InvalidRequest(
-            f"Missing required parameter: '{param}.name'.", param=f"{param}.name", code="missing_required_parameter"
-        )
+        raise missing_field(f"{param}.name")
     name = flat_name(namespace, tool.name)
     if tool.type == "function":
         return FunctionDefinition(name, tool.description, tool.parameters, tool.strict), CalledTool(

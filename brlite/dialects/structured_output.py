@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import Raw, Struct
 
-from brlite.dialects.json_body import decode_json
+from brlite.dialects.json_body import decode_value
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import StructuredOutput
 
@@ -101,7 +101,7 @@ def structured_output(body: StructuredFields) -> StructuredOutput | None:
 def _response_format(raw: Raw) -> dict[str, Any]:
     if raw == NULL:
         return {}
-    wanted = _decode("response_format", raw, _FORMAT)
+    wanted = decode_value(raw, _FORMAT, "response_format")
     if wanted.type not in FORMATS:
         raise InvalidRequest(
             f"response_format.type must be one of {', '.join(FORMATS)}, got {wanted.type[:64]!r}",
@@ -123,7 +123,7 @@ def _response_format(raw: Raw) -> dict[str, Any]:
 def _structured_outputs(raw: Raw) -> dict[str, Any]:
     if raw == NULL:
         return {}
-    wanted = _decode("structured_outputs", raw, _VLLM)
+    wanted = decode_value(raw, _VLLM, "structured_outputs")
     if wanted.disable_additional_properties:
         raise InvalidRequest(
             "structured_outputs.disable_additional_properties is not supported; say additionalProperties: false in the "
@@ -149,17 +149,9 @@ def _schema(name: str, raw: Raw) -> dict[str, Any]:
     if raw == NULL:
         return {}
     data = bytes(raw)
-    return {"json_schema": _decode(name, raw, _TEXT) if data.startswith(b'"') else data.decode()}
+    return {"json_schema": decode_value(raw, _TEXT, name) if data.startswith(b'"') else data.decode()}
 
 
 def _says_something(raw: Raw) -> bool:
     """An empty schema or text is llama.cpp's and SGLang's way to say none."""
     return bytes(raw).replace(b" ", b"") not in (b"{}", b'""')
-
-
-def _decode(name: str, raw: Raw, decoder: msgspec.json.Decoder[Any]) -> Any:
-    try:
-        return decode_json(bytes(raw), decoder)
-    except InvalidRequest as error:
-        param = f"{name}.{error.param}" if error.param else name
-        raise InvalidRequest(f"{name}: {error}", param=param, code=error.code) from None

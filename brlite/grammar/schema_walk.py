@@ -38,7 +38,6 @@ _NOT_ENFORCED = (
     *("not", "if", "contains", "propertyNames", "dependencies", "dependentRequired", "dependentSchemas"),
     *("unevaluatedProperties", "unevaluatedItems", "uniqueItems", "$dynamicRef", "$recursiveRef"),
 )
-_WITHOUT_EFFECT = ("then", "else", "minContains", "maxContains")  # of `if` and `contains`, which are refused
 _ANNOTATIONS = ("x-guidance", "default", "examples", "example")
 _SIZES = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from brlite.dialects.json_body import decode_json
+from brlite.dialects.json_body import decode_json, missing_field
 from brlite.errors import InvalidRequest
 from brlite.files.text_file import BYTE_ORDER_MARK
 from brlite.http.api_key import ApiKey
@@ -154,7 +154,7 @@ def _find_model(body: bytes) -> tuple[int, int]:
             at = _after_punctuation(text, end)
     except RecursionError:
         raise InvalidRequest("The JSON body is nested too deeply to replace its model.", code="invalid_json") from None
-    raise InvalidRequest("Missing required parameter: 'model'.", param="model", code="missing_required_parameter")
+    raise missing_field("model")
 
 
 def _after_punctuation(text: str, at: int) -> int:
