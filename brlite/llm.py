@@ -25,7 +25,14 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import msgspec
 
 from brlite.config.load import load_config
-from brlite.config.options import ENGINE_VARIABLE, Config, LimitsConfig, ModelSpec
+from brlite.config.options import (
+    DEFAULT_MODEL,
+    DEFAULT_MODEL_SAMPLING,
+    ENGINE_VARIABLE,
+    Config,
+    LimitsConfig,
+    ModelSpec,
+)
 from brlite.config.validation import engine_override, model_override, override
 from brlite.config.warnings import check_supported, config_warnings
 from brlite.engine.admission import read_token_ids
@@ -70,11 +77,19 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
 
 
 def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
-    """What the model's files set of the sampling of requests that do not. What is out of range is left out."""
+    """What the model's files set of the sampling of requests that do not. What is out of range is left out.
+
+    The default model's files set nothing: it has the values of its card.
+    """
     from brlite.checkpoint.generation_config import read_recommended_sampling
 
+    if spec.generation_config == "none":
+        return {}
+    recommended, source = read_recommended_sampling(path), "generation config"
+    if not recommended and (spec.name, spec.path) == (DEFAULT_MODEL, None):
+        recommended, source = dict(DEFAULT_MODEL_SAMPLING), "model card"
     defaults: dict[str, Any] = {}
-    for name, value in (read_recommended_sampling(path) if spec.generation_config == "model" else {}).items():
+    for name, value in recommended.items():
         try:
             defaults[name] = getattr(SamplingParams(**{name: value}), name)
         except InvalidRequest as error:
@@ -84,8 +99,9 @@ def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str
     if defaults:
         values = ", ".join(f"{name} {value:g}" for name, value in defaults.items())
         logger.info(
-            'model %s: sampling defaults of its generation config: %s (generation_config = "none" turns them off)',
+            'model %s: sampling defaults of its %s: %s (generation_config = "none" turns them off)',
             spec.name,
+            source,
             values,
         )
     return defaults

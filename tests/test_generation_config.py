@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from brlite.checkpoint.generation_config import read_recommended_sampling
+from brlite.config.options import Config, ModelSpec
 from brlite.errors import ModelError
 from brlite.llm import LLM, AsyncEngine
 from brlite.sampling_params import SamplingParams
@@ -62,6 +63,20 @@ def test_offline_they_hold_where_no_parameters_are_given(folder: Path, caplog: p
     assert outputs[0] == outputs[1] != outputs[2]
     assert "sampling defaults of its generation config: temperature 0, top_k -1, repetition_penalty 1.25" in caplog.text
     assert "top_p must be a number in (0, 1], got 5" in caplog.text
+
+
+@pytest.mark.model
+async def test_the_default_model_answers_as_its_card_recommends(
+    smollm2_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "brlite.llm")
+    spec = ModelSpec(build_seq=256, build_batch=1)
+
+    for generation_config, expected in (("model", {"temperature": 0.2, "top_p": 0.9}), ("none", {})):
+        model = msgspec.structs.replace(spec, generation_config=generation_config)
+        async with AsyncEngine.from_config(Config(model=(model,))) as engine:
+            assert engine.sampling_defaults == expected
+    assert caplog.text.count("sampling defaults of its model card: temperature 0.2, top_p 0.9") == 1
 
 
 @pytest.mark.torch

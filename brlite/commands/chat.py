@@ -21,7 +21,7 @@ import aiohttp
 import msgspec
 
 from brlite.commands.conversation import Conversation, Message
-from brlite.config.options import Config
+from brlite.config.options import DEFAULT_MODEL_SAMPLING, Config
 from brlite.engine.async_engine import EngineLoop
 from brlite.errors import BrliteError, ConfigError
 from brlite.files.quoting import one_line, shown
@@ -41,9 +41,6 @@ ReadLine = Callable[[], Awaitable[str | None]]  # None at the end of input
 
 PROMPT = "> "
 HINT = "/help shows the commands, Ctrl-C leaves"
-# The sampling of a local model where neither it nor the user sets it: what the default model's card recommends. At 1.0
-# a model of that size writes near garbage.
-CALM = {"temperature": 0.2, "top_p": 0.9}
 MAX_ERROR_BYTES = 64 * 1024  # of a server's error, and of its list of models
 
 
@@ -67,7 +64,7 @@ async def _chat_with_model(config: Config, conversation: Conversation, given: Ma
         show = bar.enter_context(progress_bar())
         async with AsyncEngine.from_config(config, on_progress=show) as engine:
             bar.close()
-            conversation.params = SamplingParams(**{**CALM, **engine.sampling_defaults, **given})
+            conversation.params = SamplingParams(**{**DEFAULT_MODEL_SAMPLING, **engine.sampling_defaults, **given})
             await converse(partial(_ask_engine, engine), conversation)
 
 

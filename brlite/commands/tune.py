@@ -35,25 +35,26 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
 
 def tune(args: argparse.Namespace) -> int:
     """Print a table of the precisions, and the lines of a TOML to paste. Raises `ModelError` for what is not here."""
-    from brlite.backends.sizes import DEFAULT_MODEL_CONFIG, find_model, measure, sizes_at
-    from brlite.config.options import Config, EngineConfig, ModelSpec
+    from brlite.backends.sizes import find_model, known_sizes
+    from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig, ModelSpec
     from brlite.config.validation import model_override, override
     from brlite.machine import find_cpus, find_memory, show_bytes
     from brlite.precision import PRECISIONS
 
     spec = override(Config(), model_override(args.model)).model[0]
-    path = find_model(spec)
-    if path is None and args.model is not None:
+    if find_model(spec) is None and spec.name != DEFAULT_MODEL:
         raise ModelError(f"{args.model} is not on this machine; `brlite pull {args.model}` fetches it")
 
     def sizes_of(precision: str) -> Sizes:
-        alone = ModelSpec(name=spec.name, precision=precision, build_batch=1)  # type: ignore[arg-type]
-        if path is None:
-            return measure(DEFAULT_MODEL_CONFIG, alone, EngineConfig())
-        return sizes_at(path, alone, EngineConfig())
+        alone = ModelSpec(name=spec.name, path=spec.path, precision=precision, build_batch=1)  # type: ignore[arg-type]
+        sizes = known_sizes(alone, EngineConfig())
+        assert sizes is not None  # the model is here, or the default one
+        return sizes
 
     room = int(find_memory().available * SHARE)
-    rows = [advise(precision, sizes_of(precision), room) for precision in PRECISIONS]
+    rows = [advise(precision, sizes_of(precision), room) for precision in ("auto", *PRECISIONS)]
+    if rows[0].weight_bytes == rows[1].weight_bytes:
+        del rows[0]  # the files are not quantised: it is bf16
     best = choose(rows)
     print(f"{show_bytes(find_memory().available)} of memory are free, {find_cpus().num_threads} threads can compute\n")
     print(f"{'precision':24} {'weights':>8} {'KV a token':>11} {'context':>8} {'batch':>6}")

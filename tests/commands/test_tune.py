@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def sizes(weight_bytes: int, kv_bytes_per_token: int) -> Sizes:
         context=32_768,
         context_reason="",
         dtype="bfloat16",
+        precision="bf16",
         weight_bytes=weight_bytes,
         kv_dtype="bfloat16",
         kv_bytes_per_token=kv_bytes_per_token,
@@ -73,3 +75,17 @@ def test_a_model_that_is_not_here_has_to_be_pulled(
 
     assert main(["tune", "org/model:Q8_0"]) == 2
     assert "`brlite pull org/model:Q8_0` fetches it" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("native_library")
+def test_a_quantised_file_keeps_its_digits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BRLITE_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    assert main(["tune"]) == 0  # the default model, whose sizes are known before it is here
+
+    printed = capsys.readouterr().out
+    assert re.search("auto .*<- advised", printed)
+    assert '\nprecision = "auto"\n' in printed
