@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 
-import httpx
 import pytest
 
 from tests.fakes import hidden_state
 from tests.server.conftest import Client
 
 langchain_openai = pytest.importorskip("langchain_openai", reason="langchain-openai is not installed")
+httpx = pytest.importorskip("httpx", reason="httpx, which langchain-openai uses, is not installed")
 
 
 async def test_documents_and_queries_are_embedded(client: Client) -> None:
