@@ -207,6 +207,28 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             le=MAX,
         ),
     ] = 0.0
+    typical_p: Annotated[
+        float,
+        _parameter(
+            "a number in (0, 1]", "the tokens nearest to the mean surprise that hold this share; 1: off", gt=0, le=1
+        ),
+    ] = 1.0
+    xtc_probability: Annotated[
+        float, _parameter("a number in [0, 1]", "the chance that XTC leaves out the top choices; 0: off", ge=0, le=1)
+    ] = 0.0
+    xtc_threshold: Annotated[
+        float,
+        _parameter("a number in [0, 1]", "XTC keeps the least of the tokens that are this probable", ge=0, le=1),
+    ] = 0.1
+    dynatemp_range: Annotated[
+        float,
+        _parameter(
+            "a finite number, at least 0", "the entropy moves the temperature by up to this; 0: off", ge=0, le=MAX
+        ),
+    ] = 0.0
+    dynatemp_exponent: Annotated[
+        float, _parameter("a number in [0, 100]", "how the entropy moves the temperature", ge=0, le=100)
+    ] = 1.0
     seed: Annotated[
         int | None,
         _parameter("a 64-bit integer", "of the random numbers; the same one gives the same answer; -1: none"),
@@ -428,6 +450,11 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "top_p": _number,
     "top_k": _top_k,
     "min_p": _number,
+    "typical_p": _number,
+    "xtc_probability": _number,
+    "xtc_threshold": _number,
+    "dynatemp_range": _number,
+    "dynatemp_exponent": _number,
     "repeat_last_n": _integer,
     "top_n_sigma": _top_n_sigma,
     "seed": _seed,

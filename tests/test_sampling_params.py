@@ -12,7 +12,8 @@ from brlite.sampling_params import SamplingParams, StructuredOutput, parameters
 
 INF, NAN = float("inf"), float("nan")
 PENALTIES = ("presence_penalty", "frequency_penalty")
-NUMBERS = (*PENALTIES, "repetition_penalty", "temperature", "top_p", "min_p", "top_n_sigma")
+UNUSUAL = ("typical_p", "xtc_probability", "xtc_threshold", "dynatemp_range", "dynatemp_exponent")
+NUMBERS = (*PENALTIES, "repetition_penalty", "temperature", "top_p", "min_p", "top_n_sigma", *UNUSUAL)
 TRUTHS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed")
 
@@ -26,6 +27,11 @@ ACCEPTED: dict[str, list[Any]] = {
     "top_k": [-1, 0, 1, 40.0, 2**63],
     "min_p": [0, 0.0, 1],
     "top_n_sigma": [0, -1, 0.5, 1e308],
+    "typical_p": [1, 0.5, 5e-324],
+    "xtc_probability": [0, 0.5, 1],
+    "xtc_threshold": [0, 0.1, 1],
+    "dynatemp_range": [0, 0.5, 1e308],
+    "dynatemp_exponent": [0, 1, 100],
     "seed": [None, -1, 0, 5.0, -(2**63), 2**64 - 1],
     "stop": ["end", "", ["a", ""], ["end"], ("a", "b"), [], (), None, "\N{SNOWMAN}"],
     "stop_token_ids": [[], [0], [6.0], (1, 2), {3}, None],
@@ -54,6 +60,11 @@ REFUSED: dict[str, list[Any]] = {
     "top_k": [-2, None],
     "min_p": [-1e-9, 1.0000001],
     "top_n_sigma": [-0.5, -2],
+    "typical_p": [0, -1, 1.5],
+    "xtc_probability": [-0.1, 1.5],
+    "xtc_threshold": [-0.1, 1.5],
+    "dynatemp_range": [-0.5],
+    "dynatemp_exponent": [-1, 101],
     "seed": [-(2**63) - 1, 2**64],
     "stop": [["a", 1], 7, b"end", {"a": 1}, "\ud800"],
     "stop_token_ids": ["12", ["12"], [1.5], [True], 5, [2**64]],

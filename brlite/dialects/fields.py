@@ -126,7 +126,13 @@ OBEYED = (
 
 
 # Sampling parameters that few requests have. The structs lack them: `read_undecoded` gives them to `SamplingParams`.
-UNUSUAL = (ObeyedField("repeat_last_n", BOTH, (LLAMA_CPP,)),)
+UNUSUAL = (
+    ObeyedField("repeat_last_n typical_p", BOTH, (LLAMA_CPP,)),
+    ObeyedField(
+        "xtc_probability xtc_threshold", BOTH, (LLAMA_CPP,), "the last truncation; before the temperature there"
+    ),
+    ObeyedField("dynatemp_range dynatemp_exponent", BOTH, (LLAMA_CPP,), "by the entropy of what `top_k` keeps"),
+)
 
 
 class OtherName(NamedTuple):
@@ -173,7 +179,7 @@ NOT_DECODED = (
     Field("mm_processor_kwargs", (VLLM,), None),  # needs images
     Field("cache_prompt id_slot n_cache_reuse slot_id", (LLAMA_CPP,), None),
     Field("reasoning_format reasoning_in_content parse_tool_calls", (LLAMA_CPP,), None),
-    Field("mirostat_tau mirostat_eta dynatemp_exponent xtc_threshold", (LLAMA_CPP,), None),  # each needs another one
+    Field("mirostat_tau mirostat_eta", (LLAMA_CPP,), None),  # each needs another one
     Field("dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers", (LLAMA_CPP,), None),
     # Structured output.
     Field("structural_tag", (SGLANG,), ("", {}), "response_format"),
@@ -212,10 +218,9 @@ NOT_DECODED = (
     Field("custom_params vllm_xargs", (SGLANG, VLLM), ({},)),
     Field("repetition_detection watermark", (VLLM, SGLANG), (False,)),
     Field("mirostat", (LLAMA_CPP,), (0,)),
-    Field("typical_p", (LLAMA_CPP,), (1,)),
     Field("adaptive_target", (LLAMA_CPP,), (-1, 0)),
     Field("adaptive_decay", (LLAMA_CPP,), None),  # needs adaptive_target
-    Field("dynatemp_range dry_multiplier xtc_probability min_keep", (LLAMA_CPP,), (0,)),
+    Field("dry_multiplier min_keep", (LLAMA_CPP,), (0,)),
     Field("penalize_nl", (LLAMA_CPP,), (False,)),
     Field("samplers sampler_seq backend_sampling", (LLAMA_CPP,), (False,)),
     Field("n_keep n_discard n_indent t_max_predict_ms", (LLAMA_CPP,), (0, -1)),

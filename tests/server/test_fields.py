@@ -17,6 +17,7 @@ from brlite.dialects.fields import ANTHROPIC, NOT_DECODED, OF_ONE_ENDPOINT, OPEN
 from brlite.dialects.openai_chat import ChatCompletionRequest
 from brlite.dialects.openai_chat import decode as decode_chat
 from brlite.dialects.openai_completions import CompletionRequest
+from brlite.dialects.openai_completions import decode as decode_completion
 from brlite.errors import InvalidRequest
 from tests.fakes import reference_tokens
 from tests.server.conftest import MODEL, Client, chat_body, completion_body
@@ -104,6 +105,11 @@ def test_every_other_name_is_tried_above() -> None:
         ({"stop_words": 5}, "stop_words"),
         ({"stop_words": ["x"] * 17}, "stop"),
         ({"repeat_last_n": -2}, "repeat_last_n"),
+        ({"typical_p": 0}, "typical_p"),
+        ({"xtc_probability": 2}, "xtc_probability"),
+        ({"xtc_threshold": -1}, "xtc_threshold"),
+        ({"dynatemp_range": -1}, "dynatemp_range"),
+        ({"dynatemp_exponent": "x"}, "dynatemp_exponent"),
     ],
 )
 async def test_an_error_has_the_name_that_the_client_used(client: Client, fields: dict[str, Any], param: str) -> None:
@@ -112,6 +118,14 @@ async def test_an_error_has_the_name_that_the_client_used(client: Client, fields
     status, answer = await client.post(COMPLETION, {**body, **fields})
 
     assert (status, answer["error"]["param"]) == (400, param)
+
+
+def test_what_few_requests_have_is_a_sampling_parameter() -> None:
+    fields = {"typical_p": 0.5, "xtc_probability": 1, "xtc_threshold": 0.2, "dynatemp_range": 0.5}
+
+    for body, decode in ((chat_body(), decode_chat), (completion_body(), decode_completion)):
+        params = decode(json.dumps({**body, **fields}).encode(), LimitsConfig()).params
+        assert {name: getattr(params, name) for name in fields} == fields
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ Knows no generator state and no torch, so a draw cannot depend on what was drawn
 from __future__ import annotations
 
 import hashlib
+import struct
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,14 @@ def uniform(seed: int, position: int) -> float:
     key = seed.to_bytes(16, "little", signed=True) + position.to_bytes(8, "little")
     digest = hashlib.blake2b(key, digest_size=8, person=b"brlite").digest()
     return float((int.from_bytes(digest, "little") >> (64 - _MANTISSA_BITS)) * 2.0**-_MANTISSA_BITS)
+
+
+def another(number: float) -> float:
+    """A second number in [0, 1) that the first one fixes: its bits, mixed as by splitmix64 (Steele et al. 2014)."""
+    bits = (int.from_bytes(struct.pack("<d", number), "little") + 0x9E3779B97F4A7C15) % 2**64
+    bits = ((bits ^ bits >> 30) * 0xBF58476D1CE4E5B9) % 2**64
+    bits = ((bits ^ bits >> 27) * 0x94D049BB133111EB) % 2**64
+    return float(((bits ^ bits >> 31) >> (64 - _MANTISSA_BITS)) * 2.0**-_MANTISSA_BITS)
 
 
 def invert_cdf(weights: Floats, targets: Floats) -> tuple[Integers, Floats]:

@@ -7,8 +7,12 @@ The order of things, for each row by itself:
 3. a greedy row takes its best token, the lowest id among equals;
 4. other rows divide by the temperature and truncate. `top_n_sigma` keeps the tokens whose logit is within that many
    standard deviations of the best one (Tang et al. 2024; over all logits above -inf); `top_k` keeps that many best of
-   these, the lowest ids among equals; `top_p` keeps the fewest best of these that hold this share of their mass;
-   `min_p` drops those that are less probable than this share of the best one;
+   these, the lowest ids among equals; `typical_p` those nearest to the mean logit, weighted by probability, and all
+   equally near, until they hold this share of the mass (Meister et al. 2022); `top_p` the fewest best of these that
+   hold this share of their mass; `min_p` drops those that are less probable than this share of the best one left; XTC,
+   with the chance of `xtc_probability`, drops what is above the least logit with a share of `xtc_threshold` or more.
+   `dynatemp_range` moves the temperature by (entropy / log of the number)^`dynatemp_exponent` of the tokens that
+   `top_k` keeps, at temperature 1, from that far below to that far above;
 5. one random number, a function of seed and position alone, picks among the survivors in the order of their ids.
 
 What decides is computed here in float64, from the few numbers that `LogitRows` give of logits on the host or on a card.
@@ -22,18 +26,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from brlite.backends.sampling.random_numbers import Floats, Integers, invert_cdf, uniform
+from brlite.backends.sampling.random_numbers import Floats, Integers, another, invert_cdf, uniform
 from brlite.backends.sampling.rows import BLOCK_SIZE, Booleans, LogitRows, Logits, Shortlist, allowed_words
 from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
 from brlite.outputs import TokenLogprob
+from brlite.sampling_params import GREEDY_BELOW
 
 MAX_TEMPERATURE = 1e37  # near the largest float; every distribution is flat long before
+MIN_TEMPERATURE = GREEDY_BELOW  # of a dynamic one
 MAX_SIGMAS = 1e30  # of `top_n_sigma`: every token is within that
 MAX_PENALTY = 1e30  # a penalty beyond this, either way, acts as this: its products stay finite in float64
 FLOAT_MAX = float(np.finfo(np.float32).max)
 # Sizes of the shortlists that are tried before a whole row is sorted. Realistic distributions keep a handful of tokens
 # after truncation; the second size is for flat ones.
 SHORTLIST_SIZES = (256, 4096)
+_UNUSUAL = ("typical_p", "xtc_probability", "xtc_threshold", "dynatemp_range", "dynatemp_exponent")
 _TIE_MARGIN = 16  # a few more alternatives than needed, so that a tie at the border rarely needs the whole row
 
 
@@ -46,6 +53,11 @@ class RowSettings(NamedTuple):
     min_p: Floats
     top_n_sigma: Floats
     uniform: Floats
+    typical_p: Floats
+    xtc_probability: Floats
+    xtc_threshold: Floats
+    dynatemp_range: Floats
+    dynatemp_exponent: Floats
 
     @classmethod
     def of(cls, inputs: Sequence[SamplingInput], vocab_size: int) -> RowSettings:
@@ -58,7 +70,13 @@ class RowSettings(NamedTuple):
             min_p=np.array([row.min_p for row in params], dtype=np.float64),
             top_n_sigma=np.array([min(row.top_n_sigma, MAX_SIGMAS) for row in params], dtype=np.float64),
             uniform=np.array([uniform(row.seed, row.position) for row in inputs], dtype=np.float64),
+            **{name: np.array([getattr(row, name) for row in params], dtype=np.float64) for name in _UNUSUAL},
         )
+
+    @property
+    def needs_all(self) -> Booleans:
+        """The rows whose truncation looks at every token that `top_k` keeps."""
+        return (self.typical_p < 1) | (self.dynatemp_range > 0)
 
     def take(self, rows: Integers | slice) -> RowSettings:
         """The settings of some of the rows, in that order."""
@@ -194,13 +212,14 @@ def _draw(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
     is_open = settings.top_k == rows.vocab_size
     has_sigma = settings.top_n_sigma > 0
     is_cut = ~is_open | (settings.top_p < 1) | (settings.min_p > 0) | has_sigma
+    is_cut |= settings.needs_all | (settings.xtc_probability > 0)
     token_ids = np.full(len(rows), -1, dtype=np.int64)
     floors = np.full(len(rows), -np.inf)
     needs_sigma = np.flatnonzero(has_sigma)
     if needs_sigma.size:
         sigmas = rows.take(needs_sigma).standard_deviations(best[needs_sigma])
         floors[needs_sigma] = best[needs_sigma].astype(np.float64) - settings.top_n_sigma[needs_sigma] * sigmas
-    needs_mass = np.flatnonzero(is_open & (settings.top_p < 1) & ~has_sigma)
+    needs_mass = np.flatnonzero(is_open & (settings.top_p < 1) & ~has_sigma & ~settings.needs_all)
     masses = np.full(len(rows), np.nan)
     if needs_mass.size:
         sums = rows.take(needs_mass).block_sums(best[needs_mass], settings.temperature[needs_mass])
@@ -227,23 +246,68 @@ def _draw_listed(
     Tokens whose logit lies below `floors` are out.
     """
     values = shortlist.values.astype(np.float64)
-    weights = np.exp((values - values[:, :1]) / settings.temperature[:, None])
-    is_measured = (np.arange(weights.shape[1]) < settings.top_k[:, None]) & (values >= floors[:, None])
-    is_listed = shortlist.is_whole_row | ~is_measured[:, -1]  # all that top-p measures is in the list
+    distances = values[:, :1] - values
+    is_measured = (np.arange(values.shape[1]) < settings.top_k[:, None]) & (values >= floors[:, None])
+    is_listed = shortlist.is_whole_row | ~is_measured[:, -1]  # all that top-k keeps is in the list
+    temperature = _dynamic_temperature(distances, is_measured, settings)
+    weights = np.exp(-distances / temperature[:, None])
+    is_measured = _keep_typical(distances, weights, is_measured, settings.typical_p)
     masses = np.where(is_listed, (weights * is_measured).sum(axis=1), masses)
     has_mass = (settings.top_p >= 1) | ~np.isnan(masses)
 
     enough = np.where(settings.top_p < 1, settings.top_p * masses, np.inf)
-    better_mass = np.pad(weights.cumsum(axis=1)[:, :-1], ((0, 0), (1, 0)))
-    is_kept = is_measured & (better_mass < enough[:, None]) & (weights >= settings.min_p[:, None])
+    better_mass = np.pad((weights * is_measured).cumsum(axis=1)[:, :-1], ((0, 0), (1, 0)))
+    least = settings.min_p * (weights * is_measured).max(axis=1)
+    is_kept = is_measured & (better_mass < enough[:, None]) & (weights >= least[:, None])
     is_kept &= weights > 0  # masked tokens must not look like a long tail
+    num_exact = np.where(is_kept.any(axis=1), is_kept.shape[1] - is_kept[:, ::-1].argmax(axis=1), 1)
+    is_settled = has_mass & shortlist.is_exact(num_exact) & (is_listed | ~settings.needs_all)
+    is_kept = _exclude_top(distances, weights, is_kept, settings)
 
     by_id = np.argsort(shortlist.token_ids, axis=1)
     kept_weights = np.take_along_axis(weights * is_kept, by_id, axis=1)
     picks, _ = invert_cdf(kept_weights, settings.uniform * kept_weights.sum(axis=1))
     entries = np.take_along_axis(by_id, np.minimum(picks, by_id.shape[1] - 1)[:, None], axis=1)
     token_ids: Integers = np.take_along_axis(shortlist.token_ids, entries, axis=1)[:, 0]
-    return token_ids, has_mass & shortlist.is_exact(np.maximum(is_kept.sum(axis=1), 1))
+    return token_ids, is_settled
+
+
+def _dynamic_temperature(distances: Floats, is_measured: Booleans, settings: RowSettings) -> Floats:
+    """The temperature of each row, by the entropy of the tokens that are measured where it has a range."""
+    temperature: Floats = settings.temperature.copy()
+    for row in np.flatnonzero(settings.dynatemp_range > 0).tolist():
+        some = distances[row, is_measured[row] & (distances[row] < np.inf)]
+        weights = np.exp(-some)
+        entropy = np.log(weights.sum()) + (weights * some).sum() / weights.sum()
+        share = min(max(entropy / np.log(len(some)), 0.0), 1.0) if len(some) > 1 else 0.0
+        reach = settings.dynatemp_range[row]
+        low, high = max(temperature[row] - reach, 0.0), temperature[row] + reach
+        found = low + (high - low) * share ** settings.dynatemp_exponent[row]
+        temperature[row] = min(max(found, MIN_TEMPERATURE), MAX_TEMPERATURE)
+    return temperature
+
+
+def _keep_typical(distances: Floats, weights: Floats, is_measured: Booleans, typical_p: Floats) -> Booleans:
+    """Those of the measured tokens that are nearest to the mean distance and hold `typical_p` of the mass."""
+    for row in np.flatnonzero(typical_p < 1).tolist():
+        is_possible = is_measured[row] & (weights[row] > 0)
+        some, masses = distances[row, is_possible], weights[row, is_possible]
+        off_center = np.abs(some - (masses * some).sum() / masses.sum())
+        order = off_center.argsort(kind="stable")
+        last = np.searchsorted(masses[order].cumsum(), typical_p[row] * masses.sum())
+        is_measured[row, is_possible] = off_center <= off_center[order[min(last, len(order) - 1)]]
+        is_measured[row, ~is_possible] = False
+    return is_measured
+
+
+def _exclude_top(distances: Floats, weights: Floats, is_kept: Booleans, settings: RowSettings) -> Booleans:
+    """What XTC leaves where its chance comes: no logit above the least of those that reach the threshold."""
+    for row in np.flatnonzero(settings.xtc_probability > 0).tolist():
+        if another(settings.uniform[row]) < settings.xtc_probability[row]:
+            kept = weights[row] * is_kept[row]
+            is_top = is_kept[row] & (kept >= settings.xtc_threshold[row] * kept.sum())
+            is_kept[row] &= distances[row] >= distances[row, is_top].max(initial=0.0)
+    return is_kept
 
 
 def _draw_from_all(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:

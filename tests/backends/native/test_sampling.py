@@ -15,8 +15,8 @@ import pytest
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws, StepDraws
 from brlite.backends.native.library import NativeLibrary, available_isas
 from brlite.backends.sampling import reference
-from brlite.backends.sampling.random_numbers import uniform
-from brlite.backends.sampling.rows import Logits, NumpyRows
+from brlite.backends.sampling.random_numbers import Floats, another, uniform
+from brlite.backends.sampling.rows import Booleans, Logits, NumpyRows
 from brlite.engine.backend import SampledToken, SamplingInput, Undrawn
 from brlite.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
@@ -83,6 +83,11 @@ def random_entry(rng: np.random.Generator, vocab_size: int) -> SamplingInput:
         **sometimes(0.4, "top_p", 1e-9, 0.1, 0.5, 0.9, 0.95, 0.999),
         **sometimes(0.3, "min_p", 1e-4, 0.01, 0.05, 0.3),
         **sometimes(0.2, "top_n_sigma", 1e-6, 0.5, 1.0, 3.0),
+        **sometimes(0.2, "typical_p", 1e-9, 0.2, 0.5, 0.9),
+        **sometimes(0.2, "xtc_probability", 0.5, 1.0),
+        **sometimes(0.2, "xtc_threshold", 0, 0.01, 0.3, 0.6),
+        **sometimes(0.1, "dynatemp_range", 0.5, 3.0, 1e300),
+        **sometimes(0.1, "dynatemp_exponent", 0, 0.5, 2.0),
         **sometimes(0.2, "repetition_penalty", 0.5, 1.1, 1e300),
         **sometimes(0.2, "presence_penalty", 0.5, -1.0, 1e300),
         **sometimes(0.2, "frequency_penalty", 0.1, -0.2),
@@ -142,22 +147,53 @@ def is_near_the_draw(logits: Logits, row: SamplingInput, token_id: int) -> bool:
     """
     edited = logits.copy()
     reference.edit(NumpyRows(edited[None]), [row])
-    values, params = edited.astype(np.float64), row.params
+    values = edited.astype(np.float64)
     order = np.lexsort((np.arange(len(values)), -values))
-    weights = np.exp((values[order] - values[order[0]]) / min(params.temperature, 1e37))
-    in_top_k = np.arange(len(values)) < (len(values) if params.top_k == -1 else params.top_k)
-    better_mass = np.append(0.0, weights.cumsum()[:-1])
+    number = uniform(row.seed, row.position)
+    for nudge in (1, 1 - 1e-6, 1 + 1e-6):
+        weights, is_kept = kept_weights(values[order], row.params, number, nudge)
+        kept = np.zeros(len(values))
+        kept[order[is_kept]] = weights[is_kept]
+        cumulative = kept.cumsum() / kept.sum()
+        tolerance = 1e-6 + 1.001 * weights[is_kept][-1] / kept.sum()
+        start = cumulative[token_id] - kept[token_id] / kept.sum()
+        if start - tolerance <= number <= cumulative[token_id] + tolerance:
+            return True
+    return False
+
+
+def kept_weights(values: Floats, params: SamplingParams, number: float, nudge: float) -> tuple[Floats, Booleans]:
+    """The weights of sorted logits, and which truncation keeps; what it holds masses against is times `nudge`."""
+    distances = values[0] - values
+    is_kept = np.arange(len(values)) < (len(values) if params.top_k == -1 else params.top_k)
     if params.top_n_sigma > 0:
-        in_top_k &= values[order] >= values.max() - params.top_n_sigma * values[values > -np.inf].std()
-    is_kept = in_top_k & (weights >= params.min_p)
+        is_kept &= values >= values.max() - params.top_n_sigma * values[values > -np.inf].std()
+    temperature = min(params.temperature, 1e37)
+    if params.dynatemp_range > 0:
+        some = distances[is_kept & (distances < np.inf)]
+        mass = np.exp(-some).sum()
+        entropy = np.log(mass) + (some * np.exp(-some)).sum() / mass
+        share = min(max(entropy / np.log(len(some)), 0), 1) if len(some) > 1 else 0
+        low, high = max(temperature - params.dynatemp_range, 0), temperature + params.dynatemp_range
+        temperature = min(max(low + (high - low) * share**params.dynatemp_exponent, 1e-5), 1e37)
+    weights = np.exp(-distances / temperature)
+    if params.typical_p < 1:
+        is_kept &= weights > 0
+        off_center = abs(distances - np.average(distances[is_kept], weights=weights[is_kept]))
+        nearest = np.sort(off_center[is_kept])
+        masses = weights[is_kept][np.argsort(off_center[is_kept])].cumsum()
+        last = np.searchsorted(masses, nudge * params.typical_p * masses[-1])
+        is_kept &= off_center <= nearest[min(last, len(nearest) - 1)] * (1 + 1e-6) + 1e-9
+    better_mass = np.append(0.0, (weights * is_kept).cumsum()[:-1])
+    least = params.min_p * weights[is_kept].max()
     if params.top_p < 1:
-        is_kept &= better_mass < params.top_p * weights[in_top_k].sum()
-    kept = np.zeros(len(values))
-    kept[order[is_kept]] = weights[is_kept]
-    cumulative = kept.cumsum() / kept.sum()
-    tolerance = 1e-6 + 1.001 * weights[is_kept][-1] / kept.sum()
-    start = cumulative[token_id] - kept[token_id] / kept.sum()
-    return bool(start - tolerance <= uniform(row.seed, row.position) <= cumulative[token_id] + tolerance)
+        is_kept &= better_mass < nudge * params.top_p * weights[is_kept].sum()
+    is_kept &= weights >= least
+    if another(number) < params.xtc_probability:
+        kept = weights * is_kept
+        is_top = is_kept & (kept >= nudge * params.xtc_threshold * kept.sum())
+        is_kept &= distances >= distances[is_top].max(initial=0)
+    return weights, is_kept
 
 
 def assert_same_draws(

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from brlite.backends.sampling import reference
-from brlite.backends.sampling.random_numbers import invert_cdf, uniform
+from brlite.backends.sampling.random_numbers import another, invert_cdf, uniform
 from brlite.backends.sampling.reference import FLOAT_MAX, SHORTLIST_SIZES
 from brlite.backends.sampling.rows import LogitRows, NumpyRows
 from brlite.backends.torch.candidates import TorchRows
@@ -41,6 +41,17 @@ TRUNCATIONS: list[dict[str, Any]] = [
     {"top_n_sigma": 1.0},
     {"top_n_sigma": 0.5, "temperature": 2.0, "top_p": 0.9},
     {"top_n_sigma": 2.0, "top_k": 12, "min_p": 0.05},
+    {"typical_p": 0.3},
+    {"typical_p": 0.9, "top_k": 20, "temperature": 0.7},
+    {"typical_p": 0.7, "top_p": 0.8, "min_p": 0.1},
+    {"typical_p": 1e-9},
+    {"xtc_probability": 1, "xtc_threshold": 0.05},
+    {"xtc_probability": 0.5, "xtc_threshold": 0.01, "top_p": 0.9},
+    {"xtc_probability": 1, "xtc_threshold": 0.02, "typical_p": 0.8, "top_k": 30},
+    {"xtc_probability": 1, "xtc_threshold": 0.6},
+    {"dynatemp_range": 0.5, "top_p": 0.9},
+    {"dynatemp_range": 5.0, "dynatemp_exponent": 2.0, "top_k": 40},
+    {"dynatemp_range": 1e300, "dynatemp_exponent": 0},
     {"temperature": 3.0, "top_k": 30, "min_p": 0.2},
     {"temperature": 1e-4},
     {"temperature": 1e-4, "top_p": 0.5},
@@ -62,6 +73,8 @@ LARGE_TRUNCATIONS: list[dict[str, Any]] = [
     {"temperature": 5.0, "min_p": 0.3},
     {"top_n_sigma": 3.0, "top_p": 0.8},
     {"top_n_sigma": 1e300},
+    {"typical_p": 0.5, "top_k": 1000, "top_p": 0.9},
+    {"dynatemp_range": 0.9, "top_k": 300, "xtc_probability": 1, "xtc_threshold": 0},
 ]
 
 
@@ -107,27 +120,55 @@ def token_ids(results: Sequence[SampledToken | Undrawn]) -> list[int | None]:
     return [None if isinstance(result, Undrawn) else result.token_id for result in results]
 
 
-def slow_probabilities(logits: torch.Tensor, params: SamplingParams) -> Floats:
-    """What temperature and truncation leave of one row [V]: sort it all, cut it, normalise."""
+def slow_probabilities(logits: torch.Tensor, params: SamplingParams, *, has_chance: bool = False) -> Floats:
+    """What temperature and truncation leave of one row [V]: sort it all, cut it, normalise.
+
+    `has_chance`: whether XTC has its chance.
+    """
     row = logits.numpy().astype(np.float64)
     order = np.lexsort((np.arange(len(row)), -row))
-    weights = np.exp((row[order] - row[order[0]]) / params.temperature)
+    distances = row[order[0]] - row[order]
     top_k = len(row) if params.top_k == -1 else params.top_k
-    better_mass = np.append(0.0, weights.cumsum()[:-1])
     is_kept = np.arange(len(row)) < top_k
     if params.top_n_sigma > 0:
         is_kept &= row[order] >= row.max() - params.top_n_sigma * row[row > -np.inf].std()
+    weights = np.exp(-distances / slow_temperature(distances[is_kept & (distances < np.inf)], params))
+    if params.typical_p < 1:
+        is_kept &= weights > 0
+        mean = np.average(distances[is_kept], weights=weights[is_kept])
+        off_center = np.where(is_kept, abs(distances - mean), np.inf)
+        enough = params.typical_p * weights[is_kept].sum()
+        radii = np.unique(off_center[is_kept])
+        is_kept &= off_center <= next(radius for radius in radii if weights[off_center <= radius].sum() >= enough)
+    better_mass = np.append(0.0, (weights * is_kept).cumsum()[:-1])
+    least = params.min_p * weights[is_kept].max()
     if params.top_p < 1:
         is_kept &= better_mass < params.top_p * weights[is_kept].sum()
-    is_kept &= weights >= params.min_p
+    is_kept &= weights >= least
+    shares = np.where(is_kept, weights, 0) / weights[is_kept].sum()
+    if has_chance:
+        is_kept &= distances >= max(distances[(shares > 0) & (shares >= params.xtc_threshold)], default=0)
     probabilities = np.zeros(len(row))
     probabilities[order[is_kept]] = weights[is_kept]
     return probabilities / probabilities.sum()
 
 
+def slow_temperature(distances: Floats, params: SamplingParams) -> float:
+    """The temperature for tokens so far below the best one."""
+    if params.dynatemp_range == 0:
+        return params.temperature
+    shares = np.exp(-distances) / np.exp(-distances).sum()
+    entropy = -(shares * np.log(shares, where=shares > 0, out=np.zeros(len(shares)))).sum()
+    share = entropy / np.log(len(shares)) if len(shares) > 1 else 0.0
+    low = max(params.temperature - params.dynatemp_range, 0.0)
+    high = params.temperature + params.dynatemp_range
+    return float(min(max(low + (high - low) * max(share, 0) ** params.dynatemp_exponent, 1e-5), 1e37))
+
+
 def slow_token(logits: torch.Tensor, row: SamplingInput) -> int:
-    probabilities = slow_probabilities(logits, row.params)
-    return int((probabilities.cumsum() <= uniform(row.seed, row.position)).sum())
+    number = uniform(row.seed, row.position)
+    probabilities = slow_probabilities(logits, row.params, has_chance=another(number) < row.params.xtc_probability)
+    return int((probabilities.cumsum() <= number).sum())
 
 
 def assert_draws_like_the_slow_sampler(sample: Draw, logits: torch.Tensor, params: dict[str, Any]) -> None:
@@ -361,6 +402,18 @@ def test_an_edit_does_not_hide_that_a_row_is_broken(sample: Draw, edit: dict[str
 
 def test_no_rows_give_no_tokens(sample: Draw) -> None:
     assert sample(torch.zeros(0, LARGE), []) == []
+
+
+@pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
+def test_xtc_has_its_chance_and_the_draw_does_not_depend_on_it(sample: Draw, probability: float) -> None:
+    logits = torch.tensor([[0.0, 0.0, 1.0, 1.0, -50.0]]).repeat(20000, 1)
+    inputs = [entry(seed=seed, xtc_probability=probability, xtc_threshold=0.1) for seed in range(20000)]
+
+    counts = np.bincount(np.array(token_ids(sample(logits, inputs))), minlength=5)
+
+    usual, excluded = (slow_probabilities(logits[0], inputs[0].params, has_chance=chance) for chance in (False, True))
+    assert excluded[:2].tolist() == [0.5, 0.5]
+    assert abs(chi_square(counts, (1 - probability) * usual + probability * excluded)) < 4
 
 
 # Bias, bans and penalties

@@ -9,6 +9,11 @@ FIELD(int32_t, top_k)                      // vocabulary size: off
 PARAMETER(double, top_p)
 PARAMETER(double, min_p)
 PARAMETER(double, top_n_sigma)             // 0: off
+PARAMETER(double, typical_p)               // 1: off
+PARAMETER(double, xtc_probability)         // 0: off
+PARAMETER(double, xtc_threshold)
+PARAMETER(double, dynatemp_range)          // 0: off
+PARAMETER(double, dynatemp_exponent)
 FIELD(double, uniform)
 FIELD(int32_t, num_logprobs)               // -1: none wanted; else so many alternatives beside the token's own
 FIELD(int32_t, num_biases)

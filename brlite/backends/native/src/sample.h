@@ -3,8 +3,8 @@
 // 1. logprobs are the model's own, taken before anything below;
 // 2. biases, bans, the mask and penalties (sample_edit.h);
 // 3. a greedy row takes its best token, the lowest id among equals;
-// 4. other rows truncate (sample_best.h): top-n-sigma, within it top-k, within that top-p, then min-p, ties by lower
-//    id;
+// 4. other rows truncate (sample_best.h): top-n-sigma, within it top-k, within that typical-p, top-p, min-p and XTC,
+//    ties by lower id; a dynamic temperature is that of what top-k leaves;
 // 5. one uniform number picks among the survivors in the order of their ids.
 //
 // Weights are exp((logit - best) / temperature): the best token weighs 1, and nothing overflows at any temperature.
@@ -17,6 +17,7 @@ namespace brlite {
 namespace BRLITE_ISA {
 
 constexpr int NOT_FINITE = -1, NOTHING_ALLOWED = -2;  // in place of a token
+constexpr float MIN_TEMPERATURE = 1e-5f;              // of a dynamic one; as GREEDY_BELOW
 constexpr float MAX_TEMPERATURE = 1e37f;  // its inverse is still a normal float; everything is flat long before
 
 // ---- Drawing -----------------------------------------------------------------------------------------------------
@@ -32,27 +33,31 @@ INLINE int first_best(const Values& row) {
     return found;
 }
 
+// What keeps tokens out: nothing; `min_p` and the lower end of `bound`; its upper end, too.
+enum Cut { NO_CUT, LOW_CUT, BAND };
+
 // Which tokens may be drawn, and how much each weighs.
 struct Odds {
     Measure measure;
     Bound bound;
     float min_p;
-    bool is_cut;  // whether `bound` or `min_p` keep anything out
+    Cut cut;
 };
 
-template <bool IS_CUT>
+template <Cut CUT>
 INLINE Floats weights_of(const Odds& odds, int first, Floats x) {
     const Floats weights = weights_of(odds.measure, x);
-    if (!IS_CUT) return weights;
-    const Ints is_kept = survivors(odds.bound, keys_of(x), first) & ~is_less(weights, splat(odds.min_p));
+    if (CUT == NO_CUT) return weights;
+    Ints is_kept = survivors(odds.bound, keys_of(x), first) & ~is_less(weights, splat(odds.min_p));
+    if (CUT == BAND) is_kept = is_kept & ~is_less(splat_int(odds.bound.high), keys_of(x));
     return from_bits(bits_of(weights) & is_kept);
 }
 
-template <bool IS_CUT>
+template <Cut CUT>
 static float sum_block(const Values& row, const Odds& odds, int block) {
     Floats sum = splat(0.0f);
     for (int i = block * row.block_size; i < row.block_end(block); i += LANES)
-        sum = sum + weights_of<IS_CUT>(odds, i, load(row.values + i));
+        sum = sum + weights_of<CUT>(odds, i, load(row.values + i));
     return sum_of(sum);
 }
 
@@ -61,7 +66,7 @@ static double sum_weights(const Values& row, const Odds& odds, double* sums) {
     double total = 0;
     for (int block = 0; block < row.num_blocks(); block++) {
         const bool is_empty = key_of(row.maxima[block]) < odds.bound.key;
-        const auto sum = odds.is_cut ? sum_block<true> : sum_block<false>;
+        const auto sum = odds.cut == BAND ? sum_block<BAND> : odds.cut ? sum_block<LOW_CUT> : sum_block<NO_CUT>;
         sums[block] = is_empty ? 0 : sum(row, odds, block);
         total += sums[block];
     }
@@ -72,7 +77,7 @@ static double sum_weights(const Values& row, const Odds& odds, double* sums) {
 static int pick_in_block(const Values& row, const Odds& odds, int block, double rest) {
     Walk walk;
     for (int i = block * row.block_size; i < row.block_end(block); i += LANES) {
-        const Floats weights = weights_of<true>(odds, i, load(row.values + i));
+        const Floats weights = weights_of<BAND>(odds, i, load(row.values + i));
         for (int lane = 0; lane < LANES; lane++)
             if (walk.add(i + lane, weights[lane]) && walk.sum > rest) return walk.last;
     }
@@ -100,36 +105,13 @@ INLINE int32_t lowest_key_from(double x) {
     return key_of(near) + ((double)near < x ? 1 : 0);
 }
 
-static Odds odds_of(const Values& row, const brlite_draw& draw, SampleScratch& scratch) {
-    const float rate = 1 / (draw.temperature < MAX_TEMPERATURE ? draw.temperature : MAX_TEMPERATURE);
-    Odds odds = {{row.best, rate}, everything(row), 0, false};
-    if (draw.top_n_sigma > 0) {
-        odds.bound.key = lowest_key_from(lowest_within(row, draw.top_n_sigma));
-        odds.is_cut = true;
-    }
-    if (draw.top_k < row.size) {
-        odds.bound = keep_best(row, {row.best, 0}, draw.top_k, odds.bound, scratch);
-        odds.is_cut = true;
-    }
-    if (draw.top_p < 1) {
-        const double mass = sum_weights(row, odds, scratch.sums);
-        odds.bound = keep_best(row, odds.measure, draw.top_p * mass, odds.bound, scratch);
-        odds.is_cut = true;
-    }
-    odds.min_p = (float)draw.min_p;
-    odds.is_cut |= draw.min_p > 0;
-    return odds;
+// The key of the highest float that is not above `x`.
+INLINE int32_t highest_key_to(double x) {
+    const float near = (float)x;
+    return key_of(near) - ((double)near > x ? 1 : 0);
 }
 
-static int draw_random(const Values& row, const brlite_draw& draw, SampleScratch& scratch) {
-    const Odds odds = odds_of(row, draw, scratch);
-    const double target = draw.uniform * sum_weights(row, odds, scratch.sums);
-    Walk walk;
-    for (int block = 0; block < row.num_blocks() && walk.sum <= target; block++) walk.add(block, scratch.sums[block]);
-    return pick_in_block(row, odds, walk.last, target - walk.before);
-}
-
-// ---- Logprobs ----------------------------------------------------------------------------------------------------
+INLINE float rate_of(float temperature) { return 1 / (temperature < MAX_TEMPERATURE ? temperature : MAX_TEMPERATURE); }
 
 // The natural logarithm of a number of 1 or more: 2 artanh((m - 1) / (m + 1)) for the mantissa m around 1.
 INLINE double log_of(double x) {
@@ -144,6 +126,138 @@ INLINE double log_of(double x) {
     return 2 * ratio * series + (double)exponent * 0.6931471805599453;
 }
 
+// How far the tokens that survive lie below the best one.
+struct Spread {
+    int count = 0;  // above -inf
+    double mass = 0;
+    double distances = 0;  // of the logits from the best one, by weight
+};
+
+static Spread spread_of(const Values& row, const Measure& measure, const Bound& bound) {
+    Spread spread;
+    visit_from(row, bound.key, [&](int first, Floats x) INLINED {
+        const Ints hits = survivors(bound, keys_of(x), first) & is_less(splat(-__builtin_inff()), x);
+        if (!any_of(hits)) return false;
+        const Floats weights = weights_of(measure, x);
+        for (int i = 0; i < LANES; i++) {
+            if (!hits[i]) continue;
+            spread.count++;
+            spread.mass += weights[i];
+            spread.distances += weights[i] * ((double)row.best - x[i]);
+        }
+        return false;
+    });
+    return spread;
+}
+
+// Between the ends of the range, by the entropy of what survives as a share of its maximum.
+static float dynamic_temperature(const Values& row, const brlite_draw& draw, const Bound& bound) {
+    const Spread spread = spread_of(row, {row.best, 1}, bound);
+    const double entropy = log_of(spread.mass) + spread.distances / spread.mass;
+    const double share = spread.count > 1 ? entropy / log_of(spread.count) : 0;
+    const double log_power = share > 0 && share < 1 ? -log_of(1 / share) * draw.dynatemp_exponent : 0;
+    const double power = share > 0 ? exp_of(splat((float)(log_power > -1e3 ? log_power : -1e3)))[0]
+                                   : (draw.dynatemp_exponent > 0 ? 0 : 1);
+    const double high = draw.temperature + draw.dynatemp_range, lowest = draw.temperature - draw.dynatemp_range;
+    const double low = lowest > 0 ? lowest : 0, found = low + (high - low) * power;
+    return (float)(found < MIN_TEMPERATURE ? MIN_TEMPERATURE : found < MAX_TEMPERATURE ? found : MAX_TEMPERATURE);
+}
+
+// The odds of those tokens alone whose distance from the best one is within `radius` of `center`.
+static Odds odds_within(const Values& row, Odds odds, double center, double radius) {
+    const int32_t low = lowest_key_from(row.best - (center + radius));
+    if (low > odds.bound.key) odds.bound.key = low, odds.bound.last_id = row.size - 1;
+    odds.bound.high = smaller(odds.bound.high, highest_key_to(row.best - (center - radius)));
+    odds.cut = BAND;
+    return odds;
+}
+
+// Narrows to the logits around their mean whose share of the weights is `typical_p`. The radius is found by its bits.
+static void keep_typical(const Values& row, double typical_p, Odds& odds, SampleScratch& scratch) {
+    const Spread spread = spread_of(row, odds.measure, odds.bound);
+    const double center = spread.distances / spread.mass;
+    const double enough = typical_p * sum_weights(row, odds, scratch.sums);
+    int32_t low = 0, high = 0x7f7fffff;  // the largest float
+    while (low < high) {
+        const int32_t middle = low + (high - low) / 2;
+        const Odds some = odds_within(row, odds, center, from_bits(splat_int(middle))[0]);
+        if (sum_weights(row, some, scratch.sums) >= enough)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    odds = odds_within(row, odds, center, from_bits(splat_int(low))[0]);
+}
+
+static float heaviest(const Values& row, const Odds& odds) {
+    Floats found = splat(0.0f);
+    visit_from(row, odds.bound.key, [&](int first, Floats x) INLINED {
+        found = larger_of(found, weights_of<BAND>(odds, first, x));
+        return false;
+    });
+    return max_of(found);
+}
+
+// XTC, "exclude top choices": of the tokens whose share of the weights reaches the threshold the least one stays.
+static void exclude_top(const Values& row, double threshold, Odds& odds, SampleScratch& scratch) {
+    const Floats share = splat((float)(threshold * sum_weights(row, odds, scratch.sums)));
+    visit_from(row, odds.bound.key, [&](int first, Floats x) INLINED {
+        const Floats weights = weights_of<BAND>(odds, first, x);
+        const Ints hits = ~is_less(weights, share) & is_less(splat(0.0f), weights), keys = keys_of(x);
+        if (!any_of(hits)) return false;
+        for (int i = 0; i < LANES; i++)
+            if (hits[i]) odds.bound.high = smaller(odds.bound.high, keys[i]);
+        return false;
+    });
+    odds.cut = BAND;
+}
+
+// Another number in [0, 1) that a draw's own fixes: its bits, mixed as by splitmix64.
+INLINE double another(double uniform) {
+    uint64_t bits;
+    memcpy(&bits, &uniform, sizeof bits);
+    bits += 0x9e3779b97f4a7c15ULL;
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9ULL;
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111ebULL;
+    return (double)((bits ^ bits >> 31) >> 11) * 0x1p-53;
+}
+
+static Odds odds_of(const Values& row, const brlite_draw& draw, SampleScratch& scratch) {
+    Odds odds = {{row.best, rate_of(draw.temperature)}, everything(row), 0, NO_CUT};
+    if (draw.top_n_sigma > 0) {
+        odds.bound.key = lowest_key_from(lowest_within(row, draw.top_n_sigma));
+        odds.cut = LOW_CUT;
+    }
+    if (draw.top_k < row.size) {
+        odds.bound = keep_best(row, {row.best, 0}, draw.top_k, odds.bound, scratch);
+        odds.cut = LOW_CUT;
+    }
+    if (draw.dynatemp_range > 0) odds.measure.rate = rate_of(dynamic_temperature(row, draw, odds.bound));
+    if (draw.typical_p < 1) keep_typical(row, draw.typical_p, odds, scratch);
+    if (draw.top_p < 1) {
+        const double mass = sum_weights(row, odds, scratch.sums);
+        odds.bound = keep_best(row, odds.measure, draw.top_p * mass, odds.bound, scratch);
+        if (!odds.cut) odds.cut = LOW_CUT;
+    }
+    if (draw.min_p > 0) {
+        odds.min_p = (float)draw.min_p * (odds.cut == BAND ? heaviest(row, odds) : 1);
+        if (!odds.cut) odds.cut = LOW_CUT;
+    }
+    if (draw.xtc_probability > 0 && another(draw.uniform) < draw.xtc_probability)
+        exclude_top(row, draw.xtc_threshold, odds, scratch);
+    return odds;
+}
+
+static int draw_random(const Values& row, const brlite_draw& draw, SampleScratch& scratch) {
+    const Odds odds = odds_of(row, draw, scratch);
+    const double target = draw.uniform * sum_weights(row, odds, scratch.sums);
+    Walk walk;
+    for (int block = 0; block < row.num_blocks() && walk.sum <= target; block++) walk.add(block, scratch.sums[block]);
+    return pick_in_block(row, odds, walk.last, target - walk.before);
+}
+
+// ---- Logprobs ----------------------------------------------------------------------------------------------------
+
 struct Logprobs {
     double best;
     double log_sum;  // of the weights
@@ -152,7 +266,7 @@ struct Logprobs {
 };
 
 INLINE Logprobs logprobs_of(const Values& row, SampleScratch& scratch) {
-    return {row.best, log_of(sum_weights(row, {{row.best, 1}, everything(row), 0, false}, scratch.sums))};
+    return {row.best, log_of(sum_weights(row, {{row.best, 1}, everything(row), 0, NO_CUT}, scratch.sums))};
 }
 
 INLINE bool is_better(float a, int a_id, float b, int b_id) { return a > b || (a == b && a_id < b_id); }

@@ -30,10 +30,12 @@ struct Values {
     bool is_usable() const { return is_finite(best); }
 };
 
-// The tokens that survive a truncation: those above `key`, and of those at it the ids up to `last_id`.
+// The tokens that survive a truncation: those above `key`, and of those at it the ids up to `last_id`. None is above
+// `high`; `survivors` leaves that to its caller, since few draws have anything there.
 struct Bound {
     int32_t key;
     int last_id;
+    int32_t high;
 };
 
 // What a token counts for: one, or at a rate, 1 / temperature, its weight exp((logit - best) * rate).
@@ -108,7 +110,7 @@ INLINE Values maxima_of(const Values& row) { return {row.maxima, row.num_blocks(
 // ---- Survivors ---------------------------------------------------------------------------------------------------
 
 // What follows the last value has its key and a higher id, so it never survives.
-INLINE Bound everything(const Values& row) { return {key_of(-__builtin_inff()), row.size - 1}; }
+INLINE Bound everything(const Values& row) { return {key_of(-__builtin_inff()), row.size - 1, key_of(row.best)}; }
 
 INLINE Ints survivors(const Bound& bound, Ints keys, int first_id) {
     const Ints is_in_time = ~is_less(splat_int(bound.last_id), lane_numbers() + first_id);
@@ -203,13 +205,13 @@ static int find_id(const Search& search) {
 // Cuts `bound` down to the fewest best of its survivors whose amounts add up to `enough`, ties by lower id.
 static Bound keep_best(const Values& row, const Measure& measure, double enough, const Bound& bound,
                        SampleScratch& scratch) {
-    Search rough = {maxima_of(row), measure, {bound.key, -1}, bound.key, key_of(row.best), enough};
+    Search rough = {maxima_of(row), measure, {bound.key, -1, bound.high}, bound.key, bound.high, enough};
     find_key(rough, scratch.bins);
     // Where the best of each block are enough by themselves, no worse token than the last of them is wanted.
     const int32_t low = rough.missing < __builtin_inf() ? rough.low : bound.key;
-    Search exact = {row, measure, bound, low, key_of(row.best), enough};
+    Search exact = {row, measure, bound, low, bound.high, enough};
     find_key(exact, scratch.bins);
-    return {exact.low, find_id(exact)};
+    return {exact.low, find_id(exact), bound.high};
 }
 
 }  // namespace BRLITE_ISA

@@ -75,7 +75,7 @@ std::vector<brlite_draw> ways_to_draw() {
     brlite_draw greedy{};
     greedy.target = -1;
     greedy.top_k = Toy::VOCABULARY;
-    greedy.top_p = 1.0;
+    greedy.top_p = greedy.typical_p = 1.0;
     greedy.repetition_penalty = 1.0f;
     greedy.num_logprobs = NUM_LOGPROBS;
     brlite_draw sampled = greedy;
@@ -87,6 +87,11 @@ std::vector<brlite_draw> ways_to_draw() {
     brlite_draw likely = sampled;
     likely.min_p = 0.05;
     likely.top_n_sigma = 1.5;
+    brlite_draw banded = sampled;
+    banded.typical_p = 0.7;
+    banded.dynatemp_range = 0.3;
+    banded.xtc_probability = 1;
+    banded.xtc_threshold = 0.1;
     brlite_draw penalised = sampled;
     penalised.num_biases = penalised.num_counted = 4;
     penalised.num_banned = 2;
@@ -101,7 +106,7 @@ std::vector<brlite_draw> ways_to_draw() {
     masked.mask = words;
     brlite_draw reported = greedy;
     reported.target = 7;
-    return {greedy, sampled, truncated, likely, penalised, masked, reported};
+    return {greedy, sampled, truncated, likely, banded, penalised, masked, reported};
 }
 
 // A batch, every row of which draws, and room for what comes of it.
