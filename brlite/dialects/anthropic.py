@@ -16,11 +16,11 @@ from brlite.dialects.anthropic_tools import MessagesTool, MessagesToolChoice, de
 from brlite.dialects.anthropic_turns import InputBlock, InputMessage, TurnReader
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.fields import check_undecoded
-from brlite.dialects.generation import Chat, Generation, ReasoningHint, Timeout, in_client_words
+from brlite.dialects.generation import Chat, Generation, ReasoningHint
 from brlite.dialects.json_body import BodyDecoder, check_num_entries
-from brlite.dialects.openai import Whole
+from brlite.dialects.openai import GenerationFields, Whole, generation_fields, sampling_params
 from brlite.errors import InvalidRequest
-from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams, StructuredOutput
+from brlite.sampling_params import StructuredOutput
 
 # The engine's names of fields, and the client's.
 FIELD_NAMES = {"prompt": "messages", "stop": "stop_sequences", "reasoning_effort": "output_config.effort"}
@@ -46,24 +46,11 @@ class OutputConfig(Struct):
     task_budget: Any = None
 
 
-class MessagesRequest(Struct, kw_only=True):
-    model: str | None = None
+class MessagesRequest(GenerationFields, kw_only=True):
     messages: list[InputMessage]
     system: str | list[InputBlock] | None = None
     max_tokens: Whole | None = None
-    stream: bool | None = None
     stop_sequences: list[str] | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Whole | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: Whole | None = None
-    ignore_eos: bool | None = None
-    cache_salt: str | None = None
-    timeout: Timeout | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[MessagesTool] | None = None
     tool_choice: MessagesToolChoice | None = None
@@ -75,7 +62,6 @@ class MessagesRequest(Struct, kw_only=True):
 
 
 _DECODER = BodyDecoder(MessagesRequest)
-_SAMPLING_NAMES = [name for name in MessagesRequest.__struct_fields__ if name in SamplingParams.__struct_fields__]
 
 
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
@@ -133,18 +119,14 @@ def _generation(body: MessagesRequest, undecoded: dict[str, Raw], limits: Limits
         reasoning_hint=ReasoningHint(thinks, "high" if effort in HIGH_EFFORTS else effort, "output_config.effort"),
     )
     return Generation(
-        model=body.model,
         prompts=(chat,),
-        params=_sampling_params(body),
-        is_streamed=bool(body.stream),
-        cache_salt=body.cache_salt or "",
-        timeout_seconds=body.timeout,
+        params=sampling_params(body, FIELD_NAMES, stop=body.stop_sequences or (), structured=_structured(body)),
         field_names=FIELD_NAMES,
         warnings=tuple(warnings),
         tool_choice=tools.choice,
         keeps_order=True,
-        unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name, None) is None),
         shows_reasoning=thinks and thinking is not None and thinking.display != "omitted",
+        **generation_fields(body),
     )
 
 
@@ -174,18 +156,11 @@ def _warnings(body: MessagesRequest) -> dict[str, None]:
     return dict.fromkeys(line for line, is_said in said.items() if is_said)
 
 
-def _sampling_params(body: MessagesRequest) -> SamplingParams:
-    given: dict[str, Any] = {name: value for name in _SAMPLING_NAMES if (value := getattr(body, name)) is not None}
+def _structured(body: MessagesRequest) -> StructuredOutput | None:
     wanted, param = body.output_format, "output_format"
     if body.output_config is not None and body.output_config.format is not None:
         wanted, param = body.output_config.format, "output_config.format"
-    structured = None
-    if wanted is not None:
-        structured = StructuredOutput(json_schema=bytes(wanted.schema).decode(), param=param)
-    try:
-        return SamplingParams(**{**given, "stop": body.stop_sequences or (), "structured": structured})
-    except InvalidRequest as error:
-        raise in_client_words(error, FIELD_NAMES) from None
+    return None if wanted is None else StructuredOutput(json_schema=bytes(wanted.schema).decode(), param=param)
 
 
 DIALECT = Dialect(PATH, "msg_", decode, MessagesEncoder, encode_error)

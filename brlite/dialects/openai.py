@@ -21,10 +21,10 @@ from brlite.dialects.generation import Generation, Timeout, Truncation, in_clien
 from brlite.dialects.json_body import check_num_entries
 from brlite.dialects.openai_tools import CalledFunction, TurnCall, turn_calls
 from brlite.dialects.sse import DONE_EVENT, frame
-from brlite.dialects.structured_output import StructuredFields, structured_output
 from brlite.errors import InvalidRequest
-from brlite.sampling_params import SamplingParams
+from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams
 
+NULL = msgspec.Raw(b"null")  # of a field that stays encoded: not given
 UNBUILT_MESSAGE_FIELDS = ("audio",)
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's; a template may refuse some
 FUNCTION_CALL_ID = "call_function"  # of a call in the form before tools, which has none
@@ -65,45 +65,67 @@ class ChatMessage(Struct):
 Whole = int | float
 
 
-class SamplingFields(StructuredFields, kw_only=True):
-    """What both kinds of completion take. `None` is the default, as in OpenAI's schema."""
+class GenerationFields(Struct, kw_only=True):
+    """What all dialects take, by the same names. `None` is the default, as in OpenAI's schema."""
 
     model: str | None = None
-    n: Whole | None = None
-    best_of: Whole | None = None  # must be n
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    max_tokens: Whole | None = None
-    min_tokens: Whole | None = None
     temperature: float | None = None
     top_p: float | None = None
     top_k: Whole | None = None
     min_p: float | None = None
-    top_n_sigma: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
-    logit_bias: dict[int, float] | None = None
     seed: Whole | None = None
+    ignore_eos: bool | None = None
+    cache_salt: str | None = None
+    timeout: Timeout | None = None
+
+
+class StructuredFields(GenerationFields, kw_only=True):
+    """What bounds the answer, beside what all dialects take. Values that may be objects stay encoded until needed."""
+
+    response_format: msgspec.Raw = NULL
+    guided_json: msgspec.Raw = NULL
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    structured_outputs: msgspec.Raw = NULL
+    json_schema: msgspec.Raw = NULL
+    grammar: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+
+class SamplingFields(StructuredFields, kw_only=True):
+    """What both kinds of completion take."""
+
+    n: Whole | None = None
+    best_of: Whole | None = None  # must be n
+    stream_options: StreamOptions | None = None
+    max_tokens: Whole | None = None
+    min_tokens: Whole | None = None
+    top_n_sigma: float | None = None
+    logit_bias: dict[int, float] | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[Whole] | None = None
     stop_tokens_ids: list[Whole] | None = None
     allowed_token_ids: list[Whole] | None = None
     bad_words: list[str] | None = None
     include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     truncate_prompt_tokens: Whole | None = None
     truncation_side: Literal["left", "right"] | None = None
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
     prompt_logprobs: Whole | None = None
-    cache_salt: str | None = None
-    timeout: Timeout | None = None
     strict: bool | None = None
 
 
-_SAMPLING_NAMES = [name for name in SamplingFields.__struct_fields__ if name in SamplingParams.__struct_fields__]
+_PARAMETERS = SamplingParams.__struct_fields__
+_SAMPLING_NAMES = [name for name in SamplingFields.__struct_fields__ if name in _PARAMETERS]
 
 
 def take_undecoded(body: SamplingFields, undecoded: Mapping[str, msgspec.Raw]) -> Undecoded:
@@ -156,13 +178,41 @@ def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -
         )
 
 
-def sampling_params(body: SamplingFields, field_names: Mapping[str, str], **more: Any) -> SamplingParams:
-    """The sampling parameters that were given, and `more` of them. Raises `InvalidRequest`."""
-    given = {name: value for name in _SAMPLING_NAMES if (value := getattr(body, name)) is not None}
+def sampling_params(body: GenerationFields, field_names: Mapping[str, str], **more: Any) -> SamplingParams:
+    """The sampling parameters that were given by their own names, and `more`, which go before. Raises `InvalidRequest`,
+    with the client's name of the field."""
+    given = {name: value for name in _PARAMETERS if (value := getattr(body, name, None)) is not None}
     try:
-        return SamplingParams(**{**given, "structured": structured_output(body), **more})
+        return SamplingParams(**{**given, **more})
     except InvalidRequest as error:
         raise in_client_words(error, field_names) from None
+
+
+def generation_fields(body: GenerationFields) -> dict[str, Any]:
+    """The fields of a `Generation` that all dialects read alike."""
+    return {
+        "model": body.model,
+        "is_streamed": bool(body.stream),
+        "cache_salt": body.cache_salt or "",
+        "timeout_seconds": body.timeout,
+        "unset": tuple([name for name in MODEL_DEFAULTS if getattr(body, name) is None]),
+    }
+
+
+def completion_fields(body: SamplingFields, more: Undecoded) -> dict[str, Any]:
+    """The fields of a `Generation` that both kinds of completion read alike."""
+    options, cut = body.stream_options, body.truncate_prompt_tokens
+    return {
+        **generation_fields(body),
+        "include_usage": options is not None and bool(options.include_usage),
+        "continuous_usage": options is not None and bool(options.continuous_usage_stats),
+        "names_are_ids": bool(body.return_tokens_as_token_ids),
+        "truncation": None if cut is None else truncation(cut, body.truncation_side),
+        "warnings": more.warnings,
+        "is_strict": bool(body.strict),
+        "tells_token_ids": bool(body.return_token_ids),
+        "tells_prompt_logprobs": body.prompt_logprobs is not None,
+    }
 
 
 def truncation(wanted: Whole, side: str | None) -> Truncation:
@@ -179,7 +229,8 @@ def plain_messages(messages: list[ChatMessage], limits: LimitsConfig) -> list[di
     """Messages as `Chat` has them. Raises `InvalidRequest`, naming the field."""
     if not messages:
         raise InvalidRequest("messages must hold at least one message", param="messages")
-    check_num_entries("messages", len(messages), limits.max_messages)
+    if len(messages) > limits.max_messages:
+        check_num_entries("messages", len(messages), limits.max_messages)
     return [_plain_message(message, index) for index, message in enumerate(messages)]
 
 

@@ -23,6 +23,7 @@ from brlite.dialects.openai import (
     Usage,
     Whole,
     check_fields,
+    completion_fields,
     encode_error,
     encode_json,
     has_generation_prompt,
@@ -32,7 +33,6 @@ from brlite.dialects.openai import (
     shown_usage,
     take_undecoded,
     token_name,
-    truncation,
 )
 from brlite.dialects.openai_tools import (
     NO_TOOLS,
@@ -48,8 +48,8 @@ from brlite.dialects.openai_tools import (
     shown_function,
 )
 from brlite.dialects.sse import frame
+from brlite.dialects.structured_output import structured_output
 from brlite.errors import InvalidRequest
-from brlite.sampling_params import MODEL_DEFAULTS
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -178,7 +178,9 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
             )
         field_names["max_tokens"], max_tokens = "max_completion_tokens", body.max_completion_tokens
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = sampling_params(body, field_names, max_tokens=max_tokens, logprobs=logprobs, **more.sampling)
+    params = sampling_params(
+        body, field_names, max_tokens=max_tokens, logprobs=logprobs, structured=structured_output(body), **more.sampling
+    )
     add_generation_prompt = has_generation_prompt(add=body.add_generation_prompt, continues=body.continue_final_message)
 
     tools: tuple[Tool, ...] = ()
@@ -201,30 +203,15 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         variables=body.chat_template_kwargs or {},
         reasoning_effort=body.reasoning_effort,
     )
-    options = body.stream_options
     return Generation(
-        model=body.model,
         prompts=(chat,),
         params=params,
-        is_streamed=bool(body.stream),
-        include_usage=options is not None and bool(options.include_usage),
-        continuous_usage=options is not None and bool(options.continuous_usage_stats),
-        names_are_ids=bool(body.return_tokens_as_token_ids),
-        truncation=None
-        if body.truncate_prompt_tokens is None
-        else truncation(body.truncate_prompt_tokens, body.truncation_side),
-        cache_salt=body.cache_salt or "",
         field_names=field_names,
-        warnings=more.warnings,
-        is_strict=bool(body.strict),
-        tells_token_ids=bool(body.return_token_ids),
-        tells_prompt_logprobs=body.prompt_logprobs is not None,
-        timeout_seconds=body.timeout,
-        unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name) is None),
         tool_choice=tool_choice,
         calls_functions=bool(body.functions),
         splits_reasoning=body.separate_reasoning is not False,
         shows_reasoning=body.include_reasoning is not False,
+        **completion_fields(body, more),
     )
 
 

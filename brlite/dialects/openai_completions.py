@@ -24,6 +24,7 @@ from brlite.dialects.openai import (
     Usage,
     Whole,
     check_fields,
+    completion_fields,
     encode_error,
     encode_json,
     sampling_params,
@@ -31,11 +32,10 @@ from brlite.dialects.openai import (
     shown_usage,
     take_undecoded,
     token_name,
-    truncation,
 )
 from brlite.dialects.sse import frame
+from brlite.dialects.structured_output import structured_output
 from brlite.errors import InvalidRequest
-from brlite.sampling_params import MODEL_DEFAULTS
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's; a chat has what the engine allows
 
@@ -111,30 +111,16 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
         max_tokens=1 if is_echo_only else max_tokens,  # a step must draw something
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        structured=structured_output(body),
         **more.sampling,
     )
-    options = body.stream_options
     return Generation(
-        model=body.model,
         prompts=prompts,
         params=params,
-        is_streamed=bool(body.stream),
-        include_usage=options is not None and bool(options.include_usage),
-        continuous_usage=options is not None and bool(options.continuous_usage_stats),
-        names_are_ids=bool(body.return_tokens_as_token_ids),
         echo=bool(body.echo),
         is_echo_only=is_echo_only,
-        truncation=None
-        if body.truncate_prompt_tokens is None
-        else truncation(body.truncate_prompt_tokens, body.truncation_side),
-        cache_salt=body.cache_salt or "",
         field_names=field_names,
-        warnings=more.warnings,
-        is_strict=bool(body.strict),
-        tells_token_ids=bool(body.return_token_ids),
-        tells_prompt_logprobs=body.prompt_logprobs is not None,
-        timeout_seconds=body.timeout,
-        unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name) is None),
+        **completion_fields(body, more),
     )
 
 

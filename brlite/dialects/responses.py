@@ -13,15 +13,15 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.fields import check_undecoded, not_supported
-from brlite.dialects.generation import Chat, Timeout, Truncation, in_client_words
+from brlite.dialects.generation import Chat, Truncation
 from brlite.dialects.json_body import BodyDecoder, check_num_entries, missing_field
-from brlite.dialects.openai import StreamOptions, Whole
+from brlite.dialects.openai import GenerationFields, StreamOptions, Whole, generation_fields, sampling_params
 from brlite.dialects.responses_encoder import FinishedResponse, ResponseGeneration, ResponsesEncoder, encode_error
 from brlite.dialects.responses_items import ItemReader, NothingStored, StoredResponses
 from brlite.dialects.responses_tools import ResponseToolChoice, decode_response_tools
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
-from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams, StructuredOutput
+from brlite.sampling_params import SamplingParams, StructuredOutput
 
 ENCRYPTED_REASONING = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
@@ -66,27 +66,14 @@ class ReasoningConfig(Struct):
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
 
-class ResponsesRequest(Struct, kw_only=True):
-    model: str | None = None
+class ResponsesRequest(GenerationFields, kw_only=True):
     input: str | list[Raw] | None = None
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_output_tokens: Whole | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Whole | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: Whole | None = None
     stop: str | list[str] | None = None
-    ignore_eos: bool | None = None
-    cache_salt: str | None = None
-    timeout: Timeout | None = None
     top_logprobs: Whole | None = None
     include: list[str] | None = None
     text: TextConfig | None = None
@@ -102,7 +89,6 @@ class ResponsesRequest(Struct, kw_only=True):
 
 
 _DECODER = BodyDecoder(ResponsesRequest)
-_SAMPLING_NAMES = [name for name in ResponsesRequest.__struct_fields__ if name in SamplingParams.__struct_fields__]
 
 
 def decode(data: bytes, limits: LimitsConfig, stored: StoredResponses = NOTHING_STORED) -> ResponseGeneration:
@@ -142,19 +128,21 @@ def _generation(
     is_stored = body.store is not False and stored.is_enabled
     if body.store and not stored.is_enabled:
         warnings["the response is not stored: limits.max_stored_bytes is 0 on this server"] = None
-    params = _sampling_params(body)
+    has_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
+    params = sampling_params(
+        body,
+        FIELD_NAMES,
+        max_tokens=body.max_output_tokens,
+        logprobs=(body.top_logprobs or 0) if has_logprobs else None,
+        structured=_structured(body),
+    )
     chat = Chat(turns, tools=tools.tools, reasoning_effort=body.reasoning.effort if body.reasoning else None)
     return ResponseGeneration(
-        model=body.model,
         prompts=(chat,),
         params=params,
-        is_streamed=bool(body.stream),
         truncation=Truncation(None) if body.truncation == "auto" else None,
-        cache_salt=body.cache_salt or "",
         field_names=FIELD_NAMES,
         warnings=tuple(warnings),
-        timeout_seconds=body.timeout,
-        unset=tuple(name for name in MODEL_DEFAULTS if getattr(body, name, None) is None),
         tool_choice=tools.choice,
         keeps_order=True,
         items=tuple(conversation.items),
@@ -162,6 +150,7 @@ def _generation(
         seals_reasoning=ENCRYPTED_REASONING in (body.include or ()),
         tools=tools,
         shown=_shown(body, params, tools.shown, tools.shown_choice) | {"store": is_stored},
+        **generation_fields(body),
     )
 
 
@@ -202,16 +191,6 @@ def _conversation(body: ResponsesRequest, limits: LimitsConfig, stored: StoredRe
     elif body.input is not None:
         conversation.extend(body.input, "input", limits)
     return conversation
-
-
-def _sampling_params(body: ResponsesRequest) -> SamplingParams:
-    given: dict[str, Any] = {name: value for name in _SAMPLING_NAMES if (value := getattr(body, name)) is not None}
-    has_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
-    given |= {"max_tokens": body.max_output_tokens, "logprobs": (body.top_logprobs or 0) if has_logprobs else None}
-    try:
-        return SamplingParams(**given, structured=_structured(body))
-    except InvalidRequest as error:
-        raise in_client_words(error, FIELD_NAMES) from None
 
 
 def _structured(body: ResponsesRequest) -> StructuredOutput | None:

@@ -11,27 +11,11 @@ import msgspec
 from msgspec import Raw, Struct
 
 from brlite.dialects.json_body import decode_value
+from brlite.dialects.openai import NULL, GenerationFields, StructuredFields
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import StructuredOutput
 
-NULL = Raw(b"null")
 FORMATS = ("text", "json_object", "json_schema", "structural_tag")
-
-
-class StructuredFields(Struct, kw_only=True):
-    """What both kinds of completion take. Values that may be objects stay encoded until they are needed."""
-
-    response_format: Raw = NULL
-    guided_json: Raw = NULL
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
-    guided_whitespace_pattern: str | None = None
-    structured_outputs: Raw = NULL
-    json_schema: Raw = NULL
-    grammar: str | None = None
-    regex: str | None = None
-    ebnf: str | None = None
 
 
 class JsonSchemaFormat(Struct):
@@ -64,6 +48,7 @@ class VllmStructuredOutputs(Struct, forbid_unknown_fields=True):
     disable_additional_properties: bool | None = None
 
 
+_FIELDS = [name for name in StructuredFields.__struct_fields__ if name not in GenerationFields.__struct_fields__]
 _FORMAT = msgspec.json.Decoder(ResponseFormat)
 _VLLM = msgspec.json.Decoder(VllmStructuredOutputs)
 _TEXT = msgspec.json.Decoder(str)
@@ -71,7 +56,7 @@ _TEXT = msgspec.json.Decoder(str)
 
 def structured_output(body: StructuredFields) -> StructuredOutput | None:
     """What the answer must look like; None where no field says so. Raises `InvalidRequest` where two fields do."""
-    if all(getattr(body, name) in (None, NULL) for name in StructuredFields.__struct_fields__):
+    if all(getattr(body, name) in (None, NULL) for name in _FIELDS):
         return None
     wishes: dict[str, dict[str, Any]] = {
         "response_format": _response_format(body.response_format),
