@@ -291,6 +291,10 @@ class LLM:
         """
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if is_one else messages
+        for each in conversations:
+            if not isinstance(each, Sequence) or not all(isinstance(message, Mapping) for message in each):
+                wanted = 'a list of {"role": ..., "content": ...}, or a list of such lists'
+                raise InvalidRequest(f"messages must be {wanted}, got {each!r:.80}", param="messages")
         return self.generate([self.tokenizer.encode_chat(each) for each in conversations], sampling_params)
 
     def get_default_sampling_params(self, **given: Any) -> SamplingParams:

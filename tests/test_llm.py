@@ -277,8 +277,8 @@ def test_a_wrong_line_of_the_generate_command_is_named(folder: Path, tmp_path: P
 
 
 def test_a_model_is_given_by_its_path_or_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "config.toml").write_text('[engine]\ndtype = "float32"\n[[model]]\nbuild_batch = 2\n')
 
     with LLM(tmp_path / "config.toml", model=folder) as llm:
@@ -302,6 +302,12 @@ def test_chat_frames_one_conversation_or_several(folder: Path, tmp_path: Path) -
     assert [output.outputs[0].text for output in one + two] == [
         expected[number].outputs[0].text for number in (0, 0, 1)
     ]
+
+
+@pytest.mark.parametrize("messages", ["hello", ["hello"], [[{"role": "user", "content": "x"}, "hello"]], [3]])
+def test_chat_says_what_a_conversation_is(folder: Path, messages: Any) -> None:
+    with LLM(config=make_config(folder)) as llm, pytest.raises(InvalidRequest, match="messages must be a list of"):
+        llm.chat(messages)
 
 
 def test_chat_without_a_template_is_refused(folder: Path) -> None:

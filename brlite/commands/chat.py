@@ -244,6 +244,9 @@ async def first_model(session: aiohttp.ClientSession, server: str) -> str:
             if response.status != 200:
                 raise ConfigError(error_message(await response.content.read(MAX_ERROR_BYTES)))
             return str((await response.json())["data"][0]["id"])
+    except aiohttp.ClientConnectorError as error:
+        reason = one_line(error.os_error)
+        raise ConfigError(f"{server}: no model could be found there, no server answers: {reason}") from None
     except (aiohttp.ClientError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"{server}: no model could be found there: {one_line(error)}") from None
 

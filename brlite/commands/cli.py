@@ -405,7 +405,7 @@ def _add_worker(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _add_proxy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _proxy, "forward requests to the servers that have their models")
-    about = "a .toml with [[upstream]] tables, and the manual's .json files, whose all_models are put together"
+    about = "a .toml with [[upstream]] tables, and br-vllm-serving's .json files, whose all_models are put together"
     parser.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=about)
     upstream = "a server, such as http://127.0.0.1:8001, and the model it has; the same name again is a replica"
     parser.add_argument("--upstream", action="append", default=[], metavar="NAME=URL", help=upstream)
@@ -442,7 +442,7 @@ def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _check, "validate a config and say what it will take")
-    about = "a .toml, or the manual's .json; several: as `brlite proxy` takes them"
+    about = "a .toml, or br-vllm-serving's .json; several: as `brlite proxy` takes them"
     parser.add_argument("config", type=Path, nargs="*", metavar="FILE", help=about)
     schema = "print the JSON schema of the TOML, for editors: brlite check --schema > brlite.schema.json"
     parser.add_argument("--schema", action="store_true", help=schema)
@@ -464,7 +464,7 @@ def _add_verify(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 def _add_engine_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = _add_command(commands, _engine_check, "try whether an engine keeps the contract; status 1 if not")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a .toml, or the manual's .json")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a .toml, or br-vllm-serving's .json")
     parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
     _add_engine(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -492,13 +492,13 @@ def _add_command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], command: Command, purpose: str
 ) -> argparse.ArgumentParser:
     name = command.__name__.removeprefix("_").replace("_", "-")
-    parser = commands.add_parser(name, help=purpose, description=f"{purpose.capitalize()}.")
+    parser = commands.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.")
     parser.set_defaults(command=command)
     return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
-    about = "a .toml, or the manual's .json (default: ./brlite.toml, else a small English model)"
+    about = "a .toml, or br-vllm-serving's .json (default: ./brlite.toml, else a small English model)"
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help=about)
     parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
     context = "longest context in tokens, prompt and answer together (0: the model's, as far as memory goes)"

@@ -58,5 +58,6 @@ def _kind(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
         return " or ".join(repr(value) for value in schema["enum"] if value is not None) or "null"
     kind = schema.get("type", "object" if "$ref" in schema else "any")
-    bounds = [f"{word} {schema[key]}" for key, word in (("minimum", "from"), ("maximum", "to")) if key in schema]
+    words = (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to"))
+    bounds = [f"{word} {schema[key]:g}" for key, word in words if key in schema]
     return " ".join([kind, *bounds])

@@ -46,14 +46,14 @@ ADD_METRICS: web.AppKey[Callable[[bytes, str], Awaitable[bytes]]] = web.AppKey("
 async def root(request: web.Request) -> web.Response:
     """Agents see by `HEAD /`, without a key, whether the address is a server's. There is no page."""
     if request.method != hdrs.METH_HEAD:
-        raise web.HTTPNotFound
+        raise NotFound(f"unknown endpoint: {request.method} /; GET /docs lists those that there are")
     return web.Response()
 
 
 async def not_built(request: web.Request) -> web.Response:
     """An endpoint that brlite does not have: 404, since gateways count a 5xx as a failure of the server."""
     raise NotFound(
-        f"unknown endpoint: {request.path[:200]} is not in this version of brlite; it has {', '.join(PATHS)}",
+        f"unknown endpoint: {request.path[:200]} is not in this version of brlite; GET /docs lists what is",
         code="unsupported_endpoint",
     )
 
@@ -134,8 +134,11 @@ async def ready(request: web.Request) -> web.Response:
             {
                 "model": model.name,
                 "status": model.status,
-                "stage": model.loading.stage,
-                "progress": round(model.loading.fraction, 3),
+                **(
+                    {"stage": model.loading.stage, "progress": round(model.loading.fraction, 3)}
+                    if model.status == "loading"
+                    else {}
+                ),
             }
             for model in models
             if key.may_use(model.name)

@@ -42,7 +42,7 @@ from brlite.dialects.openai_tokens import (
 )
 from brlite.dialects.responses import ResponsesRequest
 from brlite.dialects.responses_encoder import Item
-from brlite.sampling_params import parameters
+from brlite.sampling_params import MAX, parameters
 from brlite.server.explain import Explanation
 from brlite.server.model_list import ModelCard, ModelList, ModelProps
 
@@ -179,6 +179,9 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ("get", "/load"): Operation("Requests in progress", answer=dict[str, int]),
     ("get", "/version"): Operation("The version", answer=dict[str, str]),
     ("get", "/health"): Operation("Is the process alive", answer=dict[str, str]),
+    **{(method, "/ping"): Operation("The same, as SageMaker asks") for method in ("get", "post")},
+    ("get", "/openapi.json"): Operation("This API, for programs", answer=dict[str, Any]),
+    ("get", "/docs"): Operation("This page"),
     ("get", "/ready"): Operation("Can it serve", answer=dict[str, Any]),
     ("get", "/metrics"): Operation("Metrics for Prometheus", query=("upstream",)),
 }
@@ -228,7 +231,7 @@ class Schemas:
             schema, note = self.of(field.type), NOTES.get(field.name, "")
             parameter = PARAMETERS.get(field.name)
             if parameter is not None and not (body.endpoint == CHAT and field.name == "logprobs"):
-                bounded = self.of(parameter.type)
+                bounded = {name: value for name, value in self.of(parameter.type).items() if value not in (-MAX, MAX)}
                 note = note or bounded.pop("description")
                 if "type" in bounded and bounded["type"] in ("integer", "number"):
                     schema = {"anyOf": [bounded, {"type": "null"}]}

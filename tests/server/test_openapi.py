@@ -31,6 +31,13 @@ async def test_the_document_describes_every_endpoint(client: Client) -> None:
     assert [path for path, each in operations if each["summary"] == path and path not in own] == []
 
 
+async def test_every_endpoint_has_a_summary(client: Client) -> None:
+    _, document = await client.get("/openapi.json")
+
+    summaries = {path: each["summary"] for path, methods in document["paths"].items() for each in methods.values()}
+    assert not {path for path, summary in summaries.items() if summary == path}
+
+
 async def test_the_document_is_valid(client: Client) -> None:
     validator = pytest.importorskip("openapi_spec_validator", reason="openapi-spec-validator is not installed")
 
@@ -45,6 +52,7 @@ async def test_a_body_has_the_fields_of_the_table_with_their_bounds(client: Clie
     fields = document["components"]["schemas"]["ChatCompletionRequest"]["properties"]
     assert {name for row in OBEYED if "chat" in row.endpoints for name in row.names.split()} <= set(fields)
     assert fields["top_p"]["anyOf"][0] == {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+    assert fields["temperature"]["anyOf"][0] == {"type": "number", "minimum": 0}
     assert fields["mirostat"]["enum"] == [None, 0]
 
 
@@ -59,7 +67,8 @@ async def test_the_page_needs_nothing_from_elsewhere_and_no_key(make_client: Mak
     assert "default-src 'none'" in response.headers["Content-Security-Policy"]
     assert not re.search(r"<script|<link|<img|@import|url\(|https?://", page)
     assert "<code>POST /v1/chat/completions</code>" in page
-    assert "<code>temperature</code>" in page
+    assert "<code>temperature</code></td><td>number from 0</td>" in page
+    assert "<code>top_p</code></td><td>number above 0 to 1</td>" in page
 
 
 async def test_the_server_answers_as_the_document_says(client: Client, tmp_path: Path) -> None:

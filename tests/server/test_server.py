@@ -148,7 +148,9 @@ async def test_an_endpoint_that_is_not_built_says_so(client: Client, path: str) 
     status, answer = await client.post(path, {"model": "fake", "input": "x"})
 
     assert (status, answer["error"]["code"]) == (404, "unsupported_endpoint")
-    assert "unknown endpoint" in answer["error"]["message"]
+    assert answer["error"]["message"].startswith(
+        f"unknown endpoint: {path} is not in this version of brlite; GET /docs"
+    )
 
 
 @pytest.mark.parametrize(
@@ -211,6 +213,19 @@ async def test_a_server_is_alive_but_not_ready_while_it_loads() -> None:
     assert progress["models"][0]["progress"] == 0.25
     assert "reading the weights, 25%" in error["message"]
     assert int(refused.headers["Retry-After"]) > 0
+
+
+async def test_progress_is_that_of_a_load(client: Client) -> None:
+    _, ready = await client.get("/ready")
+
+    assert ready["models"] == [{"model": "fake", "status": "ready"}]
+
+
+async def test_the_root_leads_to_the_documentation(client: Client) -> None:
+    status, answer = await client.get("/")
+
+    assert (status, answer["error"]["code"]) == (404, "unknown_url")
+    assert "GET /docs" in answer["error"]["message"]
 
 
 async def test_a_draining_server_takes_no_new_work(client: Client) -> None:
