@@ -125,6 +125,7 @@ class FakeBackend:
         matryoshka_dimensions: tuple[int, ...] = (),
         next_token: Callable[[Sequence[int], int], int] = printable_token,
         fault: Callable[[ScheduledSeq], str | None] = lambda seq: None,
+        logprob: Callable[[int], float] = lambda token_id: -0.5,
     ) -> None:
         self.info = BackendInfo(
             name="fake",
@@ -152,6 +153,7 @@ class FakeBackend:
         self.has_begun = threading.Event()
         self.next_token = next_token
         self._fault = fault
+        self._logprob_of = logprob
         self._cache = [[-1] * block_size for _ in range(num_blocks)]
 
     def execute(self, batch: Batch) -> StepResult:
@@ -213,10 +215,9 @@ class FakeBackend:
             if context[length : length + 1] != [token_id]:
                 return
 
-    @staticmethod
-    def _logprob(token_id: int, num_top: int) -> TokenLogprob:
-        top = tuple(((token_id + offset) % 256, -0.5 - offset) for offset in range(num_top))
-        return TokenLogprob(token_id, -0.5, top)
+    def _logprob(self, token_id: int, num_top: int) -> TokenLogprob:
+        own = self._logprob_of(token_id)
+        return TokenLogprob(token_id, own, tuple(((token_id + i) % 256, own - i) for i in range(num_top)))
 
 
 def reference_tokens(

@@ -81,7 +81,7 @@ OBEYED = (
     ObeyedField("presence_penalty frequency_penalty seed", ALL_FOUR, EVERYBODY),
     ObeyedField("stop", ALL_THREE, EVERYBODY),
     ObeyedField("logit_bias", BOTH, (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
-    ObeyedField("best_of", BOTH, (OPENAI, VLLM_04), "must be `n`"),
+    ObeyedField("best_of", BOTH, (OPENAI, VLLM_04), "not in streams"),
     ObeyedField("max_completion_tokens", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "another name of `max_tokens`"),
     ObeyedField("logprobs", BOTH, EVERYBODY, "chats: true or false; completions: a number"),
     ObeyedField("top_logprobs", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "chats: needs `logprobs`"),

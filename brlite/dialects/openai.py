@@ -103,7 +103,7 @@ class SamplingFields(StructuredFields, kw_only=True):
     """What both kinds of completion take."""
 
     n: Whole | None = None
-    best_of: Whole | None = None  # must be n
+    best_of: Whole | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Whole | None = None
     min_tokens: Whole | None = None
@@ -146,8 +146,8 @@ def take_undecoded(body: SamplingFields, undecoded: Mapping[str, msgspec.Raw]) -
 
 def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -> None:
     """Check what goes beyond types in the fields that both kinds share. Raises `InvalidRequest`."""
-    if body.best_of is not None and body.best_of != (body.n or 1):
-        raise not_supported("best_of", " unless it is n")
+    if body.best_of is not None:
+        _check_best_of(body.best_of, body, limits)
     if body.prompt_logprobs is not None and body.stream:
         raise InvalidRequest("prompt_logprobs is not available in a stream", param="prompt_logprobs")
     options = body.stream_options
@@ -171,10 +171,26 @@ def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -
     ):
         if isinstance(values, (list, dict)):
             check_num_entries(name, len(values), limit)
-    num_sequences = num_prompts * (body.n or 1)
+    name, count = ("n", body.n or 1) if body.best_of is None else ("best_of", body.best_of)
+    num_sequences = num_prompts * count
     if num_sequences > limits.max_sequences:
         raise InvalidRequest(
-            f"prompts times n must be at most {limits.max_sequences} on this server, got {num_sequences}", param="n"
+            f"prompts times {name} must be at most {limits.max_sequences} on this server, got {num_sequences}",
+            param=name,
+        )
+
+
+def _check_best_of(best_of: Whole, body: SamplingFields, limits: LimitsConfig) -> None:
+    least = body.n or 1
+    if best_of != int(best_of) or not least <= best_of <= max(limits.max_n, least):
+        raise InvalidRequest(
+            f"best_of must be a whole number from n, which is {least}, to {limits.max_n} on this server, got {best_of}",
+            param="best_of",
+        )
+    if best_of > least and body.stream:
+        raise InvalidRequest(
+            f"best_of must be n, which is {least}, in a stream: which answers are the best is known at their end",
+            param="best_of",
         )
 
 
@@ -212,6 +228,7 @@ def completion_fields(body: SamplingFields, more: Undecoded) -> dict[str, Any]:
         "is_strict": bool(body.strict),
         "tells_token_ids": bool(body.return_token_ids),
         "tells_prompt_logprobs": body.prompt_logprobs is not None,
+        "best_of": int(body.best_of) if body.best_of is not None and body.best_of > (body.n or 1) else None,
     }
 
 

@@ -43,6 +43,9 @@ async def make_requests(
     if call.params.structured is not None and replies is None:
         grammar = await engine.compile(call.params.structured, tenant=tenant)
     bad_words = await engine.encode_bad_words(call.params, tenant=tenant) if call.params.bad_words else None
+    params = call.params
+    if call.best_of is not None:  # what is best is known by the logprobs
+        params = msgspec.structs.replace(params, n=call.best_of, logprobs=params.logprobs or 0)
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
         extras = NO_EXTRAS
@@ -68,7 +71,7 @@ async def make_requests(
                 request_id=f"{answer_id}-{index}",
                 prompt=text,
                 prompt_token_ids=token_ids,
-                params=call.params,
+                params=params,
                 cache_salt=call.cache_salt,
                 tenant=tenant,
                 group=answer_id,

@@ -223,6 +223,45 @@ async def test_null_is_the_default_of_every_optional_field(
     assert "warnings" not in answer
 
 
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+async def test_the_best_of_many_answers_are_told_best_first(make_client: MakeClient, kind: str) -> None:
+    client = await make_client(logprob=lambda token_id: -token_id / 64)
+    asked = {"temperature": 1, "seed": 5, "max_tokens": 4}
+    ask: Any = client.complete if kind == "completion" else client.chat
+
+    def text(choice: Any) -> str:
+        return str(choice["text"] if kind == "completion" else choice["message"]["content"])
+
+    def mean(choice: Any) -> float:
+        told = choice["logprobs"]
+        values = told["token_logprobs"] if kind == "completion" else [each["logprob"] for each in told["content"]]
+        return sum(values) / len(values)
+
+    logprobs = 0 if kind == "completion" else True
+    all_of_them = await ask(**asked, n=6, logprobs=logprobs)
+    best, shown = await ask(**asked, n=2, best_of=6), await ask(**asked, n=2, best_of=6, logprobs=logprobs)
+
+    expected = sorted(all_of_them["choices"], key=mean, reverse=True)
+    assert len({mean(choice) for choice in expected}) == 6
+    assert [text(choice) for choice in best["choices"]] == [text(choice) for choice in expected[:2]]
+    assert [choice["index"] for choice in best["choices"]] == [0, 1]
+    assert [choice["logprobs"] for choice in best["choices"]] == [None, None]
+    assert [mean(choice) for choice in shown["choices"]] == [mean(choice) for choice in expected[:2]]
+    assert best["usage"]["completion_tokens"] == all_of_them["usage"]["completion_tokens"] == 24
+
+
+async def test_each_prompt_has_its_own_best_answers(make_client: MakeClient) -> None:
+    client = await make_client(logprob=lambda token_id: -token_id / 64)
+    asked = {"temperature": 1, "seed": 5, "best_of": 5, "n": 2}
+
+    together = await client.complete(["ab", "cd"], **asked)
+    alone = [await client.complete(prompt, **asked) for prompt in ("ab", "cd")]
+
+    assert [choice["index"] for choice in together["choices"]] == [0, 1, 2, 3]
+    texts = [choice["text"] for answer in alone for choice in answer["choices"]]
+    assert [choice["text"] for choice in together["choices"]] == texts
+
+
 async def test_max_tokens_minus_1_is_as_many_as_there_is_room_for(client: Client) -> None:
     answer = await client.complete("hello", max_tokens=-1)
 
