@@ -12,6 +12,7 @@ from brlite.grammar.patterns import PatternRefused, pattern_size
 
 MAX_DEPTH = 100  # of brackets
 MAX_CONJUNCTIONS = 8  # Lark's `&`, in all: 20 patterns that one text must match took 1.8 s and 230 MB
+MAX_UNCLOSED = 16  # quotes, slashes and square brackets: for each the rest of the text is read in search of its end
 
 _TOKENS = re.compile(
     r"""(?P<comment>(?://|\#)[^\n]*)
@@ -19,9 +20,9 @@ _TOKENS = re.compile(
     |(?P<pattern>/(?:[^/\\\n]|\\.)+/)
     |(?P<characters>\[(?:[^\]\\]|\\.)*\])
     |(?P<directive>%[A-Za-z_]+)
-    |(?P<rule>^[ \t]*[?!]?[A-Za-z_][\w.-]*[^\n"/:]*(?:::=|:))
+    |(?P<rule>^[ \t]*[?!]?[A-Za-z_][^\n"/:]*(?:::=|:))
     |(?P<repetition>[{~][ ]*(?P<least>\d{1,12})[ ]*(?:(?:,|\.\.)[ ]*(?P<most>\d{0,12}))?)
-    |(?P<open>\()|(?P<close>\))|(?P<conjunction>&)""",
+    |(?P<open>\()|(?P<close>\))|(?P<conjunction>&)|(?P<unclosed>["/\[])""",
     re.VERBOSE | re.MULTILINE,
 )
 
@@ -35,7 +36,7 @@ def check_grammar(text: str, *, max_rules: int, max_repetitions: int) -> None:
     """Raise `PatternRefused` for more rules, or more repetitions and characters of expressions, than that."""
     if text.lstrip().startswith("{"):
         raise PatternRefused("is JSON; allowed are Lark's notation and llama.cpp's")
-    num_rules = num_repetitions = num_conjunctions = depth = 0
+    num_rules = num_repetitions = num_conjunctions = num_unclosed = depth = 0
     for token in _TOKENS.finditer(text):
         value = token.group()
         if token["rule"]:
@@ -46,6 +47,8 @@ def check_grammar(text: str, *, max_rules: int, max_repetitions: int) -> None:
             depth -= 1
         elif token["conjunction"]:
             num_conjunctions += 1
+        elif token["unclosed"]:
+            num_unclosed += 1
         elif token["pattern"]:
             num_repetitions += pattern_size(value[1:-1])
         elif token["repetition"]:
@@ -56,6 +59,10 @@ def check_grammar(text: str, *, max_rules: int, max_repetitions: int) -> None:
             raise PatternRefused(f"has more than {max_rules} rules")
         if num_conjunctions > MAX_CONJUNCTIONS:
             raise PatternRefused(f"has more than {MAX_CONJUNCTIONS} conjunctions (&)")
+        if num_unclosed > MAX_UNCLOSED:
+            raise PatternRefused(
+                f"has more than {MAX_UNCLOSED} quotes, slashes and square brackets that are not closed"
+            )
         if depth > MAX_DEPTH:
             raise PatternRefused(f"has brackets nested more than {MAX_DEPTH} deep")
         if num_repetitions > max_repetitions:

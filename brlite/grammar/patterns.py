@@ -11,7 +11,7 @@ import re
 MAX_GROUP_DEPTH = 100
 _MAX_SIZE = 10**12  # sizes above are all the same: far too much
 _REPETITION = re.compile(r"\{(\d{1,12})(?:,(\d{0,12}))?\}")
-_BRACED_ESCAPE = re.compile(r"\{[^}]*\}")
+_BRACED_ESCAPE = re.compile(r"\{[^}]*\}?")  # one that is never closed takes the rest, and is left to the compiler
 
 _EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
 _EMAIL_WITHOUT_LOOK_AHEAD = (

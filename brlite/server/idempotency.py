@@ -1,7 +1,7 @@
 """`Idempotency-Key`: a request that comes again joins the first one while that runs, then gets its stored answer.
 
 An answer that is not streamed is computed to its end even if its client leaves; a stream ends with its client, and the
-next request with its key begins anew. Only complete answers are stored, no errors.
+next request with its key begins anew. Only complete answers are stored: no errors, and none that was aborted.
 """
 
 from __future__ import annotations
@@ -140,24 +140,29 @@ class RecordingEncoder:
         self._encoder = encoder
         self._recorder = recorder
         self._stream: list[bytes] = []
+        self._is_aborted = False
 
     def opening(self, usage: TokenUsage) -> bytes:
         return self._kept(self._encoder.opening(usage))
 
     def encode(self, event: Event) -> bytes:
+        self._is_aborted |= event.finish_reason == "abort"
         return self._kept(self._encoder.encode(event))
 
     def closing(self, usage: TokenUsage) -> bytes:
         data = self._kept(self._encoder.closing(usage))
-        self._recorder.stream = b"".join(self._stream)
+        if not self._is_aborted:
+            self._recorder.stream = b"".join(self._stream)
         return data
 
     def failing(self, error: BaseException) -> bytes:
         return self._encoder.failing(error)
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
-        self._recorder.whole = self._encoder.whole(events, usage, warnings)
-        return self._recorder.whole
+        data = self._encoder.whole(events, usage, warnings)
+        if all(event.finish_reason != "abort" for event in events):
+            self._recorder.whole = data
+        return data
 
     def _kept(self, data: bytes) -> bytes:
         self._stream.append(data)

@@ -67,7 +67,7 @@ async def list_input_items(request: web.Request) -> web.Response:
     order, after, limit = request.query.get("order", "desc"), request.query.get("after"), request.query.get("limit")
     if order not in ("asc", "desc"):
         raise InvalidRequest(f"order must be asc or desc, got {order[:64]!r}", param="order")
-    if limit is not None and not (limit.isdecimal() and 1 <= int(limit[:9]) <= MAX_LISTED_ITEMS):
+    if limit is not None and not (limit.isdecimal() and len(limit) <= 3 and 1 <= int(limit) <= MAX_LISTED_ITEMS):
         raise InvalidRequest(f"limit must be 1 to {MAX_LISTED_ITEMS}, got {limit[:64]!r}", param="limit")
     if order == "desc":
         items.reverse()

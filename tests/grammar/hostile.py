@@ -100,6 +100,11 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
     joint = "start: X\nX: " + " & ".join(f"A{i}" for i in range(25)) + "\n"
     yield "25 terminals at once", {"grammar": joint + "".join(f"A{i}: /.*a.{{{i}}}b.*/\n" for i in range(25))}
     yield "5,000 brackets", {"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000}
+    yield "a long word that is no grammar", {"grammar": "a" * 100_000}
+    yield "brackets that are never closed in a grammar", {"grammar": "root ::= " + "[" * 100_000}
+    yield "quotes that are never closed in a grammar", {"grammar": "root ::= " + '"\\' * 50_000}
+    yield "slashes that are never closed in a grammar", {"grammar": "start: " + "/a\\" * 40_000}
+    yield "braces that are never closed in an expression", {"regex": "\\p{" * 80_000}
     yield "a million repetitions in a grammar", {"grammar": 'root ::= "a"{1,1000000}'}
     yield "10,000 levels of JSON", {"json_schema": nested(10_000)}
     yield "110 levels of JSON", {"json_schema": nested(110)}

@@ -59,6 +59,28 @@ async def test_a_stream_is_aborted_by_the_id_that_its_events_have(client: Client
     assert "event: response.incomplete\n" in text
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_an_aborted_answer_is_not_the_answer_of_a_retry(
+    client: Client, eventually: Eventually, is_streamed: bool
+) -> None:
+    client.backend.gate = threading.Event()
+    headers, body = {"Idempotency-Key": "k", "X-Request-Id": "mine"}, chat_body(stream=is_streamed)
+
+    async def send() -> bytes:
+        async with client.session.post(client.url + CHAT, json=body, headers=headers) as response:
+            return await response.read()
+
+    request = asyncio.create_task(send())
+    await eventually(lambda: client.engine.stats.num_running > 0)
+    await abort(client, "mine")
+    client.backend.gate.set()
+    aborted = await asyncio.wait_for(request, PATIENCE_SECONDS)
+    retried = await asyncio.wait_for(send(), PATIENCE_SECONDS)
+
+    assert b'"finish_reason":"abort"' in aborted
+    assert b'"finish_reason":"abort"' not in retried
+
+
 async def test_another_keys_request_is_not_found(make_client: MakeClient, eventually: Eventually) -> None:
     client = await make_client(config={"keys": KeysConfig(keys=("a", "b"))})
     client.backend.gate = threading.Event()

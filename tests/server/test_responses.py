@@ -259,6 +259,17 @@ async def test_items_are_listed_and_named_by_their_ids(serve: Start) -> None:
     assert second.instructions is None
 
 
+@pytest.mark.parametrize("limit", ["0", "101", "-1", "", "x", "1" * 20, "000000001" + "9" * 5000])
+async def test_a_number_of_items_that_is_out_of_range_is_refused(serve: Start, limit: str) -> None:
+    (client,) = await serve()
+    response = await client.responses.create(model="toy", input="hi")
+
+    with pytest.raises(openai.BadRequestError) as refusal:
+        await client.responses.input_items.list(response.id, extra_query={"limit": limit})
+
+    assert refusal.value.param == "limit"
+
+
 async def test_only_background_responses_can_be_cancelled(serve: Start) -> None:
     (client,) = await serve()
     response = await client.responses.create(model="toy", input="hello")
