@@ -70,20 +70,25 @@ def error_code(error: BaseException) -> str | None:
     return getattr(error, "code", None) or status_of(error).code
 
 
+def error_message(error: BaseException) -> str:
+    """What a client is told. Errors that are not the request's are replaced by one fixed sentence."""
+    return str(error)[:MAX_MESSAGE_LENGTH] if isinstance(error, errors.RequestError) else SERVER_FAULT
+
+
 def is_anthropic(path: str) -> bool:
     """Whether requests to this path, and so its errors, are in Anthropic's shape."""
     return "messages" in path and _ANTHROPIC_PATH.fullmatch(path) is not None
 
 
 def error_body(error: BaseException, path: str = "") -> bytes:
-    """The error of a request to `path` as JSON. What is not the client's business is replaced by one fixed sentence."""
+    """The error of a request to `path` as JSON."""
     status = status_of(error)
-    message = str(error) if isinstance(error, errors.RequestError) else SERVER_FAULT
+    message = error_message(error)
     if isinstance(error, errors.PromptTooLong) and error.max_tokens and is_anthropic(path):
         # Agents read this text, and then shorten their history.
         message = f"prompt is too long: {error.num_tokens} tokens > {error.max_tokens} maximum"
     status = status._replace(code=error_code(error))
-    return envelope(status, message[:MAX_MESSAGE_LENGTH], getattr(error, "param", None), path)
+    return envelope(status, message, getattr(error, "param", None), path)
 
 
 def envelope(status: Status, message: str, param: str | None = None, path: str = "") -> bytes:

@@ -61,6 +61,8 @@ class ChatMessage(Struct):
     audio: Any = None  # not built: refused unless null or empty
 
 
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
 # JSON has one kind of number: 6.0 may be written for 6.
 Whole = int | float
 
@@ -342,6 +344,34 @@ def token_name(token: TokenText, *, is_id: bool = False, taken: Collection[str] 
         if name not in taken:
             return name
     return f"token_id:{token.token_id}"
+
+
+class ShownAlternative(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ShownLogprob(Struct):
+    """A token of an answer as chats and responses tell it."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ShownAlternative]
+
+
+def shown_logprob(token: Token, *, names_are_ids: bool = False) -> ShownLogprob:
+    """The token with its alternatives. `bytes` tells the parts of a split character."""
+    return ShownLogprob(
+        token=token_name(token.token, is_id=names_are_ids),
+        logprob=max(token.logprob or 0.0, LOWEST_LOGPROB),
+        bytes=list(token.token.data),
+        top_logprobs=[
+            ShownAlternative(token_name(other, is_id=names_are_ids), max(logprob, LOWEST_LOGPROB), list(other.data))
+            for other, logprob in token.top
+        ],
+    )
 
 
 class PromptLogprob(Struct):

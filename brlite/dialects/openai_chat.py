@@ -15,11 +15,12 @@ from brlite.dialects.fields import NOTHING_MORE
 from brlite.dialects.generation import Chat, Generation
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import (
-    LOWEST_LOGPROB,
     ChatMessage,
     OpenAIEncoder,
     PromptLogprobs,
+    ReasoningEffort,
     SamplingFields,
+    ShownLogprob,
     Usage,
     Whole,
     check_fields,
@@ -29,10 +30,10 @@ from brlite.dialects.openai import (
     has_generation_prompt,
     plain_messages,
     sampling_params,
+    shown_logprob,
     shown_prompt_logprobs,
     shown_usage,
     take_undecoded,
-    token_name,
 )
 from brlite.dialects.openai_tools import (
     NO_TOOLS,
@@ -61,7 +62,7 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     function_call: str | FunctionName | None = None
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    reasoning_effort: ReasoningEffort | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
     max_completion_tokens: Whole | None = None
@@ -74,21 +75,8 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
 ChatEndReason = EndReason | Literal["function_call"]
 
 
-class ChatTopLogprob(Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatTokenLogprob(Struct):
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[ChatTopLogprob]
-
-
 class ChatLogprobs(Struct):
-    content: list[ChatTokenLogprob]
+    content: list[ShownLogprob]
     refusal: None = None
 
 
@@ -315,22 +303,7 @@ class ChatEncoder(OpenAIEncoder):
 
 def chat_logprobs(tokens: Sequence[Token], *, names_are_ids: bool = False) -> ChatLogprobs:
     """A list of objects. `bytes` tells the parts of a split character."""
-    return ChatLogprobs(
-        [
-            ChatTokenLogprob(
-                token=token_name(token.token, is_id=names_are_ids),
-                logprob=max(token.logprob or 0.0, LOWEST_LOGPROB),
-                bytes=list(token.token.data),
-                top_logprobs=[
-                    ChatTopLogprob(
-                        token_name(other, is_id=names_are_ids), max(logprob, LOWEST_LOGPROB), list(other.data)
-                    )
-                    for other, logprob in token.top
-                ],
-            )
-            for token in tokens
-        ]
-    )
+    return ChatLogprobs([shown_logprob(token, names_are_ids=names_are_ids) for token in tokens])
 
 
 DIALECT = Dialect("/v1/chat/completions", "chatcmpl-", decode, ChatEncoder, encode_error)

@@ -15,8 +15,21 @@ from brlite.dialects.dialect import Dialect
 from brlite.dialects.fields import check_undecoded, not_supported
 from brlite.dialects.generation import Chat, Truncation
 from brlite.dialects.json_body import BodyDecoder, check_num_entries, missing_field
-from brlite.dialects.openai import GenerationFields, StreamOptions, Whole, generation_fields, sampling_params
-from brlite.dialects.responses_encoder import FinishedResponse, ResponseGeneration, ResponsesEncoder, encode_error
+from brlite.dialects.openai import (
+    GenerationFields,
+    ReasoningEffort,
+    StreamOptions,
+    Whole,
+    generation_fields,
+    sampling_params,
+)
+from brlite.dialects.responses_encoder import (
+    ID_PREFIX,
+    FinishedResponse,
+    ResponseGeneration,
+    ResponsesEncoder,
+    encode_error,
+)
 from brlite.dialects.responses_items import ItemReader, NothingStored, StoredResponses
 from brlite.dialects.responses_tools import ResponseToolChoice, decode_response_tools
 from brlite.errors import InvalidRequest
@@ -61,7 +74,7 @@ class TextConfig(Struct):
 class ReasoningConfig(Struct):
     """Reasoning is told whole: there are no summaries."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: ReasoningEffort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
@@ -252,7 +265,7 @@ def shown_input_items(response: FinishedResponse) -> list[dict[str, Any]]:
     for index, raw in enumerate(response.input):
         item = msgspec.json.decode(raw)
         item.setdefault("type", "message")
-        item["id"] = item.get("id") or f"{item['type']}_{response.id.removeprefix('resp_')}in{index}"
+        item["id"] = item.get("id") or f"{item['type']}_{response.id.removeprefix(ID_PREFIX)}in{index}"
         if item["type"] == "message":
             if isinstance(item.get("content"), str):
                 is_output = item.get("role") == "assistant"
@@ -265,4 +278,4 @@ def shown_input_items(response: FinishedResponse) -> list[dict[str, Any]]:
     return items
 
 
-DIALECT = Dialect("/v1/responses", "resp_", decode, ResponsesEncoder, encode_error)
+DIALECT = Dialect("/v1/responses", ID_PREFIX, decode, ResponsesEncoder, encode_error)

@@ -14,18 +14,19 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from brlite.chat.tools import ToolCallDelta
-from brlite.dialects.errors import SERVER_FAULT, error_code, status_of
-from brlite.dialects.event import Event, Token, TokenUsage
+from brlite.dialects.errors import SERVER_FAULT, error_code, error_message, status_of
+from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.generation import Generation
-from brlite.dialects.openai import LOWEST_LOGPROB, encode_json, token_name
+from brlite.dialects.openai import ShownLogprob, encode_json, shown_logprob
 from brlite.dialects.responses_items import sealed
 from brlite.dialects.responses_tools import CalledTool, ResponseTools
 from brlite.dialects.sse import frame
-from brlite.errors import RequestError
+
+ID_PREFIX = "resp_"
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 # A response's status by its finish reason; without one it has failed.
-STATUSES = {
+STATUSES: dict[EndReason, str] = {
     "stop": "completed",
     "tool_calls": "completed",
     "length": "incomplete",
@@ -56,27 +57,14 @@ class FinishedResponse(Struct, frozen=True):
     output: dict[str, Raw]
 
 
-class TopLogprob(Struct):
-    token: str
-    bytes: list[int]
-    logprob: float
-
-
-class TokenLogprobs(Struct):
-    """A token of a text. Events have it without `bytes`."""
-
-    token: str
-    bytes: list[int]
-    logprob: float
-    top_logprobs: list[TopLogprob]
-
-
 class DeltaTopLogprob(Struct):
     token: str
     logprob: float
 
 
 class DeltaLogprobs(Struct):
+    """A token in an event, which has no `bytes`."""
+
     token: str
     logprob: float
     top_logprobs: list[DeltaTopLogprob]
@@ -85,7 +73,7 @@ class DeltaLogprobs(Struct):
 class OutputText(Struct, tag_field="type", tag="output_text"):
     text: str
     annotations: list[Any] = []
-    logprobs: list[TokenLogprobs] = []
+    logprobs: list[ShownLogprob] = []
 
 
 class ReasoningText(Struct, tag_field="type", tag="reasoning_text"):
@@ -224,7 +212,7 @@ class OpenMessage:
     def __init__(self, item_id: str, index: int, *, has_logprobs: bool) -> None:
         self._id, self._index = item_id, index
         self._texts: list[str] = []
-        self._logprobs: list[TokenLogprobs] = []
+        self._logprobs: list[ShownLogprob] = []
         self._has_logprobs = has_logprobs
 
     def begin(self) -> Iterator[StreamEvent]:
@@ -235,7 +223,7 @@ class OpenMessage:
         self._texts.append(text)
         if not self._has_logprobs:
             return TextDeltaEvent(item_id=self._id, output_index=self._index, delta=text)
-        logprobs = [_token_logprobs(token) for token in tokens or ()]
+        logprobs = [shown_logprob(token) for token in tokens or ()]
         self._logprobs += logprobs
         return TextDeltaEvent(
             item_id=self._id, output_index=self._index, delta=text, logprobs=_delta_logprobs(logprobs)
@@ -371,7 +359,7 @@ class ResponsesEncoder:
             if self._open is None and not self._output:  # an answer of no text is a message all the same
                 frames += self._item(OpenMessage)[1]
             self._ending, self._warnings = event, event.warnings
-            frames += self._close("completed" if event.finish_reason in ("stop", "tool_calls") else "incomplete")
+            frames += self._close("completed" if STATUSES[event.finish_reason] == "completed" else "incomplete")
         return b"".join(frames)
 
     def closing(self, usage: TokenUsage) -> bytes:
@@ -429,7 +417,7 @@ class ResponsesEncoder:
         return [self._frame(event) for event in events]
 
     def _item_id(self, prefix: str) -> str:
-        return f"{prefix}_{self._id.removeprefix('resp_')}_{len(self._output)}"
+        return f"{prefix}_{self._id.removeprefix(ID_PREFIX)}_{len(self._output)}"
 
     def _frame(self, event: StreamEvent) -> bytes:
         event.sequence_number = self._num_sent
@@ -439,7 +427,7 @@ class ResponsesEncoder:
     def _finished(self, usage: TokenUsage) -> tuple[str, bytes]:
         finish_reason = None if self._ending is None else self._ending.finish_reason
         stop_reason = None if self._ending is None else self._ending.stop_reason
-        status = STATUSES.get(finish_reason or "error", "failed")
+        status = STATUSES[finish_reason or "error"]
         error = None
         if status == "failed":
             message = stop_reason if isinstance(stop_reason, str) else SERVER_FAULT
@@ -487,7 +475,7 @@ class ResponsesEncoder:
 
 def response_id_of(item_id: str) -> str:
     """The id of the response that has this item in its output."""
-    return f"resp_{item_id.partition('_')[2].rpartition('_')[0]}"
+    return f"{ID_PREFIX}{item_id.partition('_')[2].rpartition('_')[0]}"
 
 
 def encode_error(error: BaseException) -> bytes:
@@ -501,7 +489,7 @@ def _shown_error(error: BaseException) -> dict[str, Any]:
     """The error of a response, whose codes are a closed list."""
     status = status_of(error).http
     code = "rate_limit_exceeded" if status == 429 else "invalid_prompt" if status < 500 else "server_error"
-    return {"code": code, "message": str(error)[:2000] if isinstance(error, RequestError) else SERVER_FAULT}
+    return {"code": code, "message": error_message(error)}
 
 
 def _custom_text(arguments: str) -> str:
@@ -514,19 +502,7 @@ def _custom_text(arguments: str) -> str:
     return text if isinstance(text, str) else arguments
 
 
-def _token_logprobs(token: Token) -> TokenLogprobs:
-    return TokenLogprobs(
-        token=token_name(token.token),
-        bytes=list(token.token.data),
-        logprob=max(token.logprob or 0.0, LOWEST_LOGPROB),
-        top_logprobs=[
-            TopLogprob(token_name(other), list(other.data), max(logprob, LOWEST_LOGPROB))
-            for other, logprob in token.top
-        ],
-    )
-
-
-def _delta_logprobs(logprobs: Sequence[TokenLogprobs]) -> list[DeltaLogprobs]:
+def _delta_logprobs(logprobs: Sequence[ShownLogprob]) -> list[DeltaLogprobs]:
     return [
         DeltaLogprobs(each.token, each.logprob, [DeltaTopLogprob(top.token, top.logprob) for top in each.top_logprobs])
         for each in logprobs

@@ -17,6 +17,7 @@ from msgspec import Raw, Struct
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import decode_value, missing_field
+from brlite.dialects.openai import ContentPart
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
@@ -80,27 +81,19 @@ class ItemTag(Struct):
     id: str | None = None
 
 
-class ItemPart(Struct):
-    """A part of a message, of a tool's output or of reasoning. Only text can be served; keys beside it are left."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
 class InputItem(Struct, kw_only=True):
     """An item of any kind. Other keys that came with an answer (`status`, `phase`) may come back here."""
 
     type: str | None = None
     role: str | None = None
-    content: str | list[ItemPart] | None = None
+    content: str | list[ContentPart] | None = None
     call_id: str | None = None
     name: str | None = None
     namespace: str | None = None
     arguments: str | None = None
     input: str | None = None
-    output: str | list[ItemPart] | None = None
-    summary: list[ItemPart] | None = None
+    output: str | list[ContentPart] | None = None
+    summary: list[ContentPart] | None = None
     encrypted_content: str | None = None
 
 
@@ -249,7 +242,7 @@ def _required(value: str | None, param: str) -> str:
     return value
 
 
-def _text(content: str | Sequence[ItemPart] | None, param: str) -> str:
+def _text(content: str | Sequence[ContentPart] | None, param: str) -> str:
     if content is None:
         raise InvalidRequest(f"{param} must be a string or a list of text parts", param=param)
     if isinstance(content, str):

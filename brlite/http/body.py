@@ -11,6 +11,7 @@ import time
 
 from aiohttp import StreamReader, hdrs, web
 
+from brlite.config.options import LimitsConfig
 from brlite.errors import BodyTooLarge, InvalidRequest, RateLimited, RequestError, RequestTimeout, UnsupportedMediaType
 from brlite.http.body_budget import BodyBudget, HeldBody
 from brlite.http.connection import invite_body
@@ -20,15 +21,16 @@ _KEPT = web.RequestKey("body", bytes)
 HELD = web.RequestKey("held", HeldBody)
 
 
-async def read_body(request: web.BaseRequest, max_bytes: int, seconds: float) -> bytes:
+async def read_body(request: web.BaseRequest, limits: LimitsConfig) -> bytes:
     """The whole body, or `BodyTooLarge`, `RequestTimeout`, `UnsupportedMediaType`, or `InvalidRequest` if it is cut.
 
-    Raises `RateLimited` at once where the key's limits leave no room for the request, and `RateLimited` or `NotReady`
-    when the body is more than the server may hold beside the others.
+    Its limits: `max_body_bytes`, `body_seconds`. Raises `RateLimited` at once where the key's limits leave no room
+    for the request, and `RateLimited` or `NotReady` when the body is more than the server may hold beside the others.
     """
     kept: bytes | None = request.get(_KEPT)
     if kept is not None:
         return kept
+    max_bytes, seconds = limits.max_body_bytes, limits.body_seconds
     encoding, kind = request.headers.get(hdrs.CONTENT_ENCODING, "identity"), request.content_type
     if encoding.lower() != "identity":
         raise UnsupportedMediaType("Compressed bodies are not accepted; send it without Content-Encoding.")

@@ -39,7 +39,7 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         wire_path = _wire_path(request)
         if not is_forwardable(wire_path):
             return await handler(request)
-        body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
+        body = await read_body(request, limits)
         inbound = read_inbound(_head_of(request, wire_path), body, request[API_KEY])
         route = forwarder.table.find(inbound.model)
         if route is None:

@@ -36,7 +36,7 @@ MAX_REPORTED_CUTS = 16  # proxies look for the usage near the end of a long answ
 async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response:
     """Each input's embedding. A client that leaves aborts all of them: the handler is cancelled."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    call = decode(await read_body(request, limits), limits)
     name = call.model or request.app[MODELS].find(None).name
     answer_id, num_tokens = f"{dialect.id_prefix}{uuid.uuid4().hex}", 0
     with admit(request, name) as model:
@@ -126,7 +126,7 @@ async def _items(dialect: EmbeddingDialect, call: Embedding, outputs: list[Reque
 async def score(request: web.Request) -> web.Response:
     """Refused: a score needs a head that says how well two texts go together, and models that generate have none."""
     limits = request.app[CONFIG].limits
-    call = decode_score(await read_body(request, limits.max_body_bytes, limits.body_seconds))
+    call = decode_score(await read_body(request, limits))
     with admit(request, call.model) as model:
         raise InvalidRequest(
             f"the model {model.name} has no scoring head; rerank and score need a model made for that, for example "

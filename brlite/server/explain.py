@@ -8,7 +8,7 @@ from typing import Any, Literal
 from aiohttp import web
 from msgspec import UNSET, Struct, UnsetType, field
 
-from brlite.dialects import DIALECTS
+from brlite.dialects import DIALECTS, openai_chat, openai_completions
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.generation import Chat, Generation, TokenIds, in_client_words
 from brlite.dialects.json_body import decode_fields
@@ -25,7 +25,6 @@ from brlite.server.responses import responses_dialect
 from brlite.server.served_model import ServedModel
 from brlite.server.tokens import prompt_text
 
-CHAT_PATH, COMPLETIONS_PATH, RESPONSES_PATH = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 # Other names of parameters in requests, besides those of `Generation.field_names`.
 ALIASES = {
     "max_tokens": ("max_completion_tokens", "max_output_tokens"),
@@ -90,7 +89,7 @@ class Explanation(Struct, kw_only=True):
 async def explain(request: web.Request) -> web.Response:
     """The body is one of any endpoint that generates; the query's `endpoint` says which, else the fields do."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
+    body = await read_body(request, limits)
     given = {name for name, raw in decode_fields(body).items() if bytes(raw) != b"null"}
     dialect = _find_dialect(request, given)
     call = dialect.decode(body, limits)
@@ -125,9 +124,12 @@ async def explain(request: web.Request) -> web.Response:
 
 
 def _find_dialect(request: web.Request, given: set[str]) -> Dialect:
-    path = CHAT_PATH if "messages" in given else RESPONSES_PATH if "input" in given else COMPLETIONS_PATH
-    path = request.query.get("endpoint", path)
-    by_path = {dialect.path: dialect for dialect in (*DIALECTS, responses_dialect(request))}
+    responses = responses_dialect(request)
+    likely = (
+        openai_chat.DIALECT if "messages" in given else responses if "input" in given else openai_completions.DIALECT
+    )
+    path = request.query.get("endpoint", likely.path)
+    by_path = {dialect.path: dialect for dialect in (*DIALECTS, responses)}
     if path not in by_path:
         raise InvalidRequest(f"endpoint must be one of {', '.join(by_path)}, got {path[:64]!r}", param="endpoint")
     return by_path[path]

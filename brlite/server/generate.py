@@ -33,7 +33,7 @@ async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = F
     `is_first`: of the requests with its `Idempotency-Key` it is the one to be computed.
     """
     limits = request.app[CONFIG].limits
-    body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
+    body = await read_body(request, limits)
     if idempotency.HEADER in request.headers and not is_first and limits.max_idempotent_bytes:
         keep_body(request, body)
         compute, tenant = partial(generate, is_first=True), request[API_KEY].tenant

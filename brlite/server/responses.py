@@ -36,7 +36,7 @@ def responses_dialect(request: web.Request) -> Dialect:
 async def count_input_tokens(request: web.Request) -> web.Response:
     """The tokens of a prompt of any length: only the body's size is limited."""
     limits = request.app[CONFIG].limits
-    body = await read_body(request, limits.max_body_bytes, limits.body_seconds)
+    body = await read_body(request, limits)
     call = decode_input_tokens(body, limits, _stored(request))
     num_tokens = await count_prompt_tokens(request, call)
     return web.json_response({"object": "response.input_tokens", "input_tokens": num_tokens})

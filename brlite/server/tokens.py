@@ -40,7 +40,7 @@ from brlite.server.served_model import ServedModel
 async def tokenize(request: web.Request) -> web.Response:
     """Count and show the tokens of a text of any length: only the body's size is limited."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = decode_tokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    call = decode_tokenize(await read_body(request, limits), limits)
     with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         extras, ignored = NO_EXTRAS, list[str]()
@@ -66,7 +66,7 @@ async def tokenize(request: web.Request) -> web.Response:
 
 async def detokenize(request: web.Request) -> web.Response:
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    body, warnings = decode_detokenize(await read_body(request, limits.max_body_bytes, limits.body_seconds))
+    body, warnings = decode_detokenize(await read_body(request, limits))
     if request.app[CONFIG].server.strict:
         refuse_warnings(warnings)
     with admit(request, body.model) as model:
@@ -97,7 +97,7 @@ async def tokenizer_info(request: web.Request) -> web.Response:
 async def apply_template(request: web.Request) -> web.Response:
     """llama.cpp's: the text of a chat of any length. The fields are those of a chat."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = openai_chat.decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    call = openai_chat.decode(await read_body(request, limits), limits)
     with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         text, ignored = await prompt_text(call.prompts[0], engine, model, tenant)
@@ -110,7 +110,7 @@ async def apply_template(request: web.Request) -> web.Response:
 async def render(dialect: Dialect, request: web.Request) -> web.Response:
     """vLLM's: a request as the engine would get it. One of a chat; a list of completions, one for each prompt."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
-    call = dialect.decode(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    call = dialect.decode(await read_body(request, limits), limits)
     with admit(request, call.model) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         call = with_model_defaults(call, engine)
@@ -141,7 +141,7 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
 async def count_message_tokens(request: web.Request) -> web.Response:
     """`POST /v1/messages/count_tokens`, which agents send often."""
     limits = request.app[CONFIG].limits
-    call = decode_count_tokens(await read_body(request, limits.max_body_bytes, limits.body_seconds), limits)
+    call = decode_count_tokens(await read_body(request, limits), limits)
     return web.json_response({"input_tokens": await count_prompt_tokens(request, call)})
 
 

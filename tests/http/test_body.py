@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from aiohttp import web
 
+from brlite.config.options import LimitsConfig
 from brlite.http.body import leave_body, read_body
 from tests.limits import PATIENCE_SECONDS
 
@@ -18,11 +19,13 @@ def post(headers: bytes, body: bytes = b"") -> bytes:
 
 
 async def echo(request: web.Request) -> web.Response:
-    return web.Response(body=await read_body(request, max_bytes=100_000, seconds=PATIENCE_SECONDS))
+    return web.Response(
+        body=await read_body(request, LimitsConfig(max_body_bytes=100_000, body_seconds=PATIENCE_SECONDS))
+    )
 
 
 async def echo_soon(request: web.Request) -> web.Response:
-    return web.Response(body=await read_body(request, max_bytes=100_000, seconds=0.3))
+    return web.Response(body=await read_body(request, LimitsConfig(max_body_bytes=100_000, body_seconds=0.3)))
 
 
 @pytest.fixture
