@@ -18,6 +18,15 @@ from brlite.files.quoting import shown
 SHELLS = ("bash", "zsh")
 HOW = 'as in: eval "$(brlite completion bash)", or into a file that the shell reads'
 BAD_CHOICE = re.compile(r"argument .*?: invalid choice: '(.*?)'", re.DOTALL)
+# Commands of Ollama and others.
+OTHER_COMMANDS = {
+    **dict.fromkeys(("ls", "list", "ps"), "models"),
+    **dict.fromkeys(("start", "api_server"), "serve"),
+    "rm": "models rm",
+    "show": "models show",
+    "help": "--help",
+    "version": "--version",
+}
 # Flags of vLLM, llama.cpp, SGLang and Ollama: ours, or where it is set, or why it is not needed.
 OTHERS = {
     **dict.fromkeys(("-m", "-hf", "-hfr", "--hf-repo", "--model-path", "--tokenizer", "--tokenizer-path"), "--model"),
@@ -105,7 +114,9 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Say what is wrong in one line, and leave with status 2."""
         if match := BAD_CHOICE.match(message):
-            near = get_close_matches(match[1], self._choices(), 1)
+            ours = OTHER_COMMANDS.get(match[1], "")
+            is_known = ours.startswith("--") or ours.partition(" ")[0] in self._choices()
+            near = [ours] if is_known else get_close_matches(match[1], self._choices(), 1)
             names = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(self._choices())}"
             message = f"no such command: {match[1]}; {names}"
         print(shown(f"{self.prog}: error: {message} (see {self.prog} --help)"), file=sys.stderr)
