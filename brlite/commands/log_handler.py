@@ -13,11 +13,12 @@ class BarAwareHandler(logging.StreamHandler[TextIO]):
     """Takes tqdm's bars off the terminal while it writes, and puts them back."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm = sys.modules.get("tqdm")  # imported with the first bar; before there is none to take off
-        if tqdm is None or not getattr(tqdm.tqdm, "_instances", None):
+        # Imported with the first bar, perhaps by another thread at this moment; before there is none to take off.
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        if not getattr(tqdm, "_instances", None):
             super().emit(record)
             return
-        with tqdm.tqdm.external_write_mode(file=self.stream):
+        with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
 
 

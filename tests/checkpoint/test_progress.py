@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import logging
 import re
+import sys
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from tqdm import tqdm
@@ -86,3 +88,12 @@ def test_a_log_line_does_not_land_on_the_bars_line() -> None:
 
     line = next(line for line in stream.getvalue().split("\n") if "a line of the log" in line)
     assert line.rsplit("\r", 1)[-1] == "a line of the log"
+
+
+def test_a_line_is_logged_while_another_thread_imports_the_library_of_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", ModuleType("tqdm"))
+    stream = io.StringIO()
+
+    BarAwareHandler(stream).emit(logging.LogRecord("x", logging.WARNING, "", 1, "a line of the log", None, None))
+
+    assert stream.getvalue() == "a line of the log\n"
