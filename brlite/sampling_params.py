@@ -349,6 +349,8 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
             try:
                 msgspec.convert({name: _READ[name](value)}, _FIELDS)
             except refusals:
+                if name == "logit_bias" and isinstance(value, Mapping):
+                    value = _wrong_bias(value)
                 message = f"{name} must be {_PARAMETERS[name].allowed}, got {reprlib.repr(value)}"
                 raise InvalidRequest(message, param=name) from None
         raise
@@ -432,6 +434,16 @@ def _biases(value: Any) -> dict[int, float]:
     """Token ids may be spelt as strings, as JSON must spell them."""
     biases = {} if value is None else dict(value)
     return {int(key) if isinstance(key, str) else _integer(key): _number(bias) for key, bias in biases.items()}
+
+
+def _wrong_bias(biases: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The first entry that is wrong."""
+    for key, bias in biases.items():
+        try:
+            msgspec.convert({"logit_bias": _biases({key: bias})}, _FIELDS)
+        except (msgspec.ValidationError, TypeError, ValueError, OverflowError):
+            return {key: bias}
+    return biases
 
 
 def _structured(value: Any) -> StructuredOutput | None:

@@ -113,7 +113,7 @@ OBEYED = (
     ObeyedField("reasoning_effort", (CHAT,), (OPENAI, VLLM, SGLANG), "where the chat template takes it"),
     ObeyedField("include_reasoning", (CHAT,), (VLLM,)),
     ObeyedField("separate_reasoning", (CHAT,), (SGLANG,)),
-    ObeyedField("add_special_tokens", (COMPLETIONS, EMBEDDINGS, TOKENIZE), (VLLM,)),
+    ObeyedField("add_special_tokens", (*BOTH, EMBEDDINGS, TOKENIZE), (VLLM,), "chats: false is the default"),
     ObeyedField("response_format", BOTH, EVERYBODY, "docs/structured-output.md, as all below"),
     ObeyedField("guided_json guided_regex guided_choice guided_grammar", BOTH, (VLLM_04, VLLM)),
     ObeyedField("guided_whitespace_pattern structured_outputs", BOTH, (VLLM,)),

@@ -34,13 +34,15 @@ class ReasoningHint(Struct, frozen=True):
 class Chat(Struct, frozen=True):
     """A conversation. Turns have the shape of OpenAI's API, with calls of tools and their results.
 
-    `tools` are those that the model is told of, `variables` the template's own (`chat_template_kwargs`). Where the
-    template takes no effort, `reasoning_effort` is refused, and a `reasoning_hint` is not.
+    With `add_special_tokens` the tokenizer's own stand around what the template wrote. `tools` are those that the model
+    is told of, `variables` the template's own (`chat_template_kwargs`). Where the template takes no effort,
+    `reasoning_effort` is refused, and a `reasoning_hint` is not.
     """
 
     messages: list[dict[str, Any]]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    add_special_tokens: bool = False
     tools: tuple[Tool, ...] = ()
     documents: tuple[dict[str, Any], ...] = ()
     variables: Mapping[str, Any] = {}

@@ -70,6 +70,7 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     top_logprobs: Whole | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
 
 
 ChatEndReason = EndReason | Literal["function_call"]
@@ -186,6 +187,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         messages,
         add_generation_prompt,
         bool(body.continue_final_message),
+        bool(body.add_special_tokens),
         tools=() if tool_choice.mode == "none" else tools,
         documents=tuple(body.documents or ()),
         variables=body.chat_template_kwargs or {},

@@ -187,6 +187,7 @@ class EngineLoop:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
         extras: TemplateExtras = NO_EXTRAS,
         is_bounded: bool = True,
         tenant: str = "",
@@ -203,7 +204,9 @@ class EngineLoop:
             extras=extras,
         )
         text = await self._off_loop_if(True, tenant, render)
-        return await self.encode(text, add_special_tokens=False, param="messages", is_bounded=is_bounded, tenant=tenant)
+        return await self.encode(
+            text, add_special_tokens=add_special_tokens, param="messages", is_bounded=is_bounded, tenant=tenant
+        )
 
     async def render_chat(
         self,

@@ -137,6 +137,7 @@ async def encode(
             prompt.messages,
             add_generation_prompt=prompt.add_generation_prompt,
             continue_final_message=prompt.continue_final_message,
+            add_special_tokens=prompt.add_special_tokens,
             extras=extras,
             is_bounded=is_bounded,
             tenant=tenant,

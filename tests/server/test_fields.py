@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from brlite.dialects.openai_chat import decode as decode_chat
 from brlite.dialects.openai_completions import CompletionRequest
 from brlite.dialects.openai_completions import decode as decode_completion
 from brlite.errors import InvalidRequest
-from tests.fakes import reference_tokens
+from tests.fakes import ByteTokenizer, reference_tokens
 from tests.server.conftest import MODEL, Client, chat_body, completion_body
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
@@ -221,6 +222,33 @@ async def test_null_is_the_default_of_every_optional_field(
     assert status == 200, answer
     assert answer["model"] == MODEL
     assert "warnings" not in answer
+
+
+@pytest.mark.parametrize(("key", "bias"), [("x", 1), ("7", 101), ("7", None), ("1.5", 1), ("7", "1")])
+async def test_an_error_about_logit_bias_says_which_entry_is_wrong(client: Client, key: str, bias: Any) -> None:
+    _, answer = await client.post(COMPLETION, completion_body(logit_bias={"3": 1, "4": -100, key: bias, "5": 2}))
+
+    assert answer["error"]["param"] == "logit_bias"
+    assert answer["error"]["message"].split("got ")[1] == reprlib.repr({key: bias})
+
+
+@pytest.mark.parametrize(
+    ("given", "begins"), [({}, ""), ({"add_special_tokens": False}, ""), ({"add_special_tokens": True}, "<s>")]
+)
+async def test_a_chat_has_the_tokenizers_own_tokens_where_it_asks_for_them(
+    make_client: MakeClient, given: dict[str, Any], begins: str
+) -> None:
+    class Marking(ByteTokenizer):
+        def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
+            return [*b"<s>" * add_special_tokens, *text.encode()]
+
+    client = await make_client(tokenizer=Marking())
+    prompt = f"{begins}user:hello\n".encode()
+
+    answer = await client.chat(**given)
+
+    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    assert answer["choices"][0]["message"]["content"] == bytes(reference_tokens(prompt, 8)).decode()
 
 
 @pytest.mark.parametrize("kind", ["completion", "chat"])

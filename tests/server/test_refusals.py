@@ -63,6 +63,8 @@ MakeClient = Callable[..., Awaitable[Client]]
         ({"use_beam_search": True}, "use_beam_search"),
         ({"best_of": 3, "stream": True}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": None}}, "logit_bias"),
         ({"best_of": 2.5}, "best_of"),
         ({"best_of": 10**9}, "best_of"),
         ({"chat_template": "{{ x }}"}, "chat_template"),
