@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 import weakref
+from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing, contextmanager
@@ -40,6 +41,7 @@ from brlite.engine.async_engine import EngineLoop
 from brlite.engine.backend import Backend, check_process, close_dropped
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request
+from brlite.engine.scoring import ScoringHead
 from brlite.errors import BrliteError, EngineError, InvalidRequest, ModelError
 from brlite.outputs import RequestOutput
 from brlite.process.waiting import start_daemon
@@ -66,12 +68,18 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
     """
     spec = spec or config.model[0]
     load = _load_own if config.engine.name is None else _load_from_contract
-    tokenizer, backend, path = load(config, spec, on_progress or _ignore)
+    tokenizer, backend, path, scoring_head = load(config, spec, on_progress or _ignore)
     defaults = _sampling_defaults(path, spec, backend.info.vocab_size) if path is not None else {}
     for note in backend.info.notes:
         logger.warning("model %s: %s", spec.name, note)
     engine = Engine(
-        backend.info, tokenizer, config.engine, config.limits, grammar=config.grammar, sampling_defaults=defaults
+        backend.info,
+        tokenizer,
+        config.engine,
+        config.limits,
+        grammar=config.grammar,
+        sampling_defaults=defaults,
+        scoring_head=scoring_head,
     )
     return Assembly(engine, backend)
 
@@ -107,8 +115,17 @@ def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str
     return defaults
 
 
-def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend, Path]:
-    """A model that our own backends compute, and where its files are."""
+class ModelParts(NamedTuple):
+    """The parts of a model. `path` is where its files are; None where the engine brings all."""
+
+    tokenizer: Tokenizer
+    backend: Backend
+    path: Path | None
+    scoring_head: ScoringHead | None = None
+
+
+def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
+    """A model that our own backends compute."""
     from brlite.backends.choose import load_backend
     from brlite.backends.sizes import settle_context
     from brlite.backends.torch.device import prepare_environment
@@ -116,6 +133,7 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
     from brlite.checkpoint.checked_model import check_model
     from brlite.checkpoint.fetch import locate_model
     from brlite.checkpoint.pooling_config import settle_pooling
+    from brlite.checkpoint.scoring_head import read_scoring_head
 
     prepare_environment()
     path = locate_model(spec.name, spec.path, report)
@@ -124,17 +142,20 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Toke
         spec = settle_pooling(path, checkpoint.config, spec)
         # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
         model = check_model(checkpoint, spec)
+        head = read_scoring_head(checkpoint, model)
+        scoring_head = None if head is None else ScoringHead(array("f", head[0].tobytes()), head[1])
         report("reading the tokenizer", 0.0)
         tokenizer = _load_tokenizer(path, spec, config.limits)
         try:
             _check_vocabulary(tokenizer, model.config.vocab_size, path)
-            return tokenizer, load_backend(checkpoint, model, spec, config.engine, report), path
+            backend = load_backend(checkpoint, model, spec, config.engine, report)
+            return ModelParts(tokenizer, backend, path, scoring_head)
         except BaseException:
             tokenizer.close()
             raise
 
 
-def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> tuple[Tokenizer, Backend, Path | None]:
+def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
     """A model that the engine of that name computes, which may bring its tokenizer; else the model's folder has it."""
     from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
     from brlite.backends.plugins.discovery import make_engine
@@ -148,7 +169,7 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
         if spec.chat_template is not None:
             logger.warning("model %s: chat_template is not used: the engine brings its tokenizer", spec.name)
         report(f"opening engine {config.engine.name}", 0.0)
-        return engine.tokenizer(), SlotBackend(engine, spec, config.engine), None
+        return ModelParts(engine.tokenizer(), SlotBackend(engine, spec, config.engine), None)
     path = locate_model(spec.name, spec.path, report, sources=partial(default_sources, is_for_plugin=True))
     tokenizer = _load_tokenizer(path, spec, config.limits)  # first: the engine takes minutes to open
     report(f"opening engine {config.engine.name}", 0.0)
@@ -158,7 +179,7 @@ def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> 
     except ModelError:
         backend.close()
         raise
-    return tokenizer, backend, path
+    return ModelParts(tokenizer, backend, path)
 
 
 def _load_tokenizer(path: Path, spec: ModelSpec, limits: LimitsConfig) -> Tokenizer:

@@ -25,7 +25,9 @@ from brlite.dialects.fields import (
     OBEYED,
     OF_ONE_ENDPOINT,
     OTHER_NAMES,
+    RERANK,
     RESPONSES,
+    SCORE,
     TOKENIZE,
     UNUSUAL,
 )
@@ -33,6 +35,7 @@ from brlite.dialects.openai_chat import ChatCompletionRequest
 from brlite.dialects.openai_completions import CompletionRequest
 from brlite.dialects.openai_tokens import DetokenizeRequest, TokenizeRequest
 from brlite.dialects.responses import ResponsesRequest
+from brlite.dialects.scores import RerankRequest, ScoreRequest
 from brlite.sampling_params import parameters
 
 REQUESTS: dict[str, type[msgspec.Struct]] = {
@@ -40,6 +43,8 @@ REQUESTS: dict[str, type[msgspec.Struct]] = {
     COMPLETIONS: CompletionRequest,
     RESPONSES: ResponsesRequest,
     EMBEDDINGS: EmbeddingRequest,
+    RERANK: RerankRequest,
+    SCORE: ScoreRequest,
     MESSAGES: MessagesRequest,
     TOKENIZE: TokenizeRequest,
     DETOKENIZE: DetokenizeRequest,
@@ -56,7 +61,8 @@ This page is printed by `docs/fields.py` from `brlite/dialects/fields.py`; do no
 ## Obeyed
 
 `chat` is `/v1/chat/completions`, `completions` is `/v1/completions`, `responses` is `/v1/responses`,
-`embeddings` is `/v1/embeddings` and `/pooling`, `messages` is `/v1/messages`.
+`embeddings` is `/v1/embeddings` and `/pooling`, `rerank` is `/v1/rerank` and `/v2/rerank`,
+`score` is `/v1/score`, `messages` is `/v1/messages`.
 [HTTP API](http-api.md) says what the sampling parameters mean.
 
 | field | at | value | default | known to | |

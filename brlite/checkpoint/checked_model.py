@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import msgspec
+
 from brlite.checkpoint import Checkpoint
 from brlite.checkpoint.stored_tensor import PLAIN_FORMATS
 from brlite.config.options import ModelSpec
@@ -21,6 +23,7 @@ from brlite.models.shards import check_num_ranks
 from brlite.precision import PRECISIONS, STORED, Precision, PrecisionOption
 
 BODY = "model."
+SCORING_HEAD = "score.weight"  # [1, H]
 MAX_NAMED = 3  # how many tensors a message lists before it only counts them
 
 
@@ -28,7 +31,7 @@ class CheckedModel(NamedTuple):
     """The config, the decoder's parameters, where each of the checkpoint's tensors goes, and which go nowhere.
 
     `formats` name what each tensor is stored as, by which the spec's precision was settled. A model without `has_head`
-    gives embeddings only.
+    gives embeddings only, and with `has_scoring_head` scores: then the tensor `SCORING_HEAD` is among the ignored ones.
     """
 
     config: ModelConfig
@@ -38,6 +41,7 @@ class CheckedModel(NamedTuple):
     formats: Mapping[str, str]
     precision: Precision
     has_head: bool = True
+    has_scoring_head: bool = False
 
 
 def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
@@ -48,10 +52,17 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
     targets = family.weight_targets(config)
     if not any(name in checkpoint.shapes() for name in targets if name.startswith(BODY)):
         targets = {name.removeprefix(BODY): target for name, target in targets.items()}  # so are embedding models saved
-    has_head = family.base_architecture not in (checkpoint.config.get("architectures") or ())
+    architecture = (checkpoint.config.get("architectures") or ("",))[0]
+    has_scoring_head = architecture == family.scorer_architecture
+    has_head = architecture != family.base_architecture and not has_scoring_head
+    if has_scoring_head:
+        _check_scoring_head(checkpoint, config)
+        family = msgspec.structs.replace(family, ignored_suffixes=(*family.ignored_suffixes, SCORING_HEAD))
     ignored, formats = _check_tensors(checkpoint, targets, family, config), checkpoint.formats()
     precision = settle_precision(spec.precision, formats)
-    return CheckedModel(config, list_parameters(config), targets, ignored, formats, precision, has_head)
+    return CheckedModel(
+        config, list_parameters(config), targets, ignored, formats, precision, has_head, has_scoring_head
+    )
 
 
 def settle_precision(option: PrecisionOption, formats: Mapping[str, str]) -> Precision:
@@ -74,6 +85,17 @@ def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
     if spec.vocab_size is not None and spec.vocab_size != config.vocab_size:
         raise ConfigError(f"vocab_size is {spec.vocab_size}; {spec.name} has {config.vocab_size} embedding rows")
     check_num_ranks(config, spec.tensor_parallel)
+
+
+def _check_scoring_head(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    shape = checkpoint.shapes().get(SCORING_HEAD)
+    if shape is None:
+        raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} is missing, the head of a model that scores")
+    if tuple(shape) != (1, config.hidden_size):
+        raise ModelError(
+            f"{checkpoint.path}: {SCORING_HEAD} has shape {excerpt(list(shape))}; a model that scores has one label: "
+            f"{[1, config.hidden_size]}"
+        )
 
 
 def _check_tensors(

@@ -79,6 +79,8 @@ def run(order: ConversionRequest) -> int:
     with closing(opened) as checkpoint:
         name = model_name(order.model_name)
         model = check_model(checkpoint, ModelSpec(name=name, build_seq=1))
+        if model.has_scoring_head:
+            raise ModelError(f"{order.model_dir}: a bundle has no place for a scoring head; serve the folder as it is")
         packing, obstacle = _plan_packing(model, order.precision)
         plan = _plan(order, checkpoint, model, packing)
         check_folder(plan)

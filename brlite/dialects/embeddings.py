@@ -1,4 +1,4 @@
-"""OpenAI's embeddings and vLLM's pooling, which have one request; and the requests for scores, as far as they are read.
+"""OpenAI's embeddings and vLLM's pooling, which have one request.
 
 An embedding's bytes are float32, little-endian in base64 as in OpenAI's API, whose clients ask for that.
 """
@@ -35,12 +35,6 @@ class EmbeddingRequest(Struct, kw_only=True):
     truncate_prompt_tokens: Whole | None = None
     truncation_side: Literal["left", "right"] | None = None
     cache_salt: str | None = None
-
-
-class ScoreRequest(Struct, kw_only=True):
-    """Of /v1/rerank and /v1/score. What is scored is not read: no model that is served here has a head for it."""
-
-    model: str | None = None
 
 
 class EmbeddingUsage(Struct):
@@ -111,7 +105,6 @@ EMBEDDINGS = EmbeddingDialect("/v1/embeddings", "embd-", EmbeddingItem, Embeddin
 POOLING = EmbeddingDialect("/pooling", "pool-", PoolingItem, PoolingAnswer)
 
 _DECODER = BodyDecoder(EmbeddingRequest)
-_SCORE = BodyDecoder(ScoreRequest)
 
 
 def decode(data: bytes, limits: LimitsConfig) -> Embedding:
@@ -138,11 +131,6 @@ def decode(data: bytes, limits: LimitsConfig) -> Embedding:
         cache_salt=body.cache_salt or "",
         warnings=warnings,
     )
-
-
-def decode_score(data: bytes) -> ScoreRequest:
-    """Only the model is read. Raises `InvalidRequest`."""
-    return _SCORE.decode(data)[0]
 
 
 def encode_item(dialect: EmbeddingDialect, index: int, embedding: array[float], *, is_base64: bool) -> msgspec.Raw:

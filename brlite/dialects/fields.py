@@ -23,10 +23,12 @@ MAX_FIELD_LENGTH = 64
 OPENAI, ANTHROPIC, VLLM, VLLM_04 = "OpenAI", "Anthropic", "vLLM", "vLLM 0.4"
 LLAMA_CPP, SGLANG = "llama.cpp", "SGLang"
 CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS = "chat", "completions", "responses", "messages", "embeddings"
+RERANK, SCORE = "rerank", "score"
 TOKENIZE, DETOKENIZE = "tokenize", "detokenize"
 BOTH = (CHAT, COMPLETIONS)
 ALL_THREE = (*BOTH, RESPONSES)
 ALL_FOUR = (*ALL_THREE, MESSAGES)
+OF_PROMPTS = (EMBEDDINGS, RERANK, SCORE)  # nothing is generated
 EVERYBODY = (OPENAI, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
 ALL_SIX = (OPENAI, ANTHROPIC, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
 VLLM_AND_SGLANG = (VLLM_04, VLLM, SGLANG)
@@ -43,7 +45,10 @@ class ObeyedField(NamedTuple):
 
 OBEYED = (
     ObeyedField(
-        "model", (*ALL_FOUR, EMBEDDINGS, TOKENIZE, DETOKENIZE), ALL_SIX, "may be left out where one model is served"
+        "model",
+        (*ALL_FOUR, *OF_PROMPTS, TOKENIZE, DETOKENIZE),
+        ALL_SIX,
+        "may be left out where one model is served",
     ),
     ObeyedField("messages", (CHAT, MESSAGES, TOKENIZE), ALL_SIX, "text only"),
     ObeyedField("prompt", (COMPLETIONS, TOKENIZE), EVERYBODY, "/tokenize takes one text"),
@@ -58,6 +63,10 @@ OBEYED = (
     ObeyedField("dimensions", (EMBEDDINGS,), (OPENAI, VLLM, SGLANG), "where the model is made for it"),
     ObeyedField("normalize", (EMBEDDINGS,), (VLLM,), "true is the default"),
     ObeyedField("pooling", (EMBEDDINGS,), (), "the default is the model's"),
+    ObeyedField("query", (RERANK,), (VLLM, SGLANG), 'text, or `{"text": …}`'),
+    ObeyedField("top_n return_documents", (RERANK,), (VLLM, LLAMA_CPP, SGLANG), "all, and with their texts"),
+    ObeyedField("text_1 text_2", (SCORE,), (VLLM,), "one text beside one or several, or pairs"),
+    ObeyedField("use_activation", (RERANK, SCORE), (VLLM,), "sigmoid or not; the default is the model's"),
     ObeyedField("previous_response_id", (RESPONSES,), (OPENAI, VLLM, SGLANG), "where responses are stored"),
     ObeyedField("max_output_tokens", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "its name of `max_tokens`"),
     ObeyedField("text", (RESPONSES,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`format` as docs/structured-output.md says"),
@@ -96,10 +105,10 @@ OBEYED = (
     ObeyedField("stop_token_ids skip_special_tokens", BOTH, VLLM_AND_SGLANG),
     ObeyedField("stop_tokens_ids", BOTH, (), "br-vllm-serving's spelling of `stop_token_ids`"),
     ObeyedField("include_stop_str_in_output", BOTH, (VLLM_04, VLLM)),
-    ObeyedField("truncate_prompt_tokens truncation_side", (*BOTH, EMBEDDINGS), (VLLM,)),
+    ObeyedField("truncate_prompt_tokens truncation_side", (*BOTH, *OF_PROMPTS), (VLLM,)),
     ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
     ObeyedField("timeout", ALL_FOUR, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
-    ObeyedField("cache_salt", (*ALL_FOUR, EMBEDDINGS), (VLLM, SGLANG)),
+    ObeyedField("cache_salt", (*ALL_FOUR, *OF_PROMPTS), (VLLM, SGLANG)),
     ObeyedField("prompt_logprobs", BOTH, (VLLM,), "not in streams"),
     ObeyedField("return_token_ids", BOTH, (VLLM,), "of the prompt and of the answer"),
     ObeyedField("strict", BOTH, (), "whatever the answer would warn of is a 400"),
@@ -109,7 +118,7 @@ OBEYED = (
     ObeyedField("parallel_tool_calls", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("functions function_call", (CHAT,), (OPENAI,), "the form before `tools`"),
     ObeyedField("chat_template_kwargs", (CHAT, MESSAGES, TOKENIZE), (VLLM, LLAMA_CPP, SGLANG)),
-    ObeyedField("documents", (CHAT,), (VLLM,), "where the chat template takes them"),
+    ObeyedField("documents", (CHAT, RERANK), (VLLM,), "chats: where the chat template takes them"),
     ObeyedField("reasoning_effort", (CHAT,), (OPENAI, VLLM, SGLANG), "where the chat template takes it"),
     ObeyedField("include_reasoning", (CHAT,), (VLLM,)),
     ObeyedField("separate_reasoning", (CHAT,), (SGLANG,)),
@@ -206,7 +215,7 @@ NOT_DECODED = (
     Field("task", (VLLM,), ("embed",)),
     Field("embed_dtype", (VLLM,), ("float32",)),
     Field("endianness", (VLLM,), ("native", "little")),
-    Field("use_activation activation softmax", (VLLM,), (True,), "normalize"),
+    Field("activation softmax", (VLLM,), (True,), "normalize or use_activation"),
     Field("embd_normalize", (LLAMA_CPP,), (2,), "normalize"),
     Field("image", (SGLANG,)),
     # Sampling.
@@ -249,6 +258,7 @@ OF_ONE_ENDPOINT = (
     Field("echo", (OPENAI, VLLM_04, VLLM), (False,)),
     Field("add_special_tokens", (VLLM,), (False,)),
     Field("encoding_format dimensions normalize pooling", (OPENAI, VLLM), None),  # of embeddings
+    Field("use_activation", (VLLM,), (True,), "normalize"),  # of scores
     Field("continue_final_message add_generation_prompt", (VLLM_04, VLLM), None),  # need messages
     Field("messages tools functions documents", (OPENAI, VLLM), ([],), "/v1/chat/completions"),
     Field("tool_choice function_call", (OPENAI,), ("none", "auto"), "/v1/chat/completions"),

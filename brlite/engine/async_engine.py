@@ -55,6 +55,7 @@ class EngineLoop:
         self._engine = engine
         self._backend = backend
         self.sampling_defaults = engine.sampling_defaults
+        self.scoring_head = engine.scoring_head
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
         self._encoder = FairThread("brlite-encode", stopping)  # starts with the first long text
         self._compiler = FairThread("brlite-grammar", stopping, deep_stack)  # starts with the first grammar

@@ -38,6 +38,7 @@ from brlite.engine.request import (
     sibling_seed,
 )
 from brlite.engine.scheduler import Scheduler, make_batch
+from brlite.engine.scoring import ScoringHead
 from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest, QueueFull, QueueTimeout
 from brlite.grammar.compiler import GrammarCompiler
@@ -63,6 +64,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         grammar: GrammarConfig | None = None,
         sampling_defaults: Mapping[str, Any] | None = None,
+        scoring_head: ScoringHead | None = None,
     ) -> None:
         """`sampling_defaults` are the model's own, for requests that leave these parameters out."""
         self.info = info
@@ -70,6 +72,7 @@ class Engine:
         self.config = config
         self.limits = limits
         self.sampling_defaults = sampling_defaults or {}
+        self.scoring_head = scoring_head  # for those who ask for hidden states; the engine does not use it
         self.stats = EngineStats(info.max_model_len, clock)
         self.compiler = GrammarCompiler(tokenizer, info.vocab_size, grammar or GrammarConfig())
         self.guidance: StepGuidance | None = None  # of the step under way; the caller of `execute` has its masks filled

@@ -24,7 +24,7 @@ FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, BAICHUAN, CHATGLM,
 
 
 def find_family(config: Mapping[str, Any]) -> Family:
-    """The family of a Hugging Face config: by its architecture, headless or not, or by `model_type` if it has none.
+    """The family of a Hugging Face config: by its architecture, with whatever head, or by `model_type` without one.
 
     Names are compared whole. Raises `ModelError` with the known ones.
     """
@@ -35,7 +35,7 @@ def find_family(config: Mapping[str, Any]) -> Family:
     for family in FAMILIES:
         if name in ((family.architecture, *family.aliases) if architectures else (family.model_type,)):
             return family
-        if architectures and name == family.base_architecture:
+        if architectures and name is not None and name in (family.base_architecture, family.scorer_architecture):
             return family.without_head()
     known = ", ".join(family.architecture for family in FAMILIES)
     raise ModelError(f"model config: architecture {excerpt(name)} is not supported; known are {known}")

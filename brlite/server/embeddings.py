@@ -1,9 +1,11 @@
-"""The endpoints of embeddings, and those of scores, which no model here has a head for."""
+"""The endpoints of embeddings."""
 
 from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 from aiohttp import web
@@ -14,7 +16,6 @@ from brlite.dialects.embeddings import (
     EmbeddingDialect,
     EmbeddingUsage,
     decode,
-    decode_score,
     encode_answer,
     encode_item,
 )
@@ -22,7 +23,7 @@ from brlite.dialects.generation import Text
 from brlite.dialects.openai import PromptTokensDetails
 from brlite.engine.admission import check_pooling, context_length
 from brlite.engine.async_engine import EngineLoop
-from brlite.errors import InvalidRequest, RequestError
+from brlite.errors import RequestError
 from brlite.http.access_log import log_extras
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, spend_tokens
@@ -38,13 +39,13 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = decode(await read_body(request, limits), limits)
     name = call.model or request.app[MODELS].find(None).name
-    answer_id, num_tokens = f"{dialect.id_prefix}{uuid.uuid4().hex}", 0
+    answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
     with admit(request, name) as model:
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         check_pooling(call.params, engine.info)
         prompts, warnings = await encode_inputs(call, engine, tenant)
-        try:
-            num_tokens = sum(map(len, prompts))
+        num_tokens = sum(map(len, prompts))
+        with charge(request, name, num_tokens):
             outputs = await engine.embed(
                 prompts,
                 call.params,
@@ -53,12 +54,6 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
                 tenant=tenant,
                 names=call.names,
             )
-        except RequestError:  # refused, or ended before its turn
-            num_tokens = 0
-            raise
-        finally:
-            spend_tokens(request, num_tokens, 0)
-            log_extras(request).update(model=name, prompt_tokens=num_tokens, completion_tokens=0)
     num_cached = sum(output.num_cached_tokens for output in outputs)
     body = encode_answer(
         dialect,
@@ -71,12 +66,27 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
     return web.Response(body=body, content_type="application/json")
 
 
+@contextmanager
+def charge(request: web.Request, name: str, num_tokens: int) -> Iterator[None]:
+    """Charge the request's key for prompts of the model `name` that are computed inside, and log their tokens.
+
+    What is refused, or ends before its turn, costs nothing; what a client gave up does.
+    """
+    try:
+        yield
+    except RequestError:
+        num_tokens = 0
+        raise
+    finally:
+        spend_tokens(request, num_tokens, 0)
+        log_extras(request).update(model=name, prompt_tokens=num_tokens, completion_tokens=0)
+
+
 async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tuple[list[list[int]], list[str]]:
     """The tokens of each input, and a line for each that was cut. Raises `InvalidRequest`, naming the input."""
     prompts: list[list[int]] = []
     warnings: list[str] = []
     num_cut = 0
-    special = engine.tokenizer.special_token_ids
     for item, name in zip(call.inputs, call.names, strict=True):
         if isinstance(item, Text):
             await asyncio.sleep(0)  # short texts are encoded here: between two of them others have the loop
@@ -97,15 +107,16 @@ async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tup
                 if num_cut <= MAX_REPORTED_CUTS:
                     reason = f"was cut to {num_kept} by truncate_prompt_tokens"
                     warnings.append(f"{name} of {len(token_ids)} tokens {reason}")
-                token_ids = _cut(token_ids, num_kept, special, keeps_start=call.truncation.keeps_start)
+                token_ids = cut_tokens(token_ids, num_kept, engine, keeps_start=call.truncation.keeps_start)
         prompts.append(token_ids)
     if num_cut > MAX_REPORTED_CUTS:
         warnings.append(f"and {num_cut - MAX_REPORTED_CUTS} more were cut")
     return prompts, warnings
 
 
-def _cut(token_ids: list[int], num_kept: int, special: frozenset[int], *, keeps_start: bool) -> list[int]:
+def cut_tokens(token_ids: list[int], num_kept: int, engine: EngineLoop, *, keeps_start: bool) -> list[int]:
     """So many tokens of either end. The special token at the other end stays: the last one is what is pooled."""
+    special = engine.tokenizer.special_token_ids
     if keeps_start and num_kept > 1 and token_ids[-1] in special:
         return [*token_ids[: num_kept - 1], token_ids[-1]]
     if not keeps_start and num_kept > 1 and token_ids[0] in special:
@@ -121,16 +132,3 @@ async def _items(dialect: EmbeddingDialect, call: Embedding, outputs: list[Reque
             await asyncio.sleep(0)  # a list of 4096 numbers takes 0.3 ms
         items.append(encode_item(dialect, index, output.embedding, is_base64=call.is_base64))
     return items
-
-
-async def score(request: web.Request) -> web.Response:
-    """Refused: a score needs a head that says how well two texts go together, and models that generate have none."""
-    limits = request.app[CONFIG].limits
-    call = decode_score(await read_body(request, limits))
-    with admit(request, call.model) as model:
-        raise InvalidRequest(
-            f"the model {model.name} has no scoring head; rerank and score need a model made for that, for example "
-            "behind the proxy",
-            param="model",
-            code="no_scoring_head",
-        )

@@ -17,13 +17,14 @@ import brlite
 from brlite.dialects import DIALECTS, openai_chat, openai_completions
 from brlite.dialects.embeddings import EMBEDDINGS, POOLING
 from brlite.dialects.openai import encode_json
+from brlite.dialects.scores import RERANK, SCORE
 from brlite.errors import Forbidden, NotFound
 from brlite.http.body import leave_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
 from brlite.server import metrics
 from brlite.server.delivery import RUNNING
 from brlite.server.docs_page import docs_page
-from brlite.server.embeddings import embed, score
+from brlite.server.embeddings import embed
 from brlite.server.explain import explain
 from brlite.server.generate import CONFIG, MODELS, admit, generate, json_response
 from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card, model_props
@@ -37,6 +38,7 @@ from brlite.server.responses import (
     get_response,
     list_input_items,
 )
+from brlite.server.scores import score
 from brlite.server.tokens import apply_template, count_message_tokens, detokenize, render, tokenize, tokenizer_info
 
 # Adds the metrics of the upstreams, of one by its name or of `all`, to a text of ours.
@@ -173,7 +175,8 @@ _POSTS: dict[str, Handler] = {
     "/v1/chat/completions/render": partial(render, openai_chat.DIALECT),
     "/v1/completions/render": partial(render, openai_completions.DIALECT),
     **{dialect.path: partial(embed, dialect) for dialect in (EMBEDDINGS, POOLING)},
-    **dict.fromkeys(("/v1/rerank", "/v2/rerank", "/v1/score"), score),
+    **dict.fromkeys(("/v1/rerank", "/v2/rerank"), partial(score, RERANK)),
+    "/v1/score": partial(score, SCORE),
     "/apply-template": apply_template,
     "/v1/messages/count_tokens": count_message_tokens,
     "/tokenize": tokenize,

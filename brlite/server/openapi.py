@@ -26,7 +26,9 @@ from brlite.dialects.fields import (
     MESSAGES,
     NOT_DECODED,
     OBEYED,
+    RERANK,
     RESPONSES,
+    SCORE,
     TOKENIZE,
 )
 from brlite.dialects.openai_chat import ChatChunk, ChatCompletion, ChatCompletionRequest
@@ -42,6 +44,7 @@ from brlite.dialects.openai_tokens import (
 )
 from brlite.dialects.responses import ResponsesRequest
 from brlite.dialects.responses_encoder import Item
+from brlite.dialects.scores import RerankAnswer, RerankRequest, ScoreAnswer, ScoreRequest
 from brlite.sampling_params import MAX, parameters
 from brlite.server.explain import Explanation
 from brlite.server.model_list import ModelCard, ModelList, ModelProps
@@ -131,6 +134,8 @@ CHAT_BODY = BodyFields(ChatCompletionRequest, CHAT)
 COMPLETION_BODY = BodyFields(CompletionRequest, COMPLETIONS)
 RESPONSE_BODY = BodyFields(ResponsesRequest, RESPONSES)
 EMBEDDING_BODY = BodyFields(EmbeddingRequest, EMBEDDINGS)
+RERANK_BODY = BodyFields(RerankRequest, RERANK)
+SCORE_BODY = BodyFields(ScoreRequest, SCORE)
 MESSAGES_BODY = BodyFields(MessagesRequest, MESSAGES)
 
 DETAILS: dict[tuple[str, str], Operation] = {
@@ -148,10 +153,9 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ),
     ("post", "/v1/embeddings"): Operation("Texts to vectors", (EMBEDDING_BODY,), EmbeddingAnswer),
     ("post", "/pooling"): Operation("The same in vLLM's shape", (EMBEDDING_BODY,), PoolingAnswer),
-    **{
-        ("post", path): Operation("Refused: no model here has a scoring head")
-        for path in ("/v1/rerank", "/v2/rerank", "/v1/score")
-    },
+    ("post", "/v1/rerank"): Operation("Documents by relevance to a query", (RERANK_BODY,), RerankAnswer),
+    ("post", "/v2/rerank"): Operation("The same", (RERANK_BODY,), RerankAnswer),
+    ("post", "/v1/score"): Operation("How well texts go together", (SCORE_BODY,), ScoreAnswer),
     ("post", "/v1/messages"): Operation("Answer a chat", (MESSAGES_BODY,), ShownMessage, dict[str, Any]),
     ("post", "/v1/messages/count_tokens"): Operation("Count the tokens of a chat", (MESSAGES_BODY,), MessageTokens),
     ("post", "/v1/chat/completions/render"): Operation("A chat as the engine gets it", (CHAT_BODY,), RenderedRequest),

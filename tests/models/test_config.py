@@ -89,7 +89,7 @@ def test_a_family_may_have_several_architectures() -> None:
     assert families[0] is families[1]
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForSequenceClassification", "Qwen2MoeForCausalLM"])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForTokenClassification", "Qwen2MoeForCausalLM"])
 def test_unknown_architecture_is_refused_with_the_known_ones(name: str) -> None:
     with pytest.raises(ModelError) as refusal:
         find_family({"architectures": [name], "model_type": "llama"})

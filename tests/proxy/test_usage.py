@@ -100,6 +100,8 @@ def json_answer(**fields: object) -> bytes:
         (b"/v1/responses", None, RESPONSES_STREAM, (36, 87)),
         (b"/v1/rerank", {"results": [], "usage": {"total_tokens": 56}}, None, (56, 0)),
         (b"/v1/embeddings", {"data": [], "usage": {"prompt_tokens": 8, "total_tokens": 8}}, None, (8, 0)),
+        (b"/v2/rerank", {"results": [], "usage": {"prompt_tokens": 9, "total_tokens": 9}}, None, (9, 0)),
+        (b"/pooling", {"data": [], "usage": {"prompt_tokens": 7, "total_tokens": 7}}, None, (7, 0)),
         (b"/v1/score", {"data": [], "usage": {"prompt_tokens": 8, "total_tokens": 8}}, None, (8, 0)),
         (b"/tokenize", {"count": 900, "tokens": [1] * 900}, None, (0, 0)),
         (b"/v1/messages/count_tokens", {"input_tokens": 900}, None, (0, 0)),

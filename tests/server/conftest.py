@@ -14,6 +14,7 @@ from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
+from brlite.engine.scoring import ScoringHead
 from brlite.http.listen import HttpServer
 from tests.fakes import ByteTokenizer, FakeBackend
 
@@ -76,6 +77,7 @@ async def make_client() -> AsyncIterator[Callable[..., Awaitable[Client]]]:
             config: dict[str, Any] | None = None,
             tokenizer: ByteTokenizer | None = None,
             sampling_defaults: dict[str, Any] | None = None,
+            scoring_head: ScoringHead | None = None,
             **backend_options: Any,
         ) -> Client:
             backend = FakeBackend(**backend_options)
@@ -86,6 +88,7 @@ async def make_client() -> AsyncIterator[Callable[..., Awaitable[Client]]]:
                 EngineConfig(),
                 settings.limits,
                 sampling_defaults=sampling_defaults,
+                scoring_head=scoring_head,
             )
             async_engine = await stack.enter_async_context(EngineLoop(engine, backend))
             app = create_app(async_engine, settings)

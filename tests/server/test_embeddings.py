@@ -180,14 +180,6 @@ async def test_a_model_without_embeddings_says_so(make_client: MakeClient, backe
     assert words in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank", "/v2/rerank", "/v1/score", "/score"])
-async def test_scores_are_refused_by_name(client: Client, path: str) -> None:
-    status, answer = await client.post(path, {"model": "fake", "query": "a", "documents": ["b"]})
-
-    assert (status, answer["error"]["code"]) == (400, "no_scoring_head")
-    assert "the model fake has no scoring head" in answer["error"]["message"]
-
-
 async def test_a_stream_beside_embeddings_is_as_it_is_alone(client: Client) -> None:
     alone = await client.stream("/v1/chat/completions", chat_body(max_tokens=12))
     beside, *_ = await asyncio.gather(

@@ -54,8 +54,14 @@ class Family(msgspec.Struct, frozen=True):
         name = self.architecture.removesuffix("ForCausalLM")
         return None if name == self.architecture or self.unit_rows else f"{name}Model"
 
+    @property
+    def scorer_architecture(self) -> str | None:
+        """What configs call the same with a head that scores, transformers' `…ForSequenceClassification`."""
+        base = self.base_architecture
+        return None if base is None else f"{base.removesuffix('Model')}ForSequenceClassification"
+
     def without_head(self) -> Family:
-        """The family of models without a head: their embedding stands in its place."""
+        """The family of models without a head for tokens: their embedding stands in its place."""
 
         def read_config(values: Mapping[str, Any]) -> ModelConfig:
             return self.read_config({**values, "tie_word_embeddings": True})

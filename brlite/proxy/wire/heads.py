@@ -33,7 +33,7 @@ BODYLESS = (204, 304)  # statuses of responses without a body
 # Where a POST asks a model for work. Other paths of upstreams, such as those that load an adapter, are not forwarded.
 FORWARDED_PATHS = frozenset(
     b"/v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens /v1/embeddings "
-    b"/v1/rerank /v1/score /v1/classify /v1/moderations /v1/images/generations /v1/audio/speech "
+    b"/pooling /v1/rerank /v2/rerank /v1/score /v1/classify /v1/moderations /v1/images/generations /v1/audio/speech "
     b"/tokenize /detokenize".split()
 )
 

@@ -1,0 +1,200 @@
+"""How well texts go together: rerank in the shape of vLLM, Jina and Cohere, and vLLM's score."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+from msgspec import UNSET, Struct, UnsetType
+
+from brlite.config.options import LimitsConfig
+from brlite.dialects.fields import check_undecoded
+from brlite.dialects.generation import Truncation
+from brlite.dialects.json_body import BodyDecoder
+from brlite.dialects.openai import PromptTokensDetails, Whole, encode_json, truncation
+from brlite.errors import InvalidRequest
+
+
+class TextPart(Struct):
+    text: str
+
+
+class RerankRequest(Struct, kw_only=True):
+    query: str | TextPart
+    documents: list[str | TextPart]
+    model: str | None = None
+    top_n: Whole | None = None
+    return_documents: bool | None = None
+    use_activation: bool | None = None
+    truncate_prompt_tokens: Whole | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    cache_salt: str | None = None
+
+
+class ScoreRequest(Struct, kw_only=True):
+    text_1: str | list[str]
+    text_2: str | list[str]
+    model: str | None = None
+    use_activation: bool | None = None
+    truncate_prompt_tokens: Whole | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    cache_salt: str | None = None
+
+
+class ScoreUsage(Struct):
+    prompt_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class RerankResult(Struct, kw_only=True):
+    index: int
+    relevance_score: float
+    document: TextPart | UnsetType = UNSET
+
+
+class RerankAnswer(Struct, kw_only=True):
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: ScoreUsage
+    warnings: Sequence[str] | UnsetType = UNSET
+
+
+class ScoreItem(Struct, kw_only=True):
+    index: int
+    object: Literal["score"] = "score"
+    score: float
+
+
+class ScoreAnswer(Struct, kw_only=True):
+    id: str
+    object: Literal["list"] = "list"
+    created: int
+    model: str
+    data: list[ScoreItem]
+    usage: ScoreUsage
+    warnings: Sequence[str] | UnsetType = UNSET
+
+
+class Scoring(Struct, frozen=True, kw_only=True):
+    """A call: each of `seconds` is scored beside the one of `firsts` at its place, or beside the only one.
+
+    Names are what errors call each text. `top_n` and `returns_documents` are rerank's. `use_activation` is whether a
+    score is the sigmoid of what the head gives; None: as the model has it.
+    """
+
+    model: str | None
+    firsts: tuple[str, ...]
+    seconds: tuple[str, ...]
+    first_names: tuple[str, ...]
+    second_names: tuple[str, ...]
+    use_activation: bool | None
+    truncation: Truncation | None
+    cache_salt: str
+    warnings: tuple[str, ...]
+    top_n: int | None = None
+    returns_documents: bool = True
+
+
+class ScoreDialect(NamedTuple):
+    """One of the two shapes. `encode` makes the answer of a call, its scores, the usage and the rest by name."""
+
+    id_prefix: str
+    decode: Callable[[bytes, LimitsConfig], Scoring]
+    encode: Callable[..., bytes]
+
+
+_RERANK = BodyDecoder(RerankRequest)
+_SCORE = BodyDecoder(ScoreRequest)
+
+
+def _decode_rerank(data: bytes, limits: LimitsConfig) -> Scoring:
+    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    body, undecoded = _RERANK.decode(data)
+    warnings = check_undecoded(undecoded) if undecoded else ()
+    top_n = body.top_n
+    if top_n is not None and (top_n != int(top_n) or top_n < 1):
+        raise InvalidRequest(f"top_n must be a whole number of at least 1, got {top_n}", param="top_n")
+    documents = tuple(map(_text_of, body.documents))
+    return Scoring(
+        firsts=(_text_of(body.query),),
+        seconds=documents,
+        first_names=("query",),
+        second_names=_names("documents", documents, limits),
+        top_n=None if top_n is None else int(top_n),
+        returns_documents=body.return_documents is not False,
+        warnings=warnings,
+        **_common(body),
+    )
+
+
+def _decode_score(data: bytes, limits: LimitsConfig) -> Scoring:
+    """What the body asks for: one text beside one or several, or as many beside as many. Raises `InvalidRequest`."""
+    body, undecoded = _SCORE.decode(data)
+    warnings = check_undecoded(undecoded) if undecoded else ()
+    texts, names = list[tuple[str, ...]](), list[tuple[str, ...]]()
+    for name, value in (("text_1", body.text_1), ("text_2", body.text_2)):
+        texts.append((value,) if isinstance(value, str) else tuple(value))
+        names.append((name,) if isinstance(value, str) else _names(name, texts[-1], limits))
+    if len(texts[0]) not in (1, len(texts[1])):
+        raise InvalidRequest(
+            f"text_1 must be one text, or as many as text_2 has ({len(texts[1])}), got {len(texts[0])}", param="text_1"
+        )
+    return Scoring(
+        firsts=texts[0],
+        seconds=texts[1],
+        first_names=names[0],
+        second_names=names[1],
+        warnings=warnings,
+        **_common(body),
+    )
+
+
+def _encode_rerank(call: Scoring, scores: Sequence[float], usage: ScoreUsage, **others: Any) -> bytes:
+    """The best first; equal ones in the order of the request. `others` are `id`, `model` and `warnings`."""
+    best = sorted(range(len(scores)), key=lambda index: -scores[index])[: call.top_n]
+    results = [
+        RerankResult(
+            index=index,
+            relevance_score=scores[index],
+            document=TextPart(call.seconds[index]) if call.returns_documents else UNSET,
+        )
+        for index in best
+    ]
+    return encode_json(RerankAnswer(results=results, usage=usage, **others))
+
+
+def _encode_score(call: Scoring, scores: Sequence[float], usage: ScoreUsage, **others: Any) -> bytes:
+    """In the order of the request; else as `_encode_rerank`."""
+    data = [ScoreItem(index=index, score=score) for index, score in enumerate(scores)]
+    return encode_json(ScoreAnswer(data=data, usage=usage, created=int(time.time()), **others))
+
+
+RERANK = ScoreDialect("rerank-", _decode_rerank, _encode_rerank)
+SCORE = ScoreDialect("score-", _decode_score, _encode_score)
+
+
+def _text_of(text: str | TextPart) -> str:
+    return text if isinstance(text, str) else text.text
+
+
+def _names(field: str, texts: Sequence[str], limits: LimitsConfig) -> tuple[str, ...]:
+    if not 1 <= len(texts) <= limits.max_embedding_inputs:
+        raise InvalidRequest(
+            f"{field} must hold at least 1 and at most {limits.max_embedding_inputs} texts on this server, "
+            f"got {len(texts)}",
+            param=field,
+        )
+    return tuple(f"{field}[{number}]" for number in range(len(texts)))
+
+
+def _common(body: RerankRequest | ScoreRequest) -> dict[str, Any]:
+    cut = body.truncate_prompt_tokens
+    return {
+        "model": body.model,
+        "use_activation": body.use_activation,
+        "truncation": None if cut is None else truncation(cut, body.truncation_side or "right"),
+        "cache_salt": body.cache_salt or "",
+    }
