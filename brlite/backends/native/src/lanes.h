@@ -316,10 +316,19 @@ INLINE Floats to_bf16(Floats x) {
     return from_bits(choose(is_nan, (bits | 0x400000) & (int32_t)0xffff0000, near));
 }
 
+// bfloat16 numbers as floats.
 INLINE Floats from_halves(const uint16_t* from) {
+#if defined(BRLITE_HAS_AVX512)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16);
+#elif defined(BRLITE_HAS_AVX2)
+    const __m256i low = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)),
+                  high = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(from + LANES / 2)));
+    return {(__m256)_mm256_slli_epi32(low, 16), (__m256)_mm256_slli_epi32(high, 16)};
+#else
     Ints halves;
     read(halves, from);
     return from_bits(halves << 16);
+#endif
 }
 
 // IEEE half precision, exactly; also while numbers too small for a float's exponent count as zeros.

@@ -20,9 +20,11 @@ constexpr long fetch_ahead(int format, int num_rows) {
 
 // Sums of a row in turn, which do not wait for each other, for a product that takes several cycles.
 #if defined(BRLITE_HAS_AVX512)
-constexpr int sums_of_row(int num_rows) { return num_rows <= 2 ? 4 : 2; }
+constexpr int sums_of_row(int, int num_rows) { return num_rows <= 2 ? 4 : 2; }
+#elif defined(BRLITE_HAS_AVX2)
+constexpr int sums_of_row(int format, int num_rows) { return is_int4(format) && num_rows == 1 ? 3 : 1; }
 #else
-constexpr int sums_of_row(int) { return 1; }
+constexpr int sums_of_row(int, int) { return 1; }
 #endif
 
 // Some rows times a panel. One at a time: so a matrix is read in one stream, as it lies in memory. With two or four
@@ -45,7 +47,7 @@ INLINE void fetch(const uint8_t* from, int num_bytes) {
 // Integer sums are exact in any order. Those of 4-bit codes are exact as floats, too.
 template <int FORMAT, int ROWS>
 INLINE void multiply_integers(const Tile& tile) {
-    constexpr int SUMS = sums_of_row(ROWS);
+    constexpr int SUMS = sums_of_row(FORMAT, ROWS);
     const int16_t* rows = (const int16_t*)tile.rows;
     const uint8_t* panel[1] = {tile.panel};
     Floats totals[ROWS];
