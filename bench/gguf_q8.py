@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -19,6 +20,9 @@ from brlite.precision import from_bfloat16, to_bfloat16
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 F32 = gguf.GGMLQuantizationType.F32
+Kind = gguf.GGMLQuantizationType
+# Where a block's numbers in half precision are, and what they become.
+SUPER_BLOCKS: Mapping[Kind, Mapping[int, float]] = {Kind.Q4_K: {0: 1e-4, 2: 7e-4}, Kind.Q6_K: {208: 2e-5}}
 # What the writer states itself, and what would be untrue of the new file.
 SKIPPED_KEYS = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version")
 ROWS_AT_A_TIME = 1024
@@ -41,23 +45,28 @@ def write_gguf(
     add_metadata: Callable[[gguf.GGUFWriter], None],
     shapes: Shapes,
     tensors: Iterator[tuple[str, np.ndarray]],
+    kinds: Mapping[str, Kind] = MappingProxyType({}),
 ) -> None:
-    """Write `tensors` (float32, by llama.cpp's names) to `target`, whole or not at all; they come as `shapes` says."""
+    """Write `tensors` (float32, by llama.cpp's names) to `target`, whole or not at all; they come as `shapes` says.
+
+    Matrices become Q8_0, or what `kinds` says; blocks of Q4_K and Q6_K are random, since gguf cannot make them.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
     writer = gguf.GGUFWriter(unfinished, architecture)
     add_metadata(writer)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    if not kinds:
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for name, shape in shapes.items():
-        kind = Q8_0 if len(shape) == 2 else F32
+        kind = kinds.get(name, Q8_0) if len(shape) == 2 else F32
         writer.add_tensor_info(name, shape, np.dtype(np.float32), _num_bytes(shape, kind), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for expected, (name, tensor) in zip(shapes, tensors, strict=True):
         assert name == expected, f"{name} came where {expected} was announced"
-        writer.write_tensor_data(_encode(tensor))
+        writer.write_tensor_data(_encode(tensor, kinds.get(name, Q8_0)))
     writer.close()
     shutil.move(unfinished, target)
 
@@ -77,11 +86,24 @@ def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter) -> None:
             writer.add_key_value(name, field.contents(), kind, sub_type=element[0] if element else None)
 
 
-def _encode(tensor: np.ndarray) -> np.ndarray:
+def _encode(tensor: np.ndarray, kind: Kind) -> np.ndarray:
     if tensor.ndim != 2:
         return np.ascontiguousarray(tensor, dtype=np.float32)
+    if kind in SUPER_BLOCKS:
+        return _random_blocks(tensor.shape, kind)
     blocks = [tensor[row : row + ROWS_AT_A_TIME] for row in range(0, len(tensor), ROWS_AT_A_TIME)]
-    return np.concatenate([gguf.quants.quantize(round_to_bfloat16(block), Q8_0) for block in blocks])
+    return np.concatenate([gguf.quants.quantize(round_to_bfloat16(block), kind) for block in blocks])
+
+
+def _random_blocks(shape: tuple[int, ...], kind: Kind) -> np.ndarray:
+    """Codes of all values, with scales that give weights of about 0.02."""
+    elements, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(shape[0])
+    blocks = np.frombuffer(random.bytes(int(np.prod(shape)) // elements * num_bytes), np.uint8).copy()
+    blocks = blocks.reshape(shape[0], -1, num_bytes)
+    for begin, scale in SUPER_BLOCKS[kind].items():
+        blocks[..., begin : begin + 2] = np.array([scale], "<f2").view(np.uint8)
+    return blocks.reshape(shape[0], -1)
 
 
 def round_to_bfloat16(values: np.ndarray) -> np.ndarray:

@@ -181,7 +181,7 @@ def _gguf(settings: Settings) -> Path:
 def _q8_gguf(settings: Settings) -> Path:
     if settings.path.suffix == ".gguf":
         return gguf_q8.find_q8_file(settings.path)
-    beside = shapes.q8_path(settings.path)
+    beside = shapes.gguf_path(settings.path)
     if not beside.exists():
         raise ServerError(f"{beside} is not there; shapes.py writes it with --gguf")
     return beside

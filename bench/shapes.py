@@ -2,6 +2,7 @@
 
     python bench/shapes.py 1.1b FOLDER            # TinyLlama's shape, 2.2 GB, for brlite, transformers and vLLM
     python bench/shapes.py 1.1b FOLDER --gguf     # and FOLDER.Q8_0.gguf for llama.cpp, from the same weights
+    python bench/shapes.py 1.1b FOLDER --gguf Q4_0,Q4_K_M    # such files: codes of Q4_K and Q6_K are random
     python bench/shapes.py --short                # a tiny one of each, written, read back and removed: for CI
 
 The tokenizer is a byte-level BPE, trained on the bench's own texts, so that prompts have as many tokens as usual; the
@@ -34,6 +35,7 @@ SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 NUM_TRAINED = 8000  # at most: the texts give fewer
 WEIGHT_SCALE = 0.02
 ROWS_AT_A_TIME = 4096
+MIXES = ("Q8_0", "Q4_0", "Q4_K_M")
 
 # Name → hidden size, intermediate size, layers, heads, key/value heads, vocabulary.
 SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
@@ -49,14 +51,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _check()
         return 0
     write_shape(args.shape, args.folder, args.seed)
-    if args.gguf:
-        write_q8(args.folder)
+    for mix in args.gguf:
+        write_gguf(args.folder, mix)
     return 0
 
 
-def q8_path(folder: Path) -> Path:
-    """Where the Q8_0 form of a folder is: beside it, for a folder holds one format."""
-    return folder.with_name(f"{folder.name}.Q8_0.gguf")
+def gguf_path(folder: Path, mix: str = "Q8_0") -> Path:
+    """Where a GGUF form of a folder is: beside it, for a folder holds one format."""
+    return folder.with_name(f"{folder.name}.{mix}.gguf")
 
 
 def write_shape(shape: str, folder: Path, seed: int = 0) -> None:
@@ -71,9 +73,9 @@ def write_shape(shape: str, folder: Path, seed: int = 0) -> None:
     _write_safetensors(folder / "model.safetensors", shapes, np.random.default_rng(seed))
 
 
-def write_q8(folder: Path) -> Path:
-    """Write what `write_shape` wrote as a Q8_0 GGUF file beside the folder."""
-    target = q8_path(folder)
+def write_gguf(folder: Path, mix: str = "Q8_0") -> Path:
+    """Write what `write_shape` wrote as a GGUF file beside the folder, in the types of a mix."""
+    target = gguf_path(folder, mix)
     with closing(open_checkpoint(folder)) as checkpoint:
         config = checkpoint.config
         names = {hugging_face_name(name): name for name in _gguf_names(config["num_hidden_layers"])}
@@ -81,8 +83,22 @@ def write_q8(folder: Path) -> Path:
         tensors = (
             (names[tensor.name], _llama_rows(tensor.name, tensor.float32(), config)) for tensor in checkpoint.tensors()
         )
-        gguf_q8.write_gguf(target, "llama", lambda writer: _add_metadata(writer, folder, config), shapes, tensors)
+        kinds = {name: kind for name in shapes if (kind := _kind(name, mix)) is not None}
+        gguf_q8.write_gguf(
+            target, "llama", lambda writer: _add_metadata(writer, folder, config), shapes, tensors, kinds
+        )
     return target
+
+
+def _kind(name: str, mix: str) -> gguf.GGMLQuantizationType | None:
+    """As llama.cpp mixes them, but that Q4_K_M has Q6_K in every second layer's v and down."""
+    if mix == "Q8_0":
+        return None
+    part = name.split(".")[-2]
+    is_even = name.startswith("blk.") and int(name.split(".")[1]) % 2 == 0
+    if part == "output" or (mix == "Q4_K_M" and part in ("attn_v", "ffn_down") and is_even):
+        return gguf.GGMLQuantizationType.Q6_K
+    return gguf.GGMLQuantizationType.Q4_0 if mix == "Q4_0" else gguf.GGMLQuantizationType.Q4_K
 
 
 def _config(shape: str) -> dict[str, Any]:
@@ -209,7 +225,7 @@ def _check() -> None:
     with tempfile.TemporaryDirectory(prefix="brlite-bench-") as scratch:
         folder = Path(scratch) / "tiny"
         write_shape("tiny", folder)
-        file = write_q8(folder)
+        file = write_gguf(folder)
         with closing(open_checkpoint(folder)) as plain, closing(open_checkpoint(file)) as rounded:
             expected, found = (
                 {tensor.name: tensor.float32() for tensor in checkpoint.tensors()} for checkpoint in (plain, rounded)
@@ -225,11 +241,26 @@ def _check() -> None:
         raise SystemExit("shapes: the two files do not hold the same model")
 
 
+def _mixes(text: str) -> tuple[str, ...]:
+    mixes = tuple(text.split(","))
+    if unknown := set(mixes) - set(MIXES):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}; allowed are {', '.join(MIXES)}")
+    return mixes
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", nargs="?", choices=tuple(SHAPES))
     parser.add_argument("folder", nargs="?", type=Path, help="a new folder")
-    parser.add_argument("--gguf", action="store_true", help="write FOLDER.Q8_0.gguf as well")
+    parser.add_argument(
+        "--gguf",
+        nargs="?",
+        type=_mixes,
+        const=("Q8_0",),
+        default=(),
+        metavar="LIST",
+        help=f"files beside it, of {', '.join(MIXES)} (Q8_0)",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (0)")
     parser.add_argument("--short", action="store_true", help="write a tiny one and read it back")
     args = parser.parse_args(argv)
