@@ -154,6 +154,7 @@ class OtherName(NamedTuple):
 
 
 OTHER_NAMES = (
+    OtherName("n_cmpl", "n", (LLAMA_CPP,)),
     OtherName("n_predict", "max_tokens", (LLAMA_CPP,)),
     OtherName("repeat_penalty", "repetition_penalty", (LLAMA_CPP,), "of the whole text without `repeat_last_n`"),
     OtherName("stop_words", "stop", (LLAMA_CPP,)),

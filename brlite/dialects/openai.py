@@ -128,6 +128,7 @@ class SamplingFields(StructuredFields, kw_only=True):
 
 _PARAMETERS = SamplingParams.__struct_fields__
 _SAMPLING_NAMES = [name for name in SamplingFields.__struct_fields__ if name in _PARAMETERS]
+_SAMPLING_TYPES = {field.name: field.type for field in structs.fields(SamplingFields)}
 
 
 def take_undecoded(body: SamplingFields, undecoded: Mapping[str, msgspec.Raw]) -> Undecoded:
@@ -138,8 +139,12 @@ def take_undecoded(body: SamplingFields, undecoded: Mapping[str, msgspec.Raw]) -
     more = read_undecoded(undecoded)
     for parameter, value in more.sampling.items():
         if parameter in _SAMPLING_NAMES:
+            name = more.field_names.get(parameter, parameter)
+            try:
+                value = msgspec.convert(value, _SAMPLING_TYPES[parameter])
+            except msgspec.ValidationError as error:
+                raise InvalidRequest(f"Invalid value for {name!r}: {error}", param=name) from None
             if getattr(body, parameter) not in (None, value):
-                name = more.field_names[parameter]
                 raise InvalidRequest(f"{name} is another name of {parameter}; give one of them", param=name)
             setattr(body, parameter, value)
     rest = {name: value for name, value in more.sampling.items() if name not in _SAMPLING_NAMES}

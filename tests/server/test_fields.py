@@ -69,6 +69,7 @@ def test_what_asks_for_something_that_does_not_happen_is_warned_of_unless_the_ap
 @pytest.mark.parametrize(
     ("name", "value", "other"),
     [
+        ("n_cmpl", 2, 2),
         ("n_predict", 5, 5),
         ("repeat_penalty", 1.25, 1.25),
         ("stop_words", ["e"], ["e"]),
@@ -90,7 +91,7 @@ def test_another_apis_name_is_read_as_the_parameter(name: str, value: Any, other
 
 
 def test_every_other_name_is_tried_above() -> None:
-    tried = {"n_predict", "repeat_penalty", "stop_words", "max_new_tokens", "min_new_tokens", "no_stop_trim"}
+    tried = {"n_cmpl", "n_predict", "repeat_penalty", "stop_words", "max_new_tokens", "min_new_tokens", "no_stop_trim"}
 
     assert {other.name for other in OTHER_NAMES} == tried
 
@@ -101,6 +102,8 @@ def test_every_other_name_is_tried_above() -> None:
         ({"n_predict": 5, "max_tokens": 6}, "n_predict"),
         ({"n_predict": 5, "max_new_tokens": 5}, "max_new_tokens"),
         ({"n_predict": "x"}, "n_predict"),
+        ({"n_cmpl": "x"}, "n_cmpl"),
+        ({"n_cmpl": [1]}, "n_cmpl"),
         ({"n_predict": -2}, "n_predict"),
         ({"repeat_penalty": 0}, "repeat_penalty"),
         ({"stop_words": 5}, "stop_words"),
