@@ -20,7 +20,7 @@ from brlite.proxy.routing.health import HealthChecks
 from brlite.proxy.routing.route_table import Route, RouteTable
 from brlite.proxy.routing.upstream import Upstream
 from brlite.proxy.usage import ForwardedUsage, estimate_completion, estimate_prompt, is_possible, told_usage
-from brlite.proxy.wire.heads import MAX_HOPS, forwarded_lines
+from brlite.proxy.wire.heads import MAX_HOPS, forwarded_lines, with_own_idempotency_key
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ class Forwarder:
             if head.via.count(b",") + 1 >= MAX_HOPS:
                 raise LoopDetected(f"The request was forwarded {MAX_HOPS} times: look at who serves the model.")
         lines = head.lines_for_upstreams(downstream.request_id, self.via, self.request_headers)
+        if (idempotency_key := head.fields.get(b"idempotency-key")) and inbound.key.tenant:
+            lines = with_own_idempotency_key(lines, idempotency_key, inbound.key.tenant)
         if config.forwarded != "off":
             lines += forwarded_lines(config.forwarded, downstream.peer, head.fields)
         affinity = None

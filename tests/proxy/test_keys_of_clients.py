@@ -112,3 +112,20 @@ async def test_a_key_in_debt_is_refused(start: Start) -> None:
     answers = [await ask("m", SECRET), await ask("m", SECRET)]
 
     assert [answer.status for answer in answers] == [200, 429]
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+async def test_an_idempotency_key_is_another_one_for_each_client(path: tuple[bytes, ...]) -> None:
+    keys = tuple(KeyConfig(name=name, key=f"secret-{name}") for name in "ab")
+    async with ScriptedUpstream(Step(GOOD_PLAIN), WELL) as upstream:
+        config = UpstreamConfig(url=upstream.url, models=("m",), health_path="")
+        async with run_proxy(config, key=keys) as proxy:
+            for secret in (b"secret-a", b"secret-b", b"secret-a"):
+                client = await Client.connect(proxy.port)
+                headers = (b"Authorization: Bearer " + secret, b"Idempotency-Key: mine", *path)
+                client.send(post({"model": "m"}, *headers))
+                await asyncio.wait_for(client.answer(), PATIENCE_SECONDS)
+                client.leave()
+        sent = [request.fields[b"idempotency-key"] for request in upstream.requests]
+
+    assert sent[0] == sent[2] != sent[1]

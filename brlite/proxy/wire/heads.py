@@ -6,6 +6,7 @@ the upstream. Heads repeat but for their Content-Length, so recent ones are reme
 
 from __future__ import annotations
 
+import hashlib
 import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -110,6 +111,7 @@ _NEVER_TO_CLIENTS = _pattern_of(NEVER_TO_CLIENTS)
 
 _LIMITS = _pattern_of(("x-ratelimit-*",))
 _CACHE_CONTROL = _pattern_of(("cache-control",))
+_IDEMPOTENCY_KEY = _pattern_of(("idempotency-key",))
 
 _REASONS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus}
 
@@ -296,6 +298,15 @@ class Heads(Generic[H]):
                     self._known.clear()
                 self._known[head] = known
         return known, length
+
+
+def with_own_idempotency_key(lines: bytes, key: bytes, tenant: str) -> bytes:
+    """The lines with an `Idempotency-Key` that no other tenant can send: the upstream knows all of them by one API key.
+
+    The same key of the same tenant stays the same, also through another proxy.
+    """
+    digest = hashlib.sha256(b"%b\n%b" % (tenant.encode(), key)).hexdigest()
+    return _IDEMPOTENCY_KEY.sub(b"", lines) + b"Idempotency-Key: %b\r\n" % digest.encode()
 
 
 def read_request(head: bytes) -> RequestHead | None:
