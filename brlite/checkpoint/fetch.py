@@ -109,7 +109,9 @@ def locate_model(
             logger.info("model %s: %s: %s", name, source.title, error)
             failures.append(f"{source.title}: {error}")
         else:
-            logger.info("model %s: weights from %s: %s%s", name, source.title, found, _remark(name, found))
+            is_from_wheel = name in WHEEL_MODELS and found.name == WHEEL_MODELS[name].file_name
+            remark = " (quantised to 4 bits; the hub has the original 16-bit weights)" if is_from_wheel else ""
+            logger.info("model %s: weights from %s: %s%s", name, source.title, found, remark)
             return found
     tried = "; ".join(failures) or "it is not on this machine"
     here = [repository.name for repository in cached_repositories(hub.cache())]
@@ -140,8 +142,3 @@ def fetch_wheel_model(name: str, cache: Path, on_progress: OnProgress, download_
 def model_folder(name: str, cache: Path) -> Path:
     """Where the cache keeps a model. A name cannot lead out of the cache."""
     return cache / name.replace("/", "--")
-
-
-def _remark(name: str, found: Path) -> str:
-    is_from_wheel = name in WHEEL_MODELS and found.name == WHEEL_MODELS[name].file_name
-    return " (quantised to 4 bits; the hub has the original 16-bit weights)" if is_from_wheel else ""

@@ -116,7 +116,9 @@ class HuggingFaceHub:
                 HubFile(str(path), int(size or lfs.get("size") or 0), lfs.get("sha256"), None if lfs else blob)
                 for path, size, lfs, blob in siblings
             ]
-            return RepositoryListing(_plain(info["sha"]), files)
+            if not isinstance(info["sha"], str) or not info["sha"].isalnum():
+                raise ValueError(info["sha"])
+            return RepositoryListing(info["sha"], files)
 
     def file_url(self, address: HubAddress, name: ModelName, commit: str, file: str) -> str:
         return f"{address.endpoint}/{name.repository}/resolve/{commit}/{quote(file)}"
@@ -352,9 +354,3 @@ def _shape_checked(address: HubAddress) -> Iterator[None]:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{address.endpoint} answers with a JSON of another shape: is it a hub?") from error
-
-
-def _plain(commit: object) -> str:
-    if not isinstance(commit, str) or not commit.isalnum():
-        raise ValueError(commit)
-    return commit

@@ -86,7 +86,8 @@ def models(args: argparse.Namespace) -> int:
         found = list(find_models())
         text = render(found) if found else "no models are here yet; `brlite pull NAME` fetches one"
     if args.json:
-        text = json.dumps([_plain(model) for model in found], indent=1, ensure_ascii=False)
+        listed = [{**model._asdict(), "path": str(model.path), "used_at": int(model.used_at)} for model in found]
+        text = json.dumps(listed, indent=1, ensure_ascii=False)
     print(shown(text))
     return 0
 
@@ -239,10 +240,6 @@ def _render_one(model: CachedModel) -> str:
         "problem": model.problem or "",
     }
     return "\n".join(f"{name:12}  {text}" for name, text in findings.items() if text)
-
-
-def _plain(model: CachedModel) -> dict[str, object]:
-    return {**model._asdict(), "path": str(model.path), "used_at": int(model.used_at)}
 
 
 def _ago(moment: float) -> str:

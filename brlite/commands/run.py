@@ -10,7 +10,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,8 +51,11 @@ def run(args: argparse.Namespace) -> int:
     flags = [word for flag, value in options.items() if value is not None for word in (flag, str(value))]
     with TemporaryDirectory(prefix="brlite-run-") as folder, ChildGroup() as group:
         log = Path(folder) / "log"
-        # In an empty folder: a config of this one would change what is served.
-        command = [*python_module("brlite"), "serve", *_absolute(flags), "--host", HOST, "--port", str(port)]
+        # In an empty folder: a config of this one would change what is served. So paths are made absolute.
+        flags = [
+            str(Path(word).absolute()) if Path(word).exists() and not word.startswith("-") else word for word in flags
+        ]
+        command = [*python_module("brlite"), "serve", *flags, "--host", HOST, "--port", str(port)]
         with log.open("wb") as stderr:
             server = group.start(command, env=child_environment(), stdout=subprocess.DEVNULL, stderr=stderr, cwd=folder)
         try:
@@ -77,11 +79,6 @@ def _fetch(name: str | None, engine: str | None) -> None:
         return
     with progress_bar() as show:
         locate_model(name or DEFAULT_MODEL, None, show)
-
-
-def _absolute(flags: Sequence[str]) -> list[str]:
-    """Paths of this folder, for a process in another one."""
-    return [str(Path(word).absolute()) if Path(word).exists() and not word.startswith("-") else word for word in flags]
 
 
 def _free_port() -> int:

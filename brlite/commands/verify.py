@@ -138,7 +138,7 @@ def run(config: Config, prompts: Path | None, max_tokens: int, *, as_json: bool,
     """Print what was found, the prompts being those of a file, one a line, or our own. Returns 1 for a difference."""
     check_supported(config)
     texts = None if prompts is None else read_prompts(prompts)
-    report = verify(load, config, texts, max_tokens, _say_nothing if as_json else partial(print, flush=True))
+    report = verify(load, config, texts, max_tokens, (lambda line: None) if as_json else partial(print, flush=True))
     if as_json:
         print(msgspec.json.encode(report).decode())
     return 0 if report.is_equal else 1
@@ -350,7 +350,3 @@ def _show(entry: TokenLogprob | None, tokenizer: Tokenizer) -> str:
         return "nothing"
     top = " ".join(f"{token_id}:{logprob!r}" for token_id, logprob in entry.top)
     return f"{entry.token_id} {tokenizer.token_text(entry.token_id)!r} {entry.logprob!r}; best {top}"
-
-
-def _say_nothing(line: str) -> None:
-    """For machines only the report counts."""

@@ -133,7 +133,11 @@ class ItemReader:
     def add(self, raw: Raw, param: str) -> None:
         tag = decode_value(raw, _TAG, param)
         if tag.type == "item_reference" or (tag.type is None and tag.id is not None and b'"role"' not in bytes(raw)):
-            raw = self._referenced(tag.id or "", param)
+            referenced = self._stored.item(tag.id or "")
+            if referenced is None:
+                reason = "" if self._stored.is_enabled else ": this server stores no responses"
+                raise InvalidRequest(f"Item with id {excerpt(tag.id or '')} not found{reason}.", param=f"{param}.id")
+            raw = referenced
             tag = decode_value(raw, _TAG, param)
         kind = tag.type or "message"
         self.items.append(raw)
@@ -147,13 +151,6 @@ class ItemReader:
                 param=f"{param}.type",
             )
         add(decode_value(raw, _ITEM, param), param)
-
-    def _referenced(self, item_id: str, param: str) -> Raw:
-        raw = self._stored.item(item_id)
-        if raw is None:
-            reason = "" if self._stored.is_enabled else ": this server stores no responses"
-            raise InvalidRequest(f"Item with id {excerpt(item_id)} not found{reason}.", param=f"{param}.id")
-        return raw
 
     def _message(self, item: InputItem, param: str) -> None:
         if item.role not in ROLES:

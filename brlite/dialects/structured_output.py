@@ -58,6 +58,8 @@ def structured_output(body: StructuredFields) -> StructuredOutput | None:
     """What the answer must look like; None where no field says so. Raises `InvalidRequest` where two fields do."""
     if all(getattr(body, name) in (None, NULL) for name in _FIELDS):
         return None
+    # An empty schema or text is llama.cpp's and SGLang's way to say none.
+    is_empty = bytes(body.json_schema).replace(b" ", b"") in (b"{}", b'""')
     wishes: dict[str, dict[str, Any]] = {
         "response_format": _response_format(body.response_format),
         "structured_outputs": _structured_outputs(body.structured_outputs),
@@ -65,7 +67,7 @@ def structured_output(body: StructuredFields) -> StructuredOutput | None:
         "guided_regex": {"regex": body.guided_regex} if body.guided_regex else {},
         "guided_choice": {"choice": tuple(body.guided_choice)} if body.guided_choice else {},
         "guided_grammar": {"grammar": body.guided_grammar} if body.guided_grammar else {},
-        "json_schema": _schema("json_schema", body.json_schema) if _says_something(body.json_schema) else {},
+        "json_schema": {} if is_empty else _schema("json_schema", body.json_schema),
         "grammar": {"grammar": body.grammar} if body.grammar else {},
         "regex": {"regex": body.regex} if body.regex else {},
         "ebnf": {"grammar": body.ebnf} if body.ebnf else {},
@@ -135,8 +137,3 @@ def _schema(name: str, raw: Raw) -> dict[str, Any]:
         return {}
     data = bytes(raw)
     return {"json_schema": decode_value(raw, _TEXT, name) if data.startswith(b'"') else data.decode()}
-
-
-def _says_something(raw: Raw) -> bool:
-    """An empty schema or text is llama.cpp's and SGLang's way to say none."""
-    return bytes(raw).replace(b" ", b"") not in (b"{}", b'""')

@@ -22,7 +22,6 @@ from brlite.sampling_params import parameters
 from brlite.server.engine_requests import make_requests, with_model_defaults
 from brlite.server.generate import CONFIG, admit, json_response
 from brlite.server.responses import responses_dialect
-from brlite.server.served_model import ServedModel
 from brlite.server.tokens import prompt_text
 
 # Other names of parameters in requests, besides those of `Generation.field_names`.
@@ -107,6 +106,10 @@ async def explain(request: web.Request) -> web.Response:
             raise in_client_words(error, call.field_names) from None
     clamps = [line for _, lines in admitted for line in lines]
     longest = [max_tokens for max_tokens, _ in admitted]
+    variables: dict[str, ExplainedValue] = {}
+    if isinstance(chat := call.prompts[0], Chat):
+        variables = {name: ExplainedValue(value, "server") for name, value in model.spec.chat_template_kwargs.items()}
+        variables |= {name: ExplainedValue(value, "request") for name, value in chat.variables.items()}
     explanation = Explanation(
         endpoint=dialect.path,
         model=model.name,
@@ -115,7 +118,7 @@ async def explain(request: web.Request) -> web.Response:
             for (text, _), each in zip(texts, made.requests, strict=True)
         ],
         parameters=_parameters(call, given, engine.sampling_defaults.keys() & call.unset, max(longest), clamps),
-        template_variables=_template_variables(call, model),
+        template_variables=variables,
         memory=_memory(made.requests, longest, engine),
         queue=_queue(made.requests, longest, engine),
         warnings=tuple(dict.fromkeys((*call.warnings, *made.warnings, *made.cuts, *clamps))),
@@ -158,14 +161,6 @@ def _parameters(
     if call.params.seed is None:
         explained["seed"] = ExplainedValue(None, "default", "a new random one for each request")
     return explained
-
-
-def _template_variables(call: Generation, model: ServedModel) -> dict[str, ExplainedValue]:
-    (first, *_) = call.prompts
-    if not isinstance(first, Chat):
-        return {}
-    values = {name: ExplainedValue(value, "server") for name, value in model.spec.chat_template_kwargs.items()}
-    return values | {name: ExplainedValue(value, "request") for name, value in first.variables.items()}
 
 
 def _memory(requests: list[Request], longest: list[int], engine: EngineLoop) -> MemoryForecast:
