@@ -32,7 +32,7 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
         check_pooling(request.pooling, info)
         return 0, ()
     if not info.can_generate:
-        raise InvalidRequest("this model does not generate: it has no language model head", code="no_language_model_head")
+        raise InvalidRequest("this model does not generate: it has no head for it", code="no_language_model_head")
     check_limits(request.params, limits)
     request.params.check_vocabulary(info.vocab_size)
     if request.params.prompt_logprobs is not None and not info.has_prompt_logprobs:
