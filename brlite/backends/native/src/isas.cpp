@@ -32,8 +32,8 @@ bool saves(unsigned parts) {
     return (low & parts) == parts;
 }
 
-// Bits of leaf 1: 12 fma, 28 avx, 29 f16c. Of leaf 7: 5 avx2, 16 avx512f, 17 dq, 30 bw, 31 vl; 11 vnni. Of its subleaf 1: 5
-// bf16.
+// Bits of leaf 1: 12 fma, 28 avx, 29 f16c. Of leaf 7: 5 avx2, 16 avx512f, 17 dq, 30 bw, 31 vl; 11 vnni. Of its subleaf
+// 1: 5 bf16.
 bool has_avx2() { return saves(0x06) && all_set(Leaf(1, 0).ecx, {12, 28, 29}) && all_set(Leaf(7, 0).ebx, {5}); }
 bool has_avx512() { return has_avx2() && saves(0xe6) && all_set(Leaf(7, 0).ebx, {16, 17, 30, 31}); }
 bool has_avx512_vnni() { return has_avx512() && all_set(Leaf(7, 0).ecx, {11}); }
