@@ -15,7 +15,7 @@ class BarAwareHandler(logging.StreamHandler[TextIO]):
     def emit(self, record: logging.LogRecord) -> None:
         # Imported with the first bar, perhaps by another thread at this moment; before there is none to take off.
         tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
-        if not getattr(tqdm, "_instances", None):
+        if tqdm is None or not getattr(tqdm, "_instances", None):
             super().emit(record)
             return
         with tqdm.external_write_mode(file=self.stream):
