@@ -158,7 +158,7 @@ class GuidedMatcher:
             if forced:
                 forced.popleft()
             if self._inner.is_stopped():
-                rows[draw + 1] = -1  # the answer ends before this draw: what it gives is dropped
+                rows[draw + 1 :] = -1  # the answer ends before these draws: what they give is dropped
                 break
             if not forced:
                 forced.extend(self._next_forced())

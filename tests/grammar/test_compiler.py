@@ -12,6 +12,7 @@ from brlite.config.options import GrammarConfig
 from brlite.errors import InvalidRequest
 from brlite.grammar.compiler import GrammarCompiler, deep_stack
 from brlite.sampling_params import StructuredOutput
+from tests.fakes import EOS
 from tests.grammar.answers import LongTokens, write
 
 TOKENIZER = LongTokens()
@@ -283,3 +284,17 @@ def test_a_whitespace_pattern_counts_to_the_bytes_of_a_wish():
 
     with pytest.raises(InvalidRequest, match="300000 characters are too many"):
         COMPILER.compile(wish)
+
+
+def test_a_guess_that_ends_the_answer_may_be_followed_by_any_guesses():
+    """Each of them may be drawn, and is dropped: prompts repeat what stands between their turns, and so do guesses."""
+    matcher = COMPILER.compile(StructuredOutput(regex="ab?")).matcher()
+    matcher.advance([ord("a")])
+    row_bytes = -(-TOKENIZER.vocab_size // 32) * 4
+    words = memoryview(bytearray(4 * row_bytes))
+
+    matcher.fill_masks(words, [EOS, ord("\n"), ord("x")])
+
+    rows = [words[row * row_bytes : (row + 1) * row_bytes] for row in range(4)]
+    assert any(rows[0])
+    assert rows[1:] == [b"\xff" * row_bytes] * 3
