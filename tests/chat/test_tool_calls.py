@@ -130,6 +130,16 @@ def test_a_whole_call_behind_a_broken_one_is_a_call() -> None:
     assert [call.name for call in reply.tool_calls] == ["now"]
 
 
+@pytest.mark.parametrize("end", ["", "<", "</tool_cal", "</tool_call>"])
+def test_what_a_cut_reply_has_of_the_mark_behind_a_call_is_no_content(end: str) -> None:
+    parser = PARSERS["hermes"](TOOLS)
+
+    reply = collect(read(parser, list('<tool_call>{"name": "now", "arguments": {}}\n' + end)))
+
+    assert [call.name for call in reply.tool_calls] == ["now"]
+    assert reply.content == ""
+
+
 def test_calls_beyond_the_allowed_number_are_content() -> None:
     parser = PARSERS["hermes"](TOOLS, max_calls=1)
     call = '<tool_call>{"name": "now"}</tool_call>'

@@ -42,7 +42,7 @@ class ChatGlmParser(ToolCallParser):
             yield from keyword_arguments(source, self._arguments)
             self._end()
             yield from source.spaces()
-            yield from source.take(FENCE)
+            yield from source.take_end(FENCE)
             return
         if (yield from source.peek()) != "{":
             raise BrokenCall("it is plain text")

@@ -40,7 +40,7 @@ class DeepSeekParser(ToolCallParser):
             yield from source.spaces()
             if not (yield from source.take(CALL)):
                 break
-        yield from source.take(CALLS_END)
+        yield from source.take_end(CALLS_END)
 
     def _named(self) -> Step[None]:
         source = self._source
@@ -57,7 +57,7 @@ class DeepSeekParser(ToolCallParser):
         yield from source.spaces()
         if (yield from source.take(FENCE)):
             yield from source.spaces()
-        yield from source.take(CALL_END)
+        yield from source.take_end(CALL_END)
 
 
 class DeepSeekV31Parser(DeepSeekParser):

@@ -30,4 +30,4 @@ class HermesParser(ToolCallParser):
         yield from self._source.spaces()
         yield from self._json_call()
         yield from self._source.spaces()
-        yield from self._source.take(END)  # some models leave it out at the end of a reply
+        yield from self._source.take_end(END)  # some models leave it out at the end of a reply

@@ -72,7 +72,7 @@ class PythonicParser(ToolCallParser):
                 break
         yield from source.expect("]")
         yield from source.spaces()
-        yield from source.take(END)
+        yield from source.take_end(END)
 
 
 def word(source: ReplySource) -> Step[str]:

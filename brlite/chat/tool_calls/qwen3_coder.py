@@ -61,4 +61,4 @@ class Qwen3CoderParser(ToolCallParser):
             raise BrokenCall(f"{FUNCTION_END!r} is missing")
         self._end()
         yield from source.spaces()
-        yield from source.take(END)
+        yield from source.take_end(END)

@@ -73,6 +73,13 @@ class ReplySource:
                 self.at += len(found)
                 return found
 
+    def take_end(self, mark: str) -> Step[None]:
+        """Consume a mark that may be left out at the end of a call, or what a reply that was cut there has of it."""
+        found = yield from self.take(mark)
+        rest = self.text[self.at :]
+        if self.has_ended and not found and mark.startswith(rest):
+            self.at += len(rest)
+
     def expect(self, *words: str) -> Step[str]:
         """As `take`. Raises `BrokenCall` if it is none of them."""
         word = yield from self.take(*words)
