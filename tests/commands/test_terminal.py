@@ -91,6 +91,7 @@ def saved(terminal: Terminal, folder: Path) -> list[tuple[str, str]]:
     """Role and content of what was said so far."""
     terminal.type(f"/save {folder / 'saved.json'}{ENTER}")
     terminal.until("messages are in")
+    terminal.until(PROMPT)  # before it Ctrl-D would be the terminal's own, not the program's
     messages = json.loads((folder / "saved.json").read_text())["messages"]
     return [(message["role"], message["content"]) for message in messages]
 
