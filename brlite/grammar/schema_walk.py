@@ -456,8 +456,7 @@ class _Walk:
         for keyword in ("anyOf", "oneOf"):
             if keyword in node and not any(map(is_finite, node[keyword])):
                 return False
-        types = node.get("type", TYPES)
-        types = {types} if isinstance(types, str) else set(types)
+        types = _type_names(node)
         if types - {"object", "array"}:
             return True
         if "array" in types and all(map(is_finite, itertools.islice(_item_schemas(node), node.get("minItems", 0)))):
@@ -544,11 +543,15 @@ def _values(node: Mapping[str, Any]) -> dict[str, Any] | None:
         values = {"boolean": [False, True], "null": [None]}.get(str(node.get("type")))
     if values is None:
         return None
-    types = node.get("type", TYPES)
-    allowed = {types} if isinstance(types, str) else set(types) if isinstance(types, (list, tuple)) else set()
-    if "number" in allowed:
-        allowed = allowed | {"integer"}
+    allowed = _type_names(node)
+    allowed |= {"integer"} if "number" in allowed else set()
     return {_key(value): value for value in values if _type(value) in allowed}
+
+
+def _type_names(node: Mapping[str, Any]) -> set[str]:
+    """The types that a schema names, else all. What is no name is refused where the schema is visited."""
+    types = node.get("type", TYPES)
+    return {name for name in (types if isinstance(types, (list, tuple)) else [types]) if isinstance(name, str)}
 
 
 def _kinds(node: Mapping[str, Any], values: Mapping[str, Any] | None) -> set[str]:

@@ -10,6 +10,7 @@ import pytest
 from jsonschema.validators import validator_for
 
 from brlite.config.options import GrammarConfig
+from brlite.errors import InvalidRequest
 from brlite.grammar.compiler import GrammarCompiler
 from brlite.sampling_params import StructuredOutput
 from tests.grammar.answers import LongTokens, write
@@ -110,3 +111,11 @@ def test_a_schema_cannot_loosen_the_whitespace_itself():
 
     for seed in range(10):
         assert " " not in write(grammar, TOKENIZER, temperature=1.5, seed=seed, max_tokens=20).text
+
+
+def test_a_type_that_is_no_name_is_refused_where_alternatives_are_compared():
+    """Found by the fuzzer: what has no hash ended the comparison of two alternatives."""
+    schema = {"oneOf": [{"type": [{}], "enum": [1]}, {"type": ["integer"], "enum": [2]}]}
+
+    with pytest.raises(InvalidRequest, match="type"):
+        COMPILER.compile(StructuredOutput(json_schema=schema))
