@@ -310,6 +310,13 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             "answers kept for retries with the same `Idempotency-Key`; the oldest are forgotten first; 0: none are kept"
         ),
     ] = 16 * 1024 * 1024
+    max_owner_bytes: Annotated[
+        CountOrZero,
+        option(
+            "ids of responses that upstreams store, kept to find the upstream again; the oldest are forgotten first; "
+            "0: none are kept"
+        ),
+    ] = 8 * 1024 * 1024
     template_seconds: Annotated[
         float, Meta(gt=0, le=3600), option("CPU time of a chat template, for one chat and for loading it")
     ] = 2.0

@@ -21,7 +21,7 @@ from brlite.proxy.stream_kinds import kind_of
 from brlite.proxy.usage import Seen
 from brlite.proxy.wire.connections import UpstreamConnection
 from brlite.proxy.wire.framing import FramingError
-from brlite.proxy.wire.heads import AnswerHead, AnswerReader
+from brlite.proxy.wire.heads import AnswerHead, AnswerReader, RequestHead
 from brlite.proxy.wire.sse_relay import SseRelay
 
 
@@ -184,6 +184,11 @@ class Attempt:
         return self._heard_at > 0
 
     @property
+    def seen_by_now(self) -> Seen:
+        """`seen`, also before the end."""
+        return self._relay.seen if self.state is RELAYING else self.seen
+
+    @property
     def can_take_event(self) -> bool:
         """Whether the response is a stream that an event of ours can follow."""
         return self.has_begun and self._relay.can_take_event
@@ -194,12 +199,15 @@ class Attempt:
 
     # The request
 
-    def start(self, path: bytes, lines: bytes, body: bytes, *, is_fresh: bool) -> None:
-        """Send `POST path` with these header lines and this body; `is_fresh` on no connection that was used before."""
-        upstream = self.upstream
+    def start(self, head: RequestHead, lines: bytes, body: bytes, *, is_fresh: bool) -> None:
+        """Send the request with these header lines and this body; `is_fresh` on no connection that was used before."""
+        upstream, path = self.upstream, head.target
         self._ticket = upstream.begin(self._loop.time())
-        own_lines = upstream.known_head_lines.get(path) or upstream.head_lines(path)
-        self._outbound = path, b"%b%bContent-Length: %d\r\n\r\n" % (own_lines, lines, len(body)), body
+        if head.method == b"POST":
+            own_lines = upstream.known_head_lines.get(path) or upstream.head_lines(path)
+            self._outbound = path, b"%b%bContent-Length: %d\r\n\r\n" % (own_lines, lines, len(body)), body
+        else:
+            self._outbound = path, b"%b%b\r\n" % (upstream.head_lines(path, head.method), lines), b""
         connection = None if is_fresh else upstream.pool.take()
         if connection is not None:
             self._send(connection)

@@ -207,7 +207,7 @@ class Exchange:
             forwarder.reserve(self)
         self._tried += (upstream,)
         attempt = self.attempt = Attempt(self, upstream, self._downstream, forwarder.config, forwarder.loop)
-        attempt.start(inbound.head.target, request.lines, body, is_fresh=is_fresh)
+        attempt.start(inbound.head, request.lines, body, is_fresh=is_fresh)
 
     # How an attempt ends
 

@@ -9,18 +9,26 @@ import time
 from collections import Counter, defaultdict
 
 from brlite.config.options import Config, ProxyConfig
-from brlite.errors import LoopDetected, RequestError, stopping
+from brlite.errors import InvalidRequest, LoopDetected, RequestError, stopping
+from brlite.http.api_key import ApiKey
 from brlite.http.errors import CLIENT_LEFT
 from brlite.proxy.attempt import Downstream
 from brlite.proxy.exchange import Exchange, ForwardedRequest
 from brlite.proxy.prompt_start import prompt_start
 from brlite.proxy.request_model import Inbound
+from brlite.proxy.response_owners import RESPONSES_PATH, ResponseOwner, ResponseOwners
 from brlite.proxy.routing.client import reason_of
 from brlite.proxy.routing.health import HealthChecks
 from brlite.proxy.routing.route_table import Route, RouteTable
 from brlite.proxy.routing.upstream import Upstream
 from brlite.proxy.usage import ForwardedUsage, estimate_completion, estimate_prompt, is_possible, told_usage
-from brlite.proxy.wire.heads import MAX_HOPS, forwarded_lines, with_own_idempotency_key
+from brlite.proxy.wire.heads import (
+    MAX_HOPS,
+    RequestHead,
+    forwarded_lines,
+    stored_response_id,
+    with_own_idempotency_key,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +54,7 @@ class Forwarder:
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.num_first_bytes: Counter[str] = Counter()
         self.first_byte_seconds: defaultdict[str, float] = defaultdict(float)
+        self.owners = ResponseOwners(config.limits.max_owner_bytes)
         self._health = HealthChecks()
         self._via_name = f"brlite-{secrets.token_hex(4)}".encode()
         self.via = b"1.1 " + self._via_name
@@ -87,7 +96,8 @@ class Forwarder:
     def forward(self, inbound: Inbound, route: Route, downstream: Downstream) -> Exchange:
         """Begin an exchange, which the caller starts.
 
-        Raises `LoopDetected`, `RateLimited`, or `NotReady` while the server stops.
+        Raises `LoopDetected`, `RateLimited`, `NotReady` while the server stops, and `InvalidRequest` for a stored
+        response that is not known as one of the key's.
         """
         head, config = inbound.head, self.config
         if head.via is not None:
@@ -96,6 +106,9 @@ class Forwarder:
                 raise LoopDetected(text)
             if head.via.count(b",") + 1 >= MAX_HOPS:
                 raise LoopDetected(f"The request was forwarded {MAX_HOPS} times: look at who serves the model.")
+        if head.target.startswith(RESPONSES_PATH):
+            owner = self.owners.owner_for(inbound, self._active)
+            route = route if owner is None else self._only(owner, route)
         lines = head.lines_for_upstreams(downstream.request_id, self.via, self.request_headers)
         if (idempotency_key := head.fields.get(b"idempotency-key")) and inbound.key.tenant:
             lines = with_own_idempotency_key(lines, idempotency_key, inbound.key.tenant)
@@ -117,6 +130,24 @@ class Forwarder:
             self._set_tick()
         return exchange
 
+    def find_stored(self, head: RequestHead, key: ApiKey) -> Route | None:
+        """The route to the stored response that a request is about. None if no upstream has it for this key."""
+        response_id = stored_response_id(head)
+        owner = None if response_id is None else self.owners.find(key.tenant, response_id, self._active)
+        route = None if owner is None else self.table.find(owner.model)
+        return None if owner is None or route is None else route.only(owner.upstream)
+
+    def _only(self, owner: ResponseOwner, route: Route) -> Route:
+        """The route by the upstream that has the response. Raises `InvalidRequest` if it does not lead there."""
+        only = route.only(owner.upstream)
+        if only is None:
+            raise InvalidRequest(
+                "The response is stored by an upstream that does not serve this model.",
+                param="previous_response_id",
+                code="previous_response_not_found",
+            )
+        return only
+
     def over(self, exchange: Exchange) -> None:
         """The exchange has ended."""
         self._active.discard(exchange)
@@ -132,6 +163,8 @@ class Forwarder:
         if key.name:
             usage, at = self._usage(exchange), time.monotonic()
             key.spend(at, usage.prompt_tokens, usage.completion_tokens, num_reserved=exchange.num_reserved)
+        if exchange.request.inbound.head.target.startswith(RESPONSES_PATH):
+            self.owners.note(exchange)
 
     def reserve(self, exchange: Exchange) -> None:
         """Charge the key for the prompt, by an estimate, as the request is sent. It is corrected at the end."""
@@ -145,6 +178,8 @@ class Forwarder:
         A client that leaves pays for its prompt, whether an answer had begun or not.
         """
         attempt, inbound = exchange.attempt, exchange.request.inbound
+        if inbound.head.target.startswith(RESPONSES_PATH) and stored_response_id(inbound.head) is not None:
+            return self.owners.late_usage(exchange)
         if attempt is None or not attempt.was_sent:
             return ForwardedUsage()
         has_answer = attempt.has_begun and attempt.status < 400

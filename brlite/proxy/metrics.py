@@ -88,6 +88,12 @@ class ForwardingCollector(Collector):
             for state in get_args(State):
                 breakers.add_metric([upstream.name, state], upstream.breaker.state(now) == state)
         yield breakers
+        owners = self._forwarder.owners.store
+        about = "Ids of stored responses whose upstream is known."
+        yield GaugeMetricFamily("brlite:proxy_response_ids", about, value=len(owners))
+        yield GaugeMetricFamily("brlite:proxy_response_id_bytes", "Bytes that they take.", value=owners.num_bytes)
+        about = "Ids that were forgotten because limits.max_owner_bytes was reached."
+        yield CounterMetricFamily("brlite:proxy_response_ids_forgotten", about, value=owners.num_forgotten)
 
     def _times(self) -> Iterable[Metric]:
         forwarder = self._forwarder

@@ -20,25 +20,45 @@ from brlite.http.keys import API_KEY
 from brlite.http.request_id import shown_request_id
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.forwarder import Forwarder
-from brlite.proxy.request_model import read_inbound
+from brlite.proxy.request_model import Inbound, read_inbound
+from brlite.proxy.routing.route_table import Route
 from brlite.proxy.wire.connections import reset
-from brlite.proxy.wire.heads import RequestHead, is_forwardable, usual_spelling, without_limits
+from brlite.proxy.wire.heads import (
+    FORWARDED_PATHS,
+    RequestHead,
+    is_forwardable,
+    usual_spelling,
+    without_limits,
+)
 
 # The raw path, behind the path of the application that this one is mounted in.
-_TARGET = re.compile(r"[!->@-~]*?(/v1/[!-~]+|/(?:de)?tokenize(?:\?[!-~]*)?)")
+_BARE_PATHS = "|".join(re.escape(path.decode()) for path in sorted(FORWARDED_PATHS) if not path.startswith(b"/v1/"))
+_TARGET = re.compile(rf"[!->@-~]*?(/v1/[!-~]+|(?:{_BARE_PATHS})(?:\?[!-~]*)?)")
+STORED_RESPONSES = b"/v1/responses/"
+FORWARDED_METHODS = ("POST", "GET", "DELETE")
 BACKLOG_BYTES = 64 * 1024
 
 
 def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_proxy: bool) -> Middleware:
-    """Forward a POST that names an upstream's model; the handler gets anything else, with its body kept."""
+    """Forward a POST that names an upstream's model, and what is asked about a response that an upstream stores.
+
+    The handler gets anything else, with its body kept.
+    """
 
     @web.middleware
     async def forward(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.method != "POST" or not forwarder.table.upstreams:
+        if request.method not in FORWARDED_METHODS or not forwarder.table.upstreams:
             return await handler(request)
         wire_path = _wire_path(request)
-        if not is_forwardable(wire_path):
-            return await handler(request)
+        if request.method != "POST" or not is_forwardable(wire_path):
+            if not wire_path.startswith(STORED_RESPONSES):
+                return await handler(request)
+            head = _head_of(request, wire_path)
+            found = forwarder.find_stored(head, request[API_KEY])
+            if found is None:
+                return await handler(request)
+            body = await read_body(request, limits) if request.method == "POST" else b""
+            return await run(request, Inbound(head, body, request[API_KEY], None, None), found)
         body = await read_body(request, limits)
         inbound = read_inbound(_head_of(request, wire_path), body, request[API_KEY])
         route = forwarder.table.find(inbound.model)
@@ -51,6 +71,9 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
                 raise ModelNotFound(text, param="model", code="model_not_found")
             keep_body(request, body)
             return await handler(request)
+        return await run(request, inbound, route)
+
+    async def run(request: web.Request, inbound: Inbound, route: Route) -> web.StreamResponse:
         inbound.key.check_model(route.model)
         downstream = ResponseDownstream(request)
         exchange = forwarder.forward(inbound, route, downstream)

@@ -39,8 +39,9 @@ LAST_TYPES = {
 
 
 def kind_of(path: bytes) -> StreamKind:
-    """The kind of a stream that answers a POST to this path."""
-    return _KINDS.get(path.partition(b"?")[0], StreamKind.OTHER)
+    """The kind of a stream that answers a request for this path. A stored response may be sent as a stream, too."""
+    path = path.partition(b"?")[0]
+    return _KINDS.get(path) or (StreamKind.RESPONSES if path.startswith(b"/v1/responses/") else StreamKind.OTHER)
 
 
 def error_event(kind: StreamKind, error: RequestError, sequence_number: int) -> bytes:

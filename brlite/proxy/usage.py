@@ -22,7 +22,11 @@ TAIL_BYTES = 4096  # of a long response, where its usage is
 
 # The response is generated text, with a token for every few bytes.
 GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
-FREE_PATHS = (b"/tokenize", b"/detokenize", b"/v1/messages/count_tokens")  # no model computes anything
+# No model computes anything.
+FREE_PATHS = frozenset(
+    b"/tokenize /detokenize /apply-template /explain /v1/messages/count_tokens /v1/responses/input_tokens "
+    b"/v1/chat/completions/render /v1/completions/render".split()
+)
 
 _ENCODED = re.compile(rb"[A-Za-z0-9+/]{4096,}={0,2}")
 _USAGE_FIELD = re.compile(rb'(?<!\\)"usage"[ \t\r\n]*:[ \t\r\n]*(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\})')

@@ -18,7 +18,7 @@ from brlite.dialects.event import Event, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.dialects.json_body import decode_fields
 from brlite.errors import InvalidRequest
-from brlite.server.bounded_store import OBJECT_BYTES, BoundedStore
+from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 
 HEADER = "Idempotency-Key"
 MAX_KEY_LENGTH = 255

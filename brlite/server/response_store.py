@@ -6,7 +6,7 @@ from aiohttp import web
 from msgspec import Raw
 
 from brlite.dialects.responses_encoder import FinishedResponse, response_id_of
-from brlite.server.bounded_store import OBJECT_BYTES, BoundedStore
+from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 
 ResponseStore = BoundedStore[FinishedResponse]
 STORE: web.AppKey[ResponseStore] = web.AppKey("response_store")

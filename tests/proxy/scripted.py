@@ -20,7 +20,7 @@ import msgspec
 When = Literal["accept", "head", "request"]
 Then = Literal["keep", "close", "reset", "stall"]
 
-REQUEST_LINE = re.compile(rb"POST (/[!-~]*) HTTP/1\.1")
+REQUEST_LINE = re.compile(rb"(GET|POST|DELETE) (/[!-~]*) HTTP/1\.1")
 HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+): ?([!-~\x80-\xff](?:[\t -~\x80-\xff]*[!-~\x80-\xff])?)?")
 NEVER_SENT = frozenset(
     b"connection keep-alive te trailer transfer-encoding upgrade expect x-api-key cookie proxy-authorization "
@@ -47,11 +47,12 @@ NOTHING = Step(b"")
 
 
 class Request(NamedTuple):
-    """What came: the path, the fields, and the JSON in the body (empty where the body was not waited for)."""
+    """What came: the path, the fields, and the JSON in the body (empty where none was waited for)."""
 
     path: bytes
     fields: dict[bytes, bytes]
     body: dict[str, object]
+    method: bytes = b"POST"
 
     @property
     def is_stream(self) -> bool:
@@ -214,13 +215,18 @@ class Call:
             self._check(name not in fields, f"twice {line[:200]!r}")
             fields[name] = value
         self._check(fields.get(b"host") == f"127.0.0.1:{self.upstream.port}".encode(), f"host {fields.get(b'host')!r}")
-        self._check(fields.get(b"content-length", b"").isdigit(), "no Content-Length")
-        self.request = Request(match[1] if match else b"", fields, {})
+        method = match[1] if match else b"POST"
+        self._check(
+            fields.get(b"content-length", b"").isdigit() is (method == b"POST"), f"Content-Length of a {method!r}"
+        )
+        self.request = Request(match[2] if match else b"", fields, {}, method)
 
     async def _read_body(self) -> None:
-        body = await self._reader.readexactly(int(self.request.fields[b"content-length"]))
+        body = await self._reader.readexactly(int(self.request.fields.get(b"content-length", b"0")))
+        is_about_stored = self.request.method != b"POST" or self.request.path.endswith(b"/cancel")
         try:
-            self.request = self.request._replace(body=msgspec.json.decode(body, type=dict))
+            if not is_about_stored:
+                self.request = self.request._replace(body=msgspec.json.decode(body, type=dict))
         except msgspec.DecodeError:
             self._check(False, f"body {body[:200]!r}")
         self.upstream.requests.append(self.request)

@@ -14,7 +14,7 @@ from aiohttp.test_utils import make_mocked_request
 from brlite.config.options import KeysConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.openai_chat import DIALECT
-from brlite.server.bounded_store import BoundedStore
+from brlite.http.bounded_store import BoundedStore
 from brlite.server.idempotency import IdempotentAnswers
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client, chat_body, completion_body

@@ -33,6 +33,11 @@ class Route(msgspec.Struct, frozen=True, eq=False):
         """The upstream's name for the model."""
         return upstream.config.rename.get(self.model, self.model)
 
+    def only(self, name: str) -> Route | None:
+        """The route by this upstream alone. None if it does not serve the model (any more)."""
+        found = next((upstream for upstream in self.upstreams if upstream.name == name), None)
+        return None if found is None else msgspec.structs.replace(self, upstreams=(found,), fallbacks=())
+
     def is_available(self, now: float, tried: Collection[Upstream] = ()) -> bool:
         """Whether an upstream that was not tried yet may get requests."""
         excluded = self._excluded(now, tried)

@@ -105,10 +105,10 @@ class Upstream:
         """Whether it may get requests: its checks pass, it is not ejected, and it wants no pause."""
         return self.is_healthy and self.refuses_until <= now and self.breaker.allows(now)
 
-    def head_lines(self, path: bytes) -> bytes:
-        """The request line, and the upstream's own header lines, for a POST to what a client calls `path`."""
+    def head_lines(self, path: bytes, method: bytes = b"POST") -> bytes:
+        """The request line, and the upstream's own header lines, for what a client calls `path`."""
         target = self._address.path(path.decode("latin-1")).encode("latin-1")
-        return b"POST %b HTTP/1.1\r\n%b" % (target, self.own_headers)
+        return b"%b %b HTTP/1.1\r\n%b" % (method, target, self.own_headers)
 
     def lacks(self, model: str, now: float) -> bool:
         """Whether it has said that it does not have the model, by its own name for it."""

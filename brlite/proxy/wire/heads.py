@@ -35,8 +35,12 @@ BODYLESS = (204, 304)  # statuses of responses without a body
 FORWARDED_PATHS = frozenset(
     b"/v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens /v1/embeddings "
     b"/pooling /v1/rerank /v2/rerank /v1/score /v1/classify /v1/moderations /v1/images/generations /v1/audio/speech "
-    b"/tokenize /detokenize".split()
+    b"/tokenize /detokenize /apply-template /explain /v1/responses/input_tokens /v1/chat/completions/render "
+    b"/v1/completions/render".split()
 )
+# What is asked about one stored response. Its id tells the upstream.
+_STORED = re.compile(rb"/v1/responses/([A-Za-z0-9_.:=~+-]{1,200})(/cancel|/input_items)?(?:\?[!-~]*)?")
+_STORED_METHODS = {None: (b"GET", b"DELETE"), b"/cancel": (b"POST",), b"/input_items": (b"GET",)}
 
 
 def _cut(literal: bytes, rest: bytes) -> bytes:
@@ -82,6 +86,7 @@ REQUEST_HEADERS = (
     "baggage",
     "content-type",
     "idempotency-key",
+    "last-event-id",
     "openai-beta",
     "traceparent",
     "tracestate",
@@ -366,12 +371,18 @@ def is_forwardable(path: bytes) -> bool:
     return path.partition(b"?")[0] in FORWARDED_PATHS
 
 
+def stored_response_id(head: RequestHead) -> str | None:
+    """The id of the stored response that a request is about. None if it is about no such thing."""
+    found = _STORED.fullmatch(head.target)
+    return found[1].decode() if found is not None and head.method in _STORED_METHODS[found[2]] else None
+
+
 def usual_spelling(path: bytes) -> bytes:
     """The path of a forwarded endpoint, given with doubled or trailing slashes or without `/v1`."""
     path, mark, query = path.partition(b"?")
     spelt = b"/" + b"/".join(part for part in path.split(b"/") if part)
-    usual = next((each for each in (spelt, b"/v1" + spelt) if each in FORWARDED_PATHS), path)
-    return usual + mark + query
+    known = (each for each in (spelt, b"/v1" + spelt) if each in FORWARDED_PATHS or _STORED.fullmatch(each))
+    return next(known, path) + mark + query
 
 
 def without_limits(lines: bytes) -> bytes:

@@ -1,0 +1,277 @@
+"""Responses that upstreams store: what is asked about one goes to the upstream that has it, for the key that made it.
+
+The upstreams are brlite servers of the toy, which says again what it was told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from typing import NamedTuple
+
+import aiohttp
+import msgspec
+import openai
+import pytest
+
+from brlite.app import create_app
+from brlite.config.options import Config, EngineConfig, KeyConfig, LimitsConfig, ModelSpec, UpstreamConfig
+from brlite.http.listen import HttpServer
+from brlite.llm import AsyncEngine
+from tests.proxy.proxies import PATIENT, Proxy, run_proxy, wait_until
+from tests.proxy.scripted import Call, ScriptedUpstream, Then
+
+Connect = Callable[..., openai.AsyncOpenAI]
+KEYS = tuple(KeyConfig(name=name, key=f"secret-{name}", admin=True) for name in "ab")
+ROUND_ROBIN = msgspec.structs.replace(PATIENT, choice="round_robin")
+
+
+class Setting(NamedTuple):
+    proxy: Proxy
+    clients: list[openai.AsyncOpenAI]
+
+    @property
+    def url(self) -> str:
+        return self.proxy.server.url
+
+    @property
+    def num_answered(self) -> list[int]:
+        """How many requests each upstream has answered."""
+        return [upstream.outcomes["answered"] for upstream in self.proxy.forwarder.table.upstreams]
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+async def toy(stack: AsyncExitStack) -> str:
+    """The address of a server of the toy."""
+    config = Config(model=(ModelSpec(name="toy", path=None, build_seq=4096),), engine=EngineConfig(name="toy"))
+    engine = await stack.enter_async_context(AsyncEngine.from_config(config))
+    server = HttpServer(create_app(engine, config), "127.0.0.1", 0, config.limits, grace_seconds=0.2)
+    await stack.enter_async_context(server)
+    return server.url
+
+
+async def behind(
+    stack: AsyncExitStack,
+    connect: Connect,
+    *urls: str,
+    keys: tuple[KeyConfig, ...] = KEYS,
+    max_owner_bytes: int = 10**6,
+) -> Setting:
+    """A proxy of these servers, used in turn, and a client for each key."""
+    upstreams = [
+        UpstreamConfig(url=url, name=f"u{index}", models=("toy",), health_path="") for index, url in enumerate(urls)
+    ]
+    limits = LimitsConfig(max_owner_bytes=max_owner_bytes)
+    proxy = await stack.enter_async_context(run_proxy(*upstreams, key=keys, limits=limits, proxy=ROUND_ROBIN))
+    return Setting(proxy, [connect(proxy.server.url, key.key or "") for key in keys] or [connect(proxy.server.url)])
+
+
+async def test_what_is_asked_about_a_response_goes_to_the_upstream_that_stores_it(
+    stack: AsyncExitStack, connect: Connect
+) -> None:
+    setting = await behind(stack, connect, await toy(stack), await toy(stack))
+    responses = setting.clients[0].responses
+    made = [await responses.create(model="toy", input=f"number {index}") for index in range(4)]
+
+    second = [await responses.create(model="toy", input="and?", previous_response_id=each.id) for each in made]
+    items = [(await responses.input_items.list(each.id)).data[-1].model_dump() for each in second]
+    again = [await responses.retrieve(each.id) for each in made]
+    for each in made:
+        await responses.delete(each.id)
+
+    assert min(setting.num_answered) > 0
+    assert [item["content"][0]["text"] for item in items] == [f"number {index}" for index in range(4)]
+    assert again == made
+    for each in made:
+        with pytest.raises(openai.NotFoundError):
+            await responses.retrieve(each.id)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_one_key_does_not_reach_the_responses_of_another(
+    stack: AsyncExitStack, connect: Connect, is_streamed: bool
+) -> None:
+    setting = await behind(stack, connect, await toy(stack))
+    mine, others = (client.responses for client in setting.clients)
+    if is_streamed:
+        events = [event async for event in await mine.create(model="toy", input="secret", stream=True)]
+        name = events[-1].response.id  # type: ignore[union-attr]  # it is response.completed
+    else:
+        name = (await mine.create(model="toy", input="secret")).id
+
+    with pytest.raises(openai.NotFoundError):
+        await others.retrieve(name)
+    with pytest.raises(openai.NotFoundError):
+        await others.delete(name)
+    with pytest.raises(openai.NotFoundError):
+        await others.cancel(name)
+    with pytest.raises(openai.BadRequestError) as refused:
+        await others.create(model="toy", input="what was it?", previous_response_id=name)
+    with pytest.raises(openai.BadRequestError):
+        await others.input_tokens.count(model="toy", previous_response_id=name)
+
+    assert (refused.value.param, refused.value.code) == ("previous_response_id", "previous_response_not_found")
+    assert (await mine.retrieve(name)).id == name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        b'"previous_response_id":"x","previous_response_id":"MINE"',
+        b'"previous_response_id":"MINE","previous_response_id":null',
+        b'"previous\\u005fresponse_id":"MINE"',
+        b'"previous_response_id":7',
+    ],
+)
+async def test_a_field_that_is_spelt_or_repeated_oddly_does_not_reach_another_keys_response(
+    stack: AsyncExitStack, connect: Connect, fields: bytes
+) -> None:
+    setting = await behind(stack, connect, await toy(stack))
+    name = (await setting.clients[0].responses.create(model="toy", input="secret")).id
+    body = b'{"model":"toy","input":"what was it?",%b}' % fields.replace(b"MINE", name.encode())
+    headers = {"Authorization": "Bearer secret-b", "Content-Type": "application/json"}
+
+    session = aiohttp.ClientSession(headers=headers)
+    async with session, session.post(f"{setting.url}/v1/responses", data=body) as response:
+        refusal = await response.json()
+
+    assert response.status == 400
+    assert refusal["error"]["param"] == "previous_response_id"
+
+
+async def test_the_oldest_ids_are_forgotten_and_without_keys_the_upstream_is_asked_all_the_same(
+    stack: AsyncExitStack, connect: Connect
+) -> None:
+    setting = await behind(stack, connect, await toy(stack), keys=(), max_owner_bytes=400)
+    responses = setting.clients[0].responses
+    made = [await responses.create(model="toy", input=text) for text in ("one", "two")]
+
+    third = await responses.create(model="toy", input="and?", previous_response_id=made[0].id)
+    with pytest.raises(openai.NotFoundError):
+        await responses.retrieve(made[0].id)
+    async with aiohttp.ClientSession() as session, session.get(f"{setting.url}/metrics") as response:
+        metrics = await response.text()
+
+    assert third.previous_response_id == made[0].id
+    assert "brlite:proxy_response_ids 1.0\n" in metrics
+    assert "brlite:proxy_response_ids_forgotten_total 2.0\n" in metrics
+
+
+async def test_a_response_whose_upstream_is_gone_is_not_looked_for_at_another(
+    stack: AsyncExitStack, connect: Connect
+) -> None:
+    gone = AsyncExitStack()
+    setting = await behind(stack, connect, await toy(gone), await toy(stack))
+    responses = setting.clients[0].responses
+    made = [await responses.create(model="toy", input="hello") for _ in range(2)]
+    await gone.aclose()
+
+    with pytest.raises(openai.InternalServerError) as first:
+        await responses.retrieve(made[0].id)
+    with pytest.raises(openai.InternalServerError):
+        await responses.create(model="toy", input="and?", previous_response_id=made[0].id)
+
+    assert first.value.status_code in (502, 503)
+    assert (await responses.retrieve(made[1].id)).id == made[1].id
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "shown"),
+    [
+        ("/v1/responses/input_tokens", {"input": "hello"}, "input_tokens"),
+        ("/responses/input_tokens/", {"input": "hello"}, "input_tokens"),
+        ("/v1/chat/completions/render", {"messages": [{"role": "user", "content": "hello"}]}, "token_ids"),
+        ("/v1/completions/render", {"prompt": "hello"}, "token_ids"),
+        ("/explain", {"prompt": "hello"}, "token_ids"),
+        ("/apply-template", {"messages": [{"role": "user", "content": "hello"}]}, "prompt"),
+    ],
+)
+async def test_what_computes_nothing_is_forwarded_and_costs_a_key_no_tokens(
+    stack: AsyncExitStack, connect: Connect, path: str, fields: dict[str, object], shown: str
+) -> None:
+    setting = await behind(stack, connect, await toy(stack))
+
+    session = aiohttp.ClientSession(headers={"Authorization": "Bearer secret-a"})
+    async with session, session.post(f"{setting.url}{path}", json={"model": "toy", **fields}) as response:
+        text = await response.text()
+
+    assert response.status == 200, text
+    assert shown in text
+    assert setting.num_answered == [1]
+    assert setting.proxy.keys.find("secret-a").usage.prompt_tokens == 0  # type: ignore[union-attr]
+
+
+def json_answer(value: object) -> bytes:
+    body = msgspec.json.encode(value)
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+
+
+async def test_what_a_background_response_costs_is_counted_once_when_it_is_told(
+    stack: AsyncExitStack, connect: Connect
+) -> None:
+    usage = {"input_tokens": 3, "output_tokens": 4000, "total_tokens": 4003}
+
+    async def act(call: Call) -> Then:
+        is_made = call.request.method == b"POST"
+        call.is_done()
+        await call.send(json_answer({"id": "resp_1", "usage": None if is_made else usage}))
+        return "keep"
+
+    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
+    setting = await behind(stack, connect, upstream.url)
+    (client, _), key = setting.clients, setting.proxy.keys.find("secret-a")
+    assert key is not None
+
+    await client.responses.create(model="toy", input="hello", background=True)
+    at_first = key.usage.completion_tokens
+    await client.responses.retrieve("resp_1")
+    await client.responses.retrieve("resp_1")
+
+    assert key.usage.completion_tokens - at_first == 4000
+    assert upstream.faults == []
+
+
+async def test_a_stream_may_be_looked_at_while_it_runs(stack: AsyncExitStack, connect: Connect) -> None:
+    may_end = asyncio.Event()
+    response = {"id": "resp_1", "object": "response", "output": [], "usage": None}
+
+    async def act(call: Call) -> Then:
+        if call.request.method == b"GET":
+            await call.send(json_answer({**response, "status": "in_progress"}))
+            return "keep"
+        head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+        created = {"type": "response.created", "response": response}
+        await call.send(b"%bdata: %b\n\n" % (head, msgspec.json.encode(created)))
+        await may_end.wait()
+        await call.send(b'data: {"type": "response.completed", "response": {"id": "resp_1", "usage": {}}}\n\n')
+        return "close"
+
+    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
+    setting = await behind(stack, connect, upstream.url)
+    client, other = setting.clients
+
+    stream = await client.responses.create(model="toy", input="hello", stream=True)
+    await anext(stream)
+    found = await client.responses.retrieve("resp_1")
+    with pytest.raises(openai.NotFoundError):
+        await other.responses.retrieve("resp_1")
+    may_end.set()
+    rest = [event.type async for event in stream]
+
+    assert found.status == "in_progress"
+    assert rest == ["response.completed"]
+    await wait_until(lambda: setting.proxy.forwarder.num_active == 0)
+
+
+async def test_a_response_that_is_not_stored_is_not_remembered(stack: AsyncExitStack, connect: Connect) -> None:
+    setting = await behind(stack, connect, await toy(stack))
+
+    await setting.clients[0].responses.create(model="toy", input="hello", store=False)
+
+    assert len(setting.proxy.forwarder.owners.store) == 0
