@@ -295,7 +295,7 @@ class LLM:
                 for number, (prompt, each) in enumerate(zip(prompts, params, strict=True))
             ]
             try:
-                return _Run(self._engine, self._backend, requests, on_finished).finish()
+                return _Run(self._engine, self._backend, requests, on_finished, params).finish()
             except EngineError:
                 self._check_open()
                 raise
@@ -402,7 +402,7 @@ class LLM:
             prompt_token_ids=self.tokenizer.encode(prompt, param="prompt")
             if isinstance(prompt, str)
             else read_token_ids(prompt),
-            params=params,
+            params=params if params.best_of is None else params.for_all_answers(),
             grammar=self._engine.compiler.compile_on_thread(params.structured),
             bad_words=self._engine.encode_bad_words(params),
             group="generate",  # no turns between the requests of one call
@@ -419,11 +419,18 @@ class _Run:
         backend: Backend,
         requests: list[Request],
         on_finished: Callable[[int, RequestOutput], object] | None,
+        params: Sequence[SamplingParams] = (),
     ) -> None:
+        """`params` are the requests' as the caller gave them, for their `best_of`."""
         self._engine = engine
         self._backend = backend
         self._requests = requests
         self._on_finished = on_finished
+        self._best_of = {
+            request.request_id: each
+            for request, each in zip(requests, params, strict=False)
+            if each.best_of is not None
+        }
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self._outputs: dict[str, RequestOutput] = {}
         self._finished: list[RequestOutput] = []
@@ -466,6 +473,8 @@ class _Run:
             whole.merge(output)
         if output.finished:
             whole.outputs.sort(key=lambda completion: completion.index)
+            if (params := self._best_of.get(output.request_id)) is not None:
+                whole.keep_best(params.n, keeps_logprobs=params.logprobs is not None)
             self._finished.append(whole)
 
     def _report_finished(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from typing import Literal
 
@@ -33,6 +34,12 @@ class CompletionOutput(msgspec.Struct, kw_only=True):
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Of its tokens, if they have logprobs; minus infinity if it has none."""
+        logprobs = [entry.logprob for entry in self.logprobs or ()]
+        return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
     def merge(self, later: CompletionOutput) -> None:
         """Append a later delta of the same completion."""
@@ -84,3 +91,17 @@ class RequestOutput(msgspec.Struct, kw_only=True):
         self.embedding = later.embedding
         if later.prompt_logprobs is not None:
             self.prompt_logprobs = later.prompt_logprobs
+
+    def keep_best(self, num_kept: int, *, keeps_logprobs: bool) -> int:
+        """Leave of a finished output the completions with the highest mean logprob, the best one first.
+
+        Returns the number of tokens of the others.
+        """
+        self.outputs.sort(key=lambda each: (-each.mean_logprob, each.index))
+        num_tokens = sum(len(each.token_ids) for each in self.outputs[num_kept:])
+        del self.outputs[num_kept:]
+        for index, completion in enumerate(self.outputs):
+            completion.index = index
+            if not keeps_logprobs:
+                completion.logprobs = None
+        return num_tokens

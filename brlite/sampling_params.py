@@ -170,6 +170,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     n: Annotated[int, _parameter("a 64-bit integer, at least 1", "answers to each prompt", ge=1)] = 1
+    best_of: Annotated[
+        int | None,
+        _parameter(
+            "a 64-bit integer, at least n",
+            "so many answers are made, and the n with the highest mean logprob given; null: n",
+        ),
+    ] = None
     presence_penalty: Annotated[Finite, _parameter("a finite number", "taken off a token that the answer has")] = 0.0
     frequency_penalty: Annotated[
         Finite, _parameter("a finite number", "taken off a token for each time that the answer has it")
@@ -287,10 +294,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             allowed = f"at most max_tokens, which is {self.max_tokens}"
             raise InvalidRequest(f"min_tokens must be {allowed}, got {self.min_tokens}", param="min_tokens")
+        if self.best_of is not None and self.best_of < self.n:
+            raise InvalidRequest(f"best_of must be at least n, which is {self.n}, got {self.best_of}", param="best_of")
+        if self.best_of == self.n:
+            msgspec.structs.force_setattr(self, "best_of", None)
         if self.stop_token_ids or self.stop_tokens_ids:
             stop_token_ids = tuple(dict.fromkeys(self.stop_token_ids + self.stop_tokens_ids))
             msgspec.structs.force_setattr(self, "stop_token_ids", stop_token_ids)
             msgspec.structs.force_setattr(self, "stop_tokens_ids", ())
+
+    def for_all_answers(self) -> SamplingParams:
+        """The parameters by which all answers are made, with the logprobs that tell which are the best."""
+        return msgspec.structs.replace(self, n=self.best_of or self.n, best_of=None, logprobs=self.logprobs or 0)
 
     @property
     def is_greedy(self) -> bool:
@@ -455,6 +470,7 @@ def _structured(value: Any) -> StructuredOutput | None:
 # What front ends write besides a parameter's own type: 6.0 for 6, -1 for none, numpy's numbers, one string for a list.
 _READ: dict[str, Callable[[Any], Any]] = {
     "n": _integer,
+    "best_of": _optional_integer,
     "presence_penalty": _number,
     "frequency_penalty": _number,
     "repetition_penalty": _number,

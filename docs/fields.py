@@ -23,6 +23,7 @@ from brlite.dialects.fields import (
     MESSAGES,
     NOT_DECODED,
     OBEYED,
+    OF_GENERATION,
     OF_ONE_ENDPOINT,
     OTHER_NAMES,
     RERANK,
@@ -90,6 +91,13 @@ The same for fields that only another endpoint obeys:
 | field | known to | accepted | instead |
 |---|---|---|---|
 """
+GENERATION = """
+The same for fields that only some endpoints obey, and that bound what is generated. Where nothing is, they are a
+warning:
+
+| field | known to | accepted | instead |
+|---|---|---|---|
+"""
 KINDS: dict[type[Any], str] = {
     inspect.IntType: "integer",
     inspect.FloatType: "number",
@@ -110,18 +118,26 @@ def main() -> None:
 
 def render() -> str:
     """The whole page as Markdown."""
-    obeyed = [
-        f"| `{name}` | {', '.join(row.endpoints)} | {describe_value(name, row.endpoints[0])} | {show_default(name)} | "
-        f"{', '.join(row.known_to)} | {row.note or (PARAMETERS[name].text if name in PARAMETERS else '')} |\n"
-        for row in (*OBEYED, *UNUSUAL)
-        for name in row.names.split()
-    ]
+    obeyed_names = {name for row in OBEYED for name in row.names.split()}
+    undecoded = {name: row.endpoints for row in UNUSUAL for name in row.names.split()}
+    obeyed = []
+    for row in (*OBEYED, *UNUSUAL):
+        for name in row.names.split():
+            if row in UNUSUAL and name in obeyed_names:
+                continue  # it stands among those, with these endpoints
+            endpoints = row.endpoints if row in UNUSUAL else (*row.endpoints, *undecoded.get(name, ()))
+            note = row.note or (PARAMETERS[name].text if name in PARAMETERS else "")
+            obeyed.append(
+                f"| `{name}` | {', '.join(endpoints)} | {describe_value(name, endpoints[0])} | {show_default(name)} | "
+                f"{', '.join(row.known_to)} | {note} |\n"
+            )
     other_names = [
         f"| `{other.name}` | {', '.join(other.known_to)} | `{other.parameter}` | {other.note} |\n"
         for other in OTHER_NAMES
     ]
     obeyed += [OTHER, *other_names]
-    return HEAD + "".join(obeyed) + OTHERS + describe_rows(NOT_DECODED) + ONE_ENDPOINT + describe_rows(OF_ONE_ENDPOINT)
+    others = [OTHERS, describe_rows(NOT_DECODED), ONE_ENDPOINT, describe_rows(OF_ONE_ENDPOINT)]
+    return "".join([HEAD, *obeyed, *others, GENERATION, describe_rows(OF_GENERATION)])
 
 
 def describe_value(name: str, endpoint: str) -> str:

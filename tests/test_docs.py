@@ -155,7 +155,7 @@ def test_the_sampling_parameters_are_those_of_the_code() -> None:
     fields = set(SamplingParams.__struct_fields__) - {"stop_tokens_ids"}
     rows = table("http-api", "## Sampling parameters")
 
-    assert {name for row in rows for name in row.split("`, `")} == fields | {"best_of"}  # that one is of HTTP only
+    assert {name for row in rows for name in row.split("`, `")} == fields
 
 
 def test_the_toys_options_are_those_of_the_code() -> None:

@@ -106,6 +106,34 @@ def test_n_beyond_the_batch_runs_in_turns(folder: Path) -> None:
     assert len({completion.text for completion in output.outputs}) == 7
 
 
+def test_the_best_of_many_completions_are_given_best_first(folder: Path) -> None:
+    asked: dict[str, Any] = {"seed": 1, "max_tokens": 4, "ignore_eos": True}
+    with LLM(config=make_config(folder)) as llm:
+        (made,) = llm.generate("several", SamplingParams(n=6, logprobs=0, **asked))
+        best, shown = llm.generate(
+            ["several"] * 2,
+            [SamplingParams(n=2, best_of=6, **asked), SamplingParams(n=2, best_of=6, logprobs=0, **asked)],
+        )
+
+    expected = sorted(made.outputs, key=lambda completion: -completion.mean_logprob)[:2]
+    for output in (best, shown):
+        assert [completion.token_ids for completion in output.outputs] == [each.token_ids for each in expected]
+        assert [completion.index for completion in output.outputs] == [0, 1]
+    assert [completion.logprobs for completion in best.outputs] == [None, None]
+    told = [[entry.token_id for entry in completion.logprobs or ()] for completion in shown.outputs]
+    assert told == [each.token_ids for each in expected]
+
+
+def test_the_best_are_not_chosen_of_completions_that_are_given_as_they_come(folder: Path) -> None:
+    async def ask() -> None:
+        async with AsyncEngine.from_config(make_config(folder)) as engine:
+            async for _ in engine.generate("x", SamplingParams(best_of=2)):
+                pass
+
+    with pytest.raises(InvalidRequest, match="best_of is not for completions that are given as they come"):
+        asyncio.run(ask())
+
+
 def test_a_wrong_prompt_raises_before_anything_runs_and_the_next_call_works(folder: Path) -> None:
     finished: list[int] = []
     with LLM(config=make_config(folder)) as llm:

@@ -15,10 +15,11 @@ PENALTIES = ("presence_penalty", "frequency_penalty")
 UNUSUAL = ("typical_p", "xtc_probability", "xtc_threshold", "dynatemp_range", "dynatemp_exponent")
 NUMBERS = (*PENALTIES, "repetition_penalty", "temperature", "top_p", "min_p", "top_n_sigma", *UNUSUAL)
 TRUTHS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
-COUNTS = ("n", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed")
+COUNTS = ("n", "best_of", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed")
 
 ACCEPTED: dict[str, list[Any]] = {
     "n": [1, 1.0, 10**9, 2**64 - 1],
+    "best_of": [None, 1, 2.0, 2**64 - 1],
     "presence_penalty": [0, -1e30, 1e308],
     "frequency_penalty": [0, -1e30, 1e308],
     "repetition_penalty": [1, 5e-324, 1e308],
@@ -52,6 +53,7 @@ ACCEPTED: dict[str, list[Any]] = {
 
 REFUSED: dict[str, list[Any]] = {
     "n": [0, -1, None],
+    "best_of": [0, -1],
     "presence_penalty": [],
     "frequency_penalty": [],
     "repetition_penalty": [0, -1e-9],

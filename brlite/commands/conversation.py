@@ -21,7 +21,7 @@ HELP = """\
 /load FILE          continue a conversation that was saved
 /exit               leave, as Ctrl-D and Ctrl-C do
 Ctrl-C during an answer stops the answer. Text that is pasted is one message, whatever its lines."""
-NOT_FOR_CHATS = ("n", "logprobs", "prompt_logprobs")
+NOT_FOR_CHATS = ("n", "best_of", "logprobs", "prompt_logprobs")
 
 
 class Message(msgspec.Struct, frozen=True):

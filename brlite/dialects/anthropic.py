@@ -15,10 +15,10 @@ from brlite.dialects.anthropic_encoder import PATH, MessagesEncoder, encode_erro
 from brlite.dialects.anthropic_tools import MessagesTool, MessagesToolChoice, decode_messages_tools
 from brlite.dialects.anthropic_turns import InputBlock, InputMessage, TurnReader
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.fields import check_undecoded
+from brlite.dialects.fields import NOTHING_MORE, OWN_PARAMETERS
 from brlite.dialects.generation import Chat, Generation, ReasoningHint
 from brlite.dialects.json_body import BodyDecoder, check_num_entries
-from brlite.dialects.openai import GenerationFields, Whole, generation_fields, sampling_params
+from brlite.dialects.openai import GenerationFields, Whole, generation_fields, sampling_params, take_undecoded
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import StructuredOutput
 
@@ -91,7 +91,8 @@ def _decode(data: bytes) -> tuple[MessagesRequest, dict[str, Raw]]:
 
 
 def _generation(body: MessagesRequest, undecoded: dict[str, Raw], limits: LimitsConfig) -> Generation:
-    warnings = dict.fromkeys(check_undecoded(undecoded))
+    more = take_undecoded(body, undecoded, limits, OWN_PARAMETERS) if undecoded else NOTHING_MORE
+    warnings = dict.fromkeys(more.warnings)
     _check(body, limits)
     reader = TurnReader()
     reader.read(body.system, body.messages)
@@ -118,10 +119,12 @@ def _generation(body: MessagesRequest, undecoded: dict[str, Raw], limits: Limits
         variables=body.chat_template_kwargs or {},
         reasoning_hint=ReasoningHint(thinks, "high" if effort in HIGH_EFFORTS else effort, "output_config.effort"),
     )
+    field_names = {**FIELD_NAMES, **more.field_names}
+    stop, structured = body.stop_sequences or (), _structured(body)
     return Generation(
         prompts=(chat,),
-        params=sampling_params(body, FIELD_NAMES, stop=body.stop_sequences or (), structured=_structured(body)),
-        field_names=FIELD_NAMES,
+        params=sampling_params(body, field_names, stop=stop, structured=structured, **more.sampling),
+        field_names=field_names,
         warnings=tuple(warnings),
         tool_choice=tools.choice,
         keeps_order=True,

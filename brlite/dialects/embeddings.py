@@ -113,7 +113,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Embedding:
     A text that is too long is cut at its end, unless `truncation_side` says else: so do the tokenizers of such models.
     """
     body, undecoded = _DECODER.decode(data)
-    warnings = check_undecoded(undecoded) if undecoded else ()
+    warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
     inputs = read_prompts("input", body.input, limits.max_embedding_inputs, body.add_special_tokens is not False)
     is_list = isinstance(body.input, list) and not isinstance(body.input[0], int)
     cut = None

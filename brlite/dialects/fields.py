@@ -2,14 +2,14 @@
 
 `OBEYED` names the fields that the request structs decode (their types stand there, the ranges and defaults of sampling
 parameters in `sampling_params.py`). `OTHER_NAMES` are further names of sampling parameters, and `UNUSUAL` those that
-are read only where a body has them. A field of `NOT_DECODED` is taken where its value cannot change the answer (with a
-warning if it asks for something and OpenAI's API lacks it), and refused by name where it can. A field that none of
-these has is ignored, with a warning in the answer. docs/fields.md is printed from here.
+are read only where a body has them and its struct lacks them. A field of `NOT_DECODED` is taken where its value cannot
+change the answer (with a warning if it asks for something and OpenAI's API lacks it), and refused by name where it can.
+A field that none of these has is ignored, with a warning in the answer. docs/fields.md is printed from here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -111,7 +111,7 @@ OBEYED = (
     ObeyedField("cache_salt", (*ALL_FOUR, *OF_PROMPTS), (VLLM, SGLANG)),
     ObeyedField("prompt_logprobs", BOTH, (VLLM,), "not in streams"),
     ObeyedField("return_token_ids", BOTH, (VLLM,), "of the prompt and of the answer"),
-    ObeyedField("strict", BOTH, (), "whatever the answer would warn of is a 400"),
+    ObeyedField("strict", ALL_FOUR, (), "whatever the answer would warn of is a 400"),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
     ObeyedField("tools", (CHAT, RESPONSES, MESSAGES, TOKENIZE), ALL_SIX, "functions only (docs/tools.md)"),
     ObeyedField("tool_choice", (CHAT, RESPONSES, MESSAGES), ALL_SIX),
@@ -136,12 +136,19 @@ OBEYED = (
 
 # Sampling parameters that few requests have. The structs lack them: `read_undecoded` gives them to `SamplingParams`.
 UNUSUAL = (
-    ObeyedField("repeat_last_n typical_p", BOTH, (LLAMA_CPP,)),
+    ObeyedField("repeat_last_n typical_p", ALL_FOUR, (LLAMA_CPP,)),
     ObeyedField(
-        "xtc_probability xtc_threshold", BOTH, (LLAMA_CPP,), "the last truncation; before the temperature there"
+        "xtc_probability xtc_threshold", ALL_FOUR, (LLAMA_CPP,), "the last truncation; before the temperature there"
     ),
-    ObeyedField("dynatemp_range dynatemp_exponent", BOTH, (LLAMA_CPP,), "by the entropy of what `top_k` keeps"),
+    ObeyedField("dynatemp_range dynatemp_exponent", ALL_FOUR, (LLAMA_CPP,), "by the entropy of what `top_k` keeps"),
+    ObeyedField("top_n_sigma", (RESPONSES, MESSAGES), (LLAMA_CPP,)),
+    ObeyedField("logit_bias", (RESPONSES, MESSAGES), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("allowed_token_ids bad_words", (RESPONSES, MESSAGES), (VLLM,)),
+    ObeyedField("min_tokens include_stop_str_in_output", (RESPONSES, MESSAGES), (VLLM_04, VLLM)),
+    ObeyedField("stop_token_ids stop_tokens_ids skip_special_tokens", (RESPONSES, MESSAGES), VLLM_AND_SGLANG),
 )
+# What Responses and Messages have by names of their own, or not: further names of these are not read there.
+OWN_PARAMETERS = frozenset(("n", "max_tokens", "stop"))
 
 
 class OtherName(NamedTuple):
@@ -184,7 +191,7 @@ NOT_DECODED = (
     Field("prompt_cache_options prompt_cache_retention", (OPENAI,), None),
     Field("request_id rid session_id conversation_id priority", (VLLM, SGLANG), None),
     Field("guided_decoding_backend", (VLLM,), None),  # how it is done
-    Field("spaces_between_special_tokens", (VLLM_04, VLLM), None),  # only slow tokenizers have them
+    Field("spaces_between_special_tokens", (VLLM_04, VLLM), (True, False)),  # only slow tokenizers have them there
     Field("stream_reasoning", (SGLANG,), None),  # where reasoning stands, not what it is
     Field("mm_processor_kwargs", (VLLM,), None),  # needs images
     Field("cache_prompt id_slot n_cache_reuse slot_id", (LLAMA_CPP,), None),
@@ -220,8 +227,8 @@ NOT_DECODED = (
     Field("embd_normalize", (LLAMA_CPP,), (2,), "normalize"),
     Field("image", (SGLANG,)),
     # Sampling.
-    Field("use_beam_search early_stopping", (VLLM_04, VLLM), (False,)),
-    Field("beam_width", (SGLANG,), (1,)),
+    Field("use_beam_search early_stopping", (VLLM_04, VLLM), (False,), "best_of"),
+    Field("beam_width", (SGLANG,), (1,), "best_of"),
     Field("length_penalty", (VLLM_04, VLLM), (1,)),
     Field("logits_processors", (VLLM,), ([],)),
     Field("logit_processors custom_logit_processor", (SGLANG,), ("", [])),
@@ -254,9 +261,6 @@ NOT_DECODED = (
 OF_ONE_ENDPOINT = (
     Field("context_management", (OPENAI,), ([],)),
     Field("user store metadata safety_identifier prompt_cache_key", (OPENAI,), None),
-    Field("top_logprobs", (OPENAI,), (0,), "logprobs"),
-    Field("max_completion_tokens", (OPENAI,), (), "max_tokens"),
-    Field("echo", (OPENAI, VLLM_04, VLLM), (False,)),
     Field("add_special_tokens", (VLLM,), (False,)),
     Field("encoding_format dimensions normalize pooling", (OPENAI, VLLM), None),  # of embeddings
     Field("use_activation", (VLLM,), (True,), "normalize"),  # of scores
@@ -269,10 +273,36 @@ OF_ONE_ENDPOINT = (
     Field("prompt", (OPENAI,), ("", []), "/v1/completions"),
 )
 
+# The same of fields that bound or shape what is generated: where nothing is, no value of theirs changes the answer.
+OF_GENERATION = (
+    Field("n n_cmpl best_of", (OPENAI, VLLM_04, LLAMA_CPP), (1,)),
+    Field("max_tokens max_completion_tokens max_output_tokens", (OPENAI,), (-1,), "the endpoint's own name"),
+    Field("n_predict max_new_tokens", (LLAMA_CPP, SGLANG), (-1,), "the endpoint's own name"),
+    Field("stop stop_words", EVERYBODY, ("", []), "stop_sequences"),
+    Field("logprobs", EVERYBODY, (False,), "top_logprobs"),
+    Field("top_logprobs", (OPENAI,), (0,), "logprobs"),
+    Field("prompt_logprobs", (VLLM,)),
+    Field("return_tokens_as_token_ids return_token_ids", (VLLM,), (False,)),
+    Field("echo", (OPENAI, VLLM_04, VLLM), (False,)),
+    Field("stream_options", (OPENAI,), None),  # the usage is always told there
+    Field("response_format", EVERYBODY, ({"type": "text"},), "text.format or output_config.format"),
+    Field("guided_json guided_regex guided_choice guided_grammar", (VLLM_04, VLLM), ("", [], {}), "response_format"),
+    Field("structured_outputs json_schema", (VLLM, LLAMA_CPP, SGLANG), ("", {}), "response_format"),
+    Field("grammar regex ebnf", (LLAMA_CPP, SGLANG), ("",), "response_format"),
+    Field("guided_whitespace_pattern truncation_side", (VLLM,), None),  # each needs another one
+    Field("truncate_prompt_tokens", (VLLM,), (), "truncation"),
+    Field("truncation", (OPENAI,), ("disabled",), "truncate_prompt_tokens"),
+    Field("instructions previous_response_id", (OPENAI,), ("",), "messages"),
+    Field("text", (OPENAI,), ({}, {"format": {"type": "text"}}), "response_format"),
+    Field("reasoning", (OPENAI,), ({},), "reasoning_effort"),
+    Field("include", (OPENAI,), ([],)),
+)
+
 _PARAMETERS = {name: name for row in UNUSUAL for name in row.names.split()} | {
     other.name: other.parameter for other in OTHER_NAMES
 }
 _BY_NAME = {name: field for field in (*NOT_DECODED, *OF_ONE_ENDPOINT) for name in field.names.split()}
+_OF_GENERATION = {name: field for field in OF_GENERATION for name in field.names.split()}
 _ANY = msgspec.json.Decoder(Any)
 
 
@@ -290,10 +320,10 @@ class Undecoded(NamedTuple):
 NOTHING_MORE = Undecoded()
 
 
-def read_undecoded(given: Mapping[str, msgspec.Raw]) -> Undecoded:
+def read_undecoded(given: Mapping[str, msgspec.Raw], own: Collection[str] = ()) -> Undecoded:
     """What a generation is given beside its struct's fields. Raises as `check_undecoded`, and for two names of one
-    parameter."""
-    names = {name: _PARAMETERS[name] for name in given if name in _PARAMETERS}
+    parameter. Further names of the `own` parameters are not read."""
+    names = {name: _PARAMETERS[name] for name in given if name in _PARAMETERS and _PARAMETERS[name] not in own}
     sampling: dict[str, Any] = {}
     for name, parameter in names.items():
         value = _decode(given[name])
@@ -306,17 +336,18 @@ def read_undecoded(given: Mapping[str, msgspec.Raw]) -> Undecoded:
     return Undecoded(warnings, sampling, {parameter: name for name, parameter in names.items() if name != parameter})
 
 
-def check_undecoded(given: Mapping[str, msgspec.Raw]) -> tuple[str, ...]:
+def check_undecoded(given: Mapping[str, msgspec.Raw], *, generates: bool = True) -> tuple[str, ...]:
     """A warning for each top-level field that has no effect. `given` are those that the request's struct lacks.
 
-    Raises `InvalidRequest` for a known field whose value would change the answer.
+    Raises `InvalidRequest` for a known field whose value would change the answer. `generates` tells whether the
+    endpoint generates text.
     """
     warnings: list[str] = []
     for name, raw in given.items():
-        field = _BY_NAME.get(name)
-        if name in _PARAMETERS:
+        field = _BY_NAME.get(name) or _OF_GENERATION.get(name)
+        if not generates and (name in _PARAMETERS or name in _OF_GENERATION):
             if _decode(raw) is not None:
-                raise not_supported(name, " at this endpoint")
+                warnings.append(f"the field {name!r} has no effect at this endpoint")
         elif field is None:
             warnings.append(f"the field {name[:MAX_FIELD_LENGTH]!r} is not known and was ignored")
         elif field.neutral is None:

@@ -85,7 +85,6 @@ class Generation(Struct, frozen=True, kw_only=True):
     the order in which they were written; else all text is before the calls. `unset` are the sampling parameters that
     the client left out, of those that a model may have defaults for. `timeout_seconds` is when the client wants an
     error in place of the rest. With `is_strict`, what would be a warning is refused.
-    `best_of`, more than `params.n`: so many are made of each prompt, and the best `params.n` of them are told.
     `tells_token_ids`: those of prompt and answer are told; the prompt's logprobs with `tells_prompt_logprobs`.
     """
 
@@ -112,7 +111,6 @@ class Generation(Struct, frozen=True, kw_only=True):
     is_strict: bool = False
     tells_token_ids: bool = False
     tells_prompt_logprobs: bool = False
-    best_of: int | None = None
 
 
 def refuse_warnings(warnings: Iterable[str]) -> None:

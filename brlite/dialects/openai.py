@@ -83,6 +83,7 @@ class GenerationFields(Struct, kw_only=True):
     ignore_eos: bool | None = None
     cache_salt: str | None = None
     timeout: Timeout | None = None
+    strict: bool | None = None
 
 
 class StructuredFields(GenerationFields, kw_only=True):
@@ -123,22 +124,32 @@ class SamplingFields(StructuredFields, kw_only=True):
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
     prompt_logprobs: Whole | None = None
-    strict: bool | None = None
 
 
 _PARAMETERS = SamplingParams.__struct_fields__
-_SAMPLING_NAMES = [name for name in SamplingFields.__struct_fields__ if name in _PARAMETERS]
+# The bound on the entries of each list or map.
+_LIST_LIMITS = {
+    "stop": "max_stop_strings",
+    "stop_token_ids": "max_stop_strings",
+    "stop_tokens_ids": "max_stop_strings",
+    "logit_bias": "max_logit_bias",
+    "allowed_token_ids": "max_logit_bias",
+    "bad_words": "max_bad_words",
+}
 _SAMPLING_TYPES = {field.name: field.type for field in structs.fields(SamplingFields)}
 
 
-def take_undecoded(body: SamplingFields, undecoded: Mapping[str, msgspec.Raw]) -> Undecoded:
+def take_undecoded(
+    body: GenerationFields, undecoded: Mapping[str, msgspec.Raw], limits: LimitsConfig, own: Collection[str] = ()
+) -> Undecoded:
     """Read the fields that the body's struct lacks. Those that are other names of its fields are set in it.
 
-    Raises `InvalidRequest` for a field that would change the answer and is not built, and for two names of one field.
+    Further names of the `own` parameters are not read. Raises `InvalidRequest` for a field that would change the answer
+    and is not built, for two names of one field, and for a list that is too long.
     """
-    more = read_undecoded(undecoded)
+    more = read_undecoded(undecoded, own)
     for parameter, value in more.sampling.items():
-        if parameter in _SAMPLING_NAMES:
+        if parameter in body.__struct_fields__:
             name = more.field_names.get(parameter, parameter)
             try:
                 value = msgspec.convert(value, _SAMPLING_TYPES[parameter])
@@ -147,7 +158,9 @@ def take_undecoded(body: SamplingFields, undecoded: Mapping[str, msgspec.Raw]) -
             if getattr(body, parameter) not in (None, value):
                 raise InvalidRequest(f"{name} is another name of {parameter}; give one of them", param=name)
             setattr(body, parameter, value)
-    rest = {name: value for name, value in more.sampling.items() if name not in _SAMPLING_NAMES}
+        elif parameter in _LIST_LIMITS and isinstance(value, (list, dict)):
+            check_num_entries(parameter, len(value), getattr(limits, _LIST_LIMITS[parameter]))
+    rest = {name: value for name, value in more.sampling.items() if name not in body.__struct_fields__}
     return more._replace(sampling=rest)
 
 
@@ -168,16 +181,10 @@ def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -
         if options.include_usage and not body.stream:
             raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
     # A list that is far too long is refused before anything walks it: that would hold up the loop.
-    for name, values, limit in (
-        ("stop", body.stop, limits.max_stop_strings),
-        ("stop_token_ids", body.stop_token_ids, limits.max_stop_strings),
-        ("stop_tokens_ids", body.stop_tokens_ids, limits.max_stop_strings),
-        ("logit_bias", body.logit_bias, limits.max_logit_bias),
-        ("allowed_token_ids", body.allowed_token_ids, limits.max_logit_bias),
-        ("bad_words", body.bad_words, limits.max_bad_words),
-    ):
+    for name, limit in _LIST_LIMITS.items():
+        values = getattr(body, name)
         if isinstance(values, (list, dict)):
-            check_num_entries(name, len(values), limit)
+            check_num_entries(name, len(values), getattr(limits, limit))
     name, count = ("n", body.n or 1) if body.best_of is None else ("best_of", body.best_of)
     num_sequences = num_prompts * count
     if num_sequences > limits.max_sequences:
@@ -218,6 +225,7 @@ def generation_fields(body: GenerationFields) -> dict[str, Any]:
         "is_streamed": bool(body.stream),
         "cache_salt": body.cache_salt or "",
         "timeout_seconds": body.timeout,
+        "is_strict": bool(body.strict),
         "unset": tuple([name for name in MODEL_DEFAULTS if getattr(body, name) is None]),
     }
 
@@ -232,10 +240,8 @@ def completion_fields(body: SamplingFields, more: Undecoded) -> dict[str, Any]:
         "names_are_ids": bool(body.return_tokens_as_token_ids),
         "truncation": None if cut is None else truncation(cut, body.truncation_side),
         "warnings": more.warnings,
-        "is_strict": bool(body.strict),
         "tells_token_ids": bool(body.return_token_ids),
         "tells_prompt_logprobs": body.prompt_logprobs is not None,
-        "best_of": int(body.best_of) if body.best_of is not None and body.best_of > (body.n or 1) else None,
     }
 
 

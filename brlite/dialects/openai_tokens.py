@@ -115,7 +115,7 @@ class Tokenization(Struct, frozen=True):
 def decode_tokenize(data: bytes, limits: LimitsConfig) -> Tokenization:
     """Exactly one of `prompt`, `messages` and `content`, with its own options. Raises `InvalidRequest`."""
     body, undecoded = _TOKENIZE.decode(data)
-    warnings = check_undecoded(undecoded)
+    warnings = check_undecoded(undecoded, generates=False)
     given = [name for name in ("prompt", "messages", "content") if getattr(body, name) is not None]
     if len(given) != 1:
         raise InvalidRequest("give one of prompt, messages and content", param="prompt")
@@ -154,4 +154,4 @@ def token_piece(token: TokenText) -> TokenPiece:
 def decode_detokenize(data: bytes) -> tuple[DetokenizeRequest, tuple[str, ...]]:
     """The tokens, and a warning for each unknown field. Raises `InvalidRequest`."""
     body, undecoded = _DETOKENIZE.decode(data)
-    return body, check_undecoded(undecoded)
+    return body, check_undecoded(undecoded, generates=False)

@@ -12,7 +12,7 @@ from msgspec import UNSET, Raw, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.fields import check_undecoded, not_supported
+from brlite.dialects.fields import NOTHING_MORE, OWN_PARAMETERS, not_supported
 from brlite.dialects.generation import Chat, Truncation
 from brlite.dialects.json_body import BodyDecoder, check_num_entries, missing_field
 from brlite.dialects.openai import (
@@ -22,6 +22,7 @@ from brlite.dialects.openai import (
     Whole,
     generation_fields,
     sampling_params,
+    take_undecoded,
 )
 from brlite.dialects.responses_encoder import (
     ID_PREFIX,
@@ -123,7 +124,8 @@ def decode_input_tokens(
 def _generation(
     body: ResponsesRequest, undecoded: dict[str, Raw], limits: LimitsConfig, stored: StoredResponses
 ) -> ResponseGeneration:
-    warnings = dict.fromkeys(check_undecoded(undecoded))
+    more = take_undecoded(body, undecoded, limits, OWN_PARAMETERS) if undecoded else NOTHING_MORE
+    warnings = dict.fromkeys(more.warnings)
     _check(body, limits)
     conversation = _conversation(body, limits, stored)
     tools = decode_response_tools(body.tools, body.tool_choice, is_parallel=body.parallel_tool_calls, limits=limits)
@@ -142,19 +144,21 @@ def _generation(
     if body.store and not stored.is_enabled:
         warnings["the response is not stored: limits.max_stored_bytes is 0 on this server"] = None
     has_logprobs = bool(body.top_logprobs) or LOGPROBS in (body.include or ())
+    field_names = {**FIELD_NAMES, **more.field_names}
     params = sampling_params(
         body,
-        FIELD_NAMES,
+        field_names,
         max_tokens=body.max_output_tokens,
         logprobs=(body.top_logprobs or 0) if has_logprobs else None,
         structured=_structured(body),
+        **more.sampling,
     )
     chat = Chat(turns, tools=tools.tools, reasoning_effort=body.reasoning.effort if body.reasoning else None)
     return ResponseGeneration(
         prompts=(chat,),
         params=params,
         truncation=Truncation(None) if body.truncation == "auto" else None,
-        field_names=FIELD_NAMES,
+        field_names=field_names,
         warnings=tuple(warnings),
         tool_choice=tools.choice,
         keeps_order=True,

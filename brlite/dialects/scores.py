@@ -113,7 +113,7 @@ _SCORE = BodyDecoder(ScoreRequest)
 def _decode_rerank(data: bytes, limits: LimitsConfig) -> Scoring:
     """What the body asks for. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _RERANK.decode(data)
-    warnings = check_undecoded(undecoded) if undecoded else ()
+    warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
     top_n = body.top_n
     if top_n is not None and (top_n != int(top_n) or top_n < 1):
         raise InvalidRequest(f"top_n must be a whole number of at least 1, got {top_n}", param="top_n")
@@ -133,7 +133,7 @@ def _decode_rerank(data: bytes, limits: LimitsConfig) -> Scoring:
 def _decode_score(data: bytes, limits: LimitsConfig) -> Scoring:
     """What the body asks for: one text beside one or several, or as many beside as many. Raises `InvalidRequest`."""
     body, undecoded = _SCORE.decode(data)
-    warnings = check_undecoded(undecoded) if undecoded else ()
+    warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
     texts, names = list[tuple[str, ...]](), list[tuple[str, ...]]()
     for name, value in (("text_1", body.text_1), ("text_2", body.text_2)):
         texts.append((value,) if isinstance(value, str) else tuple(value))

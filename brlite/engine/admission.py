@@ -34,6 +34,8 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
     if not info.can_generate:
         raise InvalidRequest("this model does not generate: it has no head for it", code="no_language_model_head")
     check_limits(request.params, limits)
+    if request.params.best_of is not None:
+        raise InvalidRequest("best_of is not for completions that are given as they come", param="best_of")
     request.params.check_vocabulary(info.vocab_size)
     if request.params.prompt_logprobs is not None and not info.has_prompt_logprobs:
         raise InvalidRequest("prompt_logprobs cannot be had from this server's engine", param="prompt_logprobs")

@@ -44,8 +44,8 @@ async def make_requests(
         grammar = await engine.compile(call.params.structured, tenant=tenant)
     bad_words = await engine.encode_bad_words(call.params, tenant=tenant) if call.params.bad_words else None
     params = call.params
-    if call.best_of is not None:  # what is best is known by the logprobs
-        params = msgspec.structs.replace(params, n=call.best_of, logprobs=params.logprobs or 0)
+    if params.best_of is not None:
+        params = params.for_all_answers()
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
         extras = NO_EXTRAS

@@ -7,7 +7,6 @@ waits here until its text has gone out.
 from __future__ import annotations
 
 import codecs
-import math
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -106,29 +105,16 @@ class EventBuilder:
 
     def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
         """The events of a response that is not streamed, one a choice unless the call `keeps_order`, and warnings."""
-        if self._call.best_of is not None:
+        params = self._call.params
+        if params.best_of is not None:  # the tokens of the others count, too
             for output in outputs:
-                self._keep_best(output)
+                self._num_completion += output.keep_best(params.n, keeps_logprobs=params.logprobs is not None)
         events = [event for index, output in enumerate(outputs) for event in self.events(index, output)]
         warnings = dict.fromkeys([*self._warnings, *(line for output in outputs for line in output.warnings)])
         if self._replies is not None:
             events = events if self._call.keeps_order else joined_events(events)
             warnings |= dict.fromkeys(line for parser in self._parsers.values() for line in parser.warnings)
         return sorted(events, key=lambda event: event.choice), tuple(warnings)
-
-    def _keep_best(self, output: RequestOutput) -> None:
-        """Leave of a finished output the `n` completions with the highest mean logprob, the best one first.
-
-        The tokens of the others count, too.
-        """
-        params = self._call.params
-        output.outputs.sort(key=lambda each: (-_mean_logprob(each), each.index))
-        self._num_completion += sum(len(each.token_ids) for each in output.outputs[params.n :])
-        del output.outputs[params.n :]
-        for index, completion in enumerate(output.outputs):
-            completion.index = index
-            if params.logprobs is None:
-                completion.logprobs = None
 
     def _with_tokens(
         self, prompt_index: int, output: RequestOutput, completion: CompletionOutput, events: list[Event]
@@ -226,11 +212,6 @@ class EventBuilder:
 
     def _text(self, token_id: int) -> TokenText:
         return token_text(token_id, self._tokenizer)
-
-
-def _mean_logprob(completion: CompletionOutput) -> float:
-    logprobs = [entry.logprob for entry in completion.logprobs or ()]
-    return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
 
 def joined_events(events: Sequence[Event]) -> list[Event]:

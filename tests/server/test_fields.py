@@ -14,11 +14,26 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsBas
 from openai.types.completion_create_params import CompletionCreateParamsBase as OpenAICompletion
 
 from brlite.config.options import LimitsConfig, ServerConfig
-from brlite.dialects.fields import ANTHROPIC, NOT_DECODED, OF_ONE_ENDPOINT, OPENAI, OTHER_NAMES, check_undecoded
+from brlite.dialects.anthropic import MessagesRequest
+from brlite.dialects.anthropic import decode as decode_message
+from brlite.dialects.fields import (
+    ANTHROPIC,
+    BOTH,
+    NOT_DECODED,
+    OBEYED,
+    OF_GENERATION,
+    OF_ONE_ENDPOINT,
+    OPENAI,
+    OTHER_NAMES,
+    UNUSUAL,
+    check_undecoded,
+)
 from brlite.dialects.openai_chat import ChatCompletionRequest
 from brlite.dialects.openai_chat import decode as decode_chat
 from brlite.dialects.openai_completions import CompletionRequest
 from brlite.dialects.openai_completions import decode as decode_completion
+from brlite.dialects.responses import ResponsesRequest
+from brlite.dialects.responses import decode as decode_response
 from brlite.errors import InvalidRequest
 from tests.fakes import ByteTokenizer, reference_tokens
 from tests.server.conftest import MODEL, Client, chat_body, completion_body
@@ -27,7 +42,7 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 MakeClient = Callable[..., Awaitable[Client]]
 
-IN_TABLE = {name: field for field in (*NOT_DECODED, *OF_ONE_ENDPOINT) for name in field.names.split()}
+IN_TABLE = {name: field for field in (*NOT_DECODED, *OF_ONE_ENDPOINT, *OF_GENERATION) for name in field.names.split()}
 
 
 @pytest.mark.parametrize("name", sorted({*OpenAIChat.__annotations__, *OpenAICompletion.__annotations__}))
@@ -38,7 +53,7 @@ def test_each_field_of_openais_client_is_decoded_or_in_the_table(name: str) -> N
 
 
 def test_no_field_stands_there_twice() -> None:
-    names = [name for field in (*NOT_DECODED, *OF_ONE_ENDPOINT) for name in field.names.split()]
+    names = [name for field in (*NOT_DECODED, *OF_ONE_ENDPOINT, *OF_GENERATION) for name in field.names.split()]
     decoded_by_both = {*ChatCompletionRequest.__struct_fields__} & {*CompletionRequest.__struct_fields__}
 
     assert len(names) == len(set(names))
@@ -88,6 +103,91 @@ def test_another_apis_name_is_read_as_the_parameter(name: str, value: Any, other
 
     assert by_name.params == by_parameter.params
     assert "repetition_penalty" not in by_name.unset or name != "repeat_penalty"
+
+
+RESPONSE: dict[str, Any] = {"model": "m", "input": "q"}
+MESSAGE: dict[str, Any] = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "q"}]}
+
+
+@pytest.mark.parametrize(("body", "decode"), [(RESPONSE, decode_response), (MESSAGE, decode_message)])
+def test_responses_and_messages_obey_the_sampling_parameters_of_completions(
+    body: dict[str, Any], decode: Callable[..., Any]
+) -> None:
+    given = {
+        "typical_p": 0.5,
+        "xtc_probability": 1,
+        "dynatemp_range": 0.5,
+        "repeat_last_n": 64,
+        "top_n_sigma": 1.5,
+        "logit_bias": {"7": 1.5},
+        "min_tokens": 2,
+        "bad_words": ["x"],
+        "stop_token_ids": [3],
+        "allowed_token_ids": [1, 7],
+        "include_stop_str_in_output": True,
+        "skip_special_tokens": False,
+    }
+
+    params = decode(json.dumps({**body, **given}).encode(), LimitsConfig()).params
+    by_another_name = decode(json.dumps({**body, "repeat_penalty": 1.5, "min_new_tokens": 2}).encode(), LimitsConfig())
+
+    read = {name: getattr(params, name) for name in given}
+    assert read == {
+        **given,
+        "logit_bias": {7: 1.5},
+        **{name: tuple(given[name]) for name in ("bad_words", "stop_token_ids", "allowed_token_ids")},  # type: ignore[arg-type]  # lists
+    }
+    assert (by_another_name.params.repetition_penalty, by_another_name.params.min_tokens) == (1.5, 2)
+
+
+@pytest.mark.parametrize(("body", "decode"), [(RESPONSE, decode_response), (MESSAGE, decode_message)])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"typical_p": 0}, "typical_p"),
+        ({"logit_bias": {str(key): 1 for key in range(2000)}}, "logit_bias"),
+        ({"bad_words": ["x"] * 2000}, "bad_words"),
+        ({"repeat_penalty": 1.5, "repetition_penalty": 1.2}, "repeat_penalty"),
+        ({"n": 2}, "n"),
+        ({"n_predict": 5}, "n_predict"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_regex": "a"}, "guided_regex"),
+    ],
+)
+def test_what_responses_and_messages_cannot_obey_is_refused_by_name(
+    body: dict[str, Any], decode: Callable[..., Any], fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=param) as caught:
+        decode(json.dumps({**body, **fields}).encode(), LimitsConfig())
+
+    assert caught.value.param == param
+
+
+# Fields of prompts and Anthropic's own are left out; `input` is the place of another endpoint's prompt.
+NAMES_OF_GENERATION = [
+    row.names for row in (*OBEYED, *UNUSUAL) if {*BOTH, "responses"} & {*row.endpoints} and row.names != "input"
+]
+
+
+@pytest.mark.parametrize("names", NAMES_OF_GENERATION, ids=lambda names: names[:30])
+@pytest.mark.parametrize(
+    ("body", "decode", "request_type"),
+    [
+        (RESPONSE, decode_response, ResponsesRequest),
+        (MESSAGE, decode_message, MessagesRequest),
+        (chat_body(), decode_chat, ChatCompletionRequest),
+        (completion_body(), decode_completion, CompletionRequest),
+    ],
+    ids=["responses", "messages", "chat", "completions"],
+)
+def test_no_field_that_bounds_a_completion_is_unknown_at_another_endpoint(
+    body: dict[str, Any], decode: Callable[..., Any], request_type: Any, names: str
+) -> None:
+    others = [name for name in names.split() if name not in request_type.__struct_fields__]
+
+    call = decode(json.dumps({**body, **dict.fromkeys(others)}).encode(), LimitsConfig())
+
+    assert call.warnings == ()
 
 
 def test_every_other_name_is_tried_above() -> None:
