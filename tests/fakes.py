@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from brlite.backends.pooling import pooled_result
@@ -108,7 +110,8 @@ class FakeBackend:
 
     Keeps the tokens themselves where a model keeps keys and values: any slip in paging, prefix caching or preemption
     changes the text. `fault` may raise for a batch, or return an error for a sequence. With `max_draft_tokens` it
-    verifies guesses; what wrong ones wrote into its cache stays there.
+    verifies guesses; what wrong ones wrote into its cache stays there. With `can_run_ahead` a step that was launched is
+    computed when its result is fetched, as late as on any device.
     """
 
     def __init__(
@@ -123,6 +126,7 @@ class FakeBackend:
         hidden_size: int = HIDDEN_SIZE,
         pooling: Literal["last", "mean", "none"] = "last",
         matryoshka_dimensions: tuple[int, ...] = (),
+        can_run_ahead: bool = False,
         next_token: Callable[[Sequence[int], int], int] = printable_token,
         fault: Callable[[ScheduledSeq], str | None] = lambda seq: None,
         logprob: Callable[[int], float] = lambda token_id: -0.5,
@@ -146,6 +150,7 @@ class FakeBackend:
             hidden_size=hidden_size,
             pooling=pooling,
             matryoshka_dimensions=matryoshka_dimensions,
+            can_run_ahead=can_run_ahead,
         )
         self.batches: list[Batch] = []
         self.is_closed = False
@@ -155,6 +160,9 @@ class FakeBackend:
         self._fault = fault
         self._logprob_of = logprob
         self._cache = [[-1] * block_size for _ in range(num_blocks)]
+        self.num_launched_ahead = 0
+        self._launched: deque[Batch] = deque()
+        self._last_drawn: dict[int, int] = {}  # by the step before
 
     def execute(self, batch: Batch) -> StepResult:
         self.has_begun.set()
@@ -165,12 +173,46 @@ class FakeBackend:
         errors = {seq.seq_id: self._fault(seq) for seq in batch.seqs}
         return StepResult([self._compute(batch, seq, errors[seq.seq_id]) for seq in batch.seqs])
 
+    def launch(self, batch: Batch) -> Callable[[], StepResult]:
+        assert len(self._launched) <= 1
+        for under_way in self._launched:
+            self._check_blocks(under_way, batch)
+            self.num_launched_ahead += 1
+        followed = {seq.seq_id for under_way in self._launched for seq in under_way.seqs if seq.sampling is not None}
+        if self._launched:  # else the launch before has failed
+            assert followed.issuperset(seq.seq_id for seq in batch.seqs if seq.takes_last_draw)
+        self._launched.append(batch)
+        return lambda: self._fetch(batch)
+
+    def _fetch(self, batch: Batch) -> StepResult:
+        assert self._launched.popleft() is batch, "results are fetched in order"
+        drawn, self._last_drawn = self._last_drawn, {}
+        seqs = [
+            msgspec.structs.replace(seq, token_ids=[drawn.get(seq.seq_id, 0)], takes_last_draw=False)
+            if seq.takes_last_draw
+            else seq
+            for seq in batch.seqs
+        ]
+        result = self.execute(Batch(seqs, batch.masks))
+        self._last_drawn = {seq.seq_id: seq.tokens[-1].token_id for seq in result.seqs if seq.tokens}
+        return result
+
+    def _check_blocks(self, under_way: Batch, batch: Batch) -> None:
+        """What a step under way writes to is no other sequence's."""
+        size = self.info.block_size
+        for writer in under_way.seqs:
+            last = (writer.start + len(writer.token_ids) - 1) // size
+            written = set(writer.block_table[writer.start // size : last + 1])
+            for seq in batch.seqs:
+                assert seq.seq_id == writer.seq_id or written.isdisjoint(seq.block_table)
+
     def close(self) -> None:
         self.is_closed = True
 
     def _compute(self, batch: Batch, seq: ScheduledSeq, error: str | None) -> SeqResult:
         if error is not None:
             return SeqResult(seq.seq_id, error=error)
+        assert not seq.takes_last_draw
         size = self.info.block_size
         for position, token_id in enumerate(seq.token_ids, seq.start):
             self._cache[seq.block_table[position // size]][position % size] = token_id
@@ -201,6 +243,10 @@ class FakeBackend:
         assert seq.num_draft_tokens <= self.info.max_draft_tokens
         assert not seq.num_draft_tokens or not (sampling.output_counts or sampling.banned_token_ids)
         num_real = len(context) - seq.num_draft_tokens
+        if sampling.output_counts and sampling.params.repeat_last_n < 0:
+            counts = zip(array("i", sampling.counted_token_ids), array("i", sampling.output_counts), strict=True)
+            output = context[num_real - sampling.position : num_real]
+            assert Counter(output) == Counter(dict(counts)), "each drawn token is counted"
         for length in range(num_real, len(context) + 1):
             token_id = self.next_token(context[:length], 0 if sampling.params.is_greedy else sampling.seed)
             token_id = ord("a") if token_id in sampling.banned_token_ids else token_id

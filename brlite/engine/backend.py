@@ -67,6 +67,9 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
     after the last real one and after each guess that was right, the i-th at position `sampling.position + i`; the first
     that differs from its guess is the last one drawn. Guesses come only with `sampling`, never with penalties, banned
     tokens or prompt targets, and only as many as `BackendInfo.max_draft_tokens`.
+
+    With `takes_last_draw` the run is the one token that the step before draws for this sequence, which is not known
+    yet; `token_ids` is [0] in its place. That comes only to `CanRunAhead.launch`.
     """
 
     seq_id: int
@@ -78,6 +81,7 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
     num_prompt_logprobs: int = 0
     num_draft_tokens: int = 0
     pooling: PoolingInput | None = None
+    takes_last_draw: bool = False
 
 
 class TokenMask(NamedTuple):
@@ -207,6 +211,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     One without `has_prompt_logprobs` is never given prompt targets, one whose `hidden_size` is 0 no pooling. `pooling`
     is the model's own way to make embeddings ("none": it has none), `matryoshka_dimensions` are the lengths that they
     may be cut to (0 among them: any). A model that cannot generate has no head, and is never asked to draw.
+    One that `can_run_ahead` is a `CanRunAhead`, and is given steps by `launch`.
     """
 
     name: str
@@ -231,6 +236,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     pooling: Literal["last", "mean", "none"] = "last"
     matryoshka_dimensions: tuple[int, ...] = ()
     can_generate: bool = True
+    can_run_ahead: bool = False
 
 
 class Backend(Protocol):
@@ -245,6 +251,25 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Give back memory, threads and processes. Nothing is called afterwards."""
+        ...
+
+
+@runtime_checkable
+class CanRunAhead(Protocol):
+    """What a `Backend` is besides that is given a step before the result of the one before is there.
+
+    So a device has its next step when it ends one. Steps run in the order of their launches, and each sees what the one
+    before wrote to the cache. When one is launched, at most one other has a result that was not fetched. The calls come
+    from the thread of `execute`, which means the same as `launch(batch)()`.
+    """
+
+    def launch(self, batch: Batch) -> Callable[[], StepResult]:
+        """Put a step behind the one before, without waiting for that, and return what waits for the result.
+
+        Results are fetched once each, in order; those of steps under way at `close` are not. Where a row
+        `takes_last_draw` and the step before failed or drew no token for it, any valid token will do: what comes of it
+        is dropped. An exception, here or from what is returned, fails the sequences of this batch and no others.
+        """
         ...
 
 

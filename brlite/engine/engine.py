@@ -1,7 +1,8 @@
 """The synchronous engine: requests in, a `Batch` out, a `StepResult` in, deltas out to each request's sink.
 
 Owns all state of requests and blocks and must be touched by one thread only. It never computes: whoever calls
-`schedule` runs the batch on a backend, anywhere, and comes back with `update` or `fail`. Times come from its clock.
+`schedule` runs the batch on a backend, anywhere, and comes back with `update` or `fail`. Before that one more batch may
+be had, by `schedule_ahead`. Times come from its clock.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import secrets
 import sys
 import time
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -51,6 +52,14 @@ logger = logging.getLogger(__name__)
 MAX_RETRY_AFTER_SECONDS = 60
 
 
+class Step(NamedTuple):
+    """A step that was decided and has not ended: each sequence with the number of its tokens in it."""
+
+    runs: list[tuple[Sequence, int]]
+    guidance: StepGuidance | None
+    start: float
+
+
 class Engine:
     """Decides the next step and interprets the last one."""
 
@@ -75,7 +84,7 @@ class Engine:
         self.scoring_head = scoring_head  # for those who ask for hidden states; the engine does not use it
         self.stats = EngineStats(info.max_model_len, clock)
         self.compiler = GrammarCompiler(tokenizer, info.vocab_size, grammar or GrammarConfig())
-        self.guidance: StepGuidance | None = None  # of the step under way; the caller of `execute` has its masks filled
+        self.guidance: StepGuidance | None = None  # of the step decided last; its caller has the masks filled
         self._preemptions_before = 0
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
@@ -89,8 +98,8 @@ class Engine:
             pace=self._pace,
         )
         self._requests: dict[str, RequestState] = {}
-        self._in_flight: list[tuple[Sequence, int]] = []
-        self._step_start = 0.0
+        self._steps: deque[Step] = deque()  # under way: one, or with that decided ahead two
+        self._last_end = -math.inf
         self._seq_ids = itertools.count()
         self._private_salt = secrets.token_bytes(16)
 
@@ -161,81 +170,106 @@ class Engine:
 
         Raises `EngineError` while a step is under way.
         """
-        if self._in_flight:
+        if self._steps:
             raise EngineError("schedule was called before update or fail ended the last step")
         self._end_aborted()
         self._end_overdue()
-        self._in_flight = self._scheduler.schedule()
-        self._step_start = self._clock()
-        for seq, _ in self._in_flight:
+        return self._decide()
+
+    def schedule_ahead(self) -> Batch | None:
+        """Decide the step after the one under way; None if there is none before `update` or `fail` has ended that.
+
+        To be computed behind it, by a backend that `CanRunAhead`. Aborted and overdue requests end here too.
+        Raises `EngineError` unless just one step is under way.
+        """
+        if len(self._steps) != 1:
+            raise EngineError(f"schedule_ahead was called with {len(self._steps)} steps under way")
+        self._end_aborted()
+        self._end_overdue()
+        batch = self._decide() if self._scheduler.can_schedule_ahead() else None
+        self.stats.steps_ahead += batch is not None
+        return batch
+
+    def _decide(self) -> Batch | None:
+        runs, start = self._scheduler.schedule(), self._clock()
+        for seq, _ in runs:
             state = seq.state
             state.num_started += not seq.is_started
             seq.is_started = True
             if state.scheduled_time is None:
-                state.scheduled_time = self._step_start
+                state.scheduled_time = start
                 state.num_cached_tokens = seq.num_computed_tokens
-                self.stats.note_scheduled(state, self._step_start)
+                self.stats.note_scheduled(state, start)
         self._set_gauges()
-        if not self._in_flight:
+        if not runs:
             return None
         guided = [
             GuidedSeq(seq.seq_id, seq.matcher, seq.draft_token_ids)
-            for seq, num_tokens in self._in_flight
-            if seq.matcher is not None and seq.num_computed_tokens + num_tokens == seq.num_tokens
+            for seq, num_tokens in runs
+            if seq.matcher is not None and seq.num_scheduled_tokens + num_tokens == seq.num_tokens
         ]
         self.guidance = StepGuidance(self.info.vocab_size, guided) if guided else None
         masks = None if self.guidance is None else self.guidance.masks
-        return make_batch(self._in_flight, self.tokenizer.eos_token_ids, masks)
+        batch = make_batch(runs, self.tokenizer.eos_token_ids, masks)
+        for seq, num_tokens in runs:
+            seq.num_in_flight_tokens += num_tokens
+        self._steps.append(Step(runs, self.guidance, start))
+        return batch
 
     def update(self, result: StepResult) -> None:
-        """Take in what the step found and give every touched request its delta."""
+        """Take in what the first step under way found and give every touched request its delta."""
         now = self._clock()
-        in_flight, self._in_flight = self._in_flight, []
-        if self.guidance is not None:
-            self.guidance.advance(result)
-            self.guidance = None
-        self.stats.step_time.observe(now - self._step_start)
+        step = self._steps.popleft()
+        if step.guidance is not None:
+            step.guidance.advance(result)
+        seconds, self._last_end = now - max(step.start, self._last_end), now
+        self.stats.step_time.observe(seconds)
         self.stats.num_step_threads = result.num_threads
         if self._pace is not None:
-            chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in in_flight]
-            self._pace.observe(chunks, now - self._step_start)
+            chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
+            self._pace.observe(chunks, seconds)
+        self._scheduler.end_step(step.runs)
         num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
-        for (seq, num_tokens), seq_result in zip(in_flight, result.seqs, strict=True):
+        for (seq, num_tokens), seq_result in zip(step.runs, result.seqs, strict=True):
             if seq.status is SequenceStatus.RUNNING:
                 self._take_in(seq, num_tokens, seq_result, now)
         num_generated = self.stats.generation_tokens - num_generated
         self.stats.generation_rate.add(num_generated)
         # As in vLLM: a prompt counts whole in the step that ends it, cached tokens included.
         self.stats.step_tokens.observe(self.stats.prompt_tokens - num_prompt + num_generated)
-        for state in dict.fromkeys(seq.state for seq, _ in in_flight):
+        for state in dict.fromkeys(seq.state for seq, _ in step.runs):
             self._deliver(state)
         self._end_aborted()
         self._set_gauges()
 
     def fail(self, error: Exception) -> None:
-        """The step raised: the requests that were in it end with an `EngineError`, the others go on."""
-        in_flight, self._in_flight, self.guidance = self._in_flight, [], None
+        """The first step under way raised: the requests that were in it end with an `EngineError`, the others go on."""
+        runs = self._steps.popleft().runs
+        self._scheduler.end_step(runs)
         self.stats.step_failures += 1
-        logger.error("a step of %d sequences failed", len(in_flight), exc_info=error)
-        for state in dict.fromkeys(seq.state for seq, _ in in_flight):
+        logger.error("a step of %d sequences failed", len(runs), exc_info=error)
+        for state in dict.fromkeys(seq.state for seq, _ in runs):
             self._end_with_error(state, EngineError("the model step failed; the request was not completed"))
         self._set_gauges()
 
     def end_all(self, error: BrliteError) -> None:
-        """End every request with an error: nothing will be computed any more."""
-        self._in_flight, self.guidance = [], None
+        """End every request with an error: nothing of the steps under way will be taken in any more."""
+        while self._steps:
+            self._scheduler.end_step(self._steps.popleft().runs)
         for state in list(self._requests.values()):
             self._end_with_error(state, error)
         self._set_gauges()
 
     def check_idle(self) -> None:
-        """Raise `EngineError` if an engine without requests still holds something. Costs nothing."""
-        if not self._requests and not (self._scheduler.is_empty and self._blocks.num_used == 0):
+        """Raise `EngineError` if an engine without requests and steps still holds something. Costs nothing."""
+        is_idle = not self._requests and not self._steps
+        if is_idle and not (self._scheduler.is_empty and self._blocks.num_used == 0):
             raise EngineError(f"{self._blocks.num_used} blocks are held, but no request is left")
 
     def check_integrity(self) -> None:
-        """Raise `EngineError` if a block is lost, owned twice, or owned by no running sequence. Reads every block."""
-        self._blocks.check_integrity(self._scheduler.running)
+        """Raise `EngineError` if a block is lost, owned twice, or owned by no sequence. Reads every block."""
+        in_flight = (seq for step in self._steps for seq, _ in step.runs)
+        self._blocks.check_integrity(dict.fromkeys([*self._scheduler.running, *in_flight]))
         self.check_idle()
 
     def queued(self) -> list[RequestState]:
@@ -391,10 +425,10 @@ class Engine:
 
     def _deliver(self, state: RequestState) -> None:
         """Give the request's sink what is new; a request that is finished is forgotten."""
-        if state.request.request_id not in self._requests or not state.delta:
+        if self._requests.get(state.request.request_id) is not state or not state.delta:
             return
         output = state.take_output()
-        if state.is_finished:
+        if output.finished:
             del self._requests[state.request.request_id]
             now, reason = self._clock(), "abort" if state.is_aborted else state.sequences[0].finish_reason or "stop"
             self.stats.note_finished(state, now, reason)

@@ -112,6 +112,7 @@ class Sequence:
     """One of a request's `n` completions in the making. `token_ids` is the prompt followed by the output.
 
     `draft_token_ids` are the guesses that the step under way carries; they are not tokens of the sequence yet.
+    `num_in_flight_tokens` are in steps under way; they are computed when those have ended.
     """
 
     seq_id: int
@@ -126,6 +127,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_digests: list[bytes] = field(default_factory=list)
     num_sealed_blocks: int = 0
@@ -143,6 +145,27 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        """How many tokens are computed, or will be by steps under way: where the next run begins."""
+        return self.num_computed_tokens + self.num_in_flight_tokens
+
+    @property
+    def num_left(self) -> int:
+        """How many tokens there are to compute: those it has or, after all of them, the one that is being drawn."""
+        num_left = len(self.token_ids) - self.num_computed_tokens - self.num_in_flight_tokens
+        return num_left or int(self.is_being_drawn and not self.ends_with_step)
+
+    @property
+    def is_being_drawn(self) -> bool:
+        """Whether the step under way draws its next token, or makes its embedding."""
+        return self.num_in_flight_tokens > 0 and self.num_scheduled_tokens >= len(self.token_ids)
+
+    @property
+    def ends_with_step(self) -> bool:
+        """Whether what the step under way gives is its last, whatever that is."""
+        return self.state.pooling is not None or self.num_output_tokens + 1 >= self.state.max_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -28,6 +28,9 @@ class Scheduler:
     While answers run, a step takes as much of prompts as fits `pace.max_seconds`: no stream waits longer for its token.
     While at most `max_draft_seqs` run, they may guess ahead with what the others left of the budgets. Tokens that a
     grammar forces are drafts however many run: they must be computed anyway.
+
+    A step may be decided while the one before is under way, if `can_schedule_ahead`. A sequence that turns out to have
+    ended then has a run too many: it keeps its blocks until the last step that it is in has ended.
     """
 
     def __init__(
@@ -65,13 +68,37 @@ class Scheduler:
             self.waiting.add(seq, is_first=True)
 
     def finish(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it is, and its blocks back."""
+        """Take a sequence out, wherever it is, and its blocks back, unless a step under way writes to them."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
         elif seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
         seq.status = SequenceStatus.FINISHED
-        self._blocks.release(seq)
+        if not seq.num_in_flight_tokens:
+            self._blocks.release(seq)
+
+    def end_step(self, runs: list[tuple[Sequence, int]]) -> None:
+        """The step with these runs is over, and they are not in flight any more. Call it before its result is used."""
+        for seq, num_tokens in runs:
+            seq.num_in_flight_tokens -= num_tokens
+            if seq.status is SequenceStatus.FINISHED and not seq.num_in_flight_tokens:
+                self._blocks.release(seq)
+
+    def can_schedule_ahead(self) -> bool:
+        """Whether the next step is the same whatever the one under way draws, but for sequences that this ends.
+
+        It is not where a sequence's next draw depends on the token itself: by a grammar, penalties or bad words. Then
+        all wait for the result, as where guesses may be made, or where a sequence must lose its blocks or its place.
+        """
+        if self._max_draft_tokens and len(self.running) <= self._max_draft_seqs:
+            return False
+        if any(_depends_on_result(seq) for seq in self.running):
+            return False
+        num_missing = sum(
+            max(0, self._blocks.num_blocks_for(seq.num_scheduled_tokens + seq.num_left) - len(seq.block_table))
+            for seq in self.running
+        )
+        return num_missing <= self._blocks.num_free and self._next_to_replace() is None
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         """The sequences of the next step, each with the number of its tokens to compute; their blocks are theirs."""
@@ -80,13 +107,13 @@ class Scheduler:
         num_held_back = self._max_num_batched_tokens - self._num_paced_tokens()
         budget = self._max_num_batched_tokens - num_held_back
         num_preemptions = self.num_preemptions
-        for seq in sorted(self.running, key=lambda seq: seq.num_tokens - seq.num_computed_tokens > 1):
+        for seq in sorted(self.running, key=lambda seq: seq.num_left > 1):
             budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
         # Blocks are short after a preemption: a sequence admitted now would be the next to lose them.
         while budget > 0 and num_preemptions == self.num_preemptions and self._can_admit():
             budget -= self._admit(budget, scheduled)
         for seq in scheduled:  # what shorter prompts have left of their half
-            rest = min(seq.num_tokens - seq.num_computed_tokens - scheduled[seq], budget)
+            rest = min(seq.num_left - scheduled[seq], budget)
             scheduled[seq] += rest
             budget -= rest
         if self._max_draft_tokens:
@@ -95,7 +122,7 @@ class Scheduler:
 
     def _num_paced_tokens(self) -> int:
         """How many tokens the step may have: fewer than the budget while answers run and prompts are slow."""
-        starts = [seq.num_computed_tokens for seq in self.running if seq.num_tokens - seq.num_computed_tokens > 1]
+        starts = [seq.num_scheduled_tokens for seq in self.running if seq.num_left > 1]
         num_answers = len(self.running) - len(starts)
         if self._pace is None or not num_answers:
             return self._max_num_batched_tokens
@@ -112,22 +139,22 @@ class Scheduler:
 
         So a long prompt takes at most twice its time, and a short one does not wait for its end.
         """
-        num_left = seq.num_tokens - seq.num_computed_tokens
+        num_left = seq.num_left
         if num_left <= 1 or seq.status is not SequenceStatus.RUNNING:
             return budget
         after = self.running[self.running.index(seq) + 1 :]
-        is_shorter_after = any(1 < other.num_tokens - other.num_computed_tokens < num_left for other in after)
+        is_shorter_after = any(1 < other.num_left < num_left for other in after)
         new = self.waiting.next
         is_shorter_new = new is not None and new.num_tokens < num_left and self._can_admit()
         return -(-budget // 2) if is_shorter_after or is_shorter_new else budget
 
     def _schedule_running(self, seq: Sequence, budget: int, scheduled: dict[Sequence, int]) -> int:
         """Schedule what fits the budget, taking blocks from the latest sequences if need be. Returns the tokens."""
-        num_tokens = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        num_tokens = min(seq.num_left, budget)
         if num_tokens == 0 or seq.status is not SequenceStatus.RUNNING:
             return 0
         returned = 0
-        while not self._blocks.grow(seq, seq.num_computed_tokens + num_tokens):
+        while not self._blocks.grow(seq, seq.num_scheduled_tokens + num_tokens):
             victim = self.running[-1]
             returned += scheduled.pop(victim, 0)
             self._stop(victim)
@@ -179,38 +206,42 @@ class Scheduler:
         self._blocks.grow(seq, seq.num_tokens)
         self.running.append(seq)
         seq.status = SequenceStatus.RUNNING
-        scheduled[seq] = min(seq.num_tokens - seq.num_computed_tokens, budget)
+        scheduled[seq] = min(seq.num_left, budget)
         return scheduled[seq]
 
     def _free_place(self) -> None:
-        """Where all are taken, give a tenant that has none one of the tenant with most; the same within it, by group.
+        """Have a running sequence wait for its group's next turn, where another group or tenant is to have its place.
 
         What was computed stays in the prefix cache until its blocks are needed.
         """
+        replacement = self._next_to_replace()
+        if replacement is not None:
+            seq, tenant, group = replacement
+            self._stop(seq)
+            self.waiting.add(seq, is_first=True)
+            self.waiting.bring_forward(tenant, group)
+
+    def _next_to_replace(self) -> tuple[Sequence, str, str | None] | None:
+        """Where all are taken, a sequence of the tenant with most, if another has none; the same within it, by group.
+
+        With it come the tenant, and the group, whose turn is to be next.
+        """
         if len(self.running) < self._max_num_seqs or not self.waiting.has_turns:
-            return
+            return None
         tenants = Counter(seq.state.request.tenant for seq in self.running)
         newcomer = next((tenant for tenant in self.waiting.tenants if not tenants[tenant]), None)
         if newcomer is not None:
             tenant, num_running = tenants.most_common(1)[0]
-            if num_running > 1:
-                self._replace([seq for seq in self.running if seq.state.request.tenant == tenant][-1])
-                self.waiting.bring_forward(newcomer)
-            return
+            latest = [seq for seq in self.running if seq.state.request.tenant == tenant][-1]
+            return (latest, newcomer, None) if num_running > 1 else None
         for tenant in self.waiting.tenants:
             mates = [seq for seq in self.running if seq.state.request.tenant == tenant]
             groups = Counter(seq.state.request.group for seq in mates)
             group, num_running = groups.most_common(1)[0]
             new_group = next((each for each in self.waiting.groups(tenant) if not groups[each]), None)
             if num_running > 1 and new_group is not None:
-                self._replace([seq for seq in mates if seq.state.request.group == group][-1])
-                self.waiting.bring_forward(tenant, new_group)
-                return
-
-    def _replace(self, seq: Sequence) -> None:
-        """Have a running sequence wait for its group's next turn."""
-        self._stop(seq)
-        self.waiting.add(seq, is_first=True)
+                return [seq for seq in mates if seq.state.request.group == group][-1], tenant, new_group
+        return None
 
     def _match(self, seq: Sequence) -> list[int]:
         """The cached blocks it can share: none where something is wanted of each token, which is not in the cache."""
@@ -238,31 +269,42 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
 
     None unless the step draws for it, and unless each draw depends only on the tokens before: penalties, bad words and
     `min_tokens` change with each draw. Guesses need one token of output; forced tokens may also follow the end of a
-    prompt. The last token that `max_tokens` allows is never a draft.
+    prompt. The last token that `max_tokens` allows is never a draft. None while another step with it is under way.
     """
     request = seq.state.request
-    is_drawn = seq.num_computed_tokens + num_tokens == seq.num_tokens and not seq.wants_prompt_logprobs
+    is_drawn = seq.num_scheduled_tokens + num_tokens == seq.num_tokens and not seq.wants_prompt_logprobs
     if not is_drawn or not (is_forced or (num_tokens == 1 and seq.num_output_tokens > 0)):
         return 0
-    if seq.counts is not None or request.bad_words or seq.num_output_tokens < request.params.min_tokens:
+    if seq.num_in_flight_tokens or seq.num_output_tokens < request.params.min_tokens:
+        return 0
+    if seq.counts is not None or request.bad_words:
         return 0
     return seq.state.max_tokens - seq.num_output_tokens - 1
 
 
+def _depends_on_result(seq: Sequence) -> bool:
+    """Whether a sequence's next run takes more of the step under way than a token that is put behind the others."""
+    if not seq.is_being_drawn:
+        return seq.num_in_flight_tokens > 0 and seq.state.pooling == "mean"
+    takes_token = seq.matcher is not None or seq.counts is not None or bool(seq.state.request.bad_words)
+    return takes_token and not seq.ends_with_step
+
+
 def _scheduled_seq(seq: Sequence, num_tokens: int, eos_token_ids: tuple[int, ...]) -> ScheduledSeq:
-    start, end = seq.num_computed_tokens, seq.num_computed_tokens + num_tokens
+    start, end = seq.num_scheduled_tokens, seq.num_scheduled_tokens + num_tokens
     targets = seq.token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)] if seq.wants_prompt_logprobs else []
     pooling = seq.state.pooling
     return ScheduledSeq(
         seq_id=seq.seq_id,
         start=start,
-        token_ids=seq.token_ids[start:end] + seq.draft_token_ids,
+        token_ids=[0] if seq.is_being_drawn else seq.token_ids[start:end] + seq.draft_token_ids,
         block_table=list(seq.block_table),
-        sampling=_sampling_input(seq, eos_token_ids) if end == seq.num_tokens and pooling is None else None,
+        sampling=_sampling_input(seq, eos_token_ids) if end >= seq.num_tokens and pooling is None else None,
         prompt_targets=targets,
         num_prompt_logprobs=seq.state.request.params.prompt_logprobs or 0,
         num_draft_tokens=len(seq.draft_token_ids),
         pooling=_pooling_input(seq, start, end) if pooling is not None else None,
+        takes_last_draw=seq.is_being_drawn,
     )
 
 
@@ -276,15 +318,15 @@ def _pooling_input(seq: Sequence, start: int, end: int) -> PoolingInput | None:
 
 def _sampling_input(seq: Sequence, eos_token_ids: tuple[int, ...]) -> SamplingInput:
     params, bad_words = seq.state.request.params, seq.state.request.bad_words
-    banned: tuple[int, ...] = ()
-    if seq.num_output_tokens < params.min_tokens:
+    position, banned = seq.num_output_tokens + seq.is_being_drawn, tuple[int, ...]()
+    if position < params.min_tokens:
         banned = params.stop_token_ids if params.ignore_eos else (*eos_token_ids, *params.stop_token_ids)
     if bad_words:
         banned += completing_tokens(bad_words, seq.token_ids, seq.num_output_tokens)
     return SamplingInput(
         params=params,
         seed=seq.seed,
-        position=seq.num_output_tokens,
+        position=position,
         counted_token_ids=seq.counts.token_ids if seq.counts else b"",
         output_counts=seq.counts.output_counts if seq.counts else b"",
         banned_token_ids=banned,

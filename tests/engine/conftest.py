@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pytest
 
 from brlite.config.options import EngineConfig, LimitsConfig
-from brlite.engine.backend import Batch
+from brlite.engine.backend import Batch, StepResult
 from brlite.engine.engine import Engine
 from brlite.engine.request import Request
 from brlite.errors import BrliteError
@@ -19,7 +21,10 @@ from tests.fakes import ByteTokenizer, FakeBackend
 
 
 class Driver:
-    """An engine on a fake backend with a clock that moves by `step_seconds`, one second unless said otherwise."""
+    """An engine on a fake backend with a clock that moves by `step_seconds`, one second unless said otherwise.
+
+    Where the backend `can_run_ahead`, each step is launched before the result of the one before is fetched.
+    """
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class Driver:
         self.outputs: dict[str, RequestOutput] = {}
         self.errors: dict[str, BrliteError] = {}
         self.finished: list[str] = []
+        self._begun: deque[tuple[Batch, Callable[[], StepResult]]] = deque()
         self._ids = (f"request-{number}" for number in itertools.count())
 
     def submit(
@@ -73,19 +79,40 @@ class Driver:
         return request.request_id
 
     def step(self) -> Batch | None:
-        batch = self.engine.schedule()
+        """Take in the result of one step. Returns its batch, as it was decided."""
+        self.begin()
+        batch = self.end()
+        self.engine.check_integrity()
+        return batch
+
+    def begin(self) -> None:
+        """Decide a step if none is under way, and the one after it if that can be."""
+        if not self._begun:
+            self._launch(self.engine.schedule())
+        if len(self._begun) == 1 and self.backend.info.can_run_ahead:
+            self._launch(self.engine.schedule_ahead())
+
+    def end(self) -> Batch | None:
+        """Take in the result of the first step under way, if there is one."""
+        batch, fetch = self._begun.popleft() if self._begun else (None, None)
         self.now += 1.0 if batch is None else self._step_seconds(batch)
-        if batch is not None:
-            if self.engine.guidance is not None:
-                self.engine.guidance.fill()
+        if fetch is not None:
             try:
-                result = self.backend.execute(batch)
+                result = fetch()
             except RuntimeError as error:
                 self.engine.fail(error)
             else:
                 self.engine.update(result)
-        self.engine.check_integrity()
         return batch
+
+    def _launch(self, batch: Batch | None) -> None:
+        if batch is None:
+            return
+        if self.engine.guidance is not None:
+            self.engine.guidance.fill()
+        can_run_ahead = self.backend.info.can_run_ahead
+        fetch = self.backend.launch(batch) if can_run_ahead else partial(self.backend.execute, batch)
+        self._begun.append((batch, fetch))
 
     def finish(self) -> list[Batch]:
         batches = list(itertools.takewhile(lambda batch: batch is not None, (self.step() for _ in range(10_000))))

@@ -1,8 +1,12 @@
-"""Any order of submitting, stepping and aborting, with guesses or without, on a cache too small: texts stay right."""
+"""Any order of submitting, stepping and aborting, with guesses or without, on a cache too small: texts stay right.
+
+So they do whether each step waits for the one before or is decided ahead of its result.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -21,12 +25,36 @@ prompts = st.builds(
 )
 
 
+class Asked(NamedTuple):
+    """What a request wants, and so what it is told."""
+
+    prompt: bytes
+    max_tokens: int
+    n: int
+    seed: int
+    stop: frozenset[int]
+
+    def reference(self, index: int, next_token: Callable[[Sequence[int], int], int]) -> list[int]:
+        seed = sibling_seed(self.seed, index)
+        tokens = reference_tokens(self.prompt, self.max_tokens, seed=seed, next_token=next_token)
+        end = next((number for number, token in enumerate(tokens, 1) if token in self.stop), self.max_tokens)
+        return tokens[:end]
+
+
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
         next_token=st.sampled_from([printable_token, repeating_token]),
         max_draft_tokens=st.sampled_from([0, 7]),
+        max_draft_seqs=st.sampled_from([1, 4]),
+        can_run_ahead=st.booleans(),
     )
-    def start(self, next_token: Callable[[Sequence[int], int], int], max_draft_tokens: int) -> None:
+    def start(
+        self,
+        next_token: Callable[[Sequence[int], int], int],
+        max_draft_tokens: int,
+        max_draft_seqs: int,
+        can_run_ahead: bool,
+    ) -> None:
         self.driver = Driver(
             budget=7,
             num_blocks=12,
@@ -35,8 +63,10 @@ class EngineMachine(RuleBasedStateMachine):
             limits=LimitsConfig(max_waiting=1000, max_wait_seconds=1e6),
             next_token=next_token,
             max_draft_tokens=max_draft_tokens,
+            engine={"max_draft_seqs": max_draft_seqs},
+            can_run_ahead=can_run_ahead,
         )
-        self.asked: dict[str, tuple[bytes, int, int, int]] = {}
+        self.asked: dict[str, Asked] = {}
         self.aborted: set[str] = set()
 
     @rule(
@@ -46,12 +76,32 @@ class EngineMachine(RuleBasedStateMachine):
         seed=st.integers(1, 3),
         tenant=st.sampled_from(["", "a", "b"]),
         group=st.sampled_from(["", "body"]),
+        stop=st.frozensets(st.sampled_from(b"abcxyz"), max_size=3),
+        more=st.sampled_from([{}, {}, {"presence_penalty": 0.5}, {"prompt_logprobs": 1}]),
     )
-    def submit(self, prompt: str, max_tokens: int, n: int, seed: int, tenant: str, group: str) -> None:
+    def submit(
+        self,
+        prompt: str,
+        max_tokens: int,
+        n: int,
+        seed: int,
+        tenant: str,
+        group: str,
+        stop: frozenset[int],
+        more: dict[str, Any],
+    ) -> None:
         request_id = self.driver.submit(
-            prompt, max_tokens=max_tokens, n=n, seed=seed, temperature=1.0, tenant=tenant, group=group
+            prompt,
+            max_tokens=max_tokens,
+            n=n,
+            seed=seed,
+            temperature=1.0,
+            tenant=tenant,
+            group=group,
+            stop_token_ids=tuple(stop),
+            **more,
         )
-        self.asked[request_id] = (prompt.encode(), max_tokens, n, seed)
+        self.asked[request_id] = Asked(prompt.encode(), max_tokens, n, seed, stop)
 
     @rule(num_steps=st.integers(1, 4))
     def step(self, num_steps: int) -> None:
@@ -69,10 +119,9 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.asked)
     @rule(data=st.data())
     def abort_while_a_step_runs(self, data: st.DataObject) -> None:
-        batch = self.driver.engine.schedule()
+        self.driver.begin()
         self.abort(data)
-        if batch is not None:
-            self.driver.engine.update(self.driver.backend.execute(batch))
+        self.driver.end()
 
     @invariant()
     def no_block_is_lost(self) -> None:
@@ -82,17 +131,15 @@ class EngineMachine(RuleBasedStateMachine):
         self.driver.finish()
         assert self.driver.engine.stats.num_used_blocks == 0
         assert not self.driver.errors
-        for request_id, (prompt, max_tokens, n, seed) in self.asked.items():
+        for request_id, asked in self.asked.items():
             assert self.driver.outputs[request_id].finished
-            self.check_texts(request_id, prompt, max_tokens, n, seed)
+            self.check_texts(request_id, asked)
 
-    def check_texts(self, request_id: str, prompt: bytes, max_tokens: int, n: int, seed: int) -> None:
+    def check_texts(self, request_id: str, asked: Asked) -> None:
         outputs = {output.index: output.token_ids for output in self.driver.outputs[request_id].outputs}
-        assert set(outputs) == set(range(n))
+        assert set(outputs) == set(range(asked.n))
         for index, token_ids in outputs.items():
-            expected = reference_tokens(
-                prompt, max_tokens, seed=sibling_seed(seed, index), next_token=self.driver.backend.next_token
-            )
+            expected = asked.reference(index, self.driver.backend.next_token)
             assert token_ids == (expected[: len(token_ids)] if request_id in self.aborted else expected)
 
 
