@@ -1,7 +1,8 @@
 """The engine in an event loop: one task decides and delivers, one thread computes; they share only batch and result.
 
-Lives in whatever loop it is started in: no signal handlers, no logging set-up, no globals. Everything but
-`Backend.execute` and `Backend.close` runs on the loop's thread, so there are no locks.
+Lives in whatever loop it is started in: no signal handlers, no logging set-up, no globals. Everything but the backend's
+own methods runs on the loop's thread, so there are no locks. A backend that can run ahead has the next step before the
+result of the one before is read, so its device does not wait for the loop.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import uuid
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from brlite.config.options import EngineConfig
 from brlite.engine.admission import context_length, prompt_too_long, read_token_ids
-from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, StepResult, close_dropped
+from brlite.engine.backend import Backend, BackendInfo, Batch, CanBeLost, CanRunAhead, StepResult, close_dropped
 from brlite.engine.bad_words import TokenIds
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
@@ -43,6 +44,15 @@ _NO_COMPLETION = SamplingParams()
 LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
 
 
+class BegunStep(NamedTuple):
+    """A step between its decision and the delivery of what it gave. `launched` is None where it cannot run ahead."""
+
+    batch: Batch
+    guidance: StepGuidance | None
+    filling: asyncio.Future[None] | None
+    launched: Future[Callable[[], StepResult]] | None
+
+
 class EngineLoop:
     """Serves requests from the event loop it is used in: `async with EngineLoop(engine, backend) as engine`.
 
@@ -60,6 +70,8 @@ class EngineLoop:
         self._encoder = FairThread("brlite-encode", stopping)  # starts with the first long text
         self._compiler = FairThread("brlite-grammar", stopping, deep_stack)  # starts with the first grammar
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # likewise
+        self._launch = backend.launch if isinstance(backend, CanRunAhead) and backend.info.can_run_ahead else None
+        self._begun: deque[BegunStep] = deque()
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -432,40 +444,56 @@ class EngineLoop:
             except Exception as error:  # a request that breaks the engine's own code must not end it for all time
                 logger.critical("the engine failed between two steps", exc_info=error)
                 self._engine.end_all(EngineError("the engine failed; the request was not completed"))
+                while self._begun:  # a backend's results are fetched once each, in order
+                    with suppress(Exception):
+                        await self._result(self._begun.popleft())
                 self._engine.check_integrity()
 
     async def _step(self) -> None:
         """Decide, compute on the other thread, deliver; or sleep if there is nothing to do."""
         if self._lost is not None:
             raise self._lost
-        batch = self._engine.schedule()
-        if batch is None:
+        if not self._begun:
+            self._begin(self._engine.schedule())
+        if not self._begun:
             await self._rest()
             return
-        loop, guidance = asyncio.get_running_loop(), self._engine.guidance
-        filling = None
-        if guidance is not None:
-            try:
-                filling = loop.run_in_executor(self._masks, guidance.fill)
-            except RuntimeError as error:  # the system gives no more threads; the next step tries again
-                logger.warning("token masks are filled on the event loop: %s", error)
-                guidance.fill()
+        if self._launch is not None:
+            self._begin(self._engine.schedule_ahead())
+        step = self._begun.popleft()
         try:
-            result = await loop.run_in_executor(self._thread, self._compute, batch, guidance)
+            result = await self._result(step)
         except BackendLost:
             raise
         except Exception as error:  # a failed step ends its own requests, never the loop
             self._engine.fail(error)
         else:
             self._engine.update(result)
-        if filling is not None:
-            await filling  # over long ago, but for a step that failed early
+        if step.filling is not None:
+            await step.filling  # over long ago, but for a step that failed early
 
-    def _compute(self, batch: Batch, guidance: StepGuidance | None) -> StepResult:
-        """On the step thread: one step, and what its tokens mean for their grammars."""
-        result = self._backend.execute(batch)
+    def _begin(self, batch: Batch | None) -> None:
+        """Have the masks of a step that was just decided filled, and the step itself launched if it can run ahead."""
+        if batch is None:
+            return
+        guidance, filling = self._engine.guidance, None
         if guidance is not None:
-            guidance.advance(result)
+            try:
+                filling = asyncio.get_running_loop().run_in_executor(self._masks, guidance.fill)
+            except RuntimeError as error:  # the system gives no more threads; the next step tries again
+                logger.warning("token masks are filled on the event loop: %s", error)
+                guidance.fill()
+        launched = None if self._launch is None else self._thread.submit(self._launch, batch)
+        self._begun.append(BegunStep(batch, guidance, filling, launched))
+
+    async def _result(self, step: BegunStep) -> StepResult:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, step)
+
+    def _compute(self, step: BegunStep) -> StepResult:
+        """On the step thread: one step, and what its tokens mean for their grammars."""
+        result = self._backend.execute(step.batch) if step.launched is None else step.launched.result()()
+        if step.guidance is not None:
+            step.guidance.advance(result)
         return result
 
     def _on_stopped(self, task: asyncio.Task[None]) -> None:
