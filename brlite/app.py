@@ -68,7 +68,7 @@ def create_app(
     app[MODELS] = models
     app[RUNNING] = set()
     app[STORE] = make_response_store(config.limits.max_stored_bytes)
-    app[ANSWERS] = IdempotentAnswers(config.limits.max_idempotent_bytes)
+    app[ANSWERS] = IdempotentAnswers(config.limits)
     app[PROBE_PATHS] = PROBES
     app[BODIES] = BodyBudget(config.limits.max_body_bytes_in_flight)
     app.add_routes(ROUTES)

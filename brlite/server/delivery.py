@@ -32,6 +32,7 @@ from brlite.http.request_id import shown_request_id
 from brlite.outputs import RequestOutput, RequestTimes
 from brlite.server.engine_requests import make_requests, with_model_defaults
 from brlite.server.event_builder import EventBuilder
+from brlite.server.resumable import RECORDED, RecordedStream
 from brlite.server.served_model import ServedModel
 
 LOADING_COMMENT_SECONDS = 1.0
@@ -227,7 +228,7 @@ class StreamDelivery(Delivery):
     The headers go first where a model has to be loaded, which may fail.
     """
 
-    _stream: EventStream  # from BEGUN on
+    _stream: EventStream | RecordedStream  # from BEGUN on
 
     def __init__(
         self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
@@ -237,7 +238,8 @@ class StreamDelivery(Delivery):
 
     async def _begin(self) -> None:
         """Send the headers."""
-        self._stream = EventStream(self._request, self._limits.sse_comment_seconds)
+        recorded = self._request.get(RECORDED)
+        self._stream = recorded or EventStream(self._request, self._limits.sse_comment_seconds)
         await self._stream.prepare()
         self._state = StreamState.BEGUN
 

@@ -1,7 +1,8 @@
 """`Idempotency-Key`: a request that comes again joins the first one while that runs, then gets its stored answer.
 
 An answer that is not streamed is computed to its end even if its client leaves; a stream ends with its client, and the
-next request with its key begins anew. Only complete answers are stored: no errors, and none that was aborted.
+next request with its key begins anew, unless it can be resumed (`resumable.py`). Only complete answers are stored: no
+errors, and none that was aborted.
 """
 
 from __future__ import annotations
@@ -13,12 +14,22 @@ from collections.abc import Awaitable, Callable, Sequence
 from aiohttp import web
 from msgspec import Raw, Struct
 
+from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect, ResponseEncoder
 from brlite.dialects.event import Event, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.dialects.json_body import decode_fields
 from brlite.errors import InvalidRequest
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
+from brlite.server.resumable import (
+    RECORDED,
+    RecordedStream,
+    check_num_seen,
+    last_event_id,
+    not_resumable,
+    numbered,
+    split_events,
+)
 
 HEADER = "Idempotency-Key"
 MAX_KEY_LENGTH = 255
@@ -34,25 +45,33 @@ class StoredAnswer(Struct, frozen=True):
     body: bytes
     content_type: str
 
-    def response(self) -> web.Response:
-        return web.Response(body=self.body, content_type=self.content_type, headers={"Idempotent-Replayed": "true"})
+    def response(self, num_seen: int | None) -> web.Response:
+        """All of it, or the events that a client has not seen. Raises `InvalidRequest` if it has fewer."""
+        body = self.body
+        if num_seen is not None:
+            events = split_events(body)
+            check_num_seen(num_seen, len(events))
+            body = numbered(events, num_seen)
+        return web.Response(body=body, content_type=self.content_type, headers={"Idempotent-Replayed": "true"})
 
 
 class RunningAnswer:
-    """`answer` has the result: None where the answer did not become complete."""
+    """`answer` has the result: None where the answer did not become complete. `stream`, if it can be resumed."""
 
-    def __init__(self, digest: bytes) -> None:
+    def __init__(self, digest: bytes, stream: RecordedStream | None) -> None:
         self.digest = digest
+        self.stream = stream
         self.answer: asyncio.Future[StoredAnswer | None] = asyncio.get_running_loop().create_future()
 
 
 class IdempotentAnswers:
-    """The answers of requests with a key: those that are being made, and those that are complete, in `max_bytes`."""
+    """The answers of requests with a key: those that are being made, and those that are complete, within a bound."""
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, limits: LimitsConfig) -> None:
         self.store: BoundedStore[StoredAnswer] = BoundedStore(
-            max_bytes, name="max_idempotent_bytes", what="answers for retries"
+            limits.max_idempotent_bytes, name="max_idempotent_bytes", what="answers for retries"
         )
+        self._limits = limits
         self._running: dict[tuple[str, str], RunningAnswer] = {}
         self._tasks: set[asyncio.Task[web.StreamResponse]] = set()
 
@@ -61,40 +80,54 @@ class IdempotentAnswers:
     ) -> web.StreamResponse:
         """The answer of `run`, of an equal request before it, or of one that is under way. Raises as `run` does.
 
-        Raises `InvalidRequest` for a key that came with another body or path.
+        Raises `InvalidRequest` for a key that came with another body or path, and for a stream that cannot be resumed.
         """
         key = request.headers[HEADER]
         if not 0 < len(key) <= MAX_KEY_LENGTH:
             raise InvalidRequest(f"{HEADER} must have 1 to {MAX_KEY_LENGTH} characters, got {len(key)}", param=HEADER)
+        is_streamed = bytes(decode_fields(body).get("stream", Raw(b"false"))) == b"true"
+        num_seen = last_event_id(request) if is_streamed else None
         digest = hashlib.sha256(dialect.path.encode() + b"\n" + body).digest()
         while (running := self._running.get((tenant, key))) is not None:
             _check(running.digest, digest)
+            if running.stream is not None and num_seen is not None and await running.stream.begun():
+                return await running.stream.follow(request, num_seen, self._limits)
             answer = await asyncio.shield(running.answer)
             if answer is not None:
-                return answer.response()
+                return answer.response(num_seen)
         stored = self.store.get(tenant, key)
         if stored is not None:
             _check(stored.digest, digest)
-            return stored.response()
+            return stored.response(num_seen)
+        if num_seen:
+            raise not_resumable()
 
-        is_streamed = bytes(decode_fields(body).get("stream", Raw(b"false"))) == b"true"
         recorder = Recorder()
         recorded = dialect._replace(make_encoder=recorder.wrap(dialect.make_encoder))
-        running = self._running[tenant, key] = RunningAnswer(digest)
-        if is_streamed:
+        stream = None if num_seen is None else RecordedStream()
+        running = self._running[tenant, key] = RunningAnswer(digest, stream)
+        if is_streamed and stream is None:
             try:
                 return await run(recorded, request)
             finally:
                 self._end(tenant, key, recorder.stream, "text/event-stream")
+        if stream is not None:
+            request[RECORDED] = stream
         task = asyncio.ensure_future(run(recorded, request))
         self._tasks.add(task)
 
         def on_done(task: asyncio.Task[web.StreamResponse]) -> None:
             self._tasks.discard(task)
             has_failed = task.cancelled() or task.exception() is not None
-            self._end(tenant, key, None if has_failed else recorder.whole, "application/json")
+            if stream is None:
+                self._end(tenant, key, None if has_failed else recorder.whole, "application/json")
+            else:
+                stream.close()
+                self._end(tenant, key, recorder.stream, "text/event-stream")
 
         task.add_done_callback(on_done)
+        if stream is not None and await stream.begun():
+            return await stream.follow(request, 0, self._limits)
         return await asyncio.shield(task)
 
     async def close(self, seconds: float = CLOSE_SECONDS) -> None:

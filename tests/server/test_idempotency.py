@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
-from brlite.config.options import KeysConfig
+from brlite.config.options import KeysConfig, LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.openai_chat import DIALECT
 from brlite.http.bounded_store import BoundedStore
@@ -154,7 +154,7 @@ def test_a_value_larger_than_the_store_is_not_kept_and_its_tenant_leaves_nothing
 
 
 async def test_what_runs_without_a_client_is_ended_when_the_server_stops() -> None:
-    answers, begun, ended = IdempotentAnswers(1000), asyncio.Event(), asyncio.Event()
+    answers, begun, ended = IdempotentAnswers(LimitsConfig()), asyncio.Event(), asyncio.Event()
 
     async def run(dialect: Dialect, request: web.Request) -> web.StreamResponse:
         begun.set()
