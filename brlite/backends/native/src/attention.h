@@ -1,9 +1,10 @@
 // ATTEND: attention over the paged cache.
 //
-// A sequence is attended to in chunks of 256 positions, counted from its beginning. Each chunk gives a partial result
-// (largest score, sum of weights, weighted sum of values); partial results are merged in order. So what a row gets is a
-// function of its position and of what it sees alone: how many rows attend together, and on how many threads, changes
-// nothing. (Online softmax: Milakov & Gimelshein 2018; chunks as in FlashDecoding, Dao et al. 2023.)
+// A sequence is processed in chunks of 256 positions, counted from its start. Each chunk gives a partial result
+// (largest score, sum of weights, weighted sum of values). The partial results are merged in order of position. So the
+// result of a row depends only on its position and on the keys and values it may see, not on the number of rows in the
+// step or the number of threads.
+// Online softmax: Milakov & Gimelshein 2018; chunks as in FlashDecoding, Dao et al. 2023.
 #pragma once
 
 #include "rope.h"
@@ -11,10 +12,10 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
-// What rows of queries (tokens times the heads that share a key head) work on; a thread's own.
+// One thread's scratch memory. A row is one query head of one token; rows that share a key/value head form a tile.
 struct AttentionScratch {
     float scores[TILE_ROWS][CHUNK] __attribute__((aligned(64)));
-    float sums[TILE_ROWS][BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));    // of one chunk
+    float sums[TILE_ROWS][BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));    // of the current chunk
     float totals[TILE_ROWS][BRLITE_MAX_HEAD_DIM] __attribute__((aligned(64)));  // of all chunks so far
     union {
         int16_t ints[TILE_ROWS][CHUNK];
@@ -31,16 +32,16 @@ struct AttentionScratch {
     const uint8_t* pages[BRLITE_CHUNK_PAGES];
 };
 
-// The rows of one tile, the chunk they are at, and what of it each may see.
+// The rows of one tile, the current chunk, and which tokens of the chunk each row may see.
 struct Looking {
     const brlite_attention& a;
     AttentionScratch& s;
     int num_rows;
-    int group;           // query heads of a token
+    int group;           // query heads per token
     int first_position;  // of the first token
     int window;
     int chunk_start;
-    int num_pages;  // of the chunk, up to the last that any row sees
+    int num_pages;  // pages of the chunk, up to the last page that any row sees
 
     int position(int row) const { return first_position + row / group; }
     int end(int row) const { return smaller(CHUNK, position(row) + 1 - chunk_start); }
@@ -82,7 +83,7 @@ static void value_tile(const Looking& at, int first_row, int first_column) {
 
 enum class Part { SCORES, VALUES };
 
-// A few rows times some of the chunk's pages, or of the columns of its values.
+// SCORES: a few rows times pages [first, end) of the chunk. VALUES: the same rows times value columns [first, end).
 template <class Kind, int ROWS>
 static void some_rows(const Looking& at, Part part, int first_row, int first, int end) {
     constexpr int PANELS = panels_at_once(ROWS);
@@ -94,9 +95,9 @@ static void some_rows(const Looking& at, Part part, int first_row, int first, in
                              : value_tile<Kind, ROWS, 1>(at, first_row, first);
 }
 
-constexpr int CACHED_PANELS = 2;  // stay in the first cache while all rows go over them
+constexpr int CACHED_PANELS = 2;  // fit the L1 cache while all rows are multiplied by them
 
-// All rows, a few at a time.
+// All rows of the tile, up to MAX_ROWS at a time.
 template <class Kind>
 INLINE void all_rows(const Looking& at, Part part) {
     typedef void (*Rows)(const Looking&, Part, int, int, int);
@@ -113,7 +114,7 @@ INLINE void all_rows(const Looking& at, Part part) {
     }
 }
 
-// Weights, none of them negative, as they multiply values of bfloat16. Returns them as rounded.
+// Stores non-negative weights in the form that multiplies bfloat16 values. Returns the weights after rounding.
 INLINE Floats store_weights(Bf16::Row* to, Floats weights) {
 #if defined(BRLITE_HAS_BF16)
     const __m256i halves = (__m256i)_mm512_cvtneps_pbh((__m512)weights);
@@ -137,9 +138,10 @@ INLINE Ints sees(const Looking& at, int row, int token) {
 
 INLINE bool sees_whole_chunk(const Looking& at, int row) { return at.begin(row) == 0 && at.end(row) == CHUNK; }
 
-constexpr float NOTHING = -1e30f;  // a score below any other
+constexpr float NOTHING = -1e30f;  // lower than any score
 
-// The largest score, after scores of int8 are scaled key by key. Those of bfloat16 are scaled where they are used.
+// The largest score. int8: also multiplies each stored score by the scale of its key. bfloat16: stored scores stay as
+// they are; `weigh` scales them.
 template <bool IS_INT8, bool SEES_ALL>
 INLINE float find_peak(const Looking& at, int row, Floats scale) {
     float* scores = at.s.scores[row];
@@ -152,7 +154,8 @@ INLINE float find_peak(const Looking& at, int row, Floats scale) {
     return max_of(best);
 }
 
-// Weights e^(score - peak) in the form that multiplies values, 0 where the row may not look; the peak and their sum.
+// Turns a row's scores into weights e^(score - peak), in the form that multiplies values; 0 for tokens that the row may
+// not see. Also sets the row's peak and its sum of weights.
 template <bool IS_INT8, bool SEES_ALL>
 INLINE void weigh(const Looking& at, int row) {
     AttentionScratch& s = at.s;
@@ -183,7 +186,7 @@ INLINE void weigh_rows(const Looking& at) {
         sees_whole_chunk(at, row) ? weigh<IS_INT8, true>(at, row) : weigh<IS_INT8, false>(at, row);
 }
 
-// One chunk of the rows: peaks, weight_sums and sums.
+// Attention of all rows over one chunk: fills peaks, weight_sums and sums.
 INLINE void attend_chunk(const Looking& at) {
     AttentionScratch& s = at.s;
     const bool is_int8 = at.a.kv_format == BRLITE_INT8;
@@ -196,7 +199,7 @@ INLINE void attend_chunk(const Looking& at) {
             store(s.sums[row] + i, load(s.sums[row] + i) * s.weight_scales[row]);
 }
 
-// One more chunk's partial result merged into a row's.
+// Merges the partial result of one more chunk into the total of a row.
 INLINE void merge(float* total, float& total_peak, float& total_weight, const float* sums, float peak, float weight,
                   int size) {
     const float best = peak > total_peak ? peak : total_peak;
@@ -239,7 +242,7 @@ INLINE void find_pages(const Step& step, const brlite_operation& op, const Atten
         at.s.pages[page] = page_of(at.a, span, op.pages, at.chunk_start / LANES + page, kv_head);
 }
 
-// Some query heads that share a key/value head, for some tokens.
+// Attention of some tokens, for query heads that share one key/value head.
 INLINE void attend_heads(const Step& step, const brlite_operation& op, const Attending& item, AttentionScratch& s,
                          int kv_head, int first_head, int num_heads) {
     const brlite_attention& a = step.plan->attention;
@@ -275,7 +278,7 @@ INLINE void attend_heads(const Step& step, const brlite_operation& op, const Att
     }
 }
 
-// With `rope_op` each unit's heads are turned and stored first.
+// A unit is some tokens times one key/value head. With `rope_op`, ROPE runs for the unit's heads first.
 static void attend(const Step& step, const brlite_operation& op, const brlite_operation* rope_op, AttentionScratch& s,
                    Counter& next) {
     const brlite_attention& a = step.plan->attention;
@@ -290,7 +293,7 @@ static void attend(const Step& step, const brlite_operation& op, const brlite_op
     }
 }
 
-// The partial results of a row's chunks in order, where ATTEND left them apart.
+// Merges the partial results of a row's chunks, in order, where ATTEND has split a sequence among threads.
 INLINE void merge_row(const Step& step, const brlite_operation& attend_op, int row) {
     const brlite_attention& a = step.plan->attention;
     const int size = head_size(a), position = step.positions[row], window = attend_op.window;

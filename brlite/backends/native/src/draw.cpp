@@ -1,4 +1,4 @@
-// The drawing of tokens without a step: for tests, and for logits that came from elsewhere.
+// Draws tokens without a step: for tests, and for logits that torch computed. Also waits for grammar masks.
 #include <string.h>
 
 #include <chrono>

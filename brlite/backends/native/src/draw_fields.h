@@ -1,6 +1,6 @@
-// The fields of `brlite_draw`, in order: types and names, once for C++ (brlite.h) and Python (abi.py reads this file).
-// A PARAMETER has the name of a field of SamplingParams, whose value goes into it as it is. No include guard: brlite.h
-// says what FIELD and PARAMETER are.
+// The fields of `brlite_draw`, in order: the one list for C++ (brlite.h) and Python (abi.py reads this file).
+// A PARAMETER is copied unchanged from the field of the same name of SamplingParams. No include guard: brlite.h defines
+// FIELD and PARAMETER, and then includes this file.
 // clang-format off
 FIELD(int32_t, row)
 FIELD(int32_t, target)                     // a token whose logprob is wanted; -1: draw one
@@ -15,7 +15,7 @@ PARAMETER(double, xtc_threshold)
 PARAMETER(double, dynatemp_range)          // 0: off
 PARAMETER(double, dynatemp_exponent)
 FIELD(double, uniform)
-FIELD(int32_t, num_logprobs)               // -1: none wanted; else so many alternatives beside the token's own
+FIELD(int32_t, num_logprobs)               // -1: no logprobs; else the number of alternatives beside the token's own
 FIELD(int32_t, num_biases)
 FIELD(int32_t, num_banned)
 FIELD(int32_t, num_counted)
@@ -28,5 +28,5 @@ FIELD(const int32_t*, banned_ids)
 FIELD(const int32_t*, counted_ids)
 FIELD(const int32_t*, output_counts)
 FIELD(const int32_t*, mask)                // null, or [ceil(vocabulary / 32)]: bit t % 32 of word t / 32 allows token t
-FIELD(const uint8_t*, is_mask_filled)      // null, or 1 once another thread has filled the mask, which the draw waits for
-FIELD(const int32_t*, allowed)             // the same, of all draws of the request: its allowed_token_ids
+FIELD(const uint8_t*, is_mask_filled)      // null, or 1 once another thread has filled `mask`; a draw waits for 1
+FIELD(const int32_t*, allowed)             // as `mask`, for every draw of the request: its allowed_token_ids

@@ -1,4 +1,4 @@
-// Runs plans: checks a batch, lays it out by rows, and sends the threads through the operations.
+// Runs plans: checks a batch, maps its rows to positions and spans, divides attention into units, runs the threads.
 #include <stdlib.h>
 #include <string.h>
 
@@ -19,7 +19,7 @@ namespace brlite {
 
 namespace {
 
-constexpr int MAX_SPLIT_ROWS = 8;  // steps of more rows have work for all threads without splitting sequences
+constexpr int MAX_SPLIT_ROWS = 8;  // steps with more rows keep all threads busy without splitting sequences
 
 int widest(const brlite_plan& plan) {
     int width = std::max(padded_inputs(plan.head.num_inputs), padded_inputs(plan.norm.num_inputs));
@@ -112,7 +112,7 @@ class Engine {
 
  private:
     void allocate(int num_threads);
-    // Two for each operation, one for the poolings, three for each slice of the draws.
+    // Two for each operation, one for the poolings, three for each slice of 32 draws.
     size_t needed_counters(int num_slices) const { return 2 * body_.size() + 1 + 3 * num_slices; }
     void grow_counters(int num_slices);
     void lay_out(const brlite_batch& batch);
@@ -183,7 +183,8 @@ void Engine::lay_out(const brlite_batch& batch) {
     share_out(batch);
 }
 
-// The units of attention: as many tokens as fit a tile; where that gives too few for all threads, chunks of sequences.
+// Divides attention into units: as many tokens as fit a tile. If these are too few for all threads, each unit is split
+// into the chunks of its sequence.
 void Engine::share_out(const brlite_batch& batch) {
     const brlite_attention& a = plan_.attention;
     const int max_tokens = std::max(1, TILE_ROWS / (a.num_heads / a.num_kv_heads));
@@ -191,7 +192,7 @@ void Engine::share_out(const brlite_batch& batch) {
     int longest = 0;
     for (int i = 0; i < batch.num_spans; i++) {
         const int num_rows = batch.spans[i].num_rows, num_tiles = (num_rows + max_tokens - 1) / max_tokens;
-        for (int t = num_tiles - 1; t >= 0; t--) {  // the last, which see most, first
+        for (int t = num_tiles - 1; t >= 0; t--) {  // the last tokens first: they see most and take longest
             const int first = (int)((long)num_rows * t / num_tiles);
             attending_.push_back({i, first, (int)((long)num_rows * (t + 1) / num_tiles) - first, -1});
         }
@@ -199,7 +200,8 @@ void Engine::share_out(const brlite_batch& batch) {
     }
     const bool has_few = (int)attending_.size() * a.num_kv_heads < 4 * step_.num_threads;
     step_.partial.is_split = has_few && longest > 0 && batch.num_rows <= MAX_SPLIT_ROWS;
-    // A span in one unit is seen by that unit alone: its blocks are no other sequence's before the step has ended.
+    // With one unit a span, only that unit reads the blocks that the span writes: a block is shared with other
+    // sequences only after the step. So the unit can run ROPE itself, without a barrier in between.
     step_.joins_rope = !step_.partial.is_split && (int)attending_.size() == batch.num_spans;
     if (step_.partial.is_split) split(batch);
     step_.attending = attending_.data();
@@ -227,7 +229,7 @@ brlite_engine* brlite_create(const brlite_plan* plan, int32_t isa, int32_t num_t
     if (!kernels || num_threads < 1) return nullptr;
     try {
         return new brlite_engine(*plan, *kernels, num_threads);
-    } catch (const std::exception&) {  // no memory, or no more threads
+    } catch (const std::exception&) {  // no memory, or the system gives no more threads
         return nullptr;
     }
 }

@@ -1,4 +1,4 @@
-// What this library was built from: build.py's hash of the sources and flags, by which library.py knows its own.
+// build.py's hash of the sources and flags. library.py loads only a library whose hash is that of its own sources.
 #if !defined(BRLITE_FINGERPRINT)
 #define BRLITE_FINGERPRINT "unknown"
 #endif

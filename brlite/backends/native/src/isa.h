@@ -1,6 +1,7 @@
-// The kernels of one instruction set, whole: isa_*.cpp name it, set the compiler to it and include this file.
-// Nothing of the standard library is used below BRLITE_COMPILE_FOR, so no code shared with other files is compiled for
-// a processor that may not be there. clang has no GCC pragma "target": it adds the attribute to each function.
+// All kernels for one instruction set. Each isa_*.cpp defines the set's macros and includes this file; it then includes
+// isa_end.h, compiled for that set. Code below BRLITE_COMPILE_FOR uses nothing of the standard library: the linker
+// keeps one copy of a shared inline function, and that copy could contain instructions that the processor does not
+// have. clang has no GCC pragma "target"; there the attribute is added to each function.
 #pragma once
 
 #include <stdint.h>

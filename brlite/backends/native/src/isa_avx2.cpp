@@ -1,4 +1,4 @@
-// The kernels for processors with avx2, and with fma and f16c, as all of them have.
+// The kernels for processors with avx2, fma and f16c. All processors with avx2 have the other two.
 #define BRLITE_ISA avx2
 #define BRLITE_HAS_AVX2
 #include "isa.h"

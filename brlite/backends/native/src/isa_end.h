@@ -1,4 +1,4 @@
-// The end of an isa_*.cpp: its kernels by name.
+// Included last by each isa_*.cpp: its table of kernels.
 #include "run.h"
 
 #define BRLITE_JOIN(a, b) a##b

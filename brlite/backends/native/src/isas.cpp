@@ -12,7 +12,7 @@ namespace brlite {
 namespace {
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports would do, but zig's runtime library says no to every feature.
+// Not __builtin_cpu_supports: with zig's runtime library it returns 0 for every feature.
 struct Leaf {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     Leaf(unsigned leaf, unsigned subleaf) { __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx); }
@@ -24,7 +24,7 @@ bool all_set(unsigned bits, std::initializer_list<int> wanted) {
     return true;
 }
 
-// Whether the system saves these parts of the registers when it switches threads.
+// Whether the operating system saves these register sets when it switches threads (bits of XCR0).
 bool saves(unsigned parts) {
     if (!all_set(Leaf(1, 0).ecx, {27})) return false;  // osxsave
     unsigned low, high;

@@ -1,4 +1,4 @@
-// What engine.cpp calls of each instruction set.
+// The functions that each instruction set provides; engine.cpp, pack.cpp and draw.cpp call them.
 #pragma once
 
 #include <stddef.h>
@@ -15,10 +15,10 @@ struct Kernels {
     void (*draw_token)(const brlite_draw&, float* logits, int vocab_size, brlite_drawn&, const Scratch&);
     size_t attention_scratch_bytes;
     size_t sample_scratch_bytes;
-    size_t row_bytes;  // of a bfloat16 activation: 2, or 4 where kernels take floats
+    size_t row_bytes;  // bytes of a bfloat16 activation: 2, or 4 where the kernels take floats
 };
 
-// Null where this build lacks the instruction set. Whether the processor has it is another question.
+// Null if this build lacks the instruction set. These do not check the processor; `kernels_of` does.
 const Kernels* generic_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();

@@ -1,8 +1,8 @@
-// Sixteen floats at a time, in plain vector code that every instruction set turns into its own: the same operations in
-// the same order, so the same bits. No fused multiply-add, no library functions, and sums that always fold alike.
+// Vectors of sixteen floats in portable vector code. Each instruction set compiles it to the same operations in the
+// same order, so results have the same bits: no fused multiply-add, no library functions, one fixed order of sums.
 //
-// Where registers are shorter, sixteen lanes are two halves, or halves of halves. GCC 12 takes vectors of any length,
-// but it compares those that no register holds lane by lane, fills them through memory, and keeps a loop's there.
+// Where registers are shorter, a vector is two halves (`Two`), or two halves of two. GCC 12 accepts longer vectors than
+// registers, but its code for them is slow: compared lane by lane, filled through memory, and in loops kept in memory.
 #pragma once
 
 namespace brlite {
@@ -10,7 +10,7 @@ namespace BRLITE_ISA {
 
 #define UNROLLED _Pragma("GCC unroll 16")
 #define INLINE static inline __attribute__((always_inline))
-#define INLINED __attribute__((always_inline))  // for a lambda: called, it would take its vectors from memory
+#define INLINED __attribute__((always_inline))  // for lambdas: a call would pass vectors through memory
 
 constexpr int LANES = BRLITE_LANES;
 
@@ -79,7 +79,7 @@ INLINE Two<Half> operator~(Two<Half> x) {
     return {~x.low, ~x.high};
 }
 
-// Each of the following is there for a register, and for two of whatever it is there for.
+// Each function below has two overloads: one for a register, and one that applies it to both halves of a `Two`.
 
 template <class V>
 INLINE auto bits_of(V x) {
@@ -99,7 +99,7 @@ INLINE auto from_bits(Two<Half> x) {
     return Two<decltype(from_bits(x.low))>{from_bits(x.low), from_bits(x.high)};
 }
 
-// Integers as the nearest floats.
+// Integers to the nearest floats.
 template <class V>
 INLINE auto floats_of(V x) {
     return __builtin_convertvector(x, typename Register<float, sizeof(V) / 4>::Type);
@@ -109,7 +109,7 @@ INLINE auto floats_of(Two<Half> x) {
     return Two<decltype(floats_of(x.low))>{floats_of(x.low), floats_of(x.high)};
 }
 
-// -1 where it is so, else 0.
+// For each lane -1 if a < b, else 0.
 template <class V>
 INLINE auto is_less(V a, V b) {
     return a < b;
@@ -128,7 +128,7 @@ INLINE Two<Half> is_equal(Two<Half> a, Two<Half> b) {
     return {is_equal(a.low, b.low), is_equal(a.high, b.high)};
 }
 
-// a unless b is larger: a NaN in b is passed over.
+// b if it is larger, else a: a NaN in b is ignored.
 template <class V>
 INLINE V larger_of(V a, V b) {
     return b > a ? b : a;
@@ -138,7 +138,7 @@ INLINE Two<Half> larger_of(Two<Half> a, Two<Half> b) {
     return {larger_of(a.low, b.low), larger_of(a.high, b.high)};
 }
 
-// Zeros come in from the left, where `>>` copies the sign.
+// Logical shift: fills with zeros, where `>>` fills with the sign.
 template <class V>
 INLINE V shifted_right(V x, int num_bits) {
     return (V)((typename Register<uint32_t, sizeof(V) / 4>::Type) x >> num_bits);
@@ -158,7 +158,7 @@ INLINE void fill(Two<Half>& x, Number value) {
     x.high = x.low;
 }
 
-// Numbers of any type, widened or narrowed on their way: what does not fit loses its upper bits.
+// Loads numbers of any type and converts them to the type of `x`. Integers that do not fit lose their upper bits.
 template <class V, class Number>
 INLINE void read(V& x, const Number* from) {
     x = __builtin_convertvector(*(const typename Register<Number, sizeof(V) / 4>::InMemory*)from, V);
@@ -180,7 +180,7 @@ INLINE void write(Number* to, Two<Half> x) {
     write(to + x.HALF, x.high);
 }
 
-// Eight lanes of sixteen, or four of eight.
+// The lower or upper half of the lanes: eight of sixteen, or four of eight.
 template <class V>
 INLINE auto low_half(V x) {
     if constexpr (sizeof(V) == 64) return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7);
@@ -200,7 +200,7 @@ INLINE Half high_half(Two<Half> x) {
     return x.high;
 }
 
-// The sum of the lanes: halves onto halves, always in this order.
+// The sum of the lanes. Always in this order: the upper half is added to the lower, until four lanes are left.
 template <class V>
 INLINE float sum_of(V x) {
     if constexpr (sizeof(V) == 16)
@@ -253,7 +253,7 @@ INLINE Ints lane_numbers() {
 INLINE Ints choose(Ints mask, Ints a, Ints b) { return (mask & a) | (~mask & b); }
 INLINE Floats choose(Ints mask, Floats a, Floats b) { return from_bits(choose(mask, bits_of(a), bits_of(b))); }
 
-// The largest magnitude so far, compared as integers: a NaN is larger than everything and is not lost.
+// The largest magnitude so far, compared as integers. A NaN counts as larger than any number, so it is not lost.
 INLINE Ints larger_magnitude(Ints best, Floats x) { return larger_of(best, bits_of(x) & 0x7fffffff); }
 
 INLINE float largest_magnitude(Ints best) {
@@ -292,7 +292,7 @@ INLINE Floats power_of_e(Floats x) {
     return series * from_bits((bits_of(shifted) << 23) + bits_of(splat(1.0f)));
 }
 
-// The same for any x: 0 below -87, e^88 above 88.
+// e^x for any x: 0 below -87, e^88 above 88.
 INLINE Floats exp_of(Floats x) {
     const Ints is_nothing = is_less(x, splat(-87.0f));
     const Floats clipped = choose(is_nothing, splat(-87.0f), x);
@@ -306,7 +306,7 @@ INLINE Floats exp_of_negative(Floats x) {
     return from_bits(bits_of(power_of_e(larger_of(x, least))) & ~is_less(x, least));
 }
 
-// The nearest bfloat16 as a float32, ties to even; numbers too small for a float32's exponent become 0, NaN stays.
+// The nearest bfloat16 as a float32, ties to even. Subnormal numbers become 0; NaN stays NaN.
 INLINE Floats to_bf16(Floats x) {
     Ints bits = bits_of(x);
     Ints odd = (bits >> 16) & 1;
@@ -331,7 +331,7 @@ INLINE Floats from_halves(const uint16_t* from) {
 #endif
 }
 
-// IEEE half precision, exactly; also while numbers too small for a float's exponent count as zeros.
+// IEEE half precision to float, exactly. Correct also under FlushToZero, for subnormal halves too.
 INLINE Floats from_fp16(const uint16_t* from) {
 #if defined(BRLITE_HAS_AVX512)
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));

@@ -1,8 +1,8 @@
-// A matrix times rows: LINEAR and ADD. Threads share the panels of a matrix; a block of panels stays in the processor's
-// second cache while all rows pass by, a few at a time.
+// LINEAR and ADD: a matrix times rows of activations. Threads divide the panels of the matrix among themselves. A panel
+// stays in the L2 cache while all rows are multiplied by it, up to MAX_ROWS rows (a tile) at a time.
 //
 //   int8 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 512 bytes | 16 scales: 32 bytes |
-//   int4 panel, the same:                 | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 minimums, if it has them
+//   int4 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 minimums (INT4_MIN only)
 //   | bf16 panel:                           | pairs of inputs, 64 bytes each |
 #pragma once
 
@@ -11,14 +11,14 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
-// How far ahead weights are fetched where one tile is all: found by trying. One row of integers passes through them as
-// fast as the processor fetches by itself, and what is asked for beside that is in the way.
+// Prefetch distance in bytes where all rows fit one tile; found by measuring. For one row of integers the processor's
+// own prefetcher is fast enough, and software prefetches made it slower.
 constexpr long FETCH_AHEAD = 16 * group_bytes(BRLITE_INT8), FETCH_AHEAD_OF_ONE_BF16_ROW = 2 * FETCH_AHEAD;
 constexpr long fetch_ahead(int format, int num_rows) {
     return num_rows > 1 ? FETCH_AHEAD : format == BRLITE_BF16 ? FETCH_AHEAD_OF_ONE_BF16_ROW : 0;
 }
 
-// Sums of a row in turn, which do not wait for each other, for a product that takes several cycles.
+// Independent sums per row, used in turn: a multiply-add takes several cycles, and the next need not wait for its sum.
 #if defined(BRLITE_HAS_AVX512)
 constexpr int sums_of_row(int, int num_rows) { return num_rows <= 2 ? 4 : 2; }
 #elif defined(BRLITE_HAS_AVX2)
@@ -27,8 +27,8 @@ constexpr int sums_of_row(int format, int num_rows) { return is_int4(format) && 
 constexpr int sums_of_row(int, int) { return 1; }
 #endif
 
-// Some rows times a panel. One at a time: so a matrix is read in one stream, as it lies in memory. With two or four
-// side by side a row of 576 inputs got half of what reads alone get.
+// Some rows times one panel. One panel at a time, so that a matrix is read as one stream in memory order: with two or
+// four panels side by side, rows of 576 inputs reached half of the memory bandwidth.
 struct Tile {
     const uint8_t* panel;
     const void* rows;
@@ -36,15 +36,15 @@ struct Tile {
     long row_size;
     int num_inputs;
     float* out;  // [rows][16]
-    long ahead;  // how far ahead weights are fetched; 0: not at all
+    long ahead;  // prefetch distance in bytes; 0: no prefetch
 };
 
-// Into the second cache: the first is full of what is used now, and fetching there made a step slower.
+// Prefetches to L2. Prefetching to L1 made a step slower: it replaces data that is in use.
 INLINE void fetch(const uint8_t* from, int num_bytes) {
     UNROLLED for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Integer sums are exact in any order. Those of 4-bit codes are exact as floats, too.
+// Integer sums are exact in any order. The sum of a group of 4-bit codes is exact as a float, too.
 template <int FORMAT, int ROWS>
 INLINE void multiply_integers(const Tile& tile) {
     constexpr int SUMS = sums_of_row(FORMAT, ROWS);
@@ -63,7 +63,7 @@ INLINE void multiply_integers(const Tile& tile) {
             add_pairs<Int8>(sums, panel, Int8::PAIR_BYTES, rows + first, tile.row_size, BRLITE_GROUP / 2);
         const uint16_t* halves = (const uint16_t*)(panel[0] + code_bytes(FORMAT));
         const Floats scales = FORMAT == BRLITE_INT8 ? from_halves(halves) : from_fp16(halves);
-        // What a code of 0 stands for, times the activations' sum.
+        // The weight that code 0 stands for; times the sum of the group's activations it is the offset of the product.
         const Floats minimums = FORMAT == BRLITE_INT4_MIN ? from_fp16(halves + LANES) : scales * -8.0f;
         UNROLLED for (int r = 0; r < ROWS; r++) {
             UNROLLED for (int i = 1; i < SUMS; i++) sums[0][r][0] = Int8::plus(sums[0][r][0], sums[i][r][0]);
@@ -103,7 +103,7 @@ typedef void (*TileKernel)(const Tile&);
 
 #define TILES(f) {multiply<f, 1>, multiply<f, 2>, multiply<f, 3>, multiply<f, 4>, multiply<f, 5>, multiply<f, 6>}
 static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {
-    // by format and rows - 1
+    // [format][rows - 1]
     TILES(BRLITE_INT8), TILES(BRLITE_BF16), TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4), TILES(BRLITE_INT4_MIN)};
 #undef TILES
 
@@ -114,7 +114,7 @@ struct Product {
     int num_rows;
 };
 
-// Scale, bias and residual: what happens to a tile of plain sums on its way out.
+// Applies activation scale, bias and residual to a tile of sums, and writes it to the output.
 INLINE void finish_tile(const Product& product, const float* sums, int first_row, int num_rows, int panel) {
     const brlite_operation& op = product.op;
     for (int r = 0; r < num_rows; r++, sums += LANES) {
@@ -132,9 +132,9 @@ INLINE void multiply_panel(const Product& product, int panel) {
     const long bytes = panel_bytes(op.format, op.num_inputs);
     float sums[MAX_ROWS * LANES] __attribute__((aligned(64)));
     const int num_tiles = (product.num_rows + MAX_ROWS - 1) / MAX_ROWS;
-    // The first tile reads weights from memory. With more tiles to come it fetches the next panel meanwhile.
+    // Only the first tile reads weights from memory. If more tiles follow, it prefetches the next panel.
     long ahead = num_tiles > 1 ? bytes : fetch_ahead(op.format, product.num_rows);
-    for (int t = 0; t < num_tiles; t++, ahead = 0) {  // tiles as even as they can be: 8 rows are 4 + 4, not 6 + 2
+    for (int t = 0; t < num_tiles; t++, ahead = 0) {  // tiles of equal size: 8 rows are 4 + 4, not 6 + 2
         const int first = (int)((long)product.num_rows * t / num_tiles);
         const int rows = (int)((long)product.num_rows * (t + 1) / num_tiles) - first;
         const uint8_t* from = (const uint8_t*)product.input.rows + first * product.input.row_size * element;
@@ -145,7 +145,7 @@ INLINE void multiply_panel(const Product& product, int panel) {
                            padded_inputs(op.num_inputs),
                            sums,
                            ahead};
-        // Where the tile will be written, fetched while it is computed: rows lie far apart, and each is another page.
+        // Prefetch the output: its rows are far apart, each in another memory page.
         const float* out = product.output + (long)first * op.row_size + panel * LANES;
         for (int r = 0; r < rows; r++) __builtin_prefetch(out + r * (long)op.row_size, 1);
         TILE_KERNELS[op.format][rows - 1](tile);
@@ -153,7 +153,7 @@ INLINE void multiply_panel(const Product& product, int panel) {
     }
 }
 
-// This thread's shares: panels that follow each other, since the processor fetches ahead what lies behind them.
+// The panels that this thread takes. They are consecutive, so that the processor's prefetcher can follow.
 static void linear(const Product& product, Counter& next, int num_threads) {
     const int num_panels = rounded_up(product.op.num_outputs, LANES) / LANES;
     for (int panel, end; next.take_share(num_panels, num_threads, panel, end);)

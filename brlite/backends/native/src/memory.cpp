@@ -33,7 +33,7 @@ extern "C" {
 
 void* brlite_allocate(size_t num_bytes) {
     const size_t size = brlite::rounded_size(num_bytes);
-    const size_t slack = size >= brlite::LARGE_PAGE ? brlite::LARGE_PAGE : 0;  // to begin at a large page's border
+    const size_t slack = size >= brlite::LARGE_PAGE ? brlite::LARGE_PAGE : 0;  // to start at a huge page
     void* memory = mmap(nullptr, size + slack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) return nullptr;
     if (!slack) return memory;
@@ -51,7 +51,7 @@ void brlite_release(void* memory, size_t num_bytes) {
     if (memory) munmap(memory, brlite::rounded_size(num_bytes));
 }
 
-// Four interleaved sums of products, so that neither the order of bytes nor zeros go unnoticed.
+// Four interleaved multiplicative hashes. Swapped bytes and added or removed zeros change the checksum.
 uint64_t brlite_checksum(void* to, const void* from, size_t num_bytes) {
     const uint64_t prime = 0x9E3779B97F4A7C15u;
     uint64_t sums[4] = {num_bytes, ~num_bytes, prime, ~prime};

@@ -1,4 +1,4 @@
-// Memory in large pages where the system has them: a matrix is read end to end, and a look-up every 4 KB takes time.
+// Memory in huge pages where the system has them: with 4 KB pages, reading a whole matrix costs many TLB misses.
 #pragma once
 
 #include <stddef.h>
@@ -6,7 +6,7 @@
 
 namespace brlite {
 
-// Zeroed memory that is given back at the end. Throws std::bad_alloc.
+// Zeroed memory; the destructor releases it. The constructor throws std::bad_alloc.
 class Memory {
  public:
     explicit Memory(size_t num_bytes);

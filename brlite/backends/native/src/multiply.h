@@ -1,14 +1,13 @@
-// The products that everything is made of: a few rows of activations against panels of sixteen columns.
+// The innermost products of LINEAR and ATTEND: a few rows of activations times panels of sixteen columns.
 //
 //   panel, one pair of inputs (k, k+1):    | n0:k n0:k+1 | n1:k n1:k+1 | … | n15:k n15:k+1 |
 //   row of activations:                    … | a[k] a[k+1] | …             broadcast to all sixteen columns
 //
-// A pair of a panel takes 32 bytes in int8, 64 in bfloat16. In int4 four pairs together take 64 bytes: where the first
-// alone would have two bytes, there is a word with its code in the lowest 4 bits, and those of the others above.
-// A pair takes one multiplication per row and panel where the processor multiplies pairs. Weights of a matrix, keys and
-// values of the cache all have this form, so there is one kernel for each number format. bfloat16 products add up one
-// after the other, the odd input first: that is the order in which vdpbf16ps adds, so every instruction set has its
-// bits.
+// A pair of inputs for all sixteen columns takes 32 bytes in int8 and 64 in bfloat16. In int4 four pairs share 64
+// bytes: each 16-bit word has one code of each pair, the first pair's in the lowest 4 bits. With instructions that
+// multiply pairs, a pair takes one instruction per row and panel. Weights, cached keys and cached values all have this
+// form, so there is one kernel for each number format. bfloat16 products are added one by one, the odd input first:
+// vdpbf16ps adds in that order, so all instruction sets give its bits.
 #pragma once
 
 #include "lanes.h"
@@ -40,7 +39,7 @@ struct Int8 {
 #if defined(BRLITE_HAS_VNNI)
     typedef const Row* Broadcast;
     INLINE Broadcast broadcast(const Row* row, int) { return row; }
-    INLINE void add(Sum& sum, Pair weights, Broadcast row) {  // GCC would copy the sums to and fro
+    INLINE void add(Sum& sum, Pair weights, Broadcast row) {  // asm: the intrinsic makes GCC copy sums
         asm volatile("vpdpwssd %[row]%{1to16%}, %[weights], %[sum]"
                      : [sum] "+v"(sum)
                      : [weights] "v"(weights), [row] "m"(*(const int32_t (*)[1])row));
@@ -89,13 +88,13 @@ struct Bf16 {
 #endif
 };
 
-constexpr int MAX_ROWS = 6;  // of a tile; with two panels, or two sums for each row, 12 of the 32 registers
+constexpr int MAX_ROWS = 6;  // of a tile; two panels, or two sums a row, take 12 of the 32 registers
 constexpr int panels_at_once(int num_rows) { return num_rows <= 3 ? 4 : 2; }
 
 #elif defined(BRLITE_HAS_AVX2)
 
-// A row's pair times a panel's, in this order: GCC would load all rows' pairs first, and then has no registers left for
-// the sums.
+// `add` is asm to fix the order of instructions: GCC would load the pairs of all rows first, and then has no registers
+// left for the sums.
 struct Int8 {
     typedef int16_t Row;
     struct Sum {
@@ -172,7 +171,7 @@ struct Bf16 {
     INLINE Floats floats(Sum sum) { return {sum.low, sum.high}; }
 };
 
-constexpr int MAX_ROWS = 6;  // of a tile; with one panel 12 of the 16 registers, the totals in memory
+constexpr int MAX_ROWS = 6;  // of a tile; one panel takes 12 of the 16 registers, the totals are in memory
 constexpr int panels_at_once(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
 #else
@@ -259,9 +258,9 @@ INLINE void add_pairs(typename Kind::Sum (&sums)[SUMS][ROWS][PANELS], const uint
     }
 }
 
-// The same with a group of a panel of codes of 4 bits. With three sums or more, codes stay where they are in their
-// words, 16 or 256 times as large, and add up to sums of their own, which are shifted once a group: half the
-// operations.
+// As `add_pairs`, for one group of an int4 panel. With three sums or more, codes are not shifted down: those in the
+// second and third 4 bits of a word count 16 and 256 times, go to a sum of their own, and the sum is shifted once a
+// group. That takes half the instructions.
 template <int SUMS, int ROWS>
 INLINE void add_int4_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* panel, const Int8::Row* rows,
                            long row_stride) {

@@ -1,6 +1,6 @@
-// Matrices into panels. int8: groups of 32 inputs share a scale, the bfloat16 number next above their largest / 127, so
-// that no value exceeds 127 and scales take 2 bytes: 1.0625 bytes a weight. Weights are rounded to bfloat16 first.
-// What is quantised already is put in its place, and not rounded.
+// Packs matrices into panels. int8: weights are rounded to bfloat16 first; then each group of 32 inputs gets one scale.
+// The scale is the smallest bfloat16 number that is at least (largest magnitude) / 127, so no code exceeds 127. A scale
+// takes 2 bytes: 1.0625 bytes a weight. Codes that a file holds quantised are copied, without rounding.
 #include <math.h>
 #include <string.h>
 
@@ -28,7 +28,7 @@ float from_bits(uint32_t bits) {
 
 float from_half(uint16_t half) { return from_bits((uint32_t)half << 16); }
 
-// As lanes.h's to_bf16: ties to even, numbers below a float32's exponent are 0, NaN stays.
+// As to_bf16 of lanes.h: ties to even, subnormal numbers become 0, NaN stays NaN.
 uint16_t to_half(float x) {
     const uint32_t bits = bits_of(x);
     if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits | 0x400000) >> 16);
@@ -56,7 +56,7 @@ uint32_t to_half_bits(uint32_t bits) {
     return (magnitude < 0x00800000 ? bits & 0x80000000 : kept) & 0xffff0000;
 }
 
-// The nearest integer, halves to the even one, of a number below 2^22: what is behind the point falls off.
+// The nearest integer, ties to even, for |x| < 2^22: the addition rounds away the fraction.
 float nearest(float x) {
     const float large = 12582912.0f;  // 1.5 * 2^23
     return (x + large) - large;
@@ -65,7 +65,7 @@ float nearest(float x) {
 void pack_group(const float* weights, uint8_t* group, int column) {
     uint32_t bits[BRLITE_GROUP];
     memcpy(bits, weights, sizeof bits);
-    int32_t peak_bits = 0;  // magnitudes compared as integers: a NaN is larger than everything and is not lost
+    int32_t peak_bits = 0;  // magnitudes compared as integers: a NaN counts as the largest
     for (int i = 0; i < BRLITE_GROUP; i++) bits[i] = to_half_bits(bits[i]);
     for (int i = 0; i < BRLITE_GROUP; i++) peak_bits = std::max(peak_bits, (int32_t)(bits[i] & 0x7fffffff));
     const bool is_finite = peak_bits < 0x7f800000;
@@ -93,7 +93,7 @@ void pack_row_int8(const float* weights, int num_inputs, Place to) {
     pack_group(rest, to.panel, to.column);
 }
 
-// Words of four codes, of inputs 2 apart: what load_int4 takes apart.
+// Each word has four codes, of inputs that are 2 apart; load_int4 of multiply.h takes them apart.
 void place_int4(const uint8_t* codes, uint8_t* group, int column) {
     for (int first = 0; first < BRLITE_GROUP; first += 8)
         for (int i = first; i < first + 2; i++) {

@@ -1,4 +1,4 @@
-// What a thread does while it spins, and the mode in which it calculates.
+// A pause for spinning threads, and the floating-point mode of the kernels.
 #pragma once
 
 #if defined(__x86_64__)
@@ -15,7 +15,7 @@ inline void pause() {
 #endif
 }
 
-// Numbers too small for a float's exponent are zero while this lives: vdpbf16ps knows no others, so no kernel may.
+// While an object exists, its thread treats subnormal floats as zero. vdpbf16ps always does, so all kernels must.
 class FlushToZero {
  public:
 #if defined(__x86_64__)

@@ -19,14 +19,14 @@ namespace brlite {
 
 namespace {
 
-constexpr int SPINS = 2000;   // some 20 us
-constexpr int YIELDS = 2000;  // some 500 us where nobody else wants the core
-constexpr int WAITS_APART = 256;
+constexpr int SPINS = 2000;               // about 20 us
+constexpr int YIELDS = 2000;              // about 500 us if no other thread wants the core
+constexpr int WAITS_WITHOUT_YIELD = 256;  // after a core was lost
 constexpr std::chrono::microseconds LONG_YIELD(100);
 constexpr int64_t MAX_SPIN_NANOSECONDS = 100000;
 constexpr int32_t END = -1;
 
-thread_local int64_t polled_nanoseconds = 0;  // of this thread's processor time, since it was last set to 0
+thread_local int64_t polled_nanoseconds = 0;  // processor time that this thread spent waiting, since it was set to 0
 
 int64_t nanoseconds_of(clockid_t clock) {
     timespec now{};
@@ -34,24 +34,24 @@ int64_t nanoseconds_of(clockid_t clock) {
     return now.tv_sec * 1000000000LL + now.tv_nsec;
 }
 
-// Gives the core away until `is_over`, as long as nobody takes it: polling so is quicker than being woken. A core that
-// somebody took does not come back for milliseconds, so for the next waits its thread sleeps at once, and the system
-// puts it before the others when it is woken.
+// Yields the core in a loop until `is_over`. As long as no other thread wants the core, this reacts faster than a futex
+// wake-up. Once a yield took long, another program has taken the core, and may keep it for milliseconds. For its next
+// waits the thread then sleeps at once: Linux gives a woken thread the core before threads that were running.
 template <class IsOver>
 bool yield_until(IsOver is_over) {
-    thread_local int num_apart = 0;
-    if (num_apart > 0) return num_apart--, false;
+    thread_local int num_to_skip = 0;
+    if (num_to_skip > 0) return num_to_skip--, false;
     for (int i = 0; i < YIELDS; i++) {
         const auto start = std::chrono::steady_clock::now();
         sched_yield();
-        if (std::chrono::steady_clock::now() - start > LONG_YIELD) num_apart = WAITS_APART;
+        if (std::chrono::steady_clock::now() - start > LONG_YIELD) num_to_skip = WAITS_WITHOUT_YIELD;
         if (is_over()) return true;
-        if (num_apart > 0) return false;
+        if (num_to_skip > 0) return false;
     }
     return false;
 }
 
-// Sleep unless the number has changed already.
+// Sleeps, unless the number is no longer `old`. May return early.
 void sleep_while(std::atomic<int32_t>& number, int32_t old, bool is_shared) {
 #if defined(__linux__)
     syscall(SYS_futex, &number, is_shared ? FUTEX_WAIT : FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
@@ -73,7 +73,7 @@ void wake_all(std::atomic<int32_t>& number, bool is_shared) {
 
 template <bool SHARED>
 void BasicSignal<SHARED>::set(int32_t value) {
-    value_.store(value);  // in one order with num_sleeping_: either this sees who sleeps, or they see the new number
+    value_.store(value);  // sequentially consistent: this thread sees the sleeper, or the sleeper the value
     if (num_sleeping_.load() > 0) wake_all(value_, SHARED);
 }
 
@@ -82,7 +82,7 @@ void BasicSignal<SHARED>::wait_from(int32_t old) {
     if (get() != old) return;
     const int64_t start = nanoseconds_of(CLOCK_MONOTONIC);
     for (int i = 0; i < SPINS && get() == old; i++) pause();
-    // Longer only where the core was lost meanwhile, which took no time of this thread.
+    // More than this can only be time in which the thread had no core.
     polled_nanoseconds += std::min(nanoseconds_of(CLOCK_MONOTONIC) - start, MAX_SPIN_NANOSECONDS);
     if (get() != old) return;
     const int64_t used = nanoseconds_of(CLOCK_THREAD_CPUTIME_ID);
@@ -97,7 +97,7 @@ void BasicSignal<SHARED>::wait_from(int32_t old) {
 template class BasicSignal<false>;
 template class BasicSignal<true>;
 
-// Whoever comes after the end has seen it before it could wait: the end is noted before the number is changed.
+// `end` sets has_ended_ before it changes the generation: a rank that arrives later sees it and does not wait.
 void Meeting::wait(int num_ranks) {
     if (has_ended()) return;
     const int32_t generation = generation_.get();
@@ -114,7 +114,7 @@ void Meeting::end() {
 Pool::Pool(int num_threads) : num_threads_(num_threads), barrier_(num_threads), jobs_(new Signal[(size_t)num_threads]) {
     try {
         for (int thread = 1; thread < num_threads; thread++) threads_.emplace_back([this, thread] { serve(thread); });
-    } catch (...) {  // the system has no more: those that run must end before they are forgotten
+    } catch (...) {  // the system gives no more threads: end those that run
         stop();
         throw;
     }

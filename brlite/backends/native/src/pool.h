@@ -1,8 +1,7 @@
-// Threads that compute one step together: the caller and some others, which wait for work in between.
+// Threads that compute one step together: the caller, and others that wait for work between steps.
 //
-// All meet at barriers, some 150 to 300 times a step. Whoever waits spins for a moment and then
-// sleeps: on cores that others use too, threads that spin or yield for long keep the very thread from running that they
-// wait for.
+// A step has 150 to 300 barriers. A waiting thread spins for a moment, then yields, then sleeps. Longer spinning would
+// be harmful on cores that other programs use: the spinning thread can keep the core from the thread that it waits for.
 #pragma once
 
 #include <stdint.h>
@@ -15,7 +14,7 @@
 
 namespace brlite {
 
-// A number that threads wait for to change; those of other processes too if it is `SHARED`.
+// A number whose change threads can wait for. With `SHARED` the threads may be of several processes.
 template <bool SHARED>
 class BasicSignal {
  public:
@@ -31,10 +30,10 @@ class BasicSignal {
 
 using Signal = BasicSignal<false>;
 
-// Where processes meet, in memory that they share. All zeros is a new one.
+// A barrier of processes, in memory that they share. All zeros is the initial state.
 class Meeting {
  public:
-    // Returns when `num_ranks` processes are here, or when it has ended.
+    // Returns when `num_ranks` processes have called it, or after `end`.
     void wait(int num_ranks);
     void end();
     bool has_ended() const { return has_ended_.load() != 0; }
@@ -48,9 +47,9 @@ class Meeting {
 class Barrier {
  public:
     explicit Barrier(int num_threads) : num_threads_(num_threads) {}
-    // Only while nobody waits.
+    // To be called only while no thread waits.
     void set_num_threads(int num_threads) { num_threads_ = num_threads; }
-    // Returns when all threads are here; the last of them does `before` while the others still wait.
+    // Returns when all threads have called it. The last one calls `before` while the others still wait.
     template <class Before>
     void wait(Before before) {
         const int32_t generation = generation_.get();
@@ -70,8 +69,7 @@ class Barrier {
     Signal generation_;
 };
 
-// What a job took: from its beginning to its end, and of all threads together the processor time in which they did not
-// wait.
+// Time of a job: wall time, and the processor time of all threads together without waiting.
 struct JobTime {
     double seconds;
     double busy_seconds;
@@ -98,8 +96,8 @@ class Pool {
     const int num_threads_;
     Barrier barrier_;
     const std::function<void(int)>* work_ = nullptr;
-    std::unique_ptr<Signal[]> jobs_;  // by thread: count its jobs; -1 ends it
-    Signal last_done_;                // counts the jobs that all have done
+    std::unique_ptr<Signal[]> jobs_;  // by thread: the number of its jobs so far; -1 ends it
+    Signal last_done_;                // the number of jobs that all threads have finished
     alignas(64) std::atomic<int32_t> num_busy_{0};
     std::atomic<int64_t> busy_nanoseconds_{0};
     std::vector<std::thread> threads_;

@@ -1,5 +1,5 @@
-// ROPE: queries and keys are normalised, where a model does so, and turned by their positions; keys and values go to
-// the paged cache.
+// ROPE: normalises queries and keys where the model has such norms, rotates them by their positions, and stores keys
+// and values in the paged cache.
 #pragma once
 
 #include "rows.h"
@@ -12,7 +12,7 @@ struct Angles {
     const float* sin;
 };
 
-// (a, b) -> (a cos - b sin, b cos + a sin), for neighbours or for halves (Su et al. 2021).
+// (a, b) -> (a cos - b sin, b cos + a sin), for neighbours (2i, 2i + 1) or for halves (i, i + half) (Su et al. 2021).
 INLINE void rotate_neighbours(int rotary_dim, Angles angles, const float* in, float* out) {
     for (int i = 0; i < rotary_dim / 2; i++) {
         const float x = in[2 * i], y = in[2 * i + 1];
@@ -41,7 +41,7 @@ INLINE void rotate(const brlite_attention& a, int rotary_dim, Angles angles, con
     memset(out + a.head_dim, 0, (head_size(a) - a.head_dim) * sizeof *out);
 }
 
-// int8 with one scale for the head; NaN there if it is not finite.
+// Quantises a head to int8. Returns its scale, NaN if the head is not finite.
 INLINE float quantize_head(const float* from, int size, int8_t* to) {
     Ints best = Ints{};
     for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));
@@ -70,8 +70,8 @@ INLINE void store_bf16(uint8_t* page, int slot, int size, const float* key, cons
     for (int i = 0; i < size; i++) values[2 * i] = head[i];
 }
 
-// A page may come from another sequence. What it left behind is multiplied by zero, which does not do away with a NaN:
-// the first token of a page clears the values that no token of this step writes.
+// A page may contain values of an earlier sequence. Attention multiplies them by weight 0, but 0 * NaN is NaN. So the
+// first token of a page clears the values that no token of this step writes.
 INLINE void clear_values(uint8_t* page, int size, int first_slot) {
     uint16_t* values = (uint16_t*)(page + page_part_bytes(BRLITE_BF16, size));
     for (int slot = first_slot; slot < LANES; slot++)
@@ -89,7 +89,7 @@ INLINE void store_head(const Step& step, const brlite_operation& op, int row, in
     store_bf16(page, slot, size, key, value);
 }
 
-// A head normalised in `buffer`, or as it is where there is no norm.
+// The head, normalised into `buffer`; without a norm the head itself.
 INLINE const float* norm_head(const brlite_attention& a, const float* weight, float epsilon, const float* in,
                               float* buffer) {
     if (!weight) return in;
@@ -100,7 +100,7 @@ INLINE const float* norm_head(const brlite_attention& a, const float* weight, fl
     return buffer;
 }
 
-// Normalise, turn and store one key/value head of one row with its queries.
+// Normalises, rotates and stores one key/value head of one row and the query heads that share it.
 INLINE void rope_head(const Step& step, const brlite_operation& op, int row, int kv_head) {
     const brlite_attention& a = step.plan->attention;
     const int group = a.num_heads / a.num_kv_heads, size = head_size(a);

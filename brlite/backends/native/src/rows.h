@@ -1,4 +1,4 @@
-// What is done to each row by itself: EMBED, NORM, SILU, GATE, QUANTIZE. Rows are shared out among the threads.
+// Operations on single rows: EMBED, NORM, SILU, GATE, QUANTIZE. Threads divide the rows among themselves.
 #pragma once
 
 #include "multiply.h"
@@ -8,8 +8,7 @@ namespace BRLITE_ISA {
 
 constexpr float MAX_ACTIVATION = 32767.0f;
 
-// int16 with one scale for the row. A row that is not finite gets a NaN scale, which carries on what the integers
-// cannot.
+// Quantises a row to int16. Returns its scale; NaN for a row that is not finite, so that its products are NaN, too.
 INLINE float quantize_row(const float* from, int size, int16_t* to) {
     Ints best = Ints{};
     for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));
@@ -19,7 +18,7 @@ INLINE float quantize_row(const float* from, int size, int16_t* to) {
         return __builtin_nanf("");
     }
     const float inverse = peak > 0 ? MAX_ACTIVATION / peak : 0.0f;
-    // A peak so small that its inverse overflows is nothing.
+    // A peak so small that its inverse overflows counts as 0.
     const Floats factor = splat(is_finite(inverse) ? inverse : 0.0f);
     for (int i = 0; i < size; i += LANES) write(to + i, rounded(load(from + i) * factor));
     return peak / MAX_ACTIVATION;
@@ -32,7 +31,7 @@ INLINE void round_row(const float* from, int size, Bf16::Row* to) {
     for (int i = 0; i < size; i += LANES) store_row(to + i, to_bf16(load(from + i)));
 }
 
-// The sum of each group of integers, exactly.
+// The exact sum of each group of integers.
 INLINE void sum_groups(const int16_t* from, int size, float* to) {
     static_assert(BRLITE_GROUP == 2 * LANES, "a group is two vectors");
     for (int i = 0; i < size; i += BRLITE_GROUP) {
@@ -43,7 +42,7 @@ INLINE void sum_groups(const int16_t* from, int size, float* to) {
     }
 }
 
-// `values` [size, a multiple of 16, for int4 of 32] as row `row` of what a matrix multiplies.
+// Writes `values` as row `row` of the activations of a matrix. `size` is a multiple of 16, for int4 of 32.
 INLINE void write_row(const Activations& to, int format, int row, const float* values, int size) {
     if (!takes_int16(format)) return round_row(values, size, (Bf16::Row*)to.rows + row * to.row_size);
     int16_t* integers = (int16_t*)to.rows + row * to.row_size;
@@ -95,8 +94,8 @@ static void unpack_row(int format, const void* panels, int row, int num_inputs, 
 INLINE void embed_row(const Step& step, const brlite_operation& op, int row) {
     float* out = op.output + (long)row * op.row_size;
     const int token = step.batch->token_ids[row] - op.first;
-    if (token < 0 || token >= op.count) return;  // another rank's
-    // The last panel of a matrix adds 0 times its inputs here: a NaN of the step before would stay.
+    if (token < 0 || token >= op.count) return;  // another rank has this token
+    // ADD adds 0 to this padding, for the zero columns of the last panel: a NaN left by the last step would stay NaN.
     for (int i = op.num_outputs; i < op.row_size; i++) out[i] = 0.0f;
     if (!op.is_table) return unpack_row(op.format, op.weight, token, op.num_outputs, out);
     const uint16_t* from = (const uint16_t*)op.weight + (long)token * op.num_outputs;
@@ -108,7 +107,7 @@ INLINE void embed_row(const Step& step, const brlite_operation& op, int row) {
 
 // ---- NORM, SILU --------------------------------------------------------------------------------------------------
 
-// Root mean square norm (Zhang & Sennrich 2019) of `num_inputs` numbers, filled up with zeros to `size`.
+// Root mean square norm (Zhang & Sennrich 2019) of `num_inputs` numbers, padded with zeros to `size`.
 INLINE void normalize(const float* in, int num_inputs, int size, const float* weight, float epsilon, float* out) {
     Floats squares = splat(0.0f);
     for (int i = 0; i < size; i += LANES) squares = squares + load(in + i) * load(in + i);
@@ -121,7 +120,7 @@ INLINE void norm_row(const brlite_operation& op, const float* in, float* out) {
     normalize(in, op.num_inputs, padded_inputs(op.num_inputs), (const float*)op.weight, op.epsilon, out);
 }
 
-// gate * sigmoid(gate) * up, filled up with zeros to `padded_size`.
+// gate * sigmoid(gate) * up, padded with zeros to `padded_size`.
 INLINE void silu_row(const brlite_operation& op, const float* in, float* out, int padded_size) {
     const int size = op.num_inputs;
     for (int i = 0; i < padded_size; i += LANES) {

@@ -1,5 +1,6 @@
-// One thread's way through a plan: every operation in turn, all threads on each. A barrier follows what other threads
-// read: five in a layer for few rows, whose activations each thread makes for itself.
+// One thread's part of a step. All threads go through the operations in order and divide the work of each. A barrier
+// follows an operation whose result other threads read. With few rows each thread computes all activations itself,
+// which saves barriers: five a layer are left.
 #pragma once
 
 #include "attention.h"
@@ -13,11 +14,11 @@ namespace BRLITE_ISA {
 struct Worker {
     const Step& step;
     Scratch scratch;
-    Counter* counters;  // one for each operation of the run, all at 0
+    Counter* counters;  // at 0 at the start; each division of work takes the next one
     Barrier& barrier;
     int num_counted = 0;
-    const Activations* input = nullptr;         // of the next matrix
-    const brlite_operation* rope_op = nullptr;  // what the next ATTEND does first
+    const Activations* input = nullptr;         // of the next LINEAR or ADD
+    const brlite_operation* rope_op = nullptr;  // the ROPE that the next ATTEND runs itself
 
     Counter& next() { return counters[num_counted++]; }
 
@@ -42,14 +43,14 @@ struct Worker {
         meet(op.meets);
     }
 
-    // Row operations. True where each thread has made all rows for itself.
+    // Row operations. Returns true if this thread computed all rows itself, so that no barrier is needed.
     bool make_rows(const brlite_operation& op, int num_rows) {
         const bool is_own = op.kind != BRLITE_EMBED && op.kind != BRLITE_GATE && chooses_own(op, num_rows);
         share_rows(is_own, num_rows, [&](int row) INLINED { row_operation(step, op, scratch, *input, row); });
         return is_own;
     }
 
-    // Chooses `input`: this thread's own rows where they are few.
+    // Sets `input`: this thread's own memory if the rows are few, else the memory that threads share.
     bool chooses_own(const brlite_operation& op, int num_rows) {
         scratch.own.row_size = padded_inputs(op.num_inputs);
         const bool is_own = step.num_threads > 1 && num_rows * scratch.own.row_size <= MAX_OWN_NUMBERS;
@@ -57,7 +58,7 @@ struct Worker {
         return is_own;
     }
 
-    // Calls `make(row)` for every row, or for those that this thread takes.
+    // Calls `make(row)` for every row if `is_own`, else for the rows that this thread takes.
     template <class Make>
     void share_rows(bool is_own, int num_rows, Make make) {
         for (int row = 0; is_own && row < num_rows; row++) make(row);
@@ -66,7 +67,7 @@ struct Worker {
         for (int row = rows.take(1); row < num_rows; row = rows.take(1)) make(row);
     }
 
-    // All threads, and where `across` all ranks too.
+    // Waits for all threads of this rank and, if `across`, for all ranks.
     void meet(bool across) {
         const brlite_plan& plan = *step.plan;
         barrier.wait([&] {
@@ -82,7 +83,7 @@ struct Worker {
         for (int row = rows.take(1); row < step.batch->num_rows; row = rows.take(1)) merge_row(step, op, row);
     }
 
-    // Sums of hidden states: each is one thread's, since float sums have an order.
+    // Sums of hidden states. One thread computes a whole sum, since the order of float additions must be fixed.
     void pool() {
         const brlite_operation& norm = step.plan->norm;
         Counter& poolings = next();
@@ -95,7 +96,7 @@ struct Worker {
         }
     }
 
-    // Logits of the drawing rows `first` onwards, and what is drawn from them.
+    // Computes logits for draws `first` to `first + 31`, and draws their tokens.
     void draw(int first) {
         const brlite_plan& plan = *step.plan;
         const brlite_batch& batch = *step.batch;
@@ -116,7 +117,7 @@ struct Worker {
                 memcpy(batch.logits + (long)(first + i) * plan.vocab_size, logits, plan.vocab_size * sizeof(float));
             draw_token(batch.draws[first + i], logits, plan.vocab_size, batch.drawn[first + i], scratch);
         }
-        // The next rows' logits take the place of these.
+        // The next logits overwrite these.
         meet(plan.head.meets && first + BRLITE_HEAD_ROWS < batch.num_draws);
     }
 

@@ -1,11 +1,12 @@
-// How a token is drawn from a row of logits, and what is reported of it:
+// Draws a token from a row of logits, and reports logprobs:
 //
-// 1. logprobs are the model's own, taken before anything below;
+// 1. logprobs are computed from the model's logits, before any edit;
 // 2. biases, bans, the mask and penalties (sample_edit.h);
 // 3. a greedy row takes its best token, the lowest id among equals;
-// 4. other rows truncate (sample_best.h): top-n-sigma, within it top-k, within that typical-p, top-p, min-p and XTC,
-//    ties by lower id; a dynamic temperature is that of what top-k leaves;
-// 5. one uniform number picks among the survivors in the order of their ids.
+// 4. other rows are truncated (sample_best.h) by top-n-sigma, top-k, typical-p, top-p, min-p and XTC, in this order,
+//    each among the tokens that the steps before it left; of equal logits the lower id stays. The dynamic temperature
+//    is computed from the tokens that top-k leaves;
+// 5. one uniform number selects among the tokens left, in the order of their ids.
 //
 // Weights are exp((logit - best) / temperature): the best token weighs 1, and nothing overflows at any temperature.
 #pragma once
@@ -16,9 +17,9 @@
 namespace brlite {
 namespace BRLITE_ISA {
 
-constexpr int NOT_FINITE = -1, NOTHING_ALLOWED = -2;  // in place of a token
-constexpr float MIN_TEMPERATURE = 1e-5f;              // of a dynamic one; as GREEDY_BELOW
-constexpr float MAX_TEMPERATURE = 1e37f;  // its inverse is still a normal float; everything is flat long before
+constexpr int NOT_FINITE = -1, NOTHING_ALLOWED = -2;  // instead of a token id
+constexpr float MIN_TEMPERATURE = 1e-5f;              // of a dynamic one; equals GREEDY_BELOW of sampling_params.py
+constexpr float MAX_TEMPERATURE = 1e37f;  // its inverse is a normal float; the distribution is uniform long before
 
 // ---- Drawing -----------------------------------------------------------------------------------------------------
 
@@ -33,10 +34,10 @@ INLINE int first_best(const Values& row) {
     return found;
 }
 
-// What keeps tokens out: nothing; `min_p` and the lower end of `bound`; its upper end, too.
+// Which limits exclude tokens. LOW_CUT: `min_p` and the lower end of `bound`. BAND: its upper end as well.
 enum Cut { NO_CUT, LOW_CUT, BAND };
 
-// Which tokens may be drawn, and how much each weighs.
+// Which tokens may be drawn, and the weight of each.
 struct Odds {
     Measure measure;
     Bound bound;
@@ -61,7 +62,7 @@ static float sum_block(const Values& row, const Odds& odds, int block) {
     return sum_of(sum);
 }
 
-// The weights by block into `sums`, and their sum.
+// Writes the sum of each block's weights to `sums`. Returns the total.
 static double sum_weights(const Values& row, const Odds& odds, double* sums) {
     double total = 0;
     for (int block = 0; block < row.num_blocks(); block++) {
@@ -73,7 +74,7 @@ static double sum_weights(const Values& row, const Odds& odds, double* sums) {
     return total;
 }
 
-// The token of a block, in the order of ids, whose share of the weights holds `rest`.
+// The first token of a block at which the running sum of weights exceeds `rest`.
 static int pick_in_block(const Values& row, const Odds& odds, int block, double rest) {
     Walk walk;
     for (int i = block * row.block_size; i < row.block_end(block); i += LANES) {
@@ -84,7 +85,7 @@ static int pick_in_block(const Values& row, const Odds& odds, int block, double 
     return walk.last;
 }
 
-// The lowest logit within `num_sigmas` standard deviations of the best one. Those at -inf do not count. In one order.
+// The best logit minus `num_sigmas` standard deviations of the logits; -inf does not count. One fixed order of sums.
 static double lowest_within(const Values& row, double num_sigmas) {
     double sum = 0, squares = 0;
     int count = 0;
@@ -117,7 +118,7 @@ INLINE float rate_of(float temperature) { return 1 / (temperature < MAX_TEMPERAT
 INLINE double log_of(double x) {
     int64_t bits;
     memcpy(&bits, &x, sizeof bits);
-    const int64_t exponent = (bits - 0x3fe6a09e667f3bcdLL) >> 52;  // beyond sqrt(1/2)
+    const int64_t exponent = (bits - 0x3fe6a09e667f3bcdLL) >> 52;  // of x / sqrt(1/2)
     bits -= exponent << 52;
     memcpy(&x, &bits, sizeof x);
     const double ratio = (x - 1) / (x + 1), square = ratio * ratio;
@@ -126,11 +127,11 @@ INLINE double log_of(double x) {
     return 2 * ratio * series + (double)exponent * 0.6931471805599453;
 }
 
-// How far the tokens that survive lie below the best one.
+// How far the surviving tokens are below the best one.
 struct Spread {
-    int count = 0;  // above -inf
+    int count = 0;  // tokens above -inf
     double mass = 0;
-    double distances = 0;  // of the logits from the best one, by weight
+    double distances = 0;  // sum of weight * (best logit - logit)
 };
 
 static Spread spread_of(const Values& row, const Measure& measure, const Bound& bound) {
@@ -150,7 +151,7 @@ static Spread spread_of(const Values& row, const Measure& measure, const Bound& 
     return spread;
 }
 
-// Between the ends of the range, by the entropy of what survives as a share of its maximum.
+// temperature - range + 2 * range * (entropy of the survivors / its maximum) ^ exponent, within the allowed range.
 static float dynamic_temperature(const Values& row, const brlite_draw& draw, const Bound& bound) {
     const Spread spread = spread_of(row, {row.best, 1}, bound);
     const double entropy = log_of(spread.mass) + spread.distances / spread.mass;
@@ -163,7 +164,7 @@ static float dynamic_temperature(const Values& row, const brlite_draw& draw, con
     return (float)(found < MIN_TEMPERATURE ? MIN_TEMPERATURE : found < MAX_TEMPERATURE ? found : MAX_TEMPERATURE);
 }
 
-// The odds of those tokens alone whose distance from the best one is within `radius` of `center`.
+// `odds` limited to tokens whose distance from the best one is within `radius` of `center`.
 static Odds odds_within(const Values& row, Odds odds, double center, double radius) {
     const int32_t low = lowest_key_from(row.best - (center + radius));
     if (low > odds.bound.key) odds.bound.key = low, odds.bound.last_id = row.size - 1;
@@ -172,7 +173,8 @@ static Odds odds_within(const Values& row, Odds odds, double center, double radi
     return odds;
 }
 
-// Narrows to the logits around their mean whose share of the weights is `typical_p`. The radius is found by its bits.
+// Narrows `odds` to the tokens nearest to the mean distance, as many as have the share `typical_p` of the weights.
+// Finds the radius by bisection over the bits of a float.
 static void keep_typical(const Values& row, double typical_p, Odds& odds, SampleScratch& scratch) {
     const Spread spread = spread_of(row, odds.measure, odds.bound);
     const double center = spread.distances / spread.mass;
@@ -198,7 +200,8 @@ static float heaviest(const Values& row, const Odds& odds) {
     return max_of(found);
 }
 
-// XTC, "exclude top choices": of the tokens whose share of the weights reaches the threshold the least one stays.
+// XTC, "exclude top choices": excludes the tokens whose share of the weights reaches the threshold, but for the least
+// likely of them.
 static void exclude_top(const Values& row, double threshold, Odds& odds, SampleScratch& scratch) {
     const Floats share = splat((float)(threshold * sum_weights(row, odds, scratch.sums)));
     visit_from(row, odds.bound.key, [&](int first, Floats x) INLINED {
@@ -212,7 +215,7 @@ static void exclude_top(const Values& row, double threshold, Odds& odds, SampleS
     odds.cut = BAND;
 }
 
-// Another number in [0, 1) that a draw's own fixes: its bits, mixed as by splitmix64.
+// A second number in [0, 1), computed from the first: its bits, mixed by splitmix64.
 INLINE double another(double uniform) {
     uint64_t bits;
     memcpy(&bits, &uniform, sizeof bits);
@@ -260,7 +263,7 @@ static int draw_random(const Values& row, const brlite_draw& draw, SampleScratch
 
 struct Logprobs {
     double best;
-    double log_sum;  // of the weights
+    double log_sum;  // log of the sum of weights
 
     float of(float logit) const { return (float)((logit - best) - log_sum); }
 };
@@ -308,7 +311,7 @@ static void report_top(const Values& row, const Logprobs& logprobs, int num_top,
 
 // ---- A row -------------------------------------------------------------------------------------------------------
 
-// `row` after the edits of its logits, which are kept in `own_logits` as they were if they are wanted after.
+// Edits the logits and surveys them again into `row`. Saves the unedited logits in `own_logits` if logprobs are wanted.
 static void edit_row(const brlite_draw& draw, float* logits, Values& row, float* own_logits, SampleScratch& scratch) {
     if (draw.num_logprobs >= 0) memcpy(own_logits, logits, row.size * sizeof *logits);
     edit_logits(draw, logits, row.size);
@@ -320,8 +323,8 @@ INLINE int token_of(const Values& row, const brlite_draw& draw, SampleScratch& s
     return draw.temperature > 0 ? draw_random(row, draw, scratch) : first_best(row);
 }
 
-// Draws a token from `logits`, or reports on the token that `draw` names. They are overwritten, to a multiple of 16.
-// A row with NaN or +inf, or with nothing above -inf, gives NOT_FINITE.
+// Draws a token from `logits`, or reports the logprob of the token `draw.target`. Overwrites `logits` and the padding
+// up to a multiple of 16. A row with NaN or +inf, or with only -inf, gives NOT_FINITE.
 static void draw_token(const brlite_draw& draw, float* logits, int vocab_size, brlite_drawn& drawn,
                        const Scratch& memory) {
     SampleScratch& scratch = *(SampleScratch*)memory.sample;

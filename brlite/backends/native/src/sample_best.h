@@ -1,5 +1,6 @@
-// The best tokens of a row: the fewest whose number, or whose share of the probability, reaches an amount. Nothing is
-// sorted: a histogram of the logits is narrowed until one value is left, among the blocks of tokens that matter only.
+// Finds the best tokens of a row: the fewest whose count (top-k) or sum of probabilities (top-p) reaches an amount.
+// There is no sort: a histogram of the logits is narrowed until one value is left. Blocks whose maximum is too low are
+// skipped.
 #pragma once
 
 #include "rows.h"
@@ -17,7 +18,7 @@ struct SampleScratch {
     double bins[(1 << LOG_BINS) + LANES];
 };
 
-// Logits in blocks, and the highest of each block and of all, which is +inf where one is NaN.
+// Logits in blocks, with the maximum of each block and of all. A maximum is +inf if one of its logits is NaN.
 struct Values {
     const float* values;
     int size;
@@ -30,25 +31,25 @@ struct Values {
     bool is_usable() const { return is_finite(best); }
 };
 
-// The tokens that survive a truncation: those above `key`, and of those at it the ids up to `last_id`. None is above
-// `high`; `survivors` leaves that to its caller, since few draws have anything there.
+// The tokens that survive a truncation: those with a key above `key`, those at `key` with an id up to `last_id`, and
+// none above `high`. `survivors` does not check `high`: draws with typical-p or XTC check it themselves.
 struct Bound {
     int32_t key;
     int last_id;
     int32_t high;
 };
 
-// What a token counts for: one, or at a rate, 1 / temperature, its weight exp((logit - best) * rate).
+// How much a token counts: 1 if `rate` is 0, else its weight exp((logit - best) * rate). The rate is 1 / temperature.
 struct Measure {
     float best;
-    float rate;  // 0: each counts one
+    float rate;  // 0: each token counts 1
 };
 
-// Walks along shares, adding them up. Those of nothing are passed over.
+// Adds up shares one by one. Shares of 0 are skipped.
 struct Walk {
     double before = 0;  // the sum without the share that was added last
     double sum = 0;
-    int last = -1;  // whose share that was
+    int last = -1;  // index of the last share that was added
 
     bool add(int index, double share) {
         if (!(share > 0)) return false;
@@ -61,7 +62,7 @@ struct Walk {
 
 // ---- Values ------------------------------------------------------------------------------------------------------
 
-// Integers in the order of the floats; equal for 0 and -0.
+// Integers that compare as the floats do; equal for 0 and -0.
 INLINE Ints keys_of(Floats x) {
     const Ints bits = bits_of(x + 0.0f);
     return bits ^ (bits >> 31 & 0x7fffffff);
@@ -77,12 +78,12 @@ INLINE bool any_of(V x) {
         return any_of(low_half(x) | high_half(x));
 }
 
-// -inf from the end of some values to the next multiple of 16: what is read there is no candidate for anything.
+// Writes -inf from the end of the values to the next multiple of 16: vectors that read there find no candidates.
 INLINE void close(float* values, int size) {
     for (int i = size; i < rounded_up(size, LANES); i++) values[i] = -__builtin_inff();
 }
 
-// The highest of some values; +inf if NaN is among them.
+// The maximum of some values; +inf if one is NaN.
 INLINE float highest(const float* values, int size) {
     Floats best = splat(-__builtin_inff());
     for (int i = 0; i < size; i += LANES) {
@@ -92,7 +93,7 @@ INLINE float highest(const float* values, int size) {
     return max_of(best);
 }
 
-// A row's blocks.
+// Divides a row into blocks and finds their maxima.
 static Values survey(float* logits, int size, SampleScratch& scratch) {
     const int block_size = larger(MIN_BLOCK_SIZE, rounded_up((size + MAX_BLOCKS - 1) / MAX_BLOCKS, LANES));
     Values row = {logits, size, block_size, scratch.maxima, 0};
@@ -104,12 +105,12 @@ static Values survey(float* logits, int size, SampleScratch& scratch) {
     return row;
 }
 
-// The blocks' maxima as values of their own, in one block.
+// The maxima of the blocks as one block of values.
 INLINE Values maxima_of(const Values& row) { return {row.maxima, row.num_blocks(), MAX_BLOCKS, &row.best, row.best}; }
 
 // ---- Survivors ---------------------------------------------------------------------------------------------------
 
-// What follows the last value has its key and a higher id, so it never survives.
+// The -inf padding after the last value has the lowest key and a higher id than `last_id`, so it never survives.
 INLINE Bound everything(const Values& row) { return {key_of(-__builtin_inff()), row.size - 1, key_of(row.best)}; }
 
 INLINE Ints survivors(const Bound& bound, Ints keys, int first_id) {
@@ -133,14 +134,14 @@ INLINE void visit_from(const Values& v, int32_t low, Visit visit) {
     }
 }
 
-// ---- The fewest best ---------------------------------------------------------------------------------------------
+// ---- Keeping the best --------------------------------------------------------------------------------------------
 
 struct Search {
     const Values values;
     const Measure measure;
-    const Bound bound;  // what does not survive it does not count
-    int32_t low, high;  // keys between which the last of the best lies
-    double missing;     // of the amount, up to `high`
+    const Bound bound;  // tokens outside of it do not count
+    int32_t low, high;  // the key of the worst token to keep is in [low, high]
+    double missing;     // the amount that tokens up to `high` must still give
 };
 
 INLINE Ints within(const Search& search, Ints keys, int first_id) {
@@ -148,7 +149,8 @@ INLINE Ints within(const Search& search, Ints keys, int first_id) {
     return survivors(search.bound, keys, first_id) & ~is_outside;
 }
 
-// Amounts by key, from `high` down, each bin 2^shift keys wide. What does not count goes to the bins after the last.
+// A histogram of amounts by key, from `high` down; a bin is 2^shift keys wide. Tokens that do not count go to extra
+// bins behind the last.
 static void fill_bins(const Search& search, int shift, int num_bins, double* bins) {
     memset(bins, 0, num_bins * sizeof *bins);
     visit_from(search.values, search.low, [&](int first, Floats x) INLINED {
@@ -164,8 +166,8 @@ static void fill_bins(const Search& search, int shift, int num_bins, double* bin
     });
 }
 
-// Narrows the keys to the bin in which what is missing is reached; where rounding leaves it unreached, to the last bin
-// that holds anything, with infinity missing from then on.
+// Narrows [low, high] to the bin in which the missing amount is reached. Rounding may leave it unreached; then to the
+// last bin that is not empty, and the missing amount becomes infinity.
 static void narrow(Search& search, int shift, double* bins) {
     const int num_bins = (((uint32_t)search.high - (uint32_t)search.low) >> shift) + 1;
     fill_bins(search, shift, num_bins, bins);
@@ -179,7 +181,7 @@ static void narrow(Search& search, int shift, double* bins) {
     search.low = low > search.low ? (int32_t)low : search.low;
 }
 
-// Narrows to one key.
+// Narrows [low, high] to one key.
 static void find_key(Search& search, double* bins) {
     while (search.low < search.high) {
         const uint32_t range = (uint32_t)search.high - (uint32_t)search.low;
@@ -187,7 +189,7 @@ static void find_key(Search& search, double* bins) {
     }
 }
 
-// Of equals, the id with which what is missing is reached.
+// Among the tokens at the key that was found: the id at which the missing amount is reached.
 static int find_id(const Search& search) {
     Walk walk;
     visit_from(search.values, search.low, [&](int first, Floats x) INLINED {
@@ -202,12 +204,12 @@ static int find_id(const Search& search) {
     return walk.last;
 }
 
-// Cuts `bound` down to the fewest best of its survivors whose amounts add up to `enough`, ties by lower id.
+// Narrows `bound` to the best tokens, the fewest whose amounts add up to `enough`. Of equal logits the lower id stays.
 static Bound keep_best(const Values& row, const Measure& measure, double enough, const Bound& bound,
                        SampleScratch& scratch) {
     Search rough = {maxima_of(row), measure, {bound.key, -1, bound.high}, bound.key, bound.high, enough};
     find_key(rough, scratch.bins);
-    // Where the best of each block are enough by themselves, no worse token than the last of them is wanted.
+    // If the maxima of the blocks alone reach `enough`, no token below the worst of those maxima is needed.
     const int32_t low = rough.missing < __builtin_inf() ? rough.low : bound.key;
     Search exact = {row, measure, bound, low, bound.high, enough};
     find_key(exact, scratch.bins);

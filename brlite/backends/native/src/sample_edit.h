@@ -1,17 +1,17 @@
-// What a request changes in its row of logits before a token is drawn: biases, bans, the mask, then penalties.
+// Edits of a row of logits before a draw: biases, bans, masks, then penalties.
 #pragma once
 
 #include "lanes.h"
 
 namespace brlite {
 
-// Returns when the draw's mask is filled, which another thread does. False if it is not within a minute.
+// Waits until another thread has filled the draw's mask. Returns false after a minute.
 bool wait_for_mask(const brlite_draw& draw);
 
 namespace BRLITE_ISA {
 
 constexpr double MAX_LOGIT = 3.4028234663852886e38;  // the largest float
-constexpr double MAX_PENALTY = 1e30;                 // a penalty beyond this, either way, acts as this
+constexpr double MAX_PENALTY = 1e30;                 // penalties are clamped to this, both positive and negative
 
 INLINE double clamped(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
 
@@ -24,7 +24,7 @@ INLINE bool has_edits(const brlite_draw& draw) {
            (draw.num_counted > 0 && has_penalties(draw));
 }
 
-// `logit` by the penalties of a token that was generated `count` times. What overflows stops at the largest float.
+// Applies the penalties to the logit of a token that was generated `count` times. Clamped to the range of floats.
 INLINE float penalized(float logit, float factor, double presence, double frequency, int count) {
     const float cost = (float)clamped((count > 0 ? presence : 0) + frequency * count, -MAX_LOGIT, MAX_LOGIT);
     const float value = (logit > 0 ? logit / factor : logit * factor) - cost;
@@ -41,7 +41,7 @@ static void penalize(const brlite_draw& draw, float* logits) {
     }
 }
 
-// -inf for the tokens whose bit is 0.
+// Sets the logits of tokens whose bit is 0 to -inf.
 static void apply_mask(const int32_t* mask, float* logits, int size) {
     const Ints lane_bits = Ints{} + 1 << lane_numbers();
     for (int i = 0; i < size; i += LANES) {

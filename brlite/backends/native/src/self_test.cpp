@@ -1,5 +1,5 @@
-// Whether an instruction set has the generic kernels' bits: both compute the same batches of a toy model, in every
-// precision. A server does this when it starts, so it must be quick.
+// Checks that an instruction set gives the same bits as the generic kernels: both compute the same batches of a toy
+// model, in every precision. Runs at each start of a server, so it must be fast.
 #include <string.h>
 
 #include <new>
@@ -34,15 +34,16 @@ struct Tokens {
     SomeTokens spans[Toy::NUM_SEQUENCES];
 };
 constexpr Tokens BATCHES[] = {
-    {4, {{0, 0, 13}, {1, 253, 5}, {2, 300, 1}, {3, 255, 1}}},  // prompts, one over two chunks, and decodes: 20 rows
-    {2, {{1, 258, 3}, {2, 301, 1}}},                           // so few that two threads share out chunks
+    {4,
+     {{0, 0, 13}, {1, 253, 5}, {2, 300, 1}, {3, 255, 1}}},  // prompts, one across a chunk border, and decodes: 20 rows
+    {2, {{1, 258, 3}, {2, 301, 1}}},  // so few rows that two threads split the sequences into chunks
     {1, {{2, 302, 1}}},
     {1, {{0, 13, 5}}},
     {2, {{3, 256, 1}, {1, 261, 1}}},
     {1, {{0, 18, 3}}},
 };
 
-// What an engine gave, to be compared bit for bit.
+// All results of an engine, to be compared bit for bit.
 struct Outcome {
     bool is_computed = true;
     std::vector<float> logits;
@@ -58,7 +59,7 @@ bool is_same(const std::vector<T>& a, const std::vector<T>& b) {
     return a.size() == b.size() && memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-// The first part in which they differ; NUM_PARTS if there is none.
+// The index of the first part that differs; NUM_PARTS if none does.
 int first_difference(const Outcome& a, const Outcome& b) {
     const bool are_same[NUM_PARTS] = {a.is_computed && b.is_computed, is_same(a.logits, b.logits),
                                       is_same(a.cache, b.cache), is_same(a.drawn, b.drawn),
@@ -68,7 +69,7 @@ int first_difference(const Outcome& a, const Outcome& b) {
     return part;
 }
 
-// Greedy, sampled in every way there is, and reported.
+// Greedy, sampled with every parameter, and a reported target.
 std::vector<brlite_draw> ways_to_draw() {
     static const int32_t ids[] = {2, 30, 31, 149}, counts[] = {0, 1, 3, 2};
     static const float biases[] = {1.5f, -2.0f, 30.0f, -100.0f};
@@ -109,7 +110,7 @@ std::vector<brlite_draw> ways_to_draw() {
     return {greedy, sampled, truncated, likely, banded, penalised, masked, reported};
 }
 
-// A batch, every row of which draws, and room for what comes of it.
+// A batch with a draw for every row, and memory for the results.
 class Batch {
  public:
     explicit Batch(const Tokens& tokens) {
@@ -134,7 +135,7 @@ class Batch {
 
  private:
     void add_span(const SomeTokens& tokens, std::vector<int32_t>& block_table) {
-        for (int block = 0; block < Toy::BLOCKS_OF_SEQUENCE; block++)  // none stands beside its sequence's next
+        for (int block = 0; block < Toy::BLOCKS_OF_SEQUENCE; block++)  // blocks of a sequence are not adjacent
             block_table.push_back(block * Toy::NUM_SEQUENCES + tokens.sequence);
         spans_.push_back({tokens.start, (int32_t)token_ids_.size(), tokens.num_rows, 0, block_table.data()});
         for (int i = 0; i < tokens.num_rows; i++) token_ids_.push_back((tokens.start + 7 * i) % Toy::VOCABULARY);
@@ -174,7 +175,7 @@ Outcome compute(Toy& toy, int isa, int num_threads) {
 
 constexpr int32_t NOT_THERE = 1, NO_MEMORY = 2, FIRST_CHECK = 3;
 
-// Checks count up from FIRST_CHECK, those of a case by the parts of its outcome.
+// 0, or the number of the failed check: FIRST_CHECK + NUM_PARTS * case + part.
 int32_t first_failed_check(int isa) {
     int32_t check = FIRST_CHECK;
     for (const Case& one : CASES) {

@@ -1,5 +1,5 @@
-// What a step works on: the batch laid out by rows, and the memory that its operations share. Made for each run by
-// engine.cpp; the kernels of every instruction set read it.
+// The data of a step: the batch by rows, and the memory that operations share. engine.cpp fills it for each run; the
+// kernels of every instruction set read it. Also the sizes of panels and pages.
 #pragma once
 
 #include <atomic>
@@ -8,13 +8,13 @@
 
 namespace brlite {
 
-// Hands out units of work 0, 1, 2 … to whoever is free.
+// Gives units of work 0, 1, 2 … to the threads that ask for one.
 struct Counter {
     std::atomic<int32_t> value{0};
     int take(int num_units) { return value.fetch_add(num_units, std::memory_order_relaxed); }
 
-    // The next of `num_units` that follow each other, from `first` to before `end`: large shares at first, single units
-    // at last. False if none is left.
+    // Takes consecutive units [first, end) of `num_units`: large shares first, single units at the end. Returns false
+    // if none is left.
     bool take_share(int num_units, int num_threads, int& first, int& end) {
         first = value.load(std::memory_order_relaxed);
         do {
@@ -25,8 +25,8 @@ struct Counter {
     }
 };
 
-// What a matrix multiplies: rows of int16 with a scale each, or of bfloat16 numbers in the form that the kernels take.
-// Beside int4 matrices there is the sum of each group of integers, too.
+// The input of a matrix: rows of int16 with one scale each, or of bfloat16 in the kernels' form (`row_bytes`). For int4
+// matrices also the sum of each group of integers.
 struct Activations {
     void* rows;
     float* scales;
@@ -34,13 +34,13 @@ struct Activations {
     float* group_sums;  // [rows][row_size / BRLITE_GROUP]
 };
 
-// Rows of so many numbers together are made by each thread for itself: that takes some microseconds, and a barrier more
-// where other programs use the cores.
+// Up to this many numbers in all rows together, each thread computes all activations itself. That takes microseconds; a
+// barrier can take longer when other programs use the cores.
 constexpr int MAX_OWN_NUMBERS = 12288;
-constexpr int TILE_ROWS = 32;  // query rows that attend together: some tokens, times the heads that share a key head
+constexpr int TILE_ROWS = 32;  // of an attention tile: tokens times query heads that share a key/value head
 constexpr int CHUNK = BRLITE_CHUNK_PAGES * BRLITE_LANES;
 
-// Some tokens of a span that attend together, to all they see or to one chunk of it.
+// A unit of attention: some tokens of a span, with all chunks that they see or with one of them.
 struct Attending {
     int span;
     int first_token;  // of the span
@@ -48,13 +48,13 @@ struct Attending {
     int chunk;  // -1: all
 };
 
-// A partial result of attention: head_dim sums, the largest score, and the weights' sum.
+// Partial results of attention: for each, head_dim sums, the largest score and the sum of weights.
 struct Partial {
     float* sums;   // [rows][heads][chunks][head_size]
     float* peaks;  // [rows][heads][chunks]
     float* weights;
     int max_chunks;
-    bool is_split;  // whether this step's attention goes through partial results
+    bool is_split;  // whether this step splits sequences into chunks
 };
 
 struct Step {
@@ -67,28 +67,28 @@ struct Step {
     Activations activations;  // [max_rows]
     Activations queries;      // [max_rows * num_heads]
     Partial partial;
-    bool joins_rope;  // whether heads are turned and stored where they attend: no other thread attends to them
+    bool joins_rope;  // whether ATTEND runs ROPE itself; see share_out in engine.cpp
     int num_threads;
 };
 
-// A thread's own memory.
+// The scratch memory of one thread.
 struct Scratch {
-    float* row;       // the widest row
+    float* row;       // [the widest row of the plan]
     Activations own;  // [MAX_OWN_NUMBERS / inputs]
     uint8_t* attention;
     uint8_t* sample;
-    float* own_logits;  // [vocabulary]: a row as it was before edits
+    float* own_logits;  // [vocabulary]: a row of logits before edits
 };
 
 inline int rounded(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 inline int padded_inputs(int num_inputs) { return rounded(num_inputs, BRLITE_GROUP); }
 inline int head_size(const brlite_attention& attention) { return rounded(attention.head_dim, BRLITE_LANES); }
 
-// Whether a matrix of this format is multiplied by int16 activations.
+// Whether activations of this format are int16.
 constexpr bool takes_int16(int format) { return format != BRLITE_BF16; }
 constexpr bool is_int4(int format) { return format == BRLITE_INT4 || format == BRLITE_INT4_MIN; }
 
-// The codes of a group in a panel; scales follow, and minimums where the format has them.
+// Bytes of the codes of a group in a panel. Scales follow the codes, then minimums in INT4_MIN.
 constexpr long code_bytes(int format) { return BRLITE_GROUP * BRLITE_LANES / (is_int4(format) ? 2 : 1); }
 constexpr long group_bytes(int format) {
     return code_bytes(format) + 2 * BRLITE_LANES * (format == BRLITE_INT4_MIN ? 2 : 1);
@@ -99,7 +99,8 @@ inline long panel_bytes(int format, int num_inputs) {
     return format == BRLITE_BF16 ? inputs * BRLITE_LANES * 2 : inputs / BRLITE_GROUP * group_bytes(format);
 }
 
-// A page: keys as a panel of 16 tokens, values as pairs of tokens by columns, and for int8 the scales of both.
+// The layout of a page of the cache: keys are a panel of 16 tokens, values are pairs of tokens by dimension. int8 pages
+// have scales at the end, one for each key and each value.
 //
 //   keys    [head_size / 2][16 tokens][2]      values  [8 pairs of tokens][head_size][2]      scales  [2][16] floats
 inline long page_part_bytes(int kv_format, int size) {
@@ -110,7 +111,7 @@ inline long page_bytes(int kv_format, int head_dim) {
     return 2 * part + (kv_format == BRLITE_INT8 ? 2 * BRLITE_LANES * (long)sizeof(float) : 0);
 }
 
-// A page of a sequence, counted from its beginning, for one key/value head.
+// The address of a sequence's page number `page`, for one key/value head. `layer` is the layer's part of the cache.
 inline uint8_t* page_of(const brlite_attention& a, const brlite_span& span, uint8_t* layer, int page, int kv_head) {
     const long block = span.block_table[page / a.pages_per_block];
     const long number = block * a.pages_per_block + page % a.pages_per_block;

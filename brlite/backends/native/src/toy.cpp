@@ -8,7 +8,7 @@ namespace brlite {
 
 namespace {
 
-constexpr int WINDOWS[] = {0, 37};  // of each layer
+constexpr int WINDOWS[] = {0, 37};  // attention window by layer; 0: none
 constexpr int NUM_LAYERS = 2;
 
 }  // namespace
@@ -62,13 +62,13 @@ const void* Toy::matrix(int num_outputs, int num_inputs) {
         return quantised_matrix(num_outputs, num_inputs);
     std::vector<float> weights((size_t)num_outputs * num_inputs);
     for (float& weight : weights) weight = random_.weight();
-    memset(weights.data() + 3 * num_inputs, 0, num_inputs * sizeof(float));  // as padded vocabularies have
+    memset(weights.data() + 3 * num_inputs, 0, num_inputs * sizeof(float));  // padded vocabularies have rows of zeros
     auto& panels = matrices_.emplace_back(brlite_packed_bytes(weight_format_, num_outputs, num_inputs));
     brlite_pack(weight_format_, weights.data(), 0, num_outputs, num_inputs, panels.data());
     return panels.data();
 }
 
-// Any codes in whole groups; scales and minimums of half precision from 2^-24 to 2^-2, minimums of both signs.
+// Random codes. Scales and minimums in half precision from 2^-24 to 2^-2; minimums of both signs.
 const void* Toy::quantised_matrix(int num_outputs, int num_inputs) {
     const int num_groups = rounded(num_inputs, BRLITE_GROUP) / BRLITE_GROUP * num_outputs;
     std::vector<uint8_t> codes((size_t)num_groups * BRLITE_GROUP);
@@ -82,7 +82,7 @@ const void* Toy::quantised_matrix(int num_outputs, int num_inputs) {
     return panels.data();
 }
 
-// The upper halves of floats: bfloat16.
+// A bfloat16 table: the upper 16 bits of floats.
 const void* Toy::table(int num_rows, int size) {
     auto& halves = matrices_.emplace_back((size_t)num_rows * size * 2);
     for (size_t i = 0; i < halves.size(); i += 2) {
@@ -157,7 +157,7 @@ void Toy::add_layer(uint8_t* pages, int window) {
     body_.push_back(linear(BRLITE_ADD, hidden_, HIDDEN, INNER));
 }
 
-// What a cache could hold: for int8 any byte, and small scales; else bfloat16 numbers from 2^-15 to 4.
+// Random contents of a cache: for int8 any byte and small scales; else bfloat16 numbers from 2^-15 to 4.
 void Toy::make_noise() {
     const size_t page = brlite_page_bytes(kv_format_, HEAD_DIM);
     const size_t first_scale = 2 * page_part_bytes(kv_format_, rounded(HEAD_DIM, BRLITE_LANES));

@@ -1,4 +1,4 @@
-// A toy model for the self-test: two layers with every operation, whose weights and cache are noise.
+// A toy model for the self-test: two layers with every operation; weights and cache are random numbers.
 #pragma once
 
 #include <list>
@@ -13,7 +13,7 @@ class Random {  // xorshift32 (Marsaglia 2003): the same numbers on every machin
     uint32_t word();
     int below(int limit) { return (int)(word() % (uint32_t)limit); }
     float around_zero(float limit);
-    // Mostly small; some zero, some large, some too small for a float's exponent.
+    // Mostly small numbers; some are zero, some large, some subnormal.
     float weight();
 
  private:
@@ -22,7 +22,7 @@ class Random {  // xorshift32 (Marsaglia 2003): the same numbers on every machin
 
 class Toy {
  public:
-    // No size is a whole number of panels or groups where it need not be one.
+    // Sizes are not multiples of panels or groups, except where they must be.
     static constexpr int HIDDEN = 24, INNER = 40, VOCABULARY = 150;
     static constexpr int HEADS = 4, KV_HEADS = 2, HEAD_DIM = 24, ROTARY_DIM = 16;
     static constexpr int ATTENDED = HEADS * HEAD_DIM, QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM;
@@ -36,11 +36,11 @@ class Toy {
 
     const brlite_plan& plan() const { return plan_; }
     const std::vector<uint8_t>& cache() const { return cache_; }
-    // The cache as it was made, full of noise: a token at position 300 needs none before it to be computed.
+    // Fills the cache with the same random numbers again. So a token at position 300 can be computed without a prompt.
     void reset() { cache_.assign(noise_.begin(), noise_.end()); }
 
  private:
-    // A row is read in whole groups, SILU's second half too.
+    // Rows are padded to whole groups, since SILU reads its second half in whole groups, too.
     struct Rows {
         std::vector<float> data;
         int row_size;
