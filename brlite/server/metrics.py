@@ -132,7 +132,10 @@ V1_HISTOGRAMS = [
 ]
 
 OWN_GAUGES = [Series("brlite:step_threads", "Threads that computed the last step.", lambda s: s.num_step_threads)]
-OWN_COUNTERS = [Series("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures)]
+OWN_COUNTERS = [
+    Series("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures),
+    Series("brlite:steps_ahead", "Steps decided before the one before had ended.", lambda s: s.steps_ahead),
+]
 OWN_HISTOGRAMS = [Distribution("brlite:step_time_seconds", "Duration of a step.", lambda s: s.step_time)]
 
 MODEL_COUNTERS = [
