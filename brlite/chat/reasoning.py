@@ -66,6 +66,11 @@ class ReasoningSplitter:
         self._source.feed(text, self._source.at)
         next(self._splitting, None)
 
+    @property
+    def held(self) -> str:
+        """Text that may be the beginning of the mark before the reasoning."""
+        return "" if self.is_inside else self._source.text[self._source.at :]
+
     def finish(self) -> None:
         """The reply ends here: pass on what was held back."""
         self._source.has_ended = True

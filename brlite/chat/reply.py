@@ -56,6 +56,7 @@ class ReplyParser:
         calls: ToolCallParser | None = None,
     ) -> None:
         self._calls = calls
+        self._warnings: list[str] = []
         self._events: list[ReplyEvent] = []
         self._splitter = None
         if marks is not None:
@@ -63,8 +64,8 @@ class ReplyParser:
 
     @property
     def warnings(self) -> list[str]:
-        """What was read as content although it looked like a call."""
-        return [] if self._calls is None else self._calls.warnings
+        """What was read as content although it looked like a call, or like the beginning of one."""
+        return self._warnings if self._calls is None else [*self._warnings, *self._calls.warnings]
 
     @property
     def num_calls(self) -> int:
@@ -79,12 +80,17 @@ class ReplyParser:
             self._splitter.feed(text)
         return self._take()
 
-    def finish(self) -> list[ReplyEvent]:
-        """The events of what was held back. The reply ends here."""
+    def finish(self, *, is_cut: bool = False) -> list[ReplyEvent]:
+        """The events of what was held back. The reply ends here; `is_cut`: for its length.
+
+        What a cut leaves of a mark is content, as in vLLM, with a warning.
+        """
         if self._splitter is not None:
+            if is_cut and (held := self._splitter.held):
+                self._warnings.append(f"the reply was cut in {held!r}, which may begin its reasoning: it is content")
             self._splitter.finish()
         if self._calls is not None:
-            self._events += self._calls.finish()
+            self._events += self._calls.finish(is_cut=is_cut)
         return self._take()
 
     def _content(self, text: str) -> None:

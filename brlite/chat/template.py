@@ -60,7 +60,7 @@ class ChatTemplate:
             raise ModelError(f"{source}: the chat template is broken: {one_line(answer['error'])}")
         self.capabilities = TemplateCapabilities(
             **{**answer, "variables": frozenset(answer["variables"])},
-            knows_developer="developer" in template,
+            knows_developer="developer" in template and bool(answer["roles"]["developer"]),
             reasoning_key=find_reasoning_key(template),
             reasoning_marks=find_reasoning_marks(template),
             marks_content="<|channel|>" in template and "<|message|>" in template,

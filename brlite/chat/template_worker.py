@@ -29,8 +29,12 @@ USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content"
 # By role, a chat with a turn of it. A template that knows the role writes the turn's content, or refuses the chat.
 ROLE_PROBES: dict[str, list[dict[str, Any]]] = {
     "system": [{"role": "system", "content": PROBE}, USER],
+    "developer": [{"role": "developer", "content": PROBE}, USER],
+    "assistant": [USER, {"role": "assistant", "content": PROBE}, USER],
     "tool": [USER, ANSWER, {"role": "tool", "content": PROBE}, USER],
     "function": [USER, ANSWER, {"role": "function", "content": PROBE}, USER],
+    "later system": [USER, ANSWER, {"role": "system", "content": PROBE}, USER],
+    "": [USER, ANSWER, {"role": "narrator", "content": PROBE}, USER],  # any other one
 }
 SHORT_ID, LONG_ID = "a1b2c3d4e", "call_a1b2c3d4e5f6a7b8"
 
@@ -112,7 +116,7 @@ class Renderer:
             text = self.answer(messages, add_generation_prompt=True, extras=extras)["text"]
         except Exception:  # whatever a template raises: a request with such a chat gets the error
             return None
-        return PROBE in text and not any(each in text for each in without)
+        return PROBE in text.lower() and not any(each in text for each in without)
 
 
 def _calls(

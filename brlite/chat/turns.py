@@ -51,7 +51,8 @@ For each function call, return a json object with function name and arguments wi
 class TemplateCapabilities(msgspec.Struct, frozen=True, kw_only=True):
     """What a template can say, found by trial renderings (`template_worker.py`).
 
-    `roles`: True is said, False is left out without an error, None is refused. `variables` are the names that the
+    `roles`: True is said, False is left out without an error, None is refused; "" are all that have no entry but
+    the user, "later system" is a system message that is not the first. `variables` are the names that the
     template reads. `takes_empty_content` is False where a turn with calls must have no `content`.
     With `marks_content` content has marks of its own, as in gpt-oss' harmony.
     `reasoning_key` is the key of an assistant turn under which the template reads its reasoning.
@@ -109,7 +110,7 @@ def prepare_turns(turns: Sequence[Turn], extras: TemplateExtras, can: TemplateCa
         for call in turn.get("tool_calls") or ()
         if isinstance(call, Mapping)
     }
-    return [_prepared(turn, names, can) for turn in turns]
+    return [_prepared(turn, names, can, is_first=index == 0) for index, turn in enumerate(turns)]
 
 
 def template_refusal(reason: str) -> InvalidRequest:
@@ -120,7 +121,9 @@ def template_refusal(reason: str) -> InvalidRequest:
     )
 
 
-def _prepared(turn: Turn, names: Mapping[str | None, str], can: TemplateCapabilities) -> dict[str, Any]:
+def _prepared(
+    turn: Turn, names: Mapping[str | None, str], can: TemplateCapabilities, *, is_first: bool
+) -> dict[str, Any]:
     calls = turn.get("tool_calls") or ()
     content = turn.get("content")
     prepared = {key: value for key, value in turn.items() if key not in ("tool_calls", "reasoning_content")}
@@ -130,8 +133,10 @@ def _prepared(turn: Turn, names: Mapping[str | None, str], can: TemplateCapabili
     if role == "developer" and not can.knows_developer:
         role = "system"
     is_result = role == "tool" and turn.get("tool_call_id") in names and can.says_results
-    if can.roles.get(role) is False and not is_result:
+    if role != "user" and can.roles.get(role, can.roles.get("")) is False and not is_result:
         raise template_refusal(f"the model's template leaves out messages of the role {role}")
+    if role == "system" and not is_first and can.roles.get("later system") is False:
+        raise template_refusal("the model's template leaves out a system message that is not the first")
     prepared["role"] = role
     if isinstance(content, list) and not can.takes_parts:
         prepared["content"] = joined_text(content)

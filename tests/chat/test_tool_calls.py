@@ -189,3 +189,31 @@ def test_the_format_is_chosen_from_the_template(sign: str, name: str) -> None:
 
 def test_a_template_without_a_sign_has_no_format() -> None:
     assert find_parser("{{ messages }}") is None
+
+
+@pytest.mark.parametrize(
+    ("parser", "text", "said"),
+    [
+        ("hermes", "Well: <tool", "cut in '<tool'"),
+        ("llama3_json", '{"name": "get_w', "looks like a tool call"),
+        ("hermes", '<tool_call>{"name": "get_w', "looks like a tool call"),
+    ],
+)
+def test_what_a_cut_leaves_of_a_call_is_content_with_a_warning(parser: str, text: str, said: str) -> None:
+    cut, ended = (ReplyParser(calls=PARSERS[parser](TOOLS)) for _ in range(2))
+
+    replies = [collect(each.feed(text) + each.finish(is_cut=is_cut)) for each, is_cut in ((cut, True), (ended, False))]
+
+    assert [reply.content for reply in replies] == [text, text]
+    (warning,) = cut.warnings
+    assert said in warning
+    assert not any("cut in" in line for line in ended.warnings)
+
+
+def test_what_a_cut_leaves_of_the_mark_before_reasoning_is_content_with_a_warning() -> None:
+    parser = ReplyParser(marks=("<think>", "</think>"))
+
+    reply = collect(parser.feed("<thi") + parser.finish(is_cut=True))
+
+    assert (reply.content, reply.reasoning) == ("<thi", "")
+    assert parser.warnings == ["the reply was cut in '<thi', which may begin its reasoning: it is content"]

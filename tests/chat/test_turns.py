@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from brlite.chat.formats import ChatGLM3Format
+from brlite.chat.formats import Baichuan2Format, ChatFormat, ChatGLM2Format, ChatGLM3Format
 from brlite.chat.template import ChatTemplate
 from brlite.chat.turns import TemplateExtras, short_id
 from brlite.errors import InvalidRequest
@@ -223,3 +224,64 @@ def test_a_short_id_is_kept_and_a_long_one_is_shortened_alike_each_time() -> Non
     assert short_id("a1b2c3d4e") == "a1b2c3d4e"
     assert short_id("call_1") == short_id("call_1") != short_id("call_2")
     assert len(short_id("call_1")) == 9
+
+
+ONLY_TWO_ROLES = (
+    "{% for m in messages %}{% if m.role == 'user' %}[u]{{ m.content }}{% elif m.role == 'assistant' %}[a]"
+    "{{ m.content }}{% endif %}{% endfor %}{# developer #}"
+)
+FIRST_SYSTEM = "{{ messages[0].content }}{% for m in messages[1:] if m.role != 'system' %}{{ m.content }}{% endfor %}"
+GLM_IDS = {text: number for number, text in enumerate(("[gMASK]", "sop", "<|system|>", "<|user|>", "<|assistant|>"))}
+OWN_FORMATS: dict[str, ChatFormat] = {
+    "baichuan2": Baichuan2Format(user_token_id=0, assistant_token_id=1, names={0: "<u>", 1: "<a>"}),
+    "chatglm3": ChatGLM3Format({**GLM_IDS, "<|observation|>": 5}),
+    "chatglm2": ChatGLM2Format(GLM_IDS),
+}
+ALL_TEMPLATES = {
+    "qwen": QWEN,
+    "deepseek": DEEPSEEK,
+    "mistral": MISTRAL,
+    "glm4": GLM4,
+    "is defined": IS_DEFINED,
+    "chatml": CHATML,
+    "no system": NO_SYSTEM,
+    "loops": LOOPS,
+    "only parts": ONLY_PARTS,
+    "only two roles": ONLY_TWO_ROLES,
+    "first system": FIRST_SYSTEM,
+}
+
+
+@pytest.mark.parametrize("name", [*ALL_TEMPLATES, *OWN_FORMATS])
+def test_each_turn_of_each_role_is_said_or_refused(name: str) -> None:
+    chat_format = OWN_FORMATS.get(name) or ChatTemplate(ALL_TEMPLATES[name], source="here", special_tokens={})
+    answer = {"role": "assistant", "content": "b"}
+
+    for role in ("system", "developer", "user", "assistant", "tool", "function", "narrator"):
+        turn = {"role": role, "content": "w0rd"}
+        for chat in ([turn, ASKED], [ASKED, turn, ASKED], [ASKED, answer, turn, ASKED], [ASKED, answer, turn]):
+            with suppress(InvalidRequest):
+                assert "w0rd" in chat_format.render(chat, add_generation_prompt=True), (role, chat)
+    assert "q" in chat_format.render([ASKED], add_generation_prompt=True)
+    chat_format.close()
+
+
+def test_a_developer_is_the_system_where_the_template_only_mentions_one() -> None:
+    template = "{% for m in messages %}{% if m.role in ('system', 'user') %}[{{ m.role }}]{{ m.content }}{% endif %}"
+    developer = {"role": "developer", "content": "d"}
+
+    assert render(template + "{% endfor %}{# developer #}", [developer, ASKED]) == "[system]d[user]q"
+    assert render("{# developer #}" + CHATML, [developer, ASKED]) == "[developer]d[user]q"
+
+
+def test_a_role_that_the_template_leaves_out_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="leaves out messages of the role narrator"):
+        render(ONLY_TWO_ROLES, [ASKED, {"role": "narrator", "content": "x"}])
+
+
+def test_a_system_message_that_the_template_takes_at_the_beginning_only_is_refused_behind_it() -> None:
+    system = {"role": "system", "content": "x"}
+
+    assert render(FIRST_SYSTEM, [system, ASKED]) == "xq"
+    with pytest.raises(InvalidRequest, match="leaves out a system message that is not the first"):
+        render(FIRST_SYSTEM, [system, ASKED, system, ASKED])

@@ -300,3 +300,25 @@ async def test_a_variable_that_no_template_reads_is_a_warning_and_a_forced_one_a
         await ask(client, "x", extra_body={"chat_template_kwargs": {"enable_thinking": True}})
 
     assert same.warnings == ["chat_template_kwargs: the model's template does not read 'enable_thinking'"]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_call_that_the_length_cuts_in_its_mark_is_content_with_a_warning(
+    serve: Callable[..., Awaitable[openai.AsyncOpenAI]], is_streamed: bool
+) -> None:
+    client = await serve()
+    fields = {"max_tokens": len("Well: <tool"), "messages": words("Well: " + CALL)}
+
+    if is_streamed:
+        chunks = await ask_in_pieces(client, "", **fields)
+        content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        warnings = [line for chunk in chunks for line in (chunk.model_extra or {}).get("warnings", ())]
+        reason = chunks[-1].choices[0].finish_reason
+    else:
+        answer = await ask(client, "", **fields)
+        content, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        warnings = (answer.model_extra or {}).get("warnings", [])
+
+    assert reason == "length"
+    assert content.endswith("<tool")
+    assert any("which may begin a tool call: it is content" in line for line in warnings)

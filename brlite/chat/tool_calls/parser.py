@@ -58,6 +58,7 @@ class ToolCallParser:
         self._source = ReplySource()
         self._events: list[ReplyEvent] = []
         self.num_calls = 0
+        self._is_cut = False
         self._spaces = ""  # white space of the content, held until text follows
         self._has_content = False
         # Of the call that is being read:
@@ -81,8 +82,12 @@ class ToolCallParser:
             self._start, self._passed_on = 0, max(0, self._passed_on - forgotten)
         return self._advance()
 
-    def finish(self) -> list[ReplyEvent]:
-        """The events of the text that was held back. The reply ends here."""
+    def finish(self, *, is_cut: bool = False) -> list[ReplyEvent]:
+        """The events of the text that was held back. The reply ends here; `is_cut`: for its length."""
+        held = self._source.text[self._source.at :]
+        if is_cut and held and self._start is None:
+            self.warnings.append(f"the reply was cut in {held!r}, which may begin a tool call: it is content")
+        self._is_cut = is_cut
         self._source.has_ended = True
         events = self._advance()
         if self.num_calls == 0 and self._spaces:
@@ -160,7 +165,7 @@ class ToolCallParser:
             self._call_events.append(event)
 
     def _give_up(self, reason: str, *, is_marked: bool) -> None:
-        if is_marked or self._has_begun:
+        if is_marked or self._has_begun or self._is_cut:
             self.warnings.append(f"text that looks like a tool call is passed on as content: {reason}")
         if self._has_begun:
             self._events.append(ToolCallEnd(self.num_calls))
