@@ -187,6 +187,7 @@ def _load_tokenizer(path: Path, spec: ModelSpec, limits: LimitsConfig) -> Tokeni
         path,
         chat_template=Path(spec.chat_template) if spec.chat_template else None,
         template_limits=ChildLimits(limits.template_seconds, limits.template_memory_bytes),
+        control_tokens_in_text=spec.control_tokens_in_text,
     )
 
 

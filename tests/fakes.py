@@ -17,6 +17,7 @@ from brlite.chat.turns import joined_text
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SamplingInput, ScheduledSeq, SeqResult, StepResult
 from brlite.errors import InvalidRequest
 from brlite.outputs import TokenLogprob
+from brlite.tokenizer.infill import InfillTokens
 from tests.limits import PATIENCE_SECONDS
 
 VOCAB_SIZE = 260
@@ -38,6 +39,11 @@ class ByteTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
         return list(text.encode())
+
+    infill = InfillTokens(257, 258, 259, ends=(120,))  # an "x" ends an infill
+
+    def encode_infill(self, before: str, after: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self.infill.prompt(list(before.encode()), list(after.encode()))
 
     encodes_in_process = True
 

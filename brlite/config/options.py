@@ -188,6 +188,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     force_chat_template_kwargs: Annotated[
         bool, option("true: a request that sets one of them to another value is refused")
     ] = False
+    control_tokens_in_text: Annotated[
+        bool,
+        option("true: a control token that a message spells out becomes that token; false: it stays text"),
+    ] = False
     tool_parser: Annotated[
         ToolParserName,
         option("the format of tool calls; auto: by the chat template, none: calls stay text (docs/tools.md)"),

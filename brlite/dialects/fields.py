@@ -94,7 +94,8 @@ OBEYED = (
     ObeyedField("max_completion_tokens", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "another name of `max_tokens`"),
     ObeyedField("logprobs", BOTH, EVERYBODY, "chats: true or false; completions: a number"),
     ObeyedField("top_logprobs", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "chats: needs `logprobs`"),
-    ObeyedField("echo", (COMPLETIONS,), (OPENAI, VLLM_04, VLLM, SGLANG)),
+    ObeyedField("echo", BOTH, (OPENAI, VLLM_04, VLLM, SGLANG), "chats: the last message, if it is the assistant's"),
+    ObeyedField("suffix", (COMPLETIONS,), (OPENAI, VLLM_04, VLLM), "where the vocabulary has tokens for infills"),
     ObeyedField("top_k", ALL_FOUR, ALL_SIX[1:]),
     ObeyedField("min_p", ALL_FOUR, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("top_n_sigma", BOTH, (LLAMA_CPP,)),
@@ -148,7 +149,7 @@ UNUSUAL = (
     ObeyedField("stop_token_ids stop_tokens_ids skip_special_tokens", (RESPONSES, MESSAGES), VLLM_AND_SGLANG),
 )
 # What Responses and Messages have by names of their own, or not: further names of these are not read there.
-OWN_PARAMETERS = frozenset(("n", "max_tokens", "stop"))
+OWN_PARAMETERS = frozenset(("n", "max_tokens", "stop", "logprobs"))
 
 
 class OtherName(NamedTuple):
@@ -163,6 +164,7 @@ class OtherName(NamedTuple):
 OTHER_NAMES = (
     OtherName("n_cmpl", "n", (LLAMA_CPP,)),
     OtherName("n_predict", "max_tokens", (LLAMA_CPP,)),
+    OtherName("n_probs", "logprobs", (LLAMA_CPP,), "0: none; chats: `top_logprobs` with `logprobs`"),
     OtherName("repeat_penalty", "repetition_penalty", (LLAMA_CPP,), "of the whole text without `repeat_last_n`"),
     OtherName("stop_words", "stop", (LLAMA_CPP,)),
     OtherName("max_new_tokens", "max_tokens", (SGLANG,)),
@@ -214,7 +216,6 @@ NOT_DECODED = (
     Field("thinking_token_budget thinking_budget_tokens reasoning_budget", (VLLM, LLAMA_CPP), (-1,)),
     Field("reasoning_budget_message", (LLAMA_CPP,), ("",)),
     Field("chat_template", (VLLM, LLAMA_CPP), ("",)),
-    Field("suffix", (OPENAI, VLLM_04, VLLM), ("",)),
     Field("input_prefix input_suffix", (LLAMA_CPP,), ("",)),
     Field("parse_special", (LLAMA_CPP,), (True,)),
     Field("input_extra image_data", (LLAMA_CPP,), ([],)),
@@ -252,7 +253,6 @@ NOT_DECODED = (
     Field("return_prompt_text", (VLLM,), (False,)),
     Field("return_hidden_states return_routed_experts return_cached_tokens_details", (SGLANG,), (False,)),
     Field("return_meta_info input_token_logprobs", (SGLANG,), (False,)),
-    Field("n_probs", (LLAMA_CPP,), (0,), "logprobs"),
     Field("post_sampling_probs", (LLAMA_CPP,), (False,)),
     Field("timings_per_token return_progress return_tokens verbose", (LLAMA_CPP,), (False,)),
     Field("response_fields", (LLAMA_CPP,), ([],)),
@@ -280,7 +280,8 @@ OF_GENERATION = (
     Field("n_predict max_new_tokens", (LLAMA_CPP, SGLANG), (-1,), "the endpoint's own name"),
     Field("stop stop_words", EVERYBODY, ("", []), "stop_sequences"),
     Field("logprobs", EVERYBODY, (False,), "top_logprobs"),
-    Field("top_logprobs", (OPENAI,), (0,), "logprobs"),
+    Field("top_logprobs n_probs", (OPENAI, LLAMA_CPP), (0,), "logprobs"),
+    Field("suffix", (OPENAI, VLLM_04, VLLM), ("",), "/v1/completions"),
     Field("prompt_logprobs", (VLLM,)),
     Field("return_tokens_as_token_ids return_token_ids", (VLLM,), (False,)),
     Field("echo", (OPENAI, VLLM_04, VLLM), (False,)),

@@ -51,10 +51,11 @@ class Chat(Struct, frozen=True):
 
 
 class Text(Struct, frozen=True):
-    """A text to continue."""
+    """A text to continue; with a `suffix`, what stands between both."""
 
     text: str
     add_special_tokens: bool = True
+    suffix: str = ""
 
 
 class TokenIds(Struct, frozen=True):
@@ -77,14 +78,15 @@ class Generation(Struct, frozen=True, kw_only=True):
     """A call: prompts to continue, each `params.n` times, and how the answer is told.
 
     `model` is the name that the client wrote; None where it left it out. With `echo` each completion begins with its
-    prompt, with `is_echo_only` it is nothing else. `continuous_usage` puts the usage so far into every chunk of a
-    stream, `names_are_ids` tells tokens in logprobs by their ids. `field_names` maps the engine's names of fields to
-    the client's, where they differ. `warnings` are told with the answer. A chat's reasoning is told apart from its text
-    with `splits_reasoning`, and left out without `shows_reasoning`. `calls_functions`: calls are told as OpenAI's
-    `function_call`, the form before tools. With `keeps_order` a response that is not streamed tells texts and calls in
-    the order in which they were written; else all text is before the calls. `unset` are the sampling parameters that
-    the client left out, of those that a model may have defaults for. `timeout_seconds` is when the client wants an
-    error in place of the rest. With `is_strict`, what would be a warning is refused.
+    prompt, with `is_echo_only` it is nothing else; a chat's begins with `echoed_text`. `continuous_usage` puts the
+    usage so far into every chunk of a stream, `names_are_ids` tells tokens in logprobs by their ids. `field_names` maps
+    the engine's names of fields to the client's, where they differ. `warnings` are told with the answer. A chat's
+    reasoning is told apart from its text with `splits_reasoning`, and left out without `shows_reasoning`.
+    `calls_functions`: calls are told as OpenAI's `function_call`, the form before tools. With `keeps_order` a response
+    that is not streamed tells texts and calls in the order in which they were written; else all text is before the
+    calls. `unset` are the sampling parameters that the client left out, of those that a model may have defaults for.
+    `timeout_seconds` is when the client wants an error in place of the rest. With `is_strict`, what would be a warning
+    is refused.
     `tells_token_ids`: those of prompt and answer are told; the prompt's logprobs with `tells_prompt_logprobs`.
     """
 
@@ -97,6 +99,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     names_are_ids: bool = False
     echo: bool = False
     is_echo_only: bool = False
+    echoed_text: str = ""
     truncation: Truncation | None = None
     cache_salt: str = ""
     field_names: Mapping[str, str] = {}

@@ -149,7 +149,9 @@ def take_undecoded(
     """
     more = read_undecoded(undecoded, own)
     for parameter, value in more.sampling.items():
-        if parameter in body.__struct_fields__:
+        if parameter == "logprobs":
+            _take_num_logprobs(body, more.field_names[parameter], value)
+        elif parameter in body.__struct_fields__:
             name = more.field_names.get(parameter, parameter)
             try:
                 value = msgspec.convert(value, _SAMPLING_TYPES[parameter])
@@ -162,6 +164,18 @@ def take_undecoded(
             check_num_entries(parameter, len(value), getattr(limits, _LIST_LIMITS[parameter]))
     rest = {name: value for name, value in more.sampling.items() if name not in body.__struct_fields__}
     return more._replace(sampling=rest)
+
+
+def _take_num_logprobs(body: GenerationFields, name: str, value: Any) -> None:
+    """Set the number of alternatives, which a chat has in a field of its own; 0 is none at all."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidRequest(f"{name} must be a 64-bit integer, at least 0, got {value!r:.64}", param=name)
+    number = "top_logprobs" if "top_logprobs" in body.__struct_fields__ else "logprobs"
+    if getattr(body, number) not in (None, value) or body.logprobs not in (None, True, value):  # type: ignore[attr-defined]  # both kinds have it
+        raise InvalidRequest(f"{name} is another name of {number}; give one of them", param=name)
+    if value:
+        body.logprobs = True  # type: ignore[attr-defined]
+        setattr(body, number, value)
 
 
 def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -> None:

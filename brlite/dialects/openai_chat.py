@@ -66,6 +66,7 @@ class ChatCompletionRequest(SamplingFields, kw_only=True):
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
     max_completion_tokens: Whole | None = None
+    echo: bool | None = None
     logprobs: bool | None = None
     top_logprobs: Whole | None = None
     add_generation_prompt: bool | None = None
@@ -199,10 +200,16 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         field_names=field_names,
         tool_choice=tool_choice,
         calls_functions=bool(body.functions),
+        echoed_text=_said(messages[-1]) if body.echo and messages[-1]["role"] == "assistant" else "",
         splits_reasoning=body.separate_reasoning is not False,
         shows_reasoning=body.include_reasoning is not False,
         **completion_fields(body, more),
     )
+
+
+def _said(turn: dict[str, Any]) -> str:
+    content = turn["content"]
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
 
 class ChatEncoder(OpenAIEncoder):

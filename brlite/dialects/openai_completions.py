@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from msgspec import UNSET, Struct, UnsetType
+from msgspec import UNSET, Struct, UnsetType, structs
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
@@ -42,6 +42,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's; a chat has what the engine allows
 
 class CompletionRequest(SamplingFields, kw_only=True):
     prompt: str | list[str | int | list[int]]
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: bool | Whole | None = None
     add_special_tokens: bool | None = None
@@ -95,6 +96,8 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
     """
     prompts = read_prompts("prompt", body.prompt, limits.max_prompts, body.add_special_tokens is not False)
     check_fields(body, len(prompts), limits)
+    if body.suffix:
+        prompts = _with_suffix(prompts, body.suffix, body)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     is_echo_only = bool(body.echo) and max_tokens == 0
     logprobs = None if body.logprobs is False else body.logprobs
@@ -122,6 +125,16 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
         field_names=field_names,
         **completion_fields(body, more),
     )
+
+
+def _with_suffix(prompts: tuple[Text | TokenIds, ...], suffix: str, body: CompletionRequest) -> tuple[Text, ...]:
+    """The prompts for what stands between each and the suffix. Raises `InvalidRequest`."""
+    if body.echo or body.truncate_prompt_tokens is not None:
+        raise InvalidRequest("suffix cannot be given with echo or truncate_prompt_tokens", param="suffix")
+    texts = tuple(structs.replace(prompt, suffix=suffix) for prompt in prompts if isinstance(prompt, Text))
+    if len(texts) < len(prompts):
+        raise InvalidRequest("suffix needs prompts that are texts, not token ids", param="suffix")
+    return texts
 
 
 class CompletionEncoder(OpenAIEncoder):

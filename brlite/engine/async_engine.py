@@ -171,6 +171,7 @@ class EngineLoop:
         self,
         text: str,
         *,
+        suffix: str = "",
         add_special_tokens: bool = True,
         param: str = "prompt",
         is_bounded: bool = True,
@@ -179,20 +180,22 @@ class EngineLoop:
     ) -> list[int]:
         """Token ids of a text. A long one is encoded on another thread, so that streams do not stall meanwhile.
 
-        Tenants share that thread in turns.
+        With a `suffix` those of a prompt for what stands between both. Tenants share that thread in turns.
         Raises `PromptTooLong` before that, if it `is_bounded`, for a text that is too long however it is encoded, with
         `num_further` tokens behind it.
         """
         self._check_loop()
         tokenizer = self._engine.tokenizer
         if is_bounded:
-            fewest = tokenizer.fewest_tokens(text)
+            fewest = tokenizer.fewest_tokens(text + suffix if suffix else text)
             if fewest > context_length(self._engine.info) - num_further:
                 raise prompt_too_long(
                     fewest, self._engine.info, param=param, at_least="at least ", num_further=num_further
                 )
         encode = functools.partial(tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
-        return await self._off_loop_if(len(text) > LONG_TEXT, tenant, encode)
+        if suffix:
+            encode = functools.partial(tokenizer.encode_infill, text, suffix, add_special_tokens=add_special_tokens)
+        return await self._off_loop_if(len(text) + len(suffix) > LONG_TEXT, tenant, encode)
 
     async def encode_chat(
         self,

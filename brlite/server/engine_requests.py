@@ -46,6 +46,10 @@ async def make_requests(
     params = call.params
     if params.best_of is not None:
         params = params.for_all_answers()
+    first = call.prompts[0]
+    if isinstance(first, Text) and first.suffix and engine.tokenizer.infill is not None:  # all have the same suffix
+        ends = engine.tokenizer.infill.ends
+        params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
         extras = NO_EXTRAS
@@ -144,7 +148,11 @@ async def encode(
         )
     if isinstance(prompt, Text):
         return await engine.encode(
-            prompt.text, add_special_tokens=prompt.add_special_tokens, is_bounded=is_bounded, tenant=tenant
+            prompt.text,
+            suffix=prompt.suffix,
+            add_special_tokens=prompt.add_special_tokens,
+            is_bounded=is_bounded,
+            tenant=tenant,
         )
     return prompt.token_ids
 

@@ -52,7 +52,8 @@ class EventBuilder:
         """
         self.count(prompt_index, output)
         usage = self.usage() if self._call.continuous_usage else None
-        first_choice = prompt_index * self._call.params.n
+        call = self._call
+        first_choice = prompt_index * call.params.n
         events: list[Event] = []
         for completion in output.outputs:
             is_last = output.finished and completion is output.outputs[-1]
@@ -72,6 +73,8 @@ class EventBuilder:
                     warnings=(*self._warnings, *output.warnings) if is_last else (),
                 )
                 events += [event] if self._replies is None else self._read(event, self._replies)
+            if call.echoed_text and first_choice + completion.index not in self._echoed_choices:
+                events[num_events:] = self._with_echo(first_choice + completion.index, events[num_events:])
             if self._tells_tokens:
                 events[num_events:] = self._with_tokens(prompt_index, output, completion, events[num_events:])
         return events
@@ -116,6 +119,16 @@ class EventBuilder:
             warnings |= dict.fromkeys(line for parser in self._parsers.values() for line in parser.warnings)
         return sorted(events, key=lambda event: event.choice), tuple(warnings)
 
+    def _with_echo(self, choice: int, events: list[Event]) -> list[Event]:
+        """A choice's first events, behind the message that it continues. It is content, which no parser reads."""
+        if not events:
+            return events
+        self._echoed_choices.add(choice)
+        text = self._call.echoed_text
+        if self._replies is None:
+            return [structs.replace(events[0], text=text + events[0].text), *events[1:]]
+        return [Event(choice=choice, text=text), *events]
+
     def _with_tokens(
         self, prompt_index: int, output: RequestOutput, completion: CompletionOutput, events: list[Event]
     ) -> list[Event]:
@@ -146,7 +159,7 @@ class EventBuilder:
             parser = self._parsers[event.choice] = replies.parser()
         parts = parser.feed(event.text)
         if event.finish_reason is not None:
-            parts += parser.finish()
+            parts += parser.finish(is_cut=event.finish_reason == "length")
         events: list[Event] = []
         for part in parts:
             if isinstance(part, TextDelta):

@@ -119,7 +119,8 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
             rendered = []
             for prompt, each in zip(call.prompts, made.requests, strict=True):
                 max_tokens, clamps = admit_to_engine(each, engine.info, limits)
-                shown = prompt if call.truncation is None else TokenIds(each.prompt_token_ids)
+                is_whole = call.truncation is None and not (isinstance(prompt, Text) and prompt.suffix)
+                shown = prompt if is_whole else TokenIds(each.prompt_token_ids)
                 text, _ = await prompt_text(shown, engine, model, tenant)
                 rendered.append(
                     RenderedRequest(

@@ -21,6 +21,7 @@ from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.encoder import BackendEncoder
+from brlite.tokenizer.infill import find_infill_tokens
 from brlite.tokenizer.pieces import PieceKind, VocabularyPiece, add_bos_eos, add_typed_tokens, build_backend
 from brlite.tokenizer.pre_tokenizers import SPLITTINGS, Splitting, build_pre_tokenizer
 from brlite.tokenizer.token_bytes import read_token_bytes
@@ -44,11 +45,22 @@ _ENDS = (
 _CONTROL_ENDS = ("</s>", "<eos>", "<EOT>", "[EOT]", "<turn|>")
 _CHATGLM_PREFIX = "[gMASK]"  # a vocabulary that has it ends where the next one speaks
 _CHATGLM_ENDS = ("<|user|>", "<|observation|>")
+# The keys of tokens for infills, before which there were others.
+_INFILL_KEYS = (("fim_pre", "prefix"), ("fim_suf", "suffix"), ("fim_mid", "middle"))
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # what a `llama` vocabulary means when it names none
 
 
-def load_gguf(path: Path, *, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
-    """The tokenizer of a GGUF file; `chat_template` replaces the file's own. Raises `ModelError`, naming the key."""
+def load_gguf(
+    path: Path,
+    *,
+    chat_template: Path | None = None,
+    limits: ChildLimits | None = None,
+    control_tokens_in_text: bool = False,
+) -> Tokenizer:
+    """The tokenizer of a GGUF file; `chat_template` replaces the file's own. Raises `ModelError`, naming the key.
+
+    With `control_tokens_in_text` a control token that a message of a chat spells out becomes that token.
+    """
     vocabulary = _Vocabulary(path, read_gguf_header(path).metadata)
     backend = _build_with_ends(vocabulary)
     template = read_template(chat_template) if chat_template else vocabulary.get("tokenizer.chat_template", str)
@@ -65,9 +77,10 @@ def load_gguf(path: Path, *, chat_template: Path | None = None, limits: ChildLim
             template,
             source=str(chat_template or path),
             special_tokens=vocabulary.named_tokens(),
-            control_tokens=read_control_tokens(backend),
+            control_tokens=None if control_tokens_in_text else read_control_tokens(backend),
             limits=limits,
         ),
+        infill=find_infill_tokens(backend.token_to_id, vocabulary.infill_token_ids()),
     )
 
 
@@ -162,6 +175,14 @@ class _Vocabulary:
         """The texts that a template may name."""
         ids = {f"{name}_token": self.token_id(name) for name in ("bos", "eos")}
         return {name: self.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
+
+    def infill_token_ids(self) -> tuple[int | None, int | None, int | None]:
+        """The tokens for filling in that the file names: prefix, suffix, middle."""
+        prefix, suffix, middle = (
+            next((token_id for name in names if (token_id := self.token_id(name)) is not None), None)
+            for names in _INFILL_KEYS
+        )
+        return prefix, suffix, middle
 
     def merges(self) -> list[tuple[str, str]]:
         key = "tokenizer.ggml.merges"

@@ -21,6 +21,7 @@ from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.encoder import BackendEncoder, is_panic
+from brlite.tokenizer.infill import find_infill_tokens
 from brlite.tokenizer.json_check import check_tokenizer_json
 from brlite.tokenizer.piece_encoder import PieceEncoder
 from brlite.tokenizer.pieces import add_bos_eos
@@ -39,8 +40,16 @@ _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _SENTENCEPIECE_DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "add_eos_token": False}
 
 
-def load_folder(folder: Path, *, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
+def load_folder(
+    folder: Path,
+    *,
+    chat_template: Path | None = None,
+    limits: ChildLimits | None = None,
+    control_tokens_in_text: bool = False,
+) -> Tokenizer:
     """The tokenizer of a folder; `chat_template` replaces its template. Raises `ModelError`, naming the file.
+
+    With `control_tokens_in_text` a control token that a message of a chat spells out becomes that token.
 
     With a `tokenizer.json`, that file alone decides whether BOS and EOS are added, as in transformers 5; without one,
     `add_bos_token` and `add_eos_token` of `tokenizer_config.json` do, and its `legacy` puts a space before each stretch
@@ -72,7 +81,7 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
     template, tool_use, source = _find_templates(folder, config, chat_template)
     chat_format: ChatFormat | None = None
     if template is not None:
-        controls = read_control_tokens(backend)
+        controls = None if control_tokens_in_text else read_control_tokens(backend)
         made = [
             ChatTemplate(text, source=source, special_tokens=named, control_tokens=controls, limits=limits)
             for text in (template, tool_use)
@@ -86,6 +95,7 @@ def load_folder(folder: Path, *, chat_template: Path | None = None, limits: Chil
         eos_token_ids=read_eos_token_ids(folder, ids.get("eos_token")),
         special_token_ids=special,
         chat_template=chat_format,
+        infill=find_infill_tokens(backend.token_to_id),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from brlite.checkpoint.model_file import exists
@@ -9,27 +10,46 @@ from brlite.errors import ModelError
 from brlite.process.sandbox import ChildLimits
 from brlite.tokenizer.tokenizer import Tokenizer
 
+logger = logging.getLogger(__name__)
+
 
 def load_tokenizer(
-    path: Path, *, chat_template: Path | None = None, template_limits: ChildLimits | None = None
+    path: Path,
+    *,
+    chat_template: Path | None = None,
+    template_limits: ChildLimits | None = None,
+    control_tokens_in_text: bool = False,
 ) -> Tokenizer:
     """The tokenizer of a model: a Hugging Face folder, a `.gguf` file, or a folder that holds one `.gguf` file.
 
     `chat_template` names a file with a Jinja template that replaces the model's own; `template_limits` are what a chat
-    may cost it. No code from the model is run. Templates run in a process of their own, which `Tokenizer.close` ends.
+    may cost it. With `control_tokens_in_text` a control token that a message spells out becomes that token. No code
+    from the model is run. Templates run in a process of their own, which `Tokenizer.close` ends.
     """
     gguf_file = _gguf_file(path)
     if gguf_file is not None:
         from brlite.tokenizer.gguf_vocabulary import load_gguf
 
-        return load_gguf(gguf_file, chat_template=chat_template, limits=template_limits)
+        return load_gguf(
+            gguf_file,
+            chat_template=chat_template,
+            limits=template_limits,
+            control_tokens_in_text=control_tokens_in_text,
+        )
     from brlite.tokenizer.coded_folders import find_loader
     from brlite.tokenizer.hf import load_folder
 
     load_coded = find_loader(path)
     if load_coded is not None:
+        if control_tokens_in_text:
+            logger.warning("%s: control_tokens_in_text has no effect: its tokenizer finds no control tokens", path)
         return load_coded(path, chat_template, template_limits)
-    return load_folder(path, chat_template=chat_template, limits=template_limits)
+    return load_folder(
+        path,
+        chat_template=chat_template,
+        limits=template_limits,
+        control_tokens_in_text=control_tokens_in_text,
+    )
 
 
 def _gguf_file(path: Path) -> Path | None:

@@ -13,6 +13,7 @@ from brlite.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from brlite.chat.formats import ChatFormat
+    from brlite.tokenizer.infill import InfillTokens
     from brlite.tokenizer.token_bytes import TokenBytes
 
 
@@ -47,6 +48,7 @@ class Tokenizer:
 
     Ids 0 to `vocab_size` - 1 exist. Each of `eos_token_ids` ends a completion. `special_token_ids` are the control
     tokens, which `decode` leaves out unless told otherwise. `chat_format` makes chats text; None without a template.
+    `infill` has the tokens for filling in between two texts; None for a vocabulary without them.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Tokenizer:
         eos_token_ids: Iterable[int],
         special_token_ids: Iterable[int],
         chat_template: ChatFormat | None,
+        infill: InfillTokens | None = None,
     ) -> None:
         self.vocab_size = len(token_bytes.table)
         self.bos_token_id = bos_token_id
@@ -67,6 +70,7 @@ class Tokenizer:
         self._bytes = token_bytes.table
         self._strips_first_space = token_bytes.strips_first_space
         self.chat_format = chat_template
+        self.infill = infill
         self._special_ids: dict[str, int] = {}  # by their texts, made at the first use
         # The most characters of a text that one token can stand for; 0 if there is no limit.
         self._max_characters = max(map(len, self._bytes), default=0) * encoder.max_composed
@@ -82,10 +86,7 @@ class Tokenizer:
         and in vLLM: untrusted text in a prompt can write control tokens. In a rendered chat (`MarkedText`) only the
         template's own become tokens. Raises `InvalidRequest`, naming `param`, for a text with lone surrogates.
         """
-        try:
-            text.isascii() or text.encode()
-        except UnicodeEncodeError:
-            raise InvalidRequest("text holds a lone surrogate, which UTF-8 cannot encode", param=param) from None
+        _check_encodable(text, param)
         if not isinstance(text, MarkedText):
             return self._encoder.encode(text, add_special_tokens=add_special_tokens)
         encoded = (
@@ -98,6 +99,25 @@ class Tokenizer:
     def encodes_in_process(self) -> bool:
         """Whether encoding a short text takes microseconds: no child process does it."""
         return self._encoder.is_in_process
+
+    def encode_infill(self, before: str, after: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt for what stands between two texts, in which control tokens are words.
+
+        Raises `InvalidRequest` for a vocabulary without tokens for that.
+        """
+        if self.infill is None:
+            raise InvalidRequest(
+                "suffix: the model's vocabulary has no tokens for filling in, such as <|fim_prefix|>",
+                param="suffix",
+                code="unsupported_parameter",
+            )
+        _check_encodable(before, "prompt")
+        _check_encodable(after, "suffix")
+        prompt = self.infill.prompt(
+            self._encoder.encode_words(before, is_first=True), self._encoder.encode_words(after, is_first=False)
+        )
+        adds_bos = add_special_tokens and self.bos_token_id in self._encoder.encode("", add_special_tokens=True)
+        return [self.bos_token_id, *prompt] if adds_bos and self.bos_token_id is not None else prompt
 
     def encode_continuation(self, text: str) -> list[int]:
         """Token ids of a text that goes on with an answer: no BOS, no leading space, and words only."""
@@ -181,3 +201,10 @@ class Tokenizer:
         self._encoder.close()
         if self.chat_format is not None:
             self.chat_format.close()
+
+
+def _check_encodable(text: str, param: str | None) -> None:
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("text holds a lone surrogate, which UTF-8 cannot encode", param=param) from None

@@ -192,6 +192,7 @@ def test_no_field_that_bounds_a_completion_is_unknown_at_another_endpoint(
 
 def test_every_other_name_is_tried_above() -> None:
     tried = {"n_cmpl", "n_predict", "repeat_penalty", "stop_words", "max_new_tokens", "min_new_tokens", "no_stop_trim"}
+    tried.add("n_probs")  # below
 
     assert {other.name for other in OTHER_NAMES} == tried
 
@@ -230,6 +231,70 @@ def test_what_few_requests_have_is_a_sampling_parameter() -> None:
     for body, decode in ((chat_body(), decode_chat), (completion_body(), decode_completion)):
         params = decode(json.dumps({**body, **fields}).encode(), LimitsConfig()).params
         assert {name: getattr(params, name) for name in fields} == fields
+
+
+async def test_n_probs_is_the_number_of_logprobs(client: Client) -> None:
+    chat, chat_by_own_name = await client.chat(n_probs=2), await client.chat(logprobs=True, top_logprobs=2)
+    text, text_by_own_name = await client.complete(n_probs=2), await client.complete(logprobs=2)
+
+    assert chat["choices"] == chat_by_own_name["choices"]
+    assert text["choices"] == text_by_own_name["choices"]
+    assert (await client.chat(n_probs=0))["choices"][0]["logprobs"] is None
+    for fields in ({"n_probs": "x"}, {"n_probs": -1}, {"n_probs": 2, "logprobs": False}, {"n_probs": 99}):
+        status, answer = await client.post(CHAT, chat_body(**fields))
+        assert (status, answer["error"]["param"]) == (400, "n_probs"), fields
+
+
+async def test_a_suffix_asks_for_what_stands_before_it(client: Client) -> None:
+    prompts = [[257, *before, 258, *b"cd", 259] for before in (b"ab", b"b")]
+
+    answer = await client.complete(["ab", "b"], suffix="cd", max_tokens=4, return_token_ids=True)
+    plain = await client.complete("ab", suffix="")
+
+    assert [choice["prompt_token_ids"] for choice in answer["choices"]] == prompts
+    texts = [bytes(reference_tokens(prompt, 4)).decode() for prompt in prompts]
+    assert [choice["text"] for choice in answer["choices"]] == [text.split("x")[0] for text in texts]
+    assert plain["choices"] == (await client.complete("ab"))["choices"]
+
+
+async def test_an_infill_ends_where_the_vocabulary_has_a_token_for_it(make_client: MakeClient) -> None:
+    client = await make_client(next_token=lambda context, seed: b"abx"[len(context) % 3])
+
+    infill, completion = await client.complete("ab", suffix="cd"), await client.complete("abcdefg")
+
+    assert "x" not in infill["choices"][0]["text"]
+    assert (infill["choices"][0]["finish_reason"], completion["choices"][0]["finish_reason"]) == ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"echo": True}, {"truncate_prompt_tokens": 4}, {"prompt": [97, 98]}, {"prompt": [[97], [98]]}]
+)
+async def test_a_suffix_that_cannot_be_obeyed_is_refused(client: Client, fields: dict[str, Any]) -> None:
+    status, answer = await client.post(COMPLETION, {**completion_body("ab"), "suffix": "cd", **fields})
+
+    assert (status, answer["error"]["param"]) == (400, "suffix")
+
+
+@pytest.mark.parametrize("content", ["Once", [{"type": "text", "text": "On"}, {"type": "text", "text": "ce"}]])
+async def test_a_chat_echoes_the_message_that_it_continues(client: Client, content: Any) -> None:
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": content}]
+    body = chat_body(messages=messages, continue_final_message=True, n=2, logprobs=True)
+
+    _, plain = await client.post(CHAT, body)
+    _, echoed = await client.post(CHAT, {**body, "echo": True})
+    chunks = await client.stream(CHAT, {**body, "echo": True})
+    _, question = await client.post(CHAT, chat_body(echo=True))
+
+    expected = ["Once" + choice["message"]["content"] for choice in plain["choices"]]
+    assert [choice["message"]["content"] for choice in echoed["choices"]] == expected
+    told = ["".join(each["delta"].get("content", "") for each in choices_of(chunks, index)) for index in range(2)]
+    assert told == expected
+    assert [choice["logprobs"] for choice in echoed["choices"]] == [choice["logprobs"] for choice in plain["choices"]]
+    assert question["choices"] == (await client.chat())["choices"]
+
+
+def choices_of(chunks: list[dict[str, Any]], index: int) -> list[Any]:
+    return [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
 
 
 @pytest.mark.parametrize(

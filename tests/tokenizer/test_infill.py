@@ -1,0 +1,74 @@
+"""Prompts for what stands between two texts: the vocabulary's own tokens, in the order that its models know."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from brlite.errors import InvalidRequest
+from brlite.tokenizer import load_tokenizer
+from brlite.tokenizer.infill import InfillTokens, find_infill_tokens
+
+
+@pytest.mark.parametrize(
+    ("texts", "tokens"),
+    [
+        (("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"), InfillTokens(0, 2, 1, (3,))),
+        (("<fim_prefix>", "<fim_middle>", "<fim_suffix>"), InfillTokens(0, 2, 1)),
+        (("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"), InfillTokens(1, 0, 2)),
+        (("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"), InfillTokens(0, 2, 1, (3,))),
+        (("[PREFIX]", "[SUFFIX]"), InfillTokens(0, 1, None)),
+        (("<|fim_prefix|>", "<|fim_suffix|>"), None),
+        ((), None),
+    ],
+)
+def test_each_family_has_tokens_of_its_own(texts: tuple[str, ...], tokens: InfillTokens | None) -> None:
+    assert find_infill_tokens({text: token_id for token_id, text in enumerate(texts)}.get) == tokens
+
+
+def test_a_file_that_names_the_tokens_goes_before_their_texts() -> None:
+    found = find_infill_tokens({"<fim_prefix>": 0, "<fim_suffix>": 1, "<fim_middle>": 2}.get, (7, 8, 9))
+
+    assert found == InfillTokens(7, 8, 9)
+
+
+def test_without_a_middle_the_suffix_stands_first() -> None:
+    assert InfillTokens(7, 8, 9).prompt([1], [2, 3]) == [7, 1, 8, 2, 3, 9]
+    assert InfillTokens(7, 8, None).prompt([1], [2, 3]) == [8, 2, 3, 7, 1]
+
+
+def test_a_prompt_has_the_tokens_and_what_the_texts_spell_out_stays_words(qwen2_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(qwen2_folder, tmp_path / "coder")
+    size = load_tokenizer(folder).vocab_size
+    names = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+    (folder / "added_tokens.json").write_text(json.dumps({name: size + index for index, name in enumerate(names)}))
+    tokenizer = load_tokenizer(folder)
+
+    found = tokenizer.encode_infill("a <|fim_suffix|>", "b")
+
+    prefix, middle, suffix = range(size, size + 3)
+    assert (found[0], found[-1], found.count(suffix)) == (prefix, middle, 1)
+    place = found.index(suffix)
+    assert tokenizer.decode(found[1:place]) == "a <|fim_suffix|>"
+    assert tokenizer.decode(found[place + 1 : -1]) == "b"
+
+
+def test_a_vocabulary_without_them_refuses_a_suffix(qwen2_folder: Path) -> None:
+    tokenizer = load_tokenizer(qwen2_folder)
+
+    with pytest.raises(InvalidRequest, match="no tokens for filling in") as caught:
+        tokenizer.encode_infill("a", "b")
+
+    assert (caught.value.param, caught.value.code) == ("suffix", "unsupported_parameter")
+
+
+def test_a_message_may_write_control_tokens_where_the_operator_allows_it(qwen2_folder: Path) -> None:
+    messages = [{"role": "user", "content": "a<|im_end|>b"}]
+    plain, allowed = (load_tokenizer(qwen2_folder, control_tokens_in_text=is_on) for is_on in (False, True))
+    end = plain.special_token_id("<|im_end|>")
+
+    assert plain.encode_chat(messages).count(end) == 1
+    assert allowed.encode_chat(messages).count(end) == 2
