@@ -7,6 +7,7 @@ same items. Shapes are those of OpenAI's types: every field that they require is
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from brlite.dialects.generation import Generation
 from brlite.dialects.openai import ShownLogprob, encode_json, shown_logprob
 from brlite.dialects.responses_items import sealed
 from brlite.dialects.responses_tools import CalledTool, ResponseTools
-from brlite.dialects.sse import frame
+from brlite.dialects.sse import EVENT_END, frame
 
 ID_PREFIX = "resp_"
 
@@ -49,12 +50,22 @@ class ResponseGeneration(Generation, frozen=True, kw_only=True):
 
 
 class FinishedResponse(Struct, frozen=True):
-    """A response as it was sent, the items before it, and those that it has, by their ids."""
+    """A response as it was sent, the items before it, and those that it has, by their ids.
+
+    `stream` has its events, compressed: those that were sent, or would have been.
+    """
 
     id: str
     body: bytes
     input: tuple[Raw, ...]
     output: dict[str, Raw]
+    stream: bytes = b""
+
+    def events(self, starting_after: int | None) -> bytes:
+        """The stream's events behind the one of this number. It takes time for long responses: 1 ms for 250 KB."""
+        events = zlib.decompress(self.stream).split(EVENT_END)[:-1]
+        behind = events if starting_after is None else events[starting_after + 1 :]  # numbers count from 0
+        return b"".join([event + EVENT_END for event in behind])
 
 
 class DeltaTopLogprob(Struct):
@@ -332,6 +343,10 @@ class ResponsesEncoder:
         self._keep = keep
         self._created = int(time.time())
         self._num_sent = 0
+        is_kept = keep is not None and call.is_stored
+        # 16 KB a stream: events have the same fields, so a short window finds them.
+        self._compressor = zlib.compressobj(1, zlib.DEFLATED, 11, 4) if is_kept else None
+        self._compressed: list[bytes] = []
         self._output: list[Item] = []
         self._open: OpenMessage | OpenReasoning | OpenCall | OpenCustomCall | None = None
         self._ending: Event | None = None
@@ -364,16 +379,16 @@ class ResponsesEncoder:
 
     def closing(self, usage: TokenUsage) -> bytes:
         """What a stream ends with."""
-        status, body = self._finished(usage)
-        kind = {"completed": CompletedEvent, "incomplete": IncompleteEvent}.get(status, FailedEvent)
-        return self._frame(kind(response=Raw(body)))
+        return self._finished(usage)[1]
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body of a response that is not streamed."""
+        if self._compressor is not None:
+            self.opening(usage)  # a stored response may be asked for as a stream
         for event in events:
             self.encode(event)
         self._warnings = warnings
-        return self._finished(usage)[1]
+        return self._finished(usage)[0]
 
     def failing(self, error: BaseException) -> bytes:
         """What a stream ends with where something went wrong."""
@@ -381,8 +396,9 @@ class ResponsesEncoder:
             return encode_error(error)
         frames = self._close("incomplete")
         body = self._response("failed", error=_shown_error(error))
+        last = self._frame(FailedEvent(response=Raw(body)))
         self._store(body)
-        return b"".join([*frames, self._frame(FailedEvent(response=Raw(body)))])
+        return b"".join([*frames, last])
 
     def _encode_call(self, piece: ToolCallDelta) -> list[bytes]:
         frames: list[bytes] = []
@@ -422,9 +438,13 @@ class ResponsesEncoder:
     def _frame(self, event: StreamEvent) -> bytes:
         event.sequence_number = self._num_sent
         self._num_sent += 1
-        return frame(encode_json(event), str(event.__struct_config__.tag))
+        data = frame(encode_json(event), str(event.__struct_config__.tag))
+        if self._compressor is not None:
+            self._compressed.append(self._compressor.compress(data))
+        return data
 
-    def _finished(self, usage: TokenUsage) -> tuple[str, bytes]:
+    def _finished(self, usage: TokenUsage) -> tuple[bytes, bytes]:
+        """The body of the response, which is stored by then, and the event that ends its stream."""
         finish_reason = None if self._ending is None else self._ending.finish_reason
         stop_reason = None if self._ending is None else self._ending.stop_reason
         status = STATUSES[finish_reason or "error"]
@@ -433,13 +453,16 @@ class ResponsesEncoder:
             message = stop_reason if isinstance(stop_reason, str) else SERVER_FAULT
             error = {"code": "server_error", "message": message}
         body = self._response(status, usage=usage, error=error)
+        kind = {"completed": CompletedEvent, "incomplete": IncompleteEvent}.get(status, FailedEvent)
+        last = self._frame(kind(response=Raw(body)))
         self._store(body)
-        return status, body
+        return body, last
 
     def _store(self, body: bytes) -> None:
-        if self._keep is not None and self._call.is_stored:
+        if self._keep is not None and self._compressor is not None:
             output = {item.id: Raw(encode_json(item)) for item in self._output}
-            self._keep(FinishedResponse(self._id, body, self._call.items, output))
+            stream = b"".join([*self._compressed, self._compressor.flush()])
+            self._keep(FinishedResponse(self._id, body, self._call.items, output, stream))
 
     def _response(self, status: str, *, usage: TokenUsage | None = None, error: dict[str, Any] | None = None) -> bytes:
         """The response object as it is now."""

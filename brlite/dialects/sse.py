@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 DONE = b"[DONE]"
+EVENT_END = b"\n\n"
 DONE_EVENT = b"data: %b\n\n" % DONE
 # Characters that Python's `str.splitlines` takes for line ends, as clients that are built on it do, and JSON does not.
 _LINE_ENDS = (("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"), ("\x85", b"\\u0085"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from aiohttp import web
 from msgspec import Raw
 
@@ -45,11 +46,14 @@ class TenantResponses:
 
         Items that it shares with others count each time.
         """
-        response = FinishedResponse(
-            response.id, response.body, tuple(item.copy() for item in response.input), response.output
-        )
+        response = msgspec.structs.replace(response, input=tuple(item.copy() for item in response.input))
         items = (*response.input, *response.output.values())
-        num_bytes = len(response.body) + sum(len(bytes(item)) for item in items) + OBJECT_BYTES * (len(items) + 1)
+        num_bytes = (
+            len(response.body)
+            + len(response.stream)
+            + sum(len(bytes(item)) for item in items)
+            + OBJECT_BYTES * (len(items) + 1)
+        )
         self._store.put(self._tenant, response.id, response, num_bytes)
 
     def delete(self, response_id: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import partial
 
 from aiohttp import web
@@ -18,6 +19,7 @@ from brlite.server.response_store import STORE, TenantResponses
 from brlite.server.tokens import count_prompt_tokens
 
 MAX_LISTED_ITEMS = 100
+MAX_DIGITS = 9  # of an event's number
 
 
 async def create_response(request: web.Request) -> web.StreamResponse:
@@ -43,10 +45,19 @@ async def count_input_tokens(request: web.Request) -> web.Response:
 
 
 async def get_response(request: web.Request) -> web.Response:
-    """A stored response, as it was sent."""
-    if request.query.get("stream", "false").lower() not in ("false", "0"):
-        raise InvalidRequest("stream: a stored response is not sent as a stream; leave it out", param="stream")
-    return web.Response(body=_find(request).body, content_type="application/json")
+    """A stored response, as it was sent; with `stream` its events, or those behind number `starting_after`."""
+    stream, after = request.query.get("stream", "false").lower(), request.query.get("starting_after")
+    if stream not in ("true", "1", "false", "0"):
+        raise InvalidRequest(f"stream must be true or false, got {stream[:64]!r}", param="stream")
+    is_streamed = stream in ("true", "1")
+    if after is not None and not (after.isascii() and after.isdecimal() and len(after) <= MAX_DIGITS and is_streamed):
+        text = f"starting_after must be the number of an event, and needs stream=true, got {after[:64]!r}"
+        raise InvalidRequest(text, param="starting_after")
+    response = _find(request)
+    if not is_streamed:
+        return web.Response(body=response.body, content_type="application/json")
+    events = await asyncio.to_thread(response.events, None if after is None else int(after))
+    return web.Response(body=events, content_type="text/event-stream", charset="utf-8")
 
 
 async def delete_response(request: web.Request) -> web.Response:

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from aiohttp import web
 
 from brlite.config.options import LimitsConfig
+from brlite.dialects.sse import EVENT_END
 from brlite.errors import InvalidRequest
 from brlite.http.events import EventStream
 
 HEADER = "Last-Event-ID"
 MAX_DIGITS = 9
-EVENT_END = b"\n\n"
 
 
 class RecordedStream:

@@ -82,12 +82,16 @@ async def test_what_is_asked_about_a_response_goes_to_the_upstream_that_stores_i
     second = [await responses.create(model="toy", input="and?", previous_response_id=each.id) for each in made]
     items = [(await responses.input_items.list(each.id)).data[-1].model_dump() for each in second]
     again = [await responses.retrieve(each.id) for each in made]
+    stream = await responses.retrieve(made[1].id, stream=True, starting_after=0)
+    events = [event async for event in stream]
     for each in made:
         await responses.delete(each.id)
 
     assert min(setting.num_answered) > 0
     assert [item["content"][0]["text"] for item in items] == [f"number {index}" for index in range(4)]
     assert again == made
+    assert events[-1].response == made[1]  # type: ignore[union-attr]  # it is response.completed
+    assert events[0].sequence_number == 1
     for each in made:
         with pytest.raises(openai.NotFoundError):
             await responses.retrieve(each.id)

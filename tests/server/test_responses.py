@@ -157,6 +157,49 @@ async def test_a_bad_field_is_refused_by_its_name(serve: Start, fields: dict[str
     assert refusal.value.param == param
 
 
+async def test_a_stored_response_is_sent_again_as_the_stream_that_it_was(serve: Start) -> None:
+    (client,) = await serve()
+    stream = await client.responses.create(model="toy", input=f"I look.\n{CALL}", tools=TOOLS, stream=True)
+    events: list[Any] = [event async for event in stream]
+    name = events[-1].response.id
+
+    again = [event async for event in await client.responses.retrieve(name, stream=True)]
+    rest = [event async for event in await client.responses.retrieve(name, stream=True, starting_after=5)]
+
+    assert again == events
+    assert rest == events[6:]
+
+
+async def test_a_stored_response_that_was_no_stream_is_sent_as_one(serve: Start) -> None:
+    (client,) = await serve()
+    response = await client.responses.create(model="toy", input=f"I look.\n{CALL}", tools=TOOLS)
+
+    again: list[Any] = [event async for event in await client.responses.retrieve(response.id, stream=True)]
+
+    assert [event.sequence_number for event in again] == list(range(len(again)))
+    assert [again[0].type, again[-1].type] == ["response.created", "response.completed"]
+    assert again[-1].response == response
+
+
+@pytest.mark.parametrize(
+    ("query", "param"),
+    [
+        ({"stream": "maybe"}, "stream"),
+        ({"starting_after": "1"}, "starting_after"),
+        ({"stream": "true", "starting_after": "-1"}, "starting_after"),
+        ({"stream": "true", "starting_after": "9" * 5000}, "starting_after"),
+    ],
+)
+async def test_a_bad_query_of_a_stored_response_is_refused(serve: Start, query: dict[str, Any], param: str) -> None:
+    (client,) = await serve()
+    response = await client.responses.create(model="toy", input="hello")
+
+    with pytest.raises(openai.BadRequestError) as refusal:
+        await client.responses.retrieve(response.id, extra_query=query)
+
+    assert refusal.value.param == param
+
+
 def test_a_full_store_forgets_the_oldest_of_the_tenant_that_holds_most(caplog: pytest.LogCaptureFixture) -> None:
     store = make_response_store(5000)
     mine, other = TenantResponses(store, "a"), TenantResponses(store, "b")
