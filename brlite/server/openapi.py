@@ -142,7 +142,9 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/chat/completions"): Operation("Answer a chat", (CHAT_BODY,), ChatCompletion, ChatChunk),
     ("post", "/v1/completions"): Operation("Continue a text", (COMPLETION_BODY,), Completion, Completion),
     ("post", "/v1/responses"): Operation("Create a response", (RESPONSE_BODY,), ResponseAnswer, dict[str, Any]),
-    ("get", "/v1/responses/{response_id}"): Operation("A stored response", answer=ResponseAnswer, query=("stream",)),
+    ("get", "/v1/responses/{response_id}"): Operation(
+        "A stored response", answer=ResponseAnswer, query=("stream", "starting_after")
+    ),
     ("delete", "/v1/responses/{response_id}"): Operation("Forget a stored response", answer=dict[str, Any]),
     ("post", "/v1/responses/{response_id}/cancel"): Operation("Refused: no response runs in the background"),
     ("get", "/v1/responses/{response_id}/input_items"): Operation(
