@@ -1,10 +1,13 @@
-"""What torch's path does on a card. `--check` first: whether it is right there, in some ninety seconds.
+"""What torch's path does on a card: whether it is right there (`--check`, some ninety seconds), and how fast it is.
 
-    python bench/card.py --check                          # on the first card that torch finds
-    python bench/card.py --check --model FILE.gguf        # with a real model as well
-    python bench/card.py --check --device cpu --short     # for CI, which has no card
+    python bench/card.py --check                              # on the first card that torch finds
+    python bench/card.py --check --model FILE.gguf            # with a real model as well
+    python bench/card.py                                      # 8B and 1B shapes, bf16 and int8, against transformers
+    python bench/card.py --shapes 8b --precisions bf16 --no-peers
+    python bench/card.py --check --short                      # both on the CPU, for CI: it has no card
+    python bench/card.py --short --no-peers
 
-Exit status: 0, or 1 if a check failed.
+Exit status: 0, or 1 if a check failed or a number could not be had.
 """
 
 from __future__ import annotations
@@ -13,27 +16,44 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import card_check
+import card_models
+import card_speed
+
+from brlite.precision import PrecisionName
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
-    return card_check.run_checks(args)
+    return card_check.run_checks(args) if args.check else card_speed.run(args)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", required=True, help="compare with the CPU, measure nothing")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, supa, or cpu to try the script itself (cuda)")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="a folder or .gguf file to check with as well")
-    parser.add_argument("--only", type=_words, default=[], metavar="LIST", help=f"of {', '.join(card_check.NAMES)}")
-    parser.add_argument("--time-limit", type=float, default=150, metavar="SECONDS", help="of all checks (150)")
+    parser.add_argument("--device", help="cuda, cuda:1, supa, or cpu to try the script itself (cuda; with --short cpu)")
+    parser.add_argument("--time-limit", type=float, metavar="SECONDS", help="of all checks (150), of all numbers (400)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all that was found to FILE")
-    parser.add_argument("--short", action="store_true", help="one architecture of each family, no speeds")
+    parser.add_argument("--short", action="store_true", help="tiny shapes, a few steps; checks of a few architectures")
+    checks = parser.add_argument_group("checks")
+    checks.add_argument("--check", action="store_true", help="compare with the CPU, measure no steps")
+    checks.add_argument("--model", type=Path, metavar="FILE", help="a folder or .gguf file to check with as well")
+    checks.add_argument("--only", type=_words, default=[], metavar="LIST", help=f"of {', '.join(card_check.NAMES)}")
+    speeds = parser.add_argument_group("numbers")
+    speeds.add_argument("--shapes", type=_words, default=["8b", "1b"], metavar="LIST", help="(8b,1b)")
+    speeds.add_argument("--precisions", type=_words, default=["bf16", "a_bf16_w_int8"], metavar="LIST")
+    speeds.add_argument("--kernels", type=_words, default=[], metavar="LIST", help="triton, eager (both, triton first)")
+    speeds.add_argument("--no-peers", dest="peers", action="store_false", help="without transformers")
     args = parser.parse_args(argv)
-    if unknown := set(args.only) - set(card_check.NAMES):
-        parser.error(f"--only: {', '.join(sorted(unknown))} unknown; allowed are {', '.join(card_check.NAMES)}")
+    if args.short:
+        args.shapes = ["tiny"]
+    args.device = args.device or ("cpu" if args.short else "cuda")
+    args.time_limit = args.time_limit or (150.0 if args.check else 400.0)
+    known = {"only": card_check.NAMES, "shapes": card_models.SHAPES, "precisions": get_args(PrecisionName)}
+    for option, allowed in known.items():
+        if unknown := set(getattr(args, option)) - set(allowed):
+            parser.error(f"--{option}: {', '.join(sorted(unknown))} unknown; allowed are {', '.join(allowed)}")
     return args
 
 

@@ -52,16 +52,16 @@ def multiply_rate(device: torch.device) -> float:
     return 2 * size**3 / seconds_of(lambda: left @ right, device)
 
 
-def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """The median of some runs of `work`, after two that warm up; the device is waited for after each."""
+def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = REPEATS, warm_ups: int = 2) -> float:
+    """The median of some runs of `work`, after those that warm up; the device is waited for after each."""
     found = []
-    for _ in range(2 + repeats):
+    for _ in range(warm_ups + repeats):
         synchronize(device)
         start = time.perf_counter()
         work()
         synchronize(device)
         found.append(time.perf_counter() - start)
-    return median(found[2:])
+    return median(found[warm_ups:])
 
 
 def synchronize(device: torch.device) -> None:

@@ -115,7 +115,8 @@ def _refused(name: str, folder: Path, model: Path, device: str, fields: Mapping[
     prompts = ("--input", str(folder / "prompts.txt"), "--max-tokens", "2", "--output", str(folder / "answers.txt"))
     done = _run("generate", str(config), *prompts, device=device)
     last = _last_line(done.stderr)
-    is_ok = done.returncode == 2 and last.startswith("brlite: error:") and "Traceback" not in done.stderr
+    is_one_line = last.startswith("brlite: error:") and "Traceback" not in done.stderr
+    is_ok = done.returncode == 2 and is_one_line and ("GiB" in last or "memory" in last)
     return Finding(name, is_ok, f"status {done.returncode}: {last}", {"stderr": done.stderr[-2000:]})
 
 

@@ -66,7 +66,7 @@ def write_shape(shape: str, folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True)
     config = _config(shape)
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    _write_tokenizer(folder, config["vocab_size"])
+    write_tokenizer(folder, config["vocab_size"])
     family = find_family(config)
     places = family.weight_targets(family.read_config(config))
     shapes = {name: place.shape for name, place in places.items()}
@@ -124,7 +124,7 @@ def _config(shape: str) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(

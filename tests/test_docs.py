@@ -54,6 +54,7 @@ NOT_RUN_HERE = {
     "conversion-1": "the models have 72 billion weights; tests/conversion converts small ones",
     "deployment-1": "needs a Ray cluster; tests/test_ray_serve.py starts one on loopback",
     "deployment-2": "needs a Kubernetes cluster; tests/test_deploy.py checks the manifests against the schemas",
+    "devices-1": "needs a card; `.ci/run` runs the check with --device cpu",
     "http-api-1": "it takes the default port; tests/config/test_options.py reads the variable",
     "installation-1": "the same command as README-1",
     "proxy-1": "needs the servers it names; tests/test_proxy_command.py starts such ones",

@@ -1,0 +1,91 @@
+"""transformers on the same device, of the same shape: plain `generate`, a prompt's forward, continuous batching."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import card_limits
+import card_models
+import torch
+
+EXTRA_TOKENS = 16  # a decode step is the sixteenth part of what so many more tokens take
+
+
+class Transformers:
+    """A model with random weights of its own, in bfloat16."""
+
+    def __init__(self, shape: str, device: str) -> None:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
+        self._device = torch.device(device)
+        self.version = transformers.__version__
+        config = transformers.LlamaConfig(**card_models.hugging_face_config(shape))
+        config.pad_token_id = 0
+        with self._device:
+            self._model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        self._vocab_size = config.vocab_size
+
+    def decode_seconds(self, rows: int, context: int) -> float:
+        """Seconds of a step of `generate`, by the difference of two lengths."""
+        ids = self._random(rows, context - EXTRA_TOKENS)
+        short, long = (self._seconds(lambda n=n: self._generate(ids, n)) for n in (2, 2 + EXTRA_TOKENS))
+        return (long - short) / EXTRA_TOKENS
+
+    def prefill_seconds(self, num_tokens: int) -> float:
+        ids = self._random(1, num_tokens)
+
+        @torch.inference_mode()
+        def forward() -> object:
+            return self._model(ids, logits_to_keep=1, use_cache=True)
+
+        return self._seconds(forward)
+
+    def batched_seconds(self, rows: int, num_tokens: int, num_answer: int) -> float:
+        """Seconds of continuous batching for so many prompts and answers, after one short run that warms up."""
+        from transformers import ContinuousBatchingConfig, GenerationConfig
+
+        prompts = self._random(rows, num_tokens).tolist()
+        blocks = rows * (-(-(num_tokens + num_answer) // 256) + 1)
+        config = ContinuousBatchingConfig(page_size=256, num_blocks=blocks, max_batch_tokens=max(2048, rows))
+
+        def run(prompts: list[list[int]], num_answer: int) -> float:
+            fields = {"max_new_tokens": num_answer, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}
+            start = time.perf_counter()
+            answers = self._model.generate_batch(
+                prompts,
+                generation_config=GenerationConfig(**fields),
+                continuous_batching_config=config,
+                progress_bar=False,
+            )
+            seconds = time.perf_counter() - start
+            num_found = sum(len(answer.generated_tokens) for answer in answers.values())
+            if num_found != len(prompts) * num_answer:
+                raise RuntimeError(f"{num_found} tokens came, {len(prompts) * num_answer} were asked for")
+            return seconds
+
+        run(prompts[:4], 4)
+        return run(prompts, num_answer)
+
+    def close(self) -> None:
+        del self._model
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _random(self, rows: int, num_tokens: int) -> torch.Tensor:
+        numbers = random.Random(0)
+        ids = [[numbers.randrange(3, self._vocab_size) for _ in range(num_tokens)] for _ in range(rows)]
+        return torch.tensor(ids, device=self._device)
+
+    @torch.inference_mode()
+    def _generate(self, ids: torch.Tensor, num_tokens: int) -> object:
+        fields = {"max_new_tokens": num_tokens, "min_new_tokens": num_tokens, "do_sample": False}
+        return self._model.generate(ids, attention_mask=torch.ones_like(ids), **fields)
+
+    def _seconds(self, work: Callable[[], object]) -> float:
+        return card_limits.seconds_of(work, self._device, repeats=2, warm_ups=1)
