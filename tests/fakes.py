@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Literal
 
-import msgspec
 import numpy as np
 
 from brlite.backends.pooling import pooled_result
@@ -193,12 +192,7 @@ class FakeBackend:
     def _fetch(self, batch: Batch) -> StepResult:
         assert self._launched.popleft() is batch, "results are fetched in order"
         drawn, self._last_drawn = self._last_drawn, {}
-        seqs = [
-            msgspec.structs.replace(seq, token_ids=[drawn.get(seq.seq_id, 0)], takes_last_draw=False)
-            if seq.takes_last_draw
-            else seq
-            for seq in batch.seqs
-        ]
+        seqs = [seq.with_last_draw(drawn.get(seq.seq_id, 0)) if seq.takes_last_draw else seq for seq in batch.seqs]
         result = self.execute(Batch(seqs, batch.masks))
         self._last_drawn = {seq.seq_id: seq.tokens[-1].token_id for seq in result.seqs if seq.tokens}
         return result
@@ -251,8 +245,9 @@ class FakeBackend:
         num_real = len(context) - seq.num_draft_tokens
         if sampling.output_counts and sampling.params.repeat_last_n < 0:
             counts = zip(array("i", sampling.counted_token_ids), array("i", sampling.output_counts), strict=True)
-            output = context[num_real - sampling.position : num_real]
-            assert Counter(output) == Counter(dict(counts)), "each drawn token is counted"
+            prompt, output = context[: num_real - sampling.position], context[num_real - sampling.position : num_real]
+            expected = dict.fromkeys(prompt, 0) | Counter(output)
+            assert dict(counts) == expected, "each drawn token is counted"
         for length in range(num_real, len(context) + 1):
             token_id = self.next_token(context[:length], 0 if sampling.params.is_greedy else sampling.seed)
             token_id = ord("a") if token_id in sampling.banned_token_ids else token_id

@@ -10,6 +10,7 @@ import enum
 import os
 import threading
 import warnings
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
@@ -30,7 +31,7 @@ class SamplingInput(msgspec.Struct, frozen=True, array_like=True):
     The random number of a draw depends on `seed` and `position` alone. `counted_token_ids` (int32) are the distinct
     tokens of prompt and output, `output_counts` (int32) how often each was generated; both are empty without penalties.
     `banned_token_ids` may not be drawn: tokens that would end a sequence shorter than `min_tokens`, or complete one of
-    `bad_words`.
+    `bad_words`. Where the run `takes_last_draw`, that token is not counted yet: the backend does it.
     """
 
     params: SamplingParams
@@ -39,6 +40,18 @@ class SamplingInput(msgspec.Struct, frozen=True, array_like=True):
     counted_token_ids: bytes = b""
     output_counts: bytes = b""
     banned_token_ids: tuple[int, ...] = ()
+
+    def counting(self, token_id: int) -> SamplingInput:
+        """The same with one more generated token among those that are counted, if any are."""
+        if not self.counted_token_ids:
+            return self
+        token_ids, counts = array("i", self.counted_token_ids), array("i", self.output_counts)
+        if token_id in token_ids:
+            counts[token_ids.index(token_id)] += 1
+        else:
+            token_ids.append(token_id)
+            counts.append(1)
+        return msgspec.structs.replace(self, counted_token_ids=token_ids.tobytes(), output_counts=counts.tobytes())
 
 
 class PoolingInput(msgspec.Struct, frozen=True, array_like=True):
@@ -82,6 +95,11 @@ class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
     num_draft_tokens: int = 0
     pooling: PoolingInput | None = None
     takes_last_draw: bool = False
+
+    def with_last_draw(self, token_id: int) -> ScheduledSeq:
+        """The run as it is once the token that it takes is known."""
+        sampling = None if self.sampling is None else self.sampling.counting(token_id)
+        return msgspec.structs.replace(self, token_ids=[token_id], sampling=sampling, takes_last_draw=False)
 
 
 class TokenMask(NamedTuple):
@@ -266,7 +284,8 @@ class CanRunAhead(Protocol):
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
         """Put a step behind the one before, without waiting for that, and return what waits for the result.
 
-        Results are fetched once each, in order; those of steps under way at `close` are not. Where a row
+        A step that the device cannot do alone, for example a draw on the host, may be computed here: that is slower,
+        and right. Results are fetched once each, in order; those of steps under way at `close` are not. Where a row
         `takes_last_draw` and the step before failed or drew no token for it, any valid token will do: what comes of it
         is dropped. An exception, here or from what is returned, fails the sequences of this batch and no others.
         """

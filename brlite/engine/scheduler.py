@@ -14,7 +14,7 @@ from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
 from brlite.engine.drafting import Drafter, StepForecast
 from brlite.engine.pacing import StepPace
-from brlite.engine.request import Sequence, SequenceStatus
+from brlite.engine.request import Sequence, SequenceStatus, WindowCounts
 from brlite.engine.turns import TurnQueue
 
 
@@ -87,8 +87,8 @@ class Scheduler:
     def can_schedule_ahead(self) -> bool:
         """Whether the next step is the same whatever the one under way draws, but for sequences that this ends.
 
-        It is not where a sequence's next draw depends on the token itself: by a grammar, penalties or bad words. Then
-        all wait for the result, as where guesses may be made, or where a sequence must lose its blocks or its place.
+        It is not where what a sequence's next draw is given depends on the token: by a grammar, a window of penalties,
+        bad words. Then all wait for the result, as where guesses may be made, or a sequence must lose blocks or place.
         """
         if self._max_draft_tokens and len(self.running) <= self._max_draft_seqs:
             return False
@@ -286,7 +286,8 @@ def _depends_on_result(seq: Sequence) -> bool:
     """Whether a sequence's next run takes more of the step under way than a token that is put behind the others."""
     if not seq.is_being_drawn:
         return seq.num_in_flight_tokens > 0 and seq.state.pooling == "mean"
-    takes_token = seq.matcher is not None or seq.counts is not None or bool(seq.state.request.bad_words)
+    is_windowed = isinstance(seq.counts, WindowCounts)  # others grow by the token, and the backend counts it
+    takes_token = seq.matcher is not None or is_windowed or bool(seq.state.request.bad_words)
     return takes_token and not seq.ends_with_step
 
 

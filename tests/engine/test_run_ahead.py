@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -118,7 +119,6 @@ def test_an_abort_at_any_boundary_ends_the_request_at_once_and_no_other(num_step
 @pytest.mark.parametrize(
     "asked",
     [
-        {"presence_penalty": 0.5},
         {"repetition_penalty": 1.1, "repeat_last_n": 3},
         {"bad_words": ["zz"]},
         {"structured": StructuredOutput(regex="[a-z]{6}")},
@@ -136,6 +136,20 @@ def test_all_wait_while_one_sequences_draw_depends_on_the_token_before_it(asked:
     assert run_lengths(driver, batches) == [2] * 6 + [1] * 6
     assert ahead_of == [False] * 6 + [True] * 6  # the last of the six is foreseen, whatever it is
     assert driver.text(plain) == reference_text("plain", 12)
+
+
+def test_penalties_count_the_token_that_is_not_drawn_yet_when_it_is():
+    driver = ahead(next_token=repeating_token)
+    driver.submit("abc", max_tokens=12, presence_penalty=0.5, repetition_penalty=1.1)  # the backend checks the counts
+
+    batches = driver.finish()
+
+    assert driver.engine.stats.steps_ahead == 11
+    third = batches[2].seqs[0].sampling
+    assert third is not None
+    assert sum(array("i", third.output_counts)) == 1  # of two, the second is being drawn
+    assert sum(array("i", third.counting(ord("b")).output_counts)) == 2
+    assert len(third.counting(ord("z")).counted_token_ids) == len(third.counted_token_ids) + 4
 
 
 def test_guesses_are_made_where_they_pay_and_steps_are_decided_ahead_where_they_do_not():
