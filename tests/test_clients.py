@@ -1,4 +1,4 @@
-"""The clients of docs/clients.md: each line of its table is a program in `clients/`, run here against the toy."""
+"""The clients of docs/clients.md: each line of its first table is a program in `clients/`, run here against the toy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from brlite.app import create_app
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
+from tests.clients.__main__ import CLIENTS
 from tests.limits import PATIENCE_SECONDS
 
 SCRIPTS = Path(__file__).parent / "clients"
@@ -75,6 +76,17 @@ async def test_a_client_for_node_works(url: str, script: str, tmp_path: Path) ->
 
 def test_the_page_lists_the_programs_that_run() -> None:
     listed = re.findall(r"\]\(\.\./tests/clients/(\S+?)\)", PAGE)
+    programs = {path.name for path in SCRIPTS.iterdir() if path.suffix in (".py", ".js")} - {"__main__.py"}
 
-    assert sorted(listed) == sorted([*PYTHON, *NODE])
-    assert sorted(path.name for path in SCRIPTS.iterdir() if path.suffix in (".py", ".js")) == sorted(listed)
+    assert sorted(listed) == sorted([*PYTHON, *NODE, *(client.script for client in CLIENTS.values())])
+    assert sorted(programs) == sorted(listed)
+
+
+@pytest.mark.parametrize("name", CLIENTS)
+def test_the_page_gives_the_versions_of_clients_that_are_run_by_hand(name: str) -> None:
+    package, version = re.fullmatch(r"(@?[^@=\[]+)(?:\[.*\])?(?:==|@)(\S+)", CLIENTS[name].packages[0]).groups()
+    (line,) = [line for line in PAGE.splitlines() if f"/{CLIENTS[name].script})" in line]
+
+    assert f"`{package}`" in line
+    assert f"| {version} |" in line
+    assert f"| `{name}` |" in line
