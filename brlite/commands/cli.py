@@ -124,8 +124,10 @@ def _status_of(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, *notes: str) -> int:
+    is_named = args.config is not None
     args.config = args.config or folders_own()
-    return _listen(partial(_served_config, args), [args.config] if args.config else [], notes)
+    files = [args.config] if args.config else []
+    return _listen(partial(_served_config, args), files, notes, is_announced=not is_named and bool(files))
 
 
 def _served_config(args: argparse.Namespace) -> Config:
@@ -167,8 +169,10 @@ def _proxy_config(args: argparse.Namespace) -> Config:
     return override(load_proxy_config(args.config, args.upstream), overrides(args))
 
 
-def _listen(load: Callable[[], Config], files: Sequence[Path], notes: Sequence[str] = ()) -> int:
-    """Serve what is loaded, and again when the files change."""
+def _listen(
+    load: Callable[[], Config], files: Sequence[Path], notes: Sequence[str] = (), *, is_announced: bool = False
+) -> int:
+    """Serve what is loaded, and again when the files change. Files that are announced were printed by `folders_own`."""
     gc.disable()  # nothing that is imported is garbage, and looking for some takes a twentieth of a proxy's start
     from brlite.commands.reload import ConfigSource
     from brlite.commands.serve import run
@@ -178,7 +182,7 @@ def _listen(load: Callable[[], Config], files: Sequence[Path], notes: Sequence[s
     config = load()
     configure_logging(config.server.log_level)
     read = [f"config: {file}" for file in files] or ["config: no file, the defaults and the command line"]
-    for line in (*read, *sent_variables(config), *metrics_notes(config)):
+    for line in (*(() if is_announced else (*read, *sent_variables(config))), *metrics_notes(config)):
         logging.getLogger(__name__).info("%s", line)
     return run(config, [*notes, *config_warnings(config)], ConfigSource(tuple(files), load))
 

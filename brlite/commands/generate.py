@@ -84,6 +84,9 @@ class Answers:
 
 
 def _lines(source: str) -> Iterator[tuple[int, str]]:
+    if source == "-" and sys.stdin.isatty():
+        end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+        print(f"brlite: reading prompts from the terminal, one a line; {end} ends them", file=sys.stderr, flush=True)
     try:
         text = decode_text(sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes())
     except (OSError, TextError) as error:

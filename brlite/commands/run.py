@@ -28,6 +28,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     port = "port of the server on this machine (default 8000 if it is free, else any)"
     parser.add_argument("--port", type=int, metavar="N", help=port)
     parser.add_argument("--context", type=int, metavar="N", help="longest context in tokens")
+    parser.add_argument("--device", help="auto, cpu or another torch device")
     parser.add_argument("--threads", type=int, metavar="N", help="0: one for each physical core")
     parser.add_argument("--engine", metavar="NAME", help="what computes: auto, native, torch, or toy")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
@@ -47,7 +48,9 @@ def run(args: argparse.Namespace) -> int:
     SamplingParams(**given)  # raises for what is out of range, before a model is loaded
     _fetch(args.name, args.engine)
     port = args.port or _free_port()
-    options = {"--model": args.name, "--context": args.context, "--threads": args.threads, "--engine": args.engine}
+    options = {"--model": args.name} | {
+        f"--{name}": getattr(args, name) for name in ("context", "device", "threads", "engine")
+    }
     flags = [word for flag, value in options.items() if value is not None for word in (flag, str(value))]
     with TemporaryDirectory(prefix="brlite-run-") as folder, ChildGroup() as group:
         log = Path(folder) / "log"

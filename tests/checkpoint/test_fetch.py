@@ -91,6 +91,20 @@ def test_without_any_source_one_line_says_what_each_of_them_said(tmp_path: Path)
     assert str(refusal.value) == ("model a/b could not be had: the cache: nothing there; the hub: no route")
 
 
+@pytest.mark.parametrize(("name", "is_said"), [("foo", True), ("models/foo", True), ("org/foo", False)])
+def test_a_name_that_can_be_a_mistyped_path_says_that_nothing_is_there(
+    name: str, is_said: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+
+    with pytest.raises(ModelError) as refusal:
+        locate_model(name, None, cache=tmp_path, sources=lambda hub: [source("the hub", "no route", [])])
+
+    path = f"no file or folder {name} is here; " if is_said else ""
+    assert str(refusal.value) == f"model {name} could not be had: {path}the hub: no route"
+
+
 @pytest.mark.parametrize("name", ["", "..", "../etc", "a/b/c", "/root", "a b", "a\nb", "a/..", "C:\\models", "-rf"])
 def test_a_name_that_is_none_is_refused_before_anyone_is_asked(name: str, tmp_path: Path) -> None:
     asked: list[str] = []

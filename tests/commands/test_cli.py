@@ -66,12 +66,18 @@ def test_serve_without_a_file_takes_the_defaults(handed_over):
     assert handed_over.warnings == []
 
 
-def test_serve_takes_the_file_of_the_folder_it_is_started_in(handed_over, tmp_path):
+@pytest.mark.parametrize("named", [[], ["brlite.toml"]])
+def test_serve_takes_the_file_of_the_folder_it_is_started_in_and_says_so_once(
+    named, handed_over, tmp_path, capfd, caplog
+):
     (tmp_path / "brlite.toml").write_text("[server]\nport = 9000\n")
 
-    main(["serve"])
+    caplog.set_level("INFO")
+    main(["serve", *named])
 
     assert handed_over.config.server.port == 9000
+    said = capfd.readouterr().err + "".join(record.getMessage() for record in caplog.records)
+    assert said.count("brlite.toml") == 1
 
 
 def test_a_named_file_wins_over_the_folders_own(handed_over, tmp_path):

@@ -230,11 +230,12 @@ def test_run_serves_and_chats_and_ends_both(tmp_path: Path) -> None:
     assert asked.returncode == 2  # nothing listens there any more
 
 
-def test_run_says_in_a_line_why_the_server_ended(tmp_path: Path) -> None:
-    command = [BRLITE, "run", "toy", "--engine", "toy", "--port", "99999"]
+@pytest.mark.parametrize(("flag", "value"), [("port", "99999"), ("threads", "-1"), ("device", "no device")])
+def test_run_says_in_a_line_why_the_server_ended(flag: str, value: str, tmp_path: Path) -> None:
+    command = [BRLITE, "run", "toy", "--engine", "toy", f"--{flag}={value}"]
 
     ended = subprocess.run(command, input="", capture_output=True, text=True, check=False, cwd=tmp_path)
 
     assert ended.returncode == 2
-    assert "port" in ended.stderr
+    assert flag in ended.stderr
     assert ended.stderr.count("\n") == 1

@@ -100,6 +100,16 @@ def questions(terminal: Terminal, folder: Path) -> list[str]:
     return [content for role, content in saved(terminal, folder) if role == "user"]
 
 
+def test_generate_at_a_terminal_says_that_it_reads_prompts_from_there() -> None:
+    with at_terminal([BRLITE, "generate", *TOY, "--max-tokens", "2"], env=dict(os.environ)) as terminal:
+        terminal.until("reading prompts from the terminal, one a line; Ctrl-D ends them")
+        terminal.type(f"The sea{ENTER}")
+        terminal.type(CTRL_D)
+        terminal.until('{"prompt": "The sea"')
+
+        assert terminal.status() == 0
+
+
 def test_ctrl_c_at_the_prompt_leaves_at_once() -> None:
     with chatting() as terminal:
         terminal.type(f"half a question{CTRL_C}")
