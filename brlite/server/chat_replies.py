@@ -22,6 +22,11 @@ from brlite.tokenizer import Tokenizer
 
 NUM_END_TOKENS = 16  # of a prompt, enough to see whether it ends inside the reasoning
 NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+# Keywords by which a schema may want properties that `properties` does not name.
+MORE_PROPERTIES = frozenset(
+    {"additionalProperties", "unevaluatedProperties", "patternProperties", "minProperties", "allOf", "anyOf", "oneOf"}
+    | {"$ref", "$dynamicRef", "if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies"}
+)
 # Switches of templates' thinking, which `reasoning_effort` sets where a template has no such variable.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 NO_REASONING_EFFORTS = ("none", "minimal")
@@ -134,7 +139,7 @@ def call_grammar(parser: type[ToolCallParser], tools: Sequence[Tool], choice: To
     for tool, grammar in zip(tools, grammars, strict=True):
         if grammar is None:
             return None
-        schema = tool.parameters or NO_ARGUMENTS
+        schema = _closed(tool.parameters or NO_ARGUMENTS)
         parts.append(
             CallPart(
                 label=tool.name,
@@ -154,6 +159,20 @@ def call_grammar(parser: type[ToolCallParser], tools: Sequence[Tool], choice: To
         is_single=first.is_single or not choice.parallel,
         is_leading=first.is_leading,
     )
+
+
+def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema of a function's arguments, without arguments that it does not name.
+
+    By JSON Schema's default an object may have any others. A client passes them to its function, which fails.
+    """
+    properties = schema.get("properties")
+    if not isinstance(properties, Mapping) or not MORE_PROPERTIES.isdisjoint(schema):
+        return schema
+    required = schema.get("required", ())
+    if not isinstance(required, Sequence) or not all(name in properties for name in required):
+        return schema
+    return {**schema, "additionalProperties": False}
 
 
 def template_extras(chat: Chat, chat_format: ChatFormat | None, spec: ModelSpec) -> tuple[TemplateExtras, list[str]]:

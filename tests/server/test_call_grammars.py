@@ -283,3 +283,31 @@ def test_digits_of_a_call_come_to_an_end_and_those_of_text_do_not() -> None:
 
     assert takes(grammar, "marks are text", before + "7" * 20 + "}")
     assert not takes(grammar, "marks are text", before + "7" * 21)
+
+
+OPEN: dict[str, Any] = {"type": "object", "properties": {"city": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "takes_others"),
+    [
+        ({"type": "object", "properties": {}}, False),
+        (OPEN, False),
+        ({**OPEN, "required": ["city"]}, False),
+        ({**OPEN, "additionalProperties": True}, True),
+        ({**OPEN, "patternProperties": {"^x-": {}}}, True),
+        ({**OPEN, "required": ["days"]}, True),
+        ({"type": "object"}, True),
+    ],
+    ids=lambda value: json.dumps(value)[40:90] if isinstance(value, dict) else "",
+)
+def test_a_call_has_no_arguments_but_those_that_the_function_names(
+    parameters: dict[str, Any], takes_others: bool
+) -> None:
+    tool = Tool(name="weather", parameters=parameters)
+    found = call_grammar(PARSERS["hermes"], [tool], ToolChoice(mode="required"))
+    call = '<tool_call>\n{"name": "weather", "arguments": {"days":2}}\n</tool_call>'
+
+    grammar = compiled("marks are text", calls=found)
+
+    assert takes(grammar, "marks are text", call) == takes_others
