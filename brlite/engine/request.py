@@ -160,7 +160,8 @@ class Sequence:
     @property
     def is_being_drawn(self) -> bool:
         """Whether the step under way draws its next token, or makes its embedding."""
-        return self.num_in_flight_tokens > 0 and self.num_scheduled_tokens >= len(self.token_ids)
+        num_in_flight = self.num_in_flight_tokens
+        return num_in_flight > 0 and self.num_computed_tokens + num_in_flight == len(self.token_ids)
 
     @property
     def ends_with_step(self) -> bool:

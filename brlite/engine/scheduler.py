@@ -292,20 +292,22 @@ def _depends_on_result(seq: Sequence) -> bool:
 
 
 def _scheduled_seq(seq: Sequence, num_tokens: int, eos_token_ids: tuple[int, ...]) -> ScheduledSeq:
-    start, end = seq.num_scheduled_tokens, seq.num_scheduled_tokens + num_tokens
+    start = seq.num_scheduled_tokens
+    end, is_being_drawn = start + num_tokens, start == len(seq.token_ids)
+    position = end - seq.num_prompt_tokens
     targets = seq.token_ids[start + 1 : min(end + 1, seq.num_prompt_tokens)] if seq.wants_prompt_logprobs else []
     pooling = seq.state.pooling
     return ScheduledSeq(
         seq_id=seq.seq_id,
         start=start,
-        token_ids=[0] if seq.is_being_drawn else seq.token_ids[start:end] + seq.draft_token_ids,
+        token_ids=[0] if is_being_drawn else seq.token_ids[start:end] + seq.draft_token_ids,
         block_table=list(seq.block_table),
-        sampling=_sampling_input(seq, eos_token_ids) if end >= seq.num_tokens and pooling is None else None,
+        sampling=_sampling_input(seq, position, eos_token_ids) if end >= seq.num_tokens and pooling is None else None,
         prompt_targets=targets,
         num_prompt_logprobs=seq.state.request.params.prompt_logprobs or 0,
         num_draft_tokens=len(seq.draft_token_ids),
         pooling=_pooling_input(seq, start, end) if pooling is not None else None,
-        takes_last_draw=seq.is_being_drawn,
+        takes_last_draw=is_being_drawn,
     )
 
 
@@ -317,13 +319,13 @@ def _pooling_input(seq: Sequence, start: int, end: int) -> PoolingInput | None:
     return None if params is None else PoolingInput(1, params=params)
 
 
-def _sampling_input(seq: Sequence, eos_token_ids: tuple[int, ...]) -> SamplingInput:
+def _sampling_input(seq: Sequence, position: int, eos_token_ids: tuple[int, ...]) -> SamplingInput:
     params, bad_words = seq.state.request.params, seq.state.request.bad_words
-    position, banned = seq.num_output_tokens + seq.is_being_drawn, tuple[int, ...]()
+    banned: tuple[int, ...] = ()
     if position < params.min_tokens:
         banned = params.stop_token_ids if params.ignore_eos else (*eos_token_ids, *params.stop_token_ids)
     if bad_words:
-        banned += completing_tokens(bad_words, seq.token_ids, seq.num_output_tokens)
+        banned += completing_tokens(bad_words, seq.token_ids, position)
     return SamplingInput(
         params=params,
         seed=seq.seed,
