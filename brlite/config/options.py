@@ -379,6 +379,9 @@ class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     requests_per_minute: Annotated[CountOrZero, option("0: no limit")] = 0
     tokens_per_minute: Annotated[CountOrZero, option("prompts and answers together; 0: no limit")] = 0
     max_concurrent: Annotated[CountOrZero, option("requests at once; 0: no limit")] = 0
+    weight: Annotated[
+        int, Meta(ge=1, le=100), option("turns that it gets for each turn of a key of weight 1, while requests wait")
+    ] = 1
     admin: Annotated[
         bool, option("true: an operator's key, which sees the metrics of all models, keys and upstreams")
     ] = False

@@ -313,6 +313,7 @@ class EngineLoop:
         request_id: str | None = None,
         cache_salt: str = "",
         tenant: str = "",
+        weight: int = 1,
         names: Sequence[str] = (),
     ) -> list[RequestOutput]:
         """Each prompt's embedding, in order: `.embedding` of what is returned. Together they have one turn.
@@ -335,6 +336,7 @@ class EngineLoop:
                 params=_NO_COMPLETION,
                 cache_salt=cache_salt,
                 tenant=tenant,
+                weight=weight,
                 group=prefix,
                 is_exempt_from_queue_timeout=number > 0,
                 pooling=params or PoolingParams(),

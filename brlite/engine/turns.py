@@ -17,7 +17,9 @@ Group = OrderedDict[Sequence, None]
 
 
 class TurnQueue:
-    """Round robin of tenants, and of each tenant's groups. What is `next` stays so until it is taken or removed.
+    """Round robin of tenants, and of each tenant's groups. A tenant's turns in a row are its requests' weight.
+
+    What is `next` stays so until it is taken or removed.
 
     All operations take constant time.
     """
@@ -26,6 +28,8 @@ class TurnQueue:
         self._tenants: OrderedDict[str, OrderedDict[str, Group]] = OrderedDict()
         self._returned: OrderedDict[Sequence, None] = OrderedDict()
         self._num_waiting = 0
+        self._last = ""  # the tenant that had the last turn,
+        self._num_in_a_row = 0  # and how many it has had in a row
 
     def __len__(self) -> int:
         return len(self._returned) + self._num_waiting
@@ -75,13 +79,21 @@ class TurnQueue:
         self._returned.move_to_end(seq, last=False)
 
     def take(self, seq: Sequence) -> None:
-        """Take out the sequence whose turn it is. Its tenant's next turn comes last, and so does its group's."""
+        """Take out the sequence whose turn it is. Its group's next turn comes last, and so does its tenant's.
+
+        A tenant keeps its turn until it has had as many in a row as its weight.
+        """
         is_turn = seq not in self._returned
         self.remove(seq)
         request = seq.state.request
         groups = self._tenants.get(request.tenant)
+        if is_turn:
+            self._num_in_a_row = self._num_in_a_row + 1 if request.tenant == self._last else 1
+            self._last = request.tenant
         if is_turn and groups is not None:
-            self._tenants.move_to_end(request.tenant)
+            if self._num_in_a_row >= request.weight:
+                self._tenants.move_to_end(request.tenant)
+                self._num_in_a_row = 0
             if request.group in groups:
                 groups.move_to_end(request.group)
 

@@ -21,20 +21,23 @@ MAX_SHOWN_NAME = 200
 
 @dataclass
 class KeyUsage:
-    """What was done with a key since the start."""
+    """What was done with a key since the start. The seconds are those of local models' requests."""
 
     num_admitted: int = 0
     num_forbidden: int = 0
     num_rate_limited: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
 
 class ApiKey:
     """One key's rules; without any, it may do everything. `name` is for logs and metrics, empty if it has none.
 
     `tenant` tells keys apart where they share turns, queues and the prefix cache; it is never shown. An operator's key
-    (`is_admin`) sees what all keys do.
+    (`is_admin`) sees what all keys do. While requests wait, a key gets turns in proportion to its `weight`.
     A request that was let in counts however it ends. Its tokens are known only afterwards: they may take the key into
     debt, and until that is paid its next requests are refused.
     """
@@ -48,9 +51,11 @@ class ApiKey:
         tokens_per_minute: int = 0,
         max_concurrent: int = 0,
         tenant: str = "",
+        weight: int = 1,
         is_admin: bool = False,
     ) -> None:
         self.name = name
+        self.weight = weight
         self.tenant = tenant
         self.is_admin = is_admin
         self.usage = KeyUsage()
@@ -71,6 +76,7 @@ class ApiKey:
             requests_per_minute=config.requests_per_minute,
             tokens_per_minute=config.tokens_per_minute,
             max_concurrent=config.max_concurrent,
+            weight=config.weight,
             tenant=f"name:{config.name}",
             is_admin=config.admin,
         )
@@ -81,6 +87,7 @@ class ApiKey:
     def take_rules(self, other: ApiKey) -> None:
         """Live by the other's rules from now on. What was used of a limit that stays as it was stays used."""
         self._models, self._max_concurrent, self.is_admin = other._models, other._max_concurrent, other.is_admin
+        self.weight = other.weight
         self._buckets = {
             noun: mine if (mine := self._buckets.get(noun)) and mine.per_minute == bucket.per_minute else bucket
             for noun, bucket in other._buckets.items()

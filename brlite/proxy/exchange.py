@@ -151,15 +151,15 @@ class Exchange:
 
     def start(self) -> None:
         """Take one of the model's places, or wait for one."""
-        tenant = self.request.inbound.key.tenant
+        key = self.request.inbound.key
         limit = self.route.limit
-        if limit.acquire(tenant):
+        if limit.acquire(key.tenant):
             self._try_next()
             return
         self.state = QUEUED
         self._queue_deadline = self._forwarder.loop.time() + self._forwarder.config.max_queue_seconds
         try:
-            self._waiting = limit.wait(tenant, Waiter(self._turn_came, self._end_with))
+            self._waiting = limit.wait(key.tenant, Waiter(self._turn_came, self._end_with), key.weight)
         except RequestError as error:
             self._downstream.refuse(error)
             self._close(status_of(error).http)

@@ -124,7 +124,10 @@ class Delivery:
         if self._call.is_strict and made.warnings:
             refuse_warnings(made.warnings)
         self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
+        weight = self._request[API_KEY].weight
         for index, request in enumerate(made.requests):
+            if weight != 1:
+                request = msgspec.structs.replace(request, weight=weight)
             engine.submit(request, functools.partial(self._receive, index))
         warnings = (*self._call.warnings, *made.warnings, *made.cuts)
         self._builder = EventBuilder(self._call, engine.tokenizer, warnings, made.replies)
@@ -186,6 +189,10 @@ class Delivery:
                 self._builder.count(index, output)
             usage = self._builder.usage()
         spend_tokens(self._request, usage.prompt, usage.completion)
+        spent = self._request[API_KEY].usage
+        spent.queue_seconds += self._times.queue
+        spent.prefill_seconds += self._times.prefill
+        spent.decode_seconds += self._times.decode
         log_extras(self._request).update(
             model=self._model_name,
             prompt_tokens=usage.prompt,

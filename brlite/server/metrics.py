@@ -66,7 +66,7 @@ class SpreadCounter(NamedTuple):
     """One line of a key's counters: its second label's value, and where the number is."""
 
     label: str
-    value: Callable[[KeyUsage], int]
+    value: Callable[[KeyUsage], float]
 
 
 def _kv_usage(stats: EngineStats) -> float:
@@ -152,6 +152,11 @@ KEY_OUTCOMES = [
 KEY_TOKENS = [
     SpreadCounter("prompt", lambda u: u.prompt_tokens),
     SpreadCounter("completion", lambda u: u.completion_tokens),
+]
+KEY_SECONDS = [
+    SpreadCounter("queue", lambda u: u.queue_seconds),
+    SpreadCounter("prefill", lambda u: u.prefill_seconds),
+    SpreadCounter("decode", lambda u: u.decode_seconds),
 ]
 
 SEED_LABELS = ("model_name",)
@@ -266,6 +271,14 @@ class KeyCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         yield self._family("brlite:key_requests", "Requests of a key, by what became of them.", "outcome", KEY_OUTCOMES)
         yield self._family("brlite:key_tokens", "Tokens that a key has used.", "kind", KEY_TOKENS)
+        about = "Time that a key's requests to local models took."
+        yield self._family("brlite:key_seconds", about, "phase", KEY_SECONDS)
+        weights = GaugeMetricFamily(
+            "brlite:key_weight", "Its turns for each turn of a key of weight 1.", labels=["key"]
+        )
+        for key in self._keys:
+            weights.add_metric([key.name], key.weight)
+        yield weights
 
     def _family(self, name: str, about: str, label: str, rows: list[SpreadCounter]) -> Metric:
         family = CounterMetricFamily(name, about, labels=("key", label))

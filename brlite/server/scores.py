@@ -45,6 +45,7 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
                 request_id=answer_id,
                 cache_salt=call.cache_salt,
                 tenant=tenant,
+                weight=request[API_KEY].weight,
                 names=call.second_names,
             )
     num_cached = sum(output.num_cached_tokens for output in outputs)

@@ -154,3 +154,15 @@ def test_prompts_of_one_length_are_computed_one_after_the_other(make_driver: Mak
         ends |= {each: step for each in driver.finished if each not in ends}
 
     assert [ends[each] for each in prompts] == [10, 20, 30, 40]
+
+
+def test_a_tenant_gets_turns_in_proportion_to_its_weight(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=64, max_num_seqs=1, max_model_len=32, budget=64, limits=PATIENT)
+    heavy = submit_many(driver, 12, tenant="heavy", weight=3)
+    light = submit_many(driver, 12, tenant="light")
+
+    driver.finish()
+
+    first = driver.finished[:12]
+    assert [len(set(first) & set(each)) for each in (heavy, light)] == [9, 3]
+    assert len(driver.finished) == 24

@@ -160,6 +160,20 @@ async def test_prompts_and_answers_are_charged_whole_or_streamed(
     assert (twice["prompt"], twice["completion"]) == (2 * once["prompt"], 2 * once["completion"])
 
 
+async def test_the_metrics_have_the_weight_and_the_times_of_a_key(limited: LimitedClient) -> None:
+    client = await limited(weight=3)
+
+    await client.chat()
+    shown = {"Authorization": f"Bearer {OPERATOR.key}"}
+    async with client.session.get(client.url + "/metrics", headers=shown) as response:
+        metrics = await response.text()
+
+    assert 'brlite:key_weight{key="team-a"} 3.0\n' in metrics
+    seconds = dict(re.findall(r'brlite:key_seconds_total{key="team-a",phase="([a-z]+)"} ([0-9.e-]+)\n', metrics))
+    assert list(seconds) == ["queue", "prefill", "decode"]
+    assert sum(map(float, seconds.values())) > 0
+
+
 async def test_who_is_in_debt_for_tokens_waits(limited: LimitedClient) -> None:
     client = await limited(tokens_per_minute=PROMPT_TOKENS + 2)
     await client.chat(max_tokens=8)

@@ -49,12 +49,21 @@ class ConcurrencyLimit:
     Operations take time in proportion to the number of waiting keys, not of waiting requests.
     """
 
-    __slots__ = ("_is_handing_on", "_max_in_flight", "_num_running", "_num_to_hand_on", "_queue", "num_in_flight")
+    __slots__ = (
+        "_is_handing_on",
+        "_max_in_flight",
+        "_num_running",
+        "_num_to_hand_on",
+        "_queue",
+        "_weights",
+        "num_in_flight",
+    )
 
     def __init__(self, max_in_flight: int, max_queued: int) -> None:
         self._max_in_flight = max_in_flight
         self._queue: FairQueue[Hashable, Waiting] = FairQueue(max_queued)
         self._num_running: dict[Hashable, int] = {}  # by key, of those that run any
+        self._weights: dict[Hashable, int] = {}  # by key, of those that have another one than 1
         self.num_in_flight = 0
         self._num_to_hand_on = 0
         self._is_handing_on = False
@@ -76,12 +85,17 @@ class ConcurrencyLimit:
         self._num_running[key] = self._num_running.get(key, 0) + 1
         return True
 
-    def wait(self, key: Hashable, waiter: Waiter) -> Waiting:
+    def wait(self, key: Hashable, waiter: Waiter, weight: int = 1) -> Waiting:
         """Queue up, after `acquire` returned False. Raises `QueueFull`.
 
-        If another key fills the queue, its newest request is dropped.
+        While requests wait, keys get places in proportion to their weights. If another key fills the queue, its newest
+        request is dropped.
         """
         assert self.num_in_flight >= self._max_in_flight, "a place is free: on_turn would never be called"
+        if weight != 1:
+            self._weights[key] = weight
+        elif self._weights:
+            self._weights.pop(key, None)
         waiting = Waiting(self._queue, key, waiter)
         dropped = self._queue.add(key, waiting)
         if dropped is not None:
@@ -115,7 +129,7 @@ class ConcurrencyLimit:
                     self.num_in_flight -= 1
                     continue
                 # `min` takes the first of several, and keys come in the order of their turns.
-                key = min(self._queue.keys, key=lambda key: self._num_running.get(key, 0))
+                key = min(self._queue.keys, key=lambda key: self._num_running.get(key, 0) / self._weights.get(key, 1))
                 waiting = self._queue.pop(key)
                 self._num_running[key] = self._num_running.get(key, 0) + 1
                 waiting.has_turn = True

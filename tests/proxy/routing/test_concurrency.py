@@ -261,3 +261,17 @@ class PlacesMachine(RuleBasedStateMachine):
 
 
 TestPlacesMachine = PlacesMachine.TestCase
+
+
+def test_places_are_shared_in_proportion_to_weights() -> None:
+    limit = ConcurrencyLimit(4, 100)
+    assert all(limit.acquire("first") for _ in range(4))
+    turns: list[str] = []
+    for _ in range(10):
+        limit.wait("heavy", Waiter(lambda: turns.append("heavy"), not_dropped), weight=3)
+        limit.wait("light", Waiter(lambda: turns.append("light"), not_dropped))
+
+    for _ in range(4):
+        limit.release("first")
+
+    assert sorted(turns) == ["heavy", "heavy", "heavy", "light"]
