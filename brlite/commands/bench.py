@@ -10,16 +10,16 @@ from brlite.errors import ConfigError
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
-    where = "the server, such as localhost:8000 (the default)"
+    where = "address of the server (default localhost:8000)"
     parser.add_argument("--url", default="http://127.0.0.1:8000", help=where)
     parser.add_argument("--model", metavar="NAME", help="the model (default: the first that the server lists)")
-    key = "variable with the server's key"
+    key = "environment variable with the server's API key"
     parser.add_argument("--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help=key)
     for flag, default, about in (
-        ("--requests", 32, "how many in all"),
-        ("--concurrency", 8, "how many at once"),
-        ("--prompt-words", 64, "words of a prompt"),
-        ("--max-tokens", 64, "tokens of an answer"),
+        ("--requests", 32, "number of requests"),
+        ("--concurrency", 8, "requests at the same time"),
+        ("--prompt-words", 64, "words per prompt"),
+        ("--max-tokens", 64, "tokens per answer"),
     ):
         parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{about} (default {default})")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -284,7 +284,7 @@ def _seed_parser() -> argparse.ArgumentParser:
 
 def _add_serve(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    about = "another name that requests may use for the model; may be given several times"
+    about = "additional name for the model in requests; may be given several times"
     parser.add_argument("--alias", action="append", metavar="NAME", help=about)
     _add_listening(parser)
 
@@ -296,34 +296,44 @@ def _add_worker(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_proxy(parser: argparse.ArgumentParser) -> None:
-    about = "a .toml with [[upstream]] tables, and br-vllm-serving's .json files, whose all_models are put together"
+    about = "a .toml with [[upstream]] tables; or br-vllm-serving's .json files, whose all_models lists are merged"
     parser.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=about)
-    upstream = "a server, such as http://127.0.0.1:8001, and the model it has; the same name again is a replica"
+    upstream = "a model and its server, such as http://127.0.0.1:8001; the same name again adds a replica"
     parser.add_argument("--upstream", action="append", default=[], metavar="NAME=URL", help=upstream)
-    parser.add_argument("--choice", metavar="HOW", help="among replicas: least_loaded, round_robin, prefix or sticky")
+    parser.add_argument(
+        "--choice", metavar="HOW", help="how to choose among replicas: least_loaded, round_robin, prefix or sticky"
+    )
     _add_listening(parser)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(prints_data=True)
     add_config(parser)
-    source = 'prompts, one a line, or JSON lines {"prompt": …} that may set any sampling field; - is standard input'
+    source = 'prompts, one per line, or JSON lines {"prompt": …} with any sampling fields; - is standard input'
     parser.add_argument("--input", default="-", metavar="FILE", help=source)
-    parser.add_argument("--output", default="-", metavar="FILE", help="JSON lines; - is standard output")
-    parser.add_argument("--chat", action="store_true", help="each prompt is a user's message, for a chat model")
+    parser.add_argument(
+        "--output", default="-", metavar="FILE", help="file for the answers, as JSON lines; - is standard output"
+    )
+    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message, for a chat model")
     _add_sampling(parser, max_tokens=256)
-    parser.add_argument("--top-p", type=float, metavar="P", help="keep the most probable tokens up to this sum")
-    parser.add_argument("--top-k", type=int, metavar="K", help="keep the K most probable tokens")
-    parser.add_argument("--seed", type=int, metavar="N", help="makes the answers repeatable")
-    parser.add_argument("--n", type=int, metavar="N", help="answers for each prompt")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends an answer; may be given several times")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the most probable tokens whose probabilities add up to P"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed: the same seed gives the same answers")
+    parser.add_argument("--n", type=int, metavar="N", help="number of answers per prompt")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="text that ends an answer; may be given several times"
+    )
 
 
 def _add_chat(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--url", help="talk to a server, such as http://127.0.0.1:8000, in place of a model of our own")
     parser.add_argument(
-        "--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help="variable with the server's key"
+        "--url", help="chat with this server, such as http://127.0.0.1:8000, instead of loading a model"
+    )
+    parser.add_argument(
+        "--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help="environment variable with the server's API key"
     )
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     _add_sampling(parser, max_tokens=None)
@@ -334,24 +344,26 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, nargs="*", metavar="FILE", help=about)
     schema = "print the JSON schema of the TOML, for editors: brlite check --schema > brlite.schema.json"
     parser.add_argument("--schema", action="store_true", help=schema)
-    dial = "ask every upstream whether it is there, well, and has its models; status 1 if one is not"
+    dial = "connect to every upstream, and check its health and its models; status 1 if one fails"
     parser.add_argument("--dial", action="store_true", help=dial)
-    offline = "check the fields only: the config is for another machine, with files, keys and memory of its own"
+    offline = "check only the fields, not files, keys or memory: for a config of another machine"
     parser.add_argument("--offline", action="store_true", help=offline)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="prompts, one a line (default: a dozen of our own)"
+        "--prompts", type=Path, metavar="FILE", help="prompts, one per line (default: twelve built-in ones)"
     )
-    parser.add_argument("--max-tokens", type=int, default=16, metavar="N", help="length of an answer (default 16)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=16, metavar="N", help="length of an answer in tokens (default 16)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_engine_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a .toml, or br-vllm-serving's .json")
-    parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
+    parser.add_argument("--model", metavar="NAME|PATH", help="model to use instead of the config's")
     add_engine(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -364,21 +376,21 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
 _COMMANDS: tuple[tuple[Command, Callable[[argparse.ArgumentParser], None], str], ...] = (
     (_serve, _add_serve, "serve a model over the OpenAI API"),
     (run, add_run, "serve a model and chat with it; the server ends with the chat"),
-    (_proxy, _add_proxy, "forward requests to the servers that have their models"),
+    (_proxy, _add_proxy, "forward requests to other servers, by the model's name"),
     (_chat, _add_chat, "talk to a model in the terminal"),
     (_generate, _add_generate, "complete the prompts of a file"),
-    (pull, add_pull, "fetch a model by its name"),
+    (pull, add_pull, "download a model by its name"),
     (models, add_models, "list, show or remove the models on this machine"),
-    (_check, _add_check, "validate a config and say what it will take"),
-    (tune, add_tune, "advise precision, context and batch of a model for this machine"),
-    (_doctor, _add_doctor, "say what was found on this machine"),
-    (bench, add_bench, "put a short load on a server, and print its speed"),
-    (convert, add_conversion, "make a bundle of a model, which loads at once"),
-    (inspect, add_inspection, "say what a model file or folder holds"),
-    (_verify, _add_verify, "compare what a model says alone and in company, bit for bit"),
-    (_engine_check, _add_engine_check, "try whether an engine keeps the contract; status 1 if not"),
-    (_worker, _add_worker, "be one rank of a model on several machines, started by torchrun; rank 0 serves"),
-    (completion, add_completion, "print the completions of a shell"),
+    (_check, _add_check, "validate a config and show the memory that it needs"),
+    (tune, add_tune, "recommend precision, context and batch of a model for this machine"),
+    (_doctor, _add_doctor, "show what this machine has, and which engine will run"),
+    (bench, add_bench, "send a short load to a server and print its speed"),
+    (convert, add_conversion, "convert a model to a bundle, which loads faster"),
+    (inspect, add_inspection, "show what a model file or folder contains"),
+    (_verify, _add_verify, "check that a model gives the same answers alone and in batches, bit for bit"),
+    (_engine_check, _add_engine_check, "test an engine against the engine contract; status 1 if a check fails"),
+    (_worker, _add_worker, "run one rank of a model on several machines, under torchrun; rank 0 serves"),
+    (completion, add_completion, "print the completion script of a shell"),
 )
 
 
@@ -386,15 +398,19 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="address to listen to (default 127.0.0.1)")
     parser.add_argument("--port", type=int, metavar="N", help="port to listen to (default 8000)")
     parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
-    keys = "file with the API keys that are accepted, one a line; - is standard input"
+    keys = "file with the accepted API keys, one per line; - is standard input"
     parser.add_argument("--api-key-file", metavar="FILE", help=keys)
     parser.add_argument("--api-key", help=argparse.SUPPRESS)  # refused: else it would be short for the one above
-    origins = "web page that may ask, such as https://app.example.com, or *; may be given several times"
+    origins = (
+        "origin of web pages that may call the API, such as https://app.example.com, or *; may be given several times"
+    )
     parser.add_argument("--cors", action="append", metavar="ORIGIN", help=origins)
     parser.set_defaults(is_server=True)
 
 
 def _add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
-    length = f"length of an answer at most (default {max_tokens or 'half of the context'})"
+    length = f"maximum length of an answer in tokens (default {max_tokens or 'half of the context'})"
     parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=length)
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most probable token")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="sampling temperature; 0 always takes the most probable token"
+    )

@@ -17,12 +17,12 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name", "--model-name", required=True, metavar="NAME", help=name)
     folder = "its folder or .gguf file, or its name on a hub: config, tokenizer and weights"
     parser.add_argument("--model_dir", "--model-dir", type=Path, required=True, metavar="DIR", help=folder)
-    where = "the bundle becomes a folder in this one"
+    where = "folder in which the bundle's folder is created"
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, metavar="OUT", help=where)
     names = tuple(PRECISIONS)
-    packed = "which the weights are packed for (default: what the manual recommends for all its models, %(default)s)"
+    packed = "precision of the bundle's weights (default: %(default)s, as the manual recommends for all its models)"
     parser.add_argument("--precision", choices=names, default=names[-1], help=packed)
-    traced = "take the weights from a .pt that the manual's tool has traced; config and tokenizer from --model_dir"
+    traced = "take the weights from this .pt, traced by the manual's tool; config and tokenizer from --model_dir"
     parser.add_argument("--from-pt", "--from_pt", type=Path, metavar="FILE", help=traced)
     parser.add_argument("--tp", type=int, default=1, help=argparse.SUPPRESS)
     parser.set_defaults(command=convert)

@@ -33,20 +33,24 @@ MAX_KEYS_LENGTH = 65536  # characters of keys on standard input
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    about = "a .toml, or br-vllm-serving's .json (default: ./brlite.toml, else a small English model)"
+    about = "config file: a .toml, or br-vllm-serving's .json (default: ./brlite.toml, else a small English model)"
     parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help=about)
-    parser.add_argument("--model", metavar="NAME|PATH", help="the model, if not the config's")
-    context = "longest context in tokens, prompt and answer together (0: the model's, as far as memory goes)"
+    parser.add_argument(
+        "--model", metavar="NAME|PATH", help="model to use instead of the config's: a name on a hub, a folder or a file"
+    )
+    context = "maximum context in tokens, prompt plus answer (0: the model's maximum, less if memory is short)"
     parser.add_argument("--context", type=int, metavar="N", help=context)
-    parser.add_argument("--device", help="auto, cpu or another torch device")
-    parser.add_argument("--threads", type=int, metavar="N", help="0: one for each physical core")
+    parser.add_argument("--device", help="device that computes: auto, cpu or another torch device")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
     add_engine(parser)
 
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
-    about = "what computes: auto, native, torch, or an installed engine such as toy (default: BRLITE_ENGINE's, if set)"
+    about = (
+        "engine: auto, native, torch, or an installed one such as toy (default: the variable BRLITE_ENGINE, else auto)"
+    )
     parser.add_argument("--engine", metavar="NAME", help=about)
-    option = "an option of that engine; may be given several times"
+    option = "option for that engine; may be given several times"
     parser.add_argument("--engine-option", action="append", default=[], metavar="NAME=VALUE", help=option)
 
 

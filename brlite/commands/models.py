@@ -37,7 +37,7 @@ class CachedModel(NamedTuple):
 
 
 def add_pull(parser: argparse.ArgumentParser) -> None:
-    about = "organisation/model[:QUANT][@revision]; modelscope: before it is that hub (docs/models.md)"
+    about = "organisation/model[:QUANT][@revision]; the prefix modelscope: chooses that hub (docs/models.md)"
     parser.add_argument("name", metavar="NAME", help=about)
     parser.set_defaults(logs_from="warning")
 
@@ -64,14 +64,14 @@ def pull(args: argparse.Namespace) -> int:
 
 def add_models(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    listing = actions.add_parser("list", help="what is here, how large it is and when it was used (the default)")
-    showing = actions.add_parser("show", help="one model: where it is, its architecture, precision, memory")
-    removing = actions.add_parser("rm", help="remove a model; with :QUANT one GGUF file of it")
+    listing = actions.add_parser("list", help="list the models with their size and last use (the default)")
+    showing = actions.add_parser("show", help="show one model: folder, architecture, precision, memory")
+    removing = actions.add_parser("rm", help="remove a model, or with :QUANT one of its GGUF files")
     for each in (showing, removing):
         each.add_argument("name", metavar="NAME", help="as `brlite models` lists it")
     for each in (parser, listing, showing):
         each.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
-    removing.add_argument("--yes", action="store_true", help="do not ask")
+    removing.add_argument("--yes", action="store_true", help="remove without asking")
     parser.set_defaults(logs_from="warning", json=False)
 
 

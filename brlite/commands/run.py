@@ -27,13 +27,15 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help=name)
     port = "port of the server on this machine (default 8000 if it is free, else any)"
     parser.add_argument("--port", type=int, metavar="N", help=port)
-    parser.add_argument("--context", type=int, metavar="N", help="longest context in tokens")
-    parser.add_argument("--device", help="auto, cpu or another torch device")
-    parser.add_argument("--threads", type=int, metavar="N", help="0: one for each physical core")
-    parser.add_argument("--engine", metavar="NAME", help="what computes: auto, native, torch, or toy")
+    parser.add_argument("--context", type=int, metavar="N", help="maximum context in tokens, prompt plus answer")
+    parser.add_argument("--device", help="device that computes: auto, cpu or another torch device")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
+    parser.add_argument("--engine", metavar="NAME", help="engine: auto, native, torch, or toy")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
-    parser.add_argument("--max-tokens", type=int, metavar="N", help="length of an answer at most")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the most probable token")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum length of an answer in tokens")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="sampling temperature; 0 always takes the most probable token"
+    )
     parser.set_defaults(logs_from="warning")
 
 
