@@ -160,7 +160,7 @@ async def test_a_chat_found_too_long_at_the_engines_door_is_the_messages_fault(m
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": ["a"] * 64, "n": 5}, "n"),
-        ({"suffix": "x"}, "suffix"),
+        ({"suffix": 5}, "suffix"),
         ({"logprobs": 100}, "logprobs"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,

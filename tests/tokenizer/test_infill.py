@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from brlite.errors import InvalidRequest
 from brlite.tokenizer import load_tokenizer
 from brlite.tokenizer.infill import InfillTokens, find_infill_tokens
+from tests.tokenizer.conftest import WriteGguf
 
 
 @pytest.mark.parametrize(
@@ -72,3 +75,14 @@ def test_a_message_may_write_control_tokens_where_the_operator_allows_it(qwen2_f
 
     assert plain.encode_chat(messages).count(end) == 1
     assert allowed.encode_chat(messages).count(end) == 2
+
+
+def test_a_gguf_file_names_the_tokens_by_old_keys_and_new(
+    write_gguf: WriteGguf, byte_level_keys: Mapping[str, Any]
+) -> None:
+    new = {"fim_pre_token_id": 5, "fim_suf_token_id": 6, "fim_mid_token_id": 7}
+    old = {"prefix_token_id": 5, "suffix_token_id": 6, "middle_token_id": 7}
+
+    found = [load_tokenizer(write_gguf(**byte_level_keys, **keys)).infill for keys in (new, old, {})]
+
+    assert found == [InfillTokens(5, 6, 7), InfillTokens(5, 6, 7), None]
