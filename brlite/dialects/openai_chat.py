@@ -183,7 +183,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
             functions=body.functions,
             function_call=body.function_call,
         )
-        tools, tool_choice = decode_tools(fields, limits)
+        tools, tool_choice = decode_tools(fields, limits, len(data))
     chat = Chat(
         messages,
         add_generation_prompt,

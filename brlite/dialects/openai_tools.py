@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -77,8 +77,13 @@ class ToolFields(Struct, kw_only=True):
     function_call: str | FunctionName | None = None
 
 
-def decode_tools(body: ToolFields, limits: LimitsConfig) -> tuple[tuple[Tool, ...], ToolChoice]:
-    """The tools that may be called, and the choice among them. Raises `InvalidRequest`, naming the field."""
+def decode_tools(
+    body: ToolFields, limits: LimitsConfig, num_body_bytes: int | None = None
+) -> tuple[tuple[Tool, ...], ToolChoice]:
+    """The tools that may be called, and the choice among them. Raises `InvalidRequest`, naming the field.
+
+    Tools of a body of `num_body_bytes` that are within their limit are not measured.
+    """
     if body.tools and body.functions:
         raise InvalidRequest("give either tools or functions", param="functions")
     if body.functions:
@@ -92,31 +97,31 @@ def decode_tools(body: ToolFields, limits: LimitsConfig) -> tuple[tuple[Tool, ..
                 raise InvalidRequest(f"tools[{index}].function is missing", param=f"tools[{index}].function")
             definitions.append(tool.function)
     check_num_entries(param, len(definitions), limits.max_tools)
-    num_bytes = len(msgspec.json.encode(definitions)) if definitions else 0
-    if num_bytes > limits.max_tools_bytes:
-        raise InvalidRequest(
-            f"{param} must have at most {limits.max_tools_bytes} bytes on this server, got {num_bytes}", param=param
+    if num_body_bytes is None or num_body_bytes > limits.max_tools_bytes:
+        num_bytes = len(msgspec.json.encode(definitions)) if definitions else 0
+        if num_bytes > limits.max_tools_bytes:
+            raise InvalidRequest(
+                f"{param} must have at most {limits.max_tools_bytes} bytes on this server, got {num_bytes}", param=param
+            )
+    tools: dict[str, Tool] = {}
+    for function in definitions:
+        name = function.name
+        if not _NAME.fullmatch(name):
+            place = f"{param}[{definitions.index(function)}].name"
+            allowed = "1 to 128 letters, digits and _ . : / -"
+            raise InvalidRequest(f"{place} must be {allowed}, got {excerpt(name)}", param=place)
+        tools[name] = Tool(
+            name=name,
+            description=function.description,
+            parameters=function.parameters,
+            strict=bool(function.strict),
         )
-    tools = tuple(_tool(function, f"{param}[{index}]") for index, function in enumerate(definitions))
-    names = {tool.name for tool in tools}
-    if len(names) < len(tools):
+    if len(tools) < len(definitions):
         raise InvalidRequest(f"{param} must have different names", param=param)
-    return tools, _choice(body, names)
+    return tuple(tools.values()), _choice(body, tools)
 
 
-def _tool(function: FunctionDefinition, param: str) -> Tool:
-    if not _NAME.fullmatch(function.name):
-        allowed = "1 to 128 letters, digits and _ . : / -"
-        raise InvalidRequest(f"{param}.name must be {allowed}, got {excerpt(function.name)}", param=f"{param}.name")
-    return Tool(
-        name=function.name,
-        description=function.description,
-        parameters=function.parameters,
-        strict=bool(function.strict),
-    )
-
-
-def _choice(body: ToolFields, names: set[str]) -> ToolChoice:
+def _choice(body: ToolFields, names: Collection[str]) -> ToolChoice:
     """OpenAI's default is auto with tools and none without; a choice among no tools is none."""
     parallel = body.parallel_tool_calls is not False and not body.functions
     param: str = "tool_choice"
@@ -151,7 +156,7 @@ def _choice(body: ToolFields, names: set[str]) -> ToolChoice:
     )
 
 
-def _known(wanted: Sequence[str], names: set[str], param: str) -> tuple[str, ...]:
+def _known(wanted: Sequence[str], names: Collection[str], param: str) -> tuple[str, ...]:
     unknown = next((name for name in wanted if name not in names), None)
     if unknown is not None:
         raise InvalidRequest(f"{param}: there is no tool {excerpt(unknown)} in this request", param=param)
