@@ -80,18 +80,18 @@ def is_anthropic(path: str) -> bool:
     return "messages" in path and _ANTHROPIC_PATH.fullmatch(path) is not None
 
 
-def error_body(error: BaseException, path: str = "") -> bytes:
-    """The error of a request to `path` as JSON."""
+def error_body(error: BaseException, path: str = "", request_id: str = "") -> bytes:
+    """The error of a request to `path` as JSON. Anthropic's shape has the request's id, where it is given."""
     status = status_of(error)
     message = error_message(error)
     if isinstance(error, errors.PromptTooLong) and error.max_tokens and is_anthropic(path):
         # Agents read this text, and then shorten their history.
         message = f"prompt is too long: {error.num_tokens} tokens > {error.max_tokens} maximum"
     status = status._replace(code=error_code(error))
-    return envelope(status, message, getattr(error, "param", None), path)
+    return envelope(status, message, getattr(error, "param", None), path, request_id)
 
 
-def envelope(status: Status, message: str, param: str | None = None, path: str = "") -> bytes:
+def envelope(status: Status, message: str, param: str | None = None, path: str = "", request_id: str = "") -> bytes:
     """The JSON body for these. A path or a field of the client's may be in the message, and hold what JSON cannot."""
     message = message.encode("utf-8", "backslashreplace").decode()
     fields: dict[str, Any]
@@ -102,6 +102,7 @@ def envelope(status: Status, message: str, param: str | None = None, path: str =
             fields["param"] = param
         if status.code:
             fields["details"] = {"error_code": status.code}  # its SDKs go by some of Anthropic's codes
-        return msgspec.json.encode({"type": "error", "error": fields})
+        named = {"request_id": request_id} if request_id else {}
+        return msgspec.json.encode({"type": "error", "error": fields, **named})
     fields = {"message": message, "type": status.type, "param": param, "code": status.code}
     return msgspec.json.encode({"error": fields, "object": "error", **fields, "code": status.http})

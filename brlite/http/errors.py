@@ -26,11 +26,12 @@ def status_of(error: BaseException) -> Status:
     return dialect_errors.status_of(error)
 
 
-def error_body(error: BaseException, path: str = "") -> bytes:
+def error_body(error: BaseException, path: str = "", request_id: str = "") -> bytes:
     """The error of a request to `path` as JSON. What is not the client's business is replaced by one fixed sentence."""
     if isinstance(error, web.HTTPException):
-        return envelope(status_of(error), error.reason if error.status < 500 else SERVER_FAULT, path=path)
-    return dialect_errors.error_body(error, path)
+        message = error.reason if error.status < 500 else SERVER_FAULT
+        return envelope(status_of(error), message, path=path, request_id=request_id)
+    return dialect_errors.error_body(error, path, request_id)
 
 
 def foreign_error_body(http: int, message: str, path: str = "") -> bytes:
@@ -45,6 +46,9 @@ def error_headers(error: BaseException) -> dict[str, str]:
     headers = {}
     if isinstance(error, errors.RequestError) and error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, errors.RequestTimeout):
+        # SDKs retry every 408 otherwise. A request that was not complete within its own `timeout` will not be again.
+        headers["X-Should-Retry"] = "false" if error.param else "true"
     if isinstance(error, errors.MethodNotAllowed):
         headers["Allow"] = ", ".join(error.allowed)
     if isinstance(error, errors.Unauthorized):
@@ -52,11 +56,11 @@ def error_headers(error: BaseException) -> dict[str, str]:
     return headers
 
 
-def error_response(error: BaseException, path: str = "") -> web.Response:
+def error_response(error: BaseException, path: str = "", request_id: str = "") -> web.Response:
     """The error of a request to `path` as an aiohttp response."""
     return web.Response(
         status=status_of(error).http,
-        body=error_body(error, path),
+        body=error_body(error, path, request_id),
         content_type="application/json",
         headers={**OWN_HEADERS, **error_headers(error)},
     )

@@ -169,7 +169,7 @@ def answer_error(request: web.Request, error: Exception) -> web.StreamResponse:
         )
     if has_begun(request):
         raise ConnectionAbortedError("the answer had begun; nothing is sent twice") from error
-    response = error_response(error, request.path)
+    response = error_response(error, request.path, shown_request_id(request))
     if request.body_exists and not request.content.is_eof():
         response.force_close()  # its body has not been read: the client need not send the rest
     return response

@@ -425,7 +425,8 @@ class ForwardingCycle:
 
     def refuse(self, error: RequestError) -> None:
         headers = {"Content-Type": "application/json; charset=utf-8", **error_headers(error)}
-        self.answer(status_of(error).http, _lines(headers), error_body(error, self._head.target.decode("latin-1")))
+        body = error_body(error, self._head.target.decode("latin-1"), self.request_id)
+        self.answer(status_of(error).http, _lines(headers), body)
 
     def cut(self) -> None:
         reset(self._transport)

@@ -110,6 +110,7 @@ async def test_a_slow_body_gets_408(http_server, connect) -> None:
     head, body = await client.answer()
 
     assert head[9:12] == b"408"
+    assert b"\r\nX-Should-Retry: true\r\n" in head
     assert b"did not arrive within 0.3 s" in body
 
 

@@ -42,6 +42,15 @@ async def test_a_request_ends_with_408_at_its_timeout(stuck: Client, path: str, 
         assert "its timeout of 0.05 s" in answer["error"]["message"]
 
 
+async def test_a_client_is_told_not_to_retry_what_its_own_timeout_ended(stuck: Client) -> None:
+    body = {**chat_body(), "timeout": 0.05}
+
+    async with stuck.session.post(stuck.url + "/v1/chat/completions", json=body) as response:
+        assert response.status == 408
+
+    assert response.headers["X-Should-Retry"] == "false"
+
+
 async def test_a_stream_that_has_begun_ends_with_an_error_event(stuck: Client) -> None:
     body = chat_body(stream=True, timeout=0.05)
 

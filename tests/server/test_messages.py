@@ -397,6 +397,7 @@ async def test_each_refusal_has_its_exception(serve: Serve) -> None:
         body: Any = refusal.value.body
         assert (body["type"], body["error"]["type"]) == ("error", kind)
         assert refusal.value.request_id is not None
+        assert refusal.value.body["request_id"] == refusal.value.request_id  # type: ignore[index]
     with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: 6002 tokens > 4095 maximum"):
         await ask(one, "hi" * 3000)
     with pytest.raises(anthropic.RateLimitError) as limited:
