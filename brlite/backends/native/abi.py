@@ -1,7 +1,6 @@
 """The plain C interface of the native kernels as ctypes sees it: `src/brlite.h`, field by field.
 
-Knows no library file and no meaning: what the fields are for stands in the header. Pointers are addresses; whoever
-fills one in keeps the memory that it points to.
+The header says what the fields mean. Pointers are addresses; code that sets one must keep the memory alive.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")  # by number
 
 INT8, BF16, INT8_F16, INT4, INT4_MIN = range(5)
 
-LOST_RANK = 8  # what `brlite_run` says where ranks met no more
+LOST_RANK = 8  # `brlite_run` returns this after a rank was lost
 
 EMBED, NORM, LINEAR, ADD, ROPE, ATTEND, QUANTIZE, SILU, GATE = range(9)
 
@@ -42,7 +41,9 @@ _CTYPES: dict[str, Any] = {
     "const float*": c_void_p,
     "const uint8_t*": c_void_p,
 }
-DRAW_PARAMETERS = tuple(name for kind, _, name in _DRAW_FIELDS if kind == "PARAMETER")  # also of `SamplingParams`
+DRAW_PARAMETERS = tuple(
+    name for kind, _, name in _DRAW_FIELDS if kind == "PARAMETER"
+)  # names of fields of `SamplingParams`, too
 
 
 class NativeOperation(ctypes.Structure):
@@ -162,7 +163,7 @@ STRUCTS = (
     Pooling,
 )  # in the order of `brlite_struct_size`
 
-# What each function takes and gives back.
+# Argument types and result type of each function.
 FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
     "brlite_abi_version": ((), c_int32),
     "brlite_kernel_version": ((), c_int32),
@@ -188,7 +189,7 @@ FUNCTIONS: dict[str, tuple[tuple[Any, ...], Any]] = {
 
 
 def declare(library: ctypes.CDLL) -> None:
-    """Tell ctypes the types of every function. Raises OSError, as loading does, where the library lacks one."""
+    """Set the ctypes types of every function. Raises OSError, as loading does, if the library lacks one."""
     for name, (takes, gives) in FUNCTIONS.items():
         try:
             function = getattr(library, name)
@@ -198,7 +199,7 @@ def declare(library: ctypes.CDLL) -> None:
 
 
 def check(library: ctypes.CDLL) -> None:
-    """Raise OSError, as loading does, for a declared library whose interface is not the one above."""
+    """Raise OSError, as loading does, if the version or the structs of a declared library differ from those above."""
     version = library.brlite_abi_version()
     if version != ABI_VERSION:
         raise OSError(f"{library._name} has interface version {version}; this brlite speaks version {ABI_VERSION}")

@@ -1,7 +1,8 @@
-"""How many threads the next step takes: all of them, or fewer while other programs use the cores.
+"""Chooses the number of threads of the next step: all, or fewer while other programs use the cores.
 
-Threads meet some 300 times a step, so a thread that lost its core holds up all others: with one busy neighbour on two
-cores, two threads were 3.5 times slower than one. Results do not depend on the number. Knows no clock and no threads.
+A step has up to 300 barriers, so all threads wait for a thread that has no core: with one busy process beside it on two
+cores, two threads were 3.5 times slower than one. Results do not depend on the number. Times are passed in; there is no
+clock and no thread here.
 """
 
 from __future__ import annotations
@@ -10,30 +11,30 @@ import logging
 
 logger = logging.getLogger(__name__)
 
-WINDOW_SECONDS = 0.05  # of computing, and at least so many steps, before a number is judged
-WINDOW_STEPS = 4
-MIN_PAUSE_SECONDS = 0.5  # of computing, until another number is tried; doubled whenever that was no better
+WINDOW_SECONDS = 0.05  # a number of threads is judged after this time in steps
+WINDOW_STEPS = 4  # and at least this many steps
+MIN_PAUSE_SECONDS = 0.5  # time in steps until another number is tried; doubled after a trial without gain
 MAX_PAUSE_SECONDS = 8.0
-GAIN = 1.1  # more threads must be so much faster to be kept
+GAIN = 1.1  # more threads are kept only if they are faster by this factor
 
 
 class AdaptiveThreads:
-    """Judges a number of threads by how many of them were computing on average, and not waiting or without a core.
+    """Judges a number of threads by how many of them were computing on average, rather than waiting or without a core.
 
-    The same steps cost the same computing on any number, so the number with the highest average is the fastest.
+    The computing time of a step is the same for any number, so the number with the highest average is the fastest.
     """
 
     def __init__(self, num_threads: int) -> None:
         self._most = num_threads
-        self.num_settled = num_threads  # what was found best
-        self.num_threads = num_threads  # of the next step; another than `num_settled` for as long as it is tried
+        self.num_settled = num_threads  # the best number found so far
+        self.num_threads = num_threads  # of the next step; differs from `num_settled` during a trial
         self._best_average = 0.0
         self._pause = MIN_PAUSE_SECONDS
-        self._rested = MIN_PAUSE_SECONDS  # computing since the last trial
+        self._rested = MIN_PAUSE_SECONDS  # time in steps since the last trial
         self._forget()
 
     def observe(self, seconds: float, busy_seconds: float) -> None:
-        """Note a step on `num_threads` threads: how long it took, and what they computed in it together."""
+        """Record a step on `num_threads` threads: its wall time, and the computing time of all threads together."""
         if self._most == 1:
             return
         self._seconds += seconds
@@ -47,7 +48,7 @@ class AdaptiveThreads:
             self._rested += elapsed
             self._best_average = average
             if self._rested >= self._pause:
-                # Half as many could be faster if fewer than half are at work. More are tried after a while.
+                # Half as many can be faster only if fewer than half are computing. Otherwise try more.
                 half, more = self.num_settled // 2, min(self._most, 2 * self.num_settled)
                 self.num_threads = half if average < half else more
         else:

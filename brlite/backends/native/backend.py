@@ -1,6 +1,6 @@
-"""The backend in native code: packed weights, paged cache and one call a step. CPUs only; torch is never imported.
+"""The backend in native code: packed weights, a paged cache, one library call per step. CPUs only, without torch.
 
-A row's result is its own, bit for bit: other rows, chunk borders, cache hits and the number of threads change nothing.
+The result of a row has the same bits for any other rows, chunk borders, cache hits and number of threads.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SPAN = np.dtype([("start", "i4"), ("first_row", "i4"), ("num_rows", "i4"), ("res
 
 
 class NativeBackend:
-    """A `Backend`. Owns weights, cache, plan and threads from its making to `close`. With a shard it is one rank's."""
+    """A `Backend`. Owns weights, cache, plan and threads until `close`. With a shard it is one rank."""
 
     def __init__(
         self,
@@ -60,10 +60,10 @@ class NativeBackend:
         shared: SharedRows | None = None,
         opened: ExitStack | None = None,
     ) -> None:
-        """Read the weights, from their packed file if there is one, and make room for the cache.
+        """Load the weights, from their packed file if there is one, and allocate the cache.
 
-        `shared` are the rows that the ranks of a sharded plan share. What is `opened` is the backend's from then on, to
-        be closed last. Whatever is raised, Ctrl-C too, all of it is given back.
+        `shared` are the rows that the ranks of a sharded plan share. The backend owns `opened` and closes it last.
+        If anything is raised, KeyboardInterrupt included, everything is released.
         """
         library, config, spec = native.functions, plan.config, plan.spec
         block_size = math.ceil(plan.engine.block_size / LANES) * LANES
@@ -87,7 +87,7 @@ class NativeBackend:
             self._vocab_size = config.vocab_size
             self._hidden_size = config.hidden_size
             self._draws = NativeDraws(config.vocab_size)
-            # Ranks wait for each other: what one waits for says nothing about its own threads.
+            # Not with ranks: a rank also waits for others, so its times do not show whether its threads have cores.
             is_adaptive = plan.engine.adaptive_threads and plan.shard is None
             self._threads = AdaptiveThreads(plan.num_threads) if is_adaptive else None
             self._last_time = (ctypes.c_double * 2)()
@@ -106,12 +106,12 @@ class NativeBackend:
                 library.brlite_create(ctypes.addressof(compiled.struct), native.isa, plan.num_threads) or 0
             )
             if not self._engine:
-                raise EngineError(f"the native step could not have {plan.num_threads} threads and their memory")
+                raise EngineError(f"no memory or threads for a native step on {plan.num_threads} threads")
             opened.callback(library.brlite_destroy, self._engine)
             self._open = opened.pop_all()
 
     def execute(self, batch: Batch) -> StepResult:
-        """Compute one step. Its exceptions leave the cache of other sequences as it was."""
+        """Compute one step. After an exception the cache of other sequences is unchanged."""
         rows = _Rows(batch.seqs)
         drawings: list[Drawing] = []
         targets: list[DrawTarget] = []
@@ -128,7 +128,9 @@ class NativeBackend:
             draws = self._draws.lay_out(drawings, targets)
             self._run(rows, draws.num_draws, draws.draws_address, draws.drawn_address, poolings=poolings)
             num_threads = self._num_threads
-            if self._threads is not None and batch.masks is None:  # a draw's wait for its mask is no thread's fault
+            if (
+                self._threads is not None and batch.masks is None
+            ):  # waiting for a mask would count as threads without cores
                 self._library.brlite_last_time(self._engine, ctypes.addressof(self._last_time))
                 self._threads.observe(*self._last_time)
                 self._num_threads = self._threads.num_threads
@@ -143,7 +145,7 @@ class NativeBackend:
         return StepResult(results, num_threads)
 
     def follow(self, work: RankBatch) -> None:
-        """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
+        """Compute this rank's part of a step that rank 0 executes: everything but the draws."""
         rows = _Rows(work.seqs)
         first_rows = list(zip(work.seqs, rows.first_rows, strict=True))
         drawn = [row for seq, first in first_rows if seq.is_drawn for row in _drawing_rows(seq, first)]
@@ -155,23 +157,23 @@ class NativeBackend:
             self._run(rows, len(draws), ctypes.addressof(draws), 0)
 
     def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
-        """Compute a step, and in place of tokens give the logits [R, V] after the last token of each sequence."""
+        """Compute a step without draws. Returns the logits [R, V] after the last token of each sequence."""
         rows = _Rows(seqs)
         last = [first + len(seq.token_ids) - 1 for seq, first in zip(seqs, rows.first_rows, strict=True)]
         return self._row_logits(rows, last)
 
     def logits(self, token_ids: Sequence[int]) -> npt.NDArray[np.float32]:
-        """The logits [T, V] at every position of one prompt. For measuring: takes the cache's first blocks."""
+        """The logits [T, V] at every position of one prompt. For measurements: overwrites the first blocks."""
         num_blocks = math.ceil(len(token_ids) / self.info.block_size)
         rows = _Rows([ScheduledSeq(0, 0, list(token_ids), list(range(num_blocks)))])
         return self._row_logits(rows, range(len(token_ids)))
 
     def close(self) -> None:
-        """Give back threads and memory, after the step under way if there is one. May be called twice."""
+        """Release threads and memory, after the running step if there is one. May be called twice."""
         self._guard.close(self._open.close)
 
     def _row_logits(self, rows: _Rows, wanted: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Run a step for the logits of some of its rows."""
+        """Run a step and return the logits of the `wanted` rows."""
         out = np.empty((len(wanted), self._vocab_size), np.float32)
         draws, drawn = (abi.Draw * len(wanted))(), (abi.Drawn * len(wanted))()
         for row, draw in zip(wanted, draws, strict=True):
@@ -189,7 +191,7 @@ class NativeBackend:
         logits: int | None = None,
         poolings: _Poolings | None = None,
     ) -> None:
-        """Only inside `guard.step`: the library would follow pointers to memory that was given back."""
+        """Call it only inside `guard.step`; otherwise `close` could release memory that the library reads."""
         batch = abi.NativeBatch(
             num_rows=rows.num_rows,
             num_spans=len(rows.spans),
@@ -205,13 +207,13 @@ class NativeBackend:
             batch.poolings, batch.num_poolings = ctypes.addressof(poolings.structs), len(poolings.structs)
         error = self._library.brlite_run(self._engine, ctypes.addressof(batch))
         if error == abi.LOST_RANK:
-            raise RankGone("another rank went in the midst of a step")
+            raise RankGone("another rank was lost during a step")
         if error:
             raise EngineError(f"the native step refused its batch: error {error}")
 
 
 class _Rows:
-    """A batch laid out by rows, in the arrays that the library reads."""
+    """A batch as the arrays that the library reads: tokens by row, spans, block tables."""
 
     def __init__(self, seqs: Sequence[ScheduledSeq | RankSeq]) -> None:
         token_ids: list[int] = []
@@ -231,7 +233,7 @@ class _Rows:
 
 
 class _Poolings:
-    """The sums of hidden states that a step adds to, for some sequences with their first rows. Keep it until then."""
+    """Sums of hidden states that a step adds to, for sequences with their first rows. Keep it until the step ends."""
 
     def __init__(self, pooled: Sequence[tuple[ScheduledSeq, int]], hidden_size: int) -> None:
         self.totals = np.zeros((len(pooled), hidden_size), np.float64)
@@ -245,7 +247,7 @@ class _Poolings:
 
 
 def _drawings(batch: Batch, seq: ScheduledSeq, first_row: int) -> list[Drawing]:
-    """What to draw for a sequence: after its last real token, and after each guess in case all before were right."""
+    """The draws of a sequence: after its last real token, and after each draft token in case all before it match."""
     if seq.sampling is None:
         return []
     position = seq.sampling.position
@@ -261,7 +263,7 @@ def _drawing_rows(seq: ScheduledSeq | RankSeq, first_row: int) -> range:
 
 
 def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | Undrawn], reported: Iterator[TokenLogprob]) -> SeqResult:
-    """Take a sequence's draws from those of the step."""
+    """Consume a sequence's draws from the iterators. Tokens after the first draft token that differs are dropped."""
     logprobs = list(islice(reported, len(seq.prompt_targets)))
     tokens: list[SampledToken] = []
     if seq.sampling is not None:
@@ -279,7 +281,7 @@ def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | Undrawn], reported
 
 
 def max_rows(spec: ModelSpec, engine: EngineConfig) -> int:
-    """Of a step."""
+    """The maximum number of rows of a step."""
     return max(engine.max_num_batched_tokens, spec.build_batch)
 
 
@@ -315,9 +317,9 @@ def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cach
 
 
 def _fingerprint(content: str, config: ModelConfig, spec: ModelSpec, kernel_version: int) -> str:
-    """Equal ones give equal bits, on any machine: the kernels of all instruction sets agree.
+    """Backends with equal fingerprints give equal bits, on any machine and instruction set.
 
-    Beside the weights it takes in what else the mathematics depend on; dynamic rope scaling depends on the context too.
+    Hashes the weights and everything else that results depend on; dynamic rope scaling depends on the context length.
     """
     digest = hashlib.blake2b(f"{content} {kernel_version}".encode(), digest_size=8)
     digest.update(msgspec.json.encode(config))

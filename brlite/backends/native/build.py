@@ -1,8 +1,7 @@
-"""Compiles the native library: one compiler process for each source file, a few at a time, then one that links.
+"""Compiles the native library: one compiler process per source file, a few at a time, then one that links.
 
-setuptools does so when brlite is installed (extension.py); where that failed, the first start does. Knows neither what
-the library is for nor how it is loaded, and imports only files that need nothing but Python: it runs before any other
-package is installed.
+setuptools calls this when brlite is installed (extension.py); if that failed, the first start does. Imports only files
+that need nothing but Python, since it runs before other packages are installed.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from brlite.process.children import ChildGroup, absolute_folders, child_environm
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "src"
-SLOWEST = "isa_generic.cpp"  # half of all the time: it goes first
-# The same bits everywhere: no multiply-add is fused but where the source says so, and nothing is for this machine only.
+SLOWEST = "isa_generic.cpp"  # takes half of the time, so it starts first
+# For equal bits everywhere, the compiler may not fuse multiply-adds or tune for this machine (-march=native).
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fwrapv", "-fno-math-errno", "-Wno-psabi"),
@@ -37,18 +36,18 @@ FLAGS = (
 LINK_FLAGS = ("-shared", "-pthread")
 COMPILERS = ("g++", "c++", "clang++")
 ZIG_PACKAGE = "ziglang"  # clang as a Python package: what a build uses where the system has no compiler
-# For any processor of this kind, where zig's default is this one; and no checks of its own in release code.
+# zig compiles for the building processor by default, and adds undefined-behaviour checks; both are turned off.
 ZIG_FLAGS = ("c++", "-mcpu=baseline", "-fno-sanitize=undefined", "-g0")
 HOW_TO_GET_ONE = f"install one (Debian: apt install g++), or: pip install {ZIG_PACKAGE}"
 MAX_PROCESSES = 4
 BUILD_SECONDS = 600.0
 POLL_SECONDS = 0.02
-BUILD_PREFIX = ".build"  # of the folders that builds are made in
+BUILD_PREFIX = ".build"  # of the folders in which builds run
 MAX_REASON = 300
 
 
 def fingerprint(sources: Path = SOURCES) -> str:
-    """A hash of all that a library depends on: sources, flags, and the kind of machine that it is for."""
+    """A hash of what a library is built from: sources, flags, operating system and processor architecture."""
     digest = hashlib.sha256(" ".join((*FLAGS, *LINK_FLAGS, platform.system(), platform.machine())).encode())
     for path in sorted((*sources.glob("*.cpp"), *sources.glob("*.h"))):
         content = path.read_bytes()
@@ -68,7 +67,7 @@ def find_compiler(environment: Mapping[str, str] = os.environ) -> list[str]:
         if (path := shutil.which(name, path=absolute_folders(environment.get("PATH", os.defpath)))) is not None:
             return [path, *wanted[1:]]
     if wanted:
-        raise NativeUnavailable(f"CXX is {environment['CXX']!r}, which is not there")
+        raise NativeUnavailable(f"CXX is {environment['CXX']!r}, which was not found")
     package = importlib.util.find_spec(ZIG_PACKAGE)
     if package is not None and package.origin is not None:
         return [str(Path(package.origin).with_name("zig")), *ZIG_FLAGS]
@@ -78,9 +77,9 @@ def find_compiler(environment: Mapping[str, str] = os.environ) -> list[str]:
 def build_library(
     target: Path, compiler: Sequence[str] | None = None, *, sources: Path = SOURCES, seconds: float = BUILD_SECONDS
 ) -> None:
-    """Compile to `target`, which is replaced by the whole library or not at all, by several processes at once too.
+    """Compile to `target`, which is replaced atomically; several processes may build it at once.
 
-    Writes nothing outside the target's folder. Raises `NativeUnavailable` with what stood in the way.
+    Writes nothing outside the target's folder. Raises `NativeUnavailable` with the reason.
     """
     compiler, started = find_compiler() if compiler is None else compiler, time.monotonic()
     logger.info("compiling the native kernels with %s, once", compiler[0])
@@ -121,7 +120,7 @@ class _Process(NamedTuple):
 
 
 def _run_all(commands: Iterable[list[str]], staging: Path, deadline: float) -> None:
-    """Run them, a few at once. The first that fails ends all others."""
+    """Run the commands, up to MAX_PROCESSES at once. If one fails, the others are ended."""
     waiting = list(commands)[::-1]
     running: list[_Process] = []
     with ChildGroup() as group:

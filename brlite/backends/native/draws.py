@@ -1,6 +1,6 @@
-"""The draws of a step: laid out as the native kernels take them, and what came of them as the engine takes it.
+"""Converts the draws of a step: the engine's sampling inputs to the structs of the kernels, and results back.
 
-Drawing itself is `src/sample.h`, with the semantics of `sampling/reference.py`. Knows no logits and no sequences.
+`src/sample.h` draws, with the semantics of `sampling/reference.py`. Logits and sequences are not used here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from brlite.sampling_params import SamplingParams
 
 _DRAW = np.dtype(abi.Draw)
 _DRAWN = np.dtype(abi.Drawn)
-_MAX_TEMPERATURE = 1e37  # as in sample.h; what ctypes would make an infinity of never gets there
+_MAX_TEMPERATURE = 1e37  # as in sample.h; larger values would become infinity as a C float
 _MAX_KEPT = 1024
 _INT32_BYTES = 4
 _UNDRAWN = {-1: Undrawn.NOT_FINITE, -2: Undrawn.NOTHING_ALLOWED}  # as in sample.h
 
 
 class Drawing(NamedTuple):
-    """A token to draw after `row` of the step, at `position`, which is `sampling.position` but for guesses."""
+    """A token to draw after `row` of the step. `position` is `sampling.position`, or later after draft tokens."""
 
     row: int
     sampling: SamplingInput
@@ -45,14 +45,14 @@ class DrawTarget(NamedTuple):
 
 
 class NativeDraws:
-    """Lays draws out. What a request's parameters fix is packed once and kept while the request draws."""
+    """Packs draws. The part that depends on a request's parameters only is packed once and cached."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._kept: dict[int, _Settings] = {}  # by id of the params, which the entry keeps alive
 
     def lay_out(self, drawings: Sequence[Drawing], targets: Sequence[DrawTarget] = ()) -> StepDraws:
-        """The draws of one step, `drawings` first."""
+        """Pack the draws of one step: `drawings`, then `targets`."""
         kept = self._kept
         every_params = [drawing.sampling.params for drawing in drawings]
         settings = [kept.get(id(params)) or self._keep(params) for params in every_params]
@@ -70,7 +70,7 @@ class NativeDraws:
 
 
 class StepDraws:
-    """One step's draws with the memory that they point to, to be kept until the kernels are done."""
+    """The draws of one step and the memory that they point to. Keep it until the step has ended."""
 
     def __init__(
         self,
@@ -105,7 +105,7 @@ class StepDraws:
         return self._drawn.ctypes.data
 
     def tokens(self) -> list[SampledToken | Undrawn]:
-        """What was drawn for each drawing."""
+        """The token drawn for each drawing."""
         token_ids = self._drawn["token"][: len(self._drawings)].tolist()
         return [
             _UNDRAWN[token_id]
@@ -115,7 +115,7 @@ class StepDraws:
         ]
 
     def target_logprobs(self) -> list[TokenLogprob]:
-        """What was reported on each target. Logits that are not finite give a logprob that is not."""
+        """The logprob of each target; not finite if its logits are not finite."""
         first = len(self._drawings)
         return [self._logprob(first + i, target.token_id) for i, target in enumerate(self._targets)]
 
@@ -128,7 +128,7 @@ class StepDraws:
         return TokenLogprob(token_id, float(found["logprob"]), tuple(zip(ids, logprobs, strict=True)))
 
     def _point_to_edits(self, packed: bytearray) -> None:
-        """The pointers to the bans, masks and counts of those drawings that have any; they change with each step."""
+        """Set the pointers to bans, masks and token counts, which change with each step, for drawings that have any."""
         self._banned: list[npt.NDArray[np.int32]] = []
         for i, ((_, sampling, _, mask), entry) in enumerate(zip(self._drawings, self._settings, strict=True)):
             if not (sampling.banned_token_ids or entry.is_penalised or mask):
@@ -156,7 +156,7 @@ class StepDraws:
 
 
 class _Settings(NamedTuple):
-    """What a request's parameters say of each of its draws: a packed `abi.Draw` with the arrays that it points to."""
+    """What all draws of a request have in common: a packed `abi.Draw` and the arrays that it points to."""
 
     packed: bytes
     params: SamplingParams

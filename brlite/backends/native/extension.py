@@ -1,8 +1,8 @@
-"""How setuptools builds the native library when brlite is installed: by build.py, exactly as the first start would.
+"""Builds the native library when brlite is installed, with build.py, exactly as the first start would.
 
-It is an extension to setuptools so that it is put beside the package, and an optional one: without a compiler that
-works, brlite installs all the same. Python never imports it; library.py loads it. pyproject.toml names this file as the
-build backend: setuptools', which also asks the package index for a compiler where the system has none.
+For setuptools the library is an extension, which is installed beside the package. It is optional: without a working
+compiler brlite is installed without it. Python does not import it; library.py loads it. This file is also the build
+backend that pyproject.toml names: that of setuptools, which also requires ziglang if the system has no compiler.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Settings = Mapping[str, Any] | None
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
-    """PEP 517: what a build needs beside `build-system.requires`."""
+    """PEP 517: packages that a build needs in addition to `build-system.requires`."""
     return [*build_meta.get_requires_for_build_wheel(config_settings), *_missing_compiler()]
 
 

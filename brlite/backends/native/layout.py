@@ -19,7 +19,7 @@ from brlite.models.config import QUANTIZATION_GROUP
 from brlite.models.network import MatrixPart, Parameter
 from brlite.precision import MatrixForm
 
-# panels: a matrix as the kernels multiply by it; table: bfloat16 rows to look up; vector: float32, padded with zeros.
+# panels: a matrix in the kernels' layout; table: bfloat16 rows for look-up; vector: float32, padded with zeros.
 Form = Literal["panels", "table", "vector"]
 
 FORMATS: dict[MatrixForm, int] = {
@@ -29,17 +29,17 @@ FORMATS: dict[MatrixForm, int] = {
     "int4": INT4,
     "int4_min": INT4_MIN,
 }
-CODED_FORMATS = (INT8_F16, INT4, INT4_MIN)  # whose digits a file has
+CODED_FORMATS = (INT8_F16, INT4, INT4_MIN)  # formats whose codes come from a quantised file
 
-# Packed files hold a layer's norms first, in this order, then the rest in that of the operations.
+# In packed files the norms of a layer come first, in this order, then the rest in the order of the operations.
 FIRST_IN_LAYER = {"attention_norm": 0, "mlp_norm": 1, "q_norm": 2, "k_norm": 3}
 
 
 class PackedTensor(msgspec.Struct, frozen=True):
     """One parameter, `num_outputs` × `num_inputs` (1 × its length for a vector), at `offset` of the packed weights.
 
-    Of a matrix in several formats it is the rows from `first_row` on that have one of them.
-    A vector that `is_rounded` holds bfloat16 numbers: a bias. A norm keeps all digits of float32.
+    A matrix in several formats has one PackedTensor per format; it has the rows from `first_row` on.
+    A vector with `is_rounded` (a bias) is rounded to bfloat16; a norm stays float32.
     """
 
     form: Form
@@ -53,7 +53,7 @@ class PackedTensor(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True):
-    """All of a decoder's parameters by name, as in `list_parameters`, each in one part or several."""
+    """All parameters of a decoder by name, as in `list_parameters`, each in one or more parts."""
 
     tensors: dict[str, tuple[PackedTensor, ...]]
     num_bytes: int
@@ -62,9 +62,9 @@ class Layout(msgspec.Struct, frozen=True):
 def packed_layout(
     library: ctypes.CDLL, parameters: Mapping[str, Parameter], parts: Mapping[str, tuple[MatrixPart, ...]]
 ) -> Layout:
-    """The layout of a decoder's parameters, or of those of one rank, whose matrices have these `parts`.
+    """The layout of the parameters of a decoder or of one rank. `parts` gives the formats of each matrix.
 
-    With tied embeddings `embedding` is panels, which serve both look-up and head.
+    With tied embeddings `embedding` is stored as panels, used for both look-up and head.
     """
     found: list[tuple[str, PackedTensor]] = []
     for name in _in_file_order(parameters):
@@ -89,7 +89,7 @@ def packed_layout(
 
 def _in_file_order(parameters: Mapping[str, Parameter]) -> list[str]:
     """The names, a layer's norms before the rest of that layer."""
-    first: dict[tuple[str, ...], int] = {}  # place of each layer
+    first: dict[tuple[str, ...], int] = {}  # position of each layer's first parameter
     keys = {}
     for position, name in enumerate(parameters):
         layer = first.setdefault(tuple(name.split(".")[:2]), position)
@@ -98,5 +98,5 @@ def _in_file_order(parameters: Mapping[str, Parameter]) -> list[str]:
 
 
 def padded(size: int) -> int:
-    """Rows of floats are filled up with zeros to whole groups of inputs."""
+    """The length of a row of floats padded with zeros to whole groups of inputs."""
     return -(-size // QUANTIZATION_GROUP) * QUANTIZATION_GROUP

@@ -1,7 +1,7 @@
 """Finds the native library, or has it built, and chooses the instruction set that its kernels use.
 
-A library counts only if it was built from these very sources: the one that came with the installation first, then the
-one in the cache folder, then a new one there. Knows nothing of what is computed with it.
+Only a library built from exactly these sources is used. Looks at the installed one first, then at the one in the cache
+folder; else builds a new one there.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from brlite.files.ownership import why_untrusted
 
 logger = logging.getLogger(__name__)
 
-HERE = Path(__file__).parent  # where extension.py puts a library
+HERE = Path(__file__).parent  # folder of the library that extension.py builds
 INSTALLED = "_native*.so"
 PASSED = 0
-ISA_VARIABLE = "BRLITE_ISA"  # the instruction set to use, for comparisons; the best one where it is not set
+ISA_VARIABLE = "BRLITE_ISA"  # the instruction set to use, for comparisons; unset: the best one
 
 
 class NativeLibrary(NamedTuple):
-    """A library that is as it should be, and the best instruction set that computes rightly here."""
+    """A library that passed all checks, and the best instruction set that passes its self-test here."""
 
     functions: ctypes.CDLL
     path: Path
@@ -44,9 +44,9 @@ class NativeLibrary(NamedTuple):
 def load_library(
     cache: Path | None = None, *, installed: Path = HERE, build: Callable[[Path], None] = build_library
 ) -> NativeLibrary:
-    """The native library, compiled if need be, which takes half a minute once. `cache` is brlite's unless given.
+    """The native library; compiled once if missing, which takes half a minute. `cache` defaults to brlite's folder.
 
-    Raises `NativeUnavailable` with the reason if there is none, and no compiler that makes one.
+    Raises `NativeUnavailable` with the reason if there is no library and none can be compiled.
     """
     library = find_library(cache, installed=installed) or _built(_kept(cache), build)
     logger.info("native kernels: %s, %s", library.path, library.isa_name)
@@ -54,13 +54,13 @@ def load_library(
 
 
 def find_library(cache: Path | None = None, *, installed: Path = HERE) -> NativeLibrary | None:
-    """The same, but None where one would have to be compiled."""
+    """As `load_library`, but returns None instead of compiling."""
     kept = _kept(cache)
     for path in (*sorted(installed.glob(INSTALLED)), kept):
         if os.path.exists(path):  # False, too, where the folder may not be read
             try:
-                # Looked at before it is loaded, since loading runs its constructors. What is installed is trusted as
-                # the Python code beside it is.
+                # Checked before loading, since loading runs its constructors. An installed library is trusted like the
+                # Python code beside it.
                 if path == kept and (stranger := why_untrusted(path)):
                     logger.warning("native library %s is not used: %s", path, stranger)
                     continue
@@ -71,7 +71,7 @@ def find_library(cache: Path | None = None, *, installed: Path = HERE) -> Native
 
 
 def _built(path: Path, build: Callable[[Path], None]) -> NativeLibrary:
-    """Compile into the cache; where others can write there, into a folder that ends with this load."""
+    """Compile into the cache. If other users can write there, into a temporary folder for this load only."""
     try:
         with ExitStack() as opened:
             if path.parent.is_dir() and why_untrusted(path.parent):
@@ -84,9 +84,9 @@ def _built(path: Path, build: Callable[[Path], None]) -> NativeLibrary:
 
 
 def best_isa(functions: ctypes.CDLL, wanted: str = "") -> int:
-    """The last instruction set of `abi.ISAS` that is there and gives the same results as the generic kernels.
+    """The last instruction set of `abi.ISAS` that is available and gives the same results as the generic kernels.
 
-    Only `wanted`, if that is given; raises `ConfigError` where this machine or this library does not have it.
+    With `wanted`, only that one; raises `ConfigError` if this machine or this library does not have it.
     """
     available = available_isas(functions)
     if wanted:
@@ -108,7 +108,7 @@ def available_isas(functions: ctypes.CDLL) -> list[int]:
 
 
 def run_self_tests(functions: ctypes.CDLL) -> dict[str, int]:
-    """Each instruction set that is there → 0, or the number of the first check that it fails."""
+    """Each available instruction set → 0, or the number of the first check that it fails."""
     return {abi.ISAS[isa]: functions.brlite_self_test(isa) for isa in available_isas(functions)}
 
 
@@ -117,7 +117,7 @@ def _kept(cache: Path | None) -> Path:
 
 
 def _checked(path: Path) -> NativeLibrary:
-    """Raises OSError for a library that is broken or was built from other sources."""
+    """Load and check a library. Raises OSError if it is broken or was built from other sources."""
     functions = ctypes.CDLL(str(path))
     own = getattr(functions, "brlite_fingerprint", None)
     if own is not None:

@@ -1,4 +1,4 @@
-"""Fills packed weights: from their packed file if one fits, else from the checkpoint; then one is written."""
+"""Loads packed weights: from a matching packed file, else from the checkpoint. Then it writes a packed file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from brlite.files.temporary import sweep
 
 logger = logging.getLogger(__name__)
 
-LAYOUT_VERSION = 2  # counts up whenever the same weights are packed into other bytes
+LAYOUT_VERSION = 2  # raised by every change that packs the same weights into other bytes
 
 
 class LoadedWeights(NamedTuple):
@@ -35,7 +35,7 @@ class LoadedWeights(NamedTuple):
 
 
 def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
-    """The weights of the plan's checkpoint in its precision, or of its shard."""
+    """Load the weights of the plan's checkpoint, or of its shard, in the plan's precision."""
     layout = packed_layout(library, plan.parameters, plan.matrix_parts)
     part = f" {plan.shard.rank} of {plan.shard.size}" if plan.shard else ""
     key = PackedFileKey(LAYOUT_VERSION, plan.precision.weights_name, plan.checkpoint.identity + part, layout.num_bytes)
@@ -54,7 +54,9 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
             return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
     memory = NativeMemory(library, layout.num_bytes, "the weights")
     try:
-        with PackingThreads(plan.num_threads) as pool:  # they have ended before the memory they write to is given back
+        with PackingThreads(
+            plan.num_threads
+        ) as pool:  # its threads end before the memory that they write to is released
             packer = Packer(library, layout, memory, pool)
             for target, tensor in placing(plan):
                 packer.put(target, tensor)
@@ -64,7 +66,7 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
                 write_packed_file(file, key, memory, sums)
                 logger.info("packed weights are kept in %s (%d MB)", file, memory.num_bytes // 10**6)
             except OSError as error:
-                logger.warning("%s: the packed weights cannot be kept: %s", file, error.strerror)
+                logger.warning("%s: the packed weights cannot be saved: %s", file, error.strerror)
     except BaseException:
         memory.close()
         raise
@@ -72,16 +74,16 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
 
 
 def _trusted(file: Path | None, model: Path) -> Path | None:
-    """`file`, unless another user could have written it: then it is neither read nor written.
+    """`file`, or None if another user could have written it; then it is neither read nor written.
 
-    Packed weights in the model's own folder are trusted as the model is.
+    Packed weights in the model's own folder are trusted like the model.
     """
     if file is None or file.parent == model:
         return file
     try:
         stranger = why_untrusted(file if file.exists() else file.parent) if file.parent.exists() else None
     except OSError:
-        return file  # what reads or writes it says why that fails
+        return file  # reading or writing it will report the error
     if stranger:
         logger.warning("%s is not used, since another user could have written it: %s", file, stranger)
         return None

@@ -1,4 +1,4 @@
-"""Memory that the native library allocates, in large pages where the system has them, seen from Python as bytes."""
+"""Memory of the native library, in huge pages where the system has them, as numpy arrays of bytes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ ALIGNMENT = 4096  # bytes: a page of memory, where each tensor begins in memory 
 
 
 def aligned(num_bytes: Size) -> Size:
-    """The least multiple of `ALIGNMENT` that is not below, of a number or of each in an array."""
+    """Rounded up to a multiple of `ALIGNMENT`; for an array, each number."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 class NativeMemory:
-    """`num_bytes` zeros at `address`, until `close`. Raises `ConfigError` where the system does not give them."""
+    """`num_bytes` zeroed bytes at `address`, until `close`. Raises `ConfigError` if memory is short."""
 
     def __init__(self, library: ctypes.CDLL, num_bytes: int, purpose: str) -> None:
         self._library = library
@@ -39,7 +39,7 @@ class NativeMemory:
         return self.bytes(offset, 4 * count).view(np.float32)
 
     def close(self) -> None:
-        """Give the memory back. May be called twice."""
+        """Release the memory. May be called twice."""
         if self.address:
             self._library.brlite_release(self.address, max(1, self.num_bytes))
             self.address = 0

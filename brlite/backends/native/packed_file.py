@@ -7,7 +7,7 @@
     16 bytes  blake2b of the manifest
     …         zeros to a multiple of 4096, then the weights, byte for byte as in memory
 
-The weights are mapped, not read: several servers share them, and a step over them is as fast as over large pages.
+The weights are mapped, not read, so several servers share one copy. Steps are as fast as with huge pages.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ MAGIC = b"brlite\x00\x01"
 MAX_MANIFEST_BYTES = 16 * 2**20
 CHUNK_BYTES = 2**20
 DIGEST_BYTES = 16
-CHECKSUM_CHARACTERS = 21  # of a number of 64 bits and a comma
+CHECKSUM_CHARACTERS = 21  # a 64-bit number and a comma in JSON
 
 
 class PackedFileKey(msgspec.Struct, frozen=True):
-    """What a packed file must be of to be used: layout, precision and the very checkpoint that it was made from."""
+    """A packed file is used only if its key is equal: layout, precision and the checkpoint that it was made from."""
 
     layout_version: int
     precision: str
@@ -64,7 +64,7 @@ def checksums(
     pool: ThreadPoolExecutor,
     on_fraction: Callable[[float], None] | None = None,
 ) -> list[int]:
-    """A checksum for each MiB at `address`. `on_fraction` gets the fraction that is done."""
+    """A checksum for each MiB at `address`. `on_fraction` is called with the fraction that is done."""
 
     def checksum(start: int) -> int:
         return int(library.brlite_checksum(None, address + start, min(CHUNK_BYTES, num_bytes - start)))
@@ -80,7 +80,7 @@ def checksums(
 class MappedPackedFile:
     """The weights of a packed file: `num_bytes` at `address`, until `close`, and their `checksums`.
 
-    Raises `FileNotFoundError` where there is none, `PackedFileError` unless the file is whole and `key`'s.
+    Raises `FileNotFoundError` if there is no file, `PackedFileError` if it is damaged or has another key.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class MappedPackedFile:
 
 
 def write_packed_file(path: Path, key: PackedFileKey, memory: NativeMemory, sums: list[int]) -> None:
-    """Write `memory` to a temporary file beside `path` and give it that name. Raises `OSError`."""
+    """Write `memory` to a temporary file beside `path`, then rename it to `path`. Raises `OSError`."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     handle, temporary = create_temporary(path)
     try:
@@ -137,14 +137,14 @@ def read_packed_file_key(path: Path) -> PackedFileKey:
 
 
 def packed_file_header(key: PackedFileKey, sums: list[int]) -> bytes:
-    """All that stands before the weights."""
+    """The bytes before the weights."""
     body = msgspec.json.encode(PackedManifest(key, sums)).ljust(_manifest_bytes(key))
     header = MAGIC + len(body).to_bytes(4, "little") + body + _digest(body)
     return header.ljust(aligned(len(header)), b"\0")
 
 
 def weights_start(key: PackedFileKey) -> int:
-    """Where the weights will begin, whatever their checksums are."""
+    """The offset of the weights in the file. Does not depend on the checksums."""
     header_bytes = len(MAGIC) + 4 + _manifest_bytes(key) + DIGEST_BYTES
     return aligned(header_bytes)
 
@@ -155,7 +155,7 @@ def _manifest_bytes(key: PackedFileKey) -> int:
 
 
 def _read_manifest(head: bytes) -> tuple[PackedManifest, int]:
-    """The manifest, and where the weights begin."""
+    """The manifest, and the offset of the weights."""
     if not head.startswith(MAGIC):
         raise PackedFileError("it is not a packed file of brlite", is_ours=False)
     begin = len(MAGIC) + 4

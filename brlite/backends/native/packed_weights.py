@@ -1,7 +1,7 @@
-"""A packed file that is written while the weights are packed, for weights that are larger than the memory there is.
+"""Writes a packed file while weights are packed, so that weights may be larger than memory.
 
-The bytes are those of `packed_file.write_packed_file`, in the precisions that round whatever a file holds. In memory is
-only what is being packed: a few rows a thread.
+The bytes equal those of `packed_file.write_packed_file`. Only for precisions that round weights, not for those that
+keep a file's codes. Each thread has only the rows in memory that it packs.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.models.families.family import WeightTarget
 from brlite.precision import from_bfloat16, to_bfloat16
 
-BLOCK_ROWS = 256  # packed at once; whole panels
+BLOCK_ROWS = 256  # rows that one call packs; a multiple of a panel
 
 
 class Packing(NamedTuple):
-    """How a model's weights are packed. `key` lacks its identity until they are."""
+    """How a model's weights are packed. `key` gets its identity only after packing."""
 
     library: ctypes.CDLL
     layout: Layout
@@ -37,9 +37,9 @@ class Packing(NamedTuple):
 
 
 class PackedFile:
-    """Packed weights on their way into the file `path`. Raises `OSError` where the disk does.
+    """A packed file that is being written to `path`. Raises `OSError` if the disk fails.
 
-    Leaving the `with` statement before `finish` removes what was written.
+    Leaving the `with` statement without `finish` removes the file.
     """
 
     def __init__(self, path: Path, packing: Packing, pool: ThreadPoolExecutor, on_bytes: Callable[[int], None]) -> None:
@@ -57,7 +57,7 @@ class PackedFile:
             pass
 
     def put(self, target: WeightTarget, tensor: StoredTensor) -> None:
-        """Pack `tensor` as the rows of the parameter that `target` names, rounded to its type."""
+        """Pack `tensor` as the rows of the parameter that `target` names, rounded to the parameter's type."""
         (packed,) = self._layout.tensors[target.parameter]
         start, stop = target.start, target.start + target.shape[0]
         if packed.form == "vector":
@@ -77,7 +77,7 @@ class PackedFile:
             block.result()
 
     def finish(self, identity: str) -> FileRecord:
-        """Write the header, all weights being there, and give the file its name. `identity` is as long as the key's."""
+        """Write the header after all weights and publish the file. `identity` must be as long as the key's."""
         sums = list(self._pool.map(self._checksum, range(0, self._key.num_bytes, CHUNK_BYTES)))
         header = packed_file_header(msgspec.structs.replace(self._key, identity=identity), sums)
         if len(header) != self._start:
@@ -95,7 +95,7 @@ class PackedFile:
         first_panel, last = first // LANES, first + len(values)
         panels = np.zeros((-(-last // LANES) - first_panel, panel_bytes), np.uint8)
         begin = packed.offset + first_panel * panel_bytes
-        # Panels at the borders may have rows of another tensor already.
+        # The first and last panel may already contain rows of another tensor.
         for index in {0, len(panels) - 1} if first % LANES or last % LANES else ():
             there = self._file.read(panel_bytes, self._start + begin + index * panel_bytes)
             panels[index] = np.frombuffer(there, np.uint8)

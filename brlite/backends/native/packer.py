@@ -1,4 +1,4 @@
-"""The packed weights of a decoder: in memory that is filled tensor by tensor, or in a packed file that is mapped."""
+"""The packed weights of a decoder: in memory, filled tensor by tensor, or in a mapped packed file."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from brlite.precision import from_bfloat16, to_bfloat16
 
 T = TypeVar("T")
 
-ROWS_AT_A_TIME = 256  # read, widened and packed by one thread in one call
+ROWS_AT_A_TIME = 256  # rows that one call reads, widens and packs
 
 
 class PackedWeights:
-    """Weights as the kernels read them. Owns the memory they lie in from its making to `close`."""
+    """Weights as the kernels read them. Owns their memory until `close`."""
 
     def __init__(self, layout: Layout, memory: NativeMemory | MappedPackedFile) -> None:
         self.layout = layout
         self._memory = memory
 
     def address(self, name: str) -> int:
-        """Of a parameter in one part."""
+        """The address of a parameter that has one part."""
         (tensor,) = self.layout.tensors[name]
         return self.part_address(tensor)
 
@@ -38,20 +38,20 @@ class PackedWeights:
         return self._memory.address + part.offset
 
     def close(self) -> None:
-        """Give the memory back. May be called twice."""
+        """Release the memory. May be called twice."""
         self._memory.close()
 
 
 class PackingThreads(ThreadPoolExecutor):
-    """A pool whose work has ended when the `with` block is left, whatever was raised in it. What waits is dropped.
+    """A pool whose running calls end before the `with` block is left, also by an exception. Queued calls are dropped.
 
-    The work writes to memory that is given back after the block. `Thread.join` cannot be relied on for that: in Python
+    The calls write to memory that is released after the block. `Thread.join` cannot be relied on for that: in Python
     before 3.13 a join that Ctrl-C interrupts takes the thread for ended (github.com/python/cpython/issues/90882).
     """
 
     def __init__(self, num_threads: int) -> None:
         super().__init__(num_threads, thread_name_prefix="brlite-pack")
-        self._running: set[threading.Lock] = set()  # each is held as long as its piece of work runs
+        self._running: set[threading.Lock] = set()  # one for each running call, held while it runs
         self._is_ending = False
 
     def submit(self, work: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
@@ -61,7 +61,7 @@ class PackingThreads(ThreadPoolExecutor):
         self.end()
 
     def end(self) -> None:
-        """Return when nothing runs any more. What a signal's handler raises meanwhile is raised after that."""
+        """Return when no call runs. An exception of a signal handler is raised after that, not before."""
         interrupt: BaseException | None = None
         while True:
             try:

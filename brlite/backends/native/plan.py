@@ -1,6 +1,6 @@
 """Compiles a network to a plan: a flat list of native operations with their addresses, made once at loading.
 
-Ranks that compute one decoder have a plan each: of their heads, and of some outputs of every matrix.
+Each rank has a plan of its own, for its heads and its outputs of every matrix.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from brlite.models.shards import Shard, head_ranges, hidden_range, mlp_range, sh
 
 
 class PagedCache:
-    """The KV cache in pages of 16 tokens, a layer after the other; a block is one page or several."""
+    """The KV cache in pages of 16 tokens, layer by layer. A block is one or more pages."""
 
     def __init__(
         self, library: ctypes.CDLL, config: ModelConfig, *, num_blocks: int, block_size: int, is_int8: bool
@@ -42,16 +42,16 @@ class PagedCache:
 
 
 class RankContext(NamedTuple):
-    """One rank's place among those of a plan, which share some rows."""
+    """A rank's shard and the rows that it shares with the other ranks."""
 
     shard: Shard
     shared: SharedRows
 
 
 class NativePlan:
-    """A `struct brlite_plan` with all that it points to. `close` gives the buffers back, not weights and cache.
+    """A `struct brlite_plan` with all that it points to. `close` releases the buffers, not weights and cache.
 
-    With a `rank_context` it is one rank's; `config` is the whole model's.
+    With a `rank_context` it is the plan of one rank; `config` is always that of the whole model.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class NativePlan:
         self._buffers.close()
 
     def _compile(self, operations: Iterable[Operation]) -> Iterator[abi.NativeOperation]:
-        """Native code normalises and turns heads, and stores them, in one operation; a norm quantises what it gives."""
-        heads: dict[str, Any] = {}  # what is done to them before they are stored
+        """One native operation normalises, rotates and stores heads. A native norm also quantises its output."""
+        heads: dict[str, Any] = {}  # fields of the next ROPE operation
         for operation in operations:
             match operation:
                 case Embed():
@@ -108,7 +108,7 @@ class NativePlan:
                     yield self._norm(operation)
                 case Multiply():
                     yield from self._multiply(operation)
-                case HeadNorm(query, key, epsilon) if not heads:  # the kernel normalises first, then turns
+                case HeadNorm(query, key, epsilon) if not heads:  # the kernel normalises, then rotates
                     addresses = self._weights.address(query.name), self._weights.address(key.name)
                     heads |= {"weight": addresses[0], "bias": addresses[1], "epsilon": epsilon}
                 case Rotate(rotary_dim):
@@ -134,7 +134,7 @@ class NativePlan:
         yield self._activate(abi.QUANTIZE, self._buffers.attended, self.config.q_size)
 
     def _gate(self, size: int) -> Iterator[abi.NativeOperation]:
-        """Ranks join what comes of gate and up before it is quantised: a row of it has one scale."""
+        """Ranks exchange silu(gate) * up before it is quantised, since a quantised row has one scale."""
         buffers = self._buffers
         if self._rank_context is None:
             yield self._activate(abi.SILU, buffers.gate_up, size)
@@ -174,9 +174,9 @@ class NativePlan:
         return abi.NativeOperation(kind=kind, format=self._format, num_inputs=num_inputs, **source.as_input)
 
     def _multiply(self, operation: Multiply) -> Iterator[abi.NativeOperation]:
-        """An operation for each part of the matrix.
+        """One operation for each part of the matrix.
 
-        All ranks read the residual stream and the logits: there they write side by side.
+        Each rank writes its columns of the residual stream and of the logits, which all ranks read.
         """
         parts = self._weights.layout.tensors[operation.weight.name]
         target = {
@@ -205,7 +205,7 @@ class NativePlan:
 
     @property
     def _format(self) -> int:
-        """Of activations: what the most demanding of the matrices takes, which are all bfloat16 or all integers."""
+        """Format of the activations: that of the matrix with the most requirements. All are bfloat16, or none is."""
         tensors = self._weights.layout.tensors.values()
         formats = {part.format for parts in tensors for part in parts if part.form == "panels"}
         return next(each for each in (abi.INT4_MIN, abi.INT4, abi.INT8_F16, abi.INT8, abi.BF16) if each in formats)
@@ -228,7 +228,7 @@ class NativePlan:
 
 
 class _Buffers:
-    """What operations hand to each other: of a rank's plan, what ranks share and what is its own."""
+    """The buffers between operations. With ranks some of them are shared."""
 
     def __init__(
         self, library: ctypes.CDLL, config: ModelConfig, own: ModelConfig, max_rows: int, shared: SharedRows | None

@@ -1,6 +1,6 @@
-"""One rank's part of a model in native code: a backend of its own, whose plan meets the others' in shared memory.
+"""One rank of a model in native code: a backend whose plan exchanges rows with the other ranks in shared memory.
 
-No sum is split among ranks, so all of them together say what one says, bit for bit.
+No sum is split among ranks, so results have the same bits for any number of ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class NativeRank:
 
     @classmethod
     def load(cls, library: NativeLibrary, plan: LoadPlan, file: int) -> NativeRank:
-        """Read the weights of the plan's shard and make room for its cache. `file` is the memory that ranks share."""
+        """Load the weights of the plan's shard and allocate its cache. `file` is a descriptor of the shared memory."""
         with ExitStack() as opened:
             sizes = SharedSizes.of(plan.config, max_rows(plan.spec, plan.engine))
             shared = SharedRows(library.functions, sizes, file)
@@ -39,7 +39,7 @@ class NativeRank:
         return ""
 
     def join(self, place: str) -> None:
-        """They meet in memory, which is here already."""
+        """Nothing to do: ranks wait for each other in memory that is already mapped."""
 
     def execute(self, batch: Batch) -> StepResult:
         return self._backend.execute(batch)

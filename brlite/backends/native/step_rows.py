@@ -1,6 +1,7 @@
-"""The rows of floats that operations hand to each other: a rank's own, and those that the ranks of a plan share.
+"""Buffers of float rows between operations: a rank's own, and those that all ranks of a plan share.
 
-Ranks share what an operation reads whole. Each maps the same file, which has no name and goes with the last of them.
+Ranks share the rows that an operation reads as a whole. Each rank maps the same unnamed file, which the system removes
+with the last rank.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from brlite.models.config import ModelConfig
 
 
 class Rows(NamedTuple):
-    """Rows at an address, `row_size` floats apart: as many as a row has, filled up with zeros to whole groups."""
+    """Rows at `address`. `row_size` is their stride in floats: the row's length padded to whole groups."""
 
     address: int
     row_size: int
@@ -35,12 +36,12 @@ class Rows(NamedTuple):
         return {"output": self.address, "row_size": self.row_size}
 
     def column(self, index: int) -> Rows:
-        """The same rows from a column onwards."""
+        """The same rows, starting at column `index`."""
         return Rows(self.address + 4 * index, self.row_size)
 
 
 class SharedSizes(NamedTuple):
-    """How large the rows are that ranks share: the residual stream, what heads have seen, the MLP's inside, logits."""
+    """Lengths of the shared rows: residual stream, output of attention, hidden layer of the MLP, logits."""
 
     max_rows: int
     hidden: int
@@ -53,13 +54,13 @@ class SharedSizes(NamedTuple):
         return cls(max_rows, config.hidden_size, config.q_size, config.intermediate_size, config.vocab_size)
 
     def num_bytes(self) -> dict[str, int]:
-        """Of each, in the order in which they lie."""
+        """Bytes of each buffer, in their order in memory."""
         rows = {"hidden": self.max_rows, "attended": self.max_rows, "product": self.max_rows, "logits": abi.HEAD_ROWS}
         return {name: _num_bytes(num_rows, getattr(self, name)) for name, num_rows in rows.items()}
 
 
 class SharedRows:
-    """One rank's view of what all share, from its making to `close`. `meeting` is where they wait for each other."""
+    """One rank's mapping of the shared rows, until `close`. `meeting` is the address of the ranks' barrier."""
 
     def __init__(self, library: ctypes.CDLL, sizes: SharedSizes, file: int) -> None:
         self._library = library
@@ -73,7 +74,7 @@ class SharedRows:
         self.hidden, self.attended, self.product, self.logits = found.values()
 
     def end_meeting(self) -> None:
-        """End all waiting: a rank is gone. Any thread may call it, until `close`."""
+        """End all waiting, after a rank was lost. Any thread may call it until `close`."""
         self._library.brlite_end_meeting(self.meeting)
 
     def close(self) -> None:
@@ -84,7 +85,7 @@ class SharedRows:
 class OwnRows:
     """Rows of this process alone.
 
-    One vector more lies behind the last row: SILU reads so far where the intermediate size is no multiple of 32.
+    One more vector follows the last row: SILU reads it if the intermediate size is not a multiple of 32.
     """
 
     def __init__(self, library: ctypes.CDLL, num_rows: int, size: int) -> None:
@@ -96,7 +97,7 @@ class OwnRows:
 
 
 def create_shared_file(library: ctypes.CDLL, sizes: SharedSizes) -> int:
-    """A file without a name, for ranks to share: a descriptor that the caller closes."""
+    """An unnamed file that ranks share. Returns a descriptor that the caller closes."""
     num_bytes = shared_bytes(library, sizes)
     if hasattr(os, "memfd_create"):  # Linux: a container's /dev/shm may be too small for it
         file = os.memfd_create("brlite-ranks")
@@ -104,7 +105,7 @@ def create_shared_file(library: ctypes.CDLL, sizes: SharedSizes) -> int:
         with tempfile.TemporaryFile() as temporary:
             file = os.dup(temporary.fileno())
     try:
-        # Taken now: a page that is not there when it is written to ends a process without a word.
+        # Allocated now: writing to a page that the system cannot provide would kill the process (SIGBUS).
         os.posix_fallocate(file, 0, num_bytes)
     except OSError as error:
         os.close(file)
@@ -113,7 +114,7 @@ def create_shared_file(library: ctypes.CDLL, sizes: SharedSizes) -> int:
 
 
 def shared_bytes(library: ctypes.CDLL, sizes: SharedSizes) -> int:
-    """All that ranks share."""
+    """Bytes of the shared memory."""
     return aligned(int(library.brlite_meeting_bytes())) + sum(sizes.num_bytes().values())
 
 

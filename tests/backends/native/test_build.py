@@ -192,7 +192,7 @@ def test_a_build_asks_for_a_compiler_only_where_there_is_none(programs, monkeypa
 
 
 def test_a_cxx_that_is_not_there_is_named(programs):
-    with pytest.raises(NativeUnavailable, match="CXX is 'other', which is not there"):
+    with pytest.raises(NativeUnavailable, match="CXX is 'other', which was not found"):
         find_compiler({"PATH": str(programs), "CXX": "other"})
 
 
