@@ -16,8 +16,9 @@ PrecisionName = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
 PrecisionOption = Literal["auto", "bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]  # auto: what the files hold
 
 # How a matrix is held. Those behind int8 have the digits of quantised files: codes of 8 or 4 bits, with scales (and
-# minimums) in half precision; int8 is rounded here, with scales in bfloat16.
-MatrixForm = Literal["bfloat16", "int8", "int8_f16", "int4", "int4_min"]
+# minimums, or zero points) in half precision; int8 is rounded here, with scales in bfloat16.
+MatrixForm = Literal["bfloat16", "int8", "int8_f16", "int4", "int4_min", "int4_zero"]
+INT4_FORMS: frozenset[MatrixForm] = frozenset({"int4", "int4_min", "int4_zero"})
 
 
 class Precision(NamedTuple):

@@ -1,5 +1,6 @@
-"""Reads model folders and files (safetensors, `.bin`, GGUF, traced `.pt`, bundles), one tensor at a time; fetches them
-by name.
+"""Reads model folders and files, one tensor at a time; fetches them by name.
+
+Formats are safetensors (quantised or not), `.bin`, GGUF, traced `.pt` and bundles.
 
 Importing this package imports no reader: `open_checkpoint` loads the one that a path needs. Only the one for
 `.bin` needs torch. First file: `checkpoint.py`.
@@ -10,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from brlite.checkpoint.checkpoint import Checkpoint
-from brlite.checkpoint.folder import find_weights, has_weights
+from brlite.checkpoint.folder import find_weights, has_weights, read_config
 from brlite.errors import MissingExtra
 from brlite.files.cache import expand_home
 
@@ -33,6 +34,10 @@ def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
     if is_bundle(path):
         return BundleCheckpoint(path)
     weights = find_weights(path)
+    if weights.kind == "safetensors" and (config := read_config(path)).get("quantization_config") is not None:
+        from brlite.checkpoint.quantised_checkpoint import QuantisedCheckpoint
+
+        return QuantisedCheckpoint(path, weights.files, config)
     if weights.kind == "safetensors":
         from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
 

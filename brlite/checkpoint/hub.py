@@ -31,6 +31,7 @@ from brlite.checkpoint.hub_http import (
 )
 from brlite.checkpoint.model_name import BIN_FILES, ModelName, choose_files
 from brlite.checkpoint.progress import OnProgress
+from brlite.checkpoint.quantization import read_quantization, without_quantization
 from brlite.checkpoint.repository import Repository
 from brlite.checkpoint.transfer import HubFile, Transfer, Wanted
 from brlite.errors import MissingExtra, ModelError
@@ -295,7 +296,8 @@ def _check_architecture(
         with temporary_folder(repository.folder, ".config") as folder:
             (folder / CONFIG_FILE).symlink_to(repository.blob(config_file.key).resolve())
             config = read_config(folder)
-        find_family(config).read_config(config)
+        read_quantization(config)
+        find_family(config).read_config(without_quantization(config))
     elif not _is_there(repository, gguf):
         with temporary_folder(repository.folder, ".header") as folder:
             _check_gguf(gguf, folder / Path(gguf.name).name, lambda span: open_span(gguf, span), retries)

@@ -13,13 +13,14 @@ from brlite.checkpoint.checked_model import CheckedModel, quantised_formats
 from brlite.checkpoint.checkpoint import Checkpoint
 from brlite.checkpoint.gguf_codes import CODINGS
 from brlite.checkpoint.progress import Progress
+from brlite.checkpoint.quantization import FOLDER_FORMS
 from brlite.checkpoint.stored_tensor import F32, PLAIN_FORMATS, StoredTensor
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import WeightTarget
 from brlite.models.network import MatrixPart, Parameter
 from brlite.models.shards import LANES, Shard, ShardSlice, parameter_parts, rank_parameters
-from brlite.precision import MatrixForm, Precision
+from brlite.precision import INT4_FORMS, MatrixForm, Precision
 
 
 class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,10 +65,12 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         if self.precision.weights != "stored":
             return "bf16" if self.spec.precision == "auto" else self.spec.precision
         forms = {part.form for parts in self.matrix_parts.values() for part in parts}
-        return "a_bf16_w_int4" if forms & {"int4", "int4_min"} else "a_bf16_w_int8"
+        return "a_bf16_w_int4" if forms & INT4_FORMS else "a_bf16_w_int8"
 
 
 NOT_QUANTISED = F32.name
+# The form that keeps a format's digits; other formats have none.
+KEPT_FORMS: dict[str, MatrixForm] = {name: coding.form for name, coding in CODINGS.items()} | FOLDER_FORMS
 StoredPart = tuple[range, range | None] | None  # rows and columns of a checkpoint's tensor; None for all of it
 
 
@@ -104,9 +107,9 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
     """The parts of every matrix that native code multiplies by, or looks up in its quantised form; by its name."""
     parameters = model.parameters if shard is None else rank_parameters(model.config, shard)
     if model.precision.weights != "stored":
-        form: MatrixForm = "int8" if model.precision.has_int8_weights else "bfloat16"
+        rounded: MatrixForm = "int8" if model.precision.has_int8_weights else "bfloat16"
         matrices = {name: parameter for name, parameter in parameters.items() if parameter.precision == "weights"}
-        return {name: (MatrixPart(form, parameter.shape[0]),) for name, parameter in matrices.items()}
+        return {name: (MatrixPart(rounded, parameter.shape[0]),) for name, parameter in matrices.items()}
     found: dict[str, list[tuple[int, MatrixPart]]] = {}
     for name, parts in held_targets(model, shard).items():
         stored_as = model.formats.get(name, NOT_QUANTISED)
@@ -115,8 +118,8 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
             is_quantised = len(parameter.shape) == 2 and stored_as not in PLAIN_FORMATS
             # An embedding that is only looked up is a bfloat16 table, unless the file quantises it.
             if parameter.precision == "weights" or is_quantised:
-                has_codes = stored_as in CODINGS and not target.has_unit_rows
-                part = MatrixPart(CODINGS[stored_as].form if has_codes else "int8", target.shape[0])
+                form: MatrixForm = "int8" if target.has_unit_rows else KEPT_FORMS.get(stored_as, "int8")
+                part = MatrixPart(form, target.shape[0])
                 found.setdefault(target.parameter, []).append((target.start, part))
     return {name: _joined([part for _, part in sorted(parts)]) for name, parts in found.items()}
 

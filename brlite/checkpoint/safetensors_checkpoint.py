@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from brlite.checkpoint.checkpoint import read_header, weights_identity
 from brlite.checkpoint.folder import read_config
-from brlite.checkpoint.safetensors_header import read_safetensors_header
-from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, StoredTensor, TensorLocation, tensors_in_files
+from brlite.checkpoint.safetensors_header import SafetensorsHeader, read_safetensors_header
+from brlite.checkpoint.stored_tensor import (
+    ALLOWED_DTYPES,
+    PLAIN_FORMATS,
+    StoredTensor,
+    TensorLocation,
+    tensors_in_files,
+)
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 
@@ -20,13 +26,14 @@ class SafetensorsCheckpoint:
     def __init__(self, path: Path, files: tuple[Path, ...]) -> None:
         self.path = path
         self.config: dict[str, Any] = read_config(path)
-        headers = {file: read_safetensors_header(file) for file in files}
+        headers = read_headers(files)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._files: dict[Path, list[TensorLocation]] = {}
         for file, header in headers.items():
             for entry in header.entries:
-                if entry.name in self._shapes:
-                    raise ModelError(f"{file}: holds {excerpt(entry.name)}, which an earlier shard holds too")
+                if entry.dtype not in PLAIN_FORMATS:
+                    found = f"{excerpt(entry.name)} has dtype {excerpt(entry.dtype)}"
+                    raise ModelError(f"{file}: {found}; allowed are {ALLOWED_DTYPES}")
                 self._shapes[entry.name] = entry.shape
             self._files[file] = [
                 TensorLocation(entry.name, PLAIN_FORMATS[entry.dtype], entry.shape, header.data_start + entry.begin)
@@ -47,3 +54,15 @@ class SafetensorsCheckpoint:
 
     def close(self) -> None:
         """Nothing is kept open but while tensors are read."""
+
+
+def read_headers(files: Sequence[Path]) -> dict[Path, SafetensorsHeader]:
+    """The headers of a model's shards. Raises `ModelError` where two hold the same tensor."""
+    headers = {file: read_safetensors_header(file) for file in files}
+    names: set[str] = set()
+    for file, header in headers.items():
+        for entry in header.entries:
+            if entry.name in names:
+                raise ModelError(f"{file}: holds {excerpt(entry.name)}, which an earlier shard holds too")
+            names.add(entry.name)
+    return headers

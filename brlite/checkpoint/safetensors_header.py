@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from brlite.checkpoint.model_file import check_model_file
-from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES, PLAIN_FORMATS
+from brlite.checkpoint.stored_tensor import ALLOWED_DTYPES
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
@@ -21,6 +21,7 @@ MAX_HEADER_BYTES = 4 * 2**20
 LENGTH_BYTES = 8
 MAX_SIZE = 2**48  # of a dimension and of a file: a product of larger ones takes longer than reading the file
 MAX_DIMENSIONS = 8
+DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "F8_E4M3": 1}  # of one number
 
 
 class TensorEntry(NamedTuple):
@@ -41,7 +42,10 @@ class SafetensorsHeader(NamedTuple):
 
 
 def read_safetensors_header(file: Path) -> SafetensorsHeader:
-    """Read a header whose tensors fill the file to its last byte. Raises `ModelError` otherwise."""
+    """Read a header whose tensors fill the file to its last byte. Raises `ModelError` otherwise.
+
+    Tensors may be of any type that a quantised matrix has, too.
+    """
     check_model_file(file, "safetensors")
     file_bytes = file.stat().st_size
     with file.open("rb") as stream:
@@ -82,12 +86,12 @@ def _entry(file: Path, name: str, value: object) -> TensorEntry:
             pass
         case _:
             raise ModelError(f"{file}: {excerpt(name)} must have dtype, shape and data_offsets, got {excerpt(value)}")
-    if dtype not in PLAIN_FORMATS:
+    if dtype not in DTYPE_BYTES:
         raise ModelError(f"{file}: {excerpt(name)} has dtype {excerpt(dtype)}; allowed are {ALLOWED_DTYPES}")
     are_sizes = all(type(length) is int and 0 <= length <= MAX_SIZE for length in (*shape[:MAX_DIMENSIONS], begin, end))
     if not are_sizes or len(shape) > MAX_DIMENSIONS:
         raise ModelError(f"{file}: {excerpt(name)} has the impossible shape {excerpt(shape)} at byte {excerpt(begin)}")
-    num_bytes = math.prod(shape) * PLAIN_FORMATS[dtype].block_bytes
+    num_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != num_bytes:
         raise ModelError(f"{file}: {excerpt(name)} takes {num_bytes} bytes by its shape, {end - begin} by its offsets")
     return TensorEntry(name, dtype, tuple(shape), begin, end)

@@ -32,14 +32,15 @@ SHORTEST = 1e-12  # a row of zeros stays one when rows are scaled to length 1
 
 
 class Coded(NamedTuple):
-    """Rows of integers that groups of 32 scale: codes [R, C], and scales and maybe minimums [R, C / 32].
+    """Rows of integers that groups of 32 scale: codes [R, C], and scales and maybe offsets [R, C / 32].
 
-    Codes are 0 … 15, or int8 in two's complement; the others are the bits of half precision.
+    Codes are 0 … 15, or int8 in two's complement; the others are the bits of half precision. Offsets are minimums or
+    zero points, as the form of the matrix says.
     """
 
     codes: Bytes
     scales: npt.NDArray[np.uint16]
-    minimums: npt.NDArray[np.uint16] | None = None
+    offsets: npt.NDArray[np.uint16] | None = None
 
 
 class Format(NamedTuple):

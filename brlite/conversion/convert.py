@@ -31,6 +31,7 @@ from brlite.checkpoint.model_name import COMPANION_FILES, check_name
 from brlite.checkpoint.new_file import write_whole
 from brlite.checkpoint.pooling_config import BUNDLED_POOLING_FILE, POOLING_FILE
 from brlite.checkpoint.progress import byte_bar
+from brlite.checkpoint.quantization import SECTION
 from brlite.checkpoint.traced_checkpoint import TracedArchive, TracedCheckpoint
 from brlite.config.manual_json import SeedConfig
 from brlite.config.options import EngineConfig, ModelSpec
@@ -122,10 +123,11 @@ def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
         side_files = {file.name: file.read_bytes() for file in files if file.is_file() and file.parent == model}
         if (model / POOLING_FILE).is_file():
             side_files[BUNDLED_POOLING_FILE] = (model / POOLING_FILE).read_bytes()
-        if weights is not None and weights.kind == "gguf":
+        is_gguf = weights is not None and weights.kind == "gguf"
+        if is_gguf or SECTION.encode() in side_files.get(CONFIG_FILE, b""):  # a bundle's weights are widened
             side_files[CONFIG_FILE] = json.dumps(config, indent=1).encode()
-            if not any(name in side_files for name in TOKENIZER_FILES):
-                side_files = {**hugging_face_files(weights.files[0]), **side_files}
+        if weights is not None and is_gguf and not any(name in side_files for name in TOKENIZER_FILES):
+            side_files = {**hugging_face_files(weights.files[0]), **side_files}
     except OSError as error:
         raise ModelError(f"{model}: cannot be read: {reason(error)}") from error
     return side_files
@@ -214,7 +216,7 @@ def _checks(
     is_int8 = PRECISIONS[plan.draft.precision].has_int8_weights
     rounding = "int8 is compared with bfloat16 while it is packed" if is_int8 else "bfloat16, no int8"
     widened = quantised_formats(plan.model.formats)
-    kept = f"; {', '.join(widened)} are widened: serve the file itself to keep its size" if widened else ""
+    kept = f"; {', '.join(widened)} are widened: serve the model itself to keep its size" if widened else ""
     yield f"rounding     {rounding}{kept}"
     yield f"shapes       {_shapes(config, obstacle)}"
     chat = "with a chat template" if tokenizer.has_chat_template else "without a chat template: no Chat API"

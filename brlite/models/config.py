@@ -19,7 +19,8 @@ BFLOAT16_BYTES = 2
 KV_SCALE_BYTES = FLOAT32_BYTES
 KV_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "int8": 1}
 QUANTIZATION_GROUP = 32  # integer weights share a scale of 2 bytes for each so many inputs of an output row
-GROUP_BYTES: dict[MatrixForm, int] = {"int8": 34, "int8_f16": 34, "int4": 18, "int4_min": 20}  # with its scale
+# With its scale, and its minimum or zero point.
+GROUP_BYTES: dict[MatrixForm, int] = {"int8": 34, "int8_f16": 34, "int4": 18, "int4_min": 20, "int4_zero": 20}
 
 
 class LinearScaling(msgspec.Struct, frozen=True):

@@ -31,6 +31,8 @@ from brlite.models.families.llama import LLAMA as FAMILY
 from brlite.sampling_params import SamplingParams
 from tests.config.test_manual_json import FIXTURES
 from tests.limits import PATIENCE_SECONDS
+from tests.load_plans import read_tensors
+from tests.quantised_folders import awq, write_folder
 from tests.tiny_models import LLAMA, VOCAB_SIZE, random_tensors, tiny_tensors, write_byte_tokenizer, write_tiny_model
 from tests.traced_models import write_traced
 
@@ -260,7 +262,7 @@ def test_a_real_model_from_gguf_says_the_same(
 
     found = answers(short, tmp_path)
 
-    assert "Q4_1, Q8_0 are widened: serve the file itself to keep its size" in printed
+    assert "Q4_1, Q8_0 are widened: serve the model itself to keep its size" in printed
     assert found == answers(short | {"cached_dir": "", "model_file": str(smollm2_path)}, tmp_path)
     assert (tmp_path / "someone--tiny" / "tokenizer.json").is_file()
     assert not (tmp_path / "someone--tiny" / "vocabulary.gguf").exists()
@@ -448,3 +450,18 @@ def write_large(folder: Path) -> Path:
         for tensor in planned:
             stream.write(np.resize(numbers, tensor.num_bytes // 2).tobytes())
     return folder
+
+
+def test_a_quantised_folder_becomes_a_plain_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = write_folder(tmp_path / "m", awq())
+    write_byte_tokenizer(tmp_path / "m")
+
+    status = convert(tmp_path / "m", tmp_path / "out")
+
+    assert status == 0
+    assert "AWQ 4-bit with zero points are widened: serve the model itself" in capsys.readouterr().out
+    (manifest,) = (tmp_path / "out").rglob("brlite-manifest.json")
+    with closing(open_checkpoint(manifest.parent)) as bundle:
+        found = read_tensors(bundle)
+    assert found.keys() == expected.keys()
+    assert all(np.abs(found[name] - expected[name]).max() <= np.abs(expected[name]).max() / 256 for name in expected)

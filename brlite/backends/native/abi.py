@@ -13,7 +13,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
@@ -21,7 +21,7 @@ HEAD_ROWS = 32
 
 ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")  # by number
 
-INT8, BF16, INT8_F16, INT4, INT4_MIN = range(5)
+INT8, BF16, INT8_F16, INT4, INT4_MIN, INT4_ZERO = range(6)
 
 LOST_RANK = 8  # `brlite_run` returns this after a rank was lost
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from brlite.backends.native.abi import BF16, INT4, INT4_MIN, INT8, INT8_F16
+from brlite.backends.native.abi import BF16, INT4, INT4_MIN, INT4_ZERO, INT8, INT8_F16
 from brlite.backends.native.memory import aligned
 from brlite.models.config import QUANTIZATION_GROUP
 from brlite.models.network import MatrixPart, Parameter
@@ -28,8 +28,9 @@ FORMATS: dict[MatrixForm, int] = {
     "int8_f16": INT8_F16,
     "int4": INT4,
     "int4_min": INT4_MIN,
+    "int4_zero": INT4_ZERO,
 }
-CODED_FORMATS = (INT8_F16, INT4, INT4_MIN)  # formats whose codes come from a quantised file
+CODED_FORMATS = (INT8_F16, INT4, INT4_MIN, INT4_ZERO)  # formats whose codes come from a quantised file
 
 # In packed files the norms of a layer come first, in this order, then the rest in the order of the operations.
 FIRST_IN_LAYER = {"attention_norm": 0, "mlp_norm": 1, "q_norm": 2, "k_norm": 3}

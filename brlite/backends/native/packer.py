@@ -138,11 +138,11 @@ class Packer:
     def _put_codes(self, packed: PackedTensor, first: int, tensor: StoredTensor) -> None:
         coded = tensor.coded()
         assert coded is not None, f"{tensor.name} has no codes"  # its form was chosen by its format
-        codes, scales, minimums = coded
+        codes, scales, offsets = coded
         self._library.brlite_pack_codes(
             packed.format,
             codes.ctypes.data,
             scales.ctypes.data,
-            None if minimums is None else minimums.ctypes.data,
+            None if offsets is None else offsets.ctypes.data,
             *(first, len(codes), packed.num_inputs, self._address + packed.offset),
         )

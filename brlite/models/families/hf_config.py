@@ -6,7 +6,7 @@ What the keys mean for a given family is in that family's file.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral
 from typing import Any
 
@@ -34,6 +34,16 @@ class ConfigReader:
 
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def value(self, key: str) -> Any:
+        """The value as it is, unchecked; None where there is none."""
+        return self._values.get(key)
 
     def positive_int(self, key: str, default: int | None = None, *, most: int = MAX_SIZE) -> int:
         value = self._get(key, default)
@@ -92,7 +102,8 @@ def check_supported(reader: ConfigReader) -> None:
     if "quantization_config" in reader:
         method = reader.section("quantization_config").text("quant_method", "unknown")
         raise ModelError(
-            f"model config: quantization_config ({method}) is not supported; use the model's plain or GGUF weights"
+            f"model config: quantization_config ({method}) is read with safetensors only; use those, or the model's "
+            "plain or GGUF weights"
         )
 
 

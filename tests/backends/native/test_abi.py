@@ -66,7 +66,7 @@ def test_a_constant_is_that_of_the_header(name: str) -> None:
     ("enum", "names"),
     [
         ("isa", [name.upper() for name in abi.ISAS] + ["NUM_ISAS"]),
-        ("format", ["INT8", "BF16", "INT8_F16", "INT4", "INT4_MIN", "NUM_FORMATS"]),
+        ("format", ["INT8", "BF16", "INT8_F16", "INT4", "INT4_MIN", "INT4_ZERO", "NUM_FORMATS"]),
         ("kind", ["EMBED", "NORM", "LINEAR", "ADD", "ROPE", "ATTEND", "QUANTIZE", "SILU", "GATE"]),
     ],
 )

@@ -12,8 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 8
-#define BRLITE_KERNEL_VERSION 1  // raised by every change of the kernels that changes results
+#define BRLITE_ABI_VERSION 9
+#define BRLITE_KERNEL_VERSION 2  // raised by every change of the kernels that changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
 #define BRLITE_GROUP 32        // inputs that share one scale in a matrix of integers
@@ -36,10 +36,20 @@ enum brlite_isa {
 };
 
 // Number formats of weights. Activations are bfloat16 with BF16 weights, and int16 with one scale a row with all other
-// formats; a plan uses one of the two. In the last three formats a weight is
-//   INT8_F16   scale * code, -128 .. 127      INT4   scale * (code - 8), 0 .. 15      INT4_MIN   scale * code + minimum
-// with one scale and one minimum a group, in IEEE half precision: exactly the values that a quantised file stores.
-enum brlite_format { BRLITE_INT8, BRLITE_BF16, BRLITE_INT8_F16, BRLITE_INT4, BRLITE_INT4_MIN, BRLITE_NUM_FORMATS };
+// formats; a plan uses one of the two. In the last four formats a weight is
+//   INT8_F16   scale * code, -128 .. 127        INT4_MIN    scale * code + minimum, 0 .. 15
+//   INT4       scale * (code - 8), 0 .. 15      INT4_ZERO   scale * (code - zero point), both 0 .. 15
+// with one scale and one minimum or zero point a group, in IEEE half precision: exactly the values that a quantised
+// file stores.
+enum brlite_format {
+    BRLITE_INT8,
+    BRLITE_BF16,
+    BRLITE_INT8_F16,
+    BRLITE_INT4,
+    BRLITE_INT4_MIN,
+    BRLITE_INT4_ZERO,
+    BRLITE_NUM_FORMATS,
+};
 
 enum brlite_kind {
     BRLITE_EMBED,   // weight: panels or table [vocabulary][num_outputs]  ->  output [rows][num_outputs]
@@ -186,9 +196,10 @@ size_t brlite_packed_bytes(int32_t format, int32_t num_outputs, int32_t num_inpu
 // Pack rows `first` .. `first + num_rows - 1` of a float32 matrix, rounded to bfloat16 first. Several threads may pack
 // different rows.
 void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
-// Pack rows that are already quantised, for INT8_F16, INT4 or INT4_MIN: codes [num_rows][num_inputs], one byte each;
-// scales and, for INT4_MIN, minimums [num_rows][num_inputs / 32] in half precision. `num_inputs` is a multiple of 32.
-void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* scales, const uint16_t* minimums,
+// Pack rows that are already quantised, for INT8_F16 or 4 bits: codes [num_rows][num_inputs], one byte each; scales and,
+// where the format has them, minimums or zero points [num_rows][num_inputs / 32] in half precision. `num_inputs` is a
+// multiple of 32.
+void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* scales, const uint16_t* offsets,
                        int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
 // Unpack one row to float32 [num_inputs].
 void brlite_unpack_row(int32_t format, const void* panels, int32_t row, int32_t num_inputs, float* out);

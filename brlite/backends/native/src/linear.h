@@ -2,8 +2,8 @@
 // stays in the L2 cache while all rows are multiplied by it, up to MAX_ROWS rows (a tile) at a time.
 //
 //   int8 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 512 bytes | 16 scales: 32 bytes |
-//   int4 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 minimums (INT4_MIN only)
-//   | bf16 panel:                           | pairs of inputs, 64 bytes each |
+//   int4 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 minimums or zero points,
+//   if any | bf16 panel:                           | pairs of inputs, 64 bytes each |
 #pragma once
 
 #include "multiply.h"
@@ -44,7 +44,8 @@ INLINE void fetch(const uint8_t* from, int num_bytes) {
     UNROLLED for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Integer sums are exact in any order. The sum of a group of 4-bit codes is exact as a float, too.
+// Integer sums are exact in any order. The sum of a group of 4-bit codes is exact as a float,
+// too, also after the zero point's part is subtracted.
 template <int FORMAT, int ROWS>
 INLINE void multiply_integers(const Tile& tile) {
     constexpr int SUMS = sums_of_row(FORMAT, ROWS);
@@ -63,13 +64,16 @@ INLINE void multiply_integers(const Tile& tile) {
             add_pairs<Int8>(sums, panel, Int8::PAIR_BYTES, rows + first, tile.row_size, BRLITE_GROUP / 2);
         const uint16_t* halves = (const uint16_t*)(panel[0] + code_bytes(FORMAT));
         const Floats scales = FORMAT == BRLITE_INT8 ? from_halves(halves) : from_fp16(halves);
-        // The weight that code 0 stands for; times the sum of the group's activations it is the offset of the product.
-        const Floats minimums = FORMAT == BRLITE_INT4_MIN ? from_fp16(halves + LANES) : scales * -8.0f;
+        // Minimums or zero points; times the sum of the group's activations they are the offset of the product.
+        const Floats offsets = has_offsets(FORMAT) ? from_fp16(halves + LANES) : splat(8.0f);
         UNROLLED for (int r = 0; r < ROWS; r++) {
             UNROLLED for (int i = 1; i < SUMS; i++) sums[0][r][0] = Int8::plus(sums[0][r][0], sums[i][r][0]);
-            Floats product = Int8::floats(sums[0][r][0]) * scales;  // not fused: the same bits without FMA
-            if constexpr (is_int4(FORMAT))
-                product = product + minimums * splat(group_sums[r * tile.row_size / BRLITE_GROUP]);
+            const Floats sum = Int8::floats(sums[0][r][0]);
+            Floats product = sum * scales;  // not fused: the same bits without FMA
+            if constexpr (is_int4(FORMAT)) {
+                const Floats offset = offsets * splat(group_sums[r * tile.row_size / BRLITE_GROUP]);
+                product = FORMAT == BRLITE_INT4_MIN ? product + offset : (sum - offset) * scales;
+            }
             totals[r] = totals[r] + product;
         }
         panel[0] += group_bytes(FORMAT);
@@ -102,9 +106,10 @@ static void multiply(const Tile& tile) {
 typedef void (*TileKernel)(const Tile&);
 
 #define TILES(f) {multiply<f, 1>, multiply<f, 2>, multiply<f, 3>, multiply<f, 4>, multiply<f, 5>, multiply<f, 6>}
-static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {
-    // [format][rows - 1]
-    TILES(BRLITE_INT8), TILES(BRLITE_BF16), TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4), TILES(BRLITE_INT4_MIN)};
+static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {// [format][rows - 1]
+                                                               TILES(BRLITE_INT8),     TILES(BRLITE_BF16),
+                                                               TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4),
+                                                               TILES(BRLITE_INT4_MIN), TILES(BRLITE_INT4_ZERO)};
 #undef TILES
 
 struct Product {

@@ -133,7 +133,7 @@ void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_r
     }
 }
 
-void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* scales, const uint16_t* minimums,
+void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* scales, const uint16_t* offsets,
                        int32_t first, int32_t num_rows, int32_t num_inputs, void* panels) {
     const size_t num_groups = (size_t)num_rows * (num_inputs / BRLITE_GROUP);
     for (size_t i = 0; i < num_groups; i++) {
@@ -143,7 +143,7 @@ void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* sca
         (brlite::is_int4(format) ? brlite::place_int4 : brlite::place_int8)(codes + i * BRLITE_GROUP, group, to.column);
         uint8_t* halves = group + brlite::code_bytes(format) + 2 * to.column;
         memcpy(halves, scales + i, 2);
-        if (format == BRLITE_INT4_MIN) memcpy(halves + 2 * BRLITE_LANES, minimums + i, 2);
+        if (brlite::has_offsets(format)) memcpy(halves + 2 * BRLITE_LANES, offsets + i, 2);
     }
 }
 

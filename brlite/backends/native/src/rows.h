@@ -68,11 +68,11 @@ static void unpack_integers(int format, const uint8_t* panels, int row, int num_
         const uint16_t* halves = (const uint16_t*)(group + code_bytes(format));
         const Floats scales = format == BRLITE_INT8 ? from_halves(halves) : from_fp16(halves);
         const float scale = scales[column];
-        float minimum = 0.0f;
-        if (format == BRLITE_INT4) minimum = scale * -8.0f;
-        if (format == BRLITE_INT4_MIN) minimum = from_fp16(halves + LANES)[column];
+        const float offset = has_offsets(format) ? from_fp16(halves + LANES)[column] : 0.0f;
+        const float minimum = format == BRLITE_INT4_MIN ? offset : 0.0f;
+        const int zero = format == BRLITE_INT4 ? 8 : format == BRLITE_INT4_ZERO ? (int)offset : 0;
         for (int i = 0; i < smaller(BRLITE_GROUP, num_inputs - first); i++)
-            out[first + i] = code_at(format, group, column, i) * scale + minimum;
+            out[first + i] = (code_at(format, group, column, i) - zero) * scale + minimum;
     }
 }
 

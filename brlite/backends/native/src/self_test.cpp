@@ -22,7 +22,8 @@ struct Case {
 };
 constexpr Case CASES[] = {{BRLITE_INT8, BRLITE_INT8, 1},     {BRLITE_INT8, BRLITE_BF16, 2},
                           {BRLITE_BF16, BRLITE_BF16, 1},     {BRLITE_INT4, BRLITE_BF16, 2},
-                          {BRLITE_INT4_MIN, BRLITE_INT8, 1}, {BRLITE_INT8_F16, BRLITE_INT8, 1}};
+                          {BRLITE_INT4_MIN, BRLITE_INT8, 1}, {BRLITE_INT4_ZERO, BRLITE_BF16, 1},
+                          {BRLITE_INT8_F16, BRLITE_INT8, 1}};
 
 struct SomeTokens {
     int sequence;

@@ -86,13 +86,12 @@ inline int head_size(const brlite_attention& attention) { return rounded(attenti
 
 // Whether activations of this format are int16.
 constexpr bool takes_int16(int format) { return format != BRLITE_BF16; }
-constexpr bool is_int4(int format) { return format == BRLITE_INT4 || format == BRLITE_INT4_MIN; }
+constexpr bool has_offsets(int format) { return format == BRLITE_INT4_MIN || format == BRLITE_INT4_ZERO; }
+constexpr bool is_int4(int format) { return format == BRLITE_INT4 || has_offsets(format); }
 
-// Bytes of the codes of a group in a panel. Scales follow the codes, then minimums in INT4_MIN.
+// Bytes of the codes of a group in a panel. Scales follow the codes, then minimums or zero points, if any.
 constexpr long code_bytes(int format) { return BRLITE_GROUP * BRLITE_LANES / (is_int4(format) ? 2 : 1); }
-constexpr long group_bytes(int format) {
-    return code_bytes(format) + 2 * BRLITE_LANES * (format == BRLITE_INT4_MIN ? 2 : 1);
-}
+constexpr long group_bytes(int format) { return code_bytes(format) + 2 * BRLITE_LANES * (has_offsets(format) ? 2 : 1); }
 
 inline long panel_bytes(int format, int num_inputs) {
     const long inputs = padded_inputs(num_inputs);

@@ -10,6 +10,9 @@ namespace {
 
 constexpr int WINDOWS[] = {0, 37};  // attention window by layer; 0: none
 constexpr int NUM_LAYERS = 2;
+// 0 to 15 in half precision.
+constexpr uint16_t WHOLE_NUMBERS[] = {0x0000, 0x3c00, 0x4000, 0x4200, 0x4400, 0x4500, 0x4600, 0x4700,
+                                      0x4800, 0x4880, 0x4900, 0x4980, 0x4a00, 0x4a80, 0x4b00, 0x4b80};
 
 }  // namespace
 
@@ -68,16 +71,18 @@ const void* Toy::matrix(int num_outputs, int num_inputs) {
     return panels.data();
 }
 
-// Random codes. Scales and minimums in half precision from 2^-24 to 2^-2; minimums of both signs.
+// Random codes. Scales and minimums in half precision from 2^-24 to 2^-2; minimums of both signs. Zero points 0 to 15.
 const void* Toy::quantised_matrix(int num_outputs, int num_inputs) {
     const int num_groups = rounded(num_inputs, BRLITE_GROUP) / BRLITE_GROUP * num_outputs;
     std::vector<uint8_t> codes((size_t)num_groups * BRLITE_GROUP);
-    std::vector<uint16_t> scales(num_groups), minimums(num_groups);
+    std::vector<uint16_t> scales(num_groups), offsets(num_groups);
     for (uint8_t& code : codes) code = (uint8_t)random_.below(weight_format_ == BRLITE_INT8_F16 ? 256 : 16);
     for (uint16_t& scale : scales) scale = (uint16_t)random_.below(0x3400);
-    for (uint16_t& minimum : minimums) minimum = (uint16_t)(random_.below(0x3400) | random_.below(2) << 15);
+    for (uint16_t& offset : offsets)
+        offset = weight_format_ == BRLITE_INT4_ZERO ? WHOLE_NUMBERS[random_.below(16)]
+                                                    : (uint16_t)(random_.below(0x3400) | random_.below(2) << 15);
     auto& panels = matrices_.emplace_back(brlite_packed_bytes(weight_format_, num_outputs, num_inputs));
-    brlite_pack_codes(weight_format_, codes.data(), scales.data(), minimums.data(), 0, num_outputs,
+    brlite_pack_codes(weight_format_, codes.data(), scales.data(), offsets.data(), 0, num_outputs,
                       rounded(num_inputs, BRLITE_GROUP), panels.data());
     return panels.data();
 }

@@ -1,0 +1,172 @@
+"""What the `quantization_config` of a model's config.json says: which tool quantised its matrices, and how.
+
+GPTQ (AutoGPTQ, GPTQModel), AWQ (AutoAWQ), compressed-tensors (llm-compressor) and FP8. Scales of activations and of KV
+caches are not read: those are never quantised as the file's tool would. `quantised_layers.py` reads the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from brlite.errors import ModelError
+from brlite.files.quoting import excerpt
+from brlite.models.families.hf_config import ConfigReader
+from brlite.precision import MatrixForm
+
+SECTION = "quantization_config"
+METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8")
+COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+ZERO_POINTS, ACT_ORDER = " with zero points", " in act-order"
+
+# The form that keeps a format's digits, by the format's name. All others are rounded to int8, as FP8 is.
+FOLDER_FORMS: dict[str, MatrixForm] = {
+    "GPTQ 4-bit": "int4",
+    f"GPTQ 4-bit{ZERO_POINTS}": "int4_zero",
+    "GPTQ 8-bit": "int8_f16",
+    f"AWQ 4-bit{ZERO_POINTS}": "int4_zero",
+    "compressed-tensors 4-bit": "int4",
+    f"compressed-tensors 4-bit{ZERO_POINTS}": "int4_zero",
+    "compressed-tensors 8-bit": "int8_f16",
+}
+
+
+class Quantization(msgspec.Struct, frozen=True, kw_only=True):
+    """How the matrices of a folder are quantised. A matrix without the tensors of `layout` is not.
+
+    `group_size` inputs of a row share a scale, or all of them where it is 0. A zero point is stored `zero_point_bias`
+    below its value. Scales of FP8 are for `block` rows and columns, if their shape says no other.
+    """
+
+    method: Literal["GPTQ", "AWQ", "compressed-tensors", "FP8"]
+    num_bits: int = 8
+    group_size: int = 0
+    is_symmetric: bool = True
+    has_act_order: bool = False
+    zero_point_bias: int = 0
+    block: tuple[int, int] = (128, 128)
+
+
+def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
+    """The quantisation of a folder with this config.json; None where it has none.
+
+    Raises `ModelError` for one that cannot be read, with the key and what is allowed.
+    """
+    if config.get(SECTION) is None:
+        return None
+    section = ConfigReader(config).section(SECTION)
+    method = section.text("quant_method", "unknown")
+    match method:
+        case "gptq":
+            return _gptq(section)
+        case "awq":
+            return _awq(section)
+        case "compressed-tensors":
+            return _compressed_tensors(section)
+        case "fp8" | "fbgemm_fp8":
+            _choose(section, "fmt", ("e4m3",), "e4m3")
+            return Quantization(method="FP8", block=_block(section, "weight_block_size"))
+    raise ModelError(
+        f"model config: {SECTION} ({excerpt(method)}) is not supported; allowed are {', '.join(METHODS)}, or the "
+        "model's plain or GGUF weights"
+    )
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of the same model when nothing of it is quantised."""
+    return {key: value for key, value in config.items() if key != SECTION}
+
+
+def _gptq(section: ConfigReader) -> Quantization:
+    checkpoint_format = _choose(section, "checkpoint_format", ("gptq", "gptq_v2"), section.text("format", "gptq"))
+    if "dynamic" in section and not all(name.startswith("-") for name in section.section("dynamic")):
+        raise section.error("dynamic", "of modules that are left out (-:…)", "other settings for some modules")
+    if section.flag("is_marlin_format", False):
+        raise section.error("is_marlin_format", "false", True)
+    group_size = _group_size(section)
+    has_act_order = section.flag("desc_act", False) and not section.flag("static_groups", False) and group_size > 0
+    return Quantization(
+        method="GPTQ",
+        num_bits=int(_choose(section, "bits", (4, 8))),
+        group_size=group_size,
+        is_symmetric=section.flag("sym", True),
+        has_act_order=has_act_order,
+        zero_point_bias=1 if checkpoint_format == "gptq" else 0,
+    )
+
+
+def _awq(section: ConfigReader) -> Quantization:
+    _choose(section, "version", ("gemm", "GEMM"), "gemm")
+    _choose(section, "zero_point", (True,), True)
+    _choose(section, "backend", ("autoawq",), "autoawq")
+    num_bits = int(_choose(section, "bits", (4,)))
+    return Quantization(method="AWQ", num_bits=num_bits, group_size=_group_size(section), is_symmetric=False)
+
+
+def _compressed_tensors(section: ConfigReader) -> Quantization:
+    _choose(section, "format", COMPRESSED_FORMATS)
+    _choose(section, "quantization_status", ("compressed",), "compressed")
+    _choose(section.section("sparsity_config"), "format", ("dense",), "dense")
+    if "transform_config" in section and len(section.section("transform_config")):
+        raise section.error("transform_config", "left out", "transforms of activations")
+    found = {_compressed_group(group.section("weights")) for group in _groups(section)}
+    if len(found) != 1:
+        raise section.error("config_groups", "alike in how their weights are quantised", f"{len(found)} kinds")
+    return found.pop()
+
+
+def _groups(section: ConfigReader) -> list[ConfigReader]:
+    groups = section.section("config_groups")
+    return [groups.section(name) for name in groups]
+
+
+def _compressed_group(weights: ConfigReader) -> Quantization:
+    kind = _choose(weights, "type", ("int", "float"), "int")
+    strategy = _choose(weights, "strategy", ("group", "channel", "tensor", "block"))
+    group_size = _group_size(weights) if strategy == "group" else 0
+    if kind == "float":
+        _choose(weights, "num_bits", (8,))
+        _choose(weights, "strategy", ("channel", "tensor", "block"))
+        return Quantization(method="FP8", block=_block(weights, "block_structure"))
+    _choose(weights, "strategy", ("group", "channel", "tensor"))
+    return Quantization(
+        method="compressed-tensors",
+        num_bits=int(_choose(weights, "num_bits", (4, 8))),
+        group_size=group_size,
+        is_symmetric=weights.flag("symmetric", True),
+        has_act_order=_choose(weights, "actorder", (True, False, "group", "dynamic", "weight", "static"), False)
+        in (True, "group", "dynamic"),
+    )
+
+
+def _group_size(section: ConfigReader) -> int:
+    """0 for a whole row, which is written as -1."""
+    if section.value("group_size") == -1:
+        return 0
+    return section.positive_int("group_size")
+
+
+def _block(section: ConfigReader, key: str) -> tuple[int, int]:
+    """Rows and columns of a block. compressed-tensors writes "128x128", too."""
+    value = section.value(key)
+    if value is None:
+        return 128, 128
+    sizes = value.split("x") if isinstance(value, str) else value
+    try:
+        rows, columns = (int(size) for size in sizes)
+        if not 0 < rows < 2**31 or not 0 < columns < 2**31:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise section.error(key, "two numbers of rows and columns", value) from None
+    return rows, columns
+
+
+def _choose(section: ConfigReader, key: str, allowed: tuple[Any, ...], default: Any = None) -> Any:
+    """The value of a key, which must be among those allowed."""
+    value = section.value(key)
+    value = default if value is None else value
+    if not any(value == each and type(value) is type(each) for each in allowed):
+        raise section.error(key, " or ".join(map(str, allowed)), value)
+    return value

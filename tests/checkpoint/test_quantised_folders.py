@@ -1,0 +1,243 @@
+"""Folders that GPTQ, AWQ, compressed-tensors or FP8 have quantised: the numbers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint.checked_model import check_model
+from brlite.checkpoint.placing import KEPT_FORMS, describe_precision
+from brlite.checkpoint.quantised_matrix import E4M3_VALUES
+from brlite.checkpoint.quantization import FOLDER_FORMS
+from brlite.checkpoint.stored_tensor import StoredTensor
+from brlite.config.options import ModelSpec
+from brlite.errors import ModelError
+from tests.load_plans import read_tensors
+from tests.quantised_folders import (
+    CASES,
+    Array,
+    awq,
+    compressed,
+    fp8,
+    gptq,
+    load_tensors,
+    save_tensors,
+    write_folder,
+)
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+def decoded(tensor: StoredTensor) -> Array:
+    """What a tensor's codes stand for, in float64."""
+    coded = tensor.coded()
+    assert coded is not None
+    codes, form = coded.codes.astype(np.float64), FOLDER_FORMS[tensor.format.name]
+    scales = coded.scales.view(np.float16).astype(np.float64).repeat(32, axis=1)
+    if form == "int8_f16":
+        return coded.codes.view(np.int8) * scales
+    assert coded.codes.max() < 16
+    if form == "int4":
+        return (codes - 8) * scales
+    assert coded.offsets is not None
+    return (codes - coded.offsets.view(np.float16).astype(np.float64).repeat(32, axis=1)) * scales
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_folder_holds_the_numbers_that_its_tool_dequantises(name: str, tmp_path: Path) -> None:
+    expected = write_folder(tmp_path / "m", CASES[name])
+
+    with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
+        found = read_tensors(checkpoint)
+        shapes = checkpoint.shapes()
+
+    assert found.keys() == expected.keys() == shapes.keys()
+    for each, values in expected.items():
+        assert np.array_equal(found[each], values.astype(np.float32)), each
+        assert shapes[each] == values.shape
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_codes_and_scales_are_the_numbers_exactly_where_a_form_keeps_them(name: str, tmp_path: Path) -> None:
+    expected = write_folder(tmp_path / "m", CASES[name])
+
+    with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
+        formats = checkpoint.formats()
+        for tensor in checkpoint.tensors():
+            if formats[tensor.name] in KEPT_FORMS:
+                assert np.array_equal(decoded(tensor), expected[tensor.name]), tensor.name
+
+    assert formats[f"{Q_PROJ}.weight"] == CASES[name].stored_as
+
+
+@pytest.mark.parametrize("name", ["gptq-zeros", "gptq-act-order", "awq", "compressed-4-zeros", "fp8-block"])
+def test_rows_and_columns_can_be_read_alone(name: str, tmp_path: Path) -> None:
+    expected = write_folder(tmp_path / "m", CASES[name])
+
+    with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
+        for tensor in checkpoint.tensors():
+            if tensor.name.startswith(Q_PROJ):
+                part = tensor.part(range(13, 75), range(32, 96)).float32()
+                assert np.array_equal(part, expected[tensor.name][13:75, 32:96].astype(np.float32))
+
+
+def test_tensors_of_a_matrix_may_lie_in_two_shards(tmp_path: Path) -> None:
+    expected = write_folder(tmp_path / "m", awq())
+    tensors = load_tensors(tmp_path / "m/model.safetensors")
+    (tmp_path / "m/model.safetensors").unlink()
+    files = {name: f"{'b' if name.endswith('scales') else 'a'}.safetensors" for name in tensors}
+    for file in set(files.values()):
+        save_tensors(tmp_path / "m" / file, {name: tensors[name] for name in tensors if files[name] == file})
+    (tmp_path / "m/model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+    with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
+        found = read_tensors(checkpoint)
+
+    assert all(np.array_equal(found[name], values.astype(np.float32)) for name, values in expected.items())
+
+
+def test_every_byte_is_the_number_that_e4m3_has() -> None:
+    torch = pytest.importorskip("torch")
+    expected = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+
+    assert np.array_equal(E4M3_VALUES, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("gptq", "GPTQ 4-bit is kept"),
+        ("gptq-act-order", "GPTQ 4-bit in act-order is rounded to int8"),
+        ("awq", "AWQ 4-bit with zero points is kept"),
+        ("gptq-8-zeros", "GPTQ 8-bit with zero points is rounded to int8"),
+        ("compressed-4-small", "compressed-tensors 4-bit in groups of 16 is rounded to int8"),
+        ("int8", "compressed-tensors 8-bit is kept"),
+        ("fp8-block", "FP8 is rounded to int8"),
+    ],
+)
+def test_what_becomes_of_each_format_is_said(name: str, text: str, tmp_path: Path) -> None:
+    write_folder(tmp_path / "m", CASES[name])
+    spec = ModelSpec(name="m", build_seq=16)
+
+    with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
+        model = check_model(checkpoint, spec)
+
+    said = describe_precision(model, spec, is_native=True)
+    assert said == f"the file's own: {text}, F16 is rounded to int8 (auto)"
+    assert (
+        describe_precision(model, spec, is_native=False)
+        == f"bf16: torch widens the file's {CASES[name].stored_as} (auto)"
+    )
+
+
+def test_scales_that_are_not_used_or_are_rounded_are_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    write_folder(tmp_path / "m", fp8("tensor"))
+    write_folder(tmp_path / "n", compressed())
+    change(tmp_path / "n", f"{Q_PROJ}.weight_scale", lambda scales: np.full(scales.shape, 1 / 3, np.float32))
+
+    for name in "mn":
+        with closing(open_checkpoint(tmp_path / name)) as checkpoint:
+            read_tensors(checkpoint)
+
+    assert "m: 14 scales of activations and caches are not used" in caplog.text
+    assert "n: native kernels round 1024 scales to half precision" in caplog.text
+
+
+def change(folder: Path, name: str, edit: Callable[[Array], Array | None]) -> None:
+    """Replace a tensor of the folder, or leave it out."""
+    tensors = load_tensors(folder / "model.safetensors")
+    changed = edit(tensors.pop(name))
+    save_tensors(folder / "model.safetensors", tensors if changed is None else tensors | {name: changed})
+
+
+def weights_with(**changes: Any) -> dict[str, Any]:
+    weights = compressed().config["config_groups"]["group_0"]["weights"]
+    return {"config_groups": {"group_0": {"weights": weights | changes}}}
+
+
+@pytest.mark.parametrize(
+    ("case", "config", "message"),
+    [
+        (
+            gptq(),
+            {"quant_method": "bitsandbytes"},
+            "quantization_config ('bitsandbytes') is not supported; allowed",
+        ),
+        (gptq(), {"quant_method": 7}, "quantization_config.quant_method must be a string"),
+        (gptq(), {"bits": 3}, "quantization_config.bits must be 4 or 8, got 3"),
+        (gptq(), {"bits": None}, "quantization_config.bits must be 4 or 8, got None"),
+        (gptq(), {"group_size": 0}, "quantization_config.group_size must be an integer from 1"),
+        (gptq(), {"group_size": 2**70}, "quantization_config.group_size must be an integer from 1"),
+        (gptq(), {"checkpoint_format": "marlin"}, "quantization_config.checkpoint_format must be gptq or gptq_v2"),
+        (
+            gptq(),
+            {"dynamic": {"+:.*": {"bits": 8}}},
+            "quantization_config.dynamic must be of modules that are left",
+        ),
+        (awq(), {"version": "gemv"}, "quantization_config.version must be gemm"),
+        (awq(), {"zero_point": False}, "quantization_config.zero_point must be True"),
+        (compressed(), {"format": "nvfp4-pack-quantized"}, "quantization_config.format must be pack-quantized or"),
+        (compressed(), {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config.format must be dense"),
+        (compressed(), {"transform_config": {"a": 1}}, "quantization_config.transform_config must be left out"),
+        (compressed(), weights_with(num_bits=2), "weights.num_bits must be 4 or 8, got 2"),
+        (compressed(), weights_with(strategy="tensor_group"), "weights.strategy must be group or channel"),
+        (compressed(), {"config_groups": {}}, "quantization_config.config_groups must be alike"),
+        (fp8("block"), {"weight_block_size": [128]}, "quantization_config.weight_block_size must be two numbers"),
+        (fp8("block"), {"fmt": "e5m2"}, "quantization_config.fmt must be e4m3, got 'e5m2'"),
+    ],
+)
+def test_a_quantisation_that_is_not_known_is_refused_by_its_key(
+    case: Any, config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "m", case, **config)
+
+    with pytest.raises(ModelError) as error:
+        open_checkpoint(tmp_path / "m")
+
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "part", "edit", "message"),
+    [
+        (gptq(), "qzeros", lambda _: None, "'model.layers.0.self_attn.q_proj.weight' is quantised, but has no qzeros"),
+        (gptq(), "scales", lambda scales: scales[:1], "scales of 'model.layers.0.self_attn.q_proj.weight' has shape"),
+        (gptq(), "scales", lambda scales: scales.astype(np.int32), "has dtype 'I32'; allowed are F32 or F16 or BF16"),
+        (gptq(), "scales", lambda scales: scales * np.float16(np.inf), "has a scale that is not finite"),
+        (gptq(), "scales", lambda scales: scales.astype(np.float32) * 1e9, "has a scale beyond half precision"),
+        (gptq(), "qzeros", lambda zeros: zeros + 1, "has zero points beside 8, but the config says sym"),
+        (gptq(), "g_idx", lambda groups: groups[::-1].copy(), "has inputs in act-order, which its config does not say"),
+        (gptq(act_order=True), "g_idx", lambda groups: groups + 1, "has a g_idx beyond its 4 groups"),
+        (gptq(act_order=True), "g_idx", lambda _: None, "is quantised, but has no g_idx"),
+        (gptq(), "qweight", lambda _: None, "q_proj.qzeros' has dtype 'I32'; allowed are F32, F16 and BF16, and"),
+        (awq(), "qweight", lambda words: words[:, :-1], "qzeros of"),
+        (compressed(), "weight_shape", lambda shape: shape + 1, "has weight_shape [257, 257], and [256, 256] codes"),
+        (compressed(), "weight_packed", lambda words: words.reshape(-1), "must be a matrix, not of shape [8192]"),
+        (compressed(symmetric=False), "weight_zero_point", lambda _: None, "but has no weight_zero_point"),
+        (fp8("tensor"), "weight_scale", lambda _: None, "but has no weight_scale"),
+        (fp8("block"), "weight_scale_inv", lambda scales: scales[:-1], "weight_scale_inv of"),
+    ],
+)
+def test_a_damaged_matrix_is_refused_in_one_line(
+    case: Any, part: str, edit: Callable[[Array], Array | None], message: str, tmp_path: Path
+) -> None:
+    write_folder(tmp_path / "m", case)
+    change(tmp_path / "m", f"{Q_PROJ}.{part}", edit)
+
+    with pytest.raises(ModelError) as error, closing(open_checkpoint(tmp_path / "m")) as checkpoint:
+        read_tensors(checkpoint)
+
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
