@@ -196,9 +196,9 @@ size_t brlite_packed_bytes(int32_t format, int32_t num_outputs, int32_t num_inpu
 // Pack rows `first` .. `first + num_rows - 1` of a float32 matrix, rounded to bfloat16 first. Several threads may pack
 // different rows.
 void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
-// Pack rows that are already quantised, for INT8_F16 or 4 bits: codes [num_rows][num_inputs], one byte each; scales and,
-// where the format has them, minimums or zero points [num_rows][num_inputs / 32] in half precision. `num_inputs` is a
-// multiple of 32.
+// Pack rows that are already quantised, for INT8_F16 or 4 bits: codes [num_rows][num_inputs], one byte each; scales
+// and, where the format has them, minimums or zero points [num_rows][num_inputs / 32] in half precision. `num_inputs`
+// is a multiple of 32.
 void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* scales, const uint16_t* offsets,
                        int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
 // Unpack one row to float32 [num_inputs].

@@ -2,8 +2,8 @@
 // stays in the L2 cache while all rows are multiplied by it, up to MAX_ROWS rows (a tile) at a time.
 //
 //   int8 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 512 bytes | 16 scales: 32 bytes |
-//   int4 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 minimums or zero points,
-//   if any | bf16 panel:                           | pairs of inputs, 64 bytes each |
+//   int4 panel, one group of 32 inputs:   | 16 pairs x 16 columns: 256 bytes | 16 scales | 16 offsets, if it has them |
+//   bf16 panel:                           | pairs of inputs, 64 bytes each |
 #pragma once
 
 #include "multiply.h"
@@ -44,8 +44,8 @@ INLINE void fetch(const uint8_t* from, int num_bytes) {
     UNROLLED for (int i = 0; i < num_bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
-// Integer sums are exact in any order. The sum of a group of 4-bit codes is exact as a float,
-// too, also after the zero point's part is subtracted.
+// Integer sums are exact in any order. The sum of a group of 4-bit codes is exact as a float, too, with and without the
+// zero point's part.
 template <int FORMAT, int ROWS>
 INLINE void multiply_integers(const Tile& tile) {
     constexpr int SUMS = sums_of_row(FORMAT, ROWS);
@@ -106,8 +106,8 @@ static void multiply(const Tile& tile) {
 typedef void (*TileKernel)(const Tile&);
 
 #define TILES(f) {multiply<f, 1>, multiply<f, 2>, multiply<f, 3>, multiply<f, 4>, multiply<f, 5>, multiply<f, 6>}
-static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {// [format][rows - 1]
-                                                               TILES(BRLITE_INT8),     TILES(BRLITE_BF16),
+// By format and rows - 1.
+static const TileKernel TILE_KERNELS[BRLITE_NUM_FORMATS][6] = {TILES(BRLITE_INT8),     TILES(BRLITE_BF16),
                                                                TILES(BRLITE_INT8_F16), TILES(BRLITE_INT4),
                                                                TILES(BRLITE_INT4_MIN), TILES(BRLITE_INT4_ZERO)};
 #undef TILES
