@@ -27,6 +27,7 @@ from brlite.server.docs_page import docs_page
 from brlite.server.embeddings import embed
 from brlite.server.explain import explain
 from brlite.server.generate import CONFIG, MODELS, admit, generate, json_response
+from brlite.server.model_actions import load_model, unload_model
 from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card, model_props
 from brlite.server.openapi import document
 from brlite.server.response_store import STORE
@@ -182,6 +183,8 @@ _POSTS: dict[str, Handler] = {
     "/tokenize": tokenize,
     "/detokenize": detokenize,
     "/explain": explain,
+    "/models/load": load_model,
+    "/models/unload": unload_model,
     "/ping": ping,
 }
 _GETS = {

@@ -64,11 +64,14 @@ class ManagedModel(NamedTuple):
     wanted_since: float = math.inf
     last_used: float = 0.0
     idle_unload_seconds: float = 0.0
+    is_dismissed: bool = False
 
     @property
     def expires(self) -> float:
         """When it is unloaded if no request uses it until then; infinity if never."""
         is_idle = not self.is_busy and self.wanted_since == math.inf
+        if self.is_loaded and is_idle and self.is_dismissed:
+            return -math.inf
         can_expire = self.is_loaded and is_idle and self.idle_unload_seconds > 0
         return self.last_used + self.idle_unload_seconds if can_expire else math.inf
 
@@ -114,7 +117,8 @@ def decide(models: Sequence[ManagedModel], budget_bytes: float, now: float) -> L
     yielding = tuple(model.name for model in going)
     expired = next((model for model in loaded if model.expires <= now), None)
     if expired is not None:
-        return Unload(expired.name, f"not asked for in {expired.idle_unload_seconds:g} seconds", yielding)
+        reason = "asked for" if expired.is_dismissed else f"not asked for in {expired.idle_unload_seconds:g} seconds"
+        return Unload(expired.name, reason, yielding)
     wake = min((model.expires for model in loaded), default=math.inf)
     if wanted is None:
         return IdleTime(wake)
@@ -249,6 +253,7 @@ class ModelManager:
             wanted_since=min(model.loading.wanted_since, self._restarting.get(model.name, math.inf)),
             last_used=model.last_used,
             idle_unload_seconds=model.spec.idle_unload_seconds,
+            is_dismissed=model.is_dismissed,
         )
 
     async def _try_load(self, model: ServedModel) -> None:

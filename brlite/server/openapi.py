@@ -47,6 +47,7 @@ from brlite.dialects.responses_encoder import Item
 from brlite.dialects.scores import RerankAnswer, RerankRequest, ScoreAnswer, ScoreRequest
 from brlite.sampling_params import MAX, parameters
 from brlite.server.explain import Explanation
+from brlite.server.model_actions import ModelActionDone
 from brlite.server.model_list import ModelCard, ModelList, ModelProps
 
 REF = "#/components/schemas/{name}"
@@ -181,6 +182,8 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ("get", "/v1/models"): Operation("The models that the key may use", answer=ModelList),
     ("get", "/v1/models/{name}"): Operation("One model", answer=ModelCard),
     ("get", "/tokenizer_info"): Operation("The tokenizer", answer=TokenizerInfo, query=("model",)),
+    ("post", "/models/load"): Operation('Load a model: {"model": NAME}', answer=ModelActionDone),
+    ("post", "/models/unload"): Operation('Unload a model: {"model": NAME}', answer=ModelActionDone),
     ("get", "/props"): Operation("llama.cpp's numbers of a model", answer=ModelProps, query=("model",)),
     ("get", "/load"): Operation("Requests in progress", answer=dict[str, int]),
     ("get", "/version"): Operation("The version", answer=dict[str, str]),

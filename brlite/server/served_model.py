@@ -40,6 +40,7 @@ class ServedModel:
         self.loading = LoadState(spec.name, clock)
         self.is_on_demand = spec.load == "on_demand"
         self.is_held_back = False  # new requests wait, although it is loaded
+        self.is_dismissed = False  # it is to be unloaded as soon as no request uses it
         self.num_requests = 0
         self.last_used = 0.0
         self.loaded_since = 0.0
@@ -124,6 +125,11 @@ class ServedModel:
         elif was_held_back and self.engine is not None:
             self.loading.succeed()
 
+    def dismiss(self) -> None:
+        """Have the model manager unload it once it is idle. No effect while it is unloaded."""
+        self.is_dismissed = self.engine is not None
+        self._on_change()
+
     def give_up(self, *, comes_back: bool = False) -> None:
         """Forget the engine; the model manager closes it.
 
@@ -131,6 +137,7 @@ class ServedModel:
         starts the load.
         """
         self.engine = None
+        self.is_dismissed = False
         self.is_on_demand = not comes_back
         self.num_unloads += 1
 

@@ -174,6 +174,16 @@ async def test_the_metrics_have_the_weight_and_the_times_of_a_key(limited: Limit
     assert sum(map(float, seconds.values())) > 0
 
 
+async def test_models_are_unloaded_with_an_operators_key_only(limited: LimitedClient) -> None:
+    client = await limited()
+
+    status, answer = await client.post("/models/unload", {"model": MODEL})
+    by_operator, _ = await client.post("/models/unload", {"model": MODEL}, Authorization=f"Bearer {OPERATOR.key}")
+
+    assert (status, answer["error"]["type"]) == (403, "permission_error")
+    assert by_operator == 400  # it is loaded at the start
+
+
 async def test_who_is_in_debt_for_tokens_waits(limited: LimitedClient) -> None:
     client = await limited(tokens_per_minute=PROMPT_TOKENS + 2)
     await client.chat(max_tokens=8)

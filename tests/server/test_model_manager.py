@@ -89,6 +89,8 @@ DECISIONS: dict[str, tuple[list[ManagedModel], Load | Unload | IdleTime]] = {
         Unload("a", "not asked for in 30 seconds"),
     ),
     "soon idle for too long": ([loaded("a", last_used=90, idle_unload_seconds=30)], IdleTime(120)),
+    "asked to go": ([loaded("a", last_used=99, is_dismissed=True)], Unload("a", "asked for")),
+    "asked to go, but busy": ([loaded("a", is_dismissed=True, is_busy=True)], IdleTime(INFINITY)),
     "long but busy": ([loaded("a", last_used=1, idle_unload_seconds=30, is_busy=True)], IdleTime(INFINITY)),
 }
 
@@ -245,6 +247,30 @@ async def test_many_first_requests_load_it_once(make_house: MakeHouse, eventuall
     assert loading == {"a": "loading"}
     assert [status for status, _ in answers] == [200] * 8
     assert house.loader.loads["a"] == 1
+
+
+async def test_a_model_is_loaded_and_unloaded_when_that_is_asked_for(
+    make_house: MakeHouse, eventually: Eventually
+) -> None:
+    house = await make_house([ModelSpec(name="a", build_seq=64), *on_demand("b")])
+
+    async def act(action: str, **body: str) -> tuple[int, dict[str, Any]]:
+        async with house.session.post(f"/models/{action}", json=body) as response:
+            return response.status, await response.json()
+
+    loaded = await act("load", model="b")
+    is_there = await house.statuses()
+    unloading = await act("unload", model="b")
+    await eventually(lambda: house.models.find("b").engine is None)
+    again, unloaded = await act("unload", model="b"), await house.statuses()
+    refused = [await act("unload", model="a"), await act("unload", model="c"), await act("load", modle="b")]
+
+    assert loaded == (200, {"success": True, "model": "b", "status": "ready"})
+    assert (is_there["b"], unloaded["b"], house.loader.loads["b"]) == ("ready", "unloaded", 1)
+    assert unloading == (200, {"success": True, "model": "b", "status": "unloading"})
+    assert again == (200, {"success": True, "model": "b", "status": "unloaded"})
+    assert [status for status, _ in refused] == [400, 404, 400]
+    assert refused[0][1]["error"]["code"] == "model_not_on_demand"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,58 @@
+"""Load and unload models of `load = "on_demand"` at once, by HTTP: llama.cpp's paths and bodies.
+
+A load is what a first request would cause, so every key may ask for its models. An unload makes other keys' requests
+wait for the next load: where keys are needed, it takes an operator's.
+"""
+
+from __future__ import annotations
+
+import msgspec
+from aiohttp import web
+from msgspec import Struct
+
+from brlite.dialects.json_body import decode_json
+from brlite.errors import Forbidden, InvalidRequest
+from brlite.http.body import read_body
+from brlite.http.keys import API_KEY, KEYS
+from brlite.server.generate import CONFIG, MODELS, admit, json_response
+
+
+class ModelAction(Struct, forbid_unknown_fields=True):
+    """`model` may be left out where one model is served."""
+
+    model: str | None = None
+
+
+class ModelActionDone(Struct, kw_only=True):
+    success: bool = True
+    model: str
+    status: str
+
+
+_DECODER = msgspec.json.Decoder(ModelAction)
+
+
+async def load_model(request: web.Request) -> web.Response:
+    """`POST /models/load`: answers when the model is in memory. Raises as a request to the model does."""
+    limits = request.app[CONFIG].limits
+    name = decode_json(await read_body(request, limits), _DECODER).model
+    with admit(request, name) as model:
+        await model.loaded(limits.max_wait_seconds, request[API_KEY].tenant)
+        return json_response(ModelActionDone(model=model.name, status=model.status))
+
+
+async def unload_model(request: web.Request) -> web.Response:
+    """`POST /models/unload`: answers at once; the model goes as soon as no request uses it."""
+    name = decode_json(await read_body(request, request.app[CONFIG].limits), _DECODER).model
+    if not (request.app[KEYS].is_open or request[API_KEY].is_admin):
+        raise Forbidden("models are unloaded with an operator's key (admin = true)", param="model")
+    model = request.app[MODELS].find(name)
+    if model.spec.load != "on_demand":
+        raise InvalidRequest(
+            f'the model {model.name} is loaded at the start and stays; load = "on_demand" lets it go',
+            param="model",
+            code="model_not_on_demand",
+        )
+    model.dismiss()
+    status = "unloading" if model.engine is not None else model.status
+    return json_response(ModelActionDone(model=model.name, status=status))
