@@ -123,6 +123,13 @@ def test_the_queries_for_grafana_name_metrics_that_exist() -> None:
     assert {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in asked} - there == set()
 
 
+def test_the_dashboard_has_the_queries_for_grafana() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "dashboard.py"))
+
+    assert page["DASHBOARD"].read_text(encoding="utf-8") == page["dashboard"](), "run: python docs/dashboard.py"
+    assert [query for _, query in page["queries"]()] == QUERIES
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="Debian's prometheus is not installed: it has promtool")
 def test_promtool_accepts_the_queries_for_grafana(tmp_path: Path) -> None:
     rules = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(QUERIES)]

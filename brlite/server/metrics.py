@@ -181,6 +181,7 @@ class EngineCollector(Collector):
         yield from self._families(CounterMetricFamily, V1_COUNTERS, V1_LABELS)
         yield from self._histograms(V1_HISTOGRAMS, V1_LABELS)
         yield self._endings()
+        yield from self._divided()
         yield from self._families(GaugeMetricFamily, OWN_GAUGES, SEED_LABELS)
         yield from self._families(CounterMetricFamily, OWN_COUNTERS, SEED_LABELS)
         yield from self._histograms(OWN_HISTOGRAMS, SEED_LABELS)
@@ -252,6 +253,32 @@ class EngineCollector(Collector):
             for ending in ENDINGS:
                 family.add_metric([*values, ending], stats.finished[ending])
         return family
+
+    def _divided(self) -> Iterator[Metric]:
+        """Families of the V1 engine that divide a number by one more label."""
+        waiting = GaugeMetricFamily(
+            "vllm:num_requests_waiting_by_reason", "All wait for room.", labels=(*V1_LABELS, "reason")
+        )
+        sources = CounterMetricFamily(
+            "vllm:prompt_tokens_by_source", "Prompt tokens by where they came from.", labels=(*V1_LABELS, "source")
+        )
+        for values, stats in self._each(V1_LABELS):
+            waiting.add_metric([*values, "capacity"], stats.num_waiting)
+            waiting.add_metric([*values, "deferred"], 0)
+            sources.add_metric([*values, "local_compute"], stats.prompt_tokens - stats.cached_prompt_tokens)
+            sources.add_metric([*values, "local_cache_hit"], stats.cached_prompt_tokens)
+            sources.add_metric([*values, "external_kv_transfer"], 0)
+        sleep = GaugeMetricFamily(
+            "vllm:engine_sleep_state",
+            "awake while the model is loaded, else discard_all.",
+            labels=(*V1_LABELS, "sleep_state"),
+        )
+        for model in self._models:
+            is_loaded = model.engine is not None
+            sleep.add_metric([model.name, "0", "awake"], is_loaded)
+            sleep.add_metric([model.name, "0", "weights_offloaded"], 0)
+            sleep.add_metric([model.name, "0", "discard_all"], not is_loaded)
+        yield from (waiting, sources, sleep)
 
     def _backends(self) -> Metric:
         labels = ("model_name", "backend", "device", "dtype", "precision")

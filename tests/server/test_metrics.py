@@ -61,6 +61,9 @@ V1_FAMILIES = [
     "vllm:request_max_num_generation_tokens",
     "vllm:gpu_prefix_cache_hits",
     "vllm:gpu_prefix_cache_queries",
+    "vllm:num_requests_waiting_by_reason",
+    "vllm:prompt_tokens_by_source",
+    "vllm:engine_sleep_state",
 ]
 
 
@@ -131,6 +134,8 @@ async def test_a_request_moves_the_numbers(client: Client) -> None:
     assert value(families["vllm:e2e_request_latency_seconds"], "_count") == 1
     assert value(families["vllm:request_success"], "_total", finished_reason="length") == 1
     assert value(families["vllm:num_requests_running"]) == 0
+    assert value(families["vllm:prompt_tokens_by_source"], "_total", source="local_compute") == 11
+    assert value(families["vllm:engine_sleep_state"], sleep_state="awake") == 1
 
 
 async def test_guesses_are_counted_under_the_names_of_the_v1_engine(
@@ -157,6 +162,7 @@ async def test_series_are_there_at_zero_while_the_model_loads() -> None:
 
     assert 'vllm:num_requests_running{model_name="slow"} 0.0' in text
     assert 'vllm:request_success_total{engine="0",finished_reason="stop",model_name="slow"} 0.0' in text
+    assert 'vllm:engine_sleep_state{engine="0",model_name="slow",sleep_state="awake"} 0.0' in text
 
 
 def test_the_average_rate_is_a_rate_over_the_last_interval() -> None:

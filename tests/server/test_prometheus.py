@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import socket
 import subprocess
@@ -40,7 +41,19 @@ QUERIES = [
     "sum by(finished_reason) (increase(vllm:request_success_total[1m]))",
     "sum by(le) (increase(vllm:request_max_num_generation_tokens_bucket[1m]))",
     "vllm:gpu_prefix_cache_hits_total / (vllm:gpu_prefix_cache_queries_total > 0)",
+    # "Instances" and "KV cache", as they are with all engines selected: the label's values in a regex.
+    'sum by (instance, engine) (vllm:num_requests_running{job=~"(brlite)", model_name=~"(fake)", engine=~"(0)"})',
+    'sum by (instance, engine) (rate(vllm:generation_tokens_total{model_name=~"(fake)", engine=~"(0)"}[1m]))',
+    'histogram_quantile(0.95, sum by (le) (rate(vllm:time_to_first_token_seconds_bucket{engine=~"(0)"}[1m])))',
+    'sum by (reason) (vllm:num_requests_waiting_by_reason{engine=~"(0)", reason="capacity"})',
+    'vllm:cache_config_info{engine=~"(0)"}',
+    'sum(rate(process_cpu_seconds_total{job=~"(brlite)"}[1m])) + sum(process_open_fds) / sum(process_max_fds)',
+    # "Overview" and "Service status".
+    'sum(rate(vllm:prompt_tokens_by_source_total{source="local_compute"}[1m]))',
+    '(2 - (max(vllm:engine_sleep_state{model_name=~"(fake)", sleep_state="awake"}) == bool 0)) == 2',
 ]
+DASHBOARD = Path(__file__).parent.parent.parent / "deploy" / "grafana" / "brlite.json"
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("accept", ACCEPTS, ids=["2.42", "3", "OpenMetrics", "none"])
@@ -76,10 +89,11 @@ async def run_prometheus(folder: Path, *targets: str) -> AsyncIterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     listed = ", ".join(f'"{target}"' for target in targets)
+    (relabeling,) = re.findall(r"^ +metric_relabel_configs:\n.*\n", PAGE, re.MULTILINE)
     config = folder / "prometheus.yml"
     config.write_text(
         "global: {scrape_interval: 1s, scrape_timeout: 1s}\n"
-        f"scrape_configs: [{{job_name: brlite, static_configs: [{{targets: [{listed}]}}]}}]\n"
+        f"scrape_configs:\n  - job_name: brlite\n    static_configs: [{{targets: [{listed}]}}]\n{relabeling}"
     )
     process = await asyncio.create_subprocess_exec(
         "prometheus",
@@ -120,7 +134,11 @@ async def test_dashboards_find_what_they_ask_for(client: Client, tmp_path: Path)
         async with run_prometheus(tmp_path, *targets) as url:
             await found(client.session, url, 'up{job="brlite"} == 1')
             await client.chat()
-            results = [await found(client.session, url, query) for query in QUERIES]
+            body = {"model": "fake", "prompt": "hello", "max_tokens": 2}
+            async with client.session.post(f"http://127.0.0.1:{proxy.port}/v1/completions", json=body) as response:
+                assert response.status == 200
+            own = set(re.findall(r"(?:vllm|brlite):\w+", DASHBOARD.read_text())) - {"brlite:key_requests_total"}
+            results = [await found(client.session, url, query) for query in [*QUERIES, *own]]
             names = await found(client.session, url, 'count({__name__=~"(vllm|brlite)_.*"}) or vector(0)')
             proxied = await found(client.session, url, 'count({__name__=~"brlite:.*"}) by (instance)')
 
