@@ -119,8 +119,7 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
             rendered = []
             for prompt, each in zip(call.prompts, made.requests, strict=True):
                 max_tokens, clamps = admit_to_engine(each, engine.info, limits)
-                is_whole = call.truncation is None and not (isinstance(prompt, Text) and prompt.suffix)
-                shown = prompt if is_whole else TokenIds(each.prompt_token_ids)
+                shown = prompt if call.truncation is None else TokenIds(each.prompt_token_ids)
                 text, _ = await prompt_text(shown, engine, model, tenant)
                 rendered.append(
                     RenderedRequest(
@@ -162,10 +161,11 @@ async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
 
 async def prompt_text(prompt: Prompt, engine: EngineLoop, model: ServedModel, tenant: str) -> tuple[str, list[str]]:
     """A prompt as text, a chat as its template writes it, and a line for each field that the template ignores."""
-    if isinstance(prompt, Text):
+    if isinstance(prompt, Text) and not prompt.suffix:
         return prompt.text, []
-    if not isinstance(prompt, Chat):
-        return await engine.decode(prompt.token_ids, tenant=tenant), []
+    if not isinstance(prompt, Chat):  # of an infill the text with its tokens
+        token_ids = await encode(prompt, engine, tenant, is_bounded=False)
+        return await engine.decode(token_ids, tenant=tenant), []
     extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, model.spec)
     text = await engine.render_chat(
         prompt.messages,

@@ -257,6 +257,15 @@ async def test_a_suffix_asks_for_what_stands_before_it(client: Client) -> None:
     assert plain["choices"] == (await client.complete("ab"))["choices"]
 
 
+async def test_explain_and_render_show_the_prompt_of_an_infill(client: Client) -> None:
+    body = completion_body("ab", suffix="cd")
+
+    _, explained = await client.post("/explain", body)
+    _, (rendered,) = await client.post(COMPLETION + "/render", body)
+
+    assert explained["prompts"][0]["text"] == rendered["prompt"] == "<257>ab<258>cd<259>"
+
+
 async def test_an_infill_ends_where_the_vocabulary_has_a_token_for_it(make_client: MakeClient) -> None:
     client = await make_client(next_token=lambda context, seed: b"abx"[len(context) % 3])
 

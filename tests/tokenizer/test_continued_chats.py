@@ -47,9 +47,12 @@ def test_marked_tokens_before_the_end_stay_tokens() -> None:
     assert cut_before_last("x", "END") is None
 
 
+ALL_BUT_THE_LAST = "{% for m in messages[:-1] %}{{ m.content }}{% endfor %}"
+
+
 def test_a_template_that_leaves_the_last_message_out_cannot_be_continued(llama_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(llama_folder, tmp_path / "model")
-    folder = write_folder(tmp_path / "model", tokenizer_config={"chat_template": "{{ messages[0].content }}"})
+    folder = write_folder(tmp_path / "model", tokenizer_config={"chat_template": ALL_BUT_THE_LAST})
     tokenizer = load_tokenizer(folder)
 
     with pytest.raises(InvalidRequest, match="the chat template does not end with the last message") as caught:
