@@ -42,6 +42,8 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int]] = {
     "tiny": (128, 256, 2, 4, 2, 6000),
     "1.1b": (2048, 5632, 22, 32, 4, 32000),
     "7b": (4096, 11008, 32, 32, 32, 32000),
+    "8b": (4096, 14336, 32, 32, 8, 128256),
+    "8b-2-layers": (4096, 14336, 2, 32, 8, 128256),  # what a machine with little memory can run of it
 }
 
 
