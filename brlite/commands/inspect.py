@@ -18,9 +18,7 @@ from brlite.backends.native.packed_file import MAGIC, PackedFileError, read_pack
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.bundle import BundleCheckpoint, is_bundle
 from brlite.checkpoint.folder import find_weights
-from brlite.checkpoint.gguf_header import read_gguf_header
 from brlite.checkpoint.new_file import read_record
-from brlite.checkpoint.safetensors_header import read_safetensors_header
 from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.errors import ModelError
 from brlite.files.quoting import one_line
@@ -114,16 +112,10 @@ def _checkpoint(path: Path) -> Findings:
     with closing(open_checkpoint(path)) as checkpoint:
         family = find_family(checkpoint.config)
         config = family.read_config(checkpoint.config)
-    weights, types = find_weights(path), "as torch.save wrote them"
-    if weights.kind == "safetensors":
-        types = _counted(entry.dtype for file in weights.files for entry in read_safetensors_header(file).entries)
-    elif weights.kind == "gguf":
-        from gguf import GGMLQuantizationType
-
-        tensors = read_gguf_header(weights.files[0]).tensors
-        types = _counted(GGMLQuantizationType(tensor.type_id).name for tensor in tensors)
+        types = _counted(checkpoint.formats().values())
+    kind = find_weights(path).kind
     return {
-        "kind": "GGUF file" if weights.kind == "gguf" else f"folder of {weights.kind}",
+        "kind": "GGUF file" if kind == "gguf" else f"folder of {kind}",
         "path": str(path),
         "bytes": checkpoint.num_bytes,
         "architecture": family.architecture,
