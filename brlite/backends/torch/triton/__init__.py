@@ -1,0 +1,1 @@
+"""Kernels for cards in Triton: an operation a file, named as its twin in C++ (`backends/native/src`)."""

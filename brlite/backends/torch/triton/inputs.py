@@ -1,0 +1,134 @@
+"""What a step reads, laid out in one array of int32, which goes to the card in one transfer.
+
+Sequences of a single token come first, in the order that they were given, then the longer runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Integers = npt.NDArray[np.int32]
+
+
+class Run(NamedTuple):
+    """A run of one sequence's tokens, cached at positions `start` and on in the blocks of `block_table`."""
+
+    start: int
+    token_ids: Sequence[int]
+    block_table: Sequence[int]
+
+
+class StepInputs(NamedTuple):
+    """Views of one array on the device. T rows, S sequences, of which the first `num_singles` are one token each.
+
+    `token_ids`, `positions` and `slots` are [T]; `starts`, `lengths` and `first_rows` [S]; `tables` [S, W].
+    `single_tiles` and `tiles` are the sequence and the first token of each tile of rows that attention takes.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    starts: Tensor
+    lengths: Tensor
+    first_rows: Tensor
+    tables: Tensor
+    single_tiles: tuple[Tensor, Tensor]
+    tiles: tuple[Tensor, Tensor]
+    num_singles: int
+    max_context: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_tiles(self) -> int:
+        return len(self.tiles[0])
+
+    def num_splits(self, split: int) -> int:
+        """How many splits the longest context of the single tokens has."""
+        return -(-self.max_context // split)
+
+
+class StepLayout(NamedTuple):
+    """The same as an array on the host, not yet transferred. `rows` is where each run's first token is."""
+
+    array: Integers
+    rows: list[int]
+    num_rows: int
+    num_singles: int
+    num_tiles: int
+    table_width: int
+    max_context: int
+
+    def on(self, device_array: Tensor) -> StepInputs:
+        """The views of `device_array`, which holds a copy of `array`."""
+        rest = device_array
+        num_seqs = len(self.rows)
+
+        def take(*shape: int) -> Tensor:
+            nonlocal rest
+            size = int(np.prod(shape))
+            part, rest = rest[:size].view(shape), rest[size:]
+            return part
+
+        return StepInputs(
+            token_ids=take(self.num_rows),
+            positions=take(self.num_rows),
+            slots=take(self.num_rows),
+            starts=take(num_seqs),
+            lengths=take(num_seqs),
+            first_rows=take(num_seqs),
+            single_tiles=(take(self.num_singles), take(self.num_singles)),
+            tiles=(take(self.num_tiles), take(self.num_tiles)),
+            tables=take(num_seqs, self.table_width),
+            num_singles=self.num_singles,
+            max_context=self.max_context,
+        )
+
+
+def lay_out(runs: Sequence[Run], block_size: int, tile_tokens: int, *, table_width: int = 0) -> StepLayout:
+    """The inputs of a step that computes `runs`. Tables are as wide as the longest, or `table_width`."""
+    lengths = np.array([len(run.token_ids) for run in runs], np.int32)
+    order = np.argsort(lengths > 1, kind="stable")
+    ordered = [runs[index] for index in order]
+    lengths = lengths[order]
+    starts = np.array([run.start for run in ordered], np.int32)
+    first_rows = np.zeros(len(runs), np.int32)
+    np.cumsum(lengths[:-1], out=first_rows[1:])
+    num_singles = int((lengths == 1).sum())
+    num_rows = int(lengths.sum())
+    width = table_width or max(-(-int(end) // block_size) for end in starts + lengths)
+    tables = np.zeros((len(runs), width), np.int32)
+    for row, run in zip(tables, ordered, strict=True):
+        used = run.block_table[:width]
+        row[: len(used)] = used
+    seq_of_row = np.repeat(np.arange(len(runs), dtype=np.int32), lengths)
+    positions = starts[seq_of_row] + np.arange(num_rows, dtype=np.int32) - first_rows[seq_of_row]
+    slots = tables[seq_of_row, positions // block_size] * block_size + positions % block_size
+    token_ids = np.fromiter((token for run in ordered for token in run.token_ids), np.int32, num_rows)
+    singles = np.arange(num_singles, dtype=np.int32)
+    counts = -(-lengths[num_singles:] // tile_tokens)
+    tile_seqs = np.repeat(np.arange(num_singles, len(runs), dtype=np.int32), counts)
+    first_tiles = np.cumsum(counts) - counts
+    tile_firsts = (np.arange(len(tile_seqs)) - np.repeat(first_tiles, counts)) * tile_tokens
+    parts = (
+        *(token_ids, positions, slots, starts, lengths, first_rows, singles, np.zeros_like(singles)),
+        *(tile_seqs, tile_firsts, tables.ravel()),
+    )
+    rows = np.empty(len(runs), np.int64)
+    rows[order] = first_rows
+    context = int((starts + lengths)[:num_singles].max(initial=0))
+    array = np.concatenate([part.astype(np.int32, copy=False) for part in parts])
+    return StepLayout(array, rows.tolist(), num_rows, num_singles, len(tile_seqs), width, context)
+
+
+def transfer(layout: StepLayout, device: torch.device) -> StepInputs:
+    """The inputs on the device, of an array of their own."""
+    return layout.on(torch.from_numpy(layout.array).to(device, non_blocking=True))

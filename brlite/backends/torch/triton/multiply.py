@@ -1,0 +1,328 @@
+"""Matrix products whose bits do not depend on how many rows are multiplied: weights [N, K] times rows [M, K].
+
+The weights are the left operand of the matrix units and the rows the right one, so a tile always has 64 or 128 outputs
+and no work is lost on the missing rows of a small batch. The inputs are summed in segments, whose number depends on the
+shape of the matrix alone: a product of few rows computes them side by side and writes each (`parts`), one of many rows
+computes and adds them one after the other. Whoever reads the product adds the parts in order.
+
+Int8 weights have a scale for each 32 inputs of an output; what is multiplied is level times scale, rounded to bfloat16.
+They are stored group after group, [K / 32, N, 32], so that what a program reads next lies together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from brlite.backends.torch.parameters import Int8Linear, Linear
+from brlite.backends.torch.triton.precision import DOT, scaled
+from brlite.models.config import QUANTIZATION_GROUP
+
+FEW_ROWS = 64  # up to here the segments of a product are computed side by side
+MAX_PARTS = 8
+SEGMENT_STEP = 128  # a segment is a multiple of so many inputs
+_WANTED_PROGRAMS = 264  # two for each of a large card's multiprocessors
+_NARROW_TILE = 64
+_GROUP: tl.constexpr = tl.constexpr(QUANTIZATION_GROUP)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """The weights of a product as the kernels read them: `values` [N, K] in bfloat16, or [K / 32, N, 32] in int8 with
+    `scales` [K / 32, N], bfloat16 numbers in float32: a load of two bytes a thread is not made ahead of time."""
+
+    num_outputs: int
+    num_inputs: int
+    values: Tensor
+    scales: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, linear: Linear, num_inputs: int) -> Matrix:
+        """Takes the place of `linear`, whose weights are copied if they are int8."""
+        weight = linear.weight
+        if not isinstance(linear, Int8Linear):
+            return cls(len(weight), num_inputs, weight, None, linear.bias)
+        levels = weight.view(len(weight), -1, QUANTIZATION_GROUP).transpose(0, 1).contiguous()
+        return cls(len(weight), num_inputs, levels, linear.scales.t().float().contiguous(), linear.bias)
+
+    @property
+    def stride(self) -> int:
+        """From one output to the next, or from one group to the next, in outputs."""
+        return self.values.stride(0) if self.scales is None else self.scales.stride(0)
+
+    def outputs_from(self, start: int) -> tuple[Tensor, Tensor | None]:
+        """Values and scales without the first outputs."""
+        if self.scales is None:
+            return self.values[start:], None
+        return self.values[:, start:], self.scales[:, start:]
+
+
+def num_parts(num_outputs: int, num_inputs: int) -> int:
+    """In how many segments the inputs of a matrix are summed."""
+    tiles = triton.cdiv(num_outputs, _NARROW_TILE)
+    wanted = min(MAX_PARTS, max(1, _WANTED_PROGRAMS // tiles))
+    return triton.cdiv(num_inputs, segment_size(num_inputs, wanted))
+
+
+def segment_size(num_inputs: int, parts: int) -> int:
+    """The inputs of a segment but the last, which may be shorter."""
+    return triton.cdiv(triton.cdiv(num_inputs, parts), SEGMENT_STEP) * SEGMENT_STEP
+
+
+@triton.jit
+def _inputs_of(x, rows, start, num_rows, num_inputs, IS_EVEN: tl.constexpr, SIZE: tl.constexpr):
+    """SIZE inputs of `rows` of x, from `start` on: [SIZE, BLOCK_ROWS]."""
+    inputs = start + tl.arange(0, SIZE)
+    is_there = rows[:, None] < num_rows
+    if not IS_EVEN:
+        is_there &= inputs[None, :] < num_inputs
+    pointers = x + rows[:, None].to(tl.int64) * num_inputs + inputs[None, :]
+    return tl.trans(tl.load(pointers, mask=is_there, other=0).to(DOT))
+
+
+@triton.jit
+def _weights_of(
+    values,
+    scales,
+    outputs,
+    start,
+    num_outputs,
+    num_inputs,
+    stride,
+    IS_INT8: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """The weights of `outputs` for SIZE inputs, from `start` on: [BLOCK_OUTPUTS, SIZE]. Int8: for one group."""
+    is_there = outputs[:, None] < num_outputs
+    if IS_INT8:
+        places = (start // SIZE * stride + outputs).to(tl.int64)
+        levels = tl.load(values + places[:, None] * SIZE + tl.arange(0, SIZE)[None, :], mask=is_there, other=0)
+        return scaled(levels, tl.load(scales + places, mask=outputs < num_outputs, other=0)[:, None])
+    else:
+        inputs = start + tl.arange(0, SIZE)
+        if not IS_EVEN:
+            is_there &= inputs[None, :] < num_inputs
+        pointers = values + outputs[:, None].to(tl.int64) * stride + inputs[None, :]
+        return tl.load(pointers, mask=is_there, other=0).to(DOT)
+
+
+@triton.jit
+def _product(
+    x,
+    values,
+    scales,
+    rows,
+    outputs,
+    first,
+    last,
+    num_rows,
+    num_outputs,
+    num_inputs,
+    stride,
+    IS_INT8: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The product of `outputs` and `rows` over the inputs from `first` to `last`: [BLOCK_OUTPUTS, BLOCK_ROWS]."""
+    SIZE: tl.constexpr = _GROUP if IS_INT8 else BLOCK_INPUTS
+    total = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
+    for start in tl.range(first, last, BLOCK_INPUTS, num_stages=STAGES):
+        for index in tl.static_range(BLOCK_INPUTS // SIZE):
+            place = start + index * SIZE
+            weights = _weights_of(
+                values, scales, outputs, place, num_outputs, num_inputs, stride, IS_INT8, IS_EVEN, SIZE
+            )
+            total = tl.dot(weights, _inputs_of(x, rows, place, num_rows, num_inputs, IS_EVEN, SIZE), total)
+    return total
+
+
+@triton.jit
+def multiply_kernel(
+    x,
+    values,
+    scales,
+    out,
+    num_rows,
+    num_outputs,
+    num_inputs,
+    stride,
+    segment,
+    IS_INT8: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    IS_PART: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """out [parts, M, N] float32 = x [M, K] bfloat16 times a `Matrix`; parts is 1 unless `IS_PART`."""
+    n_tile, m_tile = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), 8)
+    outputs = n_tile * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    rows = m_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    if HAS_SEGMENTS:
+        total = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
+        for first in range(0, num_inputs, segment):
+            total += _product(
+                x, values, scales, rows, outputs, first, min(first + segment, num_inputs),
+                num_rows, num_outputs, num_inputs, stride,
+                IS_INT8, IS_EVEN, BLOCK_OUTPUTS, BLOCK_ROWS, BLOCK_INPUTS, STAGES,
+            )  # fmt: skip
+    else:
+        first = 0
+        last = num_inputs
+        if IS_PART:
+            first = tl.program_id(2) * segment
+            last = min(first + segment, num_inputs)
+            out += tl.program_id(2).to(tl.int64) * num_rows * num_outputs
+        total = _product(
+            x, values, scales, rows, outputs, first, last,
+            num_rows, num_outputs, num_inputs, stride,
+            IS_INT8, IS_EVEN, BLOCK_OUTPUTS, BLOCK_ROWS, BLOCK_INPUTS, STAGES,
+        )  # fmt: skip
+    pointers = out + rows[None, :].to(tl.int64) * num_outputs + outputs[:, None]
+    tl.store(pointers, total, mask=(outputs[:, None] < num_outputs) & (rows[None, :] < num_rows))
+
+
+@triton.jit
+def gated_kernel(
+    x,
+    values,
+    scales,
+    up_values,
+    up_scales,
+    bias,
+    out,
+    num_rows,
+    size,
+    num_inputs,
+    stride,
+    IS_INT8: tl.constexpr,
+    IS_EVEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """out [M, size] bfloat16 = silu(gate) times up, of the products with two matrices; bias [2 size] is gate's and up's."""
+    n_tile, m_tile = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), 8)
+    outputs = n_tile * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    rows = m_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    SIZE: tl.constexpr = _GROUP if IS_INT8 else BLOCK_INPUTS
+    gate = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
+    up = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
+    for start in tl.range(0, num_inputs, BLOCK_INPUTS, num_stages=STAGES):
+        for index in tl.static_range(BLOCK_INPUTS // SIZE):
+            place = start + index * SIZE
+            inputs = _inputs_of(x, rows, place, num_rows, num_inputs, IS_EVEN, SIZE)
+            weights = _weights_of(values, scales, outputs, place, size, num_inputs, stride, IS_INT8, IS_EVEN, SIZE)
+            gate = tl.dot(weights, inputs, gate)
+            weights = _weights_of(
+                up_values, up_scales, outputs, place, size, num_inputs, stride, IS_INT8, IS_EVEN, SIZE
+            )
+            up = tl.dot(weights, inputs, up)
+    if HAS_BIAS:
+        gate += tl.load(bias + outputs, mask=outputs < size, other=0).to(tl.float32)[:, None]
+        up += tl.load(bias + size + outputs, mask=outputs < size, other=0).to(tl.float32)[:, None]
+    result = gate / (1 + tl.exp(-gate)) * up
+    pointers = out + rows[None, :].to(tl.int64) * size + outputs[:, None]
+    tl.store(pointers, result.to(tl.bfloat16), mask=(outputs[:, None] < size) & (rows[None, :] < num_rows))
+
+
+@triton.jit
+def _widen_kernel(values, scales, out, num_outputs, stride, BLOCK_OUTPUTS: tl.constexpr):
+    """out [N, groups · 32] bfloat16: the weights of an int8 matrix. Program (outputs, group)."""
+    outputs = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    group = tl.program_id(1)
+    weights = _weights_of(values, scales, outputs, group * _GROUP, num_outputs, 0, stride, True, True, _GROUP)
+    pointers = out + outputs[:, None].to(tl.int64) * tl.num_programs(1) * _GROUP + group * _GROUP
+    pointers += tl.arange(0, _GROUP)[None, :]
+    tl.store(pointers, weights.to(tl.bfloat16), mask=outputs[:, None] < num_outputs)
+
+
+def multiply(x: Tensor, matrix: Matrix) -> Tensor:
+    """The product [parts, M, N] in float32, without the bias, of x [M, K] bfloat16."""
+    num_rows, num_inputs, num_outputs = len(x), matrix.num_inputs, matrix.num_outputs
+    parts = num_parts(num_outputs, num_inputs)
+    is_few = num_rows <= FEW_ROWS
+    matrix = matrix if is_few else _widened(matrix)
+    tile = Tile.of(num_rows, matrix)
+    out = x.new_empty((parts if is_few else 1, num_rows, num_outputs), dtype=torch.float32)
+    grid = (triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows), parts if is_few else 1)
+    multiply_kernel[grid](
+        *(x, matrix.values, matrix.scales, out, num_rows, num_outputs, num_inputs, matrix.stride),
+        segment_size(num_inputs, parts),
+        IS_PART=is_few and parts > 1,
+        HAS_SEGMENTS=not is_few and parts > 1,
+        **tile.options(matrix),
+    )
+    return out
+
+
+def multiply_gated(x: Tensor, matrix: Matrix) -> Tensor:
+    """silu(gate) times up, [M, N / 2] bfloat16; the outputs of the matrix are gate's and then up's."""
+    num_rows, size = len(x), matrix.num_outputs // 2
+    matrix = matrix if num_rows <= FEW_ROWS else _widened(matrix)
+    tile = Tile.of(num_rows, matrix, is_gated=True)
+    out = x.new_empty((num_rows, size))
+    gated_kernel[(triton.cdiv(size, tile.outputs), triton.cdiv(num_rows, tile.rows))](
+        *(x, matrix.values, matrix.scales, *matrix.outputs_from(size), matrix.bias, out),
+        *(num_rows, size, matrix.num_inputs, matrix.stride),
+        HAS_BIAS=matrix.bias is not None,
+        **tile.options(matrix),
+    )
+    return out
+
+
+def _widened(matrix: Matrix) -> Matrix:
+    """An int8 matrix in bfloat16, for one product of many rows: widening each tile for each of them costs more."""
+    if matrix.scales is None:
+        return matrix
+    num_groups = len(matrix.values)
+    out = matrix.values.new_empty((matrix.num_outputs, num_groups * QUANTIZATION_GROUP), dtype=torch.bfloat16)
+    _widen_kernel[(triton.cdiv(matrix.num_outputs, 256), num_groups)](
+        matrix.values, matrix.scales, out, matrix.num_outputs, matrix.stride, BLOCK_OUTPUTS=256
+    )
+    return Matrix(matrix.num_outputs, matrix.num_inputs, out, None, matrix.bias)
+
+
+class Tile(NamedTuple):
+    """What one program computes: `outputs` by `rows`, `inputs` at a time. It changes no bit of the result."""
+
+    outputs: int
+    rows: int
+    inputs: int
+    stages: int
+    warps: int
+
+    @classmethod
+    def of(cls, num_rows: int, matrix: Matrix, *, is_gated: bool = False) -> Tile:
+        inputs = 128 if matrix.num_inputs % 128 == 0 or matrix.scales is None else QUANTIZATION_GROUP
+        if num_rows <= 32:
+            return cls(64, 16 if num_rows <= 16 else 32, inputs, 3 if is_gated else 4, 4)
+        if num_rows <= FEW_ROWS:
+            return cls(64, 64, min(inputs, 64), 4, 4)
+        return cls(64, 256, 64, 3, 8) if is_gated else cls(128, 128, 64, 3, 4)
+
+    def options(self, matrix: Matrix) -> dict[str, int | bool]:
+        """The kernel's constants."""
+        return {
+            "IS_INT8": matrix.scales is not None,
+            "IS_EVEN": matrix.num_inputs % self.inputs == 0,
+            "BLOCK_OUTPUTS": self.outputs,
+            "BLOCK_ROWS": self.rows,
+            "BLOCK_INPUTS": self.inputs,
+            "STAGES": self.stages,
+            "num_warps": self.warps,
+        }

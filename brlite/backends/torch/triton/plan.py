@@ -1,0 +1,197 @@
+"""A network as launches of the kernels of this folder. `Decoder` is the same in plain torch.
+
+A product is not added to the residual stream, nor turned into heads, where it is computed, but by the kernel that reads
+it: that adds its parts in order. Nothing here waits for the device, so that a step can be captured as a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from brlite.backends.torch.kv_cache import FloatPages, Int8Pages, KVCache, Pages
+from brlite.backends.torch.parameters import Parameters, scales_name
+from brlite.backends.torch.rope import rope_tables
+from brlite.backends.torch.triton import attention, rope, rows
+from brlite.backends.torch.triton.inputs import StepInputs
+from brlite.backends.torch.triton.multiply import Matrix, multiply, multiply_gated
+from brlite.models.config import ModelConfig
+from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm, Operation, Rotate, build_network
+
+MAX_HEAD_DIM = 256
+
+
+class Product(NamedTuple):
+    """`values` [parts, T, N] float32, to be added up in order, and then `bias` [N]."""
+
+    values: Tensor
+    bias: Tensor | None
+
+
+@dataclass
+class RunningStep:
+    """What all launches of a step share. `hidden` [T, H] float32 lacks `product`, which the next norm adds to it."""
+
+    hidden: Tensor
+    inputs: StepInputs
+    product: Product | None = None
+
+
+# Takes what the launch before gave: activations [T, K] in bfloat16, or a product.
+Launch = Callable[[Tensor | Product, RunningStep], Tensor | Product]
+
+
+class TritonDecoder:
+    """A model and its cache, ready to run. Matrices must be in bfloat16 or int8, keys and values too."""
+
+    def __init__(self, config: ModelConfig, parameters: Parameters, cache: KVCache, *, max_length: int) -> None:
+        self.config = config
+        self.parameters = parameters
+        self.cache = cache
+        self.device = parameters.named["embedding"].device
+        self.split = attention.split_size(max_length)
+        self._rope = rope_tables(config.rope, max_length, self.device)
+        self._network = build_network(config)
+        self._head = self._take(self._network.head)
+        self._body = list(self._compile(self._network.body))
+
+    def forward(self, inputs: StepInputs) -> Tensor:
+        """Compute a step's tokens; store their keys and values; return hidden states [T, H]."""
+        step = RunningStep(self.parameters.look_up(inputs.token_ids), inputs)
+        x: Tensor | Product = step.hidden
+        for launch in self._body:
+            x = launch(x, step)
+        _add_norm(step.hidden, step.product, None, 0.0, torch.bfloat16)
+        return step.hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The vocabulary's logits [R, V] in float32 for rows [R, H] that `forward` returned."""
+        normed = self.normed(hidden, torch.bfloat16)
+        parts = multiply(normed, self._head)
+        total = parts[0]
+        for part in parts[1:]:
+            total += part
+        return total
+
+    def normed(self, hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Rows [R, H] that `forward` returned after the final norm: what the head reads."""
+        norm = self._network.norm
+        return _add_norm(hidden, None, self.parameters.named[norm.weight.name], norm.epsilon, dtype)
+
+    def _compile(self, operations: Iterable[Operation]) -> Iterator[Launch]:
+        named = self.parameters.named
+        head_norm: HeadNorm | None = None
+        is_turned = False
+        gated: Matrix | None = None
+        for operation in operations:
+            match operation:
+                case Embed():
+                    pass  # a step begins with it
+                case Norm():
+                    yield partial(_norm, named[operation.weight.name], operation.epsilon)
+                case Multiply(output="gate_up"):
+                    gated = self._take(operation)
+                case Multiply(output="hidden"):
+                    yield partial(_add, self._take(operation))
+                case Multiply():
+                    yield partial(_product, self._take(operation))
+                case HeadNorm():
+                    head_norm = operation
+                case Rotate():
+                    is_turned = True
+                case Attend():
+                    yield partial(self._attend, operation, head_norm, is_turned)
+                    head_norm, is_turned = None, False
+                case Gate() if gated is not None:
+                    yield partial(_gate, gated)
+                case _:
+                    raise NotImplementedError(f"the kernels for cards have no form of {operation} here")
+
+    def _take(self, operation: Multiply) -> Matrix:
+        """The matrix of a product. Int8 weights are laid out anew, and the plain ones given back."""
+        name = operation.weight.name
+        matrix = Matrix.of(self.parameters.linears.pop(operation.name), operation.weight.shape[1])
+        if matrix.scales is not None:
+            self.parameters.named[name], self.parameters.named[scales_name(name)] = matrix.values, matrix.scales
+        return matrix
+
+    def _attend(
+        self, operation: Attend, norm: HeadNorm | None, is_turned: bool, qkv: Tensor | Product, step: RunningStep
+    ) -> Tensor:
+        assert isinstance(qkv, Product)
+        config, inputs, named = self.config, step.inputs, self.parameters.named
+        layer = self.cache.layers[operation.layer]
+        keys, key_scales = _tensors(layer.keys)
+        values, value_scales = _tensors(layer.values)
+        num_rows, heads = inputs.num_rows, config.num_heads + 2 * config.num_kv_heads
+        query = torch.empty((num_rows, config.num_heads, config.head_dim), dtype=torch.bfloat16, device=self.device)
+        rope.store_heads_kernel[(num_rows, heads)](
+            *(qkv.values, qkv.bias),
+            *((named[norm.query.name], named[norm.key.name]) if norm else (None, None)),
+            *(self._rope.cos, self._rope.sin, inputs.positions, inputs.slots),
+            *(query, keys, values, key_scales, value_scales),
+            *(num_rows, norm.epsilon if norm else 0.0),
+            NUM_PARTS=len(qkv.values),
+            NUM_HEADS=config.num_heads,
+            NUM_KV_HEADS=config.num_kv_heads,
+            HEAD_DIM=config.head_dim,
+            ROTARY_DIM=config.rope.rotary_dim if is_turned else 0,
+            IS_INTERLEAVED=config.rope.interleaved,
+            HAS_BIAS=qkv.bias is not None,
+            HAS_NORM=norm is not None,
+            IS_INT8=key_scales is not None,
+            BLOCK_DIM=triton.next_power_of_2(config.head_dim),
+            num_warps=1,
+        )
+        heads_shape = attention.HeadsShape(config.num_heads, config.num_kv_heads, config.head_dim)
+        pages = attention.LayerPages(keys, values, key_scales, value_scales)
+        return attention.attend(query, pages, inputs, heads_shape, window=operation.window or 0, split=self.split)
+
+
+def _tensors(pages: Pages) -> tuple[Tensor, Tensor | None]:
+    assert isinstance(pages, FloatPages | Int8Pages)
+    return pages.values, pages.scales if isinstance(pages, Int8Pages) else None
+
+
+def _norm(weight: Tensor, epsilon: float, _: Tensor | Product, step: RunningStep) -> Tensor:
+    product, step.product = step.product, None
+    return _add_norm(step.hidden, product, weight, epsilon, torch.bfloat16)
+
+
+def _add_norm(
+    hidden: Tensor, product: Product | None, weight: Tensor | None, epsilon: float, dtype: torch.dtype
+) -> Tensor:
+    """Add a product to `hidden`; return the norm of that in `dtype`, or with no weight something not written."""
+    out = torch.empty_like(hidden, dtype=dtype)
+    values, bias = product or (None, None)
+    rows.add_norm_kernel[(len(hidden),)](
+        *(hidden, values, bias, weight, out, len(hidden), hidden.shape[1], epsilon),
+        NUM_PARTS=0 if values is None else len(values),
+        HAS_BIAS=bias is not None,
+        HAS_NORM=weight is not None,
+        BLOCK=triton.next_power_of_2(hidden.shape[1]),
+        num_warps=8,
+    )
+    return out
+
+
+def _product(matrix: Matrix, x: Tensor | Product, _: RunningStep) -> Product:
+    assert isinstance(x, Tensor)
+    return Product(multiply(x, matrix), matrix.bias)
+
+
+def _add(matrix: Matrix, x: Tensor | Product, step: RunningStep) -> Tensor:
+    assert isinstance(x, Tensor)
+    step.product = Product(multiply(x, matrix), matrix.bias)
+    return x
+
+
+def _gate(matrix: Matrix, x: Tensor | Product, _: RunningStep) -> Tensor:
+    assert isinstance(x, Tensor)
+    return multiply_gated(x, matrix)

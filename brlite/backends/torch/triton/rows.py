@@ -1,0 +1,44 @@
+"""What is done to a row of the residual stream: a product is added to it, and its norm is taken."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_norm_kernel(
+    hidden,
+    product,
+    bias,
+    weight,
+    out,
+    num_rows,
+    size,
+    epsilon,
+    NUM_PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """hidden [M, H] float32 += the sum of product [parts, M, H], and bias; out [M, H] = its RMS norm times weight.
+
+    Without parts nothing is added, without a norm `out` is not written.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    is_there = columns < size
+    values = tl.load(hidden + row * size + columns, mask=is_there, other=0)
+    if NUM_PARTS > 0:
+        total = tl.zeros([BLOCK], tl.float32)
+        for part in tl.static_range(NUM_PARTS):
+            total += tl.load(product + (part * num_rows + row) * size + columns, mask=is_there, other=0)
+        if HAS_BIAS:
+            total += tl.load(bias + columns, mask=is_there, other=0).to(tl.float32)
+        values += total
+        tl.store(hidden + row * size + columns, values, mask=is_there)
+    if HAS_NORM:
+        mean = tl.sum(values * values, axis=0) / size
+        factors = tl.load(weight + columns, mask=is_there, other=0)
+        result = values * (1 / tl.sqrt(mean + epsilon)) * factors
+        tl.store(out + row * size + columns, result.to(out.dtype.element_ty), mask=is_there)
