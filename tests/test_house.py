@@ -47,7 +47,7 @@ ALLOWED: dict[str, tuple[str, str]] = {
     "backends": (
         "engine.backend models checkpoint tokenizer chat sampling_params outputs "
         "precision config machine files process",
-        "torch numpy msgspec setuptools",
+        "torch triton numpy msgspec setuptools",
     ),
     "conversion": ("models checkpoint backends tokenizer precision files machine config", "numpy msgspec"),
     "dialects": ("chat.tools sampling_params outputs config files", "msgspec"),
@@ -76,12 +76,14 @@ MAY_BE_ASYNC = (
 ONLY_IN = {
     "prometheus_client": ("server.metrics", "proxy.metrics"),
     "torch": ("backends.torch", "checkpoint.bin_checkpoint"),
+    "triton": ("backends.torch.triton",),
     "jinja2": ("chat.template_worker",),
     "llguidance": ("grammar",),
     "setuptools": ("backends.native.extension",),
 }
 DEVICE_KINDS = re.compile(r"\b(cuda|supa|nccl|gloo|bccl|sccl)\b")
 DEVICE_MODULE = "backends.torch.device"
+GRAPH_MODULE = "backends.torch.triton.steps"  # a captured step is of CUDA alone
 OPTION_TEXTS = "config.options"  # where people are told what the option `device` may be
 DRAWERS = ("utils", "common", "core", "helpers", "misc")
 
@@ -280,7 +282,7 @@ def test_only_the_edges_are_async(path):
     assert not is_async or is_within(module_name(path), MAY_BE_ASYNC)
 
 
-@each_file(but=(DEVICE_MODULE, OPTION_TEXTS))
+@each_file(but=(DEVICE_MODULE, GRAPH_MODULE, OPTION_TEXTS))
 def test_only_the_device_module_names_accelerators(path):
     assert DEVICE_KINDS.search(path.read_text(encoding="utf-8")) is None
 

@@ -31,6 +31,7 @@ HeaderName = Annotated[
 DeviceIndex = Annotated[int, Meta(ge=0, le=1023)]
 BlockSize = Literal[8, 16, 32, 64, 128, 256]
 Backend = Literal["auto", "native", "torch"]
+TorchKernels = Literal["auto", "triton", "eager"]
 Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
 KeyHeader = Literal["authorization", "x-api-key", "api-key", "x-goog-api-key"]
 ToolParserName = Literal[
@@ -112,6 +113,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Word, option("cpu, cuda, supa (Biren cards), or one of several such as cuda:1; auto: supa, else cuda, else cpu")
     ] = "auto"
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], option("auto, float32, bfloat16")] = "auto"
+    torch_kernels: Annotated[
+        TorchKernels,
+        option("on a CUDA card: triton (our kernels), eager (torch's operators), or auto: triton where it can be used"),
+    ] = "auto"
     threads: Annotated[
         int, Meta(ge=0, le=1024), option("0: one for each physical core, within CPU affinity and quotas")
     ] = 0

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from brlite.backends.distributed.messages import RankBatch, RankSeq
 from brlite.backends.pooling import pooled_result
-from brlite.backends.torch.attention import Span, StepPlan, StepPlanner
 from brlite.backends.torch.candidates import TorchSampler
+from brlite.backends.torch.choose_steps import choose_steps
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import compute_dtype, describe_device, rules_for, select_device
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
 from brlite.backends.torch.parallel import Group
 from brlite.backends.torch.probe import probe_device
+from brlite.backends.torch.steps import ComputedStep, Steps
 from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import (
     BackendGuard,
@@ -50,14 +51,10 @@ FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but hel
 class TorchBackend:
     """A `Backend`. `load` takes the memory of weights and cache; what a step takes besides, it gives back."""
 
-    def __init__(self, decoder: Decoder, cache: KVCache, info: BackendInfo) -> None:
+    def __init__(self, steps: Steps, info: BackendInfo) -> None:
         self._guard = BackendGuard()
-        self._decoder = decoder
-        self._cache = cache
-        self._rules = rules_for(decoder.device)
-        self._planner = StepPlanner(
-            decoder.config, cache, decoder.dtype, decoder.device, has_few_shapes=self._rules.has_few_shapes
-        )
+        self._steps = steps
+        self._draws_on_device = rules_for(steps.device).samples
         self._info = info
         self._sampler = TorchSampler(info.vocab_size)
 
@@ -73,11 +70,18 @@ class TorchBackend:
         dtype, rules = compute_dtype(engine.dtype, device), rules_for(device)
         if rules.is_probed:
             kv_dtype = cache_dtype(plan.precision, engine.dtype)
-            probed = probe_device(device, dtype, plan.precision, plan.config, kv_dtype)
+            probed = probe_device(device, dtype, plan.precision, plan.config, kv_dtype, engine.torch_kernels)
             plan = msgspec.structs.replace(plan, notes=(*plan.notes, *probed.notes))
         decoder = load_model(plan, dtype, device, rules, group)
-        cache = _allocate_cache(decoder, plan)
-        return cls(decoder, cache, _describe(decoder, cache, plan))
+        plan.progress._replace(stage="compiling kernels and capturing steps").report(0.0)
+        steps, notes = choose_steps(
+            decoder,
+            _allocate_cache(decoder, plan),
+            engine.torch_kernels,
+            max_rows=spec.build_batch,
+            max_length=spec.build_seq,
+        )
+        return cls(steps, _describe(steps, plan, notes))
 
     @property
     def info(self) -> BackendInfo:
@@ -86,32 +90,32 @@ class TorchBackend:
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. Its exceptions leave the cache of other sequences as it was."""
         with self._guard.step(), torch.inference_mode():
-            plan, hidden = self._forward(batch.seqs)
-            tokens = self._draw(batch, plan, hidden)
+            step = self._steps.forward(batch.seqs)
+            tokens = self._draw(batch, step)
             results = [
-                _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, hidden, first))
+                _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, step, first))
                 if seq.pooling is None
-                else pooled_result(seq.seq_id, seq.pooling, self._pool(seq.pooling, hidden, first + len(seq.token_ids)))
-                for seq, first in zip(batch.seqs, plan.first_rows, strict=True)
+                else pooled_result(seq.seq_id, seq.pooling, self._pool(seq.pooling, step, first + len(seq.token_ids)))
+                for seq, first in zip(batch.seqs, step.first_rows, strict=True)
             ]
         return StepResult(results)
 
     def follow(self, work: RankBatch) -> None:
         """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
         with self._guard.step(), torch.inference_mode():
-            plan, hidden = self._forward(work.seqs)
-            first_rows = list(zip(work.seqs, plan.first_rows, strict=True))
+            step = self._steps.forward(work.seqs)
+            first_rows = list(zip(work.seqs, step.first_rows, strict=True))
             drawn = [first + len(seq.token_ids) - 1 for seq, first in first_rows if seq.is_drawn]
             for rows in (drawn, *(rows for seq, first in first_rows for rows in self._target_rows(seq, first))):
                 if rows:
-                    self._logits(hidden, rows)
+                    self._logits(step, rows)
 
     def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
         """Compute a step, and in place of tokens give the logits [R, V] after the last token of each sequence."""
         with self._guard.step(), torch.inference_mode():
-            plan, hidden = self._forward(seqs)
-            rows = [first + len(seq.token_ids) - 1 for seq, first in zip(seqs, plan.first_rows, strict=True)]
-            logits: npt.NDArray[np.float32] = self._logits(hidden, rows).float().cpu().numpy()
+            step = self._steps.forward(seqs)
+            rows = [first + len(seq.token_ids) - 1 for seq, first in zip(seqs, step.first_rows, strict=True)]
+            logits: npt.NDArray[np.float32] = self._logits(step, rows).float().cpu().numpy()
         return logits
 
     def close(self) -> None:
@@ -119,19 +123,12 @@ class TorchBackend:
         self._guard.close(self._let_go)
 
     def _let_go(self) -> None:
-        for name in ("_decoder", "_cache", "_planner"):
-            self.__dict__.pop(name, None)
+        self.__dict__.pop("_steps", None)
 
-    def _forward(self, seqs: Sequence[ScheduledSeq | RankSeq]) -> tuple[StepPlan, Tensor]:
-        """How a step is laid out, and the hidden states of its rows."""
-        plan = self._planner.plan([Span(seq.start, len(seq.token_ids), seq.block_table) for seq in seqs])
-        token_ids = plan.in_rows([seq.token_ids for seq in seqs])
-        return plan, self._decoder.forward(self._indices(token_ids), plan, self._cache)
-
-    def _draw(self, batch: Batch, plan: StepPlan, hidden: Tensor) -> dict[int, SampledToken | Undrawn]:
+    def _draw(self, batch: Batch, step: ComputedStep) -> dict[int, SampledToken | Undrawn]:
         """The next token of each sequence that wants one, by `seq_id`. The head is computed for these rows only."""
         seq_ids, rows, inputs, masks = [], [], [], []
-        for seq, first in zip(batch.seqs, plan.first_rows, strict=True):
+        for seq, first in zip(batch.seqs, step.first_rows, strict=True):
             if seq.sampling is not None:
                 seq_ids.append(seq.seq_id)
                 rows.append(first + len(seq.token_ids) - 1)
@@ -139,23 +136,23 @@ class TorchBackend:
                 masks.append(batch.mask_of(seq.seq_id))
         if not rows:
             return {}
-        logits = self._logits(hidden, rows)
+        logits = self._logits(step, rows)
         if batch.masks is not None:
             batch.masks.wait()
         return dict(zip(seq_ids, self._sampler.sample(logits, inputs, masks), strict=True))
 
-    def _prompt_logprobs(self, seq: ScheduledSeq, hidden: Tensor, first: int) -> list[TokenLogprob]:
+    def _prompt_logprobs(self, seq: ScheduledSeq, step: ComputedStep, first: int) -> list[TokenLogprob]:
         """The logprobs of `prompt_targets`, whose hidden states begin at row `first`, some rows at a time."""
         found: list[TokenLogprob] = []
         for rows in self._target_rows(seq, first):
             targets = seq.prompt_targets[rows[0] - first : rows[-1] + 1 - first]
-            found += self._sampler.token_logprobs(self._logits(hidden, rows), targets, seq.num_prompt_logprobs)
+            found += self._sampler.token_logprobs(self._logits(step, rows), targets, seq.num_prompt_logprobs)
         return found
 
-    def _pool(self, pooling: PoolingInput, hidden: Tensor, end: int) -> npt.NDArray[np.float64]:
+    def _pool(self, pooling: PoolingInput, step: ComputedStep, end: int) -> npt.NDArray[np.float64]:
         """The sum of the hidden states before row `end`. It is taken on the host: some cards have no float64."""
-        index = self._indices(list(range(end - pooling.num_tokens, end)))
-        rows: npt.NDArray[np.float32] = self._decoder.normed(hidden.index_select(0, index)).cpu().numpy()
+        wanted = list(range(end - pooling.num_tokens, end))
+        rows: npt.NDArray[np.float32] = self._steps.normed(step, wanted).cpu().numpy()
         total: npt.NDArray[np.float64] = rows.sum(axis=0, dtype=np.float64)
         if pooling.total:
             total += np.frombuffer(pooling.total, np.float64)
@@ -167,14 +164,10 @@ class TorchBackend:
         for start in range(first, end, step):
             yield list(range(start, min(start + step, end)))
 
-    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+    def _logits(self, step: ComputedStep, rows: list[int]) -> Tensor:
         """The logits of some rows, on the device where tokens are drawn from them."""
-        index = self._indices(self._planner.filled(rows, rows[0]))
-        logits = self._decoder.logits(hidden.index_select(0, index))[: len(rows)]
-        return logits if self._rules.samples else logits.cpu()
-
-    def _indices(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._decoder.device)
+        logits = self._steps.logits(step, rows)
+        return logits if self._draws_on_device else logits.cpu()
 
 
 def _result(seq: ScheduledSeq, token: SampledToken | Undrawn | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
@@ -201,31 +194,32 @@ def _allocate_cache(decoder: Decoder, plan: LoadPlan) -> KVCache:
         ) from error
 
 
-def _describe(decoder: Decoder, cache: KVCache, plan: LoadPlan) -> BackendInfo:
-    spec, engine = plan.spec, plan.engine
-    dtype = str(decoder.dtype).removeprefix("torch.")
-    notes = list(plan.notes)
-    if plan.precision.has_int8_weights and not rules_for(decoder.device).keeps_int8:
+def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> BackendInfo:
+    spec, engine, config, cache = plan.spec, plan.engine, steps.config, steps.cache
+    dtype = str(steps.dtype).removeprefix("torch.")
+    notes = [*plan.notes, *step_notes]
+    if plan.precision.has_int8_weights and not rules_for(steps.device).keeps_int8:
         notes.append(QUANTIZED_NOTE.format(dtype=dtype))
     if engine.dtype == "auto" and dtype == "float32":
         notes.append(FLOAT32_NOTE)
     return BackendInfo(
         name="torch",
-        device=describe_device(decoder.device),
+        device=describe_device(steps.device),
         dtype=dtype,
         precision="bf16" if spec.precision == "auto" else spec.precision,
-        vocab_size=decoder.config.vocab_size,
+        vocab_size=config.vocab_size,
         max_model_len=spec.build_seq,
         max_num_seqs=spec.build_batch,
         block_size=cache.block_size,
         num_blocks=cache.num_blocks,
         kv_dtype=cache.dtype,
-        weight_bytes=decoder.parameters.num_bytes,
+        weight_bytes=steps.parameters.num_bytes,
         kv_bytes=cache.num_bytes,
-        sliding_window=decoder.config.common_window,
-        hidden_size=decoder.config.hidden_size,
+        sliding_window=config.common_window,
+        hidden_size=config.hidden_size,
         pooling="last" if spec.pooling == "auto" else spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
         can_generate=plan.model.has_head,
+        is_batch_invariant=steps.is_batch_invariant,
         notes=tuple(notes),
     )

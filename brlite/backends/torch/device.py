@@ -38,7 +38,8 @@ class DeviceRules(NamedTuple):
 
     `packs_matrices` in oneDNN's layout. `keeps_int8` holds int8 weights as they are, to be dequantised in the product:
     memory is what cards are short of. `has_few_shapes` rounds the shapes of a step up, since each one may cost a
-    kernel. `samples` on the device, rather than on the host. `is_probed` before it is trusted.
+    kernel. `samples` on the device, rather than on the host. `is_probed` before it is trusted. `has_triton`: our
+    kernels can be compiled for it.
     """
 
     packs_matrices: bool = False
@@ -46,11 +47,12 @@ class DeviceRules(NamedTuple):
     has_few_shapes: bool = False
     samples: bool = True
     is_probed: bool = False
+    has_triton: bool = False
 
 
 RULES = {
     "cpu": DeviceRules(packs_matrices=True),
-    "cuda": DeviceRules(keeps_int8=True, has_few_shapes=True, is_probed=True),
+    "cuda": DeviceRules(keeps_int8=True, has_few_shapes=True, is_probed=True, has_triton=True),
     # Sorting, masks and what waits for the device are the weak side of young plugins.
     "supa": DeviceRules(keeps_int8=True, has_few_shapes=True, samples=False, is_probed=True),
 }
@@ -146,6 +148,13 @@ def device_memory(device: torch.device) -> int | None:
     """Bytes of a card's memory; None for the CPU, and for a runtime without that property."""
     get_properties = getattr(_runtime(device.type), "get_device_properties", None) if device.type != "cpu" else None
     return None if get_properties is None else getattr(get_properties(device), "total_memory", None)
+
+
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Of a CUDA card, such as (9, 0)."""
+    import torch
+
+    return torch.cuda.get_device_capability(device)
 
 
 def host_device() -> torch.device:

@@ -21,14 +21,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from brlite.backends.sampling.reference import sample, token_logprobs
-from brlite.backends.torch.attention import Span, StepPlanner
 from brlite.backends.torch.candidates import TorchRows
+from brlite.backends.torch.choose_steps import choose_steps
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import describe_device, host_device, rules_for
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import allocate_parameters
 from brlite.backends.torch.quantize import quantize_linears_, store_rows_
-from brlite.engine.backend import SamplingInput, Undrawn
+from brlite.config.options import TorchKernels
+from brlite.engine.backend import SamplingInput, ScheduledSeq, Undrawn
 from brlite.errors import ConfigError
 from brlite.models.config import KVDtype, ModelConfig, RopeConfig
 from brlite.models.network import list_parameters
@@ -94,18 +95,19 @@ def probe_device(
     precision: Precision = PRECISIONS["bf16"],
     config: ModelConfig = PLAIN_CONFIG,
     kv_dtype: KVDtype | None = None,
+    kernels: TorchKernels = "auto",
 ) -> ProbeReport:
     """Compute a tiny model of `config`'s shape on `device`. Raises `ConfigError` where that gives nonsense.
 
-    Keys and values are kept in `kv_dtype`, or else as `precision` says.
+    Keys and values are kept in `kv_dtype`, or else as `precision` says. `kernels` are those of `engine.torch_kernels`.
     """
     kv_dtype = kv_dtype or precision.kv
     began = time.monotonic()
     tiny = shrunk(config)
-    expected = _compute(tiny, host_device(), torch.float32, precision, kv_dtype)
+    expected = _compute(tiny, host_device(), torch.float32, precision, kv_dtype, "eager")
     with _fallbacks() as on_host:
         try:
-            found = _compute(tiny, device, dtype, precision, kv_dtype)
+            found = _compute(tiny, device, dtype, precision, kv_dtype, kernels)
             is_drawn_right = not rules_for(device).samples or _draws_right(found)
             found = found.cpu()
         except (RuntimeError, IndexError) as error:  # all that torch says of operators, drivers and memory
@@ -146,26 +148,33 @@ def shrunk(config: ModelConfig) -> ModelConfig:
 
 
 def _compute(
-    config: ModelConfig, device: torch.device, dtype: torch.dtype, precision: Precision, kv_dtype: KVDtype
+    config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: Precision,
+    kv_dtype: KVDtype,
+    kernels: TorchKernels,
 ) -> Tensor:
     """The logits [R, V] of all rows of all steps, on the device that computed them."""
-    decoder = _decoder(config, device, dtype, precision)
     num_blocks = MAX_LENGTH // BLOCK_SIZE
     cache = KVCache(config, num_blocks=2 * num_blocks, block_size=BLOCK_SIZE, dtype=kv_dtype, device=device)
-    few = rules_for(device).has_few_shapes
-    planner = StepPlanner(config, cache, dtype, device, has_few_shapes=few)
+    decoder = _decoder(config, device, dtype, precision)
+    steps, _ = choose_steps(decoder, cache, kernels, max_rows=2, max_length=MAX_LENGTH)
     tables = (range(num_blocks), range(num_blocks, 2 * num_blocks))
     logits: list[Tensor] = []
     with torch.inference_mode():
         for step in STEPS:
-            spans = [Span(start, end - start, table) for (start, end), table in zip(step, tables, strict=True)]
-            plan = planner.plan(spans)
-            token_ids = plan.in_rows([range(3 + start, 3 + end) for start, end in step])
-            hidden = decoder.forward(torch.tensor(token_ids).to(device), plan, cache)
-            rows = [
-                first + row for first, span in zip(plan.first_rows, spans, strict=True) for row in range(span.length)
+            runs = [
+                ScheduledSeq(seq_id, start, list(range(3 + start, 3 + end)), list(table))
+                for seq_id, ((start, end), table) in enumerate(zip(step, tables, strict=True))
             ]
-            logits.append(decoder.logits(hidden.index_select(0, torch.tensor(rows).to(device))))
+            computed = steps.forward(runs)
+            rows = [
+                first + row
+                for first, run in zip(computed.first_rows, runs, strict=True)
+                for row in range(len(run.token_ids))
+            ]
+            logits.append(steps.logits(computed, rows).clone())
         return torch.cat(logits)
 
 

@@ -42,12 +42,12 @@ class LayerPages(NamedTuple):
 
 def split_size(max_length: int) -> int:
     """The positions of a split, for a model of contexts up to `max_length`."""
-    return max(MIN_SPLIT, triton.next_power_of_2(triton.cdiv(max_length, MAX_SPLITS)))
+    return max(MIN_SPLIT, int(triton.next_power_of_2(-(-max_length // MAX_SPLITS))))
 
 
 def tile_tokens(group_size: int) -> int:
     """How many tokens of a prompt chunk share a tile."""
-    return max(1, max(128, triton.next_power_of_2(group_size)) // group_size)
+    return max(128, int(triton.next_power_of_2(group_size))) // group_size
 
 
 @triton.jit
@@ -238,7 +238,7 @@ def attend(
     }
     scale = 1 / math.sqrt(heads.head_dim)
 
-    def launch(tiles: tuple[Tensor, Tensor], depth: int, target: tuple[Tensor, ...], **options: int | bool) -> None:
+    def launch(tiles: tuple[Tensor, Tensor], depth: int, target: tuple[Tensor | None, ...], **options: int) -> None:
         attention_kernel[(len(tiles[0]), heads.num_kv_heads, depth)](
             *(query, *pages, inputs.tables, *tiles, inputs.starts, inputs.lengths, inputs.first_rows, *target),
             *(inputs.tables.shape[1], num_singles, scale),
@@ -248,6 +248,7 @@ def attend(
             NUM_KV_HEADS=heads.num_kv_heads,
             BLOCK_SIZE=pages.keys.shape[1],
             BLOCK_KEYS=BLOCK_KEYS,
+            enable_fp_fusion=False,
         )
 
     if num_singles:
@@ -257,7 +258,7 @@ def attend(
         rows = max(16, triton.next_power_of_2(group))
         launch(inputs.single_tiles, splits, (parts, *sums), IS_PART=True, BLOCK_ROWS=rows, STAGES=2, num_warps=4)
         merge_kernel[(num_singles, heads.num_heads)](
-            parts, *sums, out, inputs.positions, num_singles, **shape, num_warps=1
+            parts, *sums, out, inputs.positions, num_singles, **shape, num_warps=1, enable_fp_fusion=False
         )
     if inputs.num_tiles:
         rows = max(128, triton.next_power_of_2(group))

@@ -13,15 +13,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from brlite.backends.torch.steps import Run
+
 Integers = npt.NDArray[np.int32]
 
 
-class Run(NamedTuple):
-    """A run of one sequence's tokens, cached at positions `start` and on in the blocks of `block_table`."""
+class Filler(NamedTuple):
+    """A `Run` that only fills a step up."""
 
     start: int
-    token_ids: Sequence[int]
-    block_table: Sequence[int]
+    token_ids: list[int]
+    block_table: list[int]
 
 
 class StepInputs(NamedTuple):

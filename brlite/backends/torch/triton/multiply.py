@@ -65,14 +65,14 @@ class Matrix:
 
 def num_parts(num_outputs: int, num_inputs: int) -> int:
     """In how many segments the inputs of a matrix are summed."""
-    tiles = triton.cdiv(num_outputs, _NARROW_TILE)
+    tiles = -(-num_outputs // _NARROW_TILE)
     wanted = min(MAX_PARTS, max(1, _WANTED_PROGRAMS // tiles))
-    return triton.cdiv(num_inputs, segment_size(num_inputs, wanted))
+    return -(-num_inputs // segment_size(num_inputs, wanted))
 
 
 def segment_size(num_inputs: int, parts: int) -> int:
     """The inputs of a segment but the last, which may be shorter."""
-    return triton.cdiv(triton.cdiv(num_inputs, parts), SEGMENT_STEP) * SEGMENT_STEP
+    return -(-num_inputs // (parts * SEGMENT_STEP)) * SEGMENT_STEP
 
 
 @triton.jit
@@ -105,12 +105,11 @@ def _weights_of(
         places = (start // SIZE * stride + outputs).to(tl.int64)
         levels = tl.load(values + places[:, None] * SIZE + tl.arange(0, SIZE)[None, :], mask=is_there, other=0)
         return scaled(levels, tl.load(scales + places, mask=outputs < num_outputs, other=0)[:, None])
-    else:
-        inputs = start + tl.arange(0, SIZE)
-        if not IS_EVEN:
-            is_there &= inputs[None, :] < num_inputs
-        pointers = values + outputs[:, None].to(tl.int64) * stride + inputs[None, :]
-        return tl.load(pointers, mask=is_there, other=0).to(DOT)
+    inputs = start + tl.arange(0, SIZE)
+    if not IS_EVEN:
+        is_there &= inputs[None, :] < num_inputs
+    pointers = values + outputs[:, None].to(tl.int64) * stride + inputs[None, :]
+    return tl.load(pointers, mask=is_there, other=0).to(DOT)
 
 
 @triton.jit
@@ -215,7 +214,7 @@ def gated_kernel(
     BLOCK_INPUTS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """out [M, size] bfloat16 = silu(gate) times up, of the products with two matrices; bias [2 size] is gate's and up's."""
+    """out [M, size] bfloat16 = silu(gate) times up, the products with two matrices; bias [2 size] is that of both."""
     n_tile, m_tile = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), 8)
     outputs = n_tile * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     rows = m_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -292,7 +291,7 @@ def _widened(matrix: Matrix) -> Matrix:
     num_groups = len(matrix.values)
     out = matrix.values.new_empty((matrix.num_outputs, num_groups * QUANTIZATION_GROUP), dtype=torch.bfloat16)
     _widen_kernel[(triton.cdiv(matrix.num_outputs, 256), num_groups)](
-        matrix.values, matrix.scales, out, matrix.num_outputs, matrix.stride, BLOCK_OUTPUTS=256
+        matrix.values, matrix.scales, out, matrix.num_outputs, matrix.stride, BLOCK_OUTPUTS=256, enable_fp_fusion=False
     )
     return Matrix(matrix.num_outputs, matrix.num_inputs, out, None, matrix.bias)
 
@@ -325,4 +324,5 @@ class Tile(NamedTuple):
             "BLOCK_INPUTS": self.inputs,
             "STAGES": self.stages,
             "num_warps": self.warps,
+            "enable_fp_fusion": False,
         }

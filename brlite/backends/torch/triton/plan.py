@@ -24,8 +24,6 @@ from brlite.backends.torch.triton.multiply import Matrix, multiply, multiply_gat
 from brlite.models.config import ModelConfig
 from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm, Operation, Rotate, build_network
 
-MAX_HEAD_DIM = 256
-
 
 class Product(NamedTuple):
     """`values` [parts, T, N] float32, to be added up in order, and then `bias` [N]."""
@@ -35,7 +33,7 @@ class Product(NamedTuple):
 
 
 @dataclass
-class RunningStep:
+class LaunchedStep:
     """What all launches of a step share. `hidden` [T, H] float32 lacks `product`, which the next norm adds to it."""
 
     hidden: Tensor
@@ -44,7 +42,7 @@ class RunningStep:
 
 
 # Takes what the launch before gave: activations [T, K] in bfloat16, or a product.
-Launch = Callable[[Tensor | Product, RunningStep], Tensor | Product]
+Launch = Callable[[Tensor | Product, LaunchedStep], Tensor | Product]
 
 
 class TritonDecoder:
@@ -63,7 +61,7 @@ class TritonDecoder:
 
     def forward(self, inputs: StepInputs) -> Tensor:
         """Compute a step's tokens; store their keys and values; return hidden states [T, H]."""
-        step = RunningStep(self.parameters.look_up(inputs.token_ids), inputs)
+        step = LaunchedStep(self.parameters.look_up(inputs.token_ids), inputs)
         x: Tensor | Product = step.hidden
         for launch in self._body:
             x = launch(x, step)
@@ -122,7 +120,7 @@ class TritonDecoder:
         return matrix
 
     def _attend(
-        self, operation: Attend, norm: HeadNorm | None, is_turned: bool, qkv: Tensor | Product, step: RunningStep
+        self, operation: Attend, norm: HeadNorm | None, is_turned: bool, qkv: Tensor | Product, step: LaunchedStep
     ) -> Tensor:
         assert isinstance(qkv, Product)
         config, inputs, named = self.config, step.inputs, self.parameters.named
@@ -148,6 +146,7 @@ class TritonDecoder:
             IS_INT8=key_scales is not None,
             BLOCK_DIM=triton.next_power_of_2(config.head_dim),
             num_warps=1,
+            enable_fp_fusion=False,
         )
         heads_shape = attention.HeadsShape(config.num_heads, config.num_kv_heads, config.head_dim)
         pages = attention.LayerPages(keys, values, key_scales, value_scales)
@@ -159,7 +158,7 @@ def _tensors(pages: Pages) -> tuple[Tensor, Tensor | None]:
     return pages.values, pages.scales if isinstance(pages, Int8Pages) else None
 
 
-def _norm(weight: Tensor, epsilon: float, _: Tensor | Product, step: RunningStep) -> Tensor:
+def _norm(weight: Tensor, epsilon: float, _: Tensor | Product, step: LaunchedStep) -> Tensor:
     product, step.product = step.product, None
     return _add_norm(step.hidden, product, weight, epsilon, torch.bfloat16)
 
@@ -177,21 +176,22 @@ def _add_norm(
         HAS_NORM=weight is not None,
         BLOCK=triton.next_power_of_2(hidden.shape[1]),
         num_warps=8,
+        enable_fp_fusion=False,
     )
     return out
 
 
-def _product(matrix: Matrix, x: Tensor | Product, _: RunningStep) -> Product:
+def _product(matrix: Matrix, x: Tensor | Product, _: LaunchedStep) -> Product:
     assert isinstance(x, Tensor)
     return Product(multiply(x, matrix), matrix.bias)
 
 
-def _add(matrix: Matrix, x: Tensor | Product, step: RunningStep) -> Tensor:
+def _add(matrix: Matrix, x: Tensor | Product, step: LaunchedStep) -> Tensor:
     assert isinstance(x, Tensor)
     step.product = Product(multiply(x, matrix), matrix.bias)
     return x
 
 
-def _gate(matrix: Matrix, x: Tensor | Product, _: RunningStep) -> Tensor:
+def _gate(matrix: Matrix, x: Tensor | Product, _: LaunchedStep) -> Tensor:
     assert isinstance(x, Tensor)
     return multiply_gated(x, matrix)

@@ -1,4 +1,4 @@
-"""The type that matrix units multiply in: bfloat16, and float32 under Triton's interpreter, which has no bfloat16 product.
+"""The type that matrix units multiply in: bfloat16; under Triton's interpreter, which has no such product, float32.
 
 With `TRITON_INTERPRET=1` the kernels run as numpy on the CPU; so they are tested where there is no card.
 """
@@ -36,8 +36,7 @@ def widen(levels):
     """int8 as it is multiplied, exactly."""
     if IS_INTERPRETED:
         return levels.to(DOT)
-    else:
-        return tl.inline_asm_elementwise(_WIDEN, "=r,=r,r", [levels], dtype=tl.bfloat16, is_pure=True, pack=4)
+    return tl.inline_asm_elementwise(_WIDEN, "=r,=r,r", [levels], dtype=tl.bfloat16, is_pure=True, pack=4)
 
 
 @triton.jit
@@ -45,5 +44,4 @@ def scaled(levels, factors):
     """int8 levels times factors (bfloat16 numbers in float32), rounded to bfloat16, as it is multiplied."""
     if IS_INTERPRETED:
         return (levels.to(tl.float32) * factors).to(tl.bfloat16).to(DOT)
-    else:
-        return widen(levels) * factors.to(tl.bfloat16)
+    return widen(levels) * factors.to(tl.bfloat16)

@@ -1,0 +1,59 @@
+"""Which code computes a model's steps in torch: our kernels where they can, else torch's own operators, and why."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+
+from brlite.backends.torch.decoder import Decoder
+from brlite.backends.torch.device import compute_capability, rules_for
+from brlite.backends.torch.kv_cache import KVCache
+from brlite.backends.torch.parallel import SharedParameters
+from brlite.backends.torch.steps import EagerSteps, Steps
+from brlite.config.options import TorchKernels
+from brlite.errors import ConfigError
+
+MIN_CAPABILITY = (8, 0)  # the first whose matrix units take bfloat16
+MAX_HEAD_DIM = 256
+EAGER_NOTE = "slower than this card can be: torch's own operators compute, not our kernels: {reason}"
+
+
+def choose_steps(
+    decoder: Decoder, cache: KVCache, kernels: TorchKernels, *, max_rows: int, max_length: int
+) -> tuple[Steps, list[str]]:
+    """How a model computes, and what an operator should know of it. `max_rows` is the most sequences of a step.
+
+    Raises `ConfigError` where `kernels` are asked for that cannot be had.
+    """
+    rules = rules_for(decoder.device)
+    obstacle = find_obstacle(decoder, cache) if rules.has_triton else "they are for CUDA cards"
+    if kernels == "triton" and obstacle is not None:
+        raise ConfigError(f'engine.torch_kernels is "triton", but our kernels cannot be used: {obstacle}')
+    if kernels == "eager" or obstacle is not None:
+        notes = [EAGER_NOTE.format(reason=obstacle)] if rules.has_triton and kernels == "auto" else []
+        return EagerSteps(decoder, cache, has_few_shapes=rules.has_few_shapes), notes
+    from brlite.backends.torch.triton.steps import GRAPH_NOTE, TritonSteps
+
+    with torch.inference_mode():
+        steps = TritonSteps(decoder.config, decoder.parameters, cache, max_length=max_length)
+        failure = steps.capture(max_rows)
+    return steps, [GRAPH_NOTE.format(reason=failure)] if failure else []
+
+
+def find_obstacle(decoder: Decoder, cache: KVCache) -> str | None:
+    """Why our kernels cannot compute this model on its card; None if they can."""
+    capability = compute_capability(decoder.device)
+    if capability < MIN_CAPABILITY:
+        return f"the card's compute capability is {'.'.join(map(str, capability))}, below 8.0"
+    if decoder.dtype != torch.bfloat16 or cache.dtype == "float32":
+        return "they compute in bfloat16, and engine.dtype is another"
+    if isinstance(decoder.parameters, SharedParameters):
+        return "tensor_parallel is above 1"
+    if decoder.config.head_dim > MAX_HEAD_DIM:
+        return f"head_dim is {decoder.config.head_dim}, above {MAX_HEAD_DIM}"
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError, RuntimeError) as error:  # a build that does not fit the machine fails with any
+        return f"Triton cannot be imported ({next(iter(str(error).splitlines()), type(error).__name__)})"
+    return None

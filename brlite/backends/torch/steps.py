@@ -1,0 +1,91 @@
+"""One step of a model in torch: runs of sequences in, hidden states and logits out. How it computes is the class's.
+
+`EagerSteps` calls torch's own operators one by one, on any device. `triton/steps.py` has the one of our kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from brlite.backends.torch.attention import Span, StepPlanner
+from brlite.backends.torch.decoder import Decoder
+from brlite.backends.torch.kv_cache import KVCache
+from brlite.backends.torch.parameters import Parameters
+from brlite.models.config import ModelConfig
+
+
+class Run(Protocol):
+    """A run of one sequence's tokens to compute, as `ScheduledSeq` says."""
+
+    @property
+    def start(self) -> int: ...
+    @property
+    def token_ids(self) -> list[int]: ...
+    @property
+    def block_table(self) -> list[int]: ...
+
+
+@dataclass(frozen=True)
+class ComputedStep:
+    """`hidden` [T, H], in which each run begins at its one of `first_rows`. `logits` are those of the first rows, where
+    they were computed as well."""
+
+    first_rows: list[int]
+    hidden: Tensor
+    logits: Tensor | None = None
+
+
+class Steps(Protocol):
+    """Computes steps of one model with one cache. Nothing waits for the device."""
+
+    config: ModelConfig
+    parameters: Parameters
+    cache: KVCache
+    device: torch.device
+    dtype: torch.dtype
+    is_batch_invariant: bool
+
+    def forward(self, runs: Sequence[Run]) -> ComputedStep:
+        """Compute the runs' tokens; store their keys and values."""
+        ...
+
+    def logits(self, step: ComputedStep, rows: list[int]) -> Tensor:
+        """The vocabulary's logits [R, V] in float32 of some rows of `hidden`. They may be overwritten."""
+        ...
+
+    def normed(self, step: ComputedStep, rows: list[int]) -> Tensor:
+        """Some rows of `hidden` after the final norm, in float32: what the head reads."""
+        ...
+
+
+class EagerSteps:
+    """`Steps` by torch's operators."""
+
+    is_batch_invariant = False  # torch chooses its kernels by the shapes of a step
+
+    def __init__(self, decoder: Decoder, cache: KVCache, *, has_few_shapes: bool = False) -> None:
+        self.config, self.parameters = decoder.config, decoder.parameters
+        self.device, self.dtype = decoder.device, decoder.dtype
+        self.cache = cache
+        self._decoder = decoder
+        self._planner = StepPlanner(decoder.config, cache, decoder.dtype, decoder.device, has_few_shapes=has_few_shapes)
+
+    def forward(self, runs: Sequence[Run]) -> ComputedStep:
+        plan = self._planner.plan([Span(run.start, len(run.token_ids), run.block_table) for run in runs])
+        token_ids = self._indices(plan.in_rows([run.token_ids for run in runs]))
+        return ComputedStep(plan.first_rows, self._decoder.forward(token_ids, plan, self.cache))
+
+    def logits(self, step: ComputedStep, rows: list[int]) -> Tensor:
+        index = self._indices(self._planner.filled(rows, rows[0]))
+        return self._decoder.logits(step.hidden.index_select(0, index))[: len(rows)]
+
+    def normed(self, step: ComputedStep, rows: list[int]) -> Tensor:
+        return self._decoder.normed(step.hidden.index_select(0, self._indices(rows)))
+
+    def _indices(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self.device)
