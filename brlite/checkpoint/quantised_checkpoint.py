@@ -145,5 +145,7 @@ def _find_matrices(
             shapes = {part: place.entry.shape for part, place in parts.items()}
             matrix = QuantisedMatrix(f"{module}.weight", kind, quantization, shapes)
             matrix.check({part: place.entry.dtype for part, place in parts.items()})
+            if matrix.name in places and matrix.name != name:
+                raise ModelError(f"{excerpt(matrix.name)} is there both plain and quantised")
             found[name] = matrix, parts
     return found

@@ -53,6 +53,7 @@ FP8_SCALES = ("weight_scale", "weight_scale_inv")  # both are multiplied by, and
 AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where in a word the code of each of 8 neighbours is
 BLOCK = np.dtype([("codes", "u1", QUANTIZATION_GROUP), ("scale", "<f4"), ("zero_point", "<i4")])
 MAX_HALF = 65504.0
+MAX_SCALE = 2.0**119  # times any code, which is below 512, it is finite in single precision
 
 
 def _e4m3_values() -> Float32:
@@ -185,8 +186,8 @@ class QuantisedMatrix(NamedTuple):
         codes_of, scales, zero_points = self._parts(arrays, dtypes)
         scales = np.broadcast_to(scales, (outputs, scales.shape[1]))
         zero_points = np.broadcast_to(zero_points, scales.shape)
-        if not np.isfinite(scales).all():
-            raise ModelError(f"{excerpt(self.name)} has a scale that is not finite")
+        if not (np.abs(scales) <= MAX_SCALE).all():
+            raise ModelError(f"{excerpt(self.name)} has a scale that is not finite, or makes its weights so")
         groups = self._groups(arrays, scales.shape[1])
 
         def read_values(rows: slice) -> Float32:
@@ -245,7 +246,7 @@ class QuantisedMatrix(NamedTuple):
             return awq_codes, scales.T, zero_points
         if self.kind == "FP8":
             if scales.shape == self._allowed_shapes(scale_name)[0]:
-                scales = scales.repeat(quantization.block[0], axis=0)[:outputs]
+                scales = scales.repeat(min(quantization.block[0], outputs), axis=0)[:outputs]
             else:
                 scales = scales.reshape(-1, 1)
             return lambda rows: main[rows].view(np.uint8), scales, middle
@@ -260,7 +261,8 @@ class QuantisedMatrix(NamedTuple):
             if stored_zeros is not None:
                 zero_points = unpack_words(stored_zeros.T, num_bits).T[:outputs].astype(np.int16)
         elif stored_zeros is not None:
-            zero_points = stored_zeros.reshape(scales.shape).astype(np.int16) + middle
+            stored_zeros = stored_zeros if stored_zeros.ndim == 2 else stored_zeros.reshape(-1, 1)
+            zero_points = stored_zeros.astype(np.int16) + middle
         if quantization.is_symmetric and (zero_points != middle).any():
             raise ModelError(f"{excerpt(self.name)} has zero points, but the config says symmetric")
         if self.kind == "packed":

@@ -158,7 +158,7 @@ def _block(section: ConfigReader, key: str) -> tuple[int, int]:
         rows, columns = (int(size) for size in sizes)
         if not 0 < rows < 2**31 or not 0 < columns < 2**31:
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last one for infinity
         raise section.error(key, "two numbers of rows and columns", value) from None
     return rows, columns
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import llguidance
 
 STACK_BYTES = 512 * 1024**2  # address space; memory is taken only for what a deep schema needs
+NO_TOKEN = 2**32 - 1  # llguidance's INVALID_TOKEN: no mask allows it
 MAX_LEAVES_TRIED = 500  # to find the place of an error
 # What a compiled grammar takes, measured on large ones. A full cache takes a fifth more: the allocator's holes between
 # grammars of different sizes grow for some 2,000 of them and then no more; malloc_trim gives that back.
@@ -139,7 +140,7 @@ class Library:
         self._tokens = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_TokenSource(tokenizer, self._token_bytes)),
             n_vocab=vocab_size,
-            eos_token=list(tokenizer.eos_token_ids),
+            eos_token=list(tokenizer.eos_token_ids) or None,  # None: that of the source
         )
         self._number_tokens = NumberTokens(self._token_bytes, -(-vocab_size // 32))
 
@@ -307,7 +308,7 @@ class _TokenSource:
 
     def __init__(self, tokenizer: Tokenizer, tokens: list[bytes]) -> None:
         self.tokens = tokens
-        self.eos_token_id = tokenizer.eos_token_ids[0]
+        self.eos_token_id = next(iter(tokenizer.eos_token_ids), NO_TOKEN)
         self.bos_token_id = tokenizer.bos_token_id
         self.special_token_ids = sorted(tokenizer.special_token_ids)
         self._tokenizer = tokenizer

@@ -37,6 +37,7 @@ async def load_model(request: web.Request) -> web.Response:
     limits = request.app[CONFIG].limits
     name = decode_json(await read_body(request, limits), _DECODER).model
     with admit(request, name) as model:
+        model.keep()  # the later of the two wishes counts
         await model.loaded(limits.max_wait_seconds, request[API_KEY].tenant)
         return json_response(ModelActionDone(model=model.name, status=model.status))
 

@@ -47,7 +47,7 @@ from brlite.dialects.responses_encoder import Item
 from brlite.dialects.scores import RerankAnswer, RerankRequest, ScoreAnswer, ScoreRequest
 from brlite.sampling_params import MAX, parameters
 from brlite.server.explain import Explanation
-from brlite.server.model_actions import ModelActionDone
+from brlite.server.model_actions import ModelAction, ModelActionDone
 from brlite.server.model_list import ModelCard, ModelList, ModelProps
 
 REF = "#/components/schemas/{name}"
@@ -125,7 +125,7 @@ class Operation(NamedTuple):
     """What an endpoint takes and answers: one of `bodies`, and any of the names in `query`."""
 
     summary: str
-    bodies: tuple[BodyFields, ...] = ()
+    bodies: tuple[BodyFields | type[Struct], ...] = ()
     answer: Any = None
     chunk: Any = None  # of a stream's data
     query: tuple[str, ...] = ()
@@ -182,8 +182,8 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ("get", "/v1/models"): Operation("The models that the key may use", answer=ModelList),
     ("get", "/v1/models/{name}"): Operation("One model", answer=ModelCard),
     ("get", "/tokenizer_info"): Operation("The tokenizer", answer=TokenizerInfo, query=("model",)),
-    ("post", "/models/load"): Operation('Load a model: {"model": NAME}', answer=ModelActionDone),
-    ("post", "/models/unload"): Operation('Unload a model: {"model": NAME}', answer=ModelActionDone),
+    ("post", "/models/load"): Operation("Load a model", (ModelAction,), ModelActionDone),
+    ("post", "/models/unload"): Operation("Unload a model", (ModelAction,), ModelActionDone),
     ("get", "/props"): Operation("llama.cpp's numbers of a model", answer=ModelProps, query=("model",)),
     ("get", "/load"): Operation("Requests in progress", answer=dict[str, int]),
     ("get", "/version"): Operation("The version", answer=dict[str, str]),
@@ -284,7 +284,9 @@ def _operation(operation: Operation, method: str, path: str, schemas: Schemas) -
         ],
         "responses": {"200": {"description": "OK", "content": content}, "4XX": error, "5XX": error},
     }
-    bodies = [schemas.of_request(body) for body in operation.bodies]
+    bodies = [
+        schemas.of_request(body) if isinstance(body, BodyFields) else schemas.of(body) for body in operation.bodies
+    ]
     if bodies:
         schema = bodies[0] if len(bodies) == 1 else {"anyOf": bodies}
         described["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}

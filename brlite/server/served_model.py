@@ -130,6 +130,10 @@ class ServedModel:
         self.is_dismissed = self.engine is not None
         self._on_change()
 
+    def keep(self) -> None:
+        """Take back a `dismiss` that has not been carried out yet."""
+        self.is_dismissed = False
+
     def give_up(self, *, comes_back: bool = False) -> None:
         """Forget the engine; the model manager closes it.
 

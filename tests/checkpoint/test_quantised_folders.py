@@ -15,8 +15,8 @@ import pytest
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.placing import KEPT_FORMS, describe_precision
-from brlite.checkpoint.quantised_matrix import E4M3_VALUES
-from brlite.checkpoint.quantization import FOLDER_FORMS
+from brlite.checkpoint.quantised_matrix import E4M3_VALUES, QuantisedMatrix
+from brlite.checkpoint.quantization import FOLDER_FORMS, Quantization
 from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.config.options import ModelSpec
 from brlite.errors import ModelError
@@ -194,6 +194,11 @@ def weights_with(**changes: Any) -> dict[str, Any]:
         (compressed(), weights_with(strategy="tensor_group"), "weights.strategy must be group or channel"),
         (compressed(), {"config_groups": {}}, "quantization_config.config_groups must be alike"),
         (fp8("block"), {"weight_block_size": [128]}, "quantization_config.weight_block_size must be two numbers"),
+        (
+            fp8("block"),
+            {"weight_block_size": [float("inf"), 1]},
+            "quantization_config.weight_block_size must be two numbers",
+        ),
         (fp8("block"), {"fmt": "e5m2"}, "quantization_config.fmt must be e4m3, got 'e5m2'"),
     ],
 )
@@ -217,6 +222,12 @@ def test_a_quantisation_that_is_not_known_is_refused_by_its_key(
         (gptq(), "scales", lambda scales: scales.astype(np.int32), "has dtype 'I32'; allowed are F32 or F16 or BF16"),
         (gptq(), "scales", lambda scales: scales * np.float16(np.inf), "has a scale that is not finite"),
         (gptq(), "scales", lambda scales: scales.astype(np.float32) * 1e9, "has a scale beyond half precision"),
+        (
+            fp8("tensor"),
+            "weight_scale",
+            lambda scale: np.full_like(scale, 1e38),
+            "has a scale that is not finite, or makes its weights so",
+        ),
         (gptq(), "qzeros", lambda zeros: zeros + 1, "has zero points beside 8, but the config says sym"),
         (gptq(), "g_idx", lambda groups: groups[::-1].copy(), "has inputs in act-order, which its config does not say"),
         (gptq(act_order=True), "g_idx", lambda groups: groups + 1, "has a g_idx beyond its 4 groups"),
@@ -241,3 +252,43 @@ def test_a_damaged_matrix_is_refused_in_one_line(
 
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_matrix_that_is_there_both_plain_and_quantised_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "m", gptq())
+    file = tmp_path / "m/model.safetensors"
+    save_tensors(file, load_tensors(file) | {f"{Q_PROJ}.weight": np.ones((256, 256), np.float16)})
+
+    with pytest.raises(ModelError, match=r"q_proj\.weight' is there both plain and quantised"):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_a_block_larger_than_any_matrix_takes_no_memory_of_its_size() -> None:
+    quantization = Quantization(method="FP8", block=(2**31 - 1, 2**31 - 1))
+    matrix = QuantisedMatrix("w", "FP8", quantization, {"weight": (3, 32), "weight_scale": (1, 1)})
+    one = np.full((3, 32), 0x38, np.uint8)
+
+    tensor = matrix.tensor(
+        {"weight": one, "weight_scale": np.full((1, 1), 2.5, np.float32)}, {"weight": "F8_E4M3", "weight_scale": "F32"}
+    )
+
+    assert (tensor.float32() == 2.5).all()
+
+
+@pytest.mark.parametrize("scale_shape", [(), (1, 1), (3,), (3, 1)])
+@pytest.mark.parametrize("zero_shape", [(), (1,), (3,), (3, 1)])
+def test_scales_and_zero_points_may_have_different_shapes(
+    scale_shape: tuple[int, ...], zero_shape: tuple[int, ...]
+) -> None:
+    quantization = Quantization(method="compressed-tensors", is_symmetric=False)
+    arrays: dict[str, Array] = {
+        "weight": np.arange(96, dtype=np.int8).reshape(3, 32),
+        "weight_scale": np.full(scale_shape, 0.5, np.float32),
+        "weight_zero_point": np.full(zero_shape, 4, np.int8),
+    }
+    matrix = QuantisedMatrix("w", "int8", quantization, {name: array.shape for name, array in arrays.items()})
+    dtypes = {"weight": "I8", "weight_scale": "F32", "weight_zero_point": "I8"}
+
+    matrix.check(dtypes)
+
+    assert np.array_equal(matrix.tensor(arrays, dtypes).float32(), (np.arange(96).reshape(3, 32) - 4) / 2)

@@ -298,3 +298,22 @@ def test_a_guess_that_ends_the_answer_may_be_followed_by_any_guesses():
     rows = [words[row * row_bytes : (row + 1) * row_bytes] for row in range(4)]
     assert any(rows[0])
     assert rows[1:] == [b"\xff" * row_bytes] * 3
+
+
+class EndlessTokens(LongTokens):
+    eos_token_ids = ()
+
+
+def test_a_vocabulary_without_an_end_of_text_ends_an_answer_where_nothing_can_follow():
+    tokenizer = EndlessTokens()
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, GrammarConfig())
+    compiler.prepare()
+
+    written = [
+        write(compiler.compile(wish), tokenizer, temperature=1.0, seed=3, max_tokens=40)
+        for wish in (StructuredOutput(regex="[ab]{4}c"), StructuredOutput(regex="[ab]+"))
+    ]
+
+    assert [each.is_ended for each in written] == [True, False]
+    assert re.fullmatch("[ab]{4}c", written[0].text)
+    assert re.fullmatch("[ab]{40,}", written[1].text)

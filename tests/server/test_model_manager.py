@@ -273,6 +273,20 @@ async def test_a_model_is_loaded_and_unloaded_when_that_is_asked_for(
     assert refused[0][1]["error"]["code"] == "model_not_on_demand"
 
 
+async def test_a_load_takes_back_an_unload_that_waits_for_requests(make_house: MakeHouse) -> None:
+    house = await make_house(on_demand("a"))
+    await house.asks("a")
+    model = house.models.find("a")
+
+    with model.in_use(max_waiting=1):
+        for action in ("unload", "load"):
+            async with house.session.post(f"/models/{action}", json={"model": "a"}) as response:
+                assert response.status == 200
+    status, _ = await house.asks("a")
+
+    assert (status, model.num_unloads, house.loader.loads["a"]) == (200, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [("/tokenize", {"prompt": "hi"}), ("/detokenize", {"tokens": [104]}), ("/v1/completions", completion_body())],

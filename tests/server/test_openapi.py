@@ -56,6 +56,16 @@ async def test_a_body_has_the_fields_of_the_table_with_their_bounds(client: Clie
     assert fields["mirostat"]["enum"] == [None, 0]
 
 
+async def test_what_loads_a_model_says_what_it_takes(client: Client) -> None:
+    _, document = await client.get("/openapi.json")
+
+    for path in ("/models/load", "/models/unload"):
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        assert body == {"$ref": "#/components/schemas/ModelAction"}
+    action = document["components"]["schemas"]["ModelAction"]
+    assert (list(action["properties"]), action["additionalProperties"]) == (["model"], False)
+
+
 async def test_the_page_needs_nothing_from_elsewhere_and_no_key(make_client: MakeClient) -> None:
     client = await make_client(config={"keys": KeysConfig(keys=("secret",))})
 
