@@ -108,6 +108,10 @@ class EventStream:
             stall.stop()
         return not self._transport.is_closing()
 
+    def abort(self) -> None:
+        """Cut the connection: the client gets no good end."""
+        self._transport.abort()
+
     async def finish(self, last_events: bytes = b"") -> web.StreamResponse:
         """Write the last events and end the response; the handler returns what this returns."""
         self.close()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
@@ -31,6 +32,8 @@ from brlite.server.resumable import (
     split_events,
 )
 
+logger = logging.getLogger(__name__)
+
 HEADER = "Idempotency-Key"
 MAX_KEY_LENGTH = 255
 CLOSE_SECONDS = 1.0
@@ -51,7 +54,7 @@ class StoredAnswer(Struct, frozen=True):
         if num_seen is not None:
             events = split_events(body)
             check_num_seen(num_seen, len(events))
-            body = numbered(events, num_seen)
+            body = numbered(events[num_seen:], num_seen)
         return web.Response(body=body, content_type=self.content_type, headers={"Idempotent-Replayed": "true"})
 
 
@@ -102,9 +105,9 @@ class IdempotentAnswers:
         if num_seen:
             raise not_resumable()
 
-        recorder = Recorder()
+        recorder = Recorder(self._limits.max_idempotent_bytes)
         recorded = dialect._replace(make_encoder=recorder.wrap(dialect.make_encoder))
-        stream = None if num_seen is None else RecordedStream()
+        stream = None if num_seen is None else RecordedStream(self._limits.max_idempotent_bytes)
         running = self._running[tenant, key] = RunningAnswer(digest, stream)
         if is_streamed and stream is None:
             try:
@@ -151,9 +154,10 @@ ANSWERS = web.AppKey("answers", IdempotentAnswers)
 
 
 class Recorder:
-    """Keeps what an encoder makes: `whole`, or `stream` once that is at its good end."""
+    """Keeps what an encoder makes: `whole`, or `stream` once that is at its good end, if it has at most `max_bytes`."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self.whole: bytes | None = None
         self.stream: bytes | None = None
 
@@ -173,6 +177,7 @@ class RecordingEncoder:
         self._encoder = encoder
         self._recorder = recorder
         self._stream: list[bytes] = []
+        self._num_bytes = 0
         self._is_aborted = False
 
     def opening(self, usage: TokenUsage) -> bytes:
@@ -184,7 +189,7 @@ class RecordingEncoder:
 
     def closing(self, usage: TokenUsage) -> bytes:
         data = self._kept(self._encoder.closing(usage))
-        if not self._is_aborted:
+        if not self._is_aborted and self._num_bytes <= self._recorder.max_bytes:
             self._recorder.stream = b"".join(self._stream)
         return data
 
@@ -198,7 +203,15 @@ class RecordingEncoder:
         return data
 
     def _kept(self, data: bytes) -> bytes:
-        self._stream.append(data)
+        self._num_bytes += len(data)
+        if self._num_bytes <= self._recorder.max_bytes:
+            self._stream.append(data)
+        elif self._stream:
+            self._stream.clear()
+            logger.warning(
+                "a stream is not kept for retries: it has more than limits.max_idempotent_bytes = %d",
+                self._recorder.max_bytes,
+            )
         return data
 
 

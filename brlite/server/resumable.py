@@ -15,19 +15,24 @@ from aiohttp import web
 from brlite.config.options import LimitsConfig
 from brlite.dialects.sse import EVENT_END
 from brlite.errors import InvalidRequest
-from brlite.http.events import EventStream
+from brlite.http.events import BACKLOG_BYTES, EventStream
 
 HEADER = "Last-Event-ID"
 MAX_DIGITS = 9
 
 
 class RecordedStream:
-    """What a delivery writes to in place of its client's `EventStream`. `follow` sends it to a client, as it grows."""
+    """What a delivery writes to in place of its client's `EventStream`. `follow` sends it to a client, as it grows.
+
+    Beyond `max_bytes` its oldest events are forgotten, down to half of that.
+    """
 
     is_backlogged = False
 
-    def __init__(self) -> None:
-        self.events: list[bytes] = []
+    def __init__(self, max_bytes: int) -> None:
+        self._events: list[bytes] = []
+        self._num_forgotten = 0  # events before these
+        self._num_bytes, self._max_bytes = 0, max_bytes
         self._has_begun = self._is_over = False
         self._changed = asyncio.get_running_loop().create_future()
 
@@ -36,9 +41,21 @@ class RecordedStream:
         self._notify()
 
     def write(self, events: bytes) -> bool:
-        self.events += split_events(events)
+        new = split_events(events)
+        self._events += new
+        self._num_bytes += sum(map(len, new))
+        if self._num_bytes > self._max_bytes:
+            self._forget_oldest()
         self._notify()
         return True
+
+    def _forget_oldest(self) -> None:
+        num_events = 0
+        while self._num_bytes > self._max_bytes // 2:
+            self._num_bytes -= len(self._events[num_events])
+            num_events += 1
+        del self._events[:num_events]
+        self._num_forgotten += num_events
 
     @contextmanager
     def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
@@ -67,19 +84,37 @@ class RecordedStream:
     async def follow(self, request: web.Request, num_seen: int, limits: LimitsConfig) -> web.StreamResponse:
         """Send the events behind the first `num_seen`, with their numbers, to the end or until the client leaves.
 
-        Raises `InvalidRequest` if there are not so many.
+        Raises `InvalidRequest` if there are not so many, or if they are forgotten. A client that is so slow that they
+        are forgotten on the way has its connection cut.
         """
-        check_num_seen(num_seen, len(self.events))
+        check_num_seen(num_seen, self._num_forgotten + len(self._events))
+        if num_seen < self._num_forgotten:
+            raise not_resumable()
         async with EventStream(request, limits.sse_comment_seconds) as stream:
-            while not self._is_over or num_seen < len(self.events):
-                if num_seen == len(self.events):
-                    await asyncio.shield(self._changed)
-                    continue
-                events = numbered(self.events, num_seen)
-                num_seen = len(self.events)
-                if not stream.write(events) or not await stream.drained(limits.slow_client_seconds):
+            while num_seen >= self._num_forgotten:
+                events = self._some_after(num_seen)
+                if events:
+                    if not stream.write(numbered(events, num_seen)):
+                        break
+                    num_seen += len(events)
+                    if not await stream.drained(limits.slow_client_seconds):
+                        break
+                elif self._is_over:
                     break
+                else:
+                    await asyncio.shield(self._changed)
+            else:
+                stream.abort()
             return await stream.finish()
+
+    def _some_after(self, num_seen: int) -> list[bytes]:
+        """The events behind the first `num_seen`, as many as one write should have."""
+        begin = end = num_seen - self._num_forgotten
+        num_bytes = 0
+        while end < len(self._events) and num_bytes < BACKLOG_BYTES:
+            num_bytes += len(self._events[end])
+            end += 1
+        return self._events[begin:end]
 
     def _notify(self) -> None:
         self._changed.set_result(None)
@@ -106,10 +141,9 @@ def split_events(stream: bytes) -> list[bytes]:
     return [event + EVENT_END for event in stream.split(EVENT_END)[:-1]]
 
 
-def numbered(events: Sequence[bytes], num_seen: int) -> bytes:
-    """The events behind the first `num_seen`, each with its number as its id."""
-    behind = enumerate(events[num_seen:], num_seen + 1)
-    return b"".join(b"id: %d\n%b" % (number, event) for number, event in behind)
+def numbered(events: Sequence[bytes], num_before: int) -> bytes:
+    """Events that follow as many others, each with its number as its id."""
+    return b"".join(b"id: %d\n%b" % (number, event) for number, event in enumerate(events, num_before + 1))
 
 
 def check_num_seen(num_seen: int, num_events: int) -> None:

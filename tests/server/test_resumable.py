@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
+from aiohttp import web
 
-from brlite.config.options import KeysConfig
+from brlite.config.options import KeysConfig, LimitsConfig
+from brlite.http.listen import HttpServer
+from brlite.server.resumable import RecordedStream
 from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client, chat_body, completion_body
 
@@ -116,3 +119,59 @@ async def test_a_stream_that_failed_tells_so_and_is_not_resumed(make_client: Mak
     assert any(b'"error"' in event for event in failed.values())
     assert (status, answer["error"]["code"]) == (400, "stream_not_resumable")
     assert not any(b'"error"' in event for event in again.values())
+
+
+async def test_a_stream_keeps_no_more_events_than_answers_for_retries_may_have(
+    make_client: MakeClient, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+
+    def next_token(context: Sequence[int], seed: int) -> int:
+        if len(context) == 100:
+            go_on.wait(PATIENCE_SECONDS)
+        return 97
+
+    client = await make_client(
+        limits={"max_idempotent_bytes": 4000}, next_token=next_token, max_model_len=256, num_blocks=64
+    )
+    body = completion_body(stream=True, max_tokens=120)
+    headers = {"Idempotency-Key": "k", "Last-Event-ID": "1"}
+    whole = asyncio.create_task(ask(client, body, 0, "/v1/completions"))
+    await eventually(lambda: client.engine.stats.generation_tokens >= 100 - len(b"hello"))
+
+    forgotten = await client.post("/v1/completions", body, **headers)
+    url, last = client.url + "/v1/completions", headers | {"Last-Event-ID": "94"}
+    async with client.session.post(url, json=body, headers=last) as response:
+        go_on.set()
+        rest = await response.read()
+    events = await asyncio.wait_for(whole, PATIENCE_SECONDS)
+    after = await client.post("/v1/completions", body, **headers)
+
+    assert len(events) > 120
+    assert EVENT.findall(rest) == [(b"%d" % number, event) for number, event in events.items() if number > 94]
+    for status, answer in (forgotten, after):
+        assert (status, answer["error"]["code"]) == (400, "stream_not_resumable")
+    assert "a stream is not kept for retries: it has more than limits.max_idempotent_bytes = 4000" in caplog.text
+
+
+async def test_a_client_that_does_not_read_has_few_of_the_events_in_memory(eventually: Eventually) -> None:
+    limits, waiting = LimitsConfig(), list[asyncio.Transport]()
+    recorded = RecordedStream(max_bytes=10**8)
+    recorded.write(b"data: %b\n\n" % (b"x" * 8000) * 4000)
+    recorded.close()
+
+    async def follow(request: web.Request) -> web.StreamResponse:
+        assert request.transport is not None
+        waiting.append(request.transport)
+        return await recorded.follow(request, 0, limits)
+
+    app = web.Application()
+    app.router.add_get("/", follow)
+    async with HttpServer(app, "127.0.0.1", 0, limits, grace_seconds=0.2) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        _, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        await eventually(lambda: bool(waiting) and waiting[0].get_write_buffer_size() > 0)
+
+        assert waiting[0].get_write_buffer_size() < 10**6
+        writer.transport.abort()
