@@ -7,6 +7,7 @@ Upstreams know all clients by one API key. Here a tenant reaches its own respons
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 
@@ -17,8 +18,10 @@ from brlite.errors import InvalidRequest
 from brlite.http.bounded_store import OBJECT_BYTES, BoundedStore
 from brlite.proxy.exchange import Exchange
 from brlite.proxy.request_model import Inbound
-from brlite.proxy.usage import ForwardedUsage, told_usage
+from brlite.proxy.usage import ForwardedUsage, estimate_completion, is_possible, told_usage
 from brlite.proxy.wire.heads import stored_response_id
+
+logger = logging.getLogger(__name__)
 
 RESPONSES_PATH = b"/v1/responses"
 _PREVIOUS = b'"previous_response_id"'
@@ -111,13 +114,18 @@ class ResponseOwners:
         attempt, inbound = exchange.attempt, exchange.request.inbound
         response_id = stored_response_id(inbound.head)
         told = None if attempt is None else told_usage(attempt.seen.parts)
-        if told is None or response_id is None:
+        if attempt is None or told is None or response_id is None:
             return ForwardedUsage()
         owner = self.store.get(inbound.key.tenant, response_id)
         if owner is None or owner.is_counted:
             return ForwardedUsage()
         self._put(inbound.key.tenant, response_id, msgspec.structs.replace(owner, is_counted=True))
-        return ForwardedUsage(0, told.completion_tokens)
+        late, num_text_bytes = ForwardedUsage(0, told.completion_tokens), attempt.seen.num_text_bytes
+        if is_possible(late, 0, num_text_bytes):
+            return late
+        text = "upstream %s reports impossible usage for a stored response: %d tokens; estimated instead"
+        logger.warning(text, owner.upstream, told.completion_tokens)
+        return ForwardedUsage(0, estimate_completion(RESPONSES_PATH, attempt.seen))
 
     def _put(self, tenant: str, response_id: str, owner: ResponseOwner) -> None:
         num_bytes = len(response_id) + len(owner.upstream) + len(owner.model) + OBJECT_BYTES

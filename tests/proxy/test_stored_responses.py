@@ -279,3 +279,25 @@ async def test_a_response_that_is_not_stored_is_not_remembered(stack: AsyncExitS
     await setting.clients[0].responses.create(model="toy", input="hello", store=False)
 
     assert len(setting.proxy.forwarder.owners.store) == 0
+
+
+async def test_impossible_usage_of_a_background_response_is_not_charged(
+    stack: AsyncExitStack, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def act(call: Call) -> Then:
+        is_made = call.request.method == b"POST"
+        usage = None if is_made else {"input_tokens": 3, "output_tokens": 10**18}
+        call.is_done()
+        await call.send(json_answer({"id": "resp_1", "usage": usage}))
+        return "keep"
+
+    upstream = await stack.enter_async_context(ScriptedUpstream(act=act))
+    setting = await behind(stack, connect, upstream.url)
+    client, key = setting.clients[0], setting.proxy.keys.find("secret-a")
+    assert key is not None
+
+    await client.responses.create(model="toy", input="hello", background=True)
+    await client.responses.retrieve("resp_1")
+
+    assert key.usage.completion_tokens < 100
+    assert f"upstream u0 reports impossible usage for a stored response: {10**18} tokens" in caplog.text
