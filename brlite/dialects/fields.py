@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from brlite.dialects.json_body import decode_json
+from brlite.dialects.json_body import decode_value
 from brlite.errors import InvalidRequest
 
 MAX_REPORTED_FIELDS = 16
@@ -327,7 +327,7 @@ def read_undecoded(given: Mapping[str, msgspec.Raw], own: Collection[str] = ()) 
     names = {name: _PARAMETERS[name] for name in given if name in _PARAMETERS and _PARAMETERS[name] not in own}
     sampling: dict[str, Any] = {}
     for name, parameter in names.items():
-        value = _decode(given[name])
+        value = _decode(name, given[name])
         if value is None:
             continue
         if parameter in sampling:
@@ -347,14 +347,14 @@ def check_undecoded(given: Mapping[str, msgspec.Raw], *, generates: bool = True)
     for name, raw in given.items():
         field = _BY_NAME.get(name) or _OF_GENERATION.get(name)
         if not generates and (name in _PARAMETERS or name in _OF_GENERATION):
-            if _decode(raw) is not None:
+            if _decode(name, raw) is not None:
                 warnings.append(f"the field {name!r} has no effect at this endpoint")
         elif field is None:
             warnings.append(f"the field {name[:MAX_FIELD_LENGTH]!r} is not known and was ignored")
         elif field.neutral is None:
-            if not {OPENAI, ANTHROPIC} & {*field.known_to} and _decode(raw) is not None:
+            if not {OPENAI, ANTHROPIC} & {*field.known_to} and _decode(name, raw) is not None:
                 warnings.append(f"the field {name!r} has no effect on this server")
-        elif not is_neutral(_decode(raw), field.neutral):
+        elif not is_neutral(_decode(name, raw), field.neutral):
             raise not_supported(name, f"; use {field.instead}" if field.instead else "")
     return tuple(warnings[:MAX_REPORTED_FIELDS])
 
@@ -371,5 +371,5 @@ def not_supported(param: str, more: str = "") -> InvalidRequest:
     )
 
 
-def _decode(raw: msgspec.Raw) -> object:
-    return decode_json(bytes(raw), _ANY)
+def _decode(name: str, raw: msgspec.Raw) -> object:
+    return decode_value(raw, _ANY, name)

@@ -586,3 +586,10 @@ async def test_bad_words_are_not_in_the_answer(make_client: MakeClient) -> None:
     _, answer = await client.post(COMPLETION, completion_body("xyz", bad_words=["yz"], n=2))
 
     assert [choice["text"] for choice in answer["choices"]] == ["xyaxyaxy"] * 2
+
+
+@pytest.mark.parametrize("name", ["n_probs", "mirostat"])
+async def test_a_number_that_no_float_holds_is_refused_by_its_name(client: Client, name: str) -> None:
+    status, answer = await client.post("/v1/completions", b'{"prompt": "hi", "%b": 1e400}' % name.encode())
+
+    assert (status, answer["error"]["param"]) == (400, name)
