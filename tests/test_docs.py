@@ -179,6 +179,13 @@ def test_the_tree_shows_every_room_and_file_of_the_root() -> None:
     assert [name for name in folders if not (ROOT / "brlite" / name).is_dir()] == []
 
 
+def test_the_readmes_tree_shows_every_room() -> None:
+    tree = README.split("## Where things are", 1)[1].split("```")[1]
+    rooms = {path.parent.name for path in (ROOT / "brlite").glob("*/__init__.py")}
+
+    assert rooms <= set(re.findall(r"(\w+)/", tree))
+
+
 def test_the_import_table_is_the_one_that_is_enforced() -> None:
     documented = re.findall(r"^\| `(\w+)` \| (.*) \|$", PAGES["architecture"], re.MULTILINE)
 
