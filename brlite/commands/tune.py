@@ -78,7 +78,7 @@ def advise(precision: str, sizes: Sizes, room: int) -> Advice:
     context = min(sizes.max_context, tokens)
     usual = max(1, min(TYPICAL_CONTEXT, context))
     batch = next((batch for batch in BATCHES if batch * usual <= tokens), 1)
-    # build_seq reserves whole contexts: so many sequences must have room for theirs.
+    # build_seq reserves a whole context for each of the `batch` sequences.
     context = min(context, tokens // batch // sizes.block_size * sizes.block_size)
     return Advice(precision, sizes.weight_bytes, sizes.kv_bytes_per_token, context, batch)
 

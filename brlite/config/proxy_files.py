@@ -1,6 +1,6 @@
 """What `brlite proxy` forwards to: a TOML, the manual's JSON files and `--upstream NAME=URL`, as one config.
 
-Opens no connection. Servers of an `all_models` become upstreams; entries that name no address, as the
+Opens no connection. Servers of an `all_models` become upstreams; entries without an address, such as the
 manual's placeholders, stay in `proxy.all_models`, where `warnings.py` finds them.
 """
 

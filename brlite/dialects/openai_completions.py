@@ -90,7 +90,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
 
 
 def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = NOTHING_MORE) -> Generation:
-    """What a decoded body asks for, with `more` that its struct lacks.
+    """What a decoded body asks for. `more` are the fields of the JSON that the struct does not have.
 
     With `echo`, `logprobs` covers the prompt, and 0 tokens may be asked for.
     """

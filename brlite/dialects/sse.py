@@ -18,6 +18,6 @@ def on_one_line(event: bytes) -> bytes:
 
 
 def frame(event: bytes, name: str = "") -> bytes:
-    """One event, whose data is JSON, with its name if it has one."""
+    """A server-sent event with this JSON as its data. Without a name it has no `event:` line."""
     data = b"data: %b\n\n" % (event if event.isascii() else on_one_line(event))
     return b"event: %b\n%b" % (name.encode(), data) if name else data

@@ -1,7 +1,7 @@
-"""A budget of so many a minute, refilled all the time: a token bucket. It knows no keys, and no clock: `now` is given.
+"""A token bucket: a budget per minute that is refilled continuously. The caller gives the time, `now`.
 
-A whole minute's worth may be taken at once; what was taken comes back evenly, `per_minute / 60` each second. More may
-be taken than is there: the bucket is in debt then, and has nothing to give until that is paid.
+A full minute's budget may be taken at once. It is refilled evenly, by `per_minute / 60` each second. More may be taken
+than is left: the bucket is then in debt, and gives nothing until the debt is refilled.
 """
 
 from __future__ import annotations
@@ -10,33 +10,33 @@ import math
 
 MINUTE = 60.0
 
-# Seconds: far above what adding floats loses, far below what anybody could use.
+# Seconds: far above the rounding of float sums, far below a difference that matters.
 TOLERANCE = 1e-6
 
 
 class Bucket:
-    """`per_minute` of something. Times are seconds of any clock that does not go back."""
+    """A budget of `per_minute` units: requests or tokens. Times are seconds of a monotonic clock."""
 
     def __init__(self, per_minute: int) -> None:
         self.per_minute = per_minute
         self._seconds_each = MINUTE / per_minute
-        # The one number of its state: what is missing is what comes in until then.
+        # The only state: when the bucket will be full. What is missing is what is refilled until then.
         self._full_at = -math.inf
 
     def seconds_until_full(self, now: float) -> float:
-        """How long until all that was taken has come back."""
+        """Seconds until the budget is full again."""
         return max(0.0, self._full_at - now)
 
     def seconds_until(self, now: float, count: int) -> float:
-        """How long until so many are there; 0 if they are."""
+        """Seconds until `count` units are left; 0 if they are now."""
         seconds = self.seconds_until_full(now) + count * self._seconds_each - MINUTE
         return seconds if seconds > TOLERANCE else 0.0
 
     def remaining(self, now: float) -> int:
-        """How many are there, none while in debt."""
+        """How many units are left; 0 while in debt."""
         seconds = MINUTE - self.seconds_until_full(now) + TOLERANCE
         return min(self.per_minute, max(0, math.floor(seconds / self._seconds_each)))
 
     def take(self, now: float, count: int) -> None:
-        """Take so many, into debt if need be."""
+        """Take `count` units, into debt if fewer are left."""
         self._full_at = max(self._full_at, now) + count * self._seconds_each

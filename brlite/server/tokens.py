@@ -77,7 +77,7 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 async def tokenizer_info(request: web.Request) -> web.Response:
-    """The first request of lm-eval. The query parameter `model` is needed where several models are served."""
+    """Answer what lm-eval requests first. With several models the query parameter `model` is required."""
     with admit(request, request.query.get("model")) as model:
         engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
         tokenizer = engine.tokenizer

@@ -32,7 +32,7 @@ class RunningStep:
     rope: RopeTables
 
 
-# Takes what the operation before gave; the first takes token ids [T].
+# Its input is the output of the operation before it; the input of the first is token ids [T].
 BoundOperation = Callable[[Tensor, RunningStep], Tensor]
 
 

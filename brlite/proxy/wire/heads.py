@@ -448,5 +448,5 @@ def _address(text: str | None) -> ipaddress.IPv4Address | ipaddress.IPv6Address 
         address = ipaddress.ip_address((text or "").partition("%")[0])
     except ValueError:
         return None
-    # The form of IPv4 peers on a dual-stack socket.
+    # A dual-stack socket shows an IPv4 peer as ::ffff:192.0.2.1.
     return getattr(address, "ipv4_mapped", None) or address
