@@ -177,7 +177,7 @@ def check_online() -> None:
 
 
 def reach_limit(*, has_other_source: bool) -> float:
-    """How many seconds the hub has for its first answer: as the library's variable says, 10 by its default."""
+    """Seconds to wait for the hub's first answer: by HF_HUB_ETAG_TIMEOUT, else 10, or 3 with another source."""
     from huggingface_hub import constants
 
     is_told = REACH_VARIABLE in os.environ

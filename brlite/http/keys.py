@@ -22,9 +22,9 @@ from brlite.process.children import read_secret
 
 
 class ApiKeys:
-    """The keys that are accepted; with none, every client is.
+    """The API keys that are accepted. Without any, requests need no key.
 
-    `plain` keys have neither name nor rules, `named` ones are pairs of the secret and what it may do.
+    `plain` keys have no name and no rules. `named` keys are pairs of the secret and its rules.
     """
 
     def __init__(

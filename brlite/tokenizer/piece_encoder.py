@@ -1,7 +1,7 @@
-"""Cuts text as sentencepiece does with the pieces of a bare `tokenizer.model`: one space, before the first stretch.
+"""Cuts text into the pieces of a bare `tokenizer.model`, as sentencepiece does: one space, at the text's beginning.
 
-The `tokenizers` package puts its prefix before each stretch between added tokens, so these are found here. Knows no
-files and no chats.
+The `tokenizers` package adds a space after each added token, too. So added tokens are found here, and the text between
+them is given to that package. Knows no files and no chats.
 """
 
 from __future__ import annotations

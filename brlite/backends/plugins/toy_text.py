@@ -36,7 +36,7 @@ def toy_tokenizer() -> Tokenizer:
 
 
 class ByteEncoder(Encoder):
-    """Bytes as they are; a whole prompt is what a user says, and the assistant's turn is next."""
+    """One token for each byte. A whole prompt becomes a user's message, before the token that begins the answer."""
 
     max_composed = 1
 
@@ -49,7 +49,7 @@ class ByteEncoder(Encoder):
 
 
 class ToyChat(ChatFormat):
-    """Before each message the token of its role, behind an assistant's the end token."""
+    """Each message follows the token of its role; an assistant's ends with the end token."""
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, extras: TemplateExtras = NO_EXTRAS
