@@ -128,7 +128,7 @@ def make_backend(
 @torch.inference_mode()
 def _fill(backend: TorchBackend) -> None:
     """Random weights in place: matrices of a spread that keeps logits finite, norms of ones, int8 with small scales."""
-    for name, tensor in backend._decoder.parameters.named.items():
+    for name, tensor in backend._steps.parameters.named.items():
         if tensor.dtype == torch.int8:
             tensor.random_(-127, 128)
         elif name.endswith(".scales"):

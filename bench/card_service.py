@@ -27,7 +27,7 @@ from card_finding import Finding
 from brlite.models import find_family
 
 COMMAND = (sys.executable, "-c", servers.RUN_BRLITE)
-COMMAND_SECONDS = 60.0
+COMMAND_SECONDS = 120.0
 CPU_ADDRESS_SPACE = 24 * 2**30
 CONTEXT = 512
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"

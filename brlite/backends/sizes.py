@@ -12,7 +12,7 @@ from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -188,12 +188,13 @@ def settle_context(
 
 
 def _find_context(
-    config: ModelConfig, spec: ModelSpec, block_size: int, room: Callable[[], tuple[int, str]]
+    config: ModelConfig, spec: ModelSpec, block_size: int, room: Callable[[], CacheRoom]
 ) -> tuple[int, int, str]:
     """The context, the blocks of the KV cache, and what decided the context. `room` is what memory allows.
 
     Left out, it is the model's own where the cache may hold one. The cache then has `SHARED_TOKENS` for each sequence,
-    at least one whole context, and at most half of the memory that the weights leave, or `num_blocks`.
+    at least one whole context, and at most half of the memory that the weights leave, or `num_blocks`. On a card it
+    has all that there is room for.
     """
     if spec.build_seq:
         blocks = spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size)
@@ -201,24 +202,38 @@ def _find_context(
     own, reason = config.max_context, "the model's own"
     if own > MOST_CONTEXT:
         own, reason = MOST_CONTEXT, f"of the model's {own}; build_seq or --context may ask for more"
-    most, bound = (spec.num_blocks * block_size, "num_blocks") if spec.num_blocks else room()
+    most, bound, is_filled = CacheRoom(spec.num_blocks * block_size, "num_blocks") if spec.num_blocks else room()
     if most < own:
         context = max(most // block_size * block_size, min(own, LEAST_CONTEXT))
         own, reason = context, f"of the model's {config.max_context}, limited by {bound}"
-    shared = min(spec.build_batch * SHARED_TOKENS, most) // block_size
+    shared = (most if is_filled else min(spec.build_batch * SHARED_TOKENS, most)) // block_size
     return own, spec.num_blocks or max(math.ceil(own / block_size), shared), reason
 
 
-def _cache_room(engine: EngineConfig, ranks: Sequence[RankSizes], *, is_native: bool) -> tuple[int, str]:
-    """How many tokens the KV cache may have, and what sets that. Cards hold one rank each."""
-    memory, bound = find_memory().total, "memory"
-    card_bytes = None if is_native else device_memory(select_device(engine.device))
-    if card_bytes is not None:
-        memory, bound = card_bytes * len(ranks), "the card's memory"
-    if 0 < engine.memory_gib * GIB < memory:
+class CacheRoom(NamedTuple):
+    """How many tokens the KV cache may have, and what sets that. One that `is_filled` has all of them."""
+
+    num_tokens: int
+    bound: str
+    is_filled: bool = False
+
+
+def _cache_room(engine: EngineConfig, ranks: Sequence[RankSizes], *, is_native: bool) -> CacheRoom:
+    """What the memory leaves. Cards hold one rank each."""
+    weights, per_token = (sum(each) for each in zip(*map(msgspec.structs.astuple, ranks), strict=True))
+    card = None if is_native else device_memory(select_device(engine.device))
+    if card is not None:
+        room = max(0, int(card.total * engine.gpu_memory_utilization) - (card.total - card.free))
+        memory, bound = room * len(ranks), "engine.gpu_memory_utilization of the card's memory"
+    else:
+        memory, bound = find_memory().total, "memory"
+    is_bound = 0 < engine.memory_gib * GIB < memory
+    if is_bound:
         memory, bound = int(engine.memory_gib * GIB), "engine.memory_gib"
-    left = max(0, memory - sum(rank.weight_bytes for rank in ranks))
-    return left // 2 // sum(rank.kv_bytes_per_token for rank in ranks), bound
+    left = max(0, memory - weights)
+    if card is not None and not is_bound:
+        return CacheRoom(left // per_token, bound, is_filled=True)
+    return CacheRoom(left // 2 // per_token, bound)
 
 
 def _describe_forms(forms: Set[MatrixForm]) -> str:

@@ -148,6 +148,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(ge=0, le=10**6),
         option("bound on the weights and KV caches of all loaded models together, in GiB; 0: no bound"),
     ] = 0.0
+    gpu_memory_utilization: Annotated[
+        float,
+        Meta(gt=0, le=1),
+        option("part of a card's memory that weights and KV cache may take, with what others hold there"),
+    ] = 0.9
     on_rank_failure: Annotated[
         Literal["restart", "exit"],
         option("when a rank process ends: restart loads the model again, exit ends the server"),

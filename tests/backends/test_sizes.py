@@ -89,7 +89,7 @@ def test_the_start_says_what_the_context_is_and_why(tmp_path: Path, caplog: pyte
     spec = ModelSpec(name="tiny", path=str(folder), build_batch=2)
 
     with LLM(config=Config(model=(spec,))) as llm:
-        (output,) = llm.generate("x" * 100, SamplingParams(max_tokens=20))
+        (output,) = llm.generate("x" * 100, SamplingParams(max_tokens=20, ignore_eos=True))
 
     assert len(output.outputs[0].token_ids) == 20
     assert "model tiny: a context of 128 tokens, the model's own; KV cache: " in caplog.text

@@ -144,10 +144,24 @@ def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: tor
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[requested]
 
 
-def device_memory(device: torch.device) -> int | None:
-    """Bytes of a card's memory; None for the CPU, and for a runtime without that property."""
-    get_properties = getattr(_runtime(device.type), "get_device_properties", None) if device.type != "cpu" else None
-    return None if get_properties is None else getattr(get_properties(device), "total_memory", None)
+class CardMemory(NamedTuple):
+    """Bytes of a card: all, and those that nobody holds now."""
+
+    total: int
+    free: int
+
+
+def device_memory(device: torch.device) -> CardMemory | None:
+    """The memory of a card; None for the CPU, and for a runtime that does not tell. One that tells the total alone is
+    taken to be free."""
+    runtime = _runtime(device.type) if device.type != "cpu" else None
+    get_info = getattr(runtime, "mem_get_info", None)
+    if get_info is not None:
+        free, total = get_info(device)
+        return CardMemory(int(total), int(free))
+    get_properties = getattr(runtime, "get_device_properties", None)
+    total = None if get_properties is None else getattr(get_properties(device), "total_memory", None)
+    return None if total is None else CardMemory(total, total)
 
 
 def compute_capability(device: torch.device) -> tuple[int, int]:

@@ -308,6 +308,8 @@ class Tile(NamedTuple):
     @classmethod
     def of(cls, num_rows: int, matrix: Matrix, *, is_gated: bool = False) -> Tile:
         inputs = 128 if matrix.num_inputs % 128 == 0 or matrix.scales is None else QUANTIZATION_GROUP
+        if matrix.scales is not None and not is_gated and num_rows <= 16 and matrix.num_inputs % 256 == 0:
+            return cls(64, 16, 256, 3, 4)
         if num_rows <= 32:
             return cls(64, 16 if num_rows <= 16 else 32, inputs, 3 if is_gated else 4, 4)
         if num_rows <= FEW_ROWS:
