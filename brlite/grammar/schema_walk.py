@@ -157,7 +157,7 @@ class _Walk:
                 yield f"{pointer}/{keyword}", node[keyword], depth
         for keyword in (*_LISTS, "items"):
             value = node.get(keyword)
-            if keyword in _LISTS and value is not None and not isinstance(value, list):
+            if keyword in _LISTS and keyword in node and not isinstance(value, list):
                 raise SchemaRefused(f"{pointer}/{keyword}", f"{keyword} is a list of schemas")
             if isinstance(value, list):
                 yield from ((f"{pointer}/{keyword}/{index}", child, depth) for index, child in enumerate(value))

@@ -170,8 +170,8 @@ def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(properties, Mapping) or not MORE_PROPERTIES.isdisjoint(schema):
         return schema
     required = schema.get("required", ())
-    if not isinstance(required, Sequence) or not all(name in properties for name in required):
-        return schema
+    if not isinstance(required, Sequence) or not all(isinstance(name, str) and name in properties for name in required):
+        return schema  # its fault is found when it is compiled
     return {**schema, "additionalProperties": False}
 
 

@@ -166,6 +166,10 @@ SCHEMA_REFUSALS: list[tuple[Any, str, str]] = [
     ({"anyOf": [{"$id": ""}]}, "#/anyOf/0/$id", "same name"),
     ({"anyOf": [{"$anchor": "a"}, {"$anchor": "a"}]}, "#/anyOf/1/$anchor", "same name"),
     (False, "#", "allows nothing"),
+    *(
+        ({keyword: None}, f"#/{keyword}", "is a list of schemas")
+        for keyword in ("anyOf", "oneOf", "allOf", "prefixItems")
+    ),
 ]
 
 

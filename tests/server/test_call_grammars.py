@@ -311,3 +311,13 @@ def test_a_call_has_no_arguments_but_those_that_the_function_names(
     grammar = compiled("marks are text", calls=found)
 
     assert takes(grammar, "marks are text", call) == takes_others
+
+
+@pytest.mark.parametrize("required", [[[]], [{}], [None], "city"])
+def test_required_names_that_are_no_texts_are_refused(required: Any) -> None:
+    found = call_grammar(
+        PARSERS["hermes"], [Tool(name="f", parameters={**OPEN, "required": required})], ToolChoice(mode="required")
+    )
+
+    with pytest.raises(InvalidRequest, match="required"):
+        compiled("marks are text", calls=found)
