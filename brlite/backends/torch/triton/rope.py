@@ -36,7 +36,8 @@ def _head(
 def _store(pages, scales, place, heads, dims, is_there, HEAD_DIM: tl.constexpr, IS_INT8: tl.constexpr):
     """Write a key or value head to its place in the cache; in int8 with a scale of its own."""
     if IS_INT8:
-        scale = tl.max(tl.abs(heads), axis=0) / 127
+        is_nan = tl.max((heads != heads).to(tl.int32), axis=0) > 0  # the maximum of numbers passes over a NaN
+        scale = tl.where(is_nan, float("nan"), tl.max(tl.abs(heads), axis=0) / 127)
         levels = heads / tl.maximum(scale, 1.1754944e-38) + _ROUND - _ROUND
         levels = tl.minimum(tl.maximum(levels, -127.0), 127.0)
         levels = tl.where(levels == levels, levels, 0.0)  # a NaN has no int8: its head's scale carries it

@@ -1,0 +1,91 @@
+"""Products with rows, against torch's in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from brlite.backends.torch.parameters import Int8Linear, Linear
+from brlite.backends.torch.quantize import quantize_weight
+from brlite.backends.torch.triton.multiply import (
+    MAX_PARTS,
+    Matrix,
+    multiply,
+    multiply_gated,
+    num_parts,
+    segment_size,
+)
+from tests.backends.torch.triton.interpreter import BFLOAT16_STEP, to_bfloat16
+
+# Rows, outputs and inputs: each kind of tile; sizes that fill no tile, no group and no segment; up to four segments.
+SHAPES = [(1, 70, 40), (3, 130, 300), (17, 64, 256), (33, 70, 480), (70, 70, 40), (70, 200, 264), (130, 10, 128)]
+
+
+def random_rows(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def make_matrix(num_outputs: int, num_inputs: int, *, is_int8: bool, has_bias: bool = False) -> tuple[Matrix, Tensor]:
+    """A matrix, and the weights that it stands for as they are multiplied, in float64."""
+    weight = random_rows(num_outputs, num_inputs, seed=1)
+    bias = random_rows(num_outputs, seed=2) if has_bias else None
+    if not is_int8:
+        return Matrix.of(Linear(weight, bias), num_inputs), weight.double()
+    levels, scales = quantize_weight(weight)
+    levels = functional.pad(levels, (0, -num_inputs % 32))
+    widened = levels.view(*scales.shape, 32).float() * scales.float().unsqueeze(-1)
+    matrix = Matrix.of(Int8Linear(levels, bias, scales=scales), num_inputs)
+    return matrix, to_bfloat16(widened).flatten(1)[:, :num_inputs].double()
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_product_is_the_sum_of_its_parts(shape: tuple[int, int, int], is_int8: bool) -> None:
+    num_rows, num_outputs, num_inputs = shape
+    matrix, weight = make_matrix(num_outputs, num_inputs, is_int8=is_int8)
+    x = random_rows(num_rows, num_inputs)
+
+    parts = multiply(x, matrix)
+
+    assert len(parts) == (num_parts(num_outputs, num_inputs) if num_rows <= 64 else 1)
+    torch.testing.assert_close(parts.double().sum(dim=0), x.double() @ weight.T, rtol=1e-5, atol=1e-4)
+
+
+def test_a_part_is_the_product_of_its_segment() -> None:
+    matrix, weight = make_matrix(70, 300, is_int8=True)
+    x = random_rows(2, 300)
+
+    parts = multiply(x, matrix)
+
+    assert len(parts) == 3
+    for part, start in zip(parts, range(0, 300, segment_size(300, 3)), strict=True):
+        segment = slice(start, start + 128)
+        torch.testing.assert_close(part.double(), x[:, segment].double() @ weight[:, segment].T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("has_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("num_rows", [3, 20, 40, 70])
+def test_gate_and_up_make_one_activation(num_rows: int, has_bias: bool, is_int8: bool) -> None:
+    matrix, weight = make_matrix(2 * 70, 72, is_int8=is_int8, has_bias=has_bias)
+    x = random_rows(num_rows, 72)
+    gate, up = functional.linear(x.double(), weight, None if matrix.bias is None else matrix.bias.double()).chunk(
+        2, dim=-1
+    )
+
+    found = multiply_gated(x, matrix)
+
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), functional.silu(gate) * up, rtol=BFLOAT16_STEP, atol=1e-4)
+
+
+def test_the_segments_of_a_matrix_hold_all_its_inputs_and_none_is_empty() -> None:
+    for num_outputs in (1, 64, 300, 2048, 4096, 30_000, 200_000):
+        for num_inputs in (32, 40, 127, 128, 129, 576, 1536, 4096, 14_336):
+            parts = num_parts(num_outputs, num_inputs)
+            size = segment_size(num_inputs, parts)
+
+            assert 1 <= parts <= MAX_PARTS
+            assert (parts - 1) * size < num_inputs <= parts * size

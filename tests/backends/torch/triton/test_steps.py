@@ -1,0 +1,212 @@
+"""Whole models by the kernels, against torch's operators in float32; and steps replayed, with the CPU for a card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from brlite.backends.torch.decoder import Decoder
+from brlite.backends.torch.device import DeviceRules
+from brlite.backends.torch.kv_cache import KVCache
+from brlite.backends.torch.loading import load_model
+from brlite.backends.torch.steps import EagerSteps, Run, Steps
+from brlite.backends.torch.triton.inputs import Filler, StepInputs, lay_out, transfer
+from brlite.backends.torch.triton.steps import StepGraph, TritonSteps
+from brlite.checkpoint.placing import LoadPlan
+from brlite.config.options import ModelSpec
+from brlite.models.config import KVDtype, ModelConfig
+from brlite.precision import PrecisionName
+from tests.load_plans import make_plan
+from tests.models.steps import BLOCK_SIZE, DEVICE, LENGTH, random_ids
+from tests.tiny_models import CHATGLM, LLAMA, MISTRAL, QWEN3, SMOLLM3, TINY_CONFIGS, TensorCheckpoint, random_tensors
+
+MAX_ERROR = 0.05  # of the logits' length, as the probe of a card allows
+NUM_BLOCKS = 48
+# Of three sequences the tokens (start, end) of each step: chunks, single tokens, both, and a sequence that waits.
+STEPS = [[(0, 5), (0, 1), (0, 2)], [(5, 6), (1, 4)], [(6, 7), (4, 5), (2, 3)]]
+TABLES = [[30, 3, 17, 4], [0, 21, 2], [40, 1]]  # scattered
+TOKENS = [random_ids(7, seed=seed) for seed in range(3)]
+
+
+class Model(NamedTuple):
+    """A tiny model, what it keeps in int8, and its cache."""
+
+    config: dict[str, Any]
+    precision: PrecisionName = "bf16"
+    kv_dtype: KVDtype = "bfloat16"
+
+    def plan(self) -> LoadPlan:
+        checkpoint = TensorCheckpoint(self.config, random_tensors(self.config))
+        return make_plan(checkpoint, ModelSpec(build_seq=LENGTH, precision=self.precision))
+
+    def eager(self) -> EagerSteps:
+        """In float32, with the weights that int8 makes of them."""
+        decoder = load_model(self.plan(), torch.float32, DEVICE)
+        return EagerSteps(decoder, make_cache(decoder.config, "int8" if self.kv_dtype == "int8" else "float32"))
+
+    def load(self) -> Decoder:
+        return load_model(self.plan(), torch.bfloat16, DEVICE, DeviceRules(keeps_int8=True))
+
+    def kernels(self) -> TritonSteps:
+        decoder = self.load()
+        cache = make_cache(decoder.config, self.kv_dtype)
+        return TritonSteps(decoder.config, decoder.parameters, cache, max_length=LENGTH)
+
+
+# Of one or two layers: a program of a kernel takes about a millisecond in the interpreter.
+MODELS = {
+    "window": Model({**MISTRAL, "sliding_window": 3, "num_hidden_layers": 1}),
+    "biases, int8": Model({**TINY_CONFIGS["llama-biases"], "num_hidden_layers": 2}, "a_bf16_w_int8"),
+    "head norms, int8": Model({**QWEN3, "num_hidden_layers": 1}, "a_bf16_w_int8_kv_int8", "int8"),
+    "partial turn of neighbours": Model({**CHATGLM, "num_layers": 1}),
+    "a layer in which no head turns, tied": Model(
+        {**SMOLLM3, "num_hidden_layers": 2, "no_rope_layers": [1, 0], "tie_word_embeddings": True}
+    ),
+}
+PLAIN = Model({**LLAMA, "num_hidden_layers": 1})
+
+
+def make_cache(config: ModelConfig, kv_dtype: KVDtype) -> KVCache:
+    return KVCache(config, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, dtype=kv_dtype, device=DEVICE)
+
+
+def runs_of(step: Sequence[tuple[int, int]]) -> list[Filler]:
+    return [
+        Filler(start, ids[start:end], table) for ids, table, (start, end) in zip(TOKENS, TABLES, step, strict=False)
+    ]
+
+
+@torch.inference_mode()
+def logits_of(steps: Steps, runs: Sequence[Run]) -> Tensor:
+    """The logits of all tokens of a step, run after run."""
+    computed = steps.forward(runs)
+    rows = [
+        first + row for first, run in zip(computed.first_rows, runs, strict=True) for row in range(len(run.token_ids))
+    ]
+    return steps.logits(computed, rows).clone()
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """The greatest of any row, as a part of its length."""
+    return float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_logits_are_those_of_torch_in_float32(model: Model) -> None:
+    eager, kernels = model.eager(), model.kernels()
+
+    for step in STEPS:
+        runs = runs_of(step)
+        assert error(logits_of(kernels, runs), logits_of(eager, runs)) < MAX_ERROR, step
+
+
+def test_what_the_head_reads_is_that_of_torch_in_float32() -> None:
+    runs = runs_of(STEPS[0])
+    found, expected = (
+        steps.normed(computed, [computed.first_rows[0] + 4, computed.first_rows[2]])
+        for steps in (PLAIN.kernels(), PLAIN.eager())
+        for computed in [steps.forward(runs)]
+    )
+
+    assert found.dtype == torch.float32
+    assert error(found, expected) < MAX_ERROR
+
+
+def test_int8_weights_are_laid_out_anew_and_not_kept_twice() -> None:
+    model = PLAIN._replace(precision="a_bf16_w_int8")
+    loaded = model.load().parameters
+
+    kept = model.kernels().parameters
+
+    assert kept.linears == {}
+    assert kept.named.keys() == loaded.named.keys()
+    num_scales = sum(tensor.numel() for name, tensor in loaded.named.items() if name.endswith(".scales"))
+    assert kept.num_bytes == loaded.num_bytes + 2 * num_scales  # in float32, no longer in bfloat16
+
+
+@dataclass
+class CalledGraph:
+    """In the place of a graph, which only a card can capture: computes the step when it is replayed."""
+
+    steps: TritonSteps
+    inputs: StepInputs
+    hidden: Tensor
+    logits: Tensor
+
+    def replay(self) -> None:
+        decoder = self.steps._decoder
+        self.hidden.copy_(decoder.forward(self.inputs))
+        self.logits.copy_(decoder.logits(self.hidden))
+
+
+def give_graph(steps: TritonSteps, num_rows: int) -> StepGraph:
+    """Have steps of up to `num_rows` single tokens replayed, with inputs as `capture` has them."""
+    layout = lay_out([steps._filler] * num_rows, BLOCK_SIZE, 1, table_width=steps._table_width)
+    array = torch.from_numpy(layout.array)
+    inputs = layout.on(array)._replace(max_context=LENGTH)
+    hidden = torch.full((num_rows, steps.config.hidden_size), torch.nan)
+    logits = torch.full((num_rows, steps.config.vocab_size), torch.nan)
+    called: Any = CalledGraph(steps, inputs, hidden, logits)
+    graph = StepGraph(called, array, inputs, hidden, logits)
+    steps._graphs[num_rows] = graph
+    return graph
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+def test_a_replayed_step_is_filled_up_and_writes_no_other_block(kv_dtype: KVDtype) -> None:
+    model = PLAIN._replace(kv_dtype=kv_dtype)
+    plain, replaying = model.kernels(), model.kernels()
+    graph = give_graph(replaying, 4)
+    for steps in (plain, replaying):
+        for step in STEPS[:2]:
+            logits_of(steps, runs_of(step))
+    assert graph.logits.isnan().all()  # those steps were not of single tokens
+
+    expected, found = (logits_of(steps, runs_of(STEPS[2])) for steps in (plain, replaying))
+
+    assert graph.inputs.token_ids.tolist() == [TOKENS[0][6], TOKENS[1][4], TOKENS[2][2], 0]
+    assert graph.inputs.tables[3, 0] == replaying.cache.scratch_block
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    blocks = range(NUM_BLOCKS + 1)  # all but the scratch block
+    for ours, theirs in zip(plain.cache.layers, replaying.cache.layers, strict=True):
+        for page, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            written = [pages.read(torch.tensor(blocks), torch.float32) for pages in (page, other)]
+            torch.testing.assert_close(*written, rtol=1e-2, atol=1e-2)
+
+
+def test_logits_of_a_replayed_step_are_given_for_any_of_its_rows() -> None:
+    steps = PLAIN.kernels()
+    graph = give_graph(steps, 4)
+    runs = [Filler(0, [ids[0]], table) for ids, table in zip(TOKENS, TABLES, strict=True)]
+
+    computed = steps.forward(runs)
+
+    assert computed.first_rows == [0, 1, 2]
+    assert torch.equal(steps.logits(computed, [2, 0]), graph.logits[[2, 0]])
+    assert torch.equal(steps.logits(computed, [0, 1]), graph.logits[:2])
+    torch.testing.assert_close(steps.normed(computed, [1]), steps._decoder.normed(graph.hidden)[1:2])
+
+
+def test_a_sequence_that_is_not_a_number_leaves_others_as_they_are() -> None:
+    steps, poisoned = PLAIN.kernels(), PLAIN.kernels()
+    poisoned.parameters.named["embedding"][TOKENS[0][2]] = torch.nan
+    assert TOKENS[0][2] not in TOKENS[1] + TOKENS[2]
+    runs = runs_of(STEPS[0])
+
+    expected, found = logits_of(steps, runs), logits_of(poisoned, runs)
+
+    assert found[4].isnan().all()
+    assert torch.equal(found[5:], expected[5:])
+
+
+def test_a_layout_on_the_device_is_of_an_array_of_its_own() -> None:
+    layout = lay_out(runs_of(STEPS[0]), BLOCK_SIZE, 2)
+    first, second = (transfer(lay_out(runs_of(step), BLOCK_SIZE, 2), DEVICE) for step in STEPS[:2])
+
+    assert first.token_ids.tolist() == layout.array[: layout.num_rows].tolist()
+    assert first.token_ids.data_ptr() != second.token_ids.data_ptr()
