@@ -22,6 +22,7 @@ from brlite.dialects.openai import ShownLogprob, encode_json, shown_logprob
 from brlite.dialects.responses_items import sealed
 from brlite.dialects.responses_tools import CalledTool, ResponseTools
 from brlite.dialects.sse import EVENT_END, frame
+from brlite.errors import InvalidRequest
 
 ID_PREFIX = "resp_"
 
@@ -62,8 +63,14 @@ class FinishedResponse(Struct, frozen=True):
     stream: bytes = b""
 
     def events(self, starting_after: int | None) -> bytes:
-        """The stream's events behind the one of this number. It takes time for long responses: 1 ms for 250 KB."""
+        """The stream's events behind the one of this number. It takes time for long responses: 1 ms for 250 KB.
+
+        Raises `InvalidRequest` for a number that the stream does not reach.
+        """
         events = zlib.decompress(self.stream).split(EVENT_END)[:-1]
+        if starting_after is not None and starting_after >= len(events):
+            text = f"starting_after is {starting_after}; this response's events are numbered 0 to {len(events) - 1}"
+            raise InvalidRequest(text, param="starting_after")
         behind = events if starting_after is None else events[starting_after + 1 :]  # numbers count from 0
         return b"".join([event + EVENT_END for event in behind])
 

@@ -188,6 +188,7 @@ async def test_a_stored_response_that_was_no_stream_is_sent_as_one(serve: Start)
         ({"starting_after": "1"}, "starting_after"),
         ({"stream": "true", "starting_after": "-1"}, "starting_after"),
         ({"stream": "true", "starting_after": "9" * 5000}, "starting_after"),
+        ({"stream": "true", "starting_after": "99999"}, "starting_after"),
     ],
 )
 async def test_a_bad_query_of_a_stored_response_is_refused(serve: Start, query: dict[str, Any], param: str) -> None:
