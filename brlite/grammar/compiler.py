@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 STACK_BYTES = 512 * 1024**2  # address space; memory is taken only for what a deep schema needs
 NO_TOKEN = 2**32 - 1  # llguidance's INVALID_TOKEN: no mask allows it
+# Of /a+/ /a+/, which the lexer does not part, llguidance 1.9.1 would look for the end of what is forced for ever.
+NO_FORCING = '%llguidance {"no_forcing": true}\n'
 MAX_LEAVES_TRIED = 500  # to find the place of an error
 # What a compiled grammar takes, measured on large ones. A full cache takes a fifth more: the allocator's holes between
 # grammars of different sizes grow for some 2,000 of them and then no more; malloc_trim gives that back.
@@ -296,7 +298,9 @@ class Library:
         except PatternRefused as error:
             raise PatternRefused(f"the grammar {error}") from None
         if not is_gbnf(text):
-            return self._llguidance.LLMatcher.grammar_from_lark(text)
+            if "%llguidance" in re.sub(r"%llguidance\s*\{\s*\}", "", text):
+                raise PatternRefused("the grammar sets options of llguidance; allowed is %llguidance {}")
+            return self._llguidance.LLMatcher.grammar_from_lark(NO_FORCING + text)
         try:
             return self._llguidance.grammar_from("gbnf", text)
         except ValueError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from brlite.grammar.compiler import GrammarCompiler, deep_stack
 from brlite.sampling_params import StructuredOutput
 from tests.fakes import EOS
 from tests.grammar.answers import LongTokens, write
+from tests.limits import PATIENCE_SECONDS
 
 TOKENIZER = LongTokens()
 COMPILER = GrammarCompiler(TOKENIZER, TOKENIZER.vocab_size, GrammarConfig())
@@ -321,3 +324,19 @@ def test_a_vocabulary_without_an_end_of_text_ends_an_answer_where_nothing_can_fo
     assert [each.is_ended for each in written] == [True, False]
     assert re.fullmatch("[ab]{4}c", written[0].text)
     assert re.fullmatch("[ab]{40,}", written[1].text)
+
+
+def test_expressions_side_by_side_do_not_force_tokens_without_end():
+    code = (
+        "from tests.grammar import test_compiler as t;"
+        "g = t.COMPILER.compile(t.StructuredOutput(grammar='start: /a+/ /a+/'));"
+        "assert t.write(g, t.TOKENIZER, temperature=1.0, seed=1, max_tokens=9).text == 'a' * 9"
+    )
+
+    process = subprocess.run([sys.executable, "-c", code], timeout=PATIENCE_SECONDS, check=False)
+
+    assert process.returncode == 0
+
+    with pytest.raises(InvalidRequest, match="sets options of llguidance"):
+        COMPILER.compile(StructuredOutput(grammar='%llguidance {"no_forcing": false}\nstart: /a+/ /a+/'))
+    assert texts(grammar='%llguidance {}\nstart: "a"') == ["a"] * 8
