@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import random
 import time
 from collections.abc import Callable
@@ -51,7 +52,9 @@ class Transformers:
 
         prompts = self._random(rows, num_tokens).tolist()
         blocks = rows * (-(-(num_tokens + num_answer) // 256) + 1)
-        config = ContinuousBatchingConfig(page_size=256, num_blocks=blocks, max_batch_tokens=max(2048, rows))
+        known = inspect.signature(ContinuousBatchingConfig).parameters
+        wanted = {"page_size": 256, "block_size": 256, "num_blocks": blocks, "max_batch_tokens": max(2048, rows)}
+        config = ContinuousBatchingConfig(**{name: value for name, value in wanted.items() if name in known})
 
         def run(prompts: list[list[int]], num_answer: int) -> float:
             fields = {"max_new_tokens": num_answer, "do_sample": False, "eos_token_id": -1, "pad_token_id": 0}

@@ -125,8 +125,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     ] = True
     block_size: Annotated[BlockSize, option("tokens in a block of the KV cache: 8, 16, 32, 64, 128, 256")] = 16
     max_num_batched_tokens: Annotated[
-        Count, option("tokens computed in one step, at least build_batch; longer prompts are cut into chunks")
-    ] = 128
+        CountOrZero,
+        option("tokens computed in one step, at least build_batch; 0: 128 on CPUs, 2048 on CUDA cards"),
+    ] = 0
     max_step_seconds: Annotated[
         SecondsOrZero,
         option("while answers run, a step takes as much of prompts as fits this time, at least 16 tokens; 0: no bound"),

@@ -242,7 +242,7 @@ def _is_loopback(host: str) -> bool:
 def _step_budget(config: Config) -> Warnings:
     budget = config.engine.max_num_batched_tokens
     for index, spec in enumerate(config.model):
-        if budget < spec.build_batch:
+        if 0 < budget < spec.build_batch:
             text = (
                 f"steps compute up to {spec.build_batch} tokens, one for each of model[{index}].build_batch sequences"
             )

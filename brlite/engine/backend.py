@@ -229,7 +229,8 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     One without `has_prompt_logprobs` is never given prompt targets, one whose `hidden_size` is 0 no pooling. `pooling`
     is the model's own way to make embeddings ("none": it has none), `matryoshka_dimensions` are the lengths that they
     may be cut to (0 among them: any). A model that cannot generate has no head, and is never asked to draw.
-    One that `can_run_ahead` is a `CanRunAhead`, and is given steps by `launch`.
+    One that `can_run_ahead` is a `CanRunAhead`, and is given steps by `launch`. `step_tokens` is how many tokens a step
+    may have where the config does not say: enough that the matrices are read for many at once.
     """
 
     name: str
@@ -255,6 +256,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     matryoshka_dimensions: tuple[int, ...] = ()
     can_generate: bool = True
     can_run_ahead: bool = False
+    step_tokens: int = 128
 
 
 class Backend(Protocol):

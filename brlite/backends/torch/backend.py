@@ -221,5 +221,6 @@ def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> Backen
         matryoshka_dimensions=spec.matryoshka_dimensions,
         can_generate=plan.model.has_head,
         is_batch_invariant=steps.is_batch_invariant,
+        step_tokens=rules_for(steps.device).step_tokens,
         notes=tuple(notes),
     )

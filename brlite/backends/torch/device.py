@@ -39,7 +39,7 @@ class DeviceRules(NamedTuple):
     `packs_matrices` in oneDNN's layout. `keeps_int8` holds int8 weights as they are, to be dequantised in the product:
     memory is what cards are short of. `has_few_shapes` rounds the shapes of a step up, since each one may cost a
     kernel. `samples` on the device, rather than on the host. `is_probed` before it is trusted. `has_triton`: our
-    kernels can be compiled for it.
+    kernels can be compiled for it. `step_tokens` are those of a step with prompts where the config does not say.
     """
 
     packs_matrices: bool = False
@@ -48,11 +48,12 @@ class DeviceRules(NamedTuple):
     samples: bool = True
     is_probed: bool = False
     has_triton: bool = False
+    step_tokens: int = 128
 
 
 RULES = {
     "cpu": DeviceRules(packs_matrices=True),
-    "cuda": DeviceRules(keeps_int8=True, has_few_shapes=True, is_probed=True, has_triton=True),
+    "cuda": DeviceRules(keeps_int8=True, has_few_shapes=True, is_probed=True, has_triton=True, step_tokens=2048),
     # Sorting, masks and what waits for the device are the weak side of young plugins.
     "supa": DeviceRules(keeps_int8=True, has_few_shapes=True, samples=False, is_probed=True),
 }

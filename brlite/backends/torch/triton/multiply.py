@@ -297,7 +297,10 @@ def _widened(matrix: Matrix) -> Matrix:
 
 
 class Tile(NamedTuple):
-    """What one program computes: `outputs` by `rows`, `inputs` at a time. It changes no bit of the result."""
+    """What one program computes: `outputs` by `rows`, `inputs` at a time, of which `SEGMENT_STEP` is a multiple.
+
+    It changes no bit of the result. The sizes were measured on an H200.
+    """
 
     outputs: int
     rows: int
@@ -308,8 +311,6 @@ class Tile(NamedTuple):
     @classmethod
     def of(cls, num_rows: int, matrix: Matrix, *, is_gated: bool = False) -> Tile:
         inputs = 128 if matrix.num_inputs % 128 == 0 or matrix.scales is None else QUANTIZATION_GROUP
-        if matrix.scales is not None and not is_gated and num_rows <= 16 and matrix.num_inputs % 256 == 0:
-            return cls(64, 16, 256, 3, 4)
         if num_rows <= 32:
             return cls(64, 16 if num_rows <= 16 else 32, inputs, 3 if is_gated else 4, 4)
         if num_rows <= FEW_ROWS:
