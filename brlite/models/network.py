@@ -1,8 +1,8 @@
 """A decoder as data: its operations in order, each with the parameters that it reads. No tensors, no mathematics.
 
-Torch runs the list (`backends/torch/decoder.py`); native code (`backends/native/plan.py`) and the kernels for CUDA cards
-(`backends/torch/triton/plan.py`) compile it and fuse some. Weights are allocated, divided among ranks and counted by the
-parameters that it names. A new branch of the network is one more operation here, with its form in each of them.
+Torch runs the list (`backends/torch/decoder.py`). Native code (`backends/native/plan.py`) and the kernels for CUDA
+cards (`backends/torch/triton/plan.py`) compile it and fuse some. Weights are allocated, divided among ranks and counted
+by the parameters that it names. A new branch of the network is one more operation here, with its form in each of them.
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 
 from brlite.backends.torch.decoder import Decoder
-from brlite.backends.torch.device import compute_capability, rules_for
+from brlite.backends.torch.device import compute_capability, make_current, rules_for
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parallel import SharedParameters
 from brlite.backends.torch.steps import EagerSteps, Steps
@@ -53,7 +51,10 @@ def find_obstacle(decoder: Decoder, cache: KVCache) -> str | None:
     if decoder.config.head_dim > MAX_HEAD_DIM:
         return f"head_dim is {decoder.config.head_dim}, above {MAX_HEAD_DIM}"
     try:
-        importlib.import_module("triton")
-    except (ImportError, OSError, RuntimeError) as error:  # a build that does not fit the machine fails with any
-        return f"Triton cannot be imported ({next(iter(str(error).splitlines()), type(error).__name__)})"
+        from brlite.backends.torch.triton.rows import try_kernel
+
+        make_current(decoder.device)
+        try_kernel(decoder.device)
+    except Exception as error:  # no build for this machine, no compiler, no driver: each has errors of its own
+        return f"Triton cannot be used ({next(iter(str(error).splitlines()), type(error).__name__)})"
     return None
