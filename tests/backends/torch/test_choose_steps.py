@@ -17,7 +17,7 @@ from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parallel import SharedParameters
 from brlite.backends.torch.parameters import allocate_parameters
 from brlite.backends.torch.probe import PLAIN_CONFIG
-from brlite.backends.torch.steps import EagerSteps
+from brlite.backends.torch.steps import EagerSteps, Steps
 from brlite.config.options import TorchKernels
 from brlite.errors import ConfigError
 from brlite.models.config import KVDtype, ModelConfig
@@ -31,8 +31,8 @@ def make_model(
     return Decoder(config, parameters, max_length=8), cache
 
 
-def choose(kernels: TorchKernels, *model: Any) -> tuple[Any, list[str]]:
-    return choose_steps(*(model or make_model()), kernels, max_rows=2, max_length=8)
+def choose(kernels: TorchKernels, dtype: torch.dtype = torch.bfloat16) -> tuple[Steps, list[str]]:
+    return choose_steps(*make_model(dtype=dtype), kernels=kernels, max_rows=2, max_length=8)
 
 
 @pytest.fixture
@@ -57,17 +57,15 @@ def test_kernels_that_are_asked_for_on_a_cpu_are_refused() -> None:
 
 @pytest.mark.usefixtures("has_card")
 def test_an_obstacle_is_told_of_or_refused() -> None:
-    model = make_model(dtype=torch.float32)
-
-    steps, notes = choose("auto", *model)
+    steps, notes = choose("auto", torch.float32)
 
     assert isinstance(steps, EagerSteps)
     assert len(notes) == 1
     assert "slower than this card can be" in notes[0]
     assert "engine.dtype" in notes[0]
-    assert choose("eager", *model)[1] == []
+    assert choose("eager", torch.float32)[1] == []
     with pytest.raises(ConfigError, match=r"our kernels cannot be used: they compute in bfloat16"):
-        choose("triton", *model)
+        choose("triton", torch.float32)
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (6, 1)])

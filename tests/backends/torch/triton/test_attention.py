@@ -64,10 +64,11 @@ def make_pages(shape: HeadsShape, runs: list[Filler], *, is_int8: bool = False) 
     is_unused = torch.ones(NUM_BLOCKS * BLOCK_SIZE, dtype=torch.bool)
     is_unused[[slot for run in runs for slot in slots_of(run)]] = False
     if not is_int8:
-        pages = [page.bfloat16() for page in (keys, values)]
-        for page in pages:
-            page.flatten(0, 1)[is_unused] = torch.nan
-        return Pages(LayerPages(*pages, None, None), *(page.double().flatten(0, 1) for page in pages))
+        keys, values = keys.bfloat16(), values.bfloat16()
+        for part in (keys, values):
+            part.flatten(0, 1)[is_unused] = torch.nan
+        layer = LayerPages(keys, values, None, None)
+        return Pages(layer, keys.double().flatten(0, 1), values.double().flatten(0, 1))
     stored = [Int8Pages(torch.zeros(size, dtype=torch.int8), torch.zeros((*size[:-1], 1))) for _ in range(2)]
     for page, heads in zip(stored, (keys, values), strict=True):
         page.write(torch.arange(NUM_BLOCKS * BLOCK_SIZE), heads.flatten(0, 1))

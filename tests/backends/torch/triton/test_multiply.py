@@ -11,7 +11,9 @@ from brlite.backends.torch.parameters import Int8Linear, Linear
 from brlite.backends.torch.quantize import quantize_weight
 from brlite.backends.torch.triton.multiply import (
     MAX_PARTS,
+    SEGMENT_STEP,
     Matrix,
+    Tile,
     multiply,
     multiply_gated,
     num_parts,
@@ -20,7 +22,16 @@ from brlite.backends.torch.triton.multiply import (
 from tests.backends.torch.triton.interpreter import BFLOAT16_STEP, to_bfloat16
 
 # Rows, outputs and inputs: each kind of tile; sizes that fill no tile, no group and no segment; up to four segments.
-SHAPES = [(1, 70, 40), (3, 130, 300), (17, 64, 256), (33, 70, 480), (70, 70, 40), (70, 200, 264), (130, 10, 128)]
+SHAPES = [
+    (1, 70, 40),
+    (3, 130, 300),
+    (5, 64, 512),
+    (17, 64, 256),
+    (33, 70, 480),
+    (70, 70, 40),
+    (70, 200, 264),
+    (130, 10, 128),
+]
 
 
 def random_rows(*shape: int, seed: int = 0) -> Tensor:
@@ -89,3 +100,13 @@ def test_the_segments_of_a_matrix_hold_all_its_inputs_and_none_is_empty() -> Non
 
             assert 1 <= parts <= MAX_PARTS
             assert (parts - 1) * size < num_inputs <= parts * size
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+@pytest.mark.parametrize("num_inputs", [40, 64, 512])
+def test_no_tile_takes_inputs_of_two_segments(num_inputs: int, is_int8: bool) -> None:
+    matrix, _ = make_matrix(64, num_inputs, is_int8=is_int8)
+
+    for is_gated in (False, True):
+        for num_rows in (1, 16, 17, 32, 33, 64, 65, 2048):
+            assert SEGMENT_STEP % Tile.of(num_rows, matrix, is_gated=is_gated).inputs == 0

@@ -143,10 +143,11 @@ def test_int8_heads_have_the_levels_and_scales_of_the_cache_in_torch(heads: Head
 
     store(qkv, bias, heads, pages, scales)
 
-    for page, scale, expected in zip(pages, scales, expected_pages, strict=True):
+    for levels, scale, expected in zip(pages, scales, expected_pages, strict=True):
         torch.testing.assert_close(scale, expected.scales, rtol=1e-5, atol=0)
-        assert (page.int() - expected.values.int()).abs().max() <= 1  # a half may be rounded the other way
-        assert (page != expected.values).float().mean() < 0.01
+        differences = (levels.int() - expected.values.int()).abs()
+        assert differences.max() <= 1  # a half may be rounded the other way
+        assert differences.float().mean() < 0.01
     assert scales[1].flatten(0, 1)[SLOTS[1], -1] == 0
 
 

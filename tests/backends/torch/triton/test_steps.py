@@ -58,17 +58,18 @@ class Model(NamedTuple):
         return TritonSteps(decoder.config, decoder.parameters, cache, max_length=LENGTH)
 
 
-# Of one or two layers: a program of a kernel takes about a millisecond in the interpreter.
+# Of few heads and layers: a head of a row takes some milliseconds in the interpreter.
+NARROW = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 1}
 MODELS = {
-    "window": Model({**MISTRAL, "sliding_window": 3, "num_hidden_layers": 1}),
-    "biases, int8": Model({**TINY_CONFIGS["llama-biases"], "num_hidden_layers": 2}, "a_bf16_w_int8"),
+    "window": Model({**MISTRAL, **NARROW, "sliding_window": 3}),
+    "biases, int8": Model({**TINY_CONFIGS["llama-biases"], **NARROW, "num_hidden_layers": 2}, "a_bf16_w_int8"),
     "head norms, int8": Model({**QWEN3, "num_hidden_layers": 1}, "a_bf16_w_int8_kv_int8", "int8"),
     "partial turn of neighbours": Model({**CHATGLM, "num_layers": 1}),
     "a layer in which no head turns, tied": Model(
-        {**SMOLLM3, "num_hidden_layers": 2, "no_rope_layers": [1, 0], "tie_word_embeddings": True}
+        {**SMOLLM3, **NARROW, "num_hidden_layers": 2, "no_rope_layers": [1, 0], "tie_word_embeddings": True}
     ),
 }
-PLAIN = Model({**LLAMA, "num_hidden_layers": 1})
+PLAIN = Model({**LLAMA, **NARROW})
 
 
 def make_cache(config: ModelConfig, kv_dtype: KVDtype) -> KVCache:
@@ -157,9 +158,8 @@ def give_graph(steps: TritonSteps, num_rows: int) -> StepGraph:
     return graph
 
 
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-def test_a_replayed_step_is_filled_up_and_writes_no_other_block(kv_dtype: KVDtype) -> None:
-    model = PLAIN._replace(kv_dtype=kv_dtype)
+def test_a_replayed_step_is_filled_up_and_writes_no_other_block() -> None:
+    model = PLAIN._replace(kv_dtype="int8")
     plain, replaying = model.kernels(), model.kernels()
     graph = give_graph(replaying, 4)
     for steps in (plain, replaying):

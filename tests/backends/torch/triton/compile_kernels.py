@@ -1,0 +1,102 @@
+"""Compile kernels for cards that need not be there: `compile_kernels.py CAPABILITY:NAME …`, such as 90:merge.
+
+Prints how often the code of each has some instructions, as JSON. Not for Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from triton import compile as compile_kernel
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from brlite.backends.torch.triton.attention import BLOCK_KEYS, MIN_SPLIT, attention_kernel, merge_kernel
+from brlite.backends.torch.triton.multiply import gated_kernel, multiply_kernel
+from brlite.backends.torch.triton.rope import store_heads_kernel
+from brlite.backends.torch.triton.rows import add_norm_kernel
+
+INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "fma.rn.bf16x2")
+# What arguments are, by their names; a kernel's other arguments are constants, None where they are not given.
+POINTERS = {
+    "*bf16": "x bias query",
+    "*fp32": "scales up_scales hidden product weight qkv query_norm key_norm cos sin key_scales value_scales parts "
+    "part_best part_weight",
+    "*i32": "positions slots tables tile_seqs tile_firsts starts lengths first_rows",
+}
+ALIGNED = {"num_outputs": "i32", "num_inputs": "i32", "stride": "i32", "segment": "i32", "size": "i32"}
+NUMBERS = {"num_rows": "i32", "num_singles": "i32", "table_width": "i32", "epsilon": "fp32", "softmax_scale": "fp32"}
+
+FEW_ROWS = {"IS_EVEN": True, "BLOCK_OUTPUTS": 64, "BLOCK_ROWS": 16, "BLOCK_INPUTS": 128, "STAGES": 4}
+MANY_ROWS = {"IS_EVEN": True, "BLOCK_OUTPUTS": 128, "BLOCK_ROWS": 128, "BLOCK_INPUTS": 64, "STAGES": 3}
+PART = {"IS_PART": True, "HAS_SEGMENTS": False}
+SEGMENTS = {"IS_PART": False, "HAS_SEGMENTS": True}
+HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK_DIM": 128}
+ATTENTION = {**HEADS, "WINDOW": 0, "BLOCK_SIZE": 16, "BLOCK_KEYS": BLOCK_KEYS, "SPLIT": MIN_SPLIT, "STAGES": 2}
+STORED = {**HEADS, "NUM_PARTS": 2, "ROTARY_DIM": 128, "IS_INTERLEAVED": False, "HAS_BIAS": False, "HAS_NORM": True}
+NO_SCALES = {"scales": None}
+INT8_MATRIX = {"values": "*i8", "up_values": "*i8"}
+MATRIX = {"values": "*bf16", "out": "*fp32"}
+INT8_PAGES = {"keys": "*i8", "values": "*i8"}
+
+# Of each: the kernel, types of arguments that its other uses have otherwise, its constants, its warps.
+KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
+    "multiply few": (multiply_kernel, MATRIX, {**FEW_ROWS, **PART, **NO_SCALES, "IS_INT8": False}, 4),
+    "multiply many": (multiply_kernel, MATRIX, {**MANY_ROWS, **SEGMENTS, **NO_SCALES, "IS_INT8": False}, 4),
+    "multiply few int8": (multiply_kernel, {**MATRIX, **INT8_MATRIX}, {**FEW_ROWS, **PART, "IS_INT8": True}, 4),
+    "gated int8": (
+        gated_kernel,
+        {**INT8_MATRIX, "out": "*bf16"},
+        {**FEW_ROWS, "STAGES": 3, "IS_INT8": True, "HAS_BIAS": True},
+        4,
+    ),
+    "store heads int8": (store_heads_kernel, INT8_PAGES, {**STORED, "bias": None, "IS_INT8": True}, 1),
+    "attention part int8": (
+        attention_kernel,
+        {**INT8_PAGES, "out": "*fp32"},
+        {**ATTENTION, "IS_PART": True, "IS_INT8": True, "BLOCK_ROWS": 16},
+        4,
+    ),
+    "attention int8": (
+        attention_kernel,
+        {**INT8_PAGES, "out": "*bf16"},
+        {**ATTENTION, "IS_PART": False, "IS_INT8": True, "BLOCK_ROWS": 128, "part_best": None, "part_weight": None},
+        8,
+    ),
+    "merge": (merge_kernel, {"out": "*bf16"}, {**HEADS, "WINDOW": 0, "SPLIT": MIN_SPLIT}, 1),
+    "add norm": (
+        add_norm_kernel,
+        {"out": "*bf16"},
+        {"NUM_PARTS": 4, "HAS_BIAS": True, "HAS_NORM": True, "BLOCK": 4096},
+        8,
+    ),
+}
+
+
+def compiled_for(capability: int, name: str) -> dict[str, int]:
+    """How often the code of a kernel has each of `INSTRUCTIONS`."""
+    kernel, own_types, constants, num_warps = KERNELS[name]
+    known = {argument: kind for kind, names in POINTERS.items() for argument in names.split()}
+    types = {**known, **ALIGNED, **NUMBERS, **own_types}
+    signature = {argument: "constexpr" if argument in constants else types[argument] for argument in kernel.arg_names}
+    aligned = [
+        index
+        for index, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (argument in ALIGNED and kind != "constexpr")
+    ]
+    source = ASTSource(
+        kernel,
+        signature,
+        constexprs={argument: constants[argument] for argument in kernel.arg_names if argument in constants},
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    code = compile_kernel(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    return {instruction: code.count(instruction) for instruction in INSTRUCTIONS}
+
+
+if __name__ == "__main__":
+    wanted = (argument.partition(":") for argument in sys.argv[1:])
+    print(json.dumps([compiled_for(int(capability), name) for capability, _, name in wanted]))

@@ -1,0 +1,58 @@
+"""The kernels are compiled for cards, which need not be there, in a process without the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.backends.torch.triton.compile_kernels import KERNELS
+from tests.limits import PATIENCE_SECONDS
+
+ROOT = Path(__file__).parents[4]
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+NEW, OLD = 90, 80  # cards with asynchronous matrix units, and the first of those that the kernels are for
+NAMES = {NEW: set(KERNELS), OLD: {"multiply many", "gated int8", "attention part int8"}}
+WIDENING = {"multiply few int8", "gated int8", "attention part int8", "attention int8"}
+
+Counts = dict[str, int]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str], Counts]:
+    """How often the code of a kernel for a kind of card has some instructions."""
+    wanted = [(capability, name) for capability, names in NAMES.items() for name in sorted(names)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT), *(f"{capability}:{name}" for capability, name in wanted)]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=4 * PATIENCE_SECONDS
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    counts: list[Counts] = json.loads(result.stdout)
+    return dict(zip(wanted, counts, strict=True))
+
+
+def having(compiled: dict[tuple[int, str], Counts], capability: int, instruction: str) -> set[str]:
+    return {name for name in NAMES[capability] if compiled[capability, name][instruction] > 0}
+
+
+def test_products_use_asynchronous_matrix_units_where_a_card_has_them(
+    compiled: dict[tuple[int, str], Counts],
+) -> None:
+    products = {"multiply few", "multiply many", "multiply few int8", "gated int8", "attention int8"}
+
+    assert having(compiled, NEW, "wgmma.mma_async") == products
+    assert having(compiled, NEW, "mma.sync") == {"attention part int8"}  # whose rows are too few for those
+    assert having(compiled, OLD, "mma.sync") == NAMES[OLD]
+
+
+@pytest.mark.parametrize("capability", NAMES)
+def test_int8_is_widened_by_instructions_that_every_card_takes(
+    capability: int, compiled: dict[tuple[int, str], Counts]
+) -> None:
+    assert having(compiled, capability, "fma.rn.bf16x2") == NAMES[capability] & WIDENING
