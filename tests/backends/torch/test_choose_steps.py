@@ -101,14 +101,7 @@ def test_a_part_of_a_model_is_an_obstacle() -> None:
 
 @pytest.mark.usefixtures("has_card")
 def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "brlite.backends.torch.triton.rows", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
 
-    assert "Triton cannot be imported" in (find_obstacle(*make_model()) or "")
-
-
-@pytest.mark.usefixtures("has_card")
-@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
-def test_a_card_that_can_is_found_without_obstacle(kv_dtype: KVDtype) -> None:
-    pytest.importorskip("triton")
-
-    assert find_obstacle(*make_model(kv_dtype=kv_dtype)) is None
+    assert "Triton cannot be used (import of triton halted" in (find_obstacle(*make_model()) or "")

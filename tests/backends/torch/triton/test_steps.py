@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from brlite.backends.torch import choose_steps
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import DeviceRules
 from brlite.backends.torch.kv_cache import KVCache
@@ -116,6 +117,13 @@ def test_what_the_head_reads_is_that_of_torch_in_float32() -> None:
 
     assert found.dtype == torch.float32
     assert error(found, expected) < MAX_ERROR
+
+
+def test_a_card_that_can_has_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = PLAIN.load()
+    monkeypatch.setattr(choose_steps, "compute_capability", lambda _: (8, 0))
+
+    assert choose_steps.find_obstacle(decoder, make_cache(decoder.config, "bfloat16")) is None
 
 
 def test_int8_weights_are_laid_out_anew_and_not_kept_twice() -> None:
