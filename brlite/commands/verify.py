@@ -229,7 +229,7 @@ class _Replay:
 
     def _engine(self, engine: Engine, way: Way) -> Engine:
         """A fresh engine, with nothing cached, on what the backend has."""
-        info, budget = engine.info, self._config.max_num_batched_tokens
+        info, budget = engine.info, self._config.step_tokens(engine.info.step_tokens)
         fewest = math.ceil(min(self._most_tokens, context_length(info)) / info.block_size) + 1
         info = msgspec.structs.replace(
             info,

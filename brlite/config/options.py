@@ -32,6 +32,7 @@ DeviceIndex = Annotated[int, Meta(ge=0, le=1023)]
 BlockSize = Literal[8, 16, 32, 64, 128, 256]
 Backend = Literal["auto", "native", "torch"]
 TorchKernels = Literal["auto", "triton", "eager"]
+STEP_TOKENS = 128  # of a backend that prefers no other number
 Choice = Literal["least_loaded", "round_robin", "prefix", "sticky"]
 KeyHeader = Literal["authorization", "x-api-key", "api-key", "x-goog-api-key"]
 ToolParserName = Literal[
@@ -158,6 +159,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Literal["restart", "exit"],
         option("when a rank process ends: restart loads the model again, exit ends the server"),
     ] = "restart"
+
+    def step_tokens(self, preferred: int = STEP_TOKENS) -> int:
+        """The tokens of a step: those set, else those that a backend prefers."""
+        return self.max_num_batched_tokens or preferred
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

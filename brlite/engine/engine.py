@@ -92,7 +92,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._blocks,
             max_num_seqs=info.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens or info.step_tokens,
+            max_num_batched_tokens=config.step_tokens(info.step_tokens),
             max_draft_tokens=min(config.max_draft_tokens, info.max_draft_tokens) if config.speculation == "auto" else 0,
             max_draft_seqs=config.max_draft_seqs,
             pace=self._pace,

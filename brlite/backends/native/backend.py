@@ -282,7 +282,7 @@ def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | Undrawn], reported
 
 def max_rows(spec: ModelSpec, engine: EngineConfig) -> int:
     """The maximum number of rows of a step."""
-    return max(engine.max_num_batched_tokens, spec.build_batch)
+    return max(engine.step_tokens(), spec.build_batch)
 
 
 def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cache: PagedCache) -> BackendInfo:

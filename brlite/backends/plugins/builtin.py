@@ -57,7 +57,7 @@ class BuiltinEngine:
             backend.close()
             raise ConfigError(f"backend {backend.info.name} does not give its logits; native and torch do")
         self._backend = backend
-        self._max_step_tokens = max(config.max_num_batched_tokens, spec.build_batch)
+        self._max_step_tokens = max(config.step_tokens(), spec.build_batch)
         self._blocks_per_slot = math.ceil(spec.build_seq / backend.info.block_size)
         capabilities = _capabilities(backend.info)
         self._slots = Slots(capabilities)

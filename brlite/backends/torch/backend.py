@@ -73,7 +73,8 @@ class TorchBackend:
             probed = probe_device(device, dtype, plan.precision, plan.config, kv_dtype, engine.torch_kernels)
             plan = msgspec.structs.replace(plan, notes=(*plan.notes, *probed.notes))
         decoder = load_model(plan, dtype, device, rules, group)
-        plan.progress._replace(stage="compiling kernels and capturing steps").report(0.0)
+        if rules.has_triton:
+            plan.progress._replace(stage="compiling kernels and capturing steps").report(0.0)
         steps, notes = choose_steps(
             decoder,
             _allocate_cache(decoder, plan),
