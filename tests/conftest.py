@@ -20,6 +20,7 @@ settings.register_profile("any machine", deadline=None, suppress_health_check=[H
 settings.load_profile("any machine")
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read wherever Triton is imported, by torch as well: there is no card
 
 
 if os.environ.get("BRLITE_TEST_LOOP") == "uvloop":  # which the commands use, and which differs at the edges
