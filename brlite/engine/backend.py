@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 
 import msgspec
 
+from brlite.config.options import STEP_TOKENS
 from brlite.errors import BackendLost, EngineError
 from brlite.outputs import TokenLogprob
 from brlite.sampling_params import PoolingParams, SamplingParams
@@ -256,7 +257,7 @@ class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
     matryoshka_dimensions: tuple[int, ...] = ()
     can_generate: bool = True
     can_run_ahead: bool = False
-    step_tokens: int = 128
+    step_tokens: int = STEP_TOKENS
 
 
 class Backend(Protocol):

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from brlite.config.options import STEP_TOKENS
 from brlite.errors import ConfigError, MissingExtra
 from brlite.machine import describe_cpu, has_fast_bfloat16
 
@@ -48,7 +49,7 @@ class DeviceRules(NamedTuple):
     samples: bool = True
     is_probed: bool = False
     has_triton: bool = False
-    step_tokens: int = 128
+    step_tokens: int = STEP_TOKENS
 
 
 RULES = {
