@@ -22,7 +22,7 @@ import card_check
 import card_models
 import card_speed
 
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 from card_finding import Finding
 
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 
 CORES_PER_CHECK = 2
 CHECK_SECONDS = 100.0

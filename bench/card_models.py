@@ -23,9 +23,9 @@ from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.placing import LoadPlan
 from brlite.checkpoint.stored_tensor import F32, StoredTensor, tensor_in_memory
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.models import find_family
 from brlite.models.config import ModelConfig
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
+from brlite.models.registry import find_family
 
 WEIGHT_SCALE = 0.02
 BLOCK_SIZE = 16

@@ -28,7 +28,7 @@ from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import load_tokenizer
 

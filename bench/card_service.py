@@ -24,7 +24,7 @@ import servers
 import tiny_models
 from card_finding import Finding
 
-from brlite.models import find_family
+from brlite.models.registry import find_family
 
 COMMAND = (sys.executable, "-c", servers.RUN_BRLITE)
 COMMAND_SECONDS = 120.0

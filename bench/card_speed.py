@@ -35,7 +35,7 @@ from brlite.backends.torch.backend import TorchBackend
 from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.engine import Engine
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import load_tokenizer
 

@@ -35,8 +35,8 @@ from brlite.checkpoint.checked_model import check_model
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import BrliteError
 from brlite.llm import build_engine
-from brlite.machine import physical_cores
 from brlite.models.config import ModelConfig
+from brlite.process.machine import physical_cores
 
 LIMIT_NAMES = {
     "read": "memory read, GB/s",

@@ -35,7 +35,7 @@ from brlite.engine.backend import Backend, Batch, ScheduledSeq
 from brlite.errors import BrliteError
 from brlite.llm import build_engine
 from brlite.models.config import KVDtype
-from brlite.precision import PrecisionName, PrecisionOption
+from brlite.models.precision import PrecisionName, PrecisionOption
 from brlite.tokenizer import load_tokenizer
 
 TEXT = Path(__file__).with_name("quality_text.txt")

@@ -27,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.gguf_config import LAYER_NAMES, TENSOR_NAMES, hugging_face_name
-from brlite.models import find_family
+from brlite.models.registry import find_family
 from brlite.tokenizer import load_tokenizer
 
 TEXTS = tuple(Path(__file__).with_name(name) for name in ("prompts.txt", "quality_text.txt"))

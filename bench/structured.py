@@ -22,9 +22,9 @@ from typing import Any
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.engine.engine import Engine
+from brlite.engine.outputs import RequestOutput
 from brlite.engine.request import Request
 from brlite.llm import build_engine
-from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams, StructuredOutput
 
 PROMPT = "Write down all that you know about the people of this town, one after the other."

@@ -18,7 +18,7 @@ from brlite.checkpoint.fetch import locate_model, progress_bar
 from brlite.config.options import DEFAULT_MODEL, Config
 from brlite.config.validation import make_config
 from brlite.errors import ConfigError
-from brlite.precision import PrecisionOption
+from brlite.models.precision import PrecisionOption
 
 BRLITE = "brlite"
 # Word → table, field and value.

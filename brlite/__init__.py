@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from brlite.app import create_app
     from brlite.config.load import load_config
     from brlite.config.options import Config
+    from brlite.engine.outputs import RequestOutput
     from brlite.llm import LLM, AsyncEngine
-    from brlite.outputs import RequestOutput
     from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 
 __version__ = "0.1.0"
@@ -34,7 +34,7 @@ _HOMES = {
     "AsyncEngine": "brlite.llm",
     "Config": "brlite.config.options",
     "load_config": "brlite.config.load",
-    "RequestOutput": "brlite.outputs",
+    "RequestOutput": "brlite.engine.outputs",
     "PoolingParams": "brlite.sampling_params",
     "SamplingParams": "brlite.sampling_params",
     "StructuredOutput": "brlite.sampling_params",

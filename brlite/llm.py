@@ -40,10 +40,10 @@ from brlite.engine.admission import read_token_ids
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.backend import Backend, check_process, close_dropped
 from brlite.engine.engine import Engine
+from brlite.engine.outputs import RequestOutput
 from brlite.engine.request import Request
 from brlite.engine.scoring import ScoringHead
 from brlite.errors import BrliteError, EngineError, InvalidRequest, ModelError
-from brlite.outputs import RequestOutput
 from brlite.process.waiting import start_daemon
 from brlite.sampling_params import PoolingParams, SamplingParams
 from brlite.tokenizer import ChildLimits, Tokenizer, load_tokenizer

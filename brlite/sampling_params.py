@@ -28,6 +28,7 @@ RANDOM_SEED = 2**32 - 1  # llama.cpp's LLAMA_DEFAULT_SEED
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 Pooling = Literal["last", "mean"]
+FinishReason = Literal["stop", "length", "abort", "error"]  # why a completion ended
 
 
 Finite = Annotated[float, Meta(ge=-MAX, le=MAX)]

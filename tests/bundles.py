@@ -15,7 +15,7 @@ from brlite.conversion.bundle_writer import BundlePlan, plan_packing, plan_weigh
 from brlite.conversion.convert import read_side_files
 from brlite.conversion.safetensors_writer import OnBytes
 from brlite.models.network import num_parameters
-from brlite.precision import PRECISIONS, PrecisionName
+from brlite.models.precision import PRECISIONS, PrecisionName
 
 INT8: PrecisionName = "a_bf16_w_int8_kv_int8"
 SHARD_BYTES = 40_000  # a tiny model is several shards

@@ -14,8 +14,8 @@ import numpy as np
 from brlite.backends.pooling import pooled_result
 from brlite.chat.turns import joined_text
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SamplingInput, ScheduledSeq, SeqResult, StepResult
+from brlite.engine.outputs import TokenLogprob
 from brlite.errors import InvalidRequest
-from brlite.outputs import TokenLogprob
 from brlite.tokenizer.infill import InfillTokens
 from tests.limits import PATIENCE_SECONDS
 

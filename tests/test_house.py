@@ -20,7 +20,7 @@ import brlite
 
 PACKAGE = Path(__file__).parent.parent / "brlite"
 MAX_LINES = 600
-MAX_ROOMS, MAX_ARROWS = 26, 125
+MAX_ROOMS, MAX_LEVELS, MAX_ARROWS = 22, 12, 110
 MAX_SHARE_USED_ONCE = 0.2  # 1 to 9 % in nano-vllm, mini-sglang, gpt-fast, uvicorn, httpx and starlette
 MAX_SHORT_FILES, SHORT_FILE_LINES = 12, 40
 OLDEST_PYTHON = (3, 10)
@@ -28,36 +28,32 @@ OLDEST_PYTHON = (3, 10)
 # Room → what it may import: rooms or files of brlite (errors always), then third parties.
 ALLOWED: dict[str, tuple[str, str]] = {
     "errors": ("", ""),
-    "outputs": ("", "msgspec"),
-    "machine": ("", "msgspec"),
-    "precision": ("", "numpy"),
     "sampling_params": ("", "msgspec"),
     "files": ("", "msgspec"),
     "process": ("", ""),
-    "config": ("precision files machine process", "msgspec tomli tomllib"),
-    "models": ("precision files config", "numpy msgspec"),
+    "config": ("files process models.precision", "msgspec tomli tomllib"),
+    "models": ("files", "numpy msgspec"),
     "chat": ("files process", "tokenizers jinja2 msgspec"),
     "tokenizer": ("chat files process checkpoint.gguf_header checkpoint.model_file", "tokenizers"),
     "grammar": ("tokenizer sampling_params config", "llguidance numpy msgspec"),
-    "engine": ("tokenizer grammar sampling_params outputs config", "msgspec"),
+    "engine": ("tokenizer grammar sampling_params config", "msgspec"),
     "checkpoint": (
-        "models precision files process machine config",
+        "models files process config",
         "torch numpy gguf huggingface_hub filelock tqdm msgspec",
     ),
     "backends": (
-        "engine.backend models checkpoint tokenizer chat sampling_params outputs "
-        "precision config machine files process",
+        "engine.backend engine.outputs models checkpoint tokenizer chat sampling_params config files process",
         "torch triton numpy msgspec setuptools",
     ),
-    "conversion": ("models checkpoint backends tokenizer precision files machine config", "numpy msgspec"),
-    "dialects": ("chat.tools sampling_params outputs config files", "msgspec"),
+    "conversion": ("models checkpoint backends tokenizer files process config", "numpy msgspec"),
+    "dialects": ("chat.tools sampling_params config files", "msgspec"),
     "http": ("dialects.errors config files process", "aiohttp msgspec multidict yarl"),
     "server": (
-        "http dialects chat engine tokenizer sampling_params outputs config process",
+        "http dialects chat engine tokenizer sampling_params config process",
         "aiohttp msgspec prometheus_client",
     ),
     "proxy": ("http dialects config files process", "aiohttp msgspec prometheus_client"),
-    "llm": ("engine backends checkpoint tokenizer sampling_params outputs config process", "msgspec"),
+    "llm": ("engine backends checkpoint tokenizer sampling_params config process", "msgspec"),
     "app": ("server proxy http engine llm config", "aiohttp"),
     "ray_serve": ("app llm http dialects config", "aiohttp msgspec ray starlette yarl"),
 }
@@ -209,8 +205,12 @@ def test_rooms_are_few_and_close_no_loop():
         arrows.setdefault(room, set()).update(name.split(".")[0] for name in names)
     arrows = {room: names - {room} for room, names in arrows.items()}
 
+    def level(room: str) -> int:
+        return 1 + max(map(level, arrows[room]), default=0)
+
     assert loops(arrows) == []
     assert len(arrows) <= MAX_ROOMS
+    assert max(map(level, arrows)) <= MAX_LEVELS
     assert sum(map(len, arrows.values())) <= MAX_ARROWS
 
 

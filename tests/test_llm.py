@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 
 from brlite.commands.generate import run as run_generate
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
+from brlite.engine.outputs import RequestOutput
 from brlite.errors import ConfigError, InvalidRequest, ModelError
 from brlite.llm import LLM, AsyncEngine, build_engine
-from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 

@@ -22,8 +22,8 @@ from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Backend
 from brlite.errors import ConfigError, MissingExtra, NativeUnavailable
 from brlite.files.cache import default_cache, expand_home
-from brlite.machine import find_cpus, find_memory, show_bytes
 from brlite.models.config import ModelConfig
+from brlite.process.machine import find_cpus, find_memory, show_bytes
 
 if TYPE_CHECKING:
     from brlite.backends.native.library import NativeLibrary

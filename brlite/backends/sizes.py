@@ -25,12 +25,12 @@ from brlite.checkpoint.fetch import local_sources, locate_model
 from brlite.checkpoint.placing import describe_precision, matrix_parts
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ModelError
-from brlite.machine import find_memory, show_bytes
-from brlite.models import find_family
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
 from brlite.models.network import list_parameters, native_weight_bytes, num_parameters, weight_bytes
+from brlite.models.precision import MatrixForm
+from brlite.models.registry import find_family
 from brlite.models.shards import Shard, check_groups, rank_parameters, shard_config
-from brlite.precision import MatrixForm
+from brlite.process.machine import find_memory, show_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from brlite.checkpoint.new_file import FileRecord
 from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
-from brlite.precision import PRECISIONS, PrecisionName, PrecisionOption
+from brlite.models.precision import PRECISIONS, PrecisionName, PrecisionOption
 
 MANIFEST_FILE = "brlite-manifest.json"
 PROGRESS_FILE = "brlite-progress.json"  # the manifest of a bundle that is not finished

@@ -15,12 +15,12 @@ from brlite.checkpoint.stored_tensor import PLAIN_FORMATS
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError, ModelError
 from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line
-from brlite.models import find_family
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family, WeightTarget
 from brlite.models.network import Parameter, list_parameters
+from brlite.models.precision import PRECISIONS, STORED, Precision, PrecisionOption
+from brlite.models.registry import find_family
 from brlite.models.shards import check_num_ranks
-from brlite.precision import PRECISIONS, STORED, Precision, PrecisionOption
 
 BODY = "model."
 SCORING_HEAD = "score.weight"  # [1, H]

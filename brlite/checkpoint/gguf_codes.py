@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from brlite.checkpoint.stored_tensor import Bytes, Coded
 from brlite.models.config import QUANTIZATION_GROUP
-from brlite.precision import MatrixForm
+from brlite.models.precision import MatrixForm
 
 IQ4_NL_VALUES = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8

@@ -38,7 +38,7 @@ from brlite.errors import MissingExtra, ModelError
 from brlite.files.cache import default_cache
 from brlite.files.quoting import excerpt, reason
 from brlite.files.temporary import temporary_folder
-from brlite.models import find_family
+from brlite.models.registry import find_family
 from brlite.process.waiting import start_daemon
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, one_line, reason
 from brlite.files.text_file import TextError, decode_text
-from brlite.machine import show_bytes
+from brlite.process.machine import show_bytes
 
 HEAD_BYTES = 512
 MAX_TEXT_BYTES = 128 * 2**20  # of a tokenizer.json; those of large vocabularies have 30 MB

@@ -19,8 +19,8 @@ from brlite.config.options import EngineConfig, ModelSpec
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import WeightTarget
 from brlite.models.network import MatrixPart, Parameter
+from brlite.models.precision import INT4_FORMS, MatrixForm, Precision
 from brlite.models.shards import LANES, Shard, ShardSlice, parameter_parts, rank_parameters
-from brlite.precision import INT4_FORMS, MatrixForm, Precision
 
 
 class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from brlite.machine import show_bytes
+from brlite.process.machine import show_bytes
 
 OnProgress = Callable[[str, float], None]  # (what is being done, how much of it is done: 0 to 1)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from brlite.checkpoint.bfloat16 import from_bfloat16
 from brlite.checkpoint.quantization import ACT_ORDER, FOLDER_FORMS, ZERO_POINTS, Quantization
 from brlite.checkpoint.stored_tensor import (
     PLAIN_FORMATS,
@@ -27,7 +28,6 @@ from brlite.checkpoint.stored_tensor import (
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 from brlite.models.config import QUANTIZATION_GROUP
-from brlite.precision import from_bfloat16
 
 Array = npt.NDArray[np.generic]
 Shape = tuple[int, ...]

@@ -14,7 +14,7 @@ import msgspec
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 from brlite.models.families.hf_config import ConfigReader
-from brlite.precision import MatrixForm
+from brlite.models.precision import MatrixForm
 
 SECTION = "quantization_config"
 METHODS = ("gptq", "awq", "compressed-tensors", "fp8", "fbgemm_fp8")

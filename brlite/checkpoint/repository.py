@@ -96,7 +96,7 @@ class Repository:
 
     def check_space(self, num_bytes: int, variable: str) -> None:
         """Raise `ModelError` where the disk has not so many bytes left; `variable` chooses another folder."""
-        from brlite.machine import show_bytes
+        from brlite.process.machine import show_bytes
 
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free

@@ -19,9 +19,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from brlite.checkpoint.bfloat16 import from_bfloat16
 from brlite.errors import ModelError
 from brlite.files.quoting import reason
-from brlite.precision import from_bfloat16
 
 Bytes = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]

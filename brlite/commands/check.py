@@ -26,8 +26,8 @@ from brlite.config.validation import find_problems
 from brlite.config.warnings import GIB, check_memory, check_supported, config_warnings
 from brlite.errors import BrliteError, ConfigError
 from brlite.http.keys import ApiKeys
-from brlite.machine import find_memory, show_bytes
-from brlite.precision import PRECISIONS
+from brlite.models.precision import PRECISIONS
+from brlite.process.machine import find_memory, show_bytes
 from brlite.proxy.routing.connection_check import dial_all
 from brlite.proxy.routing.route_table import Route, RouteTable
 

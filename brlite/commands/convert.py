@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from brlite.errors import ConfigError
-from brlite.precision import PRECISIONS
+from brlite.models.precision import PRECISIONS
 
 
 def add_conversion(parser: argparse.ArgumentParser) -> None:

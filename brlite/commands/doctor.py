@@ -14,7 +14,7 @@ import brlite
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ConfigError, MissingExtra, ModelError, NativeUnavailable
 from brlite.files.cache import default_cache
-from brlite.machine import find_cpus, find_instruction_sets, find_memory, show_bytes
+from brlite.process.machine import find_cpus, find_instruction_sets, find_memory, show_bytes
 
 if TYPE_CHECKING:
     from brlite.backends.native.library import NativeLibrary

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TextIO
 from tqdm import tqdm
 
 from brlite.config.options import Config
+from brlite.engine.outputs import RequestOutput
 from brlite.errors import ConfigError, InvalidRequest
 from brlite.files.text_file import TextError, decode_text
 from brlite.llm import LLM
-from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 
 

@@ -22,9 +22,9 @@ from brlite.checkpoint.new_file import read_record
 from brlite.checkpoint.traced_checkpoint import TracedArchive
 from brlite.errors import ModelError
 from brlite.files.quoting import one_line
-from brlite.machine import show_bytes
-from brlite.models import find_family
 from brlite.models.network import num_parameters
+from brlite.models.registry import find_family
+from brlite.process.machine import show_bytes
 
 UNTOLD = "unknown: the graph's text cannot be read"
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")  # as the families call them

@@ -120,7 +120,7 @@ def find_models() -> Iterator[CachedModel]:
 
 def render(found: list[CachedModel]) -> str:
     """A table."""
-    from brlite.machine import show_bytes
+    from brlite.process.machine import show_bytes
 
     rows = [("NAME", "ON DISK", "WEIGHTS", "MEMORY", "USED")]
     for model in found:
@@ -154,7 +154,7 @@ def _describe(name: str, path: Path) -> CachedModel:
     from brlite.checkpoint import open_checkpoint
     from brlite.checkpoint.model_name import quantization_of
     from brlite.config.options import EngineConfig, ModelSpec
-    from brlite.models import find_family
+    from brlite.models.registry import find_family
 
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     status = [file.stat() for file in files]
@@ -191,7 +191,7 @@ def _named(name: str) -> CachedModel:
 
 
 def _remove(name: str, *, is_agreed: bool) -> int:
-    from brlite.machine import show_bytes
+    from brlite.process.machine import show_bytes
 
     model = _named(name)
     if not is_agreed:
@@ -226,7 +226,7 @@ def _delete(model: CachedModel) -> None:
 
 
 def _render_one(model: CachedModel) -> str:
-    from brlite.machine import show_bytes
+    from brlite.process.machine import show_bytes
 
     findings = {
         "name": model.name,

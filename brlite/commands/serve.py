@@ -30,7 +30,7 @@ from brlite.config.options import Config, ModelSpec
 from brlite.config.warnings import usable_connections
 from brlite.http.keys import KEYS
 from brlite.http.listen import HttpServer
-from brlite.process.descriptors import raise_descriptor_limit
+from brlite.process.machine import raise_descriptor_limit
 from brlite.proxy.routing.route_table import RouteTable
 from brlite.server.generate import CONFIG, MODELS
 from brlite.server.model_manager import ModelManager, OnProgress

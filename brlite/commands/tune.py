@@ -38,8 +38,8 @@ def tune(args: argparse.Namespace) -> int:
     from brlite.backends.sizes import find_model, known_sizes
     from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig, ModelSpec
     from brlite.config.validation import model_override, override
-    from brlite.machine import find_cpus, find_memory, show_bytes
-    from brlite.precision import PRECISIONS
+    from brlite.models.precision import PRECISIONS
+    from brlite.process.machine import find_cpus, find_memory, show_bytes
 
     spec = override(Config(), model_override(args.model)).model[0]
     if find_model(spec) is None and spec.name != DEFAULT_MODEL:

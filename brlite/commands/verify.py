@@ -23,11 +23,11 @@ from brlite.config.warnings import check_supported
 from brlite.engine.admission import context_length
 from brlite.engine.backend import Backend, BackendInfo
 from brlite.engine.engine import Engine
+from brlite.engine.outputs import RequestOutput, TokenLogprob
 from brlite.engine.request import Request, sibling_seed
 from brlite.errors import BrliteError, ConfigError, InvalidRequest
 from brlite.llm import Assembly, build_engine
-from brlite.machine import physical_cores
-from brlite.outputs import RequestOutput, TokenLogprob
+from brlite.process.machine import physical_cores
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
 

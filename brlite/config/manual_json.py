@@ -17,7 +17,7 @@ from brlite.config.options import Config, Count, DeviceIndex, Text
 from brlite.config.validation import convert, make_config, show
 from brlite.errors import ConfigError
 from brlite.files.cache import expand_home
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 
 
 class SeedConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -13,8 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from brlite.config.address import parse_address
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError
-from brlite.machine import find_cpus
-from brlite.process.descriptors import OWN, descriptor_limit
+from brlite.process.machine import OWN_DESCRIPTORS, descriptor_limit, find_cpus
 
 LOOPBACK = ("localhost", "::1")
 GIB = 2**30
@@ -123,7 +122,7 @@ def needed_descriptors(config: Config) -> int:
     """How many open files the config can need: a connection is one, a request that is forwarded one more."""
     num_connections = config.limits.max_connections
     models = _forwarded_models(config)
-    return OWN + num_connections + min(num_connections, len(models) * config.proxy.max_in_flight)
+    return OWN_DESCRIPTORS + num_connections + min(num_connections, len(models) * config.proxy.max_in_flight)
 
 
 def usable_connections(config: Config) -> int:
@@ -132,7 +131,7 @@ def usable_connections(config: Config) -> int:
     if needed_descriptors(config) <= limit:
         return config.limits.max_connections
     for_forwarding = len(_forwarded_models(config)) * config.proxy.max_in_flight
-    return max(1, limit - OWN - min(for_forwarding, (limit - OWN) // 2))
+    return max(1, limit - OWN_DESCRIPTORS - min(for_forwarding, (limit - OWN_DESCRIPTORS) // 2))
 
 
 def _manual_table(config: Config) -> Warnings:

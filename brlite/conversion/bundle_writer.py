@@ -53,8 +53,8 @@ from brlite.conversion.safetensors_writer import (
 )
 from brlite.errors import ModelError
 from brlite.files.temporary import PART_SUFFIX, sweep
-from brlite.machine import physical_cores
-from brlite.precision import Precision
+from brlite.models.precision import Precision
+from brlite.process.machine import physical_cores
 
 SHARD_BYTES = 2 * 10**9
 NO_IDENTITY = "0" * IDENTITY_CHARACTERS

@@ -46,11 +46,11 @@ from brlite.conversion.bundle_writer import (
 from brlite.conversion.rounding import Rounding
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
 from brlite.files.quoting import reason
-from brlite.machine import show_bytes
-from brlite.models import find_family
 from brlite.models.config import ModelConfig
 from brlite.models.network import num_parameters
-from brlite.precision import PRECISIONS, PrecisionName
+from brlite.models.precision import PRECISIONS, PrecisionName
+from brlite.models.registry import find_family
+from brlite.process.machine import show_bytes
 from brlite.tokenizer import Tokenizer, load_tokenizer
 from brlite.tokenizer.gguf_vocabulary import hugging_face_files
 

@@ -10,7 +10,7 @@ from typing import Literal
 from msgspec import Struct
 
 from brlite.chat.tools import ToolCallDelta
-from brlite.outputs import FinishReason
+from brlite.sampling_params import FinishReason
 
 EndReason = FinishReason | Literal["tool_calls"]
 

@@ -26,11 +26,11 @@ from brlite.engine.bad_words import TokenIds
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
 from brlite.engine.guidance import StepGuidance
+from brlite.engine.outputs import RequestOutput
 from brlite.engine.request import Request, Sink
 from brlite.engine.stats import EngineStats
 from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady, stopping
 from brlite.grammar.compiler import Grammar, deep_stack
-from brlite.outputs import RequestOutput
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 from brlite.tokenizer import NO_EXTRAS, TemplateExtras, Tokenizer
 

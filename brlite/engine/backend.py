@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple, NoReturn, Protocol, runtime_checkable
 import msgspec
 
 from brlite.config.options import STEP_TOKENS
+from brlite.engine.outputs import TokenLogprob
 from brlite.errors import BackendLost, EngineError
-from brlite.outputs import TokenLogprob
 from brlite.sampling_params import PoolingParams, SamplingParams
 
 MASK_WAIT_SECONDS = 60.0  # for masks that a step waits for; a usual one takes a fraction of a millisecond

@@ -27,6 +27,7 @@ from brlite.engine.bad_words import TokenIds, encode_bad_words
 from brlite.engine.block_manager import BlockManager, cache_root
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.guidance import GuidedSeq, StepGuidance
+from brlite.engine.outputs import CompletionOutput, RequestOutput
 from brlite.engine.pacing import StepPace
 from brlite.engine.request import (
     Request,
@@ -43,8 +44,7 @@ from brlite.engine.scoring import ScoringHead
 from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest, QueueFull, QueueTimeout
 from brlite.grammar.compiler import GrammarCompiler
-from brlite.outputs import CompletionOutput, FinishReason, RequestOutput
-from brlite.sampling_params import Pooling, PoolingParams, SamplingParams
+from brlite.sampling_params import FinishReason, Pooling, PoolingParams, SamplingParams
 from brlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -15,11 +15,11 @@ import msgspec
 
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.drafting import Drafter
+from brlite.engine.outputs import CompletionOutput, RequestOutput, RequestTimes, TokenLogprob
 from brlite.errors import BrliteError
 from brlite.grammar.compiler import Grammar
 from brlite.grammar.matcher import Matcher
-from brlite.outputs import CompletionOutput, FinishReason, RequestOutput, RequestTimes, TokenLogprob
-from brlite.sampling_params import Pooling, PoolingParams, SamplingParams
+from brlite.sampling_params import FinishReason, Pooling, PoolingParams, SamplingParams
 
 # Receives a request's deltas on the event-loop thread. The last one is finished, or it is the error that ended it.
 Sink = Callable[[RequestOutput | BrliteError], None]

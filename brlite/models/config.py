@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from brlite.errors import ModelError
-from brlite.precision import MatrixForm, Precision
+from brlite.models.precision import MatrixForm, Precision
 
 KVDtype = Literal["float32", "bfloat16", "int8"]
 

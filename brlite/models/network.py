@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from brlite.models.config import BFLOAT16_BYTES, FLOAT32_BYTES, GROUP_BYTES, QUANTIZATION_GROUP, ModelConfig
-from brlite.precision import MatrixForm
+from brlite.models.precision import MatrixForm
 
 # What a rank holds of a parameter. Rows: those of its heads (q, k and v), its half of gate and of up, or of its tokens.
 # Inputs: the columns that meet its heads or its part of the MLP; of their bias, rank 0 has all.

@@ -23,13 +23,13 @@ from brlite.dialects.event import TokenUsage
 from brlite.dialects.generation import Generation, in_client_words, refuse_warnings
 from brlite.engine.admission import check_limits
 from brlite.engine.async_engine import EngineLoop
+from brlite.engine.outputs import RequestOutput, RequestTimes
 from brlite.engine.request import Request
 from brlite.errors import BrliteError, EngineError, InvalidRequest, RequestTimeout, stopping
 from brlite.http.access_log import log_extras
 from brlite.http.events import EventStream
 from brlite.http.keys import API_KEY, spend_tokens
 from brlite.http.request_id import shown_request_id
-from brlite.outputs import RequestOutput, RequestTimes
 from brlite.server.engine_requests import make_requests, with_model_defaults
 from brlite.server.event_builder import EventBuilder
 from brlite.server.resumable import RECORDED, RecordedStream

@@ -23,11 +23,11 @@ from brlite.dialects.generation import Text
 from brlite.dialects.openai import PromptTokensDetails
 from brlite.engine.admission import check_pooling, context_length
 from brlite.engine.async_engine import EngineLoop
+from brlite.engine.outputs import RequestOutput
 from brlite.errors import RequestError
 from brlite.http.access_log import log_extras
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, spend_tokens
-from brlite.outputs import RequestOutput
 from brlite.server.generate import CONFIG, MODELS, admit
 
 QUICK_ITEMS = 4  # are encoded at once

@@ -17,7 +17,7 @@ from brlite.chat.reply import ReplyParser
 from brlite.chat.tools import ReasoningDelta, TextDelta, ToolCallDelta
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.generation import Generation
-from brlite.outputs import CompletionOutput, RequestOutput, TokenLogprob
+from brlite.engine.outputs import CompletionOutput, RequestOutput, TokenLogprob
 from brlite.server.chat_replies import ChatReplies
 from brlite.tokenizer import Tokenizer
 

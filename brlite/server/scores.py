@@ -12,11 +12,11 @@ from brlite.dialects.openai import PromptTokensDetails
 from brlite.dialects.scores import ScoreDialect, ScoreUsage, Scoring
 from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop
+from brlite.engine.outputs import RequestOutput
 from brlite.engine.scoring import SCORING, ScoringHead
 from brlite.errors import InvalidRequest
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
-from brlite.outputs import RequestOutput
 from brlite.server.embeddings import MAX_REPORTED_CUTS, QUICK_ITEMS, charge, cut_tokens
 from brlite.server.generate import CONFIG, MODELS, admit
 

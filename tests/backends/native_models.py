@@ -14,8 +14,8 @@ from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary
 from brlite.checkpoint import Checkpoint
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.models import find_family
-from brlite.precision import PrecisionOption
+from brlite.models.precision import PrecisionOption
+from brlite.models.registry import find_family
 from tests.load_plans import make_plan
 from tests.tiny_models import (
     BAICHUAN,

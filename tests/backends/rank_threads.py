@@ -17,8 +17,8 @@ from brlite.backends.native.step_rows import SharedSizes, create_shared_file
 from brlite.checkpoint import Checkpoint
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, StepResult
+from brlite.models.precision import PrecisionOption
 from brlite.models.shards import Shard
-from brlite.precision import PrecisionOption
 from tests.backends.native_models import MAX_CONTEXT, MAX_ROWS, make_checkpoint
 from tests.load_plans import make_plan
 

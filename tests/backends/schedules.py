@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from brlite.engine.backend import Backend, Batch, SampledToken, SamplingInput, ScheduledSeq, SeqResult
-from brlite.outputs import TokenLogprob
+from brlite.engine.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 from tests.backends.native_models import MAX_ROWS
 from tests.tiny_models import VOCAB_SIZE

@@ -14,7 +14,7 @@ import pytest
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary, available_isas
 from brlite.engine.backend import Batch, SampledToken, SeqResult, StepResult
-from brlite.precision import PRECISIONS, PrecisionName
+from brlite.models.precision import PRECISIONS, PrecisionName
 from tests.backends.native_models import MODELS, load_native, random_ids
 from tests.backends.rank_threads import load_native_ranks
 from tests.backends.schedules import Story, live_alone, make_prompts, run_schedules

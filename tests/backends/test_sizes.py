@@ -12,7 +12,7 @@ from brlite.backends import sizes
 from brlite.backends.sizes import DEFAULT_MODEL_CONFIG, GIB, Sizes, measure
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.llm import LLM
-from brlite.machine import Memory
+from brlite.process.machine import Memory
 from brlite.sampling_params import SamplingParams
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 

@@ -10,9 +10,9 @@ import pytest
 from brlite.checkpoint.checked_model import CheckedModel, settle_precision
 from brlite.checkpoint.placing import describe_precision, matrix_parts
 from brlite.config.options import ModelSpec
-from brlite.models import find_family
 from brlite.models.network import MatrixPart, list_parameters
-from brlite.precision import PRECISIONS, STORED, PrecisionOption
+from brlite.models.precision import PRECISIONS, STORED, PrecisionOption
+from brlite.models.registry import find_family
 
 PLAIN = {"norm": "F32", "a": "BF16", "b": "F16"}
 MIXED = {"norm": "F32", "a": "Q4_K", "b": "Q4_K", "c": "Q6_K"}

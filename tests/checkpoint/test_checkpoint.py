@@ -159,7 +159,7 @@ READ_ALL = """
 import sys
 from pathlib import Path
 from brlite.checkpoint import fetch, open_checkpoint
-from brlite.models import find_family
+from brlite.models.registry import find_family
 from brlite.models.rope_tables import pair_tables
 from tests.load_plans import read_tensors
 

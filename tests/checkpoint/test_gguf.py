@@ -16,7 +16,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.gguf_header import read_gguf_header
-from brlite.models import find_family
+from brlite.models.registry import find_family
 from tests.checkpoint.model_files import (
     HEAD_DIM,
     HEADS,

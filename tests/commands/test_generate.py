@@ -13,8 +13,8 @@ import pytest
 from brlite.commands import generate
 from brlite.commands.generate import Answers
 from brlite.config.options import Config, ModelSpec
+from brlite.engine.outputs import CompletionOutput, RequestOutput
 from brlite.errors import ConfigError, EngineError, InvalidRequest
-from brlite.outputs import CompletionOutput, RequestOutput
 from brlite.sampling_params import SamplingParams
 from tests.limits import PATIENCE_SECONDS
 from tests.process.servers import BRLITE

@@ -36,7 +36,7 @@ from brlite.checkpoint.new_file import read_record
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.conversion.bundle_writer import find_finished, write_bundle
 from brlite.errors import ModelError
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 from tests.backends.native_models import MODELS, random_ids
 from tests.bundles import INT8, make_bundle, plan_bundle
 from tests.limits import PATIENCE_SECONDS

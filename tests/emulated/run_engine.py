@@ -16,7 +16,7 @@ from brlite.commands.doctor import examine
 from brlite.config.options import Config, EngineConfig, ModelSpec
 from brlite.errors import ConfigError
 from brlite.llm import LLM, build_engine
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 from brlite.sampling_params import SamplingParams
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
 

@@ -13,9 +13,9 @@ import pytest
 from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.backend import Batch, StepResult
 from brlite.engine.engine import Engine
+from brlite.engine.outputs import RequestOutput
 from brlite.engine.request import Request
 from brlite.errors import BrliteError
-from brlite.outputs import RequestOutput
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 from tests.fakes import ByteTokenizer, FakeBackend
 

@@ -16,8 +16,8 @@ from brlite.config.options import EngineConfig, LimitsConfig
 from brlite.engine.async_engine import LONG_TEXT, EngineLoop
 from brlite.engine.backend import ScheduledSeq
 from brlite.engine.engine import Engine
+from brlite.engine.outputs import RequestOutput
 from brlite.errors import EngineError, InvalidRequest, NotReady
-from brlite.outputs import RequestOutput
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 from tests.fakes import ByteTokenizer, FakeBackend, hidden_state, reference_tokens
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from brlite.engine.backend import Batch, ScheduledSeq
+from brlite.engine.outputs import RequestOutput
 from brlite.errors import EngineError
-from brlite.outputs import RequestOutput
 from brlite.sampling_params import PoolingParams, StructuredOutput
 from tests.engine.conftest import Driver
 from tests.fakes import EOS, reference_tokens, repeating_token

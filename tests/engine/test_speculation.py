@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from brlite.config.options import LimitsConfig
 from brlite.engine.backend import Batch
 from brlite.engine.drafting import CHEAP_ROW_COST
+from brlite.engine.outputs import RequestOutput
 from brlite.engine.stats import EngineStats
-from brlite.outputs import RequestOutput
 from tests.engine.conftest import Driver
 from tests.fakes import BLOCK_SIZE, EOS, printable_token, reference_tokens, repeating_token
 

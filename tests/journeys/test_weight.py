@@ -20,7 +20,7 @@ from tests.tiny_models import write_tiny_model
 
 
 def journey() -> Journey:
-    """The load until six tensors are packed, without `machine.py`, which has a call for each core and mount."""
+    """The load until six tensors are packed, without `process/machine.py`, which has a call for each core and mount."""
     with TemporaryDirectory() as folder:
         path = write_tiny_model(Path(folder))
         spec = ModelSpec(name="tiny", path=str(path), precision="a_bf16_w_int8", build_seq=32, build_batch=1)
@@ -29,7 +29,7 @@ def journey() -> Journey:
             for _ in range(2):  # the first one imports
                 with record(since=("backends/choose.py", "load_backend")) as recorded:
                     load_backend(checkpoint, model, spec, EngineConfig(threads=1, backend="native")).close()
-    calls = [call for call in recorded.calls if call.file != "machine.py"]
+    calls = [call for call in recorded.calls if call.file != "process/machine.py"]
     return Journey(calls[: puts(calls)[6]])
 
 

@@ -13,7 +13,7 @@ from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
 from brlite.config.options import ModelSpec
 from brlite.models.config import KVDtype
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 from tests.load_plans import make_plan
 from tests.tiny_models import VOCAB_SIZE, TensorCheckpoint
 

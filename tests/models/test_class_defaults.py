@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from brlite.backends.torch.loading import load_model
 from brlite.config.options import ModelSpec
 from brlite.errors import ModelError
-from brlite.models import FAMILIES, find_family
+from brlite.models.registry import FAMILIES, find_family
 from tests.load_plans import make_plan
 from tests.models.steps import DEVICE, LENGTH, Runner, random_ids
 from tests.tiny_models import LLAMA, TensorCheckpoint, random_tensors, write_model

@@ -9,7 +9,6 @@ import torch
 
 from brlite.backends.torch.parameters import allocate_parameters
 from brlite.errors import ModelError
-from brlite.models import FAMILIES, find_family
 from brlite.models.config import (
     DynamicScaling,
     LinearScaling,
@@ -19,6 +18,7 @@ from brlite.models.config import (
     kv_bytes_per_token,
 )
 from brlite.models.network import num_parameters, weight_bytes
+from brlite.models.registry import FAMILIES, find_family
 from tests.tiny_models import (
     BAICHUAN,
     CHATGLM,

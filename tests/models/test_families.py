@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from brlite.backends.torch.decoder import Decoder
 from brlite.models.config import KVDtype
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 from tests.models import reference_baichuan, reference_chatglm
 from tests.models.steps import BLOCK_SIZE, LENGTH, Runner, load_tiny, random_ids
 from tests.tiny_models import TINY_CONFIGS, tiny_tensors, write_tiny_model

@@ -6,9 +6,9 @@ from collections import defaultdict
 
 import pytest
 
-from brlite.models import find_family
 from brlite.models.config import ModelConfig
 from brlite.models.network import Attend, build_network, list_parameters
+from brlite.models.registry import find_family
 from tests.tiny_models import LLAMA, QWEN3, SMOLLM3, TINY_CONFIGS
 
 

@@ -11,8 +11,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from brlite.models import find_family
 from brlite.models.config import DynamicScaling, RopeConfig, YarnScaling
+from brlite.models.registry import find_family
 from brlite.models.rope_tables import inverse_frequencies, pair_tables
 from tests.tiny_models import LLAMA
 

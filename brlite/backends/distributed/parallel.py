@@ -30,9 +30,9 @@ from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import BackendInfo
 from brlite.errors import ConfigError
-from brlite.machine import physical_cores
 from brlite.models.config import ModelConfig
 from brlite.models.shards import Shard, check_groups
+from brlite.process.machine import physical_cores
 
 if TYPE_CHECKING:
     from brlite.backends.native.library import NativeLibrary

@@ -38,12 +38,12 @@ from brlite.engine.backend import (
     StepResult,
     Undrawn,
 )
+from brlite.engine.outputs import TokenLogprob
 from brlite.errors import ConfigError, EngineError, RankGone
-from brlite.machine import describe_cpu
 from brlite.models.config import ModelConfig
 from brlite.models.rope_tables import inverse_frequencies
 from brlite.models.shards import shard_config
-from brlite.outputs import TokenLogprob
+from brlite.process.machine import describe_cpu
 
 MAX_DRAFT_TOKENS = 16
 SPAN = np.dtype([("start", "i4"), ("first_row", "i4"), ("num_rows", "i4"), ("reserved", "i4"), ("block_table", "u8")])

@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from brlite.errors import NativeUnavailable
 from brlite.files.temporary import sweep, temporary_folder
-from brlite.machine import physical_cores
 from brlite.process.children import ChildGroup, absolute_folders, child_environment
+from brlite.process.machine import physical_cores
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from brlite.backends.native import abi
 from brlite.backends.sampling.random_numbers import uniform
 from brlite.backends.sampling.rows import allowed_words
 from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
-from brlite.outputs import TokenLogprob
+from brlite.engine.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 
 _DRAW = np.dtype(abi.Draw)

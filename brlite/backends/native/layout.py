@@ -17,7 +17,7 @@ from brlite.backends.native.abi import BF16, INT4, INT4_MIN, INT4_ZERO, INT8, IN
 from brlite.backends.native.memory import aligned
 from brlite.models.config import QUANTIZATION_GROUP
 from brlite.models.network import MatrixPart, Parameter
-from brlite.precision import MatrixForm
+from brlite.models.precision import MatrixForm
 
 # panels: a matrix in the kernels' layout; table: bfloat16 rows for look-up; vector: float32, padded with zeros.
 Form = Literal["panels", "table", "vector"]

@@ -20,10 +20,10 @@ import numpy.typing as npt
 from brlite.backends.native.abi import LANES
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, packed_file_header, weights_start
+from brlite.checkpoint.bfloat16 import from_bfloat16, to_bfloat16
 from brlite.checkpoint.new_file import FileRecord, NewFile, read_record
 from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.models.families.family import WeightTarget
-from brlite.precision import from_bfloat16, to_bfloat16
 
 BLOCK_ROWS = 256  # rows that one call packs; a multiple of a panel
 

@@ -32,8 +32,8 @@ from brlite.engine.backend import (
     StepResult,
     Undrawn,
 )
+from brlite.engine.outputs import TokenLogprob
 from brlite.errors import BackendLost, EngineError
-from brlite.outputs import TokenLogprob
 
 logger = logging.getLogger(__name__)
 

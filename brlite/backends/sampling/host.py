@@ -15,8 +15,8 @@ from brlite.backends.native.library import NativeLibrary, find_library
 from brlite.backends.sampling import reference
 from brlite.backends.sampling.rows import Logits, NumpyRows
 from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
+from brlite.engine.outputs import TokenLogprob
 from brlite.errors import EngineError, NativeUnavailable
-from brlite.outputs import TokenLogprob
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ import numpy as np
 from brlite.backends.sampling.random_numbers import Floats, Integers, another, invert_cdf, uniform
 from brlite.backends.sampling.rows import BLOCK_SIZE, Booleans, LogitRows, Logits, Shortlist, allowed_words
 from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
-from brlite.outputs import TokenLogprob
+from brlite.engine.outputs import TokenLogprob
 from brlite.sampling_params import GREEDY_BELOW
 
 MAX_TEMPERATURE = 1e37  # near the largest float; every distribution is flat long before

@@ -38,9 +38,9 @@ from brlite.engine.backend import (
     StepResult,
     Undrawn,
 )
+from brlite.engine.outputs import TokenLogprob
 from brlite.errors import ConfigError
 from brlite.models.config import cache_dtype, kv_bytes_per_token
-from brlite.outputs import TokenLogprob
 
 MAX_LOGITS = 2**22  # of a prompt at a time: 16 MiB in float32
 

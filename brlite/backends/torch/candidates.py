@@ -17,7 +17,7 @@ from brlite.backends.sampling.host import choose_sampler
 from brlite.backends.sampling.random_numbers import Floats, Integers
 from brlite.backends.sampling.rows import BLOCK_SIZE, Logits, Shortlist, sorted_shortlist
 from brlite.engine.backend import SampledToken, SamplingInput, TokenMask, Undrawn
-from brlite.outputs import TokenLogprob
+from brlite.engine.outputs import TokenLogprob
 
 _MAX_SCRATCH_ELEMENTS = 2**21
 

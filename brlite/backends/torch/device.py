@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from brlite.config.options import STEP_TOKENS
 from brlite.errors import ConfigError, MissingExtra
-from brlite.machine import describe_cpu, has_fast_bfloat16
+from brlite.process.machine import describe_cpu, has_fast_bfloat16
 
 if TYPE_CHECKING:
     import torch

@@ -33,7 +33,7 @@ from brlite.engine.backend import SamplingInput, ScheduledSeq, Undrawn
 from brlite.errors import ConfigError
 from brlite.models.config import KVDtype, ModelConfig, RopeConfig
 from brlite.models.network import list_parameters
-from brlite.precision import PRECISIONS, Precision
+from brlite.models.precision import PRECISIONS, Precision
 from brlite.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)

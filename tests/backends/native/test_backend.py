@@ -21,7 +21,7 @@ from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult
 from brlite.errors import EngineError
 from brlite.llm import build_engine
 from brlite.models.config import KVDtype
-from brlite.precision import PRECISIONS, PrecisionName
+from brlite.models.precision import PRECISIONS, PrecisionName
 from brlite.sampling_params import SamplingParams
 from tests.backends.native_models import (
     EMBEDDING,

@@ -13,7 +13,7 @@ from brlite.backends.native import abi
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws, StepDraws
 from brlite.backends.sampling.random_numbers import uniform
 from brlite.engine.backend import SampledToken, SamplingInput, Undrawn
-from brlite.outputs import TokenLogprob
+from brlite.engine.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 
 VOCAB_SIZE = 1000

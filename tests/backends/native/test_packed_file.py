@@ -27,7 +27,7 @@ from brlite.backends.native.packed_file import (
 from brlite.backends.torch.quantize import dequantize_weight, quantize_weight
 from brlite.checkpoint import open_checkpoint
 from brlite.config.options import ModelSpec
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 from tests.load_plans import make_plan
 from tests.tiny_models import write_tiny_model
 

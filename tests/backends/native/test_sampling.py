@@ -18,7 +18,7 @@ from brlite.backends.sampling import reference
 from brlite.backends.sampling.random_numbers import Floats, another, uniform
 from brlite.backends.sampling.rows import Booleans, Logits, NumpyRows
 from brlite.engine.backend import SampledToken, SamplingInput, Undrawn
-from brlite.outputs import TokenLogprob
+from brlite.engine.outputs import TokenLogprob
 from brlite.sampling_params import SamplingParams
 
 VOCABULARIES = (5, 16, 17, 50, 255, 256, 257, 1000, 3000, 49152, 152064, 300007)

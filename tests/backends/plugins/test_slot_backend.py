@@ -18,9 +18,9 @@ from brlite.backends.sampling.rows import NumpyRows
 from brlite.config.options import EngineConfig, LimitsConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, TokenMasks
 from brlite.engine.engine import Engine
+from brlite.engine.outputs import RequestOutput
 from brlite.engine.request import Request
 from brlite.errors import BackendLost, BrliteError, ConfigError, EngineError, InvalidRequest
-from brlite.outputs import RequestOutput
 from brlite.sampling_params import SamplingParams
 from tests.backends.plugins.toys import (
     CONFIG,

@@ -18,7 +18,7 @@ from brlite.checkpoint import open_checkpoint
 from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq, SeqResult, TokenMasks
 from brlite.errors import ConfigError
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 from brlite.sampling_params import SamplingParams
 from tests.load_plans import make_plan
 from tests.tiny_models import VOCAB_SIZE, write_tiny_model

@@ -20,7 +20,7 @@ from brlite.backends.torch.device import (
     select_device,
 )
 from brlite.errors import ConfigError
-from brlite.machine import physical_cores
+from brlite.process.machine import physical_cores
 
 BRLITE = Path(__file__).parents[3] / "brlite"
 ENGINE_ROOMS = [path for room in ("models", "worker") for path in sorted((BRLITE / room).rglob("*.py"))]

@@ -13,8 +13,8 @@ from torch import Tensor
 from brlite.backends.torch.loading import load_model
 from brlite.config.options import ModelSpec
 from brlite.errors import ConfigError
+from brlite.models.precision import PrecisionName
 from brlite.models.shards import Shard, check_groups
-from brlite.precision import PrecisionName
 from tests.limits import PATIENCE_SECONDS
 from tests.load_plans import make_plan
 from tests.models.steps import BLOCK_SIZE, DEVICE, LENGTH, Runner, load_tiny, random_ids

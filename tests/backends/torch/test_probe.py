@@ -15,10 +15,10 @@ from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Linear
 from brlite.backends.torch.probe import ProbeReport, probe_device, shrunk
 from brlite.errors import ConfigError
-from brlite.models import find_family
 from brlite.models.config import KVDtype
 from brlite.models.network import list_parameters
-from brlite.precision import PRECISIONS, PrecisionName
+from brlite.models.precision import PRECISIONS, PrecisionName
+from brlite.models.registry import find_family
 from tests.models.test_config import PUBLISHED
 from tests.tiny_models import TINY_CONFIGS
 

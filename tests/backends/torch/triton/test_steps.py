@@ -21,7 +21,7 @@ from brlite.backends.torch.triton.steps import StepGraph, TritonSteps
 from brlite.checkpoint.placing import LoadPlan
 from brlite.config.options import ModelSpec
 from brlite.models.config import KVDtype, ModelConfig
-from brlite.precision import PrecisionName
+from brlite.models.precision import PrecisionName
 from tests.load_plans import make_plan
 from tests.models.steps import BLOCK_SIZE, DEVICE, LENGTH, random_ids
 from tests.tiny_models import CHATGLM, LLAMA, MISTRAL, QWEN3, SMOLLM3, TINY_CONFIGS, TensorCheckpoint, random_tensors

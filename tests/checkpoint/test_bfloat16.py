@@ -1,8 +1,6 @@
-"""The precisions of a config, and rounding to bfloat16 against torch's and the kernels' own."""
+"""Rounding to bfloat16 against torch's and the kernels' own."""
 
 from __future__ import annotations
-
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from brlite.backends.native.abi import BF16
 from brlite.backends.native.library import NativeLibrary
-from brlite.precision import PRECISIONS, PrecisionName, from_bfloat16, to_bfloat16
+from brlite.checkpoint.bfloat16 import from_bfloat16, to_bfloat16
 
 NUM_INPUTS = 2048
 
@@ -20,16 +18,6 @@ def every_kind_of_number() -> np.ndarray:
     bits = np.random.default_rng(0).integers(0, 2**32, NUM_INPUTS, np.uint32)
     bits[:8] = [0x7F800001, 0xFFC00000, 0x7F7FFFFF, 0x7F800000, 1, 0x807FFFFF, 0x3F808000, 0x3F818000]
     return bits.view(np.float32)
-
-
-def test_every_name_of_a_precision_has_its_numbers() -> None:
-    assert tuple(PRECISIONS) == get_args(PrecisionName)
-
-
-def test_precisions_that_differ_in_their_cache_share_packed_weights() -> None:
-    names = [precision.weights_name for precision in PRECISIONS.values()]
-
-    assert names == ["bf16", "a_bf16_w_int8", "a_bf16_w_int8"]
 
 
 def test_numbers_are_rounded_as_torch_rounds_them() -> None:

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores, memory, instruction sets. The one place that asks the system.
+"""What this process may use of the machine: cores, memory, instruction sets, open files. No other file asks the system.
 
 Knows no backend and no accelerator. Standard library only: the installation's compiler run imports it too. Every
 function takes the root of a file tree, so that tests describe another machine as a folder of small files.
@@ -22,6 +22,8 @@ INSTRUCTION_SETS = (
 FAST_BFLOAT16 = frozenset({"avx512_bf16", "amx_bf16"})
 ROOT = Path("/")
 CGROUPS = "sys/fs/cgroup"  # where cgroups are when /proc/self/mountinfo does not say
+OWN_DESCRIPTORS = 80  # open files of the process itself, and connections of probes beyond `max_connections`
+MAX_DESCRIPTORS = 1024 * 1024  # some programs, started as children, look at every number up to the limit
 OCTAL = re.compile(r"\\([0-7]{3})")  # how mountinfo writes spaces
 
 
@@ -107,6 +109,19 @@ def has_fast_bfloat16(root: Path = ROOT) -> bool:
 def describe_cpu() -> str:
     """A line for the log: `8 cores, Intel(R) Xeon(R) …`."""
     return f"{physical_cores()} cores, {_first_processor(ROOT).get('model name', 'unknown model')}"
+
+
+def descriptor_limit() -> int:
+    """How many files the process can have open, at most `MAX_DESCRIPTORS`: its hard limit."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+
+
+def raise_descriptor_limit() -> None:
+    """Raise the soft limit of open files to `descriptor_limit()`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < descriptor_limit():
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor_limit(), hard))
 
 
 def show_bytes(num_bytes: float) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from array import array
-from typing import Literal
 
 import msgspec
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+from brlite.sampling_params import FinishReason
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from brlite.machine import cpu_quotas, find_cpus, find_instruction_sets, find_memory, show_bytes
+from brlite.process.machine import cpu_quotas, find_cpus, find_instruction_sets, find_memory, show_bytes
 
 MEMINFO = "MemTotal:       8000000 kB\nMemFree:  1 kB\nMemAvailable:   5000000 kB\n"
 MOUNT = "36 25 0:30 {top} {point} rw,relatime shared:1 - {kind} cgroup {options}\n"
@@ -187,7 +187,7 @@ def test_memory_is_what_every_limit_leaves(files, total, available, decided_by, 
 def test_a_limit_of_the_address_space_counts():
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (10**9, 10**9));"
-        "from brlite.machine import find_memory; print(*find_memory())"
+        "from brlite.process.machine import find_memory; print(*find_memory())"
     )
 
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

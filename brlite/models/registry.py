@@ -1,0 +1,38 @@
+"""The families of models that are supported, and which of them a config.json belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from brlite.errors import ModelError
+from brlite.files.quoting import excerpt
+from brlite.models.families.baichuan import BAICHUAN
+from brlite.models.families.chatglm import CHATGLM
+from brlite.models.families.family import Family
+from brlite.models.families.llama import LLAMA
+from brlite.models.families.mistral import MISTRAL
+from brlite.models.families.phi3 import PHI3
+from brlite.models.families.qwen2 import QWEN2
+from brlite.models.families.qwen3 import QWEN3
+from brlite.models.families.smollm3 import SMOLLM3
+
+FAMILIES: tuple[Family, ...] = (LLAMA, MISTRAL, QWEN2, QWEN3, BAICHUAN, CHATGLM, SMOLLM3, PHI3)
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family of a Hugging Face config: by its architecture, with whatever head, or by `model_type` without one.
+
+    Names are compared whole. Raises `ModelError` with the known ones.
+    """
+    architectures = config.get("architectures") or ()
+    if not isinstance(architectures, list | tuple):
+        raise ModelError(f"model config: architectures must be a list of strings, got {excerpt(architectures)}")
+    name = architectures[0] if architectures else config.get("model_type")
+    for family in FAMILIES:
+        if name in ((family.architecture, *family.aliases) if architectures else (family.model_type,)):
+            return family
+        if architectures and name is not None and name in (family.base_architecture, family.scorer_architecture):
+            return family.without_head()
+    known = ", ".join(family.architecture for family in FAMILIES)
+    raise ModelError(f"model config: architecture {excerpt(name)} is not supported; known are {known}")
