@@ -263,7 +263,9 @@ class LLM:
         self._pid = os.getpid()
         self._turn = threading.Lock()
         self._generating_thread: int | None = None
-        self._finalizer = weakref.finalize(self, close_dropped, "LLM", self._backend)
+        draft_model = self._engine.draft_model
+        self._backends = [self._backend] if draft_model is None else [self._backend, draft_model.backend]
+        self._finalizer = weakref.finalize(self, close_dropped, "LLM", self._backends)
         self._finalizer.atexit = False  # the end of the process gives everything back
 
     @property
@@ -351,7 +353,8 @@ class LLM:
         self._is_closed = True
         self._finalizer.detach()
         self.tokenizer.close()
-        self._backend.close()
+        for backend in self._backends:
+            backend.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -438,11 +441,13 @@ class _Run:
         self._error: BrliteError | None = None
 
     def finish(self) -> list[RequestOutput]:
-        waiting = iter(self._requests)
+        waiting, draft_model = iter(self._requests), self._engine.draft_model
         masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # starts with the first mask
         try:
             while self._error is None:
                 self._feed(waiting)
+                if draft_model is not None and (plan := self._engine.plan_drafts()) is not None:
+                    self._engine.take_drafts(plan, draft_model.run(plan))
                 batch = self._engine.schedule()
                 if batch is None:
                     return [self._outputs[request.request_id] for request in self._requests]

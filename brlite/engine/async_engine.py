@@ -80,7 +80,9 @@ class EngineLoop:
         self._closing: asyncio.Task[None] | None = None
         self._lost: BackendLost | None = None
         self._on_lost: Callable[[], None] | None = None
-        self._finalizer = weakref.finalize(self, close_dropped, type(self).__name__, backend)
+        self._draft_model = engine.draft_model
+        self._backends = [backend] if engine.draft_model is None else [backend, engine.draft_model.backend]
+        self._finalizer = weakref.finalize(self, close_dropped, type(self).__name__, self._backends)
         self._finalizer.atexit = False  # the end of the process gives everything back
 
     @property
@@ -405,7 +407,8 @@ class EngineLoop:
         """Give everything back at once. No task is left to end; `Backend.close` waits for a step under way."""
         self._finalizer.detach()
         self._engine.end_all(NotReady("the event loop of the engine is closed"))
-        self._backend.close()
+        for backend in self._backends:
+            backend.close()
         self._thread.shutdown(wait=False)
         self._masks.shutdown(wait=False)
         self._encoder.close()
@@ -421,7 +424,8 @@ class EngineLoop:
         loop = asyncio.get_running_loop()
         try:
             await loop.run_in_executor(self._thread, self.tokenizer.close)  # a chat that is being rendered ends here
-            await loop.run_in_executor(self._thread, self._backend.close)
+            for backend in self._backends:
+                await loop.run_in_executor(self._thread, backend.close)
         finally:
             self._thread.shutdown(wait=True)
             self._masks.shutdown(wait=True)
@@ -459,6 +463,10 @@ class EngineLoop:
         if self._lost is not None:
             raise self._lost
         if not self._begun:
+            if self._draft_model is not None and (plan := self._engine.plan_drafts()) is not None:
+                loop = asyncio.get_running_loop()
+                guesses = await loop.run_in_executor(self._thread, self._draft_model.run, plan)
+                self._engine.take_drafts(plan, guesses)
             self._begin(self._engine.schedule())
         if not self._begun:
             await self._rest()

@@ -366,7 +366,8 @@ def check_process(pid: int) -> None:
         )
 
 
-def close_dropped(what: str, backend: Backend) -> None:
-    """The finalizer of an object that owns a backend and was dropped without `close`."""
+def close_dropped(what: str, backends: list[Backend]) -> None:
+    """The finalizer of an object that owns backends and was dropped without `close`."""
     warnings.warn(f"an {what} was dropped without close(); its model is given back now", ResourceWarning, stacklevel=2)
-    backend.close()
+    for backend in backends:
+        backend.close()

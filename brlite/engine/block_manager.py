@@ -11,8 +11,8 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from hashlib import blake2b
+from typing import Protocol
 
-from brlite.engine.request import Sequence
 from brlite.errors import EngineError
 
 DIGEST_BYTES = 16
@@ -21,6 +21,20 @@ DIGEST_BYTES = 16
 def cache_root(salt: bytes) -> bytes:
     """The digest that stands before a prompt's first block: prompts with different salts never share one."""
     return blake2b(salt, digest_size=DIGEST_BYTES).digest()
+
+
+class BlockOwner(Protocol):
+    """A sequence as the manager sees it. `token_ids` only grow; the manager sets the other fields but `cache_root`."""
+
+    token_ids: list[int]
+    cache_root: bytes
+    block_table: list[int]
+    block_digests: list[bytes]
+    num_sealed_blocks: int
+    num_computed_tokens: int
+
+    @property
+    def num_tokens(self) -> int: ...
 
 
 class Block:
@@ -56,7 +70,7 @@ class BlockManager:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def match_prefix(self, seq: Sequence) -> list[int]:
+    def match_prefix(self, seq: BlockOwner) -> list[int]:
         """The longest chain of sealed blocks that holds the beginning of the sequence. Takes no reference.
 
         At least one token is left out, since a step must compute something to have logits.
@@ -80,7 +94,7 @@ class BlockManager:
         num_revived = sum(self._blocks[block_id].ref_count == 0 for block_id in matched)
         return self.num_blocks_for(num_tokens) - len(matched) + num_revived
 
-    def share(self, seq: Sequence, matched: list[int]) -> None:
+    def share(self, seq: BlockOwner, matched: list[int]) -> None:
         """Give a sequence that owns nothing the blocks that `match_prefix` found."""
         for block_id in matched:
             self._blocks[block_id].ref_count += 1
@@ -89,7 +103,7 @@ class BlockManager:
         seq.num_sealed_blocks = len(matched)
         seq.num_computed_tokens = len(matched) * self.block_size
 
-    def grow(self, seq: Sequence, num_tokens: int) -> bool:
+    def grow(self, seq: BlockOwner, num_tokens: int) -> bool:
         """Make room for the first `num_tokens` of the sequence: all of it or, where blocks are lacking, none."""
         num_new = self.num_blocks_for(num_tokens) - len(seq.block_table)
         if num_new > len(self._free):
@@ -97,12 +111,12 @@ class BlockManager:
         seq.block_table.extend(self._take() for _ in range(num_new))
         return True
 
-    def num_spare_slots(self, seq: Sequence, num_reserved: int) -> int:
+    def num_spare_slots(self, seq: BlockOwner, num_reserved: int) -> int:
         """How many more tokens the sequence has room for if it leaves `num_reserved` free blocks to others."""
         num_spare = max(0, len(self._free) - num_reserved)
         return (len(seq.block_table) + num_spare) * self.block_size - seq.num_tokens
 
-    def seal(self, seq: Sequence) -> None:
+    def seal(self, seq: BlockOwner) -> None:
         """Make the sequence's full, computed blocks findable. Of equal blocks only the first is findable."""
         for index in range(seq.num_sealed_blocks, seq.num_computed_tokens // self.block_size):
             digest = self._digest(seq, index)
@@ -114,7 +128,7 @@ class BlockManager:
                 self._sealed[digest] = seq.block_table[index]
             seq.num_sealed_blocks = index + 1
 
-    def release(self, seq: Sequence) -> None:
+    def release(self, seq: BlockOwner) -> None:
         """Give the sequence's blocks back. Sealed ones stay findable until reused, the last blocks before the first."""
         for block_id in reversed(seq.block_table):
             block = self._blocks[block_id]
@@ -127,12 +141,12 @@ class BlockManager:
         seq.num_sealed_blocks = 0
         seq.num_computed_tokens = 0
 
-    def unseal(self, seq: Sequence) -> None:
+    def unseal(self, seq: BlockOwner) -> None:
         """Make the sequence's blocks unfindable: what they hold is not to be trusted."""
         for block_id in seq.block_table:
             self._forget(self._blocks[block_id])
 
-    def check_integrity(self, seqs: Iterable[Sequence]) -> None:
+    def check_integrity(self, seqs: Iterable[BlockOwner]) -> None:
         """Raise `EngineError` unless every block is owned exactly by the given sequences, or else free."""
         owners = Counter(block_id for seq in seqs for block_id in seq.block_table)
         for block_id, block in enumerate(self._blocks):
@@ -159,14 +173,14 @@ class BlockManager:
             del self._sealed[block.digest]
             block.digest = None
 
-    def _tokens(self, seq: Sequence, index: int) -> list[int]:
+    def _tokens(self, seq: BlockOwner, index: int) -> list[int]:
         return seq.token_ids[index * self.block_size : (index + 1) * self.block_size]
 
-    def _digest(self, seq: Sequence, index: int) -> bytes:
+    def _digest(self, seq: BlockOwner, index: int) -> bytes:
         """The digest of block `index`, kept on the sequence: its tokens never change once the block is full."""
         digests = seq.block_digests
         while len(digests) <= index:
-            parent = digests[-1] if digests else seq.state.cache_root
+            parent = digests[-1] if digests else seq.cache_root
             tokens = array("i", self._tokens(seq, len(digests))).tobytes()
             digests.append(blake2b(tokens, digest_size=DIGEST_BYTES, key=parent).digest())
         return digests[index]

@@ -1,13 +1,14 @@
 """Guesses at what a sequence says next: where its last words stood before, what followed them then is proposed again.
 
 Guesses cost time and never change a text, since a backend verifies them. Whether they pay is decided here too, from how
-often they were right and from what a step costs. Tokens that a grammar forces are drafts that are always right. Knows
-token ids only: no blocks, no requests, no model.
+often they were right and from what a step costs; also for those of a draft model (`draft_model.py`). Tokens that a
+grammar forces are drafts that are always right. Uses token ids only: no blocks, no requests, no model.
 """
 
 from __future__ import annotations
 
 INITIAL_ACCEPTANCE = 0.2
+TIME_WEIGHT = 0.1  # of the last step in the mean of its time
 NEWEST_WEIGHT = 0.2  # of the last guess in the estimate: one right guess is tried out, a few wrong ones end it
 MARGIN = 1.2  # what a guess is to bring for its cost, since estimates that came out too high are the ones acted upon
 MAX_NEW_TOKENS = 512  # taken in at a time, under a millisecond: a long prompt does not hold up the event loop
@@ -19,7 +20,7 @@ CHEAP_ROW_COST = 0.09
 ROW_COST = 0.2
 
 
-class Drafter:
+class NgramDrafter:
     """One sequence's guesses, by an index of its own words that costs about a microsecond a token.
 
     Every token is compared with what would have been guessed for it, whether it was or not. So `acceptance`, the part
@@ -68,31 +69,75 @@ class Drafter:
 
 
 class StepForecast:
-    """What a step will cost and how many tokens it will yield, while guesses are added to its `num_rows`."""
+    """What a step will cost and how many tokens it will yield, while guesses are added to its `num_rows`.
+
+    The unit of cost is a step of one row.
+    """
 
     def __init__(self, num_rows: int) -> None:
         num_cheap = min(num_rows, CHEAP_ROWS)
+        self.cost = 1 + CHEAP_ROW_COST * (num_cheap - 1) + ROW_COST * (num_rows - num_cheap)
         self._num_rows = num_rows
-        self._cost = 1 + CHEAP_ROW_COST * (num_cheap - 1) + ROW_COST * (num_rows - num_cheap)
         self._yield = float(num_rows)
+
+    @property
+    def rate(self) -> float:
+        """Tokens for the cost of a step of one row."""
+        return self._yield / self.cost
 
     def add_forced(self, token_ids: list[int]) -> list[int]:
         """Add tokens that are certain, and return them. They pay always: later steps would compute them one by one."""
         for _ in token_ids:
-            self._cost += CHEAP_ROW_COST if self._num_rows < CHEAP_ROWS else ROW_COST
-            self._num_rows += 1
-            self._yield += 1
+            self._add(1.0, 0.0)
         return token_ids
 
-    def add_guesses(self, acceptance: float, limit: int) -> int:
-        """Add as many guesses of one sequence as raise the yield for the cost, up to `limit`. Returns their number."""
+    def add_guesses(self, acceptance: float, limit: int, draft_cost: float = 0.0) -> int:
+        """Add as many guesses of one sequence as raise the yield for the cost, up to `limit`. Returns their number.
+
+        `draft_cost` is what making one guess takes, besides its row.
+        """
         chance = 1.0
         for num_guesses in range(limit):
             chance *= acceptance  # a guess counts only if all before it are right
-            cost = CHEAP_ROW_COST if self._num_rows < CHEAP_ROWS else ROW_COST
-            if chance * self._cost <= MARGIN * cost * self._yield:
+            if chance * self.cost <= MARGIN * (draft_cost + self._row_cost) * self._yield:
                 return num_guesses
-            self._num_rows += 1
-            self._cost += cost
-            self._yield += chance
+            self._add(chance, draft_cost)
         return limit
+
+    @property
+    def _row_cost(self) -> float:
+        return CHEAP_ROW_COST if self._num_rows < CHEAP_ROWS else ROW_COST
+
+    def _add(self, chance: float, draft_cost: float) -> None:
+        self.cost += draft_cost + self._row_cost
+        self._num_rows += 1
+        self._yield += chance
+
+
+class DraftCost:
+    """What a step of a draft model costs, in steps of one row of the served model, as both were measured."""
+
+    def __init__(self, expected: float) -> None:
+        """`expected` is the cost of a step of one row before there are measurements."""
+        self._expected = expected
+        self._draft_seconds = self._seconds = 0.0  # of a step of one row, 0: not measured yet
+
+    def per_guess(self, num_seqs: int) -> float:
+        """The cost of one guess where so many sequences guess together."""
+        is_measured = self._draft_seconds and self._seconds
+        cost = self._draft_seconds / self._seconds if is_measured else self._expected
+        return cost * StepForecast(num_seqs).cost / num_seqs
+
+    def observe_step(self, num_rows: int, seconds: float) -> None:
+        """Take in how long a step of the served model took."""
+        self._seconds = _mean(self._seconds, seconds / StepForecast(num_rows).cost)
+
+    def observe_drafts(self, num_rows: list[int], seconds: float) -> None:
+        """Take in how long steps of the draft model took together, given the rows of each."""
+        cost = sum(StepForecast(num).cost for num in num_rows)
+        self._draft_seconds = _mean(self._draft_seconds, seconds / cost)
+
+
+def _mean(before: float, newest: float) -> float:
+    """A running mean. One that is far off, from a machine that was busy, counts as twice the mean at most."""
+    return before + TIME_WEIGHT * (min(newest, 2 * before) - before) if before else newest

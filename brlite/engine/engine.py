@@ -22,10 +22,11 @@ import msgspec
 
 from brlite.config.options import EngineConfig, GrammarConfig, LimitsConfig
 from brlite.engine.admission import admit, read_token_ids
-from brlite.engine.backend import BackendInfo, Batch, SampledToken, SeqResult, StepResult, Undrawn
+from brlite.engine.backend import Backend, BackendInfo, Batch, SampledToken, SeqResult, StepResult, Undrawn
 from brlite.engine.bad_words import TokenIds, encode_bad_words
 from brlite.engine.block_manager import BlockManager, cache_root
 from brlite.engine.detokenizer import Detokenizer
+from brlite.engine.draft_model import DraftModel, DraftPlan
 from brlite.engine.guidance import GuidedSeq, StepGuidance
 from brlite.engine.outputs import CompletionOutput, RequestOutput
 from brlite.engine.pacing import StepPace
@@ -74,8 +75,13 @@ class Engine:
         grammar: GrammarConfig | None = None,
         sampling_defaults: Mapping[str, Any] | None = None,
         scoring_head: ScoringHead | None = None,
+        draft_backend: Backend | None = None,
     ) -> None:
-        """`sampling_defaults` are the model's own, for requests that leave these parameters out."""
+        """`sampling_defaults` are the model's own, for requests that leave these parameters out.
+
+        `draft_backend` computes a smaller model of the same vocabulary that guesses tokens ahead. Whoever calls
+        `schedule` has it run before, by `plan_drafts`, and closes it.
+        """
         self.info = info
         self.tokenizer = tokenizer
         self.config = config
@@ -89,6 +95,7 @@ class Engine:
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
         self._pace = StepPace(config.max_step_seconds) if config.max_step_seconds else None
+        self.draft_model = None if draft_backend is None else DraftModel(draft_backend, info)
         self._scheduler = Scheduler(
             self._blocks,
             max_num_seqs=info.max_num_seqs,
@@ -96,6 +103,7 @@ class Engine:
             max_draft_tokens=min(config.max_draft_tokens, info.max_draft_tokens) if config.speculation == "auto" else 0,
             max_draft_seqs=config.max_draft_seqs,
             pace=self._pace,
+            draft_model=self.draft_model,
         )
         self._requests: dict[str, RequestState] = {}
         self._steps: deque[Step] = deque()  # under way: one, or with that decided ahead two
@@ -176,6 +184,18 @@ class Engine:
         self._end_overdue()
         return self._decide()
 
+    def plan_drafts(self) -> DraftPlan | None:
+        """What `draft_model.run` is to compute, on the step thread, before `schedule`; None if it makes no guesses.
+
+        What it returns is for `take_drafts`. Requests may be added and aborted meanwhile.
+        """
+        return self._scheduler.plan_drafts(self._clock())
+
+    def take_drafts(self, plan: DraftPlan, guesses: dict[int, list[int]] | None) -> None:
+        """Take in what the draft model guessed: the next step verifies it."""
+        assert self.draft_model is not None, "it made the plan"
+        self.draft_model.take_in(plan, guesses, self._clock())
+
     def schedule_ahead(self) -> Batch | None:
         """Decide the step after the one under way; None if there is none before `update` or `fail` has ended that.
 
@@ -228,6 +248,9 @@ class Engine:
         if self._pace is not None:
             chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
             self._pace.observe(chunks, seconds)
+        if self.draft_model is not None and all(num == 1 for _, num in step.runs):
+            num_rows = sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs)
+            self.draft_model.cost.observe_step(num_rows, seconds)
         self._scheduler.end_step(step.runs)
         num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
         for (seq, num_tokens), seq_result in zip(step.runs, result.seqs, strict=True):
@@ -270,6 +293,8 @@ class Engine:
         """Raise `EngineError` if a block is lost, owned twice, or owned by no sequence. Reads every block."""
         in_flight = (seq for step in self._steps for seq, _ in step.runs)
         self._blocks.check_integrity(dict.fromkeys([*self._scheduler.running, *in_flight]))
+        if self.draft_model is not None:
+            self.draft_model.check_integrity()
         self.check_idle()
 
     def queued(self) -> list[RequestState]:
@@ -327,6 +352,7 @@ class Engine:
             seed=sibling_seed(state.seed, index),
             detokenizer=detokenizer,
             counts=_counts(params, prompt_token_ids) if params.has_penalties else None,
+            cache_root=state.cache_root,
             matcher=None if state.request.grammar is None else state.request.grammar.matcher(),
         )
         state.sequences.append(seq)

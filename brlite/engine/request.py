@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from brlite.engine.detokenizer import Detokenizer
-from brlite.engine.drafting import Drafter
+from brlite.engine.drafting import NgramDrafter
 from brlite.engine.outputs import CompletionOutput, RequestOutput, RequestTimes, TokenLogprob
 from brlite.errors import BrliteError
 from brlite.grammar.compiler import Grammar
@@ -125,6 +125,7 @@ class Sequence:
     seed: int
     detokenizer: Detokenizer
     counts: TokenCounts | WindowCounts | None
+    cache_root: bytes
     matcher: Matcher | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
@@ -134,7 +135,7 @@ class Sequence:
     block_digests: list[bytes] = field(default_factory=list)
     num_sealed_blocks: int = 0
     is_started: bool = False
-    drafter: Drafter | None = None
+    drafter: NgramDrafter | None = None
     draft_token_ids: list[int] = field(default_factory=list)
     first_token_time: float = 0.0
     last_token_time: float = 0.0

@@ -6,16 +6,22 @@ decode and a preemption are all changes of that one number.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from itertools import islice
 
 from brlite.engine.backend import Batch, PoolingInput, SamplingInput, ScheduledSeq, TokenMasks
 from brlite.engine.bad_words import completing_tokens
 from brlite.engine.block_manager import BlockManager
-from brlite.engine.drafting import Drafter, StepForecast
+from brlite.engine.draft_model import TRIAL_GUESSES, DraftModel, DraftPlan
+from brlite.engine.drafting import ROW_COST, NgramDrafter, StepForecast
 from brlite.engine.pacing import StepPace
 from brlite.engine.request import Sequence, SequenceStatus, WindowCounts
 from brlite.engine.turns import TurnQueue
+
+# When the draft model is to compute the tokens of a sequence that it lacks. Costs are steps of one row.
+FEW_TOKENS = 8  # are computed with the first guess at next to no cost
+EXPECTED_TOKENS = 64  # of an answer that has fewer; a longer one is expected to double
 
 
 class Scheduler:
@@ -42,6 +48,7 @@ class Scheduler:
         max_draft_tokens: int = 0,
         max_draft_seqs: int = 0,
         pace: StepPace | None = None,
+        draft_model: DraftModel | None = None,
     ) -> None:
         self.waiting = TurnQueue()
         self.running: list[Sequence] = []
@@ -52,6 +59,7 @@ class Scheduler:
         self._max_draft_tokens = max_draft_tokens
         self._max_draft_seqs = max_draft_seqs
         self._pace = pace
+        self._draft_model = draft_model
 
     @property
     def is_empty(self) -> bool:
@@ -175,19 +183,62 @@ class Scheduler:
             limit = min(_max_drafts(seq, num_tokens, is_forced=bool(forced)), self._max_draft_tokens, budget)
             if limit <= 0:
                 continue
-            if not forced:
-                seq.drafter = seq.drafter or Drafter(seq.num_prompt_tokens)
-                if not seq.drafter.follow(seq.token_ids):
-                    continue
             # Each sequence may need a block in the next step, and none must be preempted for what another guesses.
-            limit = min(limit, self._blocks.num_spare_slots(seq, num_reserved=len(self.running)))
-            if seq.drafter is None or forced:
-                seq.draft_token_ids = forecast.add_forced(list(islice(forced, max(0, limit))))
-            else:
-                num_guesses = forecast.add_guesses(seq.drafter.acceptance, limit)
-                seq.draft_token_ids = seq.drafter.guess(seq.token_ids, num_guesses)
+            limit = max(0, min(limit, self._blocks.num_spare_slots(seq, num_reserved=len(self.running))))
+            guesses = [] if forced or self._draft_model is None else self._draft_model.guesses_for(seq)
+            if forced or guesses:  # those of a model are made already, since they pay
+                seq.draft_token_ids = forecast.add_forced(list(islice(forced or guesses, limit)))
+            elif (drafter := _ngrams(seq)) is not None:
+                num_guesses = forecast.add_guesses(drafter.acceptance, limit)
+                seq.draft_token_ids = drafter.guess(seq.token_ids, num_guesses)
             self._blocks.grow(seq, seq.num_tokens + len(seq.draft_token_ids))
             budget -= len(seq.draft_token_ids)
+
+    def plan_drafts(self, now: float) -> DraftPlan | None:
+        """The guesses that the draft model is to make before the next step. To be called before `schedule`.
+
+        None where they do not pay, and before a step that computes a part of a prompt. Where n-grams are expected to do
+        better, they guess instead.
+        """
+        model = self._draft_model
+        if model is None or model.is_off:
+            return None
+        model.release_stopped()
+        num_seqs = len(self.running)
+        is_decoding = num_seqs > 0 and all(seq.num_left == 1 for seq in self.running)
+        if not is_decoding or num_seqs > self._max_draft_seqs or self._can_admit():
+            return None
+        forecast, wanted = StepForecast(num_seqs), list[tuple[Sequence, int]]()
+        budget = self._max_num_batched_tokens - num_seqs
+        for seq in self.running:
+            limit = self._blocks.num_spare_slots(seq, num_reserved=num_seqs)
+            limit = min(limit, _max_drafts(seq, 1, is_forced=False), self._max_draft_tokens, budget)
+            if limit <= 0 or (seq.matcher is not None and seq.matcher.forced):
+                continue
+            num_guesses = self._num_model_guesses(seq, limit, forecast, model)
+            budget -= num_guesses
+            if num_guesses:
+                wanted.append((seq, num_guesses))
+        return model.plan(wanted, self._max_num_batched_tokens, now)
+
+    def _num_model_guesses(self, seq: Sequence, limit: int, forecast: StepForecast, model: DraftModel) -> int:
+        """How many guesses the draft model is to make for a sequence: those that pay, or a few that are a trial."""
+        draft = model.follow(seq)
+        if draft is None:
+            return 0
+        cost = model.cost.per_guess(len(self.running))
+        drafter = _ngrams(seq)
+        by_ngrams, by_model = copy.copy(forecast), copy.copy(forecast)
+        by_ngrams.add_guesses(0.0 if drafter is None else drafter.acceptance, limit)
+        num_guesses = by_model.add_guesses(draft.acceptance, limit, cost)
+        num_missing = draft.num_tokens - draft.num_computed_tokens
+        catch_up_cost = cost * ROW_COST * max(0, num_missing - FEW_TOKENS)
+        num_expected = min(seq.state.max_tokens - seq.num_output_tokens, max(EXPECTED_TOKENS, seq.num_output_tokens))
+        if (by_model.rate / by_ngrams.rate - 1) * num_expected > catch_up_cost:
+            model.note_paying()
+            forecast.add_guesses(draft.acceptance, limit, cost)
+            return num_guesses
+        return min(limit, TRIAL_GUESSES) if model.is_trial_due(catch_up_cost + TRIAL_GUESSES * cost) else 0
 
     def _can_admit(self) -> bool:
         """Whether there is a waiting sequence, a place for it, and blocks for all the tokens it has."""
@@ -255,6 +306,12 @@ class Scheduler:
         self._blocks.release(seq)
         seq.status = SequenceStatus.WAITING
         self.num_preemptions += 1
+
+
+def _ngrams(seq: Sequence) -> NgramDrafter | None:
+    """What guesses by the sequence's own words, if it has a guess now."""
+    seq.drafter = seq.drafter or NgramDrafter(seq.num_prompt_tokens)
+    return seq.drafter if seq.drafter.follow(seq.token_ids) else None
 
 
 def make_batch(

@@ -23,6 +23,7 @@ from tests.fakes import ByteTokenizer, FakeBackend
 class Driver:
     """An engine on a fake backend with a clock that moves by `step_seconds`, one second unless said otherwise.
 
+    The steps of a draft model take `draft_seconds` each.
     Where the backend `can_run_ahead`, each step is launched before the result of the one before is fetched.
     """
 
@@ -33,14 +34,22 @@ class Driver:
         engine: Mapping[str, Any] | None = None,
         limits: LimitsConfig | None = None,
         step_seconds: Callable[[Batch], float] = lambda batch: 1.0,
+        draft_backend: FakeBackend | None = None,
+        draft_seconds: float = 0.1,
         **backend_options: Any,
     ):
         self.backend = FakeBackend(**backend_options)
         self.now = 0.0
         self._step_seconds = step_seconds
+        self._draft_seconds = draft_seconds
         config = EngineConfig(**{"max_num_batched_tokens": budget, "max_step_seconds": 0.0, **(engine or {})})
         self.engine = Engine(
-            self.backend.info, ByteTokenizer(), config, limits or LimitsConfig(), clock=lambda: self.now
+            self.backend.info,
+            ByteTokenizer(),  # type: ignore[arg-type]
+            config,
+            limits or LimitsConfig(),
+            clock=lambda: self.now,
+            draft_backend=draft_backend,
         )
         self.outputs: dict[str, RequestOutput] = {}
         self.errors: dict[str, BrliteError] = {}
@@ -90,6 +99,7 @@ class Driver:
     def begin(self) -> None:
         """Decide a step if none is under way, and the one after it if that can be."""
         if not self._begun:
+            self._draft()
             self._launch(self.engine.schedule())
         if len(self._begun) == 1 and self.backend.info.can_run_ahead:
             self._launch(self.engine.schedule_ahead())
@@ -106,6 +116,15 @@ class Driver:
             else:
                 self.engine.update(result)
         return batch
+
+    def _draft(self) -> None:
+        model, plan = self.engine.draft_model, self.engine.plan_drafts()
+        if model is None or plan is None:
+            return
+        num_before = len(model.backend.batches)  # type: ignore[attr-defined]
+        guesses = model.run(plan)
+        self.now += self._draft_seconds * (len(model.backend.batches) - num_before)  # type: ignore[attr-defined]
+        self.engine.take_drafts(plan, guesses)
 
     def _launch(self, batch: Batch | None) -> None:
         if batch is None:

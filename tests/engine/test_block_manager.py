@@ -20,7 +20,7 @@ class _State:
 
 def make_sequence(token_ids: list[int], salt: bytes = b"") -> Sequence:
     state = cast(RequestState, _State(salt))
-    return Sequence(0, 0, state, list(token_ids), len(token_ids), 0, cast(Any, None), None)
+    return Sequence(0, 0, state, list(token_ids), len(token_ids), 0, cast(Any, None), None, state.cache_root)
 
 
 def computed(blocks: BlockManager, token_ids: list[int], salt: bytes = b"") -> Sequence:

@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from brlite.engine.drafting import INITIAL_ACCEPTANCE, MAX_NEW_TOKENS, Drafter, StepForecast
+from brlite.engine.drafting import INITIAL_ACCEPTANCE, MAX_NEW_TOKENS, NgramDrafter, StepForecast
 
 
 def guess(text: str, num_tokens: int = 4) -> str | None:
     token_ids = list(text.encode())
-    drafter = Drafter(num_prompt_tokens=len(token_ids))
+    drafter = NgramDrafter(num_prompt_tokens=len(token_ids))
     return bytes(drafter.guess(token_ids, num_tokens)).decode() if drafter.follow(token_ids) else None
 
 
@@ -38,7 +38,7 @@ def test_a_copy_stays_with_its_source_where_the_words_are_ambiguous() -> None:
     source = "the red cat sat by the red dog and the red fox;"
 
     token_ids = list((source + "the red cat sat by the red ").encode())
-    drafter = Drafter(num_prompt_tokens=len(source))
+    drafter = NgramDrafter(num_prompt_tokens=len(source))
 
     assert drafter.follow(token_ids)
     assert bytes(drafter.guess(token_ids, 3)) == b"dog"
@@ -47,7 +47,7 @@ def test_a_copy_stays_with_its_source_where_the_words_are_ambiguous() -> None:
 @given(chunks=st.lists(st.text("ab", max_size=5), max_size=12))
 def test_tokens_taken_in_one_by_one_or_together_give_the_same_guesses(chunks: list[str]) -> None:
     whole = list("".join(chunks).encode())
-    together, apart, token_ids = Drafter(3), Drafter(3), list[int]()
+    together, apart, token_ids = NgramDrafter(3), NgramDrafter(3), list[int]()
 
     for chunk in chunks:
         token_ids += chunk.encode()
@@ -61,7 +61,7 @@ def test_tokens_taken_in_one_by_one_or_together_give_the_same_guesses(chunks: li
 
 def test_a_long_prompt_is_taken_in_a_part_at_a_time() -> None:
     token_ids = [1, 2, 3, 4] * MAX_NEW_TOKENS
-    drafter = Drafter(num_prompt_tokens=len(token_ids))
+    drafter = NgramDrafter(num_prompt_tokens=len(token_ids))
 
     answers = [drafter.follow(token_ids) for _ in range(4)]
 
@@ -70,7 +70,7 @@ def test_a_long_prompt_is_taken_in_a_part_at_a_time() -> None:
 
 def test_acceptance_is_learnt_from_what_was_drawn_without_guessing_aloud() -> None:
     prompt = list(range(30))
-    copying, drafter = Drafter(len(prompt)), Drafter(len(prompt))
+    copying, drafter = NgramDrafter(len(prompt)), NgramDrafter(len(prompt))
 
     copying.follow(prompt + prompt)
     drafter.follow([*prompt, 0, 1, 99, 0, 1, 98, 0, 1, 97])
@@ -81,7 +81,7 @@ def test_acceptance_is_learnt_from_what_was_drawn_without_guessing_aloud() -> No
 
 def test_a_prompt_that_repeats_itself_promises_nothing_of_the_answer() -> None:
     prompt = [1, 2] * 50
-    drafter = Drafter(len(prompt))
+    drafter = NgramDrafter(len(prompt))
 
     drafter.follow([*prompt, 7])
 

@@ -1,0 +1,223 @@
+"""A smaller model of the same vocabulary that guesses tokens ahead of the served model, which verifies them.
+
+Decides what the small model computes, and keeps its KV cache: blocks of its own, and for each sequence the number of
+tokens that it has computed. It may lag behind the sequence, whose missing tokens are computed with the next guesses:
+after a preemption, a hit of the served model's prefix cache, or while guesses did not pay. Whether guesses pay is
+decided by the scheduler. `DraftModel.run` is called on the step thread, all else on the thread of the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import msgspec
+
+from brlite.engine.backend import Backend, BackendInfo, Batch, SamplingInput, ScheduledSeq
+from brlite.engine.block_manager import BlockManager
+from brlite.engine.drafting import NEWEST_WEIGHT, DraftCost
+from brlite.engine.request import Sequence, SequenceStatus
+from brlite.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+INITIAL_ACCEPTANCE = 0.7  # a pair that somebody has chosen agrees more often than not; a few guesses tell
+SHARED_WEIGHT = 0.05  # of a guess in the estimate that new sequences begin with
+FIRST_TRIAL_STEPS = 64  # steps without guesses until two are tried again; each trial that fails doubles it
+MAX_TRIAL_STEPS = 4096
+TRIAL_GUESSES = 2
+TRIAL_SHARE = 0.02  # of the time that trials may take
+LEAST_COST = 0.02  # of a step of the small model, in steps of the served one, before it is measured
+
+
+@dataclass(eq=False)
+class DraftSeq:
+    """What the small model has of a sequence, whose list of token ids it shares.
+
+    `guesses` were made when the sequence had `num_tokens_before` tokens. `num_computed_tokens` counts tokens of the
+    sequence, never guesses. `params` are the sequence's without logprobs.
+    """
+
+    token_ids: list[int]
+    cache_root: bytes
+    acceptance: float
+    params: SamplingParams
+    block_table: list[int] = field(default_factory=list)
+    block_digests: list[bytes] = field(default_factory=list)
+    num_sealed_blocks: int = 0
+    num_computed_tokens: int = 0
+    guesses: list[int] = field(default_factory=list)
+    num_tokens_before: int = 0
+    has_failed: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class DraftPlan(NamedTuple):
+    """What the small model computes before a step of the served one.
+
+    The runs of `batch` compute the tokens that it lacks. Those with `sampling` draw a guess; each further one, up to
+    `num_guesses` by `seq_id`, is a step of one token. The block tables have room for all of them.
+    """
+
+    batch: Batch
+    num_guesses: dict[int, int]
+    start: float
+
+
+class DraftModel:
+    """Follows at most as many sequences as its backend holds, within its blocks; others get no guesses."""
+
+    def __init__(self, backend: Backend, served: BackendInfo) -> None:
+        """`served` is the model that verifies. Guesses beyond its vocabulary are cut off."""
+        self.info = backend.info
+        self.cost = DraftCost(max(LEAST_COST, backend.info.weight_bytes / max(1, served.weight_bytes)))
+        self.acceptance = INITIAL_ACCEPTANCE
+        self.is_off = False  # since it failed
+        self.backend = backend
+        self._vocab_size = served.vocab_size
+        self._blocks = BlockManager(backend.info.num_blocks, backend.info.block_size)
+        self._followed: dict[Sequence, DraftSeq] = {}
+        self._num_steps_without = 0
+        self._trial_steps = FIRST_TRIAL_STEPS
+
+    def release_stopped(self) -> None:
+        """Take the blocks of sequences that do not run back. What they hold is found again until they are reused."""
+        for seq in [seq for seq in self._followed if self.is_off or seq.status is not SequenceStatus.RUNNING]:
+            self._blocks.release(self._followed.pop(seq))
+
+    def follow(self, seq: Sequence) -> DraftSeq | None:
+        """The small model's side of a sequence, up to date with its tokens; None if it can have no guesses."""
+        draft = self._followed.get(seq)
+        if draft is None:
+            if len(self._followed) >= self.info.max_num_seqs:
+                return None
+            params = seq.state.request.params
+            if params.logprobs is not None or params.prompt_logprobs is not None:
+                params = msgspec.structs.replace(params, logprobs=None, prompt_logprobs=None)
+            draft = DraftSeq(seq.token_ids, seq.cache_root, self.acceptance, params)
+            draft.has_failed = not self._can_draw(params)
+            self._blocks.share(draft, self._blocks.match_prefix(draft))
+            self._followed[seq] = draft
+        elif draft.num_tokens > draft.num_tokens_before and draft.guesses:
+            self._settle(draft)
+        return None if draft.has_failed else draft
+
+    def _can_draw(self, params: SamplingParams) -> bool:
+        """Whether the small model has all the tokens that the parameters name."""
+        named = (*(params.logit_bias or ()), *(params.allowed_token_ids or ()))
+        return all(token_id < self.info.vocab_size for token_id in named)
+
+    def _settle(self, draft: DraftSeq) -> None:
+        """Compare the guesses with what was drawn. Those that were right are computed, all but the last guess."""
+        before = draft.num_tokens_before
+        num_right = 0
+        for guess, token_id in zip(draft.guesses, draft.token_ids[before:], strict=False):
+            is_right = guess == token_id
+            draft.acceptance += NEWEST_WEIGHT * (is_right - draft.acceptance)
+            self.acceptance += SHARED_WEIGHT * (is_right - self.acceptance)
+            if not is_right:
+                break
+            num_right += 1
+        draft.num_computed_tokens = before + min(num_right, len(draft.guesses) - 1)
+        draft.guesses = []
+        self._blocks.seal(draft)
+
+    def is_trial_due(self, cost: float) -> bool:
+        """Whether guesses that are not expected to pay are to be made, so that the estimate cannot stay wrong.
+
+        `cost` is what they take, in steps of one row. To be called for each step that may have guesses and has none.
+        """
+        self._num_steps_without += 1
+        if self._num_steps_without < max(self._trial_steps, cost / TRIAL_SHARE):
+            return False
+        self._num_steps_without = 0
+        self._trial_steps = min(2 * self._trial_steps, MAX_TRIAL_STEPS)
+        return True
+
+    def note_paying(self) -> None:
+        """Guesses pay again: the next trials are soon."""
+        self._num_steps_without, self._trial_steps = 0, FIRST_TRIAL_STEPS
+
+    def plan(self, wanted: Iterable[tuple[Sequence, int]], budget: int, start: float) -> DraftPlan | None:
+        """The steps that make so many guesses for each of the sequences, which are followed.
+
+        The first of them has at most `budget` tokens. A sequence that lacks more gets its guesses in a later plan.
+        """
+        runs, num_guesses = [], dict[int, int]()
+        for seq, num in wanted:
+            draft = self._followed[seq]
+            begin, end = draft.num_computed_tokens, draft.num_tokens
+            num = min(num, self.info.max_model_len - end + 1)
+            num_tokens = min(end - begin, budget)
+            if num < 1 or num_tokens < 1 or not self._blocks.grow(draft, end + num - 1):
+                continue
+            budget -= num_tokens
+            is_whole = begin + num_tokens == end
+            if is_whole:
+                num_guesses[seq.seq_id] = num
+            sampling = SamplingInput(draft.params, seq.seed, seq.num_output_tokens) if is_whole else None
+            token_ids = draft.token_ids[begin : begin + num_tokens]
+            runs.append(ScheduledSeq(seq.seq_id, begin, token_ids, list(draft.block_table), sampling))
+        return DraftPlan(Batch(runs), num_guesses, start) if runs else None
+
+    def run(self, plan: DraftPlan) -> dict[int, list[int]] | None:
+        """Compute the guesses, by `seq_id`: fewer where the model failed for a sequence, None where it failed."""
+        guesses: dict[int, list[int]] = {seq.seq_id: [] for seq in plan.batch.seqs}
+        batch = plan.batch
+        try:
+            while batch.seqs:
+                result = self.backend.execute(batch)
+                following = []
+                for run, found in zip(batch.seqs, result.seqs, strict=True):
+                    if not found.tokens or run.sampling is None or found.tokens[0].token_id >= self._vocab_size:
+                        continue
+                    drawn = guesses[run.seq_id]
+                    drawn.append(found.tokens[0].token_id)
+                    if len(drawn) < plan.num_guesses[run.seq_id]:
+                        sampling = msgspec.structs.replace(run.sampling, position=run.sampling.position + 1)
+                        start = run.start + len(run.token_ids)
+                        following.append(
+                            ScheduledSeq(run.seq_id, start, drawn[-1:], run.block_table, sampling),
+                        )
+                batch = Batch(following)
+        except Exception:  # the served model goes on without it
+            logger.exception("the draft model failed and is not used any more")
+            return None
+        return guesses
+
+    def take_in(self, plan: DraftPlan, guesses: dict[int, list[int]] | None, now: float) -> None:
+        """Keep what `run` gave, for `guesses_for`, and see what it has cost."""
+        if guesses is None:
+            self.is_off = True
+            self.release_stopped()
+            return
+        num_rows = [plan.batch.num_tokens]
+        for step in range(1, max(plan.num_guesses.values(), default=1)):
+            num_rows.append(sum(num > step for num in plan.num_guesses.values()))
+        if num_rows[0] <= 2 * len(plan.batch.seqs):  # else it computes more than it reads
+            self.cost.observe_drafts(num_rows, now - plan.start)
+        followed = {seq.seq_id: draft for seq, draft in self._followed.items()}
+        for run in plan.batch.seqs:
+            draft = followed[run.seq_id]
+            draft.num_computed_tokens = run.start + len(run.token_ids)
+            self._blocks.seal(draft)
+            draft.guesses, draft.num_tokens_before = guesses[run.seq_id], draft.num_tokens
+            draft.has_failed = run.sampling is not None and not draft.guesses
+
+    def guesses_for(self, seq: Sequence) -> list[int]:
+        """What was guessed to follow the tokens that the sequence has now."""
+        draft = self._followed.get(seq)
+        return draft.guesses if draft is not None and draft.num_tokens_before == draft.num_tokens else []
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self._blocks.num_used
+
+    def check_integrity(self) -> None:
+        """Raise `EngineError` if a block of the small model is lost, owned twice, or owned by no sequence."""
+        self._blocks.check_integrity(self._followed.values())
