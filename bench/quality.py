@@ -4,7 +4,7 @@
     python bench/quality.py --short     # 256 tokens, no llama.cpp: for CI
 
 Every precision starts from the same file. The reference computes in float32 with the file's own numbers; bf16 and int8
-round them to bfloat16 first, and auto keeps what is quantised. The text is read with the model's own tokenizer in
+round them to bfloat16 first, and auto keeps what is quantized. The text is read with the model's own tokenizer in
 windows that begin anew, and every one of them is given to all in turn.
 """
 

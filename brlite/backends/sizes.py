@@ -127,7 +127,7 @@ def measure(
 ) -> Sizes:
     """The sizes of a model with that config, on the backend that would compute it here.
 
-    `formats` are those of the checkpoint's tensors; where one is not named, it is not quantised.
+    `formats` are those of the checkpoint's tensors; where one is not named, it is not quantized.
     """
     family = find_family(hf_config)
     config = family.read_config(hf_config)

@@ -1,6 +1,6 @@
 """Reads model folders and files, one tensor at a time; fetches them by name.
 
-Formats are safetensors (quantised or not), `.bin`, GGUF, traced `.pt` and bundles.
+Formats are safetensors (quantized or not), `.bin`, GGUF, traced `.pt` and bundles.
 
 Importing this package imports no reader: `open_checkpoint` loads the one that a path needs. Only the one for
 `.bin` needs torch. First file: `checkpoint.py`.
@@ -35,9 +35,9 @@ def open_checkpoint(path: Path, model_file: str = "") -> Checkpoint:
         return BundleCheckpoint(path)
     weights = find_weights(path)
     if weights.kind == "safetensors" and (config := read_config(path)).get("quantization_config") is not None:
-        from brlite.checkpoint.quantised_checkpoint import QuantisedCheckpoint
+        from brlite.checkpoint.quantized_checkpoint import QuantizedCheckpoint
 
-        return QuantisedCheckpoint(path, weights.files, config)
+        return QuantizedCheckpoint(path, weights.files, config)
     if weights.kind == "safetensors":
         from brlite.checkpoint.safetensors_checkpoint import SafetensorsCheckpoint
 

@@ -69,11 +69,11 @@ def settle_precision(option: PrecisionOption, formats: Mapping[str, str]) -> Pre
     """What a precision means for a checkpoint whose tensors have these formats."""
     if option != "auto":
         return PRECISIONS[option]
-    return STORED if quantised_formats(formats) else PRECISIONS["bf16"]
+    return STORED if quantized_formats(formats) else PRECISIONS["bf16"]
 
 
-def quantised_formats(formats: Mapping[str, str]) -> list[str]:
-    """The formats of quantised tensors, the most frequent first."""
+def quantized_formats(formats: Mapping[str, str]) -> list[str]:
+    """The formats of quantized tensors, the most frequent first."""
     names = [name for name in formats.values() if name not in PLAIN_FORMATS]
     return sorted(set(names), key=lambda name: (-names.count(name), name))
 

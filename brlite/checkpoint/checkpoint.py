@@ -67,11 +67,5 @@ def weights_identity(config: Mapping[str, Any], headers: Mapping[Path, bytes]) -
     return _digest(json.dumps([config, files], sort_keys=True).encode())
 
 
-def read_header(file: Path, num_bytes: int) -> bytes:
-    """The first `num_bytes` of a file."""
-    with file.open("rb") as stream:
-        return stream.read(num_bytes)
-
-
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()

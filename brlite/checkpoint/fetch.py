@@ -110,7 +110,7 @@ def locate_model(
             failures.append(f"{source.title}: {error}")
         else:
             is_from_wheel = name in WHEEL_MODELS and found.name == WHEEL_MODELS[name].file_name
-            remark = " (quantised to 4 bits; the hub has the original 16-bit weights)" if is_from_wheel else ""
+            remark = " (quantized to 4 bits; the hub has the original 16-bit weights)" if is_from_wheel else ""
             logger.info("model %s: weights from %s: %s%s", name, source.title, found, remark)
             return found
     tried = "; ".join(failures) or "it is not on this machine"

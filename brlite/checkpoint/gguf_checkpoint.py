@@ -1,6 +1,6 @@
 """A GGUF file as a Hugging Face checkpoint: its tensors as they are stored, in Hugging Face's names and order of rows.
 
-The `gguf` package dequantises them when float32 is asked for; `gguf_codes.py` keeps their digits.
+The `gguf` package dequantizes them when float32 is asked for; `gguf_codes.py` keeps their digits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from brlite.checkpoint.checkpoint import read_header, weights_identity
+from brlite.checkpoint.checkpoint import weights_identity
 from brlite.checkpoint.gguf_codes import CODINGS
 from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
 from brlite.checkpoint.gguf_header import GgufHeader, read_gguf_header
@@ -22,7 +22,7 @@ from brlite.files.quoting import excerpt
 
 
 class GgufCheckpoint:
-    """Implements `Checkpoint`. A tensor is read when it is asked for, dequantised or as it is stored."""
+    """Implements `Checkpoint`. A tensor is read when it is asked for, dequantized or as it is stored."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,7 +52,8 @@ class GgufCheckpoint:
             for name, tensor in named.items()
         ]
         self.num_bytes = sum(location.num_bytes for location in self._locations)
-        self.identity = weights_identity(self.config, {path: read_header(path, header.data_start)})
+        with path.open("rb") as stream:
+            self.identity = weights_identity(self.config, {path: stream.read(header.data_start)})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
@@ -111,7 +112,7 @@ def _format(type_id: int, name: str) -> Format:
     try:
         gguf.quants.dequantize(np.zeros((1, block_bytes), np.uint8), kind)  # one block: only doing it tells
     except NotImplementedError:
-        raise ModelError(f"tensor {excerpt(name)} is of type {kind.name}, which cannot be dequantised") from None
+        raise ModelError(f"tensor {excerpt(name)} is of type {kind.name}, which cannot be dequantized") from None
     coding = CODINGS.get(kind.name)
     return Format(
         kind.name,

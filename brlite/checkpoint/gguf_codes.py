@@ -1,7 +1,7 @@
-"""GGML's quantised blocks taken apart into codes, scales and minimums, where groups of 32 hold all digits of a weight.
+"""GGML's quantized blocks taken apart into codes, scales and minimums, where groups of 32 hold all digits of a weight.
 
 A weight of the file is scale · code + minimum: `CODINGS` says in which form native code multiplies by it. Formats that
-are not listed, such as Q6_K with its groups of 16, are dequantised and rounded to int8 anew.
+are not listed, such as Q6_K with its groups of 16, are dequantized and rounded to int8 anew.
 """
 
 from __future__ import annotations

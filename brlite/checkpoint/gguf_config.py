@@ -1,6 +1,6 @@
 """Translates GGUF's words into Hugging Face's: metadata into a `config.json`, tensor names into parameter names.
 
-Pure: knows no files, no tensor data and no quantisation. What cannot be said in those words is refused, not dropped.
+Pure: knows no files, no tensor data and no quantization. What cannot be said in those words is refused, not dropped.
 """
 
 from __future__ import annotations

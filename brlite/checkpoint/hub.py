@@ -187,7 +187,7 @@ def reach_limit(*, has_other_source: bool) -> float:
 def find_cached(hub: Hub, name: ModelName, *, is_last_resort: bool = False) -> Path:
     """A model that is in the hub's cache folder already: its folder or GGUF file. Raises `ModelError` if none is.
 
-    A name without a quantisation is the GGUF file that the hub's list made of it. As the last resort, where the hub
+    A name without a quantization is the GGUF file that the hub's list made of it. As the last resort, where the hub
     cannot be asked, it is whatever GGUF file is there.
     """
     repository = Repository(hub.cache(), name.repository)

@@ -139,7 +139,7 @@ def choose_files(names: Sequence[str], quantization: str | None = None) -> list[
 
 
 def quantization_of(file_name: str) -> str | None:
-    """The quantisation that a GGUF file's name tells, in capitals."""
+    """The quantization that a GGUF file's name tells, in capitals."""
     found = QUANTIZATION.findall(PurePosixPath(file_name).name.removesuffix(".gguf"))
     return str(found[-1]).upper() if found else None
 
@@ -167,7 +167,7 @@ def _choose_gguf(files: Sequence[str], quantization: str | None) -> str:
 
 
 def _is_meant(file_name: str, wanted: str) -> bool:
-    """Whether a file is of that quantisation, or has that name. Part of a quantisation does not count as one."""
+    """Whether a file is of that quantization, or has that name. Part of a quantization does not count as one."""
     base, wanted = PurePosixPath(file_name).name.lower(), wanted.lower()
     if wanted.endswith(".gguf"):
         return base == wanted

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from brlite.checkpoint.checked_model import CheckedModel, quantised_formats
+from brlite.checkpoint.checked_model import CheckedModel, quantized_formats
 from brlite.checkpoint.checkpoint import Checkpoint
 from brlite.checkpoint.gguf_codes import CODINGS
 from brlite.checkpoint.progress import Progress
@@ -104,7 +104,7 @@ def held_targets(model: CheckedModel, shard: Shard | None) -> dict[str, list[tup
 
 
 def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, tuple[MatrixPart, ...]]:
-    """The parts of every matrix that native code multiplies by, or looks up in its quantised form; by its name."""
+    """The parts of every matrix that native code multiplies by, or looks up in its quantized form; by its name."""
     parameters = model.parameters if shard is None else rank_parameters(model.config, shard)
     if model.precision.weights != "stored":
         rounded: MatrixForm = "int8" if model.precision.has_int8_weights else "bfloat16"
@@ -115,9 +115,9 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
         stored_as = model.formats.get(name, NOT_QUANTISED)
         for _, target in parts:
             parameter = parameters[target.parameter]
-            is_quantised = len(parameter.shape) == 2 and stored_as not in PLAIN_FORMATS
-            # An embedding that is only looked up is a bfloat16 table, unless the file quantises it.
-            if parameter.precision == "weights" or is_quantised:
+            is_quantized = len(parameter.shape) == 2 and stored_as not in PLAIN_FORMATS
+            # An embedding that is only looked up is a bfloat16 table, unless the file quantizes it.
+            if parameter.precision == "weights" or is_quantized:
                 form: MatrixForm = "int8" if target.has_unit_rows else KEPT_FORMS.get(stored_as, "int8")
                 part = MatrixPart(form, target.shape[0])
                 found.setdefault(target.parameter, []).append((target.start, part))
@@ -128,14 +128,14 @@ def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool)
     """In which precision `spec` is served, and what decided that: for each format of the file, what becomes of it."""
     if spec.precision != "auto":
         return f"{spec.precision}, set by precision"
-    quantised = quantised_formats(model.formats)
-    if not quantised:
-        return "bf16, as no matrix of the files is quantised (auto)"
+    quantized = quantized_formats(model.formats)
+    if not quantized:
+        return "bf16, as no matrix of the files is quantized (auto)"
     if not is_native:
-        return f"bf16: torch widens the file's {', '.join(quantised)} (auto)"
+        return f"bf16: torch widens the file's {', '.join(quantized)} (auto)"
     matrices, rounded = _stored_matrices(model, spec.tensor_parallel)
     uses = []
-    for stored_as in sorted(matrices, key=[*quantised, *sorted(PLAIN_FORMATS)].index):
+    for stored_as in sorted(matrices, key=[*quantized, *sorted(PLAIN_FORMATS)].index):
         num_rounded, count = len(rounded.get(stored_as, ())), len(matrices[stored_as])
         if not num_rounded:
             uses.append(f"{stored_as} is kept")

@@ -1,7 +1,7 @@
-"""What the `quantization_config` of a model's config.json says: which tool quantised its matrices, and how.
+"""What the `quantization_config` of a model's config.json says: which tool quantized its matrices, and how.
 
 GPTQ (AutoGPTQ, GPTQModel), AWQ (AutoAWQ), compressed-tensors (llm-compressor) and FP8. Scales of activations and of KV
-caches are not read: those are never quantised as the file's tool would. `quantised_layers.py` reads the tensors.
+caches are not read: those are never quantized as the file's tool would. `quantized_matrix.py` reads the tensors.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ FOLDER_FORMS: dict[str, MatrixForm] = {
 
 
 class Quantization(msgspec.Struct, frozen=True, kw_only=True):
-    """How the matrices of a folder are quantised. A matrix without the tensors of `layout` is not.
+    """How the matrices of a folder are quantized. A matrix without the tensors of the method's layouts is not.
 
     `group_size` inputs of a row share a scale, or all of them where it is 0. A zero point is stored `zero_point_bias`
-    below its value. Scales of FP8 are for `block` rows and columns, if their shape says no other.
+    below its value. Scales of FP8 are for blocks of `block_rows` times `group_size`, if their shape says no other.
     """
 
     method: Literal["GPTQ", "AWQ", "compressed-tensors", "FP8"]
@@ -46,11 +46,11 @@ class Quantization(msgspec.Struct, frozen=True, kw_only=True):
     is_symmetric: bool = True
     has_act_order: bool = False
     zero_point_bias: int = 0
-    block: tuple[int, int] = (128, 128)
+    block_rows: int = 1
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
-    """The quantisation of a folder with this config.json; None where it has none.
+    """The quantization of a folder with this config.json; None where it has none.
 
     Raises `ModelError` for one that cannot be read, with the key and what is allowed.
     """
@@ -62,12 +62,16 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
         case "gptq":
             return _gptq(section)
         case "awq":
-            return _awq(section)
+            _choose(section, "version", ("gemm", "GEMM"), "gemm")
+            _choose(section, "zero_point", (True,), True)
+            _choose(section, "backend", ("autoawq",), "autoawq")
+            num_bits = int(_choose(section, "bits", (4,)))
+            return Quantization(method="AWQ", num_bits=num_bits, group_size=_group_size(section), is_symmetric=False)
         case "compressed-tensors":
             return _compressed_tensors(section)
         case "fp8" | "fbgemm_fp8":
             _choose(section, "fmt", ("e4m3",), "e4m3")
-            return Quantization(method="FP8", block=_block(section, "weight_block_size"))
+            return _fp8(section, "weight_block_size")
     raise ModelError(
         f"model config: {SECTION} ({excerpt(method)}) is not supported; allowed are {', '.join(METHODS)}, or the "
         "model's plain or GGUF weights"
@@ -75,7 +79,7 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of the same model when nothing of it is quantised."""
+    """The config of the same model when nothing of it is quantized."""
     return {key: value for key, value in config.items() if key != SECTION}
 
 
@@ -97,29 +101,17 @@ def _gptq(section: ConfigReader) -> Quantization:
     )
 
 
-def _awq(section: ConfigReader) -> Quantization:
-    _choose(section, "version", ("gemm", "GEMM"), "gemm")
-    _choose(section, "zero_point", (True,), True)
-    _choose(section, "backend", ("autoawq",), "autoawq")
-    num_bits = int(_choose(section, "bits", (4,)))
-    return Quantization(method="AWQ", num_bits=num_bits, group_size=_group_size(section), is_symmetric=False)
-
-
 def _compressed_tensors(section: ConfigReader) -> Quantization:
     _choose(section, "format", COMPRESSED_FORMATS)
     _choose(section, "quantization_status", ("compressed",), "compressed")
     _choose(section.section("sparsity_config"), "format", ("dense",), "dense")
     if "transform_config" in section and len(section.section("transform_config")):
         raise section.error("transform_config", "left out", "transforms of activations")
-    found = {_compressed_group(group.section("weights")) for group in _groups(section)}
-    if len(found) != 1:
-        raise section.error("config_groups", "alike in how their weights are quantised", f"{len(found)} kinds")
-    return found.pop()
-
-
-def _groups(section: ConfigReader) -> list[ConfigReader]:
     groups = section.section("config_groups")
-    return [groups.section(name) for name in groups]
+    found = {_compressed_group(groups.section(name).section("weights")) for name in groups}
+    if len(found) != 1:
+        raise section.error("config_groups", "alike in how their weights are quantized", f"{len(found)} kinds")
+    return found.pop()
 
 
 def _compressed_group(weights: ConfigReader) -> Quantization:
@@ -129,7 +121,7 @@ def _compressed_group(weights: ConfigReader) -> Quantization:
     if kind == "float":
         _choose(weights, "num_bits", (8,))
         _choose(weights, "strategy", ("channel", "tensor", "block"))
-        return Quantization(method="FP8", block=_block(weights, "block_structure"))
+        return _fp8(weights, "block_structure")
     _choose(weights, "strategy", ("group", "channel", "tensor"))
     return Quantization(
         method="compressed-tensors",
@@ -148,19 +140,17 @@ def _group_size(section: ConfigReader) -> int:
     return section.positive_int("group_size")
 
 
-def _block(section: ConfigReader, key: str) -> tuple[int, int]:
-    """Rows and columns of a block. compressed-tensors writes "128x128", too."""
+def _fp8(section: ConfigReader, key: str) -> Quantization:
+    """With the rows and columns of a block at `key`. compressed-tensors writes "128x128", too."""
     value = section.value(key)
-    if value is None:
-        return 128, 128
-    sizes = value.split("x") if isinstance(value, str) else value
+    sizes = (128, 128) if value is None else value.split("x") if isinstance(value, str) else value
     try:
         rows, columns = (int(size) for size in sizes)
         if not 0 < rows < 2**31 or not 0 < columns < 2**31:
             raise ValueError
     except (TypeError, ValueError, OverflowError):  # the last one for infinity
         raise section.error(key, "two numbers of rows and columns", value) from None
-    return rows, columns
+    return Quantization(method="FP8", group_size=columns, block_rows=rows)
 
 
 def _choose(section: ConfigReader, key: str, allowed: tuple[Any, ...], default: Any = None) -> Any:

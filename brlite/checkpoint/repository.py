@@ -68,7 +68,7 @@ class Repository:
         return folder
 
     def choice(self, revision: str | None) -> str | None:
-        """The GGUF file that the name without a quantisation was found to mean; None if it was not asked for."""
+        """The GGUF file that the name without a quantization was found to mean; None if it was not asked for."""
         try:
             return (self.folder / CHOICES / (revision or MAIN)).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):

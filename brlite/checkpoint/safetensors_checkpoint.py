@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from brlite.checkpoint.checkpoint import read_header, weights_identity
+from brlite.checkpoint.checkpoint import weights_identity
 from brlite.checkpoint.folder import read_config
-from brlite.checkpoint.safetensors_header import SafetensorsHeader, read_safetensors_header
+from brlite.checkpoint.safetensors_header import read_headers
 from brlite.checkpoint.stored_tensor import (
     ALLOWED_DTYPES,
     PLAIN_FORMATS,
@@ -36,12 +36,11 @@ class SafetensorsCheckpoint:
                     raise ModelError(f"{file}: {found}; allowed are {ALLOWED_DTYPES}")
                 self._shapes[entry.name] = entry.shape
             self._files[file] = [
-                TensorLocation(entry.name, PLAIN_FORMATS[entry.dtype], entry.shape, header.data_start + entry.begin)
+                TensorLocation(entry.name, PLAIN_FORMATS[entry.dtype], entry.shape, entry.begin)
                 for entry in header.entries
             ]
-        self.num_bytes = sum(header.entries[-1].end for header in headers.values() if header.entries)
-        raw = {file: read_header(file, header.data_start) for file, header in headers.items()}
-        self.identity = weights_identity(self.config, raw)
+        self.num_bytes = sum(header.num_bytes for header in headers.values())
+        self.identity = weights_identity(self.config, {file: header.raw for file, header in headers.items()})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
@@ -54,15 +53,3 @@ class SafetensorsCheckpoint:
 
     def close(self) -> None:
         """Nothing is kept open but while tensors are read."""
-
-
-def read_headers(files: Sequence[Path]) -> dict[Path, SafetensorsHeader]:
-    """The headers of a model's shards. Raises `ModelError` where two hold the same tensor."""
-    headers = {file: read_safetensors_header(file) for file in files}
-    names: set[str] = set()
-    for file, header in headers.items():
-        for entry in header.entries:
-            if entry.name in names:
-                raise ModelError(f"{file}: holds {excerpt(entry.name)}, which an earlier shard holds too")
-            names.add(entry.name)
-    return headers

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -25,31 +26,47 @@ DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "I64": 8, "I8": 1, "F8_E
 
 
 class TensorEntry(NamedTuple):
-    """One tensor's place, `begin` to `end` in bytes, counted from the end of the header."""
+    """One tensor: bytes `begin` to `end` of its file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    file: Path
     begin: int
     end: int
 
 
 class SafetensorsHeader(NamedTuple):
-    """Every tensor in the order of the data, which starts at byte `data_start`."""
+    """Every tensor in the order of the data, how many bytes they have, and the file's first bytes up to the data."""
 
     entries: list[TensorEntry]
-    data_start: int
+    num_bytes: int
+    raw: bytes
+
+
+def read_headers(files: Sequence[Path]) -> dict[Path, SafetensorsHeader]:
+    """The headers of a model's shards. Raises `ModelError` for a broken one, and where two hold the same tensor."""
+    headers: dict[Path, SafetensorsHeader] = {}
+    names: set[str] = set()
+    for file in files:
+        headers[file] = read_safetensors_header(file)
+        for entry in headers[file].entries:
+            if entry.name in names:
+                raise ModelError(f"{file}: holds {excerpt(entry.name)}, which an earlier shard holds too")
+            names.add(entry.name)
+    return headers
 
 
 def read_safetensors_header(file: Path) -> SafetensorsHeader:
     """Read a header whose tensors fill the file to its last byte. Raises `ModelError` otherwise.
 
-    Tensors may be of any type that a quantised matrix has, too.
+    Tensors may also have the types of a quantized matrix: `DTYPE_BYTES` lists them all.
     """
     check_model_file(file, "safetensors")
     file_bytes = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
+        prefix = stream.read(LENGTH_BYTES)
+        length = int.from_bytes(prefix, "little")
         present = file_bytes - LENGTH_BYTES
         if present < 0 or length > present:
             raise ModelError(
@@ -67,20 +84,20 @@ def read_safetensors_header(file: Path) -> SafetensorsHeader:
     if not isinstance(header, dict):
         raise ModelError(f"{file}: the header must be a JSON object, got {excerpt(header)}")
 
-    entries = [_entry(file, name, value) for name, value in header.items() if name != "__metadata__"]
+    start = position = LENGTH_BYTES + len(raw)
+    entries = [_entry(file, start, name, value) for name, value in header.items() if name != "__metadata__"]
     entries.sort(key=attrgetter("begin", "end"))  # an empty tensor begins where the next one does
-    position = 0
     for entry in entries:
         if entry.begin != position:
-            raise ModelError(f"{file}: {excerpt(entry.name)} starts at byte {entry.begin} of the data, not {position}")
+            found = f"byte {entry.begin - start} of the data, not {position - start}"
+            raise ModelError(f"{file}: {excerpt(entry.name)} starts at {found}")
         position = entry.end
-    data_start = LENGTH_BYTES + len(raw)
-    if data_start + position != file_bytes:
-        raise ModelError(f"{file}: must be {data_start + position} bytes long by its header, but has {file_bytes}")
-    return SafetensorsHeader(entries, data_start)
+    if position != file_bytes:
+        raise ModelError(f"{file}: must be {position} bytes long by its header, but has {file_bytes}")
+    return SafetensorsHeader(entries, position - start, prefix + raw)
 
 
-def _entry(file: Path, name: str, value: object) -> TensorEntry:
+def _entry(file: Path, data_start: int, name: str, value: object) -> TensorEntry:
     match value:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]}:
             pass
@@ -94,4 +111,4 @@ def _entry(file: Path, name: str, value: object) -> TensorEntry:
     num_bytes = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - begin != num_bytes:
         raise ModelError(f"{file}: {excerpt(name)} takes {num_bytes} bytes by its shape, {end - begin} by its offsets")
-    return TensorEntry(name, dtype, tuple(shape), begin, end)
+    return TensorEntry(name, dtype, tuple(shape), file, data_start + begin, data_start + end)

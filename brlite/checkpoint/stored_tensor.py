@@ -46,7 +46,7 @@ class Coded(NamedTuple):
 class Format(NamedTuple):
     """How numbers are stored: blocks of so many in so many bytes. `widen` makes bytes [..., B] numbers [..., N].
 
-    `decode` takes rows [R, B] of a quantised format apart, where that keeps their digits (`gguf_codes.py`).
+    `decode` takes rows [R, B] of a quantized format apart, where that keeps their digits (`gguf_codes.py`).
     """
 
     name: str

@@ -135,7 +135,7 @@ def render(found: list[CachedModel]) -> str:
 
 
 def _models_in(snapshot: Path) -> Iterator[tuple[str | None, Path]]:
-    """(quantisation or file name of a GGUF file, its path), or (None, the folder) of other weights."""
+    """(quantization or file name of a GGUF file, its path), or (None, the folder) of other weights."""
     from brlite.checkpoint.folder import has_weights
     from brlite.checkpoint.model_name import BIN_FILES, SAFETENSORS_FILES, quantization_of
 

@@ -54,7 +54,7 @@ def tune(args: argparse.Namespace) -> int:
     room = int(find_memory().available * SHARE)
     rows = [advise(precision, sizes_of(precision), room) for precision in ("auto", *PRECISIONS)]
     if rows[0].weight_bytes == rows[1].weight_bytes:
-        del rows[0]  # the files are not quantised: it is bf16
+        del rows[0]  # the files are not quantized: it is bf16
     best = choose(rows)
     print(f"{show_bytes(find_memory().available)} of memory are free, {find_cpus().num_threads} threads can compute\n")
     print(f"{'precision':24} {'weights':>8} {'KV a token':>11} {'context':>8} {'batch':>6}")

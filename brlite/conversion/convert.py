@@ -25,7 +25,7 @@ from brlite.backends.native.library import load_library
 from brlite.backends.native.packed_weights import Packing
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.bundle import FORMAT, FORMAT_VERSION, Manifest
-from brlite.checkpoint.checked_model import CheckedModel, check_model, quantised_formats
+from brlite.checkpoint.checked_model import CheckedModel, check_model, quantized_formats
 from brlite.checkpoint.folder import CONFIG_FILE, find_weights, has_weights
 from brlite.checkpoint.model_name import COMPANION_FILES, check_name
 from brlite.checkpoint.new_file import write_whole
@@ -215,7 +215,7 @@ def _checks(
     yield f"name         {plan.draft.model}{given}"
     is_int8 = PRECISIONS[plan.draft.precision].has_int8_weights
     rounding = "int8 is compared with bfloat16 while it is packed" if is_int8 else "bfloat16, no int8"
-    widened = quantised_formats(plan.model.formats)
+    widened = quantized_formats(plan.model.formats)
     kept = f"; {', '.join(widened)} are widened: serve the model itself to keep its size" if widened else ""
     yield f"rounding     {rounding}{kept}"
     yield f"shapes       {_shapes(config, obstacle)}"

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 PrecisionName = Literal["bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]
 PrecisionOption = Literal["auto", "bf16", "a_bf16_w_int8", "a_bf16_w_int8_kv_int8"]  # auto: what the files hold
 
-# How a matrix is held. Those behind int8 have the digits of quantised files: codes of 8 or 4 bits, with scales (and
+# How a matrix is held. Those behind int8 have the digits of quantized files: codes of 8 or 4 bits, with scales (and
 # minimums, or zero points) in half precision; int8 is rounded here, with scales in bfloat16.
 MatrixForm = Literal["bfloat16", "int8", "int8_f16", "int4", "int4_min", "int4_zero"]
 INT4_FORMS: frozenset[MatrixForm] = frozenset({"int4", "int4_min", "int4_zero"})
@@ -20,7 +20,7 @@ INT4_FORMS: frozenset[MatrixForm] = frozenset({"int4", "int4_min", "int4_zero"})
 class Precision(NamedTuple):
     """What a model's matrices are rounded to, and what its KV cache holds. Norms are float32 in each of them.
 
-    `stored` matrices keep the digits of a quantised file where the kernels have a form for them, else become int8.
+    `stored` matrices keep the digits of a quantized file where the kernels have a form for them, else become int8.
     """
 
     weights: Literal["bfloat16", "int8", "stored"]

@@ -49,7 +49,7 @@ def test_int8_weights_stay_int8(report: dict[str, Any]) -> None:
 
     assert info["supa"]["weight_bytes"] < 0.4 * info["cpu"]["weight_bytes"]  # in float32 there, embedding and all
     assert info["supa"]["notes"] == []
-    assert "dequantised" in info["cpu"]["notes"][0]
+    assert "dequantized" in info["cpu"]["notes"][0]
 
 
 def test_nothing_is_drawn_on_the_card(report: dict[str, Any]) -> None:

@@ -49,9 +49,9 @@ def described(model: CheckedModel, option: PrecisionOption = "auto", *, is_nativ
     return describe_precision(model, spec, is_native=is_native)
 
 
-def test_what_no_file_has_quantised_is_bfloat16() -> None:
+def test_what_no_file_has_quantized_is_bfloat16() -> None:
     assert settle_precision("auto", PLAIN) == PRECISIONS["bf16"]
-    assert described(stored_model({"": "BF16"})) == "bf16, as no matrix of the files is quantised (auto)"
+    assert described(stored_model({"": "BF16"})) == "bf16, as no matrix of the files is quantized (auto)"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_no_file_has_quantised_is_bfloat16() -> None:
         (False, "bf16: torch widens the file's Q4_K, Q6_K (auto)"),
     ],
 )
-def test_a_quantised_file_is_kept_and_every_change_is_said(is_native: bool, text: str) -> None:
+def test_a_quantized_file_is_kept_and_every_change_is_said(is_native: bool, text: str) -> None:
     model = stored_model({"": "Q4_K", "v": "Q6_K", "lm_head": "F16"})
 
     assert settle_precision("auto", MIXED) == STORED

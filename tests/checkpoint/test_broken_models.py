@@ -25,7 +25,7 @@ from tests.checkpoint.model_files import (
     write_sharded_bin,
     write_sharded_safetensors,
 )
-from tests.quantised_files import MIXES, write_quantised
+from tests.quantized_files import MIXES, write_quantized
 
 Break = Callable[[Path], Path]  # spoils a model in a folder; returns the path to open
 
@@ -278,13 +278,13 @@ BROKEN: dict[str, tuple[Break, str]] = {
         lambda folder: write_gguf(folder / "m.gguf", metadata={"tokenizer.ggml.eos_token_id": [1, 2]}),
         "eos_token_id",
     ),
-    "gguf: quantised rows of part of a block": (
+    "gguf: quantized rows of part of a block": (
         lambda folder: gguf_typed(folder, GGMLQuantizationType.Q4_K),
         "has shape (64, 96); Q4_K needs 256s",
     ),
     "gguf: unknown type": (lambda folder: gguf_typed(folder, 99), "is of type 99, which the gguf package"),
-    "gguf: cut in quantised data": (
-        lambda folder: cut(write_quantised(folder / "m.gguf", MIXES["q4_k_m"]), -100),
+    "gguf: cut in quantized data": (
+        lambda folder: cut(write_quantized(folder / "m.gguf", MIXES["q4_k_m"]), -100),
         "truncated: tensor",
     ),
     "gguf: whole numbers": (lambda folder: gguf_extra(folder, "w.weight", np.zeros(4, np.int32)), "type I32"),

@@ -176,7 +176,7 @@ def test_a_gguf_file_in_the_cache_is_used_and_its_precision_said(
     found = locate_model(DEFAULT_MODEL, None, cache=tmp_path, sources=unreachable(tmp_path))
 
     assert found == file
-    assert "quantised to 4 bits" in caplog.text
+    assert "quantized to 4 bits" in caplog.text
 
 
 def test_an_incomplete_folder_in_the_cache_is_not_used(tmp_path: Path) -> None:

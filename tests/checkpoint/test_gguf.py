@@ -115,7 +115,7 @@ def test_qwen3_has_norms_of_heads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("type_name", QUANTISED_BY_THE_PACKAGE)
-def test_a_quantised_tensor_comes_back_as_the_package_reads_it(type_name: str, tmp_path: Path) -> None:
+def test_a_quantized_tensor_comes_back_as_the_package_reads_it(type_name: str, tmp_path: Path) -> None:
     kind = GGMLQuantizationType[type_name]
     values = np.random.default_rng(3).standard_normal((7, 256)).astype(np.float32)
     stored = gguf.quants.quantize(values, kind)
@@ -143,7 +143,7 @@ def test_types_that_the_package_only_reads_are_read(type_name: str, tmp_path: Pa
     assert np.array_equal(found, gguf.quants.dequantize(stored, kind))
 
 
-def test_a_large_tensor_is_dequantised_in_pieces_that_fit_together(tmp_path: Path) -> None:
+def test_a_large_tensor_is_dequantized_in_pieces_that_fit_together(tmp_path: Path) -> None:
     values = np.random.default_rng(5).standard_normal((3001, 416)).astype(np.float32)  # more than one chunk, uneven
     stored = gguf.quants.quantize(values, GGMLQuantizationType.Q8_0)
     tensors = random_gguf_tensors() | {"token_embd.weight": (stored, GGMLQuantizationType.Q8_0)}
@@ -288,7 +288,7 @@ def test_the_header_reads_what_the_package_wrote(tmp_path: Path) -> None:
     assert {tensor.name: tensor.shape for tensor in header.tensors}["token_embd.weight"] == (VOCAB_SIZE, HIDDEN_SIZE)
 
 
-def test_the_size_on_disk_counts_quantised_bytes(tmp_path: Path) -> None:
+def test_the_size_on_disk_counts_quantized_bytes(tmp_path: Path) -> None:
     tensors = random_gguf_tensors()
     stored = gguf.quants.quantize(tensors["output.weight"][0], GGMLQuantizationType.Q8_0)
 
@@ -296,8 +296,8 @@ def test_the_size_on_disk_counts_quantised_bytes(tmp_path: Path) -> None:
         write_gguf(tmp_path / "m.gguf", tensors | {"output.weight": (stored, GGMLQuantizationType.Q8_0)})
     )
 
-    unquantised = sum(math.prod(shape) * 4 for name, shape in checkpoint.shapes().items() if name != "lm_head.weight")
-    assert checkpoint.num_bytes == unquantised + stored.nbytes
+    unquantized = sum(math.prod(shape) * 4 for name, shape in checkpoint.shapes().items() if name != "lm_head.weight")
+    assert checkpoint.num_bytes == unquantized + stored.nbytes
 
 
 @pytest.mark.model

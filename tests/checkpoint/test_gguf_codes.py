@@ -1,4 +1,4 @@
-"""Quantised blocks taken apart: scale · code + minimum is what the `gguf` package dequantises."""
+"""Quantized blocks taken apart: scale · code + minimum is what the `gguf` package dequantizes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from brlite.checkpoint.gguf_codes import CODINGS
-from tests.quantised_files import SUPER_BLOCKS, quantise
+from tests.quantized_files import SUPER_BLOCKS, quantize
 
 GROUP = 32
 
@@ -33,7 +33,7 @@ def stored_rows(name: str) -> np.ndarray:
         blocks = generator.integers(0, 256, (5, 16, 18), dtype=np.uint8)
         blocks[..., :2] = generator.uniform(1e-3, 1e-2, (5, 16)).astype("<f2")[..., None].view(np.uint8)
         return blocks.reshape(5, -1)
-    return quantise(generator.standard_normal((5, 512)).astype(np.float32), name, generator)
+    return quantize(generator.standard_normal((5, 512)).astype(np.float32), name, generator)
 
 
 @pytest.mark.parametrize("name", CODINGS.keys() - SUPER_BLOCKS.keys())

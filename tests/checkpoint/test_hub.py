@@ -310,7 +310,7 @@ def test_a_model_beyond_the_disk_is_refused_before_it_is_fetched(hub: LocalHuggi
     assert hub.server.sent_bytes == 0
 
 
-def test_a_gguf_repository_gives_the_file_that_the_quantisation_names(server: HubServer, tmp_path: Path) -> None:
+def test_a_gguf_repository_gives_the_file_that_the_quantization_names(server: HubServer, tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "m-Q8_0.gguf")
     server.files = {
         "m-Q8_0.gguf": file.read_bytes(),
@@ -327,7 +327,7 @@ def test_a_gguf_repository_gives_the_file_that_the_quantisation_names(server: Hu
     assert server.ranges[0] == f"bytes=0-{len(file.read_bytes()) - 1}"  # the header first
 
 
-def test_a_name_without_quantisation_stays_the_file_that_the_hub_made_of_it(server: HubServer, tmp_path: Path) -> None:
+def test_a_name_without_quantization_stays_the_file_that_the_hub_made_of_it(server: HubServer, tmp_path: Path) -> None:
     server.files = {f"m-{each}.gguf": write_gguf(tmp_path / f"{each}.gguf").read_bytes() for each in ("Q8_0", "Q4_K_M")}
     hub = LocalHuggingFace(server, tmp_path / "cache")
     other = fetch(hub, "hf:org/model:Q8_0")

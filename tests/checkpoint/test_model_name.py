@@ -80,7 +80,7 @@ def test_an_unknown_hub_is_named_with_the_known_ones(monkeypatch: pytest.MonkeyP
         (["tiny.gguf", "tiny-imatrix.gguf"], None, "tiny.gguf"),
     ],
 )
-def test_a_quantisation_chooses_the_file(names: list[str], quantization: str | None, chosen: str) -> None:
+def test_a_quantization_chooses_the_file(names: list[str], quantization: str | None, chosen: str) -> None:
     assert choose_files(names, quantization) == [chosen]
 
 
@@ -130,5 +130,5 @@ def test_bin_files_are_taken_where_there_are_no_safetensors() -> None:
         ("tiny.gguf", None),
     ],
 )
-def test_a_file_name_tells_its_quantisation(name: str, told: str | None) -> None:
+def test_a_file_name_tells_its_quantization(name: str, told: str | None) -> None:
     assert quantization_of(name) == told

@@ -13,7 +13,7 @@ from brlite.checkpoint.bundle import MANIFEST_FILE, bundled_weights
 from brlite.commands.cli import main
 from tests.bundles import INT8, make_bundle
 from tests.checkpoint.model_files import write_gguf
-from tests.quantised_folders import awq, write_folder
+from tests.quantized_folders import awq, write_folder
 from tests.tiny_models import TINY_CONFIGS, VOCAB_SIZE, tiny_tensors, write_tiny_model
 from tests.traced_models import write_traced
 
@@ -58,7 +58,7 @@ def test_a_folder_tells_its_architecture_and_types(tmp_path: Path, capsys: pytes
     assert found["types"] == f"{len(tiny_tensors('qwen2'))} F32"
 
 
-def test_a_quantised_folder_tells_its_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quantized_folder_tells_its_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folder(tmp_path / "model", awq())
 
     found = inspect(tmp_path / "model", capsys)

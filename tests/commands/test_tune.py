@@ -78,7 +78,7 @@ def test_a_model_that_is_not_here_has_to_be_pulled(
 
 
 @pytest.mark.usefixtures("native_library")
-def test_a_quantised_file_keeps_its_digits(
+def test_a_quantized_file_keeps_its_digits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BRLITE_CACHE", str(tmp_path))

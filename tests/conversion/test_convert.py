@@ -32,7 +32,7 @@ from brlite.sampling_params import SamplingParams
 from tests.config.test_manual_json import FIXTURES
 from tests.limits import PATIENCE_SECONDS
 from tests.load_plans import read_tensors
-from tests.quantised_folders import awq, write_folder
+from tests.quantized_folders import awq, write_folder
 from tests.tiny_models import LLAMA, VOCAB_SIZE, random_tensors, tiny_tensors, write_byte_tokenizer, write_tiny_model
 from tests.traced_models import write_traced
 
@@ -452,7 +452,7 @@ def write_large(folder: Path) -> Path:
     return folder
 
 
-def test_a_quantised_folder_becomes_a_plain_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quantized_folder_becomes_a_plain_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     expected = write_folder(tmp_path / "m", awq())
     write_byte_tokenizer(tmp_path / "m")
 

@@ -22,7 +22,7 @@ from brlite.errors import BrliteError
 from brlite.tokenizer.sentencepiece_file import read_sentencepiece_file
 from tests.checkpoint.model_files import write_gguf
 from tests.fuzz import budget
-from tests.quantised_folders import awq, write_folder
+from tests.quantized_folders import awq, write_folder
 from tests.tiny_models import tiny_tensors, write_tiny_model
 from tests.tokenizer.sentencepiece_models import charsmap, model, piece
 from tests.traced_models import write_traced
@@ -97,7 +97,7 @@ def test_safetensors() -> None:
 
 
 @timeout
-def test_quantised_safetensors() -> None:
+def test_quantized_safetensors() -> None:
     with TemporaryDirectory() as folder:
         write_folder(model := Path(folder) / "m", awq())
         fuzz(model / "model.safetensors", open_model, model)

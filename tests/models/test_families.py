@@ -1,5 +1,5 @@
 """Every family against transformers, or a reference beside this file where that has none; and every family against
-itself: chunked, cached, batched, quantised."""
+itself: chunked, cached, batched, quantized."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Matrices that stay int8, against the same matrices held dequantised."""
+"""Matrices that stay int8, against the same matrices held dequantized."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def load(name: str, dtype: torch.dtype, *, keeps_int8: bool) -> Decoder:
 
 @pytest.mark.parametrize("num_inputs", [64, 40, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_is_that_of_the_dequantised_matrix(num_inputs: int, dtype: torch.dtype) -> None:
+def test_the_product_is_that_of_the_dequantized_matrix(num_inputs: int, dtype: torch.dtype) -> None:
     linear, weight = make_linear(5, num_inputs)
     linear = Int8Linear(linear.weight, linear.bias.to(dtype), scales=linear.scales)
     x = torch.randn(3, num_inputs).to(dtype)
@@ -44,7 +44,7 @@ def test_the_product_is_that_of_the_dequantised_matrix(num_inputs: int, dtype: t
     torch.testing.assert_close(product, Linear(weight.to(dtype), linear.bias)(x))
 
 
-def test_rows_are_dequantised_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_dequantized_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     linear, weight = make_linear(11, 40)
     x = torch.randn(2, 40)
 
@@ -65,7 +65,7 @@ def test_a_model_that_stays_int8_has_the_same_logits(name: str) -> None:
     assert kept.parameters.num_bytes < held.parameters.num_bytes
 
 
-def test_a_tied_head_is_quantised_though_it_does_not_stay_int8() -> None:
+def test_a_tied_head_is_quantized_though_it_does_not_stay_int8() -> None:
     held, kept = (load("llama-tied", torch.bfloat16, keeps_int8=keeps) for keeps in (False, True))
 
     assert torch.equal(kept.parameters.named["embedding"], held.parameters.named["embedding"])

@@ -30,7 +30,7 @@ FORMATS: dict[MatrixForm, int] = {
     "int4_min": INT4_MIN,
     "int4_zero": INT4_ZERO,
 }
-CODED_FORMATS = (INT8_F16, INT4, INT4_MIN, INT4_ZERO)  # formats whose codes come from a quantised file
+CODED_FORMATS = (INT8_F16, INT4, INT4_MIN, INT4_ZERO)  # formats whose codes come from a quantized file
 
 # In packed files the norms of a layer come first, in this order, then the rest in the order of the operations.
 FIRST_IN_LAYER = {"attention_norm": 0, "mlp_norm": 1, "q_norm": 2, "k_norm": 3}

@@ -98,7 +98,7 @@ class NativePlan:
         self._buffers.close()
 
     def _compile(self, operations: Iterable[Operation]) -> Iterator[abi.NativeOperation]:
-        """One native operation normalises, rotates and stores heads. A native norm also quantises its output."""
+        """One native operation normalises, rotates and stores heads. A native norm also quantizes its output."""
         heads: dict[str, Any] = {}  # fields of the next ROPE operation
         for operation in operations:
             match operation:
@@ -134,7 +134,7 @@ class NativePlan:
         yield self._activate(abi.QUANTIZE, self._buffers.attended, self.config.q_size)
 
     def _gate(self, size: int) -> Iterator[abi.NativeOperation]:
-        """Ranks exchange silu(gate) * up before it is quantised, since a quantised row has one scale."""
+        """Ranks exchange silu(gate) * up before it is quantized, since a quantized row has one scale."""
         buffers = self._buffers
         if self._rank_context is None:
             yield self._activate(abi.SILU, buffers.gate_up, size)

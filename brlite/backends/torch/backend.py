@@ -44,7 +44,7 @@ from brlite.models.config import cache_dtype, kv_bytes_per_token
 
 MAX_LOGITS = 2**22  # of a prompt at a time: 16 MiB in float32
 
-QUANTIZED_NOTE = "int8 weights are held dequantised: the numbers of int8, the memory of {dtype}"
+QUANTIZED_NOTE = "int8 weights are held dequantized: the numbers of int8, the memory of {dtype}"
 FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but held and multiplied in float32"
 
 

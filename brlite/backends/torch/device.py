@@ -37,7 +37,7 @@ BIREN_ENVIRONMENT = "BR_UMD_DEBUG_P2P_ACCESS_CHECK"  # the manual wants 0: its c
 class DeviceRules(NamedTuple):
     """How a kind of device wants to be used.
 
-    `packs_matrices` in oneDNN's layout. `keeps_int8` holds int8 weights as they are, to be dequantised in the product:
+    `packs_matrices` in oneDNN's layout. `keeps_int8` holds int8 weights as they are, to be dequantized in the product:
     memory is what cards are short of. `has_few_shapes` rounds the shapes of a step up, since each one may cost a
     kernel. `samples` on the device, rather than on the host. `is_probed` before it is trusted. `has_triton`: our
     kernels can be compiled for it. `step_tokens` are those of a step with prompts where the config does not say.

@@ -29,7 +29,7 @@ class Linear:
 class Int8Linear(Linear):
     """A matrix that stays int8 in memory: `weight` [outputs, groups · 32] and `scales` [outputs, groups].
 
-    It is dequantised anew for each product, some rows at a time; columns beyond its inputs hold zeros.
+    It is dequantized anew for each product, some rows at a time; columns beyond its inputs hold zeros.
     """
 
     scales: Tensor = field(kw_only=True)

@@ -1,10 +1,10 @@
 """int8 weights as a pass over the plain model: symmetric, one scale for each output row and 32 of its inputs.
 
-Every linear layer is quantised, the head included, and with it a tied embedding. Norms, biases and an embedding that
+Every linear layer is quantized, the head included, and with it a tied embedding. Norms, biases and an embedding that
 is only looked up are not. In torch some devices keep int8 (`Int8Linear`), on the others, and for a tied embedding, the
-weights are held dequantised: the numbers of int8, not its memory.
+weights are held dequantized: the numbers of int8, not its memory.
 
-Native code quantises by the same rules to the same bytes:
+Native code quantizes by the same rules to the same bytes:
 
     weight   rounded to bfloat16 first
     scale    bfloat16: the group's largest magnitude / 127 in float32, rounded up to the next bfloat16, so that no
@@ -25,7 +25,7 @@ from torch.nn import functional
 from brlite.backends.torch.parameters import Int8Linear, Parameters, scales_name
 from brlite.models.config import QUANTIZATION_GROUP
 
-ROWS_AT_A_TIME = 4096  # bounds the float32 copies that quantising makes
+ROWS_AT_A_TIME = 4096  # bounds the float32 copies that quantizing makes
 LOWER_HALF = 0xFFFF  # the bits of a float32 that bfloat16 does not have
 
 
@@ -60,7 +60,7 @@ def quantize_linears_(parameters: Parameters) -> None:
 
 
 def store_rows_(parameters: Parameters, name: str, start: int, weights: Tensor) -> None:
-    """Write `weights` to rows `start` onwards of a parameter, quantised, on the host, where it is kept in int8."""
+    """Write `weights` to rows `start` onwards of a parameter, quantized, on the host, where it is kept in int8."""
     parameter, scales = parameters.named[name], parameters.named.get(scales_name(name))
     if scales is None:
         parameter[start : start + len(weights)].copy_(weights)

@@ -39,7 +39,7 @@ WEIGHT_NAMES: WeightNames = {
     "norm": "transformer.encoder.final_layernorm",
     "head": "transformer.output_layer",
 }
-ABSENT = ("quantization_bit", "pre_seq_len")  # weights packed by a quantiser, a trained prefix
+ABSENT = ("quantization_bit", "pre_seq_len")  # weights packed by a quantizer, a trained prefix
 
 
 def read_config(values: Mapping[str, Any]) -> ModelConfig:

@@ -95,7 +95,7 @@ class ConfigReader:
 
 
 def check_supported(reader: ConfigReader) -> None:
-    """Raise `ModelError` for what no family here can compute: other activations, weights packed by a quantiser."""
+    """Raise `ModelError` for what no family here can compute: other activations, weights packed by a quantizer."""
     activation = reader.text("hidden_act", "silu")
     if activation != "silu":
         raise reader.error("hidden_act", "silu", activation)

@@ -45,7 +45,7 @@ def next_bfloat16_bits(number: float) -> int:
 
 
 @given(groups)
-def test_a_row_is_quantised_as_each_of_its_groups_alone(row: list[tuple[int, bool]]) -> None:
+def test_a_row_is_quantized_as_each_of_its_groups_alone(row: list[tuple[int, bool]]) -> None:
     weights = [from_bfloat16_bits(bits) * (-1 if is_negative else 1) for bits, is_negative in row]
 
     quantized = quantize_weight(torch.tensor([weights]))
@@ -123,7 +123,7 @@ def test_a_weight_that_is_not_finite_is_not_hidden(broken: float) -> None:
     assert back[0, 32:].isfinite().all()
 
 
-def test_the_pass_quantises_every_linear_and_the_head_but_no_norm_and_no_lookup() -> None:
+def test_the_pass_quantizes_every_linear_and_the_head_but_no_norm_and_no_lookup() -> None:
     decoder = load_tiny("qwen2")
     before = {name: tensor.clone() for name, tensor in decoder.parameters.named.items()}
 
@@ -134,7 +134,7 @@ def test_the_pass_quantises_every_linear_and_the_head_but_no_norm_and_no_lookup(
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
-def test_native_bytes_are_those_of_the_quantised_matrices_and_of_what_is_not_quantised(name: str) -> None:
+def test_native_bytes_are_those_of_the_quantized_matrices_and_of_what_is_not_quantized(name: str) -> None:
     decoder = load_tiny(name)
     parameters, config = decoder.parameters, decoder.config
 

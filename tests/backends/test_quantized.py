@@ -1,4 +1,4 @@
-"""Native code on quantised files and folders: their own digits, and the same bits in any company.
+"""Native code on quantized files and folders: their own digits, and the same bits in any company.
 
 On any instruction set, on one rank and two.
 """
@@ -26,14 +26,14 @@ from tests.backends.native_models import load_native, random_ids
 from tests.backends.rank_threads import load_native_ranks
 from tests.backends.schedules import Story, live_alone, make_prompts, run_schedules
 from tests.load_plans import make_plan, read_tensors
-from tests.quantised_files import HEAD_DIM, HEADS, HIDDEN, KV, KV_HEADS, LAYERS, MIXES, write_quantised
-from tests.quantised_folders import CASES, write_folder
+from tests.quantized_files import HEAD_DIM, HEADS, HIDDEN, KV, KV_HEADS, LAYERS, MIXES, write_quantized
+from tests.quantized_folders import CASES, write_folder
 
 NUM_SCHEDULES = 4
 FOLDERS = ("gptq", "awq", "fp8-block")  # those that are computed with; of all others only the packed rows are compared
 
 
-class Quantised(NamedTuple):
+class Quantized(NamedTuple):
     mix: str
     checkpoint: Checkpoint
     backend: NativeBackend
@@ -42,9 +42,9 @@ class Quantised(NamedTuple):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("quantised")
+    folder = tmp_path_factory.mktemp("quantized")
     for mix, types in MIXES.items():
-        write_quantised(folder / f"{mix}.gguf", types)
+        write_quantized(folder / f"{mix}.gguf", types)
     for name, case in CASES.items():
         write_folder(folder / name, case)
     return folder
@@ -55,41 +55,41 @@ def model_path(folder: Path, mix: str) -> Path:
 
 
 @pytest.fixture(scope="module", params=[*MIXES, *FOLDERS])
-def quantised(request: pytest.FixtureRequest, folder: Path, native_library: NativeLibrary) -> Iterator[Quantised]:
+def quantized(request: pytest.FixtureRequest, folder: Path, native_library: NativeLibrary) -> Iterator[Quantized]:
     checkpoint = open_checkpoint(model_path(folder, request.param))
     with closing(load_native(native_library, request.param, "auto", checkpoint=checkpoint)) as backend:
         stories = [live_alone(backend, prompt, seed) for seed, prompt in enumerate(make_prompts(seed=0))]
-        yield Quantised(request.param, checkpoint, backend, stories)
+        yield Quantized(request.param, checkpoint, backend, stories)
 
 
-def test_rows_have_the_bits_they_have_alone_whatever_the_schedule(quantised: Quantised) -> None:
-    assert run_schedules(quantised.backend, quantised.stories, count=NUM_SCHEDULES, seed=1)["compared"] > NUM_SCHEDULES
+def test_rows_have_the_bits_they_have_alone_whatever_the_schedule(quantized: Quantized) -> None:
+    assert run_schedules(quantized.backend, quantized.stories, count=NUM_SCHEDULES, seed=1)["compared"] > NUM_SCHEDULES
 
 
 def test_every_instruction_set_and_two_threads_give_the_same_bits(
-    quantised: Quantised, native_library: NativeLibrary
+    quantized: Quantized, native_library: NativeLibrary
 ) -> None:
     for isa in available_isas(native_library.functions):
         backend = load_native(
-            native_library, quantised.mix, "auto", isa=isa, threads=1 + isa % 2, checkpoint=quantised.checkpoint
+            native_library, quantized.mix, "auto", isa=isa, threads=1 + isa % 2, checkpoint=quantized.checkpoint
         )
         with closing(backend):
-            assert run_schedules(backend, quantised.stories, count=2, seed=isa)["compared"] > 2
+            assert run_schedules(backend, quantized.stories, count=2, seed=isa)["compared"] > 2
 
 
-def test_two_ranks_give_the_bits_of_one(quantised: Quantised, native_library: NativeLibrary) -> None:
-    with closing(load_native_ranks(native_library, quantised.mix, "auto", 2, checkpoint=quantised.checkpoint)) as ranks:
-        assert run_schedules(ranks, quantised.stories, count=2, seed=3)["compared"] > 2
+def test_two_ranks_give_the_bits_of_one(quantized: Quantized, native_library: NativeLibrary) -> None:
+    with closing(load_native_ranks(native_library, quantized.mix, "auto", 2, checkpoint=quantized.checkpoint)) as ranks:
+        assert run_schedules(ranks, quantized.stories, count=2, seed=3)["compared"] > 2
 
 
-def test_logits_are_those_of_the_dequantised_file(quantised: Quantised) -> None:
+def test_logits_are_those_of_the_dequantized_file(quantized: Quantized) -> None:
     token_ids = random_ids(70, seed=2)
-    expected = reference_logits(quantised.checkpoint, token_ids)
+    expected = reference_logits(quantized.checkpoint, token_ids)
 
-    found = quantised.backend.logits(token_ids)
+    found = quantized.backend.logits(token_ids)
 
     # Keys and values are bfloat16, which tells least where a token sees only itself.
-    is_exact = set(quantised.checkpoint.formats().values()) <= KEPT_FORMS.keys() - {"Q4_K"} | {"F32"}
+    is_exact = set(quantized.checkpoint.formats().values()) <= KEPT_FORMS.keys() - {"Q4_K"} | {"F32"}
     errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
     assert errors[0] < (0.004 if is_exact else 0.012)
     assert np.median(errors) < 0.015
@@ -131,10 +131,10 @@ def test_a_matrix_of_several_tensors_has_a_part_for_each_format(folder: Path, na
     ]
 
 
-def test_sizes_are_told_before_anything_is_read(quantised: Quantised) -> None:
-    told = sizes_at(quantised.checkpoint.path, ModelSpec(name="m", build_seq=64), EngineConfig(backend="native"))
+def test_sizes_are_told_before_anything_is_read(quantized: Quantized) -> None:
+    told = sizes_at(quantized.checkpoint.path, ModelSpec(name="m", build_seq=64), EngineConfig(backend="native"))
 
-    held = quantised.backend.info.weight_bytes
+    held = quantized.backend.info.weight_bytes
     assert held * 0.93 < told.weight_bytes <= held  # each tensor begins at a page of memory
 
 

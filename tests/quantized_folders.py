@@ -1,4 +1,4 @@
-"""Tiny quantised folders in the layouts of AutoGPTQ, AutoAWQ, compressed-tensors and FP8, written from their formulas.
+"""Tiny quantized folders in the layouts of AutoGPTQ, AutoAWQ, compressed-tensors and FP8, written from their formulas.
 
 Each matrix is made as codes, scales and zero points, from which come the tensors of the layout and, in float64, the
 numbers that they stand for.
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from brlite.checkpoint.bfloat16 import to_bfloat16
-from tests.quantised_files import HEAD_DIM, HEADS, HIDDEN, INNER, KV, KV_HEADS, LAYERS
+from tests.quantized_files import HEAD_DIM, HEADS, HIDDEN, INNER, KV, KV_HEADS, LAYERS
 from tests.tiny_models import LLAMA, VOCAB_SIZE
 
 Array = npt.NDArray[Any]
@@ -56,7 +56,7 @@ class Case(NamedTuple):
     """A kind of folder: its `quantization_config`, and how a matrix [R, C] becomes tensors and float64 numbers."""
 
     config: dict[str, Any]
-    quantise: Callable[[tuple[int, int], np.random.Generator], tuple[dict[str, Array], Array]]
+    quantize: Callable[[tuple[int, int], np.random.Generator], tuple[dict[str, Array], Array]]
     stored_as: str  # the format's name
 
 
@@ -73,7 +73,7 @@ def write_folder(folder: Path, case: Case, **config: Any) -> dict[str, Array]:
     tensors = dict(expected)
     for layer in layers:
         for name, shape in LAYER.items():
-            parts, values = case.quantise(shape, generator)
+            parts, values = case.quantize(shape, generator)
             tensors |= {f"{layer}.{name}.{part}": array for part, array in parts.items()}
             expected[f"{layer}.{name}.weight"] = values
     folder.mkdir(exist_ok=True)
@@ -135,7 +135,7 @@ def make_scales(shape: tuple[int, int], generator: np.random.Generator) -> Array
 
 
 def gptq(num_bits: int = 4, *, sym: bool = True, act_order: bool = False, version: int = 1) -> Case:
-    def quantise(shape: tuple[int, int], generator: np.random.Generator) -> tuple[dict[str, Array], Array]:
+    def quantize(shape: tuple[int, int], generator: np.random.Generator) -> tuple[dict[str, Array], Array]:
         (outputs, inputs), top = shape, 2**num_bits
         codes = generator.integers(0, top, shape)
         scales = make_scales((outputs, inputs // GROUP), generator) / np.float16(1 if num_bits == 4 else 16)
@@ -155,11 +155,11 @@ def gptq(num_bits: int = 4, *, sym: bool = True, act_order: bool = False, versio
     if version == 2:
         config["checkpoint_format"] = "gptq_v2"
     name = f"GPTQ {num_bits}-bit" + ("" if sym else " with zero points") + (" in act-order" if act_order else "")
-    return Case(config, quantise, name)
+    return Case(config, quantize, name)
 
 
 def awq() -> Case:
-    def quantise(shape: tuple[int, int], generator: np.random.Generator) -> tuple[dict[str, Array], Array]:
+    def quantize(shape: tuple[int, int], generator: np.random.Generator) -> tuple[dict[str, Array], Array]:
         (outputs, inputs), order = shape, (0, 2, 4, 6, 1, 3, 5, 7)
         codes = generator.integers(0, 16, shape)
         scales = make_scales((outputs, inputs // GROUP), generator)
@@ -169,13 +169,13 @@ def awq() -> Case:
         return parts, (codes - zeros[:, groups]) * scales.astype(np.float64)[:, groups]
 
     config = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
-    return Case(config, quantise, "AWQ 4-bit with zero points")
+    return Case(config, quantize, "AWQ 4-bit with zero points")
 
 
 def compressed(num_bits: int = 4, *, symmetric: bool = True, group_size: int = GROUP) -> Case:
     """pack-quantized, with scales in bfloat16."""
 
-    def quantise(shape: tuple[int, int], generator: np.random.Generator) -> tuple[dict[str, Array], Array]:
+    def quantize(shape: tuple[int, int], generator: np.random.Generator) -> tuple[dict[str, Array], Array]:
         (outputs, inputs), middle = shape, 2 ** (num_bits - 1)
         size = inputs if group_size == -1 else group_size
         values = generator.integers(-middle, middle, shape)
@@ -193,7 +193,7 @@ def compressed(num_bits: int = 4, *, symmetric: bool = True, group_size: int = G
     strategy = {"strategy": "channel"} if group_size == -1 else {"strategy": "group", "group_size": group_size}
     weights = {"num_bits": num_bits, "type": "int", "symmetric": symmetric, **strategy}
     name = f"compressed-tensors {num_bits}-bit" + ("" if symmetric else " with zero points")
-    return Case(compressed_config("pack-quantized", weights), quantise, name)
+    return Case(compressed_config("pack-quantized", weights), quantize, name)
 
 
 def compressed_config(name: str, weights: dict[str, Any]) -> dict[str, Any]:
@@ -204,19 +204,19 @@ def compressed_config(name: str, weights: dict[str, Any]) -> dict[str, Any]:
 def int8_channels() -> Case:
     """int-quantized: what W8A8 models are."""
 
-    def quantise(shape: tuple[int, int], generator: np.random.Generator) -> tuple[dict[str, Array], Array]:
+    def quantize(shape: tuple[int, int], generator: np.random.Generator) -> tuple[dict[str, Array], Array]:
         values = generator.integers(-128, 128, shape)
         scales = make_scales((shape[0], 1), generator) / np.float16(16)
         return {"weight": values.astype(np.int8), "weight_scale": scales}, values * scales.astype(np.float64)
 
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    return Case(compressed_config("int-quantized", weights), quantise, "compressed-tensors 8-bit")
+    return Case(compressed_config("int-quantized", weights), quantize, "compressed-tensors 8-bit")
 
 
 def fp8(kind: str) -> Case:
     """Scales by tensor, by output (compressed-tensors) or by blocks of 48 x 32 (as DeepSeek names them)."""
 
-    def quantise(shape: tuple[int, int], generator: np.random.Generator) -> tuple[dict[str, Array], Array]:
+    def quantize(shape: tuple[int, int], generator: np.random.Generator) -> tuple[dict[str, Array], Array]:
         wanted = 64 * generator.standard_normal(shape)
         codes = E4M3_CODES[np.searchsorted(e4m3(E4M3_CODES), wanted)]
         blocks = {"tensor": (1, 1), "channel": (shape[0], 1), "block": (-(-shape[0] // 48), -(-shape[1] // 32))}[kind]
@@ -234,7 +234,7 @@ def fp8(kind: str) -> Case:
         config["weight_block_size"] = [48, 32]
     if kind == "channel":
         config = compressed_config("float-quantized", {"num_bits": 8, "type": "float", "strategy": "channel"})
-    return Case(config, quantise, "FP8")
+    return Case(config, quantize, "FP8")
 
 
 CASES: dict[str, Case] = {

@@ -1,4 +1,4 @@
-"""Folders that GPTQ, AWQ, compressed-tensors or FP8 have quantised: the numbers, and what is refused."""
+"""Folders that GPTQ, AWQ, compressed-tensors or FP8 have quantized: the numbers, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ import pytest
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
 from brlite.checkpoint.placing import KEPT_FORMS, describe_precision
-from brlite.checkpoint.quantised_matrix import E4M3_VALUES, QuantisedMatrix
 from brlite.checkpoint.quantization import FOLDER_FORMS, Quantization
+from brlite.checkpoint.quantized_matrix import E4M3_VALUES, Fp8Matrix, Int8Matrix
+from brlite.checkpoint.safetensors_header import TensorEntry
 from brlite.checkpoint.stored_tensor import StoredTensor
 from brlite.config.options import ModelSpec
 from brlite.errors import ModelError
 from tests.load_plans import read_tensors
-from tests.quantised_folders import (
+from tests.quantized_folders import (
     CASES,
+    DTYPES,
     Array,
     awq,
     compressed,
@@ -52,7 +54,7 @@ def decoded(tensor: StoredTensor) -> Array:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_folder_holds_the_numbers_that_its_tool_dequantises(name: str, tmp_path: Path) -> None:
+def test_a_folder_holds_the_numbers_that_its_tool_dequantizes(name: str, tmp_path: Path) -> None:
     expected = write_folder(tmp_path / "m", CASES[name])
 
     with closing(open_checkpoint(tmp_path / "m")) as checkpoint:
@@ -202,7 +204,7 @@ def weights_with(**changes: Any) -> dict[str, Any]:
         (fp8("block"), {"fmt": "e5m2"}, "quantization_config.fmt must be e4m3, got 'e5m2'"),
     ],
 )
-def test_a_quantisation_that_is_not_known_is_refused_by_its_key(
+def test_a_quantization_that_is_not_known_is_refused_by_its_key(
     case: Any, config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_folder(tmp_path / "m", case, **config)
@@ -217,7 +219,7 @@ def test_a_quantisation_that_is_not_known_is_refused_by_its_key(
 @pytest.mark.parametrize(
     ("case", "part", "edit", "message"),
     [
-        (gptq(), "qzeros", lambda _: None, "'model.layers.0.self_attn.q_proj.weight' is quantised, but has no qzeros"),
+        (gptq(), "qzeros", lambda _: None, "'model.layers.0.self_attn.q_proj.weight' is quantized, but has no qzeros"),
         (gptq(), "scales", lambda scales: scales[:1], "scales of 'model.layers.0.self_attn.q_proj.weight' has shape"),
         (gptq(), "scales", lambda scales: scales.astype(np.int32), "has dtype 'I32'; allowed are F32 or F16 or BF16"),
         (gptq(), "scales", lambda scales: scales * np.float16(np.inf), "has a scale that is not finite"),
@@ -228,10 +230,10 @@ def test_a_quantisation_that_is_not_known_is_refused_by_its_key(
             lambda scale: np.full_like(scale, 1e38),
             "has a scale that is not finite, or makes its weights so",
         ),
-        (gptq(), "qzeros", lambda zeros: zeros + 1, "has zero points beside 8, but the config says sym"),
+        (gptq(), "qzeros", lambda zeros: zeros + 1, "has zero points beside 8, but its config says symmetric"),
         (gptq(), "g_idx", lambda groups: groups[::-1].copy(), "has inputs in act-order, which its config does not say"),
         (gptq(act_order=True), "g_idx", lambda groups: groups + 1, "has a g_idx beyond its 4 groups"),
-        (gptq(act_order=True), "g_idx", lambda _: None, "is quantised, but has no g_idx"),
+        (gptq(act_order=True), "g_idx", lambda _: None, "is quantized, but has no g_idx"),
         (gptq(), "qweight", lambda _: None, "q_proj.qzeros' has dtype 'I32'; allowed are F32, F16 and BF16, and"),
         (awq(), "qweight", lambda words: words[:, :-1], "qzeros of"),
         (compressed(), "weight_shape", lambda shape: shape + 1, "has weight_shape [257, 257], and [256, 256] codes"),
@@ -254,23 +256,28 @@ def test_a_damaged_matrix_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_a_matrix_that_is_there_both_plain_and_quantised_is_refused(tmp_path: Path) -> None:
+def test_a_matrix_that_is_there_both_plain_and_quantized_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path / "m", gptq())
     file = tmp_path / "m/model.safetensors"
     save_tensors(file, load_tensors(file) | {f"{Q_PROJ}.weight": np.ones((256, 256), np.float16)})
 
-    with pytest.raises(ModelError, match=r"q_proj\.weight' is there both plain and quantised"):
+    with pytest.raises(ModelError, match=r"q_proj\.weight' is there both plain and quantized"):
         open_checkpoint(tmp_path / "m")
 
 
-def test_a_block_larger_than_any_matrix_takes_no_memory_of_its_size() -> None:
-    quantization = Quantization(method="FP8", block=(2**31 - 1, 2**31 - 1))
-    matrix = QuantisedMatrix("w", "FP8", quantization, {"weight": (3, 32), "weight_scale": (1, 1)})
-    one = np.full((3, 32), 0x38, np.uint8)
+def entries_of(arrays: dict[str, Array]) -> dict[str, TensorEntry]:
+    """What the headers say of arrays."""
+    return {
+        name: TensorEntry(name, DTYPES[str(array.dtype)], array.shape, Path("m"), 0, array.nbytes)
+        for name, array in arrays.items()
+    }
 
-    tensor = matrix.tensor(
-        {"weight": one, "weight_scale": np.full((1, 1), 2.5, np.float32)}, {"weight": "F8_E4M3", "weight_scale": "F32"}
-    )
+
+def test_a_block_larger_than_any_matrix_takes_no_memory_of_its_size() -> None:
+    quantization = Quantization(method="FP8", group_size=2**31 - 1, block_rows=2**31 - 1)
+    arrays = {"weight": np.full((3, 32), 0x38, np.uint8), "weight_scale": np.full((1, 1), 2.5, np.float32)}
+
+    tensor = Fp8Matrix("w", quantization, entries_of(arrays)).tensor(arrays)
 
     assert (tensor.float32() == 2.5).all()
 
@@ -286,9 +293,7 @@ def test_scales_and_zero_points_may_have_different_shapes(
         "weight_scale": np.full(scale_shape, 0.5, np.float32),
         "weight_zero_point": np.full(zero_shape, 4, np.int8),
     }
-    matrix = QuantisedMatrix("w", "int8", quantization, {name: array.shape for name, array in arrays.items()})
-    dtypes = {"weight": "I8", "weight_scale": "F32", "weight_zero_point": "I8"}
 
-    matrix.check(dtypes)
+    tensor = Int8Matrix("w", quantization, entries_of(arrays)).tensor(arrays)
 
-    assert np.array_equal(matrix.tensor(arrays, dtypes).float32(), (np.arange(96).reshape(3, 32) - 4) / 2)
+    assert np.array_equal(tensor.float32(), (np.arange(96).reshape(3, 32) - 4) / 2)

@@ -1,4 +1,4 @@
-"""Tiny GGUF models whose matrices are quantised in several ways, as llama.cpp mixes them within a file."""
+"""Tiny GGUF models whose matrices are quantized in several ways, as llama.cpp mixes them within a file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MIXES: dict[str, dict[str, str]] = {
 SUPER_BLOCKS = {"Q4_K": (144, (0, 2)), "Q6_K": (210, (208,))}  # bytes, and where their numbers in half precision are
 
 
-def quantise(values: npt.NDArray[np.float32], kind: str, generator: np.random.Generator) -> npt.NDArray[Any]:
+def quantize(values: npt.NDArray[np.float32], kind: str, generator: np.random.Generator) -> npt.NDArray[Any]:
     """Rows in a type's blocks: of these values, or of any, where the package cannot make them."""
     if kind == "F16":
         return values.astype(np.float16)
@@ -61,7 +61,7 @@ def quantise(values: npt.NDArray[np.float32], kind: str, generator: np.random.Ge
     return blocks.reshape(len(values), -1)
 
 
-def write_quantised(file: Path, mix: Mapping[str, str]) -> Path:
+def write_quantized(file: Path, mix: Mapping[str, str]) -> Path:
     """A model of the types that a mix names."""
     generator = np.random.default_rng(5)
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (VOCAB_SIZE, HIDDEN), "output_norm": (HIDDEN,)}
@@ -75,5 +75,5 @@ def write_quantised(file: Path, mix: Mapping[str, str]) -> Path:
         if len(shape) == 1:
             tensors[f"{name}.weight"] = (1 + values, Kind.F32)
         else:
-            tensors[f"{name}.weight"] = (quantise(values, kind, generator), Kind[kind])
+            tensors[f"{name}.weight"] = (quantize(values, kind, generator), Kind[kind])
     return write_gguf(file, tensors, metadata=METADATA)
