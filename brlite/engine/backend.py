@@ -216,10 +216,14 @@ class SeqResult(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
-    """One `SeqResult` for each `ScheduledSeq`, in the batch's order. `num_threads` computed; 0: not known."""
+    """One `SeqResult` for each `ScheduledSeq`, in the batch's order. `num_threads` computed; 0: not known.
+
+    `num_host_draws` are the tokens that the host drew while a device that runs ahead waited.
+    """
 
     seqs: list[SeqResult]
     num_threads: int = 0
+    num_host_draws: int = 0
 
 
 class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):

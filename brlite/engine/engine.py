@@ -245,6 +245,7 @@ class Engine:
         seconds, self._last_end = now - max(step.start, self._last_end), now
         self.stats.step_time.observe(seconds)
         self.stats.num_step_threads = result.num_threads
+        self.stats.host_draws += result.num_host_draws
         if self._pace is not None:
             chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
             self._pace.observe(chunks, seconds)

@@ -95,6 +95,7 @@ class EngineStats:
         self.draft_tokens = 0
         self.accepted_tokens = 0
         self.step_failures = 0
+        self.host_draws = 0  # tokens for which a device that runs ahead waited
         self.steps_ahead = 0  # decided before the result of the one before was there
         self.finished: Counter[str] = Counter()
         self.prompt_rate = Rate(clock)

@@ -135,6 +135,7 @@ OWN_GAUGES = [Series("brlite:step_threads", "Threads that computed the last step
 OWN_COUNTERS = [
     Series("brlite:step_failures", "Steps that raised.", lambda s: s.step_failures),
     Series("brlite:steps_ahead", "Steps decided before the one before had ended.", lambda s: s.steps_ahead),
+    Series("brlite:host_draws", "Tokens that the host drew while a card waited.", lambda s: s.host_draws),
 ]
 OWN_HISTOGRAMS = [Distribution("brlite:step_time_seconds", "Duration of a step.", lambda s: s.step_time)]
 

@@ -23,7 +23,7 @@ from tests.fakes import ByteTokenizer, FakeBackend
 class Driver:
     """An engine on a fake backend with a clock that moves by `step_seconds`, one second unless said otherwise.
 
-    The steps of a draft model take `draft_seconds` each.
+    The steps of a draft model take `draft_seconds` each. A `backend` is used in place of the fake one.
     Where the backend `can_run_ahead`, each step is launched before the result of the one before is fetched.
     """
 
@@ -36,9 +36,10 @@ class Driver:
         step_seconds: Callable[[Batch], float] = lambda batch: 1.0,
         draft_backend: FakeBackend | None = None,
         draft_seconds: float = 0.1,
+        backend: Any = None,
         **backend_options: Any,
     ):
-        self.backend = FakeBackend(**backend_options)
+        self.backend = backend or FakeBackend(**backend_options)
         self.now = 0.0
         self._step_seconds = step_seconds
         self._draft_seconds = draft_seconds

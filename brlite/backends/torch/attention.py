@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from brlite.backends.torch.device import send
 from brlite.backends.torch.kv_cache import KVCache, LayerCache
 from brlite.models.config import ModelConfig
 
@@ -189,7 +191,7 @@ class StepPlanner:
         return -(-num_tokens // self._block_size)
 
     def _indices(self, values: Sequence[int] | list[list[int]]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self._device)
+        return send(np.array(values, np.int64), self._device)
 
     def _arange(self, length: int) -> Tensor:
         return torch.arange(length, device=self._device)

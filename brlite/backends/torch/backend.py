@@ -7,7 +7,9 @@ borders and cache hits change it by rounding at most.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -20,12 +22,20 @@ from brlite.backends.pooling import pooled_result
 from brlite.backends.torch.candidates import TorchSampler
 from brlite.backends.torch.choose_steps import choose_steps
 from brlite.backends.torch.decoder import Decoder
-from brlite.backends.torch.device import compute_dtype, describe_device, rules_for, select_device
+from brlite.backends.torch.device import (
+    DeviceRules,
+    begin_fetch,
+    compute_dtype,
+    describe_device,
+    rules_for,
+    select_device,
+)
+from brlite.backends.torch.draws import can_draw, draw
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
 from brlite.backends.torch.parallel import Group
 from brlite.backends.torch.probe import probe_device
-from brlite.backends.torch.steps import ComputedStep, Steps
+from brlite.backends.torch.steps import ComputedStep, LastDraws, Steps
 from brlite.checkpoint.placing import LoadPlan
 from brlite.engine.backend import (
     BackendGuard,
@@ -33,6 +43,7 @@ from brlite.engine.backend import (
     Batch,
     PoolingInput,
     SampledToken,
+    SamplingInput,
     ScheduledSeq,
     SeqResult,
     StepResult,
@@ -48,15 +59,47 @@ QUANTIZED_NOTE = "int8 weights are held dequantized: the numbers of int8, the me
 FLOAT32_NOTE = "this CPU has no fast bfloat16: weights are rounded to it but held and multiplied in float32"
 
 
-class TorchBackend:
-    """A `Backend`. `load` takes the memory of weights and cache; what a step takes besides, it gives back."""
+@dataclass
+class QueuedStep:
+    """A step that was queued. Of the sequences in `places` a token is drawn on the device, at that place of `drawn`.
 
-    def __init__(self, steps: Steps, info: BackendInfo) -> None:
+    `wait` returns `drawn` on the host when the step has ended. `step` is None once that was done; then `outcome` is
+    there.
+    """
+
+    batch: Batch
+    step: ComputedStep | None
+    places: dict[int, int]
+    drawn: Tensor
+    wait: Callable[[], Tensor]
+    outcome: StepResult | Exception | None = None
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether anything is left for the host but to read `drawn`."""
+        return any(
+            seq.pooling or seq.prompt_targets or (seq.sampling and seq.seq_id not in self.places)
+            for seq in self.batch.seqs
+        )
+
+    def token_of(self, seq_id: int) -> int:
+        """The token that the host drew; 0, which is as good as any, where there is none."""
+        results = [] if self.outcome is None or isinstance(self.outcome, Exception) else self.outcome.seqs
+        return next((seq.tokens[-1].token_id for seq in results if seq.seq_id == seq_id and seq.tokens), 0)
+
+
+class TorchBackend:
+    """A `Backend` that `CanRunAhead` on CUDA cards. `load` takes the memory of weights and cache; what a step takes
+    besides, it gives back."""
+
+    def __init__(self, steps: Steps, info: BackendInfo, rules: DeviceRules | None = None) -> None:
+        """`rules` are those of the device unless given."""
         self._guard = BackendGuard()
         self._steps = steps
-        self._draws_on_device = rules_for(steps.device).samples
+        self._rules = rules or rules_for(steps.device)
         self._info = info
         self._sampler = TorchSampler(info.vocab_size)
+        self._before: QueuedStep | None = None
 
     @classmethod
     def load(cls, plan: LoadPlan, group: Group | None = None) -> TorchBackend:
@@ -90,16 +133,66 @@ class TorchBackend:
 
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. Its exceptions leave the cache of other sequences as it was."""
+        return self.launch(batch)()
+
+    def launch(self, batch: Batch) -> Callable[[], StepResult]:
+        """Queue a step behind the one before, and return what waits for its result.
+
+        Where the step before needs the host (draws that `draws.py` does not have, logprobs of prompts, pooling), that
+        is waited for and done first: the new step may overwrite its logits, and takes its tokens.
+        """
         with self._guard.step(), torch.inference_mode():
-            step = self._steps.forward(batch.seqs)
-            tokens = self._draw(batch, step)
-            results = [
-                _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, step, first))
-                if seq.pooling is None
-                else pooled_result(seq.seq_id, seq.pooling, self._pool(seq.pooling, step, first + len(seq.token_ids)))
-                for seq, first in zip(batch.seqs, step.first_rows, strict=True)
-            ]
-        return StepResult(results)
+            before, self._before = self._before, None
+            if before is not None and before.needs_host:
+                self._settle(before)
+            batch, last = _with_last_draws(batch, before)
+            self._before = launched = self._queue_draws(batch, self._steps.forward(batch.seqs, last))
+        return partial(self._fetch, launched)
+
+    def _queue_draws(self, batch: Batch, step: ComputedStep) -> QueuedStep:
+        rows, inputs = dict[int, int](), list[SamplingInput]()
+        for seq, first in zip(batch.seqs, step.first_rows, strict=True) if self._rules.runs_ahead else ():
+            if seq.sampling is not None and can_draw(seq.sampling, batch.mask_of(seq.seq_id)):
+                rows[seq.seq_id] = first + len(seq.token_ids) - 1
+                inputs.append(seq.sampling)
+        drawn = torch.empty(0, dtype=torch.int64, device=self._steps.device)
+        if rows:
+            drawn = draw(self._steps.logits(step, list(rows.values())), inputs)
+        places = {seq_id: place for place, seq_id in enumerate(rows)}
+        return QueuedStep(batch, step, places, drawn, begin_fetch(drawn))
+
+    def _fetch(self, launched: QueuedStep) -> StepResult:
+        with self._guard.step(), torch.inference_mode():
+            self._settle(launched)
+        if isinstance(launched.outcome, Exception):
+            raise launched.outcome
+        assert launched.outcome is not None
+        return launched.outcome
+
+    def _settle(self, launched: QueuedStep) -> None:
+        """Wait for the step, unless that was done. An error is its own result, not that of the step after it."""
+        if launched.step is None:
+            return
+        try:
+            launched.outcome = self._result(launched, launched.step)
+        except Exception as error:
+            launched.outcome = error
+        launched.step = None  # the memory of its hidden states and logits
+
+    def _result(self, launched: QueuedStep, step: ComputedStep) -> StepResult:
+        batch, places = launched.batch, launched.places
+        tokens = self._draw(batch, step, places)
+        num_host_draws = len(tokens) if self._rules.runs_ahead else 0
+        found = launched.wait().tolist()
+        for seq_id, place in places.items():
+            tokens[seq_id] = SampledToken(found[place]) if found[place] >= 0 else Undrawn.NOT_FINITE
+        results = [
+            _result(seq, tokens.get(seq.seq_id), self._prompt_logprobs(seq, step, first))
+            if seq.pooling is None
+            else pooled_result(seq.seq_id, seq.pooling, self._pool(seq.pooling, step, first + len(seq.token_ids)))
+            for seq, first in zip(batch.seqs, step.first_rows, strict=True)
+        ]
+        return StepResult(results, num_host_draws=num_host_draws)
 
     def follow(self, work: RankBatch) -> None:
         """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
@@ -125,12 +218,13 @@ class TorchBackend:
 
     def _let_go(self) -> None:
         self.__dict__.pop("_steps", None)
+        self._before = None
 
-    def _draw(self, batch: Batch, step: ComputedStep) -> dict[int, SampledToken | Undrawn]:
-        """The next token of each sequence that wants one, by `seq_id`. The head is computed for these rows only."""
+    def _draw(self, batch: Batch, step: ComputedStep, is_drawn: Container[int]) -> dict[int, SampledToken | Undrawn]:
+        """The next token of each sequence that wants one and is not drawn yet, by `seq_id`."""
         seq_ids, rows, inputs, masks = [], [], [], []
         for seq, first in zip(batch.seqs, step.first_rows, strict=True):
-            if seq.sampling is not None:
+            if seq.sampling is not None and seq.seq_id not in is_drawn:
                 seq_ids.append(seq.seq_id)
                 rows.append(first + len(seq.token_ids) - 1)
                 inputs.append(seq.sampling)
@@ -168,7 +262,23 @@ class TorchBackend:
     def _logits(self, step: ComputedStep, rows: list[int]) -> Tensor:
         """The logits of some rows, on the device where tokens are drawn from them."""
         logits = self._steps.logits(step, rows)
-        return logits if self._draws_on_device else logits.cpu()
+        return logits if self._rules.samples else logits.cpu()
+
+
+def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, LastDraws | None]:
+    """The batch with the tokens of the step before as far as the host has them, and where the others are."""
+    if not any(seq.takes_last_draw for seq in batch.seqs):
+        return batch, None
+    seqs, sources = list[ScheduledSeq](), list[int]()
+    for seq in batch.seqs:
+        source = before.places.get(seq.seq_id, -1) if before is not None and seq.takes_last_draw else -1
+        if seq.takes_last_draw and source < 0:
+            seq = seq.with_last_draw(0 if before is None else before.token_of(seq.seq_id))
+        seqs.append(seq)
+        sources.append(source)
+    if before is None or max(sources) < 0:
+        return Batch(seqs, batch.masks), None
+    return Batch(seqs, batch.masks), LastDraws(before.drawn.clamp(min=0), sources)
 
 
 def _result(seq: ScheduledSeq, token: SampledToken | Undrawn | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
@@ -221,6 +331,7 @@ def _describe(steps: Steps, plan: LoadPlan, step_notes: Sequence[str]) -> Backen
         pooling="last" if spec.pooling == "auto" else spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
         can_generate=plan.model.has_head,
+        can_run_ahead=rules_for(steps.device).runs_ahead and plan.shard is None,
         is_batch_invariant=steps.is_batch_invariant,
         step_tokens=rules_for(steps.device).step_tokens,
         notes=tuple(notes),

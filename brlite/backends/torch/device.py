@@ -10,18 +10,19 @@ import importlib
 import logging
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from brlite.config.options import STEP_TOKENS
 from brlite.errors import ConfigError, MissingExtra
 from brlite.process.machine import describe_cpu, has_fast_bfloat16
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import torch
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,9 @@ class DeviceRules(NamedTuple):
     `packs_matrices` in oneDNN's layout. `keeps_int8` holds int8 weights as they are, to be dequantized in the product:
     memory is what cards are short of. `has_few_shapes` rounds the shapes of a step up, since each one may cost a
     kernel. `samples` on the device, rather than on the host. `is_probed` before it is trusted. `has_triton`: our
-    kernels can be compiled for it. `step_tokens` are those of a step with prompts where the config does not say.
+    kernels can be compiled for it. With `runs_ahead` a step is launched while the one before computes: copies do not
+    wait, and simple draws are made on the device. `step_tokens` are those of a step with prompts where the config does
+    not say.
     """
 
     packs_matrices: bool = False
@@ -49,12 +52,15 @@ class DeviceRules(NamedTuple):
     samples: bool = True
     is_probed: bool = False
     has_triton: bool = False
+    runs_ahead: bool = False
     step_tokens: int = STEP_TOKENS
 
 
 RULES = {
     "cpu": DeviceRules(packs_matrices=True),
-    "cuda": DeviceRules(keeps_int8=True, has_few_shapes=True, is_probed=True, has_triton=True, step_tokens=2048),
+    "cuda": DeviceRules(
+        keeps_int8=True, has_few_shapes=True, is_probed=True, has_triton=True, runs_ahead=True, step_tokens=2048
+    ),
     # Sorting, masks and what waits for the device are the weak side of young plugins.
     "supa": DeviceRules(keeps_int8=True, has_few_shapes=True, samples=False, is_probed=True),
 }
@@ -183,6 +189,39 @@ def host_device() -> torch.device:
 def rules_for(device: torch.device) -> DeviceRules:
     """The rules of this kind of device."""
     return RULES[device.type]
+
+
+def send(values: npt.NDArray[Any], device: torch.device) -> torch.Tensor:
+    """`values` on the device; on the CPU they share memory. A card that runs ahead copies them when it comes to it.
+
+    The pinned copy is torch's: it is used again only after the card has read it.
+    """
+    import torch
+
+    tensor = torch.from_numpy(values)
+    if rules_for(device).runs_ahead:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def begin_fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Queue the copy of a tensor to the host. What is returned waits for the copy, and gives it."""
+    import torch
+
+    if not rules_for(tensor.device).runs_ahead:
+        found = tensor.cpu()
+        return lambda: found
+    runtime = _runtime(tensor.device.type)
+    assert runtime is not None, "a device that was selected has its module"
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    event = runtime.Event()
+    event.record(runtime.current_stream(tensor.device))
+
+    def wait() -> torch.Tensor:
+        event.synchronize()
+        return copy
+
+    return wait
 
 
 def _best_kind() -> str:

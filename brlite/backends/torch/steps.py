@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from brlite.backends.torch.attention import Span, StepPlanner
 from brlite.backends.torch.decoder import Decoder
+from brlite.backends.torch.device import send
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Parameters
 from brlite.models.config import ModelConfig
@@ -40,6 +42,14 @@ class ComputedStep:
     logits: Tensor | None = None
 
 
+class LastDraws(NamedTuple):
+    """What the step before drew, `drawn` [R] int64 on the device. The first token of a run is `drawn[source]` where its
+    source is not -1."""
+
+    drawn: Tensor
+    sources: Sequence[int]
+
+
 class Steps(Protocol):
     """Computes steps of one model with one cache. Nothing waits for the device."""
 
@@ -50,8 +60,8 @@ class Steps(Protocol):
     dtype: torch.dtype
     is_batch_invariant: bool
 
-    def forward(self, runs: Sequence[Run]) -> ComputedStep:
-        """Compute the runs' tokens; store their keys and values."""
+    def forward(self, runs: Sequence[Run], last: LastDraws | None = None) -> ComputedStep:
+        """Compute the runs' tokens; store their keys and values. What the step before gave may be overwritten."""
         ...
 
     def logits(self, step: ComputedStep, rows: list[int]) -> Tensor:
@@ -75,9 +85,13 @@ class EagerSteps:
         self._decoder = decoder
         self._planner = StepPlanner(decoder.config, cache, decoder.dtype, decoder.device, has_few_shapes=has_few_shapes)
 
-    def forward(self, runs: Sequence[Run]) -> ComputedStep:
+    def forward(self, runs: Sequence[Run], last: LastDraws | None = None) -> ComputedStep:
         plan = self._planner.plan([Span(run.start, len(run.token_ids), run.block_table) for run in runs])
         token_ids = self._indices(plan.in_rows([run.token_ids for run in runs]))
+        if last is not None:
+            pairs = zip(plan.first_rows, last.sources, strict=True)
+            rows, sources = zip(*[(row, source) for row, source in pairs if source >= 0], strict=True)
+            token_ids.index_copy_(0, self._indices(rows), last.drawn.index_select(0, self._indices(sources)))
         return ComputedStep(plan.first_rows, self._decoder.forward(token_ids, plan, self.cache))
 
     def logits(self, step: ComputedStep, rows: list[int]) -> Tensor:
@@ -87,5 +101,5 @@ class EagerSteps:
     def normed(self, step: ComputedStep, rows: list[int]) -> Tensor:
         return self._decoder.normed(step.hidden.index_select(0, self._indices(rows)))
 
-    def _indices(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64).to(self.device)
+    def _indices(self, values: Sequence[int]) -> Tensor:
+        return send(np.array(values, np.int64), self.device)

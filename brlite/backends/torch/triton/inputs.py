@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from brlite.backends.torch.device import send
 from brlite.backends.torch.steps import Run
 
 Integers = npt.NDArray[np.int32]
@@ -29,11 +30,13 @@ class Filler(NamedTuple):
 class StepInputs(NamedTuple):
     """Views of one array on the device. T rows, S sequences, of which the first `num_singles` are one token each.
 
-    `token_ids`, `positions` and `slots` are [T]; `starts`, `lengths` and `first_rows` [S]; `tables` [S, W].
+    `token_ids`, `sources`, `positions` and `slots` are [T]; `starts`, `lengths` and `first_rows` [S]; `tables` [S, W].
+    Where a row's source is not -1, its token is that draw of the step before.
     `single_tiles` and `tiles` are the sequence and the first token of each tile of rows that attention takes.
     """
 
     token_ids: Tensor
+    sources: Tensor
     positions: Tensor
     slots: Tensor
     starts: Tensor
@@ -82,6 +85,7 @@ class StepLayout(NamedTuple):
 
         return StepInputs(
             token_ids=take(self.num_rows),
+            sources=take(self.num_rows),
             positions=take(self.num_rows),
             slots=take(self.num_rows),
             starts=take(num_seqs),
@@ -95,8 +99,13 @@ class StepLayout(NamedTuple):
         )
 
 
-def lay_out(runs: Sequence[Run], block_size: int, tile_tokens: int, *, table_width: int = 0) -> StepLayout:
-    """The inputs of a step that computes `runs`. Tables are as wide as the longest, or `table_width`."""
+def lay_out(
+    runs: Sequence[Run], block_size: int, tile_tokens: int, *, sources: Sequence[int] = (), table_width: int = 0
+) -> StepLayout:
+    """The inputs of a step that computes `runs`. Tables are as wide as the longest, or `table_width`.
+
+    `sources` are those of the first tokens of the first runs, as `Steps.forward` has them.
+    """
     lengths = np.array([len(run.token_ids) for run in runs], np.int32)
     order = np.argsort(lengths > 1, kind="stable")
     ordered = [runs[index] for index in order]
@@ -115,13 +124,17 @@ def lay_out(runs: Sequence[Run], block_size: int, tile_tokens: int, *, table_wid
     positions = starts[seq_of_row] + np.arange(num_rows, dtype=np.int32) - first_rows[seq_of_row]
     slots = tables[seq_of_row, positions // block_size] * block_size + positions % block_size
     token_ids = np.fromiter((token for run in ordered for token in run.token_ids), np.int32, num_rows)
+    source_of_row = np.full(num_rows, -1, np.int32)
+    source_of_run = np.full(len(runs), -1, np.int32)
+    source_of_run[: len(sources)] = sources
+    source_of_row[first_rows] = source_of_run[order]
     singles = np.arange(num_singles, dtype=np.int32)
     counts = -(-lengths[num_singles:] // tile_tokens)
     tile_seqs = np.repeat(np.arange(num_singles, len(runs), dtype=np.int32), counts)
     first_tiles = np.cumsum(counts) - counts
     tile_firsts = (np.arange(len(tile_seqs)) - np.repeat(first_tiles, counts)) * tile_tokens
     parts = (
-        *(token_ids, positions, slots, starts, lengths, first_rows, singles, np.zeros_like(singles)),
+        *(token_ids, source_of_row, positions, slots, starts, lengths, first_rows, singles, np.zeros_like(singles)),
         *(tile_seqs, tile_firsts, tables.ravel()),
     )
     rows = np.empty(len(runs), np.int64)
@@ -133,4 +146,4 @@ def lay_out(runs: Sequence[Run], block_size: int, tile_tokens: int, *, table_wid
 
 def transfer(layout: StepLayout, device: torch.device) -> StepInputs:
     """The inputs on the device, of an array of their own."""
-    return layout.on(torch.from_numpy(layout.array).to(device, non_blocking=True))
+    return layout.on(send(layout.array, device))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 
 @triton.jit
@@ -43,6 +44,20 @@ def add_norm_kernel(
         factors = tl.load(weight + columns, mask=is_there, other=0)
         result = values * (1 / tl.sqrt(mean + epsilon)) * factors
         tl.store(out + row * size + columns, result.to(out.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def take_draws_kernel(token_ids, sources, drawn, num_rows, BLOCK: tl.constexpr):
+    """token_ids [T] int32 = drawn [R] int64 at `sources` [T], where these are not negative."""
+    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = tl.load(sources + rows, mask=rows < num_rows, other=-1)
+    tokens = tl.load(drawn + source, mask=source >= 0, other=0)
+    tl.store(token_ids + rows, tokens.to(tl.int32), mask=source >= 0)
+
+
+def take_draws(token_ids: Tensor, sources: Tensor, drawn: Tensor) -> None:
+    """Put what the step before drew in the place of the tokens that were not known yet."""
+    take_draws_kernel[(triton.cdiv(len(token_ids), 256),)](token_ids, sources, drawn, len(token_ids), BLOCK=256)
 
 
 def try_kernel(device: torch.device) -> None:

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from brlite.backends.torch.device import make_current
+from brlite.backends.torch.device import make_current, send
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Parameters
-from brlite.backends.torch.steps import ComputedStep, Run
+from brlite.backends.torch.steps import ComputedStep, LastDraws, Run
 from brlite.backends.torch.triton.attention import tile_tokens
 from brlite.backends.torch.triton.inputs import Filler, StepInputs, lay_out, transfer
 from brlite.backends.torch.triton.plan import TritonDecoder
+from brlite.backends.torch.triton.rows import take_draws
 from brlite.models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
@@ -55,13 +56,16 @@ class TritonSteps:
         self._max_length = max_length
         self._graphs: dict[int, StepGraph] = {}
 
-    def forward(self, runs: Sequence[Run]) -> ComputedStep:
+    def forward(self, runs: Sequence[Run], last: LastDraws | None = None) -> ComputedStep:
         make_current(self.device)
         rows = 1 << (len(runs) - 1).bit_length()
         if rows in self._graphs and all(len(run.token_ids) == 1 for run in runs):
-            return self._replay(self._graphs[rows], runs)
-        layout = lay_out(runs, self.cache.block_size, self._tile_tokens)
-        return ComputedStep(layout.rows, self._decoder.forward(transfer(layout, self.device)))
+            return self._replay(self._graphs[rows], runs, last)
+        layout = lay_out(runs, self.cache.block_size, self._tile_tokens, sources=last.sources if last else ())
+        inputs = transfer(layout, self.device)
+        if last is not None:
+            take_draws(inputs.token_ids, inputs.sources, last.drawn)
+        return ComputedStep(layout.rows, self._decoder.forward(inputs))
 
     def logits(self, step: ComputedStep, rows: list[int]) -> Tensor:
         if step.logits is not None:
@@ -99,10 +103,13 @@ class TritonSteps:
             logits = self._decoder.logits(hidden)
         return StepGraph(graph, array, inputs, hidden, logits)
 
-    def _replay(self, graph: StepGraph, runs: Sequence[Run]) -> ComputedStep:
+    def _replay(self, graph: StepGraph, runs: Sequence[Run], last: LastDraws | None) -> ComputedStep:
         filled = [*runs, *[self._filler] * (graph.inputs.num_rows - len(runs))]
-        layout = lay_out(filled, self.cache.block_size, 1, table_width=self._table_width)
-        graph.array.copy_(torch.from_numpy(layout.array), non_blocking=True)
+        sources = last.sources if last else ()
+        layout = lay_out(filled, self.cache.block_size, 1, sources=sources, table_width=self._table_width)
+        graph.array.copy_(send(layout.array, self.device))
+        if last is not None:
+            take_draws(graph.inputs.token_ids, graph.inputs.sources, last.drawn)
         graph.graph.replay()
         return ComputedStep(layout.rows[: len(runs)], graph.hidden, graph.logits)
 
@@ -111,4 +118,4 @@ class TritonSteps:
         return Filler(0, [0], [self.cache.scratch_block])
 
     def _indices(self, values: list[int]) -> Tensor:
-        return torch.from_numpy(np.array(values, np.int64)).to(self.device, non_blocking=True)
+        return send(np.array(values, np.int64), self.device)

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from brlite.backends.torch.triton.attention import BLOCK_KEYS, MIN_SPLIT, attention_kernel, merge_kernel
 from brlite.backends.torch.triton.multiply import gated_kernel, multiply_kernel
 from brlite.backends.torch.triton.rope import store_heads_kernel
-from brlite.backends.torch.triton.rows import add_norm_kernel
+from brlite.backends.torch.triton.rows import add_norm_kernel, take_draws_kernel
 
 INSTRUCTIONS = ("wgmma.mma_async", "mma.sync", "fma.rn.bf16x2")
 # What arguments are, by their names; a kernel's other arguments are constants, None where they are not given.
@@ -24,7 +24,8 @@ POINTERS = {
     "*bf16": "x bias query",
     "*fp32": "scales up_scales hidden product weight qkv query_norm key_norm cos sin key_scales value_scales parts "
     "part_best part_weight",
-    "*i32": "positions slots tables tile_seqs tile_firsts starts lengths first_rows",
+    "*i64": "drawn",
+    "*i32": "token_ids sources positions slots tables tile_seqs tile_firsts starts lengths first_rows",
 }
 ALIGNED = {"num_outputs": "i32", "num_inputs": "i32", "stride": "i32", "segment": "i32", "size": "i32"}
 NUMBERS = {"num_rows": "i32", "num_singles": "i32", "table_width": "i32", "epsilon": "fp32", "softmax_scale": "fp32"}
@@ -65,6 +66,7 @@ KERNELS: dict[str, tuple[Any, dict[str, str], dict[str, Any], int]] = {
         {**ATTENTION, "IS_PART": False, "IS_INT8": True, "BLOCK_ROWS": 128, "part_best": None, "part_weight": None},
         8,
     ),
+    "take draws": (take_draws_kernel, {}, {"BLOCK": 256}, 4),
     "merge": (merge_kernel, {"out": "*bf16"}, {**HEADS, "WINDOW": 0, "SPLIT": MIN_SPLIT}, 1),
     "add norm": (
         add_norm_kernel,

@@ -15,7 +15,7 @@ from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import DeviceRules
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.loading import load_model
-from brlite.backends.torch.steps import EagerSteps, Run, Steps
+from brlite.backends.torch.steps import EagerSteps, LastDraws, Run, Steps
 from brlite.backends.torch.triton.inputs import Filler, StepInputs, lay_out, transfer
 from brlite.backends.torch.triton.steps import StepGraph, TritonSteps
 from brlite.checkpoint.placing import LoadPlan
@@ -198,6 +198,24 @@ def test_logits_of_a_replayed_step_are_given_for_any_of_its_rows() -> None:
     assert torch.equal(steps.logits(computed, [2, 0]), graph.logits[[2, 0]])
     assert torch.equal(steps.logits(computed, [0, 1]), graph.logits[:2])
     torch.testing.assert_close(steps.normed(computed, [1]), steps._decoder.normed(graph.hidden)[1:2])
+
+
+@pytest.mark.parametrize("is_replayed", [False, True], ids=["launched", "replayed"])
+def test_a_run_takes_the_token_that_the_step_before_drew(is_replayed: bool) -> None:
+    steps = PLAIN.kernels()
+    if is_replayed:
+        give_graph(steps, 4)
+    runs = [Filler(0, [ids[0]], table) for ids, table in zip(TOKENS, TABLES, strict=True)]
+    if not is_replayed:
+        runs[2] = runs[2]._replace(token_ids=TOKENS[2][:3])
+    expected = logits_of(steps, runs)
+    unknown = [runs[0]._replace(token_ids=[0]), runs[1]._replace(token_ids=[0]), runs[2]]
+    drawn = torch.tensor([TOKENS[1][0], 3, 3, TOKENS[0][0]])
+
+    steps.forward(unknown, LastDraws(drawn, [3, 0, -1]))  # of rows in any order
+    computed = steps.forward(unknown, LastDraws(drawn, [3, 0, -1]))
+
+    assert torch.equal(steps.logits(computed, list(range(len(expected))))[:2], expected[:2])
 
 
 def test_a_sequence_that_is_not_a_number_leaves_others_as_they_are() -> None:
