@@ -323,7 +323,8 @@ class LLM:
 
     def get_default_sampling_params(self, **given: Any) -> SamplingParams:
         """The model's own defaults, of its generation config, and beside them what is `given`. vLLM's name."""
-        return SamplingParams(**{**self._engine.sampling_defaults, **given})
+        unset = self._engine.sampling_defaults.keys() - given.keys()
+        return SamplingParams(**given).with_defaults(self._engine.sampling_defaults, unset)
 
     def embed(
         self, prompts: str | Sequence[str | Sequence[int]], pooling_params: PoolingParams | None = None
@@ -431,9 +432,7 @@ class _Run:
         self._requests = requests
         self._on_finished = on_finished
         self._best_of = {
-            request.request_id: each
-            for request, each in zip(requests, params, strict=False)
-            if each.best_of is not None
+            request.request_id: each for request, each in zip(requests, params, strict=False) if each.ranks_answers
         }
         self._numbers = {request.request_id: number for number, request in enumerate(requests)}
         self._outputs: dict[str, RequestOutput] = {}

@@ -23,9 +23,17 @@ MAX = sys.float_info.max  # a bound that refuses infinity, and NaN with it
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it would overflow fp32
 MAX_LOGIT_BIAS = 100.0
 ALL_TOKENS = 2**30  # SGLang's `top_k` of all tokens
+MAX_LENGTH_PENALTY = 16  # a length of millions to this power is a number
 RANDOM_SEED = 2**32 - 1  # llama.cpp's LLAMA_DEFAULT_SEED
 # What a model's generation_config.json may set for requests that do not: vLLM's list, without its bound on the length.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+# What changes which tokens may be drawn, or how probable they are. A beam search needs the model's own probabilities.
+NOT_IN_BEAM_SEARCH = (
+    *("temperature", "top_p", "top_k", "min_p", "top_n_sigma", "typical_p", "xtc_probability", "dynatemp_range"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words"),
+    "structured",
+)
 
 Pooling = Literal["last", "mean"]
 FinishReason = Literal["stop", "length", "abort", "error"]  # why a completion ended
@@ -178,6 +186,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             "so many answers are made, and the n with the highest mean logprob given; null: n",
         ),
     ] = None
+    use_beam_search: Annotated[
+        bool,
+        _parameter(
+            "true or false",
+            "the most probable answers, by a search with best_of beams; n of them are given, at their end",
+        ),
+    ] = False
+    length_penalty: Annotated[
+        float,
+        _parameter(
+            f"a number in [-{MAX_LENGTH_PENALTY}, {MAX_LENGTH_PENALTY}]",
+            "of a beam search: an answer's logprob is divided by its length to this power; above 0 favours long ones",
+            ge=-MAX_LENGTH_PENALTY,
+            le=MAX_LENGTH_PENALTY,
+        ),
+    ] = 1.0
+    early_stopping: Annotated[
+        bool | Literal["never"],
+        _parameter(
+            'true, false or "never"',
+            "of a beam search: true ends it with best_of answers; false, when the best beam's score as it is is no "
+            'better than theirs; "never", when no score that it may still reach is',
+        ),
+    ] = False
     presence_penalty: Annotated[Finite, _parameter("a finite number", "taken off a token that the answer has")] = 0.0
     frequency_penalty: Annotated[
         Finite, _parameter("a finite number", "taken off a token for each time that the answer has it")
@@ -297,6 +329,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidRequest(f"min_tokens must be {allowed}, got {self.min_tokens}", param="min_tokens")
         if self.best_of is not None and self.best_of < self.n:
             raise InvalidRequest(f"best_of must be at least n, which is {self.n}, got {self.best_of}", param="best_of")
+        if self.use_beam_search or self.length_penalty != 1 or self.early_stopping:
+            _check_beam_search(self)
         if self.best_of == self.n:
             msgspec.structs.force_setattr(self, "best_of", None)
         if self.stop_token_ids or self.stop_tokens_ids:
@@ -304,8 +338,23 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "stop_token_ids", stop_token_ids)
             msgspec.structs.force_setattr(self, "stop_tokens_ids", ())
 
+    @property
+    def ranks_answers(self) -> bool:
+        """Whether more answers are drawn than are given, and the best of them chosen when all are there."""
+        return self.best_of is not None and not self.use_beam_search
+
+    @property
+    def beam_width(self) -> int:
+        """How many beams a beam search has."""
+        return self.best_of or self.n
+
     def for_all_answers(self) -> SamplingParams:
-        """The parameters by which all answers are made, with the logprobs that tell which are the best."""
+        """The parameters by which all answers are made, with the logprobs that tell which are the best.
+
+        Those of a beam search are the same: it chooses by itself.
+        """
+        if self.use_beam_search:
+            return self
         return msgspec.structs.replace(self, n=self.best_of or self.n, best_of=None, logprobs=self.logprobs or 0)
 
     @property
@@ -319,7 +368,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return not is_neutral and self.repeat_last_n != 0
 
     def with_defaults(self, defaults: Mapping[str, Any], unset: Iterable[str]) -> SamplingParams:
-        """These parameters, with the model's `defaults` for those of `unset` that it has one for."""
+        """These parameters, with the model's `defaults` for those of `unset` that it has one for.
+
+        A beam search has none: they are for drawing.
+        """
+        if self.use_beam_search:
+            return self
         chosen = {name: defaults[name] for name in unset if name in defaults}
         return msgspec.structs.replace(self, **chosen) if chosen else self
 
@@ -337,6 +391,25 @@ def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) ->
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(f"{param} holds token id {token_id}; allowed are 0 to {vocab_size - 1}", param=param)
+
+
+def _check_beam_search(params: SamplingParams) -> None:
+    """Raise `InvalidRequest` where the parameters of a beam search do not go together. vLLM 0.4's rules."""
+    if not params.use_beam_search:
+        name = "early_stopping" if params.early_stopping else "length_penalty"
+        raise InvalidRequest(f"{name} needs use_beam_search to be true", param=name)
+    if params.beam_width < 2:
+        raise InvalidRequest(
+            "use_beam_search needs best_of, or n, to be at least 2, the number of beams", param="use_beam_search"
+        )
+    for name in NOT_IN_BEAM_SEARCH:
+        value = getattr(params, name)
+        neutral = 0.0 if name == "temperature" else _PARAMETERS[name].default
+        if value != neutral and not (name == "temperature" and params.is_greedy):
+            neutral = "left out" if name in ("logit_bias", "allowed_token_ids", "bad_words", "structured") else neutral
+            raise InvalidRequest(
+                f"{name} must be {neutral} with use_beam_search, got {reprlib.repr(value)}", param=name
+            )
 
 
 class SamplingParameter(NamedTuple):
@@ -499,6 +572,8 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "prompt_logprobs": _optional_integer,
     "structured": _structured,
     **dict.fromkeys(("include_stop_str_in_output", "ignore_eos", "skip_special_tokens"), lambda value: value),
+    **dict.fromkeys(("use_beam_search", "early_stopping"), lambda value: value),
+    "length_penalty": _number,
 }
 _PARAMETERS = {parameter.name: parameter for parameter in _parameters()}
 _DEFAULTS = [(parameter.name, parameter.default) for parameter in _PARAMETERS.values()]

@@ -13,13 +13,16 @@ from brlite.sampling_params import SamplingParams, StructuredOutput, parameters
 INF, NAN = float("inf"), float("nan")
 PENALTIES = ("presence_penalty", "frequency_penalty")
 UNUSUAL = ("typical_p", "xtc_probability", "xtc_threshold", "dynatemp_range", "dynatemp_exponent")
-NUMBERS = (*PENALTIES, "repetition_penalty", "temperature", "top_p", "min_p", "top_n_sigma", *UNUSUAL)
+NUMBERS = (*PENALTIES, "repetition_penalty", "length_penalty", "temperature", "top_p", "min_p", "top_n_sigma", *UNUSUAL)
 TRUTHS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 COUNTS = ("n", "best_of", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed")
 
 ACCEPTED: dict[str, list[Any]] = {
     "n": [1, 1.0, 10**9, 2**64 - 1],
     "best_of": [None, 1, 2.0, 2**64 - 1],
+    "use_beam_search": [False],
+    "length_penalty": [1, 1.0],
+    "early_stopping": [False],
     "presence_penalty": [0, -1e30, 1e308],
     "frequency_penalty": [0, -1e30, 1e308],
     "repetition_penalty": [1, 5e-324, 1e308],
@@ -54,6 +57,9 @@ ACCEPTED: dict[str, list[Any]] = {
 REFUSED: dict[str, list[Any]] = {
     "n": [0, -1, None],
     "best_of": [0, -1],
+    "use_beam_search": [0, 1, None, "true"],
+    "length_penalty": [16.5, -17],
+    "early_stopping": [0, 1, None, "always"],
     "presence_penalty": [],
     "frequency_penalty": [],
     "repetition_penalty": [0, -1e-9],
@@ -151,6 +157,37 @@ def test_a_value_is_read_to_the_type_of_its_field(name: str, value: Any, read: A
 
     assert getattr(params, name) == read
     assert type(getattr(params, name)) is type(read)
+
+
+@pytest.mark.parametrize("given", [{"best_of": 4}, {"n": 2}, {"n": 2, "best_of": 3, "length_penalty": -16, "seed": 1}])
+def test_a_beam_search_has_as_many_beams_as_answers_to_choose_from(given: dict[str, Any]) -> None:
+    params = SamplingParams(use_beam_search=True, temperature=0, early_stopping="never", **given)
+
+    assert params.beam_width == given.get("best_of", given.get("n"))
+    assert not params.ranks_answers
+    assert params.with_defaults({"top_p": 0.5}, ["top_p"]) is params
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"best_of": 1}, "use_beam_search"),
+        ({"best_of": 4, "temperature": 0.5}, "temperature"),
+        ({"best_of": 4, "top_p": 0.5}, "top_p"),
+        ({"best_of": 4, "top_k": 5}, "top_k"),
+        ({"best_of": 4, "repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"best_of": 4, "logit_bias": {1: 1}}, "logit_bias"),
+        ({"best_of": 4, "bad_words": ["x"]}, "bad_words"),
+        ({"best_of": 4, "structured": StructuredOutput(json_object=True)}, "structured"),
+        ({"use_beam_search": False, "length_penalty": 2}, "length_penalty"),
+        ({"use_beam_search": False, "early_stopping": True}, "early_stopping"),
+    ],
+)
+def test_what_a_beam_search_cannot_obey_is_refused_by_name(given: dict[str, Any], name: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        SamplingParams(**{"use_beam_search": True, "temperature": 0, **given})
+
+    assert refusal.value.param == name
 
 
 def test_both_spellings_of_stop_token_ids_add_up() -> None:

@@ -310,6 +310,7 @@ class LimitsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_prompts: Annotated[Count, option("prompts in one completions request")] = 64
     max_embedding_inputs: Annotated[Count, option("texts in one embeddings request")] = 2048
     max_n: Annotated[Count, option("answers to one prompt (`n`)")] = 128
+    max_beam_width: Annotated[Count, option("beams of one search (`best_of` with `use_beam_search`)")] = 16
     max_sequences: Annotated[Count, option("prompts times `n` in one request")] = 256
     max_logprobs: Annotated[CountOrZero, option("alternatives reported for each token")] = 20
     max_stop_strings: Annotated[CountOrZero, option("entries of `stop`, and of `stop_token_ids`")] = 16

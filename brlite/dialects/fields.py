@@ -90,7 +90,8 @@ OBEYED = (
     ObeyedField("presence_penalty frequency_penalty seed", ALL_FOUR, EVERYBODY),
     ObeyedField("stop", ALL_THREE, EVERYBODY),
     ObeyedField("logit_bias", BOTH, (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
-    ObeyedField("best_of", BOTH, (OPENAI, VLLM_04), "not in streams"),
+    ObeyedField("best_of", BOTH, (OPENAI, VLLM_04), "not in streams, but of a beam search"),
+    ObeyedField("use_beam_search", BOTH, (VLLM_04, VLLM), "streams have the answers at their end"),
     ObeyedField("max_completion_tokens", (CHAT,), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "another name of `max_tokens`"),
     ObeyedField("logprobs", BOTH, EVERYBODY, "chats: true or false; completions: a number"),
     ObeyedField("top_logprobs", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "chats: needs `logprobs`"),
@@ -137,6 +138,7 @@ OBEYED = (
 
 # Sampling parameters that few requests have. The structs lack them: `read_undecoded` gives them to `SamplingParams`.
 UNUSUAL = (
+    ObeyedField("length_penalty early_stopping", BOTH, (VLLM_04, VLLM), "of a beam search"),
     ObeyedField("repeat_last_n typical_p", ALL_FOUR, (LLAMA_CPP,)),
     ObeyedField(
         "xtc_probability xtc_threshold", ALL_FOUR, (LLAMA_CPP,), "the last truncation; before the temperature there"
@@ -228,9 +230,7 @@ NOT_DECODED = (
     Field("embd_normalize", (LLAMA_CPP,), (2,), "normalize"),
     Field("image", (SGLANG,)),
     # Sampling.
-    Field("use_beam_search early_stopping", (VLLM_04, VLLM), (False,), "best_of"),
-    Field("beam_width", (SGLANG,), (1,), "best_of"),
-    Field("length_penalty", (VLLM_04, VLLM), (1,)),
+    Field("beam_width", (SGLANG,), (1,), "use_beam_search"),
     Field("logits_processors", (VLLM,), ([],)),
     Field("logit_processors custom_logit_processor", (SGLANG,), ("", [])),
     Field("custom_params vllm_xargs", (SGLANG, VLLM), ({},)),
@@ -276,6 +276,7 @@ OF_ONE_ENDPOINT = (
 # The same of fields that bound or shape what is generated: where nothing is, no value of theirs changes the answer.
 OF_GENERATION = (
     Field("n n_cmpl best_of", (OPENAI, VLLM_04, LLAMA_CPP), (1,)),
+    Field("use_beam_search", (VLLM_04, VLLM), (False,)),
     Field("max_tokens max_completion_tokens max_output_tokens", (OPENAI,), (-1,), "the endpoint's own name"),
     Field("n_predict max_new_tokens", (LLAMA_CPP, SGLANG), (-1,), "the endpoint's own name"),
     Field("stop stop_words", EVERYBODY, ("", []), "stop_sequences"),

@@ -107,6 +107,7 @@ class SamplingFields(StructuredFields, kw_only=True):
 
     n: Whole | None = None
     best_of: Whole | None = None
+    use_beam_search: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Whole | None = None
     min_tokens: Whole | None = None
@@ -215,7 +216,7 @@ def _check_best_of(best_of: Whole, body: SamplingFields, limits: LimitsConfig) -
             f"best_of must be a whole number from n, which is {least}, to {limits.max_n} on this server, got {best_of}",
             param="best_of",
         )
-    if best_of > least and body.stream:
+    if best_of > least and body.stream and not body.use_beam_search:
         raise InvalidRequest(
             f"best_of must be n, which is {least}, in a stream: which answers are the best is known at their end",
             param="best_of",

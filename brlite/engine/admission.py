@@ -34,7 +34,7 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
     if not info.can_generate:
         raise InvalidRequest("this model does not generate: it has no head for it", code="no_language_model_head")
     check_limits(request.params, limits)
-    if request.params.best_of is not None:
+    if request.params.best_of is not None and not request.params.use_beam_search:
         raise InvalidRequest("best_of is not for completions that are given as they come", param="best_of")
     request.params.check_vocabulary(info.vocab_size)
     if request.params.prompt_logprobs is not None and not info.has_prompt_logprobs:
@@ -113,6 +113,7 @@ def check_limits(params: SamplingParams, limits: LimitsConfig) -> None:
     """Raise `InvalidRequest` for values beyond the server's limits, which hold for all models."""
     for name, value, limit in (
         ("n", params.n, limits.max_n),
+        ("best_of", params.beam_width if params.use_beam_search else 0, limits.max_beam_width),
         ("logprobs", params.logprobs or 0, limits.max_logprobs),
         ("prompt_logprobs", params.prompt_logprobs or 0, limits.max_logprobs),
     ):

@@ -11,11 +11,11 @@ import itertools
 import logging
 import math
 import secrets
-import sys
 import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
@@ -24,6 +24,7 @@ from brlite.config.options import EngineConfig, GrammarConfig, LimitsConfig
 from brlite.engine.admission import admit, read_token_ids
 from brlite.engine.backend import Backend, BackendInfo, Batch, SampledToken, SeqResult, StepResult, Undrawn
 from brlite.engine.bad_words import TokenIds, encode_bad_words
+from brlite.engine.beam_search import BeamSearch, Hypothesis
 from brlite.engine.block_manager import BlockManager, cache_root
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.draft_model import DraftModel, DraftPlan
@@ -36,8 +37,8 @@ from brlite.engine.request import (
     Sequence,
     SequenceStatus,
     Sink,
-    TokenCounts,
-    WindowCounts,
+    interpret,
+    make_counts,
     sibling_seed,
 )
 from brlite.engine.scheduler import Scheduler, make_batch
@@ -45,7 +46,7 @@ from brlite.engine.scoring import ScoringHead
 from brlite.engine.stats import EngineStats
 from brlite.errors import BrliteError, EngineError, InvalidRequest, QueueFull, QueueTimeout
 from brlite.grammar.compiler import GrammarCompiler
-from brlite.sampling_params import FinishReason, Pooling, PoolingParams, SamplingParams
+from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class Engine:
         max_tokens, warnings = admit(request, self.info, self.limits)
         if not request.is_exempt_from_queue_timeout and len(queued := self.queued()) >= self.limits.max_waiting:
             self._make_room(queued, request.tenant)
-        seed = request.params.seed
+        seed, pooling = request.params.seed, request.pooling
         state = RequestState(
             request=request,
             max_tokens=max_tokens,
@@ -154,11 +155,16 @@ class Engine:
             seed=secrets.randbits(64) if seed is None else seed,
             arrival_time=self._clock(),
             cache_root=cache_root(self._cache_salt(request)),
-            pooling=_pooling(request.pooling, self.info) if request.pooling is not None else None,
+            pooling=None if pooling is None else pooling.pooling or ("mean" if self.info.pooling == "mean" else "last"),
         )
+        if request.params.use_beam_search:
+            self._begin_search(state)
         self._requests[request.request_id] = state
         # Siblings wait until the first prompt is cached: n=8 then costs one prefill, not eight.
-        self._scheduler.add(self._add_sequence(state))
+        seq = self._add_sequence(state)
+        if state.search is not None:
+            state.search.go_on({seq.seq_id: Hypothesis(seq.detokenizer)})
+        self._scheduler.add(seq)
 
     def encode_bad_words(self, params: SamplingParams) -> tuple[TokenIds, ...] | None:
         """The tokens of `params.bad_words`, for `Request.bad_words`; None without any. Any thread may call it.
@@ -262,6 +268,8 @@ class Engine:
         # As in vLLM: a prompt counts whole in the step that ends it, cached tokens included.
         self.stats.step_tokens.observe(self.stats.prompt_tokens - num_prompt + num_generated)
         for state in dict.fromkeys(seq.state for seq, _ in step.runs):
+            if state.search is not None and self._requests.get(state.request.request_id) is state:
+                self._advance_search(state, state.search, now)
             self._deliver(state)
         self._end_aborted()
         self._set_gauges()
@@ -352,7 +360,7 @@ class Engine:
             num_prompt_tokens=len(prompt_token_ids),
             seed=sibling_seed(state.seed, index),
             detokenizer=detokenizer,
-            counts=_counts(params, prompt_token_ids) if params.has_penalties else None,
+            counts=make_counts(params, prompt_token_ids) if params.has_penalties else None,
             cache_root=state.cache_root,
             matcher=None if state.request.grammar is None else state.request.grammar.matcher(),
         )
@@ -384,7 +392,13 @@ class Engine:
         if seq.draft_token_ids:
             self.stats.note_draft(len(seq.draft_token_ids), num_accepted=len(result.tokens) - 1)
             seq.draft_token_ids = []
-        if result.tokens:
+        if result.tokens and state.search is not None:
+            logprob = result.tokens[0].logprob
+            if logprob is None:
+                raise EngineError("the backend reported no logprobs for a beam")
+            state.search.take(seq.seq_id, logprob)
+            self.stats.note_tokens(1, None)
+        elif result.tokens:
             self._append_all(seq, result.tokens, now)
 
     def _take_in_hidden(self, seq: Sequence, result: SeqResult, now: float) -> None:
@@ -404,8 +418,68 @@ class Engine:
         """The prompt is computed and cached: let the siblings queue."""
         state.prompt_done_time = now
         state.finish_prompt_logprobs()
-        self._scheduler.add_siblings([self._add_sequence(state) for _ in range(state.request.params.n - 1)])
+        if state.search is None:
+            self._scheduler.add_siblings([self._add_sequence(state) for _ in range(state.request.params.n - 1)])
         self.stats.note_prompt_done(state, now)
+
+    def _begin_search(self, state: RequestState) -> None:
+        """Give a request its beam search, and have its steps report the best tokens that this needs."""
+        params, eos_token_ids = state.request.params, self.tokenizer.eos_token_ids
+        end_token_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
+        read_token = partial(interpret, state, eos_token_ids)
+        search = BeamSearch(params, state.max_tokens, end_token_ids, read_token)
+        search.check_vocabulary(self.info.vocab_size)
+        state.search = search
+        params = msgspec.structs.replace(params, logprobs=search.num_logprobs)
+        state.request = msgspec.structs.replace(state.request, params=params)
+
+    def _advance_search(self, state: RequestState, search: BeamSearch, now: float) -> None:
+        """Continue a request's beams where all of them have their next tokens.
+
+        Until then those that have them give up place and blocks: beams of two requests must not wait for each other.
+        Of the beams of one parent the first goes on in its sequence. The others get new ones, which find its full
+        blocks in the prefix cache.
+        """
+        if not search.is_complete:
+            for seq in state.sequences:
+                if search.has_drawn(seq.seq_id) and seq.status is SequenceStatus.RUNNING:
+                    self._scheduler.finish(seq)
+            return
+        continuations = search.advance()
+        if not continuations:
+            self._end_search(state, search, now)
+            return
+        parents = {seq.seq_id: seq for seq in state.sequences}
+        state.sequences, beams, added = [], dict[int, Hypothesis](), list[Sequence]()
+        for seq_id, hypothesis in continuations:
+            seq = parents[seq_id]
+            if seq.status is SequenceStatus.RUNNING and seq_id not in beams:
+                seq.append(hypothesis.token_ids[-1], now)
+                state.sequences.append(seq)
+            else:
+                digests = seq.block_digests
+                seq = self._add_sequence(state)
+                seq.token_ids += hypothesis.token_ids
+                seq.block_digests = list(digests)
+                added.append(seq)
+            beams[seq.seq_id] = hypothesis
+        search.go_on(beams)
+        for seq_id, seq in parents.items():
+            if seq_id not in beams:
+                self._scheduler.finish(seq)
+        self._scheduler.add_siblings(added)
+
+    def _end_search(self, state: RequestState, search: BeamSearch, now: float) -> None:
+        """Hand out a search's best answers, whose sequences are the request's from now on."""
+        for seq in state.sequences:
+            self._scheduler.finish(seq)
+        state.sequences = []
+        for index, found in enumerate(search.best()):
+            seq = self._add_sequence(state)
+            seq.token_ids += found.token_ids
+            seq.status, seq.finish_reason = SequenceStatus.FINISHED, found.finish_reason
+            seq.first_token_time, seq.last_token_time = state.prompt_done_time or now, now
+            state.add_delta(search.completion(index, found))
 
     def _append_all(self, seq: Sequence, tokens: list[SampledToken], now: float) -> None:
         """Append the tokens that one step drew, up to the one that ends the sequence."""
@@ -435,7 +509,13 @@ class Engine:
     def _append(self, seq: Sequence, token: SampledToken, now: float) -> None:
         """Append one drawn token to its sequence and to its request's delta, and see whether that ends it."""
         seq.append(token.token_id, now)
-        text, finish_reason, stop_reason = _interpret(seq, token.token_id, self.tokenizer.eos_token_ids)
+        text, finish_reason, stop_reason = interpret(
+            seq.state, self.tokenizer.eos_token_ids, seq.detokenizer, token.token_id, seq.num_output_tokens
+        )
+        matcher = seq.matcher
+        is_at_end = matcher is not None and matcher.is_complete and matcher.num_tokens == seq.num_output_tokens
+        if is_at_end and finish_reason in (None, "length"):
+            text, finish_reason = text + seq.detokenizer.finish(), "stop"
         seq.state.add_delta(
             CompletionOutput(
                 index=seq.index,
@@ -472,6 +552,8 @@ class Engine:
 
     def _end_aborted(self) -> None:
         for state in [state for state in self._requests.values() if state.is_aborted]:
+            if state.search is not None:
+                self._end_search(state, state.search, self._clock())
             running = [seq for seq in state.sequences if seq.status is not SequenceStatus.FINISHED]
             for seq in running:
                 self._scheduler.finish(seq)
@@ -511,39 +593,3 @@ class Engine:
         self.stats.num_used_blocks = self._blocks.num_used
         self.stats.num_blocks = self._blocks.num_blocks
         self.stats.preemptions = self._preemptions_before + self._scheduler.num_preemptions
-
-
-def _pooling(params: PoolingParams, info: BackendInfo) -> Pooling:
-    """How an admitted request's embedding is made: by its own wish, or the model's way."""
-    return params.pooling or ("mean" if info.pooling == "mean" else "last")
-
-
-def _counts(params: SamplingParams, prompt_token_ids: list[int]) -> TokenCounts | WindowCounts:
-    """What penalties count. A window of a size that no text reaches is none."""
-    if params.repeat_last_n < 0 or params.repeat_last_n > sys.maxsize:
-        return TokenCounts(prompt_token_ids)
-    return WindowCounts(prompt_token_ids, params.repeat_last_n)
-
-
-def _interpret(
-    seq: Sequence, token_id: int, eos_token_ids: tuple[int, ...]
-) -> tuple[str, FinishReason | None, str | int | None]:
-    """The text that the sequence's newest token releases, the finish reason if it ends here, and the stop reason.
-
-    A token that stops adds no text of its own, unless `include_stop_str_in_output` asks for it.
-    """
-    params, detokenizer = seq.state.request.params, seq.detokenizer
-    if token_id in params.stop_token_ids:
-        text = detokenizer.push(token_id) if params.include_stop_str_in_output else ""
-        return text + detokenizer.finish(), "stop", token_id
-    if token_id in eos_token_ids and not params.ignore_eos:
-        return detokenizer.finish(), "stop", None
-    text = detokenizer.push(token_id)
-    if detokenizer.stop_string is not None:
-        return text, "stop", detokenizer.stop_string
-    matcher = seq.matcher
-    if matcher is not None and matcher.is_complete and matcher.num_tokens == seq.num_output_tokens:
-        return text + detokenizer.finish(), "stop", None
-    if seq.num_output_tokens >= seq.state.max_tokens:
-        return text + detokenizer.finish(), "length", None
-    return text, None, None

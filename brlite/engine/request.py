@@ -6,6 +6,7 @@ It has no queues, blocks or batches; their owners keep the numbers here up to da
 from __future__ import annotations
 
 import enum
+import sys
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from brlite.engine.beam_search import BeamSearch
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.drafting import NgramDrafter
 from brlite.engine.outputs import CompletionOutput, RequestOutput, RequestTimes, TokenLogprob
@@ -168,8 +170,11 @@ class Sequence:
 
     @property
     def ends_with_step(self) -> bool:
-        """Whether what the step under way gives is its last, whatever that is."""
-        return self.state.pooling is not None or self.num_output_tokens + 1 >= self.state.max_tokens
+        """Whether what the step under way gives is its last, whatever that is, or decides on what comes after it."""
+        state = self.state
+        if state.pooling is not None or state.search is not None:
+            return True
+        return self.num_output_tokens + 1 >= state.max_tokens
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -190,7 +195,8 @@ class Sequence:
 class RequestState:
     """A request on its way through the engine. `delta` collects what its sink has not been given yet.
 
-    It has one sequence until its prompt is cached, and `n` from then on. `pooling` is how its embedding is made.
+    It has one sequence until its prompt is cached, and `n` from then on. `pooling` is how its embedding is made. With
+    a beam `search` its sequences are the beams, and at the end the `n` best answers.
     """
 
     request: Request
@@ -210,6 +216,7 @@ class RequestState:
     delta: dict[int, CompletionOutput] = field(default_factory=dict)
     has_output: bool = False
     pooling: Pooling | None = None
+    search: BeamSearch | None = None
     embedding: array[float] | None = None
     is_aborted: bool = False
 
@@ -267,6 +274,36 @@ class RequestState:
         return output
 
 
+def make_counts(params: SamplingParams, prompt_token_ids: list[int]) -> TokenCounts | WindowCounts:
+    """What penalties count. A window of a size that no text reaches is none."""
+    if params.repeat_last_n < 0 or params.repeat_last_n > sys.maxsize:
+        return TokenCounts(prompt_token_ids)
+    return WindowCounts(prompt_token_ids, params.repeat_last_n)
+
+
 def sibling_seed(seed: int, index: int) -> int:
     """The seed of the completion at `index`: the request's own for the first, spread over 64 bits for the others."""
     return (seed + index * _GOLDEN_RATIO_64) % 2**64
+
+
+def interpret(
+    state: RequestState, eos_token_ids: tuple[int, ...], detokenizer: Detokenizer, token_id: int, num_tokens: int
+) -> tuple[str, FinishReason | None, str | int | None]:
+    """The text that an answer's newest token releases, the finish reason if it ends here, and the stop reason.
+
+    `num_tokens` are the answer's with this one.
+
+    A token that stops adds no text of its own, unless `include_stop_str_in_output` asks for it.
+    """
+    params = state.request.params
+    if token_id in params.stop_token_ids:
+        text = detokenizer.push(token_id) if params.include_stop_str_in_output else ""
+        return text + detokenizer.finish(), "stop", token_id
+    if token_id in eos_token_ids and not params.ignore_eos:
+        return detokenizer.finish(), "stop", None
+    text = detokenizer.push(token_id)
+    if detokenizer.stop_string is not None:
+        return text, "stop", detokenizer.stop_string
+    if num_tokens >= state.max_tokens:
+        return text + detokenizer.finish(), "length", None
+    return text, None, None

@@ -325,8 +325,9 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
     """How many drafts may follow the `num_tokens` that a step computes of the sequence.
 
     None unless the step draws for it, and unless each draw depends only on the tokens before: penalties, bad words and
-    `min_tokens` change with each draw. Guesses need one token of output; forced tokens may also follow the end of a
-    prompt. The last token that `max_tokens` allows is never a draft. None while another step with it is under way.
+    `min_tokens` change with each draw, and beams with each step. Guesses need one token of output; forced tokens may
+    also follow the end of a prompt. The last token that `max_tokens` allows is never a draft. None while another step
+    with it is under way.
     """
     request = seq.state.request
     is_drawn = seq.num_scheduled_tokens + num_tokens == seq.num_tokens and not seq.wants_prompt_logprobs
@@ -334,7 +335,7 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
         return 0
     if seq.num_in_flight_tokens or seq.num_output_tokens < request.params.min_tokens:
         return 0
-    if seq.counts is not None or request.bad_words:
+    if seq.counts is not None or request.bad_words or seq.state.search is not None:
         return 0
     return seq.state.max_tokens - seq.num_output_tokens - 1
 

@@ -109,7 +109,7 @@ class EventBuilder:
     def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
         """The events of a response that is not streamed, one a choice unless the call `keeps_order`, and warnings."""
         params = self._call.params
-        if params.best_of is not None:  # the tokens of the others count, too
+        if params.ranks_answers:  # the tokens of the others count, too
             for output in outputs:
                 self._num_completion += output.keep_best(params.n, keeps_logprobs=params.logprobs is not None)
         events = [event for index, output in enumerate(outputs) for event in self.events(index, output)]

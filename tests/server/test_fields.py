@@ -455,6 +455,31 @@ async def test_the_best_of_many_answers_are_told_best_first(make_client: MakeCli
     assert best["usage"]["completion_tokens"] == all_of_them["usage"]["completion_tokens"] == 24
 
 
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+async def test_a_beam_search_has_the_same_answers_whole_and_at_the_end_of_a_stream(
+    make_client: MakeClient, kind: str
+) -> None:
+    client = await make_client(logprob=lambda token_id: -1 - token_id % 7, max_num_seqs=8)
+    ask: Any = client.complete if kind == "completion" else client.chat
+    asked = {"use_beam_search": True, "best_of": 5, "n": 2, "temperature": 0, "max_tokens": 6, "length_penalty": 0.5}
+
+    whole = await ask(**asked)
+    is_chat = kind == "chat"
+    path, body = ("chat/completions", chat_body(**asked)) if is_chat else ("completions", completion_body(**asked))
+    chunks = await client.stream(f"/v1/{path}", body)
+
+    texts = [each["text"] if kind == "completion" else each["message"]["content"] for each in whole["choices"]]
+    streamed = ["", ""]
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            text = choice["text"] if kind == "completion" else choice["delta"].get("content", "")
+            streamed[choice["index"]] += text
+    assert streamed == texts
+    assert len(set(texts)) == 2
+    assert whole["usage"]["completion_tokens"] == 12
+    assert "warnings" not in whole
+
+
 async def test_each_prompt_has_its_own_best_answers(make_client: MakeClient) -> None:
     client = await make_client(logprob=lambda token_id: -token_id / 64)
     asked = {"temperature": 1, "seed": 5, "best_of": 5, "n": 2}
