@@ -19,7 +19,8 @@ CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
 HEAD_ROWS = 32
 
-ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16")  # by number
+# By number. Those of a processor are in order of speed.
+ISAS = ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_dotprod", "neon_i8mm")
 
 INT8, BF16, INT8_F16, INT4, INT4_MIN, INT4_ZERO = range(6)
 

@@ -32,6 +32,9 @@ enum brlite_isa {
     BRLITE_AVX512,  // f, bw, vl, dq
     BRLITE_AVX512_VNNI,
     BRLITE_AVX512_BF16,  // with VNNI
+    BRLITE_NEON,
+    BRLITE_NEON_DOTPROD,
+    BRLITE_NEON_I8MM,  // with dotprod
     BRLITE_NUM_ISAS,
 };
 

@@ -12,6 +12,17 @@
 #include "step.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+// How clang and GCC name Arm's extensions.
+#if defined(__clang__)
+#define BRLITE_ARM_DOTPROD "dotprod"
+#define BRLITE_ARM_I8MM "dotprod,i8mm"
+#else
+#define BRLITE_ARM_DOTPROD "arch=armv8.2-a+dotprod"
+#define BRLITE_ARM_I8MM "arch=armv8.2-a+dotprod+i8mm"
 #endif
 
 #define BRLITE_PRAGMA(text) _Pragma(#text)

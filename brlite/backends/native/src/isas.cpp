@@ -5,6 +5,10 @@
 #include "brlite.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace brlite {
@@ -44,23 +48,43 @@ bool has_avx512() { return false; }
 bool has_avx512_vnni() { return false; }
 bool has_avx512_bf16() { return false; }
 #endif
-bool has_generic() { return true; }
+
+#if defined(__aarch64__) && defined(__linux__)
+// Bits of Linux's asm/hwcap.h.
+bool has_dotprod() { return getauxval(AT_HWCAP) >> 20 & 1; }
+bool has_i8mm() { return has_dotprod() && getauxval(AT_HWCAP2) >> 13 & 1; }
+#elif defined(__aarch64__) && defined(__APPLE__)
+bool has_feature(const char* name) {
+    int value = 0;
+    size_t size = sizeof value;
+    return sysctlbyname(name, &value, &size, nullptr, 0) == 0 && value;
+}
+bool has_dotprod() { return has_feature("hw.optional.arm.FEAT_DotProd"); }
+bool has_i8mm() { return has_dotprod() && has_feature("hw.optional.arm.FEAT_I8MM"); }
+#else
+bool has_dotprod() { return false; }
+bool has_i8mm() { return false; }
+#endif
+bool is_there() { return true; }
 
 struct Isa {
-    bool (*is_there)();
+    bool (*is_on_processor)();
     const Kernels* (*kernels)();
 };
 
-constexpr Isa ISAS[BRLITE_NUM_ISAS] = {{has_generic, generic_kernels},
+constexpr Isa ISAS[BRLITE_NUM_ISAS] = {{is_there, generic_kernels},
                                        {has_avx2, avx2_kernels},
                                        {has_avx512, avx512_kernels},
                                        {has_avx512_vnni, avx512_vnni_kernels},
-                                       {has_avx512_bf16, avx512_bf16_kernels}};
+                                       {has_avx512_bf16, avx512_bf16_kernels},
+                                       {is_there, neon_kernels},
+                                       {has_dotprod, neon_dotprod_kernels},
+                                       {has_i8mm, neon_i8mm_kernels}};
 
 }  // namespace
 
 const Kernels* kernels_of(int isa) {
-    if (isa < 0 || isa >= BRLITE_NUM_ISAS || !ISAS[isa].is_there()) return nullptr;
+    if (isa < 0 || isa >= BRLITE_NUM_ISAS || !ISAS[isa].is_on_processor()) return nullptr;
     return ISAS[isa].kernels();
 }
 

@@ -338,6 +338,12 @@ INLINE Floats from_fp16(const uint16_t* from) {
 #elif defined(BRLITE_HAS_AVX2)
     return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)from)),
             _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(from + LANES / 2)))};
+#elif defined(BRLITE_HAS_NEON)
+    const float16x8_t low = vreinterpretq_f16_u16(vld1q_u16(from)),
+                      high = vreinterpretq_f16_u16(vld1q_u16(from + LANES / 2));
+    typedef Register<float, LANES / 4>::Type Quarter;
+    return {{(Quarter)vcvt_f32_f16(vget_low_f16(low)), (Quarter)vcvt_high_f32_f16(low)},
+            {(Quarter)vcvt_f32_f16(vget_low_f16(high)), (Quarter)vcvt_high_f32_f16(high)}};
 #else
     Ints halves;
     read(halves, from);

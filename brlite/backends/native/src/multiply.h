@@ -11,6 +11,9 @@
 #pragma once
 
 #include "lanes.h"
+#if defined(BRLITE_HAS_NEON)
+#include "multiply_neon.h"
+#endif
 
 namespace brlite {
 namespace BRLITE_ISA {
@@ -174,7 +177,7 @@ struct Bf16 {
 constexpr int MAX_ROWS = 6;  // of a tile; one panel takes 12 of the 16 registers, the totals are in memory
 constexpr int panels_at_once(int num_rows) { return num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1; }
 
-#else
+#elif !defined(BRLITE_HAS_NEON)
 
 struct Int8 {
     typedef int16_t Row;
@@ -244,6 +247,13 @@ constexpr int panels_at_once(int) { return 1; }
 template <class Kind, int SUMS, int ROWS, int PANELS>
 INLINE void add_pairs(typename Kind::Sum (&sums)[SUMS][ROWS][PANELS], const uint8_t* const (&panels)[PANELS],
                       long pair_stride, const typename Kind::Row* rows, long row_stride, int num_pairs) {
+#if defined(BRLITE_HAS_DOTPROD)
+    if constexpr (Kind::IS_INT8) {
+        UNROLLED for (int p = 0; p < PANELS; p++)
+            add_quads<ROWS>(&sums[0][0][p], PANELS, Int8Panel{panels[p], pair_stride}, rows, row_stride, 2 * num_pairs);
+        return;
+    }
+#endif
     _Pragma("GCC unroll 1") for (int first = 0; first < num_pairs; first += 4) {
         UNROLLED for (int i = 0; i < 4 * Kind::STEPS; i++) {
             const int pair = first + i / Kind::STEPS, step = i % Kind::STEPS;
@@ -264,6 +274,9 @@ INLINE void add_pairs(typename Kind::Sum (&sums)[SUMS][ROWS][PANELS], const uint
 template <int SUMS, int ROWS>
 INLINE void add_int4_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* panel, const Int8::Row* rows,
                            long row_stride) {
+#if defined(BRLITE_HAS_DOTPROD)
+    return add_quads<ROWS>(&sums[0][0][0], 1, Int4Panel{panel}, rows, row_stride, BRLITE_GROUP);
+#endif
     _Pragma("GCC unroll 1") for (int first = 0; first < BRLITE_GROUP / 2; first += 4, panel += 64) {
         UNROLLED for (int i = 0; i < 4; i++) {
             const Int8::Pair weights = SUMS >= 3 ? Int8::load_shifted_int4(panel, i) : Int8::load_int4(panel, i);

@@ -1,6 +1,8 @@
 // A pause for spinning threads, and the floating-point mode of the kernels.
 #pragma once
 
+#include <stdint.h>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -15,7 +17,8 @@ inline void pause() {
 #endif
 }
 
-// While an object exists, its thread treats subnormal floats as zero. vdpbf16ps always does, so all kernels must.
+// While an object exists, its thread treats subnormal floats as zero. vdpbf16ps always does, so all kernels must. One
+// result differs between processors: x86 rounds before it compares with the smallest normal number, Arm afterwards.
 class FlushToZero {
  public:
 #if defined(__x86_64__)
@@ -24,6 +27,15 @@ class FlushToZero {
 
  private:
     unsigned saved_;
+#elif defined(__aarch64__)
+    FlushToZero() {
+        asm volatile("mrs %0, fpcr" : "=r"(saved_));
+        asm volatile("msr fpcr, %0" : : "r"(saved_ | 1 << 24) : "memory");
+    }
+    ~FlushToZero() { asm volatile("msr fpcr, %0" : : "r"(saved_) : "memory"); }
+
+ private:
+    uint64_t saved_;
 #else
     FlushToZero() {}
     ~FlushToZero() {}
