@@ -59,7 +59,8 @@ def decode_json(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
         choices = allowed_values(types_at(decoder.type, fault.path)) if fault.problem.startswith("Invalid ") else []
         text = fault.problem + (f"; allowed: {', '.join(choices)}" if choices else "")
         text = f"Invalid value for '{fault.path or 'body'}': {text}."
-        raise InvalidRequest(text, param=fault.path or None) from None
+        param = fault.path if fault.unknown is None else join_path(fault.path, fault.unknown)
+        raise InvalidRequest(text, param=param or None) from None
     except msgspec.DecodeError as error:
         raise _not_json(other_encoding(body) or str(error) if body else "it is empty") from None
     except UnicodeDecodeError:

@@ -57,7 +57,7 @@ FIELD_NAMES = {
 NOTHING_STORED = NothingStored()
 
 
-class TextFormat(Struct):
+class TextFormat(Struct, forbid_unknown_fields=True):
     """Flat, where chats nest. `schema` is obeyed whether `strict` or not."""
 
     type: str

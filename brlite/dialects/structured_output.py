@@ -15,10 +15,16 @@ from brlite.dialects.openai import NULL, GenerationFields, StructuredFields
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import StructuredOutput
 
-FORMATS = ("text", "json_object", "json_schema", "structural_tag")
+# The types of a `response_format`, with the keys that each may have.
+FORMATS = {
+    "text": (),
+    "json_object": ("schema",),
+    "json_schema": ("json_schema",),
+    "structural_tag": ("structures", "triggers", "format"),
+}
 
 
-class JsonSchemaFormat(Struct):
+class JsonSchemaFormat(Struct, forbid_unknown_fields=True):
     """`schema` is obeyed whether `strict` or not; the rest is for people."""
 
     name: str | None = None
@@ -27,12 +33,15 @@ class JsonSchemaFormat(Struct):
     strict: bool | None = None
 
 
-class ResponseFormat(Struct):
-    """OpenAI's; llama.cpp takes a `schema` beside "json_object" too, vLLM a structural tag."""
+class ResponseFormat(Struct, forbid_unknown_fields=True):
+    """OpenAI's; llama.cpp takes a `schema` beside "json_object" too, vLLM a structural tag, whose keys stay encoded."""
 
     type: str
     json_schema: JsonSchemaFormat | None = None
     schema: Raw = NULL
+    structures: Raw = NULL
+    triggers: Raw = NULL
+    format: Raw = NULL
 
 
 class VllmStructuredOutputs(Struct, forbid_unknown_fields=True):
@@ -94,6 +103,11 @@ def _response_format(raw: Raw) -> dict[str, Any]:
             f"response_format.type must be one of {', '.join(FORMATS)}, got {wanted.type[:64]!r}",
             param="response_format.type",
         )
+    for name in ResponseFormat.__struct_fields__:
+        if name not in ("type", *FORMATS[wanted.type]) and getattr(wanted, name) not in (None, NULL):
+            raise InvalidRequest(
+                f"response_format.{name} cannot be given with the type {wanted.type}", param=f"response_format.{name}"
+            )
     if wanted.type == "json_object":
         return {"json_object": True} if wanted.schema == NULL else _schema("response_format", wanted.schema)
     if wanted.type == "structural_tag":

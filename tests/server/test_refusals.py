@@ -64,6 +64,13 @@ MakeClient = Callable[..., Awaitable[Client]]
         ({"use_beam_search": True, "best_of": 4, "temperature": 0.5}, "temperature"),
         ({"use_beam_search": True, "best_of": 17, "temperature": 0}, "best_of"),
         ({"length_penalty": 2}, "length_penalty"),
+        ({"response_format": {"type": "text", "schma": {}}}, "response_format.schma"),
+        ({"response_format": {"type": "json_object", "json_schema": {"schema": {}}}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object", "triggers": ["<"]}}, "response_format.triggers"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "stict": True}}},
+            "response_format.json_schema.stict",
+        ),
         ({"early_stopping": "never"}, "early_stopping"),
         ({"best_of": 3, "stream": True}, "best_of"),
         ({"best_of": 1, "n": 2}, "best_of"),
