@@ -23,6 +23,7 @@ from brlite.engine.backend import Backend
 from brlite.errors import ConfigError, MissingExtra, NativeUnavailable
 from brlite.files.cache import default_cache, expand_home
 from brlite.models.config import ModelConfig
+from brlite.models.precision import Precision
 from brlite.process.machine import find_cpus, find_memory, show_bytes
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def load_backend(
         progress=Progress(on_progress, "reading the weights"),
     )
     if engine.backend == "torch":
+        check_activations(model.precision, 'engine.backend is "torch"')
         require_torch(TORCH_USE)
         return _load_torch(plan)
     obstacle = find_obstacle(model.config, spec, engine)
@@ -74,12 +76,19 @@ def load_backend(
             return _load_native(library, plan)
     if engine.backend == "native":
         raise ConfigError(f'engine.backend is "native", but {obstacle}')
+    check_activations(model.precision, obstacle)
     try:
         require_torch(TORCH_USE)
     except MissingExtra as missing:
         raise ConfigError(f"{obstacle}; {missing}") from None
     is_slow = computes_on_cpu(engine.device)
     return _load_torch(plan, *([FALLBACK_NOTE.format(reason=obstacle)] if is_slow else []))
+
+
+def check_activations(precision: Precision, obstacle: str) -> None:
+    """Raise `ConfigError` for a precision that only native kernels have. `obstacle` is why they cannot be used."""
+    if precision.has_int8_activations:
+        raise ConfigError(f"precision a_int8_w_int8 is of native kernels only, but {obstacle}")
 
 
 def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) -> str | None:

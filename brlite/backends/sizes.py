@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from brlite.backends.choose import find_obstacle
+from brlite.backends.choose import check_activations, find_obstacle
 from brlite.backends.native.abi import LANES
 from brlite.backends.torch.device import compute_dtype, device_memory, prepare_environment, rules_for, select_device
 from brlite.checkpoint import open_checkpoint
@@ -132,10 +132,13 @@ def measure(
     family = find_family(hf_config)
     config = family.read_config(hf_config)
     check_spec(spec, config)
-    is_native = engine.backend != "torch" and find_obstacle(config, spec, engine) is None
+    obstacle = 'engine.backend is "torch"' if engine.backend == "torch" else find_obstacle(config, spec, engine)
+    is_native = obstacle is None
+    precision = settle_precision(spec.precision, formats)
+    if obstacle is not None:
+        check_activations(precision, obstacle)
     is_bfloat16 = is_native or compute_dtype(engine.dtype, select_device(engine.device)).itemsize == 2
     dtype: KVDtype = "bfloat16" if is_bfloat16 else "float32"
-    precision = settle_precision(spec.precision, formats)
     kv_dtype = cache_dtype(precision, engine.dtype)
     is_int8 = precision.has_int8_weights
     if is_int8 and not is_native:

@@ -95,8 +95,8 @@ def bundle_identity(config: Mapping[str, Any], weights: Mapping[str, FileRecord]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:IDENTITY_CHARACTERS]
 
 
-def packed_name(precision: PrecisionName) -> str:
-    """The file of a bundle that holds the packed weights. Both int8 precisions have the same."""
+def packed_name(precision: PrecisionOption) -> str:
+    """The file of a bundle that holds the packed weights. All int8 precisions have the same."""
     return f"packed.{PRECISIONS[precision].weights_name}{PACKED_SUFFIX}"
 
 

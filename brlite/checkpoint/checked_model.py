@@ -18,7 +18,7 @@ from brlite.files.quoting import MAX_EXCERPT, excerpt, one_line
 from brlite.models.config import ModelConfig
 from brlite.models.families.family import Family, WeightTarget
 from brlite.models.network import Parameter, list_parameters
-from brlite.models.precision import PRECISIONS, STORED, Precision, PrecisionOption
+from brlite.models.precision import PRECISIONS, Precision, PrecisionOption
 from brlite.models.registry import find_family
 from brlite.models.shards import check_num_ranks
 
@@ -67,9 +67,10 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
 
 def settle_precision(option: PrecisionOption, formats: Mapping[str, str]) -> Precision:
     """What a precision means for a checkpoint whose tensors have these formats."""
-    if option != "auto":
-        return PRECISIONS[option]
-    return STORED if quantized_formats(formats) else PRECISIONS["bf16"]
+    precision = PRECISIONS["bf16" if option == "auto" else option]
+    if (option == "auto" or precision.has_int8_activations) and quantized_formats(formats):
+        return precision._replace(weights="stored")
+    return precision
 
 
 def quantized_formats(formats: Mapping[str, str]) -> list[str]:

@@ -61,11 +61,12 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def precision_name(self) -> str:
-        """The spec's precision, or what `auto` comes to in native code."""
+        """The spec's precision, or what it comes to in native code where the file's digits are kept."""
         if self.precision.weights != "stored":
             return "bf16" if self.spec.precision == "auto" else self.spec.precision
         forms = {part.form for parts in self.matrix_parts.values() for part in parts}
-        return "a_bf16_w_int4" if forms & INT4_FORMS else "a_bf16_w_int8"
+        activations = "a_int8" if self.precision.has_int8_activations else "a_bf16"
+        return f"{activations}_w_int4" if forms & INT4_FORMS else f"{activations}_w_int8"
 
 
 NOT_QUANTISED = F32.name
@@ -126,7 +127,7 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
 
 def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool) -> str:
     """In which precision `spec` is served, and what decided that: for each format of the file, what becomes of it."""
-    if spec.precision != "auto":
+    if spec.precision != "auto" and model.precision.weights != "stored":
         return f"{spec.precision}, set by precision"
     quantized = quantized_formats(model.formats)
     if not quantized:
@@ -143,7 +144,8 @@ def describe_precision(model: CheckedModel, spec: ModelSpec, *, is_native: bool)
             uses.append(f"{stored_as} is rounded to int8")
         else:
             uses.append(f"{stored_as} is rounded to int8 in {num_rounded} of {count} matrices, else kept")
-    return f"the file's own: {', '.join(uses)} (auto)"
+    decided_by = "auto" if spec.precision == "auto" else f"{spec.precision}, set by precision"
+    return f"the file's own: {', '.join(uses)} ({decided_by})"
 
 
 def _stored_matrices(model: CheckedModel, num_ranks: int) -> tuple[dict[str, set[str]], dict[str, set[str]]]:

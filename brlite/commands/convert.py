@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import get_args
 
 from brlite.errors import ConfigError
-from brlite.models.precision import PRECISIONS
+from brlite.models.precision import PrecisionName
 
 
 def add_conversion(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_conversion(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_dir", "--model-dir", type=Path, required=True, metavar="DIR", help=folder)
     where = "folder in which the bundle's folder is created"
     parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, metavar="OUT", help=where)
-    names = tuple(PRECISIONS)
+    names = get_args(PrecisionName)
     packed = "precision of the bundle's weights (default: %(default)s, as the manual recommends for all its models)"
     parser.add_argument("--precision", choices=names, default=names[-1], help=packed)
     traced = "take the weights from this .pt, traced by the manual's tool; config and tokenizer from --model_dir"

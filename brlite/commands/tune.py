@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from brlite.errors import ModelError
 
@@ -38,7 +38,7 @@ def tune(args: argparse.Namespace) -> int:
     from brlite.backends.sizes import find_model, known_sizes
     from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig, ModelSpec
     from brlite.config.validation import model_override, override
-    from brlite.models.precision import PRECISIONS
+    from brlite.models.precision import PrecisionName
     from brlite.process.machine import find_cpus, find_memory, show_bytes
 
     spec = override(Config(), model_override(args.model)).model[0]
@@ -52,7 +52,7 @@ def tune(args: argparse.Namespace) -> int:
         return sizes
 
     room = int(find_memory().available * SHARE)
-    rows = [advise(precision, sizes_of(precision), room) for precision in ("auto", *PRECISIONS)]
+    rows = [advise(precision, sizes_of(precision), room) for precision in ("auto", *get_args(PrecisionName))]
     if rows[0].weight_bytes == rows[1].weight_bytes:
         del rows[0]  # the files are not quantized: it is bf16
     best = choose(rows)

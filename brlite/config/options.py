@@ -178,7 +178,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     path: Annotated[Text | None, option("a Hugging Face folder or a .gguf file", "/models/my-model")] = None
     precision: Annotated[
         PrecisionOption,
-        option("auto: quantized files keep their digits, others are bf16; bf16, a_bf16_w_int8, a_bf16_w_int8_kv_int8"),
+        option(
+            "auto: quantized files keep their digits, others are bf16; bf16, a_bf16_w_int8, a_bf16_w_int8_kv_int8; "
+            "a_int8_w_int8: activations are int8, too (native kernels)"
+        ),
     ] = "auto"
     build_seq: Annotated[
         CountOrZero,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from brlite.backends.plugins.contract import with_static_context
+from brlite.backends.sizes import sizes_at
 from brlite.backends.torch import device
 from brlite.checkpoint import open_checkpoint
 from brlite.commands.cli import main
-from brlite.errors import MissingExtra, NativeUnavailable
+from brlite.config.options import Config, EngineConfig, ModelSpec
+from brlite.errors import ConfigError, MissingExtra, NativeUnavailable
+from brlite.llm import build_engine
 from tests.tiny_models import LLAMA, write_byte_tokenizer, write_model
 
 INSTALL_TORCH = "pip install 'brlite[torch]'"
@@ -87,3 +92,25 @@ def test_the_absent_package_is_told_from_one_that_does_not_load():
 
     assert str(absent) == f"this needs torch, which is not installed: {INSTALL_TORCH}"
     assert str(broken) == f"this needs torch, which cannot be imported (libgomp.so.1: not found): {INSTALL_TORCH}"
+
+
+@pytest.mark.parametrize(
+    ("engine", "reason"),
+    [
+        (EngineConfig(backend="torch"), 'engine.backend is "torch"'),
+        (EngineConfig(dtype="float32"), 'native kernels compute in bfloat16, and engine.dtype is "float32"'),
+    ],
+)
+def test_int8_activations_are_refused_where_torch_would_compute(model, engine, reason):
+    spec = ModelSpec(name="tiny", path=str(model), precision="a_int8_w_int8", build_seq=64)
+    line = re.escape(f"precision a_int8_w_int8 is of native kernels only, but {reason}")
+
+    with pytest.raises(ConfigError, match=f"^{line}$"):
+        build_engine(Config(model=[spec], engine=engine))
+    with pytest.raises(ConfigError, match=f"^{line}$"):
+        sizes_at(model, spec, engine)
+
+
+def test_int8_activations_are_refused_for_an_engine_plugin():
+    with pytest.raises(ConfigError, match="a_int8_w_int8 is of native kernels only; an engine plugin may have"):
+        with_static_context(ModelSpec(precision="a_int8_w_int8"))

@@ -14,7 +14,7 @@ import pytest
 from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary, available_isas
 from brlite.engine.backend import Batch, SampledToken, SeqResult, StepResult
-from brlite.models.precision import PRECISIONS, PrecisionName
+from brlite.models.precision import PRECISIONS, PrecisionOption
 from tests.backends.native_models import MODELS, load_native, random_ids
 from tests.backends.rank_threads import load_native_ranks
 from tests.backends.schedules import Story, live_alone, make_prompts, run_schedules
@@ -28,7 +28,7 @@ class Alone(NamedTuple):
     """A backend of one thread on the best instruction set, and what several sequences were on it, one by one."""
 
     name: str
-    precision: PrecisionName
+    precision: PrecisionOption
     backend: NativeBackend
     stories: list[Story]
 
@@ -85,7 +85,7 @@ def test_a_number_of_threads_that_changes_gives_the_bits_of_one(alone: Alone, na
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_rows_that_threads_share_have_the_bits_of_a_threads_own(
-    precision: PrecisionName, native_library: NativeLibrary
+    precision: PrecisionOption, native_library: NativeLibrary
 ) -> None:
     token_ids = random_ids(300, seed=1)  # shared; 40 are so few that each thread makes all of them
     with (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -11,7 +11,7 @@ from brlite.checkpoint.checked_model import CheckedModel, settle_precision
 from brlite.checkpoint.placing import describe_precision, matrix_parts
 from brlite.config.options import ModelSpec
 from brlite.models.network import MatrixPart, list_parameters
-from brlite.models.precision import PRECISIONS, STORED, PrecisionOption
+from brlite.models.precision import PRECISIONS, Precision, PrecisionName, PrecisionOption
 from brlite.models.registry import find_family
 
 PLAIN = {"norm": "F32", "a": "BF16", "b": "F16"}
@@ -64,7 +64,7 @@ def test_what_no_file_has_quantized_is_bfloat16() -> None:
 def test_a_quantized_file_is_kept_and_every_change_is_said(is_native: bool, text: str) -> None:
     model = stored_model({"": "Q4_K", "v": "Q6_K", "lm_head": "F16"})
 
-    assert settle_precision("auto", MIXED) == STORED
+    assert settle_precision("auto", MIXED) == Precision("stored", "bfloat16")
     assert described(model, is_native=is_native) == text
 
 
@@ -102,7 +102,15 @@ def test_a_head_that_is_scaled_on_its_way_is_said_to_be_rounded() -> None:
     assert described(model) == text
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
-def test_a_precision_with_a_name_means_the_same_for_every_file(name: PrecisionOption) -> None:
+def test_int8_activations_keep_a_quantized_file_and_round_others_to_int8() -> None:
+    assert settle_precision("a_int8_w_int8", PLAIN) == Precision("int8", "bfloat16", has_int8_activations=True)
+    assert settle_precision("a_int8_w_int8", MIXED) == Precision("stored", "bfloat16", has_int8_activations=True)
+    assert described(stored_model({"": "Q8_0"}, "a_int8_w_int8"), "a_int8_w_int8") == (
+        "the file's own: Q8_0 is kept (a_int8_w_int8, set by precision)"
+    )
+
+
+@pytest.mark.parametrize("name", get_args(PrecisionName))
+def test_a_precision_of_the_manual_means_the_same_for_every_file(name: PrecisionOption) -> None:
     assert settle_precision(name, MIXED) == settle_precision(name, PLAIN) == PRECISIONS[name]
     assert described(stored_model({"": "Q4_K"}, name), name) == f"{name}, set by precision"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import get_args
 
-from brlite.models.precision import PRECISIONS, PrecisionName
+from brlite.models.precision import PRECISIONS, PrecisionOption
 
 
 def test_every_name_of_a_precision_has_its_numbers() -> None:
-    assert tuple(PRECISIONS) == get_args(PrecisionName)
+    assert ("auto", *PRECISIONS) == get_args(PrecisionOption)
 
 
-def test_precisions_that_differ_in_their_cache_share_packed_weights() -> None:
+def test_precisions_with_the_same_weights_share_packed_weights() -> None:
     names = [precision.weights_name for precision in PRECISIONS.values()]
 
-    assert names == ["bf16", "a_bf16_w_int8", "a_bf16_w_int8"]
+    assert names == ["bf16", "a_bf16_w_int8", "a_bf16_w_int8", "a_bf16_w_int8"]

@@ -13,7 +13,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 9
+ABI_VERSION = 10
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256
@@ -62,7 +62,7 @@ class NativeOperation(ctypes.Structure):
         ("output_row_size", c_int32),
         ("meets", c_int32),
         ("is_part", c_int32),
-        ("reserved", c_int32),
+        ("has_int8_rows", c_int32),
         ("weight", c_void_p),
         ("bias", c_void_p),
         ("input", c_void_p),

@@ -99,6 +99,7 @@ class NativeBackend:
                 cache,
                 max_rows=max_rows(spec, plan.engine),
                 max_positions=spec.build_seq,
+                has_int8_rows=plan.precision.has_int8_activations,
                 rank_context=None if plan.shard is None or shared is None else RankContext(plan.shard, shared),
             )
             opened.callback(compiled.close)

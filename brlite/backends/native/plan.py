@@ -51,7 +51,8 @@ class RankContext(NamedTuple):
 class NativePlan:
     """A `struct brlite_plan` with all that it points to. `close` releases the buffers, not weights and cache.
 
-    With a `rank_context` it is the plan of one rank; `config` is always that of the whole model.
+    With a `rank_context` it is the plan of one rank; `config` is always that of the whole model. With `has_int8_rows`
+    activations are int8, with one scale for 32 inputs; the weights must be int8 or 4 bits.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class NativePlan:
         *,
         max_rows: int,
         max_positions: int,
+        has_int8_rows: bool = False,
         rank_context: RankContext | None = None,
     ) -> None:
         shard, shared = rank_context or (Shard(0, 1, sums=False), None)
@@ -73,6 +75,7 @@ class NativePlan:
         self._vocabulary = vocabulary_range(config, shard)
         self._rank_context = rank_context
         self._weights = weights
+        self._has_int8_rows = has_int8_rows
         self._cache = cache
         self._buffers = _Buffers(library, config, self._own, max_rows, shared)
         self._rope = pair_tables(config.rope, max_positions)
@@ -171,7 +174,9 @@ class NativePlan:
         return compiled
 
     def _activate(self, kind: int, source: Rows, num_inputs: int) -> abi.NativeOperation:
-        return abi.NativeOperation(kind=kind, format=self._format, num_inputs=num_inputs, **source.as_input)
+        operation = abi.NativeOperation(kind=kind, format=self._format, num_inputs=num_inputs, **source.as_input)
+        operation.has_int8_rows = self._has_int8_rows
+        return operation
 
     def _multiply(self, operation: Multiply) -> Iterator[abi.NativeOperation]:
         """One operation for each part of the matrix.
@@ -197,6 +202,7 @@ class NativePlan:
                 **target.column(part.first_row).as_output,
                 meets=operation.output in ("hidden", "logits") and self._meets,
                 is_part=part is not parts[-1],
+                has_int8_rows=self._has_int8_rows,
             )
 
     @property

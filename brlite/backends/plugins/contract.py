@@ -16,14 +16,15 @@ An engine is a class that is made without arguments, and is found by an entry po
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from brlite.config.options import EngineConfig, ModelSpec
-from brlite.errors import EngineError
+from brlite.errors import ConfigError, EngineError
+from brlite.models.precision import PrecisionName
 from brlite.tokenizer import Tokenizer
 
 TokenIds = npt.NDArray[np.int32]
@@ -174,7 +175,10 @@ class GivesHiddenStates(Protocol):
 def with_static_context(spec: ModelSpec) -> ModelSpec:
     """The spec with a context and a precision: an engine has its shapes before it knows the model.
 
-    Left out, they are `STATIC_CONTEXT` and bf16.
+    Left out, they are `STATIC_CONTEXT` and bf16. Raises `ConfigError` for a precision that engines do not know.
     """
     precision = "bf16" if spec.precision == "auto" else spec.precision
+    if precision not in get_args(PrecisionName):
+        allowed = ", ".join(get_args(PrecisionName))
+        raise ConfigError(f"precision {precision} is of native kernels only; an engine plugin may have {allowed}")
     return msgspec.structs.replace(spec, build_seq=spec.build_seq or STATIC_CONTEXT, precision=precision)

@@ -12,7 +12,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define BRLITE_ABI_VERSION 9
+#define BRLITE_ABI_VERSION 10
 #define BRLITE_KERNEL_VERSION 2  // raised by every change of the kernels that changes results
 
 #define BRLITE_LANES 16        // outputs in a panel of a matrix, and tokens in a page of the cache
@@ -38,8 +38,9 @@ enum brlite_isa {
     BRLITE_NUM_ISAS,
 };
 
-// Number formats of weights. Activations are bfloat16 with BF16 weights, and int16 with one scale a row with all other
-// formats; a plan uses one of the two. In the last four formats a weight is
+// Number formats of weights. Activations are bfloat16 with BF16 weights. With all other formats they are int16 with one
+// scale a row, or int8 with one scale for each group of a row (`has_int8_rows`). A plan uses one of the three. In the
+// last four formats a weight is
 //   INT8_F16   scale * code, -128 .. 127        INT4_MIN    scale * code + minimum, 0 .. 15
 //   INT4       scale * (code - 8), 0 .. 15      INT4_ZERO   scale * (code - zero point), both 0 .. 15
 // with one scale and one minimum or zero point a group, in IEEE half precision: exactly the values that a quantised
@@ -83,7 +84,7 @@ typedef struct brlite_operation {
     int32_t output_row_size;  // GATE
     int32_t meets;            // barrier of all ranks after this one: the next operation reads what other ranks write
     int32_t is_part;          // LINEAR, ADD: the next operation computes more outputs of the same product
-    int32_t reserved;
+    int32_t has_int8_rows;    // NORM, QUANTIZE, SILU, LINEAR, ADD: the activations are int8
     const void* weight;
     const float* bias;
     const float* input;

@@ -268,6 +268,11 @@ INLINE void add_pairs(typename Kind::Sum (&sums)[SUMS][ROWS][PANELS], const uint
     }
 }
 
+template <class Kind, int ROWS, int PANELS>
+INLINE void clear(typename Kind::Sum (&sums)[ROWS][PANELS]) {
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) sums[r][p] = Kind::zero();
+}
+
 // As `add_pairs`, for one group of an int4 panel. With three sums or more, codes are not shifted down: those in the
 // second and third 4 bits of a word count 16 and 256 times, go to a sum of their own, and the sum is shifted once a
 // group. That takes half the instructions.
@@ -289,9 +294,27 @@ INLINE void add_int4_pairs(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* pane
             Int8::shifted_back(sums[i][r][0], i);
 }
 
-template <class Kind, int ROWS, int PANELS>
-INLINE void clear(typename Kind::Sum (&sums)[ROWS][PANELS]) {
-    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int p = 0; p < PANELS; p++) sums[r][p] = Kind::zero();
+// Independent sums per row, used in turn: a multiply-add takes several cycles, and the next need not wait for its sum.
+#if defined(BRLITE_HAS_AVX512)
+constexpr int sums_of_row(int, int num_rows) { return num_rows <= 2 ? 4 : 2; }
+#elif defined(BRLITE_HAS_AVX2)
+constexpr int sums_of_row(int format, int num_rows) { return is_int4(format) && num_rows == 1 ? 3 : 1; }
+#else
+constexpr int sums_of_row(int, int) { return 1; }
+#endif
+
+// sums[0][row][0] = the sum of one group of a panel: of integer activations times codes.
+template <int FORMAT, int SUMS, int ROWS>
+INLINE void sum_integers(Int8::Sum (&sums)[SUMS][ROWS][1], const uint8_t* group, const Int8::Row* rows, long row_size) {
+    UNROLLED for (int i = 0; i < SUMS; i++) clear<Int8>(sums[i]);
+    if constexpr (is_int4(FORMAT)) {
+        add_int4_pairs(sums, group, rows, row_size);
+    } else {
+        const uint8_t* panel[1] = {group};
+        add_pairs<Int8>(sums, panel, Int8::PAIR_BYTES, rows, row_size, BRLITE_GROUP / 2);
+    }
+    UNROLLED for (int r = 0; r < ROWS; r++) UNROLLED for (int i = 1; i < SUMS; i++) sums[0][r][0] =
+        Int8::plus(sums[0][r][0], sums[i][r][0]);
 }
 
 // out[row][panel * 16 ..] = the sums as floats.

@@ -1,12 +1,12 @@
 // Operations on single rows: EMBED, NORM, SILU, GATE, QUANTIZE. Threads divide the rows among themselves.
 #pragma once
 
-#include "multiply.h"
+#include "bytes.h"
 
 namespace brlite {
 namespace BRLITE_ISA {
 
-constexpr float MAX_ACTIVATION = 32767.0f;
+constexpr float MAX_ACTIVATION = 32767.0f, MAX_INT8_ACTIVATION = 127.0f;
 
 // Quantises a row to int16. Returns its scale; NaN for a row that is not finite, so that its products are NaN, too.
 INLINE float quantize_row(const float* from, int size, int16_t* to) {
@@ -42,12 +42,38 @@ INLINE void sum_groups(const int16_t* from, int size, float* to) {
     }
 }
 
+// Quantises a row to integers of up to 127 with one scale for each group. The scale is NaN where a number of the group
+// is not finite.
+INLINE void quantize_groups(const float* from, int size, GroupedRow* to, ActivationGroup* groups) {
+    for (int i = 0; i < size; i += BRLITE_GROUP, groups++) {
+        const Floats low = load(from + i), high = load(from + i + LANES);
+        const float peak = largest_magnitude(larger_magnitude(larger_magnitude(Ints{}, low), high));
+        const float inverse = MAX_INT8_ACTIVATION / peak;
+        // 0 for a peak of 0 or so small that its inverse overflows.
+        const float factor = is_finite(peak) && is_finite(inverse) ? inverse : 0.0f;
+        const Floats nothing = Floats{};
+        const Ints low_codes = rounded(factor > 0 ? low * splat(factor) : nothing),
+                   high_codes = rounded(factor > 0 ? high * splat(factor) : nothing);
+        store_group(to + i, low_codes, high_codes);
+        const float sum = sum_of(low_codes + high_codes);
+        const float scale = is_finite(peak) ? peak / MAX_INT8_ACTIVATION : __builtin_nanf("");
+        *groups = {scale, sum, -128 * (int32_t)sum, -8 * (int32_t)sum};
+    }
+}
+
 // Writes `values` as row `row` of the activations of a matrix. `size` is a multiple of 16, for int4 of 32.
 INLINE void write_row(const Activations& to, int format, int row, const float* values, int size) {
     if (!takes_int16(format)) return round_row(values, size, (Bf16::Row*)to.rows + row * to.row_size);
     int16_t* integers = (int16_t*)to.rows + row * to.row_size;
     to.scales[row] = quantize_row(values, size, integers);
     if (is_int4(format)) sum_groups(integers, size, to.group_sums + row * to.row_size / BRLITE_GROUP);
+}
+
+// The same of the activations that `op` writes.
+INLINE void write_input(const Activations& to, const brlite_operation& op, int row, const float* values, int size) {
+    if (!op.has_int8_rows) return write_row(to, op.format, row, values, size);
+    quantize_groups(values, size, (GroupedRow*)to.rows + row * to.row_size,
+                    to.groups + row * to.row_size / BRLITE_GROUP);
 }
 
 // ---- EMBED -------------------------------------------------------------------------------------------------------
@@ -142,12 +168,12 @@ static void row_operation(const Step& step, const brlite_operation& op, Scratch&
             return silu_row(op, in, op.output + (long)row * op.output_row_size, rounded_up(op.num_inputs, LANES));
         case BRLITE_NORM:
             norm_row(op, in, scratch.row);
-            return write_row(to, op.format, row, scratch.row, size);
+            return write_input(to, op, row, scratch.row, size);
         case BRLITE_SILU:
             silu_row(op, in, scratch.row, size);
-            return write_row(to, op.format, row, scratch.row, size);
+            return write_input(to, op, row, scratch.row, size);
         default:
-            return write_row(to, op.format, row, in, size);
+            return write_input(to, op, row, in, size);
     }
 }
 

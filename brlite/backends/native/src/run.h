@@ -105,7 +105,7 @@ struct Worker {
         share_rows(is_own, num_rows, [&](int i) INLINED {
             const float* hidden = plan.norm.input + (long)batch.draws[first + i].row * plan.norm.row_size;
             norm_row(plan.norm, hidden, scratch.row);
-            write_row(*input, plan.norm.format, i, scratch.row, padded_inputs(plan.norm.num_inputs));
+            write_input(*input, plan.norm, i, scratch.row, padded_inputs(plan.norm.num_inputs));
         });
         if (!is_own) barrier.wait();
         linear({plan.head, *input, plan.head.output, num_rows}, next(), step.num_threads);

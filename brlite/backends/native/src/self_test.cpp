@@ -19,11 +19,14 @@ struct Case {
     int weight_format;
     int kv_format;
     int num_threads;
+    bool has_int8_rows;
 };
-constexpr Case CASES[] = {{BRLITE_INT8, BRLITE_INT8, 1},     {BRLITE_INT8, BRLITE_BF16, 2},
-                          {BRLITE_BF16, BRLITE_BF16, 1},     {BRLITE_INT4, BRLITE_BF16, 2},
-                          {BRLITE_INT4_MIN, BRLITE_INT8, 1}, {BRLITE_INT4_ZERO, BRLITE_BF16, 1},
-                          {BRLITE_INT8_F16, BRLITE_INT8, 1}};
+constexpr Case CASES[] = {{BRLITE_INT8, BRLITE_INT8, 1, false},     {BRLITE_INT8, BRLITE_BF16, 2, false},
+                          {BRLITE_BF16, BRLITE_BF16, 1, false},     {BRLITE_INT4, BRLITE_BF16, 2, false},
+                          {BRLITE_INT4_MIN, BRLITE_INT8, 1, false}, {BRLITE_INT4_ZERO, BRLITE_BF16, 1, false},
+                          {BRLITE_INT8_F16, BRLITE_INT8, 1, false}, {BRLITE_INT8, BRLITE_BF16, 1, true},
+                          {BRLITE_INT8_F16, BRLITE_BF16, 2, true},  {BRLITE_INT4, BRLITE_INT8, 1, true},
+                          {BRLITE_INT4_MIN, BRLITE_BF16, 1, true},  {BRLITE_INT4_ZERO, BRLITE_BF16, 2, true}};
 
 struct SomeTokens {
     int sequence;
@@ -180,7 +183,7 @@ constexpr int32_t NOT_THERE = 1, NO_MEMORY = 2, FIRST_CHECK = 3;
 int32_t first_failed_check(int isa) {
     int32_t check = FIRST_CHECK;
     for (const Case& one : CASES) {
-        Toy toy(one.weight_format, one.kv_format);
+        Toy toy(one.weight_format, one.kv_format, one.has_int8_rows);
         const Outcome expected = compute(toy, BRLITE_GENERIC, 1), outcome = compute(toy, isa, one.num_threads);
         const int part = first_difference(outcome, expected);
         if (part < NUM_PARTS) return check + part;

@@ -25,13 +25,22 @@ struct Counter {
     }
 };
 
-// The input of a matrix: rows of int16 with one scale each, or of bfloat16 in the kernels' form (`row_bytes`). For int4
-// matrices also the sum of each group of integers.
+// A group of int8 activations: its scale, the sum of its integers, and that sum times -128 and -8.
+struct ActivationGroup {
+    float scale;
+    float sum;
+    int32_t minus_128_sums;
+    int32_t minus_8_sums;
+};
+
+// The input of a matrix: rows of bfloat16 or of int8 activations, both in the kernels' form (`row_bytes`), or rows of
+// int16 with one scale each. For int4 matrices also the sum of each group of int16.
 struct Activations {
     void* rows;
     float* scales;
     long row_size;
-    float* group_sums;  // [rows][row_size / BRLITE_GROUP]
+    float* group_sums;        // [rows][row_size / BRLITE_GROUP]
+    ActivationGroup* groups;  // the same, of int8 activations
 };
 
 // Up to this many numbers in all rows together, each thread computes all activations itself. That takes microseconds; a

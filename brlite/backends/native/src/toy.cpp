@@ -33,7 +33,8 @@ float Random::weight() {
 
 Toy::Rows::Rows(int size) : row_size(rounded(size, 2 * BRLITE_GROUP)) { data.resize((MAX_ROWS + 1) * row_size); }
 
-Toy::Toy(int weight_format, int kv_format) : weight_format_(weight_format), kv_format_(kv_format) {
+Toy::Toy(int weight_format, int kv_format, bool has_int8_rows)
+    : weight_format_(weight_format), kv_format_(kv_format), has_int8_rows_(has_int8_rows) {
     make_noise();
     reset();
     body_.push_back(embed());
@@ -104,6 +105,7 @@ brlite_operation Toy::reading(int kind, Rows& input, int num_inputs) {
     brlite_operation operation{};
     operation.kind = kind;
     operation.format = weight_format_;
+    operation.has_int8_rows = has_int8_rows_;
     operation.num_inputs = num_inputs;
     operation.row_size = input.row_size;
     operation.input = input.data.data();
@@ -114,6 +116,7 @@ brlite_operation Toy::writing(int kind, Rows& output, int num_outputs) {
     brlite_operation operation{};
     operation.kind = kind;
     operation.format = weight_format_;
+    operation.has_int8_rows = has_int8_rows_;
     operation.num_outputs = num_outputs;
     operation.row_size = output.row_size;
     operation.output = output.data.data();

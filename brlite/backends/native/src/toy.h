@@ -30,7 +30,7 @@ class Toy {
     static constexpr int BLOCKS_OF_SEQUENCE = MAX_POSITIONS / BRLITE_LANES / PAGES_PER_BLOCK;
     static constexpr int NUM_BLOCKS = NUM_SEQUENCES * BLOCKS_OF_SEQUENCE;
 
-    Toy(int weight_format, int kv_format);
+    Toy(int weight_format, int kv_format, bool has_int8_rows);
     Toy(const Toy&) = delete;
     Toy& operator=(const Toy&) = delete;
 
@@ -60,6 +60,7 @@ class Toy {
     void make_noise();
 
     const int weight_format_, kv_format_;
+    const bool has_int8_rows_;
     Random random_;
     std::list<std::vector<float>> vectors_;
     std::list<std::vector<uint8_t>> matrices_;

@@ -1,0 +1,112 @@
+// Products of int8 activations that have one scale for each group of 32 inputs. Sums within a group are exact integers,
+// so all instruction sets give the same bits.
+//
+// With VNNI one instruction multiplies four bytes of activations by four bytes of weights and adds the products. The
+// weights are unsigned there: an int8 code becomes code + 128, and sums start at -128 times the sum of the activations.
+// A quad has four inputs of all sixteen columns: 64 bytes. Eight inputs of a panel become two quads. Their order of
+// inputs needs the fewest instructions for int4 panels, and activations are stored in the same order:
+//
+//   bytes of an int4 column, each with two inputs:   0, 2 | 4, 6 | 1, 3 | 5, 7
+//   lower 4 bits, then upper 4 bits:                 0 4 1 5 and 2 6 3 7
+//
+// Without VNNI these activations are stored as int16, and multiplied as those with one scale a row.
+#pragma once
+
+#include "multiply.h"
+
+namespace brlite {
+namespace BRLITE_ISA {
+
+#if defined(BRLITE_HAS_VNNI)
+
+typedef int8_t GroupedRow;
+
+constexpr int MAX_GROUPED_ROWS = 12;  // of a tile: a sum and a total each take 24 of the 32 registers
+constexpr int sums_of_grouped_row(int num_rows) { return num_rows == 1 ? 4 : num_rows <= 3 ? 2 : 1; }
+
+// Stores the 32 integers of a group in the order of the quads.
+INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
+    const __m128i order = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+    _mm_storeu_si128((__m128i*)to, _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)low), order));
+    _mm_storeu_si128((__m128i*)(to + LANES), _mm_shuffle_epi8(_mm512_cvtepi32_epi8((__m512i)high), order));
+}
+
+struct Quads {
+    __m512i first, second;
+};
+
+// The two quads of inputs `first` to `first + 7` of a panel's group.
+template <bool IS_INT4>
+INLINE Quads load_quads(const uint8_t* group, int first) {
+    if constexpr (IS_INT4) {
+        const __m512i bytes = _mm512_loadu_si512(group + first * LANES / 2), code = _mm512_set1_epi8(15);
+        return {_mm512_and_si512(bytes, code), _mm512_and_si512(_mm512_srli_epi16(bytes, 4), code)};
+    }
+    const __m512i pairs_0_1 = _mm512_loadu_si512(group + first * LANES),
+                  pairs_2_3 = _mm512_loadu_si512(group + first * LANES + 64);
+    const __m512i low = _mm512_unpacklo_epi8(pairs_0_1, pairs_2_3), high = _mm512_unpackhi_epi8(pairs_0_1, pairs_2_3);
+    const __m512i of_first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                  of_second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), plus_128 = _mm512_set1_epi8(-128);
+    return {_mm512_xor_si512(_mm512_permutex2var_epi64(low, of_first, high), plus_128),
+            _mm512_xor_si512(_mm512_permutex2var_epi64(low, of_second, high), plus_128)};
+}
+
+INLINE void add_quad(__m512i& sum, __m512i quad, const GroupedRow* row) {  // asm: the intrinsic makes GCC copy sums
+    asm volatile("vpdpbusd %[row]%{1to16%}, %[quad], %[sum]"
+                 : [sum] "+v"(sum)
+                 : [quad] "v"(quad), [row] "m"(*(const int32_t (*)[1])row));
+}
+
+// sums[row] = the sums of a group: of activations times codes, for INT4 times (code - 8). `groups` and `rows` are those
+// of the first row.
+template <int FORMAT, int ROWS>
+INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup* groups,
+                      long row_size) {
+    constexpr int SUMS = sums_of_grouped_row(ROWS);
+    __m512i parts[SUMS][ROWS];
+    UNROLLED for (int r = 0; r < ROWS; r++) {
+        const ActivationGroup& of_row = groups[r * row_size / BRLITE_GROUP];
+        const int32_t start = has_offsets(FORMAT) ? 0 : is_int4(FORMAT) ? of_row.minus_8_sums : of_row.minus_128_sums;
+        parts[0][r] = _mm512_set1_epi32(start);
+        UNROLLED for (int i = 1; i < SUMS; i++) parts[i][r] = _mm512_setzero_si512();
+    }
+    UNROLLED for (int i = 0; i < BRLITE_GROUP / 8; i++) {
+        const Quads quads = load_quads<is_int4(FORMAT)>(group, 8 * i);
+        const GroupedRow* inputs = rows + 8 * i;
+        UNROLLED for (int r = 0; r < ROWS; r++) add_quad(parts[2 * i % SUMS][r], quads.first, inputs + r * row_size);
+        UNROLLED for (int r = 0; r < ROWS; r++)
+            add_quad(parts[(2 * i + 1) % SUMS][r], quads.second, inputs + r * row_size + 4);
+    }
+    UNROLLED for (int r = 0; r < ROWS; r++) {
+        UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r] = _mm512_add_epi32(parts[0][r], parts[i][r]);
+        sums[r] = floats_of((Ints)parts[0][r]);
+    }
+}
+
+#else
+
+typedef int16_t GroupedRow;
+
+constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
+
+INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
+    write(to, low);
+    write(to + LANES, high);
+}
+
+template <int FORMAT, int ROWS>
+INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup* groups,
+                      long row_size) {
+    constexpr int SUMS = sums_of_row(FORMAT, ROWS);
+    Int8::Sum parts[SUMS][ROWS][1];
+    sum_integers<FORMAT>(parts, group, rows, row_size);
+    UNROLLED for (int r = 0; r < ROWS; r++) {
+        sums[r] = Int8::floats(parts[0][r][0]);
+        if (FORMAT == BRLITE_INT4) sums[r] = sums[r] + (float)groups[r * row_size / BRLITE_GROUP].minus_8_sums;
+    }
+}
+
+#endif
+
+}  // namespace BRLITE_ISA
+}  // namespace brlite
