@@ -57,7 +57,7 @@ DEFAULT_MODEL_FORMATS: Mapping[str, str] = {
         for matrix in (*(f"self_attn.{each}" for each in "qkvo"), *(f"mlp.{each}" for each in ("gate", "up", "down")))
     },
 }
-NOT_QUANTISED: Mapping[str, str] = MappingProxyType({})
+NOT_QUANTIZED: Mapping[str, str] = MappingProxyType({})
 
 SHARED_TOKENS = 2048  # for each of build_batch sequences, in a KV cache whose size is left to us
 LEAST_CONTEXT = 2048  # however little memory there is: an allocation that fails is an error of its own
@@ -123,7 +123,7 @@ def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
 
 
 def measure(
-    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NOT_QUANTISED
+    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NOT_QUANTIZED
 ) -> Sizes:
     """The sizes of a model with that config, on the backend that would compute it here.
 
@@ -176,7 +176,7 @@ def measure(
 
 
 def settle_context(
-    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NOT_QUANTISED
+    hf_config: Mapping[str, Any], spec: ModelSpec, engine: EngineConfig, formats: Mapping[str, str] = NOT_QUANTIZED
 ) -> ModelSpec:
     """The spec with its unset context and KV cache filled in; the log has them with the reason."""
     if spec.build_seq:

@@ -32,7 +32,17 @@ class BinCheckpoint:
         self._files = files
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._formats: dict[str, str] = {}
-        self.identity = weights_identity(self.config, {file: self._read_table(file) for file in files})
+        tables: dict[Path, bytes] = {}  # this format has no header: names, types and shapes stand for it
+        for file in files:
+            rows = []
+            for name, tensor in load_shard(file).items():
+                if name in self._shapes:
+                    raise ModelError(f"{file}: holds {excerpt(name)}, which an earlier shard holds too")
+                self._shapes[name] = tuple(tensor.shape)
+                self._formats[name] = FORMATS[tensor.dtype].name
+                rows.append((name, str(tensor.dtype), tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
+            tables[file] = repr(rows).encode()
+        self.identity = weights_identity(self.config, tables)
         self.num_bytes = sum(file.stat().st_size for file in files)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -51,24 +61,19 @@ class BinCheckpoint:
     def close(self) -> None:
         """Nothing is kept open between two shards."""
 
-    def _read_table(self, file: Path) -> bytes:
-        """The names, types and shapes of a shard's tensors: this format has no header. Adds them to the shapes."""
-        rows = []
-        for name, tensor in load_shard(file).items():
-            if name in self._shapes:
-                raise ModelError(f"{file}: holds {excerpt(name)}, which an earlier shard holds too")
-            self._shapes[name] = tuple(tensor.shape)
-            self._formats[name] = FORMATS[tensor.dtype].name
-            rows.append((name, str(tensor.dtype), tuple(tensor.shape), tensor.stride(), tensor.storage_offset()))
-        return repr(rows).encode()
-
 
 def load_shard(file: Path) -> dict[str, torch.Tensor]:
     """Map one `.bin` file. Raises `ModelError` if it is broken or holds anything else than tensors."""
     check_model_file(file, "zip")
     if not zipfile.is_zipfile(file):
         raise ModelError(f"{file}: truncated, or not a zip file as torch.save has written them since PyTorch 1.6")
-    _check_stored(file)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            compressed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise ModelError(f"{file}: not a zip file as torch.save writes it: {reason(error)}") from error
+    if compressed:  # a compressed member could unpack to any size
+        raise ModelError(f"{file}: {excerpt(compressed[0])} is compressed, as torch never does")
     try:
         content = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     # A broken pickle can make torch's restricted reader raise nearly any type; each of them means the same here.
@@ -76,26 +81,13 @@ def load_shard(file: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"{file}: torch refuses it: {reason(error)}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file}: must hold a dict of tensors, got {excerpt(type(content).__name__)}")
-    return {name: _checked(file, name, tensor) for name, tensor in content.items()}
-
-
-def _checked(file: Path, name: object, tensor: object) -> torch.Tensor:
-    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise ModelError(f"{file}: must map names to tensors, got {excerpt(name)}: {excerpt(type(tensor).__name__)}")
-    if tensor.layout != torch.strided or tensor.dtype not in FORMATS or tensor.device.type != "cpu":
-        found = f"{tensor.layout}, {tensor.dtype}, {tensor.device}"
-        raise ModelError(f"{file}: {excerpt(name)} is {found}; allowed are dense {ALLOWED_DTYPES}")
-    if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-        raise ModelError(f"{file}: {excerpt(name)} repeats its numbers: shape {excerpt(tuple(tensor.shape))}")
-    return tensor.detach()
-
-
-def _check_stored(file: Path) -> None:
-    """torch compresses nothing; what another program has compressed could be of any size when it is not."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise ModelError(f"{file}: not a zip file as torch.save writes it: {reason(error)}") from error
-    if packed:
-        raise ModelError(f"{file}: {excerpt(packed[0])} is compressed, as torch never does")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            found = f"{excerpt(name)}: {excerpt(type(tensor).__name__)}"
+            raise ModelError(f"{file}: must map names to tensors, got {found}")
+        if tensor.layout != torch.strided or tensor.dtype not in FORMATS or tensor.device.type != "cpu":
+            found = f"{tensor.layout}, {tensor.dtype}, {tensor.device}"
+            raise ModelError(f"{file}: {excerpt(name)} is {found}; allowed are dense {ALLOWED_DTYPES}")
+        if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+            raise ModelError(f"{file}: {excerpt(name)} repeats its numbers: shape {excerpt(tuple(tensor.shape))}")
+    return {name: tensor.detach() for name, tensor in content.items()}

@@ -64,7 +64,13 @@ class BundleCheckpoint(SafetensorsCheckpoint):
         self.manifest = read_manifest(folder)
         weights = {name: record for name, record in self.manifest.files.items() if name.endswith(".safetensors")}
         for name, record in weights.items():
-            _check_size(folder / name, record)
+            try:
+                num_bytes = (folder / name).stat().st_size
+            except OSError as error:
+                raise ModelError(f"{folder / name}: the bundle's manifest names it, but: {error.strerror}") from error
+            if num_bytes != record.num_bytes:
+                found = f"{num_bytes} bytes; the bundle's manifest says {record.num_bytes}"
+                raise ModelError(f"{folder / name}: has {found}")
         super().__init__(folder, tuple(folder / name for name in weights))
         self.identity = bundle_identity(self.config, weights)
 
@@ -128,12 +134,3 @@ def _read(file: Path) -> Manifest:
         if Path(name).name != name or "\\" in name or name in ("", ".", ".."):
             raise ModelError(f"{file}: {excerpt(name)} must be the name of a file beside it")
     return manifest
-
-
-def _check_size(file: Path, record: FileRecord) -> None:
-    try:
-        num_bytes = file.stat().st_size
-    except OSError as error:
-        raise ModelError(f"{file}: the bundle's manifest names it, but: {error.strerror}") from error
-    if num_bytes != record.num_bytes:
-        raise ModelError(f"{file}: has {num_bytes} bytes; the bundle's manifest says {record.num_bytes}")

@@ -56,7 +56,12 @@ def check_model(checkpoint: Checkpoint, spec: ModelSpec) -> CheckedModel:
     has_scoring_head = architecture == family.scorer_architecture
     has_head = architecture != family.base_architecture and not has_scoring_head
     if has_scoring_head:
-        _check_scoring_head(checkpoint, config)
+        shape = checkpoint.shapes().get(SCORING_HEAD)
+        if shape is None:
+            raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} is missing, the head of a model that scores")
+        if tuple(shape) != (1, config.hidden_size):
+            wanted = f"a model that scores has one label: {[1, config.hidden_size]}"
+            raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} has shape {excerpt(list(shape))}; {wanted}")
         family = msgspec.structs.replace(family, ignored_suffixes=(*family.ignored_suffixes, SCORING_HEAD))
     ignored, formats = _check_tensors(checkpoint, targets, family, config), checkpoint.formats()
     precision = settle_precision(spec.precision, formats)
@@ -86,17 +91,6 @@ def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
     if spec.vocab_size is not None and spec.vocab_size != config.vocab_size:
         raise ConfigError(f"vocab_size is {spec.vocab_size}; {spec.name} has {config.vocab_size} embedding rows")
     check_num_ranks(config, spec.tensor_parallel)
-
-
-def _check_scoring_head(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    shape = checkpoint.shapes().get(SCORING_HEAD)
-    if shape is None:
-        raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} is missing, the head of a model that scores")
-    if tuple(shape) != (1, config.hidden_size):
-        raise ModelError(
-            f"{checkpoint.path}: {SCORING_HEAD} has shape {excerpt(list(shape))}; a model that scores has one label: "
-            f"{[1, config.hidden_size]}"
-        )
 
 
 def _check_tensors(

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from brlite.checkpoint.download import Download
 from brlite.checkpoint.folder import find_weights
-from brlite.checkpoint.hub import Hub, NotHere, download, find_cached, hub_of, reach_limit
+from brlite.checkpoint.hub import Hub, NotHere, find_cached, hub_of, reach_limit
 from brlite.checkpoint.model_name import check_path, parse_model_name
 from brlite.checkpoint.progress import OnProgress, ignore_progress, progress_bar
 from brlite.checkpoint.repository import cached_repositories
@@ -71,7 +72,7 @@ def remote_sources(
 
     def find_on_hub(name: str, _: Path, on_progress: OnProgress) -> Path:
         seconds = reach_limit(has_other_source=name in WHEEL_MODELS or _may_be_a_path(name))
-        return download(hub, parse_model_name(name), on_progress, seconds, is_for_plugin=is_for_plugin)
+        return Download(hub, parse_model_name(name), on_progress).run(seconds, is_for_plugin=is_for_plugin)
 
     return (
         Source(hub.title, find_on_hub),

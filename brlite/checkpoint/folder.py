@@ -47,7 +47,10 @@ def find_weights(path: Path) -> Weights:
     if files:
         return Weights("gguf", (_whole_gguf(files[0]),))
     looked_for = ", ".join(name for _, single, index in WEIGHT_FILES for name in (single, index))
-    raise ModelError(f"{path}: no weights: looked for {looked_for} or one .gguf file; found {_listing(path)}")
+    names = sorted(file.name for file in path.iterdir())
+    found = ", ".join(map(excerpt, names[:6])) or "an empty folder"
+    found += f" and {len(names) - 6} more" if len(names) > 6 else ""
+    raise ModelError(f"{path}: no weights: looked for {looked_for} or one .gguf file; found {found}")
 
 
 def has_weights(folder: Path) -> bool:
@@ -83,10 +86,3 @@ def _whole_gguf(file: Path) -> Path:
     if SPLIT_GGUF.search(file.name):
         raise ModelError(f"{file}: one part of a split GGUF; merge the parts into one file first")
     return file
-
-
-def _listing(folder: Path) -> str:
-    names = sorted(file.name for file in folder.iterdir())
-    if not names:
-        return "an empty folder"
-    return ", ".join(map(excerpt, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from brlite.checkpoint.stored_tensor import Bytes, Coded
 from brlite.models.config import QUANTIZATION_GROUP
@@ -22,10 +21,15 @@ IQ4_NL_VALUES = np.array(
 
 
 class Coding(NamedTuple):
-    """The form of a format's matrices, and how its blocks [..., B] become codes."""
+    """The form of a format's matrices, the bytes of a block, and how blocks [R, N, block_bytes] become codes."""
 
     form: MatrixForm
-    decode: Callable[[Bytes], Coded]
+    block_bytes: int
+    take_apart: Callable[[Bytes], Coded]
+
+    def decode(self, data: Bytes) -> Coded:
+        """The codes of rows [R, B], as the file has them."""
+        return self.take_apart(data.reshape(len(data), -1, self.block_bytes))
 
 
 def _nibbles(data: Bytes) -> Bytes:
@@ -36,49 +40,17 @@ def _nibbles(data: Bytes) -> Bytes:
 def _coded(codes: Bytes, scales: Bytes, minimums: Bytes | None = None) -> Coded:
     """Blocks [R, N, ...] as rows. Scales and minimums are bytes of half precision."""
     rows = np.ascontiguousarray(codes).reshape(len(codes), -1)
-    return Coded(rows, _halves(scales), None if minimums is None else _halves(minimums))
+    halves = [
+        np.ascontiguousarray(data).view("<u2").reshape(len(data), -1) for data in (scales, minimums) if data is not None
+    ]
+    return Coded(rows, *halves)
 
 
-def _halves(data: Bytes) -> npt.NDArray[np.uint16]:
-    return np.ascontiguousarray(data).view("<u2").reshape(len(data), -1)
-
-
-def _blocks(data: Bytes, num_bytes: int) -> Bytes:
-    return data.reshape(len(data), -1, num_bytes)
-
-
-def _q4_0(data: Bytes) -> Coded:
-    blocks = _blocks(data, 18)
-    return _coded(_nibbles(blocks[..., 2:]), blocks[..., :2])
-
-
-def _q4_1(data: Bytes) -> Coded:
-    blocks = _blocks(data, 20)
-    return _coded(_nibbles(blocks[..., 4:]), blocks[..., :2], blocks[..., 2:4])
-
-
-def _q5_0(data: Bytes) -> Coded:
-    blocks = _blocks(data, 22)
-    fifth = np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little")
-    return _coded((_nibbles(blocks[..., 6:]) | fifth << 4) - np.uint8(16), blocks[..., :2])
-
-
-def _q8_0(data: Bytes) -> Coded:
-    blocks = _blocks(data, 34)
-    return _coded(blocks[..., 2:], blocks[..., :2])
-
-
-def _iq4_nl(data: Bytes) -> Coded:
-    blocks = _blocks(data, 18)
-    return _coded(IQ4_NL_VALUES[_nibbles(blocks[..., 2:])].view(np.uint8), blocks[..., :2])
-
-
-def _q4_k(data: Bytes) -> Coded:
+def _q4_k(blocks: Bytes) -> Coded:
     """Super-blocks of 8 groups, whose scales and minimums are integers of 6 bits times a number in half precision.
 
     The products are rounded to half precision: to 11 bits of up to 17.
     """
-    blocks = _blocks(data, 144)
     super_scale, super_minimum = (blocks[..., i : i + 2].copy().view("<f2").astype(np.float32) for i in (0, 2))
     low, middle, high = (blocks[..., i : i + 4] for i in (4, 8, 12))
     scales = np.concatenate([low & 63, high & 15 | low >> 2 & 48], axis=-1)  # [R, N, 8]
@@ -92,11 +64,22 @@ def _q4_k(data: Bytes) -> Coded:
     return _coded(codes, scale_bits, minimum_bits)
 
 
+def _q5_0(blocks: Bytes) -> Coded:
+    """The fifth bits of 32 codes are the bits of 4 bytes."""
+    fifth = np.unpackbits(blocks[..., 2:6], axis=-1, bitorder="little")
+    return _coded((_nibbles(blocks[..., 6:]) | fifth << 4) - np.uint8(16), blocks[..., :2])
+
+
+# The layouts of blocks are those of llama.cpp, ggml-common.h.
 CODINGS: dict[str, Coding] = {
-    "Q4_0": Coding("int4", _q4_0),
-    "Q4_1": Coding("int4_min", _q4_1),
-    "Q4_K": Coding("int4_min", _q4_k),
-    "Q5_0": Coding("int8_f16", _q5_0),
-    "Q8_0": Coding("int8_f16", _q8_0),
-    "IQ4_NL": Coding("int8_f16", _iq4_nl),
+    "Q4_0": Coding("int4", 18, lambda blocks: _coded(_nibbles(blocks[..., 2:]), blocks[..., :2])),
+    "Q4_1": Coding("int4_min", 20, lambda blocks: _coded(_nibbles(blocks[..., 4:]), blocks[..., :2], blocks[..., 2:4])),
+    "Q4_K": Coding("int4_min", 144, _q4_k),
+    "Q5_0": Coding("int8_f16", 22, _q5_0),
+    "Q8_0": Coding("int8_f16", 34, lambda blocks: _coded(blocks[..., 2:], blocks[..., :2])),
+    "IQ4_NL": Coding(
+        "int8_f16",
+        18,
+        lambda blocks: _coded(IQ4_NL_VALUES[_nibbles(blocks[..., 2:])].view(np.uint8), blocks[..., :2]),
+    ),
 }

@@ -1,6 +1,7 @@
-"""Translates GGUF's words into Hugging Face's: metadata into a `config.json`, tensor names into parameter names.
+"""Translates GGUF's metadata into a Hugging Face `config.json`, and GGUF's tensor names into parameter names.
 
-Pure: knows no files, no tensor data and no quantization. What cannot be said in those words is refused, not dropped.
+Reads no files and no tensor data. Metadata that a `config.json` cannot express are refused, not dropped. Keys and names
+are those of the GGUF specification and of llama.cpp (gguf-py/gguf/constants.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt
 
-# GGUF architecture → the family's words. Mistral's files are of the architecture llama too.
+# GGUF architecture → the keys that name the family. Mistral's files are of the architecture llama too.
 ARCHITECTURES = {
     "llama": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
     "qwen2": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
@@ -124,9 +125,16 @@ def hugging_face_config(
         "attention_bias": "model.layers.0.self_attn.q_proj.bias" in shapes,
         "mlp_bias": "model.layers.0.mlp.up_proj.bias" in shapes,
         **_special_tokens(metadata),
-        **_sliding_window(metadata),
-        **_embeddings(metadata),
     }
+    if metadata.has("attention.sliding_window"):
+        window = {"sliding_window": metadata.count("attention.sliding_window")}
+        is_mistral = metadata.architecture == "llama"
+        config |= window | (MISTRAL if is_mistral else {"use_sliding_window": True, "max_window_layers": 0})
+    pooling = metadata.values.get(f"{metadata.architecture}.pooling_type", 0)
+    if pooling != 0:  # which is none of llama.cpp's poolings
+        config["pooling_type"] = pooling
+    if metadata.values.get(f"{metadata.architecture}.attention.causal", True) is False:
+        config["is_causal"] = False
     scaling = _rope_scaling(metadata, config, rope_freqs)
     return config if scaling is None else {**config, "rope_scaling": scaling}
 
@@ -151,14 +159,6 @@ def _head_dim(metadata: GgufMetadata, default: int) -> int:
     return head_dim
 
 
-def _embeddings(metadata: GgufMetadata) -> dict[str, Any]:
-    """What embedding models say of themselves; type 0 is none of llama.cpp's poolings."""
-    found: dict[str, Any] = {"pooling_type": metadata.values.get(f"{metadata.architecture}.pooling_type", 0)}
-    if metadata.values.get(f"{metadata.architecture}.attention.causal", True) is False:
-        found["is_causal"] = False
-    return {name: value for name, value in found.items() if name == "is_causal" or value != 0}
-
-
 def _special_tokens(metadata: GgufMetadata) -> dict[str, Any]:
     eos, eot, bos = (metadata.token_id(name) for name in ("eos", "eot", "bos"))
     ends = [token_id for token_id in dict.fromkeys((eos, eot)) if token_id is not None]
@@ -166,19 +166,17 @@ def _special_tokens(metadata: GgufMetadata) -> dict[str, Any]:
     return tokens if bos is None else {**tokens, "bos_token_id": bos}
 
 
-def _sliding_window(metadata: GgufMetadata) -> dict[str, Any]:
-    if not metadata.has("attention.sliding_window"):
-        return {}
-    window = {"sliding_window": metadata.count("attention.sliding_window")}
-    if metadata.architecture == "llama":
-        return {**MISTRAL, **window}
-    return {**window, "use_sliding_window": True, "max_window_layers": 0}
-
-
 def _rope_scaling(
     metadata: GgufMetadata, config: dict[str, Any], rope_freqs: Sequence[float] | None
 ) -> dict[str, Any] | None:
-    kind = _scaling_type(metadata)
+    """The `rope_scaling` of config.json; None where nothing is scaled."""
+    prefix = f"{metadata.architecture}.rope.scaling."
+    unknown = [key for key in metadata.values if key.startswith(prefix) and key[len(prefix) :] not in SCALING_KEYS]
+    if unknown:
+        raise ModelError(f"{excerpt(unknown[0])}: this kind of rope scaling is not supported")
+    kind = metadata.text(prefix + "type", "linear" if metadata.has("rope.scale_linear") else "none")
+    if kind not in ("none", "linear", "yarn"):
+        raise ModelError(f"{prefix}type is {excerpt(kind)}; allowed are none, linear and yarn")
     if rope_freqs is not None and max(rope_freqs, default=1.0) != 1.0:
         if kind != "none":
             raise ModelError(f"{ROPE_FREQS} and rope scaling of type {excerpt(kind)} cannot be combined")
@@ -194,18 +192,6 @@ def _rope_scaling(
             if metadata.has(f"rope.scaling.yarn_{name}"):
                 scaling[name] = metadata.number(f"rope.scaling.yarn_{name}")
     return scaling
-
-
-def _scaling_type(metadata: GgufMetadata) -> str:
-    prefix = f"{metadata.architecture}.rope.scaling."
-    unknown = [key for key in metadata.values if key.startswith(prefix) and key[len(prefix) :] not in SCALING_KEYS]
-    if unknown:
-        raise ModelError(f"{excerpt(unknown[0])}: this kind of rope scaling is not supported")
-    default = "linear" if metadata.has("rope.scale_linear") else "none"
-    kind = metadata.text(prefix + "type", default)
-    if kind not in ("none", "linear", "yarn"):
-        raise ModelError(f"{prefix}type is {excerpt(kind)}; allowed are none, linear and yarn")
-    return kind
 
 
 def _llama3_scaling(config: dict[str, Any], rope_freqs: Sequence[float]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def read_gguf_header(file: Path) -> GgufHeader:
             if stream.read(len(MAGIC)) != MAGIC:
                 raise ModelError(f"{file}: not a GGUF file: it does not begin with {MAGIC.decode()}")
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(_Cursor(data, len(MAGIC)))
+                return _Cursor(data, len(MAGIC)).header()
     except OSError as error:
         raise ModelError(f"{file}: cannot be read: {error.strerror}") from error
     except (_Broken, UnicodeDecodeError) as error:
@@ -128,43 +128,44 @@ class _Cursor:
         self.position = position
         return texts
 
+    def value(self) -> Any:
+        """A value of the metadata: its type, then what it is."""
+        type_id = self.number("I")
+        if type_id in NUMBER_FORMATS:
+            return self.number(NUMBER_FORMATS[type_id])
+        if type_id == STRING_TYPE:
+            return self.string()
+        if type_id != ARRAY_TYPE:
+            raise _Broken(f"unknown value type {type_id} at byte {self.position}")
+        item_type, count = self.number("I"), self.number("Q")
+        if item_type == STRING_TYPE:
+            return self.strings(count)
+        if item_type not in NUMBER_FORMATS:
+            raise _Broken(f"array of unknown type {item_type} at byte {self.position}")
+        return self.array(NUMBER_FORMATS[item_type], count)
 
-def _parse(cursor: _Cursor) -> GgufHeader:
-    version = cursor.number("I")
-    if version not in VERSIONS:
-        raise _Broken(f"version {version} (allowed are {VERSIONS[0]} and {VERSIONS[1]}, little-endian)")
-    num_tensors, num_metadata = cursor.numbers("Q", 2)
-    metadata: dict[str, Any] = {}
-    for _ in range(num_metadata):  # each takes some bytes, so that the file's end bounds them
-        key = cursor.string()
-        metadata[key] = _value(cursor, cursor.number("I"))
-    tensors = [_tensor(cursor) for _ in range(num_tensors)]
-    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
-        raise _Broken(f"general.alignment must be a power of two, got {excerpt(alignment)}")
-    data_start = -(-cursor.position // alignment) * alignment
-    return GgufHeader(metadata, tensors, data_start, len(cursor.data))
+    def tensor(self) -> GgufTensor:
+        """A row of the table of tensors."""
+        name = self.string()
+        num_dimensions = self.number("I")
+        if not 1 <= num_dimensions <= MAX_DIMENSIONS:
+            raise _Broken(f"tensor {excerpt(name)} has {num_dimensions} dimensions; allowed are 1 to {MAX_DIMENSIONS}")
+        shape = self.numbers("Q", num_dimensions)[::-1]  # GGUF counts from the innermost dimension
+        return GgufTensor(name, self.number("I"), shape, self.number("Q"))
 
-
-def _value(cursor: _Cursor, type_id: int) -> Any:
-    if type_id in NUMBER_FORMATS:
-        return cursor.number(NUMBER_FORMATS[type_id])
-    if type_id == STRING_TYPE:
-        return cursor.string()
-    if type_id != ARRAY_TYPE:
-        raise _Broken(f"unknown value type {type_id} at byte {cursor.position}")
-    item_type, count = cursor.number("I"), cursor.number("Q")
-    if item_type == STRING_TYPE:
-        return cursor.strings(count)
-    if item_type not in NUMBER_FORMATS:
-        raise _Broken(f"array of unknown type {item_type} at byte {cursor.position}")
-    return cursor.array(NUMBER_FORMATS[item_type], count)
-
-
-def _tensor(cursor: _Cursor) -> GgufTensor:
-    name = cursor.string()
-    num_dimensions = cursor.number("I")
-    if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-        raise _Broken(f"tensor {excerpt(name)} has {num_dimensions} dimensions; allowed are 1 to {MAX_DIMENSIONS}")
-    shape = cursor.numbers("Q", num_dimensions)[::-1]  # GGUF counts from the innermost dimension
-    return GgufTensor(name, cursor.number("I"), shape, cursor.number("Q"))
+    def header(self) -> GgufHeader:
+        """All that stands behind the magic number."""
+        version = self.number("I")
+        if version not in VERSIONS:
+            raise _Broken(f"version {version} (allowed are {VERSIONS[0]} and {VERSIONS[1]}, little-endian)")
+        num_tensors, num_metadata = self.numbers("Q", 2)
+        metadata: dict[str, Any] = {}
+        for _ in range(num_metadata):  # each takes some bytes, so that the file's end bounds them
+            key = self.string()
+            metadata[key] = self.value()
+        tensors = [self.tensor() for _ in range(num_tensors)]
+        alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
+            raise _Broken(f"general.alignment must be a power of two, got {excerpt(alignment)}")
+        data_start = -(-self.position // alignment) * alignment
+        return GgufHeader(metadata, tensors, data_start, len(self.data))

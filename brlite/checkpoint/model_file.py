@@ -40,18 +40,10 @@ class Kind(NamedTuple):
         return self.text(head) if callable(self.text) else self.text
 
 
-def _is_page(head: bytes) -> bool:
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    return start.startswith((b"<!doctype html", b"<html", b"<?xml", b"<head", b"<error"))
-
-
+_PAGES = (b"<!doctype html", b"<html", b"<?xml", b"<head", b"<error")
 # What hubs and mirrors answer in place of a file.
 _MESSAGES = (b"Entry not found", b"Repository not found", b"Invalid username or password", b"Access to model")
 _OLD_GGML = (b"lmgg", b"fmgg", b"tjgg", b"algg")
-
-
-def _message_text(head: bytes) -> str:
-    return f"holds a server's message, {excerpt(head[:40].decode('latin-1'))}: {FETCH_AGAIN}"
 
 
 def _lfs_text(head: bytes) -> str:
@@ -65,8 +57,16 @@ KINDS: tuple[Kind, ...] = (
     Kind("empty", lambda head: not head, f"is empty: {FETCH_AGAIN}"),
     Kind("git-lfs", lambda head: head.startswith((b"version https://git-lfs.", b"version https://hawser.")), _lfs_text),
     Kind("git-annex", lambda head: b"/annex/objects/" in head[:64], "is a git-annex pointer: git annex get"),
-    Kind("page", _is_page, f"is a web page, as servers send in place of a file that needs a login: {FETCH_AGAIN}"),
-    Kind("message", lambda head: head.startswith(_MESSAGES), _message_text),
+    Kind(
+        "page",
+        lambda head: head.removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES),
+        f"is a web page, as servers send in place of a file that needs a login: {FETCH_AGAIN}",
+    ),
+    Kind(
+        "message",
+        lambda head: head.startswith(_MESSAGES),
+        lambda head: f"holds a server's message, {excerpt(head[:40].decode('latin-1'))}: {FETCH_AGAIN}",
+    ),
     Kind("GGUF", b"GGUF", "is a GGUF file: give it a name that ends in .gguf"),
     Kind("GGML", lambda head: head[:4] in _OLD_GGML, "is a GGML file, the format before GGUF: convert it"),
     Kind("packed weights", b"brlite\x00\x01", "holds packed weights of brlite (serialize_file), not a model"),

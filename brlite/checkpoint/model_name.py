@@ -135,35 +135,26 @@ def choose_files(names: Sequence[str], quantization: str | None = None) -> list[
         looked_for = "" if quantization else "neither model.safetensors nor pytorch_model.bin, and "
         hint = f" for {quantization} to choose from" if quantization else ""
         raise ModelError(f"the repository holds {looked_for}no .gguf file{hint}")
-    return [_choose_gguf(files, quantization)]
+    wanted = quantization or (DEFAULT_QUANTIZATION if len(files) > 1 else None)
+    chosen = [name for name in files if wanted is None or _is_meant(name, wanted)]
+    shown = dict.fromkeys(quantization_of(name) or PurePosixPath(name).name for name in files[: MAX_CHOICES * 2])
+    choices = one_line(", ".join(shown))
+    if not chosen:
+        found = f"no .gguf file is {quantization}" if quantization else f"of {len(files)} .gguf files none is {wanted}"
+        raise ModelError(f"{found}; name one as :QUANT: {choices}")
+    if all(SPLIT_GGUF.search(name) for name in chosen):
+        found = f"{PurePosixPath(chosen[0]).name} is one of {len(chosen)} parts, and a GGUF in parts is not read"
+        raise ModelError(f"{found}; name another as :QUANT: {choices}")
+    if len(chosen) > 1:
+        shown_files = ", ".join(chosen[:MAX_CHOICES])
+        raise ModelError(f"{len(chosen)} .gguf files are {wanted}; name one as :FILE: {shown_files}")
+    return chosen
 
 
 def quantization_of(file_name: str) -> str | None:
     """The quantization that a GGUF file's name tells, in capitals."""
     found = QUANTIZATION.findall(PurePosixPath(file_name).name.removesuffix(".gguf"))
     return str(found[-1]).upper() if found else None
-
-
-def _choose_gguf(files: Sequence[str], quantization: str | None) -> str:
-    wanted = quantization or (DEFAULT_QUANTIZATION if len(files) > 1 else None)
-    chosen = [name for name in files if wanted is None or _is_meant(name, wanted)]
-    shown = dict.fromkeys(quantization_of(name) or PurePosixPath(name).name for name in files[: MAX_CHOICES * 2])
-    choices = one_line(", ".join(shown))
-    if not chosen:
-        missing = (
-            f"no .gguf file is {quantization}" if quantization else f"of {len(files)} .gguf files none is {wanted}"
-        )
-        raise ModelError(f"{missing}; name one as :QUANT: {choices}")
-    if all(SPLIT_GGUF.search(name) for name in chosen):
-        raise ModelError(
-            f"{PurePosixPath(chosen[0]).name} is one of {len(chosen)} parts, and a GGUF in parts is not read; "
-            f"name another as :QUANT: {choices}"
-        )
-    if len(chosen) > 1:
-        raise ModelError(
-            f"{len(chosen)} .gguf files are {wanted}; name one as :FILE: {', '.join(chosen[:MAX_CHOICES])}"
-        )
-    return chosen[0]
 
 
 def _is_meant(file_name: str, wanted: str) -> bool:

@@ -63,7 +63,15 @@ class NewFile:
         while len(left):
             num_written = os.pwrite(self._handle, left, position)
             left, position = left[num_written:], position + num_written
-        self._flush_sometimes(num_bytes)
+        # Without flushes the system would keep gigabytes until the end, and the disk would idle until then.
+        with self._lock:
+            self._num_unflushed += num_bytes
+            if self._num_unflushed < FLUSH_BYTES or not (self._flushed is None or self._flushed.done()):
+                return
+            self._num_unflushed = 0
+            if self._flushed is not None:
+                self._flushed.result()
+            self._flushed = self._flusher.submit(os.fdatasync, self._handle)
 
     def read(self, num_bytes: int, position: int) -> bytes:
         return os.pread(self._handle, num_bytes, position)
@@ -78,17 +86,6 @@ class NewFile:
         """Give the file its name. What is not on the disk by then is first waited for."""
         self.sync()
         self.temporary.replace(self._file)
-
-    def _flush_sometimes(self, num_bytes: int) -> None:
-        """Without this the system would keep gigabytes until the end, and the disk would idle until then."""
-        with self._lock:
-            self._num_unflushed += num_bytes
-            if self._num_unflushed < FLUSH_BYTES or not (self._flushed is None or self._flushed.done()):
-                return
-            self._num_unflushed = 0
-            if self._flushed is not None:
-                self._flushed.result()
-            self._flushed = self._flusher.submit(os.fdatasync, self._handle)
 
 
 def write_whole(file: Path, content: bytes) -> FileRecord:

@@ -1,10 +1,10 @@
-"""What a backend is asked to load, and the way of a checkpoint's tensors there: one at a time, each with its target."""
+"""`LoadPlan`, what a backend loads, and `placing`, which gives it a checkpoint's tensors one at a time with targets."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -20,7 +20,7 @@ from brlite.models.config import ModelConfig
 from brlite.models.families.family import WeightTarget
 from brlite.models.network import MatrixPart, Parameter
 from brlite.models.precision import INT4_FORMS, MatrixForm, Precision
-from brlite.models.shards import LANES, Shard, ShardSlice, parameter_parts, rank_parameters
+from brlite.models.shards import LANES, Shard, parameter_parts, rank_parameters
 
 
 class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,7 +69,7 @@ class LoadPlan(msgspec.Struct, frozen=True, kw_only=True):
         return f"{activations}_w_int4" if forms & INT4_FORMS else f"{activations}_w_int8"
 
 
-NOT_QUANTISED = F32.name
+NOT_QUANTIZED = F32.name
 # The form that keeps a format's digits; other formats have none.
 KEPT_FORMS: dict[str, MatrixForm] = {name: coding.form for name, coding in CODINGS.items()} | FOLDER_FORMS
 StoredPart = tuple[range, range | None] | None  # rows and columns of a checkpoint's tensor; None for all of it
@@ -100,8 +100,19 @@ def held_targets(model: CheckedModel, shard: Shard | None) -> dict[str, list[tup
     """By the checkpoint's names: what a rank holds of each tensor, and where that goes in the rank's own parameters."""
     if shard is None:
         return {name: [(None, target)] for name, target in model.targets.items()}
-    held = parameter_parts(model.config, shard)
-    return {name: _held_parts(target, held[target.parameter]) for name, target in model.targets.items()}
+    slices = parameter_parts(model.config, shard)
+    targets: dict[str, list[tuple[StoredPart, WeightTarget]]] = {name: [] for name in model.targets}
+    for name, target in model.targets.items():
+        held, num_before = slices[target.parameter], 0
+        for rows in held.rows:
+            first, stop = max(rows.start, target.start), min(rows.stop, target.start + target.shape[0])
+            if first < stop:
+                shape = (stop - first, *(target.shape[1:] if held.columns is None else [len(held.columns)]))
+                own = WeightTarget(target.parameter, shape, num_before + first - rows.start, target.has_unit_rows)
+                part = range(first - target.start, stop - target.start), held.columns
+                targets[name].append((part, own))
+            num_before += len(rows)
+    return targets
 
 
 def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, tuple[MatrixPart, ...]]:
@@ -113,7 +124,7 @@ def matrix_parts(model: CheckedModel, shard: Shard | None = None) -> dict[str, t
         return {name: (MatrixPart(rounded, parameter.shape[0]),) for name, parameter in matrices.items()}
     found: dict[str, list[tuple[int, MatrixPart]]] = {}
     for name, parts in held_targets(model, shard).items():
-        stored_as = model.formats.get(name, NOT_QUANTISED)
+        stored_as = model.formats.get(name, NOT_QUANTIZED)
         for _, target in parts:
             parameter = parameters[target.parameter]
             is_quantized = len(parameter.shape) == 2 and stored_as not in PLAIN_FORMATS
@@ -155,19 +166,18 @@ def _stored_matrices(model: CheckedModel, num_ranks: int) -> tuple[dict[str, set
     for shard in (Shard(rank, num_ranks, sums=False) for rank in range(num_ranks)) if num_ranks > 1 else (None,):
         held = matrix_parts(model, shard)
         for name, parts in held_targets(model, shard).items():
-            stored_as = model.formats.get(name, NOT_QUANTISED)
+            stored_as = model.formats.get(name, NOT_QUANTIZED)
             for _, target in parts:
                 if target.parameter not in held:
                     continue
                 matrices.setdefault(stored_as, set()).add(name)
-                if _form_at(held[target.parameter], target.start) == "int8":
+                ends = itertools.accumulate(part.num_rows for part in held[target.parameter])
+                form = next(
+                    part.form for part, end in zip(held[target.parameter], ends, strict=True) if target.start < end
+                )
+                if form == "int8":
                     rounded.setdefault(stored_as, set()).add(name)
     return matrices, rounded
-
-
-def _form_at(parts: Sequence[MatrixPart], row: int) -> MatrixForm:
-    ends = itertools.accumulate(part.num_rows for part in parts)
-    return next(part.form for part, end in zip(parts, ends, strict=True) if row < end)
 
 
 def _joined(parts: list[MatrixPart]) -> tuple[MatrixPart, ...]:
@@ -180,17 +190,3 @@ def _joined(parts: list[MatrixPart]) -> tuple[MatrixPart, ...]:
     if any(part.num_rows % LANES for part in joined[:-1]):
         return (MatrixPart("int8", sum(part.num_rows for part in joined)),)
     return tuple(joined)
-
-
-def _held_parts(target: WeightTarget, held: ShardSlice) -> list[tuple[StoredPart, WeightTarget]]:
-    """What a rank holds of the tensor that has this target, and where in the rank's own parameter that goes."""
-    parts: list[tuple[StoredPart, WeightTarget]] = []
-    num_before = 0
-    for rows in held.rows:
-        first, stop = max(rows.start, target.start), min(rows.stop, target.start + target.shape[0])
-        if first < stop:
-            shape = (stop - first, *(target.shape[1:] if held.columns is None else [len(held.columns)]))
-            own = WeightTarget(target.parameter, shape, num_before + first - rows.start, target.has_unit_rows)
-            parts.append(((range(first - target.start, stop - target.start), held.columns), own))
-        num_before += len(rows)
-    return parts

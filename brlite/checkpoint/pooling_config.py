@@ -44,7 +44,12 @@ def settle_pooling(path: Path, config: Mapping[str, Any], spec: ModelSpec) -> Mo
         if mode not in SUPPORTED:
             reason = "its files ask for %s; set pooling to have last or mean"
             logger.warning("model %s: embeddings are refused: " + reason, spec.name, mode)
-    return msgspec.structs.replace(spec, pooling=pooling, matryoshka_dimensions=sizes or _read_sizes(config))
+    if not sizes:
+        sizes = (0,) if config.get("is_matryoshka") is True else ()
+        stated = config.get("matryoshka_dimensions")
+        if isinstance(stated, list) and stated and all(type(size) is int and size > 0 for size in stated):
+            sizes = tuple(sorted(stated))
+    return msgspec.structs.replace(spec, pooling=pooling, matryoshka_dimensions=sizes)
 
 
 def _read_mode(path: Path, config: Mapping[str, Any]) -> str:
@@ -66,20 +71,10 @@ def _read_mode(path: Path, config: Mapping[str, Any]) -> str:
             return f"a {excerpt(other)} module"
     for name in (POOLING_FILE, BUNDLED_POOLING_FILE):
         if exists(path / name):
-            return _mode_of(read_json_object(path / name))
+            stated = read_json_object(path / name)
+            if isinstance(stated.get("pooling_mode"), str):
+                return str(stated["pooling_mode"])
+            flags = [flag.removeprefix(FLAG) for flag in stated if flag.startswith(FLAG) and stated[flag] is True]
+            modes = [FLAG_MODES.get(flag, flag) for flag in flags]
+            return modes[0] if len(modes) == 1 else f"{' and '.join(modes) or 'no'} pooling"
     return "lasttoken"
-
-
-def _mode_of(pooling: Mapping[str, Any]) -> str:
-    if isinstance(pooling.get("pooling_mode"), str):
-        return str(pooling["pooling_mode"])
-    chosen = [name.removeprefix(FLAG) for name, is_set in pooling.items() if name.startswith(FLAG) and is_set is True]
-    modes = [FLAG_MODES.get(name, name) for name in chosen]
-    return modes[0] if len(modes) == 1 else f"{' and '.join(modes) or 'no'} pooling"
-
-
-def _read_sizes(config: Mapping[str, Any]) -> tuple[int, ...]:
-    sizes = config.get("matryoshka_dimensions")
-    if isinstance(sizes, list) and sizes and all(type(size) is int and size > 0 for size in sizes):
-        return tuple(sorted(sizes))
-    return (0,) if config.get("is_matryoshka") is True else ()

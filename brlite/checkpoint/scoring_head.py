@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,24 +19,20 @@ ACTIVATIONS = {"Sigmoid": True, "Identity": False}  # a torch module's name → 
 def read_scoring_head(checkpoint: Checkpoint, model: CheckedModel) -> tuple[npt.NDArray[np.float32], bool] | None:
     """The head's weight [H], and whether a score is its sigmoid unless a request says else. None without a head.
 
+    The activation is what sentence-transformers' cross encoders state in `config.json`; without one it is the sigmoid.
     Raises `ModelError` for a head that is not finite, or an activation that is not known.
     """
     if not model.has_scoring_head:
         return None
-    has_sigmoid = _has_sigmoid(checkpoint.config)
+    config = checkpoint.config
+    section = config.get("sentence_transformers")
+    name = section.get("activation_fn") if isinstance(section, Mapping) else None
+    name = name or config.get(OLD_KEY) or "Sigmoid"
+    has_sigmoid = ACTIVATIONS.get(str(name).rpartition(".")[2])
+    if has_sigmoid is None:
+        raise ModelError(f"model config: the activation of scores must be Sigmoid or Identity, got {excerpt(name)}")
     tensors = checkpoint.tensors()  # held here: what is found can be read until the next one is asked for
     weight = next(tensor for tensor in tensors if tensor.name == SCORING_HEAD).float32()[0]
     if not np.isfinite(weight).all():
         raise ModelError(f"{checkpoint.path}: {SCORING_HEAD} holds numbers that are not finite")
     return weight, has_sigmoid
-
-
-def _has_sigmoid(config: Mapping[str, Any]) -> bool:
-    """By the words of sentence-transformers' cross encoders in `config.json`; they take the sigmoid without any."""
-    section = config.get("sentence_transformers")
-    name = section.get("activation_fn") if isinstance(section, Mapping) else None
-    name = name or config.get(OLD_KEY) or "Sigmoid"
-    known = ACTIVATIONS.get(str(name).rpartition(".")[2])
-    if known is None:
-        raise ModelError(f"model config: the activation of scores must be Sigmoid or Identity, got {excerpt(name)}")
-    return known

@@ -51,7 +51,14 @@ class TracedArchive:
         except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
             raise ModelError(f"{file}: not a traced .pt file, or cut short: {reason(error)}") from error
         self._code_bytes_left = MAX_CODE_BYTES
-        self._prefix = self._find_prefix()
+        prefixes = [name.removesuffix("data.pkl") for name in self._members if name.endswith("/data.pkl")]
+        if len(prefixes) != 1 or prefixes[0].count("/") != 1:
+            raise ModelError(f"{file}: a zip file, but not a traced .pt: it has no data.pkl")
+        (self._prefix,) = prefixes
+        if f"{self._prefix}constants.pkl" not in self._members:
+            raise ModelError(f"{file}: torch.save wrote it; a traced .pt is written by torch.jit.save")
+        if f"{self._prefix}byteorder" in self._members and self._read("byteorder", 16) != b"little":
+            raise ModelError(f"{file}: its numbers are big-endian, which is not supported")
         self.pickle = self._read("data.pkl", MAX_PICKLE_BYTES)
         module = read_pickle(self.pickle, file)
         if not isinstance(module, Record):
@@ -103,25 +110,10 @@ class TracedArchive:
         begin = self._data_start(stream, storage) + value.offset * stored_as.block_bytes
         return TensorLocation(name, stored_as, shape, begin)
 
-    def _find_prefix(self) -> str:
-        found = [name.removesuffix("data.pkl") for name in self._members if name.endswith("/data.pkl")]
-        if len(found) != 1 or found[0].count("/") != 1:
-            raise ModelError(f"{self.file}: a zip file, but not a traced .pt: it has no data.pkl")
-        prefix = found[0]
-        if f"{prefix}constants.pkl" not in self._members:
-            raise ModelError(f"{self.file}: torch.save wrote it; a traced .pt is written by torch.jit.save")
-        order = self._members.get(f"{prefix}byteorder")
-        if order is not None and self._read_member(order, 16) != b"little":
-            raise ModelError(f"{self.file}: its numbers are big-endian, which is not supported")
-        return prefix
-
     def _read(self, path: str, max_bytes: int) -> bytes:
         info = self._members.get(self._prefix + path)
         if info is None:
             raise ModelError(f"{self.file}: has no {excerpt(path)}")
-        return self._read_member(info, max_bytes)
-
-    def _read_member(self, info: zipfile.ZipInfo, max_bytes: int) -> bytes:
         # What is compressed could be of any size when it is not; torch compresses nothing but its code.
         if info.filename.endswith(".pkl") and info.compress_type != zipfile.ZIP_STORED:
             raise ModelError(f"{self.file}: {excerpt(info.filename)} is compressed, as torch never does")

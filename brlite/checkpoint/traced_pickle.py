@@ -134,7 +134,10 @@ class _Machine:
                 stack.append(tuple(self._take(int(name[-1]))))
             case "SETITEM" | "SETITEMS":
                 items = self._take(2 if name == "SETITEM" else len(stack) - self._marks.pop())
-                stack[-1].update(zip(map(_key, items[::2]), items[1::2], strict=True))
+                if not all(isinstance(key, str | int) for key in items[::2]):
+                    # A nested tuple can take exponential time to hash.
+                    raise _Refused(f"has a dict with the keys {excerpt(items[::2])}")
+                stack[-1].update(zip(items[::2], items[1::2], strict=True))
             case "APPEND" | "APPENDS":
                 items = self._take(1 if name == "APPEND" else len(stack) - self._marks.pop())
                 stack[-1].extend(items)
@@ -199,10 +202,3 @@ def _tensor(storage: object, offset: object, shape: object, strides: object) -> 
     if len(value.shape) != len(value.strides):
         raise _Refused(f"has a tensor of shape {excerpt(shape)} and strides {excerpt(strides)}")
     return value
-
-
-def _key(key: object) -> str | int:
-    """A key of a dict. Tuples are refused: a nested one can take exponential time to hash."""
-    if not isinstance(key, str | int):
-        raise _Refused(f"has a dict with the key {excerpt(key)}")
-    return key

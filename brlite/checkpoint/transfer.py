@@ -99,31 +99,24 @@ class Transfer:
             firsts = [(part, pending[0]) for part in parts if (pending := part.pending())]
             self._num_open = len(firsts)
             if firsts:
-                self._run(firsts)
+                for task in firsts:
+                    self._tasks.put(task)
+                try:
+                    for number in range(NUM_THREADS):
+                        threading.Thread(target=self._work, name=f"brlite-fetch-{number}", daemon=True).start()
+                    self._is_over.wait()
+                finally:
+                    self._is_over.set()  # an interrupt comes here too
+                    for _ in range(NUM_THREADS):
+                        self._tasks.put(None)
+                if self._error is not None:
+                    raise self._error
             for part in parts:
                 part.publish(self._on_progress)
             self._on_progress(self._sized_stage(), 1.0)
         finally:
             for part in parts:
                 part.close()
-
-    def _run(self, firsts: Sequence[tuple[_PartFile, int]]) -> None:
-        for task in firsts:
-            self._tasks.put(task)
-        threads = [
-            threading.Thread(target=self._work, name=f"brlite-fetch-{number}", daemon=True)
-            for number in range(NUM_THREADS)
-        ]
-        try:
-            for thread in threads:
-                thread.start()
-            self._is_over.wait()
-        finally:
-            self._is_over.set()  # an interrupt comes here too
-            for _ in threads:
-                self._tasks.put(None)
-        if self._error is not None:
-            raise self._error
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None and not self._is_over.is_set():
@@ -178,17 +171,14 @@ class Transfer:
                 data = read_some(response, min(CHUNK_BYTES, end - position))
                 if not data:
                     raise PassingFailure("the connection was cut")
-                self._add(part.write(data, position))
+                num_new = part.write(data, position)
                 position += len(data)
-
-    def _add(self, num_bytes: int) -> None:
-        with self._lock:
-            self._done_bytes += num_bytes
-            now = time.monotonic()
-            if now < self._reported_at + REPORT_SECONDS:
-                return
-            self._reported_at = now
-            self._on_progress(self._sized_stage(), min(1.0, self._done_bytes / max(1, self._total_bytes)))
+                with self._lock:
+                    self._done_bytes += num_new
+                    if time.monotonic() >= self._reported_at + REPORT_SECONDS:
+                        self._reported_at = time.monotonic()
+                        fraction = min(1.0, self._done_bytes / max(1, self._total_bytes))
+                        self._on_progress(self._sized_stage(), fraction)
 
     def _sized_stage(self) -> SizedStage:
         return SizedStage(self._stage, self._total_bytes)
@@ -211,9 +201,7 @@ class _PartFile:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
         self._handle = os.open(self._path, flags, 0o666)
         self._counts_handle = os.open(self._counts_path, flags, 0o666)
-        self._resume()
-
-    def _resume(self) -> None:
+        # Resume what an earlier download left, if its counts are of this file in these segments; else begin anew.
         head = HEAD.pack(self.num_bytes, self._segment_bytes)
         size = HEAD.size + COUNT.size * self.num_segments
         kept = os.pread(self._counts_handle, size + 1, 0)
@@ -257,23 +245,20 @@ class _PartFile:
 
     def write(self, data: bytes, position: int) -> int:
         """Keep `data`, which may cross segments. Returns how many bytes are new."""
-        with self._lock:
-            return 0 if self._is_closed else self._write(data, position)
-
-    def _write(self, data: bytes, position: int) -> int:
         new = 0
-        while data:
-            segment = position // self._segment_bytes
-            begin, end = self.span(segment)
-            piece, data = data[: end - position], data[end - position :]
-            left = memoryview(piece)
-            while left:
-                num_written = os.pwrite(self._handle, left, position)
-                left, position = left[num_written:], position + num_written
-            count = max(self._counts[segment], position - begin)
-            new += count - self._counts[segment]
-            self._counts[segment] = count
-            os.pwrite(self._counts_handle, COUNT.pack(count), HEAD.size + COUNT.size * segment)
+        with self._lock:
+            while data and not self._is_closed:
+                segment = position // self._segment_bytes
+                begin, end = self.span(segment)
+                piece, data = data[: end - position], data[end - position :]
+                left = memoryview(piece)
+                while left:
+                    num_written = os.pwrite(self._handle, left, position)
+                    left, position = left[num_written:], position + num_written
+                count = max(self._counts[segment], position - begin)
+                new += count - self._counts[segment]
+                self._counts[segment] = count
+                os.pwrite(self._counts_handle, COUNT.pack(count), HEAD.size + COUNT.size * segment)
         return new
 
     def publish(self, on_progress: OnProgress) -> None:

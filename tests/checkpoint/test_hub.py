@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub, download, find_cached, reach_limit
+from brlite.checkpoint.download import Download
+from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub, find_cached, reach_limit
 from brlite.checkpoint.hub_http import HubAddress, Retries, get
 from brlite.checkpoint.model_name import parse_model_name
 from brlite.checkpoint.progress import OnProgress, SizedStage, ignore_progress
@@ -59,7 +60,7 @@ class LocalModelScope(ModelScopeHub):
 def fetch(
     hub: HuggingFaceHub | ModelScopeHub, name: str = "hf:org/model", on_progress: OnProgress = ignore_progress
 ) -> Path:
-    return download(hub, parse_model_name(name), on_progress, REACH, AT_ONCE)
+    return Download(hub, parse_model_name(name), on_progress, AT_ONCE).run(REACH)
 
 
 def opener(hub: LocalHuggingFace) -> OpenSpan:
@@ -178,7 +179,7 @@ def test_what_an_interrupted_download_left_is_no_model_and_is_resumed(hub: Local
         find_cached(hub, NAME)
 
     with pytest.raises(ModelError, match="the connection was cut"):
-        download(hub, NAME, ignore_progress, REACH, Retries(most=1))
+        Download(hub, NAME, ignore_progress, Retries(most=1)).run(REACH)
     assert PART_SUFFIX in left_behind(hub)
     assert COUNTS_SUFFIX in left_behind(hub)
     sent = hub.server.sent_bytes
@@ -353,7 +354,7 @@ def test_an_architecture_that_cannot_be_served_is_refused_before_the_weights(hub
 def test_an_engine_plugin_may_serve_another_architecture(hub: LocalHuggingFace) -> None:
     hub.server.files["config.json"] = b'{"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}'
 
-    folder = download(hub, NAME, ignore_progress, REACH, AT_ONCE, is_for_plugin=True)
+    folder = Download(hub, NAME, ignore_progress, AT_ONCE).run(REACH, is_for_plugin=True)
 
     assert (folder / "model.safetensors").is_file()
 
@@ -411,7 +412,7 @@ def test_a_silent_hub_is_given_up(hub: LocalHuggingFace) -> None:
 
     try:
         with pytest.raises(ModelError, match=r"no answer within 0\.01 s \(HF_HUB_ETAG_TIMEOUT"):
-            download(SilentHub(hub.server, hub.cache()), NAME, ignore_progress, 0.01)
+            Download(SilentHub(hub.server, hub.cache()), NAME, ignore_progress).run(0.01)
     finally:
         gate.set()
 

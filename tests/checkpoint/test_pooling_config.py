@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from brlite.checkpoint.gguf_config import GgufMetadata, _embeddings
+from brlite.checkpoint.gguf_config import GgufMetadata, hugging_face_config
 from brlite.checkpoint.pooling_config import settle_pooling
 from brlite.config.options import ModelSpec
 from brlite.conversion.convert import read_side_files
@@ -112,6 +112,9 @@ def test_a_bundle_keeps_the_pooling(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("number", "expected"), [(None, "last"), (0, "last"), (1, "mean"), (2, "none"), (3, "last")])
 def test_a_gguf_files_pooling_type_is_taken(tmp_path: Path, number: int | None, expected: str) -> None:
-    values = {"general.architecture": "qwen2"} | ({} if number is None else {"qwen2.pooling_type": number})
+    sizes = ("context_length", "embedding_length", "feed_forward_length", "block_count", "attention.head_count")
+    values: dict[str, Any] = {"general.architecture": "qwen2", "qwen2.attention.layer_norm_rms_epsilon": 1e-6}
+    values |= {f"qwen2.{size}": 8 for size in sizes} | ({} if number is None else {"qwen2.pooling_type": number})
+    config = hugging_face_config(GgufMetadata(values), {"model.embed_tokens.weight": (8, 8)}, None)
 
-    assert settle_pooling(tmp_path / "model.gguf", _embeddings(GgufMetadata(values)), SPEC).pooling == expected
+    assert settle_pooling(tmp_path / "model.gguf", config, SPEC).pooling == expected

@@ -1,0 +1,165 @@
+"""Fetches a model from a hub into the hub's cache folder, once its config has shown that it can be served.
+
+Only configs, tokenizers and weights are fetched, never code. `transfer.py` moves the bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import wait
+from contextlib import closing
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from brlite.checkpoint.folder import CONFIG_FILE, find_weights, read_config
+from brlite.checkpoint.hub import REACH_VARIABLE, Hub, RepositoryListing
+from brlite.checkpoint.hub_http import DEFAULT_RETRIES, PassingFailure, Retries, get, read_some, tried_again
+from brlite.checkpoint.model_name import BIN_FILES, ModelName, choose_files
+from brlite.checkpoint.progress import OnProgress
+from brlite.checkpoint.quantization import read_quantization, without_quantization
+from brlite.checkpoint.repository import Repository
+from brlite.checkpoint.transfer import HubFile, Transfer, Wanted
+from brlite.errors import MissingExtra, ModelError
+from brlite.files.quoting import reason
+from brlite.files.temporary import temporary_folder
+from brlite.models.registry import find_family
+from brlite.process.waiting import start_daemon
+
+logger = logging.getLogger(__name__)
+
+HEADER_BYTES = (2**18, 2**22, 2**26)  # of a GGUF file, until its header is whole
+
+
+class Download:
+    """One model of a hub. Raises `ModelError` where the hub must not be asked."""
+
+    def __init__(self, hub: Hub, name: ModelName, on_progress: OnProgress, retries: Retries = DEFAULT_RETRIES) -> None:
+        self._hub = hub
+        self._name = name
+        self._on_progress = on_progress
+        self._retries = retries
+        self._address = hub.address()
+        self._repository = Repository(hub.cache(), name.repository)
+        self._commit = ""
+
+    def run(self, reach_seconds: float, *, is_for_plugin: bool = False) -> Path:
+        """Fetch what is missing, and return the model's folder or GGUF file.
+
+        A hub that does not list its files within `reach_seconds` counts as unreachable; the download itself has no
+        such limit. Refuses an architecture that cannot be served before its weights are fetched, unless the model is
+        for an engine plugin, which may know others. Raises `ModelError`.
+        """
+        name, repository = self._name, self._repository
+        listing = self._list_files(reach_seconds)
+        self._commit = listing.commit
+        by_name = {file.name: file for file in listing.files}
+        wanted = [by_name[file] for file in choose_files(list(by_name), name.quantization)]
+        if any(Path(file.name).is_absolute() or ".." in Path(file.name).parts for file in wanted):
+            raise ModelError(f"{self._hub.title} lists a file outside of the repository")
+
+        def say_waiting() -> None:
+            logger.warning("another process downloads %s: waiting for it", name.repository)
+            self._on_progress(f"waiting for another process that downloads {name.repository}", 0.0)
+
+        is_gguf = wanted[0].name.lower().endswith(".gguf")
+        try:
+            with repository.locked(say_waiting):
+                missing_bytes = sum(file.num_bytes for file in wanted if not self._is_there(file))
+                repository.check_space(missing_bytes, self._hub.cache_variable)
+                if not is_for_plugin:
+                    self._check_architecture(wanted)
+                self._fetch(wanted)
+                folder = repository.publish(listing.commit, name.revision, {file.name: file.key for file in wanted})
+                if is_gguf and name.quantization is None:
+                    repository.set_choice(name.revision, wanted[0].name)
+        except OSError as error:
+            raise ModelError(f"cannot write to {repository.folder}: {reason(error)}") from error
+        found = folder / wanted[0].name if is_gguf else folder
+        find_weights(found)
+        return found
+
+    def _list_files(self, reach_seconds: float) -> RepositoryListing:
+        until = time.monotonic() + reach_seconds
+        # On another thread: name servers and proxies have time limits of their own, which can be minutes.
+        answer = start_daemon(
+            lambda: tried_again(lambda: self._hub.list_files(self._address, self._name), self._retries, until=until),
+            "brlite-hub",
+        )
+        if not wait([answer], timeout=reach_seconds).done:
+            raise ModelError(f"no answer within {reach_seconds:g} s ({REACH_VARIABLE} sets the time)")
+        return answer.result()
+
+    def _open_span(self, file: HubFile, span: tuple[int, int] | None) -> Any:
+        url = self._hub.file_url(self._address, self._name, self._commit, file.name)
+        return get(self._address, url, self._name.repository, span=span)
+
+    def _is_there(self, file: HubFile) -> bool:
+        blob = self._repository.blob(file.key)
+        return blob.is_file() and blob.stat().st_size == file.num_bytes
+
+    def _fetch(self, files: Sequence[HubFile]) -> None:
+        missing = {
+            file.key: Wanted(file, self._repository.blob(file.key)) for file in files if not self._is_there(file)
+        }
+        transfer = Transfer(self._open_span, f"downloading {self._name}", self._on_progress, retries=self._retries)
+        transfer.fetch(list(missing.values()))
+
+    def _check_architecture(self, wanted: Sequence[HubFile]) -> None:
+        """Raise what makes the model one that cannot be served. Reads config.json, or the header of the GGUF file."""
+        if any(file.name in BIN_FILES for file in wanted) and find_spec("torch") is None:
+            raise MissingExtra("a model in PyTorch's .bin files", "torch", ModuleNotFoundError(name="torch"))
+        gguf = next((file for file in wanted if file.name.lower().endswith(".gguf")), None)
+        config_file = next((file for file in wanted if file.name == CONFIG_FILE), None)
+        if gguf is None:
+            if config_file is None:
+                raise ModelError(f"the repository has no {CONFIG_FILE}")
+            self._fetch([config_file])
+            with temporary_folder(self._repository.folder, ".config") as folder:
+                (folder / CONFIG_FILE).symlink_to(self._repository.blob(config_file.key).resolve())
+                config = read_config(folder)
+            read_quantization(config)
+            find_family(config).read_config(without_quantization(config))
+        elif not self._is_there(gguf):
+            with temporary_folder(self._repository.folder, ".header") as folder:
+                self._check_gguf(gguf, folder / Path(gguf.name).name)
+
+    def _check_gguf(self, file: HubFile, copy: Path) -> None:
+        """Fetch as much of a GGUF file as its header takes, and check that. `copy` gets it, with a hole behind."""
+        from brlite.checkpoint.gguf_checkpoint import checked_tensors
+        from brlite.checkpoint.gguf_config import ROPE_FREQS, GgufMetadata, hugging_face_config, hugging_face_name
+        from brlite.checkpoint.gguf_header import read_gguf_header
+
+        def read(begin: int, end: int) -> None:
+            with closing(self._open_span(file, (begin, end))) as response, copy.open("r+b") as stream:
+                stream.seek(begin if response.status == 206 else 0)
+                while stream.tell() < end and (data := read_some(response, end - stream.tell())):
+                    stream.write(data)
+                if stream.tell() < end:
+                    raise PassingFailure("the connection was cut")
+
+        copy.touch()
+        os.truncate(copy, file.num_bytes)
+        begin = 0
+        for limit in HEADER_BYTES:
+            end = min(limit, file.num_bytes)
+            tried_again(lambda begin=begin, end=end: read(begin, end), self._retries)  # type: ignore[misc]
+            begin = end
+            try:
+                header = read_gguf_header(copy)
+            except ModelError as error:
+                if end < file.num_bytes and limit != HEADER_BYTES[-1]:
+                    continue
+                raise ModelError(str(error).replace(str(copy), file.name)) from None
+            if header.data_start <= end:
+                break
+        shapes = {
+            hugging_face_name(tensor): location.shape
+            for tensor, location in checked_tensors(header).items()
+            if tensor != ROPE_FREQS
+        }
+        config = hugging_face_config(GgufMetadata(header.metadata), shapes, None)
+        find_family(config).read_config(config)
