@@ -27,7 +27,8 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
     num_further = 0 if request.pooling is not None else 1
     if num_prompt_tokens > length - num_further:
         raise prompt_too_long(num_prompt_tokens, info, num_further=num_further)
-    check_token_ids(request.prompt_token_ids, info.vocab_size, param="prompt")
+    if min(request.prompt_token_ids) < 0 or max(request.prompt_token_ids) >= info.vocab_size:
+        check_token_ids(request.prompt_token_ids, info.vocab_size, param="prompt")
     if request.pooling is not None:
         check_pooling(request.pooling, info)
         return 0, ()

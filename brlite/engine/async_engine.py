@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn
 
 from brlite.config.options import EngineConfig
 from brlite.engine.admission import context_length, prompt_too_long, read_token_ids
@@ -32,9 +32,7 @@ from brlite.engine.stats import EngineStats
 from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest, NotReady, stopping
 from brlite.grammar.compiler import Grammar, deep_stack
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
-from brlite.tokenizer import NO_EXTRAS, TemplateExtras, Tokenizer
-
-T = TypeVar("T")
+from brlite.tokenizer import NO_EXTRAS, TemplateExtras
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +62,11 @@ class EngineLoop:
     def __init__(self, engine: Engine, backend: Backend) -> None:
         self._engine = engine
         self._backend = backend
+        self.tokenizer = engine.tokenizer
         self.sampling_defaults = engine.sampling_defaults
         self.scoring_head = engine.scoring_head
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
-        self._encoder = FairThread("brlite-encode", stopping)  # starts with the first long text
+        self._encoder = FairThread("brlite-encode", stopping)  # starts with the first chat or long text
         self._compiler = FairThread("brlite-grammar", stopping, deep_stack)  # starts with the first grammar
         self._masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # likewise
         self._launch = backend.launch if isinstance(backend, CanRunAhead) and backend.info.can_run_ahead else None
@@ -92,10 +91,6 @@ class EngineLoop:
     @property
     def config(self) -> EngineConfig:
         return self._engine.config
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return self._engine.tokenizer
 
     @property
     def stats(self) -> EngineStats:
@@ -187,17 +182,14 @@ class EngineLoop:
         `num_further` tokens behind it.
         """
         self._check_loop()
-        tokenizer = self._engine.tokenizer
         if is_bounded:
-            fewest = tokenizer.fewest_tokens(text + suffix if suffix else text)
-            if fewest > context_length(self._engine.info) - num_further:
-                raise prompt_too_long(
-                    fewest, self._engine.info, param=param, at_least="at least ", num_further=num_further
-                )
-        encode = functools.partial(tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
+            self._check_length(text + suffix if suffix else text, param, num_further)
+        encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
         if suffix:
-            encode = functools.partial(tokenizer.encode_infill, text, suffix, add_special_tokens=add_special_tokens)
-        return await self._off_loop_if(len(text) + len(suffix) > LONG_TEXT, tenant, encode)
+            encode = functools.partial(
+                self.tokenizer.encode_infill, text, suffix, add_special_tokens=add_special_tokens
+            )
+        return await self._encoder.run(tenant, encode) if len(text) + len(suffix) > LONG_TEXT else encode()
 
     async def encode_chat(
         self,
@@ -214,17 +206,20 @@ class EngineLoop:
 
         It is rendered on another thread however short it is: a template may take all the time that it is given.
         """
-        render = functools.partial(
-            self._engine.tokenizer.render_chat,
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            extras=extras,
-        )
-        text = await self._off_loop_if(True, tenant, render)
-        return await self.encode(
-            text, add_special_tokens=add_special_tokens, param="messages", is_bounded=is_bounded, tenant=tenant
-        )
+        self._check_loop()
+
+        def render_and_encode() -> list[int]:
+            text = self.tokenizer.render_chat(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                extras=extras,
+            )
+            if is_bounded:
+                self._check_length(text, "messages", 1)
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens, param="messages")
+
+        return await self._encoder.run(tenant, render_and_encode)
 
     async def render_chat(
         self,
@@ -238,18 +233,18 @@ class EngineLoop:
         """The text that `encode_chat` encodes, rendered as there."""
         self._check_loop()
         render = functools.partial(
-            self._engine.tokenizer.render_chat,
+            self.tokenizer.render_chat,
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             extras=extras,
         )
-        return str(await self._off_loop_if(True, tenant, render))  # without the marks of control tokens
+        return str(await self._encoder.run(tenant, render))  # without the marks of control tokens
 
     async def decode(self, token_ids: Sequence[int], *, tenant: str = "") -> str:
         """The text of whole tokens, special ones too. That of many is put together on another thread."""
         decode = functools.partial(self.tokenizer.decode, token_ids, skip_special_tokens=False)
-        return await self._off_loop_if(len(token_ids) > LONG_TEXT, tenant, decode)
+        return await self._encoder.run(tenant, decode) if len(token_ids) > LONG_TEXT else decode()
 
     async def compile(self, wish: StructuredOutput | None, *, tenant: str = "") -> Grammar | None:
         """The grammar of `SamplingParams.structured`, for `Request.grammar`. Raises `InvalidRequest`, saying where.
@@ -259,15 +254,13 @@ class EngineLoop:
         if wish is None:
             return None
         self._check_loop()
-        if self._closing is not None:
-            raise stopping()
         return await self._compiler.run(tenant, functools.partial(self._engine.compiler.compile, wish))
 
     async def encode_bad_words(self, params: SamplingParams, *, tenant: str = "") -> tuple[TokenIds, ...] | None:
         """The tokens of `params.bad_words`, for `Request.bad_words`, encoded on another thread. Raises as `encode`."""
         if not params.bad_words:
             return None
-        return await self._off_loop_if(True, tenant, functools.partial(self._engine.encode_bad_words, params))
+        return await self._encoder.run(tenant, functools.partial(self._engine.encode_bad_words, params))
 
     async def generate(
         self,
@@ -288,7 +281,9 @@ class EngineLoop:
         request = Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt=prompt if isinstance(prompt, str) else None,
-            prompt_token_ids=await self.encode(prompt, tenant=tenant) if isinstance(prompt, str) else prompt,
+            prompt_token_ids=await self.encode(prompt, tenant=tenant)
+            if isinstance(prompt, str)
+            else read_token_ids(prompt),
             params=params,
             cache_salt=cache_salt,
             tenant=tenant,
@@ -416,6 +411,8 @@ class EngineLoop:
 
     async def _close(self) -> None:
         self._finalizer.detach()
+        self._encoder.close()
+        self._compiler.close()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -429,20 +426,12 @@ class EngineLoop:
         finally:
             self._thread.shutdown(wait=True)
             self._masks.shutdown(wait=True)
-            self._encoder.close()
-            self._compiler.close()
 
-    async def _off_loop_if(self, is_long: bool, tenant: str, work: Callable[[], T]) -> T:
-        if not is_long:
-            return work()
-        if self._closing is not None:
-            raise stopping()
-        try:
-            return await self._encoder.run(tenant, work)
-        except InvalidRequest:
-            if self._closing is not None:  # the child process that did it was ended, which is not the request's fault
-                raise stopping() from None
-            raise
+    def _check_length(self, text: str, param: str, num_further: int) -> None:
+        """Raise `PromptTooLong` for a text that is too long however it is encoded."""
+        fewest = self.tokenizer.fewest_tokens(text)
+        if fewest > context_length(self.info) - num_further:
+            raise prompt_too_long(fewest, self.info, param=param, at_least="at least ", num_further=num_further)
 
     async def _run(self) -> None:
         while True:

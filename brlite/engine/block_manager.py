@@ -18,11 +18,6 @@ from brlite.errors import EngineError
 DIGEST_BYTES = 16
 
 
-def cache_root(salt: bytes) -> bytes:
-    """The digest that stands before a prompt's first block: prompts with different salts never share one."""
-    return blake2b(salt, digest_size=DIGEST_BYTES).digest()
-
-
 class BlockOwner(Protocol):
     """A sequence as the manager sees it. `token_ids` only grow; the manager sets the other fields but `cache_root`."""
 

@@ -16,16 +16,17 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import partial
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import msgspec
 
 from brlite.config.options import EngineConfig, GrammarConfig, LimitsConfig
-from brlite.engine.admission import admit, read_token_ids
+from brlite.engine.admission import admit
 from brlite.engine.backend import Backend, BackendInfo, Batch, SampledToken, SeqResult, StepResult, Undrawn
 from brlite.engine.bad_words import TokenIds, encode_bad_words
 from brlite.engine.beam_search import BeamSearch, Hypothesis
-from brlite.engine.block_manager import BlockManager, cache_root
+from brlite.engine.block_manager import DIGEST_BYTES, BlockManager
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.draft_model import DraftModel, DraftPlan
 from brlite.engine.guidance import GuidedSeq, StepGuidance
@@ -125,7 +126,10 @@ class Engine:
         admit(request, self.info, self.limits)
 
     def add_request(self, request: Request, sink: Sink) -> None:
-        """Queue a request. Raises `RequestError` at once for one that is wrong, can never fit or finds a full queue."""
+        """Queue a request, whose prompt is copied.
+
+        Raises `RequestError` at once for one that is wrong, can never fit or finds a full queue.
+        """
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
         if request.params.structured is not None and request.grammar is None:
@@ -138,23 +142,25 @@ class Engine:
             )
         if request.params.bad_words and request.bad_words is None:
             raise EngineError("the request's bad words were not encoded")
-        request = msgspec.structs.replace(  # the caller may change its list of token ids later
-            request,
-            prompt_token_ids=read_token_ids(request.prompt_token_ids),
-            group=request.group or request.request_id,
+        request = msgspec.structs.replace(
+            request, prompt_token_ids=list(request.prompt_token_ids), group=request.group or request.request_id
         )
         max_tokens, warnings = admit(request, self.info, self.limits)
-        if not request.is_exempt_from_queue_timeout and len(queued := self.queued()) >= self.limits.max_waiting:
-            self._make_room(queued, request.tenant)
+        max_waiting = self.limits.max_waiting
+        # The queue is only counted where it may be full: that takes a look at each request.
+        if not request.is_exempt_from_queue_timeout and len(self._requests) >= max_waiting:
+            queued = self.queued()
+            if len(queued) >= max_waiting:
+                self._make_room(queued, request.tenant)
         seed, pooling = request.params.seed, request.pooling
         state = RequestState(
             request=request,
             max_tokens=max_tokens,
             warnings=warnings,
             sink=sink,
-            seed=secrets.randbits(64) if seed is None else seed,
+            seed=secrets.randbits(64) if seed is None else seed % 2**64,
             arrival_time=self._clock(),
-            cache_root=cache_root(self._cache_salt(request)),
+            cache_root=self._cache_root(request),
             pooling=None if pooling is None else pooling.pooling or ("mean" if self.info.pooling == "mean" else "last"),
         )
         if request.params.use_beam_search:
@@ -332,14 +338,15 @@ class Engine:
             raise full
         self._end_with_error(newest, full)
 
-    def _cache_salt(self, request: Request) -> bytes:
+    def _cache_root(self, request: Request) -> bytes:
+        """The digest that stands before a prompt's first block: prompts with different salts never share one."""
         salt = request.cache_salt.encode("utf-8", "surrogatepass")
         if not self.config.share_prefix_cache:
             tenant = request.tenant.encode("utf-8", "surrogatepass")
             salt = b"%d:%b%b" % (len(tenant), tenant, salt)  # no salt that a client chooses reads as another tenant's
-        if self.config.prefix_caching:
-            return salt
-        return self._private_salt + request.request_id.encode("utf-8", "surrogatepass") + salt
+        if not self.config.prefix_caching:
+            salt = self._private_salt + request.request_id.encode("utf-8", "surrogatepass") + salt
+        return blake2b(salt, digest_size=DIGEST_BYTES).digest()
 
     def _add_sequence(self, state: RequestState) -> Sequence:
         params, prompt_token_ids = state.request.params, state.request.prompt_token_ids
@@ -358,7 +365,7 @@ class Engine:
             state=state,
             token_ids=list(prompt_token_ids),
             num_prompt_tokens=len(prompt_token_ids),
-            seed=sibling_seed(state.seed, index),
+            seed=sibling_seed(state.seed, index) if index else state.seed,
             detokenizer=detokenizer,
             counts=make_counts(params, prompt_token_ids) if params.has_penalties else None,
             cache_root=state.cache_root,

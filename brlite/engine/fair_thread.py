@@ -25,7 +25,7 @@ class FairThread:
         closing: Callable[[], NotReady],
         starting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """`closing` makes the error of work that comes after `close`, or that waits then.
+        """`closing` makes the error of work that comes after `close`, that waits then, or that fails after it.
 
         The thread is started inside `starting()`, which may set the size of its stack.
         """
@@ -82,6 +82,8 @@ class FairThread:
     def _finish(self, done: asyncio.Future[Any], running: asyncio.Future[Any]) -> None:
         self._is_running = False
         error = running.exception()
+        if error is not None and self._is_closed:  # a child process that it used was ended, which is not its fault
+            error = self._closing()
         if not done.done():
             done.set_result(running.result()) if error is None else done.set_exception(error)
         if not self._is_closed:

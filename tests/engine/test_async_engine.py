@@ -47,6 +47,13 @@ async def test_many_requests_at_once_each_get_their_own_text() -> None:
         assert token_ids == reference_tokens(prompt.encode(), 8)
 
 
+@pytest.mark.parametrize("prompt", [[1.5], ["1"], [None], 5])
+async def test_token_ids_that_are_no_integers_are_refused(prompt: Any) -> None:
+    async with running() as (engine, _):
+        with pytest.raises(InvalidRequest, match="integer token ids"):
+            await collect(engine, prompt)
+
+
 async def test_what_a_slow_reader_did_not_fetch_comes_merged() -> None:
     async with running() as (engine, _):
         stream = engine.generate("hello", GREEDY)

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from brlite.engine.block_manager import BlockManager, cache_root
+from brlite.engine.block_manager import BlockManager
 from brlite.engine.request import RequestState, Sequence
 from brlite.errors import EngineError
 
@@ -15,7 +15,7 @@ SIZE = 4
 
 class _State:
     def __init__(self, salt: bytes) -> None:
-        self.cache_root = cache_root(salt)
+        self.cache_root = salt
 
 
 def make_sequence(token_ids: list[int], salt: bytes = b"") -> Sequence:
