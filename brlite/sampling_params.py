@@ -27,6 +27,7 @@ MAX_LENGTH_PENALTY = 16  # a length of millions to this power is a number
 RANDOM_SEED = 2**32 - 1  # llama.cpp's LLAMA_DEFAULT_SEED
 # What a model's generation_config.json may set for requests that do not: vLLM's list, without its bound on the length.
 MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_REFUSALS = (msgspec.ValidationError, TypeError, ValueError, OverflowError)  # what reading a wrong value raises
 
 # What changes which tokens may be drawn, or how probable they are. A beam search needs the model's own probabilities.
 NOT_IN_BEAM_SEARCH = (
@@ -322,8 +323,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             for name, default in _DEFAULTS
             if (value := getattr(self, name)) is not default and not (default == {} == value)
         }
-        for name, value in _checked(given).items():
-            msgspec.structs.force_setattr(self, name, value)
+        try:
+            fields = msgspec.convert({name: _READ[name](value) for name, value in given.items()}, _FIELDS)
+        except _REFUSALS:
+            raise _refusal(given) from None
+        for name in given:
+            msgspec.structs.force_setattr(self, name, getattr(fields, name))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             allowed = f"at most max_tokens, which is {self.max_tokens}"
             raise InvalidRequest(f"min_tokens must be {allowed}, got {self.min_tokens}", param="min_tokens")
@@ -427,22 +432,16 @@ def parameters() -> dict[str, SamplingParameter]:
     return dict(_PARAMETERS)
 
 
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    """The values as their fields have them. Raises `InvalidRequest` for the first one out of its range."""
-    refusals = (msgspec.ValidationError, TypeError, ValueError, OverflowError)
-    try:
-        fields = msgspec.convert({name: _READ[name](value) for name, value in given.items()}, _FIELDS)
-        return {name: getattr(fields, name) for name in given}
-    except refusals:
-        for name, value in given.items():
-            try:
-                msgspec.convert({name: _READ[name](value)}, _FIELDS)
-            except refusals:
-                if name == "logit_bias" and isinstance(value, Mapping):
-                    value = _wrong_bias(value)
-                message = f"{name} must be {_PARAMETERS[name].allowed}, got {reprlib.repr(value)}"
-                raise InvalidRequest(message, param=name) from None
-        raise
+def _refusal(given: dict[str, Any]) -> InvalidRequest:
+    """The error for the first of the values that is out of its range."""
+    for name, value in given.items():
+        try:
+            msgspec.convert({name: _READ[name](value)}, _FIELDS)
+        except _REFUSALS:
+            if name == "logit_bias" and isinstance(value, Mapping):
+                value = _wrong_bias(value)
+            return InvalidRequest(f"{name} must be {_PARAMETERS[name].allowed}, got {reprlib.repr(value)}", param=name)
+    raise LookupError("all values are in their ranges")
 
 
 def _parameters() -> Iterator[SamplingParameter]:
@@ -475,7 +474,7 @@ def _optional_integer(value: Any) -> int | None:
 
 def _unless_minus_1(value: Any) -> int | None:
     """-1 is None, as front ends of llama.cpp and vLLM write it: a seed by chance, an answer of any length."""
-    integer = _optional_integer(value)
+    integer = None if value is None else _integer(value)
     return None if integer == -1 else integer
 
 
@@ -530,7 +529,7 @@ def _wrong_bias(biases: Mapping[Any, Any]) -> Mapping[Any, Any]:
     for key, bias in biases.items():
         try:
             msgspec.convert({"logit_bias": _biases({key: bias})}, _FIELDS)
-        except (msgspec.ValidationError, TypeError, ValueError, OverflowError):
+        except _REFUSALS:
             return {key: bias}
     return biases
 

@@ -1,4 +1,4 @@
-"""What the dialects of chats and of completions share: fields, checks, usage and the names of tokens.
+"""What the dialects of chats and of completions share: fields, checks, structured output, usage, the names of tokens.
 
 Names, defaults and shapes are OpenAI's (API reference for chat, completions and models), with vLLM's extensions where
 the manual names them. `fields.py` lists the fields that are known and not decoded.
@@ -18,16 +18,19 @@ from brlite.dialects.errors import error_body
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.fields import Undecoded, not_supported, read_undecoded
 from brlite.dialects.generation import Generation, Timeout, Truncation, in_client_words
-from brlite.dialects.json_body import check_num_entries
-from brlite.dialects.openai_tools import CalledFunction, TurnCall, turn_calls
+from brlite.dialects.json_body import check_num_entries, decode_value
 from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.errors import InvalidRequest
-from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams
+from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams, StructuredOutput
 
 NULL = msgspec.Raw(b"null")  # of a field that stays encoded: not given
-UNBUILT_MESSAGE_FIELDS = ("audio",)
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's; a template may refuse some
-FUNCTION_CALL_ID = "call_function"  # of a call in the form before tools, which has none
+# The types of a `response_format`, with the keys that each may have.
+RESPONSE_FORMATS = {
+    "text": (),
+    "json_object": ("schema",),
+    "json_schema": ("json_schema",),
+    "structural_tag": ("structures", "triggers", "format"),
+}
 LOWEST_LOGPROB = -9999.0  # the logarithm of 0, which JSON cannot hold, as told by vLLM
 
 
@@ -35,30 +38,6 @@ class StreamOptions(Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     include_obfuscation: bool | None = None  # refused if true
-
-
-class ContentPart(Struct):
-    """A part of a message's content. Only text can be served; keys beside it are left."""
-
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-
-class ChatMessage(Struct):
-    """A turn of a chat. Other keys that came with another server's answer (`id`, `annotations`) may come back here."""
-
-    role: str
-    content: str | list[ContentPart] | None = None
-    name: str | None = None
-    refusal: str | None = None
-    reasoning: Any = None
-    reasoning_content: Any = None
-
-    tool_calls: list[TurnCall] | None = None
-    tool_call_id: str | None = None
-    function_call: CalledFunction | None = None
-    audio: Any = None  # not built: refused unless null or empty
 
 
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
@@ -102,6 +81,39 @@ class StructuredFields(GenerationFields, kw_only=True):
     ebnf: str | None = None
 
 
+class JsonSchemaFormat(Struct, forbid_unknown_fields=True):
+    """`schema` is obeyed whether `strict` or not; the rest is for people."""
+
+    name: str | None = None
+    description: str | None = None
+    schema: msgspec.Raw = NULL
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct, forbid_unknown_fields=True):
+    """OpenAI's; llama.cpp takes a `schema` beside "json_object" too, vLLM a structural tag, whose keys stay encoded."""
+
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+    schema: msgspec.Raw = NULL
+    structures: msgspec.Raw = NULL
+    triggers: msgspec.Raw = NULL
+    format: msgspec.Raw = NULL
+
+
+class VllmStructuredOutputs(Struct, forbid_unknown_fields=True):
+    json: msgspec.Raw = NULL
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: msgspec.Raw = NULL
+    whitespace_pattern: str | None = None
+    disable_fallback: bool | None = None  # there is none
+    disable_any_whitespace: bool | None = None  # there is none unless a pattern allows it
+    disable_additional_properties: bool | None = None
+
+
 class SamplingFields(StructuredFields, kw_only=True):
     """What both kinds of completion take."""
 
@@ -138,6 +150,12 @@ _LIST_LIMITS = {
     "bad_words": "max_bad_words",
 }
 _SAMPLING_TYPES = {field.name: field.type for field in structs.fields(SamplingFields)}
+_STRUCTURED_FIELDS = [
+    name for name in StructuredFields.__struct_fields__ if name not in GenerationFields.__struct_fields__
+]
+_RESPONSE_FORMAT = msgspec.json.Decoder(ResponseFormat)
+_STRUCTURED_OUTPUTS = msgspec.json.Decoder(VllmStructuredOutputs)
+_TEXT = msgspec.json.Decoder(str)
 
 
 def take_undecoded(
@@ -179,8 +197,140 @@ def _take_num_logprobs(body: GenerationFields, name: str, value: Any) -> None:
         setattr(body, number, value)
 
 
-def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -> None:
-    """Check what goes beyond types in the fields that both kinds share. Raises `InvalidRequest`."""
+def _check_best_of(best_of: Whole, body: SamplingFields, limits: LimitsConfig) -> None:
+    least = body.n or 1
+    if best_of != int(best_of) or not least <= best_of <= max(limits.max_n, least):
+        raise InvalidRequest(
+            f"best_of must be a whole number from n, which is {least}, to {limits.max_n} on this server, got {best_of}",
+            param="best_of",
+        )
+    if best_of > least and body.stream and not body.use_beam_search:
+        raise InvalidRequest(
+            f"best_of must be n, which is {least}, in a stream: which answers are the best is known at their end",
+            param="best_of",
+        )
+
+
+def structured_output(body: StructuredFields) -> StructuredOutput | None:
+    """What the answer must look like; None where no field says so. Raises `InvalidRequest` where two fields do.
+
+    A schema stays the JSON text that the client sent: the order of its keys counts.
+    """
+    if all(getattr(body, name) in (None, NULL) for name in _STRUCTURED_FIELDS):
+        return None
+    # An empty schema or text is llama.cpp's and SGLang's way to say none.
+    is_empty = bytes(body.json_schema).replace(b" ", b"") in (b"{}", b'""')
+    wishes: dict[str, dict[str, Any]] = {
+        "response_format": _response_format(body.response_format),
+        "structured_outputs": _structured_outputs(body.structured_outputs),
+        "guided_json": _schema("guided_json", body.guided_json),
+        "guided_regex": {"regex": body.guided_regex} if body.guided_regex else {},
+        "guided_choice": {"choice": tuple(body.guided_choice)} if body.guided_choice else {},
+        "guided_grammar": {"grammar": body.guided_grammar} if body.guided_grammar else {},
+        "json_schema": {} if is_empty else _schema("json_schema", body.json_schema),
+        "grammar": {"grammar": body.grammar} if body.grammar else {},
+        "regex": {"regex": body.regex} if body.regex else {},
+        "ebnf": {"grammar": body.ebnf} if body.ebnf else {},
+    }
+    given = {name: wish for name, wish in wishes.items() if wish}
+    if len(given) > 1 and given.get("response_format") == {"json_object": True}:
+        del given["response_format"]  # the other field says more of the object
+    if not given:
+        return None
+    if len(given) > 1:
+        raise InvalidRequest(f"only one of {' and '.join(given)} may be given", param=list(given)[1])
+    ((name, wish),) = given.items()
+    if body.guided_whitespace_pattern and ("json_schema" in wish or "json_object" in wish):
+        wish = {"whitespace_pattern": body.guided_whitespace_pattern, **wish}
+    return StructuredOutput(**wish, param=name)
+
+
+def _response_format(raw: msgspec.Raw) -> dict[str, Any]:
+    if raw == NULL:
+        return {}
+    wanted = decode_value(raw, _RESPONSE_FORMAT, "response_format")
+    if wanted.type not in RESPONSE_FORMATS:
+        raise InvalidRequest(
+            f"response_format.type must be one of {', '.join(RESPONSE_FORMATS)}, got {wanted.type[:64]!r}",
+            param="response_format.type",
+        )
+    for name in ResponseFormat.__struct_fields__:
+        if name not in ("type", *RESPONSE_FORMATS[wanted.type]) and getattr(wanted, name) not in (None, NULL):
+            raise InvalidRequest(
+                f"response_format.{name} cannot be given with the type {wanted.type}", param=f"response_format.{name}"
+            )
+    if wanted.type == "json_object":
+        return {"json_object": True} if wanted.schema == NULL else _schema("response_format", wanted.schema)
+    if wanted.type == "structural_tag":
+        return {"structural_tag": bytes(raw).decode()}
+    if wanted.type == "text":
+        return {}
+    if wanted.json_schema is None or wanted.json_schema.schema == NULL:
+        raise InvalidRequest(
+            'response_format.json_schema must be {"name": …, "schema": {…}}', param="response_format.json_schema"
+        )
+    return _schema("response_format", wanted.json_schema.schema)
+
+
+def _structured_outputs(raw: msgspec.Raw) -> dict[str, Any]:
+    if raw == NULL:
+        return {}
+    wanted = decode_value(raw, _STRUCTURED_OUTPUTS, "structured_outputs")
+    if wanted.disable_additional_properties:
+        raise InvalidRequest(
+            "structured_outputs.disable_additional_properties is not supported; say additionalProperties: false in the "
+            "schema",
+            param="structured_outputs.disable_additional_properties",
+        )
+    wishes: dict[str, Any] = {
+        **_schema("structured_outputs.json", wanted.json),
+        "regex": wanted.regex,
+        "choice": tuple(wanted.choice or ()),
+        "grammar": wanted.grammar,
+        "json_object": wanted.json_object,
+        "structural_tag": _schema("structured_outputs.structural_tag", wanted.structural_tag).get("json_schema"),
+    }
+    given = {name: wish for name, wish in wishes.items() if wish}
+    if given and wanted.whitespace_pattern:
+        given["whitespace_pattern"] = wanted.whitespace_pattern
+    return given
+
+
+def _schema(name: str, raw: msgspec.Raw) -> dict[str, Any]:
+    """The text of a schema, which a client may send as an object or as a string of JSON."""
+    if raw == NULL:
+        return {}
+    data = bytes(raw)
+    return {"json_schema": decode_value(raw, _TEXT, name) if data.startswith(b'"') else data.decode()}
+
+
+def sampling_params(body: GenerationFields, field_names: Mapping[str, str], **more: Any) -> SamplingParams:
+    """The sampling parameters that were given by their own names, and `more`, which go before. Raises `InvalidRequest`,
+    with the client's name of the field."""
+    given = {name: value for name in _PARAMETERS if (value := getattr(body, name, None)) is not None}
+    try:
+        return SamplingParams(**{**given, **more})
+    except InvalidRequest as error:
+        raise in_client_words(error, field_names) from None
+
+
+def generation_fields(body: GenerationFields) -> dict[str, Any]:
+    """The fields of a `Generation` that all dialects read alike."""
+    return {
+        "model": body.model,
+        "is_streamed": bool(body.stream),
+        "cache_salt": body.cache_salt or "",
+        "timeout_seconds": body.timeout,
+        "is_strict": bool(body.strict),
+        "unset": tuple([name for name in MODEL_DEFAULTS if getattr(body, name) is None]),
+    }
+
+
+def completion_fields(body: SamplingFields, more: Undecoded, num_prompts: int, limits: LimitsConfig) -> dict[str, Any]:
+    """The fields of a `Generation` that both kinds of completion read alike.
+
+    Raises `InvalidRequest` for what goes beyond types in the body's fields, and for a list that is too long.
+    """
     if body.best_of is not None:
         _check_best_of(body.best_of, body, limits)
     if body.prompt_logprobs is not None and body.stream:
@@ -207,47 +357,7 @@ def check_fields(body: SamplingFields, num_prompts: int, limits: LimitsConfig) -
             f"prompts times {name} must be at most {limits.max_sequences} on this server, got {num_sequences}",
             param=name,
         )
-
-
-def _check_best_of(best_of: Whole, body: SamplingFields, limits: LimitsConfig) -> None:
-    least = body.n or 1
-    if best_of != int(best_of) or not least <= best_of <= max(limits.max_n, least):
-        raise InvalidRequest(
-            f"best_of must be a whole number from n, which is {least}, to {limits.max_n} on this server, got {best_of}",
-            param="best_of",
-        )
-    if best_of > least and body.stream and not body.use_beam_search:
-        raise InvalidRequest(
-            f"best_of must be n, which is {least}, in a stream: which answers are the best is known at their end",
-            param="best_of",
-        )
-
-
-def sampling_params(body: GenerationFields, field_names: Mapping[str, str], **more: Any) -> SamplingParams:
-    """The sampling parameters that were given by their own names, and `more`, which go before. Raises `InvalidRequest`,
-    with the client's name of the field."""
-    given = {name: value for name in _PARAMETERS if (value := getattr(body, name, None)) is not None}
-    try:
-        return SamplingParams(**{**given, **more})
-    except InvalidRequest as error:
-        raise in_client_words(error, field_names) from None
-
-
-def generation_fields(body: GenerationFields) -> dict[str, Any]:
-    """The fields of a `Generation` that all dialects read alike."""
-    return {
-        "model": body.model,
-        "is_streamed": bool(body.stream),
-        "cache_salt": body.cache_salt or "",
-        "timeout_seconds": body.timeout,
-        "is_strict": bool(body.strict),
-        "unset": tuple([name for name in MODEL_DEFAULTS if getattr(body, name) is None]),
-    }
-
-
-def completion_fields(body: SamplingFields, more: Undecoded) -> dict[str, Any]:
-    """The fields of a `Generation` that both kinds of completion read alike."""
-    options, cut = body.stream_options, body.truncate_prompt_tokens
+    cut = body.truncate_prompt_tokens
     return {
         **generation_fields(body),
         "include_usage": options is not None and bool(options.include_usage),
@@ -268,70 +378,6 @@ def truncation(wanted: Whole, side: str | None) -> Truncation:
             param="truncate_prompt_tokens",
         )
     return Truncation(None if wanted == -1 else int(wanted), keeps_start=side == "right")
-
-
-def plain_messages(messages: list[ChatMessage], limits: LimitsConfig) -> list[dict[str, Any]]:
-    """Messages as `Chat` has them. Raises `InvalidRequest`, naming the field."""
-    if not messages:
-        raise InvalidRequest("messages must hold at least one message", param="messages")
-    if len(messages) > limits.max_messages:
-        check_num_entries("messages", len(messages), limits.max_messages)
-    return [_plain_message(message, index) for index, message in enumerate(messages)]
-
-
-def has_generation_prompt(*, add: bool | None, continues: bool | None) -> bool:
-    """Whether a chat ends with the beginning of an answer. Raises where it would stand behind an open message."""
-    if continues and add:
-        raise InvalidRequest(
-            "continue_final_message needs add_generation_prompt to be false", param="continue_final_message"
-        )
-    return not continues and add is not False
-
-
-def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
-    """What a template is given of a turn. A refusal is what the assistant said; reasoning is the template's to use."""
-    param, content = f"messages[{index}]", message.content
-    if message.role not in ROLES:
-        raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}", param=f"{param}.role")
-    for name in UNBUILT_MESSAGE_FIELDS:
-        if getattr(message, name):
-            raise not_supported(f"{param}.{name}")
-    if message.refusal and content:
-        raise not_supported(f"{param}.refusal", " beside content")
-    if content is None:
-        content = message.refusal
-    calls = message.tool_calls or ()
-    if message.function_call is not None and not calls:
-        calls = [TurnCall(message.function_call, id=FUNCTION_CALL_ID)]
-    if calls and message.role != "assistant":
-        raise InvalidRequest(f"{param}.tool_calls needs the role assistant", param=f"{param}.tool_calls")
-    if content is None and not calls:
-        raise InvalidRequest(f"{param}.content must be a string or a list of text parts", param=f"{param}.content")
-    plain: dict[str, Any] = {"role": message.role, "content": content}
-    if isinstance(content, list):
-        texts = [_part_text(part, f"{param}.content[{at}]") for at, part in enumerate(content)]
-        plain["content"] = [{"type": "text", "text": text} for text in texts]
-    if calls:
-        plain["tool_calls"] = turn_calls(calls, f"{param}.tool_calls")
-    if message.role == "function":  # its call is that of the turn before
-        plain.update(role="tool", tool_call_id=FUNCTION_CALL_ID)
-    elif message.tool_call_id is not None:
-        plain["tool_call_id"] = message.tool_call_id
-    if message.name is not None:
-        plain["name"] = message.name
-    reasoning = message.reasoning_content or message.reasoning
-    if reasoning and isinstance(reasoning, str):  # templates know no other form
-        plain["reasoning_content"] = reasoning
-    return plain
-
-
-def _part_text(part: ContentPart, param: str) -> str:
-    if part.type not in ("text", "refusal"):
-        raise not_supported(param, f": its type is {part.type[:64]!r}, and this server takes text only")
-    text = part.refusal if part.type == "refusal" else part.text
-    if text is None:
-        raise InvalidRequest(f'{param} must be {{"type": "text", "text": …}}', param=param)
-    return text
 
 
 class PromptTokensDetails(Struct):

@@ -11,11 +11,10 @@ from brlite.chat.tools import Tool
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
-from brlite.dialects.fields import NOTHING_MORE
+from brlite.dialects.fields import NOTHING_MORE, not_supported
 from brlite.dialects.generation import Chat, Generation
-from brlite.dialects.json_body import BodyDecoder
+from brlite.dialects.json_body import BodyDecoder, check_num_entries
 from brlite.dialects.openai import (
-    ChatMessage,
     OpenAIEncoder,
     PromptLogprobs,
     ReasoningEffort,
@@ -23,20 +22,19 @@ from brlite.dialects.openai import (
     ShownLogprob,
     Usage,
     Whole,
-    check_fields,
     completion_fields,
     encode_error,
     encode_json,
-    has_generation_prompt,
-    plain_messages,
     sampling_params,
     shown_logprob,
     shown_prompt_logprobs,
     shown_usage,
+    structured_output,
     take_undecoded,
 )
 from brlite.dialects.openai_tools import (
     NO_TOOLS,
+    CalledFunction,
     FunctionDefinition,
     FunctionName,
     ShownCall,
@@ -44,13 +42,42 @@ from brlite.dialects.openai_tools import (
     ToolChoiceObject,
     ToolDefinition,
     ToolFields,
+    TurnCall,
     decode_tools,
     shown_calls,
     shown_function,
+    turn_calls,
 )
 from brlite.dialects.sse import frame
-from brlite.dialects.structured_output import structured_output
 from brlite.errors import InvalidRequest
+
+UNBUILT_MESSAGE_FIELDS = ("audio",)
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")  # OpenAI's; a template may refuse some
+FUNCTION_CALL_ID = "call_function"  # of a call in the form before tools, which has none
+
+
+class ContentPart(Struct):
+    """A part of a message's content. Only text can be served; keys beside it are left."""
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class ChatMessage(Struct):
+    """A turn of a chat. Other keys that came with another server's answer (`id`, `annotations`) may come back here."""
+
+    role: str
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    refusal: str | None = None
+    reasoning: Any = None
+    reasoning_content: Any = None
+
+    tool_calls: list[TurnCall] | None = None
+    tool_call_id: str | None = None
+    function_call: CalledFunction | None = None
+    audio: Any = None  # not built: refused unless null or empty
 
 
 class ChatCompletionRequest(SamplingFields, kw_only=True):
@@ -153,10 +180,9 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
     """What the body asks for. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _DECODER.decode(data)
     more = take_undecoded(body, undecoded, limits) if undecoded else NOTHING_MORE
-    check_fields(body, 1, limits)
+    fields = completion_fields(body, more, 1, limits)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-    messages = plain_messages(body.messages, limits)
 
     # `max_completion_tokens` is OpenAI's newer name of `max_tokens`.
     field_names = {"prompt": "messages", "logprobs": "top_logprobs", **more.field_names}
@@ -171,24 +197,23 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
     params = sampling_params(
         body, field_names, max_tokens=max_tokens, logprobs=logprobs, structured=structured_output(body), **more.sampling
     )
-    add_generation_prompt = has_generation_prompt(add=body.add_generation_prompt, continues=body.continue_final_message)
-
     tools: tuple[Tool, ...] = ()
     tool_choice = NO_TOOLS
     if body.tools or body.functions or body.tool_choice is not None or body.function_call is not None:
-        fields = ToolFields(
+        tool_fields = ToolFields(
             tools=body.tools,
             tool_choice=body.tool_choice,
             parallel_tool_calls=body.parallel_tool_calls,
             functions=body.functions,
             function_call=body.function_call,
         )
-        tools, tool_choice = decode_tools(fields, limits, len(data))
-    chat = Chat(
-        messages,
-        add_generation_prompt,
-        bool(body.continue_final_message),
-        bool(body.add_special_tokens),
+        tools, tool_choice = decode_tools(tool_fields, limits, len(data))
+    chat = read_chat(
+        body.messages,
+        limits,
+        begins_answer=body.add_generation_prompt,
+        continues=body.continue_final_message,
+        add_special_tokens=bool(body.add_special_tokens),
         tools=() if tool_choice.mode == "none" else tools,
         documents=tuple(body.documents or ()),
         variables=body.chat_template_kwargs or {},
@@ -200,16 +225,90 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         field_names=field_names,
         tool_choice=tool_choice,
         calls_functions=bool(body.functions),
-        echoed_text=_said(messages[-1]) if body.echo and messages[-1]["role"] == "assistant" else "",
+        echoed_text=_said(chat.messages[-1]) if body.echo and body.messages[-1].role == "assistant" else "",
         splits_reasoning=body.separate_reasoning is not False,
         shows_reasoning=body.include_reasoning is not False,
-        **completion_fields(body, more),
+        **fields,
     )
 
 
 def _said(turn: dict[str, Any]) -> str:
     content = turn["content"]
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
+
+
+def read_chat(
+    messages: list[ChatMessage],
+    limits: LimitsConfig,
+    *,
+    begins_answer: bool | None,
+    continues: bool | None,
+    **more: Any,
+) -> Chat:
+    """The messages as a `Chat`, with its other fields. Raises `InvalidRequest`, naming the field.
+
+    It ends with the beginning of an answer, unless not `begins_answer` or its last message `continues`.
+    """
+    if not messages:
+        raise InvalidRequest("messages must hold at least one message", param="messages")
+    if len(messages) > limits.max_messages:
+        check_num_entries("messages", len(messages), limits.max_messages)
+    if continues and begins_answer:
+        raise InvalidRequest(
+            "continue_final_message needs add_generation_prompt to be false", param="continue_final_message"
+        )
+    return Chat(
+        [_plain_message(message, index) for index, message in enumerate(messages)],
+        not continues and begins_answer is not False,
+        bool(continues),
+        **more,
+    )
+
+
+def _plain_message(message: ChatMessage, index: int) -> dict[str, Any]:
+    """What a template is given of a turn. A refusal is what the assistant said; reasoning is the template's to use."""
+    param, content = f"messages[{index}]", message.content
+    if message.role not in ROLES:
+        raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}", param=f"{param}.role")
+    for name in UNBUILT_MESSAGE_FIELDS:
+        if getattr(message, name):
+            raise not_supported(f"{param}.{name}")
+    if message.refusal and content:
+        raise not_supported(f"{param}.refusal", " beside content")
+    if content is None:
+        content = message.refusal
+    calls = message.tool_calls or ()
+    if message.function_call is not None and not calls:
+        calls = [TurnCall(message.function_call, id=FUNCTION_CALL_ID)]
+    if calls and message.role != "assistant":
+        raise InvalidRequest(f"{param}.tool_calls needs the role assistant", param=f"{param}.tool_calls")
+    if content is None and not calls:
+        raise InvalidRequest(f"{param}.content must be a string or a list of text parts", param=f"{param}.content")
+    plain: dict[str, Any] = {"role": message.role, "content": content}
+    if isinstance(content, list):
+        texts = [_part_text(part, f"{param}.content[{at}]") for at, part in enumerate(content)]
+        plain["content"] = [{"type": "text", "text": text} for text in texts]
+    if calls:
+        plain["tool_calls"] = turn_calls(calls, f"{param}.tool_calls")
+    if message.role == "function":  # its call is that of the turn before
+        plain.update(role="tool", tool_call_id=FUNCTION_CALL_ID)
+    elif message.tool_call_id is not None:
+        plain["tool_call_id"] = message.tool_call_id
+    if message.name is not None:
+        plain["name"] = message.name
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning and isinstance(reasoning, str):  # templates know no other form
+        plain["reasoning_content"] = reasoning
+    return plain
+
+
+def _part_text(part: ContentPart, param: str) -> str:
+    if part.type not in ("text", "refusal"):
+        raise not_supported(param, f": its type is {part.type[:64]!r}, and this server takes text only")
+    text = part.refusal if part.type == "refusal" else part.text
+    if text is None:
+        raise InvalidRequest(f'{param} must be {{"type": "text", "text": …}}', param=param)
+    return text
 
 
 class ChatEncoder(OpenAIEncoder):

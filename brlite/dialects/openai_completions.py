@@ -23,18 +23,17 @@ from brlite.dialects.openai import (
     SamplingFields,
     Usage,
     Whole,
-    check_fields,
     completion_fields,
     encode_error,
     encode_json,
     sampling_params,
     shown_prompt_logprobs,
     shown_usage,
+    structured_output,
     take_undecoded,
     token_name,
 )
 from brlite.dialects.sse import frame
-from brlite.dialects.structured_output import structured_output
 from brlite.errors import InvalidRequest
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's; a chat has what the engine allows
@@ -95,7 +94,7 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
     With `echo`, `logprobs` covers the prompt, and 0 tokens may be asked for.
     """
     prompts = read_prompts("prompt", body.prompt, limits.max_prompts, body.add_special_tokens is not False)
-    check_fields(body, len(prompts), limits)
+    fields = completion_fields(body, more, len(prompts), limits)
     if body.suffix:
         prompts = _with_suffix(prompts, body.suffix, body)
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -123,7 +122,7 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
         echo=bool(body.echo),
         is_echo_only=is_echo_only,
         field_names=field_names,
-        **completion_fields(body, more),
+        **fields,
     )
 
 

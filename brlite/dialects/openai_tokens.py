@@ -11,7 +11,7 @@ from brlite.dialects.event import TokenText
 from brlite.dialects.fields import check_undecoded
 from brlite.dialects.generation import Chat, Text
 from brlite.dialects.json_body import BodyDecoder
-from brlite.dialects.openai import ChatMessage, has_generation_prompt, plain_messages
+from brlite.dialects.openai_chat import ChatMessage, read_chat
 from brlite.dialects.openai_tools import ToolDefinition, ToolFields, decode_tools
 from brlite.errors import InvalidRequest
 
@@ -134,12 +134,12 @@ def decode_tokenize(data: bytes, limits: LimitsConfig) -> Tokenization:
     elif body.messages is None:
         prompt = Text(body.prompt or "", body.add_special_tokens is not False)
     else:
-        begins = has_generation_prompt(add=body.add_generation_prompt, continues=body.continue_final_message)
         tools, _ = decode_tools(ToolFields(tools=body.tools), limits)
-        prompt = Chat(
-            plain_messages(body.messages, limits),
-            begins,
-            bool(body.continue_final_message),
+        prompt = read_chat(
+            body.messages,
+            limits,
+            begins_answer=body.add_generation_prompt,
+            continues=body.continue_final_message,
             tools=tools,
             variables=body.chat_template_kwargs or {},
         )

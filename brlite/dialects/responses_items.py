@@ -17,7 +17,7 @@ from msgspec import Raw, Struct
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import not_supported
 from brlite.dialects.json_body import decode_value, missing_field
-from brlite.dialects.openai import ContentPart
+from brlite.dialects.openai_chat import ContentPart
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
