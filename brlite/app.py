@@ -12,8 +12,7 @@ from aiohttp import web
 
 from brlite.config.options import Config
 from brlite.engine.async_engine import EngineLoop
-from brlite.http.body import BODIES
-from brlite.http.body_budget import BodyBudget
+from brlite.http.body import BODIES, BodyBudget
 from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.listen import PROBE_PATHS
 from brlite.http.middlewares import add_middlewares

@@ -74,6 +74,7 @@ class EngineLoop:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
+        self.is_running = False  # whether the loop that steps the engine is alive
         self._loop: asyncio.AbstractEventLoop | None = None  # that it was started in
         self._task: asyncio.Task[None] | None = None
         self._closing: asyncio.Task[None] | None = None
@@ -95,11 +96,6 @@ class EngineLoop:
     @property
     def stats(self) -> EngineStats:
         return self._engine.stats
-
-    @property
-    def is_running(self) -> bool:
-        """Whether the loop that steps the engine is alive."""
-        return self._task is not None and not self._task.done()
 
     def continue_stats(self, stats: EngineStats) -> None:
         """Count on from an engine that served the same model before. To be called before the first request."""
@@ -124,6 +120,7 @@ class EngineLoop:
             # The backend outlives an engine that is dropped, so it must not hold it.
             self._backend.watch(functools.partial(_call_soon, weakref.ref(self), self._loop))
         self._task = asyncio.create_task(self._run(), name="brlite-engine")
+        self.is_running = True
         self._task.add_done_callback(self._on_stopped)
 
     async def close(self) -> None:
@@ -500,6 +497,7 @@ class EngineLoop:
 
     def _on_stopped(self, task: asyncio.Task[None]) -> None:
         """The loop ended. If it failed, end all requests with an error: no step will run again."""
+        self.is_running = False
         if task.cancelled() or (error := task.exception()) is None:
             return
         if isinstance(error, BackendLost):

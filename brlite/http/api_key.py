@@ -1,8 +1,7 @@
 """What one API key may do, and what it has done: its models, its limits, its usage. Pure: `now` is given.
 
 It does not know the key itself (`keys.py` does) nor any HTTP but the names of OpenAI's rate limit headers. A request
-goes through it in this order: `arrival_refusal`, `check_model`, `begin`, `spend` as often as tokens become known,
-`end`.
+goes through it in this order: `arrival_refusal`, `begin`, `spend` as often as tokens become known, `end`.
 """
 
 from __future__ import annotations
@@ -111,11 +110,13 @@ class ApiKey:
         """Why a request's body need not be read: with those that arrive already, it would be one too many."""
         return next(self._refusals(now, self.num_arriving), None) if self.has_limits else None
 
-    def begin(self, now: float) -> None:
-        """Take one of the minute's requests and one place, or raise `RateLimited` and take nothing.
+    def begin(self, now: float, model: str) -> None:
+        """Take one of the minute's requests and one place. `end` must follow, once.
 
-        Whoever was let in calls `end`, once.
+        Raises `Forbidden` for a model that is not its own, and `RateLimited`; then nothing is taken.
         """
+        if self._models:
+            self.check_model(model)
         if self.has_limits:
             for refusal in self._refusals(now, 0):
                 self.usage.num_rate_limited += 1

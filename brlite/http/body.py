@@ -1,20 +1,108 @@
 """Reads a request's body under our own limits of size and time, after its headers have shown that it can be JSON.
 
 aiohttp as it comes waits for ever for the rest of a cut body and inflates compressed ones. What is read counts against
-the application's `BodyBudget` until the request ends. It knows nothing of what the JSON means.
+the application's `BodyBudget` until the request ends, because the body is kept for that long. Bytes count as they
+arrive, so a client that only announces a large body takes nothing. While a body arrives, its request also counts
+against the limits of its key. It knows nothing of what the JSON means.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import dataclass
 
 from aiohttp import StreamReader, hdrs, web
 
 from brlite.config.options import LimitsConfig
-from brlite.errors import BodyTooLarge, InvalidRequest, RateLimited, RequestError, RequestTimeout, UnsupportedMediaType
-from brlite.http.body_budget import BodyBudget, HeldBody
+from brlite.errors import (
+    BodyTooLarge,
+    InvalidRequest,
+    NotReady,
+    RateLimited,
+    RequestError,
+    RequestTimeout,
+    UnsupportedMediaType,
+)
+from brlite.http.api_key import ApiKey
 from brlite.http.connection import invite_body
+
+RETRY_SECONDS = 1
+
+
+class BodyBudget:
+    """At most `max_bytes` in sum. One tenant may hold half of them; requests without a key have no tenant."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._by_tenant: dict[str, int] = {}
+
+    def take(self, tenant: str, num_bytes: int) -> RequestError | None:
+        """Hold so many bytes more for the tenant, or return why that is refused. `release` must follow."""
+        if self.num_bytes + num_bytes > self.max_bytes:
+            return NotReady(
+                f"The server holds {self.max_bytes} bytes of request bodies, as many as it may "
+                "(limits.max_body_bytes_in_flight); try again when requests have ended",
+                retry_after_seconds=RETRY_SECONDS,
+            )
+        if tenant:
+            num_held = self._by_tenant.get(tenant, 0) + num_bytes
+            if num_held > self.max_bytes // 2:
+                return RateLimited(
+                    f"The requests of this API key hold {self.max_bytes // 2} bytes of bodies, as many as one key may "
+                    "(half of limits.max_body_bytes_in_flight); try again when some have ended",
+                    retry_after_seconds=RETRY_SECONDS,
+                )
+            self._by_tenant[tenant] = num_held
+        self.num_bytes += num_bytes
+        return None
+
+    def release(self, tenant: str, num_bytes: int) -> None:
+        """Hold so many bytes fewer."""
+        self.num_bytes -= num_bytes
+        if tenant:
+            num_held = self._by_tenant.pop(tenant, 0) - num_bytes
+            if num_held:
+                self._by_tenant[tenant] = num_held
+
+
+@dataclass
+class HeldBody:
+    """What one request takes of the budget. `release` must follow, and may be called twice."""
+
+    budget: BodyBudget
+    key: ApiKey
+    num_bytes: int = 0
+    is_arriving: bool = False
+
+    def arrive(self, now: float) -> RateLimited | None:
+        """The head is here, its body is not: count the request against its key's limits, or return why not."""
+        refusal = self.key.arrival_refusal(now)
+        if refusal is None and not self.is_arriving:
+            self.is_arriving = True
+            self.key.num_arriving += 1
+        return refusal
+
+    def arrived(self) -> None:
+        """The body is complete, or given up."""
+        if self.is_arriving:
+            self.is_arriving = False
+            self.key.num_arriving -= 1
+
+    def take(self, num_bytes: int) -> RequestError | None:
+        """Hold so many bytes more, or return why that is refused."""
+        refusal = self.budget.take(self.key.tenant, num_bytes)
+        if refusal is None:
+            self.num_bytes += num_bytes
+        return refusal
+
+    def release(self) -> None:
+        """The request has ended."""
+        self.arrived()
+        self.budget.release(self.key.tenant, self.num_bytes)
+        self.num_bytes = 0
+
 
 BODIES = web.AppKey("bodies", BodyBudget)
 _KEPT = web.RequestKey("body", bytes)

@@ -19,8 +19,7 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.errors import is_anthropic
 from brlite.http.access_log import log_extras, log_request
 from brlite.http.api_key import ApiKey
-from brlite.http.body import BODIES, HELD
-from brlite.http.body_budget import BodyBudget, HeldBody
+from brlite.http.body import BODIES, HELD, BodyBudget, HeldBody
 from brlite.http.connection import has_begun
 from brlite.http.cors import FETCH_SITE, Cors
 from brlite.http.errors import CLIENT_LEFT, OWN_HEADERS, error_response, status_of
@@ -77,11 +76,19 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
     """
     keys, budget = app[KEYS], app[BODIES]
     cors, no_key = Cors(policy), ApiKey()
-    open_resources, quiet_resources = Resources(app, open_paths), Resources(app, quiet_paths or frozenset())
+    # A request is for one of these only if its path is spelt exactly as the resource's own: any other spelling may mean
+    # something else to a proxy before us. They stay the same resources where the application is mounted in another one,
+    # which puts a prefix before their paths.
+    resources = list(app.router.resources())
+    open_resources = frozenset(resource for resource in resources if resource.canonical in open_paths)
+    quiet_resources = frozenset(resource for resource in resources if resource.canonical in (quiet_paths or ()))
 
     @web.middleware
     async def serve_request(request: web.Request, handler: Handler) -> web.StreamResponse:
         begin, status = time.perf_counter(), 500
+        resource = request.match_info.route.resource
+        if resource is not None and request.raw_path.partition("?")[0] != resource.canonical:
+            resource = None  # spelt in another way
         response: web.StreamResponse | None
         try:
             response = cors.preflight_response(request) if request.method == hdrs.METH_OPTIONS else None
@@ -92,10 +99,14 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
                     if refusal is not None:
                         raise refusal
                     key = no_key
-                    if request not in open_resources:
-                        headers = request.headers
-                        shown = shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key"))
-                        key = request[API_KEY] = keys.require(shown)
+                    if resource not in open_resources:
+                        key = request[API_KEY] = (
+                            keys.anybody
+                            if keys.is_open
+                            else keys.require(
+                                shown_key(request.headers.get(hdrs.AUTHORIZATION), request.headers.get("X-Api-Key"))
+                            )
+                        )
                         if key.name:
                             log_extras(request)["key"] = key.name
                     held = request[HELD] = HeldBody(budget, key)
@@ -114,26 +125,10 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
             status = CLIENT_LEFT
             raise
         finally:
-            if quiet_paths is not None and request not in quiet_resources:
+            if quiet_paths is not None and resource not in quiet_resources:
                 log_request(request, status, (time.perf_counter() - begin) * 1000)
 
     return serve_request
-
-
-class Resources:
-    """The resources that an application has at `paths` when this is made: `request in resources`.
-
-    They stay the same where the application is mounted in another one, which puts a prefix before their paths.
-    A request is for one of them only if its path is spelt exactly as the resource's own: any other spelling may mean
-    something else to a proxy before us.
-    """
-
-    def __init__(self, app: web.Application, paths: Set[str]) -> None:
-        self._members = frozenset(resource for resource in app.router.resources() if resource.canonical in paths)
-
-    def __contains__(self, request: web.Request) -> bool:
-        resource = request.match_info.route.resource
-        return resource in self._members and request.raw_path.partition("?")[0] == resource.canonical
 
 
 def has_left(request: web.BaseRequest) -> bool:

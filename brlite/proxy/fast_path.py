@@ -18,7 +18,7 @@ from brlite.errors import InvalidRequest, RequestError
 from brlite.http.access_log import log_line
 from brlite.http.access_log import logger as access_logger
 from brlite.http.api_key import ApiKey
-from brlite.http.body_budget import BodyBudget, HeldBody
+from brlite.http.body import BodyBudget, HeldBody
 from brlite.http.connection import Connection
 from brlite.http.cors import Cors
 from brlite.http.errors import OWN_HEADERS, error_body, error_headers, status_of

@@ -123,7 +123,7 @@ class Forwarder:
         if self.is_draining:
             raise stopping()
         if inbound.key.has_rules:
-            inbound.key.begin(time.monotonic())
+            inbound.key.begin(time.monotonic(), route.model)
         exchange = Exchange(self, ForwardedRequest(inbound, lines, affinity), route, downstream)
         self._active.add(exchange)
         if self._tick is None:

@@ -74,7 +74,6 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         return await run(request, inbound, route)
 
     async def run(request: web.Request, inbound: Inbound, route: Route) -> web.StreamResponse:
-        inbound.key.check_model(route.model)
         downstream = ResponseDownstream(request)
         exchange = forwarder.forward(inbound, route, downstream)
         try:

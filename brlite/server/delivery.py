@@ -11,13 +11,11 @@ import asyncio
 import enum
 import functools
 import uuid
-from types import TracebackType
-from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
-from brlite.config.options import LimitsConfig, ModelSpec
+from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect, ResponseEncoder
 from brlite.dialects.event import TokenUsage
 from brlite.dialects.generation import Generation, in_client_words, refuse_warnings
@@ -38,8 +36,6 @@ from brlite.server.served_model import ServedModel
 LOADING_COMMENT_SECONDS = 1.0
 STOPPING_RETRY_SECONDS = 1
 
-D = TypeVar("D", bound="Delivery")
-
 RUNNING: web.AppKey[set[Delivery]] = web.AppKey("running")  # the deliveries in progress
 
 
@@ -50,13 +46,11 @@ def end_all(app: web.Application) -> None:
 
 
 class Delivery:
-    """One call's response in the making: `async with` inside `admit`, then `loaded`, `submit` and `send`.
+    """One call's response in the making. `run` makes it, inside `admit`.
 
-    Every way out ends here: what is not finished is aborted, what was computed is charged to the key and logged, and
-    the client's own names of fields stand in a refusal. After that `response` is what the handler returns.
+    Every way out ends there: what is not finished is aborted, what was computed is charged to the key and logged, and
+    the client's own names of fields stand in a refusal.
     """
-
-    response: web.StreamResponse
 
     def __init__(
         self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
@@ -76,31 +70,21 @@ class Delivery:
         self._changed = asyncio.Event()
         self._engine: EngineLoop
         self._requests: list[Request] = []
-        self._spec: ModelSpec
         self._builder: EventBuilder | None = None  # until the requests are with the engine
         self._encoder: ResponseEncoder
 
-    async def __aenter__(self: D) -> D:
+    async def run(self, model: ServedModel) -> web.StreamResponse:
+        """Run the call and send its response. Raises the error that ended it where nothing of one has been sent."""
         self._request.app[RUNNING].add(self)
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
         try:
-            if isinstance(error, InvalidRequest):
-                error = in_client_words(error, self._call.field_names)
-            return isinstance(error, BrliteError) and await self._end_with(error)
+            await self._submit(model)
+            return await self._send()
+        except InvalidRequest as error:
+            return await self._end_with(in_client_words(error, self._call.field_names))
+        except BrliteError as error:
+            return await self._end_with(error)
         finally:
             self._close()
-
-    async def loaded(self, model: ServedModel) -> EngineLoop:
-        """The model's engine, once it is there. Raises as `ServedModel.loaded` does."""
-        self._spec = model.spec
-        if model.engine is not None and not model.is_held_back:
-            return model.engine
-        check_limits(self._call.params, self._limits)  # which the engine does, but too late for a client that waits
-        return await self._wait_for(model)
 
     async def _wait_for(self, model: ServedModel) -> EngineLoop:
         return await model.loaded(self._limits.max_wait_seconds, self._tenant)
@@ -116,11 +100,18 @@ class Delivery:
         error = RequestTimeout(f"the request was not complete after its timeout of {seconds:g} s", param="timeout")
         self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, error)
 
-    async def submit(self, engine: EngineLoop) -> None:
-        """Encode the prompts and queue their requests. Raises `RequestError` for the first that is refused."""
+    async def _submit(self, model: ServedModel) -> None:
+        """Encode the prompts and queue their requests, once the model is loaded.
+
+        Raises `RequestError` for the first that is refused, or if the model does not come.
+        """
+        engine = model.engine
+        if engine is None or model.is_held_back:
+            check_limits(self._call.params, self._limits)  # the engine does, but too late for a client that waits
+            engine = await self._wait_for(model)
         if engine.sampling_defaults:
             self._call = with_model_defaults(self._call, engine)
-        made = await make_requests(self._call, engine, self._spec, self.id, self._tenant)
+        made = await make_requests(self._call, engine, model.spec, self.id, self._tenant)
         if self._call.is_strict and made.warnings:
             refuse_warnings(made.warnings)
         self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
@@ -133,8 +124,8 @@ class Delivery:
         self._builder = EventBuilder(self._call, engine.tokenizer, warnings, made.replies)
         self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
 
-    async def send(self) -> None:
-        """Send the response to its end, after `submit`. Raises the error that ended one of the requests."""
+    async def _send(self) -> web.StreamResponse:
+        """Send the response to its end. Raises the error that ended one of the requests."""
         raise NotImplementedError
 
     def fail(self, error: BrliteError) -> None:
@@ -151,8 +142,8 @@ class Delivery:
         """Whether the response, or its request, has this id, belongs to the tenant and is with the engine."""
         return bool(self._requests) and tenant == self._tenant and name in (self.id, shown_request_id(self._request))
 
-    async def _end_with(self, error: BrliteError) -> bool:
-        """Answer an error, and return whether that was done; else it is the error middleware's to answer."""
+    async def _end_with(self, error: BrliteError) -> web.StreamResponse:
+        """End a response that has begun with an error. Where none has, raise it: the middlewares answer it."""
         raise error from None
 
     def _receive(self, index: int, output: RequestOutput | BrliteError) -> None:
@@ -207,7 +198,7 @@ class Delivery:
 class WholeDelivery(Delivery):
     """Waits for all completions and answers with one body."""
 
-    async def send(self) -> None:
+    async def _send(self) -> web.StreamResponse:
         assert self._builder is not None
         while self._num_open and self._error is None:
             await self._changed.wait()
@@ -217,7 +208,7 @@ class WholeDelivery(Delivery):
         outputs, self._outputs = self._outputs, {}
         events, warnings = self._builder.whole([outputs[index] for index in sorted(outputs)])
         body = self._encoder.whole(events, self._builder.usage(), warnings)
-        self.response = web.Response(body=body, content_type="application/json")
+        return web.Response(body=body, content_type="application/json")
 
 
 class StreamState(enum.Enum):
@@ -235,13 +226,8 @@ class StreamDelivery(Delivery):
     The headers go first where a model has to be loaded, which may fail.
     """
 
+    _state = StreamState.WAITING
     _stream: EventStream | RecordedStream  # from BEGUN on
-
-    def __init__(
-        self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
-    ) -> None:
-        super().__init__(request, dialect, call, model_name, limits)
-        self._state = StreamState.WAITING
 
     async def _begin(self) -> None:
         """Send the headers."""
@@ -255,7 +241,7 @@ class StreamDelivery(Delivery):
         with self._stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
             return await super()._wait_for(model)
 
-    async def send(self) -> None:
+    async def _send(self) -> web.StreamResponse:
         """Returns early if the client left, or was cut for being slow."""
         assert self._builder is not None
         if self._state is StreamState.WAITING:
@@ -274,15 +260,14 @@ class StreamDelivery(Delivery):
         self._state = StreamState.OVER  # outputs of other prompts must not follow the end of the response
         if self._error is not None:
             raise self._error
-        self.response = await self._stream.finish(self._encoder.closing(self._builder.usage()))
+        return await self._stream.finish(self._encoder.closing(self._builder.usage()))
 
-    async def _end_with(self, error: BrliteError) -> bool:
+    async def _end_with(self, error: BrliteError) -> web.StreamResponse:
         if self._state is StreamState.WAITING:
             raise error from None
         self._state = StreamState.OVER
         failing = self._dialect.encode_error if self._builder is None else self._encoder.failing
-        self.response = await self._stream.finish(failing(error))
-        return True
+        return await self._stream.finish(failing(error))
 
     def _take(self, index: int, output: RequestOutput) -> None:
         if self._state is not StreamState.SENDING or self._outputs or self._stream.is_backlogged:

@@ -28,7 +28,7 @@ from brlite.errors import RequestError
 from brlite.http.access_log import log_extras
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, spend_tokens
-from brlite.server.generate import CONFIG, MODELS, admit
+from brlite.server.generate import CONFIG, admit
 
 QUICK_ITEMS = 4  # are encoded at once
 MAX_REPORTED_CUTS = 16  # proxies look for the usage near the end of a long answer, where warnings are
@@ -38,9 +38,9 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
     """Each input's embedding. A client that leaves aborts all of them: the handler is cancelled."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = decode(await read_body(request, limits), limits)
-    name = call.model or request.app[MODELS].find(None).name
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
-    with admit(request, name) as model:
+    with admit(request, call.model) as model:
+        name = call.model or model.name
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         check_pooling(call.params, engine.info)
         prompts, warnings = await encode_inputs(call, engine, tenant)

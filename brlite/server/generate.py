@@ -28,7 +28,7 @@ MODELS = web.AppKey("models", ModelTable)
 
 
 async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = False) -> web.StreamResponse:
-    """Decode, admit, run, deliver: the endpoint of each dialect.
+    """Decode, admit, deliver: the endpoint of each dialect.
 
     `is_first`: of the requests with its `Idempotency-Key` it is the one to be computed.
     """
@@ -43,16 +43,12 @@ async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = F
         call = msgspec.structs.replace(call, is_strict=True)
     if call.is_strict and call.warnings:
         refuse_warnings(call.warnings)
-    name = call.model or request.app[MODELS].find(None).name
     make_delivery = StreamDelivery if call.is_streamed else WholeDelivery
-    with admit(request, name) as model:
-        async with make_delivery(request, dialect, call, name, limits) as delivery:
-            if call.timeout_seconds is not None or TIMEOUT_HEADER in request.headers:
-                delivery.end_after(timeout_seconds(request, call))
-            engine = await delivery.loaded(model)
-            await delivery.submit(engine)
-            await delivery.send()
-    return delivery.response
+    with admit(request, call.model) as model:
+        delivery = make_delivery(request, dialect, call, call.model or model.name, limits)
+        if call.timeout_seconds is not None or TIMEOUT_HEADER in request.headers:
+            delivery.end_after(timeout_seconds(request, call))
+        return await delivery.run(model)
 
 
 def json_response(answer: Struct | Sequence[Struct]) -> web.Response:
@@ -85,11 +81,11 @@ def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
     does not take work. The key is checked first, so that a client without access cannot find out model names.
     """
     models, key = request.app[MODELS], request[API_KEY]
-    name = models.resolve(name) if name else models.find(None).name
-    key.check_model(name)
-    key.begin(time.monotonic())
+    model = models.get(name)
+    key.begin(time.monotonic(), (name or "") if model is None else model.name)
     try:
-        model = models.find(name)
+        if model is None:
+            raise models.unknown(name)
         if models.is_draining:
             raise stopping()
         with model.in_use(request.app[CONFIG].limits.max_waiting, key.tenant):

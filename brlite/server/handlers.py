@@ -70,10 +70,15 @@ async def list_models(request: web.Request) -> web.Response:
 
 
 async def get_model(request: web.Request) -> web.Response:
-    name, models = request.match_info["name"], request.app[MODELS]
-    forwarded = models.find_forwarded(name)
-    request[API_KEY].check_model(models.resolve(name) if forwarded is None else forwarded.model)
-    return json_response(local_card(name, models.find(name)) if forwarded is None else forwarded_card(forwarded))
+    name, models, key = request.match_info["name"], request.app[MODELS], request[API_KEY]
+    if (forwarded := models.find_forwarded(name)) is not None:
+        key.check_model(forwarded.model)
+        return json_response(forwarded_card(forwarded))
+    model = models.get(name)
+    key.check_model(name if model is None else model.name)
+    if model is None:
+        raise models.unknown(name)
+    return json_response(local_card(name, model))
 
 
 async def get_openapi(request: web.Request) -> web.Response:

@@ -18,16 +18,16 @@ from brlite.errors import InvalidRequest
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY
 from brlite.server.embeddings import MAX_REPORTED_CUTS, QUICK_ITEMS, charge, cut_tokens
-from brlite.server.generate import CONFIG, MODELS, admit
+from brlite.server.generate import CONFIG, admit
 
 
 async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
     """The score of each pair of texts. A client that leaves aborts all of them: the handler is cancelled."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = dialect.decode(await read_body(request, limits), limits)
-    name = call.model or request.app[MODELS].find(None).name
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
-    with admit(request, name) as model:
+    with admit(request, call.model) as model:
+        name = call.model or model.name
         engine = await model.loaded(limits.max_wait_seconds, tenant)
         if engine.scoring_head is None:
             raise InvalidRequest(

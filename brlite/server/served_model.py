@@ -219,25 +219,27 @@ class ModelTable:
         yield from self._models.items()
         yield from ((alias, self._models[name]) for alias, name in self._aliases.items())
 
-    def resolve(self, name: str) -> str:
-        """The model's own name, where `name` is an alias of it."""
-        return self._aliases.get(name, name)
+    def get(self, name: str | None) -> ServedModel | None:
+        """The model of that name or alias, None if there is none. No name is enough where one model is served."""
+        if not name and len(self._models) == 1:
+            return next(iter(self._models.values()))
+        return self._models.get(self._aliases.get(name or "", name or ""))
 
     def find(self, name: str | None) -> ServedModel:
-        """The model of that name; no name is enough where one model is served. Raises `ModelNotFound`."""
-        if name is None and len(self._models) == 1:
-            return next(iter(self._models.values()))
-        model = self._models.get(self._aliases.get(name or "", name or ""))
+        """The model as `get` has it. Raises `ModelNotFound`."""
+        model = self.get(name)
         if model is None:
-            raise ModelNotFound(self._unknown(name), param="model", code="model_not_found")
+            raise self.unknown(name)
         return model
 
-    def _unknown(self, name: str | None) -> str:
-        if name is None:
-            return "say which model: several are served here"
-        is_remote = name in self._remote_names
-        where = "runs on another server, whose address is not known here" if is_remote else "does not exist"
-        names = [*self._models, *self._aliases, *(model.name for model in self.forwarded)]
-        near = get_close_matches(name[:200], names, 1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        return f"The model `{name[:200]}` {where}.{hint} Served here: {', '.join(names)}"
+    def unknown(self, name: str | None) -> ModelNotFound:
+        """The error for a name that no model has."""
+        text = "say which model: several are served here"
+        if name:
+            is_remote = name in self._remote_names
+            where = "runs on another server, whose address is not known here" if is_remote else "does not exist"
+            names = [*self._models, *self._aliases, *(model.name for model in self.forwarded)]
+            near = get_close_matches(name[:200], names, 1)
+            hint = f" Did you mean `{near[0]}`?" if near else ""
+            text = f"The model `{name[:200]}` {where}.{hint} Served here: {', '.join(names)}"
+        return ModelNotFound(text, param="model", code="model_not_found")

@@ -14,7 +14,7 @@ from aiohttp.http_parser import HttpRequestParser
 from hypothesis import strategies as st
 
 from brlite.config.options import LimitsConfig
-from brlite.http.body_budget import BodyBudget
+from brlite.http.body import BodyBudget
 from brlite.http.connection import Connection
 from brlite.http.keys import ApiKeys
 from brlite.http.origin_policy import OriginPolicy

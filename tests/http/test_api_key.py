@@ -14,7 +14,7 @@ def test_a_key_without_rules_may_do_everything() -> None:
 
     for _ in range(1000):
         key.check_model("anything")
-        key.begin(0.0)
+        key.begin(0.0, "m")
         key.spend(0.0, 10**6, 10**6)
 
     assert not key.has_limits
@@ -45,12 +45,12 @@ def test_a_long_name_of_a_model_is_cut_in_the_refusal() -> None:
 
 def test_requests_beyond_the_minutes_are_refused_until_one_has_come_back() -> None:
     key = ApiKey(requests_per_minute=2)
-    key.begin(0.0)
-    key.begin(0.0)
+    key.begin(0.0, "m")
+    key.begin(0.0, "m")
 
     with pytest.raises(RateLimited, match=r"2 requests a minute \(requests_per_minute\); try again in 20 s") as caught:
-        key.begin(10.0)
-    key.begin(30.0)
+        key.begin(10.0, "m")
+    key.begin(30.0, "m")
 
     assert caught.value.retry_after_seconds == 20
     assert key.usage == KeyUsage(num_admitted=3, num_rate_limited=1)
@@ -58,13 +58,13 @@ def test_requests_beyond_the_minutes_are_refused_until_one_has_come_back() -> No
 
 def test_tokens_are_charged_afterwards_and_a_debt_is_waited_for() -> None:
     key = ApiKey(tokens_per_minute=60)
-    key.begin(0.0)
-    key.begin(0.0)
+    key.begin(0.0, "m")
+    key.begin(0.0, "m")
     key.spend(0.0, 50, 100)
 
     with pytest.raises(RateLimited, match=r"60 tokens a minute \(tokens_per_minute\); try again in 91 s") as caught:
-        key.begin(0.0)
-    key.begin(91.0)
+        key.begin(0.0, "m")
+    key.begin(91.0, "m")
 
     assert caught.value.retry_after_seconds == 91
     assert (key.usage.prompt_tokens, key.usage.completion_tokens) == (50, 100)
@@ -72,13 +72,13 @@ def test_tokens_are_charged_afterwards_and_a_debt_is_waited_for() -> None:
 
 def test_a_place_is_given_back_at_the_end() -> None:
     key = ApiKey(max_concurrent=2)
-    key.begin(0.0)
-    key.begin(0.0)
+    key.begin(0.0, "m")
+    key.begin(0.0, "m")
 
     with pytest.raises(RateLimited, match=r"2 requests at once \(max_concurrent\)") as caught:
-        key.begin(0.0)
+        key.begin(0.0, "m")
     key.end()
-    key.begin(0.0)
+    key.begin(0.0, "m")
 
     assert caught.value.retry_after_seconds == 1
     assert key.num_running == 2
@@ -86,11 +86,11 @@ def test_a_place_is_given_back_at_the_end() -> None:
 
 def test_a_refused_request_takes_nothing() -> None:
     key = ApiKey(requests_per_minute=3, max_concurrent=1)
-    key.begin(0.0)
+    key.begin(0.0, "m")
 
     for _ in range(10):
         with pytest.raises(RateLimited, match="max_concurrent"):
-            key.begin(0.0)
+            key.begin(0.0, "m")
 
     assert key.headers(0.0)["x-ratelimit-remaining-requests"] == "2"
     assert key.num_running == 1
@@ -98,7 +98,7 @@ def test_a_refused_request_takes_nothing() -> None:
 
 def test_the_headers_are_those_of_openai() -> None:
     key = ApiKey(requests_per_minute=60, tokens_per_minute=6000, max_concurrent=5)
-    key.begin(0.0)
+    key.begin(0.0, "m")
     key.spend(0.0, 6000, 1000)
 
     assert key.headers(0.25) == {
@@ -134,11 +134,11 @@ def test_the_config_is_taken_as_it_is() -> None:
     )
 
     key = ApiKey.from_config(config)
-    key.begin(0.0)
+    key.begin(0.0, "m")
 
     assert (key.name, key.may_use("m"), key.may_use("n")) == ("team-a", True, False)
     headers = key.headers(0.0)
     assert (headers["x-ratelimit-limit-requests"], headers["x-ratelimit-limit-tokens"]) == ("7", "8")
     with pytest.raises(RateLimited, match="max_concurrent"):
-        key.begin(0.0)
+        key.begin(0.0, "m")
     assert "sk" not in repr(key)

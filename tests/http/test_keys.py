@@ -260,7 +260,7 @@ def test_a_secret_belongs_to_one_key_only_and_is_not_shown(plain: tuple[str, ...
 def test_replaced_keys_are_those_of_the_others_and_what_a_name_has_used_stays_used() -> None:
     keys = ApiKeys(["plain-1"], [("sk-a", ApiKey("team-a", requests_per_minute=1)), ("sk-b", ApiKey("team-b"))])
     key = keys.require("sk-a")
-    key.begin(now=0.0)
+    key.begin(0.0, "m")
 
     is_changed = keys.replace(ApiKeys(["plain-2"], [("sk-new", ApiKey("team-a", requests_per_minute=1))]))
 
@@ -271,16 +271,16 @@ def test_replaced_keys_are_those_of_the_others_and_what_a_name_has_used_stays_us
     assert list(keys) == [key]
     assert key.num_running == 1
     with pytest.raises(RateLimited):
-        key.begin(now=1.0)
+        key.begin(1.0, "m")
 
 
 def test_a_key_whose_limit_changes_begins_a_new_minute_and_keeps_its_count() -> None:
     key = ApiKey("team-a", requests_per_minute=1)
-    key.begin(now=0.0)
+    key.begin(0.0, "m")
 
     key.take_rules(ApiKey("team-a", requests_per_minute=2, models=("m",)))
 
-    key.begin(now=1.0)
+    key.begin(1.0, "m")
     assert key.usage.num_admitted == 2
     assert not key.may_use("other")
 

@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 from brlite.app import FORWARDER, create_app, fast_paths
 from brlite.config.options import Config, LimitsConfig, ProxyConfig, UpstreamConfig
-from brlite.http.body import BODIES
-from brlite.http.body_budget import BodyBudget
+from brlite.http.body import BODIES, BodyBudget
 from brlite.http.keys import KEYS, ApiKeys
 from brlite.http.listen import HttpServer
 from brlite.proxy.forwarder import Forwarder
