@@ -126,10 +126,7 @@ class Engine:
         admit(request, self.info, self.limits)
 
     def add_request(self, request: Request, sink: Sink) -> None:
-        """Queue a request, whose prompt is copied.
-
-        Raises `RequestError` at once for one that is wrong, can never fit or finds a full queue.
-        """
+        """Queue a request. Raises `RequestError` at once for one that is wrong, can never fit or finds a full queue."""
         if request.request_id in self._requests:
             raise InvalidRequest(f"request id {request.request_id} is in use already", param="request_id")
         if request.params.structured is not None and request.grammar is None:
@@ -146,12 +143,9 @@ class Engine:
             request, prompt_token_ids=list(request.prompt_token_ids), group=request.group or request.request_id
         )
         max_tokens, warnings = admit(request, self.info, self.limits)
-        max_waiting = self.limits.max_waiting
         # The queue is only counted where it may be full: that takes a look at each request.
-        if not request.is_exempt_from_queue_timeout and len(self._requests) >= max_waiting:
-            queued = self.queued()
-            if len(queued) >= max_waiting:
-                self._make_room(queued, request.tenant)
+        if not request.is_exempt_from_queue_timeout and len(self._requests) >= self.limits.max_waiting:
+            self._make_room(request.tenant)
         seed, pooling = request.params.seed, request.pooling
         state = RequestState(
             request=request,
@@ -320,11 +314,14 @@ class Engine:
             if state.is_queued and not (state.is_aborted or state.request.is_exempt_from_queue_timeout)
         ]
 
-    def _make_room(self, queued: list[RequestState], tenant: str) -> None:
-        """End the newest request of the tenant with most in the full queue, or raise `QueueFull`.
+    def _make_room(self, tenant: str) -> None:
+        """Where the queue is full, end the newest request of the tenant with most in it, or raise `QueueFull`.
 
         A single tenant may fill the queue. Several tenants share it equally.
         """
+        queued = self.queued()
+        if len(queued) < self.limits.max_waiting:
+            return
         counts = Counter(state.request.tenant for state in queued)
         longest, num_longest = counts.most_common(1)[0]
         newest = next(
