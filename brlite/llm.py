@@ -17,7 +17,7 @@ import weakref
 from array import array
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -68,7 +68,7 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
     """
     spec = spec or config.model[0]
     load = _load_own if config.engine.name is None else _load_from_contract
-    tokenizer, backend, path, scoring_head = load(config, spec, on_progress or _ignore)
+    tokenizer, backend, path, scoring_head, draft_backend = load(config, spec, on_progress or _ignore)
     defaults = _sampling_defaults(path, spec, backend.info.vocab_size) if path is not None else {}
     for note in backend.info.notes:
         logger.warning("model %s: %s", spec.name, note)
@@ -80,6 +80,7 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
         grammar=config.grammar,
         sampling_defaults=defaults,
         scoring_head=scoring_head,
+        draft_backend=draft_backend,
     )
     return Assembly(engine, backend)
 
@@ -122,11 +123,13 @@ class ModelParts(NamedTuple):
     backend: Backend
     path: Path | None
     scoring_head: ScoringHead | None = None
+    draft_backend: Backend | None = None
 
 
 def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
     """A model that our own backends compute."""
     from brlite.backends.choose import load_backend
+    from brlite.backends.draft import check_draft, load_draft
     from brlite.backends.sizes import settle_context
     from brlite.backends.torch.device import prepare_environment
     from brlite.checkpoint import open_checkpoint
@@ -137,7 +140,7 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts
 
     prepare_environment()
     path = locate_model(spec.name, spec.path, report)
-    with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
+    with closing(open_checkpoint(path, spec.model_file)) as checkpoint, ExitStack() as unless_loaded:
         spec = settle_context(checkpoint.config, spec, config.engine, checkpoint.formats())
         spec = settle_pooling(path, checkpoint.config, spec)
         # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
@@ -146,13 +149,14 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts
         scoring_head = None if head is None else ScoringHead(array("f", head[0].tobytes()), head[1])
         report("reading the tokenizer", 0.0)
         tokenizer = _load_tokenizer(path, spec, config.limits)
-        try:
-            _check_vocabulary(tokenizer, model.config.vocab_size, path)
-            backend = load_backend(checkpoint, model, spec, config.engine, report)
-            return ModelParts(tokenizer, backend, path, scoring_head)
-        except BaseException:
-            tokenizer.close()
-            raise
+        unless_loaded.callback(tokenizer.close)
+        _check_vocabulary(tokenizer, model.config.vocab_size, path)
+        check_draft(spec, config.engine, tokenizer)
+        backend = load_backend(checkpoint, model, spec, config.engine, report)
+        unless_loaded.callback(backend.close)
+        draft_backend = load_draft(spec, config.engine, backend.info, report)
+        unless_loaded.pop_all()
+        return ModelParts(tokenizer, backend, path, scoring_head, draft_backend)
 
 
 def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:

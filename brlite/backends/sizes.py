@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from brlite.backends.choose import check_activations, find_obstacle
+from brlite.backends.draft import draft_spec, find_draft
 from brlite.backends.native.abi import LANES
 from brlite.backends.torch.device import compute_dtype, device_memory, prepare_environment, rules_for, select_device
 from brlite.checkpoint import open_checkpoint
@@ -72,7 +73,10 @@ class RankSizes(msgspec.Struct, frozen=True):
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model will hold in memory, in bytes, and in which form. With `ranks` it is the sum of theirs."""
+    """What a model will hold in memory, in bytes, and in which form. With `ranks` it is the sum of theirs.
+
+    `draft` has the sizes of its draft model.
+    """
 
     num_parameters: int
     max_context: int
@@ -86,6 +90,7 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     block_size: int
     ranks: tuple[RankSizes, ...] = ()
+    draft: Sizes | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -93,8 +98,8 @@ class Sizes(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def num_bytes(self) -> int:
-        """Weights and KV cache together."""
-        return self.weight_bytes + self.kv_bytes
+        """Weights and KV cache together, those of the draft model too."""
+        return self.weight_bytes + self.kv_bytes + (0 if self.draft is None else self.draft.num_bytes)
 
 
 def find_model(spec: ModelSpec) -> Path | None:
@@ -112,14 +117,26 @@ def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
     path = find_model(spec)
     if path is not None:
         return sizes_at(path, spec, engine)
-    return measure(DEFAULT_MODEL_CONFIG, spec, engine, DEFAULT_MODEL_FORMATS) if spec.name == DEFAULT_MODEL else None
+    if spec.name != DEFAULT_MODEL:
+        return None
+    return with_draft(measure(DEFAULT_MODEL_CONFIG, spec, engine, DEFAULT_MODEL_FORMATS), spec, engine)
 
 
 def sizes_at(path: Path, spec: ModelSpec, engine: EngineConfig) -> Sizes:
     """The sizes of the model in a folder or file. Raises `ModelError` and `ConfigError`."""
     prepare_environment()  # before a checkpoint imports torch
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
-        return measure(checkpoint.config, spec, engine, checkpoint.formats())
+        return with_draft(measure(checkpoint.config, spec, engine, checkpoint.formats()), spec, engine)
+
+
+def with_draft(sizes: Sizes, spec: ModelSpec, engine: EngineConfig) -> Sizes:
+    """The sizes with those of the model's draft model, if it has one that is used. Raises `ModelError`."""
+    if spec.draft is None or engine.speculation == "off":
+        return sizes
+    with closing(open_checkpoint(find_draft(spec.draft))) as checkpoint:
+        of_draft = draft_spec(spec, engine, checkpoint.config, (sizes.context, sizes.num_blocks * sizes.block_size))
+        draft = measure(checkpoint.config, of_draft, engine, checkpoint.formats())
+    return msgspec.structs.replace(sizes, draft=draft)
 
 
 def measure(

@@ -75,7 +75,8 @@ OTHERS = {
     **dict.fromkeys(
         ("--reasoning-parser", "--reasoning-format"), "it is reasoning_parser of a [[model]]; auto finds it"
     ),
-    **dict.fromkeys(("--speculative-config", "-md", "--model-draft"), "it is engine.speculation"),
+    **dict.fromkeys(("-md", "--model-draft", "--speculative-model", "--speculative-draft-model-path"), "--draft"),
+    **dict.fromkeys(("--speculative-config",), "--draft names a draft model; engine.speculation turns guesses off"),
     **dict.fromkeys(("--no-enable-prefix-caching", "--disable-radix-cache"), "it is engine.prefix_caching = false"),
     **dict.fromkeys(
         (

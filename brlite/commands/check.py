@@ -15,7 +15,8 @@ from typing import TypeVar
 
 import msgspec
 
-from brlite.backends.sizes import Sizes, find_model, known_sizes, measure
+from brlite.backends.draft import check_draft
+from brlite.backends.sizes import Sizes, find_model, known_sizes, measure, with_draft
 from brlite.checkpoint import open_checkpoint
 from brlite.checkpoint.checked_model import check_model
 from brlite.config.load import load_config, read_toml
@@ -95,9 +96,10 @@ def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
         return ModelReport(spec=spec, origin=origin, sizes=known_sizes(spec, engine))
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint:
         check_model(checkpoint, spec)
-        sizes = measure(checkpoint.config, spec, engine, checkpoint.formats())
+        sizes = with_draft(measure(checkpoint.config, spec, engine, checkpoint.formats()), spec, engine)
         origin = str(checkpoint.path)
-    load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
+    tokenizer = load_tokenizer(path, chat_template=Path(spec.chat_template) if spec.chat_template else None)
+    check_draft(spec, engine, tokenizer)
     return ModelReport(spec=spec, origin=origin, sizes=sizes)
 
 
@@ -152,6 +154,9 @@ def _describe_model(report: ModelReport) -> Iterator[str]:
         yield f"            ({spec.precision}: rounded to int8, but held as {sizes.dtype} by torch)"
     blocks = f"{sizes.num_blocks} blocks of {sizes.block_size} tokens as {sizes.kv_dtype}"
     yield f"  KV cache  {show_bytes(sizes.kv_bytes)}: {blocks}, {show_bytes(sizes.kv_bytes_per_token)} a token"
+    if spec.draft is not None and (draft := sizes.draft) is not None:
+        memory = f"{show_bytes(draft.weight_bytes)} of weights and {show_bytes(draft.kv_bytes)} of KV cache"
+        yield f"  draft     {spec.draft.path}: {memory}, precision {draft.precision}"
     num_tokens = sizes.num_blocks * sizes.block_size
     for number, rank in enumerate(sizes.ranks):
         word = "ranks" if number == 0 else ""

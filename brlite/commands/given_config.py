@@ -38,6 +38,8 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="NAME|PATH", help="model to use instead of the config's: a name on a hub, a folder or a file"
     )
+    draft = "smaller model of the same vocabulary that guesses tokens ahead (docs/speculation.md)"
+    parser.add_argument("--draft", metavar="PATH", help=draft)
     context = "maximum context in tokens, prompt plus answer (0: the model's maximum, less if memory is short)"
     parser.add_argument("--context", type=int, metavar="N", help=context)
     parser.add_argument("--device", help="device that computes: auto, cpu or another torch device")
@@ -107,6 +109,8 @@ def folders_own() -> Path | None:
 def overrides(args: argparse.Namespace) -> Mapping[str, object]:
     """The fields that were given on the command line."""
     given = {field: getattr(args, name, None) for name, field in _OVERRIDES.items()}
+    if (draft := getattr(args, "draft", None)) is not None:
+        given["model[0].draft"] = {"path": draft}
     return {field: value for field, value in (given | _keys(args)).items() if value is not None}
 
 

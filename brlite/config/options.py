@@ -165,6 +165,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.max_num_batched_tokens or preferred
 
 
+class DraftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A smaller model of the same vocabulary, which guesses tokens for the served one to verify."""
+
+    path: Annotated[Text, option("a Hugging Face folder or a .gguf file")]
+    precision: Annotated[PrecisionOption, option("as of a model")] = "auto"
+
+
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One model to serve.
 
@@ -197,6 +204,13 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         option("ranks that share the model: one process for each card, or for a part of the cores"),
     ] = 1
     devices: Annotated[tuple[DeviceIndex, ...], option("device numbers, as many as tensor_parallel")] = (0,)
+    draft: Annotated[
+        DraftConfig | None,
+        option(
+            "a smaller model of the same vocabulary that guesses tokens, also as [model.draft] (docs/speculation.md)",
+            {"path": "/models/my-small-model", "precision": "auto"},
+        ),
+    ] = None
     chat_template: Annotated[
         Text | None, option("a file used in place of the model's own template", "/models/chat.jinja")
     ] = None

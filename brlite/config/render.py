@@ -131,6 +131,8 @@ def _json_schema(field: inspect.Field, key: str) -> Any:
 
 
 def _value(value: object) -> str:
+    if isinstance(value, msgspec.Struct):
+        value = msgspec.structs.asdict(value)
     if isinstance(value, dict):
         pairs = (f"{_string(name)} = {_value(item)}" for name, item in value.items())
         return f"{{ {', '.join(pairs)} }}" if value else "{}"

@@ -115,8 +115,10 @@ def _members(kinds: Iterable[inspect.Type]) -> Iterator[inspect.Type]:
 
 
 def bare(kind: inspect.Type) -> inspect.Type:
-    """A type without the texts that belong to it."""
-    return kind.type if isinstance(kind, inspect.Metadata) else kind
+    """A type without the texts that belong to it; of a struct or None, the struct."""
+    kind = kind.type if isinstance(kind, inspect.Metadata) else kind
+    members = kind.types if isinstance(kind, inspect.UnionType) else ()
+    return next((member for member in members if isinstance(member, inspect.StructType)), kind)
 
 
 def describe(kind: inspect.Type) -> str:
@@ -133,6 +135,8 @@ def describe(kind: inspect.Type) -> str:
         return f"a list, each {describe(kind.item_type)}"
     if isinstance(kind, inspect.DictType):
         return f"a table, each value {describe(kind.value_type)}"
+    if isinstance(kind, inspect.StructType):
+        return f"a table of {', '.join(field.encode_name for field in kind.fields)}"
     name = _NAMES.get(type(kind), "something else")
     low, above, high = (getattr(kind, bound, None) for bound in ("ge", "gt", "le"))
     if low is not None:

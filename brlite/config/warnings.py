@@ -238,6 +238,12 @@ def _is_loopback(host: str) -> bool:
     return host in LOOPBACK or host.startswith("127.")
 
 
+def _drafts(config: Config) -> Warnings:
+    for index, spec in enumerate(config.model):
+        if spec.draft is not None and config.engine.speculation == "off":
+            yield f'model[{index}].draft: has no effect with engine.speculation = "off"'
+
+
 def _step_budget(config: Config) -> Warnings:
     budget = config.engine.max_num_batched_tokens
     for index, spec in enumerate(config.model):
@@ -281,6 +287,7 @@ _RULES: tuple[Callable[[Config], Warnings], ...] = (
     _engine_of_a_proxy,
     _threads,
     _another_engine,
+    _drafts,
     _step_budget,
 )
 _MODEL_RULES: tuple[Callable[[ModelSpec], Warnings], ...] = (_weights, _manual_limits)

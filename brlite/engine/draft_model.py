@@ -162,6 +162,9 @@ class DraftModel:
                 num_guesses[seq.seq_id] = num
             sampling = SamplingInput(draft.params, seq.seed, seq.num_output_tokens) if is_whole else None
             token_ids = draft.token_ids[begin : begin + num_tokens]
+            if max(token_ids) >= self.info.vocab_size:  # rows of the served model's head that no text has
+                draft.has_failed = True
+                continue
             runs.append(ScheduledSeq(seq.seq_id, begin, token_ids, list(draft.block_table), sampling))
         return DraftPlan(Batch(runs), num_guesses, start) if runs else None
 

@@ -144,6 +144,11 @@ class Tokenizer:
         """The bytes a token stands for: a special token's are its literal text, those of an unknown id are empty."""
         return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
 
+    def first_difference(self, other: Tokenizer) -> int | None:
+        """The first token id that is another text in `other`. None if they agree on all ids that both have."""
+        pairs = enumerate(zip(self._bytes, other._bytes, strict=False))
+        return next((token_id for token_id, (own, others) in pairs if own != others), None)
+
     def special_token_id(self, text: str) -> int | None:
         """The id of the special token that is this text."""
         if not self._special_ids:
