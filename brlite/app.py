@@ -23,8 +23,7 @@ from brlite.proxy.forwarder import Forwarder
 from brlite.proxy.metrics import ForwardingCollector
 from brlite.proxy.middleware import forward_middleware
 from brlite.proxy.scrape import Scraper
-from brlite.server.delivery import RUNNING, end_all
-from brlite.server.generate import CONFIG, MODELS
+from brlite.server.generate import CONFIG, MODELS, RUNNING, end_all
 from brlite.server.handlers import ADD_METRICS, METRICS_PATHS, OPEN_PATHS, PROBES, ROUTES
 from brlite.server.idempotency import ANSWERS, IdempotentAnswers
 from brlite.server.metrics import COLLECTORS

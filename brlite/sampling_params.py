@@ -1,7 +1,7 @@
 """The sampling table: every parameter with its default and its range, the same online and offline.
 
-Ranges that depend on the model (top_k and token ids against the vocabulary) are checked by `check_vocabulary`,
-which the engine calls at its door. The mathematics is in `brlite/backends/sampling/reference.py`.
+Ranges that depend on the model (top_k and token ids against the vocabulary) are checked by `engine/admission.py`.
+The mathematics is in `brlite/backends/sampling/reference.py`.
 """
 
 from __future__ import annotations
@@ -381,14 +381,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             return self
         chosen = {name: defaults[name] for name in unset if name in defaults}
         return msgspec.structs.replace(self, **chosen) if chosen else self
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise `InvalidRequest` where `top_k` or a token id lies outside a vocabulary of `vocab_size` tokens."""
-        if self.top_k > vocab_size:
-            raise InvalidRequest(f"top_k must be -1, 0 or 1 to {vocab_size}, got {self.top_k}", param="top_k")
-        for param in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-            if token_ids := getattr(self, param):
-                check_token_ids(token_ids, vocab_size, param=param)
 
 
 def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) -> None:

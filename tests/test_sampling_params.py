@@ -6,6 +6,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from brlite.config.options import LimitsConfig
+from brlite.engine.admission import check_limits
 from brlite.engine.backend import Batch, SamplingInput, ScheduledSeq
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import SamplingParams, StructuredOutput, parameters
@@ -238,10 +240,10 @@ def test_each_penalty_alone_counts_as_penalties(name: str) -> None:
     ],
 )
 def test_the_vocabulary_bounds_top_k_and_token_ids(name: str, inside: Any, outside: Any) -> None:
-    SamplingParams(**{name: inside}).check_vocabulary(10)
+    check_limits(SamplingParams(**{name: inside}), LimitsConfig(), 10)
 
     with pytest.raises(InvalidRequest) as refusal:
-        SamplingParams(**{name: outside}).check_vocabulary(10)
+        check_limits(SamplingParams(**{name: outside}), LimitsConfig(), 10)
 
     assert refusal.value.param == name
 

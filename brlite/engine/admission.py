@@ -34,10 +34,9 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
         return 0, ()
     if not info.can_generate:
         raise InvalidRequest("this model does not generate: it has no head for it", code="no_language_model_head")
-    check_limits(request.params, limits)
+    check_limits(request.params, limits, info.vocab_size)
     if request.params.best_of is not None and not request.params.use_beam_search:
         raise InvalidRequest("best_of is not for completions that are given as they come", param="best_of")
-    request.params.check_vocabulary(info.vocab_size)
     if request.params.prompt_logprobs is not None and not info.has_prompt_logprobs:
         raise InvalidRequest("prompt_logprobs cannot be had from this server's engine", param="prompt_logprobs")
 
@@ -110,8 +109,8 @@ def prompt_too_long(
     return error
 
 
-def check_limits(params: SamplingParams, limits: LimitsConfig) -> None:
-    """Raise `InvalidRequest` for values beyond the server's limits, which hold for all models."""
+def check_limits(params: SamplingParams, limits: LimitsConfig, vocab_size: int | None = None) -> None:
+    """Raise `InvalidRequest` for values beyond the server's limits, the same for all models, or beyond a vocabulary."""
     for name, value, limit in (
         ("n", params.n, limits.max_n),
         ("best_of", params.beam_width if params.use_beam_search else 0, limits.max_beam_width),
@@ -134,3 +133,10 @@ def check_limits(params: SamplingParams, limits: LimitsConfig) -> None:
             f"a stop string may have at most {limits.max_stop_length} characters on this server, got {longest}",
             param="stop",
         )
+    if vocab_size is None:
+        return
+    if params.top_k > vocab_size:
+        raise InvalidRequest(f"top_k must be -1, 0 or 1 to {vocab_size}, got {params.top_k}", param="top_k")
+    for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+        if token_ids := getattr(params, name):
+            check_token_ids(token_ids, vocab_size, param=name)

@@ -95,8 +95,9 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
             if response is None:
                 try:
                     values = [request.headers.getall(name, None) for name in (hdrs.HOST, hdrs.ORIGIN, FETCH_SITE)]
-                    refusal = policy.refusal(*[None if value is None else ", ".join(value) for value in values])
-                    if refusal is not None:
+                    host, origin, site = [None if value is None else ", ".join(value) for value in values]
+                    is_in = policy.lets_in(host, origin, site, keys.is_open)
+                    if not is_in and (refusal := policy.refusal(host, origin, site)) is not None:
                         raise refusal
                     key = no_key
                     if resource not in open_resources:

@@ -20,6 +20,7 @@ from brlite.errors import Forbidden
 from brlite.http.keys import ApiKeys
 
 ANY = "*"
+MAX_REMEMBERED = 256  # answers; a client sends the same headers with each request
 MAX_SHOWN = 200
 
 # What the usual /etc/hosts calls loopback, and what containers and virtual machines call the machine that they run on:
@@ -55,6 +56,7 @@ class OriginPolicy:
         self._allowed_hosts = frozenset(_host_name(host) for host in allowed_hosts)
         self._keys = keys
         self._is_loopback = is_loopback
+        self.lets_in = lru_cache(MAX_REMEMBERED)(self._lets_in)
 
     def refusal(self, host: str | None, origin: str | None, fetch_site: str | None) -> Forbidden | None:
         """Why a request with these headers is refused; None if it is not. A header that stands twice is joined."""
@@ -79,6 +81,10 @@ class OriginPolicy:
             f"A web page of {whose} may not use this server. Pages of origins in server.cors_origins (--cors) may.",
             code="origin_not_allowed",
         )
+
+    def _lets_in(self, host: str | None, origin: str | None, fetch_site: str | None, is_open: bool) -> bool:
+        """Whether there is no `refusal`, which depends on `is_open` too: whether no key is needed."""
+        return self.refusal(host, origin, fetch_site) is None
 
     def _may_ask(self, host: str | None, origin: str | None, fetch_site: str | None) -> bool:
         if ANY in self.allowed_origins or origin in self.allowed_origins:

@@ -32,7 +32,6 @@ from brlite.proxy.wire.connections import reset
 from brlite.proxy.wire.framing import Body, FramingError, LengthBody, body_of
 from brlite.proxy.wire.heads import (
     END_OF_HEAD,
-    MAX_REMEMBERED,
     Heads,
     RequestHead,
     num_whole_lines_bytes,
@@ -108,25 +107,16 @@ class FastPaths:
         self.cors = Cors(policy) if policy.allowed_origins else None
         self._keys = keys
         self._policy = policy
-        self._let_in: set[tuple[RequestHead, bool]] = set()
         self.access_log = access_log
 
     def __call__(self, connection: Connection, transport: asyncio.Transport) -> FastPath | None:
         return FastPath(self, connection, transport) if self.forwarder.table.upstreams else None
 
     def key_of(self, head: RequestHead) -> ApiKey | None:
-        """The key that a request with this head is let in with; None: aiohttp's middlewares refuse it.
-
-        What the origin policy said of a head is remembered. It depends on nothing else but whether keys are needed.
-        """
+        """The key that a request with this head is let in with; None: aiohttp's middlewares refuse it."""
         keys = self._keys
-        seen = (head, keys.is_open)
-        if seen not in self._let_in:
-            if self._policy.refusal(*head.asked_by) is not None:
-                return None
-            if len(self._let_in) >= MAX_REMEMBERED:
-                self._let_in.clear()
-            self._let_in.add(seen)
+        if not self._policy.lets_in(*head.asked_by, keys.is_open):
+            return None
         return keys.anybody if keys.is_open else keys.find(head.shown_key)
 
 

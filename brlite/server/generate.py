@@ -1,8 +1,18 @@
-"""The endpoint of each dialect, and what every request to a model goes through: its key, its model, its limits."""
+"""The endpoint of each dialect: a call is decoded, admitted and delivered. `generate` is the place to start.
+
+A delivery carries the engine's outputs to one HTTP response: chunk by chunk, or all at once. A stream whose model has
+to be loaded begins before the load and reports its progress in comments. The engine's sinks write to the client's
+socket themselves, so a token costs one write and wakes no task. A client that is slower than its model gets merged
+deltas; one that leaves, in any way, has its requests aborted.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import enum
+import functools
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -11,20 +21,33 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from brlite.config.options import Config
-from brlite.dialects.dialect import Dialect
-from brlite.dialects.generation import MAX_TIMEOUT_SECONDS, Generation, refuse_warnings
+from brlite.config.options import Config, LimitsConfig
+from brlite.dialects.dialect import Dialect, ResponseEncoder
+from brlite.dialects.event import TokenUsage
+from brlite.dialects.generation import MAX_TIMEOUT_SECONDS, Generation, in_client_words, refuse_warnings
 from brlite.dialects.openai import encode_json
-from brlite.errors import InvalidRequest, stopping
+from brlite.engine.admission import check_limits
+from brlite.engine.async_engine import EngineLoop
+from brlite.engine.outputs import RequestOutput, RequestTimes
+from brlite.engine.request import Request
+from brlite.errors import BrliteError, EngineError, InvalidRequest, RequestTimeout, stopping
+from brlite.http.access_log import log_extras
 from brlite.http.body import keep_body, read_body
-from brlite.http.keys import API_KEY
+from brlite.http.events import EventStream
+from brlite.http.keys import API_KEY, spend_tokens
+from brlite.http.request_id import shown_request_id
 from brlite.server import idempotency
-from brlite.server.delivery import StreamDelivery, WholeDelivery
+from brlite.server.engine_requests import make_requests, with_model_defaults
+from brlite.server.event_builder import EventBuilder
+from brlite.server.resumable import RECORDED, RecordedStream
 from brlite.server.served_model import ModelTable, ServedModel
 
 TIMEOUT_HEADER = "X-Request-Timeout"
+LOADING_COMMENT_SECONDS = 1.0
+STOPPING_RETRY_SECONDS = 1
 CONFIG = web.AppKey("config", Config)
 MODELS = web.AppKey("models", ModelTable)
+RUNNING: web.AppKey[set[Delivery]] = web.AppKey("running")  # the deliveries in progress
 
 
 async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = False) -> web.StreamResponse:
@@ -92,3 +115,259 @@ def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
             yield model
     finally:
         key.end()
+
+
+def end_all(app: web.Application) -> None:
+    """End all responses in progress with an error; a stream gets an error event."""
+    for delivery in app[RUNNING]:
+        delivery.fail(stopping(STOPPING_RETRY_SECONDS))
+
+
+class Delivery:
+    """One call's response in the making. `run` makes it, inside `admit`.
+
+    Every way out ends there: what is not finished is aborted, what was computed is charged to the key and logged, and
+    the client's own names of fields stand in a refusal.
+    """
+
+    def __init__(
+        self, request: web.Request, dialect: Dialect, call: Generation, model_name: str, limits: LimitsConfig
+    ) -> None:
+        self.id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
+        self._request = request
+        self._dialect = dialect
+        self._call = call
+        self._model_name = model_name
+        self._limits = limits
+        self._tenant = request[API_KEY].tenant
+        self._outputs: dict[int, RequestOutput] = {}  # that are not sent yet
+        self._num_open = 0
+        self._error: BrliteError | None = None
+        self._times = RequestTimes(0.0, 0.0, 0.0)  # of the prompt that ended last
+        self._deadline: asyncio.TimerHandle | None = None
+        self._changed = asyncio.Event()
+        self._engine: EngineLoop
+        self._requests: list[Request] = []
+        self._builder: EventBuilder | None = None  # until the requests are with the engine
+        self._encoder: ResponseEncoder
+
+    async def run(self, model: ServedModel) -> web.StreamResponse:
+        """Run the call and send its response. Raises the error that ended it where nothing of one has been sent."""
+        self._request.app[RUNNING].add(self)
+        try:
+            await self._submit(model)
+            return await self._send()
+        except InvalidRequest as error:
+            return await self._end_with(in_client_words(error, self._call.field_names))
+        except BrliteError as error:
+            return await self._end_with(error)
+        finally:
+            self._close()
+
+    async def _wait_for(self, model: ServedModel) -> EngineLoop:
+        return await model.loaded(self._limits.max_wait_seconds, self._tenant)
+
+    def end_after(self, seconds: float) -> None:
+        """End with an error when so many seconds have passed, unless the response is complete by then.
+
+        It ends a wait for the model, too.
+        """
+        self._limits = msgspec.structs.replace(
+            self._limits, max_wait_seconds=min(seconds, self._limits.max_wait_seconds)
+        )
+        error = RequestTimeout(f"the request was not complete after its timeout of {seconds:g} s", param="timeout")
+        self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, error)
+
+    async def _submit(self, model: ServedModel) -> None:
+        """Encode the prompts and queue their requests, once the model is loaded.
+
+        Raises `RequestError` for the first that is refused, or if the model does not come.
+        """
+        engine = model.engine
+        if engine is None or model.is_held_back:
+            check_limits(self._call.params, self._limits)  # the engine does, but too late for a client that waits
+            engine = await self._wait_for(model)
+        if engine.sampling_defaults:
+            self._call = with_model_defaults(self._call, engine)
+        made = await make_requests(self._call, engine, model.spec, self.id, self._tenant)
+        if self._call.is_strict and made.warnings:
+            refuse_warnings(made.warnings)
+        self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
+        weight = self._request[API_KEY].weight
+        for index, request in enumerate(made.requests):
+            if weight != 1:
+                request = msgspec.structs.replace(request, weight=weight)
+            engine.submit(request, functools.partial(self._receive, index))
+        warnings = (*self._call.warnings, *made.warnings, *made.cuts)
+        self._builder = EventBuilder(self._call, engine.tokenizer, warnings, made.replies)
+        self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
+
+    async def _send(self) -> web.StreamResponse:
+        """Send the response to its end. Raises the error that ended one of the requests."""
+        raise NotImplementedError
+
+    def fail(self, error: BrliteError) -> None:
+        """End with this error in place of what is still to come."""
+        self._error = self._error or error
+        self._changed.set()
+
+    def abort(self) -> None:
+        """End the generation at its next step: the response is what there is then, with the finish reason "abort"."""
+        for request in self._requests:
+            self._engine.abort(request.request_id)
+
+    def is_named(self, name: str, tenant: str) -> bool:
+        """Whether the response, or its request, has this id, belongs to the tenant and is with the engine."""
+        return bool(self._requests) and tenant == self._tenant and name in (self.id, shown_request_id(self._request))
+
+    async def _end_with(self, error: BrliteError) -> web.StreamResponse:
+        """End a response that has begun with an error. Where none has, raise it: the middlewares answer it."""
+        raise error from None
+
+    def _receive(self, index: int, output: RequestOutput | BrliteError) -> None:
+        """The sink of one prompt's request."""
+        try:
+            if isinstance(output, BrliteError):
+                self._error = output
+            else:
+                self._num_open -= output.finished
+                self._times = output.times or self._times
+                self._take(index, output)
+        except Exception:  # the engine logs it; without an error here the handler would wait for ever
+            self._error = EngineError("the answer could not be made")
+            raise
+        finally:
+            if not self._num_open or self._error is not None:
+                self._changed.set()
+
+    def _take(self, index: int, output: RequestOutput) -> None:
+        if index in self._outputs:
+            self._outputs[index].merge(output)
+        else:
+            self._outputs[index] = output
+
+    def _close(self) -> None:
+        self._request.app[RUNNING].discard(self)
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._num_open:
+            self.abort()
+        usage = TokenUsage(0, 0, 0)
+        if self._builder is not None:
+            for index, output in self._outputs.items():  # computed, and never sent
+                self._builder.count(index, output)
+            usage = self._builder.usage()
+        spend_tokens(self._request, usage.prompt, usage.completion)
+        spent = self._request[API_KEY].usage
+        spent.queue_seconds += self._times.queue
+        spent.prefill_seconds += self._times.prefill
+        spent.decode_seconds += self._times.decode
+        log_extras(self._request).update(
+            model=self._model_name,
+            prompt_tokens=usage.prompt,
+            cached_tokens=usage.cached,
+            completion_tokens=usage.completion,
+            queue_s=round(self._times.queue, 3),
+            prefill_s=round(self._times.prefill, 3),
+            decode_s=round(self._times.decode, 3),
+        )
+
+
+class WholeDelivery(Delivery):
+    """Waits for all completions and answers with one body."""
+
+    async def _send(self) -> web.StreamResponse:
+        assert self._builder is not None
+        while self._num_open and self._error is None:
+            await self._changed.wait()
+            self._changed.clear()
+        if self._error is not None:
+            raise self._error
+        outputs, self._outputs = self._outputs, {}
+        events, warnings = self._builder.whole([outputs[index] for index in sorted(outputs)])
+        body = self._encoder.whole(events, self._builder.usage(), warnings)
+        return web.Response(body=body, content_type="application/json")
+
+
+class StreamState(enum.Enum):
+    """How far a stream is. It only moves down this list."""
+
+    WAITING = enum.auto()  # no headers yet: a refusal is a response of its own
+    BEGUN = enum.auto()  # headers are sent: a refusal travels in the stream. Deltas are kept
+    SENDING = enum.auto()  # deltas are written as they come
+    OVER = enum.auto()  # nothing more is written: the end, an error, or the client has left
+
+
+class StreamDelivery(Delivery):
+    """Sends each delta as it comes, as server-sent events; `_outputs` holds only what the client is not ready for.
+
+    The headers go first where a model has to be loaded, which may fail.
+    """
+
+    _state = StreamState.WAITING
+    _stream: EventStream | RecordedStream  # from BEGUN on
+
+    async def _begin(self) -> None:
+        """Send the headers."""
+        recorded = self._request.get(RECORDED)
+        self._stream = recorded or EventStream(self._request, self._limits.sse_comment_seconds)
+        await self._stream.prepare()
+        self._state = StreamState.BEGUN
+
+    async def _wait_for(self, model: ServedModel) -> EngineLoop:
+        await self._begin()
+        with self._stream.telling(model.loading.describe, LOADING_COMMENT_SECONDS):
+            return await super()._wait_for(model)
+
+    async def _send(self) -> web.StreamResponse:
+        """Returns early if the client left, or was cut for being slow."""
+        assert self._builder is not None
+        if self._state is StreamState.WAITING:
+            await self._begin()
+        prompts = TokenUsage(sum(len(request.prompt_token_ids) for request in self._requests), 0, 0)
+        if opening := self._encoder.opening(prompts):
+            self._stream.write(opening)
+        self._state = StreamState.SENDING
+        self._flush()
+        while self._num_open and self._error is None and self._state is StreamState.SENDING:
+            await self._changed.wait()
+            self._changed.clear()
+            if self._outputs and not await self._stream.drained(self._limits.slow_client_seconds):
+                break
+            self._flush()
+        self._state = StreamState.OVER  # outputs of other prompts must not follow the end of the response
+        if self._error is not None:
+            raise self._error
+        return await self._stream.finish(self._encoder.closing(self._builder.usage()))
+
+    async def _end_with(self, error: BrliteError) -> web.StreamResponse:
+        if self._state is StreamState.WAITING:
+            raise error from None
+        self._state = StreamState.OVER
+        failing = self._dialect.encode_error if self._builder is None else self._encoder.failing
+        return await self._stream.finish(failing(error))
+
+    def _take(self, index: int, output: RequestOutput) -> None:
+        if self._state is not StreamState.SENDING or self._outputs or self._stream.is_backlogged:
+            super()._take(index, output)
+            self._changed.set()
+        else:
+            self._write(index, output)
+
+    def _flush(self) -> None:
+        outputs, self._outputs = self._outputs, {}
+        for index, output in outputs.items():
+            self._write(index, output)
+
+    def _write(self, index: int, output: RequestOutput) -> None:
+        assert self._builder is not None
+        events = self._builder.events(index, output)
+        if events and not self._stream.write(b"".join([self._encoder.encode(event) for event in events])):
+            self._state = StreamState.OVER  # the client has left; not every server cancels the handler then
+            self._changed.set()
+
+    def _close(self) -> None:
+        if self._state is not StreamState.WAITING:
+            self._stream.close()
+        self._state = StreamState.OVER
+        super()._close()

@@ -22,11 +22,10 @@ from brlite.errors import Forbidden, NotFound
 from brlite.http.body import leave_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
 from brlite.server import metrics
-from brlite.server.delivery import RUNNING
 from brlite.server.docs_page import docs_page
 from brlite.server.embeddings import embed
 from brlite.server.explain import explain
-from brlite.server.generate import CONFIG, MODELS, admit, generate, json_response
+from brlite.server.generate import CONFIG, MODELS, RUNNING, admit, generate, json_response
 from brlite.server.model_actions import load_model, unload_model
 from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card, model_props
 from brlite.server.openapi import document

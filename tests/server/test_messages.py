@@ -28,7 +28,7 @@ from brlite.dialects.generation import Chat, ReasoningHint
 from brlite.http.listen import HttpServer
 from brlite.llm import AsyncEngine
 from brlite.server.chat_replies import template_extras
-from brlite.server.delivery import end_all
+from brlite.server.generate import end_all
 from tests.limits import PATIENCE_SECONDS
 from tests.proxy.proxies import run_proxy
 
