@@ -1,6 +1,7 @@
-"""Any order of submitting, stepping and aborting, with guesses or without, on a cache too small: texts stay right.
+"""Any order of submitting, stepping and aborting, on a cache too small: texts stay right.
 
-So they do whether each step waits for the one before or is decided ahead of its result.
+So they do with guesses and without, by n-grams and by a draft model, and whether each step waits for the one before or
+is decided ahead of its result.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from brlite.config.options import LimitsConfig
 from brlite.engine.request import sibling_seed
 from tests.engine.conftest import Driver
-from tests.fakes import printable_token, reference_tokens, repeating_token
+from tests.fakes import FakeBackend, printable_token, reference_tokens, repeating_token
 
 # Few letters and few shapes, so that prompts share prefixes, evict each other and come back.
 prompts = st.builds(
@@ -44,20 +45,27 @@ class Asked(NamedTuple):
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
         next_token=st.sampled_from([printable_token, repeating_token]),
+        num_blocks=st.sampled_from([12, 24]),
         max_draft_tokens=st.sampled_from([0, 7]),
         max_draft_seqs=st.sampled_from([1, 4]),
         can_run_ahead=st.booleans(),
+        draft_token=st.sampled_from([None, printable_token, repeating_token]),
+        num_draft_blocks=st.sampled_from([4, 12]),
     )
     def start(
         self,
         next_token: Callable[[Sequence[int], int], int],
+        num_blocks: int,
         max_draft_tokens: int,
         max_draft_seqs: int,
         can_run_ahead: bool,
+        draft_token: Callable[[Sequence[int], int], int] | None,
+        num_draft_blocks: int,
     ) -> None:
+        draft = {"num_blocks": num_draft_blocks, "max_num_seqs": 3, "max_model_len": 40, "next_token": draft_token}
         self.driver = Driver(
             budget=7,
-            num_blocks=12,
+            num_blocks=num_blocks,
             max_num_seqs=3,
             max_model_len=40,
             limits=LimitsConfig(max_waiting=1000, max_wait_seconds=1e6),
@@ -65,6 +73,8 @@ class EngineMachine(RuleBasedStateMachine):
             max_draft_tokens=max_draft_tokens,
             engine={"max_draft_seqs": max_draft_seqs},
             can_run_ahead=can_run_ahead,
+            draft_backend=None if draft_token is None else FakeBackend(**draft),
+            draft_seconds=0.01,
         )
         self.asked: dict[str, Asked] = {}
         self.aborted: set[str] = set()
@@ -122,6 +132,16 @@ class EngineMachine(RuleBasedStateMachine):
         self.driver.begin()
         self.abort(data)
         self.driver.end()
+
+    @precondition(lambda self: self.asked)
+    @rule(data=st.data())
+    def abort_while_the_draft_model_guesses(self, data: st.DataObject) -> None:
+        engine = self.driver.engine
+        plan = engine.plan_drafts()
+        self.abort(data)
+        if plan is not None and engine.draft_model is not None:
+            engine.take_drafts(plan, engine.draft_model.run(plan))
+        self.driver.step()
 
     @invariant()
     def no_block_is_lost(self) -> None:
