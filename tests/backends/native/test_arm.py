@@ -15,7 +15,7 @@ from brlite.backends.native.library import NativeLibrary
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 SYSTEM_ROOT = "/usr/aarch64-linux-gnu"  # where Debian has the C library of the processor
 RESULTS = Path(__file__).with_name("toy_results.cpp")
-NUM_RESULTS = 12  # precisions of weights and cache
+NUM_RESULTS = 17  # precisions of weights, cache and activations
 PROCESSORS = {"cortex-a72": "neon", "cortex-a76": "neon_dotprod", "max": "neon_i8mm"}  # the fastest kernels of each
 
 pytestmark = pytest.mark.skipif(

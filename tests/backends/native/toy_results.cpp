@@ -1,6 +1,7 @@
-// Prints the results of the self-test's toy model, for every precision, with every instruction set of the library that
-// it is linked with: tokens, and checksums of the logits and of the cache. Built for two processors, and the lines
-// compared (test_arm.py).
+// Prints the results of the self-test's toy model, for every precision, with
+// every instruction set of the library that it is linked with: tokens, and
+// checksums of the logits and of the cache. Built for two processors, and the
+// lines compared (test_arm.py).
 #include <stdio.h>
 
 #include "brlite.h"
@@ -12,7 +13,8 @@ namespace {
 
 constexpr int MAX_TOKENS = 20, PROMPT = 14, NUM_BLOCKS = Toy::BLOCKS_OF_SEQUENCE;
 
-// Computes tokens `first` .. `end - 1` of the first sequence. Each row draws its next token.
+// Computes tokens `first` .. `end - 1` of the first sequence. Each row draws
+// its next token.
 bool step(brlite_engine* engine, int32_t* tokens, int first, int end, uint64_t& checksum) {
     static float logits[MAX_TOKENS][Toy::VOCABULARY];
     int32_t blocks[NUM_BLOCKS];
@@ -39,8 +41,8 @@ bool step(brlite_engine* engine, int32_t* tokens, int first, int end, uint64_t& 
 }
 
 // A prompt, computed as two chunks, and a few tokens after it, one at a time.
-bool print_results(int isa, int weight_format, int kv_format) {
-    Toy toy(weight_format, kv_format);
+bool print_results(int isa, int weight_format, int kv_format, bool has_int8_rows) {
+    Toy toy(weight_format, kv_format, has_int8_rows);
     brlite_engine* engine = brlite_create(&toy.plan(), isa, 2);
     int32_t tokens[MAX_TOKENS + 1];
     for (int i = 0; i < PROMPT; i++) tokens[i] = 11 * i % Toy::VOCABULARY;
@@ -51,8 +53,8 @@ bool print_results(int isa, int weight_format, int kv_format) {
     for (int i = PROMPT; is_computed && i < MAX_TOKENS; i++) is_computed = step(engine, tokens, i, i + 1, checksum);
     brlite_destroy(engine);
     const uint64_t cache = brlite_checksum(nullptr, toy.cache().data(), toy.cache().size());
-    printf("isa %d weights %d cache %d: %016llx %016llx", isa, weight_format, kv_format, (unsigned long long)checksum,
-           (unsigned long long)cache);
+    printf("isa %d weights %d cache %d int8 rows %d: %016llx %016llx", isa, weight_format, kv_format, has_int8_rows,
+           (unsigned long long)checksum, (unsigned long long)cache);
     for (int i = PROMPT; i <= MAX_TOKENS; i++) printf(" %d", tokens[i]);
     printf("\n");
     return is_computed;
@@ -65,8 +67,9 @@ int main() {
     for (int isa = 0; isa < BRLITE_NUM_ISAS; isa++) {
         if (!brlite_isa_available(isa)) continue;
         for (int weight_format = 0; weight_format < BRLITE_NUM_FORMATS; weight_format++) {
-            is_computed &= print_results(isa, weight_format, BRLITE_INT8);
-            is_computed &= print_results(isa, weight_format, BRLITE_BF16);
+            is_computed &= print_results(isa, weight_format, BRLITE_INT8, false);
+            is_computed &= print_results(isa, weight_format, BRLITE_BF16, false);
+            if (weight_format != BRLITE_BF16) is_computed &= print_results(isa, weight_format, BRLITE_BF16, true);
         }
     }
     return is_computed ? 0 : 1;
