@@ -75,7 +75,7 @@ ONLY_IN = {
     "triton": ("backends.torch.triton",),
     "jinja2": ("chat.template_worker",),
     "llguidance": ("grammar",),
-    "setuptools": ("backends.native.extension",),
+    "setuptools": ("backends.native.extension", "commands.shared_files"),
 }
 DEVICE_KINDS = re.compile(r"\b(cuda|supa|nccl|gloo|bccl|sccl)\b")
 DEVICE_MODULE = "backends.torch.device"

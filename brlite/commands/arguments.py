@@ -144,12 +144,16 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
 
 
 def completion(args: argparse.Namespace) -> int:
-    """Print the shell's own code."""
+    print(completion_script(args.whole_parser, args.shell))
+    return 0
+
+
+def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """What `shell` runs to complete the parser's commands, in the shell's own language."""
     import shtab
 
-    _complete_paths(args.whole_parser, shtab.FILE)
-    print(shtab.complete(args.whole_parser, args.shell))
-    return 0
+    _complete_paths(parser, shtab.FILE)
+    return str(shtab.complete(parser, shell))
 
 
 def _complete_paths(parser: argparse.ArgumentParser, file: object) -> None:

@@ -2,7 +2,8 @@
 
 For setuptools the library is an extension, which is installed beside the package. It is optional: without a working
 compiler brlite is installed without it. Python does not import it; library.py loads it. This file is also the build
-backend that pyproject.toml names: that of setuptools, which also requires ziglang if the system has no compiler.
+backend that pyproject.toml names: that of setuptools, which also requires what makes the man page and completions,
+and ziglang if the system has no compiler.
 """
 
 from __future__ import annotations
@@ -40,16 +41,17 @@ __all__ = [
     "prepare_metadata_for_build_wheel",
 ]
 
+PAGE_PACKAGES = ("argparse_manpage>=4.6", "shtab>=1.6")  # of commands/shared_files.py
 Settings = Mapping[str, Any] | None
 
 
 def get_requires_for_build_wheel(config_settings: Settings = None) -> list[str]:
     """PEP 517: packages that a build needs in addition to `build-system.requires`."""
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *_missing_compiler()]
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *PAGE_PACKAGES, *_missing_compiler()]
 
 
 def get_requires_for_build_editable(config_settings: Settings = None) -> list[str]:
-    """PEP 660: the same, for an editable install."""
+    """PEP 660: the same, for an editable install, which has no man page and no completions."""
     return [*build_meta.get_requires_for_build_editable(config_settings), *_missing_compiler()]
 
 
