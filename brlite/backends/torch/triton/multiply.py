@@ -2,11 +2,13 @@
 
 The weights are the left operand of the matrix units and the rows the right one, so a tile always has 64 or 128 outputs
 and no work is lost on the missing rows of a small batch. The inputs are summed in segments, whose number depends on the
-shape of the matrix alone: a product of few rows computes them side by side and writes each (`parts`), one of many rows
-computes and adds them one after the other. Whoever reads the product adds the parts in order.
+shape of the matrix alone: where few programs would run, they are computed side by side and each is written (`parts`);
+where there are enough, a program computes and adds them one after the other. What reads the product adds the parts in
+that order.
 
 Int8 weights have a scale for each 32 inputs of an output; what is multiplied is level times scale, rounded to bfloat16.
-They are stored group after group, [K / 32, N, 32], so that what a program reads next lies together.
+They are stored group after group, [K / 32, N, 8] words of four, so that what a program reads next lies together, and a
+word holds what a thread gives to the matrix units (`pack_words`).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from brlite.backends.torch.parameters import Int8Linear, Linear
 from brlite.backends.torch.triton.precision import DOT, scaled
 from brlite.models.config import QUANTIZATION_GROUP
 
-FEW_ROWS = 64  # up to here the segments of a product are computed side by side
+MAX_NARROW_ROWS = 128  # above this int8 weights are widened before a product
 MAX_PARTS = 8
 SEGMENT_STEP = 128  # a segment is a multiple of so many inputs
 _WANTED_PROGRAMS = 264  # two for each of a large card's multiprocessors
@@ -33,8 +35,8 @@ _GROUP: tl.constexpr = tl.constexpr(QUANTIZATION_GROUP)
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weights of a product as the kernels read them: `values` [N, K] in bfloat16, or [K / 32, N, 32] in int8 with
-    `scales` [K / 32, N], bfloat16 numbers in float32: a load of two bytes a thread is not made ahead of time."""
+    """The weights of a product as the kernels read them: `values` [N, K] in bfloat16, or [K / 32, N, 8] words of int8
+    with `scales` [K / 32, N], bfloat16 numbers in float32: a load of two bytes a thread is not made ahead of time."""
 
     num_outputs: int
     num_inputs: int
@@ -48,8 +50,8 @@ class Matrix:
         weight = linear.weight
         if not isinstance(linear, Int8Linear):
             return cls(len(weight), num_inputs, weight, None, linear.bias)
-        levels = weight.view(len(weight), -1, QUANTIZATION_GROUP).transpose(0, 1).contiguous()
-        return cls(len(weight), num_inputs, levels, linear.scales.t().float().contiguous(), linear.bias)
+        words = pack_words(weight.view(len(weight), -1, QUANTIZATION_GROUP).transpose(0, 1))
+        return cls(len(weight), num_inputs, words, linear.scales.t().float().contiguous(), linear.bias)
 
     @property
     def stride(self) -> int:
@@ -61,6 +63,17 @@ class Matrix:
         if self.scales is None:
             return self.values[start:], None
         return self.values[:, start:], self.scales[:, start:]
+
+
+def pack_words(levels: Tensor) -> Tensor:
+    """Levels [..., 32], from -127 to 127, as words [..., 8] of four, each level as its sign and its magnitude.
+
+    A word has the inputs i, i + 8, i + 1 and i + 9 of 16, which are one thread's in an instruction of the matrix units
+    (mma.m16n8k16, wgmma: PTX ISA, "Register Fragments"), so that loads and registers need no byte to be moved.
+    """
+    magnitudes = levels.abs().view(torch.uint8) | (levels < 0).to(torch.uint8) << 7
+    halves = magnitudes.reshape(*levels.shape[:-1], 2, 2, 4, 2)  # twice 16 inputs, each in two halves of four pairs
+    return halves.movedim(-3, -1).reshape(*levels.shape[:-1], 8, 4).view(torch.int32).squeeze(-1)
 
 
 def num_parts(num_outputs: int, num_inputs: int) -> int:
@@ -99,12 +112,18 @@ def _weights_of(
     IS_EVEN: tl.constexpr,
     SIZE: tl.constexpr,
 ):
-    """The weights of `outputs` for SIZE inputs, from `start` on: [BLOCK_OUTPUTS, SIZE]. Int8: for one group."""
+    """The weights of `outputs` for SIZE inputs, from `start` on: [BLOCK_OUTPUTS, SIZE]. Int8: for whole groups."""
     is_there = outputs[:, None] < num_outputs
     if IS_INT8:
-        places = (start // SIZE * stride + outputs).to(tl.int64)
-        levels = tl.load(values + places[:, None] * SIZE + tl.arange(0, SIZE)[None, :], mask=is_there, other=0)
-        return scaled(levels, tl.load(scales + places, mask=outputs < num_outputs, other=0)[:, None])
+        NUM_GROUPS: tl.constexpr = SIZE // _GROUP
+        WORDS: tl.constexpr = _GROUP // 4
+        groups = tl.arange(0, NUM_GROUPS) + start // _GROUP
+        factors = tl.load(scales + outputs[:, None] + groups[None, :].to(tl.int64) * stride, mask=is_there, other=0)
+        factors = tl.broadcast_to(factors[:, :, None], [outputs.shape[0], NUM_GROUPS, WORDS])
+        words = tl.arange(0, NUM_GROUPS * WORDS)
+        places = (words // WORDS + start // _GROUP)[None, :].to(tl.int64) * stride + outputs[:, None]
+        levels = tl.load(values + places * WORDS + (words % WORDS)[None, :], mask=is_there, other=0)
+        return scaled(levels, tl.reshape(factors, [outputs.shape[0], NUM_GROUPS * WORDS]), SIZE)
     inputs = start + tl.arange(0, SIZE)
     if not IS_EVEN:
         is_there &= inputs[None, :] < num_inputs
@@ -133,15 +152,12 @@ def _product(
     STAGES: tl.constexpr,
 ):
     """The product of `outputs` and `rows` over the inputs from `first` to `last`: [BLOCK_OUTPUTS, BLOCK_ROWS]."""
-    SIZE: tl.constexpr = _GROUP if IS_INT8 else BLOCK_INPUTS
     total = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
     for start in tl.range(first, last, BLOCK_INPUTS, num_stages=STAGES):
-        for index in tl.static_range(BLOCK_INPUTS // SIZE):
-            place = start + index * SIZE
-            weights = _weights_of(
-                values, scales, outputs, place, num_outputs, num_inputs, stride, IS_INT8, IS_EVEN, SIZE
-            )
-            total = tl.dot(weights, _inputs_of(x, rows, place, num_rows, num_inputs, IS_EVEN, SIZE), total)
+        weights = _weights_of(
+            values, scales, outputs, start, num_outputs, num_inputs, stride, IS_INT8, IS_EVEN, BLOCK_INPUTS
+        )
+        total = tl.dot(weights, _inputs_of(x, rows, start, num_rows, num_inputs, IS_EVEN, BLOCK_INPUTS), total)
     return total
 
 
@@ -218,19 +234,16 @@ def gated_kernel(
     n_tile, m_tile = tl.swizzle2d(tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1), 8)
     outputs = n_tile * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     rows = m_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    SIZE: tl.constexpr = _GROUP if IS_INT8 else BLOCK_INPUTS
     gate = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
     up = tl.zeros([BLOCK_OUTPUTS, BLOCK_ROWS], tl.float32)
     for start in tl.range(0, num_inputs, BLOCK_INPUTS, num_stages=STAGES):
-        for index in tl.static_range(BLOCK_INPUTS // SIZE):
-            place = start + index * SIZE
-            inputs = _inputs_of(x, rows, place, num_rows, num_inputs, IS_EVEN, SIZE)
-            weights = _weights_of(values, scales, outputs, place, size, num_inputs, stride, IS_INT8, IS_EVEN, SIZE)
-            gate = tl.dot(weights, inputs, gate)
-            weights = _weights_of(
-                up_values, up_scales, outputs, place, size, num_inputs, stride, IS_INT8, IS_EVEN, SIZE
-            )
-            up = tl.dot(weights, inputs, up)
+        inputs = _inputs_of(x, rows, start, num_rows, num_inputs, IS_EVEN, BLOCK_INPUTS)
+        weights = _weights_of(values, scales, outputs, start, size, num_inputs, stride, IS_INT8, IS_EVEN, BLOCK_INPUTS)
+        gate = tl.dot(weights, inputs, gate)
+        weights = _weights_of(
+            up_values, up_scales, outputs, start, size, num_inputs, stride, IS_INT8, IS_EVEN, BLOCK_INPUTS
+        )
+        up = tl.dot(weights, inputs, up)
     if HAS_BIAS:
         gate += tl.load(bias + outputs, mask=outputs < size, other=0).to(tl.float32)[:, None]
         up += tl.load(bias + size + outputs, mask=outputs < size, other=0).to(tl.float32)[:, None]
@@ -252,18 +265,23 @@ def _widen_kernel(values, scales, out, num_outputs, stride, BLOCK_OUTPUTS: tl.co
 
 def multiply(x: Tensor, matrix: Matrix) -> Tensor:
     """The product [parts, M, N] in float32, without the bias, of x [M, K] bfloat16."""
+    matrix = matrix if len(x) <= MAX_NARROW_ROWS else _widened(matrix)
+    tile = choose_tile(len(x), matrix)
+    num_programs = triton.cdiv(matrix.num_outputs, tile.outputs) * triton.cdiv(len(x), tile.rows)
+    return multiply_in_tiles(x, matrix, tile, is_split=num_programs <= _WANTED_PROGRAMS // 2)
+
+
+def multiply_in_tiles(x: Tensor, matrix: Matrix, tile: Tile, *, is_split: bool) -> Tensor:
+    """The same in given tiles: with `is_split` the parts, where there are several, else their sum."""
     num_rows, num_inputs, num_outputs = len(x), matrix.num_inputs, matrix.num_outputs
-    parts = num_parts(num_outputs, num_inputs)
-    is_few = num_rows <= FEW_ROWS
-    matrix = matrix if is_few else _widened(matrix)
-    tile = Tile.of(num_rows, matrix)
-    out = x.new_empty((parts if is_few else 1, num_rows, num_outputs), dtype=torch.float32)
-    grid = (triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows), parts if is_few else 1)
-    multiply_kernel[grid](
+    segments = num_parts(num_outputs, num_inputs)
+    parts = segments if is_split else 1
+    out = x.new_empty((parts, num_rows, num_outputs), dtype=torch.float32)
+    multiply_kernel[(triton.cdiv(num_outputs, tile.outputs), triton.cdiv(num_rows, tile.rows), parts)](
         *(x, matrix.values, matrix.scales, out, num_rows, num_outputs, num_inputs, matrix.stride),
-        segment_size(num_inputs, parts),
-        IS_PART=is_few and parts > 1,
-        HAS_SEGMENTS=not is_few and parts > 1,
+        segment_size(num_inputs, segments),
+        IS_PART=parts > 1,
+        HAS_SEGMENTS=segments > parts,
         **tile.options(matrix),
     )
     return out
@@ -272,8 +290,8 @@ def multiply(x: Tensor, matrix: Matrix) -> Tensor:
 def multiply_gated(x: Tensor, matrix: Matrix) -> Tensor:
     """silu(gate) times up, [M, N / 2] bfloat16; the outputs of the matrix are gate's and then up's."""
     num_rows, size = len(x), matrix.num_outputs // 2
-    matrix = matrix if num_rows <= FEW_ROWS else _widened(matrix)
-    tile = Tile.of(num_rows, matrix, is_gated=True)
+    matrix = matrix if num_rows <= MAX_NARROW_ROWS else _widened(matrix)
+    tile = choose_tile(num_rows, matrix, is_gated=True)
     out = x.new_empty((num_rows, size))
     gated_kernel[(triton.cdiv(size, tile.outputs), triton.cdiv(num_rows, tile.rows))](
         *(x, matrix.values, matrix.scales, *matrix.outputs_from(size), matrix.bias, out),
@@ -299,7 +317,7 @@ def _widened(matrix: Matrix) -> Matrix:
 class Tile(NamedTuple):
     """What one program computes: `outputs` by `rows`, `inputs` at a time, of which `SEGMENT_STEP` is a multiple.
 
-    It changes no bit of the result. The sizes were measured on an H200.
+    It changes no bit of the result.
     """
 
     outputs: int
@@ -307,15 +325,6 @@ class Tile(NamedTuple):
     inputs: int
     stages: int
     warps: int
-
-    @classmethod
-    def of(cls, num_rows: int, matrix: Matrix, *, is_gated: bool = False) -> Tile:
-        inputs = 128 if matrix.num_inputs % 128 == 0 or matrix.scales is None else QUANTIZATION_GROUP
-        if num_rows <= 32:
-            return cls(64, 16 if num_rows <= 16 else 32, inputs, 3 if is_gated else 4, 4)
-        if num_rows <= FEW_ROWS:
-            return cls(64, 64, min(inputs, 64), 4, 4)
-        return cls(64, 256, 64, 3, 8) if is_gated else cls(128, 128, 64, 3, 4)
 
     def options(self, matrix: Matrix) -> dict[str, int | bool]:
         """The kernel's constants."""
@@ -329,3 +338,30 @@ class Tile(NamedTuple):
             "num_warps": self.warps,
             "enable_fp_fusion": False,
         }
+
+
+class Tiles(NamedTuple):
+    """Those of products of up to `max_rows` rows."""
+
+    max_rows: int
+    plain: Tile
+    gated: Tile
+
+
+# Chosen by the times of bench/card.py on an H200, but for 65 to 128 rows, where nothing was measured yet: the tile of
+# 64 rows grown by its rows, so that a matrix is read once (`bench/card.py --tiles` compares them).
+TILES = (
+    Tiles(16, Tile(64, 16, 128, 4, 4), Tile(64, 16, 128, 3, 4)),
+    Tiles(32, Tile(64, 32, 128, 4, 4), Tile(64, 32, 128, 3, 4)),
+    Tiles(64, Tile(64, 64, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
+    Tiles(128, Tile(64, 128, 64, 4, 4), Tile(64, 128, 64, 3, 4)),
+    Tiles(2**31, Tile(128, 128, 64, 3, 4), Tile(64, 256, 64, 3, 8)),
+)
+
+
+def choose_tile(num_rows: int, matrix: Matrix, *, is_gated: bool = False) -> Tile:
+    """The tile of a product of so many rows. Int8 weights of odd sizes are taken a group at a time."""
+    tiles = next(tiles for tiles in TILES if num_rows <= tiles.max_rows)
+    tile = tiles.gated if is_gated else tiles.plain
+    is_odd = matrix.scales is not None and matrix.num_inputs % 128 != 0
+    return tile._replace(inputs=QUANTIZATION_GROUP) if is_odd else tile

@@ -39,9 +39,59 @@ def widen(levels):
     return tl.inline_asm_elementwise(_WIDEN, "=r,=r,r", [levels], dtype=tl.bfloat16, is_pure=True, pack=4)
 
 
+# A word holds four weights as sign and magnitude, which become level times factor, rounded once. With m a magnitude,
+# 0x4300 | m are the bits of the bfloat16 number 128 + m, and (128 + m) · factor - 128 · factor is m · factor. Two
+# instructions a weight, in which no byte is moved.
+_SCALE_WORD = tl.constexpr(
+    """{
+    .reg .b32 factor, minus, low, high, sign, minus_zero;
+    mov.b32 factor, {$5, $5};
+    mov.b32 minus, 0xc300c300;
+    mov.b32 minus_zero, 0x80008000;
+    fma.rn.bf16x2 minus, factor, minus, minus_zero;
+    and.b32 low, $4, 0x007f007f;
+    or.b32 low, low, 0x43004300;
+    shr.u32 high, $4, 8;
+    and.b32 high, high, 0x007f007f;
+    or.b32 high, high, 0x43004300;
+    fma.rn.bf16x2 low, low, factor, minus;
+    fma.rn.bf16x2 high, high, factor, minus;
+    shl.b32 sign, $4, 8;
+    and.b32 sign, sign, 0x80008000;
+    xor.b32 low, low, sign;
+    and.b32 sign, $4, 0x80008000;
+    xor.b32 high, high, sign;
+    mov.b32 {$0, $1}, low;
+    mov.b32 {$2, $3}, high;
+    }"""
+)
+
+
 @triton.jit
-def scaled(levels, factors):
-    """int8 levels times factors (bfloat16 numbers in float32), rounded to bfloat16, as it is multiplied."""
+def _scaled_byte(words, factors, SHIFT: tl.constexpr):
+    byte = words >> SHIFT & 255
+    level = tl.where(byte < 128, byte, 128 - byte)
+    return (level.to(tl.float32) * factors).to(tl.bfloat16).to(DOT)
+
+
+@triton.jit
+def scaled(words, factors, SIZE: tl.constexpr):
+    """The weights [N, SIZE] of `words` [N, SIZE / 4], as `pack_words` makes them, times factors [N, 1] (bfloat16
+    numbers in float32), rounded to bfloat16, as it is multiplied."""
     if IS_INTERPRETED:
-        return (levels.to(tl.float32) * factors).to(tl.bfloat16).to(DOT)
-    return widen(levels) * factors.to(tl.bfloat16)
+        first = _scaled_byte(words, factors, 0)
+        second = _scaled_byte(words, factors, 16)
+        ninth = _scaled_byte(words, factors, 8)
+        tenth = _scaled_byte(words, factors, 24)
+    else:
+        first, second, ninth, tenth = tl.inline_asm_elementwise(
+            _SCALE_WORD,
+            "=h,=h,=h,=h,r,h",
+            [words, factors.to(tl.bfloat16)],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=1,
+        )
+    weights = tl.join(tl.join(first, second), tl.join(ninth, tenth))  # [N, words, 2, 2]
+    weights = tl.reshape(weights, [words.shape[0], SIZE // 16, 4, 2, 2])
+    return tl.reshape(tl.permute(weights, (0, 1, 4, 2, 3)), [words.shape[0], SIZE])

@@ -38,7 +38,7 @@ HEADS = {"NUM_HEADS": 32, "NUM_KV_HEADS": 8, "HEAD_DIM": 128, "BLOCK_DIM": 128}
 ATTENTION = {**HEADS, "WINDOW": 0, "BLOCK_SIZE": 16, "BLOCK_KEYS": BLOCK_KEYS, "SPLIT": MIN_SPLIT, "STAGES": 2}
 STORED = {**HEADS, "NUM_PARTS": 2, "ROTARY_DIM": 128, "IS_INTERLEAVED": False, "HAS_BIAS": False, "HAS_NORM": True}
 NO_SCALES = {"scales": None}
-INT8_MATRIX = {"values": "*i8", "up_values": "*i8"}
+INT8_MATRIX = {"values": "*i32", "up_values": "*i32"}
 MATRIX = {"values": "*bf16", "out": "*fp32"}
 INT8_PAGES = {"keys": "*i8", "values": "*i8"}
 

@@ -13,9 +13,10 @@ from brlite.backends.torch.triton.multiply import (
     MAX_PARTS,
     SEGMENT_STEP,
     Matrix,
-    Tile,
+    choose_tile,
     multiply,
     multiply_gated,
+    multiply_in_tiles,
     num_parts,
     segment_size,
 )
@@ -60,8 +61,32 @@ def test_a_product_is_the_sum_of_its_parts(shape: tuple[int, int, int], is_int8:
 
     parts = multiply(x, matrix)
 
-    assert len(parts) == (num_parts(num_outputs, num_inputs) if num_rows <= 64 else 1)
+    assert len(parts) == num_parts(num_outputs, num_inputs)  # there is one tile, or two
     torch.testing.assert_close(parts.double().sum(dim=0), x.double() @ weight.T, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_int8", [False, True], ids=["bfloat16", "int8"])
+def test_parts_add_up_to_the_bits_of_a_product_in_one(is_int8: bool) -> None:
+    matrix, _ = make_matrix(70, 480, is_int8=is_int8)
+    x = random_rows(5, 480)
+    tile = choose_tile(5, matrix)
+
+    parts = multiply_in_tiles(x, matrix, tile, is_split=True)
+    (total,) = multiply_in_tiles(x, matrix, tile, is_split=False)
+
+    assert len(parts) == 4
+    assert torch.equal(((parts[0] + parts[1]) + parts[2]) + parts[3], total)
+
+
+def test_a_matrix_is_not_split_for_rows_that_fill_a_card() -> None:
+    matrix, weight = make_matrix(260, 256, is_int8=False)
+    x = random_rows(129, 256)
+
+    whole = multiply(x.repeat(44, 1), matrix)  # 45 tiles of rows by 3 of outputs
+
+    assert len(multiply(x, matrix)) == 2
+    assert len(whole) == 1
+    torch.testing.assert_close(whole[0, -129:].double(), x.double() @ weight.T, rtol=1e-5, atol=1e-4)
 
 
 def test_a_part_is_the_product_of_its_segment() -> None:
@@ -108,5 +133,5 @@ def test_no_tile_takes_inputs_of_two_segments(num_inputs: int, is_int8: bool) ->
     matrix, _ = make_matrix(64, num_inputs, is_int8=is_int8)
 
     for is_gated in (False, True):
-        for num_rows in (1, 16, 17, 32, 33, 64, 65, 2048):
-            assert SEGMENT_STEP % Tile.of(num_rows, matrix, is_gated=is_gated).inputs == 0
+        for num_rows in (1, 16, 17, 32, 33, 64, 65, 128, 129, 2048):
+            assert SEGMENT_STEP % choose_tile(num_rows, matrix, is_gated=is_gated).inputs == 0
