@@ -47,8 +47,12 @@ MAX_REASON = 300
 
 
 def fingerprint(sources: Path = SOURCES) -> str:
-    """A hash of what a library is built from: sources, flags, operating system and processor architecture."""
-    digest = hashlib.sha256(" ".join((*FLAGS, *LINK_FLAGS, platform.system(), platform.machine())).encode())
+    """A hash of what a library is built from: sources, flags, operating system and processor architecture.
+
+    The architecture is this machine's, or the one that a cross-compiling build of a wheel sets for setuptools.
+    """
+    machine = os.environ.get("_PYTHON_HOST_PLATFORM", "").rpartition("-")[2] or platform.machine()  # linux-aarch64
+    digest = hashlib.sha256(" ".join((*FLAGS, *LINK_FLAGS, platform.system(), machine)).encode())
     for path in sorted((*sources.glob("*.cpp"), *sources.glob("*.h"))):
         content = path.read_bytes()
         digest.update(f"\n{path.name} {len(content)}\n".encode() + content)
