@@ -130,6 +130,11 @@ def _keys(args: argparse.Namespace) -> dict[str, object]:
     if getattr(args, "keys_read", None) is None:
         from brlite.http.keys import parse_keys
 
+        if sys.stdin.isatty():
+            end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+            print(
+                f"brlite: reading API keys from the terminal, one a line; {end} ends them", file=sys.stderr, flush=True
+            )
         text = sys.stdin.read(MAX_KEYS_LENGTH + 1)
         if len(text) > MAX_KEYS_LENGTH:
             raise ConfigError(f"--api-key-file -: allowed on standard input are {MAX_KEYS_LENGTH} characters")

@@ -388,6 +388,15 @@ def test_keys_of_standard_input_are_read_once_and_kept(handed_over, monkeypatch)
     assert handed_over.source.load().keys.keys == ("sk-1", "sk-2")
 
 
+def test_at_a_terminal_the_server_says_that_it_waits_for_keys(handed_over, monkeypatch, capsys):
+    terminal = io.StringIO("sk-1\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+
+    assert main(["serve", "--api-key-file", "-"]) == 0
+    assert capsys.readouterr().err == "brlite: reading API keys from the terminal, one a line; Ctrl-D ends them\n"
+
+
 @pytest.mark.parametrize(
     ("text", "message"), [("# nothing\n", "standard input holds no key"), ("sk-1\n" * 20_000, "65536 characters")]
 )

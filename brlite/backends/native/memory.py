@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from brlite.errors import ConfigError
+from brlite.process.machine import find_memory, show_bytes
+
+logger = logging.getLogger(__name__)
 
 Size = TypeVar("Size", int, npt.NDArray[np.int64])
 
@@ -21,11 +25,19 @@ def aligned(num_bytes: Size) -> Size:
 
 
 class NativeMemory:
-    """`num_bytes` zeroed bytes at `address`, until `close`. Raises `ConfigError` if memory is short."""
+    """`num_bytes` zeroed bytes at `address`, until `close`. Raises `ConfigError` if the system refuses them.
+
+    Linux does not refuse what is more than the free memory; it ends a process later, when the bytes are used. So that
+    is a warning.
+    """
 
     def __init__(self, library: ctypes.CDLL, num_bytes: int, purpose: str) -> None:
         self._library = library
         self.num_bytes = num_bytes
+        if num_bytes > (memory := find_memory()).available:
+            limit = f" within {memory.decided_by}" if memory.decided_by else ""
+            needed, free = show_bytes(num_bytes), show_bytes(memory.available)
+            logger.warning("%s: %s, but %s are free%s; the system may end this process", purpose, needed, free, limit)
         self.address: int = library.brlite_allocate(max(1, num_bytes)) or 0
         if not self.address:
             raise ConfigError(f"{purpose} takes {num_bytes / 2**30:.1f} GiB, which is not there")
