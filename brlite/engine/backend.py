@@ -1,5 +1,6 @@
 """The seam between deciding and computing: plain data down, plain data up. No tensors cross it, and no logits.
 
+What a step has one of for each sequence refers to nothing that refers back: the garbage collector does not follow it.
 A `Batch` can be given to an in-process model, sent as msgpack to tensor-parallel ranks (its masks are not sent: rank 0
 draws), or written into a test.
 """
@@ -26,7 +27,7 @@ MASK_WAIT_SECONDS = 60.0  # for masks that a step waits for; a usual one takes a
 _WORD_BYTES = 4
 
 
-class SamplingInput(msgspec.Struct, frozen=True, array_like=True):
+class SamplingInput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What the sampler must know to draw the next token of one sequence, and nothing about its company.
 
     The random number of a draw depends on `seed` and `position` alone. `counted_token_ids` (int32) are the distinct
@@ -69,7 +70,7 @@ class PoolingInput(msgspec.Struct, frozen=True, array_like=True):
     num_pooled: int = 1
 
 
-class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True):
+class ScheduledSeq(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A run of one sequence's tokens to compute: positions `start` to `start + len(token_ids) - 1`.
 
     Keys and values go to `block_table[position // block_size]`, where those of all earlier positions already are.
@@ -175,7 +176,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
         return None if self.masks is None else self.masks.of(seq_id, draw)
 
 
-class SampledToken(msgspec.Struct, frozen=True, array_like=True):
+class SampledToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A drawn token; `logprob` is there if `SamplingParams.logprobs` asked for it."""
 
     token_id: int
@@ -189,7 +190,7 @@ class Undrawn(enum.Enum):
     NOTHING_ALLOWED = "no token may be drawn: what restricts the next token excludes all of them"
 
 
-class SeqResult(msgspec.Struct, frozen=True, array_like=True):
+class SeqResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a step found for one sequence: the tokens drawn (none for a prompt chunk with more to come).
 
     They are the guesses that were right and one token more: what steps of one token each would have drawn.

@@ -372,19 +372,21 @@ class Engine:
         return seq
 
     def _take_in(self, seq: Sequence, num_tokens: int, result: SeqResult, now: float) -> None:
-        state = seq.state
-        reason = None if seq.matcher is None else seq.matcher.error
-        if reason is None and result.error == Undrawn.NOTHING_ALLOWED.value:
-            reason = result.error
-        if result.error is not None and reason is None:
-            self._blocks.unseal(seq)  # the fault may lie in a chunk that was sealed before it showed
-            self._end_with_error(state, EngineError(result.error))
-            return
-        if seq.wants_prompt_logprobs:
+        state, reason = seq.state, None
+        if result.error is not None:
+            reason = None if seq.matcher is None else seq.matcher.error
+            if reason is None and result.error == Undrawn.NOTHING_ALLOWED.value:
+                reason = result.error
+            if reason is None:
+                self._blocks.unseal(seq)  # the fault may lie in a chunk that was sealed before it showed
+                self._end_with_error(state, EngineError(result.error))
+                return
+        if state.prompt_done_time is None and seq.wants_prompt_logprobs:
             state.add_prompt_logprobs(result.prompt_logprobs, is_first=seq.num_computed_tokens == 0)
         seq.num_computed_tokens += num_tokens
-        self._blocks.seal(seq)
-        if result.error is not None and reason is not None:
+        if seq.num_computed_tokens // self._blocks.block_size > seq.num_sealed_blocks:
+            self._blocks.seal(seq)
+        if reason is not None:
             if state.prompt_done_time is None:  # the others of the request have draws of their own
                 self._finish_prompt(state, now)
             self._end_as_error(seq, reason)
@@ -486,21 +488,41 @@ class Engine:
             state.add_delta(search.completion(index, found))
 
     def _append_all(self, seq: Sequence, tokens: list[SampledToken], now: float) -> None:
-        """Append the tokens that one step drew, up to the one that ends the sequence."""
+        """Append the tokens that one step drew, up to the one that ends the sequence, to it and its request's delta."""
+        state, matcher, eos_token_ids = seq.state, seq.matcher, self.tokenizer.eos_token_ids
         num_before, last_token_time = seq.num_output_tokens, seq.last_token_time
-        if seq.matcher is not None:  # what was drawn behind the end of the answer is dropped
-            tokens = tokens[: seq.matcher.num_tokens - num_before]
+        num_tokens = num_before
+        if matcher is not None:  # what was drawn behind the end of the answer is dropped
+            tokens = tokens[: matcher.num_tokens - num_before]
         for token in tokens:
-            if seq.num_computed_tokens < seq.num_tokens:  # the token before was guessed, so it is computed already
+            if num_tokens > num_before:  # the token before was guessed, so it is computed already
                 seq.num_computed_tokens += 1
                 self._blocks.seal(seq)
-            self._append(seq, token, now)
-            if seq.status is SequenceStatus.FINISHED:
+            token_id, logprob = token.token_id, token.logprob
+            seq.append(token_id, now)
+            num_tokens += 1
+            text, finish_reason, stop_reason = interpret(state, eos_token_ids, seq.detokenizer, token_id, num_tokens)
+            is_at_end = matcher is not None and matcher.is_complete and matcher.num_tokens == num_tokens
+            if is_at_end and finish_reason in (None, "length"):
+                text, finish_reason = text + seq.detokenizer.finish(), "stop"
+            state.add_delta(
+                CompletionOutput(
+                    index=seq.index,
+                    text=text,
+                    token_ids=[token_id],
+                    logprobs=None if logprob is None else [logprob],
+                    finish_reason=finish_reason,
+                    stop_reason=stop_reason,
+                )
+            )
+            if finish_reason is not None:
+                seq.finish_reason = finish_reason
+                self._scheduler.finish(seq)
                 break
         if tokens:
-            self.stats.note_tokens(seq.num_output_tokens - num_before, now - last_token_time if num_before else None)
-        if seq.matcher is not None and seq.matcher.error is not None and seq.status is SequenceStatus.RUNNING:
-            self._end_as_error(seq, seq.matcher.error)
+            self.stats.note_tokens(num_tokens - num_before, now - last_token_time if num_before else None)
+        if matcher is not None and matcher.error is not None and seq.status is SequenceStatus.RUNNING:
+            self._end_as_error(seq, matcher.error)
 
     def _end_as_error(self, seq: Sequence, reason: str) -> None:
         """End one completion that no token can follow. Others of its request go on."""
@@ -509,30 +531,6 @@ class Engine:
         seq.finish_reason = "error"
         seq.state.add_delta(CompletionOutput(index=seq.index, text=text, finish_reason="error", stop_reason=reason))
         self._scheduler.finish(seq)
-
-    def _append(self, seq: Sequence, token: SampledToken, now: float) -> None:
-        """Append one drawn token to its sequence and to its request's delta, and see whether that ends it."""
-        seq.append(token.token_id, now)
-        text, finish_reason, stop_reason = interpret(
-            seq.state, self.tokenizer.eos_token_ids, seq.detokenizer, token.token_id, seq.num_output_tokens
-        )
-        matcher = seq.matcher
-        is_at_end = matcher is not None and matcher.is_complete and matcher.num_tokens == seq.num_output_tokens
-        if is_at_end and finish_reason in (None, "length"):
-            text, finish_reason = text + seq.detokenizer.finish(), "stop"
-        seq.state.add_delta(
-            CompletionOutput(
-                index=seq.index,
-                text=text,
-                token_ids=[token.token_id],
-                logprobs=None if token.logprob is None else [token.logprob],
-                finish_reason=finish_reason,
-                stop_reason=stop_reason,
-            )
-        )
-        if finish_reason is not None:
-            seq.finish_reason = finish_reason
-            self._scheduler.finish(seq)
 
     def _deliver(self, state: RequestState) -> None:
         """Give the request's sink what is new; a request that is finished is forgotten."""

@@ -1,4 +1,7 @@
-"""What the engine hands out. Plain data: no text is rendered here and nothing is computed."""
+"""What the engine hands out. Plain data: no text is rendered here and nothing is computed.
+
+Outputs come by the thousand a second and never refer to each other, so the garbage collector does not follow them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import msgspec
 from brlite.sampling_params import FinishReason
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
+class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
     """One token with the logarithm of its probability, and its most probable alternatives, best first.
 
     Probabilities are the model's own: before temperature, penalties and truncation. `top` holds (token id, logprob).
@@ -21,7 +24,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class CompletionOutput(msgspec.Struct, kw_only=True):
+class CompletionOutput(msgspec.Struct, kw_only=True, gc=False):
     """One of a request's `n` completions. `stop_reason` is the stop string or token id that ended it, if one did.
 
     One that ended as "error" has the reason there: what its grammar allows could not be worked out any further.
@@ -58,7 +61,7 @@ class RequestTimes(msgspec.Struct, frozen=True):
     decode: float
 
 
-class RequestOutput(msgspec.Struct, kw_only=True):
+class RequestOutput(msgspec.Struct, kw_only=True, gc=False):
     """What is new in a request since its last output; `LLM.generate` returns one that holds it all.
 
     `prompt_logprobs` has one entry for each prompt token, the first of them None; it comes with the first output.

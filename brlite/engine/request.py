@@ -231,8 +231,10 @@ class RequestState:
 
     @property
     def is_finished(self) -> bool:
-        is_complete = self.is_aborted or len(self.sequences) == self.request.params.n
-        return is_complete and all(seq.status is SequenceStatus.FINISHED for seq in self.sequences)
+        for seq in self.sequences:
+            if seq.status is not SequenceStatus.FINISHED:
+                return False
+        return self.is_aborted or len(self.sequences) == self.request.params.n
 
     def add_prompt_logprobs(self, logprobs: list[TokenLogprob], *, is_first: bool) -> None:
         """Collect those of one prompt chunk; a prompt that is computed again starts over with its first chunk."""

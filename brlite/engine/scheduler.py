@@ -112,29 +112,45 @@ class Scheduler:
         """The sequences of the next step, each with the number of its tokens to compute; their blocks are theirs."""
         scheduled: dict[Sequence, int] = {}
         self._free_place()
-        num_held_back = self._max_num_batched_tokens - self._num_paced_tokens()
+        decoding, prompts = list[Sequence](), list[Sequence]()
+        for seq in self.running:
+            num_left = seq.num_left
+            if num_left == 1:
+                decoding.append(seq)
+            elif num_left:
+                prompts.append(seq)
+        num_answers = len(self.running) - len(prompts)
+        num_held_back = self._max_num_batched_tokens - self._num_paced_tokens(num_answers, prompts)
         budget = self._max_num_batched_tokens - num_held_back
         num_preemptions = self.num_preemptions
-        for seq in sorted(self.running, key=lambda seq: seq.num_left > 1):
+        block_size = self._blocks.block_size
+        for seq in decoding:
+            has_room = len(seq.block_table) * block_size > seq.num_computed_tokens + seq.num_in_flight_tokens
+            if has_room and budget and seq.status is SequenceStatus.RUNNING:
+                scheduled[seq] = 1
+                budget -= 1
+            else:
+                budget -= self._schedule_running(seq, budget, scheduled)
+        for seq in prompts:
             budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
         # Blocks are short after a preemption: a sequence admitted now would be the next to lose them.
         while budget > 0 and num_preemptions == self.num_preemptions and self._can_admit():
-            budget -= self._admit(budget, scheduled)
-        for seq in scheduled:  # what shorter prompts have left of their half
-            rest = min(seq.num_left - scheduled[seq], budget)
-            scheduled[seq] += rest
-            budget -= rest
+            prompts.append(self._admit(scheduled, budget))
+            budget -= scheduled[prompts[-1]]
+        for seq in prompts:  # what shorter prompts have left of their half
+            if seq in scheduled:
+                rest = min(seq.num_left - scheduled[seq], budget)
+                scheduled[seq] += rest
+                budget -= rest
         if self._max_draft_tokens:
             self._draft(scheduled, budget + num_held_back)
         return list(scheduled.items())
 
-    def _num_paced_tokens(self) -> int:
+    def _num_paced_tokens(self, num_answers: int, prompts: list[Sequence]) -> int:
         """How many tokens the step may have: fewer than the budget while answers run and prompts are slow."""
-        starts = [seq.num_scheduled_tokens for seq in self.running if seq.num_left > 1]
-        num_answers = len(self.running) - len(starts)
         if self._pace is None or not num_answers:
             return self._max_num_batched_tokens
-        start = max(starts, default=0)
+        start = max((seq.num_scheduled_tokens for seq in prompts), default=0)
         if self._can_admit() and self.waiting.next is not None:
             start = max(start, len(self._match(self.waiting.next)) * self._blocks.block_size)
         num_chunk_tokens = self._pace.num_chunk_tokens(start, num_answers)
@@ -148,7 +164,7 @@ class Scheduler:
         So a long prompt takes at most twice its time, and a short one does not wait for its end.
         """
         num_left = seq.num_left
-        if num_left <= 1 or seq.status is not SequenceStatus.RUNNING:
+        if seq.status is not SequenceStatus.RUNNING:
             return budget
         after = self.running[self.running.index(seq) + 1 :]
         is_shorter_after = any(1 < other.num_left < num_left for other in after)
@@ -247,8 +263,8 @@ class Scheduler:
             return False
         return self._blocks.num_missing(self._match(seq), seq.num_tokens) <= self._blocks.num_free
 
-    def _admit(self, budget: int, scheduled: dict[Sequence, int]) -> int:
-        """Start the next waiting sequence with all the blocks it needs so far. Returns the tokens scheduled."""
+    def _admit(self, scheduled: dict[Sequence, int], budget: int) -> Sequence:
+        """Start the next waiting sequence with all the blocks it needs so far, and schedule what fits the budget."""
         seq = self.waiting.next
         if seq is None:
             raise LookupError("no sequence waits")
@@ -258,7 +274,7 @@ class Scheduler:
         self.running.append(seq)
         seq.status = SequenceStatus.RUNNING
         scheduled[seq] = min(seq.num_left, budget)
-        return scheduled[seq]
+        return seq
 
     def _free_place(self) -> None:
         """Have a running sequence wait for its group's next turn, where another group or tenant is to have its place.
