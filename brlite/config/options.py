@@ -416,6 +416,11 @@ class KeyConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     weight: Annotated[
         int, Meta(ge=1, le=100), option("turns that it gets for each turn of a key of weight 1, while requests wait")
     ] = 1
+    priority: Annotated[
+        int,
+        Meta(ge=-100, le=100),
+        option("its requests wait for those of keys with a lower number; a request may ask for a higher one"),
+    ] = 0
     admin: Annotated[
         bool, option("true: an operator's key, which sees the metrics of all models, keys and upstreams")
     ] = False

@@ -17,7 +17,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import check_undecoded
-from brlite.dialects.generation import Text, TokenIds, Truncation
+from brlite.dialects.generation import Priority, Text, TokenIds, Truncation
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import PromptTokensDetails, Whole, encode_json, truncation
 from brlite.dialects.openai_completions import read_prompts
@@ -35,6 +35,7 @@ class EmbeddingRequest(Struct, kw_only=True):
     truncate_prompt_tokens: Whole | None = None
     truncation_side: Literal["left", "right"] | None = None
     cache_salt: str | None = None
+    priority: Priority | None = None
 
 
 class EmbeddingUsage(Struct):
@@ -89,6 +90,7 @@ class Embedding(Struct, frozen=True, kw_only=True):
     is_base64: bool
     truncation: Truncation | None
     cache_salt: str
+    priority: int | None
     warnings: tuple[str, ...]
 
 
@@ -129,6 +131,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Embedding:
         is_base64=body.encoding_format == "base64",
         truncation=cut,
         cache_salt=body.cache_salt or "",
+        priority=body.priority,
         warnings=warnings,
     )
 

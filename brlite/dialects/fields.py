@@ -109,6 +109,12 @@ OBEYED = (
     ObeyedField("include_stop_str_in_output", BOTH, (VLLM_04, VLLM)),
     ObeyedField("truncate_prompt_tokens truncation_side", (*BOTH, *OF_PROMPTS), (VLLM,)),
     ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
+    ObeyedField(
+        "priority",
+        (*ALL_FOUR, *OF_PROMPTS),
+        (VLLM,),
+        "lower numbers go first, from that of the [key](http-api.md#keys) on; SGLang's go the other way",
+    ),
     ObeyedField("timeout", ALL_FOUR, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
     ObeyedField("cache_salt", (*ALL_FOUR, *OF_PROMPTS), (VLLM, SGLANG)),
     ObeyedField("prompt_logprobs", BOTH, (VLLM,), "not in streams"),
@@ -193,7 +199,7 @@ NOT_DECODED = (
     Field("cache_control betas anthropic_version anthropic_beta inference_geo speed diagnostics", (ANTHROPIC,), None),
     Field("user_profile_id workspace_id", (ANTHROPIC,), None),
     Field("prompt_cache_options prompt_cache_retention", (OPENAI,), None),
-    Field("request_id rid session_id conversation_id priority", (VLLM, SGLANG), None),
+    Field("request_id rid session_id conversation_id", (VLLM, SGLANG), None),
     Field("guided_decoding_backend", (VLLM,), None),  # how it is done
     Field("spaces_between_special_tokens", (VLLM_04, VLLM), (True, False)),  # only slow tokenizers have them there
     Field("stream_reasoning", (SGLANG,), None),  # where reasoning stands, not what it is

@@ -18,6 +18,7 @@ from brlite.sampling_params import SamplingParams
 
 MAX_TIMEOUT_SECONDS = 86400
 Timeout = Annotated[float, Meta(gt=0, le=MAX_TIMEOUT_SECONDS)]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 
 
 class ReasoningHint(Struct, frozen=True):
@@ -85,8 +86,8 @@ class Generation(Struct, frozen=True, kw_only=True):
     `calls_functions`: calls are told as OpenAI's `function_call`, the form before tools. With `keeps_order` a response
     that is not streamed tells texts and calls in the order in which they were written; else all text is before the
     calls. `unset` are the sampling parameters that the client left out, of those that a model may have defaults for.
-    `timeout_seconds` is when the client wants an error in place of the rest. With `is_strict`, what would be a warning
-    is refused.
+    `timeout_seconds` is when the client wants an error in place of the rest. Requests with a lower `priority` come
+    first; None: that of the key. With `is_strict`, what would be a warning is refused.
     `tells_token_ids`: those of prompt and answer are told; the prompt's logprobs with `tells_prompt_logprobs`.
     """
 
@@ -111,6 +112,7 @@ class Generation(Struct, frozen=True, kw_only=True):
     shows_reasoning: bool = True
     unset: tuple[str, ...] = ()
     timeout_seconds: float | None = None
+    priority: int | None = None
     is_strict: bool = False
     tells_token_ids: bool = False
     tells_prompt_logprobs: bool = False

@@ -17,7 +17,7 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.errors import error_body
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.fields import Undecoded, not_supported, read_undecoded
-from brlite.dialects.generation import Generation, Timeout, Truncation, in_client_words
+from brlite.dialects.generation import Generation, Priority, Timeout, Truncation, in_client_words
 from brlite.dialects.json_body import check_num_entries, decode_value
 from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.errors import InvalidRequest
@@ -62,6 +62,7 @@ class GenerationFields(Struct, kw_only=True):
     ignore_eos: bool | None = None
     cache_salt: str | None = None
     timeout: Timeout | None = None
+    priority: Priority | None = None
     strict: bool | None = None
 
 
@@ -321,6 +322,7 @@ def generation_fields(body: GenerationFields) -> dict[str, Any]:
         "is_streamed": bool(body.stream),
         "cache_salt": body.cache_salt or "",
         "timeout_seconds": body.timeout,
+        "priority": body.priority,
         "is_strict": bool(body.strict),
         "unset": tuple([name for name in MODEL_DEFAULTS if getattr(body, name) is None]),
     }

@@ -10,7 +10,7 @@ from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import check_undecoded
-from brlite.dialects.generation import Truncation
+from brlite.dialects.generation import Priority, Truncation
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import PromptTokensDetails, Whole, encode_json, truncation
 from brlite.errors import InvalidRequest
@@ -30,6 +30,7 @@ class RerankRequest(Struct, kw_only=True):
     truncate_prompt_tokens: Whole | None = None
     truncation_side: Literal["left", "right"] | None = None
     cache_salt: str | None = None
+    priority: Priority | None = None
 
 
 class ScoreRequest(Struct, kw_only=True):
@@ -40,6 +41,7 @@ class ScoreRequest(Struct, kw_only=True):
     truncate_prompt_tokens: Whole | None = None
     truncation_side: Literal["left", "right"] | None = None
     cache_salt: str | None = None
+    priority: Priority | None = None
 
 
 class ScoreUsage(Struct):
@@ -93,6 +95,7 @@ class Scoring(Struct, frozen=True, kw_only=True):
     use_activation: bool | None
     truncation: Truncation | None
     cache_salt: str
+    priority: int | None
     warnings: tuple[str, ...]
     top_n: int | None = None
     returns_documents: bool = True
@@ -197,4 +200,5 @@ def _common(body: RerankRequest | ScoreRequest) -> dict[str, Any]:
         "use_activation": body.use_activation,
         "truncation": None if cut is None else truncation(cut, body.truncation_side or "right"),
         "cache_salt": body.cache_salt or "",
+        "priority": body.priority,
     }

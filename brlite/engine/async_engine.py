@@ -308,6 +308,7 @@ class EngineLoop:
         cache_salt: str = "",
         tenant: str = "",
         weight: int = 1,
+        priority: int = 0,
         names: Sequence[str] = (),
     ) -> list[RequestOutput]:
         """Each prompt's embedding, in order: `.embedding` of what is returned. Together they have one turn.
@@ -331,6 +332,7 @@ class EngineLoop:
                 cache_salt=cache_salt,
                 tenant=tenant,
                 weight=weight,
+                priority=priority,
                 group=prefix,
                 is_exempt_from_queue_timeout=number > 0,
                 pooling=params or PoolingParams(),

@@ -145,7 +145,7 @@ class Engine:
         max_tokens, warnings = admit(request, self.info, self.limits)
         # The queue is only counted where it may be full: that takes a look at each request.
         if not request.is_exempt_from_queue_timeout and len(self._requests) >= self.limits.max_waiting:
-            self._make_room(request.tenant)
+            self._make_room(request)
         seed, pooling = request.params.seed, request.pooling
         state = RequestState(
             request=request,
@@ -314,24 +314,24 @@ class Engine:
             if state.is_queued and not (state.is_aborted or state.request.is_exempt_from_queue_timeout)
         ]
 
-    def _make_room(self, tenant: str) -> None:
-        """Where the queue is full, end the newest request of the tenant with most in it, or raise `QueueFull`.
+    def _make_room(self, request: Request) -> None:
+        """Where the queue is full, end its newest request of the last class behind, or of the tenant with most.
 
-        A single tenant may fill the queue. Several tenants share it equally.
+        Raises `QueueFull` where the new one has no claim: tenants share the queue equally.
         """
-        queued = self.queued()
-        if len(queued) < self.limits.max_waiting:
+        queued, most = self.queued(), self.limits.max_waiting
+        if len(queued) < most:
             return
         counts = Counter(state.request.tenant for state in queued)
         longest, num_longest = counts.most_common(1)[0]
-        newest = next(
-            (state for state in reversed(queued) if state.request.tenant == longest and not state.is_started), None
-        )
-        full = QueueFull(
-            f"{len(queued)} requests are waiting; this server queues at most {self.limits.max_waiting}, shared by key",
-            retry_after_seconds=self._retry_after_seconds(),
-        )
-        if newest is None or num_longest <= counts[tenant] + 1:
+        waiting = [state for state in reversed(queued) if not state.is_started]
+        last = max(waiting, key=lambda state: state.request.priority, default=None)
+        newest = next((each for each in waiting if each.request.tenant == longest), None)
+        text = f"{len(queued)} requests are waiting; this server queues at most {most}, shared by key"
+        full = QueueFull(text, retry_after_seconds=self._retry_after_seconds())
+        if last is not None and last.request.priority > request.priority:
+            newest = last
+        elif newest is None or num_longest <= counts[request.tenant] + 1:
             raise full
         self._end_with_error(newest, full)
 

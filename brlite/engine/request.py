@@ -33,8 +33,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What is asked of the engine. Requests share cached prefixes only if their `cache_salt` is the same.
 
     `tenant` is whose it is: tenants get turns, a share of the queue and, unless the config shares it, a prefix cache of
-    their own; with `weight` 2 it gets two turns for each one of others. Requests of one `group` were asked for at once
-    and share a turn; without one each is its own.
+    their own; with `weight` 2 it gets two turns for each one of others. Requests with a lower `priority` come before
+    these turns. Requests of one `group` were asked for at once and share a turn; without one each is its own.
     One that is exempt from the queue timeout belongs to a body whose first request is not exempt: it waits without a
     limit. `grammar` is what `params.structured` was compiled to, `bad_words` are the tokens of `params.bad_words`.
     With `is_strict` it is refused where a limit would be cut. `shown_token_ids` are special tokens that stand in the
@@ -48,6 +48,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     cache_salt: str = ""
     tenant: str = ""
     weight: int = 1
+    priority: int = 0
     group: str = ""
     is_exempt_from_queue_timeout: bool = False
     grammar: Grammar | None = None

@@ -29,6 +29,7 @@ class Scheduler:
 
     Sequences with one token to go come first, then the prompts that have begun, then new ones. Where blocks run out,
     the latest sequence gives its own back and waits at the head of the queue to be computed again.
+    A class of requests takes places and blocks from those with a higher `priority`.
     Where all places are taken, the next tenant that has none gets one of a tenant with several, and the next group one
     of its tenant's other groups: 64 prompts of one request cost another request one step, not the time of a prompt.
     While answers run, a step takes as much of prompts as fits `pace.max_seconds`: no stream waits longer for its token.
@@ -179,7 +180,7 @@ class Scheduler:
             return 0
         returned = 0
         while not self._blocks.grow(seq, seq.num_scheduled_tokens + num_tokens):
-            victim = self.running[-1]
+            victim = _latest_of_last_class(self.running)
             returned += scheduled.pop(victim, 0)
             self._stop(victim)
             self.waiting.put_back(victim)
@@ -289,20 +290,27 @@ class Scheduler:
             self.waiting.bring_forward(tenant, group)
 
     def _next_to_replace(self) -> tuple[Sequence, str, str | None] | None:
-        """Where all are taken, a sequence of the tenant with most, if another has none; the same within it, by group.
+        """Where all are taken, one of a class behind the next one's. In its class one of the tenant with most, if
+        another has none; the same within a tenant, by group.
 
         With it come the tenant, and the group, whose turn is to be next.
         """
-        if len(self.running) < self._max_num_seqs or not self.waiting.has_turns:
+        if len(self.running) < self._max_num_seqs or not self.waiting.has_turns or self.waiting.next is None:
             return None
-        tenants = Counter(seq.state.request.tenant for seq in self.running)
+        priority, latest = self.waiting.next.state.request.priority, _latest_of_last_class(self.running)
+        if latest.state.request.priority > priority:
+            return latest, next(iter(self.waiting.tenants)), None
+        running = [seq for seq in self.running if seq.state.request.priority == priority]
+        if not running:
+            return None
+        tenants = Counter(seq.state.request.tenant for seq in running)
         newcomer = next((tenant for tenant in self.waiting.tenants if not tenants[tenant]), None)
         if newcomer is not None:
             tenant, num_running = tenants.most_common(1)[0]
-            latest = [seq for seq in self.running if seq.state.request.tenant == tenant][-1]
+            latest = [seq for seq in running if seq.state.request.tenant == tenant][-1]
             return (latest, newcomer, None) if num_running > 1 else None
         for tenant in self.waiting.tenants:
-            mates = [seq for seq in self.running if seq.state.request.tenant == tenant]
+            mates = [seq for seq in running if seq.state.request.tenant == tenant]
             groups = Counter(seq.state.request.group for seq in mates)
             group, num_running = groups.most_common(1)[0]
             new_group = next((each for each in self.waiting.groups(tenant) if not groups[each]), None)
@@ -354,6 +362,11 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
     if seq.counts is not None or request.bad_words or seq.state.search is not None:
         return 0
     return seq.state.max_tokens - seq.num_output_tokens - 1
+
+
+def _latest_of_last_class(running: list[Sequence]) -> Sequence:
+    """The sequence that is the first to give back its place or its blocks."""
+    return max(reversed(running), key=lambda seq: seq.state.request.priority)
 
 
 def _depends_on_result(seq: Sequence) -> bool:

@@ -1,31 +1,35 @@
-"""The sequences that wait to be computed, and whose turn is next: by tenant, then by group, then as they came.
+"""The sequences that wait to be computed, and whose turn is next: by class, by tenant, by group, then as they came.
 
 A tenant is the owner of requests (a server's API key), a group is what one request asked for (the prompts of one
 body, the completions of one prompt). The engine knows both as opaque strings. So neither many requests nor one
-with many prompts delays others by more than one turn. It decides only the order; the scheduler decides on places and
-blocks.
+with many prompts delays others of its class by more than one turn. It decides only the order; the scheduler decides on
+places and blocks.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict
 from collections.abc import Iterable
 
 from brlite.engine.request import Sequence
 
 Group = OrderedDict[Sequence, None]
+Tenants = OrderedDict[str, OrderedDict[str, Group]]
 
 
 class TurnQueue:
     """Round robin of tenants, and of each tenant's groups. A tenant's turns in a row are its requests' weight.
 
-    What is `next` stays so until it is taken or removed.
+    A class of requests comes before all classes with a higher `priority`. The methods without a sequence are about the
+    first class that has any. What is `next` stays so until it is taken or removed, or one of a class before it comes.
 
-    All operations take constant time.
+    All operations take constant time, but for a class's first and last sequence, which is linear in the classes.
     """
 
     def __init__(self) -> None:
-        self._tenants: OrderedDict[str, OrderedDict[str, Group]] = OrderedDict()
+        self._classes: dict[int, Tenants] = {}  # those with sequences that wait
+        self._priorities: list[int] = []  # theirs, in order
         self._returned: OrderedDict[Sequence, None] = OrderedDict()
         self._num_waiting = 0
         self._last = ""  # the tenant that had the last turn,
@@ -38,6 +42,10 @@ class TurnQueue:
     def has_turns(self) -> bool:
         """Whether sequences wait for a turn, and none that has had its turn comes before them."""
         return self._num_waiting > 0 and not self._returned
+
+    @property
+    def _tenants(self) -> Tenants:
+        return self._classes[self._priorities[0]] if self._priorities else OrderedDict()
 
     @property
     def tenants(self) -> Iterable[str]:
@@ -59,7 +67,7 @@ class TurnQueue:
         """The sequence whose turn it is."""
         if self._returned:
             return next(iter(self._returned))
-        if not self._tenants:
+        if not self._priorities:
             return None
         groups = next(iter(self._tenants.values()))
         return next(iter(next(iter(groups.values()))))
@@ -67,7 +75,11 @@ class TurnQueue:
     def add(self, seq: Sequence, *, is_first: bool = False) -> None:
         """Queue a sequence as the last of its group, or as its first."""
         request = seq.state.request
-        group = self._tenants.setdefault(request.tenant, OrderedDict()).setdefault(request.group, OrderedDict())
+        tenants = self._classes.get(request.priority)
+        if tenants is None:
+            tenants = self._classes[request.priority] = OrderedDict()
+            insort(self._priorities, request.priority)
+        group = tenants.setdefault(request.tenant, OrderedDict()).setdefault(request.group, OrderedDict())
         group[seq] = None
         if is_first:
             group.move_to_end(seq, last=False)
@@ -86,13 +98,14 @@ class TurnQueue:
         is_turn = seq not in self._returned
         self.remove(seq)
         request = seq.state.request
-        groups = self._tenants.get(request.tenant)
+        tenants = self._classes.get(request.priority, OrderedDict())
+        groups = tenants.get(request.tenant)
         if is_turn:
             self._num_in_a_row = self._num_in_a_row + 1 if request.tenant == self._last else 1
             self._last = request.tenant
         if is_turn and groups is not None:
             if self._num_in_a_row >= request.weight:
-                self._tenants.move_to_end(request.tenant)
+                tenants.move_to_end(request.tenant)
                 self._num_in_a_row = 0
             if request.group in groups:
                 groups.move_to_end(request.group)
@@ -103,10 +116,14 @@ class TurnQueue:
             del self._returned[seq]
             return
         request = seq.state.request
-        groups = self._tenants[request.tenant]
+        tenants = self._classes[request.priority]
+        groups = tenants[request.tenant]
         del groups[request.group][seq]
         self._num_waiting -= 1
         if not groups[request.group]:
             del groups[request.group]
         if not groups:
-            del self._tenants[request.tenant]
+            del tenants[request.tenant]
+        if not tenants:
+            del self._classes[request.priority]
+            self._priorities.remove(request.priority)

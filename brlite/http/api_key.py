@@ -36,7 +36,8 @@ class ApiKey:
     """One key's rules; without any, it may do everything. `name` is for logs and metrics, empty if it has none.
 
     `tenant` tells keys apart where they share turns, queues and the prefix cache; it is never shown. An operator's key
-    (`is_admin`) sees what all keys do. While requests wait, a key gets turns in proportion to its `weight`.
+    (`is_admin`) sees what all keys do. While requests wait, a key gets turns in proportion to its `weight`,
+    and all keys with a lower `priority` come before it.
     A request that was let in counts however it ends. Its tokens are known only afterwards: they may take the key into
     debt, and until that is paid its next requests are refused.
     """
@@ -51,10 +52,12 @@ class ApiKey:
         max_concurrent: int = 0,
         tenant: str = "",
         weight: int = 1,
+        priority: int = 0,
         is_admin: bool = False,
     ) -> None:
         self.name = name
         self.weight = weight
+        self.priority = priority
         self.tenant = tenant
         self.is_admin = is_admin
         self.usage = KeyUsage()
@@ -76,6 +79,7 @@ class ApiKey:
             tokens_per_minute=config.tokens_per_minute,
             max_concurrent=config.max_concurrent,
             weight=config.weight,
+            priority=config.priority,
             tenant=f"name:{config.name}",
             is_admin=config.admin,
         )
@@ -86,7 +90,7 @@ class ApiKey:
     def take_rules(self, other: ApiKey) -> None:
         """Live by the other's rules from now on. What was used of a limit that stays as it was stays used."""
         self._models, self._max_concurrent, self.is_admin = other._models, other._max_concurrent, other.is_admin
-        self.weight = other.weight
+        self.weight, self.priority = other.weight, other.priority
         self._buckets = {
             noun: mine if (mine := self._buckets.get(noun)) and mine.per_minute == bucket.per_minute else bucket
             for noun, bucket in other._buckets.items()
@@ -105,6 +109,12 @@ class ApiKey:
             raise Forbidden(
                 f"This API key may not use the model `{model[:MAX_SHOWN_NAME]}`. It may use: {allowed}", param="model"
             )
+
+    def allowed_priority(self, wanted: int | None) -> tuple[int, tuple[str, ...]]:
+        """The `priority` of a request that wants this one, and a warning if that is not allowed."""
+        if wanted is None or wanted >= self.priority:
+            return self.priority if wanted is None else wanted, ()
+        return self.priority, (f"priority {wanted} was raised to {self.priority}, the lowest that this key may have",)
 
     def arrival_refusal(self, now: float) -> RateLimited | None:
         """Why a request's body need not be read: with those that arrive already, it would be one too many."""

@@ -45,6 +45,7 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
         check_pooling(call.params, engine.info)
         prompts, warnings = await encode_inputs(call, engine, tenant)
         num_tokens = sum(map(len, prompts))
+        priority, raised = request[API_KEY].allowed_priority(call.priority)
         with charge(request, name, num_tokens):
             outputs = await engine.embed(
                 prompts,
@@ -53,6 +54,7 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
                 cache_salt=call.cache_salt,
                 tenant=tenant,
                 weight=request[API_KEY].weight,
+                priority=priority,
                 names=call.names,
             )
     num_cached = sum(output.num_cached_tokens for output in outputs)
@@ -62,7 +64,7 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
         EmbeddingUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
         id=answer_id,
         model=name,
-        warnings=[*call.warnings, *warnings] or UNSET,
+        warnings=[*call.warnings, *warnings, *raised] or UNSET,
     )
     return web.Response(body=body, content_type="application/json")
 

@@ -193,12 +193,17 @@ class Delivery:
         if self._call.is_strict and made.warnings:
             refuse_warnings(made.warnings)
         self._engine, self._requests, self._num_open = engine, made.requests, len(made.requests)
-        weight = self._request[API_KEY].weight
+        key = self._request[API_KEY]
+        priority, raised = key.priority, tuple[str, ...]()
+        if self._call.priority is not None:
+            priority, raised = key.allowed_priority(self._call.priority)
+            if self._call.is_strict:
+                refuse_warnings(raised)
         for index, request in enumerate(made.requests):
-            if weight != 1:
-                request = msgspec.structs.replace(request, weight=weight)
+            if key.weight != 1 or priority:
+                request = msgspec.structs.replace(request, weight=key.weight, priority=priority)
             engine.submit(request, functools.partial(self._receive, index))
-        warnings = (*self._call.warnings, *made.warnings, *made.cuts)
+        warnings = (*self._call.warnings, *made.warnings, *made.cuts, *raised)
         self._builder = EventBuilder(self._call, engine.tokenizer, warnings, made.replies)
         self._encoder = self._dialect.make_encoder(self._call, self.id, self._model_name, engine.info.fingerprint)
 

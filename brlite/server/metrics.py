@@ -304,9 +304,12 @@ class KeyCollector(Collector):
         weights = GaugeMetricFamily(
             "brlite:key_weight", "Its turns for each turn of a key of weight 1.", labels=["key"]
         )
+        about = "The class of its requests; lower ones go first."
+        priorities = GaugeMetricFamily("brlite:key_priority", about, labels=["key"])
         for key in self._keys:
             weights.add_metric([key.name], key.weight)
-        yield weights
+            priorities.add_metric([key.name], key.priority)
+        yield from (weights, priorities)
 
     def _family(self, name: str, about: str, label: str, rows: list[SpreadCounter]) -> Metric:
         family = CounterMetricFamily(name, about, labels=("key", label))

@@ -38,6 +38,7 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
             )
         prompts, warnings = await _encode_pairs(call, engine, tenant)
         num_tokens = sum(map(len, prompts))
+        priority, raised = request[API_KEY].allowed_priority(call.priority)
         with charge(request, name, num_tokens):
             outputs = await engine.embed(
                 prompts,
@@ -46,6 +47,7 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
                 cache_salt=call.cache_salt,
                 tenant=tenant,
                 weight=request[API_KEY].weight,
+                priority=priority,
                 names=call.second_names,
             )
     num_cached = sum(output.num_cached_tokens for output in outputs)
@@ -55,7 +57,7 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
         ScoreUsage(num_tokens, num_tokens, PromptTokensDetails(num_cached)),
         id=answer_id,
         model=name,
-        warnings=[*call.warnings, *warnings] or UNSET,
+        warnings=[*call.warnings, *warnings, *raised] or UNSET,
     )
     return web.Response(body=body, content_type="application/json")
 

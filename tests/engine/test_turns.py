@@ -166,3 +166,62 @@ def test_a_tenant_gets_turns_in_proportion_to_its_weight(make_driver: MakeDriver
     first = driver.finished[:12]
     assert [len(set(first) & set(each)) for each in (heavy, light)] == [9, 3]
     assert len(driver.finished) == 24
+
+
+def test_a_class_waits_for_all_classes_with_a_lower_number(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=64, max_num_seqs=1, max_model_len=32, budget=64, limits=PATIENT)
+    batch, usual, urgent = (submit_many(driver, 3, tenant=f"{number}", priority=number) for number in (1, 0, -1))
+
+    driver.finish()
+
+    assert driver.finished == [*urgent, *usual, *batch]
+
+
+def test_a_request_takes_the_place_of_one_of_a_class_behind_its_own(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=64, max_num_seqs=2, max_model_len=64, budget=64, limits=PATIENT)
+    long = [driver.submit(f"long {number}", max_tokens=16, priority=number) for number in (1, 2)]
+    driver.step()
+
+    urgent = driver.submit("urgent", max_tokens=2)
+    driver.finish()
+
+    assert driver.finished == [urgent, *long]
+    assert driver.engine.stats.preemptions == 1
+    for number, request_id in zip((1, 2), long, strict=True):
+        assert driver.token_ids(request_id) == reference_tokens(f"long {number}".encode(), 16)
+
+
+def test_a_request_of_a_class_behind_takes_no_place_of_a_tenant_with_several(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=64, max_num_seqs=2, max_model_len=32, budget=64, limits=PATIENT)
+    first = submit_many(driver, 4, tenant="a")
+    driver.step()
+
+    last = driver.submit("last", max_tokens=1, tenant="b", priority=5)
+    driver.finish()
+
+    assert driver.finished == [*first, last]
+    assert driver.engine.stats.preemptions == 0
+
+
+def test_where_blocks_run_out_the_last_class_gives_them_back(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=8, max_num_seqs=2, max_model_len=32, budget=64, limits=PATIENT)
+    behind = driver.submit([1] * 10, max_tokens=12, priority=1)
+    driver.step()
+
+    before = driver.submit([2] * 10, max_tokens=12)
+    driver.finish()
+
+    assert driver.finished == [before, behind]
+    assert driver.engine.stats.preemptions > 0
+
+
+def test_a_full_queue_loses_the_newest_request_of_the_last_class(make_driver: MakeDriver) -> None:
+    limits = LimitsConfig(max_waiting=3, max_wait_seconds=1e6)
+    driver = make_driver(num_blocks=64, max_num_seqs=1, max_model_len=32, budget=64, limits=limits)
+    behind = submit_many(driver, 3, priority=1)
+
+    driver.submit("usual", max_tokens=1)
+    with pytest.raises(QueueFull):
+        driver.submit("behind", max_tokens=1, priority=1)
+
+    assert isinstance(driver.errors[behind[-1]], QueueFull)

@@ -14,6 +14,8 @@ import pytest
 from brlite.app import create_app
 from brlite.config.options import Config, KeyConfig, LimitsConfig, ModelSpec
 from brlite.engine.backend import ScheduledSeq
+from brlite.engine.engine import Engine
+from brlite.engine.request import Request, Sink
 from brlite.http.listen import HttpServer
 from brlite.server.served_model import ModelTable, ServedModel
 from tests.fakes import printable_token
@@ -161,7 +163,7 @@ async def test_prompts_and_answers_are_charged_whole_or_streamed(
 
 
 async def test_the_metrics_have_the_weight_and_the_times_of_a_key(limited: LimitedClient) -> None:
-    client = await limited(weight=3)
+    client = await limited(weight=3, priority=-2)
 
     await client.chat()
     shown = {"Authorization": f"Bearer {OPERATOR.key}"}
@@ -169,9 +171,41 @@ async def test_the_metrics_have_the_weight_and_the_times_of_a_key(limited: Limit
         metrics = await response.text()
 
     assert 'brlite:key_weight{key="team-a"} 3.0\n' in metrics
+    assert 'brlite:key_priority{key="team-a"} -2.0\n' in metrics
     seconds = dict(re.findall(r'brlite:key_seconds_total{key="team-a",phase="([a-z]+)"} ([0-9.e-]+)\n', metrics))
     assert list(seconds) == ["queue", "prefill", "decode"]
     assert sum(map(float, seconds.values())) > 0
+
+
+@pytest.mark.parametrize(("wanted", "obeyed"), [(None, -2), (-2, -2), (7, 7), (-3, -2)])
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings"])
+async def test_a_request_may_put_itself_behind_its_keys_class_and_not_before(
+    limited: LimitedClient, monkeypatch: pytest.MonkeyPatch, path: str, wanted: int | None, obeyed: int
+) -> None:
+    client = await limited(priority=-2, backend={"hidden_size": 4})
+    seen, add = list[int](), Engine.add_request
+
+    def add_request(engine: Engine, request: Request, sink: Sink) -> None:
+        seen.append(request.priority)
+        add(engine, request, sink)
+
+    monkeypatch.setattr(Engine, "add_request", add_request)
+    body = chat_body() if path == CHAT else {"model": MODEL, "input": "hi"}
+
+    status, answer = await client.post(path, {**body, "priority": wanted})
+
+    assert (status, seen) == (200, [obeyed])
+    told = ["priority -3 was raised to -2, the lowest that this key may have"] if wanted == -3 else []
+    assert answer.get("warnings", []) == told
+
+
+async def test_a_priority_that_is_not_allowed_is_refused_by_a_strict_request(limited: LimitedClient) -> None:
+    client = await limited()
+
+    status, answer = await client.post(CHAT, chat_body(priority=-1, strict=True))
+
+    assert (status, answer["error"]["code"]) == (400, "strict")
+    assert "priority -1 was raised to 0" in answer["error"]["message"]
 
 
 async def test_models_are_unloaded_with_an_operators_key_only(limited: LimitedClient) -> None:
