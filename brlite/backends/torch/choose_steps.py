@@ -35,7 +35,8 @@ def choose_steps(
 
     with torch.inference_mode():
         steps = TritonSteps(decoder.config, decoder.parameters, cache, max_length=max_length)
-        failure = steps.capture(max_rows)
+        is_shared = isinstance(decoder.parameters, SharedParameters)
+        failure = "tensor_parallel is above 1" if is_shared else steps.capture(max_rows)
     return steps, [GRAPH_NOTE.format(reason=failure)] if failure else []
 
 
@@ -46,8 +47,6 @@ def find_obstacle(decoder: Decoder, cache: KVCache) -> str | None:
         return f"the card's compute capability is {'.'.join(map(str, capability))}, below 8.0"
     if decoder.dtype != torch.bfloat16 or cache.dtype == "float32":
         return "they compute in bfloat16, and engine.dtype is another"
-    if isinstance(decoder.parameters, SharedParameters):
-        return "tensor_parallel is above 1"
     if decoder.config.head_dim > MAX_HEAD_DIM:
         return f"head_dim is {decoder.config.head_dim}, above {MAX_HEAD_DIM}"
     try:

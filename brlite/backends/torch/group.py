@@ -75,17 +75,19 @@ class TorchGroup:
             raise RankGone(f"rank {self._shard.rank} could not join the others: {error}") from error
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        try:
-            dist.all_reduce(tensor)
-        except RuntimeError as error:  # torch has no narrower class for a connection that is closed
-            raise RankGone(f"another rank went in the midst of a step: {error}") from error
+        """Each rank adds up all tensors itself: the order in which an all-reduce adds depends on their size, and so the
+        bits of a row would depend on the rows beside it."""
+        first, *others = self.gather(tensor)
+        tensor.copy_(first)
+        for other in others:
+            tensor += other
         return tensor
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self._shard.size)]
         try:
             dist.all_gather(parts, tensor)
-        except RuntimeError as error:
+        except RuntimeError as error:  # torch has no narrower class for a connection that is closed
             raise RankGone(f"another rank went in the midst of a step: {error}") from error
         return parts
 

@@ -23,7 +23,7 @@ class Group(Protocol):
     """What the ranks of a model do together. All must call the same, in the same order, with tensors of one shape."""
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace `tensor` by the sum of all ranks'; return it."""
+        """Replace `tensor` by the sum of all ranks', added in the order of the ranks; return it."""
         ...
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
@@ -51,7 +51,11 @@ class JoinedHead(Linear):
     num_rows: tuple[int, ...]
 
     def __call__(self, x: Tensor) -> Tensor:
-        parts = self.group.gather(self.own(x).contiguous())
+        return self.join(self.own(x).contiguous())
+
+    def join(self, own: Tensor) -> Tensor:
+        """The logits of all ranks, of this one's."""
+        parts = self.group.gather(own)
         return torch.cat([part[:, :size] for part, size in zip(parts, self.num_rows, strict=True)], dim=-1)
 
 

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from brlite.backends.torch.kv_cache import FloatPages, Int8Pages, KVCache, Pages
+from brlite.backends.torch.parallel import Group, JoinedHead, SummedLinear
 from brlite.backends.torch.parameters import Parameters, scales_name
 from brlite.backends.torch.rope import rope_tables
 from brlite.backends.torch.triton import attention, rope, rows
@@ -56,6 +57,8 @@ class TritonDecoder:
         self.split = attention.split_size(max_length)
         self._rope = rope_tables(config.rope, max_length, self.device)
         self._network = build_network(config)
+        head = parameters.linears[self._network.head.name]
+        self._join = head.join if isinstance(head, JoinedHead) else None
         self._head = self._take(self._network.head)
         self._body = list(self._compile(self._network.body))
 
@@ -70,12 +73,8 @@ class TritonDecoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The vocabulary's logits [R, V] in float32 for rows [R, H] that `forward` returned."""
-        normed = self.normed(hidden, torch.bfloat16)
-        parts = multiply(normed, self._head)
-        total = parts[0]
-        for part in parts[1:]:
-            total += part
-        return total
+        total = _summed(multiply(self.normed(hidden, torch.bfloat16), self._head))
+        return total if self._join is None else self._join(total)
 
     def normed(self, hidden: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows [R, H] that `forward` returned after the final norm: what the head reads."""
@@ -96,7 +95,9 @@ class TritonDecoder:
                 case Multiply(output="gate_up"):
                     gated = self._take(operation)
                 case Multiply(output="hidden"):
-                    yield partial(_add, self._take(operation))
+                    linear = self.parameters.linears[operation.name]
+                    group = linear.group if isinstance(linear, SummedLinear) else None
+                    yield partial(_add, self._take(operation), group)
                 case Multiply():
                     yield partial(_product, self._take(operation))
                 case HeadNorm():
@@ -112,9 +113,10 @@ class TritonDecoder:
                     raise NotImplementedError(f"the kernels for cards have no form of {operation} here")
 
     def _take(self, operation: Multiply) -> Matrix:
-        """The matrix of a product. Int8 weights are laid out anew, and the plain ones given back."""
-        name = operation.weight.name
-        matrix = Matrix.of(self.parameters.linears.pop(operation.name), operation.weight.shape[1])
+        """The matrix of a product, or a rank's part of it. Int8 weights are laid out anew, and the others freed."""
+        name, linear = operation.weight.name, self.parameters.linears.pop(operation.name)
+        own = linear.own if isinstance(linear, SummedLinear | JoinedHead) else linear
+        matrix = Matrix.of(own, operation.weight.shape[1])
         if matrix.scales is not None:
             self.parameters.named[name], self.parameters.named[scales_name(name)] = matrix.values, matrix.scales
         return matrix
@@ -186,10 +188,22 @@ def _product(matrix: Matrix, x: Tensor | Product, _: LaunchedStep) -> Product:
     return Product(multiply(x, matrix), matrix.bias)
 
 
-def _add(matrix: Matrix, x: Tensor | Product, step: LaunchedStep) -> Tensor:
+def _add(matrix: Matrix, group: Group | None, x: Tensor | Product, step: LaunchedStep) -> Tensor:
+    """With a group, the parts that the next norm adds up are the products of the ranks, in their order."""
     assert isinstance(x, Tensor)
     step.product = Product(multiply(x, matrix), matrix.bias)
+    if group is not None:
+        own = _summed(step.product.values)
+        step.product = Product(torch.stack(group.gather(own if matrix.bias is None else own.add_(matrix.bias))), None)
     return x
+
+
+def _summed(parts: Tensor) -> Tensor:
+    """The parts of a product, which are overwritten, added up in order."""
+    total = parts[0]
+    for part in parts[1:]:
+        total += part
+    return total
 
 
 def _gate(matrix: Matrix, x: Tensor | Product, _: LaunchedStep) -> Tensor:
