@@ -22,7 +22,9 @@ settings.load_profile("any machine")
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the commands do; read when torch loads
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read wherever Triton is imported, by torch as well: there is no card
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it, as its children do
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's job in the background ignores it, as its children do
 
 
 if os.environ.get("BRLITE_TEST_LOOP") == "uvloop":  # which the commands use, and which differs at the edges

@@ -43,9 +43,9 @@ def load_backend(
     engine: EngineConfig,
     on_progress: OnProgress | None = None,
 ) -> Backend:
-    """Read the weights into the backend that the config wants, or the fastest that there is.
+    """Read the weights into the backend of `engine.backend`; with `auto` into native kernels, or torch without them.
 
-    Raises `ConfigError` for what it cannot compute, and where `backend = "native"` cannot be had.
+    Raises `ConfigError` for a model that the backend cannot compute, and where no kernels for `native` can be loaded.
     """
     cpus, memory = find_cpus(), find_memory()
     threads = f"{engine.threads}, set by engine.threads" if engine.threads else f"{cpus.num_threads}, {cpus.decided_by}"
@@ -107,7 +107,7 @@ def find_obstacle(config: ModelConfig, spec: ModelSpec, engine: EngineConfig) ->
 def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
     """Packed weights are where the config says, in the bundle, or in the cache for a model that was fetched."""
     spec, packed_file = plan.spec, None
-    _log_precision(plan, is_native=True)
+    logger.info("model %s: precision %s", spec.name, describe_precision(plan.model, spec, is_native=True))
     if spec.serialize_file:
         packed_file = expand_home(spec.serialize_file)
     elif spec.path is None or not expand_home(spec.path).exists():  # then the path is a name on a hub
@@ -121,30 +121,21 @@ def _load_native(library: NativeLibrary, plan: LoadPlan) -> Backend:
         packed_file = bundled_weights(plan.checkpoint.path, spec.precision) or packed_file
     from brlite.backends.native.backend import NativeBackend
 
-    with _quiet_torch() as opened:  # what the backend takes over is not closed here
+    with ExitStack() as opened:  # the backend closes it
+        torch = sys.modules.get("torch")
+        if torch is not None and "brlite.backends.torch.backend" not in sys.modules and torch.get_num_threads() > 1:
+            # torch's threads would take cores from the step's.
+            logger.info("torch computes on 1 thread, not %d, while native kernels are in use", torch.get_num_threads())
+            opened.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
         return NativeBackend(library, msgspec.structs.replace(plan, packed_file=packed_file), opened=opened)
-
-
-def _log_precision(plan: LoadPlan, *, is_native: bool) -> None:
-    precision = describe_precision(plan.model, plan.spec, is_native=is_native)
-    logger.info("model %s: precision %s", plan.spec.name, precision)
-
-
-def _quiet_torch() -> ExitStack:
-    """Keep torch, if it is imported, to 1 thread until this is closed: its threads take the cores from the step's."""
-    torch, stack = sys.modules.get("torch"), ExitStack()
-    if torch is not None and "brlite.backends.torch.backend" not in sys.modules and torch.get_num_threads() > 1:
-        logger.info("torch computes on 1 thread, not %d, while native kernels are in use", torch.get_num_threads())
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
-    return stack
 
 
 def _load_torch(plan: LoadPlan, *notes: str) -> Backend:
     if plan.spec.serialize_file:
         notes = (*notes, UNPACKED_NOTE.format(path=plan.spec.serialize_file))
     plan = msgspec.structs.replace(plan, notes=notes)
-    _log_precision(plan, is_native=False)
+    logger.info("model %s: precision %s", plan.spec.name, describe_precision(plan.model, plan.spec, is_native=False))
     plan.progress._replace(stage="starting torch").report(0.0)
     if plan.spec.tensor_parallel > 1:
         from brlite.backends.distributed.parallel import load_torch_ranks

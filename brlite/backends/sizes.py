@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -181,7 +181,11 @@ def measure(
         max_context=config.max_context,
         context=context,
         context_reason=reason,
-        dtype=_describe_forms(forms) if is_native else "int8" if keeps_int8 else dtype,
+        dtype=" and ".join(sorted({form.partition("_")[0] for form in forms}))
+        if is_native
+        else "int8"
+        if keeps_int8
+        else dtype,
         precision=describe_precision(model, spec, is_native=is_native),
         weight_bytes=sum(rank.weight_bytes for rank in ranks),
         kv_dtype=kv_dtype,
@@ -254,8 +258,3 @@ def _cache_room(engine: EngineConfig, ranks: Sequence[RankSizes], *, is_native: 
     if card is not None and not is_bound:
         return CacheRoom(left // per_token, bound, is_filled=True)
     return CacheRoom(left // 2 // per_token, bound)
-
-
-def _describe_forms(forms: Set[MatrixForm]) -> str:
-    """int4, int8, bfloat16, or several of them."""
-    return " and ".join(sorted({form.partition("_")[0] for form in forms}))

@@ -21,13 +21,14 @@ import numpy.typing as npt
 
 from brlite.checkpoint.bfloat16 import from_bfloat16
 from brlite.errors import ModelError
-from brlite.files.quoting import reason
+from brlite.files.quoting import excerpt, reason
 
 Bytes = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 ReadBytes = Callable[[int, int], Bytes]  # (the first byte of the tensor that is wanted, how many)
 
 CHUNK_ELEMENTS = 1 << 17  # widened at once: what lies beside the result stays in the cache, 3 times as fast
+HALF_EXPONENT = 0x7C00  # its bits in half precision: all are set in infinities and NaN
 SHORTEST = 1e-12  # a row of zeros stays one when rows are scaled to length 1
 
 
@@ -107,9 +108,16 @@ class StoredTensor(msgspec.Struct, frozen=True):
     def coded(self) -> Coded | None:
         """The numbers as codes and scales; None where the format has no such form. Columns must be whole.
 
-        Raises `ModelError` as `float32` does.
+        Raises `ModelError` as `float32` does, and for scales or offsets that are no finite numbers of half precision.
         """
-        return None if self.format.decode is None else self.format.decode(self.stored(self.rows))
+        if self.format.decode is None:
+            return None
+        with np.errstate(over="ignore", invalid="ignore"):
+            coded = self.format.decode(self.stored(self.rows))
+        for halves in (coded.scales, coded.offsets):
+            if halves is not None and (halves & HALF_EXPONENT == HALF_EXPONENT).any():
+                raise ModelError(f"{excerpt(self.name)} has a scale that is not finite, or is beyond half precision")
+        return coded
 
     def float32(self) -> Float32:
         """The numbers, widened: contiguous, writable, the caller's own. Nothing is rounded.
@@ -121,7 +129,8 @@ class StoredTensor(msgspec.Struct, frozen=True):
         if self.head_rows:
             step = -(-step // self.head_rows) * self.head_rows
         for start in range(0, len(out) if out.size else 0, step):
-            values = self.format.widen(self.stored(self.rows[start : start + step]))
+            with np.errstate(over="ignore", invalid="ignore"):  # a damaged scale may be infinite
+                values = self.format.widen(self.stored(self.rows[start : start + step]))
             if self.head_rows and len(self.shape) < 2:
                 values = values.reshape(-1, self.head_rows // 2, 2).swapaxes(1, 2).reshape(1, -1)
             piece = out[start : start + step]

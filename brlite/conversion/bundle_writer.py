@@ -110,7 +110,10 @@ def find_finished(plan: BundlePlan) -> Manifest | None:
     is_same = _essence(manifest) == _essence(plan.draft) and records.items() <= manifest.files.items()
     packed = set() if plan.packing is None else {packed_name(plan.draft.precision)}
     has_all = packed | {shard.file_name for shard in plan.shards} <= manifest.files.keys()
-    are_whole = all(_has_size(plan.folder / name, record) for name, record in manifest.files.items())
+    try:
+        are_whole = all((plan.folder / name).stat().st_size == each.num_bytes for name, each in manifest.files.items())
+    except OSError:
+        return None
     return manifest if is_same and has_all and are_whole else None
 
 
@@ -154,7 +157,10 @@ class _Bundling:
         sweep(self._folder, "")
         previous = read_progress(self._folder)
         if previous is None or previous.source != self._plan.draft.source:
-            self._begin(previous)
+            # From here on the folder is an unfinished bundle without files; one of another source ends here.
+            self._write(PROGRESS_FILE, self._manifest())
+            for name in (MANIFEST_FILE, *(() if previous is None else previous.files)):
+                (self._folder / name).unlink(missing_ok=True)
         else:
             self._keep_finished(previous)
         rounding = self._write_weights()
@@ -187,42 +193,47 @@ class _Bundling:
     def _keep_finished(self, previous: Manifest) -> None:
         """Take over what an earlier run has written from the same source, once it is seen to be whole."""
         for shard in self._plan.shards:
-            record = previous.files.get(shard.file_name)
-            if record is not None and _holds(self._folder / shard.file_name, shard, record):
+            record, file = previous.files.get(shard.file_name), self._folder / shard.file_name
+            header = shard_header(shard.tensors)
+            try:
+                with file.open("rb") as stream:
+                    has_header = stream.read(len(header)) == header
+            except OSError:
+                continue
+            if record is not None and has_header and _is_same(file, record):
                 self._files[shard.file_name] = record
         if len(self._files) < len(self._plan.shards):
             return
         for name, record in previous.files.items():
-            if name.endswith(PACKED_SUFFIX) and self._is_packed_file_whole(name, record):
-                self._files[name] = record
-
-    def _is_packed_file_whole(self, name: str, record: FileRecord) -> bool:
-        try:
-            key = read_packed_file_key(self._folder / name)
-        except (PackedFileError, OSError):
-            return False
-        is_own = (key.layout_version, key.identity) == (LAYOUT_VERSION, self._identity())
-        return is_own and _is_same(self._folder / name, record)
+            if name.endswith(PACKED_SUFFIX):
+                try:
+                    key = read_packed_file_key(self._folder / name)
+                except (PackedFileError, OSError):
+                    continue
+                is_own = (key.layout_version, key.identity) == (LAYOUT_VERSION, self._identity())
+                if is_own and _is_same(self._folder / name, record):
+                    self._files[name] = record
 
     def _identity(self) -> str:
         shards = {shard.file_name: self._files[shard.file_name] for shard in self._plan.shards}
         return bundle_identity(self._plan.checkpoint.config, shards)
 
     def _write_weights(self) -> Rounding | None:
+        """Write the missing shards, and the packed file if it is wanted and missing: then tensors go to both."""
         packing, name = self._plan.packing, packed_name(self._plan.draft.precision)
-        if packing is not None and name not in self._files:
-            return self._write_both(packing, name)
-        if any(shard.file_name not in self._files for shard in self._plan.shards):
-            with self._copying() as copying:
-                for _ in copying.tensors():
-                    pass
-        return None
-
-    def _write_both(self, packing: Packing, name: str) -> Rounding | None:
+        needs_packed_file = packing is not None and name not in self._files
+        if not needs_packed_file and all(shard.file_name in self._files for shard in self._plan.shards):
+            return None
         rounding = None
         with ExitStack() as opened:
+            copying = opened.enter_context(
+                _CopyingCheckpoint(self._plan, self._files, self._note_finished, self._on_bytes)
+            )
+            if packing is None or not needs_packed_file:
+                for _ in copying.tensors():
+                    pass
+                return None
             pool = opened.enter_context(PackingThreads(physical_cores()))
-            copying = opened.enter_context(self._copying())
             packed_file = opened.enter_context(PackedFile(self._folder / name, packing, pool, self._on_bytes))
             opened.callback(pool.end)  # before the file they write to is closed
             plan = LoadPlan(checkpoint=copying, model=self._plan.model, spec=ModelSpec(), engine=EngineConfig())
@@ -235,9 +246,6 @@ class _Bundling:
             record = packed_file.finish(self._identity())
         self._note_finished(name, record)
         return rounding
-
-    def _copying(self) -> _CopyingCheckpoint:
-        return _CopyingCheckpoint(self._plan, self._files, self._note_finished, self._on_bytes)
 
 
 class _CopyingCheckpoint:
@@ -309,27 +317,9 @@ def _essence(manifest: Manifest) -> Manifest:
     return msgspec.structs.replace(manifest, files={}, brlite="")
 
 
-def _holds(file: Path, shard: PlannedShard, record: FileRecord) -> bool:
-    """Whether a file is the planned shard, to the last byte."""
-    header = shard_header(shard.tensors)
-    try:
-        with file.open("rb") as stream:
-            has_header = stream.read(len(header)) == header
-    except OSError:
-        return False
-    return has_header and _is_same(file, record)
-
-
 def _is_same(file: Path, record: FileRecord) -> bool:
     try:
         return read_record(file) == record
-    except OSError:
-        return False
-
-
-def _has_size(file: Path, record: FileRecord) -> bool:
-    try:
-        return file.stat().st_size == record.num_bytes
     except OSError:
         return False
 

@@ -46,7 +46,6 @@ from brlite.conversion.bundle_writer import (
 from brlite.conversion.rounding import Rounding
 from brlite.errors import ConfigError, ModelError, NativeUnavailable
 from brlite.files.quoting import reason
-from brlite.models.config import ModelConfig
 from brlite.models.network import num_parameters
 from brlite.models.precision import PRECISIONS, PrecisionName
 from brlite.models.registry import find_family
@@ -82,7 +81,13 @@ def run(order: ConversionRequest) -> int:
         model = check_model(checkpoint, ModelSpec(name=name, build_seq=1))
         if model.has_scoring_head:
             raise ModelError(f"{order.model_dir}: a bundle has no place for a scoring head; serve the folder as it is")
-        packing, obstacle = _plan_packing(model, order.precision)
+        packing = None  # then the bundle serves, but does not load at once
+        obstacle = find_obstacle(model.config, ModelSpec(precision=order.precision), EngineConfig(device="cpu"))
+        if obstacle is None:
+            try:
+                packing = plan_packing(load_library().functions, model, PRECISIONS[order.precision])
+            except NativeUnavailable as error:
+                obstacle = str(error)
         plan = _plan(order, checkpoint, model, packing)
         check_folder(plan)
         finished = find_finished(plan)
@@ -180,18 +185,6 @@ def _plan(order: ConversionRequest, checkpoint: Checkpoint, model: CheckedModel,
     )
 
 
-def _plan_packing(model: CheckedModel, precision: PrecisionName) -> tuple[Packing | None, str | None]:
-    """How to pack the weights, or why they are not packed: then the bundle serves, but does not load at once."""
-    obstacle = find_obstacle(model.config, ModelSpec(precision=precision), EngineConfig(device="cpu"))
-    if obstacle is not None:
-        return None, obstacle
-    try:
-        library = load_library().functions
-    except NativeUnavailable as error:
-        return None, str(error)
-    return plan_packing(library, model, PRECISIONS[precision]), None
-
-
 def _checks(
     order: ConversionRequest, plan: BundlePlan, tokenizer: Tokenizer, obstacle: str | None, is_finished: bool
 ) -> Iterator[str]:
@@ -210,7 +203,10 @@ def _checks(
     tied = ", the head is the embedding" if config.tie_word_embeddings else ""
     ignored = f", {len(plan.model.ignored)} are not needed" if plan.model.ignored else ""
     yield f"tensors      all {len(plan.model.targets)} are there, with the shapes that the config wants{tied}{ignored}"
-    yield f"vocabulary   {_vocabulary(tokenizer, config, order.model_dir)}"
+    highest, rows = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids)), config.vocab_size
+    if highest >= rows:
+        raise ModelError(f"{order.model_dir}: its tokenizer has token ids up to {highest}, the model {rows} rows")
+    yield f"vocabulary   {rows} rows, {tokenizer.vocab_size} tokens"
     given = "" if order.model_name == plan.draft.model else f", from {order.model_name}"
     yield f"name         {plan.draft.model}{given}"
     is_int8 = PRECISIONS[plan.draft.precision].has_int8_weights
@@ -218,7 +214,10 @@ def _checks(
     widened = quantized_formats(plan.model.formats)
     kept = f"; {', '.join(widened)} are widened: serve the model itself to keep its size" if widened else ""
     yield f"rounding     {rounding}{kept}"
-    yield f"shapes       {_shapes(config, obstacle)}"
+    heads = f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} of keys and values"
+    limit = f" (the manual's engine allows {MANUALS_MAX_SEQ})" if config.max_context > MANUALS_MAX_SEQ else ""
+    packed = "" if obstacle is None else f"; weights are not packed: {obstacle}"
+    yield f"shapes       {heads}, context of {config.max_context}{limit}{packed}"
     chat = "with a chat template" if tokenizer.has_chat_template else "without a chat template: no Chat API"
     yield f"tokenizer    loads, {chat}"
     yield f"run again    {'all of it is there already' if is_finished else 'goes on where this one ends'}"
@@ -235,22 +234,6 @@ def _room(plan: BundlePlan) -> str:
     if needed > free:
         raise ModelError(f"{plan.folder}: {show_bytes(needed)} are needed, but the disk has {show_bytes(free)} free")
     return f"{plan.folder}: {show_bytes(needed)} are needed, {show_bytes(free)} free"
-
-
-def _vocabulary(tokenizer: Tokenizer, config: ModelConfig, path: Path) -> str:
-    highest = max((tokenizer.vocab_size - 1, *tokenizer.eos_token_ids))
-    if highest >= config.vocab_size:
-        raise ModelError(f"{path}: its tokenizer has token ids up to {highest}, the model {config.vocab_size} rows")
-    return f"{config.vocab_size} rows, {tokenizer.vocab_size} tokens"
-
-
-def _shapes(config: ModelConfig, obstacle: str | None) -> str:
-    heads = f"{config.num_heads} heads of {config.head_dim}, {config.num_kv_heads} of keys and values"
-    context = f"context of {config.max_context}"
-    if config.max_context > MANUALS_MAX_SEQ:
-        context += f" (the manual's engine allows {MANUALS_MAX_SEQ})"
-    packed = "" if obstacle is None else f"; weights are not packed: {obstacle}"
-    return f"{heads}, {context}{packed}"
 
 
 def _report(

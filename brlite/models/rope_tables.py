@@ -60,15 +60,6 @@ def _frequencies(theta: float, rotary_dim: int) -> Float32:
     return frequencies
 
 
-def _unscaled(frequencies: Float32, rope: RopeConfig) -> Float32:
-    return frequencies
-
-
-def _linear(frequencies: Float32, rope: RopeConfig) -> Float32:
-    assert isinstance(rope.scaling, LinearScaling)
-    return frequencies / rope.scaling.factor
-
-
 def _llama3(frequencies: Float32, rope: RopeConfig) -> Float32:
     scaling = rope.scaling
     assert isinstance(scaling, Llama3Scaling)
@@ -99,8 +90,8 @@ def _blend(at_zero: Float32, at_one: Float32, position: Float32) -> Float32:
 
 
 SCALINGS: dict[type[Any], Callable[[Float32, RopeConfig], Float32]] = {
-    type(None): _unscaled,
-    LinearScaling: _linear,
+    type(None): lambda frequencies, rope: frequencies,
+    LinearScaling: lambda frequencies, rope: frequencies / rope.scaling.factor,  # type: ignore[union-attr]  # by its key
     Llama3Scaling: _llama3,
     YarnScaling: _yarn,
 }

@@ -121,7 +121,8 @@ def parameter_parts(config: ModelConfig, shard: Shard) -> dict[str, ShardSlice]:
 
 def _parts(config: ModelConfig, shard: Shard) -> dict[Sharding, ShardSlice]:
     """What the rank holds of parameters that ranks share in these ways."""
-    heads, kv_heads = (_times(part, config.head_dim) for part in head_ranges(config, shard))
+    size = config.head_dim
+    heads, kv_heads = (range(part.start * size, part.stop * size) for part in head_ranges(config, shard))
     mlp, whole = mlp_range(config, shard), range(config.hidden_size)
     first_value = config.q_size + config.kv_size
     qkv = ShardSlice((heads, _shifted(kv_heads, config.q_size), _shifted(kv_heads, first_value)))
@@ -142,10 +143,6 @@ def _even_range(total: int, rank: int, size: int, unit: int = 1) -> range:
     """Part `rank` of `size` parts of 0 .. `total`, which begin at multiples of `unit`."""
     num_units = -(-total // unit)
     return range(num_units * rank // size * unit, min(num_units * (rank + 1) // size * unit, total))
-
-
-def _times(part: range, factor: int) -> range:
-    return range(part.start * factor, part.stop * factor)
 
 
 def _shifted(part: range, start: int) -> range:

@@ -47,9 +47,9 @@ def test_a_weight_is_packed_in_few_calls():
     chosen, first = Journey(calls[:load]), Journey(calls[load:packed])
     further = [Journey(calls[begin:end]) for begin, end in pairwise(begins[1:])]  # from one `put` to the next
 
-    assert len(chosen.calls) <= 30  # of them 17 in 5 files find the native library
+    assert len(chosen.calls) <= 25  # 20 with the installed library; 5 more where the cache folder has it
     assert len(chosen.files) <= 10
-    assert len(first.calls) <= 36
+    assert len(first.calls) <= 31
     assert len(first.files) <= 10
     assert max(len(tensor.calls) for tensor in further) <= 8
     assert max(len(tensor.files) for tensor in further) <= 3

@@ -59,7 +59,7 @@ class ParallelBackend:
         self.info = info
         self._model = model
         self._ranks = ranks
-        self._on_lost: OnLost = _ignore
+        self._on_lost: OnLost = lambda error: None
         self._lost: BackendLost | None = None
         self._guard = BackendGuard()
         self._lock = threading.Lock()  # the watch and a step may find a loss at the same time
@@ -104,26 +104,23 @@ class ParallelBackend:
     def execute(self, batch: Batch) -> StepResult:
         """Compute one step. Whatever is raised, the ranks are not in step any more, and the backend is lost."""
         with self._guard.step():
-            return self._execute(batch)
+            if self._lost is not None:
+                raise self._lost
+            self._is_between_steps.clear()
+            try:
+                self._ranks.tell(compute_frame(batch))
+                return self._model.execute(batch)
+            except Exception as error:
+                reason = BackendLost(f"a step failed on rank 0: {error}")
+                if isinstance(error, RankGone) and self._has_heard.wait(CAUSE_SECONDS):
+                    reason = self._heard or reason
+                raise self._lose(reason) from error
+            finally:
+                self._is_between_steps.set()
 
     def close(self) -> None:
         """End the ranks and give back what rank 0 holds, after the step under way if there is one."""
         self._guard.close(self._give_back)
-
-    def _execute(self, batch: Batch) -> StepResult:
-        if self._lost is not None:
-            raise self._lost
-        self._is_between_steps.clear()
-        try:
-            self._ranks.tell(compute_frame(batch))
-            return self._model.execute(batch)
-        except Exception as error:
-            reason = BackendLost(f"a step failed on rank 0: {error}")
-            if isinstance(error, RankGone) and self._has_heard.wait(CAUSE_SECONDS):
-                reason = self._heard or reason
-            raise self._lose(reason) from error
-        finally:
-            self._is_between_steps.set()
 
     def _give_back(self) -> None:
         self._ranks.close(at_once=self._lost is not None)
@@ -155,7 +152,3 @@ class ParallelBackend:
 
 
 Describe = Callable[[BackendInfo, list[Loaded]], BackendInfo]
-
-
-def _ignore(error: BackendLost) -> None:
-    """No callback is set."""

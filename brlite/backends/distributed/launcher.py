@@ -79,7 +79,11 @@ def await_ranks(place: RankAddress, environment: Mapping[str, str] = os.environ)
     secret, nonce = read_secret(environment), secrets.token_hex(16)
     members: dict[int, Member] = {}
     try:
-        with _listen(place) as listener:
+        listening = socket.create_server((place.host, 0), family=socket.getaddrinfo(place.host, None)[0][0])
+    except OSError as error:
+        raise ConfigError(f"MASTER_ADDR is {place.host}, which is no address of rank 0's machine: {error}") from error
+    try:
+        with listening as listener:
             store, port = _store(place), listener.getsockname()[1]
             store.set(_key(place), "|".join((place.host, str(port), nonce, proof(secret, place.host, port, nonce))))
             logger.info("waiting for %d ranks at %s", place.size - 1, place.host)
@@ -111,13 +115,6 @@ def find_rank_0(place: RankAddress, environment: Mapping[str, str] = os.environ)
         raise EngineError(f"rank {place.rank} did not find rank 0 at {place.host}: {error}") from error
     channel.send(Hello(place.rank, proof(secret, nonce, place.rank)))
     return channel
-
-
-def _listen(place: RankAddress) -> socket.socket:
-    try:
-        return socket.create_server((place.host, 0), family=socket.getaddrinfo(place.host, None)[0][0])
-    except OSError as error:
-        raise ConfigError(f"MASTER_ADDR is {place.host}, which is no address of rank 0's machine: {error}") from error
 
 
 def _admit(listener: socket.socket, missing: Collection[int], may_come: Callable[[Hello], bool]) -> Member | None:

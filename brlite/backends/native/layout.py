@@ -68,11 +68,12 @@ def packed_layout(
     With tied embeddings `embedding` is stored as panels, used for both look-up and head.
     """
     found: list[tuple[str, PackedTensor]] = []
+    vector_bytes = {size: 4 * padded(size) for size in {parameter.shape[-1] for parameter in parameters.values()}}
     for name in _in_file_order(parameters):
         shape, is_rounded = parameters[name].shape, parameters[name].precision == "bfloat16"
         num_outputs, num_inputs = shape if len(shape) == 2 else (1, shape[0])
         if len(shape) == 1:
-            found.append((name, PackedTensor("vector", BF16, 1, num_inputs, 0, 4 * padded(num_inputs), is_rounded)))
+            found.append((name, PackedTensor("vector", BF16, 1, num_inputs, 0, vector_bytes[num_inputs], is_rounded)))
         elif name not in parts:
             found.append((name, PackedTensor("table", BF16, num_outputs, num_inputs, 0, 2 * num_outputs * num_inputs)))
         first_row = 0

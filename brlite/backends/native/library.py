@@ -48,14 +48,18 @@ def load_library(
 
     Raises `NativeUnavailable` with the reason if there is no library and none can be compiled.
     """
-    library = find_library(cache, installed=installed) or _built(_kept(cache), build)
+    library = find_library(cache, installed=installed)
+    if library is None:
+        sources = fingerprint()
+        library = _built(_kept(cache, sources), sources, build)
     logger.info("native kernels: %s, %s", library.path, library.isa_name)
     return library
 
 
 def find_library(cache: Path | None = None, *, installed: Path = HERE) -> NativeLibrary | None:
     """As `load_library`, but returns None instead of compiling."""
-    kept = _kept(cache)
+    sources = fingerprint()
+    kept = _kept(cache, sources)
     for path in (*sorted(installed.glob(INSTALLED)), kept):
         if os.path.exists(path):  # False, too, where the folder may not be read
             try:
@@ -64,13 +68,13 @@ def find_library(cache: Path | None = None, *, installed: Path = HERE) -> Native
                 if path == kept and (stranger := why_untrusted(path)):
                     logger.warning("native library %s is not used: %s", path, stranger)
                     continue
-                return _checked(path)
+                return _checked(path, sources)
             except OSError as error:
                 logger.info("native library %s is not used: %s", path, error)
     return None
 
 
-def _built(path: Path, build: Callable[[Path], None]) -> NativeLibrary:
+def _built(path: Path, sources: str, build: Callable[[Path], None]) -> NativeLibrary:
     """Compile into the cache. If other users can write there, into a temporary folder for this load only."""
     try:
         with ExitStack() as opened:
@@ -78,7 +82,7 @@ def _built(path: Path, build: Callable[[Path], None]) -> NativeLibrary:
                 path = Path(opened.enter_context(TemporaryDirectory(prefix="brlite-"))) / path.name
                 logger.warning("the native kernels are compiled for this start only: others can write to the cache")
             build(path)
-            return _checked(path)
+            return _checked(path, sources)
     except OSError as error:
         raise NativeUnavailable(f"the native library was compiled, but cannot be loaded: {error}") from error
 
@@ -112,17 +116,17 @@ def run_self_tests(functions: ctypes.CDLL) -> dict[str, int]:
     return {abi.ISAS[isa]: functions.brlite_self_test(isa) for isa in available_isas(functions)}
 
 
-def _kept(cache: Path | None) -> Path:
-    return (default_cache() if cache is None else cache) / "native" / f"brlite-{fingerprint()}.so"
+def _kept(cache: Path | None, sources: str) -> Path:
+    return (default_cache() if cache is None else cache) / "native" / f"brlite-{sources}.so"
 
 
-def _checked(path: Path) -> NativeLibrary:
-    """Load and check a library. Raises OSError if it is broken or was built from other sources."""
+def _checked(path: Path, sources: str) -> NativeLibrary:
+    """Load and check a library. Raises OSError if it is broken, or has another fingerprint than `sources`."""
     functions = ctypes.CDLL(str(path))
     own = getattr(functions, "brlite_fingerprint", None)
     if own is not None:
         own.argtypes, own.restype = (), ctypes.c_char_p
-    if own is None or own().decode() != fingerprint():
+    if own is None or own().decode() != sources:
         raise OSError("it was built from other sources")
     abi.declare(functions)
     abi.check(functions)

@@ -59,7 +59,25 @@ class BuiltinEngine:
         self._backend = backend
         self._max_step_tokens = max(config.step_tokens(), spec.build_batch)
         self._blocks_per_slot = math.ceil(spec.build_seq / backend.info.block_size)
-        capabilities = _capabilities(backend.info)
+        info = backend.info
+        capabilities = Capabilities(
+            name=f"brlite-{info.name}",
+            max_seqs=info.max_num_seqs,
+            max_model_len=info.max_model_len,
+            vocab_size=info.vocab_size,
+            can_mix_rows=True,
+            can_prefill_together=True,
+            can_chunk_prompts=True,
+            is_deterministic=info.is_batch_invariant,
+            is_batch_invariant=info.is_batch_invariant,
+            tolerance=0.0 if info.is_batch_invariant else TOLERANCES.get(info.dtype, 0.05),
+            device=info.device,
+            dtype=info.dtype,
+            weight_bytes=info.weight_bytes,
+            kv_bytes=info.kv_bytes,
+            fingerprint=info.fingerprint,
+            notes=info.notes,
+        )
         self._slots = Slots(capabilities)
         return capabilities
 
@@ -67,7 +85,11 @@ class BuiltinEngine:
         if self._backend is None:
             raise EngineError("the engine is closed")
         self._slots.check(rows)
-        seqs = [self._scheduled(row) for row in rows]
+        firsts = [row.slot * self._blocks_per_slot for row in rows]
+        seqs = [
+            ScheduledSeq(row.slot, row.start, row.token_ids.tolist(), [*range(first, first + self._blocks_per_slot)])
+            for row, first in zip(rows, firsts, strict=True)
+        ]
         if sum(len(row.token_ids) for row in rows) <= self._max_step_tokens:
             logits = self._backend.last_logits(seqs)
         else:
@@ -83,12 +105,6 @@ class BuiltinEngine:
         if backend is not None:
             backend.close()
 
-    def _scheduled(self, row: PluginRow) -> ScheduledSeq:
-        first = row.slot * self._blocks_per_slot
-        return ScheduledSeq(
-            row.slot, row.start, row.token_ids.tolist(), list(range(first, first + self._blocks_per_slot))
-        )
-
     def _in_pieces(self, backend: LogitsBackend, seq: ScheduledSeq) -> npt.NDArray[np.float32]:
         """A row that is too long for a step, by itself."""
         size, num_tokens = self._max_step_tokens, len(seq.token_ids)
@@ -96,24 +112,3 @@ class BuiltinEngine:
             piece = seq.token_ids[start : start + size]
             logits = backend.last_logits([msgspec.structs.replace(seq, start=seq.start + start, token_ids=piece)])
         return logits
-
-
-def _capabilities(info: BackendInfo) -> Capabilities:
-    return Capabilities(
-        name=f"brlite-{info.name}",
-        max_seqs=info.max_num_seqs,
-        max_model_len=info.max_model_len,
-        vocab_size=info.vocab_size,
-        can_mix_rows=True,
-        can_prefill_together=True,
-        can_chunk_prompts=True,
-        is_deterministic=info.is_batch_invariant,
-        is_batch_invariant=info.is_batch_invariant,
-        tolerance=0.0 if info.is_batch_invariant else TOLERANCES.get(info.dtype, 0.05),
-        device=info.device,
-        dtype=info.dtype,
-        weight_bytes=info.weight_bytes,
-        kv_bytes=info.kv_bytes,
-        fingerprint=info.fingerprint,
-        notes=info.notes,
-    )

@@ -108,7 +108,8 @@ class SlotBackend:
                 raise failures[-1]
             for error in failures:
                 logger.error("a call of engine %s failed; other sequences go on", self.info.name, exc_info=error)
-            return StepResult(self._results(work, batch))
+            tokens = self._draw([each for each in work if each.error is None and each.rows], batch)
+            return StepResult([self._result(each, tokens.get(each.slot)) for each in work])
 
     def close(self) -> None:
         """Close the engine and end its thread, after the step under way if there is one. May be called twice."""
@@ -132,21 +133,20 @@ class SlotBackend:
             held = slot.length + len(slot.waiting)
             raise EngineError(f"slot {number} holds {held} tokens, and the step goes on at {seq.start}")
         slot.waiting += seq.token_ids
-        is_due = self._capabilities.can_chunk_prompts or seq.sampling is not None
-        return SlotWork(seq, number, list(self._rows(seq, number)) if is_due else [])
-
-    def _rows(self, seq: ScheduledSeq, number: int) -> Iterator[PluginRow]:
-        """All that waits in a slot. Tokens whose logits, or whose hidden states, are wanted come one by one."""
-        slot, start = self._slots[number], self._slots[number].length
-        token_ids = np.array(slot.waiting, np.int32)
+        work = SlotWork(seq, number, [])
+        if not self._capabilities.can_chunk_prompts and seq.sampling is None:
+            return work  # the prompt is not whole
+        # Tokens whose logits, or whose hidden states, are wanted come one by one.
         num_single = len(seq.prompt_targets)
         if seq.pooling is not None and seq.pooling.num_tokens > 1:
             num_single = seq.pooling.num_tokens
+        token_ids, start = np.array(slot.waiting, np.int32), slot.length
         pieces = [token_ids[index : index + 1] for index in range(num_single)]
         for piece in (*pieces, *chunks(token_ids[num_single:], self._capabilities)):
-            yield PluginRow(number, start, piece)
+            work.rows.append(PluginRow(number, start, piece))
             start += len(piece)
         slot.waiting = []
+        return work
 
     def _call(self, rows: list[PluginRow], work: Sequence[SlotWork]) -> Iterator[Exception]:
         """One call of the engine. What it raises is yielded, and ends the sequences that were in it."""
@@ -155,7 +155,7 @@ class SlotBackend:
         try:
             logits = self._checked(self._thread.call(lambda: self._engine.step(padded)), len(padded))
             pooled = [row.slot for row in rows if concerned[row.slot].seq.pooling is not None]
-            hidden = self._hidden_states(pooled) if pooled else ()
+            hidden = self._hidden_states(pooled)
         except BackendLost:
             raise
         except Exception as error:  # an engine is other people's code: any exception ends these rows only
@@ -172,7 +172,9 @@ class SlotBackend:
             concerned[number].hidden.append(state)
 
     def _hidden_states(self, slots: list[int]) -> npt.NDArray[np.float32]:
-        """Raises `EngineError` for an array that is not as it was promised."""
+        """Of these slots [N, H]. Raises `EngineError` for an array of another type or shape."""
+        if not slots:
+            return np.empty((0, 0), np.float32)
         shape = (len(slots), self._capabilities.hidden_size)
         hidden = self._thread.call(lambda: self._engine.hidden_states(slots))  # type: ignore[attr-defined]
         if not isinstance(hidden, np.ndarray) or hidden.shape != shape or hidden.dtype != np.float32:
@@ -194,13 +196,6 @@ class SlotBackend:
             self._thread.call(lambda: self._engine.release(number))
         slot.length, slot.waiting = 0, []
 
-    def _results(self, work: Sequence[SlotWork], batch: Batch) -> list[SeqResult]:
-        prompt_logprobs = [self._prompt_logprobs(each) for each in work]
-        tokens = self._draw([each for each in work if each.error is None and each.rows], batch)
-        return [
-            _result(each, tokens.get(each.slot), logprobs) for each, logprobs in zip(work, prompt_logprobs, strict=True)
-        ]
-
     def _draw(self, work: Sequence[SlotWork], batch: Batch) -> dict[int, SampledToken | Undrawn]:
         """The next token of each sequence that wants one, by its slot."""
         drawing = [(each, each.seq.sampling) for each in work if each.seq.sampling is not None]
@@ -213,18 +208,40 @@ class SlotBackend:
         tokens = self._sampler.sample(logits, [sampling for _, sampling in drawing], masks)
         return dict(zip((each.slot for each, _ in drawing), tokens, strict=True))
 
-    def _prompt_logprobs(self, work: SlotWork) -> list[TokenLogprob]:
-        targets = work.seq.prompt_targets
-        if not targets or work.error is not None:
-            return []
-        logits = np.stack(work.logits[: len(targets)])
-        return self._sampler.token_logprobs(logits, targets, work.seq.num_prompt_logprobs)
+    def _result(self, work: SlotWork, token: SampledToken | Undrawn | None) -> SeqResult:
+        seq, prompt_logprobs = work.seq, list[TokenLogprob]()
+        if work.error is not None:
+            return SeqResult(seq.seq_id, error=work.error)
+        if isinstance(token, Undrawn):
+            return SeqResult.undrawn(seq.seq_id, token)
+        if seq.pooling is not None:
+            total = np.stack(work.hidden[-seq.pooling.num_tokens :]).sum(axis=0, dtype=np.float64)
+            if seq.pooling.total:
+                total = total + np.frombuffer(seq.pooling.total, np.float64)
+            return pooled_result(seq.seq_id, seq.pooling, total)
+        if seq.prompt_targets:
+            logits = np.stack(work.logits[: len(seq.prompt_targets)])
+            prompt_logprobs = self._sampler.token_logprobs(logits, seq.prompt_targets, seq.num_prompt_logprobs)
+        if not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
+            return SeqResult.not_finite(seq.seq_id)
+        return SeqResult(seq.seq_id, [] if token is None else [token], prompt_logprobs)
 
 
 def describe(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) -> BackendInfo:
     """The engine's sizes as a `BackendInfo`; its notes name what the config wants and the engine lacks."""
     max_seqs = min(capabilities.max_seqs, spec.build_batch)
     max_model_len = min(capabilities.max_model_len, spec.build_seq)
+    notes = [*capabilities.notes]
+    if config.prefix_caching:
+        notes.append(PREFIX_NOTE)
+    if not capabilities.can_chunk_prompts:
+        notes.append(PROMPT_LOGPROBS_NOTE)
+    for name, has, asked in (
+        ("build_batch", capabilities.max_seqs, spec.build_batch),
+        ("build_seq", capabilities.max_model_len, spec.build_seq),
+    ):
+        if has < asked:
+            notes.append(FEWER_NOTE.format(name=name, has=has, asked=asked))
     return BackendInfo(
         name=capabilities.name,
         device=capabilities.device,
@@ -238,7 +255,7 @@ def describe(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) 
         kv_dtype=capabilities.dtype,
         weight_bytes=capabilities.weight_bytes,
         kv_bytes=capabilities.kv_bytes,
-        notes=tuple(_notes(capabilities, spec, config)),
+        notes=tuple(f"engine {capabilities.name}: {note}" for note in notes),
         fingerprint=capabilities.fingerprint,
         is_batch_invariant=capabilities.is_batch_invariant,
         has_prompt_logprobs=capabilities.can_chunk_prompts,
@@ -246,34 +263,3 @@ def describe(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) 
         pooling="last" if spec.pooling == "auto" else spec.pooling,
         matryoshka_dimensions=spec.matryoshka_dimensions,
     )
-
-
-def _notes(capabilities: Capabilities, spec: ModelSpec, config: EngineConfig) -> Iterator[str]:
-    notes = [*capabilities.notes]
-    if config.prefix_caching:
-        notes.append(PREFIX_NOTE)
-    if not capabilities.can_chunk_prompts:
-        notes.append(PROMPT_LOGPROBS_NOTE)
-    for name, has, asked in (
-        ("build_batch", capabilities.max_seqs, spec.build_batch),
-        ("build_seq", capabilities.max_model_len, spec.build_seq),
-    ):
-        if has < asked:
-            notes.append(FEWER_NOTE.format(name=name, has=has, asked=asked))
-    yield from (f"engine {capabilities.name}: {note}" for note in notes)
-
-
-def _result(work: SlotWork, token: SampledToken | Undrawn | None, prompt_logprobs: list[TokenLogprob]) -> SeqResult:
-    if work.error is not None:
-        return SeqResult(work.seq.seq_id, error=work.error)
-    if isinstance(token, Undrawn):
-        return SeqResult.undrawn(work.seq.seq_id, token)
-    pooling = work.seq.pooling
-    if pooling is not None:
-        total = np.stack(work.hidden[-pooling.num_tokens :]).sum(axis=0, dtype=np.float64)
-        if pooling.total:
-            total = total + np.frombuffer(pooling.total, np.float64)
-        return pooled_result(work.seq.seq_id, pooling, total)
-    if not all(math.isfinite(entry.logprob) for entry in prompt_logprobs):
-        return SeqResult.not_finite(work.seq.seq_id)
-    return SeqResult(work.seq.seq_id, [] if token is None else [token], prompt_logprobs)

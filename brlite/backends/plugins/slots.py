@@ -24,9 +24,31 @@ class Slots:
             raise RowRefused(f"a step needs a row for each of the {len(self.lengths)} slots, in their order")
         if len(set(numbers)) < len(numbers):
             raise RowRefused("a slot stands twice in a step")
+        limits = self._capabilities
         for row in rows:
-            self._check_row(row)
-        self._check_company(rows)
+            self._check_number(row.slot)
+            held, num_tokens = self.lengths[row.slot], len(row.token_ids)
+            if num_tokens == 0 and limits.needs_every_slot:
+                continue
+            if num_tokens == 0:
+                raise RowRefused(f"slot {row.slot}: a row without tokens")
+            if row.start != held:
+                raise RowRefused(f"slot {row.slot} holds {held} tokens; a row cannot start at {row.start}")
+            if row.end > limits.max_model_len:
+                found = f"would hold {row.end} tokens; a slot holds {limits.max_model_len} at most"
+                raise RowRefused(f"slot {row.slot} {found}")
+            if num_tokens > limits.longest_row:
+                raise RowRefused(f"slot {row.slot}: a row of {num_tokens} tokens; allowed are {limits.longest_row}")
+            if num_tokens > 1 and row.start > 0 and not limits.can_chunk_prompts:
+                raise RowRefused(f"slot {row.slot}: a prompt comes whole, not from position {row.start} on")
+            if row.token_ids.min() < 0 or row.token_ids.max() >= limits.vocab_size:
+                raise RowRefused(f"slot {row.slot}: a token id outside 0 to {limits.vocab_size - 1}")
+        busy = [row for row in rows if len(row.token_ids)]
+        num_prompts = sum(row.is_prompt for row in busy)
+        if num_prompts > 1 and not self._capabilities.can_prefill_together:
+            raise RowRefused(f"{num_prompts} prompts in one step; allowed is 1")
+        if 0 < num_prompts < len(busy) and not self._capabilities.can_mix_rows:
+            raise RowRefused("prompts and decodes in one step")
 
     def extend(self, rows: Sequence[PluginRow]) -> None:
         """The rows are computed."""
@@ -42,33 +64,3 @@ class Slots:
     def _check_number(self, slot: int) -> None:
         if not 0 <= slot < len(self.lengths):
             raise RowRefused(f"there is no slot {slot}; allowed are 0 to {len(self.lengths) - 1}")
-
-    def _check_row(self, row: PluginRow) -> None:
-        self._check_number(row.slot)
-        limits, num_tokens = self._capabilities, len(row.token_ids)
-        if num_tokens == 0:
-            if not limits.needs_every_slot:
-                raise RowRefused(f"slot {row.slot}: a row without tokens")
-            return
-        if row.start != self.lengths[row.slot]:
-            raise RowRefused(
-                f"slot {row.slot} holds {self.lengths[row.slot]} tokens; a row cannot start at {row.start}"
-            )
-        if row.end > limits.max_model_len:
-            raise RowRefused(
-                f"slot {row.slot} would hold {row.end} tokens; a slot holds {limits.max_model_len} at most"
-            )
-        if num_tokens > limits.longest_row:
-            raise RowRefused(f"slot {row.slot}: a row of {num_tokens} tokens; allowed are {limits.longest_row}")
-        if num_tokens > 1 and row.start > 0 and not limits.can_chunk_prompts:
-            raise RowRefused(f"slot {row.slot}: a prompt comes whole, not from position {row.start} on")
-        if row.token_ids.min() < 0 or row.token_ids.max() >= limits.vocab_size:
-            raise RowRefused(f"slot {row.slot}: a token id outside 0 to {limits.vocab_size - 1}")
-
-    def _check_company(self, rows: Sequence[PluginRow]) -> None:
-        busy = [row for row in rows if len(row.token_ids)]
-        num_prompts = sum(row.is_prompt for row in busy)
-        if num_prompts > 1 and not self._capabilities.can_prefill_together:
-            raise RowRefused(f"{num_prompts} prompts in one step; allowed is 1")
-        if 0 < num_prompts < len(busy) and not self._capabilities.can_mix_rows:
-            raise RowRefused("prompts and decodes in one step")

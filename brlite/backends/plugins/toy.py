@@ -97,14 +97,34 @@ class ToyEngine:
         slots = self._opened()
         slots.check(rows)
         self._num_steps += 1
-        self._take_time(rows)
+        prompt_rate, rate = self._options.prompt_tokens_per_second, self._options.tokens_per_second
+        num_prompt_tokens = sum(len(row.token_ids) for row in rows if row.is_prompt)
+        if num_prompt_tokens and prompt_rate:
+            self._sleep(num_prompt_tokens / prompt_rate)
+        if not num_prompt_tokens and rate:
+            self._sleep(1 / rate)
         if self._is_turn(self._options.fail_every):
             raise EngineError(f"step {self._num_steps} fails: engine.options.fail_every is set")
         if 0 < self._options.lost_at <= self._num_steps:
             raise BackendLost(f"it is lost at step {self._options.lost_at}: engine.options.lost_at is set")
-        self._compute(pad(rows))
+        self.compute(pad(rows))
         slots.extend(rows)
-        return self._logits(rows)
+        return self.logits(rows)
+
+    def compute(self, step: PaddedStep) -> None:
+        """Put the tokens where they belong, as a model does with keys and values."""
+        for slot, token_ids, start, length in zip(*step, strict=True):
+            self._token_ids[slot, start : start + length] = token_ids[:length]
+
+    def logits(self, rows: Sequence[PluginRow]) -> npt.NDArray[np.float32]:
+        """The logits [R, V] after the last token of each row; of a row without tokens zeros."""
+        logits = np.zeros((len(rows), VOCAB_SIZE), np.float32)
+        busy = [index for index, row in enumerate(rows) if len(row.token_ids)]
+        for index in busy:
+            logits[index] = token_logits(self._token_ids[rows[index].slot, : rows[index].end])
+        if self._is_turn(self._options.nan_every):
+            logits[busy[:1]] = np.nan
+        return logits
 
     def hidden_states(self, slots: Sequence[int]) -> npt.NDArray[np.float32]:
         lengths = self._opened().lengths
@@ -121,28 +141,6 @@ class ToyEngine:
         if self._slots is None:
             raise EngineError("the engine is closed")
         return self._slots
-
-    def _compute(self, step: PaddedStep) -> None:
-        """What a model would do with keys and values: put the tokens where they belong."""
-        for slot, token_ids, start, length in zip(*step, strict=True):
-            self._token_ids[slot, start : start + length] = token_ids[:length]
-
-    def _logits(self, rows: Sequence[PluginRow]) -> npt.NDArray[np.float32]:
-        logits = np.zeros((len(rows), VOCAB_SIZE), np.float32)
-        busy = [index for index, row in enumerate(rows) if len(row.token_ids)]
-        for index in busy:
-            logits[index] = token_logits(self._token_ids[rows[index].slot, : rows[index].end])
-        if self._is_turn(self._options.nan_every):
-            logits[busy[:1]] = np.nan
-        return logits
-
-    def _take_time(self, rows: Sequence[PluginRow]) -> None:
-        prompt_rate, rate = self._options.prompt_tokens_per_second, self._options.tokens_per_second
-        num_prompt_tokens = sum(len(row.token_ids) for row in rows if row.is_prompt)
-        if num_prompt_tokens and prompt_rate:
-            self._sleep(num_prompt_tokens / prompt_rate)
-        if not num_prompt_tokens and rate:
-            self._sleep(1 / rate)
 
     def _is_turn(self, every: int) -> bool:
         return every > 0 and self._num_steps % every == 0

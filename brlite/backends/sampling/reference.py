@@ -97,7 +97,9 @@ def sample(
     is_finite = np.isfinite(best)
     reporting = np.array([row for row, entry in enumerate(inputs) if entry.params.logprobs is not None], dtype=np.int64)
     own = rows.take(reporting) if reporting.size else rows
-    if any(map(_is_edited, inputs)) or any(mask is not None for mask in masks):
+    if any(_num_edited(entry) or entry.params.allowed_token_ids for entry in inputs) or any(
+        mask is not None for mask in masks
+    ):
         own = rows.copy() if reporting.size == len(rows) else own
         edit(rows, inputs, masks)
         token_ids, best = rows.best()
@@ -109,7 +111,12 @@ def sample(
         settings = RowSettings.of([inputs[row] for row in random.tolist()], rows.vocab_size)
         token_ids[random] = _draw(rows.take(random), best[random], settings)
 
-    logprobs = _report(own, reporting, inputs, token_ids)
+    logprobs: dict[int, TokenLogprob] = {}
+    if reporting.size:
+        wanted = [inputs[row].params.logprobs or 0 for row in reporting]
+        found = token_logprobs(own, token_ids[reporting].tolist(), max(wanted))
+        for row, full, num_top in zip(reporting.tolist(), found, wanted, strict=True):
+            logprobs[row] = TokenLogprob(full.token_id, full.logprob, full.top[:num_top])
     return [
         SampledToken(token_id, logprobs.get(row))
         if is_usable[row]
@@ -168,10 +175,6 @@ def edited(values: Logits, entry: SamplingInput, places: Sequence[Integers]) -> 
             new = np.where(old > 0, old / factor, old * factor) - cost
         values[counted] = np.where(old == -np.inf, old, new.clip(-FLOAT_MAX, FLOAT_MAX))
     return values
-
-
-def _is_edited(entry: SamplingInput) -> bool:
-    return bool(_num_edited(entry) or entry.params.allowed_token_ids)
 
 
 def _num_edited(entry: SamplingInput) -> int:
@@ -233,7 +236,14 @@ def _draw(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
             token_ids[left[is_settled]] = drawn[is_settled]
     whole = np.flatnonzero(~is_cut)
     if whole.size:
-        token_ids[whole] = _draw_from_all(rows.take(whole), best[whole], settings.take(whole))
+        # Nothing truncates these: draw a block first, then one of its tokens.
+        some, peaks, chosen = rows.take(whole), best[whole], settings.take(whole)
+        sums = some.block_sums(peaks, chosen.temperature)
+        numbers, rest = invert_cdf(sums, chosen.uniform * sums.sum(axis=1))
+        values = some.block(numbers).astype(np.float64)
+        weights = np.exp((values - peaks.astype(np.float64)[:, None]) / chosen.temperature[:, None])
+        within, _ = invert_cdf(weights, rest)
+        token_ids[whole] = numbers * BLOCK_SIZE + within
     return token_ids
 
 
@@ -308,30 +318,6 @@ def _exclude_top(distances: Floats, weights: Floats, is_kept: Booleans, settings
             is_top = is_kept[row] & (kept >= settings.xtc_threshold[row] * kept.sum())
             is_kept[row] &= distances[row] >= distances[row, is_top].max(initial=0.0)
     return is_kept
-
-
-def _draw_from_all(rows: LogitRows, best: Logits, settings: RowSettings) -> Integers:
-    """Draw a token for each row that nothing truncates: first a block, then one of its tokens."""
-    sums = rows.block_sums(best, settings.temperature)
-    numbers, rest = invert_cdf(sums, settings.uniform * sums.sum(axis=1))
-    values = rows.block(numbers).astype(np.float64)
-    weights = np.exp((values - best.astype(np.float64)[:, None]) / settings.temperature[:, None])
-    within, _ = invert_cdf(weights, rest)
-    return numbers * BLOCK_SIZE + within
-
-
-def _report(
-    own: LogitRows, reporting: Integers, inputs: Sequence[SamplingInput], token_ids: Integers
-) -> dict[int, TokenLogprob]:
-    """The logprobs of the rows that asked, by row."""
-    wanted = [inputs[row].params.logprobs or 0 for row in reporting]
-    if not wanted:
-        return {}
-    found = token_logprobs(own, token_ids[reporting].tolist(), max(wanted))
-    return {
-        row: TokenLogprob(full.token_id, full.logprob, full.top[:num_top])
-        for row, full, num_top in zip(reporting.tolist(), found, wanted, strict=True)
-    }
 
 
 def _logprobs(values: Logits, best: Logits, log_sums: Floats) -> Logits:

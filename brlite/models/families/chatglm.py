@@ -45,11 +45,17 @@ ABSENT = ("quantization_bit", "pre_seq_len")  # weights packed by a quantizer, a
 def read_config(values: Mapping[str, Any]) -> ModelConfig:
     reader = ConfigReader(values, class_defaults=CLASS_DEFAULTS)
     check_supported(reader)
-    _check_plain(reader, values)
+    for key, supported in FIXED_FLAGS.items():
+        if reader.flag(key, supported) != supported:
+            raise reader.error(key, str(supported).lower(), not supported)
+    for key in ABSENT:
+        if values.get(key):
+            raise reader.error(key, "0 or null", values[key])
     head_dim, num_heads = reader.positive_int("kv_channels"), reader.positive_int("num_attention_heads")
     num_groups = reader.positive_int("multi_query_group_num")
     if num_heads % num_groups != 0:
         raise reader.error("multi_query_group_num", f"a divisor of num_attention_heads ({num_heads})", num_groups)
+    theta = DEFAULT_THETA * reader.positive_number("rope_ratio", 1.0)  # the ratio stretches the base, not the positions
     return ModelConfig(
         vocab_size=reader.positive_int("padded_vocab_size"),
         hidden_size=reader.positive_int("hidden_size"),
@@ -60,25 +66,10 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
         head_dim=head_dim,
         rms_norm_eps=reader.positive_number("layernorm_epsilon", 1e-5),
         max_position_embeddings=reader.positive_int("seq_length"),
-        rope=_read_rope(reader, head_dim),
+        rope=RopeConfig(rotary_dim=head_dim // 2, theta=theta, interleaved=True),
         qkv_bias=reader.flag("add_qkv_bias", False),
         tie_word_embeddings=reader.flag("tie_word_embeddings", False),
     )
-
-
-def _read_rope(reader: ConfigReader, head_dim: int) -> RopeConfig:
-    """The ratio stretches the base, not the positions."""
-    ratio = reader.positive_number("rope_ratio", 1.0)
-    return RopeConfig(rotary_dim=head_dim // 2, theta=DEFAULT_THETA * ratio, interleaved=True)
-
-
-def _check_plain(reader: ConfigReader, values: Mapping[str, Any]) -> None:
-    for key, supported in FIXED_FLAGS.items():
-        if reader.flag(key, supported) != supported:
-            raise reader.error(key, str(supported).lower(), not supported)
-    for key in ABSENT:
-        if values.get(key):
-            raise reader.error(key, "0 or null", values[key])
 
 
 CHATGLM = Family(

@@ -164,18 +164,6 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
     )
 
 
-def _read_default(parameters: ConfigReader, positions: int) -> None:
-    return None
-
-
-def _read_linear(parameters: ConfigReader, positions: int) -> LinearScaling:
-    return LinearScaling(parameters.positive_number("factor"))
-
-
-def _read_dynamic(parameters: ConfigReader, positions: int) -> DynamicScaling:
-    return DynamicScaling(parameters.positive_number("factor"), positions)
-
-
 def _read_llama3(parameters: ConfigReader, positions: int) -> Llama3Scaling:
     return Llama3Scaling(
         factor=parameters.positive_number("factor"),
@@ -188,23 +176,21 @@ def _read_llama3(parameters: ConfigReader, positions: int) -> Llama3Scaling:
 def _read_yarn(parameters: ConfigReader, positions: int) -> YarnScaling:
     original = parameters.positive_int("original_max_position_embeddings", positions)
     factor = parameters.positive_number("factor", positions / original)
+    if "attention_factor" in parameters:
+        attention_factor = parameters.positive_number("attention_factor")
+    elif "mscale" in parameters and "mscale_all_dim" in parameters:
+        scale, all_dim = (parameters.positive_number(key) for key in ("mscale", "mscale_all_dim"))
+        attention_factor = _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, all_dim)
+    else:
+        attention_factor = _yarn_magnitude(factor, 1.0)
     return YarnScaling(
         factor=factor,
         original_positions=original,
-        attention_factor=_yarn_attention_factor(parameters, factor),
+        attention_factor=attention_factor,
         beta_fast=parameters.positive_number("beta_fast", 32.0),
         beta_slow=parameters.positive_number("beta_slow", 1.0),
         truncate=parameters.flag("truncate", True),
     )
-
-
-def _yarn_attention_factor(parameters: ConfigReader, factor: float) -> float:
-    if "attention_factor" in parameters:
-        return parameters.positive_number("attention_factor")
-    if "mscale" in parameters and "mscale_all_dim" in parameters:
-        scale, all_dim = (parameters.positive_number(key) for key in ("mscale", "mscale_all_dim"))
-        return _yarn_magnitude(factor, scale) / _yarn_magnitude(factor, all_dim)
-    return _yarn_magnitude(factor, 1.0)
 
 
 def _yarn_magnitude(factor: float, scale: float) -> float:
@@ -212,9 +198,9 @@ def _yarn_magnitude(factor: float, scale: float) -> float:
 
 
 SCALING_READERS: dict[str, Callable[[ConfigReader, int], RopeScaling | None]] = {
-    "default": _read_default,
-    "linear": _read_linear,
-    "dynamic": _read_dynamic,
+    "default": lambda parameters, positions: None,
+    "linear": lambda parameters, positions: LinearScaling(parameters.positive_number("factor")),
+    "dynamic": lambda parameters, positions: DynamicScaling(parameters.positive_number("factor"), positions),
     "llama3": _read_llama3,
     "yarn": _read_yarn,
 }

@@ -263,8 +263,8 @@ def test_a_context_is_used_to_its_last_token(serve: Any) -> None:
 class FailsOnX(ToyEngine):
     """Raises for a prompt with an x in it, once it has touched the slot."""
 
-    def _compute(self, step):
-        super()._compute(step)
+    def compute(self, step):
+        super().compute(step)
         if step.token_ids.shape[1] > 1 and (step.token_ids == ord("x")).any():
             raise MemoryError("no more memory on the card")
 

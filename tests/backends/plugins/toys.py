@@ -32,7 +32,7 @@ class StiffToy(LooseToy):
     claims: ClassVar[dict[str, Any]] = {"can_chunk_prompts": False, "hidden_size": 0}
 
 
-# Broken toys. Rows are computed one by one through `_logits`, from what `_compute` put into the slots.
+# Broken toys. Rows are computed one by one through `logits`, from what `compute` put into the slots.
 
 
 class WrongWidth(ToyEngine):
@@ -59,7 +59,7 @@ class WrongType(ToyEngine):
 
 class NotFinite(ToyEngine):
     def step(self, rows):
-        return np.where(np.isclose(super().step(rows), 20.0), np.inf, super()._logits(rows)).astype(np.float32)
+        return np.where(np.isclose(super().step(rows), 20.0), np.inf, super().logits(rows)).astype(np.float32)
 
 
 class SameArray(ToyEngine):
@@ -78,10 +78,10 @@ class SameArray(ToyEngine):
 class Forgetful(ToyEngine):
     """Does not look at the first token."""
 
-    def _logits(self, rows):
+    def logits(self, rows):
         kept = self._token_ids[:, 0].copy()
         self._token_ids[:, 0] = 0
-        logits = super()._logits(rows)
+        logits = super().logits(rows)
         self._token_ids[:, 0] = kept
         return logits
 
@@ -89,11 +89,11 @@ class Forgetful(ToyEngine):
 class Orderless(ToyEngine):
     """Does not see in which order tokens stand."""
 
-    def _logits(self, rows):
+    def logits(self, rows):
         kept = self._token_ids.copy()
         for row in rows:
             self._token_ids[row.slot, : row.end].sort()
-        logits = super()._logits(rows)
+        logits = super().logits(rows)
         self._token_ids[:] = kept
         return logits
 
@@ -101,18 +101,18 @@ class Orderless(ToyEngine):
 class ShiftedDecodes(ToyEngine):
     """Writes a decode's token one place too late."""
 
-    def _compute(self, step):
+    def compute(self, step):
         last = self._token_ids.shape[1] - 1
         is_decode = [start > 0 and length == 1 for start, length in zip(step.starts, step.lengths, strict=True)]
         starts = [min(start + shift, last) for start, shift in zip(step.starts, is_decode, strict=True)]
-        super()._compute(step._replace(starts=starts))
+        super().compute(step._replace(starts=starts))
 
 
 class LostChunks(ToyEngine):
     """Forgets the token before a chunk."""
 
-    def _compute(self, step):
-        super()._compute(step)
+    def compute(self, step):
+        super().compute(step)
         for slot, _, start, length in zip(*step, strict=True):
             if start > 0 and length > 1:
                 self._token_ids[slot, start - 1] = 0
@@ -140,17 +140,17 @@ class Leaky(ToyEngine):
 class PaddingCounts(ToyEngine):
     """Reads every slot to the length of the longest."""
 
-    def _logits(self, rows):
+    def logits(self, rows):
         longest = max(row.end for row in rows)
         rows = [row._replace(start=longest - len(row.token_ids)) if len(row.token_ids) else row for row in rows]
-        return super()._logits(rows)
+        return super().logits(rows)
 
 
 class WritesPadding(ToyEngine):
     """Writes a padding token into slots that have nothing to do."""
 
-    def _compute(self, step):
-        super()._compute(step)
+    def compute(self, step):
+        super().compute(step)
         for slot, length in zip(step.slots, step.lengths, strict=True):
             if length == 0 and self._slots.lengths[slot]:
                 self._token_ids[slot, self._slots.lengths[slot] - 1] = 0
