@@ -88,6 +88,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     metrics_need_key: Annotated[
         bool, option("with keys set /metrics needs one; false shows models and usage to any client")
     ] = True
+    slots: Annotated[bool, option("GET /slots shows how far each running request is, without its content")] = True
     strict: Annotated[
         bool, option("true: what an answer would warn of is refused (400), as by `strict` in a request")
     ] = False

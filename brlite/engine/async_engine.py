@@ -65,6 +65,7 @@ class EngineLoop:
         self.tokenizer = engine.tokenizer
         self.sampling_defaults = engine.sampling_defaults
         self.scoring_head = engine.scoring_head
+        self.running = engine.running
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="brlite-step")
         self._encoder = FairThread("brlite-encode", stopping)  # starts with the first chat or long text
         self._compiler = FairThread("brlite-grammar", stopping, deep_stack)  # starts with the first grammar

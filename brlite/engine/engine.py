@@ -107,6 +107,7 @@ class Engine:
             pace=self._pace,
             draft_model=self.draft_model,
         )
+        self.running = self._scheduler.running  # the sequences that have places, to be read only
         self._requests: dict[str, RequestState] = {}
         self._steps: deque[Step] = deque()  # under way: one, or with that decided ahead two
         self._last_end = -math.inf

@@ -18,7 +18,7 @@ from brlite.dialects import DIALECTS, openai_chat, openai_completions
 from brlite.dialects.embeddings import EMBEDDINGS, POOLING
 from brlite.dialects.openai import encode_json
 from brlite.dialects.scores import RERANK, SCORE
-from brlite.errors import Forbidden, NotFound
+from brlite.errors import Forbidden, NotFound, NotReady
 from brlite.http.body import leave_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
 from brlite.server import metrics
@@ -27,7 +27,7 @@ from brlite.server.embeddings import embed
 from brlite.server.explain import explain
 from brlite.server.generate import CONFIG, MODELS, RUNNING, admit, generate, json_response
 from brlite.server.model_actions import load_model, unload_model
-from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card, model_props
+from brlite.server.model_list import ModelList, forwarded_card, forwarded_progress, local_card, model_props, model_slots
 from brlite.server.openapi import document
 from brlite.server.response_store import STORE
 from brlite.server.responses import (
@@ -123,6 +123,25 @@ async def props(request: web.Request) -> web.Response:
     return json_response(model_props(model, engine))
 
 
+async def slots(request: web.Request) -> web.Response:
+    """llama.cpp's list of what runs, for a model that is loaded. Where keys have names, only an operator's may see it.
+
+    It is no request for the model: it counts under no limit and loads nothing.
+    """
+    models, key, name = request.app[MODELS], request[API_KEY], request.query.get("model")
+    if not request.app[CONFIG].server.slots:
+        raise NotFound("/slots is switched off on this server (server.slots)", code="unsupported_endpoint")
+    if not request.app[KEYS].may_see_all(key):
+        raise Forbidden("/slots shows the requests of all keys: it needs an operator's key (admin = true)")
+    model = models.find(name)
+    if model.engine is None:
+        raise model.loading.not_ready("is not loaded")
+    shown = model_slots(model.engine)
+    if request.query.get("fail_on_no_slot") == "1" and all(slot.is_processing for slot in shown):
+        raise NotReady(f"no slot is free: the model {model.name} computes {len(shown)} requests", code="no_free_slot")
+    return json_response(shown)
+
+
 async def load(request: web.Request) -> web.Response:
     """vLLM's: the requests of all models in progress, those that wait among them."""
     return web.json_response({"server_load": sum(model.num_requests for model in request.app[MODELS])})
@@ -197,6 +216,7 @@ _GETS = {
     "/v1/responses/{response_id}/input_items": list_input_items,
     "/tokenizer_info": tokenizer_info,
     "/props": props,
+    "/slots": slots,
     "/load": load,
     "/openapi.json": get_openapi,
     "/docs": get_docs,

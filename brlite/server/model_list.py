@@ -66,6 +66,32 @@ class ModelProps(Struct, kw_only=True):
     build_info: str
 
 
+class NextToken(Struct):
+    """How far an answer is: the tokens that it may still have, and those that it has. An embedding has none."""
+
+    has_next_token: bool
+    n_remain: int
+    n_decoded: int
+
+
+class SlotState(Struct, kw_only=True):
+    """A place of a step, as llama.cpp's `/slots` tells it, without prompt and parameters.
+
+    Where a sequence has it, `id_task` is the sequence's number. Numbers of its prompt: of all tokens, of those that
+    are computed or were found in the cache, and of the latter.
+    """
+
+    id: int
+    n_ctx: int
+    speculative: bool
+    is_processing: bool
+    id_task: int | UnsetType = UNSET
+    n_prompt_tokens: int | UnsetType = UNSET
+    n_prompt_tokens_processed: int | UnsetType = UNSET
+    n_prompt_tokens_cache: int | UnsetType = UNSET
+    next_token: list[NextToken] | UnsetType = UNSET
+
+
 class ModelList(Struct, kw_only=True):
     """All models on one page, in OpenAI's shape and Anthropic's."""
 
@@ -126,3 +152,34 @@ def model_props(model: ServedModel, engine: EngineLoop) -> ModelProps:
         eos_token=None if eos is None else tokenizer.token_text(eos),
         build_info=f"brlite {brlite.__version__}",
     )
+
+
+def model_slots(engine: EngineLoop) -> list[SlotState]:
+    """What `/slots` says of a loaded model: as many places as a step has, those that are taken first.
+
+    A sequence has no place of its own: `id` is the place's number in this list.
+    """
+    info, n_ctx = engine.info, context_length(engine.info)
+    speculative = engine.config.speculation == "auto" and info.max_draft_tokens > 0
+    slots = [
+        SlotState(
+            id=number,
+            n_ctx=n_ctx,
+            speculative=speculative,
+            is_processing=True,
+            id_task=seq.seq_id,
+            n_prompt_tokens=seq.num_prompt_tokens,
+            n_prompt_tokens_processed=min(seq.num_computed_tokens, seq.num_prompt_tokens),
+            n_prompt_tokens_cache=seq.state.num_cached_tokens,
+            next_token=[
+                NextToken(
+                    has_next_token=seq.state.pooling is None,
+                    n_remain=seq.state.max_tokens - seq.num_output_tokens,
+                    n_decoded=seq.num_output_tokens,
+                )
+            ],
+        )
+        for number, seq in enumerate(engine.running)
+    ]
+    idle = range(len(slots), info.max_num_seqs)
+    return slots + [SlotState(id=number, n_ctx=n_ctx, speculative=speculative, is_processing=False) for number in idle]

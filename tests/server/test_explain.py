@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
 
-from brlite.config.options import KeysConfig
+from brlite.config.options import KeyConfig, KeysConfig, ServerConfig
+from tests.limits import PATIENCE_SECONDS
 from tests.server.conftest import Client, chat_body, completion_body
 
 MakeClient = Callable[..., Awaitable[Client]]
@@ -176,6 +179,66 @@ async def test_small_endpoints_of_other_servers_answer(client: Client) -> None:
     for method in ("get", "post"):
         async with client.session.request(method, client.url + "/ping") as response:
             assert (response.status, await response.read()) == (200, b"")
+
+
+async def test_slots_tell_what_runs_in_llama_cpps_shape_and_not_what_it_says(
+    client: Client, eventually: Callable[..., Awaitable[None]]
+) -> None:
+    _, idle = await client.get("/slots")
+    client.backend.gate = threading.Event()
+    request = asyncio.create_task(client.post("/v1/completions", completion_body(prompt="secret", max_tokens=8)))
+    await eventually(lambda: client.engine.stats.num_running > 0)
+
+    status, slots = await client.get("/slots?fail_on_no_slot=1")
+    client.backend.gate.set()
+    await asyncio.wait_for(request, PATIENCE_SECONDS)
+
+    assert (status, len(slots), len(idle)) == (200, client.engine.info.max_num_seqs, len(slots))
+    assert slots[0] == {
+        "id": 0,
+        "n_ctx": 64,
+        "speculative": slots[0]["speculative"],
+        "is_processing": True,
+        "id_task": 0,
+        "n_prompt_tokens": 6,
+        "n_prompt_tokens_processed": 0,
+        "n_prompt_tokens_cache": 0,
+        "next_token": [{"has_next_token": True, "n_remain": 8, "n_decoded": 0}],
+    }
+    assert [(slot["id"], slot["is_processing"]) for slot in idle] == [(number, False) for number in range(len(idle))]
+
+
+async def test_slots_that_are_all_taken_are_a_503_for_a_client_that_asks_for_it(
+    make_client: MakeClient, eventually: Callable[..., Awaitable[None]]
+) -> None:
+    client = await make_client(max_num_seqs=1)
+    client.backend.gate = threading.Event()
+    request = asyncio.create_task(client.post("/v1/completions", completion_body()))
+    await eventually(lambda: client.engine.stats.num_running > 0)
+
+    status, answer = await client.get("/slots?fail_on_no_slot=1")
+    client.backend.gate.set()
+    await asyncio.wait_for(request, PATIENCE_SECONDS)
+
+    assert (status, answer["error"]["code"]) == (503, "no_free_slot")
+
+
+@pytest.mark.parametrize(
+    ("config", "status"),
+    [
+        ({"server": ServerConfig(slots=False)}, 404),
+        ({"key": (KeyConfig(name="a", key="k"),)}, 403),
+        ({"key": (KeyConfig(name="a", key="k", admin=True),)}, 200),
+        ({"keys": KeysConfig(keys=("k",))}, 200),
+    ],
+)
+async def test_slots_are_an_operators_to_see_and_to_switch_off(
+    make_client: MakeClient, config: dict[str, Any], status: int
+) -> None:
+    client = await make_client(config=config)
+
+    async with client.session.get(client.url + "/slots", headers={"X-Api-Key": "k"}) as response:
+        assert response.status == status
 
 
 async def test_a_probe_needs_no_key_and_everything_else_does(make_client: MakeClient) -> None:
