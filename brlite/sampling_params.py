@@ -10,7 +10,7 @@ import json
 import operator
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from numbers import Real
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -383,8 +383,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, **chosen) if chosen else self
 
 
-def check_token_ids(token_ids: Iterable[int], vocab_size: int, *, param: str) -> None:
+def check_token_ids(token_ids: Collection[int], vocab_size: int, *, param: str) -> None:
     """Raise `InvalidRequest` at the first id outside 0 to `vocab_size` - 1."""
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < vocab_size):  # no loop here: a prompt has 100,000
+        return
     for token_id in token_ids:
         if not 0 <= token_id < vocab_size:
             raise InvalidRequest(f"{param} holds token id {token_id}; allowed are 0 to {vocab_size - 1}", param=param)

@@ -19,6 +19,7 @@ from brlite.files.quoting import excerpt
 NO_TOOLS = ToolChoice(mode="none")
 
 _NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")  # OpenAI allows 64 of A-Za-z0-9_-; MCP servers have dots and slashes
+_NAMES = re.compile(rf"{_NAME.pattern}(?:\n{_NAME.pattern})*")
 
 
 class FunctionDefinition(Struct):
@@ -103,19 +104,21 @@ def decode_tools(
             raise InvalidRequest(
                 f"{param} must have at most {limits.max_tools_bytes} bytes on this server, got {num_bytes}", param=param
             )
-    tools: dict[str, Tool] = {}
-    for function in definitions:
-        name = function.name
-        if not _NAME.fullmatch(name):
-            place = f"{param}[{definitions.index(function)}].name"
-            allowed = "1 to 128 letters, digits and _ . : / -"
-            raise InvalidRequest(f"{place} must be {allowed}, got {excerpt(name)}", param=place)
-        tools[name] = Tool(
-            name=name,
+    names = [function.name for function in definitions]
+    lines = "\n".join(names)  # one search for all of them takes a third of the time
+    if names and not (lines.count("\n") == len(names) - 1 and _NAMES.fullmatch(lines)):
+        index = next(index for index, name in enumerate(names) if not _NAME.fullmatch(name))
+        place, allowed = f"{param}[{index}].name", "1 to 128 letters, digits and _ . : / -"
+        raise InvalidRequest(f"{place} must be {allowed}, got {excerpt(names[index])}", param=place)
+    tools = {
+        function.name: Tool(
+            name=function.name,
             description=function.description,
             parameters=function.parameters,
             strict=bool(function.strict),
         )
+        for function in definitions
+    }
     if len(tools) < len(definitions):
         raise InvalidRequest(f"{param} must have different names", param=param)
     return tuple(tools.values()), _choice(body, tools)

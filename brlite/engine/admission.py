@@ -64,6 +64,8 @@ def admit(request: Request, info: BackendInfo, limits: LimitsConfig) -> tuple[in
 def read_token_ids(token_ids: Iterable[object]) -> list[int]:
     """A copy, as plain integers, of what a caller gave as token ids. Raises `InvalidRequest` for anything else."""
     try:
+        if isinstance(token_ids, list) and set(map(type, token_ids)) == {int}:
+            return token_ids.copy()  # as a request has them: a fifth of the time
         return [operator.index(token_id) for token_id in token_ids]  # type: ignore[arg-type]  # that is what is tested
     except TypeError:
         raise InvalidRequest("the prompt must be a list of integer token ids", param="prompt") from None
