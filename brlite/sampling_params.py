@@ -32,7 +32,8 @@ _REFUSALS = (msgspec.ValidationError, TypeError, ValueError, OverflowError)  # w
 # What changes which tokens may be drawn, or how probable they are. A beam search needs the model's own probabilities.
 NOT_IN_BEAM_SEARCH = (
     *("temperature", "top_p", "top_k", "min_p", "top_n_sigma", "typical_p", "xtc_probability", "dynatemp_range"),
-    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids", "bad_words"),
+    *("dry_multiplier", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+    *("logit_bias", "allowed_token_ids", "bad_words"),
     "structured",
 )
 
@@ -270,6 +271,35 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     dynatemp_exponent: Annotated[
         float, _parameter("a number in [0, 100]", "how the entropy moves the temperature", ge=0, le=100)
     ] = 1.0
+    dry_multiplier: Annotated[
+        float,
+        _parameter(
+            "a finite number, at least 0",
+            "DRY: what lengthening a repetition costs, times dry_base for each token beyond dry_allowed_length; 0: off",
+            ge=0,
+            le=MAX,
+        ),
+    ] = 0.0
+    dry_base: Annotated[
+        float, _parameter("a finite number, at least 1", "DRY: how fast that grows with the repetition", ge=1, le=MAX)
+    ] = 1.75
+    dry_allowed_length: Annotated[
+        int, _parameter("a 64-bit integer, at least 1", "DRY: shorter repetitions are free", ge=1)
+    ] = 2
+    dry_penalty_last_n: Annotated[
+        int,
+        _parameter(
+            "-1 or a 64-bit integer, at least 0",
+            "DRY looks for repetitions in so many last tokens of prompt and answer; -1: in all, 0: off",
+            ge=-1,
+        ),
+    ] = -1
+    dry_sequence_breakers: Annotated[
+        tuple[Annotated[str, Meta(min_length=1)], ...],
+        _parameter(
+            "a string or a list of strings", "DRY: no repetition goes on behind a token that has one of these texts"
+        ),
+    ] = ("\n", ":", '"', "*")
     seed: Annotated[
         int | None,
         _parameter("a 64-bit integer", "of the random numbers; the same one gives the same answer; -1: none"),
@@ -354,10 +384,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.best_of or self.n
 
     def for_all_answers(self) -> SamplingParams:
-        """The parameters by which all answers are made, with the logprobs that tell which are the best.
-
-        Those of a beam search are the same: it chooses by itself.
-        """
+        """Those by which all answers are made, with the logprobs that tell the best. A beam search keeps its own."""
         if self.use_beam_search:
             return self
         return msgspec.structs.replace(self, n=self.best_of or self.n, best_of=None, logprobs=self.logprobs or 0)
@@ -398,17 +425,14 @@ def _check_beam_search(params: SamplingParams) -> None:
         name = "early_stopping" if params.early_stopping else "length_penalty"
         raise InvalidRequest(f"{name} needs use_beam_search to be true", param=name)
     if params.beam_width < 2:
-        raise InvalidRequest(
-            "use_beam_search needs best_of, or n, to be at least 2, the number of beams", param="use_beam_search"
-        )
+        raise InvalidRequest("use_beam_search needs 2 beams, best_of or n, or more", param="use_beam_search")
     for name in NOT_IN_BEAM_SEARCH:
         value = getattr(params, name)
         neutral = 0.0 if name == "temperature" else _PARAMETERS[name].default
         if value != neutral and not (name == "temperature" and params.is_greedy):
             neutral = "left out" if name in ("logit_bias", "allowed_token_ids", "bad_words", "structured") else neutral
-            raise InvalidRequest(
-                f"{name} must be {neutral} with use_beam_search, got {reprlib.repr(value)}", param=name
-            )
+            message = f"{name} must be {neutral} with use_beam_search, got {reprlib.repr(value)}"
+            raise InvalidRequest(message, param=name)
 
 
 class SamplingParameter(NamedTuple):
@@ -496,16 +520,11 @@ def _items(value: Any) -> tuple[Any, ...]:
     return () if value is None else tuple(value)
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise TypeError("not a string that can be found")
-    value.encode()  # raises for a lone surrogate, which no output can hold
-    return value
-
-
 def _texts(value: Any) -> tuple[str, ...]:
     """An empty string is no text to find: it is what front ends send for an empty box."""
-    return tuple(_text(item) for item in ((value,) if isinstance(value, str) else _items(value)) if item != "")
+    texts = tuple(item for item in ((value,) if isinstance(value, str) else _items(value)) if item != "")
+    "".join(texts).encode()  # raises for what is no string, and for a lone surrogate, which no output can hold
+    return texts
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:
@@ -552,6 +571,11 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "dynatemp_exponent": _number,
     "repeat_last_n": _integer,
     "top_n_sigma": _top_n_sigma,
+    "dry_multiplier": _number,
+    "dry_base": _number,
+    "dry_allowed_length": _integer,
+    "dry_penalty_last_n": _integer,
+    "dry_sequence_breakers": _texts,
     "seed": _seed,
     "stop": _texts,
     "stop_token_ids": _token_ids,

@@ -15,7 +15,18 @@ from brlite.sampling_params import SamplingParams, StructuredOutput, parameters
 INF, NAN = float("inf"), float("nan")
 PENALTIES = ("presence_penalty", "frequency_penalty")
 UNUSUAL = ("typical_p", "xtc_probability", "xtc_threshold", "dynatemp_range", "dynatemp_exponent")
-NUMBERS = (*PENALTIES, "repetition_penalty", "length_penalty", "temperature", "top_p", "min_p", "top_n_sigma", *UNUSUAL)
+NUMBERS = (
+    *PENALTIES,
+    "dry_multiplier",
+    "dry_base",
+    "repetition_penalty",
+    "length_penalty",
+    "temperature",
+    "top_p",
+    "min_p",
+    "top_n_sigma",
+    *UNUSUAL,
+)
 TRUTHS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 COUNTS = ("n", "best_of", "top_k", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs", "seed")
 
@@ -34,6 +45,11 @@ ACCEPTED: dict[str, list[Any]] = {
     "min_p": [0, 0.0, 1],
     "top_n_sigma": [0, -1, 0.5, 1e308],
     "typical_p": [1, 0.5, 5e-324],
+    "dry_multiplier": [0, 0.8, 1e308],
+    "dry_base": [1, 1.75, 1e308],
+    "dry_allowed_length": [1, 2.0, 2**63],
+    "dry_penalty_last_n": [-1, 0, 64],
+    "dry_sequence_breakers": ["x", "", ["a", ""], [], None],
     "xtc_probability": [0, 0.5, 1],
     "xtc_threshold": [0, 0.1, 1],
     "dynatemp_range": [0, 0.5, 1e308],
@@ -71,6 +87,11 @@ REFUSED: dict[str, list[Any]] = {
     "min_p": [-1e-9, 1.0000001],
     "top_n_sigma": [-0.5, -2],
     "typical_p": [0, -1, 1.5],
+    "dry_multiplier": [-0.1],
+    "dry_base": [0.99],
+    "dry_allowed_length": [0, 1.5, True, None],
+    "dry_penalty_last_n": [-2, 1.5, True, None],
+    "dry_sequence_breakers": [["a", 1], 7, b"end", {"a": 1}, "\ud800"],
     "xtc_probability": [-0.1, 1.5],
     "xtc_threshold": [-0.1, 1.5],
     "dynatemp_range": [-0.5],

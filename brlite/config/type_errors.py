@@ -117,8 +117,8 @@ def _members(kinds: Iterable[inspect.Type]) -> Iterator[inspect.Type]:
 def bare(kind: inspect.Type) -> inspect.Type:
     """A type without the texts that belong to it; of a struct or None, the struct."""
     kind = kind.type if isinstance(kind, inspect.Metadata) else kind
-    members = kind.types if isinstance(kind, inspect.UnionType) else ()
-    return next((member for member in members if isinstance(member, inspect.StructType)), kind)
+    structs = [each for each in getattr(kind, "types", ()) if isinstance(each, inspect.StructType)]
+    return structs[0] if len(structs) == 1 else kind
 
 
 def describe(kind: inspect.Type) -> str:

@@ -150,6 +150,10 @@ UNUSUAL = (
         "xtc_probability xtc_threshold", ALL_FOUR, (LLAMA_CPP,), "the last truncation; before the temperature there"
     ),
     ObeyedField("dynatemp_range dynatemp_exponent", ALL_FOUR, (LLAMA_CPP,), "by the entropy of what `top_k` keeps"),
+    ObeyedField("dry_multiplier dry_base dry_allowed_length", ALL_FOUR, (LLAMA_CPP,)),
+    ObeyedField(
+        "dry_penalty_last_n dry_sequence_breakers", ALL_FOUR, (LLAMA_CPP,), "breakers are found within single tokens"
+    ),
     ObeyedField("top_n_sigma", (RESPONSES, MESSAGES), (LLAMA_CPP,)),
     ObeyedField("logit_bias", (RESPONSES, MESSAGES), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("allowed_token_ids bad_words", (RESPONSES, MESSAGES), (VLLM,)),
@@ -207,7 +211,6 @@ NOT_DECODED = (
     Field("cache_prompt id_slot n_cache_reuse slot_id", (LLAMA_CPP,), None),
     Field("reasoning_format reasoning_in_content parse_tool_calls", (LLAMA_CPP,), None),
     Field("mirostat_tau mirostat_eta", (LLAMA_CPP,), None),  # each needs another one
-    Field("dry_base dry_allowed_length dry_penalty_last_n dry_sequence_breakers", (LLAMA_CPP,), None),
     # Structured output.
     Field("structural_tag", (SGLANG,), ("", {}), "response_format"),
     Field("grammar_lazy", (LLAMA_CPP,), (False,)),
@@ -244,7 +247,7 @@ NOT_DECODED = (
     Field("mirostat", (LLAMA_CPP,), (0,)),
     Field("adaptive_target", (LLAMA_CPP,), (-1, 0)),
     Field("adaptive_decay", (LLAMA_CPP,), None),  # needs adaptive_target
-    Field("dry_multiplier min_keep", (LLAMA_CPP,), (0,)),
+    Field("min_keep", (LLAMA_CPP,), (0,)),
     Field("penalize_nl", (LLAMA_CPP,), (False,)),
     Field("samplers sampler_seq backend_sampling", (LLAMA_CPP,), (False,)),
     Field("n_keep n_discard n_indent t_max_predict_ms", (LLAMA_CPP,), (0, -1)),

@@ -145,6 +145,7 @@ _PARAMETERS = SamplingParams.__struct_fields__
 _LIST_LIMITS = {
     "stop": "max_stop_strings",
     "stop_token_ids": "max_stop_strings",
+    "dry_sequence_breakers": "max_stop_strings",
     "stop_tokens_ids": "max_stop_strings",
     "logit_bias": "max_logit_bias",
     "allowed_token_ids": "max_logit_bias",
@@ -349,7 +350,7 @@ def completion_fields(body: SamplingFields, more: Undecoded, num_prompts: int, l
             raise InvalidRequest("stream_options needs stream to be true", param="stream_options")
     # A list that is far too long is refused before anything walks it: that would hold up the loop.
     for name, limit in _LIST_LIMITS.items():
-        values = getattr(body, name)
+        values = getattr(body, name, None)
         if isinstance(values, (list, dict)):
             check_num_entries(name, len(values), getattr(limits, limit))
     name, count = ("n", body.n or 1) if body.best_of is None else ("best_of", body.best_of)

@@ -124,6 +124,7 @@ def check_limits(params: SamplingParams, limits: LimitsConfig, vocab_size: int |
     for name, count, limit in (
         ("stop", len(params.stop), limits.max_stop_strings),
         ("stop_token_ids", len(params.stop_token_ids), limits.max_stop_strings),
+        ("dry_sequence_breakers", len(params.dry_sequence_breakers), limits.max_stop_strings),
         ("logit_bias", len(params.logit_bias), limits.max_logit_bias),
         ("allowed_token_ids", len(params.allowed_token_ids), limits.max_logit_bias),
     ):

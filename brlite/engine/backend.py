@@ -33,7 +33,8 @@ class SamplingInput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     The random number of a draw depends on `seed` and `position` alone. `counted_token_ids` (int32) are the distinct
     tokens of prompt and output, `output_counts` (int32) how often each was generated; both are empty without penalties.
     `banned_token_ids` may not be drawn: tokens that would end a sequence shorter than `min_tokens`, or complete one of
-    `bad_words`. Where the run `takes_last_draw`, that token is not counted yet: the backend does it.
+    `bad_words`. `cost_token_ids` (int32) are tokens whose logits are lowered after the penalties, by `costs` (float32,
+    at least 0). Where the run `takes_last_draw`, that token is not counted yet: the backend does it.
     """
 
     params: SamplingParams
@@ -42,6 +43,8 @@ class SamplingInput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     counted_token_ids: bytes = b""
     output_counts: bytes = b""
     banned_token_ids: tuple[int, ...] = ()
+    cost_token_ids: bytes = b""
+    costs: bytes = b""
 
     def counting(self, token_id: int) -> SamplingInput:
         """The same with one more generated token among those that are counted, if any are."""

@@ -32,6 +32,7 @@ from brlite.engine.draft_model import DraftModel, DraftPlan
 from brlite.engine.guidance import GuidedSeq, StepGuidance
 from brlite.engine.outputs import CompletionOutput, RequestOutput
 from brlite.engine.pacing import StepPace
+from brlite.engine.repetitions import Repetitions
 from brlite.engine.request import (
     Request,
     RequestState,
@@ -368,6 +369,7 @@ class Engine:
             counts=make_counts(params, prompt_token_ids) if params.has_penalties else None,
             cache_root=state.cache_root,
             matcher=None if state.request.grammar is None else state.request.grammar.matcher(),
+            repetitions=Repetitions(params, prompt_token_ids, self.tokenizer) if params.dry_multiplier else None,
         )
         state.sequences.append(seq)
         return seq
@@ -400,10 +402,8 @@ class Engine:
             self.stats.note_draft(len(seq.draft_token_ids), num_accepted=len(result.tokens) - 1)
             seq.draft_token_ids = []
         if result.tokens and state.search is not None:
-            logprob = result.tokens[0].logprob
-            if logprob is None:
-                raise EngineError("the backend reported no logprobs for a beam")
-            state.search.take(seq.seq_id, logprob)
+            assert result.tokens[0].logprob is not None, "the parameters of a search ask for it"
+            state.search.take(seq.seq_id, result.tokens[0].logprob)
             self.stats.note_tokens(1, None)
         elif result.tokens:
             self._append_all(seq, result.tokens, now)
@@ -433,8 +433,7 @@ class Engine:
         """Give a request its beam search, and have its steps report the best tokens that this needs."""
         params, eos_token_ids = state.request.params, self.tokenizer.eos_token_ids
         end_token_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        read_token = partial(interpret, state, eos_token_ids)
-        search = BeamSearch(params, state.max_tokens, end_token_ids, read_token)
+        search = BeamSearch(params, state.max_tokens, end_token_ids, partial(interpret, state, eos_token_ids))
         search.check_vocabulary(self.info.vocab_size)
         state.search = search
         params = msgspec.structs.replace(params, logprobs=search.num_logprobs)

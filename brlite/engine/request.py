@@ -18,6 +18,7 @@ from brlite.engine.beam_search import BeamSearch
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.drafting import NgramDrafter
 from brlite.engine.outputs import CompletionOutput, RequestOutput, RequestTimes, TokenLogprob
+from brlite.engine.repetitions import Repetitions
 from brlite.errors import BrliteError
 from brlite.grammar.compiler import Grammar
 from brlite.grammar.matcher import Matcher
@@ -130,6 +131,7 @@ class Sequence:
     counts: TokenCounts | WindowCounts | None
     cache_root: bytes
     matcher: Matcher | None = None
+    repetitions: Repetitions | None = None  # where DRY makes them costly
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
@@ -190,6 +192,8 @@ class Sequence:
         self.token_ids.append(token_id)
         if self.counts is not None:
             self.counts.add(token_id)
+        if self.repetitions is not None:
+            self.repetitions.add(token_id)
 
 
 @dataclass(eq=False)

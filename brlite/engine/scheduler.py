@@ -97,7 +97,8 @@ class Scheduler:
         """Whether the next step is the same whatever the one under way draws, but for sequences that this ends.
 
         It is not where what a sequence's next draw is given depends on the token: by a grammar, a window of penalties,
-        bad words. Then all wait for the result, as where guesses may be made, or a sequence must lose blocks or place.
+        DRY, bad words. Then all wait for the result, as where guesses may be made, or a sequence must lose blocks or
+        place.
         """
         if self._max_draft_tokens and len(self.running) <= self._max_draft_seqs:
             return False
@@ -359,7 +360,7 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
         return 0
     if seq.num_in_flight_tokens or seq.num_output_tokens < request.params.min_tokens:
         return 0
-    if seq.counts is not None or request.bad_words or seq.state.search is not None:
+    if seq.counts is not None or seq.repetitions is not None or request.bad_words or seq.state.search is not None:
         return 0
     return seq.state.max_tokens - seq.num_output_tokens - 1
 
@@ -374,7 +375,8 @@ def _depends_on_result(seq: Sequence) -> bool:
     if not seq.is_being_drawn:
         return seq.num_in_flight_tokens > 0 and seq.state.pooling == "mean"
     is_windowed = isinstance(seq.counts, WindowCounts)  # others grow by the token, and the backend counts it
-    takes_token = seq.matcher is not None or is_windowed or bool(seq.state.request.bad_words)
+    has_other = seq.matcher is not None or seq.repetitions is not None
+    takes_token = has_other or is_windowed or bool(seq.state.request.bad_words)
     return takes_token and not seq.ends_with_step
 
 
@@ -413,6 +415,7 @@ def _sampling_input(seq: Sequence, position: int, eos_token_ids: tuple[int, ...]
         banned = params.stop_token_ids if params.ignore_eos else (*eos_token_ids, *params.stop_token_ids)
     if bad_words:
         banned += completing_tokens(bad_words, seq.token_ids, position)
+    cost_token_ids, costs = (b"", b"") if seq.repetitions is None else seq.repetitions.costs()
     return SamplingInput(
         params=params,
         seed=seq.seed,
@@ -420,4 +423,6 @@ def _sampling_input(seq: Sequence, position: int, eos_token_ids: tuple[int, ...]
         counted_token_ids=seq.counts.token_ids if seq.counts else b"",
         output_counts=seq.counts.output_counts if seq.counts else b"",
         banned_token_ids=banned,
+        cost_token_ids=cost_token_ids,
+        costs=costs,
     )

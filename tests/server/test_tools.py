@@ -274,7 +274,7 @@ async def test_reasoning_is_told_apart(serve: Ask) -> None:
         ({"tools": [*TOOLS, *TOOLS, *TOOLS]}, "tools"),
         ({"tools": [*TOOLS, NOW]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].name"),
-        ({"tools": [NOW, {"type": "function", "function": {"name": "a\\nb"}}]}, "tools[1].name"),
+        ({"tools": [NOW, {"type": "function", "function": {"name": "a\nb"}}]}, "tools[1].name"),
         ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, "tools[0].type"),
         ({"tool_choice": {"type": "function", "function": {"name": "rm"}}}, "tool_choice"),
         ({"tool_choice": "sometimes"}, "tool_choice"),

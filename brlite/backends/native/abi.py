@@ -13,7 +13,7 @@ from typing import Any
 
 from brlite.models.shards import LANES as LANES
 
-ABI_VERSION = 10
+ABI_VERSION = 11
 
 CHUNK_PAGES = 16
 MAX_HEAD_DIM = 256

@@ -128,10 +128,10 @@ class StepDraws:
         return TokenLogprob(token_id, float(found["logprob"]), tuple(zip(ids, logprobs, strict=True)))
 
     def _point_to_edits(self, packed: bytearray) -> None:
-        """Set the pointers to bans, masks and token counts, which change with each step, for drawings that have any."""
+        """Set the pointers to what changes with each step, for drawings that have any: bans, masks, counts, costs."""
         self._banned: list[npt.NDArray[np.int32]] = []
         for i, ((_, sampling, _, mask), entry) in enumerate(zip(self._drawings, self._settings, strict=True)):
-            if not (sampling.banned_token_ids or entry.is_penalised or mask):
+            if not (sampling.banned_token_ids or entry.is_penalised or mask or sampling.costs):
                 continue
             draw = abi.Draw.from_buffer(packed, i * _DRAW.itemsize)
             if mask:
@@ -139,6 +139,8 @@ class StepDraws:
             banned = np.array(sampling.banned_token_ids, dtype=np.int32)
             self._banned.append(banned)
             draw.num_banned, draw.banned_ids = len(banned), banned.ctypes.data
+            draw.num_costs = len(sampling.cost_token_ids) // _INT32_BYTES
+            draw.cost_ids, draw.costs = _address(sampling.cost_token_ids), _address(sampling.costs)
             if entry.is_penalised:
                 draw.num_counted = len(sampling.counted_token_ids) // _INT32_BYTES
                 draw.counted_ids = _address(sampling.counted_token_ids)

@@ -3,7 +3,7 @@
 The order of things, for each row by itself:
 
 1. the logprobs that are reported are the model's own, taken before anything below;
-2. `logit_bias`, banned tokens, `allowed_token_ids`, the mask, then the penalties;
+2. `logit_bias`, banned tokens, `allowed_token_ids`, the mask, then the penalties, then the costs of DRY (p-e-w 2024);
 3. a greedy row takes its best token, the lowest id among equals;
 4. other rows divide by the temperature and truncate. `top_n_sigma` keeps the tokens whose logit is within that many
    standard deviations of the best one (Tang et al. 2024; over all logits above -inf); `top_k` keeps that many best of
@@ -152,14 +152,14 @@ def token_logprobs(rows: LogitRows, targets: Sequence[int], num_top: int) -> lis
 
 
 def edited(values: Logits, entry: SamplingInput, places: Sequence[Integers]) -> Logits:
-    """The logits of the tokens that a request edits, after its bias, bans and penalties.
+    """The logits of the tokens that a request edits, after its bias, bans, penalties and costs.
 
-    `places` are where in `values` the tokens of `logit_bias`, the banned and the counted ones are. A penalty first
-    divides a positive logit by `repetition_penalty` and multiplies any other (tokens of prompt or output), then
+    `places` are where in `values` the tokens of `logit_bias`, the banned, the counted and the costly are. A penalty
+    first divides a positive logit by `repetition_penalty` and multiplies any other (tokens of prompt or output), then
     subtracts `presence_penalty` and count * `frequency_penalty` (tokens of the output). What overflows stops at the
     largest float32; a token that was at -inf stays there, whatever its bias or penalty.
     """
-    params, (biased, banned, counted) = entry.params, places
+    params, (biased, banned, counted, costly) = entry.params, places
     values[biased] += np.array(list(params.logit_bias.values()), dtype=np.float32)
     values[banned] = -np.inf
     if counted.size:
@@ -174,16 +174,21 @@ def edited(values: Logits, entry: SamplingInput, places: Sequence[Integers]) -> 
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is cut; rows that are not finite give none
             new = np.where(old > 0, old / factor, old * factor) - cost
         values[counted] = np.where(old == -np.inf, old, new.clip(-FLOAT_MAX, FLOAT_MAX))
+    if costly.size:
+        old = values[costly]
+        with np.errstate(over="ignore", invalid="ignore"):
+            new = (old - np.frombuffer(entry.costs, dtype=np.float32)).clip(-FLOAT_MAX, FLOAT_MAX)
+        values[costly] = np.where(old == -np.inf, old, new)
     return values
 
 
 def _num_edited(entry: SamplingInput) -> int:
     num_counted = len(entry.counted_token_ids) if entry.params.has_penalties else 0
-    return len(entry.params.logit_bias) + len(entry.banned_token_ids) + num_counted
+    return len(entry.params.logit_bias) + len(entry.banned_token_ids) + num_counted + len(entry.cost_token_ids)
 
 
 def edit(rows: LogitRows, inputs: Sequence[SamplingInput], masks: Sequence[TokenMask | None] = ()) -> None:
-    """Apply bias, bans, masks and penalties to `rows`, in place. Only the logits of tokens that are edited travel."""
+    """Apply bias, bans, masks, penalties and costs to `rows`, in place. Only logits that are edited travel."""
     words = {row: np.frombuffer(mask.words, np.int32) for row, mask in enumerate(masks) if mask is not None}
     for row, entry in enumerate(inputs):
         if entry.params.allowed_token_ids:
@@ -196,11 +201,11 @@ def edit(rows: LogitRows, inputs: Sequence[SamplingInput], masks: Sequence[Token
     for row in edited_rows:
         entry = inputs[row]
         counted = np.frombuffer(entry.counted_token_ids if entry.params.has_penalties else b"", dtype=np.int32)
-        parts = [
-            np.array(ids, dtype=np.int64) for ids in (list(entry.params.logit_bias), entry.banned_token_ids, counted)
-        ]
+        costly = np.frombuffer(entry.cost_token_ids, dtype=np.int32)
+        each_kind = list(entry.params.logit_bias), entry.banned_token_ids, counted, costly
+        parts = [np.array(ids, dtype=np.int64) for ids in each_kind]
         token_ids, places = np.unique(np.concatenate(parts), return_inverse=True)
-        work.append((entry, token_ids, np.split(places, np.cumsum([len(part) for part in parts[:2]]))))
+        work.append((entry, token_ids, np.split(places, np.cumsum([len(part) for part in parts[:-1]]))))
     if not work:
         return
     lengths = [len(token_ids) for _, token_ids, _ in work]

@@ -26,7 +26,9 @@ MAX_SCRATCH_ELEMENTS = 2**23  # of logits at a time: 64 MiB for each tensor of 8
 def can_draw(entry: SamplingInput, mask: TokenMask | None) -> bool:
     """Whether `draw` has all that this draw needs."""
     params = entry.params
-    is_edited = params.logit_bias or params.allowed_token_ids or params.has_penalties or entry.banned_token_ids
+    is_edited = params.logit_bias or params.allowed_token_ids or params.has_penalties
+    if entry.banned_token_ids or entry.cost_token_ids:
+        return False
     if mask is not None or is_edited or params.logprobs is not None:
         return False
     is_unusual = params.typical_p < 1 or params.xtc_probability > 0 or params.dynatemp_range > 0

@@ -30,9 +30,10 @@ def entry(
     position: int = 0,
     banned: Sequence[int] = (),
     counts: dict[int, int] | None = None,
+    costs: dict[int, float] | None = None,
     **params: Any,
 ) -> SamplingInput:
-    counts = counts or {}
+    counts, costs = counts or {}, costs or {}
     return SamplingInput(
         params=SamplingParams(**params),
         seed=seed,
@@ -40,6 +41,8 @@ def entry(
         counted_token_ids=np.array(list(counts), dtype=np.int32).tobytes(),
         output_counts=np.array(list(counts.values()), dtype=np.int32).tobytes(),
         banned_token_ids=tuple(banned),
+        cost_token_ids=np.array(list(costs), dtype=np.int32).tobytes(),
+        costs=np.array(list(costs.values()), dtype=np.float32).tobytes(),
     )
 
 
@@ -101,6 +104,7 @@ def random_entry(rng: np.random.Generator, vocab_size: int) -> SamplingInput:
         position=int(rng.integers(4000)),
         banned=ids[:2] if rng.random() < 0.2 else (),
         counts=dict.fromkeys(ids, int(rng.integers(0, 4))),
+        costs=dict.fromkeys(ids[2:], float(rng.choice([0.5, 3.0, 1e30]))) if rng.random() < 0.2 else None,
         logprobs=int(rng.integers(0, 6)) if rng.random() < 0.3 else None,
         **params,
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -118,10 +119,7 @@ def test_a_mask_is_as_good_as_a_ban_of_the_rest(draw: Draw) -> None:
     banned = [
         tuple({*each.banned_token_ids} | {*range(1000)} - {*ids}) for each, ids in zip(inputs, allowed, strict=True)
     ]
-    bans = [
-        SamplingInput(each.params, each.seed, each.position, each.counted_token_ids, each.output_counts, ids)
-        for each, ids in zip(inputs, banned, strict=True)
-    ]
+    bans = [msgspec.structs.replace(each, banned_token_ids=ids) for each, ids in zip(inputs, banned, strict=True)]
 
     masked = draw(logits, inputs, [mask_of(ids, 1000) for ids in allowed])
 

@@ -99,9 +99,10 @@ def entry(
     position: int = 0,
     banned: tuple[int, ...] = (),
     counts: dict[int, int] | None = None,
+    costs: dict[int, float] | None = None,
     **params: Any,
 ) -> SamplingInput:
-    counts = counts or {}
+    counts, costs = counts or {}, costs or {}
     return SamplingInput(
         params=SamplingParams(**params),
         seed=seed,
@@ -109,6 +110,8 @@ def entry(
         counted_token_ids=np.array(list(counts), dtype=np.int32).tobytes(),
         output_counts=np.array(list(counts.values()), dtype=np.int32).tobytes(),
         banned_token_ids=banned,
+        cost_token_ids=np.array(list(costs), dtype=np.int32).tobytes(),
+        costs=np.array(list(costs.values()), dtype=np.float32).tobytes(),
     )
 
 
@@ -435,6 +438,24 @@ def test_a_banned_token_is_never_drawn(sample: Draw, params: dict[str, Any]) -> 
     drawn = sample(logits, [entry(seed=seed, banned=(4, 5), **params) for seed in range(40)])
 
     assert not {4, 5, None} & set(token_ids(drawn))
+
+
+def test_costs_are_taken_off_after_the_penalties(sample: Draw) -> None:
+    logits = torch.full((4, LARGE), -50.0)
+    logits[:, 4], logits[:, 5], logits[:, 6] = 8.0, 3.0, 2.5
+    halved = {"repetition_penalty": 2.0, "counts": {4: 1}}
+
+    drawn = sample(
+        logits,
+        [
+            entry(temperature=0, costs={4: 4.5}),
+            entry(temperature=0, costs={4: 5.5}),
+            entry(temperature=0, costs={4: 1.25}, **halved),  # 8 / 2 - 1.25 is above 2.5, (8 - 1.25) / 2 above 3
+            entry(temperature=0, costs={4: 1e30, 5: 1e30}),
+        ],
+    )
+
+    assert token_ids(drawn) == [4, 5, 5, 6]
 
 
 def test_a_row_with_every_token_banned_gives_none(sample: Draw) -> None:

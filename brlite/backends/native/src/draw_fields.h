@@ -19,6 +19,7 @@ FIELD(int32_t, num_logprobs)               // -1: no logprobs; else the number o
 FIELD(int32_t, num_biases)
 FIELD(int32_t, num_banned)
 FIELD(int32_t, num_counted)
+FIELD(int32_t, num_costs)
 PARAMETER(double, repetition_penalty)
 PARAMETER(double, presence_penalty)
 PARAMETER(double, frequency_penalty)
@@ -27,6 +28,8 @@ FIELD(const float*, biases)
 FIELD(const int32_t*, banned_ids)
 FIELD(const int32_t*, counted_ids)
 FIELD(const int32_t*, output_counts)
+FIELD(const int32_t*, cost_ids)
+FIELD(const float*, costs)                 // taken off the logits of `cost_ids`, after the penalties
 FIELD(const int32_t*, mask)                // null, or [ceil(vocabulary / 32)]: bit t % 32 of word t / 32 allows token t
 FIELD(const uint8_t*, is_mask_filled)      // null, or 1 once another thread has filled `mask`; a draw waits for 1
 FIELD(const int32_t*, allowed)             // as `mask`, for every draw of the request: its allowed_token_ids

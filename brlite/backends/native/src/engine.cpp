@@ -55,9 +55,9 @@ bool are_tokens(const brlite_plan& plan, const int32_t* token_ids, int num_ids) 
 
 BatchError check_draw(const brlite_plan& plan, const brlite_draw& draw, int num_rows) {
     if (draw.row < 0 || draw.row >= num_rows || draw.target >= plan.vocab_size) return WRONG_DRAW;
-    const bool is_sound = are_tokens(plan, draw.bias_ids, draw.num_biases) &&
-                          are_tokens(plan, draw.banned_ids, draw.num_banned) &&
-                          are_tokens(plan, draw.counted_ids, draw.num_counted);
+    const bool is_sound =
+        are_tokens(plan, draw.bias_ids, draw.num_biases) && are_tokens(plan, draw.banned_ids, draw.num_banned) &&
+        are_tokens(plan, draw.counted_ids, draw.num_counted) && are_tokens(plan, draw.cost_ids, draw.num_costs);
     return is_sound ? NONE : WRONG_TOKEN;
 }
 

@@ -20,7 +20,7 @@ INLINE bool has_penalties(const brlite_draw& draw) {
 }
 
 INLINE bool has_edits(const brlite_draw& draw) {
-    return draw.mask || draw.allowed || draw.num_biases > 0 || draw.num_banned > 0 ||
+    return draw.mask || draw.allowed || draw.num_biases > 0 || draw.num_banned > 0 || draw.num_costs > 0 ||
            (draw.num_counted > 0 && has_penalties(draw));
 }
 
@@ -56,6 +56,10 @@ static void edit_logits(const brlite_draw& draw, float* logits, int size) {
     if (draw.allowed) apply_mask(draw.allowed, logits, size);
     if (draw.mask) apply_mask(draw.mask, logits, size);
     if (has_penalties(draw)) penalize(draw, logits);
+    for (int i = 0; i < draw.num_costs; i++) {
+        float& logit = logits[draw.cost_ids[i]];
+        if (logit != -__builtin_inff()) logit = (float)clamped(logit - draw.costs[i], -MAX_LOGIT, MAX_LOGIT);
+    }
 }
 
 }  // namespace BRLITE_ISA
