@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from venvs import cache_folder
 
-from brlite.checkpoint.bfloat16 import from_bfloat16, to_bfloat16
+from brlite.checkpoint.stored_tensor import from_bfloat16, to_bfloat16
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 F32 = gguf.GGMLQuantizationType.F32

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from brlite.checkpoint.bfloat16 import from_bfloat16, to_bfloat16
+from brlite.checkpoint.stored_tensor import from_bfloat16, to_bfloat16
 from brlite.models.registry import find_family
 
 VOCAB_SIZE = 300

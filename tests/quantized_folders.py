@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from brlite.checkpoint.bfloat16 import to_bfloat16
+from brlite.checkpoint.stored_tensor import to_bfloat16
 from tests.quantized_files import HEAD_DIM, HEADS, HIDDEN, INNER, KV, KV_HEADS, LAYERS
 from tests.tiny_models import LLAMA, VOCAB_SIZE
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 from tokenizers import Tokenizer
 
-from brlite.commands.generate import run as run_generate
+from brlite.commands.generate import generate as run_generate
 from brlite.config.options import Config, EngineConfig, LimitsConfig, ModelSpec
 from brlite.engine.outputs import RequestOutput
 from brlite.errors import ConfigError, InvalidRequest, ModelError

@@ -19,7 +19,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from brlite.checkpoint.bfloat16 import from_bfloat16
 from brlite.errors import ModelError
 from brlite.files.quoting import excerpt, reason
 
@@ -199,3 +198,24 @@ def read_bytes(stream: BufferedReader, tensor_begin: int, begin: int, num_bytes:
     except OSError as error:
         raise ModelError(f"{stream.name}: {reason(error)}") from error
     return data
+
+
+def to_bfloat16(values: npt.NDArray[np.float32], *, keeps_subnormal: bool = True) -> npt.NDArray[np.uint16]:
+    """The bits of the nearest bfloat16 numbers, halves to even; NaN stays NaN.
+
+    Without `keeps_subnormal` a float32 below 2^-126 becomes 0 of its sign, as the kernels' own rounding does it.
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    halves = bits >> 16
+    magnitude = bits & 0x7FFFFFFF
+    if int(np.bitwise_or.reduce(bits, axis=None, initial=0)) & 0xFFFF:  # most checkpoints hold bfloat16 numbers already
+        rounded = (bits + np.uint32(0x7FFF) + (halves & 1)) >> 16
+        halves = np.where(magnitude > 0x7F800000, halves | 0x40, rounded)
+    if not keeps_subnormal:
+        halves = np.where(magnitude < 0x00800000, (bits >> 16) & 0x8000, halves)
+    return halves.astype(np.uint16)
+
+
+def from_bfloat16(halves: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """The numbers of these bits: bfloat16 is the upper half of a float32."""
+    return (halves.astype(np.uint32) << 16).view(np.float32)

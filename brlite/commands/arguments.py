@@ -1,141 +1,202 @@
-"""A parser of command lines whose errors are one line with the nearest name, and that knows other servers' flags.
+"""The arguments of every command. What a command does is `run`, in the file of its name.
 
-`brlite completion` prints what a shell completes, made from the parser of the commands.
+Needs no other package than brlite: `brlite --help` must not wait for aiohttp, and a build makes the man page from them.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import sys
-from collections.abc import Sequence
-from difflib import get_close_matches
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import get_args
 
-from brlite.files.quoting import shown
+from brlite.models.precision import PrecisionName
 
 SHELLS = ("bash", "zsh")
 HOW = 'as in: eval "$(brlite completion bash)", or into a file that the shell reads'
-BAD_CHOICE = re.compile(r"argument .*?: invalid choice: '(.*?)'", re.DOTALL)
-# Commands of Ollama and others.
-OTHER_COMMANDS = {
-    **dict.fromkeys(("ls", "list", "ps"), "models"),
-    **dict.fromkeys(("start", "api_server"), "serve"),
-    "rm": "models rm",
-    "show": "models show",
-    "help": "--help",
-    "version": "--version",
-}
-# Flags of vLLM, llama.cpp, SGLang and Ollama: ours, or where it is set, or why it is not needed.
-OTHERS = {
-    **dict.fromkeys(("-m", "-hf", "-hfr", "--hf-repo", "--model-path", "--tokenizer", "--tokenizer-path"), "--model"),
-    **dict.fromkeys(
-        ("-c", "--ctx-size", "--max-model-len", "--max_model_len", "--num-ctx", "--context-length"), "--context"
-    ),
-    **dict.fromkeys(("-t", "--n-threads"), "--threads"),
-    **dict.fromkeys(("-n", "--n-predict", "--num-predict", "--max-new-tokens"), "--max-tokens"),
-    **dict.fromkeys(("-a", "--served-model-name"), "--alias"),
-    **dict.fromkeys(("-sys", "--system-prompt"), "--system"),
-    **dict.fromkeys(("--temp",), "--temperature"),
-    **dict.fromkeys(("-f", "--file", "-i", "--input-file"), "--input"),
-    **dict.fromkeys(("-o", "--output-file"), "--output"),
-    **dict.fromkeys(("--allowed-origins", "--cors-origins"), "--cors"),
-    **dict.fromkeys(("--served-alias", "--model-alias"), "--alias"),
-    **dict.fromkeys(("-hff", "--hf-file"), "it is part of the name: --model organisation/model:FILE"),
-    **dict.fromkeys(("--revision",), "it is part of the name: --model organisation/model@REVISION"),
-    **dict.fromkeys(("-hft", "--hf-token"), "the variable HF_TOKEN has it"),
-    **dict.fromkeys(("--download-dir",), "the variable HF_HOME has it"),
-    **dict.fromkeys(("--offline",), "the variable HF_HUB_OFFLINE=1 does it"),
-    **dict.fromkeys(
-        ("-ngl", "--gpu-layers", "--n-gpu-layers", "-mg", "--main-gpu"), "--device takes the whole model to a card"
-    ),
-    **dict.fromkeys(
-        ("--gpu-memory-utilization", "--mem-fraction-static", "--swap-space", "--kv-cache-memory-bytes"),
-        "engine.memory_gib of the TOML bounds memory",
-    ),
-    **dict.fromkeys(
-        ("-tp", "--tensor-parallel-size", "--tp-size", "-ts", "--tensor-split"), "it is tensor_parallel of a [[model]]"
-    ),
-    **dict.fromkeys(("--dtype", "--quantization", "-q"), "it is precision of a [[model]], or engine.dtype"),
-    **dict.fromkeys(
-        ("--kv-cache-dtype", "-ctk", "-ctv", "--cache-type-k", "--cache-type-v"),
-        'precision = "a_bf16_w_int8_kv_int8" of a [[model]] does it',
-    ),
-    **dict.fromkeys(
-        ("--max-num-seqs", "-np", "--parallel", "--max-running-requests"), "it is build_batch of a [[model]]"
-    ),
-    **dict.fromkeys(
-        ("-b", "--batch-size", "-ub", "--ubatch-size", "--max-num-batched-tokens", "--chunked-prefill-size"),
-        "it is engine.max_num_batched_tokens",
-    ),
-    **dict.fromkeys(("--block-size", "--page-size"), "it is engine.block_size"),
-    **dict.fromkeys(("--chat-template", "--chat-template-file"), "it is chat_template of a [[model]]"),
-    **dict.fromkeys(("--tool-call-parser",), "it is tool_parser of a [[model]]; auto finds it"),
-    **dict.fromkeys(
-        ("--reasoning-parser", "--reasoning-format"), "it is reasoning_parser of a [[model]]; auto finds it"
-    ),
-    **dict.fromkeys(("-md", "--model-draft", "--speculative-model", "--speculative-draft-model-path"), "--draft"),
-    **dict.fromkeys(("--speculative-config",), "--draft names a draft model; engine.speculation turns guesses off"),
-    **dict.fromkeys(("--no-enable-prefix-caching", "--disable-radix-cache"), "it is engine.prefix_caching = false"),
-    **dict.fromkeys(
-        (
-            "--enable-prefix-caching",
-            "--enable-chunked-prefill",
-            "--enable-auto-tool-choice",
-            "--jinja",
-            "-fa",
-            "--flash-attn",
-            "--cont-batching",
-            "-cb",
-            "--mlock",
-            "--no-mmap",
-            "--enforce-eager",
-        ),
-        "leave it out: this is always so, or not needed",
-    ),
-    **dict.fromkeys(("--trust-remote-code",), "leave it out: no code of a model's folder is ever run"),
-    **dict.fromkeys(("--embedding", "--embeddings", "--runner", "--task"), "leave it out: a model serves what it can"),
-}
 
 
-class CommandParser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose subcommands report their unknown flags themselves, since they know the right ones."""
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    about = "additional name for the model in requests; may be given several times"
+    parser.add_argument("--alias", action="append", metavar="NAME", help=about)
+    add_listening(parser)
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        # `-hf` would be read as -h and -f.
-        words = [word for word in args or () if word in OTHERS and len(word) > 2 and word[1] != "-"]
-        if words and self._subparsers is None and words[0] not in self._option_string_actions:
-            self.error(f"unknown: {words[0]}{self._hint(words)}")
-        found, rest = super().parse_known_args(args, namespace)
-        if rest:
-            self.error(f"unknown: {' '.join(rest)}{self._hint(rest)}")
-        return found, rest
 
-    def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, and leave with status 2."""
-        if match := BAD_CHOICE.match(message):
-            ours = OTHER_COMMANDS.get(match[1], "")
-            is_known = ours.startswith("--") or ours.partition(" ")[0] in self._choices()
-            near = [ours] if is_known else get_close_matches(match[1], self._choices(), 1)
-            names = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(self._choices())}"
-            message = f"no such command: {match[1]}; {names}"
-        print(shown(f"{self.prog}: error: {message} (see {self.prog} --help)"), file=sys.stderr)
-        sys.exit(2)
+def add_br_api_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", "--config_path", type=Path, required=True, metavar="FILE", help="the config")
+    parser.add_argument("--host", help="address to listen to (default: the TOML's; for a JSON, all)")
+    parser.add_argument("--port", type=int, metavar="N", help="port to listen to")
+    add_engine(parser)
+    parser.set_defaults(model=None, is_server=True, is_manual=True)
 
-    def _hint(self, rest: Sequence[str]) -> str:
-        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
-        for word in (word.partition("=")[0] for word in rest if word.startswith("-")):
-            ours = OTHERS.get(word, "")
-            if ours and not ours.startswith("--"):
-                return f"; {ours}"
-            near = [ours.split()[0]] if ours and ours.split()[0] in flags else get_close_matches(word, flags, 1)
-            if near:
-                return f"; {ours}" if " " in ours else f"; did you mean {near[0]}?"
-        return ""
 
-    def _choices(self) -> list[str]:
-        return [str(name) for action in self._actions for name in action.choices or ()]
+def add_run(parser: argparse.ArgumentParser) -> None:
+    name = "a model: organisation/model[:QUANT][@revision], a folder or a .gguf file (default: a small English model)"
+    parser.add_argument("name", nargs="?", metavar="NAME", help=name)
+    port = "port of the server on this machine (default 8000 if it is free, else any)"
+    parser.add_argument("--port", type=int, metavar="N", help=port)
+    parser.add_argument("--context", type=int, metavar="N", help="maximum context in tokens, prompt plus answer")
+    parser.add_argument("--device", help="device that computes: auto, cpu or another torch device")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
+    parser.add_argument("--engine", metavar="NAME", help="engine: auto, native, torch, or toy")
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="maximum length of an answer in tokens")
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="sampling temperature; 0 always takes the most probable token"
+    )
+    parser.set_defaults(logs_from="warning")
+
+
+def add_proxy(parser: argparse.ArgumentParser) -> None:
+    about = "a .toml with [[upstream]] tables; or br-vllm-serving's .json files, whose all_models lists are merged"
+    parser.add_argument("config", type=Path, nargs="*", metavar="CONFIG", help=about)
+    upstream = "a model and its server, such as http://127.0.0.1:8001; the same name again adds a replica"
+    parser.add_argument("--upstream", action="append", default=[], metavar="NAME=URL", help=upstream)
+    parser.add_argument(
+        "--choice", metavar="HOW", help="how to choose among replicas: least_loaded, round_robin, prefix or sticky"
+    )
+    add_listening(parser)
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument(
+        "--url", help="chat with this server, such as http://127.0.0.1:8000, instead of loading a model"
+    )
+    parser.add_argument(
+        "--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help="environment variable with the server's API key"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message")
+    add_sampling(parser, max_tokens=None)
+    parser.set_defaults(logs_from="warning")
+
+
+def add_generate(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    source = 'prompts, one per line, or JSON lines {"prompt": …} with any sampling fields; - is standard input'
+    parser.add_argument("--input", default="-", metavar="FILE", help=source)
+    parser.add_argument(
+        "--output", default="-", metavar="FILE", help="file for the answers, as JSON lines; - is standard output"
+    )
+    parser.add_argument("--chat", action="store_true", help="send each prompt as a user's message, for a chat model")
+    add_sampling(parser, max_tokens=256)
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="sample from the most probable tokens whose probabilities add up to P"
+    )
+    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K most probable tokens")
+    parser.add_argument("--seed", type=int, metavar="N", help="random seed: the same seed gives the same answers")
+    parser.add_argument("--n", type=int, metavar="N", help="number of answers per prompt")
+    parser.add_argument(
+        "--stop", action="append", metavar="TEXT", help="text that ends an answer; may be given several times"
+    )
+    parser.set_defaults(prints_data=True, logs_from="warning")
+
+
+def add_pull(parser: argparse.ArgumentParser) -> None:
+    about = "organisation/model[:QUANT][@revision]; the prefix modelscope: chooses that hub (docs/models.md)"
+    parser.add_argument("name", metavar="NAME", help=about)
+    parser.set_defaults(command="models", action="pull", logs_from="warning")
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION")
+    listing = actions.add_parser("list", help="list the models with their size and last use (the default)")
+    showing = actions.add_parser("show", help="show one model: folder, architecture, precision, memory")
+    removing = actions.add_parser("rm", help="remove a model, or with :QUANT one of its GGUF files")
+    for each in (showing, removing):
+        each.add_argument("name", metavar="NAME", help="as `brlite models` lists it")
+    for each in (parser, listing, showing):
+        each.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
+    removing.add_argument("--yes", action="store_true", help="remove without asking")
+    parser.set_defaults(logs_from="warning", json=False)
+
+
+def add_check(parser: argparse.ArgumentParser) -> None:
+    about = "a .toml, or br-vllm-serving's .json; several: as `brlite proxy` takes them"
+    parser.add_argument("config", type=Path, nargs="*", metavar="FILE", help=about)
+    schema = "print the JSON schema of the TOML, for editors: brlite check --schema > brlite.schema.json"
+    parser.add_argument("--schema", action="store_true", help=schema)
+    dial = "connect to every upstream, and check its health and its models; status 1 if one fails"
+    parser.add_argument("--dial", action="store_true", help=dial)
+    offline = "check only the fields, not files, keys or memory: for a config of another machine"
+    parser.add_argument("--offline", action="store_true", help=offline)
+
+
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    about = "a folder, a .gguf file, or the name of a model that is on this machine (default: a small English model)"
+    parser.add_argument("model", nargs="?", metavar="NAME|PATH", help=about)
+    parser.set_defaults(logs_from="warning")
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    where = "address of the server (default localhost:8000)"
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help=where)
+    parser.add_argument("--model", metavar="NAME", help="the model (default: the first that the server lists)")
+    key = "environment variable with the server's API key"
+    parser.add_argument("--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help=key)
+    for flag, default, about in (
+        ("--requests", 32, "number of requests"),
+        ("--concurrency", 8, "requests at the same time"),
+        ("--prompt-words", 64, "words per prompt"),
+        ("--max-tokens", 64, "tokens per answer"),
+    ):
+        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{about} (default {default})")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(logs_from="warning")
+
+
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    """Flags may be written with hyphens or, as in the manual, with underscores."""
+    name = "what requests will call it; the hub's folder names, models--Org--Name, are understood"
+    parser.add_argument("--model_name", "--model-name", required=True, metavar="NAME", help=name)
+    folder = "its folder or .gguf file, or its name on a hub: config, tokenizer and weights"
+    parser.add_argument("--model_dir", "--model-dir", type=Path, required=True, metavar="DIR", help=folder)
+    where = "folder in which the bundle's folder is created"
+    parser.add_argument("--output_dir", "--output-dir", type=Path, required=True, metavar="OUT", help=where)
+    names = get_args(PrecisionName)
+    packed = "precision of the bundle's weights (default: %(default)s, as the manual recommends for all its models)"
+    parser.add_argument("--precision", choices=names, default=names[-1], help=packed)
+    traced = "take the weights from this .pt, traced by the manual's tool; config and tokenizer from --model_dir"
+    parser.add_argument("--from-pt", "--from_pt", type=Path, metavar="FILE", help=traced)
+    parser.add_argument("--tp", type=int, default=1, help=argparse.SUPPRESS)
+
+
+def add_inspect(parser: argparse.ArgumentParser) -> None:
+    about = "a traced .pt, a bundle, a Hugging Face folder, a .gguf file, packed weights, or a name on a hub"
+    parser.add_argument("path", type=Path, metavar="PATH", help=about)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--verify", action="store_true", help="read a bundle's files and compare their sha256")
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="prompts, one per line (default: twelve built-in ones)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=16, metavar="N", help="length of an answer in tokens (default 16)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(logs_from="warning")
+
+
+def add_engine_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a .toml, or br-vllm-serving's .json")
+    parser.add_argument("--model", metavar="NAME|PATH", help="model to use instead of the config's")
+    add_engine(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(logs_from="warning")
+
+
+def add_worker(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    add_listening(parser)
+    parser.add_argument("--channel", type=int, help=argparse.SUPPRESS)  # how `serve` starts the ranks of its machine
 
 
 def add_completion(parser: argparse.ArgumentParser) -> None:
@@ -143,24 +204,69 @@ def add_completion(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(prints_data=True)
 
 
-def completion(args: argparse.Namespace) -> int:
-    print(completion_script(args.whole_parser, args.shell))
-    return 0
+def add_config(parser: argparse.ArgumentParser) -> None:
+    about = "config file: a .toml, or br-vllm-serving's .json (default: ./brlite.toml, else a small English model)"
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG", help=about)
+    parser.add_argument(
+        "--model", metavar="NAME|PATH", help="model to use instead of the config's: a name on a hub, a folder or a file"
+    )
+    draft = "smaller model of the same vocabulary that guesses tokens ahead (docs/speculation.md)"
+    parser.add_argument("--draft", metavar="PATH", help=draft)
+    context = "maximum context in tokens, prompt plus answer (0: the model's maximum, less if memory is short)"
+    parser.add_argument("--context", type=int, metavar="N", help=context)
+    parser.add_argument("--device", help="device that computes: auto, cpu or another torch device")
+    parser.add_argument("--threads", type=int, metavar="N", help="number of threads (0: one per physical core)")
+    add_engine(parser)
 
 
-def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
-    """What `shell` runs to complete the parser's commands, in the shell's own language."""
-    import shtab
+def add_listening(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", help="address to listen to (default 127.0.0.1)")
+    parser.add_argument("--port", type=int, metavar="N", help="port to listen to (default 8000)")
+    parser.add_argument("--log-level", metavar="LEVEL", help="debug, info, warning or error")
+    keys = "file with the accepted API keys, one per line; - is standard input"
+    parser.add_argument("--api-key-file", metavar="FILE", help=keys)
+    parser.add_argument("--api-key", help=argparse.SUPPRESS)  # refused: else it would be short for the one above
+    origins = (
+        "origin of web pages that may call the API, such as https://app.example.com, or *; may be given several times"
+    )
+    parser.add_argument("--cors", action="append", metavar="ORIGIN", help=origins)
+    parser.set_defaults(is_server=True)
 
-    _complete_paths(parser, shtab.FILE)
-    return str(shtab.complete(parser, shell))
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    about = (
+        "engine: auto, native, torch, or an installed one such as toy (default: the variable BRLITE_ENGINE, else auto)"
+    )
+    parser.add_argument("--engine", metavar="NAME", help=about)
+    option = "option for that engine; may be given several times"
+    parser.add_argument("--engine-option", action="append", default=[], metavar="NAME=VALUE", help=option)
 
 
-def _complete_paths(parser: argparse.ArgumentParser, file: object) -> None:
-    """Say which arguments are files: those that become a `Path`, or may be one."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                _complete_paths(child, file)
-        elif action.type is Path or "FILE" in str(action.metavar) or "PATH" in str(action.metavar):
-            action.complete = file  # type: ignore[attr-defined]
+def add_sampling(parser: argparse.ArgumentParser, *, max_tokens: int | None) -> None:
+    length = f"maximum length of an answer in tokens (default {max_tokens or 'half of the context'})"
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help=length)
+    parser.add_argument(
+        "--temperature", type=float, metavar="T", help="sampling temperature; 0 always takes the most probable token"
+    )
+
+
+# Command → its arguments, and what `brlite --help` says of it, in this order.
+COMMANDS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], str]] = {
+    "serve": (add_serve, "serve a model over the OpenAI API"),
+    "run": (add_run, "serve a model and chat with it; the server ends with the chat"),
+    "proxy": (add_proxy, "forward requests to other servers, by the model's name"),
+    "chat": (add_chat, "talk to a model in the terminal"),
+    "generate": (add_generate, "complete the prompts of a file"),
+    "pull": (add_pull, "download a model by its name"),
+    "models": (add_models, "list, show or remove the models on this machine"),
+    "check": (add_check, "validate a config and show the memory that it needs"),
+    "tune": (add_tune, "recommend precision, context and batch of a model for this machine"),
+    "doctor": (add_doctor, "show what this machine has, and which engine will run"),
+    "bench": (add_bench, "send a short load to a server and print its speed"),
+    "convert": (add_convert, "convert a model to a bundle, which loads faster"),
+    "inspect": (add_inspect, "show what a model file or folder contains"),
+    "verify": (add_verify, "check that a model gives the same answers alone and in batches, bit for bit"),
+    "engine-check": (add_engine_check, "test an engine against the engine contract; status 1 if a check fails"),
+    "worker": (add_worker, "run one rank of a model on several machines, under torchrun; rank 0 serves"),
+    "completion": (add_completion, "print the completion script of a shell"),
+}

@@ -1,37 +1,49 @@
-"""`brlite bench`: a short load on a server with the OpenAI API, and its speed as clients see it."""
+"""`brlite bench`: sends a short load to a server with the OpenAI API, and prints its speed as clients see it.
+
+Prompts are random words, so that no prefix cache answers. `bench/` has the measurements that documents quote.
+"""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
+import random
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import aiohttp
+import msgspec
+
+from brlite.commands.chat import MAX_ERROR_BYTES, error_message, first_model, server_address
 from brlite.errors import ConfigError
+from brlite.files.quoting import one_line
+
+WORDS = ("sea", "sky", "stone", "river", "light", "salt", "cloud", "grain", "iron", "wood", "glass", "fire", "snow")
 
 
-def add_bench(parser: argparse.ArgumentParser) -> None:
-    where = "address of the server (default localhost:8000)"
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help=where)
-    parser.add_argument("--model", metavar="NAME", help="the model (default: the first that the server lists)")
-    key = "environment variable with the server's API key"
-    parser.add_argument("--api-key-env", default="BRLITE_API_KEY", metavar="NAME", help=key)
-    for flag, default, about in (
-        ("--requests", 32, "number of requests"),
-        ("--concurrency", 8, "requests at the same time"),
-        ("--prompt-words", 64, "words per prompt"),
-        ("--max-tokens", 64, "tokens per answer"),
-    ):
-        parser.add_argument(flag, type=int, default=default, metavar="N", help=f"{about} (default {default})")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.set_defaults(logs_from="warning")
+class LoadShape(NamedTuple):
+    """How many requests, how many at once, words in each prompt and tokens in each answer."""
+
+    num_requests: int
+    concurrency: int
+    prompt_words: int
+    max_tokens: int
 
 
-def bench(args: argparse.Namespace) -> int:
+class TimedAnswer(NamedTuple):
+    """One request: when it was sent, when its first and its last text came, in seconds; and its number of tokens."""
+
+    sent: float
+    first: float
+    last: float
+    num_tokens: int
+
+
+def run(args: argparse.Namespace) -> int:
     """Run the load and print requests, tokens and latencies. Raises `ConfigError` for what the server refuses."""
-    import asyncio
-
-    from brlite.commands.load import LoadShape, run_load, summarize
-
     load = LoadShape(args.requests, args.concurrency, args.prompt_words, args.max_tokens)
     for name, value in load._asdict().items():
         if not 1 <= value <= 100_000:
@@ -40,3 +52,79 @@ def bench(args: argparse.Namespace) -> int:
     report = summarize(answers, seconds)
     print(json.dumps(report, indent=1) if args.json else "\n".join(f"{name:24} {report[name]}" for name in report))
     return 0
+
+
+def summarize(answers: Sequence[TimedAnswer], seconds: float) -> dict[str, float | int]:
+    """The figures of a load that took `seconds`; times in milliseconds."""
+    num_tokens = sum(answer.num_tokens for answer in answers)
+    firsts = [1000 * (answer.first - answer.sent) for answer in answers]
+    steps = [
+        1000 * (answer.last - answer.first) / (answer.num_tokens - 1) for answer in answers if answer.num_tokens > 1
+    ]
+    return {
+        "requests": len(answers),
+        "seconds": round(seconds, 2),
+        "requests/s": round(len(answers) / seconds, 2),
+        "tokens": num_tokens,
+        "tokens/s": round(num_tokens / seconds, 1),
+        "first token ms, median": percentile(firsts, 50),
+        "first token ms, 95 %": percentile(firsts, 95),
+        "next token ms, median": percentile(steps, 50),
+        "next token ms, 95 %": percentile(steps, 95),
+    }
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The smallest value that `percent` % of the values do not exceed; 0 if there are none."""
+    return round(sorted(values)[max(0, -(-len(values) * percent // 100) - 1)], 2) if values else 0.0
+
+
+async def run_load(
+    url: str, model: str | None, api_key: str | None, load: LoadShape
+) -> tuple[list[TimedAnswer], float]:
+    """Send all requests. Returns their answers and the seconds that it took. Raises `ConfigError` if one fails."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    connector = aiohttp.TCPConnector(limit=load.concurrency)
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(headers=headers, connector=connector, timeout=timeout) as session:
+        server = server_address(url)
+        name = model or await first_model(session, server)
+        generator = random.Random(0)
+        prompts = [" ".join(generator.choices(WORDS, k=load.prompt_words)) for _ in range(load.num_requests)]
+        free = asyncio.Semaphore(load.concurrency)
+
+        async def ask(prompt: str) -> TimedAnswer:
+            async with free:
+                return await _ask(session, server, {"model": name, "prompt": prompt, "max_tokens": load.max_tokens})
+
+        await ask(prompts[0])  # not measured: the server may load parts of itself with its first request
+        began = time.monotonic()
+        tasks = [asyncio.create_task(ask(prompt)) for prompt in prompts]
+        try:
+            answers = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return answers, time.monotonic() - began
+
+
+async def _ask(session: aiohttp.ClientSession, server: str, body: dict[str, object]) -> TimedAnswer:
+    sent = first = last = time.monotonic()
+    num_tokens = 0
+    body = {**body, "stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+    try:
+        async with session.post(f"{server}/v1/completions", json=body) as response:
+            if response.status != 200:
+                raise ConfigError(f"{server}: {error_message(await response.content.read(MAX_ERROR_BYTES))}")
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    chunk = msgspec.json.decode(line.removeprefix(b"data: "))
+                    if "error" in chunk:
+                        raise ConfigError(f"{server}: {error_message(line.removeprefix(b'data: '))}")
+                    num_tokens = int((chunk.get("usage") or {}).get("completion_tokens") or num_tokens)
+                    if any(choice.get("text") for choice in chunk.get("choices", ())):
+                        last = time.monotonic()
+                        first = last if first == sent else first
+    except (aiohttp.ClientError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{server}: {one_line(error)}") from None
+    return TimedAnswer(sent, first, last, num_tokens)

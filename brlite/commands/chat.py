@@ -1,11 +1,12 @@
-"""`brlite chat`: a conversation in the terminal, with a model of our own or with any OpenAI server.
+"""`brlite chat`: a conversation in the terminal, with a model that is loaded here or with any server with OpenAI's API.
 
-At a terminal prompt_toolkit reads the lines: editing, history, pasted text, wide characters. Lines of a pipe are read
-as they come, and each is a question: commands with a slash are for people.
+At a terminal prompt_toolkit reads the lines: editing, history, pasted text, wide characters. From a pipe each line is
+a question; commands with a slash work at a terminal only.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import io
 import os
@@ -21,6 +22,7 @@ import aiohttp
 import msgspec
 
 from brlite.commands.conversation import Conversation, Message
+from brlite.commands.given_config import given_config, given_sampling
 from brlite.config.options import DEFAULT_MODEL_SAMPLING, Config
 from brlite.engine.async_engine import EngineLoop
 from brlite.errors import BrliteError, ConfigError
@@ -30,7 +32,7 @@ from brlite.sampling_params import SamplingParams
 
 
 class Piece(NamedTuple):
-    """Some more of an answer."""
+    """A part of an answer: the text that is new, and its number of tokens."""
 
     text: str
     num_tokens: int
@@ -44,19 +46,20 @@ HINT = "/help shows the commands, Ctrl-C leaves"
 MAX_ERROR_BYTES = 64 * 1024  # of a server's error, and of its list of models
 
 
-def run(
-    target: Config | str, *, model: str | None, api_key: str | None, system: str | None, given: Mapping[str, Any]
-) -> int:
-    """Chat with the config's model, or with the server at a URL, until end of input. Returns the exit status."""
-    conversation = Conversation(system, SamplingParams(**given), given)
-    if isinstance(target, str):
-        asyncio.run(_chat_with_server(target, model, api_key, conversation))
+def run(args: argparse.Namespace) -> int:
+    """Chat with the config's model, or with the server at `--url`, until end of input. Returns the exit status."""
+    config = None if args.url else given_config(args)
+    given = given_sampling(args)
+    if config is None:
+        api_key = os.environ.get(args.api_key_env)
+        asyncio.run(chat_with_server(args.url, args.model, api_key, args.system, given))
     else:
-        asyncio.run(_chat_with_model(target, conversation, given))
+        asyncio.run(chat_with_model(config, args.system, given))
     return 0
 
 
-async def _chat_with_model(config: Config, conversation: Conversation, given: Mapping[str, Any]) -> None:
+async def chat_with_model(config: Config, system: str | None, given: Mapping[str, Any]) -> None:
+    """Load the config's model and chat with it. What is not `given` is the model's default."""
     from brlite.checkpoint.fetch import progress_bar
     from brlite.llm import AsyncEngine
 
@@ -64,11 +67,15 @@ async def _chat_with_model(config: Config, conversation: Conversation, given: Ma
         show = bar.enter_context(progress_bar())
         async with AsyncEngine.from_config(config, on_progress=show) as engine:
             bar.close()
-            conversation.params = SamplingParams(**{**DEFAULT_MODEL_SAMPLING, **engine.sampling_defaults, **given})
-            await converse(partial(_ask_engine, engine), conversation)
+            params = SamplingParams(**{**DEFAULT_MODEL_SAMPLING, **engine.sampling_defaults, **given})
+            await converse(partial(_ask_engine, engine), Conversation(system, params, given))
 
 
-async def _chat_with_server(url: str, model: str | None, api_key: str | None, conversation: Conversation) -> None:
+async def chat_with_server(
+    url: str, model: str | None, api_key: str | None, system: str | None, given: Mapping[str, Any]
+) -> None:
+    """Chat with a model of a server, its first one unless `model` names another."""
+    conversation = Conversation(system, SamplingParams(**given), given)
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     async with aiohttp.ClientSession(headers=headers) as session:
         server = server_address(url)
@@ -77,14 +84,14 @@ async def _chat_with_server(url: str, model: str | None, api_key: str | None, co
 
 
 def server_address(url: str) -> str:
-    """The beginning of a server's URLs, from what a user may type: with or without the scheme, a slash, and /v1."""
+    """The server's URL without a path. A user may leave out the scheme, and may add a slash or /v1 at the end."""
     return (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
 
 
 async def converse(ask: Ask, conversation: Conversation) -> None:
-    """Ask what is typed, with what was said before it, until the end of input. Carries out commands at a terminal.
+    """Ask each question with the conversation before it, until the end of input. At a terminal obey commands, too.
 
-    A question that failed is forgotten. Raises `KeyboardInterrupt` for Ctrl-C at the prompt.
+    A question that failed is not kept. Raises `KeyboardInterrupt` for Ctrl-C at the prompt.
     """
     read_typed = _terminal_reader()
     read = read_typed or _read_line
@@ -100,7 +107,7 @@ async def converse(ask: Ask, conversation: Conversation) -> None:
 
 
 async def _answer(ask: Ask, conversation: Conversation, question: str, *, is_interactive: bool) -> None:
-    """Print an answer as it comes and remember it; Ctrl-C at a terminal keeps what there is of it by then."""
+    """Print an answer as it comes, then add it to the conversation. Ctrl-C at a terminal ends it and keeps the part."""
     pieces: list[Piece] = []
     times = [time.monotonic()]
 
@@ -131,7 +138,7 @@ async def _answer(ask: Ask, conversation: Conversation, question: str, *, is_int
 
 @contextmanager
 def _ctrl_c_stops(showing: asyncio.Future[None]) -> Iterator[None]:
-    """While inside, Ctrl-C cancels the future, which then ends the block without an error."""
+    """Inside the `with` block, Ctrl-C cancels the future; the block then ends without an error."""
     loop, is_stopped = asyncio.get_running_loop(), False
 
     def stop() -> None:
@@ -151,9 +158,9 @@ def _ctrl_c_stops(showing: asyncio.Future[None]) -> Iterator[None]:
 
 
 def _terminal_reader() -> ReadLine | None:
-    """Reads lines at the terminal; None where standard input is none, or nothing that is printed would be seen.
+    """A function that reads lines at the terminal. None if standard input is no terminal, or no output goes to one.
 
-    The prompt goes to the terminal where standard output is redirected: it must not stand among the answers.
+    The prompt is written to the terminal even if standard output is redirected: it must not get among the answers.
     """
     if not (sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())):
         return None
@@ -175,24 +182,25 @@ def _terminal_reader() -> ReadLine | None:
 async def _read_line() -> str | None:
     """The next line of standard input; None at its end.
 
-    On a daemon thread: one of asyncio's would be waited for at Ctrl-C, until somebody presses Enter. It reads the
-    descriptor, since `sys.stdin` has a lock that must not be held at the end of the process.
+    A daemon thread reads it: at Ctrl-C Python would wait for one of asyncio's threads, until the user presses Enter. It
+    reads the descriptor, since `sys.stdin` has a lock that must be free when the process ends.
     """
     stdin = sys.stdin
     if not isinstance(stdin, io.TextIOWrapper):
         line = stdin.readline()
         return line.removesuffix("\n") if line else None
     encoding = stdin.encoding if stdin.isatty() else "utf-8"
-    data = await on_daemon_thread(partial(_next_line, stdin.fileno()), "brlite-input")
+    descriptor = stdin.fileno()
+
+    def read_bytes() -> bytes:
+        line = bytearray()
+        # One byte at a time: bytes after the LF belong to the next call.
+        while not line.endswith(b"\n") and (byte := os.read(descriptor, 1)):
+            line += byte
+        return bytes(line)
+
+    data = await on_daemon_thread(read_bytes, "brlite-input")
     return data.decode(encoding, "replace").removeprefix("\ufeff").rstrip("\r\n") if data else None
-
-
-def _next_line(descriptor: int) -> bytes:
-    """Bytes up to and with the next LF, one at a time: what comes after them is the next call's."""
-    line = bytearray()
-    while not line.endswith(b"\n") and (byte := os.read(descriptor, 1)):
-        line += byte
-    return bytes(line)
 
 
 async def _ask_engine(
@@ -211,7 +219,7 @@ async def _ask_server(
     messages: list[Message],
     params: SamplingParams,
 ) -> AsyncGenerator[Piece, None]:
-    """Sends the parameters that are `named`; the server has its defaults for the others."""
+    """Send the parameters in `named`. For the others the server has its own defaults."""
     chosen = {name: value for name, value in msgspec.to_builtins(params).items() if name in named and value is not None}
     body = {
         "model": model,
@@ -239,6 +247,7 @@ async def _ask_server(
 
 
 async def first_model(session: aiohttp.ClientSession, server: str) -> str:
+    """The first model that the server lists. Raises `ConfigError` if there is none, or no server."""
     try:
         async with session.get(f"{server}/v1/models") as response:
             if response.status != 200:
@@ -252,6 +261,7 @@ async def first_model(session: aiohttp.ClientSession, server: str) -> str:
 
 
 def error_message(body: bytes) -> str:
+    """The message in a server's error, whose shape is OpenAI's."""
     try:
         return one_line(msgspec.json.decode(body)["error"]["message"])
     except (msgspec.DecodeError, LookupError, TypeError):

@@ -1,10 +1,11 @@
-"""`brlite check`: what a config means and what it will take, by arithmetic. Starts, fetches and allocates nothing.
+"""`brlite check`: validates a config and computes the memory that it needs. Starts, downloads and allocates nothing.
 
-Nor does it connect to anything, unless it is told to dial the upstreams.
+It connects to the upstreams only with `--dial`.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -22,7 +23,7 @@ from brlite.checkpoint.checked_model import check_model
 from brlite.config.load import load_config, read_toml
 from brlite.config.options import Config, EngineConfig, ModelSpec, ProxyConfig
 from brlite.config.proxy_files import load_proxy_config
-from brlite.config.render import render
+from brlite.config.render import render, toml_schema
 from brlite.config.validation import find_problems
 from brlite.config.warnings import GIB, check_memory, check_supported, config_warnings
 from brlite.errors import BrliteError, ConfigError
@@ -36,19 +37,28 @@ T = TypeVar("T")
 
 
 class ModelReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a model comes from, and its sizes where they are known before it is fetched."""
+    """Where a model comes from, and its sizes if they are known before it is downloaded."""
 
     spec: ModelSpec
     origin: str
     sizes: Sizes | None
 
 
-def run(path: Path, *others: Path, dial: bool = False, is_offline: bool = False) -> int:
-    """Print the effective config, what its models will take, where requests go, and the warnings.
+def run(args: argparse.Namespace) -> int:
+    if args.schema:
+        print(toml_schema())
+        return 0
+    if not args.config:
+        raise ConfigError("check: name a FILE to check, or give --schema")
+    return check(*args.config, dial=args.dial, is_offline=args.offline)
 
-    Several files are a proxy's. With `is_offline` the config is another machine's: its fields are checked, and neither
-    files, memory nor key variables are looked for. Raises all that makes the config unusable, a line each. Returns 1 if
-    an upstream was dialled in vain, else 0.
+
+def check(path: Path, *others: Path, dial: bool = False, is_offline: bool = False) -> int:
+    """Print the effective config, the memory of its models, where requests go, and the warnings.
+
+    Several files are a proxy's. With `is_offline` the config is for another machine: only its fields are checked, not
+    files, memory or environment variables. Raises one error with a line for each fault. Returns 1 if a dialled upstream
+    failed, else 0.
     """
     if not others and path.suffix == ".toml" and len(problems := find_problems(read_toml(path))) > 1:
         raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems))
@@ -79,11 +89,15 @@ def run(path: Path, *others: Path, dial: bool = False, is_offline: bool = False)
     lines = describe(config, reports, find_memory().available)
     note = ["offline: the files, the memory and the keys of the machine were not looked at"] if is_offline else []
     print("\n".join([render(config), "", *routes, *lines, *note]), flush=True)
-    return _dial(table, config.proxy) if dial else 0
+    if not dial:
+        return 0
+    results = asyncio.run(dial_all(table.upstreams, config.proxy))
+    print("\n".join(["", *(result.line for result in results)] if results else ["", "there is no upstream to dial"]))
+    return 0 if all(result.is_good for result in results) else 1
 
 
 def inspect_model(spec: ModelSpec, engine: EngineConfig) -> ModelReport:
-    """Find out about a model without fetching it. Raises where `serve` would: all files are opened, none is read."""
+    """A model's origin and sizes, without downloading it. Opens all its files, and raises the errors of `serve`."""
     from brlite.backends.plugins.discovery import check_engine_name
     from brlite.tokenizer import load_tokenizer
 
@@ -119,7 +133,7 @@ def describe(config: Config, reports: Sequence[ModelReport], available_bytes: in
 
 
 def _describe_route(target: Route, proxy: ProxyConfig) -> Iterator[str]:
-    """Where requests for a forwarded model go, and by which other names it is asked for."""
+    """Where requests for a forwarded model go, and its other names."""
     yield f"forwarded {target.model}"
     for word, upstream in zip(chain(["to"], repeat("")), target.upstreams, strict=False):
         name, config = target.name_at(upstream), upstream.config
@@ -131,12 +145,6 @@ def _describe_route(target: Route, proxy: ProxyConfig) -> Iterator[str]:
         yield f"  also as   {', '.join(aliases)}"
     if target.fallbacks:
         yield f"  or else   {', '.join(target.fallbacks)}"
-
-
-def _dial(table: RouteTable, proxy: ProxyConfig) -> int:
-    results = asyncio.run(dial_all(table.upstreams, proxy))
-    print("\n".join(["", *(result.line for result in results)] if results else ["", "there is no upstream to dial"]))
-    return 0 if all(result.is_good for result in results) else 1
 
 
 def _describe_model(report: ModelReport) -> Iterator[str]:

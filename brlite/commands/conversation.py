@@ -1,10 +1,10 @@
-"""What was said in a chat, and the commands that begin with a slash. Knows neither terminal nor model."""
+"""The messages of a chat, and the commands that begin with a slash. Knows no terminal and no model."""
 
 from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -21,11 +21,12 @@ HELP = """\
 /load FILE          continue a conversation that was saved
 /exit               leave, as Ctrl-D and Ctrl-C do
 Ctrl-C during an answer stops the answer. Text that is pasted is one message, whatever its lines."""
+COMMANDS = ("/help", "/system", "/set", "/retry", "/clear", "/save", "/load", "/exit")
 NOT_FOR_CHATS = ("n", "best_of", "logprobs", "prompt_logprobs")
 
 
 class Message(msgspec.Struct, frozen=True):
-    """Something that was said; `role` is system, user or assistant."""
+    """`role` is system, user or assistant."""
 
     role: str
     content: str
@@ -38,9 +39,9 @@ class SavedConversation(msgspec.Struct, frozen=True):
 
 
 class Conversation:
-    """The messages so far, the sampling parameters, and a question that is to be asked again.
+    """The messages so far and the sampling parameters.
 
-    `named` are the parameters that the user has set: a server has its own defaults for the others.
+    `named` holds the names of parameters that the user has set: for the others a server has its own defaults.
     """
 
     def __init__(self, system: str | None, params: SamplingParams, named: Iterable[str] = ()) -> None:
@@ -48,19 +49,12 @@ class Conversation:
         self.params = params
         self.named = set(named)
         self.is_over = False
-        self._commands: dict[str, Callable[[str], str]] = {
-            "/help": lambda _: HELP,
-            "/system": self._system,
-            "/set": self._set,
-            "/retry": lambda _: "there is no question yet",
-            "/clear": self._clear,
-            "/save": self._save,
-            "/load": self._load,
-            "/exit": self._exit,
-        }
 
     def asked_by(self, line: str) -> str | None:
-        """The question that a line asks: itself, or for `/retry` the last one, which is then forgotten; else None."""
+        """The question of a line: the line itself, or for `/retry` the last question, whose answer is removed.
+
+        None for other commands and blank lines.
+        """
         if line.strip() == "/retry" and len(self.messages) >= 2 and self.messages[-1].role == "assistant":
             question = self.messages[-2].content
             del self.messages[-2:]
@@ -68,24 +62,39 @@ class Conversation:
         return line if line.strip() and not line.startswith("/") else None
 
     def obey(self, line: str) -> str:
-        """Carry out a command and say what it did. Reads and writes files. Raises `ConfigError` for a wrong one."""
+        """Carry out a command, which may read or write a file. Returns the text to show. Raises `ConfigError`."""
         name, _, argument = line.strip().partition(" ")
-        if name not in self._commands:
-            near = difflib.get_close_matches(name, self._commands, 1)
-            hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(self._commands)}"
-            raise ConfigError(f"{name}: {hint}")
-        return self._commands[name](argument.strip())
+        argument = argument.strip()
+        system = [message for message in self.messages if message.role == "system"]
+        match name:
+            case "/help":
+                return HELP
+            case "/system" if not argument:
+                return system[0].content if system else "there is no system message"
+            case "/system":
+                self.messages = [Message("system", argument), *self.messages[len(system) :]]
+                return "the system message is set"
+            case "/set":
+                return self._set(argument)
+            case "/retry":
+                return "there is no question yet"
+            case "/clear":
+                self.messages = system
+                return "forgotten"
+            case "/save":
+                return self._save(argument)
+            case "/load":
+                return self._load(argument)
+            case "/exit":
+                self.is_over = True
+                return ""
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"allowed are {', '.join(COMMANDS)}"
+        raise ConfigError(f"{name}: {hint}")
 
     def add(self, question: str, answer: str) -> None:
-        """Remember an exchange."""
+        """Add a question and its answer."""
         self.messages += Message("user", question), Message("assistant", answer)
-
-    def _system(self, text: str) -> str:
-        given = [message for message in self.messages if message.role == "system"]
-        if not text:
-            return given[0].content if given else "there is no system message"
-        self.messages = [Message("system", text), *self.messages[len(given) :]]
-        return "the system message is set"
 
     def _set(self, argument: str) -> str:
         name, _, text = argument.partition(" ")
@@ -103,10 +112,6 @@ class Conversation:
         self.params = msgspec.structs.replace(self.params, **{name: value})
         self.named.add(name)
         return f"{name} is {json.dumps(getattr(self.params, name))}"
-
-    def _clear(self, _: str) -> str:
-        self.messages = [message for message in self.messages if message.role == "system"]
-        return "forgotten"
 
     def _save(self, file: str) -> str:
         if not file:
@@ -130,7 +135,3 @@ class Conversation:
             raise ConfigError(f"{file} holds no conversation: {error}") from None
         self.messages = saved.messages
         return f"{len(self.messages)} messages are loaded"
-
-    def _exit(self, _: str) -> str:
-        self.is_over = True
-        return ""

@@ -1,23 +1,24 @@
-"""`brlite doctor`: what was found on this machine, and which path will run. Changes and fetches nothing."""
+"""`brlite doctor`: shows what this machine has, and what will compute models. Changes and downloads nothing."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import brlite
+from brlite.backends.native.build import find_compiler
+from brlite.backends.native.library import NativeLibrary, find_library, run_self_tests
+from brlite.backends.sizes import known_sizes
+from brlite.checkpoint.fetch import local_sources, locate_model
 from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ConfigError, MissingExtra, ModelError, NativeUnavailable
 from brlite.files.cache import default_cache
 from brlite.process.machine import find_cpus, find_instruction_sets, find_memory, show_bytes
-
-if TYPE_CHECKING:
-    from brlite.backends.native.library import NativeLibrary
 
 PACKAGES = ("aiohttp", "msgspec", "numpy", "tokenizers", "sentencepiece", "gguf", "huggingface_hub", "uvloop")
 EXTRAS = {"torch": "cards, tensor parallelism over machines, .bin files", "ray": "Ray Serve"}  # package: what needs it
@@ -28,20 +29,20 @@ BIREN_NODES = "biren*"
 Findings = dict[str, str]
 
 
-def run(*, as_json: bool) -> int:
-    """Print the findings. Returns 1 if no model could be computed: neither by torch nor by native kernels."""
+def run(args: argparse.Namespace) -> int:
+    """Print the findings. Returns 1 if neither torch nor native kernels can compute a model."""
     report = examine()
-    print(json.dumps(report, indent=2, ensure_ascii=False) if as_json else render(report))
+    print(json.dumps(report, indent=2, ensure_ascii=False) if args.json else render(report))
     return 1 if report["serve"]["models are computed by"].startswith(NOTHING_COMPUTES) else 0
 
 
 def examine() -> dict[str, Findings]:
-    """Section → what was found there."""
+    """Section → name → finding."""
     sections: Mapping[str, Callable[[], Findings]] = {
         "versions": _versions,
         "extras": _extras,
         "machine": _machine,
-        "native kernels": _native,
+        "native kernels": describe_native,
         "torch": _torch,
         "model": _model,
     }
@@ -49,20 +50,19 @@ def examine() -> dict[str, Findings]:
     for name, find in sections.items():
         try:
             report[name] = find()
-        except OSError as error:  # a folder that cannot be searched hides one section, not the others
+        except OSError as error:  # such as a folder that cannot be searched: the other sections are still shown
             report[name] = {"error": f"{error.filename}: {error.strerror}" if error.filename else str(error)}
-    return {**report, "serve": {"models are computed by": _computed_by(report["native kernels"], report["torch"])}}
 
-
-def _computed_by(native: Findings, torch: Findings) -> str:
-    """What `serve` will use, by what was found of both."""
+    native, torch = report["native kernels"], report["torch"]
     if torch.get("device", "cpu").partition(" ")[0] != "cpu":
-        return f"torch on {torch['device']}"
-    if "error" not in native:
-        return "native kernels"
-    if "device" in torch:
-        return "torch, several times slower than native kernels"
-    return f"{NOTHING_COMPUTES}: {native['error']}; or: pip install 'brlite[torch]'"
+        backend = f"torch on {torch['device']}"
+    elif "error" not in native:
+        backend = "native kernels"
+    elif "device" in torch:
+        backend = "torch, several times slower than native kernels"
+    else:
+        backend = f"{NOTHING_COMPUTES}: {native['error']}; or: pip install 'brlite[torch]'"
+    return {**report, "serve": {"models are computed by": backend}}
 
 
 def render(report: Mapping[str, Mapping[str, str]]) -> str:
@@ -138,19 +138,10 @@ def _torch() -> Findings:
     return findings
 
 
-def _native() -> Findings:
-    from brlite.backends.native.library import find_library
-
-    return describe_native(find_library)
-
-
-def describe_native(find_library: Callable[[], NativeLibrary | None]) -> Findings:
-    """Where the native library was found, or why it cannot be used."""
-    from brlite.backends.native.build import find_compiler
-    from brlite.backends.native.library import run_self_tests
-
+def describe_native(find: Callable[[], NativeLibrary | None] | None = None) -> Findings:
+    """The native library's path, instruction set and self-tests, or why it cannot be used."""
     try:
-        library = find_library()
+        library = (find or find_library)()
         if library is None:
             return {"library": f"not built yet, compiled with {find_compiler()[0]} at the first start"}
     except NativeUnavailable as error:
@@ -161,9 +152,6 @@ def describe_native(find_library: Callable[[], NativeLibrary | None]) -> Finding
 
 
 def _model() -> Findings:
-    from brlite.backends.sizes import known_sizes
-    from brlite.checkpoint.fetch import local_sources, locate_model
-
     try:
         sizes = known_sizes(ModelSpec(), EngineConfig())
         precision = sizes.precision if sizes is not None else "unknown until it is there"

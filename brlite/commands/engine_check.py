@@ -1,7 +1,8 @@
-"""`brlite engine-check`: opens an engine, tries every promise of the contract, and prints a table. No server."""
+"""`brlite engine-check`: opens an engine, tests it against the engine contract, and prints a table. No server."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from functools import partial
 
@@ -11,8 +12,8 @@ from brlite.backends.plugins.conformance.checks import Outcome, run_checks
 from brlite.backends.plugins.conformance.engine_under_test import EngineUnderTest
 from brlite.backends.plugins.contract import Capabilities, PluginEngine
 from brlite.backends.plugins.discovery import make_engine
+from brlite.commands.given_config import given_config
 from brlite.config.options import Config
-from brlite.config.warnings import check_supported
 
 OWN = "brlite"
 RESULTS = {"passed": "passed", "failed": "FAILED", "not tried": "not tried"}  # as they are printed
@@ -28,9 +29,12 @@ class EngineReport(msgspec.Struct, frozen=True, kw_only=True):
     checks: list[Outcome]
 
 
-def run(config: Config, *, as_json: bool, make: Callable[[str], PluginEngine] = make_engine) -> int:
-    """Print what came of each check of the config's engine, which is brlite's own if none is named. 1 if one failed."""
-    check_supported(config)
+def run(args: argparse.Namespace) -> int:
+    return print_report(given_config(args), as_json=args.json)
+
+
+def print_report(config: Config, *, as_json: bool, make: Callable[[str], PluginEngine] = make_engine) -> int:
+    """Print the result of each check of the config's engine, by default the built-in one. Returns 1 if one failed."""
     report = check_engine(config, make, (lambda line: None) if as_json else partial(print, flush=True))
     if as_json:
         print(msgspec.json.encode(report).decode())
@@ -58,7 +62,7 @@ def check_engine(config: Config, make: Callable[[str], PluginEngine], say: Say) 
 
 
 def describe(name: str, capabilities: Capabilities) -> list[str]:
-    """What the engine says of itself."""
+    """The engine's own description, in lines."""
     flags = [field for field, value in msgspec.structs.asdict(capabilities).items() if value is True]
     size = f"{capabilities.max_seqs} slots of {capabilities.max_model_len} tokens, {capabilities.vocab_size} logits"
     version = f" {capabilities.version}" if capabilities.version else ""

@@ -1,7 +1,8 @@
-"""`brlite generate`: a file of prompts in, JSON lines out, in the order of the file and as they are done. No server."""
+"""`brlite generate`: completes the prompts of a file and writes JSON lines, in the file's order. Starts no server."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from brlite.commands.given_config import given_config, given_sampling
 from brlite.config.options import Config
 from brlite.engine.outputs import RequestOutput
 from brlite.errors import ConfigError, InvalidRequest
@@ -20,13 +22,18 @@ from brlite.llm import LLM
 from brlite.sampling_params import SamplingParams
 
 
-def run(config: Config, source: str, target: str, given: Mapping[str, Any], *, is_chat: bool = False) -> int:
+def run(args: argparse.Namespace) -> int:
+    config = given_config(args)
+    return generate(config, args.input, args.output, given_sampling(args), is_chat=args.chat)
+
+
+def generate(config: Config, source: str, target: str, given: Mapping[str, Any], *, is_chat: bool = False) -> int:
     """Complete every prompt of `source` into `target`; "-" is standard input or output. Returns the exit status.
 
-    A line is a prompt, or a JSON object with `prompt` and any sampling field; what it does not say is `given`, or the
-    model's default. With `is_chat` a prompt is a user's message, which the model's chat template frames.
+    A line is a prompt, or a JSON object with `prompt` and any sampling fields. For the others `given` has the values,
+    else the model's defaults. With `is_chat` a prompt becomes a user's message in the model's chat template.
     """
-    jobs = [_job(line, number, given) for number, line in _lines(source)]
+    jobs = [_job(line, number, given) for number, line in read_lines(source)]
     with LLM(config=config) as llm:
         params = [llm.get_default_sampling_params(**job.given) for job in jobs]
         prompts = [_checked_prompt(llm, job, each, is_chat=is_chat) for job, each in zip(jobs, params, strict=True)]
@@ -34,7 +41,7 @@ def run(config: Config, source: str, target: str, given: Mapping[str, Any], *, i
         with _opened(target) as file, bar, Answers(file, bar.update) as answers:
 
             def add(number: int, output: RequestOutput) -> None:
-                output.prompt = jobs[number].prompt  # not as framed
+                output.prompt = jobs[number].prompt  # without the chat template
                 answers.add(number, output)
 
             llm.generate(prompts, params, on_finished=add)
@@ -50,7 +57,7 @@ class PromptJob(NamedTuple):
 
 
 class Answers:
-    """Writes each answer once those before it are written. What is held back when it ends, in any way, comes then."""
+    """Writes answers in the order of their prompts. On exit, also by an error, it writes those that still wait."""
 
     def __init__(self, file: TextIO, on_written: Callable[[], object]) -> None:
         self._file = file
@@ -83,7 +90,8 @@ class Answers:
         self._on_written()
 
 
-def _lines(source: str) -> Iterator[tuple[int, str]]:
+def read_lines(source: str) -> Iterator[tuple[int, str]]:
+    """The lines that are not blank, each with its number from 1. Raises `ConfigError` if they cannot be read."""
     if source == "-" and sys.stdin.isatty():
         end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
         print(f"brlite: reading prompts from the terminal, one a line; {end} ends them", file=sys.stderr, flush=True)
@@ -92,12 +100,12 @@ def _lines(source: str) -> Iterator[tuple[int, str]]:
     except (OSError, TextError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{'standard input' if source == '-' else source}: cannot be read: {reason}") from None
-    # Not splitlines(), which would also cut a prompt at U+2028 and the like.
+    # Not splitlines(), which also splits at U+2028 and similar characters.
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
 
 
 def _checked_prompt(llm: LLM, job: PromptJob, params: SamplingParams, *, is_chat: bool) -> str | list[int]:
-    """What the model gets. Before the target is opened: a prompt that is refused must not cost what stands there."""
+    """The prompt as the model gets it. Raises `ConfigError` before the target is opened, and so keeps its content."""
     try:
         message = {"role": "user", "content": job.prompt}
         prompt = llm.tokenizer.encode_chat([message]) if is_chat else job.prompt
@@ -108,7 +116,7 @@ def _checked_prompt(llm: LLM, job: PromptJob, params: SamplingParams, *, is_chat
 
 
 def _job(line: str, number: int, given: Mapping[str, Any]) -> PromptJob:
-    """What a line asks for. Raises `ConfigError`, naming the line."""
+    """The prompt and parameters of a line. Raises `ConfigError` that names the line."""
     if not line.lstrip().startswith("{"):
         return PromptJob(number, line, given)
     try:
@@ -135,6 +143,6 @@ def _opened(target: str) -> Iterator[TextIO]:
             with Path(target).open("w", encoding="utf-8") as file:
                 yield file
     except BrokenPipeError:
-        raise  # the reader left, which is no fault
+        raise  # the reader closed the pipe: no error
     except OSError as error:
         raise ConfigError(f"{target}: cannot be written: {error.strerror}") from None

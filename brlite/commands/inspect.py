@@ -1,11 +1,12 @@
-"""`brlite inspect`: what a model file or folder holds, from its headers. Loads nothing and runs nothing.
+"""`brlite inspect`: shows what a model file or folder contains, from its headers. Loads and runs nothing.
 
-Takes a traced `.pt` (the names that the manual's config asks for), a bundle, a Hugging Face folder, a GGUF file and
+Takes a traced `.pt` (for the names that the manual's config needs), a bundle, a Hugging Face folder, a GGUF file or
 packed weights.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections import Counter
@@ -20,6 +21,7 @@ from brlite.checkpoint.bundle import BundleCheckpoint, is_bundle
 from brlite.checkpoint.folder import find_weights
 from brlite.checkpoint.new_file import read_record
 from brlite.checkpoint.traced_checkpoint import TracedArchive
+from brlite.commands.convert import located
 from brlite.errors import ModelError
 from brlite.files.quoting import one_line
 from brlite.models.network import num_parameters
@@ -32,18 +34,18 @@ EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight")  # as the familie
 Findings = dict[str, Any]
 
 
-def run(path: Path, *, as_json: bool = False, verify: bool = False) -> int:
-    """Print what is found. With `verify` a bundle's files are read and compared with their sha256; 1 if one differs."""
+def run(args: argparse.Namespace) -> int:
+    """Print the findings. Returns 1 if `--verify` finds a file of the bundle whose sha256 differs."""
+    path = located(args.path)
     findings = inspect(path)
-    damaged = _damaged(path) if verify else []
-    if verify:
-        findings["damaged files"] = damaged
-    print(json.dumps(findings, indent=1) if as_json else render(findings))
-    return 1 if damaged else 0
+    if args.verify:
+        findings["damaged files"] = damaged_files(path)
+    print(json.dumps(findings, indent=1) if args.json else render(findings))
+    return 1 if findings.get("damaged files") else 0
 
 
 def inspect(path: Path) -> Findings:
-    """Name → finding. Raises `ModelError` for what is none of the things above, or broken."""
+    """Name → finding. Raises `ModelError` for a file or folder of another kind, or a broken one."""
     if path.is_file():
         with path.open("rb") as file:
             start = file.read(len(MAGIC))
@@ -148,7 +150,8 @@ def _counted(names: Any) -> str:
     return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
 
 
-def _damaged(path: Path) -> list[str]:
+def damaged_files(path: Path) -> list[str]:
+    """The files of a bundle whose size or sha256 is not the manifest's. Reads them all. Raises `ModelError`."""
     if not is_bundle(path):
         raise ModelError(f"{path}: only a bundle tells what its files must be")
     with closing(BundleCheckpoint(path)) as checkpoint:

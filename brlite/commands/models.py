@@ -1,6 +1,6 @@
-"""`brlite pull` fetches a model; `brlite models` lists, shows and removes those that this machine has.
+"""`brlite pull` downloads a model; `brlite models` lists, shows and removes those on this machine.
 
-Looks into the cache folders of the hubs and of brlite. Reads headers only.
+It looks in the cache folders of the hubs and of brlite, and reads headers only.
 """
 
 from __future__ import annotations
@@ -12,14 +12,26 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from brlite.backends.sizes import sizes_at
+from brlite.checkpoint import open_checkpoint
+from brlite.checkpoint.fetch import local_sources, locate_model, progress_bar, remote_sources
+from brlite.checkpoint.folder import has_weights
+from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub
+from brlite.checkpoint.model_name import BIN_FILES, SAFETENSORS_FILES, quantization_of
+from brlite.checkpoint.repository import FOLDER_PREFIX, Repository, cached_repositories
+from brlite.config.options import EngineConfig, ModelSpec
 from brlite.errors import BrliteError, ConfigError, ModelError
+from brlite.files.cache import default_cache
 from brlite.files.quoting import one_line, reason, shown
+from brlite.models.registry import find_family
+from brlite.process.machine import show_bytes
 
 DAY_SECONDS = 86_400
-PACKED_FOLDERS = ("native", "packed", "modelscope")  # of brlite's cache, which are no models
+PACKED_FOLDERS = ("native", "packed", "modelscope")  # folders of brlite's cache that are no models
 
 
 class CachedModel(NamedTuple):
@@ -36,52 +48,15 @@ class CachedModel(NamedTuple):
     problem: str | None
 
 
-def add_pull(parser: argparse.ArgumentParser) -> None:
-    about = "organisation/model[:QUANT][@revision]; the prefix modelscope: chooses that hub (docs/models.md)"
-    parser.add_argument("name", metavar="NAME", help=about)
-    parser.set_defaults(logs_from="warning")
-
-
-def pull(args: argparse.Namespace) -> int:
-    """Ask the hub for the newest files and fetch those that are missing; print where the model is.
-
-    A hub that cannot be asked is no failure if the model is here. Raises `ModelError` if it is nowhere.
-    """
-    from brlite.checkpoint.fetch import local_sources, locate_model, progress_bar, remote_sources
-
-    try:
-        with progress_bar() as show:
-            found = locate_model(args.name, None, show, sources=remote_sources)
-    except ModelError as error:
-        try:
-            found = locate_model(args.name, None, sources=local_sources)
-        except ModelError:
-            raise error from None
-        print(f"brlite: not brought up to date: {shown(str(error))}", file=sys.stderr)
-    print(found)
-    return 0
-
-
-def add_models(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION")
-    listing = actions.add_parser("list", help="list the models with their size and last use (the default)")
-    showing = actions.add_parser("show", help="show one model: folder, architecture, precision, memory")
-    removing = actions.add_parser("rm", help="remove a model, or with :QUANT one of its GGUF files")
-    for each in (showing, removing):
-        each.add_argument("name", metavar="NAME", help="as `brlite models` lists it")
-    for each in (parser, listing, showing):
-        each.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON")
-    removing.add_argument("--yes", action="store_true", help="remove without asking")
-    parser.set_defaults(logs_from="warning", json=False)
-
-
-def models(args: argparse.Namespace) -> int:
-    """Run `brlite models [list|show|rm]`. Raises `ModelError` for a name that is not here."""
+def run(args: argparse.Namespace) -> int:
+    """Run `brlite pull`, or `brlite models [list|show|rm]`. Raises `ModelError` for a name that is not here."""
+    if args.action == "pull":
+        return pull(args.name)
     if args.action == "rm":
-        return _remove(args.name, is_agreed=args.yes)
+        return remove(args.name, is_agreed=args.yes)
     if args.action == "show":
-        found = [_named(args.name)]
-        text = _render_one(found[0])
+        found = [find_model(args.name)]
+        text = details(found[0])
     else:
         found = list(find_models())
         text = render(found) if found else "no models are here yet; `brlite pull NAME` fetches one"
@@ -92,13 +67,27 @@ def models(args: argparse.Namespace) -> int:
     return 0
 
 
-def find_models() -> Iterator[CachedModel]:
-    """Every model in the caches, whole or not, by name."""
-    from brlite.checkpoint.folder import has_weights
-    from brlite.checkpoint.hub import HuggingFaceHub, ModelScopeHub
-    from brlite.checkpoint.repository import cached_repositories
-    from brlite.files.cache import default_cache
+def pull(name: str) -> int:
+    """Ask the hub for the newest files, download those that are missing, and print where the model is.
 
+    If the hub cannot be reached but the model is here, that is a message, not an error. Raises `ModelError` if the
+    model is nowhere.
+    """
+    try:
+        with progress_bar() as show:
+            found = locate_model(name, None, show, sources=remote_sources)
+    except ModelError as error:
+        try:
+            found = locate_model(name, None, sources=local_sources)
+        except ModelError:
+            raise error from None
+        print(f"brlite: not brought up to date: {shown(str(error))}", file=sys.stderr)
+    print(found)
+    return 0
+
+
+def find_models() -> Iterator[CachedModel]:
+    """Every model in the caches by name, also those whose download is incomplete."""
     cache = default_cache()
     for folder in sorted(cache.iterdir()) if cache.is_dir() else ():
         if folder.is_dir() and folder.name not in PACKED_FOLDERS and has_weights(folder):
@@ -119,9 +108,7 @@ def find_models() -> Iterator[CachedModel]:
 
 
 def render(found: list[CachedModel]) -> str:
-    """A table."""
-    from brlite.process.machine import show_bytes
-
+    """A table of the models, a line each."""
     rows = [("NAME", "ON DISK", "WEIGHTS", "MEMORY", "USED")]
     for model in found:
         memory = show_bytes(model.memory_bytes) if model.memory_bytes is not None else "-"
@@ -134,11 +121,24 @@ def render(found: list[CachedModel]) -> str:
     )
 
 
+def details(model: CachedModel) -> str:
+    """What is known of one model, a line each."""
+    findings = {
+        "name": model.name,
+        "path": str(model.path),
+        "on disk": show_bytes(model.disk_bytes),
+        "architecture": model.architecture,
+        "weights": model.precision,
+        "memory": show_bytes(model.memory_bytes) if model.memory_bytes is not None else "",
+        "context": f"{model.context} tokens" if model.context else "",
+        "used": _ago(model.used_at) if model.used_at else "",
+        "problem": model.problem or "",
+    }
+    return "\n".join(f"{name:12}  {text}" for name, text in findings.items() if text)
+
+
 def _models_in(snapshot: Path) -> Iterator[tuple[str | None, Path]]:
     """(quantization or file name of a GGUF file, its path), or (None, the folder) of other weights."""
-    from brlite.checkpoint.folder import has_weights
-    from brlite.checkpoint.model_name import BIN_FILES, SAFETENSORS_FILES, quantization_of
-
     files = sorted(path for path in snapshot.rglob("*.gguf") if path.is_file())
     told = [quantization_of(path.name) for path in files]
     for file, quantization in zip(files, told, strict=True):
@@ -149,13 +149,7 @@ def _models_in(snapshot: Path) -> Iterator[tuple[str | None, Path]]:
 
 
 def _describe(name: str, path: Path) -> CachedModel:
-    """What headers tell of a model at `path`, as it would be served with the default config."""
-    from brlite.backends.sizes import sizes_at
-    from brlite.checkpoint import open_checkpoint
-    from brlite.checkpoint.model_name import quantization_of
-    from brlite.config.options import EngineConfig, ModelSpec
-    from brlite.models.registry import find_family
-
+    """The model at `path` by its headers. Memory and context are those with the default config."""
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     status = [file.stat() for file in files]
     disk_bytes, used_at = sum(each.st_size for each in status), max(each.st_atime for each in status)
@@ -173,9 +167,8 @@ def _describe(name: str, path: Path) -> CachedModel:
     return CachedModel(name, path, disk_bytes, precision, architecture, memory, context, used_at, problem)
 
 
-def _named(name: str) -> CachedModel:
-    from difflib import get_close_matches
-
+def find_model(name: str) -> CachedModel:
+    """The model of a name, in any case and with or without its :QUANT. Raises `ModelError` for none or several."""
     found = {model.name: model for model in find_models()}
     wanted = name.removeprefix("hf:")
     matches = [
@@ -190,10 +183,9 @@ def _named(name: str) -> CachedModel:
     raise ModelError(f"{name} is not on this machine; {hint}")
 
 
-def _remove(name: str, *, is_agreed: bool) -> int:
-    from brlite.process.machine import show_bytes
-
-    model = _named(name)
+def remove(name: str, *, is_agreed: bool) -> int:
+    """Remove a model: the file if it is one of several in its snapshot, else the whole folder. Asks unless agreed."""
+    model = find_model(name)
     if not is_agreed:
         if not sys.stdin.isatty():
             raise ConfigError(f"models rm {name}: add --yes where nobody can be asked")
@@ -201,45 +193,21 @@ def _remove(name: str, *, is_agreed: bool) -> int:
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("nothing was removed")
             return 0
-    _delete(model)
-    print(shown(f"removed {model.name}"))
-    return 0
-
-
-def _delete(model: CachedModel) -> None:
-    """Remove the model: the file where it is one of several in a snapshot, else all of its folder."""
-    from brlite.checkpoint.repository import FOLDER_PREFIX, Repository
-
     folder = next((path for path in (model.path, *model.path.parents) if path.name.startswith(FOLDER_PREFIX)), None)
     try:
         if folder is None:
             shutil.rmtree(model.path)
-            return
-        repository = Repository(folder.parent, folder.name.removeprefix(FOLDER_PREFIX).replace("--", "/", 1))
-        snapshots = repository.snapshots()
-        if model.path.is_file() and snapshots and len(list(_models_in(snapshots[0]))) > 1:
-            repository.remove_file(snapshots[0], str(model.path.relative_to(snapshots[0])))
         else:
-            repository.remove()
+            repository = Repository(folder.parent, folder.name.removeprefix(FOLDER_PREFIX).replace("--", "/", 1))
+            snapshots = repository.snapshots()
+            if model.path.is_file() and snapshots and len(list(_models_in(snapshots[0]))) > 1:
+                repository.remove_file(snapshots[0], str(model.path.relative_to(snapshots[0])))
+            else:
+                repository.remove()
     except OSError as error:
         raise ModelError(f"{model.path}: {reason(error)}") from error
-
-
-def _render_one(model: CachedModel) -> str:
-    from brlite.process.machine import show_bytes
-
-    findings = {
-        "name": model.name,
-        "path": str(model.path),
-        "on disk": show_bytes(model.disk_bytes),
-        "architecture": model.architecture,
-        "weights": model.precision,
-        "memory": show_bytes(model.memory_bytes) if model.memory_bytes is not None else "",
-        "context": f"{model.context} tokens" if model.context else "",
-        "used": _ago(model.used_at) if model.used_at else "",
-        "problem": model.problem or "",
-    }
-    return "\n".join(f"{name:12}  {text}" for name, text in findings.items() if text)
+    print(shown(f"removed {model.name}"))
+    return 0
 
 
 def _ago(moment: float) -> str:

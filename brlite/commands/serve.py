@@ -1,10 +1,11 @@
-"""`brlite serve`: listen first, load after, and leave in good order. Owns the process: signals, loop, exit status.
+"""`brlite serve`: listens first, then loads the models. Owns the process: signals, event loop, exit status.
 
-The port answers within a second of start; until a model is loaded its requests get 503 with how far it is.
+The port answers within a second of start. Until a model is loaded, its requests get 503 with the progress.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import ctypes
 import gc
@@ -15,8 +16,9 @@ import math
 import shlex
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +27,14 @@ from aiohttp import web
 
 from brlite.app import FORWARDER, create_app, fast_paths
 from brlite.checkpoint.model_name import check_path
+from brlite.commands.given_config import find_own_config, given_config
 from brlite.commands.reload import ConfigSource, Reloader, find_terminal
 from brlite.config.options import Config, ModelSpec
-from brlite.config.warnings import usable_connections
+from brlite.config.warnings import config_warnings, metrics_notes, sent_variables, usable_connections
 from brlite.http.keys import KEYS
 from brlite.http.listen import HttpServer
 from brlite.process.machine import raise_descriptor_limit
+from brlite.process.streams import configure_logging
 from brlite.proxy.routing.route_table import RouteTable
 from brlite.server.generate import CONFIG, MODELS
 from brlite.server.model_manager import ModelManager, OnProgress
@@ -49,10 +53,39 @@ DOCKER_STOP_SECONDS = 10  # after which `docker stop` and compose kill, unless t
 CLOSING_SECONDS = 15  # what the closing may take after the grace time, with room to spare
 IN_DOCKER = (Path("/.dockerenv"), Path("/run/.containerenv"))
 MAX_SHOWN_MODELS = 8
+ALL_ADDRESSES = "0.0.0.0"
 EXIT_LOST = 1
 
 
-def run(config: Config, warnings: list[str], source: ConfigSource) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Serve the config of the command line until SIGTERM or SIGINT. Returns the exit status."""
+    notes = []
+    # The manual's JSON has no field for a host, and its server listens to all addresses. A TOML has its own host.
+    if getattr(args, "is_manual", False) and args.host is None and args.config.suffix == ".json":
+        args.host = ALL_ADDRESSES
+        notes = [f"listening on all addresses ({ALL_ADDRESSES}), as the manual's server does; --host changes it"]
+    is_named = args.config is not None
+    args.config = args.config or find_own_config()
+    files = [args.config] if args.config else []
+    return listen(partial(given_config, args), files, notes, is_announced=not is_named and bool(files))
+
+
+def listen(
+    load: Callable[[], Config], files: Sequence[Path], notes: Sequence[str] = (), *, is_announced: bool = False
+) -> int:
+    """Serve the config that `load` reads, and again what it reads when the files change.
+
+    `notes` are logged as warnings. With `is_announced` the user was told of the file by `find_own_config`.
+    """
+    config = load()
+    configure_logging(config.server.log_level)
+    read = [f"config: {file}" for file in files] or ["config: no file, the defaults and the command line"]
+    for line in (*(() if is_announced else (*read, *sent_variables(config))), *metrics_notes(config)):
+        logger.info("%s", line)
+    return serve(config, [*notes, *config_warnings(config)], ConfigSource(tuple(files), load))
+
+
+def serve(config: Config, warnings: Sequence[str], source: ConfigSource) -> int:
     """Serve until SIGTERM or SIGINT, and follow the config's source. Returns the exit status.
 
     Raises `ConfigError` or `ModelError`.

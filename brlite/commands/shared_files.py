@@ -1,4 +1,4 @@
-"""Makes the files that a wheel puts into share/: the man page, and what shells complete. From the commands' parsers.
+"""Makes the files that a wheel puts into share/, from the commands' parsers: the man page and the shells' completions.
 
 The build has setuptools, argparse-manpage and shtab, but none of the other packages that brlite needs when it runs.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 from setuptools.command.build import build
 
 import brlite
-from brlite.commands.arguments import completion_script
 from brlite.commands.cli import command_parser
+from brlite.commands.completion import completion_script
 
 logger = logging.getLogger(__name__)
 

@@ -1,16 +1,19 @@
-"""`brlite tune`: which precision, context and batch of a model suit this machine, by arithmetic. Loads nothing."""
+"""`brlite tune`: computes which precision, context and batch of a model suit this machine. Loads nothing."""
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
+from brlite.backends.sizes import Sizes, find_model, known_sizes
+from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig, ModelSpec
+from brlite.config.validation import model_override, override
 from brlite.errors import ModelError
-
-if TYPE_CHECKING:
-    from brlite.backends.sizes import Sizes
+from brlite.models.precision import PrecisionName
+from brlite.process.machine import find_cpus, find_memory, show_bytes
 
 SHARE = 0.8  # of the free memory: the rest is for requests, the tokenizer and other programs
 BATCHES = (32, 16, 8, 4, 2, 1)
@@ -18,7 +21,7 @@ TYPICAL_CONTEXT = 8192  # tokens of a long chat: what a batch is counted with
 
 
 class Advice(NamedTuple):
-    """How a model would be served in one precision. `context` is 0 where not even one sequence fits."""
+    """How a model would be served in one precision. `context` is 0 if not even one sequence fits."""
 
     precision: str
     weight_bytes: int
@@ -27,20 +30,8 @@ class Advice(NamedTuple):
     batch: int
 
 
-def add_tune(parser: argparse.ArgumentParser) -> None:
-    about = "a folder, a .gguf file, or the name of a model that is on this machine (default: a small English model)"
-    parser.add_argument("model", nargs="?", metavar="NAME|PATH", help=about)
-    parser.set_defaults(logs_from="warning")
-
-
-def tune(args: argparse.Namespace) -> int:
-    """Print a table of the precisions, and the lines of a TOML to paste. Raises `ModelError` for what is not here."""
-    from brlite.backends.sizes import find_model, known_sizes
-    from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig, ModelSpec
-    from brlite.config.validation import model_override, override
-    from brlite.models.precision import PrecisionName
-    from brlite.process.machine import find_cpus, find_memory, show_bytes
-
+def run(args: argparse.Namespace) -> int:
+    """Print a table of the precisions, and lines for a TOML. Raises `ModelError` if the model is not here."""
     spec = override(Config(), model_override(args.model)).model[0]
     if find_model(spec) is None and spec.name != DEFAULT_MODEL:
         raise ModelError(f"{args.model} is not on this machine; `brlite pull {args.model}` fetches it")
@@ -64,15 +55,16 @@ def tune(args: argparse.Namespace) -> int:
         print(f"{row.precision:24} {weights:>8} {kv:>11} {fits}{'  <- advised' if row is best else ''}")
     if best is None:
         raise ModelError(f"{spec.name} does not fit into {show_bytes(room)}, {SHARE:.0%} of what is free")
-    print(f"\n[[model]]\nname = {_quoted(spec.name)}")
+    print(f"\n[[model]]\nname = {json.dumps(spec.name, ensure_ascii=False)}")
     if spec.path is not None:
-        print(f"path = {_quoted(str(Path(spec.path).absolute()) if Path(spec.path).exists() else spec.path)}")
+        path = str(Path(spec.path).absolute()) if Path(spec.path).exists() else spec.path
+        print(f"path = {json.dumps(path, ensure_ascii=False)}")
     print(f'precision = "{best.precision}"\nbuild_seq = {best.context}\nbuild_batch = {best.batch}')
     return 0
 
 
 def advise(precision: str, sizes: Sizes, room: int) -> Advice:
-    """The longest context that one sequence may have in `room` bytes, and how many sequences of a usual length fit."""
+    """The longest context of one sequence in `room` bytes, and how many sequences of a usual length fit."""
     left = room - sizes.weight_bytes
     tokens = max(0, left // sizes.kv_bytes_per_token) // sizes.block_size * sizes.block_size
     context = min(sizes.max_context, tokens)
@@ -84,12 +76,6 @@ def advise(precision: str, sizes: Sizes, room: int) -> Advice:
 
 
 def choose(rows: Sequence[Advice]) -> Advice | None:
-    """The most exact precision with the most room: a coarser one only where it gives a longer context or batch."""
+    """The row to recommend, None if none fits. A coarser precision wins only by a longer context or a larger batch."""
     fitting = [row for row in rows if row.context]
     return max(fitting, key=lambda row: (min(row.context, TYPICAL_CONTEXT), row.batch, -rows.index(row)), default=None)
-
-
-def _quoted(text: str) -> str:
-    import json
-
-    return json.dumps(text, ensure_ascii=False)

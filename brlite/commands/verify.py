@@ -1,11 +1,12 @@
-"""`brlite verify`: whether this machine computes the same bits in any company. Prompts run alone, then in crowds.
+"""`brlite verify`: checks that this machine computes the same bits for a request alone and in any batch.
 
-Every token drawn and every logprob is compared bit for bit. Knows no kernels: any backend can be asked, and those that
-promise nothing (torch) show what they do.
+Prompts run alone, then in several kinds of batches; every token and every logprob is compared bit for bit. Any backend
+can be verified, also one that does not promise equal bits (torch).
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import math
 import random
@@ -17,9 +18,9 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from brlite.commands.given_config import given_config
 from brlite.config.load import read_text
 from brlite.config.options import Config, EngineConfig, LimitsConfig
-from brlite.config.warnings import check_supported
 from brlite.engine.admission import context_length
 from brlite.engine.backend import Backend, BackendInfo
 from brlite.engine.engine import Engine
@@ -134,9 +135,14 @@ class ReplayReport(msgspec.Struct, frozen=True, kw_only=True):
     runs: list[RunReport]
 
 
-def run(config: Config, prompts: Path | None, max_tokens: int, *, as_json: bool, load: Load = build_engine) -> int:
-    """Print what was found, the prompts being those of a file, one a line, or our own. Returns 1 for a difference."""
-    check_supported(config)
+def run(args: argparse.Namespace) -> int:
+    return print_report(given_config(args), args.prompts, args.max_tokens, as_json=args.json)
+
+
+def print_report(
+    config: Config, prompts: Path | None, max_tokens: int, *, as_json: bool, load: Load = build_engine
+) -> int:
+    """Verify with the prompts of a file, one a line, or the built-in ones, and print it. Returns 1 for a difference."""
     texts = None if prompts is None else read_prompts(prompts)
     report = verify(load, config, texts, max_tokens, (lambda line: None) if as_json else partial(print, flush=True))
     if as_json:

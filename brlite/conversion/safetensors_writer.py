@@ -16,10 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from brlite.checkpoint.bfloat16 import to_bfloat16
 from brlite.checkpoint.new_file import Buffer, FileRecord, NewFile
 from brlite.checkpoint.safetensors_header import LENGTH_BYTES
-from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Float32
+from brlite.checkpoint.stored_tensor import PLAIN_FORMATS, Float32, to_bfloat16
 
 CHUNK_ELEMENTS = 1 << 18
 OnBytes = Callable[[int], None]  # so many more bytes are written

@@ -1,6 +1,6 @@
 """The precisions that a model may be served in, and the forms that each gives to a model's matrices and its KV cache.
 
-Rounding is elsewhere: bfloat16 in `checkpoint/bfloat16.py`; int8 in native code, and for torch in
+Rounding is elsewhere: bfloat16 in `checkpoint/stored_tensor.py`; int8 in native code, and for torch in
 `backends/torch/quantize.py`.
 """
 

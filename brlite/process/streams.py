@@ -1,18 +1,22 @@
-"""The three standard streams at the start of a command: all of them there, and able to show any character."""
+"""The standard streams of a command: opened if they are closed, able to show any character, and the log on stderr."""
 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
+from typing import TextIO
 
 SHOWN_INSTEAD = "backslashreplace"  # in JSON such an escape is one of JSON's own
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LIBRARIES = ("httpx", "httpcore", "huggingface_hub", "urllib3", "filelock")  # they log every request
 
 
 def open_closed_streams() -> None:
-    """Put /dev/null in the place of each standard stream that is closed.
+    """Open /dev/null for each standard stream that is closed.
 
-    Else the next file or socket gets its number, and what is printed goes there.
+    Otherwise the next file or socket would get its number, and printed text would be written there.
     """
     for number in range(3):
         try:
@@ -28,13 +32,34 @@ def open_closed_streams() -> None:
 
 
 def show_all_text() -> None:
-    """Output for eyes: what the terminal's encoding lacks is shown as an escape."""
+    """For output that people read: show characters that the terminal's encoding lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=SHOWN_INSTEAD)
 
 
 def print_data() -> None:
-    """Output for programs: it is UTF-8 whatever the locale says."""
+    """For output that programs read: write UTF-8, whatever the locale is."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors=SHOWN_INSTEAD)
+
+
+def configure_logging(level: str) -> None:
+    """Log to standard error from `level` on. The libraries' messages about each request need `debug`."""
+    logging.basicConfig(level=level.upper(), handlers=[BarAwareHandler(sys.stderr)], format=LOG_FORMAT)
+    if level != "debug":
+        for name in LIBRARIES:
+            logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class BarAwareHandler(logging.StreamHandler[TextIO]):
+    """Removes tqdm's progress bars from the terminal while it writes a line, and draws them again below it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # tqdm is imported with the first bar, perhaps by another thread at this moment; until then there is no bar.
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        if tqdm is None or not getattr(tqdm, "_instances", None):
+            super().emit(record)
+            return
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)

@@ -8,7 +8,7 @@ import torch
 
 from brlite.backends.native.abi import BF16
 from brlite.backends.native.library import NativeLibrary
-from brlite.checkpoint.bfloat16 import from_bfloat16, to_bfloat16
+from brlite.checkpoint.stored_tensor import from_bfloat16, to_bfloat16
 
 NUM_INPUTS = 2048
 

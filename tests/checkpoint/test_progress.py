@@ -15,7 +15,7 @@ import pytest
 from tqdm import tqdm
 
 from brlite.checkpoint.progress import ProgressLines, SizedStage, folder_bytes, growth_reported, progress_bar
-from brlite.commands.log_handler import BarAwareHandler
+from brlite.process.streams import BarAwareHandler
 from tests.limits import PATIENCE_SECONDS
 
 

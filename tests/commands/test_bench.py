@@ -8,8 +8,8 @@ import subprocess
 
 import pytest
 
+from brlite.commands.bench import TimedAnswer, percentile, summarize
 from brlite.commands.cli import main
-from brlite.commands.load import TimedAnswer, percentile, summarize
 from tests.process.servers import BRLITE, TOY, free_port, running, wait_until_it_answers
 
 

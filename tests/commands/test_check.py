@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from brlite.backends.sizes import Sizes
-from brlite.commands.check import ModelReport, describe, inspect_model, run
+from brlite.commands.check import ModelReport, check, describe, inspect_model
 from brlite.commands.cli import main
 from brlite.config.load import load_config
 from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, ModelSpec, ProxyConfig
@@ -115,7 +115,7 @@ def test_a_budget_bounds_what_is_needed_at_once(tmp_path, model, capsys):
     path = tmp_path / "some.toml"
     path.write_text(f"[engine]\nmemory_gib = 0.001\n{models}")
 
-    status = run(path)
+    status = check(path)
 
     assert status == 0
     assert "for weights and KV cache, at most 1.07 MB at once;" in capsys.readouterr().out
@@ -131,7 +131,7 @@ def test_models_beyond_the_budget_are_refused_with_both_numbers(tmp_path, model,
     path.write_text(f"[engine]\nmemory_gib = {memory_gib}\n{models}")
 
     with pytest.raises(ConfigError, match=rf"engine\.memory_gib = {memory_gib}: {who} 0\.00\d+ GiB"):
-        run(path)
+        check(path)
 
 
 def test_what_is_printed_can_be_loaded_again(tmp_path):
@@ -155,7 +155,7 @@ def test_the_report_holds_config_model_and_warnings(tmp_path, model, capsys):
     path = tmp_path / "some.toml"
     path.write_text(f'[[model]]\nname = "tiny"\npath = "{model}"\nbuild_seq = 64\nmodel_file = "/b"\n')
 
-    status = run(path)
+    status = check(path)
 
     printed = capsys.readouterr().out
     assert status == 0
@@ -172,7 +172,7 @@ def test_the_memory_of_each_rank_is_told_and_adds_up(tmp_path, model, capsys, ba
         "tensor_parallel = 2\ndevices = [0, 1]\n"
     )
 
-    run(path)
+    check(path)
     spec = load_config(path).model[0]
     sizes = inspect_model(spec, EngineConfig(backend=backend)).sizes
 
@@ -189,7 +189,7 @@ def test_more_ranks_than_heads_are_refused(tmp_path, model):
     )
 
     with pytest.raises(ConfigError, match="tensor_parallel is 5; the model has 4 attention heads, and each rank needs"):
-        run(path)
+        check(path)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_what_would_stop_serve_stops_check(tmp_path: Path, model: Path, config: 
     path.write_text(config.replace("MODEL", str(model)).replace("BROKEN", str(broken)))
 
     with pytest.raises((ConfigError, ModelError), match=words):
-        run(path)
+        check(path)
 
 
 def test_all_that_is_wrong_with_a_config_is_said(tmp_path, capsys):

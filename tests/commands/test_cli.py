@@ -6,13 +6,13 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
 import brlite
+from brlite.commands import chat, generate, serve, verify
 from brlite.commands.cli import br_api_server, main
 from brlite.commands.reload import ConfigSource
 from brlite.config.load import load_config, read_toml
@@ -28,34 +28,32 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.fixture
 def handed_over(monkeypatch) -> SimpleNamespace:
-    """Stands in for what `serve`, `generate` and `chat` start; keeps what they were called with."""
+    """What `serve`, `generate`, `chat` and `verify` would have started with; none of them starts."""
     seen = SimpleNamespace()
 
-    def stand_in(name: str, run: Callable[..., int]) -> None:
-        module = ModuleType(f"brlite.commands.{name}")
-        module.__dict__["run"] = run
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-
-    def serve(config: Config, warnings: list[str], source: ConfigSource) -> int:
+    def serve_config(config: Config, warnings: list[str], source: ConfigSource) -> int:
         seen.config, seen.warnings, seen.source = config, warnings, source
         return 0
 
-    def generate(config: Config, source: str, target: str, params: dict[str, object], *, is_chat: bool) -> int:
+    def complete(config: Config, source: str, target: str, params: dict[str, object], *, is_chat: bool) -> int:
         seen.config, seen.files, seen.params, seen.is_chat = config, (source, target), params, is_chat
         return 0
 
-    def chat(target: Config | str, **options: object) -> int:
-        seen.target, seen.options = target, options
-        return 0
+    async def with_model(config: Config, *options: object) -> None:
+        seen.target, seen.options = config, options
 
-    def verify(config: Config, prompts: Path | None, max_tokens: int, *, as_json: bool) -> int:
+    async def with_server(url: str, *options: object) -> None:
+        seen.target, seen.options = url, options
+
+    def print_report(config: Config, prompts: Path | None, max_tokens: int, *, as_json: bool) -> int:
         seen.config, seen.prompts, seen.max_tokens, seen.as_json = config, prompts, max_tokens, as_json
         return 1
 
-    stand_in("verify", verify)
-    stand_in("serve", serve)
-    stand_in("generate", generate)
-    stand_in("chat", chat)
+    monkeypatch.setattr(verify, "print_report", print_report)
+    monkeypatch.setattr(serve, "serve", serve_config)
+    monkeypatch.setattr(generate, "generate", complete)
+    monkeypatch.setattr(chat, "chat_with_model", with_model)
+    monkeypatch.setattr(chat, "chat_with_server", with_server)
     return seen
 
 
@@ -185,7 +183,7 @@ def test_chat_talks_to_a_server_with_the_key_of_its_variable(handed_over, monkey
     main(["chat", "--url", "http://127.0.0.1:8000", "--model", "m", "--api-key-env", "SOME_KEY", "--system", "Hi"])
 
     assert handed_over.target == "http://127.0.0.1:8000"
-    assert handed_over.options == {"model": "m", "api_key": "secret", "system": "Hi", "given": {"max_tokens": None}}
+    assert handed_over.options == ("m", "secret", "Hi", {"max_tokens": None})
 
 
 def test_chat_without_a_server_brings_its_own_model(handed_over):
@@ -268,7 +266,7 @@ def test_an_interrupt_is_status_130(handed_over, monkeypatch):
     def interrupted(config: Config, warnings: list[str], source: ConfigSource) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["brlite.commands.serve"], "run", interrupted)
+    monkeypatch.setattr(serve, "serve", interrupted)
 
     assert main(["serve"]) == 130
 
@@ -293,7 +291,7 @@ def test_help_imports_nothing_that_takes_time():
 
 
 def test_a_reader_that_leaves_early_causes_no_traceback():
-    code = "import sys, brlite.commands.cli, brlite.commands.doctor as d; d.run = lambda as_json: print('x') or 0\n"
+    code = "import sys, brlite.commands.cli, brlite.commands.doctor as d; d.run = lambda args: print('x') or 0\n"
     code += "sys.exit(brlite.commands.cli.main(['doctor']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 
 import pytest
 
@@ -32,7 +33,7 @@ def test_findings_are_aligned_under_their_section():
 
 
 def test_the_report_is_printed_as_json_on_request(capsys):
-    status = run(as_json=True)
+    status = run(Namespace(json=True))
 
     assert status == 0
     assert json.loads(capsys.readouterr().out).keys() == {
@@ -79,9 +80,9 @@ def test_where_nothing_computes_the_status_is_1_and_both_remedies_are_named(monk
         raise NativeUnavailable("no C++ compiler was found; install one")
 
     without_torch(monkeypatch)
-    monkeypatch.setattr("brlite.backends.native.library.find_library", find)
+    monkeypatch.setattr("brlite.commands.doctor.find_library", find)
 
-    status = run(as_json=False)
+    status = run(Namespace(json=False))
 
     assert status == 1
     nothing = "nothing computes models here: no C++ compiler was found; install one; or: pip install 'brlite[torch]'"

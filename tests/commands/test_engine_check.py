@@ -9,7 +9,7 @@ import pytest
 from brlite.backends.plugins.conformance.checks import CHECKS
 from brlite.backends.plugins.toy import ToyEngine
 from brlite.commands.cli import main
-from brlite.commands.engine_check import run
+from brlite.commands.engine_check import print_report
 from brlite.config.options import Config, EngineConfig, ModelSpec
 
 CONFIG = Config(engine=EngineConfig(name="toy"), model=(ModelSpec(name="m", build_seq=64, build_batch=2),))
@@ -23,7 +23,7 @@ class Broken(ToyEngine):
 
 
 def test_an_engine_that_keeps_the_contract_has_a_table_and_status_0(capsys: pytest.CaptureFixture[str]) -> None:
-    status = run(CONFIG, as_json=False)
+    status = print_report(CONFIG, as_json=False)
 
     table = capsys.readouterr().out
     assert status == 0
@@ -32,7 +32,7 @@ def test_an_engine_that_keeps_the_contract_has_a_table_and_status_0(capsys: pyte
 
 
 def test_one_that_does_not_has_status_1(capsys: pytest.CaptureFixture[str]) -> None:
-    status = run(CONFIG, as_json=False, make=lambda name: Broken())
+    status = print_report(CONFIG, as_json=False, make=lambda name: Broken())
 
     table = capsys.readouterr().out
     assert status == 1
@@ -41,7 +41,7 @@ def test_one_that_does_not_has_status_1(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_report_as_json(capsys: pytest.CaptureFixture[str]) -> None:
-    run(CONFIG, as_json=True, make=lambda name: Broken())
+    print_report(CONFIG, as_json=True, make=lambda name: Broken())
 
     report = json.loads(capsys.readouterr().out)
     assert not report["keeps_the_contract"]

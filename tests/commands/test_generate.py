@@ -90,7 +90,7 @@ def test_what_was_finished_before_an_error_is_kept(fake_llm, tmp_path: Path, err
     fake_llm.order = (0, 2, error)
 
     with pytest.raises(type(error)):
-        generate.run(Config(), str(source), str(target), {})
+        generate.generate(Config(), str(source), str(target), {})
 
     assert prompts_of(target.read_text()) == ["a", "c"]
 
@@ -99,7 +99,7 @@ def test_only_a_line_feed_ends_a_prompt(fake_llm, tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.write_bytes("one\u2028line\r\n\nnext\u0085too".encode())
 
-    generate.run(Config(), str(source), str(tmp_path / "out"), {})
+    generate.generate(Config(), str(source), str(tmp_path / "out"), {})
 
     assert fake_llm.prompts == ("one\u2028line", "next\u0085too")
 
@@ -112,7 +112,7 @@ def test_a_refused_prompt_is_named_by_its_line_and_costs_no_earlier_answers(
     target.write_text("earlier answers")
 
     with pytest.raises(ConfigError, match=r"line 3: the prompt is not liked"):
-        generate.run(Config(), str(source), str(target), {})
+        generate.generate(Config(), str(source), str(target), {})
 
     assert target.read_text() == "earlier answers"
 
@@ -137,8 +137,8 @@ def test_a_chat_frames_the_prompt_and_the_answer_names_it_as_it_was(smollm2_path
     config = Config(model=(ModelSpec(name="m", path=str(smollm2_path), build_seq=128, build_batch=1),))
     greedy = {"temperature": 0, "max_tokens": 12}
 
-    generate.run(config, str(tmp_path / "in"), str(tmp_path / "chat"), greedy, is_chat=True)
-    generate.run(config, str(tmp_path / "in"), str(tmp_path / "plain"), greedy)
+    generate.generate(config, str(tmp_path / "in"), str(tmp_path / "chat"), greedy, is_chat=True)
+    generate.generate(config, str(tmp_path / "in"), str(tmp_path / "plain"), greedy)
 
     chat, plain = (json.loads((tmp_path / name).read_text()) for name in ("chat", "plain"))
     assert chat["prompt"] == plain["prompt"] == "What is the capital of France?"

@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from brlite.commands.verify import CROWDS, PROMPTS, read_prompts, run, verify
+from brlite.commands.verify import CROWDS, PROMPTS, print_report, read_prompts, verify
 from brlite.config.options import Config, EngineConfig
 from brlite.engine.backend import Batch, SampledToken, SeqResult, StepResult
 from brlite.engine.engine import Engine
@@ -210,7 +210,7 @@ def test_the_command_reads_prompts_and_prints_json(tmp_path: Path, capsys: pytes
     path = tmp_path / "prompts.txt"
     path.write_text("first\n\nsecond\n")
 
-    status = run(CONFIG, path, 5, as_json=True, load=Loader())
+    status = print_report(CONFIG, path, 5, as_json=True, load=Loader())
 
     report = json.loads(capsys.readouterr().out)
     assert status == 0
@@ -220,7 +220,7 @@ def test_the_command_reads_prompts_and_prints_json(tmp_path: Path, capsys: pytes
 def test_the_command_fails_where_there_is_a_difference(capsys: pytest.CaptureFixture[str]) -> None:
     loader = Loader(lambda: SociableBackend(another_token_id_in_logprob))
 
-    status = run(CONFIG, None, 5, as_json=False, load=loader)
+    status = print_report(CONFIG, None, 5, as_json=False, load=loader)
 
     assert status == 1
     assert "different: 6 of 6 runs" in capsys.readouterr().out

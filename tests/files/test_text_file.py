@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from brlite.chat.template import read_template
-from brlite.commands.generate import _lines
+from brlite.commands.generate import read_lines
 from brlite.config.load import load_config
 from brlite.config.options import Config, KeysConfig
 from brlite.errors import ConfigError, ModelError
@@ -94,7 +94,7 @@ def test_a_chat_template_saved_on_windows_writes_nothing_before_the_prompt(tmp_p
 def test_prompts_saved_on_windows_are_the_prompts(tmp_path):
     (tmp_path / "p.txt").write_bytes(as_windows_saves(b"one\ntwo\n"))
 
-    assert list(_lines(str(tmp_path / "p.txt"))) == [(1, "one"), (2, "two")]
+    assert list(read_lines(str(tmp_path / "p.txt"))) == [(1, "one"), (2, "two")]
 
 
 @pytest.mark.parametrize("name", ["brlite.toml", "seed.json"])
@@ -139,4 +139,4 @@ def test_a_terminal_free_device_is_an_empty_text():
 def test_json_lines_behind_a_byte_order_mark_are_json(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(MARK + json.dumps({"prompt": "hi"}).encode())
 
-    assert list(_lines(str(tmp_path / "p.jsonl"))) == [(1, '{"prompt": "hi"}')]
+    assert list(read_lines(str(tmp_path / "p.jsonl"))) == [(1, '{"prompt": "hi"}')]

@@ -20,9 +20,8 @@ import numpy.typing as npt
 from brlite.backends.native.abi import LANES
 from brlite.backends.native.layout import Layout, PackedTensor
 from brlite.backends.native.packed_file import CHUNK_BYTES, PackedFileKey, packed_file_header, weights_start
-from brlite.checkpoint.bfloat16 import from_bfloat16, to_bfloat16
 from brlite.checkpoint.new_file import FileRecord, NewFile, read_record
-from brlite.checkpoint.stored_tensor import StoredTensor
+from brlite.checkpoint.stored_tensor import StoredTensor, from_bfloat16, to_bfloat16
 from brlite.models.families.family import WeightTarget
 
 BLOCK_ROWS = 256  # rows that one call packs; a multiple of a panel

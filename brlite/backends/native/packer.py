@@ -13,8 +13,7 @@ import numpy as np
 from brlite.backends.native.layout import CODED_FORMATS, Layout, PackedTensor
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packed_file import MappedPackedFile
-from brlite.checkpoint.bfloat16 import from_bfloat16, to_bfloat16
-from brlite.checkpoint.stored_tensor import StoredTensor
+from brlite.checkpoint.stored_tensor import StoredTensor, from_bfloat16, to_bfloat16
 from brlite.models.families.family import WeightTarget
 
 T = TypeVar("T")

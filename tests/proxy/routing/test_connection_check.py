@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from brlite.commands.check import run
+from brlite.commands.check import check
 from brlite.config.options import Config, ProxyConfig, UpstreamConfig
 from brlite.errors import ConfigError
 from brlite.proxy.routing.connection_check import Dialled, Finding, dial_all
@@ -114,11 +114,11 @@ async def test_check_dials_when_it_is_told_to_and_says_so_by_its_status(
     async with GetServer(LISTS_A) as server, GetServer() as other:
         tables = f'[[upstream]]\nurl = "{server.url}"\nmodels = ["a"]\nname = "one"\napi_key = "sk-secret"\n'
         path.write_text(f'{tables}[[upstream]]\nurl = "{other.url}"\nmodels = ["a"]\nname = "two"\nweight = 2\n')
-        well = await asyncio.to_thread(run, path, dial=True)
+        well = await asyncio.to_thread(check, path, dial=True)
         other.answers["/health"] = Answer(500)
-        sick = await asyncio.to_thread(run, path, dial=True)
+        sick = await asyncio.to_thread(check, path, dial=True)
         asked = len(server.asked)
-        undialled = await asyncio.to_thread(run, path)
+        undialled = await asyncio.to_thread(check, path)
 
     printed = capsys.readouterr().out
     assert (well, sick, undialled) == (0, 1, 0)
@@ -136,4 +136,4 @@ def test_several_files_are_checked_as_a_proxys(tmp_path: Path) -> None:
     second.write_text("")
 
     with pytest.raises(ConfigError, match=r"only one \.toml is allowed"):
-        run(first, second)
+        check(first, second)
