@@ -103,7 +103,12 @@ class BlockManager:
         num_new = self.num_blocks_for(num_tokens) - len(seq.block_table)
         if num_new > len(self._free):
             return False
-        seq.block_table.extend(self._take() for _ in range(num_new))
+        for _ in range(num_new):
+            block_id, _ = self._free.popitem(last=False)
+            block = self._blocks[block_id]
+            block.ref_count = 1
+            self._forget(block)
+            seq.block_table.append(block_id)
         return True
 
     def num_spare_slots(self, seq: BlockOwner, num_reserved: int) -> int:
@@ -155,13 +160,6 @@ class BlockManager:
                 raise EngineError(f"block {block_id} is sealed but cannot be found")
         if len(self._sealed) != sum(block.digest is not None for block in self._blocks):
             raise EngineError("a digest leads to a block that is not sealed")
-
-    def _take(self) -> int:
-        block_id, _ = self._free.popitem(last=False)
-        block = self._blocks[block_id]
-        block.ref_count = 1
-        self._forget(block)
-        return block_id
 
     def _forget(self, block: Block) -> None:
         if block.digest is not None:

@@ -100,17 +100,13 @@ class DraftModel:
             if params.logprobs is not None or params.prompt_logprobs is not None:
                 params = msgspec.structs.replace(params, logprobs=None, prompt_logprobs=None)
             draft = DraftSeq(seq.token_ids, seq.cache_root, self.acceptance, params)
-            draft.has_failed = not self._can_draw(params)
+            named = (*(params.logit_bias or ()), *(params.allowed_token_ids or ()))
+            draft.has_failed = any(token_id >= self.info.vocab_size for token_id in named)
             self._blocks.share(draft, self._blocks.match_prefix(draft))
             self._followed[seq] = draft
         elif draft.num_tokens > draft.num_tokens_before and draft.guesses:
             self._settle(draft)
         return None if draft.has_failed else draft
-
-    def _can_draw(self, params: SamplingParams) -> bool:
-        """Whether the small model has all the tokens that the parameters name."""
-        named = (*(params.logit_bias or ()), *(params.allowed_token_ids or ()))
-        return all(token_id < self.info.vocab_size for token_id in named)
 
     def _settle(self, draft: DraftSeq) -> None:
         """Compare the guesses with what was drawn. Those that were right are computed, all but the last guess."""

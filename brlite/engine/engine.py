@@ -17,6 +17,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import blake2b
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import msgspec
@@ -110,6 +111,8 @@ class Engine:
         )
         self.running = self._scheduler.running  # the sequences that have places, to be read only
         self._requests: dict[str, RequestState] = {}
+        self._queued: dict[str, RequestState] = {}  # those of which a completion has not begun
+        self._aborted: list[RequestState] = []  # they end at the next step boundary
         self._steps: deque[Step] = deque()  # under way: one, or with that decided ahead two
         self._last_end = -math.inf
         self._seq_ids = itertools.count()
@@ -145,8 +148,7 @@ class Engine:
             request, prompt_token_ids=list(request.prompt_token_ids), group=request.group or request.request_id
         )
         max_tokens, warnings = admit(request, self.info, self.limits)
-        # The queue is only counted where it may be full: that takes a look at each request.
-        if not request.is_exempt_from_queue_timeout and len(self._requests) >= self.limits.max_waiting:
+        if not request.is_exempt_from_queue_timeout and len(self._queued) >= self.limits.max_waiting:
             self._make_room(request)
         seed, pooling = request.params.seed, request.pooling
         state = RequestState(
@@ -161,7 +163,7 @@ class Engine:
         )
         if request.params.use_beam_search:
             self._begin_search(state)
-        self._requests[request.request_id] = state
+        self._requests[request.request_id] = self._queued[request.request_id] = state
         # Siblings wait until the first prompt is cached: n=8 then costs one prefill, not eight.
         seq = self._add_sequence(state)
         if state.search is not None:
@@ -178,8 +180,9 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request as "abort" at the next step boundary, whatever it is doing. Unknown ids are ignored."""
         state = self._requests.get(request_id)
-        if state is not None:
+        if state is not None and not state.is_aborted:
             state.is_aborted = True
+            self._aborted.append(state)
 
     def schedule(self) -> Batch | None:
         """Decide the next step; None if there is nothing to compute. Aborted and overdue requests end here.
@@ -221,9 +224,13 @@ class Engine:
     def _decide(self) -> Batch | None:
         runs, start = self._scheduler.schedule(), self._clock()
         for seq, _ in runs:
+            if seq.is_started:
+                continue
             state = seq.state
-            state.num_started += not seq.is_started
             seq.is_started = True
+            state.num_started += 1
+            if not state.is_queued:
+                self._queued.pop(state.request.request_id, None)
             if state.scheduled_time is None:
                 state.scheduled_time = start
                 state.num_cached_tokens = seq.num_computed_tokens
@@ -236,12 +243,11 @@ class Engine:
             for seq, num_tokens in runs
             if seq.matcher is not None and seq.num_scheduled_tokens + num_tokens == seq.num_tokens
         ]
-        self.guidance = StepGuidance(self.info.vocab_size, guided) if guided else None
-        masks = None if self.guidance is None else self.guidance.masks
-        batch = make_batch(runs, self.tokenizer.eos_token_ids, masks)
+        self.guidance = guidance = StepGuidance(self.info.vocab_size, guided) if guided else None
+        batch = make_batch(runs, self.tokenizer.eos_token_ids, None if guidance is None else guidance.masks)
         for seq, num_tokens in runs:
             seq.num_in_flight_tokens += num_tokens
-        self._steps.append(Step(runs, self.guidance, start))
+        self._steps.append(Step(runs, guidance, start))
         return batch
 
     def update(self, result: StepResult) -> None:
@@ -254,12 +260,12 @@ class Engine:
         self.stats.step_time.observe(seconds)
         self.stats.num_step_threads = result.num_threads
         self.stats.host_draws += result.num_host_draws
-        if self._pace is not None:
+        has_chunk = max(step.runs, key=itemgetter(1))[1] > 1
+        if self._pace is not None and has_chunk:
             chunks = [(seq.num_computed_tokens, num + len(seq.draft_token_ids)) for seq, num in step.runs]
             self._pace.observe(chunks, seconds)
-        if self.draft_model is not None and all(num == 1 for _, num in step.runs):
-            num_rows = sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs)
-            self.draft_model.cost.observe_step(num_rows, seconds)
+        if self.draft_model is not None and not has_chunk:
+            self.draft_model.cost.observe_step(sum(1 + len(seq.draft_token_ids) for seq, _ in step.runs), seconds)
         self._scheduler.end_step(step.runs)
         num_prompt, num_generated = self.stats.prompt_tokens, self.stats.generation_tokens
         for (seq, num_tokens), seq_result in zip(step.runs, result.seqs, strict=True):
@@ -296,8 +302,7 @@ class Engine:
 
     def check_idle(self) -> None:
         """Raise `EngineError` if an engine without requests and steps still holds something. Costs nothing."""
-        is_idle = not self._requests and not self._steps
-        if is_idle and not (self._scheduler.is_empty and self._blocks.num_used == 0):
+        if not (self._requests or self._steps or (self._scheduler.is_empty and self._blocks.num_used == 0)):
             raise EngineError(f"{self._blocks.num_used} blocks are held, but no request is left")
 
     def check_integrity(self) -> None:
@@ -310,11 +315,8 @@ class Engine:
 
     def queued(self) -> list[RequestState]:
         """The requests that count towards `max_waiting`: a body with many prompts counts as one."""
-        return [
-            state
-            for state in self._requests.values()
-            if state.is_queued and not (state.is_aborted or state.request.is_exempt_from_queue_timeout)
-        ]
+        states = self._queued.values()
+        return [each for each in states if not (each.is_aborted or each.request.is_exempt_from_queue_timeout)]
 
     def _make_room(self, request: Request) -> None:
         """Where the queue is full, end its newest request of the last class behind, or of the tenant with most.
@@ -377,9 +379,8 @@ class Engine:
     def _take_in(self, seq: Sequence, num_tokens: int, result: SeqResult, now: float) -> None:
         state, reason = seq.state, None
         if result.error is not None:
-            reason = None if seq.matcher is None else seq.matcher.error
-            if reason is None and result.error == Undrawn.NOTHING_ALLOWED.value:
-                reason = result.error
+            is_excluded = result.error == Undrawn.NOTHING_ALLOWED.value
+            reason = (seq.matcher and seq.matcher.error) or (result.error if is_excluded else None)
             if reason is None:
                 self._blocks.unseal(seq)  # the fault may lie in a chunk that was sealed before it showed
                 self._end_with_error(state, EngineError(result.error))
@@ -539,6 +540,7 @@ class Engine:
         output = state.take_output()
         if output.finished:
             del self._requests[state.request.request_id]
+            self._queued.pop(state.request.request_id, None)
             now, reason = self._clock(), "abort" if state.is_aborted else state.sequences[0].finish_reason or "stop"
             self.stats.note_finished(state, now, reason)
             output.times = state.times(now)
@@ -550,10 +552,13 @@ class Engine:
         except Exception:  # one request's reader must not take down the others'
             logger.exception("the reader of request %s failed", state.request.request_id)
             state.sink = lambda output: None
-            state.is_aborted = True
+            self.abort(state.request.request_id)
 
     def _end_aborted(self) -> None:
-        for state in [state for state in self._requests.values() if state.is_aborted]:
+        aborted, self._aborted = self._aborted, []
+        for state in aborted:
+            if self._requests.get(state.request.request_id) is not state:
+                continue  # it has ended since
             if state.search is not None:
                 self._end_search(state, state.search, self._clock())
             running = [seq for seq in state.sequences if seq.status is not SequenceStatus.FINISHED]
@@ -565,18 +570,17 @@ class Engine:
             self._deliver(state)
 
     def _end_overdue(self) -> None:
-        limit = self.limits.max_wait_seconds
-        deadline = self._clock() - limit
-        for state in list(self._requests.values()):
-            is_exempt = state.request.is_exempt_from_queue_timeout
-            if not state.is_started and not is_exempt and state.arrival_time < deadline:
+        limit, now = self.limits.max_wait_seconds, self._clock()
+        for state in list(self._queued.values()):
+            is_exempt = state.is_started or state.request.is_exempt_from_queue_timeout
+            if not is_exempt and state.arrival_time < now - limit:
                 message = f"the request waited in the queue for more than {limit:g} seconds"
-                error = QueueTimeout(message, retry_after_seconds=self._retry_after_seconds())
-                self._end_with_error(state, error)
+                self._end_with_error(state, QueueTimeout(message, retry_after_seconds=self._retry_after_seconds()))
 
     def _end_with_error(self, state: RequestState, error: BrliteError) -> None:
         if self._requests.pop(state.request.request_id, None) is None:
             return
+        self._queued.pop(state.request.request_id, None)
         for seq in state.sequences:
             self._scheduler.finish(seq)
         self.stats.note_finished(state, self._clock(), "error")
@@ -584,10 +588,8 @@ class Engine:
 
     def _retry_after_seconds(self) -> int:
         """How long until the queue has moved by one batch, by the mean time of the requests that ended."""
-        num_ended = sum(self.stats.e2e_latency.counts)
-        mean = self.stats.e2e_latency.total / num_ended if num_ended else 1.0
         num_rounds = 1 + len(self.queued()) / self.info.max_num_seqs
-        return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(mean * num_rounds)))
+        return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(self.stats.e2e_latency.mean(1.0) * num_rounds)))
 
     def _set_gauges(self) -> None:
         self.stats.num_running = len({seq.state for seq in self._scheduler.running})

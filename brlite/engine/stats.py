@@ -48,6 +48,11 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
+    def mean(self, default: float) -> float:
+        """Of all values, `default` where there are none."""
+        num = sum(self.counts)
+        return self.total / num if num else default
+
 
 class Rate:
     """Events per second over the last `RATE_SECONDS` that are complete; falls to 0 when nothing happens."""
