@@ -2,6 +2,7 @@
 
     python bench/card.py --check                              # on the first card that torch finds
     python bench/card.py --check --model FILE.gguf            # with a real model as well
+    python bench/card.py --check --only schedules --schedules 10000 --time-limit 500   # equal bits in any company
     python bench/card.py                                      # 8B and 1B shapes, bf16 and int8, against transformers
     python bench/card.py --shapes 8b --precisions bf16 --no-peers
     python bench/card.py --check --short                      # both on the CPU, for CI: it has no card
@@ -21,12 +22,15 @@ from typing import get_args
 import card_check
 import card_models
 import card_speed
+import card_tiles
 
 from brlite.models.precision import PrecisionName
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
+    if args.tiles:
+        return card_tiles.run(args)
     return card_check.run_checks(args) if args.check else card_speed.run(args)
 
 
@@ -40,14 +44,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     checks.add_argument("--check", action="store_true", help="compare with the CPU, measure no steps")
     checks.add_argument("--model", type=Path, metavar="FILE", help="a folder or .gguf file to check with as well")
     checks.add_argument("--only", type=_words, default=[], metavar="LIST", help=f"of {', '.join(card_check.NAMES)}")
+    checks.add_argument("--schedules", type=int, metavar="N", help="random schedules in each precision (300)")
     speeds = parser.add_argument_group("numbers")
     speeds.add_argument("--shapes", type=_words, default=["8b", "1b"], metavar="LIST", help="(8b,1b)")
     speeds.add_argument("--precisions", type=_words, default=["bf16", "a_bf16_w_int8"], metavar="LIST")
     speeds.add_argument("--kernels", type=_words, default=[], metavar="LIST", help="triton, eager (both, triton first)")
-    speeds.add_argument("--no-peers", dest="peers", action="store_false", help="without transformers")
+    speeds.add_argument("--no-peers", dest="peers", action="store_false", help="without transformers and vLLM")
+    speeds.add_argument("--tiles", action="store_true", help="only products, in each of some tiles")
     args = parser.parse_args(argv)
     if args.short:
         args.shapes = ["tiny"]
+    args.schedules = args.schedules or (3 if args.short else 300)
     args.device = args.device or ("cpu" if args.short else "cuda")
     args.time_limit = args.time_limit or (150.0 if args.check else 400.0)
     known = {"only": card_check.NAMES, "shapes": card_models.SHAPES, "precisions": get_args(PrecisionName)}

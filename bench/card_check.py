@@ -43,6 +43,7 @@ CHECKS = {
     "machine": Check("card_numbers", alone=True),
     "families": Check("card_numbers", precisions=True),
     "model": Check("card_numbers", precisions=True, needs_model=True),
+    "schedules": Check("card_schedules"),
     "http": Check("card_service"),
     "verify": Check("card_service"),
     "memory": Check("card_service"),
@@ -96,7 +97,8 @@ def _run(name: str, precision: str | None, args: argparse.Namespace, deadline: f
     command = [sys.executable, str(Path(__file__)), name, f"--device={args.device}"]
     command += [f"--model={args.model}"] * (args.model is not None and args.model.exists())
     command += [f"--precision={precision}"] * (precision is not None) + ["--short"] * args.short
-    limit = min(CHECK_SECONDS, deadline - began)
+    limit = min(CHECK_SECONDS if name != "schedules" else args.time_limit, deadline - began)
+    command += [f"--schedules={args.schedules}", f"--seconds={0.4 * limit}"] * (name == "schedules")
     if limit <= 0:
         return Outcome(name, precision, [Finding(name, False, "not run: the time was used up")], 0.0)
     environment = {"GOMP_SPINCOUNT": "10000", **os.environ, "PYTHONUNBUFFERED": "1"}
@@ -154,6 +156,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--precision")
     parser.add_argument("--short", action="store_true")
+    parser.add_argument("--schedules", type=int)
+    parser.add_argument("--seconds", type=float)
     args = parser.parse_args(argv)
     check = getattr(importlib.import_module(CHECKS[args.name].module), args.name)
     for finding in check(args):

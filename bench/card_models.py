@@ -129,8 +129,8 @@ def make_backend(
 def _fill(backend: TorchBackend) -> None:
     """Random weights in place: matrices of a spread that keeps logits finite, norms of ones, int8 with small scales."""
     for name, tensor in backend._steps.parameters.named.items():
-        if tensor.dtype == torch.int8:
-            tensor.random_(-127, 128)
+        if tensor.dtype in (torch.int8, torch.int32):  # the kernels for cards keep words of four
+            tensor.random_(*((-127, 128) if tensor.dtype == torch.int8 else (-(2**31), 2**31)))
         elif name.endswith(".scales"):
             tensor.fill_(WEIGHT_SCALE / 73)  # the spread of uniform numbers to 127 is 73
         elif tensor.dtype == torch.float32 and tensor.dim() == 1:
@@ -141,12 +141,14 @@ def _fill(backend: TorchBackend) -> None:
             tensor.normal_(0.0, WEIGHT_SCALE)
 
 
-def write_folder(shape: str, folder: Path, device: str) -> None:
+def write_folder(shape: str, folder: Path, device: str, *, has_weights: bool = True) -> None:
     """The same as a folder that any server loads: random bfloat16 weights from the device, a tokenizer of its size."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     config = hugging_face_config(shape) | {"eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(config))
     shapes.write_tokenizer(folder, config["vocab_size"])
+    if not has_weights:
+        return
     header: dict[str, Any] = {}
     end = 0
     stored = RandomCheckpoint(config, has_tensors=False).shapes()

@@ -1,12 +1,16 @@
-"""transformers on the same device, of the same shape: plain `generate`, a prompt's forward, continuous batching."""
+"""Other engines on the same device, of the same shape: transformers (plain `generate`, a prompt's forward, continuous
+batching), and vLLM where it is installed. None is installed for this.
+"""
 
 from __future__ import annotations
 
 import gc
 import inspect
 import random
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import card_limits
@@ -92,3 +96,56 @@ class Transformers:
 
     def _seconds(self, work: Callable[[], object]) -> float:
         return card_limits.seconds_of(work, self._device, repeats=2, warm_ups=1)
+
+
+class Vllm:
+    """vLLM with its own dummy weights, in this process. What its version does not take of the options is left out."""
+
+    def __init__(self, shape: str, device: str, *, rows: int, context: int) -> None:
+        import vllm
+
+        self.version = vllm.__version__
+        self._params = vllm.SamplingParams
+        self._folder = tempfile.TemporaryDirectory(prefix="brlite-bench-")
+        card_models.write_folder(shape, Path(self._folder.name), device, has_weights=False)
+        self._llm: Any = vllm.LLM(
+            model=self._folder.name,
+            load_format="dummy",
+            dtype="bfloat16",
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
+            max_model_len=context,
+            max_num_seqs=rows,
+            gpu_memory_utilization=0.8,
+        )
+        self._vocab_size = card_models.model_config(shape).vocab_size
+
+    def decode_seconds(self, rows: int, context: int) -> float:
+        """Seconds of a step of `rows` tokens, by the difference of two lengths."""
+        short, long = (self.batched_seconds(rows, context - EXTRA_TOKENS, n) for n in (2, 2 + EXTRA_TOKENS))
+        return (long - short) / EXTRA_TOKENS
+
+    def prefill_seconds(self, num_tokens: int) -> float:
+        return self.batched_seconds(1, num_tokens, 1)
+
+    def batched_seconds(self, rows: int, num_tokens: int, num_answer: int) -> float:
+        """Seconds of so many prompts and answers at once, after one short run that warms up."""
+        numbers = random.Random(0)
+        prompts = [
+            {"prompt_token_ids": [numbers.randrange(3, self._vocab_size) for _ in range(num_tokens)]}
+            for _ in range(rows)
+        ]
+        for some, length in ((prompts[:2], 2), (prompts, num_answer)):
+            params = self._params(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False)
+            start = time.perf_counter()
+            answers = self._llm.generate(some, params, use_tqdm=False)
+            seconds = time.perf_counter() - start
+        num_found = sum(len(answer.outputs[0].token_ids) for answer in answers)
+        if num_found != rows * num_answer:
+            raise RuntimeError(f"{num_found} tokens came, {rows * num_answer} were asked for")
+        return seconds
+
+    def close(self) -> None:
+        del self._llm
+        gc.collect()
+        self._folder.cleanup()

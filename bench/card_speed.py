@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
 from typing import NamedTuple
@@ -28,7 +29,7 @@ import msgspec
 import shapes
 import steps
 import torch
-from card_peers import Transformers
+from card_peers import Transformers, Vllm
 from msgspec import Struct
 
 from brlite.backends.torch.backend import TorchBackend
@@ -168,7 +169,11 @@ def _measure_model(bench: _Bench, shape: str, precision: PrecisionName, kernel: 
         backend.close()
         _give_back(bench)
     if has_peer and bench.has_time:
-        _measure_peer(bench, shape)
+        _measure_peer(bench, shape, "transformers", lambda: Transformers(shape, bench.args.device))
+    if has_peer and bench.has_time and find_spec("vllm") is not None:
+        _give_back(bench)
+        context = max(*scale.prompts, 2048) + scale.load[2]
+        _measure_peer(bench, shape, "vllm", lambda: Vllm(shape, bench.args.device, rows=rows, context=context))
 
 
 def _measure_steps(bench: _Bench, backend: TorchBackend, group: Sequence[steps.Step], fields: dict[str, str]) -> None:
@@ -209,22 +214,22 @@ def _measure_steps(bench: _Bench, backend: TorchBackend, group: Sequence[steps.S
         )
 
 
-def _measure_peer(bench: _Bench, shape: str) -> None:
+def _measure_peer(bench: _Bench, shape: str, name: str, load: Callable[[], Transformers | Vllm]) -> None:
     scale = bench.scale
     try:
-        peer = Transformers(shape, bench.args.device)
+        peer = load()
     except Exception as error:
-        bench.add(Row(shape=shape, precision="bf16", by="transformers", what="loading", note=str(error)[:200]))
+        bench.add(Row(shape=shape, precision="bf16", by=name, what="loading", note=str(error)[:200]))
         return
-    fields = {"shape": shape, "precision": "bf16", "by": f"transformers {peer.version}"}
+    fields = {"shape": shape, "precision": "bf16", "by": f"{name} {peer.version}"}
     for rows, context in scale.peer_decodes:
-        name = steps.decode_step(rows, context).name
-        bench.attempt({**fields, "what": name}, lambda r=rows, c=context: _rate(r, peer.decode_seconds(r, c)))
+        what = steps.decode_step(rows, context).name
+        bench.attempt({**fields, "what": what}, lambda r=rows, c=context: _rate(r, peer.decode_seconds(r, c)))
     for num_tokens in scale.prompts:
-        name = steps.prefill_step(num_tokens).name
-        bench.attempt({**fields, "what": name}, lambda n=num_tokens: _rate(n, peer.prefill_seconds(n)))
+        what = steps.prefill_step(num_tokens).name
+        bench.attempt({**fields, "what": what}, lambda n=num_tokens: _rate(n, peer.prefill_seconds(n)))
     streams, num_tokens, num_answer = scale.load
-    fields["by"] += " continuous batching"
+    fields["by"] += " continuous batching" * (name == "transformers")
     bench.attempt(
         {**fields, "what": _load_name(scale)},
         lambda: _rate(streams * num_answer, peer.batched_seconds(streams, num_tokens, num_answer)),

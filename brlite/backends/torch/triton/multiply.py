@@ -287,11 +287,11 @@ def multiply_in_tiles(x: Tensor, matrix: Matrix, tile: Tile, *, is_split: bool) 
     return out
 
 
-def multiply_gated(x: Tensor, matrix: Matrix) -> Tensor:
+def multiply_gated(x: Tensor, matrix: Matrix, tile: Tile | None = None) -> Tensor:
     """silu(gate) times up, [M, N / 2] bfloat16; the outputs of the matrix are gate's and then up's."""
     num_rows, size = len(x), matrix.num_outputs // 2
     matrix = matrix if num_rows <= MAX_NARROW_ROWS else _widened(matrix)
-    tile = choose_tile(num_rows, matrix, is_gated=True)
+    tile = tile or choose_tile(num_rows, matrix, is_gated=True)
     out = x.new_empty((num_rows, size))
     gated_kernel[(triton.cdiv(size, tile.outputs), triton.cdiv(num_rows, tile.rows))](
         *(x, matrix.values, matrix.scales, *matrix.outputs_from(size), matrix.bias, out),

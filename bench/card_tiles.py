@@ -1,0 +1,105 @@
+"""`card.py --tiles`: how long products take in each of some tiles, at the row counts of decode steps.
+
+The fastest of each belong in the table `TILES` of `backends/torch/triton/multiply.py`. Tiles change no bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import card_limits
+import card_models
+import torch
+
+ROWS = (1, 16, 32, 64, 96, 128, 192, 256)
+READ_BYTES = 2**28  # copies of a matrix take turns, so that it is read from memory and not from a cache
+
+
+class Product(NamedTuple):
+    """A matrix of a shape, and whether it is gate and up in one."""
+
+    name: str
+    num_outputs: int
+    num_inputs: int
+    is_gated: bool = False
+
+
+def products(shape: str) -> list[Product]:
+    config = card_models.model_config(shape)
+    hidden, size = config.hidden_size, config.intermediate_size
+    heads = config.num_heads * config.head_dim
+    return [
+        Product("qkv", heads + 2 * config.num_kv_heads * config.head_dim, hidden),
+        Product("o", hidden, heads),
+        Product("gate_up", 2 * size, hidden, is_gated=True),
+        Product("down", hidden, size),
+    ]
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line for each product and number of rows. Exit status 1 if a product could not be computed at all."""
+    device = torch.device(args.device)
+    rows = (1, 33) if args.short else ROWS
+    found: list[dict[str, Any]] = []
+    for shape, precision, num_rows in itertools.product(args.shapes, args.precisions, rows):
+        for product in products(shape):
+            times = dict(sorted(_times(product, precision != "bf16", num_rows, device), key=lambda pair: pair[1]))
+            best = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in itertools.islice(times.items(), 4))
+            print(f"{shape} {precision} {product.name} {num_rows} rows: {best or 'FAILED'}", flush=True)
+            fields = {"shape": shape, "precision": precision, "product": product.name, "rows": num_rows}
+            found.append({**fields, "seconds": times})
+    if args.json is not None:
+        args.json.write_text(json.dumps({"machine": card_limits.describe(device), "tiles": found}, indent=1) + "\n")
+    return 0 if all(each["seconds"] for each in found) else 1
+
+
+def _times(product: Product, is_int8: bool, num_rows: int, device: torch.device) -> Iterator[tuple[str, float]]:
+    """Each tile that the card takes, and whether the inputs are split, with its seconds; the one in use is marked."""
+    from brlite.backends.torch.parameters import Int8Linear, Linear
+    from brlite.backends.torch.triton import multiply as kernels
+
+    weight = torch.empty((product.num_outputs, product.num_inputs), device=device, dtype=torch.bfloat16).normal_()
+    linear = Linear(weight)
+    if is_int8:
+        scales = torch.full((product.num_outputs, product.num_inputs // 32), 0.01, device=device).bfloat16()
+        linear = Int8Linear(torch.empty_like(weight, dtype=torch.int8).random_(-127, 128), scales=scales)
+    first = kernels.Matrix.of(linear, product.num_inputs)
+    copies = READ_BYTES // first.values.nbytes if device.type != "cpu" else 0
+    matrices = [first, *(replace(first, values=first.values.clone()) for _ in range(copies))]
+    x = torch.randn((num_rows, product.num_inputs), device=device).bfloat16()
+    used = kernels.choose_tile(num_rows, matrices[0], is_gated=product.is_gated)
+    sizes = itertools.product((64, 128), (16, 32, 64, 128, 256), (64, 128), (3, 4), (4, 8))
+    if device.type == "cpu":
+        sizes = iter(())
+    for tile in {used, *(kernels.Tile(*each) for each in sizes if num_rows / 2 < each[1] <= max(16, 2 * num_rows))}:
+        for is_split in (False,) if product.is_gated else (False, True):
+
+            def compute(tile: Any = tile, is_split: bool = is_split) -> None:
+                for matrix in matrices:
+                    if product.is_gated:
+                        kernels.multiply_gated(x, matrix, tile)
+                    else:
+                        kernels.multiply_in_tiles(x, matrix, tile, is_split=is_split)
+
+            name = f"{'x'.join(map(str, tile))}{' split' * is_split}{' (in use)' * (tile == used)}"
+            try:
+                seconds = (
+                    _seconds_captured(compute)
+                    if device.type == "cuda"
+                    else card_limits.seconds_of(compute, device, 1, 0)
+                )
+                yield name, seconds / len(matrices)
+            except Exception:  # too much shared memory, too many registers: not for this card
+                continue
+
+
+def _seconds_captured(work: Callable[[], None]) -> float:
+    """Of a graph of the work: launches from the host would take longer than some of the products."""
+    from triton.testing import do_bench_cudagraph
+
+    return float(do_bench_cudagraph(work, rep=5, return_mode="median")) / 1e3
