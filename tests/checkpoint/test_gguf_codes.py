@@ -8,6 +8,8 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from brlite.checkpoint.gguf_codes import CODINGS
+from brlite.checkpoint.stored_tensor import Format, tensor_in_memory
+from brlite.errors import ModelError
 from tests.quantized_files import SUPER_BLOCKS, quantize
 
 GROUP = 32
@@ -55,3 +57,22 @@ def test_the_scales_and_minimums_of_super_blocks_are_rounded_to_half_precision()
     error = np.abs(values_of("Q4_K", stored) - expected).max()
 
     assert 0 < error < (15 * largest[0] + largest[1]) * 2.0**-11
+
+
+@pytest.mark.parametrize(("name", "at"), [("Q4_0", 0), ("Q4_1", 2), ("Q8_0", 0), ("Q4_K", 0), ("Q4_K", 2)])
+@pytest.mark.parametrize("damage", [np.inf, np.nan, 65504.0])
+def test_a_scale_or_minimum_beyond_half_precision_is_refused(name: str, at: int, damage: float) -> None:
+    stored = stored_rows(name)
+    stored[3, at : at + 2] = np.array([damage], "<f2").view(np.uint8)
+    if name == "Q4_K":
+        stored[3, 4:16] = 63  # the scales and minimums of 8 groups, which multiply it
+    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[name]]
+    stored_as = Format(name, block_elements, block_bytes, lambda data: data.view("<f4"), CODINGS[name].decode)
+    shape = len(stored), stored.shape[1] // block_bytes * block_elements
+    tensor = tensor_in_memory("w", stored_as, shape, stored.reshape(-1))
+
+    if damage == 65504.0 and name != "Q4_K":
+        assert tensor.coded() is not None  # the largest number of half precision
+    else:
+        with pytest.raises(ModelError, match=r"^'w' has a scale that is not finite, or is beyond half precision$"):
+            tensor.coded()
