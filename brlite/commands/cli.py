@@ -18,8 +18,8 @@ from brlite.commands.arguments import COMMANDS, add_br_api_server, add_convert
 from brlite.commands.command_line import CommandParser
 from brlite.errors import BrliteError
 from brlite.files.quoting import shown
-from brlite.process.init_process import leave_process_1
 from brlite.process.output import queued_output
+from brlite.process.signals import leave_process_1
 from brlite.process.streams import configure_logging, open_closed_streams, print_data, show_all_text
 
 NO_THREAD = "can't start new thread"  # the text of Python's RuntimeError

@@ -107,12 +107,14 @@ class Reloader:
 
     async def __aenter__(self) -> Reloader:
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, self._hangup)
+        if hasattr(signal, "SIGHUP"):  # Windows has none; there, a change of the file remains
+            loop.add_signal_handler(signal.SIGHUP, self._hangup)
         self._task = loop.create_task(self._follow(), name="brlite-reload")
         return self
 
     async def __aexit__(self, *error: object) -> None:
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
+        if hasattr(signal, "SIGHUP"):
+            asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task

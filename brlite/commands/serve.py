@@ -34,6 +34,7 @@ from brlite.config.warnings import config_warnings, metrics_notes, sent_variable
 from brlite.http.keys import KEYS
 from brlite.http.listen import HttpServer
 from brlite.process.machine import raise_descriptor_limit
+from brlite.process.signals import add_signal_call, remove_signal_call
 from brlite.process.streams import configure_logging
 from brlite.proxy.routing.route_table import RouteTable
 from brlite.server.generate import CONFIG, MODELS
@@ -260,7 +261,7 @@ async def _stop_signal(on_second: Callable[[], None]) -> AsyncIterator[asyncio.F
 
     def restore() -> None:
         for number in STOP_SIGNALS:
-            loop.remove_signal_handler(number)
+            remove_signal_call(loop, number)
 
     def on_signal() -> None:
         nonlocal last_at
@@ -275,7 +276,7 @@ async def _stop_signal(on_second: Callable[[], None]) -> AsyncIterator[asyncio.F
             restore()
 
     for number in STOP_SIGNALS:
-        loop.add_signal_handler(number, on_signal)
+        add_signal_call(loop, number, on_signal)
     try:
         yield stop
     finally:

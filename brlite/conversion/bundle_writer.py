@@ -7,7 +7,6 @@ without it a folder is no bundle.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -327,6 +326,11 @@ def _is_same(file: Path, record: FileRecord) -> bool:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Let no other conversion write to this folder. The lock ends with the process, however that ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, which cannot open a folder either
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import stat
+from contextlib import suppress
 from pathlib import Path
+
+with suppress(ImportError):  # Windows has neither, and no os.geteuid
+    import grp
+    import pwd
 
 
 def why_untrusted(path: Path) -> str | None:

@@ -6,7 +6,6 @@ name has a random part and is taken exclusively, so that nothing is written thro
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
 import secrets
@@ -15,14 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, and nothing swept
+    fcntl = None  # type: ignore[assignment]
+
 PART_SUFFIX = ".part"
+NO_LINK: int = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # the second is Windows': bytes as they are
 
 
 def create_temporary(target: Path) -> tuple[int, Path]:
     """Make an empty file beside `target`, under the umask. Returns its descriptor, whose closing ends the lock."""
     while True:
         path = target.with_name(f"{target.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
         _lock(handle)
         if os.fstat(handle).st_nlink:  # else a sweep came between the two
             return handle, path
@@ -32,11 +37,14 @@ def create_temporary(target: Path) -> tuple[int, Path]:
 @contextmanager
 def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
     """A new folder that only this user can read, removed at the end."""
+    handle = None
     while True:
         path = parent / f"{name}.{secrets.token_hex(4)}{PART_SUFFIX}"
         path.mkdir(mode=0o700)
+        if fcntl is None:
+            break
         with suppress(FileNotFoundError):  # a sweep came between making and locking it
-            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            handle = os.open(path, os.O_RDONLY | NO_LINK)
             _lock(handle)
             if path.is_dir():
                 break
@@ -45,11 +53,14 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def sweep(folder: Path, prefix: str) -> None:
     """Remove the temporary files and folders whose names begin with `prefix` and that no process works on."""
+    if fcntl is None:
+        return
     for path in folder.glob(f"{glob.escape(prefix)}*{PART_SUFFIX}"):
         with suppress(OSError):
             handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -61,5 +72,7 @@ def sweep(folder: Path, prefix: str) -> None:
 
 
 def _lock(handle: int) -> None:
+    if fcntl is None:
+        return
     with suppress(OSError):  # a file system without locks: then nothing is swept there either
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
+
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None  # type: ignore[assignment]
 
 # Those that decide which matrix code runs well, x86 and ARM.
 INSTRUCTION_SETS = (
@@ -113,12 +117,16 @@ def describe_cpu() -> str:
 
 def descriptor_limit() -> int:
     """How many files the process can have open, at most `MAX_DESCRIPTORS`: its hard limit."""
+    if resource is None:
+        return MAX_DESCRIPTORS
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
 
 
 def raise_descriptor_limit() -> None:
     """Raise the soft limit of open files to `descriptor_limit()`."""
+    if resource is None:
+        return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < descriptor_limit():
         resource.setrlimit(resource.RLIMIT_NOFILE, (descriptor_limit(), hard))

@@ -28,7 +28,7 @@ START_SECONDS = 60.0  # for the interpreter to come up on a busy machine
 WALL_SECONDS = 60.0  # for an answer; what the child computes is bounded in CPU seconds by itself
 MAX_ANSWER_BYTES = 2**30
 # Signals that a child's work never causes: the kernel sends them where memory is short, or a service manager does.
-OTHERS_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+OTHERS_SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")  # names, since Windows lacks two
 ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH")  # the only variables that a child inherits
 
 # One thread and one heap: more would be counted against the child's memory.
@@ -177,7 +177,7 @@ class ChildProcess:
             code = 0
         if code == -signal.SIGPROF:
             return f"it takes more than {self._limits.seconds:g} s of CPU time"
-        if -code in OTHERS_SIGNALS:
+        if -code in [getattr(signal, name, None) for name in OTHERS_SIGNALS]:
             raise _EndedFromOutside(f"ended by signal {-code}")
         return "its process ended" + (f" by signal {-code}" if code < 0 else "")
 

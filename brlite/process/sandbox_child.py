@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import select
 import signal
 import struct
@@ -47,6 +46,8 @@ def _serve() -> None:
     assert spec.loader is not None, "it is the path of a Python file"
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
+    import resource  # Windows lacks it, and has no such child processes; there, the parent imports this file as well
+
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # its default is to end the process

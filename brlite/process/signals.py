@@ -1,4 +1,4 @@
-"""The duties of process 1, as `tini` does them: pass signals on, and reap orphans.
+"""Signals as calls on the event loop's thread, and the duties of process 1, as `tini` does them.
 
 In a container the command may be process 1. Orphans become its children: those of probes and `kubectl exec`, and
 grandchildren whose parent has died. Only process 1 can reap them. The command itself runs in a
@@ -9,8 +9,27 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-_FATAL = {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT}
+if TYPE_CHECKING:
+    import asyncio
+
+
+def add_signal_call(loop: asyncio.AbstractEventLoop, number: signal.Signals, call: Callable[[], object]) -> None:
+    """Call `call` on the loop's thread for each signal. To be called on the main thread, on Windows too."""
+    try:
+        loop.add_signal_handler(number, call)
+    except NotImplementedError:
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(call))
+
+
+def remove_signal_call(loop: asyncio.AbstractEventLoop, number: signal.Signals) -> None:
+    """Give the signal back what it does in a Python program."""
+    try:
+        loop.remove_signal_handler(number)
+    except NotImplementedError:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def leave_process_1() -> None:
@@ -20,7 +39,16 @@ def leave_process_1() -> None:
     """
     if os.getpid() != 1:
         return
-    signals = set[int](signal.valid_signals()) - _FATAL
+    fatal = {
+        signal.SIGKILL,
+        signal.SIGSTOP,
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGABRT,
+    }
+    signals = set[int](signal.valid_signals()) - fatal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     child = os.fork()
     if child == 0:
