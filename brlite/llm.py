@@ -1,6 +1,6 @@
-"""Puts a model together: files, tokenizer, backend, engine. The only place where engine and worker meet.
+"""Builds a model: files, tokenizer, backend, engine. The only file that knows both the engine and the backends.
 
-`LLM` is offline inference without an event loop; `AsyncEngine` serves from whatever loop it is in.
+`LLM` is offline inference without an event loop; `AsyncEngine` runs on the event loop of its caller.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ OnProgress = Callable[[str, float], None]
 
 
 class Assembly(NamedTuple):
-    """What serves a model: who decides and who computes."""
+    """A loaded model: the engine decides what to compute, the backend computes it."""
 
     engine: Engine
     backend: Backend
 
 
 def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None) -> Assembly:
-    """Load a model of the config (its first by default). Takes as long as the weights do; any thread may call it.
+    """Load a model of the config, by default its first. Returns when its weights are loaded; any thread may call it.
 
-    `on_progress` gets a stage in words and the fraction of that stage. Raises `ModelError` or `ConfigError`.
+    `on_progress` gets the name of a stage and the fraction of it that is done. Raises `ModelError` or `ConfigError`.
     """
     spec = spec or config.model[0]
     load = _load_own if config.engine.name is None else _load_from_contract
@@ -86,9 +86,9 @@ def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnP
 
 
 def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str, Any]:
-    """What the model's files set of the sampling of requests that do not. What is out of range is left out.
+    """The sampling values of the model's files, for requests without their own. Values out of range are left out.
 
-    The default model's files set nothing: it has the values of its card.
+    The files of the default model have none; it gets the values of its model card.
     """
     from brlite.checkpoint.generation_config import read_recommended_sampling
 
@@ -117,7 +117,7 @@ def _sampling_defaults(path: Path, spec: ModelSpec, vocab_size: int) -> dict[str
 
 
 class ModelParts(NamedTuple):
-    """The parts of a model. `path` is where its files are; None where the engine brings all."""
+    """The parts of a model. `path` is the path of its files, None if the engine has its own tokenizer."""
 
     tokenizer: Tokenizer
     backend: Backend
@@ -127,7 +127,7 @@ class ModelParts(NamedTuple):
 
 
 def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
-    """A model that our own backends compute."""
+    """A model that one of brlite's backends computes."""
     from brlite.backends.choose import load_backend
     from brlite.backends.draft import check_draft, load_draft
     from brlite.backends.sizes import settle_context
@@ -143,7 +143,7 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts
     with closing(open_checkpoint(path, spec.model_file)) as checkpoint, ExitStack() as unless_loaded:
         spec = settle_context(checkpoint.config, spec, config.engine, checkpoint.formats())
         spec = settle_pooling(path, checkpoint.config, spec)
-        # All that can be wrong with the files is found before weights are read, and torch imported if it has to be.
+        # Faults of the files are found before weights are read and torch is imported.
         model = check_model(checkpoint, spec)
         head = read_scoring_head(checkpoint, model)
         scoring_head = None if head is None else ScoringHead(array("f", head[0].tobytes()), head[1])
@@ -160,13 +160,13 @@ def _load_own(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts
 
 
 def _load_from_contract(config: Config, spec: ModelSpec, report: OnProgress) -> ModelParts:
-    """A model that the engine of that name computes, which may bring its tokenizer; else the model's folder has it."""
+    """A model that an engine plugin computes. The tokenizer is the plugin's, else the one in the model's folder."""
     from brlite.backends.plugins.contract import BringsTokenizer, with_static_context
     from brlite.backends.plugins.discovery import make_engine
     from brlite.backends.plugins.slot_backend import SlotBackend
     from brlite.checkpoint.fetch import default_sources, locate_model
 
-    assert config.engine.name is not None  # build_engine has looked
+    assert config.engine.name is not None  # checked by build_engine
     spec = with_static_context(spec)
     engine = make_engine(config.engine.name)
     if isinstance(engine, BringsTokenizer):
@@ -204,7 +204,15 @@ class AsyncEngine(EngineLoop):
     ) -> AsyncEngine:
         """Load a model of the config on another thread and start its engine, which the caller closes."""
         check_supported(config)
-        assembly = await _on_a_thread(lambda: _build_for_serving(config, spec, on_progress), _close)
+
+        def build() -> Assembly:
+            assembly = build_engine(config, spec, on_progress)
+            if config.grammar.preload:  # now, since to read a vocabulary later would stop all streams
+                (on_progress or _ignore)("reading the vocabulary for grammars", 0.0)
+                assembly.engine.compiler.prepare()
+            return assembly
+
+        assembly = await _on_a_thread(build, lambda built: built.backend.close())
         engine = cls(assembly.engine, assembly.backend)
         await engine.start()
         return engine
@@ -222,25 +230,16 @@ class AsyncEngine(EngineLoop):
             await engine.close()
 
 
-def _build_for_serving(config: Config, spec: ModelSpec | None, on_progress: OnProgress | None) -> Assembly:
-    """As `build_engine`, ready for grammars: reading a vocabulary later would stop all streams."""
-    assembly = build_engine(config, spec, on_progress)
-    if config.grammar.preload:
-        (on_progress or _ignore)("reading the vocabulary for grammars", 0.0)
-        assembly.engine.compiler.prepare()
-    return assembly
-
-
 class LLM:
     """Offline inference: `LLM(model="org/name").generate(prompts, SamplingParams(max_tokens=70))`.
 
-    `model` is a name to fetch a model by, a folder or a `.gguf` file. `config_path` is a TOML or the manual's JSON,
-    whose first model it takes the place of; a `Config` will do as well. None of them means the default model. But for a
-    `Config`, the environment's BRLITE_ENGINE may name an engine.
-    Code from model folders is never run, whatever `trust_remote_code` says.
+    `model` is the name of a model on a hub, a folder or a `.gguf` file. `config_path` is a TOML or the manual's JSON;
+    `config` is a `Config` instead. With one of these, `model` replaces its first model. Without any of the three it is
+    the default model. Unless there is a `Config`, the environment variable BRLITE_ENGINE may name an engine.
+    Code from model folders is never run, even with `trust_remote_code`.
 
-    Any thread may call any method: calls of `generate` take turns, and `close` waits for the step under way, after
-    which a `generate` on another thread raises `EngineError`. A forked child cannot use its parent's model.
+    Any thread may call any method. Calls of `generate` run one after the other. `close` waits for the step that runs;
+    a `generate` on another thread then raises `EngineError`. A forked child cannot use its parent's model.
     """
 
     def __init__(
@@ -261,7 +260,9 @@ class LLM:
             logger.warning("%s", line)
         if trust_remote_code:
             logger.warning("trust_remote_code has no effect: brlite never runs code from a model folder")
-        self._engine, self._backend = build_engine(_without_queue_limits(config))
+        # Offline a prompt may wait for as long as those before it take.
+        limits = msgspec.structs.replace(config.limits, max_waiting=sys.maxsize, max_wait_seconds=math.inf)
+        self._engine, self._backend = build_engine(msgspec.structs.replace(config, limits=limits))
         self._ids = itertools.count()
         self._is_closed = False
         self._pid = os.getpid()
@@ -285,11 +286,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete prompts, given as texts or token ids, with one set of parameters for all or one for each.
 
-        Without `sampling_params` it is `get_default_sampling_params()`; those that are given are used as they are.
-        Returns one finished output a prompt, in order; `.prompt` and `.outputs[i].text` are what most need.
-        `on_finished` is given each output as it is done, with the number of its prompt from 0. Raises
-        `InvalidRequest`, naming the prompt by that number, for one that is wrong, before anything runs; `EngineError`
-        where a step failed or the `LLM` is closed; `RuntimeError` when it is called inside `on_finished`.
+        Without `sampling_params` they are `get_default_sampling_params()`; given ones are used unchanged. Returns one
+        finished output for each prompt, in order; the texts are `.outputs[i].text`. `on_finished` is called with the
+        number of a prompt, from 0, and its output as soon as it is finished. Raises `InvalidRequest` with the number of
+        a wrong prompt, before anything runs; `EngineError` if a step failed or the `LLM` is closed; `RuntimeError` if
+        it is called inside `on_finished`.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
@@ -312,10 +313,10 @@ class LLM:
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Answer a conversation, or several: each a list of `{"role": …, "content": …}`, as in the field `messages`.
+        """Answer a conversation, or several. Each is a list of `{"role": …, "content": …}`, as in the field `messages`.
 
-        The model's chat template frames them. Returns and raises as `generate` does, one output a conversation;
-        `InvalidRequest` too for a model without a chat template.
+        The model's chat template makes the prompts. Returns one output for each conversation and raises as `generate`
+        does, also `InvalidRequest` for a model without a chat template.
         """
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: Sequence[Any] = [messages] if is_one else messages
@@ -326,16 +327,16 @@ class LLM:
         return self.generate([self.tokenizer.encode_chat(each) for each in conversations], sampling_params)
 
     def get_default_sampling_params(self, **given: Any) -> SamplingParams:
-        """The model's own defaults, of its generation config, and beside them what is `given`. vLLM's name."""
+        """The defaults of the model's generation config, replaced by what is `given`. The method has vLLM's name."""
         unset = self._engine.sampling_defaults.keys() - given.keys()
         return SamplingParams(**given).with_defaults(self._engine.sampling_defaults, unset)
 
     def embed(
         self, prompts: str | Sequence[str | Sequence[int]], pooling_params: PoolingParams | None = None
     ) -> list[RequestOutput]:
-        """Embed prompts, given as texts or token ids: one output a prompt, in order, each with its `.embedding`.
+        """Embed prompts, given as texts or token ids. Returns one output for each, in order, with its `.embedding`.
 
-        That is an array of float32, which `list` and `numpy.asarray` take. Raises as `generate` does.
+        An embedding is an array of float32; `list` and `numpy.asarray` convert it. Raises as `generate` does.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         pooling = pooling_params or PoolingParams()
@@ -354,7 +355,7 @@ class LLM:
         self._engine.check(self._request(prompt, params))
 
     def close(self) -> None:
-        """Give weights and cache back, after the step under way. May be called twice, and inside `on_finished`."""
+        """Free weights and cache after the step that runs. May be called twice, and inside `on_finished`."""
         self._is_closed = True
         self._finalizer.detach()
         self.tokenizer.close()
@@ -376,7 +377,7 @@ class LLM:
 
     @contextmanager
     def _taking_turn(self) -> Iterator[None]:
-        """Wait until no other thread generates. Raises `EngineError` once the model is closed, or in a forked child."""
+        """Wait until no other thread generates. Raises `EngineError` if the model is closed, or in a forked child."""
         check_process(self._pid)
         if self._generating_thread == threading.get_ident():
             raise RuntimeError("LLM.generate was called inside a callback of LLM.generate; call it after that returns")
@@ -420,7 +421,7 @@ class LLM:
 
 
 class _Run:
-    """One call of `generate`: feeds requests as the engine has room, and keeps what comes back."""
+    """One call of `generate`: gives the engine requests while it has room, and collects their outputs."""
 
     def __init__(
         self,
@@ -430,7 +431,7 @@ class _Run:
         on_finished: Callable[[int, RequestOutput], object] | None,
         params: Sequence[SamplingParams] = (),
     ) -> None:
-        """`params` are the requests' as the caller gave them, for their `best_of`."""
+        """`params` are the parameters as the caller gave them: their `best_of` is needed."""
         self._engine = engine
         self._backend = backend
         self._requests = requests
@@ -448,7 +449,8 @@ class _Run:
         masks = ThreadPoolExecutor(1, thread_name_prefix="brlite-masks")  # starts with the first mask
         try:
             while self._error is None:
-                self._feed(waiting)
+                while len(self._engine.queued()) < self._engine.info.max_num_seqs and (request := next(waiting, None)):
+                    self._engine.add_request(request, self._receive)
                 if draft_model is not None and (plan := self._engine.plan_drafts()) is not None:
                     self._engine.take_drafts(plan, draft_model.run(plan))
                 batch = self._engine.schedule()
@@ -457,21 +459,18 @@ class _Run:
                 if self._engine.guidance is not None:
                     masks.submit(self._engine.guidance.fill)
                 self._engine.update(self._backend.execute(batch))
-                self._report_finished()
+                # Not in `_receive`: the engine catches errors of its sinks, but those of `on_finished` must get out.
+                finished, self._finished = self._finished, []
+                if self._on_finished is not None:
+                    for output in finished:
+                        self._on_finished(self._numbers[output.request_id], output)
             raise self._error
         except BaseException as error:
-            # Whatever went wrong, Ctrl-C included, the next call finds an empty engine.
+            # After any error, also Ctrl-C, the engine is empty for the next call.
             self._engine.end_all(error if isinstance(error, BrliteError) else EngineError("generation was interrupted"))
             raise
         finally:
             masks.shutdown()
-
-    def _feed(self, waiting: Iterator[Request]) -> None:
-        while len(self._engine.queued()) < self._engine.info.max_num_seqs:
-            request = next(waiting, None)
-            if request is None:
-                return
-            self._engine.add_request(request, self._receive)
 
     def _receive(self, output: RequestOutput | BrliteError) -> None:
         if isinstance(output, BrliteError):
@@ -485,13 +484,6 @@ class _Run:
             if (params := self._best_of.get(output.request_id)) is not None:
                 whole.keep_best(params.n, keeps_logprobs=params.logprobs is not None)
             self._finished.append(whole)
-
-    def _report_finished(self) -> None:
-        """Not from `_receive`: the engine guards itself against its sinks, and what goes wrong here must get out."""
-        finished, self._finished = self._finished, []
-        if self._on_finished is not None:
-            for output in finished:
-                self._on_finished(self._numbers[output.request_id], output)
 
 
 def _one_for_each(params: SamplingParams | Sequence[SamplingParams], num_prompts: int) -> Sequence[SamplingParams]:
@@ -511,14 +503,8 @@ def _check_vocabulary(tokenizer: Tokenizer, vocab_size: int, path: Path) -> None
         raise ModelError(f"{path}: the tokenizer has token ids up to {highest}, the model only up to {vocab_size - 1}")
 
 
-def _without_queue_limits(config: Config) -> Config:
-    """Offline a prompt may wait for as long as those before it take."""
-    limits = msgspec.structs.replace(config.limits, max_waiting=sys.maxsize, max_wait_seconds=math.inf)
-    return msgspec.structs.replace(config, limits=limits)
-
-
 async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress | None = None) -> int:
-    """What weights and KV cache of a model will take. Fetches it, on another thread, if it is not here."""
+    """The bytes of a model's weights and KV cache. Downloads the model, on another thread, if it is not here."""
     from brlite.backends.sizes import sizes_at
     from brlite.checkpoint.fetch import locate_model
 
@@ -530,13 +516,13 @@ async def model_bytes(config: Config, spec: ModelSpec, on_progress: OnProgress |
 
 
 class EngineLoader:
-    """Gets the models of a config into memory, for `server.model_manager`."""
+    """Loads the models of a config, for `server.model_manager`."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
     async def known_bytes(self, spec: ModelSpec) -> int | None:
-        """0 for the models of another engine; ours are measured when they are there."""
+        """0 for a model of an engine plugin; None for others, which are measured when they are here."""
         return 0 if self.config.engine.name is not None else None
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
@@ -564,9 +550,5 @@ async def _on_a_thread(work: Callable[[], T], drop: Callable[[T], None]) -> T:
         raise
 
 
-def _close(assembly: Assembly) -> None:
-    assembly.backend.close()
-
-
 def _ignore(stage: str, fraction: float) -> None:
-    """Nobody asked for progress."""
+    """The `on_progress` of callers that want none."""

@@ -1,8 +1,8 @@
 """brlite on Ray Serve, several machines together: `serve run brlite.ray_serve:build config=brlite.toml`.
 
-Ray places replicas, counts their requests, scales them and replaces dead ones. Each of them is brlite's whole server on
-a loopback port of its machine, so API, errors, keys and limits are those of `brlite serve`. Here requests are only
-carried to it and answers back, unread. `proxy_middlewares` gives the errors of Serve's own HTTP proxy our envelope.
+Ray places replicas, counts their requests, scales them and replaces dead ones. Each replica has a whole brlite server
+on a loopback port of its machine, so API, errors, keys and limits are those of `brlite serve`. This file forwards
+requests to it and responses back, unread. `proxy_middlewares` gives errors of Serve's own HTTP proxy brlite's format.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ logger = logging.getLogger(__name__)
 
 NAME = "brlite"  # of the deployment, by which a Serve config overrides its options
 LOOPBACK = "127.0.0.1"
-CLOSING_SECONDS = 5  # what a replica may take to close, after the grace time of its requests
-# Headers of one connection, not of the message; what Serve's door has answered; and what it adds to answers itself.
+CLOSING_SECONDS = 5  # for a replica to close, after the grace time of its requests
+# Headers of one connection, not of the message; `expect` is handled, and the last three are set, by Serve's HTTP proxy.
 NOT_ASKED = frozenset({"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", "expect"})
 NOT_ANSWERED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server", b"x-request-id"})
 MAX_TEXT = 2000
-MAX_EVENT_BYTES = 2**20  # a longer unfinished event is passed on as it comes
+MAX_EVENT_BYTES = 2**20  # a longer event is forwarded before it is complete
 CUT_STREAM = "the replica that computed this stream is gone"
 
 
 class Arguments(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What `build` is told. `config` is a file on the machine that builds, or what such a file says, as a table."""
+    """The arguments of `build`. `config` is a file on the machine that builds, or its content as a table."""
 
     config: Text | dict[str, Any] = {}
     min_replicas: CountOrZero = 1
@@ -70,7 +70,9 @@ def build(arguments: Mapping[str, object]) -> serve.Application:
     One more replica is started for each full batch that runs or waits. Settings of the deployment `brlite` in a Serve
     config override those made here. `server.host` and `server.port` are not used: Serve listens.
     """
-    given = _read_arguments(arguments)
+    given = convert(arguments, Arguments, source="arguments", is_text=True)
+    if given.min_replicas > given.max_replicas:
+        raise ConfigError(f"arguments: min_replicas = {given.min_replicas}: allowed is max_replicas at most")
     config = _read_config(given.config)
     for line in config_warnings(config):
         logger.warning("%s", line)
@@ -81,7 +83,7 @@ def build(arguments: Mapping[str, object]) -> serve.Application:
             "max_replicas": given.max_replicas,
             "target_ongoing_requests": config.model[0].build_batch,
         },
-        # A replica refuses what is too much for it itself, and says when to come back; Serve queues while none is up.
+        # An overloaded replica refuses requests itself, with Retry-After; Serve queues them only while no replica runs.
         max_ongoing_requests=config.limits.max_connections,
         max_queued_requests=config.limits.max_waiting,
         graceful_shutdown_timeout_s=config.server.drain_seconds + CLOSING_SECONDS,
@@ -93,7 +95,7 @@ def build(arguments: Mapping[str, object]) -> serve.Application:
 
 
 class Replica:
-    """One copy of the server. It lives in a process of Ray's and ends with it, after its last request."""
+    """One copy of the server, in a process of Ray. It ends with the process, after its last request."""
 
     def __init__(self, config: Mapping[str, object]) -> None:
         self._config = make_config(config, source="config")
@@ -102,9 +104,9 @@ class Replica:
         self._started = asyncio.ensure_future(self._start())
 
     async def check_health(self) -> None:
-        """Serve asks first of all, which waits until the model is loaded, then every few seconds.
+        """Serve calls this first, where it waits until the model is loaded, and then every few seconds.
 
-        What it raises makes Serve start another replica in place of this one.
+        If it raises, Serve replaces this replica.
         """
         await asyncio.shield(self._started)
         async with self._session.get(self._url / "health") as answer:
@@ -112,7 +114,7 @@ class Replica:
                 raise EngineError("the engine has died")
 
     async def __call__(self, request: Request) -> Response:
-        """Carry a request to the server, and its answer back as it comes."""
+        """Forward a request to the server, and its response back as it comes."""
         headers = request.headers
         try:
             answer = await self._session.request(
@@ -122,7 +124,7 @@ class Replica:
                 data=request.stream() if "content-length" in headers or "transfer-encoding" in headers else None,
                 allow_redirects=False,
             )
-        except aiohttp.ClientError as failure:  # it has just stopped, or has no connection to spare
+        except aiohttp.ClientError as failure:  # the server has just stopped, or accepts no more connections
             error = NotReady(f"this replica's server does not answer: {type(failure).__name__}", retry_after_seconds=1)
             return Response(
                 error_body(error, request.url.path), status_of(error).http, error_headers(error), "application/json"
@@ -133,7 +135,7 @@ class Replica:
         return response
 
     def _target(self, request: Request) -> URL:
-        """Where the server has what is asked for; the application's route prefix is left out."""
+        """The request's URL at the server, without the application's route prefix."""
         path = request.scope["path"].removeprefix(request.scope["root_path"])
         query = request.url.query
         return URL(f"{self._url.with_path(path)}{query and '?'}{query}", encoded=True)
@@ -151,9 +153,9 @@ class Replica:
 
 
 def _session(config: Config) -> aiohttp.ClientSession:
-    """A client that adds nothing, asks as much at once as there is, and has no limits of time beside the server's."""
+    """A client that adds no headers, sends any number of requests at once, and leaves time limits to the server."""
     return aiohttp.ClientSession(
-        # It is the client that closes an idle connection: a request must not meet one that the server is closing.
+        # Idle connections are closed here, before the server does: a request must not be sent on a closing connection.
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=config.limits.keepalive_seconds / 2),
         timeout=aiohttp.ClientTimeout(total=None),
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -163,17 +165,10 @@ def _session(config: Config) -> aiohttp.ClientSession:
 
 
 async def _parts(answer: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """The body as it comes. When the client is gone, this is left early: the connection closes and the work ends."""
+    """The body as it comes. If the client leaves, the connection is closed, and so the request ends."""
     async with answer:
         async for part in answer.content.iter_any():
             yield part
-
-
-def _read_arguments(arguments: Mapping[str, object]) -> Arguments:
-    given = convert(arguments, Arguments, source="arguments", is_text=True)
-    if given.min_replicas > given.max_replicas:
-        raise ConfigError(f"arguments: min_replicas = {given.min_replicas}: allowed is max_replicas at most")
-    return given
 
 
 def _read_config(source: str | dict[str, Any]) -> Config:
@@ -189,18 +184,18 @@ def _read_config(source: str | dict[str, Any]) -> Config:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """The middlewares that Serve puts into each of its HTTP proxies, where it finds
+    """The middlewares for Serve's HTTP proxies, which Serve installs with the environment variable
     `RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=brlite.ray_serve:proxy_middlewares`.
     """
     return [Middleware(ErrorEnvelope)]
 
 
 class ErrorEnvelope:
-    """An ASGI middleware that gives the errors of Serve's own HTTP proxy brlite's envelope.
+    """An ASGI middleware that gives errors of Serve's own HTTP proxy brlite's JSON format.
 
-    Serve answers in plain text where no replica does (404, 408, 503), not at all where a replica dies before its
-    response, and cuts a stream where it dies later. The middleware sees the responses of all applications of a cluster;
-    it changes plain-text errors and unfinished event streams only.
+    If no replica answers, Serve sends plain text (404, 408, 503). If a replica dies, Serve sends no response or cuts
+    the stream. The middleware sees the responses of all applications of a cluster, and changes only plain-text errors
+    and unfinished event streams.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -216,7 +211,7 @@ class ErrorEnvelope:
 
 
 class _ServeResponse:
-    """One answer on its way to the client."""
+    """The response to one request, on its way to the client."""
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self._scope = scope
@@ -224,22 +219,29 @@ class _ServeResponse:
         self._is_begun = False
         self._is_whole = False
         self._is_stream = False
-        self._unfinished = b""  # of a stream: an event that has not come to its end
-        self._refusal: Message | None = None  # the head of an answer of Serve's own, held until its text is there
+        self._unfinished = b""  # the incomplete event at the end of a stream
+        self._refusal: Message | None = None  # the head of Serve's plain-text error, held until its body is complete
         self._text = b""
 
     async def send(self, message: Message) -> None:
-        """What the application sends."""
+        """Forward a message of the application, but hold plain-text errors and incomplete events."""
         if message["type"] == "http.response.start":
-            await self._begin(message)
+            self._is_begun = True
+            headers = {name.lower(): value for name, value in message["headers"]}
+            kind = headers.get(b"content-type", b"").partition(b";")[0]
+            self._is_stream = kind == b"text/event-stream"
+            if kind == b"text/plain" and message["status"] in (404, 408, 429, 500, 503):
+                self._refusal = message
+            else:
+                await self._send(message)
         elif message["type"] == "http.response.body":
             self._is_whole = not message.get("more_body", False)
-            await self._go_on(message)
+            await self._send_body(message)
         else:
             await self._send(message)
 
     async def end(self) -> None:
-        """The application has returned: answer what it left unanswered, and end a stream that it left open."""
+        """After the application returned: send an error if it sent no response, and end a stream that it left open."""
         if self._is_whole:
             return
         if not self._is_begun:
@@ -250,17 +252,7 @@ class _ServeResponse:
             event = encode_error(UpstreamError(CUT_STREAM))
             await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
-    async def _begin(self, message: Message) -> None:
-        self._is_begun = True
-        headers = {name.lower(): value for name, value in message["headers"]}
-        kind = headers.get(b"content-type", b"").partition(b";")[0]
-        self._is_stream = kind == b"text/event-stream"
-        if kind == b"text/plain" and message["status"] in (404, 408, 429, 500, 503):
-            self._refusal = message
-        else:
-            await self._send(message)
-
-    async def _go_on(self, message: Message) -> None:
+    async def _send_body(self, message: Message) -> None:
         body = message.get("body", b"")
         if self._refusal is not None:
             self._text += body[: MAX_TEXT - len(self._text)]
