@@ -60,7 +60,12 @@ class ReplyParser:
         self._events: list[ReplyEvent] = []
         self._splitter = None
         if marks is not None:
-            self._splitter = ReasoningSplitter(marks, self._reasoning, self._content, begins_inside=begins_inside)
+            self._splitter = ReasoningSplitter(
+                marks,
+                lambda text: self._events.append(ReasoningDelta(text)),
+                self._content,
+                begins_inside=begins_inside,
+            )
 
     @property
     def warnings(self) -> list[str]:
@@ -99,25 +104,18 @@ class ReplyParser:
         elif text:
             self._events.append(TextDelta(text))
 
-    def _reasoning(self, text: str) -> None:
-        self._events.append(ReasoningDelta(text))
-
     def _take(self) -> list[ReplyEvent]:
+        """The events since the last call, with neighbouring pieces of one text joined."""
         events, self._events = self._events, []
-        return _merged(events)
-
-
-def _merged(events: list[ReplyEvent]) -> list[ReplyEvent]:
-    """The events with neighbouring pieces of one text joined."""
-    merged: list[ReplyEvent] = []
-    for event in events:
-        last = merged[-1] if merged else None
-        if isinstance(event, TextDelta) and isinstance(last, TextDelta):
-            merged[-1] = TextDelta(last.text + event.text)
-        elif isinstance(event, ReasoningDelta) and isinstance(last, ReasoningDelta):
-            merged[-1] = ReasoningDelta(last.text + event.text)
-        elif isinstance(event, ToolCallDelta) and isinstance(last, ToolCallDelta) and not (event.id or last.id):
-            merged[-1] = ToolCallDelta(last.index, last.arguments + event.arguments)
-        else:
-            merged.append(event)
-    return merged
+        merged: list[ReplyEvent] = []
+        for event in events:
+            last = merged[-1] if merged else None
+            if isinstance(event, TextDelta) and isinstance(last, TextDelta):
+                merged[-1] = TextDelta(last.text + event.text)
+            elif isinstance(event, ReasoningDelta) and isinstance(last, ReasoningDelta):
+                merged[-1] = ReasoningDelta(last.text + event.text)
+            elif isinstance(event, ToolCallDelta) and isinstance(last, ToolCallDelta) and not (event.id or last.id):
+                merged[-1] = ToolCallDelta(last.index, last.arguments + event.arguments)
+            else:
+                merged.append(event)
+        return merged

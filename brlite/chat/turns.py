@@ -100,7 +100,8 @@ def prepare_turns(turns: Sequence[Turn], extras: TemplateExtras, can: TemplateCa
     if extras.documents and "documents" not in can.variables:
         raise InvalidRequest("documents: the model's chat template does not take documents", param="documents")
     tools = extras.tools
-    if not can.knows_tools and (tools or any(map(_is_of_tools, turns))):
+    uses_tools = any(turn.get("tool_calls") or turn.get("role") in ("tool", "function") for turn in turns)
+    if not can.knows_tools and (tools or uses_tools):
         turns = _tools_in_words(turns, tools, can)
     elif tools and can.tools_in == "system message":
         turns = _with_system(turns, can, tools=[tool["function"] for tool in tools])
@@ -195,10 +196,6 @@ def joined_text(content: str | Sequence[Any] | None) -> str:
             raise template_refusal("a part of a message's content must be a text")
         texts.append(text)
     return "".join(texts)
-
-
-def _is_of_tools(turn: Turn) -> bool:
-    return bool(turn.get("tool_calls")) or turn.get("role") in ("tool", "function")
 
 
 def _tools_in_words(

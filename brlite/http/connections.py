@@ -112,7 +112,8 @@ class Connections:
         for group in self._groups_of.pop(connection, ()):
             group.discard(connection)
             group.num_all -= 1
-        self._forget_address(address)
+        if address and not self._by_address[address].num_all:
+            del self._by_address[address]
         if (self._num_spare or self._num_closed) and len(self._members) < max(1, self._limit // 2):
             logger.warning(
                 "there is room again: %d connections were refused, %d that waited were closed for others",
@@ -159,10 +160,6 @@ class Connections:
         self.discard(oldest)
         oldest.make_room()
         return True
-
-    def _forget_address(self, address: str | None) -> None:
-        if address and not self._by_address[address].num_all:
-            del self._by_address[address]
 
 
 def share_of(peer: str) -> str:

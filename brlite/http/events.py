@@ -39,7 +39,7 @@ class EventStream:
         self._response = web.StreamResponse(headers=_HEADERS)
         self._is_chunked = request.version >= HttpVersion11
         self._comment_seconds = comment_seconds
-        self._comment_text: Callable[[], str] = _keep_alive
+        self._comment_text: Callable[[], str] = lambda: "keep-alive"
         self._loop = asyncio.get_running_loop()
         self._last_write = 0.0
         self._comment_timer: asyncio.TimerHandle | None = None
@@ -137,7 +137,3 @@ class EventStream:
     def _start_comments(self) -> None:
         self.close()
         self._comment_timer = self._loop.call_later(self._comment_seconds, self._comment_if_silent)
-
-
-def _keep_alive() -> str:
-    return "keep-alive"

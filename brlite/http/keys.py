@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aiohttp import hdrs, web
 
-from brlite.config.options import Config, KeyConfig
+from brlite.config.options import Config
 from brlite.errors import ConfigError, Unauthorized
 from brlite.files.text_file import TextError, read_text
 from brlite.http.api_key import ApiKey
@@ -47,7 +47,12 @@ class ApiKeys:
     @classmethod
     def from_config(cls, config: Config) -> ApiKeys:
         """The keys of `[keys]`, its file and its environment variable, and those of `[[key]]`."""
-        named = [(_secret(index, key), ApiKey.from_config(key)) for index, key in enumerate(config.key)]
+        named = []
+        for index, key in enumerate(config.key):
+            secret = key.key or "" if key.env is None else read_secret(key.env)
+            if key.env is not None and not secret:
+                raise ConfigError(f"key[{index}].env: the environment variable {key.env} is not set, or empty")
+            named.append((secret or "", ApiKey.from_config(key)))
         plain, from_env = list(config.keys.keys), read_secret(config.keys.env)
         if (path := config.keys.file) is not None:
             try:
@@ -132,15 +137,6 @@ def shown_api_key(request: web.Request) -> ApiKey | None:
 def spend_tokens(request: web.BaseRequest, prompt_tokens: int, completion_tokens: int) -> None:
     """Count what the request has used under its key."""
     request[API_KEY].spend(time.monotonic(), prompt_tokens, completion_tokens)
-
-
-def _secret(index: int, config: KeyConfig) -> str:
-    if config.env is None:
-        return config.key or ""
-    secret = read_secret(config.env)
-    if not secret:
-        raise ConfigError(f"key[{index}].env: the environment variable {config.env} is not set, or empty")
-    return secret
 
 
 def parse_keys(text: str, source: str) -> tuple[str, ...]:

@@ -72,9 +72,12 @@ class OriginPolicy:
                 "names in server.allowed_hosts.",
                 code="host_not_allowed",
             )
-        if origin is None and fetch_site != "cross-site":
+        is_cross_site = fetch_site == "cross-site"
+        if (origin is None and not is_cross_site) or ANY in self.allowed_origins or origin in self.allowed_origins:
             return None
-        if self._may_ask(host, origin, fetch_site):
+        if fetch_site == "same-origin":
+            return None  # behind a proxy with TLS or another name, only the browser can tell
+        if not is_cross_site and host is not None and origin == f"http://{host.lower().removesuffix(':80')}":
             return None
         whose = "another site" if origin is None else origin[:MAX_SHOWN]
         return Forbidden(
@@ -85,15 +88,6 @@ class OriginPolicy:
     def _lets_in(self, host: str | None, origin: str | None, fetch_site: str | None, is_open: bool) -> bool:
         """Whether there is no `refusal`, which depends on `is_open` too: whether no key is needed."""
         return self.refusal(host, origin, fetch_site) is None
-
-    def _may_ask(self, host: str | None, origin: str | None, fetch_site: str | None) -> bool:
-        if ANY in self.allowed_origins or origin in self.allowed_origins:
-            return True
-        if fetch_site == "same-origin":
-            return True  # behind a proxy with TLS or another name, only the browser can tell
-        return (
-            fetch_site != "cross-site" and host is not None and origin == f"http://{host.lower().removesuffix(':80')}"
-        )
 
 
 @lru_cache(maxsize=64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from html import escape
 from typing import Any
 
@@ -33,8 +33,11 @@ def docs_page(document: Mapping[str, Any]) -> str:
 def _operation(method: str, path: str, operation: Mapping[str, Any], components: Mapping[str, Any]) -> str:
     head = f"<code>{method.upper()} {escape(path)}</code> {escape(operation['summary'])}"
     rows = [(parameter["name"], f"in the {parameter['in']}", "") for parameter in operation["parameters"]]
-    if "requestBody" in operation:
-        rows += _fields(operation["requestBody"]["content"]["application/json"]["schema"], components)
+    if "requestBody" in operation:  # of a body that may be several, the first one's fields
+        schema = operation["requestBody"]["content"]["application/json"]["schema"]
+        name = schema["anyOf"][0]["$ref"] if "anyOf" in schema else schema["$ref"]
+        fields = components[name.rsplit("/", 1)[1]]["properties"]
+        rows += [(field, _kind(described), described.get("description", "")) for field, described in fields.items()]
     if not rows:
         return f"<p>{head}</p>"
     cells = "".join(
@@ -42,13 +45,6 @@ def _operation(method: str, path: str, operation: Mapping[str, Any], components:
         for name, kind, text in rows
     )
     return f"<details><summary>{head}</summary><table>{cells}</table></details>"
-
-
-def _fields(schema: Mapping[str, Any], components: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """The name, the type and the text of each field of a body; of one that may be several, of the first."""
-    name = schema["anyOf"][0]["$ref"] if "anyOf" in schema else schema["$ref"]
-    for field, described in components[name.rsplit("/", 1)[1]]["properties"].items():
-        yield field, _kind(described), described.get("description", "")
 
 
 def _kind(schema: Mapping[str, Any]) -> str:

@@ -65,11 +65,10 @@ async def make_requests(
             warnings += ignored
         token_ids = await encode(prompt, engine, tenant, extras=extras, is_bounded=call.truncation is None)
         if call.truncation is not None:
-            num_kept = _num_kept(call, call.truncation, engine)
-            if len(token_ids) > num_kept:
-                cuts.append(f"a prompt of {len(token_ids)} tokens was cut to {num_kept} by truncate_prompt_tokens")
-                token_ids = token_ids[:num_kept] if call.truncation.keeps_start else token_ids[-num_kept:]
-                text = None  # a cut prompt has no text any more
+            kept = _cut(token_ids, call, call.truncation, engine)
+            if len(kept) < len(token_ids):
+                cuts.append(f"a prompt of {len(token_ids)} tokens was cut to {len(kept)} by truncate_prompt_tokens")
+                token_ids, text = kept, None  # a cut prompt has no text any more
         requests.append(
             Request(
                 request_id=f"{answer_id}-{index}",
@@ -157,12 +156,13 @@ async def encode(
     return prompt.token_ids
 
 
-def _num_kept(call: Generation, truncation: Truncation, engine: EngineLoop) -> int:
-    """How many tokens of a prompt are kept: so many, or what leaves the room that `max_tokens` asks for.
+def _cut(token_ids: list[int], call: Generation, truncation: Truncation, engine: EngineLoop) -> list[int]:
+    """What is kept of a prompt: so many tokens, or what leaves the room that `max_tokens` asks for.
 
     That room is half of the context at most and by default.
     """
-    if truncation.num_tokens is not None:
-        return truncation.num_tokens
     length = context_length(engine.info)
-    return length - min(call.params.max_tokens or length // 2, length // 2)
+    num_kept = truncation.num_tokens
+    if num_kept is None:
+        num_kept = length - min(call.params.max_tokens or length // 2, length // 2)
+    return token_ids[:num_kept] if truncation.keeps_start else token_ids[-num_kept:]

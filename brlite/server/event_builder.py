@@ -88,23 +88,20 @@ class EventBuilder:
         if not self._call.is_echo_only:
             for completion in output.outputs:
                 self._num_completion += len(completion.token_ids)
-                if self._replies is not None:
-                    self._count_reasoning(
-                        prompt_index * self._call.params.n + completion.index, completion.token_ids, self._replies
-                    )
+                if self._replies is None:
+                    continue
+                choice = prompt_index * self._call.params.n + completion.index
+                if choice not in self._counters:
+                    self._counters[choice] = self._replies.token_counter()
+                counter = self._counters[choice]
+                if counter is not None:
+                    for token_id in completion.token_ids:
+                        counter.feed(self._tokenizer.token_bytes(token_id))
 
     def usage(self) -> TokenUsage:
         """The tokens that were used so far."""
         num_reasoning = sum(counter.num_tokens for counter in self._counters.values() if counter is not None)
         return TokenUsage(self._num_prompt, self._num_completion, self._num_cached, num_reasoning)
-
-    def _count_reasoning(self, choice: int, token_ids: Sequence[int], replies: ChatReplies) -> None:
-        if choice not in self._counters:
-            self._counters[choice] = replies.token_counter()
-        counter = self._counters[choice]
-        if counter is not None:
-            for token_id in token_ids:
-                counter.feed(self._tokenizer.token_bytes(token_id))
 
     def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
         """The events of a response that is not streamed, one a choice unless the call `keeps_order`, and warnings."""

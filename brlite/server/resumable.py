@@ -45,17 +45,14 @@ class RecordedStream:
         self._events += new
         self._num_bytes += sum(map(len, new))
         if self._num_bytes > self._max_bytes:
-            self._forget_oldest()
+            num_events = 0
+            while self._num_bytes > self._max_bytes // 2:
+                self._num_bytes -= len(self._events[num_events])
+                num_events += 1
+            del self._events[:num_events]
+            self._num_forgotten += num_events
         self._notify()
         return True
-
-    def _forget_oldest(self) -> None:
-        num_events = 0
-        while self._num_bytes > self._max_bytes // 2:
-            self._num_bytes -= len(self._events[num_events])
-            num_events += 1
-        del self._events[:num_events]
-        self._num_forgotten += num_events
 
     @contextmanager
     def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
