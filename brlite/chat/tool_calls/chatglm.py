@@ -24,7 +24,7 @@ class ChatGlmParser(ToolCallParser):
     def grammar(cls, tool: Tool) -> CallGrammar:
         return CallGrammar(trigger="", begin=f"{tool.name}\n", end="", separator=MARK, is_leading=True)
 
-    def _parse(self) -> Step[None]:
+    def read_reply(self) -> Step[None]:
         yield from self._call(self._named(), self._source.at, is_marked=False)
         while (yield from self._source.until((MARK,), self._content)):
             yield from self._call(self._named(), self._source.at - len(MARK), is_marked=False)

@@ -20,6 +20,7 @@ class DeepSeekParser(ToolCallParser):
 
     name = "deepseek"
     marks = (CALLS, CALLS_END, CALL, SEPARATOR, CALL_END)
+    call_mark = CALLS
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar:
@@ -27,11 +28,7 @@ class DeepSeekParser(ToolCallParser):
         end = f"\n{FENCE}{CALL_END}"
         return CallGrammar(trigger=CALLS, opening=CALLS, begin=begin, end=end, separator="\n", closing=CALLS_END)
 
-    def _parse(self) -> Step[None]:
-        while (yield from self._source.until((CALLS,), self._content)):
-            yield from self._call(self._calls(), self._source.at - len(CALLS))
-
-    def _calls(self) -> Step[None]:
+    def read_calls(self) -> Step[None]:
         source = self._source
         yield from source.spaces()
         yield from source.expect(CALL)

@@ -17,17 +17,14 @@ class Glm4MoeParser(ToolCallParser):
 
     name = "glm4_moe"
     marks = (BEGIN, END, KEY, KEY_END, VALUE, VALUE_END)
+    call_mark = BEGIN
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar:
         parameters = {"begin": f"{KEY}{{}}{KEY_END}\n{VALUE}", "end": f"{VALUE_END}\n", "has_plain_strings": True}
         return CallGrammar(trigger=BEGIN, begin=f"{BEGIN}{tool.name}\n", end=END, separator="\n", parameters=parameters)
 
-    def _parse(self) -> Step[None]:
-        while (yield from self._source.until((BEGIN,), self._content)):
-            yield from self._call(self._tagged(), self._source.at - len(BEGIN))
-
-    def _tagged(self) -> Step[None]:
+    def read_calls(self) -> Step[None]:
         source = self._source
         name, mark = yield from source.text_until(KEY, END)
         name = name.strip()

@@ -28,7 +28,7 @@ class HarmonyParser(ToolCallParser):
         begin = f"{CHANNEL}commentary to={RECIPIENT}{tool.name} {CONSTRAIN}json{MESSAGE}"
         return CallGrammar(trigger=CHANNEL, begin=begin, end="", is_single=True)  # `<|call|>` ends a reply
 
-    def _parse(self) -> Step[None]:
+    def read_reply(self) -> Step[None]:
         source = self._source
         while True:
             self._start = self._passed_on = source.at  # keeps the header's text, which is content if it has no end
@@ -49,7 +49,8 @@ class HarmonyParser(ToolCallParser):
             yield from self._call(self._arguments_of(recipient.removeprefix(RECIPIENT)), start)
         ):
             return
-        emit = self._reasoning if channel == "analysis" else self._content
+        is_reasoning = channel == "analysis"
+        emit = (lambda text: self._events.append(ReasoningDelta(text))) if is_reasoning else self._content
         yield from self._source.until((*ENDS, START), emit)
 
     def _arguments_of(self, name: str) -> Step[None]:
@@ -60,6 +61,3 @@ class HarmonyParser(ToolCallParser):
         yield from self._source.spaces()
         if not (yield from self._source.take(*ENDS)) and (yield from self._source.peek()):
             raise BrokenCall(f"{ENDS[1]!r} is missing")
-
-    def _reasoning(self, text: str) -> None:
-        self._events.append(ReasoningDelta(text))

@@ -16,17 +16,14 @@ class HermesParser(ToolCallParser):
 
     name = "hermes"
     marks = (BEGIN, END)
+    call_mark = BEGIN
 
     @classmethod
     def grammar(cls, tool: Tool) -> CallGrammar:
         begin = f'{BEGIN}\n{{"name": {json.dumps(tool.name)}, "arguments": '
         return CallGrammar(trigger=BEGIN, begin=begin, end=f"}}\n{END}", separator="\n")
 
-    def _parse(self) -> Step[None]:
-        while (yield from self._source.until((BEGIN,), self._content)):
-            yield from self._call(self._tagged(), self._source.at - len(BEGIN))
-
-    def _tagged(self) -> Step[None]:
+    def read_calls(self) -> Step[None]:
         yield from self._source.spaces()
         yield from self._json_call()
         yield from self._source.spaces()

@@ -25,7 +25,7 @@ class Llama3JsonParser(ToolCallParser):
         begin = f'{{"name": {json.dumps(tool.name)}, "parameters": '
         return CallGrammar(trigger=TAG, begin=begin, end="}", separator="; ", is_leading=True)
 
-    def _parse(self) -> Step[None]:
+    def read_reply(self) -> Step[None]:
         source = self._source
         start = source.at
         yield from self._call(self._leading_calls(), start, is_marked=False)

@@ -16,6 +16,7 @@ class MistralParser(ToolCallParser):
 
     name = "mistral"
     marks = (MARK, ARGS, CALL_ID)
+    call_mark = MARK
     has_short_ids = True
 
     @classmethod
@@ -23,11 +24,7 @@ class MistralParser(ToolCallParser):
         begin = f'{{"name": {json.dumps(tool.name)}, "arguments": '
         return CallGrammar(trigger=MARK, opening=f"{MARK}[", begin=begin, end="}", separator=", ", closing="]")
 
-    def _parse(self) -> Step[None]:
-        while (yield from self._source.until((MARK,), self._content)):
-            yield from self._call(self._calls(), self._source.at - len(MARK))
-
-    def _calls(self) -> Step[None]:
+    def read_calls(self) -> Step[None]:
         source = self._source
         yield from source.spaces()
         if (yield from source.take("[")):

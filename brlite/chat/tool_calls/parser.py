@@ -7,7 +7,7 @@ text is no call after all; the text is then passed on as content.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import msgspec
@@ -47,6 +47,7 @@ class ToolCallParser:
     name: ClassVar[str]
     # Texts that mark calls. Where one is a special token of the vocabulary, it must not be left out of the text.
     marks: ClassVar[tuple[str, ...]] = ()
+    call_mark: ClassVar[str]  # what calls stand behind, for a format without a `read_reply` of its own
     has_short_ids: ClassVar[bool] = False
 
     def __init__(self, tools: Sequence[Tool], *, max_calls: int = 2**31, streams_arguments: bool = False) -> None:
@@ -67,7 +68,7 @@ class ToolCallParser:
         self._passed_on = 0  # the place up to which its text went out
         self._call_events: list[ReplyEvent] = []
         self._text: list[str] = []  # its arguments
-        self._parsing = self._parse()
+        self._parsing = self.read_reply()
         next(self._parsing, None)
 
     @classmethod
@@ -94,8 +95,13 @@ class ToolCallParser:
             events.append(TextDelta(self._spaces))
         return events
 
-    def _parse(self) -> Generator[None, None, None]:
-        """Read the whole reply."""
+    def read_reply(self) -> Step[None]:
+        """Read the whole reply: text, and behind each `call_mark` calls."""
+        while (yield from self._source.until((self.call_mark,), self._content)):
+            yield from self._call(self.read_calls(), self._source.at - len(self.call_mark))
+
+    def read_calls(self) -> Step[None]:
+        """Read the calls behind a mark."""
         raise NotImplementedError
 
     def _advance(self) -> list[ReplyEvent]:

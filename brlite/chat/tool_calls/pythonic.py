@@ -45,7 +45,7 @@ class PythonicParser(ToolCallParser):
             parameters=parameters,
         )
 
-    def _parse(self) -> Step[None]:
+    def read_reply(self) -> Step[None]:
         source = self._source
         yield from self._call(self._leading_list(), source.at, is_marked=False)
         while (yield from source.until((START,), self._content)):

@@ -30,7 +30,7 @@ class Qwen3CoderParser(ToolCallParser):
             parameters=parameters,
         )
 
-    def _parse(self) -> Step[None]:
+    def read_reply(self) -> Step[None]:
         # Some models leave BEGIN out. A grammar that constrains calls takes such text for no call.
         marks = (BEGIN,) if self._streams_arguments else (BEGIN, FUNCTION)
         while mark := (yield from self._source.until(marks, self._content)):
