@@ -200,13 +200,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
     tools: tuple[Tool, ...] = ()
     tool_choice = NO_TOOLS
     if body.tools or body.functions or body.tool_choice is not None or body.function_call is not None:
-        tool_fields = ToolFields(
-            tools=body.tools,
-            tool_choice=body.tool_choice,
-            parallel_tool_calls=body.parallel_tool_calls,
-            functions=body.functions,
-            function_call=body.function_call,
-        )
+        tool_fields = ToolFields(**{name: getattr(body, name) for name in ToolFields.__struct_fields__})
         tools, tool_choice = decode_tools(tool_fields, limits, len(data))
     chat = read_chat(
         body.messages,
