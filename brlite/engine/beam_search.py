@@ -1,8 +1,8 @@
-"""Beam search: of all continuations of some beams the most probable ones go on; of those that end, the best are kept.
+"""Beam search: a step extends all beams, keeps the most probable ones as beams, and those that end as answers.
 
-Equal to `generate(num_beams=...)` of transformers without sampling (Hugging Face, `_beam_search`), by the log
-probabilities that a step reports. vLLM 0.4 differs in one point: it counts the prompt's tokens in an answer's length.
-It knows no blocks and no batches: beams go by the ids of the sequences that compute them.
+The definition is that of transformers' `generate(num_beams=...)` without sampling (`_beam_search`). vLLM 0.4 differs in
+details; it counts the prompt's tokens in an answer's length. Log probabilities come from the steps' results. The search
+does not know blocks or batches: a beam is named by the id of the sequence that computes it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Hypothesis(NamedTuple):
     """The answer of a beam so far, or one that has ended. `logprob` is the sum of its tokens'."""
 
     detokenizer: Detokenizer
-    token_ids: list[int] = []  # noqa: RUF012  # never changed
+    token_ids: tuple[int, ...] = ()
     logprob: float = 0.0
-    entries: list[TokenLogprob] = []  # noqa: RUF012
+    entries: tuple[TokenLogprob, ...] = ()
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
@@ -41,12 +41,12 @@ class Continuation(NamedTuple):
 
 
 class BeamSearch:
-    """The search of one request: `go_on`, then for each beam `take`; when the step `is_complete`, `advance`.
+    """The search of one request. Each step: `go_on` with the beams, `take` for each of them, `advance`.
 
-    A candidate that ends counts only if it is among the best `width` of a step. The search is over when no beam is
-    left, or with `width` answers: at once if `early_stopping` is true, else when the score of the best beam is not
-    above the lowest of theirs. Its score is the one that it has now, or with "never" and a penalty above 0 the one that
-    it would have if it ended at `max_tokens` with no further loss.
+    An answer's score is its logprob divided by its length to the power `length_penalty`. A continuation that ends is an
+    answer only if it is among the best `width` of its step. The search is over when no beam is left. It is also over
+    when there are `width` answers and `early_stopping` is true, or the best beam's score is not above theirs. That
+    score is taken at the beam's length; with "never" and a penalty above 0, at `max_tokens`.
     """
 
     def __init__(
@@ -131,8 +131,8 @@ class BeamSearch:
         return CompletionOutput(
             index=index,
             text=hypothesis.text,
-            token_ids=hypothesis.token_ids,
-            logprobs=None if self._params.logprobs is None else hypothesis.entries,
+            token_ids=list(hypothesis.token_ids),
+            logprobs=None if self._params.logprobs is None else list(hypothesis.entries),
             finish_reason=hypothesis.finish_reason,
             stop_reason=hypothesis.stop_reason,
         )
@@ -144,10 +144,10 @@ class BeamSearch:
         entries = beam.entries
         if self._params.logprobs is not None:
             top = self._drawn[seq_id].top[: self._params.logprobs]
-            entries = [*entries, TokenLogprob(token_id, logprob, top)]
+            entries = (*entries, TokenLogprob(token_id, logprob, top))
         return Hypothesis(
             detokenizer,
-            [*beam.token_ids, token_id],
+            (*beam.token_ids, token_id),
             beam.logprob + logprob,
             entries,
             beam.text + text,

@@ -441,11 +441,11 @@ class Engine:
         state.request = msgspec.structs.replace(state.request, params=params)
 
     def _advance_search(self, state: RequestState, search: BeamSearch, now: float) -> None:
-        """Continue a request's beams where all of them have their next tokens.
+        """Continue a request's beams once the best tokens after each of them are known.
 
-        Until then those that have them give up place and blocks: beams of two requests must not wait for each other.
-        Of the beams of one parent the first goes on in its sequence. The others get new ones, which find its full
-        blocks in the prefix cache.
+        Until then, beams whose tokens are known give up place and blocks: two searches must not wait for each other.
+        The first continuation of a beam stays in its sequence. The others get new sequences, which find the full blocks
+        in the prefix cache.
         """
         if not search.is_complete:
             for seq in state.sequences:
