@@ -43,8 +43,10 @@ LIMIT_NAMES = {
     "fp32": "float32 multiply-adds, G/s",
     "int16": "int16 multiply-adds, G/s",
     "bf16": "bfloat16 multiply-adds, G/s",
+    "int8": "int8 multiply-adds, G/s",
 }
-MULTIPLIES = {"bf16": "bf16"}  # by precision; int8 weights are multiplied as int16
+# By precision; for all others activations are int16.
+MULTIPLIES = {"bf16": "bf16", "a_int8_w_int8": "int8", "a_int8_w_int4": "int8"}
 SHORT = {"seconds": 0.1, "rows": [1, 4], "contexts": [64], "prefill": [16], "rounds": 1}
 
 Limits = Mapping[str, Mapping[int, float]]

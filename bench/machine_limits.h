@@ -33,6 +33,7 @@ enum MeasuredKind {
     MEASURE_FP32,   // multiply-adds of float32
     MEASURE_INT16,  // multiply-adds of int16 into int32: what int8 weights times int16 activations take
     MEASURE_BF16,   // multiply-adds of bfloat16 into float32
+    MEASURE_INT8,   // multiply-adds of int8 into int32; without VNNI those of int16
     NUM_MEASURED_KINDS,
 };
 
@@ -264,6 +265,12 @@ BRLITE_MULTIPLIER(pairs_bf16_avx512, BRLITE_TARGET("avx512f,avx512bw,avx512bf16"
                   _mm512_set1_epi16(0x3e80), BRLITE_ADD)
 #undef BRLITE_ADD
 
+#define BRLITE_ADD(sum) sum = _mm512_dpbusd_epi32(sum, a, b);
+BRLITE_MULTIPLIER(quads_int8_vnni, BRLITE_TARGET("avx512f,avx512bw,avx512vnni"), __m512i, _mm512_set1_epi8(3),
+                  _mm512_set1_epi8(5), BRLITE_ADD)
+#undef BRLITE_ADD
+
+inline double multiply_int8_vnni() { return 4 * quads_int8_vnni(); }
 BRLITE_PAIRS(pairs_int16_avx2, multiply_int16_avx2)
 BRLITE_PAIRS(pairs_int16_avx512, multiply_int16_avx512)
 BRLITE_PAIRS(pairs_int16_vnni, multiply_int16_vnni)
@@ -281,6 +288,7 @@ BRLITE_PAIRS(pairs_bf16_avx512, multiply_bf16_avx512)
 
 // The fastest way of this processor. Without an instruction for bfloat16 its numbers are widened to float32.
 inline Multiplier best_multiplier(int kind) {
+    const bool is_integer = kind == MEASURE_INT16 || kind == MEASURE_INT8;
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool is_wide =
@@ -288,13 +296,14 @@ inline Multiplier best_multiplier(int kind) {
     const bool has_vnni = is_measured("avx512_vnni") && __builtin_cpu_supports("avx512vnni");
     const bool has_bf16 = is_measured("avx512_bf16") && __builtin_cpu_supports("avx512bf16");
     const bool has_avx2 = is_measured("avx2") && __builtin_cpu_supports("avx2");
-    if (kind == MEASURE_INT16 && is_wide) return has_vnni ? multiply_int16_vnni : multiply_int16_avx512;
-    if (kind == MEASURE_INT16 && has_avx2) return multiply_int16_avx2;
+    if (kind == MEASURE_INT8 && is_wide && has_vnni) return multiply_int8_vnni;
+    if (is_integer && is_wide) return has_vnni ? multiply_int16_vnni : multiply_int16_avx512;
+    if (is_integer && has_avx2) return multiply_int16_avx2;
     if (kind == MEASURE_BF16 && is_wide && has_bf16) return multiply_bf16_avx512;
-    if (kind != MEASURE_INT16 && is_wide) return multiply_fp32_avx512;
-    if (kind != MEASURE_INT16 && has_avx2 && __builtin_cpu_supports("fma")) return multiply_fp32_avx2;
+    if (!is_integer && is_wide) return multiply_fp32_avx512;
+    if (!is_integer && has_avx2 && __builtin_cpu_supports("fma")) return multiply_fp32_avx2;
 #endif
-    return kind == MEASURE_INT16 ? multiply_int16_generic : multiply_fp32_generic;
+    return is_integer ? multiply_int16_generic : multiply_fp32_generic;
 }
 
 }  // namespace limits

@@ -24,7 +24,7 @@ extern "C" double brlite_measure(int kind, int threads, double seconds) {
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-pthread")
 COMPILE_SECONDS = 120
 # As `MeasuredKind` numbers them.
-KINDS = ("read", "fp32", "int16", "bf16")
+KINDS = ("read", "fp32", "int16", "bf16", "int8")
 
 Measure = Callable[[str, int, float], float]
 

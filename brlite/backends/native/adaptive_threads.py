@@ -51,10 +51,8 @@ class AdaptiveThreads:
                 # Half as many can be faster only if fewer than half are computing. Otherwise try more.
                 half, more = self.num_settled // 2, min(self._most, 2 * self.num_settled)
                 self.num_threads = half if average < half else more
-        else:
-            self._judge_trial(average)
-
-    def _judge_trial(self, average: float) -> None:
+            return
+        # The end of a trial.
         is_more = self.num_threads > self.num_settled
         is_better = average > self._best_average * (GAIN if is_more else 1.0)
         if not is_better and not is_more and average < self.num_threads // 2:

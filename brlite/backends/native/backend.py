@@ -40,7 +40,6 @@ from brlite.engine.backend import (
 )
 from brlite.engine.outputs import TokenLogprob
 from brlite.errors import ConfigError, EngineError, RankGone
-from brlite.models.config import ModelConfig
 from brlite.models.rope_tables import inverse_frequencies
 from brlite.models.shards import shard_config
 from brlite.process.machine import describe_cpu
@@ -129,9 +128,8 @@ class NativeBackend:
             draws = self._draws.lay_out(drawings, targets)
             self._run(rows, draws.num_draws, draws.draws_address, draws.drawn_address, poolings=poolings)
             num_threads = self._num_threads
-            if (
-                self._threads is not None and batch.masks is None
-            ):  # waiting for a mask would count as threads without cores
+            # Waiting for a mask would count as threads without cores.
+            if self._threads is not None and batch.masks is None:
                 self._library.brlite_last_time(self._engine, ctypes.addressof(self._last_time))
                 self._threads.observe(*self._last_time)
                 self._num_threads = self._threads.num_threads
@@ -291,7 +289,12 @@ def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cach
     block_size = cache.pages_per_block * LANES
     is_raised = block_size != engine.block_size
     note = f"engine.block_size {engine.block_size} is raised to {block_size}: pages hold {LANES} tokens"
-    kernel_version = native.functions.brlite_kernel_version()
+    # Backends with equal fingerprints give equal bits on any machine and instruction set. So it is of all that results
+    # depend on; dynamic rope scaling depends on the context length.
+    content = f"{loaded.content_hash} {plan.precision_name} {native.functions.brlite_kernel_version()}"
+    fingerprint = hashlib.blake2b(content.encode(), digest_size=8)
+    fingerprint.update(msgspec.json.encode(config))
+    fingerprint.update(inverse_frequencies(config.rope, spec.build_seq).tobytes())
     return BackendInfo(
         name="native",
         device=f"cpu ({describe_cpu()}, {native.isa_name})",
@@ -312,17 +315,6 @@ def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cach
         matryoshka_dimensions=spec.matryoshka_dimensions,
         can_generate=plan.model.has_head,
         is_batch_invariant=True,
-        fingerprint=_fingerprint(f"{loaded.content_hash} {plan.precision_name}", config, spec, kernel_version),
+        fingerprint=fingerprint.hexdigest(),
         notes=(note,) if is_raised else (),
     )
-
-
-def _fingerprint(content: str, config: ModelConfig, spec: ModelSpec, kernel_version: int) -> str:
-    """Backends with equal fingerprints give equal bits, on any machine and instruction set.
-
-    Hashes the weights and everything else that results depend on; dynamic rope scaling depends on the context length.
-    """
-    digest = hashlib.blake2b(f"{content} {kernel_version}".encode(), digest_size=8)
-    digest.update(msgspec.json.encode(config))
-    digest.update(inverse_frequencies(config.rope, spec.build_seq).tobytes())
-    return digest.hexdigest()

@@ -91,22 +91,17 @@ def build_library(
         target.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         sweep(target.parent, BUILD_PREFIX)
         with temporary_folder(target.parent, BUILD_PREFIX) as staging:
-            library = _compile_and_link(compiler, sources, staging, started + seconds)
+            units = sorted(sources.glob("*.cpp"), key=lambda path: (path.name != SLOWEST, path.name))
+            objects = [str(staging / f"{unit.stem}.o") for unit in units]
+            library = staging / "library.so"
+            command = [*compiler, *FLAGS, f'-DBRLITE_FINGERPRINT="{fingerprint(sources)}"']
+            compiling = ([*command, "-c", str(unit), "-o", to] for unit, to in zip(units, objects, strict=True))
+            _run_all(compiling, staging, started + seconds)
+            _run_all([[*compiler, *LINK_FLAGS, "-o", str(library), *objects]], staging, started + seconds)
             library.replace(target)
     except OSError as error:
         raise NativeUnavailable(f"the native library cannot be built: {error}") from error
     logger.info("the native kernels were compiled in %.0f s", time.monotonic() - started)
-
-
-def _compile_and_link(compiler: Sequence[str], sources: Path, staging: Path, deadline: float) -> Path:
-    units = sorted(sources.glob("*.cpp"), key=lambda path: (path.name != SLOWEST, path.name))
-    objects = [str(staging / f"{unit.stem}.o") for unit in units]
-    library = staging / "library.so"
-    flags = (*FLAGS, f'-DBRLITE_FINGERPRINT="{fingerprint(sources)}"')
-    compiling = ([*compiler, *flags, "-c", str(unit), "-o", to] for unit, to in zip(units, objects, strict=True))
-    _run_all(compiling, staging, deadline)
-    _run_all([[*compiler, *LINK_FLAGS, "-o", str(library), *objects]], staging, deadline)
-    return library
 
 
 class _Process(NamedTuple):

@@ -56,7 +56,11 @@ class NativeDraws:
         kept = self._kept
         every_params = [drawing.sampling.params for drawing in drawings]
         settings = [kept.get(id(params)) or self._keep(params) for params in every_params]
-        packed = b"".join([entry.packed for entry in settings] + [self._pack_target(target) for target in targets])
+        packed_targets = [
+            bytes(abi.Draw(target=target.token_id, num_logprobs=min(target.num_top, self._vocab_size)))
+            for target in targets
+        ]
+        packed = b"".join([entry.packed for entry in settings] + packed_targets)
         return StepDraws(bytearray(packed), drawings, targets, settings)
 
     def _keep(self, params: SamplingParams) -> _Settings:
@@ -64,9 +68,6 @@ class NativeDraws:
             self._kept.clear()
         entry = self._kept[id(params)] = _Settings.of(params, self._vocab_size)
         return entry
-
-    def _pack_target(self, target: DrawTarget) -> bytes:
-        return bytes(abi.Draw(target=target.token_id, num_logprobs=min(target.num_top, self._vocab_size)))
 
 
 class StepDraws:
@@ -90,7 +91,13 @@ class StepDraws:
             for entry, drawing in zip(settings, drawings, strict=True)
         ]
         self._point_to_edits(packed)
-        self._make_room_for_top()
+        num_top = int(self._draws["num_logprobs"].max())
+        if num_top > 0:
+            shape = len(self._draws), num_top
+            self._top_ids, self._top_logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+            offsets = np.arange(len(self._draws), dtype=np.uint64) * np.uint64(num_top * _INT32_BYTES)
+            self._drawn["top_ids"] = offsets + np.uint64(self._top_ids.ctypes.data)
+            self._drawn["top_logprobs"] = offsets + np.uint64(self._top_logprobs.ctypes.data)
 
     @property
     def num_draws(self) -> int:
@@ -145,16 +152,6 @@ class StepDraws:
                 draw.num_counted = len(sampling.counted_token_ids) // _INT32_BYTES
                 draw.counted_ids = _address(sampling.counted_token_ids)
                 draw.output_counts = _address(sampling.output_counts)
-
-    def _make_room_for_top(self) -> None:
-        num_top = int(self._draws["num_logprobs"].max())
-        if num_top <= 0:
-            return
-        shape = len(self._draws), num_top
-        self._top_ids, self._top_logprobs = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-        offsets = np.arange(len(self._draws), dtype=np.uint64) * np.uint64(num_top * _INT32_BYTES)
-        self._drawn["top_ids"] = offsets + np.uint64(self._top_ids.ctypes.data)
-        self._drawn["top_logprobs"] = offsets + np.uint64(self._top_logprobs.ctypes.data)
 
 
 class _Settings(NamedTuple):

@@ -67,9 +67,15 @@ def packed_layout(
 
     With tied embeddings `embedding` is stored as panels, used for both look-up and head.
     """
+    # A layer's norms come before the rest of that layer.
+    first: dict[tuple[str, ...], int] = {}  # position of each layer's first parameter
+    keys = {}
+    for position, name in enumerate(parameters):
+        layer = first.setdefault(tuple(name.split(".")[:2]), position)
+        keys[name] = layer, FIRST_IN_LAYER.get(name.rpartition(".")[2], len(FIRST_IN_LAYER)), position
     found: list[tuple[str, PackedTensor]] = []
     vector_bytes = {size: 4 * padded(size) for size in {parameter.shape[-1] for parameter in parameters.values()}}
-    for name in _in_file_order(parameters):
+    for name in sorted(parameters, key=keys.__getitem__):
         shape, is_rounded = parameters[name].shape, parameters[name].precision == "bfloat16"
         num_outputs, num_inputs = shape if len(shape) == 2 else (1, shape[0])
         if len(shape) == 1:
@@ -87,16 +93,6 @@ def packed_layout(
     for (name, tensor), begin in zip(found, [0, *ends], strict=False):
         tensors[name] = (*tensors.get(name, ()), replace(tensor, offset=begin))
     return Layout(tensors, ends[-1])
-
-
-def _in_file_order(parameters: Mapping[str, Parameter]) -> list[str]:
-    """The names, a layer's norms before the rest of that layer."""
-    first: dict[tuple[str, ...], int] = {}  # position of each layer's first parameter
-    keys = {}
-    for position, name in enumerate(parameters):
-        layer = first.setdefault(tuple(name.split(".")[:2]), position)
-        keys[name] = layer, FIRST_IN_LAYER.get(name.rpartition(".")[2], len(FIRST_IN_LAYER)), position
-    return sorted(parameters, key=keys.__getitem__)
 
 
 def padded(size: int) -> int:

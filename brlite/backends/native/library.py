@@ -51,7 +51,16 @@ def load_library(
     library = find_library(cache, installed=installed)
     if library is None:
         sources = fingerprint()
-        library = _built(_kept(cache, sources), sources, build)
+        path = _kept(cache, sources)
+        try:
+            with ExitStack() as opened:
+                if path.parent.is_dir() and why_untrusted(path.parent):
+                    path = Path(opened.enter_context(TemporaryDirectory(prefix="brlite-"))) / path.name
+                    logger.warning("the native kernels are compiled for this start only: others can write to the cache")
+                build(path)
+                library = _checked(path, sources)
+        except OSError as error:
+            raise NativeUnavailable(f"the native library was compiled, but cannot be loaded: {error}") from error
     logger.info("native kernels: %s, %s", library.path, library.isa_name)
     return library
 
@@ -72,19 +81,6 @@ def find_library(cache: Path | None = None, *, installed: Path = HERE) -> Native
             except OSError as error:
                 logger.info("native library %s is not used: %s", path, error)
     return None
-
-
-def _built(path: Path, sources: str, build: Callable[[Path], None]) -> NativeLibrary:
-    """Compile into the cache. If other users can write there, into a temporary folder for this load only."""
-    try:
-        with ExitStack() as opened:
-            if path.parent.is_dir() and why_untrusted(path.parent):
-                path = Path(opened.enter_context(TemporaryDirectory(prefix="brlite-"))) / path.name
-                logger.warning("the native kernels are compiled for this start only: others can write to the cache")
-            build(path)
-            return _checked(path, sources)
-    except OSError as error:
-        raise NativeUnavailable(f"the native library was compiled, but cannot be loaded: {error}") from error
 
 
 def best_isa(functions: ctypes.CDLL, wanted: str = "") -> int:

@@ -54,9 +54,8 @@ def load_weights(library: ctypes.CDLL, plan: LoadPlan) -> LoadedWeights:
             return LoadedWeights(PackedWeights(layout, mapped), _content_hash(mapped.checksums))
     memory = NativeMemory(library, layout.num_bytes, "the weights")
     try:
-        with PackingThreads(
-            plan.num_threads
-        ) as pool:  # its threads end before the memory that they write to is released
+        # Its threads end before the memory that they write to is released.
+        with PackingThreads(plan.num_threads) as pool:
             packer = Packer(library, layout, memory, pool)
             for target, tensor in placing(plan):
                 packer.put(target, tensor)

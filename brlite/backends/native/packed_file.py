@@ -97,7 +97,12 @@ class MappedPackedFile:
                 raise PackedFileError(f"it {described}", is_ours=False)
             with path.open("rb") as file:
                 manifest, start = _read_manifest(file.read(MAX_MANIFEST_BYTES))
-                _check(manifest, key, os.fstat(file.fileno()).st_size - start)
+                for name in PackedFileKey.__struct_fields__:
+                    found, wanted = getattr(manifest.key, name), getattr(key, name)
+                    if found != wanted:
+                        raise PackedFileError(f"its {name} is {found}, not {wanted}", is_ours=True)
+                if (num_bytes := os.fstat(file.fileno()).st_size - start) != key.num_bytes:
+                    raise PackedFileError(f"it holds {num_bytes} bytes of weights, not {key.num_bytes}", is_ours=True)
                 self._mapping = mmap.mmap(file.fileno(), key.num_bytes, access=mmap.ACCESS_READ, offset=start)
         except FileNotFoundError:
             raise
@@ -168,15 +173,6 @@ def _read_manifest(head: bytes) -> tuple[PackedManifest, int]:
     except msgspec.ValidationError as error:
         raise PackedFileError(f"its manifest is of another version: {error}", is_ours=True) from error
     return manifest, aligned(end + DIGEST_BYTES)
-
-
-def _check(manifest: PackedManifest, key: PackedFileKey, num_bytes: int) -> None:
-    for name in PackedFileKey.__struct_fields__:
-        found, wanted = getattr(manifest.key, name), getattr(key, name)
-        if found != wanted:
-            raise PackedFileError(f"its {name} is {found}, not {wanted}", is_ours=True)
-    if num_bytes != key.num_bytes:
-        raise PackedFileError(f"it holds {num_bytes} bytes of weights, not {key.num_bytes}", is_ours=True)
 
 
 def _digest(data: bytes) -> bytes:

@@ -57,8 +57,7 @@ INLINE void add_quad(__m512i& sum, __m512i quad, const GroupedRow* row) {  // as
                  : [quad] "v"(quad), [row] "m"(*(const int32_t (*)[1])row));
 }
 
-// sums[row] = the sums of a group: of activations times codes, for INT4 times (code - 8). `groups` and `rows` are those
-// of the first row.
+// sums[row] = the sums of a group: of activations times codes. `groups` and `rows` are those of the first row.
 template <int FORMAT, int ROWS>
 INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup* groups,
                       long row_size) {
@@ -66,8 +65,7 @@ INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedR
     __m512i parts[SUMS][ROWS];
     UNROLLED for (int r = 0; r < ROWS; r++) {
         const ActivationGroup& of_row = groups[r * row_size / BRLITE_GROUP];
-        const int32_t start = has_offsets(FORMAT) ? 0 : is_int4(FORMAT) ? of_row.minus_8_sums : of_row.minus_128_sums;
-        parts[0][r] = _mm512_set1_epi32(start);
+        parts[0][r] = is_int4(FORMAT) ? _mm512_setzero_si512() : _mm512_set1_epi32(of_row.minus_128_sums);
         UNROLLED for (int i = 1; i < SUMS; i++) parts[i][r] = _mm512_setzero_si512();
     }
     UNROLLED for (int i = 0; i < BRLITE_GROUP / 8; i++) {
@@ -95,15 +93,12 @@ INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
 }
 
 template <int FORMAT, int ROWS>
-INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup* groups,
+INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup*,
                       long row_size) {
     constexpr int SUMS = sums_of_row(FORMAT, ROWS);
     Int8::Sum parts[SUMS][ROWS][1];
     sum_integers<FORMAT>(parts, group, rows, row_size);
-    UNROLLED for (int r = 0; r < ROWS; r++) {
-        sums[r] = Int8::floats(parts[0][r][0]);
-        if (FORMAT == BRLITE_INT4) sums[r] = sums[r] + (float)groups[r * row_size / BRLITE_GROUP].minus_8_sums;
-    }
+    UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = Int8::floats(parts[0][r][0]);
 }
 
 #endif

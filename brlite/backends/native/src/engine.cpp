@@ -143,10 +143,9 @@ void Engine::allocate(int num_threads) {
     step_.plan = &plan_;
     step_.num_threads = num_threads;
     step_.activations = {take(max_rows * width * element), (float*)take(max_rows * sizeof(float)), (long)width,
-                         (float*)take(max_rows * width / BRLITE_GROUP * sizeof(float)),
                          (ActivationGroup*)take(max_rows * width / BRLITE_GROUP * sizeof(ActivationGroup))};
     step_.queries = {take(num_queries * head_size(a) * element), (float*)take(num_queries * sizeof(float)),
-                     head_size(a), nullptr, nullptr};
+                     head_size(a), nullptr};
     const int max_chunks = (a.max_positions + CHUNK - 1) / CHUNK;
     const size_t num_partials = (size_t)MAX_SPLIT_ROWS * a.num_heads * max_chunks;
     step_.partial = {(float*)take(num_partials * head_size(a) * sizeof(float)),
@@ -156,7 +155,6 @@ void Engine::allocate(int num_threads) {
         scratch_.push_back(
             {(float*)take(width * sizeof(float)),
              {take(MAX_OWN_NUMBERS * element), (float*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(float)), 0,
-              (float*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(float)),
               (ActivationGroup*)take(MAX_OWN_NUMBERS / BRLITE_GROUP * sizeof(ActivationGroup))},
              take(kernels_.attention_scratch_bytes),
              take(kernels_.sample_scratch_bytes),

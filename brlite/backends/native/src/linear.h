@@ -24,8 +24,7 @@ constexpr long fetch_ahead(int format, int num_rows) {
 struct Tile {
     const uint8_t* panel;
     const void* rows;
-    const float* group_sums;
-    const ActivationGroup* groups;
+    const ActivationGroup* activations;  // of the first row
     long row_size;
     int num_inputs;
     float* out;  // [rows][16]
@@ -49,10 +48,12 @@ struct Scaling {
         if constexpr (has_offsets(FORMAT)) offsets = from_fp16(halves + LANES);
     }
 
-    // The products are not fused with sums: the same bits without FMA. `group_sum` is read only if there are offsets.
-    INLINED Floats scaled(Floats sum, const float* group_sum) const {
-        if constexpr (!has_offsets(FORMAT)) return sum * scales;
-        const Floats offset = offsets * splat(*group_sum);
+    // A sum of activations times codes, as one of activations times weights. Products are not fused with sums: the same
+    // bits without FMA. `activations` is read for int4 only.
+    INLINED Floats scaled(Floats sum, const ActivationGroup& activations) const {
+        if constexpr (!is_int4(FORMAT)) return sum * scales;
+        if constexpr (FORMAT == BRLITE_INT4) return (sum + splat(activations.minus_8_sums)) * scales;
+        const Floats offset = offsets * splat(activations.sum);
         return FORMAT == BRLITE_INT4_MIN ? sum * scales + offset : (sum - offset) * scales;
     }
 };
@@ -63,19 +64,17 @@ template <int FORMAT, int ROWS>
 INLINE void multiply_integers(const Tile& tile) {
     const int16_t* rows = (const int16_t*)tile.rows;
     const uint8_t* group = tile.panel;
-    const float* group_sums = tile.group_sums;
+    const ActivationGroup* activations = tile.activations;
     Floats totals[ROWS];
     UNROLLED for (int r = 0; r < ROWS; r++) totals[r] = splat(0.0f);
-    for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP, group += group_bytes(FORMAT), group_sums++) {
+    for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP, group += group_bytes(FORMAT), activations++) {
         if (tile.ahead) fetch(group + tile.ahead, group_bytes(FORMAT));
         Int8::Sum sums[sums_of_row(FORMAT, ROWS)][ROWS][1];
         sum_integers<FORMAT>(sums, group, rows + first, tile.row_size);
         const Scaling<FORMAT> scaling(group);
         UNROLLED for (int r = 0; r < ROWS; r++) {
-            Floats sum = Int8::floats(sums[0][r][0]);
-            const float* group_sum = group_sums + r * tile.row_size / BRLITE_GROUP;
-            if (FORMAT == BRLITE_INT4) sum = sum - 8.0f * *group_sum;
-            totals[r] = totals[r] + scaling.scaled(sum, group_sum);
+            const Floats sum = Int8::floats(sums[0][r][0]);
+            totals[r] = totals[r] + scaling.scaled(sum, activations[r * tile.row_size / BRLITE_GROUP]);
         }
     }
     UNROLLED for (int r = 0; r < ROWS; r++) store(tile.out + r * LANES, totals[r]);
@@ -86,17 +85,17 @@ template <int FORMAT, int ROWS>
 static void multiply_grouped(const Tile& tile) {
     const GroupedRow* rows = (const GroupedRow*)tile.rows;
     const uint8_t* group = tile.panel;
-    const ActivationGroup* groups = tile.groups;
+    const ActivationGroup* activations = tile.activations;
     Floats totals[ROWS];
     UNROLLED for (int r = 0; r < ROWS; r++) totals[r] = splat(0.0f);
-    for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP, group += group_bytes(FORMAT), groups++) {
+    for (int first = 0; first < tile.num_inputs; first += BRLITE_GROUP, group += group_bytes(FORMAT), activations++) {
         if (tile.ahead) fetch(group + tile.ahead, group_bytes(FORMAT));
         Floats sums[ROWS];
-        sum_group<FORMAT>(sums, group, rows + first, groups, tile.row_size);
+        sum_group<FORMAT>(sums, group, rows + first, activations, tile.row_size);
         const Scaling<FORMAT> scaling(group);
         UNROLLED for (int r = 0; r < ROWS; r++) {
-            const ActivationGroup& of_row = groups[r * tile.row_size / BRLITE_GROUP];
-            totals[r] = totals[r] + scaling.scaled(sums[r], &of_row.sum) * splat(of_row.scale);
+            const ActivationGroup& of_row = activations[r * tile.row_size / BRLITE_GROUP];
+            totals[r] = totals[r] + scaling.scaled(sums[r], of_row) * splat(of_row.scale);
         }
     }
     UNROLLED for (int r = 0; r < ROWS; r++) store(tile.out + r * LANES, totals[r]);
@@ -179,7 +178,6 @@ INLINE void multiply_panel(const Product& product, int panel) {
         const uint8_t* from = (const uint8_t*)product.input.rows + first * product.input.row_size * element;
         const Tile tile = {(const uint8_t*)op.weight + panel * bytes,
                            from,
-                           product.input.group_sums + first * product.input.row_size / BRLITE_GROUP,
                            product.input.groups + first * product.input.row_size / BRLITE_GROUP,
                            product.input.row_size,
                            padded_inputs(op.num_inputs),

@@ -32,13 +32,14 @@ INLINE void round_row(const float* from, int size, Bf16::Row* to) {
 }
 
 // The exact sum of each group of integers.
-INLINE void sum_groups(const int16_t* from, int size, float* to) {
+INLINE void sum_groups(const int16_t* from, int size, ActivationGroup* to) {
     static_assert(BRLITE_GROUP == 2 * LANES, "a group is two vectors");
     for (int i = 0; i < size; i += BRLITE_GROUP) {
         Ints low, high;
         read(low, from + i);
         read(high, from + i + LANES);
-        to[i / BRLITE_GROUP] = sum_of(low + high);
+        const float sum = sum_of(low + high);
+        to[i / BRLITE_GROUP] = {sum, -8 * sum, 0, 0.0f};
     }
 }
 
@@ -57,7 +58,7 @@ INLINE void quantize_groups(const float* from, int size, GroupedRow* to, Activat
         store_group(to + i, low_codes, high_codes);
         const float sum = sum_of(low_codes + high_codes);
         const float scale = is_finite(peak) ? peak / MAX_INT8_ACTIVATION : __builtin_nanf("");
-        *groups = {scale, sum, -128 * (int32_t)sum, -8 * (int32_t)sum};
+        *groups = {sum, -8 * sum, -128 * (int32_t)sum, scale};
     }
 }
 
@@ -66,7 +67,7 @@ INLINE void write_row(const Activations& to, int format, int row, const float* v
     if (!takes_int16(format)) return round_row(values, size, (Bf16::Row*)to.rows + row * to.row_size);
     int16_t* integers = (int16_t*)to.rows + row * to.row_size;
     to.scales[row] = quantize_row(values, size, integers);
-    if (is_int4(format)) sum_groups(integers, size, to.group_sums + row * to.row_size / BRLITE_GROUP);
+    if (is_int4(format)) sum_groups(integers, size, to.groups + row * to.row_size / BRLITE_GROUP);
 }
 
 // The same of the activations that `op` writes.

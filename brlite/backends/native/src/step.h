@@ -25,22 +25,21 @@ struct Counter {
     }
 };
 
-// A group of int8 activations: its scale, the sum of its integers, and that sum times -128 and -8.
+// A group of integer activations: the sum of its integers, that sum times -8 and -128, and the scale of int8.
 struct ActivationGroup {
-    float scale;
     float sum;
+    float minus_8_sums;
     int32_t minus_128_sums;
-    int32_t minus_8_sums;
+    float scale;
 };
 
 // The input of a matrix: rows of bfloat16 or of int8 activations, both in the kernels' form (`row_bytes`), or rows of
-// int16 with one scale each. For int4 matrices also the sum of each group of int16.
+// int16 with one scale each.
 struct Activations {
     void* rows;
     float* scales;
     long row_size;
-    float* group_sums;        // [rows][row_size / BRLITE_GROUP]
-    ActivationGroup* groups;  // the same, of int8 activations
+    ActivationGroup* groups;  // [rows][row_size / BRLITE_GROUP]: of int8, and of int16 for int4 matrices
 };
 
 // Up to this many numbers in all rows together, each thread computes all activations itself. That takes microseconds; a
