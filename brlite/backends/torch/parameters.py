@@ -38,14 +38,13 @@ class Int8Linear(Linear):
         num_missing = self.weight.shape[1] - x.shape[-1]
         if num_missing:
             x = functional.pad(x, (0, num_missing))
-        step = max(1, MAX_DEQUANTIZED // self.weight.shape[1])
-        parts = [self._product(x, slice(start, start + step)) for start in range(0, len(self.weight), step)]
+        step, parts = max(1, MAX_DEQUANTIZED // self.weight.shape[1]), list[Tensor]()
+        for start in range(0, len(self.weight), step):
+            rows = slice(start, start + step)
+            scales = self.scales[rows].to(x.dtype).unsqueeze(-1)  # [rows, groups, 1]
+            weight = self.weight[rows].view(*scales.shape[:2], -1).to(x.dtype).mul_(scales).flatten(1)
+            parts.append(functional.linear(x, weight, None if self.bias is None else self.bias[rows]))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-
-    def _product(self, x: Tensor, rows: slice) -> Tensor:
-        scales = self.scales[rows].to(x.dtype).unsqueeze(-1)  # [rows, groups, 1]
-        weight = self.weight[rows].view(*scales.shape[:2], -1).to(x.dtype).mul_(scales).flatten(1)
-        return functional.linear(x, weight, None if self.bias is None else self.bias[rows])
 
 
 @dataclass(frozen=True)

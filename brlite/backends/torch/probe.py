@@ -25,9 +25,11 @@ from brlite.backends.torch.candidates import TorchRows
 from brlite.backends.torch.choose_steps import choose_steps
 from brlite.backends.torch.decoder import Decoder
 from brlite.backends.torch.device import describe_device, host_device, rules_for
+from brlite.backends.torch.draws import draw
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import allocate_parameters
 from brlite.backends.torch.quantize import quantize_linears_, store_rows_
+from brlite.backends.torch.steps import LastDraws
 from brlite.config.options import TorchKernels
 from brlite.engine.backend import SamplingInput, ScheduledSeq, Undrawn
 from brlite.errors import ConfigError
@@ -108,7 +110,7 @@ def probe_device(
     with _fallbacks() as on_host:
         try:
             found = _compute(tiny, device, dtype, precision, kv_dtype, kernels)
-            is_drawn_right = not rules_for(device).samples or _draws_right(found)
+            is_drawn_right = not rules_for(device).samples or draws_right(found, ahead=rules_for(device).runs_ahead)
             found = found.cpu()
         except (RuntimeError, IndexError) as error:  # all that torch says of operators, drivers and memory
             reason = " ".join(str(error).split())[:300]
@@ -168,7 +170,11 @@ def _compute(
                 ScheduledSeq(seq_id, start, list(range(3 + start, 3 + end)), list(table))
                 for seq_id, ((start, end), table) in enumerate(zip(step, tables, strict=True))
             ]
-            computed = steps.forward(runs)
+            last = None
+            if step == STEPS[-1] and rules_for(device).runs_ahead:  # its tokens are taken from the step before
+                last = LastDraws(torch.tensor([run.token_ids[0] for run in reversed(runs)], device=device), (1, 0))
+                runs = [msgspec.structs.replace(run, token_ids=[0]) for run in runs]
+            computed = steps.forward(runs, last)
             rows = [
                 first + row
                 for first, run in zip(computed.first_rows, runs, strict=True)
@@ -191,18 +197,24 @@ def _decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype, prec
     return Decoder(config, parameters, max_length=MAX_LENGTH)
 
 
-def _draws_right(logits: Tensor) -> bool:
-    """Whether the sampler draws from the device's logits what it draws from them on the host."""
+def draws_right(logits: Tensor, *, ahead: bool) -> bool:
+    """Whether the same tokens are drawn from `logits` where they are and on the host.
+
+    By the sampler, and with `ahead` also by the draws that do not wait for the device. The sampler's sums may be in
+    another order on a device: then any token will do.
+    """
+    found: list[list[list[int]]] = []
     with torch.inference_mode():
-        here, there = ([_draws(rows, draw) for draw in DRAWS] for rows in (logits, logits.cpu()))
-    return here[:NUM_EXACT_DRAWS] == there[:NUM_EXACT_DRAWS] and all(None not in draws for draws in here)
-
-
-def _draws(logits: Tensor, params: SamplingParams) -> list[int | None]:
-    inputs = [SamplingInput(params, seed, 0) for seed in range(len(logits))]
-    token_logprobs(TorchRows(logits), [0] * len(logits), 1)
-    drawn = sample(TorchRows(logits.clone()), inputs)
-    return [None if isinstance(token, Undrawn) else token.token_id for token in drawn]
+        for rows in (logits, logits.cpu()):
+            token_logprobs(TorchRows(rows), [0] * len(rows), 1)
+            draws, exact = list[list[int]](), list[list[int]]()
+            for params in DRAWS:
+                inputs = [SamplingInput(params, seed, 0) for seed in range(len(rows))]
+                drawn = sample(TorchRows(rows.clone()), inputs)
+                draws.append([-1 if isinstance(token, Undrawn) else token.token_id for token in drawn])
+                exact.append(draw(rows, inputs).tolist() if ahead else [])
+            found.append([*exact, *draws[:NUM_EXACT_DRAWS], [min(map(min, draws)) >= 0]])
+    return found[0] == found[1] and found[0][-1] == [True]
 
 
 @contextmanager

@@ -39,7 +39,8 @@ class QuantizedWeight(NamedTuple):
 def quantize_weight(weight: Tensor) -> QuantizedWeight:
     """Round each weight to its group's nearest level. What is not finite makes the group's scale not finite too."""
     groups = _grouped(weight.to(torch.bfloat16).float())  # [outputs, groups, 32]
-    scales = _round_up(groups.abs().amax(dim=-1) / 127)
+    bits = (groups.abs().amax(dim=-1) / 127).view(torch.int32)
+    scales = ((bits + LOWER_HALF) & ~LOWER_HALF).view(torch.float32)  # the least bfloat16 that is not below it
     divisors = torch.where(scales == 0, 1.0, scales).unsqueeze(-1)
     values = (groups / divisors).round_().to(torch.int8)
     return QuantizedWeight(values.flatten(1)[:, : weight.shape[1]].contiguous(), scales.to(torch.bfloat16))
@@ -70,12 +71,6 @@ def store_rows_(parameters: Parameters, name: str, start: int, weights: Tensor) 
         parameter[start : start + len(rows), : rows.shape[1]].copy_(quantized.values)
         scales[start : start + len(rows)].copy_(quantized.scales)
         start += len(rows)
-
-
-def _round_up(scales: Tensor) -> Tensor:
-    """The least bfloat16 that is not below each number of `scales`, which are float32 and not negative."""
-    bits = scales.view(torch.int32)
-    return ((bits + LOWER_HALF) & ~LOWER_HALF).view(torch.float32)
 
 
 def _row_blocks(matrix: Tensor) -> list[Tensor]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from brlite.backends.torch import probe
-from brlite.backends.torch.device import host_device
+from brlite.backends.torch.device import DeviceRules, host_device
 from brlite.backends.torch.kv_cache import KVCache
 from brlite.backends.torch.parameters import Linear
-from brlite.backends.torch.probe import ProbeReport, probe_device, shrunk
+from brlite.backends.torch.probe import ProbeReport, draws_right, probe_device, shrunk
+from brlite.backends.torch.steps import ComputedStep, EagerSteps, LastDraws, Run
 from brlite.errors import ConfigError
 from brlite.models.config import KVDtype
 from brlite.models.network import list_parameters
@@ -119,6 +121,33 @@ def test_what_draws_on_the_device_is_compared_too(monkeypatch: pytest.MonkeyPatc
 
     with pytest.raises(ConfigError, match="from the same logits it draws other tokens than the CPU does"):
         probe_device(CPU, torch.bfloat16)
+
+
+def test_draws_that_do_not_wait_for_the_device_are_compared_where_they_are_used(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
+    assert draws_right(logits, ahead=True)
+    results = iter(torch.arange(10_000))
+    monkeypatch.setattr("brlite.backends.torch.probe.draw", lambda rows, inputs: next(results).repeat(len(rows)))
+
+    assert not draws_right(logits, ahead=True)
+    assert draws_right(logits, ahead=False)
+
+
+def test_tokens_of_the_step_before_are_taken_where_steps_run_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, taken = EagerSteps.forward, list[list[int]]()
+
+    def note(steps: EagerSteps, runs: Sequence[Run], last: LastDraws | None = None) -> ComputedStep:
+        if last is not None:
+            taken.append(last.drawn[list(last.sources)].tolist())
+        return forward(steps, runs, last)
+
+    monkeypatch.setattr(EagerSteps, "forward", note)
+    monkeypatch.setattr(probe, "rules_for", lambda device: DeviceRules(runs_ahead=True))
+    probe_device(CPU, torch.float32)
+
+    assert taken == [[17, 10], [17, 10]]  # on the device and on the host
 
 
 def test_a_report_reads_well() -> None:
