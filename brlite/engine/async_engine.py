@@ -341,7 +341,9 @@ class EngineLoop:
             try:
                 self._engine.check(request)
             except InvalidRequest as error:
-                raise _named(error, param) from None
+                if error.param != "prompt":  # what concerns all prompts keeps its own name
+                    raise
+                raise type(error)(f"{param}: {error}", param=param, code=error.code) from None
             requests.append(request)
         return await self._run_together(requests)
 
@@ -557,13 +559,6 @@ class OutputStream:
         if self._error is not None:
             self._ready.set()
         return output
-
-
-def _named(error: InvalidRequest, param: str) -> InvalidRequest:
-    """The refusal of one prompt of several. What concerns all of them keeps its own name."""
-    if error.param != "prompt":
-        return error
-    return type(error)(f"{param}: {error}", param=param, code=error.code)
 
 
 def _call_soon(engine: weakref.ref[EngineLoop], loop: asyncio.AbstractEventLoop, error: BackendLost) -> None:
