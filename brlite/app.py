@@ -43,7 +43,7 @@ def create_app(
     Given a config alone, the application's startup loads its models, and raises what is wrong with one; its cleanup
     closes them.
 
-    Requests for the models of the config's upstreams are forwarded. Whoever made the engines closes them. Run it with
+    Requests for the models of the config's upstreams are forwarded. The caller closes its engines. Run it with
     `handler_cancellation=True` (as `HttpServer` does), or a client that leaves keeps its request running: a stream
     until the next write to it, any other to its end. At the application's shutdown running streams end with an error
     event. Files that the config names, such as that of keys, are read at once: where that may take time, call it on

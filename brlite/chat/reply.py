@@ -25,7 +25,7 @@ class ReplyFormat(msgspec.Struct, frozen=True):
 def find_reply_format(chat_format: ChatFormat, tool_parser: str, reasoning_parser: str) -> ReplyFormat:
     """The format by the names of the config: `auto` goes by the template, `none` leaves the text as it is.
 
-    A template that knows no tools, or calls in no known format, gets Hermes' format.
+    Hermes' format is the default: for a template without tools, or with calls in an unknown format.
     """
     calls: type[ToolCallParser] | None = None
     if tool_parser in PARSERS:

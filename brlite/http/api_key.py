@@ -38,8 +38,8 @@ class ApiKey:
     `tenant` tells keys apart where they share turns, queues and the prefix cache; it is never shown. An operator's key
     (`is_admin`) sees what all keys do. While requests wait, a key gets turns in proportion to its `weight`,
     and all keys with a lower `priority` come before it.
-    A request that was let in counts however it ends. Its tokens are known only afterwards: they may take the key into
-    debt, and until that is paid its next requests are refused.
+    A request that was accepted counts, also if it fails. Its tokens are known only at its end: they may take more than
+    the minute's budget has left, and the key's next requests are refused until that has refilled.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ApiKey:
         return f"ApiKey({self.name!r})"
 
     def take_rules(self, other: ApiKey) -> None:
-        """Live by the other's rules from now on. What was used of a limit that stays as it was stays used."""
+        """Replace the rules by the other's. A limit that is unchanged keeps what was used of it."""
         self._models, self._max_concurrent, self.is_admin = other._models, other._max_concurrent, other.is_admin
         self.weight, self.priority = other.weight, other.priority
         self._buckets = {
@@ -117,7 +117,7 @@ class ApiKey:
         return self.priority, (f"priority {wanted} was raised to {self.priority}, the lowest that this key may have",)
 
     def arrival_refusal(self, now: float) -> RateLimited | None:
-        """Why a request's body need not be read: with those that arrive already, it would be one too many."""
+        """The refusal of a request whose body is not read yet, if the key's limits have no room for it; else None."""
         return next(self._refusals(now, self.num_arriving), None) if self.has_limits else None
 
     def begin(self, now: float, model: str) -> None:

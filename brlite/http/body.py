@@ -1,7 +1,7 @@
 """Reads a request's body under our own limits of size and time, after its headers have shown that it can be JSON.
 
-aiohttp as it comes waits for ever for the rest of a cut body and inflates compressed ones. What is read counts against
-the application's `BodyBudget` until the request ends, because the body is kept for that long. Bytes count as they
+By default aiohttp waits for a body without a limit, and inflates compressed ones. What is read counts against the
+application's `BodyBudget` until the request ends, because the body is kept for that long. Bytes count as they
 arrive, so a client that only announces a large body takes nothing. While a body arrives, its request also counts
 against the limits of its key. It knows nothing of what the JSON means.
 """

@@ -227,7 +227,7 @@ class Connection(web.RequestHandler):
         super().data_received(data)
 
     def bytes_came(self) -> None:
-        """A request is on its way; its headers have so much time from its first byte on."""
+        """The first bytes of a request have come. All its headers must come within `header_seconds`."""
         if self.state is ConnectionState.WAITING and not self.is_spare:
             self.state = ConnectionState.READING_HEAD
             self._set_deadline(self._limits.header_seconds, SLOW_HEADERS)
@@ -295,7 +295,7 @@ class Connection(web.RequestHandler):
     # Slow clients
 
     def _set_deadline(self, seconds: float, timeout_error: RequestError | None = None) -> None:
-        """Most deadlines are met, so the timer is left alone where it goes off before."""
+        """Most deadlines are met, so a timer that ends earlier is kept: it looks at the deadline then."""
         self._timeout_error = timeout_error
         self._deadline = self._event_loop.time() + seconds
         if self._timer is None or self._timer.when() > self._deadline:
@@ -315,7 +315,7 @@ class Connection(web.RequestHandler):
         self.force_close()
 
     def pause_writing(self) -> None:
-        """The client does not take all that we send: from now on it must take some every `slow_client_seconds`."""
+        """The send buffer is full. If the client reads nothing for `slow_client_seconds`, the connection is cut."""
         super().pause_writing()
         if self._stall is not None:
             self._stall.start()
@@ -323,7 +323,7 @@ class Connection(web.RequestHandler):
             self._fast_path.pause_writing()
 
     def resume_writing(self) -> None:
-        """It has caught up."""
+        """The send buffer is empty again."""
         if self._stall is not None:
             self._stall.stop()
         super().resume_writing()

@@ -1,7 +1,7 @@
 """What web pages are told: refusals, and CORS. Preflights are answered before the key check, since browsers send them
 without keys.
 
-It knows no routes: a page that may ask at all may ask everywhere.
+A page that may use the server may use all its endpoints.
 """
 
 from __future__ import annotations

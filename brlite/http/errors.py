@@ -1,6 +1,6 @@
 """Errors as HTTP: the status, headers and body of each exception, aiohttp's own among them.
 
-What a body holds and which status our own errors have is said in `dialects/errors.py`. It knows no requests:
+The bodies, and the status of each of our own errors, are in `dialects/errors.py`. This file has no requests:
 `middlewares.py` decides when a response of these is sent.
 """
 
@@ -15,7 +15,7 @@ from brlite import errors
 from brlite.dialects.errors import SERVER_FAULT, STATUSES, Status, envelope
 
 CLIENT_LEFT = 499  # nginx's number; for the log, no client receives it
-# On every answer. `Server` is said because aiohttp would say its own version and Python's.
+# On every response. Without a `Server` of ours aiohttp would send its own version and Python's.
 OWN_HEADERS = {"Server": "brlite", "X-Content-Type-Options": "nosniff"}
 
 

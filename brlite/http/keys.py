@@ -90,7 +90,7 @@ class ApiKeys:
         return frozenset((digest, key.name) for digest, key in self._known)
 
     def find(self, shown: str | None) -> ApiKey | None:
-        """Which key was shown, if it is one of ours, in a time that does not tell how near it came."""
+        """The accepted key that was shown, or None. The comparison takes the same time for each wrong key."""
         if not self._known:
             return self.anybody
         if shown is None:

@@ -1,6 +1,6 @@
 """Listens on a port and serves an aiohttp application there, and ends it in good order.
 
-It sets no signal handlers and knows no routes: who starts it decides when to close.
+It sets no signal handlers and adds no routes: its caller decides when to close it.
 """
 
 from __future__ import annotations

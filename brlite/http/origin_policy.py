@@ -1,13 +1,13 @@
 """Which requests of browsers are refused: those of other sites' pages, and those for a name that is not the server's.
 
-Pure: decides by three headers and by whether a key is needed, knows no aiohttp. A page cannot forge these headers; a
-program that is no browser can, and gains nothing: it may ask anyway.
+Pure: the decision needs three headers and whether a key is needed, no aiohttp. A page cannot forge these headers. Other
+programs can, and gain nothing: without these headers they are let in.
 
 - `Sec-Fetch-Site` and `Origin` say whose page a request comes from (Fetch Standard; W3C Fetch Metadata). Browsers send
   them of their own accord, but `Sec-Fetch-Site` only to https and loopback.
 - `Host` is the name that was looked up. A page of `evil.example` whose name was made to lead to 127.0.0.1 ("DNS
   rebinding") is same-origin to its browser, but cannot say `Host: localhost`. Nor can it say an address: that is not
-  looked up, so it leads where it says, and whoever has it as `Host` came through a forwarder (an emulator's 10.0.2.2).
+  looked up, so it is safe. A request with a foreign address came through a forwarder (an emulator's 10.0.2.2).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class OriginPolicy:
 
 @lru_cache(maxsize=64)
 def is_safe_host(host: str) -> bool:
-    """Whether a `Host` header leads to this machine, or nowhere else than it says, whoever answers the look-up."""
+    """Whether a `Host` header is an address or a local name, so that no DNS server can make it lead elsewhere."""
     name = _host_name(host)
     if is_loopback_address(name) or name in _LOCAL_NAMES:
         return True

@@ -1,7 +1,6 @@
 """The ids of a request: our own, which the log has, and the client's `X-Request-Id`, which goes back to it.
 
-The log says both. Clients choose theirs freely: two requests may have the same, so nothing is found by it. Knows
-nothing of what is asked.
+The log has both. Clients choose theirs: two requests may have the same one, so it is no key to anything here.
 """
 
 from __future__ import annotations
@@ -48,5 +47,5 @@ def request_id(request: web.BaseRequest) -> str:
 
 
 def shown_request_id(request: web.BaseRequest) -> str:
-    """What answers and upstreams are told: the client's own `X-Request-Id` where it sent a harmless one, else ours."""
+    """The id in responses and for upstreams: the client's own `X-Request-Id` if that is harmless, else ours."""
     return client_request_id(request.headers.get(HEADER)) or request_id(request)

@@ -1,4 +1,4 @@
-"""One call's chat with one model: what its template is told, how its replies are constrained, and how they are read."""
+"""One call's chat with one model: its template's variables, its replies' grammar, and how they are parsed."""
 
 from __future__ import annotations
 

@@ -213,7 +213,7 @@ class EventBuilder:
         return prompt + completion.text, tokens
 
     def _token(self, entry: TokenLogprob, offset: int, *, is_first: bool = False) -> Token:
-        """The token with its alternatives. Its own logprob has one value wherever it stands."""
+        """The token with its alternatives. Its logprob is the same in both places."""
         top = tuple(
             (self._text(token_id), entry.logprob if token_id == entry.token_id else logprob)
             for token_id, logprob in entry.top

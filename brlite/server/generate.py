@@ -304,7 +304,7 @@ class StreamState(enum.Enum):
 
 
 class StreamDelivery(Delivery):
-    """Sends each delta as it comes, as server-sent events; `_outputs` holds only what the client is not ready for.
+    """Sends each delta as it comes, as server-sent events. `_outputs` holds those that a slow client cannot take yet.
 
     The headers go first where a model has to be loaded, which may fail.
     """

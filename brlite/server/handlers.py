@@ -193,7 +193,7 @@ async def get_metrics(request: web.Request) -> web.Response:
 
 _POSTS: dict[str, Handler] = {
     **{dialect.path: partial(generate, dialect) for dialect in DIALECTS},
-    "/v1/responses": create_response,  # in place of `generate`, which knows no stored ones
+    "/v1/responses": create_response,  # which reads and writes stored responses, then calls `generate`
     "/v1/responses/input_tokens": count_input_tokens,
     "/v1/responses/{response_id}/cancel": cancel_response,
     "/v1/chat/completions/render": partial(render, openai_chat.DIALECT),

@@ -71,7 +71,7 @@ class LoadState:
         self.stage, self.fraction = str(stage), fraction  # a stage of a known size is a kind of its own
 
     def check(self, max_waiting: int, tenant: str = "") -> None:
-        """Raise `NotReady` or `QueueFull` for a request that would wait in vain. Tenants share the queue."""
+        """Raise `NotReady` or `QueueFull` for a request that cannot be queued. Tenants share the queue."""
         if self.phase is LoadPhase.STOPPED:
             raise stopping()
         if self._clock() < self._retry_time:
@@ -182,4 +182,4 @@ class _Queue:
 
 
 def ignore_change() -> None:
-    """Nobody watches."""
+    """The callback of a state that nothing watches."""

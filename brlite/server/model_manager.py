@@ -125,7 +125,7 @@ def decide(models: Sequence[ManagedModel], budget_bytes: float, now: float) -> L
     if missing <= 0:
         return Load(wanted.name)
     if any(model.is_busy for model in going):
-        return IdleTime(wake, wanted.name, yielding)  # no model is unloaded in vain
+        return IdleTime(wake, wanted.name, yielding)  # only if all can go is there room for it
     oldest = min(going, key=lambda model: model.last_used)
     return Unload(oldest.name, f"making room for {wanted.name}", yielding)
 

@@ -84,7 +84,7 @@ class ServedModel:
 
     @contextmanager
     def in_use(self, max_waiting: int, tenant: str = "") -> Iterator[None]:
-        """Keep it from being unloaded. Raises `NotReady` or `QueueFull` where it would be waited for in vain."""
+        """Keep the model loaded inside. Raises `NotReady` or `QueueFull` where a request cannot wait for it."""
         if self.engine is None or self.is_held_back:
             if self.engine is None and not self.is_on_demand:
                 raise self.loading.not_ready("is loading")
