@@ -1,4 +1,4 @@
-"""Chooses the backend of a model: native kernels where they can be used, else torch, with the reason in its notes."""
+"""Chooses the backend of a model: native kernels where possible, else torch, with the reason in its notes."""
 
 from __future__ import annotations
 

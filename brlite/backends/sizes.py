@@ -1,4 +1,4 @@
-"""What a model will hold in memory, by arithmetic: before it is loaded, and mostly before it is read.
+"""Computes how much memory a model will take, from its config and headers, before it is loaded.
 
 `brlite check` prints it, and a memory budget is kept by it. Allocates nothing and reads headers only.
 """
@@ -66,14 +66,14 @@ MOST_CONTEXT = 131_072  # of itself; tables of positions grow with a context, an
 
 
 class RankSizes(msgspec.Struct, frozen=True):
-    """What one rank of several will hold. Key heads that several look at are in the cache of each."""
+    """Bytes of one rank of several. A key head that several ranks read is in the cache of each of them."""
 
     weight_bytes: int
     kv_bytes_per_token: int
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
-    """What a model will hold in memory, in bytes, and in which form. With `ranks` it is the sum of theirs.
+    """How much memory a model takes, in bytes, and in which types. With `ranks` it is the sum over the ranks.
 
     `draft` has the sizes of its draft model.
     """
@@ -113,7 +113,7 @@ def find_model(spec: ModelSpec) -> Path | None:
 
 
 def known_sizes(spec: ModelSpec, engine: EngineConfig) -> Sizes | None:
-    """The sizes of a model that is here, or is the default one; None where it has to be fetched to know."""
+    """The sizes of a model that is on this machine, or of the default model; None for one to be fetched first."""
     path = find_model(spec)
     if path is not None:
         return sizes_at(path, spec, engine)
@@ -235,7 +235,7 @@ def _find_context(
 
 
 class CacheRoom(NamedTuple):
-    """How many tokens the KV cache may have, and what sets that. One that `is_filled` has all of them."""
+    """The most tokens that the KV cache may have, and what limits them. With `is_filled` it is given all of them."""
 
     num_tokens: int
     bound: str
@@ -243,7 +243,7 @@ class CacheRoom(NamedTuple):
 
 
 def _cache_room(engine: EngineConfig, ranks: Sequence[RankSizes], *, is_native: bool) -> CacheRoom:
-    """What the memory leaves. Cards hold one rank each."""
+    """The tokens that fit beside the weights. Cards hold one rank each."""
     weights, per_token = (sum(each) for each in zip(*map(msgspec.structs.astuple, ranks), strict=True))
     card = None if is_native else device_memory(select_device(engine.device))
     if card is not None:

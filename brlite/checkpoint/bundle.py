@@ -1,12 +1,12 @@
-"""The bundle: what `brlite convert` writes, a folder that is a checkpoint like any other and loads at once.
+"""The bundle: a folder that `brlite convert` writes. It is a checkpoint, with a packed file that needs no packing.
 
-    brlite-manifest.json        what this is, written last: model, precision, names, the size and sha256 of every file
+    brlite-manifest.json        written last: model, precision, names, the size and sha256 of every file
     config.json …               the model's config, generation config, tokenizer and chat template, copied
     model-….safetensors         the weights in Hugging Face's names: matrices in bfloat16, vectors in float32
     packed.PRECISION.brlite     the same weights as the native kernels read them, mapped at the start
 
-Everything reads the safetensors: torch, any precision, ranks that want a part of each tensor, other programs. The
-packed file is a second form of them for one precision; without it, or where it is damaged, they are packed again.
+torch, other precisions, ranks and other programs read the safetensors. The packed file is a second form of them for
+one precision of native kernels; where it is missing or damaged, the safetensors are packed again.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ MAX_MANIFEST_BYTES = 16 * 2**20
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What a bundle says of itself. `source` is the identity of what it was made from.
+    """The content of `brlite-manifest.json`. `source` is the identity of the checkpoint that the bundle was made from.
 
-    Weights have no input and no output; the names are those that a config may give them, from the traced file if there
-    was one.
+    `input_name` and `output_name` are for configs that want them: those of the traced file, or the defaults.
     """
 
     format: str
@@ -58,7 +57,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BundleCheckpoint(SafetensorsCheckpoint):
-    """Implements `Checkpoint`. Its identity is its content's: a bundle that is copied or moved stays itself."""
+    """Implements `Checkpoint`. Its identity depends on content alone: that of a copied or moved bundle is the same."""
 
     def __init__(self, folder: Path) -> None:
         self.manifest = read_manifest(folder)
@@ -88,7 +87,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_progress(folder: Path) -> Manifest | None:
-    """What has been finished of a bundle, whole or not. None where nothing has."""
+    """The manifest of a bundle with the files that are finished so far; None where there is none."""
     for name in (PROGRESS_FILE, MANIFEST_FILE):
         if exists(folder / name):
             return _read(folder / name)

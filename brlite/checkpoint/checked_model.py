@@ -1,6 +1,6 @@
-"""Whether a checkpoint, its config and what is to be served fit together. Reads headers only and needs no torch.
+"""Checks that a checkpoint, its config and the model's spec fit together. Reads headers only and needs no torch.
 
-So a broken model folder is known in milliseconds, before the seconds that torch takes to import.
+A broken model folder is refused in milliseconds, before torch is imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def quantized_formats(formats: Mapping[str, str]) -> list[str]:
 
 
 def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
-    """Raise `ConfigError` where `spec` promises what the model cannot do."""
+    """Raise `ConfigError` where `spec` asks for more than the model has: context, vocabulary or ranks."""
     if spec.build_seq > config.max_context:
         raise ConfigError(f"build_seq is {spec.build_seq}; {spec.name} allows at most {config.max_context} positions")
     if spec.vocab_size is not None and spec.vocab_size != config.vocab_size:
@@ -96,7 +96,7 @@ def check_spec(spec: ModelSpec, config: ModelConfig) -> None:
 def _check_tensors(
     checkpoint: Checkpoint, targets: Mapping[str, WeightTarget], family: Family, config: ModelConfig
 ) -> set[str]:
-    """The names of the checkpoint's tensors that the decoder has no use for, all else being as it must be."""
+    """The names that the decoder does not use. Raises `ModelError` for other names or shapes than the targets'."""
     path, shapes = checkpoint.path, checkpoint.shapes()
     missing = [name for name in targets if name not in shapes]
     if missing:

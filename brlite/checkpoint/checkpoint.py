@@ -1,6 +1,6 @@
-"""What every format looks like from outside: a config and named tensors, in Hugging Face's names and layout.
+"""`Checkpoint`, the interface of all formats: a config and named tensors, in Hugging Face's names and layout.
 
-`weights_identity` is what most formats give as their `identity`. Knows no format and no torch.
+`weights_identity` computes the `identity` of most formats. Has no code of any format, and needs no torch.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Checkpoint(Protocol):
 
     @property
     def identity(self) -> str:
-        """Names these weights: as long as the files and the config are the same, and no longer. Reads no data."""
+        """A digest that changes with the files or the config, so that packed weights are used for these only."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -51,7 +51,7 @@ class Checkpoint(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of files and mappings. Nothing is called afterwards."""
+        """Close files and mappings. Nothing is called afterwards."""
         ...
 
 

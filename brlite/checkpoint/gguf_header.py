@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata and the table of tensors. Standard library only; reads no tensor data.
+"""The header of a GGUF file (github.com/ggml-org/ggml, docs/gguf.md): metadata and the table of tensors. Reads no data.
 
 The `gguf` package's own reader makes numpy arrays of every string and number: 3 s for a vocabulary of 49k tokens,
 where this takes 0.1 s. It also trusts the file's counts; this one never reads or allocates beyond the file's size.

@@ -1,7 +1,7 @@
-"""GET over HTTP from a hub: redirects, time limits, tries after failures that pass, and what an answer means.
+"""HTTP GET from a hub: redirects, time limits, retries after transient failures, and errors by status.
 
-The standard library's client, so that every version of a hub's own library gives the same behaviour. A token goes to
-the hub's own address only, never to the storage that it redirects to.
+Uses the standard library's client, so that the behaviour does not depend on the version of a hub's library. A token is
+sent to the hub's own address only, never to the storage that it redirects to.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class HubAddress(NamedTuple):
 
 
 class Retries(NamedTuple):
-    """How often a request that failed is tried again, and how long is waited before that, in seconds."""
+    """The most tries of a request, and the waits between them, in seconds."""
 
     most: int = 5
     first_wait: float = 0.5
@@ -50,7 +50,7 @@ DEFAULT_RETRIES = Retries()
 
 
 class PassingFailure(Exception):
-    """A failure that may pass. `retry_after` is how many seconds the server wants to be left alone, if it says so."""
+    """A transient failure. `retry_after` is the server's Retry-After in seconds, if it sent one."""
 
     def __init__(self, text: str, retry_after: float | None = None) -> None:
         super().__init__(text)
@@ -145,7 +145,7 @@ def wait_before(number: int, failure: PassingFailure, retries: Retries) -> float
 
 
 def _explained(error: urllib.error.HTTPError, hub: HubAddress, repository: str) -> Exception:
-    """What a status means for the user, in one line."""
+    """The error for a status: what it means for the user, in one line."""
     headers = error.headers
     code = headers.get("X-Error-Code", "")
     has_token = "the token of" if hub.token else "set"

@@ -1,8 +1,7 @@
-"""What a model's file turns out to be, where it is not what its name says, and the readers of its small text files.
+"""Finds out what a file really is, where it is not what its name says; and reads a model's small text files.
 
-Downloads and copies leave git-lfs pointers, login pages, dangling links, empty and compressed files in place of a
-model's. `KINDS` is the one table of these; every reader of model files asks it first. Knows how formats begin, and
-nothing else of them.
+Downloads and copies can leave git-lfs pointers, login pages, dangling links, empty and compressed files in place of a
+model's. `KINDS` lists them all by their first bytes; every reader of model files checks it first.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ FETCH_AGAIN = "fetch it again"
 
 
 class Kind(NamedTuple):
-    """Something that a file can be: how it begins, and what to say of it where something else is wanted."""
+    """A kind of file: its first bytes, and the text of the error where another kind is expected."""
 
     name: str
     begins: bytes | Callable[[bytes], bool]
@@ -95,14 +94,14 @@ KINDS: tuple[Kind, ...] = (
 def check_model_file(path: Path, *wanted: str) -> None:
     """Raise `ModelError` for a file that is missing, unreadable or of a known kind that is not `wanted`.
 
-    A file of no known kind passes: what is wrong with it is the reader's to say.
+    A file of no known kind passes: its reader reports what is wrong with it.
     """
     if described := describe_file(path, *wanted):
         raise ModelError(f"{path}: {described}")
 
 
 def describe_file(path: Path, *wanted: str) -> str | None:
-    """What stands in place of the wanted kind of file, and what to do about it; None if nothing speaks against it."""
+    """What the file is instead of the `wanted` kinds, and what to do about it; None for a wanted or unknown kind."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not hold the start
         try:
@@ -123,7 +122,7 @@ def describe_file(path: Path, *wanted: str) -> str | None:
 
 
 def exists(path: Path) -> bool:
-    """Whether a folder lists the name, be it a link that leads nowhere: then the reader says so."""
+    """Whether a folder lists the name. True for a dangling link, too, which the reader then reports."""
     return os.path.lexists(path)
 
 

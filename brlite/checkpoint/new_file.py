@@ -23,14 +23,14 @@ Buffer = bytes | memoryview
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a file's content is known by."""
+    """The size and hash of a file's content."""
 
     num_bytes: int
     sha256: str
 
 
 class NewFile:
-    """A file of `num_bytes` zeros or more on its way to the disk, which is kept busy from the first bytes on.
+    """A file under a temporary name, at first `num_bytes` zeros. Written bytes are flushed to the disk as they come.
 
     Any thread may write. Leaving the `with` statement before `publish` removes what was written.
     """
@@ -77,19 +77,19 @@ class NewFile:
         return os.pread(self._handle, num_bytes, position)
 
     def sync(self) -> None:
-        """Wait until all of it is on the disk."""
+        """Wait until all bytes are on the disk."""
         if self._flushed is not None:
             self._flushed.result()
         os.fsync(self._handle)
 
     def publish(self) -> None:
-        """Give the file its name. What is not on the disk by then is first waited for."""
+        """Wait until all bytes are on the disk, then give the file its name, in place of a file that has it."""
         self.sync()
         self.temporary.replace(self._file)
 
 
 def write_whole(file: Path, content: bytes) -> FileRecord:
-    """Put `content` into `file`, in place of what may be there."""
+    """Write `content` to `file`, in place of a file that is there."""
     with NewFile(file) as new:
         new.write(content, 0)
         new.publish()
@@ -101,7 +101,7 @@ def record_of(content: bytes) -> FileRecord:
 
 
 def read_record(file: Path, on_bytes: Callable[[int], None] = lambda num_bytes: None) -> FileRecord:
-    """Read a file and say what it is."""
+    """Read a file, and return its size and hash. `on_bytes` gets the number of bytes just read."""
     digest, total = hashlib.sha256(), 0
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with file.open("rb", buffering=0) as stream:

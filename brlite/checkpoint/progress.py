@@ -1,6 +1,6 @@
-"""How far a long piece of work has come: a callback, a bar on a terminal, and a watcher of a folder that grows.
+"""Progress of long work: a callback, a bar on a terminal, and a watcher of a folder that grows.
 
-Knows nothing of models. A callback may be called from another thread and must return at once.
+A callback may be called from any thread and must return at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from brlite.process.machine import show_bytes
 
-OnProgress = Callable[[str, float], None]  # (what is being done, how much of it is done: 0 to 1)
+OnProgress = Callable[[str, float], None]  # (the stage, the fraction of it that is done: 0 to 1)
 
 POLL_SECONDS = 0.2
 LINE_SECONDS = 10.0
@@ -24,7 +24,7 @@ SIZED_BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{r
 
 
 class Progress(NamedTuple):
-    """Where a piece of work reports how much of the current `stage` is done, if there is a callback for it."""
+    """Reports the fraction of `stage` that is done to a callback, if there is one."""
 
     on_progress: OnProgress | None = None
     stage: str = ""
@@ -35,11 +35,11 @@ class Progress(NamedTuple):
 
 
 def ignore_progress(stage: str, fraction: float) -> None:
-    """For callers who do not want to know."""
+    """A callback that does nothing."""
 
 
 class SizedStage(str):
-    """A stage that is a number of bytes to get through, so that a rate can be told."""
+    """A stage of `num_bytes` bytes, for which a rate can be shown."""
 
     num_bytes: int
 
@@ -53,7 +53,7 @@ class SizedStage(str):
 def progress_bar() -> Iterator[OnProgress]:
     """A callback that draws a bar on stderr if that is a terminal: rate and time left where the bytes are known.
 
-    Elsewhere what takes long and has a size gets a line every ten seconds.
+    Elsewhere a stage of known size prints a line every ten seconds.
     """
     if not sys.stderr.isatty():
         yield ProgressLines().show
@@ -109,7 +109,7 @@ class ProgressLines:
 
 @contextmanager
 def byte_bar(num_bytes: int, stage: str) -> Iterator[Callable[[int], None]]:
-    """A callback for so many more bytes that are done, from any thread: rate and time left on a terminal."""
+    """A bar on a terminal with rate and time left. The callback gets the number of bytes just done, from any thread."""
     from tqdm import tqdm
 
     lock = threading.Lock()
@@ -128,7 +128,7 @@ def byte_bar(num_bytes: int, stage: str) -> Iterator[Callable[[int], None]]:
 def growth_reported(folder: Path, num_bytes: int, stage: str, on_progress: OnProgress) -> Iterator[None]:
     """While the body runs, report the size of `folder` as a fraction of `num_bytes`; 1.0 once the body has succeeded.
 
-    Downloaders each have their own way of telling how far they are, and change it; they all write files.
+    For downloaders whose own progress cannot be read: all of them write files.
     """
     done = threading.Event()
 

@@ -1,7 +1,7 @@
-"""What the `quantization_config` of a model's config.json says: which tool quantized its matrices, and how.
+"""Reads the `quantization_config` of a model's config.json: which tool quantized its matrices, and how.
 
 GPTQ (AutoGPTQ, GPTQModel), AWQ (AutoAWQ), compressed-tensors (llm-compressor) and FP8. Scales of activations and of KV
-caches are not read: those are never quantized as the file's tool would. `quantized_matrix.py` reads the tensors.
+caches are not read: brlite does not quantize those by the file's scales. `quantized_matrix.py` reads the tensors.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ CHOICES = "brlite-choices"
 
 
 class Repository:
-    """A model's folder in a cache. Makes nothing until something is written."""
+    """A model's folder in a cache. Creates no file or folder until something is written."""
 
     def __init__(self, cache: Path, name: str) -> None:
         self.name = name
@@ -68,7 +68,7 @@ class Repository:
         return folder
 
     def choice(self, revision: str | None) -> str | None:
-        """The GGUF file that the name without a quantization was found to mean; None if it was not asked for."""
+        """The GGUF file that was chosen for the name without a quantization; None if none was."""
         try:
             return (self.folder / CHOICES / (revision or MAIN)).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):

@@ -1,6 +1,6 @@
-"""The header of a safetensors file, checked against the file before any data is read.
+"""The header of a safetensors file (github.com/huggingface/safetensors), checked against the file's size.
 
-The format's own library checks too, but says neither which file nor how many bytes are missing. Knows no arrays.
+Reads no tensor data. The format's own library checks, too, but its errors name neither the file nor the missing bytes.
 """
 
 from __future__ import annotations

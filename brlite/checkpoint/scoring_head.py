@@ -1,4 +1,4 @@
-"""The head of models that score a text or a pair, transformers' `…ForSequenceClassification` with one label."""
+"""Reads the head of models that score a text or a pair: transformers' `…ForSequenceClassification` with one label."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A tensor as its file stores it: bytes and their format, widened to float32 when asked. Knows no headers and no torch.
+"""A tensor as its file stores it: bytes and their format, widened to float32 on demand. Needs no torch.
 
-Nothing is read before it is asked for, and then a few rows at a time: memory is the result and little else. Files are
-read, not mapped: the touched pages of a mapping count as this process's memory, and a file that is cut short under a
-mapping ends the process, where a read can be refused.
+Rows are read on demand, a few at a time, so memory use is little more than the result. Files are read, not mapped: a
+mapping's touched pages count as this process's memory, and a file that is cut short under a mapping ends the process,
+where a read raises an error.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Bytes = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
 ReadBytes = Callable[[int, int], Bytes]  # (the first byte of the tensor that is wanted, how many)
 
-CHUNK_ELEMENTS = 1 << 17  # widened at once: what lies beside the result stays in the cache, 3 times as fast
+CHUNK_ELEMENTS = 1 << 17  # widened at once, so that the temporary arrays stay in the processor's cache: 3 times as fast
 HALF_EXPONENT = 0x7C00  # its bits in half precision: all are set in infinities and NaN
 SHORTEST = 1e-12  # a row of zeros stays one when rows are scaled to length 1
 
@@ -44,9 +44,9 @@ class Coded(NamedTuple):
 
 
 class Format(NamedTuple):
-    """How numbers are stored: blocks of so many in so many bytes. `widen` makes bytes [..., B] numbers [..., N].
+    """How numbers are stored: `block_elements` in `block_bytes`. `widen` turns bytes [..., B] into numbers [..., N].
 
-    `decode` takes rows [R, B] of a quantized format apart, where that keeps their digits (`gguf_codes.py`).
+    `decode` turns rows [R, B] of a quantized format into codes and scales; None where the format has no such form.
     """
 
     name: str
@@ -170,7 +170,7 @@ def tensor_in_memory(name: str, stored_as: Format, shape: tuple[int, ...], data:
 
 
 def tensors_in_files(files: Mapping[Path, Sequence[TensorLocation]]) -> Iterator[StoredTensor]:
-    """The tensors of each file in turn, which is open as long as they come."""
+    """The tensors of each file in turn. A file is open while its tensors are read."""
     for file, locations in files.items():
         try:
             stream = file.open("rb")

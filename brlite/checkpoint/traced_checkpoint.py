@@ -1,4 +1,4 @@
-"""A traced `.pt`, the TorchScript archive of the manual's conversion: what it holds, and its weights as a checkpoint.
+"""Reads a traced `.pt`, the TorchScript archive of the manual's conversion, and gives its weights as a checkpoint.
 
 The archive is a zip file: `data.pkl` describes the traced module and its tensors, `code/` holds the graph as text, and
 `data/` the numbers, uncompressed. All of it is read as data; nothing is executed. Tensors have Hugging Face's names,
@@ -39,7 +39,7 @@ SIGNATURE = b"PK\x03\x04"
 
 
 class TracedArchive:
-    """An opened `.pt`: what it holds, and where. Raises `ModelError` for whatever is not one."""
+    """An opened `.pt`: its module, and where each member is in the file. Raises `ModelError` for any other file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

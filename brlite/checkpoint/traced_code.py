@@ -1,4 +1,4 @@
-"""What a traced graph's text says: its input, the key of its output, its parameters. It is parsed, never executed.
+"""Reads a traced graph's source text: its input, the key of its output, its parameters. Parses, and never executes.
 
 TorchScript renames an argument `input_ids` to `input_ids.1` when it loads the file. The number that it gives to a
 tensor without a name of its own, such as the output's in the manual's configs, is not worked out: brlite accepts any.

@@ -1,4 +1,4 @@
-"""The pickle inside a TorchScript archive, understood as data. Nothing that it names is looked up, made or called.
+"""Reads the pickle inside a TorchScript archive as data. No name in it is imported, and nothing is called.
 
 The standard library lists a pickle's operations without running them. The few that describe a module and its tensors
 are followed here; any other is refused by its name.
@@ -37,7 +37,7 @@ class Global(NamedTuple):
 
 
 class Storage(NamedTuple):
-    """The numbers that tensors are windows of, by the name of their member in the archive."""
+    """A run of numbers that tensors are views of, by the name of its member in the archive."""
 
     dtype: str
     key: str
@@ -45,7 +45,7 @@ class Storage(NamedTuple):
 
 
 class TensorValue(NamedTuple):
-    """A window of a storage. Its numbers are no weights where the storage's type is none of `STORAGES`."""
+    """A view of a storage: offset and strides in elements. It holds no weights if the storage's type is unknown."""
 
     storage: Storage
     offset: int
@@ -62,11 +62,11 @@ class Record:
 
 
 class _Refused(Exception):
-    """What of a pickle is not understood."""
+    """An operation or value of the pickle that is not supported."""
 
 
 def read_pickle(data: bytes, file: Path) -> Any:
-    """What a traced module's pickle describes."""
+    """The object that a traced module's pickle describes. Raises `ModelError`."""
     machine = _Machine()
     try:
         with warnings.catch_warnings():
@@ -103,7 +103,7 @@ def walk_tensors(module: Record, file: Path) -> Iterator[tuple[str, Record, Tens
 
 
 class _Machine:
-    """The stack and the memory that a pickle's operations work on."""
+    """The stack, marks and memo of a pickle's virtual machine (Python's `pickletools` documents the operations)."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []

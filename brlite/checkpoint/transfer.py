@@ -1,7 +1,7 @@
 """Fetches the files of a download: several at once, large ones in segments, each resumed where it stopped.
 
-A file that is not whole has another name. Beside it lie the numbers of bytes that its segments have, so that the next
-start fetches the rest. A file that is whole is checked by its hash before it gets its name.
+An unfinished file has the suffix `PART_SUFFIX`. A file beside it counts the bytes of each segment that are there, so
+that the next start fetches the rest. A complete file is checked by its hash before it gets its name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class HubFile(NamedTuple):
 
     @property
     def key(self) -> str:
-        """What the cache calls its content."""
+        """The name of its content in the cache: a hash."""
         told = self.sha256 or self.git_hash or ""
         return (
             told
@@ -64,7 +64,7 @@ OpenSpan = Callable[[HubFile, tuple[int, int] | None], Any]
 
 
 class Transfer:
-    """One download. `fetch` returns when all files are there and are what they should be."""
+    """One download. `fetch` returns when all files are complete and their hashes are right."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class Transfer:
         self._reported_at = 0.0
 
     def fetch(self, wanted: Sequence[Wanted]) -> None:
-        """Raises `ModelError` for what cannot be had or is not what it should be; what came by then is kept."""
+        """Raises `ModelError` for a file that cannot be fetched or has another hash. Unfinished files are kept."""
         parts = [_PartFile(each, self._segment_bytes) for each in wanted]
         try:
             self._total_bytes = sum(part.num_bytes for part in parts)
@@ -185,7 +185,7 @@ class Transfer:
 
 
 class _PartFile:
-    """A file that is not whole yet, and how much of each segment it has."""
+    """An unfinished file, and how many bytes of each segment it has."""
 
     def __init__(self, wanted: Wanted, segment_bytes: int) -> None:
         self.file, self._target = wanted
@@ -230,7 +230,7 @@ class _PartFile:
         return begin, min(begin + self._segment_bytes, self.num_bytes)
 
     def pending(self) -> list[int]:
-        """The segments that are not whole."""
+        """The numbers of the unfinished segments."""
         return [
             number
             for number in range(self.num_segments)
@@ -284,7 +284,7 @@ class _PartFile:
             )
 
     def close(self) -> None:
-        """A thread that still waits for the network writes nothing afterwards."""
+        """Close the files. A thread that still waits for the network writes nothing afterwards."""
         with self._lock:
             self._is_closed = True
             os.close(self._handle)

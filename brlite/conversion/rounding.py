@@ -1,4 +1,4 @@
-"""How much int8 rounds a model's matrices, told from a few rows of each. Packs and unpacks as the kernels do."""
+"""Measures how much int8 changes a model's matrices, on a few rows of each. Packs and unpacks as the kernels do."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from brlite.checkpoint.stored_tensor import Float32
 
 
 class Rounding(msgspec.Struct, frozen=True):
-    """The worst of all rows looked at: the largest error against a row's largest weight, and the smallest cosine of
-    what a matrix makes of random activations before and after."""
+    """The largest error of a weight, relative to the largest weight of its row, and the smallest cosine between a
+    matrix's outputs before and after rounding, for random activations. Both over all rows that were sampled."""
 
     max_error: float
     min_cosine: float
 
 
 def sample_rounding(library: ctypes.CDLL, rows: Float32, worst: Rounding | None) -> Rounding:
-    """What int8 makes of a matrix's first `rows` [R, H], or of those before it if that was worse."""
+    """Measure a matrix's first `rows` [R, H]; returns the worse of each figure and that of `worst`."""
     num_rows, num_inputs = rows.shape
     panel = np.zeros(library.brlite_packed_bytes(INT8, num_rows, num_inputs), np.uint8)
     library.brlite_pack(INT8, rows.ctypes.data, 0, num_rows, num_inputs, panel.ctypes.data)

@@ -1,7 +1,7 @@
-"""Writes safetensors, one shard after another, in the order in which tensors come. Knows no models.
+"""Writes safetensors files (github.com/huggingface/safetensors), one shard after another, in the order of the tensors.
 
-A shard's header stands first, so what it will hold is planned before. A shard gets its name when it is whole and on
-the disk; its sha256 is taken on the way there.
+A file begins with its header, so its tensors are planned before any is written. A shard gets its name once all of it
+is on the disk; its sha256 is computed while it is written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OnBytes = Callable[[int], None]  # so many more bytes are written
 
 
 class PlannedTensor(NamedTuple):
-    """A tensor that will come; `dtype` is F32 or BF16."""
+    """A tensor to be written; `dtype` is F32 or BF16."""
 
     name: str
     dtype: str
@@ -37,7 +37,7 @@ class PlannedTensor(NamedTuple):
 
 
 class PlannedShard(NamedTuple):
-    """A file and what it will hold, in that order."""
+    """A file and the tensors to be written to it, in their order."""
 
     file_name: str
     tensors: tuple[PlannedTensor, ...]
@@ -81,7 +81,7 @@ def shard_index(shards: list[PlannedShard]) -> Mapping[str, object]:
 
 
 class ShardWriter:
-    """One shard on its way to the disk: another thread rounds, hashes and writes, so that the caller has time.
+    """Writes one shard. A thread of its own rounds, hashes and writes, while the caller reads the next tensor.
 
     Leaving the `with` statement before `finish` removes what was written. Raises `OSError` where the disk does.
     """
@@ -102,7 +102,7 @@ class ShardWriter:
             self._thread.shutdown(cancel_futures=True)
 
     def put(self, tensor: PlannedTensor, values: Float32) -> None:
-        """Begin to write the next tensor. Nobody may change `values` before `wait` is back."""
+        """Begin to write the next tensor. `values` must not change until `wait` returns."""
         self.wait()
         self._written = self._thread.submit(self._write_tensor, tensor, values)
 

@@ -1,4 +1,4 @@
-"""What a decoder of the Llama-shaped family is made of, in numbers. Knows no tensors and imports no torch.
+"""The sizes and options of a decoder of the Llama shape. Has no tensors and imports no torch.
 
 What it does with them is a list of operations (`network.py`).
 """
@@ -131,7 +131,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def common_window(self) -> int | None:
-        """The window beyond which no layer looks back, if there is one."""
+        """The sliding window in tokens if every layer has one; None if a layer sees the whole context."""
         return self.sliding_window if len(self.sliding_layers) == self.num_layers else None
 
     def window(self, layer: int) -> int | None:

@@ -19,7 +19,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 class PairTables(NamedTuple):
-    """Cosines and sines, each [positions, rotary_dim / 2]: a column for each pair that turns. Magnitude included."""
+    """Cosines and sines, each [positions, rotary_dim / 2], multiplied by YaRN's attention factor."""
 
     cos: Float32
     sin: Float32
@@ -28,7 +28,7 @@ class PairTables(NamedTuple):
 def pair_tables(rope: RopeConfig, length: int) -> PairTables:
     """The tables for positions 0 to `length` - 1.
 
-    Dynamic scaling is evaluated at `length`, once: a token's keys never depend on how long its sequence has grown.
+    Dynamic scaling is evaluated once, at `length`, so that a token's keys do not depend on the length of its sequence.
     """
     angles = np.outer(np.arange(length, dtype=np.float32), inverse_frequencies(rope, length))
     magnitude = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
@@ -36,7 +36,7 @@ def pair_tables(rope: RopeConfig, length: int) -> PairTables:
 
 
 def inverse_frequencies(rope: RopeConfig, length: int) -> Float32:
-    """Radians per position of each pair [rotary_dim / 2], scaled for a context of `length` as the model wants."""
+    """Radians per position of each pair [rotary_dim / 2], scaled by the config for a context of `length` tokens."""
     if isinstance(rope.scaling, DynamicScaling):
         factor, original = rope.scaling.factor, rope.scaling.original_positions
         stretch = factor * max(length, original) / original - (factor - 1)
@@ -47,7 +47,7 @@ def inverse_frequencies(rope: RopeConfig, length: int) -> Float32:
 
 
 def _rounded(function: np.ufunc, angles: Float32) -> Float32:
-    """`function` in float64 and back, a buffer at a time: numpy's float32 cosines differ between processors."""
+    """`function` in float64, rounded to float32: numpy's float32 cosines differ between processors."""
     out = np.empty_like(angles)
     function(angles, out=out, dtype=np.float64, casting="same_kind")
     return out
@@ -80,7 +80,7 @@ def _yarn(frequencies: Float32, rope: RopeConfig) -> Float32:
 
 
 def _yarn_dimension(rope: RopeConfig, scaling: YarnScaling, turns: float) -> float:
-    """The pair, as a real number, that turns `turns` times within the original context."""
+    """The index of the pair, as a real number, that rotates `turns` times within the original context."""
     return rope.rotary_dim * math.log(scaling.original_positions / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
 

@@ -1,4 +1,4 @@
-"""How ranks share one decoder: which rows and columns of each parameter a rank holds. Numbers only; imports no torch.
+"""Tensor parallelism: which rows and columns of each parameter a rank holds. Numbers only; imports no torch.
 
 Every rank has some query heads with their key heads, a part of the MLP and a part of the vocabulary. Parts are as even
 as they can be, rank 0's the smallest; a key head is held by several ranks where there are fewer of them than ranks.
@@ -30,14 +30,14 @@ class Shard(msgspec.Struct, frozen=True):
 
 
 class ShardSlice(NamedTuple):
-    """A rank's part of one parameter: ranges of its rows, one below the other, and of each row these columns."""
+    """A rank's part of one parameter: ranges of its rows, in order, and of each row these columns (None: all)."""
 
     rows: tuple[range, ...]
     columns: range | None = None
 
 
 def check_num_ranks(config: ModelConfig, size: int) -> None:
-    """Raise `ConfigError` for more ranks than there is something to share."""
+    """Raise `ConfigError` where a dimension has fewer units than there are ranks."""
     for count, what in ((config.num_heads, "attention heads"), (config.intermediate_size, "neurons in a layer")):
         if size > count:
             raise ConfigError(f"tensor_parallel is {size}; the model has {count} {what}, and each rank needs one")
@@ -57,7 +57,7 @@ def check_groups(config: ModelConfig, size: int) -> None:
 
 
 def shard_config(config: ModelConfig, shard: Shard) -> ModelConfig:
-    """The config of what the rank holds. Its vocabulary is padded, so that all ranks' are of one size."""
+    """The config of the rank's part. Its vocabulary is padded, so that all ranks have the same size."""
     heads, kv_heads = head_ranges(config, shard)
     sizes = (len(vocabulary_range(config, Shard(rank, shard.size))) for rank in range(shard.size))
     return msgspec.structs.replace(
@@ -70,7 +70,7 @@ def shard_config(config: ModelConfig, shard: Shard) -> ModelConfig:
 
 
 def head_ranges(config: ModelConfig, shard: Shard) -> tuple[range, range]:
-    """The rank's query heads and the key heads that these look at."""
+    """The rank's query heads, and the key heads that they read."""
     rank, size, num_kv_heads, group = shard.rank, shard.size, config.num_kv_heads, config.group_size
     if size <= num_kv_heads:
         kv_heads = _even_range(num_kv_heads, rank, size)
@@ -95,12 +95,12 @@ def hidden_range(config: ModelConfig, shard: Shard) -> range:
 
 
 def vocabulary_range(config: ModelConfig, shard: Shard) -> range:
-    """The tokens whose embedding and whose logits are the rank's."""
+    """The range of token ids whose embeddings and logits the rank computes."""
     return _even_range(config.vocab_size, shard.rank, shard.size, LANES)
 
 
 def rank_parameters(config: ModelConfig, shard: Shard) -> dict[str, Parameter]:
-    """Every parameter with the shape of what the rank holds of it. None is padded."""
+    """Every parameter with the shape of the rank's part. No shape is padded."""
     held = {}
     parts = parameter_parts(config, shard)
     for name, parameter in list_parameters(config).items():

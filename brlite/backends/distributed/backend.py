@@ -1,6 +1,6 @@
 """A backend of several ranks: rank 0 computes its part here and sends every step to the others.
 
-Knows how ranks are started, follow and fail, and nothing of how a part is computed: that is a `RankModel`.
+Starts the ranks, sends them steps and handles their loss. A `RankModel` computes a part.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class RankModel(Protocol):
     def info(self) -> BackendInfo: ...
 
     def open(self, host: str) -> str:
-        """On rank 0: make the place where the ranks meet, on this address."""
+        """On rank 0: open the place for exchanging data, at this address. Returns what `join` needs to find it."""
         ...
 
     def join(self, place: str) -> None:
-        """Return when all ranks are there."""
+        """Connect to the other ranks. Returns when all have joined."""
         ...
 
     def execute(self, batch: Batch) -> StepResult: ...
@@ -39,7 +39,7 @@ class RankModel(Protocol):
         ...
 
     def abort(self) -> None:
-        """Another rank is gone: a step that waits for it, on another thread, raises now or soon."""
+        """Another rank is lost: make a step that waits for it, on another thread, raise soon."""
         ...
 
     def close(self) -> None: ...
@@ -73,7 +73,7 @@ class ParallelBackend:
     def assemble(
         cls, ranks: Ranks, setup: Callable[[int], Setup], load: Callable[[], RankModel], describe: Describe, host: str
     ) -> ParallelBackend:
-        """Have all ranks load, rank 0 here, and join. Takes the ranks over: they are ended where something fails."""
+        """Load the parts of all ranks, rank 0's here, and connect them. Owns `ranks`: ends them if anything fails."""
         model: RankModel | None = None
         try:
             ranks.tell_each(setup)
@@ -94,7 +94,7 @@ class ParallelBackend:
             raise
 
     def watch(self, on_lost: OnLost) -> None:
-        """Call `on_lost` once, on a thread of ours, should a rank go: on the caller's, and now, if one has gone."""
+        """Call `on_lost` once when a rank is lost, on another thread; at once and here if one is lost already."""
         with self._lock:
             self._on_lost = on_lost
             lost = self._lost
@@ -102,7 +102,7 @@ class ParallelBackend:
             on_lost(lost)
 
     def execute(self, batch: Batch) -> StepResult:
-        """Compute one step. Whatever is raised, the ranks are not in step any more, and the backend is lost."""
+        """Compute one step. After any exception the ranks are out of step, and the backend is lost."""
         with self._guard.step():
             if self._lost is not None:
                 raise self._lost
@@ -119,7 +119,7 @@ class ParallelBackend:
                 self._is_between_steps.set()
 
     def close(self) -> None:
-        """End the ranks and give back what rank 0 holds, after the step under way if there is one."""
+        """End the ranks and release rank 0's memory, after the running step if there is one."""
         self._guard.close(self._give_back)
 
     def _give_back(self) -> None:
@@ -127,7 +127,7 @@ class ParallelBackend:
         self._model.close()
 
     def _note_lost(self, error: BackendLost) -> None:
-        """Another rank has ended. A step that runs here is freed, and then its own failure goes before."""
+        """Another rank has ended. Abort the running step; if that failed of itself, its reason is reported instead."""
         self._heard = error
         self._has_heard.set()
         self._end_others()
@@ -135,7 +135,7 @@ class ParallelBackend:
         self._lose(error)
 
     def _lose(self, error: BackendLost) -> BackendLost:
-        """Note the reason, end the ranks that are left, and end all waiting for them. Returns the first reason."""
+        """Record the reason and end the other ranks, so that no step waits for them. Returns the first reason."""
         with self._lock:
             if self._lost is not None:
                 return self._lost

@@ -1,6 +1,6 @@
 """A rank that is not rank 0: loads its part of the model, and computes its part of every step until rank 0 stops it.
 
-It ends with rank 0, whatever that dies of and whatever this rank is doing then.
+Its process ends when the connection to rank 0 is lost, in the middle of a step, too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HANG_UP = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # the latter is Linu
 
 
 def run(channel: Channel) -> int:
-    """Be the rank at this end of a channel. Returns the exit status."""
+    """Run the rank at this end of a channel until it ends. Returns the exit status."""
     watch = threading.Thread(target=_end_with, args=(channel.stream,), name="brlite-rank-0", daemon=True)
     watch.start()
     try:
@@ -73,7 +73,7 @@ def _receive(channel: Channel, kind: type[M]) -> M:
 
 
 def _end_with(stream: socket.socket) -> None:
-    """End this process, at once, should the other side of the channel go: rank 0 waits for ranks that end in order."""
+    """End this process at once when the other side of the channel is closed."""
     poll = select.poll()
     poll.register(stream, HANG_UP)
     with suppress(OSError):

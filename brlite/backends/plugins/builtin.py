@@ -1,7 +1,7 @@
 """brlite's own backends behind the contract of engine plugins: `--engine brlite`.
 
-Serving does not need it: the backends do more without it. It shows that the contract can be kept, and is a real
-engine for `engine-check`. A slot is a run of blocks that is always the same.
+Serving does not need it: the backends do more without it. It shows that the contract can be implemented, and is a real
+engine for `engine-check`. Each slot is a fixed run of blocks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TOLERANCES = {"float32": 1e-4, "bfloat16": 0.05}  # of a backend that is not bat
 
 @runtime_checkable
 class LogitsBackend(Protocol):
-    """What a backend has to offer beside its own interface."""
+    """A backend that also gives its logits."""
 
     @property
     def info(self) -> BackendInfo: ...
@@ -106,7 +106,7 @@ class BuiltinEngine:
             backend.close()
 
     def _in_pieces(self, backend: LogitsBackend, seq: ScheduledSeq) -> npt.NDArray[np.float32]:
-        """A row that is too long for a step, by itself."""
+        """The logits after a row that is too long for one step, computed in several."""
         size, num_tokens = self._max_step_tokens, len(seq.token_ids)
         for start in range(0, num_tokens, size):
             piece = seq.token_ids[start : start + size]

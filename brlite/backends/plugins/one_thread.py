@@ -1,6 +1,6 @@
-"""A thread of one's own for an engine: vendors' runtimes often belong to the thread that opened them.
+"""Runs all calls of an engine on one thread: many vendors' runtimes may only be used by the thread that opened them.
 
-It is a daemon, so an engine that loads for minutes does not keep a process alive that was told to stop.
+It is a daemon thread, so that an engine that loads for minutes does not keep a stopping process alive.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class OneThread:
-    """Runs whatever it is called with on the same thread, in turn, while the caller waits."""
+    """Runs functions on one thread, in the order of the calls, while the callers wait."""
 
     def __init__(self, name: str) -> None:
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
@@ -41,7 +41,7 @@ class OneThread:
         return done.result()
 
     def stop(self) -> None:
-        """Let the thread end once it has done what it was given. May be called twice."""
+        """End the thread after the calls that wait. May be called twice."""
         if not self.is_stopped:
             self.is_stopped = True
             self._work.put(None)

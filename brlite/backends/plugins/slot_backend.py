@@ -1,8 +1,7 @@
-"""An engine of the contract as the `Backend` that brlite's own engine drives: one slot is one block of a whole context.
+"""`SlotBackend` makes a plug-in engine a `Backend`: one slot of the engine is one block of a whole context.
 
-So the block that a sequence is given is the number of its slot, and a block is never shared: what is cached stays in
-its slot until another sequence is given it. Splits steps into the calls that the engine allows, and draws the tokens on
-the host. Knows no text and no requests.
+A sequence's only block is the number of its slot. Blocks are never shared, and a slot keeps its content until another
+sequence gets it. Splits steps into the calls that the engine allows, and draws the tokens on the host.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ Logits = npt.NDArray[np.float32]
 
 @dataclass
 class Slot:
-    """What a slot holds, and the tokens of its sequence that wait until their prompt is whole."""
+    """The number of tokens that a slot holds, and the tokens that wait until their prompt is complete."""
 
     length: int = 0
     waiting: list[int] = field(default_factory=list)
@@ -56,7 +55,7 @@ class Slot:
 
 @dataclass
 class SlotWork:
-    """A sequence of this step: the rows it takes one after the other, and what has come of them."""
+    """A sequence of this step: its rows, computed one after the other, and their results."""
 
     seq: ScheduledSeq
     slot: int
@@ -124,7 +123,7 @@ class SlotBackend:
             self._thread.stop()
 
     def _take(self, seq: ScheduledSeq) -> SlotWork:
-        """The rows that a sequence's tokens make. A slot that begins anew belonged to a sequence that has ended."""
+        """Turn a sequence's tokens into rows. At position 0 the slot is emptied first: its last sequence has ended."""
         number = seq.block_table[0]
         slot = self._slots[number]
         if seq.start == 0:
@@ -149,7 +148,7 @@ class SlotBackend:
         return work
 
     def _call(self, rows: list[PluginRow], work: Sequence[SlotWork]) -> Iterator[Exception]:
-        """One call of the engine. What it raises is yielded, and ends the sequences that were in it."""
+        """Call the engine once. Yields an exception that it raises, which ends the sequences of the call."""
         concerned = {each.slot: each for each in work}
         padded = with_every_slot(rows, self._capabilities)
         try:
@@ -182,7 +181,7 @@ class SlotBackend:
         return hidden
 
     def _checked(self, logits: object, num_rows: int) -> Logits:
-        """Logits as the samplers take them. Raises `EngineError` for an array that is not as it was promised."""
+        """Logits [R, V] as float32. Raises `EngineError` for another type or shape than the engine promised."""
         shape, dtype = (num_rows, self._capabilities.vocab_size), self._capabilities.logits_dtype
         if not isinstance(logits, np.ndarray) or logits.shape != shape or logits.dtype != dtype:
             found = f"{logits.dtype} {logits.shape}" if isinstance(logits, np.ndarray) else type(logits).__name__
@@ -190,7 +189,7 @@ class SlotBackend:
         return np.ascontiguousarray(logits, np.float32)
 
     def _release(self, number: int, *, is_certain: bool = False) -> None:
-        """Empty a slot, in the engine only where there is something in it or, after a failure, may be."""
+        """Empty a slot. The engine is called if the slot holds tokens, or with `is_certain` in any case."""
         slot = self._slots[number]
         if slot.length or is_certain:
             self._thread.call(lambda: self._engine.release(number))

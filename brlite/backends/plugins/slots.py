@@ -1,6 +1,6 @@
-"""The lengths of an engine's slots, and whether a step's rows fit them. For engines that do not keep their own account.
+"""The lengths of an engine's slots, and checks of a step's rows against them, for engines without checks of their own.
 
-Refuses, with a reason, the rows that the contract forbids. Computes nothing.
+Refuses rows that the contract forbids, with the reason. Computes nothing.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Slots:
             raise RowRefused("prompts and decodes in one step")
 
     def extend(self, rows: Sequence[PluginRow]) -> None:
-        """The rows are computed."""
+        """Add the tokens of computed rows to their slots."""
         for row in rows:
             if len(row.token_ids):
                 self.lengths[row.slot] = row.end

@@ -1,7 +1,7 @@
-"""A step's logits, and what drawing takes of them: on the host here, on a card in `backends/torch/candidates.py`.
+"""A step's logits, and the queries that sampling makes: on the host here, on a card in `backends/torch/candidates.py`.
 
-Whole rows stay where they are. A sampler reads a few best tokens, for sums over a row, and for chosen logits, and
-all arithmetic that decides on a token is in `reference.py`.
+Whole rows stay where they are. A sampler reads the best tokens, sums over a row, and single logits. All arithmetic
+that decides on a token is in `reference.py`.
 """
 
 from __future__ import annotations

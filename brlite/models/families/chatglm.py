@@ -1,6 +1,6 @@
-"""ChatGLM3: a config and names of its own. Half of each head turns, neighbour by neighbour; q, k and v have biases.
+"""ChatGLM3: its own config keys and weight names. Half of each head is rotated, in neighbouring pairs.
 
-Its own words for the sizes: `num_layers`, `kv_channels`, `multi_query_group_num`, `ffn_hidden_size`, `seq_length`.
+Its keys for the sizes: `num_layers`, `kv_channels`, `multi_query_group_num`, `ffn_hidden_size`, `seq_length`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from brlite.models.config import ModelConfig, RopeConfig
 from brlite.models.families.family import Family, WeightNames
 from brlite.models.families.hf_config import DEFAULT_THETA, MAX_LAYERS, ConfigReader, check_supported
 
-# What its code can do besides and no published ChatGLM3 does, with the value that is supported.
+# Options of its code that no published ChatGLM3 uses, with the only value that is supported.
 FIXED_FLAGS = {
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -21,7 +21,7 @@ FIXED_FLAGS = {
     "apply_residual_connection_post_layernorm": False,
     "add_bias_linear": False,
 }
-# What its code takes where the config has no such key.
+# The defaults of its code for keys that the config lacks.
 CLASS_DEFAULTS = {
     "multi_query_attention": False,
     "multi_query_group_num": 1,

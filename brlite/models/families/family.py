@@ -1,4 +1,4 @@
-"""What a model family is: a translation of a config and of weight names onto the one decoder. No network code here."""
+"""`Family`: how an architecture's config and weight names become those of the one decoder. No network code here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class WeightTarget(msgspec.Struct, frozen=True):
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """What the tensor's numbers are rounded to on their way, before any int8."""
+        """The precision that the tensor's numbers are rounded to first, before any int8."""
         return parameter_dtype(self.parameter)
 
 
@@ -50,18 +50,18 @@ class Family(msgspec.Struct, frozen=True):
 
     @property
     def base_architecture(self) -> str | None:
-        """What configs call the same without a head, as transformers' `AutoModel` saves it."""
+        """The architecture's name without a language model head, as transformers' `AutoModel` saves it."""
         name = self.architecture.removesuffix("ForCausalLM")
         return None if name == self.architecture or self.unit_rows else f"{name}Model"
 
     @property
     def scorer_architecture(self) -> str | None:
-        """What configs call the same with a head that scores, transformers' `…ForSequenceClassification`."""
+        """The architecture's name with a head that scores: transformers' `…ForSequenceClassification`."""
         base = self.base_architecture
         return None if base is None else f"{base.removesuffix('Model')}ForSequenceClassification"
 
     def without_head(self) -> Family:
-        """The family of models without a head for tokens: their embedding stands in its place."""
+        """The family for models without a language model head: the embedding is used in its place, as a tied one."""
 
         def read_config(values: Mapping[str, Any]) -> ModelConfig:
             return self.read_config({**values, "tie_word_embeddings": True})

@@ -1,4 +1,4 @@
-"""Reads the keys of a Hugging Face `config.json`, old style or new. Every failure is a `ModelError` naming the key.
+"""Reads the keys of a Hugging Face `config.json`, of old or new versions. Every error is a `ModelError` naming the key.
 
 What the keys mean for a given family is in that family's file.
 """
@@ -23,7 +23,7 @@ MAX_LAYERS = 4096  # every layer's tensors are named before they are looked for
 class ConfigReader:
     """Typed access to the values of a config. A key that is absent or null takes its default, or is an error.
 
-    `class_defaults` are what transformers' config class of the family has where the key is absent; null is not.
+    `class_defaults` are the defaults of transformers' config class, for absent keys; a null is not replaced by them.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ def check_supported(reader: ConfigReader) -> None:
 
 
 def read_sizes(reader: ConfigReader) -> dict[str, Any]:
-    """The fields of `ModelConfig` that every family spells alike. The network's sizes have no defaults."""
+    """The fields of `ModelConfig` whose keys are the same in every family. The network's sizes have no defaults."""
     num_heads = reader.positive_int("num_attention_heads")
     return {
         "vocab_size": reader.positive_int("vocab_size"),
@@ -135,7 +135,7 @@ def read_head_dim(reader: ConfigReader) -> int:
 
 
 def read_sliding_layers(reader: ConfigReader, *, first: int = 0) -> tuple[int, ...]:
-    """The layers with a sliding window: those `layer_types` names, or else all from `first` on."""
+    """The layers with a sliding window: by `layer_types`, or without it all from layer `first` on."""
     num_layers = reader.positive_int("num_hidden_layers", most=MAX_LAYERS)
     if "layer_types" not in reader:
         return tuple(range(first, num_layers))

@@ -29,7 +29,7 @@ def read_config(values: Mapping[str, Any], class_defaults: Mapping[str, Any] = C
 
 
 def _num_full_layers(values: Mapping[str, Any]) -> int:
-    """How many of the lowest layers see everything. Zero is allowed here, unlike in the sizes."""
+    """How many of the lowest layers have no sliding window; 0 is allowed."""
     count = values.get("max_window_layers", DEFAULT_FULL_LAYERS)
     if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ConfigReader(values).error("max_window_layers", "an integer of at least 0", count)

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama in which every fourth layer is not told positions (NoPE)."""
+"""SmolLM3: Llama without rotary positions in every fourth layer (NoPE)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_config(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def _nope_layers(reader: ConfigReader, values: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
-    """Those with a 0 in `no_rope_layers`, whose name says the opposite; or else the last of each interval."""
+    """The layers without rotary positions: those with 0 in `no_rope_layers`, else the last of each interval."""
     flags = values.get("no_rope_layers")
     if flags is None:
         interval = reader.positive_int("no_rope_layer_interval", DEFAULT_INTERVAL)
