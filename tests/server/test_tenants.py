@@ -16,7 +16,7 @@ from brlite.config.options import Config, EngineConfig, KeyConfig, KeysConfig, L
 from brlite.engine.async_engine import LONG_TEXT, EngineLoop
 from brlite.engine.engine import Engine
 from brlite.engine.fair_thread import FairThread
-from brlite.errors import EngineError, NotReady, QueueFull
+from brlite.errors import EngineError, InvalidRequest, NotReady, QueueFull
 from brlite.http.listen import HttpServer
 from brlite.server.load_state import LoadState
 from brlite.server.served_model import ModelTable, ServedModel
@@ -184,6 +184,22 @@ async def test_the_thread_that_encodes_is_shared_in_turns_and_work_that_nobody_w
     assert done == ["a1", "b", "a2", "a3", "a4"]
     with pytest.raises(NotReady):
         await thread.run("a", lambda: None)
+
+
+async def test_work_that_fails_after_the_close_ends_with_the_error_of_the_close() -> None:
+    thread, gate = FairThread("test", lambda: NotReady("stopping")), threading.Event()
+
+    def fail() -> None:
+        gate.wait(PATIENCE_SECONDS)
+        raise InvalidRequest("the child process was ended")
+
+    failing = asyncio.create_task(thread.run("a", fail))
+    await asyncio.sleep(0)
+    thread.close()
+    gate.set()
+
+    with pytest.raises(NotReady, match="stopping"):
+        await asyncio.wait_for(failing, PATIENCE_SECONDS)
 
 
 async def test_where_the_system_gives_no_thread_the_work_fails_and_the_next_is_tried_again() -> None:
