@@ -1,4 +1,4 @@
-"""What differs between two configs, a line for each option, without showing a key. Knows nothing of who uses them."""
+"""The differences between two configs, a line for each option. Keys are not shown."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from brlite.config.validation import show
 
 
 class Change(NamedTuple):
-    """One option that is not as it was, or one entry that came or went. `section` is the field of `Config` it is in."""
+    """One option that changed, or one entry that was added or removed. `section` is its field of `Config`."""
 
     section: str
     text: str
 
 
 def diff(old: Config, new: Config) -> list[Change]:
-    """All changes, in the order of the config. Entries of a list are told by their names; their order means nothing."""
+    """All changes, in the order of the config. Entries of a list are compared by name; their order has no meaning."""
     return [
         Change(section, text)
         for section in Config.__struct_fields__

@@ -1,7 +1,6 @@
-"""The manual's JSON config: exactly its 13 fields and their types, translated into a `Config`.
+"""Reads the manual's JSON config, exactly its 13 fields with their types, and translates it into a `Config`.
 
-Knows what the fields mean to brlite and nothing of what the manual's own engine does with them. `cached_dir` may be
-absent; keys of `all_models` are opaque, since the manual's own examples hold placeholders there.
+`cached_dir` may be absent. Keys of `all_models` are not checked: the manual's own examples have placeholders there.
 """
 
 from __future__ import annotations
@@ -71,9 +70,9 @@ def load_seed_config(text: str, path: Path) -> Config:
 
 
 def _weights_path(seed: SeedConfig) -> str | None:
-    """Where the model is: `model_file`, if that is a bundle, a folder or a GGUF file, else `cached_dir`; None: by name.
+    """The model's path: `model_file` if it is a folder or a GGUF file, else `cached_dir`. None: it has only a name.
 
-    A traced `.pt` has neither config nor tokenizer: the model is the folder that has, and the `.pt` gives it weights.
+    A traced `.pt` has no config and no tokenizer: the model is the folder that has them, with the `.pt`'s weights.
     """
     file = expand_home(seed.model_file)
     if seed.model_file and (file.suffix == ".gguf" or file.is_dir()):

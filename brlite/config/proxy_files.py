@@ -1,4 +1,4 @@
-"""What `brlite proxy` forwards to: a TOML, the manual's JSON files and `--upstream NAME=URL`, as one config.
+"""The config of `brlite proxy`: a TOML, the manual's JSON files and `--upstream NAME=URL`, merged.
 
 Opens no connection. Servers of an `all_models` become upstreams; entries without an address, such as the
 manual's placeholders, stay in `proxy.all_models`, where `warnings.py` finds them.
@@ -24,7 +24,7 @@ _NAMED_URL = re.compile(r"(?P<name>.+?)=(?P<url>(?:https?://|unix:).+)")
 
 
 class _Entry(NamedTuple):
-    """A file or option says that the server at `url` has the model."""
+    """The server at `url` has the model, says a file or the command line (`source`)."""
 
     url: str
     model: str
@@ -32,12 +32,12 @@ class _Entry(NamedTuple):
 
     @property
     def place(self) -> Address | str:
-        """The same for two spellings of one address."""
+        """The parsed address: equal for two spellings of one address."""
         return parse_address(self.url) or self.url
 
 
 def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> Config:
-    """The config of a proxy. Raises a one-line `ConfigError` for what contradicts itself or leads nowhere."""
+    """The config of a proxy. Raises a one-line `ConfigError` for a contradiction, and if there is no server."""
     if not files and not named_urls:
         raise ConfigError(
             "proxy: no upstream; give a config (a .toml, or the manual's .json files) or --upstream NAME=URL"
@@ -46,7 +46,14 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
     if len(tomls) > 1:
         raise ConfigError(f"{tomls[1]}: only one .toml is allowed, and {tomls[0]} is one; .json files may be added")
     source = str(tomls[0]) if tomls else COMMAND_LINE
-    config = _read_proxy_toml(tomls[0]) if tomls else Config(model=())
+    config = Config(model=())
+    if tomls:
+        data = read_toml(tomls[0])
+        if data.get("model"):
+            raise ConfigError(
+                f"{source}: [[model]]: `brlite proxy` serves no model of its own; `brlite serve` does both"
+            )
+        config = convert({**data, "model": []}, Config, source=source)
     seeds = {path: load_config(path) for path in files if path not in tomls}
     tables = [(source, config.proxy.all_models), *((str(path), seed.proxy.all_models) for path, seed in seeds.items())]
     listed = _agreed([_Entry(url, model, source) for source, table in tables for url, model in table.items()])
@@ -71,15 +78,8 @@ def load_proxy_config(files: Sequence[Path], named_urls: Sequence[str] = ()) -> 
     return make_config(msgspec.to_builtins(merged), source=source)
 
 
-def _read_proxy_toml(path: Path) -> Config:
-    data = read_toml(path)
-    if data.get("model"):
-        raise ConfigError(f"{path}: [[model]]: `brlite proxy` serves no model of its own; `brlite serve` does both")
-    return convert({**data, "model": []}, Config, source=str(path))
-
-
 def _agreed(entries: Iterable[_Entry]) -> list[_Entry]:
-    """Each entry once. Raises `ConfigError` where two say that different models are at one place."""
+    """Each entry once. Raises `ConfigError` if two entries name different models for one address."""
     seen: dict[Address | str, _Entry] = {}
     for entry in entries:
         other = seen.setdefault(entry.place, entry)
@@ -103,7 +103,7 @@ def _named_url(text: str) -> _Entry:
 
 
 def _with(upstreams: Iterable[UpstreamConfig], entries: Iterable[_Entry]) -> tuple[UpstreamConfig, ...]:
-    """The upstreams and those of the entries; one that is known already serves the entry's model too."""
+    """The upstreams with the entries added: to the upstream of the same address, else as a new one."""
     merged = list(upstreams)
     indices: dict[Address | str, int] = {}
     for index, upstream in enumerate(merged):

@@ -1,4 +1,4 @@
-"""What is doubtful in a config that is valid, and what this version cannot do yet. Both `serve` and `check` ask here.
+"""Warnings about a valid config, and errors for what this version cannot serve. For `serve`, `check` and `LLM`.
 
 Reads the config, the environment variable of the key and how many threads this process may use; no model, no network.
 """
@@ -57,7 +57,7 @@ def check_memory(engine: EngineConfig, models: Sequence[ModelSpec], num_bytes: M
 
 
 def config_warnings(config: Config) -> list[str]:
-    """One line for everything an operator should know before starting with this config."""
+    """One line for each thing that an operator should know about this config."""
     warnings = [text for rule in _RULES for text in rule(config)]
     models = config.model if config.engine.name is None else ()  # an engine plugin reports itself what it cannot serve
     for index, spec in enumerate(models):
@@ -75,7 +75,7 @@ def sent_variables(config: Config) -> list[str]:
 
 
 def metrics_notes(config: Config) -> list[str]:
-    """A line that says which key `/metrics` needs, where there are keys."""
+    """A line that says which key `/metrics` needs, if it needs one."""
     if not _has_key(config) or not (config.server.metrics_need_key or config.key):
         return []
     which = "an operator's API key (admin = true)" if config.key else "an API key"
@@ -87,16 +87,12 @@ def _has_key(config: Config) -> bool:
     return bool(keys.keys or keys.file or config.key or os.environ.get(keys.env))
 
 
-def _keys(config: Config) -> Warnings:
+def _server(config: Config) -> Warnings:
     if not _has_key(config) and not _is_loopback(config.server.host):
         yield (
             f"server.host = {config.server.host}: any client that can reach this address can use the server: "
             "no API key is set"
         )
-
-
-def _origins(config: Config) -> Warnings:
-    """Entries that are compared with what browsers and clients send, and that none ever sends."""
     for origin in config.server.cors_origins:
         if origin != "*" and _ORIGIN.fullmatch(origin) is None:
             yield (
@@ -106,9 +102,6 @@ def _origins(config: Config) -> Warnings:
     for host in config.server.allowed_hosts:
         if host != "*" and _HOST.fullmatch(host) is None:
             yield f"server.allowed_hosts: no client sends {host} as Host; allowed are * and names, without a scheme"
-
-
-def _descriptors(config: Config) -> Warnings:
     needed, limit = needed_descriptors(config), descriptor_limit()
     if needed > limit:
         yield (
@@ -119,7 +112,7 @@ def _descriptors(config: Config) -> Warnings:
 
 
 def needed_descriptors(config: Config) -> int:
-    """How many open files the config can need: a connection is one, a request that is forwarded one more."""
+    """How many open files the config may need: one for each connection, one more for each forwarded request."""
     num_connections = config.limits.max_connections
     models = _forwarded_models(config)
     return OWN_DESCRIPTORS + num_connections + min(num_connections, len(models) * config.proxy.max_in_flight)
@@ -135,7 +128,7 @@ def usable_connections(config: Config) -> int:
 
 
 def _manual_table(config: Config) -> Warnings:
-    """What of the manual's `all_models` leads nowhere."""
+    """Entries of the manual's `all_models` that have no effect."""
     here, table = _local_models(config), config.proxy.all_models
     upstream_models = {upstream.url: upstream.models for upstream in config.upstream}
     for url, model in table.items():
@@ -167,15 +160,12 @@ def _upstreams(config: Config) -> Warnings:
             yield f'upstream {name}: health_path = "": no health checks; only failed requests show that it is down'
 
 
-def _aliases(config: Config) -> Warnings:
-    known = _local_models(config) | _forwarded_models(config)
-    for alias, model in config.proxy.aliases.items():
-        if model not in known:
+def _names(config: Config) -> Warnings:
+    """Names of models in aliases, fallbacks and keys that are not served."""
+    local, forwarded, aliases = _local_models(config), _forwarded_models(config), config.proxy.aliases
+    for alias, model in aliases.items():
+        if model not in local | forwarded:
             yield f"proxy.aliases.{alias}: {model} has no upstream; requests get 404"
-
-
-def _fallbacks(config: Config) -> Warnings:
-    forwarded = _forwarded_models(config)
     for model, others in config.proxy.fallbacks.items():
         if model not in forwarded:
             yield f"proxy.fallbacks.{model}: has no effect: only forwarded requests use fallbacks"
@@ -184,35 +174,25 @@ def _fallbacks(config: Config) -> Warnings:
                 yield f"proxy.fallbacks.{model}: names itself"
             elif other not in forwarded:
                 yield f"proxy.fallbacks.{model}: {other} has no upstream, so it cannot be a fallback"
-
-
-def _key_models(config: Config) -> Warnings:
-    known, aliases = _local_models(config) | _forwarded_models(config), config.proxy.aliases
     for key in config.key:
         for name in key.models:
             if name in aliases:
                 yield f"key {key.name}: models: {name} is an alias; write the model's own name, {aliases[name]}"
-            elif name not in known:
+            elif name not in local | forwarded:
                 yield f"key {key.name}: models: {name} is neither served here nor forwarded"
 
 
-def _engine_of_a_proxy(config: Config) -> Warnings:
-    if not config.model and config.engine != EngineConfig():
+def _engine(config: Config) -> Warnings:
+    engine, default = config.engine, EngineConfig()
+    if not config.model and engine != default:
         yield "engine: has no effect: no model is served here"
-
-
-def _threads(config: Config) -> Warnings:
-    """More threads than can run at once wait for each other: on one core 4 take 36 to 90 times as long as 1."""
+    # More threads than can run at once wait for each other: on one core 4 take 36 to 90 times as long as 1.
     cpus = find_cpus()
-    if config.model and config.engine.name is None and config.engine.threads > cpus.num_threads:
+    if config.model and engine.name is None and engine.threads > cpus.num_threads:
         yield (
-            f"engine.threads = {config.engine.threads}: this process may use {cpus.num_threads} ({cpus.decided_by}); "
+            f"engine.threads = {engine.threads}: this process may use {cpus.num_threads} ({cpus.decided_by}); "
             "more threads make each step many times slower; 0 sets the right number"
         )
-
-
-def _another_engine(config: Config) -> Warnings:
-    engine, default = config.engine, EngineConfig()
     if engine.name is None and engine.options:
         yield "engine.options: have no effect without engine.name"
     if engine.name is not None:
@@ -222,6 +202,15 @@ def _another_engine(config: Config) -> Warnings:
         for index, spec in enumerate(config.model):
             if spec.num_blocks:
                 yield f"model[{index}].num_blocks: has no effect on engine {engine.name}, which has build_batch slots"
+    budget = engine.max_num_batched_tokens
+    for index, spec in enumerate(config.model):
+        if spec.draft is not None and engine.speculation == "off":
+            yield f'model[{index}].draft: has no effect with engine.speculation = "off"'
+        if 0 < budget < spec.build_batch:
+            text = (
+                f"steps compute up to {spec.build_batch} tokens, one for each of model[{index}].build_batch sequences"
+            )
+            yield f"engine.max_num_batched_tokens = {budget}: {text}"
 
 
 def _local_models(config: Config) -> set[str]:
@@ -229,29 +218,13 @@ def _local_models(config: Config) -> set[str]:
 
 
 def _forwarded_models(config: Config) -> set[str]:
-    """The models that requests are forwarded for."""
+    """The models whose requests are forwarded."""
     listed = {model for url, model in config.proxy.all_models.items() if parse_address(url) is not None}
     return listed.union(*(upstream.models for upstream in config.upstream)) - _local_models(config)
 
 
 def _is_loopback(host: str) -> bool:
     return host in LOOPBACK or host.startswith("127.")
-
-
-def _drafts(config: Config) -> Warnings:
-    for index, spec in enumerate(config.model):
-        if spec.draft is not None and config.engine.speculation == "off":
-            yield f'model[{index}].draft: has no effect with engine.speculation = "off"'
-
-
-def _step_budget(config: Config) -> Warnings:
-    budget = config.engine.max_num_batched_tokens
-    for index, spec in enumerate(config.model):
-        if 0 < budget < spec.build_batch:
-            text = (
-                f"steps compute up to {spec.build_batch} tokens, one for each of model[{index}].build_batch sequences"
-            )
-            yield f"engine.max_num_batched_tokens = {budget}: {text}"
 
 
 def _weights(spec: ModelSpec) -> Warnings:
@@ -264,7 +237,7 @@ def _weights(spec: ModelSpec) -> Warnings:
 
 
 def _manual_limits(spec: ModelSpec) -> Warnings:
-    """Limits of the manual's engine that brlite lifts: said where a config may be taken back to that engine."""
+    """Values that brlite allows and the manual's engine does not: the config may be used with that engine again."""
     if not (spec.model_file or spec.serialize_file or spec.output_name):
         return
     if len(spec.devices) == 1 and spec.devices[0] != 0:
@@ -275,19 +248,5 @@ def _manual_limits(spec: ModelSpec) -> Warnings:
         yield f"build_batch {spec.build_batch}: fine here, but the manual's engine fails above 64"
 
 
-_RULES: tuple[Callable[[Config], Warnings], ...] = (
-    _keys,
-    _origins,
-    _descriptors,
-    _key_models,
-    _manual_table,
-    _upstreams,
-    _aliases,
-    _fallbacks,
-    _engine_of_a_proxy,
-    _threads,
-    _another_engine,
-    _drafts,
-    _step_budget,
-)
+_RULES: tuple[Callable[[Config], Warnings], ...] = (_server, _manual_table, _upstreams, _names, _engine)
 _MODEL_RULES: tuple[Callable[[ModelSpec], Warnings], ...] = (_weights, _manual_limits)

@@ -1,12 +1,14 @@
 """The tokenizer of a Hugging Face folder: `tokenizer.json`, or a bare sentencepiece `tokenizer.model` in older ones.
 
-Around it stand small JSON files that name the special tokens, the end tokens and the chat template. No code of the
-folder is run and transformers is not needed. Knows no weights.
+Small JSON files beside it name the special tokens, the end tokens and the chat template. No code of the folder is run,
+and transformers is not needed.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def load_folder(
 ) -> Tokenizer:
     """The tokenizer of a folder; `chat_template` replaces its template. Raises `ModelError`, naming the file.
 
-    With `control_tokens_in_text` a control token that a message of a chat spells out becomes that token.
+    With `control_tokens_in_text` the text of a control token in a chat message becomes that token.
 
     With a `tokenizer.json`, that file alone decides whether BOS and EOS are added, as in transformers 5; without one,
     `add_bos_token` and `add_eos_token` of `tokenizer_config.json` do, and its `legacy` puts a space before each stretch
@@ -69,7 +71,7 @@ def load_folder(
     _add_listed_tokens(backend, folder, config)
     given = [name for name in _NAMED_TOKENS if config.get(name) is not None]
     tokens = {name: _special_token(config[name], name, folder) for name in given}
-    special = _add_special_tokens(backend, [*tokens.values(), *_listed_special_tokens(config, folder)])
+    special = _add_special_tokens(backend, folder, config, tokens.values())
     named = {name: token.content for name, token in tokens.items()}
     ids = {name: backend.token_to_id(text) for name, text in named.items()}
     _settle_bos_eos(backend, folder, config, ids, has_json=has_json)
@@ -78,29 +80,21 @@ def load_folder(
         encoder: Encoder = BackendEncoder(backend, child_limits=None if ends else limits or ChildLimits())
     else:
         encoder = PieceEncoder(backend, add_space_prefix=token_bytes.strips_first_space)
-    template, tool_use, source = _find_templates(folder, config, chat_template)
-    chat_format: ChatFormat | None = None
-    if template is not None:
-        controls = None if control_tokens_in_text else read_control_tokens(backend)
-        made = [
-            ChatTemplate(text, source=source, special_tokens=named, control_tokens=controls, limits=limits)
-            for text in (template, tool_use)
-            if text is not None
-        ]
-        chat_format = NamedTemplates(*made) if len(made) == 2 else made[0]
+    controls = None if control_tokens_in_text else read_control_tokens(backend)
+    make_template = partial(ChatTemplate, special_tokens=named, control_tokens=controls, limits=limits)
     return Tokenizer(
         encoder,
         token_bytes,
         bos_token_id=ids.get("bos_token"),
         eos_token_ids=read_eos_token_ids(folder, ids.get("eos_token")),
         special_token_ids=special,
-        chat_template=chat_format,
+        chat_template=_read_chat_format(folder, config, chat_template, make_template),
         infill=find_infill_tokens(backend.token_to_id),
     )
 
 
 def _read_tokenizer_json(path: Path) -> tuple[Backend, bool]:
-    """The tokenizer, and whether all its expressions are known to end."""
+    """The tokenizer, and whether all its regular expressions are known to end soon on any text."""
     text = read_model_text(path)
     expressions = check_tokenizer_json(path, text)
     try:
@@ -118,12 +112,25 @@ def _read_tokenizer_json(path: Path) -> tuple[Backend, bool]:
 
 
 def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -> None:
-    """Add the tokens that tokenizer_config.json or added_tokens.json knows of and the tokenizer does not.
+    """Add tokens of tokenizer_config.json and added_tokens.json that the tokenizer does not have.
 
-    The flags that tokenizer_config.json gives a token go before those of tokenizer.json, as in transformers.
+    Flags of a token in tokenizer_config.json replace those in tokenizer.json, as in transformers.
     """
+    listed: dict[int, AddedToken] = {}
+    try:
+        for text, token_id in read_json(folder / "added_tokens.json").items():
+            listed[int(token_id)] = AddedToken(text, normalized=False)
+        for token_id, token in config.get("added_tokens_decoder", {}).items():
+            listed[int(token_id)] = AddedToken(
+                token["content"], **{flag: bool(token.get(flag)) for flag in _TOKEN_FLAGS}
+            )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ModelError(
+            f"{folder}: added_tokens.json must map texts to ids, and added_tokens_decoder of tokenizer_config.json "
+            "ids to objects with a string `content`"
+        ) from None
+
     known = backend.get_added_tokens_decoder()
-    listed = _listed_tokens(folder, config)
     named = {int(token_id) for token_id in config.get("added_tokens_decoder", ())}
     to_add = {}
     for token_id, token in sorted(listed.items()):
@@ -138,36 +145,8 @@ def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -
             raise ModelError(f"{folder}: added token {excerpt(token.content)} cannot get the id {token_id}")
 
 
-def _listed_tokens(folder: Path, config: dict[str, Any]) -> dict[int, AddedToken]:
-    listed = {}
-    try:
-        for text, token_id in read_json(folder / "added_tokens.json").items():
-            listed[int(token_id)] = AddedToken(text, normalized=False)
-        for token_id, token in config.get("added_tokens_decoder", {}).items():
-            listed[int(token_id)] = AddedToken(
-                token["content"], **{flag: bool(token.get(flag)) for flag in _TOKEN_FLAGS}
-            )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ModelError(
-            f"{folder}: added_tokens.json must map texts to ids, and added_tokens_decoder of tokenizer_config.json "
-            "ids to objects with a string `content`"
-        ) from None
-    return listed
-
-
-def _listed_special_tokens(config: dict[str, Any], folder: Path) -> list[AddedToken]:
-    listed = []
-    for name in _TOKEN_LISTS:
-        tokens = config.get(name) or []
-        if not isinstance(tokens, list | dict):
-            raise ModelError(f"{folder}: {name} must be a list or an object, got {excerpt(tokens)}")
-        values = tokens.values() if isinstance(tokens, dict) else tokens
-        listed += [_special_token(token, name, folder) for token in values]
-    return listed
-
-
 def _special_token(token: object, name: str, folder: Path) -> AddedToken:
-    """With the flags that the file names, `normalized` among them, which is off for a token that is only a text."""
+    """A token with the flags of the file. A token that is only a text is not normalized."""
     fields: dict[str, Any] = token if isinstance(token, dict) else {"content": token, "normalized": False}
     if not isinstance(fields.get("content"), str):
         raise ModelError(
@@ -177,12 +156,21 @@ def _special_token(token: object, name: str, folder: Path) -> AddedToken:
     return AddedToken(fields["content"], **{"normalized": False, **flags, "special": True})
 
 
-def _add_special_tokens(backend: Backend, tokens: list[AddedToken]) -> set[int]:
-    """Make tokens special that the small files call so; returns every special id.
+def _add_special_tokens(
+    backend: Backend, folder: Path, config: dict[str, Any], tokens: Iterable[AddedToken]
+) -> set[int]:
+    """Make `tokens`, and those in the lists of the JSON files, special. Returns the ids of all special tokens.
 
-    One that the tokenizer has among its added tokens keeps the flags it has there. A text without a row in the
-    vocabulary stays text: a new id would be one that the model has no embedding for.
+    A token that is among the tokenizer's added tokens keeps its flags. A text that is not in the vocabulary stays text:
+    the model would have no embedding for a new id.
     """
+    tokens = list(tokens)
+    for name in _TOKEN_LISTS:
+        listed = config.get(name) or []
+        if not isinstance(listed, list | dict):
+            raise ModelError(f"{folder}: {name} must be a list or an object, got {excerpt(listed)}")
+        values = listed.values() if isinstance(listed, dict) else listed
+        tokens += [_special_token(token, name, folder) for token in values]
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     known = [added.get(token.content, token) for token in tokens if backend.token_to_id(token.content) is not None]
     for token in known:
@@ -209,25 +197,32 @@ def _settle_bos_eos(
             )
 
 
-def _find_templates(folder: Path, config: dict[str, Any], operators: Path | None) -> tuple[str | None, str | None, str]:
-    """The chat template, the one for chats with tools where there is another, and where they come from.
+def _read_chat_format(
+    folder: Path, config: dict[str, Any], operators: Path | None, make: Callable[..., ChatTemplate]
+) -> ChatFormat | None:
+    """The chat template, with a second one for chats with tools if there is one. None if there is no template.
 
-    They are the operator's file, files of the folder, or stand in tokenizer_config.json.
+    It is the operator's file, else files of the folder, else text in chat_template.json or tokenizer_config.json.
     """
-    if operators is not None:
-        return read_template(operators), None, str(operators)
     jinja_file, tool_use_file = folder / "chat_template.jinja", folder / "additional_chat_templates" / "tool_use.jinja"
-    if exists(jinja_file):
+    template: Any
+    source, tool_use = str(folder), None
+    if operators is not None:
+        template, source = read_template(operators), str(operators)
+    elif exists(jinja_file):
+        template, source = read_model_text(jinja_file), str(jinja_file)
         tool_use = read_model_text(tool_use_file) if exists(tool_use_file) else None
-        return read_model_text(jinja_file), tool_use, str(jinja_file)
-    template = read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
-    tool_use = None
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template, tool_use = named.get("default", named), named.get("tool_use")
-    if not all(text is None or isinstance(text, str) for text in (template, tool_use)):
-        raise ModelError(f"{folder}: chat_template must be a string, or a list of named ones with a `default`")
-    return template, tool_use or None, str(folder)
+    else:
+        template = read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+        if isinstance(template, list):
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+            template, tool_use = named.get("default", named), named.get("tool_use")
+        if not all(text is None or isinstance(text, str) for text in (template, tool_use)):
+            raise ModelError(f"{folder}: chat_template must be a string, or a list of named ones with a `default`")
+    if template is None:
+        return None
+    chat_template = make(template, source=source)
+    return NamedTemplates(chat_template, make(tool_use, source=source)) if tool_use else chat_template
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -236,7 +231,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_eos_token_ids(folder: Path, *others: int | None) -> list[int]:
-    """Every id that ends a completion: as the generation config and the model's config name them, then `others`."""
+    """The ids that end a completion: those of the generation config and the model's config, then `others`."""
     token_ids: list[int] = []
     for name in ("generation_config.json", "config.json"):
         value = read_json(folder / name).get("eos_token_id")
