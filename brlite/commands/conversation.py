@@ -22,7 +22,10 @@ HELP = """\
 /exit               leave, as Ctrl-D and Ctrl-C do
 Ctrl-C during an answer stops the answer. Text that is pasted is one message, whatever its lines."""
 COMMANDS = ("/help", "/system", "/set", "/retry", "/clear", "/save", "/load", "/exit")
-NOT_FOR_CHATS = ("n", "best_of", "logprobs", "prompt_logprobs")
+NOT_FOR_CHATS = (
+    *("n", "best_of", "use_beam_search", "length_penalty", "early_stopping"),
+    *("logprobs", "prompt_logprobs"),
+)
 
 
 class Message(msgspec.Struct, frozen=True):

@@ -104,6 +104,7 @@ async def explain(request: web.Request) -> web.Response:
             texts = [await prompt_text(prompt, engine, model, tenant) for prompt in prompts]
         except InvalidRequest as error:
             raise in_client_words(error, call.field_names) from None
+    of_model = set() if call.params.use_beam_search else engine.sampling_defaults.keys() & call.unset
     clamps = [line for _, lines in admitted for line in lines]
     longest = [max_tokens for max_tokens, _ in admitted]
     variables: dict[str, ExplainedValue] = {}
@@ -117,7 +118,7 @@ async def explain(request: web.Request) -> web.Response:
             ExplainedPrompt(text, len(each.prompt_token_ids), each.prompt_token_ids)
             for (text, _), each in zip(texts, made.requests, strict=True)
         ],
-        parameters=_parameters(call, given, engine.sampling_defaults.keys() & call.unset, max(longest), clamps),
+        parameters=_parameters(call, given, of_model, max(longest), clamps),
         template_variables=variables,
         memory=_memory(made.requests, longest, engine),
         queue=_queue(made.requests, longest, engine),
@@ -168,8 +169,9 @@ def _memory(requests: list[Request], longest: list[int], engine: EngineLoop) -> 
     needed = 0
     for request, max_tokens in zip(requests, longest, strict=True):
         num_prompt_tokens, size = len(request.prompt_token_ids), info.block_size
-        num_shared = num_prompt_tokens // size if request.params.n > 1 else 0  # by all completions of the prompt
-        needed += num_shared + request.params.n * (-(-(num_prompt_tokens + max_tokens) // size) - num_shared)
+        num_sequences = request.params.beam_width  # its completions, or the beams of its search
+        num_shared = num_prompt_tokens // size if num_sequences > 1 else 0
+        needed += num_shared + num_sequences * (-(-(num_prompt_tokens + max_tokens) // size) - num_shared)
     block_bytes = info.kv_bytes // info.num_blocks if info.num_blocks else 0
     return MemoryForecast(
         block_size=info.block_size,
@@ -183,7 +185,7 @@ def _memory(requests: list[Request], longest: list[int], engine: EngineLoop) -> 
 
 def _queue(requests: list[Request], longest: list[int], engine: EngineLoop) -> QueueForecast:
     info, stats = engine.info, engine.stats
-    num_new = sum(request.params.n for request in requests)
+    num_new = sum(request.params.beam_width for request in requests)
     num_computed = stats.prompt_tokens - stats.cached_prompt_tokens
     num_prompt_tokens = sum(len(request.prompt_token_ids) for request in requests)
     num_gaps = sum(stats.inter_token_latency.counts)

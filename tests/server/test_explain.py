@@ -63,6 +63,17 @@ async def test_a_models_own_default_is_from_its_generation_config(make_client: M
     assert props["default_generation_settings"]["params"]["top_k"] == 7
 
 
+async def test_a_beam_search_has_its_beams_in_the_forecast_and_no_default_of_the_model(make_client: MakeClient) -> None:
+    client = await make_client(sampling_defaults={"top_p": 0.5})
+    body = {**completion_body("hello", max_tokens=4), "use_beam_search": True, "best_of": 3}
+
+    status, explained = await client.post("/explain", body)
+
+    assert status == 200
+    assert explained["parameters"]["top_p"] == {"value": 1.0, "from": "default"}
+    assert explained["queue"]["num_new"] == 3
+
+
 async def test_the_forecast_is_what_the_request_then_takes(client: Client) -> None:
     body = completion_body("hello", n=2, max_tokens=7)
 
