@@ -132,6 +132,17 @@ def test_a_changed_source_changes_the_fingerprint(sources, name):
     assert fingerprint(sources) != before
 
 
+def test_a_wheel_for_another_processor_has_the_fingerprint_that_is_expected_there(sources, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    there = fingerprint(sources)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    here = fingerprint(sources)
+
+    monkeypatch.setenv("_PYTHON_HOST_PLATFORM", "linux-aarch64")
+
+    assert fingerprint(sources) == there != here
+
+
 def test_what_is_no_source_leaves_the_fingerprint_alone(sources):
     before = fingerprint(sources)
 
