@@ -41,7 +41,8 @@ class TurnQueue:
     @property
     def has_turns(self) -> bool:
         """Whether sequences wait for a turn, and none that has had its turn comes before them."""
-        return self._num_waiting > 0 and not self._returned
+        seq = self.next
+        return seq is not None and seq not in self._returned
 
     @property
     def _tenants(self) -> Tenants:
@@ -65,8 +66,9 @@ class TurnQueue:
     @property
     def next(self) -> Sequence | None:
         """The sequence whose turn it is."""
-        if self._returned:
-            return next(iter(self._returned))
+        returned = min(self._returned, key=lambda seq: seq.state.request.priority, default=None)
+        if returned is not None and (not self._priorities or returned.state.request.priority <= self._priorities[0]):
+            return returned
         if not self._priorities:
             return None
         groups = next(iter(self._tenants.values()))
@@ -86,7 +88,7 @@ class TurnQueue:
         self._num_waiting += 1
 
     def put_back(self, seq: Sequence) -> None:
-        """Queue a sequence that has had its turn and lost its blocks: it comes before all others."""
+        """Queue a sequence that has had its turn and lost its blocks: it comes before all others of its class."""
         self._returned[seq] = None
         self._returned.move_to_end(seq, last=False)
 

@@ -215,6 +215,19 @@ def test_where_blocks_run_out_the_last_class_gives_them_back(make_driver: MakeDr
     assert driver.engine.stats.preemptions > 0
 
 
+def test_a_sequence_that_lost_its_blocks_holds_up_no_class_before_its_own(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=8, max_num_seqs=3, max_model_len=32, budget=64, limits=PATIENT)
+    behind = driver.submit([1] * 10, max_tokens=12, priority=1)
+    before = driver.submit([2] * 10, max_tokens=12)
+    while not driver.engine.stats.preemptions:
+        driver.step()
+
+    short = driver.submit([3] * 2, max_tokens=2)
+    driver.finish()
+
+    assert driver.finished == [short, before, behind]
+
+
 def test_a_full_queue_loses_the_newest_request_of_the_last_class(make_driver: MakeDriver) -> None:
     limits = LimitsConfig(max_waiting=3, max_wait_seconds=1e6)
     driver = make_driver(num_blocks=64, max_num_seqs=1, max_model_len=32, budget=64, limits=limits)
