@@ -23,7 +23,7 @@ from brlite.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-INITIAL_ACCEPTANCE = 0.7  # a pair that somebody has chosen agrees more often than not; a few guesses tell
+INITIAL_ACCEPTANCE = 0.7  # of a pair that was chosen to go together; after a few guesses the measured one counts
 SHARED_WEIGHT = 0.05  # of a guess in the estimate that new sequences begin with
 FIRST_TRIAL_STEPS = 64  # steps without guesses until two are tried again; each trial that fails doubles it
 MAX_TRIAL_STEPS = 4096
@@ -70,7 +70,7 @@ class DraftPlan(NamedTuple):
 
 
 class DraftModel:
-    """Follows at most as many sequences as its backend holds, within its blocks; others get no guesses."""
+    """Guesses for at most as many sequences as its backend holds, within its blocks; others get no guesses."""
 
     def __init__(self, backend: Backend, served: BackendInfo) -> None:
         """`served` is the model that verifies. Guesses beyond its vocabulary are cut off."""

@@ -1,4 +1,4 @@
-"""Guesses at what a sequence says next: where its last words stood before, what followed them then is proposed again.
+"""Guesses at a sequence's next tokens: what followed its last two or three tokens where they stood before.
 
 Guesses cost time and never change a text, since a backend verifies them. Whether they pay is decided here too, from how
 often they were right and from what a step costs; also for those of a draft model (`draft_model.py`). Tokens that a
@@ -39,7 +39,19 @@ class NgramDrafter:
         """Take in the tokens since the last call, or some of them if they are many. Whether there is a guess now."""
         end = min(len(token_ids), self._num_seen + MAX_NEW_TOKENS)
         for position in range(self._num_seen, end):
-            self._take_in(token_ids, position)
+            token_id = token_ids[position]
+            if position == self._num_prompt_tokens:
+                self.acceptance = INITIAL_ACCEPTANCE  # a prompt that repeats itself promises nothing of the answer
+            if self._source is not None:
+                is_right = token_ids[self._source] == token_id
+                self.acceptance += NEWEST_WEIGHT * (is_right - self.acceptance)
+                self._source = self._source + 1 if is_right else None
+            first, second = self._last_two
+            pair, triple = (second, token_id), (first, second, token_id)
+            if self._source is None:
+                self._source = self._ends.get(triple) or self._ends.get(pair)
+            self._ends[pair] = self._ends[triple] = position + 1
+            self._last_two = pair
         self._num_seen = end
         return self._source is not None and end == len(token_ids)
 
@@ -51,21 +63,6 @@ class NgramDrafter:
         for index in range(period, num_tokens):
             draft.append(draft[index - period])
         return draft
-
-    def _take_in(self, token_ids: list[int], position: int) -> None:
-        token_id = token_ids[position]
-        if position == self._num_prompt_tokens:
-            self.acceptance = INITIAL_ACCEPTANCE  # a prompt that repeats itself promises nothing of the answer
-        if self._source is not None:
-            is_right = token_ids[self._source] == token_id
-            self.acceptance += NEWEST_WEIGHT * (is_right - self.acceptance)
-            self._source = self._source + 1 if is_right else None
-        first, second = self._last_two
-        pair, triple = (second, token_id), (first, second, token_id)
-        if self._source is None:
-            self._source = self._ends.get(triple) or self._ends.get(pair)
-        self._ends[pair] = self._ends[triple] = position + 1
-        self._last_two = pair
 
 
 class StepForecast:
