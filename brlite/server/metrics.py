@@ -106,7 +106,7 @@ V1_COUNTERS = [
     Series("vllm:gpu_prefix_cache_hits", "The same, by an older name.", lambda s: s.prefix_cache_hits),
     Series("vllm:prompt_tokens_cached", "Prompt tokens not computed.", lambda s: s.cached_prompt_tokens),
     Series("vllm:num_preemptions", "Sequences put back to be computed again.", lambda s: s.preemptions),
-    Series("vllm:spec_decode_num_drafts", "Times that tokens of a sequence were guessed, by n-grams or a draft model.", lambda s: s.drafts),
+    Series("vllm:spec_decode_num_drafts", "Guesses at a sequence, by n-grams or a draft model.", lambda s: s.drafts),
     Series("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", lambda s: s.draft_tokens),
     Series("vllm:spec_decode_num_accepted_tokens", "Tokens guessed right.", lambda s: s.accepted_tokens),
 ]
