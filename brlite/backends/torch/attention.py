@@ -91,7 +91,7 @@ class StepPlan:
 
 
 class StepPlanner:
-    """Makes plans for one decoder and one cache, of few different shapes if so told."""
+    """Makes the plans of steps for one decoder and one cache. With `has_few_shapes` they are padded to few shapes."""
 
     def __init__(
         self,
@@ -125,17 +125,20 @@ class StepPlanner:
             begun_blocks += table[self._num_blocks(span.start) : self._num_blocks(span.end)]
             first_rows[index], num_rows = num_rows, num_rows + span.length
         group_rows = self._group_rows(members) if self._has_few_shapes else None
+        places = [0] * self._rounded(len(positions))
+        for place, row in reversed(list(enumerate(chain.from_iterable(group_rows or ())))):
+            places[row] = place  # the first place of a row: a row that comes again only fills up
         return StepPlan(
             first_rows=first_rows,
             positions=self._indices(self.filled(positions, 0)),
             slots=self._indices(self.filled(slots, self._scratch_block * self._block_size)),
             begun_blocks=self._indices(self.filled(begun_blocks, self._scratch_block)),
             groups=self._groups(members, group_rows),
-            places=self._indices(_places(group_rows, self._rounded(len(positions)))) if group_rows else None,
+            places=self._indices(places) if group_rows else None,
         )
 
     def filled(self, values: list[T], filler: T) -> list[T]:
-        """`values` as a list of a length that does not add a shape."""
+        """`values`, padded with `filler` to a length that does not add a shape."""
         return values + [filler] * (self._rounded(len(values)) - len(values))
 
     def _shape(self, span: Span) -> tuple[int, int]:
@@ -143,7 +146,7 @@ class StepPlanner:
         return self._rounded(span.length), (self._num_blocks(span.end) - 1).bit_length()
 
     def _rounded(self, number: int) -> int:
-        """Where shapes are to be few, the next power of two."""
+        """`number`, or the next power of two if shapes are to be few."""
         return 1 << (number - 1).bit_length() if number and self._has_few_shapes else number
 
     def _groups(self, members: list[list[Span]], group_rows: list[list[int]] | None) -> list[SpanGroup]:
@@ -197,16 +200,8 @@ class StepPlanner:
         return torch.arange(length, device=self._device)
 
 
-def _places(group_rows: list[list[int]], num_rows: int) -> list[int]:
-    """Where each of the step's rows comes first among those of all groups, one group after another."""
-    places = [0] * num_rows
-    for place, row in reversed(list(enumerate(chain.from_iterable(group_rows)))):
-        places[row] = place  # a row that comes again only fills up
-    return places
-
-
 def attend(query: Tensor, cache: LayerCache, plan: StepPlan, window: int | None) -> Tensor:
-    """What every row of `query` [T, Hq, D] sees in its sequence's cache, its own key included: [T, Hq · D]."""
+    """Attention of every row of `query` [T, Hq, D] to its sequence's cache, its own key included: [T, Hq · D]."""
     outputs = [_attend_group(group.take(query), cache, group, group.views[window]) for group in plan.groups]
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined if plan.places is None else joined.index_select(0, plan.places)

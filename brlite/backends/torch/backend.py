@@ -89,8 +89,7 @@ class QueuedStep:
 
 
 class TorchBackend:
-    """A `Backend` that `CanRunAhead` on CUDA cards. `load` takes the memory of weights and cache; what a step takes
-    besides, it gives back."""
+    """A `Backend`; on CUDA cards a `CanRunAhead`. `load` allocates weights and cache; steps keep nothing."""
 
     def __init__(self, steps: Steps, info: BackendInfo, rules: DeviceRules | None = None) -> None:
         """`rules` are those of the device unless given."""
@@ -103,9 +102,9 @@ class TorchBackend:
 
     @classmethod
     def load(cls, plan: LoadPlan, group: Group | None = None) -> TorchBackend:
-        """Read the weights and make room for the cache. With a shard it is one rank's part, which meets in `group`.
+        """Read the weights and allocate the cache. With a shard these are one rank's, and `group` connects the ranks.
 
-        The number of threads is torch's own, and so the whole process's.
+        Sets torch's number of threads, which holds for the whole process.
         """
         spec, engine = plan.spec, plan.engine
         device = select_device(engine.device, spec.devices[0] if spec.devices else 0)
@@ -170,7 +169,7 @@ class TorchBackend:
         return launched.outcome
 
     def _settle(self, launched: QueuedStep) -> None:
-        """Wait for the step, unless that was done. An error is its own result, not that of the step after it."""
+        """Wait for the step and keep its result, once. An error is kept, too: it must not fail the next step."""
         if launched.step is None:
             return
         try:
@@ -195,7 +194,7 @@ class TorchBackend:
         return StepResult(results, num_host_draws=num_host_draws)
 
     def follow(self, work: RankBatch) -> None:
-        """Do this rank's part of a step that rank 0 executes: all that `execute` does but the drawing."""
+        """Compute this rank's part of a step that rank 0 executes. It draws no tokens."""
         with self._guard.step(), torch.inference_mode():
             step = self._steps.forward(work.seqs)
             first_rows = list(zip(work.seqs, step.first_rows, strict=True))
@@ -205,7 +204,7 @@ class TorchBackend:
                     self._logits(step, rows)
 
     def last_logits(self, seqs: Sequence[ScheduledSeq]) -> npt.NDArray[np.float32]:
-        """Compute a step, and in place of tokens give the logits [R, V] after the last token of each sequence."""
+        """Compute a step and return the logits [R, V] after the last token of each sequence. No tokens are drawn."""
         with self._guard.step(), torch.inference_mode():
             step = self._steps.forward(seqs)
             rows = [first + len(seq.token_ids) - 1 for seq, first in zip(seqs, step.first_rows, strict=True)]
@@ -213,7 +212,7 @@ class TorchBackend:
         return logits
 
     def close(self) -> None:
-        """Let go of weights and cache, after the step under way if there is one. May be called twice."""
+        """Free weights and cache. Waits for a step that another thread computes. May be called twice."""
         self._guard.close(self._let_go)
 
     def _let_go(self) -> None:
@@ -221,7 +220,7 @@ class TorchBackend:
         self._before = None
 
     def _draw(self, batch: Batch, step: ComputedStep, is_drawn: Container[int]) -> dict[int, SampledToken | Undrawn]:
-        """The next token of each sequence that wants one and is not drawn yet, by `seq_id`."""
+        """The tokens that the host draws, by `seq_id`: of the sequences with `sampling` that are not in `is_drawn`."""
         seq_ids, rows, inputs, masks = [], [], [], []
         for seq, first in zip(batch.seqs, step.first_rows, strict=True):
             if seq.sampling is not None and seq.seq_id not in is_drawn:
@@ -237,7 +236,7 @@ class TorchBackend:
         return dict(zip(seq_ids, self._sampler.sample(logits, inputs, masks), strict=True))
 
     def _prompt_logprobs(self, seq: ScheduledSeq, step: ComputedStep, first: int) -> list[TokenLogprob]:
-        """The logprobs of `prompt_targets`, whose hidden states begin at row `first`, some rows at a time."""
+        """The logprobs of `prompt_targets`. Their hidden states begin at row `first`."""
         found: list[TokenLogprob] = []
         for rows in self._target_rows(seq, first):
             targets = seq.prompt_targets[rows[0] - first : rows[-1] + 1 - first]
@@ -254,7 +253,7 @@ class TorchBackend:
         return total
 
     def _target_rows(self, seq: ScheduledSeq | RankSeq, first: int) -> Iterator[list[int]]:
-        """The rows of `prompt_targets`, as many at a time as logits may be held of."""
+        """The rows of `prompt_targets`, in pieces that have at most `MAX_LOGITS` logits each."""
         step, end = max(1, MAX_LOGITS // self._info.vocab_size), first + len(seq.prompt_targets)
         for start in range(first, end, step):
             yield list(range(start, min(start + step, end)))
@@ -266,7 +265,7 @@ class TorchBackend:
 
 
 def _with_last_draws(batch: Batch, before: QueuedStep | None) -> tuple[Batch, LastDraws | None]:
-    """The batch with the tokens of the step before as far as the host has them, and where the others are."""
+    """The batch with the tokens that the host has of the step before, and where on the device the others are."""
     if not any(seq.takes_last_draw for seq in batch.seqs):
         return batch, None
     seqs, sources = list[ScheduledSeq](), list[int]()

@@ -1,4 +1,4 @@
-"""What drawing takes of logits on a card: a few best tokens, sums, chosen logits. Drawing is `backends/sampling`'s.
+"""What the sampler reads of logits on a card: a few best tokens, sums, chosen logits. `backends/sampling` draws.
 
 Sums are taken in float64, a few rows at a time. A row's numbers do not depend on the rows beside it.
 """

@@ -20,9 +20,9 @@ EAGER_NOTE = "slower than this card can be: torch's own operators compute, not o
 def choose_steps(
     decoder: Decoder, cache: KVCache, kernels: TorchKernels, *, max_rows: int, max_length: int
 ) -> tuple[Steps, list[str]]:
-    """How a model computes, and what an operator should know of it. `max_rows` is the most sequences of a step.
+    """The steps of a model, and notes for the operator. `max_rows` is the largest number of sequences of a step.
 
-    Raises `ConfigError` where `kernels` are asked for that cannot be had.
+    Raises `ConfigError` if `kernels` is "triton" and our kernels cannot be used.
     """
     rules = rules_for(decoder.device)
     obstacle = find_obstacle(decoder, cache) if rules.has_triton else "they are for CUDA cards"

@@ -1,6 +1,6 @@
-"""Which device computes, and in which type. The only file that knows device kinds by name.
+"""Which device computes, and in which type. The only file that names kinds of devices.
 
-Biren cards come first: their torch plugin can pass itself off as CUDA, so CUDA is never asked before them.
+Biren cards are looked for first: their torch plugin can appear as CUDA.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BIREN_ENVIRONMENT = "BR_UMD_DEBUG_P2P_ACCESS_CHECK"  # the manual wants 0: its c
 
 
 class DeviceRules(NamedTuple):
-    """How a kind of device wants to be used.
+    """What a kind of device needs or can do.
 
     `packs_matrices` in oneDNN's layout. `keeps_int8` holds int8 weights as they are, to be dequantized in the product:
     memory is what cards are short of. `has_few_shapes` rounds the shapes of a step up, since each one may cost a
@@ -61,18 +61,18 @@ RULES = {
     "cuda": DeviceRules(
         keeps_int8=True, has_few_shapes=True, is_probed=True, has_triton=True, runs_ahead=True, step_tokens=2048
     ),
-    # Sorting, masks and what waits for the device are the weak side of young plugins.
+    # Young plugins are weakest at sorting, masks and waiting for the device.
     "supa": DeviceRules(keeps_int8=True, has_few_shapes=True, samples=False, is_probed=True),
 }
 
 
 def has_biren_cards(nodes: Path = NODES) -> bool:
-    """Whether the system has Biren cards; whether they can be used is another question."""
+    """Whether the system has Biren cards, usable or not."""
     return any(nodes.glob(BIREN_NODES))
 
 
 def prepare_environment(environment: MutableMapping[str, str] = os.environ, nodes: Path = NODES) -> None:
-    """Set, where there are Biren cards, what their driver reads when torch or its plugin loads it.
+    """On a system with Biren cards, set the variables that their driver reads when torch or its plugin loads it.
 
     A value that the user has set stays. Needs no torch: call it before torch is imported.
     """
@@ -89,7 +89,7 @@ def prepare_environment(environment: MutableMapping[str, str] = os.environ, node
 
 
 def require_torch(needs: str) -> None:
-    """Import torch, which not every installation has. Raises `MissingExtra`: `needs` says what for."""
+    """Import torch, an optional dependency. Raises `MissingExtra`; `needs` names what needs it."""
     try:
         importlib.import_module("torch")
     except (ImportError, OSError) as error:  # a build that does not fit the machine fails to load with either
@@ -114,12 +114,16 @@ def computes_on_cpu(name: str) -> bool:
 def select_device(name: str, index: int = 0) -> torch.device:
     """The device called `name`, card `index` unless the name has a number. Raises `ConfigError` if it is not there.
 
-    "auto" takes a Biren card if there is one, else a CUDA card, else the CPU.
+    "auto" takes a Biren card if there is one, else a CUDA card, else the CPU, and warns of Biren cards that cannot be
+    used.
     """
     prepare_environment()
     if name == "auto":
         require_torch("computing without native kernels")
-    kind, _, number = (_best_kind() if name == "auto" else name).partition(":")
+        if has_biren_cards() and not _num_devices("supa"):
+            _warn_once(f"Biren cards cannot be used: {_obstacles('supa') or 'their plugin finds none'}")
+        name = next((kind for kind in ("supa", "cuda") if _num_devices(kind)), "cpu")
+    kind, _, number = name.partition(":")
     is_numbered = kind != "cpu" and number.isdecimal()
     if kind not in KINDS or (":" in name and not is_numbered):
         raise ConfigError(f"engine.device is {name!r}; allowed are auto, {', '.join(KINDS)}, cuda:1, supa:1 and so on")
@@ -153,15 +157,15 @@ def compute_dtype(requested: Literal["auto", "float32", "bfloat16"], device: tor
 
 
 class CardMemory(NamedTuple):
-    """Bytes of a card: all, and those that nobody holds now."""
+    """Bytes of a card: all, and those that are free now."""
 
     total: int
     free: int
 
 
 def device_memory(device: torch.device) -> CardMemory | None:
-    """The memory of a card; None for the CPU, and for a runtime that does not tell. One that tells the total alone is
-    taken to be free."""
+    """The memory of a card. None for the CPU and for a runtime that does not report it; without a report of free memory
+    all counts as free."""
     runtime = _runtime(device.type) if device.type != "cpu" else None
     get_info = getattr(runtime, "mem_get_info", None)
     if get_info is not None:
@@ -224,13 +228,6 @@ def begin_fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
     return wait
 
 
-def _best_kind() -> str:
-    """The first kind that is there. Logs a warning for Biren cards that cannot be used."""
-    if has_biren_cards() and not _num_devices("supa"):
-        _warn_once(f"Biren cards cannot be used: {_obstacles('supa') or 'their plugin finds none'}")
-    return next((kind for kind in ("supa", "cuda") if _num_devices(kind)), "cpu")
-
-
 def _checked_index(kind: str, index: int) -> int:
     count = _num_devices(kind, is_wanted=True)
     if index >= count:
@@ -240,7 +237,7 @@ def _checked_index(kind: str, index: int) -> int:
 
 
 def _num_devices(kind: str, *, is_wanted: bool = False) -> int:
-    """How many there are. The plugin of Biren cards is loaded where one is wanted or seems to be there."""
+    """The number of devices of a kind. Loads the plugin of Biren cards if `is_wanted` or if a card is found."""
     if kind == "supa" and _runtime(kind) is None and (is_wanted or has_biren_cards()):
         _load_biren_plugin()
     runtime = _runtime(kind)
@@ -303,7 +300,7 @@ def collectives_of(device: torch.device) -> str:
 
 
 def make_current(device: torch.device) -> None:
-    """Have this thread's work that names no card go to this one: collectives are such."""
+    """Make this the thread's default card, on which for example collectives run."""
     if device.type != "cpu":
         torch_kind = _runtime(device.type)
         assert torch_kind is not None, "a device that was selected has its module"

@@ -24,7 +24,7 @@ MAX_SCRATCH_ELEMENTS = 2**23  # of logits at a time: 64 MiB for each tensor of 8
 
 
 def can_draw(entry: SamplingInput, mask: TokenMask | None) -> bool:
-    """Whether `draw` has all that this draw needs."""
+    """Whether `draw` can make this draw."""
     params = entry.params
     is_edited = params.logit_bias or params.allowed_token_ids or params.has_penalties
     if entry.banned_token_ids or entry.cost_token_ids:

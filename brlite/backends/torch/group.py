@@ -1,6 +1,6 @@
-"""The ranks of a model on torch, as a group of torch.distributed: where they meet, and what they do together there.
+"""The `Group` of ranks on torch, by torch.distributed. A process has one at a time.
 
-A process has one such group at a time. Which collectives serve a device is `device.py`'s to know.
+`device.py` names the collectives of a device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from brlite.models.shards import Shard
 
 logger = logging.getLogger(__name__)
 
-MEETING_SECONDS = 300.0  # a rank that comes later than this is taken for stuck; one that died is noticed at once
+MEETING_SECONDS = 300.0  # the longest wait for another rank; the death of a rank is noticed at once
 JOIN_SECONDS = 60.0
 
 __all__ = ["TCPStore", "TorchGroup", "open_store"]
@@ -37,7 +37,7 @@ def open_store(host: str, port: int, seconds: float, *, is_keeper: bool) -> TCPS
 
 
 class TorchGroup:
-    """A `Group`. Rank 0 opens it, all join it, and each closes it; until it is joined it can do nothing."""
+    """A `Group`. Rank 0 opens it, all ranks join it, and each closes it. It cannot communicate before `join`."""
 
     def __init__(self, shard: Shard, device: torch.device) -> None:
         if not dist.is_available():
@@ -48,12 +48,12 @@ class TorchGroup:
         self._is_joined = False
 
     def open(self, host: str) -> str:
-        """Make the place where the ranks find each other, on an address of this machine."""
+        """Start the store through which the ranks connect, at an address of this machine. Returns its host and port."""
         self._store = open_store(host, 0, JOIN_SECONDS, is_keeper=True)
         return f"{host}|{self._store.port}"
 
     def join(self, place: str) -> None:
-        """Return when all ranks are there. Raises `RankGone` if they do not come."""
+        """Connect to the other ranks. Raises `RankGone` if one does not connect in time."""
         host, _, port = place.rpartition("|")
         if dist.is_initialized():
             raise ConfigError("one model at a time can be shared by ranks on torch: another one is loaded already")
@@ -88,18 +88,18 @@ class TorchGroup:
         try:
             dist.all_gather(parts, tensor)
         except RuntimeError as error:  # torch has no narrower class for a connection that is closed
-            raise RankGone(f"another rank went in the midst of a step: {error}") from error
+            raise RankGone(f"another rank ended during a step: {error}") from error
         return parts
 
     def abort(self) -> None:
-        """End all waiting for the others on a card. On the CPU a rank that is gone has closed its connections."""
+        """End waits for other ranks on a card. On the CPU they end by themselves when the connection closes."""
         abort = getattr(dist.group.WORLD, "abort", None)  # younger than the oldest torch that will do
         if self._is_joined and abort is not None:
             with suppress(RuntimeError):  # not every backend can
                 abort()
 
     def close(self) -> None:
-        """Leave. Ranks that still wait for the others raise. May be called twice, and without having joined."""
+        """Disconnect. Ranks that wait for this one raise. May be called twice, and before `join`."""
         self._store = None
         if self._is_joined:
             self._is_joined = False

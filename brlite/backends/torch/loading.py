@@ -26,8 +26,8 @@ def load_model(
 ) -> Decoder:
     """The decoder that the plan's checkpoint holds, in its precision, computing in `dtype` on `device`.
 
-    `rules` say in which form matrices are held. Raises `ConfigError` where the memory is not there. With a shard it is
-    one rank's part, which meets the others' in `group`.
+    `rules` say in which form matrices are held. With a shard these are one rank's parameters, and `group` connects the
+    ranks. Raises `ConfigError` if there is not enough memory.
     """
     config = plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
     is_int8 = plan.precision.has_int8_weights

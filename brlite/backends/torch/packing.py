@@ -46,7 +46,7 @@ def can_pack(parameters: Parameters) -> bool:
 def pack_linears(parameters: Parameters) -> Parameters:
     """The parameters with the layers' matrices packed, one at a time; `named` holds only the others from then on.
 
-    The plain matrices are given back: `parameters` cannot be used any more.
+    The plain matrices are freed: `parameters` cannot be used any more.
     """
     num_bytes = parameters.num_bytes
     for name in parameters.linears:

@@ -1,7 +1,8 @@
-"""Ranks as a pass over the plain model: each computes with its part of the parameters, and here they meet.
+"""Tensor parallelism as a pass over the plain model: each rank computes with its part of the parameters.
 
-Four meetings: the embedding is summed (all but one rank look up zeros), so are what `o` and `down` give, and the
-logits' columns are joined. Which part is whose stands in `models/shards.py`; how ranks talk is the group's business.
+The ranks communicate at four places: the embeddings are summed (all ranks but one look up zeros), the products of `o`
+and `down` are summed, and the columns of the logits are joined. `models/shards.py` defines the parts; a `Group`
+communicates.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from brlite.models.shards import Shard, vocabulary_range
 
 
 class Group(Protocol):
-    """What the ranks of a model do together. All must call the same, in the same order, with tensors of one shape."""
+    """Communication between the ranks of a model. All must make the same calls in the same order, with equal shapes."""
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace `tensor` by the sum of all ranks', added in the order of the ranks; return it."""
@@ -33,7 +34,7 @@ class Group(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SummedLinear(Linear):
-    """A matrix whose columns the ranks share: the product is the sum of theirs, added up in float32."""
+    """A matrix whose columns are divided among the ranks. Their products are summed in float32."""
 
     own: Linear
     group: Group
@@ -44,7 +45,7 @@ class SummedLinear(Linear):
 
 @dataclass(frozen=True, kw_only=True)
 class JoinedHead(Linear):
-    """A head whose rows the ranks share, padded to one size: each has the logits of some tokens, in order."""
+    """A head whose rows are divided among the ranks and padded to one size. Each rank has the logits of some tokens."""
 
     own: Linear
     group: Group
@@ -74,7 +75,7 @@ class SharedParameters(Parameters):
 
 
 def shard_parameters(parameters: Parameters, config: ModelConfig, shard: Shard, group: Group) -> SharedParameters:
-    """What a rank computes with, made of its part of the parameters. `config` is the whole model's."""
+    """The parameters of a rank with their communication. `config` is that of the whole model."""
     vocabulary = [vocabulary_range(config, Shard(rank, shard.size)) for rank in range(shard.size)]
     sizes = tuple(len(part) for part in vocabulary)
     linears = dict(parameters.linears)

@@ -1,8 +1,8 @@
-"""Whether a device computes what it should: a tiny model on it, held against the same in float32 on the CPU.
+"""Checks that a device computes right: a tiny model on it is compared with the same in float32 on the CPU.
 
 The tiny model has the shape of the one that is to be served (its heads, biases, rotary positions, windows) and seeded
-weights. What ran on the CPU instead is known from warnings alone, which plugins of torch give once for each operator
-in the life of a process: one that falls back without a warning, or did before, is not found. Knows no device by name.
+weights. Operators that ran on the CPU instead are found by their warnings. torch's plugins warn once for each operator
+and process: an operator without a warning, or with an earlier one, is not found.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ OPERATOR = re.compile(r"operator\W+([\w:.]+)", re.IGNORECASE)
 
 
 class ProbeReport(NamedTuple):
-    """How near the device's logits came, the least of all rows, and the operators that ran on the CPU instead."""
+    """The worst row's cosine and error of the device's logits, and the operators that ran on the CPU instead."""
 
     cosine: float
     error: float
@@ -87,7 +87,7 @@ class ProbeReport(NamedTuple):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What an operator should know of."""
+        """Notes for the operator."""
         return (f"slow: torch runs {', '.join(self.on_host)} on the CPU, not on the device",) if self.on_host else ()
 
 
@@ -219,7 +219,7 @@ def draws_right(logits: Tensor, *, ahead: bool) -> bool:
 
 @contextmanager
 def _fallbacks() -> Iterator[list[str]]:
-    """A list that holds, at the end, the operators that torch warned of meanwhile. Other warnings go on their way."""
+    """A list that holds, at the end, the operators that torch warned of meanwhile. Other warnings are issued again."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

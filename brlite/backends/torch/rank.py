@@ -1,4 +1,4 @@
-"""One rank's part of a model on torch: a backend of its own, which meets the others' in a group.
+"""A rank of a model on torch: a backend for its shard, and the group that connects it to the other ranks.
 
 After `o` and `down` the ranks' products are summed, so the results of one rank and of several differ by rounding.
 """
@@ -22,7 +22,7 @@ class TorchRank:
 
     @classmethod
     def load(cls, plan: LoadPlan) -> TorchRank:
-        """Read the weights of the plan's shard and make room for its cache, on the first of the spec's devices."""
+        """Read the weights of the plan's shard and allocate its cache, on the first of the spec's devices."""
         assert plan.shard is not None
         group = TorchGroup(plan.shard, select_device(plan.engine.device, plan.spec.devices[0]))
         return cls(TorchBackend.load(plan, group), group)

@@ -225,7 +225,7 @@ def merge_kernel(
 def attend(
     query: Tensor, pages: LayerPages, inputs: StepInputs, heads: HeadsShape, *, window: int, split: int
 ) -> Tensor:
-    """What every row of query [T, Hq, D] sees in its sequence's cache, its own key included: [T, Hq · D]."""
+    """Attention of every row of query [T, Hq, D] to its sequence's cache, its own key included: [T, Hq · D]."""
     num_rows, num_singles = inputs.num_rows, inputs.num_singles
     group = heads.num_heads // heads.num_kv_heads
     out = torch.empty_like(query)

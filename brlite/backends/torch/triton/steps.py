@@ -1,6 +1,7 @@
 """Steps by the kernels of this folder. Steps of single tokens are replayed from graphs that are captured at the start.
 
-A graph has a fixed number of rows; a step of fewer is filled up with rows that write to a block nobody reads.
+A graph has a fixed number of rows. A step of fewer rows is filled up with rows that write to a scratch block, which is
+never read.
 """
 
 from __future__ import annotations
@@ -58,14 +59,22 @@ class TritonSteps:
 
     def forward(self, runs: Sequence[Run], last: LastDraws | None = None) -> ComputedStep:
         make_current(self.device)
-        rows = 1 << (len(runs) - 1).bit_length()
-        if rows in self._graphs and all(len(run.token_ids) == 1 for run in runs):
-            return self._replay(self._graphs[rows], runs, last)
-        layout = lay_out(runs, self.cache.block_size, self._tile_tokens, sources=last.sources if last else ())
-        inputs = transfer(layout, self.device)
+        sources = () if last is None else last.sources
+        graph = self._graphs.get(1 << (len(runs) - 1).bit_length())
+        if graph is None or any(len(run.token_ids) > 1 for run in runs):
+            layout = lay_out(runs, self.cache.block_size, self._tile_tokens, sources=sources)
+            inputs = transfer(layout, self.device)
+        else:
+            filled = [*runs, *[self._filler] * (graph.inputs.num_rows - len(runs))]
+            layout = lay_out(filled, self.cache.block_size, 1, sources=sources, table_width=self._table_width)
+            graph.array.copy_(send(layout.array, self.device))
+            inputs = graph.inputs
         if last is not None:
             take_draws(inputs.token_ids, inputs.sources, last.drawn)
-        return ComputedStep(layout.rows, self._decoder.forward(inputs))
+        if graph is None or inputs is not graph.inputs:
+            return ComputedStep(layout.rows, self._decoder.forward(inputs))
+        graph.graph.replay()
+        return ComputedStep(layout.rows[: len(runs)], graph.hidden, graph.logits)
 
     def logits(self, step: ComputedStep, rows: list[int]) -> Tensor:
         if step.logits is not None:
@@ -102,16 +111,6 @@ class TritonSteps:
             hidden = self._decoder.forward(inputs)
             logits = self._decoder.logits(hidden)
         return StepGraph(graph, array, inputs, hidden, logits)
-
-    def _replay(self, graph: StepGraph, runs: Sequence[Run], last: LastDraws | None) -> ComputedStep:
-        filled = [*runs, *[self._filler] * (graph.inputs.num_rows - len(runs))]
-        sources = last.sources if last else ()
-        layout = lay_out(filled, self.cache.block_size, 1, sources=sources, table_width=self._table_width)
-        graph.array.copy_(send(layout.array, self.device))
-        if last is not None:
-            take_draws(graph.inputs.token_ids, graph.inputs.sources, last.drawn)
-        graph.graph.replay()
-        return ComputedStep(layout.rows[: len(runs)], graph.hidden, graph.logits)
 
     @property
     def _filler(self) -> Filler:
