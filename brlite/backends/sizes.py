@@ -28,7 +28,6 @@ from brlite.config.options import DEFAULT_MODEL, EngineConfig, ModelSpec
 from brlite.errors import ModelError
 from brlite.models.config import KV_BYTES, KVDtype, ModelConfig, cache_dtype, kv_bytes_per_token
 from brlite.models.network import list_parameters, native_weight_bytes, num_parameters, weight_bytes
-from brlite.models.precision import MatrixForm
 from brlite.models.registry import find_family
 from brlite.models.shards import Shard, check_groups, rank_parameters, shard_config
 from brlite.process.machine import find_memory, show_bytes
@@ -163,16 +162,14 @@ def measure(
     keeps_int8 = is_int8 and (is_native or rules_for(select_device(engine.device)).keeps_int8)
     targets = family.weight_targets(config)
     model = CheckedModel(config, list_parameters(config), targets, set(), formats, precision)
-    forms: set[MatrixForm] = set()
-    ranks = []
-    for shard in (Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel)):
-        if is_native:
-            parts = matrix_parts(model, shard)
-            forms |= {part.form for matrix in parts.values() for part in matrix}
-            num_bytes = native_weight_bytes(rank_parameters(config, shard), parts)
-        else:
-            num_bytes = weight_bytes(shard_config(config, shard), KV_BYTES[dtype], keeps_int8=keeps_int8)
-        ranks.append(RankSizes(num_bytes, kv_bytes_per_token(shard_config(config, shard), kv_dtype)))
+    shards = [Shard(rank, spec.tensor_parallel, sums=not is_native) for rank in range(spec.tensor_parallel)]
+    if is_native:
+        num_bytes, held_as = _native_weights(model, shards)
+    else:
+        width, held_as = KV_BYTES[dtype], "int8" if keeps_int8 else dtype
+        num_bytes = [weight_bytes(shard_config(config, shard), width, keeps_int8=keeps_int8) for shard in shards]
+    kv_bytes = [kv_bytes_per_token(shard_config(config, shard), kv_dtype) for shard in shards]
+    ranks = list(map(RankSizes, num_bytes, kv_bytes))
     block_size = math.ceil(engine.block_size / LANES) * LANES if is_native else engine.block_size
     room = partial(_cache_room, engine, ranks, is_native=is_native)
     context, num_blocks, reason = _find_context(config, spec, block_size, room)
@@ -181,11 +178,7 @@ def measure(
         max_context=config.max_context,
         context=context,
         context_reason=reason,
-        dtype=" and ".join(sorted({form.partition("_")[0] for form in forms}))
-        if is_native
-        else "int8"
-        if keeps_int8
-        else dtype,
+        dtype=held_as,
         precision=describe_precision(model, spec, is_native=is_native),
         weight_bytes=sum(rank.weight_bytes for rank in ranks),
         kv_dtype=kv_dtype,
@@ -194,6 +187,16 @@ def measure(
         block_size=block_size,
         ranks=tuple(ranks) if len(ranks) > 1 else (),
     )
+
+
+def _native_weights(model: CheckedModel, shards: Sequence[Shard]) -> tuple[list[int], str]:
+    """Bytes of each rank's packed weights, and the types of their matrices: int4, int8, bfloat16, or several."""
+    num_bytes, forms = [], set()
+    for shard in shards:
+        parts = matrix_parts(model, shard)
+        forms |= {part.form.partition("_")[0] for matrix in parts.values() for part in matrix}
+        num_bytes.append(native_weight_bytes(rank_parameters(model.config, shard), parts))
+    return num_bytes, " and ".join(sorted(forms))
 
 
 def settle_context(
