@@ -60,6 +60,18 @@ class Assembly(NamedTuple):
     engine: Engine
     backend: Backend
 
+    @property
+    def backends(self) -> list[Backend]:
+        """The backend, and the draft model's if there is one. Whoever has the assembly closes them."""
+        draft_model = self.engine.draft_model
+        return [self.backend] if draft_model is None else [self.backend, draft_model.backend]
+
+    def close(self) -> None:
+        """Free a model that nobody serves."""
+        self.engine.tokenizer.close()
+        for backend in self.backends:
+            backend.close()
+
 
 def build_engine(config: Config, spec: ModelSpec | None = None, on_progress: OnProgress | None = None) -> Assembly:
     """Load a model of the config, by default its first. Returns when its weights are loaded; any thread may call it.
@@ -212,7 +224,7 @@ class AsyncEngine(EngineLoop):
                 assembly.engine.compiler.prepare()
             return assembly
 
-        assembly = await _on_a_thread(build, lambda built: built.backend.close())
+        assembly = await _on_a_thread(build, Assembly.close)
         engine = cls(assembly.engine, assembly.backend)
         await engine.start()
         return engine
@@ -262,14 +274,13 @@ class LLM:
             logger.warning("trust_remote_code has no effect: brlite never runs code from a model folder")
         # Offline a prompt may wait for as long as those before it take.
         limits = msgspec.structs.replace(config.limits, max_waiting=sys.maxsize, max_wait_seconds=math.inf)
-        self._engine, self._backend = build_engine(msgspec.structs.replace(config, limits=limits))
+        assembly = build_engine(msgspec.structs.replace(config, limits=limits))
+        self._engine, self._backend, self._backends = assembly.engine, assembly.backend, assembly.backends
         self._ids = itertools.count()
         self._is_closed = False
         self._pid = os.getpid()
         self._turn = threading.Lock()
         self._generating_thread: int | None = None
-        draft_model = self._engine.draft_model
-        self._backends = [self._backend] if draft_model is None else [self._backend, draft_model.backend]
         self._finalizer = weakref.finalize(self, close_dropped, "LLM", self._backends)
         self._finalizer.atexit = False  # the end of the process gives everything back
 

@@ -18,10 +18,11 @@ from brlite.commands import check
 from brlite.config.load import load_config
 from brlite.config.options import Config, DraftConfig, EngineConfig, LimitsConfig, ModelSpec
 from brlite.config.warnings import config_warnings
+from brlite.engine.backend import Batch, ScheduledSeq
 from brlite.engine.drafting import DraftCost
 from brlite.engine.engine import Engine
 from brlite.engine.stats import EngineStats
-from brlite.errors import ConfigError, ModelError
+from brlite.errors import ConfigError, EngineError, ModelError
 from brlite.llm import LLM, AsyncEngine, build_engine
 from brlite.sampling_params import SamplingParams, StructuredOutput
 from tests.tiny_models import write_byte_tokenizer, write_tiny_model
@@ -212,3 +213,14 @@ def test_without_speculation_it_is_not_loaded_and_the_start_says_so(folders: dic
         assert llm._engine.draft_model is None
 
     assert 'model[0].draft: has no effect with engine.speculation = "off"' in config_warnings(config)
+
+
+def test_a_model_that_nobody_takes_frees_its_draft_model_too(folders: dict[str, Path]) -> None:
+    assembly = build_engine(make_config(folders, "other"))
+
+    assembly.close()
+
+    assert len(assembly.backends) == 2
+    for backend in assembly.backends:
+        with pytest.raises(EngineError, match="closed"):
+            backend.execute(Batch([ScheduledSeq(0, 0, [1], [0])]))
