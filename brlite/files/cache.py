@@ -1,4 +1,4 @@
-"""The home folder, and the folder in it where brlite keeps what it has fetched and built. Creates nothing."""
+"""The home folder, and brlite's cache folder for downloads and built files. Creates nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 def expand_home(path: str | Path) -> Path:
     """`path` with the home folder in place of a leading `~`.
 
-    Raises `OSError` where there is no home folder: HOME is not set, and the user is not one of the system's.
+    Raises `OSError` if there is no home folder: HOME is not set, and the system does not know the user.
     """
     try:
         return Path(path).expanduser()

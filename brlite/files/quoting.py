@@ -1,8 +1,7 @@
-"""How text that came out of a file or a library is quoted in a message: on one line, cut, with control characters
-escaped.
+"""Quotes text from a file or a library in a message: on one line, cut, with control characters escaped.
 
-The cost is bounded whatever the value is: nothing is formatted that is then cut away. A pickle of 400 bytes can hold a
-tuple whose `repr` has no end.
+The cost is bounded for any value: what would be cut is not formatted first. A pickle of 400 bytes can hold a tuple
+whose `repr` is endless.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from itertools import islice
 
-JOINERS = "\u200c\u200d"  # which scripts and emoji need, and which do nothing by themselves
+JOINERS = "\u200c\u200d"  # needed by some scripts and emoji, and harmless
 CONTROL = ("Cc", "Cf", "Zl", "Zp")  # Unicode categories
 MAX_EXCERPT = 80
 MAX_REASON = 300
@@ -26,18 +25,18 @@ def excerpt(value: object) -> str:
 
 
 def one_line(text: object, limit: int = MAX_REASON) -> str:
-    """A text from a file, without quotes: white space becomes single spaces, what cannot be printed is escaped."""
+    """A text without quotes: white space becomes single spaces, unprintable characters are escaped."""
     words = " ".join(str(text)[: 4 * limit].split())
     return _cut("".join(letter if letter.isprintable() else _escaped(letter) for letter in words), limit)
 
 
 def reason(error: BaseException) -> str:
-    """What another library's exception said, in at most 300 characters."""
+    """The message of a library's exception, in at most 300 characters."""
     return one_line(error) or type(error).__name__
 
 
 def shown(text: str) -> str:
-    """Text of others for a terminal: control characters, which could move the cursor or run something, are escaped.
+    """Text for a terminal: control characters, which could move the cursor or run a command, are escaped.
 
     Line feeds and tabs stay.
     """
@@ -63,7 +62,7 @@ def _shown(value: object, depth: int) -> str:
 
 
 def _container(value: list[object] | tuple[object, ...] | dict[object, object], depth: int) -> str:
-    """Its first items, or dots where it is nested too deeply."""
+    """The first items of a container, or dots if it is nested too deeply."""
     left, right = "()" if isinstance(value, tuple) else "{}" if isinstance(value, dict) else "[]"
     if depth == 0:
         return f"{left}…{right}" if value else left + right

@@ -1,7 +1,7 @@
-"""Temporary files and folders that outlive no crash: the next start removes those whose process is gone.
+"""Temporary files and folders. After a crash the next start removes those whose process is gone.
 
-Each is locked for as long as its process works on it, and the system gives the lock back however that process ends. The
-name has a random part and is taken exclusively, so that nothing is written through a link of another user.
+Each is locked while its process works on it; the system releases the lock when the process ends in any way. The name
+has a random part and the file must be new, so that nothing is written through another user's link.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def create_temporary(target: Path) -> tuple[int, Path]:
         path = target.with_name(f"{target.name}.{secrets.token_hex(4)}{PART_SUFFIX}")
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
         _lock(handle)
-        if os.fstat(handle).st_nlink:  # else a sweep came between the two
+        if os.fstat(handle).st_nlink:  # else `sweep` removed it before it was locked
             return handle, path
         os.close(handle)
 
@@ -43,7 +43,7 @@ def temporary_folder(parent: Path, name: str) -> Iterator[Path]:
         path.mkdir(mode=0o700)
         if fcntl is None:
             break
-        with suppress(FileNotFoundError):  # a sweep came between making and locking it
+        with suppress(FileNotFoundError):  # `sweep` removed it before it was locked
             handle = os.open(path, os.O_RDONLY | NO_LINK)
             _lock(handle)
             if path.is_dir():
@@ -74,5 +74,5 @@ def sweep(folder: Path, prefix: str) -> None:
 def _lock(handle: int) -> None:
     if fcntl is None:
         return
-    with suppress(OSError):  # a file system without locks: then nothing is swept there either
+    with suppress(OSError):  # a file system without locks: `sweep` removes nothing there
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

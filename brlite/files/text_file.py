@@ -1,7 +1,7 @@
-"""The one reader of text that people write: configs, keys, templates, prompts, JSON files, request bodies.
+"""Reads text that people write: configs, keys, templates, prompts, JSON files, request bodies.
 
-A byte order mark is no part of a text, and CR LF ends a line as LF does. Knows no format. A pipe or a device is read
-within a bound of size and time, so that no start hangs on it.
+A byte order mark is removed, and CR LF ends a line as LF does. Knows no format. Reading a pipe or a device is limited
+in size and time, so that it cannot block a start.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def decode_text(data: bytes) -> str:
 
 
 def other_encoding(data: bytes) -> str | None:
-    """What to say of a text in another Unicode encoding than UTF-8; None for all else."""
+    """The error message for a text in another Unicode encoding than UTF-8; None for other texts."""
     for mark, name in _OTHER_ENCODINGS:
         if data.startswith(mark):
             return f"it is {name} text; UTF-8 is needed"

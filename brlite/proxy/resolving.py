@@ -79,7 +79,7 @@ class Names:
         return sorted(turned, key=lambda address: self._failed_at.get(address, -math.inf) + AVOID_SECONDS > now)
 
     def note(self, address: str, is_reached: bool) -> None:
-        """Whether an address could be reached."""
+        """Remember whether an address could be reached."""
         if is_reached:
             self._failed_at.pop(address, None)
         else:

@@ -1,8 +1,8 @@
 """Chooses one of the upstreams that serve a model. Knows their names, weights and loads; sends them nothing.
 
-`prefix` and `sticky` use weighted rendezvous hashing: every upstream draws a number from its name and the affinity, and
-the best draw wins. So the same affinity leads to the same upstream after a restart, and when one comes or goes only
-what it gains or had moves.
+`prefix` and `sticky` use weighted rendezvous hashing: a hash of the affinity and an upstream's name gives each upstream
+a number, and the largest wins. So an affinity leads to the same upstream after a restart. If an upstream is added or
+removed, only the affinities that it gets or had change their upstream.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_LOAD_RATIO = 1.25
 
 
 class Candidate(Protocol):
-    """What is used of an upstream here."""
+    """The attributes of an upstream that the policies use."""
 
     name: str
     weight: int
@@ -34,7 +34,7 @@ C = TypeVar("C", bound=Candidate)
 
 
 class _Slot(Generic[C]):
-    """A candidate, and the policies' state of it."""
+    """A candidate and its state in the policies."""
 
     __slots__ = ("candidate", "credit", "hash_key", "last_turn")
 
@@ -57,11 +57,11 @@ class Balancer(Generic[C]):
         self._turn = 0
 
     def choose(self, now: float, affinity: bytes | None = None, tried: Collection[C] = ()) -> C | None:
-        """One that this request has not tried yet; None when it has tried all.
+        """A candidate that this request has not tried yet; None if it has tried all.
 
-        If none of the others is available, one is chosen all the same, whatever the policy: those that pass their
-        checks in turn, but not the one that failed last, which is often the fastest to fail and so the least loaded.
-        Without affinity, `prefix` and `sticky` take the least loaded.
+        If none of them is available, one is chosen without the policy: first those that pass their health checks, in
+        turn, and last the one that failed last, since a server that fails fast often has the least load.
+        Without affinity, `prefix` and `sticky` choose the least loaded.
         """
         if self._only is not None:
             return None if self._only in tried else self._only
@@ -76,7 +76,7 @@ class Balancer(Generic[C]):
 
 
 def _in_doubt(slots: Sequence[_Slot[Any]]) -> _Slot[Any]:
-    """One of those that are not available: each gets its turn, so that each is probed."""
+    """One of those that are not available, in turn, so that each is tried again."""
     last_failure = max(slot.candidate.failed_at for slot in slots)
 
     def rank(slot: _Slot[Any]) -> tuple[bool, bool, int]:
@@ -123,7 +123,7 @@ def _prefix(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[Any]:
 
 
 def _sticky(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[Any]:
-    """The first in hash order, whatever its load."""
+    """The first in hash order, at any load."""
     return _first_in_hash_order(slots, affinity) if affinity else _least_loaded(slots, affinity)
 
 
@@ -131,7 +131,7 @@ def _first_in_hash_order(slots: Sequence[_Slot[Any]], affinity: bytes) -> _Slot[
     digest = blake2b(affinity, digest_size=16).digest()
 
     def draw(slot: _Slot[Any]) -> float:
-        """Its number for this affinity. It is the largest of all as often as its weight's share."""
+        """Its number for this affinity: the largest of all with the probability of its share of the weights."""
         bits = int.from_bytes(blake2b(digest, digest_size=8, key=slot.hash_key).digest(), "big") >> 12
         uniform = (bits + 0.5) / 2**52  # never 0 nor 1
         return float(slot.candidate.weight / -math.log(uniform))
