@@ -1,8 +1,8 @@
 """The synchronous engine: requests in, a `Batch` out, a `StepResult` in, deltas out to each request's sink.
 
-Owns all state of requests and blocks and must be touched by one thread only. It never computes: whoever calls
-`schedule` runs the batch on a backend, anywhere, and comes back with `update` or `fail`. Before that one more batch may
-be had, by `schedule_ahead`. Times come from its clock.
+Owns all state of requests and blocks, on one thread. It does not compute: the caller of `schedule` runs the batch on a
+backend, on any thread, and passes the result to `update`, or the error to `fail`. Before that, `schedule_ahead` may
+decide one more batch. What beams continue is decided in `beam_sequences.py`, what runs next in `scheduler.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from functools import partial
 from hashlib import blake2b
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from brlite.config.options import EngineConfig, GrammarConfig, LimitsConfig
 from brlite.engine.admission import admit
 from brlite.engine.backend import Backend, BackendInfo, Batch, SampledToken, SeqResult, StepResult, Undrawn
 from brlite.engine.bad_words import TokenIds, encode_bad_words
-from brlite.engine.beam_search import BeamSearch, Hypothesis
+from brlite.engine.beam_sequences import BeamSequences
 from brlite.engine.block_manager import DIGEST_BYTES, BlockManager
 from brlite.engine.detokenizer import Detokenizer
 from brlite.engine.draft_model import DraftModel, DraftPlan
@@ -109,6 +108,7 @@ class Engine:
             pace=self._pace,
             draft_model=self.draft_model,
         )
+        self._beams = BeamSequences(self._scheduler, tokenizer, info.vocab_size, self._add_sequence)
         self.running = self._scheduler.running  # the sequences that have places, to be read only
         self._requests: dict[str, RequestState] = {}
         self._queued: dict[str, RequestState] = {}  # those of which a completion has not begun
@@ -161,13 +161,9 @@ class Engine:
             cache_root=self._cache_root(request),
             pooling=None if pooling is None else pooling.pooling or ("mean" if self.info.pooling == "mean" else "last"),
         )
-        if request.params.use_beam_search:
-            self._begin_search(state)
-        self._requests[request.request_id] = self._queued[request.request_id] = state
         # Siblings wait until the first prompt is cached: n=8 then costs one prefill, not eight.
-        seq = self._add_sequence(state)
-        if state.search is not None:
-            state.search.go_on({seq.seq_id: Hypothesis(seq.detokenizer)})
+        seq = self._beams.begin(state) if request.params.use_beam_search else self._add_sequence(state)
+        self._requests[request.request_id] = self._queued[request.request_id] = state
         self._scheduler.add(seq)
 
     def encode_bad_words(self, params: SamplingParams) -> tuple[TokenIds, ...] | None:
@@ -277,7 +273,7 @@ class Engine:
         self.stats.step_tokens.observe(self.stats.prompt_tokens - num_prompt + num_generated)
         for state in dict.fromkeys(seq.state for seq, _ in step.runs):
             if state.search is not None and self._requests.get(state.request.request_id) is state:
-                self._advance_search(state, state.search, now)
+                self._beams.advance(state, state.search, now)
             self._deliver(state)
         self._end_aborted()
         self._set_gauges()
@@ -418,9 +414,7 @@ class Engine:
         state.embedding = array("f", result.embedding)
         state.prompt_done_time = now
         self.stats.note_prompt_done(state, now)
-        seq.finish_reason = "stop"
-        state.add_delta(CompletionOutput(index=seq.index, finish_reason="stop"))
-        self._scheduler.finish(seq)
+        self._finish(seq, CompletionOutput(index=seq.index, finish_reason="stop"))
 
     def _finish_prompt(self, state: RequestState, now: float) -> None:
         """The prompt is computed and cached: let the siblings queue."""
@@ -429,64 +423,6 @@ class Engine:
         if state.search is None:
             self._scheduler.add_siblings([self._add_sequence(state) for _ in range(state.request.params.n - 1)])
         self.stats.note_prompt_done(state, now)
-
-    def _begin_search(self, state: RequestState) -> None:
-        """Give a request its beam search, and have its steps report the best tokens that this needs."""
-        params, eos_token_ids = state.request.params, self.tokenizer.eos_token_ids
-        end_token_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
-        search = BeamSearch(params, state.max_tokens, end_token_ids, partial(interpret, state, eos_token_ids))
-        search.check_vocabulary(self.info.vocab_size)
-        state.search = search
-        params = msgspec.structs.replace(params, logprobs=search.num_logprobs)
-        state.request = msgspec.structs.replace(state.request, params=params)
-
-    def _advance_search(self, state: RequestState, search: BeamSearch, now: float) -> None:
-        """Continue a request's beams once the best tokens after each of them are known.
-
-        Until then, beams whose tokens are known give up place and blocks: two searches must not wait for each other.
-        The first continuation of a beam stays in its sequence. The others get new sequences, which find the full blocks
-        in the prefix cache.
-        """
-        if not search.is_complete:
-            for seq in state.sequences:
-                if search.has_drawn(seq.seq_id) and seq.status is SequenceStatus.RUNNING:
-                    self._scheduler.finish(seq)
-            return
-        continuations = search.advance()
-        if not continuations:
-            self._end_search(state, search, now)
-            return
-        parents = {seq.seq_id: seq for seq in state.sequences}
-        state.sequences, beams, added = [], dict[int, Hypothesis](), list[Sequence]()
-        for seq_id, hypothesis in continuations:
-            seq = parents[seq_id]
-            if seq.status is SequenceStatus.RUNNING and seq_id not in beams:
-                seq.append(hypothesis.token_ids[-1], now)
-                state.sequences.append(seq)
-            else:
-                digests = seq.block_digests
-                seq = self._add_sequence(state)
-                seq.token_ids += hypothesis.token_ids
-                seq.block_digests = list(digests)
-                added.append(seq)
-            beams[seq.seq_id] = hypothesis
-        search.go_on(beams)
-        for seq_id, seq in parents.items():
-            if seq_id not in beams:
-                self._scheduler.finish(seq)
-        self._scheduler.add_siblings(added)
-
-    def _end_search(self, state: RequestState, search: BeamSearch, now: float) -> None:
-        """Hand out a search's best answers, whose sequences are the request's from now on."""
-        for seq in state.sequences:
-            self._scheduler.finish(seq)
-        state.sequences = []
-        for index, found in enumerate(search.best()):
-            seq = self._add_sequence(state)
-            seq.token_ids += found.token_ids
-            seq.status, seq.finish_reason = SequenceStatus.FINISHED, found.finish_reason
-            seq.first_token_time, seq.last_token_time = state.prompt_done_time or now, now
-            state.add_delta(search.completion(index, found))
 
     def _append_all(self, seq: Sequence, tokens: list[SampledToken], now: float) -> None:
         """Append the tokens that one step drew, up to the one that ends the sequence, to it and its request's delta."""
@@ -529,8 +465,12 @@ class Engine:
         """End one completion that no token can follow. Others of its request go on."""
         logger.warning("a completion of request %s ended: %s", seq.state.request.request_id, reason)
         text = seq.detokenizer.finish()
-        seq.finish_reason = "error"
-        seq.state.add_delta(CompletionOutput(index=seq.index, text=text, finish_reason="error", stop_reason=reason))
+        self._finish(seq, CompletionOutput(index=seq.index, text=text, finish_reason="error", stop_reason=reason))
+
+    def _finish(self, seq: Sequence, last_delta: CompletionOutput) -> None:
+        """End one completion outside its step's tokens. Its place and blocks are free from now on."""
+        seq.finish_reason = last_delta.finish_reason
+        seq.state.add_delta(last_delta)
         self._scheduler.finish(seq)
 
     def _deliver(self, state: RequestState) -> None:
@@ -560,12 +500,11 @@ class Engine:
             if self._requests.get(state.request.request_id) is not state:
                 continue  # it has ended since
             if state.search is not None:
-                self._end_search(state, state.search, self._clock())
+                self._beams.end(state, state.search, self._clock())
             running = [seq for seq in state.sequences if seq.status is not SequenceStatus.FINISHED]
             for seq in running:
-                self._scheduler.finish(seq)
-            not_made = range(len(state.sequences), state.request.params.n)
-            for index in (*(seq.index for seq in running), *not_made):
+                self._finish(seq, CompletionOutput(index=seq.index, finish_reason="abort"))
+            for index in range(len(state.sequences), state.request.params.n):  # they have no sequences yet
                 state.add_delta(CompletionOutput(index=index, finish_reason="abort"))
             self._deliver(state)
 

@@ -1,0 +1,99 @@
+"""The sequences of requests with beam search: which of them computes which beam, and which become the answers.
+
+`BeamSearch` ranks beams and answers, and does not know sequences. The engine decides when a search goes on or ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import msgspec
+
+from brlite.engine.beam_search import BeamSearch, Hypothesis
+from brlite.engine.request import RequestState, Sequence, SequenceStatus, interpret
+from brlite.engine.scheduler import Scheduler
+from brlite.tokenizer import Tokenizer
+
+
+class BeamSequences:
+    """Gives each beam of a search a sequence, which the scheduler runs."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        add_sequence: Callable[[RequestState], Sequence],
+    ) -> None:
+        """`add_sequence` gives a request a new sequence of its prompt, which is not queued."""
+        self._scheduler = scheduler
+        self._eos_token_ids = tokenizer.eos_token_ids
+        self._vocab_size = vocab_size
+        self._add_sequence = add_sequence
+
+    def begin(self, state: RequestState) -> Sequence:
+        """Start a request's search. Returns the sequence that computes its prompt, which is not queued.
+
+        The request's parameters then ask for as many logprobs as the search needs of each step. Raises
+        `InvalidRequest` where the model has fewer tokens than the search needs.
+        """
+        params = state.request.params
+        end_token_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self._eos_token_ids)}
+        read_token = partial(interpret, state, self._eos_token_ids)
+        search = BeamSearch(params, state.max_tokens, end_token_ids, read_token)
+        search.check_vocabulary(self._vocab_size)
+        state.search = search
+        params = msgspec.structs.replace(params, logprobs=search.num_logprobs)
+        state.request = msgspec.structs.replace(state.request, params=params)
+        seq = self._add_sequence(state)
+        search.go_on({seq.seq_id: Hypothesis(seq.detokenizer)})
+        return seq
+
+    def advance(self, state: RequestState, search: BeamSearch, now: float) -> None:
+        """Continue a request's beams once the best tokens after each of them are known.
+
+        Until then, beams whose tokens are known give up place and blocks: two searches must not wait for each other.
+        The first continuation of a beam stays in its sequence. The others get new sequences, which find the full blocks
+        in the prefix cache.
+        """
+        if not search.is_complete:
+            for seq in state.sequences:
+                if search.has_drawn(seq.seq_id) and seq.status is SequenceStatus.RUNNING:
+                    self._scheduler.finish(seq)
+            return
+        continuations = search.advance()
+        if not continuations:
+            self.end(state, search, now)
+            return
+        parents = {seq.seq_id: seq for seq in state.sequences}
+        state.sequences, beams, added = [], dict[int, Hypothesis](), list[Sequence]()
+        for seq_id, hypothesis in continuations:
+            seq = parents[seq_id]
+            if seq.status is SequenceStatus.RUNNING and seq_id not in beams:
+                seq.append(hypothesis.token_ids[-1], now)
+                state.sequences.append(seq)
+            else:
+                digests = seq.block_digests
+                seq = self._add_sequence(state)
+                seq.token_ids += hypothesis.token_ids
+                seq.block_digests = list(digests)
+                added.append(seq)
+            beams[seq.seq_id] = hypothesis
+        search.go_on(beams)
+        for seq_id, seq in parents.items():
+            if seq_id not in beams:
+                self._scheduler.finish(seq)
+        self._scheduler.add_siblings(added)
+
+    def end(self, state: RequestState, search: BeamSearch, now: float) -> None:
+        """End a search and add its best answers to the request's delta. Their sequences replace those of the beams."""
+        for seq in state.sequences:
+            self._scheduler.finish(seq)
+        state.sequences = []
+        for index, found in enumerate(search.best()):
+            seq = self._add_sequence(state)
+            seq.token_ids += found.token_ids
+            seq.status, seq.finish_reason = SequenceStatus.FINISHED, found.finish_reason
+            seq.first_token_time, seq.last_token_time = state.prompt_done_time or now, now
+            state.add_delta(search.completion(index, found))
