@@ -1,7 +1,7 @@
 """Writes docs/fields.md: `python docs/fields.py`.
 
 The rows come from `brlite/dialects/fields.py`, types from the request structs, ranges and defaults of sampling
-parameters from `brlite/sampling_params.py`. tests/dialects/test_field_table.py compares the page with this output.
+parameters from `brlite/sampling_params/params.py`. tests/dialects/test_field_table.py compares the page with this.
 """
 
 from __future__ import annotations

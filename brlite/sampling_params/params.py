@@ -6,11 +6,10 @@ The mathematics is in `brlite/backends/sampling/reference.py`.
 
 from __future__ import annotations
 
-import json
 import operator
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from numbers import Real
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
@@ -18,6 +17,7 @@ import msgspec
 from msgspec import Meta, inspect
 
 from brlite.errors import InvalidRequest
+from brlite.sampling_params.structured_output import StructuredOutput
 
 MAX = sys.float_info.max  # a bound that refuses infinity, and NaN with it
 GREEDY_BELOW = 1e-5  # a temperature under this is greedy: dividing logits by it would overflow fp32
@@ -48,104 +48,6 @@ CountOrNone = Annotated[int, Meta(ge=0)] | None
 def _parameter(allowed: str, text: str, **bounds: Any) -> Meta:
     """What is said of a parameter: its range in words, its text, and the bounds that msgspec checks."""
     return Meta(description=text, extra={"allowed": allowed}, **bounds)
-
-
-class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
-    """What stands before an answer: any text between one of `begins` and `end`. It may be missing.
-
-    With `begins_inside` the prompt has opened it, so the text up to `end` must come. Where the answer has a mark of its
-    own, `answer_begin`, there may be several.
-    """
-
-    begins: tuple[str, ...]
-    end: str
-    begins_inside: bool = False
-    answer_begin: str = ""
-
-
-class ParameterNotation(msgspec.Struct, frozen=True, kw_only=True):
-    """How a call writes its parameters one by one: `begin`, in which `{}` is the name, the value, and `end`.
-
-    Values are JSON, but strings have no quotes with `has_plain_strings`, and `True` and `False` are Python's with
-    `has_python_constants`.
-    """
-
-    begin: str
-    end: str = ""
-    separator: str = ""
-    has_plain_strings: bool = False
-    has_python_constants: bool = False
-
-
-class CallPart(msgspec.Struct, frozen=True, kw_only=True):
-    """A call: `begin`, its arguments by a JSON schema, and `end`.
-
-    `trigger`, the beginning of `begin`, marks it in free text. Arguments are a JSON object unless there are
-    `parameters`. `label` names the part in errors.
-    """
-
-    label: str
-    begin: str
-    schema: str
-    end: str
-    trigger: str = ""
-    parameters: ParameterNotation | None = None
-
-
-class Calls(msgspec.Struct, frozen=True, kw_only=True):
-    """Calls in an answer, which is free text beside them; with `is_forced` it is one call or more and nothing else.
-
-    Calls in a row are `opening`, calls with `separator` between, `closing`. With `is_single` there is at most one, and
-    the answer ends behind it. With `is_leading` calls need no trigger at the beginning of an answer.
-    """
-
-    parts: tuple[CallPart, ...]
-    opening: str = ""
-    separator: str = ""
-    closing: str = ""
-    is_forced: bool = False
-    is_single: bool = False
-    is_leading: bool = False
-
-
-class StructuredOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """What an answer must look like: exactly one of the first six fields. Raises `InvalidRequest` otherwise.
-
-    `json_schema` is a schema as an object or as JSON, `json_object` any JSON object, `regex` matches the whole answer,
-    `choice` lists all answers, `grammar` is in Lark's or llama.cpp's notation (GBNF, EBNF). `structural_tag` is free
-    text with parts that have a schema: `{"structures": [{"begin", "schema", "end"}], "triggers": [...]}`.
-
-    JSON is written without whitespace unless `whitespace_pattern`, a regular expression, allows some between tokens.
-    `calls` may stand in the answer's place, and need none of the six beside them. `reasoning` comes before either.
-    `param` names the request's field in errors.
-    """
-
-    json_schema: str | None = None
-    json_object: bool = False
-    regex: str | None = None
-    choice: tuple[str, ...] = ()
-    grammar: str | None = None
-    structural_tag: str | None = None
-    whitespace_pattern: str | None = None
-    calls: Calls | None = None
-    reasoning: Reasoning | None = None
-    param: str = "structured"
-
-    def __post_init__(self) -> None:
-        for name in ("json_schema", "structural_tag"):
-            value = getattr(self, name)
-            if isinstance(value, (dict, bool)):
-                msgspec.structs.force_setattr(self, name, json.dumps(value))
-        msgspec.structs.force_setattr(self, "choice", tuple(self.choice))
-        texts = (self.json_schema, self.regex, self.grammar, self.structural_tag, self.whitespace_pattern, *self.choice)
-        if not all(text is None or (isinstance(text, str) and text) for text in texts):
-            raise InvalidRequest(f"{self.param}: schemas, patterns, grammars and choices are texts", param=self.param)
-        num_wishes = sum(map(bool, (*texts[:4], self.json_object, self.choice)))
-        if num_wishes > 1 or (num_wishes == 0 and self.calls is None):
-            names = "json_schema, json_object, regex, choice, grammar, structural_tag"
-            raise InvalidRequest(f"{self.param} must have exactly one of {names}, got {num_wishes}", param=self.param)
-        if self.whitespace_pattern and not (self.json_schema or self.json_object or self.structural_tag):
-            raise InvalidRequest(f"{self.param}: whitespace_pattern is for JSON only", param=self.param)
 
 
 class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -462,15 +364,6 @@ def _refusal(given: dict[str, Any]) -> InvalidRequest:
     raise LookupError("all values are in their ranges")
 
 
-def _parameters() -> Iterator[SamplingParameter]:
-    for field in msgspec.structs.fields(SamplingParams):
-        info = inspect.type_info(field.type)
-        assert isinstance(info, inspect.Metadata)  # each field has a `_parameter`
-        default = field.default if field.default is not msgspec.NODEFAULT else {}
-        text = (info.extra_json_schema or {})["description"]
-        yield SamplingParameter(field.name, field.type, (info.extra or {})["allowed"], default, text)
-
-
 def _integer(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError("a truth value is no number")
@@ -592,7 +485,17 @@ _READ: dict[str, Callable[[Any], Any]] = {
     **dict.fromkeys(("use_beam_search", "early_stopping"), lambda value: value),
     "length_penalty": _number,
 }
-_PARAMETERS = {parameter.name: parameter for parameter in _parameters()}
+_PARAMETERS: dict[str, SamplingParameter] = {}
+for _field in msgspec.structs.fields(SamplingParams):
+    _info = inspect.type_info(_field.type)
+    assert isinstance(_info, inspect.Metadata)  # each field has a `_parameter`
+    _PARAMETERS[_field.name] = SamplingParameter(
+        name=_field.name,
+        type=_field.type,
+        allowed=(_info.extra or {})["allowed"],
+        default={} if _field.default is msgspec.NODEFAULT else _field.default,
+        text=(_info.extra_json_schema or {})["description"],
+    )
 _DEFAULTS = [(parameter.name, parameter.default) for parameter in _PARAMETERS.values()]
 # The same fields without `__post_init__`: all that are given are checked by one call.
 _FIELDS = msgspec.defstruct(
