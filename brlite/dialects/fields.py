@@ -3,7 +3,7 @@
 `OBEYED` names the fields that the request structs decode (their types stand there, the ranges and defaults of sampling
 parameters in `sampling_params/params.py`). `OTHER_NAMES` are further names of sampling parameters. `UNUSUAL` are those
 that are read only where a body has them and its struct lacks them. A field of `NOT_DECODED` is taken where its value
-cannot change the answer (with a warning if OpenAI's API lacks it), and refused by name where it can.
+cannot change the answer (with a warning if it has a value and OpenAI's API lacks it), and refused by name where it can.
 A field that none of these has is ignored, with a warning in the answer. docs/fields.md is printed from here.
 """
 
