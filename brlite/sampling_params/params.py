@@ -359,7 +359,12 @@ def _refusal(given: dict[str, Any]) -> InvalidRequest:
             msgspec.convert({name: _READ[name](value)}, _FIELDS)
         except _REFUSALS:
             if name == "logit_bias" and isinstance(value, Mapping):
-                value = _wrong_bias(value)
+                for key, bias in value.items():  # show the first wrong entry
+                    try:
+                        msgspec.convert({name: _biases({key: bias})}, _FIELDS)
+                    except _REFUSALS:
+                        value = {key: bias}
+                        break
             return InvalidRequest(f"{name} must be {_PARAMETERS[name].allowed}, got {reprlib.repr(value)}", param=name)
     raise LookupError("all values are in their ranges")
 
@@ -428,16 +433,6 @@ def _biases(value: Any) -> dict[int, float]:
     """Token ids may be spelt as strings, as JSON must spell them."""
     biases = {} if value is None else dict(value)
     return {int(key) if isinstance(key, str) else _integer(key): _number(bias) for key, bias in biases.items()}
-
-
-def _wrong_bias(biases: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """The first entry that is wrong."""
-    for key, bias in biases.items():
-        try:
-            msgspec.convert({"logit_bias": _biases({key: bias})}, _FIELDS)
-        except _REFUSALS:
-            return {key: bias}
-    return biases
 
 
 def _structured(value: Any) -> StructuredOutput | None:

@@ -16,7 +16,7 @@ FENCE = "```"
 
 
 class DeepSeekParser(ToolCallParser):
-    """The format of V3 and R1; V3.1's is read as well."""
+    """The format of V3 and R1. Calls in V3.1's format are read as well."""
 
     name = "deepseek"
     marks = (CALLS, CALLS_END, CALL, SEPARATOR, CALL_END)
@@ -33,32 +33,27 @@ class DeepSeekParser(ToolCallParser):
         yield from source.spaces()
         yield from source.expect(CALL)
         while True:
-            yield from self._named()
+            name, _ = yield from source.text_until(SEPARATOR)
+            if name.strip() == "function":  # V3 and R1 write the name behind it
+                name, _ = yield from source.text_until("\n")
+            self._begin(name.strip())
+            yield from source.spaces()
+            if (yield from source.take(f"{FENCE}json", FENCE)):
+                yield from source.spaces()
+            yield from self._json_arguments()
+            self._end()
+            yield from source.spaces()
+            if (yield from source.take(FENCE)):
+                yield from source.spaces()
+            yield from source.take_end(CALL_END)
             yield from source.spaces()
             if not (yield from source.take(CALL)):
                 break
         yield from source.take_end(CALLS_END)
 
-    def _named(self) -> Step[None]:
-        source = self._source
-        name, _ = yield from source.text_until(SEPARATOR)
-        has_fence = name.strip() == "function"
-        if has_fence:
-            name, _ = yield from source.text_until("\n")
-        self._begin(name.strip())
-        yield from source.spaces()
-        if (yield from source.take(f"{FENCE}json", FENCE)):
-            yield from source.spaces()
-        yield from self._json_arguments()
-        self._end()
-        yield from source.spaces()
-        if (yield from source.take(FENCE)):
-            yield from source.spaces()
-        yield from source.take_end(CALL_END)
-
 
 class DeepSeekV31Parser(DeepSeekParser):
-    """The same, for grammars in V3.1's form."""
+    """The format of V3.1, which differs in the grammar of a call only."""
 
     name = "deepseek_v31"
 

@@ -12,13 +12,13 @@ from brlite.chat.tools import ReasoningDelta, Tool
 START, CHANNEL, MESSAGE, CONSTRAIN = "<|start|>", "<|channel|>", "<|message|>", "<|constrain|>"
 ENDS = ("<|end|>", "<|call|>", "<|return|>")
 RECIPIENT = "functions."
-# What stands before an answer, what ends it, and what begins the answer.
+# The texts that may begin a preamble of an answer, the text that ends it, and the text that begins the answer.
 PREAMBLES = (f"{CHANNEL}analysis{MESSAGE}", f"{CHANNEL}commentary{MESSAGE}")
 PREAMBLE_END, FINAL = f"{ENDS[0]}{START}assistant", f"{CHANNEL}final{MESSAGE}"
 
 
 class HarmonyParser(ToolCallParser):
-    """Reads content and reasoning, too. The prompt has written `<|start|>assistant`."""
+    """Reads content and reasoning, too. The prompt ends with `<|start|>assistant`."""
 
     name = "harmony"
     marks = (START, CHANNEL, MESSAGE, CONSTRAIN, *ENDS)
@@ -31,27 +31,25 @@ class HarmonyParser(ToolCallParser):
     def read_reply(self) -> Step[None]:
         source = self._source
         while True:
-            self._start = self._passed_on = source.at  # keeps the header's text, which is content if it has no end
+            self._start = self._passed_on = source.at  # keep the header's text: it is content if it has no end
             header: list[str] = []
             mark = yield from source.until((MESSAGE, *ENDS), header.append)
             start, self._start = self._start, None
-            if mark == MESSAGE:
-                yield from self._message("".join(header), start)
-            elif not mark:
+            if not mark:
                 self._content("".join(header).removeprefix(START).removeprefix("assistant"))
                 return
-
-    def _message(self, header: str, start: int) -> Step[None]:
-        words = header.replace(CONSTRAIN, " ").replace(CHANNEL, f" {CHANNEL}").split()
-        channel = next((word.removeprefix(CHANNEL) for word in words if word.startswith(CHANNEL)), "final")
-        recipient = next((word.removeprefix("to=") for word in words if word.startswith("to=")), "")
-        if recipient.startswith(RECIPIENT) and (
-            yield from self._call(self._arguments_of(recipient.removeprefix(RECIPIENT)), start)
-        ):
-            return
-        is_reasoning = channel == "analysis"
-        emit = (lambda text: self._events.append(ReasoningDelta(text))) if is_reasoning else self._content
-        yield from self._source.until((*ENDS, START), emit)
+            if mark != MESSAGE:
+                continue
+            words = "".join(header).replace(CONSTRAIN, " ").replace(CHANNEL, f" {CHANNEL}").split()
+            channel = next((word.removeprefix(CHANNEL) for word in words if word.startswith(CHANNEL)), "final")
+            recipient = next((word.removeprefix("to=") for word in words if word.startswith("to=")), "")
+            if recipient.startswith(RECIPIENT) and (
+                yield from self._call(self._arguments_of(recipient.removeprefix(RECIPIENT)), start)
+            ):
+                continue
+            is_reasoning = channel == "analysis"
+            emit = (lambda text: self._events.append(ReasoningDelta(text))) if is_reasoning else self._content
+            yield from source.until((*ENDS, START), emit)
 
     def _arguments_of(self, name: str) -> Step[None]:
         self._begin(name)

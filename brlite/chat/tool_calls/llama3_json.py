@@ -28,15 +28,13 @@ class Llama3JsonParser(ToolCallParser):
     def read_reply(self) -> Step[None]:
         source = self._source
         start = source.at
-        yield from self._call(self._leading_calls(), start, is_marked=False)
+        yield from self._call(self._calls(is_leading=True), start, is_marked=False)
         while (yield from source.until((TAG,), self._content)):
-            yield from self._call(self._calls(), source.at - len(TAG))
+            yield from self._call(self._calls(is_leading=False), source.at - len(TAG))
 
-    def _leading_calls(self) -> Step[None]:
-        yield from self._expect_leading("{")
-        yield from self._calls()
-
-    def _calls(self) -> Step[None]:
+    def _calls(self, *, is_leading: bool) -> Step[None]:
+        if is_leading:
+            yield from self._expect_leading("{")
         yield from self._source.spaces()
         yield from self._json_call()
         yield from self._source.spaces()

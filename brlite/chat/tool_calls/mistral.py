@@ -36,13 +36,11 @@ class MistralParser(ToolCallParser):
                 yield from self._json_call()
                 yield from source.spaces()
             yield from source.take("]")
-        elif (yield from source.peek()) == "{":
+            return
+        if (yield from source.peek()) == "{":
             yield from self._json_call()
-        else:
-            yield from self._named_call()
-
-    def _named_call(self) -> Step[None]:
-        source = self._source
+            return
+        # `f[ARGS]{...}`, `f[CALL_ID]id[ARGS]{...}` or `f{...}`
         pieces: list[str] = []
         mark = yield from source.until((ARGS, CALL_ID, "{"), pieces.append)
         if not mark:

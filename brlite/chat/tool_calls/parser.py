@@ -1,7 +1,7 @@
-"""What the parsers of all formats share: text between calls, calls that are held until they are whole, warnings.
+"""The base class of the parsers of all formats: content between calls, the events of a call, warnings.
 
 A format's parser reads a `ReplySource` and calls `_begin`, `_arguments` and `_end`. It raises `BrokenCall` where the
-text is no call after all; the text is then passed on as content.
+text is not a call; the text is then passed on as content.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from brlite.files.quoting import excerpt
 
 
 class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
-    """The text of a tool's calls, for the grammar of a reply.
+    """The text around a tool's calls, for the grammar of a reply.
 
-    Calls are `opening`, calls joined by `separator`, `closing`; a call is `begin`, the arguments by the tool's schema,
-    and `end`. In free text calls begin with `trigger`; with `is_leading` a reply that begins with a call needs none,
-    and `trigger` stands before `opening`. With `is_single` a reply has one call at most.
-    Arguments are a JSON object; else `parameters` are the fields of a `ParameterNotation`.
+    Several calls are written as `opening`, the calls with `separator` between them, `closing`. A call is `begin`, its
+    arguments and `end`. Arguments are a JSON object by the tool's schema. With `parameters`, the fields of a
+    `ParameterNotation`, they are written one by one.
+
+    `trigger` begins calls in free text. With `is_leading`, calls at the beginning of a reply need no trigger; elsewhere
+    it stands before `opening`. With `is_single` a reply has at most one call.
     """
 
     trigger: str
@@ -38,20 +40,20 @@ class CallGrammar(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ToolCallParser:
-    """Reads one reply. Its events do not depend on how the text is cut.
+    """Reads one reply. Its events do not depend on how the text is cut into pieces.
 
-    Calls are held until they are whole, so that one that does not parse can be passed on as content. With
-    `streams_arguments`, for replies that a grammar constrains, arguments are passed on as they come.
+    The events of a call are held until the call is complete: one that does not parse is passed on as content. With
+    `streams_arguments`, for replies that a grammar constrains, they are passed on at once.
     """
 
     name: ClassVar[str]
-    # Texts that mark calls. Where one is a special token of the vocabulary, it must not be left out of the text.
+    # Texts that mark calls. One that is a special token of the vocabulary must be kept in the text.
     marks: ClassVar[tuple[str, ...]] = ()
-    call_mark: ClassVar[str]  # what calls stand behind, for a format without a `read_reply` of its own
+    call_mark: ClassVar[str]  # the text before calls, for a format that does not override `read_reply`
     has_short_ids: ClassVar[bool] = False
 
     def __init__(self, tools: Sequence[Tool], *, max_calls: int = 2**31, streams_arguments: bool = False) -> None:
-        """`tools` are those that may be called. A call beyond `max_calls` is passed on as content."""
+        """`tools` may be called. Further calls after `max_calls` are passed on as content."""
         self.warnings: list[str] = []
         self._tools = {tool.name: tool for tool in tools}
         self._max_calls = max_calls
@@ -63,10 +65,10 @@ class ToolCallParser:
         self._spaces = ""  # white space of the content, held until text follows
         self._has_content = False
         # Of the call that is being read:
-        self._start: int | None = None  # its place in the source; None between calls
-        self._has_begun = False  # its name went out
-        self._passed_on = 0  # the place up to which its text went out
-        self._call_events: list[ReplyEvent] = []
+        self._start: int | None = None  # where it begins in the source; None between calls
+        self._has_begun = False  # an event of it was passed on
+        self._passed_on = 0  # the place in the source up to which its text was passed on
+        self._call_events: list[ReplyEvent] = []  # held until the call is complete
         self._text: list[str] = []  # its arguments
         self._parsing = self.read_reply()
         next(self._parsing, None)
@@ -84,7 +86,7 @@ class ToolCallParser:
         return self._advance()
 
     def finish(self, *, is_cut: bool = False) -> list[ReplyEvent]:
-        """The events of the text that was held back. The reply ends here; `is_cut`: for its length."""
+        """End the reply: the events of the text that was held back. `is_cut`: it ended at its length limit."""
         held = self._source.text[self._source.at :]
         if is_cut and held and self._start is None:
             self.warnings.append(f"the reply was cut in {held!r}, which may begin a tool call: it is content")
@@ -96,12 +98,12 @@ class ToolCallParser:
         return events
 
     def read_reply(self) -> Step[None]:
-        """Read the whole reply: text, and behind each `call_mark` calls."""
+        """Read the whole reply: content, and calls after each `call_mark`."""
         while (yield from self._source.until((self.call_mark,), self._content)):
             yield from self._call(self.read_calls(), self._source.at - len(self.call_mark))
 
     def read_calls(self) -> Step[None]:
-        """Read the calls behind a mark."""
+        """Read the calls after a mark."""
         raise NotImplementedError
 
     def _advance(self) -> list[ReplyEvent]:
@@ -110,7 +112,7 @@ class ToolCallParser:
         return events
 
     def _content(self, text: str) -> None:
-        """A piece of the content. White space before it and at its end is left out if there are calls."""
+        """Pass on a piece of the content. If the reply has calls, white space around its content is left out."""
         kept = text.rstrip()
         if kept:
             content = self._spaces + kept
@@ -119,9 +121,9 @@ class ToolCallParser:
         self._spaces += text[len(kept) :]
 
     def _call(self, reading: Step[None], start: int, *, is_marked: bool = True) -> Step[bool]:
-        """Read a call that begins at `start`, or pass its text on as content. True if it is a call.
+        """Read a call that begins at `start`. True if it is one, else its text is passed on as content, with a warning.
 
-        Without `is_marked`, text that is no call is plain text, and no warning is given.
+        Without `is_marked` there is no warning: text without a mark is usually plain text.
         """
         self._start = self._passed_on = start
         self._has_begun = False
@@ -129,14 +131,20 @@ class ToolCallParser:
         try:
             yield from reading
         except BrokenCall as error:
-            self._give_up(str(error), is_marked=is_marked)
+            if is_marked or self._has_begun or self._is_cut:
+                self.warnings.append(f"text that looks like a tool call is passed on as content: {error}")
+            if self._has_begun:
+                self._events.append(ToolCallEnd(self.num_calls))
+                self.num_calls += 1
+            self._call_events = []
+            self._content(self._source.text[self._passed_on : self._source.at])
             return False
         finally:
             self._start = None
         return True
 
     def _begin(self, name: str) -> None:
-        """The call's name is known. Raises `BrokenCall` for a tool that may not be called."""
+        """Begin a call by its name. Raises `BrokenCall` for a tool that may not be called."""
         if name not in self._tools:
             raise BrokenCall(f"there is no tool {excerpt(name)}")
         if self.num_calls == self._max_calls:
@@ -146,12 +154,12 @@ class ToolCallParser:
         self._call_event(ToolCallDelta(self.num_calls, "", call_id, name))
 
     def _arguments(self, text: str) -> None:
-        """A piece of the arguments' JSON text."""
+        """Add a piece of the arguments' JSON text."""
         self._text.append(text)
         self._call_event(ToolCallDelta(self.num_calls, text))
 
     def _end(self) -> None:
-        """The arguments are whole. Raises `BrokenCall` if they are not a JSON object."""
+        """End the call. Raises `BrokenCall` if its arguments are not a JSON object."""
         text = "".join(self._text)
         if not isinstance(parse_json(text), dict):
             raise BrokenCall("its arguments are not an object")
@@ -170,21 +178,12 @@ class ToolCallParser:
         else:
             self._call_events.append(event)
 
-    def _give_up(self, reason: str, *, is_marked: bool) -> None:
-        if is_marked or self._has_begun or self._is_cut:
-            self.warnings.append(f"text that looks like a tool call is passed on as content: {reason}")
-        if self._has_begun:
-            self._events.append(ToolCallEnd(self.num_calls))
-            self.num_calls += 1
-        self._call_events = []
-        self._content(self._source.text[self._passed_on : self._source.at])
-
-    # What several formats have in common.
+    # Used by several formats.
 
     def _expect_leading(self, *words: str) -> Step[None]:
-        """Raise `BrokenCall` unless the reply begins like a call: with one of the words.
+        """Raise `BrokenCall` unless the reply begins with one of the words. Consumes white space only.
 
-        Where a grammar constrains calls, only what it takes for a call is one.
+        With `streams_arguments` it must begin with the full text that the grammar of a call begins with.
         """
         source = self._source
         yield from source.spaces()
@@ -199,7 +198,7 @@ class ToolCallParser:
         source.at = start
 
     def _json_arguments(self) -> Step[None]:
-        """The arguments as a JSON object, as a string that holds one, or as nothing, which is `{}`."""
+        """Read the arguments: a JSON object, or a string that holds one. Nothing and null are `{}`."""
         first = yield from self._source.peek()
         if first == "{":
             yield from self._source.json_value(self._arguments)
@@ -212,7 +211,10 @@ class ToolCallParser:
             self._arguments("{}" if text in ("", "null") else text)
 
     def _json_call(self) -> Step[None]:
-        """A call as an object with `name` and `arguments` or `parameters`, in any order; other keys are left out."""
+        """Read a call written as an object of `name` and `arguments` or `parameters`, in any order.
+
+        Other keys are ignored.
+        """
         source = self._source
         yield from source.expect("{")
         name: str | None = None
@@ -252,9 +254,9 @@ class ToolCallParser:
 
 
 def typed_value(text: str, schema: Any) -> str:
-    """The JSON text of a value that a format writes without quotes: a string where the schema says so, else as it is.
+    """The JSON text of a value that a format writes without quotes.
 
-    Text that is no JSON is a string.
+    It is a string if the schema says so or if the text is not JSON.
     """
     kind = schema.get("type") if isinstance(schema, Mapping) else None
     if kind != "string":

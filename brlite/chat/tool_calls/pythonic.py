@@ -20,7 +20,7 @@ _CONSTANTS = {"True": "true", "False": "false", "None": "null", "true": "true", 
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?", re.ASCII)
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "a": "\a", "v": "\v", "0": "\0", "\n": ""}
 _HEX_DIGITS = {"x": 2, "u": 4, "U": 8}
-_CLOSING = {"[": "]", "(": ")"}
+_CLOSING = {"[": "]", "(": ")", "{": "}"}
 
 
 class PythonicParser(ToolCallParser):
@@ -47,16 +47,14 @@ class PythonicParser(ToolCallParser):
 
     def read_reply(self) -> Step[None]:
         source = self._source
-        yield from self._call(self._leading_list(), source.at, is_marked=False)
+        yield from self._call(self._list(is_leading=True), source.at, is_marked=False)
         while (yield from source.until((START,), self._content)):
-            yield from self._call(self._list(), source.at - len(START))
+            yield from self._call(self._list(is_leading=False), source.at - len(START))
 
-    def _leading_list(self) -> Step[None]:
-        yield from self._expect_leading("[")
-        yield from self._list()
-
-    def _list(self) -> Step[None]:
+    def _list(self, *, is_leading: bool) -> Step[None]:
         source = self._source
+        if is_leading:
+            yield from self._expect_leading("[")
         yield from source.spaces()
         yield from source.expect("[")
         while True:
@@ -112,10 +110,8 @@ def _literal(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
     first = yield from source.peek()
     if depth == 0:
         raise BrokenCall(f"it is nested deeper than {MAX_DEPTH} levels")
-    if first and first in "[(":
-        yield from _sequence(source, emit, depth - 1)
-    elif first == "{":
-        yield from _mapping(source, emit, depth - 1)
+    if first in _CLOSING:
+        yield from _collection(source, emit, depth - 1)
     elif first and first in "\"'":
         emit((yield from _string(source)))
     else:
@@ -125,41 +121,30 @@ def _literal(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
         emit(_CONSTANTS.get(text, text))
 
 
-def _sequence(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
-    closing = _CLOSING[(yield from source.expect("[", "("))]
-    separator = "["
+def _collection(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
+    """A list, a tuple or a dictionary, written as JSON."""
+    opening = yield from source.expect(*_CLOSING)
+    closing, is_mapping = _CLOSING[opening], opening == "{"
+    before = begin = "{" if is_mapping else "["
     yield from source.spaces()
     while not (yield from source.take(closing)):
-        emit(separator)
+        emit(before)
+        before = ", "
+        if is_mapping:
+            if (yield from source.peek()) not in ('"', "'"):
+                raise BrokenCall("a key is no string")
+            emit((yield from _string(source)))
+            yield from source.spaces()
+            yield from source.expect(":")
+            emit(": ")
         yield from _literal(source, emit, depth)
-        separator = ", "
         yield from source.spaces()
         if not (yield from source.take(",")):
             yield from source.expect(closing)
             break
         yield from source.spaces()
-    emit("[]" if separator == "[" else "]")
-
-
-def _mapping(source: ReplySource, emit: Emit, depth: int) -> Step[None]:
-    yield from source.expect("{")
-    separator = "{"
-    yield from source.spaces()
-    while not (yield from source.take("}")):
-        if (yield from source.peek()) not in ('"', "'"):
-            raise BrokenCall("a key is no string")
-        emit(separator + (yield from _string(source)))
-        separator = ", "
-        yield from source.spaces()
-        yield from source.expect(":")
-        emit(": ")
-        yield from _literal(source, emit, depth)
-        yield from source.spaces()
-        if not (yield from source.take(",")):
-            yield from source.expect("}")
-            break
-        yield from source.spaces()
-    emit("{}" if separator == "{" else "}")
+    end = "}" if is_mapping else "]"
+    emit(begin + end if before == begin else end)
 
 
 def _string(source: ReplySource) -> Step[str]:
@@ -174,21 +159,16 @@ def _string(source: ReplySource) -> Step[str]:
         if not escaped:
             raise BrokenCall("it is cut off")
         source.at += 1
-        if escaped in _HEX_DIGITS:
-            pieces.append((yield from _hex_character(source, _HEX_DIGITS[escaped])))
-        else:
+        if escaped not in _HEX_DIGITS:
             pieces.append(_ESCAPES.get(escaped, escaped if escaped in "\\'\"" else "\\" + escaped))
-
-
-def _hex_character(source: ReplySource, num_digits: int) -> Step[str]:
-    digits = ""
-    while len(digits) < num_digits:
-        digit = yield from source.peek()
-        if not digit or digit not in string.hexdigits:
+            continue
+        digits = ""
+        while len(digits) < _HEX_DIGITS[escaped]:
+            digit = yield from source.peek()
+            if not digit or digit not in string.hexdigits:
+                raise BrokenCall("an escape in a string is broken")
+            digits += digit
+            source.at += 1
+        if int(digits, 16) > sys.maxunicode:
             raise BrokenCall("an escape in a string is broken")
-        digits += digit
-        source.at += 1
-    number = int(digits, 16)
-    if number > sys.maxunicode:
-        raise BrokenCall("an escape in a string is broken")
-    return chr(number)
+        pieces.append(chr(int(digits, 16)))

@@ -31,7 +31,7 @@ class Qwen3CoderParser(ToolCallParser):
         )
 
     def read_reply(self) -> Step[None]:
-        # Some models leave BEGIN out. A grammar that constrains calls takes such text for no call.
+        # Some models leave BEGIN out. The grammar of calls requires it.
         marks = (BEGIN,) if self._streams_arguments else (BEGIN, FUNCTION)
         while mark := (yield from self._source.until(marks, self._content)):
             yield from self._call(self._tagged(mark), self._source.at - len(mark))

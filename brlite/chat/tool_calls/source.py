@@ -1,7 +1,7 @@
-"""Text that comes in pieces, read by parsers that are written as if they had all of it.
+"""Reads text that comes in pieces. The parsers are written as if they had all of it.
 
-A parser is a generator. It yields where it needs text that has not come yet, and goes on where it stopped. What it
-reads does not depend on how the text was cut. Nothing is read twice, so the time is linear in the text.
+A parser is a generator. It yields where it needs text that has not come yet, and is resumed when there is more. What it
+reads does not depend on how the text was cut into pieces. No text is read twice, so the time is linear in its length.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _OPENING = {"}": "{", "]": "["}
 
 
 class BrokenCall(Exception):
-    """The text is not the call that it began as. The message says why."""
+    """The text begins like a call and is not one. The message says why."""
 
 
 class ReplySource:
-    """The text so far, from `start` on, and the place `at` up to which it has been read."""
+    """The text so far, less what was forgotten. `at` is the place up to which it has been read."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -36,7 +36,7 @@ class ReplySource:
         self.has_ended = False
 
     def feed(self, text: str, keep_from: int) -> int:
-        """Append text and forget what is before `keep_from`. Returns the number of characters forgotten."""
+        """Append text and forget the text before `keep_from`. Returns the number of characters forgotten."""
         self.text = self.text[keep_from:] + text
         self.at -= keep_from
         return keep_from
@@ -64,7 +64,7 @@ class ReplySource:
                 return
 
     def take(self, *words: str) -> Step[str]:
-        """Consume the first of the words that the text goes on with, and return it; empty if it is none of them."""
+        """Consume the first of the words that comes next, and return it; empty if none does."""
         while True:
             rest = self.text[self.at : self.at + max(map(len, words))]
             found = next((word for word in words if rest.startswith(word)), "")
@@ -74,14 +74,14 @@ class ReplySource:
                 return found
 
     def take_end(self, mark: str) -> Step[None]:
-        """Consume a mark that may be left out at the end of a call, or what a reply that was cut there has of it."""
+        """Consume the mark at the end of a call if it is there, or the part of it that a cut reply has."""
         found = yield from self.take(mark)
         rest = self.text[self.at :]
         if self.has_ended and not found and mark.startswith(rest):
             self.at += len(rest)
 
     def expect(self, *words: str) -> Step[str]:
-        """As `take`. Raises `BrokenCall` if it is none of them."""
+        """As `take`. Raises `BrokenCall` if none of the words comes next."""
         word = yield from self.take(*words)
         if not word:
             raise BrokenCall(f"{words[0]!r} is missing")
@@ -90,8 +90,8 @@ class ReplySource:
     def until(self, marks: Sequence[str], emit: Emit) -> Step[str]:
         """Read up to the first mark and consume it. Returns the mark; empty at the end.
 
-        The text before it goes to `emit` as soon as it cannot be the beginning of a mark. Of marks at the same
-        place the longest counts.
+        The text before it is given to `emit` as soon as it cannot be the beginning of a mark. Where several marks
+        match, the longest is consumed.
         """
         starts = re.compile("[" + re.escape("".join({mark[0] for mark in marks})) + "]")
         longest = max(map(len, marks))
@@ -132,9 +132,9 @@ class ReplySource:
         return value
 
     def json_value(self, emit: Emit) -> Step[None]:
-        """Read one JSON value; its text goes to `emit` as it comes. Raises `BrokenCall` if it does not end.
+        """Read one JSON value and give its text to `emit` as it comes. Raises `BrokenCall` if it does not end.
 
-        Only brackets and quotes are checked: `parse_json` finds the rest.
+        Only brackets and quotes are checked here. `parse_json` checks the rest.
         """
         first = yield from self.peek()
         if first == '"':
@@ -142,15 +142,12 @@ class ReplySource:
         elif first and first in "{[":
             yield from self._brackets(emit)
         else:
-            yield from self._scalar(emit)
-
-    def _scalar(self, emit: Emit) -> Step[None]:
-        while True:
-            match = _SCALAR.match(self.text, self.at)
-            if match:
-                self._copy(match.end(), emit)
-            if self.at < len(self.text) or not (yield from self.more()):
-                return
+            while True:
+                match = _SCALAR.match(self.text, self.at)
+                if match:
+                    self._copy(match.end(), emit)
+                if self.at < len(self.text) or not (yield from self.more()):
+                    return
 
     def _brackets(self, emit: Emit) -> Step[None]:
         stack: list[str] = []
