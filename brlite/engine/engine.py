@@ -32,7 +32,6 @@ from brlite.engine.draft_model import DraftModel, DraftPlan
 from brlite.engine.guidance import GuidedSeq, StepGuidance
 from brlite.engine.outputs import CompletionOutput, RequestOutput
 from brlite.engine.pacing import StepPace
-from brlite.engine.repetitions import Repetitions
 from brlite.engine.request import (
     Request,
     RequestState,
@@ -367,7 +366,7 @@ class Engine:
             counts=make_counts(params, prompt_token_ids) if params.has_penalties else None,
             cache_root=state.cache_root,
             matcher=None if state.request.grammar is None else state.request.grammar.matcher(),
-            repetitions=Repetitions(params, prompt_token_ids, self.tokenizer) if params.dry_multiplier else None,
+            repetitions=state.make_repetitions(self.tokenizer) if params.dry_multiplier else None,
         )
         state.sequences.append(seq)
         return seq

@@ -7,22 +7,27 @@ that it would lengthen. Text alone is read here; a backend takes the costs off i
 
 from __future__ import annotations
 
+import copy
+import heapq
 import math
 from array import array
 from collections.abc import Sequence
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
 
 MAX_COST = 1e30  # of a token: no logit is near that, and it is a float32
+MAX_PLACES = 1024  # of one token in the text that are compared, the last ones: 2 ms a token on the event loop
+MAX_PROMPT_LENGTH = 1024  # of a repetition that a prompt brings along; by then any base above 1.07 costs `MAX_COST`
 
 
 class Repetitions:
-    """One text, token by token. A new token costs time by how often the text has it; all take memory by its length.
+    """One text, token by token. It takes memory by its length; a new token takes time by how often the text has it.
 
     A repetition begins behind the last token with a sequence breaker in its text. Such tokens cost nothing. Breakers
-    that several tokens spell are not found.
+    that several tokens spell are not found. Of a token that the text has more than `MAX_PLACES` times, new repetitions
+    are looked for at the last of these places. The prompt's own repetition counts `MAX_PROMPT_LENGTH` tokens at most.
     """
 
     def __init__(self, params: SamplingParams, token_ids: Sequence[int], tokenizer: Tokenizer) -> None:
@@ -36,18 +41,31 @@ class Repetitions:
             self._places.setdefault(token_id, []).append(place)
         # By the place where an earlier occurrence of the text's ending ends: how many tokens are the same.
         self._lengths: dict[int, int] = {}
-        reverse = self._token_ids[::-1]
-        most = sum(1 for _ in takewhile(lambda token_id: not self._breaks(token_id), reverse))
-        for distance, length in enumerate(common_prefix_lengths(reverse)):
-            if distance and length and most:
-                self._lengths[len(reverse) - 1 - distance] = min(length, most)
+        ending = islice(reversed(self._token_ids), MAX_PROMPT_LENGTH)
+        most = sum(1 for _ in takewhile(lambda token_id: not self._breaks(token_id), ending))
+        if most:
+            data = array("i", self._token_ids).tobytes()
+            places = self._places[self._token_ids[-1]][-MAX_PLACES - 1 : -1]
+            self._lengths = {place: _common_ending(data, place + 1, most) for place in places}
+
+    def copy(self) -> Repetitions:
+        """The same text, to be continued otherwise."""
+        copied = copy.copy(self)
+        copied._token_ids = self._token_ids.copy()
+        copied._places = {token_id: places.copy() for token_id, places in self._places.items()}
+        return copied
 
     def add(self, token_id: int) -> None:
         """Append a token to the text."""
         places = self._places.setdefault(token_id, [])
         before, self._lengths = self._lengths, {}
         if not self._breaks(token_id):
-            self._lengths = {place: before.get(place - 1, 0) + 1 for place in places}
+            token_ids = self._token_ids
+            lengths = dict.fromkeys(places[-MAX_PLACES:], 1)
+            for place, length in before.items():
+                if token_ids[place + 1] == token_id:
+                    lengths[place + 1] = length + 1
+            self._lengths = _longest(lengths)
         places.append(len(self._token_ids))
         self._token_ids.append(token_id)
 
@@ -77,15 +95,20 @@ class Repetitions:
         return found
 
 
-def common_prefix_lengths(items: Sequence[int]) -> list[int]:
-    """How much of the beginning of `items` stands at each place of it. Linear time: the Z algorithm (Gusfield 1997)."""
-    lengths = [0] * len(items)
-    left = right = 0
-    for place in range(1, len(items)):
-        length = min(lengths[place - left], right - place) if place < right else 0
-        while place + length < len(items) and items[length] == items[place + length]:
-            length += 1
-        lengths[place] = length
-        if place + length > right:
-            left, right = place, place + length
-    return lengths
+def _longest(lengths: dict[int, int]) -> dict[int, int]:
+    """Those of the longest repetitions, twice `MAX_PLACES` of them at most. Of two that are as long, the later."""
+    if len(lengths) <= 2 * MAX_PLACES:
+        return lengths
+    return dict(heapq.nlargest(MAX_PLACES, lengths.items(), key=lambda each: (each[1], each[0])))
+
+
+def _common_ending(data: bytes, end: int, most: int) -> int:
+    """How many of the int32 before index `end` are the same as the last ones of all: at most `most`."""
+    low, high, stop = 0, min(most, end), len(data)  # the search doubles the length, then halves the range
+    size = 1
+    while low < high:
+        if data[4 * (end - size) : 4 * end] == data[stop - 4 * size :]:
+            low, size = size, min(2 * size, (size + high + 1) // 2)
+        else:
+            high, size = size - 1, (low + size) // 2
+    return low

@@ -23,6 +23,7 @@ from brlite.errors import BrliteError
 from brlite.grammar.compiler import Grammar
 from brlite.grammar.matcher import Matcher
 from brlite.sampling_params import FinishReason, Pooling, PoolingParams, SamplingParams
+from brlite.tokenizer import Tokenizer
 
 # Receives a request's deltas on the event-loop thread. The last one is finished, or it is the error that ended it.
 Sink = Callable[[RequestOutput | BrliteError], None]
@@ -222,6 +223,7 @@ class RequestState:
     has_output: bool = False
     pooling: Pooling | None = None
     search: BeamSearch | None = None
+    prompt_repetitions: Repetitions | None = None  # of the prompt, for the completions that are not made yet
     embedding: array[float] | None = None
     is_aborted: bool = False
 
@@ -240,6 +242,13 @@ class RequestState:
             if seq.status is not SequenceStatus.FINISHED:
                 return False
         return self.is_aborted or len(self.sequences) == self.request.params.n
+
+    def make_repetitions(self, tokenizer: Tokenizer) -> Repetitions:
+        """The prompt for DRY, which the next sequence continues. It is read once for all of them."""
+        request = self.request
+        repetitions = self.prompt_repetitions or Repetitions(request.params, request.prompt_token_ids, tokenizer)
+        self.prompt_repetitions = repetitions.copy() if len(self.sequences) + 1 < request.params.n else None
+        return repetitions
 
     def add_prompt_logprobs(self, logprobs: list[TokenLogprob], *, is_first: bool) -> None:
         """Collect those of one prompt chunk; a prompt that is computed again starts over with its first chunk."""

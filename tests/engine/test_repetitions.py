@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from brlite.engine.repetitions import Repetitions
+from brlite.engine.repetitions import MAX_PLACES, MAX_PROMPT_LENGTH, Repetitions
 from brlite.sampling_params import SamplingParams
 from tests.engine.conftest import Driver
 from tests.fakes import ByteTokenizer
@@ -68,6 +68,49 @@ def test_a_long_repetition_costs_a_finite_number() -> None:
     repetitions = Repetitions(SamplingParams(dry_multiplier=1e308, dry_base=1e308), [1] * 50_000, ByteTokenizer())
 
     assert costs(repetitions) == {1: pytest.approx(1e30)}
+
+
+@pytest.mark.parametrize("text", [b"a", b"ab", b"a" * 900 + b"b"])
+def test_what_a_token_costs_the_event_loop_does_not_grow_with_its_number_in_the_text(text: bytes) -> None:
+    params = SamplingParams(dry_multiplier=1.0, dry_base=1.001)
+    repetitions = Repetitions(params, list(text * 30_000)[:30_000], ByteTokenizer())
+
+    for token_id in text[:2] * 20:
+        repetitions.add(token_id)
+        repetitions.costs()
+
+    assert len(repetitions._lengths) <= 2 * MAX_PLACES  # what `add` and `costs` go through
+
+
+@pytest.mark.parametrize("num_tokens", [2 * MAX_PLACES + 3, MAX_PLACES + 1, 40])
+def test_a_prompt_of_one_token_is_a_repetition_up_to_a_bound(num_tokens: int) -> None:
+    params = SamplingParams(dry_multiplier=1.0, dry_base=1.001)
+
+    repetitions = Repetitions(params, [1] * num_tokens, ByteTokenizer())
+
+    assert costs(repetitions) == {1: pytest.approx(1.001 ** (min(num_tokens - 1, MAX_PROMPT_LENGTH) - 2), rel=1e-5)}
+
+
+def test_each_completion_of_a_prompt_has_a_text_of_its_own(make_driver: MakeDriver) -> None:
+    driver = make_driver(next_token=lambda context, seed: b"abc"[(len(context) + seed) % 3])
+    params = SamplingParams(dry_multiplier=0.8)
+
+    request_id = driver.submit("abcabcab", n=3, max_tokens=9, dry_multiplier=0.8, seed=1, temperature=1)
+    driver.finish()
+
+    answers = [driver.token_ids(request_id, index) for index in range(3)]
+    expected = [
+        costs_by_definition([*b"abcabcab", *answer[:num]], params) for answer in answers for num in range(len(answer))
+    ]
+    given = [
+        dict(zip(array("i", each.cost_token_ids), array("f", each.costs), strict=True))
+        for batch in driver.backend.batches
+        for each in (seq.sampling for seq in batch.seqs)
+        if each is not None
+    ]
+    assert len({bytes(answer) for answer in answers}) > 1
+    assert len(given) == len(expected) == 27
+    assert all(pytest.approx(each) in expected for each in given)
 
 
 @pytest.mark.parametrize("pressure", [{}, {"can_run_ahead": True}, {"max_draft_tokens": 4}, {"num_blocks": 6}])
