@@ -20,6 +20,7 @@ from brlite.dialects.fields import (
     COMPLETIONS,
     DETOKENIZE,
     EMBEDDINGS,
+    INFILL,
     MESSAGES,
     NOT_DECODED,
     OBEYED,
@@ -32,6 +33,7 @@ from brlite.dialects.fields import (
     TOKENIZE,
     UNUSUAL,
 )
+from brlite.dialects.llama_infill import InfillRequest
 from brlite.dialects.openai_chat import ChatCompletionRequest
 from brlite.dialects.openai_completions import CompletionRequest
 from brlite.dialects.openai_tokens import DetokenizeRequest, TokenizeRequest
@@ -47,6 +49,7 @@ REQUESTS: dict[str, type[msgspec.Struct]] = {
     RERANK: RerankRequest,
     SCORE: ScoreRequest,
     MESSAGES: MessagesRequest,
+    INFILL: InfillRequest,
     TOKENIZE: TokenizeRequest,
     DETOKENIZE: DetokenizeRequest,
 }
@@ -63,14 +66,14 @@ This page is printed by `docs/fields.py` from `brlite/dialects/fields.py`; do no
 
 `chat` is `/v1/chat/completions`, `completions` is `/v1/completions`, `responses` is `/v1/responses`,
 `embeddings` is `/v1/embeddings` and `/pooling`, `rerank` is `/v1/rerank` and `/v2/rerank`,
-`score` is `/v1/score`, `messages` is `/v1/messages`.
+`score` is `/v1/score`, `messages` is `/v1/messages`, `infill` is `/infill`.
 [HTTP API](http-api.md) says what the sampling parameters mean.
 
 | field | at | value | default | known to | |
 |---|---|---|---|---|---|
 """
 OTHER = """
-Other APIs' names of these, in chats and completions:
+Other APIs' names of these, in chats, completions and infills:
 
 | name | known to | is | |
 |---|---|---|---|

@@ -16,7 +16,7 @@ from brlite.chat.turns import joined_text
 from brlite.engine.backend import BackendInfo, Batch, SampledToken, SamplingInput, ScheduledSeq, SeqResult, StepResult
 from brlite.engine.outputs import TokenLogprob
 from brlite.errors import InvalidRequest
-from brlite.tokenizer.infill import InfillTokens
+from brlite.tokenizer.infill import InfillText, InfillTokens
 from tests.limits import PATIENCE_SECONDS
 
 VOCAB_SIZE = 260
@@ -39,10 +39,12 @@ class ByteTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, param: str | None = None) -> list[int]:
         return list(text.encode())
 
-    infill = InfillTokens(257, 258, 259, ends=(120,))  # an "x" ends an infill
+    infill: InfillTokens | None = InfillTokens(257, 258, 259, ends=(120,))  # an "x" ends an infill
 
-    def encode_infill(self, before: str, after: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self.infill.prompt(list(before.encode()), list(after.encode()))
+    def encode_infill(self, text: InfillText, *, add_special_tokens: bool = True) -> list[int]:
+        assert self.infill is not None
+        prompt = self.infill.prompt(list(text.before.encode()), list(text.after.encode())) + list(text.start.encode())
+        return (self.infill.context(text.files, lambda part: list(part.encode())) if text.files else []) + prompt
 
     encodes_in_process = True
 

@@ -4,6 +4,6 @@ A dialect is a pair of pure functions, without I/O; `DIALECTS` lists them. This 
 tokenizer, so that the server and the proxy can both use it. First file: `generation.py`, then `openai_chat.py`.
 """
 
-from brlite.dialects import anthropic, openai_chat, openai_completions, responses
+from brlite.dialects import anthropic, llama_infill, openai_chat, openai_completions, responses
 
-DIALECTS = (openai_chat.DIALECT, openai_completions.DIALECT, responses.DIALECT, anthropic.DIALECT)
+DIALECTS = (openai_chat.DIALECT, openai_completions.DIALECT, responses.DIALECT, anthropic.DIALECT, llama_infill.DIALECT)

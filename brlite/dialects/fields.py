@@ -23,11 +23,11 @@ MAX_FIELD_LENGTH = 64
 OPENAI, ANTHROPIC, VLLM, VLLM_04 = "OpenAI", "Anthropic", "vLLM", "vLLM 0.4"
 LLAMA_CPP, SGLANG = "llama.cpp", "SGLang"
 CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS = "chat", "completions", "responses", "messages", "embeddings"
-RERANK, SCORE = "rerank", "score"
+INFILL, RERANK, SCORE = "infill", "rerank", "score"
 TOKENIZE, DETOKENIZE = "tokenize", "detokenize"
 BOTH = (CHAT, COMPLETIONS)
 ALL_THREE = (*BOTH, RESPONSES)
-ALL_FOUR = (*ALL_THREE, MESSAGES)
+ALL_FIVE = (*ALL_THREE, MESSAGES, INFILL)  # that generate
 OF_PROMPTS = (EMBEDDINGS, RERANK, SCORE)  # nothing is generated
 EVERYBODY = (OPENAI, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
 ALL_SIX = (OPENAI, ANTHROPIC, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
@@ -46,12 +46,20 @@ class ObeyedField(NamedTuple):
 OBEYED = (
     ObeyedField(
         "model",
-        (*ALL_FOUR, *OF_PROMPTS, TOKENIZE, DETOKENIZE),
+        (*ALL_FIVE, *OF_PROMPTS, TOKENIZE, DETOKENIZE),
         ALL_SIX,
         "may be left out where one model is served",
     ),
     ObeyedField("messages", (CHAT, MESSAGES, TOKENIZE), ALL_SIX, "text only"),
-    ObeyedField("prompt", (COMPLETIONS, TOKENIZE), EVERYBODY, "/tokenize takes one text"),
+    ObeyedField(
+        "prompt",
+        (COMPLETIONS, INFILL, TOKENIZE),
+        EVERYBODY,
+        "tokenize: one text; infill: the start of the answer",
+    ),
+    ObeyedField("input_prefix input_suffix", (INFILL,), (LLAMA_CPP,), "what stands before the gap and after it"),
+    ObeyedField("input_extra", (INFILL,), (LLAMA_CPP,), "other files: `text`, `filename`"),
+    ObeyedField("return_tokens", (INFILL,), (LLAMA_CPP,), "streams have them always"),
     ObeyedField("tokens", (DETOKENIZE,), (VLLM, LLAMA_CPP)),
     ObeyedField(
         "input", (RESPONSES, EMBEDDINGS), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "text only; embeddings: as `prompt`"
@@ -82,13 +90,13 @@ OBEYED = (
     ObeyedField("output_format", (MESSAGES,), (ANTHROPIC,), "`output_config.format`"),
     ObeyedField("thread", (MESSAGES,), (ANTHROPIC,), "refused; clients then send the whole conversation"),
     ObeyedField("context_management", (MESSAGES,), (ANTHROPIC,), "accepted, not applied, with a warning"),
-    ObeyedField("stream", ALL_FOUR, ALL_SIX),
+    ObeyedField("stream", ALL_FIVE, ALL_SIX),
     ObeyedField("stream_options", ALL_THREE, (OPENAI, VLLM, LLAMA_CPP, SGLANG), "`include_obfuscation` is refused"),
     ObeyedField("n", BOTH, EVERYBODY),
-    ObeyedField("max_tokens", (*BOTH, MESSAGES), ALL_SIX, "messages: required"),
-    ObeyedField("temperature top_p", ALL_FOUR, ALL_SIX),
-    ObeyedField("presence_penalty frequency_penalty seed", ALL_FOUR, EVERYBODY),
-    ObeyedField("stop", ALL_THREE, EVERYBODY),
+    ObeyedField("max_tokens", (*BOTH, MESSAGES, INFILL), ALL_SIX, "messages: required"),
+    ObeyedField("temperature top_p", ALL_FIVE, ALL_SIX),
+    ObeyedField("presence_penalty frequency_penalty seed", ALL_FIVE, EVERYBODY),
+    ObeyedField("stop", (*ALL_THREE, INFILL), EVERYBODY),
     ObeyedField("logit_bias", BOTH, (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("best_of", BOTH, (OPENAI, VLLM_04), "not in streams, but of a beam search"),
     ObeyedField("use_beam_search", BOTH, (VLLM_04, VLLM), "streams have the answers at their end"),
@@ -97,13 +105,13 @@ OBEYED = (
     ObeyedField("top_logprobs", (CHAT, RESPONSES), (OPENAI, VLLM, LLAMA_CPP, SGLANG), "chats: needs `logprobs`"),
     ObeyedField("echo", BOTH, (OPENAI, VLLM_04, VLLM, SGLANG), "chats: the last message, if it is the assistant's"),
     ObeyedField("suffix", (COMPLETIONS,), (OPENAI, VLLM_04, VLLM), "where the vocabulary has tokens for infills"),
-    ObeyedField("top_k", ALL_FOUR, ALL_SIX[1:]),
-    ObeyedField("min_p", ALL_FOUR, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("top_k", ALL_FIVE, ALL_SIX[1:]),
+    ObeyedField("min_p", ALL_FIVE, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("top_n_sigma", BOTH, (LLAMA_CPP,)),
     ObeyedField("allowed_token_ids bad_words", BOTH, (VLLM,)),
-    ObeyedField("repetition_penalty", ALL_FOUR, VLLM_AND_SGLANG),
+    ObeyedField("repetition_penalty", ALL_FIVE, VLLM_AND_SGLANG),
     ObeyedField("min_tokens", BOTH, (VLLM_04, VLLM)),
-    ObeyedField("ignore_eos", ALL_FOUR, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("ignore_eos", ALL_FIVE, (VLLM_04, VLLM, LLAMA_CPP, SGLANG)),
     ObeyedField("stop_token_ids skip_special_tokens", BOTH, VLLM_AND_SGLANG),
     ObeyedField("stop_tokens_ids", BOTH, (), "br-vllm-serving's spelling of `stop_token_ids`"),
     ObeyedField("include_stop_str_in_output", BOTH, (VLLM_04, VLLM)),
@@ -111,15 +119,15 @@ OBEYED = (
     ObeyedField("return_tokens_as_token_ids", BOTH, (VLLM,)),
     ObeyedField(
         "priority",
-        (*ALL_FOUR, *OF_PROMPTS),
+        (*ALL_FIVE, *OF_PROMPTS),
         (VLLM,),
         "lower numbers go first, from that of the [key](http-api.md#keys) on; SGLang's go the other way",
     ),
-    ObeyedField("timeout", ALL_FOUR, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
-    ObeyedField("cache_salt", (*ALL_FOUR, *OF_PROMPTS), (VLLM, SGLANG)),
+    ObeyedField("timeout", ALL_FIVE, (), "seconds, LiteLLM's; the request ends with a 408 after them"),
+    ObeyedField("cache_salt", (*ALL_FIVE, *OF_PROMPTS), (VLLM, SGLANG)),
     ObeyedField("prompt_logprobs", BOTH, (VLLM,), "not in streams"),
     ObeyedField("return_token_ids", BOTH, (VLLM,), "of the prompt and of the answer"),
-    ObeyedField("strict", ALL_FOUR, (), "whatever the answer would warn of is a 400"),
+    ObeyedField("strict", ALL_FIVE, (), "whatever the answer would warn of is a 400"),
     ObeyedField("add_generation_prompt continue_final_message", (CHAT, TOKENIZE), (VLLM_04, VLLM)),
     ObeyedField("tools", (CHAT, RESPONSES, MESSAGES, TOKENIZE), ALL_SIX, "functions only (docs/tools.md)"),
     ObeyedField("tool_choice", (CHAT, RESPONSES, MESSAGES), ALL_SIX),
@@ -131,12 +139,12 @@ OBEYED = (
     ObeyedField("include_reasoning", (CHAT,), (VLLM,)),
     ObeyedField("separate_reasoning", (CHAT,), (SGLANG,)),
     ObeyedField("add_special_tokens", (*BOTH, EMBEDDINGS, TOKENIZE), (VLLM,), "chats: false is the default"),
-    ObeyedField("response_format", BOTH, EVERYBODY, "docs/structured-output.md, as all below"),
-    ObeyedField("guided_json guided_regex guided_choice guided_grammar", BOTH, (VLLM_04, VLLM)),
-    ObeyedField("guided_whitespace_pattern structured_outputs", BOTH, (VLLM,)),
-    ObeyedField("json_schema", BOTH, (LLAMA_CPP, SGLANG)),
-    ObeyedField("grammar", BOTH, (LLAMA_CPP,)),
-    ObeyedField("regex ebnf", BOTH, (SGLANG,)),
+    ObeyedField("response_format", (*BOTH, INFILL), EVERYBODY, "docs/structured-output.md, as all below"),
+    ObeyedField("guided_json guided_regex guided_choice guided_grammar", (*BOTH, INFILL), (VLLM_04, VLLM)),
+    ObeyedField("guided_whitespace_pattern structured_outputs", (*BOTH, INFILL), (VLLM,)),
+    ObeyedField("json_schema", (*BOTH, INFILL), (LLAMA_CPP, SGLANG)),
+    ObeyedField("grammar", (*BOTH, INFILL), (LLAMA_CPP,)),
+    ObeyedField("regex ebnf", (*BOTH, INFILL), (SGLANG,)),
     ObeyedField("return_token_strs", (TOKENIZE,), (VLLM,)),
     ObeyedField("content add_special with_pieces", (TOKENIZE,), (LLAMA_CPP,), "`content` in place of `prompt`"),
 )
@@ -145,20 +153,20 @@ OBEYED = (
 # Sampling parameters that few requests have. The structs lack them: `read_undecoded` gives them to `SamplingParams`.
 UNUSUAL = (
     ObeyedField("length_penalty early_stopping", BOTH, (VLLM_04, VLLM), "of a beam search"),
-    ObeyedField("repeat_last_n typical_p", ALL_FOUR, (LLAMA_CPP,)),
+    ObeyedField("repeat_last_n typical_p", ALL_FIVE, (LLAMA_CPP,)),
     ObeyedField(
-        "xtc_probability xtc_threshold", ALL_FOUR, (LLAMA_CPP,), "the last truncation; before the temperature there"
+        "xtc_probability xtc_threshold", ALL_FIVE, (LLAMA_CPP,), "the last truncation; before the temperature there"
     ),
-    ObeyedField("dynatemp_range dynatemp_exponent", ALL_FOUR, (LLAMA_CPP,), "by the entropy of what `top_k` keeps"),
-    ObeyedField("dry_multiplier dry_base dry_allowed_length", ALL_FOUR, (LLAMA_CPP,)),
+    ObeyedField("dynatemp_range dynatemp_exponent", ALL_FIVE, (LLAMA_CPP,), "by the entropy of what `top_k` keeps"),
+    ObeyedField("dry_multiplier dry_base dry_allowed_length", ALL_FIVE, (LLAMA_CPP,)),
     ObeyedField(
-        "dry_penalty_last_n dry_sequence_breakers", ALL_FOUR, (LLAMA_CPP,), "breakers are found within single tokens"
+        "dry_penalty_last_n dry_sequence_breakers", ALL_FIVE, (LLAMA_CPP,), "breakers are found within single tokens"
     ),
-    ObeyedField("top_n_sigma", (RESPONSES, MESSAGES), (LLAMA_CPP,)),
-    ObeyedField("logit_bias", (RESPONSES, MESSAGES), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
-    ObeyedField("allowed_token_ids bad_words", (RESPONSES, MESSAGES), (VLLM,)),
-    ObeyedField("min_tokens include_stop_str_in_output", (RESPONSES, MESSAGES), (VLLM_04, VLLM)),
-    ObeyedField("stop_token_ids stop_tokens_ids skip_special_tokens", (RESPONSES, MESSAGES), VLLM_AND_SGLANG),
+    ObeyedField("top_n_sigma", (RESPONSES, MESSAGES, INFILL), (LLAMA_CPP,)),
+    ObeyedField("logit_bias", (RESPONSES, MESSAGES, INFILL), (OPENAI, VLLM, LLAMA_CPP, SGLANG)),
+    ObeyedField("allowed_token_ids bad_words", (RESPONSES, MESSAGES, INFILL), (VLLM,)),
+    ObeyedField("min_tokens include_stop_str_in_output", (RESPONSES, MESSAGES, INFILL), (VLLM_04, VLLM)),
+    ObeyedField("stop_token_ids stop_tokens_ids skip_special_tokens", (RESPONSES, MESSAGES, INFILL), VLLM_AND_SGLANG),
 )
 # What Responses and Messages have by names of their own, or not: further names of these are not read there.
 OWN_PARAMETERS = frozenset(("n", "max_tokens", "stop", "logprobs"))
@@ -227,9 +235,8 @@ NOT_DECODED = (
     Field("thinking_token_budget thinking_budget_tokens reasoning_budget", (VLLM, LLAMA_CPP), (-1,)),
     Field("reasoning_budget_message", (LLAMA_CPP,), ("",)),
     Field("chat_template", (VLLM, LLAMA_CPP), ("",)),
-    Field("input_prefix input_suffix", (LLAMA_CPP,), ("",)),
     Field("parse_special", (LLAMA_CPP,), (True,)),
-    Field("input_extra image_data", (LLAMA_CPP,), ([],)),
+    Field("image_data", (LLAMA_CPP,), ([],)),
     Field("prompt_embeds", (VLLM,)),
     # Embeddings.
     Field("task", (VLLM,), ("embed",)),
@@ -263,7 +270,7 @@ NOT_DECODED = (
     Field("return_hidden_states return_routed_experts return_cached_tokens_details", (SGLANG,), (False,)),
     Field("return_meta_info input_token_logprobs", (SGLANG,), (False,)),
     Field("post_sampling_probs", (LLAMA_CPP,), (False,)),
-    Field("timings_per_token return_progress return_tokens verbose", (LLAMA_CPP,), (False,)),
+    Field("timings_per_token return_progress verbose", (LLAMA_CPP,), (False,)),
     Field("response_fields", (LLAMA_CPP,), ([],)),
 )
 # Of these each endpoint decodes its own; to another one they are what is said here.
@@ -280,6 +287,9 @@ OF_ONE_ENDPOINT = (
     Field("reasoning_effort", (OPENAI,), ("medium",), "/v1/chat/completions"),
     Field("chat_template_kwargs", (VLLM,), ({},), "/v1/chat/completions"),
     Field("prompt", (OPENAI,), ("", []), "/v1/completions"),
+    Field("input_prefix input_suffix", (LLAMA_CPP,), ("",), "/infill"),
+    Field("input_extra", (LLAMA_CPP,), ([],), "/infill"),
+    Field("return_tokens", (LLAMA_CPP,), (False,), "return_token_ids"),
 )
 
 # The same of fields that bound or shape what is generated: where nothing is, no value of theirs changes the answer.

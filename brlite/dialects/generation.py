@@ -52,11 +52,23 @@ class Chat(Struct, frozen=True):
 
 
 class Text(Struct, frozen=True):
-    """A text to continue; with a `suffix`, what stands between both."""
+    """A text to continue."""
 
     text: str
     add_special_tokens: bool = True
-    suffix: str = ""
+
+
+class Infill(Struct, frozen=True):
+    """A gap to fill between two texts, any of which may be empty.
+
+    The answer goes on behind `start`, which is no part of it. `files` are the names and texts of other files.
+    """
+
+    before: str
+    after: str
+    start: str = ""
+    files: tuple[tuple[str, str], ...] = ()
+    add_special_tokens: bool = True
 
 
 class TokenIds(Struct, frozen=True):
@@ -65,7 +77,7 @@ class TokenIds(Struct, frozen=True):
     token_ids: list[int]
 
 
-Prompt = Chat | Text | TokenIds
+Prompt = Chat | Text | Infill | TokenIds
 
 
 class Truncation(Struct, frozen=True):

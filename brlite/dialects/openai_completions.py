@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from msgspec import UNSET, Struct, UnsetType, structs
+from msgspec import UNSET, Struct, UnsetType
 
 from brlite.config.options import LimitsConfig
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.fields import NOTHING_MORE, Undecoded
-from brlite.dialects.generation import Generation, Text, TokenIds
+from brlite.dialects.generation import Generation, Infill, Prompt, Text, TokenIds
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import (
     LOWEST_LOGPROB,
@@ -93,7 +93,9 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
 
     With `echo`, `logprobs` covers the prompt, and 0 tokens may be asked for.
     """
-    prompts = read_prompts("prompt", body.prompt, limits.max_prompts, body.add_special_tokens is not False)
+    prompts: tuple[Prompt, ...] = read_prompts(
+        "prompt", body.prompt, limits.max_prompts, body.add_special_tokens is not False
+    )
     fields = completion_fields(body, more, len(prompts), limits)
     if body.suffix:
         prompts = _with_suffix(prompts, body.suffix, body)
@@ -126,14 +128,18 @@ def generation(body: CompletionRequest, limits: LimitsConfig, more: Undecoded = 
     )
 
 
-def _with_suffix(prompts: tuple[Text | TokenIds, ...], suffix: str, body: CompletionRequest) -> tuple[Text, ...]:
+def _with_suffix(prompts: tuple[Prompt, ...], suffix: str, body: CompletionRequest) -> tuple[Infill, ...]:
     """The prompts for what stands between each and the suffix. Raises `InvalidRequest`."""
     if body.echo or body.truncate_prompt_tokens is not None:
         raise InvalidRequest("suffix cannot be given with echo or truncate_prompt_tokens", param="suffix")
-    texts = tuple(structs.replace(prompt, suffix=suffix) for prompt in prompts if isinstance(prompt, Text))
-    if len(texts) < len(prompts):
+    infills = tuple(
+        Infill(prompt.text, suffix, add_special_tokens=prompt.add_special_tokens)
+        for prompt in prompts
+        if isinstance(prompt, Text)
+    )
+    if len(infills) < len(prompts):
         raise InvalidRequest("suffix needs prompts that are texts, not token ids", param="suffix")
-    return texts
+    return infills
 
 
 class CompletionEncoder(OpenAIEncoder):

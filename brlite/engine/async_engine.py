@@ -33,6 +33,7 @@ from brlite.errors import BackendLost, BrliteError, EngineError, InvalidRequest,
 from brlite.grammar.compiler import Grammar, deep_stack
 from brlite.sampling_params import PoolingParams, SamplingParams, StructuredOutput
 from brlite.tokenizer import NO_EXTRAS, TemplateExtras
+from brlite.tokenizer.infill import InfillText
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +167,6 @@ class EngineLoop:
         self,
         text: str,
         *,
-        suffix: str = "",
         add_special_tokens: bool = True,
         param: str = "prompt",
         is_bounded: bool = True,
@@ -175,19 +175,26 @@ class EngineLoop:
     ) -> list[int]:
         """Token ids of a text. A long one is encoded on another thread, so that streams do not stall meanwhile.
 
-        With a `suffix` those of a prompt for what stands between both. Tenants share that thread in turns.
+        Tenants share that thread in turns.
         Raises `PromptTooLong` before that, if it `is_bounded`, for a text that is too long however it is encoded, with
         `num_further` tokens behind it.
         """
         self._check_loop()
         if is_bounded:
-            self._check_length(text + suffix if suffix else text, param, num_further)
+            self._check_length(text, param, num_further)
         encode = functools.partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens, param=param)
-        if suffix:
-            encode = functools.partial(
-                self.tokenizer.encode_infill, text, suffix, add_special_tokens=add_special_tokens
-            )
-        return await self._encoder.run(tenant, encode) if len(text) + len(suffix) > LONG_TEXT else encode()
+        return await self._encoder.run(tenant, encode) if len(text) > LONG_TEXT else encode()
+
+    async def encode_infill(
+        self, text: InfillText, *, add_special_tokens: bool = True, is_bounded: bool = True, tenant: str = ""
+    ) -> list[int]:
+        """Token ids of a prompt for what fills a gap in a text; otherwise as `encode`."""
+        self._check_loop()
+        whole = "".join((text.before, text.after, text.start, *(part for file in text.files for part in file)))
+        if is_bounded:
+            self._check_length(whole, "prompt", 1)
+        encode = functools.partial(self.tokenizer.encode_infill, text, add_special_tokens=add_special_tokens)
+        return await self._encoder.run(tenant, encode) if len(whole) > LONG_TEXT else encode()
 
     async def encode_chat(
         self,

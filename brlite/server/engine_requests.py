@@ -7,13 +7,14 @@ import msgspec
 from brlite.chat.reply import find_reply_format
 from brlite.chat.turns import NO_EXTRAS, TemplateExtras
 from brlite.config.options import ModelSpec
-from brlite.dialects.generation import Chat, Generation, Prompt, Text, Truncation
+from brlite.dialects.generation import Chat, Generation, Infill, Prompt, Text, Truncation
 from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.request import Request
 from brlite.errors import InvalidRequest
 from brlite.server.chat_replies import ChatReplies, template_extras
 from brlite.tokenizer import Tokenizer
+from brlite.tokenizer.infill import InfillText
 
 
 class EngineRequests(msgspec.Struct, frozen=True):
@@ -47,9 +48,14 @@ async def make_requests(
     if params.best_of is not None:
         params = params.for_all_answers()
     first = call.prompts[0]
-    if isinstance(first, Text) and first.suffix and engine.tokenizer.infill is not None:  # all have the same suffix
+    if isinstance(first, Infill) and engine.tokenizer.infill is not None:  # so are all others
         ends = engine.tokenizer.infill.ends
         params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
+        if first.files and engine.tokenizer.infill.file is None:
+            warnings.append(
+                "other files stand before the prompt as plain text, without their names: the model's vocabulary has no "
+                "token for files, such as <|file_sep|>"
+            )
     for index, prompt in enumerate(call.prompts):
         text = prompt.text if isinstance(prompt, Text) else None
         extras = NO_EXTRAS
@@ -147,11 +153,12 @@ async def encode(
         )
     if isinstance(prompt, Text):
         return await engine.encode(
-            prompt.text,
-            suffix=prompt.suffix,
-            add_special_tokens=prompt.add_special_tokens,
-            is_bounded=is_bounded,
-            tenant=tenant,
+            prompt.text, add_special_tokens=prompt.add_special_tokens, is_bounded=is_bounded, tenant=tenant
+        )
+    if isinstance(prompt, Infill):
+        text = InfillText(prompt.before, prompt.after, prompt.start, prompt.files)
+        return await engine.encode_infill(
+            text, add_special_tokens=prompt.add_special_tokens, is_bounded=is_bounded, tenant=tenant
         )
     return prompt.token_ids
 

@@ -230,7 +230,7 @@ NOT_BUILT = (
     *("/v1/responses/compact", "/v1/classify", "/v1/moderations", "/v1/images/generations", "/v1/images/edits"),
     *("/v1/images/variations", "/v1/audio/speech", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/files"),
     *("/v1/batches", "/v1/uploads", "/v1/fine_tuning/jobs", "/v1/vector_stores", "/v1/assistants", "/v1/threads"),
-    *("/v1/realtime", "/classify", "/embedding", "/infill"),
+    *("/v1/realtime", "/classify", "/embedding"),
     *("/completion", "/generate", "/api/chat", "/api/generate", "/api/tags", "/api/embed"),
 )
 

@@ -23,6 +23,7 @@ from brlite.dialects.fields import (
     COMPLETIONS,
     DETOKENIZE,
     EMBEDDINGS,
+    INFILL,
     MESSAGES,
     NOT_DECODED,
     OBEYED,
@@ -31,6 +32,7 @@ from brlite.dialects.fields import (
     SCORE,
     TOKENIZE,
 )
+from brlite.dialects.llama_infill import InfillAnswer, InfillRequest
 from brlite.dialects.openai_chat import ChatChunk, ChatCompletion, ChatCompletionRequest
 from brlite.dialects.openai_completions import Completion, CompletionRequest
 from brlite.dialects.openai_tokens import (
@@ -138,6 +140,7 @@ EMBEDDING_BODY = BodyFields(EmbeddingRequest, EMBEDDINGS)
 RERANK_BODY = BodyFields(RerankRequest, RERANK)
 SCORE_BODY = BodyFields(ScoreRequest, SCORE)
 MESSAGES_BODY = BodyFields(MessagesRequest, MESSAGES)
+INFILL_BODY = BodyFields(InfillRequest, INFILL)
 
 DETAILS: dict[tuple[str, str], Operation] = {
     ("post", "/v1/chat/completions"): Operation("Answer a chat", (CHAT_BODY,), ChatCompletion, ChatChunk),
@@ -160,6 +163,7 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ("post", "/v2/rerank"): Operation("The same", (RERANK_BODY,), RerankAnswer),
     ("post", "/v1/score"): Operation("How well texts go together", (SCORE_BODY,), ScoreAnswer),
     ("post", "/v1/messages"): Operation("Answer a chat", (MESSAGES_BODY,), ShownMessage, dict[str, Any]),
+    ("post", "/infill"): Operation("Fill a gap in a text", (INFILL_BODY,), InfillAnswer, InfillAnswer),
     ("post", "/v1/messages/count_tokens"): Operation("Count the tokens of a chat", (MESSAGES_BODY,), MessageTokens),
     ("post", "/v1/chat/completions/render"): Operation("A chat as the engine gets it", (CHAT_BODY,), RenderedRequest),
     ("post", "/v1/completions/render"): Operation(
@@ -174,7 +178,7 @@ DETAILS: dict[tuple[str, str], Operation] = {
     ),
     ("post", "/explain"): Operation(
         "What a request would come to, and where each value is from",
-        (CHAT_BODY, COMPLETION_BODY, RESPONSE_BODY, MESSAGES_BODY),
+        (CHAT_BODY, COMPLETION_BODY, RESPONSE_BODY, MESSAGES_BODY, INFILL_BODY),
         Explanation,
         query=("endpoint",),
     ),

@@ -161,7 +161,7 @@ async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
 
 async def prompt_text(prompt: Prompt, engine: EngineLoop, model: ServedModel, tenant: str) -> tuple[str, list[str]]:
     """A prompt as text, a chat as its template writes it, and a line for each field that the template ignores."""
-    if isinstance(prompt, Text) and not prompt.suffix:
+    if isinstance(prompt, Text):
         return prompt.text, []
     if not isinstance(prompt, Chat):  # of an infill the text with its tokens
         token_ids = await encode(prompt, engine, tenant, is_bounded=False)

@@ -46,7 +46,7 @@ _CONTROL_ENDS = ("</s>", "<eos>", "<EOT>", "[EOT]", "<turn|>")
 _CHATGLM_PREFIX = "[gMASK]"  # a vocabulary that has it ends where the next one speaks
 _CHATGLM_ENDS = ("<|user|>", "<|observation|>")
 # The keys of tokens for infills, before which there were others.
-_INFILL_KEYS = (("fim_pre", "prefix"), ("fim_suf", "suffix"), ("fim_mid", "middle"))
+_INFILL_KEYS = (("fim_pre", "prefix"), ("fim_suf", "suffix"), ("fim_mid", "middle"), ("fim_rep",), ("fim_sep",))
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # what a `llama` vocabulary means when it names none
 
 
@@ -176,13 +176,12 @@ class _Vocabulary:
         ids = {f"{name}_token": self.token_id(name) for name in ("bos", "eos")}
         return {name: self.tokens[token_id] for name, token_id in ids.items() if token_id is not None}
 
-    def infill_token_ids(self) -> tuple[int | None, int | None, int | None]:
-        """The tokens for filling in that the file names: prefix, suffix, middle."""
-        prefix, suffix, middle = (
+    def infill_token_ids(self) -> list[int | None]:
+        """The tokens for filling in that the file names: prefix, suffix, middle, repository, file."""
+        return [
             next((token_id for name in names if (token_id := self.token_id(name)) is not None), None)
             for names in _INFILL_KEYS
-        )
-        return prefix, suffix, middle
+        ]
 
     def merges(self) -> list[tuple[str, str]]:
         key = "tokenizer.ggml.merges"

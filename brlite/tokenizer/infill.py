@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 # Before the text, before what follows it, and before the answer; None: the answer goes on with the text before it.
@@ -15,17 +15,37 @@ _NAMES: tuple[tuple[str, str, str | None], ...] = (
     ("▁<PRE>", "▁<SUF>", "▁<MID>"),  # Code Llama
     ("[PREFIX]", "[SUFFIX]", None),  # Codestral
 )
+# Before the name of a repository, and before the name of each of its files.
+_REPOSITORIES = ("<|repo_name|>", "<repo_name>", "<reponame>")
+_FILES = ("<|file_sep|>", "<file_sep>", "<filename>")
 # What ends an infill beside the end of text: Code Llama's end, padding, and what begins another file.
-_ENDS = ("▁<EOT>", "<|fim_pad|>", "<fim_pad>", "<|file_sep|>", "<|file_separator|>", "<|repo_name|>", "<file_sep>")
+_ENDS = ("▁<EOT>", "<|fim_pad|>", "<fim_pad>", "<|file_separator|>", *_FILES, *_REPOSITORIES)
+# llama.cpp's words: a client names neither the repository nor the file that is filled in.
+_REPOSITORY_NAME, _FILE_NAME = "myproject\n", "filename\n"
+_SNIPPET = "\n\n--- snippet ---\n\n"
+
+
+class InfillText(NamedTuple):
+    """What stands before and after a gap, how the answer starts, and other files of the repository: names and texts."""
+
+    before: str
+    after: str
+    start: str = ""
+    files: Sequence[tuple[str, str]] = ()
 
 
 class InfillTokens(NamedTuple):
-    """Ids of tokens. Without `middle` the suffix stands first. An infill ends at any of `ends`, too."""
+    """Ids of tokens. Without `middle` the suffix stands first. An infill ends at any of `ends`, too.
+
+    `repository` stands before the name of a repository, `file` before that of each file; None: there is no such token.
+    """
 
     prefix: int
     suffix: int
     middle: int | None
     ends: tuple[int, ...] = ()
+    repository: int | None = None
+    file: int | None = None
 
     def prompt(self, before: list[int], after: list[int]) -> list[int]:
         """The prompt for what stands between two texts, given as token ids."""
@@ -33,17 +53,36 @@ class InfillTokens(NamedTuple):
             return [self.suffix, *after, self.prefix, *before]
         return [self.prefix, *before, self.suffix, *after, self.middle]
 
+    def context(self, files: Sequence[tuple[str, str]], encode: Callable[[str], list[int]]) -> list[int]:
+        """What goes before the prompt: the names and texts of other files.
+
+        A vocabulary without `file` has the texts alone, one after the other, each below a line that says "snippet".
+        """
+        if self.file is None:
+            return encode("".join(f"{_SNIPPET}{text}" for _, text in files))
+        token_ids = [] if self.repository is None else [self.repository, *encode(_REPOSITORY_NAME)]
+        for name, text in files:
+            token_ids += [self.file, *encode(f"{name}\n{text}")]
+        return [*token_ids, self.file, *encode(_FILE_NAME)]
+
 
 def find_infill_tokens(
-    token_id: Callable[[str], int | None], named: tuple[int | None, int | None, int | None] = (None, None, None)
+    token_id: Callable[[str], int | None], named: Sequence[int | None] = (None, None, None, None, None)
 ) -> InfillTokens | None:
-    """Those of a vocabulary, which gives the id of a text. `named` are those that the model's file names itself."""
+    """Those of a vocabulary, which gives the id of a text.
+
+    `named` are those that the model's file names itself: prefix, suffix, middle, repository, file.
+    """
     ends = tuple(found for text in _ENDS if (found := token_id(text)) is not None)
-    prefix, suffix, middle = named
+    prefix, suffix, middle, repository, file = named
+    if repository is None:
+        repository = next((found for text in _REPOSITORIES if (found := token_id(text)) is not None), None)
+    if file is None:
+        file = next((found for text in _FILES if (found := token_id(text)) is not None), None)
     if prefix is not None and suffix is not None and middle is not None:
-        return InfillTokens(prefix, suffix, middle, ends)
+        return InfillTokens(prefix, suffix, middle, ends, repository, file)
     for names in _NAMES:
         prefix, suffix, middle = (None if name is None else token_id(name) for name in names)
         if prefix is not None and suffix is not None and (middle is not None or names[2] is None):
-            return InfillTokens(prefix, suffix, middle, ends)
+            return InfillTokens(prefix, suffix, middle, ends, repository, file)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,7 +14,7 @@ from brlite.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from brlite.chat.formats import ChatFormat
-    from brlite.tokenizer.infill import InfillTokens
+    from brlite.tokenizer.infill import InfillText, InfillTokens
     from brlite.tokenizer.token_bytes import TokenBytes
 
 
@@ -100,22 +101,27 @@ class Tokenizer:
         """Whether encoding a short text takes microseconds: no child process does it."""
         return self._encoder.is_in_process
 
-    def encode_infill(self, before: str, after: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt for what stands between two texts, in which control tokens are words.
+    def encode_infill(self, text: InfillText, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt for what fills a gap in a text. Control tokens that the texts spell out are words.
 
         Raises `InvalidRequest` for a vocabulary without tokens for that.
         """
         if self.infill is None:
             raise InvalidRequest(
-                "suffix: the model's vocabulary has no tokens for filling in, such as <|fim_prefix|>",
+                "suffix cannot be obeyed: the model's vocabulary has no tokens for filling in, such as <|fim_prefix|>",
                 param="suffix",
                 code="unsupported_parameter",
             )
-        _check_encodable(before, "prompt")
-        _check_encodable(after, "suffix")
-        prompt = self.infill.prompt(
-            self._encoder.encode_words(before, is_first=True), self._encoder.encode_words(after, is_first=False)
-        )
+        _check_encodable(text.before, "prompt")
+        _check_encodable(text.after, "suffix")
+        _check_encodable(text.start, "start")
+        encode, further = self._encoder.encode_words, partial(self._encoder.encode_words, is_first=False)
+        prompt = self.infill.prompt(encode(text.before, is_first=True), further(text.after))
+        if text.start:
+            prompt += further(text.start)
+        if text.files:
+            _check_encodable("".join(chain.from_iterable(text.files)), "files")
+            prompt = self.infill.context(text.files, further) + prompt
         adds_bos = add_special_tokens and self.bos_token_id in self._encoder.encode("", add_special_tokens=True)
         return [self.bos_token_id, *prompt] if adds_bos and self.bos_token_id is not None else prompt
 

@@ -12,7 +12,7 @@ import pytest
 
 from brlite.errors import InvalidRequest
 from brlite.tokenizer import load_tokenizer
-from brlite.tokenizer.infill import InfillTokens, find_infill_tokens
+from brlite.tokenizer.infill import InfillText, InfillTokens, find_infill_tokens
 from tests.tokenizer.conftest import WriteGguf
 
 
@@ -20,6 +20,10 @@ from tests.tokenizer.conftest import WriteGguf
     ("texts", "tokens"),
     [
         (("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"), InfillTokens(0, 2, 1, (3,))),
+        (
+            ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|repo_name|>", "<|file_sep|>"),
+            InfillTokens(0, 2, 1, (4, 3), repository=3, file=4),
+        ),
         (("<fim_prefix>", "<fim_middle>", "<fim_suffix>"), InfillTokens(0, 2, 1)),
         (("<｜fim▁hole｜>", "<｜fim▁begin｜>", "<｜fim▁end｜>"), InfillTokens(1, 0, 2)),
         (("▁<PRE>", "▁<MID>", "▁<SUF>", "▁<EOT>"), InfillTokens(0, 2, 1, (3,))),
@@ -33,14 +37,36 @@ def test_each_family_has_tokens_of_its_own(texts: tuple[str, ...], tokens: Infil
 
 
 def test_a_file_that_names_the_tokens_goes_before_their_texts() -> None:
-    found = find_infill_tokens({"<fim_prefix>": 0, "<fim_suffix>": 1, "<fim_middle>": 2}.get, (7, 8, 9))
+    found = find_infill_tokens({"<fim_prefix>": 0, "<fim_suffix>": 1, "<fim_middle>": 2}.get, (7, 8, 9, None, 4))
 
-    assert found == InfillTokens(7, 8, 9)
+    assert found == InfillTokens(7, 8, 9, file=4)
 
 
 def test_without_a_middle_the_suffix_stands_first() -> None:
     assert InfillTokens(7, 8, 9).prompt([1], [2, 3]) == [7, 1, 8, 2, 3, 9]
     assert InfillTokens(7, 8, None).prompt([1], [2, 3]) == [8, 2, 3, 7, 1]
+
+
+def test_other_files_stand_before_it_below_their_names_or_as_plain_text() -> None:
+    files = [("a", "b"), ("c", "d")]
+    texts: list[str] = []
+
+    def encode(text: str) -> list[int]:
+        texts.append(text)
+        return [-len(texts)]
+
+    found = [
+        tokens.context(files, encode)
+        for tokens in (
+            InfillTokens(7, 8, 9, repository=5, file=6),
+            InfillTokens(7, 8, 9, file=6),
+            InfillTokens(7, 8, 9),
+        )
+    ]
+
+    assert found == [[5, -1, 6, -2, 6, -3, 6, -4], [6, -5, 6, -6, 6, -7], [-8]]
+    assert texts[:4] == ["myproject\n", "a\nb", "c\nd", "filename\n"]
+    assert texts[7] == "\n\n--- snippet ---\n\nb\n\n--- snippet ---\n\nd"
 
 
 def test_a_prompt_has_the_tokens_and_what_the_texts_spell_out_stays_words(qwen2_folder: Path, tmp_path: Path) -> None:
@@ -50,7 +76,7 @@ def test_a_prompt_has_the_tokens_and_what_the_texts_spell_out_stays_words(qwen2_
     (folder / "added_tokens.json").write_text(json.dumps({name: size + index for index, name in enumerate(names)}))
     tokenizer = load_tokenizer(folder)
 
-    found = tokenizer.encode_infill("a <|fim_suffix|>", "b")
+    found = tokenizer.encode_infill(InfillText("a <|fim_suffix|>", "b"))
 
     prefix, middle, suffix = range(size, size + 3)
     assert (found[0], found[-1], found.count(suffix)) == (prefix, middle, 1)
@@ -63,7 +89,7 @@ def test_a_vocabulary_without_them_refuses_a_suffix(qwen2_folder: Path) -> None:
     tokenizer = load_tokenizer(qwen2_folder)
 
     with pytest.raises(InvalidRequest, match="no tokens for filling in") as caught:
-        tokenizer.encode_infill("a", "b")
+        tokenizer.encode_infill(InfillText("a", "b"))
 
     assert (caught.value.param, caught.value.code) == ("suffix", "unsupported_parameter")
 

@@ -1,0 +1,168 @@
+"""llama.cpp's `/infill`: what stands in a gap of a text, given other files of its repository.
+
+Fields and answers are llama.cpp's. It lacks what says nothing here (`id_slot`, `timings`, `generation_settings`), and
+a prompt that is too long is refused: neither it nor the other files are cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from msgspec import UNSET, Struct, UnsetType
+
+from brlite.config.options import LimitsConfig
+from brlite.dialects.dialect import Dialect
+from brlite.dialects.errors import error_body
+from brlite.dialects.event import Event, TokenUsage
+from brlite.dialects.fields import NOTHING_MORE
+from brlite.dialects.generation import Generation, Infill
+from brlite.dialects.json_body import BodyDecoder, check_num_entries
+from brlite.dialects.openai import (
+    StructuredFields,
+    Whole,
+    encode_json,
+    generation_fields,
+    sampling_params,
+    structured_output,
+    take_undecoded,
+)
+from brlite.dialects.sse import frame
+
+# The engine's names of fields, and the client's.
+_FIELD_NAMES = {"prompt": "input_prefix", "suffix": "input_suffix", "start": "prompt", "files": "input_extra"}
+# There is one answer, whose logprobs are not told: other names of these are not read.
+_NOT_READ = ("n", "logprobs")
+
+StopType = Literal["eos", "word", "limit", "none"]
+
+
+class ExtraFile(Struct):
+    text: str
+    filename: str = "tmp"
+
+
+class InfillRequest(StructuredFields, kw_only=True):
+    input_prefix: str
+    input_suffix: str
+    input_extra: list[ExtraFile] | None = None
+    prompt: str | None = None
+    max_tokens: Whole | None = None
+    stop: str | list[str] | None = None
+    return_tokens: bool | None = None
+
+
+class InfillAnswer(Struct, kw_only=True):
+    """A whole answer, or one chunk of it. The last chunk of a stream has no content; it alone has what is optional."""
+
+    index: Literal[0] = 0
+    content: str
+    tokens: list[int]
+    stop: bool
+    tokens_predicted: int
+    tokens_evaluated: int
+    model: str | UnsetType = UNSET
+    tokens_cached: int | UnsetType = UNSET
+    has_new_line: bool | UnsetType = UNSET
+    truncated: Literal[False] | UnsetType = UNSET
+    stop_type: StopType | UnsetType = UNSET
+    stopping_word: str | UnsetType = UNSET
+    warnings: Sequence[str] | UnsetType = UNSET
+
+
+_DECODER = BodyDecoder(InfillRequest)
+
+
+def decode(data: bytes, limits: LimitsConfig) -> Generation:
+    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    body, undecoded = _DECODER.decode(data)
+    more = take_undecoded(body, undecoded, limits, _NOT_READ) if undecoded else NOTHING_MORE
+    files = body.input_extra or []
+    check_num_entries("input_extra", len(files), limits.max_messages)
+    if isinstance(body.stop, list):
+        check_num_entries("stop", len(body.stop), limits.max_stop_strings)
+    infill = Infill(
+        body.input_prefix,
+        body.input_suffix,
+        start=body.prompt or "",
+        files=tuple((file.filename, file.text) for file in files),
+    )
+    field_names = {**_FIELD_NAMES, **more.field_names}
+    return Generation(
+        prompts=(infill,),
+        params=sampling_params(body, field_names, structured=structured_output(body), **more.sampling),
+        continuous_usage=True,
+        field_names=field_names,
+        warnings=more.warnings,
+        tells_token_ids=bool(body.stream or body.return_tokens),
+        **generation_fields(body),
+    )
+
+
+class InfillEncoder:
+    """Events to chunks, or to one whole answer."""
+
+    def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:
+        self._model = model
+        self._has_new_line = False
+
+    def opening(self, usage: TokenUsage) -> bytes:
+        """Nothing."""
+        return b""
+
+    def encode(self, event: Event) -> bytes:
+        """The chunk of what is new, and at the end the one that says why."""
+        assert event.usage is not None  # since the call has a continuous usage
+        self._has_new_line |= "\n" in event.text
+        chunks = b""
+        if event.text or event.token_ids:
+            chunks = frame(encode_json(_answer(event.text, event.token_ids or [], event.usage, stop=False)))
+        if event.finish_reason is not None:
+            chunks += frame(encode_json(self._end(_answer("", [], event.usage, stop=True), event, event.warnings)))
+        return chunks
+
+    def closing(self, usage: TokenUsage) -> bytes:
+        """Nothing: the last chunk has `stop`."""
+        return b""
+
+    def failing(self, error: BaseException) -> bytes:
+        """What a stream ends with where something went wrong."""
+        return encode_error(error)
+
+    def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
+        """The body that answers a request that is not streamed."""
+        (event,) = events
+        self._has_new_line = "\n" in event.text
+        return encode_json(self._end(_answer(event.text, event.token_ids or [], usage, stop=True), event, warnings))
+
+    def _end(self, answer: InfillAnswer, event: Event, warnings: Sequence[str]) -> InfillAnswer:
+        """The answer with what is told of its end."""
+        assert event.usage is not None
+        is_word = isinstance(event.stop_reason, str)
+        stop_types: dict[str | None, StopType] = {"stop": "word" if is_word else "eos", "length": "limit"}
+        answer.model = self._model
+        answer.tokens_cached = event.usage.cached
+        answer.has_new_line = self._has_new_line
+        answer.truncated = False
+        answer.stop_type = stop_types.get(event.finish_reason, "none")
+        answer.stopping_word = event.stop_reason if isinstance(event.stop_reason, str) else ""
+        answer.warnings = warnings or UNSET
+        return answer
+
+
+def _answer(content: str, token_ids: list[int], usage: TokenUsage, *, stop: bool) -> InfillAnswer:
+    return InfillAnswer(
+        content=content,
+        tokens=token_ids,
+        stop=stop,
+        tokens_predicted=usage.completion,
+        tokens_evaluated=usage.prompt,
+    )
+
+
+def encode_error(error: BaseException) -> bytes:
+    """What a stream ends with where something went wrong."""
+    return frame(error_body(error))
+
+
+DIALECT = Dialect("/infill", "infill-", decode, InfillEncoder, encode_error)

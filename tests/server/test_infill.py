@@ -1,0 +1,190 @@
+"""llama.cpp's `/infill`: what fills a gap between two texts, in its fields and in the shape of its answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from brlite.config.options import LimitsConfig
+from brlite.dialects.llama_infill import decode
+from brlite.sampling_params import StructuredOutput
+from brlite.tokenizer import Tokenizer
+from brlite.tokenizer.infill import InfillTokens
+from tests.fakes import ByteTokenizer
+from tests.server.conftest import Client
+
+MakeClient = Callable[..., Awaitable[Client]]
+BODY = {"input_prefix": "ab", "input_suffix": "cd", "n_predict": 4, "temperature": 0}
+
+
+class RepositoryTokenizer(ByteTokenizer):
+    """Its vocabulary has tokens for the names of a repository and of files."""
+
+    infill = InfillTokens(257, 258, 259, repository=128, file=129)
+
+
+def next_letter(context: list[int], seed: Any) -> int:
+    return b"abcd"[len(context) % 4]
+
+
+async def stream(client: Client, body: dict[str, Any]) -> list[dict[str, Any]]:
+    async with client.session.post(client.url + "/infill", json={**body, "stream": True}) as response:
+        assert response.status == 200, await response.text()
+        text = await response.text()
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+
+
+async def rendered(client: Client, body: dict[str, Any]) -> tuple[str, list[str]]:
+    status, answer = await client.post("/explain?endpoint=/infill", body)
+    assert status == 200, answer
+    return answer["prompts"][0]["text"], answer["warnings"]
+
+
+async def test_an_answer_has_llama_cpps_shape(make_client: MakeClient) -> None:
+    client = await make_client(next_token=next_letter)
+
+    status, answer = await client.post("/infill", {**BODY, "return_tokens": True})
+
+    assert status == 200, answer
+    assert answer == {
+        "index": 0,
+        "content": "dabc",  # behind 7 tokens of prompt
+        "tokens": [*b"dabc"],
+        "stop": True,
+        "model": "fake",
+        "tokens_predicted": 4,
+        "tokens_evaluated": 7,
+        "tokens_cached": 0,
+        "has_new_line": False,
+        "truncated": False,
+        "stop_type": "limit",
+        "stopping_word": "",
+    }
+
+
+async def test_a_stream_has_the_same_and_ends_with_a_chunk_that_says_why(make_client: MakeClient) -> None:
+    client = await make_client(next_token=next_letter)
+    _, whole = await client.post("/infill", {**BODY, "return_tokens": True, "stop": "c"})
+
+    *chunks, last = await stream(client, {**BODY, "stop": "c"})
+
+    assert "".join(chunk["content"] for chunk in chunks) == whole["content"] == "dab"
+    assert [token for chunk in chunks for token in chunk["tokens"]] == whole["tokens"]
+    assert [chunk["stop"] for chunk in chunks] == [False] * len(chunks)
+    assert last == {**whole, "content": "", "tokens": [], "tokens_cached": last["tokens_cached"]}
+    assert (last["stop_type"], last["stopping_word"]) == ("word", "c")
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt"),
+    [
+        ({}, "<257>ab<258>cd<259>"),
+        ({"input_suffix": ""}, "<257>ab<258><259>"),
+        ({"input_prefix": "", "input_suffix": ""}, "<257><258><259>"),
+        ({"prompt": "xy"}, "<257>ab<258>cd<259>xy"),
+        ({"input_extra": []}, "<257>ab<258>cd<259>"),
+    ],
+)
+async def test_a_gap_stays_a_gap_beside_an_empty_text_and_the_prompt_starts_the_answer(
+    client: Client, fields: dict[str, Any], prompt: str
+) -> None:
+    assert await rendered(client, {**BODY, **fields}) == (prompt, [])
+
+
+async def test_other_files_stand_before_it_by_name_where_the_vocabulary_can_say_so(make_client: MakeClient) -> None:
+    client = await make_client(tokenizer=RepositoryTokenizer())
+    extra = [{"filename": "a.py", "text": "one\n"}, {"text": "two\n"}]
+
+    status, answer = await client.post("/infill", {**BODY, "input_extra": extra})
+    text, warnings = await rendered(client, {**BODY, "input_extra": extra})
+
+    names = (
+        "\ufffdmyproject\n",
+        "\ufffda.py\none\n",
+        "\ufffdtmp\ntwo\n",
+        "\ufffdfilename\n",
+    )  # 128 and 129 are no text
+    assert text == "".join(names) + "<257>ab<258>cd<259>"
+    assert (status, answer["tokens_evaluated"], warnings) == (200, sum(map(len, names)) + 7, [])
+
+
+async def test_without_such_tokens_their_texts_stand_there_with_a_warning(client: Client) -> None:
+    body = {**BODY, "input_extra": [{"filename": "a.py", "text": "one"}]}
+
+    text, (warning,) = await rendered(client, body)
+    status, answer = await client.post("/infill", body)
+    refused, error = await client.post("/infill", {**body, "strict": True})
+
+    assert text == "\n\n--- snippet ---\n\none<257>ab<258>cd<259>"
+    assert (status, answer["warnings"]) == (200, [warning])
+    assert (refused, error["error"]["code"]) == (400, "strict")
+
+
+async def test_the_answer_ends_at_a_token_that_begins_another_file(make_client: MakeClient) -> None:
+    client = await make_client(next_token=lambda context, seed: b"abx"[len(context) % 3])
+
+    _, answer = await client.post("/infill", {**BODY, "n_predict": -1})
+
+    assert (answer["content"], answer["stop_type"]) == ("b", "eos")
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"input_suffix": None}, "input_suffix"),
+        ({"input_extra": [{"filename": "a"}]}, "input_extra[0].text"),
+        ({"prompt": [1, 2]}, "prompt"),
+        ({"n": 2}, "n"),
+        ({"n_cmpl": 2}, "n_cmpl"),
+        ({"n_probs": 3}, "n_probs"),
+        ({"samplers": ["top_k", "infill"]}, "samplers"),
+        ({"n_predict": 0}, "n_predict"),
+        ({"stop": ["a"] * 1000}, "stop"),
+        ({"stop_words": ["a"] * 1000}, "stop"),
+        ({"input_prefix": "a" * 10000}, "input_prefix"),
+        ({"input_extra": [{"text": "a" * 10000}]}, "input_prefix"),
+        ({"input_extra": [{"text": ""}] * 5}, "input_extra"),
+        ({"suffix": "b"}, "suffix"),
+    ],
+)
+async def test_what_cannot_be_obeyed_is_refused_by_the_clients_name(
+    make_client: MakeClient, fields: dict[str, Any], param: str
+) -> None:
+    client = await make_client(limits={"max_messages": 4})
+
+    status, answer = await client.post("/infill", {**BODY, **fields})
+
+    assert (status, answer["error"]["param"]) == (400, param), answer
+
+
+async def test_a_vocabulary_without_tokens_for_gaps_is_a_refusal_that_says_so(make_client: MakeClient) -> None:
+    class PlainTokenizer(ByteTokenizer):
+        infill = None
+        encode_infill = Tokenizer.encode_infill
+
+    client = await make_client(tokenizer=PlainTokenizer())
+
+    status, answer = await client.post("/infill", BODY)
+
+    assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "input_suffix", "unsupported_parameter")
+    assert answer["error"]["message"].startswith("input_suffix cannot be obeyed: the model's vocabulary")
+
+
+def test_other_names_of_parameters_and_the_fields_of_all_dialects_are_obeyed() -> None:
+    fields = {
+        "repeat_penalty": 1.5,
+        "stop_words": ["x"],
+        "top_n_sigma": 2,
+        "cache_salt": "s",
+        "grammar": "root ::= [a]",
+    }
+    body = {**BODY, **fields}
+
+    call = decode(json.dumps(body).encode(), LimitsConfig())
+
+    params = call.params
+    assert (params.repetition_penalty, params.stop, params.top_n_sigma, params.max_tokens) == (1.5, ("x",), 2, 4)
+    assert (call.cache_salt, params.structured) == ("s", StructuredOutput(grammar="root ::= [a]", param="grammar"))
