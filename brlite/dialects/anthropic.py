@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from msgspec import Raw, Struct
 
+from brlite.chat.tools import Tool
 from brlite.config.options import LimitsConfig
 from brlite.dialects.anthropic_encoder import PATH, MessagesEncoder, encode_error
 from brlite.dialects.anthropic_tools import MessagesTool, MessagesToolChoice, decode_messages_tools
@@ -93,47 +94,6 @@ def _decode(data: bytes) -> tuple[MessagesRequest, dict[str, Raw]]:
 def _generation(body: MessagesRequest, undecoded: dict[str, Raw], limits: LimitsConfig) -> Generation:
     more = take_undecoded(body, undecoded, limits, OWN_PARAMETERS) if undecoded else NOTHING_MORE
     warnings = dict.fromkeys(more.warnings)
-    _check(body, limits)
-    reader = TurnReader()
-    reader.read(body.system, body.messages)
-    tools = decode_messages_tools(body.tools, body.tool_choice, limits)
-    warnings |= reader.warnings | tools.warnings | _warnings(body)
-
-    turns = reader.turns
-    if turns and turns[-1] == {"role": "assistant", "content": ""}:
-        turns = turns[:-1]
-    if not turns:
-        raise InvalidRequest("messages: at least one message with content is required", param="messages")
-    # Text of the assistant at the end is the beginning of the answer.
-    continues = turns[-1]["role"] == "assistant" and bool(turns[-1]["content"]) and "tool_calls" not in turns[-1]
-    thinking = body.thinking
-    thinks = thinking is not None and thinking.type != "disabled"
-    effort: str | None = body.output_config.effort if body.output_config else None
-    if thinking is not None and not thinks:
-        effort = "none"
-    chat = Chat(
-        turns,
-        add_generation_prompt=not continues,
-        continue_final_message=continues,
-        tools=tools.tools,
-        variables=body.chat_template_kwargs or {},
-        reasoning_hint=ReasoningHint(thinks, "high" if effort in HIGH_EFFORTS else effort, "output_config.effort"),
-    )
-    field_names = {**FIELD_NAMES, **more.field_names}
-    stop, structured = body.stop_sequences or (), _structured(body)
-    return Generation(
-        prompts=(chat,),
-        params=sampling_params(body, field_names, stop=stop, structured=structured, **more.sampling),
-        field_names=field_names,
-        warnings=tuple(warnings),
-        tool_choice=tools.choice,
-        keeps_order=True,
-        shows_reasoning=thinks and thinking is not None and thinking.display != "omitted",
-        **generation_fields(body),
-    )
-
-
-def _check(body: MessagesRequest, limits: LimitsConfig) -> None:
     if not body.messages:
         raise InvalidRequest("messages: at least one message is required", param="messages")
     if body.thread is not None:
@@ -144,6 +104,47 @@ def _check(body: MessagesRequest, limits: LimitsConfig) -> None:
         )
     check_num_entries("messages", len(body.messages), limits.max_messages)
     check_num_entries("stop_sequences", len(body.stop_sequences or ()), limits.max_stop_strings)
+    reader = TurnReader()
+    reader.read(body.system, body.messages)
+    tools = decode_messages_tools(body.tools, body.tool_choice, limits)
+    warnings |= reader.warnings | tools.warnings | _warnings(body)
+
+    wanted, param = body.output_format, "output_format"
+    if body.output_config is not None and body.output_config.format is not None:
+        wanted, param = body.output_config.format, "output_config.format"
+    structured = None if wanted is None else StructuredOutput(json_schema=bytes(wanted.schema).decode(), param=param)
+    field_names, stop = {**FIELD_NAMES, **more.field_names}, body.stop_sequences or ()
+    thinks = body.thinking is not None and body.thinking.type != "disabled"
+    return Generation(
+        prompts=(_chat(body, reader.turns, tools.tools, thinks=thinks),),
+        params=sampling_params(body, field_names, stop=stop, structured=structured, **more.sampling),
+        field_names=field_names,
+        warnings=tuple(warnings),
+        tool_choice=tools.choice,
+        keeps_order=True,
+        shows_reasoning=thinks and body.thinking is not None and body.thinking.display != "omitted",
+        **generation_fields(body),
+    )
+
+
+def _chat(body: MessagesRequest, turns: list[dict[str, Any]], tools: tuple[Tool, ...], *, thinks: bool) -> Chat:
+    """The conversation. A text of the assistant at its end is the beginning of the answer."""
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:
+        turns = turns[:-1]
+    if not turns:
+        raise InvalidRequest("messages: at least one message with content is required", param="messages")
+    continues = turns[-1]["role"] == "assistant" and bool(turns[-1]["content"]) and "tool_calls" not in turns[-1]
+    effort: str | None = body.output_config.effort if body.output_config else None
+    if body.thinking is not None and not thinks:
+        effort = "none"
+    return Chat(
+        turns,
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+        tools=tools,
+        variables=body.chat_template_kwargs or {},
+        reasoning_hint=ReasoningHint(thinks, "high" if effort in HIGH_EFFORTS else effort, "output_config.effort"),
+    )
 
 
 def _warnings(body: MessagesRequest) -> dict[str, None]:
@@ -157,13 +158,6 @@ def _warnings(body: MessagesRequest) -> dict[str, None]:
         "output_config.task_budget is not obeyed": config.task_budget,
     }
     return dict.fromkeys(line for line, is_said in said.items() if is_said)
-
-
-def _structured(body: MessagesRequest) -> StructuredOutput | None:
-    wanted, param = body.output_format, "output_format"
-    if body.output_config is not None and body.output_config.format is not None:
-        wanted, param = body.output_config.format, "output_config.format"
-    return None if wanted is None else StructuredOutput(json_schema=bytes(wanted.schema).decode(), param=param)
 
 
 DIALECT = Dialect(PATH, "msg_", decode, MessagesEncoder, encode_error)

@@ -122,14 +122,14 @@ class Ping(Struct, tag_field="type", tag="ping"):
 
 
 class MessagesEncoder:
-    """The message of one call. White space between blocks is no block of its own."""
+    """Encodes the message of one call. White space between blocks does not make a text block."""
 
     def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:
         self._id = answer_id
         self._model = model
         self._num_blocks = 0
         self._open: type[ContentBlock] | None = None
-        self._spaces = ""  # that may be the beginning of a text
+        self._spaces = ""  # white space that is sent if text follows
         self._has_calls = False
         self._ending: Event | None = None
 
@@ -145,8 +145,12 @@ class MessagesEncoder:
             if self._open is not ThinkingBlock:
                 frames += self._begin(ThinkingBlock("", ""))
             frames.append(self._delta(ThinkingBlockDelta(event.reasoning)))
-        if event.text:
-            frames += self._text(event.text)
+        if event.text and self._open is TextBlock:
+            frames.append(self._delta(TextBlockDelta(event.text)))
+        elif event.text:
+            self._spaces += event.text
+            if not self._spaces.isspace():
+                frames += self._begin_text(self._spaces)
         for piece in event.calls:
             if piece.id is not None:
                 self._has_calls = True
@@ -155,7 +159,7 @@ class MessagesEncoder:
                 frames.append(self._delta(InputJsonDelta(piece.arguments)))
         if event.finish_reason is not None:
             self._ending = event
-            if self._spaces and not self._num_blocks:  # all of the answer
+            if self._spaces and not self._num_blocks:  # the answer has nothing else
                 frames += self._begin_text(self._spaces)
             frames += self._end()
         return b"".join(frames)
@@ -192,14 +196,6 @@ class MessagesEncoder:
                 warnings=(*warnings, *cut) or UNSET,
             )
         )
-
-    def _text(self, text: str) -> list[bytes]:
-        if self._open is TextBlock:
-            return [self._delta(TextBlockDelta(text))]
-        self._spaces += text
-        if self._spaces.isspace():
-            return []
-        return self._begin_text(self._spaces)
 
     def _begin_text(self, text: str) -> list[bytes]:
         return [*self._begin(TextBlock("")), self._delta(TextBlockDelta(text))]
@@ -281,17 +277,11 @@ def _content(events: Sequence[Event]) -> tuple[list[ContentBlock], list[str]]:
             if text.isspace() and len(blocks) > 1:
                 continue
             block.text = text
-        elif _is_object(text):
-            block.input = Raw(text.encode())
         elif text:
-            warnings.append(f"the input of the call of {block.name} was cut, and is left out")
+            try:
+                msgspec.json.decode(text, type=dict[str, Raw])
+                block.input = Raw(text.encode())
+            except (msgspec.DecodeError, RecursionError):
+                warnings.append(f"the input of the call of {block.name} was cut and is left out")
         content.append(block)
     return content, warnings
-
-
-def _is_object(arguments: str) -> bool:
-    try:
-        msgspec.json.decode(arguments, type=dict[str, Raw])
-    except (msgspec.DecodeError, RecursionError):
-        return False
-    return True

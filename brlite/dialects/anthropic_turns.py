@@ -93,8 +93,13 @@ class TurnReader:
                     text = "\n\n".join(self._texts(message.content, f"messages.{index}.content"))
                     user_texts.append(f"<system>\n{text}\n</system>")
                     self.warnings["a system message behind the first ones is told as text of the user's turn"] = None
-                else:
-                    self._user(message.content, f"messages.{index}.content", results, user_texts)
+                    continue
+                param, content = f"messages.{index}.content", message.content
+                for at, block in enumerate([InputBlock("text", content)] if isinstance(content, str) else content):
+                    if block.type == "tool_result":
+                        results.append(self._result(block, f"{param}.{at}"))
+                    elif not self._is_dropped(block):
+                        user_texts.append(_text(block, f"{param}.{at}"))
             self.turns += results
             if user_texts or not results:
                 self.turns.append({"role": "user", "content": "\n\n".join(user_texts)})
@@ -105,18 +110,6 @@ class TurnReader:
             return [content]
         blocks = enumerate(content)
         return [_text(block, f"{param}.{at}") for at, block in blocks if not self._is_dropped(block)]
-
-    def _user(
-        self, content: str | Sequence[InputBlock], param: str, results: list[dict[str, Any]], texts: list[str]
-    ) -> None:
-        if isinstance(content, str):
-            texts.append(content)
-            return
-        for at, block in enumerate(content):
-            if block.type == "tool_result":
-                results.append(self._result(block, f"{param}.{at}"))
-            elif not self._is_dropped(block):
-                texts.append(_text(block, f"{param}.{at}"))
 
     def _result(self, block: InputBlock, param: str) -> dict[str, Any]:
         if block.tool_use_id not in self._call_ids:

@@ -121,13 +121,14 @@ def decode(data: bytes, limits: LimitsConfig) -> Embedding:
     cut = None
     if body.truncate_prompt_tokens is not None:
         cut = truncation(body.truncate_prompt_tokens, body.truncation_side or "right")
+    dimensions: Any = body.dimensions  # PoolingParams refuses what is no whole number
+    if isinstance(dimensions, float) and dimensions.is_integer():
+        dimensions = int(dimensions)  # JSON may write 6 as 6.0
     return Embedding(
         model=body.model,
         inputs=inputs,
         names=tuple(f"input[{number}]" for number in range(len(inputs))) if is_list else ("input",),
-        params=PoolingParams(
-            pooling=body.pooling, dimensions=_whole(body.dimensions), normalize=body.normalize is not False
-        ),
+        params=PoolingParams(pooling=body.pooling, dimensions=dimensions, normalize=body.normalize is not False),
         is_base64=body.encoding_format == "base64",
         truncation=cut,
         cache_salt=body.cache_salt or "",
@@ -154,10 +155,3 @@ def encode_answer(
     """The whole answer; `others` are its `id`, the `model`'s name as the client wrote it, and `warnings`."""
     kind: Any = dialect.answer
     return encode_json(kind(data=items, usage=usage, created=int(time.time()), **others))
-
-
-def _whole(value: Whole | None) -> int | None:
-    """6.0 for 6, as JSON allows; anything else that is no whole number is refused by `PoolingParams`."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value  # type: ignore[return-value]  # which PoolingParams checks

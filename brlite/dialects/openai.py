@@ -513,15 +513,12 @@ class OpenAIEncoder:
         return b""
 
     def closing(self, usage: TokenUsage) -> bytes:
-        """What a stream ends with."""
-        return (frame(self._usage_chunk(usage)) if self._call.include_usage else b"") + DONE_EVENT
+        """What a stream ends with: the usage, if the client wants it, and `[DONE]`."""
+        raise NotImplementedError
 
     def failing(self, error: BaseException) -> bytes:
         """What a stream ends with where something went wrong."""
         return encode_error(error)
-
-    def _usage_chunk(self, usage: TokenUsage) -> bytes:
-        raise NotImplementedError
 
 
 def encode_error(error: BaseException) -> bytes:

@@ -48,7 +48,7 @@ from brlite.dialects.openai_tools import (
     shown_function,
     turn_calls,
 )
-from brlite.dialects.sse import frame
+from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.errors import InvalidRequest
 
 UNBUILT_MESSAGE_FIELDS = ("audio",)
@@ -183,11 +183,9 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
     fields = completion_fields(body, more, 1, limits)
     if body.top_logprobs and not body.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-
-    # `max_completion_tokens` is OpenAI's newer name of `max_tokens`.
     field_names = {"prompt": "messages", "logprobs": "top_logprobs", **more.field_names}
     max_tokens = body.max_tokens
-    if body.max_completion_tokens is not None:
+    if body.max_completion_tokens is not None:  # OpenAI's newer name of `max_tokens`
         if body.max_tokens not in (None, body.max_completion_tokens):
             raise InvalidRequest(
                 "max_tokens and max_completion_tokens mean the same and differ; give one", param="max_completion_tokens"
@@ -219,14 +217,14 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         field_names=field_names,
         tool_choice=tool_choice,
         calls_functions=bool(body.functions),
-        echoed_text=_said(chat.messages[-1]) if body.echo and body.messages[-1].role == "assistant" else "",
+        echoed_text=_text_of(chat.messages[-1]) if body.echo and body.messages[-1].role == "assistant" else "",
         splits_reasoning=body.separate_reasoning is not False,
         shows_reasoning=body.include_reasoning is not False,
         **fields,
     )
 
 
-def _said(turn: dict[str, Any]) -> str:
+def _text_of(turn: dict[str, Any]) -> str:
     content = turn["content"]
     return "".join(part["text"] for part in content) if isinstance(content, list) else content or ""
 
@@ -327,12 +325,23 @@ class ChatEncoder(OpenAIEncoder):
         usage = self._no_usage if event.usage is None else shown_usage(event.usage, has_reasoning=True)
         return frame(self._chunk([choice], usage, event.warnings, event.prompt_token_ids))
 
+    def closing(self, usage: TokenUsage) -> bytes:
+        """What a stream ends with: the usage, if the client wants it, and `[DONE]`."""
+        told = frame(self._chunk([], shown_usage(usage, has_reasoning=True))) if self._call.include_usage else b""
+        return told + DONE_EVENT
+
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body that answers a request that is not streamed; one event a choice."""
+        is_function = self._call.calls_functions
         choices = [
             ChatChoice(
                 index=event.choice,
-                message=self._message(event),
+                message=AssistantMessage(
+                    content=event.text or (None if event.calls else ""),
+                    reasoning_content=event.reasoning or UNSET,
+                    tool_calls=UNSET if is_function or not event.calls else shown_calls(event.calls, has_index=False),
+                    function_call=shown_function(event.calls[0]) if is_function and event.calls else UNSET,
+                ),
                 logprobs=None if event.tokens is None else self._logprobs(event.tokens),
                 finish_reason=event.finish_reason and self._end_reason(event.finish_reason),
                 stop_reason=event.stop_reason,
@@ -363,21 +372,8 @@ class ChatEncoder(OpenAIEncoder):
             return Delta(tool_calls=shown_calls(event.calls, has_index=True))
         return Delta(reasoning_content=event.reasoning)
 
-    def _message(self, event: Event) -> AssistantMessage:
-        is_function = bool(event.calls) and self._call.calls_functions
-        has_tools = bool(event.calls) and not is_function
-        return AssistantMessage(
-            content=event.text or (None if event.calls else ""),
-            reasoning_content=event.reasoning or UNSET,
-            tool_calls=shown_calls(event.calls, has_index=False) if has_tools else UNSET,
-            function_call=shown_function(event.calls[0]) if is_function else UNSET,
-        )
-
     def _end_reason(self, reason: EndReason) -> ChatEndReason:
         return "function_call" if reason == "tool_calls" and self._call.calls_functions else reason
-
-    def _usage_chunk(self, usage: TokenUsage) -> bytes:
-        return self._chunk([], shown_usage(usage, has_reasoning=True))
 
     def _chunk(
         self,

@@ -33,7 +33,7 @@ from brlite.dialects.openai import (
     take_undecoded,
     token_name,
 )
-from brlite.dialects.sse import frame
+from brlite.dialects.sse import DONE_EVENT, frame
 from brlite.errors import InvalidRequest
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's; a chat has what the engine allows
@@ -152,12 +152,14 @@ class CompletionEncoder(OpenAIEncoder):
         usage = self._no_usage if event.usage is None else shown_usage(event.usage)
         return frame(self._completion([self._choice(event)], usage, event.warnings))
 
+    def closing(self, usage: TokenUsage) -> bytes:
+        """What a stream ends with: the usage, if the client wants it, and `[DONE]`."""
+        told = frame(self._completion([], shown_usage(usage), ())) if self._call.include_usage else b""
+        return told + DONE_EVENT
+
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
         """The body that answers a request that is not streamed; one event a choice."""
         return self._completion([self._choice(event) for event in events], shown_usage(usage), warnings)
-
-    def _usage_chunk(self, usage: TokenUsage) -> bytes:
-        return self._completion([], shown_usage(usage), ())
 
     def _choice(self, event: Event) -> CompletionChoice:
         return CompletionChoice(

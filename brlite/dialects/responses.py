@@ -126,18 +126,18 @@ def _generation(
 ) -> ResponseGeneration:
     more = take_undecoded(body, undecoded, limits, OWN_PARAMETERS) if undecoded else NOTHING_MORE
     warnings = dict.fromkeys(more.warnings)
-    _check(body, limits)
+    for index, name in enumerate(body.include or ()):
+        if name not in INCLUDABLE:
+            param = f"include[{index}]"
+            raise InvalidRequest(f"{param} must be one of {', '.join(INCLUDABLE)}, got {excerpt(name)}", param=param)
+    if body.stream_options is not None and body.stream_options.include_obfuscation:
+        raise not_supported("stream_options.include_obfuscation")
+    if isinstance(body.stop, list):
+        check_num_entries("stop", len(body.stop), limits.max_stop_strings)
     conversation = _conversation(body, limits, stored)
+    turns = conversation.turns
     tools = decode_response_tools(body.tools, body.tool_choice, is_parallel=body.parallel_tool_calls, limits=limits)
-    turns, warnings = conversation.turns, warnings | conversation.warnings | dict.fromkeys(tools.warnings)
-    if body.instructions:
-        first = turns[0] if turns else {"role": ""}
-        if first["role"] in ("system", "developer"):  # many templates take one such message, at the beginning
-            turns = [{"role": "system", "content": f"{body.instructions}\n\n{first['content']}"}, *turns[1:]]
-        else:
-            turns = [{"role": "system", "content": body.instructions}, *turns]
-    if not turns:
-        raise InvalidRequest("input must hold at least one message", param="input")
+    warnings |= conversation.warnings | dict.fromkeys(tools.warnings)
     if body.text is not None and body.text.verbosity not in (None, "medium"):
         warnings["text.verbosity is not obeyed: no model's template here takes it"] = None
     is_stored = body.store is not False and stored.is_enabled
@@ -171,22 +171,8 @@ def _generation(
     )
 
 
-def _check(body: ResponsesRequest, limits: LimitsConfig) -> None:
-    for index, name in enumerate(body.include or ()):
-        if name not in INCLUDABLE:
-            raise InvalidRequest(
-                f"include[{index}] must be one of {', '.join(INCLUDABLE)}, got {excerpt(name)}",
-                param=f"include[{index}]",
-            )
-    options = body.stream_options
-    if options is not None and options.include_obfuscation:
-        raise not_supported("stream_options.include_obfuscation")
-    if isinstance(body.stop, list):
-        check_num_entries("stop", len(body.stop), limits.max_stop_strings)
-
-
 def _conversation(body: ResponsesRequest, limits: LimitsConfig, stored: StoredResponses) -> ItemReader:
-    """The items of the earlier responses and those of this request."""
+    """The items of the earlier responses and those of this request, with the turns of both behind the instructions."""
     conversation = ItemReader(stored)
     if body.previous_response_id is not None:
         before = stored.conversation(body.previous_response_id)
@@ -207,6 +193,14 @@ def _conversation(body: ResponsesRequest, limits: LimitsConfig, stored: StoredRe
         conversation.extend([Raw(content)], "input", limits)
     elif body.input is not None:
         conversation.extend(body.input, "input", limits)
+    turns = conversation.turns
+    if body.instructions:
+        if turns and turns[0]["role"] in ("system", "developer"):  # many templates take one such message only
+            turns[0] = {"role": "system", "content": f"{body.instructions}\n\n{turns[0]['content']}"}
+        else:
+            turns.insert(0, {"role": "system", "content": body.instructions})
+    if not turns:
+        raise InvalidRequest("input must hold at least one message", param="input")
     return conversation
 
 

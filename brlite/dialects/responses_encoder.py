@@ -14,7 +14,6 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from brlite.chat.tools import ToolCallDelta
 from brlite.dialects.errors import SERVER_FAULT, error_code, error_message, status_of
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.generation import Generation
@@ -321,7 +320,14 @@ class OpenCustomCall:
         self._arguments.append(arguments)
 
     def end(self, status: ItemStatus) -> tuple[list[StreamEvent], Item]:
-        text = _custom_text("".join(self._arguments))
+        arguments = "".join(self._arguments)
+        try:
+            decoded = msgspec.json.decode(arguments.encode())
+        except (msgspec.DecodeError, RecursionError):
+            decoded = None
+        text = decoded.get("input") if isinstance(decoded, dict) else None
+        if not isinstance(text, str):
+            text = arguments  # they are cut: shown as they are
         delta = CustomInputDelta(item_id=self._id, output_index=self._index, delta=text)
         done = CustomInputDone(item_id=self._id, output_index=self._index, input=text)
         item = self._item(text)
@@ -376,7 +382,16 @@ class ResponsesEncoder:
             frames += begun
             frames.append(self._frame(message.add(event.text, event.tokens)))
         for piece in event.calls:
-            frames += self._encode_call(piece)
+            if piece.id is not None:
+                frames += self._close("completed")
+                tool = self._call.tools.find(piece.name or "")
+                kind, prefix = (OpenCustomCall, "ctc") if tool.is_custom else (OpenCall, "fc")
+                self._open = kind(self._item_id(prefix), len(self._output), piece.id, tool)
+                frames += map(self._frame, self._open.begin())
+            assert isinstance(self._open, (OpenCall, OpenCustomCall))
+            delta = self._open.add(piece.arguments) if piece.arguments else None
+            if delta is not None:
+                frames.append(self._frame(delta))
         if event.finish_reason is not None:
             if self._open is None and not self._output:  # an answer of no text is a message all the same
                 frames += self._item(OpenMessage)[1]
@@ -406,18 +421,6 @@ class ResponsesEncoder:
         last = self._frame(FailedEvent(response=Raw(body)))
         self._store(body)
         return b"".join([*frames, last])
-
-    def _encode_call(self, piece: ToolCallDelta) -> list[bytes]:
-        frames: list[bytes] = []
-        if piece.id is not None:
-            frames += self._close("completed")
-            tool = self._call.tools.find(piece.name or "")
-            kind, prefix = (OpenCustomCall, "ctc") if tool.is_custom else (OpenCall, "fc")
-            self._open = kind(self._item_id(prefix), len(self._output), piece.id, tool)
-            frames += map(self._frame, self._open.begin())
-        assert isinstance(self._open, (OpenCall, OpenCustomCall))
-        delta = self._open.add(piece.arguments) if piece.arguments else None
-        return [*frames, self._frame(delta)] if delta is not None else frames
 
     def _item(self, kind: type[Any]) -> tuple[Any, list[bytes]]:
         """The open item, if it is of this kind, else a new one, and the events of its beginning."""
@@ -520,16 +523,6 @@ def _shown_error(error: BaseException) -> dict[str, Any]:
     status = status_of(error).http
     code = "rate_limit_exceeded" if status == 429 else "invalid_prompt" if status < 500 else "server_error"
     return {"code": code, "message": error_message(error)}
-
-
-def _custom_text(arguments: str) -> str:
-    """The free text in the arguments of a custom tool's call; the arguments themselves, if they are cut."""
-    try:
-        decoded = msgspec.json.decode(arguments.encode())
-    except (msgspec.DecodeError, RecursionError):
-        return arguments
-    text = decoded.get("input") if isinstance(decoded, dict) else None
-    return text if isinstance(text, str) else arguments
 
 
 def _delta_logprobs(logprobs: Sequence[ShownLogprob]) -> list[DeltaLogprobs]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import msgspec
@@ -165,7 +166,11 @@ class ItemReader:
         turn["content"] = text
 
     def _reasoning(self, item: InputItem, param: str) -> None:
-        text = _text(item.content or "", f"{param}.content") or _opened(item.encrypted_content)
+        text = _text(item.content or "", f"{param}.content")
+        if not text and (item.encrypted_content or "").startswith(REASONING_PREFIX):  # this server made it: `sealed`
+            encoded = str(item.encrypted_content).removeprefix(REASONING_PREFIX)
+            with suppress(binascii.Error, UnicodeDecodeError):
+                text = base64.b64decode(encoded, validate=True).decode()
         if not text:
             text = "\n\n".join(_text([part], f"{param}.summary") for part in item.summary or ())
         if not text:
@@ -221,16 +226,6 @@ def custom_arguments(text: str) -> str:
 def sealed(reasoning: str) -> str:
     """Reasoning as `encrypted_content`: not encrypted, since it is the client's own conversation."""
     return REASONING_PREFIX + base64.b64encode(reasoning.encode()).decode()
-
-
-def _opened(encrypted: str | None) -> str:
-    """The reasoning in `encrypted_content`. Empty if another server made it."""
-    if not encrypted or not encrypted.startswith(REASONING_PREFIX):
-        return ""
-    try:
-        return base64.b64decode(encrypted.removeprefix(REASONING_PREFIX), validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
-        return ""
 
 
 def _required(value: str | None, param: str) -> str:
