@@ -19,7 +19,7 @@ from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.fields import Undecoded, not_supported, read_undecoded
 from brlite.dialects.generation import Generation, Priority, Timeout, Truncation, in_client_words
 from brlite.dialects.json_body import check_num_entries, decode_value
-from brlite.dialects.sse import DONE_EVENT, frame
+from brlite.dialects.sse import DONE_EVENT, frame, on_one_line
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams, StructuredOutput
 
@@ -480,6 +480,8 @@ def shown_prompt_logprobs(tokens: Sequence[Token | None]) -> PromptLogprobs:
 class OpenAIEncoder:
     """What both encoders share. `model` is the name that the answer goes by, `fingerprint` the backend's or empty."""
 
+    _empty_text: bytes  # how an empty text stands in a chunk. No JSON string can hold it: quotes are escaped there
+
     def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:
         self._call = call
         self._id = answer_id
@@ -488,9 +490,24 @@ class OpenAIEncoder:
         self._fingerprint: str | UnsetType = f"fp_{fingerprint}" if fingerprint else UNSET
         # What a chunk says of the usage, but for the last one, which has nothing else.
         self._no_usage: UnsetType | None = None if call.include_usage else UNSET
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # what stands around the text of a choice's chunks
 
     def encode(self, event: Event) -> bytes:
-        """What a stream says of one event."""
+        """The chunk of a stream that tells the event; of a choice's last one two, if it has anything else to tell."""
+        # Most events are text alone. Then only the text is encoded: under 1 µs, where a whole chunk takes 2.5.
+        if event == Event(choice=event.choice, text=event.text):
+            if event.choice not in self._frames:
+                head, name, tail = self._chunk_of(Event(choice=event.choice, text="")).partition(self._empty_text)
+                self._frames[event.choice] = head + name[:-2], tail
+            head, tail = self._frames[event.choice]
+            text = encode_json(event.text)
+            return head + (text if text.isascii() else on_one_line(text)) + tail
+        if event.finish_reason is not None and (event.text or event.reasoning or event.calls or event.tokens):
+            return self._encode_end(event)
+        return self._chunk_of(event)
+
+    def _chunk_of(self, event: Event) -> bytes:
+        """One chunk that tells the event."""
         raise NotImplementedError
 
     def _encode_end(self, event: Event) -> bytes:

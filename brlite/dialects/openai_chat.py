@@ -306,14 +306,13 @@ def _part_text(part: ContentPart, param: str) -> str:
 class ChatEncoder(OpenAIEncoder):
     """Events to chunks, or to one whole answer."""
 
+    _empty_text = b'"content":""'
+
     def opening(self, usage: TokenUsage) -> bytes:
         choices = (ChatChunkChoice(index, _FIRST_DELTA) for index in range(self._call.params.n))
         return b"".join(frame(self._chunk([choice], self._no_usage)) for choice in choices)
 
-    def encode(self, event: Event) -> bytes:
-        """The chunk of a stream that tells the event; of a choice's last one two, if it has anything else to tell."""
-        if event.finish_reason is not None and (event.text or event.reasoning or event.calls or event.tokens):
-            return self._encode_end(event)
+    def _chunk_of(self, event: Event) -> bytes:
         choice = ChatChunkChoice(
             index=event.choice,
             delta=self._delta(event) if event.calls or event.reasoning else Delta(content=event.text),

@@ -145,10 +145,9 @@ def _with_suffix(prompts: tuple[Prompt, ...], suffix: str, body: CompletionReque
 class CompletionEncoder(OpenAIEncoder):
     """Events to chunks, or to one whole answer."""
 
-    def encode(self, event: Event) -> bytes:
-        """The chunk of a stream that tells the event; of a choice's last one two, if it has anything else to tell."""
-        if event.finish_reason is not None and (event.text or event.tokens):
-            return self._encode_end(event)
+    _empty_text = b'"text":""'
+
+    def _chunk_of(self, event: Event) -> bytes:
         usage = self._no_usage if event.usage is None else shown_usage(event.usage)
         return frame(self._completion([self._choice(event)], usage, event.warnings))
 

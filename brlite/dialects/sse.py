@@ -6,14 +6,18 @@ DONE = b"[DONE]"
 EVENT_END = b"\n\n"
 DONE_EVENT = b"data: %b\n\n" % DONE
 # Characters that Python's `str.splitlines` takes for line ends, as clients that are built on it do, and JSON does not.
-_LINE_ENDS = (("\u2028", b"\\u2028"), ("\u2029", b"\\u2029"), ("\x85", b"\\u0085"))
+_LINE_ENDS = (
+    ("\u2028".encode(), b"\\u2028"),
+    ("\u2029".encode(), b"\\u2029"),
+    ("\x85".encode(), b"\\u0085"),
+)
 
 
 def on_one_line(event: bytes) -> bytes:
     """JSON whose line separators are escaped, so that it is one line in every reader's eyes."""
     if not event.isascii():
         for character, escape in _LINE_ENDS:
-            event = event.replace(character.encode(), escape)
+            event = event.replace(character, escape)
     return event
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from brlite.config.options import LimitsConfig
+from brlite.dialects import openai_completions
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.generation import Chat, Generation, Truncation, in_client_words
+from brlite.dialects.openai import OpenAIEncoder
 from brlite.dialects.openai_chat import DIALECT, ChatEncoder, decode
 from brlite.errors import EngineError, InvalidRequest, PromptTooLong
 from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams
@@ -42,6 +44,18 @@ def told(frames: bytes) -> list[Any]:
     assert parts.pop() == ""
     assert all(part.startswith("data: ") for part in parts)
     return [json.loads(part[6:]) if part != "data: [DONE]" else "[DONE]" for part in parts]
+
+
+@pytest.mark.parametrize("model", ["m", 'a "content":"" b', "モデル"])
+@pytest.mark.parametrize("text", ["", " hello", '"quoted"\n\\', "\x00", "größer", "a\u2028b\x85c", "\U0001f600"])
+def test_a_chunk_of_text_alone_has_the_same_bytes_as_one_that_is_encoded_whole(text: str, model: str) -> None:
+    for dialect in (DIALECT, openai_completions.DIALECT):
+        made = dialect.make_encoder(PLAIN, "id-1", model, "abc")
+        assert isinstance(made, OpenAIEncoder)
+
+        for choice in (1, 0, 1):
+            event = Event(choice=choice, text=text)
+            assert made.encode(event) == made._chunk_of(event)
 
 
 def test_messages_alone_ask_for_the_defaults() -> None:
