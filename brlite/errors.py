@@ -103,7 +103,11 @@ class Unauthorized(RequestError):
 
 
 class Forbidden(RequestError):
-    """The API key may not be used for this model."""
+    """The API key may not be used for this model, or the web page or host name is not allowed."""
+
+
+class OperatorKeyRequired(Forbidden):
+    """Only an operator's key may be used for this path."""
 
 
 class NotFound(RequestError):

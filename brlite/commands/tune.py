@@ -12,7 +12,7 @@ from brlite.backends.sizes import Sizes, find_model, known_sizes
 from brlite.config.options import DEFAULT_MODEL, Config, EngineConfig, ModelSpec
 from brlite.config.validation import model_override, override
 from brlite.errors import ModelError
-from brlite.models.precision import PrecisionName
+from brlite.models.precision import PrecisionOption
 from brlite.process.machine import find_cpus, find_memory, show_bytes
 
 SHARE = 0.8  # of the free memory: the rest is for requests, the tokenizer and other programs
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         return sizes
 
     room = int(find_memory().available * SHARE)
-    rows = [advise(precision, sizes_of(precision), room) for precision in ("auto", *get_args(PrecisionName))]
+    rows = [advise(precision, sizes_of(precision), room) for precision in get_args(PrecisionOption)]
     if rows[0].weight_bytes == rows[1].weight_bytes:
         del rows[0]  # the files are not quantized: it is bf16
     best = choose(rows)

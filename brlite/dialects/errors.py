@@ -42,6 +42,7 @@ STATUSES: dict[type[BaseException], Status] = {
     errors.PromptTooLong: Status(400, "invalid_request_error", "context_length_exceeded"),
     errors.Unauthorized: Status(401, "authentication_error", "invalid_api_key"),
     errors.Forbidden: Status(403, "permission_error", "model_not_allowed"),
+    errors.OperatorKeyRequired: Status(403, "permission_error", "operator_key_required"),
     errors.NotFound: Status(404, "not_found_error", "unknown_url"),
     errors.ModelNotFound: Status(404, "not_found_error", "model_not_found"),
     errors.MethodNotAllowed: Status(405, "invalid_request_error", "method_not_allowed"),

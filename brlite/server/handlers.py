@@ -18,7 +18,7 @@ from brlite.dialects import DIALECTS, openai_chat, openai_completions
 from brlite.dialects.embeddings import EMBEDDINGS, POOLING
 from brlite.dialects.openai import encode_json
 from brlite.dialects.scores import RERANK, SCORE
-from brlite.errors import Forbidden, NotFound, NotReady
+from brlite.errors import NotFound, NotReady, OperatorKeyRequired
 from brlite.http.body import leave_body
 from brlite.http.keys import API_KEY, KEYS, shown_api_key
 from brlite.server import metrics
@@ -132,7 +132,7 @@ async def slots(request: web.Request) -> web.Response:
     if not request.app[CONFIG].server.slots:
         raise NotFound("/slots is switched off on this server (server.slots)", code="unsupported_endpoint")
     if not request.app[KEYS].may_see_all(key):
-        raise Forbidden("/slots shows the requests of all keys: it needs an operator's key (admin = true)")
+        raise OperatorKeyRequired("/slots shows the requests of all keys: it needs an operator's key (admin = true)")
     model = models.find(name)
     if model.engine is None:
         raise model.loading.not_ready("is not loaded")
@@ -186,7 +186,7 @@ async def get_metrics(request: web.Request) -> web.Response:
     body, content_type = metrics.render((metrics.ResponseStoreCollector(app[STORE]), *collectors))
     if which is not None:
         if not may_see_names:
-            raise Forbidden("metrics of upstreams need an operator's key (admin = true)", param="upstream")
+            raise OperatorKeyRequired("metrics of upstreams need an operator's key (admin = true)", param="upstream")
         body = await app[ADD_METRICS](body, which)
     return web.Response(body=body, headers={"Content-Type": content_type})
 

@@ -11,7 +11,7 @@ from aiohttp import web
 from msgspec import Struct
 
 from brlite.dialects.json_body import decode_json
-from brlite.errors import Forbidden, InvalidRequest
+from brlite.errors import InvalidRequest, OperatorKeyRequired
 from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, KEYS
 from brlite.server.generate import CONFIG, MODELS, admit, json_response
@@ -46,7 +46,7 @@ async def unload_model(request: web.Request) -> web.Response:
     """`POST /models/unload`: answers at once; the model goes as soon as no request uses it."""
     name = decode_json(await read_body(request, request.app[CONFIG].limits), _DECODER).model
     if not (request.app[KEYS].is_open or request[API_KEY].is_admin):
-        raise Forbidden("models are unloaded with an operator's key (admin = true)", param="model")
+        raise OperatorKeyRequired("models are unloaded with an operator's key (admin = true)")
     model = request.app[MODELS].find(name)
     if model.spec.load != "on_demand":
         raise InvalidRequest(

@@ -88,4 +88,5 @@ def test_a_quantized_file_keeps_its_digits(
 
     printed = capsys.readouterr().out
     assert re.search("auto .*<- advised", printed)
+    assert re.search("^a_int8_w_int8 ", printed, re.MULTILINE)
     assert '\nprecision = "auto"\n' in printed

@@ -235,21 +235,24 @@ async def test_slots_that_are_all_taken_are_a_503_for_a_client_that_asks_for_it(
 
 
 @pytest.mark.parametrize(
-    ("config", "status"),
+    ("config", "status", "code"),
     [
-        ({"server": ServerConfig(slots=False)}, 404),
-        ({"key": (KeyConfig(name="a", key="k"),)}, 403),
-        ({"key": (KeyConfig(name="a", key="k", admin=True),)}, 200),
-        ({"keys": KeysConfig(keys=("k",))}, 200),
+        ({"server": ServerConfig(slots=False)}, 404, "unsupported_endpoint"),
+        ({"key": (KeyConfig(name="a", key="k"),)}, 403, "operator_key_required"),
+        ({"key": (KeyConfig(name="a", key="k", admin=True),)}, 200, None),
+        ({"keys": KeysConfig(keys=("k",))}, 200, None),
     ],
 )
 async def test_slots_are_an_operators_to_see_and_to_switch_off(
-    make_client: MakeClient, config: dict[str, Any], status: int
+    make_client: MakeClient, config: dict[str, Any], status: int, code: str | None
 ) -> None:
     client = await make_client(config=config)
 
     async with client.session.get(client.url + "/slots", headers={"X-Api-Key": "k"}) as response:
-        assert response.status == status
+        answer = await response.json()
+
+    assert response.status == status
+    assert code is None or answer["error"]["code"] == code
 
 
 async def test_a_probe_needs_no_key_and_everything_else_does(make_client: MakeClient) -> None:

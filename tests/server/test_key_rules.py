@@ -215,6 +215,7 @@ async def test_models_are_unloaded_with_an_operators_key_only(limited: LimitedCl
     by_operator, _ = await client.post("/models/unload", {"model": MODEL}, Authorization=f"Bearer {OPERATOR.key}")
 
     assert (status, answer["error"]["type"]) == (403, "permission_error")
+    assert answer["error"]["code"] == "operator_key_required"
     assert by_operator == 400  # it is loaded at the start
 
 
