@@ -174,6 +174,8 @@ def describe_rows(rows: tuple[Any, ...]) -> str:
     for row in rows:
         names = ", ".join(f"`{name}`" for name in row.names.split())
         values = "any value" if row.neutral is None else ", ".join(f"`{json.dumps(each)}`" for each in row.neutral)
+        if row.switch:
+            values = f"any value where `{row.switch}` is off"
         lines.append(f"| {names} | {', '.join(row.known_to)} | {values or 'null'} | {row.instead} |\n")
     return "".join(lines)
 

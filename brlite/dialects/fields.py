@@ -197,12 +197,14 @@ class Field(NamedTuple):
     """A field that is not decoded, or several of one kind, by name.
 
     `neutral` are the values beside null that cannot change the answer; None: no value can. `instead` names what to use.
+    With `switch` no value can where the request gives that field a neutral value, which switches these off.
     """
 
     names: str
     known_to: tuple[str, ...]
     neutral: tuple[object, ...] | None = ()
     instead: str = ""
+    switch: str = ""
 
 
 NOT_DECODED = (
@@ -218,7 +220,6 @@ NOT_DECODED = (
     Field("mm_processor_kwargs", (VLLM,), None),  # needs images
     Field("cache_prompt id_slot n_cache_reuse slot_id", (LLAMA_CPP,), None),
     Field("reasoning_format reasoning_in_content parse_tool_calls", (LLAMA_CPP,), None),
-    Field("mirostat_tau mirostat_eta", (LLAMA_CPP,), None),  # each needs another one
     # Structured output.
     Field("structural_tag", (SGLANG,), ("", {}), "response_format"),
     Field("grammar_lazy", (LLAMA_CPP,), (False,)),
@@ -247,13 +248,14 @@ NOT_DECODED = (
     Field("image", (SGLANG,)),
     # Sampling.
     Field("beam_width", (SGLANG,), (1,), "use_beam_search"),
-    Field("logits_processors", (VLLM,), ([],)),
-    Field("logit_processors custom_logit_processor", (SGLANG,), ("", [])),
+    Field("logits_processors", (VLLM,), ([],), "logit_bias, allowed_token_ids, bad_words or a grammar"),
+    Field("logit_processors custom_logit_processor", (SGLANG,), ("", []), "logit_bias or a grammar"),
     Field("custom_params vllm_xargs", (SGLANG, VLLM), ({},)),
     Field("repetition_detection watermark", (VLLM, SGLANG), (False,)),
     Field("mirostat", (LLAMA_CPP,), (0,)),
+    Field("mirostat_tau mirostat_eta", (LLAMA_CPP,), switch="mirostat"),
     Field("adaptive_target", (LLAMA_CPP,), (-1, 0)),
-    Field("adaptive_decay", (LLAMA_CPP,), None),  # needs adaptive_target
+    Field("adaptive_decay", (LLAMA_CPP,), switch="adaptive_target"),
     Field("min_keep", (LLAMA_CPP,), (0,)),
     Field("penalize_nl", (LLAMA_CPP,), (False,)),
     Field("samplers sampler_seq backend_sampling", (LLAMA_CPP,), (False,)),
@@ -371,12 +373,21 @@ def check_undecoded(given: Mapping[str, msgspec.Raw], *, generates: bool = True)
                 warnings.append(f"the field {name!r} has no effect at this endpoint")
         elif field is None:
             warnings.append(f"the field {name[:MAX_FIELD_LENGTH]!r} is not known and was ignored")
-        elif field.neutral is None:
+        elif field.neutral is None or (field.switch and _is_off(field.switch, given)):
             if not {OPENAI, ANTHROPIC} & {*field.known_to} and _decode(name, raw) is not None:
                 warnings.append(f"the field {name!r} has no effect on this server")
         elif not is_neutral(_decode(name, raw), field.neutral):
-            raise not_supported(name, f"; use {field.instead}" if field.instead else "")
+            remedy = f"; use {field.instead}" if field.instead else ""
+            if field.switch:
+                remedy = f"; it is accepted beside {field.switch}: 0, which switches it off"
+            raise not_supported(name, remedy)
     return tuple(warnings[:MAX_REPORTED_FIELDS])
+
+
+def _is_off(switch: str, given: Mapping[str, msgspec.Raw]) -> bool:
+    """Whether the request itself gives the field a neutral value: what is left out may be on elsewhere."""
+    value = _decode(switch, given[switch]) if switch in given else None
+    return value is not None and is_neutral(value, _BY_NAME[switch].neutral or ())
 
 
 def is_neutral(value: object, neutral: Iterable[object]) -> bool:

@@ -258,6 +258,10 @@ class Schemas:
                     continue
                 if row.neutral is None:
                     properties[name] = {"description": "accepted without effect"}
+                elif row.switch:
+                    properties[name] = {
+                        "description": f"accepted without effect where {row.switch} is off; else refused"
+                    }
                 else:
                     remedy = f"; use {row.instead}" if row.instead else ""
                     description = f"any other value is refused{remedy}"

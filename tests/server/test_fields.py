@@ -389,6 +389,25 @@ async def test_what_asks_for_nothing_is_taken_silently(client: Client, fields: d
 
 
 @pytest.mark.parametrize(
+    ("switch", "name", "off"),
+    [("mirostat", "mirostat_tau", 0), ("mirostat", "mirostat_eta", 0.0), ("adaptive_target", "adaptive_decay", -1)],
+)
+async def test_what_belongs_to_another_sampler_is_accepted_only_where_that_is_said_to_be_off(
+    client: Client, switch: str, name: str, off: float
+) -> None:
+    status, answer = await client.post(COMPLETION, completion_body("ab", **{switch: off, name: 0.5}))
+    assert (status, answer["warnings"]) == (200, [f"the field {name!r} has no effect on this server"])
+
+    for fields in ({name: 0.5}, {name: 0.5, switch: None}):
+        status, answer = await client.post(COMPLETION, completion_body("ab", **fields))
+        assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, name, "unsupported_parameter")
+        assert f"beside {switch}: 0" in answer["error"]["message"]
+    status, answer = await client.post(COMPLETION, completion_body("ab", **{name: 0.5, switch: 1}))
+    assert (status, answer["error"]["code"]) == (400, "unsupported_parameter")
+    assert (await client.post(COMPLETION, completion_body("ab", **{name: None})))[0] == 200
+
+
+@pytest.mark.parametrize(
     ("path", "body", "required"),
     [
         (CHAT, {"messages": [{"role": "user", "content": "hello"}]}, ChatCompletionRequest),
