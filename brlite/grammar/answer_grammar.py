@@ -1,7 +1,7 @@
 """Writes the grammar of an answer with reasoning before it or calls of functions in it, in Lark's notation.
 
-A special token is a token here and no text: free text cannot contain one. Lexemes that are `[lazy]` end at their first
-mark. `compiler.py` compiles what is written here.
+In this grammar a special token is matched as a token, not as text, so free text cannot contain one. A lexeme marked
+`[lazy]` ends at the first occurrence of its mark. `compiler.py` compiles the grammar.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from brlite.grammar.schema_walk import SchemaRefused, WalkedSchema, parse_schema
 from brlite.sampling_params import CallPart, Calls, ParameterNotation, Reasoning
 from brlite.tokenizer import Tokenizer
 
-SPACES = r"[ \n]{0,4}"  # behind reasoning
+SPACES = r"[ \n]{0,4}"  # after reasoning
 _ANY = r"/(.|\n)*/"
 _KEY = re.compile(r"[\w.-]+")
-# Of a schema whose properties are written one by one. Others say something about the object as a whole.
+# The keywords that a schema may have if its properties are written one by one. Others constrain the object as a whole.
 _OBJECT_KEYWORDS = frozenset(
     {
         *("type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", "$id"),
@@ -39,14 +39,14 @@ _STRING_FORMATS["date-time"] = f"{_STRING_FORMATS['date']}T{_STRING_FORMATS['tim
 
 
 class WrittenAnswer(msgspec.Struct, frozen=True):
-    """A grammar, and the schema of each of its calls by the call's label."""
+    """A grammar, and the schemas of its calls by their labels."""
 
     grammar: str
     schemas: Mapping[str, WalkedSchema]
 
 
 class AnswerWriter:
-    """Writes one grammar. `walk` checks a schema, `to_lark` brings an expression into Lark's notation."""
+    """Writes one grammar. `walk` checks a schema, `to_lark` converts a regular expression to Lark's notation."""
 
     def __init__(
         self,
@@ -65,9 +65,9 @@ class AnswerWriter:
         self._schemas: dict[str, WalkedSchema] = {}
 
     def write(self, reasoning: Reasoning | None, calls: Calls | None, value: str | None) -> WrittenAnswer:
-        """`value` is a grammar for an answer without calls; without it such an answer is free text.
+        """The grammar of an answer: `reasoning` first, then `calls`, or `value`, or free text if it is None.
 
-        Raises `SchemaRefused` or `PatternRefused`.
+        `value` is the grammar of an answer without calls. Raises `SchemaRefused` or `PatternRefused`.
         """
         answer_begin = "" if reasoning is None else self._literal(reasoning.answer_begin)
         plain = "rest" if value is None else "@value"
@@ -112,14 +112,23 @@ class AnswerWriter:
     # Calls
 
     def _write_calls(self, calls: Calls) -> None:
-        """The rules `call_…`, a call each, and `calls`, one or more of them."""
+        """Write the rules `call_INDEX`, one for each kind of call, and `calls`: one or more of them."""
         for index, part in enumerate(calls.parts):
-            self._lines.append(f"arguments_{index}: {self._arguments(index, part)}")
+            try:
+                walked = self._walk(parse_schema(part.schema))
+                if part.parameters is None:
+                    arguments = self._json(walked.schema)
+                else:
+                    arguments = self._parameters(index, walked.schema, part.parameters)
+            except (SchemaRefused, PatternRefused) as error:
+                raise PatternRefused(f"{part.label}: {error}") from None
+            self._schemas[part.label] = walked
+            self._lines.append(f"arguments_{index}: {arguments}")
             end = self._literal(part.end)
             self._lines.append(f"call_{index}: {self._literal(part.begin)} arguments_{index} {end}")
         self._lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(calls.parts))))
         self._lines.append(f"calls: {self._literal(calls.opening)} call {self._more_calls(calls)}")
-        if calls.is_leading:  # the same behind white space
+        if calls.is_leading:  # the same after white space
             first = " | ".join(
                 f"{self._leading_literal(calls.opening + part.begin)} arguments_{index} {self._literal(part.end)}"
                 for index, part in enumerate(calls.parts)
@@ -127,14 +136,15 @@ class AnswerWriter:
             self._lines.append(f"leading_calls: ({first}) {self._more_calls(calls)}")
 
     def _more_calls(self, calls: Calls) -> str:
-        """What is behind the first call of several."""
+        """The expression after the first call: further calls and the closing text."""
         several = "" if calls.is_single else f"({self._literal(calls.separator)} call)*"
         return f"{several} {self._literal(calls.closing)}"
 
     def _free_text(self, reasoning: Reasoning | None, calls: Calls) -> str:
-        """Free text with calls in it, behind reasoning or without.
+        """Free text with calls in it, with or without reasoning before it.
 
-        Where calls need no mark, text must not begin like one of them; where reasoning may come, not like that.
+        If calls need no trigger, the text must not begin like a call. If reasoning is optional, text without it must
+        not begin like reasoning.
         """
         leads = tuple(calls.opening + part.begin for part in calls.parts) if calls.is_leading else ()
         self._write_text_with_calls(calls, "more", ())
@@ -149,7 +159,7 @@ class AnswerWriter:
         return f"reasoning {behind} | {self._write_text_with_calls(calls, 'first', (*begins, *leads))}"
 
     def _write_text_with_calls(self, calls: Calls, name: str, not_first: Sequence[str]) -> str:
-        """The rule of this name: text that does not begin with any of `not_first`, with calls in it."""
+        """Write the rule `name`: text with calls in it that does not begin with any of `not_first`. Returns `name`."""
         any_text, excluded = "TEXT", ""
         if not_first:
             any_text = f"{name.upper()}_TEXT"
@@ -166,41 +176,28 @@ class AnswerWriter:
             else:
                 self._lines.append(f"{mark.upper()}: ({_ANY} {json.dumps(trigger)}){excluded}")
                 self._lines.append(f"{mark}[lazy]: {mark.upper()}")
-            ways.append(f"{mark} {self._behind_trigger(calls, trigger)} {'' if calls.is_single else 'more'}")
+            if calls.is_leading:  # the trigger stands before calls that may also be written without it
+                rest = "leading_calls"
+            elif calls.opening:
+                rest = f"{self._literal(calls.opening.removeprefix(trigger))} call {self._more_calls(calls)}"
+            else:
+                rests = (
+                    f"{self._literal(part.begin[len(trigger) :])} arguments_{index} {self._literal(part.end)}"
+                    for index, part in enumerate(calls.parts)
+                    if part.trigger == trigger
+                )
+                rest = f"({' | '.join(rests)})"
+            ways.append(f"{mark} {rest} {'' if calls.is_single else 'more'}")
         self._lines.append(f"{name}: {' | '.join(ways)}")
         return name
 
-    def _behind_trigger(self, calls: Calls, trigger: str) -> str:
-        if calls.is_leading:  # the mark stands before what also stands without it
-            return "leading_calls"
-        if calls.opening:
-            return f"{self._literal(calls.opening.removeprefix(trigger))} call {self._more_calls(calls)}"
-        ways = [
-            f"{self._literal(part.begin[len(trigger) :])} arguments_{index} {self._literal(part.end)}"
-            for index, part in enumerate(calls.parts)
-            if part.trigger == trigger
-        ]
-        return f"({' | '.join(ways)})"
-
     # Arguments
 
-    def _arguments(self, index: int, part: CallPart) -> str:
-        try:
-            walked = self._walk(parse_schema(part.schema))
-        except SchemaRefused as error:
-            raise PatternRefused(f"{part.label}: {error}") from None
-        self._schemas[part.label] = walked
-        if part.parameters is None:
-            return self._json(walked.schema)
-        try:
-            return self._parameters(index, walked.schema, part.parameters)
-        except PatternRefused as error:
-            raise PatternRefused(f"{part.label}: {error}") from None
-
     def _parameters(self, index: int, schema: Mapping[str, Any], notation: ParameterNotation) -> str:
-        """The properties of an object, each written by itself, in the schema's order.
+        """The properties of an object, written one by one in the schema's order.
 
-        The rules `rest_INDEX_N` have the properties from N on, behind one that was written.
+        The rules `rest_INDEX_N` are the properties from N on, after one that was written; `first_INDEX_N` are the same
+        where none was written before.
         """
         other = next((keyword for keyword in schema if keyword not in _OBJECT_KEYWORDS), None)
         if other is not None:
@@ -208,7 +205,7 @@ class AnswerWriter:
         properties, required = schema.get("properties", {}), set(schema.get("required", ()))
         missing = next((name for name in schema.get("required", ()) if name not in properties), None)
         if missing is not None or schema.get("type", "object") != "object":
-            raise PatternRefused(f"at #: {'it is no object' if missing is None else f'{missing!r} has no schema'}")
+            raise PatternRefused(f"at #: {'it is not an object' if missing is None else f'{missing!r} has no schema'}")
         shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
         written: list[tuple[str, bool]] = []
         for number, (name, node) in enumerate(properties.items()):
@@ -222,7 +219,7 @@ class AnswerWriter:
             )
             written.append((f"parameter_{index}_{number}", name in required))
         separator = json.dumps(notation.separator) if notation.separator else ""
-        first, rest = '""', '""'  # what follows behind nothing, and behind a parameter
+        first, rest = '""', '""'  # the expressions of what follows, before and after the first parameter
         for number, (rule, is_required) in reversed(list(enumerate(written))):
             first = f"{rule} {rest}" if is_required else f"({rule} {rest} | {first})"
             later = f"{separator} {rule}" if is_required else f"({separator} {rule})?"
@@ -234,7 +231,7 @@ class AnswerWriter:
     def _parameter(
         self, rule: str, name: str, node: Any, shared: Mapping[str, Any], notation: ParameterNotation
     ) -> str:
-        """The value of one parameter and what ends it."""
+        """The value of one parameter and the text that ends it."""
         end = self._literal(notation.end)
         kind = node.get("type") if isinstance(node, dict) else None
         if kind == "string" and notation.has_plain_strings:
@@ -246,7 +243,7 @@ class AnswerWriter:
         return f"{self._json(node)} {end}"
 
     def _plain_string(self, rule: str, name: str, node: Mapping[str, Any], notation: ParameterNotation) -> str:
-        """A string as it is, without quotes, up to the first `notation.end`."""
+        """A string without quotes and escapes, up to the first `notation.end`."""
         mark = notation.end.strip()
         listed = node.get("enum", [node["const"]] if "const" in node else None)
         if listed is not None:
@@ -333,7 +330,7 @@ def _escaped(text: str) -> str:
 
 
 def _is_whole(pattern: str) -> bool:
-    """Whether a pattern has both anchors and no alternatives beside them."""
+    """Whether a pattern has both anchors and no alternatives at its top level."""
     depth, is_escaped, is_class = 0, False, False
     for character in pattern:
         if is_escaped:

@@ -1,7 +1,8 @@
-"""Compiles what an answer must look like, for one model's tokenizer, and keeps what was compiled.
+"""Compiles the grammars of answers for one model's tokenizer, and caches them.
 
-Compiling takes a millisecond for ordinary schemas and cannot be interrupted, so everything is counted before, in
-`schema_walk.py`, `patterns.py` and `grammar_text.py`. It needs a deep stack: call it on a thread from `deep_stack`.
+Compiling takes a millisecond for ordinary schemas and cannot be interrupted. So the cost is bounded before, in
+`schema_walk.py`, `patterns.py` and `grammar_text.py`. It needs a deep stack: call it on a thread that was started
+inside `deep_stack`.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
 
 STACK_BYTES = 512 * 1024**2  # address space; memory is taken only for what a deep schema needs
 NO_TOKEN = 2**32 - 1  # llguidance's INVALID_TOKEN: no mask allows it
-# Of /a+/ /a+/, which the lexer does not part, llguidance 1.9.1 would look for the end of what is forced for ever.
+# Without it llguidance 1.9.1 never returns from computing the forced tokens of /a+/ /a+/, which its lexer cannot split.
 NO_FORCING = '%llguidance {"no_forcing": true}\n'
 MAX_LEAVES_TRIED = 500  # to find the place of an error
-# What a compiled grammar takes, measured on large ones. A full cache takes a fifth more: the allocator's holes between
-# grammars of different sizes grow for some 2,000 of them and then no more; malloc_trim gives that back.
+# The memory of a compiled grammar, measured on large ones. A full cache takes a fifth more, by fragmentation; that part
+# stops growing after some 2,000 grammars, and malloc_trim frees it.
 _BASE_BYTES, _BYTES_A_CHARACTER = 64 * 1024, 128
-_BASE_FUEL, _FUEL_A_CHARACTER = 20_000, 50  # of the first lexer: enough for honest enums of any length
+_BASE_FUEL, _FUEL_A_CHARACTER = 20_000, 50  # of the first lexer: enough for long enums
 _SPECIAL_IN_PATTERNS = re.compile(r"[\\^$.|?*+()\[\]{}]")
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ class Grammar:
 
 
 class GrammarCompiler:
-    """Compiles for one tokenizer. Its methods block, and are called by one thread at a time."""
+    """Compiles for one tokenizer. Its methods block. They must be called by one thread at a time."""
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, config: GrammarConfig) -> None:
         """`vocab_size` is the width of the model's logits, at least the tokenizer's."""
@@ -74,7 +75,7 @@ class GrammarCompiler:
         self._cached_bytes = 0
 
     def prepare(self) -> None:
-        """Read the vocabulary, which the first grammar does otherwise. Holds the GIL meanwhile: other threads stop.
+        """Read the vocabulary; otherwise the first grammar does it. Holds the GIL meanwhile: other threads wait.
 
         Measured: 0.27 s and 20 MB for 49,152 tokens, 1.3 s and 50 MB for 152,000.
         """
@@ -82,7 +83,7 @@ class GrammarCompiler:
             self._library = Library(self._tokenizer, self._vocab_size, self._config)
 
     def compile(self, wish: StructuredOutput) -> Grammar:
-        """The grammar of a wish, from the cache if it is there. Raises `InvalidRequest`, saying where it is wrong."""
+        """The grammar of an answer, from the cache if it is there. Raises `InvalidRequest`, which names the fault."""
         key = msgspec.structs.replace(wish, param="structured")
         found = self._cache.get(key)
         if found is not None:
@@ -95,7 +96,7 @@ class GrammarCompiler:
         return result
 
     def compile_on_thread(self, wish: StructuredOutput | None) -> Grammar | None:
-        """As `compile`, on a thread with a deep stack that is started for it and ended."""
+        """As `compile`, on a new thread with a deep stack. The thread ends afterwards."""
         if wish is None:
             return None
         with ThreadPoolExecutor(1, thread_name_prefix="brlite-grammar") as thread:
@@ -104,7 +105,7 @@ class GrammarCompiler:
             return compiling.result()
 
     def _compile_new(self, wish: StructuredOutput) -> Grammar | str:
-        """The grammar, or what is wrong with the wish: both are kept."""
+        """The grammar or an error message. Both are cached."""
         self.prepare()
         assert self._library is not None
         texts = [wish.json_schema, wish.regex, wish.grammar, wish.structural_tag, wish.whitespace_pattern, *wish.choice]
@@ -116,7 +117,7 @@ class GrammarCompiler:
             result: Grammar | str = self._library.compile(wish, num_bytes)
         except (SchemaRefused, PatternRefused) as error:
             result = str(error)
-        except ValueError as error:  # of the library or of urllib: half a surrogate, an address that is none
+        except ValueError as error:  # of llguidance or urllib: a lone surrogate, a malformed URL
             result = _first_line(str(error))
         size = _BASE_BYTES + self._vocab_size // 8 + num_bytes * _BYTES_A_CHARACTER
         self._cache[wish] = result, size
@@ -194,8 +195,8 @@ class Library:
         )
 
     def _first_mask(self, matcher: Matcher) -> bytes:
-        """The mask of an answer's first token. It finds what compiling does not: expressions too large, and nothing
-        to say."""
+        """The mask of an answer's first token. Raises `PatternRefused` for two faults that compiling does not find: an
+        expression that is too large, and one that matches nothing."""
         words = memoryview(bytearray(self._number_tokens.digits.nbytes))
         matcher.fill_masks(words, ())
         if matcher.error is not None:
@@ -223,7 +224,7 @@ class Library:
     # JSON
 
     def _json_options(self, whitespace_pattern: str | None) -> dict[str, Any]:
-        """Overrides win over what the schema says in `x-guidance`, so all that matters is given."""
+        """All options of JSON. They override those that a schema has in `x-guidance`."""
         options: dict[str, Any] = {"lenient": True, "item_separator": ",", "key_separator": ":"}
         if whitespace_pattern is None:
             return options | {"whitespace_flexible": False}
@@ -246,17 +247,17 @@ class Library:
         return walk_schema(schema, limits)
 
     def _check_warnings(self, schemas: Mapping[str, WalkedSchema], warnings: Sequence[str]) -> None:
-        """What compiled leniently is refused where it would not be enforced."""
+        """Refuse a schema with a keyword that llguidance ignores: it would not be enforced."""
         for warning in warnings:
             if warning.startswith("Unknown format"):
-                continue  # of a schema's branch that the walk did not reach
+                continue  # in a part of the schema that nothing refers to
             keywords = re.findall(r'"([^"]+)"', warning) or ["minProperties", "maxProperties"]
             places = [(label, at) for label, walked in schemas.items() for at in walked.with_keyword(*keywords)]
             label, at = places[0] if places else ("", "#")
             raise _refused(label, at, _first_line(warning))
 
     def _refuse_parts(self, schemas: Mapping[str, WalkedSchema], error: str, overrides: dict[str, Any]) -> NoReturn:
-        """Raise for the first schema of the parts that does not compile by itself, else for the whole."""
+        """Raise for the first schema that does not compile by itself, else for the whole grammar."""
         for label, walked in schemas.items():
             alone = self._matcher(self._json_grammar(walked.schema, overrides), 0)
             if alone.is_error():
@@ -264,7 +265,7 @@ class Library:
         raise PatternRefused(_first_line(error))
 
     def _refuse_schema(self, label: str, walked: WalkedSchema, error: str, overrides: dict[str, Any]) -> NoReturn:
-        """Raise for the first subschema that does not compile by itself, else for the whole."""
+        """Raise for the first subschema that does not compile by itself, else for the whole schema."""
         below = ("$ref", "properties", "patternProperties", "items", "prefixItems", "anyOf", "allOf", "oneOf")
         leaves = [(at, node) for at, node in walked.places if not any(keyword in node for keyword in below)]
         leaves += [
@@ -308,7 +309,7 @@ class Library:
 
 
 class _TokenSource:
-    """What llguidance reads of a tokenizer."""
+    """The attributes of a tokenizer that llguidance reads."""
 
     def __init__(self, tokenizer: Tokenizer, tokens: list[bytes]) -> None:
         self.tokens = tokens
@@ -318,14 +319,14 @@ class _TokenSource:
         self._tokenizer = tokenizer
 
     def __call__(self, text: bytes | str) -> list[int]:
-        """Ids of a text that is forced: it goes on with what the answer has."""
+        """The token ids of a forced text, which continues the answer."""
         decoded = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
         return self._tokenizer.encode_continuation(decoded) if self._tokenizer.encodes_in_process else []
 
 
 @contextmanager
 def deep_stack() -> Iterator[None]:
-    """Threads that are started inside have a stack of `STACK_BYTES`."""
+    """Give threads that are started inside a stack of `STACK_BYTES`."""
     before = threading.stack_size(STACK_BYTES)
     try:
         yield
@@ -334,7 +335,7 @@ def deep_stack() -> Iterator[None]:
 
 
 def _refused(label: str, pointer: str, reason: str) -> SchemaRefused | PatternRefused:
-    """The error for a place in a schema: that of the answer, or, with a `label`, that of this tool's arguments."""
+    """The error for a place in the answer's schema or, with a `label`, in the schema of this tool's arguments."""
     refused = SchemaRefused(pointer, reason)
     return PatternRefused(f"{label}: {refused}") if label else refused
 

@@ -1,7 +1,7 @@
-"""Follows one answer through its grammar, token by token: which tokens may come next, which one must, is it complete.
+"""Follows one answer through its grammar: which tokens are allowed next, which are forced, and whether it is complete.
 
-A matcher belongs to one sequence and is used by one thread at a time. Errors of the library end the answer that they
-happen in: they are kept in `error` and never raised.
+A matcher belongs to one sequence and is used by one thread at a time. An error of the library ends the answer that it
+happens in: it is kept in `error` and not raised.
 """
 
 from __future__ import annotations
@@ -18,52 +18,52 @@ if TYPE_CHECKING:
 
 MAX_DIGITS = 20  # of a JSON number, before its point and after it
 MAX_EXPONENT_DIGITS = 2
-MAX_TAIL = MAX_DIGITS + 4  # bytes that show whether a number is long
-MAX_FORCED = 256  # tokens that are known ahead at a time
+MAX_TAIL = MAX_DIGITS + 4  # bytes of the answer that are kept, to find a long number at its end
+MAX_FORCED = 256  # forced tokens that are computed at a time
 TOO_COMPLEX = "the grammar became too complex to follow"
 _LONG_NUMBER = re.compile(rb"([0-9]{%d}|[0-9][eE][-+]?[0-9]{%d})\Z" % (MAX_DIGITS, MAX_EXPONENT_DIGITS))
 
 
 class Matcher(Protocol):
-    """What the engine holds for each sequence whose answer has a grammar."""
+    """The state of one answer's grammar. The engine holds one for each sequence whose answer has a grammar."""
 
     @property
     def error(self) -> str | None:
-        """Why the answer cannot go on."""
+        """Why the answer cannot be continued; None if it can."""
         ...
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens the matcher has taken in."""
+        """How many tokens were given to `advance`."""
         ...
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing can follow: the answer ends here, without an end-of-text token."""
+        """Whether no token can follow. The answer then ends without an end-of-text token."""
         ...
 
     @property
     def forced(self) -> Sequence[int]:
-        """The tokens that come next, whatever the model says. The first is the only one that the mask allows."""
+        """The next tokens, as far as the grammar allows one only. The mask allows the first of them alone."""
         ...
 
     def advance(self, token_ids: Sequence[int]) -> None:
-        """Take in tokens that were drawn, up to one after which the answer is complete."""
+        """Advance by tokens that were drawn. Tokens after the one that completes the answer are ignored."""
         ...
 
     def fill_masks(self, words: memoryview, draft_token_ids: Sequence[int]) -> None:
-        """Write the mask of the next draw, and of the one after each guess, into rows of `words` (int32), all 0.
+        """Write the masks of the next draw and of the draw after each draft token into `words`: int32, one row a draw.
 
-        The rows after a guess that is not allowed stay 0: nothing is drawn there.
+        All rows must be 0. Rows after a draft token that is not allowed stay 0: no token is drawn there.
         """
         ...
 
 
 class NumberTokens:
-    """Finds JSON numbers that go on for ever, by the digits that the text ends in and by what may follow them.
+    """Bounds the digits of JSON numbers, which a model may otherwise write without end.
 
-    Inside a number neither a quote nor a letter may come next but `e`. So digits of strings and of free text are left
-    alone.
+    A number is found by the digits at the end of the text. Digits in strings and free text are not bounded: there a
+    quote or a letter other than `e` may come next, which is not so inside a number.
     """
 
     def __init__(self, token_bytes: Sequence[bytes], row_words: int) -> None:
@@ -78,19 +78,19 @@ class NumberTokens:
         self._text = mask(b'"a')
 
     def bound(self, row: npt.NDArray[np.int32], tail: bytes) -> None:
-        """Take the digits out of a mask if the number that `tail` ends in has all that it may have."""
+        """Remove the digits from a mask if the number at the end of `tail` has the maximum of digits."""
         if _LONG_NUMBER.search(tail) is None or (row & self._text).any():
             return
         others = row & ~self.digits
-        if others.any():  # else the schema itself wants the digits: a constant, a bound
+        if others.any():  # else the schema requires the digits: a constant, a bound
             row[:] = others
 
 
 class GuidedMatcher:
-    """A `Matcher` over one of llguidance's.
+    """A `Matcher` that uses llguidance's.
 
-    A run of forced tokens is settled when it begins and then followed to its end, so that an answer is the same whether
-    its tokens come one a step or several.
+    A run of forced tokens is computed when it begins and then kept to its end. So an answer does not depend on how many
+    of its tokens a step adds.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class GuidedMatcher:
         has_forced_tokens: bool,
         number_tokens: NumberTokens | None,
     ) -> None:
-        """`number_tokens` bounds the numbers of JSON; None where there are none."""
+        """`number_tokens` bounds the numbers of JSON; None if the answer has none."""
         self.error: str | None = None
         self.num_tokens = 0
         self._inner = inner
@@ -146,8 +146,15 @@ class GuidedMatcher:
         for draw, row in enumerate(rows):
             if forced:
                 row.view("uint32")[forced[0] // 32] = 1 << forced[0] % 32
-            elif not self._fill(row, tail):
-                break
+            else:
+                self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+                if self._inner.is_error():
+                    row[:] = 0
+                    break
+                if self._number_tokens is not None:
+                    self._number_tokens.bound(row, tail)
+                if not row.any():
+                    break
             if draw == len(draft_token_ids):
                 break
             token_id = draft_token_ids[draw]
@@ -165,16 +172,6 @@ class GuidedMatcher:
         if num_taken:
             self._inner.rollback(num_taken)
         self._note_error()
-
-    def _fill(self, row: npt.NDArray[np.int32], tail: bytes) -> bool:
-        """Whether there is a token that may come next."""
-        self._inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        if self._inner.is_error():
-            row[:] = 0
-            return False
-        if self._number_tokens is not None:
-            self._number_tokens.bound(row, tail)
-        return bool(row.any())
 
     def _force(self) -> None:
         if self.error is None and not self._inner.is_stopped():

@@ -1,7 +1,7 @@
-"""Regular expressions before they are compiled: what they cost, what they may not use, and known ones rewritten.
+"""Checks regular expressions before they are compiled: their size, what they use. Rewrites some well-known ones.
 
-The library matches by derivatives, so it has no look-around, no backreferences and no word boundaries. The patterns
-with look-ahead that pydantic and zod print are replaced by ones without, which match part of the same texts.
+llguidance matches by derivatives, so it has no look-around, no backreferences and no word boundaries. The patterns with
+look-ahead that pydantic and zod print are replaced by patterns without, which match a part of the same texts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 MAX_GROUP_DEPTH = 100
-_MAX_SIZE = 10**12  # sizes above are all the same: far too much
+_MAX_SIZE = 10**12  # larger sizes are counted as this
 _REPETITION = re.compile(r"\{(\d{1,12})(?:,(\d{0,12}))?\}")
 _BRACED_ESCAPE = re.compile(r"\{[^}]*\}?")  # one that is never closed takes the rest, and is left to the compiler
 
@@ -48,39 +48,36 @@ _MAX_DECIMAL_DIGITS = 20
 
 
 class PatternRefused(ValueError):
-    """A regular expression that cannot be enforced, or not at a bearable cost. The message says why."""
+    """A regular expression that cannot be enforced or costs too much. The message says why."""
 
 
 def rewritten(pattern: str) -> str:
-    """A pattern without look-ahead in place of a known one with it; any other one as it is."""
+    """A known pattern with look-ahead, rewritten without it; any other pattern unchanged."""
     if pattern == _EMAIL:
         return _EMAIL_WITHOUT_LOOK_AHEAD
     for known in _DECIMALS:
         found = known.fullmatch(pattern)
-        if found:
-            return _decimal({name: int(digits) for name, digits in found.groupdict().items()})
+        if not found:
+            continue
+        limits, most = {name: int(digits) for name, digits in found.groupdict().items()}, _MAX_DECIMAL_DIGITS
+        if "digits" in limits:
+            digits = max(1, min(limits["digits"], 2 * most))
+            splits = "|".join(rf"\d{{{whole}}}\.\d{{1,{digits - whole}}}" for whole in range(1, digits))
+            return rf"^[+-]?(\d{{1,{digits}}}{'|' if splits else ''}{splits})$"
+        whole, places = min(limits.get("whole", most), most), min(limits.get("places", most), most)
+        fraction = rf"\.\d{{1,{places}}}" if places else ""
+        before = rf"\d{{1,{whole}}}" if whole else "0"
+        return rf"^[+-]?{before}({fraction})?$" if fraction else rf"^[+-]?{before}$"
     return pattern
 
 
-def _decimal(limits: dict[str, int]) -> str:
-    most = _MAX_DECIMAL_DIGITS
-    if "digits" in limits:
-        digits = max(1, min(limits["digits"], 2 * most))
-        splits = "|".join(rf"\d{{{whole}}}\.\d{{1,{digits - whole}}}" for whole in range(1, digits))
-        return rf"^[+-]?(\d{{1,{digits}}}{'|' if splits else ''}{splits})$"
-    whole, places = min(limits.get("whole", most), most), min(limits.get("places", most), most)
-    fraction = rf"\.\d{{1,{places}}}" if places else ""
-    before = rf"\d{{1,{whole}}}" if whole else "0"
-    return rf"^[+-]?{before}({fraction})?$" if fraction else rf"^[+-]?{before}$"
-
-
 def pattern_size(pattern: str) -> int:
-    """How many single characters the pattern has once its counted repetitions are written out.
+    """The length of the pattern in single characters, with its counted repetitions written out.
 
-    Raises `PatternRefused` for look-around, backreferences, word boundaries and groups nested too deep. Whether the
-    rest is a regular expression is found when it is compiled.
+    Raises `PatternRefused` for look-around, backreferences, word boundaries and groups nested too deep. Other errors
+    are left to the compiler.
     """
-    sums, atom, position = [0], 0, 0  # of each open group, the size of what it has so far without its last atom
+    sums, atom, position = [0], 0, 0  # `sums`: the size of each open group so far, without its last atom
     while position < len(pattern):
         character = pattern[position]
         repetition = _REPETITION.match(pattern, position) if character == "{" else None

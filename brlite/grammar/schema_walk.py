@@ -1,8 +1,8 @@
-"""Walks a JSON schema before it is compiled: counts what it costs, refuses what cannot be enforced, rewrites the rest.
+"""Walks a JSON schema before it is compiled: bounds its cost, refuses what cannot be enforced, rewrites some keywords.
 
-The library neither says where a fault is nor can it be stopped once it compiles. So the walk names the place, as a JSON
-pointer, and bounds all that makes compiling slow. It follows references from the root: what nothing refers to is not
-looked at. The schema is changed in place; no part of it moves, so references stay right.
+llguidance does not say where a fault is, and it cannot be stopped while it compiles. So the walk names the place, as a
+JSON pointer, and bounds everything that makes compiling slow. It follows references from the root; a subschema that
+nothing refers to is not checked. The schema is changed in place, and no part of it moves, so references stay valid.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any, NamedTuple
 from urllib.parse import quote, unquote, urldefrag, urljoin
@@ -19,10 +19,10 @@ from brlite.grammar.patterns import PatternRefused, pattern_size, rewritten
 
 EXACT = 2**53  # integers up to here are exact as doubles, which is how the library keeps numbers
 MAX_NESTING = 100  # levels of JSON; the library stops at 128
-MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and values that they list: 0.2 s
-MAX_EXPANDED_ARRAYS = 400  # that `uniqueItems` over a short enum is written out as
+MAX_COMPARED = 100_000  # pairs of alternatives of `oneOf`, and the values that they list: 0.2 s
+MAX_EXPANDED_ARRAYS = 400  # arrays that replace `uniqueItems` over a short enum
 MAX_WRITTEN = 256 * 1024  # characters that rewriting may add to a schema
-MAX_POINTER = 200  # characters of a place in a message
+MAX_POINTER = 200  # characters of a JSON pointer in a message
 TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
 FORMATS = frozenset(
     ("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
@@ -43,7 +43,7 @@ _SIZES = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "ma
 
 
 class SchemaRefused(ValueError):
-    """A schema that is wrong, too expensive or cannot be enforced. The message says where and why."""
+    """A schema that is invalid, costs too much or cannot be enforced. The message says where and why."""
 
     def __init__(self, pointer: str, reason: str) -> None:
         place = pointer if len(pointer) <= MAX_POINTER else f"{pointer[:MAX_POINTER]}…"
@@ -51,7 +51,7 @@ class SchemaRefused(ValueError):
 
 
 class SchemaLimits(NamedTuple):
-    """What a schema may have. `max_references`: in a row, one inside the other's target."""
+    """The bounds of a schema. `max_references` counts references in a row, each inside the target of the one before."""
 
     max_subschemas: int
     max_properties: int
@@ -62,25 +62,25 @@ class SchemaLimits(NamedTuple):
 
 
 class WalkedSchema(NamedTuple):
-    """A schema ready to be compiled, and the places that the compiler's complaints may be about."""
+    """A schema ready to be compiled, and its subschemas, among which the place of a compiler's error is found."""
 
     schema: Any
     places: list[tuple[str, dict[str, Any]]]  # every subschema with its pointer
 
     def with_keyword(self, *keywords: str) -> list[str]:
-        """Where a keyword stands."""
+        """The pointers of the subschemas that have one of the keywords."""
         return [at for at, node in self.places if any(keyword in node for keyword in keywords)]
 
 
 def parse_schema(text: str) -> Any:
-    """The schema that a JSON text holds. Raises `SchemaRefused`."""
+    """The schema in a JSON text. Raises `SchemaRefused`."""
 
     def refuse(constant: str) -> Any:
         raise SchemaRefused("#", f"{constant} is not JSON")
 
     try:
         schema = json.loads(text, parse_constant=refuse)
-        json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()  # raises for half surrogates and for 1e999
+        json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()  # raises for lone surrogates and for 1e999
     except RecursionError:
         raise SchemaRefused("#", f"the schema is nested more than {MAX_NESTING} levels deep") from None
     except ValueError as error:
@@ -109,13 +109,17 @@ class _Walk:
         self._targets: dict[int, Any] = {}  # of each node with a `$ref`
         self._anchors: dict[str, tuple[str, Any]] = {}
         self._bases: dict[int, str] = {}
-        self._names: dict[str, int] = {"": id(root)}  # what `$id` and `$anchor` call, by identity
+        self._names: dict[str, int] = {"": id(root)}  # the identity of each subschema with an `$id` or `$anchor`
         self._num_repetitions = 0
         self._num_compared = 0
         self._num_written = 0
 
     def run(self) -> None:
-        self._check_nesting()
+        level: list[Any] = [self._root]
+        for _ in range(MAX_NESTING):
+            level = [child for node in level for child in _children(node)]
+        if level:
+            raise SchemaRefused("#", f"the schema is nested more than {MAX_NESTING} levels deep")
         self._find_anchors()
         waiting: list[tuple[str, Any, int]] = [("#", self._root, 0)]
         while waiting:
@@ -128,11 +132,11 @@ class _Walk:
         self._check_ends()
         self._check_joint_patterns()
         for _, node in self.places.values():
-            if "oneOf" in node:  # of which no two match, as `_drop_harmless` has seen
+            if "oneOf" in node:  # `_drop_harmless` has checked that no value matches two alternatives
                 node.setdefault("allOf", []).append({"anyOf": node.pop("oneOf")})
 
     def _visit(self, pointer: str, node: Any, depth: int) -> Iterator[tuple[str, Any, int]]:
-        """Check one subschema, change it where that helps, and yield those below it with the depth of references."""
+        """Check and rewrite one subschema. Yield those below it: pointer, subschema, depth of references."""
         if isinstance(node, bool):
             return
         if not isinstance(node, dict):
@@ -140,7 +144,10 @@ class _Walk:
         self.places[id(node)] = pointer, node
         if len(self.places) > self._limits.max_subschemas:
             raise SchemaRefused(pointer, f"the schema has more than {self._limits.max_subschemas} subschemas")
-        self._check_names(pointer, node)
+        base = self._bases.get(id(node), "").rstrip("#")
+        for keyword, name in (("$id", base), ("$anchor", f"{base}#{node.get('$anchor')}")):
+            if keyword in node and self._names.setdefault(name, id(node)) != id(node):  # the library would mix them up
+                raise SchemaRefused(f"{pointer}/{keyword}", "another subschema has the same name")
         for keyword in _ANNOTATIONS:
             node.pop(keyword, None)
         self._drop_harmless(pointer, node)
@@ -166,7 +173,7 @@ class _Walk:
                 yield f"{pointer}/{keyword}/{_escape(name)}", child, depth
 
     def _drop_harmless(self, pointer: str, node: dict[str, Any]) -> None:
-        """Drop or rewrite what the library does not know, where that does not change what is valid."""
+        """Drop or rewrite keywords that llguidance does not know, if that does not change which values are valid."""
         if not isinstance(node.get("format", ""), str):
             raise SchemaRefused(f"{pointer}/format", "a format is a string")
         node["format"] = ASCII_FORMATS.get(node.get("format", ""), node.get("format"))
@@ -187,14 +194,14 @@ class _Walk:
         if is_plain and isinstance(node.get("unevaluatedProperties"), (dict, bool)):
             node.setdefault("additionalProperties", node.pop("unevaluatedProperties"))
         self._rewrite_property_names(node)
-        for bound in ("Minimum", "Maximum"):  # draft 4 says true or false here
+        for bound in ("Minimum", "Maximum"):  # a boolean in draft 4
             is_exclusive, plain = node.get(f"exclusive{bound}"), bound.lower()
             if isinstance(is_exclusive, bool):
                 del node[f"exclusive{bound}"]
                 if is_exclusive and plain in node:
                     node[f"exclusive{bound}"] = node.pop(plain)
         alternatives = node.get("oneOf")
-        # The library would multiply the alternatives with one another to find this out, in any time and memory.
+        # llguidance would multiply the alternatives with one another to check this, in unbounded time and memory.
         if isinstance(alternatives, list) and not self._are_disjoint(pointer, alternatives):
             reason = "the alternatives cannot be told apart; use anyOf, or a required property with different const"
             raise SchemaRefused(f"{pointer}/oneOf", reason)
@@ -202,7 +209,8 @@ class _Walk:
             self._expand_unique_items(pointer, node)
 
     def _rewrite_property_names(self, node: dict[str, Any]) -> None:
-        """Names that are strings are all names; names that match a pattern are `patternProperties`."""
+        """Drop or rewrite `propertyNames`: strings are all names; a pattern becomes `patternProperties`, an enum
+        `properties`."""
         names = node.get("propertyNames")
         if not isinstance(names, dict):
             return
@@ -224,7 +232,7 @@ class _Walk:
                 del node["propertyNames"]
 
     def _may_write(self, num_characters: int) -> bool:
-        """Whether rewriting may make the schema longer by so much. If so, it counts."""
+        """Whether rewriting may add so many characters to the schema. If so, they are counted."""
         is_allowed = self._num_written + num_characters <= MAX_WRITTEN
         self._num_written += num_characters if is_allowed else 0
         return is_allowed
@@ -247,7 +255,7 @@ class _Walk:
             if keyword == "multipleOf" and keyword in node:
                 if value <= 0:
                     raise SchemaRefused(f"{pointer}/multipleOf", "multipleOf is a number above 0")
-                # An automaton keeps the remainder: 9999991 took three minutes. Powers of ten are only digits.
+                # The automaton has a state for each remainder: 9999991 took three minutes. Powers of ten need none.
                 self._count(f"{pointer}/multipleOf", _remainders(value), "the number")
             is_lower = keyword.endswith("inimum")
             if keyword != "multipleOf" and abs(value) > EXACT:
@@ -266,7 +274,7 @@ class _Walk:
             if rewritten(node["pattern"]) != node["pattern"]:
                 node["pattern"] = rewritten(node["pattern"])
                 if node.get("format") == "email":
-                    del node["format"]  # the pattern says more
+                    del node["format"]  # the pattern is stricter
             patterns.append(node["pattern"])
         for pattern in patterns:
             place = f"{pointer}/pattern" if "pattern" in node else f"{pointer}/patternProperties"
@@ -278,7 +286,7 @@ class _Walk:
         self._check_properties(pointer, node)
 
     def _count(self, pointer: str, size: int, what: str) -> None:
-        """Add to what the automata of a schema need, and refuse what goes beyond the bound."""
+        """Add to the size of the schema's automata, and refuse one that exceeds the bound."""
         self._num_repetitions += size
         if self._num_repetitions > self._limits.max_repetitions:
             most = self._limits.max_repetitions
@@ -298,16 +306,8 @@ class _Walk:
 
     # References
 
-    def _check_nesting(self) -> None:
-        level: list[Any] = [self._root]
-        for _ in range(MAX_NESTING):
-            level = [child for node in level for child in _children(node)]
-            if not level:
-                return
-        raise SchemaRefused("#", f"the schema is nested more than {MAX_NESTING} levels deep")
-
     def _find_anchors(self) -> None:
-        """Note what `$id` and `$anchor` call by name, and the address that references below each `$id` start from."""
+        """Note the subschemas that `$id` and `$anchor` name, and the base address of references in each subschema."""
         waiting: list[tuple[str, Any, str]] = [("#", self._root, "")]
         while waiting:
             pointer, node, base = waiting.pop()
@@ -325,16 +325,8 @@ class _Walk:
             elif isinstance(node, list):
                 waiting += [(f"{pointer}/{index}", child, base) for index, child in enumerate(node)]
 
-    def _check_names(self, pointer: str, node: dict[str, Any]) -> None:
-        """Refuse two subschemas of one name: the library would take one for the other."""
-        base = self._bases.get(id(node), "").rstrip("#")
-        names = {"$id": base, "$anchor": f"{base}#{node.get('$anchor')}"}
-        for keyword, name in names.items():
-            if keyword in node and self._names.setdefault(name, id(node)) != id(node):
-                raise SchemaRefused(f"{pointer}/{keyword}", "another subschema has the same name")
-
     def _resolve(self, pointer: str, node: dict[str, Any]) -> tuple[str, Any]:
-        """Where a node's `$ref` leads. Writes the reference as a URI where it is not one."""
+        """The pointer and the target of a node's `$ref`. Rewrites a reference that is not a valid URI as one."""
         reference = node["$ref"]
         if not isinstance(reference, str):
             raise SchemaRefused(f"{pointer}/$ref", "a reference is a string")
@@ -350,14 +342,17 @@ class _Walk:
         target_pointer, target = found
         for token in fragment.split("/")[1:] if fragment.startswith("/") else []:
             token = unquote(token).replace("~1", "/").replace("~0", "~")
-            target = _child(target, token)
+            if isinstance(target, list) and token.isdecimal() and len(token) < 10 and int(token) < len(target):
+                target = target[int(token)]
+            else:
+                target = target.get(token) if isinstance(target, dict) else None
             target_pointer += f"/{_escape(token)}"
             if target is None:
                 raise SchemaRefused(f"{pointer}/$ref", f"{reference[:100]!r} leads to nothing in the schema")
         return target_pointer, target
 
     def _followed(self, pointer: str, node: Any) -> Any:
-        """What a schema that is nothing but a reference stands for."""
+        """The schema that a reference leads to, up to ten references in a row; any other schema itself."""
         for _ in range(10):
             if not (isinstance(node, dict) and "$ref" in node):
                 break
@@ -367,7 +362,7 @@ class _Walk:
     # Rewriting
 
     def _are_disjoint(self, pointer: str, alternatives: list[Any]) -> bool:
-        """Whether no value can match two alternatives: then oneOf is anyOf. False where that is not plain to see."""
+        """Whether no value can match two alternatives: then oneOf means anyOf. False if that is not known."""
         nodes = [self._followed(pointer, alternative) for alternative in alternatives]
         if not all(isinstance(node, dict) for node in nodes):
             return False
@@ -377,7 +372,11 @@ class _Walk:
         if len(listed) == len(values):
             return len(set[str]().union(*listed)) == sum(map(len, listed))
         self._compare(pointer, len(nodes) ** 2)
-        kinds = [_kinds(node, own) for node, own in zip(nodes, values, strict=True)]
+        kinds: list[set[str]] = []  # the types of value that each alternative allows, numbers and integers as one
+        for node, own in zip(nodes, values, strict=True):
+            types = node.get("type", TYPES) if own is None else [_type(value) for value in own.values()]
+            names = [types] if isinstance(types, str) else types if isinstance(types, (list, tuple)) else TYPES
+            kinds.append({"number" if name == "integer" else str(name) for name in names})
         tags = [self._tags(pointer, node) for node in nodes]
         return all(
             not kinds[i] & kinds[j]
@@ -387,19 +386,19 @@ class _Walk:
         )
 
     def _tags(self, pointer: str, node: dict[str, Any]) -> dict[str, dict[str, Any] | None]:
-        """The properties that an object must have, each with the values that are listed for it."""
+        """The required properties of an object schema, each with the values that are listed for it."""
         schemas = [(name, self._followed("#", node["properties"][name])) for name in _names(node)]
         self._compare(pointer, sum(_num_listed(schema) for _, schema in schemas))
         return {name: _values(schema) for name, schema in schemas} if node.get("type") == "object" else {}
 
     def _compare(self, pointer: str, num: int) -> None:
-        """Count what is compared to tell alternatives apart, and refuse too much."""
+        """Count comparisons of alternatives, and refuse too many."""
         self._num_compared += num
         if self._num_compared > MAX_COMPARED:
             raise SchemaRefused(f"{pointer}/oneOf", "there are too many alternatives and values to compare; use anyOf")
 
     def _expand_unique_items(self, pointer: str, node: dict[str, Any]) -> None:
-        """Write the arrays out that have each value at most once, where the values are few."""
+        """Replace `uniqueItems` over few values by an enum of all arrays that have each value at most once."""
         most = node.get("maxItems")
         if isinstance(most, int) and most <= 1:
             del node["uniqueItems"]
@@ -413,7 +412,7 @@ class _Walk:
             return
         sizes = range(node.get("minItems", 0), min(len(values), len(values) if most is None else most) + 1)
         num_arrays = num_values = 0
-        for size in sizes:  # the first two sizes are enough for many values, whose numbers would have any length
+        for size in sizes:  # stops early: the numbers would be huge for many values
             num_arrays += math.perm(len(values), size)
             num_values += math.perm(len(values), size) * size
             if num_arrays > MAX_EXPANDED_ARRAYS:
@@ -425,15 +424,24 @@ class _Walk:
             node.pop(keyword, None)
         node["enum"] = arrays
 
-    # What can only be seen of the whole
+    # Checks of the whole schema
 
     def _check_ends(self) -> None:
-        """Refuse schemas that no value of finite size matches: what is required leads back to itself."""
+        """Refuse a schema that no finite value matches: a required part contains itself."""
         finite: set[int] = set()
+
+        def is_finite(child: Any) -> bool:
+            return not isinstance(child, dict) or id(child) in finite
+
         num_looks = 0
         pending = list(self.places.values())[::-1]
         while pending:
-            left = [(pointer, node) for pointer, node in pending if not self._note_finite(node, finite)]
+            left = []
+            for pointer, node in pending:
+                if "enum" in node or "const" in node or self._has_finite_value(node, is_finite):
+                    finite.add(id(node))
+                else:
+                    left.append((pointer, node))
             num_looks += len(pending)
             if len(left) == len(pending):
                 raise SchemaRefused(left[-1][0], "what is required here leads back to itself and never ends")
@@ -441,16 +449,8 @@ class _Walk:
                 raise SchemaRefused(left[-1][0], "references are too entangled")
             pending = left
 
-    def _note_finite(self, node: dict[str, Any], finite: set[int]) -> bool:
-        def is_finite(child: Any) -> bool:
-            return not isinstance(child, dict) or id(child) in finite
-
-        if not ("enum" in node or "const" in node or self._has_finite_value(node, is_finite)):
-            return False
-        finite.add(id(node))
-        return True
-
-    def _has_finite_value(self, node: dict[str, Any], is_finite: Any) -> bool:
+    def _has_finite_value(self, node: dict[str, Any], is_finite: Callable[[Any], bool]) -> bool:
+        """Whether a finite value matches, as far as `is_finite` tells of the subschemas."""
         if not is_finite(self._targets.get(id(node))) or not all(map(is_finite, node.get("allOf", []))):
             return False
         for keyword in ("anyOf", "oneOf"):
@@ -459,19 +459,23 @@ class _Walk:
         types = _type_names(node)
         if types - {"object", "array"}:
             return True
-        if "array" in types and all(map(is_finite, itertools.islice(_item_schemas(node), node.get("minItems", 0)))):
-            return True
+        if "array" in types:
+            items = node.get("items", True)
+            first = node.get("prefixItems", items if isinstance(items, list) else [])
+            rest = node.get("additionalItems", True) if isinstance(items, list) else items
+            if all(map(is_finite, [*first, rest][: node.get("minItems", 0)])):
+                return True
         properties = node.get("properties", {})
         return "object" in types and all(is_finite(properties.get(name)) for name in node.get("required", []))
 
     def _check_joint_patterns(self) -> None:
-        """Refuse what multiplies: many patterns for one string, or large divisors of one number."""
+        """Refuse many patterns for one string and large divisors of one number: their automata are multiplied."""
         num_looks, most, keywords = 0, self._limits.max_joint_patterns, {"pattern", "format"}
         for pointer, node in self.places.values():
             num_patterns, num_remainders, seen = 0, 1, set[int]()
             waiting: list[tuple[Any, bool]] = [(node, True)]
             while waiting and num_patterns <= most:
-                each, holds = waiting.pop()  # an alternative's patterns need not hold; divisors multiply all the same
+                each, holds = waiting.pop()  # `holds`: its patterns must match. Divisors are multiplied in any case
                 if isinstance(each, dict) and id(each) not in seen:
                     seen.add(id(each))
                     num_patterns += holds * len(keywords & each.keys())
@@ -491,7 +495,7 @@ class _Walk:
 
 
 def _remainders(divisor: float) -> int:
-    """How many states keep the remainder of a number that is read digit by digit; powers of ten need none."""
+    """How many states the automaton of a divisor has: one for each remainder. Powers of ten need none."""
     return int("".join(map(str, Decimal(str(divisor)).normalize().as_tuple().digits)))
 
 
@@ -503,14 +507,6 @@ def _children(node: Any) -> Iterable[Any]:
     return node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
 
 
-def _child(node: Any, token: str) -> Any:
-    if isinstance(node, dict):
-        return node.get(token)
-    if isinstance(node, list) and token.isdecimal() and len(token) < 10 and int(token) < len(node):
-        return node[int(token)]
-    return None
-
-
 def _mapping(pointer: str, node: Mapping[str, Any], keyword: str) -> dict[str, Any]:
     value = node.get(keyword, {})
     if not isinstance(value, dict):
@@ -518,23 +514,16 @@ def _mapping(pointer: str, node: Mapping[str, Any], keyword: str) -> dict[str, A
     return value
 
 
-def _item_schemas(node: Mapping[str, Any]) -> Iterator[Any]:
-    """The schemas of an array's items, one after the other, without end."""
-    items = node.get("items", True)
-    first = node.get("prefixItems", items if isinstance(items, list) else [])
-    rest = node.get("additionalItems", True) if isinstance(items, list) else items
-    return itertools.chain(first, itertools.repeat(rest, 1))
-
-
 def _names(node: Mapping[str, Any]) -> Iterator[str]:
-    """The required properties that have a schema of their own."""
+    """The required properties that have a schema."""
     properties, required = node.get("properties"), node.get("required")
     if isinstance(properties, dict) and isinstance(required, list):
         yield from (name for name in required if isinstance(name, str) and isinstance(properties.get(name), dict))
 
 
 def _values(node: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The values that a schema allows, by what makes two the same in JSON; None where it does not list them."""
+    """The values that a schema lists, by a text that is the same for values that are equal in JSON; None if it lists
+    none."""
     if isinstance(node.get("enum"), list):
         values = node["enum"]
     elif "const" in node:
@@ -549,16 +538,9 @@ def _values(node: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _type_names(node: Mapping[str, Any]) -> set[str]:
-    """The types that a schema names, else all. What is no name is refused where the schema is visited."""
+    """The types that a schema names; all if it names none. Wrong names are refused when the schema is visited."""
     types = node.get("type", TYPES)
     return {name for name in (types if isinstance(types, (list, tuple)) else [types]) if isinstance(name, str)}
-
-
-def _kinds(node: Mapping[str, Any], values: Mapping[str, Any] | None) -> set[str]:
-    """The types of value that a schema allows, numbers and integers as one."""
-    types = node.get("type", TYPES) if values is None else [_type(value) for value in values.values()]
-    names = [types] if isinstance(types, str) else types if isinstance(types, (list, tuple)) else TYPES
-    return {"number" if name == "integer" else str(name) for name in names}
 
 
 def _are_distinct(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bool:
