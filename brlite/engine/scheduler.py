@@ -291,16 +291,18 @@ class Scheduler:
             self.waiting.bring_forward(tenant, group)
 
     def _next_to_replace(self) -> tuple[Sequence, str, str | None] | None:
-        """Where all are taken, one of a class behind the next one's. In its class one of the tenant with most, if
-        another has none; the same within a tenant, by group.
+        """One of a class behind the next sequence's, where that lacks a place or blocks. Where all places are taken, in
+        its class one of the tenant with most, if another has none; the same within a tenant, by group.
 
         With it come the tenant, and the group, whose turn is to be next.
         """
-        if len(self.running) < self._max_num_seqs or not self.waiting.has_turns or self.waiting.next is None:
+        if not self.running or not self.waiting.has_turns or self.waiting.next is None:
             return None
         priority, latest = self.waiting.next.state.request.priority, _latest_of_last_class(self.running)
-        if latest.state.request.priority > priority:
+        if latest.state.request.priority > priority and not self._can_admit():
             return latest, next(iter(self.waiting.tenants)), None
+        if len(self.running) < self._max_num_seqs:
+            return None
         running = [seq for seq in self.running if seq.state.request.priority == priority]
         if not running:
             return None

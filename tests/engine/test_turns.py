@@ -215,6 +215,19 @@ def test_where_blocks_run_out_the_last_class_gives_them_back(make_driver: MakeDr
     assert driver.engine.stats.preemptions > 0
 
 
+def test_a_class_before_takes_the_blocks_that_its_next_prompt_needs(make_driver: MakeDriver) -> None:
+    driver = make_driver(num_blocks=8, max_num_seqs=4, max_model_len=32, budget=64, limits=PATIENT)
+    behind = [driver.submit([number] * 10, max_tokens=5, priority=1) for number in (1, 2)]
+    driver.step()
+
+    before = driver.submit([3] * 18, max_tokens=2)
+    driver.finish()
+
+    assert driver.finished[0] == before
+    for number, request_id in zip((1, 2), behind, strict=True):
+        assert driver.token_ids(request_id) == reference_tokens(bytes([number] * 10), 5)
+
+
 def test_a_sequence_that_lost_its_blocks_holds_up_no_class_before_its_own(make_driver: MakeDriver) -> None:
     driver = make_driver(num_blocks=8, max_num_seqs=3, max_model_len=32, budget=64, limits=PATIENT)
     behind = driver.submit([1] * 10, max_tokens=12, priority=1)
