@@ -54,6 +54,7 @@ class BeamSearch:
     ) -> None:
         """`end_token_ids` are those that end an answer; they are left out before `min_tokens`."""
         self.width = params.beam_width
+        self.num_tokens = 0  # drawn for all beams so far
         self._params = params
         self._max_tokens = max_tokens
         self._end_token_ids = frozenset(end_token_ids)
@@ -84,6 +85,7 @@ class BeamSearch:
     def take(self, seq_id: int, drawn: TokenLogprob) -> None:
         """Note the best tokens after a beam."""
         self._drawn[seq_id] = drawn
+        self.num_tokens += 1
 
     def has_drawn(self, seq_id: int) -> bool:
         """Whether the best tokens after this beam are known."""

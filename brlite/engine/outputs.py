@@ -66,6 +66,7 @@ class RequestOutput(msgspec.Struct, kw_only=True, gc=False):
 
     `prompt_logprobs` has one entry for each prompt token, the first of them None; it comes with the first output.
     `embedding` (float32) is the last output of a request for one, whose only completion is empty.
+    `num_searched_tokens` were drawn for all beams of a beam search, whose answers come at once.
     `warnings` says every clamp and fallback that touched the request. `times` come with the last output.
     """
 
@@ -76,6 +77,7 @@ class RequestOutput(msgspec.Struct, kw_only=True, gc=False):
     prompt: str | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     num_cached_tokens: int = 0
+    num_searched_tokens: int = 0
     embedding: array[float] | None = None
     warnings: tuple[str, ...] = ()
     times: RequestTimes | None = None
@@ -90,6 +92,7 @@ class RequestOutput(msgspec.Struct, kw_only=True, gc=False):
                 self.outputs.append(output)
         self.finished, self.times = later.finished, later.times
         self.num_cached_tokens = later.num_cached_tokens
+        self.num_searched_tokens = later.num_searched_tokens
         self.embedding = later.embedding
         if later.prompt_logprobs is not None:
             self.prompt_logprobs = later.prompt_logprobs

@@ -282,6 +282,7 @@ class RequestState:
             outputs=list(self.delta.values()),
             finished=self.is_finished,
             num_cached_tokens=self.num_cached_tokens,
+            num_searched_tokens=0 if self.search is None else self.search.num_tokens,
             embedding=self.embedding,
             warnings=self.warnings,
         )

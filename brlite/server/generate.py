@@ -142,6 +142,8 @@ class Delivery:
         self._tenant = request[API_KEY].tenant
         self._outputs: dict[int, RequestOutput] = {}  # that are not sent yet
         self._num_open = 0
+        self._num_searched = 0  # tokens of beam searches that no answer has
+        self._is_closed = False
         self._error: BrliteError | None = None
         self._times = RequestTimes(0.0, 0.0, 0.0)  # of the prompt that ended last
         self._deadline: asyncio.TimerHandle | None = None
@@ -235,6 +237,8 @@ class Delivery:
             if isinstance(output, BrliteError):
                 self._error = output
             else:
+                if output.num_searched_tokens:
+                    self._charge_search(output)
                 self._num_open -= output.finished
                 self._times = output.times or self._times
                 self._take(index, output)
@@ -245,6 +249,14 @@ class Delivery:
             if not self._num_open or self._error is not None:
                 self._changed.set()
 
+    def _charge_search(self, output: RequestOutput) -> None:
+        """Charge what beams drew. Where the client has left, nothing of the search has been charged before."""
+        if self._is_closed:
+            spend_tokens(self._request, len(output.prompt_token_ids), output.num_searched_tokens)
+        else:
+            num_told = sum(len(completion.token_ids) for completion in output.outputs)
+            self._num_searched += max(0, output.num_searched_tokens - num_told)
+
     def _take(self, index: int, output: RequestOutput) -> None:
         if index in self._outputs:
             self._outputs[index].merge(output)
@@ -252,6 +264,7 @@ class Delivery:
             self._outputs[index] = output
 
     def _close(self) -> None:
+        self._is_closed = True
         self._request.app[RUNNING].discard(self)
         if self._deadline is not None:
             self._deadline.cancel()
@@ -262,7 +275,7 @@ class Delivery:
             for index, output in self._outputs.items():  # computed, and never sent
                 self._builder.count(index, output)
             usage = self._builder.usage()
-        spend_tokens(self._request, usage.prompt, usage.completion)
+        spend_tokens(self._request, usage.prompt, usage.completion + self._num_searched)
         spent = self._request[API_KEY].usage
         spent.queue_seconds += self._times.queue
         spent.prefill_seconds += self._times.prefill

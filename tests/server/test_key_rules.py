@@ -264,6 +264,42 @@ async def test_a_client_that_leaves_gives_its_place_back_and_has_used_what_was_c
     await client.chat()
 
 
+SEARCH = {"use_beam_search": True, "temperature": 0, "best_of": 3, "max_tokens": 8}
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_beam_search_is_charged_for_all_its_beams(limited: LimitedClient, is_streamed: bool) -> None:
+    client = await limited()
+
+    async with client.session.post(
+        client.url + COMPLETION, json=completion_body(stream=is_streamed, **SEARCH)
+    ) as response:
+        text = await response.text()
+
+    assert '"finish_reason":"length"' in text
+    assert (await counts(client))["completion"] == 1 + 7 * 3
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_client_that_leaves_a_beam_search_has_used_what_was_computed(
+    limited: LimitedClient, is_streamed: bool
+) -> None:
+    stall = Stall()
+    client = await limited(backend={"next_token": stall.next_token})
+    body = completion_body("x" * PROMPT_TOKENS, stream=is_streamed, **SEARCH)
+    running = asyncio.create_task(client.post(COMPLETION, body))
+    await asyncio.to_thread(stall.is_reached.wait, PATIENCE_SECONDS)
+
+    running.cancel()
+    await asyncio.wait([running])
+    stall.may_go_on.set()
+    await asyncio.wait_for(until_charged(client), PATIENCE_SECONDS)
+
+    found = await counts(client)
+    assert found["prompt"] == PROMPT_TOKENS
+    assert found["completion"] >= 1 + 4 * 3
+
+
 async def until_charged(client: Client) -> None:
     while not (await counts(client))["prompt"]:
         pass
