@@ -132,7 +132,7 @@ def test_its_memory_is_counted_and_check_prints_it(
     )
     config = load_config(file)
 
-    assert check.run(file) == 0
+    assert check.check(file) == 0
     sizes = sizes_at(folders["served"], config.model[0], config.engine)
     with LLM(config=config) as llm:
         assert llm._engine.draft_model is not None
@@ -166,7 +166,7 @@ def test_a_draft_model_beside_ranks_or_an_engine_plugin_is_refused_in_one_line(t
     )
 
     with pytest.raises(ConfigError) as caught:
-        check.run(file)
+        check.check(file)
 
     assert [line.partition("brlite.toml: ")[2] for line in str(caught.value).splitlines()] == [
         "model[0].draft: allowed is a draft model with tensor_parallel = 1, which is 2",
@@ -195,7 +195,7 @@ def test_a_wrong_draft_table_is_one_line(tmp_path: Path, toml: str, problem: str
 def test_a_draft_model_that_is_not_there_is_refused(folders: dict[str, Path]) -> None:
     config = make_config({**folders, "gone": Path("/nowhere/model")}, "gone")
 
-    with pytest.raises(ModelError, match="/nowhere/model"):
+    with pytest.raises(ModelError, match="draft: model path /nowhere/model does not exist"):
         LLM(config=config)
 
 

@@ -194,7 +194,7 @@ def test_a_beam_search_has_as_many_beams_as_answers_to_choose_from(given: dict[s
 @pytest.mark.parametrize(
     ("given", "name"),
     [
-        ({"best_of": 1}, "use_beam_search"),
+        ({"best_of": 1}, "best_of"),
         ({"best_of": 4, "temperature": 0.5}, "temperature"),
         ({"best_of": 4, "top_p": 0.5}, "top_p"),
         ({"best_of": 4, "top_k": 5}, "top_k"),
@@ -202,6 +202,7 @@ def test_a_beam_search_has_as_many_beams_as_answers_to_choose_from(given: dict[s
         ({"best_of": 4, "logit_bias": {1: 1}}, "logit_bias"),
         ({"best_of": 4, "bad_words": ["x"]}, "bad_words"),
         ({"best_of": 4, "structured": StructuredOutput(json_object=True)}, "structured"),
+        ({"best_of": 4, "structured": StructuredOutput(choice=("x",), param="guided_choice")}, "guided_choice"),
         ({"use_beam_search": False, "length_penalty": 2}, "length_penalty"),
         ({"use_beam_search": False, "early_stopping": True}, "early_stopping"),
     ],
@@ -211,6 +212,7 @@ def test_what_a_beam_search_cannot_obey_is_refused_by_name(given: dict[str, Any]
         SamplingParams(**{"use_beam_search": True, "temperature": 0, **given})
 
     assert refusal.value.param == name
+    assert str(refusal.value).startswith(f"{name} ")
 
 
 def test_both_spellings_of_stop_token_ids_add_up() -> None:

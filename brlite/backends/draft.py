@@ -25,7 +25,10 @@ logger = logging.getLogger(__name__)
 
 def find_draft(draft: DraftConfig) -> Path:
     """The folder or file of a draft model, which is not fetched. Raises `ModelError` where there is none."""
-    return locate_model(draft.path, draft.path, sources=local_sources)
+    try:
+        return locate_model(draft.path, draft.path, sources=local_sources)
+    except ModelError as error:
+        raise ModelError(f"draft: {error}") from None
 
 
 def draft_spec(

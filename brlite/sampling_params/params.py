@@ -34,7 +34,6 @@ NOT_IN_BEAM_SEARCH = (
     *("temperature", "top_p", "top_k", "min_p", "top_n_sigma", "typical_p", "xtc_probability", "dynatemp_range"),
     *("dry_multiplier", "presence_penalty", "frequency_penalty", "repetition_penalty"),
     *("logit_bias", "allowed_token_ids", "bad_words"),
-    "structured",
 )
 
 Pooling = Literal["last", "mean"]
@@ -327,13 +326,17 @@ def _check_beam_search(params: SamplingParams) -> None:
         name = "early_stopping" if params.early_stopping else "length_penalty"
         raise InvalidRequest(f"{name} needs use_beam_search to be true", param=name)
     if params.beam_width < 2:
-        raise InvalidRequest("use_beam_search needs 2 beams, best_of or n, or more", param="use_beam_search")
+        message = f"best_of must be at least 2 with use_beam_search: the number of beams, got {params.beam_width}"
+        raise InvalidRequest(message, param="best_of")
+    if params.structured is not None:
+        name = params.structured.param  # the client's name of the field
+        raise InvalidRequest(f"{name} must be left out with use_beam_search", param=name)
     for name in NOT_IN_BEAM_SEARCH:
         value = getattr(params, name)
         neutral = 0.0 if name == "temperature" else _PARAMETERS[name].default
         if value != neutral and not (name == "temperature" and params.is_greedy):
-            neutral = "left out" if name in ("logit_bias", "allowed_token_ids", "bad_words", "structured") else neutral
-            message = f"{name} must be {neutral} with use_beam_search, got {reprlib.repr(value)}"
+            allowed = f"{neutral:g}" if isinstance(neutral, (int, float)) else "left out"
+            message = f"{name} must be {allowed} with use_beam_search, got {reprlib.repr(value)}"
             raise InvalidRequest(message, param=name)
 
 
