@@ -1,7 +1,8 @@
 """llama.cpp's `/infill`: what stands in a gap of a text, given other files of its repository.
 
 Fields and answers are llama.cpp's. It lacks what says nothing here (`id_slot`, `timings`, `generation_settings`), and
-a prompt that is too long is refused: neither it nor the other files are cut.
+a prompt that is too long is refused: neither it nor the other files are cut. With 0 tokens asked for, the one token
+that the engine must draw is neither shown nor counted: editors fill the prefix cache so.
 """
 
 from __future__ import annotations
@@ -88,9 +89,13 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
         files=tuple((file.filename, file.text) for file in files),
     )
     field_names = {**_FIELD_NAMES, **more.field_names}
+    given = dict(more.sampling)
+    if body.max_tokens == 0:
+        given["max_tokens"] = 1
     return Generation(
         prompts=(infill,),
-        params=sampling_params(body, field_names, structured=structured_output(body), **more.sampling),
+        params=sampling_params(body, field_names, structured=structured_output(body), **given),
+        is_echo_only=body.max_tokens == 0,
         continuous_usage=True,
         field_names=field_names,
         warnings=more.warnings,

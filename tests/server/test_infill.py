@@ -123,6 +123,19 @@ async def test_without_such_tokens_their_texts_stand_there_with_a_warning(client
     assert (refused, error["error"]["code"]) == (400, "strict")
 
 
+async def test_no_tokens_fill_the_cache_for_the_next_request(make_client: MakeClient) -> None:
+    client = await make_client(next_token=next_letter)
+    body = {**BODY, "input_prefix": "a" * 40}
+
+    _, none = await client.post("/infill", {**body, "n_predict": 0, "return_tokens": True})
+    (streamed,) = await stream(client, {**body, "n_predict": 0})
+    _, answer = await client.post("/infill", body)
+
+    assert (none["content"], none["tokens"], none["tokens_predicted"], none["stop_type"]) == ("", [], 0, "limit")
+    assert (streamed["content"], streamed["stop"], streamed["tokens_predicted"]) == ("", True, 0)
+    assert answer["tokens_cached"] > 0 == none["tokens_cached"]
+
+
 async def test_the_answer_ends_at_a_token_that_begins_another_file(make_client: MakeClient) -> None:
     client = await make_client(next_token=lambda context, seed: b"abx"[len(context) % 3])
 
@@ -141,7 +154,7 @@ async def test_the_answer_ends_at_a_token_that_begins_another_file(make_client: 
         ({"n_cmpl": 2}, "n_cmpl"),
         ({"n_probs": 3}, "n_probs"),
         ({"samplers": ["top_k", "infill"]}, "samplers"),
-        ({"n_predict": 0}, "n_predict"),
+        ({"n_predict": -2}, "n_predict"),
         ({"stop": ["a"] * 1000}, "stop"),
         ({"stop_words": ["a"] * 1000}, "stop"),
         ({"input_prefix": "a" * 10000}, "input_prefix"),

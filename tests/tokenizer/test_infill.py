@@ -85,6 +85,29 @@ def test_a_prompt_has_the_tokens_and_what_the_texts_spell_out_stays_words(qwen2_
     assert tokenizer.decode(found[place + 1 : -1]) == "b"
 
 
+def test_files_go_before_the_gap_and_the_start_of_the_answer_behind_it(qwen2_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(qwen2_folder, tmp_path / "coder")
+    size = load_tokenizer(folder).vocab_size
+    names = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|repo_name|>", "<|file_sep|>")
+    (folder / "added_tokens.json").write_text(json.dumps({name: size + index for index, name in enumerate(names)}))
+    tokenizer = load_tokenizer(folder)
+
+    found = tokenizer.encode_infill(InfillText("a", "", start=" x<|file_sep|>", files=[("f.py", "one\n")]))
+
+    assert tokenizer.decode(found, skip_special_tokens=False) == (
+        "<|repo_name|>myproject\n<|file_sep|>f.py\none\n<|file_sep|>filename\n"
+        "<|fim_prefix|>a<|fim_suffix|><|fim_middle|> x<|file_sep|>"
+    )
+    assert found.count(size + 4) == 2  # what the start spells out is words
+    for name, text in {
+        "start": InfillText("a", "b", start="\ud800"),
+        "files": InfillText("a", "b", files=[("a", "\ud800")]),
+    }.items():
+        with pytest.raises(InvalidRequest) as caught:
+            tokenizer.encode_infill(text)
+        assert caught.value.param == name
+
+
 def test_a_vocabulary_without_them_refuses_a_suffix(qwen2_folder: Path) -> None:
     tokenizer = load_tokenizer(qwen2_folder)
 
