@@ -1,7 +1,7 @@
-"""Events to a Responses stream, or to one response: items that open, grow and close, one at a time.
+"""Encodes events as a Responses stream, or as one response. Items are opened, added to and closed, one at a time.
 
-Each kind of item is a class here, with the stream's events of its life. A response that is not streamed is made of the
-same items. Shapes are those of OpenAI's types: every field that they require is there.
+Each kind of item has a class here, which makes the stream's events of that item. A response that is not streamed is
+made of the same items. `responses_events.py` has the shapes.
 """
 
 from __future__ import annotations
@@ -9,15 +9,45 @@ from __future__ import annotations
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct
 
 from brlite.dialects.errors import SERVER_FAULT, error_code, error_message, status_of
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.generation import Generation
 from brlite.dialects.openai import ShownLogprob, encode_json, shown_logprob
+from brlite.dialects.responses_events import (
+    ArgumentsDelta,
+    ArgumentsDone,
+    CompletedEvent,
+    CustomCallItem,
+    CustomInputDelta,
+    CustomInputDone,
+    ErrorEvent,
+    FailedEvent,
+    FunctionCallItem,
+    IncompleteEvent,
+    InProgressEvent,
+    Item,
+    ItemAdded,
+    ItemDone,
+    ItemStatus,
+    MessageItem,
+    OutputText,
+    PartAdded,
+    PartDone,
+    ReasoningDeltaEvent,
+    ReasoningDone,
+    ReasoningItem,
+    ReasoningText,
+    ResponseEvent,
+    StreamEvent,
+    TextDeltaEvent,
+    TextDone,
+    delta_logprobs,
+)
 from brlite.dialects.responses_items import sealed
 from brlite.dialects.responses_tools import CalledTool, ResponseTools
 from brlite.dialects.sse import EVENT_END, frame
@@ -25,7 +55,6 @@ from brlite.errors import InvalidRequest
 
 ID_PREFIX = "resp_"
 
-ItemStatus = Literal["in_progress", "completed", "incomplete"]
 # A response's status by its finish reason; without one it has failed.
 STATUSES: dict[EndReason, str] = {
     "stop": "completed",
@@ -74,157 +103,6 @@ class FinishedResponse(Struct, frozen=True):
         return b"".join([event + EVENT_END for event in behind])
 
 
-class DeltaTopLogprob(Struct):
-    token: str
-    logprob: float
-
-
-class DeltaLogprobs(Struct):
-    """A token in an event, which has no `bytes`."""
-
-    token: str
-    logprob: float
-    top_logprobs: list[DeltaTopLogprob]
-
-
-class OutputText(Struct, tag_field="type", tag="output_text"):
-    text: str
-    annotations: list[Any] = []
-    logprobs: list[ShownLogprob] = []
-
-
-class ReasoningText(Struct, tag_field="type", tag="reasoning_text"):
-    text: str
-
-
-class MessageItem(Struct, tag_field="type", tag="message", kw_only=True):
-    id: str
-    role: Literal["assistant"] = "assistant"
-    status: ItemStatus
-    content: list[OutputText] = []
-
-
-class ReasoningItem(Struct, tag_field="type", tag="reasoning", kw_only=True):
-    id: str
-    summary: list[Any] = []
-    content: list[ReasoningText] = []
-    encrypted_content: str | UnsetType = UNSET
-    status: ItemStatus
-
-
-class FunctionCallItem(Struct, tag_field="type", tag="function_call", kw_only=True):
-    id: str
-    call_id: str
-    name: str
-    namespace: str | UnsetType = UNSET
-    arguments: str = ""
-    status: ItemStatus
-
-
-class CustomCallItem(Struct, tag_field="type", tag="custom_tool_call", kw_only=True):
-    id: str
-    call_id: str
-    name: str
-    namespace: str | UnsetType = UNSET
-    input: str = ""
-
-
-Item = MessageItem | ReasoningItem | FunctionCallItem | CustomCallItem
-
-
-class StreamEvent(Struct, tag_field="type", tag="", kw_only=True):
-    """An event of a stream. The encoder numbers it."""
-
-    sequence_number: int = 0
-
-
-class ResponseEvent(StreamEvent, tag="response.created", kw_only=True):
-    response: Raw
-
-
-class InProgressEvent(ResponseEvent, tag="response.in_progress"):
-    pass
-
-
-class CompletedEvent(ResponseEvent, tag="response.completed"):
-    pass
-
-
-class IncompleteEvent(ResponseEvent, tag="response.incomplete"):
-    pass
-
-
-class FailedEvent(ResponseEvent, tag="response.failed"):
-    pass
-
-
-class ErrorEvent(StreamEvent, tag="error", kw_only=True):
-    code: str | None
-    message: str
-    param: str | None
-
-
-class ItemAdded(StreamEvent, tag="response.output_item.added", kw_only=True):
-    output_index: int
-    item: Item
-
-
-class ItemDone(ItemAdded, tag="response.output_item.done"):
-    pass
-
-
-class ItemEvent(StreamEvent, tag="", kw_only=True):
-    item_id: str
-    output_index: int
-
-
-class PartAdded(ItemEvent, tag="response.content_part.added", kw_only=True):
-    content_index: int = 0
-    part: OutputText | ReasoningText
-
-
-class PartDone(PartAdded, tag="response.content_part.done"):
-    pass
-
-
-class TextDeltaEvent(ItemEvent, tag="response.output_text.delta", kw_only=True):
-    content_index: int = 0
-    delta: str
-    logprobs: list[DeltaLogprobs] = []
-
-
-class TextDone(ItemEvent, tag="response.output_text.done", kw_only=True):
-    content_index: int = 0
-    text: str
-    logprobs: list[DeltaLogprobs] = []
-
-
-class ReasoningDeltaEvent(ItemEvent, tag="response.reasoning_text.delta", kw_only=True):
-    content_index: int = 0
-    delta: str
-
-
-class ReasoningDone(ItemEvent, tag="response.reasoning_text.done", kw_only=True):
-    content_index: int = 0
-    text: str
-
-
-class ArgumentsDelta(ItemEvent, tag="response.function_call_arguments.delta", kw_only=True):
-    delta: str
-
-
-class ArgumentsDone(ItemEvent, tag="response.function_call_arguments.done", kw_only=True):
-    arguments: str
-
-
-class CustomInputDelta(ItemEvent, tag="response.custom_tool_call_input.delta", kw_only=True):
-    delta: str
-
-
-class CustomInputDone(ItemEvent, tag="response.custom_tool_call_input.done", kw_only=True):
-    input: str
-
-
 class OpenMessage:
     def __init__(self, item_id: str, index: int, *, has_logprobs: bool) -> None:
         self._id, self._index = item_id, index
@@ -242,15 +120,13 @@ class OpenMessage:
             return TextDeltaEvent(item_id=self._id, output_index=self._index, delta=text)
         logprobs = [shown_logprob(token) for token in tokens or ()]
         self._logprobs += logprobs
-        return TextDeltaEvent(
-            item_id=self._id, output_index=self._index, delta=text, logprobs=_delta_logprobs(logprobs)
-        )
+        return TextDeltaEvent(item_id=self._id, output_index=self._index, delta=text, logprobs=delta_logprobs(logprobs))
 
     def end(self, status: ItemStatus) -> tuple[list[StreamEvent], Item]:
         text = "".join(self._texts)
         part = OutputText(text, logprobs=self._logprobs)
         item = MessageItem(id=self._id, status=status, content=[part])
-        done = TextDone(item_id=self._id, output_index=self._index, text=text, logprobs=_delta_logprobs(self._logprobs))
+        done = TextDone(item_id=self._id, output_index=self._index, text=text, logprobs=delta_logprobs(self._logprobs))
         part_done = PartDone(item_id=self._id, output_index=self._index, part=part)
         return [done, part_done, ItemDone(output_index=self._index, item=item)], item
 
@@ -523,10 +399,3 @@ def _shown_error(error: BaseException) -> dict[str, Any]:
     status = status_of(error).http
     code = "rate_limit_exceeded" if status == 429 else "invalid_prompt" if status < 500 else "server_error"
     return {"code": code, "message": error_message(error)}
-
-
-def _delta_logprobs(logprobs: Sequence[ShownLogprob]) -> list[DeltaLogprobs]:
-    return [
-        DeltaLogprobs(each.token, each.logprob, [DeltaTopLogprob(top.token, top.logprob) for top in each.top_logprobs])
-        for each in logprobs
-    ]

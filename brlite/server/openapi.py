@@ -45,7 +45,7 @@ from brlite.dialects.openai_tokens import (
     TokenizerInfo,
 )
 from brlite.dialects.responses import ResponsesRequest
-from brlite.dialects.responses_encoder import Item
+from brlite.dialects.responses_events import Item
 from brlite.dialects.scores import RerankAnswer, RerankRequest, ScoreAnswer, ScoreRequest
 from brlite.sampling_params import MAX, parameters
 from brlite.server.explain import Explanation
