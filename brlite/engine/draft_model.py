@@ -1,9 +1,9 @@
 """A smaller model of the same vocabulary that guesses tokens ahead of the served model, which verifies them.
 
 Decides what the small model computes, and keeps its KV cache: blocks of its own, and for each sequence the number of
-tokens that it has computed. It may lag behind the sequence, whose missing tokens are computed with the next guesses:
-after a preemption, a hit of the served model's prefix cache, or while guesses did not pay. Whether guesses pay is
-decided by the scheduler. `DraftModel.run` is called on the step thread, all else on the thread of the engine.
+tokens that it has computed. That number may be behind the sequence's: after a preemption, a hit of the served model's
+prefix cache, or while guesses did not pay. The missing tokens are then computed with the next guesses. The scheduler
+decides whether guesses pay. `DraftModel.run` is called on the step thread, all else on the engine's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from brlite.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-INITIAL_ACCEPTANCE = 0.7  # of a pair that was chosen to go together; after a few guesses the measured one counts
+INITIAL_ACCEPTANCE = 0.7  # the share of right guesses that is assumed until some are measured
 SHARED_WEIGHT = 0.05  # of a guess in the estimate that new sequences begin with
 FIRST_TRIAL_STEPS = 64  # steps without guesses until two are tried again; each trial that fails doubles it
 MAX_TRIAL_STEPS = 4096
@@ -86,7 +86,7 @@ class DraftModel:
         self._trial_steps = FIRST_TRIAL_STEPS
 
     def release_stopped(self) -> None:
-        """Take the blocks of sequences that do not run back. What they hold is found again until they are reused."""
+        """Free the blocks of sequences that do not run. Their contents stay in the cache until they are reused."""
         for seq in [seq for seq in self._followed if self.is_off or seq.status is not SequenceStatus.RUNNING]:
             self._blocks.release(self._followed.pop(seq))
 
@@ -124,9 +124,9 @@ class DraftModel:
         self._blocks.seal(draft)
 
     def is_trial_due(self, cost: float) -> bool:
-        """Whether guesses that are not expected to pay are to be made, so that the estimate cannot stay wrong.
+        """Whether to try guesses that are not expected to pay, so that a wrong estimate is corrected.
 
-        `cost` is what they take, in steps of one row. To be called for each step that may have guesses and has none.
+        `cost` is their cost in steps of one row. Call it for each step that may have guesses and has none.
         """
         self._num_steps_without += 1
         if self._num_steps_without < max(self._trial_steps, cost / TRIAL_SHARE):
@@ -136,7 +136,7 @@ class DraftModel:
         return True
 
     def note_paying(self) -> None:
-        """Guesses pay again: the next trials are soon."""
+        """Note that guesses pay: the next trial comes after `FIRST_TRIAL_STEPS` again."""
         self._num_steps_without, self._trial_steps = 0, FIRST_TRIAL_STEPS
 
     def plan(self, wanted: Iterable[tuple[Sequence, int]], budget: int, start: float) -> DraftPlan | None:
@@ -190,7 +190,7 @@ class DraftModel:
         return guesses
 
     def take_in(self, plan: DraftPlan, guesses: dict[int, list[int]] | None, now: float) -> None:
-        """Keep what `run` gave, for `guesses_for`, and see what it has cost."""
+        """Keep the result of `run` for `guesses_for`, and measure its cost."""
         if guesses is None:
             self.is_off = True
             self.release_stopped()
@@ -209,7 +209,7 @@ class DraftModel:
             draft.has_failed = run.sampling is not None and not draft.guesses
 
     def guesses_for(self, seq: Sequence) -> list[int]:
-        """What was guessed to follow the tokens that the sequence has now."""
+        """The guesses for the sequence's next tokens; none if it has grown since they were made."""
         draft = self._followed.get(seq)
         return draft.guesses if draft is not None and draft.num_tokens_before == draft.num_tokens else []
 

@@ -56,7 +56,7 @@ MAX_RETRY_AFTER_SECONDS = 60
 
 
 class Step(NamedTuple):
-    """A step that was decided and has not ended: each sequence with the number of its tokens in it."""
+    """A step that was decided and has not ended. `runs` has each sequence with the number of its tokens to compute."""
 
     runs: list[tuple[Sequence, int]]
     guidance: StepGuidance | None
@@ -81,18 +81,18 @@ class Engine:
     ) -> None:
         """`sampling_defaults` are the model's own, for requests that leave these parameters out.
 
-        `draft_backend` computes a smaller model of the same vocabulary that guesses tokens ahead. Whoever calls
-        `schedule` has it run before, by `plan_drafts`, and closes it.
+        `draft_backend` computes a smaller model of the same vocabulary that guesses tokens ahead. The caller runs it
+        before each `schedule` (see `plan_drafts`), and closes it.
         """
         self.info = info
         self.tokenizer = tokenizer
         self.config = config
         self.limits = limits
         self.sampling_defaults = sampling_defaults or {}
-        self.scoring_head = scoring_head  # for those who ask for hidden states; the engine does not use it
+        self.scoring_head = scoring_head  # for callers that score hidden states; not used here
         self.stats = EngineStats(info.max_model_len, clock)
         self.compiler = GrammarCompiler(tokenizer, info.vocab_size, grammar or GrammarConfig())
-        self.guidance: StepGuidance | None = None  # of the step decided last; its caller has the masks filled
+        self.guidance: StepGuidance | None = None  # of the step decided last; the caller fills its masks
         self._preemptions_before = 0
         self._clock = clock
         self._blocks = BlockManager(info.num_blocks, info.block_size)
@@ -110,7 +110,7 @@ class Engine:
         self._beams = BeamSequences(self._scheduler, tokenizer, info.vocab_size, self._add_sequence)
         self.running = self._scheduler.running  # the sequences that have places, to be read only
         self._requests: dict[str, RequestState] = {}
-        self._queued: dict[str, RequestState] = {}  # those of which a completion has not begun
+        self._queued: dict[str, RequestState] = {}  # those with completions that have not begun
         self._aborted: list[RequestState] = []  # they end at the next step boundary
         self._steps: deque[Step] = deque()  # under way: one, or with that decided ahead two
         self._last_end = -math.inf
@@ -122,7 +122,7 @@ class Engine:
         return bool(self._requests)
 
     def continue_stats(self, stats: EngineStats) -> None:
-        """Count on from an engine that served the same model before. To be called before the first request."""
+        """Continue the statistics of an engine that served the same model before. Call it before the first request."""
         self.stats, self._preemptions_before = stats, stats.preemptions
 
     def check(self, request: Request) -> None:
@@ -191,9 +191,9 @@ class Engine:
         return self._decide()
 
     def plan_drafts(self) -> DraftPlan | None:
-        """What `draft_model.run` is to compute, on the step thread, before `schedule`; None if it makes no guesses.
+        """What `draft_model.run` must compute on the step thread before `schedule`; None if it makes no guesses.
 
-        What it returns is for `take_drafts`. Requests may be added and aborted meanwhile.
+        Its result goes to `take_drafts`. Requests may be added and aborted meanwhile.
         """
         return self._scheduler.plan_drafts(self._clock())
 
@@ -203,9 +203,9 @@ class Engine:
         self.draft_model.take_in(plan, guesses, self._clock())
 
     def schedule_ahead(self) -> Batch | None:
-        """Decide the step after the one under way; None if there is none before `update` or `fail` has ended that.
+        """Decide the step after the one under way; None if that one must end first, by `update` or `fail`.
 
-        To be computed behind it, by a backend that `CanRunAhead`. Aborted and overdue requests end here too.
+        A backend that `CanRunAhead` computes it behind that one. Aborted and overdue requests end here too.
         Raises `EngineError` unless just one step is under way.
         """
         if len(self._steps) != 1:
@@ -288,7 +288,7 @@ class Engine:
         self._set_gauges()
 
     def end_all(self, error: BrliteError) -> None:
-        """End every request with an error: nothing of the steps under way will be taken in any more."""
+        """End every request with an error. Results of the steps under way must not be passed to `update` afterwards."""
         while self._steps:
             self._scheduler.end_step(self._steps.popleft().runs)
         for state in list(self._requests.values()):
@@ -314,9 +314,10 @@ class Engine:
         return [each for each in states if not (each.is_aborted or each.request.is_exempt_from_queue_timeout)]
 
     def _make_room(self, request: Request) -> None:
-        """Where the queue is full, end its newest request of the last class behind, or of the tenant with most.
+        """If the queue is full, end one waiting request with `QueueFull` in favour of the new one.
 
-        Raises `QueueFull` where the new one has no claim: tenants share the queue equally.
+        That is the newest request of the lowest class, if the new one's class comes before it. Else it is the newest
+        of the tenant with most requests: tenants share the queue equally. Raises `QueueFull` if neither applies.
         """
         queued, most = self.queued(), self.limits.max_waiting
         if len(queued) < most:
@@ -335,7 +336,7 @@ class Engine:
         self._end_with_error(newest, full)
 
     def _cache_root(self, request: Request) -> bytes:
-        """The digest that stands before a prompt's first block: prompts with different salts never share one."""
+        """The digest that a prompt's block digests start from. Prompts with different salts never share a block."""
         salt = request.cache_salt.encode("utf-8", "surrogatepass")
         if not self.config.share_prefix_cache:
             tenant = request.tenant.encode("utf-8", "surrogatepass")
@@ -405,7 +406,7 @@ class Engine:
             self._append_all(seq, result.tokens, now)
 
     def _take_in_hidden(self, seq: Sequence, result: SeqResult, now: float) -> None:
-        """The hidden states of a prompt's chunk, or the embedding, which ends the request."""
+        """Take in the hidden states of a prompt's chunk. The last chunk has the embedding, which ends the request."""
         seq.hidden_total = result.hidden_total
         if not result.embedding:
             return
@@ -416,7 +417,7 @@ class Engine:
         self._finish(seq, CompletionOutput(index=seq.index, finish_reason="stop"))
 
     def _finish_prompt(self, state: RequestState, now: float) -> None:
-        """The prompt is computed and cached: let the siblings queue."""
+        """The prompt is computed and cached: queue the request's other completions."""
         state.prompt_done_time = now
         state.finish_prompt_logprobs()
         if state.search is None:
@@ -424,7 +425,7 @@ class Engine:
         self.stats.note_prompt_done(state, now)
 
     def _append_all(self, seq: Sequence, tokens: list[SampledToken], now: float) -> None:
-        """Append the tokens that one step drew, up to the one that ends the sequence, to it and its request's delta."""
+        """Append the tokens of one step to a sequence and to its request's delta, up to one that ends the sequence."""
         state, matcher, eos_token_ids = seq.state, seq.matcher, self.tokenizer.eos_token_ids
         num_before, last_token_time = seq.num_output_tokens, seq.last_token_time
         num_tokens = num_before
@@ -473,7 +474,7 @@ class Engine:
         self._scheduler.finish(seq)
 
     def _deliver(self, state: RequestState) -> None:
-        """Give the request's sink what is new; a request that is finished is forgotten."""
+        """Pass the request's delta to its sink. A finished request is removed first."""
         if self._requests.get(state.request.request_id) is not state or not state.delta:
             return
         output = state.take_output()
@@ -525,7 +526,7 @@ class Engine:
         self._send(state, error)
 
     def _retry_after_seconds(self) -> int:
-        """How long until the queue has moved by one batch, by the mean time of the requests that ended."""
+        """Time until a queued request is likely to start, from the mean time of the requests that ended."""
         num_rounds = 1 + len(self.queued()) / self.info.max_num_seqs
         return min(MAX_RETRY_AFTER_SECONDS, max(1, math.ceil(self.stats.e2e_latency.mean(1.0) * num_rounds)))
 

@@ -65,7 +65,9 @@ class Repetitions:
             for place, length in before.items():
                 if token_ids[place + 1] == token_id:
                     lengths[place + 1] = length + 1
-            self._lengths = _longest(lengths)
+            if len(lengths) > 2 * MAX_PLACES:  # keep the longest; of two that are as long, the later one
+                lengths = dict(heapq.nlargest(MAX_PLACES, lengths.items(), key=lambda each: (each[1], each[0])))
+            self._lengths = lengths
         places.append(len(self._token_ids))
         self._token_ids.append(token_id)
 
@@ -93,13 +95,6 @@ class Repetitions:
             data = self._tokenizer.token_bytes(token_id)
             found = self._is_breaker[token_id] = any(breaker in data for breaker in self._breakers)
         return found
-
-
-def _longest(lengths: dict[int, int]) -> dict[int, int]:
-    """Those of the longest repetitions, twice `MAX_PLACES` of them at most. Of two that are as long, the later."""
-    if len(lengths) <= 2 * MAX_PLACES:
-        return lengths
-    return dict(heapq.nlargest(MAX_PLACES, lengths.items(), key=lambda each: (each[1], each[0])))
 
 
 def _common_ending(data: bytes, end: int, most: int) -> int:

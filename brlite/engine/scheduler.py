@@ -19,25 +19,32 @@ from brlite.engine.pacing import StepPace
 from brlite.engine.request import Sequence, SequenceStatus, WindowCounts
 from brlite.engine.turns import TurnQueue
 
-# When the draft model is to compute the tokens of a sequence that it lacks. Costs are steps of one row.
-FEW_TOKENS = 8  # are computed with the first guess at next to no cost
-EXPECTED_TOKENS = 64  # of an answer that has fewer; a longer one is expected to double
+# Whether the draft model computes the tokens of a sequence that it lacks. Costs are in steps of one row.
+FEW_TOKENS = 8  # so many missing tokens are computed with the first guess at nearly no cost
+EXPECTED_TOKENS = 64  # the least expected length of an answer; a longer one is expected to double
 
 
 class Scheduler:
     """Turn by turn (`TurnQueue`), under a budget of sequences, of tokens a step and of blocks.
 
-    Sequences with one token to go come first, then the prompts that have begun, then new ones. Where blocks run out,
-    the latest sequence gives its own back and waits at the head of the queue to be computed again.
-    A class of requests takes places and blocks from those with a higher `priority`.
-    Where all places are taken, the next tenant that has none gets one of a tenant with several, and the next group one
-    of its tenant's other groups: 64 prompts of one request cost another request one step, not the time of a prompt.
-    While answers run, a step takes as much of prompts as fits `pace.max_seconds`: no stream waits longer for its token.
-    While at most `max_draft_seqs` run, they may guess ahead with what the others left of the budgets. Tokens that a
-    grammar forces are drafts however many run: they must be computed anyway.
+    Order: sequences with one token left, then prompts that have begun, then new ones.
 
-    A step may be decided while the one before is under way, if `can_schedule_ahead`. A sequence that turns out to have
-    ended then has a run too many: it keeps its blocks until the last step that it is in has ended.
+    Preemption for blocks: if blocks run out, the latest sequence is stopped, its blocks are freed, and it waits at the
+    head of the queue to be computed again. Sequences with the highest `priority` number are stopped first.
+
+    Preemption for classes: a waiting sequence that lacks a place or blocks gets those of a class with a higher number.
+
+    Preemption for places: if all places are taken, the next tenant without a place gets one from a tenant with several.
+    Within a tenant the same holds for groups. So 64 prompts of one request delay another request by one step.
+
+    Prompts: while answers run, a step has as many prompt tokens as fit `pace.max_seconds`, which bounds the time
+    between two tokens of a stream.
+
+    Drafts: while at most `max_draft_seqs` run, sequences may guess ahead with the rest of the budgets. Tokens that a
+    grammar forces are drafts for any number of sequences: they must be computed anyway.
+
+    A step may be decided while the one before is under way, if `can_schedule_ahead`. A sequence that the earlier step
+    ends is then in one step too many. It keeps its blocks until that step has ended.
     """
 
     def __init__(
@@ -72,12 +79,12 @@ class Scheduler:
         self.waiting.add(seq)
 
     def add_siblings(self, seqs: list[Sequence]) -> None:
-        """Queue the further completions of a prompt, which is cached: before what else their group has."""
+        """Queue the further completions of a cached prompt, before the other sequences of their group."""
         for seq in reversed(seqs):
             self.waiting.add(seq, is_first=True)
 
     def finish(self, seq: Sequence) -> None:
-        """Take a sequence out, wherever it is, and its blocks back, unless a step under way writes to them."""
+        """End a running or waiting sequence and free its blocks; if a step under way writes to them, when that ends."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
         elif seq.status is SequenceStatus.WAITING:
@@ -87,18 +94,17 @@ class Scheduler:
             self._blocks.release(seq)
 
     def end_step(self, runs: list[tuple[Sequence, int]]) -> None:
-        """The step with these runs is over, and they are not in flight any more. Call it before its result is used."""
+        """Note that the step with these runs has ended. Call it before the step's result is used."""
         for seq, num_tokens in runs:
             seq.num_in_flight_tokens -= num_tokens
             if seq.status is SequenceStatus.FINISHED and not seq.num_in_flight_tokens:
                 self._blocks.release(seq)
 
     def can_schedule_ahead(self) -> bool:
-        """Whether the next step is the same whatever the one under way draws, but for sequences that this ends.
+        """Whether the next step can be decided before the result of the one under way is known.
 
-        It is not where what a sequence's next draw is given depends on the token: by a grammar, a window of penalties,
-        DRY, bad words. Then all wait for the result, as where guesses may be made, or a sequence must lose blocks or
-        place.
+        It cannot if the input of a sequence's next draw depends on the token that is being drawn (a grammar, a window
+        of penalties, DRY, bad words), if guesses may be made, or if a sequence must be preempted.
         """
         if self._max_draft_tokens and len(self.running) <= self._max_draft_seqs:
             return False
@@ -111,7 +117,7 @@ class Scheduler:
         return num_missing <= self._blocks.num_free and self._next_to_replace() is None
 
     def schedule(self) -> list[tuple[Sequence, int]]:
-        """The sequences of the next step, each with the number of its tokens to compute; their blocks are theirs."""
+        """The sequences of the next step, each with the number of its tokens to compute. They hold the blocks."""
         scheduled: dict[Sequence, int] = {}
         self._free_place()
         decoding, prompts = list[Sequence](), list[Sequence]()
@@ -161,9 +167,9 @@ class Scheduler:
         return min(self._max_num_batched_tokens, num_answers + num_chunk_tokens)
 
     def _share(self, seq: Sequence, budget: int) -> int:
-        """How much of a step's budget a running sequence may have: half while a shorter prompt comes after its own.
+        """The tokens that a running prompt may have in a step: half the budget while a shorter prompt comes after it.
 
-        So a long prompt takes at most twice its time, and a short one does not wait for its end.
+        So a short prompt does not wait for the end of a long one, which takes at most twice its time.
         """
         num_left = seq.num_left
         if seq.status is not SequenceStatus.RUNNING:
@@ -175,7 +181,10 @@ class Scheduler:
         return -(-budget // 2) if is_shorter_after or is_shorter_new else budget
 
     def _schedule_running(self, seq: Sequence, budget: int, scheduled: dict[Sequence, int]) -> int:
-        """Schedule what fits the budget, taking blocks from the latest sequences if need be. Returns the tokens."""
+        """Schedule what fits the budget, and preempt the latest sequences if blocks are missing.
+
+        Returns by how many tokens the step grew, which is negative if it lost more than it got.
+        """
         num_tokens = min(seq.num_left, budget)
         if num_tokens == 0 or seq.status is not SequenceStatus.RUNNING:
             return 0
@@ -191,7 +200,7 @@ class Scheduler:
         return num_tokens - returned
 
     def _draft(self, scheduled: dict[Sequence, int], budget: int) -> None:
-        """Let sequences guess ahead as far as that pays. A guess takes no token and no block that another could use."""
+        """Add drafts as far as they pay. They use only tokens and blocks that no other sequence needs in this step."""
         may_guess = len(self.running) <= self._max_draft_seqs
         forecast = StepForecast(self._max_num_batched_tokens - budget)
         for seq, num_tokens in scheduled.items():
@@ -279,9 +288,9 @@ class Scheduler:
         return seq
 
     def _free_place(self) -> None:
-        """Have a running sequence wait for its group's next turn, where another group or tenant is to have its place.
+        """Preempt a running sequence where its place or blocks are due to another class, tenant or group.
 
-        What was computed stays in the prefix cache until its blocks are needed.
+        It waits for its group's next turn. Its computed blocks stay in the prefix cache until they are reused.
         """
         replacement = self._next_to_replace()
         if replacement is not None:
@@ -291,10 +300,11 @@ class Scheduler:
             self.waiting.bring_forward(tenant, group)
 
     def _next_to_replace(self) -> tuple[Sequence, str, str | None] | None:
-        """One of a class behind the next sequence's, where that lacks a place or blocks. Where all places are taken, in
-        its class one of the tenant with most, if another has none; the same within a tenant, by group.
+        """The running sequence to preempt, and the tenant and group whose turn comes next; None if there is none to.
 
-        With it come the tenant, and the group, whose turn is to be next.
+        In this order: the latest of a class after the waiting sequence's, if that lacks a place or blocks; if all
+        places are taken, the latest of the tenant with most places in the same class, if another tenant has none;
+        within a tenant, the latest of the group with most places.
         """
         if not self.running or not self.waiting.has_turns or self.waiting.next is None:
             return None
@@ -322,13 +332,13 @@ class Scheduler:
         return None
 
     def _match(self, seq: Sequence) -> list[int]:
-        """The cached blocks it can share: none where something is wanted of each token, which is not in the cache."""
+        """The cached blocks it can share: none if the request needs a result of each prompt token."""
         if seq.wants_prompt_logprobs or seq.state.pooling == "mean":
             return []
         return self._blocks.match_prefix(seq)
 
     def _stop(self, seq: Sequence) -> None:
-        """Have a running sequence wait, to be computed again where its blocks are not in the cache any more."""
+        """Preempt a running sequence: free its blocks. The caller queues it."""
         self.running.remove(seq)
         self._blocks.release(seq)
         seq.status = SequenceStatus.WAITING
@@ -336,7 +346,7 @@ class Scheduler:
 
 
 def _ngrams(seq: Sequence) -> NgramDrafter | None:
-    """What guesses by the sequence's own words, if it has a guess now."""
+    """The sequence's n-gram drafter if it has a guess now."""
     seq.drafter = seq.drafter or NgramDrafter(seq.num_prompt_tokens)
     return seq.drafter if seq.drafter.follow(seq.token_ids) else None
 
@@ -368,12 +378,12 @@ def _max_drafts(seq: Sequence, num_tokens: int, *, is_forced: bool) -> int:
 
 
 def _latest_of_last_class(running: list[Sequence]) -> Sequence:
-    """The sequence that is the first to give back its place or its blocks."""
+    """The sequence to preempt first: the latest of those with the highest `priority` number."""
     return max(reversed(running), key=lambda seq: seq.state.request.priority)
 
 
 def _depends_on_result(seq: Sequence) -> bool:
-    """Whether a sequence's next run takes more of the step under way than a token that is put behind the others."""
+    """Whether a sequence's next run needs more of the result under way than the drawn token's id as its input."""
     if not seq.is_being_drawn:
         return seq.num_in_flight_tokens > 0 and seq.state.pooling == "mean"
     is_windowed = isinstance(seq.counts, WindowCounts)  # others grow by the token, and the backend counts it

@@ -19,12 +19,12 @@ Tenants = OrderedDict[str, OrderedDict[str, Group]]
 
 
 class TurnQueue:
-    """Round robin of tenants, and of each tenant's groups. A tenant's turns in a row are its requests' weight.
+    """Round robin of tenants, and of each tenant's groups. A tenant has as many turns in a row as its requests' weight.
 
-    A class of requests comes before all classes with a higher `priority`. The methods without a sequence are about the
-    first class that has any. What is `next` stays so until it is taken or removed, or one of a class before it comes.
+    Requests of one `priority` are a class; lower numbers come first. Methods without a sequence are about the first
+    class that has sequences. `next` stays the same until it is taken or removed, or an earlier class gets a sequence.
 
-    All operations take constant time, but for a class's first and last sequence, which is linear in the classes.
+    All operations take constant time. Only a class's first and last sequence take time linear in the classes.
     """
 
     def __init__(self) -> None:

@@ -91,7 +91,7 @@ class HttpServer:
             await self._runner.cleanup()
 
     def end_grace(self) -> None:
-        """While `close` waits for requests in progress: end them now, streams with their event."""
+        """Stop the wait of `close` for requests in progress: they end now, streams with an error event."""
         if self._grace is not None:
             self._grace.cancel()
 

@@ -69,7 +69,7 @@ def add_middlewares(
 
 
 def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quiet_paths: Set[str] | None) -> Middleware:
-    """The one middleware of this room. `quiet_paths`, which monitors call all the time, are not logged; None: none is.
+    """The one middleware of this room. Requests for `quiet_paths`, which monitors poll, are not logged; None: none is.
 
     Refusals are answered like any error, and the log has every status. Preflights need no key: browsers send them
     without. Foreign pages and bad keys are refused before the body is read.
@@ -101,13 +101,11 @@ def serve(app: web.Application, policy: OriginPolicy, open_paths: Set[str], quie
                         raise refusal
                     key = no_key
                     if resource not in open_resources:
-                        key = request[API_KEY] = (
-                            keys.anybody
-                            if keys.is_open
-                            else keys.require(
-                                shown_key(request.headers.get(hdrs.AUTHORIZATION), request.headers.get("X-Api-Key"))
-                            )
-                        )
+                        key = keys.anybody
+                        if not keys.is_open:
+                            headers = request.headers
+                            key = keys.require(shown_key(headers.get(hdrs.AUTHORIZATION), headers.get("X-Api-Key")))
+                        request[API_KEY] = key
                         if key.name:
                             log_extras(request)["key"] = key.name
                     held = request[HELD] = HeldBody(budget, key)

@@ -1,7 +1,7 @@
 """The engine's outputs to events: texts, tokens with their logprobs and places, echoed prompts, usage.
 
-It knows no dialect. Offsets count characters of the text as it is sent, and no token behind its end is told: a token
-waits here until its text has gone out.
+It knows no dialect. Offsets count characters of the text as it is sent. A token is kept here until its text is sent, so
+no token behind the text's end is shown.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ RUNNING: web.AppKey[set[Delivery]] = web.AppKey("running")  # the deliveries in 
 async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = False) -> web.StreamResponse:
     """Decode, admit, deliver: the endpoint of each dialect.
 
-    `is_first`: of the requests with its `Idempotency-Key` it is the one to be computed.
+    `is_first`: compute it even with an `Idempotency-Key`, since no earlier request had this key.
     """
     limits = request.app[CONFIG].limits
     body = await read_body(request, limits)
@@ -80,7 +80,7 @@ def json_response(answer: Struct | Sequence[Struct]) -> web.Response:
 
 
 def timeout_seconds(request: web.Request, call: Generation) -> float:
-    """How long a request may take that says so, in its body or in the header. Raises `InvalidRequest`."""
+    """The time limit that a request gives, in its body or in the header. Raises `InvalidRequest`."""
     if call.timeout_seconds is not None:
         return call.timeout_seconds
     text = request.headers[TIMEOUT_HEADER]
@@ -98,7 +98,7 @@ def timeout_seconds(request: web.Request, call: Generation) -> float:
 
 @contextmanager
 def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
-    """Hold a place under the request's key, and the model, which is not unloaded inside.
+    """Count the request under its key, and keep the model loaded inside the block.
 
     Raises `Forbidden` or `RateLimited` for the key, `ModelNotFound`, and `NotReady` or `QueueFull` for a model that
     does not take work. The key is checked first, so that a client without access cannot find out model names.
@@ -124,10 +124,10 @@ def end_all(app: web.Application) -> None:
 
 
 class Delivery:
-    """One call's response in the making. `run` makes it, inside `admit`.
+    """The response to one call. `run` makes it, inside `admit`.
 
-    Every way out ends there: what is not finished is aborted, what was computed is charged to the key and logged, and
-    the client's own names of fields stand in a refusal.
+    However `run` ends, requests that are not finished are aborted, and the computed tokens are charged to the key and
+    logged. A refusal names the fields as the client's dialect does.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Delivery:
     async def _submit(self, model: ServedModel) -> None:
         """Encode the prompts and queue their requests, once the model is loaded.
 
-        Raises `RequestError` for the first that is refused, or if the model does not come.
+        Raises `RequestError` for the first that is refused, or if the model cannot be loaded in time.
         """
         engine = model.engine
         if engine is None or model.is_held_back:

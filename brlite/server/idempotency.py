@@ -91,24 +91,16 @@ class IdempotentAnswers:
         is_streamed = bytes(decode_fields(body).get("stream", Raw(b"false"))) == b"true"
         num_seen = last_event_id(request) if is_streamed else None
         digest = hashlib.sha256(dialect.path.encode() + b"\n" + body).digest()
-        while (running := self._running.get((tenant, key))) is not None:
-            _check(running.digest, digest)
-            if running.stream is not None and num_seen is not None and await running.stream.begun():
-                return await running.stream.follow(request, num_seen, self._limits)
-            answer = await asyncio.shield(running.answer)
-            if answer is not None:
-                return answer.response(num_seen)
-        stored = self.store.get(tenant, key)
-        if stored is not None:
-            _check(stored.digest, digest)
-            return stored.response(num_seen)
+        earlier = await self._earlier(request, tenant, digest, num_seen)
+        if earlier is not None:
+            return earlier
         if num_seen:
             raise not_resumable()
 
         recorder = Recorder(self._limits.max_idempotent_bytes)
         recorded = dialect._replace(make_encoder=recorder.wrap(dialect.make_encoder))
         stream = None if num_seen is None else RecordedStream(self._limits.max_idempotent_bytes)
-        running = self._running[tenant, key] = RunningAnswer(digest, stream)
+        self._running[tenant, key] = RunningAnswer(digest, stream)
         if is_streamed and stream is None:
             try:
                 return await run(recorded, request)
@@ -133,15 +125,36 @@ class IdempotentAnswers:
             return await stream.follow(request, 0, self._limits)
         return await asyncio.shield(task)
 
+    async def _earlier(
+        self, request: web.Request, tenant: str, digest: bytes, num_seen: int | None
+    ) -> web.StreamResponse | None:
+        """The answer of an earlier request with this key, awaited if it is under way; None if there is none.
+
+        Raises `InvalidRequest` if that request had another digest.
+        """
+        key = request.headers[HEADER]
+        while (running := self._running.get((tenant, key))) is not None:
+            _check(running.digest, digest)
+            if running.stream is not None and num_seen is not None and await running.stream.begun():
+                return await running.stream.follow(request, num_seen, self._limits)
+            answer = await asyncio.shield(running.answer)
+            if answer is not None:
+                return answer.response(num_seen)
+        stored = self.store.get(tenant, key)
+        if stored is None:
+            return None
+        _check(stored.digest, digest)
+        return stored.response(num_seen)
+
     async def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """End what still runs. Requests that were ended with an error get so many seconds to answer it."""
+        """Wait `seconds` for what still runs, then cancel it."""
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=seconds)
             for task in late:
                 task.cancel()
 
     def _end(self, tenant: str, key: str, body: bytes | None, content_type: str) -> None:
-        """The answer is complete, or (without a body) will not be."""
+        """Store a complete answer; without a `body` it was not completed."""
         running = self._running.pop((tenant, key))
         answer = None
         if body is not None:

@@ -224,7 +224,12 @@ class ModelManager:
     async def _keep(self) -> None:
         while True:
             self._changed.clear()
-            await self._give_up_lost()
+            while self._lost:  # a model that is loaded at the start comes back, any other is unloaded until it is used
+                lost = self._models[self._lost.pop()]
+                comes_back = lost.spec.load == "start"
+                if comes_back:
+                    self._restarting[lost.name] = self._clock()
+                await self._unload(lost, "a process that computes it is gone", comes_back=comes_back)
             action = decide(
                 [self._managed(model) for model in self._models.values()], self._budget_bytes, self._clock()
             )
@@ -278,28 +283,19 @@ class ModelManager:
         logger.info("model %s is ready on %s after %.1f s", model.name, engine.info.device, self._clock() - started)
 
     def _note_lost(self, name: str) -> None:
-        """The engine runs no more, and its requests have ended."""
+        """Note that a model's engine has stopped. Its requests have ended."""
         if self._config.on_rank_failure == "exit":
             self._fail(f'model {name} is lost, and engine.on_rank_failure is "exit"')
         else:
             self._lost.append(name)
             self._changed.set()
 
-    async def _give_up_lost(self) -> None:
-        """Engines whose backend is gone are closed. A model that is to be there from the start is loaded anew."""
-        while self._lost:
-            model = self._models[self._lost.pop()]
-            comes_back = model.spec.load == "start"
-            if comes_back:
-                self._restarting[model.name] = self._clock()
-            await self._unload(model, "a process that computes it is gone", comes_back=comes_back)
-
     def _fail(self, reason: str) -> None:
         self._failure = EngineError(reason)
         self._has_failed.set()
 
     async def _unload(self, model: ServedModel, reason: str, *, comes_back: bool = False) -> None:
-        """Its memory counts until it is given back. If this is cancelled the closing goes on, and `close` waits."""
+        """Close a model's engine. Its memory counts until that is done. A cancelled call does not stop the closing."""
         model.give_up(comes_back=comes_back)
         try:
             await self._engines[model.name].close()
@@ -329,7 +325,7 @@ class ModelManager:
             self._note_size(model, await self._loader.measure(model.spec, model.loading.report))
 
     def _note_size(self, model: ServedModel, num_bytes: int) -> None:
-        """Raise `ConfigError` for what can never fit."""
+        """Keep a model's size. Raises `ConfigError` for a model that can never fit."""
         sizes = {**self._sizes, model.name: num_bytes}
         check_memory(self._config, [each.spec for each in self._models.values()], sizes)
         self._sizes = sizes

@@ -89,7 +89,12 @@ class RecordedStream:
             raise not_resumable()
         async with EventStream(request, limits.sse_comment_seconds) as stream:
             while num_seen >= self._num_forgotten:
-                events = self._some_after(num_seen)
+                begin = end = num_seen - self._num_forgotten
+                num_bytes = 0
+                while end < len(self._events) and num_bytes < BACKLOG_BYTES:  # as many as one write should have
+                    num_bytes += len(self._events[end])
+                    end += 1
+                events = self._events[begin:end]
                 if events:
                     if not stream.write(numbered(events, num_seen)):
                         break
@@ -103,15 +108,6 @@ class RecordedStream:
             else:
                 stream.abort()
             return await stream.finish()
-
-    def _some_after(self, num_seen: int) -> list[bytes]:
-        """The events behind the first `num_seen`, as many as one write should have."""
-        begin = end = num_seen - self._num_forgotten
-        num_bytes = 0
-        while end < len(self._events) and num_bytes < BACKLOG_BYTES:
-            num_bytes += len(self._events[end])
-            end += 1
-        return self._events[begin:end]
 
     def _notify(self) -> None:
         self._changed.set_result(None)
