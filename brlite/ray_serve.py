@@ -115,11 +115,12 @@ class Replica:
 
     async def __call__(self, request: Request) -> Response:
         """Forward a request to the server, and its response back as it comes."""
-        headers = request.headers
+        headers, query = request.headers, request.url.query
+        path = request.scope["path"].removeprefix(request.scope["root_path"])  # the application's route prefix
         try:
             answer = await self._session.request(
                 request.method,
-                self._target(request),
+                URL(f"{self._url.with_path(path)}{query and '?'}{query}", encoded=True),
                 headers=[(name, value) for name, value in headers.items() if name not in NOT_ASKED],
                 data=request.stream() if "content-length" in headers or "transfer-encoding" in headers else None,
                 allow_redirects=False,
@@ -133,12 +134,6 @@ class Replica:
         headers_sent = ((name.lower(), value) for name, value in answer.raw_headers)  # as ASGI wants them
         response.raw_headers = [(name, value) for name, value in headers_sent if name not in NOT_ANSWERED]
         return response
-
-    def _target(self, request: Request) -> URL:
-        """The request's URL at the server, without the application's route prefix."""
-        path = request.scope["path"].removeprefix(request.scope["root_path"])
-        query = request.url.query
-        return URL(f"{self._url.with_path(path)}{query and '?'}{query}", encoded=True)
 
     async def _start(self) -> None:
         config = self._config
@@ -234,25 +229,11 @@ class _ServeResponse:
                 self._refusal = message
             else:
                 await self._send(message)
-        elif message["type"] == "http.response.body":
-            self._is_whole = not message.get("more_body", False)
-            await self._send_body(message)
-        else:
-            await self._send(message)
-
-    async def end(self) -> None:
-        """After the application returned: send an error if it sent no response, and end a stream that it left open."""
-        if self._is_whole:
             return
-        if not self._is_begun:
-            await self._send_error(EngineError("no replica answered"))
-        elif self._refusal is not None:
-            await self._send_error(self._error(self._refusal["status"]), self._refusal)
-        elif self._is_stream:
-            event = encode_error(UpstreamError(CUT_STREAM))
-            await self._send({"type": "http.response.body", "body": event, "more_body": False})
-
-    async def _send_body(self, message: Message) -> None:
+        if message["type"] != "http.response.body":
+            await self._send(message)
+            return
+        self._is_whole = not message.get("more_body", False)
         body = message.get("body", b"")
         if self._refusal is not None:
             self._text += body[: MAX_TEXT - len(self._text)]
@@ -268,6 +249,18 @@ class _ServeResponse:
                 await self._send({**message, "body": body[:length]})
         else:
             await self._send({**message, "body": self._unfinished + body})
+
+    async def end(self) -> None:
+        """After the application returned: send an error if it sent no response, and end a stream that it left open."""
+        if self._is_whole:
+            return
+        if not self._is_begun:
+            await self._send_error(EngineError("no replica answered"))
+        elif self._refusal is not None:
+            await self._send_error(self._error(self._refusal["status"]), self._refusal)
+        elif self._is_stream:
+            event = encode_error(UpstreamError(CUT_STREAM))
+            await self._send({"type": "http.response.body", "body": event, "more_body": False})
 
     def _error(self, status: int) -> BrliteError:
         text = self._text.decode(errors="replace")

@@ -91,15 +91,11 @@ async def run_load(
         name = model or await first_model(session, server)
         generator = random.Random(0)
         prompts = [" ".join(generator.choices(WORDS, k=load.prompt_words)) for _ in range(load.num_requests)]
+        bodies = [{"model": name, "prompt": prompt, "max_tokens": load.max_tokens} for prompt in prompts]
         free = asyncio.Semaphore(load.concurrency)
-
-        async def ask(prompt: str) -> TimedAnswer:
-            async with free:
-                return await _ask(session, server, {"model": name, "prompt": prompt, "max_tokens": load.max_tokens})
-
-        await ask(prompts[0])  # not measured: the server may load parts of itself with its first request
+        await _ask(session, server, bodies[0], free)  # not measured: the first request may make the server load a part
         began = time.monotonic()
-        tasks = [asyncio.create_task(ask(prompt)) for prompt in prompts]
+        tasks = [asyncio.create_task(_ask(session, server, body, free)) for body in bodies]
         try:
             answers = await asyncio.gather(*tasks)
         finally:
@@ -108,23 +104,29 @@ async def run_load(
         return answers, time.monotonic() - began
 
 
-async def _ask(session: aiohttp.ClientSession, server: str, body: dict[str, object]) -> TimedAnswer:
-    sent = first = last = time.monotonic()
+async def _ask(
+    session: aiohttp.ClientSession, server: str, body: dict[str, object], free: asyncio.Semaphore
+) -> TimedAnswer:
+    """Wait until fewer requests than allowed run, then send one and read its stream. The wait is not in its times."""
     num_tokens = 0
     body = {**body, "stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
-    try:
-        async with session.post(f"{server}/v1/completions", json=body) as response:
-            if response.status != 200:
-                raise ConfigError(f"{server}: {error_message(await response.content.read(MAX_ERROR_BYTES))}")
-            async for line in response.content:
-                if line.startswith(b"data: {"):
-                    chunk = msgspec.json.decode(line.removeprefix(b"data: "))
+    async with free:
+        sent = first = last = time.monotonic()
+        try:
+            async with session.post(f"{server}/v1/completions", json=body) as response:
+                if response.status != 200:
+                    raise ConfigError(f"{server}: {error_message(await response.content.read(MAX_ERROR_BYTES))}")
+                async for line in response.content:
+                    if not line.startswith(b"data: {"):
+                        continue
+                    data = line.removeprefix(b"data: ")
+                    chunk = msgspec.json.decode(data)
                     if "error" in chunk:
-                        raise ConfigError(f"{server}: {error_message(line.removeprefix(b'data: '))}")
+                        raise ConfigError(f"{server}: {error_message(data)}")
                     num_tokens = int((chunk.get("usage") or {}).get("completion_tokens") or num_tokens)
                     if any(choice.get("text") for choice in chunk.get("choices", ())):
                         last = time.monotonic()
                         first = last if first == sent else first
-    except (aiohttp.ClientError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{server}: {one_line(error)}") from None
+        except (aiohttp.ClientError, ValueError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{server}: {one_line(error)}") from None
     return TimedAnswer(sent, first, last, num_tokens)

@@ -36,7 +36,14 @@ def generate(config: Config, source: str, target: str, given: Mapping[str, Any],
     jobs = [_job(line, number, given) for number, line in read_lines(source)]
     with LLM(config=config) as llm:
         params = [llm.get_default_sampling_params(**job.given) for job in jobs]
-        prompts = [_checked_prompt(llm, job, each, is_chat=is_chat) for job, each in zip(jobs, params, strict=True)]
+        prompts: list[str | list[int]] = []
+        for job, each in zip(jobs, params, strict=True):  # before the target is opened: an error keeps its content
+            try:
+                message = {"role": "user", "content": job.prompt}
+                prompts.append(llm.tokenizer.encode_chat([message]) if is_chat else job.prompt)
+                llm.check(prompts[-1], each)
+            except InvalidRequest as error:
+                raise ConfigError(f"line {job.line}: {error}") from None
         bar = tqdm(total=len(jobs), disable=None, unit="prompt")
         with _opened(target) as file, bar, Answers(file, bar.update) as answers:
 
@@ -102,17 +109,6 @@ def read_lines(source: str) -> Iterator[tuple[int, str]]:
         raise ConfigError(f"{'standard input' if source == '-' else source}: cannot be read: {reason}") from None
     # Not splitlines(), which also splits at U+2028 and similar characters.
     return ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
-
-
-def _checked_prompt(llm: LLM, job: PromptJob, params: SamplingParams, *, is_chat: bool) -> str | list[int]:
-    """The prompt as the model gets it. Raises `ConfigError` before the target is opened, and so keeps its content."""
-    try:
-        message = {"role": "user", "content": job.prompt}
-        prompt = llm.tokenizer.encode_chat([message]) if is_chat else job.prompt
-        llm.check(prompt, params)
-        return prompt
-    except InvalidRequest as error:
-        raise ConfigError(f"line {job.line}: {error}") from None
 
 
 def _job(line: str, number: int, given: Mapping[str, Any]) -> PromptJob:

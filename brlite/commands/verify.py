@@ -22,7 +22,7 @@ from brlite.commands.given_config import given_config
 from brlite.config.load import read_text
 from brlite.config.options import Config, EngineConfig, LimitsConfig
 from brlite.engine.admission import context_length
-from brlite.engine.backend import Backend, BackendInfo
+from brlite.engine.backend import Backend
 from brlite.engine.engine import Engine
 from brlite.engine.outputs import RequestOutput, TokenLogprob
 from brlite.engine.request import Request, sibling_seed
@@ -162,7 +162,14 @@ def verify(load: Load, config: Config, texts: Sequence[str] | None, max_tokens: 
     """Run `texts`, or our own prompts, alone and in crowds, then in a crowd on another number of threads."""
     with _loaded(load, config) as (engine, backend):
         prompts = _encode(engine, texts, max_tokens)
-        say(_heading(engine.info, prompts, max_tokens))
+        info = engine.info
+        fingerprint = f", fp_{info.fingerprint}" if info.fingerprint else ""
+        say(f"backend {info.name}, {info.device}, {info.precision}{fingerprint}")
+        if not info.is_batch_invariant:
+            say("This backend does not promise the same bits in any company; this is what it does:")
+        lengths = f"{min(map(len, prompts))} to {max(map(len, prompts))} tokens"
+        kinds = f"each greedy and seeded ({NUM_SIBLINGS} completions), {max_tokens} tokens"
+        say(f"{len(prompts)} prompts of {lengths}, {kinds}; compared with each completion alone:")
         replay = _Replay(prompts, max_tokens, config.engine)
         expected = replay.alone(engine, backend)
         runs = [replay.compare(engine, backend, way, expected, say) for way in CROWDS]
@@ -324,18 +331,6 @@ def _first_difference(name: str, expected: Answers, found: Answers) -> Differenc
 def _bits(entry: TokenLogprob | None) -> bytes:
     """Equal only if all bits of all numbers are: for `==`, 0 is -0 and no NaN is another."""
     return msgspec.msgpack.encode(entry)
-
-
-def _heading(info: BackendInfo, prompts: Sequence[list[int]], max_tokens: int) -> str:
-    fingerprint = f", fp_{info.fingerprint}" if info.fingerprint else ""
-    lines = [
-        f"backend {info.name}, {info.device}, {info.precision}{fingerprint}",
-        f"{len(prompts)} prompts of {min(map(len, prompts))} to {max(map(len, prompts))} tokens, each greedy and "
-        f"seeded ({NUM_SIBLINGS} completions), {max_tokens} tokens; compared with each completion alone:",
-    ]
-    if not info.is_batch_invariant:
-        lines.insert(1, "This backend does not promise the same bits in any company; this is what it does:")
-    return "\n".join(lines)
 
 
 def _conclusion(report: ReplayReport, tokenizer: Tokenizer) -> Iterator[str]:

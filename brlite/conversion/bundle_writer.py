@@ -183,12 +183,6 @@ class _Bundling:
         self._files[name] = record
         self._write(PROGRESS_FILE, self._manifest())
 
-    def _begin(self, previous: Manifest | None) -> None:
-        """Make the folder an unfinished bundle without files. One of another source ends here."""
-        self._write(PROGRESS_FILE, self._manifest())
-        for name in (MANIFEST_FILE, *(() if previous is None else previous.files)):
-            (self._folder / name).unlink(missing_ok=True)
-
     def _keep_finished(self, previous: Manifest) -> None:
         """Keep the files that an earlier run wrote from the same source, if their content is what its record says."""
         for shard in self._plan.shards:

@@ -29,14 +29,10 @@ def check_charsmap(data: bytes) -> None:
     units = array("I", data[4 : 4 + num_bytes])
     if sys.byteorder == "big":
         units.byteswap()
-    _check_trie(units, len(replacements))
-
-
-def _check_trie(units: array[int], num_replacement_bytes: int) -> None:
-    """Units as Darts-clone writes them: a label and an offset to the children, or a leaf with a place."""
+    # Darts-clone's units: a label and an offset to the children, or a leaf with the offset of a replacement.
     for index, unit in enumerate(units):
         if unit & _LEAF:
-            is_inside = unit & (_LEAF - 1) < num_replacement_bytes
+            is_inside = unit & (_LEAF - 1) < len(replacements)
         else:
             child = index ^ ((unit >> 10) << ((unit & 0x200) >> 6))
             is_inside = child | _BLOCK < len(units) and (not unit & 0x100 or bool(units[child] & _LEAF))

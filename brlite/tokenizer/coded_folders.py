@@ -65,7 +65,12 @@ def load_baichuan2(folder: Path, chat_template: Path | None = None, limits: Chil
 
 def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: ChildLimits | None = None) -> Tokenizer:
     """`[gMASK]sop` before every text; its control tokens follow the vocabulary, and no text contains them."""
-    is_chatglm2 = _is_chatglm2(folder)
+    code = folder / "tokenization_chatglm.py"
+    # Both versions have one `model_type`. Only ChatGLM3's code, which is not run, has role tokens.
+    if exists(code):
+        is_chatglm2 = "<|assistant|>" not in read_model_text(code)
+    else:
+        is_chatglm2 = "chatglm2" in str(read_json(folder / "config.json").get("_name_or_path")).lower()
     control_tokens = CHATGLM2_TOKENS if is_chatglm2 else CHATGLM3_TOKENS
     model = SentencePieceModel(folder / MODEL_FILE, control_tokens, limits=limits)
     own_format = (ChatGLM2Format if is_chatglm2 else ChatGLM3Format)(model.ids)
@@ -78,17 +83,6 @@ def load_chatglm3(folder: Path, chat_template: Path | None = None, limits: Child
         special_token_ids=model.special_token_ids,
         chat_template=_operators(chat_template, model.ids, limits) or own_format,
     )
-
-
-def _is_chatglm2(folder: Path) -> bool:
-    """Whether it is ChatGLM2. Both have one `model_type`; only ChatGLM3's code, which is not run, names role tokens.
-
-    Without that file the `_name_or_path` of the config decides.
-    """
-    code = folder / "tokenization_chatglm.py"
-    if exists(code):
-        return "<|assistant|>" not in read_model_text(code)
-    return "chatglm2" in str(read_json(folder / "config.json").get("_name_or_path")).lower()
 
 
 LOADERS: Mapping[str, Loader] = {"baichuan": load_baichuan2, "chatglm": load_chatglm3}

@@ -219,26 +219,22 @@ def _build(vocabulary: _Vocabulary) -> Backend:
     if vocabulary.kind not in ("gpt2", "llama"):
         raise vocabulary.error("tokenizer.ggml.model", f"is {excerpt(vocabulary.kind)}; known are gpt2, llama")
     try:
-        if vocabulary.kind == "gpt2":
-            return _byte_level(vocabulary)
-        return build_backend(vocabulary.pieces(), add_space_prefix=vocabulary.flag("add_space_prefix", True))
+        if vocabulary.kind == "llama":
+            return build_backend(vocabulary.pieces(), add_space_prefix=vocabulary.flag("add_space_prefix", True))
+        splitting = vocabulary.splitting()
+        ids = {token: token_id for token_id, token in enumerate(vocabulary.tokens)}
+        model = models.BPE(vocab=ids, merges=vocabulary.merges(), ignore_merges=splitting.ignores_merges)
+        backend = Backend(model)
+        if splitting.composes_unicode:
+            backend.normalizer = normalizers.NFC()
+        backend.pre_tokenizer = build_pre_tokenizer(splitting)
+        backend.decoder = decoders.ByteLevel()
+        add_typed_tokens(backend, zip(vocabulary.tokens, vocabulary.token_types, strict=True))
+        return backend
     except ModelError:
         raise
     except Exception as error:  # tokenizers raises bare Exception, for example for a merge of unknown tokens
         raise vocabulary.error("tokenizer.ggml", f"is inconsistent: {error}") from None
-
-
-def _byte_level(vocabulary: _Vocabulary) -> Backend:
-    splitting = vocabulary.splitting()
-    ids = {token: token_id for token_id, token in enumerate(vocabulary.tokens)}
-    model = models.BPE(vocab=ids, merges=vocabulary.merges(), ignore_merges=splitting.ignores_merges)
-    backend = Backend(model)
-    if splitting.composes_unicode:
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = build_pre_tokenizer(splitting)
-    backend.decoder = decoders.ByteLevel()
-    add_typed_tokens(backend, zip(vocabulary.tokens, vocabulary.token_types, strict=True))
-    return backend
 
 
 def _eos_token_ids(vocabulary: _Vocabulary, special: list[int]) -> list[int]:

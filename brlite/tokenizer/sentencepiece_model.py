@@ -123,17 +123,15 @@ class SentencePieceModel:
 
     def encoder(self, prefix: Sequence[int] = (), control_ids: Iterable[int] = ()) -> SentencePieceEncoder:
         """`control_ids` are pieces that no message may become, although the model finds them in texts."""
-        characters = {token_id: self._character_ids(self.pieces[token_id].text) for token_id in control_ids}
+        characters: dict[int, list[int]] = {}
+        for control_id in control_ids:
+            ids = characters[control_id] = []
+            for character in self.pieces[control_id].text:
+                token_id = self.piece_id(character)
+                names = [f"<0x{byte:02X}>" for byte in character.encode()]
+                known = [self.piece_id(name) for name in names] if token_id is None else [token_id]
+                ids += [token_id for token_id in known if token_id is not None]
         return SentencePieceEncoder(self._process, prefix, characters)
-
-    def _character_ids(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for character in text:
-            token_id = self.piece_id(character)
-            names = [f"<0x{byte:02X}>" for byte in character.encode()]
-            known = [self.piece_id(name) for name in names] if token_id is None else [token_id]
-            ids += [token_id for token_id in known if token_id is not None]
-        return ids
 
     def token_bytes(self) -> TokenBytes:
         control = [VocabularyPiece(text, 0.0, PieceKind.CONTROL) for text in self.ids]

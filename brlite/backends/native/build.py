@@ -122,19 +122,17 @@ def _run_all(commands: Iterable[list[str]], staging: Path, deadline: float) -> N
     """Run the commands, up to MAX_PROCESSES at once. If one fails, the others are ended."""
     waiting = list(commands)[::-1]
     running: list[_Process] = []
+    caches = {name: str(staging) for name in ("TMPDIR", "ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")}
+    environment = child_environment(LC_ALL="C", **caches)
     with ChildGroup() as group:
         while waiting or running:
             while waiting and len(running) < min(physical_cores(), MAX_PROCESSES):
-                running.append(_start(group, waiting.pop(), staging))
+                command = waiting.pop()
+                said = Path(f"{command[command.index('-o') + 1]}.txt")
+                with said.open("wb") as stream:
+                    process = group.start(command, env=environment, stdout=stream, stderr=stream)
+                running.append(_Process(process, said))
             running = [process for process in running if not process.is_done()]
             if time.monotonic() > deadline:
                 raise NativeUnavailable("the C++ compiler took too long")
             time.sleep(POLL_SECONDS)
-
-
-def _start(group: ChildGroup, command: list[str], staging: Path) -> _Process:
-    said = Path(f"{command[command.index('-o') + 1]}.txt")
-    caches = {name: str(staging) for name in ("TMPDIR", "ZIG_GLOBAL_CACHE_DIR", "ZIG_LOCAL_CACHE_DIR")}
-    environment = child_environment(LC_ALL="C", **caches)
-    with said.open("wb") as stream:
-        return _Process(group.start(command, env=environment, stdout=stream, stderr=stream), said)

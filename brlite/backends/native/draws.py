@@ -53,21 +53,20 @@ class NativeDraws:
 
     def lay_out(self, drawings: Sequence[Drawing], targets: Sequence[DrawTarget] = ()) -> StepDraws:
         """Pack the draws of one step: `drawings`, then `targets`."""
-        kept = self._kept
-        every_params = [drawing.sampling.params for drawing in drawings]
-        settings = [kept.get(id(params)) or self._keep(params) for params in every_params]
+        settings: list[_Settings] = []
+        for params in (drawing.sampling.params for drawing in drawings):
+            entry = self._kept.get(id(params))
+            if entry is None:
+                if len(self._kept) >= _MAX_KEPT:
+                    self._kept.clear()
+                entry = self._kept[id(params)] = _Settings.of(params, self._vocab_size)
+            settings.append(entry)
         packed_targets = [
             bytes(abi.Draw(target=target.token_id, num_logprobs=min(target.num_top, self._vocab_size)))
             for target in targets
         ]
         packed = b"".join([entry.packed for entry in settings] + packed_targets)
         return StepDraws(bytearray(packed), drawings, targets, settings)
-
-    def _keep(self, params: SamplingParams) -> _Settings:
-        if len(self._kept) >= _MAX_KEPT:
-            self._kept.clear()
-        entry = self._kept[id(params)] = _Settings.of(params, self._vocab_size)
-        return entry
 
 
 class StepDraws:

@@ -132,7 +132,12 @@ def select_device(name: str, index: int = 0) -> torch.device:
 
     if kind == "cpu":
         return torch.device(kind)
-    return torch.device(kind, _checked_index(kind, int(number) if is_numbered else index))
+    index = int(number) if is_numbered else index
+    count = _num_devices(kind, is_wanted=True)
+    if index >= count:
+        found, obstacles = f"{count} found" if count else "none found", _obstacles(kind)
+        raise ConfigError(f"device {kind}:{index} is not there: {found}{'; ' * bool(obstacles)}{obstacles}")
+    return torch.device(kind, index)
 
 
 def describe_device(device: torch.device) -> str:
@@ -226,14 +231,6 @@ def begin_fetch(tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
         return copy
 
     return wait
-
-
-def _checked_index(kind: str, index: int) -> int:
-    count = _num_devices(kind, is_wanted=True)
-    if index >= count:
-        found, obstacles = f"{count} found" if count else "none found", _obstacles(kind)
-        raise ConfigError(f"device {kind}:{index} is not there: {found}{'; ' * bool(obstacles)}{obstacles}")
-    return index
 
 
 def _num_devices(kind: str, *, is_wanted: bool = False) -> int:
