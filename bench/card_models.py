@@ -29,11 +29,11 @@ from brlite.models.registry import find_family
 
 WEIGHT_SCALE = 0.02
 BLOCK_SIZE = 16
-# Name → hidden size, intermediate size, layers, heads, key/value heads, head size, vocabulary, tied head.
-SHAPES: dict[str, tuple[int, int, int, int, int, int, int, bool]] = {
-    "tiny": (128, 256, 2, 4, 2, 32, 6000, False),
-    "1b": (2048, 8192, 16, 32, 8, 64, 128256, True),  # Llama 3.2's
-    "8b": (4096, 14336, 32, 32, 8, 128, 128256, False),  # Llama 3.1's
+# Name → the sizes as in `shapes.SHAPES`, and whether head and embedding are one matrix.
+SHAPES: dict[str, tuple[tuple[int, int, int, int, int, int], bool]] = {
+    "tiny": ((128, 256, 2, 4, 2, 6000), False),
+    "1b": ((2048, 8192, 16, 32, 8, 128256), True),  # Llama 3.2's
+    "8b": (shapes.SHAPES["8b"], False),  # Llama 3.1's
 }
 
 
@@ -71,26 +71,8 @@ class RandomCheckpoint:
 
 
 def hugging_face_config(shape: str) -> dict[str, Any]:
-    hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, is_tied = SHAPES[shape]
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "vocab_size": vocab,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "max_position_embeddings": 16384,
-        "tie_word_embeddings": is_tied,
-        "bos_token_id": None,
-        "eos_token_id": None,  # no token ends an answer
-        "torch_dtype": "bfloat16",
-    }
+    sizes, is_tied = SHAPES[shape]
+    return shapes.llama_config(sizes, rope_theta=500000.0, max_position_embeddings=16384, tie_word_embeddings=is_tied)
 
 
 def model_config(shape: str) -> ModelConfig:

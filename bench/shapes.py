@@ -66,7 +66,7 @@ def gguf_path(folder: Path, mix: str = "Q8_0") -> Path:
 def write_shape(shape: str, folder: Path, seed: int = 0) -> None:
     """Write `config.json`, tokenizer and `model.safetensors` into a new folder."""
     folder.mkdir(parents=True)
-    config = _config(shape)
+    config = llama_config(SHAPES[shape])
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     write_tokenizer(folder, config["vocab_size"])
     family = find_family(config)
@@ -103,8 +103,9 @@ def _kind(name: str, mix: str) -> gguf.GGMLQuantizationType | None:
     return gguf.GGMLQuantizationType.Q4_0 if mix == "Q4_0" else gguf.GGMLQuantizationType.Q4_K
 
 
-def _config(shape: str) -> dict[str, Any]:
-    hidden, intermediate, layers, heads, kv_heads, vocab = SHAPES[shape]
+def llama_config(sizes: tuple[int, int, int, int, int, int], **fields: object) -> dict[str, Any]:
+    """A `config.json` of Llama's architecture. `sizes` are an entry of `SHAPES`; `fields` replace others."""
+    hidden, intermediate, layers, heads, kv_heads, vocab = sizes
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -123,6 +124,7 @@ def _config(shape: str) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,  # no token ends an answer
         "torch_dtype": "bfloat16",
+        **fields,
     }
 
 

@@ -164,12 +164,13 @@ def verify(load: Load, config: Config, texts: Sequence[str] | None, max_tokens: 
         prompts = _encode(engine, texts, max_tokens)
         info = engine.info
         fingerprint = f", fp_{info.fingerprint}" if info.fingerprint else ""
-        say(f"backend {info.name}, {info.device}, {info.precision}{fingerprint}")
+        heading = [f"backend {info.name}, {info.device}, {info.precision}{fingerprint}"]
         if not info.is_batch_invariant:
-            say("This backend does not promise the same bits in any company; this is what it does:")
+            heading.append("This backend does not promise the same bits for every batch; this run compares them:")
         lengths = f"{min(map(len, prompts))} to {max(map(len, prompts))} tokens"
         kinds = f"each greedy and seeded ({NUM_SIBLINGS} completions), {max_tokens} tokens"
-        say(f"{len(prompts)} prompts of {lengths}, {kinds}; compared with each completion alone:")
+        heading.append(f"{len(prompts)} prompts of {lengths}, {kinds}; compared with each completion alone:")
+        say("\n".join(heading))
         replay = _Replay(prompts, max_tokens, config.engine)
         expected = replay.alone(engine, backend)
         runs = [replay.compare(engine, backend, way, expected, say) for way in CROWDS]

@@ -10,7 +10,6 @@ import msgspec
 
 from brlite.backends.distributed.backend import RankModel
 from brlite.backends.distributed.messages import RankBatch
-from brlite.backends.native.backend import max_rows
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.rank import NativeRank
 from brlite.backends.native.step_rows import SharedSizes, create_shared_file
@@ -64,7 +63,7 @@ def load_native_ranks(
     engine = EngineConfig(threads=threads, max_num_batched_tokens=MAX_ROWS)
     checkpoint = checkpoint or make_checkpoint(name)
     plan = make_plan(checkpoint, spec, engine)
-    file = create_shared_file(library.functions, SharedSizes.of(plan.config, max_rows(spec, engine)))
+    file = create_shared_file(library.functions, SharedSizes.of(plan))
     try:
         return RankThreads(
             [

@@ -21,7 +21,6 @@ from brlite.backends.distributed.backend import ParallelBackend, RankModel
 from brlite.backends.distributed.launcher import await_ranks, find_place
 from brlite.backends.distributed.messages import Loaded, Setup
 from brlite.backends.distributed.processes import start_local
-from brlite.backends.native.backend import max_rows
 from brlite.backends.native.step_rows import SharedSizes, create_shared_file
 from brlite.checkpoint import Checkpoint, open_checkpoint
 from brlite.checkpoint.checked_model import check_model
@@ -73,7 +72,7 @@ def load_native_ranks(library: NativeLibrary, plan: LoadPlan) -> ParallelBackend
     if size > num_cores:
         logger.warning("%d ranks share %d cores: they wait for each other more than they compute", size, num_cores)
     seen = _as_rank_sees(_found(plan), plan.engine, 0, size)
-    memory = create_shared_file(library.functions, SharedSizes.of(plan.config, max_rows(plan.spec, plan.engine)))
+    memory = create_shared_file(library.functions, SharedSizes.of(plan))
 
     def load() -> RankModel:
         from brlite.backends.native.rank import NativeRank

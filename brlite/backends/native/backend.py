@@ -23,11 +23,10 @@ from brlite.backends.native.adaptive_threads import AdaptiveThreads
 from brlite.backends.native.draws import Drawing, DrawTarget, NativeDraws
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.loading import LoadedWeights, load_weights
-from brlite.backends.native.plan import NativePlan, PagedCache, RankContext
+from brlite.backends.native.plan import NativePlan, PagedCache
 from brlite.backends.native.step_rows import SharedRows
 from brlite.backends.pooling import pooled_result
 from brlite.checkpoint.placing import LoadPlan
-from brlite.config.options import EngineConfig, ModelSpec
 from brlite.engine.backend import (
     BackendGuard,
     BackendInfo,
@@ -39,9 +38,8 @@ from brlite.engine.backend import (
     Undrawn,
 )
 from brlite.engine.outputs import TokenLogprob
-from brlite.errors import ConfigError, EngineError, RankGone
+from brlite.errors import EngineError, RankGone
 from brlite.models.rope_tables import inverse_frequencies
-from brlite.models.shards import shard_config
 from brlite.process.machine import describe_cpu
 
 MAX_DRAFT_TOKENS = 16
@@ -64,43 +62,24 @@ class NativeBackend:
         `shared` are the rows that the ranks of a sharded plan share. The backend owns `opened` and closes it last.
         If anything is raised, KeyboardInterrupt included, everything is released.
         """
-        library, config, spec = native.functions, plan.config, plan.spec
-        block_size = math.ceil(plan.engine.block_size / LANES) * LANES
+        library = native.functions
         with opened or ExitStack() as opened:
             loaded = load_weights(library, plan)
             opened.callback(loaded.weights.close)
-            try:
-                cache = PagedCache(
-                    library,
-                    config if plan.shard is None else shard_config(config, plan.shard),
-                    num_blocks=spec.num_blocks or spec.build_batch * math.ceil(spec.build_seq / block_size),
-                    block_size=block_size,
-                    is_int8=plan.precision.kv == "int8",
-                )
-            except ConfigError as error:
-                raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
+            cache = PagedCache(library, plan)
             opened.callback(cache.close)
             self.info = _describe(native, plan, loaded, cache)
             self._guard = BackendGuard()
             self._library = library
-            self._vocab_size = config.vocab_size
-            self._hidden_size = config.hidden_size
-            self._draws = NativeDraws(config.vocab_size)
+            self._vocab_size = plan.config.vocab_size
+            self._hidden_size = plan.config.hidden_size
+            self._draws = NativeDraws(self._vocab_size)
             # Not with ranks: a rank also waits for others, so its times do not show whether its threads have cores.
             is_adaptive = plan.engine.adaptive_threads and plan.shard is None
             self._threads = AdaptiveThreads(plan.num_threads) if is_adaptive else None
             self._last_time = (ctypes.c_double * 2)()
             self._num_threads = plan.num_threads
-            compiled = NativePlan(
-                library,
-                config,
-                loaded.weights,
-                cache,
-                max_rows=max_rows(spec, plan.engine),
-                max_positions=spec.build_seq,
-                has_int8_rows=plan.precision.has_int8_activations,
-                rank_context=None if plan.shard is None or shared is None else RankContext(plan.shard, shared),
-            )
+            compiled = NativePlan(library, plan, loaded.weights, cache, shared)
             opened.callback(compiled.close)
             self._engine: int = (
                 library.brlite_create(ctypes.addressof(compiled.struct), native.isa, plan.num_threads) or 0
@@ -277,11 +256,6 @@ def _result(seq: ScheduledSeq, drawn: Iterator[SampledToken | Undrawn], reported
     if not all(math.isfinite(entry.logprob) for entry in logprobs):
         return SeqResult.not_finite(seq.seq_id)
     return SeqResult(seq.seq_id, tokens, logprobs)
-
-
-def max_rows(spec: ModelSpec, engine: EngineConfig) -> int:
-    """The maximum number of rows of a step."""
-    return max(engine.step_tokens(), spec.build_batch)
 
 
 def _describe(native: NativeLibrary, plan: LoadPlan, loaded: LoadedWeights, cache: PagedCache) -> BackendInfo:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from brlite.backends.native import abi
 from brlite.backends.native.memory import NativeMemory
 from brlite.backends.native.packer import PackedWeights
-from brlite.backends.native.step_rows import OwnRows, Rows, SharedRows
+from brlite.backends.native.step_rows import OwnRows, Rows, SharedRows, max_rows
+from brlite.checkpoint.placing import LoadPlan
+from brlite.errors import ConfigError
 from brlite.models.config import FLOAT32_BYTES, ModelConfig
 from brlite.models.network import Attend, Embed, Gate, HeadNorm, Multiply, Norm, Operation, Rotate, build_network
 from brlite.models.rope_tables import pair_tables
@@ -23,15 +25,21 @@ from brlite.models.shards import Shard, head_ranges, hidden_range, mlp_range, sh
 class PagedCache:
     """The KV cache in pages of 16 tokens, layer by layer. A block is one or more pages."""
 
-    def __init__(
-        self, library: ctypes.CDLL, config: ModelConfig, *, num_blocks: int, block_size: int, is_int8: bool
-    ) -> None:
-        self.format = abi.INT8 if is_int8 else abi.BF16
-        self.num_blocks = num_blocks
-        self.pages_per_block = block_size // abi.LANES
+    def __init__(self, library: ctypes.CDLL, plan: LoadPlan) -> None:
+        """Allocate it. Raises `ConfigError` if there is not enough memory."""
+        config = plan.config if plan.shard is None else shard_config(plan.config, plan.shard)
+        self.format = abi.INT8 if plan.precision.kv == "int8" else abi.BF16
+        self.pages_per_block = math.ceil(plan.engine.block_size / abi.LANES)
+        tokens_per_block = self.pages_per_block * abi.LANES
+        self.num_blocks = plan.spec.num_blocks or plan.spec.build_batch * math.ceil(
+            plan.spec.build_seq / tokens_per_block
+        )
         page_bytes: int = library.brlite_page_bytes(self.format, config.head_dim)
-        self._layer_bytes: int = num_blocks * self.pages_per_block * config.num_kv_heads * page_bytes
-        self.memory = NativeMemory(library, self._layer_bytes * config.num_layers, "the KV cache")
+        self._layer_bytes: int = self.num_blocks * self.pages_per_block * config.num_kv_heads * page_bytes
+        try:
+            self.memory = NativeMemory(library, self._layer_bytes * config.num_layers, "the KV cache")
+        except ConfigError as error:
+            raise ConfigError(f"{error}; lower build_batch, build_seq or num_blocks") from error
 
     def layer(self, index: int) -> int:
         """The address of a layer's pages."""
@@ -41,54 +49,43 @@ class PagedCache:
         self.memory.close()
 
 
-class RankContext(NamedTuple):
-    """A rank's shard and the rows that it shares with the other ranks."""
-
-    shard: Shard
-    shared: SharedRows
-
-
 class NativePlan:
     """A `struct brlite_plan` with all that it points to. `close` releases the buffers, not weights and cache.
 
-    With a `rank_context` it is the plan of one rank; `config` is always that of the whole model. With `has_int8_rows`
-    activations are int8, with one scale for 32 inputs; the weights must be int8 or 4 bits.
+    With `shared` rows it is the plan of the load plan's shard. Activations are int8, with one scale for 32 inputs, if
+    the precision says so; the weights must then be int8 or 4 bits.
     """
 
     def __init__(
         self,
         library: ctypes.CDLL,
-        config: ModelConfig,
+        plan: LoadPlan,
         weights: PackedWeights,
         cache: PagedCache,
-        *,
-        max_rows: int,
-        max_positions: int,
-        has_int8_rows: bool = False,
-        rank_context: RankContext | None = None,
+        shared: SharedRows | None = None,
     ) -> None:
-        shard, shared = rank_context or (Shard(0, 1, sums=False), None)
-        self.config = config
-        self._own = shard_config(config, shard) if rank_context else config
+        shard = plan.shard or Shard(0, 1, sums=False)
+        config = self.config = plan.config  # the whole model's
+        self._own = shard_config(config, shard) if plan.shard else config
         self._heads, _ = head_ranges(config, shard)
         self._mlp, self._hidden = mlp_range(config, shard), hidden_range(config, shard)
         self._vocabulary = vocabulary_range(config, shard)
-        self._rank_context = rank_context
+        self._shared = shared
         self._weights = weights
-        self._has_int8_rows = has_int8_rows
+        self._has_int8_rows = plan.precision.has_int8_activations
         self._cache = cache
-        self._buffers = _Buffers(library, config, self._own, max_rows, shared)
-        self._rope = pair_tables(config.rope, max_positions)
+        self._buffers = _Buffers(library, config, self._own, max_rows(plan), shared)
+        self._rope = pair_tables(config.rope, plan.spec.build_seq)
         network = build_network(config)
         body, (head,) = list(self._compile(network.body)), self._multiply(network.head)
         self._body_array = (abi.NativeOperation * len(body))(*body)
         self.struct = abi.Plan(
             body=ctypes.addressof(self._body_array),
             num_operations=len(body),
-            max_rows=max_rows,
+            max_rows=max_rows(plan),
             vocab_size=config.vocab_size,
             max_blocks=cache.num_blocks,
-            attention=self._attention(max_positions),
+            attention=self._attention(plan.spec.build_seq),
             norm=self._norm(network.norm),
             head=head,
             logits=self._buffers.logits.address,
@@ -139,10 +136,10 @@ class NativePlan:
     def _gate(self, size: int) -> Iterator[abi.NativeOperation]:
         """Ranks exchange silu(gate) * up before it is quantized, since a quantized row has one scale."""
         buffers = self._buffers
-        if self._rank_context is None:
+        if self._shared is None:
             yield self._activate(abi.SILU, buffers.gate_up, size)
             return
-        product = self._rank_context.shared.product
+        product = self._shared.product
         yield abi.NativeOperation(
             kind=abi.GATE,
             num_inputs=len(self._mlp),
@@ -207,7 +204,7 @@ class NativePlan:
 
     @property
     def _meets(self) -> bool:
-        return self._rank_context is not None
+        return self._shared is not None
 
     @property
     def _format(self) -> int:

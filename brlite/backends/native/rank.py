@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from brlite.backends.distributed.messages import RankBatch
-from brlite.backends.native.backend import NativeBackend, max_rows
+from brlite.backends.native.backend import NativeBackend
 from brlite.backends.native.library import NativeLibrary
 from brlite.backends.native.step_rows import SharedRows, SharedSizes
 from brlite.checkpoint.placing import LoadPlan
@@ -26,7 +26,7 @@ class NativeRank:
     def load(cls, library: NativeLibrary, plan: LoadPlan, file: int) -> NativeRank:
         """Load the weights of the plan's shard and allocate its cache. `file` is a descriptor of the shared memory."""
         with ExitStack() as opened:
-            sizes = SharedSizes.of(plan.config, max_rows(plan.spec, plan.engine))
+            sizes = SharedSizes.of(plan)
             shared = SharedRows(library.functions, sizes, file)
             opened.callback(shared.close)
             return cls(NativeBackend(library, plan, shared=shared, opened=opened), shared)

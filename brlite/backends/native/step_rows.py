@@ -17,8 +17,8 @@ import numpy as np
 from brlite.backends.native import abi
 from brlite.backends.native.layout import padded
 from brlite.backends.native.memory import NativeMemory, aligned
+from brlite.checkpoint.placing import LoadPlan
 from brlite.errors import ConfigError
-from brlite.models.config import ModelConfig
 
 
 class Rows(NamedTuple):
@@ -40,6 +40,11 @@ class Rows(NamedTuple):
         return Rows(self.address + 4 * index, self.row_size)
 
 
+def max_rows(plan: LoadPlan) -> int:
+    """The maximum number of rows of a step."""
+    return max(plan.engine.step_tokens(), plan.spec.build_batch)
+
+
 class SharedSizes(NamedTuple):
     """Lengths of the shared rows: residual stream, output of attention, hidden layer of the MLP, logits."""
 
@@ -50,8 +55,9 @@ class SharedSizes(NamedTuple):
     logits: int
 
     @classmethod
-    def of(cls, config: ModelConfig, max_rows: int) -> SharedSizes:
-        return cls(max_rows, config.hidden_size, config.q_size, config.intermediate_size, config.vocab_size)
+    def of(cls, plan: LoadPlan) -> SharedSizes:
+        config = plan.config
+        return cls(max_rows(plan), config.hidden_size, config.q_size, config.intermediate_size, config.vocab_size)
 
     def num_bytes(self) -> dict[str, int]:
         """Bytes of each buffer, in their order in memory."""

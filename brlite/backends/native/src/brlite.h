@@ -43,7 +43,7 @@ enum brlite_isa {
 // last four formats a weight is
 //   INT8_F16   scale * code, -128 .. 127        INT4_MIN    scale * code + minimum, 0 .. 15
 //   INT4       scale * (code - 8), 0 .. 15      INT4_ZERO   scale * (code - zero point), both 0 .. 15
-// with one scale and one minimum or zero point a group, in IEEE half precision: exactly the values that a quantised
+// with one scale and one minimum or zero point a group, in IEEE half precision: exactly the values that a quantized
 // file stores.
 enum brlite_format {
     BRLITE_INT8,
@@ -200,7 +200,7 @@ size_t brlite_packed_bytes(int32_t format, int32_t num_outputs, int32_t num_inpu
 // Pack rows `first` .. `first + num_rows - 1` of a float32 matrix, rounded to bfloat16 first. Several threads may pack
 // different rows.
 void brlite_pack(int32_t format, const float* rows, int32_t first, int32_t num_rows, int32_t num_inputs, void* panels);
-// Pack rows that are already quantised, for INT8_F16 or 4 bits: codes [num_rows][num_inputs], one byte each; scales
+// Pack rows that are already quantized, for INT8_F16 or 4 bits: codes [num_rows][num_inputs], one byte each; scales
 // and, where the format has them, minimums or zero points [num_rows][num_inputs / 32] in half precision. `num_inputs`
 // is a multiple of 32.
 void brlite_pack_codes(int32_t format, const uint8_t* codes, const uint16_t* scales, const uint16_t* offsets,

@@ -1,6 +1,6 @@
 // Packs matrices into panels. int8: weights are rounded to bfloat16 first; then each group of 32 inputs gets one scale.
 // The scale is the smallest bfloat16 number that is at least (largest magnitude) / 127, so no code exceeds 127. A scale
-// takes 2 bytes: 1.0625 bytes a weight. Codes that a file holds quantised are copied, without rounding.
+// takes 2 bytes: 1.0625 bytes a weight. Codes that a file holds quantized are copied, without rounding.
 #include <math.h>
 #include <string.h>
 

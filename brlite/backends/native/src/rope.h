@@ -41,7 +41,7 @@ INLINE void rotate(const brlite_attention& a, int rotary_dim, Angles angles, con
     memset(out + a.head_dim, 0, (head_size(a) - a.head_dim) * sizeof *out);
 }
 
-// Quantises a head to int8. Returns its scale, NaN if the head is not finite.
+// Quantizes a head to int8. Returns its scale, NaN if the head is not finite.
 INLINE float quantize_head(const float* from, int size, int8_t* to) {
     Ints best = Ints{};
     for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));

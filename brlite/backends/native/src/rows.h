@@ -8,7 +8,7 @@ namespace BRLITE_ISA {
 
 constexpr float MAX_ACTIVATION = 32767.0f, MAX_INT8_ACTIVATION = 127.0f;
 
-// Quantises a row to int16. Returns its scale; NaN for a row that is not finite, so that its products are NaN, too.
+// Quantizes a row to int16. Returns its scale; NaN for a row that is not finite, so that its products are NaN, too.
 INLINE float quantize_row(const float* from, int size, int16_t* to) {
     Ints best = Ints{};
     for (int i = 0; i < size; i += LANES) best = larger_magnitude(best, load(from + i));
@@ -43,7 +43,7 @@ INLINE void sum_groups(const int16_t* from, int size, ActivationGroup* to) {
     }
 }
 
-// Quantises a row to integers of up to 127 with one scale for each group. The scale is NaN where a number of the group
+// Quantizes a row to integers of up to 127 with one scale for each group. The scale is NaN where a number of the group
 // is not finite.
 INLINE void quantize_groups(const float* from, int size, GroupedRow* to, ActivationGroup* groups) {
     for (int i = 0; i < size; i += BRLITE_GROUP, groups++) {

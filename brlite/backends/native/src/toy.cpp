@@ -63,7 +63,7 @@ const float* Toy::vector(int size, float base, float spread) {
 
 const void* Toy::matrix(int num_outputs, int num_inputs) {
     if (weight_format_ != BRLITE_INT8 && weight_format_ != BRLITE_BF16)
-        return quantised_matrix(num_outputs, num_inputs);
+        return quantized_matrix(num_outputs, num_inputs);
     std::vector<float> weights((size_t)num_outputs * num_inputs);
     for (float& weight : weights) weight = random_.weight();
     memset(weights.data() + 3 * num_inputs, 0, num_inputs * sizeof(float));  // padded vocabularies have rows of zeros
@@ -73,7 +73,7 @@ const void* Toy::matrix(int num_outputs, int num_inputs) {
 }
 
 // Random codes. Scales and minimums in half precision from 2^-24 to 2^-2; minimums of both signs. Zero points 0 to 15.
-const void* Toy::quantised_matrix(int num_outputs, int num_inputs) {
+const void* Toy::quantized_matrix(int num_outputs, int num_inputs) {
     const int num_groups = rounded(num_inputs, BRLITE_GROUP) / BRLITE_GROUP * num_outputs;
     std::vector<uint8_t> codes((size_t)num_groups * BRLITE_GROUP);
     std::vector<uint16_t> scales(num_groups), offsets(num_groups);
