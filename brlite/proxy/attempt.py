@@ -1,7 +1,7 @@
-"""One attempt to have a request answered by one upstream: sends it, reads the response, gives it to the client.
+"""One attempt to forward a request to one upstream: sends it, reads the response, passes it to the client.
 
-Callbacks, no task: what an upstream sends goes out in the same turn of the loop. What a response must be is checked in
-`buffered_response.py` and `wire/sse_relay.py`; what follows from a failure is decided by the owner, the exchange.
+Callbacks, no task: bytes from an upstream are sent on in the same turn of the loop. `buffered_response.py` and
+`wire/sse_relay.py` check the response; the attempt's owner, the exchange, decides what follows from a failure.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ TRANSITIONS = {
     DONE: set(),
 }
 
-# A kept connection that is lost within this time after a request was sent had been closed before the request came.
+# A kept connection that is lost so soon after a request was sent had been closed before the request arrived.
 STALE_SECONDS = 0.1
-ONE_WRITE_BYTES = 16 * 1024  # up to here copying a body beside its head is cheaper than a second write
+ONE_WRITE_BYTES = 16 * 1024  # for bodies up to here, a copy behind the head is cheaper than a second write
 DENIALS = (401, 403)
-UPSTREAM_RETRY_SECONDS = 1  # another upstream may be free, or a connection can be made, a second later
+UPSTREAM_RETRY_SECONDS = 1  # after a second another upstream may be free, or connections work again
 NOT_FOUND = 404
 EVENT_STREAM = b"text/event-stream"
 NOTHING_SEEN = Seen()
 
 
 class Downstream(Protocol):
-    """One client that waits for one response: the client's side of an exchange, in `fast_path.py` and `middleware.py`.
+    """The client's side of an exchange: one client, one response. Implemented in `fast_path.py` and `middleware.py`.
 
-    A body in chunks is passed with its framing where `takes_chunks`. `request_id` is the id that the client is told,
-    `peer` its IP address, if it has one.
+    With `takes_chunks` it gets a chunked body with its framing. `request_id` is the id in the response's header, `peer`
+    the client's IP address, None if it has none.
     """
 
     takes_chunks: bool
@@ -100,26 +100,26 @@ class Downstream(Protocol):
 
 
 class Listener(Protocol):
-    """Whose attempt it is. Each attempt ends with one of these calls, or with `Attempt.close`."""
+    """The owner of an attempt. Each attempt ends with one of these calls, or with `Attempt.close`."""
 
     def attempt_completed(self) -> None:
-        """The client has the whole response."""
+        """The whole response was sent to the client."""
 
     def attempt_refused(self, head: AnswerHead, ending: Ending) -> bool:
-        """The upstream answers 429 or 503. True if another upstream is tried, else this answer is passed on."""
+        """The upstream answers 429 or 503. True if another upstream is tried; else this response is forwarded."""
 
     def attempt_found_no_model(self, body: bytes) -> bool:
-        """The upstream answers 404. True if it lacks the model and another is tried, else this answer is passed on."""
+        """The upstream answers 404. True if it lacks the model and another is tried; else this one is forwarded."""
 
     def attempt_failed(self, error: RequestError, ending: Ending) -> None:
-        """There is no response, or only a part of one."""
+        """There is no response, or it is incomplete."""
 
 
 class Attempt:
     """One request at one upstream.
 
-    `deadline` is the loop's time from which `time_is_up` is due. `has_begun` says whether the client got any of the
-    response. `seen` is set at the end.
+    `deadline` is the loop's time at which `time_is_up` is to be called. `has_begun`: a part of the response was sent to
+    the client. `seen` is set at the end.
     """
 
     __slots__ = (
@@ -180,27 +180,27 @@ class Attempt:
 
     @property
     def was_sent(self) -> bool:
-        """Whether the upstream has been given the request."""
+        """Whether the request was sent to the upstream."""
         return self._heard_at > 0
 
     @property
     def seen_by_now(self) -> Seen:
-        """`seen`, also before the end."""
+        """`seen`, with a value before the end as well."""
         return self._relay.seen if self.state is RELAYING else self.seen
 
     @property
     def can_take_event(self) -> bool:
-        """Whether the response is a stream that an event of ours can follow."""
+        """Whether the response is a stream after which an error event can be sent."""
         return self.has_begun and self._relay.can_take_event
 
     def error_event(self, error: RequestError) -> bytes:
-        """What ends a stream that can take it."""
+        """The bytes that end a stream with an error event, if `can_take_event`."""
         return self._relay.error_event(error)
 
     # The request
 
     def start(self, head: RequestHead, lines: bytes, body: bytes, *, is_fresh: bool) -> None:
-        """Send the request with these header lines and this body; `is_fresh` on no connection that was used before."""
+        """Send the request with these header lines and this body. With `is_fresh` it opens a new connection for it."""
         upstream, path = self.upstream, head.target
         self._ticket = upstream.begin(self._loop.time())
         if head.method == b"POST":
@@ -231,7 +231,7 @@ class Attempt:
         else:
             text = "The upstream cannot be reached."
             unreachable = UpstreamUnavailable(text, retry_after_seconds=UPSTREAM_RETRY_SECONDS)
-            unreachable.__cause__ = error  # for the log only: clients must not see addresses and certificates
+            unreachable.__cause__ = error  # only logged: clients must not see addresses and certificates
             self._owner.attempt_failed(unreachable, Ending.UNREACHABLE)
 
     def _send(self, connection: UpstreamConnection) -> None:
@@ -269,7 +269,7 @@ class Attempt:
             if (found := self._reader.feed(data)) is not None:
                 self._begin(*found)
             elif not self._reader.has_part:
-                # An interim response does not tell when the final one begins.
+                # An interim response is not the first byte of the final one.
                 self.first_byte_at = None
                 self.deadline = self._sent_at + self._config.first_byte_seconds
         except FramingError as error:
@@ -278,7 +278,7 @@ class Attempt:
             self._owner.attempt_failed(error, Ending.BROKEN)
 
     def connection_lost(self, error: Exception | None) -> None:
-        if error is not None and not isinstance(error, OSError):  # asyncio's for what was raised in `data_received`
+        if error is not None and not isinstance(error, OSError):  # an exception that `data_received` raised
             failure = NotReady("The server could not take the answer.", retry_after_seconds=UPSTREAM_RETRY_SECONDS)
             failure.__cause__ = error
             self._owner.attempt_failed(failure, Ending.OUT_OF_RESOURCES)
@@ -297,7 +297,7 @@ class Attempt:
         else:
             connection = self._connection
             is_early = self._loop.time() - self._sent_at < STALE_SECONDS and self.first_byte_at is None
-            # A reset says that the request was not read. After an orderly end it may have been read.
+            # A reset shows that the request was not read. After an orderly end (FIN) it may have been read.
             is_stale = connection.is_used and is_early and (error is not None or not connection.has_all_arrived)
             text = "The upstream ended the connection without an answer."
             self._owner.attempt_failed(UpstreamError(text), Ending.STALE if is_stale else Ending.BROKEN)
@@ -311,7 +311,7 @@ class Attempt:
         if not self.upstream.breaker.is_untroubled and is_answer(status):
             self.upstream.breaker.answers(self._ticket)
         if status in DENIALS:
-            # It is about the operator's key, which its text may show; a client would look for the fault in its own.
+            # Not forwarded: it is about the operator's key, which its text may show, not about the client's.
             error = UpstreamError(f"The upstream refused this server's access ({status}).")
             self._owner.attempt_failed(error, Ending.DENIED)
         elif status == 200 and head.content_type == EVENT_STREAM:
@@ -324,7 +324,7 @@ class Attempt:
                 kind=kind_of(self._outbound[0]),
             )
             self._begin_relay(relay, head.lines_of_stream(self._config.response_headers), None)
-            self.data_received(data)  # nothing too: its length may say that nothing more comes
+            self.data_received(data)  # also without data: the body may have a length of 0
         elif length == len(data) and head.is_plain and (head.may_be_json or status != 200):
             self._answer(data, keep=True)
         else:
@@ -345,7 +345,7 @@ class Attempt:
             self.data_received(b"")  # sends what is buffered
 
     def _answer(self, payload: bytes, *, keep: bool) -> None:
-        """Give the client a complete response."""
+        """Send a complete response to the client."""
         envelope = check_response(self._head, payload, self._outbound[0].decode("latin-1"))
         if envelope is None:
             lines = self._head.lines_for_clients(self._config.response_headers)
@@ -364,7 +364,7 @@ class Attempt:
         self._downstream.begin(self.status, lines, length)
 
     def _end_relay(self, *, is_eof: bool) -> None:
-        """The relayed response has ended, well or not."""
+        """Handle the end of a relayed response, which is complete or broken."""
         relay = self._relay
         if relay.is_done:
             self._complete(relay.seen, keep=not (is_eof or relay.has_excess))
@@ -372,10 +372,10 @@ class Attempt:
             what = "stream" if isinstance(relay, SseRelay) else "answer"
             self._fail(f"The upstream's {what} is broken: {relay.error}.")
 
-    # The client takes its time
+    # Backpressure
 
     def pause(self) -> None:
-        """Read no more from the upstream; its deadline does not run meanwhile."""
+        """Stop reading from the upstream. The deadline is suspended until `resume`."""
         if self.is_connected and not self._connection.transport.is_closing():
             self._connection.transport.pause_reading()
             self.deadline = math.inf
@@ -389,7 +389,7 @@ class Attempt:
 
     @property
     def is_connected(self) -> bool:
-        """Whether it has a connection, which may have ended."""
+        """Whether it has a connection, which may be closing."""
         return self.state not in (CONNECTING, DONE)
 
     def time_is_up(self) -> None:
@@ -404,9 +404,9 @@ class Attempt:
         self._owner.attempt_failed(UpstreamTimeout(text), ending)
 
     def is_quiet(self, now: float) -> bool:
-        """Whether the upstream, which fails its checks, has sent nothing here for `health_seconds` since then.
+        """Whether the upstream fails its health checks, and has sent nothing here for `health_seconds` since.
 
-        A client that does not read makes no upstream quiet.
+        False while reading is paused because the client is slow.
         """
         since = self.upstream.lost_since
         if since is None or not self.is_connected or self.deadline == math.inf:
@@ -414,14 +414,14 @@ class Attempt:
         return max(since, self._heard_at) + self._config.health_seconds <= now
 
     def upstream_is_lost(self) -> None:
-        """Wait no longer for an upstream that fails its checks."""
+        """End the attempt, because the upstream fails its health checks."""
         if self._ends_if_whole():
             return
         error = UpstreamTimeout("The upstream stopped answering, and it fails its health checks.")
         self._owner.attempt_failed(error, Ending.LOST)
 
     def _ends_if_whole(self) -> bool:
-        """End a stream of which all has come but the end of its framing."""
+        """End a stream whose last event has arrived, without the end of its framing. False for other responses."""
         end = self._relay.end_if_whole() if self.state is RELAYING else None
         if end is None:
             return False
@@ -434,13 +434,13 @@ class Attempt:
         self._owner.attempt_failed(UpstreamError(text), Ending.BROKEN)
 
     def _complete(self, seen: Seen, *, keep: bool) -> None:
-        """The client has the whole response."""
+        """End the attempt after the whole response."""
         self.close(ending_of(self.status), keep=keep and self._head.keeps_alive and self._connection.has_sent_all)
         self.seen = seen
         self._owner.attempt_completed()
 
     def close(self, ending: Ending, *, keep: bool = False) -> None:
-        """Be done with the upstream. A connection that is not kept is cut, which tells the upstream to stop."""
+        """Release the upstream. A connection that is not kept is aborted, so that the upstream stops computing."""
         state, self.state = self.state, DONE
         self.deadline = math.inf
         if state is CONNECTING:

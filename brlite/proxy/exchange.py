@@ -1,8 +1,8 @@
-"""One request and its response, over as many upstreams as it takes.
+"""One forwarded request and its response, with retries at other upstreams.
 
-Another upstream may be tried until the first byte of a response has gone to the client, but only where the last one has
-certainly done nothing: no connection could be made, a kept one was closed already, or the upstream itself refused
-(429, 503). After that byte, a stream that breaks ends with an error event, any other response with the connection.
+Another upstream may be tried until the first byte of a response was sent to the client, and only if the last one has
+certainly computed nothing: it could not be connected to, a kept connection was closed already, or it refused (429,
+503). After that byte, a stream that breaks ends with an error event; any other response ends with the connection.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from brlite.proxy.routing.route_table import Route
 from brlite.proxy.routing.upstream import Upstream
 from brlite.proxy.wire.heads import AnswerHead
 
-MAX_PAUSE_SECONDS = 60.0  # the longest Retry-After that is believed
+MAX_PAUSE_SECONDS = 60.0  # a longer Retry-After is cut to this
 
 
 class ExchangeState(enum.Enum):
@@ -61,7 +61,7 @@ TRANSITIONS = {
 
 
 class ExchangeOwner(Protocol):
-    """What an exchange needs of the forwarder that began it."""
+    """The interface of the forwarder that an exchange uses."""
 
     loop: asyncio.AbstractEventLoop
     config: ProxyConfig
@@ -73,9 +73,9 @@ class ExchangeOwner(Protocol):
 
 
 class ForwardedRequest(msgspec.Struct, frozen=True):
-    """What is forwarded of a request. `lines` are the header lines that any upstream may see.
+    """The parts of a request that are forwarded. `lines` are the header lines for any upstream.
 
-    `affinity` is what chooses the upstream, where the config says that something does.
+    `affinity` is the value that the upstream is chosen by, with `proxy.choice` "prefix" or "sticky".
     """
 
     inbound: Inbound
@@ -84,10 +84,10 @@ class ForwardedRequest(msgspec.Struct, frozen=True):
 
 
 class Exchange:
-    """One request under way. The downstream is told of its end once, whatever happens.
+    """One running request. Calls `ended` of the downstream exactly once.
 
-    `attempt` is the current one, or the last one until the exchange has ended. `num_reserved` are the tokens that the
-    key was charged for the prompt when it was sent.
+    `attempt` is the current attempt, or the last one until the exchange has ended. `num_reserved` are the tokens that
+    the API key was charged for the prompt when it was sent.
     """
 
     __slots__ = (
@@ -117,7 +117,7 @@ class Exchange:
         self._asked = route
         self._tried: tuple[Upstream, ...] = ()  # one for each attempt
         self.request = request
-        self.route = route  # that of a fallback, where one was taken
+        self.route = route  # or the route of the fallback that was taken
         self.state = TRYING
         self.attempt: Attempt | None = None
         self.started_at = forwarder.loop.time()
@@ -126,18 +126,18 @@ class Exchange:
 
     @property
     def upstream(self) -> Upstream | None:
-        """The last one that was tried."""
+        """The upstream of the last attempt."""
         return self._tried[-1] if self._tried else None
 
     @property
     def deadline(self) -> float:
-        """The loop's time from which `time_is_up` is due."""
+        """The loop's time at which `time_is_up` is to be called."""
         if self.state is QUEUED:
             return self._queue_deadline
         return self.attempt.deadline if self.attempt is not None else math.inf
 
     def log_fields(self) -> dict[str, object]:
-        """What the access log says of it."""
+        """The exchange's fields in the access log."""
         fields: dict[str, object] = {"model": self._asked.model}
         if self.route is not self._asked:
             fields["fallback"] = self.route.model
@@ -147,10 +147,10 @@ class Exchange:
             fields["tries"] = len(self._tried)
         return fields
 
-    # A place, an upstream
+    # The concurrency limit and the upstream
 
     def start(self) -> None:
-        """Take one of the model's places, or wait for one."""
+        """Acquire the model's concurrency limit, or wait in its queue."""
         key = self.request.inbound.key
         limit = self.route.limit
         if limit.acquire(key.tenant):
@@ -217,7 +217,7 @@ class Exchange:
         self._close(self.attempt.status)
 
     def attempt_refused(self, head: AnswerHead, ending: Ending) -> bool:
-        """Note for how long the upstream wants no requests, and try another. False if there is none."""
+        """Keep the upstream's Retry-After, and try another upstream. False if there is none."""
         attempt = self._current
         now = self._forwarder.loop.time()
         attempt.upstream.refuses_until = now + pause_seconds(head)
@@ -254,13 +254,13 @@ class Exchange:
             upstream.num_retries += 1
             self._try_next()
         else:
-            # A kept connection that is lost where nothing may be tried again is a response that did not come.
+            # Without a retry, a lost kept connection counts as a broken response.
             attempt.close(Ending.BROKEN if ending is Ending.STALE else ending)
             self._give_up(error, attempt)
 
     @property
     def _current(self) -> Attempt:
-        """The attempt that is under way."""
+        """The running attempt."""
         assert self.attempt is not None  # in state TRYING
         return self.attempt
 
@@ -273,7 +273,7 @@ class Exchange:
         return self.route.has_untried(now, self._tried) or self._fallback(now) is not None
 
     def _give_up(self, error: RequestError, attempt: Attempt | None = None) -> None:
-        """Tell the client, as far as a response has not begun, or is a stream that can take an event."""
+        """End with an error: as the response, else as an event of the stream, else by cutting the connection."""
         if attempt is None or not attempt.has_begun:
             self._downstream.refuse(error)
         elif attempt.can_take_event:
@@ -287,7 +287,7 @@ class Exchange:
     # The client and the clock
 
     def pause(self) -> None:
-        """The client does not read what it is sent: the upstream has to wait."""
+        """Stop reading from the upstream, because the client reads too slowly."""
         if self.state is TRYING and self.attempt is not None:
             self.attempt.pause()
 
@@ -296,7 +296,7 @@ class Exchange:
             self.attempt.resume()
 
     def client_left(self) -> None:
-        """The client is gone. The upstream is told at once."""
+        """Handle a lost client: end the attempt, and so the upstream's work, at once."""
         if self.state is QUEUED:
             self._waiting.leave()
         elif self.state is TRYING:
@@ -307,7 +307,7 @@ class Exchange:
         self._close(CLIENT_LEFT)
 
     def stop(self) -> None:
-        """The server stops, and the grace time is over: end with an error."""
+        """End with an error, because the server stops and the grace time is over."""
         self._end_with(stopping(UPSTREAM_RETRY_SECONDS))
 
     def time_is_up(self) -> None:
@@ -320,7 +320,7 @@ class Exchange:
         self._end_with(QueueTimeout(text, retry_after_seconds=UPSTREAM_RETRY_SECONDS))
 
     def upstream_is_lost(self, now: float) -> None:
-        """The upstream fails its checks. As long as it still sends, it works; if it sends nothing, wait no longer."""
+        """Handle failed health checks of the upstream: end the attempt, unless the upstream still sends."""
         if self.state is TRYING and self._current.is_quiet(now):
             self._current.upstream_is_lost()
 
@@ -339,11 +339,11 @@ class Exchange:
         self.status = status
         self._forwarder.over(self)
         self._downstream.ended()
-        self.attempt = None  # else the two would keep each other, and the body, until the next garbage collection
+        self.attempt = None  # breaks the reference cycle, which keeps the body in memory
 
 
 def pause_seconds(head: AnswerHead) -> float:
-    """How long an upstream that refused wants no requests, by its Retry-After."""
+    """The seconds of a refusal's Retry-After, at most `MAX_PAUSE_SECONDS`."""
     said = head.fields.get(b"retry-after", b"").decode("latin-1")
     if said.isascii() and said.isdigit():
         return min(float(said), MAX_PAUSE_SECONDS)
@@ -351,6 +351,6 @@ def pause_seconds(head: AnswerHead) -> float:
         date = parsedate_to_datetime(said)
         # A date without a zone is in UTC (RFC 9110 §5.6.7).
         seconds = date.replace(tzinfo=date.tzinfo or timezone.utc).timestamp() - time.time()
-    except (ValueError, OverflowError, TypeError, IndexError):  # all that it raises for odd dates
+    except (ValueError, OverflowError, TypeError, IndexError):  # all errors that it raises for malformed dates
         return UPSTREAM_RETRY_SECONDS
     return min(max(seconds, UPSTREAM_RETRY_SECONDS), MAX_PAUSE_SECONDS)

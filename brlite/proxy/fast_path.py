@@ -1,8 +1,8 @@
-"""The fast path of a client's connection: requests for other servers' models are read, forwarded and answered here.
+"""The fast path of a client's connection: reads and forwards requests for upstreams' models without aiohttp.
 
 It exists for speed: a short request takes 0.28 of the CPU time that it takes through aiohttp and the middleware
-(`python bench/proxy.py --proxies brlite,brlite-aiohttp --works short`). Everything else is passed on to aiohttp:
-requests for anything but a model of an upstream, and all that is malformed, unusual or to be refused.
+(`python bench/proxy.py --proxies brlite,brlite-aiohttp --works short`). aiohttp gets everything else: requests for
+anything but a model of an upstream, and requests that are malformed, unusual or to be refused.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ OWN_LINES = "".join(f"{name}: {value}\r\n" for name, value in OWN_HEADERS.items(
 
 
 class FastPaths:
-    """What the fast paths of a server's connections share. Calling it makes one, as long as there are upstreams."""
+    """What the fast paths of a server's connections share. A call makes a fast path; None without upstreams."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class FastPaths:
         return FastPath(self, connection, transport) if self.forwarder.table.upstreams else None
 
     def key_of(self, head: RequestHead) -> ApiKey | None:
-        """The key that a request with this head is let in with; None: aiohttp's middlewares refuse it."""
+        """The API key of a request with this head. None if aiohttp's middlewares have to refuse the request."""
         keys = self._keys
         if not self._policy.lets_in(*head.asked_by, keys.is_open):
             return None
@@ -121,7 +121,7 @@ class FastPaths:
 
 
 class FastPath:
-    """One connection's fast path. It reads requests; each one that is forwarded has a `ForwardingCycle`."""
+    """The fast path of one connection. It reads requests; each forwarded request has a `ForwardingCycle`."""
 
     __slots__ = (
         "_arriving",
@@ -147,10 +147,10 @@ class FastPath:
         self.peer: str | None = str(peer[0]) if isinstance(peer, tuple) else None
         self.connection = connection
         self._state = HEAD
-        self._unread = b""  # received, and part of no request yet
-        self._num_checked = 0  # of `_unread`: the bytes of complete lines that may begin a head
+        self._unread = b""  # received bytes that no request has taken yet
+        self._num_checked = 0  # the bytes of complete, valid header lines at the beginning of `_unread`
         self._is_reading = True
-        self._is_paused = False  # the client does not read what it is sent
+        self._is_paused = False  # the client reads too slowly
 
     # The request
 
@@ -176,7 +176,7 @@ class FastPath:
         if end < len(END_OF_HEAD):
             num_checked = num_whole_lines_bytes(data, self._num_checked)
             if num_checked is None or len(data) > max_bytes:
-                self._pass_on_for_good(data)  # at once: aiohttp answers a client that speaks TLS, or waits for more
+                self._pass_on_for_good(data)  # it is no HTTP, such as TLS, or too long: aiohttp answers
             else:
                 self.connection.bytes_came()
                 self._unread, self._num_checked = data, num_checked
@@ -193,7 +193,7 @@ class FastPath:
                 self._begin_body(ArrivingRequest(head, key, shared.bodies), length, data, end)
             elif shared.bodies.take(key.tenant, length) is not None:
                 self._pass_on(data)
-            else:  # the most frequent case: all in one piece
+            else:  # the most frequent case: head and body arrived together
                 self._take(head, key, data[end:], [data], length)
         elif length is not None or head.is_chunked:
             self._pass_on_for_good(data)
@@ -202,7 +202,7 @@ class FastPath:
             self._pass_on(data[:end])
 
     def _begin_body(self, arriving: ArrivingRequest, length: int | None, data: bytes, begin: int) -> None:
-        """The head of a request is here, and its body is not, or is framed in chunks."""
+        """Handle a complete head whose body is incomplete or chunked."""
         head = arriving.head
         try:
             is_odd = head.is_http_1_0 and head.is_chunked
@@ -249,9 +249,9 @@ class FastPath:
             self._take(arriving.head, arriving.held.key, b"".join(arriving.payload), raw, arriving.held.num_bytes)
 
     def _take(self, head: RequestHead, key: ApiKey, body: bytes, raw: list[bytes], num_held: int) -> None:
-        """A request is complete: forward it if its model is an upstream's, else pass it on as it came.
+        """Forward a complete request if its model is an upstream's. Else give it to aiohttp unchanged.
 
-        `num_held` is how many bytes of the budget of bodies it has.
+        `num_held` are the bytes that it takes of the budget for bodies.
         """
         shared = self.shared
         try:
@@ -278,7 +278,7 @@ class FastPath:
     # Requests that aiohttp answers
 
     def _pass_on(self, request: bytes) -> None:
-        """Give aiohttp one complete request; what follows waits until it is answered."""
+        """Give aiohttp one complete request. Later bytes wait until aiohttp has answered it."""
         self._state = PASSED
         self.connection.pass_on(request)
 
@@ -287,7 +287,7 @@ class FastPath:
         self.connection.pass_on(data)
 
     def request_ended(self) -> None:
-        """aiohttp has answered a request that was passed on."""
+        """Handle the end of a request that aiohttp has answered."""
         if self._state is PASSED:
             self._state = HEAD
         self._go_on_soon()
@@ -295,7 +295,7 @@ class FastPath:
     # The response
 
     def cycle_ended(self, *, keeps_alive: bool) -> None:
-        """A forwarded request has been answered."""
+        """Handle the end of a forwarded request."""
         if self._state is FORWARDING:
             del self._exchange  # which holds the body
         self._state = HEAD
@@ -307,7 +307,7 @@ class FastPath:
             self._go_on_soon()
 
     def _go_on_soon(self) -> None:
-        """Read the next request, if it is here already, in the next turn of the loop."""
+        """Read the next request, if its bytes are here, in the next turn of the loop."""
         asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
@@ -343,7 +343,7 @@ class FastPath:
 
 
 class ArrivingRequest:
-    """A request whose head is complete and whose body is not."""
+    """A request with a complete head and an incomplete body."""
 
     __slots__ = ("body", "head", "held", "num_bytes", "payload", "raw")
 
@@ -352,7 +352,7 @@ class ArrivingRequest:
     def __init__(self, head: RequestHead, key: ApiKey, bodies: BodyBudget) -> None:
         self.head = head
         self.held = HeldBody(bodies, key)
-        self.raw: list[bytes] = []  # the request as it came
+        self.raw: list[bytes] = []  # the request's bytes, unchanged
         self.payload: list[bytes] = []
         self.num_bytes = 0  # of the payload
 
@@ -382,7 +382,7 @@ class ForwardingCycle:
         self._path = path
         self._transport = path.transport
         self._key = inbound.key
-        self._num_held = num_held  # bytes of the budget of bodies
+        self._num_held = num_held  # bytes of the budget for bodies
         self._keeps_alive = head.keeps_alive
         self._started_at = time.perf_counter()
         self._status = 0
@@ -451,7 +451,7 @@ class ForwardingCycle:
         if not self._keeps_alive:
             lines += b"Connection: close\r\n"
         elif not self.takes_chunks:
-            lines += b"Connection: keep-alive\r\n"  # HTTP/1.0 clients want to be told
+            lines += b"Connection: keep-alive\r\n"  # the default of HTTP/1.0 is to close
         if path.shared.cors is not None:
             lines += _lines(path.shared.cors.headers(text(self._head.fields.get(b"origin"))))
         parts = (status_line(status), lines, OWN_LINES, self.request_id.encode(), body)

@@ -1,4 +1,4 @@
-"""What all exchanges share: the route table, the clock over their deadlines, and the counts of what they did."""
+"""What all exchanges share: the route table, one timer for all deadlines, and the counts for the metrics."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from brlite.proxy.wire.heads import (
 logger = logging.getLogger(__name__)
 
 MAX_TICK_SECONDS = 1.0
-MISSING_SECONDS = 60.0  # how long a 404 for a model is believed; then a request tries again
+MISSING_SECONDS = 60.0  # an upstream that answered 404 for a model is tried again after this time
 
 
 class Forwarder:
-    """Forwards requests. `async with` it while requests may come; afterwards none of its connections is open.
+    """Forwards requests inside `async with`, which checks the upstreams' health. Its exit closes all connections.
 
-    While inside, its upstreams are checked. `answers` counts finished requests by model and status, `num_first_bytes`
-    those that got a byte from an upstream; `seconds` and `first_byte_seconds` are the sums of their durations.
+    `answers` counts finished requests by model and status, `num_first_bytes` those that got a byte from an upstream.
+    `seconds` and `first_byte_seconds` are the sums of their durations.
     """
 
     loop: asyncio.AbstractEventLoop
 
     def __init__(self, config: Config) -> None:
-        """Reads the files that the upstreams name. Raises `ConfigError`."""
+        """Reads key and certificate files of the upstreams. Raises `ConfigError`."""
         self.config: ProxyConfig = config.proxy
         self.table = RouteTable(config)
         self.is_draining = False
@@ -75,13 +75,13 @@ class Forwarder:
 
     @property
     def num_active(self) -> int:
-        """How many requests are under way."""
+        """The number of running requests."""
         return len(self._active)
 
     def replace(self, config: Config, table: RouteTable) -> None:
-        """Forward by another config from now on. Requests under way and kept connections of kept upstreams go on.
+        """Use another config. Running requests continue, as do connections to upstreams that remain.
 
-        `table` was made from the config and from the present table. It is given because making one reads files.
+        `table` was made from `config` and the present table by the caller, since that reads files.
         """
         gone = {upstream.name: upstream for upstream in self.table.upstreams if upstream not in table.upstreams}
         for upstream in table.upstreams:
@@ -94,7 +94,7 @@ class Forwarder:
             upstream.pool.drain()
 
     def forward(self, inbound: Inbound, route: Route, downstream: Downstream) -> Exchange:
-        """Begin an exchange, which the caller starts.
+        """Make an exchange. The caller calls its `start`.
 
         Raises `LoopDetected`, `RateLimited`, `NotReady` while the server stops, and `InvalidRequest` for a stored
         response that is not known as one of the key's.
@@ -131,14 +131,14 @@ class Forwarder:
         return exchange
 
     def find_stored(self, head: RequestHead, key: ApiKey) -> Route | None:
-        """The route to the stored response that a request is about. None if no upstream has it for this key."""
+        """The route to the stored response that a request is about. None if no upstream has stored it for this key."""
         response_id = stored_response_id(head)
         owner = None if response_id is None else self.owners.find(key.tenant, response_id, self._active)
         route = None if owner is None else self.table.find(owner.model)
         return None if owner is None or route is None else route.only(owner.upstream)
 
     def _only(self, owner: ResponseOwner, route: Route) -> Route:
-        """The route by the upstream that has the response. Raises `InvalidRequest` if it does not lead there."""
+        """The route with only the upstream that stores the response. Raises `InvalidRequest` if it has no such one."""
         only = route.only(owner.upstream)
         if only is None:
             raise InvalidRequest(
@@ -149,7 +149,7 @@ class Forwarder:
         return only
 
     def over(self, exchange: Exchange) -> None:
-        """The exchange has ended."""
+        """Count an exchange that has ended, and charge its key."""
         self._active.discard(exchange)
         model, attempt, started_at = exchange.route.model, exchange.attempt, exchange.started_at
         self.answers[model, exchange.status] += 1
@@ -167,15 +167,15 @@ class Forwarder:
             self.owners.note(exchange)
 
     def reserve(self, exchange: Exchange) -> None:
-        """Charge the key for the prompt, by an estimate, as the request is sent. It is corrected at the end."""
+        """Charge the key an estimate of the prompt's tokens when the request is sent; `over` corrects it."""
         inbound = exchange.request.inbound
         exchange.num_reserved = estimate_prompt(inbound.head.target, inbound.body)
         inbound.key.reserve(time.monotonic(), exchange.num_reserved)
 
     def _usage(self, exchange: Exchange) -> ForwardedUsage:
-        """The tokens that a request took, as its response says, or an estimate. None if no good response had begun.
+        """The tokens of a request: the usage in its response, or an estimate. 0 if no response below 400 had begun.
 
-        A client that leaves pays for its prompt, whether an answer had begun or not.
+        A client that disconnects pays for its prompt even if no response had begun.
         """
         attempt, inbound = exchange.attempt, exchange.request.inbound
         if inbound.head.target.startswith(RESPONSES_PATH) and stored_response_id(inbound.head) is not None:
@@ -207,14 +207,14 @@ class Forwarder:
         upstream.missing[model] = max(upstream.missing.get(model, 0.0), self.loop.time() + MISSING_SECONDS)
 
     def stop(self) -> None:
-        """End what is still under way, each with an error."""
+        """End all running exchanges with an error."""
         if self._tick is not None:
             self._tick.cancel()
             self._tick = None
         for exchange in list(self._active):
             exchange.stop()
 
-    # One timer for all exchanges: a timer for each of a thousand streams would be reset with each of their events.
+    # One timer for all exchanges: with one for each stream, each event of each stream would reset a timer.
 
     def _set_tick(self) -> None:
         config = self.config

@@ -1,7 +1,7 @@
 """The proxy within aiohttp: a middleware that forwards requests.
 
-It serves applications that are mounted in another one, which have no fast path, and requests that a fast path has
-passed on.
+For applications that are mounted in another one, which have no fast path, and for requests that a fast path has given
+to aiohttp.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from brlite.proxy.wire.heads import (
     without_limits,
 )
 
-# The raw path, behind the path of the application that this one is mounted in.
+# The raw path, after the path that this application is mounted at.
 _BARE_PATHS = "|".join(re.escape(path.decode()) for path in sorted(FORWARDED_PATHS) if not path.startswith(b"/v1/"))
 _TARGET = re.compile(rf"[!->@-~]*?(/v1/[!-~]+|(?:{_BARE_PATHS})(?:\?[!-~]*)?)")
 STORED_RESPONSES = b"/v1/responses/"
@@ -40,9 +40,9 @@ BACKLOG_BYTES = 64 * 1024
 
 
 def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_proxy: bool) -> Middleware:
-    """Forward a POST that names an upstream's model, and what is asked about a response that an upstream stores.
+    """A middleware that forwards POST requests for an upstream's model, and requests about responses stored there.
 
-    The handler gets anything else, with its body kept.
+    The handler gets all other requests, with their bodies kept.
     """
 
     @web.middleware
@@ -79,14 +79,14 @@ def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_pr
         try:
             return await downstream.respond(exchange)
         finally:
-            exchange.client_left()  # which it has, if the response is not complete
+            exchange.client_left()  # no effect after a complete response
             log_extras(request).update(exchange.log_fields())
 
     return forward
 
 
 class ResponseDownstream:
-    """The downstream of an exchange whose client is aiohttp's: buffers what it is given until `respond` has sent it."""
+    """The downstream of an exchange in aiohttp: buffers the response until `respond` has sent it."""
 
     takes_chunks = False  # aiohttp frames the body
 
@@ -103,7 +103,7 @@ class ResponseDownstream:
         self._changed = asyncio.Event()
 
     async def respond(self, exchange: Exchange) -> web.StreamResponse:
-        """Run the exchange and send its answer. Raises the error that it was refused with."""
+        """Run the exchange and send its response. Raises its error if the request was refused."""
         self._exchange = exchange
         exchange.start()
         while self._response is None and not self._is_over:
@@ -128,7 +128,7 @@ class ResponseDownstream:
 
     def write(self, data: bytes) -> None:
         if not data:
-            return  # else `_send` would find parts, and wait for more of them
+            return  # with an empty part `_send` would wait for more, even after the end
         self._parts.append(data)
         self._num_waiting += len(data)
         if self._num_waiting > BACKLOG_BYTES and self._exchange is not None:
@@ -176,7 +176,7 @@ class ResponseDownstream:
 
 
 def _wire_path(request: web.Request) -> bytes:
-    """The path below the mount point, with the query; b"" if it is not a path that can be forwarded."""
+    """The path below the mount point, with the query. b"" if the path cannot be forwarded."""
     is_mounted = len(request.match_info.apps) > 1
     path = request.rel_url.raw_path_qs
     found = _TARGET.fullmatch(path if is_mounted else usual_spelling(path.encode()).decode())
@@ -186,7 +186,7 @@ def _wire_path(request: web.Request) -> bytes:
 
 
 def _head_of(request: web.Request, wire_path: bytes) -> RequestHead:
-    """The request's head as a fast path would have read it, with the path that upstreams are asked for."""
+    """The request's head as a fast path would have read it, with the path to send to upstreams."""
     fields: dict[bytes, bytes] = {}
     for name, value in request.raw_headers:
         key = name.lower()

@@ -1,6 +1,6 @@
 """Cuts text into token ids by Hugging Face's `tokenizers`.
 
-That library panics where it should raise, which is a `BaseException`: here it becomes an error of the text that did it.
+A panic of that library is a `BaseException` in Python. Here it becomes an `InvalidRequest` of the text that caused it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from brlite.tokenizer.encoder_process import EncoderProcess
 from brlite.tokenizer.tokenizer import Encoder
 
 _ALL, _WORDS, _LATER_WORDS = range(3)
-_MAX_COMPOSED = 4  # so many characters at most become one where Unicode is normalised
+_MAX_COMPOSED = 4  # characters that Unicode normalization makes one of, at most
 
 
 class BackendEncoder(Encoder):
-    """An `Encoder` over a tokenizer of the `tokenizers` package: with control tokens, without, and for later words."""
+    """An `Encoder` with three tokenizers of the `tokenizers` package: all tokens, words only, later words only."""
 
     def __init__(self, backend: tokenizers.Tokenizer, *, child_limits: ChildLimits | None = None) -> None:
-        """With `child_limits` texts are encoded in a child process, which an expression without an end cannot hold."""
+        """With `child_limits` a child process encodes, so that an endless regular expression can be stopped."""
         self._backend = backend
         added = backend.get_added_tokens_decoder()
         self._words = _without_control_tokens(backend, backend.pre_tokenizer)
@@ -36,7 +36,7 @@ class BackendEncoder(Encoder):
             texts = [each.to_str() for each in self._backends]
             self._process = EncoderProcess("tokenizers", {"tokenizers": texts}, sum(map(len, texts)), child_limits)
         self._control_ids = frozenset(token_id for token_id, token in added.items() if is_control(token))
-        # What the copies call the tokens that the vocabulary does not hold itself.
+        # Added tokens have other ids in the copies: id there → id in the vocabulary.
         self._renumbered = {
             self._words.token_to_id(token.content): token_id
             for token_id, token in added.items()
@@ -46,7 +46,7 @@ class BackendEncoder(Encoder):
     @property
     def max_composed(self) -> int:
         if any(token.lstrip or token.rstrip for token in self._backend.get_added_tokens_decoder().values()):
-            return 0  # such a token swallows all the white space beside it
+            return 0  # such a token takes all white space beside it
         return 1 if self._backend.normalizer is None else _MAX_COMPOSED
 
     @property
@@ -72,7 +72,7 @@ class BackendEncoder(Encoder):
         return self._process.encode(index=index, text=text, add_special_tokens=add_special_tokens)
 
     def _by_character(self, ids: Iterable[int]) -> Iterable[int]:
-        """`ids` with each control token, which the vocabulary made of words after all, as its characters."""
+        """`ids` with each control token, which the vocabulary has also as a word, replaced by its characters."""
         for token_id in ids:
             if token_id not in self._control_ids:
                 yield token_id
@@ -94,14 +94,14 @@ def _encode(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: boo
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether it is a Rust library's panic, whose class cannot be imported."""
+    """Whether it is a panic of a Rust library. Its class cannot be imported."""
     return type(error).__name__ == "PanicException"
 
 
 def _without_control_tokens(
     backend: tokenizers.Tokenizer, pre_tokenizer: pre_tokenizers.PreTokenizer | None
 ) -> tokenizers.Tokenizer:
-    """A tokenizer that shares the vocabulary and knows of the added tokens only those that are words."""
+    """A tokenizer with the same vocabulary, and of the added tokens only those that are no control tokens."""
     words = tokenizers.Tokenizer(backend.model)
     words.normalizer = backend.normalizer
     words.pre_tokenizer = pre_tokenizer
@@ -111,7 +111,7 @@ def _without_control_tokens(
 
 
 def _without_first_space(pre_tokenizer: pre_tokenizers.PreTokenizer | None) -> pre_tokenizers.PreTokenizer | None:
-    """What puts a space before the beginning of a prompt only does so no more; what does before each stretch stays."""
+    """The pre-tokenizer without a space before the prompt's first word. Spaces before each part of a text stay."""
     if isinstance(pre_tokenizer, pre_tokenizers.Sequence):
         return pre_tokenizers.Sequence([_without_first_space(step) for step in pre_tokenizer])  # type: ignore[attr-defined]  # it has __getitem__
     if isinstance(pre_tokenizer, pre_tokenizers.Metaspace) and pre_tokenizer.prepend_scheme == "first":

@@ -1,4 +1,4 @@
-"""The tokenizer of one model, whatever file it came from: ids, bytes and chats. Knows no files; the loaders make it."""
+"""The tokenizer of one model: text to token ids and back, and chats to text. Loaders make it; it reads no files."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ if TYPE_CHECKING:
 
 
 class Encoder(Protocol):
-    """Any thread may use it, and `encode` drops the GIL."""
+    """Cuts text into token ids. Thread-safe; `encode` releases the GIL."""
 
     @property
     def max_composed(self) -> int:
-        """So many characters of a text at most become one before it is cut; 0 if there is no limit."""
+        """The most characters of a text that normalization can make one character of. 0: no limit."""
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The text of a control token becomes that token, where the vocabulary finds it in texts."""
+        """Token ids of a text. The text of a control token becomes that token if the tokenizer looks for it."""
         ...
 
     def encode_words(self, text: str, *, is_first: bool) -> list[int]:
-        """Without control tokens, whatever the text spells out. `is_first`: nothing stands before it in the prompt."""
+        """Token ids of a text, never control tokens. `is_first`: the text is the beginning of the prompt."""
         ...
 
     @property
     def is_in_process(self) -> bool:
-        """Whether `encode` runs here, and not in a child process that it waits for."""
+        """Whether `encode` runs in this process. False if it waits for a child process."""
         return True
 
     def close(self) -> None:
-        """Give back what encoding took."""
+        """Release resources, such as a child process."""
         return
 
 
 class Tokenizer:
-    """Text to token ids and back. Never changes after loading; any thread may use it, and `encode` drops the GIL.
+    """Text to token ids and back. Immutable and thread-safe; `encode` releases the GIL.
 
     Ids 0 to `vocab_size` - 1 exist. Each of `eos_token_ids` ends a completion. `special_token_ids` are the control
-    tokens, which `decode` leaves out unless told otherwise. `chat_format` makes chats text; None without a template.
-    `infill` has the tokens for filling in between two texts; None for a vocabulary without them.
+    tokens, which `decode` skips by default. `chat_format` renders chats; None without a template. `infill` has the
+    tokens of a fill-in-the-middle prompt; None for a vocabulary without them.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Tokenizer:
         self._strips_first_space = token_bytes.strips_first_space
         self.chat_format = chat_template
         self.infill = infill
-        self._special_ids: dict[str, int] = {}  # by their texts, made at the first use
-        # The most characters of a text that one token can stand for; 0 if there is no limit.
+        self._special_ids: dict[str, int] = {}  # by text; filled at the first use
+        # The most characters of a text that become one token; 0: no limit.
         self._max_characters = max(map(len, self._bytes), default=0) * encoder.max_composed
 
     @property
@@ -84,8 +84,8 @@ class Tokenizer:
         """Token ids of a text, with the BOS and EOS that the model's tokenizer adds if `add_special_tokens`.
 
         The literal text of a special token, such as `<|im_start|>`, becomes that token, as in Hugging Face's tokenizers
-        and in vLLM: untrusted text in a prompt can write control tokens. In a rendered chat (`MarkedText`) only the
-        template's own become tokens. Raises `InvalidRequest`, naming `param`, for a text with lone surrogates.
+        and in vLLM: untrusted text in a prompt can contain control tokens. In a rendered chat (`MarkedText`) only those
+        of the template become tokens. Raises `InvalidRequest`, naming `param`, for a text with lone surrogates.
         """
         _check_encodable(text, param)
         if not isinstance(text, MarkedText):
@@ -98,13 +98,13 @@ class Tokenizer:
 
     @property
     def encodes_in_process(self) -> bool:
-        """Whether encoding a short text takes microseconds: no child process does it."""
+        """Whether this process encodes, so that a short text takes microseconds."""
         return self._encoder.is_in_process
 
     def encode_infill(self, text: InfillText, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a prompt for what fills a gap in a text. Control tokens that the texts spell out are words.
+        """Token ids of a fill-in-the-middle prompt for a gap in a text. Control tokens in the texts stay text.
 
-        Raises `InvalidRequest` for a vocabulary without tokens for that.
+        Raises `InvalidRequest` for a vocabulary without the tokens of such a prompt.
         """
         if self.infill is None:
             raise InvalidRequest(
@@ -126,20 +126,20 @@ class Tokenizer:
         return [self.bos_token_id, *prompt] if adds_bos and self.bos_token_id is not None else prompt
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of a text that goes on with an answer: no BOS, no leading space, and words only."""
+        """Token ids of a text that continues another one: no BOS, no leading space, no control tokens."""
         return self._encoder.encode_words(text, is_first=False)
 
     def fewest_tokens(self, text: str) -> int:
-        """How many tokens the text has at the very least, from its length alone.
+        """A lower bound of the number of tokens of a text, from its length alone. 0: no bound is known.
 
-        It refuses a text that is far too long without encoding it, which takes seconds for megabytes. 0: not known.
+        With it, a text that is far too long is refused without encoding it, which takes seconds for megabytes.
         """
         return len(text) // self._max_characters if self._max_characters else 0
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of whole tokens; bytes that are no UTF-8 become U+FFFD.
+        """The text of token ids. Bytes that are not UTF-8 become U+FFFD.
 
-        The space that some vocabularies put before a text's first word is removed again. `Detokenizer` keeps it.
+        The space that some vocabularies put before a text's first word is removed. `Detokenizer` keeps it.
         """
         skipped = self.special_token_ids if skip_special_tokens else frozenset[int]()
         data = b"".join(self.token_bytes(token_id) for token_id in token_ids if token_id not in skipped)
@@ -147,27 +147,27 @@ class Tokenizer:
         return text.removeprefix(" ") if self._strips_first_space else text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for: a special token's are its literal text, those of an unknown id are empty."""
+        """The bytes of a token: the literal text of a special token, b"" for an unknown id."""
         return self._bytes[token_id] if 0 <= token_id < self.vocab_size else b""
 
     def first_difference(self, other: Tokenizer) -> int | None:
-        """The first token id that is another text in `other`. None if they agree on all ids that both have."""
+        """The first token id with another text in `other`. None if all ids that both have agree."""
         pairs = enumerate(zip(self._bytes, other._bytes, strict=False))
         return next((token_id for token_id, (own, others) in pairs if own != others), None)
 
     def special_token_id(self, text: str) -> int | None:
-        """The id of the special token that is this text."""
+        """The id of the special token with this text, or None."""
         if not self._special_ids:
             self._special_ids = {self.token_text(token_id): token_id for token_id in self.special_token_ids}
         return self._special_ids.get(text)
 
     def token_text(self, token_id: int) -> str:
-        """A single token for people to read; part of a character shows as U+FFFD."""
+        """A token's text for display; an incomplete character becomes U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     @property
     def chat_template_text(self) -> str | None:
-        """The Jinja text of the model's chat template; None without one, or where the format is not Jinja's."""
+        """The Jinja text of the model's chat template. None without a template, or for a format without Jinja."""
         return None if self.chat_format is None else self.chat_format.text
 
     def render_chat(
@@ -178,10 +178,10 @@ class Tokenizer:
         continue_final_message: bool = False,
         extras: TemplateExtras = NO_EXTRAS,
     ) -> str:
-        """The chat as the text that the model was trained on. Raises `InvalidRequest` if its template cannot say it.
+        """The chat in the text format of the model. Raises `InvalidRequest` if its template cannot render the chat.
 
-        Messages have the shape of OpenAI's chat API. With `continue_final_message` the text ends where the last
-        message's content does.
+        Messages have the shape of OpenAI's chat API. With `continue_final_message` the text ends with the content of
+        the last message.
         """
         if self.chat_format is None:
             raise InvalidRequest(
@@ -190,7 +190,7 @@ class Tokenizer:
             )
         if not continue_final_message:
             return self.chat_format.render(messages, add_generation_prompt=add_generation_prompt, extras=extras)
-        end = f"END{secrets.token_hex(8)}"  # in no message; a template would trim spaces before its own end mark
+        end = f"END{secrets.token_hex(8)}"  # occurs in no message
         *others, last = messages
         marked = [*others, {**last, "content": joined_text(last.get("content")) + end}]
         rendered = self.chat_format.render(marked, add_generation_prompt=False, extras=extras)
@@ -208,7 +208,7 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False, param="messages")
 
     def close(self) -> None:
-        """End the processes that render and encode. They end with the last reference, too. May be called twice."""
+        """End the child processes that render and encode; the last reference ends them too. May be called twice."""
         self._encoder.close()
         if self.chat_format is not None:
             self.chat_format.close()

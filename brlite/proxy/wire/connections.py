@@ -1,6 +1,6 @@
 """Connections to one upstream: opened when none is free, kept for the next request, closed when idle for too long.
 
-Over TCP, TLS or a Unix socket. Knows no HTTP: the holder of a connection gets its bytes and its end.
+Over TCP, TLS or a Unix socket. Contains no HTTP: bytes and the end of a connection are passed to its holder.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from brlite.files.quoting import reason
 from brlite.files.text_file import BYTE_ORDER_MARK, read_bounded
 from brlite.proxy.resolving import Names
 
-STAGGER_SECONDS = 0.25  # RFC 8305 §5: how long the next address waits for the one before
+STAGGER_SECONDS = 0.25  # RFC 8305 §5: from the attempt to connect to one address to the attempt for the next
 
-_RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time
+_RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 seconds: `close` sends a reset
 _TCP_INFO = struct.Struct("=120xQ72xQQ")  # of Linux's: tcpi_bytes_acked, tcpi_bytes_sent, tcpi_bytes_retrans (4.19)
 
 
 def is_name(address: Address) -> bool:
-    """Whether its host has to be looked up."""
+    """Whether the host is a name, which has to be resolved."""
     try:
         ipaddress.ip_address(address.host)
     except ValueError:
@@ -37,7 +37,7 @@ def is_name(address: Address) -> bool:
 
 
 class Holder(Protocol):
-    """Gets what a connection brings."""
+    """Receives the bytes and the end of a connection."""
 
     def data_received(self, data: bytes) -> None: ...
 
@@ -45,7 +45,7 @@ class Holder(Protocol):
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """A connection, held by one attempt or free. `is_used` says that it has carried a request before."""
+    """A connection, which one attempt holds or which is free. `is_used` is true once it has carried a request."""
 
     __slots__ = ("_pool", "address", "holder", "idle_since", "is_used", "transport")
 
@@ -54,7 +54,7 @@ class UpstreamConnection(asyncio.Protocol):
     def __init__(self, pool: ConnectionPool) -> None:
         self._pool = pool
         self.holder: Holder | None = None
-        self.address = ""  # of several that its name has
+        self.address = ""  # the IP address, or the host as configured
         self.is_used = False
         self.idle_since = 0.0
 
@@ -65,7 +65,7 @@ class UpstreamConnection(asyncio.Protocol):
         if self.holder is not None:
             self.holder.data_received(data)
         else:
-            self.transport.abort()  # bytes without a request
+            self.transport.abort()  # the upstream sent bytes without a request
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._pool.forget(self)
@@ -75,12 +75,12 @@ class UpstreamConnection(asyncio.Protocol):
 
     @property
     def has_sent_all(self) -> bool:
-        """Whether everything was written to the socket. It may not be, if the upstream answers early."""
+        """Whether the whole request was written to the socket. False if the upstream responds before that."""
         return self.transport.get_write_buffer_size() == 0
 
     @property
     def has_all_arrived(self) -> bool | None:
-        """Whether the upstream's kernel has acknowledged all that was sent; None if the platform does not tell."""
+        """Whether the upstream's kernel has acknowledged all sent bytes. None if the platform does not report it."""
         sock = self.transport.get_extra_info("socket")
         if sys.platform != "linux" or sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
             return None
@@ -88,19 +88,19 @@ class UpstreamConnection(asyncio.Protocol):
         if len(info) < _TCP_INFO.size:
             return None
         num_acked, num_sent, num_sent_again = _TCP_INFO.unpack(info)
-        return bool(num_acked > num_sent - num_sent_again)  # the connection's own beginning is acknowledged as a byte
+        return bool(num_acked > num_sent - num_sent_again)  # the SYN counts as one acknowledged byte
 
     def abort(self) -> None:
-        """Close it at once; its holder is not told."""
+        """Close it at once, without a call to its holder."""
         self.holder = None
         self.transport.abort()
 
 
 class ConnectionPool:
-    """The connections to one upstream. The one used last is used next, so that superfluous ones become idle and close.
+    """The connections to one upstream. The one used last is used next, so that unneeded ones become idle and close.
 
-    If its name has several addresses, they are used in turn, by kept connections too. A kept connection to an address
-    that the name no longer has is closed.
+    If the host name has several addresses, requests take them in turn, also over kept connections. A kept connection to
+    an address that the name no longer has is closed.
     """
 
     def __init__(
@@ -114,8 +114,8 @@ class ConnectionPool:
     ) -> None:
         self.address = address
         self.names = names or (Names(address.host) if is_name(address) else None)
-        self._next: list[str] = []  # the addresses to dial, as `take` has left them
-        self._known: Sequence[str] = ()  # the name's addresses, as `take` saw them last
+        self._next: list[str] = []  # the addresses that `dial` tries, in this order; set by `take`
+        self._known: Sequence[str] = ()  # the name's addresses at the last `take`
         self.tls = _tls_context(ca_file) if address.is_tls else None
         self._max_idle = max_idle
         self._idle_seconds = idle_seconds
@@ -124,9 +124,9 @@ class ConnectionPool:
         self.connections: set[UpstreamConnection] = set()
 
     def take(self) -> UpstreamConnection | None:
-        """A free connection, if there is one; if the name has several addresses, one to the next address.
+        """A free connection, or None. If the name has several addresses, only one to the next address.
 
-        Kept connections to addresses that the name no longer has are closed.
+        Closes kept connections to addresses that the name no longer has.
         """
         if self.names is not None:
             self.names.refresh()
@@ -167,15 +167,15 @@ class ConnectionPool:
                 self._make, host, address.port, ssl=self.tls, server_hostname=server_name
             )
         connection.address = host
-        # Not before: of one whose dialling is cancelled, uvloop does not say that it is lost.
+        # Only here: uvloop does not call `connection_lost` of a connection that was cancelled while it was opened.
         if not connection.transport.is_closing():
             self.connections.add(connection)
         return connection
 
     async def _connect_to_one(self, addresses: Sequence[str], names: Names) -> UpstreamConnection:
-        """Dial one address after the other, each a little after the one before, until one is reached (RFC 8305).
+        """Connect to the first address that answers. Attempts start `STAGGER_SECONDS` apart (RFC 8305).
 
-        Raises what the first one failed with if none is.
+        Raises the error of the first attempt that failed if all fail.
         """
         loop, waiting = asyncio.get_running_loop(), list(addresses)
         tasks: dict[asyncio.Task[UpstreamConnection], str] = {}
@@ -199,22 +199,22 @@ class ConnectionPool:
         finally:
             for task in tasks:
                 task.cancel()
-                task.add_done_callback(self.adopt)  # one may have come to its end by now
+                task.add_done_callback(self.adopt)  # it may have finished already
         assert first_error is not None  # a name has at least one address
         raise first_error
 
     def adopt(self, dialing: asyncio.Task[UpstreamConnection]) -> None:
-        """Keep the connection of a task whose attempt has ended, if the task made one."""
+        """Keep the connection that a task has opened, if it has, after the attempt that wanted it has ended."""
         if not dialing.cancelled() and dialing.exception() is None:
             self.put_back(dialing.result())
 
     def put_back(self, connection: UpstreamConnection) -> None:
-        """Keep it for the next request, unless enough are kept."""
+        """Keep the connection for the next request, or close it if `max_idle` are kept."""
         connection.holder = None
         if connection.transport.is_closing() or len(self._idle) >= self._max_idle:
             connection.transport.close()
             return
-        connection.transport.resume_reading()  # its last client may have been slow, to the very end
+        connection.transport.resume_reading()  # reading may be paused, because its last client was slow
         loop = asyncio.get_running_loop()
         connection.is_used = True
         connection.idle_since = loop.time()
@@ -223,19 +223,19 @@ class ConnectionPool:
             self._timer = loop.call_later(self._idle_seconds, self._close_old)
 
     def forget(self, connection: UpstreamConnection) -> None:
-        """It has been closed."""
+        """Remove a connection that has been closed."""
         self.connections.discard(connection)
         if connection.holder is None and connection in self._idle:
             self._idle.remove(connection)
 
     def drain(self) -> None:
-        """Keep none from now on; those in use are closed when they are put back."""
+        """Close idle connections now, and those in use when they are put back."""
         self._max_idle = 0
         while self._idle:
             self._idle.pop().transport.close()
 
     def close(self) -> None:
-        """Abort them all; holders are told."""
+        """Abort all connections. Holders get `connection_lost`."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -256,7 +256,7 @@ class ConnectionPool:
 
 
 def reset(transport: asyncio.Transport) -> None:
-    """Reset a connection, so that its client can tell a cut response from a complete one without a length."""
+    """Reset a connection: without a Content-Length, the client would take a cut response for a complete one."""
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -267,8 +267,8 @@ def _tls_context(ca_file: str | None) -> ssl.SSLContext:
     try:
         if ca_file is None:
             return ssl.create_default_context()
-        # Given as data, since OpenSSL takes no certificate from the first line of a file with a byte order mark.
+        # Passed as data: OpenSSL skips a certificate that begins on the same line as a byte order mark.
         data = read_bounded(Path(ca_file)).removeprefix(BYTE_ORDER_MARK)
         return ssl.create_default_context(cadata=data.decode("ascii", "replace").replace("\ufffd", "?"))
-    except (OSError, ValueError) as error:  # an ssl.SSLError is an OSError, a TextError a ValueError
+    except (OSError, ValueError) as error:  # SSLError is an OSError, TextError a ValueError
         raise ConfigError(f"ca_file {ca_file}: cannot be used: {reason(error)}") from None

@@ -1,7 +1,7 @@
-"""Body framing: by length, by chunks, or until the connection ends. Takes bytes and gives the payload in them.
+"""Body framing of HTTP/1.1: by Content-Length, by chunks, or until the connection ends. Bytes in, payload out.
 
 RFC 9112 §6 and §7. Strict: a chunk size is hexadecimal digits only, lines end with CR LF, and a trailer consists of
-header fields. Trailers are dropped. Knows no sockets and no media types.
+header fields. Trailers are dropped. Contains no sockets and no media types.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ _TRAILER_LINE = re.compile(FIELD_LINE + rb"|\r\n")
 
 
 class FramingError(Exception):
-    """The framing is malformed. `payload` is what came before in the same bytes."""
+    """The framing is malformed. `payload` is the payload before the fault in the same bytes."""
 
     payload = b""
 
 
 class Body(Protocol):
-    """A body as it arrives. `excess` is what came after its end."""
+    """A body as it arrives. `excess` are the bytes after its end."""
 
     is_done: bool
     excess: bytes
 
     def feed(self, data: bytes) -> bytes:
-        """The payload in the next bytes. Raises `FramingError`."""
+        """Read the next bytes. Returns the payload in them. Raises `FramingError`."""
 
     def feed_eof(self) -> None:
-        """The connection has ended. Raises `FramingError` if the body has not."""
+        """Handle the end of the connection. Raises `FramingError` if the body is incomplete."""
 
 
 class LengthBody:
@@ -86,8 +86,8 @@ class ChunkedBody:
     __slots__ = ("_data", "_in_chunk", "_in_trailer", "_trailer_bytes", "excess", "is_done")
 
     def __init__(self) -> None:
-        self._data = b""  # the beginning of a line that has not ended
-        self._in_chunk = 0  # how much of the chunk is missing, its line end included
+        self._data = b""  # the beginning of an incomplete line
+        self._in_chunk = 0  # bytes of the chunk that are still to come, its line end included
         self._in_trailer = False
         self._trailer_bytes = 0
         self.is_done = False
@@ -126,7 +126,7 @@ class ChunkedBody:
         if match is None:
             line = data[position:]
             if b"\n" in line or len(line) > MAX_CHUNK_LINE:
-                raise FramingError("a chunk begins with what is no size")
+                raise FramingError("a chunk has no valid size")
             self._data = line
             return len(data)
         if match.end() - position > MAX_CHUNK_LINE:
@@ -141,7 +141,7 @@ class ChunkedBody:
     def _read_chunk(self, data: bytes, position: int, payload: list[bytes]) -> int:
         piece = data[position : position + self._in_chunk]
         missing = self._in_chunk = self._in_chunk - len(piece)
-        num_end = min(len(piece), max(0, 2 - missing))  # how much of the chunk's line end is in the piece
+        num_end = min(len(piece), max(0, 2 - missing))  # bytes of the chunk's line end that are in the piece
         if len(piece) > num_end:
             payload.append(piece[: len(piece) - num_end])
         if piece[len(piece) - num_end :] != b"\r\n"[2 - missing - num_end : 2 - missing]:
@@ -155,16 +155,16 @@ class ChunkedBody:
         if not data.endswith(b"\n", position, line_end):
             self._data = data[position:]
             return line_end
-        # Other bytes could be a request to a server that accepts a bare LF as a line end.
+        # A server that accepts a bare LF as a line end could read other bytes as a request (request smuggling).
         if not _TRAILER_LINE.fullmatch(data, position, line_end):
-            raise FramingError("its trailer holds what is no header field")
+            raise FramingError("its trailer has a line that is no header field")
         self._trailer_bytes += line_end - position
         self.is_done = line_end - position == 2
         return line_end
 
 
 def body_of(fields: Mapping[bytes, bytes], length: int | None, *, without: Body) -> Body:
-    """The body that header fields and a Content-Length announce, else `without`. Raises `FramingError`."""
+    """The body that Transfer-Encoding or Content-Length announces; `without` if neither does. Raises `FramingError`."""
     coding = fields.get(b"transfer-encoding")
     if coding is not None:
         if length is not None or coding.lower() != b"chunked":

@@ -1,7 +1,7 @@
 """Heads of HTTP/1.1 messages: reads those of requests and responses, strictly, and selects the lines to forward.
 
-RFC 9112. A malformed request is not repaired but left to aiohttp, which refuses it; a malformed response is an error of
-the upstream. Heads repeat but for their Content-Length, so recent ones are remembered. Knows no sockets and no bodies.
+RFC 9112. A malformed request is not repaired: aiohttp gets it and refuses it. A malformed response is an error of the
+upstream. Most heads differ only in their Content-Length, so parsed heads are cached. Contains no sockets and no bodies.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ H = TypeVar("H")
 
 MAX_ANSWER_HEAD_BYTES = 64 * 1024
 MAX_HOPS = 8
-MAX_CLAIM_BYTES = 1024  # of a client's `X-Forwarded-For` that is appended to; a longer one is dropped
+MAX_CLAIM_BYTES = 1024  # of a client's `X-Forwarded-For`, to which the address is appended; a longer one is dropped
 MAX_INTERIM_ANSWERS = 100
 MAX_REMEMBERED = 256
 MAX_REMEMBERED_BYTES = 2048  # of one head
 
 END_OF_HEAD = b"\r\n\r\n"
 BODYLESS = (204, 304)  # statuses of responses without a body
-# Where a POST asks a model for work. Other paths of upstreams, such as those that load an adapter, are not forwarded.
+# Paths of POST requests that a model computes. Other paths, such as those that load an adapter, are not forwarded.
 FORWARDED_PATHS = frozenset(
     b"/v1/chat/completions /v1/completions /v1/responses /v1/messages /v1/messages/count_tokens /v1/embeddings "
     b"/pooling /v1/rerank /v2/rerank /v1/score /v1/classify /v1/moderations /v1/images/generations /v1/audio/speech "
     b"/tokenize /detokenize /apply-template /explain /v1/responses/input_tokens /v1/chat/completions/render "
     b"/v1/completions/render".split()
 )
-# What is asked about one stored response. Its id tells the upstream.
+# Requests about one stored response. Its id determines the upstream.
 _STORED = re.compile(rb"/v1/responses/([A-Za-z0-9_.:=~+-]{1,200})(/cancel|/input_items)?(?:\?[!-~]*)?")
 _STORED_METHODS = {None: (b"GET", b"DELETE"), b"/cancel": (b"POST",), b"/input_items": (b"GET",)}
 
 
 def _cut(literal: bytes, rest: bytes) -> bytes:
-    """A pattern for the beginnings of a literal, and for all of it followed by `rest`."""
+    """A pattern that matches every prefix of a literal, and the whole literal followed by `rest`."""
     for code in reversed(literal):
         rest = b"(?:%b%b)?" % (re.escape(bytes([code])), rest)
     return rest
@@ -52,19 +52,19 @@ def _cut(literal: bytes, rest: bytes) -> bytes:
 
 @lru_cache(maxsize=16)
 def _pattern_of(names: tuple[str, ...]) -> re.Pattern[bytes]:
-    """Matches the lines of fields with these names. One that ends in `*` is the beginning of names."""
+    """A pattern for header lines with these names. A name that ends in `*` is a prefix."""
     patterns = [re.escape(name.rstrip("*")) + (r"[^:\r\n]*" if name.endswith("*") else "") for name in names]
     return re.compile(rf"^(?:{'|'.join(patterns)}):[^\n]*\n".encode(), re.IGNORECASE | re.MULTILINE)
 
 
-_METHODS = b"GET HEAD POST PUT PATCH DELETE OPTIONS".split()  # aiohttp answers others
+_METHODS = b"GET HEAD POST PUT PATCH DELETE OPTIONS".split()  # aiohttp answers other methods
 _FIELDS = rb"((?:" + FIELD_LINE + rb")*)\r\n"
 _REQUEST = re.compile(rb"(" + b"|".join(_METHODS) + rb") (/[!-~]*) HTTP/1\.([01])\r\n" + _FIELDS)
 _ANSWER = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?\r\n" + _FIELDS)
 _FIELD = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength:[ \t]*([0-9]{1,15})(?=\r\n)")
 
-# The beginnings of a request's head: up to its last line end, and behind it.
+# An incomplete head of a request: up to its last line end, and after it.
 _WHOLE_LINES = re.compile(rb"(?:" + FIELD_LINE + rb")*")
 _FIRST_LINES = re.compile(rb"(?:" + b"|".join(_METHODS) + rb") /[!-~]* HTTP/1\.[01]\r\n" + _WHOLE_LINES.pattern)
 _CUT_LINE = re.compile(rb"\r|[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?:(?<=.):[\t -~\x80-\xff]*\r?)?")
@@ -124,7 +124,7 @@ _REASONS = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode(
 class RequestHead:
     """A request's head without its Content-Length. `fields` has lower-case names; repeated fields are joined by commas.
 
-    `is_for_json` says whether it may have a JSON body for a model, `asked_by` is what an `OriginPolicy` looks at.
+    `is_for_json`: the request may have a JSON body for a model. `asked_by`: the fields that an `OriginPolicy` checks.
     """
 
     __slots__ = (
@@ -170,9 +170,9 @@ class RequestHead:
         )
 
     def lines_for_upstreams(self, request_id: str, own_via: bytes, more: tuple[str, ...] = ()) -> bytes:
-        """The header lines that any upstream may see, those of the names in `more` too, with our id and `Via`.
+        """The header lines to forward to any upstream, with our id and `Via`. `more` are further names to forward.
 
-        The last selection is kept, because heads repeat.
+        The last selection is cached, because heads repeat.
         """
         if more is not self._more:
             self._more, self._selected = more, _select(self._lines, (*REQUEST_HEADERS, *more))
@@ -183,8 +183,7 @@ class RequestHead:
 class AnswerHead:
     """A response's head without its Content-Length; `fields` as in a request's.
 
-    `may_be_json` is true for JSON and where no type is given. `is_plain` says that a Content-Length alone frames the
-    body.
+    `may_be_json` is true for JSON and without a Content-Type. `is_plain`: only a Content-Length can frame the body.
     """
 
     __slots__ = (
@@ -211,25 +210,25 @@ class AnswerHead:
         self._selected = b""
 
     def lines_for_clients(self, more: tuple[str, ...] = ()) -> bytes:
-        """The header lines that a client may see, those of the names in `more` too. The last selection is kept."""
+        """The header lines to forward to a client. `more` are further names. The last selection is cached."""
         if more is not self._more:
             self._more, self._selected = more, _select(self._lines, (*RESPONSE_HEADERS, *more))
         return self._selected
 
     def lines_of_stream(self, more: tuple[str, ...] = ()) -> bytes:
-        """The same for a stream of events, with the headers that keep intermediaries from buffering them."""
+        """`lines_for_clients` of an event stream, with headers that keep intermediaries from buffering it."""
         lines = self.lines_for_clients(more)
         if b"x-accel-buffering" not in self.fields:
-            lines += b"X-Accel-Buffering: no\r\n"  # an nginx before us
+            lines += b"X-Accel-Buffering: no\r\n"  # for an nginx in front of this server
         said = self.fields.get(b"cache-control", b"no-cache")
         if b"no-transform" in (word.strip() for word in said.lower().split(b",")):
             return lines
-        # RFC 9111 §5.2.2.6: a compressing middleware would hold the events back until its buffer is full.
+        # RFC 9111 §5.2.2.6. Without it, a compressing proxy delays events until its buffer is full.
         return b"%bCache-Control: %b, no-transform\r\n" % (_CACHE_CONTROL.sub(b"", lines), said or b"no-cache")
 
 
 class AnswerReader:
-    """Reads the head of one response from pieces, and skips interim responses (1xx) before it."""
+    """Reads the head of one response as its bytes arrive. Skips interim responses (1xx) before it."""
 
     __slots__ = ("_heads", "_num_interim", "_unread")
 
@@ -240,11 +239,11 @@ class AnswerReader:
 
     @property
     def has_part(self) -> bool:
-        """Whether a part of a head is here, which is not complete."""
+        """Whether an incomplete head has arrived."""
         return bool(self._unread)
 
     def feed(self, data: bytes) -> tuple[AnswerHead, int | None, bytes] | None:
-        """The head, the length of the body and what follows the head; None: it is not complete.
+        """The head, the body's Content-Length and the bytes after the head. None while the head is incomplete.
 
         Raises `UpstreamError`.
         """
@@ -271,7 +270,7 @@ class AnswerReader:
 
 
 class Heads(Generic[H]):
-    """Reads heads of one kind, with `read_request` or `read_answer`. Those that came lately are remembered."""
+    """Reads heads of one kind, with `read_request` or `read_answer`, and caches recent ones."""
 
     __slots__ = ("_known", "_read")
 
@@ -283,11 +282,11 @@ class Heads(Generic[H]):
         return len(self._known)
 
     def __iter__(self) -> Iterator[bytes]:
-        """The heads that are remembered."""
+        """The cached heads."""
         return iter(self._known)
 
     def read(self, head: bytes) -> tuple[H, int | None]:
-        """A head, which ends with an empty line, and its Content-Length."""
+        """Read a head up to its empty line. Returns it without the Content-Length, and the Content-Length."""
         match = _LENGTH.search(head)
         if match is None:
             length = None
@@ -306,9 +305,9 @@ class Heads(Generic[H]):
 
 
 def with_own_idempotency_key(lines: bytes, key: bytes, tenant: str) -> bytes:
-    """The lines with an `Idempotency-Key` that no other tenant can send: the upstream knows all of them by one API key.
+    """The lines with an `Idempotency-Key` that no other tenant can send, since an upstream sees one API key for all.
 
-    The same key of the same tenant stays the same, also through another proxy.
+    Equal keys of one tenant stay equal, also through another proxy.
     """
     digest = hashlib.sha256(b"%b\n%b" % (tenant.encode(), key)).hexdigest()
     return _IDEMPOTENCY_KEY.sub(b"", lines) + b"Idempotency-Key: %b\r\n" % digest.encode()
@@ -327,7 +326,7 @@ def read_request(head: bytes) -> RequestHead | None:
 
 
 def num_whole_lines_bytes(data: bytes, num_checked: int) -> int | None:
-    """How many bytes of complete lines there are, if `data` may become the head of a request, else None.
+    """The number of bytes of complete lines if `data` can be the beginning of a request's head, else None.
 
     `num_checked` is the result for a shorter beginning of the same head, or 0.
     """
@@ -351,7 +350,7 @@ def read_answer(head: bytes) -> AnswerHead:
 
 
 def read_fields(found: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes] | None:
-    """The fields by name; None if there are too many, or if one is repeated that must not be."""
+    """The fields by name. None if there are too many, or if a field of `_ONCE_ONLY` is repeated."""
     fields: dict[bytes, bytes] = {}
     num_fields = 0
     for name, value in found:
@@ -367,18 +366,18 @@ def read_fields(found: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes] | No
 
 
 def is_forwardable(path: bytes) -> bool:
-    """Whether a POST to this path is for a model, which its JSON body names. Other spellings of a path are not."""
+    """Whether a POST to this path has a JSON body that names a model. The path must have its usual spelling."""
     return path.partition(b"?")[0] in FORWARDED_PATHS
 
 
 def stored_response_id(head: RequestHead) -> str | None:
-    """The id of the stored response that a request is about. None if it is about no such thing."""
+    """The id of the stored response that a request is about. None for other requests."""
     found = _STORED.fullmatch(head.target)
     return found[1].decode() if found is not None and head.method in _STORED_METHODS[found[2]] else None
 
 
 def usual_spelling(path: bytes) -> bytes:
-    """The path of a forwarded endpoint, given with doubled or trailing slashes or without `/v1`."""
+    """A forwarded path without doubled or trailing slashes, and with `/v1`. Other paths are unchanged."""
     path, mark, query = path.partition(b"?")
     spelt = b"/" + b"/".join(part for part in path.split(b"/") if part)
     known = (each for each in (spelt, b"/v1" + spelt) if each in FORWARDED_PATHS or _STORED.fullmatch(each))
@@ -386,22 +385,22 @@ def usual_spelling(path: bytes) -> bytes:
 
 
 def without_limits(lines: bytes) -> bytes:
-    """A response's lines without the upstream's rate limits, for clients that get the limits of their key here."""
+    """A response's lines without the upstream's rate limits: the client gets those of its API key instead."""
     return _LIMITS.sub(b"", lines)
 
 
 def status_line(status: int) -> bytes:
-    """`HTTP/1.1 200 OK` and its line end. The upstream's own phrase for a status is not forwarded."""
+    """The status line, such as `HTTP/1.1 200 OK` and CR LF. The upstream's reason phrase is not forwarded."""
     return _REASONS.get(status) or b"HTTP/1.1 %d \r\n" % status
 
 
 def text(value: bytes | None) -> str | None:
-    """A header's value as aiohttp gives it."""
+    """A header's value, decoded as aiohttp decodes it."""
     return None if value is None else value.decode("utf-8", "surrogateescape")
 
 
 def _select(lines: bytes, names: tuple[str, ...]) -> bytes:
-    """The header lines with these names, as they came. A name that ends in `*` is a prefix of names."""
+    """The header lines with these names, unchanged. A name that ends in `*` is a prefix."""
     return b"".join(_pattern_of(names).findall(lines))
 
 
@@ -412,7 +411,7 @@ def _keeps_alive(fields: Mapping[bytes, bytes], *, is_http_1_0: bool) -> bool:
 
 
 def _without_named(lines: bytes, fields: Mapping[bytes, bytes]) -> bytes:
-    """The lines without those that the `Connection` header names as being for the next hop only."""
+    """The lines without the hop-by-hop headers, which the `Connection` header names."""
     wish = fields.get(b"connection")
     if wish is None or wish.lower() in (b"keep-alive", b"close"):
         return lines
@@ -423,8 +422,8 @@ def _without_named(lines: bytes, fields: Mapping[bytes, bytes]) -> bytes:
 def forwarded_lines(mode: Forwarded, peer: str | None, fields: Mapping[bytes, bytes]) -> bytes:
     """`X-Forwarded-For`, `Forwarded` (RFC 7239) and `X-Real-IP` for a request from this peer with these header fields.
 
-    A client's own values are dropped, except with "append", which is for a proxy behind another one that is trusted.
-    There are none if the peer has no IP address.
+    Values from the client are dropped, except with "append", which is for a proxy behind a trusted one. Empty if the
+    peer has no IP address.
     """
     address = _address(peer)
     if mode == "off" or address is None:

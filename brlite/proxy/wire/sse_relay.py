@@ -1,9 +1,9 @@
 """Relays server-sent events. Complete events are forwarded unchanged, at once; an incomplete one is buffered.
 
-So a client only gets complete events, and an error event can follow after a failure. Chunks of complete events keep
-their framing; an event that is spread over chunks gets a new chunk. Knows no sockets. Of an event it checks that its
-data is JSON or `[DONE]`. The rest follows the HTML Standard (§9.2.6, "Interpreting an event stream"): unknown fields,
-fields without a colon, any line ends, a byte order mark.
+A client therefore gets complete events only, and an error event can follow after a failure. A chunk that holds complete
+events keeps its framing; an event that spans chunks gets a new chunk. The data of an event must be JSON or `[DONE]`.
+Everything else follows the HTML Standard (§9.2.6, "Interpreting an event stream"): unknown fields, fields without a
+colon, any line ends, a byte order mark. Contains no sockets.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from brlite.proxy.usage import Seen
 from brlite.proxy.wire.framing import CHUNK_SIZE, Body, ChunkedBody, FramingError
 
 LAST_CHUNK = b"0\r\n\r\n"
-EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")  # two line ends, but for the second one's LF
+EVENT_ENDS = (b"\n\n", b"\n\r", b"\r\r")  # two line ends; a second CR may be followed by its LF
 MAX_MARK_BYTES = 4
-MAX_CHOICES = 1024  # of one stream: each is remembered until the end
+MAX_CHOICES = 1024  # of one stream; each takes memory until its end
 
 _PLAIN_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\ndata: (?=\{)")
 _EVENT_END = re.compile(rb"\n\n|[\r\n]\r\n?")
@@ -39,14 +39,14 @@ class _Choice(msgspec.Struct, gc=False):
 
 
 class _Event(msgspec.Struct, gc=False):
-    """The fields that show whether a stream is complete or cut. Decoding them costs little more than checking JSON."""
+    """The fields that show whether a stream is complete. Decoding them costs little more than a check of the JSON."""
 
     choices: list[_Choice] | None = None
     error: object = None
     usage: object = None
-    message: msgspec.Raw = _NULL  # of `/v1/messages`; it and `response` may have a usage
+    message: msgspec.Raw = _NULL  # of `/v1/messages`; `message` and `response` may contain a usage
     response: msgspec.Raw = _NULL
-    type: object = None  # of the kinds that have no choices
+    type: object = None  # in the formats without choices
     sequence_number: object = None
 
 
@@ -54,20 +54,20 @@ _EVENT = msgspec.json.Decoder(_Event)
 
 
 class BrokenStream(Exception):
-    """The stream is malformed or cut. `good` are the complete events before that in the same bytes."""
+    """The stream is malformed or cut. `good` are the complete events before the fault in the same bytes."""
 
     good = b""
 
 
 class SseRelay:
-    """Takes what an upstream sends and gives what the client gets: `feed` and `feed_eof`.
+    """Turns the bytes from an upstream into the bytes for a client, by `feed` and `feed_eof`.
 
-    `error` is set when the stream is broken; what `feed` gave before is complete. `is_done` is set when it is complete.
-    The last event of its kind decides that: before it the stream is cut, after it complete, however the connection
-    ends. A stream of completions that has finished without `[DONE]` gets one.
+    `error` is set when the stream is broken; all events before that were complete. `is_done` is set when the stream is
+    complete, which its last event decides: a connection that ends before it has cut the stream, one that ends after it
+    has not. A stream of completions whose choices have all finished without `[DONE]` gets one.
 
-    An event longer than `max_event_bytes` is relayed in parts, which are not checked; while `is_within_event` nothing
-    can follow but the rest of it.
+    An event longer than `max_event_bytes` is relayed in parts without a check. While `is_within_event`, only the rest
+    of that event may be sent to the client.
     """
 
     __slots__ = (
@@ -97,24 +97,25 @@ class SseRelay:
 
     def __init__(self, body: Body, *, is_chunked: bool, max_event_bytes: int, kind: StreamKind) -> None:
         self._body = body
-        self._chunks = body if is_chunked and isinstance(body, ChunkedBody) else None  # whose framing may be kept
-        self._is_chunked = is_chunked  # how the client gets it; else as bare events
+        # Set if chunks can keep their framing.
+        self._chunks = body if is_chunked and isinstance(body, ChunkedBody) else None
+        self._is_chunked = is_chunked  # whether the client gets chunks
         self._max_event_bytes = max_event_bytes
         self._kind = kind
         self._last_types = LAST_TYPES[kind]
         self._needs_end = kind is not StreamKind.OTHER
-        self._has_finished: dict[int, bool] = {}  # the choices whose events have a finish_reason
+        self._has_finished: dict[int, bool] = {}  # by choice: whether it has a finish_reason
         self._has_error = False
-        self._has_unseen = False  # an event too long to be looked at
+        self._has_unseen = False  # an event was too long to be decoded
         self._saw_end = False  # [DONE], or an event of a last type
-        self._is_spoilt = False  # what came behind the end is nothing good
+        self._is_spoilt = False  # the connection cannot be used again
         self._is_at_start = True
-        self._sequence_number = 0  # of the next event, where events have numbers
-        self._held = bytearray()  # of an event that is not whole: what comes is added and looked at once
+        self._sequence_number = 0  # of the next event, in formats that number events
+        self._held = bytearray()  # the bytes of an incomplete event
         self.num_events = 0
         self.num_data_bytes = 0
         self._smallest_event = sys.maxsize
-        self.usage_events: tuple[bytes, ...] = ()  # the first and the last that tell it
+        self.usage_events: tuple[bytes, ...] = ()  # the first and the last event with a usage
         self.error: str | None = None
         self.is_done = False
         self.is_within_event = False
@@ -126,21 +127,21 @@ class SseRelay:
 
     @property
     def can_take_event(self) -> bool:
-        """Whether an event of ours can follow: not within one whose parts are relayed."""
+        """Whether an error event can follow: false within an event that is relayed in parts."""
         return not self.is_within_event
 
     @property
     def seen(self) -> Seen:
-        """What has come that says how many tokens were used."""
+        """What the stream shows about the number of tokens used."""
         return Seen(self.usage_events, self.num_events, self.num_text_bytes)
 
     @property
     def has_excess(self) -> bool:
-        """Whether more came than the stream."""
+        """Whether bytes have arrived after the end of the stream, or may arrive."""
         return self._is_spoilt or bool(self._body.excess)
 
     def feed(self, data: bytes) -> bytes:
-        """What the client gets of the next bytes; b"": nothing yet."""
+        """Take the next bytes of the upstream. Returns the bytes for the client, which may be none."""
         whole = 0
         try:
             chunks = self._chunks
@@ -157,28 +158,28 @@ class SseRelay:
             return data[:whole] + self._framed(error.good) + self._break(error)
 
     def feed_eof(self) -> bytes:
-        """What the client gets when the upstream's connection has ended."""
+        """Handle the end of the upstream's connection. Returns the last bytes for the client."""
         try:
             self._body.feed_eof()
         except FramingError as error:
             return self._break(error)
-        self._needs_end = True  # only the stream itself can tell such an end from a cut
+        self._needs_end = True  # the end of a connection may be a cut
         return self._finish()
 
     def end_if_whole(self) -> bytes | None:
-        """What ends a stream whose connection stays open; None if the stream is not complete."""
+        """The bytes that end a stream whose connection stays open. None if the stream is not complete."""
         if not self._saw_end or self.is_within_event:
             return None
         self._is_spoilt = self.is_done = True
         return LAST_CHUNK if self._is_chunked else b""
 
     def error_event(self, error: RequestError) -> bytes:
-        """What ends the stream for the client: an error event, unless the stream is complete."""
+        """The bytes that end the stream for the client: an error event, unless the stream is complete."""
         event = b"" if self._saw_end else self._framed(error_event(self._kind, error, self._sequence_number))
         return event + LAST_CHUNK if self._is_chunked else event
 
     def _break(self, error: Exception) -> bytes:
-        """End the stream: complete, if its last event was here, else broken. Returns what the client gets."""
+        """End the stream: complete if its last event has arrived, else broken. Returns the bytes for the client."""
         end = self.end_if_whole()
         if end is None:
             self.error = str(error)
@@ -199,7 +200,7 @@ class SseRelay:
 
     def _feed_pieces(self, data: bytes) -> bytes:
         held = self._held
-        begin = max(0, len(held) - MAX_MARK_BYTES)  # an end may have begun there; nothing before was one
+        begin = max(0, len(held) - MAX_MARK_BYTES)  # an event's end may begin here, and none begins before
         misframed: FramingError | None = None
         try:
             held += self._body.feed(data)
@@ -223,7 +224,7 @@ class SseRelay:
             self._check(events)
         if len(held) > self._max_event_bytes or self.is_within_event:
             if not self.is_within_event and not _LONG_EVENT.match(held):
-                return self._framed(events) + self._break(BrokenStream("it holds what is no event"))
+                return self._framed(events) + self._break(BrokenStream("it contains bytes that are no event"))
             events += self._part_of_long_event()
         out = self._framed(events)
         if misframed is not None:
@@ -231,7 +232,7 @@ class SseRelay:
         return out + self._finish() if self._body.is_done else out
 
     def _part_of_long_event(self) -> bytes:
-        """What can be relayed of an event that has not ended: all that cannot be a part of its end."""
+        """Take the bytes of an incomplete event that cannot be a part of its end."""
         held = self._held
         self.is_within_event = self._has_unseen = True
         size = max(0, len(held) - MAX_MARK_BYTES)
@@ -244,10 +245,10 @@ class SseRelay:
         return b"%x\r\n%b\r\n" % (len(events), events) if events and self._is_chunked else events
 
     def _finish(self) -> bytes:
-        """What the client gets at the end of the framing. The stream may be cut all the same."""
+        """Handle the end of the body's framing; the stream may still be cut. Returns the last bytes for the client."""
         if self._held.strip() or self.is_within_event:
             return self._break(BrokenStream("it ends in the middle of an event"))
-        end = self._framed(bytes(self._held))  # line ends behind the last event, such as the LF of its CR LF
+        end = self._framed(bytes(self._held))  # line ends after the last event, such as the LF of its CR LF
         if self._needs_end and not self._saw_end:
             try:
                 self._check_end(is_sure=bool(self._has_finished))
@@ -261,7 +262,7 @@ class SseRelay:
     def _check_end(self, *, is_sure: bool) -> None:
         """Raise `BrokenStream` if a choice has not finished, or if no choice is known to have finished."""
         if self._has_unseen:
-            return  # the finish may have been in there
+            return  # the long event may have contained the finish_reason
         if not self._has_error and not (is_sure and all(self._has_finished.values())):
             raise BrokenStream("it ends early")
 
@@ -296,7 +297,7 @@ class SseRelay:
         try:
             text.isascii() or text.decode()
             self._note(_EVENT.decode(text), text)
-        except msgspec.ValidationError:  # not an event of a completion, but it may be another API's
+        except msgspec.ValidationError:  # not an event of a completion; it may be one of another API
             try:
                 _JSON.decode(text)
             except (msgspec.DecodeError, RecursionError):
@@ -331,7 +332,7 @@ class SseRelay:
 
 
 def _only_data(data: bytes) -> bytes | None:
-    """The data of a chunk that holds one event with one line of data, as nearly all chunks do; else None."""
+    """The data of a chunk with one event of one data line, as in nearly all chunks. None for other chunks."""
     plain = _PLAIN_CHUNK.match(data)
     if plain is None:
         return None
