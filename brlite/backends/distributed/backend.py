@@ -102,7 +102,7 @@ class ParallelBackend:
             on_lost(lost)
 
     def execute(self, batch: Batch) -> StepResult:
-        """Compute one step. After any exception the ranks are out of step, and the backend is lost."""
+        """Compute one step. After any exception the ranks are no longer synchronized, and the backend is lost."""
         with self._guard.step():
             if self._lost is not None:
                 raise self._lost
@@ -127,7 +127,7 @@ class ParallelBackend:
         self._model.close()
 
     def _note_lost(self, error: BackendLost) -> None:
-        """Another rank has ended. Abort the running step; if that failed of itself, its reason is reported instead."""
+        """Another rank has ended: abort the running step. If rank 0 failed by itself, that is reported."""
         self._heard = error
         self._has_heard.set()
         self._end_others()

@@ -1,6 +1,6 @@
-"""Where the ranks of a model are: here, as processes of rank 0, or where `torchrun` or another launcher put them.
+"""Ranks that `torchrun` or another launcher has started, also on other machines: rank 0 waits for them to connect.
 
-A launcher sets environment variables in each of its processes: its rank, and the address of rank 0.
+A launcher sets environment variables in each process: its rank, and the address of rank 0.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-GATHERING_SECONDS = 600.0  # for the ranks of all machines to come
+GATHERING_SECONDS = 600.0  # for the ranks of all machines to connect
 HELLO_SECONDS = 5.0
-MAX_HELLO_BYTES = 256  # some twice what one has
+MAX_HELLO_BYTES = 256  # about twice the size of a Hello
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LOCAL_DEFAULTS = {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 ADDRESS_KEY = "brlite/rank-0"
@@ -43,11 +43,11 @@ class RankAddress(NamedTuple):
     local_rank: int = 0
     local_size: int = 1
     attempt: str = "0"
-    has_store: bool = False  # the launcher keeps the store, rank 0 need not
+    has_store: bool = False  # the launcher runs the store; else rank 0 does
 
 
 def find_place(environment: Mapping[str, str]) -> RankAddress | None:
-    """This process's place, or None where no launcher has started several. Raises `ConfigError` for half a place."""
+    """This process's rank and address. None without a launcher. Raises `ConfigError` if variables are missing."""
     missing = [name for name in VARIABLES if name not in environment]
     if "WORLD_SIZE" not in environment or environment["WORLD_SIZE"] == "1":
         return None
@@ -75,7 +75,7 @@ def find_place(environment: Mapping[str, str]) -> RankAddress | None:
 
 
 def await_ranks(place: RankAddress, environment: Mapping[str, str] = os.environ) -> Ranks:
-    """On rank 0: let the others come. Raises `EngineError` if some do not."""
+    """On rank 0: wait until all other ranks have connected. Raises `EngineError` if some do not."""
     secret, nonce = read_secret(environment), secrets.token_hex(16)
     members: dict[int, Member] = {}
     try:
@@ -98,7 +98,7 @@ def await_ranks(place: RankAddress, environment: Mapping[str, str] = os.environ)
     except (OSError, RuntimeError) as error:  # torch's store has no narrower class
         Ranks(list(members.values())).close(at_once=True)
         raise EngineError(
-            f"{len(members) + 1} of {place.size} ranks are here, the rest did not come: {error}"
+            f"{len(members) + 1} of {place.size} ranks are connected, the others did not connect: {error}"
         ) from error
     return Ranks([members[rank] for rank in sorted(members)])
 
@@ -118,10 +118,10 @@ def find_rank_0(place: RankAddress, environment: Mapping[str, str] = os.environ)
 
 
 def _admit(listener: socket.socket, missing: Collection[int], may_come: Callable[[Hello], bool]) -> Member | None:
-    """Accept one connection: a missing rank that proves the secret. None for any other client on the network."""
+    """Accept one connection. Returns a missing rank that proves the secret, None for any other client."""
     stream, address = listener.accept()
     channel = Channel(_kept_alive(stream))
-    impatience = threading.Timer(HELLO_SECONDS, channel.shut)  # a time limit of the socket's would begin at each byte
+    impatience = threading.Timer(HELLO_SECONDS, channel.shut)  # a timeout of the socket would restart with each byte
     impatience.start()
     try:
         hello = channel.receive(MAX_HELLO_BYTES)
@@ -140,7 +140,7 @@ def _admit(listener: socket.socket, missing: Collection[int], may_come: Callable
 
 
 def _kept_alive(stream: socket.socket) -> socket.socket:
-    """With probes, so that a machine that lost its power is missed; and small messages are not held back."""
+    """Set keepalive, which detects a machine without power, and TCP_NODELAY, which sends small messages at once."""
     stream.settimeout(None)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -1,7 +1,7 @@
-"""Messages between the ranks of a model: frames of msgpack over a stream socket. Knows no tensors and no torch.
+"""Messages between the ranks of a model: frames of msgpack over a stream socket. Contains no tensors and no torch.
 
-A step goes to the ranks through here and not by a broadcast of their group: a write to a socket that sleeps there takes
-some ten microseconds, a broadcast two barriers of all ranks; and the end of a socket shows that the other side is gone.
+Steps are sent over these sockets, not by a broadcast of torch's process group: a write to a socket takes some 10 µs, a
+broadcast two barriers of all ranks. The end of a socket also shows that the other rank is gone.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from brlite.errors import RankGone
 
 LENGTH_BYTES = 4
 NIL = b"\xc0"  # msgpack's None
-MAX_BYTES = 2**28  # far more than any batch: a longer frame is not one of ours
+MAX_BYTES = 2**28  # far more than any batch has; a longer frame is an error
 
 
 class Setup(msgspec.Struct, frozen=True, tag=True):
-    """To a rank, first: what to load. `model_kind` shows whether a rank finds the same model.
+    """To a rank, first: what to load. `model_kind` is a hash by which the rank checks that it has the same model.
 
-    With native kernels `memory` is the open file that the ranks share, and `packed_file` where packed weights are kept.
+    With native kernels `memory` is the descriptor of the ranks' shared file, `packed_file` the path for packed weights.
     """
 
     rank: int
@@ -36,7 +36,7 @@ class Setup(msgspec.Struct, frozen=True, tag=True):
 
 
 class Loaded(msgspec.Struct, frozen=True, tag=True):
-    """From a rank: weights and cache are in memory, of so many bytes."""
+    """From a rank: weights and KV cache are loaded, with their sizes."""
 
     weight_bytes: int
     kv_bytes: int
@@ -44,17 +44,17 @@ class Loaded(msgspec.Struct, frozen=True, tag=True):
 
 
 class Join(msgspec.Struct, frozen=True, tag=True):
-    """To a rank, when all are loaded: where they meet from then on."""
+    """To a rank, when all are loaded: the address of the process group to join."""
 
     place: str
 
 
 class Joined(msgspec.Struct, frozen=True, tag=True):
-    """From a rank: it is there."""
+    """From a rank: it has joined the process group."""
 
 
 class Compute(msgspec.Struct, frozen=True, tag=True):
-    """To a rank: one step, a `Batch` as msgpack. No answer; the ranks meet in the step itself."""
+    """To a rank: one step, a `Batch` as msgpack. It has no answer; the step itself synchronizes the ranks."""
 
     batch: msgspec.Raw
 
@@ -64,7 +64,7 @@ class Stop(msgspec.Struct, frozen=True, tag=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """From a rank of another machine, first: which it is, and the proof that it may (`rank_secret.py`)."""
+    """From a rank that a launcher started, first: its number, and the proof that it has the secret (`secret.py`)."""
 
     rank: int
     proof: str
@@ -73,7 +73,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 class Failed(msgspec.Struct, frozen=True, tag=True):
     """From a rank, last: why it ends.
 
-    `is_foreseen` where the message is fit for a user, `is_consequence` where the rank ends because another one is gone.
+    `is_foreseen`: the message is one of our errors, for users. `is_consequence`: it ends because another rank is gone.
     """
 
     message: str
@@ -85,7 +85,7 @@ Message = Setup | Loaded | Join | Joined | Compute | Stop | Hello | Failed
 
 
 class RankSeq(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank reads of a `ScheduledSeq`. How its token is drawn is rank 0's business, and slow to decode."""
+    """The fields of a `ScheduledSeq` that a rank decodes. Only rank 0 draws, so `sampling` stays encoded."""
 
     seq_id: int
     start: int
@@ -98,12 +98,12 @@ class RankSeq(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def is_drawn(self) -> bool:
-        """Whether a token is wanted after its last one."""
+        """Whether a token is drawn after its last one."""
         return bytes(self.sampling) != NIL
 
 
 class RankBatch(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank reads of a `Batch`."""
+    """The fields of a `Batch` that a rank decodes."""
 
     seqs: list[RankSeq]
 
@@ -112,11 +112,11 @@ _WORK = msgspec.msgpack.Decoder(RankBatch)
 
 
 class ChannelClosed(RankGone):
-    """The other side is gone."""
+    """The connection to the other rank is closed."""
 
 
 class Channel:
-    """One end. `send` and `receive` may be called from two threads, each of them from one."""
+    """One end of a connection between ranks. One thread may call `send` while another calls `receive`."""
 
     def __init__(self, stream: socket.socket) -> None:
         self.stream = stream
@@ -126,29 +126,29 @@ class Channel:
         self.send_frame(frame(message))
 
     def send_frame(self, data: bytes) -> None:
-        """Send what `frame` made, as it can be sent to several."""
+        """Send the bytes of `frame`, which several ranks can get."""
         try:
             self.stream.sendall(data)
         except OSError as error:
             raise ChannelClosed(f"the connection is closed: {error.strerror}") from error
 
     def receive(self, max_bytes: int = MAX_BYTES) -> Any:
-        """The next message, however long it takes. Raises `ChannelClosed` where none will come, or a larger one."""
+        """Wait for the next message, without a time limit. Raises `ChannelClosed`, also for an invalid message."""
         size = int.from_bytes(self._read(LENGTH_BYTES), "little")
         if size > max_bytes:
-            raise ChannelClosed(f"a message of {size} bytes is none")
+            raise ChannelClosed(f"a message has {size} bytes; allowed are {max_bytes}")
         try:
             return self._decoder.decode(self._read(size))
         except msgspec.MsgspecError as error:
-            raise ChannelClosed(f"a message that is none: {error}") from error
+            raise ChannelClosed(f"a message is invalid: {error}") from error
 
     def shut(self) -> None:
-        """Both sides find it closed, whatever they are doing with it. May be called twice, by any thread."""
-        with suppress(OSError):  # the other side was first
+        """Shut down the connection for both sides, also during a call. May be called twice, by any thread."""
+        with suppress(OSError):  # the other side has shut it down already
             self.stream.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Give the socket back, when no other thread uses it. May be called twice."""
+        """Close the socket, when no other thread uses it. May be called twice."""
         self.shut()
         self.stream.close()
 
@@ -167,16 +167,16 @@ class Channel:
 
 
 def read_work(message: Compute) -> RankBatch:
-    """The step that a rank has to do its part of."""
+    """Decode the step in a message."""
     return _WORK.decode(message.batch)
 
 
 def compute_frame(batch: Batch) -> bytes:
-    """A step as it goes over the wire, the same bytes to every rank. Masks stay here: only rank 0 draws."""
+    """The frame of a step, the same for every rank. Masks are left out: only rank 0 draws."""
     return frame(Compute(msgspec.Raw(msgspec.msgpack.encode(Batch(batch.seqs)))))
 
 
 def frame(message: Message) -> bytes:
-    """A message as it goes over the wire."""
+    """The bytes of a message: its length, then its content."""
     data = msgspec.msgpack.encode(message)
     return len(data).to_bytes(LENGTH_BYTES, "little") + data

@@ -1,6 +1,6 @@
 """Loads a model that several ranks compute: assigns their parts, starts or awaits the ranks, and connects them.
 
-Each rank reads its own part of the weights. Precisions round before the split: two ranks hold the numbers of one.
+Each rank reads its own part of the weights. Weights are rounded before the split: two ranks hold the numbers of one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def load_torch_ranks(plan: LoadPlan) -> ParallelBackend:
-    """The backend of `spec.tensor_parallel` ranks, this process being rank 0. Raises what is wrong with any of them."""
+    """The backend of `spec.tensor_parallel` ranks. This process is rank 0. Raises the error of any rank."""
     spec, engine = plan.spec, plan.engine
     size, place, kind = spec.tensor_parallel, find_place(os.environ), _kind(plan.checkpoint)
     if place is not None and place.size != size:
@@ -52,7 +52,7 @@ def load_torch_ranks(plan: LoadPlan) -> ParallelBackend:
     ranks = await_ranks(place) if place else start_local(size)
 
     def setup(rank: int) -> Setup:
-        if place is not None:  # it knows its own machine better
+        if place is not None:  # the rank chooses its device and threads itself
             return Setup(rank, spec, engine, kind)
         return Setup(rank, *_as_rank_sees(_found(plan), engine, spec.devices[rank], size), kind)
 
@@ -67,7 +67,7 @@ def load_torch_ranks(plan: LoadPlan) -> ParallelBackend:
 
 
 def load_native_ranks(library: NativeLibrary, plan: LoadPlan) -> ParallelBackend:
-    """The same in native code, on this machine's cores. Beside the plan's packed file each rank keeps its own."""
+    """The same in native code, on this machine's cores. Each rank has its own packed file beside the plan's."""
     size, kind, num_cores = plan.spec.tensor_parallel, _kind(plan.checkpoint), physical_cores()
     if size > num_cores:
         logger.warning("%d ranks share %d cores: they wait for each other more than they compute", size, num_cores)
@@ -89,7 +89,7 @@ def load_native_ranks(library: NativeLibrary, plan: LoadPlan) -> ParallelBackend
             LOOPBACK,
         )
     finally:
-        os.close(memory)  # each rank has mapped it by now
+        os.close(memory)  # each rank has mapped it
 
 
 def load_rank(setup: Setup) -> RankModel:
@@ -130,29 +130,29 @@ def _rank_plan(
 
 
 def _rank_file(packed_file: Path | None, shard: Shard) -> str | None:
-    """Where a rank's packed weights are kept: a file of its own."""
+    """The path of a rank's packed weights."""
     return None if packed_file is None else f"{packed_file}.rank-{shard.rank}-of-{shard.size}"
 
 
 def _found(plan: LoadPlan) -> ModelSpec:
-    """A spec by which other processes of this machine find the same files."""
+    """The spec with the path of the checkpoint, for other processes of this machine."""
     return msgspec.structs.replace(plan.spec, path=str(plan.checkpoint.path))
 
 
 def _as_rank_sees(spec: ModelSpec, engine: EngineConfig, device: int, num_here: int) -> tuple[ModelSpec, EngineConfig]:
-    """What a rank is to load: its own device, and its part of the threads of its machine."""
+    """The spec and engine config of a rank: its own device, and its share of its machine's threads."""
     threads = max(1, (engine.threads or physical_cores()) // num_here)
     return msgspec.structs.replace(spec, devices=(device,)), msgspec.structs.replace(engine, threads=threads)
 
 
 def _kind(checkpoint: Checkpoint) -> str:
-    """The same on all machines, for whatever copy of a model."""
+    """A hash of the model's config and shapes, equal for all copies of a model."""
     content = json.dumps([checkpoint.config, checkpoint.shapes()], sort_keys=True)
     return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def _describe(config: ModelConfig, own: BackendInfo, others: Sequence[Loaded]) -> BackendInfo:
-    """What all ranks are together; sizes are their sums."""
+    """The info of all ranks together; sizes are sums."""
     prints = [own.fingerprint, *(loaded.fingerprint for loaded in others)]
     return msgspec.structs.replace(
         own,

@@ -1,7 +1,7 @@
-"""The other ranks of a model as rank 0 sees them: processes that it starts here, or that `torchrun` started elsewhere.
+"""The other ranks of a model, for rank 0: processes that it starts here, or that `torchrun` has started.
 
-Knows who is there and who is gone, and nothing of what they compute. A rank that ends, whatever it dies of, closes its
-channel: that is known within milliseconds, and no rank outlives rank 0, whose end closes theirs.
+Starts and ends ranks and detects lost ones; computes nothing. The end of a rank's process closes its channel, which
+rank 0 sees within milliseconds. The end of rank 0 closes all channels, and so ends all other ranks.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ M = TypeVar("M", bound=Message)
 OnLost = Callable[[BackendLost], None]
 
 STOP_SECONDS = 5.0  # for a rank to exit before it is killed
-CAUSE_SECONDS = 5.0  # for word of the rank that went, once another one ends because of it
+CAUSE_SECONDS = 5.0  # to wait for the first cause, after a rank ended because another one was lost
 
 
 @dataclass(frozen=True)
 class Member:
-    """One other rank; without a process of ours where `torchrun` started it."""
+    """Another rank. `process` is None if `torchrun` has started it."""
 
     rank: int
     channel: Channel
     process: subprocess.Popen[bytes] | None = None
 
     def describe_end(self) -> str:
-        """What is known of a rank whose channel is closed."""
+        """Describe how a rank ended whose channel is closed."""
         if self.process is None:
             return f"rank {self.rank} is gone"
         try:
@@ -51,28 +51,28 @@ class Member:
 
 
 class Ranks:
-    """Rank 0's hold on the others. All but `watch`'s callback happens on the caller's thread."""
+    """Rank 0's connections to the other ranks. Only the callback of `watch` runs on another thread."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self._members = tuple(members)
         self._watching: _Watch | None = None
 
     def tell_each(self, message_for: Callable[[int], Message]) -> None:
-        """Send each rank what is meant for it. Raises `ChannelClosed` where one is gone."""
+        """Send each rank its own message. Raises `ChannelClosed` if a rank is gone."""
         for member in self._members:
             member.channel.send(message_for(member.rank))
 
     def tell(self, data: bytes) -> None:
-        """Send the same frame to all. Raises `ChannelClosed` where one is gone."""
+        """Send the same frame to all ranks. Raises `ChannelClosed` if a rank is gone."""
         for member in self._members:
             member.channel.send_frame(data)
 
     def hear(self, kind: type[M]) -> list[M]:
-        """One message from each, as it is due. Raises what a rank failed of, or `BackendLost` for one that ended."""
+        """Receive one message of this kind from each rank. Raises a rank's error, or `BackendLost` if a rank ended."""
         return [self._hear(member, kind) for member in self._members]
 
     def find_loss(self, seconds: float, beside: Member | None = None) -> BackendLost | ConfigError | None:
-        """While they load: why a rank ended or ends within `seconds`, a rank other than `beside`; None if none does."""
+        """During loading: why a rank other than `beside` ends within `seconds`. None if none does."""
         with selectors.DefaultSelector() as selector:
             for member in self._members:
                 if member is not beside:
@@ -80,21 +80,21 @@ class Ranks:
             return _wait_for_loss(selector, seconds)
 
     def watch(self, on_lost: OnLost) -> None:
-        """Call `on_lost`, once, on a thread of its own, when a rank ends. From now on ranks send only why they end.
+        """Call `on_lost` once, on another thread, when a rank ends. After this call ranks send only `Failed`.
 
-        Where other ranks end because of the first, it gets the first one's reason; of independent losses, the first.
+        If other ranks end because of the first, it gets the first one's reason.
         """
         self._watching = _Watch(self._members, on_lost)
 
     def kill(self) -> None:
-        """End them at once. Any thread may call it; `close` is still due."""
+        """Kill all ranks. Any thread may call it. `close` must still be called."""
         for member in self._members:
             if member.process is not None:
                 member.process.kill()
             member.channel.shut()
 
     def close(self, *, at_once: bool = False) -> None:
-        """End all ranks: by a `Stop`, or by a kill where that takes too long or `at_once`. May be called twice."""
+        """End all ranks by a `Stop`, and kill those that take too long, or all if `at_once`. May be called twice."""
         if self._watching is not None:
             self._watching.stop()
         if at_once:
@@ -125,7 +125,7 @@ class Ranks:
 
 
 class _Watch:
-    """A thread that waits for the first rank to go."""
+    """A thread that waits for the first rank to end."""
 
     def __init__(self, members: Sequence[Member], on_lost: OnLost) -> None:
         self._on_lost = on_lost
@@ -139,7 +139,7 @@ class _Watch:
         self._thread.start()
 
     def stop(self) -> None:
-        """Watch no more. May be called twice, and by `on_lost`."""
+        """Stop the thread. May be called twice, and by `on_lost`."""
         self._wake.close()
         if self._thread is not threading.current_thread():
             self._thread.join()
@@ -155,9 +155,9 @@ class _Watch:
 
 
 def start_local(size: int, pass_fds: Sequence[int] = ()) -> Ranks:
-    """Start ranks 1 to `size` - 1 as processes beside this one, which wait for their `Setup`.
+    """Start ranks 1 to `size` - 1 as processes on this machine. They wait for their `Setup`.
 
-    They are not forked: this process has threads. Each has a session of its own, so that Ctrl-C is rank 0's alone.
+    They are not forked, since this process has threads. Each has its own session, so that only rank 0 gets Ctrl-C.
     """
     members: list[Member] = []
     try:
@@ -186,9 +186,9 @@ def _start(rank: int, pass_fds: Sequence[int]) -> Member:
 
 
 def _wait_for_loss(selector: selectors.BaseSelector, seconds: float | None = None) -> BackendLost | ConfigError | None:
-    """Why the first rank ends: None if none does within `seconds`, or what is registered without a member has ended.
+    """Why the first rank ends. None if none does within `seconds`, or if a socket without a member is readable.
 
-    A rank that ends because another one is gone is the reason only if no other is found within `CAUSE_SECONDS`.
+    A rank that ends because another one is lost counts only if no other reason is found within `CAUSE_SECONDS`.
     """
     consequence: BackendLost | ConfigError | None = None
     deadline = math.inf if seconds is None else time.monotonic() + seconds
@@ -201,7 +201,7 @@ def _wait_for_loss(selector: selectors.BaseSelector, seconds: float | None = Non
                 message = member.channel.receive()
             except ChannelClosed:
                 return BackendLost(member.describe_end())
-            if isinstance(message, (Loaded, Joined)):  # while they load: it is well
+            if isinstance(message, (Loaded, Joined)):  # during loading: no loss
                 continue
             loss = _loss_of(member, message)
             if not isinstance(message, Failed) or not message.is_consequence:

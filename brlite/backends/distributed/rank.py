@@ -1,6 +1,6 @@
 """A rank that is not rank 0: loads its part of the model, and computes its part of every step until rank 0 stops it.
 
-Its process ends when the connection to rank 0 is lost, in the middle of a step, too.
+Its process ends when the connection to rank 0 is lost, also during a step.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 M = TypeVar("M", bound=Message)
 
 EXIT_LOST = 3  # rank 0 is gone, or this rank failed; rank 0 logs the reason
-HANG_UP = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # the latter is Linux's word for a TCP connection's end
+HANG_UP = select.POLLHUP | getattr(select, "POLLRDHUP", 0)  # on Linux RDHUP reports the end of a TCP connection
 
 
 def run(channel: Channel) -> int:
@@ -62,13 +62,13 @@ def _follow(channel: Channel) -> None:
     channel.send(Joined())
     while isinstance(message := channel.receive(), Compute):
         model.follow(read_work(message))
-    model.close()  # where something failed the end of the process does it: to leave a broken group may take for ever
+    model.close()  # not after an error: leaving a broken process group may take for ever
 
 
 def _receive(channel: Channel, kind: type[M]) -> M:
     message = channel.receive()
     if not isinstance(message, kind):
-        raise EngineError(f"rank 0 sent {type(message).__name__} where {kind.__name__} was due")
+        raise EngineError(f"rank 0 sent {type(message).__name__}; expected is {kind.__name__}")
     return message
 
 

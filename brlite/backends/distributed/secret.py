@@ -1,8 +1,8 @@
-"""The secret of ranks on several machines: who knows it can be a rank, or be taken for rank 0. It is never sent.
+"""The shared secret of ranks on several machines, which ranks and rank 0 prove to each other. It is never sent.
 
 Rank 0 makes a new nonce for each start and publishes it with its address in the launcher's store. Proofs are HMACs over
-them. Where the operator has set no secret, an empty one is used: then any client of the store can make a proof. Nothing
-is encrypted, and torch's own connections between the ranks know no secret.
+both. Without a secret an empty one is used: then any client of the store can make a proof. Nothing is encrypted, and
+torch's own connections between the ranks are not authenticated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MIN_BYTES, MAX_BYTES = 16, 4096
 
 
 def read_secret(environment: Mapping[str, str]) -> bytes:
-    """The secret that all ranks are given; empty where there is none. Raises `ConfigError`."""
+    """The secret from the environment or its file; b"" if none is set. Raises `ConfigError`."""
     name, secret = VARIABLE, environment.get(VARIABLE, "").encode("utf-8", "surrogateescape").strip()
     if not secret and (path := environment.get(FILE_VARIABLE)):
         name = f"{FILE_VARIABLE}: {path}"
@@ -36,10 +36,10 @@ def read_secret(environment: Mapping[str, str]) -> bytes:
 
 
 def proof(secret: bytes, *parts: object) -> str:
-    """Shows that its maker knows the secret, for these parts alone."""
+    """An HMAC over the parts, which proves the knowledge of the secret."""
     return hmac.new(secret, "|".join(map(str, parts)).encode(), "sha256").hexdigest()
 
 
 def is_proof(claimed: str, secret: bytes, *parts: object) -> bool:
-    """Compare in constant time."""
+    """Whether `claimed` is the proof for these parts. Takes constant time."""
     return hmac.compare_digest(claimed.encode("utf-8", "surrogatepass"), proof(secret, *parts).encode())
