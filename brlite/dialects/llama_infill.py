@@ -143,14 +143,16 @@ class InfillEncoder:
     def _end(self, answer: InfillAnswer, event: Event, warnings: Sequence[str]) -> InfillAnswer:
         """The answer with what is told of its end."""
         assert event.usage is not None
-        is_word = isinstance(event.stop_reason, str)
-        stop_types: dict[str | None, StopType] = {"stop": "word" if is_word else "eos", "length": "limit"}
+        reason = event.stop_reason if isinstance(event.stop_reason, str) else ""
+        stop_types: dict[str | None, StopType] = {"stop": "word" if reason else "eos", "length": "limit"}
         answer.model = self._model
         answer.tokens_cached = event.usage.cached
         answer.has_new_line = self._has_new_line
         answer.truncated = False
         answer.stop_type = stop_types.get(event.finish_reason, "none")
-        answer.stopping_word = event.stop_reason if isinstance(event.stop_reason, str) else ""
+        if answer.stop_type == "none" and reason:  # llama.cpp has no place for why an answer was ended
+            warnings, reason = (*warnings, f"the answer was ended: {reason}"), ""
+        answer.stopping_word = reason
         answer.warnings = warnings or UNSET
         return answer
 

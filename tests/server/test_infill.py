@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from brlite.config.options import LimitsConfig
-from brlite.dialects.llama_infill import decode
+from brlite.dialects.event import Event, TokenUsage
+from brlite.dialects.llama_infill import InfillEncoder, decode
 from brlite.sampling_params import StructuredOutput
 from brlite.tokenizer import Tokenizer
 from brlite.tokenizer.infill import InfillTokens
@@ -184,6 +185,19 @@ async def test_a_vocabulary_without_tokens_for_gaps_is_a_refusal_that_says_so(ma
 
     assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "input_suffix", "unsupported_parameter")
     assert answer["error"]["message"].startswith("input_suffix cannot be obeyed: the model's vocabulary")
+
+
+def test_why_an_answer_was_ended_is_a_warning_in_it() -> None:
+    usage = TokenUsage(3, 1, 0)
+    event = Event(choice=0, text="a", finish_reason="error", stop_reason="no token is left", usage=usage)
+    call = decode(json.dumps(BODY).encode(), LimitsConfig())
+
+    whole = json.loads(InfillEncoder(call, "infill-1", "fake", "").whole([event], usage, ["one"]))
+    _, last, _ = InfillEncoder(call, "infill-1", "fake", "").encode(event).split(b"\n\n")
+
+    assert whole["warnings"] == ["one", "the answer was ended: no token is left"]
+    assert (whole["stop_type"], whole["stopping_word"]) == ("none", "")
+    assert json.loads(last.removeprefix(b"data: "))["warnings"] == whole["warnings"][1:]
 
 
 def test_other_names_of_parameters_and_the_fields_of_all_dialects_are_obeyed() -> None:
