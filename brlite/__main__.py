@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import signal
-import sys
+from typing import NoReturn
 
 
-def main() -> int:
-    """Run `brlite …`."""
-    return _run("main")
+def main() -> NoReturn:
+    """Run `brlite …` and end the process with its status."""
+    _run("main")
 
 
-def br_api_server() -> int:
+def br_api_server() -> NoReturn:
     """Run the manual's command `br_api_server`."""
-    return _run("br_api_server")
+    _run("br_api_server")
 
 
-def model_convert() -> int:
+def model_convert() -> NoReturn:
     """Run the manual's command `model_convert`."""
-    return _run("model_convert")
+    _run("model_convert")
 
 
-def _run(name: str) -> int:
+def _run(name: str) -> NoReturn:
     """Import the command line and run it. Ctrl-C during the import ends the process without a traceback."""
     is_pythons = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else the parent has it ignored
     if is_pythons:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from brlite.commands import cli
 
-    if is_pythons:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    status: int = getattr(cli, name)()
-    return status
+    try:
+        if is_pythons:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        status = getattr(cli, name)()
+    except KeyboardInterrupt:  # before the command's own handling of it
+        status = cli.EXIT_INTERRUPTED
+    cli.end_process(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
