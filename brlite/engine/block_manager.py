@@ -129,7 +129,7 @@ class BlockManager:
             seq.num_sealed_blocks = index + 1
 
     def release(self, seq: BlockOwner) -> None:
-        """Give the sequence's blocks back. Sealed ones stay findable until reused, the last blocks before the first."""
+        """Free the sequence's blocks. Sealed ones stay findable until reused; its last blocks are reused first."""
         for block_id in reversed(seq.block_table):
             block = self._blocks[block_id]
             block.ref_count -= 1

@@ -25,9 +25,9 @@ class FairThread:
         closing: Callable[[], NotReady],
         starting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """`closing` makes the error of work that comes after `close`, that waits then, or that fails after it.
+        """`closing` makes the error of work that waits at `close`, comes after it, or fails after it.
 
-        The thread is started inside `starting()`, which may set the size of its stack.
+        The thread is started inside the context `starting()`, which may set the stack size of new threads.
         """
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._closing = closing
@@ -37,7 +37,7 @@ class FairThread:
         self._is_closed = False
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
-        """What `work` returns or raises, once its turn has come. Cancelling drops work that has not begun."""
+        """Run `work` when its turn comes; returns or raises what it does. Cancelling drops work that has not begun."""
         if self._is_closed:
             raise self._closing()
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()

@@ -26,7 +26,7 @@ class StepPace:
         self._token_seconds = self._pair_seconds = 0.0
 
     def observe(self, chunks: Sequence[tuple[int, int]], seconds: float) -> None:
-        """Take in a step, given the first position and the number of tokens of each of its sequences.
+        """Add a step to the fit, given the first position and the number of tokens of each of its sequences.
 
         Steps without a chunk of `MIN_CHUNK_TOKENS` are left out: they wait for memory more than they compute.
         """

@@ -32,15 +32,17 @@ _GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked of the engine. Requests share cached prefixes only if their `cache_salt` is the same.
+    """A request to the engine. Requests share cached prefixes only if their `cache_salt` is the same.
 
-    `tenant` is whose it is: tenants get turns, a share of the queue and, unless the config shares it, a prefix cache of
-    their own; with `weight` 2 it gets two turns for each one of others. Requests with a lower `priority` come before
-    these turns. Requests of one `group` were asked for at once and share a turn; without one each is its own.
-    One that is exempt from the queue timeout belongs to a body whose first request is not exempt: it waits without a
-    limit. `grammar` is what `params.structured` was compiled to, `bad_words` are the tokens of `params.bad_words`.
-    With `is_strict` it is refused where a limit would be cut. `shown_token_ids` are special tokens that stand in the
-    text, although others are left out. With `pooling` the prompt's embedding is wanted, and no completion.
+    * Order: each `tenant` has turns, a share of the queue and, unless the config shares it, a prefix cache of its own.
+      With `weight` 2 it has two turns for each one of others. Requests with a lower `priority` come first. Requests
+      of one `group` share a turn; a request without a group is a group of its own.
+    * A request that is exempt from the queue timeout waits without a limit. It belongs to a body whose first request
+      is not exempt.
+    * `grammar` is the compiled `params.structured`; `bad_words` are the tokens of `params.bad_words`.
+    * With `is_strict` the request is refused instead of having a limit cut.
+    * `shown_token_ids` are special tokens that stay in the text, although others are left out.
+    * With `pooling` the result is the prompt's embedding, and no completion.
     """
 
     request_id: str
@@ -91,7 +93,7 @@ class TokenCounts:
 
 
 class WindowCounts:
-    """The same of the last `size` tokens of a prompt and its output: what `repeat_last_n` asks for."""
+    """Counts of the last `size` tokens of a prompt and its output, for `repeat_last_n`."""
 
     def __init__(self, prompt_token_ids: list[int], size: int) -> None:
         self._window = deque(((token_id, 0) for token_id in prompt_token_ids[-size:]), maxlen=size)
@@ -162,7 +164,7 @@ class Sequence:
 
     @property
     def num_left(self) -> int:
-        """How many tokens there are to compute: those it has or, after all of them, the one that is being drawn."""
+        """How many tokens are left to compute. After all that it has, that is the one being drawn."""
         num_left = len(self.token_ids) - self.num_computed_tokens - self.num_in_flight_tokens
         return num_left or int(self.is_being_drawn and not self.ends_with_step)
 
@@ -174,7 +176,7 @@ class Sequence:
 
     @property
     def ends_with_step(self) -> bool:
-        """Whether what the step under way gives is its last, whatever that is, or decides on what comes after it."""
+        """Whether no run may follow until the step under way has ended: it is the last, or decides what follows."""
         state = self.state
         if state.pooling is not None or state.search is not None:
             return True
@@ -244,14 +246,14 @@ class RequestState:
         return self.is_aborted or len(self.sequences) == self.request.params.n
 
     def make_repetitions(self, tokenizer: Tokenizer) -> Repetitions:
-        """The prompt for DRY, which the next sequence continues. It is read once for all of them."""
+        """The repetitions of the prompt (DRY) for the next sequence. The prompt is read once for all sequences."""
         request = self.request
         repetitions = self.prompt_repetitions or Repetitions(request.params, request.prompt_token_ids, tokenizer)
         self.prompt_repetitions = repetitions.copy() if len(self.sequences) + 1 < request.params.n else None
         return repetitions
 
     def add_prompt_logprobs(self, logprobs: list[TokenLogprob], *, is_first: bool) -> None:
-        """Collect those of one prompt chunk; a prompt that is computed again starts over with its first chunk."""
+        """Collect the logprobs of one prompt chunk. A preempted prompt starts over with its first chunk."""
         if is_first:
             self.partial_prompt_logprobs = []
         self.partial_prompt_logprobs.extend(logprobs)
@@ -268,12 +270,12 @@ class RequestState:
             self.delta[delta.index] = delta
 
     def times(self, now: float) -> RequestTimes:
-        """Where the time went of a request that ends now. A part that was not reached is 0."""
+        """How long each phase took of a request that ends now; 0 for one that it did not reach."""
         scheduled, prompt_done = self.scheduled_time or now, self.prompt_done_time or now
         return RequestTimes(scheduled - self.arrival_time, prompt_done - scheduled, now - prompt_done)
 
     def take_output(self) -> RequestOutput:
-        """What the sink has not been given yet. Prompt logprobs go out once, with the first output."""
+        """The output that is new since the last call. Prompt logprobs are in the first one only."""
         output = RequestOutput(
             request_id=self.request.request_id,
             prompt=self.request.prompt,

@@ -20,7 +20,7 @@ _KEY = web.RequestKey("log_extras", dict)
 
 
 def log_extras(request: web.BaseRequest) -> dict[str, object]:
-    """What the request's log line will say besides, for handlers to fill."""
+    """The items that handlers add to the request's log line."""
     extras: dict[str, object] = request.setdefault(_KEY, {})
     return extras
 

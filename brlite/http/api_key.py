@@ -20,7 +20,7 @@ MAX_SHOWN_NAME = 200
 
 @dataclass
 class KeyUsage:
-    """What was done with a key since the start. The seconds are those of local models' requests."""
+    """The use of a key since the server started. The seconds are those of requests to local models."""
 
     num_admitted: int = 0
     num_forbidden: int = 0
@@ -117,7 +117,7 @@ class ApiKey:
         return self.priority, (f"priority {wanted} was raised to {self.priority}, the lowest that this key may have",)
 
     def arrival_refusal(self, now: float) -> RateLimited | None:
-        """The refusal of a request whose body is not read yet, if the key's limits have no room for it; else None."""
+        """The refusal of a request whose body is not read yet, if it is over a limit of the key; else None."""
         return next(self._refusals(now, self.num_arriving), None) if self.has_limits else None
 
     def begin(self, now: float, model: str) -> None:
@@ -136,17 +136,17 @@ class ApiKey:
         self.usage.num_admitted += 1
 
     def spend(self, now: float, prompt_tokens: int, completion_tokens: int, *, num_reserved: int = 0) -> None:
-        """Count tokens that a request has used, of which so many were reserved for it."""
+        """Count the tokens that a request has used, given how many were reserved for it."""
         self.usage.prompt_tokens += prompt_tokens
         self.usage.completion_tokens += completion_tokens
         self._take("tokens", now, prompt_tokens + completion_tokens - num_reserved)
 
     def reserve(self, now: float, tokens: int) -> None:
-        """Take tokens of the minute's budget before it is known how many it will be; `spend` must follow."""
+        """Take an estimate from the minute's budget of tokens. `spend` with the real number must follow."""
         self._take("tokens", now, tokens)
 
     def end(self) -> None:
-        """Give the place back. Raises `RuntimeError` where there was no `begin`."""
+        """End a request that `begin` counted. Raises `RuntimeError` without a `begin`."""
         if not self.num_running:
             raise RuntimeError(f"key {self.name!r}: a request ended that had not begun")
         self.num_running -= 1

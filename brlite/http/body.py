@@ -77,7 +77,7 @@ class HeldBody:
     is_arriving: bool = False
 
     def arrive(self, now: float) -> RateLimited | None:
-        """The head is here, its body is not: count the request against its key's limits, or return why not."""
+        """Count a request whose body is still to come against its key's limits, or return the refusal."""
         refusal = self.key.arrival_refusal(now)
         if refusal is None and not self.is_arriving:
             self.is_arriving = True
@@ -85,7 +85,7 @@ class HeldBody:
         return refusal
 
     def arrived(self) -> None:
-        """The body is complete, or given up."""
+        """End what `arrive` began: the body is complete, or will not be read."""
         if self.is_arriving:
             self.is_arriving = False
             self.key.num_arriving -= 1

@@ -103,7 +103,7 @@ MakeHandler = Callable[["Connection", asyncio.Transport], "ByteStreamHandler | N
 
 
 class Connection(web.RequestHandler):
-    """A connection that cannot be held open by doing nothing. `HttpServer` makes it and says when a request begins."""
+    """A connection with a deadline in each state but SERVING. `ServerHooks` tells it when a request begins."""
 
     __slots__ = (
         "_deadline",
@@ -268,7 +268,7 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer a malformed request, or what the middlewares let through, without a word of what it contained."""
+        """Answer a malformed request, or an error that the middlewares did not catch, without quoting the request."""
         if has_begun(request):
             raise ConnectionAbortedError("the answer had begun; nothing is sent twice")
         if status >= 500:
@@ -285,7 +285,7 @@ class Connection(web.RequestHandler):
         return response
 
     def log_exception(self, *args: object, **kw: object) -> None:
-        """aiohttp's own reports of what it did not foresee; a parser's error holds the request, so it is only named."""
+        """Log an unexpected error of aiohttp's. Of a parser's error only the name: its text holds the request."""
         error = kw.get("exc_info")
         if isinstance(error, HttpProcessingError):
             logger.info("malformed request from %s: %s", self.peername, type(error).__name__)
@@ -295,7 +295,7 @@ class Connection(web.RequestHandler):
     # Slow clients
 
     def _set_deadline(self, seconds: float, timeout_error: RequestError | None = None) -> None:
-        """Most deadlines are met, so a timer that ends earlier is kept: it looks at the deadline then."""
+        """Set or clear the deadline. A timer that ends earlier is kept: it checks the deadline then."""
         self._timeout_error = timeout_error
         self._deadline = self._event_loop.time() + seconds
         if self._timer is None or self._timer.when() > self._deadline:
@@ -348,7 +348,7 @@ class ServerHooks:
         writer: AbstractStreamWriter,
         task: asyncio.Task[None],
     ) -> web.BaseRequest:
-        """aiohttp's request of a parsed head: one whose target is a whole URL becomes like any other."""
+        """Make aiohttp's request of a parsed head. A target that is a whole URL becomes a path with a `Host`."""
         if message.method == MALFORMED_METHOD:
             message = message._replace(version=HttpVersion11)  # aiohttp would answer as HTTP/1.0
         elif message.url.absolute:

@@ -107,7 +107,7 @@ class Connections:
             group.idle.move_to_end(connection)
 
     def discard(self, connection: Closable) -> None:
-        """Forget one that is served no more."""
+        """Remove a connection that has ended."""
         address = self._members.pop(connection, None)
         for group in self._groups_of.pop(connection, ()):
             group.discard(connection)
@@ -130,12 +130,12 @@ class Connections:
             connection.drain()
 
     def abort(self) -> None:
-        """Cut them all, which cancels their handlers."""
+        """Cut all connections, which cancels their handlers."""
         for connection in list(self._members):
             connection.abort()
 
     async def wait_gone(self, seconds: float) -> bool:
-        """Wait until there are none; False if that takes longer."""
+        """Wait up to `seconds` until no connection is open. False if some still are."""
         try:
             await asyncio.wait_for(self._none.wait(), seconds)
         except asyncio.TimeoutError:

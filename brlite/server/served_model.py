@@ -99,7 +99,7 @@ class ServedModel:
                 self._on_change()
 
     async def loaded(self, max_wait_seconds: float, tenant: str = "") -> EngineLoop:
-        """Its engine, once it is there; only while `in_use`. Raises `NotReady` if it does not come, or not in time."""
+        """The engine, once the model is loaded. Only while `in_use`. Raises `NotReady` if loading fails or is late."""
         if not self.is_available:
             await self.loading.wait(max_wait_seconds, tenant)  # from its end on this request is active
         if self.engine is None:  # lost, between the end of its load and now
@@ -131,7 +131,7 @@ class ServedModel:
         self._on_change()
 
     def keep(self) -> None:
-        """Take back a `dismiss` that has not been carried out yet."""
+        """Undo a `dismiss` while the model is still loaded."""
         self.is_dismissed = False
 
     def give_up(self, *, comes_back: bool = False) -> None:
