@@ -40,18 +40,15 @@ def create_app(
 ) -> web.Application:
     """An application that serves an engine under the config's model name, all models of a table, or those of a config.
 
-    Given a config alone, the application's startup loads its models, and raises what is wrong with one; its cleanup
-    closes them.
+    With a config alone, the application loads its models at startup, which raises their errors, and closes them at
+    cleanup. Other engines are closed by the caller. Requests for models of the config's upstreams are forwarded.
 
-    Requests for the models of the config's upstreams are forwarded. The caller closes its engines. Run it with
-    `handler_cancellation=True` (as `HttpServer` does), or a client that leaves keeps its request running: a stream
-    until the next write to it, any other to its end. At the application's shutdown running streams end with an error
-    event. Files that the config names, such as that of keys, are read at once: where that may take time, call it on
-    another thread.
+    Run it with `handler_cancellation=True`, as `HttpServer` does; else the request of a client that disconnects runs
+    on. At shutdown running streams end with an error event. Reads files that the config names, such as the key file: if
+    that may take long, call it on another thread.
 
-    Requests of other sites' pages are refused. `listens_on` is the address that the application will be served at, if
-    that is known: on loopback and without keys, requests for names other than local ones are refused as well. Where it
-    is not, as in an application that is mounted in another one, `server.allowed_hosts` alone says for which.
+    Requests from pages of other sites are refused. `listens_on` is the address to be served at, None if unknown. On
+    loopback without keys only local host names are allowed; else `server.allowed_hosts` alone decides.
     """
     owned = models if isinstance(models, Config) else None
     if owned is not None and config is not None:

@@ -26,7 +26,7 @@ HEAD = """\
 
 
 class Option(NamedTuple):
-    """An option's name, what it may be in words, its text, and its default and an example as TOML writes them."""
+    """An option: its name, the allowed values in words, its description, and its default and an example as TOML."""
 
     name: str
     allowed: str
@@ -37,7 +37,7 @@ class Option(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of options; `is_list` where there may be several, `is_there` where the default config has it."""
+    """A table of options. `is_list`: there may be several. `is_there`: the default config has it."""
 
     name: str
     text: str
@@ -142,5 +142,5 @@ def _value(value: object) -> str:
 
 
 def _string(text: str) -> str:
-    # JSON's escapes are TOML's too, but for DEL, which TOML wants escaped.
+    # TOML has the escapes of JSON, and requires one more, for DEL.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

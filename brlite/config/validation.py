@@ -1,7 +1,7 @@
-"""Checks plain data against a struct and words what is wrong: one line with the field, its value and what is allowed.
+"""Checks plain data against a struct. An error is one line with the field, its value and what is allowed.
 
-The ranges themselves stand in the struct's types. `make_config` also checks the fields of a config against each other.
-Reads no files: `load.py` and `manual_json.py` do.
+Ranges are in the struct's types. `make_config` also checks the fields of a config against each other. Files are read by
+`load.py` and `manual_json.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SECRET_FIELDS = re.compile(r"keys\.keys.*|key\[\d+\]\.key|upstream\[\d+\]\.api_k
 def convert(data: object, kind: type[T], *, source: str, is_text: bool = False) -> T:
     """Return `data` as a `kind`, or raise a `ConfigError` that begins with `source`, the file or command at fault.
 
-    With `is_text` values may be strings that say what is meant, as on a command line.
+    With `is_text` strings are converted to numbers and booleans, as on a command line.
     """
     try:
         return msgspec.convert(data, kind, strict=not is_text)
@@ -61,7 +61,7 @@ def _explain(fault: FieldProblem, data: object, kind: object) -> str:
     path = fault.path.removesuffix("[...]")
     try:
         value, (type_here,) = value_at(data, path), types_at(kind, path)
-    except (LookupError, TypeError, ValueError):  # a key that looks like msgspec's own text
+    except (LookupError, TypeError, ValueError):  # a key that msgspec's error text cannot be parsed with
         return fault.problem
     if fault.unknown is not None:
         allowed = [field.encode_name for field in bare(type_here).fields]  # type: ignore[attr-defined]
@@ -82,12 +82,12 @@ def _allowed(kind: inspect.Type) -> str:
 def make_config(data: Mapping[str, Any], *, source: str) -> Config:
     """Check plain data against the structs and their fields against each other; `source` begins every error.
 
-    With upstreams and no model it is a proxy's: no default model is served beside them.
+    With upstreams and without `model` no default model is served.
     """
     if data.get("upstream") and "model" not in data:
         data = {**data, "model": []}
     config = convert(data, Config, source=source)
-    for index, spec in enumerate(data.get("model", ())):  # it would get the default model's name
+    for index, spec in enumerate(data.get("model", ())):  # else it would get the default name
         if "path" in spec and "name" not in spec:
             raise ConfigError(
                 f"{source}: model[{index}].name is missing: it is required beside path: requests name the model by it"
@@ -98,10 +98,10 @@ def make_config(data: Mapping[str, Any], *, source: str) -> Config:
 
 
 def find_problems(data: Mapping[str, Any]) -> list[str]:
-    """All that `make_config` would refuse, one after the other; none for good data.
+    """All errors that `make_config` would raise, at most `MAX_PROBLEMS`.
 
-    A field that is wrong is left out before the next one is looked for. Contradictions between fields are found once
-    every field is right.
+    An invalid field is removed before the next one is searched. Contradictions between fields are searched only if
+    every field is valid.
     """
     left = copy.deepcopy(dict(data))
     problems: list[str] = []
@@ -135,9 +135,9 @@ def override(config: Config, values: Mapping[str, object], *, source: str = "com
 
 
 def model_override(model: str | None) -> dict[str, object]:
-    """What `override` takes to serve one model: a name to fetch it by, or the path of a folder or `.gguf` file.
+    """The values for `override` to serve one model: a name to download, or the path of a folder or `.gguf` file.
 
-    A path gives the name that requests use, too.
+    With a path, the name for requests is made from it.
     """
     if model is None:
         return {}
@@ -149,9 +149,9 @@ def model_override(model: str | None) -> dict[str, object]:
 
 
 def engine_override(name: str | None) -> dict[str, object]:
-    """What `override` takes to choose an engine: by its name, or one of the values of `engine.backend`.
+    """The values for `override` to choose an engine: its name, or one of the values of `engine.backend`.
 
-    Without a name that of the environment counts, if it has one.
+    Without a name the environment variable decides, if it is set.
     """
     name = name or os.environ.get(ENGINE_VARIABLE)
     if not name:
@@ -161,7 +161,7 @@ def engine_override(name: str | None) -> dict[str, object]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    """What no single field shows."""
+    """Errors in combinations of fields."""
     limits = config.limits
     if limits.max_body_bytes_in_flight < 2 * limits.max_body_bytes:
         yield (

@@ -1,7 +1,7 @@
-"""How brlite starts other programs: found by the installation, without keys in their environment, ended with brlite.
+"""Starts child processes: without secrets in their environment, and ended when brlite ends.
 
-No program comes from the current folder, which may be another user's repository. Imports the standard library and
-`brlite.errors` only: setuptools runs it before other packages are installed.
+No program is taken from the current folder, which may be another user's repository. Imports only the standard library
+and `brlite.errors`: setuptools runs this file before other packages are installed.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _SECRET_NAME = re.compile(
     r"SECRET|PASSW(OR)?D|PASSPHRASE|CREDENTIAL|(^|_)((API|ACCESS|PRIVATE)?KEYS?|TOKENS?)(_|$)", re.I
 )
 _SECRET_VALUE = re.compile(r"://[^/@\s]+:[^/@\s]+@")  # a URL with a password
-_NEEDED_NAME = re.compile(r"PIP_.*|.*_PROXY", re.I)  # pip's own settings, and the way out of a company's network
-_SECRETS_READ: set[str] = set()  # like the environment that they stand in, of the whole process
+_NEEDED_NAME = re.compile(r"PIP_.*|.*_PROXY", re.I)  # pip's settings, and proxies of a company's network
+_SECRETS_READ: set[str] = set()  # names of variables; global, as the environment is
 
-# Ends its process group, itself included, when the pipe on its standard input closes: however brlite ends, it closes.
+# Kills its process group, itself included, when its standard input closes, which any end of brlite does.
 _WATCH = "import os, signal, sys; sys.stdin.buffer.read(1); os.killpg(0, signal.SIGKILL)"
 
 
 def read_secret(name: str, environ: Mapping[str, str] = os.environ) -> str:
-    """The key in an environment variable, "" if there is none. No child process gets that variable from now on."""
+    """The secret in an environment variable; "" if it is not set. Child processes do not get that variable any more."""
     _SECRETS_READ.add(name)
     return environ.get(name, "").strip()
 
 
 def child_environment(**changes: str) -> dict[str, str]:
-    """This process's environment for a child: without secrets, and without relative folders to look for programs in."""
+    """This process's environment for a child: without secrets, and without relative folders in search paths."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -56,7 +56,7 @@ def absolute_folders(path: str) -> str:
 def interpreter() -> str:
     """The Python that runs child processes. Raises `EngineError` if there is none.
 
-    `sys.executable` is not always one: where Python is embedded in a program, it is that program.
+    `sys.executable` may be another program, in which Python is embedded.
     """
     version = "python{}.{}".format(*sys.version_info)
     candidates = (
@@ -73,10 +73,10 @@ def interpreter() -> str:
 
 
 def python_module(module: str) -> list[str]:
-    """The command that runs an installed module, never one of the current folder, as `python -m` would."""
+    """The command that runs an installed module. Unlike `python -m` it takes none from the current folder."""
     if sys.version_info >= (3, 11):
         return [interpreter(), "-P", "-m", module]
-    # sys is built in; anything else could come from the folder that "" stands for.
+    # `sys` is built in. Any other module could come from the current folder, which is sys.path[0].
     run = (
         f"import sys; del sys.path[0]; import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
     )
@@ -84,10 +84,10 @@ def python_module(module: str) -> list[str]:
 
 
 class ChildGroup:
-    """Programs that run while the `with` statement does, each with all processes that it starts.
+    """Programs that run in a `with` block, each with all processes that it starts.
 
-    Leaving it ends those that still run. So does the end of this process, by SIGKILL too: another process, which waits
-    for it, then kills the group. Raises `OSError` where a program cannot be started.
+    The end of the block kills those that still run. So does any end of this process, even by SIGKILL: a watcher process
+    then kills the group. Raises `OSError` if a program cannot be started.
     """
 
     def __enter__(self) -> ChildGroup:
@@ -120,7 +120,7 @@ class ChildGroup:
 
 
 def _group(leader: int) -> dict[str, Any]:
-    """What puts a child into the process group of `leader`; 0 makes it a leader."""
+    """Popen's arguments that put a child into the process group of `leader`. 0: a new group."""
     if sys.version_info >= (3, 11):
         return {"process_group": leader}
     return {"preexec_fn": lambda: os.setpgid(0, leader)}

@@ -1,7 +1,7 @@
-"""Standard output and error of a server: text goes to a bounded queue, and a thread of their own writes it.
+"""Standard output and error of a server: text is put into a bounded queue, and a thread writes it.
 
-A write to a pipe, a terminal or a disk may block without end, and must not block the server. What does not fit into the
-queue, and what cannot be written, is dropped and counted. The file descriptors stay as they are: output of C libraries
+A write to a pipe, a terminal or a disk may block for ever, and must not block the server. Lines that do not fit into
+the queue, or cannot be written, are dropped and counted. The file descriptors are not changed: output of C libraries
 and child processes is not queued.
 """
 
@@ -20,15 +20,15 @@ from typing import TextIO
 
 MAX_LINES = 2048
 MAX_BYTES = 512 * 1024
-GATHER_SECONDS = 0.005  # lines that come together are written together: fewer switches between threads
-LAST_WRITE_SECONDS = 1.0  # how long the end of a command waits for its last lines to be written
+GATHER_SECONDS = 0.005  # lines within this time are written together: fewer thread switches
+LAST_WRITE_SECONDS = 1.0  # a command that ends waits so long for its last lines to be written
 
 
 class QueuedStream(io.TextIOBase):
-    """Takes the place of a text stream. `write` and `flush` return at once and never raise an `OSError`."""
+    """Replaces a text stream. `write` and `flush` return at once and never raise an `OSError`."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Write to the descriptor of `stream`, encoded as it does. Raises `OSError` if it has none."""
+        """Write to the descriptor of `stream` in its encoding. Raises `OSError` if it has none."""
         self._descriptor = stream.fileno()
         self._encoding = stream.encoding
         self._errors = stream.errors or "backslashreplace"
@@ -60,7 +60,7 @@ class QueuedStream(io.TextIOBase):
         return self._descriptor
 
     def write(self, text: str) -> int:
-        """Queue whole lines; the rest waits for its end, or for `flush`."""
+        """Queue complete lines. An incomplete line is kept until its end or `flush`."""
         data = text.encode(self._encoding, self._errors)
         with self._changed:
             lines, newline, self._partial = (self._partial + data).rpartition(b"\n")
@@ -71,14 +71,14 @@ class QueuedStream(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Queue what `write` has kept. It waits for nothing to be written."""
+        """Queue the incomplete line that `write` has kept. Does not wait until it is written."""
         with self._changed:
             if self._partial:
                 data, self._partial = self._partial, b""
                 self._put(data)
 
     def finish(self, seconds: float) -> None:
-        """Wait until all is written, but not longer than `seconds`. What is written later is dropped."""
+        """Wait at most `seconds` until all is written. Later lines are dropped."""
         self.flush()
         with self._changed:
             self._is_finished = True
@@ -95,11 +95,11 @@ class QueuedStream(io.TextIOBase):
         self._num_bytes += len(data)
         self._changed.notify_all()
         if self._thread is None:
-            # A daemon: one that waits in a write does not keep the process from ending.
+            # A daemon thread: the process can end while it waits in a write.
             self._thread = threading.Thread(target=self._write_all, name="brlite-output", daemon=True)
             try:
                 self._thread.start()
-            except RuntimeError:  # no thread can be made; this is tried again with the next line
+            except RuntimeError:  # no thread can be started; the next line tries again
                 self._thread = None
 
     def _drop(self, data: bytes) -> None:
@@ -131,7 +131,7 @@ class QueuedStream(io.TextIOBase):
 
 
 def _write(descriptor: int, data: bytes) -> int:
-    """Write all of it, however long that takes. Returns how many bytes were taken before an error, if there was one."""
+    """Write all data, without a time limit. Returns the number of bytes written, less than all after an error."""
     done = 0
     while done < len(data):
         try:
@@ -145,7 +145,7 @@ def _write(descriptor: int, data: bytes) -> int:
 
 @contextmanager
 def queued_output() -> Iterator[None]:
-    """While inside, `sys.stdout` and `sys.stderr` are queued. A stream without a descriptor stays as it is."""
+    """In the `with` block `sys.stdout` and `sys.stderr` are queued. A stream without a descriptor is not changed."""
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     queued = {}
     for name, stream in before.items():
@@ -164,5 +164,5 @@ def queued_output() -> Iterator[None]:
 
 
 def num_dropped_lines() -> int:
-    """How many lines this process's standard output and error have lost; 0 where they are not queued."""
+    """The number of lines that were dropped from standard output and error; 0 if they are not queued."""
     return sum(stream.num_dropped for stream in (sys.stdout, sys.stderr) if isinstance(stream, QueuedStream))

@@ -1,8 +1,8 @@
 """Runs a worker script in a child process and exchanges messages with it, within limits of time and memory.
 
-It does not interpret messages. A message is a 4-byte big-endian length and that many bytes of JSON; each gets one
-answer. The child (`sandbox_child.py`) runs under `python -I -S`: it cannot import brlite, the user's program or
-anything of the current folder, and its environment holds no keys.
+Messages are not interpreted here. A message is a 4-byte big-endian length and that many bytes of JSON; each has one
+answer. The child (`sandbox_child.py`) runs under `python -I -S`: it cannot import brlite, the user's program or modules
+of the current folder, and its environment contains no keys.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from brlite.errors import EngineError
 from brlite.process.children import interpreter
 from brlite.process.sandbox_child import LENGTH, encode_message
 
-START_SECONDS = 60.0  # for the interpreter to come up on a busy machine
-WALL_SECONDS = 60.0  # for an answer; what the child computes is bounded in CPU seconds by itself
+START_SECONDS = 60.0  # for the interpreter to start on a busy machine
+WALL_SECONDS = 60.0  # for an answer; CPU time has its own limit in the child
 MAX_ANSWER_BYTES = 2**30
-# Signals that a child's work never causes: the kernel sends them where memory is short, or a service manager does.
+# Signals that a message never causes: the kernel sends them when memory is short, or a service manager does.
 OTHERS_SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")  # names, since Windows lacks two
 ENVIRONMENT = ("TZ", "TZDIR", "LD_LIBRARY_PATH")  # the only variables that a child inherits
 
-# One thread and one heap: more would be counted against the child's memory.
+# One thread and one heap: more would count towards the limit of the child's memory.
 FIXED_ENVIRONMENT = {
     "LC_ALL": "C",
     "MALLOC_ARENA_MAX": "1",
@@ -74,16 +74,16 @@ class ChildProcess:
         self._forget()
 
     def set_up(self, message: dict[str, Any]) -> dict[str, Any]:
-        """As `call`, with the first message of every new child: the arguments of the script's `create`."""
+        """Like `call`, with the first message of every new child: the arguments of the script's `create`."""
         self._setup = message
         return self.call(None)
 
     def call(self, message: dict[str, Any] | None) -> dict[str, Any]:
         """The child's answer, which may be an `error`. Raises `ChildFailed` if it ended before it answered, and
         `EngineError` if it cannot be started or is killed by another process twice."""
-        data = None if message is None else encode_message(message)  # a message that cannot be encoded ends no child
+        data = None if message is None else encode_message(message)  # an error here does not end the child
         if self._pid != os.getpid():
-            self._forget()  # after a fork: the child is the parent's, and a thread of the parent may hold the lock
+            self._forget()  # after a fork the child belongs to the parent, and the lock may be held for ever
         with self._lock:
             try:
                 return self._ask(data)
@@ -167,7 +167,7 @@ class ChildProcess:
         return answer
 
     def _death(self) -> str:
-        """Why the child ended by itself. Raises `_EndedFromOutside` if it did not."""
+        """Why the child ended because of its message. Raises `_EndedFromOutside` if another process killed it."""
         assert self._process is not None, "it is started before"
         if self._is_closed:
             return "the model is being closed"
