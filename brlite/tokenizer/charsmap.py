@@ -1,4 +1,4 @@
-"""The table by which sentencepiece normalises characters: a trie, and the replacements that its leaves point to.
+"""Checks sentencepiece's table that normalizes characters: a trie, and the replacements that its leaves point to.
 
 Libraries do not check it, and some read beyond its end. Sizes, offsets and replacements are checked here first.
 """

@@ -37,7 +37,7 @@ Loader = Callable[[Path, "Path | None", "ChildLimits | None"], Tokenizer]
 
 
 def find_loader(folder: Path) -> Loader | None:
-    """Who reads this folder's tokenizer; None if it is one of the usual kind."""
+    """The loader for this folder's tokenizer. None for a folder without a tokenizer in code."""
     if exists(folder / "tokenizer.json") or not (folder / MODEL_FILE).is_file():
         return None
     return LOADERS.get(str(read_json(folder / "config.json").get("model_type")))
@@ -89,7 +89,7 @@ LOADERS: Mapping[str, Loader] = {"baichuan": load_baichuan2, "chatglm": load_cha
 
 
 def _operators(chat_template: Path | None, ids: Mapping[str, int], limits: ChildLimits | None) -> ChatTemplate | None:
-    """The operator's template, for a vocabulary that finds no control tokens in texts: what it writes of `ids` does."""
+    """The template of the operator's file. It can write the control tokens in `ids`; texts of messages cannot."""
     if chat_template is None:
         return None
     tokens = {text: ControlToken(token_id) for text, token_id in ids.items()}
@@ -103,7 +103,7 @@ def _operators(chat_template: Path | None, ids: Mapping[str, int], limits: Child
 
 
 def _baichuan2_roles(folder: Path, model: SentencePieceModel) -> dict[str, int]:
-    """The ids of both roles' tokens, those that are known."""
+    """The token ids of the roles, without roles that the folder has no token for."""
     named: dict[str, Any] = read_json(folder / "generation_config.json")
     roles: dict[str, int] = {}
     for key, piece in BAICHUAN2_ROLES.items():

@@ -43,11 +43,11 @@ _ENDS = (
     *("<|eot|>", "<|EOT|>", "<end_of_turn>", "<end_of_utterance>", "<｜end▁of▁sentence｜>"),
 )
 _CONTROL_ENDS = ("</s>", "<eos>", "<EOT>", "[EOT]", "<turn|>")
-_CHATGLM_PREFIX = "[gMASK]"  # a vocabulary that has it ends where the next one speaks
+_CHATGLM_PREFIX = "[gMASK]"  # a vocabulary that has it uses the role tokens as end tokens
 _CHATGLM_ENDS = ("<|user|>", "<|observation|>")
-# The keys of tokens for infills, before which there were others.
+# GGUF keys of the fill-in-the-middle tokens, each with its older name.
 _INFILL_KEYS = (("fim_pre", "prefix"), ("fim_suf", "suffix"), ("fim_mid", "middle"), ("fim_rep",), ("fim_sep",))
-_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # what a `llama` vocabulary means when it names none
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2}  # defaults of a `llama` vocabulary
 
 
 def load_gguf(
@@ -105,7 +105,7 @@ def hugging_face_files(path: Path) -> dict[str, bytes]:
 
 
 def _build_with_ends(vocabulary: _Vocabulary) -> Backend:
-    """The tokenizer with what stands before and after a text."""
+    """The tokenizer with BOS and EOS."""
     backend = _build(vocabulary)
     adds_bos = vocabulary.flag("add_bos_token", vocabulary.kind == "llama" or vocabulary.splitting().adds_bos)
     adds_eos = vocabulary.flag("add_eos_token", False)
@@ -122,7 +122,7 @@ def _special_token_ids(backend: Backend) -> list[int]:
 
 
 class _Vocabulary:
-    """The header's tokenizer keys, with their types checked when they are read."""
+    """The tokenizer keys of the header. Types are checked when a key is read."""
 
     def __init__(self, path: Path, metadata: dict[str, Any]) -> None:
         self.path = path
@@ -141,7 +141,7 @@ class _Vocabulary:
         return ModelError(f"{self.path}: {key} {what}")
 
     def get(self, key: str, kind: type) -> Any:
-        """The value of a key, None if the file has no such key."""
+        """The value of a key, or None if the file does not have it."""
         value = self._metadata.get(key)
         if kind is list and isinstance(value, array):
             if len(value) > len(self.tokens):  # before it takes more memory than the file
@@ -238,7 +238,7 @@ def _build(vocabulary: _Vocabulary) -> Backend:
 
 
 def _eos_token_ids(vocabulary: _Vocabulary, special: list[int]) -> list[int]:
-    """Those that the file names, then all that the vocabulary has."""
+    """The end tokens that the file names, then all known end tokens of the vocabulary."""
     named = [vocabulary.token_id(name) for name in ("eos", "eot", "eom")]
     by_text = {vocabulary.tokens[token_id]: token_id for token_id in special}
     texts = (*_ENDS, *_CONTROL_ENDS, *(_CHATGLM_ENDS if _CHATGLM_PREFIX in by_text else ()))

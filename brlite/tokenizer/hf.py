@@ -94,7 +94,7 @@ def load_folder(
 
 
 def _read_tokenizer_json(path: Path) -> tuple[Backend, bool]:
-    """The tokenizer, and whether all its regular expressions are known to end soon on any text."""
+    """The tokenizer, and whether all its regular expressions take linear time on any text."""
     text = read_model_text(path)
     expressions = check_tokenizer_json(path, text)
     try:
@@ -139,7 +139,7 @@ def _add_listed_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -
             continue
         if same is None or any(getattr(token, flag) != getattr(same, flag) for flag in _TOKEN_FLAGS):
             to_add[token_id] = token
-    backend.add_tokens(list(to_add.values()))  # at once: the library sorts all of them anew each time
+    backend.add_tokens(list(to_add.values()))  # in one call: each call sorts all added tokens
     for token_id, token in to_add.items():
         if backend.token_to_id(token.content) != token_id:
             raise ModelError(f"{folder}: added token {excerpt(token.content)} cannot get the id {token_id}")

@@ -28,7 +28,7 @@ class PieceKind(enum.IntEnum):
 
 
 class VocabularyPiece(NamedTuple):
-    """One token; its id is its place in the list. A pair of pieces joins earlier the higher the score of the result."""
+    """One token; its id is its index in the list. Pairs whose joined piece has the highest score are joined first."""
 
     text: str
     score: float
@@ -36,8 +36,8 @@ class VocabularyPiece(NamedTuple):
 
 
 def build_backend(pieces: Sequence[VocabularyPiece], *, add_space_prefix: bool) -> Tokenizer:
-    """A tokenizer that cuts text as sentencepiece does with these pieces. Every stretch between special tokens counts
-    as a text of its own, and gets its own space in front with `add_space_prefix`."""
+    """A tokenizer that cuts text as sentencepiece does with these pieces. Each part of a text between special tokens is
+    cut by itself, and gets a space in front with `add_space_prefix`."""
     unknown = next((piece.text for piece in pieces if piece.kind is PieceKind.UNKNOWN), None)
     vocabulary = {piece.text: token_id for token_id, piece in enumerate(pieces)}
     backend = Tokenizer(
@@ -52,7 +52,7 @@ def build_backend(pieces: Sequence[VocabularyPiece], *, add_space_prefix: bool) 
 
 
 def add_typed_tokens(backend: Tokenizer, tokens: Iterable[tuple[str, int]]) -> None:
-    """Make control tokens special, and let user-defined ones be found whole in a text."""
+    """Add control tokens as special tokens, and user-defined ones as tokens that are never cut."""
     special, added = [], []
     for text, kind in tokens:
         if kind in (PieceKind.CONTROL, PieceKind.UNKNOWN):
@@ -64,7 +64,7 @@ def add_typed_tokens(backend: Tokenizer, tokens: Iterable[tuple[str, int]]) -> N
 
 
 def add_bos_eos(backend: Tokenizer, *, bos_token_id: int | None, eos_token_id: int | None) -> None:
-    """Make `encode` add the tokens that are not None around a text that is encoded with special tokens."""
+    """Make `encode` add BOS and EOS, where they are not None, to a text that is encoded with special tokens."""
     ends = {"bos": bos_token_id, "eos": eos_token_id}
     template = [name for name in ("bos", "$A", "eos") if ends.get(name, 0) is not None]
     backend.post_processor = processors.TemplateProcessing(
@@ -78,7 +78,7 @@ def add_bos_eos(backend: Tokenizer, *, bos_token_id: int | None, eos_token_id: i
 
 
 def _merges(pieces: Sequence[VocabularyPiece]) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, in the order in which sentencepiece would: best score first."""
+    """Every pair of pieces that joins into a third, in sentencepiece's order: best score first."""
     longest = max((len(piece.text) for piece in pieces), default=0)
     if longest > MAX_PIECE:
         raise ModelError(f"a piece of the vocabulary has {longest} characters; at most {MAX_PIECE} are allowed")

@@ -1,4 +1,4 @@
-"""A strict reader of `tokenizer.model`, sentencepiece's protocol buffer, for what the library reads without looking.
+"""A strict reader of `tokenizer.model`, sentencepiece's protocol buffer, since the library reads it without checks.
 
 Checks lengths against the file's size, the kinds and texts of the pieces, and the tables that normalise characters.
 Cuts no text: the library does, in a process of its own (`encoder_process.py`).
@@ -65,7 +65,7 @@ def read_sentencepiece_file(path: Path) -> SentencePieceFile:
 
 
 def _piece(message: bytes) -> VocabularyPiece:
-    """Of a field that stands twice the last counts, as in every reader of protocol buffers."""
+    """Decode one piece. The last one of a repeated field counts, as in every reader of protocol buffers."""
     fields = dict(_fields(message))
     encoded, score, kind = _message(fields.get(_TEXT, b"")), fields.get(_SCORE, bytes(4)), fields.get(_KIND, 1)
     if not isinstance(score, bytes) or len(score) != 4 or not math.isfinite(number := struct.unpack("<f", score)[0]):
@@ -88,7 +88,7 @@ def _message(value: Value) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Value]]:
-    """Field numbers with a number, or with the bytes of anything else."""
+    """Pairs of field number and value: an integer, or the bytes of any other type."""
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -107,7 +107,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, Value]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number of 64 bits, and where it ends."""
+    """A varint of up to 64 bits, and the position after it."""
     if at < len(message) and message[at] < 0x80:
         return message[at], at + 1
     value = 0

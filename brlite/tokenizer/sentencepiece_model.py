@@ -67,10 +67,10 @@ def _start_process(path: Path, file: SentencePieceFile, limits: ChildLimits | No
 class SentencePieceEncoder(Encoder):
     """An `Encoder`. `prefix` are the ids that stand before a text encoded with special tokens."""
 
-    max_composed = 0  # what a model's normaliser does to a text is not known here
+    max_composed = 0  # the effect of a model's normalizer is not known here
 
     def __init__(self, process: EncoderProcess, prefix: Sequence[int], characters: Mapping[int, list[int]]) -> None:
-        """`characters` are the ids of control tokens that the model finds in texts, each with its text's own."""
+        """`characters`: id of a control token that the model finds in texts → ids of the characters of its text."""
         self._process = process
         self._prefix = list(prefix)
         self._characters = characters
@@ -94,7 +94,7 @@ class SentencePieceEncoder(Encoder):
 
 
 class SentencePieceModel:
-    """The pieces of a model in the order of their ids, and behind them `control_tokens`, which no text contains."""
+    """The pieces of a model in the order of their ids, then `control_tokens`, which `encode` never gives."""
 
     def __init__(self, path: Path, control_tokens: Sequence[str] = (), *, limits: ChildLimits | None = None) -> None:
         """Raises `ModelError` for a file that is no sentencepiece model. `limits` are what a text may cost."""

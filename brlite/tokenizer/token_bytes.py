@@ -54,7 +54,7 @@ def _converter(steps: list[dict[str, Any]], source: str) -> Callable[[str], byte
         return _byte_level_converter()
     replacements = [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
     replacements += [
-        (step["pattern"].get("String"), step["content"])  # None where it replaces a pattern rather than a text
+        (step["pattern"].get("String"), step["content"])  # None for a pattern, which is not supported
         for step in steps
         if step["type"] == "Replace"
     ]
