@@ -200,10 +200,10 @@ def _take_num_logprobs(body: GenerationFields, name: str, value: Any) -> None:
 
 
 def _check_best_of(best_of: Whole, body: SamplingFields, limits: LimitsConfig) -> None:
-    least = body.n or 1
-    if best_of != int(best_of) or not least <= best_of <= max(limits.max_n, least):
+    least, most = body.n or 1, limits.max_beam_width if body.use_beam_search else limits.max_n
+    if best_of != int(best_of) or not least <= best_of <= max(most, least):
         raise InvalidRequest(
-            f"best_of must be a whole number from n, which is {least}, to {limits.max_n} on this server, got {best_of}",
+            f"best_of must be a whole number from n, which is {least}, to {most} on this server, got {best_of}",
             param="best_of",
         )
     if best_of > least and body.stream and not body.use_beam_search:

@@ -113,9 +113,10 @@ def prompt_too_long(
 
 def check_limits(params: SamplingParams, limits: LimitsConfig, vocab_size: int | None = None) -> None:
     """Raise `InvalidRequest` for values beyond the server's limits, the same for all models, or beyond a vocabulary."""
+    beams = "n" if params.best_of is None else "best_of"
     for name, value, limit in (
         ("n", params.n, limits.max_n),
-        ("best_of", params.beam_width if params.use_beam_search else 0, limits.max_beam_width),
+        (beams, params.beam_width if params.use_beam_search else 0, limits.max_beam_width),
         ("logprobs", params.logprobs or 0, limits.max_logprobs),
         ("prompt_logprobs", params.prompt_logprobs or 0, limits.max_logprobs),
     ):

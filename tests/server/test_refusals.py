@@ -304,3 +304,20 @@ async def test_openais_client_is_told_of_too_long_a_prompt(client: Client) -> No
             await openai_client.moderations.create(model="fake", input="x")
 
     assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"n": 17}, "n", "n must be at most 16 on this server, got 17"),
+        ({"n": 2, "best_of": 1}, "best_of", "best_of must be a whole number from n, which is 2, to 16 on this server"),
+        ({"n": 2, "best_of": 17}, "best_of", "best_of must be a whole number from n, which is 2, to 16 on this server"),
+    ],
+)
+async def test_a_number_of_beams_is_refused_by_the_clients_field_and_the_limit_of_beams(
+    client: Client, fields: dict[str, Any], param: str, message: str
+) -> None:
+    status, answer = await client.post(COMPLETION, completion_body(use_beam_search=True, temperature=0, **fields))
+
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert answer["error"]["message"].startswith(message)
