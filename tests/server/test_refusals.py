@@ -60,7 +60,7 @@ MakeClient = Callable[..., Awaitable[Client]]
         ({"stream_options": {"frob": True}, "stream": True}, "stream_options"),
         ({"stream_options": {"include_obfuscation": True}, "stream": True}, "stream_options.include_obfuscation"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
-        ({"use_beam_search": True}, "use_beam_search"),
+        ({"use_beam_search": True}, "best_of"),
         ({"use_beam_search": True, "best_of": 4, "temperature": 0.5}, "temperature"),
         ({"use_beam_search": True, "best_of": 17, "temperature": 0}, "best_of"),
         ({"length_penalty": 2}, "length_penalty"),
