@@ -28,7 +28,7 @@ from brlite.config.load import load_config
 from brlite.config.options import Config, Count, CountOrZero, Text
 from brlite.config.validation import convert, make_config
 from brlite.config.warnings import check_supported, config_warnings
-from brlite.dialects.openai import encode_error
+from brlite.dialects.openai_answer import encode_error
 from brlite.errors import (
     BrliteError,
     ConfigError,

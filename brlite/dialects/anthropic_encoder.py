@@ -12,7 +12,7 @@ from brlite.dialects.anthropic_turns import TOOL_USE_PREFIX
 from brlite.dialects.errors import error_body
 from brlite.dialects.event import Event, TokenUsage
 from brlite.dialects.generation import Generation
-from brlite.dialects.openai import encode_json
+from brlite.dialects.openai_answer import encode_json
 from brlite.dialects.sse import frame, on_one_line
 from brlite.errors import EngineError
 

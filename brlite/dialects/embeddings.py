@@ -19,7 +19,8 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects.fields import check_undecoded
 from brlite.dialects.generation import Priority, Text, TokenIds, Truncation
 from brlite.dialects.json_body import BodyDecoder
-from brlite.dialects.openai import PromptTokensDetails, Whole, encode_json, truncation
+from brlite.dialects.openai import Whole, truncation
+from brlite.dialects.openai_answer import PromptTokensDetails, encode_json
 from brlite.dialects.openai_completions import read_prompts
 from brlite.sampling_params import Pooling, PoolingParams
 

@@ -22,12 +22,12 @@ from brlite.dialects.json_body import BodyDecoder, check_num_entries
 from brlite.dialects.openai import (
     StructuredFields,
     Whole,
-    encode_json,
     generation_fields,
     sampling_params,
     structured_output,
     take_undecoded,
 )
+from brlite.dialects.openai_answer import encode_json
 from brlite.dialects.sse import frame
 
 # The engine's names of fields, and the client's.

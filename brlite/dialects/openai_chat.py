@@ -15,22 +15,24 @@ from brlite.dialects.fields import NOTHING_MORE, not_supported
 from brlite.dialects.generation import Chat, Generation
 from brlite.dialects.json_body import BodyDecoder, check_num_entries
 from brlite.dialects.openai import (
-    OpenAIEncoder,
-    PromptLogprobs,
     ReasoningEffort,
     SamplingFields,
-    ShownLogprob,
-    Usage,
     Whole,
     completion_fields,
+    sampling_params,
+    structured_output,
+    take_undecoded,
+)
+from brlite.dialects.openai_answer import (
+    OpenAIEncoder,
+    PromptLogprobs,
+    ShownLogprob,
+    Usage,
     encode_error,
     encode_json,
-    sampling_params,
     shown_logprob,
     shown_prompt_logprobs,
     shown_usage,
-    structured_output,
-    take_undecoded,
 )
 from brlite.dialects.openai_tools import (
     NO_TOOLS,

@@ -17,20 +17,22 @@ from brlite.dialects.fields import NOTHING_MORE, Undecoded
 from brlite.dialects.generation import Generation, Infill, Prompt, Text, TokenIds
 from brlite.dialects.json_body import BodyDecoder
 from brlite.dialects.openai import (
+    SamplingFields,
+    Whole,
+    completion_fields,
+    sampling_params,
+    structured_output,
+    take_undecoded,
+)
+from brlite.dialects.openai_answer import (
     LOWEST_LOGPROB,
     OpenAIEncoder,
     PromptLogprobs,
-    SamplingFields,
     Usage,
-    Whole,
-    completion_fields,
     encode_error,
     encode_json,
-    sampling_params,
     shown_prompt_logprobs,
     shown_usage,
-    structured_output,
-    take_undecoded,
     token_name,
 )
 from brlite.dialects.sse import DONE_EVENT, frame

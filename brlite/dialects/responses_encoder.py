@@ -17,7 +17,7 @@ from msgspec import UNSET, Raw, Struct
 from brlite.dialects.errors import SERVER_FAULT, error_code, error_message, status_of
 from brlite.dialects.event import EndReason, Event, Token, TokenUsage
 from brlite.dialects.generation import Generation
-from brlite.dialects.openai import ShownLogprob, encode_json, shown_logprob
+from brlite.dialects.openai_answer import ShownLogprob, encode_json, shown_logprob
 from brlite.dialects.responses_events import (
     ArgumentsDelta,
     ArgumentsDone,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from msgspec import UNSET, Raw, Struct, UnsetType
 
-from brlite.dialects.openai import ShownLogprob
+from brlite.dialects.openai_answer import ShownLogprob
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 

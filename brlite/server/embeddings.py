@@ -20,7 +20,7 @@ from brlite.dialects.embeddings import (
     encode_item,
 )
 from brlite.dialects.generation import Text
-from brlite.dialects.openai import PromptTokensDetails
+from brlite.dialects.openai_answer import PromptTokensDetails
 from brlite.engine.admission import check_pooling, context_length
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.outputs import RequestOutput

@@ -25,7 +25,7 @@ from brlite.config.options import Config, LimitsConfig
 from brlite.dialects.dialect import Dialect, ResponseEncoder
 from brlite.dialects.event import TokenUsage
 from brlite.dialects.generation import MAX_TIMEOUT_SECONDS, Generation, in_client_words, refuse_warnings
-from brlite.dialects.openai import encode_json
+from brlite.dialects.openai_answer import encode_json
 from brlite.engine.admission import check_limits
 from brlite.engine.async_engine import EngineLoop
 from brlite.engine.outputs import RequestOutput, RequestTimes

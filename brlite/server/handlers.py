@@ -16,7 +16,7 @@ from aiohttp.typedefs import Handler
 import brlite
 from brlite.dialects import DIALECTS, openai_chat, openai_completions
 from brlite.dialects.embeddings import EMBEDDINGS, POOLING
-from brlite.dialects.openai import encode_json
+from brlite.dialects.openai_answer import encode_json
 from brlite.dialects.scores import RERANK, SCORE
 from brlite.errors import NotFound, NotReady, OperatorKeyRequired
 from brlite.http.body import leave_body

@@ -8,7 +8,7 @@ from functools import partial
 from aiohttp import web
 
 from brlite.dialects.dialect import Dialect
-from brlite.dialects.openai import encode_json
+from brlite.dialects.openai_answer import encode_json
 from brlite.dialects.responses import DIALECT, decode, decode_input_tokens, shown_input_items
 from brlite.dialects.responses_encoder import FinishedResponse, ResponsesEncoder
 from brlite.errors import InvalidRequest, NotFound

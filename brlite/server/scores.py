@@ -8,7 +8,7 @@ import uuid
 from aiohttp import web
 from msgspec import UNSET
 
-from brlite.dialects.openai import PromptTokensDetails
+from brlite.dialects.openai_answer import PromptTokensDetails
 from brlite.dialects.scores import ScoreDialect, ScoreUsage, Scoring
 from brlite.engine.admission import context_length
 from brlite.engine.async_engine import EngineLoop

@@ -12,7 +12,7 @@ from brlite.dialects import openai_chat
 from brlite.dialects.anthropic import decode_count_tokens
 from brlite.dialects.dialect import Dialect
 from brlite.dialects.generation import Chat, Generation, Prompt, Text, TokenIds, in_client_words, refuse_warnings
-from brlite.dialects.openai import token_name
+from brlite.dialects.openai_answer import token_name
 from brlite.dialects.openai_tokens import (
     AppliedTemplate,
     DetokenizeAnswer,

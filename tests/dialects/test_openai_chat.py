@@ -11,7 +11,7 @@ from brlite.config.options import LimitsConfig
 from brlite.dialects import openai_completions
 from brlite.dialects.event import Event, Token, TokenText, TokenUsage
 from brlite.dialects.generation import Chat, Generation, Truncation, in_client_words
-from brlite.dialects.openai import OpenAIEncoder
+from brlite.dialects.openai_answer import OpenAIEncoder
 from brlite.dialects.openai_chat import DIALECT, ChatEncoder, decode
 from brlite.errors import EngineError, InvalidRequest, PromptTooLong
 from brlite.sampling_params import MODEL_DEFAULTS, SamplingParams

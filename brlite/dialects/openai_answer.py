@@ -1,0 +1,182 @@
+"""The answers of chats and of completions, as far as they are alike: usage, token names, logprobs, the base encoder.
+
+Shapes are OpenAI's; `PromptLogprob` and the names of tokens beyond text are vLLM's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+
+import msgspec
+from msgspec import UNSET, Struct, UnsetType, structs
+
+from brlite.dialects.errors import error_body
+from brlite.dialects.event import Event, Token, TokenText, TokenUsage
+from brlite.dialects.generation import Generation
+from brlite.dialects.sse import DONE_EVENT, frame, on_one_line
+
+LOWEST_LOGPROB = -9999.0  # the logarithm of 0, which JSON cannot hold, as told by vLLM
+
+
+class PromptTokensDetails(Struct):
+    cached_tokens: int
+
+
+class CompletionTokensDetails(Struct):
+    reasoning_tokens: int
+
+
+class Usage(Struct):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # in chats
+
+
+def shown_usage(usage: TokenUsage, *, has_reasoning: bool = False) -> Usage:
+    """The usage as both kinds of answer say it."""
+    total = usage.prompt + usage.completion
+    details = CompletionTokensDetails(usage.reasoning) if has_reasoning else UNSET
+    return Usage(usage.prompt, usage.completion, total, PromptTokensDetails(usage.cached), details)
+
+
+def token_name(token: TokenText, *, is_id: bool = False, taken: Collection[str] = ()) -> str:
+    r"""What a token is called: its text, or `bytes:\xf0\x9f` for a part of a character, as by OpenAI.
+
+    Where `is_id` it is `token_id:5`, as by vLLM for `return_tokens_as_token_ids`. The name is none of those `taken`:
+    two tokens of a vocabulary may have the same bytes.
+    """
+    if not is_id:
+        if token.text not in taken and token.text.encode() == token.data:
+            return token.text
+        name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
+        if name not in taken:
+            return name
+    return f"token_id:{token.token_id}"
+
+
+class ShownAlternative(Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ShownLogprob(Struct):
+    """A token of an answer as chats and responses tell it."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[ShownAlternative]
+
+
+def shown_logprob(token: Token, *, names_are_ids: bool = False) -> ShownLogprob:
+    """The token with its alternatives. `bytes` tells the parts of a split character."""
+    return ShownLogprob(
+        token=token_name(token.token, is_id=names_are_ids),
+        logprob=max(token.logprob or 0.0, LOWEST_LOGPROB),
+        bytes=list(token.token.data),
+        top_logprobs=[
+            ShownAlternative(token_name(other, is_id=names_are_ids), max(logprob, LOWEST_LOGPROB), list(other.data))
+            for other, logprob in token.top
+        ],
+    )
+
+
+class PromptLogprob(Struct):
+    """vLLM's. `rank` is null for a token that is not among the alternatives."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[int, PromptLogprob] | None]
+
+
+def shown_prompt_logprobs(tokens: Sequence[Token | None]) -> PromptLogprobs:
+    """Of each token of a prompt the logprob and those of its alternatives, by token id; null for the first."""
+    shown: PromptLogprobs = []
+    for token in tokens:
+        if token is None:
+            shown.append(None)
+            continue
+        top = {
+            other.token_id: PromptLogprob(max(logprob, LOWEST_LOGPROB), rank, other.text)
+            for rank, (other, logprob) in enumerate(token.top, 1)
+        }
+        own = PromptLogprob(max(token.logprob or 0.0, LOWEST_LOGPROB), None, token.token.text)
+        token_id = token.token.token_id
+        shown.append({token_id: top.get(token_id, own), **top})
+    return shown
+
+
+class OpenAIEncoder:
+    """What both encoders share. `model` is the name that the answer goes by, `fingerprint` the backend's or empty."""
+
+    _empty_text: bytes  # how an empty text stands in a chunk. No JSON string can hold it: quotes are escaped there
+
+    def __init__(self, call: Generation, answer_id: str, model: str, fingerprint: str) -> None:
+        self._call = call
+        self._id = answer_id
+        self._created = int(time.time())
+        self._model = model
+        self._fingerprint: str | UnsetType = f"fp_{fingerprint}" if fingerprint else UNSET
+        # What a chunk says of the usage, but for the last one, which has nothing else.
+        self._no_usage: UnsetType | None = None if call.include_usage else UNSET
+        self._frames: dict[int, tuple[bytes, bytes]] = {}  # what stands around the text of a choice's chunks
+
+    def encode(self, event: Event) -> bytes:
+        """The chunk of a stream that tells the event; of a choice's last one two, if it has anything else to tell."""
+        # Most events are text alone. Then only the text is encoded: under 1 µs, where a whole chunk takes 2.5.
+        if event == Event(choice=event.choice, text=event.text):
+            if event.choice not in self._frames:
+                head, name, tail = self._chunk_of(Event(choice=event.choice, text="")).partition(self._empty_text)
+                self._frames[event.choice] = head + name[:-2], tail
+            head, tail = self._frames[event.choice]
+            text = encode_json(event.text)
+            return head + (text if text.isascii() else on_one_line(text)) + tail
+        if event.finish_reason is not None and (event.text or event.reasoning or event.calls or event.tokens):
+            return self._encode_end(event)
+        return self._chunk_of(event)
+
+    def _chunk_of(self, event: Event) -> bytes:
+        """One chunk that tells the event."""
+        raise NotImplementedError
+
+    def _encode_end(self, event: Event) -> bytes:
+        """The two chunks of a choice's last event, so that the last token comes before the end."""
+        told = structs.replace(event, finish_reason=None, stop_reason=None, warnings=())
+        end = Event(
+            choice=event.choice,
+            text="",
+            tokens=None if event.tokens is None else [],
+            token_ids=None if event.token_ids is None else [],
+            finish_reason=event.finish_reason,
+            stop_reason=event.stop_reason,
+            usage=event.usage,
+            warnings=event.warnings,
+        )
+        return self.encode(told) + self.encode(end)
+
+    def opening(self, usage: TokenUsage) -> bytes:
+        """What a stream begins with."""
+        return b""
+
+    def closing(self, usage: TokenUsage) -> bytes:
+        """What a stream ends with: the usage, if the client wants it, and `[DONE]`."""
+        raise NotImplementedError
+
+    def failing(self, error: BaseException) -> bytes:
+        """What a stream ends with where something went wrong."""
+        return encode_error(error)
+
+
+def encode_error(error: BaseException) -> bytes:
+    """What a stream ends with where something went wrong."""
+    return frame(error_body(error)) + DONE_EVENT
+
+
+encode_json = msgspec.json.Encoder().encode
