@@ -352,3 +352,23 @@ def test_an_import_brings_in_nothing_heavy(module, heavy):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert set(heavy).isdisjoint(result.stdout.split())
+
+
+def test_a_server_of_an_engine_plugin_imports_nothing_that_it_does_not_use():
+    code = """
+import asyncio, sys
+from brlite.commands.serve import ModelLoader
+from brlite.config.options import Config, EngineConfig, ModelSpec
+
+async def load():
+    loader = ModelLoader(Config(model=(ModelSpec(name="m"),), engine=EngineConfig(name="toy")))
+    await (await loader.load(ModelSpec(name="m"), print)).close()
+    print(*sys.modules)
+
+asyncio.run(load())
+"""
+
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    unused = {"torch", "tqdm", "huggingface_hub", "transformers", "tokenizers", "jinja2", "brlite.backends.sizes"}
+    assert unused.isdisjoint(result.stdout.split())

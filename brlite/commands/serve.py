@@ -175,21 +175,21 @@ class ModelLoader:
     async def known_bytes(self, spec: ModelSpec) -> int | None:
         if self._config.engine.name is not None:
             return 0  # what another engine takes is not ours to know
-        await asyncio.to_thread(_import_loading)
+        await asyncio.to_thread(_import_loading, is_builtin=True)
         from brlite.backends.sizes import known_sizes
 
         sizes = await asyncio.to_thread(known_sizes, spec, self._config.engine)
         return None if sizes is None else sizes.num_bytes
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
-        await asyncio.to_thread(_import_loading)
+        await asyncio.to_thread(_import_loading, is_builtin=self._config.engine.name is None)
         from brlite.llm import model_bytes
 
         with _shown(report) as show:
             return await model_bytes(self._config, spec, show)
 
     async def load(self, spec: ModelSpec, report: OnProgress) -> AsyncEngine:
-        await asyncio.to_thread(_import_loading)
+        await asyncio.to_thread(_import_loading, is_builtin=self._config.engine.name is None)
         from brlite.llm import AsyncEngine
 
         with _shown(report) as show:
@@ -203,15 +203,17 @@ class ModelLoader:
         _trim()
 
 
-def _import_loading() -> None:
+def _import_loading(*, is_builtin: bool) -> None:
     """Import what loads a model, on a thread: half a second of reading files, in which the loop would serve nobody."""
-    from tqdm import tqdm
-
-    import brlite.backends.sizes
     import brlite.checkpoint.fetch
-    import brlite.llm  # noqa: F401
+    import brlite.llm
 
-    tqdm.get_lock()  # type: ignore[no-untyped-call]  # it imports multiprocessing when it makes its first bar
+    if is_builtin:
+        import brlite.backends.sizes  # noqa: F401
+    if sys.stderr.isatty():  # only then there is a bar
+        from tqdm import tqdm
+
+        tqdm.get_lock()  # type: ignore[no-untyped-call]  # it imports multiprocessing when it makes its first bar
 
 
 def _trim() -> None:
