@@ -45,15 +45,15 @@ CountOrNone = Annotated[int, Meta(ge=0)] | None
 
 
 def _parameter(allowed: str, text: str, **bounds: Any) -> Meta:
-    """What is said of a parameter: its range in words, its text, and the bounds that msgspec checks."""
+    """The metadata of a parameter: its range in words, its description, and the bounds that msgspec checks."""
     return Meta(description=text, extra={"allowed": allowed}, **bounds)
 
 
 class PoolingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How a prompt's hidden states become its embedding. Raises `InvalidRequest`, naming the field.
 
-    `pooling` takes the hidden state of the last token or the mean of all; None: as the model does. `dimensions` keeps
-    the first so many numbers, for models that are made for it. With `normalize` the vector is scaled to length 1.
+    `pooling` takes the hidden state of the last token or the mean of all; None: the model's own. `dimensions` shortens
+    the vector to its first numbers, for models trained for that. With `normalize` it is scaled to length 1.
     """
 
     pooling: Pooling | None = None
@@ -285,7 +285,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return self.best_of or self.n
 
     def for_all_answers(self) -> SamplingParams:
-        """Those by which all answers are made, with the logprobs that tell the best. A beam search keeps its own."""
+        """The parameters that make all `best_of` answers, with logprobs to rank them. A beam search is unchanged."""
         if self.use_beam_search:
             return self
         return msgspec.structs.replace(self, n=self.best_of or self.n, best_of=None, logprobs=self.logprobs or 0)

@@ -13,10 +13,10 @@ from brlite.errors import InvalidRequest
 
 
 class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
-    """What stands before an answer: any text between one of `begins` and `end`. It may be missing.
+    """Optional reasoning before an answer: any text between one of `begins` and `end`.
 
-    With `begins_inside` the prompt has opened it, so the text up to `end` must come. Where the answer has a mark of its
-    own, `answer_begin`, there may be several.
+    With `begins_inside` the prompt ends with `begins`, so the text up to `end` is required. With `answer_begin`, the
+    text that begins the answer, there may be several parts of reasoning.
     """
 
     begins: tuple[str, ...]
@@ -26,7 +26,7 @@ class Reasoning(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParameterNotation(msgspec.Struct, frozen=True, kw_only=True):
-    """How a call writes its parameters one by one: `begin`, in which `{}` is the name, the value, and `end`.
+    """How a call writes each parameter: `begin`, in which `{}` stands for the name, then the value, then `end`.
 
     Values are JSON, but strings have no quotes with `has_plain_strings`, and `True` and `False` are Python's with
     `has_python_constants`.
@@ -42,8 +42,8 @@ class ParameterNotation(msgspec.Struct, frozen=True, kw_only=True):
 class CallPart(msgspec.Struct, frozen=True, kw_only=True):
     """A call: `begin`, its arguments by a JSON schema, and `end`.
 
-    `trigger`, the beginning of `begin`, marks it in free text. Arguments are a JSON object unless there are
-    `parameters`. `label` names the part in errors.
+    `trigger` is the beginning of `begin`; in free text it shows that a call begins. Arguments are a JSON object, or
+    written one by one as `parameters` says. `label` names the part in errors.
     """
 
     label: str
@@ -55,10 +55,11 @@ class CallPart(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Calls(msgspec.Struct, frozen=True, kw_only=True):
-    """Calls in an answer, which is free text beside them; with `is_forced` it is one call or more and nothing else.
+    """Calls in an answer of free text. With `is_forced` the answer is one or more calls and nothing else.
 
-    Calls in a row are `opening`, calls with `separator` between, `closing`. With `is_single` there is at most one, and
-    the answer ends behind it. With `is_leading` calls need no trigger at the beginning of an answer.
+    Several calls are written as `opening`, the calls with `separator` between them, `closing`. With `is_single` there
+    is at most one call, and the answer ends after it. With `is_leading` calls at the beginning of an answer need no
+    trigger.
     """
 
     parts: tuple[CallPart, ...]
