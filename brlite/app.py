@@ -42,7 +42,6 @@ def create_app(
 
     With a config alone, the application loads its models at startup, which raises their errors, and closes them at
     cleanup. Other engines are closed by the caller. Requests for models of the config's upstreams are forwarded.
-
     Run it with `handler_cancellation=True`, as `HttpServer` does; else the request of a client that disconnects runs
     on. At shutdown running streams end with an error event. Reads files that the config names, such as the key file: if
     that may take long, call it on another thread.
