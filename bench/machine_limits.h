@@ -33,7 +33,7 @@ enum MeasuredKind {
     MEASURE_FP32,   // multiply-adds of float32
     MEASURE_INT16,  // multiply-adds of int16 into int32: what int8 weights times int16 activations take
     MEASURE_BF16,   // multiply-adds of bfloat16 into float32
-    MEASURE_INT8,   // multiply-adds of int8 into int32; without VNNI those of int16
+    MEASURE_INT8,   // multiply-adds of int8: with VNNI into int32, with AVX2 (for int4 codes) into int16; else of int16
     NUM_MEASURED_KINDS,
 };
 
@@ -248,6 +248,12 @@ BRLITE_MULTIPLIER(pairs_int16_avx2, BRLITE_TARGET("avx2"), __m256i, _mm256_set1_
                   BRLITE_ADD)
 #undef BRLITE_ADD
 
+#define BRLITE_ADD(sum)                                      \
+    sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b)); \
+    BRLITE_CHANGED(sum) BRLITE_CHANGED(b)
+BRLITE_MULTIPLIER(quads_int8_avx2, BRLITE_TARGET("avx2"), __m256i, _mm256_set1_epi8(3), _mm256_set1_epi8(5), BRLITE_ADD)
+#undef BRLITE_ADD
+
 #define BRLITE_ADD(sum)                                   \
     sum = _mm512_add_epi32(sum, _mm512_madd_epi16(a, b)); \
     BRLITE_CHANGED(sum) BRLITE_CHANGED(b)
@@ -271,6 +277,7 @@ BRLITE_MULTIPLIER(quads_int8_vnni, BRLITE_TARGET("avx512f,avx512bw,avx512vnni"),
 #undef BRLITE_ADD
 
 inline double multiply_int8_vnni() { return 4 * quads_int8_vnni(); }
+inline double multiply_int8_avx2() { return 4 * quads_int8_avx2(); }
 BRLITE_PAIRS(pairs_int16_avx2, multiply_int16_avx2)
 BRLITE_PAIRS(pairs_int16_avx512, multiply_int16_avx512)
 BRLITE_PAIRS(pairs_int16_vnni, multiply_int16_vnni)
@@ -298,6 +305,7 @@ inline Multiplier best_multiplier(int kind) {
     const bool has_avx2 = is_measured("avx2") && __builtin_cpu_supports("avx2");
     if (kind == MEASURE_INT8 && is_wide && has_vnni) return multiply_int8_vnni;
     if (is_integer && is_wide) return has_vnni ? multiply_int16_vnni : multiply_int16_avx512;
+    if (kind == MEASURE_INT8 && !is_wide && has_avx2) return multiply_int8_avx2;
     if (is_integer && has_avx2) return multiply_int16_avx2;
     if (kind == MEASURE_BF16 && is_wide && has_bf16) return multiply_bf16_avx512;
     if (!is_integer && is_wide) return multiply_fp32_avx512;

@@ -9,7 +9,10 @@
 //   bytes of an int4 column, each with two inputs:   0, 2 | 4, 6 | 1, 3 | 5, 7
 //   lower 4 bits, then upper 4 bits:                 0 4 1 5 and 2 6 3 7
 //
-// Without VNNI these activations are stored as int16, and multiplied as those with one scale a row.
+// AVX2 multiplies unsigned bytes by signed ones, and adds pairs of products, in 16 bits. That is exact for int4 codes:
+// a column's 32 products are two sums of at most 16 * 15 * 127 = 30480. int8 codes would overflow. Activations are
+// stored twice, since int8 and int4 panels can read the same ones: as int16, multiplied as those with one scale a row,
+// and as bytes. The other instruction sets have only the int16 form.
 #pragma once
 
 #include "multiply.h"
@@ -78,6 +81,79 @@ INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedR
     UNROLLED for (int r = 0; r < ROWS; r++) {
         UNROLLED for (int i = 1; i < SUMS; i++) parts[0][r] = _mm512_add_epi32(parts[0][r], parts[i][r]);
         sums[r] = floats_of((Ints)parts[0][r]);
+    }
+}
+
+#elif defined(BRLITE_HAS_AVX2)
+
+// The space of one input. A group is 32 integers as int16, then the same as bytes in the order of the quads.
+struct GroupedRow {
+    uint8_t bytes[3];
+};
+static_assert(sizeof(GroupedRow) <= sizeof(Bf16::Row), "rows of bf16 and of int8 activations share their memory");
+
+constexpr int MAX_GROUPED_ROWS = MAX_ROWS;
+
+INLINE void store_group(GroupedRow* to, Ints low, Ints high) {
+    write((int16_t*)to, low);
+    write((int16_t*)to + LANES, high);
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32((__m256i)low.low, (__m256i)low.high),
+                                             _mm256_packs_epi32((__m256i)high.low, (__m256i)high.high));
+    // Of each eight inputs, 0 to 3 are in the lower half and 4 to 7 in the upper.
+    const __m128i of_0 = _mm256_castsi256_si128(bytes), of_4 = _mm256_extracti128_si256(bytes, 1);
+    __m128i* quads = (__m128i*)((int16_t*)to + BRLITE_GROUP);
+    _mm_storeu_si128(quads, _mm_unpacklo_epi8(of_0, of_4));
+    _mm_storeu_si128(quads + 1, _mm_unpackhi_epi8(of_0, of_4));
+}
+
+struct Words {  // 16-bit sums: two for each column, each of the products of half a group
+    __m256i low, high;
+};
+static_assert(BRLITE_GROUP / 2 * 15 * 127 <= INT16_MAX, "sums of int4 codes times int8 activations are exact");
+
+// asm fixes the order of instructions, as in `Int8::add`.
+INLINE void add_quad(Words& sum, Words quad, const int8_t* row) {
+    __m256i inputs, product;
+    asm volatile(
+        "vpbroadcastd %[row], %[inputs]\n\t"
+        "vpmaddubsw %[inputs], %[low], %[product]\n\t"
+        "vpmaddubsw %[inputs], %[high], %[inputs]\n\t"
+        "vpaddw %[product], %[low_sum], %[low_sum]\n\t"
+        "vpaddw %[inputs], %[high_sum], %[high_sum]"
+        : [low_sum] "+x"(sum.low), [high_sum] "+x"(sum.high), [inputs] "=&x"(inputs), [product] "=&x"(product)
+        : [row] "m"(*(const int32_t (*)[1])row), [low] "x"(quad.low), [high] "x"(quad.high));
+}
+
+template <int ROWS>
+INLINE void sum_int4_group(Floats (&sums)[ROWS], const uint8_t* group, const int8_t* rows, long row_stride) {
+    Words words[ROWS];
+    UNROLLED for (int r = 0; r < ROWS; r++) words[r] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+    UNROLLED for (int i = 0; i < BRLITE_GROUP; i += 8) {
+        const __m256i low = _mm256_loadu_si256((const __m256i*)(group + i * LANES / 2)),
+                      high = _mm256_loadu_si256((const __m256i*)(group + i * LANES / 2 + 32));
+        const __m256i code = _mm256_set1_epi8(15);
+        const Words first = {_mm256_and_si256(low, code), _mm256_and_si256(high, code)};
+        UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], first, rows + r * row_stride + i);
+        const Words second = {_mm256_and_si256(_mm256_srli_epi16(low, 4), code),
+                              _mm256_and_si256(_mm256_srli_epi16(high, 4), code)};
+        UNROLLED for (int r = 0; r < ROWS; r++) add_quad(words[r], second, rows + r * row_stride + i + 4);
+    }
+    const __m256i ones = _mm256_set1_epi16(1);
+    UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = {_mm256_cvtepi32_ps(_mm256_madd_epi16(words[r].low, ones)),
+                                                       _mm256_cvtepi32_ps(_mm256_madd_epi16(words[r].high, ones))};
+}
+
+template <int FORMAT, int ROWS>
+INLINE void sum_group(Floats (&sums)[ROWS], const uint8_t* group, const GroupedRow* rows, const ActivationGroup*,
+                      long row_size) {
+    const int16_t* integers = (const int16_t*)rows;
+    const long row_bytes = row_size * sizeof *rows;
+    if constexpr (is_int4(FORMAT)) {
+        sum_int4_group(sums, group, (const int8_t*)(integers + BRLITE_GROUP), row_bytes);
+    } else {
+        Int8::Sum parts[1][ROWS][1];
+        sum_integers<FORMAT>(parts, group, integers, row_bytes / (long)sizeof *integers);
+        UNROLLED for (int r = 0; r < ROWS; r++) sums[r] = Int8::floats(parts[0][r][0]);
     }
 }
 
