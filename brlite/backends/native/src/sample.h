@@ -18,7 +18,7 @@ namespace brlite {
 namespace BRLITE_ISA {
 
 constexpr int NOT_FINITE = -1, NOTHING_ALLOWED = -2;  // instead of a token id
-constexpr float MIN_TEMPERATURE = 1e-5f;              // of a dynamic one; equals GREEDY_BELOW of sampling_params/params.py
+constexpr float MIN_TEMPERATURE = 1e-5f;  // of a dynamic one; equals GREEDY_BELOW of sampling_params/params.py
 constexpr float MAX_TEMPERATURE = 1e37f;  // its inverse is a normal float; the distribution is uniform long before
 
 // ---- Drawing -----------------------------------------------------------------------------------------------------
