@@ -1,5 +1,5 @@
-"""Decides which tokens to compute next, and what a token that came back means for its request.
+"""Decides which tokens to compute next, and applies each step's result to the requests.
 
-Knows no tensors and no HTTP. Synchronous but for `async_engine.py` and `fair_thread.py`; all state is touched on the
+Uses no tensors and no HTTP. Synchronous but for `async_engine.py` and `fair_thread.py`; all state is touched on the
 event-loop thread only. First file: `scheduler.py`.
 """

@@ -1,4 +1,4 @@
-"""The engine in an event loop: one task decides and delivers, one thread computes; they share only batch and result.
+"""The engine in an event loop: a task schedules and delivers, a thread computes; they share only batch and result.
 
 Lives in whatever loop it is started in: no signal handlers, no logging set-up, no globals. Everything but the backend's
 own methods runs on the loop's thread, so there are no locks. A backend that can run ahead has the next step before the
@@ -44,7 +44,7 @@ LONG_TEXT = 4096  # characters: encoding more than this takes over a millisecond
 
 
 class BegunStep(NamedTuple):
-    """A step between its decision and the delivery of what it gave. `launched` is None where it cannot run ahead."""
+    """A step that was scheduled and whose result is not delivered. `launched` is None if it cannot run ahead."""
 
     batch: Batch
     guidance: StepGuidance | None
@@ -100,11 +100,11 @@ class EngineLoop:
         return self._engine.stats
 
     def continue_stats(self, stats: EngineStats) -> None:
-        """Count on from an engine that served the same model before. To be called before the first request."""
+        """Continue the counters of an engine that served the same model before. Call it before the first request."""
         self._engine.continue_stats(stats)
 
     def watch(self, on_lost: Callable[[], None]) -> None:
-        """Have `on_lost` called when the backend is gone and all requests have ended for it. Nothing runs from then."""
+        """Call `on_lost` after the backend was lost and all requests have ended. No step runs after that."""
         self._on_lost = on_lost
 
     async def start(self) -> None:
@@ -129,7 +129,7 @@ class EngineLoop:
         """Stop stepping, end what is open, and give back the backend and the threads.
 
         May be called twice. Cancelling the caller does not stop the closing; another call waits for its end.
-        Where the loop that it was started in is closed, any other one will do.
+        If the loop that it was started in is closed, it may be called in any other loop.
         """
         if self._loop is not None and self._loop.is_closed():
             self._close_without_loop()
@@ -176,8 +176,8 @@ class EngineLoop:
         """Token ids of a text. A long one is encoded on another thread, so that streams do not stall meanwhile.
 
         Tenants share that thread in turns.
-        Raises `PromptTooLong` before that, if it `is_bounded`, for a text that is too long however it is encoded, with
-        `num_further` tokens behind it.
+        With `is_bounded` it raises `PromptTooLong` before encoding if even the fewest tokens that the text can have,
+        and `num_further` more, do not fit.
         """
         self._check_loop()
         if is_bounded:
@@ -188,7 +188,7 @@ class EngineLoop:
     async def encode_infill(
         self, text: InfillText, *, add_special_tokens: bool = True, is_bounded: bool = True, tenant: str = ""
     ) -> list[int]:
-        """Token ids of a prompt for what fills a gap in a text; otherwise as `encode`."""
+        """Token ids of a fill-in-the-middle prompt; otherwise as `encode`."""
         self._check_loop()
         whole = "".join((text.before, text.after, text.start, *(part for file in text.files for part in file)))
         if is_bounded:
@@ -209,7 +209,7 @@ class EngineLoop:
     ) -> list[int]:
         """Token ids of a rendered chat, which brings its own special tokens; otherwise as `encode`.
 
-        It is rendered on another thread however short it is: a template may take all the time that it is given.
+        Even a short chat is rendered on another thread: a template may run until its time limit.
         """
         self._check_loop()
 
@@ -244,17 +244,18 @@ class EngineLoop:
             continue_final_message=continue_final_message,
             extras=extras,
         )
-        return str(await self._encoder.run(tenant, render))  # without the marks of control tokens
+        return str(await self._encoder.run(tenant, render))  # a plain str: without the marks of control tokens
 
     async def decode(self, token_ids: Sequence[int], *, tenant: str = "") -> str:
-        """The text of whole tokens, special ones too. That of many is put together on another thread."""
+        """The text of tokens, with special tokens. Many tokens are decoded on another thread."""
         decode = functools.partial(self.tokenizer.decode, token_ids, skip_special_tokens=False)
         return await self._encoder.run(tenant, decode) if len(token_ids) > LONG_TEXT else decode()
 
     async def compile(self, wish: StructuredOutput | None, *, tenant: str = "") -> Grammar | None:
-        """The grammar of `SamplingParams.structured`, for `Request.grammar`. Raises `InvalidRequest`, saying where.
+        """The grammar of `SamplingParams.structured`, for `Request.grammar`.
 
-        Tenants share the thread that compiles in turns. What was compiled is kept for later requests.
+        Raises `InvalidRequest`, which names the place of the mistake. Tenants share the compiling thread in turns.
+        Compiled grammars are cached for later requests.
         """
         if wish is None:
             return None
@@ -276,9 +277,9 @@ class EngineLoop:
         cache_salt: str = "",
         tenant: str = "",
     ) -> AsyncIterator[RequestOutput]:
-        """Yield what is new in the request's completions until it is finished; what is not read in time is merged.
+        """Yield the request's new tokens and text until it is finished; outputs that are not read in time are merged.
 
-        Without `params` the model's own defaults are used, as by `LLM.generate`.
+        Without `params` the model's own defaults are used, as in `LLM.generate`.
         Raises `RequestError` for a request that cannot be served and `EngineError` where its step failed. Leaving the
         iterator, or cancelling its task, aborts the request.
         """
@@ -319,17 +320,17 @@ class EngineLoop:
         priority: int = 0,
         names: Sequence[str] = (),
     ) -> list[RequestOutput]:
-        """Each prompt's embedding, in order: `.embedding` of what is returned. Together they have one turn.
+        """One output for each prompt, in order, with its `.embedding`. The prompts share one turn in the queue.
 
-        Raises `InvalidRequest` for a prompt that is wrong, by its name ("prompts[0]" if there are no `names`), before
-        anything runs; and what ended the first of them where something did. Cancelling the task aborts them all.
+        Before anything runs it raises `InvalidRequest` for a wrong prompt, with its name ("prompts[0]" without
+        `names`). If prompts fail later, it raises the error of the first. Cancelling the task aborts them all.
         """
         prefix, requests = request_id or uuid.uuid4().hex, list[Request]()
         for number, prompt in enumerate(prompts):
             text = prompt if isinstance(prompt, str) else None
             param = names[number] if names else f"prompts[{number}]"
             if text is not None:
-                await asyncio.sleep(0)  # short texts are encoded here: between two of them others have the loop
+                await asyncio.sleep(0)  # short texts are encoded on this thread: let other tasks run between two
             request = Request(
                 request_id=f"{prefix}-{number}",
                 prompt=text,
@@ -348,14 +349,14 @@ class EngineLoop:
             try:
                 self._engine.check(request)
             except InvalidRequest as error:
-                if error.param != "prompt":  # what concerns all prompts keeps its own name
+                if error.param != "prompt":  # an error about all prompts keeps its own name
                     raise
                 raise type(error)(f"{param}: {error}", param=param, code=error.code) from None
             requests.append(request)
         return await self._run_together(requests)
 
     async def _run_together(self, requests: list[Request]) -> list[RequestOutput]:
-        """What requests without deltas give, all or none. The engine has enough of them for two steps at a time."""
+        """The outputs of requests that give one output each, all or none. At most two steps' worth is submitted."""
         changed, outputs, error = asyncio.Event(), dict[str, RequestOutput](), list[BrliteError]()
         waiting, running = deque(requests), set[str]()
 
@@ -396,9 +397,9 @@ class EngineLoop:
         )
 
     def _check_loop(self) -> None:
-        """Raise `RuntimeError` in any loop but the one that it was started in: the engine is that loop's, unlocked."""
+        """Raise `RuntimeError` in any loop but the one that it was started in: the engine has no locks."""
         if self._loop is None:
-            return  # not started yet: `submit` refuses, the rest touches no loop
+            return  # not started yet: `submit` refuses requests, other methods use no loop
         running = asyncio.get_running_loop()
         if running is not self._loop:
             state = "is closed" if self._loop.is_closed() else "is another one"
@@ -408,7 +409,7 @@ class EngineLoop:
             )
 
     def _close_without_loop(self) -> None:
-        """Give everything back at once. No task is left to end; `Backend.close` waits for a step under way."""
+        """Release everything at once. No task is left to end; `Backend.close` waits for a step under way."""
         self._finalizer.detach()
         self._engine.end_all(NotReady("the event loop of the engine is closed"))
         for backend in self._backends:
@@ -437,7 +438,7 @@ class EngineLoop:
             self._masks.shutdown(wait=True)
 
     def _check_length(self, text: str, param: str, num_further: int) -> None:
-        """Raise `PromptTooLong` for a text that is too long however it is encoded."""
+        """Raise `PromptTooLong` for a text that is too long even with the fewest tokens that it can have."""
         fewest = self.tokenizer.fewest_tokens(text)
         if fewest > context_length(self.info) - num_further:
             raise prompt_too_long(fewest, self.info, param=param, at_least="at least ", num_further=num_further)
@@ -448,7 +449,7 @@ class EngineLoop:
                 await self._step()
             except BackendLost:
                 raise
-            except Exception as error:  # a request that breaks the engine's own code must not end it for all time
+            except Exception as error:  # a request that the engine's code fails on must not stop the engine
                 logger.critical("the engine failed between two steps", exc_info=error)
                 self._engine.end_all(EngineError("the engine failed; the request was not completed"))
                 while self._begun:  # a backend's results are fetched once each, in order
@@ -481,10 +482,10 @@ class EngineLoop:
         else:
             self._engine.update(result)
         if step.filling is not None:
-            await step.filling  # over long ago, but for a step that failed early
+            await step.filling  # already done, unless the step failed early
 
     def _begin(self, batch: Batch | None) -> None:
-        """Have the masks of a step that was just decided filled, and the step itself launched if it can run ahead."""
+        """Start to fill the masks of a step that was just scheduled, and launch the step if it can run ahead."""
         if batch is None:
             return
         guidance, filling = self._engine.guidance, None
@@ -501,7 +502,7 @@ class EngineLoop:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._compute, step)
 
     def _compute(self, step: BegunStep) -> StepResult:
-        """On the step thread: one step, and what its tokens mean for their grammars."""
+        """On the step thread: compute one step, and advance the grammars by its tokens."""
         result = self._backend.execute(step.batch) if step.launched is None else step.launched.result()()
         if step.guidance is not None:
             step.guidance.advance(result)
@@ -527,7 +528,7 @@ class EngineLoop:
         self._wake.set()
 
     async def _rest(self) -> None:
-        """Nothing to compute: prove that nothing was lost, and sleep until a request comes."""
+        """Nothing to compute: check that no block was lost, and sleep until a request comes."""
         if not self._engine.has_work:
             try:
                 self._engine.check_idle()
@@ -556,7 +557,7 @@ class OutputStream:
         self._ready.set()
 
     async def get(self) -> RequestOutput:
-        """The merged deltas since the last call. Raises the error that ended the request, after what came before."""
+        """The merged deltas since the last call. When all are read, raises the error that ended the request."""
         await self._ready.wait()
         self._ready.clear()
         output, self._output = self._output, None
@@ -569,7 +570,7 @@ class OutputStream:
 
 
 def _call_soon(engine: weakref.ref[EngineLoop], loop: asyncio.AbstractEventLoop, error: BackendLost) -> None:
-    """On the backend's thread: have the loop notice that the backend is gone."""
+    """On the backend's thread: schedule a call in the loop that handles the loss of the backend."""
     alive = engine()
     if alive is not None:
         with suppress(RuntimeError):  # the loop is closed: nothing waits in it

@@ -1,6 +1,6 @@
-"""The seam between deciding and computing: plain data down, plain data up. No tensors cross it, and no logits.
+"""The interface between scheduling and computing: a `Batch` goes down, a `StepResult` comes up.
 
-What a step has one of for each sequence refers to nothing that refers back: the garbage collector does not follow it.
+Both are plain data, without tensors and logits. Structs of one sequence are never in a reference cycle: `gc=False`.
 A `Batch` can be given to an in-process model, sent as msgpack to tensor-parallel ranks (its masks are not sent: rank 0
 draws), or written into a test.
 """
@@ -28,7 +28,7 @@ _WORD_BYTES = 4
 
 
 class SamplingInput(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What the sampler must know to draw the next token of one sequence, and nothing about its company.
+    """The sampler's input to draw the next token of one sequence; it does not depend on the other sequences.
 
     The random number of a draw depends on `seed` and `position` alone. `counted_token_ids` (int32) are the distinct
     tokens of prompt and output, `output_counts` (int32) how often each was generated; both are empty without penalties.
@@ -123,13 +123,13 @@ class TokenMask(NamedTuple):
 class TokenMasks:
     """The masks of a step's draws. Other threads fill them while the step computes; it waits for them before it draws.
 
-    `words` holds rows of ceil(V / 32) int32, at first all 0: a row that is published so allows no token, and its
-    sequence ends with an error. A sequence has one row for each of its draws: after its last real token, and after each
-    guess. The rows of `seq_id` begin at `first_rows[seq_id]`. Sequences that are not there draw from all tokens.
+    `words` holds rows of ceil(V / 32) int32, at first all 0. A row that is published with all 0 allows no token, and
+    its sequence ends with an error. A sequence has one row for each of its draws: after its last real token, and after
+    each guess. The rows of `seq_id` begin at `first_rows[seq_id]`. A sequence without an entry may draw any token.
     """
 
     def __init__(self, vocab_size: int, num_draws: Mapping[int, int]) -> None:
-        """`num_draws` is by `seq_id`, only of the sequences that have masks."""
+        """`num_draws` is keyed by `seq_id` and has only the sequences with masks."""
         self.row_bytes = -(-vocab_size // 32) * _WORD_BYTES
         self.first_rows: dict[int, int] = {}
         num_rows = 0
@@ -141,7 +141,7 @@ class TokenMasks:
         self._are_all_filled = threading.Event()
 
     def publish(self, row: int) -> None:
-        """Declare a row complete. Each must be, whatever happens to its sequence. May be called by any thread."""
+        """Declare a row complete. Call it for each row, even if its sequence fails. Any thread may call it."""
         self.is_filled[row] = 1
         if all(self.is_filled):
             self._are_all_filled.set()
@@ -187,17 +187,17 @@ class SampledToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Undrawn(enum.Enum):
-    """Why a row gave no token. The value is what its request is told."""
+    """Why no token could be drawn for a row. The value is the text of the request's error."""
 
     NOT_FINITE = "the model produced logits that are not finite"
     NOTHING_ALLOWED = "no token may be drawn: what restricts the next token excludes all of them"
 
 
 class SeqResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What a step found for one sequence: the tokens drawn (none for a prompt chunk with more to come).
+    """A step's result for one sequence: the tokens drawn (none for a prompt chunk with more to come).
 
-    They are the guesses that were right and one token more: what steps of one token each would have drawn.
-    `hidden_total` (float64 [H]) or `embedding` (float32) are what `PoolingInput` asks for.
+    They are the guesses that were right and one more token, the same as steps of one token each would draw.
+    `hidden_total` (float64 [H]) or `embedding` (float32) answers the run's `PoolingInput`.
     `error` says why this sequence cannot go on, for example logits that are not finite; others are untouched.
     """
 
@@ -231,15 +231,15 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
 
 
 class BackendInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend is and what it can hold. Sizes are bytes; `notes` are fallbacks an operator should know of.
+    """A backend's properties and capacity. Sizes are bytes; `notes` are fallbacks an operator should know of.
 
-    `fingerprint` identifies weights, precision and kernels: equal ones give equal bits. A batch-invariant backend gives
-    a row the same bits in any batch; only such a one can verify guesses, `max_draft_tokens` of a sequence in one step.
-    One without `has_prompt_logprobs` is never given prompt targets, one whose `hidden_size` is 0 no pooling. `pooling`
-    is the model's own way to make embeddings ("none": it has none), `matryoshka_dimensions` are the lengths that they
-    may be cut to (0 among them: any). A model that cannot generate has no head, and is never asked to draw.
-    One that `can_run_ahead` is a `CanRunAhead`, and is given steps by `launch`. `step_tokens` is how many tokens a step
-    may have where the config does not say: enough that the matrices are read for many at once.
+    `fingerprint` identifies weights, precision and kernels: equal fingerprints give equal bits. A batch-invariant
+    backend gives a row the same bits in any batch. Only such a backend can verify guesses: up to `max_draft_tokens` of
+    a sequence in one step. Without `has_prompt_logprobs` it never gets prompt targets, with a `hidden_size` of 0 no
+    pooling. `pooling` is the model's own way to make embeddings ("none": it has none). `matryoshka_dimensions` are the
+    lengths that they may be cut to (with 0 among them: any). A model that cannot generate has no head and never draws.
+    A backend that `can_run_ahead` is a `CanRunAhead` and gets its steps by `launch`. `step_tokens` is the default limit
+    of tokens in a step: so many that one read of the matrices serves many tokens.
     """
 
     name: str
@@ -285,33 +285,33 @@ class Backend(Protocol):
 
 @runtime_checkable
 class CanRunAhead(Protocol):
-    """What a `Backend` is besides that is given a step before the result of the one before is there.
+    """A `Backend` that can be given a step before the result of the previous step is read.
 
-    So a device has its next step when it ends one. Steps run in the order of their launches, and each sees what the one
-    before wrote to the cache. When one is launched, at most one other has a result that was not fetched. The calls come
-    from the thread of `execute`, which means the same as `launch(batch)()`.
+    So a device does not idle between two steps. Steps run in the order of their launches, and each sees the cache as
+    the previous step left it. At a launch, at most one other step has a result that was not fetched. All calls come
+    from one thread, also those of `execute`, which does the same as `launch(batch)()`.
     """
 
     def launch(self, batch: Batch) -> Callable[[], StepResult]:
-        """Put a step behind the one before, without waiting for that, and return what waits for the result.
+        """Queue a step without waiting for the previous one, and return a function that waits for the result.
 
-        A step that the device cannot do alone, for example a draw on the host, may be computed here: that is slower,
-        and right. Results are fetched once each, in order; those of steps under way at `close` are not. Where a row
-        `takes_last_draw` and the step before failed or drew no token for it, any valid token will do: what comes of it
-        is dropped. An exception, here or from what is returned, fails the sequences of this batch and no others.
+        A step that the device cannot do alone (for example, with a draw on the host) may be computed here, which is
+        slower and correct. Each result is fetched once, in order; those of steps under way at `close` are not. If a row
+        `takes_last_draw` and the previous step failed or drew no token for it, use any valid token: the result is
+        dropped. An exception, here or from the returned function, fails the sequences of this batch and no others.
         """
         ...
 
 
 @runtime_checkable
 class CanBeLost(Protocol):
-    """What a `Backend` of several processes is besides: one of them may go, in a step or between two.
+    """A `Backend` of several processes, of which one may end unexpectedly, in a step or between two.
 
-    Then `execute` raises `BackendLost` whenever it is called, and its watcher is called.
+    From then on `execute` always raises `BackendLost`. The watcher is called once.
     """
 
     def watch(self, on_lost: Callable[[BackendLost], None]) -> None:
-        """Call `on_lost` once when that happens, on any thread. To be called before the first step."""
+        """Call `on_lost` once when a process is lost, on any thread. `watch` is called before the first step."""
         ...
 
 
@@ -330,7 +330,7 @@ class BackendGuard:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Hold the backend for one step. Another thread's step is waited for.
+        """Hold the backend for one step. Waits for another thread's step.
 
         Raises `EngineError` once the backend is closed, and in a child process that was forked from the backend's.
         """

@@ -17,7 +17,7 @@ TokenIds = tuple[int, ...]
 def encode_bad_words(words: Sequence[str], tokenizer: Tokenizer, limits: LimitsConfig) -> tuple[TokenIds, ...]:
     """The distinct token sequences of the words. Takes tens of microseconds a word; any thread may call it.
 
-    Each word is encoded as it stands in an answer, with and without a space before it, and as a text of its own, where
+    Each word is encoded as inside an answer, with and without a space before it, and as a text of its own, in which
     the text of a control token is that token. Raises `InvalidRequest` beyond `max_bad_words` or `max_bad_word_length`.
     """
     if len(words) > limits.max_bad_words:

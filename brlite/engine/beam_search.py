@@ -1,8 +1,8 @@
-"""Beam search: a step extends all beams, keeps the most probable ones as beams, and those that end as answers.
+"""Beam search: a step extends all beams, keeps the most probable continuations, and collects ended ones as answers.
 
 The definition is that of transformers' `generate(num_beams=...)` without sampling (`_beam_search`). vLLM 0.4 differs in
 details; it counts the prompt's tokens in an answer's length. Log probabilities come from the steps' results. The search
-does not know blocks or batches: a beam is named by the id of the sequence that computes it.
+uses no blocks or batches: a beam is named by the id of the sequence that computes it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from brlite.engine.outputs import CompletionOutput, TokenLogprob
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import FinishReason, SamplingParams
 
-# The text that a token adds to an answer of so many tokens, the finish reason if it ends it, and the stop reason.
+# (detokenizer, token id, number of tokens in the answer) -> (the text that the token adds, finish reason, stop reason).
 ReadToken = Callable[[Detokenizer, int, int], tuple[str, FinishReason | None, str | int | None]]
 
 
 class Hypothesis(NamedTuple):
-    """The answer of a beam so far, or one that has ended. `logprob` is the sum of its tokens'."""
+    """The answer of a beam so far, or an ended answer. `logprob` is the sum of its tokens' logprobs."""
 
     detokenizer: Detokenizer
     token_ids: tuple[int, ...] = ()
@@ -34,7 +34,7 @@ class Hypothesis(NamedTuple):
 
 
 class Continuation(NamedTuple):
-    """A beam with one token more. `seq_id` is the sequence that has computed what comes before it."""
+    """A beam with one more token. `seq_id` is the sequence that computed the tokens before it."""
 
     seq_id: int
     hypothesis: Hypothesis
@@ -65,7 +65,7 @@ class BeamSearch:
 
     @property
     def num_logprobs(self) -> int:
-        """How many of a beam's best tokens a step must report: `width` that do not end it, and all that may."""
+        """How many of a beam's best tokens a step must report: `width` and the number of tokens that end an answer."""
         return max(self.width + len(self._end_token_ids), self._params.logprobs or 0)
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -129,7 +129,7 @@ class BeamSearch:
         return sorted(found, key=self._score, reverse=True)[: self._params.n]
 
     def completion(self, index: int, hypothesis: Hypothesis) -> CompletionOutput:
-        """An answer as it is handed out."""
+        """An answer as a `CompletionOutput`."""
         return CompletionOutput(
             index=index,
             text=hypothesis.text,

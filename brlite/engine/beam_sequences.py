@@ -1,6 +1,6 @@
-"""The sequences of requests with beam search: which of them computes which beam, and which become the answers.
+"""The sequences of requests with beam search: assigns a sequence to each beam and to each final answer.
 
-`BeamSearch` ranks beams and answers, and does not know sequences. The engine decides when a search goes on or ends.
+`BeamSearch` ranks beams and answers, without sequences. The engine decides when a search continues or ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class BeamSequences:
         vocab_size: int,
         add_sequence: Callable[[RequestState], Sequence],
     ) -> None:
-        """`add_sequence` gives a request a new sequence of its prompt, which is not queued."""
+        """`add_sequence` makes a new sequence of a request's prompt, and does not queue it."""
         self._scheduler = scheduler
         self._eos_token_ids = tokenizer.eos_token_ids
         self._vocab_size = vocab_size
@@ -53,7 +53,7 @@ class BeamSequences:
     def advance(self, state: RequestState, search: BeamSearch, now: float) -> None:
         """Continue a request's beams once the best tokens after each of them are known.
 
-        Until then, beams whose tokens are known give up place and blocks: two searches must not wait for each other.
+        Until then, beams whose tokens are known release their place and blocks, so that two searches never deadlock.
         The first continuation of a beam stays in its sequence. The others get new sequences, which find the full blocks
         in the prefix cache.
         """

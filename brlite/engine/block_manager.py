@@ -1,6 +1,6 @@
-"""Who owns which block of the KV cache, and which blocks can be found again by the tokens they hold.
+"""The owners of the KV cache's blocks, and the prefix cache: an index of full blocks by the tokens in them.
 
-A cached block is a free block that still remembers its hash: there is no second pool and nothing to flush. Hashes are
+A cached block is a free block that keeps its hash: there is no second pool and nothing to flush. Hashes are
 chained (a block's digest covers all tokens before it), 128 bits of BLAKE2b, and tokens are compared on every hit, so a
 collision cannot hand one prompt the keys and values of another.
 """
@@ -68,7 +68,7 @@ class BlockManager:
     def match_prefix(self, seq: BlockOwner) -> list[int]:
         """The longest chain of sealed blocks that holds the beginning of the sequence. Takes no reference.
 
-        At least one token is left out, since a step must compute something to have logits.
+        At least one token is left out: a step must compute a token to get logits.
         """
         matched: list[int] = []
         parent_digest = b""
@@ -99,7 +99,7 @@ class BlockManager:
         seq.num_computed_tokens = len(matched) * self.block_size
 
     def grow(self, seq: BlockOwner, num_tokens: int) -> bool:
-        """Make room for the first `num_tokens` of the sequence: all of it or, where blocks are lacking, none."""
+        """Make room for the first `num_tokens` of the sequence. If blocks are lacking, take none and return False."""
         num_new = self.num_blocks_for(num_tokens) - len(seq.block_table)
         if num_new > len(self._free):
             return False
@@ -112,7 +112,7 @@ class BlockManager:
         return True
 
     def num_spare_slots(self, seq: BlockOwner, num_reserved: int) -> int:
-        """How many more tokens the sequence has room for if it leaves `num_reserved` free blocks to others."""
+        """How many more tokens the sequence can get blocks for if `num_reserved` free blocks are left to others."""
         num_spare = max(0, len(self._free) - num_reserved)
         return (len(seq.block_table) + num_spare) * self.block_size - seq.num_tokens
 
@@ -142,12 +142,12 @@ class BlockManager:
         seq.num_computed_tokens = 0
 
     def unseal(self, seq: BlockOwner) -> None:
-        """Make the sequence's blocks unfindable: what they hold is not to be trusted."""
+        """Remove the sequence's blocks from the prefix cache: their contents may be wrong."""
         for block_id in seq.block_table:
             self._forget(self._blocks[block_id])
 
     def check_integrity(self, seqs: Iterable[BlockOwner]) -> None:
-        """Raise `EngineError` unless every block is owned exactly by the given sequences, or else free."""
+        """Raise `EngineError` unless each block is free or owned by exactly the given sequences that list it."""
         owners = Counter(block_id for seq in seqs for block_id in seq.block_table)
         for block_id, block in enumerate(self._blocks):
             if block.ref_count != owners[block_id]:

@@ -1,6 +1,6 @@
 """Turns one sequence's tokens into text, a token at a time: joins characters split over tokens, looks for stop strings.
 
-Nothing is decoded twice. It has no end-of-text tokens and no limits: the caller decides when the text ends.
+No token is decoded twice. End-of-text tokens and token limits are left to the caller.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 class Detokenizer:
     """The text of one sequence. What `push` and `finish` return joins to the same text however the tokens are split.
 
-    * Half a character is never handed out: its bytes wait for the rest, and `finish` drops them. Bytes that no
-      character can have become U+FFFD.
-    * The stop string that is complete first ends the text, and of several complete at the same character the longest:
-      so no token is waited for in vain. The text is cut before it, or after it with `include_stop`. What may be the
-      beginning of a stop string is held back until it is decided.
+    * An incomplete character is never returned: its bytes are kept until the rest comes, and `finish` drops them.
+      Invalid UTF-8 bytes become U+FFFD.
+    * The stop string that is complete first ends the text; of several that end at the same character, the longest. So
+      the text ends without waiting for another token. It is cut before the stop string, or after it with
+      `include_stop`. Text that may be the beginning of a stop string is held back until that is decided.
     * A stop string counts only if it ends in the text of a token after the first `min_tokens`; it may begin before.
-    * Special tokens are left out, or stand as their literal text without `skip_special_tokens`. A stop string that is a
-      special token's text stops there even where that token is left out. Spaces are kept.
+    * Special tokens are left out; without `skip_special_tokens` they give their literal text. A stop string that is a
+      special token's text also ends the text if that token is left out. Spaces are kept.
     """
 
     def __init__(
@@ -44,19 +44,19 @@ class Detokenizer:
         self._held = ""  # decoded, and perhaps the beginning of a stop string
         self._stop = tuple(sorted(set(stop), key=len, reverse=True))
         self._stop_starts = frozenset(text[0] for text in self._stop)
-        # The special tokens that are stop strings, and left out: their texts are not looked for in what is shown.
+        # Special tokens that are stop strings and are left out: their ids are compared, since their text is not shown.
         specials = {tokenizer.special_token_id(text): text for text in self._stop} if skip_special_tokens else {}
         self._stop_specials = {token_id: text for token_id, text in specials.items() if token_id is not None}
         self._include_stop = include_stop
         self._tokens_before_stop = min_tokens
 
     def push(self, token_id: int) -> str:
-        """The text that is now certain. After a stop string was found it is always empty."""
+        """Add a token and return the text that is now certain. After a stop string was found it is always empty."""
         if self.stop_string is not None:
             return ""
         text = ""
         if token_id not in self._skipped_token_ids:
-            # The C function below codecs' incremental decoder, which is Python and costs twice as much a token.
+            # The C function under codecs' incremental decoder; the decoder itself is Python and takes twice as long.
             data = self._partial + self._token_bytes(token_id)
             text, num_used = codecs.utf_8_decode(data, "replace", False)
             self._partial = data[num_used:]
@@ -79,7 +79,7 @@ class Detokenizer:
         return buffer[:end]
 
     def finish(self) -> str:
-        """The text held back so far, for a sequence that ends here. Bytes of an unfinished character are dropped."""
+        """The text that is held back, for a sequence that ends here. Bytes of an unfinished character are dropped."""
         text, self._held, self._partial = self._held, "", b""
         return text
 
@@ -95,7 +95,7 @@ class Detokenizer:
         return first_end if self._include_stop else first_end - len(self.stop_string)
 
     def _hold_from(self, buffer: str) -> int:
-        """Where the longest ending of `buffer` begins that is a stop string's beginning, but not the whole of one."""
+        """The index in `buffer` of its longest suffix that is a proper prefix of a stop string."""
         longest = len(self._stop[0])
         for start in range(max(0, len(buffer) - longest + 1), len(buffer)):
             if buffer[start] in self._stop_starts:

@@ -1,8 +1,8 @@
-"""A smaller model of the same vocabulary that guesses tokens ahead of the served model, which verifies them.
+"""Speculative decoding with a draft model: a smaller model of the same vocabulary guesses, the served one verifies.
 
 Decides what the small model computes, and keeps its KV cache: blocks of its own, and for each sequence the number of
 tokens that it has computed. That number may be behind the sequence's: after a preemption, a hit of the served model's
-prefix cache, or while guesses did not pay. The missing tokens are then computed with the next guesses. The scheduler
+prefix cache, or steps without guesses. The missing tokens are then computed with the next guesses. The scheduler
 decides whether guesses pay. `DraftModel.run` is called on the step thread, all else on the engine's.
 """
 
@@ -24,17 +24,17 @@ from brlite.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 INITIAL_ACCEPTANCE = 0.7  # the share of right guesses that is assumed until some are measured
-SHARED_WEIGHT = 0.05  # of a guess in the estimate that new sequences begin with
+SHARED_WEIGHT = 0.05  # weight of one guess in the running estimate that new sequences start from
 FIRST_TRIAL_STEPS = 64  # steps without guesses until two are tried again; each trial that fails doubles it
 MAX_TRIAL_STEPS = 4096
 TRIAL_GUESSES = 2
-TRIAL_SHARE = 0.02  # of the time that trials may take
-LEAST_COST = 0.02  # of a step of the small model, in steps of the served one, before it is measured
+TRIAL_SHARE = 0.02  # the largest share of the time that trials may take
+LEAST_COST = 0.02  # assumed cost of a small model's step, in steps of the served one, until it is measured
 
 
 @dataclass(eq=False)
 class DraftSeq:
-    """What the small model has of a sequence, whose list of token ids it shares.
+    """The small model's state of a sequence. It shares the sequence's list of token ids.
 
     `guesses` were made when the sequence had `num_tokens_before` tokens. `num_computed_tokens` counts tokens of the
     sequence, never guesses. `params` are the sequence's without logprobs.
@@ -58,10 +58,10 @@ class DraftSeq:
 
 
 class DraftPlan(NamedTuple):
-    """What the small model computes before a step of the served one.
+    """The small model's work before a step of the served one.
 
-    The runs of `batch` compute the tokens that it lacks. Those with `sampling` draw a guess; each further one, up to
-    `num_guesses` by `seq_id`, is a step of one token. The block tables have room for all of them.
+    The runs of `batch` compute the tokens that it lacks. Those with `sampling` draw a guess. Each further guess, up to
+    `num_guesses[seq_id]`, is a step of one token. The block tables have room for all of them.
     """
 
     batch: Batch
@@ -70,14 +70,14 @@ class DraftPlan(NamedTuple):
 
 
 class DraftModel:
-    """Guesses for at most as many sequences as its backend holds, within its blocks; others get no guesses."""
+    """Guesses for as many sequences as its backend and its blocks can hold; other sequences get no guesses."""
 
     def __init__(self, backend: Backend, served: BackendInfo) -> None:
         """`served` is the model that verifies. Guesses beyond its vocabulary are cut off."""
         self.info = backend.info
         self.cost = DraftCost(max(LEAST_COST, backend.info.weight_bytes / max(1, served.weight_bytes)))
         self.acceptance = INITIAL_ACCEPTANCE
-        self.is_off = False  # since it failed
+        self.is_off = False  # true after a failure
         self.backend = backend
         self._vocab_size = served.vocab_size
         self._blocks = BlockManager(backend.info.num_blocks, backend.info.block_size)
@@ -91,7 +91,7 @@ class DraftModel:
             self._blocks.release(self._followed.pop(seq))
 
     def follow(self, seq: Sequence) -> DraftSeq | None:
-        """The small model's side of a sequence, up to date with its tokens; None if it can have no guesses."""
+        """The small model's state of a sequence, updated to its tokens; None if it can have no guesses."""
         draft = self._followed.get(seq)
         if draft is None:
             if len(self._followed) >= self.info.max_num_seqs:
@@ -109,7 +109,7 @@ class DraftModel:
         return None if draft.has_failed else draft
 
     def _settle(self, draft: DraftSeq) -> None:
-        """Compare the guesses with what was drawn. Those that were right are computed, all but the last guess."""
+        """Compare the guesses with the drawn tokens. Right guesses count as computed, except the last guess."""
         before = draft.num_tokens_before
         num_right = 0
         for guess, token_id in zip(draft.guesses, draft.token_ids[before:], strict=False):
@@ -140,9 +140,9 @@ class DraftModel:
         self._num_steps_without, self._trial_steps = 0, FIRST_TRIAL_STEPS
 
     def plan(self, wanted: Iterable[tuple[Sequence, int]], budget: int, start: float) -> DraftPlan | None:
-        """The steps that make so many guesses for each of the sequences, which are followed.
+        """The steps that make the wanted number of guesses for each sequence. Call `follow` for each one before.
 
-        The first of them has at most `budget` tokens. A sequence that lacks more gets its guesses in a later plan.
+        The first step has at most `budget` tokens. A sequence that lacks more gets its guesses in a later plan.
         """
         runs, num_guesses = [], dict[int, int]()
         for seq, num in wanted:
@@ -158,7 +158,7 @@ class DraftModel:
                 num_guesses[seq.seq_id] = num
             sampling = SamplingInput(draft.params, seq.seed, seq.num_output_tokens) if is_whole else None
             token_ids = draft.token_ids[begin : begin + num_tokens]
-            if max(token_ids) >= self.info.vocab_size:  # rows of the served model's head that no text has
+            if max(token_ids) >= self.info.vocab_size:  # ids of padding in the served model's head
                 draft.has_failed = True
                 continue
             runs.append(ScheduledSeq(seq.seq_id, begin, token_ids, list(draft.block_table), sampling))
@@ -184,7 +184,7 @@ class DraftModel:
                             ScheduledSeq(run.seq_id, start, drawn[-1:], run.block_table, sampling),
                         )
                 batch = Batch(following)
-        except Exception:  # the served model goes on without it
+        except Exception:  # the served model continues without guesses
             logger.exception("the draft model failed and is not used any more")
             return None
         return guesses
@@ -198,7 +198,7 @@ class DraftModel:
         num_rows = [plan.batch.num_tokens]
         for step in range(1, max(plan.num_guesses.values(), default=1)):
             num_rows.append(sum(num > step for num in plan.num_guesses.values()))
-        if num_rows[0] <= 2 * len(plan.batch.seqs):  # else it computes more than it reads
+        if num_rows[0] <= 2 * len(plan.batch.seqs):  # with more rows, computing takes longer than reading the weights
             self.cost.observe_drafts(num_rows, now - plan.start)
         followed = {seq.seq_id: draft for seq, draft in self._followed.items()}
         for run in plan.batch.seqs:

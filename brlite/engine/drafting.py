@@ -1,30 +1,30 @@
-"""Guesses at a sequence's next tokens: what followed its last two or three tokens where they stood before.
+"""Prompt lookup (n-grams): guesses the tokens that followed an earlier occurrence of the last two or three tokens.
 
-Guesses cost time and never change a text, since a backend verifies them. Whether they pay is decided here too, from how
-often they were right and from what a step costs; also for those of a draft model (`draft_model.py`). Tokens that a
-grammar forces are drafts that are always right. Uses token ids only: no blocks, no requests, no model.
+Guesses cost time and never change a text, since a backend verifies them. This file also computes whether guesses pay,
+from the share that was right and the cost of a step; also for guesses of a draft model (`draft_model.py`). Tokens that
+a grammar forces are drafts that are always right. Uses token ids only: no blocks, no requests, no model.
 """
 
 from __future__ import annotations
 
 INITIAL_ACCEPTANCE = 0.2
-TIME_WEIGHT = 0.1  # of the last step in the mean of its time
-NEWEST_WEIGHT = 0.2  # of the last guess in the estimate: one right guess is tried out, a few wrong ones end it
-MARGIN = 1.2  # what a guess is to bring for its cost, since estimates that came out too high are the ones acted upon
-MAX_NEW_TOKENS = 512  # taken in at a time, under a millisecond: a long prompt does not hold up the event loop
+TIME_WEIGHT = 0.1  # weight of the last step in the running mean of step times
+NEWEST_WEIGHT = 0.2  # weight of the last guess in `acceptance`: one right guess starts drafting, a few wrong ones end it
+MARGIN = 1.2  # a guess must yield its cost times this: choosing the best estimate favours those that are too high
+MAX_NEW_TOKENS = 512  # indexed in one call, under a millisecond: a long prompt does not block the event loop
 
-# What one more row adds to a step, in steps of one row. Measured on native int8 steps on two cores: up to four rows a
-# step waits for memory, and a row is nearly free; beyond that it computes.
+# The cost of one more row, in steps of one row. Measured with native int8 steps on two cores: up to four rows a step is
+# limited by memory bandwidth, and a row is nearly free; beyond that it is limited by computing.
 CHEAP_ROWS = 4
 CHEAP_ROW_COST = 0.09
 ROW_COST = 0.2
 
 
 class NgramDrafter:
-    """One sequence's guesses, by an index of its own words that costs about a microsecond a token.
+    """One sequence's guesses, from an index of its own n-grams that costs about a microsecond a token.
 
-    Every token is compared with what would have been guessed for it, whether it was or not. So `acceptance`, the part
-    of guesses that are right, is known without trying: a text is not guessed at until it repeats itself, then at once.
+    Every token is compared with the guess for it, even if that guess was not used. So `acceptance`, the share of right
+    guesses, is measured without a trial: guessing starts as soon as a text repeats itself, and not before.
     """
 
     def __init__(self, num_prompt_tokens: int) -> None:
@@ -32,16 +32,16 @@ class NgramDrafter:
         self._num_prompt_tokens = num_prompt_tokens
         self._num_seen = 0
         self._last_two = (-1, -1)
-        self._ends: dict[tuple[int, ...], int] = {}  # two or three tokens → where they stood last, the index behind
+        self._ends: dict[tuple[int, ...], int] = {}  # two or three tokens → the index after their last occurrence
         self._source: int | None = None  # the index whose token is expected again
 
     def follow(self, token_ids: list[int]) -> bool:
-        """Take in the tokens since the last call, or some of them if they are many. Whether there is a guess now."""
+        """Index the tokens since the last call, at most `MAX_NEW_TOKENS`. Returns whether there is a guess now."""
         end = min(len(token_ids), self._num_seen + MAX_NEW_TOKENS)
         for position in range(self._num_seen, end):
             token_id = token_ids[position]
             if position == self._num_prompt_tokens:
-                self.acceptance = INITIAL_ACCEPTANCE  # a prompt that repeats itself promises nothing of the answer
+                self.acceptance = INITIAL_ACCEPTANCE  # repetitions in the prompt do not predict any in the answer
             if self._source is not None:
                 is_right = token_ids[self._source] == token_id
                 self.acceptance += NEWEST_WEIGHT * (is_right - self.acceptance)
@@ -56,7 +56,7 @@ class NgramDrafter:
         return self._source is not None and end == len(token_ids)
 
     def guess(self, token_ids: list[int], num_tokens: int) -> list[int]:
-        """The next tokens, after `follow` said that there is a guess. What reaches the end goes round."""
+        """The next `num_tokens` tokens. Call it after `follow` returned True. At the end of the text they repeat."""
         assert self._source is not None, "follow says when there is none"
         draft = token_ids[self._source : self._source + num_tokens]
         period = len(token_ids) - self._source
@@ -66,7 +66,7 @@ class NgramDrafter:
 
 
 class StepForecast:
-    """What a step will cost and how many tokens it will yield, while guesses are added to its `num_rows`.
+    """The expected cost and yield (tokens) of a step, while guesses are added to its `num_rows`.
 
     The unit of cost is a step of one row.
     """
@@ -79,19 +79,19 @@ class StepForecast:
 
     @property
     def rate(self) -> float:
-        """Tokens for the cost of a step of one row."""
+        """Expected tokens for each unit of cost."""
         return self._yield / self.cost
 
     def add_forced(self, token_ids: list[int]) -> list[int]:
-        """Add tokens that are certain, and return them. They pay always: later steps would compute them one by one."""
+        """Add tokens that are certain, and return them. They always pay: else each would take a later step."""
         for _ in token_ids:
             self._add(1.0, 0.0)
         return token_ids
 
     def add_guesses(self, acceptance: float, limit: int, draft_cost: float = 0.0) -> int:
-        """Add as many guesses of one sequence as raise the yield for the cost, up to `limit`. Returns their number.
+        """Add guesses of one sequence while they raise the ratio of yield to cost, up to `limit`. Returns their number.
 
-        `draft_cost` is what making one guess takes, besides its row.
+        `draft_cost` is the cost of making one guess, in addition to its row.
         """
         chance = 1.0
         for num_guesses in range(limit):
@@ -112,7 +112,7 @@ class StepForecast:
 
 
 class DraftCost:
-    """What a step of a draft model costs, in steps of one row of the served model, as both were measured."""
+    """The measured cost of a draft model's step, in steps of one row of the served model."""
 
     def __init__(self, expected: float) -> None:
         """`expected` is the cost of a step of one row before there are measurements."""
@@ -120,21 +120,21 @@ class DraftCost:
         self._draft_seconds = self._seconds = 0.0  # of a step of one row, 0: not measured yet
 
     def per_guess(self, num_seqs: int) -> float:
-        """The cost of one guess where so many sequences guess together."""
+        """The cost of one guess if `num_seqs` sequences guess together."""
         is_measured = self._draft_seconds and self._seconds
         cost = self._draft_seconds / self._seconds if is_measured else self._expected
         return cost * StepForecast(num_seqs).cost / num_seqs
 
     def observe_step(self, num_rows: int, seconds: float) -> None:
-        """Take in how long a step of the served model took."""
+        """Record the time of a step of the served model."""
         self._seconds = _mean(self._seconds, seconds / StepForecast(num_rows).cost)
 
     def observe_drafts(self, num_rows: list[int], seconds: float) -> None:
-        """Take in how long steps of the draft model took together, given the rows of each."""
+        """Record the total time of steps of the draft model, with the number of rows of each."""
         cost = sum(StepForecast(num).cost for num in num_rows)
         self._draft_seconds = _mean(self._draft_seconds, seconds / cost)
 
 
 def _mean(before: float, newest: float) -> float:
-    """A running mean. One that is far off, from a machine that was busy, counts as twice the mean at most."""
+    """A running mean. A new value counts as at most twice the mean, since a busy machine gives outliers."""
     return before + TIME_WEIGHT * (min(newest, 2 * before) - before) if before else newest

@@ -2,7 +2,7 @@
 
 Owns all state of requests and blocks, on one thread. It does not compute: the caller of `schedule` runs the batch on a
 backend, on any thread, and passes the result to `update`, or the error to `fail`. Before that, `schedule_ahead` may
-decide one more batch. What beams continue is decided in `beam_sequences.py`, what runs next in `scheduler.py`.
+decide one more batch. `scheduler.py` chooses the sequences of a step, `beam_sequences.py` continues beams.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ MAX_RETRY_AFTER_SECONDS = 60
 
 
 class Step(NamedTuple):
-    """A step that was decided and has not ended. `runs` has each sequence with the number of its tokens to compute."""
+    """A step that was scheduled and has not ended. `runs` has each sequence and its number of tokens to compute."""
 
     runs: list[tuple[Sequence, int]]
     guidance: StepGuidance | None
@@ -64,7 +64,7 @@ class Step(NamedTuple):
 
 
 class Engine:
-    """Decides the next step and interprets the last one."""
+    """Decides the next step and applies the result of the last one to its requests."""
 
     def __init__(
         self,
@@ -198,7 +198,7 @@ class Engine:
         return self._scheduler.plan_drafts(self._clock())
 
     def take_drafts(self, plan: DraftPlan, guesses: dict[int, list[int]] | None) -> None:
-        """Take in what the draft model guessed: the next step verifies it."""
+        """Store the draft model's guesses. The next step verifies them."""
         assert self.draft_model is not None, "it made the plan"
         self.draft_model.take_in(plan, guesses, self._clock())
 
@@ -246,7 +246,7 @@ class Engine:
         return batch
 
     def update(self, result: StepResult) -> None:
-        """Take in what the first step under way found and give every touched request its delta."""
+        """Apply the result of the first step under way, and pass each of its requests its delta."""
         now = self._clock()
         step = self._steps.popleft()
         if step.guidance is not None:
@@ -278,7 +278,7 @@ class Engine:
         self._set_gauges()
 
     def fail(self, error: Exception) -> None:
-        """The first step under way raised: the requests that were in it end with an `EngineError`, the others go on."""
+        """Note that the first step under way raised: its requests end with an `EngineError`, the others continue."""
         runs = self._steps.popleft().runs
         self._scheduler.end_step(runs)
         self.stats.step_failures += 1
@@ -340,7 +340,7 @@ class Engine:
         salt = request.cache_salt.encode("utf-8", "surrogatepass")
         if not self.config.share_prefix_cache:
             tenant = request.tenant.encode("utf-8", "surrogatepass")
-            salt = b"%d:%b%b" % (len(tenant), tenant, salt)  # no salt that a client chooses reads as another tenant's
+            salt = b"%d:%b%b" % (len(tenant), tenant, salt)  # so no salt of a client can equal that of another tenant
         if not self.config.prefix_caching:
             salt = self._private_salt + request.request_id.encode("utf-8", "surrogatepass") + salt
         return blake2b(salt, digest_size=DIGEST_BYTES).digest()
@@ -378,7 +378,7 @@ class Engine:
             is_excluded = result.error == Undrawn.NOTHING_ALLOWED.value
             reason = (seq.matcher and seq.matcher.error) or (result.error if is_excluded else None)
             if reason is None:
-                self._blocks.unseal(seq)  # the fault may lie in a chunk that was sealed before it showed
+                self._blocks.unseal(seq)  # the error may come from a chunk that was sealed earlier
                 self._end_with_error(state, EngineError(result.error))
                 return
         if state.prompt_done_time is None and seq.wants_prompt_logprobs:
@@ -387,7 +387,7 @@ class Engine:
         if seq.num_computed_tokens // self._blocks.block_size > seq.num_sealed_blocks:
             self._blocks.seal(seq)
         if reason is not None:
-            if state.prompt_done_time is None:  # the others of the request have draws of their own
+            if state.prompt_done_time is None:  # not set by the first draws of the request's other completions
                 self._finish_prompt(state, now)
             self._end_as_error(seq, reason)
             return
@@ -406,7 +406,7 @@ class Engine:
             self._append_all(seq, result.tokens, now)
 
     def _take_in_hidden(self, seq: Sequence, result: SeqResult, now: float) -> None:
-        """Take in the hidden states of a prompt's chunk. The last chunk has the embedding, which ends the request."""
+        """Store the sum of hidden states after a prompt's chunk. The last chunk gives the embedding and ends it."""
         seq.hidden_total = result.hidden_total
         if not result.embedding:
             return
@@ -429,10 +429,10 @@ class Engine:
         state, matcher, eos_token_ids = seq.state, seq.matcher, self.tokenizer.eos_token_ids
         num_before, last_token_time = seq.num_output_tokens, seq.last_token_time
         num_tokens = num_before
-        if matcher is not None:  # what was drawn behind the end of the answer is dropped
+        if matcher is not None:  # tokens drawn after the end of the answer are dropped
             tokens = tokens[: matcher.num_tokens - num_before]
         for token in tokens:
-            if num_tokens > num_before:  # the token before was guessed, so it is computed already
+            if num_tokens > num_before:  # the previous token was a guess, so it is computed already
                 seq.num_computed_tokens += 1
                 self._blocks.seal(seq)
             token_id, logprob = token.token_id, token.logprob
@@ -462,13 +462,13 @@ class Engine:
             self._end_as_error(seq, matcher.error)
 
     def _end_as_error(self, seq: Sequence, reason: str) -> None:
-        """End one completion that no token can follow. Others of its request go on."""
+        """End one completion for which no token can be drawn. Others of its request continue."""
         logger.warning("a completion of request %s ended: %s", seq.state.request.request_id, reason)
         text = seq.detokenizer.finish()
         self._finish(seq, CompletionOutput(index=seq.index, text=text, finish_reason="error", stop_reason=reason))
 
     def _finish(self, seq: Sequence, last_delta: CompletionOutput) -> None:
-        """End one completion outside its step's tokens. Its place and blocks are free from now on."""
+        """End one completion with this last delta. Its place and blocks are free from now on."""
         seq.finish_reason = last_delta.finish_reason
         seq.state.add_delta(last_delta)
         self._scheduler.finish(seq)
@@ -489,7 +489,7 @@ class Engine:
     def _send(self, state: RequestState, output: RequestOutput | BrliteError) -> None:
         try:
             state.sink(output)
-        except Exception:  # one request's reader must not take down the others'
+        except Exception:  # a failing sink must not end other requests
             logger.exception("the reader of request %s failed", state.request.request_id)
             state.sink = lambda output: None
             self.abort(state.request.request_id)

@@ -1,4 +1,4 @@
-"""One thread beside the event loop that tenants share: their work runs in rotation, however much one of them queues."""
+"""One thread beside the event loop, which tenants share in rotation: a long queue of one does not delay the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class FairThread:
         closing: Callable[[], NotReady],
         starting: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        """`closing` makes the error of work that waits at `close`, comes after it, or fails after it.
+        """`closing` makes the error for work that is queued at `close`, submitted after it, or fails after it.
 
         The thread is started inside the context `starting()`, which may set the stack size of new threads.
         """
@@ -52,7 +52,7 @@ class FairThread:
             raise
 
     def close(self) -> None:
-        """Refuse what waits, and let the thread end with the work under way. May be called twice and without a loop."""
+        """Refuse queued work; the thread ends after the work under way. May be called twice and without a loop."""
         self._is_closed = True
         for jobs in self._tenants.values():
             for done in jobs:
@@ -82,7 +82,7 @@ class FairThread:
     def _finish(self, done: asyncio.Future[Any], running: asyncio.Future[Any]) -> None:
         self._is_running = False
         error = running.exception()
-        if error is not None and self._is_closed:  # a child process that it used was ended, which is not its fault
+        if error is not None and self._is_closed:  # `close` may have ended a child process that the work used
             error = self._closing()
         if not done.done():
             done.set_result(running.result()) if error is None else done.set_exception(error)

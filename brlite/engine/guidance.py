@@ -1,7 +1,7 @@
-"""A step's sequences with a grammar: their masks are filled while the step computes, then they take in its tokens.
+"""A step's sequences with a grammar: fills their masks while the step computes, then advances their matchers.
 
 Runs on threads beside the event loop's. A matcher is used by one of them at a time: a mask is published only when its
-matcher is free, and tokens are taken in only after the draws that waited for the masks.
+matcher is free, and matchers advance only after the draws that waited for the masks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class GuidedSeq(NamedTuple):
-    """A sequence that draws in a step, with the tokens that the step is given as guesses."""
+    """A sequence that draws in a step, with its guesses in that step."""
 
     seq_id: int
     matcher: Matcher
@@ -25,7 +25,7 @@ class GuidedSeq(NamedTuple):
 
 
 class StepGuidance:
-    """Fills the masks of one step and follows what was drawn. Never raises: a matcher keeps its own errors."""
+    """Fills the masks of one step and advances the matchers. Never raises: each matcher stores its own error."""
 
     def __init__(self, vocab_size: int, seqs: Iterable[GuidedSeq]) -> None:
         self._seqs = list(seqs)
@@ -49,7 +49,7 @@ class StepGuidance:
                 self.masks.publish(row)
 
     def advance(self, result: StepResult) -> None:
-        """Have each matcher take in the tokens of its sequence. Does nothing when called again."""
+        """Advance each matcher by the tokens of its sequence. Does nothing when called again."""
         if self._has_advanced:
             return
         self._has_advanced = True

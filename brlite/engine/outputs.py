@@ -1,6 +1,6 @@
-"""What the engine hands out. Plain data: no text is rendered here and nothing is computed.
+"""The engine's outputs. Plain data: no text is rendered here and nothing is computed.
 
-Outputs come by the thousand a second and never refer to each other, so the garbage collector does not follow them.
+There are thousands of outputs a second. They are never in a reference cycle, so they have `gc=False`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, gc=False):
 class CompletionOutput(msgspec.Struct, kw_only=True, gc=False):
     """One of a request's `n` completions. `stop_reason` is the stop string or token id that ended it, if one did.
 
-    One that ended as "error" has the reason there: what its grammar allows could not be worked out any further.
+    With the finish reason "error" it is the reason: the tokens that its grammar allows could not be computed.
     """
 
     index: int
@@ -39,7 +39,7 @@ class CompletionOutput(msgspec.Struct, kw_only=True, gc=False):
 
     @property
     def mean_logprob(self) -> float:
-        """Of its tokens, if they have logprobs; minus infinity if it has none."""
+        """The mean logprob of its tokens; minus infinity without logprobs."""
         logprobs = [entry.logprob for entry in self.logprobs or ()]
         return sum(logprobs) / len(logprobs) if logprobs else -math.inf
 
@@ -62,12 +62,12 @@ class RequestTimes(msgspec.Struct, frozen=True):
 
 
 class RequestOutput(msgspec.Struct, kw_only=True, gc=False):
-    """What is new in a request since its last output; `LLM.generate` returns one that holds it all.
+    """The changes in a request since its last output; `LLM.generate` returns a merged one of the whole request.
 
     `prompt_logprobs` has one entry for each prompt token, the first of them None; it comes with the first output.
     `embedding` (float32) is the last output of a request for one, whose only completion is empty.
-    `num_searched_tokens` were drawn for all beams of a beam search, whose answers come at once.
-    `warnings` says every clamp and fallback that touched the request. `times` come with the last output.
+    `num_searched_tokens` counts the tokens drawn for all beams of a beam search, whose answers come in one output.
+    `warnings` has every cut limit and fallback of the request. `times` come with the last output.
     """
 
     request_id: str
@@ -98,7 +98,7 @@ class RequestOutput(msgspec.Struct, kw_only=True, gc=False):
             self.prompt_logprobs = later.prompt_logprobs
 
     def keep_best(self, num_kept: int, *, keeps_logprobs: bool) -> int:
-        """Leave of a finished output the completions with the highest mean logprob, the best one first.
+        """Keep only the `num_kept` completions with the highest mean logprob, best first. For a finished output.
 
         Returns the number of tokens of the others.
         """

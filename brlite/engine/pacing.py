@@ -1,7 +1,7 @@
-"""How many prompt tokens fit into a step of a given length, from what the steps before took.
+"""How many prompt tokens fit into a step of a given duration, estimated from earlier steps.
 
-The matrices of a step take time by its tokens, attention by the positions that they attend. So 128 tokens of a small
-model take 0.1 s at the start of a prompt and 0.4 s behind 8,000 others, and running streams wait for all of it.
+A step's matrices take time in proportion to its tokens, attention in proportion to the positions attended. So 128
+tokens of a small model take 0.1 s at the start of a prompt and 0.4 s after 8,000 others. Running streams wait for that.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-MIN_CHUNK_TOKENS = 16  # a prompt goes ahead by so many, however slow the model
-_KEPT = 0.9  # of the weight of the steps before; older ones tell little about a machine that others use
+MIN_CHUNK_TOKENS = 16  # the least prompt tokens in a step, even for a slow model
+_KEPT = 0.9  # factor on the weights of earlier steps, at each new one: the load of a shared machine changes
 
 
 class StepPace:
@@ -34,7 +34,7 @@ class StepPace:
             return
         num_tokens = sum(num for _, num in chunks)
         num_pairs = sum(num * start + num**2 / 2 for start, num in chunks)
-        weight = 1 / num_tokens  # a step counts by its tokens, not by their square
+        weight = 1 / num_tokens  # so a step's weight is proportional to its tokens, not to their square
         self._token_token = _KEPT * self._token_token + weight * num_tokens**2
         self._token_pair = _KEPT * self._token_pair + weight * num_tokens * num_pairs
         self._pair_pair = _KEPT * self._pair_pair + weight * num_pairs**2

@@ -1,8 +1,8 @@
-"""DRY ("don't repeat yourself", p-e-w 2024, as llama.cpp has it): which tokens would lengthen a repetition.
+"""DRY ("don't repeat yourself", p-e-w 2024, as in llama.cpp): finds the tokens that would lengthen a repetition.
 
-Where the last tokens of a text stand in it before, the token that followed them there would make the repetition
-longer. It costs `dry_multiplier` * `dry_base` ** (length - `dry_allowed_length`) logits, by the longest repetition
-that it would lengthen. Text alone is read here; a backend takes the costs off its logits.
+If the last tokens of a text occur in it earlier, the token that followed them there would lengthen the repetition.
+Its cost in logits is `dry_multiplier` * `dry_base` ** (length - `dry_allowed_length`), for the longest repetition that
+it would lengthen. This file reads tokens only; a backend subtracts the costs from its logits.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from itertools import islice, takewhile
 from brlite.sampling_params import SamplingParams
 from brlite.tokenizer import Tokenizer
 
-MAX_COST = 1e30  # of a token: no logit is near that, and it is a float32
-MAX_PLACES = 1024  # of one token in the text that are compared, the last ones: 2 ms a token on the event loop
-MAX_PROMPT_LENGTH = 1024  # of a repetition that a prompt brings along; by then any base above 1.07 costs `MAX_COST`
+MAX_COST = 1e30  # the largest cost of a token: far above any logit, and within float32
+MAX_PLACES = 1024  # the latest occurrences of a token that are compared: up to 2 ms a token on the event loop
+MAX_PROMPT_LENGTH = 1024  # of a repetition that ends the prompt; at this length any base above 1.07 costs `MAX_COST`
 
 
 class Repetitions:
-    """One text, token by token. It takes memory by its length; a new token takes time by how often the text has it.
+    """One text, token by token. Memory grows with its length, the time of a new token with its number of occurrences.
 
-    A repetition begins behind the last token with a sequence breaker in its text. Such tokens cost nothing. Breakers
-    that several tokens spell are not found. Of a token that the text has more than `MAX_PLACES` times, new repetitions
-    are looked for at the last of these places. The prompt's own repetition counts `MAX_PROMPT_LENGTH` tokens at most.
+    A repetition begins after the last token with a sequence breaker in its text. Such tokens cost nothing. Breakers
+    that several tokens spell are not found. If a token occurs more than `MAX_PLACES` times, new repetitions are
+    looked for at its latest occurrences. The prompt's own repetition counts `MAX_PROMPT_LENGTH` tokens at most.
     """
 
     def __init__(self, params: SamplingParams, token_ids: Sequence[int], tokenizer: Tokenizer) -> None:
@@ -39,7 +39,7 @@ class Repetitions:
         self._places: dict[int, list[int]] = {}
         for place, token_id in enumerate(token_ids):
             self._places.setdefault(token_id, []).append(place)
-        # By the place where an earlier occurrence of the text's ending ends: how many tokens are the same.
+        # The index where an earlier occurrence of the text's ending ends -> its number of equal tokens.
         self._lengths: dict[int, int] = {}
         ending = islice(reversed(self._token_ids), MAX_PROMPT_LENGTH)
         most = sum(1 for _ in takewhile(lambda token_id: not self._breaks(token_id), ending))
@@ -49,7 +49,7 @@ class Repetitions:
             self._lengths = {place: _common_ending(data, place + 1, most) for place in places}
 
     def copy(self) -> Repetitions:
-        """The same text, to be continued otherwise."""
+        """A copy, to which other tokens can be added."""
         copied = copy.copy(self)
         copied._token_ids = self._token_ids.copy()
         copied._places = {token_id: places.copy() for token_id, places in self._places.items()}
@@ -72,7 +72,7 @@ class Repetitions:
         self._token_ids.append(token_id)
 
     def costs(self) -> tuple[bytes, bytes]:
-        """The tokens (int32) that would lengthen a repetition, and by how much their logits sink (float32)."""
+        """The tokens (int32) that would lengthen a repetition, and the costs of their logits (float32)."""
         params, end = self._params, len(self._token_ids)
         start = 0 if params.dry_penalty_last_n < 0 else max(0, end - params.dry_penalty_last_n)
         longest: dict[int, int] = {}
@@ -98,7 +98,7 @@ class Repetitions:
 
 
 def _common_ending(data: bytes, end: int, most: int) -> int:
-    """How many of the int32 before index `end` are the same as the last ones of all: at most `most`."""
+    """The number of int32 before index `end` that equal the last ones of `data`: at most `most`."""
     low, high, stop = 0, min(most, end), len(data)  # the search doubles the length, then halves the range
     size = 1
     while low < high:

@@ -1,6 +1,6 @@
-"""A request and its sequences: the tokens they have, how many of those are computed, and where they are in life.
+"""A request and its sequences: their tokens, how many of those are computed, and their state.
 
-It has no queues, blocks or batches; their owners keep the numbers here up to date.
+Queues, blocks and batches are elsewhere; their owners update the numbers here.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class WindowCounts:
 
 @dataclass(eq=False)
 class Sequence:
-    """One of a request's `n` completions in the making. `token_ids` is the prompt followed by the output.
+    """One of a request's `n` completions while it is computed. `token_ids` is the prompt followed by the output.
 
     `draft_token_ids` are the guesses that the step under way carries; they are not tokens of the sequence yet.
     `num_in_flight_tokens` are in steps under way; they are computed when those have ended.
@@ -134,7 +134,7 @@ class Sequence:
     counts: TokenCounts | WindowCounts | None
     cache_root: bytes
     matcher: Matcher | None = None
-    repetitions: Repetitions | None = None  # where DRY makes them costly
+    repetitions: Repetitions | None = None  # with DRY only
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     num_computed_tokens: int = 0
@@ -147,7 +147,7 @@ class Sequence:
     draft_token_ids: list[int] = field(default_factory=list)
     first_token_time: float = 0.0
     last_token_time: float = 0.0
-    hidden_total: bytes = b""  # of the computed tokens, where a mean is wanted
+    hidden_total: bytes = b""  # the sum over the computed tokens, if their mean is wanted
 
     @property
     def num_tokens(self) -> int:
@@ -164,7 +164,7 @@ class Sequence:
 
     @property
     def num_left(self) -> int:
-        """How many tokens are left to compute. After all that it has, that is the one being drawn."""
+        """How many tokens are left to compute. If all are computed: 1, the token that is being drawn."""
         num_left = len(self.token_ids) - self.num_computed_tokens - self.num_in_flight_tokens
         return num_left or int(self.is_being_drawn and not self.ends_with_step)
 
@@ -176,7 +176,7 @@ class Sequence:
 
     @property
     def ends_with_step(self) -> bool:
-        """Whether no run may follow until the step under way has ended: it is the last, or decides what follows."""
+        """Whether no run may follow before the step under way ends: its run is the last, or its result decides."""
         state = self.state
         if state.pooling is not None or state.search is not None:
             return True
@@ -184,7 +184,7 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether its prompt must be computed in full to report it: true for one sequence of a request, once."""
+        """Whether its prompt must be computed in full for prompt logprobs: true once, for one sequence of a request."""
         params = self.state.request.params
         return self.index == 0 and params.prompt_logprobs is not None and self.state.prompt_logprobs is None
 
@@ -201,9 +201,9 @@ class Sequence:
 
 @dataclass(eq=False)
 class RequestState:
-    """A request on its way through the engine. `delta` collects what its sink has not been given yet.
+    """A request in the engine. `delta` collects the output that its sink has not got yet.
 
-    It has one sequence until its prompt is cached, and `n` from then on. `pooling` is how its embedding is made. With
+    It has one sequence until its prompt is cached, and `n` from then on. `pooling` says how its embedding is made. With
     a beam `search` its sequences are the beams, and at the end the `n` best answers.
     """
 
@@ -259,7 +259,7 @@ class RequestState:
         self.partial_prompt_logprobs.extend(logprobs)
 
     def finish_prompt_logprobs(self) -> None:
-        """The prompt is done. Its first token has no logprob, since nothing came before it."""
+        """Complete the logprobs after the last chunk. The first token gets None: no token comes before it."""
         if self.request.params.prompt_logprobs is not None:
             self.prompt_logprobs = [None, *self.partial_prompt_logprobs]
 
@@ -294,7 +294,7 @@ class RequestState:
 
 
 def make_counts(params: SamplingParams, prompt_token_ids: list[int]) -> TokenCounts | WindowCounts:
-    """What penalties count. A window of a size that no text reaches is none."""
+    """The counts that penalties use. A window larger than any text is the same as no window."""
     if params.repeat_last_n < 0 or params.repeat_last_n > sys.maxsize:
         return TokenCounts(prompt_token_ids)
     return WindowCounts(prompt_token_ids, params.repeat_last_n)
@@ -310,9 +310,9 @@ def interpret(
 ) -> tuple[str, FinishReason | None, str | int | None]:
     """The text that an answer's newest token releases, the finish reason if it ends here, and the stop reason.
 
-    `num_tokens` are the answer's with this one.
+    `num_tokens` is the answer's length with this token.
 
-    A token that stops adds no text of its own, unless `include_stop_str_in_output` asks for it.
+    A stop token adds no text, unless `include_stop_str_in_output` is set.
     """
     params = state.request.params
     if token_id in params.stop_token_ids:

@@ -1,7 +1,7 @@
-"""Which tokens are computed in the next step. Pure decisions over sequences and blocks: no tensors, no clocks, no text.
+"""Decides which tokens the next step computes, from sequences and blocks: no tensors, no clocks, no text.
 
-A sequence has no phase: it has tokens, and a number of them that are computed. A prompt chunk, a prefix-cache hit, a
-decode and a preemption are all changes of that one number.
+A sequence has no prefill or decode phase, only tokens and the number of them that are computed. A prompt chunk, a
+prefix-cache hit, a decode and a preemption all change that one number.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from brlite.engine.pacing import StepPace
 from brlite.engine.request import Sequence, SequenceStatus, WindowCounts
 from brlite.engine.turns import TurnQueue
 
-# Whether the draft model computes the tokens of a sequence that it lacks. Costs are in steps of one row.
-FEW_TOKENS = 8  # so many missing tokens are computed with the first guess at nearly no cost
+# For the decision whether the draft model computes the tokens of a sequence that it lacks.
+FEW_TOKENS = 8  # up to so many missing tokens add almost no cost to the step of the first guess
 EXPECTED_TOKENS = 64  # the least expected length of an answer; a longer one is expected to double
 
 
 class Scheduler:
-    """Turn by turn (`TurnQueue`), under a budget of sequences, of tokens a step and of blocks.
+    """Schedules sequences in the order of `TurnQueue`, within limits of sequences, of tokens a step and of blocks.
 
     Order: sequences with one token left, then prompts that have begun, then new ones.
 
@@ -84,7 +84,7 @@ class Scheduler:
             self.waiting.add(seq, is_first=True)
 
     def finish(self, seq: Sequence) -> None:
-        """End a running or waiting sequence and free its blocks; if a step under way writes to them, when that ends."""
+        """End a running or waiting sequence. Frees its blocks, after the step under way if that writes to them."""
         if seq.status is SequenceStatus.RUNNING:
             self.running.remove(seq)
         elif seq.status is SequenceStatus.WAITING:
@@ -141,11 +141,11 @@ class Scheduler:
                 budget -= self._schedule_running(seq, budget, scheduled)
         for seq in prompts:
             budget -= self._schedule_running(seq, self._share(seq, budget), scheduled)
-        # Blocks are short after a preemption: a sequence admitted now would be the next to lose them.
+        # After a preemption blocks are scarce: a sequence admitted now would be preempted next.
         while budget > 0 and num_preemptions == self.num_preemptions and self._can_admit():
             prompts.append(self._admit(scheduled, budget))
             budget -= scheduled[prompts[-1]]
-        for seq in prompts:  # what shorter prompts have left of their half
+        for seq in prompts:  # give long prompts the tokens that shorter ones left over
             if seq in scheduled:
                 rest = min(seq.num_left - scheduled[seq], budget)
                 scheduled[seq] += rest
@@ -169,7 +169,7 @@ class Scheduler:
     def _share(self, seq: Sequence, budget: int) -> int:
         """The tokens that a running prompt may have in a step: half the budget while a shorter prompt comes after it.
 
-        So a short prompt does not wait for the end of a long one, which takes at most twice its time.
+        So a short prompt does not wait for the end of a long one. The long one takes at most twice as long.
         """
         num_left = seq.num_left
         if seq.status is not SequenceStatus.RUNNING:
@@ -181,9 +181,9 @@ class Scheduler:
         return -(-budget // 2) if is_shorter_after or is_shorter_new else budget
 
     def _schedule_running(self, seq: Sequence, budget: int, scheduled: dict[Sequence, int]) -> int:
-        """Schedule what fits the budget, and preempt the latest sequences if blocks are missing.
+        """Schedule the sequence's tokens within the budget, and preempt the latest sequences if blocks are missing.
 
-        Returns by how many tokens the step grew, which is negative if it lost more than it got.
+        Returns the change in the step's number of tokens, negative if preemptions removed more than was added.
         """
         num_tokens = min(seq.num_left, budget)
         if num_tokens == 0 or seq.status is not SequenceStatus.RUNNING:
@@ -200,7 +200,7 @@ class Scheduler:
         return num_tokens - returned
 
     def _draft(self, scheduled: dict[Sequence, int], budget: int) -> None:
-        """Add drafts as far as they pay. They use only tokens and blocks that no other sequence needs in this step."""
+        """Add drafts while they pay. They use only tokens and blocks that no other sequence needs in this step."""
         may_guess = len(self.running) <= self._max_draft_seqs
         forecast = StepForecast(self._max_num_batched_tokens - budget)
         for seq, num_tokens in scheduled.items():
@@ -210,7 +210,7 @@ class Scheduler:
             limit = min(_max_drafts(seq, num_tokens, is_forced=bool(forced)), self._max_draft_tokens, budget)
             if limit <= 0:
                 continue
-            # Each sequence may need a block in the next step, and none must be preempted for what another guesses.
+            # Each sequence may need a block in the next step, and none may be preempted for another's guesses.
             limit = max(0, min(limit, self._blocks.num_spare_slots(seq, num_reserved=len(self.running))))
             guesses = [] if forced or self._draft_model is None else self._draft_model.guesses_for(seq)
             if forced or guesses:  # those of a model are made already, since they pay
@@ -222,10 +222,10 @@ class Scheduler:
             budget -= len(seq.draft_token_ids)
 
     def plan_drafts(self, now: float) -> DraftPlan | None:
-        """The guesses that the draft model is to make before the next step. To be called before `schedule`.
+        """The guesses that the draft model should make before the next step. Call it before `schedule`.
 
-        None where they do not pay, and before a step that computes a part of a prompt. Where n-grams are expected to do
-        better, they guess instead.
+        None if they do not pay, and before a step with a prompt chunk. Sequences for which n-grams are expected to
+        guess better get none.
         """
         model = self._draft_model
         if model is None or model.is_off:
@@ -249,7 +249,7 @@ class Scheduler:
         return model.plan(wanted, self._max_num_batched_tokens, now)
 
     def _num_model_guesses(self, seq: Sequence, limit: int, forecast: StepForecast, model: DraftModel) -> int:
-        """How many guesses the draft model is to make for a sequence: those that pay, or a few that are a trial."""
+        """How many guesses the draft model should make for a sequence: as many as pay, or a few as a trial."""
         draft = model.follow(seq)
         if draft is None:
             return 0
@@ -288,7 +288,7 @@ class Scheduler:
         return seq
 
     def _free_place(self) -> None:
-        """Preempt a running sequence where its place or blocks are due to another class, tenant or group.
+        """Preempt a running sequence if another class, tenant or group has a right to its place or blocks.
 
         It waits for its group's next turn. Its computed blocks stay in the prefix cache until they are reused.
         """
@@ -300,7 +300,7 @@ class Scheduler:
             self.waiting.bring_forward(tenant, group)
 
     def _next_to_replace(self) -> tuple[Sequence, str, str | None] | None:
-        """The running sequence to preempt, and the tenant and group whose turn comes next; None if there is none to.
+        """The running sequence to preempt, and the tenant and group whose turn comes next; None without a preemption.
 
         In this order: the latest of a class after the waiting sequence's, if that lacks a place or blocks; if all
         places are taken, the latest of the tenant with most places in the same class, if another tenant has none;
@@ -332,7 +332,7 @@ class Scheduler:
         return None
 
     def _match(self, seq: Sequence) -> list[int]:
-        """The cached blocks it can share: none if the request needs a result of each prompt token."""
+        """The cached blocks that the sequence can share: none if its request needs a result of each prompt token."""
         if seq.wants_prompt_logprobs or seq.state.pooling == "mean":
             return []
         return self._blocks.match_prefix(seq)
@@ -354,7 +354,7 @@ def _ngrams(seq: Sequence) -> NgramDrafter | None:
 def make_batch(
     scheduled: list[tuple[Sequence, int]], eos_token_ids: tuple[int, ...], masks: TokenMasks | None = None
 ) -> Batch:
-    """The decision as plain data for a backend."""
+    """The scheduled sequences as a `Batch`, plain data for a backend."""
     return Batch([_scheduled_seq(seq, num_tokens, eos_token_ids) for seq, num_tokens in scheduled], masks)
 
 
@@ -383,10 +383,10 @@ def _latest_of_last_class(running: list[Sequence]) -> Sequence:
 
 
 def _depends_on_result(seq: Sequence) -> bool:
-    """Whether a sequence's next run needs more of the result under way than the drawn token's id as its input."""
+    """Whether a sequence's next run needs more from the step under way than the drawn token as its input."""
     if not seq.is_being_drawn:
         return seq.num_in_flight_tokens > 0 and seq.state.pooling == "mean"
-    is_windowed = isinstance(seq.counts, WindowCounts)  # others grow by the token, and the backend counts it
+    is_windowed = isinstance(seq.counts, WindowCounts)  # other counts only grow by the drawn token, which the backend counts
     has_other = seq.matcher is not None or seq.repetitions is not None
     takes_token = has_other or is_windowed or bool(seq.state.request.bad_words)
     return takes_token and not seq.ends_with_step
@@ -415,7 +415,7 @@ def _scheduled_seq(seq: Sequence, num_tokens: int, eos_token_ids: tuple[int, ...
 def _pooling_input(seq: Sequence, start: int, end: int) -> PoolingInput | None:
     params = seq.state.request.pooling if end == seq.num_tokens else None
     if seq.state.pooling == "mean":
-        total = seq.hidden_total if start else b""  # a prompt that is computed anew starts over
+        total = seq.hidden_total if start else b""  # at position 0 the prompt is computed again, and so is its sum
         return PoolingInput(end - start, total, params, seq.num_tokens)
     return None if params is None else PoolingInput(1, params=params)
 

@@ -1,4 +1,4 @@
-"""From a prompt's last hidden state to its score: the head of models that say how well two texts go together."""
+"""Computes a prompt's score from its last hidden state: the head of rerankers (cross-encoders)."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import msgspec
 
 from brlite.sampling_params import PoolingParams
 
-# What a score is made of: the hidden state of the last token as it is.
+# A score is computed from the last token's hidden state, without normalization.
 SCORING = PoolingParams(pooling="last", normalize=False)
 MAX_EXPONENT = 700.0  # e to this is still a float64
 
 
 class ScoringHead(msgspec.Struct, frozen=True):
-    """One row that is multiplied with the last hidden state. `weight` is float32 [H].
+    """A dot product with the last hidden state. `weight` is float32 [H].
 
-    With `has_sigmoid` a score is the sigmoid of that product, from 0 to 1, where a request leaves it open.
+    With `has_sigmoid` a score is by default the sigmoid of that product, from 0 to 1.
     """
 
     weight: array[float]

@@ -1,6 +1,6 @@
-"""The engine's numbers, kept as plain counters and histograms. Knows no metric format; `server/metrics.py` renders it.
+"""The engine's statistics: plain counters and histograms. `server/metrics.py` renders them in a metric format.
 
-Bucket bounds hold every bound of vLLM 0.4.0.post1 and of its V1 engine, so old and new dashboards both find theirs.
+Bucket bounds include every bound of vLLM 0.4.0.post1 and of its V1 engine, so old and new dashboards both work.
 All times are seconds.
 """
 
@@ -49,7 +49,7 @@ class Histogram:
         self.total += value * times
 
     def mean(self, default: float) -> float:
-        """Of all values, `default` where there are none."""
+        """The mean of all values; `default` if there are none."""
         num = sum(self.counts)
         return self.total / num if num else default
 
@@ -100,8 +100,8 @@ class EngineStats:
         self.draft_tokens = 0
         self.accepted_tokens = 0
         self.step_failures = 0
-        self.host_draws = 0  # tokens for which a device that runs ahead waited
-        self.steps_ahead = 0  # decided before the result of the one before was there
+        self.host_draws = 0  # tokens that the host drew while a device that runs ahead waited
+        self.steps_ahead = 0  # steps scheduled before the result of the previous step was known
         self.finished: Counter[str] = Counter()
         self.prompt_rate = Rate(clock)
         self.generation_rate = Rate(clock)
@@ -123,13 +123,13 @@ class EngineStats:
         self.max_tokens = Histogram(length_bounds(max_model_len))
 
     def note_scheduled(self, state: RequestState, now: float) -> None:
-        """A request's first sequence enters its first step."""
+        """Record that a request's first sequence enters its first step."""
         self.queue_time.observe(now - state.arrival_time)
         self.prefix_cache_queries += len(state.request.prompt_token_ids)
         self.prefix_cache_hits += state.num_cached_tokens
 
     def note_prompt_done(self, state: RequestState, now: float) -> None:
-        """A request's prompt is computed, and its first token drawn or its embedding made."""
+        """Record that a request's prompt is computed, with its first token or its embedding."""
         self.prompt_tokens += len(state.request.prompt_token_ids)
         self.prompt_rate.add(len(state.request.prompt_token_ids))
         self.cached_prompt_tokens += state.num_cached_tokens
@@ -138,19 +138,19 @@ class EngineStats:
         self.prefill_time.observe(now - (state.scheduled_time or now))
 
     def note_tokens(self, num_tokens: int, seconds: float | None) -> None:
-        """A step gave a sequence tokens, `seconds` after the one before them if it had one: each took its share."""
+        """Record a step's tokens of a sequence, `seconds` after its previous token if any. Each counts an equal part."""
         self.generation_tokens += num_tokens
         if seconds is not None:
             self.inter_token_latency.observe(seconds / num_tokens, num_tokens)
 
     def note_draft(self, num_tokens: int, num_accepted: int) -> None:
-        """A step verified the guesses of a sequence."""
+        """Record that a step verified the guesses of a sequence."""
         self.drafts += 1
         self.draft_tokens += num_tokens
         self.accepted_tokens += num_accepted
 
     def note_finished(self, state: RequestState, now: float, reason: str) -> None:
-        """A request ended. Latencies are kept for those that ran to their end; aborts and errors are only counted."""
+        """Record the end of a request. Latencies only of completed requests; aborts and errors are only counted."""
         self.finished[reason] += 1
         if reason not in ("stop", "length"):
             return

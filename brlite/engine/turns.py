@@ -1,9 +1,9 @@
-"""The sequences that wait to be computed, and whose turn is next: by class, by tenant, by group, then as they came.
+"""The queue of waiting sequences. It orders them by class, by tenant, by group, then by arrival.
 
 A tenant is the owner of requests (a server's API key), a group is what one request asked for (the prompts of one
-body, the completions of one prompt). The engine knows both as opaque strings. So neither many requests nor one
-with many prompts delays others of its class by more than one turn. It decides only the order; the scheduler decides on
-places and blocks.
+body, the completions of one prompt). Both are opaque strings here. So neither many requests nor one request with many
+prompts delays others of its class by more than one turn. It decides only the order; the scheduler assigns places and
+blocks.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ Tenants = OrderedDict[str, OrderedDict[str, Group]]
 class TurnQueue:
     """Round robin of tenants, and of each tenant's groups. A tenant has as many turns in a row as its requests' weight.
 
-    Requests of one `priority` are a class; lower numbers come first. Methods without a sequence are about the first
+    Requests of one `priority` are a class; lower numbers come first. Methods without a sequence apply to the first
     class that has sequences. `next` stays the same until it is taken or removed, or an earlier class gets a sequence.
 
     All operations take constant time. Only a class's first and last sequence take time linear in the classes.
     """
 
     def __init__(self) -> None:
-        self._classes: dict[int, Tenants] = {}  # those with sequences that wait
-        self._priorities: list[int] = []  # theirs, in order
+        self._classes: dict[int, Tenants] = {}  # only classes with waiting sequences
+        self._priorities: list[int] = []  # the keys of `_classes`, sorted
         self._returned: OrderedDict[Sequence, None] = OrderedDict()
         self._num_waiting = 0
-        self._last = ""  # the tenant that had the last turn,
-        self._num_in_a_row = 0  # and how many it has had in a row
+        self._last = ""  # the tenant that had the last turn
+        self._num_in_a_row = 0  # how many turns it has had in a row
 
     def __len__(self) -> int:
         return len(self._returned) + self._num_waiting
 
     @property
     def has_turns(self) -> bool:
-        """Whether sequences wait for a turn, and none that has had its turn comes before them."""
+        """Whether sequences wait for a turn and no sequence that was put back comes before them."""
         seq = self.next
         return seq is not None and seq not in self._returned
 
@@ -58,7 +58,7 @@ class TurnQueue:
         return self._tenants[tenant].keys()
 
     def bring_forward(self, tenant: str, group: str | None = None) -> None:
-        """Make the next turn this tenant's and, of its groups, this one's."""
+        """Give the next turn to this tenant, and to this one of its groups."""
         self._tenants.move_to_end(tenant, last=False)
         if group is not None:
             self._tenants[tenant].move_to_end(group, last=False)
