@@ -1,6 +1,6 @@
-"""Anthropic's Messages: a conversation of blocks, one answer of blocks.
+"""Anthropic's Messages API: a conversation of blocks, one answer of blocks.
 
-Here a body becomes a `Generation`. Turns, tools and the answer have files of their own beside this one.
+Decodes a body to a `Generation`. Turns, tools and the answer are in the other `anthropic_*.py` files.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from brlite.dialects.openai import GenerationFields, Whole, generation_fields, s
 from brlite.errors import InvalidRequest
 from brlite.sampling_params import StructuredOutput
 
-# The engine's names of fields, and the client's.
+# The engine's field names, mapped to the client's.
 FIELD_NAMES = {"prompt": "messages", "stop": "stop_sequences", "reasoning_effort": "output_config.effort"}
-# What Anthropic's models take beyond what other models' templates do.
+# Efforts that only Anthropic's models accept; other models' templates get "high".
 HIGH_EFFORTS = ("xhigh", "max")
 _INDEX = re.compile(r"\[(\d+|\.\.\.)\]")
 
@@ -57,16 +57,16 @@ class MessagesRequest(GenerationFields, kw_only=True):
     tool_choice: MessagesToolChoice | None = None
     thinking: Thinking | None = None
     output_config: OutputConfig | None = None
-    output_format: OutputFormat | None = None  # the name of `output_config.format` before
+    output_format: OutputFormat | None = None  # the former name of `output_config.format`
     context_management: Any = None
-    thread: Any = None  # refused unless null, in words after which clients send the whole conversation
+    thread: Any = None  # refused unless null; clients then send the whole conversation
 
 
 _DECODER = BodyDecoder(MessagesRequest)
 
 
 def decode(data: bytes, limits: LimitsConfig) -> Generation:
-    """What the body asks for. Raises `InvalidRequest`, naming the field."""
+    """Decode the body. Raises `InvalidRequest`, naming the field."""
     body, undecoded = _decode(data)
     if body.max_tokens is None:
         raise InvalidRequest("max_tokens: Field required", param="max_tokens", code="missing_required_parameter")
@@ -74,13 +74,14 @@ def decode(data: bytes, limits: LimitsConfig) -> Generation:
 
 
 def decode_count_tokens(data: bytes, limits: LimitsConfig) -> Generation:
-    """What is to be counted: the same fields, of which none but `messages` is required. Raises `InvalidRequest`."""
+    """Decode a request to count tokens: the same fields, only `messages` is required. Raises `InvalidRequest`."""
     body, undecoded = _decode(data)
     return _generation(body, undecoded, limits)
 
 
 def _decode(data: bytes) -> tuple[MessagesRequest, dict[str, Raw]]:
-    """The body, with places in lists as Anthropic writes them: `messages.0.content`."""
+    """The body, and the fields that its struct lacks. Errors write list indexes as Anthropic does:
+    `messages.0.content`."""
     try:
         return _DECODER.decode(data)
     except InvalidRequest as error:
@@ -128,7 +129,7 @@ def _generation(body: MessagesRequest, undecoded: dict[str, Raw], limits: Limits
 
 
 def _chat(body: MessagesRequest, turns: list[dict[str, Any]], tools: tuple[Tool, ...], *, thinks: bool) -> Chat:
-    """The conversation. A text of the assistant at its end is the beginning of the answer."""
+    """The conversation. If it ends with an assistant's text, the answer continues that text."""
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         turns = turns[:-1]
     if not turns:
@@ -148,7 +149,7 @@ def _chat(body: MessagesRequest, turns: list[dict[str, Any]], tools: tuple[Tool,
 
 
 def _warnings(body: MessagesRequest) -> dict[str, None]:
-    """A line for each field that is taken and not obeyed."""
+    """A warning for each field that is accepted but has no effect."""
     config = body.output_config or OutputConfig()
     said = {
         "context_management is not applied: the whole conversation is read": body.context_management,

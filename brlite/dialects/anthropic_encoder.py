@@ -1,4 +1,4 @@
-"""Events to the stream of Anthropic's Messages, or to one message: blocks that begin, grow and stop, one at a time."""
+"""Encodes events as a stream of Anthropic's Messages API, or as one message. One block is open at a time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from brlite.dialects.sse import frame, on_one_line
 from brlite.errors import EngineError
 
 PATH = "/v1/messages"
-# Clients keep it with the thinking and send both back. Nothing here verifies it; some clients refuse an empty one.
+# Clients store it with the thinking and send both back. It is not verified here; some clients refuse an empty one.
 SIGNATURE = "brlite"
 
 DELTA_BEGIN = b"event: content_block_delta\ndata: "
@@ -30,7 +30,7 @@ class OutputTokensDetails(Struct):
 
 
 class ShownUsage(Struct):
-    """`input_tokens` are those that came from no cache. What is put into the cache is not counted apart."""
+    """`input_tokens` excludes tokens read from the cache. Tokens written to the cache are not counted separately."""
 
     input_tokens: int
     output_tokens: int
@@ -51,7 +51,7 @@ class ThinkingBlock(Struct, tag_field="type", tag="thinking"):
 class ToolUseBlock(Struct, tag_field="type", tag="tool_use"):
     id: str
     name: str
-    input: Raw = field(default_factory=lambda: Raw(b"{}"))  # a JSON Schema cannot say the default of a `Raw`
+    input: Raw = field(default_factory=lambda: Raw(b"{}"))  # JSON Schema cannot express the default of a `Raw`
 
 
 ContentBlock = TextBlock | ThinkingBlock | ToolUseBlock
@@ -134,12 +134,12 @@ class MessagesEncoder:
         self._ending: Event | None = None
 
     def opening(self, usage: TokenUsage) -> bytes:
-        """What a stream begins with."""
+        """The events that begin a stream."""
         message = ShownMessage(id=self._id, model=self._model, usage=_shown_usage(usage))
         return _frame(MessageStart(message)) + _frame(Ping())
 
     def encode(self, event: Event) -> bytes:
-        """The stream's events of what is new."""
+        """The stream's events for one `Event`."""
         frames: list[bytes] = []
         if event.reasoning:
             if self._open is not ThinkingBlock:
@@ -159,13 +159,13 @@ class MessagesEncoder:
                 frames.append(self._delta(InputJsonDelta(piece.arguments)))
         if event.finish_reason is not None:
             self._ending = event
-            if self._spaces and not self._num_blocks:  # the answer has nothing else
+            if self._spaces and not self._num_blocks:  # the answer is white space only
                 frames += self._begin_text(self._spaces)
             frames += self._end()
         return b"".join(frames)
 
     def closing(self, usage: TokenUsage) -> bytes:
-        """What a stream ends with."""
+        """The events that end a stream."""
         assert self._ending is not None
         if self._ending.finish_reason == "error":
             return self.failing(EngineError("the answer could not be made"))
@@ -176,11 +176,11 @@ class MessagesEncoder:
         return _frame(delta) + _frame(MessageStop())
 
     def failing(self, error: BaseException) -> bytes:
-        """What a stream ends with where something went wrong."""
+        """The event that ends a stream after an error."""
         return encode_error(error)
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
-        """The body of a response that is not streamed. Raises `EngineError` where it could not be made."""
+        """The body of a response that is not streamed. Raises `EngineError` if the generation failed."""
         if events[-1].finish_reason == "error":
             raise EngineError("the answer could not be made")
         content, cut = _content(events)
@@ -210,7 +210,7 @@ class MessagesEncoder:
         return DELTA_BEGIN + (data if data.isascii() else on_one_line(data)) + b"\n\n"  # a quarter faster than `_frame`
 
     def _end(self) -> list[bytes]:
-        """Stop the block that is open, if one is."""
+        """Stop the open block, if any."""
         if self._open is None:
             return []
         frames = [self._delta(SignatureDelta(SIGNATURE))] if self._open is ThinkingBlock else []
@@ -221,7 +221,7 @@ class MessagesEncoder:
 
 
 def encode_error(error: BaseException) -> bytes:
-    """What a stream ends with where something went wrong."""
+    """The event that ends a stream after an error."""
     return frame(error_body(error, PATH), "error")
 
 
@@ -243,7 +243,10 @@ def _tool_use_id(call_id: str) -> str:
 
 
 def _stop(event: Event, *, has_calls: bool) -> tuple[StopReason, str | None]:
-    """Why the answer ended, and the client's stop sequence that ended it. A cut call is no call to make."""
+    """The stop reason, and the client's stop sequence that ended the answer, if one did.
+
+    At the length limit it is never "tool_use": the call may be cut.
+    """
     if event.finish_reason == "length":
         return "max_tokens", None
     if has_calls:
@@ -254,7 +257,7 @@ def _stop(event: Event, *, has_calls: bool) -> tuple[StopReason, str | None]:
 
 
 def _content(events: Sequence[Event]) -> tuple[list[ContentBlock], list[str]]:
-    """The blocks of a whole answer, and a warning for each call whose input is cut. They are those of the stream."""
+    """The blocks of a whole answer, the same as in a stream, and a warning for each call whose input is cut."""
     blocks: list[tuple[ContentBlock, list[str]]] = []  # each with the pieces of its text
     for event in events:
         for text, kind in ((event.reasoning, ThinkingBlock("", SIGNATURE)), (event.text, TextBlock(""))):

@@ -1,4 +1,4 @@
-"""Anthropic's tools and the choice among them, to tools that a model can be told of."""
+"""Decodes Anthropic's `tools` and `tool_choice`."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from brlite.dialects.openai_tools import (
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
-# The types of tools end with a date. Anthropic's servers run these, and the model can do without them.
+# Prefixes of tool types, which end with a date. Anthropic's servers run these tools. They are optional for the model.
 SERVER_TOOLS = ("web_search_", "web_fetch_", "code_execution_", "tool_search_tool_", "advisor_")
 _INDEX = re.compile(r"\btools\[(\d+)\]")
 
 
 class MessagesTool(Struct, kw_only=True):
-    """A tool of any type. Other keys (`cache_control`, `defer_loading`) change nothing for a model that sees all."""
+    """A tool of any type. Other keys (`cache_control`, `defer_loading`) are ignored: the model gets all tools."""
 
     name: str | None = None
     type: str | None = None
@@ -56,11 +56,11 @@ class MessagesTools(Struct, frozen=True):
 def decode_messages_tools(
     given: Sequence[MessagesTool] | None, choice: MessagesToolChoice | None, limits: LimitsConfig
 ) -> MessagesTools:
-    """The tools that may be called, and the choice among them. Raises `InvalidRequest`, naming the field."""
-    check_num_entries("tools", len(given or ()), limits.max_tools)  # also those left out, each with a warning
+    """The tools that the model may call, and the tool choice. Raises `InvalidRequest`, naming the field."""
+    check_num_entries("tools", len(given or ()), limits.max_tools)  # counts those left out too: each gives a warning
     warnings: dict[str, None] = {}
     definitions: list[ToolDefinition] = []
-    places: list[int] = []  # of the definitions in the client's list
+    places: list[int] = []  # each definition's index in the client's list
     for index, tool in enumerate(given or ()):
         kind = tool.type or "custom"
         if kind.startswith(SERVER_TOOLS):

@@ -1,7 +1,8 @@
-"""The messages of Anthropic's API, which are lists of blocks, to the turns of a chat.
+"""Converts the messages of Anthropic's API, which are lists of blocks, to the turns of a chat.
 
-Neighbouring messages of one role are one turn, as there. Results of tools are turns of their own, before the text of
-their message. What only Anthropic's own servers did is left out with a warning; pictures and documents are refused.
+Consecutive messages of one role become one turn, as in Anthropic's API. Each tool result becomes a separate turn before
+the text of its message. Blocks made by Anthropic's servers are left out with a warning; images and documents are
+refused.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from brlite.dialects.json_body import decode_json
 from brlite.errors import InvalidRequest
 from brlite.files.quoting import excerpt
 
-# What Anthropic's servers added to an answer. The model here is told of it by the assistant's text alone.
+# Blocks that Anthropic's servers add to an answer. They are left out; the model gets only the assistant's text.
 DROPPED_BLOCKS = frozenset(
     (
         "redacted_thinking",
@@ -35,13 +36,13 @@ DROPPED_BLOCKS = frozenset(
         "advisor_tool_result",
     )
 )
-# Claude Code's first system block. It has a number that differs in each request, so that no prefix would be cached.
+# Claude Code's first system block. It is left out: its number differs in each request, which defeats prefix caching.
 BILLING_HEADER = "x-anthropic-billing-header:"
 TOOL_USE_PREFIX = "toolu_"
 
 
 class InputBlock(Struct):
-    """A block of any type. Keys beside these (`cache_control`, `citations`, `signature`, `caller`) are left."""
+    """A block of any type. Other keys (`cache_control`, `citations`, `signature`, `caller`) are ignored."""
 
     type: str
     text: str | None = None
@@ -71,7 +72,8 @@ class TurnReader:
         self._call_ids: set[str] = set()
 
     def read(self, system: str | Sequence[InputBlock] | None, messages: Sequence[InputMessage]) -> None:
-        """Leading system messages are a part of `system`; the text of later ones is the user's, with a mark."""
+        """Add all turns. Leading system messages are added to the system turn, after `system`. Later ones become text
+        of a user turn, inside `<system>` tags."""
         texts = [] if system is None else self._texts(system, "system")
         first = 0
         while first < len(messages) and messages[first].role == "system":
@@ -105,7 +107,7 @@ class TurnReader:
                 self.turns.append({"role": "user", "content": "\n\n".join(user_texts)})
 
     def _texts(self, content: str | Sequence[InputBlock], param: str) -> list[str]:
-        """The texts of content that has nothing else."""
+        """The texts of content. Raises `InvalidRequest` for a block that is neither text nor one to leave out."""
         if isinstance(content, str):
             return [content]
         blocks = enumerate(content)
@@ -128,7 +130,7 @@ class TurnReader:
         return {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
 
     def _assistant(self, messages: Sequence[tuple[str | Sequence[InputBlock], str]]) -> None:
-        """One turn of neighbouring messages: their contents, each with its place."""
+        """Add one turn for consecutive messages, given as pairs of content and field path."""
         texts: list[str] = []
         thoughts: list[str] = []
         calls: list[dict[str, Any]] = []
@@ -140,7 +142,7 @@ class TurnReader:
                 elif block.type == "tool_use":
                     calls.append(self._call(block, f"{param}.{at}"))
                 elif not self._is_dropped(block):
-                    parts.append(_text(block, f"{param}.{at}"))  # cited passages are blocks within a sentence
+                    parts.append(_text(block, f"{param}.{at}"))  # citations split a sentence into blocks
             texts.append("".join(parts))
         turn: dict[str, Any] = {"role": "assistant", "content": "\n\n".join(filter(None, texts))}
         if any(thoughts):

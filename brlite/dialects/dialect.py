@@ -1,6 +1,6 @@
-"""What a dialect is: two pure functions and the shape of its errors.
+"""The interface of a dialect: two pure functions and the shape of its errors.
 
-A new one is a file with a `DIALECT`, its place in `DIALECTS` (`__init__.py`) and its test.
+To add a dialect, add a file with a `DIALECT`, an entry in `DIALECTS` (`__init__.py`) and a test.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from brlite.dialects.generation import Generation
 
 
 class ResponseEncoder(Protocol):
-    """Turns the events of one call into its response's bytes: those of a stream, or one whole body."""
+    """Encodes the events of one call as its response: a stream, or one whole body."""
 
     def opening(self, usage: TokenUsage) -> bytes:
-        """What a stream begins with. `usage` has the prompts' tokens."""
+        """The bytes that begin a stream. `usage` counts the tokens of the prompts."""
         ...
 
     def encode(self, event: Event) -> bytes:
-        """What a stream says of one event."""
+        """The bytes of one event in a stream."""
         ...
 
     def closing(self, usage: TokenUsage) -> bytes:
-        """What a stream ends with."""
+        """The bytes that end a stream."""
         ...
 
     def failing(self, error: BaseException) -> bytes:
-        """What a stream ends with where something went wrong."""
+        """The bytes that end a stream after an error."""
         ...
 
     def whole(self, events: Sequence[Event], usage: TokenUsage, warnings: Sequence[str]) -> bytes:
-        """The body of a response that is not streamed; one event a choice, unless the call `keeps_order`."""
+        """The body of a response that is not streamed. There is one event per choice, unless the call `keeps_order`."""
         ...
 
 
 class Dialect(NamedTuple):
     """One API for generating text.
 
-    `id_prefix` is what the ids of its answers begin with. `decode` raises `InvalidRequest`. `make_encoder` takes the
-    call, the answer's id, the model's name as the client has it and the backend's fingerprint (empty if it has none).
-    `encode_error` is what a stream ends with where something went wrong before it has an encoder.
+    The ids of its answers begin with `id_prefix`. `decode` raises `InvalidRequest`. `make_encoder` takes the call, the
+    answer's id, the model name that the client sees and the backend's fingerprint (empty if it has none).
+    `encode_error` gives the bytes that end a stream after an error, if it has no encoder yet.
     """
 
     path: str

@@ -1,6 +1,6 @@
-"""OpenAI's embeddings and vLLM's pooling, which have one request.
+"""OpenAI's embeddings and vLLM's pooling. Both have the same request.
 
-An embedding's bytes are float32, little-endian in base64 as in OpenAI's API, whose clients ask for that.
+OpenAI's clients ask for base64: an embedding is then float32, little-endian, as in OpenAI's API.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class EmbeddingAnswer(Struct, kw_only=True):
 
 
 class PoolingItem(Struct):
-    """The same in vLLM's shape of /pooling."""
+    """One embedding in the shape of vLLM's /pooling."""
 
     object: Literal["pooling"]
     index: int
@@ -82,7 +82,7 @@ class PoolingAnswer(Struct, kw_only=True):
 
 
 class Embedding(Struct, frozen=True, kw_only=True):
-    """A call: texts or tokens, and how their embeddings are made. `names` are what errors call each input."""
+    """A call: texts or tokens, and how to embed them. `names` has the name of each input in errors."""
 
     model: str | None
     inputs: tuple[Text | TokenIds, ...]
@@ -96,7 +96,7 @@ class Embedding(Struct, frozen=True, kw_only=True):
 
 
 class EmbeddingDialect(NamedTuple):
-    """One of the two endpoints: what its answers look like."""
+    """The shape of the answers of one of the two endpoints."""
 
     path: str
     id_prefix: str
@@ -111,9 +111,10 @@ _DECODER = BodyDecoder(EmbeddingRequest)
 
 
 def decode(data: bytes, limits: LimitsConfig) -> Embedding:
-    """What the body asks for. Raises `InvalidRequest`, naming the field.
+    """Decode the body. Raises `InvalidRequest`, naming the field.
 
-    A text that is too long is cut at its end, unless `truncation_side` says else: so do the tokenizers of such models.
+    With `truncate_prompt_tokens` an input is cut at its end unless `truncation_side` is set, as the tokenizers of
+    embedding models do.
     """
     body, undecoded = _DECODER.decode(data)
     warnings = check_undecoded(undecoded, generates=False) if undecoded else ()
@@ -122,7 +123,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Embedding:
     cut = None
     if body.truncate_prompt_tokens is not None:
         cut = truncation(body.truncate_prompt_tokens, body.truncation_side or "right")
-    dimensions: Any = body.dimensions  # PoolingParams refuses what is no whole number
+    dimensions: Any = body.dimensions  # PoolingParams refuses all but whole numbers
     if isinstance(dimensions, float) and dimensions.is_integer():
         dimensions = int(dimensions)  # JSON may write 6 as 6.0
     return Embedding(
@@ -139,7 +140,7 @@ def decode(data: bytes, limits: LimitsConfig) -> Embedding:
 
 
 def encode_item(dialect: EmbeddingDialect, index: int, embedding: array[float], *, is_base64: bool) -> msgspec.Raw:
-    """One item of an answer: of a long one each is made by itself, since a list of numbers takes its time."""
+    """One item of an answer. Items are encoded separately because a list of numbers takes long to encode."""
     value: Any = embedding.tolist()
     if is_base64:
         if sys.byteorder == "big":
@@ -153,6 +154,6 @@ def encode_item(dialect: EmbeddingDialect, index: int, embedding: array[float], 
 def encode_answer(
     dialect: EmbeddingDialect, items: Sequence[msgspec.Raw], usage: EmbeddingUsage, **others: Any
 ) -> bytes:
-    """The whole answer; `others` are its `id`, the `model`'s name as the client wrote it, and `warnings`."""
+    """The whole answer. `others` are its `id`, the `model` name that the client sent, and `warnings`."""
     kind: Any = dialect.answer
     return encode_json(kind(data=items, usage=usage, created=int(time.time()), **others))

@@ -1,7 +1,7 @@
-"""The error envelope: which HTTP status, type and code each exception has, and the JSON body that says so.
+"""The error envelope: the HTTP status, type and code of each exception, and the JSON body.
 
-The body is OpenAI's nested object with the flat keys of the manual's era beside it, so old and new clients both find
-their message; under /v1/messages it is Anthropic's. It knows no requests: `http/errors.py` makes responses of it.
+The body has OpenAI's nested object and the manual's older flat keys, so that old and new clients both find the message.
+Under /v1/messages it is Anthropic's. `http/errors.py` makes the responses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from brlite import errors
 SERVER_FAULT = "The server had an error while processing your request."
 MAX_MESSAGE_LENGTH = 2000
 
-# The paths of Anthropic's API as clients spell them, also where the application is mounted below a prefix.
+# The paths of Anthropic's API, with or without a prefix that the application is mounted under.
 _ANTHROPIC_PATH = re.compile(r"(?:.*/+v1)?/+messages(?:[/?].*)?")
 ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -30,7 +30,7 @@ ANTHROPIC_TYPES = {
 
 
 class Status(NamedTuple):
-    """What HTTP and OpenAI call an error. An error's own `code` goes before this one."""
+    """An error's HTTP status, and its type and code in OpenAI's API. The `code` of the exception overrides this one."""
 
     http: int
     type: str
@@ -62,7 +62,7 @@ STATUSES: dict[type[BaseException], Status] = {
 
 
 def status_of(error: BaseException) -> Status:
-    """The table's row of the error's nearest class."""
+    """The row of `STATUSES` for the error's class, or for its nearest base class."""
     return next(STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES)
 
 
@@ -72,28 +72,28 @@ def error_code(error: BaseException) -> str | None:
 
 
 def error_message(error: BaseException) -> str:
-    """What a client is told. Errors that are not the request's are replaced by one fixed sentence."""
+    """The message for the client. Errors that the request did not cause give one fixed sentence."""
     return str(error)[:MAX_MESSAGE_LENGTH] if isinstance(error, errors.RequestError) else SERVER_FAULT
 
 
 def is_anthropic(path: str) -> bool:
-    """Whether requests to this path, and so its errors, are in Anthropic's shape."""
+    """Whether requests to this path, and its errors, have Anthropic's shape."""
     return "messages" in path and _ANTHROPIC_PATH.fullmatch(path) is not None
 
 
 def error_body(error: BaseException, path: str = "", request_id: str = "") -> bytes:
-    """The error of a request to `path` as JSON. Anthropic's shape has the request's id, where it is given."""
+    """The error of a request to `path` as JSON. `request_id`, if given, is in Anthropic's shape only."""
     status = status_of(error)
     message = error_message(error)
     if isinstance(error, errors.PromptTooLong) and error.max_tokens and is_anthropic(path):
-        # Agents read this text, and then shorten their history.
+        # Agents match this text, and then shorten their history.
         message = f"prompt is too long: {error.num_tokens} tokens > {error.max_tokens} maximum"
     status = status._replace(code=error_code(error))
     return envelope(status, message, getattr(error, "param", None), path, request_id)
 
 
 def envelope(status: Status, message: str, param: str | None = None, path: str = "", request_id: str = "") -> bytes:
-    """The JSON body for these. A path or a field of the client's may be in the message, and hold what JSON cannot."""
+    """The JSON body. Lone surrogates in `message`, from the client's path or field, are escaped: JSON has none."""
     message = message.encode("utf-8", "backslashreplace").decode()
     fields: dict[str, Any]
     if is_anthropic(path):
@@ -102,7 +102,7 @@ def envelope(status: Status, message: str, param: str | None = None, path: str =
         if param:
             fields["param"] = param
         if status.code:
-            fields["details"] = {"error_code": status.code}  # its SDKs go by some of Anthropic's codes
+            fields["details"] = {"error_code": status.code}  # Anthropic's SDKs check some of its codes
         named = {"request_id": request_id} if request_id else {}
         return msgspec.json.encode({"type": "error", "error": fields, **named})
     fields = {"message": message, "type": status.type, "param": param, "code": status.code}

@@ -1,6 +1,7 @@
-"""What a client gets, in no dialect: frozen values, made of the engine's outputs (`server/event_builder.py`).
+"""Results for a client, independent of dialects: frozen values, built from the engine's outputs
+(`server/event_builder.py`).
 
-`encode` of each dialect turns an `Event` into bytes.
+Each dialect's encoder turns an `Event` into bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ EndReason = FinishReason | Literal["tool_calls"]
 
 
 class TokenText(Struct, frozen=True):
-    """A token as text and as bytes, which differ where it is a part of a character."""
+    """A token as text and as bytes. They differ if the token is only a part of a character."""
 
     token_id: int
     text: str
@@ -24,7 +25,7 @@ class TokenText(Struct, frozen=True):
 
 
 class Token(Struct, frozen=True):
-    """A token that is told. `offset` is where its text begins, in characters of the whole text of its choice.
+    """A reported token. `offset` is where its text begins, in characters from the start of its choice's text.
 
     `logprob` is None for the first token of an echoed prompt, and then there are no alternatives. `top` holds the most
     probable tokens, best first.
@@ -37,7 +38,7 @@ class Token(Struct, frozen=True):
 
 
 class TokenUsage(Struct, frozen=True):
-    """Tokens that a call has used so far. `cached` ones are a part of the `prompt`, `reasoning` of the `completion`."""
+    """Tokens that a call has used so far. `prompt` includes `cached`; `completion` includes `reasoning`."""
 
     prompt: int
     completion: int
@@ -46,12 +47,12 @@ class TokenUsage(Struct, frozen=True):
 
 
 class Event(Struct, frozen=True, kw_only=True):
-    """What is new in one choice of an answer; in an answer that is not streamed, the whole choice.
+    """New output of one choice of an answer. If the answer is not streamed, the whole choice.
 
-    `calls` are pieces of calls of tools; whole ones in an answer that is not streamed. `tokens` is None where no
-    logprobs were asked for. `token_ids` are what was drawn since the choice's last event, if they are to be told. The
-    first event of a choice has the prompt's, and the `prompt_tokens`, whose first is None. `usage` and
-    `warnings` stand in the events that are to say them.
+    `calls` are pieces of tool calls; whole calls if the answer is not streamed. `tokens` is None if the request has no
+    logprobs. `token_ids` are the ids drawn since the choice's last event, if the client wants them. The first event of
+    a choice also has the prompt's ids, and `prompt_tokens`, whose first entry is None. `usage` and `warnings` are set
+    only in the events that report them.
     """
 
     choice: int

@@ -1,10 +1,12 @@
-"""The fields of requests: who knows each, at which endpoints, and what it does here. One row a field or a kind of them.
+"""The fields of requests: the APIs that have each, the endpoints that take it, and its effect. A row has one or several
+similar fields.
 
-`OBEYED` names the fields that the request structs decode (their types stand there, the ranges and defaults of sampling
-parameters in `sampling_params/params.py`). `OTHER_NAMES` are further names of sampling parameters. `UNUSUAL` are those
-that are read only where a body has them and its struct lacks them. A field of `NOT_DECODED` is taken where its value
-cannot change the answer (with a warning if it has a value and OpenAI's API lacks it), and refused by name where it can.
-A field that none of these has is ignored, with a warning in the answer. docs/fields.md is printed from here.
+`OBEYED` lists the fields that the request structs decode. The structs have their types; `sampling_params/params.py` has
+the ranges and defaults of sampling parameters. `OTHER_NAMES` are aliases of sampling parameters. `UNUSUAL` are sampling
+parameters that the structs lack; they are read only if a body has them. A field of `NOT_DECODED` is accepted if its
+value cannot change the answer (with a warning if it is not null and neither OpenAI's nor Anthropic's API has the
+field), and refused by name if it can. Any other field is ignored, with a warning in the answer. docs/fields.md is
+generated from this file.
 """
 
 from __future__ import annotations
@@ -27,15 +29,15 @@ INFILL, RERANK, SCORE = "infill", "rerank", "score"
 TOKENIZE, DETOKENIZE = "tokenize", "detokenize"
 BOTH = (CHAT, COMPLETIONS)
 ALL_THREE = (*BOTH, RESPONSES)
-ALL_FIVE = (*ALL_THREE, MESSAGES, INFILL)  # that generate
-OF_PROMPTS = (EMBEDDINGS, RERANK, SCORE)  # nothing is generated
+ALL_FIVE = (*ALL_THREE, MESSAGES, INFILL)  # these generate text
+OF_PROMPTS = (EMBEDDINGS, RERANK, SCORE)  # these generate no text
 EVERYBODY = (OPENAI, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
 ALL_SIX = (OPENAI, ANTHROPIC, VLLM_04, VLLM, LLAMA_CPP, SGLANG)
 VLLM_AND_SGLANG = (VLLM_04, VLLM, SGLANG)
 
 
 class ObeyedField(NamedTuple):
-    """Fields by name that are decoded and obeyed at some endpoints. `note` says what is special."""
+    """Names of fields that `endpoints` decode and apply. `note` describes exceptions."""
 
     names: str
     endpoints: tuple[str, ...]
@@ -150,7 +152,7 @@ OBEYED = (
 )
 
 
-# Sampling parameters that few requests have. The structs lack them: `read_undecoded` gives them to `SamplingParams`.
+# Sampling parameters that few requests have. The structs lack them: `read_undecoded` passes them to `SamplingParams`.
 UNUSUAL = (
     ObeyedField("length_penalty early_stopping", BOTH, (VLLM_04, VLLM), "of a beam search"),
     ObeyedField("repeat_last_n typical_p", ALL_FIVE, (LLAMA_CPP,)),
@@ -168,12 +170,12 @@ UNUSUAL = (
     ObeyedField("min_tokens include_stop_str_in_output", (RESPONSES, MESSAGES, INFILL), (VLLM_04, VLLM)),
     ObeyedField("stop_token_ids stop_tokens_ids skip_special_tokens", (RESPONSES, MESSAGES, INFILL), VLLM_AND_SGLANG),
 )
-# What Responses and Messages have by names of their own, or not: further names of these are not read there.
+# Parameters that Responses and Messages lack or name differently. Aliases of these are not read there.
 OWN_PARAMETERS = frozenset(("n", "max_tokens", "stop", "logprobs"))
 
 
 class OtherName(NamedTuple):
-    """Another API's name of a sampling parameter. `note` says where its meaning differs."""
+    """Another API's name of a sampling parameter. `note` describes a difference in meaning."""
 
     name: str
     parameter: str
@@ -194,10 +196,10 @@ OTHER_NAMES = (
 
 
 class Field(NamedTuple):
-    """A field that is not decoded, or several of one kind, by name.
+    """Names of fields that are not decoded.
 
-    `neutral` are the values beside null that cannot change the answer; None: no value can. `instead` names what to use.
-    With `switch` no value can where the request gives that field a neutral value, which switches these off.
+    `neutral` are the values, besides null, that cannot change the answer; None: no value can. `instead` names the field
+    to use. `switch` is a field that switches these off: if the request gives it a neutral value, any value is accepted.
     """
 
     names: str
@@ -208,15 +210,15 @@ class Field(NamedTuple):
 
 
 NOT_DECODED = (
-    # No value of these changes which text is generated.
+    # No value of these changes the generated text.
     Field("service_tier max_tool_calls client_metadata background_options", (OPENAI,), None),
     Field("cache_control betas anthropic_version anthropic_beta inference_geo speed diagnostics", (ANTHROPIC,), None),
     Field("user_profile_id workspace_id", (ANTHROPIC,), None),
     Field("prompt_cache_options prompt_cache_retention", (OPENAI,), None),
     Field("request_id rid session_id conversation_id", (VLLM, SGLANG), None),
-    Field("guided_decoding_backend", (VLLM,), None),  # how it is done
-    Field("spaces_between_special_tokens", (VLLM_04, VLLM), (True, False)),  # only slow tokenizers have them there
-    Field("stream_reasoning", (SGLANG,), None),  # where reasoning stands, not what it is
+    Field("guided_decoding_backend", (VLLM,), None),  # selects an implementation, not a result
+    Field("spaces_between_special_tokens", (VLLM_04, VLLM), (True, False)),  # in vLLM only slow tokenizers add them
+    Field("stream_reasoning", (SGLANG,), None),  # changes where reasoning is reported, not its text
     Field("mm_processor_kwargs", (VLLM,), None),  # needs images
     Field("cache_prompt id_slot n_cache_reuse slot_id", (LLAMA_CPP,), None),
     Field("reasoning_format reasoning_in_content parse_tool_calls", (LLAMA_CPP,), None),
@@ -229,7 +231,7 @@ NOT_DECODED = (
     Field("background", (OPENAI,), (False,)),
     Field("mcp_servers", (ANTHROPIC,), ([],)),
     Field("container", (ANTHROPIC,)),
-    # What is said, and how.
+    # Kind and style of input and output.
     Field("modalities", (OPENAI,), (["text"],)),
     Field("audio prediction", (OPENAI,)),
     Field("verbosity", (OPENAI, VLLM, SGLANG), ("medium",)),
@@ -266,7 +268,7 @@ NOT_DECODED = (
     Field("bootstrap_host bootstrap_port bootstrap_room", (SGLANG,)),
     Field("data_parallel_rank routed_dp_rank", (SGLANG,)),
     Field("extra_key", (SGLANG,), ("",), "cache_salt"),
-    # What else the answer would hold.
+    # Additional contents of the answer.
     Field("logprob_token_ids", (VLLM,), ([],)),
     Field("return_prompt_text", (VLLM,), (False,)),
     Field("return_hidden_states return_routed_experts return_cached_tokens_details", (SGLANG,), (False,)),
@@ -275,7 +277,7 @@ NOT_DECODED = (
     Field("timings_per_token return_progress verbose", (LLAMA_CPP,), (False,)),
     Field("response_fields", (LLAMA_CPP,), ([],)),
 )
-# Of these each endpoint decodes its own; to another one they are what is said here.
+# Fields that some endpoints decode. The rows apply at the other endpoints.
 OF_ONE_ENDPOINT = (
     Field("context_management", (OPENAI,), ([],)),
     Field("user store metadata safety_identifier prompt_cache_key", (OPENAI,), None),
@@ -294,7 +296,7 @@ OF_ONE_ENDPOINT = (
     Field("return_tokens", (LLAMA_CPP,), (False,), "return_token_ids"),
 )
 
-# The same of fields that bound or shape what is generated: where nothing is, no value of theirs changes the answer.
+# The same for fields that limit or shape generated text. At endpoints that generate none, no value changes the answer.
 OF_GENERATION = (
     Field("n n_cmpl best_of", (OPENAI, VLLM_04, LLAMA_CPP), (1,)),
     Field("use_beam_search", (VLLM_04, VLLM), (False,)),
@@ -307,12 +309,12 @@ OF_GENERATION = (
     Field("prompt_logprobs", (VLLM,)),
     Field("return_tokens_as_token_ids return_token_ids", (VLLM,), (False,)),
     Field("echo", (OPENAI, VLLM_04, VLLM), (False,)),
-    Field("stream_options", (OPENAI,), None),  # the usage is always told there
+    Field("stream_options", (OPENAI,), None),  # other endpoints always report the usage
     Field("response_format", EVERYBODY, ({"type": "text"},), "text.format or output_config.format"),
     Field("guided_json guided_regex guided_choice guided_grammar", (VLLM_04, VLLM), ("", [], {}), "response_format"),
     Field("structured_outputs json_schema", (VLLM, LLAMA_CPP, SGLANG), ("", {}), "response_format"),
     Field("grammar regex ebnf", (LLAMA_CPP, SGLANG), ("",), "response_format"),
-    Field("guided_whitespace_pattern truncation_side", (VLLM,), None),  # each needs another one
+    Field("guided_whitespace_pattern truncation_side", (VLLM,), None),  # each needs a field that is refused
     Field("truncate_prompt_tokens", (VLLM,), (), "truncation"),
     Field("truncation", (OPENAI,), ("disabled",), "truncate_prompt_tokens"),
     Field("instructions previous_response_id", (OPENAI,), ("",), "messages"),
@@ -330,9 +332,9 @@ _ANY = msgspec.json.Decoder(Any)
 
 
 class Undecoded(NamedTuple):
-    """What the fields say that a request's struct lacks.
+    """The result of reading the fields that a request's struct lacks.
 
-    `sampling` has parameters by the names of `SamplingParams`, `field_names` the client's names of these.
+    `sampling` has parameters by their names in `SamplingParams`, `field_names` the client's aliases of these.
     """
 
     warnings: tuple[str, ...] = ()
@@ -344,8 +346,8 @@ NOTHING_MORE = Undecoded()
 
 
 def read_undecoded(given: Mapping[str, msgspec.Raw], own: Collection[str] = ()) -> Undecoded:
-    """What a generation is given beside its struct's fields. Raises as `check_undecoded`, and for two names of one
-    parameter. Further names of the `own` parameters are not read."""
+    """Read the fields that a generation's struct lacks. Raises as `check_undecoded`, and for two names of one
+    parameter. Aliases of the `own` parameters are not read."""
     names = {name: _PARAMETERS[name] for name in given if name in _PARAMETERS and _PARAMETERS[name] not in own}
     sampling: dict[str, Any] = {}
     for name, parameter in names.items():
@@ -362,8 +364,8 @@ def read_undecoded(given: Mapping[str, msgspec.Raw], own: Collection[str] = ()) 
 def check_undecoded(given: Mapping[str, msgspec.Raw], *, generates: bool = True) -> tuple[str, ...]:
     """A warning for each top-level field that has no effect. `given` are those that the request's struct lacks.
 
-    Raises `InvalidRequest` for a known field whose value would change the answer. `generates` tells whether the
-    endpoint generates text.
+    Raises `InvalidRequest` for a known field whose value would change the answer. With `generates` the endpoint
+    generates text.
     """
     warnings: list[str] = []
     for name, raw in given.items():
@@ -385,7 +387,8 @@ def check_undecoded(given: Mapping[str, msgspec.Raw], *, generates: bool = True)
 
 
 def _is_off(switch: str, given: Mapping[str, msgspec.Raw]) -> bool:
-    """Whether the request itself gives the field a neutral value: what is left out may be on elsewhere."""
+    """Whether the request gives the field a neutral value. An absent field does not count: other servers may default
+    to on."""
     value = _decode(switch, given[switch]) if switch in given else None
     return value is not None and is_neutral(value, _BY_NAME[switch].neutral or ())
 
@@ -396,7 +399,7 @@ def is_neutral(value: object, neutral: Iterable[object]) -> bool:
 
 
 def not_supported(param: str, more: str = "") -> InvalidRequest:
-    """The refusal of what would change the answer and is not built."""
+    """The error for a field that would change the answer and is not implemented."""
     return InvalidRequest(
         f"{param} is not supported by this version of brlite{more}", param=param, code="unsupported_parameter"
     )
