@@ -9,7 +9,7 @@ from __future__ import annotations
 
 INITIAL_ACCEPTANCE = 0.2
 TIME_WEIGHT = 0.1  # weight of the last step in the running mean of step times
-NEWEST_WEIGHT = 0.2  # weight of the last guess in `acceptance`: one right guess starts drafting, a few wrong ones end it
+NEWEST_WEIGHT = 0.2  # weight of the last guess in `acceptance`: a right guess starts drafting, a few wrong ones end it
 MARGIN = 1.2  # a guess must yield its cost times this: choosing the best estimate favours those that are too high
 MAX_NEW_TOKENS = 512  # indexed in one call, under a millisecond: a long prompt does not block the event loop
 

@@ -386,7 +386,7 @@ def _depends_on_result(seq: Sequence) -> bool:
     """Whether a sequence's next run needs more from the step under way than the drawn token as its input."""
     if not seq.is_being_drawn:
         return seq.num_in_flight_tokens > 0 and seq.state.pooling == "mean"
-    is_windowed = isinstance(seq.counts, WindowCounts)  # other counts only grow by the drawn token, which the backend counts
+    is_windowed = isinstance(seq.counts, WindowCounts)  # other counts grow by the token, which the backend counts
     has_other = seq.matcher is not None or seq.repetitions is not None
     takes_token = has_other or is_windowed or bool(seq.state.request.bad_words)
     return takes_token and not seq.ends_with_step

@@ -138,7 +138,7 @@ class EngineStats:
         self.prefill_time.observe(now - (state.scheduled_time or now))
 
     def note_tokens(self, num_tokens: int, seconds: float | None) -> None:
-        """Record a step's tokens of a sequence, `seconds` after its previous token if any. Each counts an equal part."""
+        """Record a step's tokens of a sequence, `seconds` after its previous one if any: an equal part for each."""
         self.generation_tokens += num_tokens
         if seconds is not None:
             self.inter_token_latency.observe(seconds / num_tokens, num_tokens)
