@@ -1,4 +1,4 @@
-"""One call's chat with one model: its template's variables, its replies' grammar, and how they are parsed."""
+"""For one chat call and one model: the template variables, the grammar of the replies, and the reply parser."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from brlite.errors import InvalidRequest
 from brlite.sampling_params import CallPart, Calls, ParameterNotation, Reasoning, StructuredOutput
 from brlite.tokenizer import Tokenizer
 
-NUM_END_TOKENS = 16  # of a prompt, enough to see whether it ends inside the reasoning
+NUM_END_TOKENS = 16  # the last tokens of a prompt: enough to detect that it ends inside the reasoning
 NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-# Keywords by which a schema may want properties that `properties` does not name.
+# Keywords with which a schema may require or allow properties that are not in `properties`.
 MORE_PROPERTIES = frozenset(
     {"additionalProperties", "unevaluatedProperties", "patternProperties", "minProperties", "allOf", "anyOf", "oneOf"}
     | {"$ref", "$dynamicRef", "if", "then", "else", "dependentSchemas", "dependentRequired", "dependencies"}
 )
-# Switches of templates' thinking, which `reasoning_effort` sets where a template has no such variable.
+# Template variables that switch reasoning on or off. `reasoning_effort` sets one if the template lacks that variable.
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 NO_REASONING_EFFORTS = ("none", "minimal")
 
@@ -42,22 +42,22 @@ class ChatReplies:
         self._splits_reasoning = call.splits_reasoning
         self._tokenizer = tokenizer
         self._format = reply_format
-        self._begins_inside = self._is_over = False  # the reasoning, where the prompt ends
+        self._begins_inside = self._is_over = False  # state of the reasoning at the end of the prompt
 
     @property
     def is_named(self) -> bool:
-        """Whether one function was to be called: such a reply ends with `stop`, as by OpenAI."""
+        """Whether the client named the function to call. As at OpenAI, the finish reason of such a reply is `stop`."""
         return self._choice.is_named
 
     def begin(self, prompt_token_ids: Sequence[int]) -> None:
-        """The prompt is made: see whether its end has opened the reasoning, or closed it."""
+        """Find out whether the reasoning is open or closed at the end of the prompt. Call it before `structured`."""
         if self._format.marks is not None:
             end = self._tokenizer.decode(prompt_token_ids[-NUM_END_TOKENS:], skip_special_tokens=False)
             self._begins_inside = ends_inside(end, self._format.marks)
             self._is_over = end.rstrip().endswith(self._format.marks[1])
 
     def shown_token_ids(self) -> frozenset[int]:
-        """The special tokens that mark calls and reasoning, which must not be left out of the text."""
+        """The special tokens that mark calls and reasoning. They must stay in the text, since the parser needs them."""
         texts = [*(self._format.calls.marks if self._reads_calls and self._format.calls else ())]
         if self._splits_reasoning:
             texts += self._format.marks or ()
@@ -65,9 +65,9 @@ class ChatReplies:
         return frozenset(token_id for token_id in found if token_id is not None)
 
     def structured(self, wish: StructuredOutput | None) -> StructuredOutput | None:
-        """What the reply must look like where `wish` is what its answer must: reasoning before it, or calls.
+        """The grammar of the whole reply: `wish`, the grammar of the answer, with the reasoning and the calls added.
 
-        None if it is free. Raises `InvalidRequest` if calls in this format have no grammar.
+        None if the reply is not constrained. Raises `InvalidRequest` if calls in this format have no grammar.
         """
         calls = self._calls()
         if calls is None and wish is None:
@@ -100,11 +100,11 @@ class ChatReplies:
 
     @property
     def must_constrain(self) -> bool:
-        """Whether a schema that cannot be enforced is an error: calls are forced, or a function is strict."""
+        """Whether a schema that cannot be enforced is an error: if calls are forced or a function is strict."""
         return self._choice.mode == "required" or any(tool.strict for tool in self._tools)
 
     def token_counter(self) -> ReasoningTokenCounter | None:
-        """What counts the tokens of one reply's reasoning. None for a model that does not reason."""
+        """A counter of the reasoning tokens of one reply. None for a model without reasoning."""
         if self._format.reads_all:
             marks = (harmony.PREAMBLES[0], harmony.ENDS[0])
             return ReasoningTokenCounter(marks, begins_inside=False, several=True)
@@ -130,7 +130,7 @@ class ChatReplies:
 
 
 def call_grammar(parser: type[ToolCallParser], tools: Sequence[Tool], choice: ToolChoice) -> Calls | None:
-    """The grammar of calls of these tools. None if the format cannot write one of them."""
+    """The grammar of calls of these tools. None if the format cannot express a call of one of them."""
     grammars = [parser.grammar(tool) for tool in tools]
     first = grammars[0]
     if first is None:
@@ -162,21 +162,21 @@ def call_grammar(parser: type[ToolCallParser], tools: Sequence[Tool], choice: To
 
 
 def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema of a function's arguments, without arguments that it does not name.
+    """The schema of a function's arguments with `additionalProperties: false`.
 
-    By JSON Schema's default an object may have any others. A client passes them to its function, which fails.
+    By default JSON Schema allows properties that are not listed. A client would pass them to its function, which fails.
     """
     properties = schema.get("properties")
     if not isinstance(properties, Mapping) or not MORE_PROPERTIES.isdisjoint(schema):
         return schema
     required = schema.get("required", ())
     if not isinstance(required, Sequence) or not all(isinstance(name, str) and name in properties for name in required):
-        return schema  # its fault is found when it is compiled
+        return schema  # invalid: compiling it raises the error
     return {**schema, "additionalProperties": False}
 
 
 def template_extras(chat: Chat, chat_format: ChatFormat | None, spec: ModelSpec) -> tuple[TemplateExtras, list[str]]:
-    """What the template gets beside the turns, and warnings. Raises `InvalidRequest`, naming the field."""
+    """The template's variables beside the messages, and warnings. Raises `InvalidRequest` with the field's name."""
     warnings: list[str] = []
     known = frozenset[str]() if chat_format is None else chat_format.capabilities.variables
     for name, value in chat.variables.items():

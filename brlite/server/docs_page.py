@@ -1,4 +1,4 @@
-"""`/docs`: the OpenAPI document as one page of HTML, without scripts and without anything from elsewhere."""
+"""`/docs`: the OpenAPI document as one HTML page, without scripts and without resources of other servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ td { padding: 2px 12px 2px 0; text-align: left; vertical-align: top }
 
 
 def docs_page(document: Mapping[str, Any]) -> str:
-    """The page of an OpenAPI document that `openapi.py` has made."""
+    """The HTML page of an OpenAPI document made by `openapi.py`."""
     info, components = document["info"], document["components"]["schemas"]
     title = escape(f"{info['title']} {info['version']}")
     operations = "".join(
@@ -33,7 +33,7 @@ def docs_page(document: Mapping[str, Any]) -> str:
 def _operation(method: str, path: str, operation: Mapping[str, Any], components: Mapping[str, Any]) -> str:
     head = f"<code>{method.upper()} {escape(path)}</code> {escape(operation['summary'])}"
     rows = [(parameter["name"], f"in the {parameter['in']}", "") for parameter in operation["parameters"]]
-    if "requestBody" in operation:  # of a body that may be several, the first one's fields
+    if "requestBody" in operation:  # if several body types are allowed, the fields of the first one
         schema = operation["requestBody"]["content"]["application/json"]["schema"]
         name = schema["anyOf"][0]["$ref"] if "anyOf" in schema else schema["$ref"]
         fields = components[name.rsplit("/", 1)[1]]["properties"]

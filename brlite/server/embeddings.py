@@ -30,12 +30,12 @@ from brlite.http.body import read_body
 from brlite.http.keys import API_KEY, spend_tokens
 from brlite.server.generate import CONFIG, admit
 
-QUICK_ITEMS = 4  # are encoded at once
-MAX_REPORTED_CUTS = 16  # proxies look for the usage near the end of a long answer, where warnings are
+QUICK_ITEMS = 4  # encoded between two yields to the event loop
+MAX_REPORTED_CUTS = 16  # proxies search only the end of a long answer for the usage; warnings stand there too
 
 
 async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response:
-    """Each input's embedding. A client that leaves aborts all of them: the handler is cancelled."""
+    """Embed each input. If the client disconnects, the handler is cancelled and all requests are aborted."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = decode(await read_body(request, limits), limits)
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
@@ -71,9 +71,9 @@ async def embed(dialect: EmbeddingDialect, request: web.Request) -> web.Response
 
 @contextmanager
 def charge(request: web.Request, name: str, num_tokens: int) -> Iterator[None]:
-    """Charge the request's key for prompts of the model `name` that are computed inside, and log their tokens.
+    """Charge the request's key for the prompts that the block computes with the model `name`, and log their tokens.
 
-    What is refused, or ends before its turn, costs nothing; what a client gave up does.
+    A block that raises `RequestError`, such as a refusal, costs nothing. A request cancelled by its client is charged.
     """
     try:
         yield
@@ -86,13 +86,13 @@ def charge(request: web.Request, name: str, num_tokens: int) -> Iterator[None]:
 
 
 async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tuple[list[list[int]], list[str]]:
-    """The tokens of each input, and a line for each that was cut. Raises `InvalidRequest`, naming the input."""
+    """The tokens of each input, and a warning for each truncated one. Raises `InvalidRequest` with the input's name."""
     prompts: list[list[int]] = []
     warnings: list[str] = []
     num_cut = 0
     for item, name in zip(call.inputs, call.names, strict=True):
         if isinstance(item, Text):
-            await asyncio.sleep(0)  # short texts are encoded here: between two of them others have the loop
+            await asyncio.sleep(0)  # short texts are encoded on the event loop: let other tasks run between two
             token_ids = await engine.encode(
                 item.text,
                 add_special_tokens=item.add_special_tokens,
@@ -118,7 +118,10 @@ async def encode_inputs(call: Embedding, engine: EngineLoop, tenant: str) -> tup
 
 
 def cut_tokens(token_ids: list[int], num_kept: int, engine: EngineLoop, *, keeps_start: bool) -> list[int]:
-    """So many tokens of either end. The special token at the other end stays: the last one is what is pooled."""
+    """Keep `num_kept` tokens: from the start, or from the end. A special token at the other end is kept as one of them.
+
+    With `keeps_start` that is the last token, which is the one that is pooled.
+    """
     special = engine.tokenizer.special_token_ids
     if keeps_start and num_kept > 1 and token_ids[-1] in special:
         return [*token_ids[: num_kept - 1], token_ids[-1]]

@@ -1,4 +1,4 @@
-"""A call's prompts to the engine's requests: rendered, encoded and cut as the call says."""
+"""Makes the engine's requests from the prompts of a call: renders, encodes and truncates them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from brlite.tokenizer.infill import InfillText
 
 
 class EngineRequests(msgspec.Struct, frozen=True):
-    """One request a prompt, in order, and what reads the replies.
+    """One request for each prompt, in order, and the reader of the replies.
 
-    `warnings` say what was not obeyed, `cuts` which prompts were cut, as the call allows.
+    `warnings` name ignored fields; `cuts` name the prompts that were truncated, which the call allows.
     """
 
     requests: list[Request]
@@ -34,7 +34,7 @@ async def make_requests(
 ) -> EngineRequests:
     """The requests of a call. Raises `InvalidRequest`.
 
-    They share a turn of their tenant's, and only the first may be ended for waiting too long.
+    They share one turn of their tenant in the queue. Only the first can fail by the queue timeout.
     """
     requests: list[Request] = []
     warnings: list[str] = []
@@ -48,7 +48,7 @@ async def make_requests(
     if params.best_of is not None:
         params = params.for_all_answers()
     first = call.prompts[0]
-    if isinstance(first, Infill) and engine.tokenizer.infill is not None:  # so are all others
+    if isinstance(first, Infill) and engine.tokenizer.infill is not None:  # then all prompts are of this type
         ends = engine.tokenizer.infill.ends
         params = msgspec.structs.replace(params, stop_token_ids=(*params.stop_token_ids, *ends))
         if first.files and engine.tokenizer.infill.file is None:
@@ -74,7 +74,7 @@ async def make_requests(
             kept = _cut(token_ids, call, call.truncation, engine)
             if len(kept) < len(token_ids):
                 cuts.append(f"a prompt of {len(token_ids)} tokens was cut to {len(kept)} by truncate_prompt_tokens")
-                token_ids, text = kept, None  # a cut prompt has no text any more
+                token_ids, text = kept, None  # the text no longer matches the tokens
         requests.append(
             Request(
                 request_id=f"{answer_id}-{index}",
@@ -97,13 +97,13 @@ async def make_requests(
 
 
 def with_model_defaults(call: Generation, engine: EngineLoop) -> Generation:
-    """The call with the model's own defaults of the sampling parameters that the client left out."""
+    """The call, with the model's defaults for the sampling parameters that the client did not give."""
     params = call.params.with_defaults(engine.sampling_defaults, call.unset)
     return msgspec.structs.replace(call, params=params)
 
 
 def make_replies(call: Generation, tokenizer: Tokenizer, spec: ModelSpec) -> ChatReplies | None:
-    """What reads the replies of a call. None if they are plain text."""
+    """The reader of the replies of a call. None if they are plain text."""
     chat, chat_format = call.prompts[0], tokenizer.chat_format
     if not isinstance(chat, Chat) or chat_format is None:
         return None
@@ -118,13 +118,13 @@ def make_replies(call: Generation, tokenizer: Tokenizer, spec: ModelSpec) -> Cha
 
 
 async def _constrained(request: Request, replies: ChatReplies, engine: EngineLoop, warnings: list[str]) -> Request:
-    """The request with the grammar of its reply. A tool's schema that cannot be enforced leaves calls free, with a
-    warning, unless a call is forced or strict, or the answer has a grammar: then it is an `InvalidRequest`."""
+    """The request with the grammar of its reply. If a tool's schema cannot be enforced, calls are not constrained, with
+    a warning. If a call is forced or strict, or the answer has a grammar, it raises `InvalidRequest` instead."""
     shown, params = replies.shown_token_ids(), request.params
     try:
         structured = replies.structured(params.structured)
         if structured is not None:
-            if params.structured is not None:  # first by itself, so that what is wrong with it is told by its name
+            if params.structured is not None:  # first by itself, so that an error names this field
                 await engine.compile(params.structured, tenant=request.tenant)
             grammar = await engine.compile(structured, tenant=request.tenant)
             params = msgspec.structs.replace(params, structured=structured)
@@ -140,7 +140,7 @@ async def _constrained(request: Request, replies: ChatReplies, engine: EngineLoo
 async def encode(
     prompt: Prompt, engine: EngineLoop, tenant: str, *, extras: TemplateExtras = NO_EXTRAS, is_bounded: bool
 ) -> list[int]:
-    """The token ids of a prompt. Raises `PromptTooLong`, if it `is_bounded`, before the work of encoding is done."""
+    """The token ids of a prompt. If `is_bounded`, raises `PromptTooLong` for a long prompt before it is encoded."""
     if isinstance(prompt, Chat):
         return await engine.encode_chat(
             prompt.messages,
@@ -164,9 +164,9 @@ async def encode(
 
 
 def _cut(token_ids: list[int], call: Generation, truncation: Truncation, engine: EngineLoop) -> list[int]:
-    """What is kept of a prompt: so many tokens, or what leaves the room that `max_tokens` asks for.
+    """Truncate a prompt to the number of tokens that the call gives, or else so that `max_tokens` fit behind it.
 
-    That room is half of the context at most and by default.
+    The room left for the reply is at most half of the context, which is also the default.
     """
     length = context_length(engine.info)
     num_kept = truncation.num_tokens

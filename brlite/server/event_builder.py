@@ -1,7 +1,7 @@
-"""The engine's outputs to events: texts, tokens with their logprobs and places, echoed prompts, usage.
+"""Makes events from the engine's outputs: texts, tokens with logprobs and offsets, echoed prompts, usage.
 
-It knows no dialect. Offsets count characters of the text as it is sent. A token is kept here until its text is sent, so
-no token behind the text's end is shown.
+It does not depend on a dialect. Offsets count characters of the text as it is sent. A token is held back until its text
+is sent, so no token behind the end of the text is shown.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from brlite.tokenizer import Tokenizer
 
 
 class EventBuilder:
-    """Makes the events of one call. A choice's index is prompt index times `n` plus completion index."""
+    """Makes the events of one call. The index of a choice is prompt index * `n` + completion index."""
 
     def __init__(
         self, call: Generation, tokenizer: Tokenizer, warnings: Sequence[str], replies: ChatReplies | None = None
     ) -> None:
-        """`replies` reads reasoning and calls of tools in a chat; without it replies are plain text."""
+        """`replies` parses reasoning and tool calls of a chat; without it replies are plain text."""
         self._call = call
         self._replies = replies
         self._parsers: dict[int, ReplyParser] = {}  # by choice
@@ -46,9 +46,9 @@ class EventBuilder:
         self._begun_choices: set[int] = set()
 
     def events(self, prompt_index: int, output: RequestOutput) -> list[Event]:
-        """What is new, without deltas that say nothing: a part of a character, or of a possible stop string.
+        """The events of an output. No event for a part of a character, or of a possible stop string.
 
-        The last event of a request says its warnings: every clamp, and everything that was ignored.
+        The last event of a request has its warnings: every clamped value and every ignored field.
         """
         self.count(prompt_index, output)
         usage = self.usage() if self._call.continuous_usage else None
@@ -57,7 +57,7 @@ class EventBuilder:
         events: list[Event] = []
         for completion in output.outputs:
             is_last = output.finished and completion is output.outputs[-1]
-            if self._call.is_echo_only:  # nothing is to be seen of it, but that it ended for length
+            if self._call.is_echo_only:  # show no text of it, only the finish reason "length"
                 no_logprobs: list[TokenLogprob] | None = None if completion.logprobs is None else []
                 completion = CompletionOutput(index=completion.index, logprobs=no_logprobs, finish_reason="length")
             text, tokens = (completion.text, None) if self._is_plain else self._told(prompt_index, output, completion)
@@ -80,7 +80,7 @@ class EventBuilder:
         return events
 
     def count(self, prompt_index: int, output: RequestOutput) -> None:
-        """Count the tokens of an output; those of completions only if they are shown. `events` does it."""
+        """Count the tokens of an output; those of completions only if they are shown. `events` calls it."""
         if prompt_index not in self._counted_prompts:
             self._counted_prompts.add(prompt_index)
             self._num_prompt += len(output.prompt_token_ids)
@@ -99,14 +99,14 @@ class EventBuilder:
                         counter.feed(self._tokenizer.token_bytes(token_id))
 
     def usage(self) -> TokenUsage:
-        """The tokens that were used so far."""
+        """The tokens used so far."""
         num_reasoning = sum(counter.num_tokens for counter in self._counters.values() if counter is not None)
         return TokenUsage(self._num_prompt, self._num_completion, self._num_cached, num_reasoning)
 
     def whole(self, outputs: Sequence[RequestOutput]) -> tuple[list[Event], tuple[str, ...]]:
-        """The events of a response that is not streamed, one a choice unless the call `keeps_order`, and warnings."""
+        """The events and warnings of a response that is not streamed: one event a choice unless `keeps_order`."""
         params = self._call.params
-        if params.ranks_answers:  # the tokens of the others count, too
+        if params.ranks_answers:  # the tokens of dropped completions count too
             for output in outputs:
                 self._num_completion += output.keep_best(params.n, keeps_logprobs=params.logprobs is not None)
         events = [event for index, output in enumerate(outputs) for event in self.events(index, output)]
@@ -117,7 +117,7 @@ class EventBuilder:
         return sorted(events, key=lambda event: event.choice), tuple(warnings)
 
     def _with_echo(self, choice: int, events: list[Event]) -> list[Event]:
-        """A choice's first events, behind the message that it continues. It is content, which no parser reads."""
+        """A choice's first events, with the text of the continued message before them. That text is not parsed."""
         if not events:
             return events
         self._echoed_choices.add(choice)
@@ -129,7 +129,7 @@ class EventBuilder:
     def _with_tokens(
         self, prompt_index: int, output: RequestOutput, completion: CompletionOutput, events: list[Event]
     ) -> list[Event]:
-        """A choice's new events with the tokens that the call wants told. They wait where there is no event."""
+        """Add the token ids and prompt logprobs that the call requests to new events. Without events, keep the ids."""
         if output.prompt_logprobs is not None:
             self._prompt_logprobs[prompt_index] = output.prompt_logprobs
         choice = prompt_index * self._call.params.n + completion.index
@@ -150,7 +150,7 @@ class EventBuilder:
         return events
 
     def _read(self, event: Event, replies: ChatReplies) -> list[Event]:
-        """The event of a reply's text as those of its reasoning, content and calls."""
+        """Split an event of a reply's text into events of reasoning, content and calls."""
         parser = self._parsers.get(event.choice)
         if parser is None:
             parser = self._parsers[event.choice] = replies.parser()
@@ -167,7 +167,7 @@ class EventBuilder:
                 events.append(Event(choice=event.choice, text="", reasoning=part.text))
         is_plain = bool(events) and bool(events[-1].text)
         if not (event.finish_reason is None and (events or event.tokens is None)) and not is_plain:
-            events.append(Event(choice=event.choice, text=""))  # the end of a reply is no piece of a call
+            events.append(Event(choice=event.choice, text=""))  # the finish reason does not travel with a call
         if events:
             reason = event.finish_reason
             ends_with_calls = reason == "stop" and parser.num_calls > 0 and not replies.is_named
@@ -184,16 +184,16 @@ class EventBuilder:
     def _told(
         self, prompt_index: int, output: RequestOutput, completion: CompletionOutput
     ) -> tuple[str, list[Token] | None]:
-        """Text and tokens of a delta. The first delta of a choice brings the echoed prompt."""
+        """The text and tokens of a delta. The first delta of a choice contains the echoed prompt."""
         call, choice = self._call, prompt_index * self._call.params.n + completion.index
-        if output.prompt_logprobs is not None:  # they come once, and every choice of the prompt echoes them
+        if output.prompt_logprobs is not None:  # the engine sends them once; every choice of the prompt repeats them
             self._prompt_logprobs[prompt_index] = output.prompt_logprobs
         prompt, is_echoed = "", call.echo and choice not in self._echoed_choices
         if is_echoed:
             self._echoed_choices.add(choice)
             if output.prompt is not None:
                 prompt = output.prompt
-            else:  # it came as token ids, or was cut
+            else:  # the prompt was given as token ids, or truncated
                 prompt = self._tokenizer.decode(output.prompt_token_ids, skip_special_tokens=False)
         if completion.logprobs is None:
             return prompt + completion.text, None
@@ -213,7 +213,7 @@ class EventBuilder:
         return prompt + completion.text, tokens
 
     def _token(self, entry: TokenLogprob, offset: int, *, is_first: bool = False) -> Token:
-        """The token with its alternatives. Its logprob is the same in both places."""
+        """The token with its alternatives. If it is one of them, both entries have the same logprob."""
         top = tuple(
             (self._text(token_id), entry.logprob if token_id == entry.token_id else logprob)
             for token_id, logprob in entry.top
@@ -225,7 +225,7 @@ class EventBuilder:
 
 
 def joined_events(events: Sequence[Event]) -> list[Event]:
-    """One event a choice, with all texts and whole calls."""
+    """One event for each choice, with the whole text and complete calls."""
     joined: dict[int, Event] = {}
     for event in events:
         before = joined.get(event.choice)
@@ -256,26 +256,26 @@ def joined_events(events: Sequence[Event]) -> list[Event]:
 
 
 def token_text(token_id: int, tokenizer: Tokenizer) -> TokenText:
-    """The token as answers tell it."""
+    """The token's id, text and bytes, as answers show them."""
     return TokenText(token_id, tokenizer.token_text(token_id), tokenizer.token_bytes(token_id))
 
 
 class ToldToken(NamedTuple):
-    """A token that an answer tells, and where its text begins, in characters."""
+    """A token that an answer shows, and the offset of its text in characters."""
 
     entry: TokenLogprob
     offset: int
 
 
 class OffsetCounter:
-    """Where each token begins in the text of all: `start` is the first one's place."""
+    """Computes the offset of each token in the joined text, in characters. `start` is the offset of the first one."""
 
     def __init__(self, start: int = 0) -> None:
-        self._end = start  # of the whole characters
+        self._end = start  # end of the complete characters
         self._partial = b""
 
     def add(self, data: bytes) -> int:
-        """Where the next token, of these bytes, begins. Parts of one character begin where it does."""
+        """Add the bytes of the next token and return its offset. Parts of a character have the character's offset."""
         begun = self._partial + data[:1]
         text, _ = codecs.utf_8_decode(begun, "replace", False)
         is_given_up = bool(self._partial and text) and text.encode() != begun  # the part before became a U+FFFD
@@ -288,7 +288,7 @@ class OffsetCounter:
 
 
 class TokenTrack:
-    """One choice's tokens on their way out. `start` is where its text begins, behind an echoed prompt."""
+    """The tokens of one choice that are not sent yet. `start` is the offset of its text, behind an echoed prompt."""
 
     def __init__(self, tokenizer: Tokenizer, skipped_token_ids: Collection[int], start: int = 0) -> None:
         self._tokenizer = tokenizer
@@ -298,7 +298,7 @@ class TokenTrack:
         self._waiting: list[ToldToken] = []
 
     def take(self, completion: CompletionOutput) -> list[ToldToken]:
-        """The tokens to tell with this delta. Of one that ends with a stop string, those behind the cut are dropped."""
+        """The tokens to send with this delta. If a stop string ended the reply, tokens behind the cut are dropped."""
         for entry in completion.logprobs or ():
             is_skipped = entry.token_id in self._skipped_token_ids
             data = b"" if is_skipped else self._tokenizer.token_bytes(entry.token_id)
@@ -313,9 +313,9 @@ class TokenTrack:
 
 
 def prompt_offsets(text: str | None, token_ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
-    """Where each token of an echoed prompt begins. `text` is what the client sent; None if it sent token ids.
+    """The offset of each token of an echoed prompt, in characters. `text` is None if the client sent token ids.
 
-    Tokens that the tokenizer added (BOS, the space before the first word) take no room in the text.
+    Tokens that the tokenizer added (BOS, the space before the first word) have length 0.
     """
     if text is None:
         counter = OffsetCounter()
@@ -342,5 +342,5 @@ def prompt_offsets(text: str | None, token_ids: Sequence[int], tokenizer: Tokeni
 
 
 def _continues(byte: int) -> bool:
-    """Whether a byte of UTF-8 is not a character's first."""
+    """Whether a byte is a UTF-8 continuation byte."""
     return byte & 0xC0 == 0x80

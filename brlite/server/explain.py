@@ -1,4 +1,4 @@
-"""`POST /explain`: what a request would come to, and where each of its values is from. Nothing is computed."""
+"""`POST /explain`: the effective values of a request, the source of each, and its cost. The model does not run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from brlite.server.generate import CONFIG, admit, json_response
 from brlite.server.responses import responses_dialect
 from brlite.server.tokens import prompt_text
 
-# Other names of parameters in requests, besides those of `Generation.field_names`.
+# Further request names of parameters, besides those of `Generation.field_names`.
 ALIASES = {
     "max_tokens": ("max_completion_tokens", "max_output_tokens"),
     "stop_token_ids": ("stop_tokens_ids",),
     "logprobs": ("top_logprobs",),
 }
-NOT_SHOWN = ("stop_tokens_ids",)  # another name
+NOT_SHOWN = ("stop_tokens_ids",)  # an alias of stop_token_ids
 
 Origin = Literal["request", "generation_config", "default", "server"]
 
@@ -86,7 +86,7 @@ class Explanation(Struct, kw_only=True):
 
 
 async def explain(request: web.Request) -> web.Response:
-    """The body is one of any endpoint that generates; the query's `endpoint` says which, else the fields do."""
+    """The body is a request of any generating endpoint: that of the query parameter `endpoint`, else by its fields."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     body = await read_body(request, limits)
     given = {name for name, raw in decode_fields(body).items() if bytes(raw) != b"null"}
@@ -99,7 +99,7 @@ async def explain(request: web.Request) -> web.Response:
             made = await make_requests(call, engine, model.spec, "explain", tenant)
             admitted = [admit_to_engine(each, engine.info, limits) for each in made.requests]
             prompts = call.prompts
-            if call.truncation is not None:  # a cut prompt is what its tokens say
+            if call.truncation is not None:  # show the truncated prompts, which exist only as tokens
                 prompts = tuple(TokenIds(each.prompt_token_ids) for each in made.requests)
             texts = [await prompt_text(prompt, engine, model, tenant) for prompt in prompts]
         except InvalidRequest as error:
@@ -169,7 +169,7 @@ def _memory(requests: list[Request], longest: list[int], engine: EngineLoop) -> 
     needed = 0
     for request, max_tokens in zip(requests, longest, strict=True):
         num_prompt_tokens, size = len(request.prompt_token_ids), info.block_size
-        num_sequences = request.params.beam_width  # its completions, or the beams of its search
+        num_sequences = request.params.beam_width  # without beam search, the number of completions
         num_shared = num_prompt_tokens // size if num_sequences > 1 else 0
         needed += num_shared + num_sequences * (-(-(num_prompt_tokens + max_tokens) // size) - num_shared)
     block_bytes = info.kv_bytes // info.num_blocks if info.num_blocks else 0

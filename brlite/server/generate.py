@@ -1,9 +1,9 @@
-"""The endpoint of each dialect: a call is decoded, admitted and delivered. `generate` is the place to start.
+"""The endpoint of each dialect: decode a call, admit it, deliver the response. Start reading at `generate`.
 
-A delivery carries the engine's outputs to one HTTP response: chunk by chunk, or all at once. A stream whose model has
-to be loaded begins before the load and reports its progress in comments. The engine's sinks write to the client's
-socket themselves, so a token costs one write and wakes no task. A client that is slower than its model gets merged
-deltas; one that leaves, in any way, has its requests aborted.
+A delivery writes the engine's outputs to one HTTP response: as a stream, or as one body. A stream whose model must be
+loaded begins before the load and reports the progress in comments. The engine's sinks write to the client's socket
+directly, so a token costs one write and wakes no task. A client slower than the model gets merged deltas. When a client
+disconnects, its requests are aborted.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ RUNNING: web.AppKey[set[Delivery]] = web.AppKey("running")  # the deliveries in 
 async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = False) -> web.StreamResponse:
     """Decode, admit, deliver: the endpoint of each dialect.
 
-    `is_first`: compute it even with an `Idempotency-Key`, since no earlier request had this key.
+    `is_first`: the `Idempotency-Key` was already checked and is new, so compute the answer.
     """
     limits = request.app[CONFIG].limits
     body = await read_body(request, limits)
@@ -75,12 +75,12 @@ async def generate(dialect: Dialect, request: web.Request, *, is_first: bool = F
 
 
 def json_response(answer: Struct | Sequence[Struct]) -> web.Response:
-    """An answer that is not streamed."""
+    """The response of an answer that is not streamed."""
     return web.Response(body=encode_json(answer), content_type="application/json")
 
 
 def timeout_seconds(request: web.Request, call: Generation) -> float:
-    """The time limit that a request gives, in its body or in the header. Raises `InvalidRequest`."""
+    """The time limit in the request's body or header, in seconds. Raises `InvalidRequest`."""
     if call.timeout_seconds is not None:
         return call.timeout_seconds
     text = request.headers[TIMEOUT_HEADER]
@@ -100,8 +100,8 @@ def timeout_seconds(request: web.Request, call: Generation) -> float:
 def admit(request: web.Request, name: str | None) -> Iterator[ServedModel]:
     """Count the request under its key, and keep the model loaded inside the block.
 
-    Raises `Forbidden` or `RateLimited` for the key, `ModelNotFound`, and `NotReady` or `QueueFull` for a model that
-    does not take work. The key is checked first, so that a client without access cannot find out model names.
+    Raises `Forbidden` or `RateLimited` for the key, `ModelNotFound`, and `NotReady` or `QueueFull` if the model does
+    not accept requests. The key is checked first, so that a client without access cannot find out model names.
     """
     models, key = request.app[MODELS], request[API_KEY]
     model = models.get(name)
@@ -124,10 +124,10 @@ def end_all(app: web.Application) -> None:
 
 
 class Delivery:
-    """The response to one call. `run` makes it, inside `admit`.
+    """The response to one call. Call `run` inside `admit`.
 
-    However `run` ends, requests that are not finished are aborted, and the computed tokens are charged to the key and
-    logged. A refusal names the fields as the client's dialect does.
+    When `run` ends, also by an error or cancellation, unfinished requests are aborted, and the computed tokens are
+    charged to the key and logged. A refusal uses the field names of the client's dialect.
     """
 
     def __init__(
@@ -140,21 +140,21 @@ class Delivery:
         self._model_name = model_name
         self._limits = limits
         self._tenant = request[API_KEY].tenant
-        self._outputs: dict[int, RequestOutput] = {}  # that are not sent yet
+        self._outputs: dict[int, RequestOutput] = {}  # not sent yet
         self._num_open = 0
-        self._num_searched = 0  # tokens of beam searches that no answer has
+        self._num_searched = 0  # computed by beam search, but in no answer
         self._is_closed = False
         self._error: BrliteError | None = None
-        self._times = RequestTimes(0.0, 0.0, 0.0)  # of the prompt that ended last
+        self._times = RequestTimes(0.0, 0.0, 0.0)  # of the last prompt that has ended
         self._deadline: asyncio.TimerHandle | None = None
         self._changed = asyncio.Event()
         self._engine: EngineLoop
         self._requests: list[Request] = []
-        self._builder: EventBuilder | None = None  # until the requests are with the engine
+        self._builder: EventBuilder | None = None  # None until the engine has the requests
         self._encoder: ResponseEncoder
 
     async def run(self, model: ServedModel) -> web.StreamResponse:
-        """Run the call and send its response. Raises the error that ended it where nothing of one has been sent."""
+        """Run the call and send its response. Raises the error that ended it if no part of a response has been sent."""
         self._request.app[RUNNING].add(self)
         try:
             await self._submit(model)
@@ -170,10 +170,7 @@ class Delivery:
         return await model.loaded(self._limits.max_wait_seconds, self._tenant)
 
     def end_after(self, seconds: float) -> None:
-        """End with an error when so many seconds have passed, unless the response is complete by then.
-
-        It ends a wait for the model, too.
-        """
+        """End with an error after `seconds`, unless the response is complete then. Also ends a wait for the model."""
         self._limits = msgspec.structs.replace(
             self._limits, max_wait_seconds=min(seconds, self._limits.max_wait_seconds)
         )
@@ -181,13 +178,13 @@ class Delivery:
         self._deadline = asyncio.get_running_loop().call_later(seconds, self.fail, error)
 
     async def _submit(self, model: ServedModel) -> None:
-        """Encode the prompts and queue their requests, once the model is loaded.
+        """Wait until the model is loaded, encode the prompts and queue their requests.
 
-        Raises `RequestError` for the first that is refused, or if the model cannot be loaded in time.
+        Raises `RequestError` for the first refused prompt, or if the model cannot be loaded in time.
         """
         engine = model.engine
         if engine is None or model.is_held_back:
-            check_limits(self._call.params, self._limits)  # the engine does, but too late for a client that waits
+            check_limits(self._call.params, self._limits)  # the engine checks too, but only after the load
             engine = await self._wait_for(model)
         if engine.sampling_defaults:
             self._call = with_model_defaults(self._call, engine)
@@ -214,25 +211,25 @@ class Delivery:
         raise NotImplementedError
 
     def fail(self, error: BrliteError) -> None:
-        """End with this error in place of what is still to come."""
+        """End the response with this error."""
         self._error = self._error or error
         self._changed.set()
 
     def abort(self) -> None:
-        """End the generation at its next step: the response is what there is then, with the finish reason "abort"."""
+        """End the generation at its next step. The response has the tokens so far and the finish reason "abort"."""
         for request in self._requests:
             self._engine.abort(request.request_id)
 
     def is_named(self, name: str, tenant: str) -> bool:
-        """Whether the response, or its request, has this id, belongs to the tenant and is with the engine."""
+        """Whether the response or its request has this id, belongs to the tenant, and is in the engine."""
         return bool(self._requests) and tenant == self._tenant and name in (self.id, shown_request_id(self._request))
 
     async def _end_with(self, error: BrliteError) -> web.StreamResponse:
-        """End a response that has begun with an error. Where none has, raise it: the middlewares answer it."""
+        """Write the error into a response that has begun. Else raise it, and the middlewares send it."""
         raise error from None
 
     def _receive(self, index: int, output: RequestOutput | BrliteError) -> None:
-        """The sink of one prompt's request."""
+        """The sink of one prompt's request: takes an output, or the error that ended the request."""
         try:
             if isinstance(output, BrliteError):
                 self._error = output
@@ -242,7 +239,7 @@ class Delivery:
                 self._num_open -= output.finished
                 self._times = output.times or self._times
                 self._take(index, output)
-        except Exception:  # the engine logs it; without an error here the handler would wait for ever
+        except Exception:  # the engine logs it; without `_error` the handler would wait forever
             self._error = EngineError("the answer could not be made")
             raise
         finally:
@@ -250,7 +247,7 @@ class Delivery:
                 self._changed.set()
 
     def _charge_search(self, output: RequestOutput) -> None:
-        """Charge what beams drew. Where the client has left, nothing of the search has been charged before."""
+        """Charge the tokens of a beam search. If the client has left, none of them, nor its prompt, is charged yet."""
         if self._is_closed:
             spend_tokens(self._request, len(output.prompt_token_ids), output.num_searched_tokens)
         else:
@@ -272,7 +269,7 @@ class Delivery:
             self.abort()
         usage = TokenUsage(0, 0, 0)
         if self._builder is not None:
-            for index, output in self._outputs.items():  # computed, and never sent
+            for index, output in self._outputs.items():  # computed but not sent
                 self._builder.count(index, output)
             usage = self._builder.usage()
         spend_tokens(self._request, usage.prompt, usage.completion + self._num_searched)
@@ -308,18 +305,18 @@ class WholeDelivery(Delivery):
 
 
 class StreamState(enum.Enum):
-    """How far a stream is. It only moves down this list."""
+    """The progress of a stream. It moves only down this list."""
 
-    WAITING = enum.auto()  # no headers yet: a refusal is a response of its own
-    BEGUN = enum.auto()  # headers are sent: a refusal travels in the stream. Deltas are kept
+    WAITING = enum.auto()  # no headers sent: an error is a normal error response
+    BEGUN = enum.auto()  # headers are sent: an error is an event of the stream. Deltas are kept
     SENDING = enum.auto()  # deltas are written as they come
-    OVER = enum.auto()  # nothing more is written: the end, an error, or the client has left
+    OVER = enum.auto()  # nothing more is written: finished, failed, or the client has left
 
 
 class StreamDelivery(Delivery):
-    """Sends each delta as it comes, as server-sent events. `_outputs` holds those that a slow client cannot take yet.
+    """Sends each delta at once, as server-sent events. `_outputs` holds those that a slow client cannot take yet.
 
-    The headers go first where a model has to be loaded, which may fail.
+    If the model must be loaded, the headers are sent before the load, which may fail.
     """
 
     _state = StreamState.WAITING
@@ -338,7 +335,7 @@ class StreamDelivery(Delivery):
             return await super()._wait_for(model)
 
     async def _send(self) -> web.StreamResponse:
-        """Returns early if the client left, or was cut for being slow."""
+        """Returns early if the client left, or if its connection was cut because it read too slowly."""
         assert self._builder is not None
         if self._state is StreamState.WAITING:
             await self._begin()
@@ -353,7 +350,7 @@ class StreamDelivery(Delivery):
             if self._outputs and not await self._stream.drained(self._limits.slow_client_seconds):
                 break
             self._flush()
-        self._state = StreamState.OVER  # outputs of other prompts must not follow the end of the response
+        self._state = StreamState.OVER  # write no outputs of other prompts after the end of the response
         if self._error is not None:
             raise self._error
         return await self._stream.finish(self._encoder.closing(self._builder.usage()))

@@ -1,6 +1,6 @@
-"""One coroutine for each endpoint, and `ROUTES`, which lists them. `generate.py` is the place to start.
+"""One coroutine for each endpoint, and `ROUTES`, which lists them. Start reading at `generate.py`.
 
-No field is interpreted here and no byte is framed: `dialects/` decode and encode, `delivery.py` sends.
+This file interprets no fields and frames no bytes: `dialects/` decodes and encodes, `generate.py` sends.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from brlite.server.responses import (
 from brlite.server.scores import score
 from brlite.server.tokens import apply_template, count_message_tokens, detokenize, render, tokenize, tokenizer_info
 
-# Adds the metrics of the upstreams, of one by its name or of `all`, to a text of ours.
+# Appends the metrics of one upstream, by its name, or of `all` to our own metrics text.
 ADD_METRICS: web.AppKey[Callable[[bytes, str], Awaitable[bytes]]] = web.AppKey("add_metrics")
 
 
 async def root(request: web.Request) -> web.Response:
-    """Agents see by `HEAD /`, without a key, whether the address is a server's. There is no page."""
+    """Agents send `HEAD /` without a key to check that a server listens. There is no page."""
     if request.method != hdrs.METH_HEAD:
         raise NotFound(f"unknown endpoint: {request.method} /; GET /docs lists those that there are")
     return web.Response()
@@ -61,7 +61,7 @@ async def not_built(request: web.Request) -> web.Response:
 
 
 async def list_models(request: web.Request) -> web.Response:
-    """The models that the key may use; of remote ones, those with a reachable upstream."""
+    """The models that the key may use. Remote models only if an upstream is reachable."""
     models, may_use = request.app[MODELS], request[API_KEY].may_use
     here = [local_card(name, model) for name, model in models.names() if may_use(model.name)]
     remote = [forwarded_card(model) for model in models.forwarded if model.num_available and may_use(model.model)]
@@ -106,27 +106,27 @@ async def version(request: web.Request) -> web.Response:
 
 
 async def health(request: web.Request) -> web.Response:
-    """Alive: 200 unless an engine's loop has died, which only a restart mends."""
+    """Liveness: 200, unless an engine's loop has failed. Then only a restart helps."""
     is_alive = all(model.is_alive for model in request.app[MODELS])
     return web.json_response({"status": "alive" if is_alive else "failed"}, status=200 if is_alive else 500)
 
 
 async def ping(request: web.Request) -> web.Response:
-    """SageMaker's probe, by GET or POST: 200 with an empty body where `/health` is 200."""
+    """SageMaker's probe, by GET or POST: 200 with an empty body if `/health` is 200."""
     return web.Response(status=(await health(request)).status)
 
 
 async def props(request: web.Request) -> web.Response:
-    """llama.cpp's numbers of a model. The query parameter `model` is needed where several models are served."""
+    """llama.cpp's properties of a model. The query parameter `model` is required if several models are served."""
     with admit(request, request.query.get("model")) as model:
         engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
     return json_response(model_props(model, engine))
 
 
 async def slots(request: web.Request) -> web.Response:
-    """llama.cpp's list of what runs, for a model that is loaded. Where keys have names, only an operator's may see it.
+    """llama.cpp's list of running sequences, for a loaded model. If keys have names, an operator's key is required.
 
-    It is no request for the model: it counts under no limit and loads nothing.
+    It does not count as a request for the model: no limit applies, and it loads nothing.
     """
     models, key, name = request.app[MODELS], request[API_KEY], request.query.get("model")
     if not request.app[CONFIG].server.slots:
@@ -143,14 +143,14 @@ async def slots(request: web.Request) -> web.Response:
 
 
 async def load(request: web.Request) -> web.Response:
-    """vLLM's: the requests of all models in progress, those that wait among them."""
+    """vLLM's endpoint: the number of requests in progress on all models, waiting ones included."""
     return web.json_response({"server_load": sum(model.num_requests for model in request.app[MODELS])})
 
 
 async def ready(request: web.Request) -> web.Response:
-    """Serving: 200 if new work is accepted, else 503.
+    """Readiness: 200 if new requests are accepted, else 503.
 
-    With an accepted key also the state of each model that the key may use, and the number of its upstreams.
+    With an accepted key, also the state of each model that the key may use, and the number of its upstreams.
     """
     models, key = request.app[MODELS], shown_api_key(request)
     is_ready = models.takes_requests
@@ -176,9 +176,9 @@ async def ready(request: web.Request) -> web.Response:
 
 
 async def get_metrics(request: web.Request) -> web.Response:
-    """Our own numbers and, with `?upstream=NAME` or `all`, those of upstreams.
+    """Our own metrics and, with `?upstream=NAME` or `all`, those of upstreams.
 
-    Where keys have names, all but the process's own numbers need an operator's key: they show names of models and keys.
+    If keys have names, all but the process's metrics need an operator's key: they show names of models and keys.
     """
     app, which, keys = request.app, request.query.get("upstream"), request.app[KEYS]
     may_see_names = keys.may_see_all(shown_api_key(request))
@@ -236,7 +236,7 @@ NOT_BUILT = (
 
 
 def spellings(path: str, end: str = "/*") -> str:
-    """A route's pattern for a path as clients spell it: doubled and trailing slashes, `/v1` left out or put before."""
+    """A route pattern for all spellings of a path: doubled and trailing slashes, with and without `/v1`."""
     first, *others = path.removeprefix("/v1").strip("/").split("/")
     inner = "".join(f"{{s{index}:/+}}{part}" for index, part in enumerate(others))
     return f"/{{v1:(?:/*v1/+)*/*}}{first}{inner}{{end:{end}}}"
@@ -250,14 +250,14 @@ ROUTES = [
     *(web.get(path, handler) for path, handler in _GETS.items()),
     *(web.get(path, handler) for path, handler in _PROBES.items()),
     *(web.get(f"{path}/", handler) for path, handler in _PROBES.items()),
-    # Behind the usual spellings, which are found by their text.
+    # Patterns come after the usual spellings, which aiohttp finds by a dict lookup.
     *(web.post(spellings(path), handler, expect_handler=leave_body) for path, handler in _POSTS.items()),
     *(web.delete(spellings(path), handler) for path, handler in _DELETES.items()),
     *(web.get(spellings(path), handler) for path, handler in (*_GETS.items(), *_PROBES.items())),
     *(web.route("*", spellings(path, end="(?:/.*)?"), not_built, expect_handler=leave_body) for path in NOT_BUILT),
 ]
-# The probes need no key, and are answered while all connections are busy. The documentation needs no key either, since
-# browsers send none: it says nothing of this server's models. Neither does `HEAD /`.
+# The probes need no key and are answered even at the connection limit. The documentation needs no key, since browsers
+# send none; it does not mention this server's models. `HEAD /` needs no key for the same reason.
 PROBES = frozenset({"/health", "/health/", "/ready", "/ready/", "/ping", "/ping/"})
 OPEN_PATHS = PROBES | {"/", "/openapi.json", "/docs"}
 METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
@@ -265,7 +265,7 @@ METRICS_PATHS = frozenset({"/metrics", "/metrics/"})
 
 @functools.cache
 def _documentation() -> tuple[str, str]:
-    """The OpenAPI document of all endpoints and its page. They are made by the first call, in 0.2 s."""
+    """The OpenAPI document of all endpoints, and its HTML page. The first call makes both, in 0.2 s."""
     gets = (*_GETS, "/v1/models/{name}", *_PROBES)
     paths = {"post": tuple(_POSTS), "get": gets, "delete": tuple(_DELETES)}
     made = document([(method, path) for method, each in paths.items() for path in each])

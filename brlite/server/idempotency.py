@@ -1,8 +1,8 @@
-"""`Idempotency-Key`: a request that comes again joins the first one while that runs, then gets its stored answer.
+"""`Idempotency-Key`: a repeated request waits for the first one while that runs, and later gets the stored answer.
 
-An answer that is not streamed is computed to its end even if its client leaves; a stream ends with its client, and the
-next request with its key begins anew, unless it can be resumed (`resumable.py`). Only complete answers are stored: no
-errors, and none that was aborted.
+An answer that is not streamed is computed to its end even if its client disconnects. A stream ends when its client
+disconnects, and the next request with the key starts again, unless it can be resumed (`resumable.py`). Only complete
+answers are stored: no errors and no aborted answers.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ Run = Callable[[Dialect, web.Request], Awaitable[web.StreamResponse]]
 
 
 class StoredAnswer(Struct, frozen=True):
-    """`digest` is that of the request, which must be the same for the same key."""
+    """`digest` is the digest of the request. Requests with the same key must have the same digest."""
 
     digest: bytes
     body: bytes
     content_type: str
 
     def response(self, num_seen: int | None) -> web.Response:
-        """All of it, or the events that a client has not seen. Raises `InvalidRequest` if it has fewer."""
+        """The whole answer, or the events after the first `num_seen`. Raises `InvalidRequest` if it has fewer."""
         body = self.body
         if num_seen is not None:
             events = split_events(body)
@@ -59,7 +59,7 @@ class StoredAnswer(Struct, frozen=True):
 
 
 class RunningAnswer:
-    """`answer` has the result: None where the answer did not become complete. `stream`, if it can be resumed."""
+    """The result of `answer` is None if the answer did not become complete. `stream` is set if it can be resumed."""
 
     def __init__(self, digest: bytes, stream: RecordedStream | None) -> None:
         self.digest = digest
@@ -68,7 +68,7 @@ class RunningAnswer:
 
 
 class IdempotentAnswers:
-    """The answers of requests with a key: those that are being made, and those that are complete, within a bound."""
+    """The answers of requests with a key: running ones, and complete ones up to a number of bytes."""
 
     def __init__(self, limits: LimitsConfig) -> None:
         self.store: BoundedStore[StoredAnswer] = BoundedStore(
@@ -81,9 +81,9 @@ class IdempotentAnswers:
     async def answer(
         self, dialect: Dialect, request: web.Request, body: bytes, tenant: str, run: Run
     ) -> web.StreamResponse:
-        """The answer of `run`, of an equal request before it, or of one that is under way. Raises as `run` does.
+        """The answer of `run`, or of an equal request that is complete or running. Raises as `run` does.
 
-        Raises `InvalidRequest` for a key that came with another body or path, and for a stream that cannot be resumed.
+        Raises `InvalidRequest` if the key was used with another body or path, or if the stream cannot be resumed.
         """
         key = request.headers[HEADER]
         if not 0 < len(key) <= MAX_KEY_LENGTH:
@@ -128,7 +128,7 @@ class IdempotentAnswers:
     async def _earlier(
         self, request: web.Request, tenant: str, digest: bytes, num_seen: int | None
     ) -> web.StreamResponse | None:
-        """The answer of an earlier request with this key, awaited if it is under way; None if there is none.
+        """The answer of an earlier request with this key; None if there is none. Waits for a running request.
 
         Raises `InvalidRequest` if that request had another digest.
         """
@@ -147,14 +147,14 @@ class IdempotentAnswers:
         return stored.response(num_seen)
 
     async def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Wait `seconds` for what still runs, then cancel it."""
+        """Wait up to `seconds` for running requests, then cancel them."""
         if self._tasks:
             _, late = await asyncio.wait(self._tasks, timeout=seconds)
             for task in late:
                 task.cancel()
 
     def _end(self, tenant: str, key: str, body: bytes | None, content_type: str) -> None:
-        """Store a complete answer; without a `body` it was not completed."""
+        """Store a complete answer. `body` is None if the answer did not become complete."""
         running = self._running.pop((tenant, key))
         answer = None
         if body is not None:
@@ -167,7 +167,7 @@ ANSWERS = web.AppKey("answers", IdempotentAnswers)
 
 
 class Recorder:
-    """Keeps what an encoder makes: `whole`, or `stream` once that is at its good end, if it has at most `max_bytes`."""
+    """Keeps an encoder's bytes, at most `max_bytes`: `whole`, or `stream` once the stream has ended without error."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes

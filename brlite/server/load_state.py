@@ -1,4 +1,4 @@
-"""The state of one model's load: stage and progress, the requests that wait for it, and the time of the next try.
+"""The state of one model's load: stage and progress, the waiting requests, and the time of the next attempt.
 
 It loads nothing and holds no engine: the model manager reports progress and the outcome.
 """
@@ -20,7 +20,7 @@ RETRY_SECONDS = 5
 
 
 class LoadPhase(enum.Enum):
-    """Where a load is. Events and what follows from them:
+    """The phase of a load. Each event and the phase after it:
 
     | event                         | IDLE    | RUNNING | FAILED  | STOPPED |
     |-------------------------------|---------|---------|---------|---------|
@@ -30,7 +30,7 @@ class LoadPhase(enum.Enum):
     | the server stops              | STOPPED | STOPPED | STOPPED | STOPPED |
     """
 
-    IDLE = enum.auto()  # no load is under way, and the last one, if there was one, succeeded
+    IDLE = enum.auto()  # no load is running; the last one, if any, succeeded
     RUNNING = enum.auto()
     FAILED = enum.auto()  # the last one failed; after `RETRY_SECONDS` a request starts the next one
     STOPPED = enum.auto()  # every request is refused
@@ -68,7 +68,7 @@ class LoadState:
 
     def report(self, stage: str, fraction: float) -> None:
         """Set the progress."""
-        self.stage, self.fraction = str(stage), fraction  # a stage of a known size is a kind of its own
+        self.stage, self.fraction = str(stage), fraction  # `stage` may be a subclass of str
 
     def check(self, max_waiting: int, tenant: str = "") -> None:
         """Raise `NotReady` or `QueueFull` for a request that cannot be queued. Tenants share the queue."""
@@ -126,7 +126,7 @@ class LoadState:
         self._end(self._failure)
 
     def refuse(self) -> None:
-        """The server stops: refuse the waiting requests and all new ones."""
+        """Refuse the waiting requests and all new ones, because the server stops."""
         self._enter(LoadPhase.STOPPED)
         self._end(stopping)
 

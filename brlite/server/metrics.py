@@ -1,8 +1,8 @@
-"""`/metrics`: the engines' numbers in Prometheus's words. The only file that knows prometheus_client.
+"""`/metrics`: the engines' statistics in Prometheus's format. The only file that imports prometheus_client.
 
-Three sets side by side, fed by the same numbers: the 13 families of vLLM 0.4.0.post1 with their own label set, the
-names of vLLM's V1 engine (labels `model_name` and `engine`), and brlite's own. No global registry: every scrape reads
-the engines' `EngineStats`, so two applications in one process do not meet.
+Three sets of families from the same numbers: the 13 families of vLLM 0.4.0.post1 with their own label set, the names of
+vLLM's V1 engine (labels `model_name` and `engine`), and brlite's own. There is no global registry: every scrape reads
+the engines' `EngineStats`, so two applications in one process share no metrics.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from brlite.process.output import num_dropped_lines
 from brlite.server.response_store import ResponseStore
 from brlite.server.served_model import ModelTable, ServedModel
 
-# What is rendered besides: the numbers of another room.
+# Further collectors to render, such as those of the proxy.
 COLLECTORS: web.AppKey[Iterable[Collector]] = web.AppKey("collectors")
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -39,7 +39,7 @@ ENDINGS = ("stop", "length", "abort", "error")
 
 
 class Series(NamedTuple):
-    """One family: its name, what it means, and where its value is."""
+    """One family: its name, its help text, and a function that reads its value."""
 
     name: str
     about: str
@@ -55,7 +55,7 @@ class Distribution(NamedTuple):
 
 
 class Trait(NamedTuple):
-    """One family about the models themselves."""
+    """One family of a property of the models."""
 
     name: str
     about: str
@@ -63,7 +63,7 @@ class Trait(NamedTuple):
 
 
 class SpreadCounter(NamedTuple):
-    """One line of a key's counters: its second label's value, and where the number is."""
+    """One sample of a key's counters: the value of its second label, and a function that reads the number."""
 
     label: str
     value: Callable[[KeyUsage], float]
@@ -73,7 +73,7 @@ def _kv_usage(stats: EngineStats) -> float:
     return stats.num_used_blocks / stats.num_blocks if stats.num_blocks else 0.0
 
 
-# vLLM 0.4.0.post1: exactly these names, types and the label model_name. There is no swapping here, hence the zeros.
+# vLLM 0.4.0.post1: exactly these names, types and the label model_name. Swapping does not exist here: always 0.
 SEED_GAUGES = [
     Series("vllm:num_requests_running", "Sequences that are being computed.", lambda s: s.num_running),
     Series("vllm:num_requests_swapped", "Always 0: nothing is swapped out.", lambda s: 0),
@@ -97,7 +97,7 @@ SEED_HISTOGRAMS = [
     Distribution("vllm:e2e_request_latency_seconds", "Arrival to end.", lambda s: s.e2e_latency),
 ]
 
-# vLLM's V1 engine. Names that the set above has too are not repeated.
+# vLLM's V1 engine. Names that are also in the set above are not repeated.
 V1_GAUGES = [Series("vllm:kv_cache_usage_perc", "Part of the KV cache in use, 0 to 1.", _kv_usage)]
 V1_COUNTERS = [
     Series("vllm:prefix_cache_queries", "Prompt tokens looked up.", lambda s: s.prefix_cache_queries),
@@ -165,9 +165,9 @@ V1_LABELS = ("model_name", "engine")
 
 
 class EngineCollector(Collector):
-    """Renders the models of a table. Before one is loaded its numbers are there, and 0: no alert fires on absence.
+    """Renders the models of a table. Before a model is loaded its numbers are 0, so that no alert fires on absence.
 
-    Those of a model that was unloaded stay: what it did is done, and nothing runs or waits.
+    The counters of an unloaded model stay; its gauges show that nothing runs or waits.
     """
 
     def __init__(self, models: ModelTable) -> None:
@@ -224,7 +224,7 @@ class EngineCollector(Collector):
             yield family
 
     def _cache_config(self) -> Metric:
-        # The seed's labels do not name the model: models that are set up alike share a line.
+        # vLLM 0.4.0's labels do not name the model: models with the same settings share a line.
         family = InfoMetricFamily("vllm:cache_config", "How the KV cache is set up.")
         setups = []
         for _, engine in self._engines():
@@ -256,7 +256,7 @@ class EngineCollector(Collector):
         return family
 
     def _divided(self) -> Iterator[Metric]:
-        """Families of the V1 engine that divide a number by one more label."""
+        """Families of the V1 engine that split a number by one more label."""
         waiting = GaugeMetricFamily(
             "vllm:num_requests_waiting_by_reason", "All wait for room.", labels=(*V1_LABELS, "reason")
         )
@@ -291,7 +291,7 @@ class EngineCollector(Collector):
 
 
 class KeyCollector(Collector):
-    """Renders what was done with each key that has a name, by that name."""
+    """Renders the usage of each named key, with the name as label."""
 
     def __init__(self, keys: ApiKeys) -> None:
         self._keys = keys
@@ -320,7 +320,7 @@ class KeyCollector(Collector):
 
 
 class ResponseStoreCollector(Collector):
-    """Renders how full the store of responses is. It names no model and no key."""
+    """Renders the fill level of the response store, without names of models or keys."""
 
     def __init__(self, store: ResponseStore) -> None:
         self._store = store
@@ -334,7 +334,7 @@ class ResponseStoreCollector(Collector):
 
 
 class OutputCollector(Collector):
-    """Renders what the process's own output has lost."""
+    """Renders how much of the process's own output was lost."""
 
     def collect(self) -> Iterable[Metric]:
         about = "Lines of the log that were dropped, since they could not be written in time or at all."
@@ -342,14 +342,14 @@ class OutputCollector(Collector):
 
 
 def named_collectors(models: ModelTable, keys: ApiKeys, more: Iterable[Collector]) -> list[Collector]:
-    """What tells the names of models, keys or upstreams."""
+    """The collectors that show names of models, keys or upstreams."""
     return [EngineCollector(models), KeyCollector(keys), *more]
 
 
 def render(collectors: Iterable[Collector]) -> tuple[bytes, str]:
-    """These and the process's own numbers in Prometheus's text format 0.0.4, and its content type.
+    """The metrics of these collectors and of the process in Prometheus's text format 0.0.4, and the content type.
 
-    Never OpenMetrics, whatever a client accepts: prometheus_client 0.23 to 0.26 writes `vllm_` for `vllm:` there.
+    Never OpenMetrics, even if the client accepts it: prometheus_client 0.23 to 0.26 writes `vllm_` for `vllm:` there.
     """
     registry = CollectorRegistry(auto_describe=False)
     for collector in (OutputCollector(), *collectors):
@@ -360,7 +360,7 @@ def render(collectors: Iterable[Collector]) -> tuple[bytes, str]:
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """Cumulative counts by upper bound, as Prometheus wants them."""
+    """Cumulative counts by upper bound, in Prometheus's format."""
     buckets, total = [], 0
     for bound, count in zip((*map(float, histogram.bounds), float("inf")), histogram.counts, strict=True):
         total += count

@@ -1,7 +1,7 @@
 """Load and unload models of `load = "on_demand"` at once, by HTTP: llama.cpp's paths and bodies.
 
-A load is what a first request would cause, so every key may ask for its models. An unload makes other keys' requests
-wait for the next load: where keys are needed, it takes an operator's.
+A first request would also start the load, so every key may load its models. An unload makes other keys' requests wait
+for the next load: if the server needs keys, it needs an operator's key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from brlite.server.generate import CONFIG, MODELS, admit, json_response
 
 
 class ModelAction(Struct, forbid_unknown_fields=True):
-    """`model` may be left out where one model is served."""
+    """`model` is optional if only one model is served."""
 
     model: str | None = None
 
@@ -33,17 +33,17 @@ _DECODER = msgspec.json.Decoder(ModelAction)
 
 
 async def load_model(request: web.Request) -> web.Response:
-    """`POST /models/load`: answers when the model is in memory. Raises as a request to the model does."""
+    """`POST /models/load`: responds when the model is in memory. Raises the same errors as a request to the model."""
     limits = request.app[CONFIG].limits
     name = decode_json(await read_body(request, limits), _DECODER).model
     with admit(request, name) as model:
-        model.keep()  # the later of the two wishes counts
+        model.keep()  # the later of an unload and a load counts
         await model.loaded(limits.max_wait_seconds, request[API_KEY].tenant)
         return json_response(ModelActionDone(model=model.name, status=model.status))
 
 
 async def unload_model(request: web.Request) -> web.Response:
-    """`POST /models/unload`: answers at once; the model goes as soon as no request uses it."""
+    """`POST /models/unload`: responds at once. The model is unloaded as soon as no request uses it."""
     name = decode_json(await read_body(request, request.app[CONFIG].limits), _DECODER).model
     if not (request.app[KEYS].is_open or request[API_KEY].is_admin):
         raise OperatorKeyRequired("models are unloaded with an operator's key (admin = true)")

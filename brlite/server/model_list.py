@@ -1,7 +1,4 @@
-"""What `/v1/models`, `/ready` and `/props` say of models, those of this server and those of others.
-
-How requests reach the others is not known here.
-"""
+"""What `/v1/models`, `/ready` and `/props` show of models, local and remote ones. It does not forward requests."""
 
 from __future__ import annotations
 
@@ -17,11 +14,11 @@ from brlite.errors import ModelNotFound
 from brlite.sampling_params import SamplingParams
 from brlite.server.served_model import RemoteModel, ServedModel
 
-LATEST = 253402300799  # the last second of the year 9999, which is the last that RFC 3339 can say
+LATEST = 253402300799  # the last second of the year 9999, the last that RFC 3339 can express
 
 
 class ModelCard(Struct, kw_only=True):
-    """A model in OpenAI's shape, with the keys of Anthropic's beside it: `type`, `display_name`, `created_at`."""
+    """A model in OpenAI's format, with Anthropic's fields added: `type`, `display_name`, `created_at`."""
 
     id: str
     object: Literal["model"] = "model"
@@ -37,12 +34,12 @@ class ModelCard(Struct, kw_only=True):
 
     def __post_init__(self) -> None:
         self.display_name = self.id
-        seconds = min(max(self.created, 0), LATEST)  # another server's may be any number
+        seconds = min(max(self.created, 0), LATEST)  # another server may send any number
         self.created_at = datetime.fromtimestamp(seconds, timezone.utc).isoformat()
 
 
 class DefaultSettings(Struct):
-    """`n_ctx` is a sequence's longest length in tokens, `params` the sampling parameters' defaults."""
+    """`n_ctx` is the maximum length of a sequence in tokens, `params` the defaults of the sampling parameters."""
 
     n_ctx: int
     params: dict[str, Any]
@@ -54,7 +51,7 @@ class Modalities(Struct, frozen=True):
 
 
 class ModelProps(Struct, kw_only=True):
-    """What llama.cpp's `/props` says of a model. There is no path of a file: clients need none."""
+    """A model in the format of llama.cpp's `/props`. Without a file path: clients do not need it."""
 
     default_generation_settings: DefaultSettings
     total_slots: int
@@ -67,7 +64,7 @@ class ModelProps(Struct, kw_only=True):
 
 
 class NextToken(Struct):
-    """How far an answer is: the tokens that it may still have, and those that it has. An embedding has none."""
+    """The progress of an answer: how many tokens it may still get, and how many it has. An embedding has none."""
 
     has_next_token: bool
     n_remain: int
@@ -75,10 +72,10 @@ class NextToken(Struct):
 
 
 class SlotState(Struct, kw_only=True):
-    """A place of a step, as llama.cpp's `/slots` tells it, without prompt and parameters.
+    """A slot of the batch in the format of llama.cpp's `/slots`, without prompt and parameters.
 
-    Where a sequence has it, `id_task` is the sequence's number. Numbers of its prompt: of all tokens, of those that
-    are computed or were found in the cache, and of the latter.
+    If a sequence uses the slot, `id_task` is the sequence's number. The token counts of its prompt are: all tokens,
+    tokens computed or found in the cache, tokens found in the cache.
     """
 
     id: int
@@ -93,7 +90,7 @@ class SlotState(Struct, kw_only=True):
 
 
 class ModelList(Struct, kw_only=True):
-    """All models on one page, in OpenAI's shape and Anthropic's."""
+    """All models on one page, with OpenAI's and Anthropic's fields."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
@@ -107,7 +104,7 @@ class ModelList(Struct, kw_only=True):
 
 
 def local_card(name: str, model: ServedModel) -> ModelCard:
-    """What `/v1/models` says of a model of this server under one of its names."""
+    """The `/v1/models` entry of a local model under one of its names."""
     return ModelCard(
         id=name,
         created=model.created,
@@ -118,7 +115,7 @@ def local_card(name: str, model: ServedModel) -> ModelCard:
 
 
 def forwarded_card(model: RemoteModel) -> ModelCard:
-    """What `/v1/models` says of a model. Raises `ModelNotFound` if it cannot be reached now."""
+    """The `/v1/models` entry of a remote model. Raises `ModelNotFound` if no upstream is reachable now."""
     if not model.num_available:
         text = f"The model `{model.name}` cannot be reached now: no server that has it answers"
         raise ModelNotFound(text, param="model", code="model_not_found")
@@ -133,12 +130,12 @@ def forwarded_card(model: RemoteModel) -> ModelCard:
 
 
 def forwarded_progress(model: RemoteModel) -> dict[str, object]:
-    """What `/ready` says of a model."""
+    """The `/ready` entry of a remote model."""
     return {"model": model.name, "upstreams": model.num_upstreams, "available": model.num_available}
 
 
 def model_props(model: ServedModel, engine: EngineLoop) -> ModelProps:
-    """What `/props` says of a loaded model."""
+    """The `/props` response for a loaded model."""
     tokenizer = engine.tokenizer
     bos, eos = tokenizer.bos_token_id, next(iter(tokenizer.eos_token_ids), None)
     return ModelProps(
@@ -155,9 +152,9 @@ def model_props(model: ServedModel, engine: EngineLoop) -> ModelProps:
 
 
 def model_slots(engine: EngineLoop) -> list[SlotState]:
-    """What `/slots` says of a loaded model: as many places as a step has, those that are taken first.
+    """The `/slots` response for a loaded model: as many slots as a step has sequences at most, used ones first.
 
-    A sequence has no place of its own: `id` is the place's number in this list.
+    Sequences have no fixed slots: `id` is the index in this list.
     """
     info, n_ctx = engine.info, context_length(engine.info)
     speculative = engine.config.speculation == "auto" and info.max_draft_tokens > 0

@@ -1,7 +1,7 @@
-"""Which models are in memory: loaded for the requests that wait for them, unloaded when idle or when room is needed.
+"""Decides which models are in memory: loads them for waiting requests, unloads them when idle or to make room.
 
-`decide` is the whole policy, without effects; `ModelManager` does what it says, one thing after the other, in one task.
-How a model is loaded is the `Loader`'s business.
+`decide` is the whole policy, without effects. `ModelManager` carries out its decisions one by one, in one task. The
+`Loader` implements the loading.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ OnProgress = Callable[[str, float], None]
 
 
 class Loader(Protocol):
-    """How models get into memory. `report` may be called from any thread."""
+    """Loads models into memory. `report` may be called from any thread."""
 
     async def known_bytes(self, spec: ModelSpec) -> int | None:
-        """What weights and KV cache will take; None if the model has to be fetched to know."""
+        """The bytes of weights and KV cache; None if the model must be downloaded to find out."""
         ...
 
     async def measure(self, spec: ModelSpec, report: OnProgress) -> int:
-        """What they will take. Fetches the model if it is not here."""
+        """The bytes of weights and KV cache. Downloads the model if it is not local."""
         ...
 
     async def load(self, spec: ModelSpec, report: OnProgress) -> EngineLoop:
-        """A started engine, which the caller closes."""
+        """Load the model and start its engine. The caller closes the engine."""
         ...
 
     def settle(self) -> None:
-        """Called after a model was unloaded: give the system back what is left of it."""
+        """Return remaining memory to the system. Called after a model was unloaded."""
         ...
 
 
 class ManagedModel(NamedTuple):
-    """One model as the policy sees it. `num_bytes` is None until the model is measured.
+    """The state of one model, as input of `decide`. `num_bytes` is None until the model is measured.
 
-    It is busy while requests use it; those that wait for it do not count. While `is_yielding`, new requests wait.
+    `is_busy`: requests use it; waiting requests do not count. `is_yielding`: it makes room, new requests wait.
     """
 
     name: str
@@ -68,7 +68,7 @@ class ManagedModel(NamedTuple):
 
     @property
     def expires(self) -> float:
-        """When it is unloaded if no request uses it until then; infinity if never."""
+        """The time at which it is unloaded if no request uses it until then; infinity if never."""
         is_idle = not self.is_busy and self.wanted_since == math.inf
         if self.is_loaded and is_idle and self.is_dismissed:
             return -math.inf
@@ -77,13 +77,13 @@ class ManagedModel(NamedTuple):
 
 
 class Load(NamedTuple):
-    """Load it: there is room. Or measure it, if its size is not known."""
+    """Load this model, for which there is room; or measure it, if its size is unknown."""
 
     name: str
 
 
 class Unload(NamedTuple):
-    """Unload it. New requests wait for the models that are `yielding`, this one among them if it makes room."""
+    """Unload this model. New requests for the `yielding` models wait; it is one of them if it makes room."""
 
     name: str
     reason: str
@@ -91,7 +91,7 @@ class Unload(NamedTuple):
 
 
 class IdleTime(NamedTuple):
-    """Nothing to do until then, or until something changes. `blocked` waits for the memory of those `yielding`."""
+    """Do nothing until this time or the next change. The model `blocked` waits for the memory of those `yielding`."""
 
     until: float
     blocked: str | None = None
@@ -99,10 +99,10 @@ class IdleTime(NamedTuple):
 
 
 def decide(models: Sequence[ManagedModel], budget_bytes: float, now: float) -> Load | Unload | IdleTime:
-    """What to do next. The model that was wanted first is loaded first, so that small ones cannot starve a large one.
+    """The next action. The model that was wanted first is loaded first, so that small models cannot starve a large one.
 
-    Where busy models hold the memory that it needs, some of them yield: what runs on them ends, new requests wait until
-    the model was loaded again. So no traffic keeps a model out, and a turn serves all requests that waited for it.
+    If busy models hold the memory that it needs, some of them yield: their running requests end normally, new ones wait
+    until their model is loaded again. So no traffic keeps a model out, and a load serves all requests waiting for it.
     """
     loaded = [model for model in models if model.is_loaded]
     wanted = min(
@@ -125,13 +125,13 @@ def decide(models: Sequence[ManagedModel], budget_bytes: float, now: float) -> L
     if missing <= 0:
         return Load(wanted.name)
     if any(model.is_busy for model in going):
-        return IdleTime(wake, wanted.name, yielding)  # only if all can go is there room for it
+        return IdleTime(wake, wanted.name, yielding)  # wait until all are idle: only all together make room
     oldest = min(going, key=lambda model: model.last_used)
     return Unload(oldest.name, f"making room for {wanted.name}", yielding)
 
 
 def _choose_yielding(loaded: Sequence[ManagedModel], missing: float) -> list[ManagedModel]:
-    """The models that give `missing` bytes: those that yield already, then idle ones, then the longest in memory."""
+    """The models that free `missing` bytes: first those already yielding, then idle ones, then the longest loaded."""
 
     def rank(model: ManagedModel) -> tuple[bool, bool, float]:
         return not model.is_yielding, model.is_busy, model.loaded_since if model.is_busy else model.last_used
@@ -140,14 +140,14 @@ def _choose_yielding(loaded: Sequence[ManagedModel], missing: float) -> list[Man
     for model in sorted(loaded, key=rank):
         if missing > sum(each.num_bytes or 0 for each in going):
             going.append(model)
-    for model in list(going):  # a large one that came last may do alone
+    for model in list(going):  # a large model added last may be enough without this one
         if missing <= sum(each.num_bytes or 0 for each in going if each is not model):
             going.remove(model)
     return going
 
 
 class ModelManager:
-    """Keeps models in memory, or out of it. `async with ModelManager(…)` closes all engines that it loaded."""
+    """Loads and unloads models. `async with ModelManager(…)` closes all engines that it loaded."""
 
     def __init__(
         self,
@@ -163,10 +163,10 @@ class ModelManager:
         self._clock = clock
         self._budget_bytes = config.memory_gib * GIB or math.inf
         self._sizes: dict[str, int] = {}
-        self._engines: dict[str, EngineLoop] = {}  # all that are not closed
+        self._engines: dict[str, EngineLoop] = {}  # all engines that are not closed
         self._changed = asyncio.Event()
         self._lost: list[str] = []
-        self._restarting: dict[str, float] = {}  # since when
+        self._restarting: dict[str, float] = {}  # the time at which each restart began
         self._failure: BrliteError | None = None
         self._has_failed = asyncio.Event()
         self._keeping: asyncio.Task[None] | None = None
@@ -174,17 +174,17 @@ class ModelManager:
             model.watch(self._changed.set)
 
     async def start(self) -> None:
-        """Load what is to be there from the start, one after the other, so that memory peaks once; the rest may come.
+        """Load the models of `load = "start"` one by one, so that memory peaks once. Others are loaded on demand later.
 
-        Raises `ConfigError`, before anything is loaded where that is known, if the memory is not enough, and what is
-        wrong with one of these models.
+        Raises the error of a model that cannot be loaded, and `ConfigError` if the memory is not enough; if the sizes
+        are known, before anything is loaded.
         """
         await self._measure_known()
         for model in [model for model in self._models.values() if model.spec.load == "start"]:
             with model.loading.running():
                 await self._measure(model)
                 await self._load(model)
-        may_be_lost = self._config.name is not None  # as any engine that is not ours
+        may_be_lost = self._config.name is not None  # an engine plugin may stop
         specs = [model.spec for model in self._models.values()]
         may_change = any(
             spec.load == "on_demand" or spec.idle_unload_seconds or spec.tensor_parallel > 1 for spec in specs
@@ -206,7 +206,7 @@ class ModelManager:
             model.loading.refuse()
 
     async def close(self) -> None:
-        """Close all engines; what still runs ends with an error. May be called twice."""
+        """Close all engines. Running requests end with an error. May be called twice."""
         self.drain()
         if self._keeping is not None:
             await asyncio.wait([self._keeping])
@@ -224,7 +224,7 @@ class ModelManager:
     async def _keep(self) -> None:
         while True:
             self._changed.clear()
-            while self._lost:  # a model that is loaded at the start comes back, any other is unloaded until it is used
+            while self._lost:  # reload a model of load = "start"; unload any other until it is used
                 lost = self._models[self._lost.pop()]
                 comes_back = lost.spec.load == "start"
                 if comes_back:
@@ -262,11 +262,11 @@ class ModelManager:
         )
 
     async def _try_load(self, model: ServedModel) -> None:
-        """Load a model that requests wait for, or measure it first: then it is decided anew."""
+        """Load a model that requests wait for. If its size is unknown, only measure it; `decide` then runs again."""
         try:
             with model.loading.running():
                 await (self._load(model) if model.name in self._sizes else self._measure(model))
-        except Exception as error:  # whatever is wrong with one model, the others are served
+        except Exception as error:  # any error of one model: the others are served on
             is_foreseen = isinstance(error, BrliteError)
             logger.error("model %s could not be loaded: %s", model.name, error, exc_info=not is_foreseen)
             model.loading.fail()
@@ -295,18 +295,18 @@ class ModelManager:
         self._has_failed.set()
 
     async def _unload(self, model: ServedModel, reason: str, *, comes_back: bool = False) -> None:
-        """Close a model's engine. Its memory counts until that is done. A cancelled call does not stop the closing."""
+        """Close a model's engine. Its memory counts as used until then. Cancelling the call does not stop the close."""
         model.give_up(comes_back=comes_back)
         try:
             await self._engines[model.name].close()
-        except Exception:  # an engine that does not close in good order is still not there any more
+        except Exception:  # the engine is gone even if closing it failed
             logger.exception("model %s was not closed in good order", model.name)
         del self._engines[model.name]
         self._loader.settle()
         logger.info("model %s is unloaded: %s", model.name, reason)
 
     async def _measure_known(self) -> None:
-        """Measure what is here already, so that most of what cannot work is known before anything is loaded."""
+        """Measure local models, so that most configs that cannot fit are refused before anything is loaded."""
         if self._budget_bytes == math.inf:
             self._sizes = dict.fromkeys(self._models, 0)
         for model in [model for model in self._models.values() if model.name not in self._sizes]:
@@ -325,7 +325,7 @@ class ModelManager:
             self._note_size(model, await self._loader.measure(model.spec, model.loading.report))
 
     def _note_size(self, model: ServedModel, num_bytes: int) -> None:
-        """Keep a model's size. Raises `ConfigError` for a model that can never fit."""
+        """Store a model's size. Raises `ConfigError` for a model that can never fit."""
         sizes = {**self._sizes, model.name: num_bytes}
         check_memory(self._config, [each.spec for each in self._models.values()], sizes)
         self._sizes = sizes

@@ -1,7 +1,7 @@
-"""`/openapi.json`: the endpoints as OpenAPI 3.1, made of the request structs and of the table of fields.
+"""`/openapi.json`: the endpoints as OpenAPI 3.1, generated from the request structs and the table of fields.
 
-A field's type, range and default are those that the decoder checks. An endpoint that `DETAILS` does not have is listed
-with its path alone.
+A field's type, range and default are those that the decoder checks. An endpoint that is not in `DETAILS` is listed only
+with its path.
 """
 
 from __future__ import annotations
@@ -124,12 +124,12 @@ class BodyFields(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """What an endpoint takes and answers: one of `bodies`, and any of the names in `query`."""
+    """The input and output of an endpoint. It takes one of `bodies`, and any of the parameters in `query`."""
 
     summary: str
     bodies: tuple[BodyFields | type[Struct], ...] = ()
     answer: Any = None
-    chunk: Any = None  # of a stream's data
+    chunk: Any = None  # the type of each event's data in a stream
     query: tuple[str, ...] = ()
 
 
@@ -204,7 +204,7 @@ NOTES = {name: row.note for row in OBEYED for name in row.names.split()}
 
 
 def document(endpoints: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """The OpenAPI document of these methods and paths."""
+    """The OpenAPI document of `endpoints`, pairs of method and path."""
     schemas = Schemas()
     paths: dict[str, dict[str, Any]] = {}
     for method, path in endpoints:
@@ -238,7 +238,7 @@ class Schemas:
         return schema
 
     def of_request(self, body: BodyFields) -> dict[str, Any]:
-        """An object of all fields that an endpoint knows: obeyed ones, and those that are taken at neutral values."""
+        """The schema of a request body: all supported fields, and those that are accepted only with neutral values."""
         properties: dict[str, Any] = {}
         required = []
         for field in msgspec.structs.fields(body.kind):

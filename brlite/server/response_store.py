@@ -1,4 +1,4 @@
-"""Finished responses by the tenant that they belong to, for `previous_response_id`. One tenant never sees another's."""
+"""Stores finished responses for `previous_response_id`, separately for each tenant. No tenant sees another's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TenantResponses:
         return self._store.get(self._tenant, response_id)
 
     def conversation(self, response_id: str) -> list[Raw] | None:
-        """The items that went into a response and came out of it. None if it is not stored."""
+        """The input and output items of a response. None if it is not stored."""
         response = self.get(response_id)
         return None if response is None else [*response.input, *response.output.values()]
 
@@ -42,9 +42,9 @@ class TenantResponses:
         return None if response is None else response.output.get(item_id)
 
     def keep(self, response: FinishedResponse) -> None:
-        """Store a response. Its items are copied: they are views of request bodies, which must not stay.
+        """Store a response. Its items are copied: they are views of request bodies, which would stay in memory.
 
-        Items that it shares with others count each time.
+        An item that several responses share counts once for each of them.
         """
         response = msgspec.structs.replace(response, input=tuple(item.copy() for item in response.input))
         items = (*response.input, *response.output.values())

@@ -1,4 +1,4 @@
-"""The endpoints of the Responses API: create, and what is done with stored responses."""
+"""The endpoints of the Responses API: create a response; read, delete and cancel stored ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from brlite.server.response_store import STORE, TenantResponses
 from brlite.server.tokens import count_prompt_tokens
 
 MAX_LISTED_ITEMS = 100
-MAX_DIGITS = 9  # of an event's number
+MAX_DIGITS = 9  # in an event's number
 
 
 async def create_response(request: web.Request) -> web.StreamResponse:
@@ -28,7 +28,7 @@ async def create_response(request: web.Request) -> web.StreamResponse:
 
 
 def responses_dialect(request: web.Request) -> Dialect:
-    """The dialect's `decode` and encoder, with the responses that the request's key may continue."""
+    """The dialect of the Responses API, with access to the stored responses of the request's key."""
     stored = _stored(request)
     return DIALECT._replace(
         decode=partial(decode, stored=stored), make_encoder=partial(ResponsesEncoder, keep=stored.keep)
@@ -36,7 +36,7 @@ def responses_dialect(request: web.Request) -> Dialect:
 
 
 async def count_input_tokens(request: web.Request) -> web.Response:
-    """The tokens of a prompt of any length: only the body's size is limited."""
+    """Count the tokens of a prompt of any length: only the body's size is limited."""
     limits = request.app[CONFIG].limits
     body = await read_body(request, limits)
     call = decode_input_tokens(body, limits, _stored(request))
@@ -45,7 +45,7 @@ async def count_input_tokens(request: web.Request) -> web.Response:
 
 
 async def get_response(request: web.Request) -> web.Response:
-    """A stored response, as it was sent; with `stream` its events, or those behind number `starting_after`."""
+    """A stored response as it was sent. With `stream`: its events, those after number `starting_after` if given."""
     stream, after = request.query.get("stream", "false").lower(), request.query.get("starting_after")
     if stream not in ("true", "1", "false", "0"):
         raise InvalidRequest(f"stream must be true or false, got {stream[:64]!r}", param="stream")
@@ -67,13 +67,13 @@ async def delete_response(request: web.Request) -> web.Response:
 
 
 async def cancel_response(request: web.Request) -> web.Response:
-    """Only background responses can be cancelled, and there are none: a client that leaves ends its own."""
+    """Always refused: only background responses can be cancelled, and there are none. Clients disconnect instead."""
     _find(request)
     raise InvalidRequest("Cannot cancel a response that was not created with background=true.", param="response_id")
 
 
 async def list_input_items(request: web.Request) -> web.Response:
-    """What went into a stored response, newest first; `limit` (1 to 100), `order` and `after` as by OpenAI."""
+    """The input items of a stored response, newest first. `limit` (1 to 100), `order` and `after` as at OpenAI."""
     items = shown_input_items(_find(request))
     order, after, limit = request.query.get("order", "desc"), request.query.get("after"), request.query.get("limit")
     if order not in ("asc", "desc"):
@@ -103,7 +103,7 @@ def _stored(request: web.Request) -> TenantResponses:
 
 
 def _find(request: web.Request) -> FinishedResponse:
-    """The stored response that the path names. Raises `NotFound`, also for those of other keys."""
+    """The stored response with the id in the path. Raises `NotFound`, also for a response of another key."""
     stored, response_id = _stored(request), request.match_info["response_id"]
     response = stored.get(response_id)
     if response is None:

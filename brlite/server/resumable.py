@@ -1,7 +1,7 @@
-"""A stream that outlives its client: its events are recorded, and each client gets those that it has not seen.
+"""A stream that continues when its client disconnects. Its events are recorded; a client gets those not yet received.
 
-The first request asks for this with `Last-Event-ID: 0` beside its `Idempotency-Key`; a later one says the number of the
-last event that it got. Events count from 1. A stream without the header goes straight to its client and ends with it.
+The first request enables this with `Last-Event-ID: 0` and an `Idempotency-Key`. A later request sends the number of the
+last event that it received. Events count from 1. A stream without the header is not recorded and ends with its client.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ MAX_DIGITS = 9
 
 
 class RecordedStream:
-    """What a delivery writes to in place of its client's `EventStream`. `follow` sends it to a client, as it grows.
+    """A delivery writes to it in place of its client's `EventStream`. `follow` sends it to a client, as it grows.
 
-    Beyond `max_bytes` its oldest events are forgotten, down to half of that.
+    When it exceeds `max_bytes`, the oldest events are dropped until half of that is left.
     """
 
     is_backlogged = False
 
     def __init__(self, max_bytes: int) -> None:
         self._events: list[bytes] = []
-        self._num_forgotten = 0  # events before these
+        self._num_forgotten = 0  # dropped events before `_events`
         self._num_bytes, self._max_bytes = 0, max_bytes
         self._has_begun = self._is_over = False
         self._changed = asyncio.get_running_loop().create_future()
@@ -56,7 +56,7 @@ class RecordedStream:
 
     @contextmanager
     def telling(self, what: Callable[[], str], seconds: float) -> Iterator[None]:
-        """Comments are the clients' own: nothing is recorded."""
+        """Does nothing: comments are not recorded. `follow` sends its own."""
         yield
 
     async def drained(self, seconds: float) -> bool:
@@ -68,21 +68,21 @@ class RecordedStream:
         return web.StreamResponse()
 
     def close(self) -> None:
-        """Nothing more comes. May be called twice, and before `prepare`."""
+        """Mark the stream as complete. May be called twice, and before `prepare`."""
         self._is_over = True
         self._notify()
 
     async def begun(self) -> bool:
-        """Whether there is a stream; False: its request was refused before the first event."""
+        """Wait until the stream has begun: True. False if its request was refused before the first event."""
         while not self._has_begun and not self._is_over:
             await asyncio.shield(self._changed)
         return self._has_begun
 
     async def follow(self, request: web.Request, num_seen: int, limits: LimitsConfig) -> web.StreamResponse:
-        """Send the events behind the first `num_seen`, with their numbers, to the end or until the client leaves.
+        """Send the numbered events after the first `num_seen`, until the stream ends or the client leaves.
 
-        Raises `InvalidRequest` if there are not so many, or if they are forgotten. A client that is so slow that they
-        are forgotten on the way has its connection cut.
+        Raises `InvalidRequest` if there are fewer events, or if the next one was dropped. If a client reads so slowly
+        that its next event is dropped meanwhile, its connection is cut.
         """
         check_num_seen(num_seen, self._num_forgotten + len(self._events))
         if num_seen < self._num_forgotten:
@@ -91,7 +91,7 @@ class RecordedStream:
             while num_seen >= self._num_forgotten:
                 begin = end = num_seen - self._num_forgotten
                 num_bytes = 0
-                while end < len(self._events) and num_bytes < BACKLOG_BYTES:  # as many as one write should have
+                while end < len(self._events) and num_bytes < BACKLOG_BYTES:  # at most about BACKLOG_BYTES a write
                     num_bytes += len(self._events[end])
                     end += 1
                 events = self._events[begin:end]
@@ -114,11 +114,11 @@ class RecordedStream:
         self._changed = asyncio.get_running_loop().create_future()
 
 
-RECORDED = web.RequestKey("recorded", RecordedStream)  # where the events of a request go, if not to its client
+RECORDED = web.RequestKey("recorded", RecordedStream)  # where the events of a request are recorded
 
 
 def last_event_id(request: web.Request) -> int | None:
-    """How many events the client has, if it says so. Raises `InvalidRequest`."""
+    """The number in the `Last-Event-ID` header: how many events the client has. Raises `InvalidRequest`."""
     text = request.headers.get(HEADER)
     if text is None:
         return None
@@ -130,12 +130,12 @@ def last_event_id(request: web.Request) -> int | None:
 
 
 def split_events(stream: bytes) -> list[bytes]:
-    """The complete events of a stream's text, each with its end."""
+    """The complete events of a stream's bytes, each with its end mark."""
     return [event + EVENT_END for event in stream.split(EVENT_END)[:-1]]
 
 
 def numbered(events: Sequence[bytes], num_before: int) -> bytes:
-    """Events that follow as many others, each with its number as its id."""
+    """The events with their numbers as ids; the first number is `num_before` + 1."""
     return b"".join(b"id: %d\n%b" % (number, event) for number, event in enumerate(events, num_before + 1))
 
 

@@ -1,4 +1,4 @@
-"""The endpoints that score how well texts go together: a query and documents, or two texts."""
+"""The endpoints that score pairs of texts: a query with each document, or two texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from brlite.server.generate import CONFIG, admit
 
 
 async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
-    """The score of each pair of texts. A client that leaves aborts all of them: the handler is cancelled."""
+    """Score each pair of texts. If the client disconnects, the handler is cancelled and all requests are aborted."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = dialect.decode(await read_body(request, limits), limits)
     answer_id = f"{dialect.id_prefix}{uuid.uuid4().hex}"
@@ -63,9 +63,9 @@ async def score(dialect: ScoreDialect, request: web.Request) -> web.Response:
 
 
 async def _encode_pairs(call: Scoring, engine: EngineLoop, tenant: str) -> tuple[list[list[int]], list[str]]:
-    """The tokens of each pair, one text's behind the other's, and a line for each that was cut.
+    """The joined tokens of each pair, and a warning for each truncated pair.
 
-    Both bring the special tokens that the tokenizer adds to a text. Raises `InvalidRequest`, naming the text.
+    Both texts have the special tokens that the tokenizer adds. Raises `InvalidRequest` with the text's name.
     """
     firsts = [
         await _encode(text, name, call, engine, tenant)
@@ -90,8 +90,8 @@ async def _encode_pairs(call: Scoring, engine: EngineLoop, tenant: str) -> tuple
 
 
 async def _encode(text: str, name: str, call: Scoring, engine: EngineLoop, tenant: str) -> list[int]:
-    """A text's tokens; of one longer than a pair may be, one more than that, so that the pair is cut, too."""
-    await asyncio.sleep(0)  # short texts are encoded here: between two of them others have the loop
+    """A text's tokens. With truncation at most one token more than a pair may have, so that the pair is still cut."""
+    await asyncio.sleep(0)  # short texts are encoded on the event loop: let other tasks run between two
     cut = call.truncation
     token_ids = await engine.encode(text, param=name, is_bounded=cut is None, num_further=0, tenant=tenant)
     if cut is None:
@@ -105,6 +105,6 @@ async def _scores(head: ScoringHead, outputs: list[RequestOutput], use_activatio
     for index, output in enumerate(outputs):
         assert output.embedding is not None
         if index % QUICK_ITEMS == QUICK_ITEMS - 1:
-            await asyncio.sleep(0)  # one of 4096 numbers takes 0.2 ms
+            await asyncio.sleep(0)  # a score of 4096 numbers takes 0.2 ms
         found.append(head.score(output.embedding, use_activation=use_activation))
     return found

@@ -1,6 +1,6 @@
-"""The models of this server by name, each with its engine while it is loaded. Knows nothing of how a model is loaded.
+"""The models of this server by name, each with its engine while it is loaded. Does not load models.
 
-Which models are loaded is decided in `model_manager.py`; a request says here which one it uses.
+`model_manager.py` decides which models are loaded. Each request is counted here under the model that it uses.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from brlite.engine.stats import EngineStats
 from brlite.errors import ModelNotFound
 from brlite.server.load_state import LoadPhase, LoadState, ignore_change
 
-MOST_COUNTED_TOKENS = 131_072  # of histograms of lengths, made before a model's own context is known
+MOST_COUNTED_TOKENS = 131_072  # upper bound of length histograms made before the model's context length is known
 
 
 class ServedModel:
     """One model under its name.
 
-    Where it `is_on_demand` and not loaded, requests wait for it; else they are refused until it is there.
+    While it is not loaded: requests wait if `is_on_demand`, else they are refused.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class ServedModel:
     ) -> None:
         self.spec = spec
         self.name = spec.name
-        # None while the model's own context is wanted and it has not been loaded yet.
+        # None if the model's own context length is used and the model has not been loaded yet.
         self.max_model_len = engine.info.max_model_len if engine else spec.build_seq or None
         self.created = int(time.time())
         self.engine = engine
-        # Those of all its engines, one after the other: counters never go back.
+        # Shared by all its engines over time, so that counters never decrease.
         self.stats = engine.stats if engine else EngineStats(self.max_model_len or MOST_COUNTED_TOKENS)
         self.loading = LoadState(spec.name, clock)
         self.is_on_demand = spec.load == "on_demand"
@@ -51,17 +51,17 @@ class ServedModel:
 
     @property
     def is_alive(self) -> bool:
-        """False once the engine's loop has failed: only a restart of the process helps."""
+        """False after the engine's loop has failed: only a restart of the process helps."""
         return self.engine is None or self.engine.is_running
 
     @property
     def is_available(self) -> bool:
-        """Whether a new request gets its engine without waiting."""
+        """Whether a new request gets the engine without waiting."""
         return self.engine is not None and not self.is_held_back
 
     @property
     def num_active(self) -> int:
-        """The requests that use the engine: all but those that wait for it."""
+        """The number of requests that use the engine: all except those waiting for the load."""
         return self.num_requests - self.loading.num_waiting
 
     @property
@@ -78,13 +78,13 @@ class ServedModel:
         return "failed" if self.loading.phase is LoadPhase.FAILED else "unloaded"
 
     def watch(self, on_change: Callable[[], None]) -> None:
-        """Call `on_change` when a request begins or stops to wait for it, and when the last active one ends."""
+        """Call `on_change` when a request starts or stops waiting for the model, and when the last active one ends."""
         self._on_change = on_change
         self.loading.watch(on_change)
 
     @contextmanager
     def in_use(self, max_waiting: int, tenant: str = "") -> Iterator[None]:
-        """Keep the model loaded inside. Raises `NotReady` or `QueueFull` where a request cannot wait for it."""
+        """Keep the model loaded inside the block. Raises `NotReady` or `QueueFull` if the request cannot wait."""
         if self.engine is None or self.is_held_back:
             if self.engine is None and not self.is_on_demand:
                 raise self.loading.not_ready("is loading")
@@ -99,10 +99,10 @@ class ServedModel:
                 self._on_change()
 
     async def loaded(self, max_wait_seconds: float, tenant: str = "") -> EngineLoop:
-        """The engine, once the model is loaded. Only while `in_use`. Raises `NotReady` if loading fails or is late."""
+        """Wait for the engine. Call it inside `in_use`. Raises `NotReady` if the load fails or takes too long."""
         if not self.is_available:
-            await self.loading.wait(max_wait_seconds, tenant)  # from its end on this request is active
-        if self.engine is None:  # lost, between the end of its load and now
+            await self.loading.wait(max_wait_seconds, tenant)  # from here on this request is active
+        if self.engine is None:  # lost since the end of its load
             raise self.loading.not_ready("is not loaded any more")
         return self.engine
 
@@ -126,7 +126,7 @@ class ServedModel:
             self.loading.succeed()
 
     def dismiss(self) -> None:
-        """Have the model manager unload it once it is idle. No effect while it is unloaded."""
+        """Mark the model to be unloaded by the model manager when idle. No effect while it is unloaded."""
         self.is_dismissed = self.engine is not None
         self._on_change()
 
@@ -135,9 +135,9 @@ class ServedModel:
         self.is_dismissed = False
 
     def give_up(self, *, comes_back: bool = False) -> None:
-        """Forget the engine; the model manager closes it.
+        """Drop the engine, which the model manager closes.
 
-        With `comes_back` the manager loads the model again and requests are refused until then. Else the next request
+        With `comes_back` the manager reloads the model, and requests are refused until then. Else the next request
         starts the load.
         """
         self.engine = None
@@ -147,21 +147,21 @@ class ServedModel:
 
 
 class RemoteModel(Protocol):
-    """A name that requests may use, and what is known of the model to which it leads."""
+    """A model of other servers under a name that requests may use."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def model(self) -> str:
-        """What keys call it: the name itself, unless that is an alias."""
+        """The name that keys' rules use: `name`, or if that is an alias, the name behind it."""
 
     @property
     def num_upstreams(self) -> int: ...
 
     @property
     def num_available(self) -> int:
-        """How many of them can be reached now."""
+        """How many of its upstreams are reachable now."""
 
     @property
     def created(self) -> int: ...
@@ -174,9 +174,9 @@ class RemoteModel(Protocol):
 
 
 class ModelTable:
-    """Which names, aliases among them, lead to a model here. While `is_draining`, new work is refused.
+    """The names and aliases of local models. While `is_draining`, new requests are refused.
 
-    `forwarded` gives, whenever it is iterated, the names that other servers answer to.
+    Iterating `forwarded` gives the current models of other servers.
     """
 
     def __init__(self, models: Iterable[ServedModel], proxy: ProxyConfig | None = None) -> None:
@@ -190,7 +190,7 @@ class ModelTable:
 
     @property
     def takes_requests(self) -> bool:
-        """Whether new work is taken for all models or, where no model is local, for any remote one."""
+        """Whether all local models accept requests or, without local models, at least one remote model does."""
         if self.is_draining:
             return False
         if self._models:
@@ -206,7 +206,7 @@ class ModelTable:
         return "loading" if self._models else "unreachable"
 
     def find_forwarded(self, name: str) -> RemoteModel | None:
-        """The model of another server that the name leads to, if there is one."""
+        """The remote model of this name. None if there is none."""
         return next((model for model in self.forwarded if model.name == name), None)
 
     def take_names(self, config: ProxyConfig) -> None:
@@ -215,18 +215,18 @@ class ModelTable:
         self._aliases = {alias: name for alias, name in config.aliases.items() if name in self._models}
 
     def names(self) -> Iterator[tuple[str, ServedModel]]:
-        """The names and aliases of the models of this server, each with its model."""
+        """The names and aliases of local models, each with its model."""
         yield from self._models.items()
         yield from ((alias, self._models[name]) for alias, name in self._aliases.items())
 
     def get(self, name: str | None) -> ServedModel | None:
-        """The model of that name or alias, None if there is none. No name is enough where one model is served."""
+        """The model of that name or alias, None if there is none. The name may be None if only one model is served."""
         if not name and len(self._models) == 1:
             return next(iter(self._models.values()))
         return self._models.get(self._aliases.get(name or "", name or ""))
 
     def find(self, name: str | None) -> ServedModel:
-        """The model as `get` has it. Raises `ModelNotFound`."""
+        """Like `get`, but raises `ModelNotFound` in place of None."""
         model = self.get(name)
         if model is None:
             raise self.unknown(name)

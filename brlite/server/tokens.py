@@ -1,4 +1,4 @@
-"""The endpoints of the tokenizer and of the chat template: what a prompt comes to, without computing it."""
+"""The endpoints of the tokenizer and the chat template. They show the text and tokens of a prompt; no model runs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ async def detokenize(request: web.Request) -> web.Response:
 
 
 async def tokenizer_info(request: web.Request) -> web.Response:
-    """Answer what lm-eval requests first. With several models the query parameter `model` is required."""
+    """The tokenizer's properties, which lm-eval requests first. With several models the query needs `model`."""
     with admit(request, request.query.get("model")) as model:
         engine = await model.loaded(request.app[CONFIG].limits.max_wait_seconds, request[API_KEY].tenant)
         tokenizer = engine.tokenizer
@@ -95,7 +95,7 @@ async def tokenizer_info(request: web.Request) -> web.Response:
 
 
 async def apply_template(request: web.Request) -> web.Response:
-    """llama.cpp's: the text of a chat of any length. The fields are those of a chat."""
+    """llama.cpp's endpoint: the text of a chat of any length. It takes the fields of a chat request."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = openai_chat.decode(await read_body(request, limits), limits)
     with admit(request, call.model) as model:
@@ -108,7 +108,7 @@ async def apply_template(request: web.Request) -> web.Response:
 
 
 async def render(dialect: Dialect, request: web.Request) -> web.Response:
-    """vLLM's: a request as the engine would get it. One of a chat; a list of completions, one for each prompt."""
+    """vLLM's endpoint: the engine's request for a chat; for completions a list with one for each prompt."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     call = dialect.decode(await read_body(request, limits), limits)
     with admit(request, call.model) as model:
@@ -139,14 +139,14 @@ async def render(dialect: Dialect, request: web.Request) -> web.Response:
 
 
 async def count_message_tokens(request: web.Request) -> web.Response:
-    """`POST /v1/messages/count_tokens`, which agents send often."""
+    """`POST /v1/messages/count_tokens`. Agents call it often."""
     limits = request.app[CONFIG].limits
     call = decode_count_tokens(await read_body(request, limits), limits)
     return web.json_response({"input_tokens": await count_prompt_tokens(request, call)})
 
 
 async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
-    """The tokens of a call's chat, of any length: only the body's size is limited."""
+    """Count the tokens of a call's chat of any length: only the body's size is limited."""
     limits, tenant = request.app[CONFIG].limits, request[API_KEY].tenant
     (chat,) = call.prompts
     assert isinstance(chat, Chat)
@@ -160,10 +160,10 @@ async def count_prompt_tokens(request: web.Request, call: Generation) -> int:
 
 
 async def prompt_text(prompt: Prompt, engine: EngineLoop, model: ServedModel, tenant: str) -> tuple[str, list[str]]:
-    """A prompt as text, a chat as its template writes it, and a line for each field that the template ignores."""
+    """The text of a prompt, a chat rendered by its template, and a warning for each field that the template ignores."""
     if isinstance(prompt, Text):
         return prompt.text, []
-    if not isinstance(prompt, Chat):  # of an infill the text with its tokens
+    if not isinstance(prompt, Chat):  # an infill or token ids: decode them
         token_ids = await encode(prompt, engine, tenant, is_bounded=False)
         return await engine.decode(token_ids, tenant=tenant), []
     extras, ignored = template_extras(prompt, engine.tokenizer.chat_format, model.spec)
