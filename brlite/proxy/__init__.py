@@ -1,5 +1,5 @@
-"""Other servers' models: which upstream a request goes to, and the bytes there and back.
+"""Forwards requests for other servers' models: chooses an upstream, sends the request, relays the response.
 
-Knows HTTP and no model: not what is in a prompt, nor how a token is made. Of a request's body it reads the model's name
-and what chooses a server; of an answer, whether it is whole. Never imports server.
+Handles HTTP, not prompts or tokens. Of a request's body it reads the model's name and the fields that choose an
+upstream; a response is checked for completeness. Never imports server.
 """

@@ -38,7 +38,7 @@ class AttemptState(enum.Enum):
     | more of the body               |            |                   | BUFFERING   | RELAYING |
     | more than `held_bytes`         |            | RELAYING          | RELAYING    |          |
     | the whole response, its end    |            | DONE              | DONE        | DONE     |
-    | broken, lost, late, left       | DONE       | DONE              | DONE        | DONE     |
+    | malformed, lost, timeout, left | DONE       | DONE              | DONE        | DONE     |
     """
 
     CONNECTING = enum.auto()
@@ -48,7 +48,7 @@ class AttemptState(enum.Enum):
     DONE = enum.auto()
 
 
-# The members by themselves: looking one up in its class takes 0.1 µs before Python 3.12.
+# Module names for the members: before Python 3.12, a lookup in the enum takes 0.1 µs.
 CONNECTING, SENT, BUFFERING, RELAYING, DONE = AttemptState
 
 TRANSITIONS = {
@@ -59,7 +59,7 @@ TRANSITIONS = {
     DONE: set(),
 }
 
-# A kept connection that is lost so soon after a request was sent had been closed before the request arrived.
+# If a reused connection is lost within this time after a request was sent, it was closed before the request arrived.
 STALE_SECONDS = 0.1
 ONE_WRITE_BYTES = 16 * 1024  # for bodies up to here, a copy behind the head is cheaper than a second write
 DENIALS = (401, 403)
@@ -72,8 +72,8 @@ NOTHING_SEEN = Seen()
 class Downstream(Protocol):
     """The client's side of an exchange: one client, one response. Implemented in `fast_path.py` and `middleware.py`.
 
-    With `takes_chunks` it gets a chunked body with its framing. `request_id` is the id in the response's header, `peer`
-    the client's IP address, None if it has none.
+    With `takes_chunks`, `write` gets a chunked body with its chunk framing. `request_id` is the id in the response's
+    header, `peer` the client's IP address, None if it has none.
     """
 
     takes_chunks: bool
@@ -119,7 +119,7 @@ class Attempt:
     """One request at one upstream.
 
     `deadline` is the loop's time at which `time_is_up` is to be called. `has_begun`: a part of the response was sent to
-    the client. `seen` is set at the end.
+    the client. `seen`: what was read of the response, set at the end.
     """
 
     __slots__ = (
@@ -185,7 +185,7 @@ class Attempt:
 
     @property
     def seen_by_now(self) -> Seen:
-        """`seen`, with a value before the end as well."""
+        """`seen`; while the response is relayed, its value so far."""
         return self._relay.seen if self.state is RELAYING else self.seen
 
     @property
@@ -303,7 +303,7 @@ class Attempt:
             self._owner.attempt_failed(UpstreamError(text), Ending.STALE if is_stale else Ending.BROKEN)
 
     def _begin(self, head: AnswerHead, length: int | None, data: bytes) -> None:
-        """The head is complete: refuse, relay, answer or buffer."""
+        """Handle a complete head: refuse, relay, answer or buffer."""
         self._head, self._length = head, length
         status = self.status = head.status
         if status in REFUSALS and self._owner.attempt_refused(head, REFUSALS[status]):
@@ -311,7 +311,7 @@ class Attempt:
         if not self.upstream.breaker.is_untroubled and is_answer(status):
             self.upstream.breaker.answers(self._ticket)
         if status in DENIALS:
-            # Not forwarded: it is about the operator's key, which its text may show, not about the client's.
+            # Not forwarded: it concerns the operator's key, not the client's, and its text may show that key.
             error = UpstreamError(f"The upstream refused this server's access ({status}).")
             self._owner.attempt_failed(error, Ending.DENIED)
         elif status == 200 and head.content_type == EVENT_STREAM:
@@ -393,7 +393,7 @@ class Attempt:
         return self.state not in (CONNECTING, DONE)
 
     def time_is_up(self) -> None:
-        """The deadline has passed."""
+        """Handle a passed deadline."""
         if self._ends_if_whole():
             return
         text, ending = "The upstream stopped answering.", Ending.TIMEOUT
@@ -421,7 +421,7 @@ class Attempt:
         self._owner.attempt_failed(error, Ending.LOST)
 
     def _ends_if_whole(self) -> bool:
-        """End a stream whose last event has arrived, without the end of its framing. False for other responses."""
+        """End a stream whose last event has arrived but whose framing has not ended. False for other responses."""
         end = self._relay.end_if_whole() if self.state is RELAYING else None
         if end is None:
             return False
@@ -434,7 +434,7 @@ class Attempt:
         self._owner.attempt_failed(UpstreamError(text), Ending.BROKEN)
 
     def _complete(self, seen: Seen, *, keep: bool) -> None:
-        """End the attempt after the whole response."""
+        """End the attempt after a complete response."""
         self.close(ending_of(self.status), keep=keep and self._head.keeps_alive and self._connection.has_sent_all)
         self.seen = seen
         self._owner.attempt_completed()

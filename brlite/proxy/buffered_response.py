@@ -1,8 +1,8 @@
-"""An upstream's response that is not an event stream: buffered until it is complete, so that half of one is never sent.
+"""An upstream's response that is not an event stream: buffered, so that clients never get half of one.
 
-A complete response is checked: a client gets JSON where it asked for JSON, else an error that says what came instead. A
-refusal (4xx, 501, 503) keeps its status; a body that is not JSON becomes the message of our error envelope. A response
-longer than the buffer, and other media such as audio, is relayed as it comes. Knows no sockets.
+A complete response is checked: a request for JSON gets JSON, else an error that describes the upstream's response. A
+refusal (4xx, 501, 503) keeps its status; a body that is not JSON becomes the message of our error envelope. Responses
+longer than the buffer, and other media such as audio, are relayed as they arrive. Does no I/O.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from brlite.proxy.wire.heads import BODYLESS, AnswerHead
 from brlite.proxy.wire.sse_relay import LAST_CHUNK
 
 PAGES = (b"text/html", b"text/plain")
-MAX_PAGE_BYTES = 4096  # of a page that are searched for an error's text
-MAX_MESSAGE_CHARACTERS = 500  # of that text
+MAX_PAGE_BYTES = 4096  # the first bytes of a page, searched for an error's text
+MAX_MESSAGE_CHARACTERS = 500  # of that error text
 
 _JSON = msgspec.json.Decoder(msgspec.Raw)
 _MARKUP = re.compile(r"<(?:script|style)\b[^>]*>[^<]*|<!--[^>]*>|<[^<>]*>", re.IGNORECASE)
@@ -44,7 +44,7 @@ class Envelope(msgspec.Struct, frozen=True, gc=False):
 
 
 def check_response(head: AnswerHead, payload: bytes, path: str = "") -> Envelope | None:
-    """Check a complete response to a request to `path`. None: the client gets it as it is.
+    """Check a complete response to a request to `path`. None: it is sent unchanged.
 
     Raises `UpstreamError` if a client cannot use it.
     """
@@ -65,7 +65,7 @@ def check_response(head: AnswerHead, payload: bytes, path: str = "") -> Envelope
 
 
 def _in_our_envelope(head: AnswerHead, payload: bytes, path: str) -> Envelope:
-    """The text of a refusal that is not JSON, such as a proxy's page for 413 or 503. Raises `UpstreamError`."""
+    """An envelope for a refusal that is not JSON, such as a proxy's page for 413. Raises `UpstreamError` for others."""
     status = head.status
     if status < 400 or not (is_answer(status) or status in REFUSALS):
         raise UpstreamError(f"The upstream answered {status} with what is not JSON.")
@@ -83,7 +83,7 @@ def _in_our_envelope(head: AnswerHead, payload: bytes, path: str) -> Envelope:
 
 
 class BufferedResponse:
-    """The body of one response as far as it has arrived."""
+    """The part of one response's body that has arrived."""
 
     __slots__ = ("_body", "_parts", "num_bytes")
 
@@ -107,7 +107,7 @@ class BufferedResponse:
         self.num_bytes += len(payload)
 
     def feed_eof(self) -> None:
-        """The upstream's connection has ended. Raises `FramingError` if the response has not."""
+        """Handle the end of the connection. Raises `FramingError` if the body is incomplete."""
         self._body.feed_eof()
 
     def take(self) -> bytes:
@@ -117,7 +117,7 @@ class BufferedResponse:
 
 
 class BodyRelay:
-    """Relays a response's body as it comes. The same calls as `SseRelay`; no event can follow in it."""
+    """Relays a response's body as it arrives. Has the methods of `SseRelay`, but can send no error event."""
 
     __slots__ = ("_buffered", "_is_chunked", "_tail", "error")
 
@@ -125,8 +125,8 @@ class BodyRelay:
 
     def __init__(self, buffered: BufferedResponse, *, is_chunked: bool) -> None:
         self._buffered = buffered
-        self._is_chunked = is_chunked  # how the client gets it
-        self._tail = b""  # the last bytes that were relayed, where a usage may stand
+        self._is_chunked = is_chunked  # whether the client gets the body in chunks
+        self._tail = b""  # the last relayed bytes, which may contain the usage
         self.error: str | None = None
 
     @property
@@ -142,7 +142,7 @@ class BodyRelay:
         return Seen(usage_in_tail(self._tail), num_text_bytes=self._buffered.num_bytes)
 
     def feed(self, data: bytes) -> bytes:
-        """What the client gets of the next bytes."""
+        """Take the next bytes of the response. Returns the bytes to send to the client."""
         try:
             self._buffered.feed(data)
         except FramingError as error:
@@ -151,7 +151,7 @@ class BodyRelay:
         return self._taken()
 
     def feed_eof(self) -> bytes:
-        """What the client gets when the upstream's connection has ended."""
+        """Handle the end of the upstream's connection. Returns the bytes to send to the client."""
         try:
             self._buffered.feed_eof()
         except FramingError as error:
@@ -160,7 +160,7 @@ class BodyRelay:
         return self._taken()
 
     def end_if_whole(self) -> bytes | None:
-        """Only its framing says where it ends."""
+        """None: only the framing ends such a body."""
         return None
 
     def error_event(self, error: RequestError) -> bytes:

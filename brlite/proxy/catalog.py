@@ -1,6 +1,6 @@
 """The names that requests may use for upstreams' models, each with its state.
 
-Does not know which keys may use them, and sends nothing: health checks keep the state of upstreams and their lists.
+Checks no keys and sends no requests: the health checks update the state of upstreams and their model lists.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from brlite.proxy.forwarder import Forwarder
 class ForwardedModel(msgspec.Struct, frozen=True):
     """One name, and the `model` it stands for: itself, unless it is an alias.
 
-    `created`, `owned_by` and `max_model_len` are what its upstreams list, if they do.
+    `created`, `owned_by` and `max_model_len` come from its upstreams' model lists. If no list has the value,
+    `created` is this server's start and the others are None.
     """
 
     name: str

@@ -2,7 +2,7 @@
 
 Another upstream may be tried until the first byte of a response was sent to the client, and only if the last one has
 certainly computed nothing: it could not be connected to, a kept connection was closed already, or it refused (429,
-503). After that byte, a stream that breaks ends with an error event; any other response ends with the connection.
+503). After that byte, a broken stream ends with an error event; for any other response the connection is closed.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ class ExchangeState(enum.Enum):
     | event                             | QUEUED | TRYING                              |
     |-----------------------------------|--------|-------------------------------------|
     | its turn in the queue             | TRYING |                                     |
-    | refused or failed, may be retried |        | TRYING; QUEUED if a fallback has no |
-    |                                   |        | free place                          |
+    | refused or failed, may be retried |        | TRYING; QUEUED if the limit of a    |
+    |                                   |        | fallback is reached                 |
     | answered, failed for good         |        | DONE                                |
     | late, client left, server stops   | DONE   | DONE                                |
     | dropped from a full queue         | DONE   |                                     |
     """
 
-    QUEUED = enum.auto()  # it waits for one of the model's places
-    TRYING = enum.auto()  # it has a place, and an attempt is under way
+    QUEUED = enum.auto()  # it waits in the queue of the model's concurrency limit
+    TRYING = enum.auto()  # it has acquired the limit, and an attempt is running
     DONE = enum.auto()
 
 
-# The members by themselves: looking one up in its class takes 0.1 µs before Python 3.12.
+# Module names for the members: before Python 3.12, a lookup in the enum takes 0.1 µs.
 QUEUED, TRYING, DONE = ExchangeState
 
 TRANSITIONS = {
@@ -61,7 +61,7 @@ TRANSITIONS = {
 
 
 class ExchangeOwner(Protocol):
-    """The interface of the forwarder that an exchange uses."""
+    """The part of the forwarder that an exchange uses."""
 
     loop: asyncio.AbstractEventLoop
     config: ProxyConfig
@@ -217,7 +217,7 @@ class Exchange:
         self._close(self.attempt.status)
 
     def attempt_refused(self, head: AnswerHead, ending: Ending) -> bool:
-        """Keep the upstream's Retry-After, and try another upstream. False if there is none."""
+        """Keep the upstream's Retry-After, and try another upstream. False if no other is left."""
         attempt = self._current
         now = self._forwarder.loop.time()
         attempt.upstream.refuses_until = now + pause_seconds(head)
@@ -228,7 +228,7 @@ class Exchange:
         return True
 
     def attempt_found_no_model(self, body: bytes) -> bool:
-        """Read a 404, and try another upstream if this one does not have the model. False if there is none."""
+        """Read a 404, and try another upstream if this one does not have the model. False if no other is left."""
         attempt = self._current
         name, upstream = self.route.name_at(attempt.upstream), attempt.upstream
         if self.request.inbound.model is None or not says_no_model(body, name):
@@ -296,7 +296,7 @@ class Exchange:
             self.attempt.resume()
 
     def client_left(self) -> None:
-        """Handle a lost client: end the attempt, and so the upstream's work, at once."""
+        """Handle a client that disconnected: end the attempt at once, so that the upstream stops computing."""
         if self.state is QUEUED:
             self._waiting.leave()
         elif self.state is TRYING:
@@ -311,7 +311,7 @@ class Exchange:
         self._end_with(stopping(UPSTREAM_RETRY_SECONDS))
 
     def time_is_up(self) -> None:
-        """The deadline has passed."""
+        """Handle a passed deadline."""
         if self.state is TRYING:
             self._current.time_is_up()
             return

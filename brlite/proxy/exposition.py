@@ -1,7 +1,7 @@
 """Prometheus's text format, version 0.0.4: families of samples, read, labelled, joined and written again.
 
 Values and timestamps are kept as text. Its input comes from upstreams, so it is strict: one malformed line rejects the
-whole text. Knows no upstreams and does no I/O.
+whole text. Does no I/O and uses nothing of upstreams.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, cast, get_args
 
 Kind = Literal["counter", "gauge", "histogram", "summary", "untyped"]
 
-# What stands after a family's name in the names of its samples.
+# The suffixes that the names of samples add to their family's name.
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"histogram": ("_bucket", "_sum", "_count"), "summary": ("", "_sum", "_count")}
 MAX_SHOWN = 100
 
@@ -60,7 +60,7 @@ Families = dict[str, MetricFamily]
 def read_exposition(text: str, label: Label | None = None) -> Families:
     """The families of a text by name; `label` is added to each sample. Raises `BadExposition`.
 
-    A sample that has a label of that name keeps it as `exported_…`, as Prometheus itself does it.
+    A sample's own label of that name is renamed to `exported_…`, as Prometheus does it.
     """
     reader = _Reader(label)
     for number, line in enumerate(text.split("\n"), 1):  # not splitlines: a value may have other line ends
@@ -84,7 +84,7 @@ def join(families: Families, more: Mapping[str, MetricFamily]) -> list[str]:
 
 
 def write(families: Families, comments: Iterable[str] = ()) -> str:
-    """The text, each comment a line before it."""
+    """The text of the families, after one line for each comment."""
     lines = [f"# {comment}" for comment in comments]
     for family in families.values():
         if family.about is not None:
@@ -109,7 +109,7 @@ class _Reader:
         self.families: Families = {}
 
     def read(self, line: str) -> None:
-        """Raises `ValueError`."""
+        """Add one line, a comment or a sample. Raises `ValueError` if it is malformed."""
         if comment := _COMMENT.fullmatch(line):
             word, name, text = comment.groups("")
             family = self._family(name)
@@ -159,7 +159,7 @@ def _found(match: re.Match[str] | None) -> re.Match[str]:
 
 
 def _with(added: Label, labels: list[Label]) -> list[Label]:
-    """The labels and `added`; one that has its name already becomes `exported_…`."""
+    """The labels and `added`; a label of the same name is renamed to `exported_…`."""
     names = {label.name for label in labels}
     free_name = added.name
     while free_name in names:

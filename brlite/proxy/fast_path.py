@@ -53,8 +53,8 @@ class PathState(enum.Enum):
     | a complete request for an upstream       | FORWARDING| FORWARDING|            |        |         |
     | a complete request, refused (429, 508)   | HEAD      | HEAD      |            |        |         |
     | a complete request for anything else     | PASSED    | PASSED    |            |        |         |
-    | a request whose end is aiohttp's to find | AIOHTTP   | AIOHTTP   |            |        |         |
-    | bytes behind the request under way       |           |           | kept       | kept   | AIOHTTP |
+    | malformed, too long, any other body      | AIOHTTP   | AIOHTTP   |            |        |         |
+    | bytes after the current request          |           |           | kept       | kept   | AIOHTTP |
     | the response has been sent               |           |           | HEAD       | HEAD   | AIOHTTP |
     | the connection is lost                   | CLOSED    | CLOSED    | HEAD, then | CLOSED | CLOSED  |
     |                                          |           |           | CLOSED     |        |         |
@@ -62,13 +62,13 @@ class PathState(enum.Enum):
 
     HEAD = enum.auto()  # between two requests, or within a head
     BODY = enum.auto()
-    FORWARDING = enum.auto()  # an exchange is under way
+    FORWARDING = enum.auto()  # an exchange is running
     PASSED = enum.auto()  # aiohttp has one complete request
-    AIOHTTP = enum.auto()  # all bytes from here on are aiohttp's
+    AIOHTTP = enum.auto()  # aiohttp gets all further bytes of the connection
     CLOSED = enum.auto()
 
 
-# The members by themselves: looking one up in its class takes 0.1 µs before Python 3.12.
+# Module names for the members: before Python 3.12, a lookup in the enum takes 0.1 µs.
 HEAD, BODY, FORWARDING, PASSED, AIOHTTP, CLOSED = PathState
 
 TRANSITIONS = {
@@ -80,7 +80,7 @@ TRANSITIONS = {
     CLOSED: set(),
 }
 
-PIPELINED_BYTES = 64 * 1024  # how much is read of the requests behind the one under way
+PIPELINED_BYTES = 64 * 1024  # reading pauses when more bytes of pipelined requests are buffered
 NO_CONTENT = 204  # its responses must not have a Content-Length
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 OWN_LINES = "".join(f"{name}: {value}\r\n" for name, value in OWN_HEADERS.items()).encode()
@@ -176,7 +176,7 @@ class FastPath:
         if end < len(END_OF_HEAD):
             num_checked = num_whole_lines_bytes(data, self._num_checked)
             if num_checked is None or len(data) > max_bytes:
-                self._pass_on_for_good(data)  # it is no HTTP, such as TLS, or too long: aiohttp answers
+                self._pass_on_for_good(data)  # not HTTP (such as TLS) or too long: aiohttp answers
             else:
                 self.connection.bytes_came()
                 self._unread, self._num_checked = data, num_checked
@@ -251,7 +251,7 @@ class FastPath:
     def _take(self, head: RequestHead, key: ApiKey, body: bytes, raw: list[bytes], num_held: int) -> None:
         """Forward a complete request if its model is an upstream's. Else give it to aiohttp unchanged.
 
-        `num_held` are the bytes that it takes of the budget for bodies.
+        `num_held` is the number of bytes that it holds of the body budget.
         """
         shared = self.shared
         try:
@@ -297,7 +297,7 @@ class FastPath:
     def cycle_ended(self, *, keeps_alive: bool) -> None:
         """Handle the end of a forwarded request."""
         if self._state is FORWARDING:
-            del self._exchange  # which holds the body
+            del self._exchange  # it holds the body in memory
         self._state = HEAD
         if not keeps_alive or self.connection.is_draining:
             self.transport.close()
@@ -307,7 +307,7 @@ class FastPath:
             self._go_on_soon()
 
     def _go_on_soon(self) -> None:
-        """Read the next request, if its bytes are here, in the next turn of the loop."""
+        """Read the next request, if its bytes have arrived, in the next turn of the loop."""
         asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
@@ -382,7 +382,7 @@ class ForwardingCycle:
         self._path = path
         self._transport = path.transport
         self._key = inbound.key
-        self._num_held = num_held  # bytes of the budget for bodies
+        self._num_held = num_held  # bytes held of the body budget
         self._keeps_alive = head.keeps_alive
         self._started_at = time.perf_counter()
         self._status = 0

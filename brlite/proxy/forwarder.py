@@ -81,7 +81,7 @@ class Forwarder:
     def replace(self, config: Config, table: RouteTable) -> None:
         """Use another config. Running requests continue, as do connections to upstreams that remain.
 
-        `table` was made from `config` and the present table by the caller, since that reads files.
+        The caller makes `table` from `config` and the current table, since that reads files.
         """
         gone = {upstream.name: upstream for upstream in self.table.upstreams if upstream not in table.upstreams}
         for upstream in table.upstreams:
@@ -97,7 +97,7 @@ class Forwarder:
         """Make an exchange. The caller calls its `start`.
 
         Raises `LoopDetected`, `RateLimited`, `NotReady` while the server stops, and `InvalidRequest` for a stored
-        response that is not known as one of the key's.
+        response that is not known to belong to the key.
         """
         head, config = inbound.head, self.config
         if head.via is not None:
@@ -131,14 +131,14 @@ class Forwarder:
         return exchange
 
     def find_stored(self, head: RequestHead, key: ApiKey) -> Route | None:
-        """The route to the stored response that a request is about. None if no upstream has stored it for this key."""
+        """The route to the stored response that a request names. None if no upstream has stored it for this key."""
         response_id = stored_response_id(head)
         owner = None if response_id is None else self.owners.find(key.tenant, response_id, self._active)
         route = None if owner is None else self.table.find(owner.model)
         return None if owner is None or route is None else route.only(owner.upstream)
 
     def _only(self, owner: ResponseOwner, route: Route) -> Route:
-        """The route with only the upstream that stores the response. Raises `InvalidRequest` if it has no such one."""
+        """The route with only the upstream that stores the response. Raises `InvalidRequest` if the route lacks it."""
         only = route.only(owner.upstream)
         if only is None:
             raise InvalidRequest(
@@ -200,7 +200,7 @@ class Forwarder:
         logger.warning("upstream %s: %s", upstream.name, error if cause is None else f"{error} ({reason_of(cause)})")
 
     def report_missing(self, upstream: Upstream, model: str) -> None:
-        """Note for 60 s that an upstream does not have the model; the log says so the first time."""
+        """Note for 60 s that an upstream does not have the model. Log it the first time."""
         if model not in upstream.missing:
             text = "upstream %s answers 404 for the model %s: it is tried only if no other upstream has the model"
             logger.warning(text, upstream.name, model)
@@ -214,7 +214,7 @@ class Forwarder:
         for exchange in list(self._active):
             exchange.stop()
 
-    # One timer for all exchanges: with one for each stream, each event of each stream would reset a timer.
+    # One timer for all exchanges: a timer for each stream would have to be reset at each of its events.
 
     def _set_tick(self) -> None:
         config = self.config

@@ -1,6 +1,6 @@
-"""The forwarder's numbers as Prometheus metrics. The only file of this room that knows prometheus_client.
+"""The forwarder's numbers as Prometheus metrics. Only this file of the room imports prometheus_client.
 
-Labels are names of the config and statuses, never what a client sent. The upstreams' own metrics are read by
+Label values are names from the config and statuses, never text from clients. The upstreams' own metrics are read by
 `exposition.py` and `scrape.py`.
 """
 

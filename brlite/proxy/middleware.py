@@ -42,7 +42,7 @@ BACKLOG_BYTES = 64 * 1024
 def forward_middleware(forwarder: Forwarder, limits: LimitsConfig, *, is_only_proxy: bool) -> Middleware:
     """A middleware that forwards POST requests for an upstream's model, and requests about responses stored there.
 
-    The handler gets all other requests, with their bodies kept.
+    The handler gets all other requests; a body that was read is kept for it.
     """
 
     @web.middleware

@@ -1,8 +1,8 @@
-"""A digest of the beginning of a prompt, by which `choice = "prefix"` chooses an upstream.
+"""A digest of the beginning of a prompt. `choice = "prefix"` uses it to choose an upstream.
 
-All that comes before the first user message counts, however long, since a prefix cache holds it: a system prompt,
-instructions, tools, earlier examples. Reads bodies of chats, completions, `/v1/messages` and `/v1/responses`. Knows no
-models and no upstreams.
+Everything before the first user message counts, of any length, since a prefix cache holds it: a system prompt,
+instructions, tools, earlier examples. Reads bodies of chats, completions, `/v1/messages` and `/v1/responses`. Uses
+nothing of models and upstreams.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def prompt_start(body: bytes, num_bytes: int) -> bytes:
     is_empty = True
     try:
         for part in _parts(_PROMPT.decode(body.removeprefix(BYTE_ORDER_MARK)), num_bytes):
-            # With the lengths, different parts never give the same bytes.
+            # The lengths make the input unambiguous: different parts never give the same bytes.
             digest.update(b"%d:" % len(part))
             digest.update(part)
             is_empty = False
@@ -67,7 +67,7 @@ def _parts(prompt: _Prompt, num_bytes: int) -> Iterator[bytes]:
     messages = prompt.messages
     if not messages and prompt.input != _NULL and bytes(prompt.input).startswith(b"["):
         messages = _MESSAGES.decode(prompt.input)
-        if messages and not bytes(messages[0]).startswith(b"{"):  # texts or tokens, as of `/v1/embeddings`
+        if messages and not bytes(messages[0]).startswith(b"{"):  # texts or tokens, as in `/v1/embeddings`
             messages = None
     for raw in messages or ():
         message = _MESSAGE.decode(raw)

@@ -1,7 +1,7 @@
 """A request that may be forwarded, and the fields that the proxy reads of its JSON body: `model` and `user`.
 
-The whole body must be JSON; the upstream checks its other fields. The proxy changes nothing in it but the model's name.
-It knows no routes, no upstreams and no endpoint.
+The whole body must be JSON; the upstream checks its other fields. The proxy changes only the model's name.
+Uses nothing of routes, upstreams and endpoints.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ T = TypeVar("T")
 _NULL = msgspec.Raw(b"null")
 _REFUSALS = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)  # all that msgspec raises for any bytes
 
-# A field `model` with a string or null, wherever it stands. In JSON a quote before a colon ends a key.
+# A field `model` with a string or null, at any depth. In JSON a quote before a colon ends a key.
 _MODEL_FIELD = re.compile(rb'"model"[ \t\n\r]*:[ \t\n\r]*("[^"\\]*(?:\\.[^"\\]*)*"|null)')
 _PUNCTUATION = re.compile(r"[ \t\n\r]*[{:,]?[ \t\n\r]*")
 _WHOLE_JSON = json.JSONDecoder(parse_int=str, parse_float=str)  # numbers of any length
 
 
 class RequestModel(msgspec.Struct, frozen=True, gc=False):
-    """What the body says of the model. `None`: absent, null, or (only `user`) of another type than ours."""
+    """The fields of a body. `None`: absent, null, or (only `user`) not a string."""
 
     model: str | None = None
     user: str | None = None
 
 
 class Inbound(msgspec.Struct, frozen=True):
-    """A request as it came in, and the key that let it in. `model` is the name that was asked for."""
+    """A received request and its API key. `model` is the requested name."""
 
     head: RequestHead
     body: bytes
@@ -48,19 +48,19 @@ class Inbound(msgspec.Struct, frozen=True):
 
 
 def read_inbound(head: RequestHead, body: bytes, key: ApiKey) -> Inbound:
-    """Raises `InvalidRequest` as `peek` does."""
+    """Read the fields of the body. Raises `InvalidRequest` as `peek` does."""
     fields = peek(body)
     return Inbound(head, body, key, fields.model, fields.user)
 
 
 def peek(body: bytes) -> RequestModel:
-    """Read the fields, or raise `InvalidRequest` for what is no JSON object or names no model clearly.
+    """Read the fields. Raises `InvalidRequest` for a body that is no JSON object, or whose model is ambiguous.
 
-    A repeated `model` is refused, and so is one in other letters (`Model`), which some servers accept for it: the model
-    that keys and routes were checked for must be the one that the upstream answers with.
+    A repeated `model` is refused, and so is another spelling (`Model`), which some servers accept: the upstream must
+    answer with the model that the key and the route were checked for.
     """
     try:
-        body.isascii() or body.decode()  # msgspec does not look into what no field takes
+        body.isascii() or body.decode()  # msgspec does not check the UTF-8 of values that no field takes
         if body.count(b'"model"') == 1 and b"\\u" not in body:
             # Only an escaped letter could spell a second key `model`. The check saves two calls of the hook, 1 µs.
             plain = _PLAIN.decode(body)
@@ -70,8 +70,8 @@ def peek(body: bytes) -> RequestModel:
         return RequestModel(model.name, fields.user)
     except _REFUSALS:
         model = _Model()
-        odd = decode_json(body, msgspec.json.Decoder(_ODD_FIELDS, dec_hook=model.take))  # raises what is wrong
-    try:  # nothing is wrong if only `user` is of another type than ours
+        odd = decode_json(body, msgspec.json.Decoder(_ODD_FIELDS, dec_hook=model.take))  # raises the error
+    try:  # a `user` that is not a string is no error
         user = msgspec.json.decode(odd.user, type=str)
     except _REFUSALS:
         user = None
@@ -79,7 +79,7 @@ def peek(body: bytes) -> RequestModel:
 
 
 def replace_model(body: bytes, new: str) -> bytes:
-    """`body` with another model's name, every other byte as it was. Raises as `peek` does, or if there is no model."""
+    """`body` with another model's name, every other byte unchanged. Raises as `peek` does, or if it has no model."""
     if peek(body).model == new:
         return body
     value = msgspec.json.encode(new)
@@ -114,7 +114,7 @@ class _Model:
 
 
 class _OtherSpelling:
-    """The type of `Model`, `MODEL` and so on, which no value has."""
+    """The type of the fields `Model`, `MODEL` and so on. Accepts no value."""
 
 
 class _Fields(msgspec.Struct, frozen=True, gc=False):
@@ -123,7 +123,7 @@ class _Fields(msgspec.Struct, frozen=True, gc=False):
 
 
 class _OddFields(msgspec.Struct, frozen=True, gc=False):
-    """The same for any values: msgspec would refuse a number that is too large even where anything may stand."""
+    """The same with any `user`: for type `Any`, msgspec would still refuse a number that is too large."""
 
     model: _Model | msgspec.UnsetType = msgspec.UNSET
     user: msgspec.Raw = _NULL
@@ -141,8 +141,8 @@ _ODD_FIELDS = _with_other_spellings(_OddFields)
 
 
 def _find_model(body: bytes) -> tuple[int, int]:
-    """Where the value of the top-level `model` begins and ends, in a body that `peek` has read."""
-    text = body.decode("latin-1")  # one character a byte, so that places in one are places in the other
+    """The start and end index of the top-level `model`'s value, in a body that `peek` has accepted."""
+    text = body.decode("latin-1")  # one character a byte: an index is the same in both
     at = _after_punctuation(text, len(BYTE_ORDER_MARK) if body.startswith(BYTE_ORDER_MARK) else 0)
     try:
         while text[at] == '"':

@@ -98,7 +98,7 @@ class Names:
         if (error := found.exception()) is not None:
             logger.debug("%s cannot be looked up: %s", self._name, error)
             pending.set_exception(error)
-            pending.exception()  # else asyncio logs it where no caller waits
+            pending.exception()  # otherwise asyncio logs it if no caller waits
             return
         if list(found.result()) != list(self.known):
             self.known = found.result()

@@ -1,8 +1,8 @@
-"""Which upstream stores which response of whom, so that a request about one goes to the upstream that has it.
+"""Maps each tenant's stored responses to their upstreams, so that later requests go to the upstream that has one.
 
-Upstreams know all clients by one API key. Here a tenant reaches its own responses only, by path and by
-`previous_response_id`. Ids are read from the answers of `POST /v1/responses`; an answer that is longer than
-`proxy.held_bytes` is not looked at, so its id is not known afterwards.
+Upstreams see one API key for all clients. This file lets a tenant use only its own responses, by path and by
+`previous_response_id`. Ids are read from the answers of `POST /v1/responses`. An answer longer than `proxy.held_bytes`
+is not read, so its id stays unknown.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _ID = re.compile(r"[!-.0-~]{1,200}")
 
 
 class ResponseOwner(msgspec.Struct, frozen=True):
-    """The upstream that has a response, and the model that it was asked of. `is_counted`: its usage was told."""
+    """The upstream that stores a response, and the model that made it. `is_counted`: its usage was reported."""
 
     upstream: str
     model: str
@@ -67,7 +67,7 @@ class ResponseOwners:
         )
 
     def find(self, tenant: str, response_id: str, active: Iterable[Exchange]) -> ResponseOwner | None:
-        """The owner of a tenant's response, which one of the `active` exchanges may just be relaying."""
+        """The owner of a tenant's response, also of one that an exchange of `active` is relaying. None: unknown."""
         owner = self.store.get(tenant, response_id)
         if owner is None and self.store.is_enabled:
             for exchange in active:
@@ -77,9 +77,9 @@ class ResponseOwners:
         return owner
 
     def owner_for(self, inbound: Inbound, active: Iterable[Exchange]) -> ResponseOwner | None:
-        """The owner of the response that the request is about or continues; None: it may go to any upstream.
+        """The owner of the response that the request names or continues. None: any upstream may get the request.
 
-        Raises `InvalidRequest` for a tenant that continues a response which is not known as its own.
+        Raises `InvalidRequest` if the request has a tenant and the response is not known as the tenant's.
         """
         tenant, response_id = inbound.key.tenant, stored_response_id(inbound.head)
         response_id = response_id or _previous_response_id(inbound.body)
@@ -94,7 +94,7 @@ class ResponseOwners:
         return owner
 
     def note(self, exchange: Exchange) -> None:
-        """Keep what a finished exchange tells: a new response, one that is deleted, one whose usage is known by now."""
+        """Record a finished exchange: keep the id of a new response, remove the id of a deleted one."""
         inbound, attempt = exchange.request.inbound, exchange.attempt
         if attempt is None or not attempt.has_begun or attempt.status >= 400:
             return
@@ -107,9 +107,9 @@ class ResponseOwners:
             self.store.pop(tenant, response_id)
 
     def late_usage(self, exchange: Exchange) -> ForwardedUsage:
-        """What a stored response has cost beside its prompt, when that is told for the first time.
+        """The completion tokens of a stored response, when its usage is reported for the first time; else 0.
 
-        A response that is made in the background tells it to those who look at it later.
+        The usage of a response made in the background is reported when the response is retrieved later.
         """
         attempt, inbound = exchange.attempt, exchange.request.inbound
         response_id = stored_response_id(inbound.head)
@@ -137,7 +137,7 @@ def _makes_response(inbound: Inbound) -> bool:
 
 
 def _owner(exchange: Exchange) -> ResponseOwner:
-    assert exchange.attempt is not None  # it has told an id
+    assert exchange.attempt is not None  # its response contained an id
     is_counted = told_usage(exchange.attempt.seen_by_now.parts) is not None
     return ResponseOwner(exchange.attempt.upstream.name, exchange.route.model, is_counted)
 
@@ -156,9 +156,9 @@ def _told_id(exchange: Exchange) -> str | None:
 
 
 def _previous_response_id(body: bytes) -> str | None:
-    """The id that the body continues. Raises `InvalidRequest` if it is ambiguous or no string.
+    """The body's `previous_response_id`. Raises `InvalidRequest` if it is repeated, or neither a string nor null.
 
-    An upstream must not find another one than was looked at: neither behind an escaped letter, nor a repeated field.
+    The upstream must read the id that was checked here: so names with escaped letters are found, too.
     """
     if _PREVIOUS not in body and b"\\u" not in body:
         return None

@@ -1,4 +1,4 @@
-"""The upstreams' own metrics beside ours, on demand: each upstream's samples get a label with its name.
+"""Adds the upstreams' own metrics to ours, on demand. Each upstream's samples get a label with its name.
 
 Concurrent scrapes share one request to each upstream, so that a client cannot multiply them. An upstream whose metrics
 cannot be read is reported as such; the others' metrics are returned all the same.
@@ -33,7 +33,7 @@ class Scrape(NamedTuple):
 
 
 class Scraper:
-    """Reads the metrics of a forwarder's upstreams inside `async with`, which ends what is still under way."""
+    """Reads the metrics of a forwarder's upstreams inside `async with`, whose exit cancels running reads."""
 
     def __init__(self, forwarder: Forwarder) -> None:
         self._forwarder = forwarder
@@ -49,7 +49,7 @@ class Scraper:
             await asyncio.wait(self._tasks.values())
 
     async def add_to(self, own: bytes, which: str) -> bytes:
-        """`own` metrics in the text format, with those of one upstream by its name, or of `all`.
+        """The `own` metrics in the text format, joined with those of the upstream `which`, or of all ("all").
 
         Raises `InvalidRequest` for a name that no upstream has.
         """
@@ -82,7 +82,7 @@ class Scraper:
 
 
 def joined(own: bytes, scrapes: Iterable[Scrape]) -> bytes:
-    """One text of all, each family once; comments name what was left out."""
+    """One text of all metrics, each family once. Comments name the families and upstreams that were left out."""
     families = read_exposition(own.decode())
     readable = families[OK_NAME] = MetricFamily(OK_NAME, "gauge", "1 if the upstream's metrics could be read, else 0.")
     comments = []

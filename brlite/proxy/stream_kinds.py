@@ -1,6 +1,6 @@
-"""The kinds of event streams: the last event and the error event of each. Knows no sockets and no framing.
+"""The kinds of event streams: the last event and the error event of each. Does no I/O and no framing.
 
-A stream that its client's library takes for complete must not end with an error; any other one must.
+After the event that completes a stream for the client's library no error may follow; any other stream ends with one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How many tokens a forwarded request used: as its response reports if that is possible, else estimated from bytes.
+"""The tokens that a forwarded request used: as its response reports if that is possible, else estimated from bytes.
 
 An estimate of the prompt is charged as soon as the request is sent, and is corrected when the exchange ends. Usage is
 read in every dialect that is forwarded: chats and completions, `/v1/messages`, `/v1/responses`, embeddings, rerank.
@@ -15,14 +15,14 @@ import msgspec
 
 BYTES_PER_TOKEN = 4  # of JSON and English text; other scripts have fewer
 BYTES_PER_ENCODED_TOKEN = 256  # of base64: pictures cost tokens by their size in pixels, not in bytes
-# Tokens that a request can use beside its own bytes and its response's: a template, pictures by URL, a conversation
+# Tokens that a request can use besides those of its body and its response: a template, pictures by URL, a conversation
 # that the server keeps, hidden reasoning.
 UNSEEN_TOKENS = 65_536
-TAIL_BYTES = 4096  # of a long response, where its usage is
+TAIL_BYTES = 4096  # the end of a long response, which contains its usage
 
 # The response is generated text, with a token for every few bytes.
 GENERATING_PATHS = (b"/v1/chat/completions", b"/v1/completions", b"/v1/responses", b"/v1/messages")
-# No model computes anything.
+# Requests for which no model computes.
 FREE_PATHS = frozenset(
     b"/tokenize /detokenize /apply-template /explain /v1/messages/count_tokens /v1/responses/input_tokens "
     b"/v1/chat/completions/render /v1/completions/render".split()
@@ -79,7 +79,7 @@ _ANSWER = msgspec.json.Decoder(_ResponseUsage)
 
 
 class Seen(msgspec.Struct, frozen=True, gc=False):
-    """What was seen of a response: JSON texts that may have its usage, its events, and the bytes of their text."""
+    """What was read of a response: JSON texts that may contain its usage, the events, and the bytes of their text."""
 
     parts: tuple[bytes, ...] = ()
     num_events: int = 0
@@ -87,7 +87,7 @@ class Seen(msgspec.Struct, frozen=True, gc=False):
 
 
 def estimate_prompt(path: bytes, body: bytes) -> int:
-    """An estimate of the tokens of a request's prompt, at least one; 0 where no model computes."""
+    """An estimate of the tokens of a request's prompt, at least one; 0 if no model computes."""
     if path.partition(b"?")[0] in FREE_PATHS:
         return 0
     num_encoded = sum(len(run) for run in _ENCODED.findall(body)) if len(body) >= TAIL_BYTES else 0
@@ -127,6 +127,6 @@ def is_possible(usage: ForwardedUsage, num_body_bytes: int, num_text_bytes: int)
 
 
 def usage_in_tail(tail: bytes) -> tuple[bytes, ...]:
-    """The usage in the last bytes of a long response, as JSON of its own, if it is there."""
+    """The usage in the last bytes of a long response, as one JSON object; empty if there is none."""
     found = _USAGE_FIELD.findall(tail)
     return (b'{"usage":%b}' % found[-1],) if found else ()

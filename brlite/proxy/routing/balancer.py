@@ -1,4 +1,4 @@
-"""Chooses one of the upstreams that serve a model. Knows their names, weights and loads; sends them nothing.
+"""Chooses one of the upstreams that serve a model. Uses their names, weights and loads; sends nothing.
 
 `prefix` and `sticky` use weighted rendezvous hashing: a hash of the affinity and an upstream's name gives each upstream
 a number, and the largest wins. So an affinity leads to the same upstream after a restart. If an upstream is added or
@@ -60,7 +60,7 @@ class Balancer(Generic[C]):
         """A candidate that this request has not tried yet; None if it has tried all.
 
         If none of them is available, one is chosen without the policy: first those that pass their health checks, in
-        turn, and last the one that failed last, since a server that fails fast often has the least load.
+        turn; the one that failed most recently comes last, since a server that fails fast often has the least load.
         Without affinity, `prefix` and `sticky` choose the least loaded.
         """
         if self._only is not None:
@@ -87,7 +87,7 @@ def _in_doubt(slots: Sequence[_Slot[Any]]) -> _Slot[Any]:
 
 
 def _least_loaded(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[Any]:
-    """The one with the fewest requests for its weight; of several, the one whose last turn is longest ago."""
+    """The one with the fewest requests per weight; of several, the one whose last turn is longest ago."""
     best = slots[0]
     best_load = math.inf
     for slot in slots:
@@ -98,7 +98,10 @@ def _least_loaded(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[
 
 
 def _round_robin(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[Any]:
-    """Smooth weighted round robin, as in nginx: all earn their weight, the one with most credit is chosen and pays."""
+    """Smooth weighted round robin, as in nginx.
+
+    Each gains its weight as credit. The one with the most credit is chosen and loses the sum of all weights.
+    """
     total = 0
     best = slots[0]
     for slot in slots:
@@ -116,7 +119,7 @@ def _prefix(slots: Sequence[_Slot[Any]], affinity: bytes | None) -> _Slot[Any]:
         return _least_loaded(slots, affinity)
     num_in_flight = sum(slot.candidate.num_in_flight for slot in slots)
     allowed = MAX_LOAD_RATIO * num_in_flight / sum(slot.candidate.weight for slot in slots)
-    # One request more than that, so that an idle group takes the first wherever it belongs.
+    # One request more, so that the first request to an idle group goes to the first in hash order.
     return _first_in_hash_order(
         [slot for slot in slots if slot.candidate.num_in_flight <= allowed * slot.candidate.weight + 1], affinity
     )
@@ -131,7 +134,7 @@ def _first_in_hash_order(slots: Sequence[_Slot[Any]], affinity: bytes) -> _Slot[
     digest = blake2b(affinity, digest_size=16).digest()
 
     def draw(slot: _Slot[Any]) -> float:
-        """Its number for this affinity: the largest of all with the probability of its share of the weights."""
+        """Its number for this affinity. It is the largest with a probability equal to its share of the weights."""
         bits = int.from_bytes(blake2b(digest, digest_size=8, key=slot.hash_key).digest(), "big") >> 12
         uniform = (bits + 0.5) / 2**52  # never 0 nor 1
         return float(slot.candidate.weight / -math.log(uniform))

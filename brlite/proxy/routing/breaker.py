@@ -1,7 +1,6 @@
 """A circuit breaker: ejects an upstream after failures in a row, and lets one request at a time probe it.
 
-Knows no requests and no clock: the caller gives times and results, and decides what counts as a failure
-(`outcomes.py`).
+Has no clock: the caller gives times and results, and decides what counts as a failure (`outcomes.py`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Breaker:
     `succeeded` and `abandoned` change nothing, so that a caller may leave these calls out.
 
     Requests that began before it last opened change nothing while it is open: a server that shuts down still completes
-    its streams. A success of a request that was sent since, for want of another upstream, closes it at once.
+    its streams. A request may be sent to an open one if no other upstream is left; its success closes it at once.
     """
 
     __slots__ = (
@@ -68,7 +67,7 @@ class Breaker:
         return "half_open" if self._until <= now else "open"
 
     def begin(self, now: float) -> Ticket:
-        """A request is sent, whether `allows` or not. When half-open, the first one is the probe."""
+        """Register a request, whatever `allows` returns. When half-open, the first one is the probe."""
         if not (self._is_open and self.allows(now)):
             return self.ticket
         self._is_probing = True
@@ -81,7 +80,7 @@ class Breaker:
             self.is_untroubled = True
 
     def answers(self, ticket: Ticket) -> None:
-        """A good response has begun, which is enough to close it: the response may take long."""
+        """Register that a good response has begun. This closes it, since the whole response may take long."""
         if self._is_open and ticket.epoch == self._epoch:
             self._is_open = self._is_probing = False
             self._num_failures = 0
@@ -101,7 +100,7 @@ class Breaker:
             self._open(now)
 
     def abandoned(self, ticket: Ticket) -> None:
-        """The request ended without a result about the upstream. If it was the probe, the next request is."""
+        """Register an end that shows nothing about the upstream. After a probe, the next request is the probe."""
         if ticket.is_probe and ticket.epoch == self._epoch:
             self._is_probing = False
 

@@ -1,4 +1,4 @@
-"""Requests of the proxy's own to an upstream: its health, its list of models, its metrics. Forwards nothing.
+"""The proxy's own requests to an upstream, for its health, its list of models and its metrics. Forwards nothing.
 
 Each request has a connection of its own, so it also shows whether the upstream accepts new ones. Redirects are not
 followed. Whatever the upstream sends or does not send, each request ends within its time limit.
@@ -46,7 +46,7 @@ class _Resolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """The upstream's pool owns the addresses."""
+        """Do nothing: the upstream's pool owns the addresses."""
 
 
 class UpstreamClient:
@@ -79,7 +79,7 @@ class UpstreamClient:
         self._session = aiohttp.ClientSession(
             connector=connector,
             headers={**own_headers, "Accept-Encoding": "identity", "User-Agent": "brlite"},
-            timeout=aiohttp.ClientTimeout(total=None),  # `_ask` has one that nothing escapes
+            timeout=aiohttp.ClientTimeout(total=None),  # `_ask` has a limit that covers everything
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
         )
@@ -138,9 +138,9 @@ def reason_of(error: BaseException) -> str:
 
 
 async def within(seconds: float, answer: Coroutine[None, None, T]) -> T:
-    """Wait for it, or end it and raise `asyncio.TimeoutError`.
+    """The result of `answer`. Cancels it after `seconds` and raises `asyncio.TimeoutError`.
 
-    Unlike `asyncio.wait_for` before Python 3.12 it loses no cancellation that comes in the same turn as the answer.
+    Unlike `asyncio.wait_for` before Python 3.12, it loses no cancellation that comes in the same turn as the answer.
     """
     task = asyncio.get_running_loop().create_task(answer)
     try:

@@ -1,8 +1,8 @@
 """The concurrency limit of one model, shared by key, and a bounded queue of the requests that wait.
 
-A free place goes to the waiting key with the fewest running requests, in turn if several have as few. So the backlog
-of one key delays the others at most until one of its running requests ends. Knows no clock and no requests: a request
-that has waited for too long leaves the queue by itself.
+A free slot goes to the waiting key with the fewest running requests, in turn if several have as few. So the backlog of
+one key delays the others at most until one of its running requests ends. Has no clock: the caller removes requests that
+have waited too long.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ QUEUE_RETRY_SECONDS = 5
 
 
 class Waiter(NamedTuple):
-    """Callbacks of a request that waits: it has a place, or it was dropped with this error.
+    """Callbacks of a waiting request: it has got a slot, or it was dropped with this error.
 
     Both are called from within another request's `release` or `wait`, and must not raise.
     """
@@ -28,7 +28,7 @@ class Waiter(NamedTuple):
 
 
 class Waiting:
-    """A request's turn in the queue. Once `has_turn`, its holder has a place and must release it."""
+    """A request's turn in the queue. Once `has_turn`, its holder has a slot and must release it."""
 
     __slots__ = ("_key", "_queue", "has_turn", "waiter")
 
@@ -39,12 +39,12 @@ class Waiting:
         self.has_turn = False
 
     def leave(self) -> None:
-        """Leave the queue. After its turn has come this does nothing: its holder releases the place."""
+        """Leave the queue. Does nothing after its turn has come: then its holder releases the slot."""
         self._queue.remove(self._key, self)
 
 
 class ConcurrencyLimit:
-    """At most `max_in_flight` requests have a place, and `max_queued` more wait for one.
+    """At most `max_in_flight` requests have a slot, and `max_queued` more wait for one.
 
     Operations take time in proportion to the number of waiting keys, not of waiting requests.
     """
@@ -62,15 +62,15 @@ class ConcurrencyLimit:
     def __init__(self, max_in_flight: int, max_queued: int) -> None:
         self._max_in_flight = max_in_flight
         self._queue: FairQueue[Hashable, Waiting] = FairQueue(max_queued)
-        self._num_running: dict[Hashable, int] = {}  # by key, of those that run any
-        self._weights: dict[Hashable, int] = {}  # by key, of those that have another one than 1
+        self._num_running: dict[Hashable, int] = {}  # by key, only keys that run any
+        self._weights: dict[Hashable, int] = {}  # by key, only weights other than 1
         self.num_in_flight = 0
         self._num_to_hand_on = 0
         self._is_handing_on = False
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The maximum number of places, and of waiting requests."""
+        """The maximum number of slots, and of waiting requests."""
         return self._max_in_flight, self._queue.max_items
 
     @property
@@ -78,7 +78,7 @@ class ConcurrencyLimit:
         return len(self._queue)
 
     def acquire(self, key: Hashable) -> bool:
-        """Take a place, if one is free. While requests wait, none is free."""
+        """Take a slot. False if none is free; while requests wait, none is."""
         if self.num_in_flight >= self._max_in_flight:
             return False
         self.num_in_flight += 1
@@ -86,9 +86,9 @@ class ConcurrencyLimit:
         return True
 
     def wait(self, key: Hashable, waiter: Waiter, weight: int = 1) -> Waiting:
-        """Queue up, after `acquire` returned False. Raises `QueueFull`.
+        """Enter the queue, after `acquire` returned False. Raises `QueueFull`.
 
-        While requests wait, keys get places in proportion to their weights. If another key fills the queue, its newest
+        While requests wait, keys get slots in proportion to their weights. If another key fills the queue, its newest
         request is dropped.
         """
         assert self.num_in_flight >= self._max_in_flight, "a place is free: on_turn would never be called"
@@ -110,17 +110,17 @@ class ConcurrencyLimit:
         return waiting
 
     def release(self, key: Hashable) -> None:
-        """Give the place of one of this key's requests to one that waits, or free it."""
+        """Give the slot of one of this key's requests to a waiting request, or free it."""
         num_running = self._num_running.pop(key) - 1
         if num_running:
             self._num_running[key] = num_running
         if self.num_in_flight < self._max_in_flight:
-            self.num_in_flight -= 1  # no request waits while a place is free
+            self.num_in_flight -= 1  # no request waits while a slot is free
             return
         self._num_to_hand_on += 1
         if self._is_handing_on:
             return
-        # A request that gets a place may release it at once, and so may all that wait: a loop, not a recursion.
+        # A request may release its slot within `on_turn`, as may every one after it: a loop avoids deep recursion.
         self._is_handing_on = True
         try:
             while self._num_to_hand_on:

@@ -46,7 +46,7 @@ class Dialled(NamedTuple):
 
 
 async def dial_all(upstreams: Iterable[Upstream], config: ProxyConfig) -> list[Dialled]:
-    """Check all at once. Each step of each check has a time limit."""
+    """Check all concurrently. Each step of each check has a time limit."""
     return await asyncio.gather(*(_dial(upstream, config) for upstream in upstreams))
 
 

@@ -1,8 +1,8 @@
-"""Health checks: each upstream is asked for its health, and is taken out, or back in, after a few equal results.
+"""Health checks: polls each upstream, and takes it out of service, or back in, after a few equal results.
 
-An upstream that is out or in doubt is checked five times as often as a healthy one. Every sixth successful check also
-reads its list of models. Failed requests do not count here: those are the breaker's. A check that fails for want of
-file descriptors in this process does not count.
+An upstream that is out, or whose last check failed, is checked five times as often as others. Every sixth successful
+check also reads its list of models. Failed requests do not count here: the breaker counts them. A check that fails
+because this process lacks resources, such as file descriptors, does not count.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILURES = 3
 MIN_SUCCESSES = 2
-JITTER = 0.2  # else all upstreams are checked at the same time, and by all proxies that were started together
+JITTER = 0.2  # without it, proxies that started together would check all upstreams at the same moments
 HASTE = 5
 CHECKS_PER_LIST = 6
 MAX_LIST_BYTES = 1024 * 1024
@@ -34,7 +34,7 @@ UNAVAILABLE = 503
 
 
 class HealthCount:
-    """Counts checks in a row. `is_healthy` changes after so many that contradict it."""
+    """Counts checks in a row. `MAX_FAILURES` or `MIN_SUCCESSES` of them change `is_healthy`."""
 
     __slots__ = ("_num_contradicting", "is_healthy")
 
@@ -44,7 +44,7 @@ class HealthCount:
 
     @property
     def is_settled(self) -> bool:
-        """Whether it is healthy and the last check said so too."""
+        """Whether it is healthy and the last check succeeded."""
         return self.is_healthy and not self._num_contradicting
 
     def note(self, is_ok: bool) -> bool:
@@ -67,7 +67,7 @@ def delay(seconds: float, is_settled: bool, chance: float) -> float:
 
 
 def is_well(status: int) -> bool:
-    """Whether a status shows a healthy server. A refusal (4xx) does: the server may just want another key.
+    """Whether a status shows a healthy server. A refusal (4xx) does: the server may only require another key.
 
     A redirect does not: requests would get it too, and it is not followed.
     """
@@ -113,7 +113,7 @@ class HealthChecks:
                 self._tasks[terms] = task
 
     async def close(self) -> None:
-        """End all checks, and wait until they have."""
+        """Cancel all checks, and wait until they have ended."""
         while self._tasks:
             self._end(self._tasks.popitem()[1])
         if self._ending:
@@ -143,7 +143,7 @@ class _Check:
         self._has_said_own_fault = False
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Check until cancelled."""
         async with UpstreamClient(self._upstream, self._terms.timeout_seconds) as client:
             while True:
                 await self._check(client)
@@ -179,7 +179,7 @@ class _Check:
             await self._read_list(client)
 
     async def _failure(self, client: UpstreamClient) -> _Failure | None:
-        """Why the upstream is not well, if its answer says so. Raises `UpstreamError` if there is none."""
+        """What its answer shows to be wrong; None if it is healthy. Raises `UpstreamError` without an answer."""
         path = self._upstream.config.health_path
         status = await client.status(path)
         if status in NO_SUCH_PATH and not self._has_said_no_path:

@@ -1,4 +1,4 @@
-"""What an upstream says of the models that it serves: its own `/v1/models`, and a 404 for a missing one.
+"""Reads what an upstream reports about its models: its `/v1/models`, and a 404 for a missing model.
 
 Decodes only; does no I/O.
 """
@@ -14,7 +14,7 @@ from brlite.errors import UpstreamError
 
 
 class ListedModel(msgspec.Struct, frozen=True):
-    """One model, by the upstream's name for it. None: the server does not say."""
+    """One model, by the upstream's name for it. None: not reported."""
 
     id: str
     created: int | None = None

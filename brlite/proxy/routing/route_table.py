@@ -16,7 +16,7 @@ from brlite.proxy.routing.upstream import Upstream
 class Route(msgspec.Struct, frozen=True, eq=False):
     """One model: the upstreams that serve it, its concurrency limit, and the models that are used in its place.
 
-    `routes` are those of the table by model: two models may be each other's fallback.
+    `routes` are all routes of the table by model: two models may be each other's fallback.
     """
 
     model: str
@@ -34,7 +34,7 @@ class Route(msgspec.Struct, frozen=True, eq=False):
         return upstream.config.rename.get(self.model, self.model)
 
     def only(self, name: str) -> Route | None:
-        """The route by this upstream alone. None if it does not serve the model (any more)."""
+        """The route with only this upstream. None if it does not serve the model (any more)."""
         found = next((upstream for upstream in self.upstreams if upstream.name == name), None)
         return None if found is None else msgspec.structs.replace(self, upstreams=(found,), fallbacks=())
 
@@ -44,7 +44,7 @@ class Route(msgspec.Struct, frozen=True, eq=False):
         return any(upstream.is_available(now) and upstream not in excluded for upstream in self.upstreams)
 
     def has_untried(self, now: float, tried: Collection[Upstream]) -> bool:
-        """Whether `choose` would choose one."""
+        """Whether `choose` would find an upstream."""
         excluded = self._excluded(now, tried)
         return any(upstream not in excluded for upstream in self.upstreams)
 
@@ -108,7 +108,7 @@ class RouteTable:
 
 
 def upstream_configs(config: Config) -> list[UpstreamConfig]:
-    """The upstreams of a config: its own, and those of the manual's table that serve other models than this server.
+    """The upstreams of a config: its own, and those in `proxy.all_models` whose models are not served here.
 
     URLs that are placeholders are left out; `config/warnings.py` warns of them.
     """

@@ -26,8 +26,8 @@ _KEY = re.compile(r"[!-~]+")
 class Upstream:
     """A server behind this one. `num_in_flight` counts its requests; `is_healthy` is the result of its checks.
 
-    `listed` has the models of its own list, by its own names, as far as it is known. `missing` has the models that it
-    said it does not have, and the loop's time until which that is believed.
+    `listed` has the models of its own list by its own names; empty until the list was read. `missing` maps the models
+    that it reported as missing to the loop's time until which they count as missing.
     """
 
     __slots__ = (
@@ -76,12 +76,12 @@ class Upstream:
         )
         self.heads = Heads(read_answer)
         self.is_healthy = True
-        self.lost_since: float | None = None  # the loop's time since when it is out, other than by an orderly shutdown
+        self.lost_since: float | None = None  # the loop's time since which it is out, except by an orderly shutdown
         self.listed: Mapping[str, ListedModel] = {}
         self.missing: dict[str, float] = {}
         self.num_in_flight = 0
         self.failed_at = -math.inf  # the loop's time of its last failure
-        self.refuses_until = 0.0  # the loop's time until which it wants no requests (Retry-After)
+        self.refuses_until = 0.0  # the loop's time at which its Retry-After ends
         self.outcomes: Counter[Outcome] = Counter(dict.fromkeys(get_args(Outcome), 0))
         self.num_events = 0
         self.num_retries = 0
@@ -98,30 +98,30 @@ class Upstream:
         self.outcomes, self.num_events, self.num_retries = before.outcomes, before.num_events, before.num_retries
 
     def is_up(self, now: float) -> bool:
-        """Whether it works, by its checks and its last requests."""
+        """Whether its checks pass and its breaker is not open."""
         return self.is_healthy and self.breaker.state(now) != "open"
 
     def is_available(self, now: float) -> bool:
-        """Whether it may get requests: its checks pass, it is not ejected, and it wants no pause."""
+        """Whether it may get requests: its checks pass, it is not ejected, and no Retry-After runs."""
         return self.is_healthy and self.refuses_until <= now and self.breaker.allows(now)
 
     def head_lines(self, path: bytes, method: bytes = b"POST") -> bytes:
-        """The request line, and the upstream's own header lines, for what a client calls `path`."""
+        """The request line, and the upstream's own header lines, for a client's request to `path`."""
         target = self._address.path(path.decode("latin-1")).encode("latin-1")
         return b"%b %b HTTP/1.1\r\n%b" % (method, target, self.own_headers)
 
     def lacks(self, model: str, now: float) -> bool:
-        """Whether it has said that it does not have the model, by its own name for it."""
+        """Whether it counts as lacking the model. `model` is the upstream's own name for it."""
         return bool(self.missing) and self.missing.get(model, 0.0) > now
 
     def begin(self, now: float) -> Ticket:
-        """A request is sent to it. The ticket is for `end`, which must follow."""
+        """Register a request. `end` must follow, with the returned ticket."""
         self.num_in_flight += 1
         breaker = self.breaker
         return breaker.ticket if breaker.is_untroubled else breaker.begin(now)
 
     def end(self, ticket: Ticket, ending: Ending, now: float) -> None:
-        """The request has ended."""
+        """Register the end of a request."""
         self.num_in_flight -= 1
         if ending is ANSWERED and self.breaker.is_untroubled:
             self.outcomes["answered"] += 1

@@ -24,7 +24,7 @@ from brlite.proxy.resolving import Names
 STAGGER_SECONDS = 0.25  # RFC 8305 §5: from the attempt to connect to one address to the attempt for the next
 
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER on, with 0 seconds: `close` sends a reset
-_TCP_INFO = struct.Struct("=120xQ72xQQ")  # of Linux's: tcpi_bytes_acked, tcpi_bytes_sent, tcpi_bytes_retrans (4.19)
+_TCP_INFO = struct.Struct("=120xQ72xQQ")  # of Linux (4.19): tcpi_bytes_acked, tcpi_bytes_sent, tcpi_bytes_retrans
 
 
 def is_name(address: Address) -> bool:
@@ -45,7 +45,7 @@ class Holder(Protocol):
 
 
 class UpstreamConnection(asyncio.Protocol):
-    """A connection, which one attempt holds or which is free. `is_used` is true once it has carried a request."""
+    """A connection, held by one attempt or free. `is_used` is true once it has carried a request."""
 
     __slots__ = ("_pool", "address", "holder", "idle_since", "is_used", "transport")
 
@@ -204,7 +204,7 @@ class ConnectionPool:
         raise first_error
 
     def adopt(self, dialing: asyncio.Task[UpstreamConnection]) -> None:
-        """Keep the connection that a task has opened, if it has, after the attempt that wanted it has ended."""
+        """Keep the connection that a dial task opened, if it did, after the task's attempt has ended."""
         if not dialing.cancelled() and dialing.exception() is None:
             self.put_back(dialing.result())
 
@@ -256,7 +256,7 @@ class ConnectionPool:
 
 
 def reset(transport: asyncio.Transport) -> None:
-    """Reset a connection: without a Content-Length, the client would take a cut response for a complete one."""
+    """Reset it: after an orderly end, clients would take a cut response without Content-Length for complete."""
     sock = transport.get_extra_info("socket")
     if sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)

@@ -64,7 +64,7 @@ _ANSWER = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9][0-9])(?: [\t -~\x80-\xff]*)?\
 _FIELD = re.compile(rb"([^:\r\n]+):[ \t]*([^\r\n]*?)[ \t]*\r\n")
 _LENGTH = re.compile(rb"\r\n[Cc]ontent-[Ll]ength:[ \t]*([0-9]{1,15})(?=\r\n)")
 
-# An incomplete head of a request: up to its last line end, and after it.
+# Patterns for an incomplete request head: the lines up to its last line end, and the part after it.
 _WHOLE_LINES = re.compile(rb"(?:" + FIELD_LINE + rb")*")
 _FIRST_LINES = re.compile(rb"(?:" + b"|".join(_METHODS) + rb") /[!-~]* HTTP/1\.[01]\r\n" + _WHOLE_LINES.pattern)
 _CUT_LINE = re.compile(rb"\r|[!#$%&'*+\-.^_`|~0-9A-Za-z]*(?:(?<=.):[\t -~\x80-\xff]*\r?)?")
@@ -371,7 +371,7 @@ def is_forwardable(path: bytes) -> bool:
 
 
 def stored_response_id(head: RequestHead) -> str | None:
-    """The id of the stored response that a request is about. None for other requests."""
+    """The id of the stored response that a request names. None for other requests."""
     found = _STORED.fullmatch(head.target)
     return found[1].decode() if found is not None and head.method in _STORED_METHODS[found[2]] else None
 
@@ -411,7 +411,7 @@ def _keeps_alive(fields: Mapping[bytes, bytes], *, is_http_1_0: bool) -> bool:
 
 
 def _without_named(lines: bytes, fields: Mapping[bytes, bytes]) -> bytes:
-    """The lines without the hop-by-hop headers, which the `Connection` header names."""
+    """The lines without the headers that the `Connection` header names (hop-by-hop)."""
     wish = fields.get(b"connection")
     if wish is None or wish.lower() in (b"keep-alive", b"close"):
         return lines

@@ -63,8 +63,8 @@ class SseRelay:
     """Turns the bytes from an upstream into the bytes for a client, by `feed` and `feed_eof`.
 
     `error` is set when the stream is broken; all events before that were complete. `is_done` is set when the stream is
-    complete, which its last event decides: a connection that ends before it has cut the stream, one that ends after it
-    has not. A stream of completions whose choices have all finished without `[DONE]` gets one.
+    complete. Its last event decides: a connection that ends before that event has cut the stream, a later end has not.
+    A stream of completions whose choices have all finished without `[DONE]` gets one.
 
     An event longer than `max_event_bytes` is relayed in parts without a check. While `is_within_event`, only the rest
     of that event may be sent to the client.
@@ -186,7 +186,7 @@ class SseRelay:
         return end or b""
 
     def _whole_chunk(self, data: bytes, position: int) -> int:
-        """Where the chunk at `position` ends, if it is complete and holds complete events, else 0."""
+        """The end index of the chunk at `position` if it is complete and holds complete events, else 0."""
         size = CHUNK_SIZE.match(data, position)
         if size is None:
             return 0
@@ -200,7 +200,7 @@ class SseRelay:
 
     def _feed_pieces(self, data: bytes) -> bytes:
         held = self._held
-        begin = max(0, len(held) - MAX_MARK_BYTES)  # an event's end may begin here, and none begins before
+        begin = max(0, len(held) - MAX_MARK_BYTES)  # no event's end begins before this index
         misframed: FramingError | None = None
         try:
             held += self._body.feed(data)
@@ -337,6 +337,6 @@ def _only_data(data: bytes) -> bytes | None:
     if plain is None:
         return None
     begin = plain.end()
-    end = plain.end(1) + int(plain[1], 16)  # of the event, without the empty line behind it
+    end = plain.end(1) + int(plain[1], 16)  # of the event, without the empty line after it
     is_plain = data.find(b"\n", begin) == end and data.find(b"\r", begin) == end + 2 and data[end:] == b"\n\n\r\n"
     return data[begin:end] if is_plain else None
